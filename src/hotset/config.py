@@ -1,0 +1,72 @@
+"""Configuration: one frozen dataclass, read once; the command line takes its defaults from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hotset.errors import ConfigError
+
+GIB = 2**30
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What an engine may use, and how it runs.
+
+    Attributes:
+        model: a folder, a GGUF file, a hub id, or None for the small default model.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: of weights and KV; `auto` is float32 on the CPU and the checkpoint's on a GPU.
+        hot_gib: KV memory on the device, in GiB; None takes what is left beside the weights.
+        host_gib: host tier for KV, in GiB; 0 is none.
+        disk_gib: disk tier for KV, in GiB; 0 is none.
+        disk_path: folder of the disk tier; None is the platform's cache folder.
+        block_size: tokens a KV block holds.
+        max_num_seqs: most requests in one step.
+        max_num_batched_tokens: token budget of one step, over prefill and decode.
+        max_model_len: longest context; None is the model's own, as far as the hot tier holds it.
+        prefix_caching: find leading blocks by hash instead of computing them again.
+        fetch_policy: `auto` decides between fetch and recompute by cost; the others force one.
+        disk_read_deadline_s: a disk read that takes longer counts as failed.
+        disk_write_queue_s: a block waits at most this long for its write to disk.
+        seed: for requests that sample and bring no seed.
+    """
+
+    model: str | None = None
+    device: str = "auto"
+    dtype: DType = "auto"
+    hot_gib: float | None = None
+    host_gib: float = 0.0
+    disk_gib: float = 0.0
+    disk_path: Path | None = None
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    prefix_caching: bool = True
+    fetch_policy: Literal["auto", "fetch", "recompute"] = "auto"
+    disk_read_deadline_s: float = 5.0
+    disk_write_queue_s: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+        check(self.hot_gib is None or self.hot_gib > 0, "hot_gib", "a size above 0 GiB")
+        check(self.host_gib >= 0, "host_gib", "0 (none) or a size in GiB")
+        check(self.disk_gib >= 0, "disk_gib", "0 (none) or a size in GiB")
+        check(1 <= self.block_size <= 1024, "block_size", "1 to 1024 tokens")
+        check(self.max_num_seqs >= 1, "max_num_seqs", "1 or more")
+        check(self.max_num_batched_tokens >= 1, "max_num_batched_tokens", "1 or more")
+        check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "2 or more")
+        check(self.disk_read_deadline_s > 0, "disk_read_deadline_s", "above 0 seconds")
+        check(self.disk_write_queue_s > 0, "disk_write_queue_s", "above 0 seconds")
+        if self.disk_path is not None and self.disk_gib == 0:
+            raise ConfigError(
+                f"disk_path is {str(self.disk_path)!r} but disk_gib is 0; "
+                "give disk_gib a size, or leave disk_path out"
+            )

@@ -1,0 +1,1 @@
+"""The step: who runs, how many tokens, and running it."""

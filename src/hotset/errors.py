@@ -1,0 +1,29 @@
+"""Errors that reach users. Each message is one line: what was wrong, what was expected, what to do."""
+
+
+class HotsetError(Exception):
+    """Base of all errors raised for a user to read."""
+
+
+class ConfigError(HotsetError):
+    """An option, a budget or a file that cannot work as given."""
+
+
+class ModelError(HotsetError):
+    """A model that cannot be found, loaded or run."""
+
+
+class RequestError(HotsetError):
+    """One request that cannot be served as asked. Other requests are not touched."""
+
+
+class PlanError(HotsetError):
+    """A plan that cannot be made from the model, hardware and layout given."""
+
+
+class OutOfBlocksError(HotsetError):
+    """More KV blocks were asked for than are available. The pool is unchanged."""
+
+
+class TierError(HotsetError):
+    """A tier that cannot be opened or used."""

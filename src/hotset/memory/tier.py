@@ -1,0 +1,81 @@
+"""The protocol of a tier below host memory: fixed-size payloads by key."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+
+class CompletionStatus(Enum):
+    """How a submitted read or write ended, or that its deadline has passed."""
+
+    OK = "ok"
+    FAILED = "failed"  # not written, or not read: missing, unreadable or its checksum is wrong
+    LATE = "late"  # past its deadline and still using the buffer; OK or FAILED follows
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One report of `Tier.poll`."""
+
+    transfer_id: int
+    key: bytes
+    status: CompletionStatus
+
+
+@dataclass(frozen=True, slots=True)
+class TierUsage:
+    """What a tier holds, and what went wrong in it since it was opened."""
+
+    used_payloads: int
+    capacity_payloads: int
+    faults: dict[str, int]
+
+
+class Tier(Protocol):
+    """One level of memory below host memory, holding fixed-size payloads by key.
+
+    Every method is called from the engine thread and returns at once: `submit_write` and
+    `submit_read` start a copy, `poll` reports the ended ones. A buffer given to a submit must
+    stay unchanged (write) or untouched (read) until `poll` reports OK or FAILED for its id.
+    A fault is a FAILED completion and a counter, never an exception.
+    """
+
+    name: str
+    payload_bytes: int
+
+    def contains(self, key: bytes) -> bool:
+        """Whether a payload for `key` is stored and readable now (a queued write is not)."""
+        ...
+
+    def submit_write(self, key: bytes, payload: memoryview) -> int | None:
+        """Start storing `payload`; returns a transfer id, or None where the write was dropped.
+
+        A write is dropped (and counted) when the queue is full or the tier is unusable.
+        The oldest payloads are evicted as needed; the size bound is never passed.
+        """
+        ...
+
+    def submit_read(self, key: bytes, into: memoryview) -> int:
+        """Start reading the payload of `key` into `into`; returns a transfer id."""
+        ...
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Mark `keys` as just used, so that they are evicted last."""
+        ...
+
+    def poll(self) -> list[Completion]:
+        """Report what ended since the last call. Never blocks."""
+        ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until something can be polled, or `timeout_s` has passed."""
+        ...
+
+    def usage(self) -> TierUsage:
+        """Counts for the metrics."""
+        ...
+
+    def close(self) -> None:
+        """Finish or drop what is queued within a bounded time and release the resources."""
+        ...

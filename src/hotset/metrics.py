@@ -1,0 +1,24 @@
+"""Counters of the engine: plain data, changed by the engine thread, read by anybody."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Metrics:
+    """What the engine did since it started. All counts only grow."""
+
+    steps: int = 0
+    step_s: float = 0.0
+    requests_finished: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    computed_tokens: int = 0  # tokens that went through the model
+    recomputed_tokens: int = 0  # of these, computed before for the same request
+    cached_tokens: Counter[str] = field(default_factory=Counter)  # prefix hits by tier
+    recompute_chosen_tokens: int = 0  # found in a colder tier, cheaper to compute
+    preemptions: int = 0
+    spilled_blocks: int = 0
+    fetched_blocks: int = 0
+    moved_bytes: Counter[str] = field(default_factory=Counter)  # by direction, "device>host"
+    faults: Counter[str] = field(default_factory=Counter)  # by kind

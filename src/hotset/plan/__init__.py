@@ -1,0 +1,1 @@
+"""The arithmetic over bytes and links that the planner, the simulator and the engine share."""

@@ -1,0 +1,178 @@
+"""Requests and what comes back for them: plain data."""
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hotset.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. Names and meanings are those of the OpenAI API.
+
+    Attributes:
+        max_tokens: most tokens to generate; None means up to the context limit.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling; 1 is off.
+        top_k: 0 is off.
+        min_p: least probability relative to the likeliest token; 0 is off.
+        repetition_penalty: divides (multiplies) positive (negative) logits of tokens of the prompt
+            and the output (Keskar et al., CTRL, section 4.1); 1 is off.
+        presence_penalty: subtracted once for each token of the output.
+        frequency_penalty: subtracted for each occurrence of a token in the output.
+        seed: makes a sampled request reproducible; None draws one.
+        stop: strings that end the output; they are not part of it.
+        stop_token_ids: ids that end the output, beside the model's own.
+        ignore_eos: go on past the model's end-of-sequence ids (for benchmarks).
+        logprobs: None is off; otherwise also return this many of the likeliest tokens.
+        n: how many outputs for the same prompt.
+        json_schema: the output must be JSON of this schema (`{}`: any JSON).
+    """
+
+    max_tokens: int | None = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
+    json_schema: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise RequestError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+        check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or more")
+        check(0.0 <= self.temperature <= 100.0, "temperature", "0 (greedy) to 100")
+        check(0.0 < self.top_p <= 1.0, "top_p", "above 0, at most 1")
+        check(self.top_k >= 0, "top_k", "0 (off) or more")
+        check(0.0 <= self.min_p <= 1.0, "min_p", "0 to 1")
+        check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0, at most 100")
+        check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "-2 to 2")
+        check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "-2 to 2")
+        check(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "0 to 20")
+        check(1 <= self.n <= 128, "n", "1 to 128")
+        check(all(self.stop), "stop", "non-empty strings")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether any of the three penalties changes a logit."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+class RequestStatus(Enum):
+    """Where a request is in its life. FINISHED is the only state without a way out."""
+
+    WAITING = "waiting"  # queued; holds no block
+    RUNNING = "running"  # holds blocks; some of them may still be on their way up
+    FINISHED = "finished"
+
+
+class FinishReason(Enum):
+    """Why a request ended; the values are the OpenAI API's where it has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability of a chosen token, and of the likeliest ones at its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence being generated. The scheduler owns it; nobody else changes it.
+
+    Attributes:
+        token_ids: prompt and output so far.
+        num_computed_tokens: how many leading tokens have their KV in `block_table`.
+        block_table: device block ids in token order.
+        block_hashes: chained hashes of the leading full blocks, as far as computed.
+        arriving: indices into `block_table` whose content is on its way up.
+        arrived: indices beyond `num_computed_tokens` whose content has come.
+        resume_key: where the last partial block was spilled at preemption, and its token count.
+    """
+
+    request_id: str
+    prompt_len: int
+    token_ids: list[int]
+    params: SamplingParams
+    max_total_tokens: int
+    salt: bytes = b""
+    arrival_s: float = field(default_factory=time.monotonic)
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    arriving: set[int] = field(default_factory=set)
+    arrived: set[int] = field(default_factory=set)
+    resume_key: tuple[bytes, int] | None = None
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    first_scheduled_s: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and of the output so far."""
+        return len(self.token_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The generated tokens."""
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """How many tokens were generated."""
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the request has ended, for whatever reason."""
+        return self.status is RequestStatus.FINISHED
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step added to one request.
+
+    Attributes:
+        index: which of the `n` outputs of the request this is.
+        text: the text that is new since the last output (a stop string is never part of it).
+        token_ids: the tokens that are new.
+        finish_reason: None while the request goes on; this is the last output otherwise.
+        error: one line, where `finish_reason` is ERROR.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
