@@ -100,6 +100,15 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class SpilledTail:
+    """The last, partial block of a preempted request: its tier key, table index and tokens."""
+
+    key: bytes
+    index: int
+    num_tokens: int
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One sequence being generated. The scheduler owns it; nobody else changes it.
@@ -109,9 +118,12 @@ class Request:
         num_computed_tokens: how many leading tokens have their KV in `block_table`.
         block_table: device block ids in token order.
         block_hashes: chained hashes of the leading full blocks, as far as computed.
-        arriving: indices into `block_table` whose content is on its way up.
-        arrived: indices beyond `num_computed_tokens` whose content has come.
-        resume_key: where the last partial block was spilled at preemption, and its token count.
+        arriving: index into `block_table` -> key of the content that is on its way up.
+        arrived: index into `block_table` -> tokens of content it has, at or beyond
+            `num_computed_tokens`.
+        resume: where the last partial block was spilled at preemption.
+        high_water_tokens: the most tokens that were ever computed; more compute is recompute.
+        priority: lower runs first; equal ones first come, first served.
     """
 
     request_id: str
@@ -120,6 +132,7 @@ class Request:
     params: SamplingParams
     max_total_tokens: int
     salt: bytes = b""
+    priority: int = 0
     arrival_s: float = field(default_factory=time.monotonic)
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
@@ -127,17 +140,23 @@ class Request:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
-    arriving: set[int] = field(default_factory=set)
-    arrived: set[int] = field(default_factory=set)
-    resume_key: tuple[bytes, int] | None = None
+    arriving: dict[int, bytes] = field(default_factory=dict)
+    arrived: dict[int, int] = field(default_factory=dict)
+    resume: SpilledTail | None = None
     num_preemptions: int = 0
     num_cached_tokens: int = 0
+    high_water_tokens: int = 0
     first_scheduled_s: float | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the prompt and of the output so far."""
         return len(self.token_ids)
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Sort key: who runs first. The greatest is preempted first."""
+        return (self.priority, self.arrival_s)
 
     @property
     def output_ids(self) -> list[int]:
@@ -153,6 +172,28 @@ class Request:
     def is_finished(self) -> bool:
         """Whether the request has ended, for whatever reason."""
         return self.status is RequestStatus.FINISHED
+
+
+@dataclass(frozen=True, slots=True)
+class StepItem:
+    """Tokens `[start, start + num_tokens)` of one request, to be computed in this step."""
+
+    request: Request
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the item reaches the request's last token, so that a next one is chosen."""
+        return self.start + self.num_tokens == self.request.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step computes, and the block copies that must run before it."""
+
+    items: list[StepItem] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,301 @@
+"""The engine: one step after another, from queued requests to tokens."""
+
+import itertools
+import logging
+import time
+from pathlib import Path
+
+import platformdirs
+import torch
+
+from hotset.config import EngineConfig
+from hotset.engine.outputs import OutputProcessor
+from hotset.engine.scheduler import Scheduler
+from hotset.errors import ConfigError, RequestError
+from hotset.memory.arena import DeviceArena, HostArena, slot_bytes_for
+from hotset.memory.block_pool import BlockPool
+from hotset.memory.budget import available_host_bytes, make_budget
+from hotset.memory.disk import DiskTier
+from hotset.memory.host_tier import HostTier
+from hotset.memory.kv_cache import KVCache
+from hotset.memory.policy import PrefixPolicy, Rates
+from hotset.memory.transfer import ThreadCopier, TierStack
+from hotset.metrics import Metrics
+from hotset.model.loader import LoadedModel
+from hotset.model.runner import ModelRunner, inspect_model
+from hotset.model.sampler import Sampler
+from hotset.request import FinishReason, Request, RequestOutput, SamplingParams, StepItem, StepPlan
+
+_log = logging.getLogger(__name__)
+
+_LAYOUT_VERSION = "1"
+_IDLE_WAIT_S = 0.05
+# A step with at least this many tokens of prefill tells the prefill rate.
+_PREFILL_STEP_TOKENS = 64
+
+
+class Engine:
+    """Runs requests over one model and its KV tiers. Not thread-safe: see `service`.
+
+    Raises:
+        ConfigError: sizes that cannot work; `ModelError`: a model that cannot run;
+            `TierError`: a disk tier that cannot be opened. Nothing is left behind.
+    """
+
+    def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        model = loaded.model
+        layout = inspect_model(model)
+        self.budget = make_budget(
+            config,
+            device=model.device.type,
+            weights_bytes=sum(p.nbytes for p in model.parameters()),
+            kv_bytes_per_token=layout.bytes_per_token,
+            model_max_len=loaded.max_model_len,
+            free_device_bytes=_free_device_bytes(model.device),
+        )
+        self.max_model_len = self.budget.max_model_len
+        arena = DeviceArena(
+            layout.layers,
+            num_blocks=self.budget.device_blocks,
+            block_size=config.block_size,
+            dtype=layout.dtype,
+            device=model.device,
+        )
+        # What a stored block depends on: another value of any of these is another chain of keys.
+        fingerprint = {
+            "layout": _LAYOUT_VERSION,
+            "weights": loaded.fingerprint,
+            "dtype": str(layout.dtype),
+            "block_size": str(config.block_size),
+            "shape": str(layout.layers),
+        }
+        disk_path = config.disk_path or Path(platformdirs.user_cache_dir("hotset")) / "kv"
+        self._runner = ModelRunner(model, arena)
+        self._sampler = Sampler(
+            model.config.get_text_config().vocab_size,
+            device=model.device,
+            seed=config.seed,
+            tokenizer=loaded.tokenizer,
+            eos_token_ids=loaded.eos_token_ids,
+        )
+        self._outputs = OutputProcessor(loaded.tokenizer, loaded.eos_token_ids)
+        self.rates = Rates(prefill_tokens_per_s=self._measure_prefill(), link_bytes_per_s={})
+        self._tiers = self._open_tiers(arena, disk_path, fingerprint)
+        policy = PrefixPolicy(
+            self.rates, bytes_per_token=layout.bytes_per_token, mode=config.fetch_policy
+        )
+        self.kv = KVCache(
+            BlockPool(self.budget.device_blocks),
+            block_size=config.block_size,
+            fingerprint=repr(fingerprint),
+            metrics=self.metrics,
+            tiers=self._tiers,
+            policy=policy if self._tiers is not None else None,
+            prefix_caching=config.prefix_caching,
+        )
+        self.scheduler = Scheduler(
+            self.kv,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self.report = self.budget.report(device=model.device.type, disk_path=disk_path)
+        self._requests: dict[str, Request] = {}
+        self._ids = itertools.count()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do: requests, or outputs nobody has taken."""
+        return self.scheduler.has_requests or self._outputs.has_outputs
+
+    @property
+    def has_transfers(self) -> bool:
+        """Whether copies between tiers are under way; `step` takes note of their end."""
+        return self._tiers is not None and self._tiers.is_busy
+
+    def add_request(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        *,
+        salt: bytes = b"",
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> str:
+        """Queue a prompt; its outputs carry the returned id.
+
+        Requests with another `salt` cannot find each other's blocks.
+
+        Raises:
+            RequestError: the request can never be served; nothing was queued.
+        """
+        if not token_ids:
+            raise RequestError("the prompt is empty; expected at least one token")
+        vocab_size = self._sampler.vocab_size
+        if not all(0 <= token < vocab_size for token in token_ids):
+            raise RequestError(f"a prompt token id is not in [0, {vocab_size})")
+        if len(token_ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; the longest context is "
+                f"{self.max_model_len} with at least one left to generate"
+            )
+        request_id = request_id or f"request-{next(self._ids)}"
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use")
+        self._sampler.validate(params)
+        max_total = self.max_model_len
+        if params.max_tokens is not None:
+            max_total = min(max_total, len(token_ids) + params.max_tokens)
+        requests = [
+            Request(
+                request_id=request_id if i == 0 else f"{request_id}#{i}",
+                prompt_len=len(token_ids),
+                token_ids=list(token_ids),
+                params=params,
+                max_total_tokens=max_total,
+                salt=salt,
+                priority=priority,
+            )
+            for i in range(params.n)
+        ]
+        for request in requests:
+            self._requests[request.request_id] = request
+            self._outputs.add(request)
+        self.metrics.prompt_tokens += len(token_ids)
+        self.scheduler.add(requests)
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request (all its `n` outputs); its blocks are free when this returns."""
+        siblings = [
+            request
+            for request in self._requests.values()
+            if request.request_id == request_id or request.request_id.startswith(f"{request_id}#")
+        ]
+        for request in siblings:
+            self._finish(request, FinishReason.ABORT)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one model step and return the outputs it produced, streamed or final."""
+        start_s = time.perf_counter()
+        self.kv.poll()
+        plan = self.scheduler.schedule()  # which requests, how many tokens each
+        if self._tiers is not None:
+            self._tiers.flush()  # start the spills and fetches asked for so far
+        if plan.items:
+            self._run(plan)
+            self._observe(plan, time.perf_counter() - start_s)
+        elif self.scheduler.has_requests:
+            self._wait_for_tiers()
+        return self._outputs.take()
+
+    def close(self) -> None:
+        """End the transfers and close the tiers."""
+        if self._tiers is not None:
+            self._tiers.close()
+
+    def _run(self, plan: StepPlan) -> None:
+        try:
+            logits = self._runner.forward(plan)  # [R, vocab]
+        except (RuntimeError, MemoryError) as error:
+            # Out of memory, most likely. The youngest request of the step pays; the others'
+            # tokens are computed again in the next step, into the same slots.
+            victim = plan.items[-1].request
+            _log.exception("a step of %d requests failed", len(plan.items))
+            self.metrics.faults["step_failed"] += 1
+            self._finish(victim, FinishReason.ERROR, f"the model step failed: {error}")
+            return
+        requests = [item.request for item in plan.items if item.samples]
+        sampled = self._sampler.sample(logits, requests) if requests else None
+        self.scheduler.commit(plan)
+        if sampled is None:
+            return
+        for request, token_id, logprob in zip(
+            requests, sampled.token_ids, sampled.logprobs, strict=True
+        ):
+            request.token_ids.append(token_id)
+            self.metrics.output_tokens += 1
+            reason = self._outputs.append(request, token_id, logprob)
+            if reason is not None:
+                self._finish(request, reason)
+
+    def _observe(self, plan: StepPlan, seconds: float) -> None:
+        num_tokens = sum(item.num_tokens for item in plan.items)
+        self.metrics.steps += 1
+        self.metrics.step_s += seconds
+        self.metrics.computed_tokens += num_tokens
+        if num_tokens >= _PREFILL_STEP_TOKENS:
+            self.rates.observe_prefill(num_tokens, seconds)
+
+    def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        if request.is_finished:
+            return
+        self.scheduler.finish(request, reason, error)
+        self._sampler.release(request.request_id)
+        self._outputs.finish(request.request_id, reason, error)
+        self.metrics.requests_finished[reason.value] += 1
+        del self._requests[request.request_id]
+
+    def _wait_for_tiers(self) -> None:
+        """Nobody can go on before a transfer has ended; or, a bug of ours, nobody ever can."""
+        if self._tiers is not None and self._tiers.is_busy:
+            self._tiers.wait(_IDLE_WAIT_S)
+            return
+        assert not self.scheduler.running, "running requests wait for nothing"
+        request = self.scheduler.waiting[0]
+        blocks = self.kv.num_blocks_for(request.num_tokens)
+        self._finish(
+            request,
+            FinishReason.ERROR,
+            f"{blocks} KV blocks are needed and {self.kv.pool.num_available} can be had",
+        )
+
+    def _open_tiers(
+        self, arena: DeviceArena, disk_path: Path, fingerprint: dict[str, str]
+    ) -> TierStack | None:
+        budget, config = self.budget, self.config
+        if budget.host_slots == 0:
+            return None
+        disk = None
+        if budget.disk_bytes:
+            disk = DiskTier.open(
+                disk_path,
+                payload_bytes=slot_bytes_for(budget.block_bytes),
+                capacity_bytes=budget.disk_bytes,
+                fingerprint=fingerprint,
+                read_deadline_s=config.disk_read_deadline_s,
+                write_queue_s=config.disk_write_queue_s,
+            )
+        host_arena = HostArena(num_slots=budget.host_slots, block_bytes=budget.block_bytes)
+        tiers = TierStack(
+            HostTier(budget.host_slots),
+            host_arena,
+            ThreadCopier(arena.bytes_view(), host_arena.slots),
+            block_bytes=budget.block_bytes,
+            rates=self.rates,
+            metrics=self.metrics,
+            below=disk,
+        )
+        tiers.measure_rates(num_blocks=min(16, budget.device_blocks, budget.host_slots))
+        return tiers
+
+    def _measure_prefill(self) -> float:
+        """Tokens of prompt a second, from one chunk of the size the scheduler may use."""
+        num_tokens = min(256, self.config.max_num_batched_tokens, self.max_model_len)
+        request = Request("rate", num_tokens, [0] * num_tokens, SamplingParams(), num_tokens)
+        request.block_table = list(range(-(-num_tokens // self.config.block_size)))
+        plan = StepPlan([StepItem(request, 0, num_tokens)])
+        self._runner.forward(plan)  # the first run also allocates
+        start_s = time.perf_counter()
+        self._runner.forward(plan)
+        return num_tokens / (time.perf_counter() - start_s)
+
+
+def _free_device_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return available_host_bytes()
+    if device.type == "cuda":
+        free_bytes: int = torch.cuda.mem_get_info(device)[0]
+        return free_bytes
+    raise ConfigError(f"device {device.type!r} is not supported; expected cpu or cuda")

@@ -1,0 +1,80 @@
+"""Device and host memory for KV blocks: one contiguous run of bytes for each block or slot."""
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """KV of one layer for one token: `2 * num_kv_heads * head_dim` values (keys, then values)."""
+
+    num_kv_heads: int
+    head_dim: int
+
+
+class DeviceArena:
+    """The device pool, block-major: a block is one contiguous run over all layers.
+
+    `[num_blocks, sum over layers of 2 * block_size * num_kv_heads * head_dim]`; for equal layers
+    that is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        sizes = [2 * block_size * layer.num_kv_heads * layer.head_dim for layer in layers]
+        # Zeros: attention may read slots of a block that were never written, under a mask, and
+        # 0 * NaN would still be NaN.
+        self.storage = torch.zeros(num_blocks, sum(sizes), dtype=dtype, device=device)
+        self.block_bytes = sum(sizes) * dtype.itemsize
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.layers: list[torch.Tensor] = []
+        start = 0
+        for layer, size in zip(layers, sizes, strict=True):
+            shape = (2, block_size, layer.num_kv_heads, layer.head_dim)
+            self.layers.append(self.storage[:, start : start + size].unflatten(1, shape))
+            start += size
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks (from, to) within the pool."""
+        for source, target in copies:
+            self.storage[target].copy_(self.storage[source])
+
+    def bytes_view(self) -> np.ndarray:
+        """`[num_blocks, block_bytes]` uint8 view of a pool in CPU memory."""
+        return self.storage.view(torch.uint8).numpy()
+
+
+class HostArena:
+    """Page-aligned host memory in slots of `slot_bytes`, a multiple of the page size.
+
+    The operating system commits its pages on first use.
+    """
+
+    def __init__(self, *, num_slots: int, block_bytes: int) -> None:
+        self.slot_bytes = slot_bytes_for(block_bytes)
+        self._memory = mmap.mmap(-1, max(1, num_slots) * self.slot_bytes)
+        self._view = memoryview(self._memory)
+        self.slots = np.frombuffer(self._memory, np.uint8).reshape(-1, self.slot_bytes)
+
+    def view(self, slot: int) -> memoryview:
+        """The bytes of one slot."""
+        return self._view[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+
+
+def slot_bytes_for(block_bytes: int) -> int:
+    """Bytes of a host slot that holds a block: whole pages, as direct disk access needs."""
+    return -(-block_bytes // PAGE_BYTES) * PAGE_BYTES

@@ -1,0 +1,158 @@
+"""One memory budget: what the weights take, what is left for KV, and what that serves."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from hotset.config import GIB, EngineConfig
+from hotset.errors import ConfigError
+from hotset.memory.arena import slot_bytes_for
+
+# Host slots a disk tier needs below a device without a host tier, to pass payloads through.
+_STAGING_SLOTS = 64
+# Without `hot_gib`, KV takes this share of the memory that is free once the weights are loaded.
+_DEFAULT_SHARE = {"cpu": 0.25, "cuda": 0.9}
+_REPORTED_CONTEXTS = (1024, 4096, 16384, 65536)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What goes where. Made by `make_budget`.
+
+    Attributes:
+        device_blocks: KV blocks in the hot tier.
+        host_slots: payloads in host memory; more than `host_gib` asks for only to stage a disk.
+        disk_bytes: size bound of the disk tier.
+        max_model_len: longest context one request can have.
+    """
+
+    weights_bytes: int
+    block_bytes: int
+    block_size: int
+    device_blocks: int
+    host_slots: int
+    disk_bytes: int
+    max_model_len: int
+
+    def report(self, *, device: str, disk_path: Path | None) -> str:
+        """The table shown at start."""
+        slot_bytes = slot_bytes_for(self.block_bytes)
+        disk_slots = self.disk_bytes // slot_bytes
+        rows = [
+            ("weights", device, self.weights_bytes, ""),
+            ("KV, hot tier", device, self.device_blocks * self.block_bytes, self.device_blocks),
+        ]
+        if self.host_slots:
+            rows.append(("KV, host tier", "host", self.host_slots * slot_bytes, self.host_slots))
+        if self.disk_bytes:
+            rows.append(("KV, disk tier", str(disk_path), self.disk_bytes, disk_slots))
+        lines = [f"{'what':<16}{'GiB':>9}{'blocks':>10}{'tokens':>12}  where"]
+        for what, where, num_bytes, blocks in rows:
+            tokens = int(blocks) * self.block_size if blocks else ""
+            lines.append(f"{what:<16}{num_bytes / GIB:>9.3f}{blocks:>10}{tokens:>12}  {where}")
+        users = []
+        total_blocks = self.device_blocks + (self.host_slots + disk_slots)
+        for context in (*_REPORTED_CONTEXTS, self.max_model_len):
+            if context <= self.max_model_len:
+                blocks = -(-context // self.block_size)
+                users.append(
+                    f"{context} tokens: {self.device_blocks // blocks} hot"
+                    + (f", {total_blocks // blocks} in all tiers" if self.host_slots else "")
+                )
+        lines.append("users of a context of " + "; ".join(dict.fromkeys(users)))
+        return "\n".join(lines)
+
+
+def make_budget(
+    config: EngineConfig,
+    *,
+    device: str,
+    weights_bytes: int,
+    kv_bytes_per_token: int,
+    model_max_len: int,
+    free_device_bytes: int,
+) -> Budget:
+    """Split the memory the user gave into blocks and slots.
+
+    Args:
+        config: the user's sizes.
+        device: `cpu` or `cuda`.
+        weights_bytes: of the loaded model.
+        kv_bytes_per_token: over all layers.
+        model_max_len: longest context the model was made for.
+        free_device_bytes: memory free on the device with the weights loaded.
+
+    Raises:
+        ConfigError: a size that cannot work, with the smallest or largest one that can.
+    """
+    block_bytes = config.block_size * kv_bytes_per_token
+    hot_bytes = int(
+        free_device_bytes * _DEFAULT_SHARE[device]
+        if config.hot_gib is None
+        else config.hot_gib * GIB
+    )
+    wanted_len = min(config.max_model_len or model_max_len, model_max_len)
+    if config.hot_gib is None:  # no more than can ever be used
+        most_blocks = config.max_num_seqs * -(-wanted_len // config.block_size)
+        hot_bytes = min(hot_bytes, most_blocks * block_bytes)
+    if hot_bytes > free_device_bytes:
+        raise ConfigError(
+            f"hot_gib {hot_bytes / GIB:.3f} is more than the {free_device_bytes / GIB:.3f} GiB "
+            f"free on the {device} beside the weights ({weights_bytes / GIB:.3f} GiB)"
+        )
+    device_blocks = hot_bytes // block_bytes
+    if config.max_model_len is None:
+        needed_blocks = max(2, -(-min(256, wanted_len) // config.block_size))
+    else:
+        needed_blocks = max(2, -(-wanted_len // config.block_size))
+    if device_blocks < needed_blocks:
+        raise ConfigError(
+            f"the hot tier of {hot_bytes / GIB:.4f} GiB holds {device_blocks} KV blocks of "
+            f"{block_bytes} bytes, but one request needs {needed_blocks}; "
+            f"give hot_gib {_round_up(needed_blocks * block_bytes / GIB)} or more"
+        )
+    slot_bytes = slot_bytes_for(block_bytes)
+    host_slots = int(config.host_gib * GIB) // slot_bytes
+    if config.host_gib > 0 and host_slots < 1:
+        raise ConfigError(
+            f"host_gib {config.host_gib} holds no KV block of {slot_bytes} bytes; "
+            f"give {_round_up(slot_bytes / GIB)} or more, or 0 for no host tier"
+        )
+    if config.disk_gib > 0:
+        if int(config.disk_gib * GIB) < 4 * slot_bytes:
+            raise ConfigError(
+                f"disk_gib {config.disk_gib} is too small for KV blocks of {slot_bytes} bytes; "
+                f"give {_round_up(4 * slot_bytes / GIB)} or more, or 0 for no disk tier"
+            )
+        host_slots = max(host_slots, _STAGING_SLOTS)
+    free_host_bytes = available_host_bytes() - (hot_bytes if device == "cpu" else 0)
+    if host_slots * slot_bytes > free_host_bytes:
+        raise ConfigError(
+            f"the host tier would take {host_slots * slot_bytes / GIB:.3f} GiB but "
+            f"{max(0, free_host_bytes) / GIB:.3f} GiB of host memory are free; give less host_gib"
+        )
+    return Budget(
+        weights_bytes=weights_bytes,
+        block_bytes=block_bytes,
+        block_size=config.block_size,
+        device_blocks=device_blocks,
+        host_slots=host_slots,
+        disk_bytes=int(config.disk_gib * GIB),
+        max_model_len=min(wanted_len, device_blocks * config.block_size),
+    )
+
+
+def available_host_bytes() -> int:
+    """Memory that can be taken now: of the machine, within the container's limit."""
+    available: int = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return available
+
+
+def _round_up(gib: float) -> float:
+    """Three significant decimals, never below `gib`."""
+    scale = 10_000
+    return -int(-gib * scale // 1) / scale

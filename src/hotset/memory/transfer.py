@@ -1,0 +1,377 @@
+"""Moving blocks between the device, host memory and the tier below it."""
+
+import queue
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from hotset.errors import OutOfBlocksError
+from hotset.memory.arena import HostArena
+from hotset.memory.host_tier import HostTier
+from hotset.memory.kv_cache import EndedTransfer
+from hotset.memory.policy import Rates
+from hotset.memory.tier import CompletionStatus, Tier
+from hotset.metrics import Metrics
+
+_DISK_RATE_WINDOW_S = 0.25
+
+
+class Copier(Protocol):
+    """Copies blocks between the device pool and host slots, beside the model's steps."""
+
+    def submit(self, pairs: Sequence[tuple[int, int]], *, to_host: bool) -> int:
+        """Start copying all (block, host slot) pairs one way; returns an id."""
+        ...
+
+    def poll(self) -> list[tuple[int, float]]:
+        """Ids that ended since the last call, with the seconds each took."""
+        ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until something can be polled, or `timeout_s` has passed."""
+        ...
+
+    def close(self) -> None:
+        """Finish what was submitted and release the resources."""
+        ...
+
+
+class ThreadCopier:
+    """Copies with one thread, for a device pool in CPU memory. numpy copies without the GIL."""
+
+    def __init__(self, device: np.ndarray, host: np.ndarray) -> None:
+        self._device = device
+        self._host = host[:, : device.shape[1]]
+        self._jobs: queue.SimpleQueue[tuple[int, list[tuple[int, int]], bool] | None]
+        self._jobs = queue.SimpleQueue()
+        self._ended: deque[tuple[int, float]] = deque()
+        self._something_ended = threading.Event()
+        self._next_id = 0
+        self._thread = threading.Thread(target=self._run, name="hotset-copy", daemon=True)
+        self._thread.start()
+
+    def submit(self, pairs: Sequence[tuple[int, int]], *, to_host: bool) -> int:
+        """Queue a batch; batches run in order."""
+        self._next_id += 1
+        self._jobs.put((self._next_id, list(pairs), to_host))
+        return self._next_id
+
+    def poll(self) -> list[tuple[int, float]]:
+        """Ids that ended since the last call, with the seconds each took."""
+        self._something_ended.clear()
+        return [self._ended.popleft() for _ in range(len(self._ended))]
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until something can be polled, or `timeout_s` has passed."""
+        self._something_ended.wait(timeout_s)
+
+    def close(self) -> None:
+        """Finish the queued batches and end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            copy_id, pairs, to_host = job
+            start_s = time.perf_counter()
+            for block, slot in pairs:
+                if to_host:
+                    self._host[slot] = self._device[block]
+                else:
+                    self._device[block] = self._host[slot]
+            self._ended.append((copy_id, time.perf_counter() - start_s))
+            self._something_ended.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A submitted batch: (key, block) pairs, all in one direction."""
+
+    entries: list[tuple[bytes, int]]
+    to_host: bool
+
+
+class TierStack:
+    """Host memory and, below it, at most one more tier; implements `kv_cache.ColderTiers`.
+
+    Payloads pass through host slots both ways: device -> host -> disk as each step ends, and
+    disk -> host -> device on a fetch. So a slow or hanging disk holds host slots only, never a
+    device copy. All methods are called from the engine thread; `flush` once a step submits what
+    was asked for since the last one as one batch a direction.
+    """
+
+    def __init__(
+        self,
+        host: HostTier,
+        arena: HostArena,
+        copier: Copier,
+        *,
+        block_bytes: int,
+        rates: Rates,
+        metrics: Metrics,
+        below: Tier | None = None,
+    ) -> None:
+        self.host = host
+        self.below = below
+        self._arena = arena
+        self._copier = copier
+        self._block_bytes = block_bytes
+        self._rates = rates
+        self._metrics = metrics
+        self._private: dict[bytes, bool] = {}  # key -> dropped while it was in use
+        self._to_copy_down: list[tuple[bytes, int]] = []
+        self._to_copy_up: list[tuple[bytes, int]] = []
+        self._copies: dict[int, _Copy] = {}
+        self._waiting: dict[bytes, list[int]] = {}  # filling key -> blocks that want it
+        self._reads: dict[int, bytes] = {}  # transfer id of `below` -> key
+        self._reading: set[bytes] = set()
+        self._late: set[bytes] = set()  # being read past the deadline: as good as not there
+        self._writes: dict[int, bytes] = {}
+        self._ended: list[EndedTransfer] = []
+        self._num_fetching = 0
+        self._read_window_start_s = 0.0
+        self._read_window_bytes = 0
+
+    def measure_rates(self, *, num_blocks: int) -> None:
+        """Copy `num_blocks` blocks and payloads each way and note the rates. Before any use.
+
+        The content of the device blocks stays as it was; what is written below is evicted as
+        any other payload nobody asks for.
+        """
+        block_ids = range(num_blocks)
+        keys = [secrets.token_bytes(16) for _ in block_ids]
+        for to_host in (True, False):
+            pairs = [(block, block) for block in block_ids]
+            self._copier.submit(pairs, to_host=to_host)
+            while not (ended := self._copier.poll()):
+                self._copier.wait(1.0)
+            num_bytes = num_blocks * self._block_bytes
+            if not to_host:
+                self._rates.observe_link("host", num_bytes, ended[0][1])
+        if self.below is None:
+            return
+        for read in (False, True):
+            start_s = time.perf_counter()
+            pending = {
+                self.below.submit_read(key, self._arena.view(slot))
+                if read
+                else self.below.submit_write(key, self._arena.view(slot))
+                for slot, key in enumerate(keys)
+            }
+            pending.discard(None)
+            while pending:
+                self.below.wait(1.0)
+                for completion in self.below.poll():
+                    if completion.status is not CompletionStatus.LATE:
+                        pending.discard(completion.transfer_id)
+        seconds = time.perf_counter() - start_s
+        self._rates.observe_link(self.below.name, len(keys) * self._block_bytes, seconds)
+
+    def locate(self, key: bytes) -> str | None:
+        """Name of the fastest tier that has the payload of `key`, or will shortly."""
+        if self.host.is_ready(key):
+            return "host"
+        if key in self._late:
+            return None
+        if self.host.is_filling(key):
+            return self.below.name if self.below and key in self._reading else "host"
+        if self.below is not None and self.below.contains(key):
+            return self.below.name
+        return None
+
+    def spill(self, key: bytes, block: int, *, private: bool = False) -> bool:
+        """Copy `block` down with the next `flush`; False where host memory has no room."""
+        if key in self._late:
+            return False
+        try:
+            self.host.reserve(key)
+        except OutOfBlocksError:
+            self._metrics.faults["host_full"] += 1
+            return False
+        if private:
+            self._private[key] = False
+        self._to_copy_down.append((key, block))
+        return True
+
+    def fetch(self, key: bytes, block: int) -> None:
+        """Copy the payload of `key` into `block`, from wherever it is; `poll` tells the end."""
+        self._num_fetching += 1
+        if self.host.is_ready(key):
+            self.host.pin(key)
+            self._to_copy_up.append((key, block))
+        elif self.host.is_filling(key) or self.stage(key):
+            self._waiting.setdefault(key, []).append(block)
+        else:
+            self._end_fetch(key, block, ok=False)
+
+    def stage(self, key: bytes) -> bool:
+        """Start bringing `key` from the tier below into host memory, ahead of a fetch."""
+        if self.below is None or not self.below.contains(key):
+            return False
+        try:
+            slot = self.host.reserve(key)
+        except OutOfBlocksError:
+            return False
+        if not self._reads:
+            self._read_window_start_s = time.perf_counter()
+            self._read_window_bytes = 0
+        self._reads[self.below.submit_read(key, self._arena.view(slot))] = key
+        self._reading.add(key)
+        return True
+
+    def drop(self, key: bytes) -> None:
+        """Forget a private payload, at once or as soon as no copy uses it."""
+        if key in self._private:
+            self._private[key] = True
+            self._discard_if_dropped(key)
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """Mark payloads as just used, in host memory and below."""
+        keys = list(keys)
+        for key in keys:
+            self.host.touch(key)
+        if self.below is not None:
+            self.below.touch(keys)
+
+    def queued_fetch_bytes(self) -> int:
+        """Bytes asked for by `fetch` that have not arrived."""
+        return self._num_fetching * self._block_bytes
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether copies, reads or writes are under way."""
+        return bool(
+            self._to_copy_down
+            or self._to_copy_up
+            or self._copies
+            or self._reads
+            or self._writes
+            or self._ended
+        )
+
+    def flush(self) -> None:
+        """Submit the copies asked for since the last call."""
+        for entries, to_host in ((self._to_copy_down, True), (self._to_copy_up, False)):
+            if entries:
+                pairs = [(block, self.host.slot_of(key)) for key, block in entries]
+                copy_id = self._copier.submit(pairs, to_host=to_host)
+                self._copies[copy_id] = _Copy(list(entries), to_host)
+                entries.clear()
+
+    def poll(self) -> list[EndedTransfer]:
+        """What ended since the last call: spills, and fetches with their outcome."""
+        if self.below is not None:
+            self._poll_below(self.below)
+        for copy_id, seconds in self._copier.poll():
+            self._end_copy(self._copies.pop(copy_id), seconds)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until something may have ended, or `timeout_s` has passed."""
+        if self._copies or self.below is None:
+            self._copier.wait(timeout_s)
+        else:
+            self.below.wait(timeout_s)
+
+    def close(self) -> None:
+        """End the copies, then the tier below."""
+        self._copier.close()
+        if self.below is not None:
+            self.below.close()
+
+    def _end_copy(self, copy: _Copy, seconds: float) -> None:
+        num_bytes = len(copy.entries) * self._block_bytes
+        if copy.to_host:
+            self._metrics.moved_bytes["device>host"] += num_bytes
+            for key, block in copy.entries:
+                self._ended.append(EndedTransfer(key, block, is_fetch=False, ok=True))
+                self._become_ready(key)
+                self._write_below(key)
+                self._discard_if_dropped(key)
+        else:
+            self._metrics.moved_bytes["host>device"] += num_bytes
+            self._rates.observe_link("host", num_bytes, seconds)
+            for key, block in copy.entries:
+                self.host.unpin(key)
+                self._end_fetch(key, block, ok=True)
+                self._discard_if_dropped(key)
+
+    def _become_ready(self, key: bytes) -> None:
+        """A host slot is filled: start the fetches that waited for it."""
+        self.host.commit(key)
+        for block in self._waiting.pop(key, ()):
+            self.host.pin(key)
+            self._to_copy_up.append((key, block))
+
+    def _write_below(self, key: bytes) -> None:
+        if self.below is None or key in self._private or self.below.contains(key):
+            return
+        slot = self.host.pin(key)
+        transfer_id = self.below.submit_write(key, self._arena.view(slot))
+        if transfer_id is None:
+            self.host.unpin(key)
+        else:
+            self._writes[transfer_id] = key
+
+    def _poll_below(self, below: Tier) -> None:
+        for completion in below.poll():
+            transfer_id, key = completion.transfer_id, completion.key
+            if completion.status is CompletionStatus.LATE:
+                # The slot stays with the tier until the read really ends; nobody waits for it.
+                self._late.add(key)
+                self._fail_waiting(key)
+            elif transfer_id in self._writes:
+                self.host.unpin(self._writes.pop(transfer_id))
+                if completion.status is CompletionStatus.OK:
+                    self._metrics.moved_bytes[f"host>{below.name}"] += self._block_bytes
+            else:
+                del self._reads[transfer_id]
+                self._reading.discard(key)
+                self._late.discard(key)
+                if completion.status is CompletionStatus.OK:
+                    self._metrics.moved_bytes[f"{below.name}>host"] += self._block_bytes
+                    self._observe_read(below.name)
+                    self._become_ready(key)
+                else:
+                    self.host.abandon(key)
+                    self._fail_waiting(key)
+        for kind, count in below.usage().faults.items():
+            self._metrics.faults[kind] = count
+
+    def _observe_read(self, name: str) -> None:
+        self._read_window_bytes += self._block_bytes
+        seconds = time.perf_counter() - self._read_window_start_s
+        if not self._reads or seconds > _DISK_RATE_WINDOW_S:
+            self._rates.observe_link(name, self._read_window_bytes, seconds)
+            self._read_window_start_s = time.perf_counter()
+            self._read_window_bytes = 0
+
+    def _fail_waiting(self, key: bytes) -> None:
+        for block in self._waiting.pop(key, ()):
+            self._end_fetch(key, block, ok=False)
+
+    def _end_fetch(self, key: bytes, block: int, *, ok: bool) -> None:
+        self._num_fetching -= 1
+        self._ended.append(EndedTransfer(key, block, is_fetch=True, ok=ok))
+
+    def _discard_if_dropped(self, key: bytes) -> None:
+        if self._private.get(key, False) and not self.host.is_in_use(key):
+            self.host.discard(key)
+            del self._private[key]
+
+    def check(self) -> None:
+        """Assert that the host tier is consistent and that every filling slot is being filled."""
+        self.host.check()
+        filling = {key for key, _ in self._to_copy_down} | set(self._reads.values())
+        for copy in self._copies.values():
+            if copy.to_host:
+                filling |= {key for key, _ in copy.entries}
+        assert filling == self.host.filling_keys(), "a host slot waits for nothing"
+        assert self._waiting.keys() <= filling, "a fetch waits for nothing"
