@@ -74,6 +74,14 @@ class SamplingParams:
         )
 
 
+def output_id(request_id: str, index: int) -> str:
+    """Id of the `Request` that makes output `index` of the `n` outputs of `request_id`.
+
+    A `request_id` given by a user must not contain `#`.
+    """
+    return f"{request_id}#{index}" if index else request_id
+
+
 class RequestStatus(Enum):
     """Where a request is in its life. FINISHED is the only state without a way out."""
 
@@ -157,6 +165,12 @@ class Request:
     def order(self) -> tuple[int, float]:
         """Sort key: who runs first. The greatest is preempted first."""
         return (self.priority, self.arrival_s)
+
+    @property
+    def output_index(self) -> tuple[str, int]:
+        """The id the user knows, and which of its `n` outputs this is (see `output_id`)."""
+        parent_id, mark, index = self.request_id.rpartition("#")
+        return (parent_id, int(index)) if mark else (self.request_id, 0)
 
     @property
     def output_ids(self) -> list[int]:
