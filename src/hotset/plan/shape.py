@@ -1,0 +1,437 @@
+"""What a model weighs: parameters and KV bytes, exactly, from the facts of its config.json.
+
+`families.py` builds a `ModelShape` from a config; here are the data types and the byte counts.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+from hotset.errors import PlanError
+
+# Bits one matrix element takes, with the scales its format stores beside it.
+WEIGHT_BITS = {
+    "fp32": 32.0,
+    "bf16": 16.0,
+    "fp16": 16.0,
+    "fp8": 8.0,  # one scale a tensor or channel: less than 0.02 %, not counted
+    "fp8_block": 8.0 + 32 / 128**2,  # a float32 scale for 128 x 128 elements (DeepSeek-V3)
+    "int8": 8.0,
+    "mxfp4": 4.0 + 8 / 32,  # an 8-bit scale for 32 elements
+    "nvfp4": 4.0 + 8 / 16,  # an FP8 scale for 16 elements
+    "int4": 4.0 + (16 + 4) / 128,  # AWQ and GPTQ: 16-bit scale, 4-bit zero for 128 elements
+}
+
+# Bytes one KV element takes. fp8_ds_mla is a layout of MLA alone, see `Attention.token_bytes`.
+KV_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "fp8_ds_mla": 1.0}
+
+STATE_BYTES = 4  # recurrent state is kept in float32
+CONV_STATE_BYTES = 2
+
+
+class Kind(Enum):
+    """How a layer remembers earlier tokens."""
+
+    FULL = "full"  # a key and a value for every token
+    SLIDING = "sliding"  # for the last `window` tokens
+    CHUNKED = "chunked"  # for the tokens of the current chunk, at most `window`
+    MLA = "mla"  # one latent for every token
+    RECURRENT = "recurrent"  # a state of fixed size: linear attention, state space, convolution
+    SHARED = "shared"  # reads the cache of an earlier layer
+    NONE = "none"  # no attention at all
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """Parameter counts: `matrix` ones may be quantised, `vector` ones (norms, biases) never are."""
+
+    matrix: int = 0
+    vector: int = 0
+
+    def __add__(self, other: "Params") -> "Params":
+        return Params(self.matrix + other.matrix, self.vector + other.vector)
+
+    def __mul__(self, times: int) -> "Params":
+        return Params(self.matrix * times, self.vector * times)
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return self.matrix + self.vector
+
+    def bytes(self, dtype: str, plain_dtype: str) -> int:
+        """Bytes with matrices in `dtype` and vectors in `plain_dtype`, rounded up."""
+        bits = self.matrix * WEIGHT_BITS[dtype] + self.vector * WEIGHT_BITS[plain_dtype]
+        return math.ceil(bits / 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The attention, or what stands in its place, of one layer.
+
+    Attributes:
+        kind: see `Kind`.
+        params: its own weights, without the norms around it.
+        replicated_params: of those, what every tensor-parallel rank holds in full (the
+            down-projections of MLA).
+        num_heads: query heads.
+        num_kv_heads: key/value heads as cached; 1 for MLA.
+        qk_dim: width of a cached key, or of the latent with its rotary part.
+        v_dim: width of a cached value; 0 for MLA, whose latent serves as both.
+        score_dim: width of one query-key product as decode computes it.
+        mix_dim: width of one weighted sum as decode computes it.
+        prefill_dims: score and mix width together, as prefill computes it.
+        window: most tokens the layer looks at; None looks at all.
+        index_dim: width of a sparse-attention indexer's key, cached beside the latent.
+        state_elements: float32 elements of recurrent state a sequence.
+        conv_elements: 16-bit elements of convolution state a sequence.
+    """
+
+    kind: Kind
+    params: Params = field(default_factory=Params)
+    replicated_params: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    qk_dim: int = 0
+    v_dim: int = 0
+    score_dim: int = 0
+    mix_dim: int = 0
+    prefill_dims: int = 0
+    window: int | None = None
+    index_dim: int = 0
+    state_elements: int = 0
+    conv_elements: int = 0
+
+    def token_bytes(self, kv_dtype: str) -> float:
+        """Bytes one cached token takes in this layer; 0 where the layer keeps none of its own."""
+        if self.kind in (Kind.RECURRENT, Kind.SHARED, Kind.NONE):
+            return 0.0
+        element_bytes = KV_BYTES[kv_dtype]
+        if kv_dtype == "fp8_ds_mla":
+            if self.kind is not Kind.MLA:
+                raise PlanError(
+                    "KV dtype fp8_ds_mla is a layout for MLA only; use --kv fp8 for this model"
+                )
+            # FP8 latent, a float32 scale for each 128 of it, rotary part in bf16 (vLLM, FlashMLA).
+            latent_dim, rope_dim = self.mix_dim, self.qk_dim - self.mix_dim
+            return latent_dim + 4 * (latent_dim // 128) + 2 * rope_dim + self.index_dim
+        elements = self.num_kv_heads * (self.qk_dim + self.v_dim) + self.index_dim
+        return elements * element_bytes
+
+    def cached_tokens(self, context: float) -> float:
+        """How many of `context` tokens this layer keeps."""
+        return context if self.window is None else min(context, self.window)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state a sequence has in this layer, whatever its length."""
+        return self.state_elements * STATE_BYTES + self.conv_elements * CONV_STATE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer.
+
+    Attributes:
+        attention: its attention.
+        mlp: the dense MLP, or the shared expert of an MoE layer.
+        norms: everything else that is small: norms, gates, scalars.
+        router: of an MoE layer.
+        expert: one routed expert of it.
+        num_experts: routed experts, 0 for a dense layer.
+        top_k_experts: of which a token uses so many.
+    """
+
+    attention: Attention
+    mlp: Params = field(default_factory=Params)
+    norms: Params = field(default_factory=Params)
+    router: Params = field(default_factory=Params)
+    expert: Params = field(default_factory=Params)
+    num_experts: int = 0
+    top_k_experts: int = 0
+
+    @property
+    def dense(self) -> Params:
+        """All that every token reads."""
+        return self.attention.params + self.mlp + self.norms + self.router
+
+    @property
+    def num_kernels(self) -> int:
+        """Kernels one decode step launches for this layer in a fused engine, collectives apart.
+
+        Counted over the operations of a layer: norm, QKV, rotary and cache write, attention,
+        output, norm, gate and up, activation, down are 9; MLA needs 5 more (two down-projections
+        and their norm, absorption before and after), a routed MLP 7 more than a dense one (router,
+        top-k, sort, two quantise or gather steps, combine, scale) and a shared expert 3.
+        """
+        kernels = 2  # the norms
+        kernels += {Kind.NONE: 0, Kind.MLA: 9, Kind.RECURRENT: 6}.get(self.attention.kind, 4)
+        if self.num_experts:
+            kernels += 10 + (3 if self.mlp.count else 0)
+        elif self.mlp.count:
+            kernels += 3
+        return kernels
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model as bytes: what its weights and its users' KV take.
+
+    Attributes:
+        name: as the user called it.
+        model_type: of the config.
+        hidden_size: width of the residual stream.
+        vocab_size: of the head.
+        layers: in order.
+        embedding: input embeddings; held, but one row a token is read.
+        head: output projection; empty when tied to the embedding, which is then read instead.
+        other: final norm and the like.
+        plain_dtype: of what is not quantised, and of everything in an unquantised checkpoint.
+        quantised: dtype by part (`attention`, `mlp`, `expert`) as the checkpoint stores it.
+        expert_groups: routing groups and how many of them a token may use, where limited.
+        max_context: longest context the config allows, None where it does not say.
+        source: where the config came from.
+    """
+
+    name: str
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    layers: tuple[Layer, ...]
+    embedding: Params
+    head: Params
+    other: Params
+    plain_dtype: str = "bf16"
+    quantised: dict[str, str] = field(default_factory=dict)
+    expert_groups: tuple[int, int] | None = None
+    max_context: int | None = None
+    source: str = ""
+
+    def with_weights(self, dtype: str) -> "ModelShape":
+        """The same model with the matrices of attention, MLP and experts stored as `dtype`.
+
+        Embeddings, head, router, norms and biases stay 16-bit, as quantised checkpoints keep them.
+        A 16- or 32-bit `dtype` is that of everything.
+        """
+        if dtype not in WEIGHT_BITS:
+            raise PlanError(
+                f"weights dtype {dtype!r} is unknown; use one of {', '.join(WEIGHT_BITS)}"
+            )
+        wide = WEIGHT_BITS[dtype] >= 16
+        plain = dtype if wide else ("fp16" if self.plain_dtype == "fp16" else "bf16")
+        parts = {} if wide else dict.fromkeys(("attention", "mlp", "expert"), dtype)
+        return ModelShape(
+            **{**self._fields(), "plain_dtype": plain, "quantised": parts},  # type: ignore[arg-type]
+        )
+
+    def _fields(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    # -- parameters ---------------------------------------------------------------------------
+
+    @cached_property
+    def total_params(self) -> int:
+        """All parameters; a tied head counts once."""
+        return self.dense_params + self.expert_params
+
+    @cached_property
+    def dense_params(self) -> int:
+        """All but the routed experts."""
+        own = self.embedding + self.head + self.other
+        return own.count + sum(layer.dense.count for layer in self.layers)
+
+    @cached_property
+    def expert_params(self) -> int:
+        """Routed experts of all layers."""
+        return sum(layer.expert.count * layer.num_experts for layer in self.layers)
+
+    @cached_property
+    def active_params(self) -> int:
+        """Parameters one token uses: all dense ones and its top-k experts of each layer."""
+        routed = sum(layer.expert.count * layer.top_k_experts for layer in self.layers)
+        return self.dense_params + routed
+
+    @cached_property
+    def matmul_params(self) -> int:
+        """Active parameters a token is multiplied with, two operations each.
+
+        Of the two vocabulary matrices that is the head only: embeddings are looked up.
+        """
+        return self.active_params - (self.embedding.count if self.head.count else 0)
+
+    # -- weight bytes -------------------------------------------------------------------------
+
+    def part_bytes(self, part: str, params: Params) -> int:
+        """Bytes of `params` as `part` (`attention`, `mlp`, `expert`, else plain) is stored."""
+        return params.bytes(self.quantised.get(part, self.plain_dtype), self.plain_dtype)
+
+    def layer_dense_bytes(self, layer: Layer) -> int:
+        """Bytes of a layer without its routed experts."""
+        return (
+            self.part_bytes("attention", layer.attention.params)
+            + self.part_bytes("mlp", layer.mlp)
+            + self.part_bytes("plain", layer.norms + layer.router)
+        )
+
+    def layer_expert_bytes(self, layer: Layer) -> int:
+        """Bytes of one routed expert of a layer."""
+        return self.part_bytes("expert", layer.expert)
+
+    @cached_property
+    def embedding_bytes(self) -> int:
+        """Bytes of the input embeddings."""
+        return self.part_bytes("plain", self.embedding)
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        """Bytes of everything but the routed experts."""
+        own = self.part_bytes("plain", self.embedding + self.head + self.other)
+        return own + sum(self.layer_dense_bytes(layer) for layer in self.layers)
+
+    @cached_property
+    def experts_bytes(self) -> int:
+        """Bytes of all routed experts."""
+        return sum(self.layer_expert_bytes(layer) * layer.num_experts for layer in self.layers)
+
+    @cached_property
+    def expert_bytes_each(self) -> int:
+        """Bytes of one routed expert of one layer (the largest where they differ); 0 if none."""
+        return max((self.layer_expert_bytes(layer) for layer in self.layers), default=0)
+
+    @cached_property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights, once."""
+        return self.dense_bytes + self.experts_bytes
+
+    @cached_property
+    def replicated_bytes(self) -> int:
+        """Bytes every tensor-parallel rank holds in full: down-projections, routers, norms."""
+        return sum(
+            self.part_bytes("attention", Params(layer.attention.replicated_params))
+            + self.part_bytes("plain", layer.norms + layer.router)
+            for layer in self.layers
+        )
+
+    # -- experts ------------------------------------------------------------------------------
+
+    @cached_property
+    def moe_layers(self) -> tuple[Layer, ...]:
+        """The layers with routed experts."""
+        return tuple(layer for layer in self.layers if layer.num_experts)
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of an MoE layer (the most, where layers differ); 0 for a dense model."""
+        return max((layer.num_experts for layer in self.layers), default=0)
+
+    @property
+    def top_k_experts(self) -> int:
+        """Experts a token uses in an MoE layer."""
+        return max((layer.top_k_experts for layer in self.layers), default=0)
+
+    @property
+    def expert_dtype(self) -> str:
+        """How routed experts are stored."""
+        return self.quantised.get("expert", self.plain_dtype)
+
+    @property
+    def matrix_dtype(self) -> str:
+        """How the matrices that do most of the work are stored."""
+        part = "expert" if self.moe_layers else "mlp"
+        return self.quantised.get(part, self.plain_dtype)
+
+    # -- KV -----------------------------------------------------------------------------------
+
+    def kv_bytes_per_token(self, kv_dtype: str) -> int:
+        """Bytes each further token adds for one user once every window is full."""
+        return math.ceil(
+            sum(a.token_bytes(kv_dtype) for a in self._attentions(Kind.FULL, Kind.MLA))
+        )
+
+    def kv_bytes_per_early_token(self, kv_dtype: str) -> int:
+        """Bytes a token adds while it is inside every window: all layers that cache."""
+        return math.ceil(sum(a.token_bytes(kv_dtype) for a in self._attentions(*Kind)))
+
+    def kv_bytes(
+        self, context: float, kv_dtype: str, *, block_size: int = 1, hold_windows: bool = True
+    ) -> int:
+        """Bytes one user of `context` tokens keeps, one copy.
+
+        Args:
+            context: tokens of prompt and answer so far.
+            kv_dtype: key of `KV_BYTES`.
+            block_size: the context is rounded up to whole blocks of so many tokens.
+            hold_windows: whether the engine frees what a window has left behind; False holds every
+                token in every layer, as engines without a hybrid allocator do.
+        """
+        rounded = math.ceil(context / block_size) * block_size
+        total = 0.0
+        for attention in self._attentions(*Kind):
+            held = attention.cached_tokens(rounded) if hold_windows else rounded
+            total += held * attention.token_bytes(kv_dtype) + attention.state_bytes
+        return math.ceil(total)
+
+    def kv_read_bytes(self, context: float, kv_dtype: str) -> float:
+        """Bytes one decode step reads for one user: a SHARED layer reads what another keeps."""
+        attentions = self._attentions(*Kind)
+        total = 0.0
+        for index, attention in enumerate(attentions):
+            owner = attention
+            if attention.kind is Kind.SHARED:
+                owner = next(
+                    a
+                    for a in reversed(attentions[:index])
+                    if a.kind is not Kind.SHARED and a.window == attention.window
+                )
+            # State is read and written back.
+            total += owner.cached_tokens(context) * owner.token_bytes(kv_dtype)
+            total += 2 * attention.state_bytes
+        return total
+
+    def attention_flops_per_token(self, context: float) -> float:
+        """Operations one decoded token spends on scores and weighted sums."""
+        return sum(
+            2 * a.cached_tokens(context) * a.num_heads * (a.score_dim + a.mix_dim)
+            + 4 * a.state_elements
+            for a in self._attentions(*Kind)
+        )
+
+    def prefill_attention_flops(self, new_tokens: float, past_tokens: float = 0.0) -> float:
+        """Operations that causal attention spends on `new_tokens` after `past_tokens`."""
+        total = 0.0
+        for a in self._attentions(*Kind):
+            # Token i of the new ones sees past + i tokens, at most a window of them.
+            first, last = past_tokens, past_tokens + new_tokens
+            pairs = (last**2 - first**2) / 2
+            if a.window is not None and last > a.window:
+                within = max(0.0, a.window - first)
+                pairs = (first + within / 2) * within + a.window * (new_tokens - within)
+            total += 2 * pairs * a.num_heads * a.prefill_dims + 4 * a.state_elements * new_tokens
+        return total
+
+    @property
+    def min_kv_heads(self) -> int:
+        """Fewest cached heads of any layer that caches: tensor parallelism beyond it copies KV."""
+        heads = [a.num_kv_heads for a in self._attentions(*Kind) if a.num_kv_heads]
+        return min(heads, default=1)
+
+    @property
+    def is_mla(self) -> bool:
+        """Whether KV is a latent that each tensor-parallel rank holds whole."""
+        return any(a.kind is Kind.MLA for a in self._attentions(*Kind))
+
+    @property
+    def num_heads(self) -> tuple[int, ...]:
+        """The distinct counts of query heads."""
+        return tuple(sorted({a.num_heads for a in self._attentions(*Kind) if a.num_heads}))
+
+    def kinds(self) -> dict[str, int]:
+        """How many layers there are of each kind of attention."""
+        counts: dict[str, int] = {}
+        for attention in self._attentions(*Kind):
+            counts[attention.kind.value] = counts.get(attention.kind.value, 0) + 1
+        return counts
+
+    def _attentions(self, *kinds: Kind) -> list[Attention]:
+        return [layer.attention for layer in self.layers if layer.attention.kind in kinds]
