@@ -1,0 +1,81 @@
+"""Tiny random models of real architectures, built from their transformers configs."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+_COMMON = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+# What each family adds: the attention of the architecture in small.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-mha": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama-mqa": {"model_type": "llama", "num_key_value_heads": 1},
+    "mistral": {"sliding_window": 12},
+    "qwen3": {},
+    "gemma2": {
+        "sliding_window": 12,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 5.0,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma3_text": {
+        "sliding_window": 12,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gpt_oss": {
+        "sliding_window": 12,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32,
+    },
+}
+
+
+def make_config(family: str, **changes: Any) -> Any:
+    """The transformers config of a tiny model of `family`."""
+    values = {**_COMMON, "model_type": family, **FAMILIES[family], **changes}
+    return AutoConfig.for_model(**values)
+
+
+def make_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A tiny float32 model of `family` with random weights, large enough to vary its output."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(make_config(family, **changes), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+            elif "sinks" in name:
+                parameter.normal_(0, 1.0)
+    return model.eval()
