@@ -12,19 +12,28 @@ from hotset.config import EngineConfig
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
 from hotset.errors import ConfigError, RequestError
-from hotset.memory.arena import DeviceArena, HostArena, slot_bytes_for
+from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.block_pool import BlockPool
 from hotset.memory.budget import available_host_bytes, make_budget
 from hotset.memory.disk import DiskTier
 from hotset.memory.host_tier import HostTier
 from hotset.memory.kv_cache import KVCache
 from hotset.memory.policy import PrefixPolicy, Rates
+from hotset.memory.slab import slot_bytes_for
 from hotset.memory.transfer import ThreadCopier, TierStack
 from hotset.metrics import Metrics
 from hotset.model.loader import LoadedModel
 from hotset.model.runner import ModelRunner, inspect_model
 from hotset.model.sampler import Sampler
-from hotset.request import FinishReason, Request, RequestOutput, SamplingParams, StepItem, StepPlan
+from hotset.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    StepItem,
+    StepPlan,
+    output_id,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -141,15 +150,15 @@ class Engine:
                 f"{self.max_model_len} with at least one left to generate"
             )
         request_id = request_id or f"request-{next(self._ids)}"
-        if request_id in self._requests:
-            raise RequestError(f"request id {request_id!r} is in use")
+        if "#" in request_id or request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use or has a '#' in it")
         self._sampler.validate(params)
         max_total = self.max_model_len
         if params.max_tokens is not None:
             max_total = min(max_total, len(token_ids) + params.max_tokens)
         requests = [
             Request(
-                request_id=request_id if i == 0 else f"{request_id}#{i}",
+                request_id=output_id(request_id, i),
                 prompt_len=len(token_ids),
                 token_ids=list(token_ids),
                 params=params,
@@ -168,13 +177,9 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request (all its `n` outputs); its blocks are free when this returns."""
-        siblings = [
-            request
-            for request in self._requests.values()
-            if request.request_id == request_id or request.request_id.startswith(f"{request_id}#")
-        ]
-        for request in siblings:
-            self._finish(request, FinishReason.ABORT)
+        for request in list(self._requests.values()):
+            if request.output_index[0] == request_id:
+                self._finish(request, FinishReason.ABORT)
 
     def step(self) -> list[RequestOutput]:
         """Run one model step and return the outputs it produced, streamed or final."""
@@ -217,7 +222,9 @@ class Engine:
             request.token_ids.append(token_id)
             self.metrics.output_tokens += 1
             reason = self._outputs.append(request, token_id, logprob)
-            if reason is not None:
+            if request.request_id in sampled.errors:
+                self._finish(request, FinishReason.ERROR, sampled.errors[request.request_id])
+            elif reason is not None:
                 self._finish(request, reason)
 
     def _observe(self, plan: StepPlan, seconds: float) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-PAGE_BYTES = 4096
+from hotset.memory.slab import slot_bytes_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,3 @@ class HostArena:
     def view(self, slot: int) -> memoryview:
         """The bytes of one slot."""
         return self._view[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
-
-
-def slot_bytes_for(block_bytes: int) -> int:
-    """Bytes of a host slot that holds a block: whole pages, as direct disk access needs."""
-    return -(-block_bytes // PAGE_BYTES) * PAGE_BYTES

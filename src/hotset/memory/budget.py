@@ -7,7 +7,7 @@ import psutil
 
 from hotset.config import GIB, EngineConfig
 from hotset.errors import ConfigError
-from hotset.memory.arena import slot_bytes_for
+from hotset.memory.slab import slot_bytes_for
 
 # Host slots a disk tier needs below a device without a host tier, to pass payloads through.
 _STAGING_SLOTS = 64
@@ -108,7 +108,7 @@ def make_budget(
         needed_blocks = max(2, -(-wanted_len // config.block_size))
     if device_blocks < needed_blocks:
         raise ConfigError(
-            f"the hot tier of {hot_bytes / GIB:.4f} GiB holds {device_blocks} KV blocks of "
+            f"the hot tier of {hot_bytes / GIB:.6f} GiB holds {device_blocks} KV blocks of "
             f"{block_bytes} bytes, but one request needs {needed_blocks}; "
             f"give hot_gib {_round_up(needed_blocks * block_bytes / GIB)} or more"
         )
@@ -153,6 +153,6 @@ def available_host_bytes() -> int:
 
 
 def _round_up(gib: float) -> float:
-    """Three significant decimals, never below `gib`."""
-    scale = 10_000
+    """Six decimals (KiB), never below `gib`."""
+    scale = 1_000_000
     return -int(-gib * scale // 1) / scale

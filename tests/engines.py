@@ -1,0 +1,84 @@
+"""Engines over tiny models, and what transformers says they should answer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tiny_models import make_model
+
+from hotset.config import GIB, EngineConfig
+from hotset.engine.engine import Engine
+from hotset.model.loader import LoadedModel
+from hotset.request import SamplingParams
+
+
+def make_engine(
+    family: str = "llama",
+    *,
+    hot_blocks: int = 200,
+    host_blocks: int = 0,
+    disk_mib: float = 0.0,
+    block_size: int = 4,
+    seed: int = 0,
+    **changes: Any,
+) -> Engine:
+    """An engine over a tiny model, its tiers sized in blocks. The caller closes it."""
+    model = make_model(family, seed=seed)
+    config = model.config
+    head_dim = 24 if family == "deepseek_v3" else config.head_dim
+    token_bytes = 2 * config.num_key_value_heads * head_dim * 4 * config.num_hidden_layers
+    block_bytes = token_bytes * block_size
+    slot_bytes = -(-block_bytes // 4096) * 4096
+    options = {
+        "hot_gib": (hot_blocks + 0.5) * block_bytes / GIB,
+        "host_gib": (host_blocks + 0.5) * slot_bytes / GIB if host_blocks else 0.0,
+        "disk_gib": disk_mib / 1024,
+        "block_size": block_size,
+        "max_model_len": 96,
+        **changes,
+    }
+    loaded = LoadedModel(model, None, family, f"{family}-{seed}", (2,), 512)
+    engine = Engine(EngineConfig(**options), loaded)
+    assert engine.budget.device_blocks == hot_blocks
+    return engine
+
+
+def run(
+    engine: Engine,
+    prompts: list[list[int]],
+    *,
+    max_tokens: int = 12,
+    each_step: Callable[[], None] = lambda: None,
+    **params: Any,
+) -> list[list[int]]:
+    """Run all prompts at once to their end; the output tokens of each."""
+    ids = [
+        engine.add_request(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params))
+        for prompt in prompts
+    ]
+    outputs: dict[str, list[int]] = {request_id: [] for request_id in ids}
+    for _ in range(100_000):
+        if not engine.has_work:
+            break
+        for output in engine.step():
+            assert output.error is None, output.error
+            outputs[output.request_id] += output.token_ids
+        each_step()
+        engine.kv.check()
+    assert not engine.has_work, "the engine did not finish"
+    return list(outputs.values())
+
+
+def reference(
+    family: str, prompts: list[list[int]], *, max_tokens: int = 12, seed: int = 0
+) -> list[list[int]]:
+    """What `transformers` `generate` answers, greedily, prompt by prompt."""
+    model = make_model(family, seed=seed)
+    model.generation_config.eos_token_id = None
+    answers = []
+    for prompt in prompts:
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
+        )
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers

@@ -1,0 +1,263 @@
+"""The tiers with real bytes: device pool, copy thread, host memory, disk."""
+
+import itertools
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from hotset.memory.arena import DeviceArena, HostArena, LayerShape
+from hotset.memory.disk import DiskTier
+from hotset.memory.host_tier import HostTier
+from hotset.memory.policy import Rates
+from hotset.memory.transfer import ThreadCopier, TierStack
+from hotset.metrics import Metrics
+
+NUM_BLOCKS = 8
+
+
+class Rig:
+    """A device pool with a host tier of `host_slots` and, given a folder, a disk tier."""
+
+    def __init__(self, host_slots: int, folder: Path | None = None) -> None:
+        self.device = DeviceArena(
+            [LayerShape(2, 8), LayerShape(1, 24)],  # layers of unequal shape
+            num_blocks=NUM_BLOCKS,
+            block_size=4,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        self.bytes = self.device.bytes_view()
+        host_arena = HostArena(num_slots=host_slots, block_bytes=self.device.block_bytes)
+        self.metrics = Metrics()
+        self.disk = None
+        if folder is not None:
+            self.disk = DiskTier.open(
+                folder,
+                payload_bytes=host_arena.slot_bytes,
+                capacity_bytes=3 * 2**20,
+                fingerprint={"model": "test"},
+                read_deadline_s=5.0,
+                write_queue_s=5.0,
+            )
+        self.rates = Rates(1.0, {})
+        self.tiers = TierStack(
+            HostTier(host_slots),
+            host_arena,
+            ThreadCopier(self.bytes, host_arena.slots),
+            block_bytes=self.device.block_bytes,
+            rates=self.rates,
+            metrics=self.metrics,
+            below=self.disk,
+        )
+
+    def fill(self, block: int, seed: int) -> bytes:
+        """Random bytes in `block`, returned."""
+        rng = np.random.default_rng(seed)
+        self.bytes[block] = rng.integers(0, 256, self.bytes.shape[1], dtype=np.uint8)
+        return self.bytes[block].tobytes()
+
+    def settle(self) -> dict[int, bool]:
+        """Run until nothing is under way; device block -> whether its fetch was good."""
+        fetched = {}
+        while self.tiers.is_busy:
+            self.tiers.flush()
+            self.tiers.wait(0.2)
+            for ended in self.tiers.poll():
+                if ended.is_fetch:
+                    fetched[ended.block] = ended.ok
+            self.tiers.check()
+        return fetched
+
+
+def test_a_block_comes_back_from_host_memory_bit_for_bit() -> None:
+    rig = Rig(host_slots=2)
+    content = rig.fill(0, seed=1)
+    assert rig.tiers.spill(b"key", 0)
+    rig.settle()
+    rig.fill(0, seed=2)
+    rig.tiers.fetch(b"key", 5)
+    assert rig.settle() == {5: True}
+    assert rig.bytes[5].tobytes() == content
+    rig.tiers.close()
+
+
+def test_a_fetch_asked_for_while_the_spill_runs_waits_for_it() -> None:
+    rig = Rig(host_slots=2)
+    content = rig.fill(0, seed=1)
+    rig.tiers.spill(b"key", 0)
+    rig.tiers.fetch(b"key", 3)
+    assert rig.settle() == {3: True}
+    assert rig.bytes[3].tobytes() == content
+    rig.tiers.close()
+
+
+def test_blocks_pushed_out_of_host_memory_come_back_from_disk(tmp_path: Path) -> None:
+    rig = Rig(host_slots=2, folder=tmp_path)
+    contents = {}
+    for seed in range(6):
+        key = bytes([seed]) * 16
+        contents[key] = rig.fill(seed % NUM_BLOCKS, seed)
+        rig.tiers.spill(key, seed % NUM_BLOCKS)
+        rig.settle()
+    first = bytes([0]) * 16
+    assert rig.tiers.locate(first) == "disk"
+    rig.tiers.fetch(first, 7)
+    assert rig.settle() == {7: True}
+    assert rig.bytes[7].tobytes() == contents[first]
+    rig.tiers.close()
+
+    again = Rig(host_slots=2, folder=tmp_path)  # a restart finds them all
+    for key, content in contents.items():
+        assert again.tiers.locate(key) == "disk"
+        again.tiers.fetch(key, 1)
+        assert again.settle() == {1: True}
+        assert again.bytes[1].tobytes() == content
+    again.tiers.close()
+
+
+def test_a_private_payload_never_reaches_the_disk_and_is_forgotten_when_dropped(
+    tmp_path: Path,
+) -> None:
+    rig = Rig(host_slots=4, folder=tmp_path)
+    rig.fill(0, seed=1)
+    rig.tiers.spill(b"p" * 16, 0, private=True)
+    rig.tiers.drop(b"p" * 16)  # while the copy is still to be made
+    rig.settle()
+    assert rig.tiers.locate(b"p" * 16) is None
+    assert rig.tiers.host.num_used == 0
+    rig.tiers.close()
+
+
+def test_a_full_host_tier_refuses_the_spill_and_counts_it() -> None:
+    rig = Rig(host_slots=1)
+    assert rig.tiers.spill(b"a", 0)
+    assert not rig.tiers.spill(b"b", 1)  # the only slot is being filled
+    assert rig.metrics.faults["host_full"] == 1
+    rig.settle()
+    rig.tiers.close()
+
+
+def test_a_corrupt_disk_block_is_a_failed_fetch_and_never_bytes(tmp_path: Path) -> None:
+    rig = Rig(host_slots=1, folder=tmp_path)
+    for seed, key in enumerate((b"a" * 16, b"b" * 16)):
+        rig.fill(seed, seed)
+        rig.tiers.spill(key, seed)
+        rig.settle()
+    slab = tmp_path / "blocks.slab"
+    raw = bytearray(slab.read_bytes())
+    for i in range(0, len(raw), 512):
+        raw[i] ^= 0xFF
+    slab.write_bytes(raw)
+    before = rig.bytes[5].tobytes()
+    rig.tiers.fetch(b"a" * 16, 5)
+    assert rig.settle() == {5: False}
+    assert rig.bytes[5].tobytes() == before
+    assert rig.metrics.faults["disk_corrupt"] == 1
+    assert rig.tiers.locate(b"a" * 16) is None
+    rig.tiers.close()
+
+
+def test_rates_are_measured_at_start_and_leave_the_device_blocks_alone(tmp_path: Path) -> None:
+    rig = Rig(host_slots=4, folder=tmp_path)
+    content = rig.fill(0, seed=9)
+    rig.tiers.measure_rates(num_blocks=4)
+    assert rig.bytes[0].tobytes() == content
+    assert set(rig.rates.link_bytes_per_s) == {"host", "disk"}
+    assert all(rate > 0 for rate in rig.rates.link_bytes_per_s.values())
+    rig.tiers.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_under_random_traffic_every_fetch_that_ends_well_brings_the_right_bytes(
+    seed: int, tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    rig = Rig(host_slots=3, folder=tmp_path)
+    contents: dict[bytes, bytes] = {}
+    busy: dict[int, bytes] = {}  # block -> key being fetched into it, or b"" for a spill
+    good = 0
+    for i in range(400):
+        free = [block for block in range(NUM_BLOCKS) if block not in busy]
+        if free and rng.random() < 0.5:
+            block, key = rng.choice(free), i.to_bytes(16, "big")
+            contents[key] = rig.fill(block, i)
+            if rig.tiers.spill(key, block):
+                busy[block] = b""
+        elif free and contents:
+            block, key = rng.choice(free), rng.choice(list(contents))
+            if rig.tiers.locate(key) is not None:
+                rig.tiers.fetch(key, block)
+                busy[block] = key
+        rig.tiers.flush()
+        if rng.random() < 0.5:
+            rig.tiers.wait(0.002)
+        for ended in rig.tiers.poll():
+            del busy[ended.block]
+            if ended.is_fetch and ended.ok:
+                assert rig.bytes[ended.block].tobytes() == contents[ended.key]
+                good += 1
+        rig.tiers.check()
+    rig.settle()
+    assert good > 20
+    rig.tiers.close()
+
+
+class HostTierMachine(RuleBasedStateMachine):
+    """Random operations on the host slots against a plain model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = HostTier(4)
+        self.slots: dict[bytes, int] = {}
+        self.keys = itertools.count()
+
+    @rule()
+    def reserve(self) -> None:
+        key = next(self.keys).to_bytes(4, "big")
+        evictable = [k for k in self.slots if self.host.is_ready(k) and not self.host.is_in_use(k)]
+        if len(self.slots) == 4 and not evictable:
+            with pytest.raises(Exception, match="in use by transfers"):
+                self.host.reserve(key)
+            return
+        slot = self.host.reserve(key)
+        self.slots = {
+            k: s for k, s in self.slots.items() if self.host.is_ready(k) or self.host.is_filling(k)
+        }
+        assert slot not in self.slots.values()
+        self.slots[key] = slot
+
+    @precondition(lambda self: self.slots)
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.slots)))
+        if self.host.is_filling(key):
+            if data.draw(st.booleans()):
+                self.host.commit(key)
+            else:
+                self.host.abandon(key)
+                del self.slots[key]
+        elif self.host.is_in_use(key):
+            if data.draw(st.booleans()):
+                self.host.unpin(key)
+            else:
+                self.host.discard(key)  # no effect on a pinned one
+        else:
+            choice = data.draw(st.sampled_from(["pin", "touch", "discard"]))
+            getattr(self.host, choice)(key)
+            if choice == "discard":
+                del self.slots[key]
+
+    @invariant()
+    def consistent(self) -> None:
+        self.host.check()
+        assert self.host.num_used == len(self.slots)
+
+
+TestHostTierMachine = HostTierMachine.TestCase
+TestHostTierMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)

@@ -1,0 +1,69 @@
+"""Who may import what (docs/architecture.md), and which modules start without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hotset
+
+ROOT = Path(hotset.__file__).parent
+MODULES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
+
+# A package may import those below it. Plain data is at the bottom; `plan` stands beside.
+PLAIN = {"request", "config", "errors", "metrics"}
+ORDER = ["plan", "memory", "model", "engine", "llm", "batch", "bench", "demo", "server", "cli"]
+TORCH_FREE = [
+    "hotset.cli",
+    "hotset.engine.scheduler",
+    "hotset.memory.block_pool",
+    "hotset.memory.disk",
+    "hotset.memory.host_tier",
+    "hotset.memory.kv_cache",
+    "hotset.memory.policy",
+    "hotset.plan.cost",
+]
+
+
+def part_of(module: str) -> str:
+    """`hotset.memory.tier` -> `memory`, `hotset.llm` -> `llm`, `hotset` -> ``."""
+    return (module.split(".") + [""])[1]
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "hotset":
+                found |= {f"hotset.{alias.name}" for alias in node.names}
+    return {part_of(name) for name in found if name.split(".")[0] == "hotset"} - {""}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_what_is_below_it(path: Path) -> None:
+    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    imported = imports_of(path) - {"__version__", "LLM", "SamplingParams"}
+    if part in PLAIN:
+        assert imported <= PLAIN
+    elif part == "plan":
+        assert imported <= PLAIN | {"plan"}
+    else:
+        assert part in ORDER, f"give {part} a place in ORDER"
+        below = set(ORDER[: ORDER.index(part) + 1])
+        assert imported <= PLAIN | below
+
+
+def test_the_deciding_modules_do_not_import_torch() -> None:
+    code = f"""
+import sys
+for name in {TORCH_FREE!r}:
+    __import__(name)
+heavy = {{"torch", "transformers", "numpy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
