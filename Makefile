@@ -1,0 +1,37 @@
+# make test   install into .venv, then run every check and test that needs no GPU
+# make demo   install, then serve 24 users with and without the tiers, side by side (CPU, minutes)
+# make check  the same as `make test`
+
+# Any Python from 3.11 on: make PYTHON=/path/to/python3.12
+PYTHON ?= python3
+
+# What pip is asked for before everything else, so that it decides which build of torch is used.
+# On Linux the default may be the CUDA build (several GB). For a smaller one without CUDA, add the
+# index that PyTorch's install page shows for "CPU": make TORCH="torch==2.13.0 --index-url URL"
+TORCH ?= torch==2.13.0
+
+PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
+
+.PHONY: help test check demo
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+test check: .venv/installed
+	scripts/check
+
+demo: .venv/installed
+	.venv/bin/hotset demo
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: hotset needs Python 3.11 or newer; \
+	$(PYTHON) is $$($(PYTHON) --version 2>&1); give another: make PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  echo "error: $(PYTHON) cannot make virtual environments; \
+	on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "installing into .venv (once, some minutes)" >&2
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install $(TORCH)
+	@$(PIP) install --editable '.[dev]'
+	@touch $@
