@@ -128,8 +128,6 @@ class Shard:
         expert_slots: experts a layer keeps here (whole ones with ep, slices of all with tp).
         slot_bytes: bytes of one slot, over all MoE layers.
         experts_bytes: all slots.
-        kv_shards: parts a user's KV is cut into inside a group.
-        kv_copies: copies of each user's KV inside a group.
     """
 
     dense_bytes: float
@@ -137,8 +135,6 @@ class Shard:
     expert_slots: int
     slot_bytes: float
     experts_bytes: float
-    kv_shards: int
-    kv_copies: float
 
 
 def shard_model(shape: ModelShape, layout: Layout) -> Shard:
@@ -152,13 +148,10 @@ def shard_model(shape: ModelShape, layout: Layout) -> Shard:
         slots, slot_bytes = -(-shape.num_experts // ep), float(per_expert_bytes)
     else:
         slots, slot_bytes = shape.num_experts, per_expert_bytes / tp
-    kv_shards = 1 if shape.is_mla else min(tp, shape.min_kv_heads)
     return Shard(
         dense_bytes=dense,
         dense_read_bytes=dense - embedding / tp,
         expert_slots=slots,
         slot_bytes=slot_bytes,
         experts_bytes=slots * slot_bytes,
-        kv_shards=kv_shards,
-        kv_copies=tp / kv_shards,
     )

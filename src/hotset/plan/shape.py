@@ -123,6 +123,10 @@ class Attention:
         """How many of `context` tokens this layer keeps."""
         return context if self.window is None else min(context, self.window)
 
+    def shards(self, tp: int) -> int:
+        """Parts that `tp` ranks cut its cache into: whole KV heads; MLA's latent stays whole."""
+        return min(tp, self.num_kv_heads) if self.num_kv_heads else tp
+
     @property
     def state_bytes(self) -> int:
         """Bytes of state a sequence has in this layer, whatever its length."""
@@ -345,93 +349,121 @@ class ModelShape:
 
     def kv_bytes_per_token(self, kv_dtype: str) -> int:
         """Bytes each further token adds for one user once every window is full."""
+        growing = (Kind.FULL, Kind.MLA)
         return math.ceil(
-            sum(a.token_bytes(kv_dtype) for a in self._attentions(Kind.FULL, Kind.MLA))
+            sum(n * a.token_bytes(kv_dtype) for a, _, n in self.readers if a.kind in growing)
         )
 
     def kv_bytes_per_early_token(self, kv_dtype: str) -> int:
         """Bytes a token adds while it is inside every window: all layers that cache."""
-        return math.ceil(sum(a.token_bytes(kv_dtype) for a in self._attentions(*Kind)))
+        return math.ceil(sum(n * a.token_bytes(kv_dtype) for a, _, n in self.readers))
 
     def kv_bytes(
-        self, context: float, kv_dtype: str, *, block_size: int = 1, hold_windows: bool = True
+        self,
+        context: float,
+        kv_dtype: str,
+        *,
+        tp: int = 1,
+        block_size: int = 1,
+        hold_windows: bool = True,
     ) -> int:
-        """Bytes one user of `context` tokens keeps, one copy.
+        """Bytes one user of `context` tokens keeps on each of `tp` ranks.
+
+        With `tp` 1 that is one whole copy. A rank holds its share of the KV heads, at least one;
+        of MLA's latent it holds everything; of recurrent state its share.
 
         Args:
             context: tokens of prompt and answer so far.
             kv_dtype: key of `KV_BYTES`.
+            tp: tensor-parallel ranks.
             block_size: the context is rounded up to whole blocks of so many tokens.
             hold_windows: whether the engine frees what a window has left behind; False holds every
                 token in every layer, as engines without a hybrid allocator do.
         """
         rounded = math.ceil(context / block_size) * block_size
         total = 0.0
-        for attention in self._attentions(*Kind):
-            held = attention.cached_tokens(rounded) if hold_windows else rounded
-            total += held * attention.token_bytes(kv_dtype) + attention.state_bytes
+        for a, _, n in self.readers:
+            held = a.cached_tokens(rounded) if hold_windows else rounded
+            total += n * (held * a.token_bytes(kv_dtype) / a.shards(tp) + a.state_bytes / tp)
         return math.ceil(total)
 
-    def kv_read_bytes(self, context: float, kv_dtype: str) -> float:
-        """Bytes one decode step reads for one user: a SHARED layer reads what another keeps."""
-        attentions = self._attentions(*Kind)
-        total = 0.0
-        for index, attention in enumerate(attentions):
-            owner = attention
-            if attention.kind is Kind.SHARED:
-                owner = next(
-                    a
-                    for a in reversed(attentions[:index])
-                    if a.kind is not Kind.SHARED and a.window == attention.window
-                )
-            # State is read and written back.
-            total += owner.cached_tokens(context) * owner.token_bytes(kv_dtype)
-            total += 2 * attention.state_bytes
-        return total
+    def kv_read_bytes(self, context: float, kv_dtype: str, *, tp: int = 1) -> float:
+        """Bytes one decode step reads on each rank for one user; state is also written back."""
+        return sum(
+            n
+            * (
+                a.cached_tokens(context) * owner.token_bytes(kv_dtype) / owner.shards(tp)
+                + 2 * a.state_bytes / tp
+            )
+            for a, owner, n in self.readers
+        )
 
     def attention_flops_per_token(self, context: float) -> float:
-        """Operations one decoded token spends on scores and weighted sums."""
+        """Operations one decoded token spends on scores, weighted sums and state updates."""
         return sum(
-            2 * a.cached_tokens(context) * a.num_heads * (a.score_dim + a.mix_dim)
-            + 4 * a.state_elements
-            for a in self._attentions(*Kind)
+            n
+            * (
+                2 * a.cached_tokens(context) * a.num_heads * (a.score_dim + a.mix_dim)
+                + 4 * a.state_elements
+            )
+            for a, _, n in self.readers
         )
 
     def prefill_attention_flops(self, new_tokens: float, past_tokens: float = 0.0) -> float:
         """Operations that causal attention spends on `new_tokens` after `past_tokens`."""
         total = 0.0
-        for a in self._attentions(*Kind):
+        first, last = past_tokens, past_tokens + new_tokens
+        for a, _, n in self.readers:
             # Token i of the new ones sees past + i tokens, at most a window of them.
-            first, last = past_tokens, past_tokens + new_tokens
             pairs = (last**2 - first**2) / 2
             if a.window is not None and last > a.window:
                 within = max(0.0, a.window - first)
                 pairs = (first + within / 2) * within + a.window * (new_tokens - within)
-            total += 2 * pairs * a.num_heads * a.prefill_dims + 4 * a.state_elements * new_tokens
+            total += n * (
+                2 * pairs * a.num_heads * a.prefill_dims + 4 * a.state_elements * new_tokens
+            )
         return total
 
     @property
     def min_kv_heads(self) -> int:
         """Fewest cached heads of any layer that caches: tensor parallelism beyond it copies KV."""
-        heads = [a.num_kv_heads for a in self._attentions(*Kind) if a.num_kv_heads]
-        return min(heads, default=1)
+        return min((a.num_kv_heads for a, _, _ in self.readers if a.num_kv_heads), default=1)
 
     @property
     def is_mla(self) -> bool:
         """Whether KV is a latent that each tensor-parallel rank holds whole."""
-        return any(a.kind is Kind.MLA for a in self._attentions(*Kind))
+        return any(a.kind is Kind.MLA for a, _, _ in self.readers)
 
     @property
     def num_heads(self) -> tuple[int, ...]:
         """The distinct counts of query heads."""
-        return tuple(sorted({a.num_heads for a in self._attentions(*Kind) if a.num_heads}))
+        return tuple(sorted({a.num_heads for a, _, _ in self.readers if a.num_heads}))
 
     def kinds(self) -> dict[str, int]:
         """How many layers there are of each kind of attention."""
         counts: dict[str, int] = {}
-        for attention in self._attentions(*Kind):
-            counts[attention.kind.value] = counts.get(attention.kind.value, 0) + 1
+        for attention, _, n in self.readers:
+            counts[attention.kind.value] = counts.get(attention.kind.value, 0) + n
         return counts
 
-    def _attentions(self, *kinds: Kind) -> list[Attention]:
-        return [layer.attention for layer in self.layers if layer.attention.kind in kinds]
+    @cached_property
+    def readers(self) -> tuple[tuple[Attention, Attention, int], ...]:
+        """Distinct attentions, each with the one whose cache it reads, and how many layers.
+
+        That is itself, but for a SHARED layer: the last layer before it that keeps a cache and
+        looks as far back.
+        """
+        counts: dict[tuple[Attention, Attention], int] = {}
+        keepers: dict[int | None, Attention] = {}
+        for attention in (layer.attention for layer in self.layers):
+            owner = attention
+            if attention.kind is Kind.SHARED:
+                if attention.window not in keepers:
+                    raise PlanError(
+                        f"{self.name} has a layer that shares KV before any layer keeps some"
+                    )
+                owner = keepers[attention.window]
+            elif attention.kind in (Kind.FULL, Kind.SLIDING, Kind.CHUNKED, Kind.MLA):
+                keepers[attention.window] = attention
+            counts[attention, owner] = counts.get((attention, owner), 0) + 1
+        return tuple((a, owner, n) for (a, owner), n in counts.items())

@@ -1,0 +1,279 @@
+"""`hotset plan`: where a model lives, how many users fit, what limits them and how fast it runs."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hotset.errors import PlanError
+from hotset.plan.options import Options, options_of_case, split_cases
+from hotset.plan.planner import Plan, make_plan
+
+EXAMPLES = ("moe-7.8x", "offload-3x")
+
+
+@click.command(
+    epilog="Example: hotset plan llama-3-70b --hardware h200 --gpus 2 --users 64 --context 32k"
+)
+@click.argument("model", required=False)
+@click.option(
+    "--hardware",
+    default="h100-sxm",
+    show_default=True,
+    metavar="NAME|FILE|this",
+    help="A bundled profile, a profile's JSON file, or what 'hotset probe' measured.",
+)
+@click.option("--gpus", type=int, help="GPUs to use. Default: those of the layout, or the fewest.")
+@click.option("--layout", metavar="SIZES", help="For example tp=8, dp=8,ep=8 or ep=72.")
+@click.option(
+    "--users",
+    default="256",
+    show_default=True,
+    metavar="N",
+    help="Users who want tokens at the same time.",
+)
+@click.option(
+    "--context",
+    default="4k",
+    show_default=True,
+    metavar="TOKENS",
+    help="Tokens of a user at the end, prompts and answers; k is 1024.",
+)
+@click.option(
+    "--output",
+    metavar="TOKENS",
+    help="Tokens of an answer. Adds the prefill of turns to the steps; without it the "
+    "plan is of decode alone.",
+)
+@click.option(
+    "--reuse",
+    type=float,
+    metavar="SHARE",
+    help="Share, 0 to 1, of the prompt (with --turns: of the earlier turns) that is "
+    "found in a tier.",
+)
+@click.option("--turns", type=int, default=1, show_default=True, help="Turns of a conversation.")
+@click.option("--hbm-gb", type=float, help="Memory of each GPU, in GB.")
+@click.option("--host-gb", type=float, help="Memory of each host for tiers, in GB.")
+@click.option("--disk-gb", type=float, help="Disk of each host for tiers, in GB.")
+@click.option(
+    "--weights",
+    metavar="DTYPE",
+    help="Store weights as bf16, fp8, int8, int4, mxfp4, "
+    "nvfp4, ... Default: as the checkpoint does.",
+)
+@click.option(
+    "--kv",
+    default="bf16",
+    show_default=True,
+    metavar="DTYPE",
+    help="Store KV as bf16, fp8, int8, fp32 or fp8_ds_mla.",
+)
+@click.option(
+    "--link", metavar="NAME|GB/s", help="Host link: pcie3 to pcie6, c2c, or GB/s one way."
+)
+@click.option(
+    "--resident-experts",
+    type=int,
+    metavar="N",
+    help="Experts of each layer kept in HBM. Default: solved for.",
+)
+@click.option(
+    "--overlap",
+    default="none",
+    show_default=True,
+    metavar="WHAT",
+    help="What is hidden behind compute: none, comm, stream or comm+stream.",
+)
+@click.option(
+    "--expert-histogram",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="JSON list of the tokens each expert got. Default: uniform routing.",
+)
+@click.option(
+    "--full-window-kv",
+    is_flag=True,
+    help="Keep every token in sliding-window layers too, as some engines do.",
+)
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="CASE",
+    help="Cases side by side, such as 'tp=8; dp=8,ep=8', 'pcie5; c2c' or "
+    "'host-gb=0; host-gb=512'. May be repeated.",
+)
+@click.option("--sweep", metavar="RANGE", help="users=1:1024 or context=1k:128k.")
+@click.option(
+    "--find",
+    metavar="TARGET",
+    help="Best layout and split for a target, such as ttft=2s,tpot=50ms.",
+)
+@click.option("--explain", is_flag=True, help="Print each formula with its numbers filled in.")
+@click.option("--example", type=click.Choice(EXAMPLES), help="Explain a quoted figure. No MODEL.")
+@click.option("--list", "list_names", is_flag=True, help="List bundled models and hardware.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a page that stands alone.",
+)
+def command(
+    model: str | None,
+    compare: tuple[str, ...],
+    sweep: str | None,
+    find: str | None,
+    explain: bool,
+    example: str | None,
+    list_names: bool,
+    as_json: bool,
+    html: Path | None,
+    full_window_kv: bool,
+    **given: Any,
+) -> None:
+    """Show where MODEL would live, how many users fit and how fast it should run.
+
+    MODEL is a bundled name, a folder, a config.json, or a hub id that is already cached. No
+    weights are loaded and no network is used.
+    """
+    modes = {
+        "--compare": compare,
+        "--sweep": sweep,
+        "--find": find,
+        "--example": example,
+        "--list": list_names,
+    }
+    chosen = [name for name, value in modes.items() if value]
+    if len(chosen) > 1:
+        raise PlanError(f"{chosen[0]} and {chosen[1]} do not go together; use one at a time")
+    if explain and (chosen or as_json):
+        raise PlanError(f"--explain goes with a single case, not with {[*chosen, '--json'][0]}")
+    if html and chosen:
+        raise PlanError(f"--html goes with a single case, not with {chosen[0]}")
+    if list_names:
+        _list(as_json)
+    elif example:
+        _example(example, as_json)
+    elif model is None:
+        raise PlanError("no MODEL given; try 'hotset plan llama-3-8b' or 'hotset plan --list'")
+    else:
+        options = Options(model=model, hold_windows=not full_window_kv, **given)
+        if compare:
+            _compare(options, compare, as_json)
+        elif sweep:
+            _sweep(options, sweep, as_json)
+        elif find:
+            _find(options, find, as_json)
+        else:
+            _single(make_plan(options.request()), as_json, explain, html)
+
+
+def _print_json(data: dict[str, object]) -> None:
+    click.echo(json.dumps(data))
+
+
+def _single(plan: Plan, as_json: bool, explain: bool, html: Path | None) -> None:
+    if html:
+        from hotset.plan.html import page
+
+        try:
+            html.write_text(page(plan), "utf-8")
+        except OSError as error:
+            raise PlanError(f"--html {html} cannot be written: {error.strerror}") from error
+        click.echo(f"wrote {html}", err=True)
+    if as_json:
+        _print_json(plan.as_dict())
+    elif explain:
+        from hotset.plan.explain import explain_plan
+
+        click.echo(explain_plan(plan))
+    else:
+        from hotset.plan.report import plan_table
+
+        click.echo(plan_table(plan))
+
+
+def _compare(options: Options, values: tuple[str, ...], as_json: bool) -> None:
+    from hotset.plan.compare import compare_plans
+    from hotset.plan.report import compare_table
+
+    cases = split_cases(values)
+    plans = [make_plan(options_of_case(options, case).request()) for case in cases]
+    if len(cases) == 1:
+        cases, plans = ["as given", *cases], [make_plan(options.request()), *plans]
+    ratios = compare_plans(cases, plans)
+    if as_json:
+        shown = [{"case": name, **plan.as_dict()} for name, plan in zip(cases, plans, strict=True)]
+        _print_json(
+            {**plans[0].as_dict(), "cases": shown, "ratios": [ratio.as_dict() for ratio in ratios]}
+        )
+    else:
+        click.echo(compare_table(cases, plans, ratios))
+
+
+def _sweep(options: Options, text: str, as_json: bool) -> None:
+    from hotset.plan.report import sweep_table
+    from hotset.plan.search import parse_sweep, sweep
+
+    field, values = parse_sweep(text)
+    first = str(values[0])
+    if field == "users":
+        options = replace(options, users=first)
+    else:
+        options = replace(options, context=first)
+    points = sweep(options.request(), field, values)
+    if as_json:
+        shown = [
+            {field: point.value, **(point.plan.as_dict() if point.plan else {"error": point.error})}
+            for point in points
+        ]
+        _print_json({"sweep": field, "cases": shown})
+    else:
+        click.echo(sweep_table(field, points))
+
+
+def _find(options: Options, text: str, as_json: bool) -> None:
+    from hotset.plan.report import find_table, plan_table
+    from hotset.plan.search import find_best, parse_target
+
+    target = parse_target(text)
+    found = find_best(options.request(), target)
+    best = found[0]
+    if not best.users:
+        fastest = min(found, key=lambda c: c.plan.step.expected_s).plan
+        raise PlanError(
+            f"no layout meets {text} even for one user; the fastest, {fastest.layout}, has TTFT "
+            f"{fastest.ttft_s * 1e3:.0f} ms and TPOT {fastest.step.expected_s * 1e3:.1f} ms"
+        )
+    if as_json:
+        shown = [{"users_served": c.users, **c.plan.as_dict()} for c in found]
+        _print_json({**best.plan.as_dict(), "users_served": best.users, "cases": shown})
+    else:
+        click.echo(find_table(text, found))
+        click.echo("")
+        click.echo(plan_table(best.plan))
+
+
+def _example(name: str, as_json: bool) -> None:
+    from hotset.plan.examples import moe_example, offload_example
+
+    text, data = (moe_example if name == "moe-7.8x" else offload_example)()
+    if as_json:
+        _print_json(data)
+    else:
+        click.echo(text)
+
+
+def _list(as_json: bool) -> None:
+    from hotset.plan.catalog import bundled_models
+    from hotset.plan.hardware import bundled_hardware
+
+    models, hardware = bundled_models(), [*bundled_hardware(), "this"]
+    if as_json:
+        _print_json({"models": models, "hardware": hardware})
+    else:
+        click.echo("models:   " + ", ".join(models))
+        click.echo("hardware: " + ", ".join(hardware))

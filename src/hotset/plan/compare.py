@@ -1,0 +1,78 @@
+"""Several cases side by side, each ratio split into what capacity gives and what speed gives."""
+
+from dataclasses import dataclass
+
+from hotset.plan.planner import Plan
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One case against the first, in tokens/s of a GPU. `total` is `capacity` times `speed`.
+
+    Attributes:
+        case: its name.
+        total: tokens/s of a GPU over those of the first case.
+        speed: the same if both ran as many users for each GPU as the first case does.
+        capacity: the rest: what running more (or fewer) users at once gives.
+        tpot: time per token over that of the first case.
+        ttft: time to first token over that of the first case.
+    """
+
+    case: str
+    total: float
+    speed: float
+    capacity: float
+    tpot: float
+    ttft: float
+
+    def as_dict(self) -> dict[str, object]:
+        """For `--json`."""
+        return {
+            "case": self.case,
+            "tokens_per_s_per_gpu": self.total,
+            "capacity": self.capacity,
+            "speed": self.speed,
+            "tpot": self.tpot,
+            "ttft": self.ttft,
+        }
+
+
+def compare_plans(names: list[str], plans: list[Plan]) -> list[Ratio]:
+    """Every plan but the first against the first."""
+    first = plans[0]
+    return [_ratio(name, plan, first) for name, plan in zip(names[1:], plans[1:], strict=True)]
+
+
+def _per_gpu(plan: Plan) -> float:
+    return plan.tokens_per_s / plan.gpus
+
+
+def _ratio(name: str, plan: Plan, first: Plan) -> Ratio:
+    total = _per_gpu(plan) / _per_gpu(first)
+    users = first.users_running * plan.gpus / first.gpus
+    same = rate_at(plan, users) / plan.gpus
+    speed = same / _per_gpu(first)
+    return Ratio(
+        case=name,
+        total=total,
+        speed=speed,
+        capacity=total / speed,
+        tpot=plan.step.expected_s / first.step.expected_s,
+        ttft=plan.ttft_s / first.ttft_s if first.ttft_s else 1.0,
+    )
+
+
+def rate_at(plan: Plan, users: float) -> float:
+    """Tokens/s of a plan's layout and tiers with another number of users running at once.
+
+    Whether their KV fits is not asked: it is the speed alone.
+    """
+    if users == plan.users_running:
+        return plan.tokens_per_s
+    cost, layout = plan.cost, plan.layout
+    per_group = users / layout.dp
+    context = plan.request.workload.decode_context
+    step = cost.decode(max(1.0, per_group), context, plan.tiering, mean_users=per_group)
+    # Work that comes with each user: prefill of turns, and swapping.
+    own_s = (plan.step.parts["prefill"] + plan.step.parts["swap"]) * users / plan.users_running
+    return users / (step.expected_s + own_s)

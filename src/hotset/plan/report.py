@@ -1,0 +1,252 @@
+"""Plans as plain text: one plan, a comparison, a sweep with its plot, a search."""
+
+import textwrap
+from collections.abc import Sequence
+
+from hotset.plan.compare import Ratio
+from hotset.plan.cost import CAUSES
+from hotset.plan.families import layer_summary
+from hotset.plan.planner import Plan
+from hotset.plan.search import Candidate, SweepPoint
+
+WIDTH = 78
+
+
+def gb(value: float) -> str:
+    """Bytes in decimal units."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.4g} {unit}" if value < 1e15 else f"{value / size:,.0f} {unit}"
+    return f"{value:.0f} B"
+
+
+def seconds(value: float) -> str:
+    """A duration in the unit that reads best."""
+    if value >= 1:
+        return f"{value:.3g} s"
+    if value >= 1e-3:
+        return f"{value * 1e3:.3g} ms"
+    return f"{value * 1e6:.3g} us"
+
+
+def rows(cells: Sequence[Sequence[str]], indent: str = "") -> str:
+    """Columns wide enough for their cells: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = []
+    for row in cells:
+        first, *others = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append((indent + "  ".join((first, *others))).rstrip())
+    return "\n".join(lines)
+
+
+def bar(share: float, width: int = 24) -> str:
+    """A share as a bar of characters."""
+    filled = round(max(0.0, min(1.0, share)) * width)
+    return "#" * filled + "." * (width - filled)
+
+
+def plan_table(plan: Plan) -> str:
+    """One plan: the model, where its bytes live, who runs, and where the time goes."""
+    request, shape, workload = plan.request, plan.request.shape, plan.request.workload
+    hw, step = request.hardware, plan.step
+    active = ""
+    if shape.moe_layers:
+        active = f", {shape.active_params / 1e9:.2f} B a token"
+    asked = f"{workload.users} users of {workload.context:,} tokens"
+    if workload.turns > 1:
+        asked += f" in {workload.turns} turns"
+    if workload.output:
+        asked += f", answers of {workload.output:,}"
+    lines = [
+        f"{shape.name} on {plan.gpus} x {hw.name}, {plan.layout}, {asked}",
+        f"  {shape.total_params / 1e9:.2f} B parameters{active}; {layer_summary(shape)}",
+        f"  weights {gb(shape.weights_bytes)} ({shape.matrix_dtype}); KV "
+        f"{shape.kv_bytes_per_token(request.kv_dtype):,} B a token, "
+        f"{gb(plan.kv_bytes_per_user)} ({plan.kv_bytes_per_user / 2**30:.1f} GiB) a user "
+        f"({request.kv_dtype})"
+        + (f", {plan.kv_copies:g} copies" if plan.kv_copies > 1.001 else ""),
+        "",
+        "Where the bytes are",
+        rows(_places(plan), "  "),
+        "",
+        "Who runs",
+        rows(
+            [
+                ("users whose KV fits in HBM", f"{plan.users_resident:,}", ""),
+                ("users that all tiers hold", f"{plan.users_total:,}", ""),
+                ("users in each step", f"{plan.users_running:,}", _mode(plan)),
+            ],
+            "  ",
+        ),
+        "",
+        f"Where a step's {seconds(step.expected_s)} go (ceiling {seconds(step.ceiling_s)})",
+        rows(
+            [
+                (
+                    CAUSES[name],
+                    seconds(value),
+                    bar(value / step.expected_s),
+                    step.bounds.get(name, ""),
+                )
+                for name, value in sorted(step.parts.items(), key=lambda item: -item[1])
+                if value > 0
+            ],
+            "  ",
+        ),
+        "",
+    ]
+    data = plan.as_dict()
+    band = data["band"]
+    assert isinstance(band, dict)
+    lines += [
+        f"Tokens/s   {plan.tokens_per_s:,.0f}, {plan.tokens_per_s / plan.gpus:,.0f} a GPU "
+        f"(engines differ: {band['low']:,.0f} to {band['high']:,.0f})",
+        f"TPOT       {seconds(step.expected_s)}",
+        f"TTFT       {seconds(plan.ttft_s)} without queueing" + _reuse(plan),
+    ]
+    for label, (cause, gain) in zip(("Bottleneck", "Runner-up"), plan.causes, strict=False):
+        lines.append(f"{label:<10} {cause}: {_gain(gain)} tokens/s without it")
+    for note in plan.notes:
+        lines.append(textwrap.fill(f"Note: {note}", WIDTH, subsequent_indent="  "))
+    return "\n".join(lines)
+
+
+def _gain(gain: float) -> str:
+    return f"{gain:.2f}x" if gain < 1000 else "over 1000x"
+
+
+def _mode(plan: Plan) -> str:
+    asked = plan.request.workload.users
+    return {
+        "resident": "all of them" if plan.users_running == asked else "more would be slower",
+        "park": "the others are parked in a tier below and take turns",
+        "wait": "the others wait outside: no tier holds them",
+        "stream": f"{plan.streamed_kv_share:.0%} of their KV is read over the link each step",
+    }[plan.mode]
+
+
+def _reuse(plan: Plan) -> str:
+    if not plan.found_tokens:
+        return ""
+    text = f"; {plan.found_tokens:,.0f} of {plan.request.workload.prompt_tokens:,.0f} prompt tokens"
+    text += f" found, loaded in {seconds(plan.load_s)}"
+    if plan.recomputed_tokens:
+        text += f" while {plan.recomputed_tokens:,} are computed again"
+    return text
+
+
+def _places(plan: Plan) -> list[tuple[str, ...]]:
+    hbm = plan.hbm_bytes
+    parts = [
+        ("HBM: dense weights", plan.resident_weights_bytes),
+        ("HBM: experts", plan.resident_experts_bytes),
+        ("HBM: KV", plan.resident_kv_bytes),
+        ("HBM: workspace", plan.workspace_bytes),
+        ("HBM: reserve", plan.reserve_bytes),
+        ("HBM: free", plan.free_bytes),
+    ]
+    table = [
+        (name, gb(value), bar(value / hbm), f"{value / hbm:.0%}") for name, value in parts if value
+    ]
+    below = [
+        ("host: experts", plan.host_experts_bytes, plan.host_bytes),
+        ("host: KV", plan.host_kv_bytes, plan.host_bytes),
+        ("disk: KV", plan.disk_kv_bytes, plan.disk_bytes),
+    ]
+    for name, value, size in below:
+        if value:
+            table.append((name, gb(value), bar(value / size), f"{value / size:.0%}"))
+    return table
+
+
+def compare_table(names: list[str], plans: list[Plan], ratios: list[Ratio]) -> str:
+    """Cases as columns, and each ratio split."""
+    lines: list[tuple[str, ...]] = [("", *names)]
+
+    def row(label: str, texts: list[str]) -> None:
+        lines.append((label, *texts))
+
+    row("layout", [f"{p.gpus} x {p.layout}" for p in plans])
+    row("host link", [p.request.hardware.host_link for p in plans])
+    row("KV a user", [gb(p.kv_bytes_per_user) for p in plans])
+    row("KV copies", [f"{p.kv_copies:g}" for p in plans])
+    row("users resident", [f"{p.users_resident:,}" for p in plans])
+    row("users in all tiers", [f"{p.users_total:,}" for p in plans])
+    row("users in a step", [f"{p.users_running:,}" for p in plans])
+    row("experts resident", [f"{p.resident_expert_share:.0%}" for p in plans])
+    row("TPOT", [seconds(p.step.expected_s) for p in plans])
+    row("TTFT", [seconds(p.ttft_s) for p in plans])
+    row("tokens/s", [f"{p.tokens_per_s:,.0f}" for p in plans])
+    row("tokens/s a GPU", [f"{p.tokens_per_s / p.gpus:,.0f}" for p in plans])
+    row("bottleneck", [p.causes[0][0] for p in plans])
+    row("runner-up", [p.causes[1][0] for p in plans])
+    text = rows(lines) + "\n"
+    for ratio in ratios:
+        text += (
+            f"\n{ratio.case} over {names[0]}: {ratio.total:.2f}x tokens/s a GPU = "
+            f"{ratio.capacity:.2f}x from capacity (users at once) times {ratio.speed:.2f}x from "
+            f"speed (same users); TPOT {ratio.tpot:.2f}x, TTFT {ratio.ttft:.2f}x"
+        )
+    return text
+
+
+def sweep_table(field: str, points: list[SweepPoint]) -> str:
+    """A table of the sweep, and tokens/s as a plot."""
+    good = [point.plan for point in points if point.plan]
+    first = good[0]
+    head = (field, "in a step", "tokens/s", "TPOT", "TTFT", "KV total", "bottleneck")
+    table: list[tuple[str, ...]] = [head]
+    for point in points:
+        if point.plan is None:
+            table.append((f"{point.value:,}", "-", "-", "-", "-", "-", "does not fit"))
+            continue
+        p = point.plan
+        table.append(
+            (
+                f"{point.value:,}",
+                f"{p.users_running:,}",
+                f"{p.tokens_per_s:,.0f}",
+                seconds(p.step.expected_s),
+                seconds(p.ttft_s),
+                gb(p.kv_bytes_per_user * p.request.workload.users),
+                p.causes[0][0],
+            )
+        )
+    most = max(p.tokens_per_s for p in good)
+    plot = [
+        (
+            f"{point.value:,}",
+            f"{point.plan.tokens_per_s:,.0f}" if point.plan else "-",
+            bar(point.plan.tokens_per_s / most, 44).replace(".", " ") if point.plan else "",
+        )
+        for point in points
+    ]
+    title = f"{first.request.shape.name} on {first.gpus} x {first.request.hardware.name}"
+    lines = [f"{title}, {first.layout}", "", rows(table), "", f"tokens/s against {field}"]
+    lines += [rows([(a, b, "|" + c) for a, b, c in plot], "  ")]
+    return "\n".join(lines)
+
+
+def find_table(target: str, found: list[Candidate]) -> str:
+    """Layouts, best first."""
+    head = ("layout", "GPUs", "users", "tokens/s a GPU", "TPOT", "TTFT", "experts", "KV")
+    table: list[tuple[str, ...]] = [head]
+    for c in found[:12]:
+        p = c.plan
+        table.append(
+            (
+                str(p.layout),
+                str(p.gpus),
+                f"{c.users:,}" if c.users else "misses it",
+                f"{p.tokens_per_s / p.gpus:,.0f}",
+                seconds(p.step.expected_s),
+                seconds(p.ttft_s),
+                f"{p.resident_expert_share:.0%}" if p.request.shape.moe_layers else "-",
+                gb(p.resident_kv_bytes),
+            )
+        )
+    left = f"\n... and {len(found) - 12} more" if len(found) > 12 else ""
+    return f"Layouts for {target}, best first\n{rows(table)}{left}"

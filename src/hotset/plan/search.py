@@ -1,0 +1,142 @@
+"""Plans over a range: a sweep of users or context, and the best layout for a latency target."""
+
+import re
+from dataclasses import dataclass, replace
+
+from hotset.errors import PlanError
+from hotset.plan.layout import candidate_layouts
+from hotset.plan.options import parse_count
+from hotset.plan.planner import Plan, Request, make_plan
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One value of a sweep: its plan, or why there is none."""
+
+    value: int
+    plan: Plan | None
+    error: str = ""
+
+
+def parse_sweep(text: str) -> tuple[str, list[int]]:
+    """Read `users=1:1024` or `context=1k:128k`; values double from the first to the last.
+
+    Raises:
+        PlanError: it says something else.
+    """
+    match = re.fullmatch(r"(users|context)=([^:]+):([^:]+)", text.replace(" ", ""))
+    if not match:
+        raise PlanError(f"--sweep is {text!r}; expected users=1:1024 or context=1k:128k")
+    first, last = parse_count(match[2], "--sweep"), parse_count(match[3], "--sweep")
+    if first > last:
+        raise PlanError(f"--sweep {text}: {first} is above {last}")
+    values = [first]
+    while values[-1] * 2 < last:
+        values.append(values[-1] * 2)
+    return match[1], values if values[-1] == last else [*values, last]
+
+
+def sweep(request: Request, field: str, values: list[int]) -> list[SweepPoint]:
+    """A plan for each value; the layout is settled at the first that works, and then kept."""
+    points: list[SweepPoint] = []
+    layout = request.layout
+    for value in values:
+        workload = replace(request.workload, users=value) if field == "users" else None
+        try:
+            workload = workload or replace(request.workload, context=value)
+            plan = make_plan(replace(request, workload=workload, layout=layout))
+            layout = plan.layout
+            points.append(SweepPoint(value, plan))
+        except PlanError as error:
+            points.append(SweepPoint(value, None, str(error)))
+    if not any(point.plan for point in points):
+        raise PlanError(points[0].error)
+    return points
+
+
+@dataclass(frozen=True)
+class Target:
+    """Latency asked for, in seconds; None does not ask."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    def met_by(self, plan: Plan) -> bool:
+        """Whether a plan keeps it."""
+        ttft_ok = self.ttft_s is None or plan.ttft_s <= self.ttft_s
+        return ttft_ok and (self.tpot_s is None or plan.step.expected_s <= self.tpot_s)
+
+
+def parse_target(text: str) -> Target:
+    """Read `ttft=2s,tpot=50ms`, either or both; a bare number is seconds.
+
+    Raises:
+        PlanError: it says something else.
+    """
+    found: dict[str, float] = {}
+    for part in text.replace(" ", "").lower().split(","):
+        match = re.fullmatch(r"(ttft|tpot)[=<:](\d+(?:\.\d+)?)(ms|s|)", part)
+        if not match or match[1] in found or float(match[2]) <= 0:
+            raise PlanError(f"--find is {text!r}; expected for example ttft=2s,tpot=50ms")
+        found[match[1]] = float(match[2]) * (1e-3 if match[3] == "ms" else 1.0)
+    return Target(found.get("ttft"), found.get("tpot"))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with as many users as keep the target; `users` is 0 where none does."""
+
+    plan: Plan
+    users: int
+
+
+def find_best(request: Request, target: Target) -> list[Candidate]:
+    """Every layout of the GPUs given, best first.
+
+    Without GPUs all powers of two of an NVLink domain are tried. A layout is asked for as many
+    of the users as keep the target, all running at once or taking turns as the plan says. Layouts
+    that serve all users come first, by tokens/s of a GPU; then those that serve more.
+
+    Raises:
+        PlanError: no layout holds the model at all.
+    """
+    if request.gpus is not None:
+        counts = [request.gpus]
+    else:
+        counts = [n for n in (1, 2, 4, 8, 16, 32, 72) if n <= request.hardware.peer_gpus]
+    found: list[Candidate] = []
+    error: PlanError | None = None
+    for count in counts:
+        layouts = [request.layout] if request.layout else candidate_layouts(request.shape, count)
+        for layout in layouts:
+            try:
+                found.append(_most_users(replace(request, layout=layout, gpus=count), target))
+            except PlanError as problem:
+                error = error or problem
+    if not found:
+        raise error or PlanError(f"no layout of {counts} GPUs can hold {request.shape.name}")
+    return sorted(found, key=lambda c: (-c.users, -c.plan.tokens_per_s / c.plan.gpus))
+
+
+def _most_users(request: Request, target: Target) -> Candidate:
+    """Bisect for the most users that keep the target; a step only grows with users."""
+
+    def plan_for(users: int) -> Plan:
+        return make_plan(replace(request, workload=replace(request.workload, users=users)))
+
+    most = request.workload.users
+    plan = plan_for(most)
+    if target.met_by(plan):
+        return Candidate(plan, most)
+    low_plan = plan_for(1)
+    if not target.met_by(low_plan):
+        return Candidate(low_plan, 0)
+    low, high, best = 1, most, low_plan
+    while high - low > 1:
+        middle = (low + high) // 2
+        plan = plan_for(middle)
+        if target.met_by(plan):
+            low, best = middle, plan
+        else:
+            high = middle
+    return Candidate(best, low)
