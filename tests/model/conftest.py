@@ -5,8 +5,11 @@ from typing import Any
 
 import engines
 import pytest
+import torch
 
 from hotset.engine.engine import Engine
+
+torch.set_num_threads(1)  # the models are tiny, and the machine may be shared
 
 MakeEngine = Callable[..., Engine]
 

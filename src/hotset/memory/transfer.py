@@ -205,13 +205,18 @@ class TierStack:
         if self.host.is_ready(key):
             self.host.pin(key)
             self._to_copy_up.append((key, block))
-        elif self.host.is_filling(key) or self.stage(key):
+        elif self.stage(key):
             self._waiting.setdefault(key, []).append(block)
         else:
             self._end_fetch(key, block, ok=False)
 
     def stage(self, key: bytes) -> bool:
-        """Start bringing `key` from the tier below into host memory, ahead of a fetch."""
+        """Start bringing `key` from the tier below into host memory, ahead of a fetch.
+
+        Returns whether it is on its way there, or there already.
+        """
+        if self.host.is_filling(key) or self.host.is_ready(key):
+            return key not in self._late
         if self.below is None or not self.below.contains(key):
             return False
         try:

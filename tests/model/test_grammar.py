@@ -1,0 +1,145 @@
+import json
+from typing import Any
+
+import pytest
+import torch
+from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
+
+from hotset.errors import RequestError
+from hotset.model.sampler import Sampler
+from hotset.request import Request, SamplingParams
+
+TOKENIZER = make_tokenizer()
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "ok": {"enum": ["yes", "no"]},
+    },
+    "required": ["name", "age", "ok"],
+    "additionalProperties": False,
+}
+
+
+def make_sampler(vocab_size: int = VOCAB_SIZE) -> Sampler:
+    return Sampler(
+        vocab_size, "cpu", tokenizer=TOKENIZER, eos_token_ids=(EOS_TOKEN_ID, TOKENIZER.pad_token_id)
+    )
+
+
+def generate(sampler: Sampler, params: SamplingParams, seed: int, *, most: int = 300) -> list[int]:
+    """Tokens from random logits up to the end of sequence."""
+    request = Request("r", 1, [5], params, 10_000)
+    generator = torch.Generator().manual_seed(seed)
+    while request.num_output_tokens < most:
+        logits = torch.randn(1, sampler.vocab_size, generator=generator) * 2
+        sampled = sampler.sample(logits, [request])
+        assert not sampled.errors
+        request.token_ids += sampled.token_ids
+        if sampled.token_ids[0] in (EOS_TOKEN_ID, TOKENIZER.pad_token_id):
+            break
+    sampler.release("r")
+    return request.output_ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, VOCAB_SIZE + 24])
+def test_random_logits_make_json_of_the_schema(temperature: float, vocab_size: int) -> None:
+    # Some models have more logits than their tokenizer has tokens.
+    sampler = make_sampler(vocab_size)
+    for seed in range(5):
+        params = SamplingParams(json_schema=PERSON, temperature=temperature, seed=seed)
+        ids = generate(sampler, params, seed)
+        assert ids[-1] in (EOS_TOKEN_ID, TOKENIZER.pad_token_id)
+        person = json.loads(TOKENIZER.decode(ids, skip_special_tokens=True))
+        assert set(person) == {"name", "age", "ok"}
+        assert 0 <= person["age"] <= 150
+        assert len(person["name"]) <= 8
+        assert person["ok"] in ("yes", "no")
+
+
+def test_after_complete_json_only_the_end_of_sequence_is_left() -> None:
+    sampler = make_sampler()
+    request = Request("r", 1, [5], SamplingParams(json_schema={"const": True}), 100)
+    text = TOKENIZER.encode("true")
+    for token in text:
+        logits = torch.zeros(1, VOCAB_SIZE)
+        logits[0, token] = 9.0
+        assert sampler.sample(logits, [request]).token_ids == [token]
+        request.token_ids.append(token)
+    logits = torch.arange(VOCAB_SIZE, dtype=torch.float32)[None]
+
+    assert sampler.sample(logits, [request]).token_ids == [EOS_TOKEN_ID]
+
+
+def test_other_rows_of_the_batch_are_not_masked() -> None:
+    sampler = make_sampler()
+    logits = torch.randn(3, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+    batch = [
+        SamplingParams(logprobs=1),
+        SamplingParams(json_schema=PERSON),
+        SamplingParams(repetition_penalty=1.1),
+    ]
+    requests = [Request(str(i), 1, [5], params, 100) for i, params in enumerate(batch)]
+    tokens = sampler.sample(logits, requests).token_ids
+
+    assert tokens[0] == logits[0].argmax()
+    assert TOKENIZER.decode([tokens[1]]).startswith("{")
+    assert tokens[2] == logits[2].argmax()
+
+
+def test_two_requests_with_one_schema_advance_apart() -> None:
+    sampler = make_sampler()
+    params = SamplingParams(json_schema={"enum": [True, False]})
+    requests = [Request(name, 1, [5], params, 100) for name in ("r", "r#1")]
+    logits = torch.zeros(2, VOCAB_SIZE)
+    [t], [f] = TOKENIZER.encode("true")[:1], TOKENIZER.encode("false")[:1]
+    logits[0, t], logits[1, f] = 9.0, 9.0
+    first = sampler.sample(logits, requests).token_ids
+    for request, token in zip(requests, first, strict=True):
+        request.token_ids.append(token)
+    second = sampler.sample(torch.zeros(2, VOCAB_SIZE), requests).token_ids
+
+    assert first == [t, f]
+    assert "true".startswith(TOKENIZER.decode([t, second[0]]))
+    assert "false".startswith(TOKENIZER.decode([f, second[1]]))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "foo"},
+        {"$ref": "#/nowhere"},
+        {"type": "array", "uniqueItems": True},
+        {"type": "integer", "minimum": 5, "maximum": 1},
+        {"type": "string", "pattern": "("},
+        {"$ref": "http://localhost/schema.json"},
+    ],
+)
+def test_a_schema_that_cannot_be_used_is_refused_in_one_line(schema: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="json_schema") as refused:
+        make_sampler().validate(SamplingParams(json_schema=schema))
+
+    assert "\n" not in str(refused.value)
+
+
+def test_a_schema_is_refused_where_it_could_never_end() -> None:
+    any_json = SamplingParams(json_schema={})
+    with pytest.raises(RequestError, match="tokenizer"):
+        Sampler(VOCAB_SIZE, "cpu").validate(any_json)
+    with pytest.raises(RequestError, match="end-of-sequence"):
+        Sampler(VOCAB_SIZE, "cpu", tokenizer=TOKENIZER).validate(any_json)
+    with pytest.raises(RequestError, match="ignore_eos"):
+        make_sampler().validate(SamplingParams(json_schema={}, ignore_eos=True))
+    make_sampler().validate(any_json)
+
+
+def test_a_grammar_that_fails_on_the_way_is_reported_for_its_request() -> None:
+    sampler = make_sampler()
+    request = Request("r", 1, [5], SamplingParams(json_schema=PERSON), 100)
+    matcher = sampler._matcher(request)
+    assert not matcher.consume_token(TOKENIZER.encode("cat")[0])  # puts it into its error state
+    sampled = sampler.sample(torch.zeros(1, VOCAB_SIZE), [request])
+
+    assert list(sampled.errors) == ["r"]
