@@ -1,0 +1,201 @@
+"""From tokens to text: incremental decoding, stop strings, and the end of a request."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from hotset.errors import ModelError
+from hotset.request import FinishReason, Request, RequestOutput, TokenLogprob
+
+# The last tokens of the prompt let the decoder see that the output does not start a sentence:
+# some tokenizers would drop its first space.
+_CONTEXT_TOKENS = 8
+
+
+class OutputProcessor:
+    """Text and ends of all running requests. Called from the engine thread.
+
+    Args:
+        tokenizer: a fast transformers tokenizer; None leaves all texts empty.
+        eos_token_ids: ids that end an output, beside the requests' own.
+
+    Raises:
+        ModelError: the tokenizer is not a fast one.
+    """
+
+    def __init__(self, tokenizer: Any, eos_token_ids: tuple[int, ...] | list[int]) -> None:
+        self._tokenizer: Tokenizer | None = None
+        if tokenizer is not None:
+            self._tokenizer = getattr(tokenizer, "backend_tokenizer", None)
+            if not isinstance(self._tokenizer, Tokenizer):
+                raise ModelError(
+                    f"the tokenizer is a {type(tokenizer).__name__}, which cannot decode "
+                    "incrementally; expected a fast one (with a tokenizer.json)"
+                )
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._sequences: dict[str, _Sequence] = {}
+        self._changed: dict[str, _Sequence] = {}  # since the last take
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether `take` has anything to return."""
+        return bool(self._changed)
+
+    def add(self, request: Request) -> None:
+        """Start an output."""
+        decoder = None
+        if self._tokenizer is not None:
+            context = request.token_ids[: request.prompt_len][-_CONTEXT_TOKENS:]
+            decoder = _Decoder(self._tokenizer, context)
+        self._sequences[request.request_id] = _Sequence(request, decoder)
+
+    def append(
+        self, request: Request, token_id: int, logprob: TokenLogprob | None
+    ) -> FinishReason | None:
+        """Take in the token just appended to `request.token_ids`.
+
+        Returns:
+            Why the request has ended with it; None while it goes on.
+        """
+        sequence = self._sequences[request.request_id]
+        params = request.params
+        is_stop_token = token_id in params.stop_token_ids or (
+            token_id in self._eos_token_ids and not params.ignore_eos
+        )
+        sequence.token_ids.append(token_id)
+        if logprob is not None:
+            sequence.logprobs.append(logprob)
+        if not is_stop_token:
+            sequence.feed(token_id)
+        self._changed[request.request_id] = sequence
+        if is_stop_token or sequence.is_stopped:
+            self.finish(request.request_id, FinishReason.STOP)
+        elif request.num_tokens >= request.max_total_tokens:
+            self.finish(request.request_id, FinishReason.LENGTH)
+        return sequence.finish_reason
+
+    def finish(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
+        """End an output and release the text held back. Ended and unknown ones are left alone."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return
+        sequence.flush()
+        # The last bytes of a text may complete a stop string.
+        ended = FinishReason.STOP if sequence.is_stopped else reason
+        sequence.finish_reason = reason if reason is FinishReason.ERROR else ended
+        sequence.error = error
+        self._changed[request_id] = sequence
+
+    def take(self) -> list[RequestOutput]:
+        """What is new since the last call: one output for each sequence that changed."""
+        outputs = [sequence.take() for sequence in self._changed.values()]
+        self._changed.clear()
+        return outputs
+
+
+@dataclass(eq=False, slots=True)
+class _Sequence:
+    """One output as it grows: `text`, `token_ids` and `logprobs` are what nobody has taken yet."""
+
+    request: Request
+    decoder: "_Decoder | None"
+    text: str = ""
+    held: str = ""  # may be the start of a stop string
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    is_stopped: bool = False  # by a stop string
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+    def feed(self, token_id: int) -> None:
+        if self.decoder is not None:
+            self._extend(self.decoder.feed(token_id))
+
+    def flush(self) -> None:
+        if self.decoder is not None and not self.is_stopped:
+            self._extend(self.decoder.flush())
+        self.text += self.held
+        self.held = ""
+
+    def take(self) -> RequestOutput:
+        request_id, index = self.request.output_index
+        output = RequestOutput(
+            request_id=request_id,
+            index=index,
+            text=self.text,
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason,
+            error=self.error,
+            logprobs=tuple(self.logprobs),
+            prompt_tokens=self.request.prompt_len,
+            cached_tokens=self.request.num_cached_tokens,
+        )
+        self.text = ""
+        self.token_ids.clear()
+        self.logprobs.clear()
+        return output
+
+    def _extend(self, new: str) -> None:
+        """Add text up to the first stop string; hold back what may become one."""
+        stop = self.request.params.stop
+        if not stop:
+            self.text += new
+            return
+        held = self.held + new
+        found = [at for at in (held.find(s) for s in stop) if at >= 0]
+        if found:
+            self.is_stopped = True
+            self.text += held[: min(found)]
+            self.held = ""
+            return
+        keep = len(held) - _possible_start(held, stop)
+        self.text += held[:keep]
+        self.held = held[keep:]
+
+
+class _Decoder:
+    """Decodes one output token by token, with the library's stream and an end it lacks."""
+
+    def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
+        self._tokenizer = tokenizer
+        # After a context that ends within a character the stream would repeat the context.
+        if tokenizer.decode(context, skip_special_tokens=True).endswith(
+            "\N{REPLACEMENT CHARACTER}"
+        ):
+            context = []
+        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+        self._pending: list[int] = []  # not yet a whole character
+
+    def feed(self, token_id: int) -> str:
+        """The text that is certain with this token; empty in the middle of a character."""
+        self._pending.append(token_id)
+        try:
+            text: str | None = self._stream.step(self._tokenizer, token_id)
+        except Exception as error:
+            # This token changes how the ones before it decode, which were sent already. (The
+            # library raises plain Exceptions.) Go on with a new stream after them.
+            if "prefix" not in str(error).lower():
+                raise
+            text = self.flush()
+            self._stream = DecodeStream(skip_special_tokens=True)
+        if text is None:
+            return ""
+        self._pending.clear()
+        return text
+
+    def flush(self) -> str:
+        """The text of the tokens that were not a whole character, as far as it goes."""
+        text: str = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+        self._pending.clear()
+        return text
+
+
+def _possible_start(text: str, stop: tuple[str, ...]) -> int:
+    """Length of the longest end of `text` that a stop string could go on from."""
+    for length in range(min(len(text), max(map(len, stop)) - 1), 0, -1):
+        end = text[-length:]
+        if any(s.startswith(end) for s in stop):
+            return length
+    return 0

@@ -1,0 +1,339 @@
+"""Choose the next token of each request from its logits."""
+
+import random
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hotset.errors import RequestError
+from hotset.model.grammar import JsonGrammars
+from hotset.request import Request, SamplingParams, TokenLogprob
+
+Array = npt.NDArray[Any]
+
+# Below this, dividing by the temperature would only turn differences into infinities.
+MIN_TEMPERATURE = 1e-5
+# How many of the likeliest tokens are ranked first to find a nucleus; all are if it is larger.
+_NUCLEUS_WIDTH = 1024
+# Rows are worked on in groups of at most this many logits, which bounds the memory taken.
+_GROUP_LOGITS = 2**23
+
+
+@dataclass(slots=True)
+class Sampled:
+    """The next token of each row.
+
+    Attributes:
+        logprobs: None for requests that ask for none.
+        errors: request id -> one line, for requests whose grammar failed (it grew too complex).
+            Their tokens mean nothing.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+class Sampler:
+    """Turns logits into tokens, as each request's `SamplingParams` say.
+
+    In this order: penalties (repetition, then presence and frequency), grammar mask, then the
+    argmax, or temperature, top-k, top-p, min-p and one draw. That is the order of transformers
+    (`GenerationMixin._get_logits_processor`); tokens as likely as the last kept one are kept too.
+    A token is drawn by inverting the cumulative distribution at one uniform number from the
+    request's own generator, so that a seeded request gets the same tokens in any batch.
+    Log-probabilities are of the model's own distribution, before all of these, as in the
+    OpenAI API and vLLM.
+
+    Args:
+        vocab_size: V, the width of the logits.
+        device: where the logits are.
+        seed: of the requests that bring none.
+        tokenizer: for structured output; None refuses it.
+        eos_token_ids: for structured output.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device | str,
+        seed: int = 0,
+        *,
+        tokenizer: Any = None,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
+        self.vocab_size = vocab_size
+        self._device = torch.device(device)
+        self._seed = seed
+        self._tokenizer = tokenizer
+        self._grammars = JsonGrammars(tokenizer, vocab_size, eos_token_ids)
+        self._num_unseeded = 0
+        # What a running request needs beside its parameters, by request id.
+        self._generators: dict[str, random.Random] = {}
+        self._counts: dict[str, _TokenCounts] = {}
+        self._matchers: dict[str, llguidance.LLMatcher] = {}
+
+    def validate(self, params: SamplingParams) -> None:
+        """Check what needs the model to be checked. May be called from any thread.
+
+        Raises:
+            RequestError: a request with these parameters can never be served.
+        """
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; use stop_token_ids with this model")
+        if params.json_schema is not None:
+            if params.ignore_eos:
+                raise RequestError("ignore_eos cannot be used with json_schema: JSON must end")
+            self._grammars.matcher(params.json_schema)
+
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> Sampled:
+        """Choose one token for each row.
+
+        R = requests, V = vocabulary.
+
+        Args:
+            logits: `[R, V]`, any float dtype. Not changed.
+            requests: those of the rows, with all tokens so far.
+        """
+        token_ids: list[int] = logits.argmax(-1).tolist()
+        sampled = Sampled(token_ids, [None] * len(requests))
+        rows = [row for row, request in enumerate(requests) if not _is_argmax(request.params)]
+        group = max(1, _GROUP_LOGITS // logits.shape[1])
+        for start in range(0, len(rows), group):
+            self._sample_rows(logits, requests, rows[start : start + group], sampled)
+        return sampled
+
+    def release(self, request_id: str) -> None:
+        """Forget a request that has ended. Unknown ids are fine."""
+        self._generators.pop(request_id, None)
+        self._counts.pop(request_id, None)
+        self._matchers.pop(request_id, None)
+
+    def _sample_rows(
+        self,
+        all_logits: torch.Tensor,
+        all_requests: Sequence[Request],
+        rows: list[int],
+        sampled: Sampled,
+    ) -> None:
+        """Choose the tokens of `rows` and write them into `sampled`."""
+        logits = all_logits[rows].float()  # [N, V], a copy
+        requests = [all_requests[row] for row in rows]
+        with_logprobs = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
+        logprobs = logits[with_logprobs].log_softmax(-1)  # [L, V]
+        self._penalise(logits, requests)
+        matchers = {
+            i: self._matcher(request)
+            for i, request in enumerate(requests)
+            if request.params.json_schema is not None
+        }
+        if matchers:
+            self._grammars.mask(logits, matchers)
+        chosen = logits.argmax(-1)  # [N]
+        drawn = [i for i, r in enumerate(requests) if r.params.temperature >= MIN_TEMPERATURE]
+        if drawn:
+            chosen[drawn] = self._draw(logits[drawn], [requests[i] for i in drawn])
+        token_ids: list[int] = chosen.tolist()
+        for row, token_id in zip(rows, token_ids, strict=True):
+            sampled.token_ids[row] = token_id
+        for i, matcher in matchers.items():
+            matcher.consume_token(token_ids[i])
+            if matcher.is_error():
+                error = " ".join(matcher.get_error().split())[:300]
+                sampled.errors[requests[i].request_id] = f"json_schema cannot go on: {error}"
+        if with_logprobs:
+            for i, entry in zip(
+                with_logprobs,
+                _logprob_entries(
+                    logprobs,
+                    [token_ids[i] for i in with_logprobs],
+                    [requests[i].params.logprobs or 0 for i in with_logprobs],
+                ),
+                strict=True,
+            ):
+                sampled.logprobs[rows[i]] = entry
+
+    def _penalise(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
+        """Apply the three penalties to `logits`, `[N, V]`, in place."""
+        rows, ids, counts, factors = [], [], [], []
+        for row, request in enumerate(requests):
+            params = request.params
+            if params.has_penalties:
+                seen = self._counts.setdefault(request.request_id, _TokenCounts())
+                seen.update(request)
+                rows.append(np.full(len(seen.ids), row))
+                ids.append(np.array(seen.ids))
+                counts.append(np.array(seen.counts))
+                penalties = (
+                    params.repetition_penalty,
+                    params.presence_penalty,
+                    params.frequency_penalty,
+                )
+                factors.append(np.broadcast_to(np.array(penalties, np.float32), (len(seen.ids), 3)))
+        if not rows:
+            return
+        index = (self._tensor(np.concatenate(rows)), self._tensor(np.concatenate(ids)))
+        count = self._tensor(np.concatenate(counts))
+        repetition, presence, frequency = self._tensor(np.concatenate(factors)).unbind(1)
+        values = logits[index]  # [M], M = distinct tokens, summed over the requests
+        values = torch.where(values > 0, values / repetition, values * repetition)
+        values -= presence * (count > 0) + frequency * count
+        logits[index] = values
+
+    def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """Draw a token for each row of `logits`, `[N, V]`; returns `[N]`. Mutates `logits`."""
+        params = [request.params for request in requests]
+        temperature = self._tensor(np.array([[p.temperature] for p in params], np.float32))
+        # Relative to the largest, so that no temperature makes an infinity.
+        logits -= logits.amax(-1, keepdim=True)
+        logits /= temperature
+        limit = least_logit(
+            logits,
+            top_k=np.array([[p.top_k] for p in params]),
+            top_p=np.array([[p.top_p] for p in params], np.float32),
+            min_p=np.array([[p.min_p] for p in params], np.float32),
+        )
+        if limit is not None:
+            logits.masked_fill_(logits < limit, -torch.inf)
+        cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # [N, V]
+        uniform = self._tensor(np.array([[self._generator(r).random()] for r in requests]))
+        # u < 1, so u * total < total in float64: the token found is one of probability above 0.
+        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        # NaN logits find no token at all; an id outside of the vocabulary would end the process.
+        return token.squeeze(1).clamp_(max=logits.shape[1] - 1)
+
+    def _generator(self, request: Request) -> random.Random:
+        generator = self._generators.get(request.request_id)
+        if generator is None:
+            _, index = request.output_index
+            if request.params.seed is None:
+                self._num_unseeded += 1
+                name = f"unseeded {self._seed} {self._num_unseeded}"
+            else:
+                name = f"seeded {request.params.seed} {index}"
+            generator = self._generators[request.request_id] = random.Random(name)
+        return generator
+
+    def _matcher(self, request: Request) -> llguidance.LLMatcher:
+        matcher = self._matchers.get(request.request_id)
+        if matcher is None:
+            assert request.params.json_schema is not None
+            matcher = self._grammars.matcher(request.params.json_schema)
+            self._matchers[request.request_id] = matcher
+        return matcher
+
+    def _tensor(self, values: Array) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
+def least_logit(
+    logits: torch.Tensor,
+    *,
+    top_k: Array,
+    top_p: Array,
+    min_p: Array,
+) -> torch.Tensor | None:
+    """The least logit of each row that top-k, top-p and min-p, in this order, keep.
+
+    A limit by value, and not by rank, does not depend on how a sort orders equal logits, and
+    so not on the other rows of the batch.
+
+    Args:
+        logits: `[N, V]` float32, after the temperature, -inf where a token cannot be chosen.
+        top_k: `[N, 1]`; 0 is off.
+        top_p: `[N, 1]`, above 0; 1 is off.
+        min_p: `[N, 1]`; 0 is off.
+
+    Returns:
+        `[N, 1]`, or None where everything is off for all rows.
+    """
+    vocab_size = logits.shape[1]
+    device = logits.device
+    top_k = np.where(top_k > 0, top_k, vocab_size).clip(max=vocab_size)
+    limit = None
+    if (bounded := top_k < vocab_size).any():
+        width = int(top_k[bounded].max())
+        ranked = logits.topk(width).values  # [N, width]
+        last = torch.from_numpy(np.minimum(top_k, width) - 1).to(device)
+        on = torch.from_numpy(bounded).to(device)
+        limit = torch.where(on, ranked.gather(1, last), -torch.inf)
+        logits = logits.masked_fill(logits < limit, -torch.inf)
+    if (top_p < 1).any():
+        nucleus = _nucleus_limit(logits, torch.from_numpy(top_p).to(device))
+        limit = nucleus if limit is None else limit.maximum(nucleus)
+    if (min_p > 0).any():
+        floor = logits.amax(-1, keepdim=True) + torch.from_numpy(min_p).to(device).log()
+        limit = floor if limit is None else limit.maximum(floor)
+    return limit
+
+
+def _nucleus_limit(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The least logit of the smallest set with a probability of `top_p`; `[N, V]` to `[N, 1]`.
+
+    Source: Holtzman et al., The Curious Case of Neural Text Degeneration, section 3.1.
+    """
+    off = top_p >= 1
+    log_total = logits.logsumexp(-1, keepdim=True)
+    # A nucleus is small as a rule: rank all tokens only where it is not.
+    ranked = logits.topk(min(_NUCLEUS_WIDTH, logits.shape[1])).values
+    mass = (ranked - log_total).exp().cumsum(-1)
+    if ranked.shape[1] < logits.shape[1] and not bool(((mass[:, -1:] >= top_p) | off).all()):
+        ranked = logits.sort(descending=True).values
+        mass = (ranked - log_total).exp().cumsum(-1)
+    last = (mass < top_p).sum(-1, keepdim=True).clamp_(max=ranked.shape[1] - 1)
+    return torch.where(off, -torch.inf, ranked.gather(1, last))
+
+
+class _TokenCounts:
+    """The distinct tokens of a request, and how often each is in its output."""
+
+    def __init__(self) -> None:
+        self.ids = array("q")
+        self.counts = array("f")
+        self._index: dict[int, int] = {}
+        self._num_seen = 0
+
+    def update(self, request: Request) -> None:
+        """Take in the tokens that are new since the last call."""
+        for position in range(self._num_seen, request.num_tokens):
+            token_id = request.token_ids[position]
+            index = self._index.setdefault(token_id, len(self.ids))
+            if index == len(self.ids):
+                self.ids.append(token_id)
+                self.counts.append(0.0)
+            if position >= request.prompt_len:
+                self.counts[index] += 1.0
+        self._num_seen = request.num_tokens
+
+
+def _is_argmax(params: SamplingParams) -> bool:
+    """Whether the next token is just that of the largest logit."""
+    return (
+        params.temperature < MIN_TEMPERATURE
+        and params.logprobs is None
+        and params.json_schema is None
+        and not params.has_penalties
+    )
+
+
+def _logprob_entries(
+    logprobs: torch.Tensor, token_ids: list[int], num_top: list[int]
+) -> list[TokenLogprob]:
+    """Read the chosen and the likeliest tokens' entries of `logprobs`, `[L, V]`."""
+    ids = torch.tensor(token_ids, device=logprobs.device)
+    chosen: list[float] = logprobs.gather(1, ids[:, None]).squeeze(1).tolist()
+    top = logprobs.topk(min(max(num_top), logprobs.shape[1]))
+    top_values: list[list[float]] = top.values.tolist()
+    top_ids: list[list[int]] = top.indices.tolist()
+    return [
+        TokenLogprob(token_id, logprob, tuple(zip(likeliest[:n], values[:n], strict=True)))
+        for token_id, logprob, likeliest, values, n in zip(
+            token_ids, chosen, top_ids, top_values, num_top, strict=True
+        )
+    ]
