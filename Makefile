@@ -23,10 +23,9 @@ demo: .venv/installed
 	.venv/bin/hotset demo
 
 .venv/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "error: hotset needs Python 3.11 or newer; \
-	$(PYTHON) is $$($(PYTHON) --version 2>&1); give another: make PYTHON=/path/to/python3.11" >&2; \
-	  exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: $(PYTHON) is missing or older than Python 3.11, which hotset needs; \
+	give another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
 	  echo "error: $(PYTHON) cannot make virtual environments; \
 	on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
