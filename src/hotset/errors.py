@@ -27,3 +27,7 @@ class OutOfBlocksError(HotsetError):
 
 class TierError(HotsetError):
     """A tier that cannot be opened or used."""
+
+
+class EngineError(HotsetError):
+    """The engine has failed or was closed. It serves no more requests."""

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import platformdirs
@@ -123,6 +124,24 @@ class Engine:
         """Whether copies between tiers are under way; `step` takes note of their end."""
         return self._tiers is not None and self._tiers.is_busy
 
+    def validate(self, token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Check a request without queueing it. May be called from any thread.
+
+        Raises:
+            RequestError: the request can never be served.
+        """
+        if not token_ids:
+            raise RequestError("the prompt is empty; expected at least one token")
+        vocab_size = self._sampler.vocab_size
+        if not all(0 <= token < vocab_size for token in token_ids):
+            raise RequestError(f"a prompt token id is not in [0, {vocab_size})")
+        if len(token_ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; the longest context is "
+                f"{self.max_model_len} with at least one left to generate"
+            )
+        self._sampler.validate(params)
+
     def add_request(
         self,
         token_ids: list[int],
@@ -139,20 +158,10 @@ class Engine:
         Raises:
             RequestError: the request can never be served; nothing was queued.
         """
-        if not token_ids:
-            raise RequestError("the prompt is empty; expected at least one token")
-        vocab_size = self._sampler.vocab_size
-        if not all(0 <= token < vocab_size for token in token_ids):
-            raise RequestError(f"a prompt token id is not in [0, {vocab_size})")
-        if len(token_ids) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens; the longest context is "
-                f"{self.max_model_len} with at least one left to generate"
-            )
+        self.validate(token_ids, params)
         request_id = request_id or f"request-{next(self._ids)}"
         if "#" in request_id or request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use or has a '#' in it")
-        self._sampler.validate(params)
         max_total = self.max_model_len
         if params.max_tokens is not None:
             max_total = min(max_total, len(token_ids) + params.max_tokens)
