@@ -29,7 +29,7 @@ TORCH_FREE = [
 
 def part_of(module: str) -> str:
     """`hotset.memory.tier` -> `memory`, `hotset.llm` -> `llm`, `hotset` -> ``."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def imports_of(path: Path) -> set[str]:

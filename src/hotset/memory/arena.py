@@ -44,8 +44,8 @@ class DeviceArena:
         self.layers: list[torch.Tensor] = []
         start = 0
         for layer, size in zip(layers, sizes, strict=True):
-            shape = (2, block_size, layer.num_kv_heads, layer.head_dim)
-            self.layers.append(self.storage[:, start : start + size].unflatten(1, shape))
+            shape = (num_blocks, 2, block_size, layer.num_kv_heads, layer.head_dim)
+            self.layers.append(self.storage[:, start : start + size].view(shape))
             start += size
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:

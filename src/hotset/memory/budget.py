@@ -39,8 +39,8 @@ class Budget:
         """The table shown at start."""
         slot_bytes = slot_bytes_for(self.block_bytes)
         disk_slots = self.disk_bytes // slot_bytes
-        rows = [
-            ("weights", device, self.weights_bytes, ""),
+        rows: list[tuple[str, str, int, int]] = [
+            ("weights", device, self.weights_bytes, 0),
             ("KV, hot tier", device, self.device_blocks * self.block_bytes, self.device_blocks),
         ]
         if self.host_slots:
@@ -49,8 +49,8 @@ class Budget:
             rows.append(("KV, disk tier", str(disk_path), self.disk_bytes, disk_slots))
         lines = [f"{'what':<16}{'GiB':>9}{'blocks':>10}{'tokens':>12}  where"]
         for what, where, num_bytes, blocks in rows:
-            tokens = int(blocks) * self.block_size if blocks else ""
-            lines.append(f"{what:<16}{num_bytes / GIB:>9.3f}{blocks:>10}{tokens:>12}  {where}")
+            counts = f"{blocks:>10}{blocks * self.block_size:>12}" if blocks else " " * 22
+            lines.append(f"{what:<16}{num_bytes / GIB:>9.3f}{counts}  {where}")
         users = []
         total_blocks = self.device_blocks + (self.host_slots + disk_slots)
         for context in (*_REPORTED_CONTEXTS, self.max_model_len):

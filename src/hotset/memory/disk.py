@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from zlib import crc32
 
 from hotset.errors import TierError
 from hotset.memory import disk_index
@@ -25,6 +24,7 @@ from hotset.memory.slab import (
 from hotset.memory.tier import Completion, CompletionStatus, TierUsage
 
 _FORMAT = "1"  # of slab and index; another one is not read
+_FIXED_BYTES = disk_index.BASE_BYTES + SLOT_ALIGN_BYTES  # the lock file takes a page
 _FAILURES_TO_PAUSE = 3
 _PAUSE_S = 10.0
 _CLOSE_S = 5.0
@@ -40,6 +40,18 @@ _KIND_BY_ERRNO = {
     errno.EACCES: "disk_read_only",
     errno.EPERM: "disk_read_only",
 }
+
+
+def capacity_bytes_for(num_payloads: int, payload_bytes: int) -> int:
+    """Bytes on disk of a store for `num_payloads`, index and lock file included."""
+    per_payload_bytes = slot_bytes_for(payload_bytes) + disk_index.ROW_BYTES
+    return _FIXED_BYTES + num_payloads * per_payload_bytes
+
+
+def payloads_within(capacity_bytes: int, payload_bytes: int) -> int:
+    """How many payloads a store of `capacity_bytes` holds; 0 where it is too small."""
+    per_payload_bytes = slot_bytes_for(payload_bytes) + disk_index.ROW_BYTES
+    return max(0, (capacity_bytes - _FIXED_BYTES) // per_payload_bytes)
 
 
 @dataclass(eq=False, slots=True)
@@ -91,7 +103,6 @@ class DiskTier:
         slab: Slab,
         index: BlockIndex,
         lock: FolderLock,
-        checksum_seed: int,
         read_deadline_s: float,
         write_queue_s: float,
         num_threads: int,
@@ -103,7 +114,6 @@ class DiskTier:
         self._slab = slab
         self._index = index
         self._lock = lock
-        self._seed = checksum_seed
         self._read_deadline_s = read_deadline_s
         self._write_queue_s = write_queue_s
         self._faults: Counter[str] = Counter()
@@ -170,13 +180,11 @@ class DiskTier:
                 still are, unless they are of another fingerprint.
         """
         slot_bytes = slot_bytes_for(payload_bytes)
-        fixed_bytes = disk_index.BASE_BYTES + SLOT_ALIGN_BYTES  # the lock file takes a page
-        per_slot_bytes = slot_bytes + disk_index.ROW_BYTES
-        num_slots = (capacity_bytes - fixed_bytes) // per_slot_bytes
+        num_slots = payloads_within(capacity_bytes, payload_bytes)
         if num_slots < 1:
             raise TierError(
                 f"disk tier of {capacity_bytes} bytes holds no block of {payload_bytes}; "
-                f"give at least {fixed_bytes + per_slot_bytes}"
+                f"give at least {capacity_bytes_for(1, payload_bytes)}"
             )
         identity = {
             "format": _FORMAT,
@@ -214,7 +222,6 @@ class DiskTier:
             slab=slab,
             index=index,
             lock=lock,
-            checksum_seed=crc32(repr(sorted(identity.items())).encode()),
             read_deadline_s=read_deadline_s,
             write_queue_s=write_queue_s,
             num_threads=num_threads,
@@ -319,7 +326,10 @@ class DiskTier:
             self._lock.close()
 
     def check(self) -> None:
-        """Assert that each slot is free, stored, being written or read after a drop: just one."""
+        """Assert that each slot is free, stored, being written or read after a drop: just one.
+
+        And that the index says the same as the entries.
+        """
         stored = [entry.slot for entry in self._entries.values()]
         pinned = {entry.slot for entry in self._reading.values()} - set(stored)
         writing = [job.slot for job in self._writing.values()]
@@ -327,6 +337,9 @@ class DiskTier:
         assert slots == list(range(self.capacity_payloads)), slots
         assert not self._entries.keys() & self._writing.keys()
         assert self._on_time.keys() <= self._reading.keys()
+        for key, entry in self._entries.items():
+            if entry.num_readers == 0:  # a read that fails removes the row ahead of `poll`
+                assert self._index.rows[entry.slot].key == key
         readers = Counter(id(entry) for entry in self._reading.values())
         assert all(entry.num_readers == readers[id(entry)] for entry in self._entries.values())
 
@@ -392,7 +405,7 @@ class DiskTier:
     def _write(self, job: Job) -> bool:
         try:
             self._clear_row(job.slot)
-            job.checksum = checksum(self._seed, job.key, job.buffer)
+            job.checksum = checksum(job.key, job.buffer)
             self._slab.write(job.slot, job.buffer)
         except IndexFault:
             return False  # the index counts it
@@ -419,7 +432,7 @@ class DiskTier:
     def _read(self, job: Job) -> bool:
         try:
             self._slab.read(job.slot, job.buffer)
-            if checksum(self._seed, job.key, job.buffer) == job.checksum:
+            if checksum(job.key, job.buffer) == job.checksum:
                 return True
             job.faults.append("disk_corrupt")
         except EOFError:

@@ -161,7 +161,7 @@ class _Group:
     Attributes:
         tokens: `[R * Q]` rows of the flat batch, R sequences of Q tokens each.
         table: `[R * N]` block ids, padded with block 0.
-        mask: `[R, 1, Q, N * block_size]`, True where a query sees a key.
+        mask: `[R, 1, Q, N * block_size]`, 0 where a query sees a key and -inf elsewhere.
     """
 
     tokens: torch.Tensor
@@ -219,7 +219,9 @@ class PagedAttention:
             gathered = (r, -1, num_kv_heads, head_dim)
             k = keys.index_select(0, group.table).view(gathered).transpose(1, 2)
             v = values.index_select(0, group.table).view(gathered).transpose(1, 2)
-            q = query[:, group.tokens].unflatten(1, (r, -1)).transpose(0, 1)  # [R, H, Q, D]
+            q = (
+                query[:, group.tokens].view(num_heads, r, -1, query_dim).transpose(0, 1)
+            )  # [R, H, Q, D]
             out = grouped_query_attention(
                 q,
                 k[..., :query_dim],
@@ -273,7 +275,9 @@ class PagedAttention:
         rows = torch.tensor([s.start for s in group], device=device)[:, None] + torch.arange(
             num_queries, device=device
         )
-        return _Group(rows.flatten(), len(group), table.flatten(), mask.unsqueeze(1))
+        bias = torch.zeros_like(mask, dtype=self._arena.storage.dtype)
+        bias.masked_fill_(~mask, -torch.inf)
+        return _Group(rows.flatten(), len(group), table.flatten(), bias.unsqueeze(1))
 
 
 def grouped_query_attention(
@@ -292,7 +296,8 @@ def grouped_query_attention(
         query: `[R, H, Q, D]`.
         key: `[R, H_kv, S, D]`.
         value: `[R, H_kv, S, D_v]`.
-        mask: `[R, 1, Q, S]` bool, True where a query sees a key; at least one a row.
+        mask: `[R, 1, Q, S]`, dtype of `query`: 0 where a query sees a key (at least one a row),
+            -inf elsewhere.
         scaling: factor on the scores.
         softcap: see `Attention.attend`.
         sinks: `[H]` or None; see `Attention.attend`.
@@ -313,7 +318,7 @@ def grouped_query_attention(
     scores = torch.matmul(folded, key.transpose(-1, -2)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, float("-inf")).float()
+    scores = (scores + mask).float()
     if sinks is not None:
         column = sinks.float().view(1, num_kv_heads, group, 1)
         column = column.expand(r, -1, -1, num_queries).reshape(r, num_kv_heads, -1, 1)
