@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from conftest import FakeTiers
+from fakes import FakeTiers
 
 from hotset.engine.scheduler import Scheduler
 from hotset.memory.block_pool import BlockPool

@@ -24,7 +24,7 @@ from hotset.memory.slab import slot_bytes_for
 from hotset.memory.transfer import ThreadCopier, TierStack
 from hotset.metrics import Metrics
 from hotset.model.loader import LoadedModel
-from hotset.model.runner import ModelRunner, inspect_model
+from hotset.model.runner import ModelRunner, inspect_model, workspace_bytes
 from hotset.model.sampler import Sampler
 from hotset.request import (
     FinishReason,
@@ -61,6 +61,9 @@ class Engine:
             config,
             device=model.device.type,
             weights_bytes=sum(p.nbytes for p in model.parameters()),
+            workspace_bytes=workspace_bytes(
+                model, max_tokens=config.max_num_batched_tokens, max_seqs=config.max_num_seqs
+            ),
             kv_bytes_per_token=layout.bytes_per_token,
             model_max_len=loaded.max_model_len,
             free_device_bytes=_free_device_bytes(model.device),

@@ -42,6 +42,10 @@ class BlockPool:
         """How many holders `block` has."""
         return self._ref_count[block]
 
+    def is_shared(self, block: int) -> bool:
+        """Whether others hold `block` too, or can find it: then it must not be written to."""
+        return self._ref_count[block] > 1 or block in self._hash_of
+
     def allocate(self, n: int) -> list[int]:
         """Take `n` blocks, evicting cached ones once no free one is left.
 

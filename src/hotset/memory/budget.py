@@ -22,12 +22,14 @@ class Budget:
 
     Attributes:
         device_blocks: KV blocks in the hot tier.
+        workspace_bytes: an estimate of what the largest step takes beside weights and KV.
         host_slots: payloads in host memory; more than `host_gib` asks for only to stage a disk.
         disk_bytes: size bound of the disk tier.
         max_model_len: longest context one request can have.
     """
 
     weights_bytes: int
+    workspace_bytes: int
     block_bytes: int
     block_size: int
     device_blocks: int
@@ -41,6 +43,7 @@ class Budget:
         disk_slots = self.disk_bytes // slot_bytes
         rows: list[tuple[str, str, int, int]] = [
             ("weights", device, self.weights_bytes, 0),
+            ("workspace", device, self.workspace_bytes, 0),
             ("KV, hot tier", device, self.device_blocks * self.block_bytes, self.device_blocks),
         ]
         if self.host_slots:
@@ -69,6 +72,7 @@ def make_budget(
     *,
     device: str,
     weights_bytes: int,
+    workspace_bytes: int,
     kv_bytes_per_token: int,
     model_max_len: int,
     free_device_bytes: int,
@@ -79,6 +83,7 @@ def make_budget(
         config: the user's sizes.
         device: `cpu` or `cuda`.
         weights_bytes: of the loaded model.
+        workspace_bytes: kept free on the device for the model's steps.
         kv_bytes_per_token: over all layers.
         model_max_len: longest context the model was made for.
         free_device_bytes: memory free on the device with the weights loaded.
@@ -87,6 +92,7 @@ def make_budget(
         ConfigError: a size that cannot work, with the smallest or largest one that can.
     """
     block_bytes = config.block_size * kv_bytes_per_token
+    free_device_bytes = max(0, free_device_bytes - workspace_bytes)
     hot_bytes = int(
         free_device_bytes * _DEFAULT_SHARE[device]
         if config.hot_gib is None
@@ -99,7 +105,8 @@ def make_budget(
     if hot_bytes > free_device_bytes:
         raise ConfigError(
             f"hot_gib {hot_bytes / GIB:.3f} is more than the {free_device_bytes / GIB:.3f} GiB "
-            f"free on the {device} beside the weights ({weights_bytes / GIB:.3f} GiB)"
+            f"free on the {device} beside weights ({weights_bytes / GIB:.3f} GiB) and workspace "
+            f"({workspace_bytes / GIB:.3f} GiB); give less, or leave hot_gib out"
         )
     device_blocks = hot_bytes // block_bytes
     if config.max_model_len is None:
@@ -134,6 +141,7 @@ def make_budget(
         )
     return Budget(
         weights_bytes=weights_bytes,
+        workspace_bytes=workspace_bytes,
         block_bytes=block_bytes,
         block_size=config.block_size,
         device_blocks=device_blocks,

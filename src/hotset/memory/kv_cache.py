@@ -200,14 +200,12 @@ class KVCache:
     def reserve(self, request: Request, num_tokens: int) -> bool:
         """Make room to write `num_tokens` more; False (nothing changed) if there is none.
 
-        A block that others hold too is replaced by a copy before it is written to.
+        A block that others hold or can find is replaced by a copy before it is written to.
         """
         table = request.block_table
         end = self.num_blocks_for(request.num_computed_tokens + num_tokens)
         first = request.num_computed_tokens // self.block_size
-        to_copy = [
-            i for i in range(first, min(end, len(table))) if self.pool.ref_count(table[i]) > 1
-        ]
+        to_copy = [i for i in range(first, min(end, len(table))) if self.pool.is_shared(table[i])]
         num_new = max(0, end - len(table))
         if len(to_copy) + num_new > self.pool.num_available:
             return False

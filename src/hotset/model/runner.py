@@ -80,6 +80,24 @@ def inspect_model(model: PreTrainedModel) -> KVLayout:
     return KVLayout(tuple(probe.layers[i] for i in range(num_layers)), model.dtype)
 
 
+def workspace_bytes(model: PreTrainedModel, *, max_tokens: int, max_seqs: int) -> int:
+    """What a step of `max_tokens` tokens takes at most beside weights and KV; an upper estimate.
+
+    Live at once: the residual stream and its norm, queries, keys and values, the two halves of
+    the feed-forward and their product; then the logits of `max_seqs` tokens and their float32
+    copy. Experts compute `top_k` rows a token.
+    """
+    config = model.config.get_text_config()
+    hidden: int = config.hidden_size
+    ffn = getattr(config, "intermediate_size", None) or 4 * hidden
+    if experts_ffn := getattr(config, "moe_intermediate_size", None):
+        ffn = max(ffn, experts_ffn * getattr(config, "num_experts_per_tok", 1))
+    per_token = 6 * hidden + 3 * ffn
+    itemsize = model.dtype.itemsize
+    rows = min(max_seqs, max_tokens)
+    return max_tokens * per_token * itemsize + rows * config.vocab_size * (itemsize + 4)
+
+
 class ModelRunner:
     """Turns a step plan into tensors, runs the model, and returns logits."""
 

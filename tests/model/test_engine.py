@@ -1,0 +1,164 @@
+"""What the engine refuses, and what a fault costs."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from engines import reference, run
+from tiny_models import make_model
+from transformers import AutoModelForCausalLM
+
+from hotset.config import GIB, EngineConfig
+from hotset.engine.engine import Engine
+from hotset.errors import ConfigError, ModelError, RequestError
+from hotset.memory.budget import make_budget
+from hotset.model.runner import inspect_model
+from hotset.request import FinishReason, SamplingParams, StepPlan
+
+MakeEngine = Callable[..., Engine]
+
+
+def prompts(num: int) -> list[list[int]]:
+    rng = random.Random(5)
+    return [[rng.randrange(3, 256) for _ in range(rng.randint(4, 30))] for _ in range(num)]
+
+
+def test_a_step_that_runs_out_of_memory_costs_one_request(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    forward = engine._runner.forward
+    calls = 0
+
+    def fail_once(plan: StepPlan) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(plan)
+
+    monkeypatch.setattr(engine._runner, "forward", fail_once)
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    ids = [engine.add_request(prompt, params) for prompt in prompts(5)]
+    tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
+    errors = {}
+    while engine.has_work:
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+            if output.finish_reason is FinishReason.ERROR:
+                errors[output.request_id] = output.error
+    assert errors == {ids[4]: "the model step failed: out of memory"}
+    expected = reference("llama", prompts(5), max_tokens=6)
+    assert [tokens[request_id] for request_id in ids[:4]] == expected[:4]
+    assert engine.kv.pool.num_held == 0
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        ([], "the prompt is empty"),
+        ([1, 256], r"not in \[0, 256\)"),
+        ([-1], r"not in \[0, 256\)"),
+        ([5] * 96, "the longest context is 96"),
+    ],
+)
+def test_a_prompt_that_can_never_run_is_refused_and_leaves_nothing(
+    token_ids: list[int], message: str, make_engine: MakeEngine
+) -> None:
+    engine = make_engine()
+    with pytest.raises(RequestError, match=message):
+        engine.add_request(token_ids, SamplingParams())
+    assert not engine.has_work
+
+
+def test_a_request_id_that_is_in_use_is_refused(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.add_request([5], SamplingParams(), request_id="mine")
+    with pytest.raises(RequestError, match="in use"):
+        engine.add_request([5], SamplingParams(), request_id="mine")
+
+
+def test_the_output_ends_at_the_context_limit(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    [tokens] = run(engine, [[5] * 90], max_tokens=None)  # type: ignore[arg-type]
+    assert len(tokens) == 6
+
+
+def test_tenants_do_not_find_each_others_blocks(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    for salt in (b"alice", b"bob"):
+        engine.add_request([7] * 40, SamplingParams(max_tokens=1), salt=salt)
+        while engine.has_work:
+            engine.step()
+    assert engine.metrics.cached_tokens.total() == 0
+
+
+def test_an_unsupported_layer_type_is_refused_by_name() -> None:
+    model = make_model("llama")
+    model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
+    with pytest.raises(ModelError, match="chunked_attention"):
+        inspect_model(model)
+
+
+def test_a_model_with_state_space_layers_is_refused_by_name() -> None:
+    from transformers import MambaConfig
+
+    model = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
+    )
+    with pytest.raises(ModelError, match="Mamba"):
+        inspect_model(model)
+
+
+def test_an_encoder_decoder_is_refused_by_name() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        inspect_model(model)
+
+
+def budget(**sizes: Any) -> Any:
+    options = {"block_size": 16, "max_model_len": 1024, **sizes}
+    return make_budget(
+        EngineConfig(**options),
+        device="cpu",
+        weights_bytes=GIB,
+        workspace_bytes=2**20,
+        kv_bytes_per_token=1024,
+        model_max_len=8192,
+        free_device_bytes=4 * GIB,
+    )
+
+
+def test_a_hot_tier_too_small_is_refused_with_the_smallest_that_works() -> None:
+    with pytest.raises(ConfigError, match="holds 32 KV blocks") as refused:
+        budget(hot_gib=0.0005)
+    smallest = float(str(refused.value).split("give hot_gib ")[1].split()[0])
+    assert budget(hot_gib=smallest).device_blocks == 64
+    with pytest.raises(ConfigError):
+        budget(hot_gib=smallest * 0.98)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hot_gib": 9.0}, "more than the 3.999 GiB free"),
+        ({"hot_gib": 0.1, "host_gib": 1e-6}, "host_gib 1e-06 holds no KV block"),
+        ({"hot_gib": 0.1, "host_gib": 1e6}, "give less host_gib"),
+        ({"hot_gib": 0.1, "disk_gib": 1e-6}, "disk_gib 1e-06 is too small"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused(sizes: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        budget(**sizes)
+
+
+def test_the_report_says_what_goes_where(make_engine: MakeEngine) -> None:
+    report = make_engine(host_blocks=10).report
+    for word in ("weights", "workspace", "KV, hot tier", "KV, host tier", "users of a context"):
+        assert word in report
