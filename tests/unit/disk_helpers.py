@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hotset.memory import disk_index
-from hotset.memory.disk import DiskTier
+from hotset.memory.disk import DiskTier, capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
 from hotset.memory.tier import Completion, CompletionStatus
 
@@ -17,17 +16,12 @@ MODEL = {"model": "tiny", "weights": "ab12", "dtype": "float32", "block_size": "
 PAYLOAD = 8192
 
 
-def capacity_for(num_payloads: int, payload_bytes: int = PAYLOAD) -> int:
-    per_slot = slot_bytes_for(payload_bytes) + disk_index.ROW_BYTES
-    return disk_index.BASE_BYTES + 4096 + num_payloads * per_slot
-
-
 @contextmanager
 def opened(folder: Path, num_payloads: int = 8, **options: Any) -> Iterator[DiskTier]:
     payload_bytes = options.get("payload_bytes", PAYLOAD)
     settings = {
         "payload_bytes": payload_bytes,
-        "capacity_bytes": capacity_for(num_payloads, payload_bytes),
+        "capacity_bytes": capacity_bytes_for(num_payloads, payload_bytes),
         "fingerprint": MODEL,
         "read_deadline_s": 60.0,
         "write_queue_s": 60.0,

@@ -1,13 +1,16 @@
 """The disk tier: bytes, restarts, bounds and faults."""
 
+import errno
 import mmap
 import os
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +24,6 @@ from disk_helpers import (
     OK,
     PAYLOAD,
     buffer,
-    capacity_for,
     content,
     filled,
     finish,
@@ -34,9 +36,9 @@ from hypothesis import strategies as st
 
 from hotset.errors import TierError
 from hotset.memory import disk_index
-from hotset.memory.disk import DiskTier
+from hotset.memory.disk import DiskTier, capacity_bytes_for, payloads_within
 from hotset.memory.slab import FolderLock
-from hotset.memory.tier import Completion
+from hotset.memory.tier import Completion, CompletionStatus
 
 
 def store_bytes(folder: Path) -> int:
@@ -153,14 +155,15 @@ def test_blocks_of_another_kind_are_not_used_and_their_space_is_reclaimed(
 ) -> None:
     with opened(tmp_path) as tier:
         assert write(tier, b"a", 1) is OK
+        assert write(tier, b"b", 2) is OK
     with opened(tmp_path, **changed) as tier:
         assert tier.reclaimed is not None
         assert said in tier.reclaimed
         assert not tier.contains(b"a")
         assert tier.usage().used_payloads == 0
         assert tier.usage().faults == {}
+        assert (tmp_path / "blocks.slab").read_bytes().count(0) == 8 * tier.slot_bytes
         assert write(tier, b"b", 2) is OK
-        assert content(1) not in (tmp_path / "blocks.slab").read_bytes()
     with opened(tmp_path) as tier:
         assert tier.reclaimed is not None
         assert tier.usage().used_payloads == 0
@@ -185,18 +188,18 @@ def test_another_capacity_keeps_the_blocks_that_still_fit(tmp_path: Path) -> Non
 def test_all_files_together_stay_within_the_capacity_while_blocks_come_and_go(
     tmp_path: Path,
 ) -> None:
-    capacity_bytes = capacity_for(600, 4096)
+    capacity_bytes = capacity_bytes_for(600, 4096)
+    assert payloads_within(capacity_bytes, 4096) == 600
+    assert payloads_within(capacity_bytes - 1, 4096) == 599
     payload = filled(0, 4096)
     most_bytes = 0
     with opened(tmp_path, payload_bytes=4096, capacity_bytes=capacity_bytes) as tier:
         assert tier.capacity_payloads == 600
-        for turn in range(3000):
+        assert (tmp_path / "blocks.slab").stat().st_blocks * 512 >= 600 * 4096  # preallocated
+        for turn in range(2500):  # one at a time, so that each overwrite is a transaction
             key = turn.to_bytes(64, "big")
-            while tier.submit_write(key, payload) is None:  # all slots are being written
-                tier.wait(10.0)
-                tier.poll()
-            if turn % 100 == 0:
-                tier.poll()
+            assert finish(tier, tier.submit_write(key, payload)).status is OK
+            if turn % 50 == 0:
                 most_bytes = max(most_bytes, store_bytes(tmp_path))
         most_bytes = max(most_bytes, store_bytes(tmp_path))
     assert 600 * 4096 < most_bytes <= capacity_bytes
@@ -256,6 +259,21 @@ def test_a_folder_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "index.sqlite").mkdir()
     with pytest.raises(TierError, match="cannot be used"), opened(tmp_path):
         pass
+
+
+def test_blocks_are_committed_in_batches_and_soon_when_there_is_no_more_to_write(
+    tmp_path: Path,
+) -> None:
+    with opened(tmp_path / "live", 200) as tier:
+        for seed in range(130):
+            assert write(tier, b"k%d" % seed, seed) is OK
+            assert len(tier._index._pending) <= disk_index.BATCH_ROWS
+        while tier._index._pending:  # for ever, if nothing commits the last batch
+            time.sleep(0.01)
+        shutil.copytree(tmp_path / "live", tmp_path / "copy")  # what a crash would leave
+    with opened(tmp_path / "copy", 200) as tier:
+        assert tier.usage().used_payloads == 130
+        assert read(tier, b"k129") == content(129)
 
 
 def test_the_store_is_readable_by_its_owner_only(tmp_path: Path) -> None:
@@ -473,9 +491,11 @@ def test_a_file_size_limit_costs_blocks_and_never_the_process(tmp_path: Path) ->
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
+from hotset.errors import TierError
 from disk_helpers import *
-with opened(Path({str(tmp_path)!r}), 64) as tier:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192 * 3, 8192 * 3))
+folder = Path({str(tmp_path)!r})
+with opened(folder, 64) as tier:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192 * 3, 8192 * 80))
     results = [tier.submit_write(b"k%d" % seed, filled(seed)) for seed in range(60)]
     while tier._writing:
         tier.wait(10.0)
@@ -485,12 +505,17 @@ with opened(Path({str(tmp_path)!r}), 64) as tier:
     assert not tier.contains(b"k50")
     tier.check()
     print(sorted(tier.usage().faults))
+try:
+    opened(folder, 100).__enter__()
+except TierError as error:
+    print(error)
 """
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0, result.stderr
     assert "disk_full" in result.stdout
+    assert "asks for 0.001 GB" in result.stdout
     with opened(tmp_path, 64) as tier:
         assert read(tier, b"before") == content(0)
         assert "disk_corrupt" not in tier.usage().faults
@@ -643,3 +668,77 @@ def test_closing_over_a_stuck_transfer_keeps_the_folder_locked(
         tier._lock.close()
         with suppress(ValueError):
             tier.poll()
+
+
+def test_random_faults_cost_blocks_and_never_a_wrong_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors, short transfers and flipped bits at random, in reads and writes that overlap."""
+    monkeypatch.setattr("hotset.memory.disk._PAUSE_S", 0.002)
+    chance = random.Random(5)
+    preadv, pwritev = os.preadv, os.pwritev
+
+    def faulty(call: Any, fd: int, buffers: list[memoryview], offset: int) -> int:
+        roll = chance.random()
+        if roll < 0.05:
+            raise OSError(chance.choice([errno.EIO, errno.ENOSPC, errno.EROFS]), "injected")
+        if roll < 0.10:
+            return int(call(fd, [buffers[0][:4096]], offset))
+        if roll < 0.12 and call is preadv:
+            return 0
+        count = int(call(fd, buffers, offset))
+        if roll > 0.95 and call is preadv:
+            buffers[0][chance.randrange(count)] ^= 1 << chance.randrange(8)
+        return count
+
+    monkeypatch.setattr(os, "preadv", lambda *args: faulty(preadv, *args))
+    monkeypatch.setattr(os, "pwritev", lambda *args: faulty(pwritev, *args))
+    kinds = {"corrupt", "truncated", "io_error", "full", "read_only", "write_dropped"}
+    payloads = [filled(number) for number in range(24)]
+    buffers = [buffer() for _ in range(12)]
+    reads: dict[int, memoryview] = {}
+    writes: set[int] = set()
+    ended: Counter[tuple[str, CompletionStatus]] = Counter()
+
+    def poll(tier: DiskTier) -> None:
+        for completion in tier.poll():
+            if completion.transfer_id in writes:
+                writes.remove(completion.transfer_id)
+                ended["write", completion.status] += 1
+                continue
+            into = reads.pop(completion.transfer_id)
+            ended["read", completion.status] += 1
+            if completion.status is OK:
+                assert into == payloads[int(completion.key)]
+            buffers.append(into)
+        tier.check()
+
+    with opened(tmp_path, 16) as tier:
+        # Until everything has happened; a tier in which it cannot never ends.
+        while (
+            len(ended) < 4
+            or min(ended.values()) < 50
+            or tier.usage().faults.keys() != {f"disk_{kind}" for kind in kinds}
+        ):
+            number = chance.randrange(len(payloads))
+            key = b"%d" % number
+            if not tier.contains(key):
+                transfer_id = tier.submit_write(key, payloads[number])
+                if transfer_id is not None:
+                    writes.add(transfer_id)
+            elif buffers:
+                into = buffers.pop()
+                reads[tier.submit_read(key, into)] = into
+            if chance.random() < 0.3:
+                tier.wait(0.001)
+            poll(tier)
+        while reads or writes:
+            tier.wait(10.0)
+            poll(tier)
+    monkeypatch.undo()
+    with opened(tmp_path, 16) as tier:
+        assert tier.usage().used_payloads > 0
+        for number in range(len(payloads)):
+            if tier.contains(b"%d" % number):
+                assert read(tier, b"%d" % number) == payloads[number]
+        assert tier.usage().faults == {}

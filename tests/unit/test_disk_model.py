@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from disk_helpers import MODEL, buffer, capacity_for
+from disk_helpers import MODEL, buffer
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hotset.memory.disk import DiskTier
+from hotset.memory.disk import DiskTier, capacity_bytes_for
 from hotset.memory.tier import Completion, CompletionStatus
 
 PAYLOAD_BYTES = 4096
@@ -52,7 +52,7 @@ class DiskMachine(RuleBasedStateMachine):
         return DiskTier.open(
             self.folder,
             payload_bytes=PAYLOAD_BYTES,
-            capacity_bytes=capacity_for(CAPACITY, PAYLOAD_BYTES),
+            capacity_bytes=capacity_bytes_for(CAPACITY, PAYLOAD_BYTES),
             fingerprint=MODEL,
             read_deadline_s=60.0,
             write_queue_s=60.0,
