@@ -70,7 +70,7 @@ class Engine:
         )
         self.max_model_len = self.budget.max_model_len
         arena = DeviceArena(
-            layout.layers,
+            layout.kv_shapes,
             num_blocks=self.budget.device_blocks,
             block_size=config.block_size,
             dtype=layout.dtype,
@@ -82,7 +82,7 @@ class Engine:
             "weights": loaded.fingerprint,
             "dtype": str(layout.dtype),
             "block_size": str(config.block_size),
-            "shape": str(layout.layers),
+            "shape": str(layout.kv_shapes),
         }
         disk_path = config.disk_path or Path(platformdirs.user_cache_dir("hotset")) / "kv"
         self._runner = ModelRunner(model, arena)

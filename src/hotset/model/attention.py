@@ -113,15 +113,28 @@ def _attention_forward(
     return output.unsqueeze(0), None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What one layer asks of its attention, and what it caches for one token."""
+
+    kv: LayerShape
+    num_heads: int
+    query_dim: int
+    value_dim: int
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+    has_sinks: bool
+
+
 class ProbeAttention:
-    """Records the KV shape of each layer that calls it; its result is zeros.
+    """Records what each layer that calls it asks for; its result is zeros.
 
     One forward pass with it tells what has to be cached, for any architecture.
     """
 
-    layers: dict[int, LayerShape]
-    windows: dict[int, int | None]
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerAttention] = {}
 
     def attend(
         self,
@@ -135,12 +148,19 @@ class ProbeAttention:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Note the shapes and return zeros."""
+        """Note the call and return zeros."""
         if layer in self.layers:
             raise ModelError(f"layer {layer} calls its attention twice a step: not supported")
-        head_dim = max(key.shape[-1], value.shape[-1])
-        self.layers[layer] = LayerShape(key.shape[0], head_dim)
-        self.windows[layer] = sliding_window
+        self.layers[layer] = LayerAttention(
+            kv=LayerShape(key.shape[0], max(key.shape[-1], value.shape[-1])),
+            num_heads=query.shape[0],
+            query_dim=query.shape[-1],
+            value_dim=value.shape[-1],
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            has_sinks=sinks is not None,
+        )
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
 
 
@@ -170,8 +190,19 @@ class _Group:
     mask: torch.Tensor
 
 
+def slot_mapping(sequences: Sequence[SequenceSpan], block_size: int) -> tuple[list[int], list[int]]:
+    """Block and offset in it of each token of a step, in the order of the flat batch."""
+    blocks: list[int] = []
+    offsets: list[int] = []
+    for seq in sequences:
+        for position in range(seq.context_len - seq.num_tokens, seq.context_len):
+            blocks.append(seq.block_table[position // block_size])
+            offsets.append(position % block_size)
+    return blocks, offsets
+
+
 class PagedAttention:
-    """Attention of one step over gathered blocks by PyTorch's SDPA, for the CPU.
+    """Attention of one step over gathered blocks by PyTorch's SDPA: any device, any dtype.
 
     Decodes of similar context length share one call; a prefill chunk has one of its own. Query
     heads that share a KV head are folded into the query length, so keys are never expanded.
@@ -180,15 +211,9 @@ class PagedAttention:
     def __init__(self, arena: DeviceArena, sequences: Sequence[SequenceSpan]) -> None:
         self._arena = arena
         self._sequences = sequences
-        size = arena.block_size
-        slots = [
-            seq.block_table[position // size] * size + position % size
-            for seq in sequences
-            for position in range(seq.context_len - seq.num_tokens, seq.context_len)
-        ]
-        slot_mapping = torch.tensor(slots, device=arena.storage.device)
-        self._slot_blocks = slot_mapping // size
-        self._slot_offsets = slot_mapping % size
+        blocks, offsets = slot_mapping(sequences, arena.block_size)
+        device = arena.storage.device
+        self._slots = (torch.tensor(blocks, device=device), torch.tensor(offsets, device=device))
         self._groups: dict[int | None, list[_Group]] = {}  # by sliding window
 
     def attend(
@@ -207,9 +232,8 @@ class PagedAttention:
         cache = self._arena.layers[layer]  # [num_blocks, 2, block_size, H_kv, D]
         num_kv_heads, head_dim = cache.shape[3:]
         value_dim = value.shape[-1]
-        place = (self._slot_blocks, self._slot_offsets)
-        cache[:, 0, :, :, : key.shape[-1]][place] = key.transpose(0, 1)
-        cache[:, 1, :, :, :value_dim][place] = value.transpose(0, 1)
+        cache[:, 0, :, :, : key.shape[-1]][self._slots] = key.transpose(0, 1)
+        cache[:, 1, :, :, :value_dim][self._slots] = value.transpose(0, 1)
 
         num_heads, num_tokens, query_dim = query.shape
         output = query.new_empty(num_tokens, num_heads, value_dim)

@@ -10,6 +10,7 @@ from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena, LayerShape
 from hotset.model.attention import (
     IMPLEMENTATION,
+    LayerAttention,
     PagedAttention,
     ProbeAttention,
     SequenceSpan,
@@ -21,20 +22,25 @@ _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, slots=True)
-class KVLayout:
-    """What one token leaves in the KV cache, by layer."""
+class ModelLayout:
+    """What each layer of a model asks of its attention, and what a token leaves in the cache."""
 
-    layers: tuple[LayerShape, ...]
+    layers: tuple[LayerAttention, ...]
     dtype: torch.dtype
+
+    @property
+    def kv_shapes(self) -> tuple[LayerShape, ...]:
+        """What each layer caches for a token."""
+        return tuple(layer.kv for layer in self.layers)
 
     @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token over all layers."""
-        values = sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.layers)
+        values = sum(2 * shape.num_kv_heads * shape.head_dim for shape in self.kv_shapes)
         return values * self.dtype.itemsize
 
 
-def inspect_model(model: PreTrainedModel) -> KVLayout:
+def inspect_model(model: PreTrainedModel) -> ModelLayout:
     """Switch `model` to paged attention and find out what it caches, by running two tokens.
 
     Raises:
@@ -55,7 +61,7 @@ def inspect_model(model: PreTrainedModel) -> KVLayout:
         model.set_attn_implementation(IMPLEMENTATION)
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{name} does not use transformers' attention interface") from error
-    probe = ProbeAttention({}, {})
+    probe = ProbeAttention()
     try:
         with torch.inference_mode():
             tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
@@ -73,11 +79,11 @@ def inspect_model(model: PreTrainedModel) -> KVLayout:
             "use transformers' attention interface, so their state cannot be paged"
         )
     for layer, layer_type in enumerate(layer_types):
-        if (layer_type == "sliding_attention") != (probe.windows[layer] is not None):
+        if (layer_type == "sliding_attention") != (probe.layers[layer].sliding_window is not None):
             raise ModelError(
                 f"{name}: layer {layer} is {layer_type} but its window does not say so"
             )
-    return KVLayout(tuple(probe.layers[i] for i in range(num_layers)), model.dtype)
+    return ModelLayout(tuple(probe.layers[i] for i in range(num_layers)), model.dtype)
 
 
 def workspace_bytes(model: PreTrainedModel, *, max_tokens: int, max_seqs: int) -> int:
