@@ -55,9 +55,11 @@ EXAMPLES = ("moe-7.8x", "offload-3x")
     "found in a tier.",
 )
 @click.option("--turns", type=int, default=1, show_default=True, help="Turns of a conversation.")
-@click.option("--hbm-gb", type=float, help="Memory of each GPU, in GB.")
-@click.option("--host-gb", type=float, help="Memory of each host for tiers, in GB.")
-@click.option("--disk-gb", type=float, help="Disk of each host for tiers, in GB.")
+@click.option("--hbm-gb", type=float, help="Memory of each GPU, in GB. Default: the profile's.")
+@click.option(
+    "--host-gb", type=float, help="Memory of each host for tiers, in GB. Default: the profile's."
+)
+@click.option("--disk-gb", type=float, help="Disk of each host for tiers, in GB. Default: none.")
 @click.option(
     "--weights",
     metavar="DTYPE",
@@ -220,10 +222,8 @@ def _sweep(options: Options, text: str, as_json: bool) -> None:
 
     field, values = parse_sweep(text)
     first = str(values[0])
-    if field == "users":
-        options = replace(options, users=first)
-    else:
-        options = replace(options, context=first)
+    users, context = (first, options.context) if field == "users" else (options.users, first)
+    options = replace(options, users=users, context=context)
     points = sweep(options.request(), field, values)
     if as_json:
         shown = [

@@ -115,8 +115,8 @@ class Calibration:
     """
 
     memory_efficiency: float = 0.86
-    kernel_s: float = 4.3e-6
-    user_s: float = 17.5e-6
+    kernel_s: float = 4.45e-6
+    user_s: float = 21.8e-6
     compute_efficiency: float = 0.6
     attention_efficiency: float = 0.6
     link_efficiency: float = 0.86
@@ -257,19 +257,26 @@ class CostModel:
     def all_reduce_s(self, tokens: float) -> float:
         """Two all-reduces a layer over the tensor-parallel ranks, one where experts are spread.
 
-        A ring moves 2 (t - 1) / t of the message over each GPU's link.
+        A ring over d ranks moves 2 (d - 1) / d of the message over each link. Beyond an NVLink
+        domain it is done inside each first, then between them by all GPUs at once, each with its
+        own port and its share of the message.
         """
-        tp, shape, c = self.layout.tp, self.shape, self.calibration
+        tp, shape, hw, c = self.layout.tp, self.shape, self.hardware, self.calibration
         if tp == 1:
             return 0.0
-        inside = tp <= self.hardware.peer_gpus
-        rate = self.hardware.peer_bytes_per_s if inside else self.hardware.network_bytes_per_s
         count = 2 * len(shape.layers)
         if self.layout.ep > 1:
             count -= len(shape.moe_layers)
-        wire_bytes = 2 * (tp - 1) / tp * tokens * shape.hidden_size * 2
-        latency_s = c.all_reduce_s + (0.0 if inside else c.hop_s)
-        return count * (wire_bytes / (rate * c.wire_efficiency) + latency_s)
+        message = tokens * shape.hidden_size * 2
+        inside = min(tp, hw.peer_gpus)
+        domains = tp / inside
+        wire_s = 2 * (inside - 1) / inside * message / hw.peer_bytes_per_s
+        latency_s = c.all_reduce_s
+        if domains > 1:
+            share = message / inside
+            wire_s += 2 * (domains - 1) / domains * share / hw.network_bytes_per_s
+            latency_s += c.hop_s
+        return count * (wire_s / c.wire_efficiency + latency_s)
 
     def all_to_all_s(self, tokens: float, *, per_node: bool) -> float:
         """Dispatch and combine of each MoE layer for `tokens` tokens of each rank.

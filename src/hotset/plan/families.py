@@ -270,7 +270,6 @@ class Llama:
     norms: int = 2  # of the hidden width, a layer
     gated_mlp: bool = True
     mlp_bias: bool | str = "mlp_bias"
-    tied_by_default: bool = False
     layer_norm: bool = False  # norms with a bias
     moe: Callable[[Facts, int], tuple[Params, Params, Params, int, int] | None] | None = None
     window: Callable[[Facts], list[str]] | None = None
@@ -664,13 +663,12 @@ FAMILIES: dict[str, Builder] = {
     "phi3": Llama(qkv_bias=False, out_bias=False, mlp_bias=False, window=_always_window).layers,
     "granite": Llama().layers,
     "smollm3": Llama(window=_qwen_window).layers,
-    "gemma": Llama(mlp_bias=False, tied_by_default=True).layers,
-    "gemma2": Llama(norms=4, mlp_bias=False, tied_by_default=True, window=_alternating).layers,
+    "gemma": Llama(mlp_bias=False).layers,
+    "gemma2": Llama(norms=4, mlp_bias=False, window=_alternating).layers,
     "gemma3_text": Llama(
         norms=4,
         qk_norm="head",
         mlp_bias=False,
-        tied_by_default=True,
         window=_every("sliding_window_pattern", 6),
     ).layers,
     "gemma4_text": _gemma4,
@@ -678,16 +676,13 @@ FAMILIES: dict[str, Builder] = {
     "olmo3": Llama(
         qk_norm="all", mlp_bias=False, window=_every("sliding_window_pattern", 4)
     ).layers,
-    "cohere2": Llama(
-        norms=1, mlp_bias=False, tied_by_default=True, window=_every("sliding_window_pattern", 4)
-    ).layers,
+    "cohere2": Llama(norms=1, mlp_bias=False, window=_every("sliding_window_pattern", 4)).layers,
     "starcoder2": Llama(
         qkv_bias="use_bias",
         out_bias="use_bias",
         mlp_bias="use_bias",
         gated_mlp=False,
         layer_norm=True,
-        tied_by_default=True,
         window=_always_window,
     ).layers,
     "mixtral": Llama(
@@ -718,7 +713,7 @@ FAMILIES: dict[str, Builder] = {
 }
 
 # Types whose head is the embedding unless the config says otherwise.
-_TIED = {"gemma", "gemma2", "gemma3_text", "gemma4_text", "cohere2", "starcoder2", "mamba2"}
+_TIED = {"gemma", "gemma2", "gemma3_text", "gemma4_text", "cohere2", "starcoder2", "smollm3"}
 
 # Configs that wrap a text model beside a vision or audio one.
 _WRAPPERS = {

@@ -65,7 +65,8 @@ class Options:
         hardware = load_hardware(self.hardware)
         if self.link is not None:
             hardware = hardware.with_link(self.link)
-        hardware = hardware.with_sizes(self.hbm_gb, self.host_gb, self.disk_gb)
+        # A disk is used only where asked for: it wears, and few leave terabytes of it to a cache.
+        hardware = hardware.with_sizes(self.hbm_gb, self.host_gb, self.disk_gb or 0.0)
         overlap = frozenset() if self.overlap == "none" else frozenset(self.overlap.split("+"))
         if not overlap <= set(OVERLAPS):
             raise PlanError(f"--overlap is {self.overlap!r}; use none, comm, stream or comm+stream")

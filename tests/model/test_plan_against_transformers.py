@@ -1,0 +1,222 @@
+"""Byte counts of the planner against the models that transformers builds, on the meta device."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hotset.plan.catalog import bundled_config, bundled_models
+from hotset.plan.families import shape_from_config
+from hotset.plan.shape import Kind
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+HEAD = {"head_dim": 16}
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MLA = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+MAMBA = {
+    "mamba_n_heads": 12,
+    "mamba_d_head": 8,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 3,
+}
+ONE_EACH = ["mamba", "mamba", "attention", "mamba", "mamba", "attention"]
+
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    ("mistral", {"sliding_window": 8}),
+    ("ministral", HEAD),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}),
+    ("qwen3", HEAD),
+    ("phi3", {}),
+    ("granite", {}),
+    ("smollm3", {}),
+    ("gemma", {**HEAD, "num_key_value_heads": 1}),
+    ("gemma2", {**HEAD, "sliding_window": 8}),
+    ("gemma3_text", {**HEAD, "sliding_window": 8}),
+    ("olmo2", {}),
+    ("olmo3", {"sliding_window": 8}),
+    ("cohere2", {"sliding_window": 8}),
+    ("starcoder2", {"sliding_window": 8, "use_bias": True}),
+    ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
+    ("qwen3_moe", {**HEAD, **MOE, "decoder_sparse_step": 2}),
+    ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2}),
+    ("gpt_oss", {**HEAD, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
+    ("glm4_moe", {**HEAD, **MLA, "num_key_value_heads": 2, "use_qk_norm": False}),
+    ("deepseek_v2", MLA),
+    ("deepseek_v2", {**MLA, "q_lora_rank": None}),
+    ("deepseek_v3", {**MLA, "n_group": 4, "topk_group": 2}),
+    (
+        "deepseek_v32",
+        {**MLA, "index_head_dim": 16, "index_n_heads": 2, "n_group": 4, "topk_group": 2},
+    ),
+    (
+        "llama4_text",
+        {
+            **HEAD,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 8,
+        },
+    ),
+    ("qwen3_next", {**HEAD, **MOE, **LINEAR, "shared_expert_intermediate_size": 40}),
+    ("qwen3_5_text", {**HEAD, **LINEAR}),
+    ("bamba", {**MAMBA, "attn_layer_indices": [2, 5]}),
+    (
+        "granitemoehybrid",
+        {
+            **MAMBA,
+            "layer_types": ONE_EACH,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 40,
+        },
+    ),
+    (
+        "jamba",
+        {
+            "mamba_d_state": 16,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_dt_rank": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "use_mamba_kernels": False,
+        },
+    ),
+    ("mamba2", {"num_heads": 12, "head_dim": 8, "state_size": 16, "n_groups": 2}),
+    (
+        "gemma4_text",
+        {
+            **HEAD,
+            "global_head_dim": 32,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 96,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+        },
+    ),
+]
+
+
+def build(config: dict[str, Any], device: str) -> Any:
+    text = config.get("text_config", config)
+    facts = {k: v for k, v in text.items() if k not in ("quantization_config", "torch_dtype")}
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts))
+
+
+def num_params(config: dict[str, Any]) -> int:
+    return sum(p.numel() for p in build(config, "meta").parameters())
+
+
+@pytest.mark.parametrize("name", bundled_models())
+def test_bundled_model_has_the_parameters_that_transformers_creates(name: str) -> None:
+    config, _ = bundled_config(name)
+    assert shape_from_config(config, name).total_params == num_params(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "facts"), FAMILIES, ids=[f"{i}-{m}" for i, (m, _) in enumerate(FAMILIES)]
+)
+def test_family_has_the_parameters_that_transformers_creates(
+    model_type: str, facts: dict[str, Any]
+) -> None:
+    config = {**TINY, **facts, "model_type": model_type}
+    assert shape_from_config(config, model_type).total_params == num_params(config)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of keys, values and states in a transformers cache."""
+    seen, total = set(), 0
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            items = value if isinstance(value, list | tuple) else [value]
+            if isinstance(value, dict):
+                items = list(value.values())
+            for item in items:
+                is_state = isinstance(item, torch.Tensor) and item.is_floating_point()
+                if is_state and item.numel() and item.data_ptr() not in seen:
+                    seen.add(item.data_ptr())
+                    total += item.numel() * item.element_size()
+    return total
+
+
+FULL = [
+    (m, f)
+    for m, f in FAMILIES
+    if m in ("llama", "gemma", "qwen3_moe", "olmoe", "mixtral", "gemma4_text", "gpt_oss", "qwen3")
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "facts"), FULL, ids=[f"{i}-{m}" for i, (m, _) in enumerate(FULL)]
+)
+def test_kv_bytes_are_those_of_the_cache_that_transformers_fills(
+    model_type: str, facts: dict[str, Any]
+) -> None:
+    config = {**TINY, **facts, "model_type": model_type}
+    tokens = 6  # below every window: all layers keep all tokens
+    model = build(config, "cpu").eval()
+    with torch.no_grad():
+        cache = model(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+    shape = shape_from_config(config, model_type)
+    assert shape.kv_bytes(tokens, "fp32") == cache_bytes(cache)
+
+
+def test_mla_latent_is_what_the_model_projects_to() -> None:
+    config = {**TINY, **MLA, "model_type": "deepseek_v3", "n_group": 4, "topk_group": 2}
+    attention = build(config, "meta").model.layers[0].self_attn
+    shape = shape_from_config(config, "tiny")
+    width = attention.kv_a_proj_with_mqa.out_features
+    assert shape.kv_bytes_per_token("bf16") == width * 2 * config["num_hidden_layers"]
+
+
+def test_delta_net_state_has_the_size_of_the_models_own() -> None:
+    config = {**TINY, **HEAD, **MOE, **LINEAR, "model_type": "qwen3_next"}
+    config["shared_expert_intermediate_size"] = 40
+    shape = shape_from_config(config, "tiny")
+    mixer = build(config, "meta").model.layers[0].linear_attn
+    state = mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
+    conv = mixer.conv_dim * mixer.conv_kernel_size
+    recurrent = [a for a, _, _ in shape.readers if a.kind is Kind.RECURRENT]
+    assert [(a.state_elements, a.conv_elements) for a in recurrent] == [(state, conv)]
