@@ -412,6 +412,19 @@ def test_an_index_damaged_or_gone_at_open_means_an_empty_store_that_works(
         assert read(tier, b"b") == content(2)
 
 
+def test_an_index_that_another_program_holds_is_left_alone(tmp_path: Path) -> None:
+    with opened(tmp_path) as tier:
+        write(tier, b"a", 1)
+    db = sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)
+    db.execute("PRAGMA locking_mode = EXCLUSIVE")
+    db.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(TierError, match="locked"), opened(tmp_path):
+        pass
+    db.close()
+    with opened(tmp_path) as tier:
+        assert read(tier, b"a") == content(1)
+
+
 def test_an_index_damaged_while_open_is_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
