@@ -8,3 +8,15 @@ from fakes import FakeTiers
 def fake_tiers() -> FakeTiers:
     """Colder tiers whose transfers end when the test says so."""
     return FakeTiers()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no GPU."""
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -23,7 +23,7 @@ def make_engine(
     **changes: Any,
 ) -> Engine:
     """An engine over a tiny model, its tiers sized in blocks. The caller closes it."""
-    model = make_model(family, seed=seed)
+    model = make_model(family, seed=seed).to(changes.get("device", "cpu"))
     config = model.config
     head_dim = 24 if family == "deepseek_v3" else config.head_dim
     token_bytes = 2 * config.num_key_value_heads * head_dim * 4 * config.num_hidden_layers

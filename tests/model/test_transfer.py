@@ -15,7 +15,7 @@ from hotset.memory.arena import DeviceArena, HostArena, LayerShape
 from hotset.memory.disk import DiskTier
 from hotset.memory.host_tier import HostTier
 from hotset.memory.policy import Rates
-from hotset.memory.transfer import ThreadCopier, TierStack
+from hotset.memory.transfer import TierStack, make_copier
 from hotset.metrics import Metrics
 
 NUM_BLOCKS = 8
@@ -24,15 +24,14 @@ NUM_BLOCKS = 8
 class Rig:
     """A device pool with a host tier of `host_slots` and, given a folder, a disk tier."""
 
-    def __init__(self, host_slots: int, folder: Path | None = None) -> None:
+    def __init__(self, host_slots: int, folder: Path | None = None, device: str = "cpu") -> None:
         self.device = DeviceArena(
             [LayerShape(2, 8), LayerShape(1, 24)],  # layers of unequal shape
             num_blocks=NUM_BLOCKS,
             block_size=4,
             dtype=torch.float32,
-            device=torch.device("cpu"),
+            device=torch.device(device),
         )
-        self.bytes = self.device.bytes_view()
         host_arena = HostArena(num_slots=host_slots, block_bytes=self.device.block_bytes)
         self.metrics = Metrics()
         self.disk = None
@@ -49,7 +48,7 @@ class Rig:
         self.tiers = TierStack(
             HostTier(host_slots),
             host_arena,
-            ThreadCopier(self.bytes, host_arena.slots),
+            make_copier(self.device, host_arena),
             block_bytes=self.device.block_bytes,
             rates=self.rates,
             metrics=self.metrics,
@@ -58,9 +57,15 @@ class Rig:
 
     def fill(self, block: int, seed: int) -> bytes:
         """Random bytes in `block`, returned."""
-        rng = np.random.default_rng(seed)
-        self.bytes[block] = rng.integers(0, 256, self.bytes.shape[1], dtype=np.uint8)
-        return self.bytes[block].tobytes()
+        content = np.random.default_rng(seed).bytes(self.device.block_bytes)
+        self.device.bytes_view_tensor()[block] = torch.frombuffer(
+            bytearray(content), dtype=torch.uint8
+        )
+        return content
+
+    def read(self, block: int) -> bytes:
+        """The bytes of `block`."""
+        return self.device.bytes_view_tensor()[block].cpu().numpy().tobytes()
 
     def settle(self) -> dict[int, bool]:
         """Run until nothing is under way; device block -> whether its fetch was good."""
@@ -75,15 +80,19 @@ class Rig:
         return fetched
 
 
-def test_a_block_comes_back_from_host_memory_bit_for_bit() -> None:
-    rig = Rig(host_slots=2)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_block_comes_back_from_host_memory_bit_for_bit(device: str) -> None:
+    rig = Rig(host_slots=2, device=device)
     content = rig.fill(0, seed=1)
     assert rig.tiers.spill(b"key", 0)
     rig.settle()
     rig.fill(0, seed=2)
     rig.tiers.fetch(b"key", 5)
     assert rig.settle() == {5: True}
-    assert rig.bytes[5].tobytes() == content
+    assert rig.read(5) == content
     rig.tiers.close()
 
 
@@ -93,7 +102,7 @@ def test_a_fetch_asked_for_while_the_spill_runs_waits_for_it() -> None:
     rig.tiers.spill(b"key", 0)
     rig.tiers.fetch(b"key", 3)
     assert rig.settle() == {3: True}
-    assert rig.bytes[3].tobytes() == content
+    assert rig.read(3) == content
     rig.tiers.close()
 
 
@@ -109,7 +118,7 @@ def test_blocks_pushed_out_of_host_memory_come_back_from_disk(tmp_path: Path) ->
     assert rig.tiers.locate(first) == "disk"
     rig.tiers.fetch(first, 7)
     assert rig.settle() == {7: True}
-    assert rig.bytes[7].tobytes() == contents[first]
+    assert rig.read(7) == contents[first]
     rig.tiers.close()
 
     again = Rig(host_slots=2, folder=tmp_path)  # a restart finds them all
@@ -117,7 +126,7 @@ def test_blocks_pushed_out_of_host_memory_come_back_from_disk(tmp_path: Path) ->
         assert again.tiers.locate(key) == "disk"
         again.tiers.fetch(key, 1)
         assert again.settle() == {1: True}
-        assert again.bytes[1].tobytes() == content
+        assert again.read(1) == content
     again.tiers.close()
 
 
@@ -154,10 +163,10 @@ def test_a_corrupt_disk_block_is_a_failed_fetch_and_never_bytes(tmp_path: Path) 
     for i in range(0, len(raw), 512):
         raw[i] ^= 0xFF
     slab.write_bytes(raw)
-    before = rig.bytes[5].tobytes()
+    before = rig.read(5)
     rig.tiers.fetch(b"a" * 16, 5)
     assert rig.settle() == {5: False}
-    assert rig.bytes[5].tobytes() == before
+    assert rig.read(5) == before
     assert rig.metrics.faults["disk_corrupt"] == 1
     assert rig.tiers.locate(b"a" * 16) is None
     rig.tiers.close()
@@ -167,18 +176,19 @@ def test_rates_are_measured_at_start_and_leave_the_device_blocks_alone(tmp_path:
     rig = Rig(host_slots=4, folder=tmp_path)
     content = rig.fill(0, seed=9)
     rig.tiers.measure_rates(num_blocks=4)
-    assert rig.bytes[0].tobytes() == content
+    assert rig.read(0) == content
     assert set(rig.rates.link_bytes_per_s) == {"host", "disk"}
     assert all(rate > 0 for rate in rig.rates.link_bytes_per_s.values())
     rig.tiers.close()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(4))
 def test_under_random_traffic_every_fetch_that_ends_well_brings_the_right_bytes(
-    seed: int, tmp_path: Path
+    seed: int, device: str, tmp_path: Path
 ) -> None:
     rng = random.Random(seed)
-    rig = Rig(host_slots=3, folder=tmp_path)
+    rig = Rig(host_slots=3, folder=tmp_path, device=device)
     contents: dict[bytes, bytes] = {}
     busy: dict[int, bytes] = {}  # block -> key being fetched into it, or b"" for a spill
     good = 0
@@ -200,7 +210,7 @@ def test_under_random_traffic_every_fetch_that_ends_well_brings_the_right_bytes(
         for ended in rig.tiers.poll():
             del busy[ended.block]
             if ended.is_fetch and ended.ok:
-                assert rig.bytes[ended.block].tobytes() == contents[ended.key]
+                assert rig.read(ended.block) == contents[ended.key]
                 good += 1
         rig.tiers.check()
     rig.settle()

@@ -21,10 +21,10 @@ from hotset.memory.host_tier import HostTier
 from hotset.memory.kv_cache import KVCache
 from hotset.memory.policy import PrefixPolicy, Rates
 from hotset.memory.slab import slot_bytes_for
-from hotset.memory.transfer import ThreadCopier, TierStack
+from hotset.memory.transfer import TierStack, make_copier
 from hotset.metrics import Metrics
 from hotset.model.loader import LoadedModel
-from hotset.model.runner import ModelRunner, inspect_model, workspace_bytes
+from hotset.model.runner import ModelRunner, choose_backend, inspect_model, workspace_bytes
 from hotset.model.sampler import Sampler
 from hotset.request import (
     FinishReason,
@@ -85,7 +85,7 @@ class Engine:
             "shape": str(layout.kv_shapes),
         }
         disk_path = config.disk_path or Path(platformdirs.user_cache_dir("hotset")) / "kv"
-        self._runner = ModelRunner(model, arena)
+        self._runner = ModelRunner(model, arena, choose_backend(arena, layout))
         self._sampler = Sampler(
             model.config.get_text_config().vocab_size,
             device=model.device,
@@ -290,7 +290,7 @@ class Engine:
         tiers = TierStack(
             HostTier(budget.host_slots),
             host_arena,
-            ThreadCopier(arena.bytes_view(), host_arena.slots),
+            make_copier(arena, host_arena),
             block_bytes=budget.block_bytes,
             rates=self.rates,
             metrics=self.metrics,
@@ -305,9 +305,9 @@ class Engine:
         request = Request("rate", num_tokens, [0] * num_tokens, SamplingParams(), num_tokens)
         request.block_table = list(range(-(-num_tokens // self.config.block_size)))
         plan = StepPlan([StepItem(request, 0, num_tokens)])
-        self._runner.forward(plan)  # the first run also allocates
+        self._runner.forward(plan).sum().item()  # the first run also allocates
         start_s = time.perf_counter()
-        self._runner.forward(plan)
+        self._runner.forward(plan).sum().item()  # waits for the device
         return num_tokens / (time.perf_counter() - start_s)
 
 

@@ -53,9 +53,13 @@ class DeviceArena:
         for source, target in copies:
             self.storage[target].copy_(self.storage[source])
 
+    def bytes_view_tensor(self) -> torch.Tensor:
+        """`[num_blocks, block_bytes]` uint8 view of the pool."""
+        return self.storage.view(torch.uint8)
+
     def bytes_view(self) -> np.ndarray:
         """`[num_blocks, block_bytes]` uint8 view of a pool in CPU memory."""
-        return self.storage.view(torch.uint8).numpy()
+        return self.bytes_view_tensor().numpy()
 
 
 class HostArena:

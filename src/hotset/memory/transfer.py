@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from hotset.errors import OutOfBlocksError
-from hotset.memory.arena import HostArena
+from hotset.memory.arena import DeviceArena, HostArena
+from hotset.memory.cuda_copier import CudaCopier
 from hotset.memory.host_tier import HostTier
 from hotset.memory.kv_cache import EndedTransfer
 from hotset.memory.policy import Rates
@@ -87,6 +88,13 @@ class ThreadCopier:
                     self._device[block] = self._host[slot]
             self._ended.append((copy_id, time.perf_counter() - start_s))
             self._something_ended.set()
+
+
+def make_copier(device: DeviceArena, host: HostArena) -> Copier:
+    """The copier for where the pool is."""
+    if device.storage.device.type == "cuda":
+        return CudaCopier(device, host)
+    return ThreadCopier(device.bytes_view(), host.slots)
 
 
 @dataclass(frozen=True, slots=True)

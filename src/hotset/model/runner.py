@@ -1,7 +1,10 @@
 """Running a transformers model for one step over the paged KV cache."""
 
 import inspect
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -10,13 +13,17 @@ from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena, LayerShape
 from hotset.model.attention import (
     IMPLEMENTATION,
+    Attention,
     LayerAttention,
     PagedAttention,
     ProbeAttention,
     SequenceSpan,
     register,
 )
+from hotset.model.flashinfer_attention import FlashInferBackend, why_unsupported
 from hotset.request import StepPlan
+
+_log = logging.getLogger(__name__)
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -99,17 +106,51 @@ def workspace_bytes(model: PreTrainedModel, *, max_tokens: int, max_seqs: int) -
     if experts_ffn := getattr(config, "moe_intermediate_size", None):
         ffn = max(ffn, experts_ffn * getattr(config, "num_experts_per_tok", 1))
     per_token = 6 * hidden + 3 * ffn
-    itemsize = model.dtype.itemsize
+    itemsize: int = model.dtype.itemsize
     rows = min(max_seqs, max_tokens)
-    return max_tokens * per_token * itemsize + rows * config.vocab_size * (itemsize + 4)
+    vocab_size: int = config.vocab_size
+    return max_tokens * per_token * itemsize + rows * vocab_size * (itemsize + 4)
+
+
+class AttentionBackend(Protocol):
+    """Makes the attention of one step after another."""
+
+    def begin_step(self, sequences: Sequence[SequenceSpan]) -> Attention:
+        """The attention of a step of these sequences; good until the next call."""
+        ...
+
+
+class GatherBackend:
+    """PyTorch's SDPA over gathered blocks; see `PagedAttention`."""
+
+    def __init__(self, arena: DeviceArena) -> None:
+        self._arena = arena
+
+    def begin_step(self, sequences: Sequence[SequenceSpan]) -> Attention:
+        """See `AttentionBackend`."""
+        return PagedAttention(self._arena, sequences)
+
+
+def choose_backend(arena: DeviceArena, layout: ModelLayout) -> AttentionBackend:
+    """FlashInfer on a GPU, for the models that it can run; SDPA for the others."""
+    if arena.storage.device.type != "cuda":
+        return GatherBackend(arena)
+    reason = why_unsupported(layout.layers, layout.dtype)
+    if reason is not None:
+        _log.warning("FlashInfer cannot run %s: attention by SDPA, which is slower", reason)
+        return GatherBackend(arena)
+    return FlashInferBackend(arena, layout.layers)
 
 
 class ModelRunner:
     """Turns a step plan into tensors, runs the model, and returns logits."""
 
-    def __init__(self, model: PreTrainedModel, arena: DeviceArena) -> None:
+    def __init__(
+        self, model: PreTrainedModel, arena: DeviceArena, attention: AttentionBackend
+    ) -> None:
         self._model = model
         self._arena = arena
+        self._attention = attention
         parameters = inspect.signature(model.forward).parameters
         self._selects_logits = "logits_to_keep" in parameters
 
@@ -141,7 +182,7 @@ class ModelRunner:
             input_ids=torch.tensor(token_ids, device=device).unsqueeze(0),
             position_ids=torch.tensor(positions, device=device).unsqueeze(0),
             use_cache=False,
-            hotset=PagedAttention(self._arena, spans),
+            hotset=self._attention.begin_step(spans),
             **options,
         )
         logits: torch.Tensor = output.logits[0]
