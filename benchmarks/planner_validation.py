@@ -19,9 +19,10 @@ from hotset.plan.catalog import load_model
 from hotset.plan.cost import Calibration, CostModel
 from hotset.plan.hardware import Hardware, load_hardware
 from hotset.plan.layout import Layout, parse_layout
-from hotset.plan.planner import Request, Workload, make_plan
+from hotset.plan.planner import make_plan
 from hotset.plan.routing import Routing
 from hotset.plan.shape import ModelShape
+from hotset.plan.workload import Request, Workload
 
 RESULTS = Path(__file__).parent / "results" / "planner_validation.json"
 

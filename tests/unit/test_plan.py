@@ -18,8 +18,10 @@ from hotset.plan.compare import compare_plans, rate_at
 from hotset.plan.cost import Calibration, CostModel, Tiering, split_prefix
 from hotset.plan.hardware import bundled_hardware, hardware_from_json, load_hardware
 from hotset.plan.layout import Layout, candidate_layouts, parse_layout, shard_model
-from hotset.plan.planner import Plan, Request, Workload, make_plan
+from hotset.plan.planner import make_plan
+from hotset.plan.result import Plan
 from hotset.plan.routing import Routing
+from hotset.plan.workload import Request, Workload
 
 
 def plan(

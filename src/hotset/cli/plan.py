@@ -9,7 +9,8 @@ import click
 
 from hotset.errors import PlanError
 from hotset.plan.options import Options, options_of_case, split_cases
-from hotset.plan.planner import Plan, make_plan
+from hotset.plan.planner import make_plan
+from hotset.plan.result import Plan
 
 EXAMPLES = ("moe-7.8x", "offload-3x")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hotset.plan.planner import Plan
+from hotset.plan.result import Plan
 
 
 @dataclass(frozen=True)

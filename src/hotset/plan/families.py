@@ -5,257 +5,24 @@ counted. What is not known here is refused by name, never guessed.
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from hotset.errors import PlanError
+from hotset.plan.mixers import (
+    WINDOWS,
+    Config,
+    Facts,
+    gated_delta_net,
+    gqa,
+    layer_types,
+    mamba1,
+    mamba2,
+    mla,
+    mlp_params,
+    windowed,
+)
 from hotset.plan.shape import Attention, Kind, Layer, ModelShape, Params
-
-Config = dict[str, Any]
-_MISSING = object()
-
-
-class Facts:
-    """Reads a config, and says which field is missing or makes no sense."""
-
-    def __init__(self, config: Config, model_type: str) -> None:
-        self.config = config
-        self.model_type = model_type
-
-    def get(self, *names: str, default: Any = _MISSING) -> Any:
-        """The first of `names` that has a value; without a default a missing one is refused."""
-        for name in names:
-            if self.config.get(name) is not None:
-                return self.config[name]
-        if default is not _MISSING:
-            return default
-        raise PlanError(f"config of model type {self.model_type!r} has no {' or '.join(names)}")
-
-    def count(self, *names: str, default: Any = _MISSING, least: int = 1) -> int:
-        """A whole number of at least `least`."""
-        value = self.get(*names, default=default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise PlanError(
-                f"config field {names[0]} is {value!r}; expected a whole number of {least} or more"
-            )
-        return value
-
-    def per_layer(self, name: str, index: int, default: Any = _MISSING) -> int:
-        """A count that is one number, or a list with one for each layer."""
-        value = self.get(name, default=default)
-        if isinstance(value, list):
-            num_layers = self.count("num_hidden_layers")
-            if len(value) != num_layers:
-                raise PlanError(
-                    f"config field {name} lists {len(value)} values for {num_layers} layers"
-                )
-            value = value[index]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise PlanError(f"config field {name} holds {value!r}; expected a whole number")
-        return value
-
-
-# -- pieces -------------------------------------------------------------------------------------
-
-
-def _gqa(
-    f: Facts,
-    index: int,
-    *,
-    qkv_bias: bool = False,
-    out_bias: bool = False,
-    qk_norm: str = "",
-    gated: bool = False,
-    sinks: bool = False,
-    kind: Kind = Kind.FULL,
-    window: int | None = None,
-    head_dim: int | None = None,
-    kv_heads: int | None = None,
-    has_v: bool = True,
-) -> Attention:
-    """Multi-head, grouped-query or multi-query attention, by the number of KV heads.
-
-    `qk_norm` is "head" for a norm of one head's width, "all" for one over all heads, "" for none.
-    `gated` doubles the query projection (an output gate).
-    """
-    hidden = f.count("hidden_size")
-    heads = f.per_layer("num_attention_heads", index)
-    kv = kv_heads or f.per_layer("num_key_value_heads", index, default=heads)
-    if heads == 0 or kv == 0:
-        return Attention(Kind.NONE)
-    if heads % kv:
-        raise PlanError(f"config has {heads} attention heads, which {kv} KV heads do not divide")
-    if head_dim is None:
-        head_dim = f.count("head_dim", default=hidden // heads)
-    q_width, kv_width = heads * head_dim, kv * head_dim
-    owns = kind is not Kind.SHARED
-    matrix = hidden * q_width * (2 if gated else 1) + q_width * hidden
-    vector = 0
-    if owns:
-        matrix += hidden * kv_width * (2 if has_v else 1)
-    if qkv_bias:
-        vector += q_width + (2 * kv_width if owns else 0)
-    if out_bias:
-        vector += hidden
-    if qk_norm == "head":
-        vector += head_dim * (2 if owns else 1)
-    elif qk_norm == "all":
-        vector += q_width + kv_width
-    if sinks:
-        vector += heads
-    return Attention(
-        kind=kind,
-        params=Params(matrix, vector),
-        num_heads=heads,
-        num_kv_heads=kv,
-        qk_dim=head_dim,
-        v_dim=head_dim,
-        score_dim=head_dim,
-        mix_dim=head_dim,
-        prefill_dims=2 * head_dim,
-        window=window,
-    )
-
-
-def _mla(f: Facts, *, indexer: bool = False) -> Attention:
-    """Multi-head latent attention (DeepSeek-V2, section 2.1): the cache is the latent, once."""
-    hidden, heads = f.count("hidden_size"), f.count("num_attention_heads")
-    rank, rope = f.count("kv_lora_rank"), f.count("qk_rope_head_dim")
-    nope, v_dim = f.count("qk_nope_head_dim"), f.count("v_head_dim")
-    q_rank = f.get("q_lora_rank", default=None)
-    matrix = hidden * (rank + rope) + rank * heads * (nope + v_dim) + heads * v_dim * hidden
-    vector, replicated = rank, hidden * (rank + rope)
-    if q_rank is None:
-        matrix += hidden * heads * (nope + rope)
-    else:
-        matrix += hidden * q_rank + q_rank * heads * (nope + rope)
-        vector += q_rank
-        replicated += hidden * q_rank
-    if f.get("attention_bias", default=False):
-        vector += (rank + rope) + hidden + (q_rank or 0)
-    index_dim = 0
-    if indexer:
-        index_dim, index_heads = f.count("index_head_dim"), f.count("index_n_heads")
-        matrix += q_rank * index_heads * index_dim + hidden * index_dim + hidden * index_heads
-        vector += 2 * index_dim
-        replicated += hidden * index_dim + hidden * index_heads
-    return Attention(
-        kind=Kind.MLA,
-        params=Params(matrix, vector),
-        replicated_params=replicated,
-        num_heads=heads,
-        num_kv_heads=1,
-        qk_dim=rank + rope,
-        score_dim=rank + rope,
-        mix_dim=rank,
-        prefill_dims=nope + rope + v_dim,
-        index_dim=index_dim,
-    )
-
-
-def _mlp(f: Facts, width: int, *, gated: bool = True, bias: bool = False) -> Params:
-    hidden = f.count("hidden_size")
-    matrices = 3 if gated else 2
-    return Params(matrices * hidden * width, ((matrices - 1) * width + hidden) if bias else 0)
-
-
-def _layer_types(f: Facts, allowed: Sequence[str], default: list[str] | None = None) -> list[str]:
-    """`layer_types` of the config, each of which must be in `allowed`."""
-    num_layers = f.count("num_hidden_layers")
-    types = f.get("layer_types", default=default)
-    if types is None:
-        types = ["full_attention"] * num_layers
-    renamed = {"attention": "full_attention", "mamba": "linear_attention"}
-    types = [renamed.get(t, t) for t in types]
-    unknown = sorted({t for t in types if t not in allowed})
-    if unknown:
-        raise PlanError(
-            f"attention type {unknown[0]!r} of model type {f.model_type!r} is not known; "
-            f"known for it: {', '.join(allowed)}"
-        )
-    if len(types) != num_layers:
-        raise PlanError(f"config lists {len(types)} layer_types for {num_layers} layers")
-    return types
-
-
-_WINDOWS = {
-    "full_attention": Kind.FULL,
-    "sliding_attention": Kind.SLIDING,
-    "chunked_attention": Kind.CHUNKED,
-}
-
-
-def _windowed(f: Facts, layer_type: str, window_field: str = "sliding_window") -> dict[str, Any]:
-    """`kind` and `window` of a layer, for `_gqa`."""
-    kind = _WINDOWS[layer_type]
-    return {"kind": kind, "window": None if kind is Kind.FULL else f.count(window_field)}
-
-
-def _gated_delta_net(f: Facts) -> Attention:
-    """Gated DeltaNet (Qwen3-Next): a state of value heads x key dim x value dim, and a conv."""
-    hidden = f.count("hidden_size")
-    k_heads, v_heads = f.count("linear_num_key_heads"), f.count("linear_num_value_heads")
-    k_dim, v_dim = f.count("linear_key_head_dim"), f.count("linear_value_head_dim")
-    kernel = f.count("linear_conv_kernel_dim")
-    conv_width = 2 * k_heads * k_dim + v_heads * v_dim
-    matrix = hidden * (conv_width + v_heads * v_dim) + hidden * 2 * v_heads
-    matrix += v_heads * v_dim * hidden
-    return Attention(
-        Kind.RECURRENT,
-        Params(matrix, conv_width * kernel + 2 * v_heads + v_dim),
-        num_heads=v_heads,
-        state_elements=v_heads * k_dim * v_dim,
-        conv_elements=conv_width * kernel,
-    )
-
-
-def _mamba2(
-    f: Facts,
-    *,
-    width: int,
-    heads: int,
-    state: int,
-    groups: int,
-    kernel: int,
-    conv_bias: bool,
-    proj_bias: bool,
-) -> Attention:
-    """Mamba-2 mixer (Dao and Gu, 2024): a state of heads x head dim x state size."""
-    hidden = f.count("hidden_size")
-    conv_width = width + 2 * groups * state
-    projected = width + conv_width + heads
-    vector = conv_width * (kernel + conv_bias) + 3 * heads + width
-    vector += (projected + hidden) if proj_bias else 0
-    return Attention(
-        Kind.RECURRENT,
-        Params(hidden * projected + width * hidden, vector),
-        num_heads=heads,
-        state_elements=width * state,
-        conv_elements=conv_width * kernel,
-    )
-
-
-def _mamba1(f: Facts) -> Attention:
-    """Mamba mixer as in Jamba: a state of inner width x state size."""
-    hidden, state = f.count("hidden_size"), f.count("mamba_d_state")
-    kernel, rank = f.count("mamba_d_conv"), f.get("mamba_dt_rank", default="auto")
-    width = f.count("mamba_expand") * hidden
-    if rank == "auto":
-        rank = -(-hidden // 16)
-    matrix = hidden * 2 * width + width * (rank + 2 * state) + rank * width + width * hidden
-    vector = width * (kernel + bool(f.get("mamba_conv_bias", default=True)))
-    vector += width + width * state + width + rank + 2 * state
-    if f.get("mamba_proj_bias", default=False):
-        vector += 2 * width + hidden
-    return Attention(
-        Kind.RECURRENT,
-        Params(matrix, vector),
-        num_heads=1,
-        state_elements=width * state,
-        conv_elements=width * kernel,
-    )
-
 
 # -- families -----------------------------------------------------------------------------------
 
@@ -281,18 +48,18 @@ class Llama:
         def flag(value: bool | str) -> bool:
             return bool(f.get(value, default=False)) if isinstance(value, str) else value
 
-        types = _layer_types(f, tuple(_WINDOWS), self.window(f) if self.window else None)
+        types = layer_types(f, tuple(WINDOWS), self.window(f) if self.window else None)
         norms = Params(vector=self.norms * f.count("hidden_size") * (2 if self.layer_norm else 1))
         result = []
         for index, layer_type in enumerate(types):
-            attention = _gqa(
+            attention = gqa(
                 f,
                 index,
                 qkv_bias=flag(self.qkv_bias),
                 out_bias=flag(self.out_bias),
                 qk_norm=self.qk_norm,
                 sinks=self.sinks,
-                **_windowed(f, layer_type),
+                **windowed(f, layer_type),
             )
             moe = self.moe(f, index) if self.moe else None
             if moe:
@@ -300,7 +67,7 @@ class Llama:
                 result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
             else:
                 width = f.per_layer("intermediate_size", index)
-                mlp = _mlp(f, width, gated=self.gated_mlp, bias=flag(self.mlp_bias))
+                mlp = mlp_params(f, width, gated=self.gated_mlp, bias=flag(self.mlp_bias))
                 result.append(Layer(attention, mlp, norms))
         return result
 
@@ -349,7 +116,7 @@ def _moe(f: Facts, num: int, top_k: int, width: int, *, shared: Params | None = 
     if top_k > num:
         raise PlanError(f"config routes each token to {top_k} of {num} experts")
     router = Params(f.count("hidden_size") * num)
-    return router, _mlp(f, width), shared or Params(), num, top_k
+    return router, mlp_params(f, width), shared or Params(), num, top_k
 
 
 def _mixtral_moe(f: Facts, index: int) -> Moe:
@@ -375,7 +142,7 @@ def _qwen_moe(f: Facts, index: int) -> Moe | None:
     shared_width = f.get("shared_expert_intermediate_size", default=0)
     shared = Params()
     if shared_width:
-        shared = _mlp(f, shared_width) + Params(f.count("hidden_size"))  # and its gate
+        shared = mlp_params(f, shared_width) + Params(f.count("hidden_size"))  # and its gate
     return _moe(
         f,
         f.count("num_experts"),
@@ -392,7 +159,7 @@ def _deepseek_moe(f: Facts, index: int) -> Moe | None:
     if index % f.count("moe_layer_freq", default=1):
         return None
     width = f.count("moe_intermediate_size")
-    shared = _mlp(f, width * f.count("n_shared_experts", default=0, least=0))
+    shared = mlp_params(f, width * f.count("n_shared_experts", default=0, least=0))
     return _moe(
         f, f.count("n_routed_experts"), f.count("num_experts_per_tok"), width, shared=shared
     )
@@ -424,19 +191,19 @@ def _qwen3_next(f: Facts) -> list[Layer]:
     norms = Params(vector=2 * f.count("hidden_size"))
     result = []
     for index, layer_type in enumerate(
-        _layer_types(f, ("full_attention", "linear_attention"), default)
+        layer_types(f, ("full_attention", "linear_attention"), default)
     ):
         if layer_type == "linear_attention":
-            attention = _gated_delta_net(f)
+            attention = gated_delta_net(f)
         else:
             bias = bool(f.get("attention_bias", default=False))
-            attention = _gqa(f, index, qk_norm="head", gated=True, qkv_bias=bias, out_bias=bias)
+            attention = gqa(f, index, qk_norm="head", gated=True, qkv_bias=bias, out_bias=bias)
         moe = _qwen_moe(f, index) if f.get("num_experts", default=0) else None
         if moe:
             router, expert, shared, num_experts, top_k = moe
             result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
         else:
-            result.append(Layer(attention, _mlp(f, f.count("intermediate_size")), norms))
+            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size")), norms))
     return result
 
 
@@ -454,7 +221,7 @@ def _bamba(f: Facts) -> list[Layer]:
         default = f.get("layers_block_type")
     heads = f.count("mamba_n_heads")
     expand = f.count("mamba_expand", default=2)
-    mamba = _mamba2(
+    mamba = mamba2(
         f,
         width=expand * f.count("hidden_size"),
         heads=heads,
@@ -468,22 +235,20 @@ def _bamba(f: Facts) -> list[Layer]:
     bias = bool(f.get("attention_bias", default=False))
     result = []
     for index, layer_type in enumerate(
-        _layer_types(f, ("full_attention", "linear_attention"), default)
+        layer_types(f, ("full_attention", "linear_attention"), default)
     ):
         attention = (
-            _gqa(f, index, qkv_bias=bias, out_bias=bias)
-            if layer_type == "full_attention"
-            else mamba
+            gqa(f, index, qkv_bias=bias, out_bias=bias) if layer_type == "full_attention" else mamba
         )
         if f.model_type == "granitemoehybrid":
-            shared = _mlp(f, f.count("shared_intermediate_size"))
+            shared = mlp_params(f, f.count("shared_intermediate_size"))
             if moe_width:
                 router, expert, _, num, top_k = _mixtral_moe(f, index)
                 result.append(Layer(attention, shared, norms, router, expert, num, top_k))
             else:
                 result.append(Layer(attention, shared, norms))
         else:
-            result.append(Layer(attention, _mlp(f, f.count("intermediate_size")), norms))
+            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size")), norms))
     return result
 
 
@@ -498,7 +263,7 @@ def _jamba(f: Facts) -> list[Layer]:
     norms = Params(vector=2 * f.count("hidden_size"))
     result = []
     for index in range(f.count("num_hidden_layers")):
-        attention = _gqa(f, index) if index % period == offset else _mamba1(f)
+        attention = gqa(f, index) if index % period == offset else mamba1(f)
         num = f.count("num_experts", default=16)
         if num > 1 and index % e_period == e_offset:
             router, expert, _, num, top_k = _moe(
@@ -506,14 +271,14 @@ def _jamba(f: Facts) -> list[Layer]:
             )
             result.append(Layer(attention, Params(), norms, router, expert, num, top_k))
         else:
-            result.append(Layer(attention, _mlp(f, f.count("intermediate_size")), norms))
+            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size")), norms))
     return result
 
 
 def _mamba2_only(f: Facts) -> list[Layer]:
     """Mamba-2: no attention at all; the state is all there is."""
     heads, width = f.count("num_heads"), f.count("expand", default=2) * f.count("hidden_size")
-    mixer = _mamba2(
+    mixer = mamba2(
         f,
         width=width,
         heads=heads,
@@ -539,13 +304,13 @@ def _llama4(f: Facts) -> list[Layer]:
     bias = bool(f.get("attention_bias", default=False))
     norms = Params(vector=2 * f.count("hidden_size"))
     result = []
-    for index, layer_type in enumerate(_layer_types(f, tuple(_WINDOWS), default)):
-        attention = _gqa(
+    for index, layer_type in enumerate(layer_types(f, tuple(WINDOWS), default)):
+        attention = gqa(
             f,
             index,
             qkv_bias=bias,
             out_bias=bias,
-            **_windowed(f, layer_type, "attention_chunk_size"),
+            **windowed(f, layer_type, "attention_chunk_size"),
         )
         if index in moe_layers:
             width = f.count("intermediate_size")
@@ -554,17 +319,17 @@ def _llama4(f: Facts) -> list[Layer]:
                 f.count("num_local_experts"),
                 f.count("num_experts_per_tok"),
                 width,
-                shared=_mlp(f, width),
+                shared=mlp_params(f, width),
             )
             result.append(Layer(attention, shared, norms, router, expert, num, top_k))
         else:
-            result.append(Layer(attention, _mlp(f, f.count("intermediate_size_mlp")), norms))
+            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size_mlp")), norms))
     return result
 
 
 def _deepseek(f: Facts) -> list[Layer]:
     """DeepSeek-V2, V3 and their like: MLA, dense first layers, then routed and shared experts."""
-    attention = _mla(f, indexer=f.model_type in ("deepseek_v32", "glm_moe_dsa"))
+    attention = mla(f, indexer=f.model_type in ("deepseek_v32", "glm_moe_dsa"))
     norms = Params(vector=2 * f.count("hidden_size"))
     result = []
     for index in range(f.count("num_hidden_layers")):
@@ -573,14 +338,14 @@ def _deepseek(f: Facts) -> list[Layer]:
             router, expert, shared, num_experts, top_k = moe
             result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
         else:
-            result.append(Layer(attention, _mlp(f, f.count("intermediate_size")), norms))
+            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size")), norms))
     return result
 
 
 def _gemma4(f: Facts) -> list[Layer]:
     """Gemma 4: wider heads in full layers; the last layers share the KV of earlier ones."""
     num_layers, hidden = f.count("num_hidden_layers"), f.count("hidden_size")
-    types = _layer_types(
+    types = layer_types(
         f, ("full_attention", "sliding_attention"), _every("sliding_window_pattern", 6)(f)
     )
     types[-1] = "full_attention"
@@ -594,7 +359,7 @@ def _gemma4(f: Facts) -> list[Layer]:
         full = layer_type == "full_attention"
         shares = index >= num_layers - num_shared
         window = None if full else f.count("sliding_window")
-        attention = _gqa(
+        attention = gqa(
             f,
             index,
             qk_norm="head",
@@ -617,9 +382,9 @@ def _gemma4(f: Facts) -> list[Layer]:
             )
             router += Params(vector=hidden + num)
             norms += Params(vector=3 * hidden)
-            result.append(Layer(attention, _mlp(f, width), norms, router, expert, num, top_k))
+            result.append(Layer(attention, mlp_params(f, width), norms, router, expert, num, top_k))
         else:
-            result.append(Layer(attention, _mlp(f, width), norms))
+            result.append(Layer(attention, mlp_params(f, width), norms))
     return result
 
 
@@ -639,14 +404,14 @@ def _nemotron_nas(f: Facts) -> list[Layer]:
             attention = Attention(Kind.NONE, Params(hidden * hidden))
             norms += hidden
         elif not attn.get("no_op"):
-            attention = _gqa(f, index, kv_heads=heads // attn["n_heads_in_group"])
+            attention = gqa(f, index, kv_heads=heads // attn["n_heads_in_group"])
             norms += hidden
         if ffn.get("replace_with_linear"):
             mlp = Params(hidden * hidden)
             norms += hidden
         elif not ffn.get("no_op"):
             width = int(2 * ffn["ffn_mult"] * hidden / 3)
-            mlp = _mlp(f, -(-width // 256) * 256)
+            mlp = mlp_params(f, -(-width // 256) * 256)
             norms += hidden
         result.append(Layer(attention, mlp, Params(vector=norms)))
     return result

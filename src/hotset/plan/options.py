@@ -4,13 +4,14 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hotset.errors import PlanError
 from hotset.plan.catalog import load_model
 from hotset.plan.hardware import LINKS, load_hardware
 from hotset.plan.layout import parse_layout
-from hotset.plan.planner import Request, Workload
 from hotset.plan.routing import Routing, load_histogram
+from hotset.plan.workload import Request, Workload
 
 _SUFFIX = {"": 1, "k": 1024, "m": 1024**2}
 OVERLAPS = ("comm", "stream")
@@ -93,7 +94,7 @@ class Options:
         )
 
 
-_NUMBERS = {"gpus": int, "turns": int, "resident_experts": int}
+_NUMBERS = ("gpus", "turns", "resident_experts")
 _FLOATS = ("reuse", "hbm_gb", "host_gb", "disk_gb")
 _TEXTS = ("hardware", "users", "context", "output", "weights", "kv", "link", "overlap")
 
@@ -116,26 +117,27 @@ def options_of_case(base: Options, case: str) -> Options:
         PlanError: it names something that is not an option of a case.
     """
     layout: list[str] = []
-    changed = base
+    changes: dict[str, Any] = {}
     for part in case.replace("layout=", "").split(","):
         key, _, value = (p.strip() for p in part.partition("="))
         key = key.lower().lstrip("-").replace("-", "_")
         if key in ("tp", "dp", "ep"):
             layout.append(f"{key}={value}")
         elif not value and key in LINKS:
-            changed = replace(changed, link=key)
+            changes["link"] = key
         elif value and key in _TEXTS:
-            changed = replace(changed, **{key: value})
+            changes[key] = value
         elif value and (key in _NUMBERS or key in _FLOATS):
             try:
-                number = int(value) if key in _NUMBERS else float(value)
+                changes[key] = int(value) if key in _NUMBERS else float(value)
             except ValueError:
                 raise PlanError(f"--compare {case!r}: {key} is {value!r}, not a number") from None
-            changed = replace(changed, **{key: number})
         else:
             raise PlanError(
                 f"--compare {case!r}: {part!r} is not a part of a case; use tp, dp, ep, a link "
                 f"({', '.join(LINKS)}), or "
                 f"{', '.join(k.replace('_', '-') for k in (*_TEXTS, *_FLOATS, *_NUMBERS))}"
             )
-    return replace(changed, layout=",".join(layout)) if layout else changed
+    if layout:
+        changes["layout"] = ",".join(layout)
+    return replace(base, **changes)

@@ -1,290 +1,20 @@
 """From a model, hardware, a layout and a workload to where bytes live and how fast it runs."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from hotset.errors import PlanError
-from hotset.plan.cost import (
-    CAUSES,
-    PREFILL_CHUNK,
-    Calibration,
-    CostModel,
-    Step,
-    Tiering,
-    split_prefix,
-)
-from hotset.plan.hardware import Hardware
+from hotset.plan.cost import CAUSES, PREFILL_CHUNK, CostModel, Step, Tiering, split_prefix
 from hotset.plan.layout import Layout, candidate_layouts, check_layout
-from hotset.plan.routing import Routing
-from hotset.plan.shape import KV_BYTES, WEIGHT_BITS, ModelShape
+from hotset.plan.result import Plan
+from hotset.plan.shape import WEIGHT_BITS
+from hotset.plan.workload import Request
 
 HBM_SHARE = 0.9  # of HBM a server claims; the rest is left to the driver and to fragmentation
 WORKSPACE_BYTES = 6e9  # activations, graphs and NCCL on a big GPU, and
 WORKSPACE_SHARE = 0.06  # of HBM on a small one
 BLOCK_SIZE = 16  # tokens, to which capacity is rounded
 SLICE_TOKENS = 256  # that a user decodes before a parked one takes the place
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What users do.
-
-    Attributes:
-        users: who want tokens at the same time.
-        context: tokens a user has at the end: prompts and answers of all turns.
-        output: answer tokens of a turn. None plans decode alone at full context, as in
-            disaggregated serving; a number adds the prefill of the turns that follow one another.
-        reuse: share of what could be found in a tier that is found: of the prompt with one turn
-            (default 0), of the earlier turns with several (default 1).
-        turns: of a conversation, equally long.
-    """
-
-    users: int = 256
-    context: int = 4096
-    output: int | None = None
-    reuse: float | None = None
-    turns: int = 1
-
-    def __post_init__(self) -> None:
-        checks = (
-            (1 <= self.users <= 10**7, "--users", self.users, "1 to 10000000"),
-            (1 <= self.context <= 10**9, "--context", self.context, "1 to 1000000000 tokens"),
-            (1 <= self.turns <= 10**4, "--turns", self.turns, "1 to 10000"),
-            (self.reuse is None or 0 <= self.reuse <= 1, "--reuse", self.reuse, "0 to 1"),
-            (self.output is None or self.output >= 1, "--output", self.output, "1 or more tokens"),
-        )
-        for ok, name, value, expected in checks:
-            if not ok:
-                raise PlanError(f"{name} is {value}; expected {expected}")
-        if self.output is not None and self.output * self.turns >= self.context:
-            raise PlanError(
-                f"{self.turns} x --output {self.output} leaves no prompt in --context "
-                f"{self.context}, which counts prompts and answers; raise --context"
-            )
-
-    @property
-    def past_tokens(self) -> float:
-        """Tokens of earlier turns before the mean turn."""
-        return self.context * (self.turns - 1) / (2 * self.turns)
-
-    @property
-    def prompt_tokens(self) -> float:
-        """All tokens before the answer of the mean turn."""
-        return self.past_tokens + self.context / self.turns - (self.output or 0)
-
-    @property
-    def decode_context(self) -> float:
-        """Mean tokens that a decode step attends to."""
-        if self.output is None:
-            return self.context
-        return self.prompt_tokens + self.output / 2
-
-    @property
-    def wanted_tokens(self) -> float:
-        """Tokens of the prompt that are looked for in a tier and found, if it holds them."""
-        if self.turns == 1:
-            return self.prompt_tokens * (self.reuse or 0.0)
-        return self.past_tokens * (1.0 if self.reuse is None else self.reuse)
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything a plan is made from.
-
-    Attributes:
-        shape: the model, weights in the dtype wanted.
-        hardware: of each GPU.
-        workload: what users do.
-        layout: None picks one, see `make_plan`.
-        gpus: None takes those of the layout, or the fewest that hold the model.
-        kv_dtype: key of `KV_BYTES`.
-        host_given: whether the host's memory and disk are all for this plan; else a plan of fewer
-            GPUs than the host has takes their share.
-        resident_experts: experts of each layer kept in HBM; None solves for it.
-        hold_windows: whether the engine frees what a sliding window has left behind.
-        overlap: see `CostModel`.
-        routing: which experts tokens reach.
-        calibration: efficiencies and overheads.
-    """
-
-    shape: ModelShape
-    hardware: Hardware
-    workload: Workload = field(default_factory=Workload)
-    layout: Layout | None = None
-    gpus: int | None = None
-    kv_dtype: str = "bf16"
-    host_given: bool = False
-    resident_experts: int | None = None
-    hold_windows: bool = True
-    overlap: frozenset[str] = frozenset()
-    routing: Routing = field(default_factory=Routing)
-    calibration: Calibration = field(default_factory=Calibration)
-
-    def __post_init__(self) -> None:
-        if self.kv_dtype not in KV_BYTES:
-            raise PlanError(f"KV dtype {self.kv_dtype!r} is unknown; use {', '.join(KV_BYTES)}")
-        if self.gpus is not None and not 1 <= self.gpus <= 100_000:
-            raise PlanError(f"--gpus is {self.gpus}; expected 1 to 100000")
-        if self.resident_experts is not None:
-            most = self.shape.num_experts
-            if not most:
-                raise PlanError(
-                    f"--resident-experts is given, but {self.shape.name} has no experts"
-                )
-            if not 0 <= self.resident_experts <= most:
-                raise PlanError(
-                    f"--resident-experts is {self.resident_experts}; expected 0 to {most}, "
-                    f"the experts of a layer of {self.shape.name}"
-                )
-        if self.shape.num_experts:
-            self.routing.check(self.shape.num_experts)
-        self.shape.kv_bytes_per_token(self.kv_dtype)  # refuses a layout of KV that does not apply
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where every byte lives and how fast it runs. Bytes are summed over all GPUs."""
-
-    request: Request
-    layout: Layout
-    gpus: int
-    kv_bytes_per_user: int
-    kv_copies: float
-    hbm_bytes: float
-    resident_weights_bytes: float
-    resident_experts_bytes: float
-    resident_kv_bytes: float
-    workspace_bytes: float
-    reserve_bytes: float
-    host_bytes: float
-    host_experts_bytes: float
-    host_kv_bytes: float
-    disk_bytes: float
-    disk_kv_bytes: float
-    resident_expert_share: float
-    users_resident: int
-    users_total: int
-    users_running: int
-    streamed_kv_share: float
-    mode: str
-    step: Step
-    ttft_s: float
-    prefill_s: float
-    load_s: float
-    found_tokens: float
-    recomputed_tokens: int
-    causes: list[tuple[str, float]]
-    cost: CostModel
-    tiering: Tiering
-    notes: list[str]
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Output tokens of all users together."""
-        return self.users_running / self.step.expected_s
-
-    @property
-    def free_bytes(self) -> float:
-        """HBM that nothing uses."""
-        used = (
-            self.resident_weights_bytes
-            + self.resident_experts_bytes
-            + self.resident_kv_bytes
-            + self.workspace_bytes
-            + self.reserve_bytes
-        )
-        return self.hbm_bytes - used
-
-    def as_dict(self) -> dict[str, object]:
-        """The object that `--json` prints."""
-        shape, request, workload = self.request.shape, self.request, self.request.workload
-        band = request.calibration.band
-        rate = self.tokens_per_s
-        most = self.users_running / self.step.ceiling_s
-        data = {
-            "model": {
-                "name": shape.name,
-                "model_type": shape.model_type,
-                "source": shape.source,
-                "total_params": shape.total_params,
-                "active_params": shape.active_params,
-                "layers": len(shape.layers),
-                "attention_layers": shape.kinds(),
-                "experts_per_layer": shape.num_experts,
-                "top_k_experts": shape.top_k_experts,
-                "weights_dtype": shape.matrix_dtype,
-                "kv_dtype": request.kv_dtype,
-            },
-            "hardware": request.hardware.name,
-            "gpus": self.gpus,
-            "layout": str(self.layout),
-            "users": workload.users,
-            "context_tokens": workload.context,
-            "output_tokens": workload.output,
-            "turns": workload.turns,
-            "weights_bytes": shape.weights_bytes,
-            "dense_bytes": shape.dense_bytes,
-            "expert_bytes_each": shape.expert_bytes_each,
-            "experts_bytes": shape.experts_bytes,
-            "kv_bytes_per_token": shape.kv_bytes_per_token(request.kv_dtype),
-            "kv_bytes_per_early_token": shape.kv_bytes_per_early_token(request.kv_dtype),
-            "kv_bytes_per_user": self.kv_bytes_per_user,
-            "kv_bytes_total": self.kv_bytes_per_user * workload.users,
-            "kv_copies": self.kv_copies,
-            "hbm_bytes": self.hbm_bytes,
-            "resident": {
-                "weights_bytes": self.resident_weights_bytes,
-                "experts_bytes": self.resident_experts_bytes,
-                "kv_bytes": self.resident_kv_bytes,
-                "workspace_bytes": self.workspace_bytes,
-                "reserve_bytes": self.reserve_bytes,
-                "free_bytes": self.free_bytes,
-                "expert_share": self.resident_expert_share,
-            },
-            "host": {
-                "bytes": self.host_bytes,
-                "experts_bytes": self.host_experts_bytes,
-                "kv_bytes": self.host_kv_bytes,
-            },
-            "disk": {"bytes": self.disk_bytes, "kv_bytes": self.disk_kv_bytes},
-            "users_resident": self.users_resident,
-            "users_total": self.users_total,
-            "users_running": self.users_running,
-            "mode": self.mode,
-            "streamed_kv_share": self.streamed_kv_share,
-            "step": {
-                "ceiling_s": self.step.ceiling_s,
-                "expected_s": self.step.expected_s,
-                "parts": self.step.parts,
-                "bounds": self.step.bounds,
-            },
-            "bottleneck": self.causes[0][0],
-            "runner_up": self.causes[1][0],
-            "gain_without": dict(self.causes),
-            "tokens_per_s": rate,
-            "tokens_per_s_per_gpu": rate / self.gpus,
-            "tokens_per_s_per_user": rate / workload.users,
-            "tpot_s": self.step.expected_s,
-            "ttft_s": self.ttft_s,
-            "prefill_s": self.prefill_s,
-            "load_s": self.load_s,
-            "reused_tokens": self.found_tokens,
-            "recomputed_tokens": self.recomputed_tokens,
-            "band": {"low": rate * (1 - band), "high": min(most, rate * (1 + band))},
-            "notes": self.notes,
-        }
-        whole = _whole_bytes(data)
-        assert isinstance(whole, dict)
-        return whole
-
-
-def _whole_bytes(value: object, name: str = "") -> object:
-    """Bytes as whole numbers, in nested objects too."""
-    if isinstance(value, dict):
-        return {key: _whole_bytes(item, key) for key, item in value.items()}
-    if isinstance(value, float) and name.endswith("bytes"):
-        return round(value)
-    return value
 
 
 def make_plan(request: Request) -> Plan:
@@ -319,7 +49,7 @@ def make_plan(request: Request) -> Plan:
             first_error = first_error or error
             continue
         asked = request.host_given or request.resident_experts is not None
-        if asked or (plan.resident_expert_share == 1 and plan.users_resident):
+        if asked or plan.fits_whole:
             return plan
         tiered = tiered or plan
     if tiered:
@@ -560,11 +290,12 @@ def _turn(request: Request, cost: CostModel, room: _Room, resident: int, tiering
     on_disk = int(room.disk // max(1.0, room.kv_user_bytes))
     held = min(1.0, (resident + on_host + on_disk) / workload.users)
     found = workload.wanted_tokens * held
-    # With several turns what still lies in HBM needs no load; an earlier user's prefix does.
-    in_hbm = min(1.0, resident / workload.users) if workload.turns > 1 else 0.0
-    if not on_host and not on_disk:
-        found, in_hbm = workload.wanted_tokens * min(1.0, resident / workload.users), 1.0
-    cold = int(found * (1 - in_hbm / held)) if held else 0
+    # Of several turns, what still lies in HBM needs no load. One turn finds what an earlier
+    # request left in a tier, if there is one below HBM.
+    warm = min(1.0, resident / workload.users)
+    if workload.turns == 1 and on_host + on_disk:
+        warm = 0.0
+    cold = int(found * (1 - warm / held)) if held else 0
     new = workload.prompt_tokens - found
     prefill_rate = 0.0
     if cold:
@@ -647,6 +378,7 @@ def _finish(
         disk_bytes=room.disk,
         disk_kv_bytes=min(parked - host_users, on_disk) * kv_user,
         resident_expert_share=share,
+        fits_whole=_capacity(cost, room, 1.0) > 0,
         users_resident=users_resident,
         users_total=users_resident + on_host + on_disk,
         users_running=choice.running,

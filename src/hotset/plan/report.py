@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from hotset.plan.compare import Ratio
 from hotset.plan.cost import CAUSES
 from hotset.plan.families import layer_summary
-from hotset.plan.planner import Plan
+from hotset.plan.result import Plan
 from hotset.plan.search import Candidate, SweepPoint
 
 WIDTH = 78
@@ -148,7 +148,7 @@ def _places(plan: Plan) -> list[tuple[str, ...]]:
         ("HBM: reserve", plan.reserve_bytes),
         ("HBM: free", plan.free_bytes),
     ]
-    table = [
+    table: list[tuple[str, ...]] = [
         (name, gb(value), bar(value / hbm), f"{value / hbm:.0%}") for name, value in parts if value
     ]
     below = [

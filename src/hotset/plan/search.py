@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from hotset.errors import PlanError
 from hotset.plan.layout import candidate_layouts
 from hotset.plan.options import parse_count
-from hotset.plan.planner import Plan, Request, make_plan
+from hotset.plan.planner import make_plan
+from hotset.plan.result import Plan
+from hotset.plan.workload import Request
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,154 @@
+"""A finished plan, and the object that `--json` prints."""
+
+from dataclasses import dataclass
+
+from hotset.plan.cost import CostModel, Step, Tiering
+from hotset.plan.layout import Layout
+from hotset.plan.workload import Request
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every byte lives and how fast it runs. Bytes are summed over all GPUs."""
+
+    request: Request
+    layout: Layout
+    gpus: int
+    kv_bytes_per_user: int
+    kv_copies: float
+    hbm_bytes: float
+    resident_weights_bytes: float
+    resident_experts_bytes: float
+    resident_kv_bytes: float
+    workspace_bytes: float
+    reserve_bytes: float
+    host_bytes: float
+    host_experts_bytes: float
+    host_kv_bytes: float
+    disk_bytes: float
+    disk_kv_bytes: float
+    resident_expert_share: float
+    fits_whole: bool  # all weights and one user at least lie in HBM, if wanted
+    users_resident: int
+    users_total: int
+    users_running: int
+    streamed_kv_share: float
+    mode: str
+    step: Step
+    ttft_s: float
+    prefill_s: float
+    load_s: float
+    found_tokens: float
+    recomputed_tokens: int
+    causes: list[tuple[str, float]]
+    cost: CostModel
+    tiering: Tiering
+    notes: list[str]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens of all users together."""
+        return self.users_running / self.step.expected_s
+
+    @property
+    def free_bytes(self) -> float:
+        """HBM that nothing uses."""
+        used = (
+            self.resident_weights_bytes
+            + self.resident_experts_bytes
+            + self.resident_kv_bytes
+            + self.workspace_bytes
+            + self.reserve_bytes
+        )
+        return self.hbm_bytes - used
+
+    def as_dict(self) -> dict[str, object]:
+        """The object that `--json` prints."""
+        shape, request, workload = self.request.shape, self.request, self.request.workload
+        band = request.calibration.band
+        rate = self.tokens_per_s
+        most = self.users_running / self.step.ceiling_s
+        data = {
+            "model": {
+                "name": shape.name,
+                "model_type": shape.model_type,
+                "source": shape.source,
+                "total_params": shape.total_params,
+                "active_params": shape.active_params,
+                "layers": len(shape.layers),
+                "attention_layers": shape.kinds(),
+                "experts_per_layer": shape.num_experts,
+                "top_k_experts": shape.top_k_experts,
+                "weights_dtype": shape.matrix_dtype,
+                "kv_dtype": request.kv_dtype,
+            },
+            "hardware": request.hardware.name,
+            "gpus": self.gpus,
+            "layout": str(self.layout),
+            "users": workload.users,
+            "context_tokens": workload.context,
+            "output_tokens": workload.output,
+            "turns": workload.turns,
+            "weights_bytes": shape.weights_bytes,
+            "dense_bytes": shape.dense_bytes,
+            "expert_bytes_each": shape.expert_bytes_each,
+            "experts_bytes": shape.experts_bytes,
+            "kv_bytes_per_token": shape.kv_bytes_per_token(request.kv_dtype),
+            "kv_bytes_per_early_token": shape.kv_bytes_per_early_token(request.kv_dtype),
+            "kv_bytes_per_user": self.kv_bytes_per_user,
+            "kv_bytes_total": self.kv_bytes_per_user * workload.users,
+            "kv_copies": self.kv_copies,
+            "hbm_bytes": self.hbm_bytes,
+            "resident": {
+                "weights_bytes": self.resident_weights_bytes,
+                "experts_bytes": self.resident_experts_bytes,
+                "kv_bytes": self.resident_kv_bytes,
+                "workspace_bytes": self.workspace_bytes,
+                "reserve_bytes": self.reserve_bytes,
+                "free_bytes": self.free_bytes,
+                "expert_share": self.resident_expert_share,
+            },
+            "host": {
+                "bytes": self.host_bytes,
+                "experts_bytes": self.host_experts_bytes,
+                "kv_bytes": self.host_kv_bytes,
+            },
+            "disk": {"bytes": self.disk_bytes, "kv_bytes": self.disk_kv_bytes},
+            "users_resident": self.users_resident,
+            "users_total": self.users_total,
+            "users_running": self.users_running,
+            "mode": self.mode,
+            "streamed_kv_share": self.streamed_kv_share,
+            "step": {
+                "ceiling_s": self.step.ceiling_s,
+                "expected_s": self.step.expected_s,
+                "parts": self.step.parts,
+                "bounds": self.step.bounds,
+            },
+            "bottleneck": self.causes[0][0],
+            "runner_up": self.causes[1][0],
+            "gain_without": dict(self.causes),
+            "tokens_per_s": rate,
+            "tokens_per_s_per_gpu": rate / self.gpus,
+            "tokens_per_s_per_user": rate / workload.users,
+            "tpot_s": self.step.expected_s,
+            "ttft_s": self.ttft_s,
+            "prefill_s": self.prefill_s,
+            "load_s": self.load_s,
+            "reused_tokens": self.found_tokens,
+            "recomputed_tokens": self.recomputed_tokens,
+            "band": {"low": rate * (1 - band), "high": min(most, rate * (1 + band))},
+            "notes": self.notes,
+        }
+        whole = _whole_bytes(data)
+        assert isinstance(whole, dict)
+        return whole
+
+
+def _whole_bytes(value: object, name: str = "") -> object:
+    """Bytes as whole numbers, in nested objects too."""
+    if isinstance(value, dict):
+        return {key: _whole_bytes(item, key) for key, item in value.items()}
+    if isinstance(value, float) and name.endswith("bytes"):
+        return round(value)
+    return value
