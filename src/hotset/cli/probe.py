@@ -1,0 +1,77 @@
+"""`hotset probe`: measure this machine and keep the profile for `hotset plan --hardware this`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hotset.errors import ConfigError
+from hotset.plan.hardware import probe_path
+
+
+@click.command(epilog="Example: hotset probe && hotset plan smollm2-135m --hardware this --users 8")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="What to measure; auto takes a GPU if there is one.",
+)
+@click.option(
+    "--disk-path",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to measure the disk in. Default: the platform's cache folder.",
+)
+@click.option("--no-disk", is_flag=True, help="Leave the disk out.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where to write the profile. Default: where --hardware this looks.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the profile, nothing else.")
+def command(
+    device: str, disk_path: Path | None, no_disk: bool, output: Path | None, as_json: bool
+) -> None:
+    """Measure memory, link, disk and compute of this machine. Takes under a minute."""
+    import platformdirs
+
+    from hotset.plan.probe import probe
+
+    if no_disk and disk_path:
+        raise ConfigError("--no-disk and --disk-path do not go together; use one of them")
+    folder = disk_path or Path(platformdirs.user_cache_dir("hotset", appauthor=False))
+    click.echo("measuring ...", err=True)
+    profile = probe(device, None if no_disk else folder)
+    path = output or probe_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(profile, indent=2) + "\n", "utf-8")
+    except OSError as error:
+        raise ConfigError(f"profile {path} cannot be written: {error.strerror}") from error
+    if as_json:
+        click.echo(json.dumps(profile))
+    else:
+        click.echo(_table(profile))
+    click.echo(f"wrote {path} in {profile['probe_s']} s", err=True)
+
+
+def _table(profile: dict[str, Any]) -> str:
+    lines = [profile["description"], ""]
+    figures = dict(profile["figures"])
+    for dtype, entry in figures.pop("tflops").items():
+        figures[f"tflops {dtype}"] = entry
+    width = max(map(len, figures))
+    for name, entry in figures.items():
+        value = entry["value"]
+        shown = f"{value:,.4g}" if isinstance(value, float) else str(value)
+        lines.append(
+            f"{name:<{width}}  {shown:>11}  {entry['source'].removeprefix('hotset probe: ')}"
+        )
+    for way, rates in profile["copies_gb_per_s"].items():
+        lines += ["", f"copies, {way}, GB/s by size"]
+        for size, rate in rates.items():
+            kib = int(size) / 1024
+            label = f"{kib / 1024:g} MiB" if kib >= 1024 else f"{kib:g} KiB"
+            lines.append(f"  {label:>8}  {rate:8.2f}")
+    return "\n".join(lines)
