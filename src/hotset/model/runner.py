@@ -20,6 +20,7 @@ from hotset.model.attention import (
     SequenceSpan,
     register,
 )
+from hotset.model.cpu_linear import pack_linears
 from hotset.model.flashinfer_attention import FlashInferBackend, why_unsupported
 from hotset.request import StepPlan
 
@@ -148,6 +149,7 @@ class ModelRunner:
     def __init__(
         self, model: PreTrainedModel, arena: DeviceArena, attention: AttentionBackend
     ) -> None:
+        pack_linears(model)
         self._model = model
         self._arena = arena
         self._attention = attention

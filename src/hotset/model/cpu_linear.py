@@ -1,0 +1,51 @@
+"""Linear layers of a float32 model on the CPU, through oneDNN with packed weights.
+
+PyTorch gives float32 products to MKL, which on AMD processors leaves half of AVX-512 unused.
+Measured on one Zen 5 core, 576 x 1536 weights read from memory, 16 rows: 456 us, and 155 us here;
+256 rows: 4139 us and 1799 us; the 576 x 49152 logits of 16 rows: 19.4 ms and 5.7 ms.
+`torch.compile` uses the same operations when it freezes weights.
+"""
+
+import torch
+from torch import nn
+
+# Any number of rows runs; this is what the layout is chosen for. 256 measured the same.
+_PACKED_FOR_ROWS = 16
+
+
+class PackedLinear(nn.Module):
+    """What `nn.Linear` computes, from a packed copy of its weight; the weight is not kept."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(
+            linear.weight.detach(), _PACKED_FOR_ROWS
+        )
+        self._bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`."""
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._weight, self._bias, "none", [], ""
+        )
+        return out
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Replace the float32 linear layers of a model on the CPU, in place, one at a time.
+
+    Does nothing without oneDNN, on other devices and for other dtypes. A weight that is shared
+    with the embedding is copied, as the embedding needs it as it is.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    with torch.inference_mode():
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                # The exact class: a subclass may compute something else.
+                if type(child) is nn.Linear and _is_packable(child.weight):
+                    setattr(parent, name, PackedLinear(child))
+
+
+def _is_packable(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
