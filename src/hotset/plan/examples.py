@@ -80,7 +80,7 @@ def moe_example() -> tuple[str, dict[str, object]]:
         f"{ratio:.1f}x for the same 72 GPUs.",
         "",
         "2. Tokens/s of a GPU, both layouts filled (B up to 256 users a GPU), routing uniform",
-        "   IB: 50 GB/s a GPU, nothing overlapped. NVLink: 450 GB/s all to all, collectives hidden.",
+        "   IB: 50 GB/s a GPU, nothing overlapped. NVLink: 450 GB/s, collectives hidden.",
     ]
     table: list[tuple[str, ...]] = [
         ("context", "A", "B on IB", "ratio", "TPOT A", "TPOT B", "B on NVLink", "ratio")
@@ -156,7 +156,7 @@ def moe_example() -> tuple[str, dict[str, object]]:
         rows(node, "   "),
         f"   8 users of 2,048 tokens on one node: {data['one_node_8_users']:.2f}x, that is, tensor "
         "parallel is faster.",
-        "   Also not: with GQA instead of MLA (tensor parallel makes no copies up to the KV heads);",
+        "   Also not: with GQA instead of MLA (tensor parallel copies only beyond the KV heads);",
         "   against a baseline that shards the context (decode context parallel); with skewed",
         "   routing (--expert-histogram) or uneven users; or at equal TPOT, if B's is the longer.",
         "",
@@ -182,9 +182,9 @@ def moe_example() -> tuple[str, dict[str, object]]:
     data["kv_on_host"] = streamed
     text += [
         rows(table, "   "),
-        "   256 users on 8 GPUs, all decoding in each step. Eight copies cross the link in one case",
+        "   256 users on 8 GPUs, all in each step. Eight copies cross the link in one case",
         "   and one in the other, so the ratio tends to 8 as the link takes all the time, and is",
-        "   above 8 where more of the KV is resident. It assumes hosts that hold it all; PCIe 5 with",
+        "   above 8 where more of the KV is resident. Assumes hosts that hold it all; PCIe 5 with",
         "   614 GB/s of DRAM for 8 GPUs, C2C with 512 GB/s for each.",
         "",
         "So 7.8x is an ordinary value of such a comparison, not a property of MoE. It needs MLA, a",
@@ -237,8 +237,8 @@ def offload_example() -> tuple[str, dict[str, object]]:
     load_s = prompt * kv / full.cost.link_bytes_per_s()
     text = [
         "3x at 256 concurrent requests from KV offload: Llama-3-8B, one H100 SXM",
-        f"   256 users at a time, prompts of {prompt:,} tokens, answers of {output}. Offload finds a",
-        "   share of each prompt (the hit rate) in host memory and loads it instead of computing it.",
+        f"   256 users, prompts of {prompt:,} tokens, answers of {output}. Offload finds a",
+        "   share of each prompt (the hit rate) in host memory and loads what it found.",
         "",
         "1. The most there is to gain, for the prompt alone",
         f"   computing it:  {prompt:,} tokens take {seconds(prefill_s)}",
@@ -271,7 +271,7 @@ def offload_example() -> tuple[str, dict[str, object]]:
     data["prefill_share"] = share
     text += [
         rows(table, "   "),
-        f"   Without offload {share:.0%} of the time is prefill, so no link and no hit rate can give "
+        f"   Without offload {share:.0%} of the time is prefill, so no link or hit rate gives "
         f"more than {1 / (1 - share):.1f}x here.",
         "",
         "3. How long the answers may be: reuse needed for 3x (PCIe 5)",
@@ -282,7 +282,7 @@ def offload_example() -> tuple[str, dict[str, object]]:
         this = Workload(users=256, context=prompt + answer, output=answer)
         start = make_plan(replace(base_request, workload=this))
         part = start.step.parts["prefill"] / start.step.expected_s
-        hit = _hit_for(3.0, start.tokens_per_s, partial(at_hit, this))
+        least = _hit_for(3.0, start.tokens_per_s, partial(at_hit, this))
         needed.append({"output": answer, "prefill_share": part, "hit": hit})
         table.append(
             (f"{answer:,}", f"{part:.0%}", "out of reach" if hit is None else f"{hit:.0%}")
@@ -298,12 +298,12 @@ def offload_example() -> tuple[str, dict[str, object]]:
     none = with_reuse(0.0)
     data["gain_without_reuse"] = none.tokens_per_s / base.tokens_per_s
     text += [
-        f"   Link: below {slow:.1f} GB/s loading takes longer than computing. An engine that always",
+        f"   Link: below {slow:.1f} GB/s loading takes longer than computing. An engine that only",
         "   loads then loses; hotset compares the two and splits the prefix, so it does not.",
         f"   Hit rate 0: {data['gain_without_reuse']:.2f}x at best; the copies down cost the link "
         "time that loads would need,",
         "   and engines that make them on the critical path have reported 3 to 15 % less.",
-        f"   All in HBM: {base.users_resident} of 256 users fit at once here; where all fit and come "
+        f"   All in HBM: {base.users_resident} of 256 users fit here; where all fit and come "
         "back soon,",
         "   their prefixes are found in HBM anyway and offload adds nothing.",
         "   Each step: reading offloaded KV again for every token instead of once for every turn.",
@@ -333,5 +333,6 @@ def _per_step(base: Plan, chips: Hardware) -> str:
     c2c = chips.with_link("c2c").host_link_bytes_per_s
     return (
         f"One user's {gb(kv)} a step is {1 / (kv / rate):,.0f} tok/s over PCIe 5, "
-        f"{1 / (kv / c2c):,.0f} over C2C, for all users together; HBM gives {rate_at(base, 64):,.0f}."
+        f"{1 / (kv / c2c):,.0f} over C2C, for all users together; HBM gives "
+        f"{rate_at(base, 64):,.0f}."
     )

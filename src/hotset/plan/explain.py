@@ -144,12 +144,14 @@ def _step(plan: Plan) -> Section:
     nominal = hw.hbm_bytes_per_s
     body = [
         f"HBM reached = {nominal / 1e9:,.0f} GB/s x {memory / nominal:.2f} = "
-        f"{memory / 1e9:,.0f} GB/s; {users:,} users in the fullest group, {context:,.0f} tokens each",
+        f"{memory / 1e9:,.0f} GB/s; {users:,} users in the fullest group, "
+        f"{context:,.0f} tokens each",
     ]
     bound = plan.step.bounds.get("dense_weights", "")
     body.append(
         f"dense weights: max(read {gb(cost.shard.dense_read_bytes)} / HBM, 2 x "
-        f"{(shape.matmul_params - shape.active_params + shape.dense_params) / 1e9:.2f} G x {users} / "
+        f"{(shape.matmul_params - shape.active_params + shape.dense_params) / 1e9:.2f} G x "
+        f"{users} / "
         f"{layout.tp} / FLOP/s) = {seconds(parts['dense_weights'])} ({bound})"
     )
     if shape.moe_layers:
@@ -157,7 +159,8 @@ def _step(plan: Plan) -> Section:
         slots = cost.expert_slots_read(mean)
         body.append(
             f"distinct experts = E (1 - (1 - k/E)^B), E {shape.num_experts}, k "
-            f"{shape.top_k_experts}, B {tokens:,.0f}: {slots:.1f} of {cost.shard.expert_slots} slots "
+            f"{shape.top_k_experts}, B {tokens:,.0f}: {slots:.1f} of "
+            f"{cost.shard.expert_slots} slots "
             f"a GPU and layer; {gb(slots * cost.shard.slot_bytes)} = {seconds(parts['experts'])} "
             f"({plan.step.bounds['experts']})"
         )
@@ -177,7 +180,8 @@ def _step(plan: Plan) -> Section:
         "per_user": f"{users} users x {c.user_s * 1e6:.1f} us",
         "host_experts": "the cheaper of fetching misses and streaming all, one layer ahead, over "
         f"{cost.link_bytes_per_s() / 1e9:.0f} GB/s",
-        "host_kv": f"{plan.streamed_kv_share:.0%} of KV over {cost.link_bytes_per_s() / 1e9:.0f} GB/s",
+        "host_kv": f"{plan.streamed_kv_share:.0%} of KV over "
+        f"{cost.link_bytes_per_s() / 1e9:.0f} GB/s",
         "swap": "what the link needs for parked users beyond the rest of the step",
         "prefill": "each running user starts a turn every --output steps",
     }
@@ -209,8 +213,8 @@ def _ttft(plan: Plan) -> Section:
     body = [
         f"prompt {workload.prompt_tokens:,.0f} tokens, of which {plan.found_tokens:,.0f} are found "
         "in a tier",
-        "prefill = max(2 x active parameters x tokens / FLOP/s, weights / HBM) + causal attention + "
-        f"collectives + launches = {seconds(plan.prefill_s)}",
+        "prefill = max(2 x active parameters x tokens / FLOP/s, weights / HBM) + causal "
+        f"attention + collectives + launches = {seconds(plan.prefill_s)}",
     ]
     if plan.found_tokens:
         body.append(

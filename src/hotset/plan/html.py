@@ -135,15 +135,15 @@ def _places(plan: Plan) -> str:
             ("reserve", "reserve"),
         )
     )
-    rows = [("", "in HBM", "on the host", "on disk")]
+    rows: list[tuple[str, ...]] = [("", "in HBM", "on the host", "on disk")]
     rows += [
         ("dense weights", gb(plan.resident_weights_bytes), "", ""),
-        ("experts", gb(plan.resident_experts_bytes), gb(plan.host_experts_bytes), ""),
+        ("experts", gb(plan.resident_experts_bytes), _some(plan.host_experts_bytes), ""),
         (
             "KV",
             gb(plan.resident_kv_bytes),
-            gb(plan.host_kv_bytes),
-            gb(plan.disk_kv_bytes),
+            _some(plan.host_kv_bytes),
+            _some(plan.disk_kv_bytes),
         ),
     ]
     copies = f", {plan.kv_copies:g} copies of it in each group" if plan.kv_copies > 1.001 else ""
@@ -153,6 +153,10 @@ def _places(plan: Plan) -> str:
         f"{gb(plan.request.shape.weights_bytes)}.</p>"
     )
     return f'{bars}<p class="legend">{legend}</p>{text}{_table(rows)}'
+
+
+def _some(value: float) -> str:
+    return gb(value) if value else ""
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

@@ -65,7 +65,7 @@ def plan_table(plan: Plan) -> str:
         f"  {shape.total_params / 1e9:.2f} B parameters{active}; {layer_summary(shape)}",
         f"  weights {gb(shape.weights_bytes)} ({shape.matrix_dtype}); KV "
         f"{shape.kv_bytes_per_token(request.kv_dtype):,} B a token, "
-        f"{gb(plan.kv_bytes_per_user)} ({plan.kv_bytes_per_user / 2**30:.1f} GiB) a user "
+        f"{gb(plan.kv_bytes_per_user)} ({plan.kv_bytes_per_user / 2**30:.3g} GiB) a user "
         f"({request.kv_dtype})"
         + (f", {plan.kv_copies:g} copies" if plan.kv_copies > 1.001 else ""),
         "",

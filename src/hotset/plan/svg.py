@@ -124,7 +124,7 @@ def line_chart(
         if mark.label:
             left = x > WIDTH * 0.7
             parts.append(
-                f'<text class="note" x="{x + (-10 if left else 10):.1f}" y="{y - 9:.1f}" '
+                f'<text class="note" x="{x + (-10 if left else 10):.1f}" y="{y + 21:.1f}" '
                 f'text-anchor="{"end" if left else "start"}">{escape(mark.label)}</text>'
             )
     middle = (HEIGHT - BOTTOM + TOP) / 2
