@@ -277,16 +277,15 @@ def offload_example() -> tuple[str, dict[str, object]]:
         "3. How long the answers may be: reuse needed for 3x (PCIe 5)",
     ]
     table = [("answer", "prefill's share", "hit needed for 3x")]
-    needed = []
+    needed: list[dict[str, float | None]] = []
     for answer in (1, 16, 64, 256, 1024):
         this = Workload(users=256, context=prompt + answer, output=answer)
         start = make_plan(replace(base_request, workload=this))
         part = start.step.parts["prefill"] / start.step.expected_s
         least = _hit_for(3.0, start.tokens_per_s, partial(at_hit, this))
-        needed.append({"output": answer, "prefill_share": part, "hit": hit})
-        table.append(
-            (f"{answer:,}", f"{part:.0%}", "out of reach" if hit is None else f"{hit:.0%}")
-        )
+        needed.append({"output": answer, "prefill_share": part, "hit": least})
+        shown = "out of reach" if least is None else f"{least:.0%}"
+        table.append((f"{answer:,}", f"{part:.0%}", shown))
     data["hit_for_3x"] = needed
     text += [
         rows(table, "   "),
