@@ -1,0 +1,171 @@
+"""`hotset generate`: stream text for prompts given on the command line."""
+
+import json
+import re
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hotset.cli.options import engine_options, interruptible
+from hotset.config import EngineConfig
+from hotset.errors import ConfigError, RequestError
+from hotset.request import SamplingParams
+
+_DEFAULTS = SamplingParams()
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@click.command()
+@click.argument("words", metavar="[MODEL] PROMPT...", nargs=-1, required=True)
+@click.option("--raw", is_flag=True, help="Continue the text itself; no chat template.")
+@click.option("--system", help="A system message before the prompt.")
+@click.option(
+    "--max-tokens", type=int, default=_DEFAULTS.max_tokens, show_default=True, help="Most to make."
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=_DEFAULTS.temperature,
+    show_default=True,
+    help="0 is greedy.",
+)
+@click.option("--top-p", type=float, default=_DEFAULTS.top_p, show_default=True, help="1 is off.")
+@click.option("--top-k", type=int, default=_DEFAULTS.top_k, show_default=True, help="0 is off.")
+@click.option("--min-p", type=float, default=_DEFAULTS.min_p, show_default=True, help="0 is off.")
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=_DEFAULTS.repetition_penalty,
+    show_default=True,
+    help="1 is off.",
+)
+@click.option("--seed", type=int, help="Makes a sampled text reproducible.")
+@click.option("--stop", multiple=True, help="A string that ends the text; may be repeated.")
+@click.option("--json-schema", help="A JSON schema, or a file with one, that the text must fit.")
+@click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
+@engine_options
+@interruptible
+def command(
+    words: tuple[str, ...],
+    raw: bool,
+    system: str | None,
+    json_schema: str | None,
+    quiet: bool,
+    config: EngineConfig,
+    **sampling: Any,
+) -> None:
+    r"""Stream the answer to each PROMPT to stdout; all else goes to stderr.
+
+    A prompt is a user's message in the model's chat template, or with --raw a text to continue.
+    A PROMPT of - is read from standard input. Several prompts run at once, and are printed in
+    order.
+
+    MODEL may stand first instead of --model. The first word is taken as one only if others
+    follow, --model is not given, and it is an existing folder, ends in .gguf, or has the form
+    of a hub id (owner/name).
+
+    \b
+    Examples:
+      hotset generate "What is the capital of France?"
+      hotset generate --raw --max-tokens 40 "Once upon a time"
+      cat notes.txt | hotset generate --system "Summarise." -
+    """
+    model, prompts = _split(words, config.model)
+    if raw and system is not None:
+        raise ConfigError("--system needs the chat template; leave out --raw, or --system")
+    if prompts.count("-") > 1:
+        raise ConfigError("standard input can be read for one prompt only; give one -")
+    params = SamplingParams(
+        **{**sampling, "stop": tuple(sampling["stop"])},
+        json_schema=None if json_schema is None else _read_schema(json_schema),
+    )
+    texts = [_read_stdin() if prompt == "-" else prompt for prompt in prompts]
+
+    from hotset.engine.service import EngineService  # imports torch: not for --help
+    from hotset.model.prompt import PromptEncoder
+
+    service = EngineService(replace(config, model=model))
+    try:
+        if not quiet:
+            click.echo(service.report, err=True)
+        encoder = PromptEncoder(service.model)
+        head = [] if system is None else [{"role": "system", "content": system}]
+        start_s = time.perf_counter()
+        streams = [
+            service.submit(
+                encoder.encode_text(text)
+                if raw
+                else encoder.encode_chat([*head, {"role": "user", "content": text}]),
+                params,
+            )
+            for text in texts
+        ]
+        num_tokens, first_s = 0, None
+        for position, (stream, text) in enumerate(zip(streams, texts, strict=True)):
+            if len(streams) > 1 and not quiet:
+                title = text if len(text) <= 70 else f"{text[:67]}..."
+                click.echo(f"[{position + 1}] {title!r}", err=True)
+            for output in stream:
+                if output.error is not None:
+                    service.raise_unless_healthy()
+                    raise RequestError(output.error)
+                first_s = first_s or time.perf_counter() - start_s
+                num_tokens += len(output.token_ids)
+                sys.stdout.write(output.text)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        if not quiet:
+            wall_s = time.perf_counter() - start_s
+            click.echo(
+                f"{num_tokens} tokens in {wall_s:.1f} s ({num_tokens / wall_s:.1f} tokens/s, "
+                f"first after {first_s or wall_s:.2f} s)",
+                err=True,
+            )
+    finally:
+        service.close()
+
+
+def _split(words: tuple[str, ...], model: str | None) -> tuple[str | None, list[str]]:
+    """The model and the prompts among the words of the command line."""
+    first = words[0]
+    if model is None and len(words) > 1:
+        names_model = first.endswith(".gguf") or _HUB_ID.fullmatch(first) or _is_folder(first)
+        if names_model:
+            return first, list(words[1:])
+    return model, list(words)
+
+
+def _is_folder(word: str) -> bool:
+    try:
+        return Path(word).expanduser().is_dir()
+    except (OSError, RuntimeError):  # too long for a name; no such user
+        return False
+
+
+def _read_stdin() -> str:
+    text = sys.stdin.read().strip("\n")
+    if not text:
+        raise ConfigError("standard input is empty; expected a prompt")
+    return text
+
+
+def _read_schema(given: str) -> dict[str, Any]:
+    """A JSON schema from the option's text, or from the file that it names."""
+    text = given
+    if not given.lstrip().startswith("{"):
+        try:
+            text = Path(given).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--json-schema {given}: cannot be read: {error}") from error
+    try:
+        schema = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--json-schema is not JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise ConfigError(f"--json-schema is a JSON {type(schema).__name__}; expected an object")
+    return schema

@@ -1,0 +1,98 @@
+"""Options and behaviour that commands share."""
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+from hotset.config import EngineConfig
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(EngineConfig)}
+
+
+def _option(name: str, type_: Any, help_: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    default = _DEFAULTS[name]
+    return click.option(
+        f"--{name.replace('_', '-')}",
+        name,
+        type=type_,
+        default=default,
+        show_default=default is not None,
+        help=help_,
+    )
+
+
+_ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
+    _option("device", str, "auto, cpu or cuda."),
+    _option(
+        "dtype",
+        click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        "Of weights and KV; auto is float32 on the CPU, the checkpoint's own on a GPU.",
+    ),
+    _option(
+        "hot_gib", float, "KV memory beside the chip, in GiB.  [default: what the weights leave]"
+    ),
+    _option("host_gib", float, "Host memory for KV, in GiB; 0 is none."),
+    _option("disk_gib", float, "Disk space for KV, in GiB; 0 is none."),
+    _option(
+        "disk_path",
+        click.Path(file_okay=False, path_type=Path),
+        "Folder of the disk tier.  [default: in the platform's cache folder]",
+    ),
+    _option("block_size", int, "Tokens a KV block holds."),
+    _option("max_num_seqs", int, "Most requests in one step."),
+    _option("max_num_batched_tokens", int, "Most tokens in one step."),
+    _option("max_model_len", int, "Longest context in tokens.  [default: the model's own]"),
+    _option(
+        "fetch_policy",
+        click.Choice(["auto", "fetch", "recompute"]),
+        "How blocks in a slower tier come back; auto decides by cost.",
+    ),
+    click.option(
+        "--prefix-caching/--no-prefix-caching",
+        default=_DEFAULTS["prefix_caching"],
+        show_default=True,
+        help="Find known prompt beginnings instead of computing them.",
+    ),
+]
+
+
+def engine_options(command: Callable[..., R]) -> Callable[..., R]:
+    """Add `--model` and the engine's options; the command gets them as `config`."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **options: Any) -> R:
+        chosen = {name: options.pop(name) for name in list(options) if name in _DEFAULTS}
+        return command(*args, config=EngineConfig(**chosen), **options)
+
+    wrapped: Callable[..., R] = wrapper
+    for add in reversed(_ENGINE_OPTIONS):
+        wrapped = add(wrapped)
+    return click.option(
+        "--model",
+        "-m",
+        help="A folder, a .gguf file or a hub id.  [default: SmolLM2-135M-Instruct]",
+    )(wrapped)
+
+
+def interruptible(command: Callable[P, R]) -> Callable[P, R]:
+    """End with one line and status 130 on Ctrl-C."""
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **options: P.kwargs) -> R:
+        try:
+            return command(*args, **options)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(INTERRUPTED)
+
+    return wrapper
