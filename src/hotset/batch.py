@@ -1,0 +1,281 @@
+"""Run an OpenAI batch file: requests in, responses out, line by line, in the same order."""
+
+import fcntl
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hotset.engine.completion import gather
+from hotset.engine.service import EngineService, OutputStream
+from hotset.errors import ConfigError, EngineError, RequestError
+from hotset.model.prompt import PromptEncoder
+from hotset.server.schemas import (
+    ChatRequest,
+    GenerationRequest,
+    Json,
+    TextRequest,
+    error_body,
+    parse_body,
+    response_body,
+)
+
+_KINDS: dict[str, type[GenerationRequest]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": TextRequest,
+}
+
+
+@dataclass(slots=True)
+class BatchSummary:
+    """What one run did."""
+
+    lines: int = 0  # written by this run
+    skipped: int = 0  # there from an earlier run
+    errors: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A line in flight: its streams, or the record that is known already."""
+
+    custom_id: str | None
+    record: Json | None = None
+    request: GenerationRequest | None = None
+    streams: list[OutputStream] = field(default_factory=list)
+
+
+class Batch:
+    """One input file and the output file it becomes.
+
+    Every line of the input that is not blank becomes one line of the output, at the same place.
+    So an output file that exists holds the answers to the first lines: they are kept, checked
+    by `custom_id`, and the run goes on behind them. A torn last line, left by a crash, is cut.
+
+    Raises:
+        ConfigError: a file cannot be read or written, is in use by another run, or the output
+            is not the beginning of this input's. The output is unchanged.
+    """
+
+    def __init__(self, source: Path, target: Path) -> None:
+        self._source = source
+        try:
+            # Read to the end first: what cannot be read should not cost a loaded model.
+            self.num_lines = sum(1 for _ in _lines(source))
+            if target.exists() and target.samefile(source):
+                raise ConfigError(f"{target} is both input and output; choose another output")
+            self._target = open(target, "a+b")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: {error.strerror}") from error
+        try:
+            self.num_done = self._check_target(target)
+        except BaseException:
+            self._target.close()
+            raise
+
+    def close(self) -> None:
+        """Close the output; another run may go on with it."""
+        self._target.close()
+
+    def run(
+        self,
+        service: EngineService,
+        *,
+        window: int,
+        on_line: Callable[[BatchSummary], None] = lambda summary: None,
+    ) -> BatchSummary:
+        """Answer the lines that are left, with at most `window` of them in flight.
+
+        Whatever ends it early leaves whole lines, which a later run goes on from.
+
+        Args:
+            service: the engine.
+            window: many more than the engine runs at once keep it busy beside a slow first one.
+            on_line: called after each line written.
+
+        Raises:
+            EngineError: the engine has failed.
+            ConfigError: the output cannot be written, as when the disk is full.
+        """
+        encoder = PromptEncoder(service.model)
+        summary = BatchSummary(skipped=self.num_done)
+        seen: set[str] = set()
+        in_flight: deque[_Pending] = deque()
+        try:
+            for position, line in enumerate(_lines(self._source)):
+                pending = _parse(line, seen)
+                if position < self.num_done:
+                    continue
+                if pending.request is not None:
+                    _submit(pending, service, encoder)
+                in_flight.append(pending)
+                if len(in_flight) >= window:
+                    self._finish(in_flight.popleft(), service, encoder, summary)
+                    on_line(summary)
+            while in_flight:
+                self._finish(in_flight.popleft(), service, encoder, summary)
+                on_line(summary)
+            os.fsync(self._target.fileno())
+        finally:
+            for pending in in_flight:
+                for stream in pending.streams:
+                    stream.abort()
+        return summary
+
+    def _finish(
+        self,
+        pending: _Pending,
+        service: EngineService,
+        encoder: PromptEncoder,
+        summary: BatchSummary,
+    ) -> None:
+        """Wait for a line's answer and write it."""
+        record = pending.record
+        if record is None:
+            record = _answer(pending, service, encoder)
+            usage = record["response"]["body"].get("usage", {})
+            summary.prompt_tokens += usage.get("prompt_tokens", 0)
+            summary.completion_tokens += usage.get("completion_tokens", 0)
+        record = {"id": f"batch_req_{self.num_done + summary.lines}", **record}
+        try:
+            self._target.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._target.flush()
+        except OSError as error:
+            raise ConfigError(f"the output cannot be written: {error.strerror}") from error
+        summary.lines += 1
+        summary.errors += record["error"] is not None
+
+    def _check_target(self, target: Path) -> int:
+        """Lock the output, check it against the input, cut a torn line; returns its lines."""
+        try:
+            fcntl.flock(self._target, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"{target} is being written by another run") from error
+        self._target.seek(0)
+        source, seen = _lines(self._source), set[str]()
+        num_lines = whole_bytes = 0
+        for line in self._target:
+            record = _load(line) if line.endswith(b"\n") else None
+            if record is None:
+                if self._target.read(1):
+                    raise ConfigError(
+                        f"{target} line {num_lines + 1} is not a batch record; "
+                        "delete the file or choose another output"
+                    )
+                break  # torn by a crash: cut off below
+            expected = next(source, None)
+            custom_id = None if expected is None else _parse(expected, seen).custom_id
+            if expected is None or record.get("custom_id") != custom_id:
+                raise ConfigError(
+                    f"{target} line {num_lines + 1} has custom_id {record.get('custom_id')!r} "
+                    f"where the input has {custom_id!r}; it is of another input: "
+                    "delete it or choose another output"
+                )
+            num_lines += 1
+            whole_bytes += len(line)
+        self._target.truncate(whole_bytes)
+        return num_lines
+
+
+def _lines(source: Path) -> Iterator[bytes]:
+    """The lines that are not blank."""
+    with source.open("rb") as handle:
+        yield from (line for line in handle if line.strip())
+
+
+def _load(line: bytes) -> dict[str, Any] | None:
+    try:
+        data = json.loads(line)
+    except ValueError:  # bytes that are not UTF-8 too
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _parse(line: bytes, seen: set[str]) -> _Pending:
+    """A line's request, or the error record it becomes; `seen` takes in its custom_id."""
+    data = _load(line)
+    if data is None:
+        return _Pending(None, _line_error(None, "invalid_json", "the line is no JSON object"))
+    custom_id = data.get("custom_id")
+    if not isinstance(custom_id, str) or not custom_id:
+        message = "custom_id is missing; expected a string"
+        return _Pending(None, _line_error(None, "missing_custom_id", message))
+    if custom_id in seen:
+        message = f"custom_id {custom_id!r} is that of an earlier line"
+        return _Pending(custom_id, _line_error(custom_id, "duplicate_custom_id", message))
+    seen.add(custom_id)
+    url = data.get("url")
+    if data.get("method", "POST") != "POST":
+        message = f"method is {data['method']!r}; expected 'POST'"
+        return _Pending(custom_id, _line_error(custom_id, "invalid_method", message))
+    kind = _KINDS.get(url) if isinstance(url, str) else None
+    if kind is None:
+        message = f"url is {url!r}; expected {' or '.join(_KINDS)}"
+        return _Pending(custom_id, _line_error(custom_id, "invalid_url", message))
+    try:
+        request = parse_body(kind, data.get("body"))
+        if request.stream:
+            raise RequestError("stream is true; a batch does not stream")
+    except RequestError as error:
+        return _Pending(custom_id, _request_error(custom_id, 400, str(error)))
+    return _Pending(custom_id, request=request)
+
+
+def _submit(pending: _Pending, service: EngineService, encoder: PromptEncoder) -> None:
+    """Queue a line's prompts; where they are refused, the line has its record."""
+    assert pending.request is not None
+    try:
+        params = pending.request.params()
+        salt = pending.request.cache_salt.encode()
+        for token_ids in pending.request.prompts(encoder):
+            pending.streams.append(service.submit(token_ids, params, salt=salt))
+    except RequestError as error:
+        for stream in pending.streams:
+            stream.abort()
+        pending.record = _request_error(pending.custom_id, 400, str(error))
+
+
+def _answer(pending: _Pending, service: EngineService, encoder: PromptEncoder) -> Json:
+    """Wait for a line's outputs; returns its record."""
+    request = pending.request
+    assert request is not None
+    completions = [one for stream in pending.streams for one in gather(stream, request.n)]
+    if any(completion.finish_reason == "abort" for completion in completions):
+        raise EngineError("the engine was closed")
+    failed = next((completion for completion in completions if completion.failed), None)
+    if failed is not None:
+        service.raise_unless_healthy()  # then it is no fault of the line's
+        return _request_error(pending.custom_id, 500, failed.error or "")
+    request_id = pending.streams[0].request_id
+    body = response_body(request, request_id, service.model.name, completions, encoder)
+    return {
+        "custom_id": pending.custom_id,
+        "response": {"status_code": 200, "request_id": request_id, "body": body},
+        "error": None,
+    }
+
+
+def _line_error(custom_id: str | None, code: str, message: str) -> Json:
+    return {
+        "custom_id": custom_id,
+        "response": None,
+        "error": {"code": code, "message": message},
+    }
+
+
+def _request_error(custom_id: str | None, status: int, message: str) -> Json:
+    kind = "invalid_request_error" if status == 400 else "server_error"
+    return {
+        "custom_id": custom_id,
+        "response": {
+            "status_code": status,
+            "request_id": None,
+            "body": error_body(message, kind),
+        },
+        "error": {"code": kind, "message": message},
+    }

@@ -1,0 +1,95 @@
+"""`hotset batch`: run an OpenAI batch file."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from hotset.cli.options import engine_options, interruptible
+from hotset.config import EngineConfig
+
+
+@click.command()
+@click.argument("source", metavar="IN.jsonl", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("target", metavar="OUT.jsonl", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    help="Most lines in flight.  [default: 4 times --max-num-seqs]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as one JSON object.")
+@engine_options
+@interruptible
+def command(
+    source: Path, target: Path, window: int | None, as_json: bool, config: EngineConfig
+) -> None:
+    r"""Answer the requests of IN.jsonl into OUT.jsonl, in the same order.
+
+    Each line of IN.jsonl is a request of the OpenAI batch format, for /v1/chat/completions or
+    /v1/completions; whatever `model` it names, the model of this command answers. A bad line
+    becomes a line with an `error`, and the rest goes on; the exit status is 0 then too.
+
+    Stopped by Ctrl-C or a crash, the same command goes on where it was: lines of OUT.jsonl are
+    kept and not run again.
+
+    \b
+    Example:
+      echo '{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body":
+      {"messages": [{"role": "user", "content": "Hello"}]}}' | tr -d '\n' > in.jsonl
+      hotset batch in.jsonl out.jsonl
+    """
+    from rich.console import Console  # not for --help, as torch below
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from hotset.batch import Batch, BatchSummary
+    from hotset.engine.service import EngineService
+
+    batch = Batch(source, target)
+    console = Console(stderr=True)
+    try:
+        if batch.num_done:
+            console.print(f"{batch.num_done} of {batch.num_lines} lines are there already")
+        if batch.num_done == batch.num_lines:  # then no model is needed
+            summary, wall_s = BatchSummary(skipped=batch.num_done), 0.0
+        else:
+            service = EngineService(config)
+            try:
+                console.print(service.report, highlight=False)
+                progress = Progress(
+                    TextColumn("lines"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TextColumn("{task.fields[rate]:.0f} tokens/s"),
+                    console=console,
+                )
+                start_s = time.perf_counter()
+                with progress:
+                    task = progress.add_task(
+                        "", total=batch.num_lines, completed=batch.num_done, rate=0.0
+                    )
+
+                    def show(summary: BatchSummary) -> None:
+                        seconds = time.perf_counter() - start_s
+                        progress.update(task, advance=1, rate=summary.completion_tokens / seconds)
+
+                    try:
+                        summary = batch.run(
+                            service, window=window or 4 * config.max_num_seqs, on_line=show
+                        )
+                    except KeyboardInterrupt:
+                        console.print("stopped; the same command goes on from here")
+                        raise
+                wall_s = time.perf_counter() - start_s
+            finally:
+                service.close()
+    finally:
+        batch.close()
+    if as_json:
+        click.echo(json.dumps({**asdict(summary), "wall_s": round(wall_s, 3)}))
+    console.print(
+        f"{summary.lines} lines written, {summary.errors} of them errors; "
+        f"{summary.completion_tokens} tokens in {wall_s:.1f} s",
+        highlight=False,
+    )
