@@ -1,0 +1,276 @@
+import asyncio
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from tiny_models import make_model
+from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
+
+from hotset.batch import Batch
+from hotset.config import EngineConfig
+from hotset.engine.completion import gather
+from hotset.engine.engine import Engine
+from hotset.engine.service import EngineService
+from hotset.errors import ConfigError, EngineError, RequestError
+from hotset.model.loader import LoadedModel
+from hotset.request import SamplingParams
+from hotset.server import app as app_module
+
+LONG = SamplingParams(max_tokens=400, ignore_eos=True)
+
+
+def build(config: EngineConfig) -> tuple[Engine, LoadedModel]:
+    torch.set_num_threads(1)
+    model = make_model("llama", vocab_size=VOCAB_SIZE)
+    loaded = LoadedModel(model, make_tokenizer(), "tiny", "tiny", (EOS_TOKEN_ID,), 512)
+    return Engine(config, loaded), loaded
+
+
+def make_service() -> EngineService:
+    return EngineService(EngineConfig(hot_gib=0.01), build=build)
+
+
+@pytest.fixture
+def service() -> Iterator[EngineService]:
+    service = make_service()
+    yield service
+    service.close()
+
+
+def wait_for(condition: Any) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it did not happen")
+
+
+def test_requests_from_many_threads_all_end(service: EngineService) -> None:
+    got: dict[int, list[int]] = {}
+
+    def ask(i: int) -> None:
+        params = SamplingParams(max_tokens=5, ignore_eos=True)
+        got[i] = gather(service.submit([10 + i, 11], params), 1)[0].token_ids
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {len(ids) for ids in got.values()} == {5}
+    assert len(got) == 8
+
+
+def test_a_request_that_cannot_be_served_raises_where_it_is_submitted(
+    service: EngineService,
+) -> None:
+    with pytest.raises(RequestError, match="empty"):
+        service.submit([], SamplingParams())
+    with pytest.raises(RequestError, match="longest context"):
+        service.submit([5] * 600, SamplingParams())
+
+
+def test_leaving_a_loop_early_aborts_the_request(service: EngineService) -> None:
+    for _ in service.submit([5, 6], LONG):
+        break
+    wait_for(lambda: service.metrics.requests_finished["abort"] == 1)
+
+
+def test_a_cancelled_task_aborts_its_request(service: EngineService) -> None:
+    async def main() -> None:
+        started = asyncio.Event()
+
+        async def read() -> None:
+            async for _ in service.submit([5, 6], LONG):
+                started.set()
+
+        task = asyncio.create_task(read())
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    wait_for(lambda: service.metrics.requests_finished["abort"] == 1)
+
+
+def test_close_ends_open_streams_and_may_be_repeated(service: EngineService) -> None:
+    stream = service.submit([5, 6], LONG)
+    service.close()
+    service.close()
+
+    [completion] = gather(stream, 1)
+    assert completion.finish_reason == "abort"
+    with pytest.raises(EngineError, match="closed"):
+        service.submit([5], SamplingParams())
+
+
+def test_an_engine_that_fails_ends_every_stream_with_the_reason() -> None:
+    def build_failing(config: EngineConfig) -> tuple[Engine, LoadedModel]:
+        engine, loaded = build(config)
+
+        def fail() -> None:
+            raise ValueError("broken\nstep")
+
+        engine.step = fail  # type: ignore[method-assign, assignment]
+        return engine, loaded
+
+    service = EngineService(EngineConfig(hot_gib=0.01), build=build_failing)
+    [completion] = gather(service.submit([5, 6], LONG), 1)
+    assert completion.finish_reason == "error"
+    assert completion.error == "the engine has failed: ValueError: broken step"
+    assert not service.healthy
+    with pytest.raises(EngineError, match="broken"):
+        service.submit([5], SamplingParams())
+    service.close()
+
+
+def test_an_engine_that_cannot_be_built_raises_in_the_constructor() -> None:
+    def refuse(config: EngineConfig) -> tuple[Engine, LoadedModel]:
+        raise ConfigError("too small")
+
+    with pytest.raises(ConfigError, match="too small"):
+        EngineService(EngineConfig(), build=refuse)
+
+
+def write_batch(path: Path) -> None:
+    body = {"prompt": "the cat", "max_tokens": 3, "temperature": 0}
+    lines = [
+        json.dumps({"custom_id": str(i), "url": "/v1/completions", "body": body}) for i in range(6)
+    ]
+    lines[2] = "not json"
+    lines[4] = lines[0]  # its custom_id again
+    path.write_text("\n".join(lines))
+
+
+def outcome(path: Path) -> list[tuple[Any, Any]]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(r["custom_id"], r["response"] and r["response"]["body"]["choices"]) for r in records]
+
+
+def test_a_batch_cut_at_any_byte_goes_on_to_the_same_output(
+    service: EngineService, tmp_path: Path
+) -> None:
+    source, whole, torn = tmp_path / "in", tmp_path / "whole", tmp_path / "torn"
+    write_batch(source)
+    batch = Batch(source, whole)
+    summary = batch.run(service, window=2)
+    batch.close()
+    assert (summary.lines, summary.errors) == (6, 2)
+    expected = outcome(whole)
+    assert [custom_id for custom_id, _ in expected] == ["0", "1", None, "3", "0", "5"]
+
+    content = whole.read_bytes()
+    for end in range(0, len(content) + 1, max(1, len(content) // 7)):
+        torn.write_bytes(content[:end])
+        batch = Batch(source, torn)
+        batch.run(service, window=3)
+        batch.close()
+        assert outcome(torn) == expected
+
+
+def test_an_output_of_another_input_is_refused_and_left_alone(tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    write_batch(source)
+    for content in ('{"custom_id": "other"}\n', "my notes\nand more\n"):
+        target.write_text(content)
+        with pytest.raises(ConfigError, match="choose another output"):
+            Batch(source, target)
+        assert target.read_text() == content
+    with pytest.raises(ConfigError, match="both input and output"):
+        Batch(source, source)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A real server over the tiny model, on a port of its own."""
+    made: list[EngineService] = []
+
+    def make(config: EngineConfig) -> EngineService:
+        made.append(make_service())
+        return made[0]
+
+    monkeypatch.setattr(app_module, "EngineService", make)
+    listener = socket.create_server(("127.0.0.1", 0))
+    ready = threading.Event()
+    app = app_module.create_app(EngineConfig(), on_ready=lambda _: ready.set())
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    assert ready.wait(60)
+    yield SimpleNamespace(port=listener.getsockname()[1], service=made[0])
+    server.should_exit = True
+    thread.join()
+    listener.close()
+
+
+def post(server: SimpleNamespace, path: str, body: object) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    data = body if isinstance(body, str) else json.dumps(body)
+    connection.request("POST", path, data)
+    response = connection.getresponse()
+    result = response.status, response.read().decode()
+    connection.close()
+    return result
+
+
+CHAT = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0, "max_tokens": 6}
+
+
+def test_a_stream_has_the_text_and_the_usage_of_the_whole_response(
+    server: SimpleNamespace,
+) -> None:
+    status, text = post(server, "/v1/chat/completions", CHAT)
+    assert status == 200
+    whole = json.loads(text)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    status, text = post(server, "/v1/chat/completions", {**CHAT, **options})
+    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert (status, events[-1]) == (200, "[DONE]")
+    chunks = [json.loads(event) for event in events[:-1]]
+    pieces = [c["delta"]["content"] for chunk in chunks for c in chunk["choices"]]
+    assert "".join(pieces) == whole["choices"][0]["message"]["content"]
+    for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert chunks[-1]["usage"][key] == whole["usage"][key]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ("{", 400, "not JSON"),
+        ([], 400, "expected an object"),
+        ({}, 400, "messages is missing"),
+        ({**CHAT, "temperature": "hot"}, 400, "temperature"),
+        ({**CHAT, "temperature": 1e9}, 400, "temperature"),
+        ({**CHAT, "tools": [1]}, 400, "tools is not supported"),
+        ({**CHAT, "model": "other"}, 404, "not served"),
+        ({**CHAT, "messages": [{"role": "user"}]}, 400, "content"),
+    ],
+)
+def test_a_bad_request_is_answered_with_what_is_wrong(
+    server: SimpleNamespace, body: object, status: int, says: str
+) -> None:
+    got, text = post(server, "/v1/chat/completions", body)
+    assert got == status
+    assert says in json.loads(text)["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_aborts_its_request(server: SimpleNamespace, stream: bool) -> None:
+    body = json.dumps({**CHAT, "max_tokens": 480, "ignore_eos": True, "stream": stream})
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("POST", "/v1/chat/completions", body)
+    wait_for(lambda: server.service.metrics.output_tokens > 3)
+    assert connection.sock is not None
+    connection.sock.shutdown(socket.SHUT_RDWR)
+    connection.close()
+    wait_for(lambda: server.service.metrics.requests_finished["abort"] == 1)
