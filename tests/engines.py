@@ -20,6 +20,7 @@ def make_engine(
     disk_mib: float = 0.0,
     block_size: int = 4,
     seed: int = 0,
+    overlap: bool | None = None,
     **changes: Any,
 ) -> Engine:
     """An engine over a tiny model, its tiers sized in blocks. The caller closes it."""
@@ -38,7 +39,7 @@ def make_engine(
         **changes,
     }
     loaded = LoadedModel(model, None, family, f"{family}-{seed}", (2,), 512)
-    engine = Engine(EngineConfig(**options), loaded)
+    engine = Engine(EngineConfig(**options), loaded, overlap=overlap)
     assert engine.budget.device_blocks == hot_blocks
     return engine
 

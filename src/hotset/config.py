@@ -31,6 +31,7 @@ class EngineConfig:
         fetch_policy: `auto` decides between fetch and recompute by cost; the others force one.
         disk_read_deadline_s: a disk read that takes longer counts as failed.
         disk_write_queue_s: a block waits at most this long for its write to disk.
+        eager: on a GPU, run without `torch.compile` and CUDA graphs: slower, but starts sooner.
         seed: for requests that sample and bring no seed.
     """
 
@@ -49,6 +50,7 @@ class EngineConfig:
     fetch_policy: Literal["auto", "fetch", "recompute"] = "auto"
     disk_read_deadline_s: float = 5.0
     disk_write_queue_s: float = 2.0
+    eager: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -74,6 +74,9 @@ class SamplingParams:
         )
 
 
+UNKNOWN_TOKEN = -1
+
+
 def output_id(request_id: str, index: int) -> str:
     """Id of the `Request` that makes output `index` of the `n` outputs of `request_id`.
 
@@ -130,6 +133,8 @@ class Request:
         arrived: index into `block_table` -> tokens of content it has, at or beyond
             `num_computed_tokens`.
         resume: where the last partial block was spilled at preemption.
+        pending_row: while the device is still choosing the last token, its row among the tokens
+            of the step that chooses it; `token_ids` then ends with `UNKNOWN_TOKEN`.
         high_water_tokens: the most tokens that were ever computed; more compute is recompute.
         priority: lower runs first; equal ones first come, first served.
     """
@@ -151,6 +156,7 @@ class Request:
     arriving: dict[int, bytes] = field(default_factory=dict)
     arrived: dict[int, int] = field(default_factory=dict)
     resume: SpilledTail | None = None
+    pending_row: int | None = None
     num_preemptions: int = 0
     num_cached_tokens: int = 0
     high_water_tokens: int = 0
@@ -160,6 +166,16 @@ class Request:
     def num_tokens(self) -> int:
         """Tokens of the prompt and of the output so far."""
         return len(self.token_ids)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens that the host knows: all but the one that the device is still choosing."""
+        return len(self.token_ids) - (self.pending_row is not None)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no token may follow the last one."""
+        return len(self.token_ids) >= self.max_total_tokens
 
     @property
     def order(self) -> tuple[int, float]:

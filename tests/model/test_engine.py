@@ -32,12 +32,12 @@ def test_a_step_that_runs_out_of_memory_costs_one_request(
     forward = engine._runner.forward
     calls = 0
 
-    def fail_once(plan: StepPlan) -> torch.Tensor:
+    def fail_once(plan: StepPlan, previous: torch.Tensor | None) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(plan)
+        return forward(plan, previous)
 
     monkeypatch.setattr(engine._runner, "forward", fail_once)
     params = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -162,3 +162,38 @@ def test_the_report_says_what_goes_where(make_engine: MakeEngine) -> None:
     report = make_engine(host_blocks=10).report
     for word in ("weights", "workspace", "KV, hot tier", "KV, host tier", "users of a context"):
         assert word in report
+
+
+def test_overlapping_steps_answer_every_kind_of_request_as_single_ones_do(
+    make_engine: MakeEngine,
+) -> None:
+    kinds = [
+        SamplingParams(max_tokens=20, ignore_eos=True),
+        SamplingParams(max_tokens=20, stop_token_ids=tuple(range(3, 60))),  # ends by surprise
+        SamplingParams(max_tokens=1, ignore_eos=True),
+        SamplingParams(max_tokens=14, temperature=1.0, seed=7, n=3, ignore_eos=True),
+        SamplingParams(max_tokens=14, repetition_penalty=1.5, logprobs=2, ignore_eos=True),
+    ]
+    answers = []
+    for overlap in (False, True):
+        engine = make_engine(hot_blocks=40, host_blocks=100, overlap=overlap)
+        tokens: dict[tuple[str, int], list[int]] = {}
+        reasons = {}
+        for late in (False, True):  # the second half joins while the first runs
+            for i, prompt in enumerate(prompts(10)[late::2]):
+                params = kinds[i % len(kinds)]
+                engine.add_request(prompt, params, request_id=f"{late}-{i}")
+            for _ in range(5 if not late else 1000):
+                for output in engine.step():
+                    key = (output.request_id, output.index)
+                    tokens[key] = tokens.get(key, []) + list(output.token_ids)
+                    reasons[key] = output.finish_reason
+                engine.kv.check()
+        assert not engine.has_work
+        assert engine.kv.pool.num_held == 0
+        answers.append((tokens, reasons))
+    assert answers[0] == answers[1]
+    assert {reason for reason in answers[0][1].values() if reason is not None} == {
+        FinishReason.LENGTH,
+        FinishReason.STOP,
+    }

@@ -52,6 +52,7 @@ def test_block_and_chunk_sizes_do_not_matter(
 STARVED = {"hot_blocks": 26, "max_num_batched_tokens": 32}
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(
     "tiers",
     [
@@ -68,13 +69,14 @@ STARVED = {"hot_blocks": 26, "max_num_batched_tokens": 32}
 )
 def test_tiers_roomy_and_starved_do_not_matter(
     tiers: dict[str, object],
+    overlap: bool,
     make_engine: MakeEngine,
     tmp_path: Path,
     expected: list[list[int]],
 ) -> None:
     if "disk_mib" in tiers:
         tiers = {**tiers, "disk_path": tmp_path}
-    engine = make_engine(**tiers)
+    engine = make_engine(**tiers, overlap=overlap)
     prompts = make_prompts()
     for _ in range(3):  # later rounds find prefixes in all tiers
         assert run(engine, prompts) == expected

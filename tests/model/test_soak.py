@@ -38,6 +38,7 @@ def test_a_soak_of_256_requests_with_aborts_priorities_and_faults_ends_as_it_beg
         disk_mib=6,
         disk_path=tmp_path,
         fetch_policy="fetch",
+        overlap=bool(seed),
         max_num_seqs=32,
         max_num_batched_tokens=128,
     )

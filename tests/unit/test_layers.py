@@ -14,7 +14,19 @@ MODULES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.p
 
 # A package may import those below it. Plain data is at the bottom; `plan` stands beside.
 PLAIN = {"request", "config", "errors", "metrics"}
-ORDER = ["plan", "memory", "model", "engine", "llm", "server", "batch", "bench", "demo", "cli"]
+ORDER = [
+    "plan",
+    "kernels",
+    "memory",
+    "model",
+    "engine",
+    "llm",
+    "server",
+    "batch",
+    "bench",
+    "demo",
+    "cli",
+]
 TORCH_FREE = [
     "hotset.cli",
     "hotset.engine.scheduler",

@@ -58,6 +58,12 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         "How blocks in a slower tier come back; auto decides by cost.",
     ),
     click.option(
+        "--eager",
+        is_flag=True,
+        default=_DEFAULTS["eager"],
+        help="On a GPU, do not compile the model: slower, but starts sooner.",
+    ),
+    click.option(
         "--prefix-caching/--no-prefix-caching",
         default=_DEFAULTS["prefix_caching"],
         show_default=True,

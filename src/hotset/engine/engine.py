@@ -4,6 +4,7 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
@@ -25,8 +26,9 @@ from hotset.memory.transfer import TierStack, make_copier
 from hotset.metrics import Metrics
 from hotset.model.loader import LoadedModel
 from hotset.model.runner import ModelRunner, choose_backend, inspect_model, workspace_bytes
-from hotset.model.sampler import Sampler
+from hotset.model.sampler import PendingTokens, Sampler
 from hotset.request import (
+    UNKNOWN_TOKEN,
     FinishReason,
     Request,
     RequestOutput,
@@ -44,18 +46,48 @@ _IDLE_WAIT_S = 0.05
 _PREFILL_STEP_TOKENS = 64
 
 
+@dataclass(frozen=True, slots=True)
+class _StepInFlight:
+    """A step that was submitted to the device.
+
+    Attributes:
+        requests: those whose next token it chooses, in the order of its tokens.
+        tokens: None where `requests` is empty.
+    """
+
+    plan: StepPlan
+    requests: list[Request]
+    tokens: PendingTokens | None
+    timer: "StepTimer"
+
+
 class Engine:
     """Runs requests over one model and its KV tiers. Not thread-safe: see `service`.
+
+    On a GPU steps overlap: while one runs, the host takes in the tokens of the one before and
+    prepares the next, whose unknown tokens the device reads where it writes them. A request that
+    turns out to have ended has then computed one token too many, which is dropped.
+
+    Args:
+        config: sizes and options.
+        loaded: the model.
+        overlap: whether steps overlap; None is on a GPU only.
 
     Raises:
         ConfigError: sizes that cannot work; `ModelError`: a model that cannot run;
             `TierError`: a disk tier that cannot be opened. Nothing is left behind.
     """
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
+    def __init__(
+        self, config: EngineConfig, loaded: LoadedModel, *, overlap: bool | None = None
+    ) -> None:
         self.config = config
         self.metrics = Metrics()
         model = loaded.model
+        self._device = model.device
+        self._overlap = model.device.type == "cuda" if overlap is None else overlap
+        self._in_flight: _StepInFlight | None = None
+        self._num_host_bound = 0
         layout = inspect_model(model)
         self.budget = make_budget(
             config,
@@ -71,7 +103,7 @@ class Engine:
         self.max_model_len = self.budget.max_model_len
         arena = DeviceArena(
             layout.kv_shapes,
-            num_blocks=self.budget.device_blocks,
+            num_blocks=self.budget.device_blocks + 1,  # the last one is for rows of padding
             block_size=config.block_size,
             dtype=layout.dtype,
             device=model.device,
@@ -85,7 +117,14 @@ class Engine:
             "shape": str(layout.kv_shapes),
         }
         disk_path = config.disk_path or Path(platformdirs.user_cache_dir("hotset")) / "kv"
-        self._runner = ModelRunner(model, arena, choose_backend(arena, layout))
+        self._runner = ModelRunner(
+            model, arena, choose_backend(arena, layout), max_num_seqs=config.max_num_seqs
+        )
+        if model.device.type == "cuda" and not config.eager:
+            self._runner.compile(
+                max_context_blocks=-(-self.max_model_len // config.block_size),
+                scratch_block=self.budget.device_blocks,
+            )
         self._sampler = Sampler(
             model.config.get_text_config().vocab_size,
             device=model.device,
@@ -126,6 +165,11 @@ class Engine:
     def has_transfers(self) -> bool:
         """Whether copies between tiers are under way; `step` takes note of their end."""
         return self._tiers is not None and self._tiers.is_busy
+
+    @property
+    def tiers(self) -> TierStack | None:
+        """The tiers below the device, for the status page to look at."""
+        return self._tiers
 
     def validate(self, token_ids: Sequence[int], params: SamplingParams) -> None:
         """Check a request without queueing it. May be called from any thread.
@@ -182,6 +226,7 @@ class Engine:
         ]
         for request in requests:
             self._requests[request.request_id] = request
+            self._num_host_bound += _is_host_bound(params)
             self._outputs.add(request)
         self.metrics.prompt_tokens += len(token_ids)
         self.scheduler.add(requests)
@@ -194,17 +239,24 @@ class Engine:
                 self._finish(request, FinishReason.ABORT)
 
     def step(self) -> list[RequestOutput]:
-        """Run one model step and return the outputs it produced, streamed or final."""
-        start_s = time.perf_counter()
+        """Run one model step and return the outputs it produced, streamed or final.
+
+        Where steps overlap, these are the outputs of the step before.
+        """
+        if self._num_host_bound:
+            self._collect()  # the next step needs its tokens on the host
         self.kv.poll()
         plan = self.scheduler.schedule()  # which requests, how many tokens each
         if self._tiers is not None:
             self._tiers.flush()  # start the spills and fetches asked for so far
-        if plan.items:
-            self._run(plan)
-            self._observe(plan, time.perf_counter() - start_s)
-        elif self.scheduler.has_requests:
+        submitted = self._submit(plan) if plan.items else None
+        if self._in_flight is None and not plan.items and self.scheduler.has_requests:
             self._wait_for_tiers()
+        self._collect()  # the tokens of the step before, while this one runs
+        if submitted is not None:
+            self._commit(submitted)
+            if not self._overlap:
+                self._collect()
         return self._outputs.take()
 
     def close(self) -> None:
@@ -212,9 +264,16 @@ class Engine:
         if self._tiers is not None:
             self._tiers.close()
 
-    def _run(self, plan: StepPlan) -> None:
+    def _submit(self, plan: StepPlan) -> _StepInFlight | None:
+        """Start a step on the device; None where it failed."""
+        previous = self._in_flight.tokens if self._in_flight is not None else None
+        timer = StepTimer(self._device)
         try:
-            logits = self._runner.forward(plan)  # [R, vocab]
+            logits = self._runner.forward(
+                plan, None if previous is None else previous.token_ids
+            )  # [R, vocab]
+            requests = [item.request for item in plan.items if item.samples]
+            tokens = self._sampler.submit(logits, requests) if requests else None
         except (RuntimeError, MemoryError) as error:
             # Out of memory, most likely. The youngest request of the step pays; the others'
             # tokens are computed again in the next step, into the same slots.
@@ -222,22 +281,40 @@ class Engine:
             _log.exception("a step of %d requests failed", len(plan.items))
             self.metrics.faults["step_failed"] += 1
             self._finish(victim, FinishReason.ERROR, f"the model step failed: {error}")
+            return None
+        timer.stop()
+        return _StepInFlight(plan, requests, tokens, timer)
+
+    def _commit(self, step: _StepInFlight) -> None:
+        """Take the step's KV as written: what reads it is submitted later."""
+        self.scheduler.commit(step.plan)
+        for row, request in enumerate(step.requests):
+            if not request.is_finished:
+                request.token_ids.append(UNKNOWN_TOKEN)
+                request.pending_row = row
+        self._in_flight = step
+
+    def _collect(self) -> None:
+        """Wait for the tokens of the step in flight, if there is one, and hand them out."""
+        step, self._in_flight = self._in_flight, None
+        if step is None:
             return
-        requests = [item.request for item in plan.items if item.samples]
-        sampled = self._sampler.sample(logits, requests) if requests else None
-        self.scheduler.commit(plan)
-        if sampled is None:
-            return
-        for request, token_id, logprob in zip(
-            requests, sampled.token_ids, sampled.logprobs, strict=True
-        ):
-            request.token_ids.append(token_id)
-            self.metrics.output_tokens += 1
-            reason = self._outputs.append(request, token_id, logprob)
-            if request.request_id in sampled.errors:
-                self._finish(request, FinishReason.ERROR, sampled.errors[request.request_id])
-            elif reason is not None:
-                self._finish(request, reason)
+        if step.tokens is not None:
+            sampled = step.tokens.wait()
+            for request, token_id, logprob in zip(
+                step.requests, sampled.token_ids, sampled.logprobs, strict=True
+            ):
+                if request.is_finished:
+                    continue
+                request.token_ids[-1] = token_id
+                request.pending_row = None
+                self.metrics.output_tokens += 1
+                reason = self._outputs.append(request, token_id, logprob)
+                if request.request_id in sampled.errors:
+                    self._finish(request, FinishReason.ERROR, sampled.errors[request.request_id])
+                elif reason is not None:
+                    self._finish(request, reason)
+        self._observe(step.plan, step.timer.seconds())
 
     def _observe(self, plan: StepPlan, seconds: float) -> None:
         num_tokens = sum(item.num_tokens for item in plan.items)
@@ -254,6 +331,7 @@ class Engine:
         self._sampler.release(request.request_id)
         self._outputs.finish(request.request_id, reason, error)
         self.metrics.requests_finished[reason.value] += 1
+        self._num_host_bound -= _is_host_bound(request.params)
         del self._requests[request.request_id]
 
     def _wait_for_tiers(self) -> None:
@@ -309,6 +387,36 @@ class Engine:
         start_s = time.perf_counter()
         self._runner.forward(plan).sum().item()  # waits for the device
         return num_tokens / (time.perf_counter() - start_s)
+
+
+class StepTimer:
+    """How long the device takes for what is submitted between the start and `stop`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: list[torch.cuda.Event] = []
+        self._seconds = -time.perf_counter()
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[0].record()
+
+    def stop(self) -> None:
+        """All was submitted."""
+        self._seconds += time.perf_counter()
+        if self._events:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """The time it took; waits for its end."""
+        if not self._events:
+            return self._seconds
+        start, end = self._events
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def _is_host_bound(params: SamplingParams) -> bool:
+    """Whether a request's next token cannot be chosen before the host has seen the last one."""
+    return params.has_penalties or params.json_schema is not None
 
 
 def _free_device_bytes(device: torch.device) -> int:

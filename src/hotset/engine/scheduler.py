@@ -50,6 +50,8 @@ class Scheduler:
         for request in list(self.running):
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted below, for an earlier one
+            if request.is_complete:
+                continue  # its last token is being chosen
             self.kv.advance(request)
             num_tokens = min(self.kv.num_runnable_tokens(request), budget)
             if num_tokens > 0:
@@ -87,6 +89,8 @@ class Scheduler:
     def commit(self, plan: StepPlan) -> None:
         """The plan's tokens were computed; to be called before their successors are appended."""
         for item in plan.items:
+            if item.request.is_finished:
+                continue  # while the step ran
             self.kv.commit(item.request, item.num_tokens)
             if item.samples and item.request.request_id in self._forks:
                 self._fork(item.request)

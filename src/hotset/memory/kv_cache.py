@@ -132,6 +132,10 @@ class KVCache:
         """Blocks that nothing but a spill under way holds."""
         return sum(self.pool.ref_count(block) == 1 for block in self._spilling)
 
+    def moving_blocks(self) -> tuple[set[int], set[int]]:
+        """Device blocks whose content is on its way up, and those being copied down."""
+        return {loading.block for loading in self._loading.values()}, set(self._spilling)
+
     def admit(self, request: Request, *, spare_blocks: int, queued_tokens: int) -> bool:
         """Find what is known of the request's tokens and give it blocks for that.
 
@@ -401,7 +405,7 @@ class KVCache:
 
     def _extend_hashes(self, request: Request) -> None:
         hashes, size = request.block_hashes, self.block_size
-        if not hashes and request.num_tokens < size:
+        if not hashes and request.num_known_tokens < size:
             return
         if hashes:
             parent = hashes[-1]
@@ -410,7 +414,7 @@ class KVCache:
             # blocks again after a preemption, and nobody else's.
             salt = request.salt if self.prefix_caching else request.request_id.encode()
             parent = root_hash(self._fingerprint, salt)
-        for start in range(len(hashes) * size, request.num_tokens - size + 1, size):
+        for start in range(len(hashes) * size, request.num_known_tokens - size + 1, size):
             parent = block_hash(parent, request.token_ids[start : start + size])
             hashes.append(parent)
 

@@ -14,6 +14,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena, LayerShape
+from hotset.model.batch import Batch, Inputs, SequenceSpan
 
 IMPLEMENTATION = "hotset"
 
@@ -71,9 +72,13 @@ class Attention(Protocol):
         ...
 
 
-def register() -> None:
-    """Make `IMPLEMENTATION` known to transformers. It asks for no mask, so none is built."""
-    AttentionInterface.register(IMPLEMENTATION, _attention_forward)
+def register(*, traced: bool = True) -> None:
+    """Make `IMPLEMENTATION` known to transformers. It asks for no mask, so none is built.
+
+    `traced=False` hides it from `torch.compile`, which then compiles what is before and after.
+    """
+    function = _attention_forward if traced else torch.compiler.disable(_attention_forward)
+    AttentionInterface.register(IMPLEMENTATION, function)
 
 
 def _attention_forward(
@@ -165,16 +170,6 @@ class ProbeAttention:
 
 
 @dataclass(frozen=True, slots=True)
-class SequenceSpan:
-    """One request's part of a step: tokens `[start, start + num_tokens)` of the flat batch."""
-
-    start: int
-    num_tokens: int
-    context_len: int  # with the tokens of this step
-    block_table: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
 class _Group:
     """Sequences whose attention is one SDPA call.
 
@@ -190,17 +185,6 @@ class _Group:
     mask: torch.Tensor
 
 
-def slot_mapping(sequences: Sequence[SequenceSpan], block_size: int) -> tuple[list[int], list[int]]:
-    """Block and offset in it of each token of a step, in the order of the flat batch."""
-    blocks: list[int] = []
-    offsets: list[int] = []
-    for seq in sequences:
-        for position in range(seq.context_len - seq.num_tokens, seq.context_len):
-            blocks.append(seq.block_table[position // block_size])
-            offsets.append(position % block_size)
-    return blocks, offsets
-
-
 class PagedAttention:
     """Attention of one step over gathered blocks by PyTorch's SDPA: any device, any dtype.
 
@@ -208,12 +192,10 @@ class PagedAttention:
     heads that share a KV head are folded into the query length, so keys are never expanded.
     """
 
-    def __init__(self, arena: DeviceArena, sequences: Sequence[SequenceSpan]) -> None:
+    def __init__(self, arena: DeviceArena, batch: Batch, inputs: Inputs) -> None:
         self._arena = arena
-        self._sequences = sequences
-        blocks, offsets = slot_mapping(sequences, arena.block_size)
-        device = arena.storage.device
-        self._slots = (torch.tensor(blocks, device=device), torch.tensor(offsets, device=device))
+        self._sequences = batch.sequences
+        self._slots = (inputs.blocks, inputs.offsets)
         self._groups: dict[int | None, list[_Group]] = {}  # by sliding window
 
     def attend(

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena
-from hotset.model.attention import LayerAttention, SequenceSpan, slot_mapping
+from hotset.model.attention import LayerAttention
+from hotset.model.batch import Batch, Inputs, SequenceSpan, to_device
 
-_WORKSPACE_BYTES = 256 * 2**20
+WORKSPACE_BYTES = 384 * 2**20
 _HEAD_DIMS = (64, 128, 256)
 
 
@@ -38,11 +40,21 @@ class _Kind:
     softcap: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """Block tables as FlashInfer takes them: on the host, but for the ids of the blocks."""
+
+    query_starts: torch.Tensor  # [R + 1] int32
+    block_starts: torch.Tensor  # [R + 1] int32
+    block_ids: torch.Tensor  # [sum of blocks] int32, on the device
+    last_lens: torch.Tensor  # [R] int32, tokens in the last block
+
+
 class FlashInferBackend:
     """Attention of one step after another; implements `runner.AttentionBackend`.
 
-    A step of decodes only uses the decode kernel on tensor cores (DESIGN decision 2: 4.39 TB/s
-    against 2.95 without), any other step the prefill kernel for all its sequences.
+    Sequences of one token go through the decode kernel on tensor cores (measured on an H200:
+    4.39 TB/s against 2.95 without), the others through the prefill kernel.
 
     Raises:
         ModelError: FlashInfer is not installed or cannot be built.
@@ -51,15 +63,18 @@ class FlashInferBackend:
     def __init__(self, arena: DeviceArena, layers: Sequence[LayerAttention]) -> None:
         try:
             import flashinfer
+
+            from hotset.kernels.store_kv import store_kv
         except (ImportError, OSError) as error:
             raise ModelError(
-                f"attention on an NVIDIA GPU needs flashinfer-python ({error}); "
+                f"attention on an NVIDIA GPU needs flashinfer-python and triton ({error}); "
                 "pip install 'hotset[cuda]'"
             ) from error
         self._flashinfer = flashinfer
-        self._arena = arena
-        device = arena.storage.device
-        self._kinds = [
+        self.store_kv = store_kv
+        self.arena = arena
+        self.device = arena.storage.device
+        self.kinds = [
             _Kind(
                 layer.num_heads,
                 layer.kv.num_kv_heads,
@@ -70,78 +85,140 @@ class FlashInferBackend:
             )
             for layer in layers
         ]
-        self._keys = [cache[:, 0] for cache in arena.layers]  # [num_blocks, block_size, H_kv, D]
-        self._values = [cache[:, 1] for cache in arena.layers]
+        # [num_blocks, block_size, H_kv, D] for each layer
+        self.caches = [(cache[:, 0], cache[:, 1]) for cache in arena.layers]
+        # Kernels run one after another, so all can use one; FlashInfer wants zeros at first.
+        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
         self._decode: dict[_Kind, Any] = {}
-        self._mixed: dict[_Kind, Any] = {}
-        for kind in dict.fromkeys(self._kinds):
-            # A workspace holds the plan until the step ends, so kinds cannot share one.
+        self._prefill: dict[_Kind, Any] = {}
+        for kind in dict.fromkeys(self.kinds):  # a wrapper holds one plan
             self._decode[kind] = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                _workspace(device), "NHD", use_tensor_cores=True
+                self._workspace, "NHD", use_tensor_cores=True
             )
-            self._mixed[kind] = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-                _workspace(device), "NHD"
+            self._prefill[kind] = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+                self._workspace, "NHD"
             )
-        self._planned: dict[_Kind, Any] = {}
-        self._slots: tuple[torch.Tensor, torch.Tensor]
+        # FlashInfer stages a plan in pinned memory of the wrapper: the next plan must not
+        # overwrite it before it has been copied.
+        self._planned = torch.cuda.Event()
 
-    def begin_step(self, sequences: Sequence[SequenceSpan]) -> "FlashInferBackend":
+    def begin_step(self, batch: Batch, inputs: Inputs) -> "FlashInferAttention":
         """Plan the step's attention; the result is good until the next call."""
-        size, device = self._arena.block_size, self._arena.storage.device
-        blocks, offsets = slot_mapping(sequences, size)
-        slots = torch.tensor([blocks, offsets], pin_memory=True).to(device, non_blocking=True)
-        self._slots = (slots[0], slots[1])
-        query_starts, block_starts = [0], [0]
-        tables: list[int] = []
-        last_lens: list[int] = []
-        for seq in sequences:
-            num_blocks = -(-seq.context_len // size)
-            tables += seq.block_table[:num_blocks]
-            query_starts.append(query_starts[-1] + seq.num_tokens)
-            block_starts.append(block_starts[-1] + num_blocks)
-            last_lens.append((seq.context_len - 1) % size + 1)
-        block_starts_cpu = torch.tensor(block_starts, dtype=torch.int32)
-        last_lens_cpu = torch.tensor(last_lens, dtype=torch.int32)
-        indices = torch.tensor(tables, dtype=torch.int32, pin_memory=True)
-        indices = indices.to(device, non_blocking=True)
-        is_decode = all(seq.num_tokens == 1 for seq in sequences)
-        dtype = self._arena.storage.dtype
-        for kind in self._decode:
-            common = {
-                "sm_scale": kind.scaling,
-                "window_left": -1 if kind.window is None else kind.window - 1,
-                "logits_soft_cap": kind.softcap,
-                "q_data_type": dtype,
-                "kv_data_type": dtype,
-            }
-            if is_decode:
-                wrapper = self._decode[kind]
+        self.wait_for_plan()
+        sequences, n = batch.sequences, batch.num_decodes
+        if n:
+            self.plan_decode(self._decode, sequences[:n])
+        if n < len(sequences):
+            tables = _make_tables(sequences[n:], self.arena.block_size, self.device)
+            for kind, wrapper in self._prefill.items():
                 wrapper.plan(
-                    block_starts_cpu,
-                    indices,
-                    last_lens_cpu,
+                    tables.query_starts,
+                    tables.block_starts,
+                    tables.block_ids,
+                    tables.last_lens,
                     kind.num_heads,
                     kind.num_kv_heads,
                     kind.head_dim,
-                    size,
-                    **common,
-                )
-            else:
-                wrapper = self._mixed[kind]
-                wrapper.plan(
-                    torch.tensor(query_starts, dtype=torch.int32),
-                    block_starts_cpu,
-                    indices,
-                    last_lens_cpu,
-                    kind.num_heads,
-                    kind.num_kv_heads,
-                    kind.head_dim,
-                    size,
+                    self.arena.block_size,
                     causal=True,
-                    **common,
+                    **self._options(kind),
                 )
-            self._planned[kind] = wrapper
-        return self
+        self.note_plan()
+        return FlashInferAttention(self, inputs, self._decode, self._prefill, n)
+
+    def plan_decode(self, wrappers: dict[_Kind, Any], sequences: Sequence[SequenceSpan]) -> None:
+        """Plan sequences of one token, for all kinds."""
+        tables = _make_tables(sequences, self.arena.block_size, self.device)
+        for kind, wrapper in wrappers.items():
+            wrapper.plan(
+                tables.block_starts,
+                tables.block_ids,
+                tables.last_lens,
+                kind.num_heads,
+                kind.num_kv_heads,
+                kind.head_dim,
+                self.arena.block_size,
+                **self._options(kind),
+            )
+
+    def decode_wrappers(self, size: int, block_ids: torch.Tensor) -> dict[_Kind, Any]:
+        """A wrapper for each kind that plans `size` sequences into memory of its own."""
+        return {
+            kind: self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                self._workspace,
+                "NHD",
+                use_cuda_graph=True,
+                use_tensor_cores=True,
+                paged_kv_indptr_buffer=torch.zeros(size + 1, dtype=torch.int32, device=self.device),
+                paged_kv_indices_buffer=block_ids,
+                paged_kv_last_page_len_buffer=torch.ones(
+                    size, dtype=torch.int32, device=self.device
+                ),
+            )
+            for kind in dict.fromkeys(self.kinds)
+        }
+
+    def wait_for_plan(self) -> None:
+        """Block until the last plan is on the device, which it is as soon as its step begins."""
+        self._planned.synchronize()
+
+    def note_plan(self) -> None:
+        """A plan was submitted."""
+        self._planned.record()
+
+    def _options(self, kind: _Kind) -> dict[str, Any]:
+        dtype = self.arena.storage.dtype
+        return {
+            "sm_scale": kind.scaling,
+            "window_left": -1 if kind.window is None else kind.window - 1,
+            "logits_soft_cap": kind.softcap,
+            "q_data_type": dtype,
+            "kv_data_type": dtype,
+        }
+
+
+def _make_tables(
+    sequences: Sequence[SequenceSpan], block_size: int, device: torch.device
+) -> _Tables:
+    """The block tables of `sequences`, one after another."""
+    block_ids: list[int] = []
+    num_blocks: list[int] = []
+    for seq in sequences:
+        count = -(-seq.context_len // block_size)
+        block_ids += seq.block_table[:count]
+        num_blocks.append(count)
+    lens = np.array([seq.context_len for seq in sequences])
+    queries = np.array([seq.num_tokens for seq in sequences])
+    return _Tables(
+        _starts(queries),
+        _starts(np.array(num_blocks)),
+        to_device(np.array(block_ids, np.int32), device),
+        torch.from_numpy(((lens - 1) % block_size + 1).astype(np.int32)),
+    )
+
+
+def _starts(counts: np.ndarray) -> torch.Tensor:
+    starts = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    return torch.from_numpy(starts)
+
+
+class FlashInferAttention:
+    """The attention of one planned step; implements `attention.Attention`."""
+
+    def __init__(
+        self,
+        backend: FlashInferBackend,
+        inputs: Inputs,
+        decode: dict[_Kind, Any],
+        prefill: dict[_Kind, Any],
+        num_decodes: int,
+    ) -> None:
+        self._backend = backend
+        self._inputs = inputs
+        self._decode = decode
+        self._prefill = prefill
+        self._num_decodes = num_decodes
 
     def attend(
         self,
@@ -156,13 +233,55 @@ class FlashInferBackend:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Store the step's keys and values, then attend. See `attention.Attention`."""
-        self._keys[layer][self._slots] = key.transpose(0, 1)
-        self._values[layer][self._slots] = value.transpose(0, 1)
-        output: torch.Tensor = self._planned[self._kinds[layer]].run(
-            query.transpose(0, 1).contiguous(), (self._keys[layer], self._values[layer])
+        backend, n = self._backend, self._num_decodes
+        backend.store_kv(
+            key, value, backend.arena.layers[layer], self._inputs.blocks, self._inputs.offsets
         )
+        kind, cache = backend.kinds[layer], backend.caches[layer]
+        query = query.transpose(0, 1).contiguous()  # [T, H, D]
+        output: torch.Tensor
+        if n == len(query):
+            output = self._decode[kind].run(query, cache)
+        elif n == 0:
+            output = self._prefill[kind].run(query, cache)
+        else:
+            output = torch.empty_like(query)
+            self._decode[kind].run(query[:n], cache, out=output[:n])
+            self._prefill[kind].run(query[n:], cache, out=output[n:])
         return output
 
 
-def _workspace(device: torch.device) -> torch.Tensor:
-    return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+class StaticDecode:
+    """Attention of a decode step of B sequences that a CUDA graph can hold; `plan` fills it.
+
+    Args:
+        inputs: the tensors that the graph reads, of B tokens.
+        block_ids: int32, for as many blocks as B sequences can have together. Steps that run
+            one after another can share it.
+        scratch_block: a block that nobody reads, for the rows beyond the step's sequences.
+
+    Attributes:
+        attention: of the class that other steps have too, as compiled code is made for a class.
+    """
+
+    def __init__(
+        self,
+        backend: FlashInferBackend,
+        inputs: Inputs,
+        *,
+        block_ids: torch.Tensor,
+        scratch_block: int,
+    ) -> None:
+        self._backend = backend
+        self._size = len(inputs.token_ids)
+        self._wrappers = backend.decode_wrappers(self._size, block_ids)
+        self._padding = SequenceSpan(0, 1, 1, [scratch_block])
+        self.attention = FlashInferAttention(backend, inputs, self._wrappers, {}, self._size)
+
+    def plan(self, sequences: Sequence[SequenceSpan]) -> None:
+        """Plan for at most B sequences of one token; the rows beyond them attend to nothing."""
+        backend = self._backend
+        padded = [*sequences, *[self._padding] * (self._size - len(sequences))]
+        backend.wait_for_plan()
+        backend.plan_decode(self._wrappers, padded)
+        backend.note_plan()

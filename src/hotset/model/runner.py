@@ -2,12 +2,12 @@
 
 import inspect
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena, LayerShape
@@ -17,11 +17,16 @@ from hotset.model.attention import (
     LayerAttention,
     PagedAttention,
     ProbeAttention,
-    SequenceSpan,
     register,
 )
+from hotset.model.batch import Batch, Inputs, make_batch
 from hotset.model.cpu_linear import pack_linears
-from hotset.model.flashinfer_attention import FlashInferBackend, why_unsupported
+from hotset.model.decode_graphs import DecodeGraphs
+from hotset.model.flashinfer_attention import (
+    WORKSPACE_BYTES,
+    FlashInferBackend,
+    why_unsupported,
+)
 from hotset.request import StepPlan
 
 _log = logging.getLogger(__name__)
@@ -110,14 +115,15 @@ def workspace_bytes(model: PreTrainedModel, *, max_tokens: int, max_seqs: int) -
     itemsize: int = model.dtype.itemsize
     rows = min(max_seqs, max_tokens)
     vocab_size: int = config.vocab_size
-    return max_tokens * per_token * itemsize + rows * vocab_size * (itemsize + 4)
+    attention_bytes = WORKSPACE_BYTES if model.device.type == "cuda" else 0
+    return max_tokens * per_token * itemsize + rows * vocab_size * (itemsize + 4) + attention_bytes
 
 
 class AttentionBackend(Protocol):
     """Makes the attention of one step after another."""
 
-    def begin_step(self, sequences: Sequence[SequenceSpan]) -> Attention:
-        """The attention of a step of these sequences; good until the next call."""
+    def begin_step(self, batch: Batch, inputs: Inputs) -> Attention:
+        """The attention of a step; good until the next call."""
         ...
 
 
@@ -127,9 +133,9 @@ class GatherBackend:
     def __init__(self, arena: DeviceArena) -> None:
         self._arena = arena
 
-    def begin_step(self, sequences: Sequence[SequenceSpan]) -> Attention:
+    def begin_step(self, batch: Batch, inputs: Inputs) -> Attention:
         """See `AttentionBackend`."""
-        return PagedAttention(self._arena, sequences)
+        return PagedAttention(self._arena, batch, inputs)
 
 
 def choose_backend(arena: DeviceArena, layout: ModelLayout) -> AttentionBackend:
@@ -144,48 +150,110 @@ def choose_backend(arena: DeviceArena, layout: ModelLayout) -> AttentionBackend:
 
 
 class ModelRunner:
-    """Turns a step plan into tensors, runs the model, and returns logits."""
+    """Turns a step plan into tensors, runs the model, and returns logits.
+
+    Args:
+        model: switched to paged attention by `inspect_model`.
+        arena: where the KV lives.
+        attention: how it is attended to.
+        max_num_seqs: most requests in one step.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, arena: DeviceArena, attention: AttentionBackend
+        self,
+        model: PreTrainedModel,
+        arena: DeviceArena,
+        attention: AttentionBackend,
+        *,
+        max_num_seqs: int = 256,
     ) -> None:
         pack_linears(model)
         self._model = model
         self._arena = arena
         self._attention = attention
+        self._graphs: DecodeGraphs | None = None
+        # At a fixed place, for the graphs to read.
+        self._previous = torch.zeros(max_num_seqs, dtype=torch.long, device=model.device)
         parameters = inspect.signature(model.forward).parameters
         self._selects_logits = "logits_to_keep" in parameters
 
     @torch.inference_mode()
-    def forward(self, plan: StepPlan) -> torch.Tensor:
-        """Compute the plan's tokens and store their KV.
+    def compile(self, *, max_context_blocks: int, scratch_block: int) -> None:
+        """Compile the model's layers, and record decode steps as CUDA graphs where that works.
+
+        Args:
+            max_context_blocks: most blocks that one request can have.
+            scratch_block: a block of the arena that no request gets.
+
+        Raises:
+            ModelError: the layers cannot be compiled on this machine.
+        """
+        # Decodes of one token, and layers that attend in different ways, are compiled apart.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        register(traced=False)
+        for module in self._model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.compile(dynamic=True)
+        if not isinstance(self._attention, FlashInferBackend):
+            return
+        try:
+            self._graphs = DecodeGraphs(
+                lambda ids, positions, attention: self._logits(ids, positions, attention, None),
+                self._attention,
+                self._previous,
+                max_context_blocks=max_context_blocks,
+                scratch_block=scratch_block,
+            )
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(
+                f"the model cannot be compiled here ({reason}); try again with eager"
+            ) from error
+        except RuntimeError as error:
+            # A layer that asks the host while it runs, as loops over experts do.
+            _log.warning("decode runs without CUDA graphs, which is slower: %s", error)
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """Start computing the plan's tokens and storing their KV.
+
+        Args:
+            plan: what to compute.
+            previous: `[R]` tokens that the step before chose, for requests that have a
+                `pending_row`; on the model's device.
 
         Returns:
-            `[R, vocab]` logits, a row for each item that samples, in the plan's order.
+            `[R, vocab]` logits, a row for each item that samples, in the plan's order; good
+            until the next call.
         """
         self._arena.copy_blocks(plan.copies)
-        device = self._model.device
-        token_ids: list[int] = []
-        positions: list[int] = []
-        last_rows: list[int] = []
-        spans: list[SequenceSpan] = []
-        for item in plan.items:
-            end = item.start + item.num_tokens
-            spans.append(
-                SequenceSpan(len(token_ids), item.num_tokens, end, item.request.block_table)
-            )
-            token_ids += item.request.token_ids[item.start : end]
-            positions += range(item.start, end)
-            if item.samples:
-                last_rows.append(len(token_ids) - 1)
-        rows = torch.tensor(last_rows, dtype=torch.long, device=device)
-        options = {"logits_to_keep": rows} if self._selects_logits else {}
+        batch = make_batch(plan.items, self._arena.block_size)
+        if batch.has_unknown:
+            assert previous is not None, "a token is unknown and nobody is choosing it"
+            self._previous[: len(previous)].copy_(previous)
+        graphs = self._graphs
+        if graphs is not None and batch.is_decode and len(batch.sequences) <= graphs.max_batch:
+            return graphs.run(batch)
+        inputs, sampled_rows = batch.to(self._model.device)
+        token_ids = inputs.resolve(self._previous) if batch.has_unknown else inputs.token_ids
+        attention = self._attention.begin_step(batch, inputs)
+        return self._logits(token_ids, inputs.positions, attention, sampled_rows)
+
+    def _logits(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: Attention,
+        rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`[R, vocab]` logits of `rows` of `[T]` tokens; of all for None."""
+        options = {} if rows is None or not self._selects_logits else {"logits_to_keep": rows}
         output = self._model(
-            input_ids=torch.tensor(token_ids, device=device).unsqueeze(0),
-            position_ids=torch.tensor(positions, device=device).unsqueeze(0),
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
             use_cache=False,
-            hotset=self._attention.begin_step(spans),
+            hotset=attention,
             **options,
         )
         logits: torch.Tensor = output.logits[0]
-        return logits if self._selects_logits else logits[rows]
+        return logits if rows is None or self._selects_logits else logits[rows]

@@ -2,7 +2,7 @@
 
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,37 @@ class Sampled:
     token_ids: list[int]
     logprobs: list[TokenLogprob | None]
     errors: dict[str, str] = field(default_factory=dict)
+
+
+class PendingTokens:
+    """Tokens being chosen on the device; what `Sampler.submit` returns.
+
+    Attributes:
+        token_ids: `[R]` int64 on the device, for the next step to read without the host.
+    """
+
+    def __init__(
+        self, token_ids: torch.Tensor, endings: list[Callable[[Sampled], None]], num_rows: int
+    ) -> None:
+        self.token_ids = token_ids
+        self._endings = endings
+        self._num_rows = num_rows
+        self._copied: torch.cuda.Event | None = None
+        self._on_host = token_ids
+        if token_ids.is_cuda:
+            self._on_host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+            self._on_host.copy_(token_ids, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> Sampled:
+        """Block until the tokens are there; what only the host can do with them is done then."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        sampled = Sampled(self._on_host.tolist(), [None] * self._num_rows)
+        for end in self._endings:
+            end(sampled)
+        return sampled
 
 
 class Sampler:
@@ -93,21 +124,27 @@ class Sampler:
             self._grammars.matcher(params.json_schema)
 
     def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> Sampled:
-        """Choose one token for each row.
+        """`submit`, then wait for the tokens."""
+        return self.submit(logits, requests).wait()
 
-        R = requests, V = vocabulary.
+    def submit(self, logits: torch.Tensor, requests: Sequence[Request]) -> PendingTokens:
+        """Start choosing one token for each row; the host does not wait for the device.
+
+        R = requests, V = vocabulary. Requests with penalties or a grammar need their tokens on
+        the host: wait for one step's before the next is submitted.
 
         Args:
             logits: `[R, V]`, any float dtype. Not changed.
             requests: those of the rows, with all tokens so far.
         """
-        token_ids: list[int] = logits.argmax(-1).tolist()
-        sampled = Sampled(token_ids, [None] * len(requests))
+        token_ids = logits.argmax(-1)  # [R]
+        endings: list[Callable[[Sampled], None]] = []
         rows = [row for row, request in enumerate(requests) if not _is_argmax(request.params)]
         group = max(1, _GROUP_LOGITS // logits.shape[1])
         for start in range(0, len(rows), group):
-            self._sample_rows(logits, requests, rows[start : start + group], sampled)
-        return sampled
+            some = rows[start : start + group]
+            endings.append(self._submit_rows(logits, requests, some, token_ids))
+        return PendingTokens(token_ids, endings, len(requests))
 
     def release(self, request_id: str) -> None:
         """Forget a request that has ended. Unknown ids are fine."""
@@ -115,18 +152,19 @@ class Sampler:
         self._counts.pop(request_id, None)
         self._matchers.pop(request_id, None)
 
-    def _sample_rows(
+    def _submit_rows(
         self,
         all_logits: torch.Tensor,
         all_requests: Sequence[Request],
         rows: list[int],
-        sampled: Sampled,
-    ) -> None:
-        """Choose the tokens of `rows` and write them into `sampled`."""
-        logits = all_logits[rows].float()  # [N, V], a copy
+        token_ids: torch.Tensor,
+    ) -> Callable[[Sampled], None]:
+        """Choose the tokens of `rows`, write them into `token_ids`, and say what is left to do."""
+        index = self._tensor(np.array(rows))
+        logits = all_logits[index].float()  # [N, V], a copy
         requests = [all_requests[row] for row in rows]
         with_logprobs = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
-        logprobs = logits[with_logprobs].log_softmax(-1)  # [L, V]
+        logprobs = logits[with_logprobs].log_softmax(-1) if with_logprobs else None  # [L, V]
         self._penalise(logits, requests)
         matchers = {
             i: self._matcher(request)
@@ -137,27 +175,29 @@ class Sampler:
             self._grammars.mask(logits, matchers)
         chosen = logits.argmax(-1)  # [N]
         drawn = [i for i, r in enumerate(requests) if r.params.temperature >= MIN_TEMPERATURE]
-        if drawn:
-            chosen[drawn] = self._draw(logits[drawn], [requests[i] for i in drawn])
-        token_ids: list[int] = chosen.tolist()
-        for row, token_id in zip(rows, token_ids, strict=True):
-            sampled.token_ids[row] = token_id
-        for i, matcher in matchers.items():
-            matcher.consume_token(token_ids[i])
-            if matcher.is_error():
-                error = " ".join(matcher.get_error().split())[:300]
-                sampled.errors[requests[i].request_id] = f"json_schema cannot go on: {error}"
-        if with_logprobs:
-            for i, entry in zip(
-                with_logprobs,
-                _logprob_entries(
+        if len(drawn) == len(requests):
+            chosen = self._draw(logits, requests)
+        elif drawn:
+            some = self._tensor(np.array(drawn))
+            chosen[some] = self._draw(logits[some], [requests[i] for i in drawn])
+        token_ids[index] = chosen
+
+        def end(sampled: Sampled) -> None:
+            for i, matcher in matchers.items():
+                matcher.consume_token(sampled.token_ids[rows[i]])
+                if matcher.is_error():
+                    error = " ".join(matcher.get_error().split())[:300]
+                    sampled.errors[requests[i].request_id] = f"json_schema cannot go on: {error}"
+            if logprobs is not None:
+                entries = _logprob_entries(
                     logprobs,
-                    [token_ids[i] for i in with_logprobs],
+                    [sampled.token_ids[rows[i]] for i in with_logprobs],
                     [requests[i].params.logprobs or 0 for i in with_logprobs],
-                ),
-                strict=True,
-            ):
-                sampled.logprobs[rows[i]] = entry
+                )
+                for i, entry in zip(with_logprobs, entries, strict=True):
+                    sampled.logprobs[rows[i]] = entry
+
+        return end
 
     def _penalise(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
         """Apply the three penalties to `logits`, `[N, V]`, in place."""
@@ -229,7 +269,7 @@ class Sampler:
         return matcher
 
     def _tensor(self, values: Array) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
 
 
 def least_logit(
@@ -260,15 +300,16 @@ def least_logit(
     if (bounded := top_k < vocab_size).any():
         width = int(top_k[bounded].max())
         ranked = logits.topk(width).values  # [N, width]
-        last = torch.from_numpy(np.minimum(top_k, width) - 1).to(device)
-        on = torch.from_numpy(bounded).to(device)
+        last = torch.from_numpy(np.minimum(top_k, width) - 1).to(device, non_blocking=True)
+        on = torch.from_numpy(bounded).to(device, non_blocking=True)
         limit = torch.where(on, ranked.gather(1, last), -torch.inf)
         logits = logits.masked_fill(logits < limit, -torch.inf)
     if (top_p < 1).any():
-        nucleus = _nucleus_limit(logits, torch.from_numpy(top_p).to(device))
+        nucleus = _nucleus_limit(logits, torch.from_numpy(top_p).to(device, non_blocking=True))
         limit = nucleus if limit is None else limit.maximum(nucleus)
     if (min_p > 0).any():
-        floor = logits.amax(-1, keepdim=True) + torch.from_numpy(min_p).to(device).log()
+        least = torch.from_numpy(min_p).to(device, non_blocking=True).log()
+        floor = logits.amax(-1, keepdim=True) + least
         limit = floor if limit is None else limit.maximum(floor)
     return limit
 

@@ -1,0 +1,132 @@
+"""One step's tokens as flat arrays, and their way to the device in one copy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hotset.request import StepItem
+
+Array = npt.NDArray[Any]
+
+# Rows of `Batch.inputs`.
+_TOKEN, _POSITION, _BLOCK, _OFFSET, _SOURCE = range(5)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpan:
+    """One request's part of a step: tokens `[start, start + num_tokens)` of the flat batch."""
+
+    start: int
+    num_tokens: int
+    context_len: int  # with the tokens of this step
+    block_table: Sequence[int]
+
+
+class Inputs(NamedTuple):
+    """A step's tokens on the device, each `[T]` int64.
+
+    Attributes:
+        blocks: where the token's KV goes, with its place in the block in `offsets`.
+        sources: row among the tokens that the step before chose, for the tokens that the host
+            does not know yet; -1 for the others.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    blocks: torch.Tensor
+    offsets: torch.Tensor
+    sources: torch.Tensor
+
+    def resolve(self, previous: torch.Tensor) -> torch.Tensor:
+        """`token_ids` with the tokens that the step before chose (`previous`, `[R]`) filled in."""
+        chosen = previous[self.sources.clamp(min=0)]
+        return torch.where(self.sources >= 0, chosen, self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A step in flat order: sequences of one token first, as other kernels attend those.
+
+    Attributes:
+        inputs: `[5, T]` int64, the rows of `Inputs`.
+        sampled_rows: `[R]`, the last row of each item that samples, in the order of the plan.
+        sequences: one for each item, in flat order.
+        num_decodes: how many leading sequences have one token.
+        has_unknown: whether any token is still being chosen on the device.
+    """
+
+    inputs: Array
+    sampled_rows: Array
+    sequences: list[SequenceSpan]
+    num_decodes: int
+    has_unknown: bool
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether each sequence has one token, and all of them sample."""
+        return self.num_decodes == len(self.sequences) == len(self.sampled_rows)
+
+    def to(self, device: torch.device) -> tuple[Inputs, torch.Tensor]:
+        """`Inputs` and `sampled_rows` on `device`, by one copy that nobody waits for."""
+        packed = np.concatenate([self.inputs.ravel(), self.sampled_rows])
+        on_device = to_device(packed, device)
+        size = self.inputs.size
+        return Inputs(*on_device[:size].view(5, -1).unbind()), on_device[size:]
+
+
+def make_batch(items: Sequence[StepItem], block_size: int) -> Batch:
+    """Flatten the items of a plan."""
+    ordered = sorted(items, key=lambda item: item.num_tokens > 1)  # stable: decodes first
+    columns: list[tuple[int, int, int, int, int]] = []
+    chunks: list[Array] = []
+    sequences: list[SequenceSpan] = []
+    last_row: dict[int, int] = {}
+    start = 0
+    for item in ordered:
+        request, table = item.request, item.request.block_table
+        end = item.start + item.num_tokens
+        source = -1 if request.pending_row is None else request.pending_row
+        if item.num_tokens == 1:
+            place = item.start
+            source = source if end == request.num_tokens else -1
+            block, offset = divmod(place, block_size)
+            columns.append((request.token_ids[place], place, table[block], offset, source))
+        else:
+            chunk = np.full((5, item.num_tokens), -1, np.int64)
+            chunk[_TOKEN] = request.token_ids[item.start : end]
+            chunk[_POSITION] = positions = np.arange(item.start, end)
+            first_block = item.start // block_size
+            blocks = np.array(table[first_block : -(-end // block_size)])
+            chunk[_BLOCK] = blocks[positions // block_size - first_block]
+            chunk[_OFFSET] = positions % block_size
+            if end == request.num_tokens:
+                chunk[_SOURCE, -1] = source
+            chunks.append(chunk)
+        sequences.append(SequenceSpan(start, item.num_tokens, end, table))
+        start += item.num_tokens
+        if item.samples:
+            last_row[id(item)] = start - 1
+    decodes = np.array(columns, np.int64).reshape(-1, 5).T
+    inputs = np.concatenate([decodes, *chunks], axis=1)
+    has_unknown = bool((inputs[_SOURCE] >= 0).any())
+    # The placeholder of a token that is still being chosen is no index of an embedding.
+    inputs[_TOKEN, inputs[_SOURCE] >= 0] = 0
+    return Batch(
+        inputs,
+        np.array([last_row[id(item)] for item in items if item.samples], np.int64),
+        sequences,
+        len(columns),
+        has_unknown,
+    )
+
+
+def to_device(values: Array, device: torch.device) -> torch.Tensor:
+    """A copy on `device`; on a GPU through pinned memory, without waiting for it."""
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
