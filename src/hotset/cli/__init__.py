@@ -10,6 +10,7 @@ from hotset.errors import HotsetError
 
 COMMANDS = {
     "batch": "Run an OpenAI batch file through the engine.",
+    "demo": "Show what the tiers are for: the same work with and without them.",
     "generate": "Stream text for prompts given on the command line.",
     "plan": "Show where a model would live, how many users fit and how fast it should run.",
     "probe": "Measure the memory and links of this machine.",
