@@ -1,4 +1,4 @@
-"""Errors that reach users. Each message is one line: what was wrong, what was expected, what to do."""
+"""Errors that reach users. A message is one line: what was wrong, what was expected, what to do."""
 
 
 class HotsetError(Exception):
@@ -31,3 +31,15 @@ class TierError(HotsetError):
 
 class EngineError(HotsetError):
     """The engine has failed or was closed. It serves no more requests."""
+
+
+class OverloadedError(HotsetError):
+    """More is asked for than may wait. Nothing was queued; the same request may work later.
+
+    Attributes:
+        retry_after_s: when to try again, in whole seconds.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

@@ -3,17 +3,22 @@
 import asyncio
 import atexit
 import contextlib
+import heapq
 import itertools
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
-from hotset.errors import EngineError, RequestError
+from hotset.engine.fair_queue import FairQueue
+from hotset.engine.latency import Latencies, RequestClock
+from hotset.engine.status import EngineStatus, engine_status
+from hotset.errors import EngineError, OverloadedError, RequestError
 from hotset.metrics import Metrics
 from hotset.model.loader import LoadedModel, load_model
 from hotset.request import FinishReason, RequestOutput, SamplingParams
@@ -22,6 +27,12 @@ _log = logging.getLogger(__name__)
 
 # With no request left, how often the engine takes note of copies that still run between tiers.
 _TRANSFER_CHECK_S = 0.05
+# At the end, how long copies between tiers may take to arrive where a restart finds them.
+_SETTLE_S = 5.0
+# Requests handed to the engine before it has room, so that it can stage their blocks.
+_AHEAD = 8
+_RATE_WINDOW_S = 30.0
+_MOST_RETRY_AFTER_S = 60
 
 
 def build_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
@@ -34,7 +45,8 @@ class EngineService:
     """Runs an engine in one background thread; every method may be called from any thread.
 
     The engine is built, used and closed in that thread alone. The constructor returns when it
-    is ready.
+    is ready. Requests wait here, in fair order between tenants, and the engine gets as many as
+    it can soon start.
 
     Args:
         config: what to load and how.
@@ -42,6 +54,9 @@ class EngineService:
 
     Raises:
         HotsetError: the engine cannot be built; no thread is left.
+
+    Attributes:
+        latencies: of all requests; they change while one reads.
     """
 
     def __init__(
@@ -50,12 +65,19 @@ class EngineService:
         *,
         build: Callable[[EngineConfig], tuple[Engine, LoadedModel]] = build_engine,
     ) -> None:
+        self.latencies = Latencies()
         self._wake = threading.Condition()
-        self._inbox: deque[_Submit | _Abort] = deque()  # guarded by _wake
+        self._inbox: deque[_Submit | _Abort | _Look] = deque()  # guarded by _wake
+        self._num_queued = 0  # requests the engine has not got; guarded by _wake
         self._is_closing = False  # guarded by _wake
         self._failure: str | None = None  # guarded by _wake; says why no more is served
-        self._streams: dict[str, OutputStream] = {}  # used by the engine thread alone
         self._ids = itertools.count()
+        # What follows is used by the engine thread alone.
+        self._queue: FairQueue[_Submit] = FairQueue()
+        self._streams: dict[str, _Submit] = {}  # those the engine has
+        self._not_started: dict[str, _Submit] = {}  # of these, those that no step had yet
+        self._deadlines: list[tuple[float, int, _Submit]] = []  # a heap
+        self._finished_s: deque[float] = deque(maxlen=1024)
         ready: Future[tuple[Engine, LoadedModel]] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(config, build, ready), name="hotset-engine", daemon=True
@@ -94,6 +116,11 @@ class EngineService:
         """What the engine was built with."""
         return self._engine.config
 
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended, queued ones included."""
+        return self._num_queued + len(self._streams)
+
     def submit(
         self,
         token_ids: Sequence[int],
@@ -102,11 +129,25 @@ class EngineService:
         salt: bytes = b"",
         priority: int = 0,
         request_id: str | None = None,
+        tenant: str = "",
+        timeout_s: float | None = None,
+        queue_limit: int | None = None,
     ) -> "OutputStream":
         """Queue a prompt and return the stream of its outputs. Does not wait for the engine.
 
+        Args:
+            token_ids: of the prompt.
+            params: how its outputs are chosen.
+            salt: requests with another one cannot find each other's blocks.
+            priority: lower runs first.
+            request_id: unique, without `#`; None makes one.
+            tenant: whose it is; tenants are served in fair order.
+            timeout_s: when this has passed the outputs end as aborted, `error` saying so.
+            queue_limit: most requests, of all tenants, that may wait.
+
         Raises:
             RequestError: the request can never be served; nothing was queued.
+            OverloadedError: too many wait already; nothing was queued.
             EngineError: the engine has failed or was closed.
         """
         self._engine.validate(token_ids, params)
@@ -115,12 +156,41 @@ class EngineService:
         elif "#" in request_id:
             raise RequestError(f"request id {request_id!r} has a '#' in it")
         stream = OutputStream(self, request_id, params.n)
-        submit = _Submit(stream, list(token_ids), params, salt, priority)
+        now_s = time.monotonic()
+        submit = _Submit(
+            stream,
+            list(token_ids),
+            params,
+            salt,
+            priority,
+            tenant,
+            timeout_s,
+            RequestClock(self.latencies, now_s),
+        )
         with self._wake:
             self.raise_unless_healthy()
+            if queue_limit is not None and self._num_queued >= queue_limit:
+                raise OverloadedError(
+                    f"{self._num_queued} requests wait already; try again later",
+                    retry_after_s=self._retry_after_s(now_s),
+                )
+            self._num_queued += 1
             self._inbox.append(submit)
             self._wake.notify()
         return stream
+
+    def status(self) -> "Future[EngineStatus]":
+        """Look at the engine between two steps.
+
+        Raises:
+            EngineError: the engine has failed or was closed; the future may raise it too.
+        """
+        look = _Look(Future())
+        with self._wake:
+            self.raise_unless_healthy()
+            self._inbox.append(look)
+            self._wake.notify()
+        return look.result
 
     def raise_unless_healthy(self) -> None:
         """Raise EngineError, with the reason, where no requests are served any more."""
@@ -146,6 +216,14 @@ class EngineService:
             self._inbox.append(_Abort(stream))
             self._wake.notify()
 
+    def _retry_after_s(self, now_s: float) -> int:
+        """How long the queue should take, at the pace of late."""
+        recent = [s for s in list(self._finished_s) if s > now_s - _RATE_WINDOW_S]
+        if not recent:
+            return 1
+        seconds = self._num_queued * (now_s - recent[0]) / len(recent)
+        return max(1, min(_MOST_RETRY_AFTER_S, round(seconds)))
+
     # What follows runs in the engine thread.
 
     def _run(
@@ -166,14 +244,17 @@ class EngineService:
             _log.exception("the engine has failed")
             self._fail(f"the engine has failed: {type(error).__name__}: {error}")
         finally:
+            open_ids = list(self._streams)
             self._end_streams(FinishReason.ABORT, None)
+            with contextlib.suppress(Exception):
+                self._settle(engine, open_ids)
             with contextlib.suppress(Exception):
                 engine.close()
 
     def _serve(self, engine: Engine) -> None:
         while True:
             with self._wake:
-                if not self._inbox and not self._is_closing and not engine.has_work:
+                if not self._inbox and not self._is_closing and not self._has_work(engine):
                     self._wake.wait(_TRANSFER_CHECK_S if engine.has_transfers else None)
                 if self._is_closing:
                     return
@@ -181,12 +262,40 @@ class EngineService:
                 self._inbox.clear()
             for message in messages:
                 if isinstance(message, _Submit):
-                    self._add(engine, message)
-                else:
+                    self._enqueue(message)
+                elif isinstance(message, _Abort):
                     self._drop(engine, message.stream)
+                else:
+                    self._answer(engine, message)
+            self._expire(engine)
+            self._hand_over(engine)
             if engine.has_work or engine.has_transfers:
-                for output in engine.step():
-                    self._deliver(output)
+                outputs = engine.step()
+                self._note_started(engine)
+                self._deliver(outputs)
+
+    def _has_work(self, engine: Engine) -> bool:
+        return engine.has_work or len(self._queue) > 0
+
+    def _enqueue(self, submit: "_Submit") -> None:
+        self._queue.push(submit.tenant, submit.priority, submit)
+        submit.stream.submit = submit
+        if submit.timeout_s is not None:
+            deadline_s = time.monotonic() + submit.timeout_s
+            heapq.heappush(self._deadlines, (deadline_s, next(self._ids), submit))
+
+    def _hand_over(self, engine: Engine) -> None:
+        """Give the engine what it may start soon: about a step's worth of prompts."""
+        waiting = engine.scheduler.waiting
+        num_tokens = sum(request.num_tokens for request in waiting)
+        while len(self._queue) and (
+            len(waiting) < _AHEAD or num_tokens < engine.config.max_num_batched_tokens
+        ):
+            submit = self._queue.pop()
+            with self._wake:
+                self._num_queued -= 1
+            num_tokens += len(submit.token_ids)
+            self._add(engine, submit)
 
     def _add(self, engine: Engine, submit: "_Submit") -> None:
         stream = submit.stream
@@ -204,18 +313,86 @@ class EngineService:
         except RequestError as error:
             stream.end(FinishReason.ERROR, str(error))
         else:
-            self._streams[stream.request_id] = stream
+            self._queue.charge(submit.tenant, prompt_tokens=len(submit.token_ids))
+            self._streams[stream.request_id] = submit
+            self._not_started[stream.request_id] = submit
 
-    def _drop(self, engine: Engine, stream: "OutputStream") -> None:
-        if self._streams.get(stream.request_id) is stream:
-            del self._streams[stream.request_id]
+    def _note_started(self, engine: Engine) -> None:
+        """Queueing ends with the first step that a request is part of."""
+        if not self._not_started:
+            return
+        now_s = time.monotonic()
+        for request in engine.scheduler.running:
+            submit = self._not_started.pop(request.request_id, None)
+            if submit is not None:
+                submit.clock.start(now_s)
+
+    def _drop(self, engine: Engine, stream: "OutputStream", error: str | None = None) -> None:
+        submit = stream.submit
+        if submit is None:
+            return
+        if self._queue.remove(submit.tenant, submit.priority, submit):
+            with self._wake:
+                self._num_queued -= 1
+        elif self._streams.get(stream.request_id) is submit:
+            self._forget(stream.request_id)
             engine.abort(stream.request_id)
-        stream.end(FinishReason.ABORT, None)
+        stream.end(FinishReason.ABORT, error)
 
-    def _deliver(self, output: RequestOutput) -> None:
-        stream = self._streams.get(output.request_id)
-        if stream is not None and stream.put(output):
-            del self._streams[output.request_id]
+    def _expire(self, engine: Engine) -> None:
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            submit = heapq.heappop(self._deadlines)[2]
+            if not submit.stream.is_over:
+                error = f"the request was not done within its {submit.timeout_s:g} s"
+                self._drop(engine, submit.stream, error)
+
+    def _forget(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._not_started.pop(request_id, None)
+
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        now_s = time.monotonic()
+        # One call into an event loop for all its readers: each wakes the loop's thread.
+        to_wake: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+        for output in outputs:
+            submit = self._streams.get(output.request_id)
+            if submit is None:
+                continue
+            num_tokens = len(output.token_ids)
+            submit.clock.output(output.index, num_tokens, now_s)
+            self._queue.charge(submit.tenant, output_tokens=num_tokens)
+            reader = submit.stream.put(output)
+            if reader is not None:
+                to_wake.setdefault(reader[0], []).append(reader[1])
+            if submit.stream.is_over:
+                submit.clock.start(now_s)
+                if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                    submit.clock.end(len(submit.token_ids), now_s)
+                self._finished_s.append(now_s)
+                self._forget(output.request_id)
+        for loop, events in to_wake.items():
+            with contextlib.suppress(RuntimeError):  # the readers' loop is closed
+                loop.call_soon_threadsafe(_set_all, events)
+
+    def _answer(self, engine: Engine, look: "_Look") -> None:
+        if not look.result.set_running_or_notify_cancel():
+            return
+        try:
+            look.result.set_result(engine_status(engine, num_queued=len(self._queue)))
+        except Exception as error:  # it must not cost the requests
+            look.result.set_exception(error)
+
+    def _settle(self, engine: Engine, open_ids: Sequence[str]) -> None:
+        """Let what is on its way to slower tiers arrive there, for a while."""
+        if self._failure is not None:
+            return
+        for request_id in open_ids:
+            engine.abort(request_id)
+        deadline_s = time.monotonic() + _SETTLE_S
+        while (engine.has_work or engine.has_transfers) and time.monotonic() < deadline_s:
+            engine.step()
+            if not engine.has_work:
+                time.sleep(0.001)
 
     def _fail(self, failure: str) -> None:
         with self._wake:
@@ -226,10 +403,17 @@ class EngineService:
         with self._wake:
             messages = list(self._inbox)
             self._inbox.clear()
-        queued = [message.stream for message in messages]
-        for stream in [*self._streams.values(), *queued]:
-            stream.end(reason, error)
+            self._num_queued = 0
+        for message in messages:
+            if isinstance(message, _Look):
+                message.result.set_exception(EngineError(error or "the engine was closed"))
+            else:
+                message.stream.end(reason, error)
+        for submit in [*self._streams.values(), *self._queue]:
+            submit.stream.end(reason, error)
         self._streams.clear()
+        self._not_started.clear()
+        self._queue = FairQueue()
 
 
 class OutputStream:
@@ -237,17 +421,24 @@ class OutputStream:
 
     Iterate it, with `for` or `async for`; the last output of each of the `n` indices has a
     finish reason. Leaving the iteration early (break, an exception, a cancelled task) aborts the
-    request. Outputs wait here for a slow reader, the engine never does.
+    request. Outputs wait here for a slow reader, joined to one for each index; the engine never
+    waits.
     """
 
     def __init__(self, service: EngineService, request_id: str, n: int) -> None:
         self.request_id = request_id
         self.is_abandoned = False
+        self.submit: _Submit | None = None  # set and used by the engine thread alone
         self._service = service
         self._condition = threading.Condition()
-        self._outputs: deque[RequestOutput] = deque()
+        self._outputs: dict[int, RequestOutput] = {}  # by index; what nobody has read
         self._unfinished = set(range(n))
         self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every index has its last output, be it read or not."""
+        return not self._unfinished
 
     def abort(self) -> None:
         """Stop the request; the iteration ends soon after. Ended ones are left alone."""
@@ -263,10 +454,10 @@ class OutputStream:
                 with self._condition:
                     while not self._outputs and self._unfinished:
                         self._condition.wait()
-                    if not self._outputs:
-                        return
-                    output = self._outputs.popleft()
-                yield output
+                    outputs, self._outputs = self._outputs, {}
+                if not outputs:
+                    return
+                yield from outputs.values()
         finally:
             self.abort()
 
@@ -278,10 +469,9 @@ class OutputStream:
             while True:
                 with self._condition:
                     event.clear()
-                    outputs = list(self._outputs)
-                    self._outputs.clear()
+                    outputs, self._outputs = self._outputs, {}
                     is_over = not self._unfinished
-                for output in outputs:
+                for output in outputs.values():
                     yield output
                 if is_over:
                     return
@@ -292,34 +482,61 @@ class OutputStream:
 
     # What follows is called from the engine thread.
 
-    def put(self, output: RequestOutput) -> bool:
-        """Hand over an output; returns whether it was the request's last one."""
+    def put(
+        self, output: RequestOutput
+    ) -> "tuple[asyncio.AbstractEventLoop, asyncio.Event] | None":
+        """Hand over an output; returns the reading task's loop and what to set in it."""
         with self._condition:
-            self._outputs.append(output)
+            unread = self._outputs.get(output.index)
+            self._outputs[output.index] = output if unread is None else _join(unread, output)
             if output.finish_reason is not None:
                 self._unfinished.discard(output.index)
             self._condition.notify()
-            if self._reader is not None:
-                loop, event = self._reader
-                with contextlib.suppress(RuntimeError):  # the reader's loop is closed
-                    loop.call_soon_threadsafe(event.set)
-            return not self._unfinished
+            return self._reader
 
     def end(self, reason: FinishReason, error: str | None) -> None:
         """End every index that has not ended."""
         for index in sorted(self._unfinished):
-            self.put(RequestOutput(self.request_id, index, "", (), reason, error))
+            reader = self.put(RequestOutput(self.request_id, index, "", (), reason, error))
+            if reader is not None:
+                with contextlib.suppress(RuntimeError):  # the reader's loop is closed
+                    reader[0].call_soon_threadsafe(reader[1].set)
 
 
-@dataclass(frozen=True, slots=True)
+def _join(first: RequestOutput, second: RequestOutput) -> RequestOutput:
+    """Two outputs of one index, one after the other, as one."""
+    return replace(
+        second,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+        prompt_tokens=max(first.prompt_tokens, second.prompt_tokens),
+        cached_tokens=max(first.cached_tokens, second.cached_tokens),
+    )
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Submit:
     stream: OutputStream
     token_ids: list[int]
     params: SamplingParams
     salt: bytes
     priority: int
+    tenant: str
+    timeout_s: float | None
+    clock: RequestClock
 
 
 @dataclass(frozen=True, slots=True)
 class _Abort:
     stream: OutputStream
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    result: "Future[EngineStatus]"

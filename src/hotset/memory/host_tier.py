@@ -25,6 +25,17 @@ class HostTier:
         """Slots that hold a payload or wait for one."""
         return self.num_slots - len(self._free)
 
+    def states(self) -> str:
+        """One letter a slot: free, arriving (filling), held (pinned) or cached (ready)."""
+        letters = ["f"] * self.num_slots
+        for slot in self._filling.values():
+            letters[slot] = "a"
+        for slot in self._ready.values():
+            letters[slot] = "c"
+        for slot, _ in self._pinned.values():
+            letters[slot] = "h"
+        return "".join(letters)
+
     def is_filling(self, key: bytes) -> bool:
         """Whether the payload of `key` is on its way into a slot."""
         return key in self._filling

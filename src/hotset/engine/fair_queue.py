@@ -1,0 +1,73 @@
+"""Whose request is next, when many tenants wait."""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_PROMPT_WEIGHT = 1
+_OUTPUT_WEIGHT = 2
+
+
+class FairQueue(Generic[T]):
+    """Waiting items by priority, then by who was served least; first come, first served within.
+
+    Each tenant has a counter of the tokens it was served, and the one with the least goes next.
+    A tenant that comes back is lifted to the least of those that wait, so that idle time earns
+    no credit; one that floods the queue delays itself only.
+
+    Source: the Virtual Token Counter of Sheng et al., Fairness in Serving Large Language Models
+    (OSDI 2024), algorithm 2, with its weights.
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple[int, str], deque[T]] = {}  # none is empty
+        self._served: dict[str, int] = {}
+        self._last_served = 0
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[T]:
+        for queue in self._queues.values():
+            yield from queue
+
+    def push(self, tenant: str, priority: int, item: T) -> None:
+        """Queue an item; a lower priority goes first."""
+        waiting = {name for _, name in self._queues}
+        if tenant not in waiting:
+            least = min((self._served[name] for name in waiting), default=self._last_served)
+            self._served[tenant] = max(self._served.get(tenant, 0), least)
+        self._queues.setdefault((priority, tenant), deque()).append(item)
+        self._length += 1
+
+    def pop(self) -> T:
+        """Take the next item. Raises IndexError where there is none."""
+        if not self._queues:
+            raise IndexError("the queue is empty")
+        key = min(self._queues, key=lambda key: (key[0], self._served[key[1]]))
+        queue = self._queues[key]
+        item = queue.popleft()
+        if not queue:
+            del self._queues[key]
+        self._last_served = self._served[key[1]]
+        self._length -= 1
+        return item
+
+    def remove(self, tenant: str, priority: int, item: T) -> bool:
+        """Take an item out; returns whether it was there."""
+        queue = self._queues.get((priority, tenant))
+        if queue is None or item not in queue:
+            return False
+        queue.remove(item)
+        if not queue:
+            del self._queues[priority, tenant]
+        self._length -= 1
+        return True
+
+    def charge(self, tenant: str, *, prompt_tokens: int = 0, output_tokens: int = 0) -> None:
+        """Count what a tenant was served."""
+        tokens = _PROMPT_WEIGHT * prompt_tokens + _OUTPUT_WEIGHT * output_tokens
+        self._served[tenant] = self._served.get(tenant, 0) + tokens

@@ -1,0 +1,127 @@
+"""What the engine holds and does at one moment, for a person to look at."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hotset.engine.engine import Engine
+from hotset.memory.slab import slot_bytes_for
+
+_MOST_CELLS = 1024
+
+# One letter a block or slot.
+FREE, CACHED, HELD, SHARED, ARRIVING, LEAVING = "fchsad"
+# One letter a user.
+MOVING, FETCHING, PARKED, WAITING = "mapw"
+
+
+@dataclass(frozen=True, slots=True)
+class TierStatus:
+    """One tier of KV memory.
+
+    Attributes:
+        capacity: blocks it can hold; `used` of them hold content.
+        cells: states of its blocks, or of `len(cells)` of them at equal distances. Device: free,
+            cached (nobody's, findable), held by one request, shared by several, arriving and
+            leaving (a copy to host memory runs). Host: free, cached, held (being read or
+            written) and arriving. Of a disk only the share that is used is known.
+    """
+
+    name: str
+    capacity: int
+    used: int
+    block_bytes: int
+    cells: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A snapshot, taken between two steps.
+
+    Attributes:
+        num_moving: requests with tokens to compute now.
+        num_fetching: running requests that wait for blocks on their way up.
+        num_parked: preempted ones, their KV in a slower tier.
+        num_waiting: not started yet.
+        users: one letter a request, in the order in which they run, at most 1,024.
+        link_bytes_per_s: by tier, the rate its payloads reach the device with, as measured.
+    """
+
+    num_moving: int
+    num_fetching: int
+    num_parked: int
+    num_waiting: int
+    users: str
+    tiers: tuple[TierStatus, ...]
+    link_bytes_per_s: dict[str, float]
+    prefill_tokens_per_s: float
+
+
+def engine_status(engine: Engine, *, num_queued: int) -> EngineStatus:
+    """Look at the engine; to be called from its thread. `num_queued` requests wait before it."""
+    scheduler = engine.scheduler
+    users = [FETCHING if request.arriving else MOVING for request in scheduler.running]
+    users += [PARKED if request.num_preemptions else WAITING for request in scheduler.waiting]
+    users += [WAITING] * num_queued
+    count = Counter(users)
+    return EngineStatus(
+        num_moving=count[MOVING],
+        num_fetching=count[FETCHING],
+        num_parked=count[PARKED],
+        num_waiting=count[WAITING],
+        users="".join(users[:_MOST_CELLS]),
+        tiers=tuple(_tiers(engine)),
+        link_bytes_per_s=dict(engine.rates.link_bytes_per_s),
+        prefill_tokens_per_s=engine.rates.prefill_tokens_per_s,
+    )
+
+
+def _tiers(engine: Engine) -> list[TierStatus]:
+    budget, kv = engine.budget, engine.kv
+    pool = kv.pool
+    arriving, leaving = kv.moving_blocks()
+
+    def device_state(block: int) -> str:
+        if block in arriving:
+            return ARRIVING
+        if block in leaving:
+            return LEAVING
+        held = pool.ref_count(block)
+        if held:
+            return HELD if held == 1 else SHARED
+        return CACHED if pool.is_shared(block) else FREE
+
+    found = [
+        TierStatus(
+            "device",
+            pool.num_blocks,
+            pool.num_held + pool.num_cached,
+            budget.block_bytes,
+            "".join(device_state(block) for block in _sample(range(pool.num_blocks))),
+        )
+    ]
+    tiers = engine.tiers
+    if tiers is not None:
+        slot_bytes = slot_bytes_for(budget.block_bytes)
+        cells = "".join(_sample(tiers.host.states()))
+        host = tiers.host
+        found.append(TierStatus("host", host.num_slots, host.num_used, slot_bytes, cells))
+        if tiers.below is not None:
+            usage = tiers.below.usage()
+            num_cells = min(_MOST_CELLS, usage.capacity_payloads)
+            num_used = -(-usage.used_payloads * num_cells // max(1, usage.capacity_payloads))
+            found.append(
+                TierStatus(
+                    tiers.below.name,
+                    usage.capacity_payloads,
+                    usage.used_payloads,
+                    slot_bytes,
+                    CACHED * num_used + FREE * (num_cells - num_used),
+                )
+            )
+    return found
+
+
+def _sample(values: Sequence[int] | str) -> Sequence[int] | str:
+    """At most `_MOST_CELLS` of the values, at equal distances."""
+    return values[:: -(-len(values) // _MOST_CELLS)] if values else values
