@@ -366,7 +366,7 @@ class Engine:
             )
         host_arena = HostArena(num_slots=budget.host_slots, block_bytes=budget.block_bytes)
         tiers = TierStack(
-            HostTier(budget.host_slots),
+            HostTier(0),  # grows as its memory becomes ready
             host_arena,
             make_copier(arena, host_arena),
             block_bytes=budget.block_bytes,
@@ -374,7 +374,7 @@ class Engine:
             metrics=self.metrics,
             below=disk,
         )
-        tiers.measure_rates(num_blocks=min(16, budget.device_blocks, budget.host_slots))
+        tiers.measure_rates(num_blocks=min(16, budget.device_blocks, tiers.host.num_slots))
         return tiers
 
     def _measure_prefill(self) -> float:

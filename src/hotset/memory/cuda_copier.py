@@ -1,7 +1,10 @@
 """Copies between a GPU's block pool and pinned host memory, on streams of their own."""
 
+import logging
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -10,7 +13,12 @@ from hotset.errors import ConfigError
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.copy_runs import merge_runs
 
-_PIN_CHUNK_BYTES = 64 * 2**30
+_log = logging.getLogger(__name__)
+
+_PIN_CHUNK_BYTES = 2**30
+_PAGE_BYTES = 4096
+# Threads that touch the pages before they are pinned: the operating system clears each first.
+_TOUCH_THREADS = 8
 
 
 class CudaCopier:
@@ -18,20 +26,33 @@ class CudaCopier:
 
     A batch waits on the device for the compute that was submitted before it; the host learns of
     its end by an event, so nothing ever waits for a copy that it does not need. Runs of adjacent
-    blocks in adjacent slots are one copy.
+    blocks in adjacent slots are one copy, and all copies of a batch one submission.
+
+    Host memory is pinned chunk by chunk in a thread: `num_ready_slots` says how far it is.
+
+    Raises:
+        ConfigError: not even the first chunk can be pinned.
     """
 
     def __init__(self, device: DeviceArena, host: HostArena) -> None:
         self._device = device.bytes_view_tensor()
-        self._host = torch.from_numpy(host.slots)[:, : device.block_bytes]
-        self._pinned = [host]  # keeps the memory alive
-        for start in range(0, self._host_bytes(host), _PIN_CHUNK_BYTES):
-            num_bytes = min(_PIN_CHUNK_BYTES, self._host_bytes(host) - start)
-            _pin(host.slots.ctypes.data + start, num_bytes)
+        self._host = torch.from_numpy(host.slots)
+        self._block_bytes = device.block_bytes
+        self._copy_batch = _find_batch_copy()
         self._down = torch.cuda.Stream(self._device.device)
         self._up = torch.cuda.Stream(self._device.device)
         self._running: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         self._next_id = 0
+
+        self._arena = host
+        self._host_base = int(host.slots.ctypes.data)
+        self._slots_per_chunk = max(1, _PIN_CHUNK_BYTES // host.slot_bytes)
+        self._is_closing = False
+        self.num_ready_slots = 0
+        host.use_huge_pages()
+        self._pin_next_chunk()
+        self._pinner = threading.Thread(target=self._pin_rest, name="hotset-pin", daemon=True)
+        self._pinner.start()
 
     def submit(self, pairs: Sequence[tuple[int, int]], *, to_host: bool) -> int:
         """Start a batch after the compute submitted so far."""
@@ -39,16 +60,20 @@ class CudaCopier:
         stream.wait_stream(torch.cuda.current_stream(self._device.device))
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        with torch.cuda.stream(stream):
-            start.record()
-            for block, slot, count in merge_runs(pairs):
-                device = self._device[block : block + count]
-                host = self._host[slot : slot + count]
-                if to_host:
-                    host.copy_(device, non_blocking=True)
-                else:
-                    device.copy_(host, non_blocking=True)
-            end.record()
+        runs = merge_runs(pairs, slots_per_chunk=self._slots_per_chunk)
+        start.record(stream)
+        if self._copy_batch is not None:
+            self._submit_batch(runs, stream, to_host=to_host)
+        else:
+            with torch.cuda.stream(stream):
+                for block, slot, count in runs:
+                    device = self._device[block : block + count]
+                    host = self._host[slot : slot + count, : self._block_bytes]
+                    if to_host:
+                        host.copy_(device, non_blocking=True)
+                    else:
+                        device.copy_(host, non_blocking=True)
+        end.record(stream)
         self._next_id += 1
         self._running.append((self._next_id, start, end))
         return self._next_id
@@ -70,23 +95,87 @@ class CudaCopier:
 
     def close(self) -> None:
         """Wait for the copies and unpin the memory."""
+        self._is_closing = True
+        self._pinner.join()
         self._down.synchronize()
         self._up.synchronize()
         self._running.clear()
-        for host in self._pinned:
-            for start in range(0, self._host_bytes(host), _PIN_CHUNK_BYTES):
-                torch.cuda.cudart().cudaHostUnregister(host.slots.ctypes.data + start)
-        self._pinned.clear()
+        for first in range(0, self.num_ready_slots, self._slots_per_chunk):
+            torch.cuda.cudart().cudaHostUnregister(self._host_address(first))
+        self.num_ready_slots = 0
 
-    @staticmethod
-    def _host_bytes(host: HostArena) -> int:
-        return int(host.slots.nbytes)
+    def _submit_batch(
+        self, runs: list[tuple[int, int, int]], stream: torch.cuda.Stream, *, to_host: bool
+    ) -> None:
+        """One call for all copies; slots wider than a block have a copy for each block."""
+        assert self._copy_batch is not None
+        block_bytes, slot_bytes = self._block_bytes, self._arena.slot_bytes
+        device, host, sizes = [], [], []
+        for block, slot, count in runs:
+            step = count if block_bytes == slot_bytes else 1
+            for i in range(0, count, step):
+                device.append(self._device.data_ptr() + (block + i) * block_bytes)
+                host.append(self._host_address(slot + i))
+                sizes.append(step * block_bytes)
+        targets, sources = (host, device) if to_host else (device, host)
+        self._copy_batch(targets, sources, sizes, stream.cuda_stream)
+
+    def _pin_next_chunk(self) -> None:
+        """Touch and pin the next chunk of slots.
+
+        Raises:
+            ConfigError: it cannot be pinned; the slots before it can be used.
+        """
+        first = self.num_ready_slots
+        last = min(first + self._slots_per_chunk, len(self._host))
+        chunk = self._arena.slots[first:last].reshape(-1)
+        part = -(-len(chunk) // _TOUCH_THREADS)
+        with ThreadPoolExecutor(_TOUCH_THREADS) as pool:
+            for start in range(0, len(chunk), part):
+                pool.submit(_touch, chunk[start : start + part])
+        code: Any = torch.cuda.cudart().cudaHostRegister(self._host_address(first), len(chunk), 0)
+        if int(code) != 0:
+            raise ConfigError(
+                f"{self._gib(last):.2f} GiB of host memory cannot be pinned (CUDA error "
+                f"{int(code)}, {self._gib(first):.2f} GiB are); give less host_gib or raise the "
+                "limit on locked memory"
+            )
+        self.num_ready_slots = last
+
+    def _pin_rest(self) -> None:
+        try:
+            while self.num_ready_slots < len(self._host) and not self._is_closing:
+                self._pin_next_chunk()
+        except ConfigError as error:
+            _log.warning("the host tier is smaller than asked for: %s", error)
+
+    def _host_address(self, slot: int) -> int:
+        return self._host_base + slot * self._arena.slot_bytes
+
+    def _gib(self, num_slots: int) -> float:
+        return num_slots * self._arena.slot_bytes / 2**30
 
 
-def _pin(address: int, num_bytes: int) -> None:
-    code: Any = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
-    if int(code) != 0:
-        raise ConfigError(
-            f"{num_bytes / 2**30:.2f} GiB of host memory cannot be pinned (CUDA error "
-            f"{int(code)}); give less host_gib or raise the limit on locked memory"
+def _touch(memory: Any) -> None:
+    memory[::_PAGE_BYTES] = 0
+
+
+def _find_batch_copy() -> Any:
+    """A function that submits many copies at once (CUDA 13), or None where there is none."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        return None
+    if not torch.version.cuda or int(torch.version.cuda.split(".")[0]) < 13:
+        return None
+    attributes = runtime.cudaMemcpyAttributes()
+    attributes.srcAccessOrder = runtime.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
+
+    def copy(targets: list[int], sources: list[int], sizes: list[int], stream: int) -> None:
+        (code,) = runtime.cudaMemcpyBatchAsync(
+            targets, sources, sizes, len(sizes), [attributes], [0], 1, stream
         )
+        if int(code) != 0:
+            raise RuntimeError(f"copies between host and device failed: {code}")
+
+    return copy

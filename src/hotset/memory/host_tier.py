@@ -20,6 +20,11 @@ class HostTier:
         self._ready: OrderedDict[bytes, int] = OrderedDict()  # unpinned, oldest first
         self._pinned: dict[bytes, tuple[int, int]] = {}  # key -> (slot, pins)
 
+    def grow(self, num_slots: int) -> None:
+        """There is memory for `num_slots` now, at least as many as before."""
+        self._free[:0] = range(num_slots - 1, self.num_slots - 1, -1)
+        self.num_slots = num_slots
+
     @property
     def num_used(self) -> int:
         """Slots that hold a payload or wait for one."""

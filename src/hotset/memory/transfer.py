@@ -24,7 +24,13 @@ _DISK_RATE_WINDOW_S = 0.25
 
 
 class Copier(Protocol):
-    """Copies blocks between the device pool and host slots, beside the model's steps."""
+    """Copies blocks between the device pool and host slots, beside the model's steps.
+
+    Attributes:
+        num_ready_slots: how many leading host slots can be used; may grow.
+    """
+
+    num_ready_slots: int
 
     def submit(self, pairs: Sequence[tuple[int, int]], *, to_host: bool) -> int:
         """Start copying all (block, host slot) pairs one way; returns an id."""
@@ -49,6 +55,7 @@ class ThreadCopier:
     def __init__(self, device: np.ndarray, host: np.ndarray) -> None:
         self._device = device
         self._host = host[:, : device.shape[1]]
+        self.num_ready_slots = len(host)
         self._jobs: queue.SimpleQueue[tuple[int, list[tuple[int, int]], bool] | None]
         self._jobs = queue.SimpleQueue()
         self._ended: deque[tuple[int, float]] = deque()
@@ -145,6 +152,7 @@ class TierStack:
         self._num_fetching = 0
         self._read_window_start_s = 0.0
         self._read_window_bytes = 0
+        self._grow()
 
     def measure_rates(self, *, num_blocks: int) -> None:
         """Copy `num_blocks` blocks and payloads each way and note the rates. Before any use.
@@ -279,12 +287,17 @@ class TierStack:
 
     def poll(self) -> list[EndedTransfer]:
         """What ended since the last call: spills, and fetches with their outcome."""
+        self._grow()
         if self.below is not None:
             self._poll_below(self.below)
         for copy_id, seconds in self._copier.poll():
             self._end_copy(self._copies.pop(copy_id), seconds)
         ended, self._ended = self._ended, []
         return ended
+
+    def _grow(self) -> None:
+        if self._copier.num_ready_slots > self.host.num_slots:
+            self.host.grow(self._copier.num_ready_slots)
 
     def wait(self, timeout_s: float) -> None:
         """Block until something may have ended, or `timeout_s` has passed."""

@@ -4,6 +4,7 @@
 the work travels with each forward call as the keyword argument `hotset`; nothing is global.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -77,8 +78,12 @@ def register(*, traced: bool = True) -> None:
 
     `traced=False` hides it from `torch.compile`, which then compiles what is before and after.
     """
-    function = _attention_forward if traced else torch.compiler.disable(_attention_forward)
-    AttentionInterface.register(IMPLEMENTATION, function)
+    AttentionInterface.register(IMPLEMENTATION, _attention_forward if traced else _untraced())
+
+
+@functools.cache  # compiled code is made for this very function
+def _untraced() -> Any:
+    return torch.compiler.disable(_attention_forward)
 
 
 def _attention_forward(

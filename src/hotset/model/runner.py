@@ -192,7 +192,8 @@ class ModelRunner:
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         register(traced=False)
         for module in self._model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
+            # Another engine may have compiled the same model.
+            if isinstance(module, GradientCheckpointingLayer) and not module._compiled_call_impl:
                 module.compile(dynamic=True)
         if not isinstance(self._attention, FlashInferBackend):
             return
