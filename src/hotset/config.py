@@ -1,5 +1,6 @@
 """Configuration: one frozen dataclass, read once; the command line takes its defaults from it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,9 +59,9 @@ class EngineConfig:
             if not ok:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
 
-        check(self.hot_gib is None or self.hot_gib > 0, "hot_gib", "a size above 0 GiB")
-        check(self.host_gib >= 0, "host_gib", "0 (none) or a size in GiB")
-        check(self.disk_gib >= 0, "disk_gib", "0 (none) or a size in GiB")
+        check(self.hot_gib is None or 0 < self.hot_gib < math.inf, "hot_gib", "a size above 0 GiB")
+        check(0 <= self.host_gib < math.inf, "host_gib", "0 (none) or a size in GiB")
+        check(0 <= self.disk_gib < math.inf, "disk_gib", "0 (none) or a size in GiB")
         check(1 <= self.block_size <= 1024, "block_size", "1 to 1024 tokens")
         check(self.max_num_seqs >= 1, "max_num_seqs", "1 or more")
         check(self.max_num_batched_tokens >= 1, "max_num_batched_tokens", "1 or more")

@@ -1,7 +1,9 @@
 """The `hotset` command. Each command is a module of this package, imported when it is called."""
 
 import importlib
+import os
 import sys
+from typing import NoReturn
 
 import click
 
@@ -45,9 +47,25 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: an expected error is one line on stderr and status 1."""
+    """Entry point: an error is one line on stderr, with status 2 for wrong usage and else 1."""
     try:
-        cli(standalone_mode=True)
-    except HotsetError as error:
-        click.echo(f"error: {error}", err=True)
+        status = cli.main(prog_name="hotset", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "hotset"
+        _fail(f"{error.format_message()} (see: {path} --help)", status=2)
+    except (HotsetError, click.ClickException) as error:
+        _fail(str(error))
+    except click.Abort:
+        _fail("interrupted", status=130)
+    except BrokenPipeError:  # who read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    sys.exit(status)
+
+
+def _fail(message: str, *, status: int = 1) -> NoReturn:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(status)

@@ -84,6 +84,8 @@ def command(
         json_schema=None if json_schema is None else _read_schema(json_schema),
     )
     texts = [_read_stdin() if prompt == "-" else prompt for prompt in prompts]
+    if not all(texts):
+        raise ConfigError("a prompt is empty; expected text")
 
     from hotset.engine.service import EngineService  # imports torch: not for --help
     from hotset.model.prompt import PromptEncoder

@@ -1,0 +1,81 @@
+"""What a user sees who types something wrong: one line, a status, no traceback."""
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from hotset.cli import COMMANDS, main
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["hotset", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in sorted(COMMANDS))])
+def test_help_names_the_command_and_succeeds(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *command, "--help") == 0
+    assert capsys.readouterr().out.startswith("Usage: hotset " + " ".join(command))
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["nosuch"], 2, "No such command 'nosuch'. (see: hotset --help)"),
+        (["plan", "--nosuch"], 2, "No such option '--nosuch'"),
+        (["generate"], 2, "Missing argument '[MODEL] PROMPT...'. (see: hotset generate --help)"),
+        (["generate", ""], 1, "a prompt is empty"),
+        (["generate", "--temperature", "nan", "hi"], 1, "temperature is nan; expected 0 (greedy)"),
+        (["generate", "--json-schema", "nosuch.json", "hi"], 1, "nosuch.json: cannot be read"),
+        (["generate", "--json-schema", "[]", "hi"], 1, "--json-schema []: cannot be read"),
+        (["generate", "--raw", "--system", "x", "hi"], 1, "--system needs the chat template"),
+        (["generate", "--hot-gib", "inf", "hi"], 1, "hot_gib is inf; expected a size above 0 GiB"),
+        (["generate", "--hot-gib", "nan", "hi"], 1, "hot_gib is nan"),
+        (["generate", "--host-gib", "inf", "hi"], 1, "host_gib is inf; expected 0 (none)"),
+        (["generate", "--disk-gib", "-1", "hi"], 1, "disk_gib is -1.0"),
+        (["generate", "--disk-path", "/tmp", "hi"], 1, "disk_path is '/tmp' but disk_gib is 0"),
+        (["generate", "--block-size", "0", "hi"], 1, "block_size is 0; expected 1 to 1024"),
+        (["plan", "nosuch"], 1, "model 'nosuch' is neither bundled"),
+        (["plan", "llama-3-8b", "--hardware", "nosuch"], 1, "hardware 'nosuch' is unknown"),
+        (["serve", "--port", "99999"], 2, "Invalid value for '--port'"),
+        (["demo", "--users", "0"], 2, "Invalid value for '--users'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_status(
+    words: list[str],
+    status: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, *words) == status
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_serve_names_the_port_that_is_in_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert run(monkeypatch, "serve", "--port", port) == 1
+    assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
+
+
+def test_an_empty_standard_input_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").touch()
+    with (tmp_path / "empty").open() as empty:
+        monkeypatch.setattr(sys, "stdin", empty)
+        assert run(monkeypatch, "generate", "-") == 1
+    assert "standard input is empty" in capsys.readouterr().err
