@@ -74,7 +74,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One question and its answer, as the client saw them."""
+    """One question and its answer, as the client saw them.
+
+    Attributes:
+        gaps: for each token, the log probability of the likeliest less that of the second: near 0,
+            rounding decides which is taken.
+    """
 
     user: int
     turn: int
@@ -84,6 +89,7 @@ class Turn:
     is_complete: bool
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
+    gaps: tuple[float, ...]
     ttft_s: float
 
 
@@ -126,10 +132,11 @@ class RunResult:
         return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))] if ordered else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, without the prompts."""
+        """Plain data for JSON, without the prompts and gaps."""
         values = asdict(self)
         for turn in values["turns"]:
             turn["prompt_tokens"] = len(turn.pop("prompt_ids"))
+            del turn["gaps"]
         return values | {
             "tokens_per_s": self.tokens_per_s,
             "ttft_s_p50": self.ttft_s(0.5),
@@ -377,14 +384,16 @@ class _User:
     def _ask(self, turn: int, question: str, messages: list[dict[str, str]]) -> str:
         """Send the conversation and wait for its answer."""
         prompt_ids = self._pass.encoder.encode_chat(messages)
-        params = SamplingParams(max_tokens=self._workload.answer_tokens)
+        params = SamplingParams(max_tokens=self._workload.answer_tokens, logprobs=2)
         token_ids: list[int] = []
+        gaps: list[float] = []
         text, ttft_s, reason = "", 0.0, None
         sent_s = time.perf_counter()
         for output in self._pass.service.submit(prompt_ids, params):
             if output.token_ids and not token_ids:
                 ttft_s = time.perf_counter() - sent_s
             token_ids += output.token_ids
+            gaps += [token.top[0][1] - token.top[1][1] for token in output.logprobs]
             text += output.text
             reason = output.finish_reason
             if reason in (FinishReason.ERROR, FinishReason.ABORT):
@@ -400,6 +409,7 @@ class _User:
                 is_complete=reason is FinishReason.STOP,
                 prompt_ids=tuple(prompt_ids),
                 token_ids=tuple(token_ids),
+                gaps=tuple(gaps),
                 ttft_s=ttft_s,
             )
         )

@@ -8,7 +8,8 @@ from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
 from hotset import demo
 from hotset.cli import cli
-from hotset.demo import Progress, Workload, distinct_tokens, pick_documents, run_demo
+from hotset.cli.demo import _why
+from hotset.demo import Progress, Turn, Workload, distinct_tokens, pick_documents, run_demo
 from hotset.errors import EngineError
 from hotset.model.loader import LoadedModel
 
@@ -36,6 +37,7 @@ def test_a_small_demo_gives_the_same_answers_with_less_computed() -> None:
     assert two.computed_tokens < one.computed_tokens
     assert 0 <= two.recomputed_tokens < one.recomputed_tokens
     assert one.faults == two.faults == {}
+    assert all(len(turn.gaps) == len(turn.token_ids) for turn in (*one.turns, *two.turns))
     for name, run in ((demo.HOT_ONLY, one), (demo.TIERED, two)):
         last = [progress for progress in seen if progress.name == name][-1]
         assert (last.turns, last.output_tokens) == (len(run.turns), run.output_tokens)
@@ -82,3 +84,17 @@ def test_the_command_prints_the_table_and_says_that_tokens_are_identical(
     assert data["differing"] == []
     assert len(data["tiered"]["turns"]) == 16
     assert data["speedup"] > 0
+
+
+def test_a_difference_is_told_with_its_cause() -> None:
+    def turn(prompt: tuple[int, ...], tokens: tuple[int, ...], gap: float) -> Turn:
+        gaps = (3.0,) * (len(tokens) - 1) + (gap,)
+        return Turn(0, 0, "title", "question", "answer", True, prompt, tokens, gaps, 0.1)
+
+    first = turn((1,), (5, 6), 2e-5)
+    assert "token 2, where the two likeliest were 0.000020 apart (a tie" in _why(
+        first, turn((1,), (5, 7), 1e-5)
+    )
+    assert "no tie: an error" in _why(first, turn((1,), (5, 7), 0.5))
+    assert "follows another answer" in _why(first, turn((2,), (5, 7), 0.5))
+    assert "longer" in _why(first, turn((1,), (5, 6, 7), 0.5))
