@@ -1,21 +1,14 @@
 import asyncio
-import http.client
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-import uvicorn
-from tiny_models import make_model
-from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
+from servers import build
 
-from hotset.batch import Batch
 from hotset.config import EngineConfig
 from hotset.engine.completion import gather
 from hotset.engine.engine import Engine
@@ -23,16 +16,9 @@ from hotset.engine.service import EngineService
 from hotset.errors import ConfigError, EngineError, RequestError
 from hotset.model.loader import LoadedModel
 from hotset.request import SamplingParams
-from hotset.server import app as app_module
+from hotset.server.batch_file import Batch
 
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
-
-
-def build(config: EngineConfig) -> tuple[Engine, LoadedModel]:
-    torch.set_num_threads(1)
-    model = make_model("llama", vocab_size=VOCAB_SIZE)
-    loaded = LoadedModel(model, make_tokenizer(), "tiny", "tiny", (EOS_TOKEN_ID,), 512)
-    return Engine(config, loaded), loaded
 
 
 def make_service() -> EngineService:
@@ -188,89 +174,3 @@ def test_an_output_of_another_input_is_refused_and_left_alone(tmp_path: Path) ->
         assert target.read_text() == content
     with pytest.raises(ConfigError, match="both input and output"):
         Batch(source, source)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A real server over the tiny model, on a port of its own."""
-    made: list[EngineService] = []
-
-    def make(config: EngineConfig) -> EngineService:
-        made.append(make_service())
-        return made[0]
-
-    monkeypatch.setattr(app_module, "EngineService", make)
-    listener = socket.create_server(("127.0.0.1", 0))
-    ready = threading.Event()
-    app = app_module.create_app(EngineConfig(), on_ready=lambda _: ready.set())
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    assert ready.wait(60)
-    yield SimpleNamespace(port=listener.getsockname()[1], service=made[0])
-    server.should_exit = True
-    thread.join()
-    listener.close()
-
-
-def post(server: SimpleNamespace, path: str, body: object) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    data = body if isinstance(body, str) else json.dumps(body)
-    connection.request("POST", path, data)
-    response = connection.getresponse()
-    result = response.status, response.read().decode()
-    connection.close()
-    return result
-
-
-CHAT = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0, "max_tokens": 6}
-
-
-def test_a_stream_has_the_text_and_the_usage_of_the_whole_response(
-    server: SimpleNamespace,
-) -> None:
-    status, text = post(server, "/v1/chat/completions", CHAT)
-    assert status == 200
-    whole = json.loads(text)
-    options = {"stream": True, "stream_options": {"include_usage": True}}
-    status, text = post(server, "/v1/chat/completions", {**CHAT, **options})
-    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    assert (status, events[-1]) == (200, "[DONE]")
-    chunks = [json.loads(event) for event in events[:-1]]
-    pieces = [c["delta"]["content"] for chunk in chunks for c in chunk["choices"]]
-    assert "".join(pieces) == whole["choices"][0]["message"]["content"]
-    for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
-        assert chunks[-1]["usage"][key] == whole["usage"][key]
-
-
-@pytest.mark.parametrize(
-    ("body", "status", "says"),
-    [
-        ("{", 400, "not JSON"),
-        ([], 400, "expected an object"),
-        ({}, 400, "messages is missing"),
-        ({**CHAT, "temperature": "hot"}, 400, "temperature"),
-        ({**CHAT, "temperature": 1e9}, 400, "temperature"),
-        ({**CHAT, "tools": [1]}, 400, "tools is not supported"),
-        ({**CHAT, "model": "other"}, 404, "not served"),
-        ({**CHAT, "messages": [{"role": "user"}]}, 400, "content"),
-    ],
-)
-def test_a_bad_request_is_answered_with_what_is_wrong(
-    server: SimpleNamespace, body: object, status: int, says: str
-) -> None:
-    got, text = post(server, "/v1/chat/completions", body)
-    assert got == status
-    assert says in json.loads(text)["error"]["message"]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_aborts_its_request(server: SimpleNamespace, stream: bool) -> None:
-    body = json.dumps({**CHAT, "max_tokens": 480, "ignore_eos": True, "stream": stream})
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    connection.request("POST", "/v1/chat/completions", body)
-    wait_for(lambda: server.service.metrics.output_tokens > 3)
-    assert connection.sock is not None
-    connection.sock.shutdown(socket.SHUT_RDWR)
-    connection.close()
-    wait_for(lambda: server.service.metrics.requests_finished["abort"] == 1)

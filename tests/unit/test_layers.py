@@ -22,7 +22,6 @@ ORDER = [
     "engine",
     "llm",
     "server",
-    "batch",
     "bench",
     "demo",
     "cli",

@@ -43,8 +43,8 @@ def command(
     from rich.console import Console  # not for --help, as torch below
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from hotset.batch import Batch, BatchSummary
     from hotset.engine.service import EngineService
+    from hotset.server.batch_file import Batch, BatchSummary
 
     batch = Batch(source, target)
     console = Console(stderr=True)

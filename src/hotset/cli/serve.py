@@ -1,8 +1,15 @@
 """`hotset serve`: the OpenAI-compatible HTTP server."""
 
+import contextlib
+import ipaddress
+import os
+import resource
 import socket
 import sys
-from typing import TYPE_CHECKING
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -11,24 +18,126 @@ from hotset.config import EngineConfig
 from hotset.errors import ConfigError, HotsetError
 
 if TYPE_CHECKING:
-    from hotset.engine.service import EngineService
+    from hotset.server.keys import Keys
 
-# Streams that still run at Ctrl-C get this long.
-_SHUTDOWN_S = 3
+R = TypeVar("R")
+
+_LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+_KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its own connections
+_BACKLOG = 2048
+
+_LIMITS: list[tuple[str, type, float | None, str]] = [
+    ("max_body_mib", float, 4.0, "Largest JSON body, in MiB."),
+    ("max_file_mib", float, 200.0, "Largest uploaded file, in MiB."),
+    ("max_prompt_tokens", int, None, "Longest prompt.  [default: what the context holds]"),
+    ("max_tokens", int, None, "Most tokens of one output.  [default: what the context holds]"),
+    ("max_n", int, 16, "Most outputs for one prompt."),
+    ("max_prompts", int, 128, "Most prompts in one text completion."),
+    ("max_stop", int, 16, "Most stop strings, and stop tokens."),
+    ("max_schema_kib", float, 64.0, "Largest JSON schema, in KiB."),
+    ("max_schema_depth", int, 32, "Deepest JSON schema."),
+    ("max_queue", int, 1024, "Requests that may wait; more are refused with 429."),
+    ("request_timeout_s", float, 600.0, "Longest a request may take, in seconds."),
+]
+
+
+def _limit_options(command: Callable[..., R]) -> Callable[..., R]:
+    for name, kind, default, text in reversed(_LIMITS):
+        command = click.option(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=default,
+            show_default=default is not None,
+            help=text,
+        )(command)
+    return command
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    """Let the flags a TOML file names be the defaults of those on the command line."""
+    if path is None:
+        return
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    known = {param.name for param in ctx.command.params} - {"config_file", "dry_run"}
+    named = {name.replace("-", "_"): value for name, value in values.items()}
+    for name, value in named.items():
+        if name not in known:
+            raise ConfigError(f"{path}: there is no option {name!r}; see hotset serve --help")
+        if isinstance(value, dict | list):
+            raise ConfigError(f"{path}: {name} is a {type(value).__name__}; expected one value")
+    ctx.default_map = {**(ctx.default_map or {}), **named}
 
 
 @click.command()
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="TOML file with any of these options, such as `port = 8000`; flags given here win.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 is any free."
 )
+@click.option(
+    "--api-keys",
+    "keys_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file with a table for each key: see docs/server.md. HOTSET_API_KEYS=NAME:KEY,... "
+    "adds some.  [default: no keys, which only a local address may have]",
+)
+@click.option(
+    "--files-path",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for uploaded files and batches.  [default: in the platform's data folder]",
+)
+@click.option(
+    "--files-gib", type=float, default=4.0, show_default=True, help="Most a key may keep."
+)
+@click.option("--no-files", is_flag=True, help="Offer neither /v1/files nor /v1/batches.")
+@click.option(
+    "--drain-s",
+    type=click.IntRange(0),
+    default=30,
+    show_default=True,
+    help="How long requests may go on after SIGTERM or Ctrl-C; a second one ends them.",
+)
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info"
+)
+@click.option("--otlp-endpoint", help="Send traces to this OTLP/HTTP address.  [default: none]")
+@click.option("--dry-run", is_flag=True, help="Set everything up, print what went where, and exit.")
+@_limit_options
 @engine_options
 @interruptible
-def command(host: str, port: int, config: EngineConfig) -> None:
-    r"""Serve the OpenAI-compatible HTTP API.
+def command(
+    host: str,
+    port: int,
+    keys_file: Path | None,
+    files_path: Path | None,
+    files_gib: float,
+    no_files: bool,
+    drain_s: int,
+    log_format: str,
+    log_level: str,
+    otlp_endpoint: str | None,
+    dry_run: bool,
+    config: EngineConfig,
+    **limits: Any,
+) -> None:
+    r"""Serve the OpenAI-compatible HTTP API, with a status page at / and the API at /docs.
 
-    POST /v1/chat/completions and /v1/completions, GET /v1/models, and GET /health, which
-    answers 503 until the model is loaded.
+    GET /health answers 503 until the model is loaded. Without API keys the server takes requests
+    from this machine only.
 
     \b
     Example:
@@ -36,28 +145,75 @@ def command(host: str, port: int, config: EngineConfig) -> None:
       curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 30}'
     """
+    from hotset.server.keys import ENVIRONMENT, Keys
+
+    keys = Keys()
+    if keys_file is not None:
+        keys.read_file(keys_file)
+    # The engine's process has no more use for it, nor has anything it starts.
+    keys.read_text(os.environ.pop(ENVIRONMENT, ""))
+    _require_keys(host, keys)
     listener = _listen(host, port)  # before the seconds that imports and the model take
 
+    import platformdirs
     import uvicorn
 
-    from hotset.server.app import create_app
+    from hotset.engine.service import EngineService
+    from hotset.server import logs
+    from hotset.server.app import Api, ServerConfig
+    from hotset.server.limits import Limits
+    from hotset.server.tracing import Tracer
 
+    logs.set_up(log_format, log_level)  # type: ignore[arg-type]  # click has checked it
     where = f"http://{_printable(listener)}"
+    if files_path is None:
+        files_path = Path(platformdirs.user_data_dir("hotset")) / "files"
+    server_config = ServerConfig(
+        keys=keys,
+        host_names=None if keys else _LOCAL_NAMES | {host.lower(), f"[{host.lower()}]"},
+        limits=Limits(**limits),
+        files_path=None if no_files else files_path,
+        files_gib=files_gib,
+        tracer=None if otlp_endpoint is None else Tracer.to_collector(otlp_endpoint),
+    )
+    if dry_run:
+        with listener, contextlib.closing(EngineService(config)) as service:
+            click.echo(f"{service.report}\nwould serve {service.model.name} at {where}/v1")
+        return
     failures: list[HotsetError] = []
 
-    def on_ready(service: "EngineService") -> None:
+    def on_ready(service: EngineService) -> None:
         click.echo(f"{service.report}\nserving {service.model.name} at {where}/v1", err=True)
+        click.echo(
+            f"status page: {where}/   API: {where}/docs   metrics: {where}/metrics", err=True
+        )
 
     def on_failure(error: HotsetError) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(config, on_ready=on_ready, on_failure=on_failure)
-    server = uvicorn.Server(
+    api = Api(config, server_config, on_ready=on_ready, on_failure=on_failure)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if not self.should_exit:
+                api.drain()
+                open_requests = api.gate.counts.open
+                click.echo(f"stopping; {open_requests} requests have {drain_s} s", err=True)
+            super().handle_exit(sig, frame)
+
+    server = Server(
         uvicorn.Config(
-            app, log_level="warning", lifespan="on", timeout_graceful_shutdown=_SHUTDOWN_S
+            api,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=drain_s,
         )
     )
+    _raise_file_limit()
     click.echo(f"listening at {where}; loading the model", err=True)
     with listener:
         server.run(sockets=[listener])
@@ -67,6 +223,21 @@ def command(host: str, port: int, config: EngineConfig) -> None:
         sys.exit(1)  # it has said why
 
 
+def _require_keys(host: str, keys: "Keys") -> None:
+    """Anybody who can reach the server may use it, unless there are keys."""
+    if keys or host.lower() == "localhost":
+        return
+    try:
+        if ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+            return
+    except ValueError:
+        pass  # a name: it may be anything
+    raise ConfigError(
+        f"host {host} can be reached from other machines, which needs API keys; give --api-keys "
+        "FILE or HOTSET_API_KEYS=NAME:KEY, or listen on 127.0.0.1"
+    )
+
+
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -74,7 +245,7 @@ def _listen(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))
-            listener.listen(1024)
+            listener.listen(_BACKLOG)
         except OSError:
             listener.close()
             raise
@@ -84,6 +255,14 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port}: {reason}; choose another --host or --port"
         ) from error
     return listener
+
+
+def _raise_file_limit() -> None:
+    """A connection is an open file, and 1,024 are soon used up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _printable(listener: socket.socket) -> str:

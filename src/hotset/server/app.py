@@ -4,276 +4,421 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
 
-from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hotset.config import EngineConfig
-from hotset.engine.completion import Completion
-from hotset.engine.service import EngineService, OutputStream
+from hotset.engine.service import EngineService
 from hotset.errors import EngineError, HotsetError, RequestError
 from hotset.model.prompt import PromptEncoder
+from hotset.server import metrics, openapi
+from hotset.server.admission import Admission
+from hotset.server.batches import BatchRunner
+from hotset.server.errors import ApiError
+from hotset.server.files import FileStore
+from hotset.server.gate import Gate
+from hotset.server.generate import generate
+from hotset.server.keys import Keys, Tenant
+from hotset.server.limits import Limits
 from hotset.server.schemas import (
+    BatchRequest,
     ChatRequest,
+    DetokenizeRequest,
     GenerationRequest,
     Json,
     TextRequest,
-    error_body,
+    TokenizeRequest,
     parse_body,
-    response_body,
-    usage_body,
 )
+from hotset.server.status import StatusBoard
+from hotset.server.tracing import Tracer
 
-T = TypeVar("T")
-
-
-class Backend:
-    """The engine behind the server: loading, ready, or failed."""
-
-    def __init__(self) -> None:
-        self.service: EngineService | None = None
-        self.encoder: PromptEncoder | None = None
-        self.started_s = int(time.time())
-
-    def load(self, config: EngineConfig) -> None:
-        """Load the model and start the engine; blocks until it is ready."""
-        service = EngineService(config)
-        try:
-            self.encoder = PromptEncoder(service.model)
-        except BaseException:
-            service.close()
-            raise
-        self.service = service
-
-    def ready(self) -> tuple[EngineService, PromptEncoder]:
-        """The parts, once loaded; raises EngineError before that and after a failure."""
-        if self.service is None or self.encoder is None:
-            raise EngineError("the model is still being loaded; try again soon")
-        self.service.raise_unless_healthy()
-        return self.service, self.encoder
+_FORM_OVERHEAD_BYTES = 64 * 1024
+_PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; img-src data:; frame-ancestors 'none'",
+}
 
 
-def create_app(
-    config: EngineConfig,
-    *,
-    on_ready: Callable[[EngineService], None] = lambda service: None,
-    on_failure: Callable[[HotsetError], None] = lambda error: None,
-) -> Starlette:
-    """The application. It loads the model in the background once it is started.
+@dataclass(slots=True)
+class ServerConfig:
+    """How requests are taken; what the engine is like is `EngineConfig`'s.
+
+    Attributes:
+        keys: who may ask; none is anybody.
+        host_names: by which the server may be called; None is any.
+        limits: of a request.
+        files_path: folder for uploaded files and batches; None offers neither.
+        files_gib: most that one tenant's files may take.
+        tracer: gets a span of each request; None is no traces.
+    """
+
+    keys: Keys = field(default_factory=Keys)
+    host_names: Collection[str] | None = None
+    limits: Limits = field(default_factory=Limits)
+    files_path: Path | None = None
+    files_gib: float = 4.0
+    tracer: Tracer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What answers requests once the model is loaded."""
+
+    service: EngineService
+    admission: Admission
+    board: StatusBoard
+    store: FileStore | None
+    batches: BatchRunner | None
+
+
+class Api:
+    """The server's endpoints, an ASGI application. Loads the model once it is started.
 
     Args:
-        config: of the engine.
+        engine_config: of the engine.
+        config: of the server.
         on_ready: called in the event loop when requests are served.
         on_failure: called in the event loop when the model cannot be loaded.
     """
-    backend = Backend()
 
-    async def load() -> None:
-        try:
-            await asyncio.to_thread(backend.load, config)
-        except HotsetError as error:
-            on_failure(error)
-        else:
-            assert backend.service is not None
-            on_ready(backend.service)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        loading = asyncio.create_task(load())
-        yield
-        await loading  # a thread cannot be stopped on its way
-        if backend.service is not None:
-            await asyncio.to_thread(backend.service.close)
-
-    app = Starlette(
-        routes=[
-            Route("/v1/chat/completions", _chat_completions, methods=["POST"]),
-            Route("/v1/completions", _completions, methods=["POST"]),
-            Route("/v1/models", _models, methods=["GET"]),
-            Route("/health", _health, methods=["GET"]),
-        ],
-        exception_handlers={
-            RequestError: _refused,
-            EngineError: _unavailable,
-            ClientDisconnect: _gone,
-            404: _not_found,
-            405: _not_found,
-        },
-        lifespan=lifespan,
-    )
-    app.state.backend = backend
-    return app
-
-
-async def _chat_completions(request: Request) -> Response:
-    return await _generate(request, ChatRequest)
-
-
-async def _completions(request: Request) -> Response:
-    return await _generate(request, TextRequest)
-
-
-async def _models(request: Request) -> Response:
-    backend: Backend = request.app.state.backend
-    service, _ = backend.ready()
-    model = {
-        "id": service.model.name,
-        "object": "model",
-        "created": backend.started_s,
-        "owned_by": "hotset",
-        "max_model_len": service.max_model_len,
-    }
-    return JSONResponse({"object": "list", "data": [model]})
-
-
-async def _health(request: Request) -> Response:
-    backend: Backend = request.app.state.backend
-    backend.ready()  # or 503
-    return JSONResponse({"status": "ok"})
-
-
-async def _generate(request: Request, kind: type[GenerationRequest]) -> Response:
-    backend: Backend = request.app.state.backend
-    service, encoder = backend.ready()
-    try:
-        data = json.loads(await request.body())
-    except ValueError as error:  # not UTF-8 is one too
-        raise RequestError(f"the body is not JSON: {error}") from error
-    body = parse_body(kind, data)
-    name = service.model.name
-    if body.model not in (None, name):
-        message = f"model {body.model!r} is not served here; {name!r} is"
-        return JSONResponse(error_body(message, code="model_not_found"), 404)
-    # Encoding a long prompt or compiling a schema would hold up the other clients.
-    streams = await asyncio.to_thread(submit, service, encoder, body)
-    request_id = streams[0].request_id
-    if body.stream:
-        return _EventStream(_events(body, streams[0], name, encoder), streams)
-    completions = await _unless_disconnected(request, _gather(streams, body.n), streams)
-    failed = next((completion for completion in completions if completion.failed), None)
-    if failed is not None:
-        service.raise_unless_healthy()
-        return JSONResponse(error_body(failed.error or "", "server_error"), 500)
-    return JSONResponse(response_body(body, request_id, name, completions, encoder))
-
-
-def submit(
-    service: EngineService, encoder: PromptEncoder, body: GenerationRequest
-) -> list[OutputStream]:
-    """Queue each prompt of a request: all of them or, with RequestError, none."""
-    params = body.params()
-    prompts = body.prompts(encoder)
-    if body.stream and len(prompts) > 1:
-        raise RequestError("a stream has one prompt; send one request for each, or do not stream")
-    streams: list[OutputStream] = []
-    try:
-        for token_ids in prompts:
-            streams.append(service.submit(token_ids, params, salt=body.cache_salt.encode()))
-    except HotsetError:
-        for stream in streams:
-            stream.abort()
-        raise
-    return streams
-
-
-async def _gather(streams: list[OutputStream], n: int) -> list[Completion]:
-    gathered = []
-    for stream in streams:
-        completions = [Completion(index=i) for i in range(n)]
-        async for output in stream:
-            completions[output.index].add(output)
-        gathered += completions
-    return gathered
-
-
-async def _unless_disconnected(
-    request: Request, work: Coroutine[Any, Any, T], streams: list[OutputStream]
-) -> T:
-    """Wait for `work`; raises ClientDisconnect, with the streams aborted, if nobody does."""
-
-    async def disconnect() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = asyncio.create_task(work), asyncio.create_task(disconnect())
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            return tasks[0].result()
-        raise ClientDisconnect
-    finally:
-        for task in tasks:
-            task.cancel()
-        for stream in streams:
-            stream.abort()
-
-
-async def _events(
-    body: GenerationRequest, stream: OutputStream, model: str, encoder: PromptEncoder
-) -> AsyncIterator[str]:
-    """Server-sent events of one request."""
-    completions = [Completion(index=i) for i in range(body.n)]
-    head = {
-        "id": f"{body.id_prefix}-{stream.request_id}",
-        "object": body.chunk_name,
-        "created": int(time.time()),
-        "model": model,
-    }
-    # Where usage was asked for, the chunks before it say that they have none.
-    usage = {"usage": None} if body.stream_options.include_usage else {}
-    started = set()
-    async for output in stream:
-        if output.error is not None:
-            yield _event(error_body(output.error, "server_error"))
-            return
-        completions[output.index].add(output)
-        is_first = output.index not in started
-        if output.text or output.finish_reason or is_first or output.logprobs:
-            started.add(output.index)
-            choice = body.chunk_choice(output, encoder, is_first=is_first)
-            yield _event({**head, "choices": [choice], **usage})
-    if body.stream_options.include_usage:
-        yield _event({**head, "choices": [], "usage": usage_body(completions, 1)})
-    yield "data: [DONE]\n\n"
-
-
-def _event(data: Json) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
-class _EventStream(StreamingResponse):
-    """A response that aborts its requests however it ends, also before its first byte."""
-
-    def __init__(self, events: AsyncIterator[str], streams: list[OutputStream]) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self.headers["Cache-Control"] = "no-cache"
-        self._streams = streams
+    def __init__(
+        self,
+        engine_config: EngineConfig,
+        config: ServerConfig,
+        *,
+        on_ready: Callable[[EngineService], None] = lambda service: None,
+        on_failure: Callable[[HotsetError], None] = lambda error: None,
+    ) -> None:
+        self._engine_config = engine_config
+        self._config = config
+        self._on_ready = on_ready
+        self._on_failure = on_failure
+        self._parts: _Parts | None = None
+        self._started_s = int(time.time())
+        self._is_draining = False
+        self._store = None
+        if config.files_path is not None:
+            self._store = FileStore(
+                config.files_path, max_tenant_bytes=int(config.files_gib * 2**30)
+            )
+        self._router = Router(
+            [
+                Route("/v1/chat/completions", self._chat_completions, methods=["POST"]),
+                Route("/v1/completions", self._completions, methods=["POST"]),
+                Route("/v1/models", self._models, methods=["GET"]),
+                Route("/v1/models/{model:path}", self._model, methods=["GET"]),
+                Route("/v1/files", self._add_file, methods=["POST"]),
+                Route("/v1/files", self._list_files, methods=["GET"]),
+                Route("/v1/files/{file_id}", self._file, methods=["GET"]),
+                Route("/v1/files/{file_id}", self._delete_file, methods=["DELETE"]),
+                Route("/v1/files/{file_id}/content", self._file_content, methods=["GET"]),
+                Route("/v1/batches", self._add_batch, methods=["POST"]),
+                Route("/v1/batches", self._list_batches, methods=["GET"]),
+                Route("/v1/batches/{batch_id}", self._batch, methods=["GET"]),
+                Route("/v1/batches/{batch_id}/cancel", self._cancel_batch, methods=["POST"]),
+                Route("/tokenize", self._tokenize, methods=["POST"]),
+                Route("/detokenize", self._detokenize, methods=["POST"]),
+                Route("/health", self._health, methods=["GET"]),
+                Route("/metrics", self._metrics, methods=["GET"]),
+                Route("/status.json", self._status, methods=["GET"]),
+                Route("/openapi.json", self._openapi, methods=["GET"]),
+                Route("/docs", self._docs, methods=["GET"]),
+                Route("/", self._status_page, methods=["GET"]),
+            ],
+            redirect_slashes=False,
+            default=_no_route,
+            lifespan=self._lifespan,
+        )
+        self.gate = Gate(
+            self._route, keys=config.keys, host_names=config.host_names, tracer=config.tracer
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        await self.gate(scope, receive, send)
+
+    def drain(self) -> None:
+        """Take no more requests; those that run go on. May be called from a signal handler."""
+        self._is_draining = True
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self  # lets the router raise what `Gate` answers, as 405
+        await self._router(scope, receive, send)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: object) -> AsyncIterator[None]:
+        loading = asyncio.create_task(self._load())
+        yield
+        await loading  # a thread cannot be stopped on its way
+        parts, self._parts = self._parts, None
+        if parts is not None:
+            self._sampling.cancel()
+            if parts.batches is not None:
+                closing = asyncio.create_task(parts.batches.close())
+                await asyncio.sleep(0)  # the threads are told to stop before the engine is gone
+            await asyncio.to_thread(parts.service.close)
+            if parts.batches is not None:
+                await closing
+        if self._config.tracer is not None:
+            await asyncio.to_thread(self._config.tracer.close)
+
+    async def _load(self) -> None:
+        def build() -> tuple[EngineService, PromptEncoder]:
+            service = EngineService(self._engine_config)
+            try:
+                return service, PromptEncoder(service.model)
+            except BaseException:
+                service.close()
+                raise
+
         try:
-            await super().__call__(scope, receive, send)
-        finally:
-            for stream in self._streams:
-                stream.abort()
+            service, encoder = await asyncio.to_thread(build)
+        except HotsetError as error:
+            self._on_failure(error)
+            return
+        admission = Admission(service, encoder, self._config.limits)
+        batches = None
+        if self._store is not None:
+            batches = BatchRunner(self._store, admission)
+            batches.resume()
+        board = StatusBoard(service)
+        self._sampling = asyncio.create_task(board.run())
+        self._parts = _Parts(service, admission, board, self._store, batches)
+        self._on_ready(service)
+
+    def _ready(self) -> _Parts:
+        """The parts, once loaded; raises EngineError before that and after a failure."""
+        if self._is_draining:
+            raise EngineError("the server is shutting down")
+        if self._parts is None:
+            raise EngineError("the model is still being loaded; try again soon")
+        self._parts.service.raise_unless_healthy()
+        return self._parts
+
+    # Generation.
+
+    async def _chat_completions(self, request: Request) -> ASGIApp:
+        return await self._generate(request, ChatRequest)
+
+    async def _completions(self, request: Request) -> ASGIApp:
+        return await self._generate(request, TextRequest)
+
+    async def _generate(self, request: Request, kind: type[GenerationRequest]) -> ASGIApp:
+        parts = self._ready()
+        body = parse_body(kind, await self._json(request))
+        facts = request.scope["facts"]
+        facts["model"] = parts.service.model.name
+        return await generate(request, body, parts.admission, _tenant(request), facts)
+
+    async def _tokenize(self, request: Request) -> Response:
+        parts = self._ready()
+        body = parse_body(TokenizeRequest, await self._json(request))
+        parts.admission.check_model(body.model)
+        ids = await asyncio.to_thread(body.token_ids, parts.admission.encoder)
+        return JSONResponse(
+            {"count": len(ids), "max_model_len": parts.service.max_model_len, "tokens": ids}
+        )
+
+    async def _detokenize(self, request: Request) -> Response:
+        parts = self._ready()
+        body = parse_body(DetokenizeRequest, await self._json(request))
+        parts.admission.check_model(body.model)
+        return JSONResponse({"prompt": parts.admission.encoder.decode(body.tokens, True)})
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model_body()]})
+
+    async def _model(self, request: Request) -> Response:
+        self._ready().admission.check_model(request.path_params["model"])
+        return JSONResponse(self._model_body())
+
+    def _model_body(self) -> Json:
+        service = self._ready().service
+        return {
+            "id": service.model.name,
+            "object": "model",
+            "created": self._started_s,
+            "owned_by": "hotset",
+            "max_model_len": service.max_model_len,
+        }
+
+    # Files and batches.
+
+    async def _add_file(self, request: Request) -> Response:
+        store, _ = self._files()
+        most = self._config.limits.max_file_bytes + _FORM_OVERHEAD_BYTES
+        if int(request.headers.get("content-length") or 0) > most:
+            raise ApiError(413, f"the file is larger than the {most} bytes that are allowed")
+        bounded = Request(request.scope, _bounded(request.receive, most))
+        try:
+            async with bounded.form(max_files=1, max_fields=8) as form:
+                upload, purpose = form.get("file"), form.get("purpose")
+                if not isinstance(upload, UploadFile):
+                    raise RequestError("file is missing; expected a file in a multipart form")
+                if purpose != "batch":
+                    raise RequestError(f"purpose is {purpose!r}; expected 'batch'")
+                entry = await asyncio.to_thread(
+                    store.add,
+                    _tenant(request).name,
+                    upload.file,
+                    filename=upload.filename or "upload.jsonl",
+                    purpose=purpose,
+                )
+        except HTTPException as error:  # no form, or a broken one
+            raise RequestError(f"the form cannot be read: {error.detail}") from error
+        return JSONResponse(entry)
+
+    async def _list_files(self, request: Request) -> Response:
+        store, _ = self._files()
+        return _page(request, store.list(_tenant(request).name, "file"))
+
+    async def _file(self, request: Request) -> Response:
+        store, _ = self._files()
+        return JSONResponse(store.get(_tenant(request).name, request.path_params["file_id"]))
+
+    async def _delete_file(self, request: Request) -> Response:
+        store, _ = self._files()
+        file_id = request.path_params["file_id"]
+        store.delete(_tenant(request).name, file_id)
+        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+    async def _file_content(self, request: Request) -> Response:
+        store, _ = self._files()
+        tenant, file_id = _tenant(request).name, request.path_params["file_id"]
+        store.get(tenant, file_id)  # or 404
+        path = store.data_path(tenant, file_id)
+        return FileResponse(path, media_type="application/octet-stream")
+
+    async def _add_batch(self, request: Request) -> Response:
+        _, batches = self._files()
+        body = parse_body(BatchRequest, await self._json(request))
+        return JSONResponse(batches.create(_tenant(request).name, body))
+
+    async def _list_batches(self, request: Request) -> Response:
+        store, _ = self._files()
+        return _page(request, store.list(_tenant(request).name, "batch"))
+
+    async def _batch(self, request: Request) -> Response:
+        store, _ = self._files()
+        return JSONResponse(store.get(_tenant(request).name, request.path_params["batch_id"]))
+
+    async def _cancel_batch(self, request: Request) -> Response:
+        _, batches = self._files()
+        return JSONResponse(batches.cancel(_tenant(request).name, request.path_params["batch_id"]))
+
+    def _files(self) -> tuple[FileStore, BatchRunner]:
+        parts = self._ready()
+        if parts.store is None or parts.batches is None:
+            raise ApiError(404, "files and batches are switched off on this server")
+        return parts.store, parts.batches
+
+    # For those who run the server.
+
+    async def _health(self, request: Request) -> Response:
+        self._ready()  # or 503
+        return JSONResponse({"status": "ok"})
+
+    async def _metrics(self, request: Request) -> Response:
+        parts = self._ready()
+        status = await parts.board.look()
+        accept = request.headers.get("accept", "")
+        content, kind = metrics.exposition(parts.service, status, self.gate.counts, accept)
+        return Response(content, headers={"Content-Type": kind})
+
+    async def _status(self, request: Request) -> Response:
+        parts = self._ready()
+        return JSONResponse(await parts.board.body())
+
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(_openapi_document())
+
+    async def _docs(self, request: Request) -> Response:
+        return _static("docs.html")
+
+    async def _status_page(self, request: Request) -> Response:
+        return _static("status.html")
+
+    async def _json(self, request: Request) -> Any:
+        """The body as JSON. Raises ApiError (413): it is too long; RequestError: it is none."""
+        most = self._config.limits.max_body_bytes
+        too_long = ApiError(413, f"the body is larger than the {most} bytes that are allowed")
+        if int(request.headers.get("content-length") or 0) > most:
+            raise too_long
+        content = bytearray()
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > most:
+                raise too_long
+        try:
+            return json.loads(content)
+        except ValueError as error:  # not UTF-8 is one too
+            raise RequestError(f"the body is not JSON: {error}") from error
+        except RecursionError as error:
+            raise RequestError("the body is nested too deeply") from error
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    return JSONResponse(error_body(str(error)), 400)
+def _tenant(request: Request) -> Tenant:
+    tenant: Tenant = request.scope["tenant"]
+    return tenant
 
 
-async def _unavailable(request: Request, error: Exception) -> Response:
-    return JSONResponse(error_body(str(error), "server_error"), 503, {"Retry-After": "1"})
+def _page(request: Request, entries: list[Json]) -> Response:
+    """A part of a list, as `limit` and `after` ask for."""
+    limit = request.query_params.get("limit", "100")
+    if not (limit.isascii() and limit.isdigit() and 1 <= len(limit) <= 5 and int(limit)):
+        raise RequestError(f"limit is {limit!r}; expected a number from 1 to 99999")
+    after = request.query_params.get("after")
+    ids = [entry["id"] for entry in entries]
+    start = ids.index(after) + 1 if after in ids else 0
+    part = entries[start : start + int(limit)]
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": part,
+            "first_id": part[0]["id"] if part else None,
+            "last_id": part[-1]["id"] if part else None,
+            "has_more": start + len(part) < len(entries),
+        }
+    )
 
 
-async def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+def _bounded(receive: Receive, most: int) -> Receive:
+    """Receive no more than `most` bytes of a body. Raises ApiError (413)."""
+    seen = 0
+
+    async def bounded() -> Any:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > most:
+            raise ApiError(413, f"the file is larger than the {most} bytes that are allowed")
+        return message
+
+    return bounded
 
 
-async def _not_found(request: Request, error: Exception) -> Response:
-    status: int = getattr(error, "status_code", 404)
-    return JSONResponse(error_body(f"there is no {request.method} {request.url.path}"), status)
+async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
+    raise ApiError(404, f"there is no {scope['method']} {scope['path']}", code="not_found")
+
+
+@cache
+def _openapi_document() -> Json:
+    return openapi.document()
+
+
+def _static(name: str) -> Response:
+    text = package_files("hotset.server").joinpath("static", name).read_text()
+    return Response(text, media_type="text/html", headers=_PAGE_HEADERS)

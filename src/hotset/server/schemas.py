@@ -1,24 +1,21 @@
-"""Requests and responses of the OpenAI API, as far as hotset has them; no HTTP."""
+"""Requests of the OpenAI API, as far as hotset has them, and of its neighbours; no HTTP."""
 
-import time
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hotset.engine.completion import Completion
 from hotset.errors import RequestError
 from hotset.model.prompt import PromptEncoder
-from hotset.request import RequestOutput, SamplingParams, TokenLogprob
-
-# JSON has no -Infinity.
-_LEAST_LOGPROB = -9999.0
+from hotset.model.tool_calls import forced_schema
+from hotset.request import SamplingParams
 
 Json = dict[str, Any]
-Body = TypeVar("Body", bound="GenerationRequest")
+Body = TypeVar("Body", bound="Part")
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """A JSON object of a request. Unknown fields are refused; null is the same as absent."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
@@ -29,13 +26,14 @@ class _Part(BaseModel):
         return data
 
 
-class StreamOptions(_Part):
+class StreamOptions(Part):
     """What a stream carries beside the text."""
 
     include_usage: bool = False
+    include_obfuscation: bool = False  # of no effect: there is none
 
 
-class JsonSchemaFormat(_Part):
+class JsonSchemaFormat(Part):
     """A named JSON schema."""
 
     name: str = ""
@@ -44,7 +42,7 @@ class JsonSchemaFormat(_Part):
     schema_: Json = Field(default_factory=dict, alias="schema")
 
 
-class ResponseFormat(_Part):
+class ResponseFormat(Part):
     """What form the output must have."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -59,12 +57,41 @@ class ResponseFormat(_Part):
         return {"type": "object"} if self.type == "json_object" else None
 
 
-class GenerationRequest(_Part):
+class Function(Part):
+    """A function the model may call."""
+
+    name: str = Field(min_length=1, max_length=64)
+    description: str = ""
+    parameters: Json | None = None
+    strict: bool = False
+
+
+class Tool(Part):
+    """A tool; functions are the only kind."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Part):
+    """The function to call."""
+
+    name: str
+
+
+class NamedTool(Part):
+    """The tool to call."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class GenerationRequest(Part):
     """What both kinds of completion have in common.
 
-    A field that is not here is refused, so that none is ignored that would change the answer;
-    null is the same as absent. Beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`,
-    `stop_token_ids`, `ignore_eos` and `cache_salt`, as vLLM has them.
+    A field that is not here is refused, so that none is ignored that would change the answer.
+    Beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos` and
+    `cache_salt`, as vLLM has them, and `timeout_s`.
     """
 
     object_name: ClassVar[str]
@@ -89,16 +116,18 @@ class GenerationRequest(_Part):
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     cache_salt: str = ""
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    logit_bias: dict[str, float] = Field(default_factory=dict, max_length=0)
     # Accepted, and of no effect on the answer.
     user: str | None = None
     metadata: Json | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     def params(self) -> SamplingParams:
         """The sampling parameters asked for. Raises RequestError where they cannot work."""
-        response_format = self.response_format
         return SamplingParams(
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -114,25 +143,24 @@ class GenerationRequest(_Part):
             ignore_eos=self.ignore_eos,
             n=self.n,
             logprobs=self.num_logprobs(),
-            json_schema=None if response_format is None else response_format.schema_to_follow(),
+            json_schema=self.schema_to_follow(),
         )
 
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens are asked for at each place; None is no logprobs."""
         raise NotImplementedError
 
+    def schema_to_follow(self) -> Json | None:
+        """The JSON schema the output must fit, if there is one."""
+        return None if self.response_format is None else self.response_format.schema_to_follow()
+
+    def schemas(self) -> list[Json]:
+        """The JSON schemas of the request as its sender wrote them."""
+        schema = self.schema_to_follow()
+        return [] if schema is None else [schema]
+
     def prompts(self, encoder: PromptEncoder) -> list[list[int]]:
         """Token ids of each prompt. Raises RequestError where one cannot be encoded."""
-        raise NotImplementedError
-
-    def choice(self, index: int, completion: Completion, encoder: PromptEncoder) -> Json:
-        """One entry of `choices` in a whole response."""
-        raise NotImplementedError
-
-    def chunk_choice(
-        self, output: RequestOutput, encoder: PromptEncoder, *, is_first: bool
-    ) -> Json:
-        """One entry of `choices` in a chunk of a stream."""
         raise NotImplementedError
 
 
@@ -147,6 +175,11 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
+    tools: list[Tool] = Field(default_factory=list)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: str | None = None
+    chat_template_kwargs: Json = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _newer_name_of_max_tokens(self) -> "ChatRequest":
@@ -154,60 +187,57 @@ class ChatRequest(GenerationRequest):
             self.max_tokens = self.max_completion_tokens
         return self
 
+    @property
+    def reads_tools(self) -> bool:
+        """Whether the output may have calls in it."""
+        free = self.response_format is None or self.response_format.type == "text"
+        return bool(self.tools) and self.tool_choice in (None, "auto") and free
+
+    @property
+    def forces_tools(self) -> bool:
+        """Whether the output is made to be nothing but calls."""
+        return self.tool_choice == "required" or self.forced_name is not None
+
+    @property
+    def forced_name(self) -> str | None:
+        """The one tool to call, where the request names it."""
+        chosen = self.tool_choice
+        return chosen.function.name if isinstance(chosen, NamedTool) else None
+
     def num_logprobs(self) -> int | None:
         """`top_logprobs`, where `logprobs` is set."""
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true")
         return self.top_logprobs if self.logprobs else None
 
+    def schema_to_follow(self) -> Json | None:
+        """That of the calls, where they are forced; otherwise of `response_format`."""
+        if not self.forces_tools:
+            return super().schema_to_follow()
+        if not self.tools:
+            raise RequestError("tool_choice asks for a call but there are no tools")
+        if super().schema_to_follow() is not None:
+            raise RequestError("tool_choice forces a call, so response_format cannot be followed")
+        functions = [tool.function.model_dump() for tool in self.tools]
+        return forced_schema(functions, name=self.forced_name, parallel=self.parallel_tool_calls)
+
+    def schemas(self) -> list[Json]:
+        """Of the response format and of the tools."""
+        return super().schemas() + [tool.function.parameters or {} for tool in self.tools]
+
     def prompts(self, encoder: PromptEncoder) -> list[list[int]]:
         """The one conversation, by the model's chat template."""
-        return [encoder.encode_chat(self.messages)]
-
-    def choice(self, index: int, completion: Completion, encoder: PromptEncoder) -> Json:
-        """A message."""
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "logprobs": self._logprobs(completion.logprobs, encoder),
-            "finish_reason": completion.finish_reason,
-        }
-
-    def chunk_choice(
-        self, output: RequestOutput, encoder: PromptEncoder, *, is_first: bool
-    ) -> Json:
-        """A part of a message; the first one names the role."""
-        delta = {"role": "assistant"} if is_first else {}
-        reason = output.finish_reason
-        return {
-            "index": output.index,
-            "delta": {**delta, "content": output.text},
-            "logprobs": self._logprobs(output.logprobs, encoder),
-            "finish_reason": None if reason is None else reason.value,
-        }
-
-    def _logprobs(self, entries: Sequence[TokenLogprob], encoder: PromptEncoder) -> Json | None:
-        if not self.logprobs:
-            return None
-
-        def entry(token_id: int, logprob: float) -> Json:
-            text = encoder.decode_token(token_id)
-            return {
-                "token": text,
-                "logprob": max(logprob, _LEAST_LOGPROB),
-                "bytes": list(text.encode()),
-            }
-
-        return {
-            "content": [
-                {
-                    **entry(one.token_id, one.logprob),
-                    "top_logprobs": [entry(*top) for top in one.top],
-                }
-                for one in entries
-            ],
-            "refusal": None,
-        }
+        tools = [] if self.tool_choice == "none" else self.tools
+        options = dict(self.chat_template_kwargs)
+        if self.reasoning_effort is not None:
+            options["reasoning_effort"] = self.reasoning_effort
+        return [
+            encoder.encode_chat(
+                self.messages,
+                tools=[tool.model_dump(exclude_defaults=True) for tool in tools],
+                template_options=options,
+            )
+        ]
 
 
 class TextRequest(GenerationRequest):
@@ -220,6 +250,16 @@ class TextRequest(GenerationRequest):
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = 16
     logprobs: int | None = None
+    echo: bool = False
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _what_is_not_there(self) -> "TextRequest":
+        if self.best_of not in (None, self.n):
+            raise ValueError(f"best_of is {self.best_of} and n is {self.n}; they must be the same")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs is not supported: prompts have no logprobs here")
+        return self
 
     def num_logprobs(self) -> int | None:
         """`logprobs`."""
@@ -236,38 +276,46 @@ class TextRequest(GenerationRequest):
             return [[token for token in prompt if isinstance(token, int)]]
         return [encoder.encode_text(p) if isinstance(p, str) else p for p in prompt]
 
-    def choice(self, index: int, completion: Completion, encoder: PromptEncoder) -> Json:
-        """A text."""
-        return {
-            "index": index,
-            "text": completion.text,
-            "logprobs": self._logprobs(completion.logprobs, encoder),
-            "finish_reason": completion.finish_reason,
-        }
+    def num_prompts(self) -> int:
+        """How many prompts there are."""
+        prompt = self.prompt
+        return (
+            1 if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else len(prompt)
+        )
 
-    def chunk_choice(
-        self, output: RequestOutput, encoder: PromptEncoder, *, is_first: bool
-    ) -> Json:
-        """A part of a text."""
-        reason = output.finish_reason
-        return {
-            "index": output.index,
-            "text": output.text,
-            "logprobs": self._logprobs(output.logprobs, encoder),
-            "finish_reason": None if reason is None else reason.value,
-        }
 
-    def _logprobs(self, entries: Sequence[TokenLogprob], encoder: PromptEncoder) -> Json | None:
-        if self.logprobs is None:
-            return None
-        return {
-            "tokens": [encoder.decode_token(one.token_id) for one in entries],
-            "token_logprobs": [max(one.logprob, _LEAST_LOGPROB) for one in entries],
-            "top_logprobs": [
-                {encoder.decode_token(t): max(logprob, _LEAST_LOGPROB) for t, logprob in one.top}
-                for one in entries
-            ],
-        }
+class TokenizeRequest(Part):
+    """Body of POST /tokenize: a text, or a chat by the model's template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Json] = Field(default_factory=list)
+    tools: list[Tool] = Field(default_factory=list)
+
+    def token_ids(self, encoder: PromptEncoder) -> list[int]:
+        """Of the text or the chat."""
+        if (self.prompt is None) == (not self.messages):
+            raise RequestError("give either a prompt or messages")
+        if self.prompt is not None:
+            return encoder.encode_text(self.prompt)
+        tools = [tool.model_dump(exclude_defaults=True) for tool in self.tools]
+        return encoder.encode_chat(self.messages, tools=tools)
+
+
+class DetokenizeRequest(Part):
+    """Body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class BatchRequest(Part):
+    """Body of POST /v1/batches."""
+
+    input_file_id: str
+    endpoint: Literal["/v1/chat/completions", "/v1/completions"]
+    completion_window: Literal["24h"] = "24h"
+    metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
 
 
 def parse_body(kind: type[Body], data: object) -> Body:
@@ -279,49 +327,12 @@ def parse_body(kind: type[Body], data: object) -> Body:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
+        if where == "logit_bias" and first["type"] == "too_long":
+            raise RequestError("logit_bias is not supported") from error
         if first["type"] == "extra_forbidden":
             raise RequestError(f"{where} is not supported") from error
         if first["type"] == "missing":
             raise RequestError(f"{where} is missing") from error
-        raise RequestError(f"{where}: {first['msg']}") from error
-
-
-def usage_body(completions: Sequence[Completion], num_prompts: int) -> Json:
-    """Token counts over the completions of `num_prompts` prompts, `n` for each, in order."""
-    n = len(completions) // num_prompts
-    prompt_tokens = sum(completion.prompt_tokens for completion in completions[::n])
-    completion_tokens = sum(len(completion.token_ids) for completion in completions)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {
-            "cached_tokens": sum(completion.cached_tokens for completion in completions[::n])
-        },
-    }
-
-
-def response_body(
-    request: GenerationRequest,
-    request_id: str,
-    model: str,
-    completions: Sequence[Completion],
-    encoder: PromptEncoder,
-) -> Json:
-    """The whole response; `completions` are `n` for each prompt, in order."""
-    return {
-        "id": f"{request.id_prefix}-{request_id}",
-        "object": request.object_name,
-        "created": int(time.time()),
-        "model": model,
-        "choices": [
-            request.choice(index, completion, encoder)
-            for index, completion in enumerate(completions)
-        ],
-        "usage": usage_body(completions, len(completions) // request.n),
-    }
-
-
-def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> Json:
-    """An error as the OpenAI API reports it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+        raise RequestError(f"{where}: {first['msg']}" if where else first["msg"]) from error
+    except RecursionError as error:
+        raise RequestError("the body is nested too deeply") from error

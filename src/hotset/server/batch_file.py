@@ -1,27 +1,26 @@
 """Run an OpenAI batch file: requests in, responses out, line by line, in the same order."""
 
 import fcntl
+import functools
 import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hotset.engine.completion import gather
-from hotset.engine.service import EngineService, OutputStream
+from hotset.engine.service import EngineService
 from hotset.errors import ConfigError, EngineError, RequestError
 from hotset.model.prompt import PromptEncoder
-from hotset.server.schemas import (
-    ChatRequest,
-    GenerationRequest,
-    Json,
-    TextRequest,
-    error_body,
-    parse_body,
-    response_body,
-)
+from hotset.request import FinishReason
+from hotset.server.admission import Admission, Admitted
+from hotset.server.errors import ApiError
+from hotset.server.keys import Tenant
+from hotset.server.limits import UNLIMITED
+from hotset.server.responses import error_body, response_body
+from hotset.server.schemas import ChatRequest, GenerationRequest, Json, TextRequest, parse_body
 
 _KINDS: dict[str, type[GenerationRequest]] = {
     "/v1/chat/completions": ChatRequest,
@@ -42,12 +41,12 @@ class BatchSummary:
 
 @dataclass(slots=True)
 class _Pending:
-    """A line in flight: its streams, or the record that is known already."""
+    """A line in flight: what the engine has of it, or the record that is known already."""
 
     custom_id: str | None
     record: Json | None = None
     request: GenerationRequest | None = None
-    streams: list[OutputStream] = field(default_factory=list)
+    admitted: Admitted | None = None
 
 
 class Batch:
@@ -88,6 +87,8 @@ class Batch:
         *,
         window: int,
         on_line: Callable[[BatchSummary], None] = lambda summary: None,
+        submit: Callable[[GenerationRequest], Admitted] | None = None,
+        is_stopped: Callable[[], bool] = lambda: False,
     ) -> BatchSummary:
         """Answer the lines that are left, with at most `window` of them in flight.
 
@@ -97,12 +98,16 @@ class Batch:
             service: the engine.
             window: many more than the engine runs at once keep it busy beside a slow first one.
             on_line: called after each line written.
+            submit: queues a line's request; None does so without any limit.
+            is_stopped: asked after each line whether to end early.
 
         Raises:
             EngineError: the engine has failed.
             ConfigError: the output cannot be written, as when the disk is full.
         """
-        encoder = PromptEncoder(service.model)
+        if submit is None:
+            admission = Admission(service, PromptEncoder(service.model), UNLIMITED)
+            submit = functools.partial(admission.submit, tenant=Tenant(), is_batch=True)
         summary = BatchSummary(skipped=self.num_done)
         seen: set[str] = set()
         in_flight: deque[_Pending] = deque()
@@ -111,33 +116,29 @@ class Batch:
                 pending = _parse(line, seen)
                 if position < self.num_done:
                     continue
+                if is_stopped():
+                    break
                 if pending.request is not None:
-                    _submit(pending, service, encoder)
+                    _submit(pending, submit)
                 in_flight.append(pending)
                 if len(in_flight) >= window:
-                    self._finish(in_flight.popleft(), service, encoder, summary)
+                    self._finish(in_flight.popleft(), service, summary)
                     on_line(summary)
-            while in_flight:
-                self._finish(in_flight.popleft(), service, encoder, summary)
+            while in_flight and not is_stopped():
+                self._finish(in_flight.popleft(), service, summary)
                 on_line(summary)
             os.fsync(self._target.fileno())
         finally:
             for pending in in_flight:
-                for stream in pending.streams:
-                    stream.abort()
+                if pending.admitted is not None:
+                    pending.admitted.abort()
         return summary
 
-    def _finish(
-        self,
-        pending: _Pending,
-        service: EngineService,
-        encoder: PromptEncoder,
-        summary: BatchSummary,
-    ) -> None:
+    def _finish(self, pending: _Pending, service: EngineService, summary: BatchSummary) -> None:
         """Wait for a line's answer and write it."""
         record = pending.record
         if record is None:
-            record = _answer(pending, service, encoder)
+            record = _answer(pending, service)
             usage = record["response"]["body"].get("usage", {})
             summary.prompt_tokens += usage.get("prompt_tokens", 0)
             summary.completion_tokens += usage.get("completion_tokens", 0)
@@ -226,36 +227,37 @@ def _parse(line: bytes, seen: set[str]) -> _Pending:
     return _Pending(custom_id, request=request)
 
 
-def _submit(pending: _Pending, service: EngineService, encoder: PromptEncoder) -> None:
+def _submit(pending: _Pending, submit: Callable[[GenerationRequest], Admitted]) -> None:
     """Queue a line's prompts; where they are refused, the line has its record."""
     assert pending.request is not None
     try:
-        params = pending.request.params()
-        salt = pending.request.cache_salt.encode()
-        for token_ids in pending.request.prompts(encoder):
-            pending.streams.append(service.submit(token_ids, params, salt=salt))
+        pending.admitted = submit(pending.request)
     except RequestError as error:
-        for stream in pending.streams:
-            stream.abort()
         pending.record = _request_error(pending.custom_id, 400, str(error))
+    except ApiError as error:
+        pending.record = _request_error(pending.custom_id, error.status, str(error))
 
 
-def _answer(pending: _Pending, service: EngineService, encoder: PromptEncoder) -> Json:
+def _answer(pending: _Pending, service: EngineService) -> Json:
     """Wait for a line's outputs; returns its record."""
-    request = pending.request
-    assert request is not None
-    completions = [one for stream in pending.streams for one in gather(stream, request.n)]
-    if any(completion.finish_reason == "abort" for completion in completions):
-        raise EngineError("the engine was closed")
-    failed = next((completion for completion in completions if completion.failed), None)
-    if failed is not None:
-        service.raise_unless_healthy()  # then it is no fault of the line's
-        return _request_error(pending.custom_id, 500, failed.error or "")
-    request_id = pending.streams[0].request_id
-    body = response_body(request, request_id, service.model.name, completions, encoder)
+    admitted = pending.admitted
+    assert admitted is not None
+    n = admitted.body.n
+    completions = [one for stream in admitted.streams for one in gather(stream, n)]
+    for one in completions:
+        if one.finish_reason == FinishReason.ABORT.value:
+            if one.error is None:
+                raise EngineError("the engine was closed")
+            return _request_error(pending.custom_id, 504, one.error)
+        if one.failed:
+            service.raise_unless_healthy()  # then it is no fault of the line's
+            return _request_error(pending.custom_id, 500, one.error or "")
+    body = response_body(
+        admitted.body, admitted.request_id, service.model.name, completions, admitted.writers
+    )
     return {
         "custom_id": pending.custom_id,
-        "response": {"status_code": 200, "request_id": request_id, "body": body},
+        "response": {"status_code": 200, "request_id": admitted.request_id, "body": body},
         "error": None,
     }
 
@@ -269,7 +271,7 @@ def _line_error(custom_id: str | None, code: str, message: str) -> Json:
 
 
 def _request_error(custom_id: str | None, status: int, message: str) -> Json:
-    kind = "invalid_request_error" if status == 400 else "server_error"
+    kind = "invalid_request_error" if status < 500 else "server_error"
     return {
         "custom_id": custom_id,
         "response": {

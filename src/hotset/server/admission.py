@@ -1,0 +1,94 @@
+"""From a request body to queued prompts: all of them or none."""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hotset.engine.service import EngineService, OutputStream
+from hotset.errors import HotsetError
+from hotset.model.prompt import PromptEncoder
+from hotset.server.errors import ApiError
+from hotset.server.keys import Tenant
+from hotset.server.limits import Limits
+from hotset.server.responses import Writer, make_writers
+from hotset.server.schemas import GenerationRequest
+
+BATCH_PRIORITY = 1  # after those somebody waits for
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request the engine has: a stream for each prompt, a writer for each output."""
+
+    body: GenerationRequest
+    request_id: str
+    streams: Sequence[OutputStream]
+    writers: Sequence[Writer]
+
+    def abort(self) -> None:
+        """Stop what has not ended."""
+        for stream in self.streams:
+            stream.abort()
+
+
+class Admission:
+    """Encodes requests, checks them against the limits and queues them. For any thread.
+
+    Args:
+        service: the engine.
+        encoder: of its model.
+        limits: of a request.
+    """
+
+    def __init__(self, service: EngineService, encoder: PromptEncoder, limits: Limits) -> None:
+        self.service = service
+        self.encoder = encoder
+        self.limits = limits
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError (404) where another model is asked for."""
+        served = self.service.model.name
+        if name not in (None, served):
+            message = f"model {name!r} is not served here; {served!r} is"
+            raise ApiError(404, message, code="model_not_found")
+
+    def submit(
+        self, body: GenerationRequest, tenant: Tenant, *, is_batch: bool = False
+    ) -> Admitted:
+        """Queue every prompt of a request. A batch's wait without bound, after all others.
+
+        Raises:
+            RequestError: it cannot be served; OverloadedError: too many wait; EngineError: the
+                engine is gone. Nothing is queued then.
+        """
+        limits = self.limits
+        limits.check(body)
+        params = body.params()
+        prompts = body.prompts(self.encoder)
+        for prompt in prompts:
+            limits.check_prompt(len(prompt))
+        request_id = uuid.uuid4().hex
+        timeout_s = None if is_batch else limits.request_timeout_s
+        if body.timeout_s is not None:
+            timeout_s = min(body.timeout_s, limits.request_timeout_s)
+        streams: list[OutputStream] = []
+        try:
+            for i, token_ids in enumerate(prompts):
+                streams.append(
+                    self.service.submit(
+                        token_ids,
+                        params,
+                        salt=tenant.salt(body.cache_salt),
+                        priority=BATCH_PRIORITY if is_batch else 0,
+                        request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}",
+                        tenant=tenant.name,
+                        timeout_s=timeout_s,
+                        queue_limit=None if is_batch else limits.max_queue,
+                    )
+                )
+        except HotsetError:
+            for stream in streams:
+                stream.abort()
+            raise
+        writers = make_writers(body, self.encoder, request_id, prompts)
+        return Admitted(body, request_id, streams, writers)

@@ -1,0 +1,218 @@
+"""The answer to a request for text: whole, or as server-sent events."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from hotset.engine.completion import Completion
+from hotset.errors import EngineError
+from hotset.request import FinishReason, RequestOutput
+from hotset.server.admission import Admission, Admitted
+from hotset.server.errors import ApiError
+from hotset.server.keys import Tenant
+from hotset.server.responses import error_body, response_body, usage_body
+from hotset.server.schemas import GenerationRequest, Json
+
+T = TypeVar("T")
+
+Facts = dict[str, Any]  # what the access log and the trace say of a request
+
+_SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # a proxy in between should not wait for more
+]
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+async def generate(
+    request: Request, body: GenerationRequest, admission: Admission, tenant: Tenant, facts: Facts
+) -> ASGIApp:
+    """Answer a request. Raises what `Tenant.request` and `Admission.submit` do."""
+    admission.check_model(body.model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tenant.request())
+        # Encoding a long prompt or compiling a schema would hold up the other clients.
+        admitted = await asyncio.to_thread(admission.submit, body, tenant)
+        stack.callback(admitted.abort)
+        facts["engine_id"] = admitted.request_id
+        tally = _Tally(admitted, tenant, facts)
+        stack.callback(tally.close)
+        model = admission.service.model.name
+        if body.stream:
+            # From here on the response holds the tenant's place and ends the request.
+            return _EventStream(_events(admitted, tally, model), admitted, stack.pop_all())
+        await _unless_disconnected(request, tally.read_all())
+        _raise_failure(tally.completions, admission)
+        return JSONResponse(
+            response_body(body, admitted.request_id, model, tally.completions, admitted.writers)
+        )
+
+
+class _Tally:
+    """Reads the outputs of a request and keeps count of them."""
+
+    def __init__(self, admitted: Admitted, tenant: Tenant, facts: Facts) -> None:
+        self._admitted = admitted
+        self._tenant = tenant
+        self._facts = facts
+        self._start_s = time.monotonic()
+        n = admitted.body.n
+        self.completions = [Completion(index=i) for i in range(n * len(admitted.streams))]
+
+    async def read_all(self) -> None:
+        """Read to the end."""
+        async for _ in self.read():
+            pass
+
+    async def read(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Each output with the index of its entry in `choices`."""
+        n = self._admitted.body.n
+        async for position, output in _merge(self._admitted):
+            if "ttft_ms" not in self._facts and output.token_ids:
+                self._facts["ttft_ms"] = round(1e3 * (time.monotonic() - self._start_s), 1)
+            index = position * n + output.index
+            self.completions[index].add(output)
+            yield index, output
+
+    def close(self) -> None:
+        """Say what it came to."""
+        usage = usage_body(self.completions, self._admitted.body.n)
+        self._tenant.charge(usage["total_tokens"])
+        self._facts["prompt_tokens"] = usage["prompt_tokens"]
+        self._facts["output_tokens"] = usage["completion_tokens"]
+        self._facts["cached_tokens"] = usage["prompt_tokens_details"]["cached_tokens"]
+        self._facts["finish"] = ",".join(
+            dict.fromkeys(one.finish_reason or "none" for one in self.completions)
+        )
+
+
+async def _merge(admitted: Admitted) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """The outputs of all prompts as they come, each with its prompt's position."""
+    if len(admitted.streams) == 1:
+        async for output in admitted.streams[0]:
+            yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput | None]] = asyncio.Queue()
+
+    async def read(position: int) -> None:
+        async for output in admitted.streams[position]:
+            queue.put_nowait((position, output))
+        queue.put_nowait((position, None))
+
+    tasks = [asyncio.create_task(read(i)) for i in range(len(admitted.streams))]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            position, one = await queue.get()
+            if one is None:
+                num_open -= 1
+            else:
+                yield position, one
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _raise_failure(completions: list[Completion], admission: Admission) -> None:
+    for one in completions:
+        if one.finish_reason == FinishReason.ABORT.value:
+            admission.service.raise_unless_healthy()
+            raise _timed_out(one.error) if one.error else EngineError("the request was stopped")
+        if one.failed:
+            admission.service.raise_unless_healthy()
+            raise ApiError(500, one.error or "", kind="server_error")
+
+
+def _timed_out(error: str) -> ApiError:
+    return ApiError(504, error, kind="timeout_error", code="request_timeout")
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Wait for `work`; cancels it and raises ClientDisconnect if nobody else does."""
+    tasks = asyncio.create_task(work), asyncio.create_task(_disconnect(request.receive))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise ClientDisconnect
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(admitted: Admitted, tally: _Tally, model: str) -> AsyncIterator[str]:
+    """Server-sent events of one request."""
+    body = admitted.body
+    head = {
+        "id": f"{body.id_prefix}-{admitted.request_id}",
+        "object": body.chunk_name,
+        "created": int(time.time()),
+        "model": model,
+    }
+    # The choice is all that changes from one chunk to the next.
+    start = f'data: {_JSON.encode(head)[:-1]},"choices":['
+    # Where usage was asked for, the chunks before it say that they have none.
+    end = '],"usage":null}\n\n' if body.stream_options.include_usage else "]}\n\n"
+    async for index, output in tally.read():
+        if output.finish_reason is FinishReason.ERROR:
+            yield _event(error_body(output.error or "", "server_error"))
+            return
+        if output.finish_reason is FinishReason.ABORT:
+            message = output.error or "the server is shutting down"
+            kind = "timeout_error" if output.error else "server_error"
+            yield _event(error_body(message, kind))
+            return
+        choice = admitted.writers[index].chunk(output)
+        if choice is not None:
+            yield f"{start}{_JSON.encode(choice)}{end}"
+    if body.stream_options.include_usage:
+        yield _event({**head, "choices": [], "usage": usage_body(tally.completions, body.n)})
+    yield "data: [DONE]\n\n"
+
+
+def _event(data: Json) -> str:
+    return f"data: {_JSON.encode(data)}\n\n"
+
+
+class _EventStream:
+    """A response that ends its request however it ends itself, also before its first byte."""
+
+    def __init__(
+        self, events: AsyncIterator[str], admitted: Admitted, stack: contextlib.ExitStack
+    ) -> None:
+        self._events = events
+        self._admitted = admitted
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events; a client that goes away ends the request at once."""
+
+        async def watch() -> None:
+            await _disconnect(receive)
+            self._admitted.abort()  # ends `_events`
+
+        with self._stack:
+            watcher = asyncio.create_task(watch())
+            try:
+                start = {"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS}
+                await send(start)
+                async for event in self._events:
+                    await send(
+                        {"type": "http.response.body", "body": event.encode(), "more_body": True}
+                    )
+                await send({"type": "http.response.body", "body": b""})
+            finally:
+                watcher.cancel()

@@ -1,0 +1,123 @@
+"""Bounds on what one HTTP request may ask for."""
+
+import math
+from dataclasses import dataclass, fields
+
+from hotset.errors import ConfigError, RequestError
+from hotset.server.schemas import GenerationRequest, Json, TextRequest
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much one request, and all that wait, may be. The engine's own bounds come on top.
+
+    Attributes:
+        max_body_mib: of a JSON body.
+        max_file_mib: of an uploaded file.
+        max_prompt_tokens: of one prompt; None is what the context holds.
+        max_tokens: to generate for one output; a request without `max_tokens` gets this many at
+            most. None is what the context holds.
+        max_n: outputs for one prompt.
+        max_prompts: in one text completion.
+        max_stop: stop strings, and as many stop tokens.
+        max_schema_kib, max_schema_depth: of a JSON schema.
+        max_queue: requests that wait for the engine; more are refused with 429.
+        request_timeout_s: the longest a request may take, queueing included.
+    """
+
+    max_body_mib: float = 4.0
+    max_file_mib: float = 200.0
+    max_prompt_tokens: int | None = None
+    max_tokens: int | None = None
+    max_n: int = 16
+    max_prompts: int = 128
+    max_stop: int = 16
+    max_schema_kib: float = 64.0
+    max_schema_depth: int = 32
+    max_queue: int = 1024
+    request_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{one.name} is {value}; expected more than 0")
+
+    @property
+    def max_body_bytes(self) -> int:
+        """`max_body_mib` in bytes."""
+        return int(self.max_body_mib * MIB)
+
+    @property
+    def max_file_bytes(self) -> int:
+        """`max_file_mib` in bytes."""
+        return int(self.max_file_mib * MIB)
+
+    def check(self, body: GenerationRequest) -> None:
+        """Raise RequestError where a request asks for more; sets a bound where it has none."""
+
+        def refuse(ok: bool, what: str, value: object, most: object) -> None:
+            if not ok:
+                raise RequestError(f"{what} is {value}; this server allows {most} at most")
+
+        refuse(body.n <= self.max_n, "n", body.n, self.max_n)
+        if self.max_tokens is not None:
+            if body.max_tokens is None:
+                body.max_tokens = self.max_tokens
+            refuse(
+                body.max_tokens <= self.max_tokens, "max_tokens", body.max_tokens, self.max_tokens
+            )
+        for stop in (body.stop, body.stop_token_ids):
+            if isinstance(stop, list):
+                refuse(len(stop) <= self.max_stop, "the number of stops", len(stop), self.max_stop)
+        if isinstance(body, TextRequest):
+            count = body.num_prompts()
+            refuse(count <= self.max_prompts, "the number of prompts", count, self.max_prompts)
+        for schema in body.schemas():
+            size, depth = measure(schema, most_depth=self.max_schema_depth)
+            deepest, most = self.max_schema_depth, self.max_schema_kib
+            refuse(depth <= deepest, "a schema's depth", f"over {deepest}", deepest)
+            refuse(size <= 1024 * most, "a schema's size", f"over {most} KiB", f"{most} KiB")
+
+    def check_prompt(self, num_tokens: int) -> None:
+        """Raise RequestError where a prompt is too long."""
+        if self.max_prompt_tokens is not None and num_tokens > self.max_prompt_tokens:
+            raise RequestError(
+                f"the prompt has {num_tokens} tokens; "
+                f"this server allows {self.max_prompt_tokens} at most"
+            )
+
+
+UNLIMITED = Limits(
+    max_body_mib=math.inf,
+    max_file_mib=math.inf,
+    max_n=2**31,
+    max_prompts=2**31,
+    max_stop=2**31,
+    max_schema_kib=math.inf,
+    max_schema_depth=64,
+    max_queue=2**31,
+    request_timeout_s=math.inf,
+)
+
+
+def measure(schema: Json, *, most_depth: int) -> tuple[int, int]:
+    """About how many bytes of JSON a schema is, and how deep; looks no deeper than needed."""
+    size, depth = 0, 0
+    level: list[object] = [schema]
+    while level and depth <= most_depth:
+        depth += 1
+        below: list[object] = []
+        for value in level:
+            if isinstance(value, dict):
+                size += 2 + sum(len(key) + 4 for key in value)
+                below += value.values()
+            elif isinstance(value, list):
+                size += 2 + len(value)
+                below += value
+            else:
+                size += len(value) + 2 if isinstance(value, str) else 5
+        level = below
+    return size, depth

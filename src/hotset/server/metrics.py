@@ -1,0 +1,180 @@
+"""`/metrics` for Prometheus: vLLM's names, with `hotset:` before them, and what tiers add."""
+
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from hotset.engine.latency import Histogram
+from hotset.engine.service import EngineService
+from hotset.engine.status import EngineStatus
+from hotset.server.gate import HttpCounts
+
+_HISTOGRAMS = {
+    "ttft": ("time_to_first_token_seconds", "From a request's arrival to its first token."),
+    "itl": ("inter_token_latency_seconds", "Gaps between the tokens of one output."),
+    "tpot": (
+        "request_time_per_output_token_seconds",
+        "A request's mean time per output token after the first.",
+    ),
+    "queue": ("request_queue_time_seconds", "From a request's arrival to its first step."),
+    "e2e": ("e2e_request_latency_seconds", "From a request's arrival to its end."),
+    "prompt_tokens": ("request_prompt_tokens", "Prompt tokens of a request."),
+    "output_tokens": ("request_generation_tokens", "Tokens generated for a request."),
+}
+
+
+def exposition(
+    service: EngineService, status: EngineStatus, http: HttpCounts, accept: str
+) -> tuple[bytes, str]:
+    """The page and its content type, in the format that `accept` asks for."""
+    registry = CollectorRegistry()
+    registry.register(_Snapshot(service, status, http))
+    ProcessCollector(registry=registry)
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
+
+
+class _Snapshot(Collector):
+    def __init__(self, service: EngineService, status: EngineStatus, http: HttpCounts) -> None:
+        self._service = service
+        self._status = status
+        self._http = http
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics, as of now."""
+        yield from self._requests()
+        yield from self._tiers()
+        for name, (metric, text) in _HISTOGRAMS.items():
+            yield _histogram(metric, text, getattr(self._service.latencies, name))
+
+    def _requests(self) -> Iterator[Metric]:
+        metrics, status = self._service.metrics, self._status
+        yield _gauge(
+            "num_requests_running",
+            "Requests in the engine's steps.",
+            status.num_moving + status.num_fetching,
+        )
+        yield _gauge("num_requests_waiting", "Requests not started yet.", status.num_waiting)
+        yield _gauge(
+            "num_requests_parked", "Preempted, their KV in a slower tier.", status.num_parked
+        )
+        yield _gauge("num_requests_fetching", "Running, waiting for their KV.", status.num_fetching)
+        yield _counter(
+            "prompt_tokens", "Prompt tokens of accepted requests.", metrics.prompt_tokens
+        )
+        yield _counter("generation_tokens", "Tokens generated.", metrics.output_tokens)
+        yield _counter(
+            "computed_tokens", "Tokens that went through the model.", metrics.computed_tokens
+        )
+        yield _counter("num_preemptions", "Requests preempted.", metrics.preemptions)
+        yield _counter("engine_steps", "Model steps.", metrics.steps)
+        yield _counter("engine_step_seconds", "Time in model steps.", metrics.step_s)
+        yield _labelled(
+            "request_success",
+            "Requests that ended, by finish reason.",
+            ("finished_reason",),
+            (((reason,), n) for reason, n in dict(metrics.requests_finished).items()),
+        )
+        yield _labelled(
+            "http_requests",
+            "HTTP requests answered.",
+            ("method", "path", "status"),
+            (
+                ((method, path, str(code)), n)
+                for (method, path, code), n in dict(self._http.requests).items()
+            ),
+        )
+        yield _gauge("http_requests_open", "HTTP requests being answered.", self._http.open)
+
+    def _tiers(self) -> Iterator[Metric]:
+        metrics, status = self._service.metrics, self._status
+        cached = dict(metrics.cached_tokens)
+        device = status.tiers[0]
+        held = sum(device.cells.count(state) for state in "hsad")
+        yield _gauge(
+            "kv_cache_usage_perc",
+            "Share of the device's KV blocks that requests hold, 0 to 1.",
+            held / max(1, len(device.cells)),
+        )
+        yield _counter("prefix_cache_queries", "Prompt tokens looked up.", metrics.prompt_tokens)
+        yield _counter("prefix_cache_hits", "Of these, found in any tier.", sum(cached.values()))
+        yield _labelled(
+            "cached_tokens",
+            "Tokens found instead of computed, by tier.",
+            ("tier",),
+            (((tier,), n) for tier, n in cached.items()),
+        )
+        for name, text in (("capacity", "Blocks a tier can hold."), ("used", "Blocks in use.")):
+            gauge = GaugeMetricFamily(f"hotset:tier_{name}_blocks", text, labels=["tier"])
+            for tier in status.tiers:
+                gauge.add_metric([tier.name], getattr(tier, name))
+            yield gauge
+        yield _labelled(
+            "moved_bytes",
+            "Bytes moved between tiers.",
+            ("source", "target"),
+            ((tuple(way.split(">")), n) for way, n in dict(metrics.moved_bytes).items()),
+        )
+        link = GaugeMetricFamily(
+            "hotset:link_bytes_per_second", "Measured rate to the device.", labels=["tier"]
+        )
+        for name, rate in status.link_bytes_per_s.items():
+            link.add_metric([name], rate)
+        yield link
+        fetched = sum(n for tier, n in cached.items() if tier != "device")
+        yield _labelled(
+            "prefix_decisions_tokens",
+            "Tokens found in a slower tier: fetched, or computed as that was cheaper.",
+            ("choice",),
+            ((("fetch",), fetched), (("recompute",), metrics.recompute_chosen_tokens)),
+        )
+        yield _counter(
+            "recomputed_tokens",
+            "Tokens computed again for the same request.",
+            metrics.recomputed_tokens,
+        )
+        yield _counter("spilled_blocks", "Blocks copied down.", metrics.spilled_blocks)
+        yield _counter("fetched_blocks", "Blocks copied up.", metrics.fetched_blocks)
+        yield _labelled(
+            "faults",
+            "What went wrong and was dealt with, by kind.",
+            ("kind",),
+            (((kind,), n) for kind, n in dict(metrics.faults).items()),
+        )
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"hotset:{name}", text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"hotset:{name}", text, value=value)
+
+
+def _labelled(
+    name: str,
+    text: str,
+    labels: tuple[str, ...],
+    values: Iterable[tuple[tuple[str, ...], float]],
+) -> Metric:
+    family = CounterMetricFamily(f"hotset:{name}", text, labels=labels)
+    for keys, value in values:
+        family.add_metric(keys, value)
+    return family
+
+
+def _histogram(name: str, text: str, values: Histogram) -> Metric:
+    bounds = [*map(floatToGoString, values.bounds), "+Inf"]
+    counts = list(accumulate(values.counts))
+    return HistogramMetricFamily(
+        f"hotset:{name}",
+        text,
+        buckets=list(zip(bounds, map(float, counts), strict=True)),
+        sum_value=values.sum,
+    )

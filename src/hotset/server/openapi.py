@@ -1,0 +1,173 @@
+"""The OpenAPI document, from the schemas the requests are checked by."""
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from hotset import __version__
+from hotset.server.schemas import (
+    BatchRequest,
+    ChatRequest,
+    DetokenizeRequest,
+    Json,
+    TextRequest,
+    TokenizeRequest,
+)
+
+_REF = "#/components/schemas/{model}"
+_OBJECT: Json = {"type": "object"}
+_TEXT: Json = {"text/plain": {"schema": {"type": "string"}}}
+_ERRORS = {
+    400: "The request cannot be served as asked; `error.message` says why.",
+    401: "The API key is missing or wrong.",
+    403: "The server is asked for by a name that is not its own.",
+    404: "There is no such model, file or batch.",
+    408: "The body did not come.",
+    409: "The state does not allow it.",
+    413: "The body is too large.",
+    429: "Too many requests, or a limit of the key; `Retry-After` says when to try again.",
+    500: "The model step failed.",
+    503: "Loading, shutting down, or failed.",
+    504: "Not done within the time it had.",
+}
+_FILE_ID: Json = {
+    "name": "file_id",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string", "pattern": "^file-[0-9a-f]{32}$"},
+}
+_BATCH_ID: Json = {**_FILE_ID, "name": "batch_id"}
+_BATCH_ID["schema"] = {"type": "string", "pattern": "^batch-[0-9a-f]{32}$"}
+_MODEL_ID: Json = {**_FILE_ID, "name": "model", "schema": {"type": "string", "minLength": 1}}
+
+
+def document() -> Json:
+    """The whole document."""
+    bodies: list[type[BaseModel]] = [
+        ChatRequest,
+        TextRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+        BatchRequest,
+    ]
+    _, schemas = models_json_schema([(body, "validation") for body in bodies], ref_template=_REF)
+    components = schemas["$defs"]
+    components["Error"] = {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["message", "type", "param", "code"],
+                "properties": {
+                    "message": {"type": "string"},
+                    "type": {"type": "string"},
+                    "param": {"type": ["string", "null"]},
+                    "code": {"type": ["string", "null"]},
+                },
+            }
+        },
+    }
+    upload = {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["file", "purpose"],
+                "properties": {
+                    "file": {"type": "string", "format": "binary"},
+                    "purpose": {"type": "string", "enum": ["batch"]},
+                },
+            }
+        }
+    }
+    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    lines = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    post, get = _post, _get
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "hotset",
+            "version": __version__,
+            "description": "The OpenAI API over a model whose memory is tiered. A field that is "
+            "not listed is refused, null is the same as absent.",
+        },
+        "paths": {
+            "/v1/chat/completions": {"post": post("Answer a chat", ChatRequest, extra=stream)},
+            "/v1/completions": {"post": post("Continue a text", TextRequest, extra=stream)},
+            "/v1/models": {"get": get("List the model", "models")},
+            "/v1/models/{model}": {"get": get("Describe the model", "models", [_MODEL_ID])},
+            "/tokenize": {"post": post("Token ids of a text or a chat", TokenizeRequest)},
+            "/detokenize": {"post": post("The text of token ids", DetokenizeRequest)},
+            "/v1/files": {
+                "get": get("List files", "files"),
+                "post": _operation("Upload a file", "files", body=upload),
+            },
+            "/v1/files/{file_id}": {
+                "get": get("Describe a file", "files", [_FILE_ID]),
+                "delete": _operation("Delete a file", "files", [_FILE_ID]),
+            },
+            "/v1/files/{file_id}/content": {
+                "get": _operation("Download a file", "files", [_FILE_ID], answer=lines)
+            },
+            "/v1/batches": {
+                "get": get("List batches", "batches"),
+                "post": post("Run a file of requests", BatchRequest, tag="batches"),
+            },
+            "/v1/batches/{batch_id}": {"get": get("Describe a batch", "batches", [_BATCH_ID])},
+            "/v1/batches/{batch_id}/cancel": {
+                "post": _operation("Stop a batch", "batches", [_BATCH_ID])
+            },
+            "/health": {"get": get("200 once requests are served, else 503", "server")},
+            "/status.json": {"get": get("What the status page shows", "server")},
+            "/metrics": {"get": _operation("Metrics for Prometheus", "server", answer=_TEXT)},
+        },
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}, {}],
+    }
+
+
+def _post(
+    summary: str, body: type[BaseModel], *, tag: str = "generation", extra: Json | None = None
+) -> Json:
+    schema = {"$ref": _REF.format(model=body.__name__)}
+    return _operation(
+        summary,
+        tag,
+        body={"application/json": {"schema": schema}},
+        answer={"application/json": {"schema": _OBJECT}, **(extra or {})},
+    )
+
+
+def _get(summary: str, tag: str, parameters: list[Json] | None = None) -> Json:
+    return _operation(summary, tag, parameters)
+
+
+def _operation(
+    summary: str,
+    tag: str,
+    parameters: list[Json] | None = None,
+    *,
+    body: Json | None = None,
+    answer: Json | None = None,
+) -> Json:
+    error = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
+    operation: Json = {
+        "summary": summary,
+        "tags": [tag],
+        "responses": {
+            "200": {
+                "description": "Done.",
+                "content": answer or {"application/json": {"schema": _OBJECT}},
+            },
+            **{
+                str(code): {"description": text, "content": error} for code, text in _ERRORS.items()
+            },
+        },
+    }
+    if parameters:
+        operation["parameters"] = parameters
+    if body:
+        operation["requestBody"] = {"required": True, "content": body}
+    return operation

@@ -1,0 +1,255 @@
+"""What the OpenAI API answers: whole bodies, and the chunks of a stream; no HTTP."""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from hotset.engine.completion import Completion
+from hotset.model.prompt import PromptEncoder
+from hotset.model.tool_calls import ToolCall, ToolCallParser, read_forced
+from hotset.request import FinishReason, RequestOutput, TokenLogprob, output_id
+from hotset.server.schemas import ChatRequest, GenerationRequest, Json, TextRequest
+
+# JSON has no -Infinity.
+_LEAST_LOGPROB = -9999.0
+
+
+class Writer(Protocol):
+    """Writes one entry of `choices`: in chunks, or whole. One for each output."""
+
+    def chunk(self, output: RequestOutput) -> Json | None:
+        """What a stream says of a step's output; None is nothing."""
+        ...
+
+    def whole(self, completion: Completion) -> Json:
+        """The entry of a whole response."""
+        ...
+
+
+class ChatWriter:
+    """Messages, with their tool calls.
+
+    Args:
+        request: what was asked.
+        encoder: of the model.
+        request_id: makes the ids of tool calls unique.
+        index: of the entry.
+    """
+
+    def __init__(
+        self, request: ChatRequest, encoder: PromptEncoder, request_id: str, index: int
+    ) -> None:
+        self._request = request
+        self._encoder = encoder
+        self._call_prefix = f"call_{output_id(request_id, index).replace('#', '_')}"
+        self._index = index
+        self._is_first = True
+        self._parser = None
+        self._forced_text: str | None = "" if request.forces_tools else None
+        if request.reads_tools:
+            names = frozenset(tool.function.name for tool in request.tools)
+            self._parser = ToolCallParser(names, encoder.marker_ids, encoder.decode)
+
+    def chunk(self, output: RequestOutput) -> Json | None:
+        """A part of a message; the first one names the role. Calls come whole, at the end."""
+        text, calls = self._split(output)
+        reason = None if output.finish_reason is None else output.finish_reason.value
+        if not (text or calls or reason or self._is_first or output.logprobs):
+            return None
+        delta: Json = {"role": "assistant"} if self._is_first else {}
+        self._is_first = False
+        if calls:
+            delta["tool_calls"] = self._calls(calls, streamed=True)
+        if text or not calls:
+            delta["content"] = text
+        return {
+            "index": self._index,
+            "delta": delta,
+            "logprobs": self._logprobs(output.logprobs),
+            "finish_reason": self._reason(reason, calls),
+        }
+
+    def whole(self, completion: Completion) -> Json:
+        """A message."""
+        reason = FinishReason(completion.finish_reason)
+        output = RequestOutput(
+            "", 0, completion.text, tuple(completion.token_ids), finish_reason=reason
+        )
+        text, calls = self._split(output)
+        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message["tool_calls"] = self._calls(calls, streamed=False)
+            message["content"] = text or None
+        return {
+            "index": self._index,
+            "message": message,
+            "logprobs": self._logprobs(completion.logprobs),
+            "finish_reason": self._reason(completion.finish_reason, calls),
+        }
+
+    def _split(self, output: RequestOutput) -> tuple[str, list[ToolCall]]:
+        """The text to send now, and the calls once all are known."""
+        is_last = output.finish_reason is not None
+        if self._forced_text is not None:
+            self._forced_text += output.text
+            calls = read_forced(self._forced_text, self._request.forced_name) if is_last else []
+            return ("" if calls or not is_last else self._forced_text), calls
+        if self._parser is None:
+            return output.text, []
+        text = self._parser.feed(output.text, output.token_ids)
+        if not is_last:
+            return text, []
+        rest, calls = self._parser.end()
+        if not self._request.parallel_tool_calls:
+            calls = calls[:1]
+        return text + rest, calls
+
+    def _reason(self, reason: str | None, calls: list[ToolCall]) -> str | None:
+        # A named tool ends with `stop`, as OpenAI has it.
+        is_call = bool(calls) and self._request.forced_name is None
+        return "tool_calls" if is_call and reason == FinishReason.STOP.value else reason
+
+    def _calls(self, calls: list[ToolCall], *, streamed: bool) -> list[Json]:
+        return [
+            {
+                **({"index": i} if streamed else {}),
+                "id": f"{self._call_prefix}_{i}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for i, call in enumerate(calls)
+        ]
+
+    def _logprobs(self, entries: Sequence[TokenLogprob]) -> Json | None:
+        if not self._request.logprobs:
+            return None
+
+        def entry(token_id: int, logprob: float) -> Json:
+            text = self._encoder.decode_token(token_id)
+            return {
+                "token": text,
+                "logprob": max(logprob, _LEAST_LOGPROB),
+                "bytes": list(text.encode()),
+            }
+
+        return {
+            "content": [
+                {
+                    **entry(one.token_id, one.logprob),
+                    "top_logprobs": [entry(*top) for top in one.top],
+                }
+                for one in entries
+            ],
+            "refusal": None,
+        }
+
+
+class TextWriter:
+    """Texts, after their prompt where `echo` asks for it."""
+
+    def __init__(
+        self, request: TextRequest, encoder: PromptEncoder, prompt: Sequence[int], index: int
+    ) -> None:
+        self._encoder = encoder
+        self._index = index
+        self._with_logprobs = request.logprobs is not None
+        self._echo = encoder.decode(prompt) if request.echo else ""
+        self._offset = 0
+
+    def chunk(self, output: RequestOutput) -> Json | None:
+        """A part of a text."""
+        text, self._echo = self._echo + output.text, ""
+        if not (text or output.finish_reason or output.logprobs):
+            return None
+        reason = output.finish_reason
+        return {
+            "index": self._index,
+            "text": text,
+            "logprobs": self._logprobs(output.logprobs),
+            "finish_reason": None if reason is None else reason.value,
+        }
+
+    def whole(self, completion: Completion) -> Json:
+        """A text."""
+        return {
+            "index": self._index,
+            "text": self._echo + completion.text,
+            "logprobs": self._logprobs(completion.logprobs),
+            "finish_reason": completion.finish_reason,
+        }
+
+    def _logprobs(self, entries: Sequence[TokenLogprob]) -> Json | None:
+        if not self._with_logprobs:
+            return None
+        decode = self._encoder.decode_token
+        tokens = [decode(one.token_id) for one in entries]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [max(one.logprob, _LEAST_LOGPROB) for one in entries],
+            "top_logprobs": [
+                {decode(t): max(logprob, _LEAST_LOGPROB) for t, logprob in one.top}
+                for one in entries
+            ],
+            "text_offset": offsets,
+        }
+
+
+def make_writers(
+    request: GenerationRequest,
+    encoder: PromptEncoder,
+    request_id: str,
+    prompts: Sequence[Sequence[int]],
+) -> list[Writer]:
+    """The writers of all entries: `n` for each prompt, in order."""
+    if isinstance(request, ChatRequest):
+        return [ChatWriter(request, encoder, request_id, i) for i in range(request.n)]
+    assert isinstance(request, TextRequest)
+    return [
+        TextWriter(request, encoder, prompt, i * request.n + j)
+        for i, prompt in enumerate(prompts)
+        for j in range(request.n)
+    ]
+
+
+def usage_body(completions: Sequence[Completion], n: int) -> Json:
+    """Token counts over completions, `n` for each prompt, in order."""
+    prompt_tokens = sum(completion.prompt_tokens for completion in completions[::n])
+    completion_tokens = sum(len(completion.token_ids) for completion in completions)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(completion.cached_tokens for completion in completions[::n])
+        },
+    }
+
+
+def response_body(
+    request: GenerationRequest,
+    request_id: str,
+    model: str,
+    completions: Sequence[Completion],
+    writers: Sequence[Writer],
+) -> Json:
+    """The whole response; `completions` are `n` for each prompt, in order."""
+    return {
+        "id": f"{request.id_prefix}-{request_id}",
+        "object": request.object_name,
+        "created": int(time.time()),
+        "model": model,
+        "choices": [
+            writer.whole(completion)
+            for writer, completion in zip(writers, completions, strict=True)
+        ],
+        "usage": usage_body(completions, request.n),
+    }
+
+
+def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> Json:
+    """An error as the OpenAI API reports it."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -1,0 +1,140 @@
+"""What the status page and `hotset top` show: the engine now, and its last minutes."""
+
+import asyncio
+import dataclasses
+import itertools
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from hotset import __version__
+from hotset.engine.service import EngineService
+from hotset.engine.status import EngineStatus
+from hotset.server.schemas import Json
+
+_HISTORY_S = 300
+_RATE_OVER_S = 5
+_LOOK_EVERY_S = 0.25  # however many people look
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Sample:
+    """The engine's counters at one moment."""
+
+    time_s: float
+    output_tokens: int
+    computed_tokens: int
+    prompt_tokens: int
+    moved_bytes: Mapping[str, int]
+    num_open: int
+
+
+class StatusBoard:
+    """Samples the counters once a second, and looks at the engine when somebody asks."""
+
+    def __init__(self, service: EngineService) -> None:
+        self._service = service
+        self._samples: deque[_Sample] = deque([self._sample()], maxlen=_HISTORY_S + 1)
+        self._start_s = time.time()
+        self._lock = asyncio.Lock()
+        self._looked_s = 0.0
+        self._seen: EngineStatus | None = None
+
+    async def run(self) -> None:
+        """Sample for ever."""
+        while True:
+            await asyncio.sleep(1.0)
+            self._samples.append(self._sample())
+
+    async def look(self) -> EngineStatus:
+        """The engine as of now, or as of a moment ago. Raises EngineError."""
+        async with self._lock:
+            if self._seen is None or time.monotonic() - self._looked_s > _LOOK_EVERY_S:
+                self._seen = await asyncio.wrap_future(self._service.status())
+                self._looked_s = time.monotonic()
+            return self._seen
+
+    async def body(self) -> Json:
+        """All of it as JSON. Raises EngineError."""
+        engine = await self.look()
+        service, metrics = self._service, self._service.metrics
+        now = self._sample()
+        before = self._before(now)
+        seconds = max(1e-3, now.time_s - before.time_s)
+        moved = {
+            way: (count - before.moved_bytes.get(way, 0)) / seconds
+            for way, count in now.moved_bytes.items()
+        }
+        cached = dict(metrics.cached_tokens)
+        return {
+            "model": service.model.name,
+            "version": __version__,
+            "uptime_s": round(time.time() - self._start_s),
+            "engine": dataclasses.asdict(engine),
+            "rates": {
+                "output_tokens_per_s": (now.output_tokens - before.output_tokens) / seconds,
+                "computed_tokens_per_s": (now.computed_tokens - before.computed_tokens) / seconds,
+                "moved_bytes_per_s": moved,
+            },
+            "latency_s": {
+                name: dict(
+                    zip(
+                        ("p50", "p90", "p99"),
+                        getattr(service.latencies, name).percentiles(0.5, 0.9, 0.99),
+                        strict=True,
+                    )
+                )
+                for name in ("ttft", "itl", "tpot", "queue", "e2e")
+            },
+            "totals": {
+                "prompt_tokens": metrics.prompt_tokens,
+                "output_tokens": metrics.output_tokens,
+                "cached_tokens": cached,
+                "fetched_tokens": sum(n for tier, n in cached.items() if tier != "device"),
+                "recomputed_tokens": metrics.recomputed_tokens,
+                "recompute_chosen_tokens": metrics.recompute_chosen_tokens,
+                "preemptions": metrics.preemptions,
+                "moved_bytes": dict(now.moved_bytes),
+                "finished": dict(metrics.requests_finished),
+                "faults": {kind: count for kind, count in metrics.faults.items() if count},
+            },
+            "history": self._history(),
+        }
+
+    def _before(self, now: _Sample) -> _Sample:
+        """The newest sample that is old enough for a steady rate, or the oldest."""
+        for sample in reversed(self._samples):
+            if now.time_s - sample.time_s >= _RATE_OVER_S:
+                return sample
+        return self._samples[0]
+
+    def _history(self) -> dict[str, list[Any]]:
+        """A value for each second, oldest first."""
+        samples = list(self._samples)
+        pairs = list(itertools.pairwise(samples))
+        return {
+            "output_tokens_per_s": [
+                round((b.output_tokens - a.output_tokens) / (b.time_s - a.time_s), 1)
+                for a, b in pairs
+            ],
+            "moved_bytes_per_s": [
+                round(
+                    (sum(b.moved_bytes.values()) - sum(a.moved_bytes.values()))
+                    / (b.time_s - a.time_s)
+                )
+                for a, b in pairs
+            ],
+            "open_requests": [b.num_open for _, b in pairs],
+        }
+
+    def _sample(self) -> _Sample:
+        metrics = self._service.metrics
+        return _Sample(
+            time.monotonic(),
+            metrics.output_tokens,
+            metrics.computed_tokens,
+            metrics.prompt_tokens,
+            dict(metrics.moved_bytes),
+            self._service.num_open,
+        )

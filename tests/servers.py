@@ -1,0 +1,112 @@
+"""A real server over a tiny model, on a port of its own."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from tiny_models import make_model
+from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
+
+from hotset.config import EngineConfig
+from hotset.engine.engine import Engine
+from hotset.engine.service import EngineService
+from hotset.model.loader import LoadedModel
+from hotset.server import app as app_module
+from hotset.server.app import Api, ServerConfig
+
+KEY = "sk-alice-0123456789"
+CHAT = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0, "max_tokens": 6}
+
+
+def build(config: EngineConfig) -> tuple[Engine, LoadedModel]:
+    """An engine over a tiny random model, instead of `config.model`."""
+    torch.set_num_threads(1)
+    model = make_model("llama", vocab_size=VOCAB_SIZE)
+    loaded = LoadedModel(model, make_tokenizer(), "tiny", "tiny", (EOS_TOKEN_ID,), 512)
+    return Engine(config, loaded), loaded
+
+
+@dataclass
+class RunningServer:
+    """What tests need of a server that runs in a thread."""
+
+    port: int
+    api: Api
+    service: EngineService
+    stop: Callable[[], None]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def openai(self, key: str = KEY) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
+
+
+@contextlib.contextmanager
+def running_server(
+    config: EngineConfig | None = None,
+    server_config: ServerConfig | None = None,
+    *,
+    drain_s: int = 1,
+) -> Iterator[RunningServer]:
+    """Serve until the block ends."""
+    made: list[EngineService] = []
+
+    def make(config: EngineConfig) -> EngineService:
+        made.append(EngineService(config, build=build))
+        return made[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app_module, "EngineService", make)
+        ready = threading.Event()
+        api = Api(
+            config or EngineConfig(hot_gib=0.01),
+            server_config or ServerConfig(),
+            on_ready=lambda _: ready.set(),
+        )
+        listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                api,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=drain_s,
+            )
+        )
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+
+        def stop() -> None:
+            api.drain()
+            server.should_exit = True
+            thread.join(60)
+
+        try:
+            assert ready.wait(60)
+            yield RunningServer(listener.getsockname()[1], api, made[0], stop)
+        finally:
+            stop()
+            listener.close()
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    """Until it is true, a while at most."""
+    for _ in range(4000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it did not happen")

@@ -1,0 +1,382 @@
+"""The API as its clients see it: the official client, and what HTTP says when things are wrong."""
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from servers import CHAT, RunningServer, running_server, wait_for
+
+from hotset.server.app import ServerConfig
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "of a place",
+        "parameters": {
+            "type": "object",
+            "properties": {"place": {"type": "string", "maxLength": 4}},
+            "required": ["place"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    config = ServerConfig(files_path=tmp_path_factory.mktemp("files"))
+    with running_server(server_config=config) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with server.openai() as client:
+        yield client
+
+
+def test_the_official_client_lists_and_describes_the_model(client: openai.OpenAI) -> None:
+    [model] = client.models.list().data
+    assert client.models.retrieve(model.id).id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="not served"):
+        client.models.retrieve("other/model")
+
+
+def test_a_chat_stream_has_the_text_and_usage_of_the_whole_answer(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="tiny", **CHAT)
+    stream = client.chat.completions.create(
+        model="tiny", stream=True, stream_options={"include_usage": True}, **CHAT
+    )
+    chunks = list(stream)
+    text = "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.usage for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].usage is not None and whole.usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 6
+    assert whole._request_id
+
+
+def test_completions_answer_every_prompt_n_times_in_order(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": ["the cat", "a dog"],
+        "n": 2,
+        "temperature": 0,
+        "max_tokens": 4,
+        "echo": True,
+    }
+    whole = client.completions.create(**options)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    texts = [choice.text for choice in whole.choices]
+    assert texts[0] == texts[1] and texts[0].startswith("the cat") and texts[0] != "the cat"
+    assert texts[2] == texts[3] and texts[2].startswith("a dog")
+    streamed = [""] * 4
+    for chunk in client.completions.create(stream=True, **options):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == texts
+
+
+def test_logprobs_seed_stop_and_penalties_do_what_they_say(client: openai.OpenAI) -> None:
+    create = client.chat.completions.create
+    messages: Any = CHAT["messages"]
+    hot: dict[str, Any] = {"model": "tiny", "messages": messages, "temperature": 1.5}
+    twice = [create(max_tokens=12, seed=7, **hot).choices[0].message.content for _ in range(2)]
+    assert twice[0] == twice[1]
+    other = create(max_tokens=12, seed=8, **hot).choices[0].message.content
+    assert other != twice[0]
+
+    answer = create(model="tiny", logprobs=True, top_logprobs=3, **CHAT).choices[0]
+    assert answer.logprobs is not None and answer.logprobs.content is not None
+    assert len(answer.logprobs.content) == 6
+    for entry in answer.logprobs.content:
+        assert len(entry.top_logprobs) == 3
+        assert entry.logprob == entry.top_logprobs[0].logprob <= 0  # greedy
+
+    text = answer.message.content
+    assert text is not None
+    stopped = create(model="tiny", stop=[text[3:5]], **CHAT).choices[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.message.content == text[: text.index(text[3:5])]
+
+    long: dict[str, Any] = {**CHAT, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+    plain = create(model="tiny", **long).choices[0].message.content
+    varied = create(model="tiny", frequency_penalty=2.0, **long).choices[0].message.content
+    assert plain is not None and varied is not None
+    assert len(set(varied)) > len(set(plain)) or varied != plain
+
+
+def test_a_json_schema_is_followed(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["age"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=CHAT["messages"],  # type: ignore[arg-type]
+        temperature=1,
+        max_tokens=80,
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    )
+    assert 0 <= json.loads(answer.choices[0].message.content or "")["age"] <= 99
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
+def test_a_forced_tool_is_called_with_arguments_of_its_schema(
+    client: openai.OpenAI, stream: bool, choice: Any
+) -> None:
+    options: dict[str, Any] = {
+        "model": "tiny",
+        "messages": CHAT["messages"],
+        "temperature": 1,
+        "max_tokens": 120,
+        "tools": [TOOL],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+    }
+    if stream:
+        chunks = list(client.chat.completions.create(stream=True, **options))
+        calls: Any = [call for c in chunks for call in c.choices[0].delta.tool_calls or ()]
+        assert [call.index for call in calls] == [0]
+        reason = chunks[-1].choices[0].finish_reason
+    else:
+        answer = client.chat.completions.create(**options).choices[0]
+        calls, reason = answer.message.tool_calls, answer.finish_reason
+        assert answer.message.content is None
+    assert calls[0].function.name == "weather" and calls[0].id.startswith("call_")
+    assert len(json.loads(calls[0].function.arguments)["place"]) <= 4
+    assert reason == ("tool_calls" if choice == "required" else "stop")
+
+
+def test_a_conversation_with_tool_results_is_taken(client: openai.OpenAI) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    messages: Any = [
+        {"role": "user", "content": "How is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "rain"},
+    ]
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=messages,
+        tools=[TOOL],
+        max_tokens=4,  # type: ignore[list-item]
+    )
+    assert answer.usage is not None and answer.usage.completion_tokens >= 1
+
+
+def test_a_batch_goes_through_files_to_files(client: openai.OpenAI) -> None:
+    body = {"model": "tiny", **CHAT}
+    line = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+    lines = [{"custom_id": str(i), **line} for i in range(5)]
+    lines[3] = {**lines[3], "body": {"messages": []}}
+    content = "\n".join(json.dumps(line) for line in lines).encode()
+    source = client.files.create(file=("in.jsonl", content), purpose="batch")
+    assert client.files.content(source.id).content == content
+
+    batch = client.batches.create(
+        input_file_id=source.id,
+        endpoint="/v1/chat/completions",
+        completion_window="24h",
+        metadata={"for": "test"},
+    )
+
+    def done() -> bool:
+        return client.batches.retrieve(batch.id).status == "completed"
+
+    wait_for(done)
+    batch = client.batches.retrieve(batch.id)
+    assert batch.request_counts is not None and batch.output_file_id is not None
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (4, 1)
+    records = [
+        json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()
+    ]
+    assert [record["custom_id"] for record in records] == ["0", "1", "2", "3", "4"]
+    whole = client.chat.completions.create(model="tiny", **CHAT).choices[0].message.content
+    assert records[0]["response"]["body"]["choices"][0]["message"]["content"] == whole
+    assert next(batch.id for batch in client.batches.list(limit=1)) == batch.id
+    with pytest.raises(openai.ConflictError):
+        client.batches.cancel(batch.id)
+    client.files.delete(source.id)
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(source.id)
+
+
+def test_tokenize_and_detokenize_are_each_others_inverse(server: RunningServer) -> None:
+    with server.http() as http:
+        ids = http.post("/tokenize", json={"prompt": "the cat sat"}).json()["tokens"]
+        assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "the cat sat"}
+        chat = http.post("/tokenize", json={"messages": CHAT["messages"]}).json()
+        text = http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"]
+        assert text == "<user>the cat<eos><assistant>"
+        assert http.post("/detokenize", json={"tokens": [2**40]}).status_code == 400
+        assert http.post("/tokenize", json={}).status_code == 400
+
+
+DEEP: Any = {}
+for _ in range(40):
+    DEEP = {"type": "array", "items": DEEP}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ("{", 400, "not JSON"),
+        (b"\xff", 400, "not JSON"),
+        ("[" * 100_000, 400, "too deeply"),
+        ("9" * 10_000, 400, "JSON"),
+        ([], 400, "expected an object"),
+        ({}, 400, "messages is missing"),
+        ({**CHAT, "temperature": "hot"}, 400, "temperature"),
+        ({**CHAT, "temperature": 1e9}, 400, "temperature"),
+        ({**CHAT, "logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),
+        ({**CHAT, "best": 1}, 400, "best is not supported"),
+        ({**CHAT, "tools": [1]}, 400, "tools.0"),
+        ({**CHAT, "tool_choice": "required"}, 400, "no tools"),
+        ({**CHAT, "model": "other"}, 404, "not served"),
+        ({**CHAT, "messages": [{"role": "user"}]}, 400, "content"),
+        ({**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "Unicode"),
+        ({**CHAT, "messages": [{"role": "user", "content": "a " * 2000}]}, 400, "longest context"),
+        ({**CHAT, "n": 17}, 400, "n is 17"),
+        ({**CHAT, "stop": ["a"] * 17}, 400, "stops"),
+        ({**CHAT, "seed": 2**70}, 200, ""),
+        ({**CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, 400, "cannot set"),
+        (
+            {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}},
+            400,
+            "depth",
+        ),
+        (
+            {
+                **CHAT,
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"enum": ["x" * 1000] * 70}},
+                },
+            },
+            400,
+            "size",
+        ),
+        ({**CHAT, "messages": [{"role": "user", "content": "x" * 5_000_000}]}, 413, "larger"),
+    ],
+)
+def test_a_bad_request_is_answered_with_what_is_wrong(
+    server: RunningServer, body: Any, status: int, says: str
+) -> None:
+    content = body if isinstance(body, str | bytes) else json.dumps(body)
+    with server.http() as http:
+        response = http.post("/v1/chat/completions", content=content)
+    assert response.status_code == status, response.text
+    if status != 200:
+        assert says in response.json()["error"]["message"]
+
+
+def test_a_body_without_a_length_is_bounded_too(server: RunningServer) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b" " * 65536
+
+    with server.http() as http:
+        assert http.post("/v1/completions", content=chunks()).status_code == 413
+
+
+def test_paths_and_methods_that_are_not_there_are_json_errors(server: RunningServer) -> None:
+    with server.http() as http:
+        for method, path, status in (
+            ("GET", "/nothing", 404),
+            ("GET", "/v1/chat/completions", 405),
+            ("GET", "/v1/files/file-1", 404),
+            ("GET", "/v1/files/..%2f..%2fetc%2fpasswd", 404),
+            ("GET", "/v1/files?limit=x", 400),
+            ("POST", "/v1/files", 400),
+        ):
+            response = http.request(method, path)
+            assert response.status_code == status, path
+            assert response.json()["error"]["message"]
+            assert response.headers["x-request-id"]
+
+
+def test_an_id_of_the_client_comes_back_unless_it_is_a_bad_one(server: RunningServer) -> None:
+    with server.http() as http:
+        health = http.get("/health", headers={"x-request-id": "mine-1"})
+        assert health.headers["x-request-id"] == "mine-1"
+        health = http.get("/health", headers={"x-request-id": "a b"})
+        assert health.headers["x-request-id"] != "a b"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_blocks(server: RunningServer, stream: bool) -> None:
+    aborted = server.service.metrics.requests_finished["abort"]
+    body = json.dumps({**CHAT, "max_tokens": 480, "ignore_eos": True, "stream": stream}).encode()
+    tokens = server.service.metrics.output_tokens
+    client = socket.create_connection(("127.0.0.1", server.port))
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n"
+    client.sendall(head % len(body) + body)
+    wait_for(lambda: server.service.metrics.output_tokens > tokens + 3)
+    client.close()
+    wait_for(lambda: server.service.metrics.requests_finished["abort"] == aborted + 1)
+    status = server.service.status().result(60)
+    assert status.num_moving == 0
+    assert not set(status.tiers[0].cells) & set("hs")
+
+
+def test_the_metrics_count_what_was_served(server: RunningServer, client: openai.OpenAI) -> None:
+    def value(name: str) -> float:
+        with server.http() as http:
+            text = http.get("/metrics").text
+        [line] = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+        return float(line.split()[-1])
+
+    tokens, firsts = "hotset:generation_tokens_total", "hotset:time_to_first_token_seconds_count"
+    before = value(tokens), value(firsts)
+    client.chat.completions.create(model="tiny", **CHAT)  # type: ignore[arg-type]
+    assert (value(tokens), value(firsts)) == (before[0] + 6, before[1] + 1)
+
+
+def test_the_status_says_what_is_where(server: RunningServer, client: openai.OpenAI) -> None:
+    client.chat.completions.create(model="tiny", **CHAT)  # type: ignore[arg-type]
+    with server.http() as http:
+        status = http.get("/status.json").json()
+        for page in ("/", "/docs"):
+            text = http.get(page).text
+            assert "hotset" in text
+            assert "http://" not in text and "https://" not in text  # works offline
+        paths = http.get("/openapi.json").json()["paths"]
+    assert status["engine"]["tiers"][0]["name"] == "device"
+    assert status["totals"]["output_tokens"] >= 6
+    assert status["latency_s"]["ttft"]["p50"] > 0
+    assert "/v1/chat/completions" in paths
+
+
+def test_an_answer_that_was_cut_off_by_its_deadline_says_so(server: RunningServer) -> None:
+    body = {**CHAT, "max_tokens": 480, "ignore_eos": True, "timeout_s": 0.05}
+    with server.http() as http:
+        whole = http.post("/v1/chat/completions", json=body)
+        assert whole.status_code == 504
+        assert "0.05 s" in whole.json()["error"]["message"]
+        stream = http.post("/v1/chat/completions", json={**body, "stream": True})
+    last = stream.text.strip().split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "timeout_error"
+
+
+def test_the_http_client_sees_no_trace_of_a_bug(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise KeyError("a secret")
+
+    monkeypatch.setattr("hotset.server.metrics.exposition", fail)
+    with server.http() as http:
+        response: httpx.Response = http.get("/metrics")
+    assert response.status_code == 500
+    assert "secret" not in response.text and "Traceback" not in response.text
+    assert response.headers["x-request-id"] in response.json()["error"]["message"]
