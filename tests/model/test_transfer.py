@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from disk_helpers import Gate
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hotset.memory.arena import DeviceArena, HostArena, LayerShape
-from hotset.memory.disk import DiskTier
+from hotset.memory.disk import DiskTier, capacity_bytes_for
 from hotset.memory.host_tier import HostTier
 from hotset.memory.policy import Rates
 from hotset.memory.transfer import TierStack, make_copier
@@ -24,7 +25,15 @@ NUM_BLOCKS = 8
 class Rig:
     """A device pool with a host tier of `host_slots` and, given a folder, a disk tier."""
 
-    def __init__(self, host_slots: int, folder: Path | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        host_slots: int,
+        folder: Path | None = None,
+        device: str = "cpu",
+        *,
+        disk_slots: int = 90,
+        read_deadline_s: float = 5.0,
+    ) -> None:
         self.device = DeviceArena(
             [LayerShape(2, 8), LayerShape(1, 24)],  # layers of unequal shape
             num_blocks=NUM_BLOCKS,
@@ -39,9 +48,9 @@ class Rig:
             self.disk = DiskTier.open(
                 folder,
                 payload_bytes=host_arena.slot_bytes,
-                capacity_bytes=3 * 2**20,
+                capacity_bytes=capacity_bytes_for(disk_slots, host_arena.slot_bytes),
                 fingerprint={"model": "test"},
-                read_deadline_s=5.0,
+                read_deadline_s=read_deadline_s,
                 write_queue_s=5.0,
             )
         self.rates = Rates(1.0, {})
@@ -179,6 +188,55 @@ def test_rates_are_measured_at_start_and_leave_the_device_blocks_alone(tmp_path:
     assert rig.read(0) == content
     assert set(rig.rates.link_bytes_per_s) == {"host", "disk"}
     assert all(rate > 0 for rate in rig.rates.link_bytes_per_s.values())
+    assert rig.metrics.moved_bytes.total() == 0
+    rig.tiers.check()
+    rig.tiers.close()
+    again = Rig(host_slots=4, folder=tmp_path)
+    assert again.disk is not None
+    assert again.disk.usage().used_payloads == 0  # nothing was left there
+    again.tiers.close()
+
+
+@pytest.mark.parametrize("num_stored", [1, 3])
+def test_measuring_the_rate_of_a_disk_keeps_all_it_holds(num_stored: int, tmp_path: Path) -> None:
+    rig = Rig(host_slots=4, folder=tmp_path, disk_slots=3)
+    keys = [bytes([seed]) * 16 for seed in range(num_stored)]
+    for seed, key in enumerate(keys):
+        rig.fill(seed, seed)
+        rig.tiers.spill(key, seed)
+    rig.settle()
+    rig.tiers.close()
+    again = Rig(host_slots=4, folder=tmp_path, disk_slots=3)
+    again.tiers.measure_rates(num_blocks=4)
+    assert again.disk is not None
+    assert sorted(again.disk.newest_keys(9)) == keys
+    assert again.rates.link_bytes_per_s["disk"] > 0
+    assert again.tiers.host.num_used == 0
+    again.disk.check()
+    again.tiers.close()
+
+
+@pytest.mark.parametrize("call", ["preadv", "pwritev"])
+def test_a_disk_that_hangs_while_it_is_measured_does_not_stop_the_start(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotset.memory.transfer._PROBE_S", 0.3)
+    rig = Rig(host_slots=4, folder=tmp_path, read_deadline_s=0.1)
+    gate = Gate(monkeypatch, call)
+    rig.tiers.measure_rates(num_blocks=3)
+    assert rig.rates.link_bytes_per_s["disk"] > 0
+    rig.tiers.check()
+    # Its buffers stay its own until it is done with them; a block goes round beside them.
+    content = rig.fill(0, seed=1)
+    rig.tiers.spill(b"k" * 16, 0)
+    rig.tiers.flush()
+    gate.open.set()
+    rig.settle()
+    rig.tiers.fetch(b"k" * 16, 5)
+    assert rig.settle() == {5: True}
+    assert rig.read(5) == content
+    assert rig.disk is not None
+    assert rig.disk.newest_keys(9) == [b"k" * 16]
     rig.tiers.close()
 
 

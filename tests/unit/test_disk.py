@@ -23,6 +23,7 @@ from disk_helpers import (
     MODEL,
     OK,
     PAYLOAD,
+    Gate,
     buffer,
     content,
     filled,
@@ -93,6 +94,45 @@ def test_the_least_recently_used_block_goes_first_and_uses_are_reads_touches_and
         ]
         assert tier.usage().faults == {}
         tier.check()
+
+
+def test_a_discarded_block_is_gone_at_once_and_after_a_restart(tmp_path: Path) -> None:
+    with opened(tmp_path, 3) as tier:
+        for seed, key in enumerate([b"a", b"b", b"c"]):
+            write(tier, key, seed)
+        assert tier.newest_keys(2) == [b"c", b"b"]
+        tier.discard([b"a", b"c", b"not there"])
+        tier.check()
+        assert tier.newest_keys(5) == [b"b"]
+        write(tier, b"d", 4)  # into free room
+        assert tier.contains(b"b")
+    with opened(tmp_path, 3) as tier:
+        assert tier.newest_keys(5) == [b"d", b"b"]
+
+
+def test_a_block_discarded_while_it_is_written_or_read_goes_when_that_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as tier:
+        write(tier, b"read", 1)
+        into = buffer()
+        reads, writes = Gate(monkeypatch, "preadv"), Gate(monkeypatch, "pwritev")
+        reading = tier.submit_read(b"read", into)
+        writing = tier.submit_write(b"written", filled(2))
+        wanted = tier.submit_write(b"wanted", filled(3))
+        tier.discard([b"read", b"written", b"wanted"])
+        tier.submit_write(b"wanted", filled(3))  # again, after all
+        tier.check()
+        reads.open.set()
+        writes.open.set()
+        ended: dict[int, CompletionStatus] = {}
+        while len(ended) < 3:
+            tier.wait(10.0)
+            ended |= {completion.transfer_id: completion.status for completion in tier.poll()}
+        assert ended == {reading: OK, writing: OK, wanted: OK}
+        assert bytes(into) == content(1)
+        tier.check()
+        assert tier.newest_keys(5) == [b"wanted"]
 
 
 def test_a_block_is_there_once_its_write_was_reported_and_is_not_written_twice(
@@ -502,7 +542,7 @@ def test_a_file_size_limit_costs_blocks_and_never_the_process(tmp_path: Path) ->
         assert write(tier, b"before", 0) is OK
     script = f"""
 import resource, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
 from pathlib import Path
 from hotset.errors import TierError
 from disk_helpers import *
@@ -532,22 +572,6 @@ except TierError as error:
     with opened(tmp_path, 64) as tier:
         assert read(tier, b"before") == content(0)
         assert "disk_corrupt" not in tier.usage().faults
-
-
-class Gate:
-    """Holds a tier's transfers of one kind until opened."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-        self.open = threading.Event()
-        self.entered = threading.Event()
-        real = getattr(os, call)
-
-        def gated(*args: Any) -> int:
-            self.entered.set()
-            self.open.wait()
-            return int(real(*args))
-
-        monkeypatch.setattr(os, call, gated)
 
 
 def test_a_slow_read_is_late_once_and_ends_later(

@@ -21,7 +21,7 @@ KEYS = 400
 # after the crash knows what it must be.
 WRITER = f"""
 import itertools, random, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
 from pathlib import Path
 from disk_helpers import buffer, opened
 from test_disk_crash import KEYS, NUM_PAYLOADS, PAYLOAD_BYTES, payload_of

@@ -46,6 +46,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.stored: OrderedDict[bytes, Block] = OrderedDict()
         self.writing: dict[int, tuple[bytes, Block]] = {}
         self.reading: dict[int, tuple[bytes, Block | None, memoryview]] = {}
+        self.unwanted: set[bytes] = set()  # keys being written that were discarded since
         self.faults: Counter[str] = Counter()
 
     def open(self) -> DiskTier:
@@ -69,6 +70,7 @@ class DiskMachine(RuleBasedStateMachine):
         transfer_id = self.tier.submit_write(key, payload)
         if key in self.stored or key in {key for key, _ in self.writing.values()}:
             assert transfer_id is None
+            self.unwanted.discard(key)
             if key in self.stored:
                 self.stored.move_to_end(key)
             return
@@ -98,6 +100,14 @@ class DiskMachine(RuleBasedStateMachine):
             if key in self.stored:
                 self.stored.move_to_end(key)
 
+    @rule(discarded=st.lists(keys, min_size=1, max_size=3, unique=True))
+    def discard(self, discarded: list[bytes]) -> None:
+        self.tier.discard(discarded)
+        writing = {key for key, _ in self.writing.values()}
+        for key in discarded:
+            self.stored.pop(key, None)
+        self.unwanted |= writing.intersection(discarded)
+
     @rule(key=keys, offset=st.integers(0, PAYLOAD_BYTES - 1))
     def damage(self, key: bytes, offset: int) -> None:
         self.wait_for_all()
@@ -120,7 +130,9 @@ class DiskMachine(RuleBasedStateMachine):
     def settle_write(self, completion: Completion) -> None:
         key, block = self.writing.pop(completion.transfer_id)
         assert completion == Completion(completion.transfer_id, key, CompletionStatus.OK)
-        self.stored[key] = block
+        if key not in self.unwanted:
+            self.stored[key] = block
+        self.unwanted.discard(key)
 
     def settle_read(self, completion: Completion) -> None:
         key, block, into = self.reading.pop(completion.transfer_id)
@@ -158,6 +170,7 @@ class DiskMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         self.tier.check()
         assert [key for key in KEYS if self.tier.contains(key)] == sorted(self.stored)
+        assert self.tier.newest_keys(3) == list(reversed(self.stored))[:3]
         usage = self.tier.usage()
         assert (usage.used_payloads, usage.capacity_payloads) == (len(self.stored), CAPACITY)
         assert usage.faults == dict(self.faults)

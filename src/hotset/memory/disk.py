@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from hotset.errors import TierError
@@ -124,6 +125,7 @@ class DiskTier:
         taken = {entry.slot for entry in self._entries.values()}
         self._free = deque(slot for slot in range(slab.num_slots) if slot not in taken)
         self._writing: dict[bytes, Job] = {}
+        self._unwanted: set[bytes] = set()  # keys being written that were discarded since
         self._reading: dict[int, _Entry] = {}  # by transfer id; pins the entry's slot
         self._on_time: dict[int, Job] = {}  # reads not reported LATE, oldest first
         self._next_id = 0
@@ -246,6 +248,7 @@ class DiskTier:
         """See `Tier`. `payload` is `slot_bytes` long; page-aligned, or direct I/O ends."""
         assert payload.nbytes == self.slot_bytes, (payload.nbytes, self.slot_bytes)
         if key in self._entries or key in self._writing:
+            self._unwanted.discard(key)
             self.touch([key])
             return None
         slot = self._take_slot() if self._accepts_writes() else None
@@ -280,6 +283,17 @@ class DiskTier:
         for key in keys:
             if key in self._entries:
                 self._entries.move_to_end(key)
+
+    def newest_keys(self, limit: int) -> list[bytes]:
+        """See `Tier`."""
+        return list(islice(reversed(self._entries), limit))
+
+    def discard(self, keys: Sequence[bytes]) -> None:
+        """See `Tier`. Blocks for one commit to the index, so that a restart finds none of them."""
+        entries = [self._entries.pop(key) for key in keys if key in self._entries]
+        self._unwanted.update(key for key in keys if key in self._writing)
+        self._forget_rows([entry.slot for entry in entries])
+        self._free.extend(entry.slot for entry in entries if entry.num_readers == 0)
 
     def poll(self) -> list[Completion]:
         """See `Tier`."""
@@ -336,6 +350,7 @@ class DiskTier:
         slots = sorted([*self._free, *stored, *pinned, *writing])
         assert slots == list(range(self.capacity_payloads)), slots
         assert not self._entries.keys() & self._writing.keys()
+        assert self._unwanted <= self._writing.keys()
         assert self._on_time.keys() <= self._reading.keys()
         for key, entry in self._entries.items():
             if entry.num_readers == 0:  # a read that fails removes the row ahead of `poll`
@@ -387,8 +402,14 @@ class DiskTier:
 
     def _settle_write(self, job: Job) -> None:
         del self._writing[job.key]
+        unwanted = job.key in self._unwanted
+        self._unwanted.discard(job.key)
         if job.ok:
-            self._entries[job.key] = _Entry(job.slot, job.checksum)
+            if unwanted:
+                self._forget_rows([job.slot])
+                self._free.append(job.slot)
+            else:
+                self._entries[job.key] = _Entry(job.slot, job.checksum)
             self._num_failures = 0
             weight = 0.1 if self._mean_write_s else 1.0
             self._mean_write_s += weight * (job.service_s - self._mean_write_s)
@@ -399,6 +420,11 @@ class DiskTier:
             if self._num_failures >= _FAILURES_TO_PAUSE:
                 self._paused_until_s = time.monotonic() + _PAUSE_S
                 self._writes.drop_all()
+
+    def _forget_rows(self, slots: Sequence[int]) -> None:
+        """Remove the rows of slots that are about to be free."""
+        with suppress(IndexFault):  # counted; the next write to the slot removes its row
+            self._index.remove(slots)
 
     # Called by workers
 

@@ -64,6 +64,17 @@ class Tier(Protocol):
         """Mark `keys` as just used, so that they are evicted last."""
         ...
 
+    def newest_keys(self, limit: int) -> list[bytes]:
+        """At most `limit` keys of stored payloads, the last used first."""
+        ...
+
+    def discard(self, keys: Sequence[bytes]) -> None:
+        """Forget the payloads of `keys`, also of those whose write has not ended.
+
+        A read under way goes on, and ends as it would have.
+        """
+        ...
+
     def poll(self) -> list[Completion]:
         """Report what ended since the last call. Never blocks."""
         ...

@@ -21,6 +21,8 @@ from hotset.memory.tier import CompletionStatus, Tier
 from hotset.metrics import Metrics
 
 _DISK_RATE_WINDOW_S = 0.25
+_PROBE_S = 2.0
+_ASSUMED_DISK_RATE = 100_000_000  # bytes/s of a tier below of which nothing could be read
 
 
 class Copier(Protocol):
@@ -155,39 +157,57 @@ class TierStack:
         self._grow()
 
     def measure_rates(self, *, num_blocks: int) -> None:
-        """Copy `num_blocks` blocks and payloads each way and note the rates. Before any use.
+        """Copy `num_blocks` blocks each way, read as many payloads from below, note the rates.
 
-        The content of the device blocks stays as it was; what is written below is evicted as
-        any other payload nobody asks for.
+        Before any use. The content of the device blocks stays as it was, and so does what is
+        stored below: payloads are written there only into free room, and forgotten afterwards.
+        Takes a few seconds at most, however slow the tier below is.
         """
-        block_ids = range(num_blocks)
-        keys = [secrets.token_bytes(16) for _ in block_ids]
         for to_host in (True, False):
-            pairs = [(block, block) for block in block_ids]
-            self._copier.submit(pairs, to_host=to_host)
+            self._copier.submit([(block, block) for block in range(num_blocks)], to_host=to_host)
             while not (ended := self._copier.poll()):
                 self._copier.wait(1.0)
-            num_bytes = num_blocks * self._block_bytes
             if not to_host:
-                self._rates.observe_link("host", num_bytes, ended[0][1])
-        if self.below is None:
-            return
-        for read in (False, True):
-            start_s = time.perf_counter()
-            pending = {
-                self.below.submit_read(key, self._arena.view(slot))
-                if read
-                else self.below.submit_write(key, self._arena.view(slot))
-                for slot, key in enumerate(keys)
-            }
-            pending.discard(None)
-            while pending:
-                self.below.wait(1.0)
-                for completion in self.below.poll():
-                    if completion.status is not CompletionStatus.LATE:
-                        pending.discard(completion.transfer_id)
-        seconds = time.perf_counter() - start_s
-        self._rates.observe_link(self.below.name, len(keys) * self._block_bytes, seconds)
+                self._rates.observe_link("host", num_blocks * self._block_bytes, ended[0][1])
+        if self.below is not None:
+            moved_bytes = self._metrics.moved_bytes.copy()
+            self._measure_below(self.below, num_blocks)
+            self._metrics.moved_bytes = moved_bytes  # of requests only
+
+    def _measure_below(self, below: Tier, num_payloads: int) -> None:
+        """Read payloads that are stored; where there are too few, write some for that."""
+        start_s = time.perf_counter()
+        usage = below.usage()
+        keys = below.newest_keys(num_payloads)
+        num_probes = min(num_payloads - len(keys), usage.capacity_payloads - usage.used_payloads)
+        probes = [secrets.token_bytes(16) for _ in range(num_probes)]
+        for key in probes:
+            self.host.reserve(key)
+            self.host.commit(key)
+            self._write_below(key)
+        self._wait_below(below, self._writes)
+        for key in probes:
+            self.host.discard(key)
+        for key in [*keys, *probes]:
+            self.stage(key)
+        self._wait_below(below, self._reads)
+        for key in [*keys, *probes]:
+            self.host.discard(key)
+        below.discard(probes)
+        if below.name not in self._rates.link_bytes_per_s:  # not one payload was read
+            seconds = time.perf_counter() - start_s
+            observed = (self._block_bytes, seconds) if self._reads else (_ASSUMED_DISK_RATE, 1.0)
+            self._rates.observe_link(below.name, *observed)
+
+    def _wait_below(self, below: Tier, transfers: dict[int, bytes]) -> None:
+        """Wait until `transfers` have ended, or one is late, or there was time enough.
+
+        What goes on keeps its host slot and ends as any other transfer does.
+        """
+        deadline_s = time.perf_counter() + _PROBE_S
+        while transfers and not self._late and (left_s := deadline_s - time.perf_counter()) > 0:
+            below.wait(left_s)
+            self._poll_below(below)
 
     def locate(self, key: bytes) -> str | None:
         """Name of the fastest tier that has the payload of `key`, or will shortly."""

@@ -1,11 +1,15 @@
 """What the tests of the disk tier share: a small store, aligned buffers, waiting for the end."""
 
 import mmap
+import os
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from hotset.memory.disk import DiskTier, capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
@@ -67,3 +71,19 @@ def read(tier: DiskTier, key: bytes) -> bytes | None:
 
 def content(seed: int, size: int = PAYLOAD) -> bytes:
     return bytes(filled(seed, size))
+
+
+class Gate:
+    """Holds a tier's transfers of one kind until opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+        self.open = threading.Event()
+        self.entered = threading.Event()
+        real = getattr(os, call)
+
+        def gated(*args: Any) -> int:
+            self.entered.set()
+            self.open.wait()
+            return int(real(*args))
+
+        monkeypatch.setattr(os, call, gated)
