@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,12 +151,25 @@ def test_a_hot_tier_too_small_is_refused_with_the_smallest_that_works() -> None:
         ({"hot_gib": 9.0}, "more than the 3.999 GiB free"),
         ({"hot_gib": 0.1, "host_gib": 1e-6}, "host_gib 1e-06 holds no KV block"),
         ({"hot_gib": 0.1, "host_gib": 1e6}, "give less host_gib"),
-        ({"hot_gib": 0.1, "disk_gib": 1e-6}, "disk_gib 1e-06 is too small"),
+        ({"hot_gib": 0.1, "disk_gib": 1e-6}, "disk_gib 1e-06 holds no KV block"),
     ],
 )
 def test_sizes_that_cannot_work_are_refused(sizes: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         budget(**sizes)
+
+
+def test_the_smallest_disk_tier_that_a_refusal_names_opens_and_holds_what_the_report_says(
+    make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="disk_gib .* holds no KV block") as refused:
+        make_engine(disk_mib=1.024)
+    smallest = float(str(refused.value).split("give ")[1].split()[0])
+    engine = make_engine(disk_mib=smallest * 1024, disk_path=tmp_path)
+    assert engine.tiers is not None and engine.tiers.below is not None
+    capacity = engine.tiers.below.usage().capacity_payloads
+    [line] = [line for line in engine.report.splitlines() if line.startswith("KV, disk tier")]
+    assert int(line.split()[4]) == capacity == 1
 
 
 def test_the_report_says_what_goes_where(make_engine: MakeEngine) -> None:

@@ -7,6 +7,7 @@ import psutil
 
 from hotset.config import GIB, EngineConfig
 from hotset.errors import ConfigError
+from hotset.memory.disk import capacity_bytes_for, payloads_within
 from hotset.memory.slab import slot_bytes_for
 
 # Host slots a disk tier needs below a device without a host tier, to pass payloads through.
@@ -40,7 +41,7 @@ class Budget:
     def report(self, *, device: str, disk_path: Path | None) -> str:
         """The table shown at start."""
         slot_bytes = slot_bytes_for(self.block_bytes)
-        disk_slots = self.disk_bytes // slot_bytes
+        disk_slots = payloads_within(self.disk_bytes, slot_bytes)
         rows: list[tuple[str, str, int, int]] = [
             ("weights", device, self.weights_bytes, 0),
             ("workspace", device, self.workspace_bytes, 0),
@@ -49,13 +50,14 @@ class Budget:
         if self.host_slots:
             rows.append(("KV, host tier", "host", self.host_slots * slot_bytes, self.host_slots))
         if self.disk_bytes:
-            rows.append(("KV, disk tier", str(disk_path), self.disk_bytes, disk_slots))
+            rows.append(("KV, disk tier", str(disk_path), disk_slots * slot_bytes, disk_slots))
         lines = [f"{'what':<16}{'GiB':>9}{'blocks':>10}{'tokens':>12}  where"]
         for what, where, num_bytes, blocks in rows:
             counts = f"{blocks:>10}{blocks * self.block_size:>12}" if blocks else " " * 22
             lines.append(f"{what:<16}{num_bytes / GIB:>9.3f}{counts}  {where}")
         users = []
-        total_blocks = self.device_blocks + (self.host_slots + disk_slots)
+        # What is in host memory is on the disk too.
+        total_blocks = self.device_blocks + max(self.host_slots, disk_slots)
         for context in (*_REPORTED_CONTEXTS, self.max_model_len):
             if context <= self.max_model_len:
                 blocks = -(-context // self.block_size)
@@ -127,10 +129,11 @@ def make_budget(
             f"give {_round_up(slot_bytes / GIB)} or more, or 0 for no host tier"
         )
     if config.disk_gib > 0:
-        if int(config.disk_gib * GIB) < 4 * slot_bytes:
+        if payloads_within(int(config.disk_gib * GIB), slot_bytes) < 1:
+            smallest_gib = _round_up(capacity_bytes_for(1, slot_bytes) / GIB)
             raise ConfigError(
-                f"disk_gib {config.disk_gib} is too small for KV blocks of {slot_bytes} bytes; "
-                f"give {_round_up(4 * slot_bytes / GIB)} or more, or 0 for no disk tier"
+                f"disk_gib {config.disk_gib} holds no KV block of {slot_bytes} bytes beside its "
+                f"index; give {smallest_gib} or more, or 0 for no disk tier"
             )
         host_slots = max(host_slots, _STAGING_SLOTS)
     free_host_bytes = available_host_bytes() - (hot_bytes if device == "cpu" else 0)
