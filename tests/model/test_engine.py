@@ -162,7 +162,7 @@ def test_sizes_that_cannot_work_are_refused(sizes: dict[str, float], message: st
 def test_the_smallest_disk_tier_that_a_refusal_names_opens_and_holds_what_the_report_says(
     make_engine: MakeEngine, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="disk_gib .* holds no KV block") as refused:
+    with pytest.raises(ConfigError, match=r"disk_gib .* holds no KV block") as refused:
         make_engine(disk_mib=1.024)
     smallest = float(str(refused.value).split("give ")[1].split()[0])
     engine = make_engine(disk_mib=smallest * 1024, disk_path=tmp_path)
