@@ -27,6 +27,7 @@ class EngineConfig:
         block_size: tokens a KV block holds.
         max_num_seqs: most requests in one step.
         max_num_batched_tokens: token budget of one step, over prefill and decode.
+        max_mixed_prefill_tokens: of these, most tokens of prompts in a step that also decodes.
         max_model_len: longest context; None is the model's own, as far as the hot tier holds it.
         prefix_caching: find leading blocks by hash instead of computing them again.
         fetch_policy: `auto` decides between fetch and recompute by cost; the others force one.
@@ -46,6 +47,7 @@ class EngineConfig:
     block_size: int = 16
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    max_mixed_prefill_tokens: int = 512
     max_model_len: int | None = None
     prefix_caching: bool = True
     fetch_policy: Literal["auto", "fetch", "recompute"] = "auto"
@@ -65,6 +67,7 @@ class EngineConfig:
         check(1 <= self.block_size <= 1024, "block_size", "1 to 1024 tokens")
         check(self.max_num_seqs >= 1, "max_num_seqs", "1 or more")
         check(self.max_num_batched_tokens >= 1, "max_num_batched_tokens", "1 or more")
+        check(self.max_mixed_prefill_tokens >= 1, "max_mixed_prefill_tokens", "1 or more")
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "2 or more")
         check(self.disk_read_deadline_s > 0, "disk_read_deadline_s", "above 0 seconds")
         check(self.disk_write_queue_s > 0, "disk_write_queue_s", "above 0 seconds")

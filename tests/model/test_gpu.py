@@ -8,15 +8,23 @@ import torch
 from engines import reference, run
 from test_greedy_equality import make_prompts
 from tiny_models import make_model
+from transformers import PreTrainedModel
 
 from hotset.engine.engine import Engine
 from hotset.memory.arena import DeviceArena
 from hotset.model.flashinfer_attention import FlashInferBackend
-from hotset.model.runner import GatherBackend, ModelRunner, inspect_model
+from hotset.model.runner import (
+    AttentionBackend,
+    GatherBackend,
+    ModelLayout,
+    ModelRunner,
+    inspect_model,
+)
 from hotset.request import Request, SamplingParams, StepItem, StepPlan
 
 MakeEngine = Callable[..., Engine]
-pytestmark = pytest.mark.gpu
+# Compiling float32 warns that it could be less exact.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +38,7 @@ def test_greedy_tokens_are_those_of_transformers(
     family: str, tiers: dict[str, Any], make_engine: MakeEngine
 ) -> None:
     prompts = make_prompts()
-    engine = make_engine(family, device="cuda", max_num_batched_tokens=32, **tiers)
+    engine = make_engine(family, device="cuda", eager=True, max_num_batched_tokens=32, **tiers)
     for _ in range(2):
         assert run(engine, prompts) == reference(family, prompts)
     if tiers:
@@ -38,31 +46,62 @@ def test_greedy_tokens_are_those_of_transformers(
         assert engine.metrics.cached_tokens["host"] > 0
 
 
+def paged_logits(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    make_backend: Callable[[DeviceArena], AttentionBackend],
+    *,
+    recorded: bool = False,
+) -> list[torch.Tensor]:
+    """Logits of steps of all kinds: prefill, chunks beside decodes, decodes."""
+    arena = DeviceArena(
+        layout.kv_shapes,
+        num_blocks=41,
+        block_size=4,
+        dtype=layout.dtype,
+        device=torch.device("cuda"),
+    )
+    runner = ModelRunner(model, arena, make_backend(arena), max_num_seqs=4)
+    if recorded:
+        runner.compile(max_num_tokens=64, max_context_blocks=15, scratch_block=40)
+        assert runner._graphs is not None
+    first = Request("a", 45, list(range(3, 48)), SamplingParams(), 60)
+    first.block_table = [3, 1, 2, 5, 7, 6, 9, 8, 0, 10, 11, 12]
+    second = Request("b", 10, list(range(60, 70)), SamplingParams(), 60)
+    second.block_table = [13, 14, 15]
+    steps = [
+        [StepItem(second, 0, 9), StepItem(first, 0, 20)],
+        [StepItem(first, 20, 24), StepItem(second, 9, 1)],
+        [StepItem(first, 44, 1), StepItem(second, 9, 1)],
+    ]
+    return [runner.forward(StepPlan(items)).float().clone() for items in steps]
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative to the size of `one`; 0 for nothing in both."""
+    return float((one - other).norm() / one.norm()) if len(one) or len(other) else 0.0
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-mha", "mistral", "gemma2"])
 def test_flashinfer_attends_as_sdpa_does(family: str) -> None:
     model = make_model(family, head_dim=64).to("cuda", torch.bfloat16)
     layout = inspect_model(model)
-    logits = []
-    for make_backend in (GatherBackend, lambda arena: FlashInferBackend(arena, layout.layers)):
-        arena = DeviceArena(
-            layout.kv_shapes,
-            num_blocks=40,
-            block_size=4,
-            dtype=layout.dtype,
-            device=torch.device("cuda"),
-        )
-        runner = ModelRunner(model, arena, make_backend(arena))
-        first = Request("a", 45, list(range(3, 48)), SamplingParams(), 60)
-        first.block_table = [3, 1, 2, 5, 7, 6, 9, 8, 0, 10, 11, 12]
-        second = Request("b", 10, list(range(60, 70)), SamplingParams(), 60)
-        second.block_table = [13, 14, 15]
-        steps = [
-            [StepItem(second, 0, 9), StepItem(first, 0, 20)],
-            [StepItem(first, 20, 24)],
-            [StepItem(first, 44, 1), StepItem(second, 9, 1)],
-        ]
-        for items in steps:
-            out = runner.forward(StepPlan(items))
-        logits.append(out.float())
-    error = (logits[0] - logits[1]).norm() / logits[0].norm()
-    assert error < 2e-2, error  # bfloat16 rounding
+    expected = paged_logits(model, layout, GatherBackend)
+    got = paged_logits(model, layout, lambda arena: FlashInferBackend(arena, layout.layers))
+    for one, other in zip(expected, got, strict=True):
+        assert difference(one, other) < 2e-2  # bfloat16 rounding
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_recorded_steps_compute_what_launched_ones_do(family: str) -> None:
+    model = make_model(family, head_dim=64).to("cuda", torch.bfloat16)
+    layout = inspect_model(model)
+
+    def backend(arena: DeviceArena) -> FlashInferBackend:
+        return FlashInferBackend(arena, layout.layers)
+
+    expected = paged_logits(model, layout, backend)
+    for _ in range(2):  # the second time over a model that is compiled
+        got = paged_logits(model, layout, backend, recorded=True)
+        for one, other in zip(expected, got, strict=True):
+            assert difference(one, other) < 2e-2  # bfloat16 rounding

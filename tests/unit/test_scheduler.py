@@ -22,6 +22,7 @@ def make_scheduler(
     num_blocks: int = 8,
     max_num_seqs: int = 8,
     budget: int = 16,
+    mixed_budget: int = 16,
     prefix_caching: bool = True,
     mode: str = "fetch",
 ) -> Scheduler:
@@ -35,7 +36,12 @@ def make_scheduler(
         policy=None if tiers is None else PrefixPolicy(rates, bytes_per_token=1, mode=mode),
         prefix_caching=prefix_caching,
     )
-    return Scheduler(kv, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    return Scheduler(
+        kv,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_mixed_prefill_tokens=mixed_budget,
+    )
 
 
 _ids = itertools.count()
@@ -67,6 +73,16 @@ def run(scheduler: Scheduler, plan: StepPlan | None = None) -> StepPlan:
 
 def tokens_of(plan: StepPlan) -> list[tuple[int, int]]:
     return [(item.start, item.num_tokens) for item in plan.items]
+
+
+def test_prompts_take_a_smaller_share_of_a_step_that_also_decodes() -> None:
+    scheduler = make_scheduler(budget=16, mixed_budget=3)
+    scheduler.add([make_request(list(range(5)))])
+    scheduler.add([make_request(list(range(50, 58)))])
+    assert tokens_of(run(scheduler)) == [(0, 5), (0, 8)]  # nobody decodes yet
+    scheduler.add([make_request(list(range(20, 24)))])
+    assert tokens_of(run(scheduler)) == [(5, 1), (8, 1), (0, 3)]
+    assert tokens_of(run(scheduler)) == [(6, 1), (9, 1), (3, 1)]
 
 
 def test_a_long_prompt_is_computed_in_chunks_of_the_token_budget() -> None:

@@ -122,6 +122,7 @@ class Engine:
         )
         if model.device.type == "cuda" and not config.eager:
             self._runner.compile(
+                max_num_tokens=config.max_num_batched_tokens,
                 max_context_blocks=-(-self.max_model_len // config.block_size),
                 scratch_block=self.budget.device_blocks,
             )
@@ -151,6 +152,7 @@ class Engine:
             self.kv,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            max_mixed_prefill_tokens=config.max_mixed_prefill_tokens,
         )
         self.report = self.budget.report(device=model.device.type, disk_path=disk_path)
         self._requests: dict[str, Request] = {}

@@ -18,10 +18,18 @@ class Scheduler:
     is in `waiting`, in `running`, forked off by a running one later (`_forks`), or finished.
     """
 
-    def __init__(self, kv: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        kv: KVCache,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_mixed_prefill_tokens: int,
+    ) -> None:
         self.kv = kv
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_mixed_prefill_tokens = max_mixed_prefill_tokens
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self._forks: dict[str, list[Request]] = {}  # id of the first of n -> the others
@@ -45,6 +53,9 @@ class Scheduler:
         """
         items: list[StepItem] = []
         budget = self.max_num_batched_tokens
+        # A long prefill beside decodes would stall them, and have all that start together end
+        # together, so that later steps have nothing but decodes (Sarathi-Serve, section 4).
+        prefill_budget = self.max_mixed_prefill_tokens if self._has_decode() else budget
         was_preempted = False
         queued_tokens = 0
         for request in list(self.running):
@@ -53,7 +64,7 @@ class Scheduler:
             if request.is_complete:
                 continue  # its last token is being chosen
             self.kv.advance(request)
-            num_tokens = min(self.kv.num_runnable_tokens(request), budget)
+            num_tokens = self._share(request, budget, prefill_budget)
             if num_tokens > 0:
                 reserved = self.kv.reserve(request, num_tokens)
                 # Blocks that only a spill still holds come free by themselves: wait for those.
@@ -65,6 +76,7 @@ class Scheduler:
                 if reserved:
                     items.append(StepItem(request, request.num_computed_tokens, num_tokens))
                     budget -= num_tokens
+                    prefill_budget -= num_tokens if num_tokens > 1 else 0
             queued_tokens += request.num_tokens - request.num_computed_tokens
         # Requests are planned in order and the last is preempted first: no victim is planned.
         assert all(item.request.status is RequestStatus.RUNNING for item in items)
@@ -77,10 +89,11 @@ class Scheduler:
             self.waiting.pop(0)
             request.status = RequestStatus.RUNNING
             insort(self.running, request, key=_order)
-            num_tokens = min(self.kv.num_runnable_tokens(request), budget)
+            num_tokens = self._share(request, budget, prefill_budget)
             if num_tokens > 0 and self.kv.reserve(request, num_tokens):
                 items.append(StepItem(request, request.num_computed_tokens, num_tokens))
                 budget -= num_tokens
+                prefill_budget -= num_tokens if num_tokens > 1 else 0
             queued_tokens += request.num_tokens - request.num_computed_tokens
         for request in self.waiting[:_STAGE_AHEAD]:
             self.kv.stage(request)
@@ -114,6 +127,17 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.error = error
+
+    def _has_decode(self) -> bool:
+        return any(
+            request.num_tokens - request.num_computed_tokens == 1 and not request.is_complete
+            for request in self.running
+        )
+
+    def _share(self, request: Request, budget: int, prefill_budget: int) -> int:
+        """How many tokens of a request the step can take."""
+        num_tokens = self.kv.num_runnable_tokens(request)
+        return min(num_tokens, budget, prefill_budget if num_tokens > 1 else budget)
 
     def _fork(self, first: Request) -> None:
         for sibling in self._forks.pop(first.request_id):

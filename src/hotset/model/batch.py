@@ -66,6 +66,11 @@ class Batch:
     has_unknown: bool
 
     @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.inputs.shape[1])
+
+    @property
     def is_decode(self) -> bool:
         """Whether each sequence has one token, and all of them sample."""
         return self.num_decodes == len(self.sequences) == len(self.sampled_rows)
@@ -125,8 +130,16 @@ def make_batch(items: Sequence[StepItem], block_size: int) -> Batch:
 
 
 def to_device(values: Array, device: torch.device) -> torch.Tensor:
-    """A copy on `device`; on a GPU through pinned memory, without waiting for it."""
+    """A copy on `device`, without waiting for it."""
+    return _staged(values, device).to(device, non_blocking=True)
+
+
+def fill(target: torch.Tensor, values: Array) -> None:
+    """Overwrite `target` on its device, without waiting for it."""
+    target.copy_(_staged(values, target.device), non_blocking=True)
+
+
+def _staged(values: Array, device: torch.device) -> torch.Tensor:
+    """Where a copy to `device` can read `values` from at any time."""
     tensor = torch.from_numpy(values)
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor if device.type == "cpu" else tensor.pin_memory()

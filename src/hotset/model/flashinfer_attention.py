@@ -1,6 +1,6 @@
 """Paged attention by FlashInfer, on NVIDIA GPUs, straight from the block-major pool."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,9 +103,15 @@ class FlashInferBackend:
         self._planned = torch.cuda.Event()
 
     def begin_step(self, batch: Batch, inputs: Inputs) -> "FlashInferAttention":
-        """Plan the step's attention; the result is good until the next call."""
+        """Plan the step's attention; the result is good until the next plan."""
+        self.plan(batch)
+        return FlashInferAttention(self, inputs, self.run)
+
+    def plan(self, batch: Batch) -> None:
+        """Tell the kernels where the step's sequences are; `run` is for that step then."""
         self.wait_for_plan()
         sequences, n = batch.sequences, batch.num_decodes
+        self._num_decodes, self._num_tokens = n, batch.num_tokens
         if n:
             self.plan_decode(self._decode, sequences[:n])
         if n < len(sequences):
@@ -124,7 +130,25 @@ class FlashInferBackend:
                     **self._options(kind),
                 )
         self.note_plan()
-        return FlashInferAttention(self, inputs, self._decode, self._prefill, n)
+
+    def run(
+        self, layer: int, query: torch.Tensor, output: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend for the planned step's tokens.
+
+        Args:
+            layer: whose cache, with the step's keys and values in it.
+            query: `[T or more, H, D]`, contiguous; rows beyond the step's T are left out.
+            output: like `query`; None makes one.
+        """
+        kind, cache = self.kinds[layer], self.caches[layer]
+        output = torch.empty_like(query) if output is None else output
+        n, end = self._num_decodes, self._num_tokens
+        if n:
+            self._decode[kind].run(query[:n], cache, out=output[:n])
+        if n < end:
+            self._prefill[kind].run(query[n:end], cache, out=output[n:end])
+        return output
 
     def plan_decode(self, wrappers: dict[_Kind, Any], sequences: Sequence[SequenceSpan]) -> None:
         """Plan sequences of one token, for all kinds."""
@@ -204,21 +228,23 @@ def _starts(counts: np.ndarray) -> torch.Tensor:
 
 
 class FlashInferAttention:
-    """The attention of one planned step; implements `attention.Attention`."""
+    """The attention of one step; implements `attention.Attention`.
+
+    Args:
+        backend: has the cache.
+        inputs: the step's tokens.
+        run: layer, `[T, H, D]` queries -> `[T, H, D]`, once the layer's keys and values are stored.
+    """
 
     def __init__(
         self,
         backend: FlashInferBackend,
         inputs: Inputs,
-        decode: dict[_Kind, Any],
-        prefill: dict[_Kind, Any],
-        num_decodes: int,
+        run: Callable[[int, torch.Tensor], torch.Tensor],
     ) -> None:
         self._backend = backend
         self._inputs = inputs
-        self._decode = decode
-        self._prefill = prefill
-        self._num_decodes = num_decodes
+        self._run = run
 
     def attend(
         self,
@@ -233,22 +259,9 @@ class FlashInferAttention:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Store the step's keys and values, then attend. See `attention.Attention`."""
-        backend, n = self._backend, self._num_decodes
-        backend.store_kv(
-            key, value, backend.arena.layers[layer], self._inputs.blocks, self._inputs.offsets
-        )
-        kind, cache = backend.kinds[layer], backend.caches[layer]
-        query = query.transpose(0, 1).contiguous()  # [T, H, D]
-        output: torch.Tensor
-        if n == len(query):
-            output = self._decode[kind].run(query, cache)
-        elif n == 0:
-            output = self._prefill[kind].run(query, cache)
-        else:
-            output = torch.empty_like(query)
-            self._decode[kind].run(query[:n], cache, out=output[:n])
-            self._prefill[kind].run(query[n:], cache, out=output[n:])
-        return output
+        cache, inputs = self._backend.arena.layers[layer], self._inputs
+        self._backend.store_kv(key, value, cache, inputs.blocks, inputs.offsets)
+        return self._run(layer, query.transpose(0, 1).contiguous())
 
 
 class StaticDecode:
@@ -276,7 +289,7 @@ class StaticDecode:
         self._size = len(inputs.token_ids)
         self._wrappers = backend.decode_wrappers(self._size, block_ids)
         self._padding = SequenceSpan(0, 1, 1, [scratch_block])
-        self.attention = FlashInferAttention(backend, inputs, self._wrappers, {}, self._size)
+        self.attention = FlashInferAttention(backend, inputs, self._run)
 
     def plan(self, sequences: Sequence[SequenceSpan]) -> None:
         """Plan for at most B sequences of one token; the rows beyond them attend to nothing."""
@@ -285,3 +298,9 @@ class StaticDecode:
         backend.wait_for_plan()
         backend.plan_decode(self._wrappers, padded)
         backend.note_plan()
+
+    def _run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        backend = self._backend
+        wrapper = self._wrappers[backend.kinds[layer]]
+        output: torch.Tensor = wrapper.run(query, backend.caches[layer])
+        return output

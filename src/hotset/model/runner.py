@@ -21,12 +21,12 @@ from hotset.model.attention import (
 )
 from hotset.model.batch import Batch, Inputs, make_batch
 from hotset.model.cpu_linear import pack_linears
-from hotset.model.decode_graphs import DecodeGraphs
 from hotset.model.flashinfer_attention import (
     WORKSPACE_BYTES,
     FlashInferBackend,
     why_unsupported,
 )
+from hotset.model.step_graphs import StepGraphs
 from hotset.request import StepPlan
 
 _log = logging.getLogger(__name__)
@@ -171,17 +171,18 @@ class ModelRunner:
         self._model = model
         self._arena = arena
         self._attention = attention
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         # At a fixed place, for the graphs to read.
         self._previous = torch.zeros(max_num_seqs, dtype=torch.long, device=model.device)
         parameters = inspect.signature(model.forward).parameters
         self._selects_logits = "logits_to_keep" in parameters
 
     @torch.inference_mode()
-    def compile(self, *, max_context_blocks: int, scratch_block: int) -> None:
-        """Compile the model's layers, and record decode steps as CUDA graphs where that works.
+    def compile(self, *, max_num_tokens: int, max_context_blocks: int, scratch_block: int) -> None:
+        """Compile the model's layers, and record steps as CUDA graphs where that works.
 
         Args:
+            max_num_tokens: most tokens of a step.
             max_context_blocks: most blocks that one request can have.
             scratch_block: a block of the arena that no request gets.
 
@@ -198,10 +199,11 @@ class ModelRunner:
         if not isinstance(self._attention, FlashInferBackend):
             return
         try:
-            self._graphs = DecodeGraphs(
-                lambda ids, positions, attention: self._logits(ids, positions, attention, None),
+            self._graphs = StepGraphs(
+                self._logits,
                 self._attention,
                 self._previous,
+                max_num_tokens=max_num_tokens,
                 max_context_blocks=max_context_blocks,
                 scratch_block=scratch_block,
             )
@@ -212,7 +214,7 @@ class ModelRunner:
             ) from error
         except RuntimeError as error:
             # A layer that asks the host while it runs, as loops over experts do.
-            _log.warning("decode runs without CUDA graphs, which is slower: %s", error)
+            _log.warning("steps run without CUDA graphs, which is slower: %s", error)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan, previous: torch.Tensor | None = None) -> torch.Tensor:
@@ -232,9 +234,8 @@ class ModelRunner:
         if batch.has_unknown:
             assert previous is not None, "a token is unknown and nobody is choosing it"
             self._previous[: len(previous)].copy_(previous)
-        graphs = self._graphs
-        if graphs is not None and batch.is_decode and len(batch.sequences) <= graphs.max_batch:
-            return graphs.run(batch)
+        if self._graphs is not None and (logits := self._graphs.run(batch)) is not None:
+            return logits
         inputs, sampled_rows = batch.to(self._model.device)
         token_ids = inputs.resolve(self._previous) if batch.has_unknown else inputs.token_ids
         attention = self._attention.begin_step(batch, inputs)

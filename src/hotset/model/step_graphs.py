@@ -1,0 +1,220 @@
+"""Steps as CUDA graphs: recorded once for some sizes, then replayed instead of launched."""
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hotset.model.attention import Attention
+from hotset.model.batch import Batch, Inputs, fill
+from hotset.model.flashinfer_attention import FlashInferAttention, FlashInferBackend, StaticDecode
+
+Array = npt.NDArray[np.int64]
+
+# Sequences of a step of decodes, and tokens of any other step: a step is padded to the next one.
+_DECODE_SIZES = (1, 2, 4, 8, 16, 24, *range(32, 4097, 32))
+_MIXED_SIZES = (16, 32, *range(64, 769, 64), 896, 1024)
+
+
+def sizes_up_to(sizes: tuple[int, ...], largest: int) -> list[int]:
+    """Those of `sizes` below `largest`, and `largest` unless it is beyond them all."""
+    return [size for size in sizes if size < largest] + [largest] * (largest <= sizes[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class StaticInputs:
+    """Where the recorded kernels of one size read what to compute.
+
+    Attributes:
+        packed: `[5 * T + R]` int64 on the device: the rows of `Inputs`, then `rows`.
+        rows: the last R of it, rows whose logits are wanted.
+    """
+
+    packed: torch.Tensor
+    inputs: Inputs
+    rows: torch.Tensor
+
+    @classmethod
+    def make(cls, num_tokens: int, num_rows: int, padding: Array, previous: torch.Tensor) -> Self:
+        """Room for T tokens and R rows, full of `padding`, on the device of `previous`."""
+        packed = previous.new_zeros(5 * num_tokens + num_rows)
+        views = Inputs(*packed[: 5 * num_tokens].view(5, -1).unbind())
+        static = cls(packed, views, packed[5 * num_tokens :])
+        static.fill(np.empty((5, 0), np.int64), np.empty(0, np.int64), padding)
+        return static
+
+    def fill(self, inputs: Array, rows: Array, padding: Array) -> None:
+        """Set the step's inputs, `[5, T or fewer]`, and rows, R or fewer; `padding` is beyond."""
+        size = len(self.inputs.token_ids)
+        packed = np.zeros(len(self.packed), np.int64)
+        tokens = packed[: 5 * size].reshape(5, size)
+        tokens[:, : inputs.shape[1]] = inputs
+        tokens[:, inputs.shape[1] :] = padding[:, None]
+        packed[5 * size : 5 * size + len(rows)] = rows
+        fill(self.packed, packed)
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeGraph:
+    """A step of decodes, recorded whole."""
+
+    static: StaticInputs
+    decode: StaticDecode
+    graph: torch.cuda.CUDAGraph
+
+
+@dataclass(frozen=True, slots=True)
+class _MixedGraph:
+    """Any other step, recorded in parts: between two of them is the attention of a layer.
+
+    That runs as it is, as its kernels differ with the sequences of a step.
+    """
+
+    static: StaticInputs
+    parts: list[torch.cuda.CUDAGraph]  # one more than `cuts`
+    cuts: list[tuple[int, torch.Tensor, torch.Tensor]]  # layer, its queries, its output
+
+
+class StepGraphs:
+    """Replays recorded steps.
+
+    Args:
+        forward: the model's step: token ids and positions (`[T]`), attention, rows (`[R]`, or
+            None for all) -> `[R, vocab]` logits.
+        backend: makes the attention.
+        previous: `[max_num_seqs]` int64, the tokens that the step before chose; see `Inputs`.
+        max_num_tokens: most tokens of a step.
+        max_context_blocks: most blocks of one sequence.
+        scratch_block: a block that nobody reads.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[
+            [torch.Tensor, torch.Tensor, Attention, torch.Tensor | None], torch.Tensor
+        ],
+        backend: FlashInferBackend,
+        previous: torch.Tensor,
+        *,
+        max_num_tokens: int,
+        max_context_blocks: int,
+        scratch_block: int,
+    ) -> None:
+        self._forward = forward
+        self._backend = backend
+        self._previous = previous
+        self._scratch_block = scratch_block
+        # A token of padding: id 0 at position 0, known, its KV where nobody reads it.
+        self._padding = np.array([0, 0, scratch_block, 0, -1], np.int64)
+        self._logits: torch.Tensor | None = None
+        self._buffers: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._stream = torch.cuda.Stream(previous.device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._block_ids = torch.zeros(
+            len(previous) * max_context_blocks, dtype=torch.int32, device=previous.device
+        )
+        self._decode_sizes = sizes_up_to(_DECODE_SIZES, min(len(previous), max_num_tokens))
+        self._mixed_sizes = sizes_up_to(_MIXED_SIZES, max_num_tokens)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            # The largest first: the others reuse its memory.
+            self._decodes = [self._record_decode(n) for n in reversed(self._decode_sizes)][::-1]
+            self._mixed = [self._record_mixed(n) for n in reversed(self._mixed_sizes)][::-1]
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def run(self, batch: Batch) -> torch.Tensor | None:
+        """Compute a step.
+
+        Returns:
+            `[R, vocab]` logits of the batch's sampled rows, good until the next call; None where
+            no recorded step fits, with nothing computed.
+        """
+        num_rows = len(batch.sampled_rows)
+        if batch.is_decode and num_rows <= self._decode_sizes[-1]:
+            decode = self._decodes[bisect.bisect_left(self._decode_sizes, num_rows)]
+            decode.static.fill(batch.inputs, batch.sampled_rows[:0], self._padding)
+            decode.decode.plan(batch.sequences)
+            decode.graph.replay()
+        elif batch.num_tokens <= self._mixed_sizes[-1]:
+            mixed = self._mixed[bisect.bisect_left(self._mixed_sizes, batch.num_tokens)]
+            mixed.static.fill(batch.inputs, batch.sampled_rows, self._padding)
+            self._backend.plan(batch)
+            for part, (layer, query, output) in zip(mixed.parts, mixed.cuts, strict=False):
+                part.replay()
+                self._backend.run(layer, query, output)
+            mixed.parts[-1].replay()
+        else:
+            return None
+        assert self._logits is not None
+        return self._logits[:num_rows]
+
+    def _record_decode(self, size: int) -> _DecodeGraph:
+        static = StaticInputs.make(size, 0, self._padding, self._previous)
+        decode = StaticDecode(
+            self._backend,
+            static.inputs,
+            block_ids=self._block_ids,
+            scratch_block=self._scratch_block,
+        )
+        decode.plan([])
+        self._step(static, decode.attention)  # compiles, and loads kernels
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool)
+        self._step(static, decode.attention)
+        graph.capture_end()
+        return _DecodeGraph(static, decode, graph)
+
+    def _record_mixed(self, size: int) -> _MixedGraph:
+        num_rows = min(size, len(self._previous))
+        static = StaticInputs.make(size, num_rows, self._padding, self._previous)
+        parts: list[torch.cuda.CUDAGraph] = []
+        cuts: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        is_recording = False
+
+        def begin() -> None:
+            parts.append(torch.cuda.CUDAGraph())
+            parts[-1].capture_begin(pool=self._pool)
+
+        def cut(layer: int, query: torch.Tensor) -> torch.Tensor:
+            """End a part with the queries in place; the next starts from the output."""
+            query_at, output_at = self._buffers_for(query)
+            query_at.copy_(query)
+            if is_recording:
+                parts[-1].capture_end()
+                cuts.append((layer, query_at, output_at))
+                begin()
+            return output_at
+
+        attention = FlashInferAttention(self._backend, static.inputs, cut)
+        self._step(static, attention)  # compiles, and loads kernels
+        torch.cuda.synchronize()
+        is_recording = True
+        begin()
+        self._step(static, attention)
+        parts[-1].capture_end()
+        return _MixedGraph(static, parts, cuts)
+
+    def _step(self, static: StaticInputs, attention: Attention) -> None:
+        inputs = static.inputs
+        rows = static.rows if len(static.rows) else None
+        token_ids = inputs.resolve(self._previous)
+        logits = self._forward(token_ids, inputs.positions, attention, rows)
+        if self._logits is None:
+            self._logits = logits.new_zeros(len(self._previous), logits.shape[1])
+        self._logits[: len(logits)].copy_(logits)
+
+    def _buffers_for(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and output of all layers and sizes with the heads of `query`, `[T, H, D]`."""
+        num_tokens, *shape = query.shape
+        heads = (shape[0], shape[1])
+        if heads not in self._buffers:
+            largest = max(self._mixed_sizes)
+            query_at = query.new_zeros(largest, *heads)
+            self._buffers[heads] = (query_at, torch.zeros_like(query_at))
+        query_at, output_at = self._buffers[heads]
+        return query_at[:num_tokens], output_at[:num_tokens]
