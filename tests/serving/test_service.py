@@ -167,10 +167,13 @@ def test_a_batch_cut_at_any_byte_goes_on_to_the_same_output(
 def test_an_output_of_another_input_is_refused_and_left_alone(tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     write_batch(source)
-    for content in ('{"custom_id": "other"}\n', "my notes\nand more\n"):
+    others = ('{"custom_id": "other"}\n', "my notes\nand more\n", "my notes\n", "my notes")
+    for content in others:
         target.write_text(content)
         with pytest.raises(ConfigError, match="choose another output"):
             Batch(source, target)
         assert target.read_text() == content
     with pytest.raises(ConfigError, match="both input and output"):
         Batch(source, source)
+    with pytest.raises(ConfigError, match="/dev/full is not a plain file"):
+        Batch(source, Path("/dev/full"))

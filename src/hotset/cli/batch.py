@@ -56,7 +56,7 @@ def command(
         else:
             service = EngineService(config)
             try:
-                console.print(service.report, highlight=False)
+                click.echo(service.report, err=True)
                 progress = Progress(
                     TextColumn("lines"),
                     BarColumn(),

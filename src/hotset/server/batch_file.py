@@ -64,6 +64,9 @@ class Batch:
     def __init__(self, source: Path, target: Path) -> None:
         self._source = source
         try:
+            for path in (source, target):  # a device or pipe may have no end
+                if path.exists() and not path.is_file():
+                    raise ConfigError(f"{path} is not a plain file; expected one")
             # Read to the end first: what cannot be read should not cost a loaded model.
             self.num_lines = sum(1 for _ in _lines(source))
             if target.exists() and target.samefile(source):
@@ -163,7 +166,7 @@ class Batch:
         for line in self._target:
             record = _load(line) if line.endswith(b"\n") else None
             if record is None:
-                if self._target.read(1):
+                if not _is_torn(line, num_lines):
                     raise ConfigError(
                         f"{target} line {num_lines + 1} is not a batch record; "
                         "delete the file or choose another output"
@@ -181,6 +184,12 @@ class Batch:
             whole_bytes += len(line)
         self._target.truncate(whole_bytes)
         return num_lines
+
+
+def _is_torn(line: bytes, position: int) -> bool:
+    """Whether `line` is the beginning of a record that was being written, and not another text."""
+    head = f'{{"id": "batch_req_{position}"'.encode()
+    return not line.endswith(b"\n") and line[: len(head)] == head[: len(line)]
 
 
 def _lines(source: Path) -> Iterator[bytes]:
