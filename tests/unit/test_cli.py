@@ -21,7 +21,9 @@ def test_help_names_the_command_and_succeeds(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, *command, "--help") == 0
-    assert capsys.readouterr().out.startswith("Usage: hotset " + " ".join(command))
+    shown = capsys.readouterr().out
+    assert shown.startswith("Usage: hotset " + " ".join(command))
+    assert "\\b" not in shown
 
 
 @pytest.mark.parametrize(

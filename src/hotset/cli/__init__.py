@@ -32,6 +32,8 @@ class LazyGroup(click.Group):
         if name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"hotset.cli.{name}").command
+        if command.help:  # raw docstrings have click's mark "do not wrap" as two characters
+            command.help = command.help.replace("\\b\n", "\b\n")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -142,7 +142,7 @@ def command(
     \b
     Example:
       hotset serve --port 8000
-      curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+      curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \
         -d '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 30}'
     """
     from hotset.server.keys import ENVIRONMENT, Keys
