@@ -184,9 +184,7 @@ def command(
 
     def on_ready(service: EngineService) -> None:
         click.echo(f"{service.report}\nserving {service.model.name} at {where}/v1", err=True)
-        click.echo(
-            f"status page: {where}/   API: {where}/docs   metrics: {where}/metrics", err=True
-        )
+        click.echo(f"status page {where}/, API {where}/docs, metrics {where}/metrics", err=True)
 
     def on_failure(error: HotsetError) -> None:
         failures.append(error)

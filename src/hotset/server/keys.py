@@ -176,7 +176,7 @@ class Keys:
             self.add(key, tenant)
             return
         try:
-            raw = bytes.fromhex(digest)
+            raw = bytes.fromhex(str(digest))
         except ValueError:
             raw = b""
         if len(raw) != hashlib.sha256().digest_size:

@@ -55,5 +55,5 @@ def set_up(form: LogFormat, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for chatty in ("httpx", "urllib3", "asyncio", "multipart", "python_multipart"):
+    for chatty in ("uvicorn.error", "urllib3", "asyncio", "python_multipart.multipart"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,270 @@
+"""Many users at once: none stalls, none holds up another, and a restart loses nothing it kept."""
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from servers import CHAT, KEY, running_server, wait_for
+
+from hotset.config import EngineConfig
+from hotset.errors import OverloadedError
+from hotset.request import SamplingParams
+from hotset.server.app import ServerConfig
+from hotset.server.keys import Keys, Tenant
+from hotset.server.limits import Limits
+
+ENDLESS = {**CHAT, "max_tokens": 480, "ignore_eos": True, "stream": True}
+
+
+def test_256_streams_at_once_all_end_whole_beside_1000_idle_connections() -> None:
+    users, tokens = 256, 12
+
+    async def ask(http: httpx.AsyncClient, i: int) -> list[str]:
+        body = {
+            "messages": [{"role": "user", "content": f"user {i} says the cat"}],
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        lines = []
+        async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+            assert response.status_code == 200
+            async for line in response.aiter_lines():
+                if line:
+                    lines.append(line.removeprefix("data: "))
+        return lines
+
+    async def ask_all(url: str) -> list[list[str]]:
+        limits = httpx.Limits(max_connections=users)
+        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120) as http:
+            return await asyncio.gather(*(ask(http, i) for i in range(users)))
+
+    # The hot tier holds a part of the users: the others are parked in host memory meanwhile.
+    config = EngineConfig(hot_gib=0.0012, host_gib=0.05, max_num_seqs=users, max_model_len=128)
+    with running_server(config) as server:
+        idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(1000)]
+        answers = asyncio.run(ask_all(server.url))
+        for lines in answers:
+            assert lines[-1] == "[DONE]"
+            assert json.loads(lines[-2])["usage"]["completion_tokens"] == tokens
+            assert not any("error" in line for line in lines)
+        with server.http() as http:
+            assert http.get("/health").status_code == 200
+        idle[0].sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert idle[0].recv(64).startswith(b"HTTP/1.1 200")  # it waited, and still works
+        for connection in idle:
+            connection.close()
+        status = server.service.status().result(60)
+        assert not set(status.tiers[0].cells) & set("hs")  # nobody's blocks are left behind
+
+
+def test_a_reader_that_does_not_read_holds_up_nobody() -> None:
+    with running_server() as server:
+        body = json.dumps({**ENDLESS, "logprobs": True, "top_logprobs": 20}).encode()
+        slow = socket.socket()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", server.port))
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+        slow.sendall(head % len(body) + body)
+        finished = server.service.metrics.requests_finished
+        # It reads nothing, and yet the engine comes to the end of its request ...
+        wait_for(lambda: finished["length"] == 1)
+        with server.http() as http:
+            assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+        # ... and what it did not read is there when it does.
+        received = b""
+        while b"data: [DONE]" not in received:
+            chunk = slow.recv(65536)
+            assert chunk, "the stream was dropped"
+            received += chunk
+        slow.close()
+        pieces = [json.loads(line[6:]) for line in received.split(b"\n") if line[:7] == b"data: {"]
+        entries = [len(p["choices"][0]["logprobs"]["content"]) for p in pieces]
+        assert sum(entries) == 480
+
+
+def test_what_waits_is_bounded_and_refused_with_a_time_to_come_back() -> None:
+    config = EngineConfig(hot_gib=0.01, max_num_seqs=1, max_num_batched_tokens=8)
+    limits = Limits(max_queue=2)
+    with running_server(config, ServerConfig(limits=limits)) as server, server.http() as http:
+        params = SamplingParams(max_tokens=480, ignore_eos=True)
+        # Until the engine has all it takes ahead, and the queue before it is full too.
+        streams = []
+        with pytest.raises(OverloadedError):
+            for _ in range(1000):
+                streams.append(server.service.submit([5, 6], params, queue_limit=2))
+                wait_for(lambda: not server.service._inbox)
+        response = http.post("/v1/chat/completions", json=CHAT)
+        assert response.status_code == 429
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+        assert response.json()["error"]["code"] == "queue_full"
+        for stream in streams:
+            stream.abort()
+        wait_for(lambda: server.service.num_open == 0)
+        assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_a_tenant_with_few_requests_is_not_behind_one_with_many() -> None:
+    config = EngineConfig(hot_gib=0.01, max_num_seqs=1, max_num_batched_tokens=8)
+    with running_server(config) as server:
+        params = SamplingParams(max_tokens=20, ignore_eos=True)
+        order: list[str] = []
+
+        def ask(tenant: str) -> threading.Thread:
+            stream = server.service.submit([5, 6, 7], params, tenant=tenant)
+
+            def read() -> None:
+                for _ in stream:
+                    pass
+                order.append(tenant)
+
+            thread = threading.Thread(target=read)
+            thread.start()
+            return thread
+
+        threads = [ask("many") for _ in range(60)]
+        threads += [ask("few") for _ in range(3)]
+        for thread in threads:
+            thread.join(60)
+        assert len(order) == 63
+        # The engine had a few of the many ahead; from there on they take turns.
+        assert order.index("few") < 30
+        assert order[-1] == "many"
+
+
+def test_a_request_waits_for_its_deadline_at_most_also_in_the_queue() -> None:
+    config = EngineConfig(hot_gib=0.01, max_num_seqs=1)
+    with running_server(config) as server, server.http() as http:
+        endless = SamplingParams(max_tokens=500, ignore_eos=True)
+        streams = [server.service.submit([5], endless) for _ in range(12)]
+        response = http.post("/v1/chat/completions", json={**CHAT, "timeout_s": 0.02})
+        assert response.status_code == 504
+        for stream in streams:
+            stream.abort()
+
+
+def test_a_drained_server_ends_what_runs_and_takes_no_more() -> None:
+    with running_server(drain_s=60) as server:
+        lines: list[str] = []
+        started = threading.Event()
+
+        def read() -> None:
+            with (
+                server.http() as http,
+                http.stream("POST", "/v1/chat/completions", json=ENDLESS) as response,
+            ):
+                for line in response.iter_lines():
+                    lines.append(line)
+                    started.set()
+
+        with server.http() as kept:
+            assert kept.get("/health").status_code == 200
+            thread = threading.Thread(target=read)
+            thread.start()
+            assert started.wait(60)
+            server.api.drain()
+            assert kept.get("/health").status_code == 503
+            assert kept.post("/v1/chat/completions", json=CHAT).status_code == 503
+            server.stop()
+        thread.join(60)
+        assert "data: [DONE]" in lines
+
+
+SERVE = """
+import sys
+sys.path.insert(0, {tests!r})
+import servers
+from hotset.server import app
+from hotset.engine.service import EngineService
+app.EngineService = lambda config: EngineService(config, build=servers.build)
+from hotset.cli import main
+main()
+"""
+
+
+def start(*args: str) -> tuple["subprocess.Popen[str]", str, list[str]]:
+    """`hotset serve` over the tiny model; the process, its address and what it says."""
+    code = SERVE.format(tests=str(Path(__file__).parents[1]))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "serve", "--port", "0", "--no-files", *args],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    said: list[str] = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("status page "):
+            return process, line.split()[2].removesuffix("/,"), said
+    raise AssertionError("".join(said))
+
+
+def blocks_on_disk(http: httpx.Client, at_least: int) -> bool:
+    metrics = http.get("/metrics").text.splitlines()
+    [line] = [one for one in metrics if one.startswith('hotset:tier_used_blocks{tier="disk"')]
+    return float(line.split()[-1]) >= at_least
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_restart_finds_the_disk_tier_warm(tmp_path: Path, end: signal.Signals) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text(
+        f'hot_gib = 0.001\nhost-gib = 0.01\ndisk_gib = 0.05\ndisk-path = "{tmp_path}/kv"\n'
+        'log_format = "json"\n'
+    )
+    body = {"prompt": "the cat sat on the mat and the dog " * 8, "max_tokens": 4, "temperature": 0}
+    cached, texts = [], []
+    for _ in range(2):
+        process, url, said = start("--config", str(config))
+        try:
+            with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
+                answer = http.post("/v1/completions", json=body).json()
+                cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+                texts.append(answer["choices"][0]["text"])
+                if end is signal.SIGKILL:  # then only what is written already is kept
+                    full = answer["usage"]["prompt_tokens"] // 16
+                    wait_for(partial(blocks_on_disk, http, full))
+        finally:
+            process.send_signal(end)
+            assert process.stderr is not None
+            said += process.stderr.readlines()
+            process.stderr.close()
+            process.wait(60)
+    assert cached[0] == 0 and cached[1] > 0, said
+    assert texts[0] == texts[1]
+    if end is signal.SIGTERM:
+        [entry] = [
+            e
+            for line in said
+            if '"path"' in line
+            for e in [json.loads(line)]
+            if e["path"] == "/v1/completions"
+        ]
+        assert entry["output_tokens"] == 4 and entry["status"] == 200 and entry["request_id"]
+
+
+def test_an_allowance_refills_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    keys = Keys()
+    from hotset.server.keys import Bucket
+
+    keys.add(KEY, Tenant("a", tokens=Bucket(60)))
+    tenant: Any = keys.find(KEY)
+    with tenant.request():
+        tenant.charge(90)
+    assert tenant.tokens.wait_s() == pytest.approx(31)
+    now += 31.5
+    with tenant.request():
+        pass
