@@ -3,9 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from hotset.engine.engine import Engine
 from hotset.memory.slab import slot_bytes_for
+
+T = TypeVar("T")
 
 _MOST_CELLS = 1024
 
@@ -122,6 +125,6 @@ def _tiers(engine: Engine) -> list[TierStatus]:
     return found
 
 
-def _sample(values: Sequence[int] | str) -> Sequence[int] | str:
+def _sample(values: Sequence[T]) -> Sequence[T]:
     """At most `_MOST_CELLS` of the values, at equal distances."""
     return values[:: -(-len(values) // _MOST_CELLS)] if values else values
