@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,10 +14,13 @@ from hotset.memory.copy_runs import merge_runs
 
 _log = logging.getLogger(__name__)
 
-_PIN_CHUNK_BYTES = 2**30
+# Pinning holds a lock of the driver that launches need too: a chunk should take less time than
+# the work that is queued on the device, and leave some between itself and the next.
+_PIN_CHUNK_BYTES = 64 * 2**20
+_PIN_PAUSE_S = 2e-3
 _PAGE_BYTES = 4096
 # Threads that touch the pages before they are pinned: the operating system clears each first.
-_TOUCH_THREADS = 8
+_TOUCH_THREADS = 4
 
 
 class CudaCopier:
@@ -130,9 +132,14 @@ class CudaCopier:
         last = min(first + self._slots_per_chunk, len(self._host))
         chunk = self._arena.slots[first:last].reshape(-1)
         part = -(-len(chunk) // _TOUCH_THREADS)
-        with ThreadPoolExecutor(_TOUCH_THREADS) as pool:
-            for start in range(0, len(chunk), part):
-                pool.submit(_touch, chunk[start : start + part])
+        touching = [
+            threading.Thread(target=_touch, args=(chunk[start : start + part],))
+            for start in range(0, len(chunk), part)
+        ]
+        for thread in touching:
+            thread.start()
+        for thread in touching:
+            thread.join()
         code: Any = torch.cuda.cudart().cudaHostRegister(self._host_address(first), len(chunk), 0)
         if int(code) != 0:
             raise ConfigError(
@@ -146,6 +153,7 @@ class CudaCopier:
         try:
             while self.num_ready_slots < len(self._host) and not self._is_closing:
                 self._pin_next_chunk()
+                time.sleep(_PIN_PAUSE_S)
         except ConfigError as error:
             _log.warning("the host tier is smaller than asked for: %s", error)
 

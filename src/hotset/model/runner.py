@@ -26,6 +26,7 @@ from hotset.model.flashinfer_attention import (
     FlashInferBackend,
     why_unsupported,
 )
+from hotset.model.merged_linear import merge_linears
 from hotset.model.step_graphs import StepGraphs
 from hotset.request import StepPlan
 
@@ -192,6 +193,7 @@ class ModelRunner:
         # Decodes of one token, and layers that attend in different ways, are compiled apart.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         register(traced=False)
+        merge_linears(self._model)
         for module in self._model.modules():
             # Another engine may have compiled the same model.
             if isinstance(module, GradientCheckpointingLayer) and not module._compiled_call_impl:

@@ -1,0 +1,89 @@
+"""Linear layers that read the same input, merged into one product."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+# Siblings that architectures of transformers apply to the same tensor.
+_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class _Product:
+    """The product of a group's merged weight with the tensor its layers were last given."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self.num_uses = 0
+        self.x: torch.Tensor | None = None
+        self.value: torch.Tensor | None = None
+
+
+class MergedLinear(nn.Module):
+    """One layer of a merged group: its columns of the product of all.
+
+    The first layer that is given a tensor computes the product, the last one forgets it.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        columns: slice,
+        product: _Product,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self._columns = columns
+        self._product = product
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`, a view of the product."""
+        product = self._product
+        if product.x is not x or product.value is None:
+            product.x, product.num_uses = x, 0
+            product.value = functional.linear(x, self.weight, self.bias)
+        value = product.value
+        product.num_uses += 1
+        if product.num_uses == product.num_layers:
+            product.x, product.value, product.num_uses = None, None, 0
+        return value[..., self._columns]
+
+
+@torch.no_grad()
+def merge_linears(model: nn.Module) -> None:
+    """Replace sibling linear layers by parts of one, in place, one group at a time.
+
+    A group whose layers are not plain linear layers of one kind is left alone. The weights of one
+    group at a time are in memory twice.
+    """
+    for parent in list(model.modules()):
+        for names in _GROUPS:
+            layers = [getattr(parent, name, None) for name in names]
+            # The exact class: a subclass may compute something else.
+            linears = [layer for layer in layers if type(layer) is nn.Linear]
+            if len(linears) == len(names) and _are_alike(linears):
+                _merge(parent, names, linears)
+
+
+def _are_alike(layers: list[nn.Linear]) -> bool:
+    first = layers[0]
+    return all(
+        layer.weight.shape[1] == first.weight.shape[1]
+        and layer.weight.dtype == first.weight.dtype
+        and (layer.bias is None) == (first.bias is None)
+        for layer in layers
+    )
+
+
+def _merge(parent: nn.Module, names: tuple[str, ...], layers: list[nn.Linear]) -> None:
+    weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
+    bias = None
+    if layers[0].bias is not None:
+        bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
+    product = _Product(len(layers))
+    start = 0
+    for name, layer in zip(names, layers, strict=True):
+        stop = start + layer.out_features
+        setattr(parent, name, MergedLinear(weight, bias, slice(start, stop), product))
+        start = stop

@@ -1,0 +1,36 @@
+"""Merged projections: the same output, and one product a group once compiled."""
+
+from collections import Counter
+
+import pytest
+import torch
+from tiny_models import make_model
+from torch._dynamo.backends.common import aot_autograd
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hotset.model.merged_linear import merge_linears
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_a_merged_layer_computes_the_same_with_one_product_a_group(family: str) -> None:
+    model = make_model(family)
+    tokens = torch.arange(3, 30).unsqueeze(0)
+    products: Counter[str] = Counter()
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        products.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.inference_mode():
+        expected = model(tokens, use_cache=False).logits
+        num_parameters = sum(p.numel() for p in model.parameters())
+        merge_linears(model)
+        assert sum(p.numel() for p in model.parameters()) == num_parameters
+        assert torch.allclose(model(tokens, use_cache=False).logits, expected, atol=1e-4)
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        torch._dynamo.reset()
+        layers[0].compile(dynamic=True, backend=aot_autograd(fw_compiler=count))
+        assert torch.allclose(model(tokens, use_cache=False).logits, expected, atol=1e-4)
+    torch._dynamo.reset()
+    # Queries with keys and values, attention's output, gate with up, down.
+    assert products["aten.mm.default"] == 4
