@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "Show where a model would live, how many users fit and how fast it should run.",
     "probe": "Measure the memory and links of this machine.",
     "serve": "Serve the OpenAI-compatible HTTP API.",
+    "top": "Show what a running server does, in the terminal.",
 }
 
 

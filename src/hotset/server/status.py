@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import itertools
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -11,11 +10,13 @@ from typing import Any
 from hotset import __version__
 from hotset.engine.service import EngineService
 from hotset.engine.status import EngineStatus
+from hotset.errors import EngineError
 from hotset.server.schemas import Json
 
 _HISTORY_S = 300
 _RATE_OVER_S = 5
 _LOOK_EVERY_S = 0.25  # however many people look
+_LOOK_WAIT_S = 0.5  # a step may take longer: then what was seen before it must do
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class StatusBoard:
         self._service = service
         self._samples: deque[_Sample] = deque([self._sample()], maxlen=_HISTORY_S + 1)
         self._start_s = time.time()
-        self._lock = asyncio.Lock()
         self._looked_s = 0.0
+        self._look: asyncio.Future[EngineStatus] | None = None  # under way
         self._seen: EngineStatus | None = None
 
     async def run(self) -> None:
@@ -48,12 +49,23 @@ class StatusBoard:
             self._samples.append(self._sample())
 
     async def look(self) -> EngineStatus:
-        """The engine as of now, or as of a moment ago. Raises EngineError."""
-        async with self._lock:
-            if self._seen is None or time.monotonic() - self._looked_s > _LOOK_EVERY_S:
-                self._seen = await asyncio.wrap_future(self._service.status())
-                self._looked_s = time.monotonic()
-            return self._seen
+        """The engine as of now, or as of its last answer. Raises EngineError."""
+        now_s = time.monotonic()
+        if self._look is None and now_s - self._looked_s > _LOOK_EVERY_S:
+            self._looked_s = now_s
+            self._look = asyncio.wrap_future(self._service.status())
+            self._look.add_done_callback(self._keep)
+        if self._look is not None:
+            timeout_s = None if self._seen is None else _LOOK_WAIT_S
+            await asyncio.wait([self._look], timeout=timeout_s)
+        if self._seen is None:
+            raise EngineError("the engine does not answer")
+        return self._seen
+
+    def _keep(self, look: "asyncio.Future[EngineStatus]") -> None:
+        self._look = None
+        if not look.cancelled() and look.exception() is None:
+            self._seen = look.result()
 
     async def body(self) -> Json:
         """All of it as JSON. Raises EngineError."""
@@ -110,19 +122,12 @@ class StatusBoard:
         return self._samples[0]
 
     def _history(self) -> dict[str, list[Any]]:
-        """A value for each second, oldest first."""
+        """A value for each second, oldest first; rates over the seconds before it."""
         samples = list(self._samples)
-        pairs = list(itertools.pairwise(samples))
+        pairs = [(samples[max(0, i - _RATE_OVER_S)], samples[i]) for i in range(1, len(samples))]
         return {
             "output_tokens_per_s": [
                 round((b.output_tokens - a.output_tokens) / (b.time_s - a.time_s), 1)
-                for a, b in pairs
-            ],
-            "moved_bytes_per_s": [
-                round(
-                    (sum(b.moved_bytes.values()) - sum(a.moved_bytes.values()))
-                    / (b.time_s - a.time_s)
-                )
                 for a, b in pairs
             ],
             "open_requests": [b.num_open for _, b in pairs],

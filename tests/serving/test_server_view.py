@@ -1,0 +1,79 @@
+"""What a person sees of a server: `hotset top`, and a trace."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from click.testing import CliRunner
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from servers import CHAT, KEY, RunningServer, running_server, wait_for
+
+from hotset.cli.top import command, fetch
+from hotset.config import EngineConfig
+from hotset.errors import ConfigError
+from hotset.request import SamplingParams
+from hotset.server.app import ServerConfig
+from hotset.server.keys import Keys
+from hotset.server.tracing import Tracer
+
+
+@pytest.fixture
+def server() -> Iterator[RunningServer]:
+    keys = Keys()
+    keys.read_text(f"alice:{KEY}")
+    config = EngineConfig(hot_gib=0.001, host_gib=0.01, max_num_seqs=64, max_model_len=512)
+    with running_server(config, ServerConfig(keys=keys)) as running:
+        yield running
+
+
+def test_top_shows_users_and_tiers_while_they_run(server: RunningServer) -> None:
+    params = SamplingParams(max_tokens=400, ignore_eos=True)
+    streams = [server.service.submit([5 + i, 6, 7] * 9, params) for i in range(12)]
+    wait_for(lambda: server.service.metrics.preemptions > 0)  # more than the hot tier holds
+    status = fetch(server.url, KEY)
+    engine = status["engine"]
+    assert engine["num_moving"] >= 1 and engine["num_parked"] + engine["num_waiting"] >= 1
+    assert len(engine["users"]) == len(streams)
+    device, host = engine["tiers"]
+    assert device["capacity"] == len(device["cells"]) and "h" in device["cells"]
+    assert host["used"] >= 1
+
+    shown = CliRunner().invoke(command, ["--url", server.url, "--api-key", KEY, "--once"])
+    assert shown.exit_code == 0, shown.output
+    for text in ("tiny", "hot: device", "warm: host memory", "moving", "TTFT", "device → host"):
+        assert text in shown.output
+    as_json = CliRunner().invoke(command, ["--url", server.url, "--api-key", KEY, "--json"])
+    assert json.loads(as_json.output)["model"] == "tiny"
+    for stream in streams:
+        stream.abort()
+
+
+def test_top_says_in_one_line_why_it_shows_nothing(server: RunningServer) -> None:
+    for url, key, says in (
+        (server.url, None, "answers 401.*give --api-key"),
+        (f"{server.url}/nothing", KEY, "answers 404"),
+        ("http://127.0.0.1:9", KEY, "cannot be reached"),
+        ("nonsense", KEY, "no hotset server"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            fetch(url, key)
+
+
+def test_a_request_is_one_span_of_the_callers_trace() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    with running_server(server_config=ServerConfig(tracer=Tracer(provider))) as server:
+        with server.http() as http:
+            trace = "0af7651916cd43dd8448eb211c80319c"
+            headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+            assert http.post("/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
+            assert http.get("/health").status_code == 200
+        wait_for(exporter.get_finished_spans)
+        [span] = exporter.get_finished_spans()
+    assert f"{span.context.trace_id:032x}" == trace
+    assert span.name == "/v1/chat/completions" and span.attributes is not None
+    assert span.attributes["gen_ai.usage.output_tokens"] == 6
+    assert "cat" not in str(dict(span.attributes))  # nothing of what was asked
