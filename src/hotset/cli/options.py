@@ -1,6 +1,7 @@
 """Options and behaviour that commands share."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -100,6 +101,9 @@ def interruptible(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **options)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
-            sys.exit(INTERRUPTED)
+            # All `finally` clauses have run. A model that is still being loaded, in a thread,
+            # would abort the process while Python shuts down.
+            sys.stdout.flush()
+            os._exit(INTERRUPTED)
 
     return wrapper
