@@ -71,15 +71,23 @@ def run(
 
 
 def reference(
-    family: str, prompts: list[list[int]], *, max_tokens: int = 12, seed: int = 0
+    family: str,
+    prompts: list[list[int]],
+    *,
+    max_tokens: int = 12,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> list[list[int]]:
     """What `transformers` `generate` answers, greedily, prompt by prompt."""
-    model = make_model(family, seed=seed)
+    model = make_model(family, seed=seed).to(device)
     model.generation_config.eos_token_id = None
     answers = []
     for prompt in prompts:
         out = model.generate(
-            torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
+            torch.tensor([prompt], device=device),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            pad_token_id=0,
         )
         answers.append(out[0, len(prompt) :].tolist())
     return answers

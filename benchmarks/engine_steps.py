@@ -1,0 +1,117 @@
+"""How long decode steps of this engine take over a grid of users and contexts, on a GPU.
+
+The steps are the engine's own: scheduling, model, sampling. Only the prompts are not computed:
+their KV is random, so that the grid takes a minute and not an hour.
+
+    python benchmarks/engine_steps.py --out benchmarks/results/engine_steps.json
+    python benchmarks/planner_validation.py --measured benchmarks/results/engine_steps.json
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hotset.config import EngineConfig
+from hotset.engine.engine import Engine
+from hotset.model.loader import LoadedModel
+from hotset.plan.catalog import bundled_config
+from hotset.request import Request, RequestStatus, SamplingParams
+
+WARM_STEPS, STEPS = 6, 24
+
+
+def dummy(name: str) -> LoadedModel:
+    """A model of a bundled shape with random weights."""
+    fields, _ = bundled_config(name)
+    config = AutoConfig.for_model(**fields)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return LoadedModel(model, None, name, f"dummy-{name}", (), config.max_position_embeddings)
+
+
+def step_s(engine: Engine, users: int, context: int, rng: random.Random) -> list[float]:
+    """Seconds of each step of `users` requests that have about `context` tokens."""
+    kv, params = engine.kv, SamplingParams(max_tokens=WARM_STEPS + STEPS, ignore_eos=True)
+    half = (WARM_STEPS + STEPS) // 2
+    for i in range(users):
+        tokens = [rng.randrange(1000, 100_000) for _ in range(context - half)]
+        request = Request(
+            f"{users}-{context}-{i}",
+            len(tokens),
+            tokens,
+            params,
+            len(tokens) + WARM_STEPS + STEPS,
+        )
+        request.block_table = kv.pool.allocate(kv.num_blocks_for(len(tokens)))
+        request.num_computed_tokens = len(tokens) - 1
+        request.status = RequestStatus.RUNNING
+        engine._requests[request.request_id] = request
+        engine._outputs.add(request)
+        engine.scheduler.running.append(request)
+    seconds: list[float] = []
+    while engine.has_work:
+        start_s = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - start_s)
+    return seconds[WARM_STEPS:-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="llama-3-8b")
+    parser.add_argument("--users", default="1,8,32,64,128,256")
+    parser.add_argument("--contexts", default="512,1024,2048,3072")
+    parser.add_argument("--hot-gib", type=float, default=100.0)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    config = EngineConfig(
+        hot_gib=arguments.hot_gib, max_num_batched_tokens=1024, prefix_caching=False
+    )
+    engine = Engine(config, dummy(arguments.model))
+    storage = engine._runner._arena.storage
+    for first in range(0, len(storage), 1024):
+        storage[first : first + 1024].normal_()
+    rng = random.Random(0)
+    steps: list[dict[str, Any]] = []
+    for context in map(int, arguments.contexts.split(",")):
+        for users in map(int, arguments.users.split(",")):
+            if users * (context + STEPS) > engine.budget.device_blocks * config.block_size:
+                continue
+            seconds = sorted(step_s(engine, users, context, rng))
+            steps.append(
+                {
+                    "users": users,
+                    "context": context,
+                    "step_s": median(seconds),
+                    "p90_s": seconds[int(0.9 * len(seconds))],
+                }
+            )
+            print(f"{users} users, {context} tokens: {median(seconds) * 1e3:.2f} ms", flush=True)
+    engine.close()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    record = {
+        "model": arguments.model,
+        "hardware": "h200",
+        "steps": steps,
+        "command": "python " + " ".join(sys.argv),
+        "commit": commit.stdout.strip(),
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
