@@ -1,37 +1,107 @@
 """Fakes, written once."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from hotset.memory.kv_cache import EndedTransfer
+from hotset.request import StepPlan
+
+
+class FakeClock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass
+class FakeDevice:
+    """Device blocks whose content is the tokens they are for."""
+
+    block_size: int
+    blocks: dict[int, list[int | None]] = field(default_factory=dict)
+
+    def content(self, block: int) -> list[int | None]:
+        return self.blocks.setdefault(block, [None] * self.block_size)
+
+    def compute(self, plan: StepPlan) -> None:
+        """Check that all tokens before those of the plan are in place, and write those."""
+        for source, target in plan.copies:
+            self.blocks[target] = list(self.content(source))
+        written = set()
+        for item in plan.items:
+            request, size = item.request, self.block_size
+            if request.is_finished:
+                continue  # while the step was prepared
+            for i in range(item.start):
+                content = self.content(request.block_table[i // size])
+                assert content[i % size] == request.token_ids[i], "attention reads another's token"
+            for i in range(item.start, item.start + item.num_tokens):
+                place = (request.block_table[i // size], i % size)
+                assert place not in written, "two requests write to one place"
+                written.add(place)
+                self.content(place[0])[place[1]] = request.token_ids[i]
 
 
 class FakeTiers:
-    """Colder tiers without bytes: transfers end when the test says so, well or not."""
+    """Colder tiers without bytes: transfers end when the test says so, well or not.
 
-    def __init__(self) -> None:
+    Host memory takes `num_slots` payloads, the oldest evicted first. Given a `device`, payloads
+    are its blocks' content.
+    """
+
+    def __init__(self, device: FakeDevice | None = None) -> None:
+        self.device = device
         self.stored: dict[bytes, str] = {}
+        self.payloads: dict[bytes, list[int | None]] = {}
         self.spilling: dict[bytes, int] = {}
         self.fetching: list[tuple[bytes, int]] = []
         self.ended: list[EndedTransfer] = []
         self.has_room = True
+        self.num_slots = 1_000_000
+        self.kept: Counter[bytes] = Counter()
 
     def locate(self, key: bytes) -> str | None:
         return "host" if key in self.spilling else self.stored.get(key)
 
     def spill(self, key: bytes, block: int, *, private: bool = False) -> bool:
-        if self.has_room:
-            self.spilling[key] = block
-        return self.has_room
+        if not self.has_room or (self.num_used == self.num_slots and not self._evict()):
+            return False
+        self.spilling[key] = block
+        return True
 
     def fetch(self, key: bytes, block: int) -> None:
         assert self.locate(key) is not None
         self.fetching.append((key, block))
 
+    def keep(self, key: bytes) -> bool:
+        if self.locate(key) != "host":
+            return False
+        self.kept[key] += 1
+        return True
+
+    def unkeep(self, key: bytes) -> None:
+        assert self.kept[key] > 0
+        self.kept -= Counter([key])
+
+    @property
+    def num_used(self) -> int:
+        return len(self.spilling) + sum(place == "host" for place in self.stored.values())
+
+    def num_evictable(self) -> int:
+        return self.num_slots - self.num_used + len(self._evictable())
+
     def drop(self, key: bytes) -> None:
         self.stored.pop(key, None)
 
     def touch(self, keys: Sequence[bytes]) -> None:
-        pass
+        for key in keys:
+            if key in self.stored:
+                self.stored[key] = self.stored.pop(key)
 
     def stage(self, key: bytes) -> bool:
         return False
@@ -42,10 +112,16 @@ class FakeTiers:
     def end_spill(self, key: bytes) -> None:
         block = self.spilling.pop(key)
         self.stored[key] = "host"
+        if self.device is not None:
+            self.payloads[key] = list(self.device.content(block))
         self.ended.append(EndedTransfer(key, block, is_fetch=False, ok=True))
 
     def end_fetch(self, index: int = 0, *, ok: bool = True) -> None:
         key, block = self.fetching.pop(index)
+        if self.device is not None:
+            if key in self.spilling:  # the fetch waits for it
+                self.end_spill(key)
+            self.device.blocks[block] = list(self.payloads[key]) if ok else []
         self.ended.append(EndedTransfer(key, block, is_fetch=True, ok=ok))
 
     def end_all(self) -> None:
@@ -57,3 +133,13 @@ class FakeTiers:
     def poll(self) -> list[EndedTransfer]:
         ended, self.ended = self.ended, []
         return ended
+
+    def _evictable(self) -> list[bytes]:
+        in_use = self.kept.keys() | {key for key, _ in self.fetching}
+        return [key for key, place in self.stored.items() if place == "host" and key not in in_use]
+
+    def _evict(self) -> bool:
+        evictable = self._evictable()
+        if evictable:
+            del self.stored[evictable[0]]
+        return bool(evictable)

@@ -29,6 +29,10 @@ class EngineConfig:
         max_num_batched_tokens: token budget of one step, over prefill and decode.
         max_mixed_prefill_tokens: of these, most tokens of prompts in a step that also decodes.
         max_model_len: longest context; None is the model's own, as far as the hot tier holds it.
+        rotation_s: None serves first come, first served. Otherwise each request that has waited
+            for its first token for so long takes the place of one that has run for so long, whose
+            KV waits in the host tier: every user sees a first token sooner, and the last one
+            later. Takes place only while the host tier has room for all of it.
         prefix_caching: find leading blocks by hash instead of computing them again.
         fetch_policy: `auto` decides between fetch and recompute by cost; the others force one.
         disk_read_deadline_s: a disk read that takes longer counts as failed.
@@ -49,6 +53,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_mixed_prefill_tokens: int = 512
     max_model_len: int | None = None
+    rotation_s: float | None = None
     prefix_caching: bool = True
     fetch_policy: Literal["auto", "fetch", "recompute"] = "auto"
     disk_read_deadline_s: float = 5.0
@@ -69,8 +74,14 @@ class EngineConfig:
         check(self.max_num_batched_tokens >= 1, "max_num_batched_tokens", "1 or more")
         check(self.max_mixed_prefill_tokens >= 1, "max_mixed_prefill_tokens", "1 or more")
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "2 or more")
+        check(self.rotation_s is None or self.rotation_s > 0, "rotation_s", "above 0 seconds")
         check(self.disk_read_deadline_s > 0, "disk_read_deadline_s", "above 0 seconds")
         check(self.disk_write_queue_s > 0, "disk_write_queue_s", "above 0 seconds")
+        if self.rotation_s is not None and self.host_gib == 0:
+            raise ConfigError(
+                f"rotation_s is {self.rotation_s} but host_gib is 0; give the host tier a size for "
+                "the KV of those that wait, or leave rotation_s out"
+            )
         if self.disk_path is not None and self.disk_gib == 0:
             raise ConfigError(
                 f"disk_path is {str(self.disk_path)!r} but disk_gib is 0; "

@@ -18,7 +18,9 @@ class Metrics:
     cached_tokens: Counter[str] = field(default_factory=Counter)  # prefix hits by tier
     recompute_chosen_tokens: int = 0  # found in a colder tier, cheaper to compute
     preemptions: int = 0
+    rotations: int = 0  # of these, ends of a turn
     spilled_blocks: int = 0
     fetched_blocks: int = 0
     moved_bytes: Counter[str] = field(default_factory=Counter)  # by direction, "device>host"
+    refetched_bytes: int = 0  # to the device, again for a request that lost them to preemption
     faults: Counter[str] = field(default_factory=Counter)  # by kind

@@ -133,10 +133,16 @@ class Request:
         arrived: index into `block_table` -> tokens of content it has, at or beyond
             `num_computed_tokens`.
         resume: where the last partial block was spilled at preemption.
+        kept: keys of payloads that stay in host memory until the preempted request is back.
+        fetched: indices into `block_table` of full blocks that were fetched for it before.
+        was_staged: whether what the disk has of it was asked for ahead of its turn.
+        was_fetched: whether all that was found of it is, or comes, to the device ahead of its turn.
         pending_row: while the device is still choosing the last token, its row among the tokens
             of the step that chooses it; `token_ids` then ends with `UNKNOWN_TOKEN`.
         high_water_tokens: the most tokens that were ever computed; more compute is recompute.
         priority: lower runs first; equal ones first come, first served.
+        queued_s: when it last came to the end of the queue: its arrival, or the end of a turn.
+        turn_start_s: when it was last let in; it then had `turn_start_tokens`.
     """
 
     request_id: str
@@ -156,11 +162,20 @@ class Request:
     arriving: dict[int, bytes] = field(default_factory=dict)
     arrived: dict[int, int] = field(default_factory=dict)
     resume: SpilledTail | None = None
+    kept: list[bytes] = field(default_factory=list)
+    fetched: set[int] = field(default_factory=set)
+    was_staged: bool = False
+    was_fetched: bool = False
     pending_row: int | None = None
     num_preemptions: int = 0
     num_cached_tokens: int = 0
     high_water_tokens: int = 0
-    first_scheduled_s: float | None = None
+    queued_s: float = field(init=False)
+    turn_start_s: float = 0.0
+    turn_start_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.queued_s = self.arrival_s
 
     @property
     def num_tokens(self) -> int:
@@ -180,7 +195,7 @@ class Request:
     @property
     def order(self) -> tuple[int, float]:
         """Sort key: who runs first. The greatest is preempted first."""
-        return (self.priority, self.arrival_s)
+        return (self.priority, self.queued_s)
 
     @property
     def output_index(self) -> tuple[str, int]:

@@ -73,7 +73,9 @@ def test_tiers_roomy_and_starved_do_not_matter(
     make_engine: MakeEngine,
     tmp_path: Path,
     expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # so that some are preempted
     if "disk_mib" in tiers:
         tiers = {**tiers, "disk_path": tmp_path}
     engine = make_engine(**tiers, overlap=overlap)
@@ -104,6 +106,17 @@ def test_with_room_in_the_host_tier_a_preemption_recomputes_nothing(
     engine = make_engine(hot_blocks=26, host_blocks=300, fetch_policy="fetch")
     assert run(engine, make_prompts()) == expected
     assert engine.metrics.preemptions > 0
+    assert engine.metrics.recomputed_tokens == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_rotation_does_not_matter_and_recomputes_nothing(
+    overlap: bool, make_engine: MakeEngine, expected: list[list[int]]
+) -> None:
+    engine = make_engine(hot_blocks=30, host_blocks=300, rotation_s=1e-6, overlap=overlap)
+    engine.rates.link_bytes_per_s["host"] = 1e15  # a turn may be as short as it gets
+    assert run(engine, make_prompts()) == expected
+    assert engine.metrics.rotations > 0
     assert engine.metrics.recomputed_tokens == 0
 
 

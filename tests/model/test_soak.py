@@ -29,8 +29,9 @@ def damage(slab: Path, rng: random.Random) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_soak_of_256_requests_with_aborts_priorities_and_faults_ends_as_it_began(
-    seed: int, make_engine: MakeEngine, tmp_path: Path
+    seed: int, make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # so that many are preempted
     rng = random.Random(seed)
     engine = make_engine(
         hot_blocks=80,
@@ -39,6 +40,7 @@ def test_a_soak_of_256_requests_with_aborts_priorities_and_faults_ends_as_it_beg
         disk_path=tmp_path,
         fetch_policy="fetch",
         overlap=bool(seed),
+        rotation_s=0.01 if seed else None,
         max_num_seqs=32,
         max_num_batched_tokens=128,
     )
@@ -81,6 +83,7 @@ def test_a_soak_of_256_requests_with_aborts_priorities_and_faults_ends_as_it_beg
     assert engine.kv.pool.num_held == 0
     assert engine._tiers is not None
     engine._tiers.check()
+    assert engine._tiers.host.num_evictable == engine._tiers.host.num_slots  # nothing is kept
     assert len(reasons) == NUM_REQUESTS
     done = [i for i, reason in reasons.items() if reason is FinishReason.LENGTH]
     assert set(reasons.values()) == {FinishReason.LENGTH, FinishReason.ABORT}

@@ -152,6 +152,44 @@ def test_a_private_payload_never_reaches_the_disk_and_is_forgotten_when_dropped(
     rig.tiers.close()
 
 
+def test_what_is_kept_is_not_evicted_until_nobody_keeps_it() -> None:
+    rig = Rig(host_slots=3)
+    content = rig.fill(0, seed=1)
+    rig.tiers.spill(b"kept", 0)
+    assert rig.tiers.keep(b"kept")  # on its way
+    rig.settle()
+    assert rig.tiers.keep(b"kept")  # there
+    assert not rig.tiers.keep(b"elsewhere")
+    for seed in range(6):
+        rig.tiers.spill(bytes([seed]), 1)
+        rig.settle()
+        rig.tiers.fetch(b"kept", 5)
+        assert rig.settle() == {5: True}
+        assert rig.read(5) == content
+        if seed == 3:
+            rig.tiers.unkeep(b"kept")
+    rig.tiers.unkeep(b"kept")
+    for seed in range(3):
+        rig.tiers.spill(bytes([100 + seed]), 1)
+        rig.settle()
+    assert rig.tiers.locate(b"kept") is None
+    rig.tiers.close()
+
+
+def test_what_is_kept_leaves_room_for_what_comes_from_disk(tmp_path: Path) -> None:
+    rig = Rig(host_slots=3, folder=tmp_path)
+    contents = [rig.fill(block, seed=block) for block in range(4)]
+    for block in range(4):
+        rig.tiers.spill(bytes([block]) * 16, block)
+        rig.settle()
+    kept = [block for block in range(4) if rig.tiers.keep(bytes([block]) * 16)]
+    assert kept == [1, 2]
+    rig.tiers.fetch(bytes(16), 5)  # evicted to disk before
+    assert rig.settle() == {5: True}
+    assert rig.read(5) == contents[0]
+    rig.tiers.close()
+
+
 def test_a_full_host_tier_refuses_the_spill_and_counts_it() -> None:
     rig = Rig(host_slots=1)
     assert rig.tiers.spill(b"a", 0)
@@ -249,6 +287,7 @@ def test_under_random_traffic_every_fetch_that_ends_well_brings_the_right_bytes(
     rig = Rig(host_slots=3, folder=tmp_path, device=device)
     contents: dict[bytes, bytes] = {}
     busy: dict[int, bytes] = {}  # block -> key being fetched into it, or b"" for a spill
+    kept: list[bytes] = []
     good = 0
     for i in range(400):
         free = [block for block in range(NUM_BLOCKS) if block not in busy]
@@ -257,11 +296,15 @@ def test_under_random_traffic_every_fetch_that_ends_well_brings_the_right_bytes(
             contents[key] = rig.fill(block, i)
             if rig.tiers.spill(key, block):
                 busy[block] = b""
-        elif free and contents:
+        elif free and contents and rng.random() < 0.7:
             block, key = rng.choice(free), rng.choice(list(contents))
             if rig.tiers.locate(key) is not None:
                 rig.tiers.fetch(key, block)
                 busy[block] = key
+        elif kept and rng.random() < 0.6:
+            rig.tiers.unkeep(kept.pop(rng.randrange(len(kept))))
+        elif contents and rig.tiers.keep(key := rng.choice(list(contents))):
+            kept.append(key)
         rig.tiers.flush()
         if rng.random() < 0.5:
             rig.tiers.wait(0.002)
@@ -272,6 +315,9 @@ def test_under_random_traffic_every_fetch_that_ends_well_brings_the_right_bytes(
                 good += 1
         rig.tiers.check()
     rig.settle()
+    for key in kept:
+        rig.tiers.unkeep(key)
+    assert rig.tiers.host.num_evictable == 3
     assert good > 20
     rig.tiers.close()
 

@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from fakes import FakeTiers
+from fakes import FakeClock, FakeDevice, FakeTiers
 
 from hotset.engine.scheduler import Scheduler
 from hotset.memory.block_pool import BlockPool
@@ -25,6 +25,8 @@ def make_scheduler(
     mixed_budget: int = 16,
     prefix_caching: bool = True,
     mode: str = "fetch",
+    rotation_s: float | None = None,
+    clock: FakeClock | None = None,
 ) -> Scheduler:
     rates = Rates(1.0, {"host": 1.0, "disk": 1.0})
     kv = KVCache(
@@ -41,6 +43,8 @@ def make_scheduler(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_mixed_prefill_tokens=mixed_budget,
+        rotation_s=rotation_s,
+        clock=clock or FakeClock(),
     )
 
 
@@ -150,8 +154,11 @@ def test_hash_chains_differ_by_model_salt_and_every_earlier_token() -> None:
     assert all(len(key) * 8 >= 128 for key in roots | chains)
 
 
-def test_the_youngest_is_preempted_and_recomputes_without_a_tier() -> None:
-    scheduler = make_scheduler(num_blocks=5, prefix_caching=False)
+def test_the_youngest_is_preempted_and_recomputes_without_a_tier(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # or both would have room
+    scheduler = make_scheduler(num_blocks=6, prefix_caching=False)
     old = make_request(list(range(7)), max_tokens=9, arrival_s=1.0)
     young = make_request(list(range(50, 57)), max_tokens=9, arrival_s=2.0)
     scheduler.add([old])
@@ -168,7 +175,7 @@ def test_the_youngest_is_preempted_and_recomputes_without_a_tier() -> None:
 
 
 def test_a_preempted_request_comes_back_with_its_partial_block(fake_tiers: FakeTiers) -> None:
-    scheduler = make_scheduler(fake_tiers, num_blocks=5)
+    scheduler = make_scheduler(fake_tiers, num_blocks=6)
     old = make_request(list(range(7)), max_tokens=9, arrival_s=1.0)
     young = make_request(list(range(50, 57)), max_tokens=9, arrival_s=2.0)
     scheduler.add([old])
@@ -304,6 +311,231 @@ def test_when_the_first_of_n_is_aborted_early_another_takes_over() -> None:
     while scheduler.has_requests:
         run(scheduler)
     assert family[2].finish_reason is FinishReason.LENGTH
+
+
+def test_a_preempted_request_comes_back_only_when_it_can_stay(fake_tiers: FakeTiers) -> None:
+    scheduler = make_scheduler(fake_tiers, num_blocks=40, max_num_seqs=16, budget=64)
+    requests = [
+        make_request([100 * i + j for j in range(20)], max_tokens=30, arrival_s=float(i))
+        for i in range(16)
+    ]
+    for request in requests:
+        scheduler.add([request])
+    while scheduler.has_requests:
+        run(scheduler)
+        fake_tiers.end_all()
+    metrics = scheduler.kv.metrics
+    assert metrics.preemptions > 0
+    assert metrics.recomputed_tokens == 0
+    assert max(request.num_preemptions for request in requests) == 1
+    assert metrics.refetched_bytes == 0
+
+
+def test_bytes_fetched_again_after_a_second_preemption_are_counted(fake_tiers: FakeTiers) -> None:
+    scheduler = make_scheduler(fake_tiers)
+    request = make_request(list(range(9)), max_tokens=9)
+    scheduler.add([request])
+    refetched = []
+    for _ in range(3):
+        run(scheduler)
+        scheduler._preempt_last()
+        fake_tiers.end_all()
+        scheduler.kv.poll()
+        scheduler.kv.pool.forget_cached()
+        run(scheduler)
+        fake_tiers.end_all()
+        scheduler.kv.poll()
+        refetched.append(scheduler.kv.metrics.refetched_bytes)
+    assert refetched == [0, 2 * BLOCK, 4 * BLOCK]  # bytes_per_token is 1
+
+
+def test_what_a_preempted_request_has_in_host_memory_stays_there(fake_tiers: FakeTiers) -> None:
+    scheduler = make_scheduler(fake_tiers)
+    fake_tiers.num_slots = 4
+    request = make_request(list(range(9)), max_tokens=9)
+    scheduler.add([request])
+    run(scheduler)
+    scheduler._preempt_last()
+    scheduler.waiting.clear()
+    for i in range(4):  # others write more than there is room for
+        scheduler.add([make_request([50 * i + j for j in range(9)], max_tokens=1)])
+        run(scheduler)
+        fake_tiers.end_all()
+    scheduler.kv.poll()
+    scheduler.kv.pool.forget_cached()
+    scheduler.waiting.append(request)
+    while scheduler.has_requests:
+        run(scheduler)
+        fake_tiers.end_all()
+    assert scheduler.kv.metrics.recomputed_tokens == 0
+    assert not fake_tiers.kept
+
+
+class TimedRun:
+    """Requests that come at once, run to their end on a clock: a step takes time by its tokens."""
+
+    def __init__(self, *, rotation_s: float | None, num_slots: int = 10_000) -> None:
+        self.clock = FakeClock()
+        self.tiers = FakeTiers(FakeDevice(BLOCK))
+        self.tiers.num_slots = num_slots
+        self.scheduler = make_scheduler(
+            self.tiers,
+            num_blocks=40 * 8,  # 8 of the 64 requests
+            max_num_seqs=64,
+            budget=512,
+            mixed_budget=512,
+            rotation_s=rotation_s,
+            clock=self.clock,
+        )
+        assert self.scheduler.kv._policy is not None
+        self.scheduler.kv._policy.rates.link_bytes_per_s["host"] = 10_000.0
+        self.first_token_s: dict[str, float] = {}
+        requests = [
+            make_request([1000 * i + j for j in range(120)], max_tokens=40, arrival_s=0.0)
+            for i in range(64)
+        ]
+        for request in requests:
+            self.scheduler.add([request])
+        while self.scheduler.has_requests:
+            plan = self.scheduler.schedule()
+            self.tiers.device.compute(plan)  # type: ignore[union-attr]
+            num_prefill = sum(item.num_tokens for item in plan.items if item.num_tokens > 1)
+            self.clock.now_s += 0.02 + num_prefill / 8000
+            run(self.scheduler, plan)
+            self.tiers.end_all()
+            for item in plan.items:
+                if item.request.num_output_tokens == 1:
+                    self.first_token_s[item.request.request_id] = self.clock.now_s
+        self.metrics = self.scheduler.kv.metrics
+
+
+def test_with_rotation_every_user_has_a_first_token_soon_at_little_cost() -> None:
+    served, rotated = TimedRun(rotation_s=None), TimedRun(rotation_s=0.2)
+    assert served.metrics.rotations == 0
+    assert rotated.metrics.rotations > 40
+    last_served, last_rotated = (max(r.first_token_s.values()) for r in (served, rotated))
+    assert last_rotated < last_served / 3
+    assert rotated.clock.now_s < 1.15 * served.clock.now_s
+    assert rotated.metrics.recomputed_tokens == 0
+    assert not rotated.tiers.kept
+
+
+def test_nobody_is_rotated_out_where_host_memory_has_no_room() -> None:
+    run_ = TimedRun(rotation_s=0.2, num_slots=30)
+    assert run_.metrics.rotations == 0
+    assert len(run_.first_token_s) == 64
+    some = TimedRun(rotation_s=0.2, num_slots=40 * 20)
+    assert 0 < some.metrics.rotations < 40
+    assert some.metrics.recomputed_tokens == 0
+
+
+def test_a_turn_lasts_at_least_until_its_first_token(fake_tiers: FakeTiers) -> None:
+    clock = FakeClock()
+    scheduler = make_scheduler(fake_tiers, max_num_seqs=1, budget=4, rotation_s=1.0, clock=clock)
+    assert scheduler.kv._policy is not None
+    scheduler.kv._policy.rates.link_bytes_per_s["host"] = 1000.0
+    first = make_request(list(range(12)), max_tokens=9, arrival_s=0.0)
+    second = make_request([50], max_tokens=2, arrival_s=0.0)
+    scheduler.add([first])
+    scheduler.add([second])
+    for _ in range(3):  # its prefill
+        clock.now_s += 10.0
+        run(scheduler)
+        assert scheduler.running == [first]
+    run(scheduler)
+    assert scheduler.running == [second]
+    fake_tiers.end_all()
+    clock.now_s += 0.5
+    run(scheduler)  # second ends, first comes back
+    while scheduler.has_requests:
+        run(scheduler)
+        fake_tiers.end_all()
+    assert scheduler.kv.metrics.rotations == 1
+    assert scheduler.kv.metrics.recomputed_tokens == 0
+
+
+def test_prompts_that_start_alike_and_come_at_once_are_computed_once() -> None:
+    scheduler = make_scheduler(num_blocks=40, budget=10)
+    shared = list(range(24))
+    requests = [make_request([*shared, 90 + i], max_tokens=1) for i in range(5)]
+    other = make_request(list(range(50, 60)), max_tokens=1)
+    for request in [*requests, other]:
+        scheduler.add([request])
+    num_computed = 0
+    while scheduler.has_requests:
+        num_computed += sum(item.num_tokens for item in run(scheduler).items)
+        scheduler.kv.check()
+    assert num_computed == 24 + 5 + 10
+    assert scheduler.kv.pool.num_cached == 6 + 2
+
+
+def test_a_prompt_goes_on_by_itself_where_the_one_it_shared_with_was_aborted() -> None:
+    scheduler = make_scheduler(num_blocks=40, budget=10)
+    first, second = (make_request([*range(24), 90 + i], max_tokens=1) for i in range(2))
+    scheduler.add([first])
+    scheduler.add([second])
+    assert tokens_of(run(scheduler)) == [(0, 10)]
+    assert second.status is RequestStatus.RUNNING
+    scheduler.finish(first, FinishReason.ABORT)
+    assert tokens_of(run(scheduler)) == [(8, 10)]  # two full blocks were there
+    while scheduler.has_requests:
+        run(scheduler)
+    assert second.finish_reason is FinishReason.LENGTH
+
+
+def test_fifty_that_want_one_prefix_share_one_load_and_go_on_together(
+    fake_tiers: FakeTiers,
+) -> None:
+    scheduler = make_scheduler(fake_tiers, num_blocks=200, max_num_seqs=64, budget=64)
+    tokens = list(range(4 * 40 + 1))
+    fill_host_then_forget_device(scheduler, fake_tiers, tokens)
+    requests = [make_request([*tokens, 500 + i]) for i in range(50)]
+    for request in requests:
+        scheduler.add([request])
+    run(scheduler)
+    assert len(fake_tiers.fetching) == 40
+    assert len(scheduler.running) == 50
+    assert len({tuple(request.block_table) for request in requests}) == 1
+    for request in requests[:3]:
+        scheduler.finish(request, FinishReason.ABORT)
+    scheduler.kv.check()
+    fake_tiers.end_all()
+    scheduler.kv.poll()
+    plan = scheduler.schedule()  # 64 tokens, 2 each: as many as the step takes
+    assert {item.start for item in plan.items} == {160}
+    assert len(plan.items) == 32
+    assert scheduler.kv.metrics.fetched_blocks == 40
+
+
+def test_what_waits_is_fetched_ahead_of_its_turn_into_blocks_without_content(
+    fake_tiers: FakeTiers,
+) -> None:
+    scheduler = make_scheduler(fake_tiers, num_blocks=12, max_num_seqs=1)
+    tokens = list(range(9))
+    fill_host_then_forget_device(scheduler, fake_tiers, tokens)
+    scheduler.add([make_request(list(range(50, 59)), max_tokens=9)])
+    scheduler.add([make_request(tokens)])
+    run(scheduler)
+    assert len(fake_tiers.fetching) == 2
+    fake_tiers.end_all()
+    while len(scheduler.waiting) > 0:
+        run(scheduler)
+        scheduler.kv.check()
+        fake_tiers.end_all()
+    assert scheduler.kv.metrics.fetched_blocks == 2
+    assert scheduler.running[0].num_computed_tokens == 9  # at once, with its first step
+
+
+def test_nothing_is_fetched_ahead_into_blocks_that_running_requests_need(
+    fake_tiers: FakeTiers,
+) -> None:
+    scheduler = make_scheduler(fake_tiers, num_blocks=6, max_num_seqs=1, budget=4)
+    tokens = list(range(9))
+    fill_host_then_forget_device(scheduler, fake_tiers, tokens)
+    scheduler.add([make_request(list(range(50, 66)), max_tokens=4)])  # 5 blocks, 4 tokens a step
+    scheduler.add([make_request(tokens)])
+    run(scheduler)
+    assert len(fake_tiers.fetching) == 1
 
 
 @pytest.mark.parametrize("seed", range(30))

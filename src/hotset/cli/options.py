@@ -55,6 +55,12 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
     _option("max_mixed_prefill_tokens", int, "Most prompt tokens in a step that also decodes."),
     _option("max_model_len", int, "Longest context in tokens.  [default: the model's own]"),
     _option(
+        "rotation_s",
+        float,
+        "Seconds after which requests give way to those without a first token; needs a host tier."
+        "  [default: first come, first served]",
+    ),
+    _option(
         "fetch_policy",
         click.Choice(["auto", "fetch", "recompute"]),
         "How blocks in a slower tier come back; auto decides by cost.",

@@ -153,6 +153,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_mixed_prefill_tokens=config.max_mixed_prefill_tokens,
+            rotation_s=config.rotation_s,
         )
         self.report = self.budget.report(device=model.device.type, disk_path=disk_path)
         self._requests: dict[str, Request] = {}

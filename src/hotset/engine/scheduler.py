@@ -1,13 +1,30 @@
 """Who runs in a step, and how many tokens of each. Touches no tensor."""
 
+import time
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hotset.memory.kv_cache import KVCache
 from hotset.request import FinishReason, Request, RequestStatus, StepItem, StepPlan
 
-# Requests at the head of the queue whose blocks are brought from disk into host memory early.
-_STAGE_AHEAD = 8
+# Requests at the head of the queue whose blocks are brought closer ahead of their turn.
+_LOOK_AHEAD = 8
+# A preempted request comes back once it and all that run can grow by this much: it should not be
+# preempted, and fetched, again a few steps later.
+_AHEAD_TOKENS = 256
+# A turn lasts at least as many times the time to fetch its KV back: rotation costs at most about
+# the inverse in throughput, even where no copy runs beside compute.
+_LEAST_TURN_FETCHES = 8
+
+
+class _Step:
+    """The step being planned, and what is left of its budgets."""
+
+    def __init__(self, budget: int, prefill_budget: int) -> None:
+        self.items: list[StepItem] = []
+        self.budget = budget
+        self.prefill_budget = prefill_budget
+        self.computing: set[bytes] = set()  # keys of the blocks that prefills in it complete
 
 
 class Scheduler:
@@ -16,6 +33,13 @@ class Scheduler:
     A decode is a prefill of one token. Requests run in `Request.order`; when blocks run out the
     last one in that order is preempted: its blocks go down a tier and it waits again. A request
     is in `waiting`, in `running`, forked off by a running one later (`_forks`), or finished.
+
+    Args:
+        rotation_s: None lets a request run to its end, first come, first served. Otherwise each
+            that has waited for its first token for so long makes one give way that has run for so
+            long, and has a token to show for it; that one queues up again behind all others. Only
+            while host memory has room for the KV of all that run, so that nothing is recomputed.
+        clock: seconds, as `time.monotonic`.
     """
 
     def __init__(
@@ -25,14 +49,19 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_mixed_prefill_tokens: int,
+        rotation_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.kv = kv
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_mixed_prefill_tokens = max_mixed_prefill_tokens
+        self.rotation_s = rotation_s
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self._clock = clock
         self._forks: dict[str, list[Request]] = {}  # id of the first of n -> the others
+        self._blocked: Request | None = None  # the first in the queue found no room
 
     @property
     def has_requests(self) -> bool:
@@ -51,53 +80,20 @@ class Scheduler:
 
         The plan is empty when nobody can go on before a transfer has ended.
         """
-        items: list[StepItem] = []
         budget = self.max_num_batched_tokens
         # A long prefill beside decodes would stall them, and have all that start together end
         # together, so that later steps have nothing but decodes (Sarathi-Serve, section 4).
-        prefill_budget = self.max_mixed_prefill_tokens if self._has_decode() else budget
-        was_preempted = False
-        queued_tokens = 0
-        for request in list(self.running):
-            if request.status is not RequestStatus.RUNNING:
-                continue  # preempted below, for an earlier one
-            if request.is_complete:
-                continue  # its last token is being chosen
-            self.kv.advance(request)
-            num_tokens = self._share(request, budget, prefill_budget)
-            if num_tokens > 0:
-                reserved = self.kv.reserve(request, num_tokens)
-                # Blocks that only a spill still holds come free by themselves: wait for those.
-                while not reserved and self.kv.num_blocks_after_spills == 0:
-                    was_preempted = True
-                    if self._preempt_last() is request:
-                        break
-                    reserved = self.kv.reserve(request, num_tokens)
-                if reserved:
-                    items.append(StepItem(request, request.num_computed_tokens, num_tokens))
-                    budget -= num_tokens
-                    prefill_budget -= num_tokens if num_tokens > 1 else 0
-            queued_tokens += request.num_tokens - request.num_computed_tokens
-        # Requests are planned in order and the last is preempted first: no victim is planned.
-        assert all(item.request.status is RequestStatus.RUNNING for item in items)
-        while self.waiting and budget > 0 and not was_preempted:
-            request = self.waiting[0]
-            if len(self.running) >= self.max_num_seqs or not self.kv.admit(
-                request, spare_blocks=len(self.running), queued_tokens=queued_tokens
-            ):
-                break
-            self.waiting.pop(0)
-            request.status = RequestStatus.RUNNING
-            insort(self.running, request, key=_order)
-            num_tokens = self._share(request, budget, prefill_budget)
-            if num_tokens > 0 and self.kv.reserve(request, num_tokens):
-                items.append(StepItem(request, request.num_computed_tokens, num_tokens))
-                budget -= num_tokens
-                prefill_budget -= num_tokens if num_tokens > 1 else 0
-            queued_tokens += request.num_tokens - request.num_computed_tokens
-        for request in self.waiting[:_STAGE_AHEAD]:
-            self.kv.stage(request)
-        return StepPlan(items, self.kv.take_copies())
+        step = _Step(budget, self.max_mixed_prefill_tokens if self._has_decode() else budget)
+        if self.rotation_s is not None:
+            self._rotate(self.rotation_s)
+        was_preempted = self._plan_running(step)
+        if self.waiting and not was_preempted:
+            self._admit_waiting(step)
+        if self.waiting:
+            spare_blocks = self._blocks_short(self.kv.block_size)
+            for request in self.waiting[:_LOOK_AHEAD]:
+                self.kv.look_ahead(request, spare_blocks=spare_blocks)
+        return StepPlan(step.items, self.kv.take_copies())
 
     def commit(self, plan: StepPlan) -> None:
         """The plan's tokens were computed; to be called before their successors are appended."""
@@ -134,26 +130,147 @@ class Scheduler:
             for request in self.running
         )
 
-    def _share(self, request: Request, budget: int, prefill_budget: int) -> int:
+    def _plan_running(self, step: _Step) -> bool:
+        """Plan the running requests, in order; returns whether one had to be preempted."""
+        was_preempted = False
+        for request in list(self.running):
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted below, for an earlier one
+            if request.is_complete:
+                continue  # its last token is being chosen
+            self.kv.advance(request)
+            num_tokens = self._share(request, step)
+            # Blocks that only a spill still holds come free by themselves: wait for those.
+            while (
+                not self._plan(request, num_tokens, step) and self.kv.num_blocks_after_spills == 0
+            ):
+                was_preempted = True
+                if self._preempt_last() is request:
+                    break
+        # Requests are planned in order and the last is preempted first: no victim is planned.
+        assert all(item.request.status is RequestStatus.RUNNING for item in step.items)
+        return was_preempted
+
+    def _admit_waiting(self, step: _Step) -> None:
+        """Let in those who have room, in order, even if this step takes none of their tokens.
+
+        What of theirs is in a colder tier comes meanwhile.
+        """
+        queued_tokens = sum(r.num_tokens - r.num_computed_tokens for r in self.running)
+        self._blocked = None
+        while self.waiting:
+            request = self.waiting[0]
+            if len(self.running) >= self.max_num_seqs or not self._admit(request, queued_tokens):
+                self._blocked = request
+                break
+            self.waiting.pop(0)
+            self._start_turn(request)
+            self._plan(request, self._share(request, step), step)
+            queued_tokens += request.num_tokens - request.num_computed_tokens
+
+    def _admit(self, request: Request, queued_tokens: int) -> bool:
+        """Give a request blocks if there is room for it, and for it and all that run to grow.
+
+        By one block each where being preempted costs no more than a fetch, by many otherwise.
+        """
+        spare_blocks = 0
+        if self.running:
+            is_cheap = not request.num_preemptions and self._can_park([*self.running, request])
+            growth = self.kv.block_size if is_cheap else _AHEAD_TOKENS
+            spare_blocks = self._blocks_short(growth) + (
+                self.kv.num_blocks_short(request, growth) - self.kv.num_blocks_short(request, 0)
+            )
+        return self.kv.admit(request, spare_blocks=spare_blocks, queued_tokens=queued_tokens)
+
+    def _blocks_short(self, more_tokens: int) -> int:
+        """Blocks the running requests lack for the tokens they have and so many more."""
+        return sum(self.kv.num_blocks_short(request, more_tokens) for request in self.running)
+
+    def _can_park(self, requests: list[Request]) -> bool:
+        """Whether host memory can take all that these requests have and will soon have."""
+        return self.kv.can_park(requests, _AHEAD_TOKENS)
+
+    def _start_turn(self, request: Request) -> None:
+        request.status = RequestStatus.RUNNING
+        request.turn_start_s = self._clock()
+        request.turn_start_tokens = request.num_tokens
+        insort(self.running, request, key=_order)
+
+    def _share(self, request: Request, step: _Step) -> int:
         """How many tokens of a request the step can take."""
         num_tokens = self.kv.num_runnable_tokens(request)
-        return min(num_tokens, budget, prefill_budget if num_tokens > 1 else budget)
+        if num_tokens <= 1:
+            return min(num_tokens, step.budget)
+        if step.computing and self.kv.next_key(request) in step.computing:
+            return 0  # another request computes the same tokens; the next step takes them over
+        return min(num_tokens, step.budget, step.prefill_budget)
+
+    def _plan(self, request: Request, num_tokens: int, step: _Step) -> bool:
+        """Reserve blocks for `num_tokens` and add them; False where there are no blocks."""
+        if num_tokens <= 0:
+            return True
+        if not self.kv.reserve(request, num_tokens):
+            return False
+        step.items.append(StepItem(request, request.num_computed_tokens, num_tokens))
+        step.budget -= num_tokens
+        if num_tokens > 1:
+            step.prefill_budget -= num_tokens
+            step.computing.update(self.kv.keys_completed_by(request, num_tokens))
+        return True
+
+    def _rotate(self, rotation_s: float) -> None:
+        """For each request that has waited for its first token for long, end the oldest turn.
+
+        So many as have tokens for one step, and not before the blocks of the last ones are free.
+        """
+        if self._blocked is None or self.kv.num_blocks_after_spills > 0:
+            return
+        now_s = self._clock()
+        num_tokens = sum(r.num_tokens - r.num_computed_tokens for r in self.running)
+        for waiting in list(self.waiting):
+            if num_tokens >= self.max_num_batched_tokens:
+                return
+            if waiting.num_output_tokens > 0 or now_s - waiting.queued_s < rotation_s:
+                continue
+            victim = self._oldest_turn(waiting, now_s, rotation_s)
+            if victim is None or not self._can_park([*self.running, waiting]):
+                return
+            self.running.remove(victim)
+            victim.queued_s = now_s
+            self._preempt(victim)
+            self.kv.metrics.rotations += 1
+            num_tokens += waiting.num_tokens
+
+    def _oldest_turn(self, waiting: Request, now_s: float, rotation_s: float) -> Request | None:
+        """Of the running requests that `waiting` may replace, the one that runs for longest."""
+        turns = [
+            request
+            for request in self.running
+            if request.priority >= waiting.priority
+            and request.num_tokens > request.turn_start_tokens
+            and not request.is_complete
+            and now_s - request.turn_start_s
+            >= max(rotation_s, _LEAST_TURN_FETCHES * self.kv.fetch_s(request))
+        ]
+        return min(turns, key=lambda request: request.turn_start_s, default=None)
+
+    def _preempt_last(self) -> Request:
+        victim = self.running.pop()
+        self._preempt(victim)
+        return victim
+
+    def _preempt(self, victim: Request) -> None:
+        self.kv.preempt(victim)
+        victim.status = RequestStatus.WAITING
+        insort(self.waiting, victim, key=_order)
 
     def _fork(self, first: Request) -> None:
         for sibling in self._forks.pop(first.request_id):
             if len(self.running) < self.max_num_seqs:
                 self.kv.fork(first, sibling)
-                sibling.status = RequestStatus.RUNNING
-                insort(self.running, sibling, key=_order)
+                self._start_turn(sibling)
             else:
                 insort(self.waiting, sibling, key=_order)
-
-    def _preempt_last(self) -> Request:
-        victim = self.running.pop()
-        self.kv.preempt(victim)
-        victim.status = RequestStatus.WAITING
-        insort(self.waiting, victim, key=_order)
-        return victim
 
 
 def _order(request: Request) -> tuple[int, float]:

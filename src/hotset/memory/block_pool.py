@@ -29,6 +29,11 @@ class BlockPool:
         return len(self._free) + len(self._cached)
 
     @property
+    def num_free(self) -> int:
+        """Blocks without content: `allocate` hands them out before it evicts anything."""
+        return len(self._free)
+
+    @property
     def num_cached(self) -> int:
         """Blocks nobody holds whose content can be found."""
         return len(self._cached)

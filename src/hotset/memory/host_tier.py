@@ -30,6 +30,11 @@ class HostTier:
         """Slots that hold a payload or wait for one."""
         return self.num_slots - len(self._free)
 
+    @property
+    def num_evictable(self) -> int:
+        """Slots that `reserve` can hand out: free ones and ready ones that nobody pins."""
+        return len(self._free) + len(self._ready)
+
     def states(self) -> str:
         """One letter a slot: free, arriving (filling), held (pinned) or cached (ready)."""
         letters = ["f"] * self.num_slots

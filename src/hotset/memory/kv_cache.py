@@ -65,6 +65,21 @@ class ColderTiers(Protocol):
         """Forget a private payload."""
         ...
 
+    def keep(self, key: bytes) -> bool:
+        """Hold a payload in host memory until `unkeep`; False where it is not there.
+
+        Or where too few slots would be left for others.
+        """
+        ...
+
+    def unkeep(self, key: bytes) -> None:
+        """Undo one `keep`."""
+        ...
+
+    def num_evictable(self) -> int:
+        """Payloads that host memory can take beside what is kept and what is being moved."""
+        ...
+
     def touch(self, keys: Sequence[bytes]) -> None:
         """Mark payloads as just used, so that they are evicted last."""
         ...
@@ -97,7 +112,9 @@ class KVCache:
     """Gives requests their blocks, finds prefixes, and asks the tiers to move what is needed.
 
     Every full block is spilled as soon as it is full (write-behind), so that evicting it later
-    moves nothing. A block on its way up is loaded once, however many requests wait for it.
+    moves nothing. A block on its way up is loaded once, however many requests wait for it, and a
+    block that another request has computed meanwhile is taken over instead of computed again.
+    What a preempted request has in host memory is kept there until it is back.
     """
 
     def __init__(
@@ -144,7 +161,7 @@ class KVCache:
         `spare_blocks`; without it nothing changes and the result is False.
         """
         keys, places = self._find_prefix(request)
-        self._choose_recompute(keys, places, request, queued_tokens)
+        num_chosen = self._choose_recompute(keys, places, queued_tokens)
         while places and places[-1] is None:
             places.pop()
 
@@ -172,27 +189,88 @@ class KVCache:
             elif place is not None:
                 self._wait_for(request, i, keys[i], place)
         if self._tiers is not None:
-            self._tiers.touch(keys)
+            self._tiers.touch(keys[::-1])  # the tail is evicted before the head
+        self._unkeep(request)  # its fetches hold what they read
+        self.metrics.recompute_chosen_tokens += num_chosen
         self.advance(request)
         return True
 
-    def stage(self, request: Request) -> None:
-        """Bring what the disk has of a waiting request's tokens into host memory ahead of time."""
-        if self._tiers is None or self._policy is None or self._policy.mode == "recompute":
+    def look_ahead(self, request: Request, *, spare_blocks: int) -> None:
+        """Bring what is known of a waiting request's tokens closer, ahead of its turn.
+
+        From disk to host memory, once; and, when nothing else is being fetched, from host memory
+        to device blocks that have no content, as long as `spare_blocks` others are available.
+        """
+        tiers = self._tiers
+        if tiers is None or self._policy is None or self._policy.mode == "recompute":
             return
-        keys, places = self._find_prefix(request)
-        for key, place in zip(keys, places, strict=True):
-            if place not in ("device", "host"):
-                self._tiers.stage(key)
+        room = min(self.pool.num_free, self.pool.num_available - spare_blocks)
+        can_fetch = room > 0 and tiers.queued_fetch_bytes() == 0
+        if request.was_fetched or (request.was_staged and not can_fetch):
+            return
+        tail_key = None if request.resume is None else request.resume.key
+        request.was_staged = request.was_fetched = True
+        for key, place in zip(*self._find_prefix(request), strict=True):
+            if place == "device" or key in self._loading or key == tail_key:
+                continue
+            if place == "host" and can_fetch and room > 0:
+                [block] = self.pool.allocate(1)  # released when the transfer ends
+                self._loading[key] = _Loading(block, place, self.block_size, is_private=False)
+                tiers.fetch(key, block)
+                room -= 1
+            else:
+                tiers.stage(key)
+                request.was_fetched = False
 
     def advance(self, request: Request) -> None:
         """Move the request past the content that is there already."""
+        if request.num_tokens - request.num_computed_tokens <= 1:
+            return  # at least one token is left to compute
         while request.num_computed_tokens % self.block_size == 0:
             index = request.num_computed_tokens // self.block_size
-            if index not in request.arrived:
+            if index in request.arrived:
+                request.num_computed_tokens += request.arrived.pop(index)
+            elif self._take_over(request, index):
+                request.num_computed_tokens += self.block_size
+                self._count_cached(request, "device", self.block_size)
+            else:
                 break
-            request.num_computed_tokens += request.arrived.pop(index)
         request.high_water_tokens = max(request.high_water_tokens, request.num_computed_tokens)
+
+    def num_blocks_short(self, request: Request, more_tokens: int) -> int:
+        """Blocks a request lacks to hold its tokens and `more_tokens` more, if it may have them."""
+        num_tokens = min(request.num_tokens + more_tokens, request.max_total_tokens)
+        return -(-num_tokens // self.block_size) - len(request.block_table)
+
+    def next_key(self, request: Request) -> bytes | None:
+        """Key of the block that starts at the request's next token; None within a block."""
+        index, offset = divmod(request.num_computed_tokens, self.block_size)
+        if offset or index >= self._num_findable(request):
+            return None
+        return request.block_hashes[index]
+
+    def keys_completed_by(self, request: Request, num_tokens: int) -> list[bytes]:
+        """Keys of the blocks that are full once `num_tokens` more are computed."""
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        return request.block_hashes[start // self.block_size : end // self.block_size]
+
+    def can_park(self, requests: Sequence[Request], more_tokens: int) -> bool:
+        """Whether host memory has room for `requests` beside what it keeps.
+
+        Each with `more_tokens` more, if it may have them.
+        """
+        if self._tiers is None:
+            return False
+        num_blocks = sum(
+            len(request.block_table) + self.num_blocks_short(request, more_tokens)
+            for request in requests
+        )
+        return num_blocks <= self._tiers.num_evictable()
+
+    def fetch_s(self, request: Request) -> float:
+        """Time to fetch all KV of the request from host memory; 0 without tiers."""
+        return 0.0 if self._policy is None else self._policy.fetch_s(request.num_tokens)
 
     def num_runnable_tokens(self, request: Request) -> int:
         """Tokens the request can compute before it meets content that is there or arriving."""
@@ -209,6 +287,8 @@ class KVCache:
         table = request.block_table
         end = self.num_blocks_for(request.num_computed_tokens + num_tokens)
         first = request.num_computed_tokens // self.block_size
+        if first + 1 == end == len(table) and not self.pool.is_shared(table[first]):
+            return True  # within its last block, as most decodes are
         to_copy = [i for i in range(first, min(end, len(table))) if self.pool.is_shared(table[i])]
         num_new = max(0, end - len(table))
         if len(to_copy) + num_new > self.pool.num_available:
@@ -229,12 +309,15 @@ class KVCache:
         """`num_tokens` more have their KV: publish and spill the blocks that became full."""
         start = request.num_computed_tokens
         end = start + num_tokens
-        recomputed = max(0, min(end, request.high_water_tokens) - start)
-        self.metrics.recomputed_tokens += recomputed
+        if start < request.high_water_tokens:
+            self.metrics.recomputed_tokens += min(end, request.high_water_tokens) - start
         request.num_computed_tokens = end
         request.high_water_tokens = max(request.high_water_tokens, end)
+        first, last = start // self.block_size, end // self.block_size
+        if first == last:
+            return
         self._extend_hashes(request)
-        for i in range(start // self.block_size, end // self.block_size):
+        for i in range(first, last):
             self.pool.publish(request.block_table[i], request.block_hashes[i])
             self._spill(request.block_hashes[i], request.block_table[i])
 
@@ -267,13 +350,18 @@ class KVCache:
             key = secrets.token_bytes(_DIGEST_BYTES)
             if self._spill(key, request.block_table[num_full], private=True):
                 request.resume = SpilledTail(key, num_full, num_partial)
+        self._keep(request)
+        request.was_staged = request.was_fetched = False
         self._give_up_blocks(request)
         request.num_preemptions += 1
         self.metrics.preemptions += 1
 
     def release(self, request: Request) -> None:
         """Take the blocks of a request that has ended; published ones stay findable."""
+        if self._tiers is not None:  # the tail is evicted before the head
+            self._tiers.touch(request.block_hashes[::-1])
         self._give_up_blocks(request)
+        self._unkeep(request)
         self._drop_tail(request)
 
     def poll(self) -> None:
@@ -292,10 +380,9 @@ class KVCache:
 
         At least one token is always left to compute: its logits are what the step is for.
         """
-        self._extend_hashes(request)
         keys: list[bytes] = []
         places: list[str | None] = []
-        for key in request.block_hashes[: (request.num_tokens - 1) // self.block_size]:
+        for key in request.block_hashes[: self._num_findable(request)]:
             place = self._locate(key)
             if place is None:
                 break
@@ -309,6 +396,25 @@ class KVCache:
                 places.append(place)
         return keys, places
 
+    def _num_findable(self, request: Request) -> int:
+        """How many leading blocks may be found instead of computed."""
+        self._extend_hashes(request)
+        return min(len(request.block_hashes), (request.num_tokens - 1) // self.block_size)
+
+    def _take_over(self, request: Request, index: int) -> bool:
+        """Use the block at `index` of another request that has computed it meanwhile."""
+        if index in request.arriving or index >= self._num_findable(request):
+            return False
+        block = self.pool.acquire(request.block_hashes[index])
+        if block is None:
+            return False
+        if index < len(request.block_table):  # its own has no content yet
+            self.pool.release(request.block_table[index])
+            request.block_table[index] = block
+        else:
+            request.block_table.append(block)
+        return True
+
     def _locate(self, key: bytes) -> str | None:
         if self.pool.lookup(key) is not None:
             return "device"
@@ -317,16 +423,19 @@ class KVCache:
         return self._tiers.locate(key) if self._tiers is not None else None
 
     def _choose_recompute(
-        self, keys: list[bytes], places: list[str | None], request: Request, queued_tokens: int
-    ) -> None:
-        """Set the place of the blocks to None that are cheaper computed than fetched."""
+        self, keys: list[bytes], places: list[str | None], queued_tokens: int
+    ) -> int:
+        """Set the place of the blocks to None that are cheaper computed than fetched.
+
+        Returns how many tokens that is.
+        """
         cold = [
             i
             for i, (key, place) in enumerate(zip(keys, places, strict=True))
             if place != "device" and key not in self._loading
         ]
         if not cold:
-            return
+            return 0
         assert self._tiers is not None and self._policy is not None
         num_tokens = self._policy.tokens_to_compute(
             len(cold) * self.block_size,
@@ -334,9 +443,10 @@ class KVCache:
             queued_bytes=self._tiers.queued_fetch_bytes(),
             queued_tokens=queued_tokens,
         )
-        for i in cold[: num_tokens // self.block_size]:
+        num_chosen = num_tokens // self.block_size
+        for i in cold[:num_chosen]:
             places[i] = None
-        self.metrics.recompute_chosen_tokens += num_tokens
+        return num_chosen * self.block_size
 
     def _wait_for(self, request: Request, index: int, key: bytes, tier: str) -> None:
         assert self._tiers is not None
@@ -363,10 +473,16 @@ class KVCache:
                 self._count_cached(request, loading.tier, loading.num_tokens)
             if loading.is_private:
                 self._drop_tail(request)
-        if ended.ok:
-            self.metrics.fetched_blocks += 1
-            if not loading.is_private:
-                self.pool.publish(ended.block, ended.key)
+        if not ended.ok:
+            return
+        self.metrics.fetched_blocks += 1
+        if not loading.is_private:
+            self.pool.publish(ended.block, ended.key)
+            if any(index in request.fetched for request, index in loading.waiters):
+                assert self._policy is not None
+                self.metrics.refetched_bytes += self.block_size * self._policy.bytes_per_token
+            for request, index in loading.waiters:
+                request.fetched.add(index)
 
     def _spill(self, key: bytes, block: int, *, private: bool = False) -> bool:
         tiers = self._tiers
@@ -388,6 +504,20 @@ class KVCache:
             self.pool.release(block)
         request.block_table = []
         request.num_computed_tokens = 0
+
+    def _keep(self, request: Request) -> None:
+        """Keep in host memory what a request that is preempted has there, fetched yet or not."""
+        if self._tiers is not None:
+            keys = list(request.block_hashes)
+            if request.resume is not None:
+                keys.append(request.resume.key)
+            request.kept = [key for key in keys if self._tiers.keep(key)]
+
+    def _unkeep(self, request: Request) -> None:
+        if self._tiers is not None:
+            for key in reversed(request.kept):  # the tail is evicted before the head
+                self._tiers.unkeep(key)
+        request.kept = []
 
     def _drop_tail(self, request: Request) -> None:
         if request.resume is not None and self._tiers is not None:

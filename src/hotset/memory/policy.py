@@ -55,6 +55,9 @@ class PrefixPolicy:
 
         The rest is fetched from the back meanwhile (0: fetch all). The slowest of the tiers
         counts for all, and what is queued before on the link and in the model counts too.
+
+        While others run, tokens that are computed take time from them, and a fetch does not: then
+        it is all by fetch unless that takes longer than to compute it all.
         """
         if self.mode == "fetch":
             return 0
@@ -62,12 +65,23 @@ class PrefixPolicy:
             return cold_tokens
         rates = self.rates
         slowest = min(tiers, key=lambda tier: rates.link_bytes_per_s[tier])
+        link_bytes_per_s = rates.link_bytes_per_s[slowest]
+        link_latency_s = rates.link_latency_s.get(slowest, 0.0)
+        if queued_tokens:
+            fetch_s = (queued_bytes + cold_tokens * self.bytes_per_token) / link_bytes_per_s
+            compute_s = (queued_tokens + cold_tokens) / rates.prefill_tokens_per_s
+            if link_latency_s + fetch_s <= compute_s:
+                return 0
         return split_prefix(
             cold_tokens,
             bytes_per_token=self.bytes_per_token,
-            link_bytes_per_s=rates.link_bytes_per_s[slowest],
-            link_latency_s=rates.link_latency_s.get(slowest, 0.0),
+            link_bytes_per_s=link_bytes_per_s,
+            link_latency_s=link_latency_s,
             link_queue_bytes=queued_bytes,
             prefill_tokens_per_s=rates.prefill_tokens_per_s,
             prefill_queue_tokens=queued_tokens,
         )
+
+    def fetch_s(self, num_tokens: int) -> float:
+        """Time to fetch `num_tokens` from host memory when nothing else is fetched."""
+        return num_tokens * self.bytes_per_token / self.rates.link_bytes_per_s["host"]

@@ -4,7 +4,7 @@ import queue
 import secrets
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -142,6 +142,7 @@ class TierStack:
         self._rates = rates
         self._metrics = metrics
         self._private: dict[bytes, bool] = {}  # key -> dropped while it was in use
+        self._keep_when_filled: Counter[bytes] = Counter()  # filling key -> pins to come
         self._to_copy_down: list[tuple[bytes, int]] = []
         self._to_copy_up: list[tuple[bytes, int]] = []
         self._copies: dict[int, _Copy] = {}
@@ -266,6 +267,38 @@ class TierStack:
         self._reading.add(key)
         return True
 
+    def keep(self, key: bytes) -> bool:
+        """Hold the payload of `key` in host memory until `unkeep`.
+
+        False where it is not there, or would leave too few slots for what passes through.
+        """
+        if self.num_evictable() <= 0:
+            return False
+        if self.host.is_ready(key):
+            self.host.pin(key)
+        elif self.host.is_filling(key) and key not in self._reading:
+            self._keep_when_filled[key] += 1
+        else:
+            return False
+        return True
+
+    def unkeep(self, key: bytes) -> None:
+        """Undo one `keep`."""
+        if key in self._keep_when_filled:
+            self._keep_when_filled[key] -= 1
+            self._keep_when_filled += Counter()  # drops zeros
+        else:
+            self.host.unpin(key)
+            self._discard_if_dropped(key)
+
+    def num_evictable(self) -> int:
+        """Payloads that host memory can take beside what is kept and what is being moved.
+
+        Some slots stay for what comes from the tier below.
+        """
+        num_passing = 0 if self.below is None else 1 + self.host.num_slots // 8
+        return self.host.num_evictable - num_passing
+
     def drop(self, key: bytes) -> None:
         """Forget a private payload, at once or as soon as no copy uses it."""
         if key in self._private:
@@ -352,6 +385,8 @@ class TierStack:
     def _become_ready(self, key: bytes) -> None:
         """A host slot is filled: start the fetches that waited for it."""
         self.host.commit(key)
+        for _ in range(self._keep_when_filled.pop(key, 0)):
+            self.host.pin(key)
         for block in self._waiting.pop(key, ()):
             self.host.pin(key)
             self._to_copy_up.append((key, block))
@@ -421,3 +456,4 @@ class TierStack:
                 filling |= {key for key, _ in copy.entries}
         assert filling == self.host.filling_keys(), "a host slot waits for nothing"
         assert self._waiting.keys() <= filling, "a fetch waits for nothing"
+        assert self._keep_when_filled.keys() <= filling, "a payload to keep is not on its way"
