@@ -61,12 +61,13 @@ def running_server(
     server_config: ServerConfig | None = None,
     *,
     drain_s: int = 1,
+    own_process: bool = False,
 ) -> Iterator[RunningServer]:
     """Serve until the block ends."""
     made: list[EngineService] = []
 
-    def make(config: EngineConfig) -> EngineService:
-        made.append(EngineService(config, build=build))
+    def make(config: EngineConfig, **_: Any) -> EngineService:
+        made.append(EngineService(config, build=build, own_process=own_process))
         return made[0]
 
     with pytest.MonkeyPatch.context() as patch:

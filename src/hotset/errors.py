@@ -40,6 +40,9 @@ class OverloadedError(HotsetError):
         retry_after_s: when to try again, in whole seconds.
     """
 
-    def __init__(self, message: str, *, retry_after_s: int) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message, retry_after_s)  # both, so that it can be pickled
         self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from servers import CHAT, KEY, running_server, wait_for
 
@@ -104,7 +105,7 @@ def test_what_waits_is_bounded_and_refused_with_a_time_to_come_back() -> None:
         with pytest.raises(OverloadedError):
             for _ in range(1000):
                 streams.append(server.service.submit([5, 6], params, queue_limit=2))
-                wait_for(lambda: not server.service._inbox)
+                server.service.status().result(60)  # it has come to the engine's thread
         response = http.post("/v1/chat/completions", json=CHAT)
         assert response.status_code == 429
         assert 1 <= int(response.headers["retry-after"]) <= 60
@@ -181,13 +182,28 @@ def test_a_drained_server_ends_what_runs_and_takes_no_more() -> None:
         assert "data: [DONE]" in lines
 
 
+def test_an_engine_process_that_is_killed_ends_every_stream_with_the_reason() -> None:
+    with running_server(own_process=True) as server, server.http() as http:
+        children = psutil.Process().children()  # spawning leaves a tracker of its own too
+        [engine] = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        assert http.post("/v1/chat/completions", json=CHAT).json()["usage"]["total_tokens"] > 6
+        wait_for(lambda: server.service.metrics.output_tokens == 6)  # the counters came too
+        stream = server.service.submit([5, 6], SamplingParams(max_tokens=500, ignore_eos=True))
+        engine.kill()
+        *_, last = list(stream)
+        assert last.error is not None and "signal 9" in last.error
+        assert http.get("/health").status_code == 503
+        refused = http.post("/v1/chat/completions", json=CHAT)
+        assert refused.status_code == 503 and "signal 9" in refused.text
+
+
 SERVE = """
-import sys
+import functools, sys
 sys.path.insert(0, {tests!r})
 import servers
 from hotset.server import app
 from hotset.engine.service import EngineService
-app.EngineService = lambda config: EngineService(config, build=servers.build)
+app.EngineService = functools.partial(EngineService, build=servers.build)
 from hotset.cli import main
 main()
 """

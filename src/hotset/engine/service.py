@@ -1,59 +1,37 @@
-"""The engine in a thread of its own, for any number of threads and event loops."""
+"""The engine for any number of threads and event loops: requests in, a stream of outputs each."""
 
 import asyncio
 import atexit
 import contextlib
-import heapq
 import itertools
-import logging
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from hotset.config import EngineConfig
-from hotset.engine.engine import Engine
-from hotset.engine.fair_queue import FairQueue
 from hotset.engine.latency import Latencies, RequestClock
-from hotset.engine.status import EngineStatus, engine_status
-from hotset.errors import EngineError, OverloadedError, RequestError
+from hotset.engine.loop import BuildEngine, EngineHost, EngineLoop, Report, Submit, build_engine
+from hotset.engine.process import EngineProcess
+from hotset.engine.status import EngineStatus
+from hotset.errors import EngineError, RequestError
 from hotset.metrics import Metrics
-from hotset.model.loader import LoadedModel, load_model
+from hotset.model.loader import LoadedModel
 from hotset.request import FinishReason, RequestOutput, SamplingParams
-
-_log = logging.getLogger(__name__)
-
-# With no request left, how often the engine takes note of copies that still run between tiers.
-_TRANSFER_CHECK_S = 0.05
-# At the end, how long copies between tiers may take to arrive where a restart finds them.
-_SETTLE_S = 5.0
-# Requests handed to the engine before it has room, so that it can stage their blocks.
-_AHEAD = 8
-_RATE_WINDOW_S = 30.0
-_MOST_RETRY_AFTER_S = 60
-
-
-def build_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
-    """Load the model and set up the engine. Raises what either raises."""
-    loaded = load_model(config.model, device=config.device, dtype=config.dtype)
-    return Engine(config, loaded), loaded
 
 
 class EngineService:
-    """Runs an engine in one background thread; every method may be called from any thread.
-
-    The engine is built, used and closed in that thread alone. The constructor returns when it
-    is ready. Requests wait here, in fair order between tenants, and the engine gets as many as
-    it can soon start.
+    """Runs an engine beside its callers; every method may be called from any thread.
 
     Args:
         config: what to load and how.
         build: makes the engine; raises a HotsetError where it cannot.
+        own_process: run it in a process of its own, so that nothing that Python does here can
+            delay a step; otherwise in a thread. `build` must then be importable by name.
 
     Raises:
-        HotsetError: the engine cannot be built; no thread is left.
+        HotsetError: the engine cannot be built; nothing is left running.
 
     Attributes:
         latencies: of all requests; they change while one reads.
@@ -63,31 +41,19 @@ class EngineService:
         self,
         config: EngineConfig,
         *,
-        build: Callable[[EngineConfig], tuple[Engine, LoadedModel]] = build_engine,
+        build: BuildEngine = build_engine,
+        own_process: bool = False,
     ) -> None:
         self.latencies = Latencies()
-        self._wake = threading.Condition()
-        self._inbox: deque[_Submit | _Abort | _Look] = deque()  # guarded by _wake
-        self._num_queued = 0  # requests the engine has not got; guarded by _wake
-        self._is_closing = False  # guarded by _wake
-        self._failure: str | None = None  # guarded by _wake; says why no more is served
+        self._lock = threading.Lock()
+        self._streams: dict[str, OutputStream] = {}  # open ones; guarded by _lock
+        self._looks: dict[int, Future[EngineStatus]] = {}  # guarded by _lock
+        self._is_closing = False  # guarded by _lock
+        self._failure: str | None = None  # guarded by _lock; says why no more is served
         self._ids = itertools.count()
-        # What follows is used by the engine thread alone.
-        self._queue: FairQueue[_Submit] = FairQueue()
-        self._streams: dict[str, _Submit] = {}  # those the engine has
-        self._not_started: dict[str, _Submit] = {}  # of these, those that no step had yet
-        self._deadlines: list[tuple[float, int, _Submit]] = []  # a heap
-        self._finished_s: deque[float] = deque(maxlen=1024)
-        ready: Future[tuple[Engine, LoadedModel]] = Future()
-        self._thread = threading.Thread(
-            target=self._run, args=(config, build, ready), name="hotset-engine", daemon=True
-        )
-        self._thread.start()
-        try:
-            self._engine, self.model = ready.result()
-        except BaseException:  # Ctrl-C included: the thread ends once the engine is built
-            self._request_close()
-            raise
+        host = EngineProcess if own_process else EngineLoop
+        self._host: EngineHost = host(config, build, self._take_report)
+        self.model: LoadedModel = self._host.model
         # A daemon thread in the middle of a step would be cut off while Python shuts down.
         atexit.register(self.close)
 
@@ -99,27 +65,27 @@ class EngineService:
     @property
     def report(self) -> str:
         """What went where in memory."""
-        return self._engine.report
+        return self._host.info.report
 
     @property
     def metrics(self) -> Metrics:
         """The engine's counters; they change while one reads."""
-        return self._engine.metrics
+        return self._host.metrics
 
     @property
     def max_model_len(self) -> int:
         """The longest context in tokens."""
-        return self._engine.max_model_len
+        return self._host.info.max_model_len
 
     @property
     def config(self) -> EngineConfig:
         """What the engine was built with."""
-        return self._engine.config
+        return self._host.info.config
 
     @property
     def num_open(self) -> int:
         """Requests that have not ended, queued ones included."""
-        return self._num_queued + len(self._streams)
+        return len(self._streams)
 
     def submit(
         self,
@@ -133,7 +99,7 @@ class EngineService:
         timeout_s: float | None = None,
         queue_limit: int | None = None,
     ) -> "OutputStream":
-        """Queue a prompt and return the stream of its outputs. Does not wait for the engine.
+        """Queue a prompt and return the stream of its outputs. Does not wait for a step.
 
         Args:
             token_ids: of the prompt.
@@ -150,33 +116,34 @@ class EngineService:
             OverloadedError: too many wait already; nothing was queued.
             EngineError: the engine has failed or was closed.
         """
-        self._engine.validate(token_ids, params)
         if request_id is None:
             request_id = f"hotset-{next(self._ids)}"
         elif "#" in request_id:
             raise RequestError(f"request id {request_id!r} has a '#' in it")
-        stream = OutputStream(self, request_id, params.n)
-        now_s = time.monotonic()
-        submit = _Submit(
-            stream,
-            list(token_ids),
-            params,
-            salt,
-            priority,
-            tenant,
-            timeout_s,
-            RequestClock(self.latencies, now_s),
-        )
-        with self._wake:
+        clock = RequestClock(self.latencies, time.monotonic())
+        stream = OutputStream(self, request_id, params.n, clock)
+        with self._lock:
             self.raise_unless_healthy()
-            if queue_limit is not None and self._num_queued >= queue_limit:
-                raise OverloadedError(
-                    f"{self._num_queued} requests wait already; try again later",
-                    retry_after_s=self._retry_after_s(now_s),
+            if request_id in self._streams:
+                raise RequestError(f"request id {request_id!r} is in use")
+            self._streams[request_id] = stream
+        try:
+            self._host.submit(
+                Submit(
+                    request_id,
+                    token_ids,
+                    params,
+                    salt=salt,
+                    priority=priority,
+                    tenant=tenant,
+                    timeout_s=timeout_s,
+                    queue_limit=queue_limit,
                 )
-            self._num_queued += 1
-            self._inbox.append(submit)
-            self._wake.notify()
+            )
+        except BaseException:
+            with self._lock:
+                self._streams.pop(request_id, None)
+            raise
         return stream
 
     def status(self) -> "Future[EngineStatus]":
@@ -185,12 +152,13 @@ class EngineService:
         Raises:
             EngineError: the engine has failed or was closed; the future may raise it too.
         """
-        look = _Look(Future())
-        with self._wake:
+        future: Future[EngineStatus] = Future()
+        look_id = next(self._ids)
+        with self._lock:
             self.raise_unless_healthy()
-            self._inbox.append(look)
-            self._wake.notify()
-        return look.result
+            self._looks[look_id] = future
+        self._host.look(look_id)
+        return future
 
     def raise_unless_healthy(self) -> None:
         """Raise EngineError, with the reason, where no requests are served any more."""
@@ -200,220 +168,63 @@ class EngineService:
             raise EngineError("the engine was closed")
 
     def close(self) -> None:
-        """End open requests as aborted, close the engine and wait for its thread. Idempotent."""
-        self._request_close()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        """End open requests as aborted, close the engine and wait for its end. Idempotent."""
+        with self._lock:
+            self._is_closing = True
+        self._host.close()
+        self._end_all(FinishReason.ABORT, None)
         atexit.unregister(self.close)
 
-    def _request_close(self) -> None:
-        with self._wake:
-            self._is_closing = True
-            self._wake.notify()
+    def _end_all(self, reason: FinishReason, error: str | None) -> None:
+        with self._lock:
+            streams, self._streams = list(self._streams.values()), {}
+            looks, self._looks = list(self._looks.values()), {}
+        for stream in streams:
+            stream.end(reason, error)
+        for look in looks:
+            if look.set_running_or_notify_cancel():
+                look.set_exception(EngineError(error or "the engine was closed"))
 
-    def _abort(self, stream: "OutputStream") -> None:
-        with self._wake:
-            self._inbox.append(_Abort(stream))
-            self._wake.notify()
+    # What follows is called from one thread, by the engine's host.
 
-    def _retry_after_s(self, now_s: float) -> int:
-        """How long the queue should take, at the pace of late."""
-        recent = [s for s in list(self._finished_s) if s > now_s - _RATE_WINDOW_S]
-        if not recent:
-            return 1
-        seconds = self._num_queued * (now_s - recent[0]) / len(recent)
-        return max(1, min(_MOST_RETRY_AFTER_S, round(seconds)))
-
-    # What follows runs in the engine thread.
-
-    def _run(
-        self,
-        config: EngineConfig,
-        build: Callable[[EngineConfig], tuple[Engine, LoadedModel]],
-        ready: "Future[tuple[Engine, LoadedModel]]",
-    ) -> None:
-        try:
-            engine, model = build(config)
-        except BaseException as error:
-            ready.set_exception(error)
-            return
-        ready.set_result((engine, model))
-        try:
-            self._serve(engine)
-        except Exception as error:
-            _log.exception("the engine has failed")
-            self._fail(f"the engine has failed: {type(error).__name__}: {error}")
-        finally:
-            open_ids = list(self._streams)
-            self._end_streams(FinishReason.ABORT, None)
-            with contextlib.suppress(Exception):
-                self._settle(engine, open_ids)
-            with contextlib.suppress(Exception):
-                engine.close()
-
-    def _serve(self, engine: Engine) -> None:
-        while True:
-            with self._wake:
-                if not self._inbox and not self._is_closing and not self._has_work(engine):
-                    self._wake.wait(_TRANSFER_CHECK_S if engine.has_transfers else None)
-                if self._is_closing:
-                    return
-                messages = list(self._inbox)
-                self._inbox.clear()
-            for message in messages:
-                if isinstance(message, _Submit):
-                    self._enqueue(message)
-                elif isinstance(message, _Abort):
-                    self._drop(engine, message.stream)
+    def _take_report(self, report: Report) -> None:
+        for request_id in report.started:
+            if (stream := self._streams.get(request_id)) is not None:
+                stream.clock.start(report.time_s)
+        self._deliver(report.outputs, report.time_s)
+        for look_id, seen in report.looks:
+            with self._lock:
+                look = self._looks.pop(look_id, None)
+            if look is not None and look.set_running_or_notify_cancel():
+                if isinstance(seen, str):
+                    look.set_exception(EngineError(seen))
                 else:
-                    self._answer(engine, message)
-            self._expire(engine)
-            self._hand_over(engine)
-            if engine.has_work or engine.has_transfers:
-                outputs = engine.step()
-                self._note_started(engine)
-                self._deliver(outputs)
+                    look.set_result(seen)
+        if report.failure is not None:
+            with self._lock:
+                self._failure = report.failure
+            self._end_all(FinishReason.ERROR, report.failure)
 
-    def _has_work(self, engine: Engine) -> bool:
-        return engine.has_work or len(self._queue) > 0
-
-    def _enqueue(self, submit: "_Submit") -> None:
-        self._queue.push(submit.tenant, submit.priority, submit)
-        submit.stream.submit = submit
-        if submit.timeout_s is not None:
-            deadline_s = time.monotonic() + submit.timeout_s
-            heapq.heappush(self._deadlines, (deadline_s, next(self._ids), submit))
-
-    def _hand_over(self, engine: Engine) -> None:
-        """Give the engine what it may start soon: about a step's worth of prompts."""
-        waiting = engine.scheduler.waiting
-        num_tokens = sum(request.num_tokens for request in waiting)
-        while len(self._queue) and (
-            len(waiting) < _AHEAD or num_tokens < engine.config.max_num_batched_tokens
-        ):
-            submit = self._queue.pop()
-            with self._wake:
-                self._num_queued -= 1
-            num_tokens += len(submit.token_ids)
-            self._add(engine, submit)
-
-    def _add(self, engine: Engine, submit: "_Submit") -> None:
-        stream = submit.stream
-        if stream.is_abandoned:
-            stream.end(FinishReason.ABORT, None)
-            return
-        try:
-            engine.add_request(
-                submit.token_ids,
-                submit.params,
-                salt=submit.salt,
-                priority=submit.priority,
-                request_id=stream.request_id,
-            )
-        except RequestError as error:
-            stream.end(FinishReason.ERROR, str(error))
-        else:
-            self._queue.charge(submit.tenant, prompt_tokens=len(submit.token_ids))
-            self._streams[stream.request_id] = submit
-            self._not_started[stream.request_id] = submit
-
-    def _note_started(self, engine: Engine) -> None:
-        """Queueing ends with the first step that a request is part of."""
-        if not self._not_started:
-            return
-        now_s = time.monotonic()
-        for request in engine.scheduler.running:
-            submit = self._not_started.pop(request.request_id, None)
-            if submit is not None:
-                submit.clock.start(now_s)
-
-    def _drop(self, engine: Engine, stream: "OutputStream", error: str | None = None) -> None:
-        submit = stream.submit
-        if submit is None:
-            return
-        if self._queue.remove(submit.tenant, submit.priority, submit):
-            with self._wake:
-                self._num_queued -= 1
-        elif self._streams.get(stream.request_id) is submit:
-            self._forget(stream.request_id)
-            engine.abort(stream.request_id)
-        stream.end(FinishReason.ABORT, error)
-
-    def _expire(self, engine: Engine) -> None:
-        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
-            submit = heapq.heappop(self._deadlines)[2]
-            if not submit.stream.is_over:
-                error = f"the request was not done within its {submit.timeout_s:g} s"
-                self._drop(engine, submit.stream, error)
-
-    def _forget(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
-        self._not_started.pop(request_id, None)
-
-    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
-        now_s = time.monotonic()
+    def _deliver(self, outputs: Iterable[RequestOutput], time_s: float) -> None:
         # One call into an event loop for all its readers: each wakes the loop's thread.
         to_wake: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
         for output in outputs:
-            submit = self._streams.get(output.request_id)
-            if submit is None:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
                 continue
-            num_tokens = len(output.token_ids)
-            submit.clock.output(output.index, num_tokens, now_s)
-            self._queue.charge(submit.tenant, output_tokens=num_tokens)
-            reader = submit.stream.put(output)
+            stream.clock.output(output.index, len(output.token_ids), time_s)
+            reader = stream.put(output)
             if reader is not None:
                 to_wake.setdefault(reader[0], []).append(reader[1])
-            if submit.stream.is_over:
-                submit.clock.start(now_s)
+            if stream.is_over:
                 if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-                    submit.clock.end(len(submit.token_ids), now_s)
-                self._finished_s.append(now_s)
-                self._forget(output.request_id)
+                    stream.clock.start(time_s)
+                    stream.clock.end(output.prompt_tokens, time_s)
+                with self._lock:
+                    self._streams.pop(output.request_id, None)
         for loop, events in to_wake.items():
             with contextlib.suppress(RuntimeError):  # the readers' loop is closed
                 loop.call_soon_threadsafe(_set_all, events)
-
-    def _answer(self, engine: Engine, look: "_Look") -> None:
-        if not look.result.set_running_or_notify_cancel():
-            return
-        try:
-            look.result.set_result(engine_status(engine, num_queued=len(self._queue)))
-        except Exception as error:  # it must not cost the requests
-            look.result.set_exception(error)
-
-    def _settle(self, engine: Engine, open_ids: Sequence[str]) -> None:
-        """Let what is on its way to slower tiers arrive there, for a while."""
-        if self._failure is not None:
-            return
-        for request_id in open_ids:
-            engine.abort(request_id)
-        deadline_s = time.monotonic() + _SETTLE_S
-        while (engine.has_work or engine.has_transfers) and time.monotonic() < deadline_s:
-            engine.step()
-            if not engine.has_work:
-                time.sleep(0.001)
-
-    def _fail(self, failure: str) -> None:
-        with self._wake:
-            self._failure = " ".join(failure.split())
-        self._end_streams(FinishReason.ERROR, self._failure)
-
-    def _end_streams(self, reason: FinishReason, error: str | None) -> None:
-        with self._wake:
-            messages = list(self._inbox)
-            self._inbox.clear()
-            self._num_queued = 0
-        for message in messages:
-            if isinstance(message, _Look):
-                message.result.set_exception(EngineError(error or "the engine was closed"))
-            else:
-                message.stream.end(reason, error)
-        for submit in [*self._streams.values(), *self._queue]:
-            submit.stream.end(reason, error)
-        self._streams.clear()
-        self._not_started.clear()
-        self._queue = FairQueue()
 
 
 class OutputStream:
@@ -425,12 +236,14 @@ class OutputStream:
     waits.
     """
 
-    def __init__(self, service: EngineService, request_id: str, n: int) -> None:
+    def __init__(
+        self, service: EngineService, request_id: str, n: int, clock: RequestClock
+    ) -> None:
         self.request_id = request_id
-        self.is_abandoned = False
-        self.submit: _Submit | None = None  # set and used by the engine thread alone
+        self.clock = clock
         self._service = service
         self._condition = threading.Condition()
+        self._is_abandoned = False
         self._outputs: dict[int, RequestOutput] = {}  # by index; what nobody has read
         self._unfinished = set(range(n))
         self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
@@ -443,10 +256,10 @@ class OutputStream:
     def abort(self) -> None:
         """Stop the request; the iteration ends soon after. Ended ones are left alone."""
         with self._condition:
-            if self.is_abandoned or not self._unfinished:
+            if self._is_abandoned or not self._unfinished:
                 return
-            self.is_abandoned = True
-        self._service._abort(self)
+            self._is_abandoned = True
+        self._service._host.abort(self.request_id)
 
     def __iter__(self) -> Generator[RequestOutput, None, None]:
         try:
@@ -480,7 +293,7 @@ class OutputStream:
         finally:
             self.abort()
 
-    # What follows is called from the engine thread.
+    # What follows is called by the service.
 
     def put(
         self, output: RequestOutput
@@ -518,25 +331,3 @@ def _join(first: RequestOutput, second: RequestOutput) -> RequestOutput:
 def _set_all(events: list[asyncio.Event]) -> None:
     for event in events:
         event.set()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Submit:
-    stream: OutputStream
-    token_ids: list[int]
-    params: SamplingParams
-    salt: bytes
-    priority: int
-    tenant: str
-    timeout_s: float | None
-    clock: RequestClock
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    stream: OutputStream
-
-
-@dataclass(frozen=True, slots=True)
-class _Look:
-    result: "Future[EngineStatus]"

@@ -63,6 +63,7 @@ class ServerConfig:
         files_path: folder for uploaded files and batches; None offers neither.
         files_gib: most that one tenant's files may take.
         tracer: gets a span of each request; None is no traces.
+        own_process: run the engine in a process of its own, where HTTP cannot delay its steps.
     """
 
     keys: Keys = field(default_factory=Keys)
@@ -71,6 +72,7 @@ class ServerConfig:
     files_path: Path | None = None
     files_gib: float = 4.0
     tracer: Tracer | None = None
+    own_process: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,7 @@ class Api:
 
     async def _load(self) -> None:
         def build() -> tuple[EngineService, PromptEncoder]:
-            service = EngineService(self._engine_config)
+            service = EngineService(self._engine_config, own_process=self._config.own_process)
             try:
                 return service, PromptEncoder(service.model)
             except BaseException:

@@ -1,0 +1,405 @@
+"""The loop around the engine's steps, in a thread: requests in, reports of what came out."""
+
+import contextlib
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from hotset.config import EngineConfig
+from hotset.engine.engine import Engine
+from hotset.engine.fair_queue import FairQueue
+from hotset.engine.status import EngineStatus, engine_status
+from hotset.errors import OverloadedError, RequestError
+from hotset.metrics import Metrics
+from hotset.model.loader import LoadedModel, load_model
+from hotset.request import FinishReason, RequestOutput, SamplingParams
+
+_log = logging.getLogger(__name__)
+
+# With no request left, how often the engine takes note of copies that still run between tiers.
+_TRANSFER_CHECK_S = 0.05
+# At the end, how long copies between tiers may take to arrive where a restart finds them.
+_SETTLE_S = 5.0
+# Requests handed to the engine before it has room, so that it can stage their blocks.
+_AHEAD = 8
+_RATE_WINDOW_S = 30.0
+_MOST_RETRY_AFTER_S = 60
+
+BuildEngine = Callable[[EngineConfig], tuple[Engine, LoadedModel]]
+
+
+def build_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
+    """Load the model and set up the engine. Raises what either raises."""
+    loaded = load_model(config.model, device=config.device, dtype=config.dtype)
+    return Engine(config, loaded), loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A request for the loop; see `EngineService.submit`."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    params: SamplingParams
+    salt: bytes = b""
+    priority: int = 0
+    tenant: str = ""
+    timeout_s: float | None = None
+    queue_limit: int | None = None
+
+
+@dataclass(slots=True)
+class Report:
+    """What one turn of the loop has to say.
+
+    Attributes:
+        time_s: of `time.monotonic`, which all processes of a machine share.
+        outputs: of the requests; each of a request's outputs has a last one, whatever happens.
+        started: ids of the requests that were part of a step for the first time.
+        looks: snapshots by the id they were asked for with; or why there is none.
+        failure: one line; the engine serves no more, and this is the last report.
+    """
+
+    time_s: float
+    outputs: Sequence[RequestOutput] = ()
+    started: Sequence[str] = ()
+    looks: Sequence[tuple[int, EngineStatus | str]] = ()
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What does not change while an engine runs."""
+
+    config: EngineConfig
+    max_model_len: int
+    report: str
+
+
+class EngineHost(Protocol):
+    """Where an engine runs: `EngineLoop` in this process, or `EngineProcess` in one of its own.
+
+    Any thread may call it. Reports go to a function given at the start, from one thread.
+
+    Attributes:
+        model: loaded; its `model` is None where the weights are in another process.
+    """
+
+    model: LoadedModel
+    info: EngineInfo
+
+    @property
+    def metrics(self) -> Metrics:
+        """The engine's counters: live ones, or as of a moment ago."""
+        ...
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a request. Raises RequestError or OverloadedError: nothing was queued."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request soon; a report has its last outputs. Ended ones are left alone."""
+        ...
+
+    def look(self, look_id: int) -> None:
+        """Have a coming report bring a snapshot."""
+        ...
+
+    def close(self) -> None:
+        """End the engine and wait for that. Idempotent. Open requests get no more outputs."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """A request that has not ended, queued here or in the engine."""
+
+    submit: Submit
+    unfinished: set[int]  # output indices
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    look_id: int
+
+
+class EngineLoop:
+    """Runs an engine in one background thread.
+
+    The engine is built, used and closed in that thread alone. The constructor returns when it
+    is ready. Requests wait here, in fair order between tenants, and the engine gets as many as
+    it can soon start.
+
+    Args:
+        config: what to load and how.
+        build: makes the engine.
+        on_report: called from the engine's thread; must not block.
+
+    Raises:
+        HotsetError: the engine cannot be built; no thread is left.
+    """
+
+    def __init__(
+        self, config: EngineConfig, build: BuildEngine, on_report: Callable[[Report], None]
+    ) -> None:
+        self._on_report = on_report
+        self._wake = threading.Condition()
+        self._inbox: deque[Submit | _Abort | _Look] = deque()  # guarded by _wake
+        self._num_queued = 0  # requests the engine has not got; guarded by _wake
+        self._is_closing = False  # guarded by _wake
+        # What follows is used by the engine thread alone.
+        self._entries: dict[str, _Entry] = {}
+        self._queue: FairQueue[_Entry] = FairQueue()
+        self._not_started: set[str] = set()  # of those the engine has
+        self._deadlines: list[tuple[float, int, _Entry]] = []  # a heap
+        self._numbers = itertools.count()
+        self._finished_s: deque[float] = deque(maxlen=1024)
+        self._outbox = _Outbox()
+        ready: Future[tuple[Engine, LoadedModel]] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(config, build, ready), name="hotset-engine", daemon=True
+        )
+        self._thread.start()
+        try:
+            self._engine, self.model = ready.result()
+        except BaseException:  # Ctrl-C included: the thread ends once the engine is built
+            self._request_close()
+            raise
+        engine = self._engine
+        self.info = EngineInfo(engine.config, engine.max_model_len, engine.report)
+
+    @property
+    def metrics(self) -> Metrics:
+        """The engine's counters; they change while one reads."""
+        return self._engine.metrics
+
+    def submit(self, submit: Submit) -> None:
+        """See `EngineHost`."""
+        self._engine.validate(submit.token_ids, submit.params)
+        with self._wake:
+            if submit.queue_limit is not None and self._num_queued >= submit.queue_limit:
+                raise OverloadedError(
+                    f"{self._num_queued} requests wait already; try again later",
+                    self._retry_after_s(),
+                )
+            self._num_queued += 1
+            self._inbox.append(submit)
+            self._wake.notify()
+
+    def abort(self, request_id: str) -> None:
+        """See `EngineHost`."""
+        self._send(_Abort(request_id))
+
+    def look(self, look_id: int) -> None:
+        """See `EngineHost`."""
+        self._send(_Look(look_id))
+
+    def close(self) -> None:
+        """See `EngineHost`."""
+        self._request_close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _send(self, message: _Abort | _Look) -> None:
+        with self._wake:
+            self._inbox.append(message)
+            self._wake.notify()
+
+    def _request_close(self) -> None:
+        with self._wake:
+            self._is_closing = True
+            self._wake.notify()
+
+    def _retry_after_s(self) -> int:
+        """How long the queue should take, at the pace of late."""
+        now_s = time.monotonic()
+        recent = [s for s in list(self._finished_s) if s > now_s - _RATE_WINDOW_S]
+        if not recent:
+            return 1
+        seconds = self._num_queued * (now_s - recent[0]) / len(recent)
+        return max(1, min(_MOST_RETRY_AFTER_S, round(seconds)))
+
+    # What follows runs in the engine thread.
+
+    def _run(
+        self,
+        config: EngineConfig,
+        build: BuildEngine,
+        ready: "Future[tuple[Engine, LoadedModel]]",
+    ) -> None:
+        try:
+            engine, model = build(config)
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result((engine, model))
+        try:
+            self._serve(engine)
+        except Exception as error:
+            _log.exception("the engine has failed")
+            failure = " ".join(f"the engine has failed: {type(error).__name__}: {error}".split())
+            self._on_report(Report(time.monotonic(), failure=failure))
+        else:
+            with contextlib.suppress(Exception):
+                self._settle(engine)
+        finally:
+            with contextlib.suppress(Exception):
+                engine.close()
+
+    def _serve(self, engine: Engine) -> None:
+        while True:
+            with self._wake:
+                has_work = engine.has_work or len(self._queue) > 0
+                if not self._inbox and not self._is_closing and not has_work:
+                    self._wake.wait(_TRANSFER_CHECK_S if engine.has_transfers else None)
+                if self._is_closing:
+                    return
+                messages = list(self._inbox)
+                self._inbox.clear()
+            for message in messages:
+                if isinstance(message, Submit):
+                    self._enqueue(message)
+                elif isinstance(message, _Abort):
+                    self._drop(engine, message.request_id)
+                else:
+                    self._look_at(engine, message.look_id)
+            self._expire(engine)
+            self._hand_over(engine)
+            if engine.has_work or engine.has_transfers:
+                outputs = engine.step()
+                self._note_started(engine)
+                self._take(outputs)
+            if not self._outbox.is_empty:
+                self._on_report(self._outbox.take())
+
+    def _enqueue(self, submit: Submit) -> None:
+        entry = _Entry(submit, set(range(submit.params.n)))
+        self._entries[submit.request_id] = entry
+        self._queue.push(submit.tenant, submit.priority, entry)
+        if submit.timeout_s is not None:
+            deadline_s = time.monotonic() + submit.timeout_s
+            heapq.heappush(self._deadlines, (deadline_s, next(self._numbers), entry))
+
+    def _hand_over(self, engine: Engine) -> None:
+        """Give the engine what it may start soon: about a step's worth of prompts."""
+        waiting = engine.scheduler.waiting
+        num_tokens = sum(request.num_tokens for request in waiting)
+        while len(self._queue) and (
+            len(waiting) < _AHEAD or num_tokens < engine.config.max_num_batched_tokens
+        ):
+            entry = self._queue.pop()
+            submit = entry.submit
+            with self._wake:
+                self._num_queued -= 1
+            num_tokens += len(submit.token_ids)
+            try:
+                engine.add_request(
+                    list(submit.token_ids),
+                    submit.params,
+                    salt=submit.salt,
+                    priority=submit.priority,
+                    request_id=submit.request_id,
+                )
+            except RequestError as error:
+                self._end(entry, FinishReason.ERROR, str(error))
+            else:
+                self._queue.charge(submit.tenant, prompt_tokens=len(submit.token_ids))
+                self._not_started.add(submit.request_id)
+
+    def _note_started(self, engine: Engine) -> None:
+        """Queueing ends with the first step that a request is part of."""
+        if not self._not_started:
+            return
+        for request in engine.scheduler.running:
+            if request.request_id in self._not_started:
+                self._not_started.discard(request.request_id)
+                self._outbox.started.append(request.request_id)
+
+    def _drop(self, engine: Engine, request_id: str, error: str | None = None) -> None:
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return
+        if self._queue.remove(entry.submit.tenant, entry.submit.priority, entry):
+            with self._wake:
+                self._num_queued -= 1
+        else:
+            engine.abort(request_id)
+        self._end(entry, FinishReason.ABORT, error)
+
+    def _expire(self, engine: Engine) -> None:
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            submit = heapq.heappop(self._deadlines)[2].submit
+            error = f"the request was not done within its {submit.timeout_s:g} s"
+            self._drop(engine, submit.request_id, error)
+
+    def _end(self, entry: _Entry, reason: FinishReason, error: str | None) -> None:
+        """End a request's outputs that have not ended."""
+        request_id = entry.submit.request_id
+        for index in sorted(entry.unfinished):
+            self._outbox.outputs.append(RequestOutput(request_id, index, "", (), reason, error))
+        self._forget(request_id)
+
+    def _take(self, outputs: Iterable[RequestOutput]) -> None:
+        for output in outputs:
+            entry = self._entries.get(output.request_id)
+            if entry is None:
+                continue
+            self._queue.charge(entry.submit.tenant, output_tokens=len(output.token_ids))
+            self._outbox.outputs.append(output)
+            if output.finish_reason is not None:
+                entry.unfinished.discard(output.index)
+                if not entry.unfinished:
+                    self._finished_s.append(time.monotonic())
+                    self._forget(output.request_id)
+
+    def _forget(self, request_id: str) -> None:
+        del self._entries[request_id]
+        self._not_started.discard(request_id)
+
+    def _look_at(self, engine: Engine, look_id: int) -> None:
+        try:
+            seen: EngineStatus | str = engine_status(engine, num_queued=len(self._queue))
+        except Exception as error:  # it must not cost the requests
+            _log.exception("the engine cannot be looked at")
+            seen = f"the engine cannot be looked at: {error}"
+        self._outbox.looks.append((look_id, seen))
+
+    def _settle(self, engine: Engine) -> None:
+        """Let what is on its way to slower tiers arrive there, for a while."""
+        for request_id in list(self._entries):
+            engine.abort(request_id)
+        deadline_s = time.monotonic() + _SETTLE_S
+        while (engine.has_work or engine.has_transfers) and time.monotonic() < deadline_s:
+            engine.step()
+            if not engine.has_work:
+                time.sleep(0.001)
+
+
+@dataclass(slots=True)
+class _Outbox:
+    """What the next report will have."""
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
+    looks: list[tuple[int, EngineStatus | str]] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.outputs or self.started or self.looks)
+
+    def take(self) -> Report:
+        report = Report(time.monotonic(), self.outputs, self.started, self.looks)
+        self.outputs, self.started, self.looks = [], [], []
+        return report

@@ -1,0 +1,295 @@
+"""The engine in a process of its own: HTTP and text handling never hold up a step."""
+
+import contextlib
+import multiprocessing
+import pickle
+import queue
+import signal
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from hotset.config import EngineConfig
+from hotset.engine.loop import BuildEngine, EngineInfo, EngineLoop, Report, Submit
+from hotset.errors import EngineError, HotsetError
+from hotset.metrics import Metrics
+from hotset.model.loader import LoadedModel
+from hotset.request import FinishReason, RequestOutput, TokenLogprob
+
+_METRICS_EVERY_S = 0.25
+_CLOSE_S = 30.0
+
+# From the parent: ("submit", number, Submit), ("abort", id), ("look", id) or ("close",).
+# To the parent: ("ready", model, info) or ("refused", error) once; then lists of reports and of
+# (number, None or error) for submits, with the counters where they have changed.
+_Message = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Accepted:
+    """The answer to a submit."""
+
+    number: int
+    error: Exception | None
+
+
+class EngineProcess:
+    """An `EngineLoop` in a child process; see `EngineHost`.
+
+    The child ends when this process does, however that is. If the child ends by itself, the last
+    report says so.
+
+    Args:
+        config: what to load and how.
+        build: makes the engine; a function that can be imported by name.
+        on_report: called from one thread of this process.
+
+    Raises:
+        HotsetError: the engine cannot be built, or its process ended; nothing is left running.
+    """
+
+    def __init__(
+        self, config: EngineConfig, build: BuildEngine, on_report: Callable[[Report], None]
+    ) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would share locks and CUDA
+        self._on_report = on_report
+        self._connection, theirs = context.Pipe()
+        self._send_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._pending: dict[int, Future[None]] = {}  # submits without an answer; by _lock
+        self._number = 0  # of the last submit; by _lock
+        self._is_closed = False  # by _lock
+        self._has_ended = False  # by _lock
+        self._metrics = Metrics()
+        self._process = context.Process(
+            target=_child, args=(theirs, config, build), name="hotset-engine", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        try:
+            kind, *answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise EngineError(f"the engine's process has {self._how_it_ended()}") from None
+        except BaseException:  # Ctrl-C
+            self._process.terminate()
+            raise
+        if kind == "refused":
+            self._process.join()
+            raise answer[0]
+        self.model: LoadedModel = answer[0]
+        self.info: EngineInfo = answer[1]
+        self._thread = threading.Thread(target=self._receive, name="hotset-reports", daemon=True)
+        self._thread.start()
+
+    @property
+    def metrics(self) -> Metrics:
+        """The engine's counters as of a moment ago."""
+        return self._metrics
+
+    def submit(self, submit: Submit) -> None:
+        """See `EngineHost`; waits for the child's answer, not for a step."""
+        answer: Future[None] = Future()
+        with self._lock:
+            if self._has_ended:
+                raise EngineError("the engine was closed")
+            self._number += 1
+            number = self._number
+            self._pending[number] = answer
+        try:
+            token_ids = array("q", submit.token_ids)  # packs well
+        except OverflowError:
+            token_ids = array("q", [-1])  # no token either: refused there
+        self._send(("submit", number, replace(submit, token_ids=token_ids)))
+        answer.result()
+
+    def abort(self, request_id: str) -> None:
+        """See `EngineHost`."""
+        self._send(("abort", request_id))
+
+    def look(self, look_id: int) -> None:
+        """See `EngineHost`."""
+        self._send(("look", look_id))
+
+    def close(self) -> None:
+        """See `EngineHost`."""
+        with self._lock:
+            was_closed, self._is_closed = self._is_closed, True
+        if not was_closed:
+            self._send(("close",))
+        if threading.current_thread() is self._thread:
+            return
+        self._process.join(_CLOSE_S)
+        if self._process.is_alive():  # stuck in a driver or on a disk
+            self._process.kill()
+            self._process.join()
+        self._thread.join()
+
+    def _send(self, message: _Message) -> None:
+        with self._send_lock, contextlib.suppress(OSError):  # `_receive` sees the end too
+            self._connection.send(message)
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                items, metrics = pickle.loads(self._connection.recv_bytes())
+            except (EOFError, OSError):
+                break
+            if metrics is not None:
+                self._metrics = metrics
+            for item in items:
+                if isinstance(item, _Accepted):
+                    with self._lock:
+                        answer = self._pending.pop(item.number)
+                    if item.error is None:
+                        answer.set_result(None)
+                    else:
+                        answer.set_exception(item.error)
+                else:
+                    self._on_report(_unpacked(item))
+        self._process.join()
+        with self._lock:
+            self._has_ended = True
+            pending, self._pending = list(self._pending.values()), {}
+            is_failure = not self._is_closed
+        failure = f"the engine's process has {self._how_it_ended()}"
+        for answer in pending:
+            answer.set_exception(EngineError(failure if is_failure else "the engine was closed"))
+        if is_failure:
+            self._on_report(Report(0.0, failure=failure))
+        self._connection.close()
+
+    def _how_it_ended(self) -> str:
+        code = self._process.exitcode
+        if code is not None and code < 0:
+            return f"been ended by signal {-code} ({signal.strsignal(-code)})"
+        return f"ended with status {code}"
+
+
+def _child(connection: Connection, config: EngineConfig, build: BuildEngine) -> None:
+    """The child's main function."""
+    # Whoever stops the server's group stops the parent, which stops this process in its turn.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    outgoing: queue.SimpleQueue[Report | _Accepted | None] = queue.SimpleQueue()
+    try:
+        loop = EngineLoop(config, build, outgoing.put)
+    except HotsetError as error:
+        connection.send(("refused", error))
+        return
+    # The parent needs the tokenizer and the names; the weights stay here.
+    connection.send(("ready", replace(loop.model, model=None), loop.info))
+    sender = threading.Thread(target=_send_all, args=(connection, outgoing, loop), daemon=True)
+    sender.start()
+
+    def submit(number: int, submit: Submit) -> None:
+        error: Exception | None = None
+        try:
+            loop.submit(submit)
+        except HotsetError as refused:
+            error = refused
+        except Exception as bug:
+            error = EngineError(f"the request could not be queued: {bug}")
+        outgoing.put(_Accepted(number, error))
+
+    # Compiling a JSON schema may take long, and an abort should not wait for it.
+    with ThreadPoolExecutor(4, "hotset-submit") as pool:
+        while True:
+            try:
+                kind, *rest = connection.recv()
+            except (EOFError, OSError):  # the parent is gone
+                break
+            if kind == "close":
+                break
+            if kind == "submit":
+                pool.submit(submit, *rest)
+            elif kind == "abort":
+                loop.abort(*rest)
+            else:
+                loop.look(*rest)
+    loop.close()
+    outgoing.put(None)
+    sender.join(_CLOSE_S)
+
+
+def _send_all(
+    connection: Connection,
+    outgoing: "queue.SimpleQueue[Report | _Accepted | None]",
+    loop: EngineLoop,
+) -> None:
+    """Send what is there, all at once; what comes while the pipe is full waits for the next."""
+    sent_s, is_stale = 0.0, False  # when the parent got the counters; whether they changed
+    while True:
+        items: list[Report | _Accepted | None] = []
+        try:
+            items.append(outgoing.get(timeout=_METRICS_EVERY_S if is_stale else None))
+            while True:
+                items.append(outgoing.get_nowait())
+        except queue.Empty:
+            pass
+        is_last = None in items
+        is_due = time.monotonic() - sent_s >= _METRICS_EVERY_S
+        metrics = loop.metrics if is_due or is_last else None
+        is_stale = metrics is None
+        if metrics is not None:
+            sent_s = time.monotonic()
+        packed = [_packed(item) for item in items if item is not None]
+        with contextlib.suppress(OSError):  # the parent is gone; the main thread sees that
+            connection.send_bytes(pickle.dumps((packed, metrics), pickle.HIGHEST_PROTOCOL))
+        if is_last:
+            return
+
+
+def _packed(item: Report | _Accepted) -> Report | _Accepted:
+    """The same with its outputs as tuples, which are many and pack several times faster so."""
+    if isinstance(item, _Accepted):
+        return item
+    outputs: list[Any] = [
+        (
+            one.request_id,
+            one.index,
+            one.text,
+            one.token_ids,
+            None if one.finish_reason is None else one.finish_reason.value,
+            one.error,
+            [(entry.token_id, entry.logprob, entry.top) for entry in one.logprobs],
+            one.prompt_tokens,
+            one.cached_tokens,
+        )
+        for one in item.outputs
+    ]
+    return replace(item, outputs=outputs)
+
+
+def _unpacked(report: Report) -> Report:
+    packed: Iterable[Any] = report.outputs
+    report.outputs = [
+        RequestOutput(
+            request_id,
+            index,
+            text,
+            token_ids,
+            None if reason is None else FinishReason(reason),
+            error,
+            tuple(TokenLogprob(*entry) for entry in logprobs),
+            prompt_tokens,
+            cached_tokens,
+        )
+        for (
+            request_id,
+            index,
+            text,
+            token_ids,
+            reason,
+            error,
+            logprobs,
+            prompt_tokens,
+            cached_tokens,
+        ) in packed
+    ]
+    return report
