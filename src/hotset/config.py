@@ -27,7 +27,8 @@ class EngineConfig:
         block_size: tokens a KV block holds.
         max_num_seqs: most requests in one step.
         max_num_batched_tokens: token budget of one step, over prefill and decode.
-        max_mixed_prefill_tokens: of these, most tokens of prompts in a step that also decodes.
+        max_mixed_tokens: the same for a step that computes prompts beside decodes, which a long
+            prompt would hold up; None is 1024 on a GPU and 256 on the CPU.
         max_model_len: longest context; None is the model's own, as far as the hot tier holds it.
         rotation_s: None serves first come, first served. Otherwise each request that has waited
             for its first token for so long takes the place of one that has run for so long, whose
@@ -51,7 +52,7 @@ class EngineConfig:
     block_size: int = 16
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
-    max_mixed_prefill_tokens: int = 512
+    max_mixed_tokens: int | None = None
     max_model_len: int | None = None
     rotation_s: float | None = None
     prefix_caching: bool = True
@@ -72,7 +73,11 @@ class EngineConfig:
         check(1 <= self.block_size <= 1024, "block_size", "1 to 1024 tokens")
         check(self.max_num_seqs >= 1, "max_num_seqs", "1 or more")
         check(self.max_num_batched_tokens >= 1, "max_num_batched_tokens", "1 or more")
-        check(self.max_mixed_prefill_tokens >= 1, "max_mixed_prefill_tokens", "1 or more")
+        check(
+            self.max_mixed_tokens is None or self.max_mixed_tokens >= 1,
+            "max_mixed_tokens",
+            "1 or more",
+        )
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "2 or more")
         check(self.rotation_s is None or self.rotation_s > 0, "rotation_s", "above 0 seconds")
         check(self.disk_read_deadline_s > 0, "disk_read_deadline_s", "above 0 seconds")

@@ -85,7 +85,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("family", ["llama", "llama-mha", "mistral", "gemma2"])
 def test_flashinfer_attends_as_sdpa_does(family: str) -> None:
-    model = make_model(family, head_dim=64).to("cuda", torch.bfloat16)
+    model = make_model(family, head_dim=128).to("cuda", torch.bfloat16)
     layout = inspect_model(model)
     expected = paged_logits(model, layout, GatherBackend)
     got = paged_logits(model, layout, lambda arena: FlashInferBackend(arena, layout.layers))
@@ -95,7 +95,7 @@ def test_flashinfer_attends_as_sdpa_does(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_recorded_steps_compute_what_launched_ones_do(family: str) -> None:
-    model = make_model(family, head_dim=64).to("cuda", torch.bfloat16)
+    model = make_model(family, head_dim=128).to("cuda", torch.bfloat16)
     layout = inspect_model(model)
 
     def backend(arena: DeviceArena) -> FlashInferBackend:

@@ -42,7 +42,7 @@ def make_scheduler(
         kv,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
-        max_mixed_prefill_tokens=mixed_budget,
+        max_mixed_tokens=mixed_budget,
         rotation_s=rotation_s,
         clock=clock or FakeClock(),
     )
@@ -80,7 +80,7 @@ def tokens_of(plan: StepPlan) -> list[tuple[int, int]]:
 
 
 def test_prompts_take_a_smaller_share_of_a_step_that_also_decodes() -> None:
-    scheduler = make_scheduler(budget=16, mixed_budget=3)
+    scheduler = make_scheduler(budget=16, mixed_budget=5)
     scheduler.add([make_request(list(range(5)))])
     scheduler.add([make_request(list(range(50, 58)))])
     assert tokens_of(run(scheduler)) == [(0, 5), (0, 8)]  # nobody decodes yet

@@ -72,7 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.kv,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
-            max_mixed_prefill_tokens=mixed_budget,
+            max_mixed_tokens=mixed_budget,
             rotation_s=rotation_s,
             clock=self.clock,
         )

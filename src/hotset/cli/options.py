@@ -52,7 +52,11 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
     _option("block_size", int, "Tokens a KV block holds."),
     _option("max_num_seqs", int, "Most requests in one step."),
     _option("max_num_batched_tokens", int, "Most tokens in one step."),
-    _option("max_mixed_prefill_tokens", int, "Most prompt tokens in a step that also decodes."),
+    _option(
+        "max_mixed_tokens",
+        int,
+        "Most tokens in a step of prompts beside decodes.  [default: 1024 on a GPU, 256 on a CPU]",
+    ),
     _option("max_model_len", int, "Longest context in tokens.  [default: the model's own]"),
     _option(
         "rotation_s",

@@ -16,6 +16,9 @@ _AHEAD_TOKENS = 256
 # the inverse in throughput, even where no copy runs beside compute.
 _LEAST_TURN_FETCHES = 8
 
+# However many requests decode, prompts get this part of `max_mixed_tokens`.
+_LEAST_PREFILL_SHARE = 4
+
 
 class _Step:
     """The step being planned, and what is left of its budgets."""
@@ -48,14 +51,14 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        max_mixed_prefill_tokens: int,
+        max_mixed_tokens: int,
         rotation_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.kv = kv
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_mixed_prefill_tokens = max_mixed_prefill_tokens
+        self.max_mixed_tokens = max_mixed_tokens
         self.rotation_s = rotation_s
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -83,7 +86,12 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         # A long prefill beside decodes would stall them, and have all that start together end
         # together, so that later steps have nothing but decodes (Sarathi-Serve, section 4).
-        step = _Step(budget, self.max_mixed_prefill_tokens if self._has_decode() else budget)
+        num_decodes = self._num_decodes()
+        if num_decodes:
+            room = self.max_mixed_tokens - num_decodes
+            step = _Step(budget, max(1, room, self.max_mixed_tokens // _LEAST_PREFILL_SHARE))
+        else:
+            step = _Step(budget, budget)
         if self.rotation_s is not None:
             self._rotate(self.rotation_s)
         was_preempted = self._plan_running(step)
@@ -124,8 +132,8 @@ class Scheduler:
         request.finish_reason = reason
         request.error = error
 
-    def _has_decode(self) -> bool:
-        return any(
+    def _num_decodes(self) -> int:
+        return sum(
             request.num_tokens - request.num_computed_tokens == 1 and not request.is_complete
             for request in self.running
         )
