@@ -201,22 +201,22 @@ SERVE = """
 import functools, sys
 sys.path.insert(0, {tests!r})
 import servers
-from hotset.server import app
-from hotset.engine.service import EngineService
-app.EngineService = functools.partial(EngineService, build=servers.build)
+from hotset.engine import service
+service.EngineService = functools.partial(service.EngineService, build=servers.build)
 from hotset.cli import main
 main()
 """
 
 
-def start(*args: str) -> tuple["subprocess.Popen[str]", str, list[str]]:
-    """`hotset serve` over the tiny model; the process, its address and what it says."""
+def serve_command(*args: str) -> list[str]:
+    """`hotset serve` over the tiny model."""
     code = SERVE.format(tests=str(Path(__file__).parents[1]))
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "serve", "--port", "0", "--no-files", *args],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return [sys.executable, "-c", code, "serve", "--port", "0", "--no-files", *args]
+
+
+def start(*args: str) -> tuple["subprocess.Popen[str]", str, list[str]]:
+    """A server in a process; its address, and what it says."""
+    process = subprocess.Popen(serve_command(*args), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said: list[str] = []
     for line in process.stderr:
@@ -224,6 +224,16 @@ def start(*args: str) -> tuple["subprocess.Popen[str]", str, list[str]]:
         if line.startswith("status page "):
             return process, line.split()[2].removesuffix("/,"), said
     raise AssertionError("".join(said))
+
+
+def test_a_dry_run_says_what_would_go_where_and_ends(tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text("hot-gib = 0.001\nhost_gib = 0.5\n")
+    args = serve_command("--config", str(config), "--host-gib", "0.01", "--dry-run")
+    done = subprocess.run(args, capture_output=True, text=True, timeout=120, check=True)
+    assert "would serve tiny at http://127.0.0.1:" in done.stdout
+    [host] = [line.split() for line in done.stdout.splitlines() if "host tier" in line]
+    assert host[3] == "0.010"  # the command line wins over the file
 
 
 def blocks_on_disk(http: httpx.Client, at_least: int) -> bool:

@@ -1,7 +1,9 @@
 """What a person sees of a server: `hotset top`, and a trace."""
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -77,3 +79,18 @@ def test_a_request_is_one_span_of_the_callers_trace() -> None:
     assert span.name == "/v1/chat/completions" and span.attributes is not None
     assert span.attributes["gen_ai.usage.output_tokens"] == 6
     assert "cat" not in str(dict(span.attributes))  # nothing of what was asked
+
+
+def test_the_dashboard_and_the_docs_name_metrics_that_there_are(server: RunningServer) -> None:
+    server.service.metrics.faults["test"] += 1  # a family without a label has no line
+    with server.openai() as client, server.http() as http:
+        client.completions.create(model="tiny", prompt="the cat sat on the mat", max_tokens=3)
+        text = http.get("/metrics", headers={"authorization": f"Bearer {KEY}"}).text
+    there = set(re.findall(r"^# TYPE hotset:(\w+)", text, re.MULTILINE))
+    there |= {f"{name}_bucket" for name in there}
+    docs = Path(__file__).parents[2] / "docs"
+    asked = set(re.findall(r"hotset:(\w+)", (docs / "grafana.json").read_text()))
+    assert asked and asked <= there, asked - there
+    section = (docs / "server.md").read_text().split("## Metrics")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(?:hotset:)?([a-z]+_\w+?)[`{]", section))
+    assert len(named) > 20 and named <= there, named - there
