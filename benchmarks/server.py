@@ -3,8 +3,7 @@
     python benchmarks/server.py --out benchmarks/results/server
 
 - `overhead`: the same prompts by the engine alone, in a loop of steps, and over HTTP as that many
-  streams at once, by turns. The clients are a process of their own, on the same machine. Beside
-  the wall time, the CPU time of the serving process tells what HTTP costs it.
+  streams at once, by turns. The clients are a process of their own, on the same machine.
 - `burst`: gaps between the tokens of steady streams, before and while long prompts come in, for
   two sizes of a step.
 - `recovery`: a server with a disk tier is killed with SIGKILL and started again: when it answers,
@@ -57,11 +56,11 @@ class Server:
     url: str
     started_s: float  # from the start of the process until it answers
 
-    def cpu_s(self) -> float:
-        """User and system time so far, of all its processes."""
+    def cpu_s(self) -> tuple[float, float]:
+        """User and system time so far: of the HTTP process, and of the engine's."""
         process = psutil.Process(self.process.pid)
-        times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
-        return sum(one.user + one.system for one in times)
+        http, *others = (one.cpu_times() for one in (process, *process.children(recursive=True)))
+        return http.user + http.system, sum(one.user + one.system for one in others)
 
 
 @contextmanager
@@ -114,28 +113,40 @@ async def stream(http: httpx.AsyncClient, body: dict[str, Any]) -> list[float]:
     return times
 
 
-async def all_streams(url: str, users: int, tokens: int) -> dict[str, float]:
+async def raw_stream(port: int, body: dict[str, Any]) -> list[float]:
+    """`stream` with next to no work of its own, so that the clients take little of the machine."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    content = json.dumps({**body, "stream": True, "ignore_eos": True}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: "
+    writer.write(f"{head}{len(content)}\r\n\r\n".encode() + content)
+    times: list[float] = []
+    while True:
+        data = await reader.read(65536)
+        if b"data: [DONE]" in data:
+            break
+        if not data or b'data: {"error"' in data:
+            raise SystemExit(f"a stream was dropped: {data!r}")
+        if b"data: {" in data:
+            times.append(time.perf_counter())
+    writer.close()
+    return times
+
+
+async def all_streams(port: int, users: int, tokens: int) -> dict[str, float]:
     """All users at once; runs in the clients' process."""
-    limits = httpx.Limits(max_connections=users)
-    async with httpx.AsyncClient(
-        base_url=url, limits=limits, timeout=3600, trust_env=False
-    ) as http:
-        start_s = time.perf_counter()
-        all_times = await asyncio.gather(
-            *(
-                stream(http, {"messages": messages(i), "max_tokens": tokens, "temperature": 0})
-                for i in range(users)
-            )
+    start_s = time.perf_counter()
+    all_times = await asyncio.gather(
+        *(
+            raw_stream(port, {"messages": messages(i), "max_tokens": tokens, "temperature": 0})
+            for i in range(users)
         )
-        wall_s = time.perf_counter() - start_s
-    longest_gap_s = max(
-        b - a for times in all_times for a, b in itertools.pairwise(times)
     )
     return {
-        "wall_s": wall_s,
+        "wall_s": time.perf_counter() - start_s,
         "chunks": sum(map(len, all_times)),
         "whole_streams": sum(bool(times) for times in all_times),
-        "longest_gap_s": longest_gap_s,
+        "longest_gap_s": max(b - a for times in all_times for a, b in itertools.pairwise(times)),
+        "clients_cpu_s": time.process_time(),
     }
 
 
@@ -191,7 +202,11 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
             client = subprocess.run(
                 [*script, "--as", "clients"], capture_output=True, text=True, check=True
             )
-            other = {**json.loads(client.stdout), "cpu_s": server.cpu_s() - cpu_s}
+            other = json.loads(client.stdout)
+            for name, before, after in zip(
+                ("http_cpu_s", "cpu_s"), cpu_s, server.cpu_s(), strict=True
+            ):
+                other[name] = after - before
             print(f"  turn {repeat}: alone {one}, over HTTP {other}", file=sys.stderr)
             if repeat >= 0:
                 alone.append(one)
@@ -210,8 +225,8 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
         "alone_tokens_per_s": tokens / median(alone, "wall_s"),
         "http_tokens_per_s": tokens / median(http, "wall_s"),
         "wall_overhead": median(http, "wall_s") / median(alone, "wall_s") - 1,
-        "cpu_overhead": median(http, "cpu_s") / median(alone, "cpu_s") - 1,
-        "cpu_us_per_token": 1e6 * (median(http, "cpu_s") - median(alone, "cpu_s")) / tokens,
+        "http_cpu_us_per_token": 1e6 * median(http, "http_cpu_s") / tokens,
+        "clients_cpu_s": median(http, "clients_cpu_s"),
         "longest_gap_s": max(run["longest_gap_s"] for run in http),
         "whole_streams": min(run["whole_streams"] for run in http),
     }
@@ -333,7 +348,7 @@ def report(results: dict[str, Any]) -> str:
         lines += [
             f"## HTTP beside the engine: {one['users']} streams of {one['tokens_each']} tokens",
             "",
-            "| | tokens/s | wall, s | CPU of the serving process, s |",
+            "| | tokens/s | wall, s | CPU of the engine's process, s |",
             "|---|---|---|---|",
         ]
         for name in ("alone", "http"):
@@ -343,10 +358,11 @@ def report(results: dict[str, Any]) -> str:
             lines.append(f"| {name} | {rate:.0f} | {wall:.2f} | {cpu:.2f} |")
         lines += [
             "",
-            f"HTTP costs {100 * one['wall_overhead']:+.1f} % wall time, the clients' own included, "
-            f"and {100 * one['cpu_overhead']:+.1f} % CPU time of the server: "
-            f"{one['cpu_us_per_token']:.0f} µs a token. {one['whole_streams']} of {one['users']} "
-            f"streams came to their end; the longest gap in one was {one['longest_gap_s']:.2f} s.",
+            f"Over HTTP it takes {100 * one['wall_overhead']:+.1f} % wall time. The HTTP process "
+            f"takes {one['http_cpu_us_per_token']:.0f} µs of CPU time a token, set-up of the "
+            f"requests included, and the clients {one['clients_cpu_s']:.1f} s in all, on the same "
+            f"cores. {one['whole_streams']} of {one['users']} streams came to their end; the "
+            f"longest gap in one was {one['longest_gap_s']:.2f} s.",
             "",
         ]
     if one := results.get("burst"):
@@ -429,8 +445,7 @@ def main() -> None:
         run_engine(args)
         return
     if args.role == "clients":
-        url = f"http://127.0.0.1:{args.port}"
-        print(json.dumps(asyncio.run(all_streams(url, args.users, args.tokens))))
+        print(json.dumps(asyncio.run(all_streams(args.port, args.users, args.tokens))))
         return
     results: dict[str, Any] = {"about": about(args)}
     for run in (overhead, burst, recovery):
