@@ -273,7 +273,7 @@ def burst(args: argparse.Namespace) -> dict[str, Any]:
         "long_tokens": args.long_tokens,
     }
     for step_tokens in args.step_tokens:
-        flags = ["--hot-gib", str(args.hot_gib), "--max-num-batched-tokens", str(step_tokens)]
+        flags = ["--hot-gib", str(args.hot_gib), "--max-mixed-tokens", str(step_tokens)]
         with serving(args, *flags) as server:
             result[str(step_tokens)] = asyncio.run(measure_burst(server.url, args))
             print(f"  {step_tokens}: {result[str(step_tokens)]}", file=sys.stderr)
@@ -364,6 +364,7 @@ def report(results: dict[str, Any]) -> str:
             f"cores. {one['whole_streams']} of {one['users']} streams came to their end; the "
             f"longest gap in one was {one['longest_gap_s']:.2f} s.",
             "",
+            *source(one["about"]),
         ]
     if one := results.get("burst"):
         lines += [
@@ -381,7 +382,7 @@ def report(results: dict[str, Any]) -> str:
                     for name in ("calm_itl_s", "burst_itl_s", "burst_ttft_s")
                 ]
                 lines.append(f"| {key} | {' | '.join(cells)} |")
-        lines.append("")
+        lines += ["", *source(one["about"])]
     if one := results.get("recovery"):
         lines += [
             "## After kill -9",
@@ -392,11 +393,19 @@ def report(results: dict[str, Any]) -> str:
             f"comes after {one['ttft_known_s']:.2f} s, of unknown ones after "
             f"{one['ttft_unknown_s']:.2f} s.",
             "",
+            *source(one["about"]),
         ]
-    about = results["about"]
-    lines += [f"- command: `{about['command']}`, commit {about['commit']}"]
-    lines += [f"- hardware: {about['hardware']}, model {about['model']}", f"- {about['versions']}"]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def source(about: dict[str, str]) -> list[str]:
+    """The lines that say where a section's figures come from."""
+    return [
+        f"- command: `{about['command']}`, commit {about['commit']}",
+        f"- hardware: {about['hardware']}, model {about['model']}",
+        f"- {about['versions']}",
+        "",
+    ]
 
 
 def about(args: argparse.Namespace) -> dict[str, str]:
@@ -447,11 +456,13 @@ def main() -> None:
     if args.role == "clients":
         print(json.dumps(asyncio.run(all_streams(args.port, args.users, args.tokens))))
         return
-    results: dict[str, Any] = {"about": about(args)}
+    results: dict[str, Any] = {}
+    if args.out and args.out.with_suffix(".json").exists():  # the other sections stay
+        results = json.loads(args.out.with_suffix(".json").read_text())
     for run in (overhead, burst, recovery):
         if args.only in (None, run.__name__):
             print(f"{run.__name__} ...", file=sys.stderr)
-            results[run.__name__] = run(args)
+            results[run.__name__] = {**run(args), "about": about(args)}
     print(report(results))
     if args.out:
         args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")

@@ -294,15 +294,19 @@ class EngineLoop:
 
     def _hand_over(self, engine: Engine) -> None:
         """Give the engine what it may start soon: about a step's worth of prompts."""
-        waiting = engine.scheduler.waiting
-        num_tokens = sum(request.num_tokens for request in waiting)
+        if not len(self._queue):
+            return
+        # Those that were preempted wait for memory; how many they are says nothing of new ones.
+        fresh = [one.num_tokens for one in engine.scheduler.waiting if not one.num_preemptions]
+        num_fresh, num_tokens = len(fresh), sum(fresh)
         while len(self._queue) and (
-            len(waiting) < _AHEAD or num_tokens < engine.config.max_num_batched_tokens
+            num_fresh < _AHEAD or num_tokens < engine.config.max_num_batched_tokens
         ):
             entry = self._queue.pop()
             submit = entry.submit
             with self._wake:
                 self._num_queued -= 1
+            num_fresh += 1
             num_tokens += len(submit.token_ids)
             try:
                 engine.add_request(
