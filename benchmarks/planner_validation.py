@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hotset.plan.catalog import load_model
-from hotset.plan.cost import Calibration, CostModel
+from hotset.plan.cost import CALIBRATIONS, Calibration, CostModel
 from hotset.plan.hardware import Hardware, load_hardware
 from hotset.plan.layout import Layout, parse_layout
 from hotset.plan.planner import make_plan
@@ -201,19 +201,35 @@ def summary(rows: list[Row]) -> dict[str, float]:
     }
 
 
-def engine_rows(path: Path, c: Calibration) -> list[Row]:
-    """Steps of this engine: {"model", "hardware", "steps": [{"users", "context", "step_s"}]}."""
+def engine_rows(path: Path) -> tuple[Calibration, list[Row]]:
+    """Steps of this engine, and the time per user fitted on those of the shortest context.
+
+    The file: {"model", "hardware", "steps": [{"users", "context", "step_s"}]}.
+    """
     data = json.loads(path.read_text("utf-8"))
     model, hardware = load_model(data["model"]), load_hardware(data["hardware"])
-    cost = CostModel(model, hardware, Layout(), data.get("kv", "bf16"), c, Routing())
-    return [
+    shortest = min(s["context"] for s in data["steps"])
+
+    def predict(c: Calibration, step: dict[str, float]) -> float:
+        cost = CostModel(model, hardware, Layout(), data.get("kv", "bf16"), c, Routing())
+        return cost.decode(step["users"], step["context"]).expected_s
+
+    start = Calibration(user_s=0.0)
+    above = below = 0.0
+    for s in data["steps"]:
+        if s["context"] == shortest:
+            left = s["step_s"] - predict(start, s)
+            above += s["users"] * left / s["step_s"] ** 2  # least squares of the relative error
+            below += s["users"] ** 2 / s["step_s"] ** 2
+    c = replace(start, user_s=round(max(0.0, above / below), 7))
+    return c, [
         Row(
             "engine",
             f"{data['model']} {s['users']} users x {s['context']}",
             s["step_s"],
-            cost.decode(s["users"], s["context"]).expected_s,
+            predict(c, s),
             True,
-            False,
+            s["context"] == shortest,
         )
         for s in data["steps"]
     ]
@@ -259,11 +275,16 @@ def main() -> None:
         print(", ".join(f"{k} {v:.3g}" for k, v in entry["predicted"].items()))  # type: ignore[attr-defined]
     engine: dict[str, object] = {}
     if arguments.measured:
-        ours = engine_rows(arguments.measured, shipped)
-        print()
+        own, ours = engine_rows(arguments.measured)
+        print(f"\nuser_s of this engine: fitted {own.user_s:.3g}, ", end="")
+        print(f"shipped {CALIBRATIONS['hotset'].user_s:.3g}\n")
         show(ours)
-        engine = summary(ours)
-        print(f"this engine: mean absolute error {engine['mean_absolute_error']:.1%}")
+        engine = summary([row for row in ours if not row.fitted])
+        print(
+            f"this engine: {engine['rows']} rows not fitted, mean absolute error "
+            f"{engine['mean_absolute_error']:.1%}, mean signed {engine['mean_signed_error']:+.1%}, "
+            f"largest {engine['largest']:+.0%}"
+        )
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(
         json.dumps(

@@ -347,6 +347,7 @@ def run(*arguments: str) -> Result:
         (["llama-3-8b", "--find", "tpot=0.1ms"], "no layout meets"),
         (["llama-3-8b", "--compare", "speed=4"], "is not a part of a case"),
         (["llama-3-8b", "--overlap", "all"], "--overlap is 'all'"),
+        (["llama-3-8b", "--engine", "mine"], "--engine is 'mine'"),
         (["llama-3-8b", "--expert-histogram", "/none.json"], "cannot be read"),
         (["llama-3-8b", "--explain", "--json"], "--explain goes with a single case"),
         ([], "no MODEL given"),

@@ -91,6 +91,13 @@ EXAMPLES = ("moe-7.8x", "offload-3x")
     help="What is hidden behind compute: none, comm, stream or comm+stream.",
 )
 @click.option(
+    "--engine",
+    default="published",
+    show_default=True,
+    metavar="NAME",
+    help="Whose overheads: published (engines in general) or hotset (this one, measured).",
+)
+@click.option(
     "--expert-histogram",
     type=click.Path(path_type=Path),
     metavar="FILE",

@@ -8,6 +8,7 @@ from typing import Any
 
 from hotset.errors import PlanError
 from hotset.plan.catalog import load_model
+from hotset.plan.cost import CALIBRATIONS
 from hotset.plan.hardware import LINKS, load_hardware
 from hotset.plan.layout import parse_layout
 from hotset.plan.routing import Routing, load_histogram
@@ -48,6 +49,7 @@ class Options:
     resident_experts: int | None = None
     hold_windows: bool = True
     overlap: str = "none"
+    engine: str = "published"
     expert_histogram: Path | None = None
 
     def request(self) -> Request:
@@ -71,6 +73,10 @@ class Options:
         overlap = frozenset() if self.overlap == "none" else frozenset(self.overlap.split("+"))
         if not overlap <= set(OVERLAPS):
             raise PlanError(f"--overlap is {self.overlap!r}; use none, comm, stream or comm+stream")
+        if self.engine not in CALIBRATIONS:
+            raise PlanError(
+                f"--engine is {self.engine!r}; expected one of {', '.join(CALIBRATIONS)}"
+            )
         workload = Workload(
             users=parse_count(self.users, "--users"),
             context=parse_count(self.context, "--context"),
@@ -91,12 +97,13 @@ class Options:
             hold_windows=self.hold_windows,
             overlap=overlap,
             routing=Routing() if histogram is None else load_histogram(histogram),
+            calibration=CALIBRATIONS[self.engine],
         )
 
 
 _NUMBERS = ("gpus", "turns", "resident_experts")
 _FLOATS = ("reuse", "hbm_gb", "host_gb", "disk_gb")
-_TEXTS = ("hardware", "users", "context", "output", "weights", "kv", "link", "overlap")
+_TEXTS = ("hardware", "users", "context", "output", "weights", "kv", "link", "overlap", "engine")
 
 
 def split_cases(values: tuple[str, ...]) -> list[str]:
