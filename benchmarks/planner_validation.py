@@ -12,6 +12,7 @@ written to benchmarks/results/planner_validation.json.
 import argparse
 import json
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -289,7 +290,7 @@ def main() -> None:
     RESULTS.write_text(
         json.dumps(
             {
-                "command": "python benchmarks/planner_validation.py",
+                "command": "python " + " ".join(sys.argv),
                 "fitted_constants": {
                     n: getattr(c, n) for n in ("memory_efficiency", "kernel_s", "user_s")
                 },

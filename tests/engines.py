@@ -80,6 +80,8 @@ def reference(
 ) -> list[list[int]]:
     """What `transformers` `generate` answers, greedily, prompt by prompt."""
     model = make_model(family, seed=seed).to(device)
+    # The only one of its implementations that knows all that architectures ask of attention.
+    model.set_attn_implementation("eager")
     model.generation_config.eos_token_id = None
     answers = []
     for prompt in prompts:
