@@ -15,9 +15,13 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from servers import CHAT, KEY, running_server, wait_for
+from click.testing import CliRunner
+from servers import CHAT, KEY, build, running_server, wait_for
 
+from hotset.cli.serve import command
 from hotset.config import EngineConfig
+from hotset.engine import service as service_module
+from hotset.engine.service import EngineService
 from hotset.errors import OverloadedError
 from hotset.request import SamplingParams
 from hotset.server.app import ServerConfig
@@ -155,6 +159,21 @@ def test_a_request_waits_for_its_deadline_at_most_also_in_the_queue() -> None:
             stream.abort()
 
 
+def test_a_stream_that_waits_says_so_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotset.server.generate.KEEP_ALIVE_S", 0.02)
+    config = EngineConfig(hot_gib=0.01, max_num_seqs=1)
+    with running_server(config) as server, server.http() as http:
+        endless = SamplingParams(max_tokens=500, ignore_eos=True)
+        before = server.service.submit([5], endless)
+        lines: list[str] = []
+        with http.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as response:
+            for line in response.iter_lines():
+                lines.append(line)
+                before.abort()  # no sooner than the first line came
+        assert lines[0] == ": waiting"
+        assert lines[-2] == "data: [DONE]"
+
+
 def test_a_drained_server_ends_what_runs_and_takes_no_more() -> None:
     with running_server(drain_s=60) as server:
         lines: list[str] = []
@@ -202,7 +221,9 @@ import functools, sys
 sys.path.insert(0, {tests!r})
 import servers
 from hotset.engine import service
-service.EngineService = functools.partial(service.EngineService, build=servers.build)
+from hotset.server import app
+app.EngineService = functools.partial(service.EngineService, build=servers.build)
+service.EngineService = app.EngineService
 from hotset.cli import main
 main()
 """
@@ -226,58 +247,69 @@ def start(*args: str) -> tuple["subprocess.Popen[str]", str, list[str]]:
     raise AssertionError("".join(said))
 
 
-def test_a_dry_run_says_what_would_go_where_and_ends(tmp_path: Path) -> None:
+def test_a_dry_run_says_what_would_go_where_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "EngineService", partial(EngineService, build=build))
+    monkeypatch.setattr("hotset.server.logs.set_up", lambda *args: None)  # pytest has its own
     config = tmp_path / "serve.toml"
-    config.write_text("hot-gib = 0.001\nhost_gib = 0.5\n")
-    args = serve_command("--config", str(config), "--host-gib", "0.01", "--dry-run")
-    done = subprocess.run(args, capture_output=True, text=True, timeout=120, check=True)
+    config.write_text("port = 0\nhot-gib = 0.001\nhost_gib = 0.5\n")
+    args = ["--config", str(config), "--host-gib", "0.01", "--dry-run"]
+    done = CliRunner().invoke(command, args, catch_exceptions=False)
+    assert done.exit_code == 0
     assert "would serve tiny at http://127.0.0.1:" in done.stdout
     [host] = [line.split() for line in done.stdout.splitlines() if "host tier" in line]
     assert host[3] == "0.010"  # the command line wins over the file
 
 
 def blocks_on_disk(http: httpx.Client, at_least: int) -> bool:
-    metrics = http.get("/metrics").text.splitlines()
-    [line] = [one for one in metrics if one.startswith('hotset:tier_used_blocks{tier="disk"')]
-    return float(line.split()[-1]) >= at_least
+    """Whether this run has written so many blocks."""
+    status = http.get("/status.json").json()
+    written = status["totals"]["moved_bytes"].get("host>disk", 0)
+    return bool(written >= at_least * status["engine"]["tiers"][0]["block_bytes"])
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_restart_finds_the_disk_tier_warm(tmp_path: Path, end: signal.Signals) -> None:
+def test_a_restart_finds_the_disk_tier_warm_after_sigterm_and_after_sigkill(
+    tmp_path: Path,
+) -> None:
     config = tmp_path / "serve.toml"
     config.write_text(
         f'hot_gib = 0.001\nhost-gib = 0.01\ndisk_gib = 0.05\ndisk-path = "{tmp_path}/kv"\n'
-        'log_format = "json"\n'
+        'log_format = "json"\nfetch-policy = "fetch"\n'
     )
-    body = {"prompt": "the cat sat on the mat and the dog " * 8, "max_tokens": 4, "temperature": 0}
-    cached, texts = [], []
-    for _ in range(2):
-        process, url, said = start("--config", str(config))
+    prompts = ["the cat sat on the mat and the dog " * 8, "once upon a time there was a model " * 8]
+    answers: list[tuple[str, int]] = []
+    said: list[str] = []
+
+    def ask(http: httpx.Client, prompt: str) -> int:
+        body = {"prompt": prompt, "max_tokens": 4, "temperature": 0}
+        answer = http.post("/v1/completions", json=body).json()
+        usage = answer["usage"]
+        cached_tokens: int = usage["prompt_tokens_details"]["cached_tokens"]
+        answers.append((answer["choices"][0]["text"], cached_tokens))
+        return int(usage["prompt_tokens"]) // 16
+
+    # One more prompt a run; each run but the first knows those of the runs before.
+    for end, known in ((signal.SIGTERM, 0), (signal.SIGKILL, 1), (signal.SIGTERM, 2)):
+        process, url, lines = start("--config", str(config))
         try:
             with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
-                answer = http.post("/v1/completions", json=body).json()
-                cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
-                texts.append(answer["choices"][0]["text"])
+                num_blocks = [ask(http, prompt) for prompt in prompts[: known + 1]]
                 if end is signal.SIGKILL:  # then only what is written already is kept
-                    full = answer["usage"]["prompt_tokens"] // 16
-                    wait_for(partial(blocks_on_disk, http, full))
+                    wait_for(partial(blocks_on_disk, http, num_blocks[-1]))
         finally:
             process.send_signal(end)
             assert process.stderr is not None
-            said += process.stderr.readlines()
+            said += [*lines, *process.stderr]
             process.stderr.close()
             process.wait(60)
-    assert cached[0] == 0 and cached[1] > 0, said
-    assert texts[0] == texts[1]
-    if end is signal.SIGTERM:
-        [entry] = [
-            e
-            for line in said
-            if '"path"' in line
-            for e in [json.loads(line)]
-            if e["path"] == "/v1/completions"
-        ]
-        assert entry["output_tokens"] == 4 and entry["status"] == 200 and entry["request_id"]
+    (cat, none), (cat_again, found), (once, new), (cat_at_last, kept), (once_again, written) = (
+        answers
+    )
+    assert none == new == 0 and found > 0 and kept > 0 and written > 0, said
+    assert cat == cat_again == cat_at_last and once == once_again
+    entry = next(json.loads(line) for line in said if "/v1/completions" in line)
+    assert entry["output_tokens"] == 4 and entry["status"] == 200 and entry["request_id"]
 
 
 def test_an_allowance_refills_with_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import queue
 import signal
@@ -202,8 +203,10 @@ def _child(connection: Connection, config: EngineConfig, build: BuildEngine) -> 
         while True:
             try:
                 kind, *rest = connection.recv()
-            except (EOFError, OSError):  # the parent is gone
-                break
+            except (EOFError, OSError):
+                # The parent is gone, and a new one may want the GPU and the disk tier's folder,
+                # which is as good as after any crash.
+                os._exit(1)
             if kind == "close":
                 break
             if kind == "submit":

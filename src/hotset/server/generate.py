@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hotset.engine.completion import Completion
 from hotset.errors import EngineError
@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 Facts = dict[str, Any]  # what the access log and the trace say of a request
 
+# Proxies give up on a stream that says nothing for a minute or so.
+KEEP_ALIVE_S = 10.0
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -199,10 +201,20 @@ class _EventStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; a client that goes away ends the request at once."""
+        num_sent = 0
 
         async def watch() -> None:
-            await _disconnect(receive)
-            self._admitted.abort()  # ends `_events`
+            num_seen = -1
+            while True:
+                try:
+                    await asyncio.wait_for(_disconnect(receive), KEEP_ALIVE_S)
+                except TimeoutError:
+                    if num_seen == num_sent:  # still in the queue, or a long prompt
+                        await send(_body(b": waiting\n\n"))
+                    num_seen = num_sent
+                else:
+                    self._admitted.abort()  # ends `_events`
+                    return
 
         with self._stack:
             watcher = asyncio.create_task(watch())
@@ -210,9 +222,12 @@ class _EventStream:
                 start = {"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS}
                 await send(start)
                 async for event in self._events:
-                    await send(
-                        {"type": "http.response.body", "body": event.encode(), "more_body": True}
-                    )
+                    await send(_body(event.encode()))
+                    num_sent += 1
                 await send({"type": "http.response.body", "body": b""})
             finally:
                 watcher.cancel()
+
+
+def _body(content: bytes) -> Message:
+    return {"type": "http.response.body", "body": content, "more_body": True}
