@@ -225,6 +225,9 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
         "alone_tokens_per_s": tokens / median(alone, "wall_s"),
         "http_tokens_per_s": tokens / median(http, "wall_s"),
         "wall_overhead": median(http, "wall_s") / median(alone, "wall_s") - 1,
+        "cpu_overhead": (median(http, "cpu_s") + median(http, "http_cpu_s"))
+        / median(alone, "cpu_s")
+        - 1,
         "http_cpu_us_per_token": 1e6 * median(http, "http_cpu_s") / tokens,
         "clients_cpu_s": median(http, "clients_cpu_s"),
         "longest_gap_s": max(run["longest_gap_s"] for run in http),
@@ -358,8 +361,9 @@ def report(results: dict[str, Any]) -> str:
             lines.append(f"| {name} | {rate:.0f} | {wall:.2f} | {cpu:.2f} |")
         lines += [
             "",
-            f"Over HTTP it takes {100 * one['wall_overhead']:+.1f} % wall time. The HTTP process "
-            f"takes {one['http_cpu_us_per_token']:.0f} µs of CPU time a token, set-up of the "
+            f"Over HTTP it takes {100 * one['wall_overhead']:+.1f} % wall time, and the server's two "
+            f"processes {100 * one['cpu_overhead']:+.1f} % CPU time. The HTTP process takes "
+            f" {one['http_cpu_us_per_token']:.0f} µs of CPU time a token, set-up of the "
             f"requests included, and the clients {one['clients_cpu_s']:.1f} s in all, on the same "
             f"cores. {one['whole_streams']} of {one['users']} streams came to their end; the "
             f"longest gap in one was {one['longest_gap_s']:.2f} s.",
@@ -419,6 +423,7 @@ def about(args: argparse.Namespace) -> dict[str, str]:
     hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     if torch.cuda.is_available():
         hardware += f", {torch.cuda.get_device_name()}"
+    hardware += f", load average {os.getloadavg()[0]:.1f} at the end"
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit,
