@@ -361,9 +361,9 @@ def report(results: dict[str, Any]) -> str:
             lines.append(f"| {name} | {rate:.0f} | {wall:.2f} | {cpu:.2f} |")
         lines += [
             "",
-            f"Over HTTP it takes {100 * one['wall_overhead']:+.1f} % wall time, and the server's two "
-            f"processes {100 * one['cpu_overhead']:+.1f} % CPU time. The HTTP process takes "
-            f" {one['http_cpu_us_per_token']:.0f} µs of CPU time a token, set-up of the "
+            f"Over HTTP it takes {100 * one['wall_overhead']:+.1f} % wall time, and the server's "
+            f"two processes {100 * one['cpu_overhead']:+.1f} % CPU time. The HTTP process takes "
+            f"{one['http_cpu_us_per_token']:.0f} µs of CPU time a token, set-up of the "
             f"requests included, and the clients {one['clients_cpu_s']:.1f} s in all, on the same "
             f"cores. {one['whole_streams']} of {one['users']} streams came to their end; the "
             f"longest gap in one was {one['longest_gap_s']:.2f} s.",
