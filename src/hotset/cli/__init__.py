@@ -11,6 +11,7 @@ from hotset import __version__
 from hotset.errors import HotsetError
 
 COMMANDS = {
+    "bench": "Run the same work with and without tiers and say whether tiering paid.",
     "batch": "Run an OpenAI batch file through the engine.",
     "demo": "Show what the tiers are for: the same work with and without them.",
     "generate": "Stream text for prompts given on the command line.",

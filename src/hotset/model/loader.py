@@ -2,6 +2,8 @@
 
 import contextlib
 import difflib
+import hashlib
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -11,9 +13,11 @@ from typing import Any
 import huggingface_hub
 import torch
 from huggingface_hub import errors as hub_errors
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from hotset.errors import ConfigError, ModelError
+from hotset.errors import ConfigError, ModelError, PlanError
 from hotset.model import checkpoint, default_model
+from hotset.plan.catalog import find_config
 
 HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 CONTEXT_LENGTH_NAMES = ("max_position_embeddings", "max_sequence_length", "seq_length")
@@ -79,6 +83,58 @@ def load_model(name: str | None, *, device: str, dtype: str) -> LoadedModel:
         fingerprint=checkpoint.fingerprint(source),
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=_max_model_len(model, tokenizer, short_name),
+    )
+
+
+def load_dummy(name: str, *, device: str, dtype: str, seed: int = 0) -> LoadedModel:
+    """A model of a known shape with random weights and no tokenizer, for benchmarks.
+
+    Each weight is made on the device in its dtype, so none is in memory twice. Initial values are
+    those that transformers gives a model to be trained, and equal seeds give equal weights.
+
+    Args:
+        name: a bundled name of `hotset plan`, a folder with `config.json`, such a file, or the id
+            of a model whose config is in the local hub cache.
+        device: as for `load_model`.
+        dtype: as for `load_model`; `auto` off the CPU is the config's own, else bfloat16.
+        seed: of the weights.
+
+    Raises:
+        ModelError: there is no such config, or transformers cannot make a causal language model
+            of it; `ConfigError`: there is no such device or dtype.
+    """
+    target = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, target)
+    try:
+        fields, short_name, source = find_config(name)
+    except PlanError as error:
+        raise ModelError(str(error)) from error
+    try:
+        devices = [target] if target.type == "cuda" else []
+        with checkpoint.quiet(), torch.random.fork_rng(devices), torch.device(target):
+            config = AutoConfig.for_model(**fields)
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch_dtype or config.dtype or torch.bfloat16
+            )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"the weights of {short_name} do not fit into the memory of {target}; "
+            "take a smaller shape or a narrower dtype"
+        ) from error
+    except Exception as error:  # whatever a config that does not fit makes the libraries raise
+        raise ModelError(
+            f"cannot make a model of {source}: {checkpoint.first_line(error)}"
+        ) from error
+    model.eval().requires_grad_(False)
+    made_of = json.dumps([fields, str(model.dtype), seed], sort_keys=True, default=str)
+    return LoadedModel(
+        model=model,
+        tokenizer=None,
+        name=short_name,
+        fingerprint=hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest(),
+        eos_token_ids=(),
+        max_model_len=_max_model_len(model, None, short_name),
     )
 
 

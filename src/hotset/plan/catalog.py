@@ -37,29 +37,41 @@ def load_model(name: str) -> ModelShape:
     """The shape of a model, without loading a weight or touching the network.
 
     Args:
+        name: see `find_config`.
+
+    Raises:
+        PlanError: there is no such model here, or its config cannot be read or is not known.
+    """
+    return shape_from_config(*find_config(name))
+
+
+def find_config(name: str) -> tuple[dict[str, Any], str, str]:
+    """The config of a model, its short name, and where it comes from.
+
+    Args:
         name: a bundled name, a folder with a config.json, a config.json, or the id of a model in
             the local hub cache.
 
     Raises:
-        PlanError: there is no such model here, or its config cannot be read or is not known.
+        PlanError: there is no such model here, or its config cannot be read.
     """
     normal = re.sub(r"[\s_]+", "-", name.strip().lower())
     normal = _ALIASES.get(normal, normal)
     if normal in bundled_models():
         config, source = bundled_config(normal)
-        return shape_from_config(config, normal, source)
+        return config, normal, source
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
             raise PlanError(f"folder {name} has no config.json; expected a model folder")
-        return shape_from_config(_read(path), name, str(path))
+        return _read(path), name, str(path)
     if path.is_file():
-        return shape_from_config(_read(path), name, str(path))
+        return _read(path), name, str(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         cached = _cached_config(name)
         if cached is not None:
-            return shape_from_config(_read(cached), name, f"hub cache: {cached}")
+            return _read(cached), name, f"hub cache: {cached}"
     near = difflib.get_close_matches(normal.rsplit("/", 1)[-1], bundled_models(), n=3, cutoff=0.4)
     hint = f"near it: {', '.join(near)}" if near else f"bundled: {', '.join(bundled_models())}"
     raise PlanError(

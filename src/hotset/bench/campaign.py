@@ -1,0 +1,161 @@
+"""All runs of one call: arms in rounds, each kept as soon as it was measured."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hotset.bench.against import Client, run_against
+from hotset.bench.machine import describe_machine
+from hotset.bench.play import Play
+from hotset.bench.result import ArmRun, BenchResult, Failure, verify
+from hotset.bench.runs import Bench, RunOptions, Say, describe_error, order_of
+from hotset.bench.verdict import verdict
+from hotset.bench.workload import Spec, make_work
+from hotset.config import EngineConfig
+from hotset.errors import EngineError
+from hotset.model.loader import LoadedModel, load_dummy, load_model
+
+_DUMMY_MODEL = "smollm2-135m"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server to compare with; see `against.Client`."""
+
+    url: str
+    model: str | None = None
+    key: str | None = None
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to run.
+
+    Attributes:
+        arms: of `runs.ARMS`; may be empty where there is a target.
+    """
+
+    spec: Spec
+    config: EngineConfig
+    dummy_weights: bool
+    arms: list[str]
+    repeats: int
+    options: RunOptions
+    target: Target | None = None
+
+
+def run_bench(
+    order: Order, say: Say, keep: Callable[[BenchResult], None] = lambda result: None
+) -> BenchResult:
+    """Run all arms `repeats` times, in rotating order.
+
+    A run that fails is noted, and the others go on. `keep` is called with all results so far
+    after each run.
+
+    Raises:
+        HotsetError: nothing can be run as asked, or no run has ended.
+    """
+    bench = None
+    if order.arms:
+        loaded = _load(order, say)
+        bench = Bench(order.spec, order.config, loaded, order.options, say)
+    client = None
+    if order.target is not None:
+        target = order.target
+        client = Client(
+            target.url, model=target.model, key=target.key, vocab_size=target.vocab_size
+        )
+    if bench is not None:
+        work = bench.work
+    else:
+        assert client is not None, "neither arms nor a target"
+        work = make_work(order.spec, client.vocab_size, max_context=order.config.max_model_len)
+    arms = [*order.arms, *([client.url] if client else [])]
+    result = BenchResult(work.title, _asked(order, bench, client), describe_machine())
+
+    def run(arm: str, repeat: int) -> ArmRun:
+        if client is None or arm != client.url:
+            assert bench is not None
+            return bench.run(arm, repeat)
+
+        def progress(play: Play, now_s: float) -> None:
+            say.progress(
+                lambda: f"{arm}: {now_s:.0f} s, {play.num_ended} of {work.num_requests} requests"
+            )
+
+        run = run_against(
+            client,
+            order.spec,
+            work,
+            arm=arm,
+            repeat=repeat,
+            max_s=order.options.max_s,
+            progress=progress,
+        )
+        if not order.options.verify or not client.gives_ids:
+            run.outputs.clear()
+        return run
+
+    for repeat in range(order.repeats):
+        for arm in order_of(arms, repeat):
+            try:
+                done = run(arm, repeat)
+            except Exception as error:  # the other arms' figures are worth keeping
+                result.failures.append(Failure(arm, repeat, describe_error(error)))
+                say.line(f"{arm}: failed: {result.failures[-1].reason}")
+            else:
+                result.runs.append(done)
+                result.runs.sort(key=lambda run: (arms.index(run.arm), run.repeat))
+                say.line(
+                    f"{arm}: {done.wall_s:.2f} s, {done.total_tokens_per_s:,.0f} tokens/s, "
+                    f"{done.output_tokens_per_s:,.0f} of output"
+                )
+            _conclude(result, verified=order.options.verify)
+            keep(result)
+    if not result.runs:
+        failure = result.failures[0]
+        raise EngineError(f"no run ended; {failure.arm}: {failure.reason}")
+    return result
+
+
+def _conclude(result: BenchResult, *, verified: bool) -> None:
+    result.verdict = verdict(result)
+    compared = [run for run in result.runs if run.outputs]
+    if verified and compared:
+        result.verification = verify(compared)
+
+
+def _load(order: Order, say: Say) -> LoadedModel:
+    config = order.config
+    start_s = time.perf_counter()
+    if order.dummy_weights:
+        name = config.model or _DUMMY_MODEL
+        loaded = load_dummy(name, device=config.device, dtype=config.dtype)
+    else:
+        loaded = load_model(config.model, device=config.device, dtype=config.dtype)
+    kind = "random weights" if order.dummy_weights else "weights"
+    say.line(
+        f"{loaded.name}: {kind}, {loaded.model.dtype} on {loaded.model.device}, "
+        f"in {time.perf_counter() - start_s:.1f} s"
+    )
+    return loaded
+
+
+def _asked(order: Order, bench: Bench | None, client: Client | None) -> dict[str, Any]:
+    """What was run, as plain data."""
+    config = {f.name: getattr(order.config, f.name) for f in fields(order.config)}
+    asked: dict[str, Any] = {
+        "workload": order.spec.as_dict(),
+        "arms": order.arms,
+        "repeats": order.repeats,
+        "engine": {k: str(v) if isinstance(v, Path) else v for k, v in config.items()},
+        "notes": [],
+    }
+    if bench is not None:
+        asked |= bench.facts() | {"dummy_weights": order.dummy_weights, "notes": bench.notes}
+    if client is not None:
+        asked["against"] = {"url": client.url, "model": client.model}
+    return asked

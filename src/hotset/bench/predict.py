@@ -1,0 +1,166 @@
+"""What the cost model expects of an arm: the planner's arithmetic on the bench's workload."""
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from hotset.bench.workload import Turn, Work
+from hotset.errors import PlanError
+from hotset.plan.cost import PREFILL_CHUNK, Calibration, CostModel, split_prefix
+from hotset.plan.families import shape_from_config
+from hotset.plan.hardware import Hardware, bundled_hardware, load_hardware, probe_path
+from hotset.plan.layout import Layout
+from hotset.plan.routing import Routing
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Expected figures of a run. The parts are summed over the run, and may overlap.
+
+    Attributes:
+        wall_s: in each turn compute or the link, whichever takes longer; never less than the
+            last arrival.
+        ttft_s: mean of prompts that come at once and are computed one after the other.
+    """
+
+    hardware: str
+    wall_s: float
+    total_tokens_per_s: float
+    output_tokens_per_s: float
+    ttft_s: float
+    prefill_s: float
+    decode_s: float
+    link_s: float
+    computed_tokens: float
+    fetched_tokens: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def choose_hardware(name: str | None, gpu_name: str | None) -> Hardware | None:
+    """The profile to predict with.
+
+    Without a name: what `hotset probe` measured here, else the bundled profile of this GPU; None
+    where there is neither.
+
+    Raises:
+        PlanError: there is no profile of that name.
+    """
+    if name is not None:
+        return load_hardware(name)
+    if gpu_name is not None:
+        words = set(gpu_name.lower().replace("-", " ").split())
+        for known in bundled_hardware():
+            if set(known.split("-")) - {"sxm"} <= words:
+                return load_hardware(known)
+    if probe_path().is_file():
+        measured = load_hardware("this")
+        if ("CPU" in measured.description) == (gpu_name is None):
+            return measured
+    return None
+
+
+def make_cost_model(config: dict[str, Any], name: str, dtype: str, hardware: Hardware) -> CostModel:
+    """The cost model of a loaded model on one device.
+
+    Raises:
+        PlanError: the planner does not know such a model.
+    """
+    plain = _DTYPES.get(dtype)
+    if plain is None:
+        raise PlanError(f"the planner does not know dtype {dtype}")
+    shape = shape_from_config(config, name).with_weights(plain)
+    return CostModel(shape, hardware, Layout(tp=1), plain, Calibration(), Routing())
+
+
+def predict(
+    cost: CostModel,
+    work: Work,
+    *,
+    hot_tokens: int,
+    host_tokens: int,
+    disk_tokens: int,
+    max_num_seqs: int,
+    max_batched_tokens: int,
+) -> Prediction:
+    """Expected figures of `work` with tiers that hold so many tokens.
+
+    As in the planner, of the contexts of all sessions the share that the tiers hold is found
+    again, and what of it lies below the device is fetched, or computed where that is faster.
+    """
+    bytes_per_token = cost.shape.kv_bytes_per_token(cost.kv_dtype)
+    by_turn: dict[int, list[tuple[int, Turn]]] = defaultdict(list)
+    for session in work.sessions:
+        for number, pair in enumerate(zip(session.prompt_lengths(), session.turns, strict=True)):
+            by_turn[session.first_turn + number].append(pair)
+    chunk = min(PREFILL_CHUNK, max_batched_tokens)
+    num_prompt = num_output = 0
+    prefill_s = decode_s = link_s = wall_s = computed = fetched = 0.0
+    ttft_sum = 0.0
+    for pairs in by_turn.values():
+        count = len(pairs)
+        prompt = fmean(length for length, _ in pairs)
+        known = fmean(turn.known_tokens for _, turn in pairs)
+        output = fmean(turn.output_tokens for _, turn in pairs)
+        kept = count * (prompt + output) if not work.prefixes else float(work.kv_tokens)
+        held = min(1.0, (hot_tokens + host_tokens + disk_tokens) / kept)
+        warm = min(1.0, hot_tokens / kept)
+        found = known * held
+        cold = int(found * (1 - warm / held)) if held else 0
+        if work.prefixes:  # they were pushed out of the device before the run
+            in_tiers = min(1.0, (host_tokens + disk_tokens) / kept)
+            num_prefix = len(work.prefixes) * len(work.prefixes[0])
+            cold = int(num_prefix * in_tiers / count)  # all requests share one load
+            found = known if in_tiers == 1 else known - num_prefix / count
+        link = cost.link_bytes_per_s()
+        if cold and host_tokens < (kept - hot_tokens) * 0.99:
+            link = cost.disk_bytes_per_s() if disk_tokens else link
+        again = 0
+        if cold:
+            again = split_prefix(
+                cold,
+                bytes_per_token=bytes_per_token,
+                link_bytes_per_s=link,
+                link_latency_s=0.0,
+                link_queue_bytes=0.0,
+                prefill_tokens_per_s=cold / cost.prefill_s(cold),
+                prefill_queue_tokens=0.0,
+            )
+        new = prompt - found + again
+        together = max(1, min(count, int(chunk // max(1.0, new))))
+        one_s = cost.prefill_s(new, prompt - new, sequences=together, chunk=chunk) / together
+        at_once = max(1.0, min(count, max_num_seqs, hot_tokens / (prompt + output)))
+        step_s = cost.decode(at_once, prompt + output / 2).expected_s
+        steps_s = count * output / at_once * step_s
+        loaded = count * (cold - again)
+        turn_link_s = loaded * bytes_per_token / link
+        if host_tokens:  # what is new goes down beside it
+            down_s = count * (new + output) * bytes_per_token / cost.link_bytes_per_s()
+            turn_link_s = max(turn_link_s, down_s)
+        prefill_s += count * one_s
+        decode_s += steps_s
+        link_s += turn_link_s
+        wall_s += max(count * one_s + steps_s, turn_link_s)
+        computed += count * (new + output)
+        fetched += loaded
+        ttft_sum += count * count * one_s / 2
+        num_prompt += int(sum(length for length, _ in pairs))
+        num_output += int(sum(turn.output_tokens for _, turn in pairs))
+    wall_s = max(wall_s, max(session.arrival_s for session in work.sessions))
+    return Prediction(
+        hardware=cost.hardware.name,
+        wall_s=wall_s,
+        total_tokens_per_s=(num_prompt + num_output) / wall_s,
+        output_tokens_per_s=num_output / wall_s,
+        ttft_s=ttft_sum / max(1, work.num_requests),
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        link_s=link_s,
+        computed_tokens=computed,
+        fetched_tokens=fetched,
+    )

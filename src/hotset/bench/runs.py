@@ -1,0 +1,346 @@
+"""Running the arms: a fresh engine for each over the same weights, one after the other."""
+
+import gc
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hotset.bench.driver import drive, settle, wait_for_host_tier
+from hotset.bench.play import Play
+from hotset.bench.predict import choose_hardware, make_cost_model, predict
+from hotset.bench.profiler import StepProfiler
+from hotset.bench.result import ArmRun, columns, observe
+from hotset.bench.workload import Spec, Work, filler, make_work, prefix_work, warm_up
+from hotset.config import GIB, EngineConfig
+from hotset.engine.engine import Engine
+from hotset.errors import ConfigError, HotsetError, PlanError
+from hotset.memory.budget import available_host_bytes
+from hotset.memory.disk import capacity_bytes_for
+from hotset.memory.slab import slot_bytes_for
+from hotset.model.loader import LoadedModel
+from hotset.model.runner import inspect_model
+from hotset.plan.cost import CostModel
+
+ARMS = ("hot", "host", "host+disk")
+
+# Where no size is given: contexts over hot tier; host and disk tiers over contexts.
+_CONTEXTS_PER_HOT = 4.0
+_HOST_PER_CONTEXTS = 1.1
+_HOST_BESIDE_DISK = 0.5
+_DISK_PER_CONTEXTS = 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How runs are made.
+
+    Attributes:
+        profile_steps: profile so many steps of each run; 0 for none.
+        max_s: a run ends after so long, done or not.
+        hardware: name of the profile for predictions; None chooses one.
+        verify: keep the answers.
+    """
+
+    profile_steps: int = 0
+    max_s: float | None = None
+    hardware: str | None = None
+    verify: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Where lines and progress go.
+
+    Attributes:
+        line: is told what has happened.
+        progress: is called once a step, and calls what it is given if it wants the text now.
+    """
+
+    line: Callable[[str], None]
+    progress: Callable[[Callable[[], str]], None]
+
+
+class Bench:
+    """The arms of one model and workload."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        config: EngineConfig,
+        loaded: LoadedModel,
+        options: RunOptions,
+        say: Say,
+    ) -> None:
+        self._spec = spec
+        self._loaded = loaded
+        self._options = options
+        self._say = say
+        model = loaded.model
+        self._vocab_size: int = model.config.get_text_config().vocab_size
+        max_context = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
+        self.work = make_work(spec, self._vocab_size, max_context=max_context)
+        token_bytes = inspect_model(model).bytes_per_token
+        self._config = _with_hot_tier(config, self.work, token_bytes)
+        self._block_bytes = token_bytes * config.block_size
+        self.notes: list[str] = []
+        self._cost = self._cost_model()
+
+    def facts(self) -> dict[str, Any]:
+        """The model, for results."""
+        model = self._loaded.model
+        return {
+            "model": self._loaded.name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "hot_gib": self._config.hot_gib,
+        }
+
+    def run(self, arm: str, repeat: int) -> ArmRun:
+        """Start an engine for `arm`, warm it up, play the workload, and release its memory.
+
+        Raises:
+            HotsetError: the engine cannot be started with these sizes, or broke off.
+        """
+        say, model = self._say, self._loaded.model
+        with ExitStack() as stack:
+            config = self._config_of(arm, stack)
+            _release(model.device)
+            start_s = time.perf_counter()
+            engine = Engine(config, self._loaded)
+            started_s = time.perf_counter() - start_s
+            try:
+                report = engine.report
+                say.line(f"{arm}: started in {started_s:.1f} s\n{report}")
+                run = self._measure(engine, arm, repeat)
+            finally:
+                engine.close()
+                del engine
+                _release(model.device)
+        run.start_s, run.budget_report = started_s, report
+        return run
+
+    def _measure(self, engine: Engine, arm: str, repeat: int) -> ArmRun:
+        options, say = self._options, self._say
+        if self.work.longest_context > engine.max_model_len:
+            raise ConfigError(
+                f"the workload has contexts of {self.work.longest_context} tokens but the hot tier "
+                f"serves {engine.max_model_len}; give more --hot-gib"
+            )
+        sizes = self._sizes(engine)
+        tiers_ready_s = wait_for_host_tier(engine)
+        begin_s = time.perf_counter()
+        is_small = self._loaded.model.device.type == "cpu"
+        length = engine.max_model_len
+        drive(engine, warm_up(self._spec, self._vocab_size, length, is_small=is_small))
+        warm_up_s = time.perf_counter() - begin_s
+        begin_s = time.perf_counter()
+        if self.work.prefixes:
+            self._send_prefixes(engine)
+        prepare_s = time.perf_counter() - begin_s
+        profiler = None
+        if options.profile_steps:
+            profiler = StepProfiler(options.profile_steps, self._loaded.model.device)
+        before = _counters(engine)
+        if self._loaded.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        gc.collect()
+        try:
+            driven = drive(
+                engine,
+                self.work,
+                max_s=options.max_s,
+                progress=lambda play, now_s: say.progress(
+                    lambda: _progress(arm, engine, play, now_s)
+                ),
+                hook=profiler,
+            )
+        finally:
+            if profiler is not None:
+                profiler.close()
+        if profiler is not None:
+            say.line(f"{arm}: profile\n{profiler.report}")
+        run = observe(arm, repeat, driven.play, driven.wall_s, is_complete=driven.is_complete)
+        if not options.verify:
+            run.outputs.clear()
+        run.tiers_ready_s, run.warm_up_s, run.prepare_s = tiers_ready_s, warm_up_s, prepare_s
+        run.engine = _engine_figures(_difference(before, _counters(engine)))
+        run.sizes = sizes
+        run.samples = columns(driven.watch.samples)
+        run.peak_host_rss_bytes = driven.watch.peak_host_rss_bytes
+        if self._loaded.model.device.type == "cuda":
+            run.peak_device_bytes = torch.cuda.max_memory_reserved()
+        if profiler is not None:
+            run.notes.append("profiled: times are longer than without")
+        if not driven.is_complete:
+            run.notes.append(f"broken off after {driven.wall_s:.0f} s")
+        run.prediction = self._predict(engine, arm)
+        return run
+
+    def _send_prefixes(self, engine: Engine) -> None:
+        """Compute the shared prefixes once, then push them out of the device."""
+        drive(engine, prefix_work(self.work))
+        hot_tokens = engine.budget.device_blocks * self._config.block_size
+        drive(engine, filler(hot_tokens, engine.max_model_len, self._vocab_size))
+        settle(engine)
+
+    def _sizes(self, engine: Engine) -> dict[str, Any]:
+        budget, size = engine.budget, self._config.block_size
+        slot = slot_bytes_for(budget.block_bytes)
+        tiers = engine.tiers
+        disk = tiers.below.usage().capacity_payloads if tiers is not None and tiers.below else 0
+        known = sum(turn.known_tokens for session in self.work.sessions for turn in session.turns)
+        return {
+            "hot_tokens": budget.device_blocks * size,
+            "host_tokens": budget.host_slots * size,
+            "disk_tokens": disk * size,
+            "hot_bytes": budget.device_blocks * budget.block_bytes,
+            "host_bytes": budget.host_slots * slot,
+            "disk_bytes": disk * slot,
+            "weights_bytes": budget.weights_bytes,
+            "kv_bytes_per_token": budget.block_bytes // size,
+            "work_kv_tokens": self.work.kv_tokens,
+            "work_known_tokens": known,
+            "link_bytes_per_s": dict(engine.rates.link_bytes_per_s),
+            "prefill_tokens_per_s": engine.rates.prefill_tokens_per_s,
+            "max_model_len": engine.max_model_len,
+        }
+
+    def _config_of(self, arm: str, stack: ExitStack) -> EngineConfig:
+        """The engine's options for an arm; a disk tier starts empty, in a folder of its own."""
+        config = self._config
+        slot_bytes = slot_bytes_for(self._block_bytes)
+        blocks = -(-self.work.kv_tokens // config.block_size)
+        if arm == "hot":
+            return replace(config, host_gib=0.0, disk_gib=0.0, disk_path=None)
+        host_gib = config.host_gib
+        if not host_gib:
+            share = _HOST_PER_CONTEXTS if arm == "host" else _HOST_BESIDE_DISK
+            most = available_host_bytes() / 2
+            host_gib = max(64 * slot_bytes, min(blocks * share * slot_bytes, most)) / GIB
+        if arm == "host":
+            return replace(config, host_gib=host_gib, disk_gib=0.0, disk_path=None)
+        disk_gib = config.disk_gib
+        if not disk_gib:
+            num_payloads = int(blocks * _DISK_PER_CONTEXTS) + 1
+            disk_gib = (capacity_bytes_for(num_payloads, slot_bytes) + 1) / GIB
+        parent = config.disk_path
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=parent))
+        return replace(config, host_gib=host_gib, disk_gib=disk_gib, disk_path=Path(folder))
+
+    def _cost_model(self) -> CostModel | None:
+        """None, with a note, where nothing can be predicted."""
+        model = self._loaded.model
+        gpu_name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None
+        hardware = choose_hardware(self._options.hardware, gpu_name)
+        if hardware is None:
+            self.notes.append(
+                "no prediction: this machine was not measured; run 'hotset probe', or name "
+                "--hardware"
+            )
+            return None
+        dtype = str(model.dtype).removeprefix("torch.")
+        try:
+            return make_cost_model(model.config.to_dict(), self._loaded.name, dtype, hardware)
+        except PlanError as error:
+            self.notes.append(f"no prediction: {error}")
+            return None
+
+    def _predict(self, engine: Engine, arm: str) -> dict[str, Any] | None:
+        if self._cost is None:
+            return None
+        sizes = self._sizes(engine)
+        found = predict(
+            self._cost,
+            self.work,
+            hot_tokens=sizes["hot_tokens"],
+            host_tokens=0 if arm == "hot" else sizes["host_tokens"],
+            disk_tokens=sizes["disk_tokens"],
+            max_num_seqs=self._config.max_num_seqs,
+            max_batched_tokens=self._config.max_num_batched_tokens,
+        )
+        return found.as_dict()
+
+
+def order_of(arms: Sequence[str], repeat: int) -> list[str]:
+    """Arms rotate from one round to the next, so that none is always first."""
+    shift = repeat % len(arms)
+    return [*arms[shift:], *arms[:shift]]
+
+
+def parse_arms(text: str) -> list[str]:
+    """The arms of `--arms`.
+
+    Raises:
+        ConfigError: there is no such arm, or one is named twice.
+    """
+    arms = [arm.strip() for arm in text.split(",") if arm.strip()]
+    for arm in arms:
+        if arm not in ARMS:
+            raise ConfigError(f"--arms: {arm!r} is unknown; expected some of {','.join(ARMS)}")
+    if not arms or len(set(arms)) != len(arms):
+        raise ConfigError(f"--arms is {text!r}; expected each of {','.join(ARMS)} once at most")
+    return arms
+
+
+def _with_hot_tier(config: EngineConfig, work: Work, token_bytes: int) -> EngineConfig:
+    """Where no size is given and something is to be tiered: a quarter of what the work needs."""
+    if config.hot_gib is not None or work.title.startswith("unshared"):
+        return config
+    tokens = max(work.kv_tokens / _CONTEXTS_PER_HOT, work.longest_context + 64, 320)
+    blocks = -(-int(tokens) // config.block_size)
+    return replace(config, hot_gib=(blocks + 0.5) * config.block_size * token_bytes / GIB)
+
+
+def _release(device: torch.device) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def _counters(engine: Engine) -> dict[str, Any]:
+    """A copy of all counters."""
+    values = {f.name: getattr(engine.metrics, f.name) for f in fields(engine.metrics)}
+    return {name: dict(v) if isinstance(v, Counter) else v for name, v in values.items()}
+
+
+def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in after.items():
+        if isinstance(value, dict):
+            counts = {key: value[key] - before[name].get(key, 0) for key in sorted(value)}
+            found[name] = {key: count for key, count in counts.items() if count}
+        else:
+            found[name] = value - before[name]
+    return found
+
+
+def _engine_figures(counters: dict[str, Any]) -> dict[str, Any]:
+    """The counters, and what follows from them."""
+    steps = counters["steps"]
+    return counters | {"mean_step_ms": counters["step_s"] / steps * 1e3 if steps else None}
+
+
+def _progress(arm: str, engine: Engine, play: Play, now_s: float) -> str:
+    rate = (play.prompt_tokens + play.output_tokens) / max(now_s, 1e-9)
+    scheduler = engine.scheduler
+    return (
+        f"{arm}: {now_s:.0f} s, {play.num_ended} of {play.work.num_requests} requests, "
+        f"{rate:,.0f} tokens/s, {len(scheduler.running)} running, {len(scheduler.waiting)} waiting"
+    )
+
+
+def describe_error(error: Exception) -> str:
+    """One line of an error that ended a run."""
+    text = " ".join(str(error).split())[:500]
+    return text if isinstance(error, HotsetError) else f"{type(error).__name__}: {text}"

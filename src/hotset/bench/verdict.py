@@ -1,0 +1,105 @@
+"""One sentence: whether tiering paid, and why."""
+
+from hotset.bench.result import ArmRun, BenchResult
+
+_NOISE = 0.02  # ratios within it are no difference
+
+
+def verdict(result: BenchResult) -> str:
+    """Compare the tiered arms with `hot`; empty where there is nothing to compare."""
+    tiered = [arm for arm in result.arms if arm in ("host", "host+disk")]
+    if "hot" not in result.arms or not tiered:
+        return _without_comparison(result, tiered)
+    hot = result.typical("hot")
+    best = result.typical(max(tiered, key=lambda arm: result.ratio(arm) or 0.0))
+    if not (hot.is_complete and best.is_complete):
+        return (
+            f"No verdict: {hot.arm} ended {hot.requests} and {best.arm} {best.requests} requests, "
+            f"{hot.failed + best.failed} failed."
+        )
+    ratio = result.ratio(best.arm) or 0.0
+    times = f"`{best.arm}` took {best.wall_s:.2f} s and `hot` {hot.wall_s:.2f} s"
+    if overlap := _overlap(result, best.arm):
+        return f"No verdict: {times}, but {overlap}."
+    if ratio > 1 + _NOISE:
+        return f"Tiering paid: {times}, {ratio:.2f} times as fast, because {_gain(hot, best)}."
+    if ratio >= 1 - _NOISE:
+        return (
+            f"Tiering made no difference: {times} ({ratio:.3f}, within 2 %), because "
+            f"{_no_gain(hot, best)}."
+        )
+    return f"Tiering cost {1 - ratio:.0%}: {times}, because {_no_gain(hot, best)}."
+
+
+def _overlap(result: BenchResult, arm: str) -> str:
+    """Says so where runs of one arm differ more than the arms do."""
+    hot, other = sorted(result.walls_s("hot")), sorted(result.walls_s(arm))
+    slower, faster = (hot, other) if hot[-1] > other[-1] else (other, hot)
+    spread = max(hot[-1] / hot[0], other[-1] / other[0])
+    if spread <= 1 + _NOISE or slower[0] > faster[-1]:
+        return ""
+    return f"runs of the same arm differ by up to {spread:.2f} times: repeat on a quiet machine"
+
+
+def _without_comparison(result: BenchResult, tiered: list[str]) -> str:
+    if not result.runs:
+        return "No verdict: no run ended."
+    missing = "`hot`" if tiered else "`host` or `host+disk`"
+    return f"No verdict: {missing} was not run; compare with --arms hot,host."
+
+
+def fetched_tokens(run: ArmRun) -> int:
+    """Prompt tokens that came from a tier below the device."""
+    cached = run.engine.get("cached_tokens", {})
+    return int(sum(count for tier, count in cached.items() if tier != "device"))
+
+
+def link_busy_s(run: ArmRun) -> float:
+    """Time the link to the device needs for what came over it, at the rate measured at start."""
+    rate = run.sizes.get("link_bytes_per_s", {}).get("host")
+    moved = run.engine.get("moved_bytes", {}).get("host>device", 0)
+    return float(moved / rate) if rate else 0.0
+
+
+def _gain(hot: ArmRun, best: ArmRun) -> str:
+    saved = (hot.count("computed_tokens") or 0) - (best.count("computed_tokens") or 0)
+    fetched = fetched_tokens(best)
+    if saved <= 0:
+        return "of scheduling, as no fewer tokens were computed" + _preemptions(hot, best)
+    share = saved / max(1, hot.count("computed_tokens") or 0)
+    reason = f"{saved:,} tokens ({share:.0%}) were not computed again"
+    if fetched:
+        share = fetched / max(1, best.prompt_tokens)
+        reason += (
+            f", as {fetched:,} ({share:.0%} of the prompts) came from slower tiers in "
+            f"{link_busy_s(best):.1f} s of the link"
+        )
+    return reason + _preemptions(hot, best)
+
+
+def _no_gain(hot: ArmRun, best: ArmRun) -> str:
+    hot_tokens = hot.sizes.get("hot_tokens", 0)
+    kv_tokens = hot.sizes.get("work_kv_tokens", 0)
+    known = hot.sizes.get("work_known_tokens", 0)
+    fetched = fetched_tokens(best)
+    if kv_tokens and kv_tokens <= hot_tokens:
+        why = f"the hot tier of {hot_tokens:,} tokens holds all {kv_tokens:,} of the workload"
+    elif not known and not fetched:
+        why = "no prompt repeats another, so that nothing was fetched"
+    elif not fetched:
+        why = (
+            f"nothing was fetched, although {known:,} prompt tokens were known: computing them "
+            f"was taken to be faster"
+        )
+    else:
+        saved = (hot.count("computed_tokens") or 0) - (best.count("computed_tokens") or 0)
+        why = (
+            f"{fetched:,} tokens were fetched in {link_busy_s(best):.1f} s of the link and saved "
+            f"{max(0, saved):,} computed ones"
+        )
+    return why + _preemptions(hot, best)
+
+
+def _preemptions(hot: ArmRun, best: ArmRun) -> str:
+    one, other = hot.count("preemptions"), best.count("preemptions")
+    return f" (preemptions: {one} without tiers, {other} with)" if one or other else ""

@@ -1,0 +1,387 @@
+"""What is sent: sessions of turns, made from a few figures and a seed, or from a trace.
+
+Every session is known before the first request is sent, so that all arms get the same work, in
+whatever order their requests end.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hotset.errors import ConfigError
+
+WORKLOADS = ("unshared", "pressure", "multiturn", "shared-prefix", "trace")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One request of a session.
+
+    Attributes:
+        make_tokens: makes the new tokens of its prompt; called as it is sent, as those of a trace
+            are too many to keep.
+        num_tokens: how many these are.
+        output_tokens: the answer has exactly so many.
+        extends: whether the prompt is the session so far, with its answers, and the new tokens;
+            the new tokens alone otherwise.
+        known_tokens: leading tokens of the prompt that were sent or answered before, by anybody.
+    """
+
+    make_tokens: Callable[[], list[int]]
+    num_tokens: int
+    output_tokens: int
+    extends: bool = False
+    known_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Turns of one user: each is sent when the one before has ended.
+
+    Attributes:
+        arrival_s: when the first is sent, from the start.
+        first_turn: number of its first turn, for results by turn.
+    """
+
+    turns: tuple[Turn, ...]
+    arrival_s: float = 0.0
+    first_turn: int = 0
+
+    def prompt_lengths(self) -> list[int]:
+        """Tokens of each turn's prompt."""
+        lengths, context = [], 0
+        for turn in self.turns:
+            prompt = turn.num_tokens + (context if turn.extends else 0)
+            lengths.append(prompt)
+            context = prompt + turn.output_tokens
+        return lengths
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        pairs = zip(self.prompt_lengths(), self.turns, strict=True)
+        return max(prompt + turn.output_tokens for prompt, turn in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """All that is sent in a run.
+
+    Attributes:
+        title: one line for reports.
+        kv_tokens: distinct tokens, prompts and answers: what all tiers together would have to
+            hold so that nothing is computed twice.
+        prefixes: sent once each before the run, and not measured.
+        is_open_loop: whether arrivals are by the clock.
+        num_skipped: requests of a trace that were left out because they are too long.
+    """
+
+    title: str
+    sessions: tuple[Session, ...]
+    kv_tokens: int
+    prefixes: tuple[tuple[int, ...], ...] = ()
+    is_open_loop: bool = False
+    num_skipped: int = 0
+
+    @property
+    def num_requests(self) -> int:
+        """Turns of all sessions."""
+        return sum(len(session.turns) for session in self.sessions)
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return max(session.longest_context for session in self.sessions)
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """The figures a workload is made from. See `docs/bench.md` for what each means in which."""
+
+    workload: str
+    users: int = 16
+    turns: int = 1
+    first_tokens: int = 256
+    new_tokens: int = 64
+    output_tokens: int = 32
+    seed: int = 1000
+    rate_per_s: float | None = None
+    prefix_tokens: int = 512
+    num_prefixes: int = 1
+    trace: Path | None = None
+    max_sessions: int | None = None
+    time_scale: float = 1.0
+    length_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, value: object, expected: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name} is {value!r}; expected {expected}")
+
+        check(self.workload in WORKLOADS, "workload", self.workload, ", ".join(WORKLOADS))
+        for name in ("users", "turns", "first_tokens", "output_tokens", "num_prefixes"):
+            value = getattr(self, name)
+            check(1 <= value <= 10**7, f"--{name.replace('_', '-')}", value, "1 or more")
+        check(self.new_tokens >= 1, "--new-tokens", self.new_tokens, "1 or more")
+        check(self.prefix_tokens >= 1, "--prefix-tokens", self.prefix_tokens, "1 or more")
+        rate = self.rate_per_s
+        check(rate is None or 0 < rate < 1e6, "--rate", rate, "requests a second, above 0")
+        sessions = self.max_sessions
+        check(sessions is None or sessions >= 1, "--sessions", sessions, "1 or more")
+        for name in ("time_scale", "length_scale"):
+            value = getattr(self, name)
+            check(0 < value < 1e6, f"--{name.replace('_', '-')}", value, "a factor above 0")
+        if (self.workload == "trace") != (self.trace is not None):
+            raise ConfigError("the workload `trace` needs a file, and only it takes one")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for results, without what the workload does not use."""
+        unused = {
+            "unshared": ("new_tokens", "prefix_tokens", "num_prefixes"),
+            "pressure": ("new_tokens", "prefix_tokens", "num_prefixes"),
+            "multiturn": ("prefix_tokens", "num_prefixes"),
+            "shared-prefix": ("turns", "new_tokens"),
+            "trace": (
+                *("users", "turns", "first_tokens", "new_tokens", "output_tokens", "rate_per_s"),
+                *("prefix_tokens", "num_prefixes"),
+            ),
+        }[self.workload]
+        if self.workload != "trace":
+            unused += ("trace", "max_sessions", "time_scale", "length_scale")
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values = {name: value for name, value in values.items() if name not in unused}
+        return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+
+
+# What the workloads are where nothing else is asked for: for the small default model on a CPU.
+DEFAULTS = {
+    "unshared": Spec("unshared", users=16, first_tokens=128, output_tokens=32),
+    "pressure": Spec("pressure", users=16, first_tokens=384, output_tokens=64),
+    "multiturn": Spec("multiturn", users=16, turns=4, first_tokens=320, output_tokens=16),
+    "shared-prefix": Spec("shared-prefix", users=16, first_tokens=64, prefix_tokens=768),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A workload with the model and the sizes of a published comparison.
+
+    Attributes:
+        model: a bundled shape for dummy weights; None is the default model.
+        engine: fields of `EngineConfig` other than the tiers' sizes.
+    """
+
+    spec: Spec
+    about: str
+    model: str | None = None
+    hot_gib: float | None = None
+    host_gib: float = 0.0
+    disk_gib: float = 0.0
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+_PEERS: dict[str, Any] = {
+    "model": "llama-3.1-8b",
+    "host_gib": 64.0,
+    "disk_gib": 128.0,
+    "engine": {"max_num_batched_tokens": 8192, "max_model_len": 8192, "max_num_seqs": 256},
+}
+# Prompts are uniform random ids of `random.Random(1000 + index)`, in this order.
+PRESETS = {
+    "A512": Preset(
+        Spec("unshared", users=256, first_tokens=512, output_tokens=256, seed=1000),
+        "256 requests of 512 / 256 tokens at once, everything resident",
+        **_PEERS,
+    ),
+    "A4096": Preset(
+        Spec("unshared", users=256, first_tokens=4096, output_tokens=512, seed=1001),
+        "256 requests of 4096 / 512 tokens at once, all free device memory for KV",
+        **_PEERS,
+    ),
+    "B": Preset(
+        Spec("pressure", users=256, first_tokens=4096, output_tokens=512, seed=1002),
+        "256 requests of 4096 / 512 tokens at once, 16 GiB of KV, nothing shared",
+        hot_gib=16.0,
+        **_PEERS,
+    ),
+    "C3": Preset(
+        Spec("multiturn", 256, 3, first_tokens=1280, new_tokens=256, output_tokens=64, seed=1003),
+        "256 users, 3 turns, 16 GiB of KV",
+        hot_gib=16.0,
+        **_PEERS,
+    ),
+    "C6": Preset(
+        Spec("multiturn", 256, 6, first_tokens=896, new_tokens=128, output_tokens=64, seed=1004),
+        "256 users, 6 turns, 16 GiB of KV",
+        hot_gib=16.0,
+        **_PEERS,
+    ),
+    "A-small": Preset(
+        Spec("unshared", users=16, first_tokens=64, output_tokens=32, seed=1000),
+        "A512 in small, for the default model on a CPU",
+    ),
+    "B-small": Preset(
+        Spec("pressure", users=16, first_tokens=512, output_tokens=64, seed=1002),
+        "B in small, for the default model on a CPU",
+    ),
+    "C3-small": Preset(
+        Spec("multiturn", 16, 3, first_tokens=320, new_tokens=64, output_tokens=16, seed=1003),
+        "C3 in small, for the default model on a CPU",
+    ),
+    "C6-small": Preset(
+        Spec("multiturn", 16, 6, first_tokens=224, new_tokens=32, output_tokens=16, seed=1004),
+        "C6 in small, for the default model on a CPU",
+    ),
+}
+
+
+def token_range(vocab_size: int) -> tuple[int, int]:
+    """Ids that prompts are drawn from: [1000, vocab - 1000), or the middle of a small vocabulary.
+
+    The ends of a vocabulary are special tokens and single bytes.
+    """
+    margin = 1000 if vocab_size >= 4000 else vocab_size // 4
+    return margin, vocab_size - margin
+
+
+def make_work(spec: Spec, vocab_size: int, *, max_context: int | None = None) -> Work:
+    """The sessions of a workload.
+
+    Args:
+        spec: what is asked for.
+        vocab_size: of the model.
+        max_context: longest context the model serves; what is longer in a trace is left out, any
+            other workload is refused.
+
+    Raises:
+        ConfigError: a context is too long, or a trace cannot be read.
+    """
+    if spec.workload == "trace":
+        from hotset.bench.trace import trace_work
+
+        return trace_work(spec, vocab_size, max_context=max_context)
+    low, high = token_range(vocab_size)
+    rng = random.Random(spec.seed)
+
+    def draw(count: int) -> list[int]:
+        return [rng.randrange(low, high) for _ in range(count)]
+
+    if spec.workload == "multiturn":
+        work = _multiturn(spec, draw)
+    elif spec.workload == "shared-prefix":
+        work = _shared_prefix(spec, draw)
+    else:
+        work = _unshared(spec, draw)
+    if max_context is not None and work.longest_context > max_context:
+        raise ConfigError(
+            f"the workload has contexts of {work.longest_context} tokens but the model and its "
+            f"memory serve {max_context}; give fewer tokens or turns, or more --hot-gib"
+        )
+    return _with_arrivals(work, spec)
+
+
+def _given(tokens: list[int]) -> Callable[[], list[int]]:
+    return partial(list, tokens)
+
+
+def _unshared(spec: Spec, draw: Callable[[int], list[int]]) -> Work:
+    def turn() -> Turn:
+        return Turn(_given(draw(spec.first_tokens)), spec.first_tokens, spec.output_tokens)
+
+    sessions = tuple(Session(tuple(turn() for _ in range(spec.turns))) for _ in range(spec.users))
+    num_requests = spec.users * spec.turns
+    return Work(
+        f"{spec.workload}: {num_requests} requests of {spec.first_tokens} / {spec.output_tokens} "
+        f"tokens, {spec.users} at once, nothing shared",
+        sessions,
+        num_requests * (spec.first_tokens + spec.output_tokens),
+    )
+
+
+def _multiturn(spec: Spec, draw: Callable[[int], list[int]]) -> Work:
+    turns: list[list[Turn]] = [[] for _ in range(spec.users)]
+    context = 0
+    for number in range(spec.turns):
+        count = spec.new_tokens if number else spec.first_tokens
+        for user in turns:
+            made = _given(draw(count))
+            user.append(Turn(made, count, spec.output_tokens, number > 0, known_tokens=context))
+        context += count + spec.output_tokens
+    return Work(
+        f"multiturn: {spec.users} users, {spec.turns} turns, first {spec.first_tokens}, "
+        f"+{spec.new_tokens} a turn, {spec.output_tokens} out",
+        tuple(Session(tuple(user)) for user in turns),
+        spec.users * context,
+    )
+
+
+def _shared_prefix(spec: Spec, draw: Callable[[int], list[int]]) -> Work:
+    prefixes = tuple(tuple(draw(spec.prefix_tokens)) for _ in range(spec.num_prefixes))
+    sessions = []
+    for user in range(spec.users):
+        tokens = [*prefixes[user % spec.num_prefixes], *draw(spec.first_tokens)]
+        known = spec.prefix_tokens
+        sessions.append(
+            Session((Turn(_given(tokens), len(tokens), spec.output_tokens, known_tokens=known),))
+        )
+    own = spec.users * (spec.first_tokens + spec.output_tokens)
+    return Work(
+        f"shared-prefix: {spec.users} requests on {spec.num_prefixes} prefixes of "
+        f"{spec.prefix_tokens} tokens that lie in the slowest tier, {spec.first_tokens} own, "
+        f"{spec.output_tokens} out",
+        tuple(sessions),
+        own + spec.num_prefixes * spec.prefix_tokens,
+        prefixes=prefixes,
+    )
+
+
+def _with_arrivals(work: Work, spec: Spec) -> Work:
+    """Sessions arrive at once, or with exponential gaps (a Poisson process)."""
+    if spec.rate_per_s is None:
+        return work
+    rng = random.Random(spec.seed + 1)
+    now_s, sessions = 0.0, []
+    for session in work.sessions:
+        now_s += rng.expovariate(spec.rate_per_s)
+        sessions.append(replace(session, arrival_s=now_s))
+    title = f"{work.title}; {spec.rate_per_s:g} sessions a second"
+    return replace(work, title=title, sessions=tuple(sessions), is_open_loop=True)
+
+
+def prefix_work(work: Work) -> Work:
+    """Each shared prefix once, with one token of answer."""
+    turns = [Turn(_given(list(prefix)), len(prefix), 1) for prefix in work.prefixes]
+    num_tokens = sum(turn.num_tokens + 1 for turn in turns)
+    return Work("prefixes", tuple(Session((turn,)) for turn in turns), num_tokens)
+
+
+def filler(num_tokens: int, max_context: int, vocab_size: int) -> Work:
+    """Unshared prompts of `num_tokens` tokens together, to push all else out of a tier."""
+    length = max(1, min(2048, max_context - 2))
+    count = max(1, -(-num_tokens // length))
+    spec = Spec("unshared", users=count, first_tokens=length, output_tokens=1, seed=7)
+    return make_work(spec, vocab_size)
+
+
+def warm_up(spec: Spec, vocab_size: int, max_context: int, *, is_small: bool) -> Work:
+    """A small wave of two turns before the run: what is compiled and allocated once is there.
+
+    `is_small` is for devices that compile nothing, and for which tokens are dear.
+    """
+    most_users, most_tokens = (2, 64) if is_small else (16, 512)
+    output = max(1, min(4 if is_small else 16, spec.output_tokens, max_context // 8))
+    return make_work(
+        Spec(
+            "multiturn",
+            users=min(most_users, spec.users),
+            turns=2,
+            first_tokens=max(1, min(most_tokens, max_context // 2 - 2 * output)),
+            new_tokens=max(1, min(32, max_context // 8)),
+            output_tokens=output,
+            seed=11,
+        ),
+        vocab_size,
+    )

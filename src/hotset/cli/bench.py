@@ -1,0 +1,274 @@
+"""`hotset bench`: whether tiering pays here."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hotset.bench.workload import DEFAULTS, PRESETS, WORKLOADS, Preset, Spec
+from hotset.cli.options import engine_options, interruptible
+from hotset.config import EngineConfig
+from hotset.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hotset.bench.result import BenchResult
+    from hotset.bench.runs import Say
+
+_PROGRESS_S = 5.0
+_SPEC_OPTIONS = {
+    "users": "users",
+    "turns": "turns",
+    "first_tokens": "first_tokens",
+    "new_tokens": "new_tokens",
+    "output_tokens": "output_tokens",
+    "work_seed": "seed",
+    "rate": "rate_per_s",
+    "prefix_tokens": "prefix_tokens",
+    "prefixes": "num_prefixes",
+    "sessions": "max_sessions",
+    "time_scale": "time_scale",
+    "length_scale": "length_scale",
+}
+
+
+def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    for name, preset in PRESETS.items():
+        click.echo(f"{name:<9} {preset.about}")
+    ctx.exit()
+
+
+@click.command()
+@click.argument("workload", type=click.Choice(WORKLOADS), required=False)
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path), required=False)
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="Shapes and sizes by name.")
+@click.option(
+    "--list-presets",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_list_presets,
+    help="Show what each preset is.",
+)
+@click.option("--users", type=int, help="Sessions at once.")
+@click.option("--turns", type=int, help="Requests of a session, one after the other.")
+@click.option("--first-tokens", type=int, help="Prompt of a first turn (beside a shared prefix).")
+@click.option("--new-tokens", type=int, help="What a later turn of `multiturn` adds.")
+@click.option("--output-tokens", type=int, help="Answer of each turn, exactly.")
+@click.option("--seed", "work_seed", type=int, help="Of prompts and arrivals.")
+@click.option("--rate", type=float, help="Sessions a second, at random.  [default: all at once]")
+@click.option("--prefix-tokens", type=int, help="`shared-prefix`: length of a prefix.")
+@click.option("--prefixes", type=int, help="`shared-prefix`: how many.")
+@click.option("--sessions", type=int, help="`trace`: pick so many conversations.")
+@click.option(
+    "--time-scale", type=float, help="`trace`: multiplies times; 0.1 is ten times as fast."
+)
+@click.option("--length-scale", type=float, help="`trace`: multiplies lengths.")
+@click.option(
+    "--arms",
+    default=None,
+    help="Some of hot,host,host+disk.  [default: hot,host; none with --against]",
+)
+@click.option("--repeats", type=click.IntRange(1, 100), default=1, show_default=True)
+@click.option("--against", metavar="URL", help="Send the same work to an OpenAI-compatible server.")
+@click.option("--api-key", envvar="OPENAI_API_KEY", help="For --against.  [env: OPENAI_API_KEY]")
+@click.option("--against-model", help="Name at the server.  [default: the first it lists]")
+@click.option(
+    "--vocab-size", type=click.IntRange(8), help="For --against, of a model unknown here."
+)
+@click.option(
+    "--dummy-weights", is_flag=True, help="Random weights of a shape: see hotset plan --list."
+)
+@click.option(
+    "--hardware", metavar="NAME|FILE|this", help="Profile that predictions are made with."
+)
+@click.option("--verify", is_flag=True, help="Compare the answers of all arms, token by token.")
+@click.option(
+    "--profile",
+    "profile_steps",
+    type=click.IntRange(1, 1000),
+    is_flag=False,
+    flag_value=20,
+    metavar="[STEPS]",
+    help="Show where the time of so many steps (20) goes.",
+)
+@click.option("--max-s", type=float, help="End each run after so many seconds, done or not.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the JSON there too, after each run.",
+)
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a page that stands alone.",
+)
+@engine_options
+@interruptible
+def command(
+    workload: str | None,
+    file: Path | None,
+    preset: str | None,
+    arms: str | None,
+    repeats: int,
+    against: str | None,
+    api_key: str | None,
+    against_model: str | None,
+    vocab_size: int | None,
+    dummy_weights: bool,
+    hardware: str | None,
+    verify: bool,
+    profile_steps: int | None,
+    max_s: float | None,
+    as_json: bool,
+    out: Path | None,
+    html: Path | None,
+    config: EngineConfig,
+    **given: Any,
+) -> None:
+    r"""Run the same work with and without tiers, side by side, and say whether tiering paid.
+
+    WORKLOAD is one of unshared, pressure, multiturn, shared-prefix, or trace with a FILE in
+    Mooncake's format. Prompts are random tokens; answers are greedy and go on past end tokens.
+    Sizes that are not given are made to fit the workload: see docs/bench.md.
+
+    \b
+    Example:
+      hotset bench multiturn --arms hot,host,host+disk --html bench.html
+      hotset bench --preset C6 --arms hot,host --out c6.json
+      hotset bench multiturn --against http://127.0.0.1:8000
+    """
+    chosen = _choose(workload, file, preset, given)
+    config, dummy_weights = _with_preset(config, chosen, dummy_weights)
+    if max_s is not None and not max_s > 0:
+        raise ConfigError(f"--max-s is {max_s}; expected seconds above 0")
+    for path in (out, html):
+        if path is not None:
+            _check_writable(path)
+    from hotset.bench.campaign import Order, Target, run_bench
+    from hotset.bench.runs import RunOptions, parse_arms
+
+    target = None
+    if against is not None:
+        target = Target(against, model=against_model, key=api_key, vocab_size=vocab_size)
+    order = Order(
+        spec=chosen.spec,
+        config=config,
+        dummy_weights=dummy_weights,
+        arms=parse_arms(arms) if arms else ([] if against else ["hot", "host"]),
+        repeats=repeats,
+        options=RunOptions(profile_steps or 0, max_s, hardware, verify),
+        target=target,
+    )
+
+    def keep(result: "BenchResult") -> None:
+        if out is not None:
+            out.write_text(json.dumps(result.as_dict()) + "\n", "utf-8")
+
+    result = run_bench(order, _make_say(), keep)
+    if html is not None:
+        from hotset.bench.html import page
+
+        html.write_text(page(result), "utf-8")
+        click.echo(f"wrote {html}", err=True)
+    if as_json:
+        click.echo(json.dumps(result.as_dict()))
+    else:
+        from hotset.bench.report import text
+
+        click.echo(text(result))
+    if result.failures or any(not run.is_complete for run in result.runs):
+        sys.exit(1)
+
+
+def _choose(
+    workload: str | None, file: Path | None, preset: str | None, given: dict[str, Any]
+) -> Preset:
+    """The preset, or the defaults of the workload, with what the user has given."""
+    if (workload is None) == (preset is None):
+        raise ConfigError(
+            f"give a workload ({', '.join(WORKLOADS)}) or a --preset (see --list-presets)"
+            + ("" if workload is None else ", not both")
+        )
+    changes = {
+        field: given[option] for option, field in _SPEC_OPTIONS.items() if given[option] is not None
+    }
+    if preset is not None:
+        if file is not None:
+            raise ConfigError("a --preset takes no file")
+        base = PRESETS[preset]
+        return replace(base, spec=replace(base.spec, **changes))
+    if workload == "trace":
+        if file is None:
+            raise ConfigError("the workload `trace` needs a file: hotset bench trace FILE")
+        return Preset(Spec("trace", trace=file, **changes), "")
+    if file is not None:
+        raise ConfigError(f"the workload `{workload}` takes no file")
+    assert workload is not None
+    return Preset(replace(DEFAULTS[workload], **changes), "")
+
+
+def _with_preset(
+    config: EngineConfig, preset: Preset, dummy_weights: bool
+) -> tuple[EngineConfig, bool]:
+    """What the command line leaves open is as the preset has it."""
+    context = click.get_current_context()
+
+    def is_given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source is not click.core.ParameterSource.DEFAULT
+
+    sizes = {"hot_gib": preset.hot_gib, "host_gib": preset.host_gib, "disk_gib": preset.disk_gib}
+    changes = {
+        name: value
+        for name, value in (sizes | preset.engine).items()
+        if not is_given(name) and value is not None
+    }
+    if preset.model is not None and not is_given("model"):
+        changes["model"] = preset.model
+        dummy_weights = True
+    return replace(config, **changes), dummy_weights
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before a run of minutes that its result cannot be kept."""
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: {path.parent} is no folder one may write to")
+
+
+def _make_say() -> "Say":
+    """Lines and progress on stderr; on a terminal progress is one line that changes."""
+    from hotset.bench.runs import Say
+
+    shown = sys.stderr.isatty()
+    last_s = time.monotonic()
+    width = 0
+
+    def line(text: str) -> None:
+        nonlocal width
+        click.echo("\r" + " " * width + "\r" if width else "", err=True, nl=False)
+        width = 0
+        click.echo(text, err=True)
+
+    def progress(make: Callable[[], str]) -> None:
+        nonlocal last_s, width
+        now_s = time.monotonic()
+        if now_s - last_s < (1.0 if shown else _PROGRESS_S):
+            return
+        last_s = now_s
+        text = make()
+        if shown:
+            click.echo("\r" + text.ljust(width), err=True, nl=False)
+            width = len(text)
+        else:
+            click.echo(text, err=True)
+
+    return Say(line, progress)
