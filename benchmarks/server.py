@@ -468,10 +468,10 @@ def main() -> None:
         if args.only in (None, run.__name__):
             print(f"{run.__name__} ...", file=sys.stderr)
             results[run.__name__] = {**run(args), "about": about(args)}
-    print(report(results))
     if args.out:
         args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(report(results))
+    print(report(results))
 
 
 if __name__ == "__main__":
