@@ -15,6 +15,7 @@ from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, ModelError, RequestError
 from hotset.memory.budget import make_budget
+from hotset.model.loader import LoadedModel
 from hotset.model.runner import inspect_model
 from hotset.request import FinishReason, SamplingParams, StepPlan
 
@@ -211,3 +212,12 @@ def test_overlapping_steps_answer_every_kind_of_request_as_single_ones_do(
         FinishReason.LENGTH,
         FinishReason.STOP,
     }
+
+
+def test_a_second_engine_over_a_model_counts_its_weights_as_the_first_did(
+    make_engine: MakeEngine,
+) -> None:
+    first = make_engine()
+    second = Engine(first.config, LoadedModel(first._runner._model, None, "m", "m", (2,), 512))
+    assert second.budget.weights_bytes == first.budget.weights_bytes > 0
+    second.close()

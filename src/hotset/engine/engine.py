@@ -24,8 +24,15 @@ from hotset.memory.policy import PrefixPolicy, Rates
 from hotset.memory.slab import slot_bytes_for
 from hotset.memory.transfer import TierStack, make_copier
 from hotset.metrics import Metrics
+from hotset.model.cpu_linear import pack_linears
 from hotset.model.loader import LoadedModel
-from hotset.model.runner import ModelRunner, choose_backend, inspect_model, workspace_bytes
+from hotset.model.runner import (
+    ModelRunner,
+    choose_backend,
+    inspect_model,
+    weights_bytes,
+    workspace_bytes,
+)
 from hotset.model.sampler import PendingTokens, Sampler
 from hotset.request import (
     UNKNOWN_TOKEN,
@@ -92,10 +99,11 @@ class Engine:
         self._in_flight: _StepInFlight | None = None
         self._num_host_bound = 0
         layout = inspect_model(model)
+        pack_linears(model)
         self.budget = make_budget(
             config,
             device=model.device.type,
-            weights_bytes=sum(p.nbytes for p in model.parameters()),
+            weights_bytes=weights_bytes(model),
             workspace_bytes=workspace_bytes(
                 model, max_tokens=config.max_num_batched_tokens, max_seqs=config.max_num_seqs
             ),

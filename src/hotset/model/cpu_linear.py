@@ -22,6 +22,7 @@ class PackedLinear(nn.Module):
             linear.weight.detach(), _PACKED_FOR_ROWS
         )
         self._bias = None if linear.bias is None else linear.bias.detach()
+        self.num_bytes = sum(p.nbytes for p in linear.parameters())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""

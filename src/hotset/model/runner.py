@@ -20,7 +20,7 @@ from hotset.model.attention import (
     register,
 )
 from hotset.model.batch import Batch, Inputs, make_batch
-from hotset.model.cpu_linear import pack_linears
+from hotset.model.cpu_linear import PackedLinear
 from hotset.model.flashinfer_attention import (
     WORKSPACE_BYTES,
     FlashInferBackend,
@@ -100,6 +100,12 @@ def inspect_model(model: PreTrainedModel) -> ModelLayout:
     return ModelLayout(tuple(probe.layers[i] for i in range(num_layers)), model.dtype)
 
 
+def weights_bytes(model: PreTrainedModel) -> int:
+    """What the weights take, packed ones too."""
+    packed: int = sum(m.num_bytes for m in model.modules() if isinstance(m, PackedLinear))
+    return packed + sum(int(p.nbytes) for p in model.parameters())
+
+
 def workspace_bytes(model: PreTrainedModel, *, max_tokens: int, max_seqs: int) -> int:
     """What a step of `max_tokens` tokens takes at most beside weights and KV; an upper estimate.
 
@@ -168,7 +174,6 @@ class ModelRunner:
         *,
         max_num_seqs: int = 256,
     ) -> None:
-        pack_linears(model)
         self._model = model
         self._arena = arena
         self._attention = attention
