@@ -121,7 +121,8 @@ class FakeTiers:
         if self.device is not None:
             if key in self.spilling:  # the fetch waits for it
                 self.end_spill(key)
-            self.device.blocks[block] = list(self.payloads[key]) if ok else []
+            unread: list[int | None] = [None] * self.device.block_size
+            self.device.blocks[block] = list(self.payloads[key]) if ok else unread
         self.ended.append(EndedTransfer(key, block, is_fetch=True, ok=ok))
 
     def end_all(self) -> None:

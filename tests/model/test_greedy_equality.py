@@ -101,8 +101,9 @@ def test_a_preemption_before_every_step_does_not_matter(
 
 
 def test_with_room_in_the_host_tier_a_preemption_recomputes_nothing(
-    make_engine: MakeEngine, expected: list[list[int]]
+    make_engine: MakeEngine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)
     engine = make_engine(hot_blocks=26, host_blocks=300, fetch_policy="fetch")
     assert run(engine, make_prompts()) == expected
     assert engine.metrics.preemptions > 0

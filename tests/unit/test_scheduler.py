@@ -174,7 +174,10 @@ def test_the_youngest_is_preempted_and_recomputes_without_a_tier(
     assert young.num_output_tokens == 9
 
 
-def test_a_preempted_request_comes_back_with_its_partial_block(fake_tiers: FakeTiers) -> None:
+def test_a_preempted_request_comes_back_with_its_partial_block(
+    fake_tiers: FakeTiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)
     scheduler = make_scheduler(fake_tiers, num_blocks=6)
     old = make_request(list(range(7)), max_tokens=9, arrival_s=1.0)
     young = make_request(list(range(50, 57)), max_tokens=9, arrival_s=2.0)
@@ -313,7 +316,10 @@ def test_when_the_first_of_n_is_aborted_early_another_takes_over() -> None:
     assert family[2].finish_reason is FinishReason.LENGTH
 
 
-def test_a_preempted_request_comes_back_only_when_it_can_stay(fake_tiers: FakeTiers) -> None:
+def test_a_preempted_request_comes_back_only_when_it_can_stay(
+    fake_tiers: FakeTiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 12)
     scheduler = make_scheduler(fake_tiers, num_blocks=40, max_num_seqs=16, budget=64)
     requests = [
         make_request([100 * i + j for j in range(20)], max_tokens=30, arrival_s=float(i))

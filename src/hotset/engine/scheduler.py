@@ -9,8 +9,8 @@ from hotset.request import FinishReason, Request, RequestStatus, StepItem, StepP
 
 # Requests at the head of the queue whose blocks are brought closer ahead of their turn.
 _LOOK_AHEAD = 8
-# A preempted request comes back once it and all that run can grow by this much: it should not be
-# preempted, and fetched, again a few steps later.
+# A request is let in once it and all that run can grow by this much, or to their ends: what was
+# computed or fetched for it should not be lost to preemption a few steps later.
 _AHEAD_TOKENS = 256
 # A turn lasts at least as many times the time to fetch its KV back: rotation costs at most about
 # the inverse in throughput, even where no copy runs beside compute.
@@ -177,17 +177,15 @@ class Scheduler:
             queued_tokens += request.num_tokens - request.num_computed_tokens
 
     def _admit(self, request: Request, queued_tokens: int) -> bool:
-        """Give a request blocks if there is room for it, and for it and all that run to grow.
-
-        By one block each where being preempted costs no more than a fetch, by many otherwise.
-        """
+        """Give a request blocks if there is room for it, and for it and all that run to grow."""
         spare_blocks = 0
         if self.running:
-            is_cheap = not request.num_preemptions and self._can_park([*self.running, request])
-            growth = self.kv.block_size if is_cheap else _AHEAD_TOKENS
-            spare_blocks = self._blocks_short(growth) + (
-                self.kv.num_blocks_short(request, growth) - self.kv.num_blocks_short(request, 0)
+            spare_blocks = self._blocks_short(_AHEAD_TOKENS) + (
+                self.kv.num_blocks_short(request, _AHEAD_TOKENS)
+                - self.kv.num_blocks_short(request, 0)
             )
+            if spare_blocks > self.kv.pool.num_available:
+                return False  # without a look at what is known of it
         return self.kv.admit(request, spare_blocks=spare_blocks, queued_tokens=queued_tokens)
 
     def _blocks_short(self, more_tokens: int) -> int:

@@ -17,6 +17,7 @@ from hotset.metrics import Metrics
 from hotset.request import Request, SpilledTail
 
 _DIGEST_BYTES = 16
+_BLOCK_DIGEST = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"hotset-block")
 
 
 def root_hash(fingerprint: str, salt: bytes) -> bytes:
@@ -28,8 +29,8 @@ def root_hash(fingerprint: str, salt: bytes) -> bytes:
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Hash of one full block: of its tokens and, through `parent`, of all tokens before it."""
-    digest = hashlib.blake2b(parent, digest_size=_DIGEST_BYTES, person=b"hotset-block")
-    digest.update(array("i", token_ids).tobytes())
+    digest = _BLOCK_DIGEST.copy()  # takes a third of the time of making one
+    digest.update(parent + array("i", token_ids).tobytes())
     return digest.digest()
 
 
