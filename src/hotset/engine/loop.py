@@ -299,8 +299,11 @@ class EngineLoop:
         # Those that were preempted wait for memory; how many they are says nothing of new ones.
         fresh = [one.num_tokens for one in engine.scheduler.waiting if not one.num_preemptions]
         num_fresh, num_tokens = len(fresh), sum(fresh)
+        config = engine.config
+        # Where users take turns, the engine gives one to each that it knows of.
+        ahead = _AHEAD if config.rotation_s is None else config.max_num_seqs
         while len(self._queue) and (
-            num_fresh < _AHEAD or num_tokens < engine.config.max_num_batched_tokens
+            num_fresh < ahead or num_tokens < config.max_num_batched_tokens
         ):
             entry = self._queue.pop()
             submit = entry.submit

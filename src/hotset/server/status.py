@@ -102,6 +102,7 @@ class StatusBoard:
             "totals": {
                 "prompt_tokens": metrics.prompt_tokens,
                 "output_tokens": metrics.output_tokens,
+                "prefilled_tokens": max(0, metrics.computed_tokens - metrics.output_tokens),
                 "cached_tokens": cached,
                 "fetched_tokens": sum(n for tier, n in cached.items() if tier != "device"),
                 "recomputed_tokens": metrics.recomputed_tokens,
