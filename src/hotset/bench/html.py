@@ -226,7 +226,8 @@ def _predictions(runs: list[ArmRun]) -> str:
         for run in known:
             assert run.prediction is not None
             expected, measured = run.prediction[key], measure(run)
-            error = f"{expected / measured - 1:+.0%}" if measured else ""
+            known_both = expected is not None and measured
+            error = f"{expected / measured - 1:+.0%}" if known_both else ""
             cells += (
                 f"<td>{number(expected, digits)}</td><td>{number(measured, digits)}</td>"
                 f"<td>{error}</td>"
@@ -237,8 +238,9 @@ def _predictions(runs: list[ArmRun]) -> str:
     return (
         f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
         f'<p class="dim" style="margin-top:10px">By the cost model of <code>hotset plan</code> '
-        f"with the profile {hardware}. Tokens found again are taken as the share of the contexts "
-        "that the tiers hold.</p>"
+        f"with the profile {hardware}. A tier is taken to find all again where it holds the "
+        "contexts of all sessions, and nothing where it does not: they come back in the order in "
+        "which they went, and the least recently used are evicted.</p>"
     )
 
 

@@ -23,14 +23,14 @@ class Prediction:
     Attributes:
         wall_s: in each turn compute or the link, whichever takes longer; never less than the
             last arrival.
-        ttft_s: mean of prompts that come at once and are computed one after the other.
+        ttft_s: mean over all requests, see `_ttft_s`; None where arrivals are by the clock.
     """
 
     hardware: str
     wall_s: float
     total_tokens_per_s: float
     output_tokens_per_s: float
-    ttft_s: float
+    ttft_s: float | None
     prefill_s: float
     decode_s: float
     link_s: float
@@ -53,15 +53,14 @@ def choose_hardware(name: str | None, gpu_name: str | None) -> Hardware | None:
     """
     if name is not None:
         return load_hardware(name)
-    if gpu_name is not None:
-        words = set(gpu_name.lower().replace("-", " ").split())
-        for known in bundled_hardware():
-            if set(known.split("-")) - {"sxm"} <= words:
-                return load_hardware(known)
     if probe_path().is_file():
         measured = load_hardware("this")
         if ("CPU" in measured.description) == (gpu_name is None):
             return measured
+    words = set((gpu_name or "").lower().replace("-", " ").split())
+    for known in bundled_hardware():
+        if set(known.split("-")) - {"sxm"} <= words:
+            return load_hardware(known)
     return None
 
 
@@ -78,6 +77,18 @@ def make_cost_model(config: dict[str, Any], name: str, dtype: str, hardware: Har
     return CostModel(shape, hardware, Layout(tp=1), plain, Calibration(), Routing())
 
 
+def _ttft_s(wall_s: float, prefill_s: float, running: float, *, is_burst: bool) -> float:
+    """Mean time to first token of a turn that all users take in `wall_s`.
+
+    Of all users the share `running` decodes at a time. In a closed loop a user is back after
+    `wall_s` (Little's law: users over requests a second) and waits while the others run. In a
+    burst, all come at once and wait half of that on average. Those that need not wait for others
+    to end do for half of the prefill.
+    """
+    waiting_s = wall_s * (1 - running) / (2 if is_burst else 1)
+    return waiting_s + prefill_s * running / 2
+
+
 def predict(
     cost: CostModel,
     work: Work,
@@ -90,8 +101,9 @@ def predict(
 ) -> Prediction:
     """Expected figures of `work` with tiers that hold so many tokens.
 
-    As in the planner, of the contexts of all sessions the share that the tiers hold is found
-    again, and what of it lies below the device is fetched, or computed where that is faster.
+    Sessions come back in the order in which they went, so that of least recently used tiers one
+    that holds the contexts of all finds everything again, and a smaller one nothing. What is
+    found below the device is fetched, or computed where that is faster.
     """
     bytes_per_token = cost.shape.kv_bytes_per_token(cost.kv_dtype)
     by_turn: dict[int, list[tuple[int, Turn]]] = defaultdict(list)
@@ -102,14 +114,14 @@ def predict(
     num_prompt = num_output = 0
     prefill_s = decode_s = link_s = wall_s = computed = fetched = 0.0
     ttft_sum = 0.0
-    for pairs in by_turn.values():
+    for number, pairs in by_turn.items():
         count = len(pairs)
         prompt = fmean(length for length, _ in pairs)
         known = fmean(turn.known_tokens for _, turn in pairs)
         output = fmean(turn.output_tokens for _, turn in pairs)
         kept = count * (prompt + output) if not work.prefixes else float(work.kv_tokens)
-        held = min(1.0, (hot_tokens + host_tokens + disk_tokens) / kept)
-        warm = min(1.0, hot_tokens / kept)
+        held = float(kept <= max(hot_tokens, host_tokens, disk_tokens))
+        warm = float(kept <= hot_tokens)
         found = known * held
         cold = int(found * (1 - warm / held)) if held else 0
         if work.prefixes:  # they were pushed out of the device before the run
@@ -145,10 +157,12 @@ def predict(
         prefill_s += count * one_s
         decode_s += steps_s
         link_s += turn_link_s
-        wall_s += max(count * one_s + steps_s, turn_link_s)
+        turn_wall_s = max(count * one_s + steps_s, turn_link_s)
+        wall_s += turn_wall_s
         computed += count * (new + output)
         fetched += loaded
-        ttft_sum += count * count * one_s / 2
+        is_burst = number == min(by_turn)
+        ttft_sum += count * _ttft_s(turn_wall_s, count * one_s, at_once / count, is_burst=is_burst)
         num_prompt += int(sum(length for length, _ in pairs))
         num_output += int(sum(turn.output_tokens for _, turn in pairs))
     wall_s = max(wall_s, max(session.arrival_s for session in work.sessions))
@@ -157,7 +171,7 @@ def predict(
         wall_s=wall_s,
         total_tokens_per_s=(num_prompt + num_output) / wall_s,
         output_tokens_per_s=num_output / wall_s,
-        ttft_s=ttft_sum / max(1, work.num_requests),
+        ttft_s=None if work.is_open_loop else ttft_sum / max(1, work.num_requests),
         prefill_s=prefill_s,
         decode_s=decode_s,
         link_s=link_s,

@@ -68,7 +68,9 @@ class StepProfiler:
         profile.disable()
         wall_s = time.perf_counter() - self._start_s
         shown = io.StringIO()
-        pstats.Stats(profile, stream=shown).sort_stats("tottime").print_stats(_ROWS)
+        stats = pstats.Stats(profile, stream=shown)
+        stats.sort_stats("tottime").print_stats(_ROWS)
+        stats.sort_stats("cumtime").print_stats("hotset", _ROWS)
         self.report += (
             f"Python, {self._num_steps} steps in {wall_s * 1e3:.1f} ms (its profiler slows it "
             f"down):\n{shown.getvalue().strip()}\n"

@@ -82,6 +82,7 @@ def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
         ("device to host, GB", _moved("device>host")),
         ("to / from disk, GB", _disk),
         ("link to device: s of wall, GB/s", _link),
+        ("hot / host / disk tier, k tokens", _tiers),
         ("peak host RSS, GB", lambda run: number(run.peak_host_rss_bytes, 2, 1e9)),
         ("peak device memory, GB", lambda run: number(run.peak_device_bytes, 2, 1e9)),
         ("engine start + tiers ready, s", _start),
@@ -97,6 +98,11 @@ def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
         cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         kept.insert(1, ("  times as fast as hot", cells))
     return kept
+
+
+def _tiers(run: ArmRun) -> str:
+    names = ("hot_tokens", "host_tokens", "disk_tokens")
+    return " / ".join(number(run.sizes.get(name), 1, 1e3) for name in names)
 
 
 def _start(run: ArmRun) -> str:
@@ -124,17 +130,15 @@ def text(result: BenchResult) -> str:
     machine = result.machine
     where = [gpu["name"] for gpu in machine["gpus"]] or [machine["cpu"]]
     repeats = max((len(result.walls_s(arm)) for arm in result.arms), default=0)
-    parts = [
+    head = [
         result.title,
         f"{' + '.join(where)}; commit {machine['commit'] or 'unknown'}; "
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
-        "" if repeats < 2 else f"the run of median wall time of {repeats}",
-        "",
-        table(result),
-        "",
     ]
+    if repeats > 1:
+        head.append(f"of {repeats} runs of each arm, that of median wall time")
     notes = dict.fromkeys(note for run in result.runs for note in run.notes)
-    parts += [f"note: {note}" for note in notes]
+    parts = [f"note: {note}" for note in notes]
     parts += [f"note: {note}" for note in result.asked.get("notes", [])]
     for arm in result.arms:
         failed = [run for run in result.runs if run.arm == arm and run.first_error]
@@ -143,7 +147,7 @@ def text(result: BenchResult) -> str:
     if result.verification is not None:
         parts.append(verification_line(result))
     parts.append(result.verdict)
-    return "\n".join(part for part in parts if part != "" or part is parts[3])
+    return "\n".join([*head, "", table(result), "", *parts])
 
 
 def verification_line(result: BenchResult) -> str:

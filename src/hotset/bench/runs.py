@@ -46,12 +46,14 @@ class RunOptions:
         max_s: a run ends after so long, done or not.
         hardware: name of the profile for predictions; None chooses one.
         verify: keep the answers.
+        wait_for_tiers: start the run only when all host memory is pinned.
     """
 
     profile_steps: int = 0
     max_s: float | None = None
     hardware: str | None = None
     verify: bool = False
+    wait_for_tiers: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ class Bench:
                 f"serves {engine.max_model_len}; give more --hot-gib"
             )
         sizes = self._sizes(engine)
-        tiers_ready_s = wait_for_host_tier(engine)
+        tiers_ready_s = wait_for_host_tier(engine) if options.wait_for_tiers else None
         begin_s = time.perf_counter()
         is_small = self._loaded.model.device.type == "cpu"
         length = engine.max_model_len

@@ -99,6 +99,7 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
     metavar="[STEPS]",
     help="Show where the time of so many steps (20) goes.",
 )
+@click.option("--no-wait", is_flag=True, help="Start while host memory is still being pinned.")
 @click.option("--max-s", type=float, help="End each run after so many seconds, done or not.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
 @click.option(
@@ -127,6 +128,7 @@ def command(
     hardware: str | None,
     verify: bool,
     profile_steps: int | None,
+    no_wait: bool,
     max_s: float | None,
     as_json: bool,
     out: Path | None,
@@ -165,7 +167,7 @@ def command(
         dummy_weights=dummy_weights,
         arms=parse_arms(arms) if arms else ([] if against else ["hot", "host"]),
         repeats=repeats,
-        options=RunOptions(profile_steps or 0, max_s, hardware, verify),
+        options=RunOptions(profile_steps or 0, max_s, hardware, verify, not no_wait),
         target=target,
     )
 

@@ -1,0 +1,292 @@
+"""The bench drives real engines and a real server over a tiny model."""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from servers import running_server
+
+from hotset.bench.campaign import Order, Target, run_bench
+from hotset.bench.result import BenchResult
+from hotset.bench.runs import RunOptions, Say, order_of, parse_arms
+from hotset.bench.workload import Spec
+from hotset.cli import cli
+from hotset.config import EngineConfig
+from hotset.engine.engine import Engine
+from hotset.errors import ConfigError, EngineError, HotsetError
+from hotset.model.loader import load_dummy
+
+TINY = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+SPEC = Spec("multiturn", users=6, turns=3, first_tokens=64, new_tokens=16, output_tokens=8)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    """A folder with a config and nothing else."""
+    torch.set_num_threads(1)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY))
+    return str(tmp_path / "tiny")
+
+
+def quiet() -> tuple[Say, list[str]]:
+    lines: list[str] = []
+    return Say(lines.append, lambda make: lines.append(make())), lines
+
+
+def run(model: str | None, arms: list[str], spec: Spec = SPEC, **options: Any) -> BenchResult:
+    """The bench over a tiny model; fetching, as recomputing it would be faster."""
+    config = EngineConfig(model=model, device="cpu", fetch_policy="fetch")
+    order = Order(
+        spec=spec,
+        config=options.pop("config", config),
+        dummy_weights=True,
+        arms=arms,
+        repeats=options.pop("repeats", 1),
+        target=options.pop("target", None),
+        options=RunOptions(**options),
+    )
+    return run_bench(order, quiet()[0])
+
+
+def test_all_arms_give_the_same_answers_and_tiers_compute_less(tiny: str) -> None:
+    result = run(tiny, ["hot", "host", "host+disk"], verify=True, hardware="h200")
+    assert result.failures == []
+    assert result.verification is not None
+    assert result.verification["differing"] == 0
+    assert [run["compared"] for run in result.verification["runs"]] == [18, 18]
+    hot, host, disk = result.runs
+    for one in result.runs:
+        assert one.is_complete
+        assert (one.requests, one.output_tokens) == (18, 18 * 8)
+        assert one.prompt_tokens == 6 * (64 + 88 + 112)
+        assert len(one.ttft_by_turn_s) == 3
+        assert one.engine["steps"] > 0 and one.engine["mean_step_ms"] > 0
+        # Every token computed once at least, but the last one of a user's last answer.
+        assert one.engine["computed_tokens"] >= 6 * (64 + 2 * 16 + 3 * 8) - 6
+        assert one.prediction is not None and one.prediction["wall_s"] > 0
+        assert one.samples["t_s"][-1] == pytest.approx(one.wall_s, abs=0.5)
+        assert "KV, hot tier" in one.budget_report
+    assert hot.engine["moved_bytes"] == {}
+    assert host.engine["moved_bytes"]["host>device"] > 0
+    assert disk.engine["moved_bytes"]["host>disk"] > 0
+    assert host.engine["computed_tokens"] < hot.engine["computed_tokens"]
+    assert max(host.samples["host_used"]) > 0 == max(hot.samples["host_used"])
+    assert result.verdict.startswith(("Tiering", "No verdict"))
+    json.dumps(result.as_dict())
+
+
+def test_an_arm_leaves_no_engine_behind(tiny: str) -> None:
+    run(tiny, ["hot", "host"])
+    gc.collect()
+    assert not [found for found in gc.get_objects() if type(found) is Engine]
+
+
+def test_arms_rotate_from_round_to_round() -> None:
+    assert order_of(["hot", "host", "host+disk"], 0) == ["hot", "host", "host+disk"]
+    assert order_of(["hot", "host", "host+disk"], 1) == ["host", "host+disk", "hot"]
+    assert parse_arms("hot, host") == ["hot", "host"]
+    for wrong in ("", "warm", "hot,hot"):
+        with pytest.raises(ConfigError, match="--arms"):
+            parse_arms(wrong)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec("unshared", users=4, first_tokens=48, output_tokens=6),
+        Spec("pressure", users=6, turns=2, first_tokens=48, output_tokens=24),
+        Spec("shared-prefix", users=4, first_tokens=8, prefix_tokens=96, output_tokens=4),
+        Spec("multiturn", users=3, turns=2, first_tokens=16, output_tokens=4, rate_per_s=50.0),
+    ],
+    ids=lambda spec: spec.workload + ("" if spec.rate_per_s is None else " by rate"),
+)
+def test_each_workload_runs_to_its_end_with_and_without_tiers(tiny: str, spec: Spec) -> None:
+    result = run(tiny, ["hot", "host"], spec, verify=True)
+    assert result.failures == []
+    assert all(one.is_complete for one in result.runs)
+    assert result.verification is not None and result.verification["differing"] == 0
+
+
+def test_a_shared_prefix_comes_from_the_host_once_for_all_requests(tiny: str) -> None:
+    spec = Spec("shared-prefix", users=4, first_tokens=8, prefix_tokens=96, output_tokens=4)
+    hot, host = run(tiny, ["hot", "host"], spec).runs
+    block_bytes = 16 * host.sizes["kv_bytes_per_token"]
+    assert host.engine["moved_bytes"]["host>device"] == 96 // 16 * block_bytes
+    assert host.engine["computed_tokens"] == 4 * (8 + 4 - 1)
+    assert hot.engine["computed_tokens"] >= 96 + 4 * (8 + 4 - 1)
+
+
+def test_a_trace_is_played_at_its_times(tiny: str, tmp_path: Path) -> None:
+    rows = [
+        {"timestamp": 0, "input_length": 1500, "output_length": 40, "hash_ids": [0, 1, 2]},
+        {"timestamp": 400, "input_length": 1500, "output_length": 40, "hash_ids": [0, 1, 3]},
+        {"timestamp": 500, "input_length": 90_000, "output_length": 1, "hash_ids": [0] * 176},
+    ]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    spec = Spec("trace", trace=trace, length_scale=0.125, time_scale=0.5)
+    (one,) = run(tiny, ["host"], spec).runs
+    assert one.requests == 2
+    assert one.wall_s >= 0.2
+    assert one.engine["cached_tokens"]["device"] >= 112
+
+
+def test_an_arm_that_cannot_start_does_not_keep_the_others_from_running(tiny: str) -> None:
+    config = EngineConfig(model=tiny, device="cpu", host_gib=10_000.0)
+    result = run(tiny, ["hot", "host"], config=config)
+    assert [one.arm for one in result.runs] == ["hot"]
+    (failure,) = result.failures
+    assert failure.arm == "host" and "less host_gib" in failure.reason
+    with pytest.raises(EngineError, match="no run ended; host: "):
+        run(tiny, ["host"], config=config)
+
+
+def test_a_run_ends_at_its_time_limit_with_what_it_has(tiny: str) -> None:
+    spec = Spec("unshared", users=8, turns=200, first_tokens=64, output_tokens=64)
+    (one,) = run(tiny, ["hot"], spec, max_s=0.5).runs
+    assert not one.is_complete
+    assert one.requests < 1600
+    assert "broken off" in one.notes[0]
+
+
+def test_a_profile_names_functions_and_operators(tiny: str) -> None:
+    say, lines = quiet()
+    config = EngineConfig(model=tiny, device="cpu")
+    run_bench(Order(SPEC, config, True, ["hot"], 1, RunOptions(profile_steps=3)), say)
+    (report,) = [line for line in lines if "profile\n" in line]
+    assert "function calls" in report and "site-packages/torch" in report
+    assert "engine.py" in report and "aten::mul" in report
+    assert "operators of torch ran" in report
+
+
+def test_the_same_work_goes_to_a_server_over_http() -> None:
+    config = EngineConfig(hot_gib=0.01)
+    with running_server(config) as server:
+        target = Target(server.url, vocab_size=512)
+        result = run(None, [], SPEC, target=target)
+        assert result.failures == []
+        (one,) = result.runs
+        assert one.first_error is None and one.is_complete
+        assert (one.requests, one.output_tokens) == (18, 18 * 8)
+        assert one.prompt_tokens == 6 * (64 + 88 + 112)
+        assert one.latencies["ttft_s"]["mean"] > 0
+        assert one.arm == f"{server.url}/v1"
+        assert any("no token ids" in note for note in one.notes)
+        # The server counted the same work, beside the warm-up.
+        assert server.service.metrics.prompt_tokens >= one.prompt_tokens
+        with pytest.raises(ConfigError, match="vocabulary of 'tiny' is not known"):
+            run(None, [], SPEC, target=Target(server.url))
+        wrong = Spec("unshared", users=2, first_tokens=600, output_tokens=1)
+        (refused,) = run(None, [], wrong, target=target).runs
+        assert refused.failed == 2 and not refused.is_complete
+        assert "HTTP 400" in (refused.first_error or "")
+    with pytest.raises(HotsetError, match="cannot be reached"):
+        run(None, [], SPEC, target=target)
+
+
+def test_the_command_writes_table_json_and_page(tiny: str, tmp_path: Path) -> None:
+    out, html = tmp_path / "b.json", tmp_path / "b.html"
+    words = ["bench", "multiturn", "--model", tiny, "--dummy-weights", "--users", "3"]
+    words += ["--turns", "2", "--first-tokens", "32", "--new-tokens", "8", "--output-tokens", "4"]
+    words += ["--device", "cpu", "--verify", "--repeats", "2"]
+    shown = CliRunner().invoke(cli, [*words, "--out", str(out), "--html", str(html)])
+    assert shown.exit_code == 0, shown.output
+    assert "multiturn: 3 users, 2 turns" in shown.stdout
+    assert "verified against hot: " in shown.stdout
+    assert "KV, host tier" in shown.stderr
+    saved = json.loads(out.read_text())
+    assert len(saved["runs"]) == 4
+    assert saved["asked"]["workload"]["seed"] == 1000
+    assert saved["machine"]["versions"]["torch"] == torch.__version__
+    assert html.read_text().startswith("<!doctype html>")
+    as_json = CliRunner().invoke(cli, [*words, "--arms", "hot", "--json"])
+    assert json.loads(as_json.stdout)["runs"][0]["requests"] == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give a workload"),
+        (["multiturn", "--preset", "C6"], "not both"),
+        (["trace"], "needs a file"),
+        (["unshared", "x.jsonl"], "takes no file"),
+        (["trace", "/nosuch.jsonl", "--arms", "hot"], "cannot be read"),
+        (["unshared", "--users", "0"], "--users is 0; expected 1 or more"),
+        (["unshared", "--rate", "0"], "--rate is 0.0"),
+        (["unshared", "--arms", "warm"], "'warm' is unknown"),
+        (["unshared", "--hardware", "nosuch"], "hardware 'nosuch' is unknown"),
+        (["unshared", "--model", "nosuch"], "model 'nosuch' is neither bundled"),
+        (["unshared", "--first-tokens", "9000"], "serve 512"),
+        (["unshared", "--out", "/nosuch/b.json"], "is no folder one may write to"),
+        (["unshared", "--against", "ftp://x"], "expected http://HOST:PORT"),
+        (["unshared", "--max-s", "0"], "--max-s is 0.0"),
+    ],
+)
+def test_a_mistake_is_one_line(tiny: str, words: list[str], message: str) -> None:
+    model = [] if "--model" in words else ["--model", tiny]
+    shown = CliRunner().invoke(cli, ["bench", *words, *model, "--dummy-weights", "--device", "cpu"])
+    assert shown.exit_code != 0
+    error = shown.exception
+    assert isinstance(error, HotsetError), shown.output
+    assert message in str(error)
+    assert "\n" not in str(error)
+
+
+def test_a_dummy_model_has_the_buffers_and_scale_of_one_built_normally(tiny: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    loaded = load_dummy(tiny, device="cpu", dtype="bfloat16")
+    normal = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY), dtype=torch.bfloat16)
+    buffers, expected = dict(loaded.model.named_buffers()), dict(normal.named_buffers())
+    assert "model.rotary_emb.inv_freq" in buffers
+    assert buffers.keys() == expected.keys()
+    for name, buffer in buffers.items():
+        assert buffer.dtype == expected[name].dtype
+        assert torch.equal(buffer, expected[name]), name
+    for (name, one), (_, other) in zip(
+        loaded.model.named_parameters(), normal.named_parameters(), strict=True
+    ):
+        assert one.dtype == torch.bfloat16 and not one.requires_grad
+        if one.ndim > 1:
+            assert one.float().std() == pytest.approx(other.float().std().item(), rel=0.1), name
+        else:
+            assert torch.equal(one, other), name
+    assert loaded.max_model_len == 512 and loaded.tokenizer is None
+
+
+def test_equal_seeds_make_equal_dummy_weights(tiny: str) -> None:
+    before = torch.random.get_rng_state()
+    one, two, three = (
+        load_dummy(tiny, device="cpu", dtype="auto", seed=seed) for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.random.get_rng_state(), before)
+    weights = [loaded.model.lm_head.weight for loaded in (one, two, three)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert one.fingerprint == two.fingerprint != three.fingerprint
+
+
+def test_a_dummy_of_an_unknown_or_unusable_config_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(HotsetError, match="neither bundled"):
+        load_dummy("nosuch", device="cpu", dtype="auto")
+    config = tmp_path / "config.json"
+    for text in ('{"model_type": "nosuch"}', '{"model_type": "t5"}', "[]"):
+        config.write_text(text)
+        with pytest.raises(HotsetError, match="cannot make a model of") as caught:
+            load_dummy(str(config), device="cpu", dtype="auto")
+        assert "\n" not in str(caught.value)
