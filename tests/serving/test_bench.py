@@ -281,6 +281,11 @@ def test_equal_seeds_make_equal_dummy_weights(tiny: str) -> None:
     assert one.fingerprint == two.fingerprint != three.fingerprint
 
 
+def test_a_dummy_larger_than_the_memory_is_refused_before_it_is_made() -> None:
+    with pytest.raises(HotsetError, match=r"deepseek-v3 .* GB and .* GB are free on cpu"):
+        load_dummy("deepseek-v3", device="cpu", dtype="auto")
+
+
 def test_a_dummy_of_an_unknown_or_unusable_config_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(HotsetError, match="neither bundled"):
         load_dummy("nosuch", device="cpu", dtype="auto")

@@ -89,7 +89,8 @@ class Bench:
         max_context = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
         self.work = make_work(spec, self._vocab_size, max_context=max_context)
         token_bytes = inspect_model(model).bytes_per_token
-        self._config = _with_hot_tier(config, self.work, token_bytes)
+        is_tiered = spec.workload != "unshared"  # that one is about what fits
+        self._config = _with_hot_tier(config, self.work, token_bytes) if is_tiered else config
         self._block_bytes = token_bytes * config.block_size
         self.notes: list[str] = []
         self._cost = self._cost_model()
@@ -294,8 +295,8 @@ def parse_arms(text: str) -> list[str]:
 
 
 def _with_hot_tier(config: EngineConfig, work: Work, token_bytes: int) -> EngineConfig:
-    """Where no size is given and something is to be tiered: a quarter of what the work needs."""
-    if config.hot_gib is not None or work.title.startswith("unshared"):
+    """Where no size is given: a quarter of what the work needs."""
+    if config.hot_gib is not None:
         return config
     tokens = max(work.kv_tokens / _CONTEXTS_PER_HOT, work.longest_context + 64, 320)
     blocks = -(-int(tokens) // config.block_size)

@@ -186,7 +186,7 @@ class Preset:
 _PEERS: dict[str, Any] = {
     "model": "llama-3.1-8b",
     "host_gib": 64.0,
-    "disk_gib": 128.0,
+    "disk_gib": 40.0,
     "engine": {"max_num_batched_tokens": 8192, "max_model_len": 8192, "max_num_seqs": 256},
 }
 # Prompts are uniform random ids of `random.Random(1000 + index)`, in this order.

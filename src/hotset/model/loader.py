@@ -16,6 +16,7 @@ from huggingface_hub import errors as hub_errors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotset.errors import ConfigError, ModelError, PlanError
+from hotset.memory.budget import available_host_bytes
 from hotset.model import checkpoint, default_model
 from hotset.plan.catalog import find_config
 
@@ -100,8 +101,9 @@ def load_dummy(name: str, *, device: str, dtype: str, seed: int = 0) -> LoadedMo
         seed: of the weights.
 
     Raises:
-        ModelError: there is no such config, or transformers cannot make a causal language model
-            of it; `ConfigError`: there is no such device or dtype.
+        ModelError: there is no such config, transformers cannot make a causal language model of
+            it, or its weights are larger than the memory that is free; `ConfigError`: there is no
+            such device or dtype.
     """
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
@@ -110,22 +112,26 @@ def load_dummy(name: str, *, device: str, dtype: str, seed: int = 0) -> LoadedMo
     except PlanError as error:
         raise ModelError(str(error)) from error
     try:
-        devices = [target] if target.type == "cuda" else []
-        with checkpoint.quiet(), torch.random.fork_rng(devices), torch.device(target):
-            config = AutoConfig.for_model(**fields)
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch_dtype or config.dtype or torch.bfloat16
-            )
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"the weights of {short_name} do not fit into the memory of {target}; "
-            "take a smaller shape or a narrower dtype"
-        ) from error
+        config = AutoConfig.for_model(**fields)
+        torch_dtype = torch_dtype or config.dtype or torch.bfloat16
+        with checkpoint.quiet(), torch.device("meta"):
+            shape = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
     except Exception as error:  # whatever a config that does not fit makes the libraries raise
         raise ModelError(
             f"cannot make a model of {source}: {checkpoint.first_line(error)}"
         ) from error
+    weights_bytes = sum(parameter.nbytes for parameter in shape.parameters())
+    free_bytes = _free_bytes(target)
+    if weights_bytes > free_bytes:
+        raise ModelError(
+            f"the weights of {short_name} in {torch_dtype} take {weights_bytes / 1e9:.1f} GB and "
+            f"{free_bytes / 1e9:.1f} GB are free on {target}; take a smaller shape or a narrower "
+            "dtype"
+        )
+    devices = [target] if target.type == "cuda" else []
+    with checkpoint.quiet(), torch.random.fork_rng(devices), torch.device(target):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
     model.eval().requires_grad_(False)
     made_of = json.dumps([fields, str(model.dtype), seed], sort_keys=True, default=str)
     return LoadedModel(
@@ -165,6 +171,13 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
     if dtype not in names:
         raise ConfigError(f"dtype is {dtype!r}; expected auto, {', '.join(names)}")
     return names[dtype]
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free_bytes: int = torch.cuda.mem_get_info(device)[0]
+        return free_bytes
+    return available_host_bytes()
 
 
 def _find(name: str | None) -> tuple[Path, str]:
