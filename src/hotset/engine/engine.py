@@ -25,6 +25,7 @@ from hotset.memory.slab import slot_bytes_for
 from hotset.memory.transfer import TierStack, make_copier
 from hotset.metrics import Metrics
 from hotset.model.cpu_linear import pack_linears
+from hotset.model.experts import pack_experts
 from hotset.model.loader import LoadedModel
 from hotset.model.runner import (
     ModelRunner,
@@ -100,6 +101,7 @@ class Engine:
         self._num_host_bound = 0
         layout = inspect_model(model)
         pack_linears(model)
+        pack_experts(model)
         self.budget = make_budget(
             config,
             device=model.device.type,

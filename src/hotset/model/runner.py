@@ -21,6 +21,7 @@ from hotset.model.attention import (
 )
 from hotset.model.batch import Batch, Inputs, make_batch
 from hotset.model.cpu_linear import PackedLinear
+from hotset.model.experts import use_dynamic_gating
 from hotset.model.flashinfer_attention import (
     WORKSPACE_BYTES,
     FlashInferBackend,
@@ -75,6 +76,7 @@ def inspect_model(model: PreTrainedModel) -> ModelLayout:
         model.set_attn_implementation(IMPLEMENTATION)
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{name} does not use transformers' attention interface") from error
+    use_dynamic_gating(model)
     probe = ProbeAttention()
     try:
         with torch.inference_mode():
