@@ -74,7 +74,8 @@ def run_bench(
         assert client is not None, "neither arms nor a target"
         work = make_work(order.spec, client.vocab_size, max_context=order.config.max_model_len)
     arms = [*order.arms, *([client.url] if client else [])]
-    result = BenchResult(work.title, _asked(order, bench, client), describe_machine())
+    asked = _asked(order, bench, client)
+    result = BenchResult(work.title, asked, describe_machine(), is_open_loop=work.is_open_loop)
 
     def run(arm: str, repeat: int) -> ArmRun:
         if client is None or arm != client.url:

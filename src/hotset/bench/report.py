@@ -13,6 +13,13 @@ def number(value: float | None, digits: int = 0, unit: float = 1.0) -> str:
     return "-" if value is None else f"{value / unit:,.{digits}f}"
 
 
+def gb(value: float | None) -> str:
+    """Bytes in GB, of small ones three digits."""
+    if value is None:
+        return "-"
+    return f"{value / 1e9:,.2f}" if value >= 1e9 or not value else f"{value / 1e9:.3g}"
+
+
 def latency_cell(name: str, unit: float, digits: int) -> Cell:
     """Mean and percentiles of a latency."""
 
@@ -31,14 +38,14 @@ def _counter(name: str) -> Cell:
 def _moved(direction: str) -> Cell:
     def cell(run: ArmRun) -> str:
         moved = run.engine.get("moved_bytes")
-        return "-" if moved is None else number(moved.get(direction, 0), 2, 1e9)
+        return "-" if moved is None else gb(moved.get(direction, 0))
 
     return cell
 
 
 def _link(run: ArmRun) -> str:
     rate = run.sizes.get("link_bytes_per_s", {}).get("host")
-    return f"{link_busy_s(run):.2f} of {run.wall_s:.2f} at {rate / 1e9:.1f}" if rate else "-"
+    return f"{link_busy_s(run):.3g} of {run.wall_s:.2f} at {rate / 1e9:.1f}" if rate else "-"
 
 
 def _predicted(run: ArmRun) -> str:
@@ -68,6 +75,7 @@ def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
         ("  mean by turn", _by_turn),
         ("TPOT, ms: mean / p50 / p90 / p99", latency_cell("tpot_s", 1e-3, 1)),
         ("ITL, ms: mean / p50 / p90 / p99", latency_cell("itl_s", 1e-3, 1)),
+        ("end to end, s: mean / p50 / p90 / p99", latency_cell("e2e_s", 1, 2)),
         ("requests ended / failed", lambda run: f"{run.requests:,} / {run.failed:,}"),
         ("prompt tokens", lambda run: number(run.prompt_tokens)),
         ("output tokens", lambda run: number(run.output_tokens)),
@@ -83,20 +91,21 @@ def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
         ("to / from disk, GB", _disk),
         ("link to device: s of wall, GB/s", _link),
         ("hot / host / disk tier, k tokens", _tiers),
-        ("peak host RSS, GB", lambda run: number(run.peak_host_rss_bytes, 2, 1e9)),
-        ("peak device memory, GB", lambda run: number(run.peak_device_bytes, 2, 1e9)),
+        ("peak host RSS, GB", lambda run: gb(run.peak_host_rss_bytes)),
+        ("peak device memory, GB", lambda run: gb(run.peak_device_bytes)),
         ("engine start + tiers ready, s", _start),
     ]
     runs = [result.typical(arm) for arm in result.arms]
     shown = [(label, [cell(run) for run in runs]) for label, cell in lines]
     kept = [(label, cells) for label, cells in shown if any(c.strip("-/ ") for c in cells)]
-    if any(len(result.walls_s(arm)) > 1 for arm in result.arms):
-        spread = [" ".join(f"{wall:.2f}" for wall in result.walls_s(arm)) for arm in result.arms]
+    if any(len(result.times_s(arm)) > 1 for arm in result.arms):
+        spread = [" ".join(f"{wall:.2f}" for wall in result.times_s(arm)) for arm in result.arms]
         kept.insert(1, ("  of each run", spread))
     ratios = [result.ratio(arm) for arm in result.arms]
     if len(result.arms) > 1 and any(ratios):
         cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-        kept.insert(1, ("  times as fast as hot", cells))
+        by_request = " (mean of requests)" if result.is_open_loop else ""
+        kept.insert(1, (f"  times as fast as hot{by_request}", cells))
     return kept
 
 
@@ -129,14 +138,14 @@ def text(result: BenchResult) -> str:
     """Everything that is printed at the end."""
     machine = result.machine
     where = [gpu["name"] for gpu in machine["gpus"]] or [machine["cpu"]]
-    repeats = max((len(result.walls_s(arm)) for arm in result.arms), default=0)
+    repeats = max((len(result.times_s(arm)) for arm in result.arms), default=0)
     head = [
         result.title,
         f"{' + '.join(where)}; commit {machine['commit'] or 'unknown'}; "
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
     ]
     if repeats > 1:
-        head.append(f"of {repeats} runs of each arm, that of median wall time")
+        head.append(f"of {repeats} runs of each arm, that of median time")
     notes = dict.fromkeys(note for run in result.runs for note in run.notes)
     parts = [f"note: {note}" for note in notes]
     parts += [f"note: {note}" for note in result.asked.get("notes", [])]

@@ -164,12 +164,15 @@ class BenchResult:
     Attributes:
         asked: what was run: workload, model, options.
         machine: see `machine.describe_machine`.
+        is_open_loop: whether requests came by the clock: then the wall time says nothing, and
+            arms are compared by the mean time from sending a request to its end.
         verification: see `verify`; None where it was not asked for.
     """
 
     title: str
     asked: dict[str, Any]
     machine: dict[str, Any]
+    is_open_loop: bool = False
     runs: list[ArmRun] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     verification: dict[str, Any] | None = None
@@ -180,21 +183,27 @@ class BenchResult:
         """Names in the order of their first runs."""
         return list(dict.fromkeys(run.arm for run in self.runs))
 
+    def time_s(self, run: ArmRun) -> float:
+        """What arms are compared by: wall time, or in an open loop the mean time of a request."""
+        if not self.is_open_loop:
+            return run.wall_s
+        return run.latency("e2e_s", "mean") or run.wall_s
+
+    def times_s(self, arm: str) -> list[float]:
+        """`time_s` of an arm's runs."""
+        return [self.time_s(run) for run in self.runs if run.arm == arm]
+
     def typical(self, arm: str) -> ArmRun:
-        """The run of median wall time (the faster of two in the middle)."""
-        runs = sorted((r for r in self.runs if r.arm == arm), key=lambda run: run.wall_s)
+        """The run of median time (the faster of two in the middle)."""
+        runs = sorted((run for run in self.runs if run.arm == arm), key=self.time_s)
         good = [run for run in runs if run.is_complete] or runs
         return good[(len(good) - 1) // 2]
 
-    def walls_s(self, arm: str) -> list[float]:
-        """Wall times of an arm's runs."""
-        return [run.wall_s for run in self.runs if run.arm == arm]
-
     def ratio(self, arm: str) -> float | None:
-        """Wall time of `hot` over that of `arm`, of typical runs; None where one is missing."""
+        """Time of `hot` over that of `arm`, of typical runs; None where one is missing."""
         if not {"hot", arm} <= set(self.arms):
             return None
-        return self.typical("hot").wall_s / self.typical(arm).wall_s
+        return self.time_s(self.typical("hot")) / self.time_s(self.typical(arm))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -203,6 +212,7 @@ class BenchResult:
             "verdict": self.verdict,
             "asked": self.asked,
             "machine": self.machine,
+            "is_open_loop": self.is_open_loop,
             "verification": self.verification,
             "ratios_to_hot": {arm: self.ratio(arm) for arm in self.arms},
             "runs": [run.as_dict() for run in self.runs],

@@ -18,7 +18,12 @@ def verdict(result: BenchResult) -> str:
             f"{hot.failed + best.failed} failed."
         )
     ratio = result.ratio(best.arm) or 0.0
-    times = f"`{best.arm}` took {best.wall_s:.2f} s and `hot` {hot.wall_s:.2f} s"
+    took = "answered in" if result.is_open_loop else "took"
+    each = " on average" if result.is_open_loop else ""
+    times = (
+        f"`{best.arm}` {took} {result.time_s(best):.2f} s{each} and `hot` "
+        f"{'in ' if result.is_open_loop else ''}{result.time_s(hot):.2f} s"
+    )
     if overlap := _overlap(result, best.arm):
         return f"No verdict: {times}, but {overlap}."
     if ratio > 1 + _NOISE:
@@ -33,7 +38,7 @@ def verdict(result: BenchResult) -> str:
 
 def _overlap(result: BenchResult, arm: str) -> str:
     """Says so where runs of one arm differ more than the arms do."""
-    hot, other = sorted(result.walls_s("hot")), sorted(result.walls_s(arm))
+    hot, other = sorted(result.times_s("hot")), sorted(result.times_s(arm))
     slower, faster = (hot, other) if hot[-1] > other[-1] else (other, hot)
     spread = max(hot[-1] / hot[0], other[-1] / other[0])
     if spread <= 1 + _NOISE or slower[0] > faster[-1]:
@@ -72,7 +77,7 @@ def _gain(hot: ArmRun, best: ArmRun) -> str:
         share = fetched / max(1, best.prompt_tokens)
         reason += (
             f", as {fetched:,} ({share:.0%} of the prompts) came from slower tiers in "
-            f"{link_busy_s(best):.1f} s of the link"
+            f"{_seconds(link_busy_s(best))} s of the link"
         )
     return reason + _preemptions(hot, best)
 
@@ -94,10 +99,14 @@ def _no_gain(hot: ArmRun, best: ArmRun) -> str:
     else:
         saved = (hot.count("computed_tokens") or 0) - (best.count("computed_tokens") or 0)
         why = (
-            f"{fetched:,} tokens were fetched in {link_busy_s(best):.1f} s of the link and saved "
-            f"{max(0, saved):,} computed ones"
+            f"{fetched:,} tokens were fetched in {_seconds(link_busy_s(best))} s of the link and "
+            f"saved {max(0, saved):,} computed ones"
         )
     return why + _preemptions(hot, best)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def _preemptions(hot: ArmRun, best: ArmRun) -> str:
