@@ -86,6 +86,7 @@ def test_percentiles_are_values_that_were_seen() -> None:
     ("hot_s", "host_s", "beginning", "reason"),
     [
         (10.0, 4.0, "Tiering paid: `host` took 4.00 s and `hot` 10.00 s, 2.50 times", "600 tokens"),
+        (10.0, 10.4, "Tiering made no difference", "within the 5% that runs differ by"),
         (10.0, 10.1, "Tiering made no difference", "0.5 s of the link"),
         (10.0, 12.5, "Tiering cost 20%", "(preemptions: 0 without tiers, 3 with)"),
     ],
@@ -114,7 +115,10 @@ def test_arms_that_differ_less_than_their_own_runs_get_no_verdict() -> None:
     runs = [arm_run("hot", 10.0), arm_run("hot", 20.0, repeat=1)]
     runs += [arm_run("host", 8.0), arm_run("host", 12.0, repeat=1)]
     sentence = bench_result(*runs).verdict
-    assert sentence.startswith("No verdict") and "up to 2.00 times" in sentence
+    assert sentence.startswith("No verdict") and "differ by up to 100%" in sentence
+    near = [arm_run("hot", 10.0), arm_run("hot", 10.7, repeat=1)]
+    near += [arm_run("host", 9.6), arm_run("host", 9.7, repeat=1)]
+    assert "made no difference" in bench_result(*near).verdict
     clear = [arm_run("hot", 10.0), arm_run("hot", 12.0, repeat=1), arm_run("host", 4.0)]
     assert bench_result(*clear).verdict.startswith("Tiering paid")
 

@@ -16,6 +16,7 @@ from hotset.bench.workload import (
     PRESETS,
     Spec,
     Work,
+    filler,
     make_work,
     prefix_work,
     token_range,
@@ -94,6 +95,13 @@ def test_a_prefix_is_shared_by_every_nth_user() -> None:
     assert [turns[0] for turns in prompts_of(prefix_work(work))] == [
         list(prefix) for prefix in work.prefixes
     ]
+
+
+def test_filler_is_as_long_as_asked_for() -> None:
+    for num_tokens in (928, 5000, 131_072):
+        work = filler(num_tokens, 928, VOCAB)
+        assert num_tokens <= sum(s.turns[0].num_tokens for s in work.sessions) < num_tokens * 1.1
+        assert work.longest_context < 928
 
 
 def test_a_workload_longer_than_the_context_is_refused_with_both_lengths() -> None:

@@ -220,6 +220,8 @@ class Bench:
         config = self._config
         slot_bytes = slot_bytes_for(self._block_bytes)
         blocks = -(-self.work.kv_tokens // config.block_size)
+        if self.work.prefixes and config.hot_gib is not None:  # what pushes them out goes down too
+            blocks += 2 * int(config.hot_gib * GIB / self._block_bytes)
         if arm == "hot":
             return replace(config, host_gib=0.0, disk_gib=0.0, disk_path=None)
         host_gib = config.host_gib
@@ -295,10 +297,14 @@ def parse_arms(text: str) -> list[str]:
 
 
 def _with_hot_tier(config: EngineConfig, work: Work, token_bytes: int) -> EngineConfig:
-    """Where no size is given: a quarter of what the work needs."""
+    """Where no size is given: a quarter of what the work needs.
+
+    With shared prefixes all of it, so that the requests that share one can run at once.
+    """
     if config.hot_gib is not None:
         return config
-    tokens = max(work.kv_tokens / _CONTEXTS_PER_HOT, work.longest_context + 64, 320)
+    needed = work.kv_tokens if work.prefixes else work.kv_tokens / _CONTEXTS_PER_HOT
+    tokens = max(needed, work.longest_context + 64, 320)
     blocks = -(-int(tokens) // config.block_size)
     return replace(config, hot_gib=(blocks + 0.5) * config.block_size * token_bytes / GIB)
 

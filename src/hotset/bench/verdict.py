@@ -2,7 +2,10 @@
 
 from hotset.bench.result import ArmRun, BenchResult
 
-_NOISE = 0.02  # ratios within it are no difference
+# Relative differences that mean nothing: between single runs, and at least between several.
+_NOISE_OF_ONE = 0.05
+_LEAST_NOISE = 0.02
+_MOST_NOISE = 0.25  # with more than that, nothing can be said
 
 
 def verdict(result: BenchResult) -> str:
@@ -24,26 +27,28 @@ def verdict(result: BenchResult) -> str:
         f"`{best.arm}` {took} {result.time_s(best):.2f} s{each} and `hot` "
         f"{'in ' if result.is_open_loop else ''}{result.time_s(hot):.2f} s"
     )
-    if overlap := _overlap(result, best.arm):
-        return f"No verdict: {times}, but {overlap}."
-    if ratio > 1 + _NOISE:
-        return f"Tiering paid: {times}, {ratio:.2f} times as fast, because {_gain(hot, best)}."
-    if ratio >= 1 - _NOISE:
+    noise = _noise(result, best.arm)
+    if abs(ratio - 1) > noise:
+        if ratio > 1:
+            return f"Tiering paid: {times}, {ratio:.2f} times as fast, because {_gain(hot, best)}."
+        return f"Tiering cost {1 - ratio:.0%}: {times}, because {_no_gain(hot, best)}."
+    if noise > _MOST_NOISE:
         return (
-            f"Tiering made no difference: {times} ({ratio:.3f}, within 2 %), because "
-            f"{_no_gain(hot, best)}."
+            f"No verdict: {times}, but runs of the same arm differ by up to {noise:.0%}: repeat "
+            "on a quiet machine."
         )
-    return f"Tiering cost {1 - ratio:.0%}: {times}, because {_no_gain(hot, best)}."
+    return (
+        f"Tiering made no difference: {times} (ratio {ratio:.3f}, within the {noise:.0%} that "
+        f"runs differ by), because {_no_gain(hot, best)}."
+    )
 
 
-def _overlap(result: BenchResult, arm: str) -> str:
-    """Says so where runs of one arm differ more than the arms do."""
-    hot, other = sorted(result.times_s("hot")), sorted(result.times_s(arm))
-    slower, faster = (hot, other) if hot[-1] > other[-1] else (other, hot)
-    spread = max(hot[-1] / hot[0], other[-1] / other[0])
-    if spread <= 1 + _NOISE or slower[0] > faster[-1]:
-        return ""
-    return f"runs of the same arm differ by up to {spread:.2f} times: repeat on a quiet machine"
+def _noise(result: BenchResult, arm: str) -> float:
+    """How far runs of one arm are apart, at most; an assumption where each was run once."""
+    all_times = [result.times_s(name) for name in ("hot", arm)]
+    if min(len(times) for times in all_times) < 2:
+        return _NOISE_OF_ONE
+    return max(_LEAST_NOISE, *(max(times) / min(times) - 1 for times in all_times))
 
 
 def _without_comparison(result: BenchResult, tiered: list[str]) -> str:

@@ -359,9 +359,9 @@ def prefix_work(work: Work) -> Work:
 
 
 def filler(num_tokens: int, max_context: int, vocab_size: int) -> Work:
-    """Unshared prompts of `num_tokens` tokens together, to push all else out of a tier."""
-    length = max(1, min(2048, max_context - 2))
-    count = max(1, -(-num_tokens // length))
+    """Unshared prompts of about `num_tokens` tokens together, to push all else out of a tier."""
+    count = -(-num_tokens // max(1, min(2048, max_context - 2)))
+    length = -(-num_tokens // count)
     spec = Spec("unshared", users=count, first_tokens=length, output_tokens=1, seed=7)
     return make_work(spec, vocab_size)
 
