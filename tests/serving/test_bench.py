@@ -2,13 +2,20 @@
 
 import gc
 import json
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import uvicorn
 from click.testing import CliRunner
 from servers import running_server
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from hotset.bench.campaign import Order, Target, run_bench
 from hotset.bench.result import BenchResult
@@ -198,6 +205,52 @@ def test_the_same_work_goes_to_a_server_over_http() -> None:
         assert "HTTP 400" in (refused.first_error or "")
     with pytest.raises(HotsetError, match="cannot be reached"):
         run(None, [], SPEC, target=target)
+
+
+def test_answers_are_sent_back_where_a_server_returns_their_ids() -> None:
+    """As vLLM does with `return_token_ids`."""
+    bodies: list[dict[str, Any]] = []
+
+    async def models(request: Request) -> JSONResponse:
+        return JSONResponse({"data": [{"id": "org/llama-3.1-8b"}]})
+
+    async def completions(request: Request) -> Response:
+        body = await request.json()
+        ids = [7000 + i for i in range(body["max_tokens"])]
+        if not body["stream"]:
+            return JSONResponse({"choices": [{"text": "x", "token_ids": ids}]})
+        bodies.append(body)
+        events: list[dict[str, Any]] = [
+            {"choices": [{"text": "", "token_ids": [token]}]} for token in ids
+        ]
+        events.append({"choices": [], "usage": {"completion_tokens": len(ids)}})
+        lines = [f"data: {json.dumps(event)}\n\n" for event in events]
+        return Response("".join([*lines, "data: [DONE]\n\n"]), media_type="text/event-stream")
+
+    app = Starlette(
+        routes=[
+            Route("/v1/models", models),
+            Route("/v1/completions", completions, methods=["POST"]),
+        ]
+    )
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        (one,) = run(None, [], SPEC, target=Target(url)).runs
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        listener.close()
+    assert one.is_complete and one.notes == []
+    by_length = sorted(bodies[-18:], key=lambda body: len(body["prompt"]))
+    assert [len(body["prompt"]) for body in by_length] == [64] * 6 + [88] * 6 + [112] * 6
+    first = {tuple(body["prompt"]) for body in by_length[:6]}
+    for body in by_length[6:]:
+        assert tuple(body["prompt"][:64]) in first
+        assert body["prompt"][64:72] == list(range(7000, 7008))
 
 
 def test_the_command_writes_table_json_and_page(tiny: str, tmp_path: Path) -> None:
