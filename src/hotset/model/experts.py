@@ -2,7 +2,7 @@
 
 The tokens are sorted by expert and counted, and every product runs over the rows that an expert
 really got: no capacity, no padding, no dropped token. Source: Huang et al., "Toward Efficient
-Inference for Mixture of Experts", NeurIPS 2024, section 5.
+Inference for Mixture of Experts", NeurIPS 2024.
 """
 
 import itertools

@@ -1,7 +1,8 @@
 """Which device holds which experts of a layer, chosen from how they were used before.
 
 Source: Huang et al., "Toward Efficient Inference for Mixture of Experts", NeurIPS 2024, load
-balancing: greedy by load, and with experts that are busy at the same time kept apart.
+balancing: greedy by load, and with experts that are busy at the same time kept apart. How the two
+are weighed against each other is ours; see `place`.
 """
 
 from collections.abc import Sequence
