@@ -33,7 +33,7 @@ def page(result: BenchResult) -> str:
     body = [
         f"<h1>{escape(result.title)}</h1>",
         f'<p class="dim">{" &middot; ".join(escape(part) for part in about)}</p>',
-        f'<p class="verdict">{escape(result.verdict)}</p>',
+        f'<p class="verdict">{escape(result.verdict.replace("`", ""))}</p>',
         _failures(result),
         _tiles(result),
         _section("Throughput", _throughput(runs, styles)),
@@ -74,7 +74,7 @@ def _tiles(result: BenchResult) -> str:
     ]
     ratio = result.ratio(best.arm)
     if ratio is not None and best.arm != "hot":
-        tiles.insert(0, (f"{ratio:.2f}x", f"{best.arm} as fast as hot"))
+        tiles.insert(0, (f"{ratio:.2f}", f"times as fast as hot: {best.arm}"))
     if best.latency("ttft_s", "mean") is not None:
         tiles.append((f"{best.latency('ttft_s', 'mean'):.2f} s", f"mean TTFT, {best.arm}"))
     if best.engine:
