@@ -141,7 +141,8 @@ def text(result: BenchResult) -> str:
     repeats = max((len(result.times_s(arm)) for arm in result.arms), default=0)
     head = [
         result.title,
-        f"seed {result.asked['workload'].get('seed')}; {' + '.join(where)}; commit {machine['commit'] or 'unknown'}; "
+        f"seed {result.asked['workload'].get('seed')}; {' + '.join(where)}; "
+        f"commit {machine['commit'] or 'unknown'}; "
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
     ]
     if repeats > 1:
