@@ -21,13 +21,17 @@ def make_engine(
     block_size: int = 4,
     seed: int = 0,
     overlap: bool | None = None,
+    kv_bytes: int = 4,
     **changes: Any,
 ) -> Engine:
-    """An engine over a tiny model, its tiers sized in blocks. The caller closes it."""
+    """An engine over a tiny model, its tiers sized in blocks of values of `kv_bytes` bytes.
+
+    The caller closes it.
+    """
     model = make_model(family, seed=seed).to(changes.get("device", "cpu"))
     config = model.config
     head_dim = 24 if family == "deepseek_v3" else config.head_dim
-    token_bytes = 2 * config.num_key_value_heads * head_dim * 4 * config.num_hidden_layers
+    token_bytes = 2 * config.num_key_value_heads * head_dim * kv_bytes * config.num_hidden_layers
     block_bytes = token_bytes * block_size
     slot_bytes = -(-block_bytes // 4096) * 4096
     options = {

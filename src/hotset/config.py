@@ -10,6 +10,7 @@ from hotset.errors import ConfigError
 GIB = 2**30
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+KVDType = Literal["auto", "fp8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,8 @@ class EngineConfig:
         model: a folder, a GGUF file, a hub id, or None for the small default model.
         device: `auto`, `cpu` or `cuda`.
         dtype: of weights and KV; `auto` is float32 on the CPU and the checkpoint's on a GPU.
+        kv_dtype: of stored keys and values; `auto` is `dtype`, `fp8` is 8-bit floats (e4m3), with
+            the scales of the checkpoint where it has some: half the bytes, and not exact.
         hot_gib: KV memory on the device, in GiB; None takes what is left beside the weights.
         host_gib: host tier for KV, in GiB; 0 is none.
         disk_gib: disk tier for KV, in GiB; 0 is none.
@@ -45,6 +48,7 @@ class EngineConfig:
     model: str | None = None
     device: str = "auto"
     dtype: DType = "auto"
+    kv_dtype: KVDType = "auto"
     hot_gib: float | None = None
     host_gib: float = 0.0
     disk_gib: float = 0.0
@@ -67,6 +71,7 @@ class EngineConfig:
             if not ok:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
 
+        check(self.kv_dtype in ("auto", "fp8"), "kv_dtype", "auto or fp8")
         check(self.hot_gib is None or 0 < self.hot_gib < math.inf, "hot_gib", "a size above 0 GiB")
         check(0 <= self.host_gib < math.inf, "host_gib", "0 (none) or a size in GiB")
         check(0 <= self.disk_gib < math.inf, "disk_gib", "0 (none) or a size in GiB")

@@ -64,7 +64,9 @@ def choose_hardware(name: str | None, gpu_name: str | None) -> Hardware | None:
     return None
 
 
-def make_cost_model(config: dict[str, Any], name: str, dtype: str, hardware: Hardware) -> CostModel:
+def make_cost_model(
+    config: dict[str, Any], name: str, dtype: str, hardware: Hardware, *, kv_dtype: str = "auto"
+) -> CostModel:
     """The cost model of a loaded model on one device.
 
     Raises:
@@ -74,7 +76,8 @@ def make_cost_model(config: dict[str, Any], name: str, dtype: str, hardware: Har
     if plain is None:
         raise PlanError(f"the planner does not know dtype {dtype}")
     shape = shape_from_config(config, name).with_weights(plain)
-    return CostModel(shape, hardware, Layout(tp=1), plain, Calibration(), Routing())
+    kv = plain if kv_dtype == "auto" else kv_dtype
+    return CostModel(shape, hardware, Layout(tp=1), kv, Calibration(), Routing())
 
 
 def _ttft_s(wall_s: float, prefill_s: float, running: float, *, is_burst: bool) -> float:

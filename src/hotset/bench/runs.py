@@ -24,7 +24,7 @@ from hotset.errors import ConfigError, HotsetError, PlanError
 from hotset.memory.budget import available_host_bytes
 from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
-from hotset.model.loader import LoadedModel
+from hotset.model.loader import LoadedModel, resolve_kv_dtype
 from hotset.model.runner import inspect_model
 from hotset.plan.cost import CostModel
 
@@ -88,7 +88,8 @@ class Bench:
         self._vocab_size: int = model.config.get_text_config().vocab_size
         max_context = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
         self.work = make_work(spec, self._vocab_size, max_context=max_context)
-        token_bytes = inspect_model(model).bytes_per_token
+        kv_dtype = resolve_kv_dtype(config.kv_dtype, model.device)
+        token_bytes = inspect_model(model, kv_dtype).bytes_per_token
         is_tiered = spec.workload != "unshared"  # that one is about what fits
         self._config = _with_hot_tier(config, self.work, token_bytes) if is_tiered else config
         self._block_bytes = token_bytes * config.block_size
@@ -101,6 +102,7 @@ class Bench:
         return {
             "model": self._loaded.name,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "kv_dtype": self._config.kv_dtype,
             "device": str(model.device),
             "hot_gib": self._config.hot_gib,
         }
@@ -254,7 +256,13 @@ class Bench:
             return None
         dtype = str(model.dtype).removeprefix("torch.")
         try:
-            return make_cost_model(model.config.to_dict(), self._loaded.name, dtype, hardware)
+            return make_cost_model(
+                model.config.to_dict(),
+                self._loaded.name,
+                dtype,
+                hardware,
+                kv_dtype=self._config.kv_dtype,
+            )
         except PlanError as error:
             self.notes.append(f"no prediction: {error}")
             return None

@@ -40,6 +40,11 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         "Of weights and KV; auto is float32 on the CPU, the checkpoint's own on a GPU.",
     ),
     _option(
+        "kv_dtype",
+        click.Choice(["auto", "fp8"]),
+        "Of stored KV; auto is the dtype above, fp8 takes half of its bytes and is not exact.",
+    ),
+    _option(
         "hot_gib", float, "KV memory beside the chip, in GiB.  [default: what the weights leave]"
     ),
     _option("host_gib", float, "Host memory for KV, in GiB; 0 is none."),

@@ -26,7 +26,7 @@ from hotset.memory.transfer import TierStack, make_copier
 from hotset.metrics import Metrics
 from hotset.model.cpu_linear import pack_linears
 from hotset.model.experts import pack_experts
-from hotset.model.loader import LoadedModel
+from hotset.model.loader import LoadedModel, resolve_kv_dtype
 from hotset.model.runner import (
     ModelRunner,
     choose_backend,
@@ -99,7 +99,8 @@ class Engine:
         self._overlap = model.device.type == "cuda" if overlap is None else overlap
         self._in_flight: _StepInFlight | None = None
         self._num_host_bound = 0
-        layout = inspect_model(model)
+        layout = inspect_model(model, resolve_kv_dtype(config.kv_dtype, model.device))
+        kv_scales = loaded.kv_scales if layout.kv_dtype != layout.dtype else None
         pack_linears(model)
         pack_experts(model)
         self.budget = make_budget(
@@ -118,14 +119,16 @@ class Engine:
             layout.kv_shapes,
             num_blocks=self.budget.device_blocks + 1,  # the last one is for rows of padding
             block_size=config.block_size,
-            dtype=layout.dtype,
+            dtype=layout.kv_dtype,
             device=model.device,
+            scales=kv_scales,
         )
         # What a stored block depends on: another value of any of these is another chain of keys.
         fingerprint = {
             "layout": _LAYOUT_VERSION,
             "weights": loaded.fingerprint,
             "dtype": str(layout.dtype),
+            "kv_dtype": f"{layout.kv_dtype} {kv_scales}",
             "block_size": str(config.block_size),
             "shape": str(layout.kv_shapes),
         }

@@ -19,9 +19,12 @@ def _store_kv(  # type: ignore[no-untyped-def]
     cache_stride_block,
     cache_stride_value,
     cache_stride_slot,
+    key_factor,
+    value_factor,
     NUM_VALUES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    IS_FP8: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(blocks + token) * cache_stride_block
@@ -31,6 +34,11 @@ def _store_kv(  # type: ignore[no-untyped-def]
     head, d = i // HEAD_DIM, i % HEAD_DIM
     k = tl.load(key + token * key_stride_token + head * key_stride_head + d, mask=inside)
     v = tl.load(value + token * value_stride_token + head * value_stride_head + d, mask=inside)
+    if IS_FP8:  # the conversion of some GPUs turns what is too large into NaN
+        k = k.to(tl.float32) * key_factor
+        v = v.to(tl.float32) * value_factor
+        k = tl.clamp(k, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+        v = tl.clamp(v, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
     tl.store(cache + slot + i, k, mask=inside)
     tl.store(cache + slot + cache_stride_value + i, v, mask=inside)
 
@@ -41,6 +49,9 @@ def store_kv(
     cache: torch.Tensor,
     blocks: torch.Tensor,
     offsets: torch.Tensor,
+    *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """Write one layer's new keys and values into their slots, in place.
 
@@ -50,10 +61,14 @@ def store_kv(
         key: `[H, T, D]`, the last dimension contiguous.
         value: `[H, T, D]`, likewise.
         cache: `[num_blocks, 2, block_size, H, D]`, the last two dimensions contiguous. Mutated.
+            Of the dtype of `key`, or float8_e4m3fn.
         blocks: `[T]` int64, contiguous.
         offsets: `[T]` int64, contiguous. Slots must be distinct, but for those that nobody reads.
+        key_scale: in an 8-bit cache, `key / key_scale` is stored, saturated; of no effect in
+            others.
+        value_scale: likewise.
 
-    Cost: 4 * T * H * D * itemsize bytes of memory traffic, bound by bandwidth.
+    Cost: each value read and written once, bound by bandwidth.
     Reference: `tests/kernel/test_store_kv.py`, bit-exact.
     """
     num_heads, num_tokens, head_dim = key.shape
@@ -71,7 +86,10 @@ def store_kv(
         cache.stride(0),
         cache.stride(1),
         cache.stride(2),
+        1 / key_scale,
+        1 / value_scale,
         NUM_VALUES=num_values,
         HEAD_DIM=head_dim,
         WIDTH=triton.next_power_of_2(num_values),
+        IS_FP8=cache.dtype == torch.float8_e4m3fn,
     )

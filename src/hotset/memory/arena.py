@@ -24,6 +24,15 @@ class DeviceArena:
 
     `[num_blocks, sum over layers of 2 * block_size * num_kv_heads * head_dim]`; for equal layers
     that is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
+
+    Args:
+        layers: what each layer caches.
+        num_blocks: in the pool.
+        block_size: tokens of a block.
+        dtype: of the stored values.
+        device: where they are.
+        scales: for each layer, what its stored keys and its stored values have to be multiplied
+            with; None is 1.
     """
 
     def __init__(
@@ -34,6 +43,7 @@ class DeviceArena:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        scales: Sequence[tuple[float, float]] | None = None,
     ) -> None:
         sizes = [2 * block_size * layer.num_kv_heads * layer.head_dim for layer in layers]
         # Zeros: attention may read slots of a block that were never written, under a mask, and
@@ -42,6 +52,7 @@ class DeviceArena:
         self.block_bytes = sum(sizes) * dtype.itemsize
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.scales = [(1.0, 1.0)] * len(layers) if scales is None else list(scales)
         self.layers: list[torch.Tensor] = []
         start = 0
         for layer, size in zip(layers, sizes, strict=True):

@@ -16,6 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena, LayerShape
 from hotset.model.batch import Batch, Inputs, SequenceSpan
+from hotset.model.fp8 import FP8, to_fp8
 
 IMPLEMENTATION = "hotset"
 
@@ -135,6 +136,7 @@ class LayerAttention:
     sliding_window: int | None
     softcap: float | None
     has_sinks: bool
+    dtype: torch.dtype
 
 
 class ProbeAttention:
@@ -170,6 +172,7 @@ class ProbeAttention:
             sliding_window=sliding_window,
             softcap=softcap,
             has_sinks=sinks is not None,
+            dtype=query.dtype,
         )
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
 
@@ -219,17 +222,25 @@ class PagedAttention:
         cache = self._arena.layers[layer]  # [num_blocks, 2, block_size, H_kv, D]
         num_kv_heads, head_dim = cache.shape[3:]
         value_dim = value.shape[-1]
+        key_scale, value_scale = self._arena.scales[layer]
+        is_fp8 = cache.dtype == FP8
+        if is_fp8:  # moved as bytes: not every indexing operation knows 8-bit floats
+            cache = cache.view(torch.uint8)
+            key = to_fp8(key, key_scale).view(torch.uint8)
+            value = to_fp8(value, value_scale).view(torch.uint8)
         cache[:, 0, :, :, : key.shape[-1]][self._slots] = key.transpose(0, 1)
         cache[:, 1, :, :, :value_dim][self._slots] = value.transpose(0, 1)
 
         num_heads, num_tokens, query_dim = query.shape
         output = query.new_empty(num_tokens, num_heads, value_dim)
         keys, values = cache[:, 0].flatten(1), cache[:, 1].flatten(1)  # strided rows, no copy
-        for group in self._groups_for(sliding_window):
+        for group in self._groups_for(sliding_window, query.dtype):
             r = group.num_sequences
             gathered = (r, -1, num_kv_heads, head_dim)
             k = keys.index_select(0, group.table).view(gathered).transpose(1, 2)
             v = values.index_select(0, group.table).view(gathered).transpose(1, 2)
+            if is_fp8:
+                k, v = k.view(FP8).to(query.dtype), v.view(FP8).to(query.dtype)
             q = (
                 query[:, group.tokens].view(num_heads, r, -1, query_dim).transpose(0, 1)
             )  # [R, H, Q, D]
@@ -238,14 +249,15 @@ class PagedAttention:
                 k[..., :query_dim],
                 v[..., :value_dim],
                 group.mask,
-                scaling=scaling,
+                scaling=scaling * key_scale,
                 softcap=softcap,
                 sinks=sinks,
             )
+            out = out if value_scale == 1 else out * value_scale
             output[group.tokens] = out.transpose(1, 2).flatten(0, 1)
         return output
 
-    def _groups_for(self, window: int | None) -> list[_Group]:
+    def _groups_for(self, window: int | None, dtype: torch.dtype) -> list[_Group]:
         if window not in self._groups:
             decodes = sorted(
                 (s for s in self._sequences if s.num_tokens == 1), key=lambda s: s.context_len
@@ -259,10 +271,12 @@ class PagedAttention:
                 pending.append(seq)
             if pending:
                 groups.append(pending)
-            self._groups[window] = [self._make_group(group, window) for group in groups]
+            self._groups[window] = [self._make_group(group, window, dtype) for group in groups]
         return self._groups[window]
 
-    def _make_group(self, group: Sequence[SequenceSpan], window: int | None) -> _Group:
+    def _make_group(
+        self, group: Sequence[SequenceSpan], window: int | None, dtype: torch.dtype
+    ) -> _Group:
         size, device = self._arena.block_size, self._arena.storage.device
         num_queries = group[0].num_tokens
         context = torch.tensor([s.context_len for s in group], device=device)
@@ -286,7 +300,7 @@ class PagedAttention:
         rows = torch.tensor([s.start for s in group], device=device)[:, None] + torch.arange(
             num_queries, device=device
         )
-        bias = torch.zeros_like(mask, dtype=self._arena.storage.dtype)
+        bias = torch.zeros_like(mask, dtype=dtype)
         bias.masked_fill_(~mask, -torch.inf)
         return _Group(rows.flatten(), len(group), table.flatten(), bias.unsqueeze(1))
 

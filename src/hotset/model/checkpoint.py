@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import safetensors
 import torch
 import transformers
 
@@ -25,6 +28,9 @@ FULL_HASH_BYTES = 4 * 2**30  # checkpoints up to this size are hashed byte for b
 HASH_CHUNK_BYTES = 64 * 2**20
 HASH_STRIDE_BYTES = 2**20
 HASH_SAMPLE_BYTES = 16 * 2**10
+
+# As compressed-tensors, vLLM and ModelOpt write them.
+KV_SCALE_NAME = re.compile(r"\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.|)([kv])_scale$")
 
 
 def load_folder(
@@ -161,6 +167,34 @@ def _weight_files(folder: Path) -> list[Path]:
             f"first {absent[0]}"
         )
     return files
+
+
+def kv_scales(source: Path, num_layers: int) -> tuple[tuple[float, float], ...] | None:
+    """What each layer's keys and values were divided by when the checkpoint was calibrated.
+
+    They are scalars of names such as `model.layers.0.self_attn.k_scale`.
+
+    Returns:
+        A (key scale, value scale) for each layer, 1 for what is not named; None where none is.
+
+    Raises:
+        ModelError: a scale is not a number above 0.
+    """
+    if source.is_file():
+        return None
+    found: dict[tuple[int, str], float] = {}
+    for file in _weight_files(source):
+        with safetensors.safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # it is no dictionary
+                if not (match := KV_SCALE_NAME.search(name)):
+                    continue
+                scale = tensors.get_tensor(name).float()
+                if scale.numel() != 1 or not 0 < scale.item() < math.inf:
+                    raise ModelError(f"{source}: {name} is {scale.tolist()}, expected one above 0")
+                found[int(match[1]), match[2]] = scale.item()
+    if not found:
+        return None
+    return tuple((found.get((i, "k"), 1.0), found.get((i, "v"), 1.0)) for i in range(num_layers))
 
 
 def fingerprint(source: Path) -> str:

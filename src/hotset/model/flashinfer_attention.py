@@ -19,7 +19,7 @@ _HEAD_DIMS = (64, 128, 256)
 def why_unsupported(layers: Sequence[LayerAttention], dtype: torch.dtype) -> str | None:
     """What keeps FlashInfer from running these layers, or None where it can."""
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"KV of {dtype}"
+        return f"queries of {dtype}"
     for layer in layers:
         if layer.has_sinks:
             return "attention sinks"
@@ -38,6 +38,7 @@ class _Kind:
     scaling: float
     window: int | None
     softcap: float | None
+    dtype: torch.dtype  # of queries and outputs; that of the cache may be narrower
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +83,16 @@ class FlashInferBackend:
                 layer.scaling,
                 layer.sliding_window,
                 layer.softcap,
+                layer.dtype,
             )
             for layer in layers
         ]
         # [num_blocks, block_size, H_kv, D] for each layer
         self.caches = [(cache[:, 0], cache[:, 1]) for cache in arena.layers]
+        self.scales: list[dict[str, float]] = [  # options of a run
+            {} if scales == (1.0, 1.0) else {"k_scale": scales[0], "v_scale": scales[1]}
+            for scales in arena.scales
+        ]
         # Kernels run one after another, so all can use one; FlashInfer wants zeros at first.
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
         self._decode: dict[_Kind, Any] = {}
@@ -145,9 +151,9 @@ class FlashInferBackend:
         output = torch.empty_like(query) if output is None else output
         n, end = self._num_decodes, self._num_tokens
         if n:
-            self._decode[kind].run(query[:n], cache, out=output[:n])
+            self._decode[kind].run(query[:n], cache, out=output[:n], **self.scales[layer])
         if n < end:
-            self._prefill[kind].run(query[n:end], cache, out=output[n:end])
+            self._prefill[kind].run(query[n:end], cache, out=output[n:end], **self.scales[layer])
         return output
 
     def plan_decode(self, wrappers: dict[_Kind, Any], sequences: Sequence[SequenceSpan]) -> None:
@@ -191,13 +197,12 @@ class FlashInferBackend:
         self._planned.record()
 
     def _options(self, kind: _Kind) -> dict[str, Any]:
-        dtype = self.arena.storage.dtype
         return {
             "sm_scale": kind.scaling,
             "window_left": -1 if kind.window is None else kind.window - 1,
             "logits_soft_cap": kind.softcap,
-            "q_data_type": dtype,
-            "kv_data_type": dtype,
+            "q_data_type": kind.dtype,
+            "kv_data_type": self.arena.storage.dtype,
         }
 
 
@@ -260,7 +265,16 @@ class FlashInferAttention:
     ) -> torch.Tensor:
         """Store the step's keys and values, then attend. See `attention.Attention`."""
         cache, inputs = self._backend.arena.layers[layer], self._inputs
-        self._backend.store_kv(key, value, cache, inputs.blocks, inputs.offsets)
+        key_scale, value_scale = self._backend.arena.scales[layer]
+        self._backend.store_kv(
+            key,
+            value,
+            cache,
+            inputs.blocks,
+            inputs.offsets,
+            key_scale=key_scale,
+            value_scale=value_scale,
+        )
         return self._run(layer, query.transpose(0, 1).contiguous())
 
 
@@ -302,5 +316,5 @@ class StaticDecode:
     def _run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         backend = self._backend
         wrapper = self._wrappers[backend.kinds[layer]]
-        output: torch.Tensor = wrapper.run(query, backend.caches[layer])
+        output: torch.Tensor = wrapper.run(query, backend.caches[layer], **backend.scales[layer])
         return output

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hotset.errors import ConfigError, ModelError, PlanError
 from hotset.memory.budget import available_host_bytes
 from hotset.model import checkpoint, default_model
+from hotset.model.fp8 import FP8
 from hotset.plan.catalog import find_config
 
 HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "*.tiktoken"]
@@ -35,6 +36,8 @@ class LoadedModel:
         fingerprint: 32 hex digits that change when the config or the weights do; see `checkpoint`.
         eos_token_ids: ids that end an answer, in no particular order.
         max_model_len: the longest context the model was made for, in tokens.
+        kv_scales: for each layer, what keys and values divided by fit 8-bit floats best; None where
+            the checkpoint does not say.
     """
 
     model: Any
@@ -43,6 +46,7 @@ class LoadedModel:
     fingerprint: str
     eos_token_ids: tuple[int, ...]
     max_model_len: int
+    kv_scales: tuple[tuple[float, float], ...] | None = None
 
     def require_tokenizer(self) -> Any:
         """Return the tokenizer, or raise ModelError where there is none."""
@@ -84,6 +88,7 @@ def load_model(name: str | None, *, device: str, dtype: str) -> LoadedModel:
         fingerprint=checkpoint.fingerprint(source),
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=_max_model_len(model, tokenizer, short_name),
+        kv_scales=checkpoint.kv_scales(source, model.config.get_text_config().num_hidden_layers),
     )
 
 
@@ -171,6 +176,26 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
     if dtype not in names:
         raise ConfigError(f"dtype is {dtype!r}; expected auto, {', '.join(names)}")
     return names[dtype]
+
+
+def resolve_kv_dtype(kv_dtype: str, device: torch.device) -> torch.dtype | None:
+    """What keys and values are stored in; None is the model's dtype.
+
+    Raises:
+        ConfigError: the GPU has no such numbers.
+    """
+    if kv_dtype == "auto":
+        return None
+    _require_fp8("kv_dtype", device)
+    return FP8
+
+
+def _require_fp8(option: str, device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(
+            f"{option} is fp8, which {torch.cuda.get_device_name(device)} does not compute with; "
+            "expected a GPU of compute capability 8.9 (Ada, Hopper) or more: leave it out"
+        )
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -42,6 +42,7 @@ class ModelLayout:
 
     layers: tuple[LayerAttention, ...]
     dtype: torch.dtype
+    kv_dtype: torch.dtype
 
     @property
     def kv_shapes(self) -> tuple[LayerShape, ...]:
@@ -52,11 +53,15 @@ class ModelLayout:
     def bytes_per_token(self) -> int:
         """KV bytes of one token over all layers."""
         values = sum(2 * shape.num_kv_heads * shape.head_dim for shape in self.kv_shapes)
-        return values * self.dtype.itemsize
+        return values * self.kv_dtype.itemsize
 
 
-def inspect_model(model: PreTrainedModel) -> ModelLayout:
+def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -> ModelLayout:
     """Switch `model` to paged attention and find out what it caches, by running two tokens.
+
+    Args:
+        model: in eval mode, on its device.
+        kv_dtype: of the stored keys and values; None is that of the model.
 
     Raises:
         ModelError: the model cannot run over a paged KV cache; says which part of it and why.
@@ -99,7 +104,8 @@ def inspect_model(model: PreTrainedModel) -> ModelLayout:
             raise ModelError(
                 f"{name}: layer {layer} is {layer_type} but its window does not say so"
             )
-    return ModelLayout(tuple(probe.layers[i] for i in range(num_layers)), model.dtype)
+    layers = tuple(probe.layers[i] for i in range(num_layers))
+    return ModelLayout(layers, model.dtype, kv_dtype or model.dtype)
 
 
 def weights_bytes(model: PreTrainedModel) -> int:
