@@ -27,6 +27,13 @@ class EngineConfig:
         host_gib: host tier for KV, in GiB; 0 is none.
         disk_gib: disk tier for KV, in GiB; 0 is none.
         disk_path: folder of the disk tier; None is the platform's cache folder.
+        expert_slots: experts of a Mixture-of-Experts model that each layer keeps on the device; the
+            others are in host memory. None, and no `expert_gib`, is all.
+        expert_gib: the same by size: device memory for all experts, in GiB.
+        expert_plan: how the others come: `cache` copies those that a step needs into slots,
+            `stream` all of them while the layer before computes; `auto` streams steps of so many
+            tokens that they are expected to need more experts than there are slots.
+        expert_eviction: which expert leaves a slot; see `memory.expert_cache.SlotTable`.
         block_size: tokens a KV block holds.
         max_num_seqs: most requests in one step.
         max_num_batched_tokens: token budget of one step, over prefill and decode.
@@ -53,6 +60,10 @@ class EngineConfig:
     host_gib: float = 0.0
     disk_gib: float = 0.0
     disk_path: Path | None = None
+    expert_slots: int | None = None
+    expert_gib: float | None = None
+    expert_plan: Literal["auto", "cache", "stream"] = "auto"
+    expert_eviction: Literal["least-stale", "lru", "lfu", "lifo"] = "least-stale"
     block_size: int = 16
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -75,6 +86,12 @@ class EngineConfig:
         check(self.hot_gib is None or 0 < self.hot_gib < math.inf, "hot_gib", "a size above 0 GiB")
         check(0 <= self.host_gib < math.inf, "host_gib", "0 (none) or a size in GiB")
         check(0 <= self.disk_gib < math.inf, "disk_gib", "0 (none) or a size in GiB")
+        check(self.expert_slots is None or self.expert_slots >= 1, "expert_slots", "1 or more")
+        check(
+            self.expert_gib is None or 0 < self.expert_gib < math.inf,
+            "expert_gib",
+            "a size above 0 GiB",
+        )
         check(1 <= self.block_size <= 1024, "block_size", "1 to 1024 tokens")
         check(self.max_num_seqs >= 1, "max_num_seqs", "1 or more")
         check(self.max_num_batched_tokens >= 1, "max_num_batched_tokens", "1 or more")
@@ -92,8 +109,33 @@ class EngineConfig:
                 f"rotation_s is {self.rotation_s} but host_gib is 0; give the host tier a size for "
                 "the KV of those that wait, or leave rotation_s out"
             )
+        self._check_experts()
         if self.disk_path is not None and self.disk_gib == 0:
             raise ConfigError(
                 f"disk_path is {str(self.disk_path)!r} but disk_gib is 0; "
                 "give disk_gib a size, or leave disk_path out"
+            )
+
+    @property
+    def buffers_experts(self) -> bool:
+        """Whether experts are bounded on the device, and the others kept in host memory."""
+        return self.expert_slots is not None or self.expert_gib is not None
+
+    def _check_experts(self) -> None:
+        if self.expert_slots is not None and self.expert_gib is not None:
+            raise ConfigError(
+                f"expert_slots is {self.expert_slots} and expert_gib is {self.expert_gib}; "
+                "give one of them"
+            )
+        for name, default in (("expert_plan", "auto"), ("expert_eviction", "least-stale")):
+            value = getattr(self, name)
+            if value != default and not self.buffers_experts:
+                raise ConfigError(
+                    f"{name} is {value!r}, which does nothing while all experts are on the device; "
+                    "give expert_slots or expert_gib, or leave it out"
+                )
+        if self.expert_plan == "stream" and self.expert_eviction != "least-stale":
+            raise ConfigError(
+                f"expert_eviction is {self.expert_eviction!r}, but the plan stream evicts nothing; "
+                "leave one of them out"
             )

@@ -22,5 +22,8 @@ class Metrics:
     spilled_blocks: int = 0
     fetched_blocks: int = 0
     moved_bytes: Counter[str] = field(default_factory=Counter)  # by direction, "device>host"
+    expert_hits: int = 0  # experts that a layer needed and that had a slot
+    expert_misses: int = 0  # and that had none
+    expert_bytes: int = 0  # of experts, to the device
     refetched_bytes: int = 0  # to the device, again for a request that lost them to preemption
     faults: Counter[str] = field(default_factory=Counter)  # by kind

@@ -134,9 +134,19 @@ def _load(order: Order, say: Say) -> LoadedModel:
     start_s = time.perf_counter()
     if order.dummy_weights:
         name = config.model or _DUMMY_MODEL
-        loaded = load_dummy(name, device=config.device, dtype=config.dtype)
+        loaded = load_dummy(
+            name,
+            device=config.device,
+            dtype=config.dtype,
+            experts_on_host=config.buffers_experts,
+        )
     else:
-        loaded = load_model(config.model, device=config.device, dtype=config.dtype)
+        loaded = load_model(
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            experts_on_host=config.buffers_experts,
+        )
     kind = "random weights" if order.dummy_weights else "weights"
     say.line(
         f"{loaded.name}: {kind}, {loaded.model.dtype} on {loaded.model.device}, "

@@ -54,6 +54,22 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         click.Path(file_okay=False, path_type=Path),
         "Folder of the disk tier.  [default: in the platform's cache folder]",
     ),
+    _option(
+        "expert_slots",
+        int,
+        "Experts of a layer to keep beside the chip, the others in host memory.  [default: all]",
+    ),
+    _option("expert_gib", float, "The same by size: memory for experts beside the chip, in GiB."),
+    _option(
+        "expert_plan",
+        click.Choice(["auto", "cache", "stream"]),
+        "How other experts come: those a step needs, or all, ahead of it; auto by its tokens.",
+    ),
+    _option(
+        "expert_eviction",
+        click.Choice(["least-stale", "lru", "lfu", "lifo"]),
+        "Which expert makes room for another.",
+    ),
     _option("block_size", int, "Tokens a KV block holds."),
     _option("max_num_seqs", int, "Most requests in one step."),
     _option("max_num_batched_tokens", int, "Most tokens in one step."),

@@ -25,6 +25,7 @@ from hotset.memory.slab import slot_bytes_for
 from hotset.memory.transfer import TierStack, make_copier
 from hotset.metrics import Metrics
 from hotset.model.cpu_linear import pack_linears
+from hotset.model.expert_buffer import buffer_experts
 from hotset.model.experts import pack_experts
 from hotset.model.loader import LoadedModel, resolve_kv_dtype
 from hotset.model.runner import (
@@ -99,6 +100,8 @@ class Engine:
         self._overlap = model.device.type == "cuda" if overlap is None else overlap
         self._in_flight: _StepInFlight | None = None
         self._num_host_bound = 0
+        # Before anything runs the model: its experts may still be where they were loaded.
+        self._experts, experts_report = buffer_experts(model, config)
         layout = inspect_model(model, resolve_kv_dtype(config.kv_dtype, model.device))
         kv_scales = loaded.kv_scales if layout.kv_dtype != layout.dtype else None
         pack_linears(model)
@@ -106,7 +109,8 @@ class Engine:
         self.budget = make_budget(
             config,
             device=model.device.type,
-            weights_bytes=weights_bytes(model),
+            weights_bytes=weights_bytes(model)
+            + (self._experts.device_bytes if self._experts is not None else 0),
             workspace_bytes=workspace_bytes(
                 model, max_tokens=config.max_num_batched_tokens, max_seqs=config.max_num_seqs
             ),
@@ -172,6 +176,10 @@ class Engine:
             rotation_s=config.rotation_s,
         )
         self.report = self.budget.report(device=model.device.type, disk_path=disk_path)
+        if experts_report:
+            self.report += f"\n{experts_report}"
+        if self._experts is not None:
+            self._experts.reset_counts()  # those of the trials above
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count()
 
@@ -276,10 +284,23 @@ class Engine:
             self._commit(submitted)
             if not self._overlap:
                 self._collect()
-        return self._outputs.take()
+        outputs = self._outputs.take()
+        if not self.has_work:
+            self.count_experts()
+        return outputs
+
+    def count_experts(self) -> None:
+        """Bring the metrics of experts up to date; waits for the device."""
+        if self._experts is not None:
+            counts = self._experts.counts()
+            self.metrics.expert_hits = counts.hits
+            self.metrics.expert_misses = counts.misses
+            self.metrics.expert_bytes = counts.moved_bytes
 
     def close(self) -> None:
         """End the transfers and close the tiers."""
+        if self._experts is not None:
+            self._experts.close()
         if self._tiers is not None:
             self._tiers.close()
 

@@ -37,7 +37,12 @@ BuildEngine = Callable[[EngineConfig], tuple[Engine, LoadedModel]]
 
 def build_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
     """Load the model and set up the engine. Raises what either raises."""
-    loaded = load_model(config.model, device=config.device, dtype=config.dtype)
+    loaded = load_model(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        experts_on_host=config.buffers_experts,
+    )
     return Engine(config, loaded), loaded
 
 

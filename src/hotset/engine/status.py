@@ -62,6 +62,7 @@ class EngineStatus:
 
 def engine_status(engine: Engine, *, num_queued: int) -> EngineStatus:
     """Look at the engine; to be called from its thread. `num_queued` requests wait before it."""
+    engine.count_experts()
     scheduler = engine.scheduler
     users = [FETCHING if request.arriving else MOVING for request in scheduler.running]
     users += [PARKED if request.num_preemptions else WAITING for request in scheduler.waiting]

@@ -39,7 +39,7 @@ def use_dynamic_gating(model: PreTrainedModel) -> int:
     A model whose experts do not use transformers' experts interface, or hold quantised weights,
     is left to compute them as it does, and a warning says so. 0 for a model without experts.
     """
-    layers = _experts_layers(model)
+    layers = experts_layers(model)
     if layers and all(_is_plain(layer) for layer in layers):
         register()
         model.set_experts_implementation(IMPLEMENTATION)
@@ -62,10 +62,10 @@ def pack_experts(model: nn.Module) -> None:
     if not torch.backends.mkldnn.is_available():
         return
     with torch.inference_mode():
-        for layer in _experts_layers(model):
+        for layer in experts_layers(model):
             if layer.config._experts_implementation != IMPLEMENTATION:
                 continue
-            for name in (_up_name(layer), "down_proj"):
+            for name in (up_name(layer), "down_proj"):
                 weight = getattr(layer, name)
                 if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
                     continue
@@ -98,12 +98,16 @@ def dynamic_experts(
     Returns:
         `[T, H]`, dtype of `hidden_states`; a token's K rows are summed in the order of K.
     """
+    buffer = getattr(layer, "expert_buffer", None)
+    if buffer is not None:  # only some are on the device
+        out: torch.Tensor = buffer.forward(layer, hidden_states, top_k_index, top_k_weights)
+        return out
     num_tokens, top_k = top_k_index.shape
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)  # [T * K]
     experts = torch.arange(layer.num_experts, device=ids.device, dtype=ids.dtype)
     ends = torch.searchsorted(ids, experts, right=True, out_int32=True)  # [E]
     rows = hidden_states[order // top_k]
-    rows = _product(layer, _up_name(layer), rows, ids, ends)
+    rows = _product(layer, up_name(layer), rows, ids, ends)
     rows = layer._apply_gate(rows) if layer.has_gate else layer.act_fn(rows)
     rows = _product(layer, "down_proj", rows, ids, ends)
     if getattr(layer, "has_post_expert_norm", False):
@@ -124,7 +128,7 @@ def _product(
     """`[R, in]` rows sorted by expert to `[R, out]`; anything in rows beyond the last end."""
     out: torch.Tensor
     weight = getattr(layer, name)
-    if weight is None or not _has_grouped_kernel(weight):
+    if weight is None or not has_grouped_kernel(weight):
         out = _product_in_turn(layer, name, rows, ends)
         return out
     weight = weight if layer.is_transposed else weight.transpose(1, 2)  # [E, in, out]
@@ -134,7 +138,7 @@ def _product(
     return out
 
 
-def _has_grouped_kernel(weight: torch.Tensor) -> bool:
+def has_grouped_kernel(weight: torch.Tensor) -> bool:
     """Whether PyTorch has a kernel for it that does not read the counts on the host.
 
     For other dtypes `grouped_mm` is a loop on the host too, and it wants rows of 16 bytes.
@@ -184,13 +188,18 @@ def _matrix(layer: Experts, name: str, expert: int) -> torch.Tensor:
 
 
 def _pack(layer: Experts, name: str, expert: int) -> PackedLinear:
-    matrix = _matrix(layer, name, expert).contiguous()
+    return pack_matrix(_matrix(layer, name, expert))
+
+
+def pack_matrix(matrix: torch.Tensor) -> PackedLinear:
+    """Pack the `[out, in]` float32 weight of one expert."""
+    matrix = matrix.contiguous()
     linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(matrix, requires_grad=False)
     return PackedLinear(linear)
 
 
-def _experts_layers(model: nn.Module) -> list[Experts]:
+def experts_layers(model: nn.Module) -> list[Experts]:
     """The layers that transformers' decorator made exchangeable."""
     marks = ("is_transposed", "has_gate", "has_bias", "_apply_gate", "num_experts")
     return [m for m in model.modules() if all(hasattr(m, mark) for mark in marks)]
@@ -198,9 +207,20 @@ def _experts_layers(model: nn.Module) -> list[Experts]:
 
 def _is_plain(layer: Experts) -> bool:
     """Whether the weights are there and numbers as they are; None are those that are packed."""
-    weights = [getattr(layer, name, None) for name in (_up_name(layer), "down_proj")]
+    weights = [getattr(layer, name, None) for name in (up_name(layer), "down_proj")]
     return all(weight is None or weight.dtype in _DTYPES for weight in weights)
 
 
-def _up_name(layer: Experts) -> str:
+def move_but_experts(model: nn.Module, device: torch.device) -> None:
+    """Move a model to `device`, but for the weights of experts of transformers' interface."""
+    kept = {id(layer): (up_name(layer), "down_proj") for layer in experts_layers(model)}
+    for module in model.modules():
+        names = kept.get(id(module), ())
+        weights = {name: module._parameters.pop(name) for name in names}
+        module._apply(lambda tensor: tensor.to(device), recurse=False)
+        module._parameters.update(weights)
+
+
+def up_name(layer: Experts) -> str:
+    """What the weight of the first product is called."""
     return "gate_up_proj" if layer.has_gate else "up_proj"

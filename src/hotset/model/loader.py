@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import huggingface_hub
 import torch
 from huggingface_hub import errors as hub_errors
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hotset.errors import ConfigError, ModelError, PlanError
 from hotset.memory.budget import available_host_bytes
 from hotset.model import checkpoint, default_model
+from hotset.model.experts import experts_layers, move_but_experts
 from hotset.model.fp8 import FP8
 from hotset.plan.catalog import find_config
 
@@ -58,7 +60,9 @@ class LoadedModel:
         return self.tokenizer
 
 
-def load_model(name: str | None, *, device: str, dtype: str) -> LoadedModel:
+def load_model(
+    name: str | None, *, device: str, dtype: str, experts_on_host: bool = False
+) -> LoadedModel:
     """Load a model for inference. Prints to stderr only what is downloaded or converted.
 
     Args:
@@ -67,6 +71,7 @@ def load_model(name: str | None, *, device: str, dtype: str) -> LoadedModel:
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (float32 on the CPU, the checkpoint's own elsewhere), `float32`,
             `bfloat16` or `float16`.
+        experts_on_host: leave the experts' weights in host memory, for `buffer_experts`.
 
     Raises:
         ModelError: the model cannot be found, read or run; nothing stays in memory.
@@ -75,11 +80,14 @@ def load_model(name: str | None, *, device: str, dtype: str) -> LoadedModel:
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
     source, short_name = _find(name)
+    first = torch.device("cpu") if experts_on_host else target
     with checkpoint.quiet():
         if source.is_file():
-            model, tokenizer = checkpoint.load_gguf(source, target, torch_dtype)
+            model, tokenizer = checkpoint.load_gguf(source, first, torch_dtype)
         else:
-            model, tokenizer = checkpoint.load_folder(source, target, torch_dtype)
+            model, tokenizer = checkpoint.load_folder(source, first, torch_dtype)
+    if experts_on_host:
+        move_but_experts(model, target)
     model.eval().requires_grad_(False)
     return LoadedModel(
         model=model,
@@ -92,7 +100,9 @@ def load_model(name: str | None, *, device: str, dtype: str) -> LoadedModel:
     )
 
 
-def load_dummy(name: str, *, device: str, dtype: str, seed: int = 0) -> LoadedModel:
+def load_dummy(
+    name: str, *, device: str, dtype: str, seed: int = 0, experts_on_host: bool = False
+) -> LoadedModel:
     """A model of a known shape with random weights and no tokenizer, for benchmarks.
 
     Each weight is made on the device in its dtype, so none is in memory twice. Initial values are
@@ -104,6 +114,7 @@ def load_dummy(name: str, *, device: str, dtype: str, seed: int = 0) -> LoadedMo
         device: as for `load_model`.
         dtype: as for `load_model`; `auto` off the CPU is the config's own, else bfloat16.
         seed: of the weights.
+        experts_on_host: as for `load_model`; the weights are the same.
 
     Raises:
         ModelError: there is no such config, transformers cannot make a causal language model of
@@ -126,17 +137,23 @@ def load_dummy(name: str, *, device: str, dtype: str, seed: int = 0) -> LoadedMo
             f"cannot make a model of {source}: {checkpoint.first_line(error)}"
         ) from error
     weights_bytes = sum(parameter.nbytes for parameter in shape.parameters())
-    free_bytes = _free_bytes(target)
-    if weights_bytes > free_bytes:
-        raise ModelError(
-            f"the weights of {short_name} in {torch_dtype} take {weights_bytes / 1e9:.1f} GB and "
-            f"{free_bytes / 1e9:.1f} GB are free on {target}; take a smaller shape or a narrower "
-            "dtype"
-        )
+    experts_bytes = 0
+    if experts_on_host:
+        experts = [weight for layer in experts_layers(shape) for weight in layer.parameters()]
+        experts_bytes = sum(weight.nbytes for weight in experts)
+    # On the CPU the two are the same memory.
+    here_bytes = weights_bytes if target.type == "cpu" else weights_bytes - experts_bytes
+    for num_bytes, where in ((here_bytes, target), (experts_bytes, torch.device("cpu"))):
+        if num_bytes > (free_bytes := _free_bytes(where)):
+            raise ModelError(
+                f"the weights of {short_name} in {torch_dtype} take {num_bytes / 1e9:.1f} GB and "
+                f"{free_bytes / 1e9:.1f} GB are free on {where}; take a smaller shape or a "
+                "narrower dtype"
+            )
     devices = [target] if target.type == "cuda" else []
     with checkpoint.quiet(), torch.random.fork_rng(devices), torch.device(target):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+        model = _make(config, torch_dtype, target, experts_on_host=experts_on_host)
     model.eval().requires_grad_(False)
     made_of = json.dumps([fields, str(model.dtype), seed], sort_keys=True, default=str)
     return LoadedModel(
@@ -147,6 +164,33 @@ def load_dummy(name: str, *, device: str, dtype: str, seed: int = 0) -> LoadedMo
         eos_token_ids=(),
         max_model_len=_max_model_len(model, None, short_name),
     )
+
+
+def _make(config: Any, dtype: torch.dtype, device: torch.device, *, experts_on_host: bool) -> Any:
+    """What `from_config` makes; with experts on the host, one layer's at a time on the device."""
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    experts = {id(layer) for layer in experts_layers(model)}
+
+    def make(module: torch.nn.Module, owner: PreTrainedModel) -> None:
+        # In the order of transformers' `initialize_weights`.
+        for child in module.children():
+            make(child, child if isinstance(child, PreTrainedModel) else owner)
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                empty = torch.empty_like(weight, device=device)
+                module._parameters[name] = torch.nn.Parameter(empty)
+        module._is_hf_initialized = False  # type: ignore[assignment]
+        owner._initialize_weights(module)
+        if experts_on_host and id(module) in experts:
+            module._apply(lambda tensor: tensor.to("cpu"), recurse=False)
+
+    with torch.no_grad():
+        make(model, model)
+    if experts_on_host:
+        move_but_experts(model, device)  # biases and the like
+    model.tie_weights()
+    return model
 
 
 def resolve_device(device: str) -> torch.device:

@@ -141,6 +141,13 @@ class _Snapshot(Collector):
         )
         yield _counter("spilled_blocks", "Blocks copied down.", metrics.spilled_blocks)
         yield _counter("fetched_blocks", "Blocks copied up.", metrics.fetched_blocks)
+        yield _counter(
+            "expert_hits", "Experts that were needed and had a slot.", metrics.expert_hits
+        )
+        yield _counter(
+            "expert_misses", "Experts that were needed and had no slot.", metrics.expert_misses
+        )
+        yield _counter("expert_bytes", "Bytes of experts to the device.", metrics.expert_bytes)
         yield _labelled(
             "faults",
             "What went wrong and was dealt with, by kind.",

@@ -1,0 +1,63 @@
+"""Copying experts from pinned host memory into slots on the device, chosen by the device."""
+
+import torch
+import triton
+import triton.language as tl
+
+# Programs that share an expert, and 8-byte words that one of them moves at a time: enough reads
+# in flight to fill the link, on few enough processors to leave the rest to others.
+_PROGRAMS = 16
+_WORDS = 2048
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _copy_experts(  # type: ignore[no-untyped-def]
+    source,
+    target,
+    experts,
+    slots,
+    num_words,
+    WORDS: tl.constexpr,
+):
+    place = tl.program_id(0)
+    part = tl.program_id(1)
+    num_parts = tl.num_programs(1)
+    expert = tl.load(experts + place).to(tl.int64)
+    if expert >= 0:
+        slot = tl.load(slots + place).to(tl.int64)
+        for start in range(part * WORDS, num_words, num_parts * WORDS):
+            i = start + tl.arange(0, WORDS)
+            inside = i < num_words
+            words = tl.load(source + expert * num_words + i, mask=inside)
+            tl.store(target + slot * num_words + i, words, mask=inside)
+
+
+def copy_experts(
+    source: torch.Tensor, target: torch.Tensor, experts: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Copy `source[experts[i]]` to `target[slots[i]]`, in place.
+
+    N = copies at most, B = bytes of an expert, a multiple of 8.
+
+    Args:
+        source: `[E, B]` uint8, contiguous; pinned host memory, which the device reads itself.
+        target: `[S, B]` uint8 on the device, contiguous. Mutated.
+        experts: `[N]` int64 on the device; -1 for no copy.
+        slots: `[N]` int64 on the device; those of copies must be distinct.
+
+    Cost: B bytes over the link for each copy. Nothing is asked of the host, so that a CUDA graph
+    can record it.
+    Reference: `tests/kernel/test_copy_experts.py`, bit-exact.
+    """
+    if not len(experts):
+        return
+    words = source.view(torch.int64)
+    _copy_experts[(len(experts), _PROGRAMS)](
+        words,
+        target.view(torch.int64),
+        experts,
+        slots,
+        words.shape[1],
+        WORDS=_WORDS,
+        num_warps=8,
+    )

@@ -1,0 +1,281 @@
+"""Where the experts of a layer are: all in host memory, some in slots on the device."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hotset.errors import ConfigError
+from hotset.memory.arena import HostArena
+from hotset.memory.slab import slot_bytes_for
+
+Eviction = Literal["least-stale", "lru", "lfu", "lifo"]
+
+_NOBODY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayout:
+    """One expert as a run of bytes: its up product (gate and up), then its down product.
+
+    Attributes:
+        up: shape of the first matrix.
+        down: shape of the second.
+    """
+
+    up: tuple[int, int]
+    down: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the two matrices."""
+        return (math.prod(self.up) + math.prod(self.down)) * self.dtype.itemsize
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes from one expert to the next: whole pages."""
+        return slot_bytes_for(self.weight_bytes)
+
+    def views(self, payloads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[N, payload_bytes]` uint8 as `[N, *up]` and `[N, *down]`, of the same memory."""
+        values = payloads.view(self.dtype)
+        split = math.prod(self.up)
+        end = split + math.prod(self.down)
+        return (
+            values[:, :split].unflatten(1, self.up),
+            values[:, split:end].unflatten(1, self.down),
+        )
+
+
+class HostExperts:
+    """The only copy in host memory of the experts of one layer.
+
+    Attributes:
+        payloads: `[E, payload_bytes]` uint8.
+        up: `[E, *layout.up]`, a view of it.
+        down: `[E, *layout.down]`, likewise.
+    """
+
+    def __init__(self, layout: ExpertLayout, num_experts: int) -> None:
+        self.layout = layout
+        self._arena = HostArena(num_slots=num_experts, block_bytes=layout.weight_bytes)
+        self._arena.use_huge_pages()
+        self.payloads = torch.from_numpy(self._arena.slots)
+        self.up, self.down = layout.views(self.payloads)
+        self._is_pinned = False
+
+    def pin(self) -> None:
+        """Pin the memory, so that the device can read it. To be called when it is filled.
+
+        Raises:
+            ConfigError: it cannot be pinned; it stays as it is.
+        """
+        if self._is_pinned:
+            return
+        address, num_bytes = self.payloads.data_ptr(), self.payloads.nbytes
+        code = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
+        if int(code) != 0:
+            raise ConfigError(
+                f"{num_bytes / 2**30:.2f} GiB of host memory for experts cannot be pinned (CUDA "
+                f"error {int(code)}); raise the limit on locked memory, or keep more experts on "
+                "the device"
+            )
+        self._is_pinned = True
+
+    def close(self) -> None:
+        """Unpin the memory. Nothing may read it from the device any more."""
+        if self._is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.payloads.data_ptr())
+            self._is_pinned = False
+
+
+class SlotTable:
+    """Which expert of a layer is in which slot, and which one goes when another must come.
+
+    All state is in tensors on the device and every operation has a fixed shape and asks nothing of
+    the host, so that a CUDA graph can record it; on the CPU the same operations run.
+
+    A step that needs more experts than fit takes several passes: `begin` gives each needed expert
+    its pass, those that are here in the first; `load` makes room for the experts of a pass. An
+    expert that the pass needs is never evicted in it, and fixed ones never are.
+
+    Policies choose among the others; an empty slot goes first, and slots tie by their number:
+      least-stale -- not used in the current step before used in it, then the first that came.
+        Source: "SpecMD" (its least-stale eviction). Slots belong to one layer here, so all of a
+        layer's experts are equally far ahead in the scan over layers, and the step decides alone.
+      lru -- the longest not used. lfu -- the least often used so far. lifo -- the last that came.
+
+    Args:
+        num_experts: E, of the layer.
+        num_slots: S, on the device; at most E.
+        num_fixed: the first so many experts stay in the slots of the same number.
+        counts: `[2]` int64 on the device, to be added to: experts that were needed and here, and
+            needed and not.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_slots: int,
+        *,
+        num_fixed: int,
+        eviction: Eviction,
+        counts: torch.Tensor,
+    ) -> None:
+        assert 0 <= num_fixed <= num_slots <= num_experts
+        self.num_experts, self.num_slots, self.num_fixed = num_experts, num_slots, num_fixed
+        self._eviction = eviction
+        self._counts = counts
+        device = counts.device
+
+        def full(size: int, value: int) -> torch.Tensor:
+            return torch.full((size,), value, dtype=torch.int64, device=device)
+
+        # One entry more than there are experts or slots: writes that mean nobody go there.
+        self._slot_of = full(num_experts + 1, _NOBODY)
+        self._expert_in = full(num_slots + 1, num_experts)
+        self._expert_in[:num_fixed] = self._slot_of[:num_fixed] = torch.arange(
+            num_fixed, device=device
+        )
+        self._last_use = full(num_experts + 1, 0)
+        self._num_uses = full(num_experts + 1, 0)
+        self._arrival = full(num_slots + 1, 0)
+        self._time = full(1, 0)  # steps
+        self._num_arrivals = full(1, 0)
+        self._fixed_ids = torch.arange(num_experts, device=device) < num_fixed
+        self._fixed_slots = torch.arange(num_slots, device=device) < num_fixed
+        self._places = torch.arange(num_slots - num_fixed, device=device)
+        self._ones = torch.ones(1, dtype=torch.bool, device=device)
+
+    def num_passes(self, num_ids: int) -> int:
+        """The most passes that a step of so many expert ids can take."""
+        num_movable = self.num_slots - self.num_fixed
+        most = min(self.num_experts - self.num_fixed, num_ids)
+        return max(1, -(-most // num_movable)) if num_movable else 1
+
+    def begin(self, ids: torch.Tensor) -> torch.Tensor:
+        """Start a step that needs `ids`, `[N]` int64; those of E and more are nobody's.
+
+        Returns:
+            `[E]` int64, the pass of each expert; `num_passes(N)` for those that are not needed.
+        """
+        padded = torch.zeros(self.num_experts + 1, dtype=torch.bool, device=ids.device)
+        padded.scatter_(0, ids.clamp(max=self.num_experts), self._ones.expand(len(ids)))
+        needed = padded[:-1]
+        here = self._slot_of[:-1] >= 0
+        hit, miss = needed & here, needed & ~here
+        self._counts += torch.stack([hit.sum(), miss.sum()])
+        self._time += 1
+        self._last_use[:-1] = torch.where(needed, self._time, self._last_use[:-1])
+        self._num_uses[:-1] += needed
+        # Fixed experts need no room: all are in the first pass. Of the others, hits come first.
+        hit = hit & ~self._fixed_ids
+        hit_rank, miss_rank = hit.cumsum(0) - 1, miss.cumsum(0) - 1
+        rank = torch.where(hit, hit_rank, hit.sum() + miss_rank)
+        which = rank.div(max(1, len(self._places)), rounding_mode="floor")
+        which = which.masked_fill(self._fixed_ids, 0)
+        return which.masked_fill(~needed, self.num_passes(len(ids)))
+
+    def load(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give a slot to each of the `wanted` experts, `[E]` bool, that has none.
+
+        Returns:
+            experts, `[S - num_fixed]` int64, to be copied now, -1 for none; and their slots.
+        """
+        missing = wanted & (self._slot_of[:-1] < 0)
+        nobody = torch.zeros_like(self._ones)
+        held = torch.cat([wanted, nobody])[self._expert_in[:-1]] | self._fixed_slots
+        victims = self._order(held)[: len(self._places)]
+        arriving = torch.argsort(~missing, stable=True)[: len(self._places)]
+        is_real = self._places < missing.sum()
+
+        gone = self._expert_in[victims]
+        self._slot_of.scatter_(
+            0,
+            torch.where(is_real, gone, self.num_experts),
+            torch.full_like(victims, _NOBODY),
+        )
+        self._slot_of.scatter_(
+            0,
+            torch.where(is_real, arriving, self.num_experts),
+            torch.where(is_real, victims, _NOBODY),
+        )
+        slots = torch.where(is_real, victims, self.num_slots)
+        self._expert_in.scatter_(0, slots, torch.where(is_real, arriving, self.num_experts))
+        self._arrival.scatter_(0, slots, self._num_arrivals + self._places + 1)
+        self._num_arrivals += missing.sum()
+        return torch.where(is_real, arriving, _NOBODY), victims
+
+    def slots(self) -> torch.Tensor:
+        """`[E]` int64, the slot of each expert, -1 for none; a view."""
+        return self._slot_of[:-1]
+
+    def check(self) -> None:
+        """Assert that both directions of the table agree."""
+        slot_of, expert_in = self._slot_of.tolist(), self._expert_in.tolist()
+        assert slot_of[-1] == _NOBODY and expert_in[-1] == self.num_experts
+        for slot, expert in enumerate(expert_in[:-1]):
+            assert expert == self.num_experts or slot_of[expert] == slot
+        for expert, slot in enumerate(slot_of[:-1]):
+            assert slot == _NOBODY or expert_in[slot] == expert
+        assert slot_of[: self.num_fixed] == list(range(self.num_fixed)), "a fixed expert is gone"
+
+    def _order(self, held: torch.Tensor) -> torch.Tensor:
+        """`[S]` slots, those that go first in front and those of `held`, `[S]` bool, last."""
+        experts, arrival = self._expert_in[:-1], self._arrival[:-1]
+        first, last = 0, 2**62
+        if self._eviction == "lru":
+            rank = 1 + self._last_use[experts]
+        elif self._eviction == "lfu":
+            rank = 1 + self._num_uses[experts]
+        elif self._eviction == "lifo":
+            rank = 1 + self._num_arrivals - arrival
+        else:
+            is_current = self._last_use[experts] == self._time
+            rank = 1 + arrival + is_current * 2**61
+        rank = rank.masked_fill(experts == self.num_experts, first).masked_fill(held, last)
+        return torch.argsort(rank, stable=True)
+
+
+def count_slots(budget_bytes: int, num_experts: int, bytes_of: "SlotBytes") -> int | None:
+    """The most slots a layer can have within the budget; None where not even the fewest fit."""
+    for num_slots in range(num_experts, bytes_of.fewest - 1, -1):
+        if bytes_of(num_slots) <= budget_bytes:
+            return num_slots
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotBytes:
+    """What slots take on the device over all layers.
+
+    Attributes:
+        plan: `cache`, `stream`, or `auto` for both.
+    """
+
+    plan: str
+    num_layers: int
+    num_experts: int
+    payload_bytes: int
+
+    @property
+    def fewest(self) -> int:
+        """The fewest slots of a layer that can work."""
+        return 0 if self.plan == "stream" else 1
+
+    def num_fixed(self, num_slots: int) -> int:
+        """Slots of a layer whose experts stay: all if streaming, half if both plans share them."""
+        return {"cache": 0, "stream": num_slots, "auto": num_slots // 2}[self.plan]
+
+    def staged(self, num_slots: int) -> int:
+        """Experts that each of the two staging buffers holds."""
+        if self.plan == "cache" or num_slots == self.num_experts:
+            return 0
+        return self.num_experts - self.num_fixed(num_slots)
+
+    def __call__(self, num_slots: int) -> int:
+        """Bytes of so many slots a layer, with the staging buffers."""
+        held = self.num_layers * num_slots + 2 * self.staged(num_slots)
+        return held * self.payload_bytes

@@ -1,0 +1,36 @@
+"""Copies of experts, in Triton's interpreter where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
+
+from hotset.kernels.copy_experts import copy_experts  # noqa: E402
+
+
+@pytest.mark.parametrize("num_bytes", [8, 4096, 16384 * 3 + 8, 16384 * 40])
+def test_the_experts_asked_for_are_copied_and_nothing_else_changes(num_bytes: int) -> None:
+    torch.manual_seed(0)
+    source = torch.randint(0, 256, (6, num_bytes), dtype=torch.uint8)
+    if DEVICE == "cuda":
+        source = source.pin_memory()
+    target = torch.randint(0, 256, (4, num_bytes), dtype=torch.uint8, device=DEVICE)
+    expected = target.clone()
+    experts = torch.tensor([5, 0, -1, -1], device=DEVICE)
+    slots = torch.tensor([1, 3, 0, 2], device=DEVICE)
+
+    copy_experts(source, target, experts, slots)
+
+    expected[1], expected[3] = source[5].to(DEVICE), source[0].to(DEVICE)
+    assert torch.equal(target, expected)
+
+
+def test_no_copies_are_none() -> None:
+    target = torch.zeros(1, 8, dtype=torch.uint8, device=DEVICE)
+    nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    copy_experts(torch.ones(1, 8, dtype=torch.uint8), target, nothing, nothing)
+    assert not target.any()

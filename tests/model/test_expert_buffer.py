@@ -1,0 +1,283 @@
+"""Experts in slots give what resident experts give, whatever is resident and however it comes."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import reference, run
+from test_experts import HIDDEN, KINDS, MOE_FAMILIES, NUM_EXPERTS, make_layer
+from tiny_models import make_config, make_model
+from torch import nn
+
+from hotset.config import GIB, EngineConfig
+from hotset.engine.engine import Engine
+from hotset.errors import ConfigError
+from hotset.memory.expert_cache import SlotTable
+from hotset.model import expert_buffer
+from hotset.model.expert_buffer import ExpertBuffer, _move_to_host, buffer_experts
+from hotset.model.experts import IMPLEMENTATION, dynamic_experts, pack_experts
+from hotset.model.loader import load_dummy, load_model
+
+MakeEngine = Callable[..., Engine]
+EVICTIONS = ["least-stale", "lru", "lfu", "lifo"]
+PLANS = [
+    *({"expert_plan": "cache", "expert_eviction": name} for name in EVICTIONS),
+    {"expert_plan": "stream"},
+    {"expert_plan": "auto"},
+]
+PROMPTS = [[5, 9, 13, 200, 7], [31] * 20, [77, 3, 250]]
+
+
+def make_layers(count: int, **kind: bool) -> list[nn.Module]:
+    """Layers of random experts, all different."""
+    layers = []
+    for number in range(count):
+        layer = make_layer(**kind)
+        layer.config._experts_implementation = IMPLEMENTATION
+        for weight in layer.parameters():
+            weight += number * 0.1
+        layers.append(layer)
+    return layers
+
+
+def buffered(layers: list[nn.Module], **options: Any) -> tuple[list[nn.Module], ExpertBuffer]:
+    """A copy of the layers, their experts in host memory."""
+    layers = copy.deepcopy(layers)
+    for layer in layers:
+        layer.expert_host = _move_to_host(layer)
+    return layers, ExpertBuffer(layers, EngineConfig(**options), torch.device("cpu"))
+
+
+def routed(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    weights, ids = torch.randn(num_tokens, NUM_EXPERTS).softmax(-1).topk(2)
+    return torch.randn(num_tokens, HIDDEN), ids, weights
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("num_slots", [1, 2, 5])
+@pytest.mark.parametrize("options", PLANS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@torch.inference_mode()
+def test_buffered_experts_compute_exactly_what_resident_ones_do(
+    kind: dict[str, bool],
+    options: dict[str, Any],
+    num_slots: int,
+    grouped: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # `grouped` is what a GPU computes; the products of PyTorch's grouped_mm run on the CPU too.
+    layers = make_layers(3, **kind)
+    if grouped:
+        monkeypatch.setattr(expert_buffer, "has_grouped_kernel", lambda weight: True)
+        monkeypatch.setattr(expert_buffer, "_can_pack", lambda: False)
+        expected_layers, _ = buffered(layers, expert_slots=NUM_EXPERTS, expert_plan="cache")
+    else:
+        expected_layers = copy.deepcopy(layers)
+        for layer in expected_layers:
+            pack_experts(layer)
+    others, buffer = buffered(layers, expert_slots=num_slots, **options)
+    for num_tokens in (1, 9, 2, 1, 3, 33, 1):
+        for expected_layer, layer in zip(expected_layers, others, strict=True):
+            x, ids, weights = routed(num_tokens)
+            expected = dynamic_experts(expected_layer, x, ids, weights)
+            got = dynamic_experts(layer, x, ids, weights)
+            if grouped:  # a pass has its rows elsewhere, where the CPU's vectors end elsewhere
+                torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+            else:
+                assert torch.equal(got, expected)
+            layer.expert_buffer.table.check()
+    assert buffer.counts().moved_bytes > 0
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("options", PLANS, ids=str)
+@torch.inference_mode()
+def test_experts_of_other_ranks_add_nothing_and_take_no_slot(
+    options: dict[str, Any], grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_buffer, "has_grouped_kernel", lambda weight: grouped)
+    monkeypatch.setattr(expert_buffer, "_can_pack", lambda: not grouped)
+    layers = make_layers(1, transposed=False, bias=True, gate=True)
+    layers[0]._is_expert_parallel = True
+    (layer,), buffer = buffered(layers, expert_slots=2, **options)
+    x, _, weights = routed(9)
+    ids = torch.randint(0, 2 * NUM_EXPERTS, (9, 2))
+    expected = dynamic_experts(layers[0], x, ids, weights)
+    torch.testing.assert_close(
+        dynamic_experts(layer, x, ids, weights), expected, atol=2e-5, rtol=1e-4
+    )
+    before = buffer.counts()
+    nobody = ids.clamp(min=NUM_EXPERTS)
+    assert dynamic_experts(layer, x, nobody, weights).count_nonzero() == 0
+    assert (buffer.counts().hits, buffer.counts().misses) == (before.hits, before.misses)
+
+
+def table_of(eviction: Any, num_slots: int = 3, num_fixed: int = 0) -> SlotTable:
+    counts = torch.zeros(2, dtype=torch.int64)
+    return SlotTable(8, num_slots, num_fixed=num_fixed, eviction=eviction, counts=counts)
+
+
+def use(table: SlotTable, *ids: int) -> list[int]:
+    """A step that needs `ids`; the experts that have slots after it, in order."""
+    which = table.begin(torch.tensor(ids))
+    for number in range(table.num_passes(len(ids))):
+        table.load(which == number)
+        table.check()
+    return [expert for expert, slot in enumerate(table.slots().tolist()) if slot >= 0]
+
+
+@pytest.mark.parametrize(
+    ("eviction", "kept"),
+    [("lru", [0, 3, 4]), ("lfu", [0, 1, 4]), ("lifo", [0, 1, 4]), ("least-stale", [1, 3, 4])],
+)
+def test_each_policy_evicts_whom_it_says(eviction: str, kept: list[int]) -> None:
+    table = table_of(eviction)
+    for expert in (0, 1, 1, 3, 0):
+        use(table, expert)
+    assert use(table, 4) == kept
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_what_a_pass_needs_and_what_is_fixed_stays(eviction: str) -> None:
+    table = table_of(eviction, num_slots=4, num_fixed=2)
+    torch.manual_seed(0)
+    for _ in range(50):
+        ids = torch.randint(0, 8, (int(torch.randint(1, 9, ())),))
+        which = table.begin(ids)
+        seen: set[int] = set()
+        for number in range(table.num_passes(len(ids))):
+            wanted = which == number
+            table.load(wanted)
+            table.check()
+            assert (table.slots()[wanted] >= 0).all()
+            seen |= set(wanted.nonzero().flatten().tolist())
+        assert seen == set(ids.tolist())
+
+
+def test_hits_and_misses_are_counted_and_a_hit_moves_nothing() -> None:
+    table = table_of("lru")
+    use(table, 5, 6)
+    which = table.begin(torch.tensor([6, 5, 6]))
+    experts, _ = table.load(which == 0)
+    assert experts.tolist() == [-1, -1, -1]
+    assert table._counts.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"expert_slots": 1},
+        {"expert_slots": 2, "expert_plan": "cache"},
+        {"expert_slots": 3, "expert_plan": "stream"},
+        {"expert_slots": 4},
+    ],
+    ids=str,
+)
+def test_an_engine_answers_the_same_whatever_is_resident(
+    family: str, options: dict[str, Any], make_engine: MakeEngine
+) -> None:
+    engine = make_engine(family, max_num_batched_tokens=16, **options)
+    assert run(engine, PROMPTS) == reference(family, PROMPTS)
+    num_experts = {"qwen3_moe": 8, "olmoe": 8}.get(family, 4)
+    if options["expert_slots"] < num_experts:
+        assert engine.metrics.expert_bytes > 0
+        assert f"{options['expert_slots']} of {num_experts} in each" in engine.report
+    else:
+        assert engine.metrics.expert_bytes == 0
+        assert f"all {num_experts} of each" in engine.report
+
+
+def test_auto_uses_both_plans_as_steps_change(make_engine: MakeEngine) -> None:
+    engine = make_engine("qwen3_moe", expert_slots=5)
+    run(engine, [[5, 9, 13, 200, 7, 8, 11]], max_tokens=8)
+    assert engine._experts is not None
+    hits, misses, streamed = engine._experts._counts.sum(0).tolist()
+    assert streamed == 3  # the prompt, in each layer
+    assert hits + misses == 3 * 7 * 3  # then seven decodes of three experts, likewise
+
+
+def test_a_budget_in_gib_is_kept_and_weights_are_not_counted_twice(
+    make_engine: MakeEngine,
+) -> None:
+    whole = make_engine("qwen3_moe").budget.weights_bytes
+    payload = 24 * 1024  # 3 * 64 * 32 float32
+    budget = 3 * 3 * payload + payload // 2
+    engine = make_engine("qwen3_moe", expert_gib=budget / GIB, expert_plan="cache")
+    assert engine._experts is not None
+    assert engine._experts.device_bytes == 3 * 3 * payload
+    assert engine._experts.host_bytes == 3 * 8 * payload
+    assert engine.budget.weights_bytes == whole - 3 * 5 * payload
+    with pytest.raises(ConfigError, match="needs"):
+        make_engine("qwen3_moe", expert_gib=payload / GIB, expert_plan="cache")
+    streaming = make_engine("qwen3_moe", expert_gib=18 * payload / GIB, expert_plan="stream")
+    assert streaming._experts is not None
+    # Two slots in each of three layers, and two buffers for six experts.
+    assert streaming._experts.device_bytes == 18 * payload
+
+
+def test_a_second_engine_shares_the_host_copy() -> None:
+    model = make_model("qwen3_moe")
+    first, _ = buffer_experts(model, EngineConfig(expert_slots=2))
+    second, _ = buffer_experts(model, EngineConfig(expert_slots=5, expert_plan="cache"))
+    assert first is not None and second is not None
+    assert [a is b for a, b in zip(first._hosts, second._hosts, strict=True)] == [True] * 3
+    with pytest.raises(ConfigError, match="in host memory already"):
+        buffer_experts(model, EngineConfig())
+    none, report = buffer_experts(model, EngineConfig(expert_slots=8))
+    assert none is None and "nothing is buffered" in report
+    tokens = torch.tensor([[5, 9, 13]])
+    expected = make_model("qwen3_moe")
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens).logits, expected(tokens).logits)
+
+
+def test_flags_without_effect_are_refused(make_engine: MakeEngine) -> None:
+    for options in (
+        {"expert_slots": 1, "expert_gib": 1.0},
+        {"expert_plan": "cache"},
+        {"expert_eviction": "lru"},
+        {"expert_slots": 1, "expert_plan": "stream", "expert_eviction": "lru"},
+        {"expert_slots": 0},
+        {"expert_gib": 0.0},
+    ):
+        with pytest.raises(ConfigError, match="expert_"):
+            EngineConfig(**options)
+    with pytest.raises(ConfigError, match="expert_slots is 2, but LlamaForCausalLM has no experts"):
+        make_engine("llama", expert_slots=2)
+    with pytest.raises(ConfigError, match="a layer has 8 experts"):
+        make_engine("qwen3_moe", expert_slots=9)
+
+
+def test_a_checkpoint_and_random_weights_are_the_same_with_experts_on_the_host(
+    tmp_path: Path,
+) -> None:
+    for family in ("qwen3_moe", "gpt_oss"):
+        folder = tmp_path / family
+        make_model(family).save_pretrained(folder)
+        one, other = (
+            load_model(str(folder), device="cpu", dtype="auto", experts_on_host=on_host)
+            for on_host in (False, True)
+        )
+        assert_same(one.model, other.model)
+        config = make_config(family, tie_word_embeddings=family == "gpt_oss")
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+        one, other = (
+            load_dummy(str(folder), device="cpu", dtype="auto", experts_on_host=on_host)
+            for on_host in (False, True)
+        )
+        assert_same(one.model, other.model)
+        assert one.fingerprint == other.fingerprint
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+    tokens = torch.tensor([[5, 9, 13, 200]])
+    with torch.inference_mode():
+        assert torch.equal(one(tokens).logits, other(tokens).logits)
