@@ -11,6 +11,7 @@ from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena
 from hotset.model.attention import LayerAttention
 from hotset.model.batch import Batch, Inputs, SequenceSpan, to_device
+from hotset.model.flashinfer_build import why_not_built
 
 WORKSPACE_BYTES = 384 * 2**20
 _HEAD_DIMS = (64, 128, 256)
@@ -66,7 +67,7 @@ class FlashInferBackend:
             import flashinfer
 
             from hotset.kernels.store_kv import store_kv
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, RuntimeError) as error:
             raise ModelError(
                 f"attention on an NVIDIA GPU needs flashinfer-python and triton ({error}); "
                 "pip install 'hotset[cuda]'"
@@ -107,6 +108,29 @@ class FlashInferBackend:
         # FlashInfer stages a plan in pinned memory of the wrapper: the next plan must not
         # overwrite it before it has been copied.
         self._planned = torch.cuda.Event()
+        self._build()
+
+    def _build(self) -> None:
+        """Compile the kernels that steps will need, or load them from FlashInfer's cache."""
+        one = SequenceSpan(0, 1, 1, [0])
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        cache, kind = self.arena.layers[0], self.kinds[0]
+        token = torch.zeros(
+            kind.num_kv_heads, 1, kind.head_dim, dtype=kind.dtype, device=self.device
+        )
+        try:
+            self.plan_decode(self._decode, [one])
+            self._plan_prefill([one])
+            self.store_kv(token, token, cache, zero, zero)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler that is not there makes of it
+            reason = why_not_built(error, torch.version.cuda)
+            raise ModelError(
+                f"FlashInfer cannot build its attention kernels, which eager steps need too: "
+                f"{reason}"
+            ) from error
+        self.note_plan()
 
     def begin_step(self, batch: Batch, inputs: Inputs) -> "FlashInferAttention":
         """Plan the step's attention; the result is good until the next plan."""
@@ -121,21 +145,24 @@ class FlashInferBackend:
         if n:
             self.plan_decode(self._decode, sequences[:n])
         if n < len(sequences):
-            tables = _make_tables(sequences[n:], self.arena.block_size, self.device)
-            for kind, wrapper in self._prefill.items():
-                wrapper.plan(
-                    tables.query_starts,
-                    tables.block_starts,
-                    tables.block_ids,
-                    tables.last_lens,
-                    kind.num_heads,
-                    kind.num_kv_heads,
-                    kind.head_dim,
-                    self.arena.block_size,
-                    causal=True,
-                    **self._options(kind),
-                )
+            self._plan_prefill(sequences[n:])
         self.note_plan()
+
+    def _plan_prefill(self, sequences: Sequence[SequenceSpan]) -> None:
+        tables = _make_tables(sequences, self.arena.block_size, self.device)
+        for kind, wrapper in self._prefill.items():
+            wrapper.plan(
+                tables.query_starts,
+                tables.block_starts,
+                tables.block_ids,
+                tables.last_lens,
+                kind.num_heads,
+                kind.num_kv_heads,
+                kind.head_dim,
+                self.arena.block_size,
+                causal=True,
+                **self._options(kind),
+            )
 
     def run(
         self, layer: int, query: torch.Tensor, output: torch.Tensor | None = None
