@@ -145,6 +145,7 @@ class Engine:
                 max_num_tokens=config.max_num_batched_tokens,
                 max_context_blocks=-(-self.max_model_len // config.block_size),
                 scratch_block=self.budget.device_blocks,
+                before_cut=self._experts.join if self._experts is not None else lambda: None,
             )
         self._sampler = Sampler(
             model.config.get_text_config().vocab_size,

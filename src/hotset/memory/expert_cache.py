@@ -188,7 +188,7 @@ class SlotTable:
         nobody = torch.zeros_like(self._ones)
         held = torch.cat([wanted, nobody])[self._expert_in[:-1]] | self._fixed_slots
         victims = self._order(held)[: len(self._places)]
-        arriving = torch.argsort(~missing, stable=True)[: len(self._places)]
+        arriving = torch.argsort((~missing).to(torch.uint8), stable=True)[: len(self._places)]
         is_real = self._places < missing.sum()
 
         gone = self._expert_in[victims]

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -192,13 +193,21 @@ class ModelRunner:
         self._selects_logits = "logits_to_keep" in parameters
 
     @torch.inference_mode()
-    def compile(self, *, max_num_tokens: int, max_context_blocks: int, scratch_block: int) -> None:
+    def compile(
+        self,
+        *,
+        max_num_tokens: int,
+        max_context_blocks: int,
+        scratch_block: int,
+        before_cut: Callable[[], None] = lambda: None,
+    ) -> None:
         """Compile the model's layers, and record steps as CUDA graphs where that works.
 
         Args:
             max_num_tokens: most tokens of a step.
             max_context_blocks: most blocks that one request can have.
             scratch_block: a block of the arena that no request gets.
+            before_cut: see `StepGraphs`.
 
         Raises:
             ModelError: the layers cannot be compiled on this machine.
@@ -221,6 +230,7 @@ class ModelRunner:
                 max_num_tokens=max_num_tokens,
                 max_context_blocks=max_context_blocks,
                 scratch_block=scratch_block,
+                before_cut=before_cut,
             )
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:300]

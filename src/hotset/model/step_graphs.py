@@ -90,6 +90,7 @@ class StepGraphs:
         max_num_tokens: most tokens of a step.
         max_context_blocks: most blocks of one sequence.
         scratch_block: a block that nobody reads.
+        before_cut: called before the end of a recorded part, to join what forked in it.
     """
 
     def __init__(
@@ -103,8 +104,10 @@ class StepGraphs:
         max_num_tokens: int,
         max_context_blocks: int,
         scratch_block: int,
+        before_cut: Callable[[], None],
     ) -> None:
         self._forward = forward
+        self._before_cut = before_cut
         self._backend = backend
         self._previous = previous
         self._scratch_block = scratch_block
@@ -185,6 +188,7 @@ class StepGraphs:
             query_at, output_at = self._buffers_for(query)
             query_at.copy_(query)
             if is_recording:
+                self._before_cut()
                 parts[-1].capture_end()
                 cuts.append((layer, query_at, output_at))
                 begin()

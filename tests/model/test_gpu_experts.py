@@ -1,0 +1,158 @@
+"""Buffered experts on an NVIDIA GPU: run these there with `pytest -m gpu`."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_gpu import paged_logits
+from tiny_models import make_model
+from torch import nn
+from transformers.integrations.moe import use_experts_implementation
+
+from hotset.config import EngineConfig
+from hotset.engine.engine import Engine
+from hotset.memory.arena import DeviceArena
+from hotset.model.expert_buffer import ExpertBuffer, _move_to_host, buffer_experts
+from hotset.model.experts import IMPLEMENTATION, dynamic_experts
+from hotset.model.flashinfer_attention import FlashInferBackend
+from hotset.model.runner import ModelRunner, inspect_model
+
+MakeEngine = Callable[..., Engine]
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+NUM_EXPERTS, HIDDEN, FFN, TOP_K, NUM_LAYERS = 16, 256, 128, 4, 3
+PLANS = [
+    *({"expert_plan": "cache", "expert_eviction": e} for e in ("least-stale", "lru", "lfu")),
+    {"expert_plan": "cache", "expert_eviction": "lifo"},
+    {"expert_plan": "stream"},
+    {"expert_plan": "auto"},
+]
+
+
+class Config:
+    _experts_implementation = IMPLEMENTATION
+
+
+@use_experts_implementation(has_bias=True)
+class Layer(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.num_experts = NUM_EXPERTS
+        self.act_fn = nn.SiLU()
+        for name, size_in, size_out in (
+            ("gate_up_proj", HIDDEN, 2 * FFN),
+            ("down_proj", FFN, HIDDEN),
+        ):
+            weight = 0.1 * torch.randn(NUM_EXPERTS, size_out, size_in)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+            bias = torch.randn(NUM_EXPERTS, size_out)
+            self.register_parameter(f"{name}_bias", nn.Parameter(bias, requires_grad=False))
+
+
+def make_layers(**options: Any) -> tuple[list[Any], list[Any], ExpertBuffer]:
+    """Resident layers, the same ones buffered, and their buffer."""
+    torch.manual_seed(0)
+    resident = [Layer(Config()).to("cuda", torch.bfloat16) for _ in range(NUM_LAYERS)]
+    layers = copy.deepcopy(resident)
+    for layer in layers:
+        layer.expert_host = _move_to_host(layer)
+    return resident, layers, ExpertBuffer(layers, EngineConfig(**options), torch.device("cuda"))
+
+
+def chain(layers: list[Any], x: Any, ids: Any, weights: Any) -> torch.Tensor:
+    for layer, layer_ids in zip(layers, ids, strict=True):
+        x = x + dynamic_experts(layer, x, layer_ids, weights)
+    return x
+
+
+def routed(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scores = torch.randn(NUM_LAYERS, num_tokens, NUM_EXPERTS, device="cuda")
+    ids = scores.topk(TOP_K).indices
+    weights = torch.rand(num_tokens, TOP_K, device="cuda").to(torch.bfloat16)
+    x = torch.randn(num_tokens, HIDDEN, device="cuda").to(torch.bfloat16)
+    return x, ids, weights
+
+
+@pytest.mark.parametrize("num_slots", [1, 4, 11])
+@pytest.mark.parametrize("options", PLANS, ids=str)
+@torch.inference_mode()
+def test_buffered_experts_have_the_bits_of_resident_ones(
+    options: dict[str, Any], num_slots: int
+) -> None:
+    resident, layers, buffer = make_layers(expert_slots=num_slots, **options)
+    for num_tokens in (1, 40, 2, 1, 300, 1):
+        step = routed(num_tokens)
+        assert torch.equal(chain(layers, *step), chain(resident, *step))
+    assert buffer.counts().moved_bytes > 0
+    for layer in layers:
+        layer.expert_buffer.table.check()
+    buffer.close()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 64])
+@pytest.mark.parametrize("options", PLANS, ids=str)
+@torch.inference_mode()
+def test_a_recorded_step_does_not_depend_on_what_was_resident(
+    options: dict[str, Any], num_tokens: int
+) -> None:
+    resident, layers, buffer = make_layers(expert_slots=4, **options)
+    static = routed(num_tokens)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        chain(layers, *static)  # loads kernels
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        out = chain(layers, *static)
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    for turn in range(5):
+        step = routed(num_tokens)
+        for target, source in zip(static, step, strict=True):
+            target.copy_(source)
+        graph.replay()
+        assert torch.equal(out, chain(resident, *step))
+        if turn == 2:  # another plan in between, perhaps: state is shared
+            other = routed(200 // num_tokens)
+            assert torch.equal(chain(layers, *other), chain(resident, *other))
+    buffer.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"expert_plan": "cache", "expert_slots": 3},
+        {"expert_plan": "stream", "expert_slots": 2},
+        {"expert_slots": 5},
+    ],
+    ids=str,
+)
+def test_recorded_steps_of_a_model_are_those_of_resident_experts(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logits(config: EngineConfig) -> list[torch.Tensor]:
+        model = make_model("qwen3_moe", head_dim=128).to("cuda", torch.bfloat16)
+        buffer, _ = buffer_experts(model, config)
+        layout = inspect_model(model)
+        if buffer is not None:
+            plain = ModelRunner.compile
+
+            def compile_with_join(runner: ModelRunner, **sizes: Any) -> None:
+                plain(runner, before_cut=buffer.join, **sizes)
+
+            monkeypatch.setattr(ModelRunner, "compile", compile_with_join)
+
+        def backend(arena: DeviceArena) -> FlashInferBackend:
+            return FlashInferBackend(arena, layout.layers)
+
+        found = paged_logits(model, layout, backend, recorded=True)
+        if buffer is not None:
+            monkeypatch.undo()
+            assert buffer.counts().moved_bytes > 0
+        return found
+
+    expected = logits(EngineConfig())
+    for one, other in zip(expected, logits(EngineConfig(**options)), strict=True):
+        assert float((one - other).norm() / one.norm()) < 2e-2  # bfloat16, compiled apart
