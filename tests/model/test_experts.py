@@ -13,21 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import use_experts_implementation
 
-from hotset.bench.moe_gating import (
-    Shape,
-    as_markdown,
-    capacity_of,
-    compare,
-    dispatch_mask,
-    dropped_share,
-    route,
-    static_experts,
-)
-from hotset.bench.moe_gating import (
-    make_layer as make_paper_layer,
-)
 from hotset.engine.engine import Engine
-from hotset.errors import ConfigError
 from hotset.model import experts
 from hotset.model.experts import (
     IMPLEMENTATION,
@@ -221,59 +207,3 @@ def test_a_model_without_experts_is_left_alone_and_nothing_is_said(
     with caplog.at_level(logging.WARNING):
         assert use_dynamic_gating(make_model("llama")) == 0
     assert not caplog.records
-
-
-@torch.inference_mode()
-def test_static_gating_with_room_for_all_gives_what_dynamic_gating_gives() -> None:
-    shape = Shape(num_experts=8, hidden=16, ffn=24, top_k=2)
-    layer = make_paper_layer(shape, device="cpu", dtype=torch.float32)
-    x = torch.randn(20, 16)
-    ids, weights = route(x, torch.randn(8, 16), 2)
-    assert dropped_share(ids, 8, 1.0) == 0
-    dynamic = dynamic_experts(layer, x, ids, weights)
-    torch.testing.assert_close(static_experts(layer, x, ids, weights, factor=1.0), dynamic)
-    assert dynamic.abs().max() > 0.1
-
-
-@torch.inference_mode()
-def test_static_gating_drops_what_is_beyond_the_capacity_the_last_and_second_choices_first() -> (
-    None
-):
-    ids = torch.tensor([[0, 1], [0, 1], [0, 2], [1, 0]])
-    capacity = capacity_of(0.5, 4)
-    assert capacity == 2
-    mask = dispatch_mask(ids, 3, capacity)
-    kept = mask.any(-1)  # [k, S, E]
-    # Expert 0: tokens 0 and 1; token 2 and token 3's second choice find it full. Expert 1: the
-    # first choice of token 3, then token 0; token 1 finds it full.
-    assert kept[0].nonzero().tolist() == [[0, 0], [1, 0], [3, 1]]
-    assert kept[1].nonzero().tolist() == [[0, 1], [2, 2]]
-    assert mask.sum((0, 1)).max() == 1  # no row of an expert has two tokens
-    assert dropped_share(ids, 3, 0.5) == 3 / 8
-
-
-def test_the_comparison_covers_every_way_and_says_why_each_stopped() -> None:
-    shape = Shape(num_experts=8, hidden=16, ffn=24, top_k=2)
-    result = compare(
-        shape, device="cpu", dtype=torch.float32, max_tokens=128, memory_gib=0.0008, repeats=2
-    )
-    ways = {way["way"]: way for way in result["ways"]}
-    assert list(ways) == [
-        "dynamic", "grouped_mm", "batched_mm", "static f=0.05", "static f=0.25", "static f=1"
-    ]  # fmt: skip
-    assert ways["dynamic"]["largest_tokens"] == 128
-    assert ways["static f=1"]["largest_tokens"] < 128
-    assert "need" in ways["static f=1"]["stopped_by"] or "took" in ways["static f=1"]["stopped_by"]
-    assert ways["static f=0.25"]["waste_ef_over_k"] == 1.0
-    for way in ways.values():
-        assert all(0 < point["peak_bytes"] <= 0.0008 * 2**30 for point in way["points"])
-    assert as_markdown(result).count("| static") == 3
-
-
-def test_sizes_and_factors_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ConfigError, match="top-3 of 2 experts"):
-        Shape(num_experts=2, hidden=8, ffn=8, top_k=3)
-    with pytest.raises(ConfigError, match="1 or more"):
-        Shape(num_experts=2, hidden=0, ffn=8, top_k=1)
-    with pytest.raises(ConfigError, match="capacity factor of 0 "):
-        capacity_of(0, 8)

@@ -16,7 +16,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in sorted(COMMANDS))])
+@pytest.mark.parametrize("command", [[], *(name.split() for name in sorted(COMMANDS))])
 def test_help_names_the_command_and_succeeds(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

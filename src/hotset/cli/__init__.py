@@ -12,6 +12,7 @@ from hotset.errors import HotsetError
 
 COMMANDS = {
     "bench": "Run the same work with and without tiers and say whether tiering paid.",
+    "bench moe-gating": "Compare dynamic gating of experts with static gating.",
     "batch": "Run an OpenAI batch file through the engine.",
     "demo": "Show what the tiers are for: the same work with and without them.",
     "generate": "Stream text for prompts given on the command line.",
@@ -33,10 +34,19 @@ class LazyGroup(click.Group):
         """Import `hotset.cli.NAME` and return its `command`."""
         if name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"hotset.cli.{name}").command
+        module = name.replace(" ", "_").replace("-", "_")
+        command: click.Command = importlib.import_module(f"hotset.cli.{module}").command
         if command.help:  # raw docstrings have click's mark "do not wrap" as two characters
             command.help = command.help.replace("\\b\n", "\b\n")
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with names of two words."""
+        if (name := " ".join(args[:2])) in COMMANDS:
+            return name, self.get_command(ctx, name), args[2:]
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
