@@ -109,9 +109,14 @@ class Work:
 
 
 def run(
-    work: Work, *, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
+    work: Work,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Make the comparisons; plain data.
+    """Make the comparisons; plain data, which `keep` gets after each of them too.
 
     Raises:
         ConfigError: a size that cannot be, or weights that do not fit.
@@ -132,11 +137,13 @@ def run(
             work.decode, work.decode_tokens, device, dtype, limits=limits
         )
         _release()
+        keep(result)
     say("one MoE layer")
     left_s = end_s - time.monotonic()
     layer_end_s = time.monotonic() + left_s * (_LAYER_SHARE if work.num_layers else 1.0)
     result["layer"] = compare_layer(work, device, dtype, replace(limits, deadline_s=layer_end_s))
     _release()
+    keep(result)
     if work.num_layers:
         say(f"a model of {work.num_layers} layers")
         result["model"] = compare_model(work, device, dtype, replace(limits, batches=model_sizes))

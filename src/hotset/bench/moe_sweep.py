@@ -145,10 +145,12 @@ def _add_points(
             each.stopped_by = "no time left for a larger batch"
             continue
         start_s = time.monotonic()
-        peak = _try(each.way, given)
-        if peak is None:
-            each.stopped_by = f"{tokens} do not fit into the device"
-        elif peak > limits.memory_bytes:
+        try:
+            peak = _peak_bytes(each.way.run, given)
+        except RuntimeError as error:
+            each.stopped_by = why_it_failed(tokens, error, given)
+            continue
+        if peak > limits.memory_bytes:
             each.stopped_by = f"{tokens} took {peak / GIB:.2f} GiB"
         else:
             peaks.append((each, peak))
@@ -158,28 +160,38 @@ def _add_points(
         if repeat and time.monotonic() > limits.deadline_s:
             break
         for each, _ in peaks:
-            seconds[each.way.name].append(_seconds(each.way.run, given))
+            if each.stopped_by:
+                continue
+            try:
+                seconds[each.way.name].append(_seconds(each.way.run, given))
+            except RuntimeError as error:
+                each.stopped_by = why_it_failed(tokens, error, given)
     for each, peak in peaks:
+        if each.stopped_by:
+            continue
         dropped = 0.0 if each.way.capacity is None else None
         if each.way.dropped is not None:
             dropped = each.way.dropped(*given)
         each.points.append(Point(tokens, tuple(seconds[each.way.name]), peak, dropped))
 
 
-def _try(way: Way, given: tuple[Any, ...]) -> int | None:
-    """Peak bytes of a call, which also warms up; None if it does not fit into the device."""
-    try:
-        return _peak_bytes(way.run, given)
-    except torch.OutOfMemoryError:
-        pass
-    torch.cuda.empty_cache()  # not in the clause above, whose traceback holds the call's tensors
-    return None
+def why_it_failed(tokens: int, error: RuntimeError, given: tuple[Any, ...]) -> str:
+    """What to say of a call that ended so. Beside memory, a GPU's libraries fail for lack of it.
+
+    Raises:
+        RuntimeError: it is neither, but an error of ours.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{tokens} do not fit into the device"
+    if not given[0].is_cuda:
+        raise error
+    return f"{tokens} failed: {' '.join(str(error).split())[:100]}"
 
 
 def _peak_bytes(run: Callable[..., torch.Tensor], given: tuple[Any, ...]) -> int:
     """Memory of one call beyond what is there before it."""
     if given[0].is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what an earlier way left may be in pieces
         run(*given)  # what a first call sets up stays
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -146,11 +146,17 @@ def command(
         repeats=repeats,
         max_s=max_s if max_s is not None else _MAX_S[target.type],
     )
+
+    def keep(result: dict[str, Any]) -> None:
+        if out is not None:
+            out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
     result = run(
         work,
         device=target,
         dtype=_dtype(dtype, target),
         say=lambda line: click.echo(f"hotset: {line}", err=True),
+        keep=keep,
     )
     result["machine"] = describe_machine()
     result["shrunk"] = (
@@ -159,8 +165,8 @@ def command(
         else "On a CPU what is not given is smaller than on a GPU: not the paper's shape "
         "(E=512, d=1024, ffn=4096, 24 layers) nor Qwen3-30B-A3B's (E=128, H=2048, I=768)."
     )
+    keep(result)
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
         out.with_suffix(".md").write_text(f"# {text(result)}\n", "utf-8")
     click.echo(json.dumps(result) if as_json else text(result))
 
