@@ -25,6 +25,7 @@ from hotset.memory.budget import available_host_bytes
 from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
 from hotset.model.loader import LoadedModel, resolve_kv_dtype
+from hotset.model.routing_recorder import RoutingRecorder, write_routing
 from hotset.model.runner import inspect_model
 from hotset.plan.cost import CostModel
 
@@ -47,6 +48,7 @@ class RunOptions:
         hardware: name of the profile for predictions; None chooses one.
         verify: keep the answers.
         wait_for_tiers: start the run only when all host memory is pinned.
+        record_routing: file for what experts the tokens of the first run went to; None for none.
     """
 
     profile_steps: int = 0
@@ -54,6 +56,7 @@ class RunOptions:
     hardware: str | None = None
     verify: bool = False
     wait_for_tiers: bool = True
+    record_routing: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,8 @@ class Bench:
         self._config = _with_hot_tier(config, self.work, token_bytes) if is_tiered else config
         self._block_bytes = token_bytes * config.block_size
         self.notes: list[str] = []
+        # Before the first engine, which may compile the model with it.
+        self._recorder = RoutingRecorder(model) if options.record_routing is not None else None
         self._cost = self._cost_model()
 
     def facts(self) -> dict[str, Any]:
@@ -156,6 +161,8 @@ class Bench:
         if self._loaded.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         gc.collect()
+        recorder, self._recorder = self._recorder, None  # of one run
+        engine.record_routing(recorder)
         try:
             driven = drive(
                 engine,
@@ -167,8 +174,11 @@ class Bench:
                 hook=profiler,
             )
         finally:
+            engine.record_routing(None)
             if profiler is not None:
                 profiler.close()
+        if recorder is not None:
+            self._keep_routing(recorder, arm)
         if profiler is not None:
             say.line(f"{arm}: profile\n{profiler.report}")
         run = observe(arm, repeat, driven.play, driven.wall_s, is_complete=driven.is_complete)
@@ -187,6 +197,20 @@ class Bench:
             run.notes.append(f"broken off after {driven.wall_s:.0f} s")
         run.prediction = self._predict(engine, arm)
         return run
+
+    def _keep_routing(self, recorder: RoutingRecorder, arm: str) -> None:
+        path = self._options.record_routing
+        assert path is not None, "recorded for nobody"
+        top_k = getattr(self._loaded.model.config.get_text_config(), "num_experts_per_tok", None)
+        about = self.facts() | {
+            "workload": self.work.title,
+            "arm": arm,
+            "num_experts": recorder.num_experts,
+            "top_k": top_k,
+        }
+        num_steps = write_routing(path, recorder, about)
+        self._say.line(f"{arm}: routing of {num_steps} steps in {path}")
+        self.notes.append(f"routing was counted, in {path}: each step took a little longer")
 
     def _send_prefixes(self, engine: Engine) -> None:
         """Compute the shared prefixes once, then push them out of the device."""

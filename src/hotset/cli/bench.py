@@ -99,6 +99,13 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
     metavar="[STEPS]",
     help="Show where the time of so many steps (20) goes.",
 )
+@click.option(
+    "--record-routing",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write to which experts the tokens of each step of the first run went, as .npz or .json; "
+    "see hotset plan --routing.",
+)
 @click.option("--no-wait", is_flag=True, help="Start while host memory is still being pinned.")
 @click.option("--max-s", type=float, help="End each run after so many seconds, done or not.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
@@ -128,6 +135,7 @@ def command(
     hardware: str | None,
     verify: bool,
     profile_steps: int | None,
+    record_routing: Path | None,
     no_wait: bool,
     max_s: float | None,
     as_json: bool,
@@ -152,7 +160,9 @@ def command(
     config, dummy_weights = _with_preset(config, chosen, dummy_weights)
     if max_s is not None and not max_s > 0:
         raise ConfigError(f"--max-s is {max_s}; expected seconds above 0")
-    for path in (out, html):
+    if record_routing is not None and record_routing.suffix not in (".npz", ".json"):
+        raise ConfigError(f"--record-routing is {record_routing}; expected a .npz or .json file")
+    for path in (out, html, record_routing):
         if path is not None:
             _check_writable(path)
     from hotset.bench.campaign import Order, Target, run_bench
@@ -167,7 +177,9 @@ def command(
         dummy_weights=dummy_weights,
         arms=parse_arms(arms) if arms else ([] if against else ["hot", "host"]),
         repeats=repeats,
-        options=RunOptions(profile_steps or 0, max_s, hardware, verify, not no_wait),
+        options=RunOptions(
+            profile_steps or 0, max_s, hardware, verify, not no_wait, record_routing
+        ),
         target=target,
     )
 

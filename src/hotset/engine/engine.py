@@ -28,6 +28,7 @@ from hotset.model.cpu_linear import pack_linears
 from hotset.model.expert_buffer import buffer_experts
 from hotset.model.experts import pack_experts
 from hotset.model.loader import LoadedModel, resolve_kv_dtype
+from hotset.model.routing_recorder import RoutingRecorder
 from hotset.model.runner import (
     ModelRunner,
     choose_backend,
@@ -297,6 +298,10 @@ class Engine:
             self.metrics.expert_hits = counts.hits
             self.metrics.expert_misses = counts.misses
             self.metrics.expert_bytes = counts.moved_bytes
+
+    def record_routing(self, recorder: RoutingRecorder | None) -> None:
+        """Tell `recorder`, which was there before this engine, of each step from now on."""
+        self._runner.recorder = recorder
 
     def close(self) -> None:
         """End the transfers and close the tiers."""

@@ -98,6 +98,9 @@ def dynamic_experts(
     Returns:
         `[T, H]`, dtype of `hidden_states`; a token's K rows are summed in the order of K.
     """
+    routing_counts = getattr(layer, "routing_counts", None)
+    if routing_counts is not None:  # somebody records who goes where
+        routing_counts.add(top_k_index)
     buffer = getattr(layer, "expert_buffer", None)
     if buffer is not None:  # only some are on the device
         out: torch.Tensor = buffer.forward(layer, hidden_states, top_k_index, top_k_weights)

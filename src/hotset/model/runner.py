@@ -29,6 +29,7 @@ from hotset.model.flashinfer_attention import (
     why_unsupported,
 )
 from hotset.model.merged_linear import merge_linears
+from hotset.model.routing_recorder import RoutingRecorder
 from hotset.model.step_graphs import StepGraphs
 from hotset.request import StepPlan
 
@@ -187,6 +188,7 @@ class ModelRunner:
         self._arena = arena
         self._attention = attention
         self._graphs: StepGraphs | None = None
+        self.recorder: RoutingRecorder | None = None
         # At a fixed place, for the graphs to read.
         self._previous = torch.zeros(max_num_seqs, dtype=torch.long, device=model.device)
         parameters = inspect.signature(model.forward).parameters
@@ -254,6 +256,8 @@ class ModelRunner:
             `[R, vocab]` logits, a row for each item that samples, in the plan's order; good
             until the next call.
         """
+        if self.recorder is not None:
+            self.recorder.begin_step(sum(item.num_tokens for item in plan.items))
         self._arena.copy_blocks(plan.copies)
         batch = make_batch(plan.items, self._arena.block_size)
         if batch.has_unknown:
