@@ -121,6 +121,16 @@ EXAMPLES = ("moe-7.8x", "offload-3x")
     metavar="TARGET",
     help="Best layout and split for a target, such as ttft=2s,tpot=50ms.",
 )
+@click.option(
+    "--routing",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Place experts by what 'hotset bench --record-routing' has written. No MODEL.",
+)
+@click.option("--devices", type=int, help="With --routing: devices that share the experts.")
+@click.option(
+    "--replicas", type=int, help="With --routing: further copies, of a layer.  [default: devices]"
+)
 @click.option("--explain", is_flag=True, help="Print each formula with its numbers filled in.")
 @click.option("--example", type=click.Choice(EXAMPLES), help="Explain a quoted figure. No MODEL.")
 @click.option("--list", "list_names", is_flag=True, help="List bundled models and hardware.")
@@ -142,6 +152,9 @@ def command(
     as_json: bool,
     html: Path | None,
     full_window_kv: bool,
+    routing: Path | None,
+    devices: int | None,
+    replicas: int | None,
     **given: Any,
 ) -> None:
     """Show where MODEL would live, how many users fit and how fast it should run.
@@ -155,6 +168,7 @@ def command(
         "--find": find,
         "--example": example,
         "--list": list_names,
+        "--routing": routing,
     }
     chosen = [name for name, value in modes.items() if value]
     if len(chosen) > 1:
@@ -163,8 +177,12 @@ def command(
         raise PlanError(f"--explain goes with a single case, not with {[*chosen, '--json'][0]}")
     if html and chosen:
         raise PlanError(f"--html goes with a single case, not with {chosen[0]}")
+    if routing is None and not (devices is None and replicas is None):
+        raise PlanError("--devices and --replicas go with --routing FILE")
     if list_names:
         _list(as_json)
+    elif routing is not None:
+        _balance(routing, devices, replicas, as_json)
     elif example:
         _example(example, as_json)
     elif model is None:
@@ -179,6 +197,28 @@ def command(
             _find(options, find, as_json)
         else:
             _single(make_plan(options.request()), as_json, explain, html)
+
+
+def _balance(path: Path, devices: int | None, replicas: int | None, as_json: bool) -> None:
+    from hotset.plan.balance import balance, balance_table, load_recording
+
+    if devices is None:
+        raise PlanError("--routing needs --devices N")
+    if replicas is not None and replicas < 0:
+        raise PlanError(f"--replicas is {replicas}; expected 0 or more")
+    recording = load_recording(path)
+    cases = balance(recording, devices, devices if replicas is None else replicas)
+    if as_json:
+        _print_json(
+            {
+                "about": recording.about,
+                "devices": devices,
+                "layers": list(recording.layers),
+                "cases": [case.as_dict() for case in cases],
+            }
+        )
+    else:
+        click.echo(balance_table(recording, cases, devices))
 
 
 def _print_json(data: dict[str, object]) -> None:

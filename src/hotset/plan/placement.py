@@ -70,6 +70,22 @@ def round_robin(num_experts: int, num_devices: int) -> Placement:
     )
 
 
+def in_order(num_experts: int, num_devices: int) -> Placement:
+    """The first experts on the first device and so on, as transformers' expert parallelism has it.
+
+    Raises:
+        PlanError: a number is below 1.
+    """
+    size = -(-num_experts // max(1, num_devices))
+    round_robin(num_experts, num_devices)  # for its errors
+    return Placement(
+        tuple(
+            tuple(range(min(num_experts, device * size), min(num_experts, (device + 1) * size)))
+            for device in range(num_devices)
+        )
+    )
+
+
 def place(
     history: History, num_devices: int, *, num_replicas: int = 0, co_activation: bool = True
 ) -> Placement:
