@@ -9,7 +9,7 @@ from hotset.errors import ConfigError
 
 GIB = 2**30
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 KVDType = Literal["auto", "fp8"]
 
 
@@ -20,7 +20,9 @@ class EngineConfig:
     Attributes:
         model: a folder, a GGUF file, a hub id, or None for the small default model.
         device: `auto`, `cpu` or `cuda`.
-        dtype: of weights and KV; `auto` is float32 on the CPU and the checkpoint's on a GPU.
+        dtype: of weights and KV; `auto` is float32 on the CPU and the checkpoint's on a GPU. `fp8`
+            is bfloat16 but for the weights of linear layers, which are 8-bit floats (e4m3) with a
+            scale for each output: near half the bytes, and not exact.
         kv_dtype: of stored keys and values; `auto` is `dtype`, `fp8` is 8-bit floats (e4m3), with
             the scales of the checkpoint where it has some: half the bytes, and not exact.
         hot_gib: KV memory on the device, in GiB; None takes what is left beside the weights.

@@ -13,7 +13,7 @@ from hotset.plan.hardware import Hardware, bundled_hardware, load_hardware, prob
 from hotset.plan.layout import Layout
 from hotset.plan.routing import Routing
 
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,9 @@ def make_cost_model(
     if plain is None:
         raise PlanError(f"the planner does not know dtype {dtype}")
     shape = shape_from_config(config, name).with_weights(plain)
-    kv = plain if kv_dtype == "auto" else kv_dtype
+    kv = kv_dtype
+    if kv_dtype == "auto":
+        kv = "bf16" if dtype == "fp8" else plain
     return CostModel(shape, hardware, Layout(tp=1), kv, Calibration(), Routing())
 
 

@@ -101,12 +101,18 @@ class Bench:
         self._recorder = RoutingRecorder(model) if options.record_routing is not None else None
         self._cost = self._cost_model()
 
+    @property
+    def _dtype(self) -> str:
+        if self._config.dtype == "fp8":
+            return "fp8"
+        return str(self._loaded.model.dtype).removeprefix("torch.")
+
     def facts(self) -> dict[str, Any]:
         """The model, for results."""
         model = self._loaded.model
         return {
             "model": self._loaded.name,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": self._dtype,
             "kv_dtype": self._config.kv_dtype,
             "device": str(model.device),
             "hot_gib": self._config.hot_gib,
@@ -278,12 +284,11 @@ class Bench:
                 "--hardware"
             )
             return None
-        dtype = str(model.dtype).removeprefix("torch.")
         try:
             return make_cost_model(
                 model.config.to_dict(),
                 self._loaded.name,
-                dtype,
+                self._dtype,
                 hardware,
                 kv_dtype=self._config.kv_dtype,
             )

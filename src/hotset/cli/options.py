@@ -36,8 +36,9 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
     _option("device", str, "auto, cpu or cuda."),
     _option(
         "dtype",
-        click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        "Of weights and KV; auto is float32 on the CPU, the checkpoint's own on a GPU.",
+        click.Choice(["auto", "float32", "bfloat16", "float16", "fp8"]),
+        "Of weights and KV; auto is float32 on the CPU, the checkpoint's own on a GPU; fp8 has "
+        "8-bit weights in linear layers and bfloat16 elsewhere.",
     ),
     _option(
         "kv_dtype",

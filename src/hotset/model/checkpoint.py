@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from hotset.errors import ModelError
+from hotset.model import weights
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -34,19 +35,41 @@ KV_SCALE_NAME = re.compile(r"\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.|)
 
 
 def load_folder(
-    folder: Path, device: torch.device, dtype: torch.dtype | None
+    folder: Path, device: torch.device, dtype: torch.dtype | None, *, fp8: bool = False
 ) -> tuple[Any, Any | None]:
-    """Load a folder's model, and its tokenizer if it has one. Raises ModelError."""
+    """Load a folder's model, and its tokenizer if it has one.
+
+    On a GPU, or for `fp8`, weights go straight to their place and sibling layers are merged, where
+    the checkpoint is plain enough; see `weights.load_in_place`. On the CPU they are the pages of
+    the file, which takes no memory at all.
+
+    Args:
+        folder: of the checkpoint.
+        device: where the weights go.
+        dtype: of the weights; None is the checkpoint's.
+        fp8: store those of linear layers in 8 bits. A checkpoint that is not plain is loaded in
+            `dtype`, for the caller to round.
+
+    Raises:
+        ModelError: it cannot be loaded; says why.
+    """
     if not (folder / "config.json").is_file():
         hint = next((f"; it holds {f.name}: give that file" for f in folder.glob("*.gguf")), "")
         raise ModelError(f"{folder} has no config.json, so it is not a model's folder{hint}")
-    _weight_files(folder)
+    files = _weight_files(folder)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise ModelError(_config_problem(folder, error)) from error
     _check_architecture(config, folder)
-    model = _from_pretrained(folder, folder, device, dtype, config=config)
+    model = None
+    if fp8 or device.type == "cuda":
+        model = _in_place(folder, files, config, device, dtype or config.dtype, fp8=fp8)
+    if model is None:
+        options = {}
+        if _quantization(config) == "fp8":  # its own kernels are downloads; others refuse
+            options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
+        model = _from_pretrained(folder, folder, device, dtype, config=config, **options)
     tokenizer = None
     if any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
         tokenizer = _load_tokenizer(folder, folder)
@@ -99,6 +122,34 @@ def _from_pretrained(
                 f"first {names[0]}; the checkpoint is incomplete or of another architecture"
             )
     return model
+
+
+def _in_place(
+    folder: Path,
+    files: list[Path],
+    config: Any,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    fp8: bool,
+) -> Any | None:
+    """The model, or None where transformers has to load it."""
+    if dtype is None:
+        return None
+    attention = _first_attention(config)
+    try:
+        return weights.load_in_place(
+            config, folder, files, device, dtype, fp8=fp8, attn_implementation=attention
+        )
+    except Exception as error:  # whatever a bad file makes the libraries raise
+        raise ModelError(f"cannot load the weights of {folder}: {first_line(error)}") from error
+
+
+def _quantization(config: Any) -> str | None:
+    """How the weights of a checkpoint are quantised, in transformers' word."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    return None if method is None else str(method)
 
 
 def _first_attention(config: Any | None) -> str:

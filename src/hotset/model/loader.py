@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ from hotset.memory.budget import available_host_bytes
 from hotset.model import checkpoint, default_model
 from hotset.model.experts import experts_layers, move_but_experts
 from hotset.model.fp8 import FP8
+from hotset.model.fp8_linear import quantize_linears
 from hotset.plan.catalog import find_config
+
+_log = logging.getLogger(__name__)
 
 HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 CONTEXT_LENGTH_NAMES = ("max_position_embeddings", "max_sequence_length", "seq_length")
@@ -70,7 +74,7 @@ def load_model(
             a `.gguf` file, which is dequantised; or a hub id.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (float32 on the CPU, the checkpoint's own elsewhere), `float32`,
-            `bfloat16` or `float16`.
+            `bfloat16`, `float16`, or `fp8`: bfloat16, but 8-bit weights in linear layers.
         experts_on_host: leave the experts' weights in host memory, for `buffer_experts`.
 
     Raises:
@@ -85,15 +89,17 @@ def load_model(
         if source.is_file():
             model, tokenizer = checkpoint.load_gguf(source, first, torch_dtype)
         else:
-            model, tokenizer = checkpoint.load_folder(source, first, torch_dtype)
+            in_place = dtype == "fp8" and not experts_on_host
+            model, tokenizer = checkpoint.load_folder(source, first, torch_dtype, fp8=in_place)
     if experts_on_host:
         move_but_experts(model, target)
+    _round(model, dtype)
     model.eval().requires_grad_(False)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         name=short_name,
-        fingerprint=checkpoint.fingerprint(source),
+        fingerprint=_fingerprint(source, dtype),
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=_max_model_len(model, tokenizer, short_name),
         kv_scales=checkpoint.kv_scales(source, model.config.get_text_config().num_hidden_layers),
@@ -154,8 +160,9 @@ def load_dummy(
     with checkpoint.quiet(), torch.random.fork_rng(devices), torch.device(target):
         torch.manual_seed(seed)
         model = _make(config, torch_dtype, target, experts_on_host=experts_on_host)
+    _round(model, dtype)
     model.eval().requires_grad_(False)
-    made_of = json.dumps([fields, str(model.dtype), seed], sort_keys=True, default=str)
+    made_of = json.dumps([fields, dtype, str(model.dtype), seed], sort_keys=True, default=str)
     return LoadedModel(
         model=model,
         tokenizer=None,
@@ -216,9 +223,16 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
     """The torch dtype asked for; None is the checkpoint's own."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else None
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    names = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "fp8": torch.bfloat16,  # of what is not a weight of a linear layer
+    }
     if dtype not in names:
         raise ConfigError(f"dtype is {dtype!r}; expected auto, {', '.join(names)}")
+    if dtype == "fp8":
+        _require_fp8("dtype", device)
     return names[dtype]
 
 
@@ -232,6 +246,23 @@ def resolve_kv_dtype(kv_dtype: str, device: torch.device) -> torch.dtype | None:
         return None
     _require_fp8("kv_dtype", device)
     return FP8
+
+
+def _round(model: Any, dtype: str) -> None:
+    """Round the weights of linear layers, where `dtype` asks for it and they are not yet."""
+    if dtype != "fp8":
+        return
+    quantize_linears(model)
+    if experts_layers(model):
+        _log.warning("with dtype fp8 the weights of experts stay in bfloat16")
+
+
+def _fingerprint(source: Path, dtype: str) -> str:
+    """Of the weights as they are used."""
+    stored = checkpoint.fingerprint(source)
+    if dtype != "fp8":
+        return stored
+    return hashlib.blake2b(f"{stored} fp8".encode(), digest_size=16).hexdigest()
 
 
 def _require_fp8(option: str, device: torch.device) -> None:

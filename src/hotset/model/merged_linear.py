@@ -1,8 +1,13 @@
 """Linear layers that read the same input, merged into one product."""
 
+from typing import TypeAlias
+
 import torch
 from torch import nn
-from torch.nn import functional
+
+from hotset.model.fp8_linear import Fp8Linear
+
+Linear: TypeAlias = nn.Linear | Fp8Linear
 
 # Siblings that architectures of transformers apply to the same tensor.
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -22,19 +27,16 @@ class MergedLinear(nn.Module):
     """One layer of a merged group: its columns of the product of all.
 
     The first layer that is given a tensor computes the product, the last one forgets it.
+
+    Attributes:
+        whole: the layer of all columns, shared by the group.
+        columns: of it that are this layer's.
     """
 
-    def __init__(
-        self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        columns: slice,
-        product: _Product,
-    ) -> None:
+    def __init__(self, whole: Linear, columns: slice, product: _Product) -> None:
         super().__init__()
-        self.weight = weight
-        self.bias = bias
-        self._columns = columns
+        self.whole = whole
+        self.columns = columns
         self._product = product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,31 +44,32 @@ class MergedLinear(nn.Module):
         product = self._product
         if product.x is not x or product.value is None:
             product.x, product.num_uses = x, 0
-            product.value = functional.linear(x, self.weight, self.bias)
+            product.value = self.whole(x)
         value = product.value
         product.num_uses += 1
         if product.num_uses == product.num_layers:
             product.x, product.value, product.num_uses = None, None, 0
-        return value[..., self._columns]
+        return value[..., self.columns]
 
 
 @torch.no_grad()
 def merge_linears(model: nn.Module) -> None:
     """Replace sibling linear layers by parts of one, in place, one group at a time.
 
-    A group whose layers are not plain linear layers of one kind is left alone. The weights of one
-    group at a time are in memory twice.
+    A group whose layers are not plain or 8-bit linear layers of one kind is left alone. The weights
+    of one group at a time are in memory twice; none of a model on `meta`.
     """
     for parent in list(model.modules()):
         for names in _GROUPS:
             layers = [getattr(parent, name, None) for name in names]
             # The exact class: a subclass may compute something else.
-            linears = [layer for layer in layers if type(layer) is nn.Linear]
-            if len(linears) == len(names) and _are_alike(linears):
-                _merge(parent, names, linears)
+            for kind in (nn.Linear, Fp8Linear):
+                linears: list[Linear] = [layer for layer in layers if type(layer) is kind]
+                if len(linears) == len(names) and _are_alike(linears):
+                    _merge(parent, names, linears)
 
 
-def _are_alike(layers: list[nn.Linear]) -> bool:
+def _are_alike(layers: list[Linear]) -> bool:
     first = layers[0]
     return all(
         layer.weight.shape[1] == first.weight.shape[1]
@@ -76,14 +79,23 @@ def _are_alike(layers: list[nn.Linear]) -> bool:
     )
 
 
-def _merge(parent: nn.Module, names: tuple[str, ...], layers: list[nn.Linear]) -> None:
-    weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
-    bias = None
-    if layers[0].bias is not None:
-        bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
+def _merge(parent: nn.Module, names: tuple[str, ...], layers: list[Linear]) -> None:
+    first = layers[0]
+    whole: Linear
+    num_outputs = sum(layer.out_features for layer in layers)
+    if isinstance(first, Fp8Linear):
+        whole = Fp8Linear(
+            first.in_features, num_outputs, bias_dtype=None, device=torch.device("meta")
+        )
+    else:
+        whole = nn.Linear(first.in_features, num_outputs, bias=False, device="meta")
+    for name in ("weight", "scale", "bias"):
+        parts = [part for layer in layers if (part := getattr(layer, name, None)) is not None]
+        if parts:
+            whole.register_parameter(name, nn.Parameter(torch.cat(parts), requires_grad=False))
     product = _Product(len(layers))
     start = 0
     for name, layer in zip(names, layers, strict=True):
         stop = start + layer.out_features
-        setattr(parent, name, MergedLinear(weight, bias, slice(start, stop), product))
+        setattr(parent, name, MergedLinear(whole, slice(start, stop), product))
         start = stop

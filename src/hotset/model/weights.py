@@ -1,0 +1,170 @@
+"""Weights from safetensors files straight to their place, one tensor at a time.
+
+`from_pretrained` of transformers makes a tensor for each name; where layers are merged or rounded
+afterwards, both forms are in memory for a while, and the allocator keeps what is freed. Here the
+model is made without memory, merged and prepared for 8-bit weights, then allocated once, and each
+tensor of the files goes into its rows.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import safetensors
+import torch
+import transformers
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+from hotset.model.fp8_linear import Fp8Linear, quantize_linears
+from hotset.model.merged_linear import MergedLinear, merge_linears
+
+_NUM_THREADS = 4  # each holds one tensor; they wait for the disk and the link
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor of a checkpoint belongs: a parameter or buffer, or rows of it."""
+
+    module: nn.Module
+    name: str
+    rows: slice | None
+
+    @torch.no_grad()
+    def write(self, tensor: torch.Tensor) -> None:
+        target = getattr(self.module, self.name)
+        tensor = tensor.to(target.device)
+        if isinstance(self.module, Fp8Linear) and self.name == "weight":
+            self.module.set_rows(self.rows or slice(None), tensor)
+        else:
+            (target if self.rows is None else target[self.rows]).copy_(tensor)
+
+
+def load_in_place(
+    config: Any,
+    folder: Path,
+    files: Sequence[Path],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    fp8: bool,
+    **options: Any,
+) -> Any | None:
+    """Make the model of `config` on `device`, its sibling layers merged.
+
+    Takes the bytes of the model, and a tensor for each of a few threads.
+
+    Args:
+        config: of transformers.
+        folder: has the generation config, if there is one.
+        files: all safetensors files of the checkpoint.
+        device: where the weights go.
+        dtype: of what is not 8-bit.
+        fp8: store the weights of linear layers in 8 bits; see `fp8_linear.can_be_fp8`.
+        options: of transformers' `from_config`.
+
+    Returns:
+        The model; None where the tensors of the files are not those of the model as they are:
+        stacked, split, quantised, missing or of other shapes. `from_pretrained` knows more then.
+
+    Raises:
+        Whatever a damaged file makes safetensors raise, and `torch.OutOfMemoryError`.
+    """
+    stored = _shapes(files)
+    if stored is None or getattr(config, "quantization_config", None) is not None:
+        return None
+    with accelerate.init_empty_weights():  # buffers, which are computed, are made
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    model.tie_weights()
+    if not _is_as_stored(model, stored):
+        return None
+    if fp8:
+        quantize_linears(model)
+    merge_linears(model)
+    _allocate(model, device)
+    places = _places(model)
+    for file in files:
+        _fill(file, places)
+    with contextlib.suppress(OSError):  # there is none
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]] | None:
+    """The shape of each tensor; None where one is not of plain floats."""
+    shapes = {}
+    for file in files:
+        with safetensors.safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # it is no dictionary
+                tensor = tensors.get_slice(name)
+                if tensor.get_dtype() not in _FLOATS:
+                    return None
+                shapes[name] = tuple(tensor.get_shape())
+    return shapes
+
+
+def _is_as_stored(model: Any, stored: dict[str, tuple[int, ...]]) -> bool:
+    """Whether each weight is in the files under its name or that of a weight it is tied to."""
+    if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
+        return False  # not all of one dtype
+    if any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model)):
+        return False  # values are moved, even where names and shapes stay
+    found: dict[int, bool] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        fits = stored.get(name) == tuple(tensor.shape)
+        if name in stored and not fits:
+            return False
+        found[id(tensor)] = found.get(id(tensor), False) or fits
+    return all(found.values())
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Give each parameter its memory, tied ones the same; move the buffers."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                memory = torch.empty_like(parameter, device=device)
+                made[id(parameter)] = nn.Parameter(memory, requires_grad=False)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def _places(model: nn.Module) -> dict[str, _Place]:
+    """The place of each tensor by the name it has in a checkpoint."""
+    places = {}
+    wholes = {id(module.whole) for module in model.modules() if isinstance(module, MergedLinear)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if id(module) in wholes:
+            continue
+        owner, rows = module, None
+        if isinstance(module, MergedLinear):
+            owner, rows = module.whole, module.columns
+        for name in (*owner._parameters, *owner._buffers):
+            if getattr(owner, name) is not None and name not in owner._non_persistent_buffers_set:
+                places[f"{path}.{name}" if path else name] = _Place(owner, name, rows)
+    return places
+
+
+def _fill(file: Path, places: dict[str, _Place]) -> None:
+    with (
+        safetensors.safe_open(file, "pt") as tensors,
+        ThreadPoolExecutor(_NUM_THREADS) as pool,
+    ):
+
+        def move(name: str) -> None:
+            places[name].write(tensors.get_tensor(name))
+
+        names = [name for name in tensors.keys() if name in places]  # noqa: SIM118
+        for _ in pool.map(move, names):
+            pass

@@ -1,0 +1,199 @@
+"""Weights go from files to their place: the same model, and no more memory than it takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_models import make_config, make_model
+
+from hotset.errors import ModelError
+from hotset.model import checkpoint, weights
+from hotset.model.loader import load_model
+from hotset.model.merged_linear import MergedLinear
+
+CPU = torch.device("cpu")
+TOKENS = torch.arange(3, 30).unsqueeze(0)
+
+
+def in_place(folder: Path, dtype: torch.dtype = torch.float32, *, fp8: bool = False) -> Any:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    model = weights.load_in_place(config, folder, files, CPU, dtype, fp8=fp8)
+    return None if model is None else model.eval().requires_grad_(False)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        out: torch.Tensor = model(TOKENS, use_cache=False).logits
+    return out
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shards", [False, True])
+def test_the_model_is_the_one_that_was_saved(
+    family: str, tied: bool, shards: bool, tmp_path: Path
+) -> None:
+    model = make_model(family, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path, max_shard_size="100KB" if shards else "1GB")
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == shards
+
+    loaded = in_place(tmp_path)
+
+    torch.testing.assert_close(logits(loaded), logits(model))
+    assert sum(isinstance(module, MergedLinear) for module in loaded.modules()) == 3 * 5
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_biases_and_the_generation_config_arrive_too(tmp_path: Path) -> None:
+    model = make_model("llama", attention_bias=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+
+    loaded = in_place(tmp_path)
+
+    torch.testing.assert_close(logits(loaded), logits(model))
+    assert loaded.generation_config.eos_token_id == [7, 9]
+
+
+def test_a_checkpoint_in_another_dtype_is_converted(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    loaded = in_place(tmp_path, torch.float16)
+    expected = load_model(str(tmp_path), device="cpu", dtype="float16").model
+    assert {p.dtype for p in loaded.parameters()} == {torch.float16}
+    assert torch.equal(loaded.model.embed_tokens.weight, expected.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_what_is_stored_in_another_form_is_left_to_transformers(
+    family: str, tmp_path: Path
+) -> None:
+    model = make_model(family)
+    model.save_pretrained(tmp_path)
+    assert in_place(tmp_path) is None
+    loaded, _ = checkpoint.load_folder(tmp_path, CPU, torch.float32, fp8=True)
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
+def test_a_missing_tensor_or_another_shape_is_refused_as_ever(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    save_file({n: t for n, t in tensors.items() if n != name}, tmp_path / "model.safetensors")
+    assert in_place(tmp_path) is None
+    with pytest.raises(ModelError, match=r"1 missing keys, first .*k_proj"):
+        load_model(str(tmp_path), device="cpu", dtype="fp8")
+
+    save_file({**tensors, name: tensors[name][:16]}, tmp_path / "model.safetensors")
+    assert in_place(tmp_path) is None
+    with pytest.raises(ModelError):
+        load_model(str(tmp_path), device="cpu", dtype="fp8")
+
+
+def test_damage_is_one_line(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="cannot load the weights") as caught:
+        load_model(str(tmp_path), device="cpu", dtype="fp8")
+    assert "\n" not in str(caught.value)
+
+
+# In a process of its own, where no freed memory of other tests is taken again.
+MEASURE = """
+import json, sys, threading
+from pathlib import Path
+import torch, transformers
+from hotset.model import weights
+from hotset.model.loader import load_model
+
+folder, ended = Path(sys.argv[1]), threading.Event()
+
+def anonymous_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+def measure(load):
+    start, peak, ended = anonymous_bytes(), [0], threading.Event()
+    def watch():
+        while not ended.wait(0.001):
+            peak[0] = max(peak[0], anonymous_bytes() - start)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = load()
+    ended.set()
+    thread.join()
+    return peak[0], sum(p.nbytes for p in model.parameters())
+
+def in_place(fp8):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    return weights.load_in_place(config, folder, files, device, dtype, fp8=fp8)
+
+loads = {
+    "pages": lambda: load_model(str(folder), device="cpu", dtype="bfloat16").model,
+    "in place": lambda: in_place(False),
+    "8 bits": lambda: in_place(True),
+}
+torch.set_num_threads(1)
+print(json.dumps(measure(loads[sys.argv[2]])))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_weights_are_never_in_memory_twice(tmp_path: Path) -> None:
+    config = make_config(
+        "llama",
+        vocab_size=2048,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="64MB")
+    whole_bytes = sum(p.nbytes for p in model.parameters())
+    assert whole_bytes > 150e6
+    del model
+
+    def load(how: str) -> tuple[int, int]:
+        run = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(tmp_path), how],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "MALLOC_MMAP_THRESHOLD_": "100000",  # what is freed goes back at once
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peak_bytes, num_bytes = json.loads(run.stdout)
+        return peak_bytes, num_bytes
+
+    small = 25e6  # what a few threads hold, and Python's own
+    peak_bytes, num_bytes = load("in place")
+    assert num_bytes == whole_bytes
+    assert whole_bytes - small < peak_bytes < whole_bytes + small
+    peak_bytes, num_bytes = load("8 bits")
+    assert num_bytes < 0.55 * whole_bytes
+    assert num_bytes - small < peak_bytes < num_bytes + 2 * small  # and float32 of pieces
+    peak_bytes, num_bytes = load("pages")  # the CPU computes on the pages of the file
+    assert num_bytes == whole_bytes
+    assert peak_bytes < small
