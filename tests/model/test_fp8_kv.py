@@ -18,7 +18,7 @@ from hotset.memory.arena import DeviceArena, LayerShape
 from hotset.model.attention import PagedAttention
 from hotset.model.batch import make_batch
 from hotset.model.fp8 import FP8, to_fp8
-from hotset.model.loader import load_model
+from hotset.model.loader import load_model, resolve_dtype, resolve_kv_dtype
 from hotset.request import Request, SamplingParams, StepItem
 
 MakeEngine = Callable[..., Engine]
@@ -121,6 +121,16 @@ def test_scales_of_a_checkpoint_are_found_and_change_what_is_stored(tmp_path: Pa
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"k_scale is 0\.0, expected one above 0"):
         load_model(str(folder), device="cpu", dtype="auto")
+
+
+def test_a_gpu_without_8_bit_floats_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(ConfigError, match="kv_dtype is fp8, which NVIDIA A100 does not"):
+        resolve_kv_dtype("fp8", torch.device("cuda"))
+    with pytest.raises(ConfigError, match="dtype is fp8, which NVIDIA A100 does not"):
+        resolve_dtype("fp8", torch.device("cuda"))
+    assert resolve_kv_dtype("auto", torch.device("cuda")) is None
 
 
 def test_another_type_is_refused() -> None:

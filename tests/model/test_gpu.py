@@ -53,14 +53,16 @@ def paged_logits(
     make_backend: Callable[[DeviceArena], AttentionBackend],
     *,
     recorded: bool = False,
+    scales: list[tuple[float, float]] | None = None,
 ) -> list[torch.Tensor]:
     """Logits of steps of all kinds: prefill, chunks beside decodes, decodes."""
     arena = DeviceArena(
         layout.kv_shapes,
         num_blocks=41,
         block_size=4,
-        dtype=layout.dtype,
+        dtype=layout.kv_dtype,
         device=torch.device("cuda"),
+        scales=scales,
     )
     runner = ModelRunner(model, arena, make_backend(arena), max_num_seqs=4)
     if recorded:
