@@ -255,6 +255,8 @@ def _round(model: Any, dtype: str) -> None:
     quantize_linears(model)
     if experts_layers(model):
         _log.warning("with dtype fp8 the weights of experts stay in bfloat16")
+    if model.device.type == "cpu":
+        _log.warning("dtype fp8 is for GPUs: the CPU computes it much more slowly than bfloat16")
 
 
 def _fingerprint(source: Path, dtype: str) -> str:
