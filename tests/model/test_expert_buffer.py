@@ -17,7 +17,7 @@ from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.memory.expert_cache import SlotTable
-from hotset.model import expert_buffer
+from hotset.model import expert_buffer, expert_layer
 from hotset.model.expert_buffer import ExpertBuffer, _move_to_host, buffer_experts
 from hotset.model.experts import IMPLEMENTATION, dynamic_experts, pack_experts
 from hotset.model.loader import load_dummy, load_model
@@ -72,7 +72,7 @@ def test_buffered_experts_compute_exactly_what_resident_ones_do(
     # `grouped` is what a GPU computes; the products of PyTorch's grouped_mm run on the CPU too.
     layers = make_layers(3, **kind)
     if grouped:
-        monkeypatch.setattr(expert_buffer, "has_grouped_kernel", lambda weight: True)
+        monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: True)
         monkeypatch.setattr(expert_buffer, "_can_pack", lambda: False)
         expected_layers, _ = buffered(layers, expert_slots=NUM_EXPERTS, expert_plan="cache")
     else:
@@ -99,7 +99,7 @@ def test_buffered_experts_compute_exactly_what_resident_ones_do(
 def test_experts_of_other_ranks_add_nothing_and_take_no_slot(
     options: dict[str, Any], grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expert_buffer, "has_grouped_kernel", lambda weight: grouped)
+    monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: grouped)
     monkeypatch.setattr(expert_buffer, "_can_pack", lambda: not grouped)
     layers = make_layers(1, transposed=False, bias=True, gate=True)
     layers[0]._is_expert_parallel = True

@@ -1,0 +1,225 @@
+"""The experts of one layer, some in slots on the device: finding, fetching and computing them."""
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from hotset.memory.expert_cache import HostExperts, SlotTable
+from hotset.model.expert_slots import Slots, Staging
+from hotset.model.experts import Experts, has_grouped_kernel, up_name
+
+
+class LayerBuffer:
+    """The experts of one layer, for `dynamic_experts` to call.
+
+    Args:
+        staging: None where the plan is *cache* only.
+        plan: `cache`, `stream` or `auto`.
+        streamed: `[1]` int64 on the device, to be added to: times the layer was streamed.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        host: HostExperts,
+        table: SlotTable,
+        staging: Staging | None,
+        *,
+        plan: str,
+        streamed: torch.Tensor,
+        packed: bool,
+        is_transposed: bool,
+    ) -> None:
+        self.host, self.table = host, table
+        self._index, self._staging, self._plan = index, staging, plan
+        self._streamed = streamed
+        self._is_transposed = is_transposed
+        self.slots = Slots(table.num_slots, host.layout, streamed.device, packed=packed)
+        for expert in range(table.num_fixed):
+            self.slots.put(host, expert, expert, is_transposed=is_transposed)
+        up = self.slots.up if not packed else host.up
+        self._is_grouped = has_grouped_kernel(up)
+
+    def streams(self, num_tokens: int, top_k: int) -> bool:
+        """Whether a step of so many tokens streams: it needs more experts than there are slots.
+
+        Expected, if tokens choose among the E experts alike: E * (1 - (1 - top_k / E) ** tokens).
+        """
+        if self._plan != "auto":
+            return self._plan == "stream"
+        num_experts = self.table.num_experts
+        expected = num_experts * (1 - (1 - min(1.0, top_k / num_experts)) ** num_tokens)
+        return expected > self.table.num_slots
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        layer: Experts,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `dynamic_experts`, with the same result."""
+        num_tokens, top_k = top_k_index.shape
+        ids = top_k_index.reshape(-1)
+        streams = self.streams(num_tokens, top_k)
+        if streams:
+            self._streamed += 1
+        compute = self._grouped if self._is_grouped else self._in_turn
+        rows = compute(layer, hidden_states, ids, top_k, streams)  # [T * K, H]
+        if getattr(layer, "has_post_expert_norm", False):
+            rows = layer.post_expert_norm(rows)
+        if getattr(layer, "_is_expert_parallel", True):
+            rows = rows.masked_fill((ids >= self.table.num_experts).unsqueeze(-1), 0)
+        weighted = rows.view(num_tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
+        summed: torch.Tensor = weighted.sum(1)
+        return summed.to(hidden_states.dtype)
+
+    def _in_turn(
+        self, layer: Experts, hidden: torch.Tensor, ids: torch.Tensor, top_k: int, streams: bool
+    ) -> torch.Tensor:
+        """`[T * K, H]`, one expert after another; the host reads what is needed."""
+        sorted_ids, order = torch.sort(ids, stable=True)
+        experts = torch.arange(self.table.num_experts, device=ids.device, dtype=ids.dtype)
+        ends = torch.searchsorted(sorted_ids, experts, right=True).tolist()
+        bounds = dict(enumerate(zip([0, *ends], ends, strict=False)))
+        needed = [expert for expert, (start, end) in bounds.items() if start < end]
+        rows = hidden[order // top_k]
+        out = torch.zeros_like(rows)
+        if streams:
+            self._run(layer, rows, out, bounds, self._staged(needed))
+        else:
+            which = self.table.begin(ids)
+            last = self.table.num_passes(len(ids))
+            passes = which.tolist()
+            for number in range(last):
+                wanted = [expert for expert in needed if passes[expert] == number]
+                if not wanted:
+                    break
+                self._copy(*self.table.load(which == number))
+                slots = self.table.slots().tolist()
+                self._run(layer, rows, out, bounds, {e: (self.slots, slots[e]) for e in wanted})
+        back = torch.empty_like(out)
+        back[order] = out
+        return back
+
+    def _staged(self, needed: list[int]) -> dict[int, tuple[Slots, int]]:
+        assert self._staging is not None
+        staged, first = self._staging.take(self._index), self.table.num_fixed
+        return {e: (self.slots, e) if e < first else (staged, e - first) for e in needed}
+
+    def _run(
+        self,
+        layer: Experts,
+        rows: torch.Tensor,
+        out: torch.Tensor,
+        bounds: dict[int, tuple[int, int]],
+        places: dict[int, tuple[Slots, int]],
+    ) -> None:
+        """Compute the rows of some experts, `bounds` by expert, into the same rows of `out`."""
+
+        def product(which: int, name: str, source: torch.Tensor, target: Any) -> torch.Tensor:
+            for expert, (slots, slot) in places.items():
+                start, end = bounds[expert]
+                piece = slots.product(which, slot, source[start:end], self._is_transposed)
+                if layer.has_bias:
+                    piece += getattr(layer, f"{name}_bias")[expert]
+                if target is None:
+                    target = piece.new_zeros(len(source), piece.shape[1])
+                target[start:end] = piece
+            assert target is not None
+            result: torch.Tensor = target
+            return result
+
+        if places:
+            # All rows, in their places: vector instructions round as they do with all experts.
+            middle = product(0, up_name(layer), rows, None)
+            middle = layer._apply_gate(middle) if layer.has_gate else layer.act_fn(middle)
+            product(1, "down_proj", middle, out)
+
+    def _grouped(
+        self, layer: Experts, hidden: torch.Tensor, ids: torch.Tensor, top_k: int, streams: bool
+    ) -> torch.Tensor:
+        """`[T * K, H]` by grouped products, in passes of fixed shape; nothing is asked of the host.
+
+        Rows are sorted by pass, then slot. A pass computes all rows, beginning with its own: what
+        comes after those belongs to no group and is not computed.
+        """
+        num_rows = len(ids)
+        places = torch.arange(num_rows, device=ids.device)
+        # One row more: those that are not a pass's own go there.
+        out = hidden.new_zeros(num_rows + 1, hidden.shape[1])
+        sizes: list[int]
+        if streams:
+            first, num_experts = self.table.num_fixed, self.table.num_experts
+            keys, sizes = ids, [first, num_experts - first]
+            copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        else:
+            keys, copies = self._plan_passes(ids)
+            sizes = [self.table.num_slots] * len(copies)
+        sorted_keys, order = torch.sort(keys, stable=True)
+        groups = torch.arange(sum(sizes), device=ids.device, dtype=keys.dtype)
+        ends = torch.searchsorted(sorted_keys, groups, right=True, out_int32=True)
+        done = 0
+        for number, size in enumerate(sizes):
+            slots = self.slots
+            if streams and number == 1:
+                assert self._staging is not None
+                slots = self._staging.take(self._index)
+            if size == 0:
+                continue
+            if copies:
+                self._copy(*copies[number])
+            start = ends[done - 1] if done else None
+            offsets = ends[done : done + size] - (0 if start is None else start)
+            source = order if start is None else order[(places + start) % num_rows]
+            rows = hidden[source // top_k]
+            rows = self._product(layer, up_name(layer), rows, slots.up[:size], ids[source], offsets)
+            rows = layer._apply_gate(rows) if layer.has_gate else layer.act_fn(rows)
+            rows = self._product(layer, "down_proj", rows, slots.down[:size], ids[source], offsets)
+            out.index_copy_(0, torch.where(places < offsets[-1], source, num_rows), rows)
+            done += size
+        return out[:-1]
+
+    def _plan_passes(
+        self, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """By id, the number of its pass times S, plus its slot; by pass, the copies it needs."""
+        num_experts, num_slots = self.table.num_experts, self.table.num_slots
+        which = self.table.begin(ids)
+        num_passes = self.table.num_passes(len(ids))
+        keys = torch.full((num_experts + 1,), num_passes * num_slots, device=ids.device)
+        copies = []
+        for number in range(num_passes):
+            wanted = which == number
+            copies.append(self.table.load(wanted))
+            slots = self.table.slots() + number * num_slots
+            keys[:-1] = torch.where(wanted, slots, keys[:-1])
+        return keys[ids.clamp(max=num_experts)], copies
+
+    def _product(
+        self,
+        layer: Experts,
+        name: str,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        ids: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> torch.Tensor:
+        weight = weight if self._is_transposed else weight.transpose(1, 2)  # [G, in, out]
+        out: torch.Tensor = functional.grouped_mm(rows, weight, offs=ends)
+        if layer.has_bias:
+            out = out + getattr(layer, f"{name}_bias")[ids.clamp(max=layer.num_experts - 1)]
+        return out
+
+    def _copy(self, experts: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy experts, -1 for none, to slots; on a GPU the device reads both lists."""
+        if self.slots.payloads is not None and self.slots.payloads.device.type == "cuda":
+            from hotset.kernels.copy_experts import copy_experts
+
+            copy_experts(self.host.payloads, self.slots.payloads, experts, slots)
+            return
+        for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
+            if expert >= 0:
+                self.slots.put(self.host, expert, slot, is_transposed=self._is_transposed)
