@@ -115,6 +115,29 @@ def test_a_fetch_asked_for_while_the_spill_runs_waits_for_it() -> None:
     rig.tiers.close()
 
 
+def test_fetches_beyond_the_time_given_go_with_later_calls() -> None:
+    rig = Rig(host_slots=4)
+    for seed in range(4):
+        rig.fill(seed, seed)
+        rig.tiers.spill(bytes([seed]), seed)
+    rig.settle()
+    rig.rates.link_bytes_per_s["host"] = rig.device.block_bytes / 1e-3
+    contents = [rig.read(block) for block in range(4)]
+    for block in range(4):
+        rig.tiers.fetch(bytes([block]), block + 4)
+    moved = rig.metrics.moved_bytes
+    for num_blocks in (2, 4):  # one, and another for the time given
+        rig.tiers.flush(most_s=1.5e-3)
+        while moved["host>device"] < num_blocks * rig.device.block_bytes:
+            rig.tiers.wait(0.2)
+            rig.tiers.poll()
+        rig.tiers.check()
+        assert moved["host>device"] == num_blocks * rig.device.block_bytes
+    assert not rig.tiers.is_busy
+    assert [rig.read(block) for block in range(4, 8)] == contents
+    rig.tiers.close()
+
+
 def test_blocks_pushed_out_of_host_memory_come_back_from_disk(tmp_path: Path) -> None:
     rig = Rig(host_slots=2, folder=tmp_path)
     contents = {}
@@ -289,6 +312,7 @@ def test_under_random_traffic_every_fetch_that_ends_well_brings_the_right_bytes(
     busy: dict[int, bytes] = {}  # block -> key being fetched into it, or b"" for a spill
     kept: list[bytes] = []
     good = 0
+    rig.rates.observe_link("host", 10**9, 1.0)
     for i in range(400):
         free = [block for block in range(NUM_BLOCKS) if block not in busy]
         if free and rng.random() < 0.5:
@@ -305,7 +329,7 @@ def test_under_random_traffic_every_fetch_that_ends_well_brings_the_right_bytes(
             rig.tiers.unkeep(kept.pop(rng.randrange(len(kept))))
         elif contents and rig.tiers.keep(key := rng.choice(list(contents))):
             kept.append(key)
-        rig.tiers.flush()
+        rig.tiers.flush(most_s=rng.choice([None, 0.0]))
         if rng.random() < 0.5:
             rig.tiers.wait(0.002)
         for ended in rig.tiers.poll():

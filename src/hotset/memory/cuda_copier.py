@@ -26,9 +26,9 @@ _TOUCH_THREADS = 4
 class CudaCopier:
     """A `transfer.Copier` of two streams, one a direction, so that both run at once.
 
-    A batch waits on the device for the compute that was submitted before it; the host learns of
-    its end by an event, so nothing ever waits for a copy that it does not need. Runs of adjacent
-    blocks in adjacent slots are one copy, and all copies of a batch one submission.
+    A batch waits on the device for the compute that was submitted before `mark`; the host learns
+    of its end by an event, so nothing ever waits for a copy that it does not need. Runs of
+    adjacent blocks in adjacent slots are one copy, and all copies of a batch one submission.
 
     Host memory is pinned chunk by chunk in a thread: `num_ready_slots` says how far it is.
 
@@ -43,6 +43,7 @@ class CudaCopier:
         self._copy_batch = _find_batch_copy()
         self._down = torch.cuda.Stream(self._device.device)
         self._up = torch.cuda.Stream(self._device.device)
+        self._marked = torch.cuda.Event()
         self._running: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         self._next_id = 0
 
@@ -56,10 +57,14 @@ class CudaCopier:
         self._pinner = threading.Thread(target=self._pin_rest, name="hotset-pin", daemon=True)
         self._pinner.start()
 
+    def mark(self) -> None:
+        """Note the compute submitted so far, for `submit`."""
+        self._marked.record(torch.cuda.current_stream(self._device.device))
+
     def submit(self, pairs: Sequence[tuple[int, int]], *, to_host: bool) -> int:
-        """Start a batch after the compute submitted so far."""
+        """Start a batch after the compute submitted before the last `mark`."""
         stream = self._down if to_host else self._up
-        stream.wait_stream(torch.cuda.current_stream(self._device.device))
+        stream.wait_event(self._marked)
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         runs = merge_runs(pairs, slots_per_chunk=self._slots_per_chunk)

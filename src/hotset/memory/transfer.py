@@ -34,8 +34,15 @@ class Copier(Protocol):
 
     num_ready_slots: int
 
+    def mark(self) -> None:
+        """Note the compute submitted so far, for `submit`."""
+        ...
+
     def submit(self, pairs: Sequence[tuple[int, int]], *, to_host: bool) -> int:
-        """Start copying all (block, host slot) pairs one way; returns an id."""
+        """Start copying all (block, host slot) pairs one way; returns an id.
+
+        The copies wait for the compute that was submitted before the last `mark`.
+        """
         ...
 
     def poll(self) -> list[tuple[int, float]]:
@@ -65,6 +72,9 @@ class ThreadCopier:
         self._next_id = 0
         self._thread = threading.Thread(target=self._run, name="hotset-copy", daemon=True)
         self._thread.start()
+
+    def mark(self) -> None:
+        """Compute that was submitted has ended: nothing to note."""
 
     def submit(self, pairs: Sequence[tuple[int, int]], *, to_host: bool) -> int:
         """Queue a batch; batches run in order."""
@@ -164,6 +174,7 @@ class TierStack:
         stored below: payloads are written there only into free room, and forgotten afterwards.
         Takes a few seconds at most, however slow the tier below is.
         """
+        self._copier.mark()
         for to_host in (True, False):
             self._copier.submit([(block, block) for block in range(num_blocks)], to_host=to_host)
             while not (ended := self._copier.poll()):
@@ -329,14 +340,35 @@ class TierStack:
             or self._ended
         )
 
-    def flush(self) -> None:
-        """Submit the copies asked for since the last call."""
-        for entries, to_host in ((self._to_copy_down, True), (self._to_copy_up, False)):
-            if entries:
-                pairs = [(block, self.host.slot_of(key)) for key, block in entries]
-                copy_id = self._copier.submit(pairs, to_host=to_host)
-                self._copies[copy_id] = _Copy(list(entries), to_host)
-                entries.clear()
+    def mark(self) -> None:
+        """Note the compute submitted so far, for `flush`."""
+        self._copier.mark()
+
+    def flush(self, *, after_mark: bool = False, most_s: float | None = None) -> None:
+        """Submit the copies asked for since the last call.
+
+        Args:
+            after_mark: whether they may overtake compute that was submitted since `mark`.
+            most_s: submit no more fetches than the link moves in this time, one at least; the
+                others go with the next calls. None is all.
+        """
+        if not after_mark:
+            self._copier.mark()
+        self._submit(self._to_copy_down, len(self._to_copy_down), to_host=True)
+        num_up = len(self._to_copy_up)
+        if most_s is not None:
+            link_bytes = self._rates.link_bytes_per_s["host"] * most_s
+            num_up = min(num_up, 1 + int(link_bytes / self._block_bytes))
+        self._submit(self._to_copy_up, num_up, to_host=False)
+
+    def _submit(self, entries: list[tuple[bytes, int]], count: int, *, to_host: bool) -> None:
+        """Submit the first `count` of the copies that were asked for."""
+        if not count:
+            return
+        submitted = entries[:count]
+        del entries[:count]
+        pairs = [(block, self.host.slot_of(key)) for key, block in submitted]
+        self._copies[self._copier.submit(pairs, to_host=to_host)] = _Copy(submitted, to_host)
 
     def poll(self) -> list[EndedTransfer]:
         """What ended since the last call: spills, and fetches with their outcome."""
