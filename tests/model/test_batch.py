@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from hotset.model.batch import make_batch
-from hotset.model.step_graphs import StaticInputs, sizes_up_to
+from hotset.model.step_graphs import StaticInputs, fastest, sizes_up_to
 from hotset.request import UNKNOWN_TOKEN, Request, SamplingParams, StepItem
 
 
@@ -53,3 +53,8 @@ def test_sizes_reach_what_a_step_can_have_and_no_further() -> None:
     assert sizes_up_to((1, 2, 4, 8), 4) == [1, 2, 4]
     assert sizes_up_to((1, 2, 4, 8), 5) == [1, 2, 4, 5]
     assert sizes_up_to((1, 2, 4, 8), 20) == [1, 2, 4, 8]
+
+
+def test_a_step_runs_in_the_fastest_recorded_size_that_holds_it() -> None:
+    assert fastest([2, 4, 6], [1.0, 3.0, 2.0]) == [0, 0, 0, 2, 2, 2, 2]
+    assert fastest([1, 2], [1.0, 1.0]) == [0, 0, 1]  # of equal ones the smaller

@@ -34,12 +34,12 @@ def test_a_step_that_runs_out_of_memory_costs_one_request(
     forward = engine._runner.forward
     calls = 0
 
-    def fail_once(plan: StepPlan, previous: torch.Tensor | None) -> torch.Tensor:
+    def fail_once(plan: StepPlan, *options: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(plan, previous)
+        return forward(plan, *options)
 
     monkeypatch.setattr(engine._runner, "forward", fail_once)
     params = SamplingParams(max_tokens=6, ignore_eos=True)

@@ -23,6 +23,7 @@ def make_scheduler(
     max_num_seqs: int = 8,
     budget: int = 16,
     mixed_budget: int = 16,
+    bursts: bool = False,
     prefix_caching: bool = True,
     mode: str = "fetch",
     rotation_s: float | None = None,
@@ -43,6 +44,7 @@ def make_scheduler(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_mixed_tokens=mixed_budget,
+        bursts=bursts,
         rotation_s=rotation_s,
         clock=clock or FakeClock(),
     )
@@ -87,6 +89,26 @@ def test_prompts_take_a_smaller_share_of_a_step_that_also_decodes() -> None:
     scheduler.add([make_request(list(range(20, 24)))])
     assert tokens_of(run(scheduler)) == [(5, 1), (8, 1), (0, 3)]
     assert tokens_of(run(scheduler)) == [(6, 1), (9, 1), (3, 1)]
+
+
+def test_prompts_come_first_while_more_wait_than_decode_and_all_have_room() -> None:
+    def prompt(first: int) -> list[Request]:
+        return [make_request(list(range(first, first + 8)))]
+
+    scheduler = make_scheduler(budget=16, mixed_budget=4, bursts=True, num_blocks=40)
+    for first in (0, 50, 100, 150, 200):
+        scheduler.add(prompt(first))
+    assert tokens_of(run(scheduler)) == [(0, 8), (0, 8)]
+    # Two decode and three wait, with room for all.
+    assert tokens_of(run(scheduler)) == [(8, 1), (8, 1), (0, 8), (0, 6)]
+    # Three decode and two do not yet.
+    assert tokens_of(run(scheduler)) == [(9, 1), (9, 1), (8, 1), (6, 1), (0, 1)]
+
+    scheduler = make_scheduler(budget=16, mixed_budget=4, bursts=True, num_blocks=14)
+    for first in (0, 50, 100, 150, 200):
+        scheduler.add(prompt(first))
+    assert tokens_of(run(scheduler)) == [(0, 8), (0, 8)]
+    assert tokens_of(run(scheduler)) == [(8, 1), (8, 1), (0, 2)]  # five would need 15 blocks
 
 
 def test_a_long_prompt_is_computed_in_chunks_of_the_token_budget() -> None:

@@ -4,7 +4,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,7 +152,7 @@ class Engine:
                 max_num_tokens=config.max_num_batched_tokens,
                 max_context_blocks=-(-self.max_model_len // config.block_size),
                 scratch_block=self.budget.device_blocks,
-                before_cut=self._experts.join if self._experts is not None else lambda: None,
+                before_cut=self._experts.join if self._experts is not None else None,
             )
         self._sampler = Sampler(
             model.config.get_text_config().vocab_size,
@@ -181,6 +181,8 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_mixed_tokens=config.max_mixed_tokens or _MIXED_TOKENS[model.device.type],
+            # On a CPU more rows are no faster, and a step of many takes seconds.
+            bursts=model.device.type == "cuda",
             rotation_s=config.rotation_s,
         )
         self.report = self.budget.report(device=model.device.type, disk_path=disk_path)
@@ -323,21 +325,21 @@ class Engine:
             tiers.flush()
             return self._submit(plan) if plan.items else None
         # Copies to the device run one after another, whatever their stream: those of this step's
-        # inputs go first, and the others leave the engine free before the next step's come.
-        tiers.mark()
-        submitted = self._submit(plan)
+        # inputs go first, and the others end before the next step's come.
+        submitted = self._submit(plan, when_ready=tiers.mark)
         most_s = _LINK_SHARE * min(self._recent_step_s, default=0.0)
-        # A block that the step copies from may be on the list of those to overwrite.
-        tiers.flush(after_mark=not plan.copies, most_s=most_s)
+        tiers.flush(after_mark=submitted is not None, most_s=most_s)
         return submitted
 
-    def _submit(self, plan: StepPlan) -> _StepInFlight | None:
-        """Start a step on the device; None where it failed."""
+    def _submit(
+        self, plan: StepPlan, when_ready: Callable[[], None] = lambda: None
+    ) -> _StepInFlight | None:
+        """Start a step on the device; None where it failed. See `ModelRunner.forward`."""
         previous = self._in_flight.tokens if self._in_flight is not None else None
         timer = StepTimer(self._device)
         try:
             logits = self._runner.forward(
-                plan, None if previous is None else previous.token_ids
+                plan, None if previous is None else previous.token_ids, when_ready
             )  # [R, vocab]
             requests = [item.request for item in plan.items if item.samples]
             tokens = self._sampler.submit(logits, requests) if requests else None

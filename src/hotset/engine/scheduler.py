@@ -38,6 +38,9 @@ class Scheduler:
     is in `waiting`, in `running`, forked off by a running one later (`_forks`), or finished.
 
     Args:
+        bursts: whether prompts come first, in steps of up to `max_num_batched_tokens`, while more
+            requests wait with room for all of them than there are that decode: decodes are the
+            faster the more of them run together.
         rotation_s: None lets a request run to its end, first come, first served. Otherwise each
             that has waited for its first token for so long makes one give way that has run for so
             long, and has a token to show for it; that one queues up again behind all others. Only
@@ -52,6 +55,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_mixed_tokens: int,
+        bursts: bool = False,
         rotation_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -59,6 +63,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_mixed_tokens = max_mixed_tokens
+        self.bursts = bursts
         self.rotation_s = rotation_s
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -87,7 +92,7 @@ class Scheduler:
         # A long prefill beside decodes would stall them, and have all that start together end
         # together, so that later steps have nothing but decodes (Sarathi-Serve, section 4).
         num_decodes = self._num_decodes()
-        if num_decodes:
+        if num_decodes and not self._is_burst(num_decodes):
             room = self.max_mixed_tokens - num_decodes
             step = _Step(budget, max(1, room, self.max_mixed_tokens // _LEAST_PREFILL_SHARE))
         else:
@@ -137,6 +142,18 @@ class Scheduler:
             request.num_tokens - request.num_computed_tokens == 1 and not request.is_complete
             for request in self.running
         )
+
+    def _is_burst(self, num_decodes: int) -> bool:
+        """Whether more requests are yet to start than decode, and memory holds all of them."""
+        if not self.bursts:
+            return False
+        num_starting = len(self.running) - num_decodes + len(self.waiting)
+        if num_starting <= num_decodes or len(self.running) + len(self.waiting) > self.max_num_seqs:
+            return False
+        blocks = self._blocks_short(_AHEAD_TOKENS) + sum(
+            self.kv.num_blocks_short(request, _AHEAD_TOKENS) for request in self.waiting
+        )
+        return blocks <= self.kv.pool.num_available
 
     def _plan_running(self, step: _Step) -> bool:
         """Plan the running requests, in order; returns whether one had to be preempted."""

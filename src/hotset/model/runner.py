@@ -201,7 +201,7 @@ class ModelRunner:
         max_num_tokens: int,
         max_context_blocks: int,
         scratch_block: int,
-        before_cut: Callable[[], None] = lambda: None,
+        before_cut: Callable[[], None] | None = None,
     ) -> None:
         """Compile the model's layers, and record steps as CUDA graphs where that works.
 
@@ -244,13 +244,20 @@ class ModelRunner:
             _log.warning("steps run without CUDA graphs, which is slower: %s", error)
 
     @torch.inference_mode()
-    def forward(self, plan: StepPlan, previous: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        plan: StepPlan,
+        previous: torch.Tensor | None = None,
+        when_ready: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
         """Start computing the plan's tokens and storing their KV.
 
         Args:
             plan: what to compute.
             previous: `[R]` tokens that the step before chose, for requests that have a
                 `pending_row`; on the model's device.
+            when_ready: called once all that the step copies to the device was submitted, and
+                before what it computes is.
 
         Returns:
             `[R, vocab]` logits, a row for each item that samples, in the plan's order; good
@@ -263,11 +270,14 @@ class ModelRunner:
         if batch.has_unknown:
             assert previous is not None, "a token is unknown and nobody is choosing it"
             self._previous[: len(previous)].copy_(previous)
-        if self._graphs is not None and (logits := self._graphs.run(batch)) is not None:
-            return logits
+        if self._graphs is not None:
+            logits = self._graphs.run(batch, when_ready)
+            if logits is not None:
+                return logits
         inputs, sampled_rows = batch.to(self._model.device)
         token_ids = inputs.resolve(self._previous) if batch.has_unknown else inputs.token_ids
         attention = self._attention.begin_step(batch, inputs)
+        when_ready()
         return self._logits(token_ids, inputs.positions, attention, sampled_rows)
 
     def _logits(
