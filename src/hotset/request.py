@@ -132,6 +132,7 @@ class Request:
         arriving: index into `block_table` -> key of the content that is on its way up.
         arrived: index into `block_table` -> tokens of content it has, at or beyond
             `num_computed_tokens`.
+        num_shared_blocks: of `block_table`, those that others had too when it was let in.
         resume: where the last partial block was spilled at preemption.
         kept: keys of payloads that stay in host memory until the preempted request is back.
         fetched: indices into `block_table` of full blocks that were fetched for it before.
@@ -161,6 +162,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     arriving: dict[int, bytes] = field(default_factory=dict)
     arrived: dict[int, int] = field(default_factory=dict)
+    num_shared_blocks: int = 0
     resume: SpilledTail | None = None
     kept: list[bytes] = field(default_factory=list)
     fetched: set[int] = field(default_factory=set)

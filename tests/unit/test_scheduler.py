@@ -111,6 +111,22 @@ def test_prompts_come_first_while_more_wait_than_decode_and_all_have_room() -> N
     assert tokens_of(run(scheduler)) == [(8, 1), (8, 1), (0, 2)]  # five would need 15 blocks
 
 
+def test_who_ends_soon_makes_room_for_who_comes() -> None:
+    """Blocks that come free before others grow into them are let to a newcomer."""
+    scheduler = make_scheduler(budget=64, num_blocks=13)
+    for first in (0, 100):
+        scheduler.add([make_request(list(range(first, first + 13)), max_tokens=8)])
+    run(scheduler)
+    assert [len(request.block_table) for request in scheduler.running] == [4, 4]
+    # At their ends they have 4 + 6 + 4 blocks, but the first is gone before the others grow.
+    scheduler.running[0].max_total_tokens = 15
+    scheduler.add([make_request(list(range(200, 205)), max_tokens=8)])
+    assert [item.num_tokens for item in run(scheduler).items] == [1, 1, 5]
+    while scheduler.has_requests:
+        run(scheduler)
+    assert scheduler.kv.metrics.preemptions == 0
+
+
 def test_a_long_prompt_is_computed_in_chunks_of_the_token_budget() -> None:
     scheduler = make_scheduler(budget=6)
     scheduler.add([make_request(list(range(14)))])

@@ -167,6 +167,7 @@ class Bench:
         if self._loaded.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         gc.collect()
+        gc.freeze()  # as the server does: collections leave model and workload alone
         recorder, self._recorder = self._recorder, None  # of one run
         engine.record_routing(recorder)
         try:
@@ -180,6 +181,7 @@ class Bench:
                 hook=profiler,
             )
         finally:
+            gc.unfreeze()
             engine.record_routing(None)
             if profiler is not None:
                 profiler.close()

@@ -9,8 +9,9 @@ from hotset.request import FinishReason, Request, RequestStatus, StepItem, StepP
 
 # Requests at the head of the queue whose blocks are brought closer ahead of their turn.
 _LOOK_AHEAD = 8
-# A request is let in once it and all that run can grow by this much, or to their ends: what was
-# computed or fetched for it should not be lost to preemption a few steps later.
+# A request is let in once it and all that run can grow by this much, or to their ends, with what
+# those give back that end before: what was computed or fetched for it should not be lost to
+# preemption a few steps later.
 _AHEAD_TOKENS = 256
 # A turn lasts at least as many times the time to fetch its KV back: rotation costs at most about
 # the inverse in throughput, even where no copy runs beside compute.
@@ -197,13 +198,47 @@ class Scheduler:
         """Give a request blocks if there is room for it, and for it and all that run to grow."""
         spare_blocks = 0
         if self.running:
-            spare_blocks = self._blocks_short(_AHEAD_TOKENS) + (
+            all_grown = self._blocks_short(_AHEAD_TOKENS) + (
                 self.kv.num_blocks_short(request, _AHEAD_TOKENS)
                 - self.kv.num_blocks_short(request, 0)
             )
+            spare_blocks = min(all_grown, self._peak_blocks_short(request))
             if spare_blocks > self.kv.pool.num_available:
                 return False  # without a look at what is known of it
         return self.kv.admit(request, spare_blocks=spare_blocks, queued_tokens=queued_tokens)
+
+    def _peak_blocks_short(self, newcomer: Request) -> int:
+        """The most blocks that running requests and `newcomer` lack while each grows.
+
+        By `_AHEAD_TOKENS`, or to their ends, where those that decode give back what nobody shares;
+        what `newcomer` has so far is not counted. Source: Gong et al., "Past-Future Scheduler for
+        LLM Serving under SLA Guarantees" (ASPLOS 2025), section 3, for known numbers of tokens.
+        """
+        size = self.kv.block_size
+        # In tokens. Those that do not decode yet are taken to grow at once, and to stay.
+        lacking = (newcomer.num_tokens - 1) % size + self._tokens_ahead(newcomer)
+        given_back = 0
+        decoding = []
+        for request in self.running:
+            # Of its last block it may use any part.
+            lacks = request.num_tokens + size - 1 - size * len(request.block_table)
+            if request.num_tokens - request.num_computed_tokens > 1:
+                lacking += lacks + self._tokens_ahead(request)
+                continue
+            gives = size * (len(request.block_table) - request.num_shared_blocks)
+            given_back += gives
+            decoding.append((self._tokens_ahead(request), lacks, gives))
+        most = lacking
+        decoding.sort(reverse=True)
+        for count, (ahead, lacks, gives) in enumerate(decoding, 1):
+            # Just before this one ends, those before it in the list are still there.
+            lacking += lacks
+            given_back -= gives
+            most = max(most, lacking + count * ahead - given_back)
+        return -(-most // size)
+
+    def _tokens_ahead(self, request: Request) -> int:
+        return min(_AHEAD_TOKENS, request.max_total_tokens - request.num_tokens)
 
     def _blocks_short(self, more_tokens: int) -> int:
         """Blocks the running requests lack for the tokens they have and so many more."""

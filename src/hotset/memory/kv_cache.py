@@ -180,6 +180,7 @@ class KVCache:
             return False
 
         fresh = iter(self.pool.allocate(len(places) - len(shared)))
+        request.num_shared_blocks = len(shared)
         request.block_table = [
             shared[i] if i in shared else next(fresh) for i in range(len(places))
         ]
@@ -330,6 +331,7 @@ class KVCache:
         """
         num_shared = child.prompt_len - 1
         child.block_table = parent.block_table[: self.num_blocks_for(num_shared)]
+        child.num_shared_blocks = len(child.block_table)
         child.block_hashes = parent.block_hashes[: num_shared // self.block_size]
         child.num_computed_tokens = num_shared
         child.high_water_tokens = num_shared
