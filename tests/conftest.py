@@ -1,7 +1,15 @@
 """Fixtures for all tests."""
 
+import os
+from pathlib import Path
+
 import pytest
 from fakes import FakeTiers
+
+# Without a GPU, kernels run in Triton's interpreter. It is chosen when triton is imported, which
+# others do too, so that a test module of kernels may be too late.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

@@ -1,17 +1,16 @@
 """Fused experts, in Triton's interpreter where there is no GPU."""
 
-import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
+from transformers.integrations.moe import use_experts_implementation
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
-
-from hotset.kernels.expert_routing import route_rows  # noqa: E402
-from hotset.kernels.fused_experts import (  # noqa: E402
+from hotset.kernels.expert_routing import route_rows
+from hotset.kernels.fused_experts import (
     Tiles,
     choose_tiles,
     fused_experts,
@@ -20,7 +19,10 @@ from hotset.kernels.fused_experts import (  # noqa: E402
     tiles_for,
     weighted_down,
 )
+from hotset.model import resident_experts
+from hotset.model.experts import IMPLEMENTATION, dynamic_experts
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_EXPERTS = 5
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = [torch.float16, torch.bfloat16 if DEVICE == "cuda" else torch.float32]
@@ -168,3 +170,58 @@ def test_tiles_fit_into_the_memory_of_the_gpu(shared_bytes: int) -> None:
         heights.append(tiles.block_rows)
     assert heights == sorted(heights)
     assert set(heights) == {16, 32, 64, 128}
+
+
+class Layer(nn.Module):
+    def __init__(self, config: SimpleNamespace, up: torch.Tensor, down: torch.Tensor) -> None:
+        super().__init__()
+        self.num_experts = len(up)
+        self.act_fn = nn.SiLU()
+        self.gate_up_proj = nn.Parameter(up, requires_grad=False)
+        self.down_proj = nn.Parameter(down, requires_grad=False)
+
+
+def make_layer(up: torch.Tensor, down: torch.Tensor, **kind: bool) -> Any:
+    decorated = use_experts_implementation(type("Layer", (Layer,), {}), **kind)
+    return decorated(SimpleNamespace(_experts_implementation=IMPLEMENTATION), up, down)
+
+
+@pytest.fixture
+def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers on the CPU are fused too, in the interpreter."""
+    monkeypatch.setattr(resident_experts, "has_fused_kernel", lambda weight: True)
+
+
+@torch.inference_mode()
+def test_a_layer_is_fused_in_eager_and_in_compiled_code(any_device: None) -> None:
+    x, ids, weights, up, down = make(9, 32, 24, 3, DTYPES[1])
+    layer = make_layer(up, down)
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(dynamic=True, fullgraph=True, backend=keep)
+    def compiled(x, ids, weights):  # type: ignore[no-untyped-def]
+        return dynamic_experts(layer, x, ids, weights) + 1
+
+    for num_tokens in (9, 2, 7):
+        some = x[:num_tokens], ids[:num_tokens], weights[:num_tokens]
+        expected = reference(*some, up, down)
+        assert close(dynamic_experts(layer, *some), expected)
+        assert close(compiled(*some) - 1, expected)
+    assert len(graphs) == 1  # whatever the number of tokens
+    assert "hotset.resident_experts" in graphs[0].code
+
+
+@torch.inference_mode()
+def test_a_layer_whose_weights_have_moved_is_computed_from_where_they_are(any_device: None) -> None:
+    x, ids, weights, up, down = make(4, 32, 24, 2, DTYPES[1])
+    layer = make_layer(up.clone(), down.clone())
+    expected = dynamic_experts(layer, x, ids, weights)
+    layer.gate_up_proj = nn.Parameter(2 * up, requires_grad=False)
+    layer.down_proj = nn.Parameter(3 * down, requires_grad=False)
+    moved = dynamic_experts(layer, x, ids, weights)
+    assert close(moved, reference(x, ids, weights, 2 * up, 3 * down))
+    assert not close(moved, expected)

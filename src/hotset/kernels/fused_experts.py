@@ -13,8 +13,6 @@ import triton.language as tl
 
 from hotset.kernels.expert_routing import Routing, route_rows
 
-DTYPES = (torch.bfloat16, torch.float16)
-
 _SUM_COLUMNS = 1024
 
 

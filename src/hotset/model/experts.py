@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hotset.model.cpu_linear import PackedLinear
+from hotset.model.resident_experts import is_fused, resident_experts
 
 IMPLEMENTATION = "hotset"
 
@@ -85,8 +86,9 @@ def dynamic_experts(
     """The weighted sum of each token's experts.
 
     T = tokens, K = experts of a token, E = experts of the layer, H = hidden size. With bfloat16
-    weights on a GPU all shapes are fixed and nothing is read by the host, so that a CUDA graph can
-    record it. Elsewhere the host reads the counts, and the experts that got rows run in turn.
+    weights on a GPU, and float16 ones that the fused kernels take, all shapes are fixed and nothing
+    is read by the host, so that a CUDA graph can record it. Elsewhere the host reads the counts,
+    and the experts that got rows run in turn.
 
     Args:
         layer: experts of transformers' experts interface.
@@ -101,11 +103,17 @@ def dynamic_experts(
     routing_counts = getattr(layer, "routing_counts", None)
     if routing_counts is not None:  # somebody records who goes where
         routing_counts.add(top_k_index)
+    out: torch.Tensor
     buffer = getattr(layer, "expert_buffer", None)
     if buffer is not None:  # only some are on the device
-        out: torch.Tensor = buffer.forward(layer, hidden_states, top_k_index, top_k_weights)
+        out = buffer.forward(layer, hidden_states, top_k_index, top_k_weights)
         return out
     num_tokens, top_k = top_k_index.shape
+    if is_fused(layer, num_tokens * top_k):
+        out = resident_experts(
+            hidden_states, top_k_index, top_k_weights, layer.gate_up_proj, layer.down_proj
+        )
+        return out
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)  # [T * K]
     experts = torch.arange(layer.num_experts, device=ids.device, dtype=ids.dtype)
     ends = torch.searchsorted(ids, experts, right=True, out_int32=True)  # [E]
