@@ -165,8 +165,10 @@ def test_tiles_fit_into_the_memory_of_the_gpu(shared_bytes: int) -> None:
     heights = []
     for num_rows in (8, 64, 128, 1024, 2048, 4096, 65536):
         tiles = choose_tiles(num_rows, 128, shared_bytes=shared_bytes)
-        assert tiles.shared_bytes <= shared_bytes
-        assert tiles.num_stages >= 2
+        for tile in (tiles.up, tiles.down):
+            piece_bytes = 2 * tile.depth * (tiles.block_rows + tile.columns)
+            assert piece_bytes * tile.num_stages <= shared_bytes
+            assert tile.num_stages >= 2 and tile.depth >= 16
         heights.append(tiles.block_rows)
     assert heights == sorted(heights)
     assert set(heights) == {16, 32, 64, 128}

@@ -17,40 +17,55 @@ _SUM_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """What one program of each product computes, and how.
+class Tile:
+    """What one program of a product reads at a time.
 
     Attributes:
-        block_rows: rows of an expert.
-        up_columns: of the middle: as many of the gate, and as many of what it is multiplied by.
-        down_columns: of the output.
+        columns: of the output; in the first product half are of the gate.
         depth: numbers of a row that are read together.
-        num_warps: of a program.
+        num_warps: of the program.
         num_stages: pieces of that depth that are on their way or in use.
     """
 
-    block_rows: int
-    up_columns: int
-    down_columns: int
+    columns: int
     depth: int
     num_warps: int
     num_stages: int
 
-    @property
-    def shared_bytes(self) -> int:
-        """Most shared memory that a program takes, for weights of 16 bits."""
-        widest = max(2 * self.up_columns, self.down_columns)
-        return 2 * self.depth * (self.block_rows + widest) * self.num_stages
+    def fitted(self, block_rows: int, shared_bytes: int) -> "Tile":
+        """As large a part of it as fits into so much shared memory, for numbers of 16 bits."""
+        tile = self
+        while 2 * tile.depth * (block_rows + tile.columns) * tile.num_stages > shared_bytes:
+            if tile.num_stages > 2:
+                tile = replace(tile, num_stages=tile.num_stages - 1)
+            else:
+                tile = replace(tile, depth=tile.depth // 2)
+        return tile
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The programs of both products.
+
+    Attributes:
+        block_rows: rows of an expert that a program computes.
+        up: of the first product.
+        down: of the second one.
+    """
+
+    block_rows: int
+    up: Tile
+    down: Tile
 
 
 # By mean rows of an expert, up to which they are used: tall enough for most experts to read their
 # weights once, and small enough at the beginning to keep every processor busy.
 _TILES = (
-    (1.0, Tiles(16, 32, 64, 128, 4, 4)),
-    (8.0, Tiles(16, 64, 128, 128, 4, 3)),
-    (20.0, Tiles(32, 64, 128, 128, 4, 3)),
-    (40.0, Tiles(64, 64, 128, 64, 4, 4)),
-    (float("inf"), Tiles(128, 128, 256, 64, 8, 3)),
+    (1.0, Tiles(16, up=Tile(64, 128, 4, 4), down=Tile(64, 128, 4, 4))),
+    (8.0, Tiles(16, up=Tile(128, 128, 4, 3), down=Tile(128, 128, 4, 3))),
+    (20.0, Tiles(32, up=Tile(128, 128, 4, 3), down=Tile(128, 128, 4, 3))),
+    (40.0, Tiles(64, up=Tile(128, 64, 4, 4), down=Tile(128, 64, 4, 4))),
+    (float("inf"), Tiles(128, up=Tile(256, 64, 8, 3), down=Tile(256, 64, 8, 3))),
 )
 
 
@@ -60,11 +75,11 @@ def choose_tiles(num_rows: int, num_experts: int, *, shared_bytes: int) -> Tiles
     A function of the number of rows alone, whatever the router chose.
     """
     tiles = next(tiles for most, tiles in _TILES if num_rows <= most * num_experts)
-    while tiles.shared_bytes > shared_bytes and tiles.num_stages > 2:
-        tiles = replace(tiles, num_stages=tiles.num_stages - 1)
-    while tiles.shared_bytes > shared_bytes and tiles.depth > 16:
-        tiles = replace(tiles, depth=tiles.depth // 2)
-    return tiles
+    return Tiles(
+        tiles.block_rows,
+        up=tiles.up.fitted(tiles.block_rows, shared_bytes),
+        down=tiles.down.fitted(tiles.block_rows, shared_bytes),
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -255,8 +270,9 @@ def gated_up(
         top_k: K.
         tiles: of the program.
     """
-    middle_size = out.shape[1]
-    num_programs = len(routing.blocks) * triton.cdiv(middle_size, tiles.up_columns)
+    middle_size, tile = out.shape[1], tiles.up
+    columns = tile.columns // 2
+    num_programs = len(routing.blocks) * triton.cdiv(middle_size, columns)
     if num_programs == 0:
         return
     _gated_up[(num_programs,)](
@@ -270,10 +286,10 @@ def gated_up(
         MIDDLE=middle_size,
         TOP_K=top_k,
         BLOCK_ROWS=tiles.block_rows,
-        COLUMNS=tiles.up_columns,
-        DEPTH=tiles.depth,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        COLUMNS=columns,
+        DEPTH=tile.depth,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 
@@ -296,8 +312,8 @@ def weighted_down(
         out: `[T * K, H]`, contiguous, dtype of `middle`. Mutated, but for rows that are nobody's.
         tiles: as for `gated_up`.
     """
-    hidden_size = out.shape[1]
-    num_programs = len(routing.blocks) * triton.cdiv(hidden_size, tiles.down_columns)
+    hidden_size, tile = out.shape[1], tiles.down
+    num_programs = len(routing.blocks) * triton.cdiv(hidden_size, tile.columns)
     if num_programs == 0:
         return
     _weighted_down[(num_programs,)](
@@ -311,10 +327,10 @@ def weighted_down(
         HIDDEN=hidden_size,
         MIDDLE=middle.shape[1],
         BLOCK_ROWS=tiles.block_rows,
-        COLUMNS=tiles.down_columns,
-        DEPTH=tiles.depth,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 
