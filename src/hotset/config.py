@@ -33,8 +33,8 @@ class EngineConfig:
             others are in host memory. None, and no `expert_gib`, is all.
         expert_gib: the same by size: device memory for all experts, in GiB.
         expert_plan: how the others come: `cache` copies those that a step needs into slots,
-            `stream` all of them while the layer before computes; `auto` streams steps of so many
-            tokens that they are expected to need more experts than there are slots.
+            `stream` all of them while the layer before computes; `auto` is either, step by step:
+            that which is expected to take less time for so many tokens.
         expert_eviction: which expert leaves a slot; see `memory.expert_cache.SlotTable`.
         block_size: tokens a KV block holds.
         max_num_seqs: most requests in one step.

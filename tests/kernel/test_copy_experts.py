@@ -12,20 +12,25 @@ if DEVICE == "cpu":
 from hotset.kernels.copy_experts import copy_experts  # noqa: E402
 
 
+@pytest.mark.parametrize("beside_compute", [False, True])
 @pytest.mark.parametrize("num_bytes", [8, 4096, 16384 * 3 + 8, 16384 * 40])
-def test_the_experts_asked_for_are_copied_and_nothing_else_changes(num_bytes: int) -> None:
+def test_the_experts_asked_for_are_copied_and_nothing_else_changes(
+    num_bytes: int, beside_compute: bool
+) -> None:
     torch.manual_seed(0)
-    source = torch.randint(0, 256, (6, num_bytes), dtype=torch.uint8)
+    source = torch.randint(0, 256, (9, num_bytes), dtype=torch.uint8)
     if DEVICE == "cuda":
         source = source.pin_memory()
-    target = torch.randint(0, 256, (4, num_bytes), dtype=torch.uint8, device=DEVICE)
+    target = torch.randint(0, 256, (8, num_bytes), dtype=torch.uint8, device=DEVICE)
     expected = target.clone()
-    experts = torch.tensor([5, 0, -1, -1], device=DEVICE)
-    slots = torch.tensor([1, 3, 0, 2], device=DEVICE)
+    pairs = [(5, 1), (0, 3), (-1, 0), (-1, 2), (8, 7), (3, 0), (-1, 4)]
+    experts, slots = torch.tensor(pairs, device=DEVICE).T.contiguous()
 
-    copy_experts(source, target, experts, slots)
+    copy_experts(source, target, experts, slots, beside_compute=beside_compute)
 
-    expected[1], expected[3] = source[5].to(DEVICE), source[0].to(DEVICE)
+    for expert, slot in pairs:
+        if expert >= 0:
+            expected[slot] = source[expert].to(DEVICE)
     assert torch.equal(target, expected)
 
 

@@ -17,6 +17,7 @@ from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.memory.expert_cache import SlotTable
+from hotset.memory.expert_plan import ExpertSizes, streaming_is_faster
 from hotset.model import expert_buffer, expert_layer
 from hotset.model.expert_buffer import ExpertBuffer, _move_to_host, buffer_experts
 from hotset.model.experts import IMPLEMENTATION, dynamic_experts, pack_experts
@@ -132,7 +133,7 @@ def use(table: SlotTable, *ids: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("eviction", "kept"),
-    [("lru", [0, 3, 4]), ("lfu", [0, 1, 4]), ("lifo", [0, 1, 4]), ("least-stale", [1, 3, 4])],
+    [("lru", [0, 3, 4]), ("lfu", [0, 1, 4]), ("lifo", [0, 1, 4]), ("least-stale", [0, 3, 4])],
 )
 def test_each_policy_evicts_whom_it_says(eviction: str, kept: list[int]) -> None:
     table = table_of(eviction)
@@ -194,11 +195,50 @@ def test_an_engine_answers_the_same_whatever_is_resident(
 
 def test_auto_uses_both_plans_as_steps_change(make_engine: MakeEngine) -> None:
     engine = make_engine("qwen3_moe", expert_slots=5)
-    run(engine, [[5, 9, 13, 200, 7, 8, 11]], max_tokens=8)
+    run(engine, [[5, 9, 13, 200, 7, 8, 11, 99, 54, 3, 17, 80]], max_tokens=8)
     assert engine._experts is not None
     hits, misses, streamed = engine._experts._counts.sum(0).tolist()
     assert streamed == 3  # the prompt, in each layer
     assert hits + misses == 3 * 7 * 3  # then seven decodes of three experts, likewise
+
+
+def test_streaming_is_chosen_where_a_cache_would_copy_as_much() -> None:
+    # Qwen3-30B-A3B: 128 experts of 9.4 MB, 8 of a token; 40 slots.
+    sizes = ExpertSizes(128, 40, 9_437_184, 9_437_184)
+    chosen = [streaming_is_faster(sizes, tokens, 8) for tokens in (1, 16, 64, 256, 2048)]
+    assert chosen == [False, False, True, True, True]
+    # 48 tokens need 122.2 experts, 84.0 without a slot. To copy those and then read all takes
+    # longer than to stream 88 where an expert comes over the link in a quarter of the time.
+    narrow = ExpertSizes(128, 40, 9_437_184, 9_437_184 // 4)
+    assert [streaming_is_faster(each, 48, 8) for each in (sizes, narrow)] == [False, True]
+
+
+@pytest.mark.parametrize("num_slots", [1, 5, 8])
+def test_absent_experts_are_those_without_a_slot_and_all_have_a_place(num_slots: int) -> None:
+    table = table_of("least-stale", num_slots)
+    torch.manual_seed(0)
+    for _ in range(20):
+        here = use(table, *torch.randint(0, 8, (3,)).tolist())
+        experts, places = table.absent()
+        assert experts.tolist() == [e for e in range(8) if e not in here]
+        slots = table.slots().tolist()
+        for expert in range(8):
+            rank = experts.tolist().index(expert) if slots[expert] < 0 else 0
+            assert places[expert] == (slots[expert] if slots[expert] >= 0 else num_slots + rank)
+        assert places[8] == 8
+
+
+@torch.inference_mode()
+def test_a_streamed_step_leaves_the_slots_as_they_are() -> None:
+    (layer,), _ = buffered(make_layers(1, transposed=False, bias=False, gate=True), expert_slots=3)
+    table = layer.expert_buffer.table
+    for num_tokens, streams in ((1, False), (40, True)):
+        before = table.slots().clone()
+        x, ids, weights = routed(num_tokens)
+        ids[0] = torch.tensor([4, 5])  # which have no slot at first
+        dynamic_experts(layer, x, ids, weights)
+        assert layer.expert_buffer.streams(num_tokens, 2) == streams
+        assert torch.equal(before, table.slots()) == streams
 
 
 def test_a_budget_in_gib_is_kept_and_weights_are_not_counted_twice(

@@ -8,6 +8,9 @@ import triton.language as tl
 # in flight to fill the link, on few enough processors to leave the rest to others.
 _PROGRAMS = 16
 _WORDS = 2048
+# Experts that are copied at once beside other kernels: 64 programs of 16 KiB in flight fill the
+# link, and take an eighth of the threads of half of an H200's processors.
+_EXPERTS_BESIDE_COMPUTE = 4
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -16,24 +19,30 @@ def _copy_experts(  # type: ignore[no-untyped-def]
     target,
     experts,
     slots,
+    num_places,
     num_words,
     WORDS: tl.constexpr,
 ):
-    place = tl.program_id(0)
     part = tl.program_id(1)
     num_parts = tl.num_programs(1)
-    expert = tl.load(experts + place).to(tl.int64)
-    if expert >= 0:
-        slot = tl.load(slots + place).to(tl.int64)
-        for start in range(part * WORDS, num_words, num_parts * WORDS):
-            i = start + tl.arange(0, WORDS)
-            inside = i < num_words
-            words = tl.load(source + expert * num_words + i, mask=inside)
-            tl.store(target + slot * num_words + i, words, mask=inside)
+    for place in range(tl.program_id(0), num_places, tl.num_programs(0)):
+        expert = tl.load(experts + place).to(tl.int64)
+        if expert >= 0:
+            slot = tl.load(slots + place).to(tl.int64)
+            for start in range(part * WORDS, num_words, num_parts * WORDS):
+                i = start + tl.arange(0, WORDS)
+                inside = i < num_words
+                words = tl.load(source + expert * num_words + i, mask=inside)
+                tl.store(target + slot * num_words + i, words, mask=inside)
 
 
 def copy_experts(
-    source: torch.Tensor, target: torch.Tensor, experts: torch.Tensor, slots: torch.Tensor
+    source: torch.Tensor,
+    target: torch.Tensor,
+    experts: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    beside_compute: bool = False,
 ) -> None:
     """Copy `source[experts[i]]` to `target[slots[i]]`, in place.
 
@@ -44,6 +53,7 @@ def copy_experts(
         target: `[S, B]` uint8 on the device, contiguous. Mutated.
         experts: `[N]` int64 on the device; -1 for no copy.
         slots: `[N]` int64 on the device; those of copies must be distinct.
+        beside_compute: other kernels run meanwhile, so take few of the processors.
 
     Cost: B bytes over the link for each copy. Nothing is asked of the host, so that a CUDA graph
     can record it.
@@ -52,11 +62,13 @@ def copy_experts(
     if not len(experts):
         return
     words = source.view(torch.int64)
-    _copy_experts[(len(experts), _PROGRAMS)](
+    at_once = min(len(experts), _EXPERTS_BESIDE_COMPUTE) if beside_compute else len(experts)
+    _copy_experts[(at_once, _PROGRAMS)](
         words,
         target.view(torch.int64),
         experts,
         slots,
+        len(experts),
         words.shape[1],
         WORDS=_WORDS,
         num_warps=8,

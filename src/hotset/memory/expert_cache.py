@@ -97,11 +97,14 @@ class SlotTable:
     All state is in tensors on the device and every operation has a fixed shape and asks nothing of
     the host, so that a CUDA graph can record it; on the CPU the same operations run.
 
+    At first the slots hold the experts of the same number, and they are never empty: exactly E - S
+    experts have none at any time.
+
     A step that needs more experts than fit takes several passes: `begin` gives each needed expert
     its pass, those that are here in the first; `load` makes room for the experts of a pass. An
     expert that the pass needs is never evicted in it, and fixed ones never are.
 
-    Policies choose among the others; an empty slot goes first, and slots tie by their number:
+    Policies choose among the others, and slots tie by their number:
       least-stale -- not used in the current step before used in it, then the first that came.
         Source: "SpecMD" (its least-stale eviction). Slots belong to one layer here, so all of a
         layer's experts are equally far ahead in the scan over layers, and the step decides alone.
@@ -136,14 +139,12 @@ class SlotTable:
         # One entry more than there are experts or slots: writes that mean nobody go there.
         self._slot_of = full(num_experts + 1, _NOBODY)
         self._expert_in = full(num_slots + 1, num_experts)
-        self._expert_in[:num_fixed] = self._slot_of[:num_fixed] = torch.arange(
-            num_fixed, device=device
-        )
+        self._expert_in[:-1] = self._slot_of[:num_slots] = torch.arange(num_slots, device=device)
         self._last_use = full(num_experts + 1, 0)
         self._num_uses = full(num_experts + 1, 0)
-        self._arrival = full(num_slots + 1, 0)
+        self._arrival = torch.arange(1, num_slots + 2, device=device)
         self._time = full(1, 0)  # steps
-        self._num_arrivals = full(1, 0)
+        self._num_arrivals = full(1, num_slots)
         self._fixed_ids = torch.arange(num_experts, device=device) < num_fixed
         self._fixed_slots = torch.arange(num_slots, device=device) < num_fixed
         self._places = torch.arange(num_slots - num_fixed, device=device)
@@ -212,12 +213,26 @@ class SlotTable:
         """`[E]` int64, the slot of each expert, -1 for none; a view."""
         return self._slot_of[:-1]
 
+    def absent(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts that have no slot, which stay without one.
+
+        Returns:
+            `[E - S]` int64 experts; and `[E + 1]` int64 places: of an expert its slot, or S plus
+            where it is in the first list, and E for those that are nobody's.
+        """
+        is_absent = self._slot_of[:-1] < 0
+        num_absent = self.num_experts - self.num_slots
+        experts = torch.argsort((~is_absent).to(torch.uint8), stable=True)[:num_absent]
+        rank = self.num_slots - 1 + is_absent.cumsum(0)
+        places = torch.where(is_absent, rank, self._slot_of[:-1])
+        return experts, torch.cat([places, places.new_full((1,), self.num_experts)])
+
     def check(self) -> None:
         """Assert that both directions of the table agree."""
         slot_of, expert_in = self._slot_of.tolist(), self._expert_in.tolist()
         assert slot_of[-1] == _NOBODY and expert_in[-1] == self.num_experts
         for slot, expert in enumerate(expert_in[:-1]):
-            assert expert == self.num_experts or slot_of[expert] == slot
+            assert slot_of[expert] == slot
         for expert, slot in enumerate(slot_of[:-1]):
             assert slot == _NOBODY or expert_in[slot] == expert
         assert slot_of[: self.num_fixed] == list(range(self.num_fixed)), "a fixed expert is gone"
@@ -225,18 +240,17 @@ class SlotTable:
     def _order(self, held: torch.Tensor) -> torch.Tensor:
         """`[S]` slots, those that go first in front and those of `held`, `[S]` bool, last."""
         experts, arrival = self._expert_in[:-1], self._arrival[:-1]
-        first, last = 0, 2**62
+        last = 2**62
         if self._eviction == "lru":
-            rank = 1 + self._last_use[experts]
+            rank = self._last_use[experts]
         elif self._eviction == "lfu":
-            rank = 1 + self._num_uses[experts]
+            rank = self._num_uses[experts]
         elif self._eviction == "lifo":
-            rank = 1 + self._num_arrivals - arrival
+            rank = self._num_arrivals - arrival
         else:
             is_current = self._last_use[experts] == self._time
-            rank = 1 + arrival + is_current * 2**61
-        rank = rank.masked_fill(experts == self.num_experts, first).masked_fill(held, last)
-        return torch.argsort(rank, stable=True)
+            rank = arrival + is_current * 2**61
+        return torch.argsort(rank.masked_fill(held, last), stable=True)
 
 
 def count_slots(budget_bytes: int, num_experts: int, bytes_of: "SlotBytes") -> int | None:
@@ -266,14 +280,12 @@ class SlotBytes:
         return 0 if self.plan == "stream" else 1
 
     def num_fixed(self, num_slots: int) -> int:
-        """Slots of a layer whose experts stay: all if streaming, half if both plans share them."""
-        return {"cache": 0, "stream": num_slots, "auto": num_slots // 2}[self.plan]
+        """Slots of a layer whose experts stay: all, if every step streams."""
+        return num_slots if self.plan == "stream" else 0
 
     def staged(self, num_slots: int) -> int:
         """Experts that each of the two staging buffers holds."""
-        if self.plan == "cache" or num_slots == self.num_experts:
-            return 0
-        return self.num_experts - self.num_fixed(num_slots)
+        return 0 if self.plan == "cache" else self.num_experts - num_slots
 
     def __call__(self, num_slots: int) -> int:
         """Bytes of so many slots a layer, with the staging buffers."""

@@ -1,10 +1,10 @@
 """Experts of which some are on the device and all in host memory.
 
 Two plans, chosen for each step by its number of tokens. *cache*: the experts that a step needs and
-that have no slot are copied into one. *stream*: the first experts stay, and all others of a layer
-come through one of two staging buffers while the layer before computes. Output does not depend on
-the plan, on what is resident or on the evictions. Source of expert buffering: Huang et al.,
-"Toward Efficient Inference for Mixture of Experts", NeurIPS 2024.
+that have no slot are copied into one. *stream*: all experts of a layer that have no slot come
+through one of two staging buffers while the layer before computes, and the slots keep what they
+hold. Output does not depend on the plan, on what is resident or on the evictions. Source of expert
+buffering: Huang et al., "Toward Efficient Inference for Mixture of Experts", NeurIPS 2024.
 """
 
 from dataclasses import dataclass
@@ -72,24 +72,27 @@ class ExpertBuffer:
             for host in hosts:
                 host.pin()
         self._hosts = hosts
-        self._staging = None
-        if self._num_staged:
-            transposed = [bool(layer.is_transposed) for layer in layers]
-            self._staging = Staging(hosts, num_fixed, transposed, device, packed=packed)
-        self.layers = []
-        for index, layer in enumerate(layers):
-            counts = self._counts[index]
-            table = SlotTable(
+        tables = [
+            SlotTable(
                 num_experts,
                 num_slots,
                 num_fixed=num_fixed,
                 eviction=config.expert_eviction,
                 counts=counts[:2],
             )
+            for counts in self._counts
+        ]
+        self._staging = None
+        if self._num_staged:
+            transposed = [bool(layer.is_transposed) for layer in layers]
+            self._staging = Staging(hosts, tables, transposed, device, packed=packed)
+        self.layers = []
+        for index, layer in enumerate(layers):
+            counts = self._counts[index]
             layer.expert_buffer = LayerBuffer(
                 index,
                 hosts[index],
-                table,
+                tables[index],
                 self._staging,
                 plan=config.expert_plan,
                 streamed=counts[2:],

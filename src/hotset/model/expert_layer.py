@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from hotset.memory.expert_cache import HostExperts, SlotTable
+from hotset.memory.expert_plan import ExpertSizes, streaming_is_faster
 from hotset.model.expert_slots import Slots, Staging
 from hotset.model.experts import Experts, has_grouped_kernel, up_name
 
@@ -36,21 +37,20 @@ class LayerBuffer:
         self._streamed = streamed
         self._is_transposed = is_transposed
         self.slots = Slots(table.num_slots, host.layout, streamed.device, packed=packed)
-        for expert in range(table.num_fixed):
+        for expert in range(table.num_slots):
             self.slots.put(host, expert, expert, is_transposed=is_transposed)
         up = self.slots.up if not packed else host.up
         self._is_grouped = has_grouped_kernel(up)
 
     def streams(self, num_tokens: int, top_k: int) -> bool:
-        """Whether a step of so many tokens streams: it needs more experts than there are slots.
-
-        Expected, if tokens choose among the E experts alike: E * (1 - (1 - top_k / E) ** tokens).
-        """
+        """Whether a step of so many tokens streams."""
         if self._plan != "auto":
             return self._plan == "stream"
-        num_experts = self.table.num_experts
-        expected = num_experts * (1 - (1 - min(1.0, top_k / num_experts)) ** num_tokens)
-        return expected > self.table.num_slots
+        payload_bytes = self.host.layout.payload_bytes
+        sizes = ExpertSizes(
+            self.table.num_experts, self.table.num_slots, payload_bytes, payload_bytes
+        )
+        return streaming_is_faster(sizes, num_tokens, top_k)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
@@ -88,7 +88,16 @@ class LayerBuffer:
         rows = hidden[order // top_k]
         out = torch.zeros_like(rows)
         if streams:
-            self._run(layer, rows, out, bounds, self._staged(needed))
+            assert self._staging is not None
+            staged, places = self._staging.take(self._index)
+            slots, num_slots = places.tolist(), self.table.num_slots
+            found = {
+                e: (self.slots, slots[e])
+                if slots[e] < num_slots
+                else (staged, slots[e] - num_slots)
+                for e in needed
+            }
+            self._run(layer, rows, out, bounds, found)
         else:
             which = self.table.begin(ids)
             last = self.table.num_passes(len(ids))
@@ -97,17 +106,12 @@ class LayerBuffer:
                 wanted = [expert for expert in needed if passes[expert] == number]
                 if not wanted:
                     break
-                self._copy(*self.table.load(which == number))
+                self._fetch(*self.table.load(which == number))
                 slots = self.table.slots().tolist()
                 self._run(layer, rows, out, bounds, {e: (self.slots, slots[e]) for e in wanted})
         back = torch.empty_like(out)
         back[order] = out
         return back
-
-    def _staged(self, needed: list[int]) -> dict[int, tuple[Slots, int]]:
-        assert self._staging is not None
-        staged, first = self._staging.take(self._index), self.table.num_fixed
-        return {e: (self.slots, e) if e < first else (staged, e - first) for e in needed}
 
     def _run(
         self,
@@ -150,34 +154,35 @@ class LayerBuffer:
         places = torch.arange(num_rows, device=ids.device)
         # One row more: those that are not a pass's own go there.
         out = hidden.new_zeros(num_rows + 1, hidden.shape[1])
-        sizes: list[int]
+        num_experts, num_slots = self.table.num_experts, self.table.num_slots
+        slots = [self.slots]
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         if streams:
-            first, num_experts = self.table.num_fixed, self.table.num_experts
-            keys, sizes = ids, [first, num_experts - first]
-            copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+            assert self._staging is not None
+            staged, keys_of = self._staging.take(self._index)
+            slots.append(staged)
+            sizes = [num_slots, num_experts - num_slots]
         else:
-            keys, copies = self._plan_passes(ids)
-            sizes = [self.table.num_slots] * len(copies)
+            keys_of, copies = self._plan_passes(ids)
+            slots *= len(copies)
+            sizes = [num_slots] * len(copies)
+        keys = keys_of[ids.clamp(max=num_experts)]
         sorted_keys, order = torch.sort(keys, stable=True)
         groups = torch.arange(sum(sizes), device=ids.device, dtype=keys.dtype)
         ends = torch.searchsorted(sorted_keys, groups, right=True, out_int32=True)
         done = 0
-        for number, size in enumerate(sizes):
-            slots = self.slots
-            if streams and number == 1:
-                assert self._staging is not None
-                slots = self._staging.take(self._index)
+        for number, (held, size) in enumerate(zip(slots, sizes, strict=True)):
             if size == 0:
                 continue
             if copies:
-                self._copy(*copies[number])
+                self._fetch(*copies[number])
             start = ends[done - 1] if done else None
             offsets = ends[done : done + size] - (0 if start is None else start)
             source = order if start is None else order[(places + start) % num_rows]
             rows = hidden[source // top_k]
-            rows = self._product(layer, up_name(layer), rows, slots.up[:size], ids[source], offsets)
+            rows = self._product(layer, up_name(layer), rows, held.up, ids[source], offsets)
             rows = layer._apply_gate(rows) if layer.has_gate else layer.act_fn(rows)
-            rows = self._product(layer, "down_proj", rows, slots.down[:size], ids[source], offsets)
+            rows = self._product(layer, "down_proj", rows, held.down, ids[source], offsets)
             out.index_copy_(0, torch.where(places < offsets[-1], source, num_rows), rows)
             done += size
         return out[:-1]
@@ -185,7 +190,7 @@ class LayerBuffer:
     def _plan_passes(
         self, ids: torch.Tensor
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """By id, the number of its pass times S, plus its slot; by pass, the copies it needs."""
+        """Of an expert, `[E + 1]`, its pass times S plus its slot; by pass, the copies it needs."""
         num_experts, num_slots = self.table.num_experts, self.table.num_slots
         which = self.table.begin(ids)
         num_passes = self.table.num_passes(len(ids))
@@ -196,7 +201,7 @@ class LayerBuffer:
             copies.append(self.table.load(wanted))
             slots = self.table.slots() + number * num_slots
             keys[:-1] = torch.where(wanted, slots, keys[:-1])
-        return keys[ids.clamp(max=num_experts)], copies
+        return keys, copies
 
     def _product(
         self,
@@ -213,13 +218,5 @@ class LayerBuffer:
             out = out + getattr(layer, f"{name}_bias")[ids.clamp(max=layer.num_experts - 1)]
         return out
 
-    def _copy(self, experts: torch.Tensor, slots: torch.Tensor) -> None:
-        """Copy experts, -1 for none, to slots; on a GPU the device reads both lists."""
-        if self.slots.payloads is not None and self.slots.payloads.device.type == "cuda":
-            from hotset.kernels.copy_experts import copy_experts
-
-            copy_experts(self.host.payloads, self.slots.payloads, experts, slots)
-            return
-        for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
-            if expert >= 0:
-                self.slots.put(self.host, expert, slot, is_transposed=self._is_transposed)
+    def _fetch(self, experts: torch.Tensor, slots: torch.Tensor) -> None:
+        self.slots.fetch(self.host, experts, slots, is_transposed=self._is_transposed)
