@@ -36,6 +36,10 @@ class EngineConfig:
             `stream` all of them while the layer before computes; `auto` is either, step by step:
             that which is expected to take less time for so many tokens.
         expert_eviction: which expert leaves a slot; see `memory.expert_cache.SlotTable`.
+        expert_cold_dtype: of experts in host memory; `auto` is their own. With `fp8` or `int4`,
+            about a half or a quarter of the bytes of bfloat16, all experts have the values that
+            come back from there, so what is on the device does not change the output; not exact.
+            See `memory.narrow_experts`.
         block_size: tokens a KV block holds.
         max_num_seqs: most requests in one step.
         max_num_batched_tokens: token budget of one step, over prefill and decode.
@@ -66,6 +70,7 @@ class EngineConfig:
     expert_gib: float | None = None
     expert_plan: Literal["auto", "cache", "stream"] = "auto"
     expert_eviction: Literal["least-stale", "lru", "lfu", "lifo"] = "least-stale"
+    expert_cold_dtype: Literal["auto", "fp8", "int4"] = "auto"
     block_size: int = 16
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -93,6 +98,11 @@ class EngineConfig:
             self.expert_gib is None or 0 < self.expert_gib < math.inf,
             "expert_gib",
             "a size above 0 GiB",
+        )
+        check(
+            self.expert_cold_dtype in ("auto", "fp8", "int4"),
+            "expert_cold_dtype",
+            "auto, fp8 or int4",
         )
         check(1 <= self.block_size <= 1024, "block_size", "1 to 1024 tokens")
         check(self.max_num_seqs >= 1, "max_num_seqs", "1 or more")
@@ -129,7 +139,11 @@ class EngineConfig:
                 f"expert_slots is {self.expert_slots} and expert_gib is {self.expert_gib}; "
                 "give one of them"
             )
-        for name, default in (("expert_plan", "auto"), ("expert_eviction", "least-stale")):
+        for name, default in (
+            ("expert_plan", "auto"),
+            ("expert_eviction", "least-stale"),
+            ("expert_cold_dtype", "auto"),
+        ):
             value = getattr(self, name)
             if value != default and not self.buffers_experts:
                 raise ConfigError(

@@ -16,11 +16,17 @@ from torch import nn
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
-from hotset.memory.expert_cache import SlotTable
+from hotset.memory.expert_cache import ExpertLayout, HostExperts, SlotTable
 from hotset.memory.expert_plan import ExpertSizes, streaming_is_faster
+from hotset.memory.narrow_experts import NarrowDType, NarrowLayout, relative_rms
 from hotset.model import expert_buffer, expert_layer
-from hotset.model.expert_buffer import ExpertBuffer, _move_to_host, buffer_experts
-from hotset.model.experts import IMPLEMENTATION, dynamic_experts, pack_experts
+from hotset.model.expert_buffer import (
+    ExpertBuffer,
+    _move_to_host,
+    _narrow_layout,
+    buffer_experts,
+)
+from hotset.model.experts import IMPLEMENTATION, dynamic_experts, pack_experts, up_name
 from hotset.model.loader import load_dummy, load_model
 
 MakeEngine = Callable[..., Engine]
@@ -48,9 +54,26 @@ def make_layers(count: int, **kind: bool) -> list[nn.Module]:
 def buffered(layers: list[nn.Module], **options: Any) -> tuple[list[nn.Module], ExpertBuffer]:
     """A copy of the layers, their experts in host memory."""
     layers = copy.deepcopy(layers)
+    config = EngineConfig(**options)
     for layer in layers:
-        layer.expert_host = _move_to_host(layer)
-    return layers, ExpertBuffer(layers, EngineConfig(**options), torch.device("cpu"))
+        narrow = _narrow_layout(layer, config)
+        layer.expert_host = _move_to_host(layer, narrow, torch.device("cpu"))
+    return layers, ExpertBuffer(layers, config, torch.device("cpu"))
+
+
+def rounded(layers: list[nn.Module], cold: NarrowDType) -> list[nn.Module]:
+    """A copy of the layers with the values that their experts have after rounding."""
+    layers = copy.deepcopy(layers)
+    for layer in layers:
+        up = getattr(layer, up_name(layer))
+        narrow = NarrowLayout(tuple(up.shape[1:]), tuple(layer.down_proj.shape[1:]), cold)
+        for weight, values in zip(
+            (up, layer.down_proj),
+            narrow.dequantise(narrow.quantise(up, layer.down_proj), up.dtype),
+            strict=True,
+        ):
+            weight.copy_(values)
+    return layers
 
 
 def routed(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -92,6 +115,71 @@ def test_buffered_experts_compute_exactly_what_resident_ones_do(
                 assert torch.equal(got, expected)
             layer.expert_buffer.table.check()
     assert buffer.counts().moved_bytes > 0
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("plan", ["cache", "stream", "auto"])
+@pytest.mark.parametrize("cold", ["fp8", "int4"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@torch.inference_mode()
+def test_narrow_experts_have_the_same_values_wherever_they_are(
+    kind: dict[str, bool],
+    cold: NarrowDType,
+    plan: str,
+    grouped: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers = make_layers(3, **kind)
+    expected_layers = rounded(layers, cold)
+    monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: grouped)
+    monkeypatch.setattr(expert_buffer, "_can_pack", lambda: not grouped)
+    if not grouped:
+        for layer in expected_layers:
+            pack_experts(layer)
+    others, buffer = buffered(layers, expert_slots=2, expert_plan=plan, expert_cold_dtype=cold)
+    for num_tokens in (1, 9, 33, 2):
+        for expected_layer, layer in zip(expected_layers, others, strict=True):
+            x, ids, weights = routed(num_tokens)
+            expected = dynamic_experts(expected_layer, x, ids, weights)
+            got = dynamic_experts(layer, x, ids, weights)
+            if grouped:
+                torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+            else:
+                assert torch.equal(got, expected)
+    narrow_bytes = others[0].expert_host.payload_bytes
+    assert buffer.counts().moved_bytes % narrow_bytes == 0 < buffer.counts().moved_bytes
+    assert buffer.rounding_error > 0
+
+
+@pytest.mark.parametrize(("cold", "largest"), [("fp8", 0.03), ("int4", 0.1)])
+def test_rounding_errors_are_those_of_the_weights_and_small(
+    cold: NarrowDType, largest: float
+) -> None:
+    torch.manual_seed(0)
+    up, down = torch.randn(5, 96, 128), 0.01 * torch.randn(5, 128, 192)
+    layout = ExpertLayout((96, 128), (128, 192), torch.float32)
+    host = HostExperts(layout, 5, NarrowLayout(layout.up, layout.down, cold))
+    host.store(up, down, torch.device("cpu"))
+    errors = [got - want for got, want in zip(host.matrices(), (up, down), strict=True)]
+    for error, weight in zip(errors, (up, down), strict=True):
+        assert 0.01 < float(error.norm() / weight.norm()) < largest
+    square = sum(float(error.double().square().sum()) for error in errors)
+    total = sum(float(weight.double().square().sum()) for weight in (up, down))
+    assert relative_rms([host.rounding]) == pytest.approx((square / total) ** 0.5)
+    assert host.payload_bytes < layout.payload_bytes / (3 if cold == "fp8" else 6)
+
+
+@pytest.mark.parametrize("cold", ["fp8", "int4"])
+def test_zeros_and_extremes_come_back_and_rounding_again_changes_nothing(cold: NarrowDType) -> None:
+    narrow = NarrowLayout((2, 64), (64, 128), cold)
+    up = torch.stack([torch.zeros(64), torch.linspace(-3, 8, 64)]).unsqueeze(0)
+    down = 1e-20 * torch.randn(1, 64, 128)
+    once = narrow.dequantise(narrow.quantise(up, down), torch.float32)
+    assert not once[0][0, 0].any()
+    assert float(once[0][0, 1, -1]) == 8
+    assert all(values.isfinite().all() for values in once)
+    again = narrow.dequantise(narrow.quantise(once[0], once[1]), torch.float32)
+    assert torch.equal(once[0], again[0])
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -193,6 +281,23 @@ def test_an_engine_answers_the_same_whatever_is_resident(
         assert f"all {num_experts} of each" in engine.report
 
 
+@pytest.mark.parametrize("cold", ["fp8", "int4"])
+def test_narrow_experts_answer_the_same_whatever_is_resident_and_their_kv_is_their_own(
+    cold: NarrowDType, make_engine: MakeEngine
+) -> None:
+    exact = make_engine("qwen3_moe", expert_slots=2)
+    engines = [
+        make_engine("qwen3_moe", expert_slots=slots, expert_plan=plan, expert_cold_dtype=cold)
+        for slots, plan in ((1, "cache"), (2, "stream"), (5, "auto"), (7, "cache"))
+    ]
+    answers = [run(engine, PROMPTS) for engine in engines]
+    assert all(answer == answers[0] for answer in answers)
+    assert {engine.kv._fingerprint for engine in engines} == {engines[0].kv._fingerprint}
+    assert engines[0].kv._fingerprint != exact.kv._fingerprint
+    assert f"in host memory as {cold} (RMS error " in engines[0].report
+    assert engines[0].metrics.expert_rounding_error > 0 == exact.metrics.expert_rounding_error
+
+
 def test_auto_uses_both_plans_as_steps_change(make_engine: MakeEngine) -> None:
     engine = make_engine("qwen3_moe", expert_slots=5)
     run(engine, [[5, 9, 13, 200, 7, 8, 11, 99, 54, 3, 17, 80]], max_tokens=8)
@@ -268,6 +373,8 @@ def test_a_second_engine_shares_the_host_copy() -> None:
     assert [a is b for a, b in zip(first._hosts, second._hosts, strict=True)] == [True] * 3
     with pytest.raises(ConfigError, match="in host memory already"):
         buffer_experts(model, EngineConfig())
+    with pytest.raises(ConfigError, match="in host memory as auto already"):
+        buffer_experts(model, EngineConfig(expert_slots=2, expert_cold_dtype="fp8"))
     none, report = buffer_experts(model, EngineConfig(expert_slots=8))
     assert none is None and "nothing is buffered" in report
     tokens = torch.tensor([[5, 9, 13]])
@@ -281,6 +388,7 @@ def test_flags_without_effect_are_refused(make_engine: MakeEngine) -> None:
         {"expert_slots": 1, "expert_gib": 1.0},
         {"expert_plan": "cache"},
         {"expert_eviction": "lru"},
+        {"expert_cold_dtype": "int4"},
         {"expert_slots": 1, "expert_plan": "stream", "expert_eviction": "lru"},
         {"expert_slots": 0},
         {"expert_gib": 0.0},
@@ -291,6 +399,14 @@ def test_flags_without_effect_are_refused(make_engine: MakeEngine) -> None:
         make_engine("llama", expert_slots=2)
     with pytest.raises(ConfigError, match="a layer has 8 experts"):
         make_engine("qwen3_moe", expert_slots=9)
+    with pytest.raises(ConfigError, match="fp8, which does nothing while all experts are on the"):
+        make_engine("qwen3_moe", expert_slots=8, expert_cold_dtype="fp8")
+    with pytest.raises(
+        ConfigError, match="expert_cold_dtype is 'int3'; expected auto, fp8 or int4"
+    ):
+        EngineConfig(expert_slots=1, expert_cold_dtype="int3")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="rows of 20 and 64 values do not divide into groups"):
+        NarrowLayout((64, 20), (20, 64), "int4")
 
 
 def test_a_checkpoint_and_random_weights_are_the_same_with_experts_on_the_host(

@@ -14,7 +14,13 @@ from transformers.integrations.moe import use_experts_implementation
 from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
 from hotset.memory.arena import DeviceArena
-from hotset.model.expert_buffer import ExpertBuffer, _move_to_host, buffer_experts
+from hotset.memory.narrow_experts import NarrowDType, NarrowLayout
+from hotset.model.expert_buffer import (
+    ExpertBuffer,
+    _move_to_host,
+    _narrow_layout,
+    buffer_experts,
+)
 from hotset.model.experts import IMPLEMENTATION, dynamic_experts
 from hotset.model.flashinfer_attention import FlashInferBackend
 from hotset.model.runner import ModelRunner, inspect_model
@@ -25,8 +31,13 @@ NUM_EXPERTS, HIDDEN, FFN, TOP_K, NUM_LAYERS = 16, 256, 128, 4, 3
 PLANS = [
     *({"expert_plan": "cache", "expert_eviction": e} for e in ("least-stale", "lru", "lfu")),
     {"expert_plan": "cache", "expert_eviction": "lifo"},
-    {"expert_plan": "stream"},
-    {"expert_plan": "auto"},
+    *(
+        {"expert_plan": plan, "expert_cold_dtype": cold}
+        for plan in ("stream", "auto")
+        for cold in ("auto", "fp8", "int4")
+    ),
+    {"expert_plan": "cache", "expert_cold_dtype": "fp8"},
+    {"expert_plan": "cache", "expert_cold_dtype": "int4"},
 ]
 
 
@@ -55,9 +66,32 @@ def make_layers(**options: Any) -> tuple[list[Any], list[Any], ExpertBuffer]:
     torch.manual_seed(0)
     resident = [Layer(Config()).to("cuda", torch.bfloat16) for _ in range(NUM_LAYERS)]
     layers = copy.deepcopy(resident)
-    for layer in layers:
-        layer.expert_host = _move_to_host(layer)
-    return resident, layers, ExpertBuffer(layers, EngineConfig(**options), torch.device("cuda"))
+    config = EngineConfig(**options)
+    for layer, whole in zip(layers, resident, strict=True):
+        narrow = _narrow_layout(layer, config)
+        layer.expert_host = _move_to_host(layer, narrow, torch.device("cuda"))
+        # The values that come back from host memory are everybody's.
+        up, down = layer.expert_host.matrices()
+        whole.gate_up_proj.copy_(up)
+        whole.down_proj.copy_(down)
+    return resident, layers, ExpertBuffer(layers, config, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("cold", ["fp8", "int4"])
+@torch.inference_mode()
+def test_a_gpu_rounds_as_the_cpu_does(cold: NarrowDType) -> None:
+    torch.manual_seed(0)
+    up, down = torch.randn(3, 96, 128).bfloat16(), torch.randn(3, 128, 192).bfloat16()
+    narrow = NarrowLayout((96, 128), (128, 192), cold)
+    here = narrow.quantise(up, down)
+    there = narrow.quantise(up.cuda(), down.cuda())
+    assert torch.equal(there.cpu(), here)
+    for one, other in zip(
+        narrow.dequantise(here, torch.bfloat16),
+        narrow.dequantise(there, torch.bfloat16),
+        strict=True,
+    ):
+        assert torch.equal(other.cpu(), one)
 
 
 def chain(layers: list[Any], x: Any, ids: Any, weights: Any) -> torch.Tensor:

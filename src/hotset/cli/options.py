@@ -71,6 +71,12 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         click.Choice(["least-stale", "lru", "lfu", "lifo"]),
         "Which expert makes room for another.",
     ),
+    _option(
+        "expert_cold_dtype",
+        click.Choice(["auto", "fp8", "int4"]),
+        "Of experts in host memory; auto is their own, the others have fewer bytes to move and are "
+        "not exact.",
+    ),
     _option("block_size", int, "Tokens a KV block holds."),
     _option("max_num_seqs", int, "Most requests in one step."),
     _option("max_num_batched_tokens", int, "Most tokens in one step."),

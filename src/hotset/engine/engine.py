@@ -135,9 +135,11 @@ class Engine:
             scales=kv_scales,
         )
         # What a stored block depends on: another value of any of these is another chain of keys.
+        cold = config.expert_cold_dtype
+        rounded = "" if cold == "auto" else f" experts {cold}"
         fingerprint = {
             "layout": _LAYOUT_VERSION,
-            "weights": loaded.fingerprint,
+            "weights": f"{loaded.fingerprint}{rounded}",
             "dtype": str(layout.dtype),
             "kv_dtype": f"{layout.kv_dtype} {kv_scales}",
             "block_size": str(config.block_size),
@@ -190,6 +192,7 @@ class Engine:
             self.report += f"\n{experts_report}"
         if self._experts is not None:
             self._experts.reset_counts()  # those of the trials above
+            self.metrics.expert_rounding_error = self._experts.rounding_error
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count()
 

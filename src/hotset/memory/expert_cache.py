@@ -8,6 +8,7 @@ import torch
 
 from hotset.errors import ConfigError
 from hotset.memory.arena import HostArena
+from hotset.memory.narrow_experts import NarrowLayout, RoundingError, quantise_into
 from hotset.memory.slab import slot_bytes_for
 
 Eviction = Literal["least-stale", "lru", "lfu", "lifo"]
@@ -49,22 +50,58 @@ class ExpertLayout:
         )
 
 
-class HostExperts:
+class StoredExperts:
+    """Experts as rows of bytes, as they are computed with or in fewer bits.
+
+    Attributes:
+        layout: as they are computed with.
+        narrow: None where they are stored like that.
+        payloads: `[E, payload_bytes]` uint8, on any device.
+    """
+
+    def __init__(
+        self, layout: ExpertLayout, narrow: NarrowLayout | None, payloads: torch.Tensor
+    ) -> None:
+        self.layout, self.narrow, self.payloads = layout, narrow, payloads
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes from one expert to the next."""
+        return self.payloads.shape[1]
+
+    def matrices(self, experts: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[N, *layout.up]` and `[N, *layout.down]`: views, or copies of what is narrow."""
+        payloads = self.payloads[experts]
+        if self.narrow is None:
+            return self.layout.views(payloads)
+        up, down = self.narrow.dequantise(payloads, self.layout.dtype)
+        return up, down
+
+
+class HostExperts(StoredExperts):
     """The only copy in host memory of the experts of one layer.
 
     Attributes:
-        payloads: `[E, payload_bytes]` uint8.
-        up: `[E, *layout.up]`, a view of it.
-        down: `[E, *layout.down]`, likewise.
+        rounding: what it lost, where it is narrow.
     """
 
-    def __init__(self, layout: ExpertLayout, num_experts: int) -> None:
-        self.layout = layout
-        self._arena = HostArena(num_slots=num_experts, block_bytes=layout.weight_bytes)
+    def __init__(
+        self, layout: ExpertLayout, num_experts: int, narrow: NarrowLayout | None = None
+    ) -> None:
+        num_bytes = layout.weight_bytes if narrow is None else narrow.payload_bytes
+        self._arena = HostArena(num_slots=num_experts, block_bytes=num_bytes)
         self._arena.use_huge_pages()
-        self.payloads = torch.from_numpy(self._arena.slots)
-        self.up, self.down = layout.views(self.payloads)
+        super().__init__(layout, narrow, torch.from_numpy(self._arena.slots))
+        self.rounding = RoundingError()
         self._is_pinned = False
+
+    def store(self, up: torch.Tensor, down: torch.Tensor, device: torch.device) -> None:
+        """Fill it with `[E, *layout.up]` and `[E, *layout.down]`, rounded on `device` if at all."""
+        if self.narrow is not None:
+            self.rounding = quantise_into(self.narrow, self.payloads, up, down, device)
+            return
+        for target, weight in zip(self.matrices(), (up, down), strict=True):
+            target.copy_(weight)
 
     def pin(self) -> None:
         """Pin the memory, so that the device can read it. To be called when it is filled.
@@ -267,12 +304,15 @@ class SlotBytes:
 
     Attributes:
         plan: `cache`, `stream`, or `auto` for both.
+        payload_bytes: of an expert on the device.
+        narrow_bytes: of one in host memory, where it has fewer bits there; else None.
     """
 
     plan: str
     num_layers: int
     num_experts: int
     payload_bytes: int
+    narrow_bytes: int | None = None
 
     @property
     def fewest(self) -> int:
@@ -284,10 +324,17 @@ class SlotBytes:
         return num_slots if self.plan == "stream" else 0
 
     def staged(self, num_slots: int) -> int:
-        """Experts that each of the two staging buffers holds."""
+        """Experts of a layer that pass through staging buffers."""
         return 0 if self.plan == "cache" else self.num_experts - num_slots
 
     def __call__(self, num_slots: int) -> int:
-        """Bytes of so many slots a layer, with the staging buffers."""
-        held = self.num_layers * num_slots + 2 * self.staged(num_slots)
-        return held * self.payload_bytes
+        """Bytes of so many slots a layer, with the staging buffers.
+
+        Two of these, filled in turn; what the copy engine brings in fewer bits passes from two
+        narrow ones through a wide one.
+        """
+        staged = 2 * self.payload_bytes
+        if self.plan == "stream" and self.narrow_bytes is not None:
+            staged = 2 * self.narrow_bytes + self.payload_bytes
+        slots = self.num_layers * num_slots * self.payload_bytes
+        return slots + self.staged(num_slots) * staged

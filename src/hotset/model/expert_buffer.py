@@ -22,6 +22,7 @@ from hotset.memory.expert_cache import (
     SlotTable,
     count_slots,
 )
+from hotset.memory.narrow_experts import NarrowLayout, relative_rms
 from hotset.model.expert_layer import LayerBuffer
 from hotset.model.expert_slots import Staging
 from hotset.model.experts import (
@@ -54,17 +55,19 @@ class ExpertBuffer:
     Attributes:
         device_bytes: of slots and staging buffers.
         host_bytes: of the only copy in host memory.
+        rounding_error: relative root mean square error of the weights of all experts, where host
+            memory has them in fewer bits; else 0.
         description: one line, for the start.
     """
 
     def __init__(self, layers: list[Experts], config: EngineConfig, device: torch.device) -> None:
         hosts = [layer.expert_host for layer in layers]
         num_experts, layout = layers[0].num_experts, hosts[0].layout
-        sizes = SlotBytes(config.expert_plan, len(layers), num_experts, layout.payload_bytes)
+        sizes = _sizes(layers, layout, hosts[0].narrow, config)
         num_slots = _num_slots(config, sizes)
         num_fixed = sizes.num_fixed(num_slots)
         packed = device.type == "cpu" and layout.dtype == torch.float32 and _can_pack()
-        self._layout = layout
+        self._payload_bytes = hosts[0].payload_bytes
         # By layer: hits, misses, times streamed.
         self._counts = torch.zeros(len(layers), 3, dtype=torch.int64, device=device)
         self._num_staged = sizes.staged(num_slots)
@@ -102,17 +105,21 @@ class ExpertBuffer:
             self.layers.append(layer.expert_buffer)
         self.device_bytes = sizes(num_slots)
         self.host_bytes = sum(host.payloads.nbytes for host in hosts)
-        evicts = "" if config.expert_plan == "stream" else f", {config.expert_eviction} eviction"
+        self.rounding_error = relative_rms(host.rounding for host in hosts)
+        narrow = hosts[0].narrow
+        held = "" if narrow is None else f" as {narrow.dtype} (RMS error {self.rounding_error:.2%})"
+        plan = config.expert_plan
+        evicts = "" if plan == "stream" else f", {config.expert_eviction} eviction"
         self.description = (
             f"experts: {num_slots} of {num_experts} in each of {len(layers)} layers resident, "
             f"{self.device_bytes / GIB:.3f} GiB on the {device.type}, "
-            f"{self.host_bytes / GIB:.3f} GiB in host memory, plan {config.expert_plan}{evicts}"
+            f"{self.host_bytes / GIB:.3f} GiB in host memory{held}, plan {plan}{evicts}"
         )
 
     def counts(self) -> ExpertCounts:
         """What the buffers did so far; waits for the device."""
         hits, misses, streamed = self._counts.sum(0).tolist()
-        moved = (misses + streamed * self._num_staged) * self._layout.payload_bytes
+        moved = (misses + streamed * self._num_staged) * self._payload_bytes
         return ExpertCounts(hits, misses, moved)
 
     def reset_counts(self) -> None:
@@ -155,10 +162,14 @@ def buffer_experts(model: PreTrainedModel, config: EngineConfig) -> tuple[Expert
             )
         return None, ""
     layers = _bufferable(model, config)
-    sizes = SlotBytes(
-        config.expert_plan, len(layers), layers[0].num_experts, _layout_of(layers[0]).payload_bytes
-    )
+    layout, narrow = _layout_of(layers[0]), _narrow_layout(layers[0], config)
+    sizes = _sizes(layers, layout, narrow, config)
     if _num_slots(config, sizes) == sizes.num_experts:
+        if narrow is not None:
+            raise ConfigError(
+                f"expert_cold_dtype is {narrow.dtype}, which does nothing while all experts are on "
+                "the device, as they are here; leave it out, or lower expert_slots or expert_gib"
+            )
         _keep_all(layers, model.device)
         all_bytes = sizes.num_layers * sizes.num_experts * sizes.payload_bytes
         return None, (
@@ -167,7 +178,7 @@ def buffer_experts(model: PreTrainedModel, config: EngineConfig) -> tuple[Expert
         )
     for layer in layers:
         if not hasattr(layer, "expert_host"):
-            layer.expert_host = _move_to_host(layer)
+            layer.expert_host = _move_to_host(layer, narrow, model.device)
     buffer = ExpertBuffer(layers, config, model.device)
     return buffer, buffer.description
 
@@ -228,12 +239,42 @@ def _layout_of(layer: Experts) -> ExpertLayout:
     return ExpertLayout(tuple(up.shape[1:]), tuple(down.shape[1:]), up.dtype)
 
 
-def _move_to_host(layer: Experts) -> HostExperts:
-    host = HostExperts(_layout_of(layer), layer.num_experts)
+def _narrow_layout(layer: Experts, config: EngineConfig) -> NarrowLayout | None:
+    """How host memory is to have experts, or ConfigError if it has them otherwise."""
+    asked = config.expert_cold_dtype
+    layout = _layout_of(layer)
+    narrow = None if asked == "auto" else NarrowLayout(layout.up, layout.down, asked)
+    if hasattr(layer, "expert_host"):
+        stored: NarrowLayout | None = layer.expert_host.narrow
+        has = "auto" if stored is None else stored.dtype
+        if has != asked:
+            raise ConfigError(
+                f"expert_cold_dtype is {asked}, but the experts of this model are in host memory "
+                f"as {has} already; load it again"
+            )
+    return narrow
+
+
+def _sizes(
+    layers: list[Experts], layout: ExpertLayout, narrow: NarrowLayout | None, config: EngineConfig
+) -> SlotBytes:
+    return SlotBytes(
+        config.expert_plan,
+        len(layers),
+        layers[0].num_experts,
+        layout.payload_bytes,
+        None if narrow is None else narrow.payload_bytes,
+    )
+
+
+def _move_to_host(layer: Experts, narrow: NarrowLayout | None, device: torch.device) -> HostExperts:
+    """The experts of a layer in host memory; rounded on `device`, if to fewer bits."""
+    host = HostExperts(_layout_of(layer), layer.num_experts, narrow)
+    up = up_name(layer)
     with torch.inference_mode():
-        for name, target in ((up_name(layer), host.up), ("down_proj", host.down)):
-            target.copy_(getattr(layer, name))
-            setattr(layer, name, None)
+        host.store(getattr(layer, up), layer.down_proj, device)
+    setattr(layer, up, None)
+    layer.down_proj = None
     return host
 
 
@@ -244,7 +285,7 @@ def _keep_all(layers: list[Experts], device: torch.device) -> None:
         for name in (up_name(layer), "down_proj"):
             weight = getattr(layer, name)
             if host is not None:
-                weight = (host.down if name == "down_proj" else host.up).clone()
+                weight = host.matrices()[name == "down_proj"].clone()
             parameter = nn.Parameter(weight.to(device), requires_grad=False)
             setattr(layer, name, parameter)
         if host is not None:

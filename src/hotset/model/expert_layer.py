@@ -37,18 +37,19 @@ class LayerBuffer:
         self._streamed = streamed
         self._is_transposed = is_transposed
         self.slots = Slots(table.num_slots, host.layout, streamed.device, packed=packed)
-        for expert in range(table.num_slots):
-            self.slots.put(host, expert, expert, is_transposed=is_transposed)
-        up = self.slots.up if not packed else host.up
-        self._is_grouped = has_grouped_kernel(up)
+        first = torch.arange(table.num_slots, device=streamed.device)
+        self._fetch(first, first)
+        self._is_grouped = not packed and has_grouped_kernel(self.slots.up)
 
     def streams(self, num_tokens: int, top_k: int) -> bool:
         """Whether a step of so many tokens streams."""
         if self._plan != "auto":
             return self._plan == "stream"
-        payload_bytes = self.host.layout.payload_bytes
         sizes = ExpertSizes(
-            self.table.num_experts, self.table.num_slots, payload_bytes, payload_bytes
+            self.table.num_experts,
+            self.table.num_slots,
+            self.host.layout.payload_bytes,
+            self.host.payload_bytes,
         )
         return streaming_is_faster(sizes, num_tokens, top_k)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from hotset.memory.expert_cache import ExpertLayout, HostExperts, SlotTable
+from hotset.memory.expert_cache import ExpertLayout, HostExperts, SlotTable, StoredExperts
 from hotset.model.cpu_linear import PackedLinear
 from hotset.model.experts import pack_matrix
 
@@ -34,20 +34,9 @@ class Slots:
             )
             self.up, self.down = layout.views(self.payloads)
 
-    def put(self, host: HostExperts, expert: int, slot: int, *, is_transposed: bool) -> None:
-        """Copy one expert; where it is to be packed, pack it."""
-        if self.payloads is not None:
-            self.payloads[slot].copy_(host.payloads[expert], non_blocking=True)
-            return
-        self._packed[slot] = None  # its memory is free before the other's is taken
-        up, down = host.up[expert], host.down[expert]
-        if is_transposed:
-            up, down = up.t(), down.t()
-        self._packed[slot] = (pack_matrix(up), pack_matrix(down))
-
     def fetch(
         self,
-        host: HostExperts,
+        source: StoredExperts,
         experts: torch.Tensor,
         slots: torch.Tensor,
         *,
@@ -56,18 +45,30 @@ class Slots:
     ) -> None:
         """Copy `experts`, `[N]` and -1 for none, to `slots`; on a GPU the device reads both lists.
 
-        With `beside_compute` it leaves most processors to what runs at the same time.
+        There `source` is on the device, or pinned. With `beside_compute` the copy leaves most
+        processors to what runs at the same time.
         """
         if self.payloads is not None and self.payloads.device.type == "cuda":
             from hotset.kernels.copy_experts import copy_experts
+            from hotset.kernels.dequantise_experts import dequantise_experts
 
-            copy_experts(
-                host.payloads, self.payloads, experts, slots, beside_compute=beside_compute
-            )
+            if source.narrow is None:
+                copy_experts(
+                    source.payloads, self.payloads, experts, slots, beside_compute=beside_compute
+                )
+            else:
+                dequantise_experts(
+                    source.narrow,
+                    source.payloads,
+                    self.payloads.view(source.layout.dtype),
+                    experts,
+                    slots,
+                    beside_compute=beside_compute,
+                )
             return
         for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
             if expert >= 0:
-                self.put(host, expert, slot, is_transposed=is_transposed)
+                self._put(source, expert, slot, is_transposed=is_transposed)
 
     def product(self, which: int, slot: int, rows: torch.Tensor, is_transposed: bool) -> Any:
         """`[R, in]` to `[R, out]` by the up (0) or down (1) product of one expert."""
@@ -78,14 +79,26 @@ class Slots:
         weight = (self.up, self.down)[which][slot]
         return functional.linear(rows, weight.t() if is_transposed else weight)
 
+    def _put(self, source: StoredExperts, expert: int, slot: int, *, is_transposed: bool) -> None:
+        """Copy one expert; where it is to be packed, pack it."""
+        (up,), (down,) = source.matrices(slice(expert, expert + 1))
+        if self.payloads is not None:
+            self.up[slot], self.down[slot] = up, down
+            return
+        self._packed[slot] = None  # its memory is free before the other's is taken
+        if is_transposed:
+            up, down = up.t(), down.t()
+        self._packed[slot] = (pack_matrix(up), pack_matrix(down))
+
 
 class Staging:
     """Two staging buffers: while a layer reads one, the next layer's experts go to the other.
 
     What comes are the experts that have no slot. Where those are always the same, so that they are
-    adjacent, the copy engine brings them; else the device reads them itself. On a GPU that is on a
-    stream of its own, which forks from the stream that computes and joins it again, so that a CUDA
-    graph can record both.
+    adjacent, the copy engine brings them as they are stored, and a layer widens what has fewer
+    bits; else the device reads and widens them itself. On a GPU that is on a stream of its own,
+    which forks from the stream that computes and joins it again, so that a CUDA graph can record
+    both.
 
     Args:
         hosts: of each layer, in the order in which a step runs them.
@@ -103,12 +116,27 @@ class Staging:
         packed: bool,
     ) -> None:
         self._hosts, self._tables, self._transposed = hosts, tables, transposed
-        table = tables[0]
+        table, host = tables[0], hosts[0]
         self._num_slots = table.num_slots
-        num_staged = table.num_experts - table.num_slots
+        self._num_staged = table.num_experts - table.num_slots
         self._is_fixed = table.num_fixed == table.num_slots
-        self._buffers = [Slots(num_staged, hosts[0].layout, device, packed=packed) for _ in "ab"]
-        self._order = torch.arange(num_staged, device=device)
+        self._order = torch.arange(self._num_staged, device=device)
+
+        def make_slots() -> Slots:
+            return Slots(self._num_staged, host.layout, device, packed=packed)
+
+        self._narrow: list[StoredExperts] = []
+        if self._is_fixed and host.narrow is not None:
+            size = (self._num_staged, host.payload_bytes)
+            self._narrow = [
+                StoredExperts(
+                    host.layout, host.narrow, torch.zeros(size, dtype=torch.uint8, device=device)
+                )
+                for _ in range(2)
+            ]
+            self._buffers = [make_slots()] * 2
+        else:
+            self._buffers = [make_slots(), make_slots()]
         # By buffer: experts and places, see `SlotTable.absent`. Kept, as the other stream reads
         # them.
         self._lists = [table.absent()] * 2
@@ -125,10 +153,13 @@ class Staging:
         if self._ahead != layer:
             self._start(layer)
         self.join()
+        buffer, (_, places) = self._buffers[layer % 2], self._lists[layer % 2]
         self._ahead = None
         if layer + 1 < len(self._hosts):
             self._start(layer + 1)
-        return self._buffers[layer % 2], self._lists[layer % 2][1]
+        if self._narrow:
+            self._fetch(layer, self._narrow[layer % 2], self._order)
+        return buffer, places
 
     def join(self) -> None:
         """Have what is computed from here on wait for the copies started so far.
@@ -140,25 +171,38 @@ class Staging:
         self._is_joined = True
 
     def _start(self, layer: int) -> None:
-        buffer, host = self._buffers[layer % 2], self._hosts[layer]
         self._ahead, self._is_joined = layer, False
         if not self._is_fixed:
             self._lists[layer % 2] = self._tables[layer].absent()
-        experts, _ = self._lists[layer % 2]
         if self._stream is None:
-            buffer.fetch(host, experts, self._order, is_transposed=self._transposed[layer])
+            self._copy(layer)
             return
         # The layer that read this buffer last was submitted before.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            if self._is_fixed:
-                assert buffer.payloads is not None
-                buffer.payloads.copy_(host.payloads[self._num_slots :], non_blocking=True)
-            else:
-                buffer.fetch(
-                    host,
-                    experts,
-                    self._order,
-                    is_transposed=self._transposed[layer],
-                    beside_compute=True,
-                )
+            self._copy(layer)
+
+    def _copy(self, layer: int) -> None:
+        host, buffer = self._hosts[layer], self._buffers[layer % 2]
+        target = self._narrow[layer % 2].payloads if self._narrow else buffer.payloads
+        if self._is_fixed and target is not None:
+            target.copy_(host.payloads[self._num_slots :], non_blocking=True)
+        else:
+            experts, _ = self._lists[layer % 2]
+            self._fetch(layer, host, experts, beside_compute=True)
+
+    def _fetch(
+        self,
+        layer: int,
+        source: StoredExperts,
+        experts: torch.Tensor,
+        *,
+        beside_compute: bool = False,
+    ) -> None:
+        self._buffers[layer % 2].fetch(
+            source,
+            experts,
+            self._order,
+            is_transposed=self._transposed[layer],
+            beside_compute=beside_compute,
+        )

@@ -148,6 +148,11 @@ class _Snapshot(Collector):
             "expert_misses", "Experts that were needed and had no slot.", metrics.expert_misses
         )
         yield _counter("expert_bytes", "Bytes of experts to the device.", metrics.expert_bytes)
+        yield _gauge(
+            "expert_rounding_error",
+            "Relative RMS error of experts' weights, which expert_cold_dtype has rounded.",
+            metrics.expert_rounding_error,
+        )
         yield _labelled(
             "faults",
             "What went wrong and was dealt with, by kind.",

@@ -1,0 +1,176 @@
+"""Copying experts of few bits from where they are into wide slots on the device."""
+
+from typing import Protocol
+
+import torch
+import triton
+import triton.language as tl
+
+# Programs that share an expert, and narrow bytes that one of them moves at a time: see
+# `copy_experts`. A byte becomes one or two values, so half as many are enough to be in registers.
+_PROGRAMS = 16
+_TILE_BYTES = 8192
+_MOST_WIDTH = 2048
+_EXPERTS_BESIDE_COMPUTE = 4
+
+
+class _Matrix(Protocol):
+    """See `memory.narrow_experts.NarrowMatrix`."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def run(self) -> int: ...
+    @property
+    def run_bytes(self) -> int: ...
+    @property
+    def num_runs(self) -> int: ...
+    @property
+    def values_at(self) -> int: ...
+    @property
+    def scales_at(self) -> int: ...
+
+
+class _Layout(Protocol):
+    """See `memory.narrow_experts.NarrowLayout`."""
+
+    is_int4: bool
+    scale_dtype: torch.dtype
+    payload_bytes: int
+
+    @property
+    def matrices(self) -> tuple[_Matrix, ...]: ...
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dequantise_matrix(  # type: ignore[no-untyped-def]
+    values,
+    scales,
+    target,
+    NUM_RUNS: tl.constexpr,
+    RUN: tl.constexpr,
+    RUN_BYTES: tl.constexpr,
+    RUNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    IS_INT4: tl.constexpr,
+):
+    part = tl.program_id(1)
+    for first in range(part * RUNS, NUM_RUNS, tl.num_programs(1) * RUNS):
+        run = first + tl.arange(0, RUNS)
+        scale = tl.load(scales + run, mask=run < NUM_RUNS, other=0.0).to(tl.float32)[:, None]
+        for start in range(0, RUN_BYTES, WIDTH):
+            i = start + tl.arange(0, WIDTH)
+            inside = (run < NUM_RUNS)[:, None] & (i < RUN_BYTES)[None, :]
+            number = tl.load(values + run[:, None] * RUN_BYTES + i[None, :], mask=inside, other=0)
+            place = target + run[:, None] * RUN + i[None, :]
+            if IS_INT4:  # the high halves of bytes are the second half of the run
+                low = ((number & 15).to(tl.float32) - 8.0) * scale
+                high = ((number >> 4).to(tl.float32) - 8.0) * scale
+                tl.store(place, low.to(target.dtype.element_ty), mask=inside)
+                tl.store(place + RUN // 2, high.to(target.dtype.element_ty), mask=inside)
+            else:
+                # As a half float with the same exponent and mantissa, which is 2**8 too small:
+                # GPUs before Ada have no 8-bit floats.
+                bits = number.to(tl.uint16)
+                half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+                exact = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+                tl.store(place, (exact * scale).to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dequantise_experts(  # type: ignore[no-untyped-def]
+    source,
+    scales,
+    target,
+    experts,
+    slots,
+    num_places,
+    SOURCE_BYTES: tl.constexpr,
+    SOURCE_SCALES: tl.constexpr,
+    TARGET_VALUES: tl.constexpr,
+    DOWN_AT: tl.constexpr,
+    UP: tl.constexpr,
+    DOWN: tl.constexpr,
+    IS_INT4: tl.constexpr,
+):
+    for place in range(tl.program_id(0), num_places, tl.num_programs(0)):
+        expert = tl.load(experts + place).to(tl.int64)
+        if expert >= 0:
+            slot = tl.load(slots + place).to(tl.int64)
+            values = source + expert * SOURCE_BYTES
+            factors = scales + expert * SOURCE_SCALES
+            wide = target + slot * TARGET_VALUES
+            _dequantise_matrix(
+                values + UP[0], factors + UP[1], wide,
+                UP[2], UP[3], UP[4], UP[5], UP[6], IS_INT4,
+            )  # fmt: skip
+            _dequantise_matrix(
+                values + DOWN[0], factors + DOWN[1], wide + DOWN_AT,
+                DOWN[2], DOWN[3], DOWN[4], DOWN[5], DOWN[6], IS_INT4,
+            )  # fmt: skip
+
+
+def dequantise_experts(
+    layout: _Layout,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    experts: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    beside_compute: bool = False,
+) -> None:
+    """Copy expert `experts[i]` of `source` to `target[slots[i]]`, widened, in place.
+
+    N = copies at most. The up matrix comes first in a row of `target`, the down matrix after it.
+
+    Args:
+        layout: of the rows of `source`.
+        source: `[E, layout.payload_bytes]` uint8, contiguous; on the device, or pinned host memory,
+            which the device reads itself.
+        target: `[S, V]` on the device, contiguous, of the dtype of the weights. Mutated.
+        experts: `[N]` int64 on the device; -1 for no copy.
+        slots: `[N]` int64 on the device; those of copies must be distinct.
+        beside_compute: other kernels run meanwhile, so take few of the processors.
+
+    Cost: `layout.payload_bytes` over the link for each copy. Nothing is asked of the host, so that
+    a CUDA graph can record it.
+    Reference: `memory.narrow_experts.NarrowLayout.dequantise`, bit-exact.
+    """
+    if not len(experts):
+        return
+    scales = source.view(layout.scale_dtype)
+    up, down = layout.matrices
+    at_once = min(len(experts), _EXPERTS_BESIDE_COMPUTE) if beside_compute else len(experts)
+    _dequantise_experts[(at_once, _PROGRAMS)](
+        source,
+        scales,
+        target,
+        experts,
+        slots,
+        len(experts),
+        SOURCE_BYTES=layout.payload_bytes,
+        SOURCE_SCALES=scales.shape[1],
+        TARGET_VALUES=target.shape[1],
+        DOWN_AT=up.shape[0] * up.shape[1],
+        UP=_sizes(up, layout),
+        DOWN=_sizes(down, layout),
+        IS_INT4=layout.is_int4,
+        num_warps=8,
+    )
+
+
+def _sizes(matrix: _Matrix, layout: _Layout) -> tuple[int, ...]:
+    """Where values and scales begin; runs, and values and bytes of one; runs and bytes of a tile.
+
+    A tile has whole runs, where they are not too long, so that a scale is read once for its run.
+    """
+    width = min(triton.next_power_of_2(matrix.run_bytes), _MOST_WIDTH)
+    return (
+        matrix.values_at,
+        matrix.scales_at // layout.scale_dtype.itemsize,
+        matrix.num_runs,
+        matrix.run,
+        matrix.run_bytes,
+        max(1, _TILE_BYTES // width),
+        width,
+    )
