@@ -40,6 +40,9 @@ class EngineConfig:
             about a half or a quarter of the bytes of bfloat16, all experts have the values that
             come back from there, so what is on the device does not change the output; not exact.
             See `memory.narrow_experts`.
+        expert_prefetch: in steps of the plan `cache`, at most so many experts of the next layer are
+            copied while a layer computes, chosen by the next layer's router for this layer's
+            input; 0 is none. It helps where the link would be idle: a wrong guess costs a copy.
         block_size: tokens a KV block holds.
         max_num_seqs: most requests in one step.
         max_num_batched_tokens: token budget of one step, over prefill and decode.
@@ -71,6 +74,7 @@ class EngineConfig:
     expert_plan: Literal["auto", "cache", "stream"] = "auto"
     expert_eviction: Literal["least-stale", "lru", "lfu", "lifo"] = "least-stale"
     expert_cold_dtype: Literal["auto", "fp8", "int4"] = "auto"
+    expert_prefetch: int = 0
     block_size: int = 16
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -104,6 +108,7 @@ class EngineConfig:
             "expert_cold_dtype",
             "auto, fp8 or int4",
         )
+        check(self.expert_prefetch >= 0, "expert_prefetch", "0 (none) or more experts of a layer")
         check(1 <= self.block_size <= 1024, "block_size", "1 to 1024 tokens")
         check(self.max_num_seqs >= 1, "max_num_seqs", "1 or more")
         check(self.max_num_batched_tokens >= 1, "max_num_batched_tokens", "1 or more")
@@ -143,6 +148,7 @@ class EngineConfig:
             ("expert_plan", "auto"),
             ("expert_eviction", "least-stale"),
             ("expert_cold_dtype", "auto"),
+            ("expert_prefetch", 0),
         ):
             value = getattr(self, name)
             if value != default and not self.buffers_experts:
@@ -150,6 +156,11 @@ class EngineConfig:
                     f"{name} is {value!r}, which does nothing while all experts are on the device; "
                     "give expert_slots or expert_gib, or leave it out"
                 )
+        if self.expert_plan == "stream" and self.expert_prefetch:
+            raise ConfigError(
+                f"expert_prefetch is {self.expert_prefetch}, but the plan stream brings all "
+                "experts ahead of their layer; leave one of them out"
+            )
         if self.expert_plan == "stream" and self.expert_eviction != "least-stale":
             raise ConfigError(
                 f"expert_eviction is {self.expert_eviction!r}, but the plan stream evicts nothing; "

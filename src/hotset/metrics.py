@@ -25,6 +25,9 @@ class Metrics:
     expert_hits: int = 0  # experts that a layer needed and that had a slot
     expert_misses: int = 0  # and that had none
     expert_bytes: int = 0  # of experts, to the device
+    expert_predicted: int = 0  # experts that the next layer's router chose ahead
+    expert_predicted_right: int = 0  # of these, needed
+    expert_copied_ahead: int = 0  # experts that were given a slot for that
     expert_rounding_error: float = 0.0  # relative RMS of experts' weights; fixed at start
     refetched_bytes: int = 0  # to the device, again for a request that lost them to preemption
     faults: Counter[str] = field(default_factory=Counter)  # by kind

@@ -26,7 +26,14 @@ from hotset.model.expert_buffer import (
     _narrow_layout,
     buffer_experts,
 )
-from hotset.model.experts import IMPLEMENTATION, dynamic_experts, pack_experts, up_name
+from hotset.model.expert_prefetch import Router, find_routers
+from hotset.model.experts import (
+    IMPLEMENTATION,
+    dynamic_experts,
+    experts_layers,
+    pack_experts,
+    up_name,
+)
 from hotset.model.loader import load_dummy, load_model
 
 MakeEngine = Callable[..., Engine]
@@ -35,6 +42,13 @@ PLANS = [
     *({"expert_plan": "cache", "expert_eviction": name} for name in EVICTIONS),
     {"expert_plan": "stream"},
     {"expert_plan": "auto"},
+]
+# By step, by layer: the two experts of the only token.
+ORACLE_STEPS = [
+    [(0, 1), (3, 4), (2, 5)],
+    [(3, 5), (0, 4), (4, 1)],
+    [(4, 2), (5, 1), (0, 3)],
+    [(0, 5), (2, 3), (4, 5)],
 ]
 PROMPTS = [[5, 9, 13, 200, 7], [31] * 20, [77, 3, 250]]
 
@@ -51,14 +65,16 @@ def make_layers(count: int, **kind: bool) -> list[nn.Module]:
     return layers
 
 
-def buffered(layers: list[nn.Module], **options: Any) -> tuple[list[nn.Module], ExpertBuffer]:
+def buffered(
+    layers: list[nn.Module], routers: list[Router] | None = None, **options: Any
+) -> tuple[list[nn.Module], ExpertBuffer]:
     """A copy of the layers, their experts in host memory."""
     layers = copy.deepcopy(layers)
     config = EngineConfig(**options)
     for layer in layers:
         narrow = _narrow_layout(layer, config)
         layer.expert_host = _move_to_host(layer, narrow, torch.device("cpu"))
-    return layers, ExpertBuffer(layers, config, torch.device("cpu"))
+    return layers, ExpertBuffer(layers, config, torch.device("cpu"), routers)
 
 
 def rounded(layers: list[nn.Module], cold: NarrowDType) -> list[nn.Module]:
@@ -206,7 +222,7 @@ def test_experts_of_other_ranks_add_nothing_and_take_no_slot(
 
 
 def table_of(eviction: Any, num_slots: int = 3, num_fixed: int = 0) -> SlotTable:
-    counts = torch.zeros(2, dtype=torch.int64)
+    counts = torch.zeros(5, dtype=torch.int64)
     return SlotTable(8, num_slots, num_fixed=num_fixed, eviction=eviction, counts=counts)
 
 
@@ -253,7 +269,78 @@ def test_hits_and_misses_are_counted_and_a_hit_moves_nothing() -> None:
     which = table.begin(torch.tensor([6, 5, 6]))
     experts, _ = table.load(which == 0)
     assert experts.tolist() == [-1, -1, -1]
-    assert table._counts.tolist() == [2, 2]
+    assert table._counts.tolist() == [2, 2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_a_prefetch_takes_what_is_named_most_and_keeps_what_is_named_and_here(
+    eviction: str,
+) -> None:
+    table = table_of(eviction, num_slots=4)
+    experts, _ = table.prefetch(torch.tensor([1, 7, 5, 6, 6, 5, 6, 2, 8]), 2)
+    table.check()
+    assert experts.tolist() == [6, 5]
+    assert {e for e, slot in enumerate(table.slots().tolist()) if slot >= 0} == {1, 2, 5, 6}
+    assert {5, 1, 3} <= set(use(table, 5, 1, 3))
+    assert table._counts.tolist() == [2, 1, 5, 2, 2]  # 1, 2, 5, 6 and 7 were predicted
+    # All slots are named: there is no room to copy ahead.
+    here = [e for e, slot in enumerate(table.slots().tolist()) if slot >= 0]
+    experts, _ = table.prefetch(torch.tensor([*here, 0, 7, 4]), 3)
+    assert experts.tolist() == [-1, -1, -1]
+    assert [e for e, slot in enumerate(table.slots().tolist()) if slot >= 0] == here
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@torch.inference_mode()
+def test_an_oracle_leaves_misses_to_the_first_layer_and_a_wrong_guess_changes_no_output(
+    grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: grouped)
+    monkeypatch.setattr(expert_buffer, "_can_pack", lambda: not grouped)
+    layers = make_layers(3, transposed=False, bias=True, gate=True)
+    x, _, weights = routed(1)
+    steps = [[torch.tensor([[a, b]]) for a, b in step] for step in ORACLE_STEPS]
+    for is_right in (True, False):
+        coming: list[torch.Tensor] = []
+
+        def guess(hidden: torch.Tensor, *, right: bool = is_right, ids: Any = coming) -> Any:
+            return ids[0] if right else (ids[0] + 2) % NUM_EXPERTS
+
+        others, buffer = buffered(
+            layers, routers=[guess] * 3, expert_slots=3, expert_plan="cache", expert_prefetch=2
+        )
+        for step in steps:
+            for number, (plain, layer) in enumerate(zip(layers, others, strict=True)):
+                coming[:] = step[number + 1 : number + 2]
+                expected = dynamic_experts(plain, x, step[number], weights)
+                got = dynamic_experts(layer, x, step[number], weights)
+                torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+                layer.expert_buffer.table.check()
+        counts = buffer.counts()
+        assert counts.predicted == 2 * 2 * len(steps)  # two experts, for two of the layers
+        misses = [layer.table._counts[1].item() for layer in buffer.layers]
+        assert misses[0] == 4
+        if is_right:
+            assert counts.predicted_right == counts.predicted
+            assert misses[1:] == [0, 0]
+            assert 0 < counts.copied_ahead <= counts.predicted
+        else:
+            assert counts.predicted_right < counts.predicted
+            assert sum(misses[1:]) > 0
+        moved = counts.moved_bytes // others[0].expert_host.payload_bytes
+        assert moved == counts.misses + counts.copied_ahead
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_prefetch_changes_no_answer_and_says_how_well_it_guessed(
+    family: str, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(family, expert_slots=2, expert_plan="cache", expert_prefetch=1)
+    assert run(engine, PROMPTS) == reference(family, PROMPTS)
+    metrics = engine.metrics
+    assert 0 < metrics.expert_predicted_right <= metrics.expert_predicted
+    assert metrics.expert_copied_ahead > 0
+    assert "1 copied ahead" in engine.report
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
@@ -302,7 +389,7 @@ def test_auto_uses_both_plans_as_steps_change(make_engine: MakeEngine) -> None:
     engine = make_engine("qwen3_moe", expert_slots=5)
     run(engine, [[5, 9, 13, 200, 7, 8, 11, 99, 54, 3, 17, 80]], max_tokens=8)
     assert engine._experts is not None
-    hits, misses, streamed = engine._experts._counts.sum(0).tolist()
+    hits, misses, *_, streamed = engine._experts._counts.sum(0).tolist()
     assert streamed == 3  # the prompt, in each layer
     assert hits + misses == 3 * 7 * 3  # then seven decodes of three experts, likewise
 
@@ -389,6 +476,9 @@ def test_flags_without_effect_are_refused(make_engine: MakeEngine) -> None:
         {"expert_plan": "cache"},
         {"expert_eviction": "lru"},
         {"expert_cold_dtype": "int4"},
+        {"expert_prefetch": 1},
+        {"expert_slots": 1, "expert_prefetch": -1},
+        {"expert_slots": 1, "expert_prefetch": 1, "expert_plan": "stream"},
         {"expert_slots": 1, "expert_plan": "stream", "expert_eviction": "lru"},
         {"expert_slots": 0},
         {"expert_gib": 0.0},
@@ -407,6 +497,19 @@ def test_flags_without_effect_are_refused(make_engine: MakeEngine) -> None:
         EngineConfig(expert_slots=1, expert_cold_dtype="int3")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="rows of 20 and 64 values do not divide into groups"):
         NarrowLayout((64, 20), (20, 64), "int4")
+
+
+def test_routers_that_are_not_found_are_an_error_in_one_line() -> None:
+    model = make_model("qwen3_moe")
+    find_routers(model, experts_layers(model))
+    block = model.model.layers[1].mlp
+    block.gate = nn.Linear(64, 8)  # returns logits
+    with pytest.raises(ConfigError, match="needs the routers of Qwen3MoeForCausalLM"):
+        find_routers(model, experts_layers(model))
+    del block.gate
+    with pytest.raises(ConfigError, match="needs the routers of Qwen3MoeForCausalLM"):
+        buffer_experts(model, EngineConfig(expert_slots=2, expert_prefetch=1))
+    assert model.model.layers[1].mlp.experts.down_proj is not None  # unchanged
 
 
 def test_a_checkpoint_and_random_weights_are_the_same_with_experts_on_the_host(

@@ -77,6 +77,11 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         "Of experts in host memory; auto is their own, the others have fewer bytes to move and are "
         "not exact.",
     ),
+    _option(
+        "expert_prefetch",
+        int,
+        "Experts of the next layer to copy while one computes, by its router's guess; 0 is none.",
+    ),
     _option("block_size", int, "Tokens a KV block holds."),
     _option("max_num_seqs", int, "Most requests in one step."),
     _option("max_num_batched_tokens", int, "Most tokens in one step."),

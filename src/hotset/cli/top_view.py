@@ -151,6 +151,12 @@ def _flows(status: Json) -> RenderableType:
         f"{totals['recompute_chosen_tokens'] + totals['recomputed_tokens']:,} tokens")  # fmt: skip
     table.add_row("found in the hot tier", f"{totals['cached_tokens'].get('device', 0):,} tokens")
     table.add_row("parked to make room", f"{totals['preemptions']:,} times")
+    experts = totals["experts"]
+    if needed := experts["hits"] + experts["misses"]:
+        table.add_row("experts found in slots", f"{experts['hits'] / needed:.1%} of {needed:,}")
+    if experts["predicted"]:
+        right = experts["predicted_right"] / experts["predicted"]
+        table.add_row("experts guessed right", f"{right:.1%} of {experts['predicted']:,}")
     faults = ", ".join(f"{kind} {count:,}" for kind, count in totals["faults"].items())
     table.add_row("faults", Text(faults or "none", style="red" if faults else "dim"))
     return Panel(Columns([table], expand=True), title="links and choices", title_align="left")

@@ -307,6 +307,9 @@ class Engine:
             self.metrics.expert_hits = counts.hits
             self.metrics.expert_misses = counts.misses
             self.metrics.expert_bytes = counts.moved_bytes
+            self.metrics.expert_predicted = counts.predicted
+            self.metrics.expert_predicted_right = counts.predicted_right
+            self.metrics.expert_copied_ahead = counts.copied_ahead
 
     def record_routing(self, recorder: RoutingRecorder | None) -> None:
         """Tell `recorder`, which was there before this engine, of each step from now on."""

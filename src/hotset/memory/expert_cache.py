@@ -141,6 +141,8 @@ class SlotTable:
     its pass, those that are here in the first; `load` makes room for the experts of a pass. An
     expert that the pass needs is never evicted in it, and fixed ones never are.
 
+    `prefetch` does that before the step, for experts that it is likely to need.
+
     Policies choose among the others, and slots tie by their number:
       least-stale -- not used in the current step before used in it, then the first that came.
         Source: "SpecMD" (its least-stale eviction). Slots belong to one layer here, so all of a
@@ -151,8 +153,9 @@ class SlotTable:
         num_experts: E, of the layer.
         num_slots: S, on the device; at most E.
         num_fixed: the first so many experts stay in the slots of the same number.
-        counts: `[2]` int64 on the device, to be added to: experts that were needed and here, and
-            needed and not.
+        counts: `[5]` int64 on the device, to be added to: experts that were needed and here,
+            needed and not; that `prefetch` was asked for, of these those that were needed, and
+            those that it gave a slot.
     """
 
     def __init__(
@@ -185,7 +188,8 @@ class SlotTable:
         self._fixed_ids = torch.arange(num_experts, device=device) < num_fixed
         self._fixed_slots = torch.arange(num_slots, device=device) < num_fixed
         self._places = torch.arange(num_slots - num_fixed, device=device)
-        self._ones = torch.ones(1, dtype=torch.bool, device=device)
+        self._one, self._nobody = full(1, 1), full(1, _NOBODY)
+        self._predicted: torch.Tensor | None = None  # [E] bool, for the next step
 
     def num_passes(self, num_ids: int) -> int:
         """The most passes that a step of so many expert ids can take."""
@@ -199,12 +203,14 @@ class SlotTable:
         Returns:
             `[E]` int64, the pass of each expert; `num_passes(N)` for those that are not needed.
         """
-        padded = torch.zeros(self.num_experts + 1, dtype=torch.bool, device=ids.device)
-        padded.scatter_(0, ids.clamp(max=self.num_experts), self._ones.expand(len(ids)))
-        needed = padded[:-1]
+        needed = self._num_rows(ids) > 0
         here = self._slot_of[:-1] >= 0
         hit, miss = needed & here, needed & ~here
-        self._counts += torch.stack([hit.sum(), miss.sum()])
+        self._counts[:2] += torch.stack([hit.sum(), miss.sum()])
+        if self._predicted is not None:
+            right = (self._predicted & needed).sum()
+            self._counts[2:4] += torch.stack([self._predicted.sum(), right])
+            self._predicted = None
         self._time += 1
         self._last_use[:-1] = torch.where(needed, self._time, self._last_use[:-1])
         self._num_uses[:-1] += needed
@@ -223,28 +229,32 @@ class SlotTable:
             experts, `[S - num_fixed]` int64, to be copied now, -1 for none; and their slots.
         """
         missing = wanted & (self._slot_of[:-1] < 0)
-        nobody = torch.zeros_like(self._ones)
-        held = torch.cat([wanted, nobody])[self._expert_in[:-1]] | self._fixed_slots
+        held = self._held(wanted)
         victims = self._order(held)[: len(self._places)]
         arriving = torch.argsort((~missing).to(torch.uint8), stable=True)[: len(self._places)]
-        is_real = self._places < missing.sum()
+        return self._assign(arriving, victims, missing.sum())
 
-        gone = self._expert_in[victims]
-        self._slot_of.scatter_(
-            0,
-            torch.where(is_real, gone, self.num_experts),
-            torch.full_like(victims, _NOBODY),
-        )
-        self._slot_of.scatter_(
-            0,
-            torch.where(is_real, arriving, self.num_experts),
-            torch.where(is_real, victims, _NOBODY),
-        )
-        slots = torch.where(is_real, victims, self.num_slots)
-        self._expert_in.scatter_(0, slots, torch.where(is_real, arriving, self.num_experts))
-        self._arrival.scatter_(0, slots, self._num_arrivals + self._places + 1)
-        self._num_arrivals += missing.sum()
-        return torch.where(is_real, arriving, _NOBODY), victims
+    def prefetch(self, ids: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give slots to experts of `ids`, `[N]` as for `begin`, that have none, before the step.
+
+        Those that are named most often come first; experts of `ids` that are here stay.
+
+        Args:
+            ids: what the next step is likely to need.
+            most: experts to give a slot, at most S - num_fixed.
+
+        Returns:
+            experts, `[most]` int64, to be copied now, -1 for none; and their slots.
+        """
+        assert 0 < most <= len(self._places)
+        num_rows = self._num_rows(ids)
+        self._predicted = num_rows > 0
+        missing = self._predicted & (self._slot_of[:-1] < 0)
+        held = self._held(self._predicted)
+        arriving = torch.argsort(num_rows * missing, descending=True, stable=True)[:most]
+        num = torch.minimum(missing.sum(), (~held).sum()).clamp(max=most)
+        self._counts[4] += num
+        return self._assign(arriving, self._order(held)[:most], num)
 
     def slots(self) -> torch.Tensor:
         """`[E]` int64, the slot of each expert, -1 for none; a view."""
@@ -273,6 +283,36 @@ class SlotTable:
         for expert, slot in enumerate(slot_of[:-1]):
             assert slot == _NOBODY or expert_in[slot] == expert
         assert slot_of[: self.num_fixed] == list(range(self.num_fixed)), "a fixed expert is gone"
+
+    def _num_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[E]` int64, how often each expert is in `ids`."""
+        padded = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=ids.device)
+        padded.scatter_add_(0, ids.clamp(max=self.num_experts), self._one.expand(len(ids)))
+        return padded[:-1]
+
+    def _held(self, wanted: torch.Tensor) -> torch.Tensor:
+        """`[S]` bool, whether the expert of a slot may not go: `wanted`, `[E]` bool, or fixed."""
+        return wanted[self._expert_in[:-1]] | self._fixed_slots
+
+    def _assign(
+        self, arriving: torch.Tensor, victims: torch.Tensor, num: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the first `num` of the experts `arriving`, `[N]`, slots of `victims`, `[N]`.
+
+        Returns:
+            the experts, -1 for the others; and the slots.
+        """
+        is_real = self._places[: len(victims)] < num
+        gone = torch.where(is_real, self._expert_in[victims], self.num_experts)
+        self._slot_of.scatter_(0, gone, self._nobody.expand(len(victims)))
+        come = torch.where(is_real, arriving, self.num_experts)
+        self._slot_of.scatter_(0, come, torch.where(is_real, victims, _NOBODY))
+        slots = torch.where(is_real, victims, self.num_slots)
+        self._expert_in.scatter_(0, slots, come)
+        arrival = self._num_arrivals + self._places[: len(victims)] + 1
+        self._arrival.scatter_(0, slots, arrival)
+        self._num_arrivals += num
+        return torch.where(is_real, arriving, _NOBODY), victims
 
     def _order(self, held: torch.Tensor) -> torch.Tensor:
         """`[S]` slots, those that go first in front and those of `held`, `[S]` bool, last."""

@@ -7,6 +7,7 @@ hold. Output does not depend on the plan, on what is resident or on the eviction
 buffering: Huang et al., "Toward Efficient Inference for Mixture of Experts", NeurIPS 2024.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from hotset.memory.expert_cache import (
 )
 from hotset.memory.narrow_experts import NarrowLayout, relative_rms
 from hotset.model.expert_layer import LayerBuffer
+from hotset.model.expert_prefetch import Prefetch, Router, find_routers
 from hotset.model.expert_slots import Staging
 from hotset.model.experts import (
     IMPLEMENTATION,
@@ -42,11 +44,17 @@ class ExpertCounts:
         hits: experts that a layer needed in a step of the plan *cache*, and that had a slot.
         misses: those that had none.
         moved_bytes: from host memory to the device, by both plans.
+        predicted: experts that the router of a layer chose before the layer was there.
+        predicted_right: of these, those that it then needed.
+        copied_ahead: of those that were predicted and had no slot, those that were given one.
     """
 
     hits: int = 0
     misses: int = 0
     moved_bytes: int = 0
+    predicted: int = 0
+    predicted_right: int = 0
+    copied_ahead: int = 0
 
 
 class ExpertBuffer:
@@ -60,7 +68,13 @@ class ExpertBuffer:
         description: one line, for the start.
     """
 
-    def __init__(self, layers: list[Experts], config: EngineConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: list[Experts],
+        config: EngineConfig,
+        device: torch.device,
+        routers: list[Router] | None = None,
+    ) -> None:
         hosts = [layer.expert_host for layer in layers]
         num_experts, layout = layers[0].num_experts, hosts[0].layout
         sizes = _sizes(layers, layout, hosts[0].narrow, config)
@@ -68,8 +82,8 @@ class ExpertBuffer:
         num_fixed = sizes.num_fixed(num_slots)
         packed = device.type == "cpu" and layout.dtype == torch.float32 and _can_pack()
         self._payload_bytes = hosts[0].payload_bytes
-        # By layer: hits, misses, times streamed.
-        self._counts = torch.zeros(len(layers), 3, dtype=torch.int64, device=device)
+        # By layer: what its `SlotTable` counts, times streamed.
+        self._counts = torch.zeros(len(layers), 6, dtype=torch.int64, device=device)
         self._num_staged = sizes.staged(num_slots)
         if device.type == "cuda":
             for host in hosts:
@@ -81,7 +95,7 @@ class ExpertBuffer:
                 num_slots,
                 num_fixed=num_fixed,
                 eviction=config.expert_eviction,
-                counts=counts[:2],
+                counts=counts[:5],
             )
             for counts in self._counts
         ]
@@ -89,7 +103,11 @@ class ExpertBuffer:
         if self._num_staged:
             transposed = [bool(layer.is_transposed) for layer in layers]
             self._staging = Staging(hosts, tables, transposed, device, packed=packed)
-        self.layers = []
+        self._prefetch = None
+        if config.expert_prefetch:
+            assert routers is not None
+            self._prefetch = Prefetch(routers, config.expert_prefetch, device)
+        self.layers: list[LayerBuffer] = []
         for index, layer in enumerate(layers):
             counts = self._counts[index]
             layer.expert_buffer = LayerBuffer(
@@ -97,30 +115,34 @@ class ExpertBuffer:
                 hosts[index],
                 tables[index],
                 self._staging,
+                self._prefetch,
                 plan=config.expert_plan,
-                streamed=counts[2:],
+                streamed=counts[5:],
                 packed=packed,
                 is_transposed=bool(layer.is_transposed),
             )
             self.layers.append(layer.expert_buffer)
+        for one, after in itertools.pairwise(self.layers):
+            one.next = after
         self.device_bytes = sizes(num_slots)
         self.host_bytes = sum(host.payloads.nbytes for host in hosts)
         self.rounding_error = relative_rms(host.rounding for host in hosts)
         narrow = hosts[0].narrow
         held = "" if narrow is None else f" as {narrow.dtype} (RMS error {self.rounding_error:.2%})"
         plan = config.expert_plan
+        ahead = f", {config.expert_prefetch} copied ahead" if config.expert_prefetch else ""
         evicts = "" if plan == "stream" else f", {config.expert_eviction} eviction"
         self.description = (
             f"experts: {num_slots} of {num_experts} in each of {len(layers)} layers resident, "
             f"{self.device_bytes / GIB:.3f} GiB on the {device.type}, "
-            f"{self.host_bytes / GIB:.3f} GiB in host memory{held}, plan {plan}{evicts}"
+            f"{self.host_bytes / GIB:.3f} GiB in host memory{held}, plan {plan}{evicts}{ahead}"
         )
 
     def counts(self) -> ExpertCounts:
         """What the buffers did so far; waits for the device."""
-        hits, misses, streamed = self._counts.sum(0).tolist()
-        moved = (misses + streamed * self._num_staged) * self._payload_bytes
-        return ExpertCounts(hits, misses, moved)
+        hits, misses, predicted, right, ahead, streamed = self._counts.sum(0).tolist()
+        moved = (misses + ahead + streamed * self._num_staged) * self._payload_bytes
+        return ExpertCounts(hits, misses, moved, predicted, right, ahead)
 
     def reset_counts(self) -> None:
         """Count from zero."""
@@ -130,6 +152,8 @@ class ExpertBuffer:
         """Have what is computed from here on wait for the copies started so far."""
         if self._staging is not None:
             self._staging.join()
+        if self._prefetch is not None:
+            self._prefetch.join()
 
     def close(self) -> None:
         """Unpin the host copy. No step may be under way, and none may follow."""
@@ -164,22 +188,20 @@ def buffer_experts(model: PreTrainedModel, config: EngineConfig) -> tuple[Expert
     layers = _bufferable(model, config)
     layout, narrow = _layout_of(layers[0]), _narrow_layout(layers[0], config)
     sizes = _sizes(layers, layout, narrow, config)
-    if _num_slots(config, sizes) == sizes.num_experts:
-        if narrow is not None:
-            raise ConfigError(
-                f"expert_cold_dtype is {narrow.dtype}, which does nothing while all experts are on "
-                "the device, as they are here; leave it out, or lower expert_slots or expert_gib"
-            )
+    num_slots = _num_slots(config, sizes)
+    _check_effects(config, num_slots, sizes.num_experts)
+    if num_slots == sizes.num_experts:
         _keep_all(layers, model.device)
         all_bytes = sizes.num_layers * sizes.num_experts * sizes.payload_bytes
         return None, (
             f"experts: all {sizes.num_experts} of each of {sizes.num_layers} layers resident, "
             f"{all_bytes / GIB:.3f} GiB on the {model.device.type}; nothing is buffered"
         )
+    routers = find_routers(model, layers) if config.expert_prefetch else None
     for layer in layers:
         if not hasattr(layer, "expert_host"):
             layer.expert_host = _move_to_host(layer, narrow, model.device)
-    buffer = ExpertBuffer(layers, config, model.device)
+    buffer = ExpertBuffer(layers, config, model.device, routers)
     return buffer, buffer.description
 
 
@@ -229,6 +251,22 @@ def _num_slots(config: EngineConfig, sizes: SlotBytes) -> int:
             f"{-(-least * 1_000_000 // GIB) / 1_000_000} or more for the experts of this model"
         )
     return num_slots
+
+
+def _check_effects(config: EngineConfig, num_slots: int, num_experts: int) -> None:
+    """Raise ConfigError for an option that does nothing, or cannot, with so many slots."""
+    for name, default in (("expert_cold_dtype", "auto"), ("expert_prefetch", 0)):
+        value = getattr(config, name)
+        if value != default and num_slots == num_experts:
+            raise ConfigError(
+                f"{name} is {value}, which does nothing while all experts are on the device, as "
+                "they are here; leave it out, or lower expert_slots or expert_gib"
+            )
+    if config.expert_prefetch > num_slots:
+        raise ConfigError(
+            f"expert_prefetch is {config.expert_prefetch}, but a layer keeps {num_slots} experts; "
+            "expected so many or fewer"
+        )
 
 
 def _layout_of(layer: Experts) -> ExpertLayout:

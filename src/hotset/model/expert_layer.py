@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from hotset.memory.expert_cache import HostExperts, SlotTable
 from hotset.memory.expert_plan import ExpertSizes, streaming_is_faster
+from hotset.model.expert_prefetch import Prefetch
 from hotset.model.expert_slots import Slots, Staging
 from hotset.model.experts import Experts, has_grouped_kernel, up_name
 
@@ -16,6 +17,7 @@ class LayerBuffer:
 
     Args:
         staging: None where the plan is *cache* only.
+        prefetch: None where nothing is copied ahead in steps of the plan *cache*.
         plan: `cache`, `stream` or `auto`.
         streamed: `[1]` int64 on the device, to be added to: times the layer was streamed.
     """
@@ -26,6 +28,7 @@ class LayerBuffer:
         host: HostExperts,
         table: SlotTable,
         staging: Staging | None,
+        prefetch: Prefetch | None,
         *,
         plan: str,
         streamed: torch.Tensor,
@@ -35,6 +38,8 @@ class LayerBuffer:
         self.host, self.table = host, table
         self._index, self._staging, self._plan = index, staging, plan
         self._streamed = streamed
+        self._prefetch = prefetch
+        self.next: LayerBuffer | None = None  # which a step runs after this one
         self._is_transposed = is_transposed
         self.slots = Slots(table.num_slots, host.layout, streamed.device, packed=packed)
         first = torch.arange(table.num_slots, device=streamed.device)
@@ -100,6 +105,8 @@ class LayerBuffer:
             }
             self._run(layer, rows, out, bounds, found)
         else:
+            if self._prefetch is not None:
+                self._prefetch.join()
             which = self.table.begin(ids)
             last = self.table.num_passes(len(ids))
             passes = which.tolist()
@@ -110,6 +117,7 @@ class LayerBuffer:
                 self._fetch(*self.table.load(which == number))
                 slots = self.table.slots().tolist()
                 self._run(layer, rows, out, bounds, {e: (self.slots, slots[e]) for e in wanted})
+            self._look_ahead(hidden)
         back = torch.empty_like(out)
         back[order] = out
         return back
@@ -165,6 +173,8 @@ class LayerBuffer:
             sizes = [num_slots, num_experts - num_slots]
         else:
             keys_of, copies = self._plan_passes(ids)
+            if self._prefetch is not None:
+                self._prefetch.join()
             slots *= len(copies)
             sizes = [num_slots] * len(copies)
         keys = keys_of[ids.clamp(max=num_experts)]
@@ -177,6 +187,8 @@ class LayerBuffer:
                 continue
             if copies:
                 self._fetch(*copies[number])
+                if number == len(copies) - 1:  # the link is idle from here on
+                    self._look_ahead(hidden)
             start = ends[done - 1] if done else None
             offsets = ends[done : done + size] - (0 if start is None else start)
             source = order if start is None else order[(places + start) % num_rows]
@@ -218,6 +230,13 @@ class LayerBuffer:
         if layer.has_bias:
             out = out + getattr(layer, f"{name}_bias")[ids.clamp(max=layer.num_experts - 1)]
         return out
+
+    def _look_ahead(self, hidden: torch.Tensor) -> None:
+        """Start to copy what the next layer is likely to need."""
+        if self._prefetch is None or self.next is None:
+            return
+        ids = self._prefetch.predict(self._index + 1, hidden)
+        self._prefetch.start(self.next.table.prefetch(ids, self._prefetch.most), self.next._fetch)
 
     def _fetch(self, experts: torch.Tensor, slots: torch.Tensor) -> None:
         self.slots.fetch(self.host, experts, slots, is_transposed=self._is_transposed)

@@ -148,6 +148,19 @@ class _Snapshot(Collector):
             "expert_misses", "Experts that were needed and had no slot.", metrics.expert_misses
         )
         yield _counter("expert_bytes", "Bytes of experts to the device.", metrics.expert_bytes)
+        yield _counter(
+            "expert_prefetch_predicted",
+            "Experts that a layer's router chose before the layer was there.",
+            metrics.expert_predicted,
+        )
+        yield _counter(
+            "expert_prefetch_correct", "Of these, needed.", metrics.expert_predicted_right
+        )
+        yield _counter(
+            "expert_prefetch_copied",
+            "Experts copied ahead: predicted, and without a slot.",
+            metrics.expert_copied_ahead,
+        )
         yield _gauge(
             "expert_rounding_error",
             "Relative RMS error of experts' weights, which expert_cold_dtype has rounded.",
