@@ -221,9 +221,9 @@ def test_experts_of_other_ranks_add_nothing_and_take_no_slot(
     assert (buffer.counts().hits, buffer.counts().misses) == (before.hits, before.misses)
 
 
-def table_of(eviction: Any, num_slots: int = 3, num_fixed: int = 0) -> SlotTable:
+def table_of(eviction: Any, num_slots: int = 3) -> SlotTable:
     counts = torch.zeros(5, dtype=torch.int64)
-    return SlotTable(8, num_slots, num_fixed=num_fixed, eviction=eviction, counts=counts)
+    return SlotTable(8, num_slots, eviction=eviction, counts=counts)
 
 
 def use(table: SlotTable, *ids: int) -> list[int]:
@@ -247,8 +247,8 @@ def test_each_policy_evicts_whom_it_says(eviction: str, kept: list[int]) -> None
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS)
-def test_what_a_pass_needs_and_what_is_fixed_stays(eviction: str) -> None:
-    table = table_of(eviction, num_slots=4, num_fixed=2)
+def test_what_a_pass_needs_stays(eviction: str) -> None:
+    table = table_of(eviction, num_slots=4)
     torch.manual_seed(0)
     for _ in range(50):
         ids = torch.randint(0, 8, (int(torch.randint(1, 9, ())),))

@@ -14,6 +14,7 @@ from hotset.memory.slab import slot_bytes_for
 Eviction = Literal["least-stale", "lru", "lfu", "lifo"]
 
 _NOBODY = -1
+_MOST_EXPERTS_OF_KERNEL = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ class SlotTable:
 
     A step that needs more experts than fit takes several passes: `begin` gives each needed expert
     its pass, those that are here in the first; `load` makes room for the experts of a pass. An
-    expert that the pass needs is never evicted in it, and fixed ones never are.
+    expert that the pass needs is never evicted in it. `plan` does all of that at once.
 
     `prefetch` does that before the step, for experts that it is likely to need.
 
@@ -152,7 +153,7 @@ class SlotTable:
     Args:
         num_experts: E, of the layer.
         num_slots: S, on the device; at most E.
-        num_fixed: the first so many experts stay in the slots of the same number.
+        eviction: the policy.
         counts: `[5]` int64 on the device, to be added to: experts that were needed and here,
             needed and not; that `prefetch` was asked for, of these those that were needed, and
             those that it gave a slot.
@@ -163,39 +164,67 @@ class SlotTable:
         num_experts: int,
         num_slots: int,
         *,
-        num_fixed: int,
         eviction: Eviction,
         counts: torch.Tensor,
     ) -> None:
-        assert 0 <= num_fixed <= num_slots <= num_experts
-        self.num_experts, self.num_slots, self.num_fixed = num_experts, num_slots, num_fixed
+        assert 0 <= num_slots <= num_experts
+        self.num_experts, self.num_slots = num_experts, num_slots
         self._eviction = eviction
         self._counts = counts
         device = counts.device
 
-        def full(size: int, value: int) -> torch.Tensor:
-            return torch.full((size,), value, dtype=torch.int64, device=device)
-
-        # One entry more than there are experts or slots: writes that mean nobody go there.
-        self._slot_of = full(num_experts + 1, _NOBODY)
-        self._expert_in = full(num_slots + 1, num_experts)
-        self._expert_in[:-1] = self._slot_of[:num_slots] = torch.arange(num_slots, device=device)
-        self._last_use = full(num_experts + 1, 0)
-        self._num_uses = full(num_experts + 1, 0)
-        self._arrival = torch.arange(1, num_slots + 2, device=device)
-        self._time = full(1, 0)  # steps
-        self._num_arrivals = full(1, num_slots)
-        self._fixed_ids = torch.arange(num_experts, device=device) < num_fixed
-        self._fixed_slots = torch.arange(num_slots, device=device) < num_fixed
-        self._places = torch.arange(num_slots - num_fixed, device=device)
-        self._one, self._nobody = full(1, 1), full(1, _NOBODY)
-        self._predicted: torch.Tensor | None = None  # [E] bool, for the next step
+        # One entry more than there are experts or slots: writes that mean nobody go there. All in
+        # one tensor, in the order that `kernels.plan_passes` knows.
+        sizes = [num_experts + 1] * 5 + [num_slots + 1] * 2 + [1, 1]
+        self.state = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        views: tuple[torch.Tensor, ...] = self.state.split(sizes)
+        self._slot_of, self._last_use, self._num_uses, self._predicted, self._pass_of = views[:5]
+        self._expert_in, self._arrival, self._time, self._num_arrivals = views[5:]
+        self._places = torch.arange(num_slots, device=device)
+        self._slot_of.fill_(_NOBODY)
+        self._slot_of[:num_slots] = self._expert_in[:-1] = self._places
+        self._expert_in[-1] = num_experts
+        self._arrival[:-1] = self._places + 1
+        self._num_arrivals.fill_(num_slots)
+        self._one = torch.ones(1, dtype=torch.int64, device=device)
+        self._nobody = -self._one
 
     def num_passes(self, num_ids: int) -> int:
         """The most passes that a step of so many expert ids can take."""
-        num_movable = self.num_slots - self.num_fixed
-        most = min(self.num_experts - self.num_fixed, num_ids)
-        return max(1, -(-most // num_movable)) if num_movable else 1
+        return max(1, -(-min(self.num_experts, num_ids) // max(1, self.num_slots)))
+
+    def plan(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`begin` and `load` of all passes of a step that needs `ids`, `[N]` int64.
+
+        P = `num_passes(N)`.
+
+        Returns:
+            `[E + 1]` int64, of an expert its pass times S plus its slot, P * S for those that are
+            not needed; `[P, S]` int64 experts to be copied in each pass, -1 for none; and their
+            slots.
+        """
+        num_passes, num_slots = self.num_passes(len(ids)), self.num_slots
+        if ids.device.type == "cuda" and self.num_experts <= _MOST_EXPERTS_OF_KERNEL:
+            from hotset.kernels.plan_passes import plan_passes
+
+            return plan_passes(
+                self.state,
+                self._counts,
+                ids,
+                num_experts=self.num_experts,
+                num_slots=num_slots,
+                num_passes=num_passes,
+                policy=self._eviction,
+            )
+        which = self.begin(ids)
+        keys = torch.full((self.num_experts + 1,), num_passes * num_slots, device=ids.device)
+        copies = []
+        for number in range(num_passes):
+            wanted = which == number
+            copies.append(torch.stack(self.load(wanted)))
+            keys[:-1] = torch.where(wanted, self.slots() + number * num_slots, keys[:-1])
+        experts, slots = torch.stack(copies, 1)
+        return keys, experts, slots
 
     def begin(self, ids: torch.Tensor) -> torch.Tensor:
         """Start a step that needs `ids`, `[N]` int64; those of E and more are nobody's.
@@ -207,31 +236,30 @@ class SlotTable:
         here = self._slot_of[:-1] >= 0
         hit, miss = needed & here, needed & ~here
         self._counts[:2] += torch.stack([hit.sum(), miss.sum()])
-        if self._predicted is not None:
-            right = (self._predicted & needed).sum()
-            self._counts[2:4] += torch.stack([self._predicted.sum(), right])
-            self._predicted = None
+        predicted = self._predicted[:-1] > 0
+        right = predicted & needed
+        self._counts[2:4] += torch.stack([predicted.sum(), right.sum()])
+        self._predicted.zero_()
         self._time += 1
         self._last_use[:-1] = torch.where(needed, self._time, self._last_use[:-1])
         self._num_uses[:-1] += needed
-        # Fixed experts need no room: all are in the first pass. Of the others, hits come first.
-        hit = hit & ~self._fixed_ids
+        # Hits come first.
         hit_rank, miss_rank = hit.cumsum(0) - 1, miss.cumsum(0) - 1
         rank = torch.where(hit, hit_rank, hit.sum() + miss_rank)
-        which = rank.div(max(1, len(self._places)), rounding_mode="floor")
-        which = which.masked_fill(self._fixed_ids, 0)
-        return which.masked_fill(~needed, self.num_passes(len(ids)))
+        which = rank.div(max(1, self.num_slots), rounding_mode="floor")
+        which = which.masked_fill(~needed, self.num_passes(len(ids)))
+        self._pass_of[:-1] = which
+        return which
 
     def load(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Give a slot to each of the `wanted` experts, `[E]` bool, that has none.
 
         Returns:
-            experts, `[S - num_fixed]` int64, to be copied now, -1 for none; and their slots.
+            experts, `[S]` int64, to be copied now, -1 for none; and their slots.
         """
         missing = wanted & (self._slot_of[:-1] < 0)
-        held = self._held(wanted)
-        victims = self._order(held)[: len(self._places)]
-        arriving = torch.argsort((~missing).to(torch.uint8), stable=True)[: len(self._places)]
+        victims = self._order(wanted)
+        arriving = torch.argsort((~missing).to(torch.uint8), stable=True)[: self.num_slots]
         return self._assign(arriving, victims, missing.sum())
 
     def prefetch(self, ids: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,20 +269,21 @@ class SlotTable:
 
         Args:
             ids: what the next step is likely to need.
-            most: experts to give a slot, at most S - num_fixed.
+            most: experts to give a slot, at most S.
 
         Returns:
             experts, `[most]` int64, to be copied now, -1 for none; and their slots.
         """
-        assert 0 < most <= len(self._places)
+        assert 0 < most <= self.num_slots
         num_rows = self._num_rows(ids)
-        self._predicted = num_rows > 0
-        missing = self._predicted & (self._slot_of[:-1] < 0)
-        held = self._held(self._predicted)
+        wanted = num_rows > 0
+        self._predicted[:-1] = wanted
+        missing = wanted & (self._slot_of[:-1] < 0)
+        num_free = (~wanted[self._expert_in[:-1]]).sum()
+        num = torch.minimum(missing.sum(), num_free).clamp(max=most)
         arriving = torch.argsort(num_rows * missing, descending=True, stable=True)[:most]
-        num = torch.minimum(missing.sum(), (~held).sum()).clamp(max=most)
         self._counts[4] += num
-        return self._assign(arriving, self._order(held)[:most], num)
+        return self._assign(arriving, self._order(wanted)[:most], num)
 
     def slots(self) -> torch.Tensor:
         """`[E]` int64, the slot of each expert, -1 for none; a view."""
@@ -282,17 +311,12 @@ class SlotTable:
             assert slot_of[expert] == slot
         for expert, slot in enumerate(slot_of[:-1]):
             assert slot == _NOBODY or expert_in[slot] == expert
-        assert slot_of[: self.num_fixed] == list(range(self.num_fixed)), "a fixed expert is gone"
 
     def _num_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """`[E]` int64, how often each expert is in `ids`."""
         padded = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=ids.device)
         padded.scatter_add_(0, ids.clamp(max=self.num_experts), self._one.expand(len(ids)))
         return padded[:-1]
-
-    def _held(self, wanted: torch.Tensor) -> torch.Tensor:
-        """`[S]` bool, whether the expert of a slot may not go: `wanted`, `[E]` bool, or fixed."""
-        return wanted[self._expert_in[:-1]] | self._fixed_slots
 
     def _assign(
         self, arriving: torch.Tensor, victims: torch.Tensor, num: torch.Tensor
@@ -314,8 +338,8 @@ class SlotTable:
         self._num_arrivals += num
         return torch.where(is_real, arriving, _NOBODY), victims
 
-    def _order(self, held: torch.Tensor) -> torch.Tensor:
-        """`[S]` slots, those that go first in front and those of `held`, `[S]` bool, last."""
+    def _order(self, wanted: torch.Tensor) -> torch.Tensor:
+        """`[S]` slots, those that go first in front, those of `wanted`, `[E]` bool, last."""
         experts, arrival = self._expert_in[:-1], self._arrival[:-1]
         last = 2**62
         if self._eviction == "lru":
@@ -327,7 +351,7 @@ class SlotTable:
         else:
             is_current = self._last_use[experts] == self._time
             rank = arrival + is_current * 2**61
-        return torch.argsort(rank.masked_fill(held, last), stable=True)
+        return torch.argsort(rank.masked_fill(wanted[experts], last), stable=True)
 
 
 def count_slots(budget_bytes: int, num_experts: int, bytes_of: "SlotBytes") -> int | None:
@@ -358,10 +382,6 @@ class SlotBytes:
     def fewest(self) -> int:
         """The fewest slots of a layer that can work."""
         return 0 if self.plan == "stream" else 1
-
-    def num_fixed(self, num_slots: int) -> int:
-        """Slots of a layer whose experts stay: all, if every step streams."""
-        return num_slots if self.plan == "stream" else 0
 
     def staged(self, num_slots: int) -> int:
         """Experts of a layer that pass through staging buffers."""

@@ -79,7 +79,6 @@ class ExpertBuffer:
         num_experts, layout = layers[0].num_experts, hosts[0].layout
         sizes = _sizes(layers, layout, hosts[0].narrow, config)
         num_slots = _num_slots(config, sizes)
-        num_fixed = sizes.num_fixed(num_slots)
         packed = device.type == "cpu" and layout.dtype == torch.float32 and _can_pack()
         self._payload_bytes = hosts[0].payload_bytes
         # By layer: what its `SlotTable` counts, times streamed.
@@ -93,7 +92,6 @@ class ExpertBuffer:
             SlotTable(
                 num_experts,
                 num_slots,
-                num_fixed=num_fixed,
                 eviction=config.expert_eviction,
                 counts=counts[:5],
             )
@@ -102,7 +100,10 @@ class ExpertBuffer:
         self._staging = None
         if self._num_staged:
             transposed = [bool(layer.is_transposed) for layer in layers]
-            self._staging = Staging(hosts, tables, transposed, device, packed=packed)
+            is_fixed = config.expert_plan == "stream"
+            self._staging = Staging(
+                hosts, tables, transposed, device, is_fixed=is_fixed, packed=packed
+            )
         self._prefetch = None
         if config.expert_prefetch:
             assert routers is not None

@@ -165,14 +165,15 @@ class LayerBuffer:
         out = hidden.new_zeros(num_rows + 1, hidden.shape[1])
         num_experts, num_slots = self.table.num_experts, self.table.num_slots
         slots = [self.slots]
-        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # by pass: experts, slots
         if streams:
             assert self._staging is not None
             staged, keys_of = self._staging.take(self._index)
             slots.append(staged)
             sizes = [num_slots, num_experts - num_slots]
         else:
-            keys_of, copies = self._plan_passes(ids)
+            keys_of, *lists = self.table.plan(ids)
+            copies = list(zip(*lists, strict=True))
             if self._prefetch is not None:
                 self._prefetch.join()
             slots *= len(copies)
@@ -199,22 +200,6 @@ class LayerBuffer:
             out.index_copy_(0, torch.where(places < offsets[-1], source, num_rows), rows)
             done += size
         return out[:-1]
-
-    def _plan_passes(
-        self, ids: torch.Tensor
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Of an expert, `[E + 1]`, its pass times S plus its slot; by pass, the copies it needs."""
-        num_experts, num_slots = self.table.num_experts, self.table.num_slots
-        which = self.table.begin(ids)
-        num_passes = self.table.num_passes(len(ids))
-        keys = torch.full((num_experts + 1,), num_passes * num_slots, device=ids.device)
-        copies = []
-        for number in range(num_passes):
-            wanted = which == number
-            copies.append(self.table.load(wanted))
-            slots = self.table.slots() + number * num_slots
-            keys[:-1] = torch.where(wanted, slots, keys[:-1])
-        return keys, copies
 
     def _product(
         self,

@@ -104,6 +104,7 @@ class Staging:
         hosts: of each layer, in the order in which a step runs them.
         tables: likewise.
         transposed: whether weights are, by layer.
+        is_fixed: whether the slots always hold the experts of the same number.
     """
 
     def __init__(
@@ -113,13 +114,14 @@ class Staging:
         transposed: list[bool],
         device: torch.device,
         *,
+        is_fixed: bool,
         packed: bool,
     ) -> None:
         self._hosts, self._tables, self._transposed = hosts, tables, transposed
         table, host = tables[0], hosts[0]
         self._num_slots = table.num_slots
         self._num_staged = table.num_experts - table.num_slots
-        self._is_fixed = table.num_fixed == table.num_slots
+        self._is_fixed = is_fixed
         self._order = torch.arange(self._num_staged, device=device)
 
         def make_slots() -> Slots:
