@@ -19,7 +19,7 @@ from hotset.errors import ConfigError
 from hotset.memory.expert_cache import ExpertLayout, HostExperts, SlotTable
 from hotset.memory.expert_plan import ExpertSizes, streaming_is_faster
 from hotset.memory.narrow_experts import NarrowDType, NarrowLayout, relative_rms
-from hotset.model import expert_buffer, expert_layer
+from hotset.model import expert_buffer, expert_layer, resident_experts
 from hotset.model.expert_buffer import (
     ExpertBuffer,
     _move_to_host,
@@ -129,6 +129,45 @@ def test_buffered_experts_compute_exactly_what_resident_ones_do(
                 torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             else:
                 assert torch.equal(got, expected)
+            layer.expert_buffer.table.check()
+    assert buffer.counts().moved_bytes > 0
+
+
+@pytest.mark.parametrize("num_slots", [2, 5])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"expert_plan": "cache"},
+        {"expert_plan": "stream"},
+        {"expert_plan": "auto"},
+        {"expert_plan": "auto", "expert_cold_dtype": "int4"},
+        {"expert_plan": "stream", "expert_cold_dtype": "fp8"},
+        {"expert_plan": "cache", "expert_prefetch": 1},
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_fused_kernels_find_experts_in_slots_and_staging_and_give_the_same_bits(
+    options: dict[str, Any], num_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a GPU computes, in Triton's interpreter.
+    for module in (expert_layer, resident_experts):
+        monkeypatch.setattr(module, "has_fused_kernel", lambda weight: True)
+    monkeypatch.setattr(expert_buffer, "_can_pack", lambda: False)
+    plain = make_layers(3, transposed=False, bias=False, gate=True)
+    cold = options.get("expert_cold_dtype")
+    expected_layers = rounded(plain, cold) if cold else plain
+
+    def guess(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[:, :NUM_EXPERTS].topk(2).indices
+
+    others, buffer = buffered(plain, [guess] * 3, expert_slots=num_slots, **options)
+    for num_tokens in (1, 9, 2):
+        for expected_layer, layer in zip(expected_layers, others, strict=True):
+            x, ids, weights = routed(num_tokens)
+            ids[-1, 0] = NUM_EXPERTS  # nobody's
+            expected = dynamic_experts(expected_layer, x, ids, weights)
+            assert torch.equal(dynamic_experts(layer, x, ids, weights), expected)
             layer.expert_buffer.table.check()
     assert buffer.counts().moved_bytes > 0
 

@@ -10,6 +10,11 @@ from hotset.memory.expert_plan import ExpertSizes, streaming_is_faster
 from hotset.model.expert_prefetch import Prefetch
 from hotset.model.expert_slots import Slots, Staging
 from hotset.model.experts import Experts, has_grouped_kernel, up_name
+from hotset.model.resident_experts import (
+    FUSED_MOST_ROWS_PER_EXPERT,
+    applies_silu_gate,
+    has_fused_kernel,
+)
 
 
 class LayerBuffer:
@@ -39,6 +44,7 @@ class LayerBuffer:
         self._index, self._staging, self._plan = index, staging, plan
         self._streamed = streamed
         self._prefetch = prefetch
+        self._addresses: dict[int, torch.Tensor] = {}  # by passes; 0 is for streamed steps
         self.next: LayerBuffer | None = None  # which a step runs after this one
         self._is_transposed = is_transposed
         self.slots = Slots(table.num_slots, host.layout, streamed.device, packed=packed)
@@ -72,6 +78,8 @@ class LayerBuffer:
         streams = self.streams(num_tokens, top_k)
         if streams:
             self._streamed += 1
+        if self._is_fused(layer, len(ids)):
+            return self._fused(hidden_states, top_k_index, top_k_weights, streams)
         compute = self._grouped if self._is_grouped else self._in_turn
         rows = compute(layer, hidden_states, ids, top_k, streams)  # [T * K, H]
         if getattr(layer, "has_post_expert_norm", False):
@@ -172,10 +180,7 @@ class LayerBuffer:
             slots.append(staged)
             sizes = [num_slots, num_experts - num_slots]
         else:
-            keys_of, *lists = self.table.plan(ids)
-            copies = list(zip(*lists, strict=True))
-            if self._prefetch is not None:
-                self._prefetch.join()
+            keys_of, copies = self._plan_step(ids)
             slots *= len(copies)
             sizes = [num_slots] * len(copies)
         keys = keys_of[ids.clamp(max=num_experts)]
@@ -187,9 +192,7 @@ class LayerBuffer:
             if size == 0:
                 continue
             if copies:
-                self._fetch(*copies[number])
-                if number == len(copies) - 1:  # the link is idle from here on
-                    self._look_ahead(hidden)
+                self._fetch_pass(copies, number, hidden)
             start = ends[done - 1] if done else None
             offsets = ends[done : done + size] - (0 if start is None else start)
             source = order if start is None else order[(places + start) % num_rows]
@@ -200,6 +203,101 @@ class LayerBuffer:
             out.index_copy_(0, torch.where(places < offsets[-1], source, num_rows), rows)
             done += size
         return out[:-1]
+
+    def _is_fused(self, layer: Experts, num_rows: int) -> bool:
+        """Whether the fused kernels compute the layer, as if all its experts were resident."""
+        if self.slots.payloads is None or not has_fused_kernel(self.slots.up):
+            return False
+        if not applies_silu_gate(layer) or any(size % 8 for size in self.host.layout.down):
+            return False
+        is_large = num_rows > FUSED_MOST_ROWS_PER_EXPERT * self.table.num_experts
+        return not is_large or self.host.layout.dtype == torch.float16
+
+    def _fused(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, streams: bool
+    ) -> torch.Tensor:
+        """`[T, H]` by the fused kernels, which find each expert by its address.
+
+        A streamed step is one pass over slots and staging together. In a pass of the other plan
+        experts that are not its own have the address 0, and their rows are left out.
+        """
+        from hotset.kernels.expert_routing import route_rows
+        from hotset.kernels.fused_experts import gated_up, sum_rows, tiles_for, weighted_down
+
+        hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
+        num_experts, top_k = self.table.num_experts, ids.shape[1]
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if streams:
+            assert self._staging is not None
+            staged, keys_of = self._staging.take(self._index)
+            table = self._addresses_of_all(staged)
+        else:
+            keys_of, copies = self._plan_step(ids.view(-1))
+            table = self._addresses_of_passes(len(copies))
+        up, down = table.index_select(2, keys_of[:num_experts])  # [P, E]
+        tiles = tiles_for(ids.numel(), num_experts, hidden.device)
+        routing = route_rows(ids.view(-1), num_experts, tiles.block_rows)
+        hidden_size, middle_size = self.host.layout.down
+        middle = hidden.new_empty(ids.numel(), middle_size)
+        rows = hidden.new_empty(ids.numel(), hidden_size)
+        for number in range(len(up)):
+            if copies:
+                self._fetch_pass(copies, number, hidden)
+            gated_up(hidden, routing, up[number], middle, top_k=top_k, tiles=tiles)
+            weighted_down(middle, routing, down[number], weights, rows, tiles=tiles)
+        out = torch.empty_like(hidden)
+        sum_rows(rows, ids, out, num_experts=num_experts)
+        return out
+
+    def _addresses_of_passes(self, num_passes: int) -> torch.Tensor:
+        """`[2, P, P * S + 1]`: up and down addresses in each pass, by what `SlotTable.plan` says.
+
+        Made once, before a step of so many passes is recorded.
+        """
+        if num_passes not in self._addresses:
+            num_slots = self.table.num_slots
+            table = self.host.payloads.new_zeros(
+                2,
+                num_passes,
+                num_passes * num_slots + 1,
+                dtype=torch.int64,
+                device=self._streamed.device,
+            )
+            for number in range(num_passes):
+                table[:, number, number * num_slots : (number + 1) * num_slots] = (
+                    self.slots.addresses()
+                )
+            self._addresses[num_passes] = table
+        return self._addresses[num_passes]
+
+    def _addresses_of_all(self, staged: Slots) -> torch.Tensor:
+        """`[2, 1, E]`: up and down addresses, by what `SlotTable.absent` says of places.
+
+        Made once: a layer always has the same staging buffer.
+        """
+        if 0 not in self._addresses:
+            parts = [self.slots.addresses(), staged.addresses()]
+            self._addresses[0] = torch.cat(parts, 1).unsqueeze(1)
+        return self._addresses[0]
+
+    def _plan_step(
+        self, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """`SlotTable.plan`: where experts are, and by pass which come to which slots."""
+        keys, experts, slots = self.table.plan(ids)
+        if self._prefetch is not None:
+            self._prefetch.join()
+        return keys, list(zip(experts, slots, strict=True))
+
+    def _fetch_pass(
+        self,
+        copies: list[tuple[torch.Tensor, torch.Tensor]],
+        number: int,
+        hidden: torch.Tensor,
+    ) -> None:
+        self._fetch(*copies[number])
+        if number == len(copies) - 1:  # the link is idle from here on
+            self._look_ahead(hidden)
 
     def _product(
         self,

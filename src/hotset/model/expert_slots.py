@@ -70,6 +70,13 @@ class Slots:
             if expert >= 0:
                 self._put(source, expert, slot, is_transposed=is_transposed)
 
+    def addresses(self) -> torch.Tensor:
+        """`[2, N]` int64 on the device: where the up and the down matrix of each place begin."""
+        assert self.payloads is not None
+        first = [matrices.data_ptr() for matrices in (self.up, self.down)]
+        steps = torch.arange(len(self.payloads), device=self.payloads.device)
+        return torch.stack([steps * self.payloads.shape[1] + address for address in first])
+
     def product(self, which: int, slot: int, rows: torch.Tensor, is_transposed: bool) -> Any:
         """`[R, in]` to `[R, out]` by the up (0) or down (1) product of one expert."""
         if self.payloads is None:

@@ -31,6 +31,18 @@ def is_fused(layer: Any, num_rows: int) -> bool:
 def has_silu_gate(layer: Any) -> bool:
     """Whether an expert of the layer is `down(silu(gate) * up)`, each weight as `[out, in]`."""
     return bool(
+        applies_silu_gate(layer)
+        and layer.gate_up_proj is not None
+        and layer.gate_up_proj.is_contiguous()
+        and layer.down_proj.is_contiguous()
+        # Rows of 16 bytes.
+        and all(size % 8 == 0 for size in layer.down_proj.shape[1:])
+    )
+
+
+def applies_silu_gate(layer: Any) -> bool:
+    """Whether an expert of the layer is that, wherever its weights are."""
+    return bool(
         layer.has_gate
         and layer.is_concatenated
         and not layer.is_transposed
@@ -38,11 +50,6 @@ def has_silu_gate(layer: Any) -> bool:
         and not getattr(layer, "has_post_expert_norm", False)
         and type(layer)._apply_gate is _default_apply_gate
         and type(layer.act_fn) in (nn.SiLU, SiLUActivation)
-        and layer.gate_up_proj is not None
-        and layer.gate_up_proj.is_contiguous()
-        and layer.down_proj.is_contiguous()
-        # Rows of 16 bytes.
-        and all(size % 8 == 0 for size in layer.down_proj.shape[1:])
     )
 
 
