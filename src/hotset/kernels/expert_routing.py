@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-# Ids that a program looks at together: all those of a step of 256 tokens with 8 experts each.
-_CHUNK = 2048
+# Ids that a program looks at together: all those of 32 tokens with 8 experts each, or of 256.
+_CHUNKS = (256, 2048)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def route_rows(ids: torch.Tensor, num_experts: int, block_rows: int) -> Routing:
         NUM_EXPERTS=num_experts,
         BINS=triton.next_power_of_2(num_experts + 1),
         BLOCK_ROWS=block_rows,
-        CHUNK=_CHUNK,
+        CHUNK=_CHUNKS[num_rows > _CHUNKS[0]],
         num_warps=8,
     )
     return Routing(ids, places, blocks, num_blocks)

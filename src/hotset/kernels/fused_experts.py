@@ -82,6 +82,12 @@ def choose_tiles(num_rows: int, num_experts: int, *, shared_bytes: int) -> Tiles
     )
 
 
+@triton.jit
+def _load_block(block):  # type: ignore[no-untyped-def]
+    """Expert, first place and end of a block; anything if there is no such block."""
+    return tl.load(block), tl.load(block + 1), tl.load(block + 2)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _gated_up(  # type: ignore[no-untyped-def]
     hidden,
@@ -100,16 +106,17 @@ def _gated_up(  # type: ignore[no-untyped-def]
     # Programs of one block, and then those of one expert, follow each other: they meet in L2.
     num_tiles: tl.constexpr = (MIDDLE + COLUMNS - 1) // COLUMNS
     block = tl.program_id(0) // num_tiles
+    expert, first, end = _load_block(blocks + 3 * block)
     if block >= tl.load(num_blocks):
         return
-    address = tl.load(addresses + tl.load(blocks + 3 * block))
+    place = first + tl.arange(0, BLOCK_ROWS)
+    inside = place < end
+    token = tl.load(rows + place, mask=inside, other=0) // TOP_K
+    address = tl.load(addresses + expert)
     if address == 0:
         return
     # Without this hint, which has to be on the pointer, weights are loaded number by number.
     weight = tl.multiple_of(address.to(tl.pointer_type(hidden.dtype.element_ty)), 16)
-    place = tl.load(blocks + 3 * block + 1) + tl.arange(0, BLOCK_ROWS)
-    inside = place < tl.load(blocks + 3 * block + 2)
-    token = tl.load(rows + place, mask=inside, other=0) // TOP_K
     column = (tl.program_id(0) % num_tiles) * COLUMNS + tl.arange(0, COLUMNS)
     d = tl.arange(0, DEPTH)
     x_at = hidden + token.to(tl.int64)[:, None] * HIDDEN + d[None, :]
@@ -153,18 +160,20 @@ def _weighted_down(  # type: ignore[no-untyped-def]
 ):
     num_tiles: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
     block = tl.program_id(0) // num_tiles
+    expert, first, end = _load_block(blocks + 3 * block)
     if block >= tl.load(num_blocks):
         return
-    address = tl.load(addresses + tl.load(blocks + 3 * block))
+    place = first + tl.arange(0, BLOCK_ROWS)
+    inside = place < end
+    row = tl.load(rows + place, mask=inside, other=0)
+    address = tl.load(addresses + expert)
     if address == 0:
         return
     weight = tl.multiple_of(address.to(tl.pointer_type(middle.dtype.element_ty)), 16)
-    place = tl.load(blocks + 3 * block + 1) + tl.arange(0, BLOCK_ROWS)
-    inside = place < tl.load(blocks + 3 * block + 2)
     column = (tl.program_id(0) % num_tiles) * COLUMNS + tl.arange(0, COLUMNS)
     d = tl.arange(0, DEPTH)
     # Places beyond the block's are other blocks' or none's: computed as the first, not stored.
-    source = tl.where(inside, place, tl.load(blocks + 3 * block + 1))
+    source = tl.where(inside, place, first)
     x_at = middle + source.to(tl.int64)[:, None] * MIDDLE + d[None, :]
     weight_at = weight + tl.minimum(column, HIDDEN - 1)[None, :] * MIDDLE + d[:, None]
     sums = tl.zeros([BLOCK_ROWS, COLUMNS], tl.float32)
@@ -177,7 +186,6 @@ def _weighted_down(  # type: ignore[no-untyped-def]
             x = tl.load(x_at + start, mask=is_real[None, :], other=0.0)
             down_weight = tl.load(weight_at + start, mask=is_real[:, None], other=0.0)
         sums = tl.dot(x, down_weight, sums)
-    row = tl.load(rows + place, mask=inside, other=0)
     sums *= tl.load(row_weights + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     out_at = out + row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
     is_real = inside[:, None] & (column < HIDDEN)[None, :]
