@@ -32,16 +32,16 @@ class Routing:
     num_blocks: torch.Tensor
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_rows", "block_rows"])  # type: ignore[untyped-decorator]
 def _route(  # type: ignore[no-untyped-def]
     ids,
     rows,
     blocks,
     num_blocks,
     num_rows,
+    block_rows,
     NUM_EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     # A program an expert. Each counts the rows of all, so that none has to wait for another.
@@ -53,7 +53,7 @@ def _route(  # type: ignore[no-untyped-def]
         found = tl.load(ids + row, mask=row < num_rows, other=NUM_EXPERTS)
         counts += tl.histogram(tl.minimum(found, NUM_EXPERTS).to(tl.int32), BINS)
     counts = tl.where(bins < NUM_EXPERTS, counts, 0)
-    needed = (counts + BLOCK_ROWS - 1) // BLOCK_ROWS
+    needed = (counts + block_rows - 1) // block_rows
     first = tl.sum(tl.where(bins < expert, counts, 0))
     end = first + tl.sum(tl.where(bins == expert, counts, 0))
     first_block = tl.sum(tl.where(bins < expert, needed, 0))
@@ -69,11 +69,11 @@ def _route(  # type: ignore[no-untyped-def]
         ahead = tl.cumsum(is_mine.to(tl.int32), 0)
         tl.store(rows + place + ahead - 1, row, mask=is_mine)
         place += tl.sum(is_mine.to(tl.int32))
-    for start in range(first, end, BLOCK_ROWS):
-        block = blocks + 3 * (first_block + (start - first) // BLOCK_ROWS)
+    for start in range(first, end, block_rows):
+        block = blocks + 3 * (first_block + (start - first) // block_rows)
         tl.store(block, expert)
         tl.store(block + 1, start)
-        tl.store(block + 2, tl.minimum(start + BLOCK_ROWS, end))
+        tl.store(block + 2, tl.minimum(start + block_rows, end))
 
 
 def route_rows(ids: torch.Tensor, num_experts: int, block_rows: int) -> Routing:
@@ -103,9 +103,9 @@ def route_rows(ids: torch.Tensor, num_experts: int, block_rows: int) -> Routing:
         blocks,
         num_blocks,
         num_rows,
+        block_rows,
         NUM_EXPERTS=num_experts,
         BINS=triton.next_power_of_2(num_experts + 1),
-        BLOCK_ROWS=block_rows,
         CHUNK=_CHUNKS[num_rows > _CHUNKS[0]],
         num_warps=8,
     )
