@@ -68,14 +68,18 @@ class Fp8Linear(nn.Module):
         """`[..., in]` to `[..., out]`."""
         rows = x.reshape(-1, self.in_features)
         scale = row_scales(rows)
-        out = torch._scaled_mm(
-            to_fp8(rows, scale),
-            self.weight.t(),
-            scale_a=scale,
-            scale_b=self.scale.t(),
-            out_dtype=x.dtype,
-            use_fast_accum=True,
-        )
+        if x.device.type == "cpu":  # before PyTorch 2.13 it has no product with scales of rows
+            products = to_fp8(rows, scale).float() @ self.weight.float().t()
+            out = (products * scale * self.scale.t()).to(x.dtype)
+        else:
+            out = torch._scaled_mm(
+                to_fp8(rows, scale),
+                self.weight.t(),
+                scale_a=scale,
+                scale_b=self.scale.t(),
+                out_dtype=x.dtype,
+                use_fast_accum=True,
+            )
         if self.bias is not None:
             out = out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
