@@ -19,6 +19,7 @@ from hotset.model.experts import (
     IMPLEMENTATION,
     dynamic_experts,
     pack_experts,
+    unpack_experts,
     use_dynamic_gating,
 )
 from hotset.model.runner import weights_bytes
@@ -177,6 +178,20 @@ def test_packing_keeps_the_bytes_of_the_weights_and_the_logits(family: str) -> N
     assert layers == (2 if family == "deepseek_v3" else 3)  # its first layer is dense
     assert weights_bytes(model) == before
     assert use_dynamic_gating(model) == layers
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_unpacking_gives_the_same_bits_back(family: str) -> None:
+    model = make_model(family)
+    use_dynamic_gating(model)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    pack_experts(model)
+    assert len(dict(model.named_parameters())) < len(before)
+    for _ in range(2):
+        unpack_experts(model)
+        after = dict(model.named_parameters())
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_a_model_with_its_own_loop_over_experts_is_left_alone_and_said_so(

@@ -4,6 +4,7 @@ import gc
 import json
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -348,3 +349,70 @@ def test_a_dummy_of_an_unknown_or_unusable_config_is_one_line(tmp_path: Path) ->
         with pytest.raises(HotsetError, match="cannot make a model of") as caught:
             load_dummy(str(config), device="cpu", dtype="auto")
         assert "\n" not in str(caught.value)
+
+
+MOE = ["bench", "--preset", "D-small", "--users", "4", "--first-tokens", "16"]
+MOE += ["--output-tokens", "6"]
+
+
+@pytest.mark.parametrize("arms", ["resident,experts", "experts,resident,hot"])
+def test_experts_resident_and_buffered_are_compared_in_one_call(arms: str) -> None:
+    """Each arm twice: experts move to the host, all to the device, and back."""
+    torch.set_num_threads(1)
+    words = [*MOE, "--arms", arms, "--repeats", "2", "--verify", "--router-skew", "0.45"]
+    words += ["--expert-slots", "32", "--expert-plan", "cache", "--json"]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout)
+    assert data["verification"]["differing"] == 0
+    assert all(run["compared"] == 4 for run in data["verification"]["runs"])
+    assert data["asked"]["workload"]["temperature"] == 1.0
+    assert data["asked"]["router_skew"] == 0.45
+    buffered = [run for run in data["runs"] if run["arm"] != "resident"]
+    for run in data["runs"]:
+        engine, sizes = run["engine"], run["sizes"]
+        if run["arm"] == "resident":
+            assert engine["expert_hit_rate"] is None and engine["expert_bytes"] == 0
+            assert sizes["experts_host_bytes"] == 0
+            continue
+        assert 0 < engine["expert_hit_rate"] < 1
+        payload = sizes["experts_host_bytes"] // (6 * 128)
+        assert engine["expert_bytes"] == engine["expert_misses"] * payload
+        assert sizes["experts_device_bytes"] == 6 * 32 * payload
+    # The same work from the same start: `hot` has the experts as the options say, too.
+    assert len({run["engine"]["expert_misses"] for run in buffered}) == 1
+
+
+def test_sampled_answers_are_the_same_in_each_arm_and_not_the_greedy_ones(tiny: str) -> None:
+    spec = Spec("multiturn", users=3, turns=2, first_tokens=24, output_tokens=8, temperature=1.0)
+    sampled = run(tiny, ["hot", "host"], spec, verify=True)
+    assert sampled.verification is not None and sampled.verification["differing"] == 0
+    greedy = run(tiny, ["hot"], replace(spec, temperature=0.0), verify=True)
+    assert sampled.runs[0].outputs != greedy.runs[0].outputs
+    other = run(tiny, ["hot"], replace(spec, seed=7), verify=True)
+    assert sampled.runs[0].outputs != other.runs[0].outputs
+
+
+def test_arms_follow_from_the_expert_options_where_none_are_named() -> None:
+    shown = CliRunner().invoke(cli, [*MOE, "--expert-slots", "16", "--json"])
+    assert [run["arm"] for run in json.loads(shown.stdout)["runs"]] == ["resident", "experts"]
+    shown = CliRunner().invoke(cli, [*MOE, "--json"])
+    assert [run["arm"] for run in json.loads(shown.stdout)["runs"]] == ["resident"]
+    shown = CliRunner().invoke(cli, [*MOE, "--arms", "experts"])
+    assert isinstance(shown.exception, ConfigError)
+    assert "give --expert-slots or --expert-gib" in str(shown.exception)
+
+
+def test_a_prediction_covers_skewed_routing_and_says_so_where_it_covers_nothing() -> None:
+    words = [*MOE, "--expert-slots", "16", "--hardware", "h200", "--json", "--router-skew"]
+
+    def predicted(skew: str) -> tuple[list[Any], list[str]]:
+        shown = CliRunner().invoke(cli, [*words, skew])
+        data = json.loads(shown.stdout)
+        return [run["prediction"] for run in data["runs"]], data["asked"]["notes"]
+
+    (resident, buffered), notes = predicted("0")
+    assert resident["wall_s"] > 0 and buffered is None
+    assert any("no prediction for experts" in note for note in notes)
+    # Fewer experts are read where tokens share them.
+    assert predicted("1.5")[0][0]["decode_s"] < resident["decode_s"]

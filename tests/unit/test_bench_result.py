@@ -100,6 +100,50 @@ def test_the_sentence_says_whether_tiering_paid_and_why(
     assert sentence.endswith(".") and "\n" not in sentence
 
 
+def expert_run(arm: str, wall_s: float, *, hits: int = 0, gb: int = 0) -> ArmRun:
+    run = arm_run(arm, wall_s)
+    run.engine |= {
+        "expert_hits": 3 * hits,
+        "expert_misses": hits,
+        "expert_bytes": gb * 10**9,
+        "expert_hit_rate": 0.75 if hits else None,
+    }
+    run.sizes |= {
+        "experts_device_bytes": 2 * 10**9 if arm == "experts" else 8 * 10**9,
+        "experts_host_bytes": 8 * 10**9 if arm == "experts" else 0,
+    }
+    return run
+
+
+def test_experts_in_host_memory_are_compared_with_resident_ones() -> None:
+    result = bench_result(expert_run("resident", 4.0), expert_run("experts", 10.0, hits=5, gb=7))
+    assert result.baseline == "resident" and result.ratio("experts") == 0.4
+    assert result.verdict == (
+        "6 GB less on the device for experts: `experts` took 10.00 s and `resident` 4.00 s, "
+        "2.50 times as long; 75.0% of the experts that were needed were there, and 7 GB of "
+        "experts came from host memory."
+    )
+    shown = {line.split("  ")[0]: line.split() for line in table(result).splitlines()}
+    assert shown["experts on device / host, GB"][-6:] == ["8.00", "/", "0.00", "2.00", "/", "8.00"]
+    assert shown["needed experts: there / not"][-4:] == ["-", "15", "/", "5"]
+    assert shown["experts to device, GB"][-2:] == ["-", "7.00"]
+    assert "times as fast as resident" in page(result)
+    assert "of needed experts were on the device, experts" in page(result)
+    streamed = bench_result(expert_run("resident", 4.0), expert_run("experts", 4.1, gb=7)).verdict
+    assert "the same within the 5% that runs differ by; 7 GB of experts came" in streamed
+    alone = bench_result(expert_run("experts", 4.1, gb=7))
+    assert "`resident` was not run; compare with --arms resident,experts" in alone.verdict
+    both = bench_result(
+        arm_run("hot", 10.0),
+        arm_run("host", 4.0),
+        expert_run("resident", 4.0),
+        expert_run("experts", 10.0, gb=7),
+    )
+    assert both.baseline == "hot"
+    assert both.verdict.startswith("Tiering paid") and "2.50 times as long" in both.verdict
+    assert "experts" not in table(bench_result(arm_run("hot", 10.0)))
+
+
 def test_the_sentence_names_work_that_fits_and_work_without_reuse() -> None:
     hot = arm_run("hot", 10.0)
     hot.sizes["hot_tokens"] = 1000

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,6 +46,11 @@ def sent_tokens(work: Work) -> int:
         ("B", 256 * 4608, 256 * 4608),
         ("C3", 1_277_952, 256 * 1984),  # 36,210 tokens/s for 35.29 s, as published
         ("C6", 2_211_840, 256 * 1920),  # 36,682 tokens/s for 60.30 s
+        ("D256", 256 * 768, 256 * 768),
+        ("D256-32", 256 * 544, 256 * 544),  # 1,330 tokens/s for 104.7 s
+        ("D16", 16 * 768, 16 * 768),
+        ("D1", 80, 80),
+        ("D8", 8 * 99, 8 * 99),
     ],
 )
 def test_a_preset_sends_as_many_tokens_as_the_published_run(
@@ -72,6 +78,27 @@ def test_equal_seeds_make_equal_work_and_others_do_not() -> None:
 def test_ids_keep_clear_of_both_ends_of_the_vocabulary() -> None:
     assert token_range(VOCAB) == (1000, VOCAB - 1000)
     assert token_range(512) == (128, 384)
+
+
+def test_each_request_has_a_seed_of_its_own_the_same_in_every_run_and_none_where_greedy() -> None:
+    spec = Spec("multiturn", users=3, turns=2, first_tokens=8, new_tokens=4, temperature=0.7)
+
+    def seeds(spec: Spec) -> list[int | None]:
+        work = make_work(spec, VOCAB)
+        return [work.sampling_seed(user, turn) for user in range(3) for turn in range(2)]
+
+    found = seeds(spec)
+    assert None not in found and len(set(found)) == 6
+    assert seeds(spec) == found
+    assert not set(seeds(replace(spec, seed=2))) & set(found)
+    assert set(seeds(replace(spec, temperature=0.0))) == {None}
+    due = Play(make_work(spec, VOCAB)).take_due(0.0)
+    assert due is not None and due.seed == found[0]
+    assert "temperature 0.7" in make_work(spec, VOCAB).title
+    greedy = make_work(replace(spec, temperature=0.0), VOCAB)
+    assert prompts_of(greedy) == prompts_of(make_work(spec, VOCAB))
+    with pytest.raises(ConfigError, match="--temperature is -1"):
+        Spec("unshared", temperature=-1.0)
 
 
 def test_sessions_arrive_at_the_rate_asked_for_and_as_the_seed_has_it() -> None:

@@ -113,12 +113,14 @@ class Client:
             f"{' '.join(answer.text.split())[:300]}"
         )
 
-    def _body(self, prompt: list[int], max_tokens: int, *, with_ids: bool) -> dict[str, Any]:
+    def _body(
+        self, prompt: list[int], max_tokens: int, *, with_ids: bool, temperature: float = 0.0
+    ) -> dict[str, Any]:
         body = {
             "model": self.model,
             "prompt": prompt,
             "max_tokens": max_tokens,
-            "temperature": 0,
+            "temperature": temperature,  # no seed: some servers are slower with one
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -180,7 +182,10 @@ class Client:
     ) -> str | None:
         """One request; returns what went wrong, if anything."""
         record = due.record
-        body = self._body(due.prompt, due.output_tokens, with_ids=self.gives_ids)
+        temperature = play.work.temperature
+        body = self._body(
+            due.prompt, due.output_tokens, with_ids=self.gives_ids, temperature=temperature
+        )
         told_tokens: int | None = None
         async with http.stream("POST", f"{self.url}/completions", json=body) as response:
             if response.status_code != 200:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hotset.bench.against import Client, run_against
+from hotset.bench.expert_arms import check_arms
 from hotset.bench.machine import describe_machine
 from hotset.bench.play import Play
 from hotset.bench.result import ArmRun, BenchResult, Failure, verify
@@ -14,7 +15,7 @@ from hotset.bench.runs import Bench, RunOptions, Say, describe_error, order_of
 from hotset.bench.verdict import verdict
 from hotset.bench.workload import Spec, make_work
 from hotset.config import EngineConfig
-from hotset.errors import EngineError
+from hotset.errors import ConfigError, EngineError
 from hotset.model.loader import LoadedModel, load_dummy, load_model
 
 _DUMMY_MODEL = "smollm2-135m"
@@ -59,6 +60,12 @@ def run_bench(
         HotsetError: nothing can be run as asked, or no run has ended.
     """
     bench = None
+    check_arms(order.arms, order.config)
+    if order.options.router_skew is not None and not order.dummy_weights:
+        raise ConfigError(
+            f"router_skew is {order.options.router_skew}, but the weights are not random; give "
+            "--dummy-weights, or leave it out"
+        )
     if order.arms:
         loaded = _load(order, say)
         bench = Bench(order.spec, order.config, loaded, order.options, say)
@@ -96,7 +103,8 @@ def run_bench(
             max_s=order.options.max_s,
             progress=progress,
         )
-        if not order.options.verify or not client.gives_ids:
+        # Sampled answers of a server are drawn by other numbers: no two could be compared.
+        if not order.options.verify or not client.gives_ids or order.spec.temperature:
             run.outputs.clear()
         return run
 
@@ -138,6 +146,7 @@ def _load(order: Order, say: Say) -> LoadedModel:
             name,
             device=config.device,
             dtype=config.dtype,
+            router_skew=order.options.router_skew,
             experts_on_host=config.buffers_experts,
         )
     else:
@@ -166,7 +175,11 @@ def _asked(order: Order, bench: Bench | None, client: Client | None) -> dict[str
         "notes": [],
     }
     if bench is not None:
-        asked |= bench.facts() | {"dummy_weights": order.dummy_weights, "notes": bench.notes}
+        asked |= bench.facts() | {
+            "dummy_weights": order.dummy_weights,
+            "router_skew": order.options.router_skew,
+            "notes": bench.notes,
+        }
     if client is not None:
         asked["against"] = {"url": client.url, "model": client.model}
     return asked

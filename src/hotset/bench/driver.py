@@ -122,7 +122,7 @@ def drive(
     progress: Callable[[Play, float], None] = lambda play, now_s: None,
     hook: StepHook | None = None,
 ) -> Driven:
-    """Play `work` on the engine, to its end or for `max_s` seconds; greedy, past end tokens.
+    """Play `work` on the engine, to its end or for `max_s` seconds; past end tokens.
 
     Raises:
         EngineError: nothing came for five minutes.
@@ -142,7 +142,12 @@ def drive(
             is_complete = False
             break
         while (due := play.take_due(elapsed_s)) is not None:
-            params = SamplingParams(max_tokens=due.output_tokens, ignore_eos=True)
+            params = SamplingParams(
+                max_tokens=due.output_tokens,
+                temperature=work.temperature,
+                seed=due.seed,
+                ignore_eos=True,
+            )
             records[engine.add_request(due.prompt, params)] = due.record
         watch.look(now_s)
         progress(play, elapsed_s)

@@ -73,13 +73,17 @@ def _tiles(result: BenchResult) -> str:
         (f"{best.wall_s:.1f} s", f"wall, {best.arm}"),
     ]
     ratio = result.ratio(best.arm)
-    if ratio is not None and best.arm != "hot":
-        tiles.insert(0, (f"{ratio:.2f}", f"times as fast as hot: {best.arm}"))
+    if ratio is not None and best.arm != result.baseline:
+        tiles.insert(0, (f"{ratio:.2f}", f"times as fast as {result.baseline}: {best.arm}"))
     if best.latency("ttft_s", "mean") is not None:
         tiles.append((f"{best.latency('ttft_s', 'mean'):.2f} s", f"mean TTFT, {best.arm}"))
     if best.engine:
         share = fetched_tokens(best) / max(1, best.prompt_tokens)
         tiles.append((f"{share:.0%}", f"of prompt tokens fetched, {best.arm}"))
+    for run in runs:
+        rate = run.engine.get("expert_hit_rate")
+        if rate is not None:
+            tiles.append((f"{rate:.0%}", f"of needed experts were on the device, {run.arm}"))
     shown = "".join(f"<div><b>{escape(a)}</b><span>{escape(b)}</span></div>" for a, b in tiles)
     return f'<div class="tiles">{shown}</div>'
 

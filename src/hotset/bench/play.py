@@ -40,11 +40,16 @@ class Record:
 
 @dataclass(slots=True)
 class Due:
-    """A request to send now."""
+    """A request to send now.
+
+    Attributes:
+        seed: None where the answer is greedy.
+    """
 
     record: Record
     prompt: list[int]
     output_tokens: int
+    seed: int | None = None
 
 
 class Play:
@@ -101,7 +106,8 @@ class Play:
         record = Record(index, session.first_turn + number, len(prompt), due_s)
         self.records.append(record)
         self._num_open += 1
-        return Due(record, prompt, turn.output_tokens)
+        seed = self.work.sampling_seed(index, number)
+        return Due(record, prompt, turn.output_tokens, seed)
 
     def on_tokens(self, record: Record, token_ids: tuple[int, ...], now_s: float) -> None:
         """Tokens of an answer have come."""

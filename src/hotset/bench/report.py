@@ -91,6 +91,10 @@ def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
         ("to / from disk, GB", _disk),
         ("link to device: s of wall, GB/s", _link),
         ("hot / host / disk tier, k tokens", _tiers),
+        ("experts on device / host, GB", _expert_places),
+        ("needed experts: there / not", _expert_uses),
+        ("  hit rate", _hit_rate),
+        ("experts to device, GB", lambda run: gb(run.count("expert_bytes") or None)),
         ("peak host RSS, GB", lambda run: gb(run.peak_host_rss_bytes)),
         ("peak device memory, GB", lambda run: gb(run.peak_device_bytes)),
         ("engine start + tiers ready, s", _start),
@@ -105,13 +109,30 @@ def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
     if len(result.arms) > 1 and any(ratios):
         cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         by_request = " (mean of requests)" if result.is_open_loop else ""
-        kept.insert(1, (f"  times as fast as hot{by_request}", cells))
+        kept.insert(1, (f"  times as fast as {result.baseline}{by_request}", cells))
     return kept
 
 
 def _tiers(run: ArmRun) -> str:
     names = ("hot_tokens", "host_tokens", "disk_tokens")
     return " / ".join(number(run.sizes.get(name), 1, 1e3) for name in names)
+
+
+def _expert_places(run: ArmRun) -> str:
+    device, host = (run.sizes.get(f"experts_{where}_bytes") for where in ("device", "host"))
+    return f"{gb(device)} / {gb(host)}"
+
+
+def _expert_uses(run: ArmRun) -> str:
+    """Only the plan that looks for experts counts; one that moves them all does not."""
+    if run.engine.get("expert_hit_rate") is None:
+        return "-"
+    return f"{number(run.count('expert_hits'))} / {number(run.count('expert_misses'))}"
+
+
+def _hit_rate(run: ArmRun) -> str:
+    rate = run.engine.get("expert_hit_rate")
+    return "-" if rate is None else f"{rate:.1%}"
 
 
 def _start(run: ArmRun) -> str:

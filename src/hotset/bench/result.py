@@ -17,7 +17,7 @@ class ArmRun:
     or not. What a server does not tell is None.
 
     Attributes:
-        arm: `hot`, `host`, `host+disk`, or the address of a server.
+        arm: one of `runs.ARMS`, or the address of a server.
         repeat: number of the round, from 0.
         is_complete: whether all requests were sent and ended well.
         latencies: `ttft_s`, `tpot_s`, `itl_s`, `e2e_s` -> mean, p50, p90, p99.
@@ -199,11 +199,22 @@ class BenchResult:
         good = [run for run in runs if run.is_complete] or runs
         return good[(len(good) - 1) // 2]
 
-    def ratio(self, arm: str) -> float | None:
-        """Time of `hot` over that of `arm`, of typical runs; None where one is missing."""
-        if not {"hot", arm} <= set(self.arms):
+    @property
+    def baseline(self) -> str | None:
+        """The arm that others are compared with: without slower tiers, or without any offload."""
+        return next((arm for arm in ("hot", "resident") if arm in self.arms), None)
+
+    def ratio(self, arm: str, to: str | None = None) -> float | None:
+        """Time of `to` over that of `arm`, of typical runs; None where one is missing.
+
+        Args:
+            arm: how many times as fast this one is.
+            to: None is `baseline`.
+        """
+        to = to or self.baseline
+        if to is None or not {to, arm} <= set(self.arms):
             return None
-        return self.time_s(self.typical("hot")) / self.time_s(self.typical(arm))
+        return self.time_s(self.typical(to)) / self.time_s(self.typical(arm))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -214,7 +225,8 @@ class BenchResult:
             "machine": self.machine,
             "is_open_loop": self.is_open_loop,
             "verification": self.verification,
-            "ratios_to_hot": {arm: self.ratio(arm) for arm in self.arms},
+            "baseline": self.baseline,
+            "ratios": {arm: self.ratio(arm) for arm in self.arms},
             "runs": [run.as_dict() for run in self.runs],
             "failures": [asdict(failure) for failure in self.failures],
         }

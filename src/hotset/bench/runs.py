@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from hotset.bench.driver import drive, settle, wait_for_host_tier
+from hotset.bench.expert_arms import (
+    EXPERTS,
+    RESIDENT,
+    expert_sizes,
+    make_ready,
+    with_all_resident,
+)
 from hotset.bench.play import Play
 from hotset.bench.predict import choose_hardware, make_cost_model, predict
 from hotset.bench.profiler import StepProfiler
@@ -24,12 +32,14 @@ from hotset.errors import ConfigError, HotsetError, PlanError
 from hotset.memory.budget import available_host_bytes
 from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
+from hotset.model.expert_buffer import buffer_experts
 from hotset.model.loader import LoadedModel, resolve_kv_dtype
 from hotset.model.routing_recorder import RoutingRecorder, write_routing
 from hotset.model.runner import inspect_model
 from hotset.plan.cost import CostModel
+from hotset.plan.routing import Routing, skewed_shares
 
-ARMS = ("hot", "host", "host+disk")
+ARMS = ("hot", "host", "host+disk", RESIDENT, EXPERTS)
 
 # Where no size is given: contexts over hot tier; host and disk tiers over contexts.
 _CONTEXTS_PER_HOT = 4.0
@@ -49,6 +59,7 @@ class RunOptions:
         verify: keep the answers.
         wait_for_tiers: start the run only when all host memory is pinned.
         record_routing: file for what experts the tokens of the first run went to; None for none.
+        router_skew: see `router_skew.skew_routers`; None leaves random weights as they are.
     """
 
     profile_steps: int = 0
@@ -57,6 +68,7 @@ class RunOptions:
     verify: bool = False
     wait_for_tiers: bool = True
     record_routing: Path | None = None
+    router_skew: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +103,7 @@ class Bench:
         self._vocab_size: int = model.config.get_text_config().vocab_size
         max_context = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
         self.work = make_work(spec, self._vocab_size, max_context=max_context)
-        kv_dtype = resolve_kv_dtype(config.kv_dtype, model.device)
-        token_bytes = inspect_model(model, kv_dtype).bytes_per_token
+        token_bytes = _kv_bytes_per_token(config, model)
         is_tiered = spec.workload != "unshared"  # that one is about what fits
         self._config = _with_hot_tier(config, self.work, token_bytes) if is_tiered else config
         self._block_bytes = token_bytes * config.block_size
@@ -126,6 +137,7 @@ class Bench:
         """
         say, model = self._say, self._loaded.model
         with ExitStack() as stack:
+            make_ready(self._config, model)
             config = self._config_of(arm, stack)
             _release(model.device)
             start_s = time.perf_counter()
@@ -163,6 +175,7 @@ class Bench:
         profiler = None
         if options.profile_steps:
             profiler = StepProfiler(options.profile_steps, self._loaded.model.device)
+        engine.count_experts()
         before = _counters(engine)
         if self._loaded.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -193,6 +206,7 @@ class Bench:
         if not options.verify:
             run.outputs.clear()
         run.tiers_ready_s, run.warm_up_s, run.prepare_s = tiers_ready_s, warm_up_s, prepare_s
+        engine.count_experts()
         run.engine = _engine_figures(_difference(before, _counters(engine)))
         run.sizes = sizes
         run.samples = columns(driven.watch.samples)
@@ -247,6 +261,7 @@ class Bench:
             "link_bytes_per_s": dict(engine.rates.link_bytes_per_s),
             "prefill_tokens_per_s": engine.rates.prefill_tokens_per_s,
             "max_model_len": engine.max_model_len,
+            **expert_sizes(engine, self._loaded.model),
         }
 
     def _config_of(self, arm: str, stack: ExitStack) -> EngineConfig:
@@ -256,7 +271,9 @@ class Bench:
         blocks = -(-self.work.kv_tokens // config.block_size)
         if self.work.prefixes and config.hot_gib is not None:  # what pushes them out goes down too
             blocks += 2 * int(config.hot_gib * GIB / self._block_bytes)
-        if arm == "hot":
+        if arm == RESIDENT:
+            config = with_all_resident(config, self._loaded.model)
+        if arm in ("hot", RESIDENT, EXPERTS):
             return replace(config, host_gib=0.0, disk_gib=0.0, disk_path=None)
         host_gib = config.host_gib
         if not host_gib:
@@ -287,7 +304,7 @@ class Bench:
             )
             return None
         try:
-            return make_cost_model(
+            cost = make_cost_model(
                 model.config.to_dict(),
                 self._loaded.name,
                 self._dtype,
@@ -297,9 +314,18 @@ class Bench:
         except PlanError as error:
             self.notes.append(f"no prediction: {error}")
             return None
+        skew = self._options.router_skew
+        if skew is not None:
+            shape = cost.shape
+            cost.routing = Routing(skewed_shares(shape.num_experts, shape.top_k_experts, skew))
+        return cost
 
     def _predict(self, engine: Engine, arm: str) -> dict[str, Any] | None:
         if self._cost is None:
+            return None
+        if engine.experts is not None:
+            note = f"no prediction for {arm}: the cost model has no experts in host memory yet"
+            self.notes.append(note)
             return None
         sizes = self._sizes(engine)
         found = predict(
@@ -348,6 +374,17 @@ def _with_hot_tier(config: EngineConfig, work: Work, token_bytes: int) -> Engine
     return replace(config, hot_gib=(blocks + 0.5) * config.block_size * token_bytes / GIB)
 
 
+def _kv_bytes_per_token(config: EngineConfig, model: PreTrainedModel) -> int:
+    """KV bytes of a token, from a trial run of the model."""
+    buffer, _ = buffer_experts(model, config)  # its experts may still be where they were loaded
+    try:
+        kv_dtype = resolve_kv_dtype(config.kv_dtype, model.device)
+        return inspect_model(model, kv_dtype).bytes_per_token
+    finally:
+        if buffer is not None:
+            buffer.close()
+
+
 def _release(device: torch.device) -> None:
     """Give back what nothing refers to any more."""
     gc.collect()
@@ -376,7 +413,11 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]
 def _engine_figures(counters: dict[str, Any]) -> dict[str, Any]:
     """The counters, and what follows from them."""
     steps = counters["steps"]
-    return counters | {"mean_step_ms": counters["step_s"] / steps * 1e3 if steps else None}
+    needed = counters["expert_hits"] + counters["expert_misses"]
+    return counters | {
+        "mean_step_ms": counters["step_s"] / steps * 1e3 if steps else None,
+        "expert_hit_rate": counters["expert_hits"] / needed if needed else None,
+    }
 
 
 def _progress(arm: str, engine: Engine, play: Play, now_s: float) -> str:

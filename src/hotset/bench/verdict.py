@@ -1,4 +1,4 @@
-"""One sentence: whether tiering paid, and why."""
+"""Whether tiering paid, and what experts in host memory cost, each in one sentence."""
 
 from hotset.bench.result import ArmRun, BenchResult
 
@@ -9,10 +9,15 @@ _MOST_NOISE = 0.25  # with more than that, nothing can be said
 
 
 def verdict(result: BenchResult) -> str:
-    """Compare the tiered arms with `hot`; empty where there is nothing to compare."""
+    """Compare the tiered arms with `hot`, and buffered experts with resident ones."""
     tiered = [arm for arm in result.arms if arm in ("host", "host+disk")]
+    of_experts = _of_experts(result)
     if "hot" not in result.arms or not tiered:
-        return _without_comparison(result, tiered)
+        return of_experts or _without_comparison(result, tiered)
+    return f"{_of_tiers(result, tiered)} {of_experts}".strip()
+
+
+def _of_tiers(result: BenchResult, tiered: list[str]) -> str:
     hot = result.typical("hot")
     best = result.typical(max(tiered, key=lambda arm: result.ratio(arm) or 0.0))
     if not (hot.is_complete and best.is_complete):
@@ -27,7 +32,7 @@ def verdict(result: BenchResult) -> str:
         f"`{best.arm}` {took} {result.time_s(best):.2f} s{each} and `hot` "
         f"{'in ' if result.is_open_loop else ''}{result.time_s(hot):.2f} s"
     )
-    noise = _noise(result, best.arm)
+    noise = _noise(result, "hot", best.arm)
     if abs(ratio - 1) > noise:
         if ratio > 1:
             return f"Tiering paid: {times}, {ratio:.2f} times as fast, because {_gain(hot, best)}."
@@ -43,9 +48,38 @@ def verdict(result: BenchResult) -> str:
     )
 
 
-def _noise(result: BenchResult, arm: str) -> float:
+def _of_experts(result: BenchResult) -> str:
+    """What it costs to have some of the experts on the device only; empty if not compared."""
+    if not {"resident", "experts"} <= set(result.arms):
+        return ""
+    all_here, some = result.typical("resident"), result.typical("experts")
+    if not (all_here.is_complete and some.is_complete):
+        return (
+            f"No verdict on experts: {all_here.requests} requests ended with all resident and "
+            f"{some.requests} with some."
+        )
+    ratio = result.ratio("experts", to="resident") or 0.0
+    saved = all_here.sizes["experts_device_bytes"] - some.sizes["experts_device_bytes"]
+    took = "answered in" if result.is_open_loop else "took"
+    times = (
+        f"`experts` {took} {result.time_s(some):.2f} s and `resident` "
+        f"{result.time_s(all_here):.2f} s"
+    )
+    noise = _noise(result, "resident", "experts")
+    speed = f"{1 / ratio:.2f} times as long" if ratio < 1 else f"{ratio:.2f} times as fast"
+    if abs(ratio - 1) <= noise:
+        speed = f"the same within the {noise:.0%} that runs differ by"
+    rate = some.engine.get("expert_hit_rate")
+    hits = "" if rate is None else f"{rate:.1%} of the experts that were needed were there, and "
+    return (
+        f"{saved / 1e9:.3g} GB less on the device for experts: {times}, {speed}; {hits}"
+        f"{(some.count('expert_bytes') or 0) / 1e9:.3g} GB of experts came from host memory."
+    )
+
+
+def _noise(result: BenchResult, base: str, arm: str) -> float:
     """How far runs of one arm are apart, at most; an assumption where each was run once."""
-    all_times = [result.times_s(name) for name in ("hot", arm)]
+    all_times = [result.times_s(name) for name in (base, arm)]
     if min(len(times) for times in all_times) < 2:
         return _NOISE_OF_ONE
     return max(_LEAST_NOISE, *(max(times) / min(times) - 1 for times in all_times))
@@ -54,6 +88,9 @@ def _noise(result: BenchResult, arm: str) -> float:
 def _without_comparison(result: BenchResult, tiered: list[str]) -> str:
     if not result.runs:
         return "No verdict: no run ended."
+    if experts := {"resident", "experts"} & set(result.arms):
+        missing = ", ".join(sorted({"resident", "experts"} - experts))
+        return f"No verdict: `{missing}` was not run; compare with --arms resident,experts."
     missing = "`hot`" if tiered else "`host` or `host+disk`"
     return f"No verdict: {missing} was not run; compare with --arms hot,host."
 

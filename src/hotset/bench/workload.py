@@ -77,6 +77,8 @@ class Work:
         prefixes: sent once each before the run, and not measured.
         is_open_loop: whether arrivals are by the clock.
         num_skipped: requests of a trace that were left out because they are too long.
+        temperature: of all requests; 0 is greedy.
+        seed: what the seeds of sampled requests are made from.
     """
 
     title: str
@@ -85,6 +87,14 @@ class Work:
     prefixes: tuple[tuple[int, ...], ...] = ()
     is_open_loop: bool = False
     num_skipped: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+
+    def sampling_seed(self, session: int, turn: int) -> int | None:
+        """The seed of one request, the same in every run; None where answers are greedy."""
+        if self.temperature == 0:
+            return None
+        return random.Random(f"{self.seed} {session} {turn}").getrandbits(32)
 
     @property
     def num_requests(self) -> int:
@@ -107,6 +117,7 @@ class Spec:
     first_tokens: int = 256
     new_tokens: int = 64
     output_tokens: int = 32
+    temperature: float = 0.0
     seed: int = 1000
     rate_per_s: float | None = None
     prefix_tokens: int = 512
@@ -127,6 +138,7 @@ class Spec:
             check(1 <= value <= 10**7, f"--{name.replace('_', '-')}", value, "1 or more")
         check(self.new_tokens >= 1, "--new-tokens", self.new_tokens, "1 or more")
         check(self.prefix_tokens >= 1, "--prefix-tokens", self.prefix_tokens, "1 or more")
+        check(0 <= self.temperature <= 100, "--temperature", self.temperature, "0 to 100")
         rate = self.rate_per_s
         check(rate is None or 0 < rate < 1e6, "--rate", rate, "requests a second, above 0")
         sessions = self.max_sessions
@@ -170,8 +182,10 @@ class Preset:
     """A workload with the model and the sizes of a published comparison.
 
     Attributes:
-        model: a bundled shape for dummy weights; None is the default model.
+        model: a bundled shape, or the config file of one, for dummy weights; None is the default
+            model.
         engine: fields of `EngineConfig` other than the tiers' sizes.
+        arms: what runs where no arms are named and experts are not bounded.
     """
 
     spec: Spec
@@ -181,6 +195,7 @@ class Preset:
     host_gib: float = 0.0
     disk_gib: float = 0.0
     engine: dict[str, Any] = field(default_factory=dict)
+    arms: tuple[str, ...] = ("hot", "host")
 
 
 _PEERS: dict[str, Any] = {
@@ -189,6 +204,26 @@ _PEERS: dict[str, Any] = {
     "disk_gib": 40.0,
     "engine": {"max_num_batched_tokens": 8192, "max_model_len": 8192, "max_num_seqs": 256},
 }
+# Sampled: greedy answers of random weights repeat few tokens, and so use few experts.
+_PEERS_MOE: dict[str, Any] = {
+    "model": "qwen3-30b-a3b",
+    "hot_gib": 20.0,
+    "engine": {"max_num_batched_tokens": 8192, "max_model_len": 8192, "max_num_seqs": 256},
+    "arms": ("resident",),
+}
+
+
+def _moe(users: int, first_tokens: int, output_tokens: int, seed: int) -> Spec:
+    return Spec(
+        "unshared",
+        users=users,
+        first_tokens=first_tokens,
+        output_tokens=output_tokens,
+        temperature=1.0,
+        seed=seed,
+    )
+
+
 # Prompts are uniform random ids of `random.Random(1000 + index)`, in this order.
 PRESETS = {
     "A512": Preset(
@@ -219,6 +254,16 @@ PRESETS = {
         hot_gib=16.0,
         **_PEERS,
     ),
+    "D256": Preset(
+        _moe(256, 512, 256, 1005),
+        "256 requests of 512 / 256 tokens at once to a Mixture of Experts, 20 GiB of KV",
+        **_PEERS_MOE,
+    ),
+    "D256-64": Preset(_moe(256, 512, 64, 1006), "D256 with answers of 64 tokens", **_PEERS_MOE),
+    "D256-32": Preset(_moe(256, 512, 32, 1007), "D256 with answers of 32 tokens", **_PEERS_MOE),
+    "D16": Preset(_moe(16, 512, 256, 1008), "16 requests of 512 / 256 tokens", **_PEERS_MOE),
+    "D1": Preset(_moe(1, 64, 16, 1009), "one request of 64 / 16 tokens", **_PEERS_MOE),
+    "D8": Preset(_moe(8, 96, 3, 1010), "8 requests of 96 / 3 tokens", **_PEERS_MOE),
     "A-small": Preset(
         Spec("unshared", users=16, first_tokens=64, output_tokens=32, seed=1000),
         "A512 in small, for the default model on a CPU",
@@ -234,6 +279,13 @@ PRESETS = {
     "C6-small": Preset(
         Spec("multiturn", 16, 6, first_tokens=224, new_tokens=32, output_tokens=16, seed=1004),
         "C6 in small, for the default model on a CPU",
+    ),
+    "D-small": Preset(
+        _moe(16, 64, 32, 1008),
+        "D16 in small, for a small Mixture of Experts on a CPU",
+        model=str(Path(__file__).with_name("shapes") / "qwen3-moe-small.json"),
+        engine={"device": "cpu"},
+        arms=("resident",),
     ),
 }
 
@@ -262,7 +314,7 @@ def make_work(spec: Spec, vocab_size: int, *, max_context: int | None = None) ->
     if spec.workload == "trace":
         from hotset.bench.trace import trace_work
 
-        return trace_work(spec, vocab_size, max_context=max_context)
+        return _sampled(trace_work(spec, vocab_size, max_context=max_context), spec)
     low, high = token_range(vocab_size)
     rng = random.Random(spec.seed)
 
@@ -280,7 +332,15 @@ def make_work(spec: Spec, vocab_size: int, *, max_context: int | None = None) ->
             f"the workload has contexts of {work.longest_context} tokens but the model and its "
             f"memory serve {max_context}; give fewer tokens or turns, or more --hot-gib"
         )
-    return _with_arrivals(work, spec)
+    return _sampled(_with_arrivals(work, spec), spec)
+
+
+def _sampled(work: Work, spec: Spec) -> Work:
+    """With the temperature of the spec, which the title names where it is not 0."""
+    if spec.temperature == 0:
+        return work
+    title = f"{work.title}; temperature {spec.temperature:g}"
+    return replace(work, title=title, temperature=spec.temperature, seed=spec.seed)
 
 
 def _given(tokens: list[int]) -> Callable[[], list[int]]:
@@ -381,6 +441,7 @@ def warm_up(spec: Spec, vocab_size: int, max_context: int, *, is_small: bool) ->
             first_tokens=max(1, min(most_tokens, max_context // 2 - 2 * output)),
             new_tokens=max(1, min(32, max_context // 8)),
             output_tokens=output,
+            temperature=spec.temperature,
             seed=11,
         ),
         vocab_size,

@@ -27,6 +27,7 @@ _SPEC_OPTIONS = {
     "first_tokens": "first_tokens",
     "new_tokens": "new_tokens",
     "output_tokens": "output_tokens",
+    "temperature": "temperature",
     "work_seed": "seed",
     "rate": "rate_per_s",
     "prefix_tokens": "prefix_tokens",
@@ -62,7 +63,8 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
 @click.option("--first-tokens", type=int, help="Prompt of a first turn (beside a shared prefix).")
 @click.option("--new-tokens", type=int, help="What a later turn of `multiturn` adds.")
 @click.option("--output-tokens", type=int, help="Answer of each turn, exactly.")
-@click.option("--seed", "work_seed", type=int, help="Of prompts and arrivals.")
+@click.option("--temperature", type=float, help="Of sampling; 0 is greedy.  [default: 0]")
+@click.option("--seed", "work_seed", type=int, help="Of prompts, arrivals and sampling.")
 @click.option("--rate", type=float, help="Sessions a second, at random.  [default: all at once]")
 @click.option("--prefix-tokens", type=int, help="`shared-prefix`: length of a prefix.")
 @click.option("--prefixes", type=int, help="`shared-prefix`: how many.")
@@ -74,7 +76,8 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
 @click.option(
     "--arms",
     default=None,
-    help="Some of hot,host,host+disk.  [default: hot,host; none with --against]",
+    help="Some of hot,host,host+disk,resident,experts.  [default: hot,host; resident,experts with "
+    "--expert-slots or --expert-gib; none with --against]",
 )
 @click.option("--repeats", type=click.IntRange(1, 100), default=1, show_default=True)
 @click.option("--against", metavar="URL", help="Send the same work to an OpenAI-compatible server.")
@@ -85,6 +88,12 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
 )
 @click.option(
     "--dummy-weights", is_flag=True, help="Random weights of a shape: see hotset plan --list."
+)
+@click.option(
+    "--router-skew",
+    type=click.FloatRange(0, 4),
+    help="With random weights: use experts evenly (0) or unevenly (0.45 is as measured on "
+    "Qwen3-30B-A3B, see docs/moe.md).  [default: as it comes]",
 )
 @click.option(
     "--hardware", metavar="NAME|FILE|this", help="Profile that predictions are made with."
@@ -132,6 +141,7 @@ def command(
     against_model: str | None,
     vocab_size: int | None,
     dummy_weights: bool,
+    router_skew: float | None,
     hardware: str | None,
     verify: bool,
     profile_steps: int | None,
@@ -147,7 +157,7 @@ def command(
     r"""Run the same work with and without tiers, side by side, and say whether tiering paid.
 
     WORKLOAD is one of unshared, pressure, multiturn, shared-prefix, or trace with a FILE in
-    Mooncake's format. Prompts are random tokens; answers are greedy and go on past end tokens.
+    Mooncake's format. Prompts are random tokens; answers go on past end tokens.
     Sizes that are not given are made to fit the workload: see docs/bench.md.
 
     \b
@@ -175,10 +185,10 @@ def command(
         spec=chosen.spec,
         config=config,
         dummy_weights=dummy_weights,
-        arms=parse_arms(arms) if arms else ([] if against else ["hot", "host"]),
+        arms=parse_arms(arms) if arms is not None else _arms(chosen, config, against),
         repeats=repeats,
         options=RunOptions(
-            profile_steps or 0, max_s, hardware, verify, not no_wait, record_routing
+            profile_steps or 0, max_s, hardware, verify, not no_wait, record_routing, router_skew
         ),
         target=target,
     )
@@ -228,6 +238,13 @@ def _choose(
         raise ConfigError(f"the workload `{workload}` takes no file")
     assert workload is not None
     return Preset(replace(DEFAULTS[workload], **changes), "")
+
+
+def _arms(preset: Preset, config: EngineConfig, against: str | None) -> list[str]:
+    """What runs where no arms are named."""
+    if against is not None:
+        return []
+    return ["resident", "experts"] if config.buffers_experts else list(preset.arms)
 
 
 def _with_preset(

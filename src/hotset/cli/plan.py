@@ -200,7 +200,10 @@ def command(
 
 
 def _balance(path: Path, devices: int | None, replicas: int | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
     from hotset.plan.balance import balance, balance_table, load_recording
+    from hotset.plan.routing import skew_of
 
     if devices is None:
         raise PlanError("--routing needs --devices N")
@@ -214,6 +217,7 @@ def _balance(path: Path, devices: int | None, replicas: int | None, as_json: boo
                 "about": recording.about,
                 "devices": devices,
                 "layers": list(recording.layers),
+                "skew": asdict(skew_of(recording.history.sum(0).tolist())),
                 "cases": [case.as_dict() for case in cases],
             }
         )

@@ -26,7 +26,7 @@ from hotset.memory.slab import slot_bytes_for
 from hotset.memory.transfer import TierStack, make_copier
 from hotset.metrics import Metrics
 from hotset.model.cpu_linear import pack_linears
-from hotset.model.expert_buffer import buffer_experts
+from hotset.model.expert_buffer import ExpertBuffer, buffer_experts
 from hotset.model.experts import pack_experts
 from hotset.model.loader import LoadedModel, resolve_kv_dtype
 from hotset.model.routing_recorder import RoutingRecorder
@@ -210,6 +210,11 @@ class Engine:
     def tiers(self) -> TierStack | None:
         """The tiers below the device, for the status page to look at."""
         return self._tiers
+
+    @property
+    def experts(self) -> ExpertBuffer | None:
+        """The experts that are in host memory; None where all are on the device."""
+        return self._experts
 
     def validate(self, token_ids: Sequence[int], params: SamplingParams) -> None:
         """Check a request without queueing it. May be called from any thread.

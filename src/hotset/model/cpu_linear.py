@@ -24,6 +24,11 @@ class PackedLinear(nn.Module):
         self._bias = None if linear.bias is None else linear.bias.detach()
         self.num_bytes = sum(p.nbytes for p in linear.parameters())
 
+    def dense_weight(self) -> torch.Tensor:
+        """The `[out, in]` weight as it was, in memory of its own."""
+        weight: torch.Tensor = self._weight.to_dense()
+        return weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(

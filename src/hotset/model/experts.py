@@ -77,6 +77,21 @@ def pack_experts(model: nn.Module) -> None:
                 setattr(layer, name, None)
 
 
+def unpack_experts(model: nn.Module) -> None:
+    """Undo `pack_experts`, in place, one layer at a time: the weights are the same bits."""
+    with torch.inference_mode():
+        for layer in experts_layers(model):
+            for name in (up_name(layer), "down_proj"):
+                packed = getattr(layer, f"packed_{name}", None)
+                if packed is None:
+                    continue
+                matrices = [linear.dense_weight() for linear in packed]
+                if layer.is_transposed:
+                    matrices = [matrix.t() for matrix in matrices]
+                delattr(layer, f"packed_{name}")
+                setattr(layer, name, nn.Parameter(torch.stack(matrices), requires_grad=False))
+
+
 def dynamic_experts(
     layer: Experts,
     hidden_states: torch.Tensor,

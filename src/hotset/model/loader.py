@@ -23,6 +23,7 @@ from hotset.model import checkpoint, default_model
 from hotset.model.experts import experts_layers, move_but_experts
 from hotset.model.fp8 import FP8
 from hotset.model.fp8_linear import quantize_linears
+from hotset.model.router_skew import skew_routers
 from hotset.plan.catalog import find_config
 
 _log = logging.getLogger(__name__)
@@ -107,7 +108,13 @@ def load_model(
 
 
 def load_dummy(
-    name: str, *, device: str, dtype: str, seed: int = 0, experts_on_host: bool = False
+    name: str,
+    *,
+    device: str,
+    dtype: str,
+    seed: int = 0,
+    router_skew: float | None = None,
+    experts_on_host: bool = False,
 ) -> LoadedModel:
     """A model of a known shape with random weights and no tokenizer, for benchmarks.
 
@@ -120,12 +127,14 @@ def load_dummy(
         device: as for `load_model`.
         dtype: as for `load_model`; `auto` off the CPU is the config's own, else bfloat16.
         seed: of the weights.
+        router_skew: how unevenly routers use the experts, see `router_skew.skew_routers`; None
+            leaves that to chance.
         experts_on_host: as for `load_model`; the weights are the same.
 
     Raises:
         ModelError: there is no such config, transformers cannot make a causal language model of
             it, or its weights are larger than the memory that is free; `ConfigError`: there is no
-            such device or dtype.
+            such device or dtype, or nothing to be skewed.
     """
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
@@ -133,6 +142,8 @@ def load_dummy(
         fields, short_name, source = find_config(name)
     except PlanError as error:
         raise ModelError(str(error)) from error
+    if (file := Path(source)).is_file():
+        short_name = file.resolve().parent.name if file.name == "config.json" else file.stem
     try:
         config = AutoConfig.for_model(**fields)
         torch_dtype = torch_dtype or config.dtype or torch.bfloat16
@@ -160,9 +171,13 @@ def load_dummy(
     with checkpoint.quiet(), torch.random.fork_rng(devices), torch.device(target):
         torch.manual_seed(seed)
         model = _make(config, torch_dtype, target, experts_on_host=experts_on_host)
+    if router_skew is not None:
+        skew_routers(model, router_skew, seed=seed)
     _round(model, dtype)
     model.eval().requires_grad_(False)
-    made_of = json.dumps([fields, dtype, str(model.dtype), seed], sort_keys=True, default=str)
+    made_of = json.dumps(
+        [fields, dtype, str(model.dtype), seed, router_skew], sort_keys=True, default=str
+    )
     return LoadedModel(
         model=model,
         tokenizer=None,

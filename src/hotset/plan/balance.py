@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from hotset.errors import PlanError
 from hotset.plan.placement import History, Placement, in_order, measure, place, round_robin
+from hotset.plan.routing import skew_of
 
 Counts = npt.NDArray[np.int64]
 
@@ -196,6 +197,8 @@ def balance_table(recording: Recording, cases: list[Case], num_devices: int) -> 
     ]
     if has_unseen:
         notes.append("Unseen: placed by the first half of the steps, measured on the second.")
+    used = skew_of(recording.history.sum(0).tolist())
+    notes.insert(0, f"All steps: {used}; means over layers.")
     title = f"{experts} experts of {layers} layers on {num_devices} devices, {steps} steps"
     return "\n".join([f"{title} ({about})" if about else title, "", *lines, "", *notes])
 

@@ -145,7 +145,7 @@ def _qwen_moe(f: Facts, index: int) -> Moe | None:
         shared = mlp_params(f, shared_width) + Params(f.count("hidden_size"))  # and its gate
     return _moe(
         f,
-        f.count("num_experts"),
+        f.count("num_experts", "num_local_experts"),  # the hub's files, and transformers' own dict
         f.count("num_experts_per_tok"),
         f.count("moe_intermediate_size"),
         shared=shared,

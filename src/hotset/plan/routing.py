@@ -2,8 +2,11 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from statistics import NormalDist, fmean
 
 from hotset.errors import PlanError
 
@@ -60,6 +63,75 @@ class Routing:
 def reach(chance: float, tokens: float) -> float:
     """Chance that at least one of `tokens` tokens picks an expert each picks with `chance`."""
     return 1.0 - math.pow(1.0 - min(1.0, chance), tokens)
+
+
+def row_scales(num_experts: int, skew: float) -> list[float]:
+    """Factors of a router's rows: the quantiles of a log-normal distribution, smallest first.
+
+    Quantiles and not draws, so that every layer is skewed alike, whatever its seed.
+    """
+    normal = NormalDist()
+    ranks = ((expert + 0.5) / num_experts for expert in range(num_experts))
+    return [math.exp(skew * normal.inv_cdf(rank)) for rank in ranks]
+
+
+def skewed_shares(num_experts: int, top_k: int, skew: float) -> tuple[float, ...]:
+    """Shares of the routed tokens where a router's rows are scaled by `row_scales`, sum 1.
+
+    Logits are taken as normal and independent, each with its row's factor as standard deviation,
+    and an expert as chosen where its logit is above the level that `top_k` of all are above on
+    average. Which level that is does not depend on the scale of the logits.
+    """
+    normal, scales = NormalDist(), row_scales(num_experts, skew)
+
+    def chances(level: float) -> list[float]:
+        return [normal.cdf(-level / scale) for scale in scales]
+
+    low, high = -100 * scales[-1], 100 * scales[-1]
+    for _ in range(200):
+        level = (low + high) / 2
+        low, high = (level, high) if sum(chances(level)) > top_k else (low, level)
+    found = chances(low)
+    return tuple(chance / sum(found) for chance in found)
+
+
+@dataclass(frozen=True)
+class Skew:
+    """How unevenly experts are used.
+
+    Attributes:
+        max_over_mean: load of the busiest expert over that of all, mean over layers.
+        top_quarter: share of the routed tokens that go to the busiest quarter of a layer's experts.
+        for_90_percent: share of a layer's experts, busiest first, that get 90 % of them.
+    """
+
+    max_over_mean: float
+    top_quarter: float
+    for_90_percent: float
+
+    def __str__(self) -> str:
+        return (
+            f"the busiest expert of a layer gets {self.max_over_mean:.2f} times the mean, the "
+            f"busiest quarter {self.top_quarter:.0%} of all tokens, and "
+            f"{self.for_90_percent:.0%} of the experts get 90%"
+        )
+
+
+def skew_of(layers: Sequence[Sequence[float]]) -> Skew:
+    """Measure loads of experts, one sequence for each layer; layers without load do not count."""
+    found = []
+    for loads in layers:
+        total = sum(loads)
+        if total <= 0:
+            continue
+        shares = sorted((load / total for load in loads), reverse=True)
+        count = len(shares)
+        needed = next(
+            (i for i, held in enumerate(accumulate(shares), 1) if held >= 0.9 - 1e-12), count
+        )
+        found.append((shares[0] * count, sum(shares[: count // 4]), needed / count))
+    assert found, "nothing was routed"
+    return Skew(*(fmean(figures) for figures in zip(*found, strict=True)))
 
 
 def load_histogram(path: Path) -> Routing:

@@ -1,0 +1,67 @@
+"""Arms that differ in where the experts are: all on the device, or as the engine's options say."""
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from hotset.config import EngineConfig
+from hotset.engine.engine import Engine
+from hotset.errors import ConfigError
+from hotset.model.experts import experts_layers, unpack_experts
+from hotset.model.runner import weights_bytes
+
+RESIDENT, EXPERTS = "resident", "experts"
+
+
+def check_arms(arms: list[str], config: EngineConfig) -> None:
+    """Raise ConfigError where an arm would not be what its name says."""
+    if EXPERTS in arms and not config.buffers_experts:
+        raise ConfigError(
+            f"the arm {EXPERTS} is for experts of which some are in host memory; give "
+            "--expert-slots or --expert-gib"
+        )
+
+
+def with_all_resident(config: EngineConfig, model: PreTrainedModel) -> EngineConfig:
+    """The options with room for all experts on the device.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    layers = experts_layers(model)
+    if not config.buffers_experts or not layers:
+        return config
+    if model.device.type == "cuda":
+        hosts = [getattr(layer, "expert_host", None) for layer in layers]
+        away_bytes = sum(host.payloads.nbytes for host in hosts if host is not None)
+        free_bytes, _ = torch.cuda.mem_get_info(model.device)
+        if away_bytes > free_bytes:
+            raise ConfigError(
+                f"all experts take {away_bytes / 1e9:.1f} GB more than is there now and "
+                f"{free_bytes / 1e9:.1f} GB are free on the device; leave the arm {RESIDENT} out"
+            )
+    return replace(
+        config,
+        expert_slots=layers[0].num_experts,
+        expert_gib=None,
+        expert_plan="auto",
+        expert_eviction="least-stale",
+    )
+
+
+def make_ready(config: EngineConfig, model: PreTrainedModel) -> None:
+    """Undo what the engine before did to the experts that keeps them from being moved."""
+    if config.buffers_experts:
+        unpack_experts(model)
+
+
+def expert_sizes(engine: Engine, model: PreTrainedModel) -> dict[str, int]:
+    """Bytes of experts, for results; empty for a model without."""
+    layers = experts_layers(model)
+    if not layers:
+        return {}
+    buffer = engine.experts
+    if buffer is None:
+        return {"experts_device_bytes": sum(map(weights_bytes, layers)), "experts_host_bytes": 0}
+    return {"experts_device_bytes": buffer.device_bytes, "experts_host_bytes": buffer.host_bytes}
