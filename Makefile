@@ -1,5 +1,6 @@
 # make test   install into .venv, then run every check and test that needs no GPU
 # make demo   install, then serve 24 users with and without the tiers, side by side (CPU, minutes)
+# make demo-moe  install, then serve a small Mixture of Experts with a quarter of its experts (CPU)
 # make check  the same as `make test`
 
 # Any Python from 3.11 on: make PYTHON=/path/to/python3.12
@@ -12,7 +13,7 @@ TORCH ?= torch==2.13.0
 
 PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 
-.PHONY: help test check demo
+.PHONY: help test check demo demo-moe
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -21,6 +22,9 @@ test check: .venv/installed
 
 demo: .venv/installed
 	.venv/bin/hotset demo
+
+demo-moe: .venv/installed
+	.venv/bin/hotset demo-moe
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

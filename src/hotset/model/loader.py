@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hotset.errors import ConfigError, ModelError, PlanError
 from hotset.memory.budget import available_host_bytes
-from hotset.model import checkpoint, default_model
+from hotset.model import checkpoint, default_model, upcycled_model
 from hotset.model.experts import experts_layers, move_but_experts
 from hotset.model.fp8 import FP8
 from hotset.model.fp8_linear import quantize_linears
@@ -301,6 +301,8 @@ def _find(name: str | None) -> tuple[Path, str]:
     """The folder or GGUF file of a model, fetched first where it is not here; and a short name."""
     if name is None or name == default_model.NAME:
         return default_model.ensure(), default_model.NAME
+    if name == upcycled_model.NAME:
+        return upcycled_model.ensure(), upcycled_model.NAME
     path = Path(name).expanduser()
     if path.is_dir():
         return path, path.resolve().name
