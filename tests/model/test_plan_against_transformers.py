@@ -63,6 +63,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", HEAD),
     ("phi3", {}),
     ("granite", {}),
+    ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     ("smollm3", {}),
     ("gemma", {**HEAD, "num_key_value_heads": 1}),
     ("gemma2", {**HEAD, "sliding_window": 8}),
@@ -163,6 +164,17 @@ def test_family_has_the_parameters_that_transformers_creates(
 ) -> None:
     config = {**TINY, **facts, "model_type": model_type}
     assert shape_from_config(config, model_type).total_params == num_params(config)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_experts_are_counted_alike_in_a_checkpoint_and_in_a_config_of_transformers(
+    model_type: str,
+) -> None:
+    # transformers writes some of the counts under other names than it reads.
+    facts = next(facts for name, facts in FAMILIES if name == model_type)
+    config = {**TINY, **facts, "model_type": model_type}
+    again = AutoConfig.for_model(**config).to_dict()
+    assert shape_from_config(again, "again").layers == shape_from_config(config, "one").layers
 
 
 def cache_bytes(cache: Any) -> int:

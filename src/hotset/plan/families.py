@@ -198,7 +198,8 @@ def _qwen3_next(f: Facts) -> list[Layer]:
         else:
             bias = bool(f.get("attention_bias", default=False))
             attention = gqa(f, index, qk_norm="head", gated=True, qkv_bias=bias, out_bias=bias)
-        moe = _qwen_moe(f, index) if f.get("num_experts", default=0) else None
+        has_experts = f.get("num_experts", "num_local_experts", default=0)
+        moe = _qwen_moe(f, index) if has_experts else None
         if moe:
             router, expert, shared, num_experts, top_k = moe
             result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
@@ -453,6 +454,7 @@ FAMILIES: dict[str, Builder] = {
     "mixtral": Llama(
         qkv_bias=False, out_bias=False, moe=_mixtral_moe, window=_always_window
     ).layers,
+    "granitemoe": Llama(moe=_mixtral_moe).layers,
     "qwen2_moe": Llama(
         qkv_bias=True, out_bias=False, moe=_qwen_moe, window=_qwen_window, mlp_bias=False
     ).layers,
