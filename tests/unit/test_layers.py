@@ -36,6 +36,7 @@ TORCH_FREE = [
     "hotset.memory.kv_cache",
     "hotset.memory.policy",
     "hotset.plan.cost",
+    "hotset.plan.expert_split",
 ]
 
 

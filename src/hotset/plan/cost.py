@@ -421,10 +421,20 @@ class CostModel:
         """
         if new_tokens <= 0:
             return 0.0
-        tiering = tiering or Tiering()
-        shape, tp, c = self.shape, self.layout.tp, self.calibration
         chunks = math.ceil(sequences * new_tokens / chunk)
         tokens = sequences * new_tokens / chunks
+        attention_s = sequences * self.prefill_attention_s(new_tokens, past_tokens)
+        return chunks * self.chunk_s(tokens, tiering) + attention_s
+
+    def prefill_attention_s(self, new_tokens: float, past_tokens: float = 0.0) -> float:
+        """Time that causal attention takes for `new_tokens` of one sequence after `past_tokens`."""
+        flops = self.shape.prefill_attention_flops(new_tokens, past_tokens) / self.layout.tp
+        return flops / self._flops("bf16", self.calibration.attention_efficiency)
+
+    def chunk_s(self, tokens: float, tiering: Tiering | None = None) -> float:
+        """Time of one step of `tokens` tokens of prompts in every group, without attention."""
+        tiering = tiering or Tiering()
+        shape, tp, c = self.shape, self.layout.tp, self.calibration
         # The head is needed for the last token only.
         routed = shape.active_params - shape.dense_params
         head = shape.head.count or shape.embedding.count
@@ -442,10 +452,7 @@ class CostModel:
             )
         kernels = sum(layer.num_kernels for layer in shape.layers) + 4
         chip_s += kernels * self.kernel_s
-        attention = sequences * shape.prefill_attention_flops(new_tokens, past_tokens) / tp
-        attention_s = attention / self._flops("bf16", c.attention_efficiency)
         comm_s = self.all_reduce_s(tokens) + self.all_to_all_s(tokens / tp, per_node=True)
         if "comm" in self.overlap:
             comm_s = max(0.0, comm_s - chip_s)
-        streamed_s = self._streamed_experts_s(slots, chip_s, tiering)
-        return chunks * (chip_s + comm_s + streamed_s) + attention_s
+        return chip_s + comm_s + self._streamed_experts_s(slots, chip_s, tiering)
