@@ -8,6 +8,8 @@ from tiny_models import make_model
 
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
+from hotset.model.expert_buffer import slot_bytes_of
+from hotset.model.experts import experts_layers
 from hotset.model.loader import LoadedModel
 from hotset.request import SamplingParams
 
@@ -26,9 +28,11 @@ def make_engine(
 ) -> Engine:
     """An engine over a tiny model, its tiers sized in blocks of values of `kv_bytes` bytes.
 
-    The caller closes it.
+    All its experts stay on the device, unless `changes` say how many. The caller closes it.
     """
     model = make_model(family, seed=seed).to(changes.get("device", "cpu"))
+    if slot_bytes_of(model, EngineConfig()) is not None and "expert_gib" not in changes:
+        changes.setdefault("expert_slots", experts_layers(model)[0].num_experts)
     config = model.config
     head_dim = 24 if family == "deepseek_v3" else config.head_dim
     token_bytes = 2 * config.num_key_value_heads * head_dim * kv_bytes * config.num_hidden_layers

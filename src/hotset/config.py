@@ -12,6 +12,14 @@ GIB = 2**30
 DType = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 KVDType = Literal["auto", "fp8"]
 
+# What says how experts in host memory come, and its defaults.
+EXPERT_OPTIONS = {
+    "expert_plan": "auto",
+    "expert_eviction": "least-stale",
+    "expert_cold_dtype": "auto",
+    "expert_prefetch": 0,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -25,7 +33,19 @@ class EngineConfig:
             scale for each output: near half the bytes, and not exact.
         kv_dtype: of stored keys and values; `auto` is `dtype`, `fp8` is 8-bit floats (e4m3), with
             the scales of the checkpoint where it has some: half the bytes, and not exact.
-        hot_gib: KV memory on the device, in GiB; None takes what is left beside the weights.
+        hot_gib: KV memory on the device, in GiB; None takes what is left beside the weights. For a
+            Mixture-of-Experts model it is for KV and experts together, split by the cost model,
+            unless `expert_slots` or `expert_gib` sizes the experts.
+        total_gib: all memory on the device, in GiB: weights, experts, KV and the workspace of
+            steps. Instead of `hot_gib`, and split likewise.
+        target: what a split between KV and experts is best for: `throughput`, the most tokens/s of
+            `expected_users` that queue for ever; or `latency`, the shortest step that all of them
+            decode in.
+        expected_users: requests that run at once, for the split; None is `max_num_seqs` for
+            throughput and 8 for latency.
+        expected_prompt_tokens: of a request, for the split; None is 1024, or four fifths of a
+            shorter longest context.
+        expected_output_tokens: likewise; None is 256, or the other fifth.
         host_gib: host tier for KV, in GiB; 0 is none.
         disk_gib: disk tier for KV, in GiB; 0 is none.
         disk_path: folder of the disk tier; None is the platform's cache folder.
@@ -66,6 +86,11 @@ class EngineConfig:
     dtype: DType = "auto"
     kv_dtype: KVDType = "auto"
     hot_gib: float | None = None
+    total_gib: float | None = None
+    target: Literal["throughput", "latency"] = "throughput"
+    expected_users: int | None = None
+    expected_prompt_tokens: int | None = None
+    expected_output_tokens: int | None = None
     host_gib: float = 0.0
     disk_gib: float = 0.0
     disk_path: Path | None = None
@@ -95,9 +120,23 @@ class EngineConfig:
 
         check(self.kv_dtype in ("auto", "fp8"), "kv_dtype", "auto or fp8")
         check(self.hot_gib is None or 0 < self.hot_gib < math.inf, "hot_gib", "a size above 0 GiB")
+        check(
+            self.total_gib is None or 0 < self.total_gib < math.inf,
+            "total_gib",
+            "a size above 0 GiB",
+        )
+        check(self.target in ("throughput", "latency"), "target", "throughput or latency")
+        for name in ("expected_users", "expected_prompt_tokens", "expected_output_tokens"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, "1 or more")
         check(0 <= self.host_gib < math.inf, "host_gib", "0 (none) or a size in GiB")
         check(0 <= self.disk_gib < math.inf, "disk_gib", "0 (none) or a size in GiB")
-        check(self.expert_slots is None or self.expert_slots >= 1, "expert_slots", "1 or more")
+        fewest = 0 if self.expert_plan == "stream" else 1
+        check(
+            self.expert_slots is None or self.expert_slots >= fewest,
+            "expert_slots",
+            "1 or more, or 0 with the expert_plan stream",
+        )
         check(
             self.expert_gib is None or 0 < self.expert_gib < math.inf,
             "expert_gib",
@@ -126,6 +165,10 @@ class EngineConfig:
                 f"rotation_s is {self.rotation_s} but host_gib is 0; give the host tier a size for "
                 "the KV of those that wait, or leave rotation_s out"
             )
+        if self.hot_gib is not None and self.total_gib is not None:
+            raise ConfigError(
+                f"hot_gib is {self.hot_gib} and total_gib is {self.total_gib}; give one of them"
+            )
         self._check_experts()
         if self.disk_path is not None and self.disk_gib == 0:
             raise ConfigError(
@@ -138,28 +181,42 @@ class EngineConfig:
         """Whether experts are bounded on the device, and the others kept in host memory."""
         return self.expert_slots is not None or self.expert_gib is not None
 
+    @property
+    def splits_memory(self) -> bool:
+        """Whether a budget is for KV and experts together, where the model has some."""
+        has_budget = self.hot_gib is not None or self.total_gib is not None
+        return has_budget and not self.buffers_experts
+
+    @property
+    def split_options(self) -> list[str]:
+        """The options given that only a split between KV and experts heeds."""
+        names = ("target", "expected_users", "expected_prompt_tokens", "expected_output_tokens")
+        return [name for name in names if getattr(self, name) not in (None, "throughput")]
+
     def _check_experts(self) -> None:
         if self.expert_slots is not None and self.expert_gib is not None:
             raise ConfigError(
                 f"expert_slots is {self.expert_slots} and expert_gib is {self.expert_gib}; "
                 "give one of them"
             )
-        for name, default in (
-            ("expert_plan", "auto"),
-            ("expert_eviction", "least-stale"),
-            ("expert_cold_dtype", "auto"),
-            ("expert_prefetch", 0),
-        ):
+        for name, default in EXPERT_OPTIONS.items():
             value = getattr(self, name)
-            if value != default and not self.buffers_experts:
+            if value != default and not (self.buffers_experts or self.splits_memory):
                 raise ConfigError(
                     f"{name} is {value!r}, which does nothing while all experts are on the device; "
-                    "give expert_slots or expert_gib, or leave it out"
+                    "give expert_slots, expert_gib, hot_gib or total_gib, or leave it out"
                 )
         if self.expert_plan == "stream" and self.expert_prefetch:
             raise ConfigError(
                 f"expert_prefetch is {self.expert_prefetch}, but the plan stream brings all "
                 "experts ahead of their layer; leave one of them out"
+            )
+        if self.split_options and not self.splits_memory:
+            name = self.split_options[0]
+            raise ConfigError(
+                f"{name} is {getattr(self, name)!r}, which does nothing without memory to split "
+                "between KV and experts; give hot_gib or total_gib and neither expert_slots nor "
+                "expert_gib, or leave it out"
             )
         if self.expert_plan == "stream" and self.expert_eviction != "least-stale":
             raise ConfigError(

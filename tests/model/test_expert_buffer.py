@@ -482,7 +482,8 @@ def test_a_budget_in_gib_is_kept_and_weights_are_not_counted_twice(
     assert engine._experts is not None
     assert engine._experts.device_bytes == 3 * 3 * payload
     assert engine._experts.host_bytes == 3 * 8 * payload
-    assert engine.budget.weights_bytes == whole - 3 * 5 * payload
+    assert engine.budget.expert_bytes == 3 * 3 * payload
+    assert engine.budget.weights_bytes == whole - 3 * 8 * payload
     with pytest.raises(ConfigError, match="needs"):
         make_engine("qwen3_moe", expert_gib=payload / GIB, expert_plan="cache")
     streaming = make_engine("qwen3_moe", expert_gib=18 * payload / GIB, expert_plan="stream")

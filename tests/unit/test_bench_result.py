@@ -7,14 +7,15 @@ import pytest
 
 from hotset.bench.charts import Bar, Limit, bar_chart, chart, thin, ticks
 from hotset.bench.html import page, rates
-from hotset.bench.predict import choose_hardware, make_cost_model, predict
+from hotset.bench.predict import predict
 from hotset.bench.report import table, text
 from hotset.bench.result import ArmRun, BenchResult, Failure, summarise, verify
 from hotset.bench.verdict import verdict
 from hotset.bench.workload import PRESETS, make_work
 from hotset.config import GIB
 from hotset.plan.catalog import find_config
-from hotset.plan.hardware import load_hardware
+from hotset.plan.hardware import choose_hardware, load_hardware
+from hotset.plan.loaded import make_cost_model
 from hotset.plan.svg import Line
 
 MACHINE = {
@@ -308,7 +309,7 @@ def test_predictions_are_near_what_was_published(
 
 
 def test_the_profile_of_a_gpu_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hotset.bench import predict as module
+    from hotset.plan import hardware as module
 
     class Missing:
         def is_file(self) -> bool:

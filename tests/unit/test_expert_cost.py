@@ -56,6 +56,7 @@ def solve(gib: float, load: Load, plan: str = "auto", target: str = "throughput"
         load,
         target=target,
         max_step_tokens=8192,
+        fewest_slots=slots_of(plan).fewest,
     )
     assert split is not None
     return split
@@ -235,7 +236,7 @@ def test_room_for_all_experts_and_the_kv_leaves_nothing_in_host_memory() -> None
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_least_that_can_be_split_can_and_less_cannot(plan: str) -> None:
-    least = least_bytes(slots_of(plan), KV)
+    least = least_bytes(slots_of(plan), KV, slots_of(plan).fewest)
     for total, fits in ((least, True), (least - 1, False)):
         split = solve_split(
             total,
@@ -245,6 +246,7 @@ def test_the_least_that_can_be_split_can_and_less_cannot(plan: str) -> None:
             Load(1, 64, 64),
             target="throughput",
             max_step_tokens=512,
+            fewest_slots=slots_of(plan).fewest,
         )
         assert (split is not None) == fits
 

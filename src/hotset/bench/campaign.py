@@ -147,14 +147,14 @@ def _load(order: Order, say: Say) -> LoadedModel:
             device=config.device,
             dtype=config.dtype,
             router_skew=order.options.router_skew,
-            experts_on_host=config.buffers_experts,
+            experts_on_host=config.buffers_experts or config.splits_memory,
         )
     else:
         loaded = load_model(
             config.model,
             device=config.device,
             dtype=config.dtype,
-            experts_on_host=config.buffers_experts,
+            experts_on_host=config.buffers_experts or config.splits_memory,
         )
     kind = "random weights" if order.dummy_weights else "weights"
     say.line(

@@ -6,14 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from hotset.bench.workload import Turn, Work
-from hotset.errors import PlanError
-from hotset.plan.cost import PREFILL_CHUNK, Calibration, CostModel, split_prefix
-from hotset.plan.families import shape_from_config
-from hotset.plan.hardware import Hardware, bundled_hardware, load_hardware, probe_path
-from hotset.plan.layout import Layout
-from hotset.plan.routing import Routing
-
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
+from hotset.plan.cost import PREFILL_CHUNK, CostModel, split_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,46 +33,6 @@ class Prediction:
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
-
-
-def choose_hardware(name: str | None, gpu_name: str | None) -> Hardware | None:
-    """The profile to predict with.
-
-    Without a name: what `hotset probe` measured here, else the bundled profile of this GPU; None
-    where there is neither.
-
-    Raises:
-        PlanError: there is no profile of that name.
-    """
-    if name is not None:
-        return load_hardware(name)
-    if probe_path().is_file():
-        measured = load_hardware("this")
-        if ("CPU" in measured.description) == (gpu_name is None):
-            return measured
-    words = set((gpu_name or "").lower().replace("-", " ").split())
-    for known in bundled_hardware():
-        if set(known.split("-")) - {"sxm"} <= words:
-            return load_hardware(known)
-    return None
-
-
-def make_cost_model(
-    config: dict[str, Any], name: str, dtype: str, hardware: Hardware, *, kv_dtype: str = "auto"
-) -> CostModel:
-    """The cost model of a loaded model on one device.
-
-    Raises:
-        PlanError: the planner does not know such a model.
-    """
-    plain = _DTYPES.get(dtype)
-    if plain is None:
-        raise PlanError(f"the planner does not know dtype {dtype}")
-    shape = shape_from_config(config, name).with_weights(plain)
-    kv = kv_dtype
-    if kv_dtype == "auto":
-        kv = "bf16" if dtype == "fp8" else plain
-    return CostModel(shape, hardware, Layout(tp=1), kv, Calibration(), Routing())
 
 
 def _ttft_s(wall_s: float, prefill_s: float, running: float, *, is_burst: bool) -> float:

@@ -22,7 +22,7 @@ from hotset.bench.expert_arms import (
     with_all_resident,
 )
 from hotset.bench.play import Play
-from hotset.bench.predict import choose_hardware, make_cost_model, predict
+from hotset.bench.predict import predict
 from hotset.bench.profiler import StepProfiler
 from hotset.bench.result import ArmRun, columns, observe
 from hotset.bench.workload import Spec, Work, filler, make_work, prefix_work, warm_up
@@ -32,11 +32,13 @@ from hotset.errors import ConfigError, HotsetError, PlanError
 from hotset.memory.budget import available_host_bytes
 from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
-from hotset.model.expert_buffer import buffer_experts
+from hotset.model.expert_buffer import slot_bytes_of
 from hotset.model.loader import LoadedModel, resolve_kv_dtype
 from hotset.model.routing_recorder import RoutingRecorder, write_routing
 from hotset.model.runner import inspect_model
 from hotset.plan.cost import CostModel
+from hotset.plan.hardware import choose_hardware
+from hotset.plan.loaded import make_cost_model
 from hotset.plan.routing import Routing, skewed_shares
 
 ARMS = ("hot", "host", "host+disk", RESIDENT, EXPERTS)
@@ -103,9 +105,13 @@ class Bench:
         self._vocab_size: int = model.config.get_text_config().vocab_size
         max_context = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
         self.work = make_work(spec, self._vocab_size, max_context=max_context)
-        token_bytes = _kv_bytes_per_token(config, model)
+        kv_dtype = resolve_kv_dtype(config.kv_dtype, model.device)
+        token_bytes = inspect_model(model, kv_dtype).bytes_per_token
         is_tiered = spec.workload != "unshared"  # that one is about what fits
-        self._config = _with_hot_tier(config, self.work, token_bytes) if is_tiered else config
+        self._config = config
+        if is_tiered and config.hot_gib is None and config.total_gib is None:
+            hot_gib = _hot_gib(config.block_size, self.work, token_bytes)
+            self._config = replace(_with_all_experts(config, model), hot_gib=hot_gib)
         self._block_bytes = token_bytes * config.block_size
         self.notes: list[str] = []
         # Before the first engine, which may compile the model with it.
@@ -254,7 +260,7 @@ class Bench:
             "hot_bytes": budget.device_blocks * budget.block_bytes,
             "host_bytes": budget.host_slots * slot,
             "disk_bytes": disk * slot,
-            "weights_bytes": budget.weights_bytes,
+            "weights_bytes": budget.weights_bytes + budget.expert_bytes,
             "kv_bytes_per_token": budget.block_bytes // size,
             "work_kv_tokens": self.work.kv_tokens,
             "work_known_tokens": known,
@@ -361,28 +367,23 @@ def parse_arms(text: str) -> list[str]:
     return arms
 
 
-def _with_hot_tier(config: EngineConfig, work: Work, token_bytes: int) -> EngineConfig:
+def _hot_gib(block_size: int, work: Work, token_bytes: int) -> float:
     """Where no size is given: a quarter of what the work needs.
 
     With shared prefixes all of it, so that the requests that share one can run at once.
     """
-    if config.hot_gib is not None:
-        return config
     needed = work.kv_tokens if work.prefixes else work.kv_tokens / _CONTEXTS_PER_HOT
     tokens = max(needed, work.longest_context + 64, 320)
-    blocks = -(-int(tokens) // config.block_size)
-    return replace(config, hot_gib=(blocks + 0.5) * config.block_size * token_bytes / GIB)
+    blocks = -(-int(tokens) // block_size)
+    return (blocks + 0.5) * block_size * token_bytes / GIB
 
 
-def _kv_bytes_per_token(config: EngineConfig, model: PreTrainedModel) -> int:
-    """KV bytes of a token, from a trial run of the model."""
-    buffer, _ = buffer_experts(model, config)  # its experts may still be where they were loaded
-    try:
-        kv_dtype = resolve_kv_dtype(config.kv_dtype, model.device)
-        return inspect_model(model, kv_dtype).bytes_per_token
-    finally:
-        if buffer is not None:
-            buffer.close()
+def _with_all_experts(config: EngineConfig, model: PreTrainedModel) -> EngineConfig:
+    """Leave experts out of a size that is chosen for KV alone."""
+    slots = slot_bytes_of(model, config)
+    if slots is None or config.buffers_experts:
+        return config
+    return replace(config, expert_slots=slots.num_experts)
 
 
 def _release(device: torch.device) -> None:

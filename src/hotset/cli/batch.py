@@ -13,7 +13,7 @@ from hotset.config import EngineConfig
 
 @click.command()
 @click.argument("source", metavar="IN.jsonl", type=click.Path(dir_okay=False, path_type=Path))
-@click.argument("target", metavar="OUT.jsonl", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("results", metavar="OUT.jsonl", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--window",
     type=click.IntRange(min=1),
@@ -23,7 +23,7 @@ from hotset.config import EngineConfig
 @engine_options
 @interruptible
 def command(
-    source: Path, target: Path, window: int | None, as_json: bool, config: EngineConfig
+    source: Path, results: Path, window: int | None, as_json: bool, config: EngineConfig
 ) -> None:
     r"""Answer the requests of IN.jsonl into OUT.jsonl, in the same order.
 
@@ -46,7 +46,7 @@ def command(
     from hotset.engine.service import EngineService
     from hotset.server.batch_file import Batch, BatchSummary
 
-    batch = Batch(source, target)
+    batch = Batch(source, results)
     console = Console(stderr=True)
     try:
         if batch.num_done:

@@ -46,8 +46,29 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         "Of stored KV; auto is the dtype above, fp8 takes half of its bytes and is not exact.",
     ),
     _option(
-        "hot_gib", float, "KV memory beside the chip, in GiB.  [default: what the weights leave]"
+        "hot_gib",
+        float,
+        "KV memory beside the chip, in GiB; of an MoE model KV and experts together, unless "
+        "--expert-slots or --expert-gib sizes those.  [default: what the weights leave]",
     ),
+    _option(
+        "total_gib",
+        float,
+        "All memory to use beside the chip, in GiB: weights, experts, KV and workspace. Instead "
+        "of --hot-gib.",
+    ),
+    _option(
+        "target",
+        click.Choice(["throughput", "latency"]),
+        "What the split between KV and experts is best for.",
+    ),
+    _option(
+        "expected_users",
+        int,
+        "Requests at once that the split is for.  [default: --max-num-seqs; 8 for latency]",
+    ),
+    _option("expected_prompt_tokens", int, "Their prompts, in tokens.  [default: 1024]"),
+    _option("expected_output_tokens", int, "Their answers, in tokens.  [default: 256]"),
     _option("host_gib", float, "Host memory for KV, in GiB; 0 is none."),
     _option("disk_gib", float, "Disk space for KV, in GiB; 0 is none."),
     _option(

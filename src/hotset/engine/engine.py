@@ -12,6 +12,7 @@ import platformdirs
 import torch
 
 from hotset.config import EngineConfig
+from hotset.engine.memory_split import Memory, split_memory
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
 from hotset.errors import ConfigError, RequestError
@@ -99,7 +100,6 @@ class Engine:
     def __init__(
         self, config: EngineConfig, loaded: LoadedModel, *, overlap: bool | None = None
     ) -> None:
-        self.config = config
         self.metrics = Metrics()
         model = loaded.model
         self._device = model.device
@@ -107,20 +107,30 @@ class Engine:
         self._in_flight: _StepInFlight | None = None
         self._recent_step_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._num_host_bound = 0
-        # Before anything runs the model: its experts may still be where they were loaded.
-        self._experts, experts_report = buffer_experts(model, config)
         layout = inspect_model(model, resolve_kv_dtype(config.kv_dtype, model.device))
+        step_bytes = workspace_bytes(
+            model, max_tokens=config.max_num_batched_tokens, max_seqs=config.max_num_seqs
+        )
+        memory = Memory(_free_device_bytes(model.device), step_bytes)
+        config, split_report = split_memory(
+            config,
+            loaded,
+            layout,
+            memory,
+            max_step_tokens=_max_mixed_tokens(config, model.device, is_buffered=True),
+        )
+        self.config = config
+        # Before anything else runs the model: its experts may still be where they were loaded.
+        self._experts, experts_report = buffer_experts(model, config)
         kv_scales = loaded.kv_scales if layout.kv_dtype != layout.dtype else None
         pack_linears(model)
         pack_experts(model)
         self.budget = make_budget(
             config,
             device=model.device.type,
-            weights_bytes=weights_bytes(model)
-            + (self._experts.device_bytes if self._experts is not None else 0),
-            workspace_bytes=workspace_bytes(
-                model, max_tokens=config.max_num_batched_tokens, max_seqs=config.max_num_seqs
-            ),
+            weights_bytes=weights_bytes(model),
+            expert_bytes=self._experts.device_bytes if self._experts is not None else 0,
+            workspace_bytes=step_bytes,
             kv_bytes_per_token=layout.bytes_per_token,
             model_max_len=loaded.max_model_len,
             free_device_bytes=_free_device_bytes(model.device),
@@ -182,14 +192,17 @@ class Engine:
             self.kv,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_mixed_tokens=config.max_mixed_tokens or _MIXED_TOKENS[model.device.type],
+            max_mixed_tokens=_max_mixed_tokens(
+                config, model.device, is_buffered=self._experts is not None
+            ),
             # On a CPU more rows are no faster, and a step of many takes seconds.
             bursts=model.device.type == "cuda",
             rotation_s=config.rotation_s,
         )
         self.report = self.budget.report(device=model.device.type, disk_path=disk_path)
-        if experts_report:
-            self.report += f"\n{experts_report}"
+        for lines in (split_report, experts_report):
+            if lines:
+                self.report += f"\n{lines}"
         if self._experts is not None:
             self._experts.reset_counts()  # those of the trials above
             self.metrics.expert_rounding_error = self._experts.rounding_error
@@ -499,6 +512,17 @@ class StepTimer:
 def _is_host_bound(params: SamplingParams) -> bool:
     """Whether a request's next token cannot be chosen before the host has seen the last one."""
     return params.has_penalties or params.json_schema is not None
+
+
+def _max_mixed_tokens(config: EngineConfig, device: torch.device, *, is_buffered: bool) -> int:
+    """Most tokens of a step of prompts beside decodes, with some experts in host memory or none."""
+    if config.max_mixed_tokens is not None:
+        return config.max_mixed_tokens
+    if is_buffered and device.type == "cuda":
+        # A step with prompts brings nearly all missing experts over the link, which takes longer
+        # than to compute any tokens: the more of them share it, the better, decodes too.
+        return config.max_num_batched_tokens
+    return _MIXED_TOKENS[device.type]
 
 
 def _free_device_bytes(device: torch.device) -> int:

@@ -41,7 +41,7 @@ def build_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
         config.model,
         device=config.device,
         dtype=config.dtype,
-        experts_on_host=config.buffers_experts,
+        experts_on_host=config.buffers_experts or config.splits_memory,
     )
     return Engine(config, loaded), loaded
 

@@ -22,6 +22,8 @@ class Budget:
     """What goes where. Made by `make_budget`.
 
     Attributes:
+        weights_bytes: without `expert_bytes`.
+        expert_bytes: of slots and staging buffers of experts that are in host memory.
         device_blocks: KV blocks in the hot tier.
         workspace_bytes: an estimate of what the largest step takes beside weights and KV.
         host_slots: payloads in host memory; more than `host_gib` asks for only to stage a disk.
@@ -37,6 +39,7 @@ class Budget:
     host_slots: int
     disk_bytes: int
     max_model_len: int
+    expert_bytes: int = 0
 
     def report(self, *, device: str, disk_path: Path | None) -> str:
         """The table shown at start."""
@@ -47,6 +50,8 @@ class Budget:
             ("workspace", device, self.workspace_bytes, 0),
             ("KV, hot tier", device, self.device_blocks * self.block_bytes, self.device_blocks),
         ]
+        if self.expert_bytes:
+            rows.insert(1, ("expert slots", device, self.expert_bytes, 0))
         if self.host_slots:
             rows.append(("KV, host tier", "host", self.host_slots * slot_bytes, self.host_slots))
         if self.disk_bytes:
@@ -78,17 +83,19 @@ def make_budget(
     kv_bytes_per_token: int,
     model_max_len: int,
     free_device_bytes: int,
+    expert_bytes: int = 0,
 ) -> Budget:
     """Split the memory the user gave into blocks and slots.
 
     Args:
         config: the user's sizes.
         device: `cpu` or `cuda`.
-        weights_bytes: of the loaded model.
+        weights_bytes: of the loaded model, without experts that are in host memory.
         workspace_bytes: kept free on the device for the model's steps.
         kv_bytes_per_token: over all layers.
         model_max_len: longest context the model was made for.
         free_device_bytes: memory free on the device with the weights loaded.
+        expert_bytes: what slots for the other experts have taken of it.
 
     Raises:
         ConfigError: a size that cannot work, with the smallest or largest one that can.
@@ -107,14 +114,12 @@ def make_budget(
     if hot_bytes > free_device_bytes:
         raise ConfigError(
             f"hot_gib {hot_bytes / GIB:.3f} is more than the {free_device_bytes / GIB:.3f} GiB "
-            f"free on the {device} beside weights ({weights_bytes / GIB:.3f} GiB) and workspace "
+            f"free on the {device} beside weights "
+            f"({(weights_bytes + expert_bytes) / GIB:.3f} GiB) and workspace "
             f"({workspace_bytes / GIB:.3f} GiB); give less, or leave hot_gib out"
         )
     device_blocks = hot_bytes // block_bytes
-    if config.max_model_len is None:
-        needed_blocks = max(2, -(-min(256, wanted_len) // config.block_size))
-    else:
-        needed_blocks = max(2, -(-wanted_len // config.block_size))
+    needed_blocks = fewest_blocks(config, model_max_len)
     if device_blocks < needed_blocks:
         raise ConfigError(
             f"the hot tier of {hot_bytes / GIB:.6f} GiB holds {device_blocks} KV blocks of "
@@ -151,7 +156,14 @@ def make_budget(
         host_slots=host_slots,
         disk_bytes=int(config.disk_gib * GIB),
         max_model_len=min(wanted_len, device_blocks * config.block_size),
+        expert_bytes=expert_bytes,
     )
+
+
+def fewest_blocks(config: EngineConfig, model_max_len: int) -> int:
+    """KV blocks that one request needs: for the longest context asked for, else 256 tokens."""
+    tokens = min(256 if config.max_model_len is None else config.max_model_len, model_max_len)
+    return max(2, -(-tokens // config.block_size))
 
 
 def available_host_bytes() -> int:

@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass
 
+from hotset.plan.experts import GATHER_GB_PER_S
 from hotset.plan.routing import Routing
 
-# Measured on an H200 behind PCIe 5 x16 with experts of 9.4 MB: the device that reads pinned memory
-# itself, and the copy engine. The choice depends on their ratio to memory alone, so other machines
-# with a link far slower than their memory choose alike.
-GATHER_GB_PER_S = 51.0
-COPY_ENGINE_GB_PER_S = 54.6
+# Of the same H200. The choice depends on the ratio of the two rates alone, so other machines with a
+# link far slower than their memory choose alike.
 HBM_GB_PER_S = 4200.0
 
 

@@ -24,6 +24,7 @@ from hotset.memory.expert_cache import (
     count_slots,
 )
 from hotset.memory.narrow_experts import NarrowLayout, relative_rms
+from hotset.memory.slab import slot_bytes_for
 from hotset.model.expert_layer import LayerBuffer
 from hotset.model.expert_prefetch import Prefetch, Router, find_routers
 from hotset.model.expert_slots import Staging
@@ -77,7 +78,7 @@ class ExpertBuffer:
     ) -> None:
         hosts = [layer.expert_host for layer in layers]
         num_experts, layout = layers[0].num_experts, hosts[0].layout
-        sizes = _sizes(layers, layout, hosts[0].narrow, config)
+        sizes = _sizes(layers, config)
         num_slots = _num_slots(config, sizes)
         packed = device.type == "cpu" and layout.dtype == torch.float32 and _can_pack()
         self._payload_bytes = hosts[0].payload_bytes
@@ -187,8 +188,7 @@ def buffer_experts(model: PreTrainedModel, config: EngineConfig) -> tuple[Expert
             )
         return None, ""
     layers = _bufferable(model, config)
-    layout, narrow = _layout_of(layers[0]), _narrow_layout(layers[0], config)
-    sizes = _sizes(layers, layout, narrow, config)
+    sizes = _sizes(layers, config)
     num_slots = _num_slots(config, sizes)
     _check_effects(config, num_slots, sizes.num_experts)
     if num_slots == sizes.num_experts:
@@ -198,12 +198,47 @@ def buffer_experts(model: PreTrainedModel, config: EngineConfig) -> tuple[Expert
             f"experts: all {sizes.num_experts} of each of {sizes.num_layers} layers resident, "
             f"{all_bytes / GIB:.3f} GiB on the {model.device.type}; nothing is buffered"
         )
+    if any(_is_packed(layer) for layer in layers):
+        raise ConfigError(
+            f"experts of this {type(model).__name__} are to be kept in host memory, but another "
+            "engine has packed all of them; load it again"
+        )
+    narrow = _narrow_layout(layers[0], config)
     routers = find_routers(model, layers) if config.expert_prefetch else None
     for layer in layers:
         if not hasattr(layer, "expert_host"):
             layer.expert_host = _move_to_host(layer, narrow, model.device)
     buffer = ExpertBuffer(layers, config, model.device, routers)
     return buffer, buffer.description
+
+
+def slot_bytes_of(model: PreTrainedModel, config: EngineConfig) -> SlotBytes | None:
+    """What slots of a model's experts take; None where its experts cannot be buffered.
+
+    Raises:
+        ConfigError: they are in host memory in other bits than `config` asks for.
+    """
+    if use_dynamic_gating(model) == 0:
+        return None
+    layers = experts_layers(model)
+    if len({_size_of(layer) for layer in layers}) > 1:
+        return None
+    return _sizes(layers, config)
+
+
+def experts_bytes(model: PreTrainedModel, device: torch.device | None = None) -> int:
+    """What the weights of experts take, packed ones too, on `device`, None for anywhere.
+
+    Experts that were moved to slots and a host copy are no weights any more.
+    """
+    total = 0
+    for layer in experts_layers(model):
+        for name in (up_name(layer), "down_proj"):
+            weight = getattr(layer, name)
+            if weight is not None and device in (None, weight.device):
+                total += weight.nbytes
+            total += sum(packed.num_bytes for packed in getattr(layer, f"packed_{name}", ()))
+    return total
 
 
 def _bufferable(model: PreTrainedModel, config: EngineConfig) -> list[Experts]:
@@ -221,11 +256,7 @@ def _bufferable(model: PreTrainedModel, config: EngineConfig) -> list[Experts]:
         for layer in experts_layers(model)
         if layer.config._experts_implementation == IMPLEMENTATION
     ]
-    if any(hasattr(layer, "packed_down_proj") for layer in layers):
-        raise ConfigError(
-            f"{given}, but another engine has packed the experts of this {name}; load it again"
-        )
-    kinds = {(layer.num_experts, _layout_of(layer)) for layer in layers}
+    kinds = {_size_of(layer) for layer in layers}
     if len(kinds) > 1:
         raise ConfigError(
             f"{given}, but the layers of {name} have experts of {len(kinds)} sizes, which are not "
@@ -261,13 +292,29 @@ def _check_effects(config: EngineConfig, num_slots: int, num_experts: int) -> No
         if value != default and num_slots == num_experts:
             raise ConfigError(
                 f"{name} is {value}, which does nothing while all experts are on the device, as "
-                "they are here; leave it out, or lower expert_slots or expert_gib"
+                "they are here; leave it out, or give them less memory"
             )
     if config.expert_prefetch > num_slots:
         raise ConfigError(
             f"expert_prefetch is {config.expert_prefetch}, but a layer keeps {num_slots} experts; "
             "expected so many or fewer"
         )
+
+
+def _is_packed(layer: Experts) -> bool:
+    """Whether an engine on the CPU keeps all experts of the layer, in a form of its own."""
+    return hasattr(layer, "packed_down_proj")
+
+
+def _size_of(layer: Experts) -> tuple[int, int]:
+    """Experts of a layer, and bytes from one to the next."""
+    num_experts: int = layer.num_experts
+    if not _is_packed(layer):
+        return num_experts, _layout_of(layer).payload_bytes
+    names = (up_name(layer), "down_proj")
+    return num_experts, slot_bytes_for(
+        sum(getattr(layer, f"packed_{name}")[0].num_bytes for name in names)
+    )
 
 
 def _layout_of(layer: Experts) -> ExpertLayout:
@@ -294,16 +341,12 @@ def _narrow_layout(layer: Experts, config: EngineConfig) -> NarrowLayout | None:
     return narrow
 
 
-def _sizes(
-    layers: list[Experts], layout: ExpertLayout, narrow: NarrowLayout | None, config: EngineConfig
-) -> SlotBytes:
-    return SlotBytes(
-        config.expert_plan,
-        len(layers),
-        layers[0].num_experts,
-        layout.payload_bytes,
-        None if narrow is None else narrow.payload_bytes,
-    )
+def _sizes(layers: list[Experts], config: EngineConfig) -> SlotBytes:
+    num_experts, payload_bytes = _size_of(layers[0])
+    is_packed = _is_packed(layers[0])
+    narrow = None if is_packed else _narrow_layout(layers[0], config)
+    narrow_bytes = None if narrow is None else narrow.payload_bytes
+    return SlotBytes(config.expert_plan, len(layers), num_experts, payload_bytes, narrow_bytes)
 
 
 def _move_to_host(layer: Experts, narrow: NarrowLayout | None, device: torch.device) -> HostExperts:
@@ -323,6 +366,8 @@ def _keep_all(layers: list[Experts], device: torch.device) -> None:
         host: HostExperts | None = getattr(layer, "expert_host", None)
         for name in (up_name(layer), "down_proj"):
             weight = getattr(layer, name)
+            if host is None and (weight is None or weight.device == device):
+                continue  # where it belongs, packed or not
             if host is not None:
                 weight = host.matrices()[name == "down_proj"].clone()
             parameter = nn.Parameter(weight.to(device), requires_grad=False)

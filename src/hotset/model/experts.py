@@ -5,8 +5,10 @@ really got: no capacity, no padding, no dropped token. Source: Huang et al., "To
 Inference for Mixture of Experts", NeurIPS 2024.
 """
 
+import contextlib
 import itertools
 import logging
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -25,8 +27,10 @@ Experts: TypeAlias = Any
 
 _log = logging.getLogger(__name__)
 
+# What configs call the number of experts of a layer.
+COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def register() -> None:
@@ -47,11 +51,37 @@ def use_dynamic_gating(model: PreTrainedModel) -> int:
         if all(layer.config._experts_implementation == IMPLEMENTATION for layer in layers):
             return len(layers)
     config = model.config.get_text_config()
-    if layers or any((getattr(config, name, 0) or 0) > 1 for name in _COUNT_NAMES):
+    if layers or any((getattr(config, name, 0) or 0) > 1 for name in COUNT_NAMES):
         _log.warning(
             "%s computes its experts in its own way, without dynamic gating", type(model).__name__
         )
     return 0
+
+
+@contextlib.contextmanager
+def without_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, experts that are not on the model's device add nothing and need not be there."""
+    replaced = []
+    for layer in experts_layers(model):
+        weight = getattr(layer, up_name(layer), None)
+        is_elsewhere = weight is not None and weight.device != model.device
+        if is_elsewhere or hasattr(layer, "expert_host"):
+            replaced.append((layer, getattr(layer, "expert_buffer", None)))
+            layer.expert_buffer = _NoExperts()
+    try:
+        yield
+    finally:
+        for layer, buffer in replaced:
+            layer.expert_buffer = buffer
+
+
+class _NoExperts:
+    """Stands for the buffer of a layer."""
+
+    def forward(
+        self, layer: Experts, hidden_states: torch.Tensor, *routing: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
 
 
 def pack_experts(model: nn.Module) -> None:

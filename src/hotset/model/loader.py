@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hotset.errors import ConfigError, ModelError, PlanError
 from hotset.memory.budget import available_host_bytes
 from hotset.model import checkpoint, default_model, upcycled_model
-from hotset.model.experts import experts_layers, move_but_experts
+from hotset.model.experts import COUNT_NAMES, experts_layers, move_but_experts
 from hotset.model.fp8 import FP8
 from hotset.model.fp8_linear import quantize_linears
 from hotset.model.router_skew import skew_routers
@@ -76,7 +76,8 @@ def load_model(
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (float32 on the CPU, the checkpoint's own elsewhere), `float32`,
             `bfloat16`, `float16`, or `fp8`: bfloat16, but 8-bit weights in linear layers.
-        experts_on_host: leave the experts' weights in host memory, for `buffer_experts`.
+        experts_on_host: leave the weights of experts, where the model has some, in host memory, for
+            `buffer_experts`.
 
     Raises:
         ModelError: the model cannot be found, read or run; nothing stays in memory.
@@ -85,6 +86,7 @@ def load_model(
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
     source, short_name = _find(name)
+    experts_on_host = experts_on_host and _may_have_experts(source)
     first = torch.device("cpu") if experts_on_host else target
     with checkpoint.quiet():
         if source.is_file():
@@ -261,6 +263,19 @@ def resolve_kv_dtype(kv_dtype: str, device: torch.device) -> torch.dtype | None:
         return None
     _require_fp8("kv_dtype", device)
     return FP8
+
+
+def _may_have_experts(source: Path) -> bool:
+    """Whether a folder's config counts experts; True for a GGUF file, whose header is not read."""
+    if source.is_file():
+        return True
+    try:
+        config = json.loads((source / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False  # loading it says what is wrong
+    parts = [config, config.get("text_config")] if isinstance(config, dict) else []
+    counts = [part.get(name) for part in parts if isinstance(part, dict) for name in COUNT_NAMES]
+    return any(isinstance(count, int) and count > 1 for count in counts)
 
 
 def _round(model: Any, dtype: str) -> None:

@@ -22,7 +22,7 @@ from hotset.model.attention import (
 )
 from hotset.model.batch import Batch, Inputs, make_batch
 from hotset.model.cpu_linear import PackedLinear
-from hotset.model.experts import use_dynamic_gating
+from hotset.model.experts import use_dynamic_gating, without_experts
 from hotset.model.flashinfer_attention import (
     WORKSPACE_BYTES,
     FlashInferBackend,
@@ -62,7 +62,7 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
     """Switch `model` to paged attention and find out what it caches, by running two tokens.
 
     Args:
-        model: in eval mode, on its device.
+        model: in eval mode, on its device; its experts may be elsewhere, and are left out then.
         kv_dtype: of the stored keys and values; None is that of the model.
 
     Raises:
@@ -86,7 +86,7 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
     use_dynamic_gating(model)
     probe = ProbeAttention()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), without_experts(model):
             tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
             positions = torch.arange(2, device=model.device).unsqueeze(0)
             model(input_ids=tokens, position_ids=positions, use_cache=False, hotset=probe)

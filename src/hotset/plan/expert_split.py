@@ -14,11 +14,6 @@ class SlotMemory(Protocol):
     """What slots take on the device over all layers, staging buffers included."""
 
     @property
-    def fewest(self) -> int:
-        """The fewest slots of a layer that can work."""
-        ...
-
-    @property
     def num_experts(self) -> int:
         """Experts of a layer."""
         ...
@@ -75,6 +70,7 @@ def solve_split(
     *,
     target: str,
     max_step_tokens: float,
+    fewest_slots: int,
 ) -> Split | None:
     """The best split of `total_bytes`; None where not even the fewest slots and blocks fit.
 
@@ -87,9 +83,10 @@ def solve_split(
         target: `throughput`, the most tokens/s of `load`; or `latency`, the shortest decode step
             with as many of its users at once as can be. Of equal ones the most slots.
         max_step_tokens: of prompts in a step.
+        fewest_slots: of a layer, that can work.
     """
     options = []
-    for num_slots in range(slots.fewest, slots.num_experts + 1):
+    for num_slots in range(fewest_slots, slots.num_experts + 1):
         expert_bytes = slots(num_slots)
         num_blocks = (total_bytes - expert_bytes) // kv.block_bytes
         if num_blocks < kv.fewest_blocks:
@@ -112,7 +109,7 @@ def solve_split(
     return max(options, key=latency if target == "latency" else throughput, default=None)
 
 
-def least_bytes(slots: SlotMemory, kv: KVMemory) -> int:
+def least_bytes(slots: SlotMemory, kv: KVMemory, fewest_slots: int) -> int:
     """The fewest bytes that `solve_split` can split."""
-    sizes = (slots(n) for n in range(slots.fewest, slots.num_experts + 1))
+    sizes = (slots(n) for n in range(fewest_slots, slots.num_experts + 1))
     return min(sizes) + kv.fewest_blocks * kv.block_bytes

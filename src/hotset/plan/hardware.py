@@ -181,6 +181,28 @@ def load_hardware(name: str) -> Hardware:
     )
 
 
+def choose_hardware(name: str | None, gpu_name: str | None) -> Hardware | None:
+    """The profile to predict with.
+
+    Without a name: what `hotset probe` measured here, else the bundled profile of this GPU; None
+    where there is neither.
+
+    Raises:
+        PlanError: there is no profile of that name.
+    """
+    if name is not None:
+        return load_hardware(name)
+    if probe_path().is_file():
+        measured = load_hardware("this")
+        if ("CPU" in measured.description) == (gpu_name is None):
+            return measured
+    words = set((gpu_name or "").lower().replace("-", " ").split())
+    for known in bundled_hardware():
+        if set(known.split("-")) - {"sxm"} <= words:
+            return load_hardware(known)
+    return None
+
+
 def _from_file(path: Path) -> Hardware:
     try:
         data = json.loads(path.read_text("utf-8"))

@@ -1,0 +1,224 @@
+"""From a budget for several things to a size for each: KV and experts, before they are made."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from hotset.config import EXPERT_OPTIONS, GIB, EngineConfig
+from hotset.errors import ConfigError, PlanError
+from hotset.memory.budget import fewest_blocks
+from hotset.memory.expert_cache import SlotBytes
+from hotset.model.expert_buffer import experts_bytes, slot_bytes_of
+from hotset.model.loader import LoadedModel
+from hotset.model.runner import ModelLayout, weights_bytes
+from hotset.plan.expert_split import KVMemory, Split, least_bytes, solve_split
+from hotset.plan.experts import ExpertCost, Load, link_of
+from hotset.plan.hardware import choose_hardware, load_hardware
+from hotset.plan.loaded import make_cost_model
+
+# What requests are like where the user does not say: a prompt and its answer, and how many of them
+# there are where each step is to be short.
+_PROMPT_TOKENS, _OUTPUT_TOKENS = 1024, 256
+_FEW_USERS = 8
+# On a machine of which no rate is known; the split follows from their ratios.
+_ASSUMED_HARDWARE = "h200"
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What there is and what is taken before KV and experts are.
+
+    Attributes:
+        free_bytes: on the device, with the model loaded.
+        workspace_bytes: kept free for steps.
+    """
+
+    free_bytes: int
+    workspace_bytes: int
+
+
+def split_memory(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    layout: ModelLayout,
+    memory: Memory,
+    *,
+    max_step_tokens: int,
+) -> tuple[EngineConfig, str]:
+    """Turn `total_gib`, or `hot_gib` for KV and experts, into sizes for each.
+
+    Args:
+        config: the user's.
+        loaded: its experts may be on the device or in host memory, packed or not.
+        layout: what a token leaves in the cache.
+        memory: on the device.
+        max_step_tokens: most tokens of a step of prompts beside decodes, some experts on the host.
+
+    Returns:
+        `config` with `hot_gib` for KV alone, `expert_slots` where the model has experts to split
+        with, and no `total_gib`; and what to say of it at start, empty for nothing.
+
+    Raises:
+        ConfigError: a budget that is too small or too large, an option without effect, or a model
+            with experts of which no times can be computed.
+    """
+    model = loaded.model
+    slots = slot_bytes_of(model, config)
+    if slots is None and config.splits_memory:
+        _refuse_options_of_experts(config, type(model).__name__)
+    dense_bytes = weights_bytes(model) - experts_bytes(model)
+    hot_bytes = None if config.hot_gib is None else int(config.hot_gib * GIB)
+    if config.total_gib is not None:
+        taken = dense_bytes + memory.workspace_bytes
+        if slots is None:
+            taken += experts_bytes(model)  # in its own way, so they all stay
+        elif config.buffers_experts:
+            taken += _asked_expert_bytes(config, slots)
+        hot_bytes = int(config.total_gib * GIB) - taken
+        if hot_bytes <= 0:
+            raise ConfigError(
+                f"total_gib is {config.total_gib}, but what is not split takes {_gib(taken)}: "
+                f"weights without experts {_gib(dense_bytes)}, workspace "
+                f"{_gib(memory.workspace_bytes)}; give more"
+            )
+    if hot_bytes is None:
+        return config, ""
+    free_bytes = memory.free_bytes - memory.workspace_bytes
+    if slots is None or config.buffers_experts:
+        return replace(config, total_gib=None, hot_gib=hot_bytes / GIB), ""
+    split, load, cost = _solve(config, loaded, layout, slots, hot_bytes, max_step_tokens)
+    # Experts that are on the device stay there or make room, but on a CPU their copy takes as much.
+    if model.device.type != "cpu" or split.num_slots == slots.num_experts:
+        free_bytes += experts_bytes(model, model.device)
+    if hot_bytes > free_bytes:
+        raise ConfigError(
+            f"{_gib(hot_bytes)} for KV and experts are more than the {_gib(max(0, free_bytes))} "
+            f"free on the {model.device.type} beside weights without experts "
+            f"({_gib(dense_bytes)}) and workspace ({_gib(memory.workspace_bytes)}); give less"
+        )
+    options = {name: None for name in config.split_options if name != "target"}
+    found = replace(
+        config,
+        total_gib=None,
+        target="throughput",
+        hot_gib=split.kv_bytes / GIB,
+        expert_slots=split.num_slots,
+        **options,  # type: ignore[arg-type]
+    )
+    return found, _report(config, split, load, cost)
+
+
+def _solve(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    layout: ModelLayout,
+    slots: SlotBytes,
+    hot_bytes: int,
+    max_step_tokens: int,
+) -> tuple[Split, Load, ExpertCost]:
+    max_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
+    load = expected_load(config, max_len)
+    kv = KVMemory(config.block_size * layout.bytes_per_token, config.block_size, 0)
+    fewest = max(fewest_blocks(config, loaded.max_model_len), kv.blocks_of(load.context))
+    kv = replace(kv, fewest_blocks=fewest)
+    fewest_slots = max(slots.fewest, config.expert_prefetch)
+    cost = _expert_cost(config, loaded, slots)
+    split = solve_split(
+        hot_bytes,
+        cost,
+        slots,
+        kv,
+        load,
+        target=config.target,
+        max_step_tokens=max_step_tokens,
+        fewest_slots=fewest_slots,
+    )
+    if split is None:
+        least = least_bytes(slots, kv, fewest_slots)
+        name = "hot_gib" if config.total_gib is None else "total_gib"
+        raise ConfigError(
+            f"{name} {getattr(config, name)} leaves {_gib(hot_bytes)} for KV and experts, but the "
+            f"fewest slots of the plan {slots.plan} and KV for one request of {load.context:.0f} "
+            f"tokens take {_gib(least)}; give at least {_gib(least - hot_bytes)} more"
+        )
+    return split, load, cost
+
+
+def expected_load(config: EngineConfig, max_len: int) -> Load:
+    """What the split is for: requests as the user expects them, or as they often are.
+
+    Raises:
+        ConfigError: those of the user are longer than the longest context.
+    """
+    output = config.expected_output_tokens
+    if output is None:
+        output = max(1, min(_OUTPUT_TOKENS, max_len // 5))
+    prompt = config.expected_prompt_tokens
+    if prompt is None:
+        prompt = max(1, min(_PROMPT_TOKENS, max_len - output))
+    if prompt + output > max_len:
+        raise ConfigError(
+            f"requests of {prompt} + {output} tokens are expected, but the longest context is "
+            f"{max_len}; give less expected_prompt_tokens or expected_output_tokens"
+        )
+    few = _FEW_USERS if config.target == "latency" else config.max_num_seqs
+    users = min(config.expected_users or few, config.max_num_seqs)
+    return Load(users, prompt, output)
+
+
+def _expert_cost(config: EngineConfig, loaded: LoadedModel, slots: SlotBytes) -> ExpertCost:
+    model = loaded.model
+    gpu_name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None
+    hardware = choose_hardware(None, gpu_name) or load_hardware(_ASSUMED_HARDWARE)
+    dtype = "fp8" if config.dtype == "fp8" else str(model.dtype).removeprefix("torch.")
+    try:
+        cost = make_cost_model(
+            model.config.to_dict(), loaded.name, dtype, hardware, kv_dtype=config.kv_dtype
+        )
+    except PlanError as error:
+        raise ConfigError(
+            f"memory cannot be split between KV and experts: {error}; give expert_slots or "
+            "expert_gib, beside hot_gib for KV alone"
+        ) from error
+    cold_bytes = slots.payload_bytes if slots.narrow_bytes is None else slots.narrow_bytes
+    return ExpertCost(cost, link_of(cost, cold_bytes=cold_bytes), slots.plan)
+
+
+def _asked_expert_bytes(config: EngineConfig, slots: SlotBytes) -> int:
+    if config.expert_slots is not None:
+        return slots(min(config.expert_slots, slots.num_experts))
+    assert config.expert_gib is not None
+    return int(config.expert_gib * GIB)
+
+
+def _refuse_options_of_experts(config: EngineConfig, name: str) -> None:
+    defaults = dict.fromkeys(config.split_options) | EXPERT_OPTIONS
+    for option, default in defaults.items():
+        value = getattr(config, option)
+        if value != default:
+            raise ConfigError(
+                f"{option} is {value!r}, but {name} has no experts that can be kept in host "
+                f"memory: it is dense, or computes its experts in its own way; leave {option} out"
+            )
+
+
+def _report(config: EngineConfig, split: Split, load: Load, cost: ExpertCost) -> str:
+    served, hardware = split.served, cost.cost.hardware
+    decode, prompt = served.decode_step, served.prompt_step
+    known = "" if hardware.measured else ", which 'hotset probe' would measure here"
+    return (
+        f"split for {config.target}, {load.users:.0f} users of {load.prompt_tokens:.0f} + "
+        f"{load.output_tokens:.0f} tokens: {_gib(split.kv_bytes)} for KV, "
+        f"{_gib(split.expert_bytes)} for {split.num_slots} of {cost.num_experts} experts a layer\n"
+        f"predicted: {served.output_tokens_per_s:,.0f} output tokens/s with "
+        f"{served.at_once:.0f} users at once, a decode step {decode.seconds * 1e3:,.1f} ms "
+        f"({decode.plan}), a step with prompts {prompt.seconds * 1e3:,.1f} ms ({prompt.plan}), "
+        f"by the rates of {hardware.name}{known}"
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    """Three decimals, six of small sizes; never below."""
+    digits = 3 if num_bytes >= GIB else 6
+    scale = 10**digits
+    return f"{-(-num_bytes * scale // GIB) / scale:.{digits}f} GiB"
