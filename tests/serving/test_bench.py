@@ -99,6 +99,45 @@ def test_all_arms_give_the_same_answers_and_tiers_compute_less(tiny: str) -> Non
     json.dumps(result.as_dict())
 
 
+MOE = {
+    **TINY,
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"expert_slots": 3, "expert_plan": "cache"},
+        {"hot_gib": 0.0005, "expert_plan": "cache", "expected_users": 2},
+        {},
+    ],
+    ids=str,
+)
+def test_experts_in_host_memory_are_predicted_and_answer_alike(
+    sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MOE))
+    config = EngineConfig(model=str(tmp_path), device="cpu", max_num_seqs=8, **sizes)
+    arms = ["hot"] if sizes else ["hot", "host"]  # without sizes both have all experts
+    result = run(str(tmp_path), arms, config=config, hardware="h200")
+    assert result.failures == []
+    for one in result.runs:
+        assert one.is_complete and one.prediction is not None
+        if not sizes:
+            assert "at_hit_rate" not in one.prediction
+            continue
+        hits, misses = one.engine["expert_hits"], one.engine["expert_misses"]
+        assert hits > 0 and misses > 0
+        at_hit_rate = one.prediction["at_hit_rate"]
+        assert at_hit_rate["hit_rate"] == hits / (hits + misses)
+        assert at_hit_rate["wall_s"] > 0 and one.prediction["wall_s"] > 0
+
+
 def test_an_arm_leaves_no_engine_behind(tiny: str) -> None:
     run(tiny, ["hot", "host"])
     gc.collect()

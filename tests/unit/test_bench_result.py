@@ -7,13 +7,14 @@ import pytest
 
 from hotset.bench.charts import Bar, Limit, bar_chart, chart, thin, ticks
 from hotset.bench.html import page, rates
-from hotset.bench.predict import predict
+from hotset.bench.predict import BufferedExperts, Prediction, predict
 from hotset.bench.report import table, text
 from hotset.bench.result import ArmRun, BenchResult, Failure, summarise, verify
 from hotset.bench.verdict import verdict
-from hotset.bench.workload import PRESETS, make_work
+from hotset.bench.workload import PRESETS, Spec, make_work
 from hotset.config import GIB
 from hotset.plan.catalog import find_config
+from hotset.plan.experts import ExpertCost, link_of
 from hotset.plan.hardware import choose_hardware, load_hardware
 from hotset.plan.loaded import make_cost_model
 from hotset.plan.svg import Line
@@ -306,6 +307,47 @@ def test_predictions_are_near_what_was_published(
         assert found.wall_s == pytest.approx(measured_s, rel=0.15)
         if not host_gib:
             assert found.fetched_tokens == 0
+
+
+def qwen(
+    num_requests: int, output_tokens: int, *, slots: int | None, hit_rate: float | None = None
+) -> Prediction:
+    """Requests of 512 tokens to Qwen3-30B-A3B in bf16 on an H200, with 20 GiB of KV."""
+    config, short, _ = find_config("qwen3-30b-a3b")
+    cost = make_cost_model(config, short, "bfloat16", load_hardware("h200"))
+    spec = Spec("unshared", users=num_requests, first_tokens=512, output_tokens=output_tokens)
+    experts = None
+    if slots is not None:
+        experts = BufferedExperts(ExpertCost(cost, link_of(cost, hit_rate=hit_rate)), slots)
+    return predict(
+        cost,
+        make_work(spec, 151_936),
+        hot_tokens=20 * GIB // 98_304,
+        host_tokens=0,
+        disk_tokens=0,
+        max_num_seqs=256,
+        max_batched_tokens=8192,
+        experts=experts,
+    )
+
+
+def test_experts_in_host_memory_make_steps_what_is_predicted() -> None:
+    # A third of 128 experts on the device: 55 misses a layer, 24.8 GB a step, 0.49 s.
+    few = qwen(16, 256, slots=43)
+    assert few.decode_s == pytest.approx(255 * 0.495, rel=0.03)
+    assert few.prefill_s == pytest.approx(38.5e9 / 51e9, rel=0.05)  # one pass: 8,192 tokens
+    # 16 passes of prompts and 31 steps of decodes, each of them all that is missing.
+    many = qwen(256, 32, slots=43)
+    assert many.wall_s == pytest.approx(47 * 38.5e9 / 51e9, rel=0.05)
+    assert many.ttft_s is not None and many.ttft_s < many.prefill_s
+    assert qwen(16, 256, slots=43, hit_rate=0.6).wall_s < 0.75 * few.wall_s
+
+
+def test_all_experts_on_the_device_are_predicted_alike_in_both_ways() -> None:
+    for num_requests, output_tokens in ((256, 256), (16, 256), (256, 32)):
+        plain = qwen(num_requests, output_tokens, slots=None)
+        whole = qwen(num_requests, output_tokens, slots=128)
+        assert whole.wall_s == pytest.approx(plain.wall_s, rel=0.06)
 
 
 def test_the_profile_of_a_gpu_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

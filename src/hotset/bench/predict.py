@@ -7,6 +7,7 @@ from typing import Any
 
 from hotset.bench.workload import Turn, Work
 from hotset.plan.cost import PREFILL_CHUNK, CostModel, split_prefix
+from hotset.plan.experts import ExpertCost, Load
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,25 @@ class Prediction:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class BufferedExperts:
+    """Experts of which some are in host memory.
+
+    Attributes:
+        cost: of steps.
+        num_slots: of each layer.
+    """
+
+    cost: ExpertCost
+    num_slots: int
+
+    def prefill_s(self, tokens: float, max_step_tokens: float) -> float:
+        """Time of one prompt of so many tokens, in steps of at most so many."""
+        load = Load(1, tokens, 1, num_requests=1)
+        size = min(tokens, max_step_tokens)
+        return tokens / size * self.cost.prompt_step(self.num_slots, size, load).seconds
+
+
 def _ttft_s(wall_s: float, prefill_s: float, running: float, *, is_burst: bool) -> float:
     """Mean time to first token of a turn that all users take in `wall_s`.
 
@@ -56,12 +76,14 @@ def predict(
     disk_tokens: int,
     max_num_seqs: int,
     max_batched_tokens: int,
+    experts: BufferedExperts | None = None,
 ) -> Prediction:
     """Expected figures of `work` with tiers that hold so many tokens.
 
     Sessions come back in the order in which they went, so that of least recently used tiers one
     that holds the contexts of all finds everything again, and a smaller one nothing. What is
-    found below the device is fetched, or computed where that is faster.
+    found below the device is fetched, or computed where that is faster. With `experts`, how many
+    steps prompts and answers take is what counts: each brings experts over the link.
     """
     bytes_per_token = cost.shape.kv_bytes_per_token(cost.kv_dtype)
     by_turn: dict[int, list[tuple[int, Turn]]] = defaultdict(list)
@@ -98,7 +120,12 @@ def predict(
                 link_bytes_per_s=link,
                 link_latency_s=0.0,
                 link_queue_bytes=0.0,
-                prefill_tokens_per_s=cold / cost.prefill_s(cold),
+                prefill_tokens_per_s=cold
+                / (
+                    experts.prefill_s(cold, max_batched_tokens)
+                    if experts is not None
+                    else cost.prefill_s(cold)
+                ),
                 prefill_queue_tokens=0.0,
             )
         new = prompt - found + again
@@ -107,6 +134,15 @@ def predict(
         at_once = max(1.0, min(count, max_num_seqs, hot_tokens / (prompt + output)))
         step_s = cost.decode(at_once, prompt + output / 2).expected_s
         steps_s = count * output / at_once * step_s
+        if experts is not None:
+            load = Load(max_num_seqs, max(1.0, new), output, prompt - new, num_requests=count)
+            served = experts.cost.serve(
+                experts.num_slots,
+                load,
+                kv_tokens=hot_tokens,
+                max_step_tokens=max_batched_tokens,
+            )
+            at_once, one_s, steps_s = served.at_once, served.prompt_s / count, served.decode_s
         loaded = count * (cold - again)
         turn_link_s = loaded * bytes_per_token / link
         if host_tokens:  # what is new goes down beside it

@@ -22,7 +22,7 @@ from hotset.bench.expert_arms import (
     with_all_resident,
 )
 from hotset.bench.play import Play
-from hotset.bench.predict import predict
+from hotset.bench.predict import BufferedExperts, predict
 from hotset.bench.profiler import StepProfiler
 from hotset.bench.result import ArmRun, columns, observe
 from hotset.bench.workload import Spec, Work, filler, make_work, prefix_work, warm_up
@@ -37,6 +37,7 @@ from hotset.model.loader import LoadedModel, resolve_kv_dtype
 from hotset.model.routing_recorder import RoutingRecorder, write_routing
 from hotset.model.runner import inspect_model
 from hotset.plan.cost import CostModel
+from hotset.plan.experts import ExpertCost, link_of
 from hotset.plan.hardware import choose_hardware
 from hotset.plan.loaded import make_cost_model
 from hotset.plan.routing import Routing, skewed_shares
@@ -223,7 +224,7 @@ class Bench:
             run.notes.append("profiled: times are longer than without")
         if not driven.is_complete:
             run.notes.append(f"broken off after {driven.wall_s:.0f} s")
-        run.prediction = self._predict(engine, arm)
+        run.prediction = self._predict(engine, arm, run.engine)
         return run
 
     def _keep_routing(self, recorder: RoutingRecorder, arm: str) -> None:
@@ -326,22 +327,40 @@ class Bench:
             cost.routing = Routing(skewed_shares(shape.num_experts, shape.top_k_experts, skew))
         return cost
 
-    def _predict(self, engine: Engine, arm: str) -> dict[str, Any] | None:
+    def _predict(self, engine: Engine, arm: str, counters: dict[str, Any]) -> dict[str, Any] | None:
+        """Expected figures; of experts in host memory also those of the hit rate of the run."""
         if self._cost is None:
             return None
-        if engine.experts is not None:
-            note = f"no prediction for {arm}: the cost model has no experts in host memory yet"
-            self.notes.append(note)
-            return None
-        sizes = self._sizes(engine)
+        found = self._expected(engine, arm, hit_rate=None)
+        needed = counters["expert_hits"] + counters["expert_misses"]
+        if engine.experts is not None and needed:
+            hit_rate = counters["expert_hits"] / needed
+            measured = self._expected(engine, arm, hit_rate=hit_rate)
+            found["at_hit_rate"] = {
+                "hit_rate": hit_rate,
+                "wall_s": measured["wall_s"],
+                "total_tokens_per_s": measured["total_tokens_per_s"],
+                "output_tokens_per_s": measured["output_tokens_per_s"],
+            }
+        return found
+
+    def _expected(self, engine: Engine, arm: str, *, hit_rate: float | None) -> dict[str, Any]:
+        cost, sizes, buffer = self._cost, self._sizes(engine), engine.experts
+        assert cost is not None
+        experts, max_step_tokens = None, self._config.max_num_batched_tokens
+        if buffer is not None:
+            max_step_tokens = min(max_step_tokens, engine.scheduler.max_mixed_tokens)
+            link = link_of(cost, cold_bytes=buffer.sizes.cold_bytes, hit_rate=hit_rate)
+            experts = BufferedExperts(ExpertCost(cost, link, buffer.sizes.plan), buffer.num_slots)
         found = predict(
-            self._cost,
+            cost,
             self.work,
             hot_tokens=sizes["hot_tokens"],
             host_tokens=0 if arm == "hot" else sizes["host_tokens"],
             disk_tokens=sizes["disk_tokens"],
             max_num_seqs=self._config.max_num_seqs,
-            max_batched_tokens=self._config.max_num_batched_tokens,
+            max_batched_tokens=max_step_tokens,
+            experts=experts,
         )
         return found.as_dict()
 

@@ -180,8 +180,7 @@ def _expert_cost(config: EngineConfig, loaded: LoadedModel, slots: SlotBytes) ->
             f"memory cannot be split between KV and experts: {error}; give expert_slots or "
             "expert_gib, beside hot_gib for KV alone"
         ) from error
-    cold_bytes = slots.payload_bytes if slots.narrow_bytes is None else slots.narrow_bytes
-    return ExpertCost(cost, link_of(cost, cold_bytes=cold_bytes), slots.plan)
+    return ExpertCost(cost, link_of(cost, cold_bytes=slots.cold_bytes), slots.plan)
 
 
 def _asked_expert_bytes(config: EngineConfig, slots: SlotBytes) -> int:

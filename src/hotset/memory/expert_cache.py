@@ -383,6 +383,11 @@ class SlotBytes:
         """The fewest slots of a layer that can work."""
         return 0 if self.plan == "stream" else 1
 
+    @property
+    def cold_bytes(self) -> int:
+        """Of an expert in host memory."""
+        return self.payload_bytes if self.narrow_bytes is None else self.narrow_bytes
+
     def staged(self, num_slots: int) -> int:
         """Experts of a layer that pass through staging buffers."""
         return 0 if self.plan == "cache" else self.num_experts - num_slots

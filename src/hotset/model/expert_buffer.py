@@ -62,6 +62,8 @@ class ExpertBuffer:
     """The buffers of all layers of a model.
 
     Attributes:
+        sizes: of slots.
+        num_slots: of each layer.
         device_bytes: of slots and staging buffers.
         host_bytes: of the only copy in host memory.
         rounding_error: relative root mean square error of the weights of all experts, where host
@@ -80,6 +82,7 @@ class ExpertBuffer:
         num_experts, layout = layers[0].num_experts, hosts[0].layout
         sizes = _sizes(layers, config)
         num_slots = _num_slots(config, sizes)
+        self.sizes, self.num_slots = sizes, num_slots
         packed = device.type == "cpu" and layout.dtype == torch.float32 and _can_pack()
         self._payload_bytes = hosts[0].payload_bytes
         # By layer: what its `SlotTable` counts, times streamed.
