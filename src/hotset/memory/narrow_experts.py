@@ -110,7 +110,8 @@ class NarrowLayout:
                 low, high = numbers.chunk(2, -1)
                 values.copy_(low | high << 4)
             else:
-                scale = (runs.abs().amax(-1, keepdim=True) / _FP8_MAX).clamp(min=_LEAST_SCALE)
+                # Not divided: PyTorch divides by a number on the CPU, and on a GPU multiplies.
+                scale = (runs.abs().amax(-1, keepdim=True) * (1 / _FP8_MAX)).clamp(min=_LEAST_SCALE)
                 numbers = (runs / scale).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8)
                 values.copy_(numbers.view(torch.uint8))
             scales.copy_(scale.squeeze(-1))
