@@ -64,7 +64,7 @@ class Layer(nn.Module):
 
 
 def make_layers(*, fused: bool, **options: Any) -> tuple[list[Any], list[Any], ExpertBuffer]:
-    """Resident layers, the same ones buffered, and their buffer; a bias is not for fused kernels."""
+    """Resident layers, the same ones buffered, and their buffer; with a bias none are fused."""
     torch.manual_seed(0)
     kind = use_experts_implementation(type("Layer", (Layer,), {}), has_bias=not fused)
     resident = [kind(Config()).to("cuda", torch.bfloat16) for _ in range(NUM_LAYERS)]
