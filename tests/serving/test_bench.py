@@ -437,9 +437,46 @@ def test_arms_follow_from_the_expert_options_where_none_are_named() -> None:
     assert [run["arm"] for run in json.loads(shown.stdout)["runs"]] == ["resident", "experts"]
     shown = CliRunner().invoke(cli, [*MOE, "--json"])
     assert [run["arm"] for run in json.loads(shown.stdout)["runs"]] == ["resident"]
-    shown = CliRunner().invoke(cli, [*MOE, "--arms", "experts"])
-    assert isinstance(shown.exception, ConfigError)
-    assert "give --expert-slots or --expert-gib" in str(shown.exception)
+    for words, message in (
+        (["--arms", "experts"], "give --expert-slots or --expert-gib"),
+        (
+            ["--arms", "resident,experts", "--expert-slots", "16", "--expert-cold-dtype", "fp8"],
+            "rounds the only copy of the experts",
+        ),
+    ):
+        shown = CliRunner().invoke(cli, [*MOE, *words])
+        assert isinstance(shown.exception, ConfigError)
+        assert message in str(shown.exception) and "\n" not in str(shown.exception)
+
+
+def test_prefetch_and_rounding_of_experts_are_reported() -> None:
+    words = ["--expert-slots", "32", "--expert-plan", "cache", "--verify"]
+    shown = CliRunner().invoke(cli, [*MOE, *words, "--expert-prefetch", "8"])
+    assert "experts differs in 0 of 4 answers" in shown.stdout
+    [row] = [line for line in shown.stdout.splitlines() if "copied ahead" in line]
+    predicted, right, copied = (int(cell.replace(",", "")) for cell in row.split()[-5::2])
+    assert predicted >= right > 0 and predicted >= copied > 0
+    shown = CliRunner().invoke(cli, [*MOE, *words, "--expert-cold-dtype", "int4", "--json"])
+    (run,) = json.loads(shown.stdout)["runs"]
+    assert run["arm"] == "experts"
+    assert 0.05 < run["engine"]["expert_rounding_error"] < 0.15
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", ["cache", "auto", "stream"])
+def test_on_a_gpu_experts_move_to_the_host_and_back_between_arms(plan: str) -> None:
+    words = [*MOE, "--device", "cuda", "--dtype", "bfloat16", "--eager", "--repeats", "2"]
+    words += ["--arms", "resident,experts", "--max-num-batched-tokens", "512"]
+    words += ["--expert-slots", "32", "--expert-plan", plan, "--router-skew", "0.45", "--json"]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    for run in json.loads(done.stdout)["runs"]:
+        assert run["output_tokens"] == 4 * 6
+        is_buffered = run["arm"] == "experts"
+        assert (run["engine"]["expert_bytes"] > 0) == is_buffered
+        assert (run["sizes"]["experts_host_bytes"] > 0) == is_buffered
+        if plan == "cache" and is_buffered:
+            assert 0 < run["engine"]["expert_hit_rate"] < 1
 
 
 def test_a_prediction_covers_skewed_routing_and_says_so_where_it_covers_nothing() -> None:

@@ -21,6 +21,13 @@ def check_arms(arms: list[str], config: EngineConfig) -> None:
             f"the arm {EXPERTS} is for experts of which some are in host memory; give "
             "--expert-slots or --expert-gib"
         )
+    others = [arm for arm in arms if arm != RESIDENT]
+    if RESIDENT in arms and others and config.expert_cold_dtype != "auto":
+        raise ConfigError(
+            f"expert_cold_dtype is {config.expert_cold_dtype}, which rounds the only copy of the "
+            f"experts, so that {RESIDENT} cannot have them in one call with {','.join(others)}; "
+            "give it a call of its own"
+        )
 
 
 def with_all_resident(config: EngineConfig, model: PreTrainedModel) -> EngineConfig:
@@ -47,6 +54,8 @@ def with_all_resident(config: EngineConfig, model: PreTrainedModel) -> EngineCon
         expert_gib=None,
         expert_plan="auto",
         expert_eviction="least-stale",
+        expert_cold_dtype="auto",
+        expert_prefetch=0,
     )
 
 

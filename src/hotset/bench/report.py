@@ -94,6 +94,8 @@ def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
         ("experts on device / host, GB", _expert_places),
         ("needed experts: there / not", _expert_uses),
         ("  hit rate", _hit_rate),
+        ("experts predicted / rightly / copied ahead", _prefetch),
+        ("rounding of experts, relative RMS", _rounding),
         ("experts to device, GB", lambda run: gb(run.count("expert_bytes") or None)),
         ("peak host RSS, GB", lambda run: gb(run.peak_host_rss_bytes)),
         ("peak device memory, GB", lambda run: gb(run.peak_device_bytes)),
@@ -133,6 +135,18 @@ def _expert_uses(run: ArmRun) -> str:
 def _hit_rate(run: ArmRun) -> str:
     rate = run.engine.get("expert_hit_rate")
     return "-" if rate is None else f"{rate:.1%}"
+
+
+def _prefetch(run: ArmRun) -> str:
+    names = ("expert_predicted", "expert_predicted_right", "expert_copied_ahead")
+    if not run.count(names[0]):
+        return "-"
+    return " / ".join(number(run.count(name)) for name in names)
+
+
+def _rounding(run: ArmRun) -> str:
+    error = run.engine.get("expert_rounding_error")
+    return f"{error:.2%}" if error else "-"
 
 
 def _start(run: ArmRun) -> str:

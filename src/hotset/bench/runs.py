@@ -215,6 +215,7 @@ class Bench:
         run.tiers_ready_s, run.warm_up_s, run.prepare_s = tiers_ready_s, warm_up_s, prepare_s
         engine.count_experts()
         run.engine = _engine_figures(_difference(before, _counters(engine)))
+        run.engine["expert_rounding_error"] = engine.metrics.expert_rounding_error  # no count
         run.sizes = sizes
         run.samples = columns(driven.watch.samples)
         run.peak_host_rss_bytes = driven.watch.peak_host_rss_bytes

@@ -284,6 +284,7 @@ PRESETS = {
         _moe(16, 64, 32, 1008),
         "D16 in small, for a small Mixture of Experts on a CPU",
         model=str(Path(__file__).with_name("shapes") / "qwen3-moe-small.json"),
+        hot_gib=0.1,
         engine={"device": "cpu"},
         arms=("resident",),
     ),

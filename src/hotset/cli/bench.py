@@ -244,7 +244,9 @@ def _arms(preset: Preset, config: EngineConfig, against: str | None) -> list[str
     """What runs where no arms are named."""
     if against is not None:
         return []
-    return ["resident", "experts"] if config.buffers_experts else list(preset.arms)
+    if not config.buffers_experts:
+        return list(preset.arms)
+    return ["resident", "experts"] if config.expert_cold_dtype == "auto" else ["experts"]
 
 
 def _with_preset(
