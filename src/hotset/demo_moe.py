@@ -171,6 +171,7 @@ def run_demo(
         device="cpu",
         max_num_seqs=workload.users,
         max_num_batched_tokens=512,
+        expert_slots=num_experts,
         hot_gib=max(512, workload.users * (longest + 32)) * token_bytes / GIB,
         prefix_caching=False,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hotset.bench.against import Client, run_against
-from hotset.bench.expert_arms import check_arms
+from hotset.bench.expert_arms import check_arms, needs_host_experts
 from hotset.bench.machine import describe_machine
 from hotset.bench.play import Play
 from hotset.bench.result import ArmRun, BenchResult, Failure, verify
@@ -140,6 +140,7 @@ def _conclude(result: BenchResult, *, verified: bool) -> None:
 def _load(order: Order, say: Say) -> LoadedModel:
     config = order.config
     start_s = time.perf_counter()
+    on_host = needs_host_experts(order.arms, config)
     if order.dummy_weights:
         name = config.model or _DUMMY_MODEL
         loaded = load_dummy(
@@ -147,14 +148,14 @@ def _load(order: Order, say: Say) -> LoadedModel:
             device=config.device,
             dtype=config.dtype,
             router_skew=order.options.router_skew,
-            experts_on_host=config.buffers_experts or config.splits_memory,
+            experts_on_host=on_host,
         )
     else:
         loaded = load_model(
             config.model,
             device=config.device,
             dtype=config.dtype,
-            experts_on_host=config.buffers_experts or config.splits_memory,
+            experts_on_host=on_host,
         )
     kind = "random weights" if order.dummy_weights else "weights"
     say.line(

@@ -16,10 +16,10 @@ RESIDENT, EXPERTS = "resident", "experts"
 
 def check_arms(arms: list[str], config: EngineConfig) -> None:
     """Raise ConfigError where an arm would not be what its name says."""
-    if EXPERTS in arms and not config.buffers_experts:
+    if EXPERTS in arms and not (config.buffers_experts or config.splits_memory):
         raise ConfigError(
             f"the arm {EXPERTS} is for experts of which some are in host memory; give "
-            "--expert-slots or --expert-gib"
+            "expert_slots, expert_gib, hot_gib or total_gib"
         )
     others = [arm for arm in arms if arm != RESIDENT]
     if RESIDENT in arms and others and config.expert_cold_dtype != "auto":
@@ -30,14 +30,20 @@ def check_arms(arms: list[str], config: EngineConfig) -> None:
         )
 
 
+def needs_host_experts(arms: list[str], config: EngineConfig) -> bool:
+    """Whether an arm may have experts in host memory, so that they are best loaded there."""
+    bounded = config.buffers_experts or config.splits_memory
+    return bounded and any(arm != RESIDENT for arm in arms)
+
+
 def with_all_resident(config: EngineConfig, model: PreTrainedModel) -> EngineConfig:
-    """The options with room for all experts on the device.
+    """The options with room for all experts on the device, and `hot_gib` for KV alone.
 
     Raises:
         ConfigError: they do not fit.
     """
     layers = experts_layers(model)
-    if not config.buffers_experts or not layers:
+    if not (config.buffers_experts or config.splits_memory) or not layers:
         return config
     if model.device.type == "cuda":
         hosts = [getattr(layer, "expert_host", None) for layer in layers]
@@ -56,12 +62,16 @@ def with_all_resident(config: EngineConfig, model: PreTrainedModel) -> EngineCon
         expert_eviction="least-stale",
         expert_cold_dtype="auto",
         expert_prefetch=0,
+        target="throughput",
+        expected_users=None,
+        expected_prompt_tokens=None,
+        expected_output_tokens=None,
     )
 
 
 def make_ready(config: EngineConfig, model: PreTrainedModel) -> None:
     """Undo what the engine before did to the experts that keeps them from being moved."""
-    if config.buffers_experts:
+    if config.buffers_experts or config.splits_memory:
         unpack_experts(model)
 
 

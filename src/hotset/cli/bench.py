@@ -244,6 +244,8 @@ def _arms(preset: Preset, config: EngineConfig, against: str | None) -> list[str
     """What runs where no arms are named."""
     if against is not None:
         return []
+    if config.total_gib is not None and "resident" in preset.arms:
+        return ["experts"]
     if not config.buffers_experts:
         return list(preset.arms)
     return ["resident", "experts"] if config.expert_cold_dtype == "auto" else ["experts"]
@@ -259,7 +261,8 @@ def _with_preset(
         source = context.get_parameter_source(name)
         return source is not None and source is not click.core.ParameterSource.DEFAULT
 
-    sizes = {"hot_gib": preset.hot_gib, "host_gib": preset.host_gib, "disk_gib": preset.disk_gib}
+    hot_gib = preset.hot_gib if config.total_gib is None else None
+    sizes = {"hot_gib": hot_gib, "host_gib": preset.host_gib, "disk_gib": preset.disk_gib}
     changes = {
         name: value
         for name, value in (sizes | preset.engine).items()
