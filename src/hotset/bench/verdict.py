@@ -69,6 +69,8 @@ def _of_experts(result: BenchResult) -> str:
     speed = f"{1 / ratio:.2f} times as long" if ratio < 1 else f"{ratio:.2f} times as fast"
     if abs(ratio - 1) <= noise:
         speed = f"the same within the {noise:.0%} that runs differ by"
+        if noise > _MOST_NOISE:
+            speed = f"but runs of one arm differ by up to {noise:.0%}: repeat on a quiet machine"
     rate = some.engine.get("expert_hit_rate")
     hits = "" if rate is None else f"{rate:.1%} of the experts that were needed were there, and "
     return (
