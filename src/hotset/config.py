@@ -18,6 +18,8 @@ EXPERT_OPTIONS = {
     "expert_eviction": "least-stale",
     "expert_cold_dtype": "auto",
     "expert_prefetch": 0,
+    "expert_host_gib": None,
+    "expert_cpu": "off",
 }
 
 
@@ -52,9 +54,17 @@ class EngineConfig:
         expert_slots: experts of a Mixture-of-Experts model that each layer keeps on the device; the
             others are in host memory. None, and no `expert_gib`, is all.
         expert_gib: the same by size: device memory for all experts, in GiB.
+        expert_host_gib: host memory for experts, in GiB: those beyond it are on disk. None is as
+            much as they take.
+        expert_disk_path: folder for experts on disk; None is in the platform's cache folder.
         expert_plan: how the others come: `cache` copies those that a step needs into slots,
             `stream` all of them while the layer before computes; `auto` is either, step by step:
-            that which is expected to take less time for so many tokens.
+            that which is expected to take less time for so many tokens. With experts on
+            disk it is `cache`.
+        expert_cpu: on a GPU, whether the CPU computes experts that are in host memory, in steps of
+            few tokens: `off`, `auto` where it is faster by what is measured at start, or `on` in
+            all such steps. Their rounding is the CPU's then, so that output depends on what is
+            resident as far as rounding goes.
         expert_eviction: which expert leaves a slot; see `memory.expert_cache.SlotTable`.
         expert_cold_dtype: of experts in host memory; `auto` is their own. With `fp8` or `int4`,
             about a half or a quarter of the bytes of bfloat16, all experts have the values that
@@ -75,7 +85,8 @@ class EngineConfig:
             later. Takes place only while the host tier has room for all of it.
         prefix_caching: find leading blocks by hash instead of computing them again.
         fetch_policy: `auto` decides between fetch and recompute by cost; the others force one.
-        disk_read_deadline_s: a disk read that takes longer counts as failed.
+        disk_read_deadline_s: a read from disk, of KV or of an expert, that takes longer counts as
+            failed.
         disk_write_queue_s: a block waits at most this long for its write to disk.
         eager: on a GPU, run without `torch.compile` and CUDA graphs: slower, but starts sooner.
         seed: for requests that sample and bring no seed.
@@ -96,7 +107,10 @@ class EngineConfig:
     disk_path: Path | None = None
     expert_slots: int | None = None
     expert_gib: float | None = None
+    expert_host_gib: float | None = None
+    expert_disk_path: Path | None = None
     expert_plan: Literal["auto", "cache", "stream"] = "auto"
+    expert_cpu: Literal["off", "auto", "on"] = "off"
     expert_eviction: Literal["least-stale", "lru", "lfu", "lifo"] = "least-stale"
     expert_cold_dtype: Literal["auto", "fp8", "int4"] = "auto"
     expert_prefetch: int = 0
@@ -140,6 +154,11 @@ class EngineConfig:
         check(
             self.expert_gib is None or 0 < self.expert_gib < math.inf,
             "expert_gib",
+            "a size above 0 GiB",
+        )
+        check(
+            self.expert_host_gib is None or 0 < self.expert_host_gib < math.inf,
+            "expert_host_gib",
             "a size above 0 GiB",
         )
         check(
@@ -206,6 +225,11 @@ class EngineConfig:
                     f"{name} is {value!r}, which does nothing while all experts are on the device; "
                     "give expert_slots, expert_gib, hot_gib or total_gib, or leave it out"
                 )
+        if self.expert_disk_path is not None and self.expert_host_gib is None:
+            raise ConfigError(
+                f"expert_disk_path is {str(self.expert_disk_path)!r}, but host memory for experts "
+                "has no bound; give expert_host_gib, or leave it out"
+            )
         if self.expert_plan == "stream" and self.expert_prefetch:
             raise ConfigError(
                 f"expert_prefetch is {self.expert_prefetch}, but the plan stream brings all "

@@ -29,6 +29,10 @@ class TierError(HotsetError):
     """A tier that cannot be opened or used."""
 
 
+class ExpertReadError(HotsetError):
+    """An expert that a step needs cannot be read. The requests of that step end with it."""
+
+
 class EngineError(HotsetError):
     """The engine has failed or was closed. It serves no more requests."""
 

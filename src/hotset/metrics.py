@@ -29,5 +29,9 @@ class Metrics:
     expert_predicted_right: int = 0  # of these, needed
     expert_copied_ahead: int = 0  # experts that were given a slot for that
     expert_rounding_error: float = 0.0  # relative RMS of experts' weights; fixed at start
+    expert_cpu_computed: int = 0  # experts that were cold and computed by the CPU
+    expert_disk_reads: int = 0  # experts read from disk
+    expert_disk_bytes: int = 0  # bytes of these
+    expert_disk_wait_s: float = 0.0  # steps waited for them
     refetched_bytes: int = 0  # to the device, again for a request that lost them to preemption
     faults: Counter[str] = field(default_factory=Counter)  # by kind

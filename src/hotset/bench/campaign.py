@@ -16,6 +16,7 @@ from hotset.bench.verdict import verdict
 from hotset.bench.workload import Spec, make_work
 from hotset.config import EngineConfig
 from hotset.errors import ConfigError, EngineError
+from hotset.model.expert_disk import ExpertSink
 from hotset.model.loader import LoadedModel, load_dummy, load_model
 
 _DUMMY_MODEL = "smollm2-135m"
@@ -149,6 +150,7 @@ def _load(order: Order, say: Say) -> LoadedModel:
             dtype=config.dtype,
             router_skew=order.options.router_skew,
             experts_on_host=on_host,
+            experts=ExpertSink(config),
         )
     else:
         loaded = load_model(
@@ -156,6 +158,7 @@ def _load(order: Order, say: Say) -> LoadedModel:
             device=config.device,
             dtype=config.dtype,
             experts_on_host=on_host,
+            experts=ExpertSink(config),
         )
     kind = "random weights" if order.dummy_weights else "weights"
     say.line(

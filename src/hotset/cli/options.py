@@ -83,9 +83,25 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
     ),
     _option("expert_gib", float, "The same by size: memory for experts beside the chip, in GiB."),
     _option(
+        "expert_host_gib",
+        float,
+        "Host memory for experts, in GiB, the others on disk.  [default: what they take]",
+    ),
+    _option(
+        "expert_disk_path",
+        click.Path(file_okay=False, path_type=Path),
+        "Folder for experts on disk.  [default: in the platform's cache folder]",
+    ),
+    _option(
         "expert_plan",
         click.Choice(["auto", "cache", "stream"]),
         "How other experts come: those a step needs, or all, ahead of it; auto by its tokens.",
+    ),
+    _option(
+        "expert_cpu",
+        click.Choice(["off", "auto", "on"]),
+        "On a GPU, have the CPU compute experts in host memory in small steps; auto where it is "
+        "faster. Rounds otherwise than the GPU.",
     ),
     _option(
         "expert_eviction",

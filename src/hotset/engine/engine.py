@@ -15,7 +15,7 @@ from hotset.config import EngineConfig
 from hotset.engine.memory_split import Memory, split_memory
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
-from hotset.errors import ConfigError, RequestError
+from hotset.errors import ConfigError, ExpertReadError, RequestError
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.block_pool import BlockPool
 from hotset.memory.budget import available_host_bytes, make_budget
@@ -91,6 +91,8 @@ class Engine:
         config: sizes and options.
         loaded: the model.
         overlap: whether steps overlap; None is on a GPU only.
+        owns_model: whether nobody else uses the model, so that its experts on disk go with the
+            engine.
 
     Raises:
         ConfigError: sizes that cannot work; `ModelError`: a model that cannot run;
@@ -98,7 +100,12 @@ class Engine:
     """
 
     def __init__(
-        self, config: EngineConfig, loaded: LoadedModel, *, overlap: bool | None = None
+        self,
+        config: EngineConfig,
+        loaded: LoadedModel,
+        *,
+        overlap: bool | None = None,
+        owns_model: bool = False,
     ) -> None:
         self.metrics = Metrics()
         model = loaded.model
@@ -107,6 +114,18 @@ class Engine:
         self._in_flight: _StepInFlight | None = None
         self._recent_step_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._num_host_bound = 0
+        self._owns_model = owns_model
+        self._tiers: TierStack | None = None
+        self._experts: ExpertBuffer | None = None
+        try:
+            self._set_up(config, loaded)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, config: EngineConfig, loaded: LoadedModel) -> None:
+        """All that runs the model or takes memory beside it."""
+        model = loaded.model
         layout = inspect_model(model, resolve_kv_dtype(config.kv_dtype, model.device))
         step_bytes = workspace_bytes(
             model, max_tokens=config.max_num_batched_tokens, max_seqs=config.max_num_seqs
@@ -165,6 +184,7 @@ class Engine:
                 max_context_blocks=-(-self.max_model_len // config.block_size),
                 scratch_block=self.budget.device_blocks,
                 before_cut=self._experts.join if self._experts is not None else None,
+                records=self._experts is None or self._experts.can_be_recorded,
             )
         self._sampler = Sampler(
             model.config.get_text_config().vocab_size,
@@ -175,6 +195,9 @@ class Engine:
         )
         self._outputs = OutputProcessor(loaded.tokenizer, loaded.eos_token_ids)
         self.rates = Rates(prefill_tokens_per_s=self._measure_prefill(), link_bytes_per_s={})
+        if self._experts is not None and config.expert_cpu != "off" and model.device.type == "cuda":
+            experts_report += f"\n{self._experts.compute_cold_on_cpu(config.expert_cpu)}"
+            self._runner.launches = self._experts.launches
         self._tiers = self._open_tiers(arena, disk_path, fingerprint)
         policy = PrefixPolicy(
             self.rates, bytes_per_token=layout.bytes_per_token, mode=config.fetch_policy
@@ -325,6 +348,11 @@ class Engine:
             self.metrics.expert_hits = counts.hits
             self.metrics.expert_misses = counts.misses
             self.metrics.expert_bytes = counts.moved_bytes
+            self.metrics.expert_cpu_computed = counts.computed
+            if counts.disk is not None:
+                self.metrics.expert_disk_reads = counts.disk.reads
+                self.metrics.expert_disk_bytes = counts.disk.read_bytes
+                self.metrics.expert_disk_wait_s = counts.disk.wait_s
             self.metrics.expert_predicted = counts.predicted
             self.metrics.expert_predicted_right = counts.predicted_right
             self.metrics.expert_copied_ahead = counts.copied_ahead
@@ -336,7 +364,7 @@ class Engine:
     def close(self) -> None:
         """End the transfers and close the tiers."""
         if self._experts is not None:
-            self._experts.close()
+            self._experts.close(with_disk=self._owns_model)
         if self._tiers is not None:
             self._tiers.close()
 
@@ -367,6 +395,14 @@ class Engine:
             )  # [R, vocab]
             requests = [item.request for item in plan.items if item.samples]
             tokens = self._sampler.submit(logits, requests) if requests else None
+        except ExpertReadError as error:
+            # Whoever it is that needed the expert: nobody can say before the step has run.
+            _log.error("a step of %d requests failed: %s", len(plan.items), error)
+            assert self._experts is not None
+            self.metrics.faults.update(self._experts.take_faults())
+            for item in plan.items:
+                self._finish(item.request, FinishReason.ERROR, str(error))
+            return None
         except (RuntimeError, MemoryError) as error:
             # Out of memory, most likely. The youngest request of the step pays; the others'
             # tokens are computed again in the next step, into the same slots.

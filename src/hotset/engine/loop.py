@@ -18,6 +18,7 @@ from hotset.engine.fair_queue import FairQueue
 from hotset.engine.status import EngineStatus, engine_status
 from hotset.errors import OverloadedError, RequestError
 from hotset.metrics import Metrics
+from hotset.model.expert_disk import ExpertSink
 from hotset.model.loader import LoadedModel, load_model
 from hotset.request import FinishReason, RequestOutput, SamplingParams
 
@@ -42,8 +43,9 @@ def build_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
         device=config.device,
         dtype=config.dtype,
         experts_on_host=config.buffers_experts or config.splits_memory,
+        experts=ExpertSink(config),
     )
-    return Engine(config, loaded), loaded
+    return Engine(config, loaded, owns_model=True), loaded
 
 
 @dataclass(frozen=True, slots=True)

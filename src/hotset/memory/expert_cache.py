@@ -110,23 +110,36 @@ class HostExperts(StoredExperts):
         Raises:
             ConfigError: it cannot be pinned; it stays as it is.
         """
-        if self._is_pinned:
-            return
-        address, num_bytes = self.payloads.data_ptr(), self.payloads.nbytes
-        code = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
-        if int(code) != 0:
-            raise ConfigError(
-                f"{num_bytes / 2**30:.2f} GiB of host memory for experts cannot be pinned (CUDA "
-                f"error {int(code)}); raise the limit on locked memory, or keep more experts on "
-                "the device"
-            )
-        self._is_pinned = True
+        if not self._is_pinned:
+            pin_memory(self.payloads)
+            self._is_pinned = True
 
-    def close(self) -> None:
+    @property
+    def host_bytes(self) -> int:
+        """Of all payloads."""
+        return int(self.payloads.nbytes)
+
+    def unpin(self) -> None:
         """Unpin the memory. Nothing may read it from the device any more."""
         if self._is_pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.payloads.data_ptr())
+            unpin_memory(self.payloads)
             self._is_pinned = False
+
+
+def pin_memory(payloads: torch.Tensor) -> None:
+    """Pin host memory of experts where it is. Raises ConfigError; it stays as it is then."""
+    code = torch.cuda.cudart().cudaHostRegister(payloads.data_ptr(), payloads.nbytes, 0)
+    if int(code) != 0:
+        raise ConfigError(
+            f"{payloads.nbytes / 2**30:.2f} GiB of host memory for experts cannot be pinned (CUDA "
+            f"error {int(code)}); raise the limit on locked memory, or keep more experts on "
+            "the device"
+        )
+
+
+def unpin_memory(payloads: torch.Tensor) -> None:
+    """The end of `pin_memory`."""
+    torch.cuda.cudart().cudaHostUnregister(payloads.data_ptr())
 
 
 class SlotTable:
@@ -181,13 +194,18 @@ class SlotTable:
         self._slot_of, self._last_use, self._num_uses, self._predicted, self._pass_of = views[:5]
         self._expert_in, self._arrival, self._time, self._num_arrivals = views[5:]
         self._places = torch.arange(num_slots, device=device)
-        self._slot_of.fill_(_NOBODY)
-        self._slot_of[:num_slots] = self._expert_in[:-1] = self._places
-        self._expert_in[-1] = num_experts
-        self._arrival[:-1] = self._places + 1
-        self._num_arrivals.fill_(num_slots)
+        self.reset()
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._nobody = -self._one
+
+    def reset(self) -> None:
+        """As at first: each slot has the expert of its number, and nothing was used."""
+        self.state.zero_()
+        self._slot_of.fill_(_NOBODY)
+        self._slot_of[: self.num_slots] = self._expert_in[:-1] = self._places
+        self._expert_in[-1] = self.num_experts
+        self._arrival[:-1] = self._places + 1
+        self._num_arrivals.fill_(self.num_slots)
 
     def num_passes(self, num_ids: int) -> int:
         """The most passes that a step of so many expert ids can take."""

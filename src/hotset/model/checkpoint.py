@@ -18,8 +18,9 @@ import safetensors
 import torch
 import transformers
 
-from hotset.errors import ModelError
+from hotset.errors import ModelError, TierError
 from hotset.model import weights
+from hotset.model.expert_disk import ExpertSink
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -35,7 +36,12 @@ KV_SCALE_NAME = re.compile(r"\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.|)
 
 
 def load_folder(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, *, fp8: bool = False
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    fp8: bool = False,
+    experts: ExpertSink | None = None,
 ) -> tuple[Any, Any | None]:
     """Load a folder's model, and its tokenizer if it has one.
 
@@ -49,6 +55,7 @@ def load_folder(
         dtype: of the weights; None is the checkpoint's.
         fp8: store those of linear layers in 8 bits. A checkpoint that is not plain is loaded in
             `dtype`, for the caller to round.
+        experts: where those go that host memory has no room for.
 
     Raises:
         ModelError: it cannot be loaded; says why.
@@ -66,10 +73,13 @@ def load_folder(
     if fp8 or device.type == "cuda":
         model = _in_place(folder, files, config, device, dtype or config.dtype, fp8=fp8)
     if model is None:
+        if experts is not None:
+            _begin(experts, config, dtype)
         options = {}
         if _quantization(config) == "fp8":  # its own kernels are downloads; others refuse
             options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
-        model = _from_pretrained(folder, folder, device, dtype, config=config, **options)
+        with experts.catch_loaded() if experts is not None else contextlib.nullcontext():
+            model = _from_pretrained(folder, folder, device, dtype, config=config, **options)
     tokenizer = None
     if any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
         tokenizer = _load_tokenizer(folder, folder)
@@ -112,6 +122,8 @@ def _from_pretrained(
             output_loading_info=True,
             **options,
         )
+    except TierError:  # of experts on disk
+        raise
     except Exception as error:  # whatever a bad file makes the libraries raise
         raise ModelError(f"cannot load the weights of {source}: {first_line(error)}") from error
     # Loading fills these with random numbers: a model that runs and speaks nonsense.
@@ -122,6 +134,16 @@ def _from_pretrained(
                 f"first {names[0]}; the checkpoint is incomplete or of another architecture"
             )
     return model
+
+
+def _begin(experts: ExpertSink, config: Any, dtype: torch.dtype | None) -> None:
+    """Show the sink the shape of what is loaded next, if it is known."""
+    dtype = dtype or config.dtype
+    if dtype is None or _quantization(config) is not None:
+        return
+    with torch.device("meta"):
+        shape = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    experts.begin(shape)
 
 
 def _in_place(

@@ -1,4 +1,4 @@
-"""Experts of which some are on the device and all in host memory.
+"""Experts of which some are on the device and all in host memory, or on disk below it.
 
 Two plans, chosen for each step by its number of tokens. *cache*: the experts that a step needs and
 that have no slot are copied into one. *stream*: all experts of a layer that have no slot come
@@ -8,7 +8,9 @@ buffering: Huang et al., "Toward Efficient Inference for Mixture of Experts", Ne
 """
 
 import itertools
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,14 +19,16 @@ from transformers import PreTrainedModel
 from hotset.config import GIB, EngineConfig
 from hotset.errors import ConfigError
 from hotset.memory.expert_cache import (
-    ExpertLayout,
     HostExperts,
     SlotBytes,
     SlotTable,
     count_slots,
 )
+from hotset.memory.expert_store import DiskExperts, ExpertStore, StoreCounts
 from hotset.memory.narrow_experts import NarrowLayout, relative_rms
 from hotset.memory.slab import slot_bytes_for
+from hotset.model.expert_cpu import ColdExperts, ColdLayer, device_seconds
+from hotset.model.expert_disk import ExpertSink, layout_of
 from hotset.model.expert_layer import LayerBuffer
 from hotset.model.expert_prefetch import Prefetch, Router, find_routers
 from hotset.model.expert_slots import Staging
@@ -48,6 +52,8 @@ class ExpertCounts:
         predicted: experts that the router of a layer chose before the layer was there.
         predicted_right: of these, those that it then needed.
         copied_ahead: of those that were predicted and had no slot, those that were given one.
+        computed: by the CPU, which are neither hits nor misses.
+        disk: what those on disk did; None where there are none.
     """
 
     hits: int = 0
@@ -56,6 +62,8 @@ class ExpertCounts:
     predicted: int = 0
     predicted_right: int = 0
     copied_ahead: int = 0
+    computed: int = 0
+    disk: StoreCounts | None = None
 
 
 class ExpertBuffer:
@@ -65,7 +73,8 @@ class ExpertBuffer:
         sizes: of slots.
         num_slots: of each layer.
         device_bytes: of slots and staging buffers.
-        host_bytes: of the only copy in host memory.
+        host_bytes: of the only copy in host memory; or, with experts on disk, of all that is there.
+        store: of experts on disk; None where all are in host memory.
         rounding_error: relative root mean square error of the weights of all experts, where host
             memory has them in fewer bits; else 0.
         description: one line, for the start.
@@ -80,7 +89,10 @@ class ExpertBuffer:
     ) -> None:
         hosts = [layer.expert_host for layer in layers]
         num_experts, layout = layers[0].num_experts, hosts[0].layout
-        sizes = _sizes(layers, config)
+        stores = [host.store for host in hosts if isinstance(host, DiskExperts)]
+        self.store: ExpertStore | None = stores[0] if stores else None
+        plan = config.expert_plan if self.store is None else "cache"
+        sizes = replace(_sizes(layers, config), plan=plan)
         num_slots = _num_slots(config, sizes)
         self.sizes, self.num_slots = sizes, num_slots
         packed = device.type == "cpu" and layout.dtype == torch.float32 and _can_pack()
@@ -89,9 +101,10 @@ class ExpertBuffer:
         self._counts = torch.zeros(len(layers), 6, dtype=torch.int64, device=device)
         self._num_staged = sizes.staged(num_slots)
         if device.type == "cuda":
-            for host in hosts:
+            for host in self._pinnable(hosts):
                 host.pin()
-        self._hosts = hosts
+        self._hosts, self._modules, self._plan = hosts, layers, plan
+        self._cold: ColdExperts | None = None
         tables = [
             SlotTable(
                 num_experts,
@@ -121,7 +134,7 @@ class ExpertBuffer:
                 tables[index],
                 self._staging,
                 self._prefetch,
-                plan=config.expert_plan,
+                plan=plan,
                 streamed=counts[5:],
                 packed=packed,
                 is_transposed=bool(layer.is_transposed),
@@ -130,11 +143,13 @@ class ExpertBuffer:
         for one, after in itertools.pairwise(self.layers):
             one.next = after
         self.device_bytes = sizes(num_slots)
-        self.host_bytes = sum(host.payloads.nbytes for host in hosts)
-        self.rounding_error = relative_rms(host.rounding for host in hosts)
+        self.host_bytes = sum(host.host_bytes for host in self._pinnable(hosts))
+        in_memory = [host for host in hosts if isinstance(host, HostExperts)]
+        self.rounding_error = relative_rms(host.rounding for host in in_memory)
         narrow = hosts[0].narrow
         held = "" if narrow is None else f" as {narrow.dtype} (RMS error {self.rounding_error:.2%})"
-        plan = config.expert_plan
+        if self.store is not None:
+            held = f" of {self.store.disk_bytes / GIB:.3f} on disk, {self.store.folder}"
         ahead = f", {config.expert_prefetch} copied ahead" if config.expert_prefetch else ""
         evicts = "" if plan == "stream" else f", {config.expert_eviction} eviction"
         self.description = (
@@ -147,11 +162,17 @@ class ExpertBuffer:
         """What the buffers did so far; waits for the device."""
         hits, misses, predicted, right, ahead, streamed = self._counts.sum(0).tolist()
         moved = (misses + ahead + streamed * self._num_staged) * self._payload_bytes
-        return ExpertCounts(hits, misses, moved, predicted, right, ahead)
+        computed = self._cold.num_computed if self._cold is not None else 0
+        disk = self.store.counts() if self.store is not None else None
+        return ExpertCounts(hits, misses, moved, predicted, right, ahead, computed, disk)
 
     def reset_counts(self) -> None:
         """Count from zero."""
         self._counts.zero_()
+        if self._cold is not None:
+            self._cold.num_computed = 0
+        if self.store is not None:
+            self.store.reset_counts()
 
     def join(self) -> None:
         """Have what is computed from here on wait for the copies started so far."""
@@ -160,20 +181,99 @@ class ExpertBuffer:
         if self._prefetch is not None:
             self._prefetch.join()
 
-    def close(self) -> None:
-        """Unpin the host copy. No step may be under way, and none may follow."""
+    def compute_cold_on_cpu(self, mode: str) -> str:
+        """Have the CPU compute experts that are not on the GPU, in steps of few tokens.
+
+        To be called when the model has run, and when its steps are recorded: what is recorded
+        decides without the host.
+
+        Args:
+            mode: see `ColdExperts`.
+
+        Returns:
+            What to say of it at start.
+        """
+        device = self._counts.device
+        first, host = self.layers[0], self._hosts[0]
+        assert isinstance(host, HostExperts)
+        hidden_size = host.layout.up[0 if self._modules[0].is_transposed else 1]
+        cold = ColdExperts(
+            hidden_size,
+            first.top_k,
+            host.layout.dtype,
+            num_experts=first.table.num_experts,
+            num_slots=first.table.num_slots,
+            is_pinned=device.type == "cuda",
+            mode=mode,
+        )
+        self.attach_cold(cold)
+        assert first.cold is not None
+        at = torch.empty(host.layout.payload_bytes, dtype=torch.uint8, device=device)
+
+        def copy(count: int) -> None:
+            for payload in host.payloads[:count]:
+                at.copy_(payload, non_blocking=True)
+            torch.cuda.synchronize(device)
+
+        cold.measure(self._modules[0], host, first.cold.biases, copy, device_seconds(device))
+        return cold.describe()
+
+    def attach_cold(self, cold: ColdExperts) -> None:
+        """Let `cold` take part in the steps of all layers."""
+        self._cold = cold
+        for buffer, layer in zip(self.layers, self._modules, strict=True):
+            assert isinstance(buffer.host, HostExperts)
+            can_copy = self._plan != "stream"  # which keeps what is in slots
+            buffer.cold = ColdLayer(cold, buffer.host, buffer.table, layer, can_copy=can_copy)
+
+    def launches(self, num_tokens: int) -> bool:
+        """Whether the host takes part in steps of so many tokens, so that none is replayed."""
+        return self._cold is not None and self._cold.takes(num_tokens)
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether the device decides alone, so that a CUDA graph can hold a step."""
+        return self.store is None
+
+    def take_faults(self) -> Counter[str]:
+        """What went wrong on disk since the last call, by kind."""
+        if self.store is None:
+            return Counter()
+        faults = Counter(self.store.faults)
+        self.store.faults.clear()
+        return faults
+
+    def close(self, *, with_disk: bool = False) -> None:
+        """Unpin the host copy. No step may be under way, and none may follow.
+
+        Args:
+            with_disk: remove the file of experts on disk; the model can never run again then.
+        """
         if self._counts.device.type == "cuda":
             torch.cuda.synchronize(self._counts.device)
-        for host in self._hosts:
-            host.close()
+        for host in self._pinnable(self._hosts):
+            host.unpin()
+        if self._cold is not None:
+            self._cold.close()
+        if with_disk and self.store is not None:
+            self.store.close()
+
+    def _pinnable(
+        self, hosts: list[HostExperts | DiskExperts]
+    ) -> Sequence[HostExperts | ExpertStore]:
+        """What holds host memory."""
+        if self.store is not None:
+            return [self.store]
+        return [host for host in hosts if isinstance(host, HostExperts)]
 
 
 def buffer_experts(model: PreTrainedModel, config: EngineConfig) -> tuple[ExpertBuffer | None, str]:
     """Move the experts of `model` to host memory and keep on the device what `config` allows.
 
-    Layer by layer, so that no more than one layer is twice in memory. To be called before the model
-    runs; its experts may be on the CPU, the rest on its device. A model that was given to it before
-    is given other slots over the same host copy.
+    Layer by layer, so that no more than one layer is twice in memory. Where `expert_host_gib` does
+    not hold them, they go to disk, unless `ExpertSink` has taken them there already. To be called
+    before the model runs; its experts may be on the CPU, the rest on its device. A model that was
+    given to it before is given other slots over the same host copy.
 
     Returns:
         None where `config` asks for no buffering, or its budget holds all experts; and what to say
@@ -182,6 +282,7 @@ def buffer_experts(model: PreTrainedModel, config: EngineConfig) -> tuple[Expert
     Raises:
         ConfigError: buffering is asked for and cannot be done, or the budget is too small; the
             model is unchanged.
+        TierError: the disk for experts cannot be used.
     """
     if not config.buffers_experts:
         if any(hasattr(layer, "expert_host") for layer in experts_layers(model)):
@@ -190,7 +291,13 @@ def buffer_experts(model: PreTrainedModel, config: EngineConfig) -> tuple[Expert
                 "expert_slots or expert_gib"
             )
         return None, ""
+    if config.expert_cpu == "on" and model.device.type == "cpu":
+        raise ConfigError(
+            "expert_cpu is 'on', but the device is the CPU, which computes all experts anyway; "
+            "leave it out"
+        )
     layers = _bufferable(model, config)
+    _check_disk(layers, config)
     sizes = _sizes(layers, config)
     num_slots = _num_slots(config, sizes)
     _check_effects(config, num_slots, sizes.num_experts)
@@ -208,11 +315,63 @@ def buffer_experts(model: PreTrainedModel, config: EngineConfig) -> tuple[Expert
         )
     narrow = _narrow_layout(layers[0], config)
     routers = find_routers(model, layers) if config.expert_prefetch else None
-    for layer in layers:
-        if not hasattr(layer, "expert_host"):
-            layer.expert_host = _move_to_host(layer, narrow, model.device)
+    _move_all(model, layers, narrow, config)
+    if isinstance(layers[0].expert_host, DiskExperts):
+        for name, default in (("expert_cpu", "off"), ("expert_prefetch", 0)):
+            if (value := getattr(config, name)) != default:
+                raise ConfigError(
+                    f"{name} is {value!r}, but expert_host_gib {config.expert_host_gib} leaves "
+                    "experts on disk, with which it does not work; leave one of them out"
+                )
     buffer = ExpertBuffer(layers, config, model.device, routers)
-    return buffer, buffer.description
+    report = buffer.description
+    if config.expert_host_gib is not None and buffer.store is None:
+        report += f"; expert_host_gib {config.expert_host_gib} holds them all, none is on disk"
+    if config.expert_cpu == "auto" and model.device.type == "cpu":
+        report += "; expert_cpu auto: all experts are computed by the CPU anyway"
+    return buffer, report
+
+
+def _check_disk(layers: list[Experts], config: EngineConfig) -> None:
+    """Raise ConfigError where the experts are on disk in another way than asked for."""
+    host = getattr(layers[0], "expert_host", None)
+    if not isinstance(host, DiskExperts):
+        return
+    if host.store.is_closed:
+        raise ConfigError(
+            "the experts of this model were on disk, and their file went with the engine that "
+            "used them; load it again"
+        )
+    asked = config.expert_host_gib
+    if asked is None or int(asked * GIB) // host.layout.payload_bytes != host.store.num_slots:
+        raise ConfigError(
+            f"expert_host_gib is {asked}, but the experts of this model are on disk with "
+            f"{host.store.host_bytes / GIB:.3f} GiB of host memory; load it again"
+        )
+
+
+def _move_all(
+    model: PreTrainedModel,
+    layers: list[Experts],
+    narrow: NarrowLayout | None,
+    config: EngineConfig,
+) -> None:
+    """Move to host memory, or to disk, what is not there yet."""
+    hosts = [layer.expert_host for layer in layers if hasattr(layer, "expert_host")]
+    if hosts:
+        return
+    sink = ExpertSink(config)
+    sink.begin(model)
+    try:
+        for layer in layers:
+            if sink.store is not None:
+                sink.take(layer)
+            else:
+                layer.expert_host = _move_to_host(layer, narrow, model.device)
+    except BaseException:
+        sink.close()
+        raise
+    sink.finish(model)
 
 
 def slot_bytes_of(model: PreTrainedModel, config: EngineConfig) -> SlotBytes | None:
@@ -290,7 +449,12 @@ def _num_slots(config: EngineConfig, sizes: SlotBytes) -> int:
 
 def _check_effects(config: EngineConfig, num_slots: int, num_experts: int) -> None:
     """Raise ConfigError for an option that does nothing, or cannot, with so many slots."""
-    for name, default in (("expert_cold_dtype", "auto"), ("expert_prefetch", 0)):
+    for name, default in (
+        ("expert_cold_dtype", "auto"),
+        ("expert_prefetch", 0),
+        ("expert_host_gib", None),
+        ("expert_cpu", "off"),
+    ):
         value = getattr(config, name)
         if value != default and num_slots == num_experts:
             raise ConfigError(
@@ -313,25 +477,17 @@ def _size_of(layer: Experts) -> tuple[int, int]:
     """Experts of a layer, and bytes from one to the next."""
     num_experts: int = layer.num_experts
     if not _is_packed(layer):
-        return num_experts, _layout_of(layer).payload_bytes
+        return num_experts, layout_of(layer).payload_bytes
     names = (up_name(layer), "down_proj")
     return num_experts, slot_bytes_for(
         sum(getattr(layer, f"packed_{name}")[0].num_bytes for name in names)
     )
 
 
-def _layout_of(layer: Experts) -> ExpertLayout:
-    if hasattr(layer, "expert_host"):
-        layout: ExpertLayout = layer.expert_host.layout
-        return layout
-    up, down = getattr(layer, up_name(layer)), layer.down_proj
-    return ExpertLayout(tuple(up.shape[1:]), tuple(down.shape[1:]), up.dtype)
-
-
 def _narrow_layout(layer: Experts, config: EngineConfig) -> NarrowLayout | None:
     """How host memory is to have experts, or ConfigError if it has them otherwise."""
     asked = config.expert_cold_dtype
-    layout = _layout_of(layer)
+    layout = layout_of(layer)
     narrow = None if asked == "auto" else NarrowLayout(layout.up, layout.down, asked)
     if hasattr(layer, "expert_host"):
         stored: NarrowLayout | None = layer.expert_host.narrow
@@ -354,7 +510,7 @@ def _sizes(layers: list[Experts], config: EngineConfig) -> SlotBytes:
 
 def _move_to_host(layer: Experts, narrow: NarrowLayout | None, device: torch.device) -> HostExperts:
     """The experts of a layer in host memory; rounded on `device`, if to fewer bits."""
-    host = HostExperts(_layout_of(layer), layer.num_experts, narrow)
+    host = HostExperts(layout_of(layer), layer.num_experts, narrow)
     up = up_name(layer)
     with torch.inference_mode():
         host.store(getattr(layer, up), layer.down_proj, device)
@@ -376,7 +532,7 @@ def _keep_all(layers: list[Experts], device: torch.device) -> None:
             parameter = nn.Parameter(weight.to(device), requires_grad=False)
             setattr(layer, name, parameter)
         if host is not None:
-            host.close()
+            host.unpin()
             layer.expert_buffer = None
             del layer.expert_host
 

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from hotset.memory.expert_cache import HostExperts, SlotTable
+from hotset.memory.expert_cache import HostExperts, SlotTable, StoredExperts
 from hotset.memory.expert_plan import ExpertSizes, streaming_is_faster
+from hotset.memory.expert_store import DiskExperts
+from hotset.model.expert_cpu import ColdLayer
 from hotset.model.expert_prefetch import Prefetch
 from hotset.model.expert_slots import Slots, Staging
 from hotset.model.experts import Experts, has_grouped_kernel, up_name
@@ -16,9 +18,17 @@ from hotset.model.resident_experts import (
     has_fused_kernel,
 )
 
+# Share of a layer's experts that a step is expected to need, from which on all are read ahead.
+_READ_AHEAD_FROM = 0.9
+
 
 class LayerBuffer:
     """The experts of one layer, for `dynamic_experts` to call.
+
+    Attributes:
+        next: the layer that a step runs after this one; None for the last.
+        cold: has the CPU compute experts that are not here; None where it does not.
+        top_k: experts of a token, once a step has run.
 
     Args:
         staging: None where the plan is *cache* only.
@@ -30,7 +40,7 @@ class LayerBuffer:
     def __init__(
         self,
         index: int,
-        host: HostExperts,
+        host: HostExperts | DiskExperts,
         table: SlotTable,
         staging: Staging | None,
         prefetch: Prefetch | None,
@@ -45,11 +55,13 @@ class LayerBuffer:
         self._streamed = streamed
         self._prefetch = prefetch
         self._addresses: dict[int, torch.Tensor] = {}  # by passes; 0 is for streamed steps
-        self.next: LayerBuffer | None = None  # which a step runs after this one
+        self.next: LayerBuffer | None = None
+        self.cold: ColdLayer | None = None
+        self.top_k = 0
         self._is_transposed = is_transposed
         self.slots = Slots(table.num_slots, host.layout, streamed.device, packed=packed)
-        first = torch.arange(table.num_slots, device=streamed.device)
-        self._fetch(first, first)
+        self._is_filled = False
+        self._fill()
         self._is_grouped = not packed and has_grouped_kernel(self.slots.up)
 
     def streams(self, num_tokens: int, top_k: int) -> bool:
@@ -73,15 +85,39 @@ class LayerBuffer:
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         """As `dynamic_experts`, with the same result."""
+        self.top_k = top_k_index.shape[1]
+        if not self._is_filled:
+            self._fill()
+        self._is_filled = False  # until the table has told the truth to the end
+        out = self._forward(layer, hidden_states, top_k_index, top_k_weights)
+        self._is_filled = True
+        return out
+
+    def _forward(
+        self,
+        layer: Experts,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
         num_tokens, top_k = top_k_index.shape
-        ids = top_k_index.reshape(-1)
-        streams = self.streams(num_tokens, top_k)
+        ids = wanted = top_k_index.reshape(-1)
+        work, streams = None, False
+        if self.cold is not None and self.cold.shared.takes(num_tokens):
+            wanted, work = self.cold.begin(layer, hidden_states, ids)
+        else:
+            streams = self.streams(num_tokens, top_k)
         if streams:
             self._streamed += 1
         if self._is_fused(layer, len(ids)):
-            return self._fused(hidden_states, top_k_index, top_k_weights, streams)
+            out = self._fused(hidden_states, wanted.view(-1, top_k), top_k_weights, streams)
+            if self.cold is not None and work is not None:
+                out += self.cold.weighted(work, top_k_weights)
+            return out
         compute = self._grouped if self._is_grouped else self._in_turn
-        rows = compute(layer, hidden_states, ids, top_k, streams)  # [T * K, H]
+        rows = compute(layer, hidden_states, wanted, top_k, streams)  # [T * K, H]
+        if self.cold is not None and work is not None:
+            self.cold.finish(rows, work)
         if getattr(layer, "has_post_expert_norm", False):
             rows = layer.post_expert_norm(rows)
         if getattr(layer, "_is_expert_parallel", True):
@@ -117,6 +153,9 @@ class LayerBuffer:
                 self._prefetch.join()
             which = self.table.begin(ids)
             last = self.table.num_passes(len(ids))
+            if isinstance(self.host, DiskExperts):
+                missing = (which < last) & (self.table.slots() < 0)
+                self._expect(self.host, missing.nonzero().flatten().tolist(), len(ids))
             passes = which.tolist()
             for number in range(last):
                 wanted = [expert for expert in needed if passes[expert] == number]
@@ -256,7 +295,7 @@ class LayerBuffer:
         """
         if num_passes not in self._addresses:
             num_slots = self.table.num_slots
-            table = self.host.payloads.new_zeros(
+            table = torch.zeros(
                 2,
                 num_passes,
                 num_passes * num_slots + 1,
@@ -285,6 +324,9 @@ class LayerBuffer:
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """`SlotTable.plan`: where experts are, and by pass which come to which slots."""
         keys, experts, slots = self.table.plan(ids)
+        if isinstance(self.host, DiskExperts):
+            missing = [expert for expert in experts.flatten().tolist() if expert >= 0]
+            self._expect(self.host, missing, len(ids))
         if self._prefetch is not None:
             self._prefetch.join()
         return keys, list(zip(experts, slots, strict=True))
@@ -321,5 +363,49 @@ class LayerBuffer:
         ids = self._prefetch.predict(self._index + 1, hidden)
         self._prefetch.start(self.next.table.prefetch(ids, self._prefetch.most), self.next._fetch)
 
+    def _fill(self) -> None:
+        """Bring the experts that have slots at first."""
+        self.table.reset()
+        first = torch.arange(self.table.num_slots, device=self._streamed.device)
+        if isinstance(self.host, DiskExperts):
+            self._expect(self.host, first.tolist(), 0)
+        self._fetch(first, first)
+        self._is_filled = True
+
+    def _expect(self, disk: DiskExperts, missing: list[int], num_ids: int) -> None:
+        """Start to read experts from disk, in the order of use.
+
+        A step of so many ids that it needs most experts of any layer reads ahead those that the
+        next layer lacks.
+        """
+        ahead: list[tuple[int, int]] = []
+        following, num_experts = self.next, self.table.num_experts
+        num_tokens = num_ids // max(1, self.top_k)
+        share = 1 - (1 - min(1.0, self.top_k / num_experts)) ** num_tokens
+        if following is not None and share >= _READ_AHEAD_FROM:
+            assert isinstance(following.host, DiskExperts)
+            absent = (following.table.slots() < 0).nonzero().flatten().tolist()
+            ahead = [(following.host.layer, expert) for expert in absent]
+        disk.store.expect(disk.layer, missing, ahead)
+
+    def _fetch_from_disk(self, disk: DiskExperts, experts: list[int], slots: list[int]) -> None:
+        """Copy experts to slots, as they come to host memory."""
+
+        def submitted() -> torch.cuda.Event | None:
+            if self._streamed.device.type != "cuda":
+                return None
+            event = torch.cuda.Event()
+            event.record()
+            return event
+
+        for expert, slot in zip(experts, slots, strict=True):
+            if expert >= 0:
+                with disk.store.take(disk.layer, expert, until=submitted) as payload:
+                    source = StoredExperts(disk.layout, None, payload.unsqueeze(0))
+                    self.slots.put(source, slot, is_transposed=self._is_transposed)
+
     def _fetch(self, experts: torch.Tensor, slots: torch.Tensor) -> None:
+        if isinstance(self.host, DiskExperts):
+            self._fetch_from_disk(self.host, experts.tolist(), slots.tolist())
+            return
         self.slots.fetch(self.host, experts, slots, is_transposed=self._is_transposed)

@@ -70,6 +70,13 @@ class Slots:
             if expert >= 0:
                 self._put(source, expert, slot, is_transposed=is_transposed)
 
+    def put(self, source: StoredExperts, slot: int, *, is_transposed: bool) -> None:
+        """Copy the only expert of `source`, which is in host memory, to a slot."""
+        if self.payloads is not None and source.narrow is None:
+            self.payloads[slot].copy_(source.payloads[0], non_blocking=True)
+        else:
+            self._put(source, 0, slot, is_transposed=is_transposed)
+
     def addresses(self) -> torch.Tensor:
         """`[2, N]` int64 on the device: where the up and the down matrix of each place begin."""
         assert self.payloads is not None

@@ -45,7 +45,7 @@ def use_dynamic_gating(model: PreTrainedModel) -> int:
     is left to compute them as it does, and a warning says so. 0 for a model without experts.
     """
     layers = experts_layers(model)
-    if layers and all(_is_plain(layer) for layer in layers):
+    if layers and all(is_plain(layer) for layer in layers):
         register()
         model.set_experts_implementation(IMPLEMENTATION)
         if all(layer.config._experts_implementation == IMPLEMENTATION for layer in layers):
@@ -257,11 +257,16 @@ def pack_matrix(matrix: torch.Tensor) -> PackedLinear:
 
 def experts_layers(model: nn.Module) -> list[Experts]:
     """The layers that transformers' decorator made exchangeable."""
+    return [module for module in model.modules() if is_experts(module)]
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers' decorator made it exchangeable."""
     marks = ("is_transposed", "has_gate", "has_bias", "_apply_gate", "num_experts")
-    return [m for m in model.modules() if all(hasattr(m, mark) for mark in marks)]
+    return all(hasattr(module, mark) for mark in marks)
 
 
-def _is_plain(layer: Experts) -> bool:
+def is_plain(layer: Experts) -> bool:
     """Whether the weights are there and numbers as they are; None are those that are packed."""
     weights = [getattr(layer, name, None) for name in (up_name(layer), "down_proj")]
     return all(weight is None or weight.dtype in _DTYPES for weight in weights)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hotset.errors import ConfigError, ModelError, PlanError
 from hotset.memory.budget import available_host_bytes
 from hotset.model import checkpoint, default_model, upcycled_model
+from hotset.model.expert_disk import ExpertSink
 from hotset.model.experts import COUNT_NAMES, experts_layers, move_but_experts
 from hotset.model.fp8 import FP8
 from hotset.model.fp8_linear import quantize_linears
@@ -66,7 +68,12 @@ class LoadedModel:
 
 
 def load_model(
-    name: str | None, *, device: str, dtype: str, experts_on_host: bool = False
+    name: str | None,
+    *,
+    device: str,
+    dtype: str,
+    experts_on_host: bool = False,
+    experts: ExpertSink | None = None,
 ) -> LoadedModel:
     """Load a model for inference. Prints to stderr only what is downloaded or converted.
 
@@ -78,22 +85,29 @@ def load_model(
             `bfloat16`, `float16`, or `fp8`: bfloat16, but 8-bit weights in linear layers.
         experts_on_host: leave the weights of experts, where the model has some, in host memory, for
             `buffer_experts`.
+        experts: with `experts_on_host`, where those go that host memory has no room for. Of a
+            GGUF file they are in memory first.
 
     Raises:
         ModelError: the model cannot be found, read or run; nothing stays in memory.
-        ConfigError: there is no such device.
+        ConfigError: there is no such device; or as `ExpertSink.begin` says.
+        TierError: the disk for experts cannot be used.
     """
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
     source, short_name = _find(name)
     experts_on_host = experts_on_host and _may_have_experts(source)
     first = torch.device("cpu") if experts_on_host else target
-    with checkpoint.quiet():
+    with checkpoint.quiet(), _closing_on_error(experts):
         if source.is_file():
             model, tokenizer = checkpoint.load_gguf(source, first, torch_dtype)
         else:
             in_place = dtype == "fp8" and not experts_on_host
-            model, tokenizer = checkpoint.load_folder(source, first, torch_dtype, fp8=in_place)
+            model, tokenizer = checkpoint.load_folder(
+                source, first, torch_dtype, fp8=in_place, experts=experts
+            )
+        if experts is not None:
+            experts.finish(model)
     if experts_on_host:
         move_but_experts(model, target)
     _round(model, dtype)
@@ -109,6 +123,16 @@ def load_model(
     )
 
 
+@contextlib.contextmanager
+def _closing_on_error(experts: ExpertSink | None) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if experts is not None:
+            experts.close()
+        raise
+
+
 def load_dummy(
     name: str,
     *,
@@ -117,6 +141,7 @@ def load_dummy(
     seed: int = 0,
     router_skew: float | None = None,
     experts_on_host: bool = False,
+    experts: ExpertSink | None = None,
 ) -> LoadedModel:
     """A model of a known shape with random weights and no tokenizer, for benchmarks.
 
@@ -132,11 +157,12 @@ def load_dummy(
         router_skew: how unevenly routers use the experts, see `router_skew.skew_routers`; None
             leaves that to chance.
         experts_on_host: as for `load_model`; the weights are the same.
+        experts: as for `load_model`.
 
     Raises:
         ModelError: there is no such config, transformers cannot make a causal language model of
             it, or its weights are larger than the memory that is free; `ConfigError`: there is no
-            such device or dtype, or nothing to be skewed.
+            such device or dtype, or nothing to be skewed; `TierError`: as for `load_model`.
     """
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
@@ -158,21 +184,33 @@ def load_dummy(
     weights_bytes = sum(parameter.nbytes for parameter in shape.parameters())
     experts_bytes = 0
     if experts_on_host:
-        experts = [weight for layer in experts_layers(shape) for weight in layer.parameters()]
-        experts_bytes = sum(weight.nbytes for weight in experts)
+        stacked = [weight for layer in experts_layers(shape) for weight in layer.parameters()]
+        experts_bytes = sum(weight.nbytes for weight in stacked)
+        if experts is not None:
+            experts.begin(shape)
+            if experts.store is not None:
+                weights_bytes -= experts_bytes - experts.store.host_bytes
+                experts_bytes = experts.store.host_bytes
     # On the CPU the two are the same memory.
     here_bytes = weights_bytes if target.type == "cpu" else weights_bytes - experts_bytes
     for num_bytes, where in ((here_bytes, target), (experts_bytes, torch.device("cpu"))):
         if num_bytes > (free_bytes := _free_bytes(where)):
+            if experts is not None:
+                experts.close()
             raise ModelError(
                 f"the weights of {short_name} in {torch_dtype} take {num_bytes / 1e9:.1f} GB and "
                 f"{free_bytes / 1e9:.1f} GB are free on {where}; take a smaller shape or a "
                 "narrower dtype"
             )
     devices = [target] if target.type == "cuda" else []
-    with checkpoint.quiet(), torch.random.fork_rng(devices), torch.device(target):
+    with (
+        _closing_on_error(experts),
+        checkpoint.quiet(),
+        torch.random.fork_rng(devices),
+        torch.device(target),
+    ):
         torch.manual_seed(seed)
-        model = _make(config, torch_dtype, target, experts_on_host=experts_on_host)
+        model = _make(config, torch_dtype, target, experts_on_host=experts_on_host, experts=experts)
     if router_skew is not None:
         skew_routers(model, router_skew, seed=seed)
     _round(model, dtype)
@@ -190,11 +228,19 @@ def load_dummy(
     )
 
 
-def _make(config: Any, dtype: torch.dtype, device: torch.device, *, experts_on_host: bool) -> Any:
+def _make(
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    experts_on_host: bool,
+    experts: ExpertSink | None,
+) -> Any:
     """What `from_config` makes; with experts on the host, one layer's at a time on the device."""
     with accelerate.init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    experts = {id(layer) for layer in experts_layers(model)}
+    layers = {id(layer) for layer in experts_layers(model)}
+    to_disk = experts if experts is not None and experts.store is not None else None
 
     def make(module: torch.nn.Module, owner: PreTrainedModel) -> None:
         # In the order of transformers' `initialize_weights`.
@@ -206,11 +252,15 @@ def _make(config: Any, dtype: torch.dtype, device: torch.device, *, experts_on_h
                 module._parameters[name] = torch.nn.Parameter(empty)
         module._is_hf_initialized = False  # type: ignore[assignment]
         owner._initialize_weights(module)
-        if experts_on_host and id(module) in experts:
+        if to_disk is not None and id(module) in layers:
+            to_disk.take(module)
+        elif experts_on_host and id(module) in layers:
             module._apply(lambda tensor: tensor.to("cpu"), recurse=False)
 
     with torch.no_grad():
         make(model, model)
+    if to_disk is not None:
+        to_disk.finish(model)
     if experts_on_host:
         move_but_experts(model, device)  # biases and the like
     model.tie_weights()

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hotset.errors import ModelError
+from hotset.errors import HotsetError, ModelError
 from hotset.memory.arena import DeviceArena, LayerShape
 from hotset.model.attention import (
     IMPLEMENTATION,
@@ -90,7 +90,7 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
             tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
             positions = torch.arange(2, device=model.device).unsqueeze(0)
             model(input_ids=tokens, position_ids=positions, use_cache=False, hotset=probe)
-    except ModelError:
+    except HotsetError:
         raise
     except Exception as error:
         raise ModelError(f"{name} cannot run with paged attention: {error}") from error
@@ -189,6 +189,8 @@ class ModelRunner:
         self._attention = attention
         self._graphs: StepGraphs | None = None
         self.recorder: RoutingRecorder | None = None
+        # By the number of tokens, whether a step is launched although it is recorded.
+        self.launches: Callable[[int], bool] = lambda num_tokens: False
         # At a fixed place, for the graphs to read.
         self._previous = torch.zeros(max_num_seqs, dtype=torch.long, device=model.device)
         parameters = inspect.signature(model.forward).parameters
@@ -202,6 +204,7 @@ class ModelRunner:
         max_context_blocks: int,
         scratch_block: int,
         before_cut: Callable[[], None] | None = None,
+        records: bool = True,
     ) -> None:
         """Compile the model's layers, and record steps as CUDA graphs where that works.
 
@@ -210,6 +213,7 @@ class ModelRunner:
             max_context_blocks: most blocks that one request can have.
             scratch_block: a block of the arena that no request gets.
             before_cut: see `StepGraphs`.
+            records: whether steps can be recorded; not where the host takes part in them.
 
         Raises:
             ModelError: the layers cannot be compiled on this machine.
@@ -222,7 +226,7 @@ class ModelRunner:
             # Another engine may have compiled the same model.
             if isinstance(module, GradientCheckpointingLayer) and not module._compiled_call_impl:
                 module.compile(dynamic=True)
-        if not isinstance(self._attention, FlashInferBackend):
+        if not records or not isinstance(self._attention, FlashInferBackend):
             return
         try:
             self._graphs = StepGraphs(
@@ -270,7 +274,7 @@ class ModelRunner:
         if batch.has_unknown:
             assert previous is not None, "a token is unknown and nobody is choosing it"
             self._previous[: len(previous)].copy_(previous)
-        if self._graphs is not None:
+        if self._graphs is not None and not self.launches(batch.num_tokens):
             logits = self._graphs.run(batch, when_ready)
             if logits is not None:
                 return logits

@@ -166,6 +166,20 @@ class _Snapshot(Collector):
             "Relative RMS error of experts' weights, which expert_cold_dtype has rounded.",
             metrics.expert_rounding_error,
         )
+        yield _counter(
+            "expert_cpu_computed",
+            "Experts that had no slot and that the CPU computed.",
+            metrics.expert_cpu_computed,
+        )
+        yield _counter("expert_disk_reads", "Experts read from disk.", metrics.expert_disk_reads)
+        yield _counter(
+            "expert_disk_bytes", "Bytes of experts read from disk.", metrics.expert_disk_bytes
+        )
+        yield _counter(
+            "expert_disk_wait_seconds",
+            "Time for which steps waited for experts on disk.",
+            metrics.expert_disk_wait_s,
+        )
         yield _labelled(
             "faults",
             "What went wrong and was dealt with, by kind.",

@@ -1,0 +1,72 @@
+"""Whether an expert that is not on the device is copied there or computed where it is: arithmetic.
+
+The link and the CPU work at the same time, so that some experts are copied while the CPU computes
+the others; what that gains has to pay for a step that the host takes part in.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Steps of more tokens are never slowed by a host that takes part in them: each cold expert has
+# several rows then, and the link serves all of them with one copy.
+MOST_TOKENS = 64
+_LEAST_GAIN = 0.9  # of the time: less is within what measurements at start may be off
+
+
+@dataclass(frozen=True, slots=True)
+class ColdCost:
+    """What cold experts cost, as measured at start.
+
+    Attributes:
+        copy_s: seconds to copy one expert to the device.
+        cpu_s: seconds that the CPU takes for one expert, all threads busy, by its rows; ascending.
+        layer_s: what a layer of a step costs more if the host takes part in it.
+    """
+
+    copy_s: float
+    cpu_s: tuple[tuple[int, float], ...]
+    layer_s: float
+
+    def cpu_seconds(self, rows: float) -> float:
+        """Seconds for an expert of so many rows: on the lines between what was measured."""
+        points = self.cpu_s
+        if rows <= points[0][0] or len(points) == 1:
+            return points[0][1]
+        for (low, low_s), (high, high_s) in itertools.pairwise(points):
+            if rows <= high or (high, high_s) == points[-1]:
+                return low_s + (high_s - low_s) * (rows - low) / (high - low)
+        raise AssertionError("points do not ascend")
+
+    def num_copied(self, rows: Sequence[int]) -> int:
+        """How many of the cold experts are copied, the others computed, to be done soonest.
+
+        Args:
+            rows: of each cold expert, descending: copies serve those with most rows.
+        """
+        left_s = sum(self.cpu_seconds(count) for count in rows)
+        best, best_s = 0, left_s
+        for number, count in enumerate(rows, 1):
+            left_s -= self.cpu_seconds(count)
+            seconds = max(number * self.copy_s, left_s)
+            if seconds < best_s:
+                best, best_s = number, seconds
+        return best
+
+    def seconds(self, rows: Sequence[int]) -> float:
+        """Seconds of a layer's cold experts, some copied and the others computed."""
+        copied = self.num_copied(rows)
+        return max(copied * self.copy_s, sum(self.cpu_seconds(count) for count in rows[copied:]))
+
+    def pays(self, num_tokens: int, *, top_k: int, num_experts: int, num_slots: int) -> bool:
+        """Whether steps of so many tokens are faster by a tenth or more if the CPU takes part.
+
+        As routing is not known yet, tokens choose among the E experts alike: D = E * (1 - (1 -
+        top_k / E) ** tokens) are needed, and those without a slot are as many as slots are short.
+        """
+        needed = num_experts * (1 - (1 - min(1.0, top_k / num_experts)) ** num_tokens)
+        cold = round(needed * (1 - num_slots / num_experts))
+        if num_tokens > MOST_TOKENS or cold == 0:
+            return False
+        rows = [max(1, round(num_tokens * top_k / needed))] * cold
+        return self.seconds(rows) + self.layer_s < _LEAST_GAIN * cold * self.copy_s
