@@ -14,7 +14,7 @@ from transformers.generation import (
 
 from hotset.errors import RequestError
 from hotset.model import sampler as sampler_module
-from hotset.model.sampler import Sampled, Sampler, least_logit
+from hotset.model.sampler import Sampled, Sampler, _invert, least_logit
 from hotset.request import Request, SamplingParams
 
 VOCAB = 300
@@ -292,3 +292,21 @@ def test_release_forgets_a_request_and_may_be_repeated() -> None:
 def test_stop_strings_without_a_tokenizer_are_refused() -> None:
     with pytest.raises(RequestError, match="stop_token_ids"):
         Sampler(VOCAB, "cpu").validate(SamplingParams(stop=("x",)))
+
+
+@pytest.mark.parametrize("vocab_size", [1, 5, 128, 300, 1024])
+def test_a_token_is_that_of_the_running_sum(vocab_size: int) -> None:
+    """The draw in two steps against one over all tokens, in float64, with most weights at 0."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    weights = torch.rand(200, vocab_size, generator=generator)
+    weights *= torch.rand(200, vocab_size, generator=generator) < 0.2
+    weights[:, torch.randint(vocab_size, (1,), generator=generator)] = 0.5
+    uniform = torch.rand(200, 1, generator=generator, dtype=torch.float64)
+    uniform[0], uniform[1] = 0.0, 1 - 2**-53
+    sums = weights.double().cumsum(-1)
+    expected = (sums <= uniform * sums[:, -1:]).sum(-1)
+    found = _invert(weights, uniform)
+    assert (weights.gather(1, found[:, None]) > 0).all()
+    assert torch.equal(found[2:], expected[2:])
+    assert found[0] == weights[0].nonzero()[0] and found[1] == weights[1].nonzero()[-1]
+    _invert(torch.full((1, vocab_size), torch.nan), uniform[:1])  # whatever it is, it is a token

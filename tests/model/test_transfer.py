@@ -16,7 +16,7 @@ from hotset.memory.arena import DeviceArena, HostArena, LayerShape
 from hotset.memory.disk import DiskTier, capacity_bytes_for
 from hotset.memory.host_tier import HostTier
 from hotset.memory.policy import Rates
-from hotset.memory.transfer import TierStack, make_copier
+from hotset.memory.transfer import Copier, TierStack, make_copier
 from hotset.metrics import Metrics
 
 NUM_BLOCKS = 8
@@ -112,6 +112,64 @@ def test_a_fetch_asked_for_while_the_spill_runs_waits_for_it() -> None:
     rig.tiers.fetch(b"key", 3)
     assert rig.settle() == {3: True}
     assert rig.read(3) == content
+    rig.tiers.close()
+
+
+class OrderingCopier:
+    """A copier that compute can wait for on the device; its copies end when they are told to."""
+
+    def __init__(self, copier: Copier) -> None:
+        self._copier, self._ended = copier, list[tuple[int, float]]()
+        self.num_ready_slots = copier.num_ready_slots
+        self.ordered: list[int] = []
+        self.is_open = True
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._copier, name)
+
+    def order(self, copy_id: int) -> bool:
+        self.ordered.append(copy_id)
+        return True
+
+    def poll(self) -> list[tuple[int, float]]:
+        self._ended += self._copier.poll()
+        ended = self._ended if self.is_open else []
+        self._ended = [] if self.is_open else self._ended
+        return ended
+
+
+def test_a_fetch_bounded_by_time_has_arrived_once_compute_waits_for_it() -> None:
+    rig = Rig(host_slots=2)
+    content = rig.fill(0, seed=1)
+    rig.tiers.spill(b"key", 0, private=True)
+    rig.settle()
+    rig.rates.link_bytes_per_s["host"] = 1e9
+    copier = OrderingCopier(rig.tiers._copier)
+    rig.tiers._copier = copier
+    copier.is_open = False
+    rig.tiers.fetch(b"key", 5)
+    assert rig.tiers.poll() == []
+    rig.tiers.flush(most_s=1.0)
+    assert [(ended.key, ended.ok) for ended in rig.tiers.poll()] == [(b"key", True)]
+    assert len(copier.ordered) == 1
+    rig.tiers.drop(b"key")
+    # The copy still reads its host slot, and is not told of twice.
+    assert rig.tiers.host.is_in_use(b"key") and rig.tiers.poll() == []
+    assert rig.metrics.moved_bytes["host>device"] == 0
+    copier.is_open = True
+    assert rig.settle() == {}
+    assert not rig.tiers.host.is_ready(b"key")
+    assert rig.metrics.moved_bytes["host>device"] == rig.device.block_bytes
+    assert rig.read(5) == content
+    # Without a bound it may take longer than a step, which would wait for it.
+    rig.tiers.spill(b"other", 5)
+    rig.settle()
+    copier.is_open, copier.ordered = False, []
+    rig.tiers.fetch(b"other", 6)
+    rig.tiers.flush()
+    assert rig.tiers.poll() == [] and copier.ordered == []
+    copier.is_open = True
+    assert rig.settle() == {6: True}
     rig.tiers.close()
 
 

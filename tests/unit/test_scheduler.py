@@ -24,6 +24,7 @@ def make_scheduler(
     budget: int = 16,
     mixed_budget: int = 16,
     bursts: bool = False,
+    row_tile: int = 1,
     prefix_caching: bool = True,
     mode: str = "fetch",
     rotation_s: float | None = None,
@@ -45,6 +46,7 @@ def make_scheduler(
         max_num_batched_tokens=budget,
         max_mixed_tokens=mixed_budget,
         bursts=bursts,
+        row_tile=row_tile,
         rotation_s=rotation_s,
         clock=clock or FakeClock(),
     )
@@ -109,6 +111,30 @@ def test_prompts_come_first_while_more_wait_than_decode_and_all_have_room() -> N
         scheduler.add(prompt(first))
     assert tokens_of(run(scheduler)) == [(0, 8), (0, 8)]
     assert tokens_of(run(scheduler)) == [(8, 1), (8, 1), (0, 2)]  # five would need 15 blocks
+
+
+def test_a_step_leaves_the_prompt_tokens_beyond_a_tile_to_the_next_while_others_wait() -> None:
+    def prompt(first: int, length: int) -> list[Request]:
+        return [make_request(list(range(first, first + length)))]
+
+    scheduler = make_scheduler(budget=16, row_tile=4, max_num_seqs=2)
+    scheduler.add(prompt(0, 5))
+    scheduler.add(prompt(50, 6))
+    scheduler.add(prompt(100, 2))
+    assert tokens_of(run(scheduler)) == [(0, 5), (0, 3)]
+    assert tokens_of(run(scheduler)) == [(5, 1), (3, 3)]  # a tile
+    assert tokens_of(run(scheduler)) == [(6, 1), (6, 1)]  # less than one
+    run(scheduler)
+    # The last one runs, nobody waits: all its tokens are taken, now as before.
+    assert tokens_of(run(scheduler)) == [(8, 1), (0, 2)]
+
+    scheduler = make_scheduler(budget=16, row_tile=4, max_num_seqs=2)
+    for first, length in ((0, 5), (50, 2), (100, 2)):
+        scheduler.add(prompt(first, length))
+    # Three of seven tokens are beyond a tile: the second prompt has no part in this step.
+    assert tokens_of(run(scheduler)) == [(0, 4)]
+    assert tokens_of(run(scheduler)) == [(4, 1), (0, 2)]
+    assert scheduler.kv.pool.num_free + 2 + 1 == 8
 
 
 def test_who_ends_soon_makes_room_for_who_comes() -> None:

@@ -3,6 +3,7 @@
 import time
 from bisect import insort
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from hotset.memory.kv_cache import KVCache
 from hotset.request import FinishReason, Request, RequestStatus, StepItem, StepPlan
@@ -42,6 +43,9 @@ class Scheduler:
         bursts: whether prompts come first, in steps of up to `max_num_batched_tokens`, while more
             requests wait with room for all of them than there are that decode: decodes are the
             faster the more of them run together.
+        row_tile: rows that a product computes together, so that a few more than a multiple of it
+            take as long as the next multiple: while others wait, such a step leaves those tokens
+            of prompts to the next one.
         rotation_s: None lets a request run to its end, first come, first served. Otherwise each
             that has waited for its first token for so long makes one give way that has run for so
             long, and has a token to show for it; that one queues up again behind all others. Only
@@ -57,6 +61,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_mixed_tokens: int,
         bursts: bool = False,
+        row_tile: int = 1,
         rotation_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -65,6 +70,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_mixed_tokens = max_mixed_tokens
         self.bursts = bursts
+        self.row_tile = row_tile
         self.rotation_s = rotation_s
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -104,6 +110,7 @@ class Scheduler:
         if self.waiting and not was_preempted:
             self._admit_waiting(step)
         if self.waiting:
+            self._trim(step.items)
             spare_blocks = self._blocks_short(self.kv.block_size)
             for request in self.waiting[:_LOOK_AHEAD]:
                 self.kv.look_ahead(request, spare_blocks=spare_blocks)
@@ -275,6 +282,25 @@ class Scheduler:
             step.prefill_budget -= num_tokens
             step.computing.update(self.kv.keys_completed_by(request, num_tokens))
         return True
+
+    def _trim(self, items: list[StepItem]) -> None:
+        """Take the tokens off a step that are beyond a multiple of `row_tile`.
+
+        They are of the last prompts in it, at most half of all tokens of prompts; their blocks
+        stay reserved.
+        """
+        num_tokens = sum(item.num_tokens for item in items)
+        num_prompt_tokens = sum(item.num_tokens for item in items if item.num_tokens > 1)
+        excess = num_tokens % self.row_tile
+        if num_tokens < self.row_tile or 2 * excess > num_prompt_tokens:
+            return
+        for index in range(len(items) - 1, -1, -1):
+            item = items[index]
+            if item.num_tokens > 1:
+                cut = min(excess, item.num_tokens)
+                items[index] = replace(item, num_tokens=item.num_tokens - cut)
+                excess -= cut
+        items[:] = [item for item in items if item.num_tokens > 0]
 
     def _rotate(self, rotation_s: float) -> None:
         """For each request that has waited for its first token for long, end the oldest turn.

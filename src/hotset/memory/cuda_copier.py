@@ -18,7 +18,6 @@ _log = logging.getLogger(__name__)
 # the work that is queued on the device, and leave some between itself and the next.
 _PIN_CHUNK_BYTES = 64 * 2**20
 _PIN_PAUSE_S = 2e-3
-_PAGE_BYTES = 4096
 # Threads that touch the pages before they are pinned: the operating system clears each first.
 _TOUCH_THREADS = 4
 
@@ -85,6 +84,13 @@ class CudaCopier:
         self._running.append((self._next_id, start, end))
         return self._next_id
 
+    def order(self, copy_id: int) -> bool:
+        """Have compute submitted from here on wait for a copy on the device."""
+        for running_id, _, end in self._running:
+            if running_id == copy_id:
+                torch.cuda.current_stream(self._device.device).wait_event(end)
+        return True
+
     def poll(self) -> list[tuple[int, float]]:
         """Ids that ended since the last call, with the seconds each took on the link."""
         ended = [(i, start, end) for i, start, end in self._running if end.query()]
@@ -135,17 +141,9 @@ class CudaCopier:
         """
         first = self.num_ready_slots
         last = min(first + self._slots_per_chunk, len(self._host))
-        chunk = self._arena.slots[first:last].reshape(-1)
-        part = -(-len(chunk) // _TOUCH_THREADS)
-        touching = [
-            threading.Thread(target=_touch, args=(chunk[start : start + part],))
-            for start in range(0, len(chunk), part)
-        ]
-        for thread in touching:
-            thread.start()
-        for thread in touching:
-            thread.join()
-        code: Any = torch.cuda.cudart().cudaHostRegister(self._host_address(first), len(chunk), 0)
+        self._arena.commit(first, last, num_threads=_TOUCH_THREADS)
+        num_bytes = (last - first) * self._arena.slot_bytes
+        code: Any = torch.cuda.cudart().cudaHostRegister(self._host_address(first), num_bytes, 0)
         if int(code) != 0:
             raise ConfigError(
                 f"{self._gib(last):.2f} GiB of host memory cannot be pinned (CUDA error "
@@ -167,10 +165,6 @@ class CudaCopier:
 
     def _gib(self, num_slots: int) -> float:
         return num_slots * self._arena.slot_bytes / 2**30
-
-
-def _touch(memory: Any) -> None:
-    memory[::_PAGE_BYTES] = 0
 
 
 def _find_batch_copy() -> Any:

@@ -45,6 +45,10 @@ class Copier(Protocol):
         """
         ...
 
+    def order(self, copy_id: int) -> bool:
+        """Have compute submitted from here on wait for a copy on the device; False if none can."""
+        ...
+
     def poll(self) -> list[tuple[int, float]]:
         """Ids that ended since the last call, with the seconds each took."""
         ...
@@ -82,6 +86,10 @@ class ThreadCopier:
         self._jobs.put((self._next_id, list(pairs), to_host))
         return self._next_id
 
+    def order(self, copy_id: int) -> bool:
+        """Nothing but the host waits for this thread."""
+        return False
+
     def poll(self) -> list[tuple[int, float]]:
         """Ids that ended since the last call, with the seconds each took."""
         self._something_ended.clear()
@@ -116,12 +124,19 @@ def make_copier(device: DeviceArena, host: HostArena) -> Copier:
     return ThreadCopier(device.bytes_view(), host.slots)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Copy:
-    """A submitted batch: (key, block) pairs, all in one direction."""
+    """A submitted batch: (key, block) pairs, all in one direction.
+
+    Attributes:
+        is_brief: whether it is to end before the step that it was submitted beside.
+        has_arrived: whether its fetches were reported.
+    """
 
     entries: list[tuple[bytes, int]]
     to_host: bool
+    is_brief: bool
+    has_arrived: bool = False
 
 
 class TierStack:
@@ -359,24 +374,39 @@ class TierStack:
         if most_s is not None:
             link_bytes = self._rates.link_bytes_per_s["host"] * most_s
             num_up = min(num_up, 1 + int(link_bytes / self._block_bytes))
-        self._submit(self._to_copy_up, num_up, to_host=False)
+        self._submit(self._to_copy_up, num_up, to_host=False, is_brief=most_s is not None)
 
-    def _submit(self, entries: list[tuple[bytes, int]], count: int, *, to_host: bool) -> None:
+    def _submit(
+        self,
+        entries: list[tuple[bytes, int]],
+        count: int,
+        *,
+        to_host: bool,
+        is_brief: bool = False,
+    ) -> None:
         """Submit the first `count` of the copies that were asked for."""
         if not count:
             return
         submitted = entries[:count]
         del entries[:count]
         pairs = [(block, self.host.slot_of(key)) for key, block in submitted]
-        self._copies[self._copier.submit(pairs, to_host=to_host)] = _Copy(submitted, to_host)
+        copy_id = self._copier.submit(pairs, to_host=to_host)
+        self._copies[copy_id] = _Copy(submitted, to_host, is_brief)
 
     def poll(self) -> list[EndedTransfer]:
-        """What ended since the last call: spills, and fetches with their outcome."""
+        """What ended since the last call: spills, and fetches with their outcome.
+
+        Fetches that a `flush` has bounded by a time have ended, too, if what is computed from here
+        on can wait for them on the device.
+        """
         self._grow()
         if self.below is not None:
             self._poll_below(self.below)
         for copy_id, seconds in self._copier.poll():
             self._end_copy(self._copies.pop(copy_id), seconds)
+        for copy_id, copy in self._copies.items():
+            if copy.is_brief and not copy.has_arrived and self._copier.order(copy_id):
+                self._arrive(copy)
         ended, self._ended = self._ended, []
         return ended
 
@@ -409,10 +439,17 @@ class TierStack:
         else:
             self._metrics.moved_bytes["host>device"] += num_bytes
             self._rates.observe_link("host", num_bytes, seconds)
-            for key, block in copy.entries:
+            for key, _ in copy.entries:
                 self.host.unpin(key)
-                self._end_fetch(key, block, ok=True)
+            if not copy.has_arrived:
+                self._arrive(copy)
+            for key, _ in copy.entries:
                 self._discard_if_dropped(key)
+
+    def _arrive(self, copy: _Copy) -> None:
+        copy.has_arrived = True
+        for key, block in copy.entries:
+            self._end_fetch(key, block, ok=True)
 
     def _become_ready(self, key: bytes) -> None:
         """A host slot is filled: start the fetches that waited for it."""

@@ -510,7 +510,8 @@ def _sizes(layers: list[Experts], config: EngineConfig) -> SlotBytes:
 
 def _move_to_host(layer: Experts, narrow: NarrowLayout | None, device: torch.device) -> HostExperts:
     """The experts of a layer in host memory; rounded on `device`, if to fewer bits."""
-    host = HostExperts(layout_of(layer), layer.num_experts, narrow)
+    is_pinned = device.type == "cuda"
+    host = HostExperts(layout_of(layer), layer.num_experts, narrow, pinned=is_pinned)
     up = up_name(layer)
     with torch.inference_mode():
         host.store(getattr(layer, up), layer.down_proj, device)

@@ -10,6 +10,7 @@ import llguidance
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from hotset.errors import RequestError
 from hotset.model.grammar import JsonGrammars
@@ -22,7 +23,10 @@ MIN_TEMPERATURE = 1e-5
 # How many of the likeliest tokens are ranked first to find a nucleus; all are if it is larger.
 _NUCLEUS_WIDTH = 1024
 # Rows are worked on in groups of at most this many logits, which bounds the memory taken.
-_GROUP_LOGITS = 2**23
+_GROUP_LOGITS = 2**25
+# A token is found among pieces of the vocabulary of this size, then within one. Most vocabularies
+# are whole multiples of it.
+_PIECE_LOGITS = 128
 
 
 @dataclass(slots=True)
@@ -137,9 +141,12 @@ class Sampler:
             logits: `[R, V]`, any float dtype. Not changed.
             requests: those of the rows, with all tokens so far.
         """
-        token_ids = logits.argmax(-1)  # [R]
         endings: list[Callable[[Sampled], None]] = []
         rows = [row for row, request in enumerate(requests) if not _is_argmax(request.params)]
+        if len(rows) < len(requests):
+            token_ids = logits.argmax(-1)  # [R]
+        else:
+            token_ids = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
         group = max(1, _GROUP_LOGITS // logits.shape[1])
         for start in range(0, len(rows), group):
             some = rows[start : start + group]
@@ -173,13 +180,14 @@ class Sampler:
         }
         if matchers:
             self._grammars.mask(logits, matchers)
-        chosen = logits.argmax(-1)  # [N]
         drawn = [i for i, r in enumerate(requests) if r.params.temperature >= MIN_TEMPERATURE]
         if len(drawn) == len(requests):
             chosen = self._draw(logits, requests)
-        elif drawn:
-            some = self._tensor(np.array(drawn))
-            chosen[some] = self._draw(logits[some], [requests[i] for i in drawn])
+        else:
+            chosen = logits.argmax(-1)  # [N]
+            if drawn:
+                some = self._tensor(np.array(drawn))
+                chosen[some] = self._draw(logits[some], [requests[i] for i in drawn])
         token_ids[index] = chosen
 
         def end(sampled: Sampled) -> None:
@@ -241,12 +249,8 @@ class Sampler:
         )
         if limit is not None:
             logits.masked_fill_(logits < limit, -torch.inf)
-        cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # [N, V]
         uniform = self._tensor(np.array([[self._generator(r).random()] for r in requests]))
-        # u < 1, so u * total < total in float64: the token found is one of probability above 0.
-        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        # NaN logits find no token at all; an id outside of the vocabulary would end the process.
-        return token.squeeze(1).clamp_(max=logits.shape[1] - 1)
+        return _invert(logits.exp_(), uniform)
 
     def _generator(self, request: Request) -> random.Random:
         generator = self._generators.get(request.request_id)
@@ -270,6 +274,36 @@ class Sampler:
 
     def _tensor(self, values: Array) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+
+def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first token of each row up to which the weights add up to more than a share of all.
+
+    Args:
+        weights: `[N, V]` float32, not negative.
+        uniform: `[N, 1]` float64, the shares, below 1.
+
+    Returns:
+        `[N]` int64: a token of weight above 0, and any token where weights are NaN. Found in two
+        steps: a row is read once, and of its running sum just one piece is made.
+    """
+    num_rows, vocab_size = weights.shape
+    num_pieces = -(-vocab_size // _PIECE_LOGITS)
+    if padding := num_pieces * _PIECE_LOGITS - vocab_size:
+        weights = functional.pad(weights, (0, padding))
+    pieces = weights.view(num_rows, num_pieces, _PIECE_LOGITS)
+    ends = pieces.sum(-1, dtype=torch.float64).cumsum(-1)  # [N, P]
+    # A share of 1 - 2^-53 may be rounded up to all; no token is beyond that.
+    aim = torch.minimum(uniform * ends[:, -1:], ends[:, -1:].nextafter(ends.new_zeros(())))
+    piece = torch.searchsorted(ends, aim, right=True).clamp_(max=num_pieces - 1)  # [N, 1]
+    before = torch.where(piece > 0, ends.gather(1, (piece - 1).clamp(min=0)), 0.0)
+    within = pieces.gather(1, piece.unsqueeze(-1).expand(-1, -1, _PIECE_LOGITS)).squeeze(1)
+    sums = within.cumsum(-1, dtype=torch.float64)  # [N, 128]
+    # The piece's sum was made in another order: the aim may be a rounding error beyond it.
+    aim = torch.minimum(aim - before, sums[:, -1:].nextafter(sums.new_zeros(())))
+    place = torch.searchsorted(sums, aim, right=True)
+    # NaN weights find no token at all; an id outside of the vocabulary would end the process.
+    return (piece * _PIECE_LOGITS + place).squeeze(1).clamp_(max=vocab_size - 1)
 
 
 def least_logit(
