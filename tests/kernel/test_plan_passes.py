@@ -1,6 +1,7 @@
 """Slots chosen by a kernel, in Triton's interpreter where there is no GPU."""
 
 import os
+import random
 from typing import Any
 
 import pytest
@@ -14,24 +15,42 @@ from hotset.kernels.plan_passes import POLICIES, plan_passes  # noqa: E402
 from hotset.memory.expert_cache import SlotTable  # noqa: E402
 
 
-def table_of(num_experts: int, num_slots: int, policy: Any, device: str) -> SlotTable:
+def table_of(
+    num_experts: int, num_slots: int, policy: Any, device: str, fewest: int | None = None
+) -> SlotTable:
     counts = torch.zeros(5, dtype=torch.int64, device=device)
-    return SlotTable(num_experts, num_slots, eviction=policy, counts=counts)
+    return SlotTable(num_experts, num_slots, eviction=policy, counts=counts, fewest=fewest)
 
 
+def move(tables: tuple[SlotTable, SlotTable], fewest: int, rng: random.Random) -> None:
+    """Take another number of slots in use, `fewest` or more, in both tables."""
+    num_slots = rng.randint(fewest, tables[0].num_slots)
+    for table in tables:
+        if num_slots < table.num_active:
+            table.shrink(num_slots)
+        while num_slots > table.num_active:
+            table.grow()
+        table.check()
+
+
+@pytest.mark.parametrize("moves", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     ("num_experts", "num_slots"), [(8, 1), (8, 3), (5, 5), (60, 16), (64, 33), (130, 128)]
 )
 def test_a_step_leaves_what_begin_and_load_leave(
-    policy: str, num_experts: int, num_slots: int
+    policy: str, num_experts: int, num_slots: int, moves: bool
 ) -> None:
     torch.manual_seed(num_slots)
-    expected = table_of(num_experts, num_slots, policy, "cpu")
-    got = table_of(num_experts, num_slots, policy, DEVICE)
+    fewest = -(-num_slots // 3) if moves else None
+    expected = table_of(num_experts, num_slots, policy, "cpu", fewest)
+    got = table_of(num_experts, num_slots, policy, DEVICE, fewest)
+    rng = random.Random(num_slots)
     for step, num_ids in enumerate((1, 4, 1100, 2, 9, 30, 3, 3)):
         # Some are nobody's, and the others are not used alike.
         ids = (torch.rand(num_ids) ** 2 * (num_experts + 2)).long()
+        if fewest is not None:
+            move((expected, got), fewest, rng)
         if step % 3 == 1:
             for table in (expected, got):
                 guess = (torch.arange(3) * 2 % num_experts).to(table.state.device)

@@ -302,6 +302,38 @@ def test_what_a_pass_needs_stays(eviction: str) -> None:
         assert seen == set(ids.tolist())
 
 
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_slots_that_are_not_in_use_are_nobodys(eviction: Any) -> None:
+    counts = torch.zeros(5, dtype=torch.int64)
+    table = SlotTable(8, 6, eviction=eviction, counts=counts, fewest=2, num_active=3)
+    assert use(table, 5) and table.num_passes(8) == 4
+    # The expert that was used last is the first to come back.
+    table.shrink(2)
+    use(table, 6)
+    use(table, 7)
+    absent = [expert for expert in (5, 6) if table.slots()[expert] < 0]
+    came, slot = table.grow()
+    assert came.tolist() == absent[-1:] and slot.tolist() == [2]
+    table.check()
+    torch.manual_seed(0)
+    for step in range(60):
+        if step % 3 == 0 and table.num_active < 6:
+            table.grow()
+        elif step % 7 == 0:
+            table.shrink(2)
+        if step % 5 == 0:
+            table.prefetch(torch.randint(0, 8, (4,)), 2)
+        needed = use(table, *torch.randint(0, 8, (int(torch.randint(1, 9, ())),)).tolist())
+        assert len(needed) == table.num_active
+        experts, places = table.absent()
+        assert len(experts) == 6 and sorted(experts.tolist())[: table.num_active - 2] == (
+            [-1] * (table.num_active - 2)
+        )
+        for expert, place in enumerate(places.tolist()[:-1]):
+            assert place == table.slots()[expert] or experts[place - 6] == expert
+        assert places[-1] == 12
+
+
 def test_hits_and_misses_are_counted_and_a_hit_moves_nothing() -> None:
     table = table_of("lru")
     use(table, 5, 6)

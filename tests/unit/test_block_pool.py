@@ -51,14 +51,52 @@ def test_of_two_blocks_with_one_content_the_first_stays_findable() -> None:
     pool.check()
 
 
+def test_the_boundary_waits_for_held_blocks_and_those_near_it_come_last() -> None:
+    pool = BlockPool(num_blocks=6, first=1)
+    held = pool.allocate(1)  # block 1
+    assert held == [1] and pool.num_usable == 5
+    pool.hand_out_last(4)
+    assert not pool.lend(2)
+    assert sorted(pool.allocate(2)) == [4, 5]
+    assert pool.allocate(1) == [3]  # better than to make anybody wait
+    pool.release(3)
+    pool.publish(1, b"near")
+    pool.release(1)
+    assert pool.lookup(b"near") is None
+    assert pool.lend(3) and pool.first == 3 and pool.num_available == 1
+    assert not pool.lend(5)
+    pool.check()
+    pool.take_back(0)
+    assert pool.num_available == 4 and pool.num_held == 2
+    pool.check()
+
+
 class BlockPoolMachine(RuleBasedStateMachine):
     """Random operations against a model: what each holder holds, and what was published."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(num_blocks=6)
+        self.pool = BlockPool(num_blocks=9, first=3)
         self.held: list[int] = []  # one entry for each reference
         self.key_of: dict[int, bytes] = {}  # of held blocks
+
+    @rule(below=st.integers(0, 9))
+    def hand_out_last(self, below: int) -> None:
+        available = self.pool.num_available
+        self.pool.hand_out_last(max(below, self.pool.first))
+        assert self.pool.num_available == available
+
+    @rule(by=st.integers(1, 3))
+    def lend(self, by: int) -> None:
+        first = self.pool.first
+        if first + by <= self.pool.num_blocks:
+            lent = self.pool.lend(first + by)
+            assert self.pool.first == first + by * lent
+        assert not any(block < self.pool.first for block in self.held)
+
+    @rule(by=st.integers(0, 3))
+    def take_back(self, by: int) -> None:
+        self.pool.take_back(max(0, self.pool.first - by))
 
     @rule(n=st.integers(0, 7))
     def allocate(self, n: int) -> None:
@@ -70,6 +108,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
             return
         assert len(set(blocks)) == n <= available
         assert not set(blocks) & set(self.held)
+        assert all(block >= self.pool.first for block in blocks)
         self.held += blocks
 
     @precondition(lambda self: self.held)

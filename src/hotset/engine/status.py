@@ -98,10 +98,10 @@ def _tiers(engine: Engine) -> list[TierStatus]:
     found = [
         TierStatus(
             "device",
-            pool.num_blocks,
+            pool.num_usable,
             pool.num_held + pool.num_cached,
             budget.block_bytes,
-            "".join(device_state(block) for block in _sample(range(pool.num_blocks))),
+            "".join(device_state(block) for block in _sample(range(pool.first, pool.num_blocks))),
         )
     ]
     tiers = engine.tiers

@@ -21,6 +21,7 @@ def _copy_experts(  # type: ignore[no-untyped-def]
     slots,
     num_places,
     num_words,
+    slot_words,
     WORDS: tl.constexpr,
 ):
     part = tl.program_id(1)
@@ -33,7 +34,7 @@ def _copy_experts(  # type: ignore[no-untyped-def]
                 i = start + tl.arange(0, WORDS)
                 inside = i < num_words
                 words = tl.load(source + expert * num_words + i, mask=inside)
-                tl.store(target + slot * num_words + i, words, mask=inside)
+                tl.store(target + slot * slot_words + i, words, mask=inside)
 
 
 def copy_experts(
@@ -50,7 +51,8 @@ def copy_experts(
 
     Args:
         source: `[E, B]` uint8, contiguous; pinned host memory, which the device reads itself.
-        target: `[S, B]` uint8 on the device, contiguous. Mutated.
+        target: `[S, B]` uint8 on the device, its rows contiguous, any multiple of 8 bytes from one
+            to the next. Mutated.
         experts: `[N]` int64 on the device; -1 for no copy.
         slots: `[N]` int64 on the device; those of copies must be distinct.
         beside_compute: other kernels run meanwhile, so take few of the processors.
@@ -62,14 +64,16 @@ def copy_experts(
     if not len(experts):
         return
     words = source.view(torch.int64)
+    places = target.view(torch.int64)
     at_once = min(len(experts), _EXPERTS_BESIDE_COMPUTE) if beside_compute else len(experts)
     _copy_experts[(at_once, _PROGRAMS)](
         words,
-        target.view(torch.int64),
+        places,
         experts,
         slots,
         len(experts),
         words.shape[1],
+        places.stride(0),
         WORDS=_WORDS,
         num_warps=8,
     )

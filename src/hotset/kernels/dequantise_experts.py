@@ -127,7 +127,7 @@ def dequantise_experts(
         layout: of the rows of `source`.
         source: `[E, layout.payload_bytes]` uint8, contiguous; on the device, or pinned host memory,
             which the device reads itself.
-        target: `[S, V]` on the device, contiguous, of the dtype of the weights. Mutated.
+        target: `[S, V]` on the device, its rows contiguous, of the dtype of the weights. Mutated.
         experts: `[N]` int64 on the device; -1 for no copy.
         slots: `[N]` int64 on the device; those of copies must be distinct.
         beside_compute: other kernels run meanwhile, so take few of the processors.
@@ -150,7 +150,7 @@ def dequantise_experts(
         len(experts),
         SOURCE_BYTES=layout.payload_bytes,
         SOURCE_SCALES=scales.shape[1],
-        TARGET_VALUES=target.shape[1],
+        TARGET_VALUES=target.stride(0),
         DOWN_AT=up.shape[0] * up.shape[1],
         UP=_sizes(up, layout),
         DOWN=_sizes(down, layout),

@@ -41,8 +41,9 @@ def _plan_passes(  # type: ignore[no-untyped-def]
     arrival = expert_in + S + 1
     time = arrival + S + 1
     arrivals = time + 1
+    active = tl.load(arrivals + 1)
     e, s = tl.arange(0, EXPERTS).to(tl.int64), tl.arange(0, SLOTS).to(tl.int64)
-    is_expert, is_slot = e < E, s < S
+    is_expert, is_slot, is_active = e < E, s < S, s < active
 
     tl.store(pass_of + e, tl.zeros((EXPERTS,), tl.int64), mask=is_expert)
     tl.debug_barrier()
@@ -66,7 +67,7 @@ def _plan_passes(  # type: ignore[no-untyped-def]
     tl.store(last_use + e, now + tl.zeros((EXPERTS,), tl.int64), mask=needed)
     tl.store(num_uses + e, uses, mask=needed)
     rank = tl.where(needed & here, tl.cumsum(hit, 0), num_hits + tl.cumsum(miss, 0)) - 1
-    which = tl.where(needed, rank // S, num_passes)
+    which = tl.where(needed, rank // active, num_passes)
     came = tl.load(arrivals)
     tl.debug_barrier()  # all have read what is written now
     tl.store(time, now)
@@ -79,7 +80,8 @@ def _plan_passes(  # type: ignore[no-untyped-def]
         missing = wanted & (tl.load(slot_of + e, mask=is_expert, other=0) < 0)
         num_missing = tl.sum(missing.to(tl.int64))
         place = tl.cumsum(missing.to(tl.int64), 0) - 1
-        # Who goes: all slots in the order of the policy, those that the pass needs last.
+        # Who goes: all slots in the order of the policy, those that the pass needs last, and
+        # after them those that are not in use.
         holder = tl.load(expert_in + s, mask=is_slot, other=0)
         if POLICY == 0:
             since = tl.load(arrival + s, mask=is_slot, other=0)
@@ -94,7 +96,7 @@ def _plan_passes(  # type: ignore[no-untyped-def]
             order = ((came - since) * _RANK) + s
         held = tl.load(pass_of + holder) == number
         order = tl.where(held, _HELD + s, order)
-        order = tl.where(is_slot, order, _HELD + SLOTS + s)
+        order = tl.where(is_active, order, _HELD + _CURRENT + s)
         victim = tl.sort(order) % _RANK
         goes = s < num_missing
         gone = tl.load(expert_in + victim, mask=goes, other=0)
@@ -136,7 +138,7 @@ def plan_passes(
         ids: `[N]` int64 on the device; those of E and more are nobody's.
         num_experts: E.
         num_slots: S.
-        num_passes: P, at least as many as the step takes.
+        num_passes: P, at least as many as the step takes with the slots that are in use.
         policy: who goes first, one of `POLICIES`.
 
     Returns:

@@ -1,5 +1,6 @@
 """Which device block is in which state. Knows ids and hashes, no tokens and no tensors."""
 
+from bisect import insort
 from collections import OrderedDict
 
 from hotset.errors import OutOfBlocksError
@@ -13,11 +14,22 @@ class BlockPool:
     held   -- ref count >= 1; never evicted
 
     A held block may be findable too, once its content is complete (`publish`).
+
+    Memory below a boundary, the start of block `first`, may serve something else: blocks there are
+    in no state. Before the boundary can be raised (`lend`), blocks above it have to become free,
+    which is what `hand_out_last` is for: those are never cached.
+
+    Args:
+        num_blocks: ids are below it.
+        first: the lowest id in the pool at first.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, first: int = 0) -> None:
         self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self.first = first
+        self._free = list(range(num_blocks - 1, first - 1, -1))
+        self._last = first  # free blocks below it are in `_near` instead
+        self._near: list[int] = []  # sorted
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._ref_count = [0] * num_blocks
         self._hash_of: dict[int, bytes] = {}
@@ -26,7 +38,12 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can hand out: free ones and cached ones."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + len(self._cached) + len(self._near)
+
+    @property
+    def num_usable(self) -> int:
+        """Blocks in the pool, in whatever state."""
+        return self.num_blocks - self.first
 
     @property
     def num_free(self) -> int:
@@ -41,7 +58,7 @@ class BlockPool:
     @property
     def num_held(self) -> int:
         """Blocks with a ref count of 1 or more."""
-        return self.num_blocks - self.num_available
+        return self.num_usable - self.num_available
 
     def ref_count(self, block: int) -> int:
         """How many holders `block` has."""
@@ -54,12 +71,14 @@ class BlockPool:
     def allocate(self, n: int) -> list[int]:
         """Take `n` blocks, evicting cached ones once no free one is left.
 
+        Those of `hand_out_last` come after all others, the highest ones first.
+
         Raises:
             OutOfBlocksError: fewer than `n` are available; the pool is unchanged.
         """
         if n > self.num_available:
             raise OutOfBlocksError(f"asked for {n} blocks, {self.num_available} available")
-        blocks = [self._free.pop() if self._free else self._evict_oldest() for _ in range(n)]
+        blocks = [self._next() for _ in range(n)]
         for block in blocks:
             self._ref_count[block] = 1
         return blocks
@@ -85,7 +104,10 @@ class BlockPool:
         assert self._ref_count[block] > 0, f"block {block} released more often than held"
         self._ref_count[block] -= 1
         if self._ref_count[block] == 0:
-            if block in self._hash_of:
+            if block < self._last:
+                self._forget(block)
+                insort(self._near, block)
+            elif block in self._hash_of:
                 self._cached[block] = None
             else:
                 self._free.append(block)
@@ -105,19 +127,63 @@ class BlockPool:
         while self._cached:
             self._free.append(self._evict_oldest())
 
+    def hand_out_last(self, below: int) -> None:
+        """Give blocks below id `below` to nobody while others are left, and cache none of them."""
+        for block in [block for block in self._cached if block < below]:
+            del self._cached[block]
+            self._forget(block)
+            self._free.append(block)
+        free = self._near + self._free
+        self._last = below
+        self._near = sorted(block for block in free if block < below)
+        self._free = [block for block in free if block >= below]
+
+    def lend(self, below: int) -> bool:
+        """Raise the boundary to block `below`.
+
+        Only once all blocks on the way are free and are to be handed out last: False, and nothing
+        changes, before that.
+        """
+        count = below - self.first
+        if count and (len(self._near) < count or self._near[count - 1] != below - 1):
+            return False
+        del self._near[:count]
+        self.first = below
+        return True
+
+    def take_back(self, first: int) -> None:
+        """Lower the boundary to block `first`: those above it are free, and no others come last."""
+        self._free[:0] = range(first, self.first)
+        self.first = first
+        self.hand_out_last(first)
+
+    def _next(self) -> int:
+        if self._free:
+            return self._free.pop()
+        return self._evict_oldest() if self._cached else self._near.pop()
+
     def _evict_oldest(self) -> int:
         block, _ = self._cached.popitem(last=False)
-        del self._block_of[self._hash_of.pop(block)]
+        self._forget(block)
         return block
+
+    def _forget(self, block: int) -> None:
+        key = self._hash_of.pop(block, None)
+        if key is not None:
+            del self._block_of[key]
 
     def check(self) -> None:
         """Assert the invariants of the class docstring."""
-        free, cached = set(self._free), set(self._cached)
+        free, cached = {*self._free, *self._near}, set(self._cached)
         held = {b for b, count in enumerate(self._ref_count) if count > 0}
-        assert len(free) == len(self._free), "a block is free twice"
+        assert len(free) == len(self._free) + len(self._near), "a block is free twice"
+        assert sorted(self._near) == self._near == [b for b in sorted(free) if b < self._last]
+        assert all(b >= self._last for b in cached), "a block that comes last is cached"
         assert not free & cached, "a block is free and cached"
         assert not free & held and not cached & held, "a block is held and available"
-        assert free | cached | held == set(range(self.num_blocks)), "a block is in no state"
+        assert free | cached | held == set(range(self.first, self.num_blocks)), (
+            "a block is in no state, or beyond the boundary in one"
+        )
         assert all(count >= 0 for count in self._ref_count), "a ref count is negative"
         assert cached <= self._hash_of.keys(), "a cached block has no hash"
         assert not free & self._hash_of.keys(), "a free block has a hash"

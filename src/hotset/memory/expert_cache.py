@@ -175,7 +175,9 @@ class SlotTable:
     the host, so that a CUDA graph can record it; on the CPU the same operations run.
 
     At first the slots hold the experts of the same number, and they are never empty: exactly E - S
-    experts have none at any time.
+    experts have none at any time. With `fewest` only the first slots are in use, whose number a
+    tensor holds, so that `shrink` and `grow` between two steps change what a recorded one does.
+    The others are nobody's.
 
     A step that needs more experts than fit takes several passes: `begin` gives each needed expert
     its pass, those that are here in the first; `load` makes room for the experts of a pass. An
@@ -193,6 +195,8 @@ class SlotTable:
         num_experts: E, of the layer.
         num_slots: S, on the device; at most E.
         eviction: the policy.
+        fewest: slots that stay in use; None where all S do.
+        num_active: slots in use at first; None is all.
         counts: `[5]` int64 on the device, to be added to: experts that were needed and here,
             needed and not; that `prefetch` was asked for, of these those that were needed, and
             those that it gave a slot.
@@ -205,37 +209,81 @@ class SlotTable:
         *,
         eviction: Eviction,
         counts: torch.Tensor,
+        fewest: int | None = None,
+        num_active: int | None = None,
     ) -> None:
         assert 0 <= num_slots <= num_experts
         self.num_experts, self.num_slots = num_experts, num_slots
+        self.num_active = num_slots if num_active is None else num_active
+        self._is_fixed = fewest is None
+        self._fewest = num_slots if fewest is None else fewest
         self._eviction = eviction
         self._counts = counts
         device = counts.device
 
         # One entry more than there are experts or slots: writes that mean nobody go there. All in
         # one tensor, in the order that `kernels.plan_passes` knows.
-        sizes = [num_experts + 1] * 5 + [num_slots + 1] * 2 + [1, 1]
+        sizes = [num_experts + 1] * 5 + [num_slots + 1] * 2 + [1, 1, 1]
         self.state = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         views: tuple[torch.Tensor, ...] = self.state.split(sizes)
         self._slot_of, self._last_use, self._num_uses, self._predicted, self._pass_of = views[:5]
-        self._expert_in, self._arrival, self._time, self._num_arrivals = views[5:]
+        self._expert_in, self._arrival, self._time, self._num_arrivals, self._active = views[5:]
         self._places = torch.arange(num_slots, device=device)
         self.reset()
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._nobody = -self._one
 
     def reset(self) -> None:
-        """As at first: each slot has the expert of its number, and nothing was used."""
+        """Each slot in use has the expert of its number, and nothing was used."""
         self.state.zero_()
         self._slot_of.fill_(_NOBODY)
-        self._slot_of[: self.num_slots] = self._expert_in[:-1] = self._places
-        self._expert_in[-1] = self.num_experts
+        active = self._places[: self.num_active]
+        self._slot_of[: self.num_active] = self._expert_in[: self.num_active] = active
+        self._expert_in[self.num_active :] = self.num_experts
         self._arrival[:-1] = self._places + 1
         self._num_arrivals.fill_(self.num_slots)
+        self._active.fill_(self.num_active)
+
+    @property
+    def most_absent(self) -> int:
+        """The most experts that can be without a slot."""
+        return self.num_experts - self._fewest
+
+    @property
+    def num_absent(self) -> int | torch.Tensor:
+        """The experts that have none; `[1]` on the device where their number changes."""
+        return self.most_absent if self._is_fixed else self.num_experts - self._active
+
+    def shrink(self, num_slots: int) -> None:
+        """Leave so many slots in use, fewer than now. The experts of the others have none then."""
+        assert self._fewest <= num_slots < self.num_active
+        given_up = self._expert_in[num_slots : self.num_active]
+        self._slot_of.scatter_(0, given_up, _NOBODY)
+        given_up.fill_(self.num_experts)
+        self._active.fill_(num_slots)
+        self.num_active = num_slots
+
+    def grow(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take one more slot in use, for the expert without one that was used last.
+
+        Returns:
+            the expert, `[1]` int64, to be copied now; and its slot.
+        """
+        assert self.num_active < self.num_slots
+        slot = self._places[self.num_active : self.num_active + 1]
+        last_use = self._last_use[:-1].masked_fill(self.slots() >= 0, -1)
+        expert = last_use.argmax(0, keepdim=True)
+        self._slot_of.scatter_(0, expert, slot)
+        self._expert_in.scatter_(0, slot, expert)
+        self._num_arrivals += 1
+        self._arrival.scatter_(0, slot, self._num_arrivals)
+        self._active += 1
+        self.num_active += 1
+        return expert, slot
 
     def num_passes(self, num_ids: int) -> int:
         """The most passes that a step of so many expert ids can take."""
-        return max(1, -(-min(self.num_experts, num_ids) // max(1, self.num_slots)))
+        return max(1, -(-min(self.num_experts, num_ids) // max(1, self._fewest)))
 
     def plan(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`begin` and `load` of all passes of a step that needs `ids`, `[N]` int64.
@@ -290,7 +338,8 @@ class SlotTable:
         # Hits come first.
         hit_rank, miss_rank = hit.cumsum(0) - 1, miss.cumsum(0) - 1
         rank = torch.where(hit, hit_rank, hit.sum() + miss_rank)
-        which = rank.div(max(1, self.num_slots), rounding_mode="floor")
+        per_pass = max(1, self.num_slots) if self._is_fixed else self._active
+        which = rank.div(per_pass, rounding_mode="floor")
         which = which.masked_fill(~needed, self.num_passes(len(ids)))
         self._pass_of[:-1] = which
         return which
@@ -313,7 +362,7 @@ class SlotTable:
 
         Args:
             ids: what the next step is likely to need.
-            most: experts to give a slot, at most S.
+            most: experts to give a slot, at most S, or `fewest`.
 
         Returns:
             experts, `[most]` int64, to be copied now, -1 for none; and their slots.
@@ -323,7 +372,7 @@ class SlotTable:
         wanted = num_rows > 0
         self._predicted[:-1] = wanted
         missing = wanted & (self._slot_of[:-1] < 0)
-        num_free = (~wanted[self._expert_in[:-1]]).sum()
+        num_free = (~self._stays(wanted)).sum()
         num = torch.minimum(missing.sum(), num_free).clamp(max=most)
         arriving = torch.argsort(num_rows * missing, descending=True, stable=True)[:most]
         self._counts[4] += num
@@ -337,22 +386,27 @@ class SlotTable:
         """The experts that have no slot, which stay without one.
 
         Returns:
-            `[E - S]` int64 experts; and `[E + 1]` int64 places: of an expert its slot, or S plus
-            where it is in the first list, and E for those that are nobody's.
+            `[A]` int64 experts, A being `most_absent`, with -1 after the last one; and `[E + 1]`
+            int64 places: of an expert its slot, or S plus where it is in the first list, and S + A
+            for those that are nobody's.
         """
         is_absent = self._slot_of[:-1] < 0
-        num_absent = self.num_experts - self.num_slots
-        experts = torch.argsort((~is_absent).to(torch.uint8), stable=True)[:num_absent]
+        experts = torch.argsort((~is_absent).to(torch.uint8), stable=True)[: self.most_absent]
+        if not self._is_fixed:
+            experts = torch.where(is_absent[experts], experts, _NOBODY)
         rank = self.num_slots - 1 + is_absent.cumsum(0)
         places = torch.where(is_absent, rank, self._slot_of[:-1])
-        return experts, torch.cat([places, places.new_full((1,), self.num_experts)])
+        nobody = self.num_slots + self.most_absent
+        return experts, torch.cat([places, places.new_full((1,), nobody)])
 
     def check(self) -> None:
         """Assert that both directions of the table agree."""
         slot_of, expert_in = self._slot_of.tolist(), self._expert_in.tolist()
         assert slot_of[-1] == _NOBODY and expert_in[-1] == self.num_experts
         for slot, expert in enumerate(expert_in[:-1]):
-            assert slot_of[expert] == slot
+            is_active = slot < self.num_active
+            assert slot_of[expert] == slot if is_active else expert == self.num_experts
+        assert self._active.tolist() == [self.num_active]
         for expert, slot in enumerate(slot_of[:-1]):
             assert slot == _NOBODY or expert_in[slot] == expert
 
@@ -395,7 +449,15 @@ class SlotTable:
         else:
             is_current = self._last_use[experts] == self._time
             rank = arrival + is_current * 2**61
-        return torch.argsort(rank.masked_fill(wanted[experts], last), stable=True)
+        return torch.argsort(rank.masked_fill(self._stays(wanted), last), stable=True)
+
+    def _stays(self, wanted: torch.Tensor) -> torch.Tensor:
+        """`[S]` bool, slots that no other expert can have: of `wanted`, `[E]`, or not in use."""
+        experts = self._expert_in[:-1]
+        if self._is_fixed:
+            return wanted[experts]
+        is_unused = experts == self.num_experts
+        return is_unused | wanted[experts.clamp(max=self.num_experts - 1)]
 
 
 def count_slots(budget_bytes: int, num_experts: int, bytes_of: "SlotBytes") -> int | None:
@@ -414,6 +476,8 @@ class SlotBytes:
         plan: `cache`, `stream`, or `auto` for both.
         payload_bytes: of an expert on the device.
         narrow_bytes: of one in host memory, where it has fewer bits there; else None.
+        fewest_ever: slots that a split which moves may leave, for which staging buffers have room;
+            None where their number stays.
     """
 
     plan: str
@@ -421,6 +485,7 @@ class SlotBytes:
     num_experts: int
     payload_bytes: int
     narrow_bytes: int | None = None
+    fewest_ever: int | None = None
 
     @property
     def fewest(self) -> int:
@@ -434,7 +499,8 @@ class SlotBytes:
 
     def staged(self, num_slots: int) -> int:
         """Experts of a layer that pass through staging buffers."""
-        return 0 if self.plan == "cache" else self.num_experts - num_slots
+        fewest = num_slots if self.fewest_ever is None else self.fewest_ever
+        return 0 if self.plan == "cache" else self.num_experts - fewest
 
     def __call__(self, num_slots: int) -> int:
         """Bytes of so many slots a layer, with the staging buffers.

@@ -289,7 +289,8 @@ class PagedAttention:
             for s, first in zip(group, first_blocks, strict=True)
         ]
         width = max(len(table) for table in tables)
-        table = torch.tensor([t + [0] * (width - len(t)) for t in tables], device=device)
+        # Behind their masks are blocks of their own: nobody knows what is in others.
+        table = torch.tensor([t + t[:1] * (width - len(t)) for t in tables], device=device)
         keys_at = torch.arange(width * size, device=device)
         key_position = torch.tensor(first_blocks, device=device)[:, None] * size + keys_at
         query_position = context[:, None] - num_queries + torch.arange(num_queries, device=device)

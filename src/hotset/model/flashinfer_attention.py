@@ -119,7 +119,8 @@ class FlashInferBackend:
 
     def _build(self) -> None:
         """Compile the kernels that steps will need, or load them from FlashInfer's cache."""
-        one = SequenceSpan(0, 1, 1, [0])
+        scratch_block = self.arena.num_blocks - 1  # other memory of the arena may be in use
+        one = SequenceSpan(0, 1, 1, [scratch_block])
         zero = torch.zeros(1, dtype=torch.int64, device=self.device)
         cache, kind = self.arena.layers[0], self.kinds[0]
         token = torch.zeros(
@@ -128,7 +129,7 @@ class FlashInferBackend:
         try:
             self.plan_decode(self._decode, [one])
             self._plan_prefill([one])
-            self.store_kv(token, token, cache, zero, zero)
+            self.store_kv(token, token, cache, zero + scratch_block, zero)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler that is not there makes of it
