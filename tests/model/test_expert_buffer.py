@@ -19,6 +19,7 @@ from hotset.errors import ConfigError
 from hotset.memory.expert_cache import ExpertLayout, HostExperts, SlotTable
 from hotset.memory.expert_plan import ExpertSizes, streaming_is_faster
 from hotset.memory.narrow_experts import NarrowDType, NarrowLayout, relative_rms
+from hotset.memory.shared_region import SharedRegion
 from hotset.model import expert_buffer, expert_layer, resident_experts
 from hotset.model.expert_buffer import (
     ExpertBuffer,
@@ -26,6 +27,7 @@ from hotset.model.expert_buffer import (
     _narrow_layout,
     buffer_experts,
 )
+from hotset.model.expert_disk import layout_of
 from hotset.model.expert_prefetch import Router, find_routers
 from hotset.model.experts import (
     IMPLEMENTATION,
@@ -66,7 +68,10 @@ def make_layers(count: int, **kind: bool) -> list[nn.Module]:
 
 
 def buffered(
-    layers: list[nn.Module], routers: list[Router] | None = None, **options: Any
+    layers: list[nn.Module],
+    routers: list[Router] | None = None,
+    region: SharedRegion | None = None,
+    **options: Any,
 ) -> tuple[list[nn.Module], ExpertBuffer]:
     """A copy of the layers, their experts in host memory."""
     layers = copy.deepcopy(layers)
@@ -74,7 +79,7 @@ def buffered(
     for layer in layers:
         narrow = _narrow_layout(layer, config)
         layer.expert_host = _move_to_host(layer, narrow, torch.device("cpu"))
-    return layers, ExpertBuffer(layers, config, torch.device("cpu"), routers)
+    return layers, ExpertBuffer(layers, config, torch.device("cpu"), routers, region)
 
 
 def rounded(layers: list[nn.Module], cold: NarrowDType) -> list[nn.Module]:
@@ -168,6 +173,52 @@ def test_fused_kernels_find_experts_in_slots_and_staging_and_give_the_same_bits(
             ids[-1, 0] = NUM_EXPERTS  # nobody's
             expected = dynamic_experts(expected_layer, x, ids, weights)
             assert torch.equal(dynamic_experts(layer, x, ids, weights), expected)
+            layer.expert_buffer.table.check()
+    assert buffer.counts().moved_bytes > 0
+
+
+@pytest.mark.parametrize("way", ["in turn", "grouped", "fused"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"expert_plan": "cache"},
+        {"expert_plan": "auto"},
+        {"expert_plan": "auto", "expert_cold_dtype": "int4"},
+        {"expert_plan": "cache", "expert_prefetch": 1},
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_what_is_in_memory_that_slots_have_given_up_does_not_matter(
+    options: dict[str, Any], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_buffer, "_can_pack", lambda: False)
+    monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: way == "grouped")
+    for module in (expert_layer, resident_experts):
+        monkeypatch.setattr(module, "has_fused_kernel", lambda weight: way == "fused")
+    plain = make_layers(3, transposed=False, bias=False, gate=True)
+    cold = options.get("expert_cold_dtype")
+    expected_layers = rounded(plain, cold) if cold else plain
+
+    def guess(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[:, :NUM_EXPERTS].topk(2).indices
+
+    unit_bytes = 3 * layout_of(plain[0]).payload_bytes
+    region = SharedRegion(unit_bytes, 4096, 5 * unit_bytes // 4096, fewest_slots=2, most_slots=5)
+    others, buffer = buffered(plain, [guess] * 3, region, expert_slots=3, **options)
+    for num_tokens, num_slots in ((1, 3), (9, 5), (2, 4), (1, 2), (9, 2), (3, 4), (4, 5), (9, 3)):
+        if num_slots < buffer.num_slots:
+            buffer.resize(num_slots)
+        while num_slots > buffer.num_slots:
+            buffer.resize(buffer.num_slots + 1)
+        assert buffer.memory is not None
+        buffer.memory[region.first_block(num_slots) * 4096 :] = 255  # NaN
+        for expected_layer, layer in zip(expected_layers, others, strict=True):
+            x, ids, weights = routed(num_tokens)
+            ids[-1, 0] = NUM_EXPERTS  # nobody's
+            expected = dynamic_experts(expected_layer, x, ids, weights)
+            got = dynamic_experts(layer, x, ids, weights)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             layer.expert_buffer.table.check()
     assert buffer.counts().moved_bytes > 0
 
@@ -461,7 +512,7 @@ def test_auto_uses_both_plans_as_steps_change(make_engine: MakeEngine) -> None:
     run(engine, [[5, 9, 13, 200, 7, 8, 11, 99, 54, 3, 17, 80]], max_tokens=8)
     assert engine._experts is not None
     hits, misses, *_, streamed = engine._experts._counts.sum(0).tolist()
-    assert streamed == 3  # the prompt, in each layer
+    assert streamed == 3 * 3  # the prompt: the experts without a slot, in each layer
     assert hits + misses == 3 * 7 * 3  # then seven decodes of three experts, likewise
 
 

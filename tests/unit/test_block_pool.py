@@ -53,8 +53,10 @@ def test_of_two_blocks_with_one_content_the_first_stays_findable() -> None:
 
 def test_the_boundary_waits_for_held_blocks_and_those_near_it_come_last() -> None:
     pool = BlockPool(num_blocks=6, first=1)
-    held = pool.allocate(1)  # block 1
-    assert held == [1] and pool.num_usable == 5
+    blocks = pool.allocate(5)
+    assert blocks == [5, 4, 3, 2, 1] and pool.num_usable == 5  # the highest come first
+    for block in blocks[:-1]:
+        pool.release(block)
     pool.hand_out_last(4)
     assert not pool.lend(2)
     assert sorted(pool.allocate(2)) == [4, 5]

@@ -34,6 +34,7 @@ class DeviceArena:
         device: where they are.
         scales: for each layer, what its stored keys and its stored values have to be multiplied
             with; None is 1.
+        memory: uint8 on `device`, as long as the pool, to use; None is zeros of its own.
     """
 
     def __init__(
@@ -45,11 +46,15 @@ class DeviceArena:
         dtype: torch.dtype,
         device: torch.device,
         scales: Sequence[tuple[float, float]] | None = None,
+        memory: torch.Tensor | None = None,
     ) -> None:
         sizes = [2 * block_size * layer.num_kv_heads * layer.head_dim for layer in layers]
         # Zeros: attention may read slots of a block that were never written, under a mask, and
         # 0 * NaN would still be NaN.
-        self.storage = torch.zeros(num_blocks, sum(sizes), dtype=dtype, device=device)
+        if memory is None:
+            self.storage = torch.zeros(num_blocks, sum(sizes), dtype=dtype, device=device)
+        else:
+            self.storage = memory.view(dtype).view(num_blocks, sum(sizes))
         self.block_bytes = sum(sizes) * dtype.itemsize
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -65,6 +70,10 @@ class DeviceArena:
         """Copy whole blocks (from, to) within the pool."""
         for source, target in copies:
             self.storage[target].copy_(self.storage[source])
+
+    def clear_blocks(self, first: int, end: int) -> None:
+        """Zeros for blocks from `first` to before `end`, for the reason above."""
+        self.storage[first:end].view(torch.uint8).zero_()
 
     def bytes_view_tensor(self) -> torch.Tensor:
         """`[num_blocks, block_bytes]` uint8 view of the pool."""

@@ -16,18 +16,21 @@ class BlockPool:
     A held block may be findable too, once its content is complete (`publish`).
 
     Memory below a boundary, the start of block `first`, may serve something else: blocks there are
-    in no state. Before the boundary can be raised (`lend`), blocks above it have to become free,
-    which is what `hand_out_last` is for: those are never cached.
+    in no state. Before the boundary can be raised (`lend`), blocks above it have to become free:
+    those of `hand_out_last` are never cached, and of others that are free the highest go first.
 
     Args:
         num_blocks: ids are below it.
-        first: the lowest id in the pool at first.
+        first: the lowest id in the pool at first; 0 for a pool without a boundary.
     """
 
     def __init__(self, num_blocks: int, first: int = 0) -> None:
         self.num_blocks = num_blocks
         self.first = first
-        self._free = list(range(num_blocks - 1, first - 1, -1))
+        self._has_boundary = first > 0
+        self._free = list(range(num_blocks - 1, -1, -1))
+        if self._has_boundary:
+            self._free = list(range(first, num_blocks))  # sorted
         self._last = first  # free blocks below it are in `_near` instead
         self._near: list[int] = []  # sorted
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
@@ -109,6 +112,8 @@ class BlockPool:
                 insort(self._near, block)
             elif block in self._hash_of:
                 self._cached[block] = None
+            elif self._has_boundary:
+                insort(self._free, block)
             else:
                 self._free.append(block)
 
@@ -133,9 +138,9 @@ class BlockPool:
             del self._cached[block]
             self._forget(block)
             self._free.append(block)
-        free = self._near + self._free
+        free = sorted(self._near + self._free)
         self._last = below
-        self._near = sorted(block for block in free if block < below)
+        self._near = [block for block in free if block < below]
         self._free = [block for block in free if block >= below]
 
     def lend(self, below: int) -> bool:

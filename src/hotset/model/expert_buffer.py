@@ -26,6 +26,7 @@ from hotset.memory.expert_cache import (
 )
 from hotset.memory.expert_store import DiskExperts, ExpertStore, StoreCounts
 from hotset.memory.narrow_experts import NarrowLayout, relative_rms
+from hotset.memory.shared_region import SharedRegion
 from hotset.memory.slab import slot_bytes_for
 from hotset.model.expert_cpu import ColdExperts, ColdLayer, device_seconds
 from hotset.model.expert_disk import ExpertSink, layout_of
@@ -71,8 +72,8 @@ class ExpertBuffer:
 
     Attributes:
         sizes: of slots.
-        num_slots: of each layer.
-        device_bytes: of slots and staging buffers.
+        memory: `[region.num_bytes]` uint8 on the device, which slots share with KV; None where they
+            have their own. Packed slots always do: there only numbers move.
         host_bytes: of the only copy in host memory; or, with experts on disk, of all that is there.
         store: of experts on disk; None where all are in host memory.
         rounding_error: relative root mean square error of the weights of all experts, where host
@@ -86,6 +87,7 @@ class ExpertBuffer:
         config: EngineConfig,
         device: torch.device,
         routers: list[Router] | None = None,
+        region: SharedRegion | None = None,
     ) -> None:
         hosts = [layer.expert_host for layer in layers]
         num_experts, layout = layers[0].num_experts, hosts[0].layout
@@ -93,13 +95,15 @@ class ExpertBuffer:
         self.store: ExpertStore | None = stores[0] if stores else None
         plan = config.expert_plan if self.store is None else "cache"
         sizes = replace(_sizes(layers, config), plan=plan)
-        num_slots = _num_slots(config, sizes)
-        self.sizes, self.num_slots = sizes, num_slots
+        num_slots = most_slots = _num_slots(config, sizes)
+        if region is not None:
+            most_slots = region.most_slots
+            sizes = replace(sizes, fewest_ever=region.fewest_slots)
+        self.sizes = sizes
         packed = device.type == "cpu" and layout.dtype == torch.float32 and _can_pack()
         self._payload_bytes = hosts[0].payload_bytes
-        # By layer: what its `SlotTable` counts, times streamed.
+        # By layer: what its `SlotTable` counts, experts streamed.
         self._counts = torch.zeros(len(layers), 6, dtype=torch.int64, device=device)
-        self._num_staged = sizes.staged(num_slots)
         if device.type == "cuda":
             for host in self._pinnable(hosts):
                 host.pin()
@@ -108,14 +112,16 @@ class ExpertBuffer:
         tables = [
             SlotTable(
                 num_experts,
-                num_slots,
+                most_slots,
                 eviction=config.expert_eviction,
                 counts=counts[:5],
+                fewest=sizes.fewest_ever,
+                num_active=num_slots,
             )
             for counts in self._counts
         ]
         self._staging = None
-        if self._num_staged:
+        if sizes.staged(num_slots):
             transposed = [bool(layer.is_transposed) for layer in layers]
             is_fixed = config.expert_plan == "stream"
             self._staging = Staging(
@@ -125,6 +131,12 @@ class ExpertBuffer:
         if config.expert_prefetch:
             assert routers is not None
             self._prefetch = Prefetch(routers, config.expert_prefetch, device)
+        self.memory: torch.Tensor | None = None
+        slots: list[torch.Tensor | None] = [None] * len(layers)
+        if region is not None and not packed:
+            self.memory = torch.zeros(region.num_bytes, dtype=torch.uint8, device=device)
+            units = self.memory[: most_slots * region.unit_bytes]
+            slots[:] = units.view(most_slots, len(layers), -1).unbind(1)
         self.layers: list[LayerBuffer] = []
         for index, layer in enumerate(layers):
             counts = self._counts[index]
@@ -138,11 +150,11 @@ class ExpertBuffer:
                 streamed=counts[5:],
                 packed=packed,
                 is_transposed=bool(layer.is_transposed),
+                memory=slots[index],
             )
             self.layers.append(layer.expert_buffer)
         for one, after in itertools.pairwise(self.layers):
             one.next = after
-        self.device_bytes = sizes(num_slots)
         self.host_bytes = sum(host.host_bytes for host in self._pinnable(hosts))
         in_memory = [host for host in hosts if isinstance(host, HostExperts)]
         self.rounding_error = relative_rms(host.rounding for host in in_memory)
@@ -161,10 +173,31 @@ class ExpertBuffer:
     def counts(self) -> ExpertCounts:
         """What the buffers did so far; waits for the device."""
         hits, misses, predicted, right, ahead, streamed = self._counts.sum(0).tolist()
-        moved = (misses + ahead + streamed * self._num_staged) * self._payload_bytes
+        moved = (misses + ahead + streamed) * self._payload_bytes
         computed = self._cold.num_computed if self._cold is not None else 0
         disk = self.store.counts() if self.store is not None else None
         return ExpertCounts(hits, misses, moved, predicted, right, ahead, computed, disk)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in use in each layer."""
+        return self.layers[0].table.num_active
+
+    @property
+    def device_bytes(self) -> int:
+        """Of slots in use and staging buffers."""
+        return self.sizes(self.num_slots)
+
+    @torch.inference_mode()
+    def resize(self, num_slots: int) -> None:
+        """Have so many slots of each layer in use: fewer than now, or one more.
+
+        To be called between two steps, and it does not wait: memory of slots that are given up is
+        free for what is submitted later.
+        """
+        self.join()  # what a step that failed may have left behind
+        for layer in self.layers:
+            layer.resize(num_slots)
 
     def reset_counts(self) -> None:
         """Count from zero."""
@@ -244,7 +277,7 @@ class ExpertBuffer:
         return faults
 
     def close(self, *, with_disk: bool = False) -> None:
-        """Unpin the host copy. No step may be under way, and none may follow.
+        """Unpin the host copy and leave the layers. No step may be under way, and none may follow.
 
         Args:
             with_disk: remove the file of experts on disk; the model can never run again then.
@@ -253,6 +286,9 @@ class ExpertBuffer:
             torch.cuda.synchronize(self._counts.device)
         for host in self._pinnable(self._hosts):
             host.unpin()
+        for module, buffer in zip(self._modules, self.layers, strict=True):
+            if module.expert_buffer is buffer:  # another engine may have replaced it
+                module.expert_buffer = None  # nor does it keep memory that KV shares
         if self._cold is not None:
             self._cold.close()
         if with_disk and self.store is not None:
@@ -267,13 +303,16 @@ class ExpertBuffer:
         return [host for host in hosts if isinstance(host, HostExperts)]
 
 
-def buffer_experts(model: PreTrainedModel, config: EngineConfig) -> tuple[ExpertBuffer | None, str]:
+def buffer_experts(
+    model: PreTrainedModel, config: EngineConfig, region: SharedRegion | None = None
+) -> tuple[ExpertBuffer | None, str]:
     """Move the experts of `model` to host memory and keep on the device what `config` allows.
 
     Layer by layer, so that no more than one layer is twice in memory. Where `expert_host_gib` does
     not hold them, they go to disk, unless `ExpertSink` has taken them there already. To be called
     before the model runs; its experts may be on the CPU, the rest on its device. A model that was
-    given to it before is given other slots over the same host copy.
+    given to it before is given other slots over the same host copy. With `region` slots share its
+    memory with KV, and more or fewer of them can be in use later.
 
     Returns:
         None where `config` asks for no buffering, or its budget holds all experts; and what to say
@@ -323,7 +362,12 @@ def buffer_experts(model: PreTrainedModel, config: EngineConfig) -> tuple[Expert
                     f"{name} is {value!r}, but expert_host_gib {config.expert_host_gib} leaves "
                     "experts on disk, with which it does not work; leave one of them out"
                 )
-    buffer = ExpertBuffer(layers, config, model.device, routers)
+        if region is not None:
+            raise ConfigError(
+                f"move_split is given, but expert_host_gib {config.expert_host_gib} leaves experts "
+                "on disk, with which it does not work; leave one of them out"
+            )
+    buffer = ExpertBuffer(layers, config, model.device, routers, region)
     report = buffer.description
     if config.expert_host_gib is not None and buffer.store is None:
         report += f"; expert_host_gib {config.expert_host_gib} holds them all, none is on disk"

@@ -34,7 +34,9 @@ class LayerBuffer:
         staging: None where the plan is *cache* only.
         prefetch: None where nothing is copied ahead in steps of the plan *cache*.
         plan: `cache`, `stream` or `auto`.
-        streamed: `[1]` int64 on the device, to be added to: times the layer was streamed.
+        streamed: `[1]` int64 on the device, to be added to: experts that came by streaming, or when
+            another slot was taken in use.
+        memory: of the slots; see `Slots`.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class LayerBuffer:
         streamed: torch.Tensor,
         packed: bool,
         is_transposed: bool,
+        memory: torch.Tensor | None = None,
     ) -> None:
         self.host, self.table = host, table
         self._index, self._staging, self._plan = index, staging, plan
@@ -59,7 +62,9 @@ class LayerBuffer:
         self.cold: ColdLayer | None = None
         self.top_k = 0
         self._is_transposed = is_transposed
-        self.slots = Slots(table.num_slots, host.layout, streamed.device, packed=packed)
+        self.slots = Slots(
+            table.num_slots, host.layout, streamed.device, packed=packed, memory=memory
+        )
         self._is_filled = False
         self._fill()
         self._is_grouped = not packed and has_grouped_kernel(self.slots.up)
@@ -70,11 +75,21 @@ class LayerBuffer:
             return self._plan == "stream"
         sizes = ExpertSizes(
             self.table.num_experts,
-            self.table.num_slots,
+            self.table.num_active,
             self.host.layout.payload_bytes,
             self.host.payload_bytes,
         )
         return streaming_is_faster(sizes, num_tokens, top_k)
+
+    def resize(self, num_slots: int) -> None:
+        """Have so many slots in use: fewer than now, or one more, whose expert is copied."""
+        if num_slots < self.table.num_active:
+            self.table.shrink(num_slots)
+            self.slots.drop(num_slots)
+        else:
+            assert num_slots == self.table.num_active + 1
+            self._fetch(*self.table.grow())
+            self._streamed += 1
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
@@ -108,7 +123,7 @@ class LayerBuffer:
         else:
             streams = self.streams(num_tokens, top_k)
         if streams:
-            self._streamed += 1
+            self._streamed += self.table.num_absent
         if self._is_fused(layer, len(ids)):
             out = self._fused(hidden_states, wanted.view(-1, top_k), top_k_weights, streams)
             if self.cold is not None and work is not None:
@@ -217,7 +232,7 @@ class LayerBuffer:
             assert self._staging is not None
             staged, keys_of = self._staging.take(self._index)
             slots.append(staged)
-            sizes = [num_slots, num_experts - num_slots]
+            sizes = [num_slots, self.table.most_absent]
         else:
             keys_of, copies = self._plan_step(ids)
             slots *= len(copies)
@@ -310,7 +325,7 @@ class LayerBuffer:
         return self._addresses[num_passes]
 
     def _addresses_of_all(self, staged: Slots) -> torch.Tensor:
-        """`[2, 1, E]`: up and down addresses, by what `SlotTable.absent` says of places.
+        """`[2, 1, S + A]`: up and down addresses, by what `SlotTable.absent` says of places.
 
         Made once: a layer always has the same staging buffer.
         """
@@ -366,7 +381,7 @@ class LayerBuffer:
     def _fill(self) -> None:
         """Bring the experts that have slots at first."""
         self.table.reset()
-        first = torch.arange(self.table.num_slots, device=self._streamed.device)
+        first = torch.arange(self.table.num_active, device=self._streamed.device)
         if isinstance(self.host, DiskExperts):
             self._expect(self.host, first.tolist(), 0)
         self._fetch(first, first)

@@ -16,23 +16,33 @@ class Slots:
     On the CPU float32 experts are packed as they come, as `pack_experts` does with those that stay:
     the same values come out of the same products.
 
+    Args:
+        memory: `[N, payload_bytes]` uint8 zeros to use, its rows contiguous; None for its own.
+
     Attributes:
         payloads: `[N, payload_bytes]` uint8; None where they are packed.
         up: `[N, *layout.up]` view of it; down: likewise.
     """
 
     def __init__(
-        self, num_slots: int, layout: ExpertLayout, device: torch.device, *, packed: bool
+        self,
+        num_slots: int,
+        layout: ExpertLayout,
+        device: torch.device,
+        *,
+        packed: bool,
+        memory: torch.Tensor | None = None,
     ) -> None:
         self._packed: list[tuple[PackedLinear, PackedLinear] | None] = []
         self.payloads: torch.Tensor | None = None
         if packed:
             self._packed = [None] * num_slots
         else:
-            self.payloads = torch.zeros(
-                num_slots, layout.payload_bytes, dtype=torch.uint8, device=device
-            )
-            self.up, self.down = layout.views(self.payloads)
+            if memory is None:
+                size = (num_slots, layout.payload_bytes)
+                memory = torch.zeros(size, dtype=torch.uint8, device=device)
+            self.payloads = memory
+            self.up, self.down = layout.views(memory)
 
     def fetch(
         self,
@@ -77,12 +87,16 @@ class Slots:
         else:
             self._put(source, 0, slot, is_transposed=is_transposed)
 
+    def drop(self, first: int) -> None:
+        """Free packed experts from place `first` on; nobody needs them. Others share memory."""
+        self._packed[first:] = [None] * len(self._packed[first:])
+
     def addresses(self) -> torch.Tensor:
         """`[2, N]` int64 on the device: where the up and the down matrix of each place begin."""
         assert self.payloads is not None
         first = [matrices.data_ptr() for matrices in (self.up, self.down)]
         steps = torch.arange(len(self.payloads), device=self.payloads.device)
-        return torch.stack([steps * self.payloads.shape[1] + address for address in first])
+        return torch.stack([steps * self.payloads.stride(0) + address for address in first])
 
     def product(self, which: int, slot: int, rows: torch.Tensor, is_transposed: bool) -> Any:
         """`[R, in]` to `[R, out]` by the up (0) or down (1) product of one expert."""
@@ -134,7 +148,7 @@ class Staging:
         self._hosts, self._tables, self._transposed = hosts, tables, transposed
         table, host = tables[0], hosts[0]
         self._num_slots = table.num_slots
-        self._num_staged = table.num_experts - table.num_slots
+        self._num_staged = table.most_absent
         self._is_fixed = is_fixed
         self._order = torch.arange(self._num_staged, device=device)
 
