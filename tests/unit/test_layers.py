@@ -37,6 +37,7 @@ TORCH_FREE = [
     "hotset.memory.policy",
     "hotset.plan.cost",
     "hotset.plan.expert_split",
+    "hotset.plan.split_policy",
 ]
 
 

@@ -71,6 +71,7 @@ def solve_split(
     target: str,
     max_step_tokens: float,
     fewest_slots: int,
+    most_slots: int | None = None,
 ) -> Split | None:
     """The best split of `total_bytes`; None where not even the fewest slots and blocks fit.
 
@@ -84,9 +85,11 @@ def solve_split(
             with as many of its users at once as can be. Of equal ones the most slots.
         max_step_tokens: of prompts in a step.
         fewest_slots: of a layer, that can work.
+        most_slots: likewise; None is all its experts.
     """
     options = []
-    for num_slots in range(fewest_slots, slots.num_experts + 1):
+    most_slots = slots.num_experts if most_slots is None else most_slots
+    for num_slots in range(fewest_slots, most_slots + 1):
         expert_bytes = slots(num_slots)
         num_blocks = (total_bytes - expert_bytes) // kv.block_bytes
         if num_blocks < kv.fewest_blocks:
@@ -107,6 +110,34 @@ def solve_split(
         return (served.at_once, -served.decode_step.seconds, split.num_slots)
 
     return max(options, key=latency if target == "latency" else throughput, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Splitter:
+    """`solve_split` for one load after another."""
+
+    total_bytes: int
+    cost: ExpertCost
+    slots: SlotMemory
+    kv: KVMemory
+    target: str
+    max_step_tokens: float
+    fewest_slots: int
+    most_slots: int
+
+    def solve(self, load: Load, num_slots: int | None = None) -> Split | None:
+        """The best split for `load`; or that of `num_slots`, and what it serves."""
+        return solve_split(
+            self.total_bytes,
+            self.cost,
+            self.slots,
+            self.kv,
+            load,
+            target=self.target,
+            max_step_tokens=self.max_step_tokens,
+            fewest_slots=self.fewest_slots if num_slots is None else num_slots,
+            most_slots=self.most_slots if num_slots is None else num_slots,
+        )
 
 
 def least_bytes(slots: SlotMemory, kv: KVMemory, fewest_slots: int) -> int:
