@@ -48,6 +48,7 @@ class EngineConfig:
         expected_prompt_tokens: of a request, for the split; None is 1024, or four fifths of a
             shorter longest context.
         expected_output_tokens: likewise; None is 256, or the other fifth.
+        move_split: whether the split follows the load while the engine runs.
         host_gib: host tier for KV, in GiB; 0 is none.
         disk_gib: disk tier for KV, in GiB; 0 is none.
         disk_path: folder of the disk tier; None is the platform's cache folder.
@@ -102,6 +103,7 @@ class EngineConfig:
     expected_users: int | None = None
     expected_prompt_tokens: int | None = None
     expected_output_tokens: int | None = None
+    move_split: bool = False
     host_gib: float = 0.0
     disk_gib: float = 0.0
     disk_path: Path | None = None
@@ -209,8 +211,14 @@ class EngineConfig:
     @property
     def split_options(self) -> list[str]:
         """The options given that only a split between KV and experts heeds."""
-        names = ("target", "expected_users", "expected_prompt_tokens", "expected_output_tokens")
-        return [name for name in names if getattr(self, name) not in (None, "throughput")]
+        names = (
+            "target",
+            "expected_users",
+            "expected_prompt_tokens",
+            "expected_output_tokens",
+            "move_split",
+        )
+        return [name for name in names if getattr(self, name) not in (None, "throughput", False)]
 
     def _check_experts(self) -> None:
         if self.expert_slots is not None and self.expert_gib is not None:
@@ -241,6 +249,12 @@ class EngineConfig:
                 f"{name} is {getattr(self, name)!r}, which does nothing without memory to split "
                 "between KV and experts; give hot_gib or total_gib and neither expert_slots nor "
                 "expert_gib, or leave it out"
+            )
+        if self.move_split and (self.expert_plan == "stream" or self.expert_cpu != "off"):
+            name = "expert_plan" if self.expert_plan == "stream" else "expert_cpu"
+            raise ConfigError(
+                f"move_split is given, but {name} {getattr(self, name)} needs the same number of "
+                "resident experts throughout; leave one of them out"
             )
         if self.expert_plan == "stream" and self.expert_eviction != "least-stale":
             raise ConfigError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Metrics:
-    """What the engine did since it started. All counts only grow."""
+    """What the engine did since it started. All counts only grow; a split's bytes are of now."""
 
     steps: int = 0
     step_s: float = 0.0
@@ -33,5 +33,8 @@ class Metrics:
     expert_disk_reads: int = 0  # experts read from disk
     expert_disk_bytes: int = 0  # bytes of these
     expert_disk_wait_s: float = 0.0  # steps waited for them
+    split_moves: int = 0  # times that another split between experts and KV was aimed at
+    split_expert_bytes: int = 0  # of experts by the split, now; 0 where it does not move
+    split_kv_bytes: int = 0  # of KV
     refetched_bytes: int = 0  # to the device, again for a request that lost them to preemption
     faults: Counter[str] = field(default_factory=Counter)  # by kind

@@ -31,10 +31,13 @@ def loaded(family: str = FAMILY) -> LoadedModel:
 
 @contextmanager
 def engine(
-    family: str = FAMILY, model: LoadedModel | None = None, **options: Any
+    family: str = FAMILY,
+    model: LoadedModel | None = None,
+    overlap: bool | None = None,
+    **options: Any,
 ) -> Iterator[Engine]:
     options = {"max_model_len": 96, "block_size": 4, "max_num_seqs": 16, **options}
-    made = Engine(EngineConfig(**options), model or loaded(family))
+    made = Engine(EngineConfig(**options), model or loaded(family), overlap=overlap)
     try:
         yield made
     finally:

@@ -66,6 +66,7 @@ def with_all_resident(config: EngineConfig, model: PreTrainedModel) -> EngineCon
         expected_users=None,
         expected_prompt_tokens=None,
         expected_output_tokens=None,
+        move_split=False,
     )
 
 

@@ -69,6 +69,12 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
     ),
     _option("expected_prompt_tokens", int, "Their prompts, in tokens.  [default: 1024]"),
     _option("expected_output_tokens", int, "Their answers, in tokens.  [default: 256]"),
+    click.option(
+        "--move-split",
+        is_flag=True,
+        default=_DEFAULTS["move_split"],
+        help="Have the split between KV and experts follow the load while the engine runs.",
+    ),
     _option("host_gib", float, "Host memory for KV, in GiB; 0 is none."),
     _option("disk_gib", float, "Disk space for KV, in GiB; 0 is none."),
     _option(

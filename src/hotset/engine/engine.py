@@ -5,17 +5,18 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import platformdirs
 import torch
 from transformers import PreTrainedModel
 
-from hotset.config import EngineConfig
+from hotset.config import GIB, EngineConfig
 from hotset.engine.memory_split import Memory, split_memory
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
+from hotset.engine.split_mover import SplitMover
 from hotset.errors import ConfigError, ExpertReadError, RequestError
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.block_pool import BlockPool
@@ -100,6 +101,9 @@ class Engine:
         owns_model: whether nobody else uses the model, so that its experts on disk go with the
             engine.
 
+    Attributes:
+        num_queued: requests that wait for this engine elsewhere; set by whoever has them.
+
     Raises:
         ConfigError: sizes that cannot work; `ModelError`: a model that cannot run;
             `TierError`: a disk tier that cannot be opened. Nothing is left behind.
@@ -123,6 +127,8 @@ class Engine:
         self._owns_model = owns_model
         self._tiers: TierStack | None = None
         self._experts: ExpertBuffer | None = None
+        self._mover: SplitMover | None = None
+        self.num_queued = 0
         try:
             self._set_up(config, loaded)
         except BaseException:
@@ -137,7 +143,7 @@ class Engine:
             model, max_tokens=config.max_num_batched_tokens, max_seqs=config.max_num_seqs
         )
         memory = Memory(_free_device_bytes(model.device), step_bytes)
-        config, split_report = split_memory(
+        config, split_report, moving = split_memory(
             config,
             loaded,
             layout,
@@ -146,7 +152,10 @@ class Engine:
         )
         self.config = config
         # Before anything else runs the model: its experts may still be where they were loaded.
-        self._experts, experts_report = buffer_experts(model, config)
+        region = None if moving is None else moving.region
+        self._experts, experts_report = buffer_experts(model, config, region)
+        shared = None if self._experts is None else self._experts.memory
+        shared_kv_bytes = 0 if shared is None else int((config.hot_gib or 0.0) * GIB)
         kv_scales = loaded.kv_scales if layout.kv_dtype != layout.dtype else None
         pack_linears(model)
         pack_experts(model)
@@ -158,16 +167,30 @@ class Engine:
             workspace_bytes=step_bytes,
             kv_bytes_per_token=layout.bytes_per_token,
             model_max_len=loaded.max_model_len,
-            free_device_bytes=_free_device_bytes(model.device),
+            free_device_bytes=_free_device_bytes(model.device) + shared_kv_bytes,
         )
+        num_blocks, first_block = self.budget.device_blocks, 0
+        if region is not None:
+            num_blocks, first_block = (
+                region.num_blocks,
+                region.first_block(config.expert_slots or 0),
+            )
+            longest = region.num_kv_blocks(region.most_slots) * config.block_size
+            self.budget = replace(
+                self.budget,
+                device_blocks=num_blocks - first_block,
+                max_model_len=min(self.budget.max_model_len, longest),
+            )
+        pool = BlockPool(num_blocks, first_block)
         self.max_model_len = self.budget.max_model_len
         arena = DeviceArena(
             layout.kv_shapes,
-            num_blocks=self.budget.device_blocks + 1,  # the last one is for rows of padding
+            num_blocks=num_blocks + 1,  # the last one is for rows of padding
             block_size=config.block_size,
             dtype=layout.kv_dtype,
             device=model.device,
             scales=kv_scales,
+            memory=shared,
         )
         # What a stored block depends on: another value of any of these is another chain of keys.
         cold = config.expert_cold_dtype
@@ -188,7 +211,7 @@ class Engine:
             self._runner.compile(
                 max_num_tokens=config.max_num_batched_tokens,
                 max_context_blocks=-(-self.max_model_len // config.block_size),
-                scratch_block=self.budget.device_blocks,
+                scratch_block=num_blocks,
                 before_cut=self._experts.join if self._experts is not None else None,
                 records=self._experts is None or self._experts.can_be_recorded,
             )
@@ -200,7 +223,9 @@ class Engine:
             eos_token_ids=loaded.eos_token_ids,
         )
         self._outputs = OutputProcessor(loaded.tokenizer, loaded.eos_token_ids)
-        self.rates = Rates(prefill_tokens_per_s=self._measure_prefill(), link_bytes_per_s={})
+        self.rates = Rates(
+            prefill_tokens_per_s=self._measure_prefill(pool.first), link_bytes_per_s={}
+        )
         if self._experts is not None and config.expert_cpu != "off" and model.device.type == "cuda":
             experts_report += f"\n{self._experts.compute_cold_on_cpu(config.expert_cpu)}"
             self._runner.launches = self._experts.launches
@@ -209,7 +234,7 @@ class Engine:
             self.rates, bytes_per_token=layout.bytes_per_token, mode=config.fetch_policy
         )
         self.kv = KVCache(
-            BlockPool(self.budget.device_blocks),
+            pool,
             block_size=config.block_size,
             fingerprint=repr(fingerprint),
             metrics=self.metrics,
@@ -229,6 +254,9 @@ class Engine:
             row_tile=_ROW_TILE[model.device.type],
             rotation_s=config.rotation_s,
         )
+        if moving is not None:
+            assert self._experts is not None
+            self._mover = SplitMover(moving, self._experts, arena, self.scheduler)
         self.report = self.budget.report(device=model.device.type, disk_path=disk_path)
         for lines in (split_report, experts_report):
             if lines:
@@ -334,6 +362,8 @@ class Engine:
         if self._num_host_bound:
             self._collect()  # the next step needs its tokens on the host
         self.kv.poll()
+        if self._mover is not None:
+            self._mover.step(num_queued=self.num_queued)
         plan = self.scheduler.schedule()  # which requests, how many tokens each
         submitted = self._submit_with_copies(plan)
         if self._in_flight is None and not plan.items and self.scheduler.has_requests:
@@ -515,11 +545,15 @@ class Engine:
         tiers.measure_rates(num_blocks=min(16, budget.device_blocks, tiers.host.num_slots))
         return tiers
 
-    def _measure_prefill(self) -> float:
-        """Tokens of prompt a second, from one chunk of the size the scheduler may use."""
+    def _measure_prefill(self, first_block: int) -> float:
+        """Tokens of prompt a second, from one chunk of the size the scheduler may use.
+
+        Its KV goes to blocks from `first_block` on.
+        """
         num_tokens = min(256, self.config.max_num_batched_tokens, self.max_model_len)
         request = Request("rate", num_tokens, [0] * num_tokens, SamplingParams(), num_tokens)
-        request.block_table = list(range(-(-num_tokens // self.config.block_size)))
+        end = first_block - (-num_tokens // self.config.block_size)
+        request.block_table = list(range(first_block, end))
         plan = StepPlan([StepItem(request, 0, num_tokens)])
         self._runner.forward(plan).sum().item()  # the first run also allocates
         start_s = time.perf_counter()

@@ -8,10 +8,11 @@ from hotset.config import EXPERT_OPTIONS, GIB, EngineConfig
 from hotset.errors import ConfigError, PlanError
 from hotset.memory.budget import fewest_blocks
 from hotset.memory.expert_cache import SlotBytes
+from hotset.memory.shared_region import SharedRegion
 from hotset.model.expert_buffer import experts_bytes, slot_bytes_of
 from hotset.model.loader import LoadedModel
 from hotset.model.runner import ModelLayout, weights_bytes
-from hotset.plan.expert_split import KVMemory, Split, least_bytes, solve_split
+from hotset.plan.expert_split import KVMemory, Split, Splitter, least_bytes
 from hotset.plan.experts import ExpertCost, Load, link_of
 from hotset.plan.hardware import choose_hardware, load_hardware
 from hotset.plan.loaded import make_cost_model
@@ -37,6 +38,21 @@ class Memory:
     workspace_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class MovingSplit:
+    """What a split needs to follow the load.
+
+    Attributes:
+        region: where its parts are.
+        splitter: solves for another load.
+        load: that it was solved for at start.
+    """
+
+    region: SharedRegion
+    splitter: Splitter
+    load: Load
+
+
 def split_memory(
     config: EngineConfig,
     loaded: LoadedModel,
@@ -44,7 +60,7 @@ def split_memory(
     memory: Memory,
     *,
     max_step_tokens: int,
-) -> tuple[EngineConfig, str]:
+) -> tuple[EngineConfig, str, MovingSplit | None]:
     """Turn `total_gib`, or `hot_gib` for KV and experts, into sizes for each.
 
     Args:
@@ -56,7 +72,8 @@ def split_memory(
 
     Returns:
         `config` with `hot_gib` for KV alone, `expert_slots` where the model has experts to split
-        with, and no `total_gib`; and what to say of it at start, empty for nothing.
+        with, and no `total_gib`; what to say of it at start, empty for nothing; and, where the
+        split is to move, how.
 
     Raises:
         ConfigError: a budget that is too small or too large, an option without effect, or a model
@@ -82,11 +99,14 @@ def split_memory(
                 f"{_gib(memory.workspace_bytes)}; give more"
             )
     if hot_bytes is None:
-        return config, ""
+        return config, "", None
     free_bytes = memory.free_bytes - memory.workspace_bytes
     if slots is None or config.buffers_experts:
-        return replace(config, total_gib=None, hot_gib=hot_bytes / GIB), ""
-    split, load, cost = _solve(config, loaded, layout, slots, hot_bytes, max_step_tokens)
+        return replace(config, total_gib=None, hot_gib=hot_bytes / GIB), "", None
+    split, load, splitter = _solve(config, loaded, layout, slots, hot_bytes, max_step_tokens)
+    moving = None
+    if config.move_split:
+        split, moving = _let_move(config, split, load, splitter, slots)
     # Experts that are on the device stay there or make room, but on a CPU their copy takes as much.
     if model.device.type != "cpu" or split.num_slots == slots.num_experts:
         free_bytes += experts_bytes(model, model.device)
@@ -96,16 +116,17 @@ def split_memory(
             f"free on the {model.device.type} beside weights without experts "
             f"({_gib(dense_bytes)}) and workspace ({_gib(memory.workspace_bytes)}); give less"
         )
-    options = {name: None for name in config.split_options if name != "target"}
+    options = {n: None for n in config.split_options if n not in ("target", "move_split")}
     found = replace(
         config,
         total_gib=None,
         target="throughput",
+        move_split=False,
         hot_gib=split.kv_bytes / GIB,
         expert_slots=split.num_slots,
         **options,  # type: ignore[arg-type]
     )
-    return found, _report(config, split, load, cost)
+    return found, _report(config, split, load, splitter.cost, moving), moving
 
 
 def _solve(
@@ -115,7 +136,7 @@ def _solve(
     slots: SlotBytes,
     hot_bytes: int,
     max_step_tokens: int,
-) -> tuple[Split, Load, ExpertCost]:
+) -> tuple[Split, Load, Splitter]:
     max_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
     load = expected_load(config, max_len)
     kv = KVMemory(config.block_size * layout.bytes_per_token, config.block_size, 0)
@@ -123,16 +144,17 @@ def _solve(
     kv = replace(kv, fewest_blocks=fewest)
     fewest_slots = max(slots.fewest, config.expert_prefetch)
     cost = _expert_cost(config, loaded, slots)
-    split = solve_split(
+    splitter = Splitter(
         hot_bytes,
         cost,
         slots,
         kv,
-        load,
-        target=config.target,
-        max_step_tokens=max_step_tokens,
-        fewest_slots=fewest_slots,
+        config.target,
+        max_step_tokens,
+        fewest_slots,
+        slots.num_experts,
     )
+    split = splitter.solve(load)
     if split is None:
         least = least_bytes(slots, kv, fewest_slots)
         name = "hot_gib" if config.total_gib is None else "total_gib"
@@ -141,7 +163,47 @@ def _solve(
             f"fewest slots of the plan {slots.plan} and KV for one request of {load.context:.0f} "
             f"tokens take {_gib(least)}; give at least {_gib(least - hot_bytes)} more"
         )
-    return split, load, cost
+    return split, load, splitter
+
+
+def _let_move(
+    config: EngineConfig, split: Split, load: Load, splitter: Splitter, slots: SlotBytes
+) -> tuple[Split, MovingSplit]:
+    """Bounds for a split that moves, around one that does not.
+
+    Steps are recorded with the passes that the fewest slots need, so these are half of what is best
+    at start. The most leave one context of `max_model_len` and one expert in host memory; where
+    none is asked for, they are twice as many, as what they leave is the longest context then.
+
+    Returns:
+        the best split of these, whose staging buffers have room for the experts beside the fewest
+        slots; and how it can move.
+    """
+    if split.num_slots == slots.num_experts:
+        raise ConfigError(
+            "move_split does nothing while all experts are on the device, as they are here; leave "
+            "it out, or give less memory"
+        )
+    fewest = max(splitter.fewest_slots, split.num_slots // 2)
+    most = slots.num_experts - 1
+    if config.max_model_len is None:
+        most = min(most, 2 * split.num_slots)
+    slots = replace(slots, fewest_ever=fewest)
+    block_bytes, fewest_blocks = splitter.kv.block_bytes, splitter.kv.fewest_blocks
+    num_blocks = (splitter.total_bytes - slots(0)) // block_bytes
+    unit_bytes = slots.num_layers * slots.payload_bytes
+    region = SharedRegion(unit_bytes, block_bytes, num_blocks, fewest, most)
+    while region.most_slots > fewest and region.num_kv_blocks(region.most_slots) < fewest_blocks:
+        region = replace(region, most_slots=region.most_slots - 1)
+    if region.most_slots <= fewest:
+        raise ConfigError(
+            f"move_split has no other split than {split.num_slots} slots to move to; leave it out, "
+            "or give more memory"
+        )
+    splitter = replace(splitter, slots=slots, fewest_slots=fewest, most_slots=region.most_slots)
+    best = splitter.solve(load)
+    assert best is not None
+    return best, MovingSplit(region, splitter, load)
 
 
 def expected_load(config: EngineConfig, max_len: int) -> Load:
@@ -201,14 +263,21 @@ def _refuse_options_of_experts(config: EngineConfig, name: str) -> None:
             )
 
 
-def _report(config: EngineConfig, split: Split, load: Load, cost: ExpertCost) -> str:
+def _report(
+    config: EngineConfig, split: Split, load: Load, cost: ExpertCost, moving: MovingSplit | None
+) -> str:
     served, hardware = split.served, cost.cost.hardware
     decode, prompt = served.decode_step, served.prompt_step
+    moves = ""
+    if moving is not None:
+        region = moving.region
+        moves = f", {region.fewest_slots} to {region.most_slots} as the load changes"
     known = "" if hardware.measured else ", which 'hotset probe' would measure here"
     return (
         f"split for {config.target}, {load.users:.0f} users of {load.prompt_tokens:.0f} + "
         f"{load.output_tokens:.0f} tokens: {_gib(split.kv_bytes)} for KV, "
-        f"{_gib(split.expert_bytes)} for {split.num_slots} of {cost.num_experts} experts a layer\n"
+        f"{_gib(split.expert_bytes)} for {split.num_slots} of {cost.num_experts} experts a layer"
+        f"{moves}\n"
         f"predicted: {served.output_tokens_per_s:,.0f} output tokens/s with "
         f"{served.at_once:.0f} users at once, a decode step {decode.seconds * 1e3:,.1f} ms "
         f"({decode.plan}), a step with prompts {prompt.seconds * 1e3:,.1f} ms ({prompt.plan}), "

@@ -83,6 +83,11 @@ class Scheduler:
         """Whether any request is not finished."""
         return bool(self.waiting or self.running)
 
+    @property
+    def num_blocks_ahead(self) -> int:
+        """Blocks that running requests lack to grow as far as those let in are sure to."""
+        return self._blocks_short(_AHEAD_TOKENS)
+
     def add(self, requests: Sequence[Request]) -> None:
         """Queue a request; further ones are its siblings and share its prompt's blocks."""
         first, *others = requests

@@ -180,6 +180,15 @@ class _Snapshot(Collector):
             "Time for which steps waited for experts on disk.",
             metrics.expert_disk_wait_s,
         )
+        yield _counter(
+            "split_moves",
+            "Times that another split between experts and KV was aimed at.",
+            metrics.split_moves,
+        )
+        for name, size in (("expert", metrics.split_expert_bytes), ("kv", metrics.split_kv_bytes)):
+            yield _gauge(
+                f"split_{name}_bytes", "Of a split that moves, bytes on the device now.", size
+            )
         yield _labelled(
             "faults",
             "What went wrong and was dealt with, by kind.",
