@@ -7,8 +7,8 @@ same requests.
 
     python benchmarks/gpu_moe_suite.py --cases resident,total --out FILE
     python benchmarks/gpu_moe_suite.py --cases total --cold-dtype fp8 --out FILE
-    python benchmarks/gpu_moe_suite.py --cases total --router-skew 0.45 --plan cache --out FILE
-    python benchmarks/gpu_moe_suite.py --cases sweep --slots 10,30,50,70 --out FILE
+    python benchmarks/gpu_moe_suite.py --cases evictions --router-skew 0.45 --out FILE
+    python benchmarks/gpu_moe_suite.py --cases sweep --out FILE
 """
 
 import argparse
@@ -30,6 +30,7 @@ from hotset.model.loader import LoadedModel, load_dummy
 
 MODEL = "qwen3-30b-a3b"
 MAX_MODEL_LEN = 2048
+SWEPT_SLOTS = {"D256-32": (30, 60), "D16": (60,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +65,28 @@ def total_cases(total_gib: float, short_tokens: int) -> list[Case]:
     ]
 
 
-def sweep_cases(total_gib: float, slots: list[int], which: str, short_tokens: int) -> list[Case]:
-    """The same budget, split otherwise."""
-    spec = PRESETS[which].spec
-    if which == "D16":
-        spec = replace(spec, output_tokens=short_tokens)
-    options = {"total_gib": total_gib, "max_num_seqs": spec.users}
+def sweep_cases(total_gib: float, short_tokens: int) -> list[Case]:
+    """The same budget, split otherwise; and as the cost model splits it."""
+    cases = []
+    for solved in total_cases(total_gib, short_tokens):
+        cases.append(solved)
+        name = solved.name.removesuffix(" total")
+        for num_slots in SWEPT_SLOTS[name]:
+            options = {
+                "total_gib": total_gib,
+                "expert_slots": num_slots,
+                "max_num_seqs": solved.spec.users,
+            }
+            cases.append(Case(f"{name}, {num_slots} slots", solved.spec, "experts", options))
+    return cases
+
+
+def eviction_cases(total_gib: float, short_tokens: int) -> list[Case]:
+    """16 users by each policy. With lifo most slots keep what they held at first."""
+    _, few = total_cases(total_gib, short_tokens)
     return [
-        Case(f"{which}, {n} slots", spec, "experts", options | {"expert_slots": n}) for n in slots
+        replace(few, name=f"D16, {policy}", options=few.options | {"expert_eviction": policy})
+        for policy in ("least-stale", "lru", "lfu", "lifo")
     ]
 
 
@@ -125,17 +140,14 @@ def main() -> None:
     parser.add_argument("--router-skew", type=float)
     parser.add_argument("--plan", default="auto")
     parser.add_argument("--prefetch", type=int, default=0)
-    parser.add_argument("--sweep", default="D256-32", choices=("D256-32", "D16"))
-    parser.add_argument("--slots", default="", help="Of the case `sweep`.")
     parser.add_argument("--only", default="", help="Cases whose names begin with one of these.")
     arguments = parser.parse_args()
-    slots = [int(n) for n in arguments.slots.split(",") if n]
+    sizes = (arguments.total_gib, arguments.short_tokens)
     groups = {
         "resident": resident_cases,
-        "total": lambda: total_cases(arguments.total_gib, arguments.short_tokens),
-        "sweep": lambda: sweep_cases(
-            arguments.total_gib, slots, arguments.sweep, arguments.short_tokens
-        ),
+        "total": lambda: total_cases(*sizes),
+        "sweep": lambda: sweep_cases(*sizes),
+        "evictions": lambda: eviction_cases(*sizes),
     }
     cases = [case for name in arguments.cases.split(",") for case in groups[name]()]
     only = tuple(arguments.only.split(","))

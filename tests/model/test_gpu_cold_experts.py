@@ -1,6 +1,7 @@
 """Experts on disk, and computed by the CPU, beside an NVIDIA GPU: run with `pytest -m gpu`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,16 @@ def to_disk(layers: list[Any], folder: Path, *, host_slots: int, num_slots: int)
         read_deadline_s=60.0,
     )
     for number, layer in enumerate(layers):
-        store.write_layer(number, hosts[number].up, hosts[number].down)
+        store.write_layer(number, *hosts[number].matrices())
         layer.expert_host = DiskExperts(store, number)
     return ExpertBuffer(layers, EngineConfig(expert_slots=num_slots), torch.device("cuda"))
+
+
+def make_copies_slow(buffer: ExpertBuffer) -> None:
+    """Have the CPU compute the tiny experts of a test, whose copies take less time."""
+    cold = buffer._cold
+    assert cold is not None and cold.cost is not None
+    cold.cost = replace(cold.cost, copy_s=1.0)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -68,6 +76,7 @@ def test_the_cpu_computes_cold_experts_within_rounding(mode: str, fused: bool) -
     said = buffer.compute_cold_on_cpu(mode)
     assert f"cold experts on the CPU, {mode}" in said
     assert all(map(buffer.launches, range(1, MOST_TOKENS + 1))) or mode == "auto"
+    make_copies_slow(buffer)
     for num_tokens in (1, 4, MOST_TOKENS, 300, 2):
         step = routed(num_tokens)
         got, expected = chain(layers, *step), chain(resident, *step)
@@ -97,6 +106,8 @@ def test_an_engine_runs_with_the_cpu_taking_part(make_engine: MakeEngine) -> Non
         "qwen3_moe", device="cuda", expert_slots=2, expert_plan="cache", expert_cpu="on"
     )
     assert "cold experts on the CPU, on: steps of 1 to 64 tokens" in engine.report
+    assert engine._experts is not None
+    make_copies_slow(engine._experts)
     answers = run(engine, PROMPTS)
     assert [len(answer) for answer in answers] == [12] * len(PROMPTS)
     assert engine.metrics.expert_cpu_computed > 0

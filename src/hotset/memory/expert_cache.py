@@ -1,6 +1,8 @@
 """Where the experts of a layer are: all in host memory, some in slots on the device."""
 
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,7 +109,7 @@ class HostExperts(StoredExperts):
         self._arena.use_huge_pages()
         super().__init__(layout, narrow, torch.from_numpy(self._arena.slots))
         self.rounding = RoundingError()
-        self._is_pinned = False
+        self._unpin: Callable[[], object] | None = None
         if pinned:
             self._arena.commit(0, num_experts, num_threads=_COMMIT_THREADS)
             self.pin()
@@ -136,9 +138,8 @@ class HostExperts(StoredExperts):
         Raises:
             ConfigError: it cannot be pinned; it stays as it is.
         """
-        if not self._is_pinned:
-            pin_memory(self.payloads)
-            self._is_pinned = True
+        if self._unpin is None:
+            self._unpin = pin_memory(self.payloads, self)
 
     @property
     def host_bytes(self) -> int:
@@ -147,13 +148,21 @@ class HostExperts(StoredExperts):
 
     def unpin(self) -> None:
         """Unpin the memory. Nothing may read it from the device any more."""
-        if self._is_pinned:
-            unpin_memory(self.payloads)
-            self._is_pinned = False
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
 
 
-def pin_memory(payloads: torch.Tensor) -> None:
-    """Pin host memory of experts where it is. Raises ConfigError; it stays as it is then."""
+def pin_memory(payloads: torch.Tensor, owner: object) -> Callable[[], object]:
+    """Pin host memory of experts where it is.
+
+    Returns:
+        what unpins it; that happens at the end of `owner` at the latest, as the driver takes memory
+        for pinned that has been given back and is something else's now.
+
+    Raises:
+        ConfigError: it cannot be pinned; it stays as it is.
+    """
     code = torch.cuda.cudart().cudaHostRegister(payloads.data_ptr(), payloads.nbytes, 0)
     if int(code) != 0:
         raise ConfigError(
@@ -161,11 +170,13 @@ def pin_memory(payloads: torch.Tensor) -> None:
             f"error {int(code)}); raise the limit on locked memory, or keep more experts on "
             "the device"
         )
+    unpin = weakref.finalize(owner, _unregister, payloads.data_ptr())
+    unpin.atexit = False
+    return unpin
 
 
-def unpin_memory(payloads: torch.Tensor) -> None:
-    """The end of `pin_memory`."""
-    torch.cuda.cudart().cudaHostUnregister(payloads.data_ptr())
+def _unregister(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class SlotTable:

@@ -14,7 +14,7 @@ import torch
 
 from hotset.errors import ExpertReadError, TierError
 from hotset.memory.arena import HostArena
-from hotset.memory.expert_cache import ExpertLayout, pin_memory, unpin_memory
+from hotset.memory.expert_cache import ExpertLayout, pin_memory
 from hotset.memory.io_queue import IoQueue, Job, Mailbox
 from hotset.memory.slab import FolderLock, Slab, checksum
 
@@ -124,7 +124,7 @@ class ExpertStore:
         self._arena = HostArena(num_slots=num_slots, block_bytes=layout.weight_bytes)
         self._arena.use_huge_pages()
         self._payloads = torch.from_numpy(self._arena.slots)
-        self._is_pinned = False
+        self._unpin: Callable[[], object] | None = None
         self._num_transit = max(FEWEST_SLOTS, min(_MOST_IN_TRANSIT, num_slots // 4))
         share, more = divmod(num_slots - self._num_transit, num_layers)
         self._shares = [min(num_experts, share + (i < more)) for i in range(num_layers)]
@@ -212,15 +212,14 @@ class ExpertStore:
 
     def pin(self) -> None:
         """Pin the host slots, for copies to a GPU. Raises ConfigError."""
-        if not self._is_pinned:
-            pin_memory(self._payloads)
-            self._is_pinned = True
+        if self._unpin is None:
+            self._unpin = pin_memory(self._payloads, self)
 
     def unpin(self) -> None:
         """Unpin them. Nothing may read them from a GPU any more."""
-        if self._is_pinned:
-            unpin_memory(self._payloads)
-            self._is_pinned = False
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
 
     def expect(
         self, layer: int, experts: Sequence[int], ahead: Sequence[tuple[int, int]] = ()
