@@ -15,7 +15,7 @@ KVDType = Literal["auto", "fp8"]
 # What says how experts in host memory come, and its defaults.
 EXPERT_OPTIONS = {
     "expert_plan": "auto",
-    "expert_eviction": "least-stale",
+    "expert_eviction": "lru",
     "expert_cold_dtype": "auto",
     "expert_prefetch": 0,
     "expert_host_gib": None,
@@ -113,7 +113,7 @@ class EngineConfig:
     expert_disk_path: Path | None = None
     expert_plan: Literal["auto", "cache", "stream"] = "auto"
     expert_cpu: Literal["off", "auto", "on"] = "off"
-    expert_eviction: Literal["least-stale", "lru", "lfu", "lifo"] = "least-stale"
+    expert_eviction: Literal["least-stale", "lru", "lfu", "lifo"] = "lru"
     expert_cold_dtype: Literal["auto", "fp8", "int4"] = "auto"
     expert_prefetch: int = 0
     block_size: int = 16
@@ -256,7 +256,7 @@ class EngineConfig:
                 f"move_split is given, but {name} {getattr(self, name)} needs the same number of "
                 "resident experts throughout; leave one of them out"
             )
-        if self.expert_plan == "stream" and self.expert_eviction != "least-stale":
+        if self.expert_plan == "stream" and self.expert_eviction != "lru":
             raise ConfigError(
                 f"expert_eviction is {self.expert_eviction!r}, but the plan stream evicts nothing; "
                 "leave one of them out"

@@ -29,7 +29,15 @@ def check(routing: Routing, ids: torch.Tensor, num_experts: int, block_rows: int
 @pytest.mark.parametrize("block_rows", [16, 64])
 @pytest.mark.parametrize(
     ("num_rows", "num_experts", "num_ids"),
-    [(1, 1, 1), (8, 128, 128), (100, 6, 9), (2048, 8, 8), (2049, 5, 5), (5000, 7, 16)],
+    [
+        (1, 1, 1),
+        (8, 128, 128),
+        (100, 6, 9),
+        (2048, 8, 8),
+        (2049, 5, 5),
+        (5000, 7, 16),
+        (20000, 5, 7),
+    ],
 )
 def test_rows_are_sorted_by_expert_and_cut_into_blocks(
     num_rows: int, num_experts: int, num_ids: int, block_rows: int, dtype: torch.dtype
@@ -43,6 +51,15 @@ def test_rows_are_sorted_by_expert_and_cut_into_blocks(
 def test_all_rows_may_be_of_one_expert_or_of_none(expert: int) -> None:
     ids = torch.full((70,), expert, device=DEVICE)
     check(route_rows(ids, 4, 16), ids, 4, 16)
+
+
+@pytest.mark.parametrize("num_rows", [8192, 8193, 2048 * 17 + 3])
+def test_many_rows_are_counted_first(num_rows: int) -> None:
+    """One expert has no row in most chunks, one all rows of the last."""
+    ids = torch.arange(num_rows, device=DEVICE) % 3
+    ids[-3:] = 3
+    ids[5000:5100] = 4
+    check(route_rows(ids, 4, 128), ids, 4, 128)
 
 
 def test_blocks_fit_where_every_expert_leaves_one_unfilled() -> None:

@@ -429,7 +429,12 @@ def test_an_oracle_leaves_misses_to_the_first_layer_and_a_wrong_guess_changes_no
             return ids[0] if right else (ids[0] + 2) % NUM_EXPERTS
 
         others, buffer = buffered(
-            layers, routers=[guess] * 3, expert_slots=3, expert_plan="cache", expert_prefetch=2
+            layers,
+            routers=[guess] * 3,
+            expert_slots=3,
+            expert_plan="cache",
+            expert_eviction="least-stale",
+            expert_prefetch=2,
         )
         for step in steps:
             for number, (plain, layer) in enumerate(zip(layers, others, strict=True)):
@@ -597,12 +602,12 @@ def test_flags_without_effect_are_refused(make_engine: MakeEngine) -> None:
     for options in (
         {"expert_slots": 1, "expert_gib": 1.0},
         {"expert_plan": "cache"},
-        {"expert_eviction": "lru"},
+        {"expert_eviction": "lfu"},
         {"expert_cold_dtype": "int4"},
         {"expert_prefetch": 1},
         {"expert_slots": 1, "expert_prefetch": -1},
         {"expert_slots": 1, "expert_prefetch": 1, "expert_plan": "stream"},
-        {"expert_slots": 1, "expert_plan": "stream", "expert_eviction": "lru"},
+        {"expert_slots": 1, "expert_plan": "stream", "expert_eviction": "lfu"},
         {"expert_slots": 0},
         {"expert_gib": 0.0},
     ):

@@ -26,6 +26,7 @@ ORDER = [
     "demo",
     "demo_moe",
     "cli",
+    "__main__",
 ]
 TORCH_FREE = [
     "hotset.cli",

@@ -59,7 +59,7 @@ def with_all_resident(config: EngineConfig, model: PreTrainedModel) -> EngineCon
         expert_slots=layers[0].num_experts,
         expert_gib=None,
         expert_plan="auto",
-        expert_eviction="least-stale",
+        expert_eviction="lru",
         expert_cold_dtype="auto",
         expert_prefetch=0,
         target="throughput",

@@ -416,6 +416,8 @@ def _move_all(
         sink.close()
         raise
     sink.finish(model)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # what they leave is nobody's, as far as others can see
 
 
 def slot_bytes_of(model: PreTrainedModel, config: EngineConfig) -> SlotBytes | None:

@@ -30,7 +30,7 @@ from hotset.model.flashinfer_attention import (
 )
 from hotset.model.merged_linear import merge_linears
 from hotset.model.routing_recorder import RoutingRecorder
-from hotset.model.step_graphs import StepGraphs
+from hotset.model.step_graphs import LARGEST_RECORDED, StepGraphs
 from hotset.request import StepPlan
 
 _log = logging.getLogger(__name__)
@@ -120,20 +120,23 @@ def workspace_bytes(model: PreTrainedModel, *, max_tokens: int, max_seqs: int) -
     """What a step of `max_tokens` tokens takes at most beside weights and KV; an upper estimate.
 
     Live at once: the residual stream and its norm, queries, keys and values, the two halves of
-    the feed-forward and their product; then the logits of `max_seqs` tokens and their float32
-    copy. Experts compute `top_k` rows a token.
+    the feed-forward and their product, or of `top_k` experts these with input and output of each;
+    then the logits of `max_seqs` tokens and their float32 copy. On a GPU recorded steps have the
+    same once more, for as many tokens as they have, and logits at a fixed place.
     """
     config = model.config.get_text_config()
     hidden: int = config.hidden_size
-    ffn = getattr(config, "intermediate_size", None) or 4 * hidden
-    if experts_ffn := getattr(config, "moe_intermediate_size", None):
-        ffn = max(ffn, experts_ffn * getattr(config, "num_experts_per_tok", 1))
-    per_token = 6 * hidden + 3 * ffn
-    itemsize: int = model.dtype.itemsize
-    rows = min(max_seqs, max_tokens)
-    vocab_size: int = config.vocab_size
-    attention_bytes = WORKSPACE_BYTES if model.device.type == "cuda" else 0
-    return max_tokens * per_token * itemsize + rows * vocab_size * (itemsize + 4) + attention_bytes
+    ffn = 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)
+    if top_k := getattr(config, "num_experts_per_tok", None):
+        middle = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        ffn = max(ffn, top_k * (2 * hidden + 3 * middle))
+    token_bytes = (6 * hidden + ffn) * model.dtype.itemsize
+    logit_bytes = min(max_seqs, max_tokens) * config.vocab_size * model.dtype.itemsize
+    float_bytes = logit_bytes // model.dtype.itemsize * 4
+    if model.device.type != "cuda":
+        return int(max_tokens * token_bytes + logit_bytes + float_bytes)
+    num_tokens = max_tokens + min(max_tokens, LARGEST_RECORDED)
+    return int(num_tokens * token_bytes + 3 * logit_bytes + float_bytes + WORKSPACE_BYTES)
 
 
 class AttentionBackend(Protocol):

@@ -17,6 +17,7 @@ Array = npt.NDArray[np.int64]
 # Sequences of a step of decodes, and tokens of any other step: a step is padded to the next one.
 _DECODE_SIZES = (1, 2, 4, 8, 16, 24, *range(32, 4097, 32))
 _MIXED_SIZES = (16, 32, *range(64, 769, 64), 896, 1024, 1280, 1536, 1792, 2048)
+LARGEST_RECORDED = _MIXED_SIZES[-1]
 
 
 def sizes_up_to(sizes: tuple[int, ...], largest: int) -> list[int]:
