@@ -135,9 +135,11 @@ def test_kv_grows_for_a_crowd_and_experts_for_one_user(monkeypatch: pytest.Monke
         assert mover is not None and experts is not None
         mover._clock = lambda: now_s
         sizes = []
-        for users in (1, 16, 1):
+        for phase, users in enumerate((1, 16, 1)):
             params = SamplingParams(max_tokens=88, ignore_eos=True)
-            names = [made.add_request([7 + user] * 8, params) for user in range(users)]
+            # All different: a block that is found and held keeps a slot from being taken in use.
+            prompts = [[7 + 17 * phase + user] * 8 for user in range(users)]
+            names = [made.add_request(prompt, params) for prompt in prompts]
             for _ in range(80):
                 now_s += 1
                 made.step()

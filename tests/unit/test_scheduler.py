@@ -258,18 +258,19 @@ def test_a_preempted_request_comes_back_with_its_partial_block(
 
 def test_a_full_block_is_spilled_once_as_soon_as_it_is_full(fake_tiers: FakeTiers) -> None:
     scheduler = make_scheduler(fake_tiers)
-    scheduler.add([make_request(list(range(9)), max_tokens=2)])
+    scheduler.add([make_request(list(range(9)), max_tokens=3)])
     run(scheduler)
     assert len(fake_tiers.spilling) == 2
     fake_tiers.end_all()
     scheduler.kv.poll()
-    scheduler.add([make_request(list(range(9)), max_tokens=2)])
+    scheduler.add([make_request(list(range(9)), max_tokens=3)])
     run(scheduler)
     assert not fake_tiers.spilling
 
 
 def fill_host_then_forget_device(scheduler: Scheduler, tiers: FakeTiers, tokens: list[int]) -> None:
-    scheduler.add([make_request(tokens, max_tokens=1)])
+    whole = tokens[: len(tokens) // BLOCK * BLOCK]
+    scheduler.add([make_request(whole, max_tokens=1)])
     while scheduler.has_requests:
         run(scheduler)
     tiers.end_all()
@@ -288,6 +289,61 @@ def test_a_prefix_in_a_colder_tier_is_fetched_and_not_computed(fake_tiers: FakeT
     fake_tiers.end_all()
     assert tokens_of(run(scheduler)) == [(8, 1)]
     assert scheduler.kv.metrics.cached_tokens["host"] == 8
+
+
+def first_step(scheduler: Scheduler, request: Request) -> list[tuple[int, int]]:
+    """Let a request in, and run until its first token of prompt is computed."""
+    scheduler.add([request])
+    while not (plan := run(scheduler)).items:
+        continue
+    return tokens_of(plan)
+
+
+def test_the_next_turn_finds_the_last_partial_block_of_the_one_before(
+    fake_tiers: FakeTiers,
+) -> None:
+    scheduler = make_scheduler(fake_tiers)
+    first = make_request(list(range(8)), max_tokens=4)
+    scheduler.add([first])
+    while scheduler.has_requests:
+        run(scheduler)
+    assert first.num_computed_tokens == 0 and first.num_tokens == 12  # 11 were computed
+    [*_, (key, block)] = fake_tiers.spilling.items()
+    assert scheduler.kv.pool.lookup(key) == block
+    fake_tiers.end_all()
+    turn = [*first.token_ids, 50, 51]
+    other = [*first.token_ids[:10], 70, 71, 72]  # goes on otherwise
+    assert first_step(scheduler, make_request(other, max_tokens=1)) == [(8, 5)]
+    assert first_step(scheduler, make_request(turn, max_tokens=2)) == [(11, 3)]
+    assert scheduler.kv.pool.lookup(key) is None  # it is written to
+    while scheduler.has_requests:
+        run(scheduler)
+    # Two at once from host memory: the first has it, the other has what that one makes of it.
+    fake_tiers.end_all()
+    scheduler.kv.poll()
+    scheduler.kv.pool.forget_cached()
+    for _ in range(2):
+        scheduler.add([make_request([*first.token_ids[:11], 60, 61, 62], max_tokens=1)])
+    run(scheduler)
+    assert [key for key, _ in fake_tiers.fetching].count(key) == 1
+    fake_tiers.end_all()
+    assert tokens_of(run(scheduler)) == [(11, 3)]
+    assert tokens_of(run(scheduler)) == [(12, 2)]
+    scheduler.kv.check()
+
+
+def test_a_partial_block_is_recomputed_where_it_is_lost() -> None:
+    scheduler = make_scheduler()
+    first = make_request(list(range(8)), max_tokens=4)
+    scheduler.add([first])
+    while scheduler.has_requests:
+        run(scheduler)
+    turn = [*first.token_ids, 50, 51]
+    scheduler.kv.pool.forget_cached()
+    assert first_step(scheduler, make_request(turn, max_tokens=1)) == [(0, 14)]
+    # A prompt that ends within it has a token left to compute all the same.
+    assert first_step(scheduler, make_request(turn[:11], max_tokens=1)) == [(8, 3)]
+    assert first_step(scheduler, make_request([*turn, 1], max_tokens=1)) == [(14, 1)]
 
 
 def test_two_requests_that_want_the_same_block_share_one_load(fake_tiers: FakeTiers) -> None:
@@ -536,7 +592,7 @@ def test_prompts_that_start_alike_and_come_at_once_are_computed_once() -> None:
         num_computed += sum(item.num_tokens for item in run(scheduler).items)
         scheduler.kv.check()
     assert num_computed == 24 + 5 + 10
-    assert scheduler.kv.pool.num_cached == 6 + 2
+    assert scheduler.kv.pool.num_cached == 6 + 5 + 3  # with the last one of each
 
 
 def test_a_prompt_goes_on_by_itself_where_the_one_it_shared_with_was_aborted() -> None:

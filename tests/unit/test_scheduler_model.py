@@ -38,6 +38,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         budget=st.integers(1, 24),
         mixed_budget=st.integers(1, 24),
+        row_tile=st.sampled_from([1, 4]),
         rotation_s=st.sampled_from([None, 1.0]),
         mode=st.sampled_from(["fetch", "auto", "recompute"]),
         prefix_caching=st.booleans(),
@@ -49,6 +50,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs: int,
         budget: int,
         mixed_budget: int,
+        row_tile: int,
         rotation_s: float | None,
         mode: str,
         prefix_caching: bool,
@@ -73,6 +75,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             max_mixed_tokens=mixed_budget,
+            row_tile=row_tile,
             rotation_s=rotation_s,
             clock=self.clock,
         )
@@ -115,6 +118,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             ]
             self.requests += family
             self.scheduler.add(family)
+
+    @rule(which=st.integers(0, 100), more=st.lists(st.integers(0, 3), max_size=6))
+    def go_on(self, which: int, more: list[int]) -> None:
+        """The next turn of one that has ended."""
+        ended = [r for r in self.requests if r.is_finished and UNKNOWN_TOKEN not in r.token_ids]
+        if not ended:
+            return
+        tokens = [*ended[which % len(ended)].token_ids, *more][: MAX_TOKENS - 4]
+        self.add(tokens, len(tokens), [], max_tokens=4, priority=0, n=1, copies=1 + which % 2)
 
     @rule()
     def step(self) -> None:

@@ -6,7 +6,7 @@ The only module of `memory` that knows tokens. It never touches a tensor.
 import hashlib
 import secrets
 from array import array
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +17,10 @@ from hotset.metrics import Metrics
 from hotset.request import Request, SpilledTail
 
 _DIGEST_BYTES = 16
+# Last, partial blocks of requests that have ended: so many are remembered, if so much of a block is
+# filled. For fewer tokens a copy takes longer than to compute them.
+_MOST_PARTIALS = 2**16
+_LEAST_PARTIAL = 0.25
 _BLOCK_DIGEST = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"hotset-block")
 
 
@@ -28,7 +32,7 @@ def root_hash(fingerprint: str, salt: bytes) -> bytes:
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Hash of one full block: of its tokens and, through `parent`, of all tokens before it."""
+    """Hash of one block, full or not: of its tokens and, through `parent`, of all before it."""
     digest = _BLOCK_DIGEST.copy()  # takes a third of the time of making one
     digest.update(parent + array("i", token_ids).tobytes())
     return digest.digest()
@@ -99,6 +103,19 @@ class ColderTiers(Protocol):
 
 
 @dataclass(slots=True)
+class _Known:
+    """Content that need not be computed, of a block or of the first tokens of one.
+
+    Attributes:
+        place: `device` or a tier; None to have it computed nevertheless.
+    """
+
+    key: bytes
+    place: str | None
+    num_tokens: int
+
+
+@dataclass(slots=True)
 class _Loading:
     """A block whose content is on its way up, and who waits for it."""
 
@@ -115,7 +132,8 @@ class KVCache:
     Every full block is spilled as soon as it is full (write-behind), so that evicting it later
     moves nothing. A block on its way up is loaded once, however many requests wait for it, and a
     block that another request has computed meanwhile is taken over instead of computed again.
-    What a preempted request has in host memory is kept there until it is back.
+    What a preempted request has in host memory is kept there until it is back. The last, partial
+    block of a request that has ended is found too, one for what precedes it, until restart.
     """
 
     def __init__(
@@ -139,6 +157,8 @@ class KVCache:
         self._policy = policy
         self._loading: dict[bytes, _Loading] = {}
         self._spilling: set[int] = set()
+        # Hash of what precedes it -> tokens of the last block of a request that has ended.
+        self._partials: OrderedDict[bytes, int] = OrderedDict()
         self._copies: list[tuple[int, int]] = []
 
     def num_blocks_for(self, num_tokens: int) -> int:
@@ -161,17 +181,18 @@ class KVCache:
         computed and the rest fetched. Needs room for all the request's tokens so far, plus
         `spare_blocks`; without it nothing changes and the result is False.
         """
-        keys, places = self._find_prefix(request)
-        num_chosen = self._choose_recompute(keys, places, queued_tokens)
-        while places and places[-1] is None:
-            places.pop()
+        known = self._find_prefix(request)
+        keys = [part.key for part in known]
+        num_chosen = self._choose_recompute(known, queued_tokens)
+        while known and known[-1].place is None:
+            known.pop()
 
         shared: dict[int, int] = {}
-        for i, place in enumerate(places):
-            if place == "device":
-                shared[i] = self._acquire(keys[i])
-            elif keys[i] in self._loading and place is not None:
-                shared[i] = self._loading[keys[i]].block
+        for i, part in enumerate(known):
+            if part.place == "device":
+                shared[i] = self._acquire(part)
+            elif part.key in self._loading and part.place is not None:
+                shared[i] = self._loading[part.key].block
                 self.pool.hold(shared[i])
         num_missing = self.num_blocks_for(request.num_tokens) - len(shared)
         if num_missing + spare_blocks > self.pool.num_available:
@@ -179,17 +200,15 @@ class KVCache:
                 self.pool.release(block)
             return False
 
-        fresh = iter(self.pool.allocate(len(places) - len(shared)))
+        fresh = iter(self.pool.allocate(len(known) - len(shared)))
         request.num_shared_blocks = len(shared)
-        request.block_table = [
-            shared[i] if i in shared else next(fresh) for i in range(len(places))
-        ]
-        for i, place in enumerate(places):
-            if place == "device":
-                request.arrived[i] = self.block_size
-                self._count_cached(request, "device", self.block_size)
-            elif place is not None:
-                self._wait_for(request, i, keys[i], place)
+        request.block_table = [shared[i] if i in shared else next(fresh) for i in range(len(known))]
+        for i, part in enumerate(known):
+            if part.place == "device":
+                request.arrived[i] = part.num_tokens
+                self._count_cached(request, "device", part.num_tokens)
+            elif part.place is not None:
+                self._wait_for(request, i, part)
         if self._tiers is not None:
             self._tiers.touch(keys[::-1])  # the tail is evicted before the head
         self._unkeep(request)  # its fetches hold what they read
@@ -212,12 +231,15 @@ class KVCache:
             return
         tail_key = None if request.resume is None else request.resume.key
         request.was_staged = request.was_fetched = True
-        for key, place in zip(*self._find_prefix(request), strict=True):
-            if place == "device" or key in self._loading or key == tail_key:
+        for part in self._find_prefix(request):
+            key = part.key
+            if part.place == "device" or key in self._loading or key == tail_key:
                 continue
-            if place == "host" and can_fetch and room > 0:
+            # Nobody could find a partial block on the device that was not computed there.
+            is_full = part.num_tokens == self.block_size
+            if part.place == "host" and can_fetch and room > 0 and is_full:
                 [block] = self.pool.allocate(1)  # released when the transfer ends
-                self._loading[key] = _Loading(block, place, self.block_size, is_private=False)
+                self._loading[key] = _Loading(block, "host", part.num_tokens, is_private=False)
                 tiers.fetch(key, block)
                 room -= 1
             else:
@@ -361,6 +383,7 @@ class KVCache:
 
     def release(self, request: Request) -> None:
         """Take the blocks of a request that has ended; published ones stay findable."""
+        self._publish_partial(request)
         if self._tiers is not None:  # the tail is evicted before the head
             self._tiers.touch(request.block_hashes[::-1])
         self._give_up_blocks(request)
@@ -378,26 +401,63 @@ class KVCache:
                 self._spilling.discard(ended.block)
             self.pool.release(ended.block)
 
-    def _find_prefix(self, request: Request) -> tuple[list[bytes], list[str | None]]:
-        """Keys of the leading blocks that are known somewhere, and where.
+    def _find_prefix(self, request: Request) -> list[_Known]:
+        """What is known somewhere of the request's leading tokens, block by block.
 
         At least one token is always left to compute: its logits are what the step is for.
         """
-        keys: list[bytes] = []
-        places: list[str | None] = []
+        known: list[_Known] = []
         for key in request.block_hashes[: self._num_findable(request)]:
             place = self._locate(key)
             if place is None:
                 break
-            keys.append(key)
-            places.append(place)
+            known.append(_Known(key, place, self.block_size))
         tail = request.resume
-        if tail is not None and len(keys) == tail.index:
-            place = self._locate(tail.key)
-            if place is not None:
-                keys.append(tail.key)
-                places.append(place)
-        return keys, places
+        if tail is None:
+            partial = self._find_partial(request, len(known))
+            if partial is not None:
+                known.append(partial)
+        elif len(known) == tail.index and (place := self._locate(tail.key)) is not None:
+            known.append(_Known(tail.key, place, tail.num_tokens))
+        return known
+
+    def _find_partial(self, request: Request, index: int) -> _Known | None:
+        """The block that a request which has ended left where this one's block `index` begins.
+
+        None where another request has it: both would write to it, each to a copy of its own.
+        """
+        parent = self._parent(request, index)
+        num_tokens = self._partials.get(parent)
+        start = index * self.block_size
+        if num_tokens is None or start + num_tokens >= request.num_tokens:
+            return None
+        key = block_hash(parent, request.token_ids[start : start + num_tokens])
+        place, block = self._locate(key), self.pool.lookup(key)
+        is_held = block is not None and self.pool.ref_count(block) > 0
+        if place is None or key in self._loading or is_held:
+            return None
+        return _Known(key, place, num_tokens)
+
+    def _publish_partial(self, request: Request) -> None:
+        """Have the last block of a request that ends found, and spill it, though it is not full."""
+        num_tokens = min(request.num_computed_tokens, request.num_known_tokens)
+        index, num_partial = divmod(num_tokens, self.block_size)
+        if not self.prefix_caching or index >= len(request.block_table):
+            return
+        if num_partial < max(1, _LEAST_PARTIAL * self.block_size):
+            return
+        block = request.block_table[index]
+        if self.pool.is_shared(block):
+            return
+        self._extend_hashes(request)
+        parent = self._parent(request, index)
+        key = block_hash(parent, request.token_ids[index * self.block_size : num_tokens])
+        self.pool.publish(block, key)
+        self._spill(key, block)
+        self._partials[parent] = num_partial
+        self._partials.move_to_end(parent)
+        if len(self._partials) > _MOST_PARTIALS:
+            self._partials.popitem(last=False)
 
     def _num_findable(self, request: Request) -> int:
         """How many leading blocks may be found instead of computed."""
@@ -425,42 +485,34 @@ class KVCache:
             return self._loading[key].tier
         return self._tiers.locate(key) if self._tiers is not None else None
 
-    def _choose_recompute(
-        self, keys: list[bytes], places: list[str | None], queued_tokens: int
-    ) -> int:
-        """Set the place of the blocks to None that are cheaper computed than fetched.
+    def _choose_recompute(self, known: list[_Known], queued_tokens: int) -> int:
+        """Set the place of what is cheaper computed than fetched to None.
 
         Returns how many tokens that is.
         """
-        cold = [
-            i
-            for i, (key, place) in enumerate(zip(keys, places, strict=True))
-            if place != "device" and key not in self._loading
-        ]
+        cold = [part for part in known if part.place != "device" and part.key not in self._loading]
         if not cold:
             return 0
         assert self._tiers is not None and self._policy is not None
         num_tokens = self._policy.tokens_to_compute(
             len(cold) * self.block_size,
-            {place for i in cold if (place := places[i]) is not None},
+            {part.place for part in cold if part.place is not None},
             queued_bytes=self._tiers.queued_fetch_bytes(),
             queued_tokens=queued_tokens,
         )
-        num_chosen = num_tokens // self.block_size
-        for i in cold[:num_chosen]:
-            places[i] = None
-        return num_chosen * self.block_size
+        chosen = cold[: num_tokens // self.block_size]
+        for part in chosen:
+            part.place = None
+        return sum(part.num_tokens for part in chosen)
 
-    def _wait_for(self, request: Request, index: int, key: bytes, tier: str) -> None:
-        assert self._tiers is not None
+    def _wait_for(self, request: Request, index: int, part: _Known) -> None:
+        assert self._tiers is not None and part.place is not None
+        key = part.key
         loading = self._loading.get(key)
         if loading is None:
             block = request.block_table[index]
-            tail = request.resume
-            if tail is not None and key == tail.key:
-                loading = _Loading(block, tier, tail.num_tokens, is_private=True)
-            else:
-                loading = _Loading(block, tier, self.block_size, is_private=False)
+            is_private = request.resume is not None and key == request.resume.key
+            loading = _Loading(block, part.place, part.num_tokens, is_private=is_private)
             self._loading[key] = loading
             self.pool.hold(block)  # released when the transfer ends
             self._tiers.fetch(key, block)
@@ -479,7 +531,7 @@ class KVCache:
         if not ended.ok:
             return
         self.metrics.fetched_blocks += 1
-        if not loading.is_private:
+        if loading.num_tokens == self.block_size:
             self.pool.publish(ended.block, ended.key)
             if any(index in request.fetched for request, index in loading.waiters):
                 assert self._policy is not None
@@ -527,8 +579,10 @@ class KVCache:
             self._tiers.drop(request.resume.key)
         request.resume = None
 
-    def _acquire(self, key: bytes) -> int:
-        block = self.pool.acquire(key)
+    def _acquire(self, part: _Known) -> int:
+        is_full = part.num_tokens == self.block_size
+        # One that will be written to is nobody else's from here on.
+        block = self.pool.acquire(part.key) if is_full else self.pool.claim(part.key)
         assert block is not None, "a block vanished between lookup and acquire"
         return block
 
@@ -540,16 +594,19 @@ class KVCache:
         hashes, size = request.block_hashes, self.block_size
         if not hashes and request.num_known_tokens < size:
             return
-        if hashes:
-            parent = hashes[-1]
-        else:
-            # Without prefix caching each request has a chain of its own: it finds its own
-            # blocks again after a preemption, and nobody else's.
-            salt = request.salt if self.prefix_caching else request.request_id.encode()
-            parent = root_hash(self._fingerprint, salt)
+        parent = self._parent(request, len(hashes))
         for start in range(len(hashes) * size, request.num_known_tokens - size + 1, size):
             parent = block_hash(parent, request.token_ids[start : start + size])
             hashes.append(parent)
+
+    def _parent(self, request: Request, index: int) -> bytes:
+        """Hash of all that precedes the request's block `index`."""
+        if index:
+            return request.block_hashes[index - 1]
+        # Without prefix caching each request has a chain of its own: it finds its own blocks again
+        # after a preemption, and nobody else's.
+        salt = request.salt if self.prefix_caching else request.request_id.encode()
+        return root_hash(self._fingerprint, salt)
 
     def check(self) -> None:
         """Assert that the pool is consistent and that loads and their waiters agree."""
