@@ -13,7 +13,7 @@ from tiny_tokenizer import make_tokenizer
 from hotset.model.flashinfer_build import why_not_built
 
 BUILD_OUTPUT = """Ninja build failed. Ninja output:
-ninja: Entering directory `/root/.cache/flashinfer/0.6.12/90a/cached_ops'
+ninja: Entering directory `/home/user/.cache/flashinfer/0.6.12/90a/cached_ops'
 [1/4] nvcc --generate-dependencies-with-compile -o error.o
 FAILED: [code=1] batch_prefill.cuda.o
 /usr/include/x.h(3): fatal error: cuda_fp8.h: No such file or directory

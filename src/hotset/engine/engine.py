@@ -296,7 +296,7 @@ class Engine:
         if not token_ids:
             raise RequestError("the prompt is empty; expected at least one token")
         vocab_size = self._sampler.vocab_size
-        if not all(0 <= token < vocab_size for token in token_ids):
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
             raise RequestError(f"a prompt token id is not in [0, {vocab_size})")
         if len(token_ids) >= self.max_model_len:
             raise RequestError(

@@ -1,0 +1,155 @@
+"""How many steps, and of what, the scheduler makes of a workload for a GPU; no GPU is needed.
+
+Engine, scheduler, KV cache and the bookkeeping of tiers are the real ones, with as many blocks as
+presets C and B give Llama-3.1-8B. The model computes nothing, and copies take no time. Each step is
+charged what its parts took on an H200 (`benchmarks/results/gpu_h200.md`, D): products by
+rows, KV of decodes at 3.75 TB/s, prompts' attention at 300 TFLOP/s beside it. So the seconds are
+arithmetic, good for comparing schedules; what is left out makes a real run about 5 % longer.
+
+    python benchmarks/play_schedule.py --presets C6,C3 --out benchmarks/results/play_schedule.json
+    python benchmarks/play_schedule.py --presets C6 --mixed-tokens 1024,2048 --out FILE
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from bisect import bisect_left
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from hotset.bench.driver import drive
+from hotset.bench.workload import PRESETS, Spec, make_work
+from hotset.config import GIB, EngineConfig
+from hotset.engine.engine import Engine
+from hotset.memory.slab import slot_bytes_for
+from hotset.model.loader import LoadedModel, load_dummy
+from hotset.request import StepPlan
+
+BLOCK_TOKENS = 16
+HOT_BLOCKS, HOST_BLOCKS = 8192, 32768  # 16 and 64 GiB
+KV_BYTES = 131072  # of a token
+QUERY_FLOP = 4 * 4096 * 32  # of a token and one that it attends to
+VOCAB_SIZE = 4000
+
+# Rows of a step -> ms of all that is recorded of it; the fastest size that holds so many rows.
+MIXED_MS = {
+    **{16: 4.8, 32: 4.88, 64: 5.02, 128: 5.39, 192: 6.35, 256: 6.94, 320: 8.56, 384: 9.83},
+    **{512: 11.91, 640: 15.49, 768: 18.03, 896: 21.67, 1024: 22.81, 1280: 27.81, 1536: 36.08},
+    **{1792: 39.34, 2048: 41.65},
+}
+DECODE_MS = {1: 4.83, 16: 4.95, 64: 5.52, 96: 5.93, 128: 6.32, 160: 6.92, 192: 7.88, 256: 9.24}
+
+
+def products_ms(table: dict[int, float], rows: int) -> float:
+    """From the table; steps beyond it take as long a row as its largest."""
+    sizes = sorted(table)
+    if rows > sizes[-1]:
+        return table[sizes[-1]] * rows / sizes[-1]
+    return table[sizes[bisect_left(sizes, rows)]]
+
+
+def step_ms(plan: StepPlan) -> float:
+    """What a step is charged."""
+    decodes = [item for item in plan.items if item.num_tokens == 1]
+    prompts = [item for item in plan.items if item.num_tokens > 1]
+    rows = sum(item.num_tokens for item in plan.items)
+    decode_ms = sum(item.start + 1 for item in decodes) * KV_BYTES / 3.75e9
+    if not prompts:
+        return products_ms(DECODE_MS, rows) + decode_ms + 0.4
+    pairs = sum(item.num_tokens * (item.start + item.num_tokens / 2) for item in prompts)
+    prompt_ms = pairs * QUERY_FLOP / 300e9 + 0.3
+    beside_ms = max(decode_ms, prompt_ms) + 0.3 * min(decode_ms, prompt_ms)
+    return products_ms(MIXED_MS, rows) + beside_ms + 0.5
+
+
+def make_model() -> LoadedModel:
+    """Something to make an engine of."""
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=8192,
+        architectures=["LlamaForCausalLM"],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return load_dummy(folder, device="cpu", dtype="float32")
+
+
+def play(
+    spec: Spec, loaded: LoadedModel, *, has_host: bool, mixed_tokens: int, row_tile: int
+) -> dict[str, Any]:
+    """One workload through a fresh engine."""
+    block_bytes = BLOCK_TOKENS * 2 * 16 * 4
+    engine = Engine(
+        EngineConfig(
+            device="cpu",
+            dtype="float32",
+            hot_gib=(HOT_BLOCKS + 0.5) * block_bytes / GIB,
+            host_gib=HOST_BLOCKS * slot_bytes_for(block_bytes) / GIB if has_host else 0.0,
+            max_num_batched_tokens=8192,
+            max_mixed_tokens=mixed_tokens,
+            max_model_len=8192,
+        ),
+        loaded,
+    )
+    engine.scheduler.bursts, engine.scheduler.row_tile = True, row_tile  # as on a GPU
+    charged_ms = 0.0
+
+    def forward(
+        plan: StepPlan, previous: Any = None, when_ready: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
+        nonlocal charged_ms
+        when_ready()
+        charged_ms += step_ms(plan)
+        return torch.zeros(sum(item.samples for item in plan.items), VOCAB_SIZE)
+
+    engine._runner.forward = forward  # type: ignore[method-assign]
+    driven = drive(engine, make_work(spec, VOCAB_SIZE))
+    metrics = engine.metrics
+    engine.close()
+    assert driven.is_complete
+    return {
+        "steps": metrics.steps,
+        "seconds": round(charged_ms / 1e3, 2),
+        "computed_tokens": metrics.computed_tokens,
+        "preemptions": metrics.preemptions,
+        "fetched_blocks": metrics.fetched_blocks,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--presets", default="C6,C3")
+    parser.add_argument("--mixed-tokens", default="1024,2048")
+    parser.add_argument("--row-tiles", default="1,256")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    loaded = make_model()
+    record: dict[str, Any] = {"command": "python " + " ".join(sys.argv), "runs": []}
+    for name in arguments.presets.split(","):
+        for has_host in (True, False):
+            for mixed_tokens in map(int, arguments.mixed_tokens.split(",")):
+                for row_tile in map(int, arguments.row_tiles.split(",")):
+                    options = {
+                        "has_host": has_host,
+                        "mixed_tokens": mixed_tokens,
+                        "row_tile": row_tile,
+                    }
+                    run = play(PRESETS[name].spec, loaded, **options)
+                    record["runs"].append({"preset": name, **options, **run})
+                    print(record["runs"][-1], flush=True)
+    arguments.out.write_text(json.dumps(record) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
