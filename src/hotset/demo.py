@@ -101,7 +101,7 @@ class RunResult:
         context_tokens: of all users' conversations at their end.
         hot_tokens: what the hot tier holds.
         computed_tokens: tokens that went through the model.
-        recomputed_tokens: of these, all beyond once for each block of 16 with all before it.
+        recomputed_tokens: of these, all beyond once for each token with all before it.
         fetched_tokens: that came back from a slower tier instead.
         disk_read_tokens: read from disk into host memory; more than was fetched where blocks
             that were read ahead had to leave host memory again before their turn.
@@ -313,7 +313,7 @@ def _run(
         metrics = service.metrics
         # The last token of an answer is never computed.
         sequences = [turn.prompt_ids + turn.token_ids[:-1] for turn in turns]
-        once = distinct_tokens(sequences, config.block_size)
+        once = distinct_tokens(sequences)
         last_turns = [user.turns[-1] for user in users]
         fetched = {t: n for t, n in metrics.cached_tokens.items() if t != "device"}
         return RunResult(
@@ -335,17 +335,14 @@ def _run(
         service.close()
 
 
-def distinct_tokens(sequences: Iterable[Sequence[int]], block_size: int) -> int:
-    """Tokens that must be computed once at least where equal beginnings, in blocks, are shared."""
-    seen: set[tuple[int, ...]] = set()
-    count = 0
+def distinct_tokens(sequences: Iterable[Sequence[int]]) -> int:
+    """Tokens that must be computed once at least, where equal beginnings are shared."""
+    after: dict[tuple[int, int], int] = {}  # (a beginning, the token that follows) -> beginning
     for ids in sequences:
-        for start in range(0, len(ids), block_size):
-            beginning = tuple(ids[: start + block_size])
-            if beginning not in seen:
-                seen.add(beginning)
-                count += len(beginning) - start
-    return count
+        beginning = 0
+        for token in ids:
+            beginning = after.setdefault((beginning, token), len(after) + 1)
+    return len(after)
 
 
 class _User:

@@ -58,8 +58,8 @@ def test_each_user_reads_another_text() -> None:
 
 
 def test_shared_beginnings_count_once() -> None:
-    assert distinct_tokens([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7], [1, 2, 3, 4, 5]], 4) == 4 + 1 + 2
-    assert distinct_tokens([[1, 2], [3, 2]], 2) == 4
+    assert distinct_tokens([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7], [1, 2, 3, 4, 5]]) == 4 + 1 + 2
+    assert distinct_tokens([[1, 2], [3, 2]]) == 4
 
 
 def test_a_request_that_fails_ends_the_demo_with_its_reason() -> None:
