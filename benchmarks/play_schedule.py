@@ -8,12 +8,18 @@ arithmetic, good for comparing schedules; what is left out makes a real run abou
 
     python benchmarks/play_schedule.py --presets C6,C3 --out benchmarks/results/play_schedule.json
     python benchmarks/play_schedule.py --presets C6 --mixed-tokens 1024,2048 --out FILE
+    python benchmarks/play_schedule.py --presets "" --disk-under 500,929,1400 --out FILE
+
+`--disk-under` plays users who take turns (24 as in `hotset demo`, 371 blocks on the device, in all
+contexts of about 1,700) with so many blocks of host memory and a real disk tier below, whose reads
+are counted.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+import time
 from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +32,14 @@ from hotset.bench.driver import drive
 from hotset.bench.workload import PRESETS, Spec, make_work
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
+from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
 from hotset.model.loader import LoadedModel, load_dummy
 from hotset.request import StepPlan
 
 BLOCK_TOKENS = 16
-HOT_BLOCKS, HOST_BLOCKS = 8192, 32768  # 16 and 64 GiB
+BLOCK_BYTES = BLOCK_TOKENS * 2 * 16 * 4  # of the stand-in
+HOT_BLOCKS, HOST_BLOCKS = 8192, 32768  # 16 and 64 GiB of Llama-3.1-8B
 KV_BYTES = 131072  # of a token
 QUERY_FLOP = 4 * 4096 * 32  # of a token and one that it attends to
 VOCAB_SIZE = 4000
@@ -89,13 +97,12 @@ def play(
     spec: Spec, loaded: LoadedModel, *, has_host: bool, mixed_tokens: int, row_tile: int
 ) -> dict[str, Any]:
     """One workload through a fresh engine."""
-    block_bytes = BLOCK_TOKENS * 2 * 16 * 4
     engine = Engine(
         EngineConfig(
             device="cpu",
             dtype="float32",
-            hot_gib=(HOT_BLOCKS + 0.5) * block_bytes / GIB,
-            host_gib=HOST_BLOCKS * slot_bytes_for(block_bytes) / GIB if has_host else 0.0,
+            hot_gib=(HOT_BLOCKS + 0.5) * BLOCK_BYTES / GIB,
+            host_gib=HOST_BLOCKS * slot_bytes_for(BLOCK_BYTES) / GIB if has_host else 0.0,
             max_num_batched_tokens=8192,
             max_mixed_tokens=mixed_tokens,
             max_model_len=8192,
@@ -127,16 +134,55 @@ def play(
     }
 
 
+def play_over_disk(loaded: LoadedModel, host_blocks: int) -> dict[str, Any]:
+    """Users who take turns, all of whose contexts are on disk; steps take 20 ms."""
+    spec = Spec("multiturn", 24, 4, first_tokens=950, new_tokens=35, output_tokens=25, seed=5)
+    slot_bytes = slot_bytes_for(BLOCK_BYTES)
+
+    def forward(
+        plan: StepPlan, previous: Any = None, when_ready: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
+        when_ready()
+        time.sleep(0.02)
+        return torch.zeros(sum(item.samples for item in plan.items), VOCAB_SIZE)
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine(
+            EngineConfig(
+                device="cpu",
+                dtype="float32",
+                hot_gib=371.5 * BLOCK_BYTES / GIB,
+                host_gib=host_blocks * slot_bytes / GIB,
+                disk_gib=(capacity_bytes_for(2320, slot_bytes) + 1) / GIB,
+                disk_path=Path(folder),
+                max_model_len=2048,
+                fetch_policy="fetch",
+            ),
+            loaded,
+        )
+        engine._runner.forward = forward  # type: ignore[method-assign]
+        driven = drive(engine, make_work(spec, VOCAB_SIZE))
+        metrics = engine.metrics
+        engine.close()
+    assert driven.is_complete
+    return {
+        "computed_tokens": metrics.computed_tokens,
+        "fetched_blocks": metrics.fetched_blocks,
+        "blocks_read_from_disk": metrics.moved_bytes["disk>host"] // BLOCK_BYTES,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--presets", default="C6,C3")
     parser.add_argument("--mixed-tokens", default="1024,2048")
     parser.add_argument("--row-tiles", default="1,256")
+    parser.add_argument("--disk-under", default="", help="Blocks of host memory.")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     loaded = make_model()
     record: dict[str, Any] = {"command": "python " + " ".join(sys.argv), "runs": []}
-    for name in arguments.presets.split(","):
+    for name in filter(None, arguments.presets.split(",")):
         for has_host in (True, False):
             for mixed_tokens in map(int, arguments.mixed_tokens.split(",")):
                 for row_tile in map(int, arguments.row_tiles.split(",")):
@@ -148,6 +194,9 @@ def main() -> None:
                     run = play(PRESETS[name].spec, loaded, **options)
                     record["runs"].append({"preset": name, **options, **run})
                     print(record["runs"][-1], flush=True)
+    for host_blocks in map(int, filter(None, arguments.disk_under.split(","))):
+        record["runs"].append({"host_blocks": host_blocks, **play_over_disk(loaded, host_blocks)})
+        print(record["runs"][-1], flush=True)
     arguments.out.write_text(json.dumps(record) + "\n", "utf-8")
 
 

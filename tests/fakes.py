@@ -106,6 +106,9 @@ class FakeTiers:
     def stage(self, key: bytes) -> bool:
         return False
 
+    def most_staged(self) -> int:
+        return self.num_slots
+
     def queued_fetch_bytes(self) -> int:
         return len(self.fetching)
 

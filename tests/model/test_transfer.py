@@ -115,6 +115,25 @@ def test_a_fetch_asked_for_while_the_spill_runs_waits_for_it() -> None:
     rig.tiers.close()
 
 
+@pytest.mark.parametrize("has_disk", [False, True])
+def test_what_went_up_leaves_host_memory_first_if_it_is_below(
+    has_disk: bool, tmp_path: Path
+) -> None:
+    rig = Rig(host_slots=3, folder=tmp_path if has_disk else None)
+    for number, key in enumerate((b"a", b"b", b"c")):
+        rig.fill(number, number)
+        rig.tiers.spill(key, number)
+        rig.settle()
+    rig.tiers.fetch(b"b", 5)
+    rig.settle()
+    rig.tiers.touch([b"b"])
+    rig.tiers.spill(b"d", 4)
+    rig.settle()
+    gone = b"b" if has_disk else b"a"
+    assert {key for key in (b"a", b"b", b"c", b"d") if not rig.tiers.host.is_ready(key)} == {gone}
+    rig.tiers.close()
+
+
 class OrderingCopier:
     """A copier that compute can wait for on the device; its copies end when they are told to."""
 

@@ -652,6 +652,24 @@ def test_what_waits_is_fetched_ahead_of_its_turn_into_blocks_without_content(
     assert scheduler.running[0].num_computed_tokens == 9  # at once, with its first step
 
 
+def test_no_more_is_staged_than_host_memory_can_hold_beside_the_rest(
+    fake_tiers: FakeTiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged: list[bytes] = []
+    monkeypatch.setattr(fake_tiers, "most_staged", lambda: 5)
+    monkeypatch.setattr(fake_tiers, "stage", staged.append)
+    scheduler = make_scheduler(fake_tiers, max_num_seqs=1)
+    scheduler.add([make_request([7, 7, 7], max_tokens=20)])
+    waiting = [make_request([seed] * 9) for seed in (10, 20, 30)]
+    for request in waiting:
+        scheduler.kv._extend_hashes(request)
+        fake_tiers.stored.update(dict.fromkeys(request.block_hashes, "disk"))
+        scheduler.add([request])
+    run(scheduler)
+    # Three blocks each: those of the second are begun, as five are left for the first.
+    assert staged == waiting[0].block_hashes + waiting[1].block_hashes
+
+
 def test_nothing_is_fetched_ahead_into_blocks_that_running_requests_need(
     fake_tiers: FakeTiers,
 ) -> None:

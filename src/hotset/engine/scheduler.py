@@ -117,8 +117,7 @@ class Scheduler:
         if self.waiting:
             self._trim(step.items)
             spare_blocks = self._blocks_short(self.kv.block_size)
-            for request in self.waiting[:_LOOK_AHEAD]:
-                self.kv.look_ahead(request, spare_blocks=spare_blocks)
+            self.kv.look_ahead(self.waiting[:_LOOK_AHEAD], spare_blocks=spare_blocks)
         return StepPlan(step.items, self.kv.take_copies())
 
     def commit(self, plan: StepPlan) -> None:

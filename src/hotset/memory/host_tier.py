@@ -107,6 +107,11 @@ class HostTier:
         else:
             self._ready[key] = slot
 
+    def demote(self, key: bytes) -> None:
+        """Make a ready payload that nobody pins the next one to be evicted."""
+        if key in self._ready:
+            self._ready.move_to_end(key, last=False)
+
     def touch(self, key: bytes) -> None:
         """Make a ready payload the most recently used one."""
         if key in self._ready:

@@ -93,6 +93,10 @@ class ColderTiers(Protocol):
         """Start bringing a payload from disk into host memory, ahead of a fetch."""
         ...
 
+    def most_staged(self) -> int:
+        """Payloads that may be brought ahead of a fetch, so that none pushes others out."""
+        ...
+
     def queued_fetch_bytes(self) -> int:
         """Bytes asked for by `fetch` that have not arrived."""
         ...
@@ -216,15 +220,25 @@ class KVCache:
         self.advance(request)
         return True
 
-    def look_ahead(self, request: Request, *, spare_blocks: int) -> None:
+    def look_ahead(self, requests: Sequence[Request], *, spare_blocks: int) -> None:
+        """`_look_ahead` for each of the `requests` that wait, as far as there is room for them."""
+        if self._tiers is None or self._policy is None or self._policy.mode == "recompute":
+            return
+        num_left = self._tiers.most_staged()
+        for request in requests:
+            self._look_ahead(request, spare_blocks=spare_blocks)
+            num_left -= self.num_blocks_for(request.num_tokens)
+            if num_left < 0:
+                break
+
+    def _look_ahead(self, request: Request, *, spare_blocks: int) -> None:
         """Bring what is known of a waiting request's tokens closer, ahead of its turn.
 
         From disk to host memory, once; and, when nothing else is being fetched, from host memory
         to device blocks that have no content, as long as `spare_blocks` others are available.
         """
         tiers = self._tiers
-        if tiers is None or self._policy is None or self._policy.mode == "recompute":
-            return
+        assert tiers is not None
         room = min(self.pool.num_free, self.pool.num_available - spare_blocks)
         can_fetch = room > 0 and tiers.queued_fetch_bytes() == 0
         if request.was_fetched or (request.was_staged and not can_fetch):

@@ -144,8 +144,11 @@ class TierStack:
 
     Payloads pass through host slots both ways: device -> host -> disk as each step ends, and
     disk -> host -> device on a fetch. So a slow or hanging disk holds host slots only, never a
-    device copy. All methods are called from the engine thread; `flush` once a step submits what
-    was asked for since the last one as one batch a direction.
+    device copy. What has gone up to the device and is below, too, is the next to leave host memory:
+    the device has it, and what was brought from below for those who wait is needed sooner
+    (exclusive caching: Wong and Wilkes, "My Cache or Yours?", USENIX ATC 2002). All methods are
+    called from the engine thread; `flush` once a step submits what was asked for since the last one
+    as one batch a direction.
     """
 
     def __init__(
@@ -293,6 +296,10 @@ class TierStack:
         self._reading.add(key)
         return True
 
+    def most_staged(self) -> int:
+        """Half of host memory: the other half is for what comes down meanwhile."""
+        return self.host.num_slots // 2
+
     def keep(self, key: bytes) -> bool:
         """Hold the payload of `key` in host memory until `unkeep`.
 
@@ -332,12 +339,12 @@ class TierStack:
             self._discard_if_dropped(key)
 
     def touch(self, keys: Iterable[bytes]) -> None:
-        """Mark payloads as just used, in host memory and below."""
-        keys = list(keys)
+        """Mark payloads as just used, in the lowest tier."""
+        if self.below is not None:
+            self.below.touch(list(keys))
+            return
         for key in keys:
             self.host.touch(key)
-        if self.below is not None:
-            self.below.touch(keys)
 
     def queued_fetch_bytes(self) -> int:
         """Bytes asked for by `fetch` that have not arrived."""
@@ -441,6 +448,8 @@ class TierStack:
             self._rates.observe_link("host", num_bytes, seconds)
             for key, _ in copy.entries:
                 self.host.unpin(key)
+                if self.below is not None and self.below.contains(key):
+                    self.host.demote(key)
             if not copy.has_arrived:
                 self._arrive(copy)
             for key, _ in copy.entries:
