@@ -6,12 +6,14 @@ and one that holds everything runs A. Shapes and seeds are those of the presets.
 
     python benchmarks/gpu_suite.py --sections link,tiered,hot --out benchmarks/results/gpu_h200.json
     python benchmarks/gpu_suite.py --sections resident --out benchmarks/results/gpu_h200_a.json
+    python benchmarks/gpu_suite.py --sections tiered,hot --only C6,C3 --out FILE
 """
 
 import argparse
 import gc
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,14 +46,16 @@ MAX_MODEL_LEN = 12288  # a prefix of 10,000 tokens and what follows it
 SHARED = Spec(
     "shared-prefix", users=50, first_tokens=64, output_tokens=64, prefix_tokens=10_000, seed=1100
 )
-SECTIONS = ("link", "tiered", "hot", "resident", "resident-tiered")
+SECTIONS = ("link", "tiered", "hot", "disk", "resident", "resident-tiered")
 
 
 class Suite:
     """What was measured so far, written after each run."""
 
-    def __init__(self, out: Path, loaded: LoadedModel, dtypes: dict[str, Any]) -> None:
-        self.loaded, self._out, self._dtypes = loaded, out, dtypes
+    def __init__(
+        self, out: Path, loaded: LoadedModel, dtypes: dict[str, Any], only: tuple[str, ...] = ("",)
+    ) -> None:
+        self.loaded, self._out, self._dtypes, self._only = loaded, out, dtypes, only
         self.vocab_size: int = loaded.model.config.get_text_config().vocab_size
         self.record: dict[str, Any] = {
             "command": "python " + " ".join(sys.argv),
@@ -94,6 +98,8 @@ class Suite:
 
     def run(self, name: str, engine: Engine, spec: Spec) -> None:
         """One workload; prints a line and keeps the figures."""
+        if not name.startswith(self._only):
+            return
         work = make_work(spec, self.vocab_size)
         if work.prefixes:
             drive(engine, prefix_work(work))
@@ -191,6 +197,15 @@ def hot(suite: Suite, specs: dict[str, Spec]) -> None:
         suite.run("shared prefix hot", engine, SHARED)
 
 
+def disk(suite: Suite, specs: dict[str, Spec]) -> None:
+    """Contexts of 60 GiB over 24 GiB of host memory."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        suite.engine(hot_gib=16, host_gib=24, disk_gib=48, disk_path=Path(folder)) as engine,
+    ):
+        suite.run("C6 disk", engine, specs["C6"])
+
+
 def resident(suite: Suite, specs: dict[str, Spec], hot_gib: float) -> None:
     with suite.engine(hot_gib=hot_gib) as engine:
         suite.run("A512", engine, specs["A512"])
@@ -208,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--only", default="", help="Runs whose names begin with one of these.")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--rotation-s", type=float, help="Run B once more with rotation.")
@@ -215,7 +231,8 @@ def main() -> None:
     arguments = parser.parse_args()
     sections = arguments.sections.split(",")
     dtypes = {"dtype": arguments.dtype, "kv_dtype": arguments.kv_dtype}
-    suite = Suite(arguments.out, load_dummy(MODEL, device="cuda", dtype=arguments.dtype), dtypes)
+    loaded = load_dummy(MODEL, device="cuda", dtype=arguments.dtype)
+    suite = Suite(arguments.out, loaded, dtypes, tuple(arguments.only.split(",")))
     specs = {name: PRESETS[name].spec for name in ("A512", "A4096", "B", "C3", "C6")}
     # Each in a function of its own, so that nothing refers to an engine that is closed.
     if "link" in sections:
@@ -224,6 +241,8 @@ def main() -> None:
         tiered(suite, specs, arguments.rotation_s)
     if "hot" in sections:
         hot(suite, specs)
+    if "disk" in sections:
+        disk(suite, specs)
     if "resident" in sections:
         resident(suite, specs, arguments.resident_gib)
     if "resident-tiered" in sections:
