@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hotset.memory.kv_cache import EndedTransfer
+from hotset.memory.colder_tiers import EndedTransfer
 from hotset.request import StepPlan
 
 

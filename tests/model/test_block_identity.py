@@ -10,7 +10,7 @@ from tiny_models import make_model
 
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
-from hotset.memory.kv_cache import EndedTransfer
+from hotset.memory.colder_tiers import EndedTransfer
 from hotset.model.loader import LoadedModel
 from hotset.request import FinishReason, SamplingParams
 

@@ -17,6 +17,7 @@ from hotset.engine.memory_split import Memory, split_memory
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.split_mover import SplitMover
+from hotset.engine.step_timer import StepTimer
 from hotset.errors import ConfigError, ExpertReadError, RequestError
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.block_pool import BlockPool
@@ -84,7 +85,7 @@ class _StepInFlight:
     plan: StepPlan
     requests: list[Request]
     tokens: PendingTokens | None
-    timer: "StepTimer"
+    timer: StepTimer
 
 
 class Engine:
@@ -559,31 +560,6 @@ class Engine:
         start_s = time.perf_counter()
         self._runner.forward(plan).sum().item()  # waits for the device
         return num_tokens / (time.perf_counter() - start_s)
-
-
-class StepTimer:
-    """How long the device takes for what is submitted between the start and `stop`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events: list[torch.cuda.Event] = []
-        self._seconds = -time.perf_counter()
-        if device.type == "cuda":
-            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self._events[0].record()
-
-    def stop(self) -> None:
-        """All was submitted."""
-        self._seconds += time.perf_counter()
-        if self._events:
-            self._events[1].record()
-
-    def seconds(self) -> float:
-        """The time it took; waits for its end."""
-        if not self._events:
-            return self._seconds
-        start, end = self._events
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
 
 
 def _is_host_bound(params: SamplingParams) -> bool:

@@ -13,9 +13,9 @@ import numpy as np
 
 from hotset.errors import OutOfBlocksError
 from hotset.memory.arena import DeviceArena, HostArena
+from hotset.memory.colder_tiers import EndedTransfer
 from hotset.memory.cuda_copier import CudaCopier
 from hotset.memory.host_tier import HostTier
-from hotset.memory.kv_cache import EndedTransfer
 from hotset.memory.policy import Rates
 from hotset.memory.tier import CompletionStatus, Tier
 from hotset.metrics import Metrics
@@ -140,7 +140,7 @@ class _Copy:
 
 
 class TierStack:
-    """Host memory and, below it, at most one more tier; implements `kv_cache.ColderTiers`.
+    """Host memory and, below it, at most one more tier; implements `colder_tiers.ColderTiers`.
 
     Payloads pass through host slots both ways: device -> host -> disk as each step ends, and
     disk -> host -> device on a fetch. So a slow or hanging disk holds host slots only, never a
