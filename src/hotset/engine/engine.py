@@ -265,6 +265,8 @@ class Engine:
         if self._experts is not None:
             self._experts.reset_counts()  # those of the trials above
             self.metrics.expert_rounding_error = self._experts.rounding_error
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # what trials took and is not kept is others' to have
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count()
 

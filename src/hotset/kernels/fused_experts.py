@@ -1,4 +1,4 @@
-"""Experts with a gate in four launches: route, product with activation, product, sum.
+"""Experts with a gate in few launches: route, product with activation, product, sum.
 
 Weights are found by address, one for each expert, so that an expert may be anywhere the device
 can read: in the layer's stacked weight, in a slot, in a buffer on its way.
@@ -242,7 +242,7 @@ def fused_experts(
         depend on its own row, ids and weights and on the tiles, which T * K and E choose.
 
     Cost: the weights of experts that got rows are read from HBM once, bound by that until about
-    a hundred rows an expert. Four launches of fixed shape; nothing is asked of the host.
+    a hundred rows an expert. Launches of fixed shape; nothing is asked of the host.
     Reference: `tests/kernel/test_fused_experts.py`.
     """
     num_tokens, top_k = ids.shape
