@@ -256,7 +256,8 @@ class EngineConfig:
                 f"move_split is given, but {name} {getattr(self, name)} needs the same number of "
                 "resident experts throughout; leave one of them out"
             )
-        if self.expert_plan == "stream" and self.expert_eviction != "lru":
+        default = EXPERT_OPTIONS["expert_eviction"]
+        if self.expert_plan == "stream" and self.expert_eviction != default:
             raise ConfigError(
                 f"expert_eviction is {self.expert_eviction!r}, but the plan stream evicts nothing; "
                 "leave one of them out"

@@ -54,15 +54,16 @@ def with_all_resident(config: EngineConfig, model: PreTrainedModel) -> EngineCon
                 f"all experts take {away_bytes / 1e9:.1f} GB more than is there now and "
                 f"{free_bytes / 1e9:.1f} GB are free on the device; leave the arm {RESIDENT} out"
             )
+    defaults = EngineConfig()
     return replace(
         config,
         expert_slots=layers[0].num_experts,
         expert_gib=None,
-        expert_plan="auto",
-        expert_eviction="lru",
-        expert_cold_dtype="auto",
-        expert_prefetch=0,
-        target="throughput",
+        expert_plan=defaults.expert_plan,
+        expert_eviction=defaults.expert_eviction,
+        expert_cold_dtype=defaults.expert_cold_dtype,
+        expert_prefetch=defaults.expert_prefetch,
+        target=defaults.target,
         expected_users=None,
         expected_prompt_tokens=None,
         expected_output_tokens=None,

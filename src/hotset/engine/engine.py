@@ -172,10 +172,8 @@ class Engine:
         )
         num_blocks, first_block = self.budget.device_blocks, 0
         if region is not None:
-            num_blocks, first_block = (
-                region.num_blocks,
-                region.first_block(config.expert_slots or 0),
-            )
+            num_blocks = region.num_blocks
+            first_block = region.first_block(config.expert_slots or 0)
             longest = region.num_kv_blocks(region.most_slots) * config.block_size
             self.budget = replace(
                 self.budget,

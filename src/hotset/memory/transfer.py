@@ -450,10 +450,9 @@ class TierStack:
                 self.host.unpin(key)
                 if self.below is not None and self.below.contains(key):
                     self.host.demote(key)
+                self._discard_if_dropped(key)
             if not copy.has_arrived:
                 self._arrive(copy)
-            for key, _ in copy.entries:
-                self._discard_if_dropped(key)
 
     def _arrive(self, copy: _Copy) -> None:
         copy.has_arrived = True

@@ -130,13 +130,14 @@ def workspace_bytes(model: PreTrainedModel, *, max_tokens: int, max_seqs: int) -
     if top_k := getattr(config, "num_experts_per_tok", None):
         middle = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         ffn = max(ffn, top_k * (2 * hidden + 3 * middle))
-    token_bytes = (6 * hidden + ffn) * model.dtype.itemsize
-    logit_bytes = min(max_seqs, max_tokens) * config.vocab_size * model.dtype.itemsize
-    float_bytes = logit_bytes // model.dtype.itemsize * 4
-    if model.device.type != "cuda":
-        return int(max_tokens * token_bytes + logit_bytes + float_bytes)
-    num_tokens = max_tokens + min(max_tokens, LARGEST_RECORDED)
-    return int(num_tokens * token_bytes + 3 * logit_bytes + float_bytes + WORKSPACE_BYTES)
+    itemsize = model.dtype.itemsize
+    token_bytes = (6 * hidden + ffn) * itemsize
+    num_logits = min(max_seqs, max_tokens) * config.vocab_size
+    num_bytes = max_tokens * token_bytes + num_logits * (itemsize + 4)
+    if model.device.type == "cuda":
+        num_bytes += min(max_tokens, LARGEST_RECORDED) * token_bytes + 2 * num_logits * itemsize
+        num_bytes += WORKSPACE_BYTES
+    return int(num_bytes)
 
 
 class AttentionBackend(Protocol):
