@@ -1,4 +1,4 @@
-"""Workload D of a comparison on one GPU, Qwen3-30B-A3B with random weights, all in one process.
+r"""Workload D of a comparison on one GPU, Qwen3-30B-A3B with random weights, all in one process.
 
 `hotset bench --preset D256-32 --total-gib 40` loads the model for each workload and arm; here it
 is loaded once. Shapes and seeds are those of the presets. Each line has the figures of a run and
@@ -9,26 +9,28 @@ same requests.
     python benchmarks/gpu_moe_suite.py --cases total --cold-dtype fp8 --out FILE
     python benchmarks/gpu_moe_suite.py --cases evictions --router-skew 0.45 --out FILE
     python benchmarks/gpu_moe_suite.py --cases sweep --out FILE
+
+Hit rates need no GPU, and a smaller model has them too:
+
+    python benchmarks/gpu_moe_suite.py --cases evictions --router-skew 0.45 --total-gib 0.376 \
+        --device cpu --model src/hotset/bench/shapes/qwen3-moe-small.json --out FILE
 """
 
 import argparse
 import json
 import sys
 import time
-import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hotset.bench.machine import describe_machine
 from hotset.bench.result import ArmRun
-from hotset.bench.runs import Bench, RunOptions, Say
+from hotset.bench.runs import Bench, RunOptions, Say, describe_error
 from hotset.bench.workload import PRESETS, Spec
 from hotset.config import EngineConfig
-from hotset.errors import HotsetError
 from hotset.model.loader import LoadedModel, load_dummy
 
-MODEL = "qwen3-30b-a3b"
 MAX_MODEL_LEN = 2048
 SWEPT_SLOTS = {"D256-32": (30, 60), "D16": (60,)}
 
@@ -133,6 +135,9 @@ def line(case: Case, run: ArmRun) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="qwen3-30b-a3b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--mixed-tokens", type=int)
     parser.add_argument("--cases", default="resident,total")
     parser.add_argument("--total-gib", type=float, default=40.0)
     parser.add_argument("--short-tokens", type=int, default=64, help="Answers of D16 here.")
@@ -153,13 +158,19 @@ def main() -> None:
     only = tuple(arguments.only.split(","))
     cases = [case for case in cases if case.name.startswith(only)]
     start_s = time.perf_counter()
-    loaded = load_dummy(MODEL, device="cuda", dtype="auto", router_skew=arguments.router_skew)
+    loaded = load_dummy(
+        arguments.model, device=arguments.device, dtype="auto", router_skew=arguments.router_skew
+    )
     print(f"weights made in {time.perf_counter() - start_s:.1f} s", flush=True)
-    base = EngineConfig(max_num_batched_tokens=8192, max_model_len=MAX_MODEL_LEN)
+    base = EngineConfig(
+        max_num_batched_tokens=8192,
+        max_mixed_tokens=arguments.mixed_tokens,
+        max_model_len=MAX_MODEL_LEN,
+    )
     record: dict[str, Any] = {
         "command": "python " + " ".join(sys.argv),
         "machine": describe_machine(),
-        "model": MODEL,
+        "model": arguments.model,
         "runs": {},
     }
     answers: dict[Spec, dict[tuple[int, int], list[int]]] = {}
@@ -172,11 +183,8 @@ def main() -> None:
             )
         try:
             run = run_case(case, base, loaded, arguments.router_skew)
-        except HotsetError as error:
-            print(f"{case.name}: {error}", flush=True)
-            continue
-        except Exception:
-            traceback.print_exc()
+        except Exception as error:
+            print(f"{case.name}: {describe_error(error)}", flush=True)
             continue
         first = answers.setdefault(case.spec, dict(run.outputs))
         same = sum(run.outputs[key] == first[key] for key in first)

@@ -53,15 +53,15 @@ class Suite:
     """What was measured so far, written after each run."""
 
     def __init__(
-        self, out: Path, loaded: LoadedModel, dtypes: dict[str, Any], only: tuple[str, ...] = ("",)
+        self, out: Path, loaded: LoadedModel, options: dict[str, Any], only: tuple[str, ...] = ("",)
     ) -> None:
-        self.loaded, self._out, self._dtypes, self._only = loaded, out, dtypes, only
+        self.loaded, self._out, self._options, self._only = loaded, out, options, only
         self.vocab_size: int = loaded.model.config.get_text_config().vocab_size
         self.record: dict[str, Any] = {
             "command": "python " + " ".join(sys.argv),
             "machine": describe_machine(),
             "model": MODEL,
-            "dtypes": dtypes,
+            "options": options,
             "runs": {},
         }
 
@@ -78,7 +78,7 @@ class Suite:
         config = EngineConfig(
             max_num_batched_tokens=8192,
             max_model_len=MAX_MODEL_LEN,
-            **{**self._dtypes, **options},
+            **{**self._options, **options},
         )
         engine = Engine(config, self.loaded)
         started_s = time.perf_counter() - start_s
@@ -224,15 +224,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--only", default="", help="Runs whose names begin with one of these.")
+    parser.add_argument("--mixed-tokens", type=int)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--rotation-s", type=float, help="Run B once more with rotation.")
     parser.add_argument("--resident-gib", type=float, default=105.0)
     arguments = parser.parse_args()
     sections = arguments.sections.split(",")
-    dtypes = {"dtype": arguments.dtype, "kv_dtype": arguments.kv_dtype}
+    options = {
+        "dtype": arguments.dtype,
+        "kv_dtype": arguments.kv_dtype,
+        "max_mixed_tokens": arguments.mixed_tokens,
+    }
     loaded = load_dummy(MODEL, device="cuda", dtype=arguments.dtype)
-    suite = Suite(arguments.out, loaded, dtypes, tuple(arguments.only.split(",")))
+    suite = Suite(arguments.out, loaded, options, tuple(arguments.only.split(",")))
     specs = {name: PRESETS[name].spec for name in ("A512", "A4096", "B", "C3", "C6")}
     # Each in a function of its own, so that nothing refers to an engine that is closed.
     if "link" in sections:

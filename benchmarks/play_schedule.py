@@ -34,6 +34,7 @@ from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
+from hotset.metrics import Metrics
 from hotset.model.loader import LoadedModel, load_dummy
 from hotset.request import StepPlan
 
@@ -93,6 +94,23 @@ def make_model() -> LoadedModel:
         return load_dummy(folder, device="cpu", dtype="float32")
 
 
+def run(engine: Engine, spec: Spec, take: Callable[[StepPlan], object]) -> Metrics:
+    """Play a workload and close the engine; each step is given to `take` in place of a model."""
+
+    def forward(
+        plan: StepPlan, previous: Any = None, when_ready: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
+        when_ready()
+        take(plan)
+        return torch.zeros(sum(item.samples for item in plan.items), VOCAB_SIZE)
+
+    engine._runner.forward = forward  # type: ignore[method-assign]
+    driven = drive(engine, make_work(spec, VOCAB_SIZE))
+    engine.close()
+    assert driven.is_complete
+    return engine.metrics
+
+
 def play(
     spec: Spec, loaded: LoadedModel, *, has_host: bool, mixed_tokens: int, row_tile: int
 ) -> dict[str, Any]:
@@ -110,24 +128,11 @@ def play(
         loaded,
     )
     engine.scheduler.bursts, engine.scheduler.row_tile = True, row_tile  # as on a GPU
-    charged_ms = 0.0
-
-    def forward(
-        plan: StepPlan, previous: Any = None, when_ready: Callable[[], None] = lambda: None
-    ) -> torch.Tensor:
-        nonlocal charged_ms
-        when_ready()
-        charged_ms += step_ms(plan)
-        return torch.zeros(sum(item.samples for item in plan.items), VOCAB_SIZE)
-
-    engine._runner.forward = forward  # type: ignore[method-assign]
-    driven = drive(engine, make_work(spec, VOCAB_SIZE))
-    metrics = engine.metrics
-    engine.close()
-    assert driven.is_complete
+    steps_ms: list[float] = []
+    metrics = run(engine, spec, lambda plan: steps_ms.append(step_ms(plan)))
     return {
         "steps": metrics.steps,
-        "seconds": round(charged_ms / 1e3, 2),
+        "seconds": round(sum(steps_ms) / 1e3, 2),
         "computed_tokens": metrics.computed_tokens,
         "preemptions": metrics.preemptions,
         "fetched_blocks": metrics.fetched_blocks,
@@ -138,14 +143,6 @@ def play_over_disk(loaded: LoadedModel, host_blocks: int) -> dict[str, Any]:
     """Users who take turns, all of whose contexts are on disk; steps take 20 ms."""
     spec = Spec("multiturn", 24, 4, first_tokens=950, new_tokens=35, output_tokens=25, seed=5)
     slot_bytes = slot_bytes_for(BLOCK_BYTES)
-
-    def forward(
-        plan: StepPlan, previous: Any = None, when_ready: Callable[[], None] = lambda: None
-    ) -> torch.Tensor:
-        when_ready()
-        time.sleep(0.02)
-        return torch.zeros(sum(item.samples for item in plan.items), VOCAB_SIZE)
-
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(
             EngineConfig(
@@ -160,11 +157,7 @@ def play_over_disk(loaded: LoadedModel, host_blocks: int) -> dict[str, Any]:
             ),
             loaded,
         )
-        engine._runner.forward = forward  # type: ignore[method-assign]
-        driven = drive(engine, make_work(spec, VOCAB_SIZE))
-        metrics = engine.metrics
-        engine.close()
-    assert driven.is_complete
+        metrics = run(engine, spec, lambda plan: time.sleep(0.02))
     return {
         "computed_tokens": metrics.computed_tokens,
         "fetched_blocks": metrics.fetched_blocks,
@@ -191,8 +184,8 @@ def main() -> None:
                         "mixed_tokens": mixed_tokens,
                         "row_tile": row_tile,
                     }
-                    run = play(PRESETS[name].spec, loaded, **options)
-                    record["runs"].append({"preset": name, **options, **run})
+                    found = play(PRESETS[name].spec, loaded, **options)
+                    record["runs"].append({"preset": name, **options, **found})
                     print(record["runs"][-1], flush=True)
     for host_blocks in map(int, filter(None, arguments.disk_under.split(","))):
         record["runs"].append({"host_blocks": host_blocks, **play_over_disk(loaded, host_blocks)})

@@ -1,0 +1,95 @@
+"""What a step costs by its rows: products of one layer, and recorded steps without attention.
+
+Llama-3.1-8B in bfloat16 on one GPU. Each product is timed over four weights in turn, recorded as a
+CUDA graph, so that none is found in L2; the best of five replays. `benchmarks/play_schedule.py` has
+its table of recorded steps from here.
+
+    python benchmarks/step_products.py --out benchmarks/results/step_products_h200.json
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from hotset.bench.machine import describe_machine
+from hotset.config import EngineConfig
+from hotset.engine.engine import Engine
+from hotset.model.loader import load_dummy
+from hotset.model.step_graphs import _seconds
+
+MODEL = "llama-3.1-8b"
+SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+ROWS = (64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 448, 512, 576, 640, 768, 1024)
+MORE_ROWS = (1536, 2048)
+
+
+def best_us(calls: Sequence[Callable[[], Any]]) -> float:
+    """Microseconds of a call."""
+    for call in calls:
+        call()  # loads kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return round(min(_seconds([graph]) for _ in range(5)) * 1e6 / len(calls), 1)
+
+
+def products() -> dict[str, dict[int, float]]:
+    """By product and rows, microseconds."""
+    found: dict[str, dict[int, float]] = {}
+    for name, (columns, depth) in SHAPES.items():
+        options = {"device": "cuda", "dtype": torch.bfloat16}
+        weights = [torch.randn(columns, depth, **options) for _ in range(4)]
+        found[name] = {}
+        for rows in ROWS + MORE_ROWS:
+            inputs = [torch.randn(rows, depth, **options) for _ in weights]
+            pairs = zip(inputs, weights, strict=True)
+            found[name][rows] = best_us(
+                [lambda x=x, w=w: functional.linear(x, w) for x, w in pairs]
+            )
+    return found
+
+
+def recorded_steps() -> dict[str, dict[int, float]]:
+    """By kind of step and size, milliseconds; those of decodes attend to one token each."""
+    config = EngineConfig(hot_gib=16, max_num_batched_tokens=8192, max_model_len=8192)
+    engine = Engine(config, load_dummy(MODEL, device="cuda", dtype="auto"))
+    graphs = engine._runner._graphs
+    assert graphs is not None
+    parts = {
+        "decode": [
+            (n, [d.graph]) for n, d in zip(graphs._decode_sizes, graphs._decodes, strict=True)
+        ],
+        "mixed": [(n, m.parts) for n, m in zip(graphs._mixed_sizes, graphs._mixed, strict=True)],
+    }
+    found = {
+        kind: {size: round(_seconds(recorded) * 1e3, 2) for size, recorded in steps}
+        for kind, steps in parts.items()
+    }
+    engine.close()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    record = {
+        "command": "python " + " ".join(sys.argv),
+        "machine": describe_machine(),
+        "products_us": products(),
+        "recorded_ms": recorded_steps(),
+    }
+    arguments.out.write_text(json.dumps(record) + "\n", "utf-8")
+    print(json.dumps(record["recorded_ms"]))
+
+
+if __name__ == "__main__":
+    main()
