@@ -128,15 +128,6 @@ def test_all_requests_of_a_burst_take_one_pass_after_another_then_decode() -> No
     assert halved.prompt_s == pytest.approx(2 * served.prompt_s, rel=0.05)
 
 
-def test_the_last_wave_takes_as_long_as_a_full_one() -> None:
-    """KV for 176 of 256 users, answers of 32 tokens; 69 steps were measured (gpu_h200.md)."""
-    load = Load(256, 512, 32, num_requests=256)
-    served = cost_of().serve(60, load, kv_tokens=176 * 544, max_step_tokens=8192)
-    assert served.at_once == 176
-    assert served.prompt_steps == 16
-    assert served.prompt_steps + served.decode_steps == pytest.approx(32 + 80 / 16 + 31)
-
-
 def test_requests_beyond_the_kv_run_in_waves() -> None:
     load = Load(256, 512, 256, num_requests=256)
     served = cost_of().serve(40, load, kv_tokens=64 * 768, max_step_tokens=8192)

@@ -10,7 +10,6 @@ come by one of two plans:
             first layer of a step has nothing before it.
 """
 
-import math
 from dataclasses import dataclass
 
 from hotset.plan.cost import CostModel
@@ -183,9 +182,8 @@ class ExpertCost:
 
         Those that start in one step end in one, and others take their places: with answers of O
         tokens the C requests are replaced every max(P, O) steps, of which P carry prompts. Of N
-        requests the last wave, full or not, decodes alone in the end. More than
-        O * max_step_tokens / prompt requests never run at once: the first ones have ended before
-        the last ones start.
+        requests the last ones decode alone in the end. More than O * max_step_tokens / prompt
+        requests never run at once: the first ones have ended before the last ones start.
         """
         prompt, output = load.prompt_tokens, load.output_tokens
         at_once = min(load.users, kv_tokens / load.context)
@@ -199,10 +197,9 @@ class ExpertCost:
             num_requests, steps, prompt_steps = at_once, period, per_wave
         else:
             num_requests = load.num_requests
-            before = math.ceil(num_requests / at_once) - 1  # waves ahead of the last one
-            last = (num_requests - before * at_once) / at_once * per_wave
-            steps = before * period + last + output - 1
-            prompt_steps = num_requests / at_once * per_wave
+            waves = max(1.0, num_requests / at_once)
+            steps = per_wave + (waves - 1) * period + output - 1
+            prompt_steps = waves * per_wave
         prompt_step = self.prompt_step(num_slots, step_tokens, load, decodes=at_once)
         decode_step = self.decode_step(num_slots, at_once, load.context - output / 2)
         decode_steps = max(0.0, steps - prompt_steps)
