@@ -1,6 +1,8 @@
 """Steps as CUDA graphs: recorded once for some sizes, then replayed instead of launched."""
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Self
 
@@ -53,6 +55,28 @@ def _seconds(graphs: Sequence[torch.cuda.CUDAGraph]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return min(times)
+
+
+@contextmanager
+def _recording(graphs: list[torch.cuda.CUDAGraph]) -> Iterator[None]:
+    """Within it graphs are recorded: the last of `graphs`, which whoever records adds to, is open.
+
+    An error ends the recording, so that the device can be used. Nothing is collected meanwhile, as
+    what garbage gives back to the driver (pinned memory, other graphs) would break it.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):  # it is invalid, which is why it ends
+            graphs[-1].capture_end()
+        raise
+    else:
+        graphs[-1].capture_end()
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +178,7 @@ class StepGraphs:
         self._decode_sizes = sizes_up_to(_DECODE_SIZES, min(len(previous), max_num_tokens))
         self._mixed_sizes = sizes_up_to(_MIXED_SIZES, max_num_tokens)
         self._stream.wait_stream(torch.cuda.current_stream())
+        gc.collect()  # here, as not while recording
         with torch.cuda.stream(self._stream):
             # The largest first: the others reuse its memory.
             self._decodes = [self._record_decode(n) for n in reversed(self._decode_sizes)][::-1]
@@ -207,43 +232,41 @@ class StepGraphs:
         decode.plan([])
         self._step(static, decode.attention)  # compiles, and loads kernels
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool)
-        self._step(static, decode.attention)
-        graph.capture_end()
-        return _DecodeGraph(static, decode, graph)
+        graphs: list[torch.cuda.CUDAGraph] = []
+        with _recording(graphs):
+            self._begin(graphs)
+            self._step(static, decode.attention)
+        return _DecodeGraph(static, decode, graphs[0])
 
     def _record_mixed(self, size: int) -> _MixedGraph:
         num_rows = min(size, len(self._previous))
         static = StaticInputs.make(size, num_rows, self._padding, self._previous)
         parts: list[torch.cuda.CUDAGraph] = []
         cuts: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        is_recording = False
-
-        def begin() -> None:
-            parts.append(torch.cuda.CUDAGraph())
-            parts[-1].capture_begin(pool=self._pool)
 
         def cut(layer: int, query: torch.Tensor) -> torch.Tensor:
             """End a part with the queries in place; the next starts from the output."""
             query_at, output_at = self._buffers_for(query)
             query_at.copy_(query)
-            if is_recording:
+            if parts:
                 if self._before_cut is not None:
                     self._before_cut()
                 parts[-1].capture_end()
                 cuts.append((layer, query_at, output_at))
-                begin()
+                self._begin(parts)
             return output_at
 
         attention = FlashInferAttention(self._backend, static.inputs, cut)
         self._step(static, attention)  # compiles, and loads kernels
         torch.cuda.synchronize()
-        is_recording = True
-        begin()
-        self._step(static, attention)
-        parts[-1].capture_end()
+        with _recording(parts):
+            self._begin(parts)
+            self._step(static, attention)
         return _MixedGraph(static, parts, cuts)
+
+    def _begin(self, graphs: list[torch.cuda.CUDAGraph]) -> None:
+        graphs.append(torch.cuda.CUDAGraph())
+        graphs[-1].capture_begin(pool=self._pool)
 
     def _step(self, static: StaticInputs, attention: Attention) -> None:
         inputs = static.inputs
