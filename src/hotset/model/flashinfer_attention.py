@@ -1,6 +1,7 @@
 """Paged attention by FlashInfer, on NVIDIA GPUs, straight from the block-major pool."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,7 @@ class FlashInferBackend:
         ]
         # Decodes run one after another, so all can use one, and prefills another; FlashInfer wants
         # zeros at first.
-        self._workspace, prefill_workspace = torch.zeros(
+        self._workspace, self._prefill_workspace = torch.zeros(
             2, _WORKSPACE_BYTES, dtype=torch.uint8, device=self.device
         )
         self._beside = torch.cuda.Stream(self.device)
@@ -110,7 +111,7 @@ class FlashInferBackend:
                 self._workspace, "NHD", use_tensor_cores=True
             )
             self._prefill[kind] = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-                prefill_workspace, "NHD"
+                self._prefill_workspace, "NHD"
             )
         # FlashInfer stages a plan in pinned memory of the wrapper: the next plan must not
         # overwrite it before it has been copied.
@@ -190,15 +191,24 @@ class FlashInferBackend:
         elif n == end:
             self._decode[kind].run(query[:n], cache, out=output[:n], **scales)
         else:
-            here = torch.cuda.current_stream(self.device)
-            self._forked.record(here)
-            self._beside.wait_event(self._forked)
-            with torch.cuda.stream(self._beside):
+            with self.beside():
                 self._prefill[kind].run(query[n:end], cache, out=output[n:end], **scales)
-                self._joined.record(self._beside)
             self._decode[kind].run(query[:n], cache, out=output[:n], **scales)
-            here.wait_event(self._joined)
+            self.join()
         return output
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is submitted within runs beside what is submitted from then on, until `join`."""
+        self._forked.record()
+        self._beside.wait_event(self._forked)
+        with torch.cuda.stream(self._beside):
+            yield
+            self._joined.record()
+
+    def join(self) -> None:
+        """Have what is submitted from here on wait for the last that was submitted beside."""
+        torch.cuda.current_stream(self.device).wait_event(self._joined)
 
     def plan_decode(self, wrappers: dict[_Kind, Any], sequences: Sequence[SequenceSpan]) -> None:
         """Plan sequences of one token, for all kinds."""
@@ -232,6 +242,65 @@ class FlashInferBackend:
             for kind in dict.fromkeys(self.kinds)
         }
 
+    @property
+    def can_record_prompts(self) -> bool:
+        """Whether the kernel for prompts is one whose launch does not depend on the plan."""
+        from flashinfer.utils import determine_attention_backend
+
+        kv_dtype = self.arena.storage.dtype
+        return all(
+            determine_attention_backend(self.device, 0, False, False, kind.dtype, kv_dtype) == "fa3"
+            for kind in self.kinds
+        )
+
+    def mixed_wrappers(
+        self, num_seqs: int, block_ids: torch.Tensor, *, is_prompts: bool
+    ) -> dict[_Kind, Any]:
+        """A wrapper for each kind that plans up to `num_seqs` sequences into memory of its own."""
+
+        def zeros(size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=self.device)
+
+        return {
+            kind: self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+                self._prefill_workspace if is_prompts else self._workspace,
+                "NHD",
+                use_cuda_graph=True,
+                qo_indptr_buf=zeros(num_seqs + 1),
+                paged_kv_indptr_buf=zeros(num_seqs + 1),
+                paged_kv_indices_buf=block_ids,
+                paged_kv_last_page_len_buf=zeros(num_seqs),
+                backend="fa3" if is_prompts else "fa2",
+            )
+            for kind in dict.fromkeys(self.kinds)
+        }
+
+    def plan_mixed(
+        self,
+        wrappers: dict[_Kind, Any],
+        sequences: Sequence[SequenceSpan],
+        *,
+        num_seqs: int,
+        first_row: int,
+        causal: bool,
+    ) -> None:
+        """Plan sequences whose tokens begin at `first_row` for `mixed_wrappers` of `num_seqs`."""
+        tables = _make_tables(sequences, self.arena.block_size, self.device, size=num_seqs)
+        for kind, wrapper in wrappers.items():
+            wrapper.plan(
+                tables.query_starts + first_row,
+                tables.block_starts,
+                tables.block_ids,
+                tables.last_lens,
+                kind.num_heads,
+                kind.num_kv_heads,
+                kind.head_dim,
+                self.arena.block_size,
+                causal=causal,
+                max_token_per_sequence=max((seq.num_tokens for seq in sequences), default=0),
+                **self._options(kind),
+            )
+
     def wait_for_plan(self) -> None:
         """Block until the last plan is on the device, which it is as soon as its step begins."""
         self._planned.synchronize()
@@ -251,22 +320,22 @@ class FlashInferBackend:
 
 
 def _make_tables(
-    sequences: Sequence[SequenceSpan], block_size: int, device: torch.device
+    sequences: Sequence[SequenceSpan], block_size: int, device: torch.device, *, size: int = 0
 ) -> _Tables:
-    """The block tables of `sequences`, one after another."""
+    """The block tables of `sequences`, one after another; up to `size` of them are empty."""
     block_ids: list[int] = []
-    num_blocks: list[int] = []
-    for seq in sequences:
-        count = -(-seq.context_len // block_size)
-        block_ids += seq.block_table[:count]
-        num_blocks.append(count)
-    lens = np.array([seq.context_len for seq in sequences])
-    queries = np.array([seq.num_tokens for seq in sequences])
+    size = max(size, len(sequences))
+    queries, num_blocks, last_lens = np.zeros((3, size), np.int32)
+    for i, seq in enumerate(sequences):
+        num_blocks[i] = -(-seq.context_len // block_size)
+        queries[i] = seq.num_tokens
+        last_lens[i] = (seq.context_len - 1) % block_size + 1
+        block_ids += seq.block_table[: num_blocks[i]]
     return _Tables(
         _starts(queries),
-        _starts(np.array(num_blocks)),
+        _starts(num_blocks),
         to_device(np.array(block_ids, np.int32), device),
-        torch.from_numpy(((lens - 1) % block_size + 1).astype(np.int32)),
+        torch.from_numpy(last_lens),
     )
 
 
@@ -361,4 +430,85 @@ class StaticDecode:
         backend = self._backend
         wrapper = self._wrappers[backend.kinds[layer]]
         output: torch.Tensor = wrapper.run(query, backend.caches[layer], **backend.scales[layer])
+        return output
+
+
+class StaticMixed:
+    """Attention of any step that a CUDA graph can hold; `plan` fills it.
+
+    All recorded steps share one, as every plan has the same form: that of S sequences of one token
+    and S others, most of them empty.
+
+    Args:
+        max_num_seqs: most sequences of a step.
+        max_num_tokens: most tokens of a step.
+        block_ids: int32, for as many blocks as S sequences can have together. What runs before or
+            after can share it.
+        scratch_block: a block that nobody reads.
+    """
+
+    def __init__(
+        self,
+        backend: FlashInferBackend,
+        *,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        block_ids: torch.Tensor,
+        scratch_block: int,
+    ) -> None:
+        self._backend = backend
+        self._scratch_block = scratch_block
+        self._num_seqs = min(max_num_seqs, max_num_tokens)
+        # Of all layers. Rows beyond a step keep what they had, which is finite.
+        self._outputs = {
+            kind: torch.zeros(
+                max_num_tokens,
+                kind.num_heads,
+                kind.head_dim,
+                dtype=kind.dtype,
+                device=backend.device,
+            )
+            for kind in dict.fromkeys(backend.kinds)
+        }
+        self._decode = backend.mixed_wrappers(self._num_seqs, block_ids, is_prompts=False)
+        self._prompts = backend.mixed_wrappers(
+            self._num_seqs, torch.empty_like(block_ids), is_prompts=True
+        )
+        # FlashInfer takes the first plan as the largest. With as many tokens as sequences, it lays
+        # out the first kernel for sequences of one token.
+        self.begin(max_num_tokens)
+
+    def begin(self, num_tokens: int) -> None:
+        """Plan what a step of so many tokens is recorded with, and nothing else may run with."""
+        scratch = [self._scratch_block]
+        num_blocks = -(-num_tokens // self._backend.arena.block_size)
+        prompt = SequenceSpan(0, num_tokens, num_tokens, scratch * num_blocks)
+        decodes = [SequenceSpan(0, 1, 1, scratch)] * min(self._num_seqs, num_tokens)
+        self._plan(decodes, [prompt], first_row=0)
+
+    def plan(self, sequences: Sequence[SequenceSpan], num_decodes: int) -> None:
+        """Plan a step of `sequences`, the first `num_decodes` of one token; rows beyond it idle."""
+        self._plan(sequences[:num_decodes], sequences[num_decodes:], first_row=num_decodes)
+
+    def _plan(
+        self, decodes: Sequence[SequenceSpan], prompts: Sequence[SequenceSpan], *, first_row: int
+    ) -> None:
+        backend, num_seqs = self._backend, self._num_seqs
+        backend.wait_for_plan()
+        backend.plan_mixed(self._decode, decodes, num_seqs=num_seqs, first_row=0, causal=False)
+        backend.plan_mixed(
+            self._prompts, prompts, num_seqs=num_seqs, first_row=first_row, causal=True
+        )
+        backend.note_plan()
+
+    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        """See `FlashInferAttention`; for `query` of as many tokens as `begin` was told."""
+        backend = self._backend
+        kind, cache = backend.kinds[layer], backend.caches[layer]
+        output = self._outputs[kind][: len(query)]
+        with backend.beside():
+            self._prompts[kind].run(query, cache, out=output)
+        num_decodes = min(self._num_seqs, len(query))
+        self._decode[kind].run(query[:num_decodes], cache, out=output[:num_decodes])
+        backend.join()
         return output

@@ -12,7 +12,12 @@ import torch
 
 from hotset.model.attention import Attention
 from hotset.model.batch import Batch, Inputs, fill
-from hotset.model.flashinfer_attention import FlashInferAttention, FlashInferBackend, StaticDecode
+from hotset.model.flashinfer_attention import (
+    FlashInferAttention,
+    FlashInferBackend,
+    StaticDecode,
+    StaticMixed,
+)
 
 Array = npt.NDArray[np.int64]
 
@@ -123,9 +128,9 @@ class _DecodeGraph:
 
 @dataclass(frozen=True, slots=True)
 class _MixedGraph:
-    """Any other step, recorded in parts: between two of them is the attention of a layer.
+    """Any other step, recorded whole or in parts: between two of them is the attention of a layer.
 
-    That runs as it is, as its kernels differ with the sequences of a step.
+    There that runs as it is, as its kernels differ with the sequences of a step.
     """
 
     static: StaticInputs
@@ -177,6 +182,15 @@ class StepGraphs:
         )
         self._decode_sizes = sizes_up_to(_DECODE_SIZES, min(len(previous), max_num_tokens))
         self._mixed_sizes = sizes_up_to(_MIXED_SIZES, max_num_tokens)
+        self._attention: StaticMixed | None = None
+        if backend.can_record_prompts:
+            self._attention = StaticMixed(
+                backend,
+                max_num_seqs=len(previous),
+                max_num_tokens=self._mixed_sizes[-1],
+                block_ids=self._block_ids,
+                scratch_block=scratch_block,
+            )
         self._stream.wait_stream(torch.cuda.current_stream())
         gc.collect()  # here, as not while recording
         with torch.cuda.stream(self._stream):
@@ -184,6 +198,8 @@ class StepGraphs:
             self._decodes = [self._record_decode(n) for n in reversed(self._decode_sizes)][::-1]
             self._mixed = [self._record_mixed(n) for n in reversed(self._mixed_sizes)][::-1]
         torch.cuda.current_stream().wait_stream(self._stream)
+        if self._attention is not None:
+            self._attention.plan([], 0)
         decode_s = [float(size) for size in self._decode_sizes]
         mixed_s = [float(size) for size in self._mixed_sizes]
         if before_cut is None:  # with copies in them, the steps of fewest rows are the fastest
@@ -210,7 +226,10 @@ class StepGraphs:
         elif batch.num_tokens <= self._mixed_sizes[-1]:
             mixed = self._mixed[self._mixed_of[batch.num_tokens]]
             mixed.static.fill(batch.inputs, batch.sampled_rows, self._padding)
-            self._backend.plan(batch)
+            if self._attention is not None:
+                self._attention.plan(batch.sequences, batch.num_decodes)
+            else:
+                self._backend.plan(batch)
             when_ready()
             for part, (layer, query, output) in zip(mixed.parts, mixed.cuts, strict=False):
                 part.replay()
@@ -256,7 +275,11 @@ class StepGraphs:
                 self._begin(parts)
             return output_at
 
-        attention = FlashInferAttention(self._backend, static.inputs, cut)
+        run = cut
+        if self._attention is not None:
+            self._attention.begin(size)
+            run = self._attention.run
+        attention = FlashInferAttention(self._backend, static.inputs, run)
         self._step(static, attention)  # compiles, and loads kernels
         torch.cuda.synchronize()
         with _recording(parts):

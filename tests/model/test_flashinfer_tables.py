@@ -1,0 +1,31 @@
+"""Block tables as FlashInfer takes them."""
+
+import pytest
+import torch
+
+from hotset.model.batch import SequenceSpan
+from hotset.model.flashinfer_attention import _make_tables
+
+SEQUENCES = [
+    SequenceSpan(0, 3, 9, [7, 2, 5, 1]),
+    SequenceSpan(3, 1, 4, [6]),
+    SequenceSpan(4, 5, 5, [3, 0]),
+]
+
+
+@pytest.mark.parametrize("size", [0, 2, 3, 6])
+def test_tables_are_those_of_the_sequences_and_empty_ones_after_them(size: int) -> None:
+    tables = _make_tables(SEQUENCES, 4, torch.device("cpu"), size=size)
+    empty = max(0, size - 3)
+    assert tables.query_starts.tolist() == [0, 3, 4, 9] + [9] * empty
+    assert tables.block_starts.tolist() == [0, 3, 4, 6] + [6] * empty
+    assert tables.block_ids.tolist() == [7, 2, 5, 6, 3, 0]
+    assert tables.last_lens.tolist() == [1, 4, 1] + [0] * empty
+    assert tables.query_starts.dtype == tables.block_starts.dtype == torch.int32
+    assert tables.block_ids.dtype == tables.last_lens.dtype == torch.int32
+
+
+def test_a_step_can_have_no_sequence_at_all() -> None:
+    tables = _make_tables([], 4, torch.device("cpu"), size=2)
+    assert tables.query_starts.tolist() == tables.block_starts.tolist() == [0, 0, 0]
+    assert tables.last_lens.tolist() == [0, 0] and len(tables.block_ids) == 0
