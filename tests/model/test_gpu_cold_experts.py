@@ -85,7 +85,8 @@ def test_the_cpu_computes_cold_experts_within_rounding(mode: str, fused: bool) -
         x, ids, weights = (part.cpu() for part in step)
         exact = chain(in_float32, x.float(), ids, weights.float())
         rounded = difference(exact, chain(resident, *step).cpu())
-        assert difference(exact, chain(layers, *step).cpu()) < 1.25 * rounded
+        # One rounding more at most, whose error is as large and independent.
+        assert difference(exact, chain(layers, *step).cpu()) < 2**0.5 * rounded
     if mode == "on":
         assert buffer.counts().computed > 0
     for layer in layers:

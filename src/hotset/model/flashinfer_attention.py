@@ -471,8 +471,10 @@ class StaticMixed:
             for kind in dict.fromkeys(backend.kinds)
         }
         self._decode = backend.mixed_wrappers(self._num_seqs, block_ids, is_prompts=False)
+        # No context is longer than S sequences have, but what a step is recorded with may be.
+        most_blocks = max(len(block_ids), -(-max_num_tokens // backend.arena.block_size))
         self._prompts = backend.mixed_wrappers(
-            self._num_seqs, torch.empty_like(block_ids), is_prompts=True
+            self._num_seqs, block_ids.new_zeros(most_blocks), is_prompts=True
         )
         # FlashInfer takes the first plan as the largest. With as many tokens as sequences, it lays
         # out the first kernel for sequences of one token.
