@@ -221,6 +221,7 @@ class Engine:
             tokenizer=loaded.tokenizer,
             eos_token_ids=loaded.eos_token_ids,
         )
+        self._sampler.load_kernels(layout.dtype)
         self._outputs = OutputProcessor(loaded.tokenizer, loaded.eos_token_ids)
         self.rates = Rates(
             prefill_tokens_per_s=self._measure_prefill(pool.first), link_bytes_per_s={}

@@ -105,6 +105,7 @@ class Sampler:
     ) -> None:
         self.vocab_size = vocab_size
         self._device = torch.device(device)
+        self._has_kernel = self._device.type == "cuda"
         self._seed = seed
         self._tokenizer = tokenizer
         self._grammars = JsonGrammars(tokenizer, vocab_size, eos_token_ids)
@@ -127,6 +128,14 @@ class Sampler:
                 raise RequestError("ignore_eos cannot be used with json_schema: JSON must end")
             self._grammars.matcher(params.json_schema)
 
+    def load_kernels(self, dtype: torch.dtype) -> None:
+        """Compile what draws from logits of `dtype` on a GPU, so that no request waits for it."""
+        if self._has_kernel:
+            logits = torch.zeros(1, self.vocab_size, dtype=dtype, device=self._device)
+            token_ids = torch.zeros(1, dtype=torch.int64, device=self._device)
+            one = np.ones(1, np.float32)
+            self._run_kernel(logits, np.zeros(1, np.int64), one, np.zeros(1), token_ids)
+
     def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> Sampled:
         """`submit`, then wait for the tokens."""
         return self.submit(logits, requests).wait()
@@ -147,6 +156,10 @@ class Sampler:
             token_ids = logits.argmax(-1)  # [R]
         else:
             token_ids = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
+        if self._has_kernel:
+            drawn = [row for row in rows if _is_drawn_from_all(requests[row].params)]
+            self._draw_from_all(logits, requests, drawn, token_ids)
+            rows = sorted(set(rows) - set(drawn))
         group = max(1, _GROUP_LOGITS // logits.shape[1])
         for start in range(0, len(rows), group):
             some = rows[start : start + group]
@@ -158,6 +171,34 @@ class Sampler:
         self._generators.pop(request_id, None)
         self._counts.pop(request_id, None)
         self._matchers.pop(request_id, None)
+
+    def _draw_from_all(
+        self,
+        logits: torch.Tensor,
+        requests: Sequence[Request],
+        rows: list[int],
+        token_ids: torch.Tensor,
+    ) -> None:
+        """Draw the tokens of `rows` as `_draw` does, into `token_ids`, by kernels of their own."""
+        if not rows:
+            return
+        drawing = [requests[row] for row in rows]
+        temperatures = np.array([request.params.temperature for request in drawing], np.float32)
+        shares = np.array([self._generator(request).random() for request in drawing])
+        self._run_kernel(logits, np.array(rows), temperatures, shares, token_ids)
+
+    def _run_kernel(
+        self,
+        logits: torch.Tensor,
+        rows: Array,
+        temperatures: Array,
+        shares: Array,
+        token_ids: torch.Tensor,
+    ) -> None:
+        from hotset.kernels.draw_tokens import draw_tokens
+
+        on_device = [self._tensor(values) for values in (rows, temperatures, shares)]
+        draw_tokens(logits, on_device[0], on_device[1], on_device[2], token_ids)
 
     def _submit_rows(
         self,
@@ -391,6 +432,19 @@ def _is_argmax(params: SamplingParams) -> bool:
     """Whether the next token is just that of the largest logit."""
     return (
         params.temperature < MIN_TEMPERATURE
+        and params.logprobs is None
+        and params.json_schema is None
+        and not params.has_penalties
+    )
+
+
+def _is_drawn_from_all(params: SamplingParams) -> bool:
+    """Whether the next token is drawn from all, by the logits of the model as they are."""
+    return (
+        params.temperature >= MIN_TEMPERATURE
+        and params.top_k == 0
+        and params.top_p >= 1
+        and params.min_p == 0
         and params.logprobs is None
         and params.json_schema is None
         and not params.has_penalties
