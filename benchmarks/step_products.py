@@ -1,8 +1,9 @@
 """What a step costs by its rows: products of one layer, and recorded steps without attention.
 
 Llama-3.1-8B in bfloat16 on one GPU. Each product is timed over four weights in turn, recorded as a
-CUDA graph, so that none is found in L2; the best of five replays. `benchmarks/play_schedule.py` has
-its table of recorded steps from here.
+CUDA graph, so that none is found in L2; the best of five replays. Gate and up are timed once more
+with what reads them, as one product and as two. `benchmarks/play_schedule.py` has its table of
+recorded steps from here.
 
     python benchmarks/step_products.py --out benchmarks/results/step_products_h200.json
 """
@@ -11,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,36 @@ def products() -> dict[str, dict[int, float]]:
     return found
 
 
+@torch.compile(dynamic=True)
+def _activate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return functional.silu(gate) * up
+
+
+def gate_and_up() -> dict[str, dict[int, float]]:
+    """By whether it is one product, and rows: microseconds with the activation."""
+    columns, depth = SHAPES["gate_up"]
+    half = columns // 2
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    weights = [torch.randn(columns, depth, **options) for _ in range(4)]
+
+    def whole(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        found = functional.linear(x, weight)
+        return _activate(found[:, :half], found[:, half:])
+
+    def apart(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        gate, up = (functional.linear(x, part) for part in weight.split(half))
+        return _activate(gate, up)
+
+    found: dict[str, dict[int, float]] = {}
+    for way in (whole, apart):
+        found[way.__name__] = {}
+        for rows in (16, 32, *ROWS, *MORE_ROWS):
+            inputs = [torch.randn(rows, depth, **options) for _ in weights]
+            pairs = zip(inputs, weights, strict=True)
+            found[way.__name__][rows] = best_us([partial(way, x, weight) for x, weight in pairs])
+    return found
+
+
 def recorded_steps() -> dict[str, dict[int, float]]:
     """By kind of step and size, milliseconds; those of decodes attend to one token each."""
     config = EngineConfig(hot_gib=16, max_num_batched_tokens=8192, max_model_len=8192)
@@ -77,6 +109,7 @@ def recorded_steps() -> dict[str, dict[int, float]]:
     return found
 
 
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -85,10 +118,11 @@ def main() -> None:
         "command": "python " + " ".join(sys.argv),
         "machine": describe_machine(),
         "products_us": products(),
+        "gate_and_up_us": gate_and_up(),
         "recorded_ms": recorded_steps(),
     }
     arguments.out.write_text(json.dumps(record) + "\n", "utf-8")
-    print(json.dumps(record["recorded_ms"]))
+    print(json.dumps({name: record[name] for name in ("gate_and_up_us", "recorded_ms")}))
 
 
 if __name__ == "__main__":

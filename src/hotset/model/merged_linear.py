@@ -13,8 +13,8 @@ Linear: TypeAlias = nn.Linear | Fp8Linear
 # Siblings that architectures of transformers apply to the same tensor.
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Products of so many rows are made apart where each is large: two of 14,336 columns and what reads
-# them take 5 to 7 % less time than one of 28,672, of which it reads halves (docs/performance.md).
-_APART_FROM_ROWS = 160
+# them take up to 11 % less time than one of 28,672, of which it reads halves (docs/performance.md).
+_APART_FROM_ROWS = 192
 _LARGE_COLUMNS = 8192
 
 

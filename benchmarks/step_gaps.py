@@ -1,0 +1,101 @@
+"""What the GPU does in consecutive steps of a running workload, and when no kernel runs.
+
+C6 over Llama-3.1-8B with 16 GiB of KV on the GPU and 64 GiB in host memory. Nothing waits for the
+profiler within a window, so that steps overlap as they always do. By window: how long no kernel
+ran, by what came before and after, and the time of each kernel; those of two streams overlap.
+
+    python benchmarks/step_gaps.py --at 20,500,800 --out benchmarks/results/gpu_h200_gaps.txt
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_suite import MODEL, Suite
+from torch.profiler import ProfilerActivity, profile
+
+from hotset.bench.driver import drive
+from hotset.bench.workload import PRESETS, make_work
+from hotset.model.loader import load_dummy
+from hotset.request import StepPlan
+
+NUM_STEPS = 16
+NUM_LINES = 20
+COPIES = ("Memcpy HtoD", "Memcpy DtoH")
+
+
+class Watch:
+    """Profiles windows of steps; `lines` is what was found."""
+
+    def __init__(self, forward: Any, first_steps: list[int]) -> None:
+        self.lines: list[str] = []
+        self._forward, self._first_steps = forward, first_steps
+        self._num_seen = self._first = 0
+        self._plans: list[StepPlan] = []
+        self._profile: Any = None
+
+    def __call__(self, plan: StepPlan, *args: Any) -> torch.Tensor:
+        """Stands for `ModelRunner.forward`."""
+        self._num_seen += 1
+        if self._profile is not None and self._num_seen == self._first + NUM_STEPS:
+            torch.cuda.synchronize()
+            self._profile.stop()
+            self._describe(self._profile.profiler.kineto_results.events())
+            self._profile = None
+        if self._num_seen in self._first_steps:
+            self._first, self._plans = self._num_seen, []
+            self._profile = profile(activities=[ProfilerActivity.CUDA])
+            self._profile.start()
+        if self._profile is not None:
+            self._plans.append(plan)
+        logits: torch.Tensor = self._forward(plan, *args)
+        return logits
+
+    def _describe(self, events: Any) -> None:
+        kernels = sorted(
+            (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
+            for event in events
+            if str(event.device_type()).endswith("CUDA") and not event.name().startswith(COPIES)
+        )
+        took: Counter[str] = Counter()
+        idle: Counter[str] = Counter()
+        end_ns, before = kernels[0][0], ""
+        for start_ns, stop_ns, name in kernels:
+            took[name[:100]] += stop_ns - start_ns
+            if start_ns > end_ns:
+                idle[f"{before[:50]} -> {name[:50]}"] += start_ns - end_ns
+            if stop_ns > end_ns:
+                end_ns, before = stop_ns, name
+        tokens = [sum(item.num_tokens for item in plan.items) for plan in self._plans]
+        per_step = 1e6 * NUM_STEPS
+        self.lines += [
+            f"## Steps {self._first} to {self._first + NUM_STEPS - 1}, of {tokens} tokens: "
+            f"{(end_ns - kernels[0][0]) / per_step:.2f} ms each, no kernel for "
+            f"{idle.total() / per_step:.2f}",
+            *(f"{ns / per_step:8.3f} ms idle  {name}" for name, ns in idle.most_common(NUM_LINES)),
+            *(f"{ns / per_step:8.3f} ms  {name}" for name, ns in took.most_common(NUM_LINES)),
+        ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--at", default="20,500,800", help="First steps of windows.")
+    arguments = parser.parse_args()
+    loaded = load_dummy(MODEL, device="cuda", dtype="auto")
+    suite = Suite(arguments.out, loaded, {})
+    with suite.engine(hot_gib=16, host_gib=64) as engine:
+        watch = Watch(engine._runner.forward, [int(step) for step in arguments.at.split(",")])
+        engine._runner.forward = watch  # type: ignore[method-assign, assignment]
+        drive(engine, make_work(PRESETS["C6"].spec, suite.vocab_size))
+    machine = suite.record["machine"]
+    lines = [f"python {' '.join(sys.argv)}", str(machine), *watch.lines]
+    arguments.out.write_text("\n".join(lines) + "\n", "utf-8")
+    print("\n".join(watch.lines))
+
+
+if __name__ == "__main__":
+    main()
