@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from hotset.model.batch import SequenceSpan
-from hotset.model.flashinfer_attention import _make_tables
+from hotset.model.flashinfer_attention import (
+    _WORKSPACE_BYTES,
+    _Kind,
+    _make_tables,
+    _most_recorded_seqs,
+)
 
 SEQUENCES = [
     SequenceSpan(0, 3, 9, [7, 2, 5, 1]),
@@ -29,3 +34,19 @@ def test_a_step_can_have_no_sequence_at_all() -> None:
     tables = _make_tables([], 4, torch.device("cpu"), size=2)
     assert tables.query_starts.tolist() == tables.block_starts.tolist() == [0, 0, 0]
     assert tables.last_lens.tolist() == [0, 0] and len(tables.block_ids) == 0
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "tile"), [(32, 8, 16), (64, 8, 16), (32, 1, 64)])
+def test_partial_results_of_a_recorded_step_fit_into_the_workspace(
+    heads: int, kv_heads: int, tile: int
+) -> None:
+    kind = _Kind(heads, kv_heads, 128, 1.0, None, None, torch.bfloat16)
+
+    def num_bytes(num_seqs: int) -> int:
+        """As FlashInfer allocates for a graph of so many sequences of one token."""
+        num_tiles = -(-num_seqs * heads // kv_heads // tile) + num_seqs - 1
+        return 4 * heads * num_tiles * tile * (128 + 1)
+
+    most = _most_recorded_seqs(kind)
+    assert num_bytes(most) <= _WORKSPACE_BYTES < num_bytes(most + 3)
+    assert most > 100

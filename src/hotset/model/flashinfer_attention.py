@@ -55,6 +55,18 @@ class _Tables:
     last_lens: torch.Tensor  # [R] int32, tokens in the last block
 
 
+def _most_recorded_seqs(kind: _Kind) -> int:
+    """As many as the workspace has room for the partial results of, which recorded steps have.
+
+    By `PrefillPlan` of FlashInfer's `scheduler.cuh`: float32 numbers and a sum for each head and
+    row of a tile, of which there is one a sequence and one for each so many rows of queries.
+    """
+    group = kind.num_heads // kind.num_kv_heads
+    tile = next(rows for rows in (16, 64, 128) if rows >= min(group, 128))
+    row_bytes = 4 * kind.num_heads * (kind.head_dim + 1)
+    return int(_WORKSPACE_BYTES // (row_bytes * (tile + group)))
+
+
 class FlashInferBackend:
     """Attention of one step after another; implements `runner.AttentionBackend`.
 
@@ -242,6 +254,11 @@ class FlashInferBackend:
             )
             for kind in dict.fromkeys(self.kinds)
         }
+
+    @property
+    def most_recorded_seqs(self) -> int:
+        """Sequences of one token that a recorded step can have at most."""
+        return min(map(_most_recorded_seqs, self.kinds))
 
     @property
     def can_record_prompts(self) -> bool:
@@ -446,6 +463,9 @@ class StaticMixed:
         block_ids: int32, for as many blocks as S sequences can have together. What runs before or
             after can share it.
         scratch_block: a block that nobody reads.
+
+    Attributes:
+        num_seqs: S.
     """
 
     def __init__(
@@ -459,7 +479,7 @@ class StaticMixed:
     ) -> None:
         self._backend = backend
         self._scratch_block = scratch_block
-        self._num_seqs = min(max_num_seqs, max_num_tokens)
+        self.num_seqs = min(max_num_seqs, max_num_tokens)
         # Of all layers. Rows beyond a step keep what they had, which is finite.
         self._outputs = {
             kind: torch.zeros(
@@ -471,11 +491,11 @@ class StaticMixed:
             )
             for kind in dict.fromkeys(backend.kinds)
         }
-        self._decode = backend.mixed_wrappers(self._num_seqs, block_ids, is_prompts=False)
+        self._decode = backend.mixed_wrappers(self.num_seqs, block_ids, is_prompts=False)
         # No context is longer than S sequences have, but what a step is recorded with may be.
         most_blocks = max(len(block_ids), -(-max_num_tokens // backend.arena.block_size))
         self._prompts = backend.mixed_wrappers(
-            self._num_seqs, block_ids.new_zeros(most_blocks), is_prompts=True
+            self.num_seqs, block_ids.new_zeros(most_blocks), is_prompts=True
         )
         # FlashInfer takes the first plan as the largest. With as many tokens as sequences, it lays
         # out the first kernel for sequences of one token.
@@ -486,7 +506,7 @@ class StaticMixed:
         scratch = [self._scratch_block]
         num_blocks = -(-num_tokens // self._backend.arena.block_size)
         prompt = SequenceSpan(0, num_tokens, num_tokens, scratch * num_blocks)
-        decodes = [SequenceSpan(0, 1, 1, scratch)] * min(self._num_seqs, num_tokens)
+        decodes = [SequenceSpan(0, 1, 1, scratch)] * min(self.num_seqs, num_tokens)
         self._plan(decodes, [prompt], first_row=0)
 
     def plan(self, sequences: Sequence[SequenceSpan], num_decodes: int) -> None:
@@ -496,7 +516,7 @@ class StaticMixed:
     def _plan(
         self, decodes: Sequence[SequenceSpan], prompts: Sequence[SequenceSpan], *, first_row: int
     ) -> None:
-        backend, num_seqs = self._backend, self._num_seqs
+        backend, num_seqs = self._backend, self.num_seqs
         backend.wait_for_plan()
         backend.plan_mixed(self._decode, decodes, num_seqs=num_seqs, first_row=0, causal=False)
         backend.plan_mixed(
@@ -511,7 +531,7 @@ class StaticMixed:
         output = self._outputs[kind][: len(query)]
         with backend.beside():
             self._prompts[kind].run(query, cache, out=output)
-        num_decodes = min(self._num_seqs, len(query))
+        num_decodes = min(self.num_seqs, len(query))
         self._decode[kind].run(query[:num_decodes], cache, out=output[:num_decodes])
         backend.join()
         return output

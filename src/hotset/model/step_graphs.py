@@ -180,13 +180,14 @@ class StepGraphs:
         self._block_ids = torch.zeros(
             len(previous) * max_context_blocks, dtype=torch.int32, device=previous.device
         )
-        self._decode_sizes = sizes_up_to(_DECODE_SIZES, min(len(previous), max_num_tokens))
+        max_num_seqs = min(len(previous), backend.most_recorded_seqs)
+        self._decode_sizes = sizes_up_to(_DECODE_SIZES, min(max_num_seqs, max_num_tokens))
         self._mixed_sizes = sizes_up_to(_MIXED_SIZES, max_num_tokens)
         self._attention: StaticMixed | None = None
         if backend.can_record_prompts:
             self._attention = StaticMixed(
                 backend,
-                max_num_seqs=len(previous),
+                max_num_seqs=max_num_seqs,
                 max_num_tokens=self._mixed_sizes[-1],
                 block_ids=self._block_ids,
                 scratch_block=scratch_block,
@@ -223,7 +224,7 @@ class StepGraphs:
             decode.decode.plan(batch.sequences)
             when_ready()
             decode.graph.replay()
-        elif batch.num_tokens <= self._mixed_sizes[-1]:
+        elif batch.num_tokens <= self._mixed_sizes[-1] and self._holds(batch):
             mixed = self._mixed[self._mixed_of[batch.num_tokens]]
             mixed.static.fill(batch.inputs, batch.sampled_rows, self._padding)
             if self._attention is not None:
@@ -239,6 +240,10 @@ class StepGraphs:
             return None
         assert self._logits is not None
         return self._logits[:num_rows]
+
+    def _holds(self, batch: Batch) -> bool:
+        """Whether the attention of steps with prompts has room for all sequences."""
+        return self._attention is None or len(batch.sequences) <= self._attention.num_seqs
 
     def _record_decode(self, size: int) -> _DecodeGraph:
         static = StaticInputs.make(size, 0, self._padding, self._previous)
