@@ -142,7 +142,7 @@ class FlashInferBackend:
         )
         try:
             self.plan_decode(self._decode, [one])
-            self._plan_prefill([one])
+            self.plan_prefill(self._prefill, [one])
             self.store_kv(token, token, cache, zero + scratch_block, zero)
         except torch.OutOfMemoryError:
             raise
@@ -167,24 +167,8 @@ class FlashInferBackend:
         if n:
             self.plan_decode(self._decode, sequences[:n])
         if n < len(sequences):
-            self._plan_prefill(sequences[n:])
+            self.plan_prefill(self._prefill, sequences[n:])
         self.note_plan()
-
-    def _plan_prefill(self, sequences: Sequence[SequenceSpan]) -> None:
-        tables = _make_tables(sequences, self.arena.block_size, self.device)
-        for kind, wrapper in self._prefill.items():
-            wrapper.plan(
-                tables.query_starts,
-                tables.block_starts,
-                tables.block_ids,
-                tables.last_lens,
-                kind.num_heads,
-                kind.num_kv_heads,
-                kind.head_dim,
-                self.arena.block_size,
-                causal=True,
-                **self._options(kind),
-            )
 
     def run(
         self, layer: int, query: torch.Tensor, output: torch.Tensor | None = None
@@ -293,16 +277,24 @@ class FlashInferBackend:
             for kind in dict.fromkeys(self.kinds)
         }
 
-    def plan_mixed(
+    def plan_prefill(
         self,
         wrappers: dict[_Kind, Any],
         sequences: Sequence[SequenceSpan],
         *,
-        num_seqs: int,
-        first_row: int,
-        causal: bool,
+        num_seqs: int = 0,
+        first_row: int = 0,
+        causal: bool = True,
     ) -> None:
-        """Plan sequences whose tokens begin at `first_row` for `mixed_wrappers` of `num_seqs`."""
+        """Plan sequences of any number of tokens, for all kinds.
+
+        Args:
+            wrappers: by kind.
+            sequences: their tokens are one after another.
+            num_seqs: of `mixed_wrappers`, which have so many; those beyond `sequences` are empty.
+            first_row: where their tokens begin in the queries that `run` gets.
+            causal: False where all have one token: another kernel, as fast as that for decodes.
+        """
         tables = _make_tables(sequences, self.arena.block_size, self.device, size=num_seqs)
         for kind, wrapper in wrappers.items():
             wrapper.plan(
@@ -340,7 +332,7 @@ class FlashInferBackend:
 def _make_tables(
     sequences: Sequence[SequenceSpan], block_size: int, device: torch.device, *, size: int = 0
 ) -> _Tables:
-    """The block tables of `sequences`, one after another; up to `size` of them are empty."""
+    """The block tables of `sequences`, one after another, then empty ones up to `size` in all."""
     block_ids: list[int] = []
     size = max(size, len(sequences))
     queries, num_blocks, last_lens = np.zeros((3, size), np.int32)
@@ -518,10 +510,8 @@ class StaticMixed:
     ) -> None:
         backend, num_seqs = self._backend, self.num_seqs
         backend.wait_for_plan()
-        backend.plan_mixed(self._decode, decodes, num_seqs=num_seqs, first_row=0, causal=False)
-        backend.plan_mixed(
-            self._prompts, prompts, num_seqs=num_seqs, first_row=first_row, causal=True
-        )
+        backend.plan_prefill(self._decode, decodes, num_seqs=num_seqs, causal=False)
+        backend.plan_prefill(self._prompts, prompts, num_seqs=num_seqs, first_row=first_row)
         backend.note_plan()
 
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
