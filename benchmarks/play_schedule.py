@@ -8,6 +8,7 @@ arithmetic, good for comparing schedules; a real run is 4 % longer with tiers, a
 
     python benchmarks/play_schedule.py --presets C6,C3 --out benchmarks/results/play_schedule.json
     python benchmarks/play_schedule.py --presets C6 --mixed-tokens 1024,2048 --out FILE
+    python benchmarks/play_schedule.py --presets B --mixed-tokens 1024 --rotation-s 0,1 --out FILE
     python benchmarks/play_schedule.py --presets "" --disk-under 500,929,1400 --out FILE
 
 `--disk-under` plays users who take turns (24 as in `hotset demo`, 371 blocks on the device, in all
@@ -22,10 +23,12 @@ import tempfile
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig
 
@@ -113,7 +116,13 @@ def run(engine: Engine, spec: Spec, take: Callable[[StepPlan], object]) -> Metri
 
 
 def play(
-    spec: Spec, loaded: LoadedModel, *, has_host: bool, mixed_tokens: int, row_tile: int
+    spec: Spec,
+    loaded: LoadedModel,
+    *,
+    has_host: bool,
+    mixed_tokens: int,
+    row_tile: int,
+    rotation_s: float | None,
 ) -> dict[str, Any]:
     """One workload through a fresh engine."""
     engine = Engine(
@@ -125,15 +134,24 @@ def play(
             max_num_batched_tokens=8192,
             max_mixed_tokens=mixed_tokens,
             max_model_len=8192,
+            rotation_s=rotation_s,
         ),
         loaded,
     )
     engine.scheduler.bursts, engine.scheduler.row_tile = True, row_tile  # as on a GPU
     steps_ms: list[float] = []
     decode_shares: list[float] = []  # of all blocks
+    first_tokens_s: dict[str, float] = {}
+    start_s, now_s = time.monotonic(), 0.0
+    engine.scheduler._clock = lambda: start_s + now_s
 
     def take(plan: StepPlan) -> None:
+        nonlocal now_s
         steps_ms.append(step_ms(plan))
+        now_s += steps_ms[-1] / 1e3
+        for item in plan.items:
+            if item.samples:
+                first_tokens_s.setdefault(item.request.request_id, now_s)
         decodes = [item for item in plan.items if item.num_tokens == 1]
         blocks = sum(len(item.request.block_table) for item in decodes)
         decode_shares.append(blocks / HOT_BLOCKS)
@@ -144,6 +162,8 @@ def play(
         "seconds": round(sum(steps_ms) / 1e3, 2),
         "decode_block_share_p50": round(median(decode_shares), 3),
         "computed_tokens": metrics.computed_tokens,
+        "recomputed_tokens": metrics.recomputed_tokens,
+        "first_token_s_p99": round(float(np.percentile([*first_tokens_s.values()], 99)), 2),
         "preemptions": metrics.preemptions,
         "fetched_blocks": metrics.fetched_blocks,
     }
@@ -180,23 +200,30 @@ def main() -> None:
     parser.add_argument("--presets", default="C6,C3")
     parser.add_argument("--mixed-tokens", default="1024,2048")
     parser.add_argument("--row-tiles", default="1,256")
+    parser.add_argument("--rotation-s", default="0", help="With host memory; 0 is off.")
     parser.add_argument("--disk-under", default="", help="Blocks of host memory.")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     loaded = make_model()
     record: dict[str, Any] = {"command": "python " + " ".join(sys.argv), "runs": []}
-    for name in filter(None, arguments.presets.split(",")):
-        for has_host in (True, False):
-            for mixed_tokens in map(int, arguments.mixed_tokens.split(",")):
-                for row_tile in map(int, arguments.row_tiles.split(",")):
-                    options = {
-                        "has_host": has_host,
-                        "mixed_tokens": mixed_tokens,
-                        "row_tile": row_tile,
-                    }
-                    found = play(PRESETS[name].spec, loaded, **options)
-                    record["runs"].append({"preset": name, **options, **found})
-                    print(record["runs"][-1], flush=True)
+    for name, has_host, mixed_tokens, row_tile, rotation_s in product(
+        filter(None, arguments.presets.split(",")),
+        (True, False),
+        map(int, arguments.mixed_tokens.split(",")),
+        map(int, arguments.row_tiles.split(",")),
+        map(float, arguments.rotation_s.split(",")),
+    ):
+        if rotation_s and not has_host:
+            continue
+        options = {
+            "has_host": has_host,
+            "mixed_tokens": mixed_tokens,
+            "row_tile": row_tile,
+            "rotation_s": rotation_s or None,
+        }
+        found = play(PRESETS[name].spec, loaded, **options)
+        record["runs"].append({"preset": name, **options, **found})
+        print(record["runs"][-1], flush=True)
     for host_blocks in map(int, filter(None, arguments.disk_under.split(","))):
         record["runs"].append({"host_blocks": host_blocks, **play_over_disk(loaded, host_blocks)})
         print(record["runs"][-1], flush=True)

@@ -550,9 +550,14 @@ def test_nobody_is_rotated_out_where_host_memory_has_no_room() -> None:
     run_ = TimedRun(rotation_s=0.2, num_slots=30)
     assert run_.metrics.rotations == 0
     assert len(run_.first_token_s) == 64
-    some = TimedRun(rotation_s=0.2, num_slots=40 * 20)
-    assert 0 < some.metrics.rotations < 40
+
+
+@pytest.mark.parametrize(("num_slots", "least"), [(200, 1), (320, 5), (800, 20), (1600, 45)])
+def test_as_many_are_rotated_out_as_host_memory_has_room_for(num_slots: int, least: int) -> None:
+    some = TimedRun(rotation_s=0.2, num_slots=num_slots)  # 40 a request
+    assert least <= some.metrics.rotations <= num_slots // 30
     assert some.metrics.recomputed_tokens == 0
+    assert not some.tiers.kept
 
 
 def test_a_turn_lasts_at_least_until_its_first_token(fake_tiers: FakeTiers) -> None:

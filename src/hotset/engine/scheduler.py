@@ -49,7 +49,7 @@ class Scheduler:
         rotation_s: None lets a request run to its end, first come, first served. Otherwise each
             that has waited for its first token for so long makes one give way that has run for so
             long, and has a token to show for it; that one queues up again behind all others. Only
-            while host memory has room for the KV of all that run, so that nothing is recomputed.
+            while host memory has room for its KV and some to spare, so that nothing is recomputed.
         clock: seconds, as `time.monotonic`.
     """
 
@@ -255,10 +255,6 @@ class Scheduler:
         """Blocks the running requests lack for the tokens they have and so many more."""
         return sum(self.kv.num_blocks_short(request, more_tokens) for request in self.running)
 
-    def _can_park(self, requests: list[Request]) -> bool:
-        """Whether host memory can take all that these requests have and will soon have."""
-        return self.kv.can_park(requests, _AHEAD_TOKENS)
-
     def _start_turn(self, request: Request) -> None:
         request.status = RequestStatus.RUNNING
         request.turn_start_s = self._clock()
@@ -321,7 +317,7 @@ class Scheduler:
             if waiting.num_output_tokens > 0 or now_s - waiting.queued_s < rotation_s:
                 continue
             victim = self._oldest_turn(waiting, now_s, rotation_s)
-            if victim is None or not self._can_park([*self.running, waiting]):
+            if victim is None or not self.kv.can_park(victim, self.running, 2 * _AHEAD_TOKENS):
                 return
             self.running.remove(victim)
             victim.queued_s = now_s

@@ -225,18 +225,22 @@ class KVCache:
         end = start + num_tokens
         return request.block_hashes[start // self.block_size : end // self.block_size]
 
-    def can_park(self, requests: Sequence[Request], more_tokens: int) -> bool:
-        """Whether host memory has room for `requests` beside what it keeps.
+    def can_park(self, victim: Request, running: Sequence[Request], more_tokens: int) -> bool:
+        """Whether host memory, beside what it keeps, has room for `victim`, one that runs.
 
-        Each with `more_tokens` more, if it may have them.
+        Beside it for three times what the device will not hold once all that run, and who comes in
+        its place, have `more_tokens` more, and the largest of them: requests go down as a whole,
+        several in a row, and some slots are always being written to.
         """
         if self._tiers is None:
             return False
-        num_blocks = sum(
+        num_blocks = [
             len(request.block_table) + self.num_blocks_short(request, more_tokens)
-            for request in requests
-        )
-        return num_blocks <= self._tiers.num_evictable()
+            for request in running
+        ]
+        num_over = max(0, sum(num_blocks) - self.pool.num_usable)
+        needed = len(victim.block_table) + 3 * (num_over + max(num_blocks))
+        return needed <= self._tiers.num_evictable()
 
     def fetch_s(self, request: Request) -> float:
         """Time to fetch all KV of the request from host memory; 0 without tiers."""
