@@ -22,7 +22,7 @@ from hotset.bench.campaign import Order, Target, run_bench
 from hotset.bench.expert_arms import check_arms
 from hotset.bench.result import BenchResult
 from hotset.bench.runs import RunOptions, Say, order_of, parse_arms
-from hotset.bench.workload import Spec
+from hotset.bench.workload import PRESETS, Spec
 from hotset.cli import cli
 from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
@@ -391,15 +391,24 @@ def test_a_dummy_of_an_unknown_or_unusable_config_is_one_line(tmp_path: Path) ->
         assert "\n" not in str(caught.value)
 
 
-D_SMALL = ["bench", "--preset", "D-small", "--users", "4", "--first-tokens", "16"]
-D_SMALL += ["--output-tokens", "6"]
+@pytest.fixture(scope="module")
+def d_small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The words for preset D-small, on its model with two layers in place of six."""
+    preset = PRESETS["D-small"]
+    shape = json.loads(Path(preset.model).read_text("utf-8")) | {"num_hidden_layers": 2}
+    model = tmp_path_factory.mktemp("shape") / "shallow.json"
+    model.write_text(json.dumps(shape), "utf-8")
+    words = "bench --preset D-small --dummy-weights --users 4 --first-tokens 16 --output-tokens 6"
+    return [*words.split(), "--model", str(model)]
 
 
 @pytest.mark.parametrize("arms", ["resident,experts", "experts,resident,hot"])
-def test_experts_resident_and_buffered_are_compared_in_one_call(arms: str) -> None:
+def test_experts_resident_and_buffered_are_compared_in_one_call(
+    arms: str, d_small: list[str]
+) -> None:
     """Each arm twice: experts move to the host, all to the device, and back."""
     torch.set_num_threads(1)
-    words = [*D_SMALL, "--arms", arms, "--repeats", "2", "--verify", "--router-skew", "0.45"]
+    words = [*d_small, "--arms", arms, "--repeats", "2", "--verify", "--router-skew", "0.45"]
     words += ["--expert-slots", "32", "--expert-plan", "cache", "--json"]
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 0, done.output
@@ -416,9 +425,9 @@ def test_experts_resident_and_buffered_are_compared_in_one_call(arms: str) -> No
             assert sizes["experts_host_bytes"] == 0
             continue
         assert 0 < engine["expert_hit_rate"] < 1
-        payload = sizes["experts_host_bytes"] // (6 * 128)
+        payload = sizes["experts_host_bytes"] // (2 * 128)
         assert engine["expert_bytes"] == engine["expert_misses"] * payload
-        assert sizes["experts_device_bytes"] == 6 * 32 * payload
+        assert sizes["experts_device_bytes"] == 2 * 32 * payload
     # The same work from the same start: `hot` has the experts as the options say, too.
     assert len({run["engine"]["expert_misses"] for run in buffered}) == 1
 
@@ -433,12 +442,13 @@ def test_sampled_answers_are_the_same_in_each_arm_and_not_the_greedy_ones(tiny: 
     assert sampled.runs[0].outputs != other.runs[0].outputs
 
 
-def test_arms_follow_from_the_expert_options_where_none_are_named() -> None:
-    shown = CliRunner().invoke(cli, [*D_SMALL, "--expert-slots", "16", "--json"])
+def test_arms_follow_from_the_expert_options_where_none_are_named(d_small: list[str]) -> None:
+    shown = CliRunner().invoke(cli, [*d_small, "--expert-slots", "16", "--json"])
     assert [run["arm"] for run in json.loads(shown.stdout)["runs"]] == ["resident", "experts"]
-    shown = CliRunner().invoke(cli, [*D_SMALL, "--json"])
+    shown = CliRunner().invoke(cli, [*d_small, "--json"])
     assert [run["arm"] for run in json.loads(shown.stdout)["runs"]] == ["resident"]
-    shown = CliRunner().invoke(cli, [*D_SMALL, "--total-gib", "0.2", "--json"])
+    words = ["--total-gib", "0.12", "--expert-plan", "cache", "--json"]
+    shown = CliRunner().invoke(cli, [*d_small, *words])
     (run,) = json.loads(shown.stdout)["runs"]
     assert run["arm"] == "experts" and run["engine"]["expert_misses"] > 0
     with pytest.raises(ConfigError, match="give expert_slots, expert_gib, hot_gib or total_gib"):
@@ -449,14 +459,14 @@ def test_arms_follow_from_the_expert_options_where_none_are_named() -> None:
     check_arms(["resident"], rounded)
 
 
-def test_prefetch_and_rounding_of_experts_are_reported() -> None:
+def test_prefetch_and_rounding_of_experts_are_reported(d_small: list[str]) -> None:
     words = ["--expert-slots", "32", "--expert-plan", "cache", "--verify"]
-    shown = CliRunner().invoke(cli, [*D_SMALL, *words, "--expert-prefetch", "8"])
+    shown = CliRunner().invoke(cli, [*d_small, *words, "--expert-prefetch", "8"])
     assert "experts differs in 0 of 4 answers" in shown.stdout
     [row] = [line for line in shown.stdout.splitlines() if "copied ahead" in line]
     predicted, right, copied = (int(cell.replace(",", "")) for cell in row.split()[-5::2])
     assert predicted >= right > 0 and predicted >= copied > 0
-    shown = CliRunner().invoke(cli, [*D_SMALL, *words, "--expert-cold-dtype", "int4", "--json"])
+    shown = CliRunner().invoke(cli, [*d_small, *words, "--expert-cold-dtype", "int4", "--json"])
     (run,) = json.loads(shown.stdout)["runs"]
     assert run["arm"] == "experts"
     assert 0.05 < run["engine"]["expert_rounding_error"] < 0.15
@@ -464,8 +474,10 @@ def test_prefetch_and_rounding_of_experts_are_reported() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", ["cache", "auto", "stream"])
-def test_on_a_gpu_experts_move_to_the_host_and_back_between_arms(plan: str) -> None:
-    words = [*D_SMALL, "--device", "cuda", "--dtype", "bfloat16", "--eager", "--repeats", "2"]
+def test_on_a_gpu_experts_move_to_the_host_and_back_between_arms(
+    plan: str, d_small: list[str]
+) -> None:
+    words = [*d_small, "--device", "cuda", "--dtype", "bfloat16", "--eager", "--repeats", "2"]
     words += ["--arms", "resident,experts", "--max-num-batched-tokens", "512"]
     words += ["--expert-slots", "32", "--expert-plan", plan, "--router-skew", "0.45", "--json"]
     done = CliRunner().invoke(cli, words)
@@ -479,8 +491,8 @@ def test_on_a_gpu_experts_move_to_the_host_and_back_between_arms(plan: str) -> N
             assert 0 < run["engine"]["expert_hit_rate"] < 1
 
 
-def test_a_prediction_covers_skewed_routing() -> None:
-    words = [*D_SMALL, "--expert-slots", "16", "--hardware", "h200", "--json", "--router-skew"]
+def test_a_prediction_covers_skewed_routing(d_small: list[str]) -> None:
+    words = [*d_small, "--expert-slots", "16", "--hardware", "h200", "--json", "--router-skew"]
 
     def decode_s(skew: str) -> list[float]:
         shown = CliRunner().invoke(cli, [*words, skew])
