@@ -53,9 +53,7 @@ def products() -> dict[str, dict[int, float]]:
         for rows in ROWS + MORE_ROWS:
             inputs = [torch.randn(rows, depth, **options) for _ in weights]
             pairs = zip(inputs, weights, strict=True)
-            found[name][rows] = best_us(
-                [lambda x=x, w=w: functional.linear(x, w) for x, w in pairs]
-            )
+            found[name][rows] = best_us([partial(functional.linear, x, w) for x, w in pairs])
     return found
 
 

@@ -92,9 +92,8 @@ def test_8_bit_weights_compute_the_same_launched_and_recorded(family: str) -> No
     got = paged_logits(model, layout, flashinfer(layout), recorded=True)
     assert any(isinstance(module, MergedLinear) for module in model.modules())
     for exact, one, other in zip(plain, expected, got, strict=True):
-        # What is fused rounds to 8 bits from other bits: another error, of the same size.
-        rounded = difference(exact, one)
-        assert rounded < 0.25 and difference(exact, other) <= 2 * rounded
+        assert difference(one, other) < 8e-2  # what is fused rounds to 8 bits from other bits
+        assert difference(exact, other) < 0.25
 
 
 def peak_device_bytes(load: Callable[[], PreTrainedModel]) -> tuple[int, int]:

@@ -1,11 +1,12 @@
 """Arms that differ in where the experts are: all on the device, or as the engine's options say."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hotset.config import EngineConfig
+from hotset.config import EXPERT_OPTIONS, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.model.experts import experts_layers, unpack_experts
@@ -54,24 +55,9 @@ def with_all_resident(config: EngineConfig, model: PreTrainedModel) -> EngineCon
                 f"all experts take {away_bytes / 1e9:.1f} GB more than is there now and "
                 f"{free_bytes / 1e9:.1f} GB are free on the device; leave the arm {RESIDENT} out"
             )
-    defaults = EngineConfig()
-    return replace(
-        config,
-        expert_slots=layers[0].num_experts,
-        expert_gib=None,
-        expert_host_gib=defaults.expert_host_gib,
-        expert_disk_path=defaults.expert_disk_path,
-        expert_plan=defaults.expert_plan,
-        expert_eviction=defaults.expert_eviction,
-        expert_cold_dtype=defaults.expert_cold_dtype,
-        expert_prefetch=defaults.expert_prefetch,
-        expert_cpu=defaults.expert_cpu,
-        target=defaults.target,
-        expected_users=None,
-        expected_prompt_tokens=None,
-        expected_output_tokens=None,
-        move_split=False,
-    )
+    ignored = ["expert_gib", "expert_disk_path", *EXPERT_OPTIONS, *config.split_options]
+    defaults: dict[str, Any] = {name: getattr(EngineConfig(), name) for name in ignored}
+    return replace(config, expert_slots=layers[0].num_experts, **defaults)
 
 
 def make_ready(config: EngineConfig, model: PreTrainedModel) -> None:

@@ -1,4 +1,7 @@
-"""A token for each row of logits, drawn by its probability: two launches, one pass over a row."""
+"""A token for each row of logits, drawn by its probability, in three launches.
+
+They read a row twice: for its largest logit, and for what pieces of it weigh.
+"""
 
 import torch
 import triton
@@ -11,10 +14,10 @@ _BELOW_ONE = tl.constexpr(1 - 2**-52)
 
 
 @triton.jit
-def _weights(logits, start, row_stride, vocab_size, columns, top, temperature):  # type: ignore[no-untyped-def]
+def _weights(logits, row, row_stride, vocab_size, columns, top, temperature):  # type: ignore[no-untyped-def]
     """What tokens weigh, relative to the likeliest; nothing beyond the vocabulary."""
     inside = columns < vocab_size
-    found = tl.load(logits + start * row_stride + columns, mask=inside, other=float("-inf"))
+    found = tl.load(logits + row * row_stride + columns, mask=inside, other=float("-inf"))
     return tl.where(inside, tl.exp((found.to(tl.float32) - top) / temperature), 0.0)
 
 

@@ -501,9 +501,14 @@ class StaticMixed:
         decodes = [SequenceSpan(0, 1, 1, scratch)] * min(self.num_seqs, num_tokens)
         self._plan(decodes, [prompt], first_row=0)
 
-    def plan(self, sequences: Sequence[SequenceSpan], num_decodes: int) -> None:
-        """Plan a step of `sequences`, the first `num_decodes` of one token; rows beyond it idle."""
-        self._plan(sequences[:num_decodes], sequences[num_decodes:], first_row=num_decodes)
+    def plan(self, batch: Batch) -> None:
+        """Plan a step; rows beyond its tokens idle."""
+        sequences, n = batch.sequences, batch.num_decodes
+        self._plan(sequences[:n], sequences[n:], first_row=n)
+
+    def plan_nothing(self) -> None:
+        """Plan a step of no sequence, which recorded steps of any size can run with."""
+        self._plan([], [], first_row=0)
 
     def _plan(
         self, decodes: Sequence[SequenceSpan], prompts: Sequence[SequenceSpan], *, first_row: int

@@ -430,25 +430,18 @@ class _TokenCounts:
 
 def _is_argmax(params: SamplingParams) -> bool:
     """Whether the next token is just that of the largest logit."""
-    return (
-        params.temperature < MIN_TEMPERATURE
-        and params.logprobs is None
-        and params.json_schema is None
-        and not params.has_penalties
-    )
+    return params.temperature < MIN_TEMPERATURE and _needs_logits_alone(params)
 
 
 def _is_drawn_from_all(params: SamplingParams) -> bool:
     """Whether the next token is drawn from all, by the logits of the model as they are."""
-    return (
-        params.temperature >= MIN_TEMPERATURE
-        and params.top_k == 0
-        and params.top_p >= 1
-        and params.min_p == 0
-        and params.logprobs is None
-        and params.json_schema is None
-        and not params.has_penalties
-    )
+    has_limits = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    return params.temperature >= MIN_TEMPERATURE and not has_limits and _needs_logits_alone(params)
+
+
+def _needs_logits_alone(params: SamplingParams) -> bool:
+    """Whether nothing changes the logits, and nobody asks for more than the token."""
+    return params.logprobs is None and params.json_schema is None and not params.has_penalties
 
 
 def _logprob_entries(

@@ -200,7 +200,7 @@ class StepGraphs:
             self._mixed = [self._record_mixed(n) for n in reversed(self._mixed_sizes)][::-1]
         torch.cuda.current_stream().wait_stream(self._stream)
         if self._attention is not None:
-            self._attention.plan([], 0)
+            self._attention.plan_nothing()
         decode_s = [float(size) for size in self._decode_sizes]
         mixed_s = [float(size) for size in self._mixed_sizes]
         if before_cut is None:  # with copies in them, the steps of fewest rows are the fastest
@@ -227,10 +227,7 @@ class StepGraphs:
         elif batch.num_tokens <= self._mixed_sizes[-1] and self._holds(batch):
             mixed = self._mixed[self._mixed_of[batch.num_tokens]]
             mixed.static.fill(batch.inputs, batch.sampled_rows, self._padding)
-            if self._attention is not None:
-                self._attention.plan(batch.sequences, batch.num_decodes)
-            else:
-                self._backend.plan(batch)
+            (self._attention or self._backend).plan(batch)
             when_ready()
             for part, (layer, query, output) in zip(mixed.parts, mixed.cuts, strict=False):
                 part.replay()
