@@ -1,10 +1,12 @@
 """What the GPU does in consecutive steps of a running workload, and when no kernel runs.
 
-C6 over Llama-3.1-8B with 16 GiB of KV on the GPU and 64 GiB in host memory. Nothing waits for the
-profiler within a window, so that steps overlap as they always do. By window: how long no kernel
-ran, by what came before and after, and the time of each kernel; those of two streams overlap.
+A preset over Llama-3.1-8B with 16 GiB of KV on the GPU and 64 GiB in host memory. Nothing waits
+for the profiler within a window, so that steps overlap as they always do. By window: how long no
+kernel ran, by what came before and after, and the time of each kernel; those of two streams
+overlap.
 
     python benchmarks/step_gaps.py --at 20,500,800 --out benchmarks/results/gpu_h200_gaps.txt
+    python benchmarks/step_gaps.py --preset B --dtype fp8 --kv-dtype fp8 --rotation-s 1 --out FILE
 """
 
 import argparse
@@ -84,13 +86,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--at", default="20,500,800", help="First steps of windows.")
+    parser.add_argument("--preset", default="C6", choices=PRESETS)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-dtype", default="auto")
+    parser.add_argument("--mixed-tokens", type=int)
+    parser.add_argument("--rotation-s", type=float)
     arguments = parser.parse_args()
-    loaded = load_dummy(MODEL, device="cuda", dtype="auto")
-    suite = Suite(arguments.out, loaded, {})
+    loaded = load_dummy(MODEL, device="cuda", dtype=arguments.dtype)
+    options = {
+        "dtype": arguments.dtype,
+        "kv_dtype": arguments.kv_dtype,
+        "max_mixed_tokens": arguments.mixed_tokens,
+        "rotation_s": arguments.rotation_s,
+    }
+    suite = Suite(arguments.out, loaded, options)
     with suite.engine(hot_gib=16, host_gib=64) as engine:
         watch = Watch(engine._runner.forward, [int(step) for step in arguments.at.split(",")])
         engine._runner.forward = watch  # type: ignore[method-assign, assignment]
-        drive(engine, make_work(PRESETS["C6"].spec, suite.vocab_size))
+        drive(engine, make_work(PRESETS[arguments.preset].spec, suite.vocab_size))
     machine = suite.record["machine"]
     lines = [f"python {' '.join(sys.argv)}", str(machine), *watch.lines]
     arguments.out.write_text("\n".join(lines) + "\n", "utf-8")

@@ -67,7 +67,7 @@ def paged_logits(
         num_blocks=41,
         block_size=4,
         dtype=layout.kv_dtype,
-        device=torch.device("cuda"),
+        device=model.device,
         scales=scales,
     )
     runner = ModelRunner(model, arena, make_backend(arena), max_num_seqs=4)

@@ -141,7 +141,10 @@ class Engine:
         model = loaded.model
         layout = inspect_model(model, resolve_kv_dtype(config.kv_dtype, model.device))
         step_bytes = workspace_bytes(
-            model, max_tokens=config.max_num_batched_tokens, max_seqs=config.max_num_seqs
+            model,
+            layout,
+            max_tokens=config.max_num_batched_tokens,
+            max_seqs=config.max_num_seqs,
         )
         memory = Memory(_free_device_bytes(model.device), step_bytes)
         config, split_report, moving = split_memory(

@@ -13,6 +13,7 @@ from hotset.memory.arena import DeviceArena
 from hotset.model.attention import LayerAttention
 from hotset.model.batch import Batch, Inputs, SequenceSpan, to_device
 from hotset.model.flashinfer_build import why_not_built
+from hotset.model.widened_kv import WidenedKV
 
 _WORKSPACE_BYTES = 384 * 2**20
 # With what two dozen wrappers of recorded steps keep their plans in, 8 MiB each.
@@ -72,7 +73,8 @@ class FlashInferBackend:
 
     Sequences of one token go through the decode kernel on tensor cores (measured on an H200:
     4.39 TB/s against 2.95 without), the others through the prefill kernel. Both run at once: one
-    reads memory, the other computes.
+    reads memory, the other computes. Where the prefill kernel for Hopper takes no 8-bit cache,
+    prompts attend to a copy in 16 bits, if there is room for it.
 
     Raises:
         ModelError: FlashInfer is not installed or cannot be built.
@@ -106,10 +108,7 @@ class FlashInferBackend:
         ]
         # [num_blocks, block_size, H_kv, D] for each layer
         self.caches = [(cache[:, 0], cache[:, 1]) for cache in arena.layers]
-        self.scales: list[dict[str, float]] = [  # options of a run
-            {} if scales == (1.0, 1.0) else {"k_scale": scales[0], "v_scale": scales[1]}
-            for scales in arena.scales
-        ]
+        self.value_scales = [value_scale for _, value_scale in arena.scales]
         # Decodes run one after another, so all can use one, and prefills another; FlashInfer wants
         # zeros at first.
         self._workspace, self._prefill_workspace = torch.zeros(
@@ -117,15 +116,16 @@ class FlashInferBackend:
         )
         self._beside = torch.cuda.Stream(self.device)
         self._forked, self._joined = torch.cuda.Event(), torch.cuda.Event()
-        self._decode: dict[_Kind, Any] = {}
-        self._prefill: dict[_Kind, Any] = {}
-        for kind in dict.fromkeys(self.kinds):  # a wrapper holds one plan
-            self._decode[kind] = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        self._widened = self._make_widened()
+        self._is_widened = False  # the planned step's prompts
+        self._decode = {  # a wrapper holds one plan
+            kind: flashinfer.BatchDecodeWithPagedKVCacheWrapper(
                 self._workspace, "NHD", use_tensor_cores=True
             )
-            self._prefill[kind] = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-                self._prefill_workspace, "NHD"
-            )
+            for kind in dict.fromkeys(self.kinds)
+        }
+        self._prefill = self._prefill_wrappers()
+        self._prefill_widened = self._prefill_wrappers() if self.widens else {}
         # FlashInfer stages a plan in pinned memory of the wrapper: the next plan must not
         # overwrite it before it has been copied.
         self._planned = torch.cuda.Event()
@@ -143,6 +143,8 @@ class FlashInferBackend:
         try:
             self.plan_decode(self._decode, [one])
             self.plan_prefill(self._prefill, [one])
+            if self.widens:
+                self.plan_prefill(self._prefill_widened, [one], is_widened=True)
             self.store_kv(token, token, cache, zero + scratch_block, zero)
         except torch.OutOfMemoryError:
             raise
@@ -153,6 +155,23 @@ class FlashInferBackend:
                 f"{reason}"
             ) from error
         self.note_plan()
+
+    def _prefill_wrappers(self) -> dict[_Kind, Any]:
+        wrapper = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper
+        return {kind: wrapper(self._prefill_workspace, "NHD") for kind in dict.fromkeys(self.kinds)}
+
+    def _make_widened(self) -> WidenedKV | None:
+        """Where the kernel for Hopper is to attend to an 8-bit cache."""
+        dtype, kv_dtype = self.kinds[0].dtype, self.arena.storage.dtype
+        if kv_dtype == dtype or not self._has_hopper_kernel(dtype, dtype):
+            return None
+        return None if self._has_hopper_kernel(dtype, kv_dtype) else WidenedKV(self.arena, dtype)
+
+    def _has_hopper_kernel(self, dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
+        from flashinfer.utils import determine_attention_backend
+
+        chosen = determine_attention_backend(self.device, 0, False, False, dtype, kv_dtype)
+        return bool(chosen == "fa3")
 
     def begin_step(self, batch: Batch, inputs: Inputs) -> "FlashInferAttention":
         """Plan the step's attention; the result is good until the next plan."""
@@ -167,7 +186,9 @@ class FlashInferBackend:
         if n:
             self.plan_decode(self._decode, sequences[:n])
         if n < len(sequences):
-            self.plan_prefill(self._prefill, sequences[n:])
+            self._is_widened = self.can_widen(sequences[n:])
+            wrappers = self._prefill_widened if self._is_widened else self._prefill
+            self.plan_prefill(wrappers, sequences[n:], is_widened=self._is_widened)
         self.note_plan()
 
     def run(
@@ -180,19 +201,50 @@ class FlashInferBackend:
             query: `[T or more, H, D]`, contiguous; rows beyond the step's T are left out.
             output: like `query`; None makes one.
         """
-        kind, cache, scales = self.kinds[layer], self.caches[layer], self.scales[layer]
         output = torch.empty_like(query) if output is None else output
         n, end = self._num_decodes, self._num_tokens
         if n == 0:
-            self._prefill[kind].run(query[:end], cache, out=output[:end], **scales)
+            self._run_prefill(layer, query[:end], output[:end])
         elif n == end:
-            self._decode[kind].run(query[:n], cache, out=output[:n], **scales)
+            self._run_decode(layer, query[:n], output[:n])
         else:
             with self.beside():
-                self._prefill[kind].run(query[n:end], cache, out=output[n:end], **scales)
-            self._decode[kind].run(query[:n], cache, out=output[:n], **scales)
+                self._run_prefill(layer, query[n:end], output[n:end])
+            self._run_decode(layer, query[:n], output[:n])
             self.join()
+        if self.value_scales[layer] != 1:
+            output[:end].mul_(self.value_scales[layer])
         return output
+
+    def _run_prefill(self, layer: int, query: torch.Tensor, output: torch.Tensor) -> None:
+        wrappers = self._prefill_widened if self._is_widened else self._prefill
+        self.attend(wrappers, layer, query, output, is_widened=self._is_widened)
+
+    def _run_decode(self, layer: int, query: torch.Tensor, output: torch.Tensor) -> None:
+        self.attend(self._decode, layer, query, output)
+
+    def attend(
+        self,
+        wrappers: dict[_Kind, Any],
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        *,
+        is_widened: bool = False,
+    ) -> None:
+        """Run a layer's kernel as `wrappers` are planned, from `query` to `output`, `[T, H, D]`.
+
+        The result is still to be multiplied by the layer's `value_scales`: FlashInfer would do that
+        to all rows of `output`, also those that another kernel fills meanwhile.
+        """
+        cache = self.caches[layer]
+        if is_widened:
+            assert self._widened is not None
+            cache = self._widened.widen(layer)
+        key_scale = self.arena.scales[layer][0]
+        wrappers[self.kinds[layer]].run(
+            query, cache, out=output, k_scale=None if key_scale == 1 else key_scale
+        )
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -247,13 +299,20 @@ class FlashInferBackend:
     @property
     def can_record_prompts(self) -> bool:
         """Whether the kernel for prompts is one whose launch does not depend on the plan."""
-        from flashinfer.utils import determine_attention_backend
+        dtype = self.kinds[0].dtype
+        return self._has_hopper_kernel(dtype, dtype if self.widens else self.arena.storage.dtype)
 
-        kv_dtype = self.arena.storage.dtype
-        return all(
-            determine_attention_backend(self.device, 0, False, False, kind.dtype, kv_dtype) == "fa3"
-            for kind in self.kinds
-        )
+    @property
+    def widens(self) -> bool:
+        """Whether recorded prompts attend to a copy in 16 bits; then `can_widen` limits them."""
+        return self._widened is not None
+
+    def can_widen(self, sequences: Sequence[SequenceSpan]) -> bool:
+        """Whether there is a copy in 16 bits, with room for all that `sequences` attend to."""
+        if self._widened is None:
+            return False
+        size = self.arena.block_size
+        return sum(-(-seq.context_len // size) for seq in sequences) <= self._widened.num_blocks
 
     def mixed_wrappers(
         self, num_seqs: int, block_ids: torch.Tensor, *, is_prompts: bool
@@ -285,6 +344,7 @@ class FlashInferBackend:
         num_seqs: int = 0,
         first_row: int = 0,
         causal: bool = True,
+        is_widened: bool = False,
     ) -> None:
         """Plan sequences of any number of tokens, for all kinds.
 
@@ -294,13 +354,19 @@ class FlashInferBackend:
             num_seqs: of `mixed_wrappers`, which have so many; those beyond `sequences` are empty.
             first_row: where their tokens begin in the queries that `run` gets.
             causal: False where all have one token: another kernel, as fast as that for decodes.
+            is_widened: whether they attend to a copy in 16 bits, which `can_widen` has to allow.
         """
         tables = _make_tables(sequences, self.arena.block_size, self.device, size=num_seqs)
+        block_ids = tables.block_ids
+        if is_widened:
+            assert self._widened is not None
+            self._widened.plan(block_ids)
+            block_ids = self._widened.places[: len(block_ids)]
         for kind, wrapper in wrappers.items():
             wrapper.plan(
                 tables.query_starts + first_row,
                 tables.block_starts,
-                tables.block_ids,
+                block_ids,
                 tables.last_lens,
                 kind.num_heads,
                 kind.num_kv_heads,
@@ -308,7 +374,7 @@ class FlashInferBackend:
                 self.arena.block_size,
                 causal=causal,
                 max_token_per_sequence=max((seq.num_tokens for seq in sequences), default=0),
-                **self._options(kind),
+                **self._options(kind, is_widened=is_widened),
             )
 
     def wait_for_plan(self) -> None:
@@ -319,13 +385,13 @@ class FlashInferBackend:
         """A plan was submitted."""
         self._planned.record()
 
-    def _options(self, kind: _Kind) -> dict[str, Any]:
+    def _options(self, kind: _Kind, *, is_widened: bool = False) -> dict[str, Any]:
         return {
             "sm_scale": kind.scaling,
             "window_left": -1 if kind.window is None else kind.window - 1,
             "logits_soft_cap": kind.softcap,
             "q_data_type": kind.dtype,
-            "kv_data_type": self.arena.storage.dtype,
+            "kv_data_type": kind.dtype if is_widened else self.arena.storage.dtype,
         }
 
 
@@ -437,9 +503,10 @@ class StaticDecode:
         backend.note_plan()
 
     def _run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        backend = self._backend
-        wrapper = self._wrappers[backend.kinds[layer]]
-        output: torch.Tensor = wrapper.run(query, backend.caches[layer], **backend.scales[layer])
+        output = torch.empty_like(query)
+        self._backend.attend(self._wrappers, layer, query, output)
+        if self._backend.value_scales[layer] != 1:
+            output.mul_(self._backend.value_scales[layer])
         return output
 
 
@@ -484,6 +551,7 @@ class StaticMixed:
             for kind in dict.fromkeys(backend.kinds)
         }
         self._decode = backend.mixed_wrappers(self.num_seqs, block_ids, is_prompts=False)
+        self._is_widened = backend.widens
         # No context is longer than S sequences have, but what a step is recorded with may be.
         most_blocks = max(len(block_ids), -(-max_num_tokens // backend.arena.block_size))
         self._prompts = backend.mixed_wrappers(
@@ -501,8 +569,14 @@ class StaticMixed:
         decodes = [SequenceSpan(0, 1, 1, scratch)] * min(self.num_seqs, num_tokens)
         self._plan(decodes, [prompt], first_row=0)
 
+    def holds(self, batch: Batch) -> bool:
+        """Whether there is room for a step's sequences, as many tokens as it has."""
+        if len(batch.sequences) > self.num_seqs:
+            return False
+        return not self._is_widened or self._backend.can_widen(batch.sequences[batch.num_decodes :])
+
     def plan(self, batch: Batch) -> None:
-        """Plan a step; rows beyond its tokens idle."""
+        """Plan a step that `holds` allows; rows beyond its tokens idle."""
         sequences, n = batch.sequences, batch.num_decodes
         self._plan(sequences[:n], sequences[n:], first_row=n)
 
@@ -516,17 +590,23 @@ class StaticMixed:
         backend, num_seqs = self._backend, self.num_seqs
         backend.wait_for_plan()
         backend.plan_prefill(self._decode, decodes, num_seqs=num_seqs, causal=False)
-        backend.plan_prefill(self._prompts, prompts, num_seqs=num_seqs, first_row=first_row)
+        backend.plan_prefill(
+            self._prompts,
+            prompts,
+            num_seqs=num_seqs,
+            first_row=first_row,
+            is_widened=self._is_widened,
+        )
         backend.note_plan()
 
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """See `FlashInferAttention`; for `query` of as many tokens as `begin` was told."""
         backend = self._backend
-        kind, cache = backend.kinds[layer], backend.caches[layer]
-        output = self._outputs[kind][: len(query)]
+        output = self._outputs[backend.kinds[layer]][: len(query)]
         with backend.beside():
-            self._prompts[kind].run(query, cache, out=output)
-        num_decodes = min(self.num_seqs, len(query))
-        self._decode[kind].run(query[:num_decodes], cache, out=output[:num_decodes])
+            backend.attend(self._prompts, layer, query, output, is_widened=self._is_widened)
+        n = min(self.num_seqs, len(query))
+        backend.attend(self._decode, layer, query[:n], output[:n])
         backend.join()
-        return output
+        scale = backend.value_scales[layer]
+        return output if scale == 1 else output * scale  # rows that idle would grow in place

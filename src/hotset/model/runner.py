@@ -31,6 +31,7 @@ from hotset.model.flashinfer_attention import (
 from hotset.model.merged_linear import merge_linears
 from hotset.model.routing_recorder import RoutingRecorder
 from hotset.model.step_graphs import LARGEST_RECORDED, StepGraphs
+from hotset.model.widened_kv import WIDENED_BYTES
 from hotset.request import StepPlan
 
 _log = logging.getLogger(__name__)
@@ -116,13 +117,16 @@ def weights_bytes(model: PreTrainedModel) -> int:
     return packed + sum(int(p.nbytes) for p in model.parameters())
 
 
-def workspace_bytes(model: PreTrainedModel, *, max_tokens: int, max_seqs: int) -> int:
+def workspace_bytes(
+    model: PreTrainedModel, layout: ModelLayout, *, max_tokens: int, max_seqs: int
+) -> int:
     """What a step of `max_tokens` tokens takes at most beside weights and KV; an upper estimate.
 
     Live at once: the residual stream and its norm, queries, keys and values, the two halves of
     the feed-forward and their product, or of `top_k` experts these with input and output of each;
     then the logits of `max_seqs` tokens and their float32 copy. On a GPU recorded steps have the
-    same once more, for as many tokens as they have, and logits at a fixed place.
+    same once more, for as many tokens as they have, and logits at a fixed place; 8-bit KV is
+    widened there for prompts.
     """
     config = model.config.get_text_config()
     hidden: int = config.hidden_size
@@ -137,6 +141,7 @@ def workspace_bytes(model: PreTrainedModel, *, max_tokens: int, max_seqs: int) -
     if model.device.type == "cuda":
         num_bytes += min(max_tokens, LARGEST_RECORDED) * token_bytes + 2 * num_logits * itemsize
         num_bytes += WORKSPACE_BYTES
+        num_bytes += WIDENED_BYTES if layout.kv_dtype != layout.dtype else 0
     return int(num_bytes)
 
 

@@ -240,7 +240,7 @@ class StepGraphs:
 
     def _holds(self, batch: Batch) -> bool:
         """Whether the attention of steps with prompts has room for all sequences."""
-        return self._attention is None or len(batch.sequences) <= self._attention.num_seqs
+        return self._attention is None or self._attention.holds(batch)
 
     def _record_decode(self, size: int) -> _DecodeGraph:
         static = StaticInputs.make(size, 0, self._padding, self._previous)

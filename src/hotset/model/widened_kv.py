@@ -1,0 +1,55 @@
+"""The KV of a step's prompts in 16 bits, for attention that takes no 8-bit cache."""
+
+import torch
+
+from hotset.memory.arena import DeviceArena
+
+# Of Llama-3.1-8B (4 KiB a token and layer) 65,536 tokens.
+WIDENED_BYTES = 256 * 2**20
+
+
+class WidenedKV:
+    """Holds the blocks of a step's prompts, of one layer after another.
+
+    FlashInfer's kernel for Hopper takes 8-bit keys and values with 8-bit queries only, which cost
+    accuracy; its other kernel is slower. Both conversions and what is read again are little beside
+    the arithmetic of prompts.
+
+    Args:
+        arena: has the 8-bit cache.
+        dtype: of 16 bits.
+
+    Attributes:
+        num_blocks: most that it holds.
+        places: `[num_blocks]` int32 on the device: where the blocks are, in their order.
+    """
+
+    def __init__(self, arena: DeviceArena, dtype: torch.dtype) -> None:
+        # Only that can run it imports Triton.
+        from hotset.kernels.widen_kv import widen_kv
+
+        self._widen_kv = widen_kv
+        self._caches = arena.layers
+        device = arena.storage.device
+        self._most_values = max(cache[0].numel() for cache in arena.layers)
+        self.num_blocks = max(1, WIDENED_BYTES // (self._most_values * dtype.itemsize))
+        self._memory = torch.zeros(self.num_blocks * self._most_values, dtype=dtype, device=device)
+        self._block_ids = torch.full((self.num_blocks,), -1, dtype=torch.int32, device=device)
+        self.places = torch.arange(self.num_blocks, dtype=torch.int32, device=device)
+
+    def plan(self, block_ids: torch.Tensor) -> None:
+        """Say which blocks the step's prompts have: int32 on the device, `num_blocks` or fewer."""
+        self._block_ids[: len(block_ids)].copy_(block_ids)
+        self._block_ids[len(block_ids) :].fill_(-1)
+
+    def widen(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Convert the planned blocks of `layer`.
+
+        Returns:
+            Keys and values, each `[num_blocks, block_size, H, D]`; good until the next call.
+        """
+        cache = self._caches[layer]
+        num_values = self.num_blocks * cache[0].numel()
+        target = self._memory[:num_values].view(self.num_blocks, *cache.shape[1:])
+        self._widen_kv(cache, self._block_ids, target)
+        return target[:, 0], target[:, 1]
