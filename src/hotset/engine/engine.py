@@ -576,7 +576,12 @@ def _max_mixed_tokens(config: EngineConfig, model: PreTrainedModel, *, is_buffer
     if config.max_mixed_tokens is not None:
         return config.max_mixed_tokens
     tokens, layers = _MIXED_TOKENS[model.device.type], experts_layers(model)
-    if model.device.type == "cpu" or not layers:
+    if model.device.type == "cpu":
+        return tokens
+    if config.rotation_s is not None:
+        # First tokens are to come soon: the fewer steps the prompts take, the fewer decodes beside.
+        return config.max_num_batched_tokens
+    if not layers:
         return tokens
     if is_buffered:
         # A step with prompts brings nearly all missing experts over the link, which takes longer
