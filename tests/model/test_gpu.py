@@ -138,5 +138,6 @@ def test_a_model_that_asks_the_host_runs_without_recorded_steps(
     got = paged_logits(model, layout, backend, recorded=True, can_record=False)
     torch._dynamo.reset()
     assert "steps run without CUDA graphs" in caplog.text
+    torch.rand(1, device="cuda")  # refused while PyTorch takes its generator to be recorded
     for one, other in zip(expected, got, strict=True):
         assert difference(one, other) < 2e-2  # bfloat16 rounding

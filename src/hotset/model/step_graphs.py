@@ -62,6 +62,14 @@ def _seconds(graphs: Sequence[torch.cuda.CUDAGraph]) -> float:
     return min(times)
 
 
+def _end_capture_of_generators() -> None:
+    """Have PyTorch's random numbers work again: a recording that failed leaves them in it."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin()
+    torch.zeros(1, device="cuda")  # PyTorch warns of a graph of nothing
+    graph.capture_end()
+
+
 @contextmanager
 def _recording(graphs: list[torch.cuda.CUDAGraph]) -> Iterator[None]:
     """Within it graphs are recorded: the last of `graphs`, which whoever records adds to, is open.
@@ -76,6 +84,7 @@ def _recording(graphs: list[torch.cuda.CUDAGraph]) -> Iterator[None]:
     except BaseException:
         with suppress(RuntimeError):  # it is invalid, which is why it ends
             graphs[-1].capture_end()
+        _end_capture_of_generators()
         raise
     else:
         graphs[-1].capture_end()
