@@ -186,7 +186,11 @@ def tiered(suite: Suite, specs: dict[str, Spec], rotation_s: float | None) -> No
         suite.run("B host", engine, specs["B"])
         suite.run("shared prefix host", engine, SHARED)
         if rotation_s is not None:
+            config = engine.config
             engine.scheduler.rotation_s = rotation_s
+            engine.scheduler.max_mixed_tokens = (  # as an engine with `rotation_s` has it
+                config.max_mixed_tokens or config.max_num_batched_tokens
+            )
             suite.run("B host, rotation", engine, replace(specs["B"], seed=1102))
 
 
@@ -194,6 +198,7 @@ def hot(suite: Suite, specs: dict[str, Spec]) -> None:
     with suite.engine(hot_gib=16) as engine:
         suite.run("C6 hot", engine, specs["C6"])
         suite.run("C3 hot", engine, specs["C3"])
+        suite.run("B hot", engine, specs["B"])
         suite.run("shared prefix hot", engine, SHARED)
 
 

@@ -107,6 +107,40 @@ def test_two_ranks_give_the_logits_of_one(tmp_path: Path) -> None:
         assert message in found
 
 
+def _gpu_rank(rank: int, folder: str) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    distributed.init_process_group(
+        "nccl", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    try:
+        found = []
+        for placements in (None, [UNEVEN, round_robin(8, 2), UNEVEN]):
+            model = make_model("qwen3_moe", head_dim=128, moe_intermediate_size=128)
+            model = model.to(device, torch.bfloat16)
+            use_dynamic_gating(model)
+            if not found:
+                with torch.inference_mode():
+                    found.append(model(TOKENS.to(device)).logits.cpu())
+            shard_experts(model, placements)
+            with torch.inference_mode():
+                found.append(model(TOKENS.to(device)).logits.cpu())
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_logits_of_one(tmp_path: Path) -> None:
+    multiprocessing.spawn(_gpu_rank, args=(str(tmp_path),), nprocs=2)
+    zero, one = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    alone, *shared = (logits.float() for logits in zero)
+    for ours, theirs, logits in zip(zero[1:], one[1:], shared, strict=True):
+        assert torch.equal(ours, theirs)
+        assert 0 < float((logits - alone).norm() / alone.norm()) < 2e-2  # bfloat16, summed apart
+
+
 def test_a_model_without_experts_has_none_to_spread() -> None:
     with pytest.raises(ConfigError, match="no experts"):
         shard_experts(make_model("llama"))
