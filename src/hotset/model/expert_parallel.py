@@ -83,7 +83,7 @@ def shard_experts(
     if not layers:
         raise ConfigError("the model has no experts that dynamic gating computes: none to spread")
     if any(
-        layer._is_expert_parallel
+        getattr(layer, "_is_expert_parallel", False)  # transformers 5.17 has none
         or layer.down_proj is None
         or hasattr(layer, "expert_buffer")
         or hasattr(layer, "routing_counts")
