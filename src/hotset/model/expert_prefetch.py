@@ -74,33 +74,39 @@ def find_routers(model: nn.Module, layers: list[Experts]) -> list[Router]:
         router = next(
             (r for n in _ROUTER_NAMES if (r := getattr(owner, n, None)) is not None), None
         )
-        if router is None or not _chooses(router, model):
+        place = None if router is None else _place_of_ids(router, model)
+        if router is None or place is None:
             raise ConfigError(
                 f"expert_prefetch needs the routers of {type(model).__name__}, which are not "
                 f"beside its experts as {' or '.join(_ROUTER_NAMES)}, or do not return ids; leave "
                 "it out"
             )
-        routers.append(_ids_of(router))
+        routers.append(_ids_of(router, place))
     return routers
 
 
-def _ids_of(router: Any) -> Router:
+def _ids_of(router: Any, place: int) -> Router:
     def ids(hidden: torch.Tensor) -> torch.Tensor:
-        chosen: torch.Tensor = router(hidden)[-1]  # logits, weights, ids
+        chosen: torch.Tensor = router(hidden)[place]
         return chosen
 
     return ids
 
 
 @torch.inference_mode()
-def _chooses(router: nn.Module, model: nn.Module) -> bool:
-    """Whether it answers to hidden states with expert ids, last."""
+def _place_of_ids(router: nn.Module, model: nn.Module) -> int | None:
+    """Which part of its answer to hidden states are expert ids; None where none is.
+
+    Logits, weights and ids have come in different orders with versions of transformers.
+    """
     weight = next(iter(router.parameters()), None)
     if weight is None:
-        return False
+        return None
     hidden = weight.new_zeros(1, weight.shape[-1], dtype=next(model.parameters()).dtype)
     answer = router(hidden)
-    if not isinstance(answer, tuple) or not isinstance(answer[-1], torch.Tensor):
-        return False
-    ids = answer[-1]
-    return ids.dtype == torch.int64 and ids.dim() == 2 and len(ids) == 1
+    if not isinstance(answer, tuple):
+        return None
+    for place, part in enumerate(answer):
+        if isinstance(part, torch.Tensor) and part.dtype == torch.int64 and part.dim() == 2:
+            return place if len(part) == 1 else None
+    return None
