@@ -84,7 +84,8 @@ def _recording(graphs: list[torch.cuda.CUDAGraph]) -> Iterator[None]:
     except BaseException:
         with suppress(RuntimeError):  # it is invalid, which is why it ends
             graphs[-1].capture_end()
-        _end_capture_of_generators()
+        with suppress(RuntimeError):
+            _end_capture_of_generators()
         raise
     else:
         graphs[-1].capture_end()

@@ -12,8 +12,8 @@ class WidenedKV:
     """Holds the blocks of a step's prompts, of one layer after another.
 
     FlashInfer's kernel for Hopper takes 8-bit keys and values with 8-bit queries only, which cost
-    accuracy; its other kernel is slower. Both conversions and what is read again are little beside
-    the arithmetic of prompts.
+    accuracy; its other kernel is slower. To convert them, exactly, takes little time beside what
+    prompts compute.
 
     Args:
         arena: has the 8-bit cache.
@@ -25,15 +25,15 @@ class WidenedKV:
     """
 
     def __init__(self, arena: DeviceArena, dtype: torch.dtype) -> None:
-        # Only that can run it imports Triton.
+        # Only what can run it imports Triton.
         from hotset.kernels.widen_kv import widen_kv
 
         self._widen_kv = widen_kv
         self._caches = arena.layers
         device = arena.storage.device
-        self._most_values = max(cache[0].numel() for cache in arena.layers)
-        self.num_blocks = max(1, WIDENED_BYTES // (self._most_values * dtype.itemsize))
-        self._memory = torch.zeros(self.num_blocks * self._most_values, dtype=dtype, device=device)
+        most_values = max(cache[0].numel() for cache in arena.layers)
+        self.num_blocks = max(1, WIDENED_BYTES // (most_values * dtype.itemsize))
+        self._memory = torch.zeros(self.num_blocks * most_values, dtype=dtype, device=device)
         self._block_ids = torch.full((self.num_blocks,), -1, dtype=torch.int32, device=device)
         self.places = torch.arange(self.num_blocks, dtype=torch.int32, device=device)
 
