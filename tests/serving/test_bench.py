@@ -457,6 +457,9 @@ def test_arms_follow_from_the_expert_options_where_none_are_named(d_small: list[
     with pytest.raises(ConfigError, match="rounds the only copy of the experts"):
         check_arms(["resident", "experts"], rounded)
     check_arms(["resident"], rounded)
+    on_disk = EngineConfig(expert_slots=2, expert_host_gib=1.0)
+    with pytest.raises(ConfigError, match=r"expert_host_gib is 1\.0, which leaves experts on disk"):
+        check_arms(["resident", "experts"], on_disk)
 
 
 def test_prefetch_and_rounding_of_experts_are_reported(d_small: list[str]) -> None:

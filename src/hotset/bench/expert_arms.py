@@ -23,12 +23,24 @@ def check_arms(arms: list[str], config: EngineConfig) -> None:
             "expert_slots, expert_gib, hot_gib or total_gib"
         )
     others = [arm for arm in arms if arm != RESIDENT]
-    if RESIDENT in arms and others and config.expert_cold_dtype != "auto":
+    reason = why_not_with_resident(config)
+    if RESIDENT in arms and others and reason is not None:
         raise ConfigError(
-            f"expert_cold_dtype is {config.expert_cold_dtype}, which rounds the only copy of the "
-            f"experts, so that {RESIDENT} cannot have them in one call with {','.join(others)}; "
+            f"{reason}, so that {RESIDENT} cannot have them in one call with {','.join(others)}; "
             "give it a call of its own"
         )
+
+
+def why_not_with_resident(config: EngineConfig) -> str | None:
+    """What keeps the experts from being all on the device in the same call; None where nothing."""
+    if config.expert_cold_dtype != "auto":
+        return (
+            f"expert_cold_dtype is {config.expert_cold_dtype}, which rounds the only copy of the "
+            "experts"
+        )
+    if config.expert_host_gib is not None:
+        return f"expert_host_gib is {config.expert_host_gib}, which leaves experts on disk"
+    return None
 
 
 def needs_host_experts(arms: list[str], config: EngineConfig) -> bool:

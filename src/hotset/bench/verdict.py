@@ -92,7 +92,10 @@ def _without_comparison(result: BenchResult, tiered: list[str]) -> str:
         return "No verdict: no run ended."
     if experts := {"resident", "experts"} & set(result.arms):
         missing = ", ".join(sorted({"resident", "experts"} - experts))
-        return f"No verdict: `{missing}` was not run; compare with --arms resident,experts."
+        return (
+            f"No verdict: `{missing}` was not run; compare with --arms resident,experts, or with a "
+            "call of --arms resident where experts are rounded or on disk."
+        )
     missing = "`hot`" if tiered else "`host` or `host+disk`"
     return f"No verdict: {missing} was not run; compare with --arms hot,host."
 

@@ -242,13 +242,15 @@ def _choose(
 
 def _arms(preset: Preset, config: EngineConfig, against: str | None) -> list[str]:
     """What runs where no arms are named."""
+    from hotset.bench.expert_arms import why_not_with_resident
+
     if against is not None:
         return []
     if config.total_gib is not None and "resident" in preset.arms:
         return ["experts"]
     if not config.buffers_experts:
         return list(preset.arms)
-    return ["resident", "experts"] if config.expert_cold_dtype == "auto" else ["experts"]
+    return ["resident", "experts"] if why_not_with_resident(config) is None else ["experts"]
 
 
 def _with_preset(
