@@ -62,7 +62,7 @@ if "has_post_expert_norm" in inspect.signature(use_experts_implementation).param
     OTHER_KINDS.append({"has_post_expert_norm": True})
 
 
-@pytest.mark.parametrize("kind", OTHER_KINDS, ids=str)
+@pytest.mark.parametrize("kind", OTHER_KINDS, ids=" ".join)
 def test_experts_of_any_other_kind_are_not(kind: dict[str, Any]) -> None:
     assert not has_silu_gate(make_layer(**kind))
 
