@@ -163,9 +163,9 @@ class FlashInferBackend:
     def _make_widened(self) -> WidenedKV | None:
         """Where the kernel for Hopper is to attend to an 8-bit cache."""
         dtype, kv_dtype = self.kinds[0].dtype, self.arena.storage.dtype
-        if kv_dtype == dtype or not self._has_hopper_kernel(dtype, dtype):
+        if self._has_hopper_kernel(dtype, kv_dtype) or not self._has_hopper_kernel(dtype, dtype):
             return None
-        return None if self._has_hopper_kernel(dtype, kv_dtype) else WidenedKV(self.arena, dtype)
+        return WidenedKV(self.arena, dtype)
 
     def _has_hopper_kernel(self, dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
         from flashinfer.utils import determine_attention_backend
@@ -206,11 +206,11 @@ class FlashInferBackend:
         if n == 0:
             self._run_prefill(layer, query[:end], output[:end])
         elif n == end:
-            self._run_decode(layer, query[:n], output[:n])
+            self.attend(self._decode, layer, query[:n], output[:n])
         else:
             with self.beside():
                 self._run_prefill(layer, query[n:end], output[n:end])
-            self._run_decode(layer, query[:n], output[:n])
+            self.attend(self._decode, layer, query[:n], output[:n])
             self.join()
         if self.value_scales[layer] != 1:
             output[:end].mul_(self.value_scales[layer])
@@ -219,9 +219,6 @@ class FlashInferBackend:
     def _run_prefill(self, layer: int, query: torch.Tensor, output: torch.Tensor) -> None:
         wrappers = self._prefill_widened if self._is_widened else self._prefill
         self.attend(wrappers, layer, query, output, is_widened=self._is_widened)
-
-    def _run_decode(self, layer: int, query: torch.Tensor, output: torch.Tensor) -> None:
-        self.attend(self._decode, layer, query, output)
 
     def attend(
         self,
@@ -299,8 +296,8 @@ class FlashInferBackend:
     @property
     def can_record_prompts(self) -> bool:
         """Whether the kernel for prompts is one whose launch does not depend on the plan."""
-        dtype = self.kinds[0].dtype
-        return self._has_hopper_kernel(dtype, dtype if self.widens else self.arena.storage.dtype)
+        kv_dtype = self.arena.storage.dtype
+        return self.widens or self._has_hopper_kernel(self.kinds[0].dtype, kv_dtype)
 
     @property
     def widens(self) -> bool:
@@ -551,7 +548,6 @@ class StaticMixed:
             for kind in dict.fromkeys(backend.kinds)
         }
         self._decode = backend.mixed_wrappers(self.num_seqs, block_ids, is_prompts=False)
-        self._is_widened = backend.widens
         # No context is longer than S sequences have, but what a step is recorded with may be.
         most_blocks = max(len(block_ids), -(-max_num_tokens // backend.arena.block_size))
         self._prompts = backend.mixed_wrappers(
@@ -573,7 +569,8 @@ class StaticMixed:
         """Whether there is room for a step's sequences, as many tokens as it has."""
         if len(batch.sequences) > self.num_seqs:
             return False
-        return not self._is_widened or self._backend.can_widen(batch.sequences[batch.num_decodes :])
+        prompts = batch.sequences[batch.num_decodes :]
+        return not self._backend.widens or self._backend.can_widen(prompts)
 
     def plan(self, batch: Batch) -> None:
         """Plan a step that `holds` allows; rows beyond its tokens idle."""
@@ -595,7 +592,7 @@ class StaticMixed:
             prompts,
             num_seqs=num_seqs,
             first_row=first_row,
-            is_widened=self._is_widened,
+            is_widened=backend.widens,
         )
         backend.note_plan()
 
@@ -604,7 +601,7 @@ class StaticMixed:
         backend = self._backend
         output = self._outputs[backend.kinds[layer]][: len(query)]
         with backend.beside():
-            backend.attend(self._prompts, layer, query, output, is_widened=self._is_widened)
+            backend.attend(self._prompts, layer, query, output, is_widened=backend.widens)
         n = min(self.num_seqs, len(query))
         backend.attend(self._decode, layer, query[:n], output[:n])
         backend.join()
