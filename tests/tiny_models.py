@@ -1,9 +1,16 @@
 """Tiny random models of real architectures, built from their transformers configs."""
 
+import inspect
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.moe import use_experts_implementation
+
+# Of experts: not in transformers 5.17.
+HAS_POST_EXPERT_NORM = (
+    "has_post_expert_norm" in inspect.signature(use_experts_implementation).parameters
+)
 
 _COMMON = {
     "vocab_size": 256,

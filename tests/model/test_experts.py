@@ -1,7 +1,6 @@
 """Dynamic gating computes what transformers' own experts compute, for every kind of experts."""
 
 import copy
-import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engines import reference, run
-from tiny_models import make_model
+from tiny_models import HAS_POST_EXPERT_NORM, make_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import use_experts_implementation
@@ -97,7 +96,7 @@ KINDS = [
     for bias in (False, True)
     for gate in (False, True)
 ]
-if "has_post_expert_norm" in inspect.signature(use_experts_implementation).parameters:
+if HAS_POST_EXPERT_NORM:
     KINDS.append({"transposed": False, "bias": False, "gate": True, "norm": True})
 
 

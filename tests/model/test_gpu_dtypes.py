@@ -70,6 +70,8 @@ def test_8_bit_kv_is_attended_to_as_by_sdpa_launched_and_recorded(
         for true, one, other in zip(exact, expected, got, strict=True):
             # A last bit of 16 can be one of 8, so the two differ, but not in how much.
             assert difference(true, other) <= 2**0.5 * difference(true, one)
+            if family != "gemma2":  # 4 % from float32 itself, so two of it differ by more
+                assert difference(one, other) < 2.5e-2
     differences = [difference(one, other) for one, other in zip(wide, expected, strict=True)]
     assert 0 < max(differences) < 0.2
 
@@ -116,6 +118,8 @@ def test_8_bit_weights_compute_as_well_recorded_as_launched(family: str) -> None
         true = true.cuda()
         assert difference(true, other) <= 2**0.5 * difference(true, one)
         assert difference(wide, other) < 0.25
+        if family != "gemma2":  # 8 % from float32 itself
+            assert difference(one, other) < 8e-2
 
 
 def peak_device_bytes(load: Callable[[], PreTrainedModel]) -> tuple[int, int]:

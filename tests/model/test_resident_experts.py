@@ -1,12 +1,11 @@
 """Which layers the fused kernels compute, and where they find their weights."""
 
-import inspect
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model
+from tiny_models import HAS_POST_EXPERT_NORM, make_model
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
@@ -58,7 +57,7 @@ OTHER_KINDS: list[dict[str, Any]] = [
     {"layer": {"act": nn.GELU}},
     {"layer": {"ffn": 12}},  # rows of 24 bytes
 ]
-if "has_post_expert_norm" in inspect.signature(use_experts_implementation).parameters:
+if HAS_POST_EXPERT_NORM:
     OTHER_KINDS.append({"has_post_expert_norm": True})
 
 
