@@ -224,23 +224,33 @@ def resident_tiered(suite: Suite, specs: dict[str, Spec], hot_gib: float) -> Non
         suite.run("A512 host again", engine, replace(specs["A512"], seed=1200))
 
 
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Those that `engine_options` reads."""
+    parser.add_argument("--mixed-tokens", type=int)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-dtype", default="auto")
+
+
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """As `EngineConfig` names them."""
+    return {
+        "dtype": arguments.dtype,
+        "kv_dtype": arguments.kv_dtype,
+        "max_mixed_tokens": arguments.mixed_tokens,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--only", default="", help="Runs whose names begin with one of these.")
-    parser.add_argument("--mixed-tokens", type=int)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--kv-dtype", default="auto")
+    add_engine_options(parser)
     parser.add_argument("--rotation-s", type=float, help="Run B once more with rotation.")
     parser.add_argument("--resident-gib", type=float, default=105.0)
     arguments = parser.parse_args()
     sections = arguments.sections.split(",")
-    options = {
-        "dtype": arguments.dtype,
-        "kv_dtype": arguments.kv_dtype,
-        "max_mixed_tokens": arguments.mixed_tokens,
-    }
+    options = engine_options(arguments)
     loaded = load_dummy(MODEL, device="cuda", dtype=arguments.dtype)
     suite = Suite(arguments.out, loaded, options, tuple(arguments.only.split(",")))
     specs = {name: PRESETS[name].spec for name in ("A512", "A4096", "B", "C3", "C6")}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_suite import MODEL, Suite
+from gpu_suite import MODEL, Suite, add_engine_options, engine_options
 from torch.profiler import ProfilerActivity, profile
 
 from hotset.bench.driver import drive
@@ -87,18 +87,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--at", default="20,500,800", help="First steps of windows.")
     parser.add_argument("--preset", default="C6", choices=PRESETS)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--kv-dtype", default="auto")
-    parser.add_argument("--mixed-tokens", type=int)
+    add_engine_options(parser)
     parser.add_argument("--rotation-s", type=float)
     arguments = parser.parse_args()
     loaded = load_dummy(MODEL, device="cuda", dtype=arguments.dtype)
-    options = {
-        "dtype": arguments.dtype,
-        "kv_dtype": arguments.kv_dtype,
-        "max_mixed_tokens": arguments.mixed_tokens,
-        "rotation_s": arguments.rotation_s,
-    }
+    options = engine_options(arguments) | {"rotation_s": arguments.rotation_s}
     suite = Suite(arguments.out, loaded, options)
     with suite.engine(hot_gib=16, host_gib=64) as engine:
         watch = Watch(engine._runner.forward, [int(step) for step in arguments.at.split(",")])
