@@ -1,15 +1,25 @@
 """From prompts and chats to token ids."""
 
+import contextlib
 import inspect
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from jinja2 import TemplateError
 
 from hotset.errors import RequestError
 from hotset.model.loader import LoadedModel
 from hotset.model.tool_calls import HERMES_END, HERMES_START, MARKERS
 
 Message = Mapping[str, Any]
+
+_SYSTEM_ROLES = ("system", "developer")  # newer clients of OpenAI send `developer`
+ROLES = (*_SYSTEM_ROLES, "user", "assistant", "tool", "function")
+_ROLES_TEXT = ", ".join(ROLES[:-1]) + " or " + ROLES[-1]
+# Type of a part of a message's content -> where its text is.
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
 class PromptEncoder:
@@ -50,9 +60,10 @@ class PromptEncoder:
         """Encode a conversation with the model's chat template, up to where it would answer.
 
         Args:
-            messages: each has a `role`, and a `content` that is text or a list of text parts
-                (`{"type": "text", "text": ...}`); those of an assistant may have `tool_calls`,
-                those of a tool a `tool_call_id`.
+            messages: each has a `role` of `ROLES`, and a `content` that is text or a list of
+                text parts (`{"type": "text", "text": ...}`); those of an assistant may have
+                `tool_calls`, or a `refusal` in place of the content, those of a tool a
+                `tool_call_id`. `developer` is `system`.
             tools: what the model may call, as in the OpenAI API. A template without a place for
                 them gets them as a system message.
             template_options: further variables of the template, such as `enable_thinking`.
@@ -66,23 +77,40 @@ class PromptEncoder:
             )
         if not messages:
             raise RequestError("the chat has no messages; expected at least one")
-        plain = [_plain_message(message, i) for i, message in enumerate(messages)]
+        plain = _join_developer([_plain_message(one, i) for i, one in enumerate(messages)])
         options = dict(template_options or {})
         if reserved := sorted(options.keys() & self._reserved):
             raise RequestError(f"chat_template_kwargs cannot set {reserved[0]!r}")
         if "tools" in self._template:
             options["tools"] = list(tools) or None
         else:
-            plain = _without_tools(plain, tools)
+            plain = _without_tools(_cut_calls_as_text(plain), tools)
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                plain, tokenize=False, add_generation_prompt=True, **options
-            )
-        except Exception as error:  # a template is a program: it raises what it likes
-            raise RequestError(f"the chat template refused the messages: {error}") from error
+            text = self._render(plain, options)
+        except (
+            RequestError
+        ):  # it may read the arguments of calls as objects, which cut ones are not
+            written = _cut_calls_as_text(plain)
+            if written == plain:
+                raise
+            text = self._render(written, options)
         # The template has written the special tokens already.
         ids: list[int] = self._backend.encode(_utf8(text), add_special_tokens=False).ids
         return ids
+
+    def _render(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **options
+            )
+        except Exception as error:  # a template is a program: it raises what it likes
+            if type(error) is TemplateError:  # in its own words, as of the order of roles
+                raise RequestError(f"the chat template refused the messages: {error}") from error
+            raise RequestError(
+                "the chat template cannot write these messages; it failed with "
+                f"{type(error).__name__}: see the model's chat_template for what it expects"
+            ) from error
+        return text
 
     def decode(self, token_ids: Sequence[int], special: bool = False) -> str:
         """The text of token ids, special ones too if asked for. Raises RequestError for no id."""
@@ -101,54 +129,101 @@ class PromptEncoder:
 def _plain_message(message: Message, position: int) -> dict[str, Any]:
     where = f"message {position}"
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise RequestError(f"{where} has no role; expected {{'role': ..., 'content': ...}}")
-    plain: dict[str, Any] = {"role": message["role"]}
+        raise _refused(where, "has no role; expected {'role': ..., 'content': ...}")
+    role = message["role"]
+    if role not in ROLES:
+        raise _refused(where, f"has the role {role!r}; expected {_ROLES_TEXT}")
+    plain: dict[str, Any] = {"role": role}
     for key in ("name", "tool_call_id", "reasoning_content"):
         if message.get(key) is not None:
             plain[key] = str(message[key])
     if calls := message.get("tool_calls"):
         plain["tool_calls"] = [_plain_call(call, where) for call in _list(calls, where)]
+    elif call := message.get("function_call"):  # what came before `tool_calls`
+        plain["tool_calls"] = [_plain_call({"function": call}, where)]
     content = message.get("content")
     if isinstance(content, list):
-        parts = []
-        for part in content:
-            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-                raise RequestError(f"{where} has a part of type {kind!r}; only text is supported")
-            parts.append(part["text"])
-        content = "".join(parts)
-    if content is None and "tool_calls" in plain:
-        content = ""
+        content = "".join(_part_text(part, where) for part in content)
+    if role == "assistant":  # its answer may be a refusal, calls alone, or nothing at all
+        refusal = message.get("refusal")
+        if not isinstance(refusal, str | None):
+            raise _refused(where, "has a refusal that is no string")
+        content = content or refusal or ("" if content is None else content)
     if not isinstance(content, str):
-        raise RequestError(f"{where} has no text content; expected a string or text parts")
+        raise _refused(where, "has no text content; expected a string or text parts")
     return {**plain, "content": content}
+
+
+def _part_text(part: object, where: str) -> str:
+    """The text of one part of a message's content."""
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if not isinstance(part, Mapping) or not isinstance(kind, str) or kind not in _TEXT_PARTS:
+        raise _refused(where, f"has a part of type {kind!r}; only text is supported")
+    text = part.get(_TEXT_PARTS[kind])
+    if not isinstance(text, str):
+        raise _refused(where, f"has a part of type {kind!r} without its text; expected a string")
+    return text
+
+
+def _join_developer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with `developer` as `system`, which is what templates know.
+
+    Many templates have a place for one system message only, the first. So the first ones are
+    joined if some were the developer's; several that are all `system` stay as they were sent.
+    """
+    head = list(itertools.takewhile(lambda one: one["role"] in _SYSTEM_ROLES, messages))
+    if len(head) > 1 and any(one["role"] == "developer" for one in head):
+        joined = {"role": "system", "content": "\n\n".join(one["content"] for one in head)}
+        messages = [joined, *messages[len(head) :]]
+    return [{**one, "role": "system"} if one["role"] == "developer" else one for one in messages]
 
 
 def _list(value: object, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise RequestError(f"{where} has tool_calls that are no list")
+        raise _refused(where, "has tool_calls that are no list")
     return value
 
 
 def _plain_call(call: object, where: str) -> dict[str, Any]:
-    """A tool call as templates want it: its arguments as an object, not as text."""
+    """A tool call as templates want it: its arguments as an object, not as text.
+
+    Arguments that are no JSON stay text: a call that `max_tokens` cut is a part of the answer.
+    """
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RequestError(f"{where} has a tool call without a function name")
+        raise _refused(where, "has a tool call without a function name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError) as error:
-            raise RequestError(
-                f"{where} has a tool call whose arguments are no JSON: {error}"
-            ) from error
     assert isinstance(call, Mapping)
     return {
         "id": str(call.get("id", "")),
         "type": "function",
         "function": {"name": function["name"], "arguments": arguments},
     }
+
+
+def _cut_calls_as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with each call whose arguments are text written as a model writes its calls."""
+    written = []
+    for message in messages:
+        calls, content = [], message["content"]
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            if isinstance(function["arguments"], str):
+                name = json.dumps(function["name"], ensure_ascii=False)
+                text = f'{{"name": {name}, "arguments": {function["arguments"]}'
+                content = f"{content}\n{HERMES_START}\n{text}".lstrip("\n")
+            else:
+                calls.append(call)
+        rest = {key: value for key, value in message.items() if key != "tool_calls"}
+        written.append({**rest, "content": content, **({"tool_calls": calls} if calls else {})})
+    return written
+
+
+def _refused(where: str, what: str) -> RequestError:
+    return RequestError(f"{where} {what}")
 
 
 def _without_tools(
