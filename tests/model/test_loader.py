@@ -15,7 +15,7 @@ from tiny_models import make_model
 from tiny_tokenizer import make_tokenizer
 
 from hotset.errors import ConfigError, ModelError
-from hotset.model import checkpoint
+from hotset.model import fingerprint
 from hotset.model.loader import load_model
 
 
@@ -93,33 +93,33 @@ def test_loading_prints_nothing(folder: Path, capfd: pytest.CaptureFixture[str])
 def test_the_fingerprint_follows_content_and_not_names_or_times(
     folder: Path, tmp_path: Path
 ) -> None:
-    before = checkpoint.fingerprint(folder)
+    before = fingerprint.fingerprint(folder)
     copy = shutil.copytree(folder, tmp_path / "elsewhere")
     os.utime(copy / "model.safetensors", (1, 1))
-    assert checkpoint.fingerprint(copy) == before
+    assert fingerprint.fingerprint(copy) == before
 
     with (copy / "model.safetensors").open("r+b") as file:
         file.seek(-100, os.SEEK_END)
         byte = file.read(1)
         file.seek(-100, os.SEEK_END)
         file.write(bytes([byte[0] ^ 1]))
-    changed_weight = checkpoint.fingerprint(copy)
+    changed_weight = fingerprint.fingerprint(copy)
     assert changed_weight != before
 
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
-    assert checkpoint.fingerprint(copy) not in (before, changed_weight)
+    assert fingerprint.fingerprint(copy) not in (before, changed_weight)
 
 
 def test_the_sampled_fingerprint_sees_a_changed_tensor(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "FULL_HASH_BYTES", 0)
-    before = checkpoint.fingerprint(folder)
+    monkeypatch.setattr(fingerprint, "FULL_HASH_BYTES", 0)
+    before = fingerprint.fingerprint(folder)
 
     make_model("llama", seed=1, vocab_size=512).save_pretrained(folder)
 
-    assert checkpoint.fingerprint(folder) != before
+    assert fingerprint.fingerprint(folder) != before
 
 
 def test_shards_load_and_a_missing_one_is_named(folder: Path) -> None:

@@ -1,38 +1,23 @@
 """Read checkpoints: a folder of safetensors or a GGUF file, to a model in memory."""
 
 import contextlib
-import hashlib
 import io
 import json
-import math
-import os
-import re
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import safetensors
 import torch
 import transformers
 
 from hotset.errors import ModelError, TierError
 from hotset.model import weights
+from hotset.model.checkpoint_files import weight_files
 from hotset.model.expert_disk import ExpertSink
 
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
-
-FULL_HASH_BYTES = 4 * 2**30  # checkpoints up to this size are hashed byte for byte
-HASH_CHUNK_BYTES = 64 * 2**20
-HASH_STRIDE_BYTES = 2**20
-HASH_SAMPLE_BYTES = 16 * 2**10
-
-# As compressed-tensors, vLLM and ModelOpt write them.
-KV_SCALE_NAME = re.compile(r"\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.|)([kv])_scale$")
 
 
 def load_folder(
@@ -63,7 +48,7 @@ def load_folder(
     if not (folder / "config.json").is_file():
         hint = next((f"; it holds {f.name}: give that file" for f in folder.glob("*.gguf")), "")
         raise ModelError(f"{folder} has no config.json, so it is not a model's folder{hint}")
-    files = _weight_files(folder)
+    files = weight_files(folder)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -218,95 +203,6 @@ def _config_problem(folder: Path, error: Exception) -> str:
             f"{transformers.__version__} does not know; a newer transformers may"
         )
     return f"cannot use {folder}/config.json: {first_line(error)}"
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sorted by name, all of them present."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / WEIGHTS_INDEX).is_file():
-        other = next((f"; it has {f.name}" for f in folder.glob("*.bin")), "")
-        raise ModelError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{other}")
-    try:
-        shards = sorted(
-            set(json.loads((folder / WEIGHTS_INDEX).read_text())["weight_map"].values())
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder}/{WEIGHTS_INDEX} is damaged: {first_line(error)}") from error
-    files = [folder / shard for shard in shards]
-    if absent := [file.name for file in files if not file.is_file()]:
-        raise ModelError(
-            f"{folder} is incomplete: {len(absent)} of {len(files)} weight files are missing, "
-            f"first {absent[0]}"
-        )
-    return files
-
-
-def kv_scales(source: Path, num_layers: int) -> tuple[tuple[float, float], ...] | None:
-    """What each layer's keys and values were divided by when the checkpoint was calibrated.
-
-    They are scalars of names such as `model.layers.0.self_attn.k_scale`.
-
-    Returns:
-        A (key scale, value scale) for each layer, 1 for what is not named; None where none is.
-
-    Raises:
-        ModelError: a scale is not a number above 0.
-    """
-    if source.is_file():
-        return None
-    found: dict[tuple[int, str], float] = {}
-    for file in _weight_files(source):
-        with safetensors.safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # it is no dictionary
-                if not (match := KV_SCALE_NAME.search(name)):
-                    continue
-                scale = tensors.get_tensor(name).float()
-                if scale.numel() != 1 or not 0 < scale.item() < math.inf:
-                    raise ModelError(f"{source}: {name} is {scale.tolist()}, expected one above 0")
-                found[int(match[1]), match[2]] = scale.item()
-    if not found:
-        return None
-    return tuple((found.get((i, "k"), 1.0), found.get((i, "v"), 1.0)) for i in range(num_layers))
-
-
-def fingerprint(source: Path) -> str:
-    """Hash a checkpoint's config and weights: 32 hex digits, independent of names and times.
-
-    Checkpoints up to 4 GiB are hashed byte for byte. Of larger ones, 16 KiB at each MiB are,
-    beside each file's size: whatever changes a tensor of a MiB or more as a whole (another
-    training, a merge, another quantisation) is seen, an edit of single values may not be.
-    """
-    if source.is_file():
-        files, digest = [source], hashlib.blake2b(digest_size=16)
-    else:
-        config = json.loads((source / "config.json").read_text())
-        for key in ("_name_or_path", "transformers_version"):
-            config.pop(key, None)
-        files = _weight_files(source)
-        digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
-    sizes = [file.stat().st_size for file in files]
-    take = HASH_STRIDE_BYTES if sum(sizes) <= FULL_HASH_BYTES else HASH_SAMPLE_BYTES
-    chunks = [
-        (file, start, min(start + HASH_CHUNK_BYTES, size), take)
-        for file, size in zip(files, sizes, strict=True)
-        for start in range(0, size, HASH_CHUNK_BYTES)
-    ]
-    digest.update(repr(sizes).encode())
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
-        for chunk_digest in pool.map(_hash_chunk, chunks):
-            digest.update(chunk_digest)
-    return digest.hexdigest()
-
-
-def _hash_chunk(chunk: tuple[Path, int, int, int]) -> bytes:
-    file, start, end, take = chunk
-    digest = hashlib.blake2b(digest_size=16)
-    with file.open("rb", buffering=0) as handle:
-        for position in range(start, end, HASH_STRIDE_BYTES):
-            handle.seek(position)
-            digest.update(handle.read(min(take, end - position)))
-    return digest.digest()
 
 
 def first_line(error: Exception) -> str:

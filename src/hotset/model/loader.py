@@ -21,8 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hotset.errors import ConfigError, ModelError, PlanError
 from hotset.memory.budget import available_host_bytes
 from hotset.model import checkpoint, default_model, upcycled_model
+from hotset.model.checkpoint_files import kv_scales
 from hotset.model.expert_disk import ExpertSink
 from hotset.model.experts import COUNT_NAMES, experts_layers, move_but_experts
+from hotset.model.fingerprint import fingerprint
 from hotset.model.fp8 import FP8
 from hotset.model.fp8_linear import quantize_linears
 from hotset.model.router_skew import skew_routers
@@ -42,7 +44,7 @@ class LoadedModel:
         model: the transformers model: in eval mode, no gradients, on its device.
         tokenizer: None where the checkpoint brings none; see `require_tokenizer`.
         name: short, for the API.
-        fingerprint: 32 hex digits that change when the config or the weights do; see `checkpoint`.
+        fingerprint: 32 hex digits that change when the config or the weights do; see `fingerprint`.
         eos_token_ids: ids that end an answer, in no particular order.
         max_model_len: the longest context the model was made for, in tokens.
         kv_scales: for each layer, what keys and values divided by fit 8-bit floats best; None where
@@ -119,7 +121,7 @@ def load_model(
         fingerprint=_fingerprint(source, dtype),
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=_max_model_len(model, tokenizer, short_name),
-        kv_scales=checkpoint.kv_scales(source, model.config.get_text_config().num_hidden_layers),
+        kv_scales=kv_scales(source, model.config.get_text_config().num_hidden_layers),
     )
 
 
@@ -341,7 +343,7 @@ def _round(model: Any, dtype: str) -> None:
 
 def _fingerprint(source: Path, dtype: str) -> str:
     """Of the weights as they are used."""
-    stored = checkpoint.fingerprint(source)
+    stored = fingerprint(source)
     if dtype != "fp8":
         return stored
     return hashlib.blake2b(f"{stored} fp8".encode(), digest_size=16).hexdigest()

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, MixtralConfig
 
 from hotset.errors import ModelError
-from hotset.model import checkpoint, default_model, kept_folder
+from hotset.model import default_model, kept_folder
+from hotset.model.checkpoint_files import WEIGHTS
 
 NAME = "smollm2-135m-upcycled"
 NUM_EXPERTS = 8
@@ -82,7 +83,7 @@ def upcycle(
     config = _config(dense, num_experts, top_k)
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, torch.Tensor] = {}
-    with safe_open(dense / checkpoint.WEIGHTS, "pt") as tensors:
+    with safe_open(dense / WEIGHTS, "pt") as tensors:
         for name in sorted(tensors.keys()):
             tensor = tensors.get_tensor(name)
             before, _, matrix = name.partition(".mlp.")
@@ -98,7 +99,7 @@ def upcycle(
         router = torch.randn(num_experts, hidden_size, generator=generator) * _ROUTER_STD
         weights[f"model.layers.{layer}.block_sparse_moe.gate.weight"] = router.to(dtype)
     made.mkdir()
-    save_file(weights, made / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, made / WEIGHTS, metadata={"format": "pt"})
     config.dtype = dtype
     config.save_pretrained(made)
     for pattern in _KEPT_FILES:
@@ -119,10 +120,10 @@ def _config(dense: Path, num_experts: int, top_k: int) -> Any:
         fields = json.loads((dense / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{dense} has no config.json that can be read: {error}") from error
-    if fields.get("model_type") != "llama" or not (dense / checkpoint.WEIGHTS).is_file():
+    if fields.get("model_type") != "llama" or not (dense / WEIGHTS).is_file():
         raise ModelError(
             f"{dense} holds a {fields.get('model_type')!r} model; expected a 'llama' model with "
-            f"its weights in {checkpoint.WEIGHTS}"
+            f"its weights in {WEIGHTS}"
         )
     old = LlamaConfig(**fields)
     if old.attention_bias or old.mlp_bias:
