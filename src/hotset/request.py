@@ -3,9 +3,23 @@
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from hotset.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class TextForm:
+    """A form other than that of a JSON schema that an output must have.
+
+    Attributes:
+        kind: `regex`, for the whole output; `choice`, one of several texts; `grammar`, in Lark's
+            notation or in GBNF (`::=`).
+        source: the expression or the grammar; the texts as a JSON list.
+    """
+
+    kind: Literal["regex", "choice", "grammar"]
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +43,7 @@ class SamplingParams:
         logprobs: None is off; otherwise also return this many of the likeliest tokens.
         n: how many outputs for the same prompt.
         json_schema: the output must be JSON of this schema (`{}`: any JSON).
+        text_form: the output must have this form. Not together with `json_schema`.
     """
 
     max_tokens: int | None = 256
@@ -46,6 +61,7 @@ class SamplingParams:
     logprobs: int | None = None
     n: int = 1
     json_schema: dict[str, Any] | None = None
+    text_form: TextForm | None = None
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, expected: str) -> None:
@@ -63,6 +79,15 @@ class SamplingParams:
         check(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "0 to 20")
         check(1 <= self.n <= 128, "n", "1 to 128")
         check(all(self.stop), "stop", "non-empty strings")
+        if self.json_schema is not None and self.text_form is not None:
+            raise RequestError(
+                f"json_schema and {self.text_form.kind} are both given; expected one"
+            )
+
+    @property
+    def has_form(self) -> bool:
+        """Whether not every text may be the output."""
+        return self.json_schema is not None or self.text_form is not None
 
     @property
     def has_penalties(self) -> bool:

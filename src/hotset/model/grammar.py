@@ -1,4 +1,4 @@
-"""Structured output: which tokens may come next so that an output fits its JSON schema."""
+"""Structured output: which tokens may come next so that an output has the form asked for."""
 
 import functools
 import json
@@ -9,25 +9,58 @@ from typing import Any
 import llguidance
 import llguidance.hf
 import torch
+from llguidance.gbnf_to_lark import any_to_lark
 
 from hotset.errors import RequestError
+from hotset.request import SamplingParams
 
 # Between two JSON tokens: nothing, one space, or a line break with its indentation. Small models
 # that may write any amount of whitespace often write nothing else until their budget is gone.
 _COMPILE_OPTIONS = {"whitespace_pattern": r"(\n {0,16}| )?"}
-_CACHED_SCHEMAS = 64
+_CACHED_FORMS = 64
 
 
-class JsonGrammars:
-    """Compiles JSON schemas and computes token masks, with llguidance.
+class OutputMatcher:
+    """Follows one output through its grammar.
 
-    The wrapped tokenizer is built on first use, as that can take seconds. `matcher` may be called
-    from any thread.
+    Attributes:
+        error: one line once the output cannot go on, or ended before it was complete.
+    """
+
+    def __init__(
+        self, matcher: llguidance.LLMatcher, kind: str, eos_token_ids: frozenset[int]
+    ) -> None:
+        self.inner = matcher
+        self.error: str | None = None
+        self._kind = kind
+        self._eos_token_ids = eos_token_ids
+
+    def copy(self) -> "OutputMatcher":
+        """One of its own, at the same place."""
+        return OutputMatcher(self.inner.deep_copy(), self._kind, self._eos_token_ids)
+
+    def consume_token(self, token_id: int) -> None:
+        """Take in the token that was chosen; sets `error` where the grammar does not allow it."""
+        if self.error is not None:
+            return
+        if token_id in self._eos_token_ids and not self.inner.is_accepting():
+            self.error = f"{self._kind} cannot be followed: the output ended before it was complete"
+            return
+        self.inner.consume_token(token_id)
+        if self.inner.is_error():
+            self.error = f"{self._kind} cannot go on: {_first_line(self.inner.get_error())}"
+
+
+class Grammars:
+    """Compiles the forms of outputs and computes token masks, with llguidance.
+
+    The wrapped tokenizer is built on first use, as that can take seconds. `check` and `matcher`
+    may be called from any thread.
 
     Args:
-        tokenizer: a fast transformers tokenizer, or None (each schema is refused).
+        tokenizer: a fast transformers tokenizer, or None (each form is refused).
         vocab_size: V, the width of the logits; may be more than the tokenizer has.
-        eos_token_ids: the tokens that are allowed once the JSON is complete.
+        eos_token_ids: the tokens that are allowed once the output is complete.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -35,19 +68,31 @@ class JsonGrammars:
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
         self._lock = threading.Lock()
-        self._compile = functools.lru_cache(_CACHED_SCHEMAS)(self._compile_uncached)
+        self._compile = functools.lru_cache(_CACHED_FORMS)(self._compile_uncached)
 
-    def matcher(self, schema: dict[str, Any]) -> llguidance.LLMatcher:
-        """A fresh matcher for `schema`.
+    def check(self, params: SamplingParams) -> None:
+        """Raise RequestError where no output can have the form that `params` ask for."""
+        if params.ignore_eos:
+            raise RequestError(
+                f"ignore_eos cannot be used with {_kind(params)}: the output must end"
+            )
+        self.matcher(params)
+
+    def matcher(self, params: SamplingParams) -> OutputMatcher:
+        """A fresh matcher of the form that `params` ask for.
 
         Raises:
-            RequestError: the schema is wrong, too complex or uses what is not supported.
+            RequestError: the form is wrong, too complex or uses what is not supported.
         """
+        if params.text_form is not None:
+            source = params.text_form.source
+        else:
+            source = json.dumps(params.json_schema)
         # deep_copy of one object from two threads at once would raise.
         with self._lock:
-            return self._compile(json.dumps(schema)).deep_copy()
+            return self._compile(_kind(params), source).copy()
 
-    def mask(self, logits: torch.Tensor, matchers: dict[int, llguidance.LLMatcher]) -> None:
+    def mask(self, logits: torch.Tensor, matchers: dict[int, OutputMatcher]) -> None:
         """Set the logits of all tokens that may not come next to -inf, in place.
 
         Args:
@@ -57,7 +102,7 @@ class JsonGrammars:
         num_words = (self._llguidance.vocab_size + 31) // 32
         bits = torch.zeros((len(matchers), num_words), dtype=torch.int32)
         self._executor.unsafe_compute_mask_ptr(
-            [(matcher, i) for i, matcher in enumerate(matchers.values())],
+            [(matcher.inner, i) for i, matcher in enumerate(matchers.values())],
             bits.data_ptr(),
             num_words * bits.itemsize,
             len(matchers),
@@ -75,33 +120,65 @@ class JsonGrammars:
 
     @functools.cached_property
     def _llguidance(self) -> llguidance.LLTokenizer:
+        return llguidance.hf.from_tokenizer(
+            self._tokenizer,
+            n_vocab=max(self._vocab_size, len(self._tokenizer)),
+            eos_token=self._eos_token_ids,
+        )
+
+    def _compile_uncached(self, kind: str, source: str) -> OutputMatcher:
         if self._tokenizer is None:
-            raise RequestError("json_schema needs a tokenizer, and this model has none")
+            raise RequestError(f"{kind} needs a tokenizer, and this model has none")
         if not self._eos_token_ids:
-            raise RequestError("json_schema needs an end-of-sequence token; this model has none")
+            raise RequestError(f"{kind} needs an end-of-sequence token; this model has none")
         try:
-            return llguidance.hf.from_tokenizer(
-                self._tokenizer,
-                n_vocab=max(self._vocab_size, len(self._tokenizer)),
-                eos_token=self._eos_token_ids,
-            )
+            tokenizer = self._llguidance
         except ValueError as error:
             raise RequestError(
-                f"json_schema cannot be used with this model's tokenizer: {_one_line(error)}"
+                f"{kind} cannot be used with this model's tokenizer: {_first_line(error)}"
             ) from error
-
-    def _compile_uncached(self, schema: str) -> llguidance.LLMatcher:
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(
-                schema, overrides=_COMPILE_OPTIONS
-            )
+            grammar = _grammar(kind, source)
         except ValueError as error:
-            raise RequestError(f"json_schema cannot be used: {_one_line(error)}") from error
-        matcher = llguidance.LLMatcher(self._llguidance, grammar, log_level=0)
+            raise RequestError(f"{kind} cannot be used: {_first_line(error)}") from error
+        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise RequestError(f"json_schema cannot be used: {_one_line(matcher.get_error())}")
-        return matcher
+            raise RequestError(f"{kind} cannot be used: {_first_line(matcher.get_error())}")
+        return OutputMatcher(matcher, kind, frozenset(self._eos_token_ids))
 
 
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
+def _kind(params: SamplingParams) -> str:
+    return "json_schema" if params.text_form is None else params.text_form.kind
+
+
+def _grammar(kind: str, source: str) -> str:
+    """What llguidance takes. Raises ValueError."""
+    match kind:
+        case "json_schema":
+            text = llguidance.LLMatcher.grammar_from_json_schema(source, overrides=_COMPILE_OPTIONS)
+        case "regex":
+            text = llguidance.LLMatcher.grammar_from_regex(source)
+        case "choice":
+            texts = json.loads(source)
+            if not isinstance(texts, list) or not texts or not all(type(t) is str for t in texts):
+                raise ValueError("expected a list of texts, at least one")
+            quoted = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+            text = llguidance.LLMatcher.grammar_from_lark(f"start: {quoted}")
+        case "grammar":
+            try:
+                lark = any_to_lark(source)
+            except Exception as error:  # its parser raises IndexError and others, too
+                raise ValueError(f"expected Lark's notation or GBNF: {error}") from error
+            text = llguidance.LLMatcher.grammar_from_lark(lark)
+        case _:
+            raise AssertionError(kind)
+    grammar: str = text
+    return grammar
+
+
+def _first_line(error: object) -> str:
+    """The first line of a message; llguidance adds the parser's whole state below it."""
+    text = str(error).strip()
+    if text.startswith("regex parse error"):  # the expression, a marker below it, and the reason
+        return " ".join(text.split())[:300]
+    return " ".join(text.partition("<state>")[0].split())[:300]

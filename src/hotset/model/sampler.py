@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import llguidance
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
 
 from hotset.errors import RequestError
-from hotset.model.grammar import JsonGrammars
+from hotset.model.grammar import Grammars, OutputMatcher
 from hotset.request import Request, SamplingParams, TokenLogprob
 
 Array = npt.NDArray[Any]
@@ -108,12 +107,12 @@ class Sampler:
         self._has_kernel = self._device.type == "cuda"
         self._seed = seed
         self._tokenizer = tokenizer
-        self._grammars = JsonGrammars(tokenizer, vocab_size, eos_token_ids)
+        self._grammars = Grammars(tokenizer, vocab_size, eos_token_ids)
         self._num_unseeded = 0
         # What a running request needs beside its parameters, by request id.
         self._generators: dict[str, random.Random] = {}
         self._counts: dict[str, _TokenCounts] = {}
-        self._matchers: dict[str, llguidance.LLMatcher] = {}
+        self._matchers: dict[str, OutputMatcher] = {}
 
     def validate(self, params: SamplingParams) -> None:
         """Check what needs the model to be checked. May be called from any thread.
@@ -123,10 +122,8 @@ class Sampler:
         """
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids with this model")
-        if params.json_schema is not None:
-            if params.ignore_eos:
-                raise RequestError("ignore_eos cannot be used with json_schema: JSON must end")
-            self._grammars.matcher(params.json_schema)
+        if params.has_form:
+            self._grammars.check(params)
 
     def load_kernels(self, dtype: torch.dtype) -> None:
         """Compile what draws from logits of `dtype` on a GPU, so that no request waits for it."""
@@ -217,7 +214,7 @@ class Sampler:
         matchers = {
             i: self._matcher(request)
             for i, request in enumerate(requests)
-            if request.params.json_schema is not None
+            if request.params.has_form
         }
         if matchers:
             self._grammars.mask(logits, matchers)
@@ -234,9 +231,8 @@ class Sampler:
         def end(sampled: Sampled) -> None:
             for i, matcher in matchers.items():
                 matcher.consume_token(sampled.token_ids[rows[i]])
-                if matcher.is_error():
-                    error = " ".join(matcher.get_error().split())[:300]
-                    sampled.errors[requests[i].request_id] = f"json_schema cannot go on: {error}"
+                if matcher.error is not None:
+                    sampled.errors[requests[i].request_id] = matcher.error
             if logprobs is not None:
                 entries = _logprob_entries(
                     logprobs,
@@ -305,11 +301,10 @@ class Sampler:
             generator = self._generators[request.request_id] = random.Random(name)
         return generator
 
-    def _matcher(self, request: Request) -> llguidance.LLMatcher:
+    def _matcher(self, request: Request) -> OutputMatcher:
         matcher = self._matchers.get(request.request_id)
         if matcher is None:
-            assert request.params.json_schema is not None
-            matcher = self._grammars.matcher(request.params.json_schema)
+            matcher = self._grammars.matcher(request.params)
             self._matchers[request.request_id] = matcher
         return matcher
 
@@ -441,7 +436,7 @@ def _is_drawn_from_all(params: SamplingParams) -> bool:
 
 def _needs_logits_alone(params: SamplingParams) -> bool:
     """Whether nothing changes the logits, and nobody asks for more than the token."""
-    return params.logprobs is None and params.json_schema is None and not params.has_penalties
+    return params.logprobs is None and not params.has_form and not params.has_penalties
 
 
 def _logprob_entries(
