@@ -129,11 +129,18 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log-probability of a chosen token, and of the likeliest ones at its place."""
+    """The log-probability of a token, and of the likeliest ones at its place.
+
+    Attributes:
+        top: token ids with their log-probabilities, the likeliest first.
+        text_offset: index in the output's text of the character that the token begins with, or
+            goes on with.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    text_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,12 @@
 """From tokens to text: incremental decoding, stop strings, and the end of a request."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from hotset.errors import ModelError
+from hotset.model.token_text import TokenDecoder
 from hotset.request import FinishReason, Request, RequestOutput, TokenLogprob
 
 # The last tokens of the prompt let the decoder see that the output does not start a sentence:
@@ -48,7 +48,7 @@ class OutputProcessor:
         decoder = None
         if self._tokenizer is not None:
             context = request.token_ids[: request.prompt_len][-_CONTEXT_TOKENS:]
-            decoder = _Decoder(self._tokenizer, context)
+            decoder = TokenDecoder(self._tokenizer, context)
         self._sequences[request.request_id] = _Sequence(request, decoder)
 
     def append(
@@ -65,10 +65,9 @@ class OutputProcessor:
             token_id in self._eos_token_ids and not params.ignore_eos
         )
         sequence.token_ids.append(token_id)
+        offset = sequence.end if is_stop_token else sequence.feed(token_id)
         if logprob is not None:
-            sequence.logprobs.append(logprob)
-        if not is_stop_token:
-            sequence.feed(token_id)
+            sequence.logprobs.append(replace(logprob, text_offset=offset))
         self._changed[request.request_id] = sequence
         if is_stop_token or sequence.is_stopped:
             self.finish(request.request_id, FinishReason.STOP)
@@ -100,7 +99,7 @@ class _Sequence:
     """One output as it grows: `text`, `token_ids` and `logprobs` are what nobody has taken yet."""
 
     request: Request
-    decoder: "_Decoder | None"
+    decoder: TokenDecoder | None
     text: str = ""
     held: str = ""  # may be the start of a stop string
     token_ids: list[int] = field(default_factory=list)
@@ -109,9 +108,21 @@ class _Sequence:
     finish_reason: FinishReason | None = None
     error: str | None = None
 
-    def feed(self, token_id: int) -> None:
-        if self.decoder is not None:
+    @property
+    def end(self) -> int:
+        """The length of the text so far, with what is held back."""
+        return 0 if self.decoder is None else self.decoder.end
+
+    def feed(self, token_id: int) -> int:
+        """Take in a token; returns where in the text it begins."""
+        if self.decoder is None:
+            return 0
+        if self.request.params.logprobs is None:
             self._extend(self.decoder.feed(token_id))
+            return 0
+        text, offset = self.decoder.feed_at(token_id)
+        self._extend(text)
+        return offset
 
     def flush(self) -> None:
         if self.decoder is not None and not self.is_stopped:
@@ -153,43 +164,6 @@ class _Sequence:
         keep = len(held) - _possible_start(held, stop)
         self.text += held[:keep]
         self.held = held[keep:]
-
-
-class _Decoder:
-    """Decodes one output token by token, with the library's stream and an end it lacks."""
-
-    def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
-        self._tokenizer = tokenizer
-        # After a context that ends within a character the stream would repeat the context.
-        if tokenizer.decode(context, skip_special_tokens=True).endswith(
-            "\N{REPLACEMENT CHARACTER}"
-        ):
-            context = []
-        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
-        self._pending: list[int] = []  # not yet a whole character
-
-    def feed(self, token_id: int) -> str:
-        """The text that is certain with this token; empty in the middle of a character."""
-        self._pending.append(token_id)
-        try:
-            text: str | None = self._stream.step(self._tokenizer, token_id)
-        except Exception as error:
-            # This token changes how the ones before it decode, which were sent already. (The
-            # library raises plain Exceptions.) Go on with a new stream after them.
-            if "prefix" not in str(error).lower():
-                raise
-            text = self.flush()
-            self._stream = DecodeStream(skip_special_tokens=True)
-        if text is None:
-            return ""
-        self._pending.clear()
-        return text
-
-    def flush(self) -> str:
-        """The text of the tokens that were not a whole character, as far as it goes."""
-        text: str = self._tokenizer.decode(self._pending, skip_special_tokens=True)
-        self._pending.clear()
-        return text
 
 
 def _possible_start(text: str, stop: tuple[str, ...]) -> int:

@@ -264,7 +264,7 @@ def _packed(item: Report | _Accepted) -> Report | _Accepted:
             one.token_ids,
             None if one.finish_reason is None else one.finish_reason.value,
             one.error,
-            [(entry.token_id, entry.logprob, entry.top) for entry in one.logprobs],
+            [(e.token_id, e.logprob, e.top, e.text_offset) for e in one.logprobs],
             one.prompt_tokens,
             one.cached_tokens,
         )

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 
 from hotset.errors import RequestError
 from hotset.model.loader import LoadedModel
+from hotset.model.token_text import TokenBytes
 from hotset.model.tool_calls import HERMES_END, HERMES_START, MARKERS
 
 Message = Mapping[str, Any]
@@ -25,6 +26,9 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 class PromptEncoder:
     """Encodes text and chats for one model. May be used from any thread.
 
+    Attributes:
+        tokens: what each single token is.
+
     Raises:
         ModelError: the model has no tokenizer.
     """
@@ -36,6 +40,7 @@ class PromptEncoder:
         self._backend = self._tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self.tokens = TokenBytes(self._backend)
         self._template = str(self._tokenizer.chat_template or "")
         self._reserved = inspect.signature(self._tokenizer.apply_chat_template).parameters.keys()
         # Tool-call markers that are special tokens: the text of an output leaves them out.
@@ -118,11 +123,6 @@ class PromptEncoder:
             text: str = self._backend.decode(list(token_ids), skip_special_tokens=not special)
         except (OverflowError, TypeError) as error:
             raise RequestError(f"a token id cannot be decoded: {error}") from error
-        return text
-
-    def decode_token(self, token_id: int) -> str:
-        """The text of one token, special ones too; part of a character is U+FFFD."""
-        text: str = self._backend.decode([token_id], skip_special_tokens=False)
         return text
 
 

@@ -1,5 +1,6 @@
 """What the OpenAI API answers: whole bodies, and the chunks of a stream; no HTTP."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -44,6 +45,8 @@ class ChatWriter:
         self._call_prefix = f"call_{output_id(request_id, index).replace('#', '_')}"
         self._index = index
         self._is_first = True
+        # These add nothing to the text, so that the bytes of all tokens are those of the content.
+        self._left_out = encoder.tokens.special_ids.union(request.stop_token_ids)
         self._parser = None
         self._forced_text: str | None = "" if request.forces_tools else None
         if request.reads_tools:
@@ -124,12 +127,13 @@ class ChatWriter:
         if not self._request.logprobs:
             return None
 
+        tokens = self._encoder.tokens
+
         def entry(token_id: int, logprob: float) -> Json:
-            text = self._encoder.decode_token(token_id)
             return {
-                "token": text,
+                "token": tokens.name_of(token_id),
                 "logprob": max(logprob, _LEAST_LOGPROB),
-                "bytes": list(text.encode()),
+                "bytes": [] if token_id in self._left_out else list(tokens.bytes_of(token_id)),
             }
 
         return {
@@ -150,52 +154,55 @@ class TextWriter:
     def __init__(
         self, request: TextRequest, encoder: PromptEncoder, prompt: Sequence[int], index: int
     ) -> None:
-        self._encoder = encoder
+        self._tokens = encoder.tokens
         self._index = index
         self._with_logprobs = request.logprobs is not None
         self._echo = encoder.decode(prompt) if request.echo else ""
-        self._offset = 0
+        self._num_chars = self._echo_chars = 0
 
     def chunk(self, output: RequestOutput) -> Json | None:
         """A part of a text."""
-        text, self._echo = self._echo + output.text, ""
-        if not (text or output.finish_reason or output.logprobs):
+        if not (self._echo or output.text or output.finish_reason or output.logprobs):
             return None
         reason = output.finish_reason
-        return {
-            "index": self._index,
-            "text": text,
-            "logprobs": self._logprobs(output.logprobs),
-            "finish_reason": None if reason is None else reason.value,
-        }
+        return self._entry(output.text, output.logprobs, None if reason is None else reason.value)
 
     def whole(self, completion: Completion) -> Json:
         """A text."""
+        return self._entry(completion.text, completion.logprobs, completion.finish_reason)
+
+    def _entry(self, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> Json:
+        if self._echo:
+            text, self._echo, self._echo_chars = self._echo + text, "", len(self._echo)
+        self._num_chars += len(text)
         return {
             "index": self._index,
-            "text": self._echo + completion.text,
-            "logprobs": self._logprobs(completion.logprobs),
-            "finish_reason": completion.finish_reason,
+            "text": text,
+            "logprobs": self._logprobs(logprobs, reason),
+            "finish_reason": reason,
         }
 
-    def _logprobs(self, entries: Sequence[TokenLogprob]) -> Json | None:
+    def _logprobs(self, entries: Sequence[TokenLogprob], reason: str | None) -> Json | None:
         if not self._with_logprobs:
             return None
-        decode = self._encoder.decode_token
-        tokens = [decode(one.token_id) for one in entries]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(token)
+        # A stop string may have cut the tokens at the end off the text.
+        most = math.inf if reason is None else self._num_chars
         return {
-            "tokens": tokens,
+            "tokens": [self._tokens.name_of(one.token_id) for one in entries],
             "token_logprobs": [max(one.logprob, _LEAST_LOGPROB) for one in entries],
-            "top_logprobs": [
-                {decode(t): max(logprob, _LEAST_LOGPROB) for t, logprob in one.top}
-                for one in entries
-            ],
-            "text_offset": offsets,
+            "top_logprobs": [self._top(one) for one in entries],
+            "text_offset": [min(self._echo_chars + one.text_offset, most) for one in entries],
         }
+
+    def _top(self, one: TokenLogprob) -> dict[str, float]:
+        """The likeliest tokens by name, and the chosen one, as OpenAI has it.
+
+        Of tokens with the same name the likeliest counts.
+        """
+        found: dict[str, float] = {}
+        for token_id, logprob in (*one.top, (one.token_id, one.logprob)):
+            found.setdefault(self._tokens.name_of(token_id), max(logprob, _LEAST_LOGPROB))
+        return found
 
 
 def make_writers(
