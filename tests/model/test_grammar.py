@@ -146,6 +146,17 @@ def test_a_grammar_that_fails_on_the_way_is_reported_for_its_request() -> None:
     assert list(sampled.errors) == ["r"]
 
 
+def json_texts(sampler: Sampler, schema: dict[str, Any], num: int = 8) -> list[str]:
+    """Finished outputs of random logits, under several seeds."""
+    texts = []
+    for seed in range(num):
+        params = SamplingParams(json_schema=schema, temperature=1.0, seed=seed)
+        ids = generate(sampler, params, seed, most=2000)
+        assert ids[-1] in (EOS_TOKEN_ID, TOKENIZER.pad_token_id)
+        texts.append(TOKENIZER.decode(ids, skip_special_tokens=True))
+    return texts
+
+
 def words(sampler: Sampler, text_form: TextForm, num: int = 8) -> set[str]:
     """Outputs of random logits, under several seeds."""
     texts = set()
@@ -176,6 +187,8 @@ def test_an_output_follows_a_regex_a_choice_or_a_grammar() -> None:
     ("form", "line"),
     [
         (TextForm("regex", "("), "regex cannot be used: .*unclosed group"),
+        (TextForm("regex", r"[^\s\S]"), "regex cannot be used: no text at all"),
+        (TextForm("grammar", 'start: start "a"'), "grammar cannot be used: no text at all"),
         (TextForm("regex", "(?=a)b"), "regex cannot be used: .*look-around"),
         (TextForm("choice", "[]"), "choice cannot be used: expected a list of texts"),
         (TextForm("choice", '["a", 1]'), "choice cannot be used: expected a list of texts"),
@@ -205,3 +218,97 @@ def test_an_output_that_ends_before_it_is_complete_is_an_error() -> None:
     assert matcher.error == (
         "json_schema cannot be followed: the output ended before it was complete"
     )
+
+
+REF = {"$ref": "#"}
+PAIR = {"type": "object", "required": ["left"], "properties": {"left": {"$ref": "#/$defs/pair"}}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        REF,
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+        {"type": "object", "properties": {"a": REF}, "required": ["a"]},
+        {"type": "array", "items": REF, "minItems": 1},
+        {"$ref": "#/$defs/pair", "$defs": {"pair": PAIR}},
+        {"allOf": [{"type": "object", "required": ["a"]}, {"properties": {"a": REF}}]},
+        {"anyOf": [REF, {"type": "array", "prefixItems": [True, REF], "minItems": 2}]},
+        {"anyOf": []},
+        {"enum": []},
+        {"not": {}},
+        {"allOf": [{"type": "string"}, {"type": "null"}]},
+        {"allOf": [{"enum": ["a", "b"]}, {"enum": ["c"]}]},
+        {"type": "integer", "const": "a"},
+        {"type": "number", "minimum": 5, "maximum": 1},
+        {"type": "number", "exclusiveMinimum": 5, "exclusiveMaximum": 5},
+        {"type": "integer", "exclusiveMinimum": 5, "exclusiveMaximum": 6},
+        {"type": "string", "minLength": 3, "maxLength": 2},
+        {"type": "string", "pattern": "^a$", "minLength": 3},
+        {"type": "array", "items": False, "minItems": 1},
+        {"type": "object", "required": ["x"], "additionalProperties": False},
+        {"type": "object", "minProperties": 2, "maxProperties": 1},
+    ],
+)
+def test_a_schema_without_a_value_is_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="json_schema") as refused:
+        make_sampler().validate(SamplingParams(json_schema=schema))
+
+    assert "\n" not in str(refused.value)
+
+
+def test_a_refusal_says_where_a_schema_needs_itself() -> None:
+    schema = {"type": "object", "required": ["tree"], "properties": {"tree": PAIR}}
+    with pytest.raises(RequestError, match="required at #/tree/left"):
+        make_sampler().validate(SamplingParams(json_schema={**schema, "$defs": {"pair": PAIR}}))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [REF, {"type": "null"}]},
+        {"type": "array", "items": REF},
+        {"type": "object", "properties": {"a": REF}, "additionalProperties": False},
+        {
+            "type": "object",
+            "required": ["next"],
+            "properties": {"next": {"anyOf": [REF, {"type": "null"}]}},
+            "additionalProperties": False,
+        },
+    ],
+)
+def test_a_schema_that_may_hold_itself_ends(schema: dict[str, Any]) -> None:
+    sampler = make_sampler()
+    for seed in range(4):
+        params = SamplingParams(json_schema=schema, temperature=1.0, seed=seed)
+        ids = generate(sampler, params, seed, most=2000)
+        json.loads(TOKENIZER.decode(ids, skip_special_tokens=True))
+
+
+def test_what_may_be_left_out_is_where_it_could_never_end() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/pair"}, "b": {"type": "null"}},
+        "additionalProperties": False,
+        "$defs": {"pair": PAIR},
+    }
+    for text in json_texts(make_sampler(), schema):
+        assert json.loads(text) in ({}, {"b": None})
+
+
+@pytest.mark.parametrize(
+    ("schema", "line"),
+    [
+        ({"properties": []}, "'properties' at # is of type array; expected object"),
+        ({"properties": {"a": 1}}, "#/properties/a is of type integer; expected a schema"),
+        ({"anyOf": {}}, "'anyOf' at # is of type object; expected array"),
+        (
+            {"allOf": [{"items": 1}]},
+            "'items' at #/allOf/0 is of type integer; expected object or boolean or array",
+        ),
+        ({"const": float("nan")}, "cannot be written as JSON"),
+    ],
+)
+def test_a_malformed_schema_is_refused_by_its_place(schema: dict[str, Any], line: str) -> None:
+    with pytest.raises(RequestError, match=line):
+        make_sampler().validate(SamplingParams(json_schema=schema))

@@ -8,10 +8,12 @@ from typing import Any
 
 import llguidance
 import llguidance.hf
+import numpy as np
 import torch
 from llguidance.gbnf_to_lark import any_to_lark
 
 from hotset.errors import RequestError
+from hotset.model import json_schema
 from hotset.request import SamplingParams
 
 # Between two JSON tokens: nothing, one space, or a line break with its indentation. Small models
@@ -87,7 +89,7 @@ class Grammars:
         if params.text_form is not None:
             source = params.text_form.source
         else:
-            source = json.dumps(params.json_schema)
+            source = _dumps(params.json_schema)
         # deep_copy of one object from two threads at once would raise.
         with self._lock:
             return self._compile(_kind(params), source).copy()
@@ -139,23 +141,45 @@ class Grammars:
             ) from error
         try:
             grammar = _grammar(kind, source)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{kind} cannot be used: {_first_line(error)}") from error
         matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise RequestError(f"{kind} cannot be used: {_first_line(matcher.get_error())}")
+        if not self._has_output(matcher):
+            raise RequestError(f"{kind} cannot be used: no text at all has the form asked for")
         return OutputMatcher(matcher, kind, frozenset(self._eos_token_ids))
+
+    def _has_output(self, matcher: llguidance.LLMatcher) -> bool:
+        """Whether a first token is allowed, or none is needed."""
+        if matcher.is_accepting():
+            return True
+        bits = np.frombuffer(matcher.deep_copy().compute_bitmask(), np.uint32).copy()
+        for token_id in self._eos_token_ids:
+            bits[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+        return bool(bits.any())
 
 
 def _kind(params: SamplingParams) -> str:
     return "json_schema" if params.text_form is None else params.text_form.kind
 
 
+def _dumps(schema: object) -> str:
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except (ValueError, RecursionError, TypeError) as error:
+        raise RequestError(
+            f"json_schema cannot be written as JSON: {_first_line(error)}"
+        ) from error
+
+
 def _grammar(kind: str, source: str) -> str:
     """What llguidance takes. Raises ValueError."""
     match kind:
         case "json_schema":
-            text = llguidance.LLMatcher.grammar_from_json_schema(source, overrides=_COMPILE_OPTIONS)
+            text = llguidance.LLMatcher.grammar_from_json_schema(
+                json_schema.prepare(source), overrides=_COMPILE_OPTIONS
+            )
         case "regex":
             text = llguidance.LLMatcher.grammar_from_regex(source)
         case "choice":
