@@ -21,9 +21,9 @@ from hotset.engine.service import EngineService
 from hotset.errors import EngineError
 from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
+from hotset.model.inspection import inspect_model
 from hotset.model.loader import LoadedModel, load_model
 from hotset.model.prompt import PromptEncoder
-from hotset.model.runner import inspect_model
 from hotset.request import FinishReason, SamplingParams
 
 HOT_ONLY, TIERED = "hot tier alone", "with tiers"

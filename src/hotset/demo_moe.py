@@ -15,9 +15,9 @@ from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import EngineError, ModelError
 from hotset.model.experts import experts_layers, unpack_experts
+from hotset.model.inspection import inspect_model
 from hotset.model.loader import LoadedModel, load_model
 from hotset.model.prompt import PromptEncoder
-from hotset.model.runner import inspect_model
 from hotset.model.upcycled_model import NAME
 from hotset.request import FinishReason, SamplingParams
 

@@ -15,8 +15,8 @@ from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, ModelError, RequestError
 from hotset.memory.budget import make_budget
+from hotset.model.inspection import inspect_model
 from hotset.model.loader import LoadedModel
-from hotset.model.runner import inspect_model
 from hotset.request import FinishReason, SamplingParams, StepPlan
 
 MakeEngine = Callable[..., Engine]

@@ -22,7 +22,7 @@ from hotset.model.experts import (
     unpack_experts,
     use_dynamic_gating,
 )
-from hotset.model.runner import weights_bytes
+from hotset.model.inspection import weights_bytes
 
 MakeEngine = Callable[..., Engine]
 MOE_FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe"]

@@ -14,9 +14,9 @@ from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.model.fp8 import FP8
 from hotset.model.fp8_linear import Fp8Linear, can_be_fp8, quantize_linears, row_scales
+from hotset.model.inspection import weights_bytes
 from hotset.model.loader import load_dummy, load_model
 from hotset.model.merged_linear import MergedLinear, merge_linears
-from hotset.model.runner import weights_bytes
 
 TOKENS = torch.arange(3, 30).unsqueeze(0)
 

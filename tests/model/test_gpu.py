@@ -14,13 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from hotset.engine.engine import Engine
 from hotset.memory.arena import DeviceArena
 from hotset.model.flashinfer_attention import FlashInferBackend
-from hotset.model.runner import (
-    AttentionBackend,
-    GatherBackend,
-    ModelLayout,
-    ModelRunner,
-    inspect_model,
-)
+from hotset.model.inspection import ModelLayout, inspect_model
+from hotset.model.runner import AttentionBackend, GatherBackend, ModelRunner
 from hotset.request import Request, SamplingParams, StepItem, StepPlan
 
 MakeEngine = Callable[..., Engine]

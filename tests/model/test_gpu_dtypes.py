@@ -19,9 +19,10 @@ from hotset.memory.arena import DeviceArena
 from hotset.model.flashinfer_attention import FlashInferBackend
 from hotset.model.fp8 import FP8
 from hotset.model.fp8_linear import Fp8Linear, quantize_linears
+from hotset.model.inspection import ModelLayout, inspect_model, weights_bytes
 from hotset.model.loader import load_model
 from hotset.model.merged_linear import MergedLinear
-from hotset.model.runner import GatherBackend, ModelLayout, inspect_model, weights_bytes
+from hotset.model.runner import GatherBackend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 

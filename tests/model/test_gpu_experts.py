@@ -23,8 +23,9 @@ from hotset.model.expert_buffer import (
 )
 from hotset.model.experts import IMPLEMENTATION, dynamic_experts
 from hotset.model.flashinfer_attention import FlashInferBackend
+from hotset.model.inspection import inspect_model
 from hotset.model.resident_experts import is_fused
-from hotset.model.runner import ModelRunner, inspect_model
+from hotset.model.runner import ModelRunner
 
 MakeEngine = Callable[..., Engine]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

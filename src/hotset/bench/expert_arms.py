@@ -10,7 +10,7 @@ from hotset.config import EXPERT_OPTIONS, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.model.experts import experts_layers, unpack_experts
-from hotset.model.runner import weights_bytes
+from hotset.model.inspection import weights_bytes
 
 RESIDENT, EXPERTS = "resident", "experts"
 

@@ -33,9 +33,9 @@ from hotset.memory.budget import available_host_bytes
 from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
 from hotset.model.expert_buffer import slot_bytes_of
+from hotset.model.inspection import inspect_model
 from hotset.model.loader import LoadedModel, resolve_kv_dtype
 from hotset.model.routing_recorder import RoutingRecorder, write_routing
-from hotset.model.runner import inspect_model
 from hotset.plan.cost import CostModel
 from hotset.plan.experts import ExpertCost, link_of
 from hotset.plan.hardware import choose_hardware

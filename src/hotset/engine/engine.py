@@ -29,18 +29,14 @@ from hotset.memory.policy import PrefixPolicy, Rates
 from hotset.memory.slab import slot_bytes_for
 from hotset.memory.transfer import TierStack, make_copier
 from hotset.metrics import Metrics
+from hotset.model.config_sizes import largest
 from hotset.model.cpu_linear import pack_linears
 from hotset.model.expert_buffer import ExpertBuffer, buffer_experts
 from hotset.model.experts import experts_layers, pack_experts
+from hotset.model.inspection import inspect_model, weights_bytes, workspace_bytes
 from hotset.model.loader import LoadedModel, resolve_kv_dtype
 from hotset.model.routing_recorder import RoutingRecorder
-from hotset.model.runner import (
-    ModelRunner,
-    choose_backend,
-    inspect_model,
-    weights_bytes,
-    workspace_bytes,
-)
+from hotset.model.runner import ModelRunner, choose_backend
 from hotset.model.sampler import PendingTokens, Sampler
 from hotset.request import (
     UNKNOWN_TOKEN,
@@ -587,7 +583,7 @@ def _max_mixed_tokens(config: EngineConfig, model: PreTrainedModel, *, is_buffer
         # A step with prompts brings nearly all missing experts over the link, which takes longer
         # than to compute any tokens: the more of them share it, the better, decodes too.
         return config.max_num_batched_tokens
-    top_k: int = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    top_k = largest(model.config.get_text_config(), "num_experts_per_tok") or 1
     num_experts: int = layers[0].num_experts
     tokens = max(tokens, _MIXED_ROWS_PER_EXPERT * num_experts // top_k)
     return min(tokens, config.max_num_batched_tokens)

@@ -10,8 +10,8 @@ from hotset.memory.budget import fewest_blocks
 from hotset.memory.expert_cache import SlotBytes
 from hotset.memory.shared_region import SharedRegion
 from hotset.model.expert_buffer import experts_bytes, slot_bytes_of
+from hotset.model.inspection import ModelLayout, weights_bytes
 from hotset.model.loader import LoadedModel
-from hotset.model.runner import ModelLayout, weights_bytes
 from hotset.plan.expert_split import KVMemory, Split, Splitter, least_bytes
 from hotset.plan.experts import ExpertCost, Load, link_of
 from hotset.plan.hardware import choose_hardware, load_hardware

@@ -9,15 +9,22 @@ Measured on one Zen 5 core, 576 x 1536 weights read from memory, 16 rows: 456 us
 import torch
 from torch import nn
 
+from hotset.model.linear_reads import is_replaceable
+
 # Any number of rows runs; this is what the layout is chosen for. 256 measured the same.
 _PACKED_FOR_ROWS = 16
 
 
 class PackedLinear(nn.Module):
-    """What `nn.Linear` computes, from a packed copy of its weight; the weight is not kept."""
+    """What `nn.Linear` computes, from a packed copy of its weight; the weight is not kept.
+
+    It has what model code reads of a linear layer, but `weight` is made at each reading: layers
+    that are known to be read are left as they are, see `linear_reads`.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self._weight = torch.ops.mkldnn._reorder_linear_weight(
             linear.weight.detach(), _PACKED_FOR_ROWS
         )
@@ -28,6 +35,16 @@ class PackedLinear(nn.Module):
         """The `[out, in]` weight as it was, in memory of its own."""
         weight: torch.Tensor = self._weight.to_dense()
         return weight
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """As `dense_weight`."""
+        return self.dense_weight()
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """`[out]`, or None."""
+        return self._bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
@@ -40,7 +57,8 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module) -> None:
     """Replace the float32 linear layers of a model on the CPU, in place, one at a time.
 
-    Does nothing without oneDNN, on other devices and for other dtypes. A weight that is shared
+    Does nothing without oneDNN, on other devices and for other dtypes, and leaves layers whose
+    weight the model reads itself. A weight that is shared
     with the embedding is copied, as the embedding needs it as it is.
     """
     if not torch.backends.mkldnn.is_available():
@@ -48,8 +66,7 @@ def pack_linears(model: nn.Module) -> None:
     with torch.inference_mode():
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                # The exact class: a subclass may compute something else.
-                if type(child) is nn.Linear and _is_packable(child.weight):
+                if is_replaceable(child) and _is_packable(child.weight):
                     setattr(parent, name, PackedLinear(child))
 
 

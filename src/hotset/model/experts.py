@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from hotset.model.config_sizes import num_experts
 from hotset.model.cpu_linear import PackedLinear
 from hotset.model.resident_experts import is_fused, resident_experts
 
@@ -26,9 +27,6 @@ IMPLEMENTATION = "hotset"
 Experts: TypeAlias = Any
 
 _log = logging.getLogger(__name__)
-
-# What configs call the number of experts of a layer.
-COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,8 +48,7 @@ def use_dynamic_gating(model: PreTrainedModel) -> int:
         model.set_experts_implementation(IMPLEMENTATION)
         if all(layer.config._experts_implementation == IMPLEMENTATION for layer in layers):
             return len(layers)
-    config = model.config.get_text_config()
-    if layers or any((getattr(config, name, 0) or 0) > 1 for name in COUNT_NAMES):
+    if layers or num_experts(model.config.get_text_config()) > 1:
         _log.warning(
             "%s computes its experts in its own way, without dynamic gating", type(model).__name__
         )
@@ -60,11 +57,11 @@ def use_dynamic_gating(model: PreTrainedModel) -> int:
 
 @contextlib.contextmanager
 def without_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, experts that are not on the model's device add nothing and need not be there."""
+    """Within it, experts that are on `meta` or not on the model's device add nothing."""
     replaced = []
     for layer in experts_layers(model):
         weight = getattr(layer, up_name(layer), None)
-        is_elsewhere = weight is not None and weight.device != model.device
+        is_elsewhere = weight is not None and (weight.device != model.device or weight.is_meta)
         if is_elsewhere or hasattr(layer, "expert_host"):
             replaced.append((layer, getattr(layer, "expert_buffer", None)))
             layer.expert_buffer = _NoExperts()

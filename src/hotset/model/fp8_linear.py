@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from hotset.model.fp8 import FP8, FP8_MAX, to_fp8
+from hotset.model.linear_reads import is_replaceable
 
 _MULTIPLE = 16  # of both sizes of a weight, for the product
 _PIECE_VALUES = 2**20
@@ -89,15 +90,15 @@ def can_be_fp8(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of `model`, by name, that 8-bit weights can stand in for.
 
     Not the one that makes logits, where an error shows most, nor routers, which are tiny and whose
-    choices are all or nothing, nor sizes that the product does not know.
+    choices are all or nothing, nor layers that the model reads itself (see `linear_reads`), nor
+    sizes that the product does not know.
     """
     get_output = getattr(model, "get_output_embeddings", lambda: None)
     output = get_output()
     return {
         name: layer
         for name, layer in model.named_modules()
-        # The exact class: a subclass may compute something else.
-        if type(layer) is nn.Linear
+        if is_replaceable(layer)
         and layer is not output
         and name.rpartition(".")[2] not in _ROUTER_NAMES
         and layer.in_features % _MULTIPLE == 0

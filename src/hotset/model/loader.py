@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -22,8 +23,9 @@ from hotset.errors import ConfigError, ModelError, PlanError
 from hotset.memory.budget import available_host_bytes
 from hotset.model import checkpoint, default_model, upcycled_model
 from hotset.model.checkpoint_files import kv_scales
+from hotset.model.config_sizes import context_length, num_experts
 from hotset.model.expert_disk import ExpertSink
-from hotset.model.experts import COUNT_NAMES, experts_layers, move_but_experts
+from hotset.model.experts import experts_layers, move_but_experts
 from hotset.model.fingerprint import fingerprint
 from hotset.model.fp8 import FP8
 from hotset.model.fp8_linear import quantize_linears
@@ -33,7 +35,6 @@ from hotset.plan.catalog import find_config
 _log = logging.getLogger(__name__)
 
 HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "*.tiktoken"]
-CONTEXT_LENGTH_NAMES = ("max_position_embeddings", "max_sequence_length", "seq_length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,8 +327,8 @@ def _may_have_experts(source: Path) -> bool:
     except (OSError, ValueError):
         return False  # loading it says what is wrong
     parts = [config, config.get("text_config")] if isinstance(config, dict) else []
-    counts = [part.get(name) for part in parts if isinstance(part, dict) for name in COUNT_NAMES]
-    return any(isinstance(count, int) and count > 1 for count in counts)
+    named = [SimpleNamespace(**part) for part in parts if isinstance(part, dict)]
+    return any(num_experts(part) > 1 for part in named)
 
 
 def _round(model: Any, dtype: str) -> None:
@@ -449,10 +450,8 @@ def _eos_token_ids(model: Any, tokenizer: Any | None) -> tuple[int, ...]:
 
 
 def _max_model_len(model: Any, tokenizer: Any | None, name: str) -> int:
-    config = model.config.get_text_config()
-    for key in CONTEXT_LENGTH_NAMES:
-        if isinstance(length := getattr(config, key, None), int) and length > 0:
-            return length
+    if (named := context_length(model.config.get_text_config())) is not None:
+        return named
     length = getattr(tokenizer, "model_max_length", None)
     if isinstance(length, int) and length < 2**31:  # transformers writes 1e30 for "none"
         return length

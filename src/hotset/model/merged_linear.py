@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from hotset.model.fp8_linear import Fp8Linear
+from hotset.model.linear_reads import is_replaceable
 
 Linear: TypeAlias = nn.Linear | Fp8Linear
 
@@ -78,9 +79,9 @@ def merge_linears(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for names in _GROUPS:
             layers = [getattr(parent, name, None) for name in names]
-            # The exact class: a subclass may compute something else.
-            for kind in (nn.Linear, Fp8Linear):
-                linears: list[Linear] = [layer for layer in layers if type(layer) is kind]
+            plain: list[Linear] = [layer for layer in layers if is_replaceable(layer)]
+            fp8: list[Linear] = [layer for layer in layers if type(layer) is Fp8Linear]
+            for linears in (plain, fp8):
                 if len(linears) == len(names) and _are_alike(linears):
                     _merge(parent, names, linears)
 

@@ -3,146 +3,24 @@
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hotset.errors import HotsetError, ModelError
-from hotset.memory.arena import DeviceArena, LayerShape
-from hotset.model.attention import (
-    IMPLEMENTATION,
-    Attention,
-    LayerAttention,
-    PagedAttention,
-    ProbeAttention,
-    register,
-)
+from hotset.errors import ModelError
+from hotset.memory.arena import DeviceArena
+from hotset.model.attention import Attention, PagedAttention, register
 from hotset.model.batch import Batch, Inputs, make_batch
-from hotset.model.cpu_linear import PackedLinear
-from hotset.model.experts import use_dynamic_gating, without_experts
-from hotset.model.flashinfer_attention import (
-    WORKSPACE_BYTES,
-    FlashInferBackend,
-    why_unsupported,
-)
+from hotset.model.flashinfer_attention import FlashInferBackend, why_unsupported
+from hotset.model.inspection import ModelLayout
 from hotset.model.merged_linear import merge_linears
 from hotset.model.routing_recorder import RoutingRecorder
-from hotset.model.step_graphs import LARGEST_RECORDED, StepGraphs
-from hotset.model.widened_kv import WIDENED_BYTES
+from hotset.model.step_graphs import StepGraphs
 from hotset.request import StepPlan
 
 _log = logging.getLogger(__name__)
-
-_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-
-@dataclass(frozen=True, slots=True)
-class ModelLayout:
-    """What each layer of a model asks of its attention, and what a token leaves in the cache."""
-
-    layers: tuple[LayerAttention, ...]
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
-
-    @property
-    def kv_shapes(self) -> tuple[LayerShape, ...]:
-        """What each layer caches for a token."""
-        return tuple(layer.kv for layer in self.layers)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """KV bytes of one token over all layers."""
-        values = sum(2 * shape.num_kv_heads * shape.head_dim for shape in self.kv_shapes)
-        return values * self.kv_dtype.itemsize
-
-
-def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -> ModelLayout:
-    """Switch `model` to paged attention and find out what it caches, by running two tokens.
-
-    Args:
-        model: in eval mode, on its device; its experts may be elsewhere, and are left out then.
-        kv_dtype: of the stored keys and values; None is that of the model.
-
-    Raises:
-        ModelError: the model cannot run over a paged KV cache; says which part of it and why.
-    """
-    name = type(model).__name__
-    config = model.config.get_text_config()
-    if model.config.is_encoder_decoder:
-        raise ModelError(f"{name} is an encoder-decoder: only decoders are supported")
-    layer_types = getattr(config, "layer_types", None) or []
-    if unknown := sorted(set(layer_types) - _KNOWN_LAYER_TYPES):
-        raise ModelError(
-            f"{name} has layers of type {', '.join(unknown)}: "
-            f"supported are {', '.join(sorted(_KNOWN_LAYER_TYPES))}"
-        )
-    register()
-    try:
-        model.set_attn_implementation(IMPLEMENTATION)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{name} does not use transformers' attention interface") from error
-    use_dynamic_gating(model)
-    probe = ProbeAttention()
-    try:
-        with torch.inference_mode(), without_experts(model):
-            tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            positions = torch.arange(2, device=model.device).unsqueeze(0)
-            model(input_ids=tokens, position_ids=positions, use_cache=False, hotset=probe)
-    except HotsetError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{name} cannot run with paged attention: {error}") from error
-    num_layers = config.num_hidden_layers
-    missing = [layer for layer in range(num_layers) if layer not in probe.layers]
-    if missing or len(probe.layers) != num_layers:
-        raise ModelError(
-            f"{name}: {len(missing)} of {num_layers} layers (first: layer {missing[:1]}) do not "
-            "use transformers' attention interface, so their state cannot be paged"
-        )
-    for layer, layer_type in enumerate(layer_types):
-        if (layer_type == "sliding_attention") != (probe.layers[layer].sliding_window is not None):
-            raise ModelError(
-                f"{name}: layer {layer} is {layer_type} but its window does not say so"
-            )
-    layers = tuple(probe.layers[i] for i in range(num_layers))
-    return ModelLayout(layers, model.dtype, kv_dtype or model.dtype)
-
-
-def weights_bytes(model: PreTrainedModel) -> int:
-    """What the weights take, packed ones too."""
-    packed: int = sum(m.num_bytes for m in model.modules() if isinstance(m, PackedLinear))
-    return packed + sum(int(p.nbytes) for p in model.parameters())
-
-
-def workspace_bytes(
-    model: PreTrainedModel, layout: ModelLayout, *, max_tokens: int, max_seqs: int
-) -> int:
-    """What a step of `max_tokens` tokens takes at most beside weights and KV; an upper estimate.
-
-    Live at once: the residual stream and its norm, queries, keys and values, the two halves of
-    the feed-forward and their product, or of `top_k` experts these with input and output of each;
-    then the logits of `max_seqs` tokens and their float32 copy. On a GPU recorded steps have the
-    same once more, for as many tokens as they have, and logits at a fixed place; 8-bit KV is
-    widened there for prompts.
-    """
-    config = model.config.get_text_config()
-    hidden: int = config.hidden_size
-    ffn = 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)
-    if top_k := getattr(config, "num_experts_per_tok", None):
-        middle = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-        ffn = max(ffn, top_k * (2 * hidden + 3 * middle))
-    itemsize = model.dtype.itemsize
-    token_bytes = (6 * hidden + ffn) * itemsize
-    num_logits = min(max_seqs, max_tokens) * config.vocab_size
-    num_bytes = max_tokens * token_bytes + num_logits * (itemsize + 4)
-    if model.device.type == "cuda":
-        num_bytes += min(max_tokens, LARGEST_RECORDED) * token_bytes + 2 * num_logits * itemsize
-        num_bytes += WORKSPACE_BYTES
-        num_bytes += WIDENED_BYTES if layout.kv_dtype != layout.dtype else 0
-    return int(num_bytes)
 
 
 class AttentionBackend(Protocol):
