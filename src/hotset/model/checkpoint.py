@@ -2,9 +2,8 @@
 
 import contextlib
 import io
-import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 import transformers
 
 from hotset.errors import ModelError, TierError
-from hotset.model import weights
-from hotset.model.checkpoint_files import weight_files
+from hotset.model import leftovers, quantized, weights
+from hotset.model.checkpoint_files import Stored, read_config, read_headers, weight_files
 from hotset.model.expert_disk import ExpertSink
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -45,26 +44,35 @@ def load_folder(
     Raises:
         ModelError: it cannot be loaded; says why.
     """
-    if not (folder / "config.json").is_file():
-        hint = next((f"; it holds {f.name}: give that file" for f in folder.glob("*.gguf")), "")
-        raise ModelError(f"{folder} has no config.json, so it is not a model's folder{hint}")
-    files = weight_files(folder)
+    fields = read_config(folder)
+    quantized.check_config(folder, fields)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(_config_problem(folder, error)) from error
+        raise ModelError(_config_problem(folder, fields, error)) from error
     _check_architecture(config, folder)
+    stored = read_headers(weight_files(folder))
+    quantized.check_stored(folder, fields, stored)
     model = None
     if fp8 or device.type == "cuda":
-        model = _in_place(folder, files, config, device, dtype or config.dtype, fp8=fp8)
+        model = _in_place(folder, fields, stored, config, device, dtype or config.dtype, fp8=fp8)
     if model is None:
         if experts is not None:
-            _begin(experts, config, dtype)
+            _begin(experts, config, dtype, quantised=quantized.quant_config(fields) is not None)
         options = {}
-        if _quantization(config) == "fp8":  # its own kernels are downloads; others refuse
+        if quantized.quant_method(fields) == "fp8":  # its own kernels are downloads; others refuse
             options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
         with experts.catch_loaded() if experts is not None else contextlib.nullcontext():
-            model = _from_pretrained(folder, folder, device, dtype, config=config, **options)
+            model = _from_pretrained(
+                folder,
+                folder,
+                device,
+                dtype,
+                fields=fields,
+                stored=stored,
+                config=config,
+                **options,
+            )
     tokenizer = None
     if any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
         tokenizer = _load_tokenizer(folder, folder)
@@ -92,9 +100,19 @@ def load_gguf(file: Path, device: torch.device, dtype: torch.dtype | None) -> tu
 
 
 def _from_pretrained(
-    source: Path, folder: Path, device: torch.device, dtype: torch.dtype | None, **options: Any
+    source: Path,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    fields: Mapping[str, Any] | None = None,
+    stored: Mapping[str, Stored] | None = None,
+    **options: Any,
 ) -> Any:
-    """Load weights straight to `device`; `source` is what messages name."""
+    """Load weights straight to `device`; `source` is what messages name.
+
+    `fields` of config.json and what is `stored` tell which tensors may be left over.
+    """
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -105,26 +123,56 @@ def _from_pretrained(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
     except TierError:  # of experts on disk
         raise
     except Exception as error:  # whatever a bad file makes the libraries raise
-        raise ModelError(f"cannot load the weights of {source}: {first_line(error)}") from error
-    # Loading fills these with random numbers: a model that runs and speaks nonsense.
-    for problem in ("missing_keys", "mismatched_keys"):
-        if names := sorted(str(key) for key in report.get(problem) or ()):
-            raise ModelError(
-                f"{source} does not fit its config: {len(names)} {problem.replace('_', ' ')}, "
-                f"first {names[0]}; the checkpoint is incomplete or of another architecture"
-            )
+        raise ModelError(
+            f"cannot load the weights of {source}: {_loading_problem(error)}"
+        ) from error
+    if problem := _misfit(report, fields or {}, stored or {}):
+        raise ModelError(f"{source} does not fit its config: {problem}")
     return model
 
 
-def _begin(experts: ExpertSink, config: Any, dtype: torch.dtype | None) -> None:
+def _misfit(
+    report: Mapping[str, Any], fields: Mapping[str, Any], stored: Mapping[str, Stored]
+) -> str | None:
+    """What transformers found wrong with a checkpoint, and went on with; None is nothing."""
+    # Loading fills these two with random numbers: a model that runs and speaks nonsense.
+    if names := sorted(str(key) for key in report["missing_keys"]):
+        return (
+            f"{len(names)} missing keys, first {names[0]}; the checkpoint is incomplete or of "
+            "another architecture"
+        )
+    if wrong := sorted(report["mismatched_keys"]):
+        name, found, expected = wrong[0]
+        return (
+            f"{len(wrong)} tensors have other shapes, first {name}: stored {list(found)}, "
+            f"expected {list(expected)}; the config is of another model, or lacks a setting"
+        )
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    names = leftovers.leftovers(report["unexpected_keys"], shapes, fields)
+    return leftovers.leftovers_problem(names) if names else None
+
+
+def _loading_problem(error: Exception) -> str:
+    """Say in one line why transformers could not load weights."""
+    line = first_line(error)
+    if "automatic conversion of the weights" in line:  # points at a report that is not shown
+        return (
+            "tensors that belong together (of experts, say) differ in shape or number; the "
+            "checkpoint is damaged or of another architecture"
+        )
+    return line
+
+
+def _begin(experts: ExpertSink, config: Any, dtype: torch.dtype | None, *, quantised: bool) -> None:
     """Show the sink the shape of what is loaded next, if it is known."""
     dtype = dtype or config.dtype
-    if dtype is None or _quantization(config) is not None:
+    if dtype is None or quantised:
         return
     with torch.device("meta"):
         shape = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -133,7 +181,8 @@ def _begin(experts: ExpertSink, config: Any, dtype: torch.dtype | None) -> None:
 
 def _in_place(
     folder: Path,
-    files: list[Path],
+    fields: Mapping[str, Any],
+    stored: Mapping[str, Stored],
     config: Any,
     device: torch.device,
     dtype: torch.dtype | None,
@@ -146,17 +195,19 @@ def _in_place(
     attention = _first_attention(config)
     try:
         return weights.load_in_place(
-            config, folder, files, device, dtype, fp8=fp8, attn_implementation=attention
+            config,
+            folder,
+            fields,
+            stored,
+            device,
+            dtype,
+            fp8=fp8,
+            attn_implementation=attention,
         )
+    except ModelError:
+        raise
     except Exception as error:  # whatever a bad file makes the libraries raise
         raise ModelError(f"cannot load the weights of {folder}: {first_line(error)}") from error
-
-
-def _quantization(config: Any) -> str | None:
-    """How the weights of a checkpoint are quantised, in transformers' word."""
-    found = getattr(config, "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else None
-    return None if method is None else str(method)
 
 
 def _first_attention(config: Any | None) -> str:
@@ -184,22 +235,16 @@ def _check_architecture(config: Any, folder: Path) -> None:
         )
 
 
-def _config_problem(folder: Path, error: Exception) -> str:
+def _config_problem(folder: Path, fields: Mapping[str, Any], error: Exception) -> str:
     """Say in one line why `config.json` cannot be used."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as bad:
-        return f"{folder}/config.json is not JSON: {first_line(bad)}"
-    if not isinstance(config, dict) or "model_type" not in config:
-        return f"{folder}/config.json names no model_type, so it is not a transformers config"
-    if "auto_map" in config:
+    if "auto_map" in fields:
         return (
             f"{folder} needs Python code of its own (auto_map in config.json), which hotset "
             "does not run; use a model whose architecture transformers has"
         )
-    if config["model_type"] not in transformers.CONFIG_MAPPING:
+    if fields["model_type"] not in transformers.CONFIG_MAPPING:
         return (
-            f"{folder} is a {config['model_type']!r} model, which transformers "
+            f"{folder} is a {fields['model_type']!r} model, which transformers "
             f"{transformers.__version__} does not know; a newer transformers may"
         )
     return f"cannot use {folder}/config.json: {first_line(error)}"

@@ -3,7 +3,10 @@
 import json
 import math
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 
@@ -16,13 +19,94 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 KV_SCALE_NAME = re.compile(r"\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.|)([kv])_scale$")
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file, as the file's header says.
+
+    Attributes:
+        file: it is in.
+        dtype: in safetensors' word, such as `BF16`.
+        shape: of the tensor.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
+    """What safetensors files hold, by name; reads no weight.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
+    stored = {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # it is no dictionary
+                    tensor = tensors.get_slice(name)
+                    stored[name] = Stored(file, tensor.get_dtype(), tuple(tensor.get_shape()))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ModelError(
+                f"cannot load the weights of {file.parent}: {file.name} is damaged ({error})"
+            ) from error
+    return stored
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of a folder's config.json.
+
+    Raises:
+        ModelError: there is none, or it is no JSON object. A folder of another format is named as
+            what it is.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder} has no config.json, {_what_it_is(folder)}")
+    try:
+        fields = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise ModelError(f"{file} names no model_type, so it is not a transformers config")
+    return fields
+
+
+def _what_it_is(folder: Path) -> str:
+    """Say what a folder without config.json is, and the way out."""
+    if (folder / "adapter_config.json").is_file():
+        base = _base_model(folder)
+        return (
+            f"it is a LoRA adapter{base}, which hotset does not apply: merge it into its model "
+            "(peft's merge_and_unload), save that, and give its folder"
+        )
+    if (folder / "params.json").is_file() or next(folder.glob("consolidated*"), None):
+        return (
+            "it is in the format of Mistral's or Meta's own code (params.json, consolidated.*): "
+            "take the same model in transformers' format (config.json, model*.safetensors)"
+        )
+    if file := next(folder.glob("*.gguf"), None):
+        return f"so it is not a model's folder; it holds {file.name}: give that file"
+    return "so it is not a model's folder"
+
+
+def _base_model(folder: Path) -> str:
+    try:
+        name = json.loads((folder / "adapter_config.json").read_text("utf-8")).get(
+            "base_model_name_or_path"
+        )
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return f" of {name}" if name else ""
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, sorted by name, all of them present."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / WEIGHTS_INDEX).is_file():
-        other = next((f"; it has {f.name}" for f in folder.glob("*.bin")), "")
-        raise ModelError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{other}")
+        raise ModelError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{_others(folder)}")
     try:
         shards = sorted(
             set(json.loads((folder / WEIGHTS_INDEX).read_text())["weight_map"].values())
@@ -36,6 +120,27 @@ def weight_files(folder: Path) -> list[Path]:
             f"first {absent[0]}"
         )
     return files
+
+
+def _others(folder: Path) -> str:
+    """Say which weights of other formats a folder holds, and the way out."""
+    if (folder / "adapter_config.json").is_file():
+        return f", but {_what_it_is(folder)}"
+    if pickled := next(
+        (f for kind in ("bin", "pt", "pth") for f in folder.glob(f"*.{kind}")), None
+    ):
+        return (
+            f"; it has {pickled.name}, a format that may run code, which hotset does not read: "
+            "save the model again as safetensors (transformers' save_pretrained)"
+        )
+    if file := next(folder.glob("consolidated*.safetensors"), None):
+        return (
+            f"; it has {file.name}, in the format of Mistral's own code: take the same model in "
+            "transformers' format (model*.safetensors)"
+        )
+    if file := next(folder.glob("*.gguf"), None):
+        return f"; it has {file.name}: give that file"
+    return ""
 
 
 def kv_scales(source: Path, num_layers: int) -> tuple[tuple[float, float], ...] | None:

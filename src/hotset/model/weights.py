@@ -7,7 +7,7 @@ tensor of the files goes into its rows.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,9 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
+from hotset.errors import ModelError
+from hotset.model import leftovers, quantized
+from hotset.model.checkpoint_files import Stored
 from hotset.model.fp8_linear import Fp8Linear, quantize_linears
 from hotset.model.merged_linear import MergedLinear, merge_linears
 
@@ -49,7 +52,8 @@ class _Place:
 def load_in_place(
     config: Any,
     folder: Path,
-    files: Sequence[Path],
+    fields: Mapping[str, Any],
+    stored: Mapping[str, Stored],
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -63,7 +67,8 @@ def load_in_place(
     Args:
         config: of transformers.
         folder: has the generation config, if there is one.
-        files: all safetensors files of the checkpoint.
+        fields: of the folder's config.json.
+        stored: all tensors of the checkpoint.
         device: where the weights go.
         dtype: of what is not 8-bit.
         fp8: store the weights of linear layers in 8 bits; see `fp8_linear.can_be_fp8`.
@@ -74,55 +79,74 @@ def load_in_place(
         stacked, split, quantised, missing or of other shapes. `from_pretrained` knows more then.
 
     Raises:
-        Whatever a damaged file makes safetensors raise, and `torch.OutOfMemoryError`.
+        ModelError: the files hold a tensor that the model has no place for, and answers may depend
+            on it. Also whatever a damaged file makes safetensors raise, and
+            `torch.OutOfMemoryError`.
     """
-    stored = _shapes(files)
-    if stored is None or getattr(config, "quantization_config", None) is not None:
+    if quantized.quant_config(fields) is not None:
         return None
     with accelerate.init_empty_weights():  # buffers, which are computed, are made
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     model.tie_weights()
     if not _is_as_stored(model, stored):
         return None
+    _check_leftovers(model, folder, fields, stored)
     if fp8:
         quantize_linears(model)
     merge_linears(model)
     _allocate(model, device)
     places = _places(model)
-    for file in files:
+    for file in sorted({tensor.file for tensor in stored.values()}):
         _fill(file, places)
     with contextlib.suppress(OSError):  # there is none
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
 
 
-def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]] | None:
-    """The shape of each tensor; None where one is not of plain floats."""
-    shapes = {}
-    for file in files:
-        with safetensors.safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # it is no dictionary
-                tensor = tensors.get_slice(name)
-                if tensor.get_dtype() not in _FLOATS:
-                    return None
-                shapes[name] = tuple(tensor.get_shape())
-    return shapes
-
-
-def _is_as_stored(model: Any, stored: dict[str, tuple[int, ...]]) -> bool:
+def _is_as_stored(model: Any, stored: Mapping[str, Stored]) -> bool:
     """Whether each weight is in the files under its name or that of a weight it is tied to."""
     if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
         return False  # not all of one dtype
     if any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model)):
         return False  # values are moved, even where names and shapes stay
-    found: dict[int, bool] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        fits = stored.get(name) == tuple(tensor.shape)
-        if name in stored and not fits:
+    found: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names = found.setdefault(id(tensor), [])
+        if name not in stored:
+            continue
+        if stored[name].shape != tuple(tensor.shape) or stored[name].dtype not in _FLOATS:
             return False
-        found[id(tensor)] = found.get(id(tensor), False) or fits
-    return all(found.values())
+        names.append(name)
+    # Tied weights that are stored twice need not be equal, whatever the config says.
+    return all(names and _all_equal(names, stored) for names in found.values())
+
+
+def _all_equal(names: list[str], stored: Mapping[str, Stored]) -> bool:
+    if len(names) == 1:
+        return True
+    first, *others = (_read(name, stored) for name in names)
+    return all(torch.equal(first, other) for other in others)
+
+
+def _read(name: str, stored: Mapping[str, Stored]) -> torch.Tensor:
+    with safetensors.safe_open(stored[name].file, "pt") as tensors:
+        tensor: torch.Tensor = tensors.get_tensor(name)
+    return tensor
+
+
+def _check_leftovers(
+    model: Any, folder: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored]
+) -> None:
+    """Refuse tensors that the model has no place for, but for harmless ones."""
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    names = leftovers.leftovers(
+        stored.keys() - model.state_dict().keys(),
+        shapes,
+        fields,
+        model._keys_to_ignore_on_load_unexpected or (),
+    )
+    if names:
+        raise ModelError(f"{folder} does not fit its config: {leftovers.leftovers_problem(names)}")
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:

@@ -1,0 +1,136 @@
+"""Quantised checkpoints: which forms are read, and which are refused before a weight is read."""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from hotset.errors import ModelError
+from hotset.model.checkpoint_files import Stored
+from hotset.model.leftovers import is_harmless
+
+MODELOPT_FILE = "hf_quant_config.json"  # NVIDIA ModelOpt writes it, with or without config.json
+
+# In words of safetensors: what a weight that is not quantised is stored as, and what is an index
+# or a mask. Everything else is narrow or packed.
+_PLAIN = frozenset({"F64", "F32", "F16", "BF16", "I64", "U64", "BOOL"})
+
+# What transformers reads a method with, beside itself: modules, and the packages that bring them.
+_PACKAGES: dict[str, dict[str, str]] = {
+    "compressed-tensors": {"compressed_tensors": "compressed-tensors"},
+    "gptq": {"optimum": "optimum", "gptqmodel": "gptqmodel"},
+    "awq": {"gptqmodel": "gptqmodel"},
+    "bitsandbytes": {"bitsandbytes": "bitsandbytes"},
+    "auto-round": {"auto_round": "auto-round"},
+    "torchao": {"torchao": "torchao"},
+    "quark": {"quark": "amd-quark"},
+    "hqq": {"hqq": "hqq"},
+    "aqlm": {"aqlm": "aqlm"},
+}
+_TAKE = "take the model's unquantised weights, a checkpoint in FP8 blocks, or a GGUF file"
+
+
+def quant_method(fields: Mapping[str, Any]) -> str | None:
+    """How a config says the weights are quantised, in transformers' word; None is not at all.
+
+    Args:
+        fields: of config.json, as they are there.
+    """
+    config = quant_config(fields)
+    if config is None:
+        return None
+    if config.get("load_in_8bit") or config.get("load_in_4bit"):
+        return "bitsandbytes"
+    return str(config.get("quant_method", ""))
+
+
+def quant_config(fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a config, or of its text part."""
+    for part in (fields, fields.get("text_config")):
+        config = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if isinstance(config, Mapping) and config:
+            return config
+    return None
+
+
+def check_config(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Refuse a quantisation that cannot be read, by what the small files of a checkpoint say.
+
+    Args:
+        folder: is named in messages, and may hold `hf_quant_config.json`.
+        fields: of config.json.
+
+    Raises:
+        ModelError: names the method and the way out.
+    """
+    config, method = quant_config(fields), quant_method(fields)
+    if isinstance(fields.get("quantization"), Mapping) and not method:
+        bits = fields["quantization"].get("bits")
+        raise ModelError(
+            f"{folder} holds weights that MLX quantised ({bits} bits), which hotset does not read: "
+            f"{_TAKE}"
+        )
+    if config is None:
+        if algorithm := _modelopt_algorithm(folder):
+            raise ModelError(
+                f"{folder} holds weights that NVIDIA ModelOpt quantised ({algorithm}, says "
+                f"{MODELOPT_FILE}), which hotset does not read: {_TAKE}"
+            )
+        return
+    if not method:
+        raise ModelError(
+            f"{folder}/config.json has a quantization_config without quant_method, so how its "
+            f"weights are to be read is not known: {_TAKE}"
+        )
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING and method != "bitsandbytes":
+        by = "NVIDIA ModelOpt" if method.startswith("modelopt") else "a method of its own"
+        raise ModelError(
+            f"{folder} holds weights that {by} quantised (quant_method {method!r} in config.json), "
+            f"which hotset and transformers {transformers.__version__} do not read: {_TAKE}"
+        )
+    needed = _PACKAGES.get(method, {})
+    absent = [pip for module, pip in needed.items() if importlib.util.find_spec(module) is None]
+    if absent:
+        raise ModelError(
+            f"{folder} holds weights quantised by {method!r}, which need the package "
+            f"{' and '.join(absent)}: pip install {' '.join(absent)}, or {_TAKE}"
+        )
+
+
+def check_stored(folder: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
+    """Refuse narrow or packed tensors where the config names no quantisation.
+
+    Read as they are they would be weights without their scales.
+
+    Raises:
+        ModelError: names the first such tensor.
+    """
+    if quant_config(fields) is not None:
+        return
+    narrow = sorted(
+        name
+        for name, tensor in stored.items()
+        if tensor.dtype not in _PLAIN and not is_harmless(name, tensor.shape, fields)
+    )
+    if narrow:
+        raise ModelError(
+            f"{folder} stores {len(narrow)} tensors narrow or packed, first {narrow[0]} as "
+            f"{stored[narrow[0]].dtype}, but config.json has no quantization_config that says how "
+            f"to read them: {_TAKE}"
+        )
+
+
+def _modelopt_algorithm(folder: Path) -> str | None:
+    """What ModelOpt did to the weights; None where there is no such file, or just KV has scales."""
+    try:
+        fields = json.loads((folder / MODELOPT_FILE).read_text("utf-8"))
+        algorithm = fields["quantization"]["quant_algo"]
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return "in a form that is not known"
+    return None if algorithm is None else str(algorithm)

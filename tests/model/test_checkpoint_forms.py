@@ -1,0 +1,251 @@
+"""Checkpoints as people have them: read right, or refused with a line that names what they are."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import make_config, make_model
+
+from hotset.errors import ModelError
+from hotset.model import checkpoint
+from hotset.model.loader import load_model
+
+Tensors = dict[str, torch.Tensor]
+TOKENS = torch.arange(3, 30).unsqueeze(0)
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    make_model("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(llama: Path, tmp_path: Path) -> Path:
+    """A checkpoint of its own for each test."""
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def edit_weights(folder: Path, edit: Callable[[Tensors], Tensors]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(edit(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        out: torch.Tensor = model(TOKENS, use_cache=False).logits
+    return out
+
+
+def assert_same(folder: Path, expected: Any) -> None:
+    """The folder's model answers as `expected` does, loaded either way."""
+    loaded = load_model(str(folder), device="cpu", dtype="float32").model
+    torch.testing.assert_close(logits(loaded), logits(expected))
+
+
+def refusal(folder: Path, dtype: str = "float32") -> str:
+    with pytest.raises(ModelError) as caught:
+        load_model(str(folder), device="cpu", dtype=dtype)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not any(word in message for word in ("above report", "ignore_mismatched_sizes"))
+    return message
+
+
+def to_modelopt_fp8(tensors: Tensors) -> Tensors:
+    """Linear layers in 8 bits with one scale for each, as NVIDIA ModelOpt stores them."""
+    stored = {}
+    for name, tensor in tensors.items():
+        if not name.endswith("proj.weight"):
+            stored[name] = tensor
+            continue
+        scale = tensor.abs().max() / 448
+        stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale"] = scale
+        stored[name.replace("weight", "input_scale")] = torch.tensor(0.5)
+    return stored
+
+
+def test_modelopt_fp8_is_refused_wherever_it_says_so(folder: Path) -> None:
+    edit_weights(folder, to_modelopt_fp8)
+    # Nowhere: by the tensors themselves. `fp8` is the path of GPUs.
+    for dtype in ("float32", "fp8"):
+        message = refusal(folder, dtype)
+        assert "21 tensors narrow or packed" in message and "as F8_E4M3" in message
+
+    (folder / "hf_quant_config.json").write_text(
+        json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}})
+    )
+    assert "NVIDIA ModelOpt quantised (FP8, says hf_quant_config.json)" in refusal(folder)
+
+    edit_config(folder, quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
+    for dtype in ("float32", "fp8"):
+        assert "quant_method 'modelopt' in config.json" in refusal(folder, dtype)
+
+
+def test_modelopt_that_left_the_weights_alone_is_read(folder: Path) -> None:
+    quantization = {"quant_algo": None, "kv_cache_quant_algo": "FP8"}
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
+    scales = {
+        f"model.layers.{i}.self_attn.{kind}_proj.{kind}_scale": torch.tensor(0.5 + i)
+        for i in range(3)
+        for kind in "kv"
+    }
+    edit_weights(folder, lambda tensors: {**tensors, **scales})
+
+    assert_same(folder, make_model("llama"))
+    loaded = load_model(str(folder), device="cpu", dtype="float32")
+    assert loaded.kv_scales == ((0.5, 0.5), (1.5, 1.5), (2.5, 2.5))
+
+
+@pytest.mark.parametrize("where", ["config", "text_config"])
+def test_an_unknown_method_is_refused_before_weights_are_looked_at(
+    folder: Path, where: str
+) -> None:
+    (folder / "model.safetensors").unlink()
+    quantization = {"quantization_config": {"quant_method": "squeeze"}}
+    edit_config(folder, **(quantization if where == "config" else {"text_config": quantization}))
+    assert "quant_method 'squeeze'" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "need the package .*pip install .*gptqmodel"),
+        ({"quant_method": "awq", "bits": 4}, "need the package gptqmodel: pip install gptqmodel"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "pip install bitsandbytes"),
+        ({"quant_method": "compressed-tensors"}, "pip install compressed-tensors"),
+        ({"bits": 4}, "a quantization_config without quant_method"),
+    ],
+)
+def test_what_needs_a_package_names_it(
+    folder: Path, config: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    edit_config(folder, quantization_config=config)
+    with pytest.raises(ModelError, match=expected):
+        load_model(str(folder), device="cpu", dtype="float32")
+
+
+def test_mlx_is_named(folder: Path) -> None:
+    edit_config(folder, quantization={"group_size": 64, "bits": 4})
+    assert "MLX quantised (4 bits)" in refusal(folder)
+    edit_config(folder, quantization_config={"group_size": 64, "bits": 4})
+    assert "MLX quantised (4 bits)" in refusal(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "fp8"])
+@pytest.mark.parametrize(
+    ("name", "shape", "hint"),
+    [
+        (f"{Q_PROJ}.bias", (64,), "may lack attention_bias"),
+        (f"{Q_PROJ}.weight_scale", (64, 1), "scales of quantised weights"),
+        ("model.layers.3.mlp.gate_proj.weight", (96, 64), ""),
+        ("model.layers.0.self_attn.q_norm.weight", (16,), ""),
+        ("score.weight", (2, 64), ""),
+        ("model.layers.0.attn.bias", (64,), "may lack attention_bias"),
+    ],
+)
+def test_tensors_without_a_place_are_refused_by_name(
+    folder: Path, dtype: str, name: str, shape: tuple[int, ...], hint: str
+) -> None:
+    edit_weights(folder, lambda tensors: {**tensors, name: torch.ones(shape)})
+    message = refusal(folder, dtype)
+    assert f"1 tensors that the config has no place for, first {name}" in message
+    assert hint in message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "fp8"])
+def test_tensors_that_no_answer_depends_on_are_left_out(folder: Path, dtype: str) -> None:
+    expected = load_model(str(folder), device="cpu", dtype=dtype).model
+    edit_config(folder, num_nextn_predict_layers=1)
+    extras = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.3.eh_proj.weight": torch.ones(64, 128),
+        "mtp.layers.0.mlp.gate_proj.weight": torch.ones(96, 64),
+        "model.mtp_layers.0.norm.weight": torch.ones(64),
+        "model.vision_tower.patch.weight": torch.ones(4, 4),
+        "multi_modal_projector.linear_1.weight": torch.ones(4, 4),
+        "model.layers.0.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.uint8),
+        "model.layers.0.attn.masked_bias": torch.tensor(-1e4),
+        "model.position_ids": torch.arange(8),
+        "model.layers.0.self_attn.k_proj.k_scale": torch.tensor(0.5),
+        "model.layers.0.self_attn.q_scale": torch.tensor(0.5),
+    }
+    edit_weights(folder, lambda tensors: {**tensors, **extras})
+    loaded = load_model(str(folder), device="cpu", dtype=dtype).model
+    torch.testing.assert_close(logits(loaded), logits(expected))
+
+
+def test_tied_weights_that_are_stored_twice_and_differ_stay_two(tmp_path: Path) -> None:
+    model = make_model("llama", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=True)
+
+    assert_same(tmp_path, model)
+    whole = checkpoint.load_folder(tmp_path, torch.device("cpu"), torch.float32, fp8=True)[0]
+    assert whole.lm_head.weight is not whole.model.embed_tokens.weight
+    torch.testing.assert_close(logits(whole), logits(model))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "fp8"])
+def test_a_tensor_of_another_shape_is_named_with_both(folder: Path, dtype: str) -> None:
+    edit_config(folder, intermediate_size=80)
+    message = refusal(folder, dtype)
+    assert "9 tensors have other shapes" in message
+    assert "mlp.down_proj.weight: stored [64, 96], expected [64, 80]" in message
+
+
+def test_experts_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    make_model("qwen3_moe").save_pretrained(tmp_path)
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+
+    def cut(tensors: Tensors) -> Tensors:
+        return {**tensors, name: tensors[name][:16].contiguous()}
+
+    edit_weights(tmp_path, cut)
+    assert "differ in shape or number" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            "a LoRA adapter of org/base, .*merge",
+        ),
+        (["params.json", "consolidated.safetensors"], "format of Mistral's or Meta's own code"),
+        (
+            ["config.json", "consolidated.safetensors"],
+            "has consolidated.safetensors, in the format",
+        ),
+        (["config.json", "pytorch_model.bin"], "has pytorch_model.bin, .*save the model again"),
+        (["config.json", "adapter_config.json"], "a LoRA adapter"),
+        (["config.json", "model.gguf"], "has model.gguf: give that file"),
+        (["model.gguf"], "holds model.gguf: give that file"),
+    ],
+)
+def test_folders_of_other_formats_are_named(
+    tmp_path: Path, files: list[str], expected: str
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    if "config.json" in files:
+        make_config("llama").save_pretrained(tmp_path)
+    if "adapter_config.json" in files:
+        adapter = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(ModelError, match=expected):
+        load_model(str(tmp_path), device="cpu", dtype="float32")
