@@ -315,7 +315,6 @@ def _run(
         sequences = [turn.prompt_ids + turn.token_ids[:-1] for turn in turns]
         once = distinct_tokens(sequences)
         last_turns = [user.turns[-1] for user in users]
-        fetched = {t: n for t, n in metrics.cached_tokens.items() if t != "device"}
         return RunResult(
             turns=turns,
             wall_s=wall_s,
@@ -325,7 +324,7 @@ def _run(
             output_tokens=sum(len(turn.token_ids) for turn in turns),
             computed_tokens=metrics.computed_tokens,
             recomputed_tokens=metrics.computed_tokens - once,
-            fetched_tokens=sum(fetched.values()),
+            fetched_tokens=metrics.fetched_tokens,
             disk_read_tokens=metrics.moved_bytes["disk>host"] // token_bytes,
             preemptions=metrics.preemptions,
             faults=dict(metrics.faults),

@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from hotset.request import Request
+
 
 @dataclass(slots=True)
 class Metrics:
@@ -15,7 +17,9 @@ class Metrics:
     output_tokens: int = 0
     computed_tokens: int = 0  # tokens that went through the model
     recomputed_tokens: int = 0  # of these, computed before for the same request
-    cached_tokens: Counter[str] = field(default_factory=Counter)  # prefix hits by tier
+    cached_tokens: Counter[str] = field(default_factory=Counter)  # prefix hits by tier, see `found`
+    forked_tokens: int = 0  # of prompts, computed by another of their `n` outputs
+    resumed_tokens: Counter[str] = field(default_factory=Counter)  # by tier, after a preemption
     recompute_chosen_tokens: int = 0  # found in a colder tier, cheaper to compute
     preemptions: int = 0
     rotations: int = 0  # of these, ends of a turn
@@ -38,3 +42,23 @@ class Metrics:
     split_kv_bytes: int = 0  # of KV
     refetched_bytes: int = 0  # to the device, again for a request that lost them to preemption
     faults: Counter[str] = field(default_factory=Counter)  # by kind
+
+    @property
+    def fetched_tokens(self) -> int:
+        """Tokens that came from a tier below the device instead of being computed."""
+        found = self.cached_tokens + self.resumed_tokens
+        return found.total() - found["device"]
+
+    def found(self, request: Request, start: int, num_tokens: int, tier: str) -> None:
+        """Count tokens that a request need not compute, from `start` on.
+
+        What it had before it was preempted is resumed, what another output of its prompt had is
+        forked, and the rest is a prefix hit: no token of a prompt is one twice.
+        """
+        end = start + num_tokens
+        own_end = min(end, max(start, request.high_water_tokens))
+        forked_end = min(end, max(own_end, request.num_sibling_tokens))
+        self.resumed_tokens[tier] += own_end - start
+        self.forked_tokens += forked_end - own_end
+        self.cached_tokens[tier] += end - forked_end
+        request.num_cached_tokens += end - forked_end

@@ -152,6 +152,14 @@ class SpilledTail:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class ArrivedBlock:
+    """Content that a block of a request has without being computed: from where, how much."""
+
+    tier: str
+    num_tokens: int
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One sequence being generated. The scheduler owns it; nobody else changes it.
@@ -162,7 +170,7 @@ class Request:
         block_table: device block ids in token order.
         block_hashes: chained hashes of the leading full blocks, as far as computed.
         arriving: index into `block_table` -> key of the content that is on its way up.
-        arrived: index into `block_table` -> tokens of content it has, at or beyond
+        arrived: index into `block_table` -> the content it has, at or beyond
             `num_computed_tokens`.
         num_shared_blocks: of `block_table`, those that others had too when it was let in.
         resume: where the last partial block was spilled at preemption.
@@ -172,7 +180,11 @@ class Request:
         was_fetched: whether all that was found of it is, or comes, to the device ahead of its turn.
         pending_row: while the device is still choosing the last token, its row among the tokens
             of the step that chooses it; `token_ids` then ends with `UNKNOWN_TOKEN`.
+        num_cached_tokens: of the prompt, tokens that others had computed; one of `n` outputs has
+            those of the output that computed the prompt for it.
         high_water_tokens: the most tokens that were ever computed; more compute is recompute.
+        num_sibling_tokens: leading tokens of the prompt that another of its `n` outputs has
+            computed or found.
         priority: lower runs first; equal ones first come, first served.
         queued_s: when it last came to the end of the queue: its arrival, or the end of a turn.
         turn_start_s: when it was last let in; it then had `turn_start_tokens`.
@@ -193,7 +205,7 @@ class Request:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     arriving: dict[int, bytes] = field(default_factory=dict)
-    arrived: dict[int, int] = field(default_factory=dict)
+    arrived: dict[int, ArrivedBlock] = field(default_factory=dict)
     num_shared_blocks: int = 0
     resume: SpilledTail | None = None
     kept: list[bytes] = field(default_factory=list)
@@ -204,6 +216,7 @@ class Request:
     num_preemptions: int = 0
     num_cached_tokens: int = 0
     high_water_tokens: int = 0
+    num_sibling_tokens: int = 0
     queued_s: float = field(init=False)
     turn_start_s: float = 0.0
     turn_start_tokens: int = 0

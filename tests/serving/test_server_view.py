@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from openai.types import CompletionUsage
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -44,12 +46,49 @@ def test_top_shows_users_and_tiers_while_they_run(server: RunningServer) -> None
 
     shown = CliRunner().invoke(command, ["--url", server.url, "--api-key", KEY, "--once"])
     assert shown.exit_code == 0, shown.output
-    for text in ("tiny", "hot: device", "warm: host memory", "moving", "TTFT", "device → host"):
+    for text in (
+        *("tiny", "hot: device", "warm: host memory", "moving", "TTFT", "device → host"),
+        *("prefix hits", "forked", "resumed"),
+    ):
         assert text in shown.output
     as_json = CliRunner().invoke(command, ["--url", server.url, "--api-key", KEY, "--json"])
     assert json.loads(as_json.output)["model"] == "tiny"
     for stream in streams:
         stream.abort()
+
+
+def test_usages_add_up_to_the_counters_with_outputs_that_fork_and_requests_that_park(
+    server: RunningServer,
+) -> None:
+    def counter(name: str) -> float:
+        with server.http(headers={"authorization": f"Bearer {KEY}"}) as http:
+            lines = http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"hotset:{name}"))
+
+    def ask(prompt: list[int], **extra: object) -> CompletionUsage:
+        with server.openai() as client:
+            answer = client.completions.create(
+                model="tiny", prompt=prompt, extra_body={"ignore_eos": True}, **extra
+            )
+        assert answer.usage is not None
+        return answer.usage
+
+    usages = [ask([9, 8, 7] * 33, n=4, max_tokens=2) for _ in range(2)]
+    with ThreadPoolExecutor(12) as pool:
+        prompts = [[5 + i, 6, 7] * 9 for i in range(12)]
+        usages += pool.map(lambda prompt: ask(prompt, max_tokens=320), prompts)
+    cached = []
+    for usage in usages:
+        assert usage.prompt_tokens_details is not None
+        cached.append(usage.prompt_tokens_details.cached_tokens or 0)
+        assert cached[-1] < usage.prompt_tokens
+    assert cached[:2] == [0, 96]  # whole blocks of 99 tokens
+    assert counter("prefix_cache_hits_total") == counter("cached_tokens_total") == sum(cached)
+    assert counter("prefix_cache_queries_total") == sum(usage.prompt_tokens for usage in usages)
+    assert counter("forked_tokens_total") == 2 * 3 * 98
+    assert server.service.metrics.preemptions > 0 and counter("resumed_tokens_total") > 0
+    totals = fetch(server.url, KEY)["totals"]
+    assert totals["forked_tokens"] == 2 * 3 * 98
 
 
 def test_top_says_in_one_line_why_it_shows_nothing(server: RunningServer) -> None:

@@ -80,6 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             clock=self.clock,
         )
         self.requests: list[Request] = []
+        self.families: list[list[Request]] = []
         self.in_flight: list[Request] = []
         self.ids = itertools.count()
 
@@ -117,6 +118,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 for _ in range(n)
             ]
             self.requests += family
+            self.families.append(family)
             self.scheduler.add(family)
 
     @rule(which=st.integers(0, 100), more=st.lists(st.integers(0, 3), max_size=6))
@@ -190,6 +192,20 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert request.status is RequestStatus.WAITING and not request.block_table
             orders = [request.order for request in self.scheduler.running]
             assert orders == sorted(orders)
+
+    @invariant()
+    def found_tokens_are_counted_once(self) -> None:
+        if not hasattr(self, "kv"):
+            return
+        metrics = self.kv.metrics
+        usages = [max(one.num_cached_tokens for one in family) for family in self.families]
+        assert metrics.cached_tokens.total() == sum(usages)
+        for family, cached in zip(self.families, usages, strict=True):
+            assert 0 <= cached < family[0].prompt_len
+        prompts = ((len(family) - 1) * (family[0].prompt_len - 1) for family in self.families)
+        assert 0 <= metrics.forked_tokens <= sum(prompts)
+        if not metrics.preemptions:
+            assert metrics.resumed_tokens.total() == 0
 
     def teardown(self) -> None:
         if not hasattr(self, "kv"):

@@ -7,7 +7,7 @@ from typing import Any
 from hotset.bench.charts import Bar, Limit, bar_chart, chart
 from hotset.bench.report import number, rows, verification_line
 from hotset.bench.result import ArmRun, BenchResult
-from hotset.bench.verdict import fetched_tokens, link_busy_s
+from hotset.bench.verdict import fetched_share, fetched_tokens, link_busy_s
 from hotset.plan.html import STYLE
 from hotset.plan.svg import Line
 
@@ -78,8 +78,7 @@ def _tiles(result: BenchResult) -> str:
     if best.latency("ttft_s", "mean") is not None:
         tiles.append((f"{best.latency('ttft_s', 'mean'):.2f} s", f"mean TTFT, {best.arm}"))
     if best.engine:
-        share = fetched_tokens(best) / max(1, best.prompt_tokens)
-        tiles.append((f"{share:.0%}", f"of prompt tokens fetched, {best.arm}"))
+        tiles.append((f"{fetched_share(best):.0%}", f"of prompt tokens fetched, {best.arm}"))
     for run in runs:
         rate = run.engine.get("expert_hit_rate")
         if rate is not None:

@@ -101,9 +101,18 @@ def _without_comparison(result: BenchResult, tiered: list[str]) -> str:
 
 
 def fetched_tokens(run: ArmRun) -> int:
-    """Prompt tokens that came from a tier below the device."""
-    cached = run.engine.get("cached_tokens", {})
-    return int(sum(count for tier, count in cached.items() if tier != "device"))
+    """Tokens that came from a tier below the device: of prompts, or of preempted requests."""
+    return _from_below(run, "cached_tokens") + _from_below(run, "resumed_tokens")
+
+
+def fetched_share(run: ArmRun) -> float:
+    """The part of all prompts that came from a tier below the device, 0 to 1."""
+    return _from_below(run, "cached_tokens") / max(1, run.prompt_tokens)
+
+
+def _from_below(run: ArmRun, counter: str) -> int:
+    found = run.engine.get(counter, {})
+    return int(sum(count for tier, count in found.items() if tier != "device"))
 
 
 def link_busy_s(run: ArmRun) -> float:
@@ -115,15 +124,14 @@ def link_busy_s(run: ArmRun) -> float:
 
 def _gain(hot: ArmRun, best: ArmRun) -> str:
     saved = (hot.count("computed_tokens") or 0) - (best.count("computed_tokens") or 0)
-    fetched = fetched_tokens(best)
+    fetched, part = fetched_tokens(best), fetched_share(best)
     if saved <= 0:
         return "of scheduling, as no fewer tokens were computed" + _preemptions(hot, best)
     share = saved / max(1, hot.count("computed_tokens") or 0)
     reason = f"{saved:,} tokens ({share:.0%}) were not computed again"
     if fetched:
-        share = fetched / max(1, best.prompt_tokens)
         reason += (
-            f", as {fetched:,} ({share:.0%} of the prompts) came from slower tiers in "
+            f", as {fetched:,} ({part:.0%} of the prompts) came from slower tiers in "
             f"{_seconds(link_busy_s(best))} s of the link"
         )
     return reason + _preemptions(hot, best)

@@ -149,7 +149,10 @@ def _flows(status: Json) -> RenderableType:
         table.add_row(way.replace(">", " → "), f"{_bytes(rate)}/s{limit}")
     table.add_row("fetched / recomputed", f"{totals['fetched_tokens']:,} / "
         f"{totals['recompute_chosen_tokens'] + totals['recomputed_tokens']:,} tokens")  # fmt: skip
-    table.add_row("found in the hot tier", f"{totals['cached_tokens'].get('device', 0):,} tokens")
+    found, resumed = (sum(totals[name].values()) for name in ("cached_tokens", "resumed_tokens"))
+    table.add_row("prefix hits", f"{found:,} of {totals['prompt_tokens']:,}")
+    table.add_row("forked", f"{totals['forked_tokens']:,} tokens")
+    table.add_row("resumed", f"{resumed:,} tokens")
     table.add_row("parked to make room", f"{totals['preemptions']:,} times")
     experts = totals["experts"]
     if needed := experts["hits"] + experts["misses"]:

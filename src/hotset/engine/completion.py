@@ -12,7 +12,7 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int  # of the prompt, found instead of computed
+    cached_tokens: int  # of the prompt, found instead of computed; less than `prompt_tokens`
 
 
 @dataclass(slots=True)

@@ -143,6 +143,10 @@ class Scheduler:
                     others.remove(request)
         siblings = self._forks.pop(request.request_id, [])
         if siblings:  # the first ended before its prompt was computed: the next takes over
+            siblings[0].num_cached_tokens = request.num_cached_tokens
+            siblings[0].num_sibling_tokens = max(
+                request.high_water_tokens, request.num_sibling_tokens
+            )
             self.add(siblings)
         self.kv.release(request)
         request.status = RequestStatus.FINISHED
@@ -354,6 +358,8 @@ class Scheduler:
                 self.kv.fork(first, sibling)
                 self._start_turn(sibling)
             else:
+                sibling.num_cached_tokens = first.num_cached_tokens
+                sibling.num_sibling_tokens = sibling.prompt_len
                 insort(self.waiting, sibling, key=_order)
 
 

@@ -14,7 +14,7 @@ from hotset.memory.block_pool import BlockPool
 from hotset.memory.colder_tiers import ColderTiers, EndedTransfer
 from hotset.memory.policy import PrefixPolicy
 from hotset.metrics import Metrics
-from hotset.request import Request, SpilledTail
+from hotset.request import ArrivedBlock, Request, SpilledTail
 
 _DIGEST_BYTES = 16
 # Last, partial blocks of requests that have ended: so many are remembered, if so much of a block is
@@ -141,8 +141,7 @@ class KVCache:
         request.block_table = [shared[i] if i in shared else next(fresh) for i in range(len(known))]
         for i, part in enumerate(known):
             if part.place == "device":
-                request.arrived[i] = part.num_tokens
-                self._count_cached(request, "device", part.num_tokens)
+                request.arrived[i] = ArrivedBlock("device", part.num_tokens)
             elif part.place is not None:
                 self._wait_for(request, i, part)
         if self._tiers is not None:
@@ -199,12 +198,14 @@ class KVCache:
         while request.num_computed_tokens % self.block_size == 0:
             index = request.num_computed_tokens // self.block_size
             if index in request.arrived:
-                request.num_computed_tokens += request.arrived.pop(index)
+                found = request.arrived.pop(index)
             elif self._take_over(request, index):
-                request.num_computed_tokens += self.block_size
-                self._count_cached(request, "device", self.block_size)
+                found = ArrivedBlock("device", self.block_size)
             else:
                 break
+            start = request.num_computed_tokens
+            self.metrics.found(request, start, found.num_tokens, found.tier)
+            request.num_computed_tokens += found.num_tokens
         request.high_water_tokens = max(request.high_water_tokens, request.num_computed_tokens)
 
     def num_blocks_short(self, request: Request, more_tokens: int) -> int:
@@ -309,7 +310,8 @@ class KVCache:
         child.high_water_tokens = num_shared
         for block in child.block_table:
             self.pool.hold(block)
-        self._count_cached(child, "device", num_shared)
+        child.num_cached_tokens = parent.num_cached_tokens
+        self.metrics.forked_tokens += num_shared
 
     def preempt(self, request: Request) -> None:
         """Take the request's blocks; spill what no tier has yet, its last partial block too."""
@@ -474,8 +476,7 @@ class KVCache:
         for request, index in loading.waiters:
             del request.arriving[index]
             if ended.ok:
-                request.arrived[index] = loading.num_tokens
-                self._count_cached(request, loading.tier, loading.num_tokens)
+                request.arrived[index] = ArrivedBlock(loading.tier, loading.num_tokens)
             if loading.is_private:
                 self._drop_tail(request)
         if not ended.ok:
@@ -535,10 +536,6 @@ class KVCache:
         block = self.pool.acquire(part.key) if is_full else self.pool.claim(part.key)
         assert block is not None, "a block vanished between lookup and acquire"
         return block
-
-    def _count_cached(self, request: Request, tier: str, num_tokens: int) -> None:
-        request.num_cached_tokens += num_tokens
-        self.metrics.cached_tokens[tier] += num_tokens
 
     def _extend_hashes(self, request: Request) -> None:
         hashes, size = request.block_hashes, self.block_size

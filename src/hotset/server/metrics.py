@@ -106,9 +106,20 @@ class _Snapshot(Collector):
         yield _counter("prefix_cache_hits", "Of these, found in any tier.", sum(cached.values()))
         yield _labelled(
             "cached_tokens",
-            "Tokens found instead of computed, by tier.",
+            "Prompt tokens found instead of computed, by tier.",
             ("tier",),
             (((tier,), n) for tier, n in cached.items()),
+        )
+        yield _counter(
+            "forked_tokens",
+            "Prompt tokens that an output shares with another of its n outputs.",
+            metrics.forked_tokens,
+        )
+        yield _labelled(
+            "resumed_tokens",
+            "Tokens that a preempted request had again without computing them, by tier.",
+            ("tier",),
+            (((tier,), n) for tier, n in dict(metrics.resumed_tokens).items()),
         )
         for name, text in (("capacity", "Blocks a tier can hold."), ("used", "Blocks in use.")):
             gauge = GaugeMetricFamily(f"hotset:tier_{name}_blocks", text, labels=["tier"])
@@ -127,12 +138,14 @@ class _Snapshot(Collector):
         for name, rate in status.link_bytes_per_s.items():
             link.add_metric([name], rate)
         yield link
-        fetched = sum(n for tier, n in cached.items() if tier != "device")
         yield _labelled(
             "prefix_decisions_tokens",
             "Tokens found in a slower tier: fetched, or computed as that was cheaper.",
             ("choice",),
-            ((("fetch",), fetched), (("recompute",), metrics.recompute_chosen_tokens)),
+            (
+                (("fetch",), metrics.fetched_tokens),
+                (("recompute",), metrics.recompute_chosen_tokens),
+            ),
         )
         yield _counter(
             "recomputed_tokens",

@@ -231,7 +231,11 @@ def usage_body(completions: Sequence[Completion], n: int) -> Json:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {
-            "cached_tokens": sum(completion.cached_tokens for completion in completions[::n])
+            # The outputs of a prompt have the same; those that have not begun have none yet.
+            "cached_tokens": sum(
+                max(one.cached_tokens for one in completions[i : i + n])
+                for i in range(0, len(completions), n)
+            )
         },
     }
 

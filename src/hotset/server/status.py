@@ -78,7 +78,6 @@ class StatusBoard:
             way: (count - before.moved_bytes.get(way, 0)) / seconds
             for way, count in now.moved_bytes.items()
         }
-        cached = dict(metrics.cached_tokens)
         return {
             "model": service.model.name,
             "version": __version__,
@@ -103,8 +102,10 @@ class StatusBoard:
                 "prompt_tokens": metrics.prompt_tokens,
                 "output_tokens": metrics.output_tokens,
                 "prefilled_tokens": max(0, metrics.computed_tokens - metrics.output_tokens),
-                "cached_tokens": cached,
-                "fetched_tokens": sum(n for tier, n in cached.items() if tier != "device"),
+                "cached_tokens": dict(metrics.cached_tokens),
+                "forked_tokens": metrics.forked_tokens,
+                "resumed_tokens": dict(metrics.resumed_tokens),
+                "fetched_tokens": metrics.fetched_tokens,
                 "recomputed_tokens": metrics.recomputed_tokens,
                 "recompute_chosen_tokens": metrics.recompute_chosen_tokens,
                 "preemptions": metrics.preemptions,
