@@ -14,7 +14,19 @@ class ModelError(HotsetError):
 
 
 class RequestError(HotsetError):
-    """One request that cannot be served as asked. Other requests are not touched."""
+    """One request that cannot be served as asked. Other requests are not touched.
+
+    Attributes:
+        param: the field at fault, as its sender named it; None where there is no single one.
+        code: the kind of fault, for programs, by the OpenAI API's names where it has one.
+    """
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str = "invalid_value"
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
 
 
 class PlanError(HotsetError):

@@ -66,7 +66,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, expected: str) -> None:
             if not ok:
-                raise RequestError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+                value = getattr(self, name)
+                raise RequestError(f"{name} is {value!r}; expected {expected}", param=name)
 
         check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or more")
         check(0.0 <= self.temperature <= 100.0, "temperature", "0 (greedy) to 100")

@@ -277,7 +277,49 @@ def test_a_bad_request_is_answered_with_what_is_wrong(
         response = http.post("/v1/chat/completions", content=content)
     assert response.status_code == status, response.text
     if status != 200:
-        assert says in response.json()["error"]["message"]
+        error = response.json()["error"]
+        assert says in error["message"]
+        assert error["code"] and error.keys() == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "code"),
+    [
+        ("chat/completions", {"n": 17}, "n", "invalid_value"),
+        ("chat/completions", {"temperature": 1e9}, "temperature", "invalid_value"),
+        ("chat/completions", {"stop": ["a"] * 17}, "stop", "invalid_value"),
+        ("chat/completions", {"best": 1}, "best", "unsupported_parameter"),
+        ("chat/completions", {"model": "other"}, "model", "model_not_found"),
+        ("chat/completions", {"messages": []}, "messages", "invalid_value"),
+        ("chat/completions", {"messages": [{"role": "a"}]}, "messages.0", "invalid_value"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a " * 2000}]},
+            "messages",
+            "context_length_exceeded",
+        ),
+        ("completions", {"prompt": "a " * 2000}, "prompt", "context_length_exceeded"),
+        ("completions", {"prompt": [2**30]}, "prompt", "invalid_value"),
+        (
+            "chat/completions",
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"type": "x"}},
+                }
+            },
+            "response_format",
+            "invalid_value",
+        ),
+    ],
+)
+def test_an_error_names_the_field_and_has_a_code_for_programs(
+    server: RunningServer, path: str, body: Any, param: str, code: str
+) -> None:
+    base = CHAT if path.startswith("chat") else {}
+    with server.http() as http:
+        error = http.post(f"/v1/{path}", json={**base, **body}).json()["error"]
+    assert (error["param"], error["code"]) == (param, code)
 
 
 def test_a_body_without_a_length_is_bounded_too(server: RunningServer) -> None:
@@ -301,7 +343,7 @@ def test_paths_and_methods_that_are_not_there_are_json_errors(server: RunningSer
         ):
             response = http.request(method, path)
             assert response.status_code == status, path
-            assert response.json()["error"]["message"]
+            assert response.json()["error"]["message"] and response.json()["error"]["code"]
             assert response.headers["x-request-id"]
 
 

@@ -295,14 +295,16 @@ class Engine:
             RequestError: the request can never be served.
         """
         if not token_ids:
-            raise RequestError("the prompt is empty; expected at least one token")
+            raise RequestError("the prompt is empty; expected at least one token", param="prompt")
         vocab_size = self._sampler.vocab_size
         if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            raise RequestError(f"a prompt token id is not in [0, {vocab_size})")
+            raise RequestError(f"a prompt token id is not in [0, {vocab_size})", param="prompt")
         if len(token_ids) >= self.max_model_len:
             raise RequestError(
                 f"the prompt has {len(token_ids)} tokens; the longest context is "
-                f"{self.max_model_len} with at least one left to generate"
+                f"{self.max_model_len} with at least one left to generate",
+                param="prompt",
+                code="context_length_exceeded",
             )
         self._sampler.validate(params)
 

@@ -28,6 +28,7 @@ class PromptEncoder:
 
     Attributes:
         tokens: what each single token is.
+        no_template: one line, where the model has no chat template and so takes no chats.
 
     Raises:
         ModelError: the model has no tokenizer.
@@ -35,13 +36,18 @@ class PromptEncoder:
 
     def __init__(self, model: LoadedModel) -> None:
         self._tokenizer = model.require_tokenizer()
-        self._name = model.name
         # The tokenizer object sets these on each call, which other threads' calls would see.
         self._backend = self._tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self.tokens = TokenBytes(self._backend)
         self._template = str(self._tokenizer.chat_template or "")
+        self.no_template: str | None = None
+        if not self._template:
+            self.no_template = (
+                f"model {model.name!r} has no chat template: it takes plain text prompts only, "
+                "as /v1/completions does"
+            )
         self._reserved = inspect.signature(self._tokenizer.apply_chat_template).parameters.keys()
         # Tool-call markers that are special tokens: the text of an output leaves them out.
         self.marker_ids = {
@@ -76,16 +82,16 @@ class PromptEncoder:
         Raises:
             RequestError: there is no template, or it does not take these messages.
         """
-        if not self._template:
-            raise RequestError(
-                f"model {self._name!r} has no chat template; send a plain text prompt instead"
-            )
+        if self.no_template is not None:
+            raise RequestError(self.no_template, param="messages", code="no_chat_template")
         if not messages:
-            raise RequestError("the chat has no messages; expected at least one")
+            raise RequestError("the chat has no messages; expected at least one", param="messages")
         plain = _join_developer([_plain_message(one, i) for i, one in enumerate(messages)])
         options = dict(template_options or {})
         if reserved := sorted(options.keys() & self._reserved):
-            raise RequestError(f"chat_template_kwargs cannot set {reserved[0]!r}")
+            raise RequestError(
+                f"chat_template_kwargs cannot set {reserved[0]!r}", param="chat_template_kwargs"
+            )
         if "tools" in self._template:
             options["tools"] = list(tools) or None
         else:
@@ -110,10 +116,13 @@ class PromptEncoder:
             )
         except Exception as error:  # a template is a program: it raises what it likes
             if type(error) is TemplateError:  # in its own words, as of the order of roles
-                raise RequestError(f"the chat template refused the messages: {error}") from error
+                raise RequestError(
+                    f"the chat template refused the messages: {error}", param="messages"
+                ) from error
             raise RequestError(
                 "the chat template cannot write these messages; it failed with "
-                f"{type(error).__name__}: see the model's chat_template for what it expects"
+                f"{type(error).__name__}: see the model's chat_template for what it expects",
+                param="messages",
             ) from error
         return text
 
@@ -122,7 +131,9 @@ class PromptEncoder:
         try:
             text: str = self._backend.decode(list(token_ids), skip_special_tokens=not special)
         except (OverflowError, TypeError) as error:
-            raise RequestError(f"a token id cannot be decoded: {error}") from error
+            raise RequestError(
+                "a token id cannot be decoded; expected whole numbers from 0 to 4294967295"
+            ) from error
         return text
 
 
@@ -223,7 +234,7 @@ def _cut_calls_as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any
 
 
 def _refused(where: str, what: str) -> RequestError:
-    return RequestError(f"{where} {what}")
+    return RequestError(f"{where} {what}", param=where.replace("message ", "messages."))
 
 
 def _without_tools(
@@ -262,5 +273,7 @@ def _utf8(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"the prompt is not valid Unicode: {error.reason}") from error
+        raise RequestError(
+            "the prompt is not valid Unicode: it has half a surrogate pair", param="prompt"
+        ) from error
     return text

@@ -121,7 +121,9 @@ class Sampler:
             RequestError: a request with these parameters can never be served.
         """
         if params.stop and self._tokenizer is None:
-            raise RequestError("stop strings need a tokenizer; use stop_token_ids with this model")
+            raise RequestError(
+                "stop strings need a tokenizer; use stop_token_ids with this model", param="stop"
+            )
         if params.has_form:
             self._grammars.check(params)
 

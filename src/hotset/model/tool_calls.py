@@ -191,14 +191,18 @@ def forced_schema(tools: Sequence[Json], *, name: str | None, parallel: bool) ->
         for tool in tools:
             if tool["name"] == name:
                 return tool.get("parameters") or {"type": "object"}
-        raise RequestError(f"tool_choice names {name!r}, which is not among the tools")
+        raise RequestError(
+            f"tool_choice names {name!r}, which is not among the tools", param="tool_choice"
+        )
     definitions: Json = {}
     calls = []
     for tool in tools:
         parameters = dict(tool.get("parameters") or {"type": "object"})
         for key, value in (parameters.pop("$defs", None) or {}).items():
             if definitions.setdefault(key, value) != value:
-                raise RequestError(f"two tools define {key!r} in $defs, each another way")
+                raise RequestError(
+                    f"two tools define {key!r} in $defs, each another way", param="tools"
+                )
         calls.append(
             {
                 "type": "object",

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hotset.engine.service import EngineService, OutputStream
-from hotset.errors import HotsetError
+from hotset.errors import HotsetError, RequestError
 from hotset.model.prompt import PromptEncoder
+from hotset.request import SamplingParams
 from hotset.server.errors import ApiError
 from hotset.server.keys import Tenant
 from hotset.server.limits import Limits
@@ -50,7 +51,7 @@ class Admission:
         served = self.service.model.name
         if name not in (None, served):
             message = f"model {name!r} is not served here; {served!r} is"
-            raise ApiError(404, message, code="model_not_found")
+            raise ApiError(404, message, code="model_not_found", param="model")
 
     def submit(
         self, body: GenerationRequest, tenant: Tenant, *, is_batch: bool = False
@@ -64,6 +65,20 @@ class Admission:
         limits = self.limits
         limits.check(body)
         params = body.params()
+        try:
+            return self._submit(body, params, tenant, is_batch=is_batch)
+        except RequestError as error:
+            # The engine knows of a prompt and a schema; their fields have other names.
+            if error.param == "prompt":
+                error.param = body.prompt_param
+            elif error.param is None and params.json_schema is not None:
+                error.param = body.schema_param
+            raise
+
+    def _submit(
+        self, body: GenerationRequest, params: SamplingParams, tenant: Tenant, *, is_batch: bool
+    ) -> Admitted:
+        limits = self.limits
         prompts = body.prompts(self.encoder)
         for prompt in prompts:
             limits.check_prompt(len(prompt))

@@ -25,7 +25,7 @@ from hotset.model.prompt import PromptEncoder
 from hotset.server import metrics, openapi
 from hotset.server.admission import Admission
 from hotset.server.batches import BatchRunner
-from hotset.server.errors import ApiError
+from hotset.server.errors import not_found, too_large
 from hotset.server.files import FileStore
 from hotset.server.gate import Gate
 from hotset.server.generate import generate
@@ -263,15 +263,20 @@ class Api:
         store, _ = self._files()
         most = self._config.limits.max_file_bytes + _FORM_OVERHEAD_BYTES
         if int(request.headers.get("content-length") or 0) > most:
-            raise ApiError(413, f"the file is larger than the {most} bytes that are allowed")
+            raise too_large("file", most)
         bounded = Request(request.scope, _bounded(request.receive, most))
         try:
             async with bounded.form(max_files=1, max_fields=8) as form:
                 upload, purpose = form.get("file"), form.get("purpose")
                 if not isinstance(upload, UploadFile):
-                    raise RequestError("file is missing; expected a file in a multipart form")
+                    raise RequestError(
+                        "file is missing; expected a file in a multipart form",
+                        param="file",
+                        code="missing_required_parameter",
+                    )
                 if purpose != "batch":
-                    raise RequestError(f"purpose is {purpose!r}; expected 'batch'")
+                    message = f"purpose is {purpose!r}; expected 'batch'"
+                    raise RequestError(message, param="purpose")
                 entry = await asyncio.to_thread(
                     store.add,
                     _tenant(request).name,
@@ -280,7 +285,10 @@ class Api:
                     purpose=purpose,
                 )
         except HTTPException as error:  # no form, or a broken one
-            raise RequestError(f"the form cannot be read: {error.detail}") from error
+            raise RequestError(
+                "the form cannot be read; expected multipart/form-data with a file and a purpose",
+                code="invalid_form",
+            ) from error
         return JSONResponse(entry)
 
     async def _list_files(self, request: Request) -> Response:
@@ -324,7 +332,7 @@ class Api:
     def _files(self) -> tuple[FileStore, BatchRunner]:
         parts = self._ready()
         if parts.store is None or parts.batches is None:
-            raise ApiError(404, "files and batches are switched off on this server")
+            raise not_found("files and batches are switched off on this server")
         return parts.store, parts.batches
 
     # For those who run the server.
@@ -356,7 +364,7 @@ class Api:
     async def _json(self, request: Request) -> Any:
         """The body as JSON. Raises ApiError (413): it is too long; RequestError: it is none."""
         most = self._config.limits.max_body_bytes
-        too_long = ApiError(413, f"the body is larger than the {most} bytes that are allowed")
+        too_long = too_large("body", most)
         if int(request.headers.get("content-length") or 0) > most:
             raise too_long
         content = bytearray()
@@ -366,10 +374,17 @@ class Api:
                 raise too_long
         try:
             return json.loads(content)
-        except ValueError as error:  # not UTF-8 is one too
-            raise RequestError(f"the body is not JSON: {error}") from error
+        except json.JSONDecodeError as error:
+            message = f"the body is not JSON from line {error.lineno}, column {error.colno} on"
+            raise RequestError(message, code="invalid_json") from error
+        except UnicodeDecodeError as error:
+            message = f"the body is not JSON: its byte {error.start} is not UTF-8"
+            raise RequestError(message, code="invalid_json") from error
+        except ValueError as error:
+            message = "the body is not JSON that can be read: a number in it has too many digits"
+            raise RequestError(message, code="invalid_json") from error
         except RecursionError as error:
-            raise RequestError("the body is nested too deeply") from error
+            raise RequestError("the body is nested too deeply", code="invalid_json") from error
 
 
 def _tenant(request: Request) -> Tenant:
@@ -381,7 +396,7 @@ def _page(request: Request, entries: list[Json]) -> Response:
     """A part of a list, as `limit` and `after` ask for."""
     limit = request.query_params.get("limit", "100")
     if not (limit.isascii() and limit.isdigit() and 1 <= len(limit) <= 5 and int(limit)):
-        raise RequestError(f"limit is {limit!r}; expected a number from 1 to 99999")
+        raise RequestError(f"limit is {limit!r}; expected a number from 1 to 99999", param="limit")
     after = request.query_params.get("after")
     ids = [entry["id"] for entry in entries]
     start = ids.index(after) + 1 if after in ids else 0
@@ -406,14 +421,14 @@ def _bounded(receive: Receive, most: int) -> Receive:
         message = await receive()
         seen += len(message.get("body", b""))
         if seen > most:
-            raise ApiError(413, f"the file is larger than the {most} bytes that are allowed")
+            raise too_large("file", most)
         return message
 
     return bounded
 
 
 async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
-    raise ApiError(404, f"there is no {scope['method']} {scope['path']}", code="not_found")
+    raise not_found(f"there is no {scope['method']} {scope['path']}")
 
 
 @cache

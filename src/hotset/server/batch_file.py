@@ -12,14 +12,14 @@ from typing import Any
 
 from hotset.engine.completion import gather
 from hotset.engine.service import EngineService
-from hotset.errors import ConfigError, EngineError, RequestError
+from hotset.errors import ConfigError, EngineError, HotsetError, RequestError
 from hotset.model.prompt import PromptEncoder
 from hotset.request import FinishReason
 from hotset.server.admission import Admission, Admitted
-from hotset.server.errors import ApiError
+from hotset.server.errors import ApiError, as_api_error, ended_early
 from hotset.server.keys import Tenant
 from hotset.server.limits import UNLIMITED
-from hotset.server.responses import error_body, response_body
+from hotset.server.responses import response_body
 from hotset.server.schemas import ChatRequest, GenerationRequest, Json, TextRequest, parse_body
 
 _KINDS: dict[str, type[GenerationRequest]] = {
@@ -232,7 +232,7 @@ def _parse(line: bytes, seen: set[str]) -> _Pending:
         if request.stream:
             raise RequestError("stream is true; a batch does not stream")
     except RequestError as error:
-        return _Pending(custom_id, _request_error(custom_id, 400, str(error)))
+        return _Pending(custom_id, _request_error(custom_id, error))
     return _Pending(custom_id, request=request)
 
 
@@ -241,10 +241,8 @@ def _submit(pending: _Pending, submit: Callable[[GenerationRequest], Admitted]) 
     assert pending.request is not None
     try:
         pending.admitted = submit(pending.request)
-    except RequestError as error:
-        pending.record = _request_error(pending.custom_id, 400, str(error))
-    except ApiError as error:
-        pending.record = _request_error(pending.custom_id, error.status, str(error))
+    except (RequestError, ApiError) as error:
+        pending.record = _request_error(pending.custom_id, error)
 
 
 def _answer(pending: _Pending, service: EngineService) -> Json:
@@ -254,13 +252,13 @@ def _answer(pending: _Pending, service: EngineService) -> Json:
     n = admitted.body.n
     completions = [one for stream in admitted.streams for one in gather(stream, n)]
     for one in completions:
-        if one.finish_reason == FinishReason.ABORT.value:
-            if one.error is None:
-                raise EngineError("the engine was closed")
-            return _request_error(pending.custom_id, 504, one.error)
-        if one.failed:
+        reason = FinishReason(one.finish_reason)
+        if reason is FinishReason.ABORT and one.error is None:
+            raise EngineError("the engine was closed")
+        error = ended_early(reason, one.error)
+        if error is not None:
             service.raise_unless_healthy()  # then it is no fault of the line's
-            return _request_error(pending.custom_id, 500, one.error or "")
+            return _request_error(pending.custom_id, error)
     body = response_body(
         admitted.body, admitted.request_id, service.model.name, completions, admitted.writers
     )
@@ -279,14 +277,14 @@ def _line_error(custom_id: str | None, code: str, message: str) -> Json:
     }
 
 
-def _request_error(custom_id: str | None, status: int, message: str) -> Json:
-    kind = "invalid_request_error" if status < 500 else "server_error"
+def _request_error(custom_id: str | None, error: HotsetError) -> Json:
+    refused = as_api_error(error)
     return {
         "custom_id": custom_id,
         "response": {
-            "status_code": status,
+            "status_code": refused.status,
             "request_id": None,
-            "body": error_body(message, kind),
+            "body": refused.body(),
         },
-        "error": {"code": kind, "message": message},
+        "error": {"code": refused.kind, "message": str(refused)},
     }

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 
-from hotset.errors import EngineError, HotsetError
+from hotset.errors import EngineError, HotsetError, RequestError
 from hotset.server.admission import Admission
 from hotset.server.batch_file import Batch, BatchSummary
 from hotset.server.errors import ApiError
@@ -53,7 +53,9 @@ class BatchRunner:
         """Queue a batch. Raises ApiError (404): its input file is not there."""
         source = self._store.get(tenant, body.input_file_id)
         if source.get("purpose") != "batch":
-            raise ApiError(400, f"{body.input_file_id} is no input of a batch")
+            raise RequestError(
+                f"{body.input_file_id} is no input of a batch", param="input_file_id"
+            )
         now = int(time.time())
         entry: Json = {
             "id": f"batch-{uuid.uuid4().hex}",
@@ -79,7 +81,8 @@ class BatchRunner:
         entry = self._store.get(tenant, batch_id)
         stop = self._stops.get(batch_id)
         if stop is None:
-            raise ApiError(409, f"batch {batch_id} is {entry['status']} already")
+            message = f"batch {batch_id} is {entry['status']} already"
+            raise ApiError(409, message, code="batch_ended")
         entry["status"] = "cancelling"
         entry["cancelling_at"] = int(time.time())
         stop.set()

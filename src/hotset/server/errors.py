@@ -1,6 +1,9 @@
-"""What an HTTP request can be refused with, beyond `RequestError` (400)."""
+"""What an HTTP request can be refused with, and how the OpenAI API says it."""
 
-from hotset.errors import HotsetError
+from typing import Any
+
+from hotset.errors import EngineError, HotsetError, OverloadedError, RequestError
+from hotset.request import FinishReason
 
 
 class ApiError(HotsetError):
@@ -10,6 +13,7 @@ class ApiError(HotsetError):
         status: of the HTTP response.
         kind: the `type` of the OpenAI API's error.
         code: its `code`, or None.
+        param: the field at fault, or None.
         headers: of the response.
     """
 
@@ -20,13 +24,26 @@ class ApiError(HotsetError):
         *,
         kind: str = "invalid_request_error",
         code: str | None = None,
+        param: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.kind = kind
         self.code = code
+        self.param = param
         self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """The error as the OpenAI API reports it."""
+        return {
+            "error": {
+                "message": str(self),
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
 
 def too_many(message: str, retry_after_s: float) -> ApiError:
@@ -38,3 +55,43 @@ def too_many(message: str, retry_after_s: float) -> ApiError:
         code="rate_limit_exceeded",
         headers={"Retry-After": str(max(1, round(retry_after_s)))},
     )
+
+
+def not_found(message: str) -> ApiError:
+    """404."""
+    return ApiError(404, message, code="not_found")
+
+
+def too_large(what: str, most_bytes: int) -> ApiError:
+    """413."""
+    message = f"the {what} is larger than the {most_bytes} bytes that are allowed"
+    return ApiError(413, message, code="request_too_large")
+
+
+def ended_early(reason: FinishReason, error: str | None) -> ApiError | None:
+    """What a client is told of an output that did not come to its end; None where it did."""
+    if reason is FinishReason.ERROR:
+        message = error or "the model step failed"
+        return ApiError(500, message, kind="server_error", code="step_failed")
+    if reason is FinishReason.ABORT and error is not None:
+        return ApiError(504, error, kind="timeout_error", code="request_timeout")
+    if reason is FinishReason.ABORT:
+        return as_api_error(EngineError("the request was stopped: the server is shutting down"))
+    return None
+
+
+def as_api_error(error: HotsetError) -> ApiError:
+    """What a client is told of an error that is meant for it."""
+    if isinstance(error, ApiError):
+        return error
+    message = str(error)
+    if isinstance(error, RequestError):
+        return ApiError(400, message, code=error.code, param=error.param)
+    if isinstance(error, OverloadedError):
+        headers = {"Retry-After": str(error.retry_after_s)}
+        return ApiError(429, message, kind="rate_limit_error", code="queue_full", headers=headers)
+    if isinstance(error, EngineError):
+        headers = {"Retry-After": "1"}
+        kind = "server_error"
+        return ApiError(503, message, kind=kind, code="not_available", headers=headers)
+    return ApiError(400, message, code="invalid_value")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from hotset.errors import ConfigError
-from hotset.server.errors import ApiError
+from hotset.server.errors import ApiError, not_found
 from hotset.server.schemas import Json
 
 _ID = re.compile(r"(file|batch)-[0-9a-f]{32}")
@@ -61,6 +61,7 @@ class FileStore:
                 413,
                 f"your files take {used} bytes and this one {size}; {self._max_tenant_bytes} are "
                 "allowed: delete some",
+                code="files_full",
             )
         with path.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
@@ -122,4 +123,4 @@ class FileStore:
 
 
 def _not_found(entry_id: str) -> ApiError:
-    return ApiError(404, f"there is no {entry_id[:80]!r}", code="not_found")
+    return not_found(f"there is no {entry_id[:80]!r}")

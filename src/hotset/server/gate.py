@@ -13,12 +13,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hotset.errors import EngineError, HotsetError, OverloadedError
+from hotset.errors import HotsetError
 from hotset.server import logs
-from hotset.server.errors import ApiError
+from hotset.server.errors import ApiError, as_api_error
 from hotset.server.generate import Facts
 from hotset.server.keys import Keys, Tenant
-from hotset.server.responses import error_body
 from hotset.server.tracing import Tracer
 
 _log = logging.getLogger("hotset.access")
@@ -98,10 +97,11 @@ class Gate:
             except ClientDisconnect:
                 status = _CLOSED_BY_CLIENT
             except Exception as error:
-                response = _error_response(error, request_id)
-                if response.status_code >= 500 and not isinstance(error, HotsetError):
+                refused = _api_error(error, request_id)
+                if refused.status >= 500 and not isinstance(error, HotsetError):
                     _log.exception("a request failed")
                 if status is None:  # otherwise the client sees that its answer was cut off
+                    response = JSONResponse(refused.body(), refused.status, refused.headers)
                     await response(scope, receive, send_with_id)
         finally:
             self.counts.open -= 1
@@ -142,19 +142,14 @@ class Gate:
         return self._keys.find(key.strip() if scheme.lower() == "bearer" else "")
 
 
-def _error_response(error: Exception, request_id: str) -> JSONResponse:
+def _api_error(error: Exception, request_id: str) -> ApiError:
     """What a client may know of an error."""
-    if isinstance(error, ApiError):
-        body = error_body(str(error), error.kind, error.code)
-        return JSONResponse(body, error.status, error.headers)
-    if isinstance(error, OverloadedError):
-        body = error_body(str(error), "rate_limit_error", "queue_full")
-        return JSONResponse(body, 429, {"Retry-After": str(error.retry_after_s)})
-    if isinstance(error, EngineError):
-        return JSONResponse(error_body(str(error), "server_error"), 503, {"Retry-After": "1"})
     if isinstance(error, HotsetError):
-        return JSONResponse(error_body(str(error)), 400)
-    if isinstance(error, HTTPException):
-        return JSONResponse(error_body(error.detail), error.status_code, error.headers)
+        return as_api_error(error)
+    if isinstance(error, HTTPException):  # the router's: all others are caught where they arise
+        headers = dict(error.headers or {})
+        allowed = headers.get("Allow", "another method")
+        code, message = "method_not_allowed", f"the method is not taken here; expected {allowed}"
+        return ApiError(error.status_code, message, code=code, headers=headers)
     message = f"internal error; the server's log has more under request id {request_id}"
-    return JSONResponse(error_body(message, "server_error"), 500)
+    return ApiError(500, message, kind="server_error", code="internal_error")

@@ -12,12 +12,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hotset.engine.completion import Completion
-from hotset.errors import EngineError
 from hotset.request import FinishReason, RequestOutput
 from hotset.server.admission import Admission, Admitted
-from hotset.server.errors import ApiError
+from hotset.server.errors import ended_early
 from hotset.server.keys import Tenant
-from hotset.server.responses import error_body, response_body, usage_body
+from hotset.server.responses import response_body, usage_body
 from hotset.server.schemas import GenerationRequest, Json
 
 T = TypeVar("T")
@@ -125,16 +124,10 @@ async def _merge(admitted: Admitted) -> AsyncIterator[tuple[int, RequestOutput]]
 
 def _raise_failure(completions: list[Completion], admission: Admission) -> None:
     for one in completions:
-        if one.finish_reason == FinishReason.ABORT.value:
+        error = ended_early(FinishReason(one.finish_reason), one.error)
+        if error is not None:
             admission.service.raise_unless_healthy()
-            raise _timed_out(one.error) if one.error else EngineError("the request was stopped")
-        if one.failed:
-            admission.service.raise_unless_healthy()
-            raise ApiError(500, one.error or "", kind="server_error")
-
-
-def _timed_out(error: str) -> ApiError:
-    return ApiError(504, error, kind="timeout_error", code="request_timeout")
+            raise error
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -169,14 +162,11 @@ async def _events(admitted: Admitted, tally: _Tally, model: str) -> AsyncIterato
     # Where usage was asked for, the chunks before it say that they have none.
     end = '],"usage":null}\n\n' if body.stream_options.include_usage else "]}\n\n"
     async for index, output in tally.read():
-        if output.finish_reason is FinishReason.ERROR:
-            yield _event(error_body(output.error or "", "server_error"))
-            return
-        if output.finish_reason is FinishReason.ABORT:
-            message = output.error or "the server is shutting down"
-            kind = "timeout_error" if output.error else "server_error"
-            yield _event(error_body(message, kind))
-            return
+        if output.finish_reason is not None:
+            error = ended_early(output.finish_reason, output.error)
+            if error is not None:
+                yield _event(error.body())
+                return
         choice = admitted.writers[index].chunk(output)
         if choice is not None:
             yield f"{start}{_JSON.encode(choice)}{end}"

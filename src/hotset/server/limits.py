@@ -58,35 +58,41 @@ class Limits:
     def check(self, body: GenerationRequest) -> None:
         """Raise RequestError where a request asks for more; sets a bound where it has none."""
 
-        def refuse(ok: bool, what: str, value: object, most: object) -> None:
+        def refuse(ok: bool, what: str, value: object, most: object, param: str) -> None:
             if not ok:
-                raise RequestError(f"{what} is {value}; this server allows {most} at most")
+                raise RequestError(
+                    f"{what} is {value}; this server allows {most} at most", param=param
+                )
 
-        refuse(body.n <= self.max_n, "n", body.n, self.max_n)
+        refuse(body.n <= self.max_n, "n", body.n, self.max_n, "n")
         if self.max_tokens is not None:
             if body.max_tokens is None:
                 body.max_tokens = self.max_tokens
-            refuse(
-                body.max_tokens <= self.max_tokens, "max_tokens", body.max_tokens, self.max_tokens
-            )
-        for stop in (body.stop, body.stop_token_ids):
+            most = self.max_tokens
+            refuse(body.max_tokens <= most, "max_tokens", body.max_tokens, most, "max_tokens")
+        for name in ("stop", "stop_token_ids"):
+            stop = getattr(body, name)
             if isinstance(stop, list):
-                refuse(len(stop) <= self.max_stop, "the number of stops", len(stop), self.max_stop)
+                count, most = len(stop), self.max_stop
+                refuse(count <= most, "the number of stops", count, most, name)
         if isinstance(body, TextRequest):
-            count = body.num_prompts()
-            refuse(count <= self.max_prompts, "the number of prompts", count, self.max_prompts)
+            count, most = body.num_prompts(), self.max_prompts
+            refuse(count <= most, "the number of prompts", count, most, "prompt")
         for schema in body.schemas():
             size, depth = measure(schema, most_depth=self.max_schema_depth)
-            deepest, most = self.max_schema_depth, self.max_schema_kib
-            refuse(depth <= deepest, "a schema's depth", f"over {deepest}", deepest)
-            refuse(size <= 1024 * most, "a schema's size", f"over {most} KiB", f"{most} KiB")
+            deepest, most_kib, param = self.max_schema_depth, self.max_schema_kib, body.schema_param
+            refuse(depth <= deepest, "a schema's depth", f"over {deepest}", deepest, param)
+            ok, over = size <= 1024 * most_kib, f"over {most_kib} KiB"
+            refuse(ok, "a schema's size", over, f"{most_kib} KiB", param)
 
     def check_prompt(self, num_tokens: int) -> None:
         """Raise RequestError where a prompt is too long."""
         if self.max_prompt_tokens is not None and num_tokens > self.max_prompt_tokens:
             raise RequestError(
                 f"the prompt has {num_tokens} tokens; "
-                f"this server allows {self.max_prompt_tokens} at most"
+                f"this server allows {self.max_prompt_tokens} at most",
+                param="prompt",
+                code="context_length_exceeded",
             )
 
 

@@ -259,8 +259,3 @@ def response_body(
         ],
         "usage": usage_body(completions, request.n),
     }
-
-
-def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> Json:
-    """An error as the OpenAI API reports it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -8,6 +8,7 @@ from hotset.errors import RequestError
 from hotset.model.prompt import PromptEncoder
 from hotset.model.tool_calls import forced_schema
 from hotset.request import SamplingParams
+from hotset.server.validation import explain, shown
 
 Json = dict[str, Any]
 Body = TypeVar("Body", bound="Part")
@@ -52,7 +53,11 @@ class ResponseFormat(Part):
         """The JSON schema that is asked for, if one is."""
         if self.type == "json_schema":
             if self.json_schema is None:
-                raise RequestError("response_format has no json_schema")
+                raise RequestError(
+                    "response_format has no json_schema",
+                    param="response_format.json_schema",
+                    code="missing_required_parameter",
+                )
             return self.json_schema.schema_
         return {"type": "object"} if self.type == "json_object" else None
 
@@ -97,6 +102,7 @@ class GenerationRequest(Part):
     object_name: ClassVar[str]
     chunk_name: ClassVar[str]
     id_prefix: ClassVar[str]
+    prompt_param: ClassVar[str]  # the field that the prompt comes from
 
     model: str | None = None
     temperature: float = 1.0
@@ -154,6 +160,11 @@ class GenerationRequest(Part):
         """The JSON schema the output must fit, if there is one."""
         return None if self.response_format is None else self.response_format.schema_to_follow()
 
+    @property
+    def schema_param(self) -> str:
+        """The field that the JSON schema comes from."""
+        return "response_format"
+
     def schemas(self) -> list[Json]:
         """The JSON schemas of the request as its sender wrote them."""
         schema = self.schema_to_follow()
@@ -170,6 +181,7 @@ class ChatRequest(GenerationRequest):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
     id_prefix = "chatcmpl"
+    prompt_param = "messages"
 
     messages: list[Json]
     max_completion_tokens: int | None = None
@@ -207,7 +219,7 @@ class ChatRequest(GenerationRequest):
     def num_logprobs(self) -> int | None:
         """`top_logprobs`, where `logprobs` is set."""
         if self.top_logprobs and not self.logprobs:
-            raise RequestError("top_logprobs needs logprobs to be true")
+            raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
         return self.top_logprobs if self.logprobs else None
 
     def schema_to_follow(self) -> Json | None:
@@ -215,11 +227,22 @@ class ChatRequest(GenerationRequest):
         if not self.forces_tools:
             return super().schema_to_follow()
         if not self.tools:
-            raise RequestError("tool_choice asks for a call but there are no tools")
+            raise RequestError(
+                "tool_choice asks for a call but there are no tools", param="tool_choice"
+            )
         if super().schema_to_follow() is not None:
-            raise RequestError("tool_choice forces a call, so response_format cannot be followed")
+            raise RequestError(
+                "tool_choice forces a call, so response_format cannot be followed",
+                param="response_format",
+            )
         functions = [tool.function.model_dump() for tool in self.tools]
         return forced_schema(functions, name=self.forced_name, parallel=self.parallel_tool_calls)
+
+    @property
+    def schema_param(self) -> str:
+        """That of the response format, if it has a schema; otherwise of the tools."""
+        has_schema = self.response_format is not None and self.response_format.type != "text"
+        return "response_format" if has_schema else "tools"
 
     def schemas(self) -> list[Json]:
         """Of the response format and of the tools."""
@@ -246,6 +269,7 @@ class TextRequest(GenerationRequest):
     object_name = "text_completion"
     chunk_name = "text_completion"
     id_prefix = "cmpl"
+    prompt_param = "prompt"
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = 16
@@ -256,9 +280,11 @@ class TextRequest(GenerationRequest):
     @model_validator(mode="after")
     def _what_is_not_there(self) -> "TextRequest":
         if self.best_of not in (None, self.n):
-            raise ValueError(f"best_of is {self.best_of} and n is {self.n}; they must be the same")
+            message = f"best_of is {self.best_of} and n is {self.n}; they must be the same"
+            raise RequestError(message, param="best_of")
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not supported: prompts have no logprobs here")
+            message = "echo with logprobs is not supported: prompts have no logprobs here"
+            raise RequestError(message, param="echo", code="unsupported_parameter")
         return self
 
     def num_logprobs(self) -> int | None:
@@ -271,7 +297,9 @@ class TextRequest(GenerationRequest):
         if isinstance(prompt, str):
             return [encoder.encode_text(prompt)]
         if not prompt:
-            raise RequestError("prompt is an empty list; expected at least one prompt")
+            raise RequestError(
+                "prompt is an empty list; expected at least one prompt", param="prompt"
+            )
         if isinstance(prompt[0], int):
             return [[token for token in prompt if isinstance(token, int)]]
         return [encoder.encode_text(p) if isinstance(p, str) else p for p in prompt]
@@ -295,7 +323,7 @@ class TokenizeRequest(Part):
     def token_ids(self, encoder: PromptEncoder) -> list[int]:
         """Of the text or the chat."""
         if (self.prompt is None) == (not self.messages):
-            raise RequestError("give either a prompt or messages")
+            raise RequestError("give either a prompt or messages", param="prompt")
         if self.prompt is not None:
             return encoder.encode_text(self.prompt)
         tools = [tool.model_dump(exclude_defaults=True) for tool in self.tools]
@@ -321,18 +349,10 @@ class BatchRequest(Part):
 def parse_body(kind: type[Body], data: object) -> Body:
     """Check the JSON body of a request; raises RequestError with one line."""
     if not isinstance(data, dict):
-        raise RequestError(f"the body is a JSON {type(data).__name__}; expected an object")
+        raise RequestError(f"the body is {shown(data)}; expected an object", code="invalid_type")
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if where == "logit_bias" and first["type"] == "too_long":
-            raise RequestError("logit_bias is not supported") from error
-        if first["type"] == "extra_forbidden":
-            raise RequestError(f"{where} is not supported") from error
-        if first["type"] == "missing":
-            raise RequestError(f"{where} is missing") from error
-        raise RequestError(f"{where}: {first['msg']}" if where else first["msg"]) from error
+        raise explain(error, data) from error
     except RecursionError as error:
-        raise RequestError("the body is nested too deeply") from error
+        raise RequestError("the body is nested too deeply", code="invalid_json") from error
