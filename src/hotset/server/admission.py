@@ -71,7 +71,7 @@ class Admission:
             # The engine knows of a prompt and a schema; their fields have other names.
             if error.param == "prompt":
                 error.param = body.prompt_param
-            elif error.param is None and params.json_schema is not None:
+            elif error.param is None and params.has_form:
                 error.param = body.schema_param
             raise
 
