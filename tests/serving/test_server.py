@@ -3,14 +3,20 @@
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from servers import CHAT, RunningServer, running_server, wait_for
+from click.testing import CliRunner
+from servers import CHAT, KEY, RunningServer, running_server, wait_for
 
+import hotset
+from hotset.cli.serve import command as serve_command
+from hotset.errors import ConfigError
 from hotset.server.app import ServerConfig
+from hotset.server.keys import Keys, Tenant
 
 TOOL = {
     "type": "function",
@@ -209,6 +215,85 @@ def test_a_batch_goes_through_files_to_files(client: openai.OpenAI) -> None:
     client.files.delete(source.id)
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(source.id)
+
+
+def test_a_tool_of_a_type_that_is_not_known_is_skipped_with_a_warning(
+    server: RunningServer,
+) -> None:
+    other = [{"type": "web_search"}, {"type": "custom", "custom": {"name": "x"}}]
+    warning = 'tools of type "web_search", "custom" are skipped: functions are the only type here'
+    with server.http() as http:
+
+        def ask(**body: Any) -> httpx.Response:
+            return http.post("/v1/chat/completions", json={**CHAT, **body})
+
+        only = ask(tools=[TOOL])
+        for stream in (False, True):
+            mixed = ask(tools=[*other, TOOL], stream=stream)
+            assert mixed.status_code == 200
+            assert mixed.headers["x-hotset-warning"] == warning
+        assert "x-hotset-warning" not in only.headers
+        mixed = ask(tools=[other[0], TOOL, other[1]])
+        assert mixed.json()["choices"] == only.json()["choices"]
+        assert mixed.json()["usage"]["prompt_tokens"] == only.json()["usage"]["prompt_tokens"]
+
+        refused = ask(tools=other, tool_choice="required")
+        assert refused.status_code == 400
+        assert "no tools to call; tools of type" in refused.json()["error"]["message"]
+        refused = ask(tools=other, tool_choice={"type": "web_search"})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (400, "tool_choice.type")
+        assert "\"web_search\"; expected 'function'" in error["message"]
+        error = ask(tools=[other[0], {"type": "function"}]).json()["error"]
+        assert error["message"] == "tools.1.function is missing"
+        assert error["param"] == "tools.1.function"
+
+
+def test_a_404_says_what_there_is(server: RunningServer) -> None:
+    with server.http() as http:
+        message = http.post("/v1/chat", json={}).json()["error"]["message"]
+        assert message.startswith("there is no /v1/chat; there are /v1/chat/completions, /v1/")
+        assert "/v1/models" in message and "/health" in message
+        assert http.get("/version").json() == {"version": hotset.__version__}
+
+
+def test_a_page_of_an_origin_that_is_allowed_can_use_the_server(tmp_path: Path) -> None:
+    page, other = "https://chat.example.org", "https://other.example.org"
+    keys = Keys()
+    keys.add(KEY, Tenant("alice"))
+    config = ServerConfig(keys=keys, cors_origins=[page])
+    asks = {"access-control-request-method": "POST"}
+    asks["access-control-request-headers"] = "authorization, content-type"
+    path = "/v1/chat/completions"
+    with running_server(server_config=config) as server, server.http() as http:
+        leave = http.options(path, headers={"origin": page, **asks})
+        assert leave.status_code == 200
+        assert leave.headers["access-control-allow-origin"] == page
+        assert "authorization" in leave.headers["access-control-allow-headers"]
+        assert http.options(path, headers={"origin": other, **asks}).status_code == 400
+        key = {"authorization": f"Bearer {KEY}"}
+        for headers, status in (({**key, "origin": page}, 200), ({"origin": page}, 401)):
+            answer = http.post(path, json=CHAT, headers=headers)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == page
+            assert "x-request-id" in answer.headers["access-control-expose-headers"]
+        answer = http.post(path, json=CHAT, headers={**key, "origin": other})
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_without_the_option_no_page_of_another_origin_can(server: RunningServer) -> None:
+    with server.http() as http:
+        asks = {"origin": "https://a.example.org", "access-control-request-method": "POST"}
+        assert http.options("/v1/chat/completions", headers=asks).status_code == 405
+        answer = http.get("/health", headers=asks)
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("origin", ["example.org", "https://a.org/", "null", "https://a.org/x"])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    done = CliRunner().invoke(serve_command, ["--cors-origin", origin])
+    assert isinstance(done.exception, ConfigError)
+    assert "is no origin; expected SCHEME://HOST" in str(done.exception)
 
 
 def test_tokenize_and_detokenize_are_each_others_inverse(server: RunningServer) -> None:

@@ -262,6 +262,24 @@ def test_a_dry_run_says_what_would_go_where_and_ends(
     assert host[3] == "0.010"  # the command line wins over the file
 
 
+@pytest.mark.parametrize("has_template", [True, False])
+def test_a_missing_chat_template_is_said_at_load_and_once(
+    monkeypatch: pytest.MonkeyPatch, has_template: bool
+) -> None:
+    def build_plain(config: EngineConfig) -> Any:
+        engine, model = build(config)
+        if not has_template:
+            model.require_tokenizer().chat_template = None
+        return engine, model
+
+    monkeypatch.setattr(service_module, "EngineService", partial(EngineService, build=build_plain))
+    monkeypatch.setattr("hotset.server.logs.set_up", lambda *args: None)  # pytest has its own
+    args = ["--port", "0", "--hot-gib", "0.001", "--dry-run"]
+    done = CliRunner().invoke(command, args, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert done.stderr.count("model 'tiny' has no chat template") == (not has_template)
+
+
 def blocks_on_disk(http: httpx.Client, at_least: int) -> bool:
     """Whether this run has written so many blocks."""
     status = http.get("/status.json").json()

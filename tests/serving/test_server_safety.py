@@ -50,7 +50,7 @@ def guarded(tmp_path: Path) -> Iterator[RunningServer]:
 
 def test_without_a_key_only_what_tells_nothing_is_answered(guarded: RunningServer) -> None:
     with guarded.http() as http:
-        for path in ("/", "/docs", "/openapi.json", "/health"):
+        for path in ("/", "/docs", "/openapi.json", "/health", "/version"):
             assert http.get(path).status_code == 200, path
         for path in ("/metrics", "/status.json", "/v1/models", "/v1/files", "/nothing"):
             response = http.get(path)
@@ -58,8 +58,9 @@ def test_without_a_key_only_what_tells_nothing_is_answered(guarded: RunningServe
             assert response.headers["www-authenticate"] == "Bearer"
         for bad in ("Bearer nobody-knows-this-one", f"Basic {KEY}", "Bearer", f"Bearer {KEY[:-1]}"):
             assert http.get("/v1/models", headers={"authorization": bad}).status_code == 401
-        with_key = http.get("/v1/models", headers={"authorization": f"bearer {KEY}"})
-        assert with_key.status_code == 200
+        for header, value in (("authorization", f"bearer {KEY}"), ("x-api-key", KEY)):
+            assert http.get("/v1/models", headers={header: value}).status_code == 200
+        assert http.get("/v1/models", headers={"x-api-key": KEY[:-1]}).status_code == 401
 
 
 def test_a_key_is_in_no_log_line(guarded: RunningServer, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import ipaddress
 import os
+import re
 import resource
 import socket
 import sys
@@ -18,10 +19,12 @@ from hotset.config import EngineConfig
 from hotset.errors import ConfigError, HotsetError
 
 if TYPE_CHECKING:
+    from hotset.engine.service import EngineService
     from hotset.server.keys import Keys
 
 R = TypeVar("R")
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 _KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its own connections
 _BACKLOG = 2048
@@ -64,11 +67,12 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     known = {param.name for param in ctx.command.params} - {"config_file", "dry_run"}
+    lists = {one.name for one in ctx.command.params if getattr(one, "multiple", False)}
     named = {name.replace("-", "_"): value for name, value in values.items()}
     for name, value in named.items():
         if name not in known:
             raise ConfigError(f"{path}: there is no option {name!r}; see hotset serve --help")
-        if isinstance(value, dict | list):
+        if isinstance(value, dict | list) and not (name in lists and isinstance(value, list)):
             raise ConfigError(f"{path}: {name} is a {type(value).__name__}; expected one value")
     ctx.default_map = {**(ctx.default_map or {}), **named}
 
@@ -110,6 +114,14 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     show_default=True,
     help="How long requests may go on after SIGTERM or Ctrl-C; a second one ends them.",
 )
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of this origin, such as https://chat.example.org, use the server from a "
+    "browser; * is any page. May be given several times.  [default: none]",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info"
@@ -127,6 +139,7 @@ def command(
     files_gib: float,
     no_files: bool,
     drain_s: int,
+    cors_origins: tuple[str, ...],
     log_format: str,
     log_level: str,
     otlp_endpoint: str | None,
@@ -147,6 +160,7 @@ def command(
     """
     from hotset.server.keys import ENVIRONMENT, Keys
 
+    _check_origins(cors_origins)
     keys = Keys()
     if keys_file is not None:
         keys.read_file(keys_file)
@@ -175,14 +189,17 @@ def command(
         files_path=None if no_files else files_path,
         files_gib=files_gib,
         tracer=None if otlp_endpoint is None else Tracer.to_collector(otlp_endpoint),
+        cors_origins=cors_origins,
     )
     if dry_run:
         with listener, contextlib.closing(EngineService(config)) as service:
+            _warn_of_no_template(service)
             click.echo(f"{service.report}\nwould serve {service.model.name} at {where}/v1")
         return
     failures: list[HotsetError] = []
 
     def on_ready(service: EngineService) -> None:
+        _warn_of_no_template(service)
         click.echo(f"{service.report}\nserving {service.model.name} at {where}/v1", err=True)
         click.echo(f"status page {where}/, API {where}/docs, metrics {where}/metrics", err=True)
 
@@ -219,6 +236,24 @@ def command(
         raise failures[0]
     if not server.started:
         sys.exit(1)  # it has said why
+
+
+def _warn_of_no_template(service: "EngineService") -> None:
+    from hotset.model.prompt import PromptEncoder
+
+    message = PromptEncoder(service.model).no_template
+    if message is not None:
+        click.echo(f"warning: {message}; chats are answered with 400", err=True)
+
+
+def _check_origins(origins: tuple[str, ...]) -> None:
+    """An origin is what browsers send: a scheme, a host and a port if it is not the usual one."""
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"--cors-origin {origin!r} is no origin; expected SCHEME://HOST[:PORT] without a "
+                "path, such as https://chat.example.org, or *"
+            )
 
 
 def _require_keys(host: str, keys: "Keys") -> None:

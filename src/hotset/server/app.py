@@ -13,11 +13,13 @@ from typing import Any
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hotset import __version__
 from hotset.config import EngineConfig
 from hotset.engine.service import EngineService
 from hotset.errors import EngineError, HotsetError, RequestError
@@ -28,7 +30,7 @@ from hotset.server.batches import BatchRunner
 from hotset.server.errors import not_found, too_large
 from hotset.server.files import FileStore
 from hotset.server.gate import Gate
-from hotset.server.generate import generate
+from hotset.server.generate import WARNING_HEADER, generate
 from hotset.server.keys import Keys, Tenant
 from hotset.server.limits import Limits
 from hotset.server.schemas import (
@@ -45,6 +47,7 @@ from hotset.server.status import StatusBoard
 from hotset.server.tracing import Tracer
 
 _FORM_OVERHEAD_BYTES = 64 * 1024
+_EXPOSED_HEADERS = ["x-request-id", "retry-after", WARNING_HEADER]
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
@@ -63,6 +66,7 @@ class ServerConfig:
         files_path: folder for uploaded files and batches; None offers neither.
         files_gib: most that one tenant's files may take.
         tracer: gets a span of each request; None is no traces.
+        cors_origins: of pages that browsers may let use the server; `*` is any page.
         own_process: run the engine in a process of its own, where HTTP cannot delay its steps.
     """
 
@@ -72,6 +76,7 @@ class ServerConfig:
     files_path: Path | None = None
     files_gib: float = 4.0
     tracer: Tracer | None = None
+    cors_origins: Collection[str] = ()
     own_process: bool = True
 
 
@@ -134,6 +139,7 @@ class Api:
                 Route("/tokenize", self._tokenize, methods=["POST"]),
                 Route("/detokenize", self._detokenize, methods=["POST"]),
                 Route("/health", self._health, methods=["GET"]),
+                Route("/version", self._version, methods=["GET"]),
                 Route("/metrics", self._metrics, methods=["GET"]),
                 Route("/status.json", self._status, methods=["GET"]),
                 Route("/openapi.json", self._openapi, methods=["GET"]),
@@ -141,16 +147,26 @@ class Api:
                 Route("/", self._status_page, methods=["GET"]),
             ],
             redirect_slashes=False,
-            default=_no_route,
+            default=self._no_route,
             lifespan=self._lifespan,
         )
         self.gate = Gate(
             self._route, keys=config.keys, host_names=config.host_names, tracer=config.tracer
         )
+        self._entry: ASGIApp = self.gate
+        if config.cors_origins:
+            # Outside of the gate: a browser asks for leave without a key.
+            self._entry = CORSMiddleware(
+                self.gate,
+                allow_origins=list(config.cors_origins),
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],
+                expose_headers=_EXPOSED_HEADERS,
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        await self.gate(scope, receive, send)
+        await self._entry(scope, receive, send)
 
     def drain(self) -> None:
         """Take no more requests; those that run go on. May be called from a signal handler."""
@@ -341,6 +357,9 @@ class Api:
         self._ready()  # or 503
         return JSONResponse({"status": "ok"})
 
+    async def _version(self, request: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
     async def _metrics(self, request: Request) -> Response:
         parts = self._ready()
         status = await parts.board.look()
@@ -360,6 +379,10 @@ class Api:
 
     async def _status_page(self, request: Request) -> Response:
         return _static("status.html")
+
+    async def _no_route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        paths = dict.fromkeys(one.path for one in self._router.routes if isinstance(one, Route))
+        raise not_found(f"there is no {scope['path'][:200]}; there are {', '.join(paths)}")
 
     async def _json(self, request: Request) -> Any:
         """The body as JSON. Raises ApiError (413): it is too long; RequestError: it is none."""
@@ -425,10 +448,6 @@ def _bounded(receive: Receive, most: int) -> Receive:
         return message
 
     return bounded
-
-
-async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
-    raise not_found(f"there is no {scope['method']} {scope['path']}")
 
 
 @cache

@@ -23,7 +23,7 @@ from hotset.server.tracing import Tracer
 _log = logging.getLogger("hotset.access")
 
 # What anybody may see, with keys or without: nothing of what is asked or answered is there.
-OPEN_PATHS = frozenset({"/", "/health", "/docs", "/openapi.json", "/favicon.ico"})
+OPEN_PATHS = frozenset({"/", "/health", "/version", "/docs", "/openapi.json", "/favicon.ico"})
 _QUIET_PATHS = frozenset({"/health", "/metrics", "/status.json", "/favicon.ico"})
 _CLIENT_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _CLOSED_BY_CLIENT = 499
@@ -139,7 +139,9 @@ class Gate:
         if not len(self._keys) or path in OPEN_PATHS:
             return self._anybody
         scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        return self._keys.find(key.strip() if scheme.lower() == "bearer" else "")
+        key = key.strip() if scheme.lower() == "bearer" else ""
+        # Clients of Anthropic's API send it in a header of its own.
+        return self._keys.find(key or headers.get(b"x-api-key", b"").decode("latin-1"))
 
 
 def _api_error(error: Exception, request_id: str) -> ApiError:

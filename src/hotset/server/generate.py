@@ -25,6 +25,7 @@ Facts = dict[str, Any]  # what the access log and the trace say of a request
 
 # Proxies give up on a stream that says nothing for a minute or so.
 KEEP_ALIVE_S = 10.0
+WARNING_HEADER = "x-hotset-warning"  # what of a request was left out
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -44,16 +45,22 @@ async def generate(
         admitted = await asyncio.to_thread(admission.submit, body, tenant)
         stack.callback(admitted.abort)
         facts["engine_id"] = admitted.request_id
+        warning = body.warning()
+        headers = {} if warning is None else {WARNING_HEADER: warning}
+        if warning is not None:
+            facts["warning"] = warning
         tally = _Tally(admitted, tenant, facts)
         stack.callback(tally.close)
         model = admission.service.model.name
         if body.stream:
             # From here on the response holds the tenant's place and ends the request.
-            return _EventStream(_events(admitted, tally, model), admitted, stack.pop_all())
+            events = _events(admitted, tally, model)
+            return _EventStream(events, admitted, stack.pop_all(), headers)
         await _unless_disconnected(request, tally.read_all())
         _raise_failure(tally.completions, admission)
         return JSONResponse(
-            response_body(body, admitted.request_id, model, tally.completions, admitted.writers)
+            response_body(body, admitted.request_id, model, tally.completions, admitted.writers),
+            headers=headers,
         )
 
 
@@ -183,8 +190,14 @@ class _EventStream:
     """A response that ends its request however it ends itself, also before its first byte."""
 
     def __init__(
-        self, events: AsyncIterator[str], admitted: Admitted, stack: contextlib.ExitStack
+        self,
+        events: AsyncIterator[str],
+        admitted: Admitted,
+        stack: contextlib.ExitStack,
+        headers: dict[str, str],
     ) -> None:
+        more = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        self._headers = [*_SSE_HEADERS, *more]
         self._events = events
         self._admitted = admitted
         self._stack = stack
@@ -209,7 +222,7 @@ class _EventStream:
         with self._stack:
             watcher = asyncio.create_task(watch())
             try:
-                start = {"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS}
+                start = {"type": "http.response.start", "status": 200, "headers": self._headers}
                 await send(start)
                 async for event in self._events:
                     await send(_body(event.encode()))

@@ -117,7 +117,10 @@ class Keys:
             if hmac.compare_digest(known, digest):
                 found = tenant
         if found is None:
-            message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+            message = (
+                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY' or "
+                "'x-api-key: KEY'"
+            )
             headers = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", headers=headers)
         return found

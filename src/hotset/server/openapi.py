@@ -117,6 +117,7 @@ def document() -> Json:
                 "post": _operation("Stop a batch", "batches", [_BATCH_ID])
             },
             "/health": {"get": get("200 once requests are served, else 503", "server")},
+            "/version": {"get": get("The version of hotset", "server")},
             "/status.json": {"get": get("What the status page shows", "server")},
             "/metrics": {"get": _operation("Metrics for Prometheus", "server", answer=_TEXT)},
         },

@@ -1,8 +1,16 @@
 """Requests of the OpenAI API, as far as hotset has them, and of its neighbours; no HTTP."""
 
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from hotset.errors import RequestError
 from hotset.model.prompt import PromptEncoder
@@ -72,10 +80,48 @@ class Function(Part):
 
 
 class Tool(Part):
-    """A tool; functions are the only kind."""
+    """A tool that the model may call."""
 
     type: Literal["function"]
     function: Function
+
+
+class OtherTool(BaseModel):
+    """A tool of a type that is not known here, such as `web_search`: skipped, with a warning."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: str
+
+
+def _tool_tag(tool: Any) -> str:
+    kind = tool.get("type", "function") if isinstance(tool, dict) else "function"
+    return "other tool" if isinstance(kind, str) and kind != "function" else "function tool"
+
+
+class ToolUser(Part):
+    """A body with tools."""
+
+    all_tools: list[
+        Annotated[
+            Annotated[Tool, Tag("function tool")] | Annotated[OtherTool, Tag("other tool")],
+            Discriminator(_tool_tag),
+        ]
+    ] = Field(default_factory=list, alias="tools")
+
+    @property
+    def tools(self) -> list[Tool]:
+        """The functions."""
+        return [tool for tool in self.all_tools if isinstance(tool, Tool)]
+
+    @property
+    def skipped_tools(self) -> str | None:
+        """One line about tools that the model is not told of, if there are any."""
+        kinds = [shown(tool.type) for tool in self.all_tools if isinstance(tool, OtherTool)]
+        if not kinds:
+            return None
+        names = ", ".join(dict.fromkeys(kinds))
+        return f"tools of type {names} are skipped: functions are the only type here"
 
 
 class FunctionName(Part):
@@ -170,12 +216,16 @@ class GenerationRequest(Part):
         schema = self.schema_to_follow()
         return [] if schema is None else [schema]
 
+    def warning(self) -> str | None:
+        """One line about what was left out, if anything was."""
+        return None
+
     def prompts(self, encoder: PromptEncoder) -> list[list[int]]:
         """Token ids of each prompt. Raises RequestError where one cannot be encoded."""
         raise NotImplementedError
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(ToolUser, GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
     object_name = "chat.completion"
@@ -187,7 +237,6 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
-    tools: list[Tool] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool = True
     reasoning_effort: str | None = None
@@ -227,9 +276,9 @@ class ChatRequest(GenerationRequest):
         if not self.forces_tools:
             return super().schema_to_follow()
         if not self.tools:
-            raise RequestError(
-                "tool_choice asks for a call but there are no tools", param="tool_choice"
-            )
+            message = "tool_choice asks for a call but there are no tools to call"
+            why = f"; {self.skipped_tools}" if self.skipped_tools else ""
+            raise RequestError(f"{message}{why}", param="tool_choice")
         if super().schema_to_follow() is not None:
             raise RequestError(
                 "tool_choice forces a call, so response_format cannot be followed",
@@ -247,6 +296,10 @@ class ChatRequest(GenerationRequest):
     def schemas(self) -> list[Json]:
         """Of the response format and of the tools."""
         return super().schemas() + [tool.function.parameters or {} for tool in self.tools]
+
+    def warning(self) -> str | None:
+        """About tools that are skipped."""
+        return self.skipped_tools
 
     def prompts(self, encoder: PromptEncoder) -> list[list[int]]:
         """The one conversation, by the model's chat template."""
@@ -312,13 +365,12 @@ class TextRequest(GenerationRequest):
         )
 
 
-class TokenizeRequest(Part):
+class TokenizeRequest(ToolUser):
     """Body of POST /tokenize: a text, or a chat by the model's template."""
 
     model: str | None = None
     prompt: str | None = None
     messages: list[Json] = Field(default_factory=list)
-    tools: list[Tool] = Field(default_factory=list)
 
     def token_ids(self, encoder: PromptEncoder) -> list[int]:
         """Of the text or the chat."""
