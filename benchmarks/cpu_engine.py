@@ -35,7 +35,8 @@ import transformers
 from hotset import __version__
 from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
-from hotset.model.loader import LoadedModel, load_model
+from hotset.model.loaded import LoadedModel
+from hotset.model.loader import load_model
 from hotset.request import SamplingParams
 
 QUESTIONS = (

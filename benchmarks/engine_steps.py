@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
-from hotset.model.loader import LoadedModel
+from hotset.model.loaded import LoadedModel
 from hotset.plan.catalog import bundled_config
 from hotset.request import Request, RequestStatus, SamplingParams
 

@@ -39,7 +39,8 @@ from hotset.engine.engine import Engine
 from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
 from hotset.metrics import Metrics
-from hotset.model.loader import LoadedModel, load_dummy
+from hotset.model.loaded import LoadedModel
+from hotset.model.loader import load_dummy
 from hotset.request import StepPlan
 
 BLOCK_TOKENS = 16

@@ -10,7 +10,7 @@ from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.model.expert_buffer import slot_bytes_of
 from hotset.model.experts import experts_layers
-from hotset.model.loader import LoadedModel
+from hotset.model.loaded import LoadedModel
 from hotset.request import SamplingParams
 
 

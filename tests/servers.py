@@ -19,7 +19,7 @@ from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
 from hotset.engine.service import EngineService
-from hotset.model.loader import LoadedModel
+from hotset.model.loaded import LoadedModel
 from hotset.server import app as app_module
 from hotset.server.app import Api, ServerConfig
 

@@ -22,7 +22,8 @@ from hotset.errors import EngineError
 from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
 from hotset.model.inspection import inspect_model
-from hotset.model.loader import LoadedModel, load_model
+from hotset.model.loaded import LoadedModel
+from hotset.model.loader import load_model
 from hotset.model.prompt import PromptEncoder
 from hotset.request import FinishReason, SamplingParams
 

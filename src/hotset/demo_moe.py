@@ -16,7 +16,8 @@ from hotset.engine.engine import Engine
 from hotset.errors import EngineError, ModelError
 from hotset.model.experts import experts_layers, unpack_experts
 from hotset.model.inspection import inspect_model
-from hotset.model.loader import LoadedModel, load_model
+from hotset.model.loaded import LoadedModel
+from hotset.model.loader import load_model
 from hotset.model.prompt import PromptEncoder
 from hotset.model.upcycled_model import NAME
 from hotset.request import FinishReason, SamplingParams

@@ -11,7 +11,8 @@ import torch
 
 from hotset.errors import ModelError
 from hotset.model import default_model
-from hotset.model.loader import LoadedModel, load_model
+from hotset.model.loaded import LoadedModel
+from hotset.model.loader import load_model
 
 
 @pytest.fixture(scope="module")

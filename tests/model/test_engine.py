@@ -16,7 +16,7 @@ from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, ModelError, RequestError
 from hotset.memory.budget import make_budget
 from hotset.model.inspection import inspect_model
-from hotset.model.loader import LoadedModel
+from hotset.model.loaded import LoadedModel
 from hotset.request import FinishReason, SamplingParams, StepPlan
 
 MakeEngine = Callable[..., Engine]

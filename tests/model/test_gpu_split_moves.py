@@ -11,7 +11,7 @@ from test_split_moves import OPTIONS, check, serve_with_moves
 from tiny_models import make_model
 
 from hotset.config import GIB
-from hotset.model.loader import LoadedModel
+from hotset.model.loaded import LoadedModel
 from hotset.plan.split_policy import SplitPolicy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

@@ -18,7 +18,8 @@ from hotset.memory.expert_cache import SlotBytes
 from hotset.model.expert_buffer import experts_bytes, slot_bytes_of
 from hotset.model.experts import experts_layers, up_name
 from hotset.model.inspection import inspect_model, weights_bytes
-from hotset.model.loader import LoadedModel, load_model
+from hotset.model.loaded import LoadedModel
+from hotset.model.loader import load_model
 
 PROMPTS = [[5, 9, 13, 200, 7], [31] * 20, [77, 3, 250]]
 FAMILY = "qwen3_moe"  # 8 experts, top-3

@@ -7,7 +7,7 @@ import torch
 from tiny_tokenizer import EOS_TOKEN_ID, make_tokenizer
 
 from hotset.errors import RequestError
-from hotset.model.loader import LoadedModel
+from hotset.model.loaded import LoadedModel
 from hotset.model.prompt import PromptEncoder
 
 # As Qwen's and Llama's do it: arguments through `tojson`. `items` fails where they are no object.

@@ -11,7 +11,7 @@ from hotset.cli import cli
 from hotset.cli.demo import _why
 from hotset.demo import Progress, Turn, Workload, distinct_tokens, pick_documents, run_demo
 from hotset.errors import EngineError
-from hotset.model.loader import LoadedModel
+from hotset.model.loaded import LoadedModel
 
 
 def load_tiny() -> LoadedModel:

@@ -14,7 +14,8 @@ from hotset import demo_moe
 from hotset.cli import cli
 from hotset.demo_moe import Progress, Workload, run_demo
 from hotset.errors import EngineError, ModelError
-from hotset.model.loader import LoadedModel, load_model
+from hotset.model.loaded import LoadedModel
+from hotset.model.loader import load_model
 from hotset.model.upcycled_model import upcycle
 
 

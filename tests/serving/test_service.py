@@ -14,7 +14,7 @@ from hotset.engine.completion import gather
 from hotset.engine.engine import Engine
 from hotset.engine.service import EngineService
 from hotset.errors import ConfigError, EngineError, RequestError
-from hotset.model.loader import LoadedModel
+from hotset.model.loaded import LoadedModel
 from hotset.request import SamplingParams
 from hotset.server.batch_file import Batch
 

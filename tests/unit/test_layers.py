@@ -31,6 +31,8 @@ ORDER = [
 TORCH_FREE = [
     "hotset.cli",
     "hotset.engine.scheduler",
+    "hotset.engine.service",
+    "hotset.llm",
     "hotset.memory.block_pool",
     "hotset.memory.disk",
     "hotset.memory.host_tier",
@@ -39,6 +41,7 @@ TORCH_FREE = [
     "hotset.plan.cost",
     "hotset.plan.expert_split",
     "hotset.plan.split_policy",
+    "hotset.server.app",
 ]
 
 

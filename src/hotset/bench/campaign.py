@@ -17,7 +17,8 @@ from hotset.bench.workload import Spec, make_work
 from hotset.config import EngineConfig
 from hotset.errors import ConfigError, EngineError
 from hotset.model.expert_disk import ExpertSink
-from hotset.model.loader import LoadedModel, load_dummy, load_model
+from hotset.model.loaded import LoadedModel
+from hotset.model.loader import load_dummy, load_model
 
 _DUMMY_MODEL = "smollm2-135m"
 

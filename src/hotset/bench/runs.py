@@ -34,7 +34,8 @@ from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
 from hotset.model.expert_buffer import slot_bytes_of
 from hotset.model.inspection import inspect_model
-from hotset.model.loader import LoadedModel, resolve_kv_dtype
+from hotset.model.loaded import LoadedModel
+from hotset.model.loader import resolve_kv_dtype
 from hotset.model.routing_recorder import RoutingRecorder, write_routing
 from hotset.plan.cost import CostModel
 from hotset.plan.experts import ExpertCost, link_of

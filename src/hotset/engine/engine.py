@@ -34,7 +34,8 @@ from hotset.model.cpu_linear import pack_linears
 from hotset.model.expert_buffer import ExpertBuffer, buffer_experts
 from hotset.model.experts import experts_layers, pack_experts
 from hotset.model.inspection import inspect_model, weights_bytes, workspace_bytes
-from hotset.model.loader import LoadedModel, resolve_kv_dtype
+from hotset.model.loaded import LoadedModel
+from hotset.model.loader import resolve_kv_dtype
 from hotset.model.routing_recorder import RoutingRecorder
 from hotset.model.runner import ModelRunner, choose_backend
 from hotset.model.sampler import PendingTokens, Sampler

@@ -7,20 +7,21 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
 from hotset.engine.fair_queue import FairQueue
+from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
 from hotset.engine.status import EngineStatus, engine_status
 from hotset.errors import OverloadedError, RequestError
 from hotset.metrics import Metrics
 from hotset.model.expert_disk import ExpertSink
-from hotset.model.loader import LoadedModel, load_model
-from hotset.request import FinishReason, RequestOutput, SamplingParams
+from hotset.model.loaded import LoadedModel
+from hotset.model.loader import load_model
+from hotset.request import FinishReason, RequestOutput
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +34,6 @@ _AHEAD = 8
 _RATE_WINDOW_S = 30.0
 _MOST_RETRY_AFTER_S = 60
 
-BuildEngine = Callable[[EngineConfig], tuple[Engine, LoadedModel]]
-
 
 def build_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
     """Load the model and set up the engine. Raises what either raises."""
@@ -46,82 +45,6 @@ def build_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
         experts=ExpertSink(config),
     )
     return Engine(config, loaded, owns_model=True), loaded
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """A request for the loop; see `EngineService.submit`."""
-
-    request_id: str
-    token_ids: Sequence[int]
-    params: SamplingParams
-    salt: bytes = b""
-    priority: int = 0
-    tenant: str = ""
-    timeout_s: float | None = None
-    queue_limit: int | None = None
-
-
-@dataclass(slots=True)
-class Report:
-    """What one turn of the loop has to say.
-
-    Attributes:
-        time_s: of `time.monotonic`, which all processes of a machine share.
-        outputs: of the requests; each of a request's outputs has a last one, whatever happens.
-        started: ids of the requests that were part of a step for the first time.
-        looks: snapshots by the id they were asked for with; or why there is none.
-        failure: one line; the engine serves no more, and this is the last report.
-    """
-
-    time_s: float
-    outputs: Sequence[RequestOutput] = ()
-    started: Sequence[str] = ()
-    looks: Sequence[tuple[int, EngineStatus | str]] = ()
-    failure: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """What does not change while an engine runs."""
-
-    config: EngineConfig
-    max_model_len: int
-    report: str
-
-
-class EngineHost(Protocol):
-    """Where an engine runs: `EngineLoop` in this process, or `EngineProcess` in one of its own.
-
-    Any thread may call it. Reports go to a function given at the start, from one thread.
-
-    Attributes:
-        model: loaded; its `model` is None where the weights are in another process.
-    """
-
-    model: LoadedModel
-    info: EngineInfo
-
-    @property
-    def metrics(self) -> Metrics:
-        """The engine's counters: live ones, or as of a moment ago."""
-        ...
-
-    def submit(self, submit: Submit) -> None:
-        """Queue a request. Raises RequestError or OverloadedError: nothing was queued."""
-        ...
-
-    def abort(self, request_id: str) -> None:
-        """End a request soon; a report has its last outputs. Ended ones are left alone."""
-        ...
-
-    def look(self, look_id: int) -> None:
-        """Have a coming report bring a snapshot."""
-        ...
-
-    def close(self) -> None:
-        """End the engine and wait for that. Idempotent. Open requests get no more outputs."""
-        ...
 
 
 @dataclass(eq=False, slots=True)

@@ -11,7 +11,7 @@ from hotset.memory.expert_cache import SlotBytes
 from hotset.memory.shared_region import SharedRegion
 from hotset.model.expert_buffer import experts_bytes, slot_bytes_of
 from hotset.model.inspection import ModelLayout, weights_bytes
-from hotset.model.loader import LoadedModel
+from hotset.model.loaded import LoadedModel
 from hotset.plan.expert_split import KVMemory, Split, Splitter, least_bytes
 from hotset.plan.experts import ExpertCost, Load, link_of
 from hotset.plan.hardware import choose_hardware, load_hardware

@@ -14,14 +14,17 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hotset.config import EngineConfig
-from hotset.engine.loop import BuildEngine, EngineInfo, EngineLoop, Report, Submit
+from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
 from hotset.errors import EngineError, HotsetError
 from hotset.metrics import Metrics
-from hotset.model.loader import LoadedModel
+from hotset.model.loaded import LoadedModel
 from hotset.request import FinishReason, RequestOutput, TokenLogprob
+
+if TYPE_CHECKING:
+    from hotset.engine.loop import EngineLoop
 
 _METRICS_EVERY_S = 0.25
 _CLOSE_S = 30.0
@@ -48,7 +51,8 @@ class EngineProcess:
 
     Args:
         config: what to load and how.
-        build: makes the engine; a function that can be imported by name.
+        build: makes the engine; a function that can be imported by name. None is `build_engine`,
+            which is imported in the child alone, as it brings torch.
         on_report: called from one thread of this process.
 
     Raises:
@@ -56,7 +60,7 @@ class EngineProcess:
     """
 
     def __init__(
-        self, config: EngineConfig, build: BuildEngine, on_report: Callable[[Report], None]
+        self, config: EngineConfig, build: BuildEngine | None, on_report: Callable[[Report], None]
     ) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share locks and CUDA
         self._on_report = on_report
@@ -73,6 +77,8 @@ class EngineProcess:
         )
         self._process.start()
         theirs.close()
+        # What the tokenizer needs, while the child loads the model.
+        threading.Thread(target=_import_tokenizers, daemon=True).start()
         try:
             kind, *answer = self._connection.recv()
         except EOFError:
@@ -173,14 +179,20 @@ class EngineProcess:
         return f"ended with status {code}"
 
 
-def _child(connection: Connection, config: EngineConfig, build: BuildEngine) -> None:
+def _import_tokenizers() -> None:
+    import transformers.tokenization_utils_base  # noqa: F401
+
+
+def _child(connection: Connection, config: EngineConfig, build: BuildEngine | None) -> None:
     """The child's main function."""
     # Whoever stops the server's group stops the parent, which stops this process in its turn.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    from hotset.engine.loop import EngineLoop, build_engine
+
     outgoing: queue.SimpleQueue[Report | _Accepted | None] = queue.SimpleQueue()
     try:
-        loop = EngineLoop(config, build, outgoing.put)
+        loop = EngineLoop(config, build or build_engine, outgoing.put)
     except HotsetError as error:
         connection.send(("refused", error))
         return
@@ -227,7 +239,7 @@ def _child(connection: Connection, config: EngineConfig, build: BuildEngine) -> 
 def _send_all(
     connection: Connection,
     outgoing: "queue.SimpleQueue[Report | _Accepted | None]",
-    loop: EngineLoop,
+    loop: "EngineLoop",
 ) -> None:
     """Send what is there, all at once; what comes while the pipe is full waits for the next."""
     sent_s, is_stale = 0.0, False  # when the parent got the counters; whether they changed

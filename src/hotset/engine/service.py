@@ -12,12 +12,12 @@ from dataclasses import replace
 
 from hotset.config import EngineConfig
 from hotset.engine.latency import Latencies, RequestClock
-from hotset.engine.loop import BuildEngine, EngineHost, EngineLoop, Report, Submit, build_engine
+from hotset.engine.messages import BuildEngine, EngineHost, Report, Submit
 from hotset.engine.process import EngineProcess
 from hotset.engine.status import EngineStatus
 from hotset.errors import EngineError, RequestError
 from hotset.metrics import Metrics
-from hotset.model.loader import LoadedModel
+from hotset.model.loaded import LoadedModel
 from hotset.request import FinishReason, RequestOutput, SamplingParams
 
 
@@ -26,7 +26,7 @@ class EngineService:
 
     Args:
         config: what to load and how.
-        build: makes the engine; raises a HotsetError where it cannot.
+        build: makes the engine; raises a HotsetError where it cannot. None is `build_engine`.
         own_process: run it in a process of its own, so that nothing that Python does here can
             delay a step; otherwise in a thread. `build` must then be importable by name.
 
@@ -41,7 +41,7 @@ class EngineService:
         self,
         config: EngineConfig,
         *,
-        build: BuildEngine = build_engine,
+        build: BuildEngine | None = None,
         own_process: bool = False,
     ) -> None:
         self.latencies = Latencies()
@@ -51,8 +51,13 @@ class EngineService:
         self._is_closing = False  # guarded by _lock
         self._failure: str | None = None  # guarded by _lock; says why no more is served
         self._ids = itertools.count()
-        host = EngineProcess if own_process else EngineLoop
-        self._host: EngineHost = host(config, build, self._take_report)
+        self._host: EngineHost
+        if own_process:  # nothing here imports torch then, so that the child starts at once
+            self._host = EngineProcess(config, build, self._take_report)
+        else:
+            from hotset.engine.loop import EngineLoop, build_engine
+
+            self._host = EngineLoop(config, build or build_engine, self._take_report)
         self.model: LoadedModel = self._host.model
         # A daemon thread in the middle of a step would be cut off while Python shuts down.
         atexit.register(self.close)

@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from hotset.engine.engine import Engine
 from hotset.memory.slab import slot_bytes_for
+
+if TYPE_CHECKING:
+    from hotset.engine.engine import Engine
 
 T = TypeVar("T")
 
@@ -60,7 +62,7 @@ class EngineStatus:
     prefill_tokens_per_s: float
 
 
-def engine_status(engine: Engine, *, num_queued: int) -> EngineStatus:
+def engine_status(engine: "Engine", *, num_queued: int) -> EngineStatus:
     """Look at the engine; to be called from its thread. `num_queued` requests wait before it."""
     engine.count_experts()
     scheduler = engine.scheduler
@@ -80,7 +82,7 @@ def engine_status(engine: Engine, *, num_queued: int) -> EngineStatus:
     )
 
 
-def _tiers(engine: Engine) -> list[TierStatus]:
+def _tiers(engine: "Engine") -> list[TierStatus]:
     budget, kv = engine.budget, engine.kv
     pool = kv.pool
     arriving, leaving = kv.moving_blocks()

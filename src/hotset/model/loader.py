@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,45 +28,13 @@ from hotset.model.experts import experts_layers, move_but_experts
 from hotset.model.fingerprint import fingerprint
 from hotset.model.fp8 import FP8
 from hotset.model.fp8_linear import quantize_linears
+from hotset.model.loaded import LoadedModel
 from hotset.model.router_skew import skew_routers
 from hotset.plan.catalog import find_config
 
 _log = logging.getLogger(__name__)
 
 HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "*.tiktoken"]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model in memory, and what the rest of the engine must know of it.
-
-    Attributes:
-        model: the transformers model: in eval mode, no gradients, on its device.
-        tokenizer: None where the checkpoint brings none; see `require_tokenizer`.
-        name: short, for the API.
-        fingerprint: 32 hex digits that change when the config or the weights do; see `fingerprint`.
-        eos_token_ids: ids that end an answer, in no particular order.
-        max_model_len: the longest context the model was made for, in tokens.
-        kv_scales: for each layer, what keys and values divided by fit 8-bit floats best; None where
-            the checkpoint does not say.
-    """
-
-    model: Any
-    tokenizer: Any | None
-    name: str
-    fingerprint: str
-    eos_token_ids: tuple[int, ...]
-    max_model_len: int
-    kv_scales: tuple[tuple[float, float], ...] | None = None
-
-    def require_tokenizer(self) -> Any:
-        """Return the tokenizer, or raise ModelError where there is none."""
-        if self.tokenizer is None:
-            raise ModelError(
-                f"model {self.name!r} has no tokenizer files, so it takes token ids only; "
-                "put the tokenizer's files (tokenizer.json, ...) into its folder"
-            )
-        return self.tokenizer
 
 
 def load_model(

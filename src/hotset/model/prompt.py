@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from hotset.errors import RequestError
-from hotset.model.loader import LoadedModel
+from hotset.model.loaded import LoadedModel
 from hotset.model.token_text import TokenBytes
 from hotset.model.tool_calls import HERMES_END, HERMES_START, MARKERS
 

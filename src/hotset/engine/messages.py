@@ -1,0 +1,92 @@
+"""What passes between an engine, wherever it runs, and those that use it; imports no torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from hotset.config import EngineConfig
+from hotset.engine.status import EngineStatus
+from hotset.metrics import Metrics
+from hotset.model.loaded import LoadedModel
+from hotset.request import RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from hotset.engine.engine import Engine
+
+BuildEngine = Callable[[EngineConfig], tuple["Engine", LoadedModel]]
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A request for the loop; see `EngineService.submit`."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    params: SamplingParams
+    salt: bytes = b""
+    priority: int = 0
+    tenant: str = ""
+    timeout_s: float | None = None
+    queue_limit: int | None = None
+
+
+@dataclass(slots=True)
+class Report:
+    """What one turn of the loop has to say.
+
+    Attributes:
+        time_s: of `time.monotonic`, which all processes of a machine share.
+        outputs: of the requests; each of a request's outputs has a last one, whatever happens.
+        started: ids of the requests that were part of a step for the first time.
+        looks: snapshots by the id they were asked for with; or why there is none.
+        failure: one line; the engine serves no more, and this is the last report.
+    """
+
+    time_s: float
+    outputs: Sequence[RequestOutput] = ()
+    started: Sequence[str] = ()
+    looks: Sequence[tuple[int, EngineStatus | str]] = ()
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What does not change while an engine runs."""
+
+    config: EngineConfig
+    max_model_len: int
+    report: str
+
+
+class EngineHost(Protocol):
+    """Where an engine runs: `EngineLoop` in this process, or `EngineProcess` in one of its own.
+
+    Any thread may call it. Reports go to a function given at the start, from one thread.
+
+    Attributes:
+        model: loaded; its `model` is None where the weights are in another process.
+    """
+
+    model: LoadedModel
+    info: EngineInfo
+
+    @property
+    def metrics(self) -> Metrics:
+        """The engine's counters: live ones, or as of a moment ago."""
+        ...
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a request. Raises RequestError or OverloadedError: nothing was queued."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request soon; a report has its last outputs. Ended ones are left alone."""
+        ...
+
+    def look(self, look_id: int) -> None:
+        """Have a coming report bring a snapshot."""
+        ...
+
+    def close(self) -> None:
+        """End the engine and wait for that. Idempotent. Open requests get no more outputs."""
+        ...

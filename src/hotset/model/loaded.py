@@ -1,0 +1,39 @@
+"""A model that was loaded, as other processes know it too: nothing here imports torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hotset.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory, and what the rest of the engine must know of it.
+
+    Attributes:
+        model: the transformers model: in eval mode, no gradients, on its device.
+        tokenizer: None where the checkpoint brings none; see `require_tokenizer`.
+        name: short, for the API.
+        fingerprint: 32 hex digits that change when the config or the weights do; see `fingerprint`.
+        eos_token_ids: ids that end an answer, in no particular order.
+        max_model_len: the longest context the model was made for, in tokens.
+        kv_scales: for each layer, what keys and values divided by fit 8-bit floats best; None where
+            the checkpoint does not say.
+    """
+
+    model: Any
+    tokenizer: Any | None
+    name: str
+    fingerprint: str
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int
+    kv_scales: tuple[tuple[float, float], ...] | None = None
+
+    def require_tokenizer(self) -> Any:
+        """Return the tokenizer, or raise ModelError where there is none."""
+        if self.tokenizer is None:
+            raise ModelError(
+                f"model {self.name!r} has no tokenizer files, so it takes token ids only; "
+                "put the tokenizer's files (tokenizer.json, ...) into its folder"
+            )
+        return self.tokenizer
