@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from hotset.cgroups import memory_limit_bytes
 from hotset.errors import ConfigError
 from hotset.plan import probe as probes
 from hotset.plan.hardware import hardware_from_json
@@ -17,7 +18,7 @@ def test_probe_of_the_cpu_gives_a_complete_profile(
     profile = probes.probe("cpu", tmp_path)
     chips = hardware_from_json(profile, "probe")
     assert chips.measured
-    assert chips.hbm_bytes <= probes.memory_limit_bytes() * 1.001
+    assert chips.hbm_bytes <= memory_limit_bytes() * 1.001
     assert chips.disk_bytes_per_s > 0 and chips.kernel_s
     assert list(tmp_path.iterdir()) == []  # the temporary file is gone
 

@@ -1,6 +1,5 @@
 """What a result must say about where it was made."""
 
-import os
 import platform
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import hotset
-from hotset.plan.probe import memory_limit_bytes
+from hotset.cgroups import memory_limit_bytes, usable_cpus
 
 _PACKAGES = ("torch", "transformers", "flashinfer-python", "triton", "numpy")
 
@@ -37,9 +36,7 @@ def describe_machine() -> dict[str, Any]:
         "commit": _commit(),
         "versions": versions,
         "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpu_cores": usable_cpus(),
         "cpu_threads": torch.get_num_threads(),
         "host_memory_bytes": memory_limit_bytes(),
         "gpus": gpus,

@@ -26,10 +26,10 @@ from hotset.bench.predict import BufferedExperts, predict
 from hotset.bench.profiler import StepProfiler
 from hotset.bench.result import ArmRun, columns, observe
 from hotset.bench.workload import Spec, Work, filler, make_work, prefix_work, warm_up
+from hotset.cgroups import available_host_bytes
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, HotsetError, PlanError
-from hotset.memory.budget import available_host_bytes
 from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
 from hotset.model.expert_buffer import slot_bytes_of

@@ -12,6 +12,7 @@ import platformdirs
 import torch
 from transformers import PreTrainedModel
 
+from hotset.cgroups import available_host_bytes
 from hotset.config import GIB, EngineConfig
 from hotset.engine.memory_split import Memory, split_memory
 from hotset.engine.outputs import OutputProcessor
@@ -21,7 +22,7 @@ from hotset.engine.step_timer import StepTimer
 from hotset.errors import ConfigError, ExpertReadError, RequestError
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.block_pool import BlockPool
-from hotset.memory.budget import available_host_bytes, make_budget
+from hotset.memory.budget import make_budget
 from hotset.memory.disk import DiskTier
 from hotset.memory.host_tier import HostTier
 from hotset.memory.kv_cache import KVCache

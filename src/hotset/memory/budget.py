@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
+from hotset.cgroups import available_host_bytes
 from hotset.config import GIB, EngineConfig
 from hotset.errors import ConfigError
 from hotset.memory.disk import capacity_bytes_for, payloads_within
@@ -164,15 +163,6 @@ def fewest_blocks(config: EngineConfig, model_max_len: int) -> int:
     """KV blocks that one request needs: for the longest context asked for, else 256 tokens."""
     tokens = min(256 if config.max_model_len is None else config.max_model_len, model_max_len)
     return max(2, -(-tokens // config.block_size))
-
-
-def available_host_bytes() -> int:
-    """Memory that can be taken now: of the machine, within the container's limit."""
-    available: int = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
-    return available
 
 
 def _round_up(gib: float) -> float:

@@ -5,7 +5,6 @@ host memory faster than the link carries them. Source of the idea: KTransformers
 "Fiddler", ICLR 2025.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from hotset.cgroups import usable_cpus
 from hotset.memory.cold_cost import MOST_TOKENS, ColdCost
 from hotset.memory.expert_cache import HostExperts, SlotTable
 from hotset.model.experts import Experts, up_name
@@ -79,7 +79,7 @@ class ColdExperts:
         mode: str,
         num_threads: int | None = None,
     ) -> None:
-        self.num_threads = num_threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        self.num_threads = num_threads or max(1, usable_cpus() - 1)
         self.mode, self.top_k = mode, top_k
         self.num_experts, self.num_slots = num_experts, num_slots
         self._takes: dict[int, bool] = {}

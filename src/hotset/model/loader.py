@@ -18,8 +18,8 @@ import torch
 from huggingface_hub import errors as hub_errors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from hotset.cgroups import available_host_bytes
 from hotset.errors import ConfigError, ModelError, PlanError
-from hotset.memory.budget import available_host_bytes
 from hotset.model import checkpoint, default_model, upcycled_model
 from hotset.model.checkpoint_files import kv_scales
 from hotset.model.config_sizes import context_length, num_experts

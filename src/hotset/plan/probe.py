@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from hotset.cgroups import memory_limit_bytes
 from hotset.errors import ConfigError
 
 MIB = 2**20
@@ -71,19 +72,6 @@ def _median_s(run: Callable[[], object], sync: Callable[[], object] = lambda: No
         sync()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def memory_limit_bytes() -> int:
-    """Memory this process may use: the machine's, or the container's limit if that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = Path("/sys/fs/cgroup", name).read_text("ascii").strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
 
 
 # -- CPU ----------------------------------------------------------------------------------------
