@@ -27,7 +27,8 @@ class SamplingParams:
     """How the tokens of one request are chosen. Names and meanings are those of the OpenAI API.
 
     Attributes:
-        max_tokens: most tokens to generate; None means up to the context limit.
+        max_tokens: most tokens to generate; None means up to the context limit. 0 only computes
+            the prompt.
         temperature: 0 is greedy.
         top_p: nucleus sampling; 1 is off.
         top_k: 0 is off.
@@ -41,6 +42,8 @@ class SamplingParams:
         stop_token_ids: ids that end the output, beside the model's own.
         ignore_eos: go on past the model's end-of-sequence ids (for benchmarks).
         logprobs: None is off; otherwise also return this many of the likeliest tokens.
+        prompt_logprobs: the same for the tokens of the prompt, all but the first. Such a prompt is
+            computed whole, whatever is cached of it.
         n: how many outputs for the same prompt.
         json_schema: the output must be JSON of this schema (`{}`: any JSON).
         text_form: the output must have this form. Not together with `json_schema`.
@@ -59,6 +62,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     json_schema: dict[str, Any] | None = None
     text_form: TextForm | None = None
@@ -69,7 +73,7 @@ class SamplingParams:
                 value = getattr(self, name)
                 raise RequestError(f"{name} is {value!r}; expected {expected}", param=name)
 
-        check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or more")
+        check(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "0 or more")
         check(0.0 <= self.temperature <= 100.0, "temperature", "0 (greedy) to 100")
         check(0.0 < self.top_p <= 1.0, "top_p", "above 0, at most 1")
         check(self.top_k >= 0, "top_k", "0 (off) or more")
@@ -77,7 +81,9 @@ class SamplingParams:
         check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0, at most 100")
         check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "-2 to 2")
         check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "-2 to 2")
-        check(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "0 to 20")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            check(value is None or 0 <= value <= 20, name, "0 to 20")
         check(1 <= self.n <= 128, "n", "1 to 128")
         check(all(self.stop), "stop", "non-empty strings")
         if self.json_schema is not None and self.text_form is not None:
@@ -136,12 +142,14 @@ class TokenLogprob:
         top: token ids with their log-probabilities, the likeliest first.
         text_offset: index in the output's text of the character that the token begins with, or
             goes on with.
+        rank: of tokens of prompts, 1 is the likeliest.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     text_offset: int = 0
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +194,8 @@ class Request:
         high_water_tokens: the most tokens that were ever computed; more compute is recompute.
         num_sibling_tokens: leading tokens of the prompt that another of its `n` outputs has
             computed or found.
+        num_scored_tokens: leading tokens whose logits were taken for the log-probabilities of the
+            prompt; None where this request has not to bring any.
         priority: lower runs first; equal ones first come, first served.
         queued_s: when it last came to the end of the queue: its arrival, or the end of a turn.
         turn_start_s: when it was last let in; it then had `turn_start_tokens`.
@@ -218,6 +228,7 @@ class Request:
     num_cached_tokens: int = 0
     high_water_tokens: int = 0
     num_sibling_tokens: int = 0
+    num_scored_tokens: int | None = None
     queued_s: float = field(init=False)
     turn_start_s: float = 0.0
     turn_start_tokens: int = 0
@@ -239,6 +250,18 @@ class Request:
     def is_complete(self) -> bool:
         """Whether no token may follow the last one."""
         return len(self.token_ids) >= self.max_total_tokens
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether all log-probabilities of the prompt that it has to bring were taken."""
+        return self.num_scored_tokens is None or self.num_scored_tokens >= self.prompt_len - 1
+
+    @property
+    def num_findable_tokens(self) -> int:
+        """How many leading tokens may be found instead of computed: one at least is left over."""
+        if self.num_scored_tokens is None or self.is_scored:
+            return len(self.token_ids) - 1
+        return self.num_scored_tokens
 
     @property
     def order(self) -> tuple[int, float]:
@@ -280,6 +303,18 @@ class StepItem:
         """Whether the item reaches the request's last token, so that a next one is chosen."""
         return self.start + self.num_tokens == self.request.num_tokens
 
+    @property
+    def scored(self) -> range:
+        """Positions of the tokens whose logits tell a log-probability of the prompt, yet to take.
+
+        That is of the token at the next position.
+        """
+        request = self.request
+        if request.num_scored_tokens is None:
+            return range(0)
+        start = max(self.start, request.num_scored_tokens)
+        return range(start, max(start, min(self.start + self.num_tokens, request.prompt_len - 1)))
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -299,6 +334,8 @@ class RequestOutput:
         token_ids: the tokens that are new.
         finish_reason: None while the request goes on; this is the last output otherwise.
         error: one line, where `finish_reason` is ERROR.
+        prompt_logprobs: of all tokens of the prompt but the first; with the first output of
+            index 0, where they were asked for.
     """
 
     request_id: str
@@ -308,5 +345,6 @@ class RequestOutput:
     finish_reason: FinishReason | None
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -23,7 +23,8 @@ class Completion:
         index: which of the `n` outputs for the prompt this is.
         finish_reason: `stop`, `length`, `abort` or `error`; None while it is incomplete.
         error: one line, where the finish reason is `error`.
-        logprobs: one entry a token where they were asked for, otherwise empty.
+        logprobs: one entry per token where they were asked for, otherwise empty.
+        prompt_logprobs: one entry per token of the prompt but the first, where asked for.
     """
 
     index: int = 0
@@ -32,6 +33,7 @@ class Completion:
     finish_reason: str | None = None
     error: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int = 0
 
@@ -40,6 +42,7 @@ class Completion:
         self.text += output.text
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
+        self.prompt_logprobs += output.prompt_logprobs
         self.prompt_tokens = max(self.prompt_tokens, output.prompt_tokens)
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
         if output.finish_reason is not None:
@@ -62,4 +65,6 @@ def gather(outputs: Iterable[RequestOutput], n: int) -> list[Completion]:
     completions = [Completion(index=i) for i in range(n)]
     for output in outputs:
         completions[output.index].add(output)
+    for completion in completions:  # index 0 brings them for all
+        completion.prompt_logprobs = completions[0].prompt_logprobs
     return completions

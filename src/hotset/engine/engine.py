@@ -37,6 +37,7 @@ from hotset.model.experts import experts_layers, pack_experts
 from hotset.model.inspection import inspect_model, weights_bytes, workspace_bytes
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import resolve_kv_dtype
+from hotset.model.prompt_logprobs import PendingPromptLogprobs, most_rows
 from hotset.model.routing_recorder import RoutingRecorder
 from hotset.model.runner import ModelRunner, choose_backend
 from hotset.model.sampler import PendingTokens, Sampler
@@ -78,11 +79,13 @@ class _StepInFlight:
     Attributes:
         requests: those whose next token it chooses, in the order of its tokens.
         tokens: None where `requests` is empty.
+        prompt_logprobs: None where the step brings none.
     """
 
     plan: StepPlan
     requests: list[Request]
     tokens: PendingTokens | None
+    prompt_logprobs: PendingPromptLogprobs | None
     timer: StepTimer
 
 
@@ -250,6 +253,9 @@ class Engine:
             max_mixed_tokens=_max_mixed_tokens(
                 config, model, is_buffered=self._experts is not None
             ),
+            max_scored_tokens=most_rows(
+                self._sampler.vocab_size, layout.dtype.itemsize, model.device.type
+            ),
             # On a CPU more rows are no faster, and a step of many takes seconds.
             bursts=model.device.type == "cuda",
             row_tile=_ROW_TILE[model.device.type],
@@ -332,7 +338,8 @@ class Engine:
             raise RequestError(f"request id {request_id!r} is in use or has a '#' in it")
         max_total = self.max_model_len
         if params.max_tokens is not None:
-            max_total = min(max_total, len(token_ids) + params.max_tokens)
+            # Where none is wanted, one is chosen nevertheless, as part of the prompt's last step.
+            max_total = min(max_total, len(token_ids) + max(1, params.max_tokens))
         requests = [
             Request(
                 request_id=output_id(request_id, i),
@@ -342,6 +349,7 @@ class Engine:
                 max_total_tokens=max_total,
                 salt=salt,
                 priority=priority,
+                num_scored_tokens=None if params.prompt_logprobs is None or i else 0,
             )
             for i in range(params.n)
         ]
@@ -434,9 +442,13 @@ class Engine:
         try:
             logits = self._runner.forward(
                 plan, None if previous is None else previous.token_ids, when_ready
-            )  # [R, vocab]
+            )  # [R + P, vocab]
             requests = [item.request for item in plan.items if item.samples]
-            tokens = self._sampler.submit(logits, requests) if requests else None
+            num_rows = len(requests)
+            tokens = self._sampler.submit(logits[:num_rows], requests) if requests else None
+            scored = None
+            if len(logits) > num_rows:
+                scored = PendingPromptLogprobs(plan.items, logits[num_rows:])
         except ExpertReadError as error:
             # Whoever it is that needed the expert: nobody can say before the step has run.
             _log.error("a step of %d requests failed: %s", len(plan.items), error)
@@ -454,7 +466,7 @@ class Engine:
             self._finish(victim, FinishReason.ERROR, f"the model step failed: {error}")
             return None
         timer.stop()
-        return _StepInFlight(plan, requests, tokens, timer)
+        return _StepInFlight(plan, requests, tokens, scored, timer)
 
     def _commit(self, step: _StepInFlight) -> None:
         """Take the step's KV as written: what reads it is submitted later."""
@@ -470,6 +482,9 @@ class Engine:
         step, self._in_flight = self._in_flight, None
         if step is None:
             return
+        if step.prompt_logprobs is not None:
+            for request, entries in step.prompt_logprobs.wait():
+                self._outputs.score(request, entries)
         if step.tokens is not None:
             sampled = step.tokens.wait()
             for request, token_id, logprob in zip(
@@ -479,7 +494,7 @@ class Engine:
                     continue
                 request.token_ids[-1] = token_id
                 request.pending_row = None
-                self.metrics.output_tokens += 1
+                self.metrics.output_tokens += request.params.max_tokens != 0
                 reason = self._outputs.append(request, token_id, logprob)
                 if request.request_id in sampled.errors:
                     self._finish(request, FinishReason.ERROR, sampled.errors[request.request_id])

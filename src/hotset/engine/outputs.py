@@ -51,6 +51,12 @@ class OutputProcessor:
             decoder = TokenDecoder(self._tokenizer, context)
         self._sequences[request.request_id] = _Sequence(request, decoder)
 
+    def score(self, request: Request, logprobs: list[TokenLogprob]) -> None:
+        """Take in log-probabilities of the next tokens of the prompt. Ended ones are left alone."""
+        sequence = self._sequences.get(request.request_id)
+        if sequence is not None:
+            sequence.prompt_logprobs += logprobs
+
     def append(
         self, request: Request, token_id: int, logprob: TokenLogprob | None
     ) -> FinishReason | None:
@@ -61,6 +67,9 @@ class OutputProcessor:
         """
         sequence = self._sequences[request.request_id]
         params = request.params
+        if params.max_tokens == 0:  # the prompt was all that was wanted
+            self.finish(request.request_id, FinishReason.LENGTH)
+            return sequence.finish_reason
         is_stop_token = token_id in params.stop_token_ids or (
             token_id in self._eos_token_ids and not params.ignore_eos
         )
@@ -104,6 +113,7 @@ class _Sequence:
     held: str = ""  # may be the start of a stop string
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     is_stopped: bool = False  # by a stop string
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -140,12 +150,14 @@ class _Sequence:
             finish_reason=self.finish_reason,
             error=self.error,
             logprobs=tuple(self.logprobs),
+            prompt_logprobs=tuple(self.prompt_logprobs),
             prompt_tokens=self.request.prompt_len,
             cached_tokens=self.request.num_cached_tokens,
         )
         self.text = ""
         self.token_ids.clear()
         self.logprobs.clear()
+        self.prompt_logprobs.clear()
         return output
 
     def _extend(self, new: str) -> None:

@@ -276,13 +276,18 @@ def _packed(item: Report | _Accepted) -> Report | _Accepted:
             one.token_ids,
             None if one.finish_reason is None else one.finish_reason.value,
             one.error,
-            [(e.token_id, e.logprob, e.top, e.text_offset) for e in one.logprobs],
+            _packed_logprobs(one.logprobs),
+            _packed_logprobs(one.prompt_logprobs),
             one.prompt_tokens,
             one.cached_tokens,
         )
         for one in item.outputs
     ]
     return replace(item, outputs=outputs)
+
+
+def _packed_logprobs(entries: Iterable[TokenLogprob]) -> list[Any]:
+    return [(e.token_id, e.logprob, e.top, e.text_offset, e.rank) for e in entries]
 
 
 def _unpacked(report: Report) -> Report:
@@ -296,6 +301,7 @@ def _unpacked(report: Report) -> Report:
             None if reason is None else FinishReason(reason),
             error,
             tuple(TokenLogprob(*entry) for entry in logprobs),
+            tuple(TokenLogprob(*entry) for entry in prompt_logprobs),
             prompt_tokens,
             cached_tokens,
         )
@@ -307,6 +313,7 @@ def _unpacked(report: Report) -> Report:
             reason,
             error,
             logprobs,
+            prompt_logprobs,
             prompt_tokens,
             cached_tokens,
         ) in packed

@@ -29,6 +29,7 @@ class _Step:
         self.items: list[StepItem] = []
         self.budget = budget
         self.prefill_budget = prefill_budget
+        self.scored_budget = budget  # of prompts whose log-probabilities are wanted
         self.computing: set[bytes] = set()  # keys of the blocks that prefills in it complete
 
 
@@ -40,6 +41,8 @@ class Scheduler:
     is in `waiting`, in `running`, forked off by a running one later (`_forks`), or finished.
 
     Args:
+        max_scored_tokens: most tokens of a step that are of prompts whose log-probabilities are
+            yet to take, as their logits take memory.
         bursts: whether prompts come first, in steps of up to `max_num_batched_tokens`, while more
             requests wait with room for all of them than there are that decode: decodes are the
             faster the more of them run together.
@@ -60,6 +63,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_mixed_tokens: int,
+        max_scored_tokens: int = 2**31,
         bursts: bool = False,
         row_tile: int = 1,
         rotation_s: float | None = None,
@@ -69,6 +73,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_mixed_tokens = max_mixed_tokens
+        self.max_scored_tokens = max_scored_tokens
         self.bursts = bursts
         self.row_tile = row_tile
         self.rotation_s = rotation_s
@@ -109,6 +114,7 @@ class Scheduler:
             step = _Step(budget, max(1, room, self.max_mixed_tokens // _LEAST_PREFILL_SHARE))
         else:
             step = _Step(budget, budget)
+        step.scored_budget = min(budget, self.max_scored_tokens)
         if self.rotation_s is not None:
             self._rotate(self.rotation_s)
         was_preempted = self._plan_running(step)
@@ -126,6 +132,9 @@ class Scheduler:
             if item.request.is_finished:
                 continue  # while the step ran
             self.kv.commit(item.request, item.num_tokens)
+            if item.request.num_scored_tokens is not None:
+                end = item.start + item.num_tokens
+                item.request.num_scored_tokens = max(item.request.num_scored_tokens, end)
             if item.samples and item.request.request_id in self._forks:
                 self._fork(item.request)
 
@@ -147,6 +156,7 @@ class Scheduler:
             siblings[0].num_sibling_tokens = max(
                 request.high_water_tokens, request.num_sibling_tokens
             )
+            siblings[0].num_scored_tokens = request.num_scored_tokens
             self.add(siblings)
         self.kv.release(request)
         request.status = RequestStatus.FINISHED
@@ -276,12 +286,16 @@ class Scheduler:
 
     def _plan(self, request: Request, num_tokens: int, step: _Step) -> bool:
         """Reserve blocks for `num_tokens` and add them; False where there are no blocks."""
+        if not request.is_scored:
+            num_tokens = min(num_tokens, step.scored_budget)
         if num_tokens <= 0:
             return True
         if not self.kv.reserve(request, num_tokens):
             return False
         step.items.append(StepItem(request, request.num_computed_tokens, num_tokens))
         step.budget -= num_tokens
+        if not request.is_scored:
+            step.scored_budget -= num_tokens
         if num_tokens > 1:
             step.prefill_budget -= num_tokens
             step.computing.update(self.kv.keys_completed_by(request, num_tokens))

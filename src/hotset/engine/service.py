@@ -328,6 +328,7 @@ def _join(first: RequestOutput, second: RequestOutput) -> RequestOutput:
         text=first.text + second.text,
         token_ids=first.token_ids + second.token_ids,
         logprobs=first.logprobs + second.logprobs,
+        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
         prompt_tokens=max(first.prompt_tokens, second.prompt_tokens),
         cached_tokens=max(first.cached_tokens, second.cached_tokens),
     )

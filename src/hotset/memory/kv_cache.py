@@ -381,7 +381,7 @@ class KVCache:
         parent = self._parent(request, index)
         num_tokens = self._partials.get(parent)
         start = index * self.block_size
-        if num_tokens is None or start + num_tokens >= request.num_tokens:
+        if num_tokens is None or start + num_tokens > request.num_findable_tokens:
             return None
         key = block_hash(parent, request.token_ids[start : start + num_tokens])
         place, block = self._locate(key), self.pool.lookup(key)
@@ -414,7 +414,7 @@ class KVCache:
     def _num_findable(self, request: Request) -> int:
         """How many leading blocks may be found instead of computed."""
         self._extend_hashes(request)
-        return min(len(request.block_hashes), (request.num_tokens - 1) // self.block_size)
+        return min(len(request.block_hashes), request.num_findable_tokens // self.block_size)
 
     def _take_over(self, request: Request, index: int) -> bool:
         """Use the block at `index` of another request that has computed it meanwhile."""

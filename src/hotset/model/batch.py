@@ -54,6 +54,7 @@ class Batch:
     Attributes:
         inputs: `[5, T]` int64, the rows of `Inputs`.
         sampled_rows: `[R]`, the last row of each item that samples, in the order of the plan.
+        scored_rows: `[P]`, the rows of each item's `scored` tokens, in the order of the plan.
         sequences: one for each item, in flat order.
         num_decodes: how many leading sequences have one token.
         has_unknown: whether any token is still being chosen on the device.
@@ -61,6 +62,7 @@ class Batch:
 
     inputs: Array
     sampled_rows: Array
+    scored_rows: Array
     sequences: list[SequenceSpan]
     num_decodes: int
     has_unknown: bool
@@ -76,8 +78,11 @@ class Batch:
         return self.num_decodes == len(self.sequences) == len(self.sampled_rows)
 
     def to(self, device: torch.device) -> tuple[Inputs, torch.Tensor]:
-        """`Inputs` and `sampled_rows` on `device`, by one copy that nobody waits for."""
-        packed = np.concatenate([self.inputs.ravel(), self.sampled_rows])
+        """`Inputs` on `device`, and `sampled_rows` and `scored_rows` as one, by one copy.
+
+        Nobody waits for it.
+        """
+        packed = np.concatenate([self.inputs.ravel(), self.sampled_rows, self.scored_rows])
         on_device = to_device(packed, device)
         size = self.inputs.size
         return Inputs(*on_device[:size].view(5, -1).unbind()), on_device[size:]
@@ -90,6 +95,7 @@ def make_batch(items: Sequence[StepItem], block_size: int) -> Batch:
     chunks: list[Array] = []
     sequences: list[SequenceSpan] = []
     last_row: dict[int, int] = {}
+    scored: dict[int, Array] = {}
     start = 0
     for item in ordered:
         request, table = item.request, item.request.block_table
@@ -115,6 +121,8 @@ def make_batch(items: Sequence[StepItem], block_size: int) -> Batch:
         start += item.num_tokens
         if item.samples:
             last_row[id(item)] = start - 1
+        if positions_scored := item.scored:
+            scored[id(item)] = np.array(positions_scored) - end + start
     decodes = np.array(columns, np.int64).reshape(-1, 5).T
     inputs = np.concatenate([decodes, *chunks], axis=1)
     has_unknown = bool((inputs[_SOURCE] >= 0).any())
@@ -123,10 +131,32 @@ def make_batch(items: Sequence[StepItem], block_size: int) -> Batch:
     return Batch(
         inputs,
         np.array([last_row[id(item)] for item in items if item.samples], np.int64),
+        np.concatenate(
+            [np.empty(0, np.int64), *(scored[id(item)] for item in items if id(item) in scored)]
+        ),
         sequences,
         len(columns),
         has_unknown,
     )
+
+
+class HostCopy:
+    """A copy of a tensor on the host, under way; the device does what comes next meanwhile."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        self._on_host = tensor
+        if tensor.is_cuda:
+            self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._on_host.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> torch.Tensor:
+        """Block until it is there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._on_host
 
 
 def to_device(values: Array, device: torch.device) -> torch.Tensor:

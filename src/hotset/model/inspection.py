@@ -21,6 +21,7 @@ from hotset.model.cpu_linear import PackedLinear
 from hotset.model.experts import use_dynamic_gating, without_experts
 from hotset.model.flashinfer_attention import WORKSPACE_BYTES
 from hotset.model.linear_reads import noting_reads
+from hotset.model.prompt_logprobs import most_rows
 from hotset.model.step_graphs import LARGEST_RECORDED
 from hotset.model.widened_kv import WIDENED_BYTES
 
@@ -152,9 +153,9 @@ def workspace_bytes(
 
     Live at once: the residual stream and its norm, queries, keys and values, the two halves of
     the feed-forward and their product, or of `top_k` experts these with input and output of each;
-    then the logits of `max_seqs` tokens and their float32 copy. On a GPU recorded steps have the
-    same once more, for as many tokens as they have, and logits at a fixed place; 8-bit KV is
-    widened there for prompts.
+    then the logits of `max_seqs` tokens, and those of prompts that are scored, and their float32
+    copy. On a GPU recorded steps have the same once more, for as many tokens as they have, and
+    logits at a fixed place; 8-bit KV is widened there for prompts.
     """
     config = model.config.get_text_config()
     hidden = largest(config, "hidden_size")
@@ -165,10 +166,12 @@ def workspace_bytes(
         ffn = max(ffn, top_k * (2 * hidden + 3 * middle))
     itemsize = model.dtype.itemsize
     token_bytes = (6 * hidden + ffn) * itemsize
-    num_logits = min(max_seqs, max_tokens) * config.vocab_size
+    num_scored = most_rows(config.vocab_size, itemsize, model.device.type)
+    num_logits = min(max_seqs + num_scored, max_tokens) * config.vocab_size
     num_bytes = max_tokens * token_bytes + num_logits * (itemsize + 4)
     if model.device.type == "cuda":
-        num_bytes += min(max_tokens, LARGEST_RECORDED) * token_bytes + 2 * num_logits * itemsize
+        num_bytes += min(max_tokens, LARGEST_RECORDED) * token_bytes
+        num_bytes += 2 * min(max_seqs, max_tokens) * config.vocab_size * itemsize
         num_bytes += WORKSPACE_BYTES
         num_bytes += WIDENED_BYTES if layout.kv_dtype != layout.dtype else 0
     return int(num_bytes)

@@ -154,8 +154,8 @@ class ModelRunner:
                 before what it computes is.
 
         Returns:
-            `[R, vocab]` logits, a row for each item that samples, in the plan's order; good
-            until the next call.
+            `[R + P, vocab]` logits, in the plan's order: a row for each item that samples, then
+            one for each of the items' `scored` tokens. Good until the next call.
         """
         if self.recorder is not None:
             self.recorder.begin_step(sum(item.num_tokens for item in plan.items))
@@ -164,15 +164,17 @@ class ModelRunner:
         if batch.has_unknown:
             assert previous is not None, "a token is unknown and nobody is choosing it"
             self._previous[: len(previous)].copy_(previous)
-        if self._graphs is not None and not self.launches(batch.num_tokens):
+        is_recorded = self._graphs is not None and not len(batch.scored_rows)
+        if is_recorded and not self.launches(batch.num_tokens):
+            assert self._graphs is not None
             logits = self._graphs.run(batch, when_ready)
             if logits is not None:
                 return logits
-        inputs, sampled_rows = batch.to(self._model.device)
+        inputs, rows = batch.to(self._model.device)
         token_ids = inputs.resolve(self._previous) if batch.has_unknown else inputs.token_ids
         attention = self._attention.begin_step(batch, inputs)
         when_ready()
-        return self._logits(token_ids, inputs.positions, attention, sampled_rows)
+        return self._logits(token_ids, inputs.positions, attention, rows)
 
     def _logits(
         self,

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from hotset.errors import RequestError
+from hotset.model.batch import HostCopy
 from hotset.model.grammar import Grammars, OutputMatcher
 from hotset.request import Request, SamplingParams, TokenLogprob
 
@@ -56,19 +57,11 @@ class PendingTokens:
         self.token_ids = token_ids
         self._endings = endings
         self._num_rows = num_rows
-        self._copied: torch.cuda.Event | None = None
-        self._on_host = token_ids
-        if token_ids.is_cuda:
-            self._on_host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-            self._on_host.copy_(token_ids, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        self._on_host = HostCopy(token_ids)
 
     def wait(self) -> Sampled:
         """Block until the tokens are there; what only the host can do with them is done then."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        sampled = Sampled(self._on_host.tolist(), [None] * self._num_rows)
+        sampled = Sampled(self._on_host.wait().tolist(), [None] * self._num_rows)
         for end in self._endings:
             end(sampled)
         return sampled
