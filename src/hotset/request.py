@@ -334,8 +334,8 @@ class RequestOutput:
         token_ids: the tokens that are new.
         finish_reason: None while the request goes on; this is the last output otherwise.
         error: one line, where `finish_reason` is ERROR.
-        prompt_logprobs: of all tokens of the prompt but the first; with the first output of
-            index 0, where they were asked for.
+        prompt_logprobs: of all tokens of the prompt but the first, where they were asked for; in
+            the first output of all `n`, which is of index 0 unless that one failed.
     """
 
     request_id: str

@@ -65,6 +65,7 @@ def gather(outputs: Iterable[RequestOutput], n: int) -> list[Completion]:
     completions = [Completion(index=i) for i in range(n)]
     for output in outputs:
         completions[output.index].add(output)
-    for completion in completions:  # index 0 brings them for all
-        completion.prompt_logprobs = completions[0].prompt_logprobs
+    found = next((one.prompt_logprobs for one in completions if one.prompt_logprobs), [])
+    for completion in completions:  # one brings them for all
+        completion.prompt_logprobs = found
     return completions

@@ -156,7 +156,7 @@ class Scheduler:
             siblings[0].num_sibling_tokens = max(
                 request.high_water_tokens, request.num_sibling_tokens
             )
-            siblings[0].num_scored_tokens = request.num_scored_tokens
+            siblings[0].num_scored_tokens = None if request.num_scored_tokens is None else 0
             self.add(siblings)
         self.kv.release(request)
         request.status = RequestStatus.FINISHED
