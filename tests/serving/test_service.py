@@ -15,8 +15,13 @@ from hotset.engine.engine import Engine
 from hotset.engine.service import EngineService
 from hotset.errors import ConfigError, EngineError, RequestError
 from hotset.model.loaded import LoadedModel
+from hotset.model.prompt import PromptEncoder
 from hotset.request import SamplingParams
+from hotset.server.admission import Admission, Admitted
 from hotset.server.batch_file import Batch
+from hotset.server.keys import Tenant
+from hotset.server.limits import UNLIMITED
+from hotset.server.schemas import GenerationRequest
 
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
 
@@ -177,3 +182,48 @@ def test_an_output_of_another_input_is_refused_and_left_alone(tmp_path: Path) ->
         Batch(source, source)
     with pytest.raises(ConfigError, match="/dev/full is not a plain file"):
         Batch(source, Path("/dev/full"))
+
+
+DEEP_LINE = '{"custom_id": "deep", "url": "/v1/completions", "body": ' + "[" * 100_000
+
+
+def test_a_line_that_cannot_be_parsed_costs_the_others_nothing(
+    service: EngineService, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    write_batch(source)
+    lines = source.read_bytes().splitlines()
+    lines[1], lines[3] = DEEP_LINE.encode(), b'{"custom_id": "\xff"}'
+    source.write_bytes(b"\n".join(lines))
+    batch = Batch(source, target)
+    summary = batch.run(service, window=4)
+    batch.close()
+
+    records = [json.loads(line) for line in target.read_text().splitlines()]
+    assert (summary.lines, summary.errors) == (6, 4)
+    assert [bool(record["response"]) for record in records] == [True, *[False] * 4, True]
+    assert records[1]["error"] == {
+        "code": "invalid_json",
+        "message": "the line is nested too deeply: more than 200 levels",
+    }
+    assert "is not UTF-8" in records[3]["error"]["message"]
+
+
+def test_a_bug_that_one_line_shows_is_that_lines_error(
+    service: EngineService, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    write_batch(source)
+    admission = Admission(service, PromptEncoder(service.model), UNLIMITED)
+    calls = iter(range(10))
+
+    def submit(request: GenerationRequest) -> Admitted:
+        if next(calls) == 1:
+            raise IndexError("a bug")
+        return admission.submit(request, Tenant(), is_batch=True)
+
+    batch = Batch(source, target)
+    summary = batch.run(service, window=2, submit=submit)
+    batch.close()
+    assert (summary.lines, summary.errors) == (6, 3)
+    assert json.loads(target.read_text().splitlines()[1])["response"]["status_code"] == 500

@@ -13,7 +13,7 @@ ROOT = Path(hotset.__file__).parent
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
 
 # A package may import those below it. Plain data is at the bottom; `plan` stands beside.
-PLAIN = {"request", "config", "errors", "metrics", "cgroups"}
+PLAIN = {"request", "config", "errors", "metrics", "cgroups", "foreign_text"}
 ORDER = [
     "plan",
     "kernels",
@@ -74,6 +74,20 @@ def test_a_module_imports_only_what_is_below_it(path: Path) -> None:
         assert part in ORDER, f"give {part} a place in ORDER"
         below = set(ORDER[: ORDER.index(part) + 1])
         assert imported <= PLAIN | below
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_json_and_toml_are_read_by_one_module(path: Path) -> None:
+    """`json.loads` ends in RecursionError where a text is deep: take `foreign_text.parse_json`."""
+    if path.name == "foreign_text.py":
+        return
+    tree = ast.parse(path.read_text())
+    readers = [
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    ]
+    assert not {"json.load", "json.loads", "tomllib.load", "tomllib.loads"} & set(readers)
 
 
 def test_the_deciding_modules_do_not_import_torch() -> None:

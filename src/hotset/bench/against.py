@@ -1,7 +1,6 @@
 """The same work over HTTP, against any server with OpenAI's `/v1/completions`."""
 
 import asyncio
-import json
 import random
 import time
 from array import array
@@ -14,6 +13,7 @@ from hotset.bench.play import Due, Play
 from hotset.bench.result import ArmRun, observe
 from hotset.bench.workload import Spec, Work, prefix_work, token_range, warm_up
 from hotset.errors import ConfigError, PlanError
+from hotset.foreign_text import parse_json
 from hotset.plan.catalog import find_config
 
 _CONNECT_S = 30.0
@@ -56,7 +56,7 @@ class Client:
                 f"{self.url}/models", headers=self._headers, timeout=_CONNECT_S, trust_env=False
             )
             answer.raise_for_status()
-            return str(answer.json()["data"][0]["id"])
+            return str(parse_json(answer.content)["data"][0]["id"])
         except httpx.HTTPStatusError as error:
             raise ConfigError(
                 f"{self.url}/models answers {error.response.status_code}; "
@@ -103,7 +103,7 @@ class Client:
                 raise ConfigError(f"{self.url} cannot be reached: {error}") from error
             if answer.status_code == 200:
                 try:
-                    choice = answer.json()["choices"][0]
+                    choice = parse_json(answer.content)["choices"][0]
                 except (ValueError, LookupError, TypeError) as error:
                     raise ConfigError(f"{self.url}/completions answers no completion") from error
                 self.gives_ids = bool(with_ids and choice.get("token_ids"))
@@ -194,7 +194,7 @@ class Client:
             async for line in response.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
-                event = json.loads(line[6:])
+                event = parse_json(line[6:])
                 if error := event.get("error"):
                     return str(error.get("message") if isinstance(error, dict) else error)
                 if usage := event.get("usage"):

@@ -6,7 +6,6 @@ is not published: tokens are drawn from a generator seeded by the block's id, so
 just the beginnings that those of the trace shared.
 """
 
-import json
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 
 from hotset.bench.workload import Session, Spec, Turn, Work, token_range
 from hotset.errors import ConfigError
+from hotset.foreign_text import parse_json
 
 BLOCK_TOKENS = 512
 
@@ -59,7 +59,7 @@ def read_trace(path: Path) -> list[TraceRequest]:
 def _parse(line: str, where: str) -> TraceRequest:
     expected = "expected an object with timestamp, input_length, output_length and hash_ids"
     try:
-        fields: dict[str, Any] = json.loads(line)
+        fields: dict[str, Any] = parse_json(line)
         ids = tuple(int(i) for i in fields["hash_ids"])
         request = TraceRequest(
             arrival_s=float(fields["timestamp"]) / 1e3,

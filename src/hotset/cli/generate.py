@@ -1,6 +1,5 @@
 """`hotset generate`: stream text for prompts given on the command line."""
 
-import json
 import re
 import sys
 import time
@@ -13,6 +12,7 @@ import click
 from hotset.cli.options import engine_options, interruptible
 from hotset.config import EngineConfig
 from hotset.errors import ConfigError, RequestError
+from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.request import SamplingParams
 
 _DEFAULTS = SamplingParams()
@@ -165,9 +165,9 @@ def _read_schema(given: str) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--json-schema {given}: cannot be read: {error}") from error
     try:
-        schema = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--json-schema is not JSON: {error}") from error
+        schema = parse_json(text)
+    except ForeignTextError as error:
+        raise ConfigError(f"--json-schema {error}") from error
     if not isinstance(schema, dict):
         raise ConfigError(f"--json-schema is a JSON {type(schema).__name__}; expected an object")
     return schema

@@ -7,7 +7,6 @@ import re
 import resource
 import socket
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +16,7 @@ import click
 from hotset.cli.options import engine_options, interruptible
 from hotset.config import EngineConfig
 from hotset.errors import ConfigError, HotsetError
+from hotset.foreign_text import ForeignTextError, parse_toml
 
 if TYPE_CHECKING:
     from hotset.engine.service import EngineService
@@ -61,11 +61,11 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     if path is None:
         return
     try:
-        values: dict[str, Any] = tomllib.loads(path.read_text())
+        values: dict[str, Any] = parse_toml(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+    except ForeignTextError as error:
+        raise ConfigError(f"{path} {error}") from error
     known = {param.name for param in ctx.command.params} - {"config_file", "dry_run"}
     lists = {one.name for one in ctx.command.params if getattr(one, "multiple", False)}
     named = {name.replace("-", "_"): value for name, value in values.items()}

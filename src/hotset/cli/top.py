@@ -10,6 +10,7 @@ import click
 
 from hotset.cli.options import interruptible
 from hotset.errors import ConfigError
+from hotset.foreign_text import parse_json
 
 Json = dict[str, Any]
 
@@ -61,7 +62,7 @@ def fetch(url: str, api_key: str | None) -> Json:
         if api_key:
             request.add_header("Authorization", f"Bearer {api_key}")
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-            status: Json = json.load(response)
+            status: Json = parse_json(response.read())
         if "engine" not in status:
             raise ValueError("no status of hotset")
     except urllib.error.HTTPError as error:
@@ -78,6 +79,6 @@ def fetch(url: str, api_key: str | None) -> Json:
 
 def _message(error: urllib.error.HTTPError) -> str:
     try:
-        return str(json.load(error)["error"]["message"])
+        return str(parse_json(error.read())["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return str(error.reason)

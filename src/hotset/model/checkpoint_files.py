@@ -1,6 +1,5 @@
 """The files of a checkpoint: which they are, and what their headers say."""
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from typing import Any
 import safetensors
 
 from hotset.errors import ModelError
+from hotset.foreign_text import ForeignTextError, parse_json
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -65,9 +65,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ModelError(f"{folder} has no config.json, {_what_it_is(folder)}")
     try:
-        fields = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not JSON: {error}") from error
+        fields = parse_json(file.read_bytes())
+    except ForeignTextError as error:
+        raise ModelError(f"{file} {error}") from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise ModelError(f"{file} names no model_type, so it is not a transformers config")
     return fields
@@ -93,7 +93,7 @@ def _what_it_is(folder: Path) -> str:
 
 def _base_model(folder: Path) -> str:
     try:
-        name = json.loads((folder / "adapter_config.json").read_text("utf-8")).get(
+        name = parse_json((folder / "adapter_config.json").read_bytes()).get(
             "base_model_name_or_path"
         )
     except (OSError, ValueError, AttributeError):
@@ -109,7 +109,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise ModelError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{_others(folder)}")
     try:
         shards = sorted(
-            set(json.loads((folder / WEIGHTS_INDEX).read_text())["weight_map"].values())
+            set(parse_json((folder / WEIGHTS_INDEX).read_bytes())["weight_map"].values())
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}/{WEIGHTS_INDEX} is damaged: {error}") from error

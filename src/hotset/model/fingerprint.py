@@ -6,6 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hotset.foreign_text import parse_json
 from hotset.model.checkpoint_files import weight_files
 
 FULL_HASH_BYTES = 4 * 2**30  # checkpoints up to this size are hashed byte for byte
@@ -24,7 +25,7 @@ def fingerprint(source: Path) -> str:
     if source.is_file():
         files, digest = [source], hashlib.blake2b(digest_size=16)
     else:
-        config = json.loads((source / "config.json").read_text())
+        config = parse_json((source / "config.json").read_bytes())
         for key in ("_name_or_path", "transformers_version"):
             config.pop(key, None)
         files = weight_files(source)

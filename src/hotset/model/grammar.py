@@ -13,6 +13,7 @@ import torch
 from llguidance.gbnf_to_lark import any_to_lark
 
 from hotset.errors import RequestError
+from hotset.foreign_text import parse_json
 from hotset.model import json_schema
 from hotset.request import SamplingParams
 
@@ -183,7 +184,7 @@ def _grammar(kind: str, source: str) -> str:
         case "regex":
             text = llguidance.LLMatcher.grammar_from_regex(source)
         case "choice":
-            texts = json.loads(source)
+            texts = parse_json(source)
             if not isinstance(texts, list) or not texts or not all(type(t) is str for t in texts):
                 raise ValueError("expected a list of texts, at least one")
             quoted = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from hotset.foreign_text import parse_json
 from hotset.model.schema_nodes import LISTED, NAMED, ONE, children, walk
 from hotset.model.schema_values import type_of, without_endless
 
@@ -13,7 +14,7 @@ def prepare(text: str) -> str:
     Raises:
         ValueError: the schema is malformed, or no value fits it; one line.
     """
-    schema = json.loads(text)
+    schema = parse_json(text)
     if not isinstance(schema, dict):
         raise ValueError(f"it is of type {type_of(schema)}; expected an object")
     for one, path in walk(schema):

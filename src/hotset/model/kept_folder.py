@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hotset.errors import ModelError
+from hotset.foreign_text import parse_json
 
 CHECKSUMS = "checksums.json"  # file name -> [bytes, BLAKE2b-256]
 
@@ -68,7 +69,7 @@ def _checksums(made: Path) -> dict[str, tuple[int, str]]:
 def _verifies(kept: Path) -> bool:
     """Whether `kept` holds exactly the files that its checksum file lists, unchanged."""
     try:
-        listed = json.loads((kept / CHECKSUMS).read_text())
+        listed = parse_json((kept / CHECKSUMS).read_bytes())
         sizes = {name: size for name, (size, _) in listed.items()}
         if {f.name: f.stat().st_size for f in kept.iterdir() if f.name != CHECKSUMS} != sizes:
             return False

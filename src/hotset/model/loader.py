@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hotset.cgroups import available_host_bytes
 from hotset.errors import ConfigError, ModelError, PlanError
+from hotset.foreign_text import parse_json
 from hotset.model import checkpoint, default_model, upcycled_model
 from hotset.model.checkpoint_files import kv_scales
 from hotset.model.config_sizes import context_length, num_experts
@@ -290,7 +291,7 @@ def _may_have_experts(source: Path) -> bool:
     if source.is_file():
         return True
     try:
-        config = json.loads((source / "config.json").read_text("utf-8"))
+        config = parse_json((source / "config.json").read_bytes())
     except (OSError, ValueError):
         return False  # loading it says what is wrong
     parts = [config, config.get("text_config")] if isinstance(config, dict) else []

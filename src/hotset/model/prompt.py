@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from hotset.errors import RequestError
+from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.model.loaded import LoadedModel
 from hotset.model.token_text import TokenBytes
 from hotset.model.tool_calls import HERMES_END, HERMES_START, MARKERS
@@ -205,8 +206,8 @@ def _plain_call(call: object, where: str) -> dict[str, Any]:
         raise _refused(where, "has a tool call without a function name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments or "{}")
+        with contextlib.suppress(ForeignTextError):
+            arguments = parse_json(arguments or "{}")
     assert isinstance(call, Mapping)
     return {
         "id": str(call.get("id", "")),

@@ -1,7 +1,6 @@
 """Quantised checkpoints: which forms are read, and which are refused before a weight is read."""
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import transformers
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from hotset.errors import ModelError
+from hotset.foreign_text import parse_json
 from hotset.model.checkpoint_files import Stored
 from hotset.model.leftovers import is_harmless
 
@@ -127,7 +127,7 @@ def check_stored(folder: Path, fields: Mapping[str, Any], stored: Mapping[str, S
 def _modelopt_algorithm(folder: Path) -> str | None:
     """What ModelOpt did to the weights; None where there is no such file, or just KV has scales."""
     try:
-        fields = json.loads((folder / MODELOPT_FILE).read_text("utf-8"))
+        fields = parse_json((folder / MODELOPT_FILE).read_bytes())
         algorithm = fields["quantization"]["quant_algo"]
     except OSError:
         return None

@@ -1,10 +1,11 @@
 """From single tokens to bytes, names and pieces of text."""
 
-import json
 from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+from hotset.foreign_text import parse_json
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 # Any ordinary token will do before another one; these exist in most vocabularies.
@@ -21,7 +22,7 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        kinds = _decoder_kinds(json.loads(tokenizer.to_str())["decoder"])
+        kinds = _decoder_kinds(parse_json(tokenizer.to_str())["decoder"])
         self._is_byte_level = "ByteLevel" in kinds
         self._has_fallback = "ByteFallback" in kinds
         added = tokenizer.get_added_tokens_decoder()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hotset.errors import RequestError
+from hotset.foreign_text import ForeignTextError, parse_json
 
 Json = dict[str, Any]
 
@@ -123,8 +124,8 @@ def _read_hermes(text: str) -> list[ToolCall]:
     calls = []
     for match in _HERMES_CALL.finditer(text):
         try:
-            call = _call(json.loads(match[1]))
-        except (ValueError, RecursionError):
+            call = _call(parse_json(match[1]))
+        except ForeignTextError:
             return []
         if call is None:
             return []
@@ -225,7 +226,7 @@ def read_forced(text: str, name: str | None) -> list[ToolCall]:
     if name is not None:
         return [ToolCall(name, text)]
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
+        values = parse_json(text)
+    except ForeignTextError:
         return []
     return [call for value in values if (call := _call(value)) is not None]

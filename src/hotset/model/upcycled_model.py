@@ -10,7 +10,6 @@ Source: Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from 
 ICLR 2023, section 3; without its further training.
 """
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, MixtralConfig
 
 from hotset.errors import ModelError
+from hotset.foreign_text import parse_json
 from hotset.model import default_model, kept_folder
 from hotset.model.checkpoint_files import WEIGHTS
 
@@ -117,7 +117,7 @@ def _copy(matrix: torch.Tensor, noise: float, generator: torch.Generator) -> tor
 def _config(dense: Path, num_experts: int, top_k: int) -> Any:
     """That of the Mixtral model: attention, norms and embeddings are as in Llama models."""
     try:
-        fields = json.loads((dense / "config.json").read_text("utf-8"))
+        fields = parse_json((dense / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{dense} has no config.json that can be read: {error}") from error
     if fields.get("model_type") != "llama" or not (dense / WEIGHTS).is_file():

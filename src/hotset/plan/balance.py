@@ -1,6 +1,5 @@
 """How evenly devices would be loaded by experts placed so, from routing that was recorded."""
 
-import json
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.errors import PlanError
+from hotset.foreign_text import parse_json
 from hotset.plan.placement import History, Placement, in_order, measure, place, round_robin
 from hotset.plan.routing import skew_of
 
@@ -90,11 +90,11 @@ def load_recording(path: Path) -> Recording:
     wrong = f"routing {path} is not a file of 'hotset bench --record-routing'"
     try:
         if path.suffix == ".json":
-            data = json.loads(path.read_text("utf-8"))
+            data = parse_json(path.read_bytes())
             about, history, layers = data["about"], np.array(data["history"]), data["layers"]
         else:
             with np.load(path, allow_pickle=False) as stored:
-                about = json.loads(str(stored["about"]))
+                about = parse_json(str(stored["about"]))
                 history, layers = stored["history"], stored["layers"].tolist()
     except OSError as error:
         raise PlanError(f"routing {path} cannot be read: {error.strerror or error}") from error

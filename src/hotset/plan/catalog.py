@@ -1,13 +1,13 @@
 """Finding a model's config: bundled, in a folder, a file, or a hub id that is already cached."""
 
 import difflib
-import json
 import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from hotset.errors import PlanError
+from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.plan.families import shape_from_config
 from hotset.plan.shape import ModelShape
 
@@ -29,7 +29,7 @@ def bundled_models() -> list[str]:
 def bundled_config(name: str) -> tuple[dict[str, Any], str]:
     """The config of a bundled model, as the hub has it, and where it comes from."""
     text = (resources.files("hotset.plan") / "models" / f"{name}.json").read_text("utf-8")
-    config: dict[str, Any] = json.loads(text)
+    config: dict[str, Any] = parse_json(text)
     return config, config.pop("_source")
 
 
@@ -93,10 +93,9 @@ def _cached_config(repo_id: str) -> Path | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PlanError(f"config {path} cannot be read: {reason}") from error
-    except json.JSONDecodeError as error:
-        raise PlanError(f"config {path} is not JSON: {error}") from error
+        config: dict[str, Any] = parse_json(path.read_bytes())
+    except OSError as error:
+        raise PlanError(f"config {path} cannot be read: {error.strerror or error}") from error
+    except ForeignTextError as error:
+        raise PlanError(f"config {path} {error}") from error
     return config

@@ -4,7 +4,6 @@ A profile is a JSON file. Each figure carries its source, and each rate is for o
 """
 
 import difflib
-import json
 import math
 import re
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hotset.errors import PlanError
+from hotset.foreign_text import ForeignTextError, parse_json
 
 # Nominal one-way rates, GB/s, of the links `--link` knows by name.
 LINKS = {
@@ -170,7 +170,7 @@ def load_hardware(name: str) -> Hardware:
     normal = re.sub(r"[\s_]+", "-", name.strip().lower())
     if normal in bundled_hardware():
         text = (resources.files("hotset.plan") / "hardware" / f"{normal}.json").read_text("utf-8")
-        return hardware_from_json(json.loads(text), normal)
+        return hardware_from_json(parse_json(text), normal)
     path = Path(name)
     if path.suffix == ".json" or path.exists():
         return _from_file(path)
@@ -205,12 +205,13 @@ def choose_hardware(name: str | None, gpu_name: str | None) -> Hardware | None:
 
 def _from_file(path: Path) -> Hardware:
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PlanError(f"hardware profile {path} cannot be read: {reason}") from error
-    except json.JSONDecodeError as error:
-        raise PlanError(f"hardware profile {path} is not JSON: {error}") from error
+        data = parse_json(path.read_bytes())
+    except OSError as error:
+        raise PlanError(
+            f"hardware profile {path} cannot be read: {error.strerror or error}"
+        ) from error
+    except ForeignTextError as error:
+        raise PlanError(f"hardware profile {path} {error}") from error
     return hardware_from_json(data, str(path))
 
 

@@ -1,6 +1,5 @@
 """Which experts a batch reaches: uniform routing, or a histogram measured on real traffic."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from statistics import NormalDist, fmean
 
 from hotset.errors import PlanError
+from hotset.foreign_text import ForeignTextError, parse_json
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,13 @@ def load_histogram(path: Path) -> Routing:
         PlanError: the file is not such a list.
     """
     try:
-        counts = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PlanError(f"expert histogram {path} cannot be read: {reason}") from error
-    except json.JSONDecodeError as error:
-        raise PlanError(f"expert histogram {path} is not JSON: {error}") from error
+        counts = parse_json(path.read_bytes())
+    except OSError as error:
+        raise PlanError(
+            f"expert histogram {path} cannot be read: {error.strerror or error}"
+        ) from error
+    except ForeignTextError as error:
+        raise PlanError(f"expert histogram {path} {error}") from error
     good = isinstance(counts, list) and all(
         isinstance(c, int | float) and not isinstance(c, bool) and math.isfinite(c) and c >= 0
         for c in counts

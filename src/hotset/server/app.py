@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from hotset import __version__
 from hotset.config import EngineConfig
 from hotset.engine.service import EngineService
 from hotset.errors import EngineError, HotsetError, RequestError
+from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.model.prompt import PromptEncoder
 from hotset.server import metrics, openapi
 from hotset.server.admission import Admission
@@ -396,18 +396,9 @@ class Api:
             if len(content) > most:
                 raise too_long
         try:
-            return json.loads(content)
-        except json.JSONDecodeError as error:
-            message = f"the body is not JSON from line {error.lineno}, column {error.colno} on"
-            raise RequestError(message, code="invalid_json") from error
-        except UnicodeDecodeError as error:
-            message = f"the body is not JSON: its byte {error.start} is not UTF-8"
-            raise RequestError(message, code="invalid_json") from error
-        except ValueError as error:
-            message = "the body is not JSON that can be read: a number in it has too many digits"
-            raise RequestError(message, code="invalid_json") from error
-        except RecursionError as error:
-            raise RequestError("the body is nested too deeply", code="invalid_json") from error
+            return parse_json(content)
+        except ForeignTextError as error:
+            raise RequestError(f"the body {error}", code="invalid_json") from error
 
 
 def _tenant(request: Request) -> Tenant:

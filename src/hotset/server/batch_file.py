@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import json
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 from hotset.engine.completion import gather
 from hotset.engine.service import EngineService
 from hotset.errors import ConfigError, EngineError, HotsetError, RequestError
+from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.model.prompt import PromptEncoder
 from hotset.request import FinishReason
 from hotset.server.admission import Admission, Admitted
@@ -21,6 +23,8 @@ from hotset.server.keys import Tenant
 from hotset.server.limits import UNLIMITED
 from hotset.server.responses import response_body
 from hotset.server.schemas import ChatRequest, GenerationRequest, Json, TextRequest, parse_body
+
+_log = logging.getLogger(__name__)
 
 _KINDS: dict[str, type[GenerationRequest]] = {
     "/v1/chat/completions": ChatRequest,
@@ -164,13 +168,16 @@ class Batch:
         source, seen = _lines(self._source), set[str]()
         num_lines = whole_bytes = 0
         for line in self._target:
-            record = _load(line) if line.endswith(b"\n") else None
-            if record is None:
+            try:
+                if not line.endswith(b"\n"):
+                    raise ForeignTextError("is torn")
+                record = _load(line)
+            except ForeignTextError as error:
                 if not _is_torn(line, num_lines):
                     raise ConfigError(
                         f"{target} line {num_lines + 1} is not a batch record; "
                         "delete the file or choose another output"
-                    )
+                    ) from error
                 break  # torn by a crash: cut off below
             expected = next(source, None)
             custom_id = None if expected is None else _parse(expected, seen).custom_id
@@ -198,19 +205,20 @@ def _lines(source: Path) -> Iterator[bytes]:
         yield from (line for line in handle if line.strip())
 
 
-def _load(line: bytes) -> dict[str, Any] | None:
-    try:
-        data = json.loads(line)
-    except ValueError:  # bytes that are not UTF-8 too
-        return None
-    return data if isinstance(data, dict) else None
+def _load(line: bytes) -> dict[str, Any]:
+    """A line's object. Raises ForeignTextError, which says what is wrong with the line."""
+    data = parse_json(line)
+    if not isinstance(data, dict):
+        raise ForeignTextError("is no JSON object")
+    return data
 
 
 def _parse(line: bytes, seen: set[str]) -> _Pending:
     """A line's request, or the error record it becomes; `seen` takes in its custom_id."""
-    data = _load(line)
-    if data is None:
-        return _Pending(None, _line_error(None, "invalid_json", "the line is no JSON object"))
+    try:
+        data = _load(line)
+    except ForeignTextError as error:
+        return _Pending(None, _line_error(None, "invalid_json", f"the line {error}"))
     custom_id = data.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         message = "custom_id is missing; expected a string"
@@ -243,6 +251,11 @@ def _submit(pending: _Pending, submit: Callable[[GenerationRequest], Admitted]) 
         pending.admitted = submit(pending.request)
     except (RequestError, ApiError) as error:
         pending.record = _request_error(pending.custom_id, error)
+    except HotsetError:
+        raise
+    except Exception:  # a bug that one line shows must not cost the others their answers
+        _log.exception("line %s of a batch failed", pending.custom_id)
+        pending.record = _request_error(pending.custom_id, ApiError(500, "internal error"))
 
 
 def _answer(pending: _Pending, service: EngineService) -> Json:

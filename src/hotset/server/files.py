@@ -1,6 +1,7 @@
 """Files that clients keep here for batches: each tenant sees its own only."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import IO
 
 from hotset.errors import ConfigError
+from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.server.errors import ApiError, not_found
 from hotset.server.schemas import Json
+
+_log = logging.getLogger(__name__)
 
 _ID = re.compile(r"(file|batch)-[0-9a-f]{32}")
 _ANYBODY = "_"  # no key has this name
@@ -96,9 +100,11 @@ class FileStore:
     def get(self, tenant: str, entry_id: str) -> Json:
         """The object of an id. Raises ApiError (404): it is not there, or another's."""
         try:
-            entry: Json = json.loads(self._path(tenant, entry_id, "json").read_text())
+            entry: Json = parse_json(self._path(tenant, entry_id, "json").read_bytes())
         except FileNotFoundError:
             raise _not_found(entry_id) from None
+        except ForeignTextError as error:
+            raise ApiError(500, f"what is kept of {entry_id} {error}") from error
         return entry
 
     def list(self, tenant: str, kind: str) -> list[Json]:
@@ -114,7 +120,10 @@ class FileStore:
 
     def _entries(self, tenant: str, kind: str) -> Iterator[Json]:
         for path in (self._folder / (tenant or _ANYBODY)).glob(f"{kind}-*.json"):
-            yield json.loads(path.read_text())
+            try:
+                yield parse_json(path.read_bytes())
+            except ForeignTextError as error:
+                _log.warning("%s is left out: it %s", path, error)
 
     def _path(self, tenant: str, entry_id: str, suffix: str) -> Path:
         if not _ID.fullmatch(entry_id):  # also keeps paths out of the id

@@ -5,12 +5,12 @@ import hashlib
 import hmac
 import re
 import time
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hotset.errors import ConfigError
+from hotset.foreign_text import ForeignTextError, parse_toml
 from hotset.server.errors import ApiError, too_many
 
 ENVIRONMENT = "HOTSET_API_KEYS"
@@ -135,11 +135,11 @@ class Keys:
         tokens_per_minute = 200000
         """
         try:
-            data = tomllib.loads(path.read_text())
+            data = parse_toml(path.read_bytes())
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
-            raise ConfigError(f"{path} is not TOML: {error}") from None
+        except ForeignTextError as error:
+            raise ConfigError(f"{path} {error}") from None
         tables = data.get("keys")
         if not isinstance(tables, dict) or not tables or data.keys() != {"keys"}:
             raise ConfigError(f"{path} has no keys; expected tables such as [keys.alice]")
