@@ -16,6 +16,7 @@ from tiny_models import make_config, make_model
 from hotset.errors import ModelError
 from hotset.model import checkpoint, weights
 from hotset.model.checkpoint_files import read_config, read_headers
+from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.loader import load_model
 from hotset.model.merged_linear import MergedLinear
 
@@ -26,7 +27,8 @@ TOKENS = torch.arange(3, 30).unsqueeze(0)
 def in_place(folder: Path, dtype: torch.dtype = torch.float32, *, fp8: bool = False) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
     fields, stored = read_config(folder), read_headers(sorted(folder.glob("*.safetensors")))
-    model = weights.load_in_place(config, folder, fields, stored, CPU, dtype, fp8=fp8)
+    tensors = CheckpointTensors(folder, fields, stored)
+    model = weights.load_in_place(config, folder, fields, tensors, CPU, dtype, fp8=fp8)
     return None if model is None else model.eval().requires_grad_(False)
 
 
@@ -120,6 +122,7 @@ from pathlib import Path
 import torch, transformers
 from hotset.model import weights
 from hotset.model.checkpoint_files import read_config, read_headers
+from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.loader import load_model
 
 folder, ended = Path(sys.argv[1]), threading.Event()
@@ -143,8 +146,9 @@ def measure(load):
 def in_place(fp8):
     config = transformers.AutoConfig.from_pretrained(folder)
     fields, stored = read_config(folder), read_headers(sorted(folder.glob("*.safetensors")))
+    tensors = CheckpointTensors(folder, fields, stored)
     device, dtype = torch.device("cpu"), torch.bfloat16
-    return weights.load_in_place(config, folder, fields, stored, device, dtype, fp8=fp8)
+    return weights.load_in_place(config, folder, fields, tensors, device, dtype, fp8=fp8)
 
 loads = {
     "pages": lambda: load_model(str(folder), device="cpu", dtype="bfloat16").model,

@@ -13,7 +13,8 @@ import transformers
 
 from hotset.errors import ModelError, TierError
 from hotset.model import leftovers, quantized, weights
-from hotset.model.checkpoint_files import Stored, read_config, read_headers, weight_files
+from hotset.model.checkpoint_files import read_config, read_headers, weight_files
+from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.expert_disk import ExpertSink
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -53,26 +54,17 @@ def load_folder(
     _check_architecture(config, folder)
     stored = read_headers(weight_files(folder))
     quantized.check_stored(folder, fields, stored)
+    tensors = CheckpointTensors(folder, fields, stored)
+    if tensors.is_dequantised:
+        _forget_quantization(config)
     model = None
     if fp8 or device.type == "cuda":
-        model = _in_place(folder, fields, stored, config, device, dtype or config.dtype, fp8=fp8)
+        model = _in_place(folder, fields, tensors, config, device, dtype or config.dtype, fp8=fp8)
     if model is None:
         if experts is not None:
-            _begin(experts, config, dtype, quantised=quantized.quant_config(fields) is not None)
-        options = {}
-        if quantized.quant_method(fields) == "fp8":  # its own kernels are downloads; others refuse
-            options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
+            _begin(experts, config, dtype)
         with experts.catch_loaded() if experts is not None else contextlib.nullcontext():
-            model = _from_pretrained(
-                folder,
-                folder,
-                device,
-                dtype,
-                fields=fields,
-                stored=stored,
-                config=config,
-                **options,
-            )
+            model = _with_transformers(folder, fields, tensors, config, device, dtype)
     tokenizer = None
     if any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
         tokenizer = _load_tokenizer(folder, folder)
@@ -99,28 +91,50 @@ def load_gguf(file: Path, device: torch.device, dtype: torch.dtype | None) -> tu
     return model, tokenizer
 
 
-def _from_pretrained(
-    source: Path,
+def _with_transformers(
     folder: Path,
+    fields: Mapping[str, Any],
+    tensors: CheckpointTensors,
+    config: Any,
     device: torch.device,
     dtype: torch.dtype | None,
-    *,
+) -> Any:
+    """What `from_pretrained` makes of a folder, 8-bit blocks dequantised on their way."""
+    if not tensors.is_dequantised:
+        return _from_pretrained(folder, folder, device, dtype, fields, tensors, config=config)
+    # Not by transformers: it takes the block for what divides the rows evenly, and its kernels for
+    # 8-bit weights are downloads.
+    dtype = dtype or config.dtype or torch.bfloat16
+    with tensors.open(device, dtype) as reads:
+        model = _from_pretrained(
+            folder, None, device, dtype, fields, tensors, config=config, state_dict=reads
+        )
+    weights.read_generation_config(model, folder)
+    return model
+
+
+def _from_pretrained(
+    source: Path,
+    folder: Path | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
     fields: Mapping[str, Any] | None = None,
-    stored: Mapping[str, Stored] | None = None,
+    tensors: CheckpointTensors | None = None,
     **options: Any,
 ) -> Any:
     """Load weights straight to `device`; `source` is what messages name.
 
-    `fields` of config.json and what is `stored` tell which tensors may be left over.
+    `fields` of config.json and `tensors` tell which of these may be left over.
     """
+    config = options.get("config")
+    architecture = _architecture(config) if config else transformers.AutoModelForCausalLM
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = architecture.from_pretrained(
             folder,
             dtype="auto" if dtype is None else dtype,
             device_map={"": str(device)},
-            attn_implementation=_first_attention(options.get("config")),
+            attn_implementation=_first_attention(config),
             use_safetensors=True,
-            trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -132,13 +146,13 @@ def _from_pretrained(
         raise ModelError(
             f"cannot load the weights of {source}: {_loading_problem(error)}"
         ) from error
-    if problem := _misfit(report, fields or {}, stored or {}):
+    if problem := _misfit(report, fields or {}, tensors.shapes if tensors is not None else {}):
         raise ModelError(f"{source} does not fit its config: {problem}")
     return model
 
 
 def _misfit(
-    report: Mapping[str, Any], fields: Mapping[str, Any], stored: Mapping[str, Stored]
+    report: Mapping[str, Any], fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> str | None:
     """What transformers found wrong with a checkpoint, and went on with; None is nothing."""
     # Loading fills these two with random numbers: a model that runs and speaks nonsense.
@@ -153,7 +167,6 @@ def _misfit(
             f"{len(wrong)} tensors have other shapes, first {name}: stored {list(found)}, "
             f"expected {list(expected)}; the config is of another model, or lacks a setting"
         )
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
     names = leftovers.leftovers(report["unexpected_keys"], shapes, fields)
     return leftovers.leftovers_problem(names) if names else None
 
@@ -169,10 +182,10 @@ def _loading_problem(error: Exception) -> str:
     return line
 
 
-def _begin(experts: ExpertSink, config: Any, dtype: torch.dtype | None, *, quantised: bool) -> None:
+def _begin(experts: ExpertSink, config: Any, dtype: torch.dtype | None) -> None:
     """Show the sink the shape of what is loaded next, if it is known."""
     dtype = dtype or config.dtype
-    if dtype is None or quantised:
+    if dtype is None or getattr(config, "quantization_config", None) is not None:
         return
     with torch.device("meta"):
         shape = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -182,7 +195,7 @@ def _begin(experts: ExpertSink, config: Any, dtype: torch.dtype | None, *, quant
 def _in_place(
     folder: Path,
     fields: Mapping[str, Any],
-    stored: Mapping[str, Stored],
+    tensors: CheckpointTensors,
     config: Any,
     device: torch.device,
     dtype: torch.dtype | None,
@@ -198,7 +211,7 @@ def _in_place(
             config,
             folder,
             fields,
-            stored,
+            tensors,
             device,
             dtype,
             fp8=fp8,
@@ -210,12 +223,26 @@ def _in_place(
         raise ModelError(f"cannot load the weights of {folder}: {first_line(error)}") from error
 
 
+def _architecture(config: Any) -> Any:
+    """The class of transformers that runs a config as a causal language model."""
+    found = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not isinstance(found, list | tuple):
+        return found
+    named = [each for each in found if each.__name__ in (config.architectures or ())]
+    return (named or found)[0]
+
+
 def _first_attention(config: Any | None) -> str:
     """The attention a model is loaded with; the engine puts its own in place of it."""
     if config is None:
         return "sdpa"
-    architecture = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
+    return "sdpa" if getattr(_architecture(config), "_supports_sdpa", False) else "eager"
+
+
+def _forget_quantization(config: Any) -> None:
+    """Make a config that of plain weights."""
+    for part in (config, config.get_text_config()):
+        part.__dict__.pop("quantization_config", None)
 
 
 def _load_tokenizer(source: Path, folder: Path, **options: Any) -> Any:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import safetensors
 import torch
 import transformers
 from torch import nn
@@ -23,12 +22,11 @@ from transformers.core_model_loading import WeightConverter
 
 from hotset.errors import ModelError
 from hotset.model import leftovers, quantized
-from hotset.model.checkpoint_files import Stored
+from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.fp8_linear import Fp8Linear, quantize_linears
 from hotset.model.merged_linear import MergedLinear, merge_linears
 
 _NUM_THREADS = 4  # each holds one tensor; they wait for the disk and the link
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ def load_in_place(
     config: Any,
     folder: Path,
     fields: Mapping[str, Any],
-    stored: Mapping[str, Stored],
+    tensors: CheckpointTensors,
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -68,7 +66,7 @@ def load_in_place(
         config: of transformers.
         folder: has the generation config, if there is one.
         fields: of the folder's config.json.
-        stored: all tensors of the checkpoint.
+        tensors: of the checkpoint.
         device: where the weights go.
         dtype: of what is not 8-bit.
         fp8: store the weights of linear layers in 8 bits; see `fp8_linear.can_be_fp8`.
@@ -76,34 +74,40 @@ def load_in_place(
 
     Returns:
         The model; None where the tensors of the files are not those of the model as they are:
-        stacked, split, quantised, missing or of other shapes. `from_pretrained` knows more then.
+        stacked, split, missing, of other shapes, or quantised in a way that `tensors` does not
+        read. `from_pretrained` knows more then.
 
     Raises:
         ModelError: the files hold a tensor that the model has no place for, and answers may depend
             on it. Also whatever a damaged file makes safetensors raise, and
             `torch.OutOfMemoryError`.
     """
-    if quantized.quant_config(fields) is not None:
+    if quantized.quant_config(fields) is not None and not tensors.is_dequantised:
         return None
     with accelerate.init_empty_weights():  # buffers, which are computed, are made
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     model.tie_weights()
-    if not _is_as_stored(model, stored):
+    if not _is_as_stored(model, tensors):
         return None
-    _check_leftovers(model, folder, fields, stored)
+    _check_leftovers(model, folder, fields, tensors)
     if fp8:
         quantize_linears(model)
     merge_linears(model)
     _allocate(model, device)
     places = _places(model)
-    for file in sorted({tensor.file for tensor in stored.values()}):
-        _fill(file, places)
-    with contextlib.suppress(OSError):  # there is none
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    with tensors.open(device, dtype) as reads:
+        _fill(reads, places)
+    read_generation_config(model, folder)
     return model
 
 
-def _is_as_stored(model: Any, stored: Mapping[str, Stored]) -> bool:
+def read_generation_config(model: Any, folder: Path) -> None:
+    """Give a model the generation config of its folder, if there is one."""
+    with contextlib.suppress(OSError):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+
+
+def _is_as_stored(model: Any, tensors: CheckpointTensors) -> bool:
     """Whether each weight is in the files under its name or that of a weight it is tied to."""
     if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
         return False  # not all of one dtype
@@ -112,36 +116,30 @@ def _is_as_stored(model: Any, stored: Mapping[str, Stored]) -> bool:
     found: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names = found.setdefault(id(tensor), [])
-        if name not in stored:
+        if name not in tensors.stored:
             continue
-        if stored[name].shape != tuple(tensor.shape) or stored[name].dtype not in _FLOATS:
+        if tensors.stored[name].shape != tuple(tensor.shape) or not tensors.is_float(name):
             return False
         names.append(name)
     # Tied weights that are stored twice need not be equal, whatever the config says.
-    return all(names and _all_equal(names, stored) for names in found.values())
+    return all(names and _all_equal(names, tensors) for names in found.values())
 
 
-def _all_equal(names: list[str], stored: Mapping[str, Stored]) -> bool:
+def _all_equal(names: list[str], tensors: CheckpointTensors) -> bool:
     if len(names) == 1:
         return True
-    first, *others = (_read(name, stored) for name in names)
-    return all(torch.equal(first, other) for other in others)
-
-
-def _read(name: str, stored: Mapping[str, Stored]) -> torch.Tensor:
-    with safetensors.safe_open(stored[name].file, "pt") as tensors:
-        tensor: torch.Tensor = tensors.get_tensor(name)
-    return tensor
+    with tensors.open(torch.device("cpu"), torch.float32) as reads:
+        first = reads[names[0]][...]
+        return all(torch.equal(first, reads[name][...]) for name in names[1:])
 
 
 def _check_leftovers(
-    model: Any, folder: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored]
+    model: Any, folder: Path, fields: Mapping[str, Any], tensors: CheckpointTensors
 ) -> None:
     """Refuse tensors that the model has no place for, but for harmless ones."""
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
     names = leftovers.leftovers(
-        stored.keys() - model.state_dict().keys(),
-        shapes,
+        tensors.stored.keys() - model.state_dict().keys(),
+        tensors.shapes,
         fields,
         model._keys_to_ignore_on_load_unexpected or (),
     )
@@ -180,15 +178,11 @@ def _places(model: nn.Module) -> dict[str, _Place]:
     return places
 
 
-def _fill(file: Path, places: dict[str, _Place]) -> None:
-    with (
-        safetensors.safe_open(file, "pt") as tensors,
-        ThreadPoolExecutor(_NUM_THREADS) as pool,
-    ):
+def _fill(reads: Mapping[str, Any], places: Mapping[str, _Place]) -> None:
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
 
         def move(name: str) -> None:
-            places[name].write(tensors.get_tensor(name))
+            places[name].write(reads[name][...])
 
-        names = [name for name in tensors.keys() if name in places]  # noqa: SIM118
-        for _ in pool.map(move, names):
+        for _ in pool.map(move, [name for name in reads if name in places]):
             pass
