@@ -13,8 +13,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
+from hotset.config import GIB, EngineConfig
 from hotset.errors import ModelError
+from hotset.memory.expert_store import DiskExperts
 from hotset.model import checkpoint
+from hotset.model.expert_buffer import buffer_experts
+from hotset.model.expert_disk import ExpertSink, layout_of
+from hotset.model.experts import experts_layers
 from hotset.model.fp8_blocks import dequantise
 from hotset.model.loader import load_model
 
@@ -183,3 +188,32 @@ def test_what_does_not_fit_together_is_refused(
     with pytest.raises(ModelError, match=expected) as caught:
         load_model(str(tmp_path), device="cpu", dtype=dtype)
     assert "\n" not in str(caught.value)
+
+
+def test_experts_in_blocks_go_to_disk_while_they_are_loaded(tmp_path: Path) -> None:
+    changes = {"hidden_size": 192, "moe_intermediate_size": 160}
+    folder = tmp_path / "model"
+    wide = save_in_blocks(make_model("qwen3_moe", **changes), folder)
+    expected = expected_model(folder, wide)
+    layout = layout_of(experts_layers(expected)[0])
+    config = EngineConfig(
+        expert_slots=2,
+        expert_host_gib=4 * layout.payload_bytes / GIB,
+        expert_disk_path=tmp_path / "disk",
+    )
+
+    loaded = load_model(
+        str(folder),
+        device="cpu",
+        dtype="float32",
+        experts_on_host=True,
+        experts=ExpertSink(config),
+    )
+
+    layers = experts_layers(loaded.model)
+    assert len(layers) == 3
+    assert all(isinstance(layer.expert_host, DiskExperts) for layer in layers)
+    buffer, _ = buffer_experts(loaded.model, config)
+    assert buffer is not None
+    torch.testing.assert_close(logits(loaded.model), logits(expected))
+    buffer.close(with_disk=True)
