@@ -91,6 +91,13 @@ class EngineConfig:
         disk_read_deadline_s: a read from disk, of KV or of an expert, that takes longer counts as
             failed.
         disk_write_queue_s: a block waits at most this long for its write to disk.
+        json_max_digits: most digits of a number's integer part and of its fraction, each, where an
+            output follows a JSON schema; 0 is no bound. These bounds hold where the schema leaves
+            another way, and give way to larger ones that it names itself.
+        json_max_string: most characters of a string there, to the end of the token that reaches
+            it; None is no bound.
+        json_max_items: most items of an array there; None is no bound.
+        json_max_depth: most arrays and objects within each other there; None is no bound.
         eager: on a GPU, run without `torch.compile` and CUDA graphs: slower, but starts sooner.
         seed: for requests that sample and bring no seed.
     """
@@ -128,6 +135,10 @@ class EngineConfig:
     fetch_policy: Literal["auto", "fetch", "recompute"] = "auto"
     disk_read_deadline_s: float = 5.0
     disk_write_queue_s: float = 2.0
+    json_max_digits: int = 20
+    json_max_string: int | None = None
+    json_max_items: int | None = None
+    json_max_depth: int | None = None
     eager: bool = False
     seed: int = 0
 
@@ -182,6 +193,10 @@ class EngineConfig:
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "2 or more")
         check(self.rotation_s is None or self.rotation_s > 0, "rotation_s", "above 0 seconds")
         check(self.disk_read_deadline_s > 0, "disk_read_deadline_s", "above 0 seconds")
+        check(self.json_max_digits >= 0, "json_max_digits", "0 (no bound) or more")
+        for name in ("json_max_string", "json_max_items", "json_max_depth"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, "1 or more")
         check(self.disk_write_queue_s > 0, "disk_write_queue_s", "above 0 seconds")
         if self.rotation_s is not None and self.host_gib == 0:
             raise ConfigError(

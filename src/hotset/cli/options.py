@@ -146,6 +146,24 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         click.Choice(["auto", "fetch", "recompute"]),
         "How blocks in a slower tier come back; auto decides by cost.",
     ),
+    _option(
+        "json_max_digits",
+        int,
+        "Most digits in each part of a number of structured output; 0 is no bound.",
+    ),
+    _option(
+        "json_max_string",
+        int,
+        "Most characters in a string of structured output.  [default: no bound]",
+    ),
+    _option(
+        "json_max_items", int, "Most items in an array of structured output.  [default: no bound]"
+    ),
+    _option(
+        "json_max_depth",
+        int,
+        "Most levels of nesting in structured output.  [default: no bound]",
+    ),
     click.option(
         "--eager",
         is_flag=True,

@@ -35,6 +35,7 @@ from hotset.model.cpu_linear import pack_linears
 from hotset.model.expert_buffer import ExpertBuffer, buffer_experts
 from hotset.model.experts import experts_layers, pack_experts
 from hotset.model.inspection import inspect_model, weights_bytes, workspace_bytes
+from hotset.model.json_bounds import JsonBounds
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import resolve_kv_dtype
 from hotset.model.prompt_logprobs import PendingPromptLogprobs, most_rows
@@ -224,6 +225,7 @@ class Engine:
             seed=config.seed,
             tokenizer=loaded.tokenizer,
             eos_token_ids=loaded.eos_token_ids,
+            bounds=JsonBounds.of(config),
         )
         self._sampler.load_kernels(layout.dtype)
         self._outputs = OutputProcessor(loaded.tokenizer, loaded.eos_token_ids)

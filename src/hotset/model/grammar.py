@@ -9,12 +9,14 @@ from typing import Any
 import llguidance
 import llguidance.hf
 import numpy as np
+import numpy.typing as npt
 import torch
 from llguidance.gbnf_to_lark import any_to_lark
 
 from hotset.errors import RequestError
 from hotset.foreign_text import parse_json
 from hotset.model import json_schema
+from hotset.model.json_bounds import JsonBounds, JsonPosition, TokenBytes
 from hotset.request import SamplingParams
 
 # Between two JSON tokens: nothing, one space, or a line break with its indentation. Small models
@@ -27,20 +29,28 @@ class OutputMatcher:
     """Follows one output through its grammar.
 
     Attributes:
+        inner: llguidance's own.
+        position: what keeps JSON to its bounds; None for other forms.
         error: one line once the output cannot go on, or ended before it was complete.
     """
 
     def __init__(
-        self, matcher: llguidance.LLMatcher, kind: str, eos_token_ids: frozenset[int]
+        self,
+        matcher: llguidance.LLMatcher,
+        kind: str,
+        eos_token_ids: frozenset[int],
+        position: JsonPosition | None,
     ) -> None:
         self.inner = matcher
+        self.position = position
         self.error: str | None = None
         self._kind = kind
         self._eos_token_ids = eos_token_ids
 
     def copy(self) -> "OutputMatcher":
         """One of its own, at the same place."""
-        return OutputMatcher(self.inner.deep_copy(), self._kind, self._eos_token_ids)
+        position = None if self.position is None else self.position.copy()
+        return OutputMatcher(self.inner.deep_copy(), self._kind, self._eos_token_ids, position)
 
     def consume_token(self, token_id: int) -> None:
         """Take in the token that was chosen; sets `error` where the grammar does not allow it."""
@@ -52,6 +62,8 @@ class OutputMatcher:
         self.inner.consume_token(token_id)
         if self.inner.is_error():
             self.error = f"{self._kind} cannot go on: {_first_line(self.inner.get_error())}"
+        elif self.position is not None:
+            self.position.advance(token_id)
 
 
 class Grammars:
@@ -64,10 +76,18 @@ class Grammars:
         tokenizer: a fast transformers tokenizer, or None (each form is refused).
         vocab_size: V, the width of the logits; may be more than the tokenizer has.
         eos_token_ids: the tokens that are allowed once the output is complete.
+        bounds: of what a JSON schema lets repeat.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        bounds: JsonBounds = JsonBounds(),  # noqa: B008  # immutable
+    ) -> None:
         self._tokenizer = tokenizer
+        self._bounds = bounds
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
         self._lock = threading.Lock()
@@ -110,12 +130,24 @@ class Grammars:
             num_words * bits.itemsize,
             len(matchers),
         )
+        for row, matcher in zip(bits.numpy(), matchers.values(), strict=True):
+            if matcher.position is not None:
+                self._keep_within(matcher.position, row)
         bits = bits.to(logits.device)
         shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
         allowed = (bits[:, :, None] >> shifts) & 1  # [G, V / 32, 32]
         forbidden = allowed.flatten(1)[:, : logits.shape[1]] == 0  # [G, V]
         rows = torch.tensor(list(matchers), device=logits.device)
         logits[rows] = logits[rows].masked_fill(forbidden, -torch.inf)
+
+    def _keep_within(self, position: JsonPosition, row: npt.NDArray[np.int32]) -> None:
+        """Take the tokens beyond a bound out of one row of mask bits, in place."""
+        if not position.is_near:
+            return
+        allowed = np.unpackbits(row.view(np.uint8), bitorder="little").astype(bool)
+        vocab_size = self._llguidance.vocab_size
+        allowed[:vocab_size] = position.keep_within(allowed[:vocab_size])
+        row.view(np.uint8)[:] = np.packbits(allowed, bitorder="little")
 
     @functools.cached_property
     def _executor(self) -> llguidance.LLExecutor:
@@ -128,6 +160,21 @@ class Grammars:
             n_vocab=max(self._vocab_size, len(self._tokenizer)),
             eos_token=self._eos_token_ids,
         )
+
+    @functools.cached_property
+    def _token_bytes(self) -> TokenBytes:
+        tokenizer = self._llguidance
+        return TokenBytes(
+            [
+                b"" if tokenizer.is_special_token(i) else tokenizer.decode_bytes([i])
+                for i in range(tokenizer.vocab_size)
+            ]
+        )
+
+    def _position(self, kind: str, source: str) -> JsonPosition | None:
+        if kind != "json_schema" or self._bounds == JsonBounds():
+            return None
+        return JsonPosition(self._bounds.widened(json.loads(source)), self._token_bytes)
 
     def _compile_uncached(self, kind: str, source: str) -> OutputMatcher:
         if self._tokenizer is None:
@@ -149,7 +196,8 @@ class Grammars:
             raise RequestError(f"{kind} cannot be used: {_first_line(matcher.get_error())}")
         if not self._has_output(matcher):
             raise RequestError(f"{kind} cannot be used: no text at all has the form asked for")
-        return OutputMatcher(matcher, kind, frozenset(self._eos_token_ids))
+        position = self._position(kind, source)
+        return OutputMatcher(matcher, kind, frozenset(self._eos_token_ids), position)
 
     def _has_output(self, matcher: llguidance.LLMatcher) -> bool:
         """Whether a first token is allowed, or none is needed."""

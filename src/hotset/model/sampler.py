@@ -14,6 +14,7 @@ from torch.nn import functional
 from hotset.errors import RequestError
 from hotset.model.batch import HostCopy
 from hotset.model.grammar import Grammars, OutputMatcher
+from hotset.model.json_bounds import JsonBounds
 from hotset.request import Request, SamplingParams, TokenLogprob
 
 Array = npt.NDArray[Any]
@@ -84,6 +85,7 @@ class Sampler:
         seed: of the requests that bring none.
         tokenizer: for structured output; None refuses it.
         eos_token_ids: for structured output.
+        bounds: of what a JSON schema lets repeat.
     """
 
     def __init__(
@@ -94,13 +96,14 @@ class Sampler:
         *,
         tokenizer: Any = None,
         eos_token_ids: Sequence[int] = (),
+        bounds: JsonBounds = JsonBounds(),  # noqa: B008  # immutable
     ) -> None:
         self.vocab_size = vocab_size
         self._device = torch.device(device)
         self._has_kernel = self._device.type == "cuda"
         self._seed = seed
         self._tokenizer = tokenizer
-        self._grammars = Grammars(tokenizer, vocab_size, eos_token_ids)
+        self._grammars = Grammars(tokenizer, vocab_size, eos_token_ids, bounds)
         self._num_unseeded = 0
         # What a running request needs beside its parameters, by request id.
         self._generators: dict[str, random.Random] = {}
