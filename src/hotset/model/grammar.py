@@ -15,6 +15,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from hotset.errors import RequestError
 from hotset.foreign_text import parse_json
+from hotset.foreign_text import parse_json
 from hotset.model import json_schema
 from hotset.model.json_bounds import JsonBounds, JsonPosition, TokenBytes
 from hotset.request import SamplingParams
@@ -174,7 +175,7 @@ class Grammars:
     def _position(self, kind: str, source: str) -> JsonPosition | None:
         if kind != "json_schema" or self._bounds == JsonBounds():
             return None
-        return JsonPosition(self._bounds.widened(json.loads(source)), self._token_bytes)
+        return JsonPosition(self._bounds.widened(parse_json(source)), self._token_bytes)
 
     def _compile_uncached(self, kind: str, source: str) -> OutputMatcher:
         if self._tokenizer is None:
