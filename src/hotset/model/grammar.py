@@ -15,7 +15,6 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from hotset.errors import RequestError
 from hotset.foreign_text import parse_json
-from hotset.foreign_text import parse_json
 from hotset.model import json_schema
 from hotset.model.json_bounds import JsonBounds, JsonPosition, TokenBytes
 from hotset.request import SamplingParams

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 from hotset.foreign_text import parse_json
-from hotset.foreign_text import parse_json
 from hotset.model.schema_nodes import LISTED, NAMED, ONE, children, walk
 from hotset.model.schema_values import type_of, without_endless
 
