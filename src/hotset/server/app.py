@@ -237,9 +237,7 @@ class Api:
     async def _generate(self, request: Request, kind: type[GenerationRequest]) -> ASGIApp:
         parts = self._ready()
         body = parse_body(kind, await self._json(request))
-        facts = request.scope["facts"]
-        facts["model"] = parts.service.model.name
-        return await generate(request, body, parts.admission, _tenant(request), facts)
+        return await generate(request, body, parts.admission, _tenant(request))
 
     async def _tokenize(self, request: Request) -> Response:
         parts = self._ready()

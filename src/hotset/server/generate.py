@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
@@ -15,9 +14,10 @@ from hotset.engine.completion import Completion
 from hotset.request import FinishReason, RequestOutput
 from hotset.server.admission import Admission, Admitted
 from hotset.server.errors import ended_early
+from hotset.server.forms import CompletionForm, Form, MakeForm
 from hotset.server.keys import Tenant
-from hotset.server.responses import response_body, usage_body
-from hotset.server.schemas import GenerationRequest, Json
+from hotset.server.responses import usage_body
+from hotset.server.schemas import GenerationRequest
 
 T = TypeVar("T")
 
@@ -31,13 +31,18 @@ _SSE_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # a proxy in between should not wait for more
 ]
-_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 async def generate(
-    request: Request, body: GenerationRequest, admission: Admission, tenant: Tenant, facts: Facts
+    request: Request,
+    body: GenerationRequest,
+    admission: Admission,
+    tenant: Tenant,
+    make_form: MakeForm = CompletionForm,
 ) -> ASGIApp:
-    """Answer a request. Raises what `Tenant.request` and `Admission.submit` do."""
+    """Answer a request by its form. Raises what `Tenant.request` and `Admission.submit` do."""
+    facts: Facts = request.scope["facts"]
+    facts["model"] = admission.service.model.name
     admission.check_model(body.model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(tenant.request())
@@ -51,17 +56,13 @@ async def generate(
             facts["warning"] = warning
         tally = _Tally(admitted, tenant, facts)
         stack.callback(tally.close)
-        model = admission.service.model.name
+        form = make_form(admitted, admission.service.model.name)
         if body.stream:
             # From here on the response holds the tenant's place and ends the request.
-            events = _events(admitted, tally, model)
-            return _EventStream(events, admitted, stack.pop_all(), headers)
+            return _EventStream(tally, form, admitted, stack.pop_all(), headers)
         await _unless_disconnected(request, tally.read_all())
         _raise_failure(tally.completions, admission)
-        return JSONResponse(
-            response_body(body, admitted.request_id, model, tally.completions, admitted.writers),
-            headers=headers,
-        )
+        return JSONResponse(form.whole(tally.completions), headers=headers)
 
 
 class _Tally:
@@ -155,35 +156,17 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def _events(admitted: Admitted, tally: _Tally, model: str) -> AsyncIterator[str]:
+async def _events(tally: _Tally, form: Form) -> AsyncIterator[str]:
     """Server-sent events of one request."""
-    body = admitted.body
-    head = {
-        "id": f"{body.id_prefix}-{admitted.request_id}",
-        "object": body.chunk_name,
-        "created": int(time.time()),
-        "model": model,
-    }
-    # The choice is all that changes from one chunk to the next.
-    start = f'data: {_JSON.encode(head)[:-1]},"choices":['
-    # Where usage was asked for, the chunks before it say that they have none.
-    end = '],"usage":null}\n\n' if body.stream_options.include_usage else "]}\n\n"
+    yield form.begin()
     async for index, output in tally.read():
         if output.finish_reason is not None:
             error = ended_early(output.finish_reason, output.error)
             if error is not None:
-                yield _event(error.body())
+                yield form.failure(error)
                 return
-        choice = admitted.writers[index].chunk(output)
-        if choice is not None:
-            yield f"{start}{_JSON.encode(choice)}{end}"
-    if body.stream_options.include_usage:
-        yield _event({**head, "choices": [], "usage": usage_body(tally.completions, body.n)})
-    yield "data: [DONE]\n\n"
-
-
-def _event(data: Json) -> str:
-    return f"data: {_JSON.encode(data)}\n\n"
+        yield form.step(index, output)
+    yield form.end(tally.completions)
 
 
 class _EventStream:
@@ -191,14 +174,16 @@ class _EventStream:
 
     def __init__(
         self,
-        events: AsyncIterator[str],
+        tally: _Tally,
+        form: Form,
         admitted: Admitted,
         stack: contextlib.ExitStack,
         headers: dict[str, str],
     ) -> None:
         more = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
         self._headers = [*_SSE_HEADERS, *more]
-        self._events = events
+        self._events = _events(tally, form)
+        self._keep_alive = form.keep_alive.encode()
         self._admitted = admitted
         self._stack = stack
 
@@ -213,7 +198,7 @@ class _EventStream:
                     await asyncio.wait_for(_disconnect(receive), KEEP_ALIVE_S)
                 except TimeoutError:
                     if num_seen == num_sent:  # still in the queue, or a long prompt
-                        await send(_body(b": waiting\n\n"))
+                        await send(_body(self._keep_alive))
                     num_seen = num_sent
                 else:
                     self._admitted.abort()  # ends `_events`
@@ -224,9 +209,10 @@ class _EventStream:
             try:
                 start = {"type": "http.response.start", "status": 200, "headers": self._headers}
                 await send(start)
-                async for event in self._events:
-                    await send(_body(event.encode()))
-                    num_sent += 1
+                async for events in self._events:
+                    if events:
+                        await send(_body(events.encode()))
+                        num_sent += 1
                 await send({"type": "http.response.body", "body": b""})
             finally:
                 watcher.cancel()
