@@ -8,45 +8,40 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any
 
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hotset import __version__
 from hotset.config import EngineConfig
 from hotset.engine.service import EngineService
-from hotset.errors import EngineError, HotsetError, RequestError
-from hotset.foreign_text import ForeignTextError, parse_json
+from hotset.errors import EngineError, HotsetError
 from hotset.model.prompt import PromptEncoder
 from hotset.server import metrics, openapi
 from hotset.server.admission import Admission
 from hotset.server.batches import BatchRunner
-from hotset.server.errors import not_found, too_large
+from hotset.server.errors import not_found
 from hotset.server.files import FileStore
+from hotset.server.files_api import FilesApi
 from hotset.server.gate import Gate
 from hotset.server.generate import WARNING_HEADER, generate
-from hotset.server.keys import Keys, Tenant
+from hotset.server.keys import Keys
 from hotset.server.limits import Limits
+from hotset.server.reading import read_body, tenant_of
 from hotset.server.schemas import (
-    BatchRequest,
     ChatRequest,
     DetokenizeRequest,
     GenerationRequest,
     Json,
     TextRequest,
     TokenizeRequest,
-    parse_body,
 )
 from hotset.server.status import StatusBoard
 from hotset.server.tracing import Tracer
 
-_FORM_OVERHEAD_BYTES = 64 * 1024
 _EXPOSED_HEADERS = ["x-request-id", "retry-after", WARNING_HEADER]
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
@@ -121,21 +116,14 @@ class Api:
             self._store = FileStore(
                 config.files_path, max_tenant_bytes=int(config.files_gib * 2**30)
             )
+        files = FilesApi(self._files, config.limits)
         self._router = Router(
             [
                 Route("/v1/chat/completions", self._chat_completions, methods=["POST"]),
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/models", self._models, methods=["GET"]),
                 Route("/v1/models/{model:path}", self._model, methods=["GET"]),
-                Route("/v1/files", self._add_file, methods=["POST"]),
-                Route("/v1/files", self._list_files, methods=["GET"]),
-                Route("/v1/files/{file_id}", self._file, methods=["GET"]),
-                Route("/v1/files/{file_id}", self._delete_file, methods=["DELETE"]),
-                Route("/v1/files/{file_id}/content", self._file_content, methods=["GET"]),
-                Route("/v1/batches", self._add_batch, methods=["POST"]),
-                Route("/v1/batches", self._list_batches, methods=["GET"]),
-                Route("/v1/batches/{batch_id}", self._batch, methods=["GET"]),
-                Route("/v1/batches/{batch_id}/cancel", self._cancel_batch, methods=["POST"]),
+                *files.routes,
                 Route("/tokenize", self._tokenize, methods=["POST"]),
                 Route("/detokenize", self._detokenize, methods=["POST"]),
                 Route("/health", self._health, methods=["GET"]),
@@ -236,12 +224,12 @@ class Api:
 
     async def _generate(self, request: Request, kind: type[GenerationRequest]) -> ASGIApp:
         parts = self._ready()
-        body = parse_body(kind, await self._json(request))
-        return await generate(request, body, parts.admission, _tenant(request))
+        body = await read_body(kind, request, self._config.limits)
+        return await generate(request, body, parts.admission, tenant_of(request))
 
     async def _tokenize(self, request: Request) -> Response:
         parts = self._ready()
-        body = parse_body(TokenizeRequest, await self._json(request))
+        body = await read_body(TokenizeRequest, request, self._config.limits)
         parts.admission.check_model(body.model)
         ids = await asyncio.to_thread(body.token_ids, parts.admission.encoder)
         return JSONResponse(
@@ -250,7 +238,7 @@ class Api:
 
     async def _detokenize(self, request: Request) -> Response:
         parts = self._ready()
-        body = parse_body(DetokenizeRequest, await self._json(request))
+        body = await read_body(DetokenizeRequest, request, self._config.limits)
         parts.admission.check_model(body.model)
         return JSONResponse({"prompt": parts.admission.encoder.decode(body.tokens, True)})
 
@@ -270,78 +258,6 @@ class Api:
             "owned_by": "hotset",
             "max_model_len": service.max_model_len,
         }
-
-    # Files and batches.
-
-    async def _add_file(self, request: Request) -> Response:
-        store, _ = self._files()
-        most = self._config.limits.max_file_bytes + _FORM_OVERHEAD_BYTES
-        if int(request.headers.get("content-length") or 0) > most:
-            raise too_large("file", most)
-        bounded = Request(request.scope, _bounded(request.receive, most))
-        try:
-            async with bounded.form(max_files=1, max_fields=8) as form:
-                upload, purpose = form.get("file"), form.get("purpose")
-                if not isinstance(upload, UploadFile):
-                    raise RequestError(
-                        "file is missing; expected a file in a multipart form",
-                        param="file",
-                        code="missing_required_parameter",
-                    )
-                if purpose != "batch":
-                    message = f"purpose is {purpose!r}; expected 'batch'"
-                    raise RequestError(message, param="purpose")
-                entry = await asyncio.to_thread(
-                    store.add,
-                    _tenant(request).name,
-                    upload.file,
-                    filename=upload.filename or "upload.jsonl",
-                    purpose=purpose,
-                )
-        except HTTPException as error:  # no form, or a broken one
-            raise RequestError(
-                "the form cannot be read; expected multipart/form-data with a file and a purpose",
-                code="invalid_form",
-            ) from error
-        return JSONResponse(entry)
-
-    async def _list_files(self, request: Request) -> Response:
-        store, _ = self._files()
-        return _page(request, store.list(_tenant(request).name, "file"))
-
-    async def _file(self, request: Request) -> Response:
-        store, _ = self._files()
-        return JSONResponse(store.get(_tenant(request).name, request.path_params["file_id"]))
-
-    async def _delete_file(self, request: Request) -> Response:
-        store, _ = self._files()
-        file_id = request.path_params["file_id"]
-        store.delete(_tenant(request).name, file_id)
-        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
-
-    async def _file_content(self, request: Request) -> Response:
-        store, _ = self._files()
-        tenant, file_id = _tenant(request).name, request.path_params["file_id"]
-        store.get(tenant, file_id)  # or 404
-        path = store.data_path(tenant, file_id)
-        return FileResponse(path, media_type="application/octet-stream")
-
-    async def _add_batch(self, request: Request) -> Response:
-        _, batches = self._files()
-        body = parse_body(BatchRequest, await self._json(request))
-        return JSONResponse(batches.create(_tenant(request).name, body))
-
-    async def _list_batches(self, request: Request) -> Response:
-        store, _ = self._files()
-        return _page(request, store.list(_tenant(request).name, "batch"))
-
-    async def _batch(self, request: Request) -> Response:
-        store, _ = self._files()
-        return JSONResponse(store.get(_tenant(request).name, request.path_params["batch_id"]))
-
-    async def _cancel_batch(self, request: Request) -> Response:
-        _, batches = self._files()
-        return JSONResponse(batches.cancel(_tenant(request).name, request.path_params["batch_id"]))
 
     def _files(self) -> tuple[FileStore, BatchRunner]:
         parts = self._ready()
@@ -381,62 +297,6 @@ class Api:
     async def _no_route(self, scope: Scope, receive: Receive, send: Send) -> None:
         paths = dict.fromkeys(one.path for one in self._router.routes if isinstance(one, Route))
         raise not_found(f"there is no {scope['path'][:200]}; there are {', '.join(paths)}")
-
-    async def _json(self, request: Request) -> Any:
-        """The body as JSON. Raises ApiError (413): it is too long; RequestError: it is none."""
-        most = self._config.limits.max_body_bytes
-        too_long = too_large("body", most)
-        if int(request.headers.get("content-length") or 0) > most:
-            raise too_long
-        content = bytearray()
-        async for chunk in request.stream():
-            content += chunk
-            if len(content) > most:
-                raise too_long
-        try:
-            return parse_json(content)
-        except ForeignTextError as error:
-            raise RequestError(f"the body {error}", code="invalid_json") from error
-
-
-def _tenant(request: Request) -> Tenant:
-    tenant: Tenant = request.scope["tenant"]
-    return tenant
-
-
-def _page(request: Request, entries: list[Json]) -> Response:
-    """A part of a list, as `limit` and `after` ask for."""
-    limit = request.query_params.get("limit", "100")
-    if not (limit.isascii() and limit.isdigit() and 1 <= len(limit) <= 5 and int(limit)):
-        raise RequestError(f"limit is {limit!r}; expected a number from 1 to 99999", param="limit")
-    after = request.query_params.get("after")
-    ids = [entry["id"] for entry in entries]
-    start = ids.index(after) + 1 if after in ids else 0
-    part = entries[start : start + int(limit)]
-    return JSONResponse(
-        {
-            "object": "list",
-            "data": part,
-            "first_id": part[0]["id"] if part else None,
-            "last_id": part[-1]["id"] if part else None,
-            "has_more": start + len(part) < len(entries),
-        }
-    )
-
-
-def _bounded(receive: Receive, most: int) -> Receive:
-    """Receive no more than `most` bytes of a body. Raises ApiError (413)."""
-    seen = 0
-
-    async def bounded() -> Any:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > most:
-            raise too_large("file", most)
-        return message
-
-    return bounded
 
 
 @cache

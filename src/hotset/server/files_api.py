@@ -1,0 +1,136 @@
+"""The endpoints of files and batches."""
+
+import asyncio
+from collections.abc import Callable
+
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from hotset.errors import RequestError
+from hotset.server.batches import BatchRunner
+from hotset.server.errors import too_large
+from hotset.server.files import FileStore
+from hotset.server.limits import Limits
+from hotset.server.reading import bounded, read_body, tenant_of
+from hotset.server.schemas import BatchRequest, Json
+
+_FORM_OVERHEAD_BYTES = 64 * 1024
+
+
+class FilesApi:
+    """`/v1/files` and `/v1/batches`, as OpenAI has them.
+
+    Args:
+        parts: gives what keeps files and runs batches; raises HotsetError where none does.
+        limits: of a request.
+    """
+
+    def __init__(self, parts: Callable[[], tuple[FileStore, BatchRunner]], limits: Limits) -> None:
+        self._parts = parts
+        self._limits = limits
+        self.routes = [
+            Route("/v1/files", self._add_file, methods=["POST"]),
+            Route("/v1/files", self._list_files, methods=["GET"]),
+            Route("/v1/files/{file_id}", self._file, methods=["GET"]),
+            Route("/v1/files/{file_id}", self._delete_file, methods=["DELETE"]),
+            Route("/v1/files/{file_id}/content", self._file_content, methods=["GET"]),
+            Route("/v1/batches", self._add_batch, methods=["POST"]),
+            Route("/v1/batches", self._list_batches, methods=["GET"]),
+            Route("/v1/batches/{batch_id}", self._batch, methods=["GET"]),
+            Route("/v1/batches/{batch_id}/cancel", self._cancel_batch, methods=["POST"]),
+        ]
+
+    async def _add_file(self, request: Request) -> Response:
+        store, _ = self._parts()
+        most = self._limits.max_file_bytes + _FORM_OVERHEAD_BYTES
+        if int(request.headers.get("content-length") or 0) > most:
+            raise too_large("file", most)
+        within = Request(request.scope, bounded(request.receive, most))
+        try:
+            async with within.form(max_files=1, max_fields=8) as form:
+                upload, purpose = form.get("file"), form.get("purpose")
+                if not isinstance(upload, UploadFile):
+                    raise RequestError(
+                        "file is missing; expected a file in a multipart form",
+                        param="file",
+                        code="missing_required_parameter",
+                    )
+                if purpose != "batch":
+                    message = f"purpose is {purpose!r}; expected 'batch'"
+                    raise RequestError(message, param="purpose")
+                entry = await asyncio.to_thread(
+                    store.add,
+                    tenant_of(request).name,
+                    upload.file,
+                    filename=upload.filename or "upload.jsonl",
+                    purpose=purpose,
+                )
+        except HTTPException as error:  # no form, or a broken one
+            raise RequestError(
+                "the form cannot be read; expected multipart/form-data with a file and a purpose",
+                code="invalid_form",
+            ) from error
+        return JSONResponse(entry)
+
+    async def _list_files(self, request: Request) -> Response:
+        store, _ = self._parts()
+        return _page(request, store.list(tenant_of(request).name, "file"))
+
+    async def _file(self, request: Request) -> Response:
+        store, _ = self._parts()
+        return JSONResponse(store.get(tenant_of(request).name, request.path_params["file_id"]))
+
+    async def _delete_file(self, request: Request) -> Response:
+        store, _ = self._parts()
+        file_id = request.path_params["file_id"]
+        store.delete(tenant_of(request).name, file_id)
+        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+    async def _file_content(self, request: Request) -> Response:
+        store, _ = self._parts()
+        tenant, file_id = tenant_of(request).name, request.path_params["file_id"]
+        store.get(tenant, file_id)  # or 404
+        path = store.data_path(tenant, file_id)
+        return FileResponse(path, media_type="application/octet-stream")
+
+    async def _add_batch(self, request: Request) -> Response:
+        _, batches = self._parts()
+        body = await read_body(BatchRequest, request, self._limits)
+        return JSONResponse(batches.create(tenant_of(request).name, body))
+
+    async def _list_batches(self, request: Request) -> Response:
+        store, _ = self._parts()
+        return _page(request, store.list(tenant_of(request).name, "batch"))
+
+    async def _batch(self, request: Request) -> Response:
+        store, _ = self._parts()
+        return JSONResponse(store.get(tenant_of(request).name, request.path_params["batch_id"]))
+
+    async def _cancel_batch(self, request: Request) -> Response:
+        _, batches = self._parts()
+        return JSONResponse(
+            batches.cancel(tenant_of(request).name, request.path_params["batch_id"])
+        )
+
+
+def _page(request: Request, entries: list[Json]) -> Response:
+    """A part of a list, as `limit` and `after` ask for."""
+    limit = request.query_params.get("limit", "100")
+    if not (limit.isascii() and limit.isdigit() and 1 <= len(limit) <= 5 and int(limit)):
+        raise RequestError(f"limit is {limit!r}; expected a number from 1 to 99999", param="limit")
+    after = request.query_params.get("after")
+    ids = [entry["id"] for entry in entries]
+    start = ids.index(after) + 1 if after in ids else 0
+    part = entries[start : start + int(limit)]
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": part,
+            "first_id": part[0]["id"] if part else None,
+            "last_id": part[-1]["id"] if part else None,
+            "has_more": start + len(part) < len(entries),
+        }
+    )
