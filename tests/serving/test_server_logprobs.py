@@ -5,8 +5,10 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from servers import CHAT, RunningServer, running_server
-from tiny_tokenizer import make_backend
+from tiny_models import make_model
+from tiny_tokenizer import VOCAB_SIZE, make_backend
 
 from hotset.request import FinishReason, RequestOutput, TokenLogprob
 from hotset.server.responses import make_writers
@@ -87,3 +89,85 @@ def test_of_tokens_with_one_name_the_likeliest_counts(server: RunningServer) -> 
     output = RequestOutput("r", 0, "b", (b,), FinishReason.LENGTH, logprobs=(token,))
     chunk = writer.chunk(output)
     assert chunk is not None and chunk["logprobs"]["top_logprobs"] == [{"a": -0.5, "b": -3.0}]
+
+
+def expected_logprobs(ids: list[int]) -> torch.Tensor:
+    """Of transformers on the same weights: `[T - 1, V]`, a row for each token but the first."""
+    model = make_model("llama", vocab_size=VOCAB_SIZE)
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+
+
+def test_an_echo_has_the_log_probabilities_of_the_prompt(http: httpx.Client) -> None:
+    """As lm-eval asks: prompts of token ids, at once, one token to generate."""
+    prompts = [TOKENIZER.encode(text).ids for text in ("the cat 😀", "<bos> a dog, the cat")]
+    body = {"model": "tiny", "prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1}
+    for _ in range(2):  # from scratch, and where all of it is cached
+        answer = post(http, "/v1/completions", {**body, "echo": True, "seed": 1234})
+        assert answer["usage"]["completion_tokens"] == 2
+        for ids, choice in zip(prompts, answer["choices"], strict=True):
+            found, rows = choice["logprobs"], expected_logprobs(ids)
+            assert len(found["tokens"]) == len(ids) + 1
+            assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+            values = found["token_logprobs"][1:-1]
+            wanted = [row[i].item() for i, row in zip(ids[1:], rows, strict=True)]
+            assert values == pytest.approx(wanted, abs=2e-4)
+            for value, top, row in zip(values, found["top_logprobs"][1:-1], rows, strict=True):
+                assert max(top.values()) == pytest.approx(row.max().item(), abs=2e-4)
+                assert len(top) == 1 + (value != max(top.values()))
+            for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+                if not token.startswith("bytes:") and not token.startswith("<"):
+                    assert choice["text"][offset : offset + len(token)] == token
+
+
+def test_an_echo_without_a_token_is_the_prompt_alone(http: httpx.Client) -> None:
+    body = {"prompt": "the cat", "max_tokens": 0, "echo": True, "logprobs": 2, "n": 2}
+    answer = post(http, "/v1/completions", body)
+    ids = TOKENIZER.encode("the cat").ids
+    for choice in answer["choices"]:
+        assert choice["text"] == "the cat" and choice["finish_reason"] == "length"
+        assert len(choice["logprobs"]["tokens"]) == len(ids)
+        assert len(choice["logprobs"]["top_logprobs"][1]) in (2, 3)
+    assert answer["usage"]["completion_tokens"] == 0
+    assert answer["usage"]["total_tokens"] == len(ids)
+    streamed = ["", ""]
+    entries: list[list[Any]] = [[], []]
+    with http.stream(
+        "POST", "/v1/completions", json={**body, "max_tokens": 2, "stream": True}
+    ) as s:
+        for line in s.iter_lines():
+            if line.startswith("data: {"):
+                [chunk] = httpx.Response(200, text=line[6:]).json()["choices"]
+                streamed[chunk["index"]] += chunk["text"]
+                entries[chunk["index"]] += chunk["logprobs"]["token_logprobs"]
+    assert all(text.startswith("the cat") for text in streamed)
+    for found in entries:
+        assert found[: len(ids)] == answer["choices"][0]["logprobs"]["token_logprobs"]
+        assert len(found) > len(ids)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_prompt_logprobs_have_the_form_of_vllm(http: httpx.Client, path: str) -> None:
+    prompt = {"prompt": "the cat"} if path == "/v1/completions" else {"messages": CHAT["messages"]}
+    ids = http.post("/tokenize", json=prompt).json()["tokens"]
+    answer = post(http, path, {**prompt, "max_tokens": 1, "prompt_logprobs": 2, "n": 2})
+    holders = answer["choices"] if path == "/v1/completions" else [answer]
+    for holder in holders:
+        first, *found = holder["prompt_logprobs"]
+        assert first is None and len(found) == len(ids) - 1
+        for token_id, row, places in zip(ids[1:], expected_logprobs(ids), found, strict=True):
+            own = places[str(token_id)]
+            assert own["logprob"] == pytest.approx(row[token_id].item(), abs=2e-4)
+            assert own["decoded_token"] and len(places) in (2, 3)
+            assert {place["rank"] for place in places.values()} >= {1, 2}
+    refused = http.post(path, json={**prompt, "prompt_logprobs": 1, "stream": True})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt_logprobs"
+    refused = http.post(path, json={**prompt, "prompt_logprobs": 21})
+    assert "prompt_logprobs is 21" in refused.json()["error"]["message"]
+
+
+def test_a_chat_has_to_have_a_token(http: httpx.Client) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        refused = http.post("/v1/chat/completions", json={**CHAT, name: 0})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"] == f"{name} is 0; expected 1 or more"

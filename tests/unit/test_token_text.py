@@ -53,12 +53,13 @@ def test_offsets_index_the_text_whatever_the_tokens(tokenizer: Tokenizer, ids: l
     text = "".join(pieces) + decoder.flush()
     assert end == decoder.num_chars == len(text)
     assert offsets == sorted(offsets) and all(0 <= offset <= len(text) for offset in offsets)
-    tokens = TokenBytes(tokenizer)
+    tokens, is_byte = TokenBytes(tokenizer), False
     for token_id, offset in zip(ids, offsets, strict=True):
         name = tokens.name_of(token_id)
         # A run of byte tokens that is no text is broken as a whole, also what could be read.
-        is_byte = name.startswith("bytes:") or tokenizer.id_to_token(token_id).startswith("<0x")
-        if not is_byte and token_id not in tokens.special_ids:
+        was_byte, is_byte = is_byte, "<0x" in tokenizer.id_to_token(token_id)
+        is_part = is_byte or was_byte or name.startswith("bytes:")
+        if not is_part and token_id not in tokens.special_ids:
             assert text[offset : offset + len(name)] == name
 
 
@@ -72,6 +73,14 @@ def test_offsets_of_a_text_are_those_of_its_characters(tokenizer: Tokenizer, tex
     ends = accumulate((tokens.bytes_of(i) for i in ids if i not in tokens.special_ids), initial=b"")
     whole = [len(before.decode(errors="ignore")) for before in ends]
     assert offsets == whole[: len(offsets)]
+
+
+def test_a_space_after_bytes_that_are_no_text_is_not_lost() -> None:
+    """The library's stream ends there, and the start of a new one would lose it."""
+    decoder = TokenDecoder(FALLBACK, FALLBACK.encode(START).ids)
+    letter, word = (FALLBACK.token_to_id(piece) for piece in ("h", "▁cat"))
+    pieces = [decoder.feed(i) for i in (3 + 0x40, 3 + 0xC1, letter, word)]
+    assert pieces == ["@", "", "\N{REPLACEMENT CHARACTER}h", " cat"]
 
 
 def test_part_of_a_character_has_a_name_of_its_own() -> None:

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from hotset.errors import RequestError
 from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.model.loaded import LoadedModel
-from hotset.model.token_text import TokenBytes
+from hotset.model.token_text import TokenBytes, TokenDecoder
 from hotset.model.tool_calls import HERMES_END, HERMES_START, MARKERS
 
 Message = Mapping[str, Any]
@@ -126,6 +126,16 @@ class PromptEncoder:
                 param="messages",
             ) from error
         return text
+
+    def decode_with_offsets(self, token_ids: Sequence[int]) -> tuple[str, list[int]]:
+        """The text of token ids, and where in it each begins; see `TokenDecoder.feed_at`."""
+        decoder = TokenDecoder(self._backend, [])
+        pieces, offsets = [], []
+        for token_id in token_ids:
+            piece, offset = decoder.feed_at(token_id)
+            pieces.append(piece)
+            offsets.append(offset)
+        return "".join(pieces) + decoder.flush(), offsets
 
     def decode(self, token_ids: Sequence[int], special: bool = False) -> str:
         """The text of token ids, special ones too if asked for. Raises RequestError for no id."""

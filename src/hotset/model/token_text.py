@@ -101,7 +101,8 @@ class TokenDecoder:
         # After a context that ends within a character the stream would repeat the context.
         if self._decode(context).endswith(_BROKEN):
             context = []
-        self._stream = DecodeStream(ids=context, skip_special_tokens=skip_special)
+        self._context = context
+        self._stream = self._new_stream()
         self._pending: list[int] = []  # not yet a whole character
         self.num_chars = 0
 
@@ -112,11 +113,12 @@ class TokenDecoder:
             text: str | None = self._stream.step(self._tokenizer, token_id)
         except Exception as error:
             # This token changes how the ones before it decode, which were sent already. (The
-            # library raises plain Exceptions.) Go on with a new stream after them.
+            # library raises plain Exceptions.) Go on with a new stream, after the same context, as
+            # the start of a text may lose its space.
             if "prefix" not in str(error).lower():
                 raise
             text = self.flush()
-            self._stream = DecodeStream(skip_special_tokens=self._skip_special)
+            self._stream = self._new_stream()
             return text
         if text is None:
             return ""
@@ -134,6 +136,8 @@ class TokenDecoder:
         if not before:
             return text, start
         seen = self._decode(before)
+        if not seen and self._pending:  # however many add nothing, each is looked at once
+            del self._pending[: len(before)]
         if not text:
             return text, start + len(seen.rstrip(_BROKEN))
         same = next((i for i, (a, b) in enumerate(zip(seen, text, strict=False)) if a != b), None)
@@ -150,6 +154,9 @@ class TokenDecoder:
     def end(self) -> int:
         """The length of the text, with what `flush` would add."""
         return self.num_chars + len(self._decode(self._pending))
+
+    def _new_stream(self) -> DecodeStream:
+        return DecodeStream(ids=self._context, skip_special_tokens=self._skip_special)
 
     def _decode(self, token_ids: list[int]) -> str:
         if not token_ids:

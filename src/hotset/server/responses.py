@@ -1,6 +1,5 @@
 """What the OpenAI API answers: whole bodies, and the chunks of a stream; no HTTP."""
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,10 +8,9 @@ from hotset.engine.completion import Completion
 from hotset.model.prompt import PromptEncoder
 from hotset.model.tool_calls import ToolCall, ToolCallParser, read_forced
 from hotset.request import FinishReason, RequestOutput, TokenLogprob, output_id
+from hotset.server.logprobs import chat_logprobs, prompt_logprobs
 from hotset.server.schemas import ChatRequest, GenerationRequest, Json, TextRequest
-
-# JSON has no -Infinity.
-_LEAST_LOGPROB = -9999.0
+from hotset.server.text_writer import PromptPart, TextWriter
 
 
 class Writer(Protocol):
@@ -24,6 +22,10 @@ class Writer(Protocol):
 
     def whole(self, completion: Completion) -> Json:
         """The entry of a whole response."""
+        ...
+
+    def beside(self, completions: Sequence[Completion]) -> Json:
+        """What the whole response has beside the entries of all `completions`."""
         ...
 
 
@@ -90,6 +92,14 @@ class ChatWriter:
             "finish_reason": self._reason(completion.finish_reason, calls),
         }
 
+    def beside(self, completions: Sequence[Completion]) -> Json:
+        """The log-probabilities of the prompt, where they are asked for."""
+        num_top = self._request.prompt_logprobs
+        if num_top is None:
+            return {}
+        found = next((one.prompt_logprobs for one in completions if one.prompt_logprobs), [])
+        return {"prompt_logprobs": prompt_logprobs(found, self._encoder.tokens, num_top)}
+
     def _split(self, output: RequestOutput) -> tuple[str, list[ToolCall]]:
         """The text to send now, and the calls once all are known."""
         is_last = output.finish_reason is not None
@@ -126,83 +136,7 @@ class ChatWriter:
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> Json | None:
         if not self._request.logprobs:
             return None
-
-        tokens = self._encoder.tokens
-
-        def entry(token_id: int, logprob: float) -> Json:
-            return {
-                "token": tokens.name_of(token_id),
-                "logprob": max(logprob, _LEAST_LOGPROB),
-                "bytes": [] if token_id in self._left_out else list(tokens.bytes_of(token_id)),
-            }
-
-        return {
-            "content": [
-                {
-                    **entry(one.token_id, one.logprob),
-                    "top_logprobs": [entry(*top) for top in one.top],
-                }
-                for one in entries
-            ],
-            "refusal": None,
-        }
-
-
-class TextWriter:
-    """Texts, after their prompt where `echo` asks for it."""
-
-    def __init__(
-        self, request: TextRequest, encoder: PromptEncoder, prompt: Sequence[int], index: int
-    ) -> None:
-        self._tokens = encoder.tokens
-        self._index = index
-        self._with_logprobs = request.logprobs is not None
-        self._echo = encoder.decode(prompt) if request.echo else ""
-        self._num_chars = self._echo_chars = 0
-
-    def chunk(self, output: RequestOutput) -> Json | None:
-        """A part of a text."""
-        if not (self._echo or output.text or output.finish_reason or output.logprobs):
-            return None
-        reason = output.finish_reason
-        return self._entry(output.text, output.logprobs, None if reason is None else reason.value)
-
-    def whole(self, completion: Completion) -> Json:
-        """A text."""
-        return self._entry(completion.text, completion.logprobs, completion.finish_reason)
-
-    def _entry(self, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> Json:
-        if self._echo:
-            text, self._echo, self._echo_chars = self._echo + text, "", len(self._echo)
-        self._num_chars += len(text)
-        return {
-            "index": self._index,
-            "text": text,
-            "logprobs": self._logprobs(logprobs, reason),
-            "finish_reason": reason,
-        }
-
-    def _logprobs(self, entries: Sequence[TokenLogprob], reason: str | None) -> Json | None:
-        if not self._with_logprobs:
-            return None
-        # A stop string may have cut the tokens at the end off the text.
-        most = math.inf if reason is None else self._num_chars
-        return {
-            "tokens": [self._tokens.name_of(one.token_id) for one in entries],
-            "token_logprobs": [max(one.logprob, _LEAST_LOGPROB) for one in entries],
-            "top_logprobs": [self._top(one) for one in entries],
-            "text_offset": [min(self._echo_chars + one.text_offset, most) for one in entries],
-        }
-
-    def _top(self, one: TokenLogprob) -> dict[str, float]:
-        """The likeliest tokens by name, and the chosen one, as OpenAI has it.
-
-        Of tokens with the same name the likeliest counts.
-        """
-        found: dict[str, float] = {}
-        for token_id, logprob in (*one.top, (one.token_id, one.logprob)):
-            found.setdefault(self._tokens.name_of(token_id), max(logprob, _LEAST_LOGPROB))
-        return found
+        return chat_logprobs(entries, self._encoder.tokens, self._left_out)
 
 
 def make_writers(
@@ -215,9 +149,10 @@ def make_writers(
     if isinstance(request, ChatRequest):
         return [ChatWriter(request, encoder, request_id, i) for i in range(request.n)]
     assert isinstance(request, TextRequest)
+    parts = [PromptPart(request, encoder, prompt) for prompt in prompts]
     return [
-        TextWriter(request, encoder, prompt, i * request.n + j)
-        for i, prompt in enumerate(prompts)
+        TextWriter(request, encoder, part, i * request.n + j)
+        for i, part in enumerate(parts)
         for j in range(request.n)
     ]
 
@@ -258,4 +193,5 @@ def response_body(
             for writer, completion in zip(writers, completions, strict=True)
         ],
         "usage": usage_body(completions, request.n),
+        **writers[0].beside(completions),
     }

@@ -164,6 +164,7 @@ class GenerationRequest(Part):
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
     n: int = 1
+    prompt_logprobs: int | None = None
     response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
@@ -195,12 +196,23 @@ class GenerationRequest(Part):
             ignore_eos=self.ignore_eos,
             n=self.n,
             logprobs=self.num_logprobs(),
+            prompt_logprobs=self.num_prompt_logprobs(),
             json_schema=self.schema_to_follow(),
         )
 
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens are asked for at each place; None is no logprobs."""
         raise NotImplementedError
+
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError(
+                "prompt_logprobs cannot be streamed; expected stream to be false",
+                param="prompt_logprobs",
+                code="unsupported_parameter",
+            )
+        return self.prompt_logprobs
 
     def schema_to_follow(self) -> Json | None:
         """The JSON schema the output must fit, if there is one."""
@@ -244,8 +256,11 @@ class ChatRequest(ToolUser, GenerationRequest):
 
     @model_validator(mode="after")
     def _newer_name_of_max_tokens(self) -> "ChatRequest":
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise RequestError(f"{name} is {self.max_tokens}; expected 1 or more", param=name)
         return self
 
     @property
@@ -335,14 +350,16 @@ class TextRequest(GenerationRequest):
         if self.best_of not in (None, self.n):
             message = f"best_of is {self.best_of} and n is {self.n}; they must be the same"
             raise RequestError(message, param="best_of")
-        if self.echo and self.logprobs is not None:
-            message = "echo with logprobs is not supported: prompts have no logprobs here"
-            raise RequestError(message, param="echo", code="unsupported_parameter")
         return self
 
     def num_logprobs(self) -> int | None:
         """`logprobs`."""
         return self.logprobs
+
+    def num_prompt_logprobs(self) -> int | None:
+        """The more of `prompt_logprobs` and, where the prompt is echoed, `logprobs`."""
+        wanted = [super().num_prompt_logprobs(), self.logprobs if self.echo else None]
+        return max((one for one in wanted if one is not None), default=None)
 
     def prompts(self, encoder: PromptEncoder) -> list[list[int]]:
         """Each text encoded; token ids as they are."""
