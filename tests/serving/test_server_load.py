@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 from click.testing import CliRunner
+from forks import in_a_fork
 from servers import CHAT, KEY, build, running_server, wait_for
 
 from hotset.cli.serve import command
@@ -207,6 +208,8 @@ def test_an_engine_process_that_is_killed_ends_every_stream_with_the_reason() ->
         [engine] = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         assert http.post("/v1/chat/completions", json=CHAT).json()["usage"]["total_tokens"] > 6
         wait_for(lambda: server.service.metrics.output_tokens == 6)  # the counters came too
+        for call in (server.service.close, server.service.submit([5], SamplingParams()).abort):
+            assert in_a_fork(call) == "returned"  # and the engine goes on
         stream = server.service.submit([5, 6], SamplingParams(max_tokens=500, ignore_eos=True))
         engine.kill()
         *_, last = list(stream)

@@ -111,6 +111,11 @@ class EngineLoop:
         self.info = EngineInfo(engine.config, engine.max_model_len, engine.report)
 
     @property
+    def is_alive(self) -> bool:
+        """See `EngineHost`."""
+        return self._thread.is_alive()
+
+    @property
     def metrics(self) -> Metrics:
         """The engine's counters; they change while one reads."""
         return self._engine.metrics
@@ -177,7 +182,7 @@ class EngineLoop:
         ready.set_result((engine, model))
         try:
             self._serve(engine)
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: readers wait for a last report
             _log.exception("the engine has failed")
             failure = " ".join(f"the engine has failed: {type(error).__name__}: {error}".split())
             self._on_report(Report(time.monotonic(), failure=failure))

@@ -71,6 +71,11 @@ class EngineHost(Protocol):
     info: EngineInfo
 
     @property
+    def is_alive(self) -> bool:
+        """Whether reports may still come. False only after the last one."""
+        ...
+
+    @property
     def metrics(self) -> Metrics:
         """The engine's counters: live ones, or as of a moment ago."""
         ...

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import multiprocessing
 import os
 import pickle
@@ -9,6 +10,7 @@ import queue
 import signal
 import threading
 import time
+import weakref
 from array import array
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +27,8 @@ from hotset.request import FinishReason, RequestOutput, TokenLogprob
 
 if TYPE_CHECKING:
     from hotset.engine.loop import EngineLoop
+
+_log = logging.getLogger(__name__)
 
 _METRICS_EVERY_S = 0.25
 _CLOSE_S = 30.0
@@ -94,6 +98,12 @@ class EngineProcess:
         self.info: EngineInfo = answer[1]
         self._thread = threading.Thread(target=self._receive, name="hotset-reports", daemon=True)
         self._thread.start()
+        _running.add(self)
+
+    @property
+    def is_alive(self) -> bool:
+        """See `EngineHost`."""
+        return self._thread.is_alive()
 
     @property
     def metrics(self) -> Metrics:
@@ -143,11 +153,31 @@ class EngineProcess:
             self._connection.send(message)
 
     def _receive(self) -> None:
+        fault: str | None = None
+        try:
+            self._take_reports()
+        except (EOFError, OSError):
+            pass
+        except Exception as error:
+            _log.exception("a report of the engine cannot be taken")
+            fault = f"the engine's reports cannot be read: {type(error).__name__}: {error}"
+            self._process.kill()
+        self._process.join()
+        with self._lock:
+            self._has_ended = True
+            pending, self._pending = list(self._pending.values()), {}
+            is_failure = not self._is_closed
+        failure = fault or f"the engine's process has {self._how_it_ended()}"
+        for answer in pending:
+            answer.set_exception(EngineError(failure if is_failure else "the engine was closed"))
+        if is_failure:
+            self._on_report(Report(0.0, failure=failure))
+        self._connection.close()
+
+    def _take_reports(self) -> None:
+        """Until the child closes its end, with EOFError or OSError."""
         while True:
-            try:
-                items, metrics = pickle.loads(self._connection.recv_bytes())
-            except (EOFError, OSError):
-                break
+            items, metrics = pickle.loads(self._connection.recv_bytes())
             if metrics is not None:
                 self._metrics = metrics
             for item in items:
@@ -160,23 +190,24 @@ class EngineProcess:
                         answer.set_exception(item.error)
                 else:
                     self._on_report(_unpacked(item))
-        self._process.join()
-        with self._lock:
-            self._has_ended = True
-            pending, self._pending = list(self._pending.values()), {}
-            is_failure = not self._is_closed
-        failure = f"the engine's process has {self._how_it_ended()}"
-        for answer in pending:
-            answer.set_exception(EngineError(failure if is_failure else "the engine was closed"))
-        if is_failure:
-            self._on_report(Report(0.0, failure=failure))
-        self._connection.close()
 
     def _how_it_ended(self) -> str:
         code = self._process.exitcode
         if code is not None and code < 0:
             return f"been ended by signal {-code} ({signal.strsignal(-code)})"
         return f"ended with status {code}"
+
+
+_running: weakref.WeakSet[EngineProcess] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """In a fork: let go of the pipes, whose end tells an engine that its process is gone."""
+    for host in _running:
+        host._connection.close()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _import_tokenizers() -> None:

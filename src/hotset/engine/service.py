@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import contextlib
 import itertools
+import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
@@ -20,9 +21,15 @@ from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.request import FinishReason, RequestOutput, SamplingParams
 
+# How often a reader that waits looks whether there still is an engine to wait for.
+_LOOK_EVERY_S = 2.0
+
 
 class EngineService:
     """Runs an engine beside its callers; every method may be called from any thread.
+
+    An engine belongs to the process that made it. In a fork of that process, which has none of
+    its threads, everything that needs the engine raises EngineError and `close` does nothing.
 
     Args:
         config: what to load and how.
@@ -51,6 +58,7 @@ class EngineService:
         self._is_closing = False  # guarded by _lock
         self._failure: str | None = None  # guarded by _lock; says why no more is served
         self._ids = itertools.count()
+        self._pid = os.getpid()
         self._host: EngineHost
         if own_process:  # nothing here imports torch then, so that the child starts at once
             self._host = EngineProcess(config, build, self._take_report)
@@ -65,7 +73,12 @@ class EngineService:
     @property
     def healthy(self) -> bool:
         """Whether requests are served."""
-        return self._failure is None and not self._is_closing
+        return self._failure is None and not self._is_closing and not self.is_forked
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a fork of the process that the engine belongs to."""
+        return os.getpid() != self._pid
 
     @property
     def report(self) -> str:
@@ -119,8 +132,9 @@ class EngineService:
         Raises:
             RequestError: the request can never be served; nothing was queued.
             OverloadedError: too many wait already; nothing was queued.
-            EngineError: the engine has failed or was closed.
+            EngineError: the engine has failed, was closed, or is another process's.
         """
+        self.raise_unless_healthy()  # before any lock, which in a fork may be held for ever
         if request_id is None:
             request_id = f"hotset-{next(self._ids)}"
         elif "#" in request_id:
@@ -157,6 +171,7 @@ class EngineService:
         Raises:
             EngineError: the engine has failed or was closed; the future may raise it too.
         """
+        self.raise_unless_healthy()
         future: Future[EngineStatus] = Future()
         look_id = next(self._ids)
         with self._lock:
@@ -166,19 +181,45 @@ class EngineService:
         return future
 
     def raise_unless_healthy(self) -> None:
-        """Raise EngineError, with the reason, where no requests are served any more."""
+        """Raise EngineError, with the reason, where no requests are served."""
+        if self.is_forked:
+            raise EngineError(
+                f"the engine is in process {self._pid}, and process {os.getpid()} is a fork of it, "
+                "which has no engine: make one in each worker, and start workers with 'spawn'"
+            )
         if self._failure is not None:
             raise EngineError(self._failure)
         if self._is_closing:
             raise EngineError("the engine was closed")
 
     def close(self) -> None:
-        """End open requests as aborted, close the engine and wait for its end. Idempotent."""
+        """End open requests as aborted, close the engine and wait for its end. Idempotent.
+
+        In a fork it does nothing: the engine is another process's.
+        """
+        if self.is_forked:
+            return
         with self._lock:
             self._is_closing = True
         self._host.close()
         self._end_all(FinishReason.ABORT, None)
         atexit.unregister(self.close)
+
+    def look_for_engine(self) -> None:
+        """End open requests if the engine is gone without a last word.
+
+        Raises:
+            EngineError: this is a fork of the process that has the engine.
+        """
+        if self.is_forked:
+            self.raise_unless_healthy()
+        if self._host.is_alive:
+            return
+        with self._lock:
+            if not self._is_closing and self._failure is None:
+                self._failure = "the engine has ended without a word"
+            failure = self._failure
+        self._end_all(FinishReason.ABORT if failure is None else FinishReason.ERROR, failure)
 
     def _end_all(self, reason: FinishReason, error: str | None) -> None:
         with self._lock:
@@ -248,10 +289,15 @@ class OutputStream:
         self.clock = clock
         self._service = service
         self._condition = threading.Condition()
-        self._is_abandoned = False
+        self._is_aborted = False
         self._outputs: dict[int, RequestOutput] = {}  # by index; what nobody has read
         self._unfinished = set(range(n))
         self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether its reader stopped it. Any other end as aborted is the engine's doing."""
+        return self._is_aborted
 
     @property
     def is_over(self) -> bool:
@@ -260,29 +306,52 @@ class OutputStream:
 
     def abort(self) -> None:
         """Stop the request; the iteration ends soon after. Ended ones are left alone."""
+        if self._service.is_forked:
+            return
         with self._condition:
-            if self._is_abandoned or not self._unfinished:
+            if self._is_aborted or not self._unfinished:
                 return
-            self._is_abandoned = True
+            self._is_aborted = True
         self._service._host.abort(self.request_id)
 
     def __iter__(self) -> Generator[RequestOutput, None, None]:
         try:
             while True:
-                with self._condition:
-                    while not self._outputs and self._unfinished:
-                        self._condition.wait()
-                    outputs, self._outputs = self._outputs, {}
+                outputs = self._wait()
                 if not outputs:
                     return
-                yield from outputs.values()
+                yield from outputs
         finally:
             self.abort()
 
+    def _wait(self) -> list[RequestOutput]:
+        """What nobody has read, once there is some; empty at the end."""
+        while True:
+            if self._service.is_forked:
+                self._service.raise_unless_healthy()
+            with self._condition:
+                if not self._outputs and self._unfinished:
+                    self._condition.wait(_LOOK_EVERY_S)
+                if self._outputs or not self._unfinished:
+                    outputs, self._outputs = self._outputs, {}
+                    return list(outputs.values())
+            self._service.look_for_engine()
+
     async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
+        if self._service.is_forked:
+            self._service.raise_unless_healthy()
         event = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle
+
+        def wake() -> None:
+            nonlocal timer
+            event.set()
+            timer = loop.call_later(_LOOK_EVERY_S, wake)
+
+        timer = loop.call_later(_LOOK_EVERY_S, wake)
         with self._condition:
-            self._reader = (asyncio.get_running_loop(), event)
+            self._reader = (loop, event)
         try:
             while True:
                 with self._condition:
@@ -294,8 +363,10 @@ class OutputStream:
                 if is_over:
                     return
                 if not outputs:
+                    self._service.look_for_engine()
                     await event.wait()
         finally:
+            timer.cancel()
             self.abort()
 
     # What follows is called by the service.

@@ -1,5 +1,6 @@
 """Experts below host memory: all in one file, and in host slots those that it has room for."""
 
+import os
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -143,6 +144,7 @@ class ExpertStore:
         self._host_hits = self._num_reads = 0
         self._wait_s = 0.0
         self._is_closed = False
+        self._pid = os.getpid()
         self._mailbox = Mailbox()
         self._queue = IoQueue(
             "expert-read",
@@ -293,7 +295,7 @@ class ExpertStore:
 
     def close(self) -> None:
         """Remove the file, and let go of its folder. No step may follow."""
-        if self._is_closed:
+        if self._is_closed or os.getpid() != self._pid:  # a fork's exit leaves it to its parent
             return
         self._is_closed = True
         self.unpin()
