@@ -14,6 +14,9 @@ __all__ = ["LLM", "SamplingParams", "__version__"]
 def __getattr__(name: str) -> Any:
     # Importing LLM imports torch (seconds); `hotset plan` must not pay for it.
     if name == "LLM":
+        from hotset.cpu_libraries import set_waiting
+
+        set_waiting()
         from hotset.llm import LLM
 
         return LLM

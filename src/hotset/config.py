@@ -99,6 +99,8 @@ class EngineConfig:
         json_max_items: most items of an array there; None is no bound.
         json_max_depth: most arrays and objects within each other there; None is no bound.
         eager: on a GPU, run without `torch.compile` and CUDA graphs: slower, but starts sooner.
+        threads: of the CPU, that compute; None is torch's own number, or as many CPUs as affinity
+            and the quota of a container allow if that is less. It holds for the process.
         seed: for requests that sample and bring no seed.
     """
 
@@ -140,6 +142,7 @@ class EngineConfig:
     json_max_items: int | None = None
     json_max_depth: int | None = None
     eager: bool = False
+    threads: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -192,6 +195,7 @@ class EngineConfig:
         )
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "2 or more")
         check(self.rotation_s is None or self.rotation_s > 0, "rotation_s", "above 0 seconds")
+        check(self.threads is None or self.threads >= 1, "threads", "1 or more")
         check(self.disk_read_deadline_s > 0, "disk_read_deadline_s", "above 0 seconds")
         check(self.json_max_digits >= 0, "json_max_digits", "0 (no bound) or more")
         for name in ("json_max_string", "json_max_items", "json_max_depth"):

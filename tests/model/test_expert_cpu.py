@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from engines import reference, run
-from test_expert_buffer import PROMPTS, buffered, make_layers, routed
+from test_expert_buffer import PROMPTS, buffered, make_layers, rounded, routed
 from test_experts import HIDDEN, KINDS, NUM_EXPERTS
 
 from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.memory.cold_cost import MOST_TOKENS, ColdCost
+from hotset.memory.narrow_experts import NarrowDType
 from hotset.model import expert_buffer, expert_layer
 from hotset.model.expert_buffer import ExpertBuffer
 from hotset.model.expert_cpu import ColdExperts, device_seconds
@@ -196,6 +197,29 @@ def test_what_is_measured_decides(attach: Callable[..., ColdExperts]) -> None:
     )
     assert "steps of 1 to 64 tokens" in cold.describe()
     assert device_seconds(torch.device("cpu")) > 0
+
+
+@pytest.mark.parametrize("plan", ["cache", "stream", "auto"])
+@pytest.mark.parametrize("cold_dtype", ["fp8", "int4"])
+@torch.inference_mode()
+def test_experts_in_few_bits_are_measured_and_computed(cold_dtype: NarrowDType, plan: str) -> None:
+    layers = make_layers(2, transposed=False, bias=False, gate=True)
+    expected_layers = rounded(layers, cold_dtype)
+    others, buffer = buffered(
+        layers, expert_slots=2, expert_plan=plan, expert_cold_dtype=cold_dtype
+    )
+    dynamic_experts(others[0], *routed(1))  # as at start: the model has run then
+    assert "cold experts on the CPU, on" in buffer.compute_cold_on_cpu("on")
+    assert buffer._cold is not None
+    buffer._cold.cost = FAST_CPU
+    for num_tokens in (1, 9, 2):
+        for expected_layer, layer in zip(expected_layers, others, strict=True):
+            x, ids, weights = routed(num_tokens)
+            expected = dynamic_experts(expected_layer, x, ids, weights)
+            got = dynamic_experts(layer, x, ids, weights)
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert buffer._cold.num_computed > 0
+    buffer.close()
 
 
 def test_an_engine_answers_the_same_with_the_cpu_taking_part(

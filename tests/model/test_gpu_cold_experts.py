@@ -107,9 +107,15 @@ def test_an_engine_answers_the_same_with_experts_on_disk(
     assert engine.metrics.expert_disk_reads > 0 and not engine.metrics.faults
 
 
-def test_an_engine_runs_with_the_cpu_taking_part(make_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("cold_dtype", ["auto", "fp8", "int4"])
+def test_an_engine_runs_with_the_cpu_taking_part(cold_dtype: str, make_engine: MakeEngine) -> None:
     engine = make_engine(
-        "qwen3_moe", device="cuda", expert_slots=2, expert_plan="cache", expert_cpu="on"
+        "qwen3_moe",
+        device="cuda",
+        expert_slots=2,
+        expert_plan="cache",
+        expert_cpu="on",
+        expert_cold_dtype=cold_dtype,
     )
     assert "cold experts on the CPU, on: steps of 1 to 64 tokens" in engine.report
     assert engine._experts is not None

@@ -8,6 +8,7 @@ from typing import NoReturn
 import click
 
 from hotset import __version__
+from hotset.cpu_libraries import set_waiting
 from hotset.errors import HotsetError
 
 COMMANDS = {
@@ -63,6 +64,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: an error is one line on stderr, with status 2 for wrong usage and else 1."""
+    set_waiting()
     try:
         status = cli.main(prog_name="hotset", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -170,6 +170,11 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         default=_DEFAULTS["eager"],
         help="On a GPU, do not compile the model: slower, but starts sooner.",
     ),
+    _option(
+        "threads",
+        int,
+        "CPU threads that compute.  [default: as many as affinity and a container's quota allow]",
+    ),
     click.option(
         "--prefix-caching/--no-prefix-caching",
         default=_DEFAULTS["prefix_caching"],

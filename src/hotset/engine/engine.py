@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hotset.cgroups import available_host_bytes
 from hotset.config import GIB, EngineConfig
+from hotset.cpu_libraries import bound_kernels, set_threads
 from hotset.engine.memory_split import Memory, split_memory
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
@@ -140,6 +141,8 @@ class Engine:
 
     def _set_up(self, config: EngineConfig, loaded: LoadedModel) -> None:
         """All that runs the model or takes memory beside it."""
+        bound_kernels()
+        threads = set_threads(config.threads)
         model = loaded.model
         layout = inspect_model(model, resolve_kv_dtype(config.kv_dtype, model.device))
         step_bytes = workspace_bytes(
@@ -233,7 +236,8 @@ class Engine:
             prefill_tokens_per_s=self._measure_prefill(pool.first), link_bytes_per_s={}
         )
         if self._experts is not None and config.expert_cpu != "off" and model.device.type == "cuda":
-            experts_report += f"\n{self._experts.compute_cold_on_cpu(config.expert_cpu)}"
+            said = self._experts.compute_cold_on_cpu(config.expert_cpu, threads=config.threads)
+            experts_report += f"\n{said}"
             self._runner.launches = self._experts.launches
         self._tiers = self._open_tiers(arena, disk_path, fingerprint)
         policy = PrefixPolicy(
@@ -267,6 +271,8 @@ class Engine:
             assert self._experts is not None
             self._mover = SplitMover(moving, self._experts, arena, self.scheduler)
         self.report = self.budget.report(device=model.device.type, disk_path=disk_path)
+        if model.device.type == "cpu":
+            self.report += f"\nthreads that compute: {threads}"
         for lines in (split_report, experts_report):
             if lines:
                 self.report += f"\n{lines}"

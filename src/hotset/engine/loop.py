@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from hotset.config import EngineConfig
+from hotset.cpu_libraries import set_threads
 from hotset.engine.engine import Engine
 from hotset.engine.fair_queue import FairQueue
 from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
@@ -37,6 +38,7 @@ _MOST_RETRY_AFTER_S = 60
 
 def build_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
     """Load the model and set up the engine. Raises what either raises."""
+    set_threads(config.threads)
     loaded = load_model(
         config.model,
         device=config.device,

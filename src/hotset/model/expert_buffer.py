@@ -214,7 +214,7 @@ class ExpertBuffer:
         if self._prefetch is not None:
             self._prefetch.join()
 
-    def compute_cold_on_cpu(self, mode: str) -> str:
+    def compute_cold_on_cpu(self, mode: str, *, threads: int | None = None) -> str:
         """Have the CPU compute experts that are not on the GPU, in steps of few tokens.
 
         To be called when the model has run, and when its steps are recorded: what is recorded
@@ -222,6 +222,7 @@ class ExpertBuffer:
 
         Args:
             mode: see `ColdExperts`.
+            threads: of the CPU, with the one that launches; None is one for each CPU.
 
         Returns:
             What to say of it at start.
@@ -238,15 +239,17 @@ class ExpertBuffer:
             num_slots=first.table.num_slots,
             is_pinned=device.type == "cuda",
             mode=mode,
+            num_threads=None if threads is None else max(1, threads - 1),
         )
         self.attach_cold(cold)
         assert first.cold is not None
-        at = torch.empty(host.layout.payload_bytes, dtype=torch.uint8, device=device)
+        at = torch.empty_like(host.payloads[0], device=device)  # in few bits, if those are
 
         def copy(count: int) -> None:
             for payload in host.payloads[:count]:
                 at.copy_(payload, non_blocking=True)
-            torch.cuda.synchronize(device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
         cold.measure(self._modules[0], host, first.cold.biases, copy, device_seconds(device))
         return cold.describe()

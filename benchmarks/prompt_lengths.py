@@ -1,0 +1,139 @@
+"""Memory of a CPU engine that sees a new prompt length with every request.
+
+oneDNN compiles code for each number of rows and keeps it, and so does PyTorch's layer above it. A
+tiny model answers prompts of 1, 2, 3, ... tokens, one after another, in two processes:
+
+- `kept by default`: with the numbers of entries that both libraries keep by default, 1024.
+- `hotset`: with the numbers that hotset sets.
+
+    python benchmarks/prompt_lengths.py --out benchmarks/results/prompt_lengths
+
+writes `.json` and `.md`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+DEFAULTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}
+ARMS: dict[str, dict[str, str]] = {"kept by default": DEFAULTS, "hotset": {}}
+SHOWN = (1, 10, 50, 100, 200, 500, 1000, 1500, 2000)
+MIB = 2**20
+
+
+def measure(family: str, num_lengths: int, threads: int) -> dict[str, Any]:
+    """In a process of its own: resident memory by prompt length."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from hotset.config import EngineConfig
+    from hotset.engine.engine import Engine
+    from hotset.model.loaded import LoadedModel
+    from hotset.request import SamplingParams
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+    }
+    if family == "qwen3_moe":
+        sizes |= {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
+    config = AutoConfig.for_model(family, **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    loaded = LoadedModel(model, None, family, family, (), 4096)
+    engine = Engine(EngineConfig(hot_gib=0.02, prefix_caching=False), loaded)
+    process = psutil.Process()
+    rss_mib, start_s = {0: process.memory_info().rss / MIB}, time.perf_counter()
+    for length in range(1, num_lengths + 1):
+        engine.add_request([1 + i % 255 for i in range(length)], SamplingParams(max_tokens=1))
+        while engine.has_work:
+            engine.step()
+        rss_mib[length] = process.memory_info().rss / MIB
+    return {
+        "model_bytes": sum(p.nbytes for p in model.parameters()),
+        "rss_mib": rss_mib,
+        "wall_s": time.perf_counter() - start_s,
+    }
+
+
+def run_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    environment = {k: v for k, v in os.environ.items() if k not in DEFAULTS} | ARMS[name]
+    words = [f"--lengths={args.lengths}", f"--threads={args.threads}", f"--family={args.family}"]
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure", *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, default=2000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--family", choices=["llama", "qwen3_moe"], default="llama")
+    parser.add_argument("--out", type=Path, help="path of the results, without suffix")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.family, args.lengths, args.threads)))
+        return
+    from hotset.bench.machine import describe_machine
+
+    command = " ".join(["python benchmarks/prompt_lengths.py", *sys.argv[1:]])
+    result = {
+        "machine": describe_machine() | {"command": command},
+        "family": args.family,
+        "threads": args.threads,
+        "arms": {name: run_arm(name, args) for name in ARMS},
+    }
+    print(page := make_page(result))
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(page)
+
+
+def make_page(result: dict[str, Any]) -> str:
+    arms, machine = result["arms"], result["machine"]
+    last = max(int(length) for length in arms["hotset"]["rss_mib"])
+    shown = [length for length in SHOWN if length <= last]
+    rows = "\n".join(
+        f"| {name} | "
+        + " | ".join(f"{arm['rss_mib'][str(length)]:,.0f}" for length in shown)
+        + f" | {arm['wall_s']:.1f} |"
+        for name, arm in arms.items()
+    )
+    return f"""# Memory of a CPU engine by the prompt lengths it has seen
+
+A random {result["family"]} of {arms["hotset"]["model_bytes"] / MIB:.1f} MiB, float32, one prompt of
+each length from 1 to {last} tokens, one after another. Resident memory of the process in MiB:
+
+| entries kept | {" | ".join(f"{length} tokens" for length in shown)} | all, s |
+|---|{"---|" * len(shown)}---|
+{rows}
+
+- command: `{machine["command"]}`, commit {machine["commit"]}
+- hardware: {machine["cpu"]}, {machine["cpu_cores"]} cores, {result["threads"]} threads
+- {", ".join(f"{k} {v}" for k, v in machine["versions"].items())}
+"""
+
+
+if __name__ == "__main__":
+    main()
