@@ -152,8 +152,13 @@ def test_a_forced_tool_is_called_with_arguments_of_its_schema(
     }
     if stream:
         chunks = list(client.chat.completions.create(stream=True, **options))
-        calls: Any = [call for c in chunks for call in c.choices[0].delta.tool_calls or ()]
-        assert [call.index for call in calls] == [0]
+        [first, *more] = [call for c in chunks for call in c.choices[0].delta.tool_calls or ()]
+        assert {call.index for call in (first, *more)} == {0}
+        assert {(call.id, call.function.name, call.type) for call in more} == {(None,) * 3}
+        assert len(more) > 1  # the arguments come as they grow
+        first.function.arguments += "".join(call.function.arguments for call in more)
+        calls: Any = [first]
+        assert not any(c.choices[0].delta.content for c in chunks)
         reason = chunks[-1].choices[0].finish_reason
     else:
         answer = client.chat.completions.create(**options).choices[0]

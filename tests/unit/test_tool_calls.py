@@ -7,101 +7,249 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotset.errors import RequestError
-from hotset.model.tool_calls import (
-    ToolCall,
-    ToolCallParser,
-    forced_schema,
-    parse_tool_calls,
-    read_forced,
-)
+from hotset.model.call_pieces import Pieces, ToolCall, join
+from hotset.model.forced_calls import forced_schema
+from hotset.model.tool_calls import ToolCallParser
+from hotset.model.xml_values import to_json, types_of
 
-NAMES = frozenset({"weather", "time"})
+TOOLS: dict[str, dict[str, Any]] = {
+    "weather": {},
+    "time": {},
+    "edit": {
+        "type": "object",
+        "properties": {
+            "path": {"type": "string"},
+            "line": {"type": "integer"},
+            "ratio": {"type": "number"},
+            "all": {"type": "boolean"},
+            "tags": {"type": "array"},
+            "mode": {"enum": ["a", "b", 3]},
+            "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "size": {"$ref": "#/$defs/size"},
+        },
+        "$defs": {"size": {"type": ["integer", "null"]}},
+    },
+}
 WEATHER = ToolCall("weather", '{"place": "Rome"}')
 CLOCK = ToolCall("time", "{}")
-
-
-@pytest.mark.parametrize(
-    ("text", "before", "calls"),
-    [
-        (
-            'Let me look.\n<tool_call>\n{"name": "weather", "arguments": {"place": "Rome"}}\n'
-            '</tool_call>\n<tool_call>{"name": "time", "arguments": {}}</tool_call>',
-            "Let me look.",
-            [WEATHER, CLOCK],
-        ),
-        ('<tool_call>{"name": "time", "arguments": {}}', "", [CLOCK]),  # no room for the end
-        ('[TOOL_CALLS] [{"name": "weather", "arguments": {"place": "Rome"}}]', "", [WEATHER]),
-        (
-            '[TOOL_CALLS]weather[ARGS]{"place": "Rome"}[TOOL_CALLS]time[ARGS]{}',
-            "",
-            [WEATHER, CLOCK],
-        ),
-        ("[TOOL_CALLS]time[CALL_ID]a1[ARGS]{}", "", [CLOCK]),
-        ('{"name": "weather", "parameters": {"place": "Rome"}}', "", [WEATHER]),
-        (
-            '<|python_tag|>{"name": "weather", "parameters": {"place": "Rome"}}; '
-            '{"name": "time", "parameters": {}}',
-            "",
-            [WEATHER, CLOCK],
-        ),
-        ('{"name": "other", "parameters": {}}', None, []),  # JSON, but no tool of ours
-        ('{"answer": 42}', None, []),
-        ("<tool_call>{broken</tool_call>", None, []),
-        ("[TOOL_CALLS]weather[ARGS]{", None, []),
-        ("[1, 2, 3]", None, []),
-        ("Just text.", None, []),
-        ("", None, []),
-    ],
+TAGGED = ToolCall("time", '{"zone": "</tool_call> } [TOOL_CALLS] \\" <function=a>"}')
+XML = (
+    "<tool_call>\n<function=edit>\n<parameter=path>\na </function> b\n\n</parameter>\n"
+    "<parameter=line>\n12\n</parameter>\n<parameter=all>True</parameter></function>\n</tool_call>"
 )
-def test_calls_of_each_format_are_read_and_the_rest_is_text(
-    text: str, before: str | None, calls: list[ToolCall]
-) -> None:
-    assert parse_tool_calls(text, NAMES) == (text if before is None else before, calls)
+EDIT = ToolCall("edit", '{"path": "a </function> b\\n", "line": 12, "all": true}')
+
+CASES: list[tuple[str, str, list[ToolCall]]] = [
+    (
+        'Let me look.\n<tool_call>\n{"name": "weather", "arguments": {"place": "Rome"}}\n'
+        '</tool_call>\n<tool_call>{"name": "time", "arguments": {}}</tool_call>',
+        "Let me look.",
+        [WEATHER, CLOCK],
+    ),
+    ('<tool_call>{"name": "time", "arguments": {}}', "", [CLOCK]),  # no room for the end
+    ('[TOOL_CALLS] [{"name": "weather", "arguments": {"place": "Rome"}}]', "", [WEATHER]),
+    ('[TOOL_CALLS]weather[ARGS]{"place": "Rome"}[TOOL_CALLS]time[ARGS]{}', "", [WEATHER, CLOCK]),
+    ("[TOOL_CALLS]time[CALL_ID]a1[ARGS]{}", "", [CLOCK]),
+    ('{"name": "weather", "parameters": {"place": "Rome"}}', "", [WEATHER]),
+    (
+        '<|python_tag|>{"name": "weather", "parameters": {"place": "Rome"}}; '
+        '{"name": "time", "parameters": {}}',
+        "",
+        [WEATHER, CLOCK],
+    ),
+    ('{"type": "function", "name": "time", "parameters": {}}', "", [CLOCK]),
+    ('[{"name": "time", "arguments": {}}, {"arguments": {}, "name": "time"}]', "", [CLOCK] * 2),
+    ('<tool_call>{"arguments": "{\\"place\\": \\"Rome\\"}", "name": "weather"}', "", [WEATHER]),
+    # What looks like the end of a call within its arguments is none.
+    (f'<tool_call>{{"name": "time", "arguments": {TAGGED.arguments}}}</tool_call>', "", [TAGGED]),
+    (f"[TOOL_CALLS]time[ARGS]{TAGGED.arguments}", "", [TAGGED]),
+    # Text goes on after a call.
+    (
+        'One. <tool_call>{"name": "time", "arguments": {}, "id": 1}</tool_call>\nTwo <b.\n'
+        '<tool_call>{"name": "time", "arguments": {}}</tool_call> \n',
+        "One.\nTwo <b.",
+        [CLOCK, CLOCK],
+    ),
+    ('{"name": "time", "parameters": {}} That is all.\n', " That is all.", [CLOCK]),
+    ("[TOOL_CALLS]time[ARGS]{} Done", " Done", [CLOCK]),
+    # Calls as XML, whose values have the types of the schema.
+    (f"Sure.\n\n{XML}", "Sure.", [EDIT]),
+    (f"{XML}\n{XML}\nDone.", "\nDone.", [EDIT, EDIT]),
+    (XML.removeprefix("<tool_call>\n"), "", [EDIT]),  # as Qwen3-Coder often has it
+    ("<tool_call><function=time></function></tool_call>", "", [CLOCK]),
+    ('<function=weather>{"place": "Rome"}</function>', "", [WEATHER]),  # Llama 3.1
+    ("<tool_call>\n<function=time>\n</tool_call>", "", [CLOCK]),
+    (
+        "<tool_call><function=edit>hm <parameter=x>1</parameter></function></tool_call>",
+        "hm",
+        [ToolCall("edit", '{"x": "1"}')],
+    ),
+    # Cut by the budget: as far as it got.
+    (
+        '<tool_call>{"name": "weather", "arguments": {"place": "Ro',
+        "",
+        [ToolCall("weather", '{"place": "Ro')],
+    ),
+    (
+        "<tool_call><function=edit><parameter=path>\nab",
+        "",
+        [ToolCall("edit", '{"path": "ab')],
+    ),
+]
+NO_CALLS = [
+    '{"name": "other", "parameters": {}}',  # JSON, but no tool of ours
+    '{"answer": 42}',
+    '{"name": "time"}',
+    "<tool_call>{broken</tool_call>",
+    "[TOOL_CALLS]weather[ARGS]{"[:-1],
+    "[TOOL_CALLS] and more",
+    "[1, 2, 3]",
+    "Just text.",
+    " \n",
+    "",
+    "no call at all, a < b and [TOOL but not quite",
+    "<tool_call> is how a call begins, <function=time x> too",
+    "<function=other></function>",
+    '{"nothing": 1} and more <tool_cal',
+    "<|python_tag|>print(1)",
+    "Text with a tail  \n",
+]
 
 
-def stream(text: str, cuts: list[int]) -> tuple[str, list[str], list[ToolCall]]:
-    """Feed the text in pieces; all text that came out, its pieces, and the calls."""
-    parser = ToolCallParser(NAMES, {}, lambda ids, special: "")
+def parser(**options: Any) -> ToolCallParser:
+    return ToolCallParser(TOOLS, {}, lambda ids, special: "", has_functions=True, **options)
+
+
+def stream(text: str, cuts: list[int], **options: Any) -> tuple[list[Pieces], list[ToolCall], str]:
+    """Feed the text in pieces; what came out piece by piece, the calls, and all text."""
+    one = parser(**options)
     places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    pieces = [parser.feed(text[a:b], ()) for a, b in itertools.pairwise(places)]
-    rest, calls = parser.end()
-    return "".join(pieces) + rest, pieces, calls
+    pieces = [one.feed(text[a:b], ()) for a, b in itertools.pairwise(places)]
+    pieces.append(one.end())
+    joined, calls = join(pieces)
+    assert len(calls) == one.num_calls
+    return pieces, calls, joined
+
+
+@pytest.mark.parametrize(("text", "outside", "calls"), CASES)
+def test_calls_of_each_format_are_read_and_the_rest_is_text(
+    text: str, outside: str, calls: list[ToolCall]
+) -> None:
+    assert stream(text, [])[1:] == (calls, outside)
+
+
+@pytest.mark.parametrize("text", NO_CALLS)
+def test_what_is_no_call_is_text_as_it_was(text: str) -> None:
+    assert stream(text, [])[1:] == ([], text)
+    assert stream(text, list(range(len(text))))[1:] == ([], text)
 
 
 @given(
-    st.sampled_from(
-        [
-            "no call at all, a < b and [TOOL but not quite",
-            'Sure: <tool_call>{"name": "time", "arguments": {}}</tool_call>',
-            '[TOOL_CALLS] [{"name": "time", "arguments": {}}]',
-            '{"name": "time", "parameters": {}}',
-            '{"nothing": 1} and more',
-            "<tool_call>broken",
-        ]
-    ),
-    st.lists(st.integers(0, 70), max_size=8),
+    st.lists(
+        st.sampled_from([*(text for text, _, _ in CASES), *NO_CALLS]), min_size=1, max_size=2
+    ).map("\n".join),
+    st.lists(st.integers(0, 200), max_size=10),
 )
 def test_a_stream_gives_what_the_whole_text_gives(text: str, cuts: list[int]) -> None:
-    sent, _, calls = stream(text, cuts)
-    before, whole = parse_tool_calls(text, NAMES)
-    assert calls == whole
-    assert sent.rstrip() == before.rstrip()
+    _, calls, sent = stream(text, cuts)
+    assert stream(text, [])[1:] == (calls, sent)
+    assert stream(text, list(range(len(text))))[1:] == (calls, sent)
+
+
+@given(st.text(alphabet='<>{}[]"\\:,/= \nabtol_cfunip', max_size=60), st.integers(0, 60))
+def test_any_text_comes_out_the_same_however_it_is_cut(noise: str, cut: int) -> None:
+    for text in (noise, "<tool_call>" + noise, '{"name": "time", "arguments": {"a":' + noise):
+        assert stream(text, [cut])[1:] == stream(text, [])[1:]
+
+
+@given(st.text('ab<>/ \n\t"\\é😀{}parmet=', max_size=40), st.lists(st.integers(0, 200), max_size=6))
+def test_xml_strings_come_back_as_they_were(value: str, cuts: list[int]) -> None:
+    value = value.replace("</parameter>", "")
+    text = f"<tool_call><function=edit><parameter=path>\n{value}\n</parameter></function>"
+    _, [call], rest = stream(text, cuts)
+    assert json.loads(call.arguments) == {"path": value}
+    assert rest == ""
+
+
+def test_arguments_stream_as_they_grow() -> None:
+    text = 'Hm. <tool_call>{"name": "weather", "arguments": {"place": "Rome"}}</tool_call>'
+    pieces, _, _ = stream(text, list(range(0, len(text), 8)))
+    calls = [call for piece in pieces for call in piece.calls]
+    assert [call.name for call in calls] == ["weather"] + [None] * (len(calls) - 1)
+    assert [len(call.arguments) for call in calls] > [0, 1, 1]
+    assert len(calls) > 3
+    assert "".join(call.arguments for call in calls) == '{"place": "Rome"}'
+    xml = "<tool_call><function=edit><parameter=path>\none two three\nfour"
+    pieces, _, _ = stream(xml, list(range(40, len(xml), 4)))
+    grown = [call.arguments for piece in pieces for call in piece.calls]
+    assert len(grown) > 5
 
 
 def test_text_is_not_held_back_longer_than_it_may_be_a_call() -> None:
-    _, pieces, _ = stream("abc <tool and more", [3, 9])
-    assert pieces == ["abc", " ", "<tool and more"]
+    pieces, _, _ = stream("abc <tool and more", [3, 9])
+    assert [piece.text for piece in pieces] == ["abc", "", " <tool and more", ""]
+    pieces, _, _ = stream('{"answer": 42, "more": [1, 2]}', [10])
+    assert pieces[0].text == '{"answer":'
+
+
+def test_calls_beyond_the_first_are_left_out_where_one_is_asked_for() -> None:
+    call = '<tool_call>{"name": "time", "arguments": {}}</tool_call>'
+    assert stream(f"{call}{call} x", [], most_calls=1)[1:] == ([CLOCK], " x")
 
 
 def test_a_marker_that_is_a_special_token_is_found_by_its_id() -> None:
-    words = {1: "Hm. ", 7: "[TOOL_CALLS]", 8: '[{"name": "time", "arguments": {}}]'}
+    words = {
+        1: "Hm. ",
+        7: "[TOOL_CALLS]",
+        8: '[{"name": "time", "arguments": {}}]',
+        9: "weather",
+        10: "[ARGS]",
+        11: '{"place": "Rome"}',
+        12: " no call",
+    }
+    markers = {7: "[TOOL_CALLS]", 10: "[ARGS]"}
 
     def decode(ids: Any, special: bool) -> str:
-        return "".join(words[i] for i in ids if special or i != 7)
+        return "".join(words[i] for i in ids if special or i not in markers)
 
-    parser = ToolCallParser(NAMES, {7: "[TOOL_CALLS]"}, decode)
-    assert parser.feed(words[1] + words[8], [1, 7, 8]) == "Hm. "  # all in one output
-    assert parser.end() == ("", [CLOCK])
+    def read(outputs: list[list[int]]) -> tuple[str, list[ToolCall]]:
+        one = ToolCallParser(TOOLS, markers, decode)
+        return join([*(one.feed(decode(ids, False), ids) for ids in outputs), one.end()])
+
+    assert read([[1, 7, 8]]) == read([[1], [7], [8]]) == ("Hm.", [CLOCK])  # all in one output
+    both = [1, 7, 9, 10, 11, 7, 9, 10, 11]
+    assert read([both]) == read([[i] for i in both]) == ("Hm.", [WEATHER, WEATHER])
+    assert read([[1, 7, 12]]) == read([[1], [7], [12]]) == ("Hm.  no call", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("path", "12", "12"),
+        ("line", "12", 12),
+        ("line", "12.0", 12),
+        ("line", "twelve", "twelve"),
+        ("ratio", "1e-3", 0.001),
+        ("ratio", "2", 2),
+        ("all", "True", True),
+        ("all", "false", False),
+        ("all", "yes", "yes"),
+        ("tags", '["a", 1]', ["a", 1]),
+        ("tags", "['a', None, True]", ["a", None, True]),
+        ("mode", "3", 3),
+        ("mode", "b", "b"),
+        ("note", "None", None),
+        ("note", "null", None),
+        ("note", '"quoted"', '"quoted"'),
+        ("note", "7", "7"),
+        ("size", "7", 7),
+        ("size", "none", None),
+        ("unknown", "7", "7"),
+    ],
+)
+def test_xml_values_have_the_types_of_the_schema(name: str, text: str, value: Any) -> None:
+    found = json.loads(to_json(text, types_of(TOOLS["edit"], name)))
+    assert (found, type(found)) == (value, type(value))
 
 
 def test_forced_schemas_allow_nothing_but_calls() -> None:
@@ -124,6 +272,9 @@ def test_forced_schemas_allow_nothing_but_calls() -> None:
 
 def test_a_forced_output_is_its_calls() -> None:
     text = json.dumps([{"name": "time", "arguments": {}}])
-    assert read_forced(text, None) == [CLOCK]
-    assert read_forced('{"place": "Rome"}', "weather") == [WEATHER]
-    assert read_forced(text[:-4], None) == []
+    assert stream(text, [])[1:] == ([CLOCK], "")
+    assert stream(text, [3, 9, 30])[1:] == ([CLOCK], "")
+    _, calls, rest = stream('{"place": "Rome"}', [4], forced_name="weather")
+    assert (calls, rest) == ([WEATHER], "")
+    assert stream(text[:-3], [])[1] == [ToolCall("time", "{")]
+    assert stream(text[:10], [])[1] == []

@@ -56,6 +56,8 @@ class PromptEncoder:
             for token_id, token in self._backend.get_added_tokens_decoder().items()
             if token.special and token.content in MARKERS
         }
+        # Whether calls begin with this tag, in the template's own words.
+        self.has_functions = "<function=" in self._template
 
     def encode_text(self, text: str) -> list[int]:
         """Encode a text as it is, with the tokens that the model wants at a text's start."""

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hotset.engine.completion import Completion
+from hotset.model.call_pieces import CallPiece, Pieces, join
 from hotset.model.prompt import PromptEncoder
-from hotset.model.tool_calls import ToolCall, ToolCallParser, read_forced
+from hotset.model.tool_calls import ToolCallParser
 from hotset.request import FinishReason, RequestOutput, TokenLogprob, output_id
 from hotset.server.logprobs import chat_logprobs, prompt_logprobs
 from hotset.server.schemas import ChatRequest, GenerationRequest, Json, TextRequest
@@ -50,28 +51,33 @@ class ChatWriter:
         # These add nothing to the text, so that the bytes of all tokens are those of the content.
         self._left_out = encoder.tokens.special_ids.union(request.stop_token_ids)
         self._parser = None
-        self._forced_text: str | None = "" if request.forces_tools else None
-        if request.reads_tools:
-            names = frozenset(tool.function.name for tool in request.tools)
-            self._parser = ToolCallParser(names, encoder.marker_ids, encoder.decode)
+        if request.reads_tools or request.forces_tools:
+            self._parser = ToolCallParser(
+                {tool.function.name: tool.function.parameters or {} for tool in request.tools},
+                encoder.marker_ids,
+                encoder.decode,
+                has_functions=encoder.has_functions,
+                forced_name=request.forced_name,
+                most_calls=None if request.parallel_tool_calls else 1,
+            )
 
     def chunk(self, output: RequestOutput) -> Json | None:
-        """A part of a message; the first one names the role. Calls come whole, at the end."""
-        text, calls = self._split(output)
+        """A part of a message; the first one names the role."""
+        pieces = self._split(output)
         reason = None if output.finish_reason is None else output.finish_reason.value
-        if not (text or calls or reason or self._is_first or output.logprobs):
+        if not (pieces.text or pieces.calls or reason or self._is_first or output.logprobs):
             return None
         delta: Json = {"role": "assistant"} if self._is_first else {}
         self._is_first = False
-        if calls:
-            delta["tool_calls"] = self._calls(calls, streamed=True)
-        if text or not calls:
-            delta["content"] = text
+        if pieces.calls:
+            delta["tool_calls"] = [self._call_delta(piece) for piece in pieces.calls]
+        if pieces.text or not pieces.calls:
+            delta["content"] = pieces.text
         return {
             "index": self._index,
             "delta": delta,
             "logprobs": self._logprobs(output.logprobs),
-            "finish_reason": self._reason(reason, calls),
+            "finish_reason": self._reason(reason),
         }
 
     def whole(self, completion: Completion) -> Json:
@@ -80,16 +86,23 @@ class ChatWriter:
         output = RequestOutput(
             "", 0, completion.text, tuple(completion.token_ids), finish_reason=reason
         )
-        text, calls = self._split(output)
+        text, calls = join([self._split(output)])
         message: Json = {"role": "assistant", "content": text, "refusal": None}
         if calls:
-            message["tool_calls"] = self._calls(calls, streamed=False)
+            message["tool_calls"] = [
+                {
+                    "id": self._call_id(i),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for i, call in enumerate(calls)
+            ]
             message["content"] = text or None
         return {
             "index": self._index,
             "message": message,
             "logprobs": self._logprobs(completion.logprobs),
-            "finish_reason": self._reason(completion.finish_reason, calls),
+            "finish_reason": self._reason(completion.finish_reason),
         }
 
     def beside(self, completions: Sequence[Completion]) -> Json:
@@ -100,38 +113,35 @@ class ChatWriter:
         found = next((one.prompt_logprobs for one in completions if one.prompt_logprobs), [])
         return {"prompt_logprobs": prompt_logprobs(found, self._encoder.tokens, num_top)}
 
-    def _split(self, output: RequestOutput) -> tuple[str, list[ToolCall]]:
-        """The text to send now, and the calls once all are known."""
-        is_last = output.finish_reason is not None
-        if self._forced_text is not None:
-            self._forced_text += output.text
-            calls = read_forced(self._forced_text, self._request.forced_name) if is_last else []
-            return ("" if calls or not is_last else self._forced_text), calls
+    def _split(self, output: RequestOutput) -> Pieces:
+        """The text and the pieces of calls to send now."""
         if self._parser is None:
-            return output.text, []
-        text = self._parser.feed(output.text, output.token_ids)
-        if not is_last:
-            return text, []
-        rest, calls = self._parser.end()
-        if not self._request.parallel_tool_calls:
-            calls = calls[:1]
-        return text + rest, calls
+            return Pieces(output.text)
+        pieces = self._parser.feed(output.text, output.token_ids)
+        if output.finish_reason is None:
+            return pieces
+        rest = self._parser.end()
+        return Pieces(pieces.text + rest.text, pieces.calls + rest.calls)
 
-    def _reason(self, reason: str | None, calls: list[ToolCall]) -> str | None:
+    def _reason(self, reason: str | None) -> str | None:
         # A named tool ends with `stop`, as OpenAI has it.
-        is_call = bool(calls) and self._request.forced_name is None
+        has_calls = self._parser is not None and self._parser.num_calls > 0
+        is_call = has_calls and self._request.forced_name is None
         return "tool_calls" if is_call and reason == FinishReason.STOP.value else reason
 
-    def _calls(self, calls: list[ToolCall], *, streamed: bool) -> list[Json]:
-        return [
-            {
-                **({"index": i} if streamed else {}),
-                "id": f"{self._call_prefix}_{i}",
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for i, call in enumerate(calls)
-        ]
+    def _call_delta(self, piece: CallPiece) -> Json:
+        """A piece of a call; the first one has its id and name, as OpenAI has it."""
+        if piece.name is None:
+            return {"index": piece.index, "function": {"arguments": piece.arguments}}
+        return {
+            "index": piece.index,
+            "id": self._call_id(piece.index),
+            "type": "function",
+            "function": {"name": piece.name, "arguments": piece.arguments},
+        }
+
+    def _call_id(self, index: int) -> str:
+        return f"{self._call_prefix}_{index}"
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> Json | None:
         if not self._request.logprobs:

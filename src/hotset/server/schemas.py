@@ -13,8 +13,8 @@ from pydantic import (
 )
 
 from hotset.errors import RequestError
+from hotset.model.forced_calls import forced_schema
 from hotset.model.prompt import PromptEncoder
-from hotset.model.tool_calls import forced_schema
 from hotset.request import SamplingParams
 from hotset.server.validation import explain, shown
 
