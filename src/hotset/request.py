@@ -1,11 +1,15 @@
 """Requests and what comes back for them: plain data."""
 
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
 from hotset.errors import RequestError
+
+MOST_BIASES = 1024  # tokens in a `logit_bias`
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,8 @@ class SamplingParams:
     Attributes:
         max_tokens: most tokens to generate; None means up to the context limit. 0 only computes
             the prompt.
+        min_tokens: no end-of-sequence id and none of `stop_token_ids` before this many tokens;
+            `stop` is looked for in the text after them.
         temperature: 0 is greedy.
         top_p: nucleus sampling; 1 is off.
         top_k: 0 is off.
@@ -37,9 +43,12 @@ class SamplingParams:
             and the output (Keskar et al., CTRL, section 4.1); 1 is off.
         presence_penalty: subtracted once for each token of the output.
         frequency_penalty: subtracted for each occurrence of a token in the output.
+        logit_bias: token id -> what is added to its logit, -100 to 100.
         seed: makes a sampled request reproducible; None draws one.
-        stop: strings that end the output; they are not part of it.
+        stop: strings that end the output; they are not part of its text.
         stop_token_ids: ids that end the output, beside the model's own.
+        include_stop_str_in_output: end the text with the stop string or token that was met.
+        skip_special_tokens: leave special tokens out of the text.
         ignore_eos: go on past the model's end-of-sequence ids (for benchmarks).
         logprobs: None is off; otherwise also return this many of the likeliest tokens.
         prompt_logprobs: the same for the tokens of the prompt, all but the first. Such a prompt is
@@ -50,6 +59,7 @@ class SamplingParams:
     """
 
     max_tokens: int | None = 256
+    min_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -57,9 +67,12 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -74,6 +87,8 @@ class SamplingParams:
                 raise RequestError(f"{name} is {value!r}; expected {expected}", param=name)
 
         check(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "0 or more")
+        most = math.inf if self.max_tokens is None else max(0, self.max_tokens)
+        check(0 <= self.min_tokens <= most, "min_tokens", "0 to max_tokens")
         check(0.0 <= self.temperature <= 100.0, "temperature", "0 (greedy) to 100")
         check(0.0 < self.top_p <= 1.0, "top_p", "above 0, at most 1")
         check(self.top_k >= 0, "top_k", "0 (off) or more")
@@ -84,11 +99,29 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             check(value is None or 0 <= value <= 20, name, "0 to 20")
+        if len(self.logit_bias) > MOST_BIASES:
+            raise RequestError(
+                f"logit_bias has {len(self.logit_bias)} tokens; expected at most {MOST_BIASES}",
+                param="logit_bias",
+            )
+        for token_id, bias in self.logit_bias.items():
+            if not -100.0 <= bias <= 100.0:
+                raise RequestError(
+                    f"logit_bias of token {token_id} is {bias!r}; expected -100 to 100",
+                    param="logit_bias",
+                )
         check(1 <= self.n <= 128, "n", "1 to 128")
         check(all(self.stop), "stop", "non-empty strings")
         if self.json_schema is not None and self.text_form is not None:
             raise RequestError(
                 f"json_schema and {self.text_form.kind} are both given; expected one"
+            )
+
+        if self.min_tokens and self.has_form:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}, and the output has a form to follow, which says "
+                "where it ends; expected one of both",
+                param="min_tokens",
             )
 
     @property

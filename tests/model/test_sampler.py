@@ -1,4 +1,6 @@
+import re
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,9 +135,20 @@ def test_a_token_without_probability_is_never_drawn(temperature: float) -> None:
 
 
 def test_a_seeded_request_gets_the_same_tokens_in_any_batch() -> None:
-    params = SamplingParams(temperature=1.0, top_p=0.9, seed=7)
+    check_alone_and_in_batches(SamplingParams(temperature=1.0, top_p=0.9, seed=7))
+
+
+def test_a_seeded_request_with_a_bias_gets_the_same_tokens_in_any_batch() -> None:
+    check_alone_and_in_batches(
+        SamplingParams(
+            temperature=1.0, seed=7, logit_bias={3: 5.0, 250: -100.0}, min_tokens=3, logprobs=1
+        )
+    )
+
+
+def check_alone_and_in_batches(params: SamplingParams) -> None:
     others = [
-        SamplingParams(temperature=0.9, top_k=50),
+        SamplingParams(temperature=0.9, top_k=50, logit_bias={7: 1.0}, min_tokens=9),
         SamplingParams(),
         SamplingParams(temperature=1.0, seed=8, min_p=0.1, presence_penalty=1.0, logprobs=3),
     ]
@@ -193,7 +206,7 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
     )
     got = logits.clone()
     params = SamplingParams(repetition_penalty=1.7)
-    Sampler(VOCAB, "cpu")._penalise(got, [make_request(params, prompt=prompt, output=output)])
+    Sampler(VOCAB, "cpu")._changes.apply(got, [make_request(params, prompt=prompt, output=output)])
 
     torch.testing.assert_close(got, expected)
 
@@ -212,14 +225,69 @@ def test_presence_and_frequency_penalties_count_the_output_only() -> None:
     expected[2, 7] -= 0.75
     sampler = Sampler(VOCAB, "cpu")
     got = logits.clone()
-    sampler._penalise(got, requests)
+    sampler._changes.apply(got, requests)
     torch.testing.assert_close(got, expected)
 
     requests[2].token_ids.append(7)  # the counts go on from where they were
     expected[2, 7] -= 0.25
     got = logits.clone()
-    sampler._penalise(got, requests)
+    sampler._changes.apply(got, requests)
     torch.testing.assert_close(got, expected)
+
+
+def test_a_bias_is_added_to_the_logits_of_its_own_request() -> None:
+    logits = make_logits(3)
+    best, second = logits[0].topk(2).indices.tolist()
+    params = SamplingParams(logit_bias={best: -100.0, 5: 0.5}, logprobs=1)
+    requests = [make_request(SamplingParams(), name="plain"), make_request(params)]
+    sampler = Sampler(VOCAB, "cpu")
+    got = logits[[0, 0]].clone()
+    sampler._changes.apply(got, requests)
+    expected = logits[[0, 0]].clone()
+    expected[1, best] -= 100
+    expected[1, 5] += 0.5
+    torch.testing.assert_close(got, expected)
+    sampled = sampler.sample(logits[[0, 0]], requests)
+    assert sampled.token_ids == [best, second]
+    entry = sampled.logprobs[1]  # of the model's own distribution
+    assert entry is not None and entry.top[0][0] == best
+    assert entry.logprob == pytest.approx(logits[0].log_softmax(-1)[second].item(), abs=1e-5)
+
+
+def test_no_end_comes_before_the_least_number_of_tokens() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [2, 9, 7]] = torch.tensor([30.0, 20.0, 10.0])
+    sampler = Sampler(VOCAB, "cpu", eos_token_ids=(2,))
+    params = SamplingParams(min_tokens=2, stop_token_ids=(9, 10_000))
+
+    def draw(params: SamplingParams, output: tuple[int, ...]) -> int:
+        return sampler.sample(logits, [make_request(params, output=output)]).token_ids[0]
+
+    assert [draw(params, (5,) * n) for n in range(4)] == [7, 7, 2, 2]
+    free = SamplingParams(min_tokens=2, stop_token_ids=(9,), ignore_eos=True)
+    assert draw(free, ()) == 2  # it ends nothing
+    drawn = SamplingParams(min_tokens=2, temperature=0.1, seed=1)
+    assert (draw(drawn, ()), draw(drawn, (5, 5))) == (9, 2)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"logit_bias": {300: 1.0}}, "token id 300; expected 0 to 299"),
+        ({"logit_bias": {-1: 1.0}}, "token id -1"),
+        ({"logit_bias": {5: 101.0}}, "logit_bias of token 5 is 101.0; expected -100 to 100"),
+        ({"logit_bias": {5: float("nan")}}, "nan"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "1025 tokens; expected at most 1024"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5; expected 0 to max_tokens"),
+        ({"min_tokens": -1}, "min_tokens is -1"),
+        ({"min_tokens": 1, "json_schema": {}}, "form to follow"),
+    ],
+)
+def test_a_bias_or_a_least_length_that_cannot_be_is_refused(
+    params: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        Sampler(VOCAB, "cpu").validate(SamplingParams(**params))
 
 
 def test_a_penalty_keeps_greedy_output_from_repeating() -> None:
@@ -286,7 +354,7 @@ def test_release_forgets_a_request_and_may_be_repeated() -> None:
 
     assert sampler.sample(logits, [make_request(params)]).token_ids == first
     sampler.release("r")
-    assert not sampler._generators and not sampler._counts
+    assert not sampler._generators and not sampler._changes._counts
 
 
 def test_stop_strings_without_a_tokenizer_are_refused() -> None:

@@ -142,6 +142,38 @@ def test_a_stop_string_over_several_tokens_is_cut_at_its_start() -> None:
     assert taken[-1].finish_reason is FinishReason.STOP
 
 
+@pytest.mark.parametrize(
+    ("stop", "text"), [((" sat", " s"), "The cat s"), ((" sat",), "The cat sat")]
+)
+def test_a_stop_string_may_be_part_of_the_text(stop: tuple[str, ...], text: str) -> None:
+    taken = run("The cat sat down", SamplingParams(stop=stop, include_stop_str_in_output=True))
+    assert joined(taken) == text and taken[-1].finish_reason is FinishReason.STOP
+
+
+def test_a_stop_token_may_be_part_of_the_text() -> None:
+    stop = TOKENIZER.encode("a cat").ids[-1]
+    params = SamplingParams(stop_token_ids=(stop,), include_stop_str_in_output=True)
+    assert joined(run("a cat sat", params)) == "a cat"
+    for skip, text in ((True, "cat"), (False, "cat<eos>")):
+        params = SamplingParams(include_stop_str_in_output=True, skip_special_tokens=skip)
+        assert joined(run("cat", params)) == text
+        assert joined(run("cat", SamplingParams(skip_special_tokens=skip))) == "cat"
+
+
+def test_special_tokens_are_part_of_the_text_where_that_is_asked_for() -> None:
+    assert joined(run("a<user>b", SamplingParams())) == "ab"
+    assert joined(run("a<user>b", SamplingParams(skip_special_tokens=False))) == "a<user>b"
+
+
+def test_a_stop_string_is_looked_for_after_the_least_number_of_tokens() -> None:
+    ids = TOKENIZER.encode("a b a b").ids
+    first = len(TOKENIZER.encode("a b").ids)
+    params = SamplingParams(stop=("b",), min_tokens=first)
+    assert joined(run("a b a b", params)) == "a b a "
+    assert joined(run("a b a b", SamplingParams(stop=("b",), min_tokens=first - 1))) == "a "
+    assert joined(run("a b a b", SamplingParams(stop=("b",), min_tokens=len(ids)))) == "a b a b"
+
+
 def test_a_stop_string_wins_over_max_tokens_at_the_same_token() -> None:
     ids = TOKENIZER.encode("the dog sat").ids
     taken = run("the dog sat", SamplingParams(stop=(" sat",), max_tokens=len(ids)))

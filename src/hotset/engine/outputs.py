@@ -48,7 +48,9 @@ class OutputProcessor:
         decoder = None
         if self._tokenizer is not None:
             context = request.token_ids[: request.prompt_len][-_CONTEXT_TOKENS:]
-            decoder = TokenDecoder(self._tokenizer, context)
+            decoder = TokenDecoder(
+                self._tokenizer, context, skip_special=request.params.skip_special_tokens
+            )
         self._sequences[request.request_id] = _Sequence(request, decoder)
 
     def score(self, request: Request, logprobs: list[TokenLogprob]) -> None:
@@ -74,7 +76,10 @@ class OutputProcessor:
             token_id in self._eos_token_ids and not params.ignore_eos
         )
         sequence.token_ids.append(token_id)
-        offset = sequence.end if is_stop_token else sequence.feed(token_id)
+        if is_stop_token and not params.include_stop_str_in_output:
+            offset = sequence.end
+        else:
+            offset = sequence.feed(token_id)
         if logprob is not None:
             sequence.logprobs.append(replace(logprob, text_offset=offset))
         self._changed[request.request_id] = sequence
@@ -162,15 +167,17 @@ class _Sequence:
 
     def _extend(self, new: str) -> None:
         """Add text up to the first stop string; hold back what may become one."""
-        stop = self.request.params.stop
-        if not stop:
+        params = self.request.params
+        stop = params.stop
+        if not stop or self.request.num_output_tokens <= params.min_tokens:
             self.text += new
             return
         held = self.held + new
-        found = [at for at in (held.find(s) for s in stop) if at >= 0]
+        found = [(at, len(s)) for s in stop if (at := held.find(s)) >= 0]
         if found:
             self.is_stopped = True
-            self.text += held[: min(found)]
+            at, length = min(found)
+            self.text += held[: at + length if params.include_stop_str_in_output else at]
             self.held = ""
             return
         keep = len(held) - _possible_start(held, stop)

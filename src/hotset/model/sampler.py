@@ -1,7 +1,6 @@
 """Choose the next token of each request from its logits."""
 
 import random
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from hotset.errors import RequestError
 from hotset.model.batch import HostCopy
 from hotset.model.grammar import Grammars, OutputMatcher
 from hotset.model.json_bounds import JsonBounds
+from hotset.model.logit_changes import LogitChanges
 from hotset.request import Request, SamplingParams, TokenLogprob
 
 Array = npt.NDArray[Any]
@@ -71,9 +71,10 @@ class PendingTokens:
 class Sampler:
     """Turns logits into tokens, as each request's `SamplingParams` say.
 
-    In this order: penalties (repetition, then presence and frequency), grammar mask, then the
-    argmax, or temperature, top-k, top-p, min-p and one draw. That is the order of transformers
-    (`GenerationMixin._get_logits_processor`); tokens as likely as the last kept one are kept too.
+    In this order: bias, penalties (repetition, then presence and frequency), no end before
+    `min_tokens`, grammar mask, then the argmax, or temperature, top-k, top-p, min-p and one draw.
+    That is the order of transformers (`GenerationMixin._get_logits_processor`); tokens as likely
+    as the last kept one are kept too.
     A token is drawn by inverting the cumulative distribution at one uniform number from the
     request's own generator, so that a seeded request gets the same tokens in any batch.
     Log-probabilities are of the model's own distribution, before all of these, as in the
@@ -84,7 +85,7 @@ class Sampler:
         device: where the logits are.
         seed: of the requests that bring none.
         tokenizer: for structured output; None refuses it.
-        eos_token_ids: for structured output.
+        eos_token_ids: for structured output and `min_tokens`.
         bounds: of what a JSON schema lets repeat.
     """
 
@@ -107,7 +108,7 @@ class Sampler:
         self._num_unseeded = 0
         # What a running request needs beside its parameters, by request id.
         self._generators: dict[str, random.Random] = {}
-        self._counts: dict[str, _TokenCounts] = {}
+        self._changes = LogitChanges(vocab_size, self._device, eos_token_ids)
         self._matchers: dict[str, OutputMatcher] = {}
 
     def validate(self, params: SamplingParams) -> None:
@@ -120,6 +121,7 @@ class Sampler:
             raise RequestError(
                 "stop strings need a tokenizer; use stop_token_ids with this model", param="stop"
             )
+        self._changes.validate(params)
         if params.has_form:
             self._grammars.check(params)
 
@@ -146,13 +148,13 @@ class Sampler:
             requests: those of the rows, with all tokens so far.
         """
         endings: list[Callable[[Sampled], None]] = []
-        rows = [row for row, request in enumerate(requests) if not _is_argmax(request.params)]
+        rows = [row for row, request in enumerate(requests) if not self._is_argmax(request)]
         if len(rows) < len(requests):
             token_ids = logits.argmax(-1)  # [R]
         else:
             token_ids = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
         if self._has_kernel:
-            drawn = [row for row in rows if _is_drawn_from_all(requests[row].params)]
+            drawn = [row for row in rows if self._is_drawn_from_all(requests[row])]
             self._draw_from_all(logits, requests, drawn, token_ids)
             rows = sorted(set(rows) - set(drawn))
         group = max(1, _GROUP_LOGITS // logits.shape[1])
@@ -164,7 +166,7 @@ class Sampler:
     def release(self, request_id: str) -> None:
         """Forget a request that has ended. Unknown ids are fine."""
         self._generators.pop(request_id, None)
-        self._counts.pop(request_id, None)
+        self._changes.release(request_id)
         self._matchers.pop(request_id, None)
 
     def _draw_from_all(
@@ -208,7 +210,7 @@ class Sampler:
         requests = [all_requests[row] for row in rows]
         with_logprobs = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
         logprobs = logits[with_logprobs].log_softmax(-1) if with_logprobs else None  # [L, V]
-        self._penalise(logits, requests)
+        self._changes.apply(logits, requests)
         matchers = {
             i: self._matcher(request)
             for i, request in enumerate(requests)
@@ -242,33 +244,6 @@ class Sampler:
 
         return end
 
-    def _penalise(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
-        """Apply the three penalties to `logits`, `[N, V]`, in place."""
-        rows, ids, counts, factors = [], [], [], []
-        for row, request in enumerate(requests):
-            params = request.params
-            if params.has_penalties:
-                seen = self._counts.setdefault(request.request_id, _TokenCounts())
-                seen.update(request)
-                rows.append(np.full(len(seen.ids), row))
-                ids.append(np.array(seen.ids))
-                counts.append(np.array(seen.counts))
-                penalties = (
-                    params.repetition_penalty,
-                    params.presence_penalty,
-                    params.frequency_penalty,
-                )
-                factors.append(np.broadcast_to(np.array(penalties, np.float32), (len(seen.ids), 3)))
-        if not rows:
-            return
-        index = (self._tensor(np.concatenate(rows)), self._tensor(np.concatenate(ids)))
-        count = self._tensor(np.concatenate(counts))
-        repetition, presence, frequency = self._tensor(np.concatenate(factors)).unbind(1)
-        values = logits[index]  # [M], M = distinct tokens, summed over the requests
-        values = torch.where(values > 0, values / repetition, values * repetition)
-        values -= presence * (count > 0) + frequency * count
-        logits[index] = values
-
     def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         """Draw a token for each row of `logits`, `[N, V]`; returns `[N]`. Mutates `logits`."""
         params = [request.params for request in requests]
@@ -286,6 +261,24 @@ class Sampler:
             logits.masked_fill_(logits < limit, -torch.inf)
         uniform = self._tensor(np.array([[self._generator(r).random()] for r in requests]))
         return _invert(logits.exp_(), uniform)
+
+    def _is_argmax(self, request: Request) -> bool:
+        """Whether the next token is just that of the largest logit."""
+        return request.params.temperature < MIN_TEMPERATURE and self._needs_logits_alone(request)
+
+    def _is_drawn_from_all(self, request: Request) -> bool:
+        """Whether the next token is drawn from all, by the logits of the model as they are."""
+        params = request.params
+        if params.temperature < MIN_TEMPERATURE or not self._needs_logits_alone(request):
+            return False
+        return params.top_k == 0 and params.top_p >= 1 and params.min_p == 0
+
+    def _needs_logits_alone(self, request: Request) -> bool:
+        """Whether nothing changes the logits, and nobody asks for more than the token."""
+        params = request.params
+        if params.logprobs is not None or params.has_form:
+            return False
+        return not self._changes.concern(request)
 
     def _generator(self, request: Request) -> random.Random:
         generator = self._generators.get(request.request_id)
@@ -397,44 +390,6 @@ def _nucleus_limit(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
         mass = (ranked - log_total).exp().cumsum(-1)
     last = (mass < top_p).sum(-1, keepdim=True).clamp_(max=ranked.shape[1] - 1)
     return torch.where(off, -torch.inf, ranked.gather(1, last))
-
-
-class _TokenCounts:
-    """The distinct tokens of a request, and how often each is in its output."""
-
-    def __init__(self) -> None:
-        self.ids = array("q")
-        self.counts = array("f")
-        self._index: dict[int, int] = {}
-        self._num_seen = 0
-
-    def update(self, request: Request) -> None:
-        """Take in the tokens that are new since the last call."""
-        for position in range(self._num_seen, request.num_tokens):
-            token_id = request.token_ids[position]
-            index = self._index.setdefault(token_id, len(self.ids))
-            if index == len(self.ids):
-                self.ids.append(token_id)
-                self.counts.append(0.0)
-            if position >= request.prompt_len:
-                self.counts[index] += 1.0
-        self._num_seen = request.num_tokens
-
-
-def _is_argmax(params: SamplingParams) -> bool:
-    """Whether the next token is just that of the largest logit."""
-    return params.temperature < MIN_TEMPERATURE and _needs_logits_alone(params)
-
-
-def _is_drawn_from_all(params: SamplingParams) -> bool:
-    """Whether the next token is drawn from all, by the logits of the model as they are."""
-    has_limits = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-    return params.temperature >= MIN_TEMPERATURE and not has_limits and _needs_logits_alone(params)
-
-
-def _needs_logits_alone(params: SamplingParams) -> bool:
-    """Whether nothing changes the logits, and nobody asks for more than the token."""
-    return params.logprobs is None and not params.has_form and not params.has_penalties
 
 
 def _logprob_entries(
