@@ -195,7 +195,8 @@ def test_tied_weights_that_are_stored_twice_and_differ_stay_two(tmp_path: Path) 
     edit_config(tmp_path, tie_word_embeddings=True)
 
     assert_same(tmp_path, model)
-    whole = checkpoint.load_folder(tmp_path, torch.device("cpu"), torch.float32, fp8=True)[0]
+    made_by, cpu = checkpoint.read_architecture(tmp_path), torch.device("cpu")
+    whole = checkpoint.load_folder(tmp_path, made_by, cpu, torch.float32, fp8=True)[0]
     assert whole.lm_head.weight is not whole.model.embed_tokens.weight
     torch.testing.assert_close(logits(whole), logits(model))
 

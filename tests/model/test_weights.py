@@ -25,10 +25,10 @@ TOKENS = torch.arange(3, 30).unsqueeze(0)
 
 
 def in_place(folder: Path, dtype: torch.dtype = torch.float32, *, fp8: bool = False) -> Any:
-    config = transformers.AutoConfig.from_pretrained(folder)
     fields, stored = read_config(folder), read_headers(sorted(folder.glob("*.safetensors")))
     tensors = CheckpointTensors(folder, fields, stored)
-    model = weights.load_in_place(config, folder, fields, tensors, CPU, dtype, fp8=fp8)
+    made_by = checkpoint.read_architecture(folder)
+    model = weights.load_in_place(made_by, folder, fields, tensors, CPU, dtype, fp8=fp8)
     return None if model is None else model.eval().requires_grad_(False)
 
 
@@ -87,7 +87,8 @@ def test_what_is_stored_in_another_form_is_left_to_transformers(
     model = make_model(family)
     model.save_pretrained(tmp_path)
     assert in_place(tmp_path) is None
-    loaded, _ = checkpoint.load_folder(tmp_path, CPU, torch.float32, fp8=True)
+    made_by = checkpoint.read_architecture(tmp_path)
+    loaded, _ = checkpoint.load_folder(tmp_path, made_by, CPU, torch.float32, fp8=True)
     torch.testing.assert_close(logits(loaded), logits(model))
 
 
@@ -119,8 +120,9 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
 MEASURE = """
 import json, sys, threading
 from pathlib import Path
-import torch, transformers
+import torch
 from hotset.model import weights
+from hotset.model.checkpoint import read_architecture
 from hotset.model.checkpoint_files import read_config, read_headers
 from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.loader import load_model
@@ -144,11 +146,11 @@ def measure(load):
     return peak[0], sum(p.nbytes for p in model.parameters())
 
 def in_place(fp8):
-    config = transformers.AutoConfig.from_pretrained(folder)
+    made_by = read_architecture(folder)
     fields, stored = read_config(folder), read_headers(sorted(folder.glob("*.safetensors")))
     tensors = CheckpointTensors(folder, fields, stored)
     device, dtype = torch.device("cpu"), torch.bfloat16
-    return weights.load_in_place(config, folder, fields, tensors, device, dtype, fp8=fp8)
+    return weights.load_in_place(made_by, folder, fields, tensors, device, dtype, fp8=fp8)
 
 loads = {
     "pages": lambda: load_model(str(folder), device="cpu", dtype="bfloat16").model,

@@ -273,7 +273,7 @@ class Engine:
         self.report = self.budget.report(device=model.device.type, disk_path=disk_path)
         if model.device.type == "cpu":
             self.report += f"\nthreads that compute: {threads}"
-        for lines in (split_report, experts_report):
+        for lines in (split_report, experts_report, *loaded.notes):
             if lines:
                 self.report += f"\n{lines}"
         if self._experts is not None:

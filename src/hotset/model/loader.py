@@ -1,41 +1,38 @@
 """Find a model, load it, and say what it is."""
 
 import contextlib
-import difflib
 import hashlib
 import json
 import logging
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import accelerate
-import huggingface_hub
 import torch
-from huggingface_hub import errors as hub_errors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hotset.cgroups import available_host_bytes
 from hotset.errors import ConfigError, ModelError, PlanError
 from hotset.foreign_text import parse_json
-from hotset.model import checkpoint, default_model, upcycled_model
+from hotset.model import checkpoint
+from hotset.model.architecture import Architecture, find_architecture
 from hotset.model.checkpoint_files import kv_scales
 from hotset.model.config_sizes import context_length, num_experts
 from hotset.model.expert_disk import ExpertSink
 from hotset.model.experts import experts_layers, move_but_experts
+from hotset.model.find_model import find_model
 from hotset.model.fingerprint import fingerprint
 from hotset.model.fp8 import FP8
 from hotset.model.fp8_linear import quantize_linears
+from hotset.model.inspection import inspect_model
+from hotset.model.libraries import first_line, quiet
 from hotset.model.loaded import LoadedModel
 from hotset.model.router_skew import skew_routers
 from hotset.plan.catalog import find_config
 
 _log = logging.getLogger(__name__)
-
-HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 
 
 def load_model(
@@ -66,22 +63,25 @@ def load_model(
     """
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
-    source, short_name = _find(name)
+    source, short_name = find_model(name)
+    architecture = None if source.is_file() else checkpoint.read_architecture(source)
     experts_on_host = experts_on_host and _may_have_experts(source)
     first = torch.device("cpu") if experts_on_host else target
-    with checkpoint.quiet(), _closing_on_error(experts):
-        if source.is_file():
+    with quiet(), _closing_on_error(experts):
+        if architecture is None:
             model, tokenizer = checkpoint.load_gguf(source, first, torch_dtype)
         else:
             in_place = dtype == "fp8" and not experts_on_host
             model, tokenizer = checkpoint.load_folder(
-                source, first, torch_dtype, fp8=in_place, experts=experts
+                source, architecture, first, torch_dtype, fp8=in_place, experts=experts
             )
         if experts is not None:
             experts.finish(model)
     if experts_on_host:
         move_but_experts(model, target)
-    _round(model, dtype)
+    if architecture is None:  # of a GGUF file
+        architecture = find_architecture(model.config, str(source), {})
+    _round(model, dtype, architecture)
     model.eval().requires_grad_(False)
     return LoadedModel(
         model=model,
@@ -91,6 +91,7 @@ def load_model(
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=_max_model_len(model, tokenizer, short_name),
         kv_scales=kv_scales(source, model.config.get_text_config().num_hidden_layers),
+        notes=architecture.notes,
     )
 
 
@@ -145,13 +146,11 @@ def load_dummy(
         short_name = file.resolve().parent.name if file.name == "config.json" else file.stem
     try:
         config = AutoConfig.for_model(**fields)
-        torch_dtype = torch_dtype or config.dtype or torch.bfloat16
-        with checkpoint.quiet(), torch.device("meta"):
-            shape = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
     except Exception as error:  # whatever a config that does not fit makes the libraries raise
-        raise ModelError(
-            f"cannot make a model of {source}: {checkpoint.first_line(error)}"
-        ) from error
+        raise ModelError(f"cannot make a model of {source}: {first_line(error)}") from error
+    architecture = find_architecture(config, source, fields)
+    torch_dtype = torch_dtype or config.dtype or torch.bfloat16
+    shape = architecture.outline(torch_dtype)
     weights_bytes = sum(parameter.nbytes for parameter in shape.parameters())
     experts_bytes = 0
     if experts_on_host:
@@ -176,15 +175,17 @@ def load_dummy(
     devices = [target] if target.type == "cuda" else []
     with (
         _closing_on_error(experts),
-        checkpoint.quiet(),
+        quiet(),
         torch.random.fork_rng(devices),
         torch.device(target),
     ):
         torch.manual_seed(seed)
-        model = _make(config, torch_dtype, target, experts_on_host=experts_on_host, experts=experts)
+        model = _make(
+            architecture, torch_dtype, target, experts_on_host=experts_on_host, experts=experts
+        )
     if router_skew is not None:
         skew_routers(model, router_skew, seed=seed)
-    _round(model, dtype)
+    _round(model, dtype, architecture)
     model.eval().requires_grad_(False)
     made_of = json.dumps(
         [fields, dtype, str(model.dtype), seed, router_skew], sort_keys=True, default=str
@@ -196,11 +197,12 @@ def load_dummy(
         fingerprint=hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest(),
         eos_token_ids=(),
         max_model_len=_max_model_len(model, None, short_name),
+        notes=architecture.notes,
     )
 
 
 def _make(
-    config: Any,
+    architecture: Architecture,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -209,7 +211,7 @@ def _make(
 ) -> Any:
     """What `from_config` makes; with experts on the host, one layer's at a time on the device."""
     with accelerate.init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = architecture.make(dtype)
     layers = {id(layer) for layer in experts_layers(model)}
     to_disk = experts if experts is not None and experts.store is not None else None
 
@@ -299,10 +301,13 @@ def _may_have_experts(source: Path) -> bool:
     return any(num_experts(part) > 1 for part in named)
 
 
-def _round(model: Any, dtype: str) -> None:
+def _round(model: Any, dtype: str, architecture: Architecture) -> None:
     """Round the weights of linear layers, where `dtype` asks for it and they are not yet."""
     if dtype != "fp8":
         return
+    architecture.mark_read_layers(model)
+    if not architecture.is_inspected:
+        inspect_model(model)  # marks them too
     quantize_linears(model)
     if experts_layers(model):
         _log.warning("with dtype fp8 the weights of experts stay in bfloat16")
@@ -331,80 +336,6 @@ def _free_bytes(device: torch.device) -> int:
         free_bytes: int = torch.cuda.mem_get_info(device)[0]
         return free_bytes
     return available_host_bytes()
-
-
-def _find(name: str | None) -> tuple[Path, str]:
-    """The folder or GGUF file of a model, fetched first where it is not here; and a short name."""
-    if name is None or name == default_model.NAME:
-        return default_model.ensure(), default_model.NAME
-    if name == upcycled_model.NAME:
-        return upcycled_model.ensure(), upcycled_model.NAME
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path, path.resolve().name
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ModelError(
-                f"{name} is not a model: expected a folder with config.json and safetensors "
-                "weights, a .gguf file, or a hub id"
-            )
-        return path, path.stem
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local or path.suffix.lower() == ".gguf":
-        raise ModelError(f"{name}: no such file or folder{_near(path)}")
-    return _download(name, path), name
-
-
-def _near(path: Path) -> str:
-    """A hint at a file or folder beside `path` with a name like it."""
-    try:
-        names = os.listdir(path.parent)
-    except OSError:
-        return f"; there is no folder {path.parent} either"
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
-
-
-def _download(hub_id: str, path: Path) -> Path:
-    """Get a checkpoint from the hub, or from its cache, without weights of other formats."""
-    files: list[Any] = []
-    try:
-        # Without the hub there is nothing to announce: the cache has the model, or the call below
-        # says why not.
-        with checkpoint.quiet(), contextlib.suppress(hub_errors.DryRunError):
-            files = huggingface_hub.snapshot_download(
-                hub_id, allow_patterns=HUB_FILES, dry_run=True
-            )
-        missing_bytes = sum(file.file_size or 0 for file in files if file.will_download)
-        if missing_bytes:
-            print(
-                f"hotset: downloading {hub_id} from the hub, {missing_bytes / 1e9:.2f} GB, "
-                f"into {huggingface_hub.constants.HF_HUB_CACHE}",
-                file=sys.stderr,
-            )
-        with checkpoint.quiet():
-            return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=HUB_FILES))
-    except hub_errors.GatedRepoError as error:
-        raise ModelError(
-            f"model {hub_id} is gated: accept its terms on its hub page, then log in "
-            "with `hf auth login`"
-        ) from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"model {hub_id!r} is neither a local folder or file{_near(path)} nor a hub id one "
-            "can see; check the spelling, or log in with `hf auth login` if it is private"
-        ) from error
-    except hub_errors.HFValidationError as error:
-        raise ModelError(
-            f"model {hub_id!r} is no local folder or file{_near(path)} and cannot be a hub id"
-        ) from error
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
-        raise ModelError(
-            f"model {hub_id!r} is no local folder or file{_near(path)} and the hub cannot be "
-            "reached; give a folder or a .gguf file, or no model for the default one"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot download {hub_id}: {checkpoint.first_line(error)}") from error
 
 
 def _eos_token_ids(model: Any, tokenizer: Any | None) -> tuple[int, ...]:

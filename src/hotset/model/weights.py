@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter
 
 from hotset.errors import ModelError
 from hotset.model import leftovers, quantized
+from hotset.model.architecture import Architecture
 from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.fp8_linear import Fp8Linear, quantize_linears
 from hotset.model.merged_linear import MergedLinear, merge_linears
@@ -48,7 +49,7 @@ class _Place:
 
 
 def load_in_place(
-    config: Any,
+    architecture: Architecture,
     folder: Path,
     fields: Mapping[str, Any],
     tensors: CheckpointTensors,
@@ -56,21 +57,19 @@ def load_in_place(
     dtype: torch.dtype,
     *,
     fp8: bool,
-    **options: Any,
 ) -> Any | None:
-    """Make the model of `config` on `device`, its sibling layers merged.
+    """Make the model of `architecture` on `device`, its sibling layers merged.
 
     Takes the bytes of the model, and a tensor for each of a few threads.
 
     Args:
-        config: of transformers.
+        architecture: makes the model.
         folder: has the generation config, if there is one.
         fields: of the folder's config.json.
         tensors: of the checkpoint.
         device: where the weights go.
         dtype: of what is not 8-bit.
         fp8: store the weights of linear layers in 8 bits; see `fp8_linear.can_be_fp8`.
-        options: of transformers' `from_config`.
 
     Returns:
         The model; None where the tensors of the files are not those of the model as they are:
@@ -82,10 +81,12 @@ def load_in_place(
             on it. Also whatever a damaged file makes safetensors raise, and
             `torch.OutOfMemoryError`.
     """
+    if not architecture.is_inspected:
+        return None
     if quantized.quant_config(fields) is not None and not tensors.is_dequantised:
         return None
     with accelerate.init_empty_weights():  # buffers, which are computed, are made
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        model: Any = architecture.make(dtype, attn_implementation=architecture.attention)
     model.tie_weights()
     if not _is_as_stored(model, tensors):
         return None

@@ -1,0 +1,37 @@
+"""Keeping the libraries underneath quiet, and their errors to a line."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import huggingface_hub
+import transformers
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that says anything."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' warnings and progress bars off the user's terminal.
+
+    What matters in them is checked and raised here instead.
+    """
+    logging, hub_logging = transformers.utils.logging, huggingface_hub.logging
+    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
+    had_bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    hub_logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()  # the hub's too
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if had_bars:
+            logging.enable_progress_bar()

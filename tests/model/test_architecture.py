@@ -1,0 +1,93 @@
+"""What the config alone tells: refusals without weights, and multimodal models as text models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_families
+import torch
+import transformers
+
+from hotset.errors import ModelError
+from hotset.model.architecture import find_architecture
+from hotset.model.loader import load_dummy, load_model
+
+REFUSED = {
+    "mamba2": "layers of type linear_attention",
+    "qwen3_next": "layers of type linear_attention",
+    "llama4_text": "layers of type chunked_attention",
+    "bart": "is an encoder-decoder",
+    "whisper": "is an encoder-decoder",
+    "bert": "is not causal",
+    "bloom": "takes no position_ids",
+    "blip": "it needs pixel_values",
+    "mllama": "layers",
+}
+
+
+def write_config(folder: Path, model_type: str, **changes: Any) -> Path:
+    config = transformers.CONFIG_MAPPING[model_type]()
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_a_config_without_weights_tells_why_its_model_is_refused(
+    model_type: str, tmp_path: Path
+) -> None:
+    folder = write_config(tmp_path, model_type)
+    with pytest.raises(ModelError, match=REFUSED[model_type]) as caught:
+        load_model(str(folder), device="cpu", dtype="auto")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_of_a_model_that_runs_is_refused_for_its_missing_weights(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, "llama", hidden_size=64, num_hidden_layers=2)
+    with pytest.raises(ModelError, match=r"neither model\.safetensors nor"):
+        load_model(str(folder), device="cpu", dtype="auto")
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "mistral3", "gemma3"])
+def test_a_multimodal_model_is_loaded_without_what_only_images_go_through(
+    model_type: str, tmp_path: Path
+) -> None:
+    model = tiny_families.tiny_model(model_type)
+    model.save_pretrained(tmp_path / model_type)
+
+    loaded = load_model(str(tmp_path / model_type), device="cpu", dtype="float32")
+
+    text = {n: p for n, p in model.named_parameters() if "vis" not in n and "projector" not in n}
+    assert dict(loaded.model.named_parameters()).keys() == text.keys()
+    tokens = torch.tensor([[5, 9, 17, 33]])
+    torch.testing.assert_close(loaded.model(tokens).logits, model(tokens).logits)
+    [note] = loaded.notes
+    assert "images" in note and "not loaded: model.vis" in note
+    assert type(loaded.model).__name__ == type(model).__name__
+
+
+def test_a_missing_text_weight_of_a_multimodal_model_is_refused(tmp_path: Path) -> None:
+    model = tiny_families.tiny_model("qwen3_vl")
+    del model.model.language_model.layers[0].self_attn.q_norm.weight
+    model.save_pretrained(tmp_path / "cut")
+    with pytest.raises(ModelError, match="missing keys"):
+        load_model(str(tmp_path / "cut"), device="cpu", dtype="float32")
+
+
+def test_random_weights_of_a_multimodal_model_are_its_text_part(tmp_path: Path) -> None:
+    config = tiny_families.tiny_config("qwen3_vl")
+    config.save_pretrained(tmp_path / "shape")
+    loaded = load_dummy(str(tmp_path / "shape"), device="cpu", dtype="float32")
+    assert loaded.model.model.visual is None
+    assert loaded.notes
+
+
+def test_layers_that_a_model_reads_are_known_from_its_config() -> None:
+    config = tiny_families.tiny_config("hunyuan_v1_moe")
+    found = find_architecture(config, "hunyuan", {})
+    assert any(path.endswith(".wg") for path in found.read_layers)
+    with torch.device("meta"):
+        made = found.make(torch.float32)
+    assert all(made.get_submodule(path).is_read_by_model for path in found.read_layers)
