@@ -123,8 +123,11 @@ def test_blocks_are_rounded_again_for_8_bit_products(family: str, tmp_path: Path
     expected.save_pretrained(tmp_path / "plain")
     cpu = torch.device("cpu")
 
-    loaded, _ = checkpoint.load_folder(tmp_path, cpu, torch.float32, fp8=True)
-    plain, _ = checkpoint.load_folder(tmp_path / "plain", cpu, torch.float32, fp8=True)
+    def load(folder: Path) -> Any:
+        architecture = checkpoint.read_architecture(folder)
+        return checkpoint.load_folder(folder, architecture, cpu, torch.float32, fp8=True)[0]
+
+    loaded, plain = load(tmp_path), load(tmp_path / "plain")
 
     torch.testing.assert_close(logits(loaded), logits(plain))
 

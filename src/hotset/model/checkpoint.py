@@ -15,6 +15,7 @@ from hotset.model.architecture import Architecture, find_architecture, transform
 from hotset.model.checkpoint_files import read_config, read_headers, weight_files
 from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.expert_disk import ExpertSink
+from hotset.model.gguf_file import GgufFile
 from hotset.model.libraries import first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -81,9 +82,9 @@ def read_architecture(folder: Path) -> Architecture:
 
 def load_gguf(file: Path, device: torch.device, dtype: torch.dtype | None) -> tuple[Any, Any]:
     """Load a GGUF file's model, dequantised, and its tokenizer. Raises ModelError."""
-    with file.open("rb") as handle:
-        if handle.read(4) != b"GGUF":
-            raise ModelError(f"{file} is not a GGUF file: it does not start with 'GGUF'")
+    header = GgufFile(file)
+    config = header.config()
+    architecture = find_architecture(config, str(file), config.to_dict())
     # Dequantised at load: left packed, the linear layers would need kernels from the hub.
     # The redirect is for a progress bar that heeds no setting.
     with contextlib.redirect_stderr(io.StringIO()):
@@ -92,11 +93,13 @@ def load_gguf(file: Path, device: torch.device, dtype: torch.dtype | None) -> tu
             file.parent,
             device,
             dtype,
-            transformers.AutoModelForCausalLM,
-            attn_implementation="sdpa",
+            architecture.model_class,
+            config=config,
+            attn_implementation=architecture.attention,
             gguf_file=file.name,
             quantization_config=transformers.GgufConfig(dequantize=True),
         )
+    header.scale_rotations(model)
     tokenizer = _load_tokenizer(file, file.parent, gguf_file=file.name)
     return model, tokenizer
 
