@@ -1,9 +1,14 @@
 """Configuration: one frozen dataclass, read once; the command line takes its defaults from it."""
 
+import functools
 import math
+import numbers
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hotset.errors import ConfigError
 
@@ -21,6 +26,18 @@ EXPERT_OPTIONS = {
     "expert_host_gib": None,
     "expert_cpu": "off",
 }
+# What there is at least one of, if a number is given.
+_COUNTS = (
+    "expected_users",
+    "expected_prompt_tokens",
+    "expected_output_tokens",
+    "max_num_batched_tokens",
+    "max_mixed_tokens",
+    "json_max_string",
+    "json_max_items",
+    "json_max_depth",
+    "threads",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,62 +163,8 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def check(ok: bool, name: str, expected: str) -> None:
-            if not ok:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
-
-        check(self.kv_dtype in ("auto", "fp8"), "kv_dtype", "auto or fp8")
-        check(self.hot_gib is None or 0 < self.hot_gib < math.inf, "hot_gib", "a size above 0 GiB")
-        check(
-            self.total_gib is None or 0 < self.total_gib < math.inf,
-            "total_gib",
-            "a size above 0 GiB",
-        )
-        check(self.target in ("throughput", "latency"), "target", "throughput or latency")
-        for name in ("expected_users", "expected_prompt_tokens", "expected_output_tokens"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, name, "1 or more")
-        check(0 <= self.host_gib < math.inf, "host_gib", "0 (none) or a size in GiB")
-        check(0 <= self.disk_gib < math.inf, "disk_gib", "0 (none) or a size in GiB")
-        fewest = 0 if self.expert_plan == "stream" else 1
-        check(
-            self.expert_slots is None or self.expert_slots >= fewest,
-            "expert_slots",
-            "1 or more, or 0 with the expert_plan stream",
-        )
-        check(
-            self.expert_gib is None or 0 < self.expert_gib < math.inf,
-            "expert_gib",
-            "a size above 0 GiB",
-        )
-        check(
-            self.expert_host_gib is None or 0 < self.expert_host_gib < math.inf,
-            "expert_host_gib",
-            "a size above 0 GiB",
-        )
-        check(
-            self.expert_cold_dtype in ("auto", "fp8", "int4"),
-            "expert_cold_dtype",
-            "auto, fp8 or int4",
-        )
-        check(self.expert_prefetch >= 0, "expert_prefetch", "0 (none) or more experts of a layer")
-        check(1 <= self.block_size <= 1024, "block_size", "1 to 1024 tokens")
-        check(self.max_num_seqs >= 1, "max_num_seqs", "1 or more")
-        check(self.max_num_batched_tokens >= 1, "max_num_batched_tokens", "1 or more")
-        check(
-            self.max_mixed_tokens is None or self.max_mixed_tokens >= 1,
-            "max_mixed_tokens",
-            "1 or more",
-        )
-        check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "2 or more")
-        check(self.rotation_s is None or self.rotation_s > 0, "rotation_s", "above 0 seconds")
-        check(self.threads is None or self.threads >= 1, "threads", "1 or more")
-        check(self.disk_read_deadline_s > 0, "disk_read_deadline_s", "above 0 seconds")
-        check(self.json_max_digits >= 0, "json_max_digits", "0 (no bound) or more")
-        for name in ("json_max_string", "json_max_items", "json_max_depth"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, name, "1 or more")
-        check(self.disk_write_queue_s > 0, "disk_write_queue_s", "above 0 seconds")
+        self._check_types()
+        self._check_ranges()
         if self.rotation_s is not None and self.host_gib == 0:
             raise ConfigError(
                 f"rotation_s is {self.rotation_s} but host_gib is 0; give the host tier a size for "
@@ -240,6 +203,43 @@ class EngineConfig:
             "move_split",
         )
         return [name for name in names if getattr(self, name) not in (None, "throughput", False)]
+
+    def _check_types(self) -> None:
+        """Refuse values of other types than their field's; a path may be a text, and likewise."""
+        for name, (kind, is_optional) in _field_kinds().items():
+            value = getattr(self, name)
+            if value is None and is_optional:
+                continue
+            taken, expected = _taken_as(value, kind)
+            if taken is None:
+                expected += " or None" if is_optional else ""
+                raise ConfigError(f"{name} is {value!r}; expected {expected}")
+            if taken is not value:
+                object.__setattr__(self, name, taken)
+
+    def _check_ranges(self) -> None:
+        def check(ok: Callable[[Any], bool], expected: str, *names: str) -> None:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not ok(value):
+                    raise ConfigError(f"{name} is {value!r}; expected {expected}")
+
+        sizes = ("hot_gib", "total_gib", "expert_gib", "expert_host_gib")
+        check(lambda size: 0 < size < math.inf, "a size above 0 GiB", *sizes)
+        tiers = ("host_gib", "disk_gib")
+        check(lambda size: 0 <= size < math.inf, "0 (none) or a size in GiB", *tiers)
+        fewest = 0 if self.expert_plan == "stream" else 1
+        wanted = "1 or more, or 0 with the expert_plan stream"
+        check(lambda count: count >= fewest, wanted, "expert_slots")
+        wanted = "0 (none) or more experts of a layer"
+        check(lambda count: count >= 0, wanted, "expert_prefetch")
+        check(lambda count: 1 <= count <= 1024, "1 to 1024 tokens", "block_size")
+        check(lambda count: count >= 2, "2 or more", "max_model_len")
+        check(lambda count: 1 <= count <= 2**20, "1 to 1048576", "max_num_seqs")
+        check(lambda count: count >= 0, "0 (no bound) or more", "json_max_digits")
+        check(lambda count: count >= 1, "1 or more", *_COUNTS)
+        seconds = ("rotation_s", "disk_read_deadline_s", "disk_write_queue_s")
+        check(lambda length: length > 0, "above 0 seconds", *seconds)
 
     def _check_experts(self) -> None:
         if self.expert_slots is not None and self.expert_gib is not None:
@@ -283,3 +283,38 @@ class EngineConfig:
                 f"expert_eviction is {self.expert_eviction!r}, but the plan stream evicts nothing; "
                 "leave one of them out"
             )
+
+
+@functools.cache
+def _field_kinds() -> dict[str, tuple[Any, bool]]:
+    """By field of `EngineConfig`: what it holds, and whether it may be None."""
+    kinds = {}
+    for name, hint in get_type_hints(EngineConfig).items():
+        members = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+        (kind,) = (member for member in members if member is not NoneType)
+        kinds[name] = (kind, NoneType in members)
+    return kinds
+
+
+def _taken_as(value: Any, kind: Any) -> tuple[Any, str]:
+    """A value as what its field holds, None where it cannot be that; and what is expected.
+
+    Numbers of other libraries become Python's; True and False are no numbers.
+    """
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        taken = value if isinstance(value, str) and value in choices else None
+        return taken, f"{', '.join(choices[:-1])} or {choices[-1]}"
+    if kind is bool:
+        return value if isinstance(value, bool) else None, "True or False"
+    if kind is Path:
+        return Path(value) if isinstance(value, str | os.PathLike) else None, "a path"
+    if kind is str:
+        return os.fspath(value) if isinstance(value, str | os.PathLike) else None, "a text"
+    is_number = not isinstance(value, bool)
+    if kind is int:
+        is_number = is_number and isinstance(value, numbers.Integral)
+        return int(value) if is_number else None, "a whole number"
+    assert kind is float
+    is_number = is_number and isinstance(value, numbers.Real)
+    return (value if isinstance(value, int) else float(value)) if is_number else None, "a number"

@@ -69,11 +69,11 @@ class LLM:
                 f"LLM has no option {unknown[0]!r}; expected one of {', '.join(sorted(known))}"
             )
         config = EngineConfig(
-            model=None if model is None else str(model),
+            model=model,  # type: ignore[arg-type]  # a path becomes a text there
             hot_gib=hot_gib,
             host_gib=host_gib,
             disk_gib=disk_gib,
-            disk_path=None if disk_path is None else Path(disk_path),
+            disk_path=disk_path,  # type: ignore[arg-type]  # and a text a path
             **options,
         )
         self.service = EngineService(config)

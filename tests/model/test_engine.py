@@ -124,13 +124,13 @@ def test_an_encoder_decoder_is_refused_by_name() -> None:
         inspect_model(model)
 
 
-def budget(**sizes: Any) -> Any:
+def budget(*, workspace_bytes: int = 2**20, **sizes: Any) -> Any:
     options = {"block_size": 16, "max_model_len": 1024, **sizes}
     return make_budget(
         EngineConfig(**options),
         device="cpu",
         weights_bytes=GIB,
-        workspace_bytes=2**20,
+        workspace_bytes=workspace_bytes,
         kv_bytes_per_token=1024,
         model_max_len=8192,
         free_device_bytes=4 * GIB,
@@ -153,9 +153,10 @@ def test_a_hot_tier_too_small_is_refused_with_the_smallest_that_works() -> None:
         ({"hot_gib": 0.1, "host_gib": 1e-6}, "host_gib 1e-06 holds no KV block"),
         ({"hot_gib": 0.1, "host_gib": 1e6}, "give less host_gib"),
         ({"hot_gib": 0.1, "disk_gib": 1e-6}, "disk_gib 1e-06 holds no KV block"),
+        ({"workspace_bytes": 4 * GIB}, "a step of 2048 tokens and 256 requests may take 4.000 GiB"),
     ],
 )
-def test_sizes_that_cannot_work_are_refused(sizes: dict[str, float], message: str) -> None:
+def test_sizes_that_cannot_work_are_refused(sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         budget(**sizes)
 

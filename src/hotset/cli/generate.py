@@ -43,7 +43,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
     show_default=True,
     help="1 is off.",
 )
-@click.option("--seed", type=int, help="Makes a sampled text reproducible.")
+@click.option(  # of the engine's options, as prompts of one command should not draw alike
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Of sampled texts: the same seed gives the same ones.",
+)
 @click.option("--stop", multiple=True, help="A string that ends the text; may be repeated.")
 @click.option("--json-schema", help="A JSON schema, or a file with one, that the text must fit.")
 @click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")

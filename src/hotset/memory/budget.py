@@ -100,7 +100,14 @@ def make_budget(
         ConfigError: a size that cannot work, with the smallest or largest one that can.
     """
     block_bytes = config.block_size * kv_bytes_per_token
-    free_device_bytes = max(0, free_device_bytes - workspace_bytes)
+    if workspace_bytes >= free_device_bytes:
+        raise ConfigError(
+            f"a step of {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests "
+            f"may take {workspace_bytes / GIB:.3f} GiB beside weights and KV, and "
+            f"{max(0, free_device_bytes) / GIB:.3f} GiB are free on the {device}; give less "
+            "max_num_batched_tokens or max_num_seqs, or a smaller model"
+        )
+    free_device_bytes -= workspace_bytes
     hot_bytes = int(
         free_device_bytes * _DEFAULT_SHARE[device]
         if config.hot_gib is None
