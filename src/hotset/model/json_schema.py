@@ -4,41 +4,86 @@ import json
 from typing import Any
 
 from hotset.foreign_text import parse_json
+from hotset.model.schema_exclusion import make_exclusive
 from hotset.model.schema_nodes import LISTED, NAMED, ONE, children, walk
-from hotset.model.schema_values import type_of, without_endless
+from hotset.model.schema_rewrite import refuse, rewrite, rewrite_conditions
+from hotset.model.schema_values import TYPES, type_of, without_endless
+
+# What is left of these after the rewrites, no grammar can say.
+_UNSUPPORTED = (
+    *("contains", "minContains", "maxContains", "unevaluatedItems", "unevaluatedProperties"),
+    *("$dynamicRef", "$recursiveRef"),
+)
+_COUNT = "whole number, 0 or more"
+# The type of each keyword's value. Before draft 6, an exclusive bound was a boolean.
+_KINDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(ONE, ("object", "boolean")),
+    "items": ("object", "boolean", "array"),
+    **dict.fromkeys((*LISTED, "enum"), ("array",)),
+    **dict.fromkeys((*NAMED, "dependentRequired", "dependencies"), ("object",)),
+    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems"), (_COUNT,)),
+    **dict.fromkeys(("minProperties", "maxProperties", "minContains", "maxContains"), (_COUNT,)),
+    **dict.fromkeys(("minimum", "maximum", "multipleOf"), ("number",)),
+    **dict.fromkeys(("exclusiveMinimum", "exclusiveMaximum"), ("number", "boolean")),
+    **dict.fromkeys(("pattern", "format", "$ref"), ("string",)),
+    "type": ("string", "array"),
+    "required": ("array",),
+    "uniqueItems": ("boolean",),
+}
 
 
 def prepare(text: str) -> str:
-    """The schema to compile: one of the same values, as far as a grammar can tell.
+    """The schema to compile: each value that fits it fits the schema as it was.
+
+    Some values that fit may be left out: `schema_rewrite` says which.
 
     Raises:
-        ValueError: the schema is malformed, or no value fits it; one line.
+        ValueError: the schema is malformed, has a keyword that no grammar can say, or no value
+            fits it; one line with the place in the schema.
     """
     schema = parse_json(text)
     if not isinstance(schema, dict):
         raise ValueError(f"it is of type {type_of(schema)}; expected an object")
     for one, path in walk(schema):
         _check_structure(one, path)
+    schema.pop("x-guidance", None)  # options of llguidance's own
+    for one, path in walk(schema):
+        rewrite_conditions(one, path, schema)
+    make_exclusive(schema)
+    for one, path in walk(schema):
+        rewrite(one, path, schema)
+        for key in _UNSUPPORTED:
+            if key in one:
+                raise refuse(key, path)
     without_endless(schema)
     return json.dumps(schema)
 
 
 def _check_structure(schema: dict[str, Any], path: str) -> None:
-    for key in (*ONE, *LISTED, *NAMED):
-        kinds: tuple[type, ...] = (dict, bool) if key in ONE else (list if key in LISTED else dict,)
-        if key == "items":
-            kinds = (dict, bool, list)
-        if key in schema and not isinstance(schema[key], kinds):
+    for key, kinds in _KINDS.items():
+        if key in schema and not _is_of(schema[key], kinds):
             found = type_of(schema[key])
-            raise ValueError(f"{key!r} at {path} is of type {found}; expected {_name(kinds)}")
+            raise ValueError(f"{key!r} at {path} is of type {found}; expected {' or '.join(kinds)}")
+    types = schema.get("type", [])
+    for name in [types] if isinstance(types, str) else types:
+        if name not in TYPES:
+            expected = ", ".join(sorted(TYPES))
+            raise ValueError(f"'type' at {path} is {name!r}; expected one of {expected}")
+    for name in schema.get("required", ()):
+        if not isinstance(name, str):
+            raise ValueError(f"'required' at {path} has {name!r} in it; expected names")
+    if "$id" in schema and path != "#":
+        raise refuse("$id", path, "is supported at the root only")
     for place, key, step in children(schema):
-        if not isinstance(place[key], (dict, bool)):
+        if not _is_of(place[key], ("object", "boolean")):
             found = type_of(place[key])
             raise ValueError(
                 f"{path}{step} is of type {found}; expected a schema, which is an object"
             )
 
 
-def _name(kinds: tuple[type, ...]) -> str:
-    names = {dict: "object", bool: "boolean", list: "array"}
-    return " or ".join(names[kind] for kind in kinds)
+def _is_of(value: object, kinds: tuple[str, ...]) -> bool:
+    found = type_of(value)
+    if _COUNT in kinds:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return found in kinds or (found == "integer" and "number" in kinds)

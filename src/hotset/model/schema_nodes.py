@@ -12,6 +12,19 @@ ONE = (
     *("items", "additionalItems", "unevaluatedItems", "contains", "not", "if", "then", "else"),
 )
 NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+# All keywords that rule values out, of any draft.
+CONSTRAINTS = frozenset(
+    (
+        *("type", "const", "enum", "allOf", "anyOf", "oneOf", "not", "if", "then", "else"),
+        *("$ref", "$dynamicRef", "$recursiveRef", "pattern", "format", "minLength", "maxLength"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+        *("items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems"),
+        *("contains", "minContains", "maxContains", "unevaluatedItems", "unevaluatedProperties"),
+        *("properties", "patternProperties", "additionalProperties", "required", "dependencies"),
+        *("minProperties", "maxProperties", "propertyNames", "dependentRequired"),
+        "dependentSchemas",
+    )
+)
 
 
 def children(schema: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:

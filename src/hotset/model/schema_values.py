@@ -8,7 +8,7 @@ from typing import Any
 
 from hotset.model.schema_nodes import Schema, children, resolve, walk
 
-_TYPES = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
+TYPES = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
 _MAX_GOALS = 2000
 _MAX_ALTERNATIVES = 64
 
@@ -162,7 +162,7 @@ def without_endless(root: dict[str, Any]) -> None:
 
 
 def _types_of(flat: Flat) -> frozenset[str]:
-    types = _TYPES
+    types = TYPES
     for schema in flat:
         named = schema.get("type")
         if isinstance(named, str):
@@ -179,18 +179,18 @@ def _constants_of(flat: Flat) -> list[Any] | None:
     sets += [schema["enum"] for schema in flat if isinstance(schema.get("enum"), list)]
     if not sets:
         return None
-    others = [{_identity(value) for value in some} for some in sets[1:]]
-    return [value for value in sets[0] if all(_identity(value) in some for some in others)]
+    others = [{identity(value) for value in some} for some in sets[1:]]
+    return [value for value in sets[0] if all(identity(value) in some for some in others)]
 
 
-def _identity(value: Any) -> str:
+def identity(value: Any) -> str:
     """Equal for equal JSON values: 1 and 1.0 are, 1 and true are not."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, list):
-        return "[" + ",".join(map(_identity, value)) + "]"
+        return "[" + ",".join(map(identity, value)) + "]"
     if isinstance(value, dict):
-        inner = sorted((key, _identity(one)) for key, one in value.items())
+        inner = sorted((key, identity(one)) for key, one in value.items())
         return "{" + ",".join(f"{json.dumps(key)}:{one}" for key, one in inner) + "}"
     return json.dumps(value)
 
@@ -201,9 +201,14 @@ def _fits(value: Any, flat: Flat, types: frozenset[str]) -> bool:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         least, most = _bounds(flat)
         return least <= value <= most
-    if isinstance(value, str):
-        least, most = _range(flat, "minLength", "maxLength")
-        return least <= len(value) <= most
+    if isinstance(value, dict) and any(
+        name not in value for one in flat for name in _list(one, "required")
+    ):
+        return False
+    for kind, what in ((str, "Length"), (list, "Items"), (dict, "Properties")):
+        if isinstance(value, kind):
+            least, most = _range(flat, f"min{what}", f"max{what}")
+            return least <= len(value) <= most
     return True
 
 
