@@ -55,6 +55,18 @@ def assert_same(folder: Path, expected: Any) -> None:
     torch.testing.assert_close(logits(loaded), logits(expected))
 
 
+def load_8_bit(folder: Path) -> Any:
+    """With linear layers rounded to 8 bits by row, straight to their place, as on a GPU."""
+    architecture = checkpoint.read_architecture(folder)
+    cpu = torch.device("cpu")
+    return checkpoint.load_folder(folder, architecture, cpu, torch.float32, fp8=True)[0]
+
+
+def checkpoint_of(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
 def refusal(folder: Path, dtype: str = "float32") -> str:
     with pytest.raises(ModelError) as caught:
         load_model(str(folder), device="cpu", dtype=dtype)
@@ -78,21 +90,63 @@ def to_modelopt_fp8(tensors: Tensors) -> Tensors:
     return stored
 
 
-def test_modelopt_fp8_is_refused_wherever_it_says_so(folder: Path) -> None:
+def test_8_bit_weights_that_no_config_tells_of_are_refused(folder: Path) -> None:
     edit_weights(folder, to_modelopt_fp8)
-    # Nowhere: by the tensors themselves. `fp8` is the path of GPUs.
-    for dtype in ("float32", "fp8"):
+    for dtype in ("float32", "fp8"):  # `fp8` is the path of GPUs
         message = refusal(folder, dtype)
         assert "21 tensors narrow or packed" in message and "as F8_E4M3" in message
 
-    (folder / "hf_quant_config.json").write_text(
-        json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}})
-    )
-    assert "NVIDIA ModelOpt quantised (FP8, says hf_quant_config.json)" in refusal(folder)
 
-    edit_config(folder, quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
-    for dtype in ("float32", "fp8"):
-        assert "quant_method 'modelopt' in config.json" in refusal(folder, dtype)
+@pytest.mark.parametrize("where", ["config.json", "one level below", "hf_quant_config.json"])
+def test_modelopt_fp8_is_read_wherever_it_says_so(folder: Path, where: str) -> None:
+    expected = make_model("llama")
+    with torch.no_grad():
+        for name, weight in expected.named_parameters():
+            if name.endswith("proj.weight"):
+                scale = weight.abs().max() / 448
+                weight.copy_((weight / scale).to(torch.float8_e4m3fn).float() * scale)
+    edit_weights(folder, to_modelopt_fp8)
+    quantization = {"quant_algo": "FP8", "kv_cache_quant_algo": None}
+    if where == "hf_quant_config.json":
+        (folder / where).write_text(json.dumps({"quantization": quantization}))
+    elif where == "config.json":
+        edit_config(folder, quantization_config={"quant_method": "modelopt", **quantization})
+    else:
+        nested = {"quant_method": "modelopt", "quantization": quantization}
+        edit_config(folder, quantization_config=nested)
+
+    assert_same(folder, expected)
+    plain = checkpoint_of(expected, folder.parent / "plain")
+    torch.testing.assert_close(logits(load_8_bit(folder)), logits(load_8_bit(plain)))
+
+
+def test_other_algorithms_of_modelopt_are_refused_by_name(folder: Path) -> None:
+    file = folder / "hf_quant_config.json"
+    file.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    assert "NVIDIA ModelOpt quantised by 'NVFP4'" in refusal(folder)
+    file.write_text("{")
+    assert "hf_quant_config.json, which is damaged" in refusal(folder)
+    edit_config(folder, quantization_config={"quant_method": "modelopt_fp4"})
+    assert "NVIDIA ModelOpt quantised by 'None'" in refusal(folder)
+
+
+def test_fbgemm_fp8_has_a_scale_for_each_row(folder: Path) -> None:
+    expected = make_model("llama")
+    scales = {}
+    with torch.no_grad():
+        for name, weight in expected.named_parameters():
+            if name.endswith("proj.weight"):
+                scales[name] = weight.abs().amax(1, keepdim=True) / 448
+                narrow = (weight / scales[name]).to(torch.float8_e4m3fn)
+                weight.copy_(narrow.float() * scales[name])
+
+    def to_fbgemm(tensors: Tensors) -> Tensors:
+        narrow = {name: (tensors[name] / scales[name]).to(torch.float8_e4m3fn) for name in scales}
+        return {**tensors, **narrow, **{f"{name}_scale": scales[name] for name in scales}}
+
+    edit_weights(folder, to_fbgemm)
+    edit_config(folder, quantization_config={"quant_method": "fbgemm_fp8"})
+    assert_same(folder, expected)
 
 
 def test_modelopt_that_left_the_weights_alone_is_read(folder: Path) -> None:
@@ -117,7 +171,7 @@ def test_an_unknown_method_is_refused_before_weights_are_looked_at(
     (folder / "model.safetensors").unlink()
     quantization = {"quantization_config": {"quant_method": "squeeze"}}
     edit_config(folder, **(quantization if where == "config" else {"text_config": quantization}))
-    assert "quant_method 'squeeze'" in refusal(folder)
+    assert "quantised by 'squeeze' (quant_method in config.json)" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,26 @@ def test_model_is_found_as_folder_and_as_file_and_else_near_names_are_given(tmp_
         load_model(str(file))
 
 
+def test_what_only_modelopt_tells_of_counts_and_weights_may_be_given(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny()))
+    wide = load_model(str(tmp_path))
+
+    def quantise(algorithm: str | None) -> None:
+        quantization = {"quantization": {"quant_algo": algorithm}}
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(quantization))
+
+    quantise("FP8")
+    narrow = load_model(str(tmp_path))
+    assert narrow.total_params == wide.total_params
+    assert narrow.dense_bytes < wide.dense_bytes
+    quantise(None)  # of KV alone
+    assert load_model(str(tmp_path)).dense_bytes == wide.dense_bytes
+    quantise("NVFP4")
+    with pytest.raises(PlanError, match="modelopt's NVFP4 is not known; give --weights"):
+        load_model(str(tmp_path))
+    assert load_model(str(tmp_path), "fp8").dense_bytes == narrow.dense_bytes
+
+
 def test_planning_imports_no_torch_and_no_numpy() -> None:
     code = (
         "import sys; from hotset.cli.plan import command\n"

@@ -17,6 +17,7 @@ from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.expert_disk import ExpertSink
 from hotset.model.gguf_file import GgufFile
 from hotset.model.libraries import first_line
+from hotset.plan.quantisation import with_modelopt
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
@@ -74,7 +75,7 @@ def read_architecture(folder: Path) -> Architecture:
     Raises:
         ModelError: what the config alone tells cannot be read or run; says why.
     """
-    fields = read_config(folder)
+    fields = with_modelopt(folder, read_config(folder))
     quantized.check_config(folder, fields)
     config = transformers_config(folder, fields)
     return find_architecture(config, str(folder), fields)

@@ -50,8 +50,10 @@ class CheckpointTensors:
         self, folder: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored]
     ) -> None:
         self._all = stored
-        self._scales = fp8_blocks.pair_scales(folder, fields, stored)
-        self._block = fp8_blocks.block_size(folder, fields) if self._scales else None
+        self._form = fp8_blocks.fp8_format(folder, fields)
+        self._scales = (
+            {} if self._form is None else fp8_blocks.pair_scales(folder, self._form, stored)
+        )
         folded = set(self._scales.values())
         for weight in self._scales:
             folded.update(fp8_blocks.input_scales(weight))
@@ -64,8 +66,8 @@ class CheckpointTensors:
 
     @property
     def is_dequantised(self) -> bool:
-        """Whether some are stored in 8 bits and read in another dtype."""
-        return bool(self._scales)
+        """Whether the checkpoint is quantised, and read here as one that is not."""
+        return self._form is not None
 
     def is_float(self, name: str) -> bool:
         """Whether a tensor is read as plain floats."""
@@ -88,9 +90,10 @@ class CheckpointTensors:
             def part(name: str) -> Any:
                 return opened[self._all[name].file].get_slice(name)
 
-            yield {
-                name: Fp8Weight(part(name), part(scales), self._block, device, dtype)
-                if (scales := self._scales.get(name))
-                else part(name)
-                for name in self.stored
-            }
+            def read(name: str) -> Any:
+                if self._form is None or name not in self._scales:
+                    return part(name)
+                scales = part(self._scales[name])
+                return Fp8Weight(part(name), scales, self._form.block, device, dtype)
+
+            yield {name: read(name) for name in self.stored}

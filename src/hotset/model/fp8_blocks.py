@@ -1,12 +1,19 @@
-"""Checkpoints of 8-bit floats with a scale for each block: DeepSeek-V3, Qwen3-FP8, Mistral.
+"""Checkpoints of 8-bit floats with a scale for each block, each row or each weight.
 
-A weight `W` is stored as `q`, 8-bit floats of its shape, and `s`, a scale for each block of
-`weight_block_size` (one for all of it where that is null): `W = q * s`. A shape that is no multiple
-of the block ends in smaller blocks.
-Source: DeepSeek-V3's `inference/fp8_cast_bf16.py`.
+A weight `W` is stored as `q`, 8-bit floats of its shape, and `s`: `W = q * s`.
+
+- `fp8`, `mxfp8` (DeepSeek-V3, Qwen3-FP8, Mistral): `s` is `..._scale_inv`, one for each block of
+  `weight_block_size`, or one for all of the weight where that is null. A shape that is no multiple
+  of the block ends in smaller blocks.
+- `modelopt` with the algorithm FP8 (NVIDIA): `s` is `..._scale`, one for all of the weight.
+- `fbgemm_fp8` (Llama 3.1 405B): `s` is `..._scale`, one for each row.
+
+Source: DeepSeek-V3's `inference/fp8_cast_bf16.py`; `Fp8Dequantize` and `FbgemmFp8Linear` of
+transformers; `ModelOptFp8LinearMethod` of vLLM.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +21,10 @@ import torch
 
 from hotset.errors import ModelError
 from hotset.model.checkpoint_files import Stored
-from hotset.model.quantized import quant_config, quant_method
+from hotset.model.quantized import quant_method
+from hotset.plan.quantisation import modelopt_algorithm, quant_config
 
-METHODS = ("fp8", "mxfp8")  # of transformers
-Block = tuple[int, int] | None
+Block = tuple[int, int | None] | None  # rows and columns that share a scale; None is all
 
 _DEFAULT_BLOCK = (128, 128)  # of transformers, where the config names none
 _WEIGHTS = ("F8_E4M3", "F8_E5M2")
@@ -25,12 +32,36 @@ _SCALES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
 _PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
 
 
-def block_size(folder: Path, fields: Mapping[str, Any]) -> Block:
-    """Rows and columns that share a scale; None is one scale for each weight.
+@dataclass(frozen=True, slots=True)
+class Fp8Format:
+    """How a checkpoint stores 8-bit weights.
+
+    Attributes:
+        suffix: of the name of the scales, after the weight's.
+        block: rows and columns that share a scale.
+    """
+
+    suffix: str
+    block: Block
+
+
+def fp8_format(folder: Path, fields: Mapping[str, Any]) -> Fp8Format | None:
+    """How a config says that weights are stored; None where it is not in one of these ways.
 
     Raises:
-        ModelError: the config says something else.
+        ModelError: its block is none.
     """
+    method = quant_method(fields)
+    if method in ("fp8", "mxfp8"):
+        return Fp8Format("_scale_inv", _block_size(folder, fields))
+    if method == "modelopt" and modelopt_algorithm(quant_config(fields) or {}) == "FP8":
+        return Fp8Format("_scale", None)
+    if method == "fbgemm_fp8":
+        return Fp8Format("_scale", (1, None))
+    return None
+
+
+def _block_size(folder: Path, fields: Mapping[str, Any]) -> Block:
     block = (quant_config(fields) or {}).get("weight_block_size", _DEFAULT_BLOCK)
     if block is None:
         return None
@@ -40,25 +71,21 @@ def block_size(folder: Path, fields: Mapping[str, Any]) -> Block:
             f"{folder}/config.json: weight_block_size is {block!r}, expected two whole numbers "
             "above 0, or null"
         )
-    return sizes
+    return sizes[0], sizes[1]
 
 
-def pair_scales(
-    folder: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored]
-) -> dict[str, str]:
-    """The name of the scales of each 8-bit weight; empty where the checkpoint has no such format.
+def pair_scales(folder: Path, form: Fp8Format, stored: Mapping[str, Stored]) -> dict[str, str]:
+    """The name of the scales of each 8-bit weight.
 
     Raises:
         ModelError: a weight without scales, scales that do not fit its shape and the block, or a
             tensor of another narrow kind.
     """
-    if quant_method(fields) not in METHODS:
-        return {}
-    block, pairs = block_size(folder, fields), {}
+    pairs = {}
     for name, tensor in stored.items():
         if tensor.dtype in _WEIGHTS:
-            pairs[name] = scales = f"{name}_scale_inv"
-            _check_scales(folder, name, tensor, stored.get(scales), block)
+            pairs[name] = scales = f"{name}{form.suffix}"
+            _check_scales(folder, scales, tensor, stored.get(scales), form.block)
     scale_names = set(pairs.values())
     for name, tensor in stored.items():
         if tensor.dtype not in (*_PLAIN, *_WEIGHTS) and name not in scale_names:
@@ -84,7 +111,7 @@ def dequantise(
         weight: `[..., rows, columns]` of 8-bit floats.
         scales: one for each block of the last two dimensions, as `pair_scales` checked; of bytes,
             they are exponents of 2 with a bias of 127.
-        block: rows and columns that share a scale; None is all.
+        block: rows and columns that share a scale.
         dtype: of the result.
     """
     factors = (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
@@ -98,7 +125,8 @@ def dequantise(
         return (weight.float() * factors.reshape(())).to(dtype)
     rows, columns = weight.shape
     spread = factors.repeat_interleave(block[0], 0)[:rows]
-    spread = spread.repeat_interleave(block[1], 1)[:, :columns]
+    if block[1] is not None:
+        spread = spread.repeat_interleave(block[1], 1)[:, :columns]
     return (weight.float() * spread).to(dtype)
 
 
@@ -107,16 +135,24 @@ def _check_scales(
 ) -> None:
     if scales is None:
         raise ModelError(
-            f"{folder}: {name} is stored as {weight.dtype} without its scales, {name}_scale_inv; "
-            "the checkpoint is incomplete or of another format"
+            f"{folder} stores a weight as {weight.dtype} without its scales, {name}; the "
+            "checkpoint is incomplete or of another format"
         )
     expected = _scale_shapes(weight.shape, block)
     if scales.dtype not in _SCALES or scales.shape not in expected:
         raise ModelError(
-            f"{folder}: {name}_scale_inv is {scales.dtype} {list(scales.shape)}, expected "
-            f"{list(expected[0])} for a weight of {list(weight.shape)} in blocks of "
-            f"{'its size' if block is None else list(block)} (weight_block_size)"
+            f"{folder}: {name} is {scales.dtype} {list(scales.shape)}, expected "
+            f"{list(expected[0])} for a weight of {list(weight.shape)} with a scale for "
+            f"{_in_words(block)}"
         )
+
+
+def _in_words(block: Block) -> str:
+    if block is None:
+        return "all of it"
+    if block[1] is None:
+        return "each row"
+    return f"each block of {list(block)} (weight_block_size)"
 
 
 def _scale_shapes(shape: tuple[int, ...], block: Block) -> list[tuple[int, ...]]:
@@ -126,5 +162,5 @@ def _scale_shapes(shape: tuple[int, ...], block: Block) -> list[tuple[int, ...]]
     if block is None:
         stacked = [(*shape[:-2], 1, 1), shape[:-2]] if len(shape) == 3 else []
         return [(), (1,), (1, 1), *stacked]
-    counts = (-(-size // per) for size, per in zip(shape[-2:], block, strict=True))
-    return [(*shape[:-2], *counts)]
+    columns = 1 if block[1] is None else -(-shape[-1] // block[1])
+    return [(*shape[:-2], -(-shape[-2] // block[0]), columns)]

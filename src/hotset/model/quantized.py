@@ -9,11 +9,9 @@ import transformers
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from hotset.errors import ModelError
-from hotset.foreign_text import parse_json
 from hotset.model.checkpoint_files import Stored
 from hotset.model.leftovers import is_harmless
-
-MODELOPT_FILE = "hf_quant_config.json"  # NVIDIA ModelOpt writes it, with or without config.json
+from hotset.plan.quantisation import modelopt_algorithm, quant_config
 
 # In words of safetensors: what a weight that is not quantised is stored as, and what is an index
 # or a mask. Everything else is narrow or packed.
@@ -48,21 +46,12 @@ def quant_method(fields: Mapping[str, Any]) -> str | None:
     return str(config.get("quant_method", ""))
 
 
-def quant_config(fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The `quantization_config` of a config, or of its text part."""
-    for part in (fields, fields.get("text_config")):
-        config = part.get("quantization_config") if isinstance(part, Mapping) else None
-        if isinstance(config, Mapping) and config:
-            return config
-    return None
-
-
 def check_config(folder: Path, fields: Mapping[str, Any]) -> None:
     """Refuse a quantisation that cannot be read, by what the small files of a checkpoint say.
 
     Args:
-        folder: is named in messages, and may hold `hf_quant_config.json`.
-        fields: of config.json.
+        folder: is named in messages.
+        fields: of config.json and ModelOpt's file, see `plan.quantisation`.
 
     Raises:
         ModelError: names the method and the way out.
@@ -74,23 +63,24 @@ def check_config(folder: Path, fields: Mapping[str, Any]) -> None:
             f"{folder} holds weights that MLX quantised ({bits} bits), which hotset does not read: "
             f"{_TAKE}"
         )
-    if config is None:
-        if algorithm := _modelopt_algorithm(folder):
-            raise ModelError(
-                f"{folder} holds weights that NVIDIA ModelOpt quantised ({algorithm}, says "
-                f"{MODELOPT_FILE}), which hotset does not read: {_TAKE}"
-            )
+    if config is None or method is None:
         return
+    if method.startswith("modelopt"):
+        if (algorithm := modelopt_algorithm(config)) == "FP8":
+            return
+        raise ModelError(
+            f"{folder} holds weights that NVIDIA ModelOpt quantised by {algorithm!r}; of its "
+            f"algorithms hotset reads 'FP8': {_TAKE}"
+        )
     if not method:
         raise ModelError(
             f"{folder}/config.json has a quantization_config without quant_method, so how its "
             f"weights are to be read is not known: {_TAKE}"
         )
     if method not in AUTO_QUANTIZATION_CONFIG_MAPPING and method != "bitsandbytes":
-        by = "NVIDIA ModelOpt" if method.startswith("modelopt") else "a method of its own"
         raise ModelError(
-            f"{folder} holds weights that {by} quantised (quant_method {method!r} in config.json), "
-            f"which hotset and transformers {transformers.__version__} do not read: {_TAKE}"
+            f"{folder} holds weights quantised by {method!r} (quant_method in config.json), which "
+            f"hotset and transformers {transformers.__version__} do not read: {_TAKE}"
         )
     needed = _PACKAGES.get(method, {})
     absent = [pip for module, pip in needed.items() if importlib.util.find_spec(module) is None]
@@ -122,15 +112,3 @@ def check_stored(folder: Path, fields: Mapping[str, Any], stored: Mapping[str, S
             f"{stored[narrow[0]].dtype}, but config.json has no quantization_config that says how "
             f"to read them: {_TAKE}"
         )
-
-
-def _modelopt_algorithm(folder: Path) -> str | None:
-    """What ModelOpt did to the weights; None where there is no such file, or just KV has scales."""
-    try:
-        fields = parse_json((folder / MODELOPT_FILE).read_bytes())
-        algorithm = fields["quantization"]["quant_algo"]
-    except OSError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        return "in a form that is not known"
-    return None if algorithm is None else str(algorithm)

@@ -21,11 +21,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from hotset.errors import ModelError
-from hotset.model import leftovers, quantized
+from hotset.model import leftovers
 from hotset.model.architecture import Architecture
 from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.fp8_linear import Fp8Linear, quantize_linears
 from hotset.model.merged_linear import MergedLinear, merge_linears
+from hotset.plan.quantisation import quant_config
 
 _NUM_THREADS = 4  # each holds one tensor; they wait for the disk and the link
 
@@ -83,7 +84,7 @@ def load_in_place(
     """
     if not architecture.is_inspected:
         return None
-    if quantized.quant_config(fields) is not None and not tensors.is_dequantised:
+    if quant_config(fields) is not None and not tensors.is_dequantised:
         return None
     with accelerate.init_empty_weights():  # buffers, which are computed, are made
         model: Any = architecture.make(dtype, attn_implementation=architecture.attention)

@@ -9,6 +9,7 @@ from typing import Any
 from hotset.errors import PlanError
 from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.plan.families import shape_from_config
+from hotset.plan.quantisation import with_modelopt, without_quantisation
 from hotset.plan.shape import ModelShape
 
 _ALIASES = {
@@ -33,16 +34,22 @@ def bundled_config(name: str) -> tuple[dict[str, Any], str]:
     return config, config.pop("_source")
 
 
-def load_model(name: str) -> ModelShape:
+def load_model(name: str, weights: str | None = None) -> ModelShape:
     """The shape of a model, without loading a weight or touching the network.
 
     Args:
         name: see `find_config`.
+        weights: how weights are stored, see `ModelShape.with_weights`; None is as the config says.
 
     Raises:
         PlanError: there is no such model here, or its config cannot be read or is not known.
     """
-    return shape_from_config(*find_config(name))
+    fields, short, source = find_config(name)
+    if weights is None:
+        return shape_from_config(fields, short, source)
+    if isinstance(fields, dict):  # how they were quantised need not be known
+        fields = without_quantisation(fields)
+    return shape_from_config(fields, short, source).with_weights(weights)
 
 
 def find_config(name: str) -> tuple[dict[str, Any], str, str]:
@@ -98,4 +105,4 @@ def _read(path: Path) -> dict[str, Any]:
         raise PlanError(f"config {path} cannot be read: {error.strerror or error}") from error
     except ForeignTextError as error:
         raise PlanError(f"config {path} {error}") from error
-    return config
+    return with_modelopt(path.parent, config) if isinstance(config, dict) else config

@@ -22,6 +22,7 @@ from hotset.plan.mixers import (
     mlp_params,
     windowed,
 )
+from hotset.plan.quantisation import modelopt_algorithm
 from hotset.plan.shape import Attention, Kind, Layer, ModelShape, Params
 
 # -- families -----------------------------------------------------------------------------------
@@ -586,13 +587,14 @@ def _storage(f: Facts) -> tuple[str, dict[str, str]]:
     if method == "fp8" or method == "fbgemm_fp8":
         stored = "fp8_block" if quant.get("weight_block_size") else "fp8"
         return _DTYPES[dtype], dict.fromkeys(everything, stored)
+    if method == "modelopt" and modelopt_algorithm(quant) == "FP8":
+        return _DTYPES[dtype], dict.fromkeys(everything, "fp8")
     if method == "mxfp4":  # gpt-oss: experts only
         return _DTYPES[dtype], {"expert": "mxfp4"}
     if method in ("awq", "gptq") and quant.get("bits", quant.get("w_bit", 4)) == 4:
         return _DTYPES[dtype], dict.fromkeys(everything, "int4")
-    raise PlanError(
-        f"quantisation {method!r} is not known; give --weights to say how weights are stored"
-    )
+    name = f"modelopt's {modelopt_algorithm(quant)}" if method == "modelopt" else repr(method)
+    raise PlanError(f"quantisation {name} is not known; give --weights to say how it is stored")
 
 
 def layer_summary(shape: ModelShape) -> str:

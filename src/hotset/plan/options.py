@@ -62,9 +62,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise PlanError(f"--{name.replace('_', '-')} is {value}; expected a number")
-        shape = load_model(self.model)
-        if self.weights is not None:
-            shape = shape.with_weights(self.weights)
+        shape = load_model(self.model, self.weights)
         hardware = load_hardware(self.hardware)
         if self.link is not None:
             hardware = hardware.with_link(self.link)
