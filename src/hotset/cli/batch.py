@@ -32,7 +32,8 @@ def command(
     becomes a line with an `error`, and the rest goes on; the exit status is 0 then too.
 
     Stopped by Ctrl-C or a crash, the same command goes on where it was: lines of OUT.jsonl are
-    kept and not run again.
+    kept and not run again. Where they answer other requests than IN.jsonl has now, or are of
+    another model or other options that change answers, the command says so and changes nothing.
 
     \b
     Example:
@@ -44,12 +45,16 @@ def command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from hotset.engine.service import EngineService
+    from hotset.model.loader import fingerprint_of
     from hotset.server.batch_file import Batch, BatchSummary
+    from hotset.server.batch_identity import RunIdentity
 
     batch = Batch(source, results)
     console = Console(stderr=True)
     try:
-        if batch.num_done:
+        if batch.num_done:  # a model in vain takes minutes to load
+            fingerprint = fingerprint_of(config.model, config.dtype)
+            batch.check_run(RunIdentity.of(fingerprint, config))
             console.print(f"{batch.num_done} of {batch.num_lines} lines are there already")
         if batch.num_done == batch.num_lines:  # then no model is needed
             summary, wall_s = BatchSummary(skipped=batch.num_done), 0.0
@@ -76,7 +81,10 @@ def command(
 
                     try:
                         summary = batch.run(
-                            service, window=window or 4 * config.max_num_seqs, on_line=show
+                            service,
+                            window=window or 4 * config.max_num_seqs,
+                            identity=RunIdentity.of(service.model.fingerprint, config),
+                            on_line=show,
                         )
                     except KeyboardInterrupt:
                         console.print("stopped; the same command goes on from here")

@@ -18,7 +18,7 @@ from hotset.errors import ConfigError, ModelError, PlanError
 from hotset.foreign_text import parse_json
 from hotset.model import checkpoint
 from hotset.model.architecture import Architecture, find_architecture
-from hotset.model.checkpoint_files import kv_scales
+from hotset.model.checkpoint_files import kv_scales, read_config
 from hotset.model.config_sizes import context_length, num_experts
 from hotset.model.expert_disk import ExpertSink
 from hotset.model.experts import experts_layers, move_but_experts
@@ -93,6 +93,18 @@ def load_model(
         kv_scales=kv_scales(source, model.config.get_text_config().num_hidden_layers),
         notes=architecture.notes,
     )
+
+
+def fingerprint_of(name: str | None, dtype: str) -> str:
+    """What `load_model` gives as the model's fingerprint, without loading a weight.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+    """
+    source, _ = find_model(name)
+    if source.is_dir():
+        read_config(source)  # names what is no model
+    return _fingerprint(source, dtype)
 
 
 @contextlib.contextmanager

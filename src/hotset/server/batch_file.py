@@ -18,6 +18,7 @@ from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.model.prompt import PromptEncoder
 from hotset.request import FinishReason
 from hotset.server.admission import Admission, Admitted
+from hotset.server.batch_identity import RunIdentity, line_identity, read_record_id
 from hotset.server.errors import ApiError, as_api_error, ended_early
 from hotset.server.keys import Tenant
 from hotset.server.limits import UNLIMITED
@@ -49,6 +50,7 @@ class _Pending:
 
     custom_id: str | None
     record: Json | None = None
+    record_id: str = ""
     request: GenerationRequest | None = None
     admitted: Admitted | None = None
 
@@ -57,16 +59,37 @@ class Batch:
     """One input file and the output file it becomes.
 
     Every line of the input that is not blank becomes one line of the output, at the same place.
-    So an output file that exists holds the answers to the first lines: they are kept, checked
-    by `custom_id`, and the run goes on behind them. A torn last line, left by a crash, is cut.
+    So an output file that exists holds the answers to the first lines: they are kept, and the run
+    goes on behind them. The ids of its records tell whether they answer these lines, and by what
+    model and options (`batch_identity`). A torn last line, left by a crash, is cut.
+
+    Args:
+        source: the input.
+        target: the output.
+        name: of the output in messages; None is its path.
+        way_out: what to do about an output of something else, in messages.
+
+    Attributes:
+        num_lines: of the input.
+        num_done: of them, those that are answered already.
 
     Raises:
         ConfigError: a file cannot be read or written, is in use by another run, or the output
             is not the beginning of this input's. The output is unchanged.
     """
 
-    def __init__(self, source: Path, target: Path) -> None:
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        *,
+        name: str | None = None,
+        way_out: str = "delete it or choose another output",
+    ) -> None:
         self._source = source
+        self._name = name or str(target)
+        self._way_out = way_out
+        self._written_by: RunIdentity | None = None
         try:
             for path in (source, target):  # a device or pipe may have no end
                 if path.exists() and not path.is_file():
@@ -79,7 +102,7 @@ class Batch:
         except OSError as error:
             raise ConfigError(f"{error.filename}: {error.strerror}") from error
         try:
-            self.num_done = self._check_target(target)
+            self.num_done = self._check_target()
         except BaseException:
             self._target.close()
             raise
@@ -88,11 +111,26 @@ class Batch:
         """Close the output; another run may go on with it."""
         self._target.close()
 
+    def check_run(self, identity: RunIdentity) -> None:
+        """Raise ConfigError unless the answers there are those of this model and these options."""
+        written_by = self._written_by
+        if written_by is None or written_by == identity:
+            return
+        if written_by.model != identity.model:
+            raise ConfigError(
+                f"{self._name} holds answers of another model; give that one, or {self._way_out}"
+            )
+        raise ConfigError(
+            f"{self._name} holds answers under other values of options that change answers (dtype, "
+            f"KV dtype, seed, longest context, bounds of JSON); give those, or {self._way_out}"
+        )
+
     def run(
         self,
         service: EngineService,
         *,
         window: int,
+        identity: RunIdentity | None = None,
         on_line: Callable[[BatchSummary], None] = lambda summary: None,
         submit: Callable[[GenerationRequest], Admitted] | None = None,
         is_stopped: Callable[[], bool] = lambda: False,
@@ -104,14 +142,18 @@ class Batch:
         Args:
             service: the engine.
             window: many more than the engine runs at once keep it busy beside a slow first one.
+            identity: of the answers; None is that of the service.
             on_line: called after each line written.
             submit: queues a line's request; None does so without any limit.
             is_stopped: asked after each line whether to end early.
 
         Raises:
             EngineError: the engine has failed.
-            ConfigError: the output cannot be written, as when the disk is full.
+            ConfigError: the output cannot be written, as when the disk is full; or what is there is
+                of another model or other options.
         """
+        identity = identity or RunIdentity.of(service.model.fingerprint, service.config)
+        self.check_run(identity)
         if submit is None:
             admission = Admission(service, PromptEncoder(service.model), UNLIMITED)
             submit = functools.partial(admission.submit, tenant=Tenant(), is_batch=True)
@@ -123,6 +165,7 @@ class Batch:
                 pending = _parse(line, seen)
                 if position < self.num_done:
                     continue
+                pending.record_id = identity.record_id(position, line)
                 if is_stopped():
                     break
                 if pending.request is not None:
@@ -149,21 +192,25 @@ class Batch:
             usage = record["response"]["body"].get("usage", {})
             summary.prompt_tokens += usage.get("prompt_tokens", 0)
             summary.completion_tokens += usage.get("completion_tokens", 0)
-        record = {"id": f"batch_req_{self.num_done + summary.lines}", **record}
+        record = {"id": pending.record_id, **record}
         try:
-            self._target.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            text = json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half a character, which JSON can name and UTF-8 cannot
+            text = json.dumps(record).encode()
+        try:
+            self._target.write(text + b"\n")
             self._target.flush()
         except OSError as error:
             raise ConfigError(f"the output cannot be written: {error.strerror}") from error
         summary.lines += 1
         summary.errors += record["error"] is not None
 
-    def _check_target(self, target: Path) -> int:
+    def _check_target(self) -> int:
         """Lock the output, check it against the input, cut a torn line; returns its lines."""
         try:
             fcntl.flock(self._target, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(f"{target} is being written by another run") from error
+            raise ConfigError(f"{self._name} is being written by another run") from error
         self._target.seek(0)
         source, seen = _lines(self._source), set[str]()
         num_lines = whole_bytes = 0
@@ -175,27 +222,48 @@ class Batch:
             except ForeignTextError as error:
                 if not _is_torn(line, num_lines):
                     raise ConfigError(
-                        f"{target} line {num_lines + 1} is not a batch record; "
-                        "delete the file or choose another output"
+                        f"{self._name} line {num_lines + 1} is not a batch record; {self._way_out}"
                     ) from error
                 break  # torn by a crash: cut off below
-            expected = next(source, None)
-            custom_id = None if expected is None else _parse(expected, seen).custom_id
-            if expected is None or record.get("custom_id") != custom_id:
-                raise ConfigError(
-                    f"{target} line {num_lines + 1} has custom_id {record.get('custom_id')!r} "
-                    f"where the input has {custom_id!r}; it is of another input: "
-                    "delete it or choose another output"
-                )
+            self._check_record(record, num_lines, next(source, None), seen)
             num_lines += 1
             whole_bytes += len(line)
         self._target.truncate(whole_bytes)
         return num_lines
 
+    def _check_record(
+        self, record: Json, position: int, line: bytes | None, seen: set[str]
+    ) -> None:
+        """Raise ConfigError unless a record of the output answers `line` of the input."""
+        where = f"{self._name} line {position + 1}"
+        custom_id = None if line is None else _parse(line, seen).custom_id
+        if line is None or record.get("custom_id") != custom_id:
+            raise ConfigError(
+                f"{where} has custom_id {record.get('custom_id')!r} where the input has "
+                f"{custom_id!r}; it is of another input: {self._way_out}"
+            )
+        known = read_record_id(record.get("id"))
+        if known is None or known[0] != position:
+            raise ConfigError(
+                f"{where} has the id {record.get('id')!r}, which does not tell what it answers; "
+                f"{self._way_out}"
+            )
+        _, identity, run = known
+        if identity != line_identity(line):
+            raise ConfigError(
+                f"{where} answers another request than the input has for custom_id {custom_id!r} "
+                f"now: the input was edited; undo that, or {self._way_out}"
+            )
+        if run != (self._written_by or run):
+            raise ConfigError(
+                f"{where} has the answer of another run than the lines before; {self._way_out}"
+            )
+        self._written_by = run
+
 
 def _is_torn(line: bytes, position: int) -> bool:
     """Whether `line` is the beginning of a record that was being written, and not another text."""
-    head = f'{{"id": "batch_req_{position}"'.encode()
+    head = f'{{"id": "batch_req_{position}_'.encode()
     return not line.endswith(b"\n") and line[: len(head)] == head[: len(line)]
 
 

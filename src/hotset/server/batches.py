@@ -10,6 +10,7 @@ import uuid
 from hotset.errors import EngineError, HotsetError, RequestError
 from hotset.server.admission import Admission
 from hotset.server.batch_file import Batch, BatchSummary
+from hotset.server.batch_identity import RunIdentity
 from hotset.server.errors import ApiError
 from hotset.server.files import FileStore
 from hotset.server.keys import Tenant
@@ -122,7 +123,12 @@ class BatchRunner:
         """Runs in a thread."""
         output_id = entry["id"].replace("batch-", "file-")
         target = self._store.data_path(tenant, output_id)
-        batch = Batch(self._store.data_path(tenant, entry["input_file_id"]), target)
+        batch = Batch(
+            self._store.data_path(tenant, entry["input_file_id"]),
+            target,
+            name="the output so far",
+            way_out="create the batch again",
+        )
         try:
             counts = entry["request_counts"]
             counts["total"] = batch.num_lines
@@ -144,6 +150,11 @@ class BatchRunner:
             batch.run(
                 service,
                 window=2 * service.config.max_num_seqs,
+                identity=RunIdentity.of(
+                    service.model.fingerprint,
+                    service.config,
+                    extra=self._admission.limits.max_tokens,  # of requests without `max_tokens`
+                ),
                 on_line=save,
                 submit=functools.partial(
                     self._admission.submit, tenant=Tenant(tenant), is_batch=True

@@ -1,0 +1,109 @@
+"""What an answer of a batch belongs to: its request, its model, and the options behind it.
+
+Each record of an output carries this in its `id`, so that a later run sees whether the answers
+that are there already are those that it would give. There is no second file to lose.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Self
+
+from hotset.config import EngineConfig
+from hotset.foreign_text import ForeignTextError, parse_json
+
+# What an engine may be given without another answer, but for rounding.
+_LEAVES_ANSWERS = frozenset(
+    {
+        "model",
+        "hot_gib",
+        "total_gib",
+        "target",
+        "expected_users",
+        "expected_prompt_tokens",
+        "expected_output_tokens",
+        "move_split",
+        "host_gib",
+        "disk_gib",
+        "disk_path",
+        "expert_slots",
+        "expert_gib",
+        "expert_host_gib",
+        "expert_disk_path",
+        "expert_plan",
+        "expert_cpu",
+        "expert_eviction",
+        "expert_prefetch",
+        "block_size",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "max_mixed_tokens",
+        "rotation_s",
+        "prefix_caching",
+        "fetch_policy",
+        "disk_read_deadline_s",
+        "disk_write_queue_s",
+        "eager",
+        "threads",
+    }
+)
+_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]{16})_([0-9a-f]{8})_([0-9a-f]{8})")
+
+
+@dataclass(frozen=True, slots=True)
+class RunIdentity:
+    """What all answers of one run share.
+
+    Attributes:
+        model: hash of the checkpoint's config and weights, 8 hex digits.
+        options: hash of the options that change answers, likewise.
+    """
+
+    model: str
+    options: str
+
+    @classmethod
+    def of(cls, fingerprint: str, config: EngineConfig, extra: object = None) -> Self:
+        """That of an engine.
+
+        Args:
+            fingerprint: of the checkpoint, as `LoadedModel` has it.
+            config: only values other than the defaults count.
+            extra: what else changes answers; plain data.
+        """
+        changed: dict[str, Any] = {
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(config)
+            if field.name not in _LEAVES_ANSWERS
+            and getattr(config, field.name) != field.default
+            and (field.name != "device" or config.dtype == "auto")  # which then follows from it
+        }
+        return cls(_digest(fingerprint, 8), _digest(repr([sorted(changed.items()), extra]), 8))
+
+    def record_id(self, position: int, line: bytes) -> str:
+        """The id of the record that answers `line`, the input's line at `position`."""
+        return f"batch_req_{position}_{line_identity(line)}_{self.model}_{self.options}"
+
+
+def line_identity(line: bytes) -> str:
+    """A hash of an input's line, of its values: the order of its fields and spaces do not count."""
+    try:
+        content = json.dumps(parse_json(line), sort_keys=True)
+    except ForeignTextError:
+        return _digest(line.strip(), 16)
+    return _digest(content, 16)
+
+
+def read_record_id(record_id: object) -> tuple[int, str, RunIdentity] | None:
+    """The position, the line's identity and the run's; None where it is no id of ours."""
+    match = _ID.fullmatch(record_id) if isinstance(record_id, str) else None
+    if match is None:
+        return None
+    return int(match[1]), match[2], RunIdentity(match[3], match[4])
+
+
+def _digest(content: str | bytes, num_digits: int) -> str:
+    content = content.encode() if isinstance(content, str) else content
+    return hashlib.blake2b(content, digest_size=num_digits // 2).hexdigest()
