@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -27,11 +28,11 @@ KEY = "sk-alice-0123456789"
 CHAT = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0, "max_tokens": 6}
 
 
-def build(config: EngineConfig) -> tuple[Engine, LoadedModel]:
+def build(config: EngineConfig, context: int = 512) -> tuple[Engine, LoadedModel]:
     """An engine over a tiny random model, instead of `config.model`."""
     torch.set_num_threads(1)
-    model = make_model("llama", vocab_size=VOCAB_SIZE)
-    loaded = LoadedModel(model, make_tokenizer(), "tiny", "tiny", (EOS_TOKEN_ID,), 512)
+    model = make_model("llama", vocab_size=VOCAB_SIZE, max_position_embeddings=context)
+    loaded = LoadedModel(model, make_tokenizer(), "tiny", "tiny", (EOS_TOKEN_ID,), context)
     return Engine(config, loaded), loaded
 
 
@@ -62,12 +63,15 @@ def running_server(
     *,
     drain_s: int = 1,
     own_process: bool = False,
+    context: int = 512,
 ) -> Iterator[RunningServer]:
     """Serve until the block ends."""
     made: list[EngineService] = []
 
     def make(config: EngineConfig, **_: Any) -> EngineService:
-        made.append(EngineService(config, build=build, own_process=own_process))
+        made.append(
+            EngineService(config, build=partial(build, context=context), own_process=own_process)
+        )
         return made[0]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -23,6 +23,7 @@ class Admitted:
 
     body: GenerationRequest
     request_id: str
+    num_prompt_tokens: int
     streams: Sequence[OutputStream]
     writers: Sequence[Writer]
 
@@ -106,4 +107,4 @@ class Admission:
                 stream.abort()
             raise
         writers = make_writers(body, self.encoder, request_id, prompts)
-        return Admitted(body, request_id, streams, writers)
+        return Admitted(body, request_id, sum(map(len, prompts)), streams, writers)

@@ -30,6 +30,7 @@ from hotset.server.gate import Gate
 from hotset.server.generate import WARNING_HEADER, generate
 from hotset.server.keys import Keys
 from hotset.server.limits import Limits
+from hotset.server.messages_api import MessagesApi
 from hotset.server.reading import read_body, tenant_of
 from hotset.server.schemas import (
     ChatRequest,
@@ -117,12 +118,14 @@ class Api:
                 config.files_path, max_tenant_bytes=int(config.files_gib * 2**30)
             )
         files = FilesApi(self._files, config.limits)
+        messages = MessagesApi(lambda: self._ready().admission)
         self._router = Router(
             [
                 Route("/v1/chat/completions", self._chat_completions, methods=["POST"]),
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/models", self._models, methods=["GET"]),
                 Route("/v1/models/{model:path}", self._model, methods=["GET"]),
+                *messages.routes,
                 *files.routes,
                 Route("/tokenize", self._tokenize, methods=["POST"]),
                 Route("/detokenize", self._detokenize, methods=["POST"]),

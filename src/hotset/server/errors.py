@@ -1,5 +1,7 @@
 """What an HTTP request can be refused with, and how the OpenAI API says it."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hotset.errors import EngineError, HotsetError, OverloadedError, RequestError
@@ -44,6 +46,21 @@ class ApiError(HotsetError):
                 "code": self.code,
             }
         }
+
+
+@contextlib.contextmanager
+def fields_named(names: Mapping[str, str]) -> Iterator[None]:
+    """What is refused of a chat inside is named by the field of another API that it came from."""
+    try:
+        yield
+    except RequestError as error:
+        message = str(error)
+        for old, new in names.items():
+            if error.param == old or message.startswith(f"{old} "):
+                error.param = new
+                error.args = (message.replace(old, new, 1) if message.startswith(old) else message,)
+                break
+        raise
 
 
 def too_many(message: str, retry_after_s: float) -> ApiError:

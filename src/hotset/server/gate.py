@@ -18,6 +18,7 @@ from hotset.server import logs
 from hotset.server.errors import ApiError, as_api_error
 from hotset.server.generate import Facts
 from hotset.server.keys import Keys, Tenant
+from hotset.server.messages_error import is_messages_path, messages_error
 from hotset.server.tracing import Tracer
 
 _log = logging.getLogger("hotset.access")
@@ -76,6 +77,7 @@ class Gate:
         token = logs.request_id.set(request_id)
         facts: Facts = {}
         status: int | None = None
+        is_messages = is_messages_path(scope["path"])
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -86,6 +88,8 @@ class Gate:
                     (b"x-request-id", request_id.encode()),
                     (b"x-content-type-options", b"nosniff"),
                 ]
+                if is_messages:  # where clients of that API look for it
+                    message["headers"].append((b"request-id", request_id.encode()))
             await send(message)
 
         self.counts.open += 1
@@ -101,7 +105,10 @@ class Gate:
                 if refused.status >= 500 and not isinstance(error, HotsetError):
                     _log.exception("a request failed")
                 if status is None:  # otherwise the client sees that its answer was cut off
-                    response = JSONResponse(refused.body(), refused.status, refused.headers)
+                    status_code, body = refused.status, refused.body()
+                    if is_messages:
+                        status_code, body = messages_error(refused, request_id)
+                    response = JSONResponse(body, status_code, refused.headers)
                     await response(scope, receive, send_with_id)
         finally:
             self.counts.open -= 1

@@ -7,6 +7,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PrivateAttr,
     Tag,
     ValidationError,
     model_validator,
@@ -73,7 +74,7 @@ class ResponseFormat(Part):
 class Function(Part):
     """A function the model may call."""
 
-    name: str = Field(min_length=1, max_length=64)
+    name: str = Field(min_length=1, max_length=128)
     description: str = ""
     parameters: Json | None = None
     strict: bool = False
@@ -228,9 +229,15 @@ class GenerationRequest(Part):
         schema = self.schema_to_follow()
         return [] if schema is None else [schema]
 
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Add a line to `warning`."""
+        self._notes.append(text)
+
     def warning(self) -> str | None:
-        """One line about what was left out, if anything was."""
-        return None
+        """One line about what is not done as asked, if anything is."""
+        return "; ".join(self._notes) or None
 
     def prompts(self, encoder: PromptEncoder) -> list[list[int]]:
         """Token ids of each prompt. Raises RequestError where one cannot be encoded."""
@@ -313,8 +320,8 @@ class ChatRequest(ToolUser, GenerationRequest):
         return super().schemas() + [tool.function.parameters or {} for tool in self.tools]
 
     def warning(self) -> str | None:
-        """About tools that are skipped."""
-        return self.skipped_tools
+        """Also about tools that are skipped."""
+        return "; ".join(filter(None, (self.skipped_tools, super().warning()))) or None
 
     def prompts(self, encoder: PromptEncoder) -> list[list[int]]:
         """The one conversation, by the model's chat template."""

@@ -64,6 +64,12 @@ def explain(error: ValidationError, data: object) -> RequestError:
     kind, context = first["type"], first.get("ctx", {})
     if kind == "value_error":  # raised by a check of ours
         return RequestError(str(context["error"]), param=name or None)
+    if kind == "union_tag_invalid":
+        name = f"{name}.type"
+        message = f"{name} is {shown(context['tag'])}; expected {context['expected_tags']}"
+        return RequestError(message, param=name)
+    if kind == "union_tag_not_found":
+        name, kind = f"{name}.type", "missing"
     if kind == "missing":
         return RequestError(f"{name} is missing", param=name, code="missing_required_parameter")
     if kind == "extra_forbidden" or (kind == "too_long" and context["max_length"] == 0):
