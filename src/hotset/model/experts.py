@@ -8,6 +8,7 @@ Inference for Mixture of Experts", NeurIPS 2024.
 import contextlib
 import itertools
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -28,6 +29,7 @@ Experts: TypeAlias = Any
 
 _log = logging.getLogger(__name__)
 
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose user knows how experts are computed
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +42,8 @@ def use_dynamic_gating(model: PreTrainedModel) -> int:
     """Switch the experts of `model` to dynamic gating, in place; how many layers that are.
 
     A model whose experts do not use transformers' experts interface, or hold quantised weights,
-    is left to compute them as it does, and a warning says so. 0 for a model without experts.
+    is left to compute them as it does, and a warning says so, once for each model. 0 for a model
+    without experts.
     """
     layers = experts_layers(model)
     if layers and all(is_plain(layer) for layer in layers):
@@ -50,7 +53,9 @@ def use_dynamic_gating(model: PreTrainedModel) -> int:
             return len(layers)
     if model.device.type == "meta":  # the model itself follows, and says so then
         return 0
-    if layers or num_experts(model.config.get_text_config()) > 1:
+    has_experts = layers or num_experts(model.config.get_text_config()) > 1
+    if has_experts and model not in _told:
+        _told.add(model)
         _log.warning(
             "%s computes its experts in its own way, without dynamic gating", type(model).__name__
         )
