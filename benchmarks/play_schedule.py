@@ -11,6 +11,7 @@ arithmetic, good for comparing schedules; a real run is 4 % longer with tiers, a
     python benchmarks/play_schedule.py --presets B --mixed-tokens 1024 --rotation-s 0,1 --out FILE
     python benchmarks/play_schedule.py --presets "" --disk-under 500,929,1400 --out FILE
 
+`--presets` takes those of `hotset bench`, and `demo`, the shape of `hotset demo`.
 `--disk-under` plays users who take turns (24 as in `hotset demo`, 371 blocks on the device, in all
 contexts of about 1,700) with so many blocks of host memory and a real disk tier below, whose reads
 are counted.
@@ -46,7 +47,10 @@ from hotset.request import StepPlan
 BLOCK_TOKENS = 16
 BLOCK_BYTES = BLOCK_TOKENS * 2 * 16 * 4  # of the stand-in
 HOT_BLOCKS, HOST_BLOCKS = 8192, 32768  # 16 and 64 GiB of Llama-3.1-8B
+ALL_BLOCKS = 52000  # about what is free beside its weights
 KV_BYTES = 131072  # of a token
+DEMO = Spec("multiturn", 24, 4, first_tokens=950, new_tokens=35, output_tokens=25, seed=5)
+DEMO_BLOCKS = 371
 QUERY_FLOP = 4 * 4096 * 32  # of a token and one that it attends to
 VOCAB_SIZE = 4000
 
@@ -120,6 +124,7 @@ def play(
     spec: Spec,
     loaded: LoadedModel,
     *,
+    hot_blocks: int,
     has_host: bool,
     mixed_tokens: int,
     row_tile: int,
@@ -130,11 +135,11 @@ def play(
         EngineConfig(
             device="cpu",
             dtype="float32",
-            hot_gib=(HOT_BLOCKS + 0.5) * BLOCK_BYTES / GIB,
+            hot_gib=(hot_blocks + 0.5) * BLOCK_BYTES / GIB,
             host_gib=HOST_BLOCKS * slot_bytes_for(BLOCK_BYTES) / GIB if has_host else 0.0,
             max_num_batched_tokens=8192,
             max_mixed_tokens=mixed_tokens,
-            max_model_len=8192,
+            max_model_len=min(8192, hot_blocks * BLOCK_TOKENS),
             rotation_s=rotation_s,
         ),
         loaded,
@@ -142,9 +147,18 @@ def play(
     engine.scheduler.bursts, engine.scheduler.row_tile = True, row_tile  # as on a GPU
     steps_ms: list[float] = []
     decode_shares: list[float] = []  # of all blocks
+    sent_s: dict[str, float] = {}
     first_tokens_s: dict[str, float] = {}
     start_s, now_s = time.monotonic(), 0.0
     engine.scheduler._clock = lambda: start_s + now_s
+    add_request = engine.add_request
+
+    def add(*prompt: Any, **options: Any) -> str:
+        request_id = add_request(*prompt, **options)
+        sent_s[request_id] = now_s
+        return request_id
+
+    engine.add_request = add  # type: ignore[method-assign]
 
     def take(plan: StepPlan) -> None:
         nonlocal now_s
@@ -155,9 +169,10 @@ def play(
                 first_tokens_s.setdefault(item.request.request_id, now_s)
         decodes = [item for item in plan.items if item.num_tokens == 1]
         blocks = sum(len(item.request.block_table) for item in decodes)
-        decode_shares.append(blocks / HOT_BLOCKS)
+        decode_shares.append(blocks / hot_blocks)
 
     metrics = run(engine, spec, take)
+    ttft_s = [first_s - sent_s[request_id] for request_id, first_s in first_tokens_s.items()]
     return {
         "steps": metrics.steps,
         "seconds": round(sum(steps_ms) / 1e3, 2),
@@ -165,6 +180,10 @@ def play(
         "computed_tokens": metrics.computed_tokens,
         "recomputed_tokens": metrics.recomputed_tokens,
         "first_token_s_p99": round(float(np.percentile([*first_tokens_s.values()], 99)), 2),
+        "ttft_s": {
+            "mean": round(float(np.mean(ttft_s)), 2),
+            **{f"p{p}": round(float(np.percentile(ttft_s, p)), 2) for p in (10, 50, 90, 99)},
+        },
         "preemptions": metrics.preemptions,
         "fetched_blocks": metrics.fetched_blocks,
     }
@@ -172,14 +191,13 @@ def play(
 
 def play_over_disk(loaded: LoadedModel, host_blocks: int) -> dict[str, Any]:
     """Users who take turns, all of whose contexts are on disk; steps take 20 ms."""
-    spec = Spec("multiturn", 24, 4, first_tokens=950, new_tokens=35, output_tokens=25, seed=5)
     slot_bytes = slot_bytes_for(BLOCK_BYTES)
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(
             EngineConfig(
                 device="cpu",
                 dtype="float32",
-                hot_gib=371.5 * BLOCK_BYTES / GIB,
+                hot_gib=(DEMO_BLOCKS + 0.5) * BLOCK_BYTES / GIB,
                 host_gib=host_blocks * slot_bytes / GIB,
                 disk_gib=(capacity_bytes_for(2320, slot_bytes) + 1) / GIB,
                 disk_path=Path(folder),
@@ -188,7 +206,7 @@ def play_over_disk(loaded: LoadedModel, host_blocks: int) -> dict[str, Any]:
             ),
             loaded,
         )
-        metrics = run(engine, spec, lambda plan: time.sleep(0.02))
+        metrics = run(engine, DEMO, lambda plan: time.sleep(0.02))
     return {
         "computed_tokens": metrics.computed_tokens,
         "fetched_blocks": metrics.fetched_blocks,
@@ -222,7 +240,12 @@ def main() -> None:
             "row_tile": row_tile,
             "rotation_s": rotation_s or None,
         }
-        found = play(PRESETS[name].spec, loaded, **options)
+        if name == "demo":
+            spec, hot_blocks = DEMO, DEMO_BLOCKS
+        else:
+            spec = PRESETS[name].spec
+            hot_blocks = ALL_BLOCKS if PRESETS[name].hot_gib is None else HOT_BLOCKS
+        found = play(spec, loaded, hot_blocks=hot_blocks, **options)
         record["runs"].append({"preset": name, **options, **found})
         print(record["runs"][-1], flush=True)
     for host_blocks in map(int, filter(None, arguments.disk_under.split(","))):

@@ -230,7 +230,9 @@ class Request:
         num_scored_tokens: leading tokens whose logits were taken for the log-probabilities of the
             prompt; None where this request has not to bring any.
         priority: lower runs first; equal ones first come, first served.
+        tenant: whose it is; the prompts of one share what one gets.
         queued_s: when it last came to the end of the queue: its arrival, or the end of a turn.
+        queued_work: tokens of prompts that its tenant was served before it came.
         turn_start_s: when it was last let in; it then had `turn_start_tokens`.
     """
 
@@ -241,6 +243,7 @@ class Request:
     max_total_tokens: int
     salt: bytes = b""
     priority: int = 0
+    tenant: str = ""
     arrival_s: float = field(default_factory=time.monotonic)
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
@@ -263,6 +266,7 @@ class Request:
     num_sibling_tokens: int = 0
     num_scored_tokens: int | None = None
     queued_s: float = field(init=False)
+    queued_work: int = 0
     turn_start_s: float = 0.0
     turn_start_tokens: int = 0
 

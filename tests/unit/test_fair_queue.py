@@ -33,6 +33,25 @@ def test_idle_time_earns_no_credit() -> None:
     assert [name.split("-")[0] for name in order[:6]].count("new") == 3
 
 
+def test_a_much_shorter_one_overtakes_and_a_long_one_gets_its_turn() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for name in ("first", "second"):
+        queue.push("a", 0, name, size=1000)
+    queue.push("a", 0, "short", size=10)
+    assert queue.peek() == "short"
+    order = []
+    for i in range(1000):
+        order.append(queue.pop())
+        queue.charge("a", prompt_tokens=1000 if order[-1] in ("first", "second") else 10)
+        if order[-1] == "second":
+            break
+        queue.push("a", 0, f"short {i}", size=10)
+    shorts = [name for name in order if name.startswith("short")]
+    # Short ones went before until 8,000 tokens were served since the long ones came.
+    assert order[0] == "short" and 680 <= len(shorts) <= 800
+    assert order.index("first") < order.index("second") <= order.index("first") + 1
+
+
 def test_a_lower_priority_goes_first_whoever_it_is_of() -> None:
     queue: FairQueue[str] = FairQueue()
     queue.push("a", 1, "batch")

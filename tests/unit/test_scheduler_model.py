@@ -22,7 +22,14 @@ from hotset.memory.block_pool import BlockPool
 from hotset.memory.kv_cache import KVCache
 from hotset.memory.policy import PrefixPolicy, Rates
 from hotset.metrics import Metrics
-from hotset.request import UNKNOWN_TOKEN, FinishReason, Request, RequestStatus, SamplingParams
+from hotset.request import (
+    UNKNOWN_TOKEN,
+    FinishReason,
+    Request,
+    RequestStatus,
+    SamplingParams,
+    StepPlan,
+)
 
 BLOCK = 4
 MAX_TOKENS = 40
@@ -92,6 +99,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, 1]),
         n=st.sampled_from([1, 1, 1, 2]),
         copies=st.sampled_from([1, 1, 3]),
+        tenant=st.sampled_from("ab"),
     )
     def add(
         self,
@@ -102,6 +110,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority: int,
         n: int,
         copies: int,
+        tenant: str,
     ) -> None:
         tokens = prefix[:num_shared] + own
         for _ in range(copies):
@@ -113,6 +122,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     params=SamplingParams(max_tokens=max_tokens),
                     max_total_tokens=min(MAX_TOKENS, len(tokens) + max_tokens),
                     priority=priority,
+                    tenant=tenant,
                     arrival_s=self.clock(),
                 )
                 for _ in range(n)
@@ -128,7 +138,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not ended:
             return
         tokens = [*ended[which % len(ended)].token_ids, *more][: MAX_TOKENS - 4]
-        self.add(tokens, len(tokens), [], max_tokens=4, priority=0, n=1, copies=1 + which % 2)
+        self.add(
+            tokens, len(tokens), [], max_tokens=4, priority=0, n=1, copies=1 + which % 2, tenant="a"
+        )
 
     @rule()
     def step(self) -> None:
@@ -137,6 +149,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan = self.scheduler.schedule()
         self.clock.now_s += 0.1
         self.collect()
+        self.check_shares(plan)
         self.device.compute(plan)
         self.scheduler.commit(plan)
         for item in plan.items:
@@ -144,6 +157,16 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.in_flight.append(item.request)
                 item.request.token_ids.append(UNKNOWN_TOKEN)
                 item.request.pending_row = 0
+
+    def check_shares(self, plan: StepPlan) -> None:
+        """No more than the budget, and the first in order that can go on does."""
+        num_tokens = {item.request: item.num_tokens for item in plan.items}
+        assert sum(num_tokens.values()) <= self.scheduler.max_num_batched_tokens
+        assert len(num_tokens) == len(plan.items)
+        if not self.kv.num_blocks_after_spills and self.scheduler.row_tile == 1:
+            runnable = [one for one in self.scheduler.running if self.kv.num_runnable_tokens(one)]
+            going = [one for one in runnable if not one.is_complete]
+            assert num_tokens or not going, "somebody could go on"
 
     def collect(self) -> None:
         for request in self.in_flight:

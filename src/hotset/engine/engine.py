@@ -19,6 +19,7 @@ from hotset.engine.memory_split import Memory, split_memory
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.split_mover import SplitMover
+from hotset.engine.step_cost import StepCost
 from hotset.engine.step_timer import StepTimer
 from hotset.errors import ConfigError, ExpertReadError, RequestError
 from hotset.memory.arena import DeviceArena, HostArena
@@ -63,7 +64,9 @@ _IDLE_WAIT_S = 0.05
 _LINK_SHARE = 0.8
 _RECENT_STEPS = 4
 # A step of mostly prefill, and at least so many tokens of it, tells the prefill rate.
-_PREFILL_STEP_TOKENS = 64
+_PREFILL_STEP_TOKENS = 32
+# Prompts whose time is taken at start.
+_TRIAL_TOKENS = (32, 256)
 # `max_mixed_tokens` by device. An H200 reaches 650 TFLOP/s from about 1024 rows on, and half of
 # it with 512, where a product of 4096 columns is 64 tiles for 132 processors.
 _MIXED_TOKENS = {"cuda": 1024, "cpu": 256}
@@ -232,9 +235,10 @@ class Engine:
         )
         self._sampler.load_kernels(layout.dtype)
         self._outputs = OutputProcessor(loaded.tokenizer, loaded.eos_token_ids)
-        self.rates = Rates(
-            prefill_tokens_per_s=self._measure_prefill(pool.first), link_bytes_per_s={}
-        )
+        trials = self._time_prompts(pool.first)
+        self._step_cost = StepCost(trials)
+        num_tokens, seconds = trials[-1]
+        self.rates = Rates(prefill_tokens_per_s=num_tokens / seconds, link_bytes_per_s={})
         if self._experts is not None and config.expert_cpu != "off" and model.device.type == "cuda":
             said = self._experts.compute_cold_on_cpu(config.expert_cpu, threads=config.threads)
             experts_report += f"\n{said}"
@@ -266,6 +270,7 @@ class Engine:
             bursts=model.device.type == "cuda",
             row_tile=_ROW_TILE[model.device.type],
             rotation_s=config.rotation_s,
+            step_cost=self._step_cost,
         )
         if moving is not None:
             assert self._experts is not None
@@ -331,11 +336,13 @@ class Engine:
         *,
         salt: bytes = b"",
         priority: int = 0,
+        tenant: str = "",
         request_id: str | None = None,
     ) -> str:
         """Queue a prompt; its outputs carry the returned id.
 
-        Requests with another `salt` cannot find each other's blocks.
+        Requests with another `salt` cannot find each other's blocks. Those of one `tenant` share
+        what each tenant gets of the steps.
 
         Raises:
             RequestError: the request can never be served; nothing was queued.
@@ -358,6 +365,7 @@ class Engine:
                 salt=salt,
                 priority=priority,
                 num_scored_tokens=None if params.prompt_logprobs is None or i else 0,
+                tenant=tenant,
             )
             for i in range(params.n)
         ]
@@ -517,6 +525,7 @@ class Engine:
         self._recent_step_s.append(seconds)
         self.metrics.computed_tokens += num_tokens
         prefill_tokens = sum(item.num_tokens for item in plan.items if item.num_tokens > 1)
+        self._step_cost.observe(prefill_tokens, seconds)
         if prefill_tokens >= _PREFILL_STEP_TOKENS and 2 * prefill_tokens >= num_tokens:
             self.rates.observe_prefill(num_tokens, seconds)
 
@@ -573,20 +582,23 @@ class Engine:
         tiers.measure_rates(num_blocks=min(16, budget.device_blocks, tiers.host.num_slots))
         return tiers
 
-    def _measure_prefill(self, first_block: int) -> float:
-        """Tokens of prompt a second, from one chunk of the size the scheduler may use.
+    def _time_prompts(self, first_block: int) -> list[tuple[int, float]]:
+        """Tokens and seconds of steps of one prompt: a short one and one of a usual size.
 
-        Its KV goes to blocks from `first_block` on.
+        Their KV goes to blocks from `first_block` on.
         """
-        num_tokens = min(256, self.config.max_num_batched_tokens, self.max_model_len)
-        request = Request("rate", num_tokens, [0] * num_tokens, SamplingParams(), num_tokens)
-        end = first_block - (-num_tokens // self.config.block_size)
-        request.block_table = list(range(first_block, end))
-        plan = StepPlan([StepItem(request, 0, num_tokens)])
-        self._runner.forward(plan).sum().item()  # the first run also allocates
-        start_s = time.perf_counter()
-        self._runner.forward(plan).sum().item()  # waits for the device
-        return num_tokens / (time.perf_counter() - start_s)
+        trials = []
+        for most_tokens in _TRIAL_TOKENS:
+            num_tokens = min(most_tokens, self.config.max_num_batched_tokens, self.max_model_len)
+            request = Request("rate", num_tokens, [0] * num_tokens, SamplingParams(), num_tokens)
+            end = first_block - (-num_tokens // self.config.block_size)
+            request.block_table = list(range(first_block, end))
+            plan = StepPlan([StepItem(request, 0, num_tokens)])
+            self._runner.forward(plan).sum().item()  # the first run also allocates
+            start_s = time.perf_counter()
+            self._runner.forward(plan).sum().item()  # waits for the device
+            trials.append((num_tokens, time.perf_counter() - start_s))
+        return trials
 
 
 def _is_host_bound(params: SamplingParams) -> bool:

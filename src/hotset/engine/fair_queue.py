@@ -1,8 +1,10 @@
 """Whose request is next, when many tenants wait."""
 
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator
 from typing import Generic, TypeVar
+
+from hotset.engine.urgency import SLACK
 
 T = TypeVar("T")
 
@@ -11,7 +13,10 @@ _OUTPUT_WEIGHT = 2
 
 
 class FairQueue(Generic[T]):
-    """Waiting items by priority, then by who was served least; first come, first served within.
+    """Waiting items by priority, then by who was served least, then by when each is due.
+
+    An item is due once its tenant was served `SLACK` times its size since it came: equal ones go
+    first come, first served, and a much shorter one overtakes.
 
     Each tenant has a counter of the tokens it was served, and the one with the least goes next.
     A tenant that comes back is lifted to the least of those that wait, so that idle time earns
@@ -22,7 +27,8 @@ class FairQueue(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._queues: dict[tuple[int, str], deque[T]] = {}  # none is empty
+        # When each item is due, and it; none is empty.
+        self._queues: dict[tuple[int, str], list[tuple[int, T]]] = {}
         self._served: dict[str, int] = {}
         self._last_served = 0
         self._length = 0
@@ -32,24 +38,27 @@ class FairQueue(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         for queue in self._queues.values():
-            yield from queue
+            yield from (item for _, item in queue)
 
-    def push(self, tenant: str, priority: int, item: T) -> None:
-        """Queue an item; a lower priority goes first."""
+    def push(self, tenant: str, priority: int, item: T, *, size: int = 0) -> None:
+        """Queue an item of `size` tokens; a lower priority goes first."""
         waiting = {name for _, name in self._queues}
         if tenant not in waiting:
             least = min((self._served[name] for name in waiting), default=self._last_served)
             self._served[tenant] = max(self._served.get(tenant, 0), least)
-        self._queues.setdefault((priority, tenant), deque()).append(item)
+        queue = self._queues.setdefault((priority, tenant), [])
+        insort(queue, (self._served[tenant] + SLACK * size, item), key=lambda entry: entry[0])
         self._length += 1
+
+    def peek(self) -> T:
+        """The next item. Raises IndexError where there is none."""
+        return self._queues[self._next_key()][0][1]
 
     def pop(self) -> T:
         """Take the next item. Raises IndexError where there is none."""
-        if not self._queues:
-            raise IndexError("the queue is empty")
-        key = min(self._queues, key=lambda key: (key[0], self._served[key[1]]))
+        key = self._next_key()
         queue = self._queues[key]
-        item = queue.popleft()
+        _, item = queue.pop(0)
         if not queue:
             del self._queues[key]
         self._last_served = self._served[key[1]]
@@ -59,13 +68,19 @@ class FairQueue(Generic[T]):
     def remove(self, tenant: str, priority: int, item: T) -> bool:
         """Take an item out; returns whether it was there."""
         queue = self._queues.get((priority, tenant))
-        if queue is None or item not in queue:
+        index = next((i for i, (_, one) in enumerate(queue or ()) if one == item), None)
+        if queue is None or index is None:
             return False
-        queue.remove(item)
+        del queue[index]
         if not queue:
             del self._queues[priority, tenant]
         self._length -= 1
         return True
+
+    def _next_key(self) -> tuple[int, str]:
+        if not self._queues:
+            raise IndexError("the queue is empty")
+        return min(self._queues, key=lambda key: (key[0], self._served[key[1]]))
 
     def charge(self, tenant: str, *, prompt_tokens: int = 0, output_tokens: int = 0) -> None:
         """Count what a tenant was served."""

@@ -17,6 +17,7 @@ from hotset.engine.engine import Engine
 from hotset.engine.fair_queue import FairQueue
 from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
 from hotset.engine.status import EngineStatus, engine_status
+from hotset.engine.urgency import MUCH_LONGER
 from hotset.errors import OverloadedError, RequestError
 from hotset.metrics import Metrics
 from hotset.model.expert_disk import ExpertSink
@@ -225,36 +226,41 @@ class EngineLoop:
     def _enqueue(self, submit: Submit) -> None:
         entry = _Entry(submit, set(range(submit.params.n)))
         self._entries[submit.request_id] = entry
-        self._queue.push(submit.tenant, submit.priority, entry)
+        size = len(submit.token_ids)
+        self._queue.push(submit.tenant, submit.priority, entry, size=size)
         if submit.timeout_s is not None:
             deadline_s = time.monotonic() + submit.timeout_s
             heapq.heappush(self._deadlines, (deadline_s, next(self._numbers), entry))
 
     def _hand_over(self, engine: Engine) -> None:
-        """Give the engine what it may start soon: about a step's worth of prompts."""
+        """Give the engine what it may start soon: about a step's worth of prompts.
+
+        Much longer ones that wait there already do not count: a short one may overtake them.
+        """
         if not len(self._queue):
             return
         # Those that were preempted wait for memory; how many they are says nothing of new ones.
         fresh = [one.num_tokens for one in engine.scheduler.waiting if not one.num_preemptions]
-        num_fresh, num_tokens = len(fresh), sum(fresh)
         config = engine.config
         # Where users take turns, the engine gives one to each that it knows of.
         ahead = _AHEAD if config.rotation_s is None else config.max_num_seqs
-        while len(self._queue) and (
-            num_fresh < ahead or num_tokens < config.max_num_batched_tokens
-        ):
+        while len(self._queue):
+            most = MUCH_LONGER * len(self._queue.peek().submit.token_ids)
+            before = [num_tokens for num_tokens in fresh if num_tokens < most]
+            if len(before) >= ahead and sum(before) >= config.max_num_batched_tokens:
+                return
             entry = self._queue.pop()
             submit = entry.submit
             with self._wake:
                 self._num_queued -= 1
-            num_fresh += 1
-            num_tokens += len(submit.token_ids)
+            fresh.append(len(submit.token_ids))
             try:
                 engine.add_request(
                     list(submit.token_ids),
                     submit.params,
                     salt=submit.salt,
                     priority=submit.priority,
+                    tenant=submit.tenant,
                     request_id=submit.request_id,
                 )
             except RequestError as error:

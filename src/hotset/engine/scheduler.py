@@ -3,10 +3,12 @@
 import time
 from bisect import insort
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
+from hotset.engine.step_cost import StepCost
+from hotset.engine.step_shares import StepShares
+from hotset.engine.urgency import MUCH_LONGER, PromptOrder
 from hotset.memory.kv_cache import KVCache
-from hotset.request import FinishReason, Request, RequestStatus, StepItem, StepPlan
+from hotset.request import FinishReason, Request, RequestStatus, StepPlan
 
 # Requests at the head of the queue whose blocks are brought closer ahead of their turn.
 _LOOK_AHEAD = 8
@@ -20,17 +22,12 @@ _LEAST_TURN_FETCHES = 8
 
 # However many requests decode, prompts get this part of `max_mixed_tokens`.
 _LEAST_PREFILL_SHARE = 4
-
-
-class _Step:
-    """The step being planned, and what is left of its budgets."""
-
-    def __init__(self, budget: int, prefill_budget: int) -> None:
-        self.items: list[StepItem] = []
-        self.budget = budget
-        self.prefill_budget = prefill_budget
-        self.scored_budget = budget  # of prompts whose log-probabilities are wanted
-        self.computing: set[bytes] = set()  # keys of the blocks that prefills in it complete
+# What prompts may add to a step that also decodes, and how long they may hold up who comes next.
+_MOST_ADDED_S = 0.25
+_MOST_PROMPT_STEP_S = 0.5
+_PROMPT_TOKENS_STEP = 32
+# A request without room is overtaken by at most this part of its own tokens.
+_MOST_OVERTAKING = 2
 
 
 class Scheduler:
@@ -53,6 +50,7 @@ class Scheduler:
             that has waited for its first token for so long makes one give way that has run for so
             long, and has a token to show for it; that one queues up again behind all others. Only
             while host memory has room for its KV and some to spare, so that nothing is recomputed.
+        step_cost: how long steps take, so that prompts add a bounded time to one; None: no bound.
         clock: seconds, as `time.monotonic`.
     """
 
@@ -67,6 +65,7 @@ class Scheduler:
         bursts: bool = False,
         row_tile: int = 1,
         rotation_s: float | None = None,
+        step_cost: StepCost | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.kv = kv
@@ -79,9 +78,12 @@ class Scheduler:
         self.rotation_s = rotation_s
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self._step_cost = step_cost
         self._clock = clock
+        self._order = PromptOrder()
         self._forks: dict[str, list[Request]] = {}  # id of the first of n -> the others
         self._blocked: Request | None = None  # the first in the queue found no room
+        self._num_overtaking = 0  # tokens of those that were let in past it
 
     @property
     def has_requests(self) -> bool:
@@ -96,6 +98,9 @@ class Scheduler:
     def add(self, requests: Sequence[Request]) -> None:
         """Queue a request; further ones are its siblings and share its prompt's blocks."""
         first, *others = requests
+        self._order.enter(first, self.waiting + self.running)
+        for other in others:
+            other.queued_work = first.queued_work
         insort(self.waiting, first, key=_order)
         if others:
             self._forks[first.request_id] = others
@@ -105,26 +110,30 @@ class Scheduler:
 
         The plan is empty when nobody can go on before a transfer has ended.
         """
-        budget = self.max_num_batched_tokens
-        # A long prefill beside decodes would stall them, and have all that start together end
-        # together, so that later steps have nothing but decodes (Sarathi-Serve, section 4).
-        num_decodes = self._num_decodes()
-        if num_decodes and not self._is_burst(num_decodes):
-            room = self.max_mixed_tokens - num_decodes
-            step = _Step(budget, max(1, room, self.max_mixed_tokens // _LEAST_PREFILL_SHARE))
-        else:
-            step = _Step(budget, budget)
-        step.scored_budget = min(budget, self.max_scored_tokens)
+        prompt_budget = self._prompt_budget()
         if self.rotation_s is not None:
             self._rotate(self.rotation_s)
+        step = StepShares(
+            self.kv,
+            self._order,
+            self.running,
+            budget=self.max_num_batched_tokens,
+            prompt_budget=prompt_budget,
+            scored_budget=self.max_scored_tokens,
+        )
         was_preempted = self._plan_running(step)
         if self.waiting and not was_preempted:
             self._admit_waiting(step)
+        step.share_out(self.running)
         if self.waiting:
-            self._trim(step.items)
+            step.trim(self.row_tile)
             spare_blocks = self._blocks_short(self.kv.block_size)
             self.kv.look_ahead(self.waiting[:_LOOK_AHEAD], spare_blocks=spare_blocks)
-        return StepPlan(step.items, self.kv.take_copies())
+        items = step.items(self.running)
+        for item in items:
+            if item.num_tokens > 1:
+                self._order.charge(item.request, item.num_tokens)
+        return StepPlan(items, self.kv.take_copies())
 
     def commit(self, plan: StepPlan) -> None:
         """The plan's tokens were computed; to be called before their successors are appended."""
@@ -163,6 +172,21 @@ class Scheduler:
         request.finish_reason = reason
         request.error = error
 
+    def _prompt_budget(self) -> int:
+        """Most tokens of prompts in the next step."""
+        # A long prefill beside decodes would stall them, and have all that start together end
+        # together, so that later steps have nothing but decodes (Sarathi-Serve, section 4).
+        most, most_s = self.max_num_batched_tokens, _MOST_PROMPT_STEP_S
+        num_decodes = self._num_decodes()
+        if num_decodes:
+            most_s = _MOST_ADDED_S
+            if not self._is_burst(num_decodes):
+                room = self.max_mixed_tokens - num_decodes
+                most = max(1, room, self.max_mixed_tokens // _LEAST_PREFILL_SHARE)
+        if self._step_cost is not None:
+            most = min(most, self._step_cost.most_tokens(most_s, step=_PROMPT_TOKENS_STEP))
+        return most
+
     def _num_decodes(self) -> int:
         return sum(
             request.num_tokens - request.num_computed_tokens == 1 and not request.is_complete
@@ -181,8 +205,8 @@ class Scheduler:
         )
         return blocks <= self.kv.pool.num_available
 
-    def _plan_running(self, step: _Step) -> bool:
-        """Plan the running requests, in order; returns whether one had to be preempted."""
+    def _plan_running(self, step: StepShares) -> bool:
+        """Plan decodes and the oldest prompt, in order; returns whether one had to be preempted."""
         was_preempted = False
         for request in list(self.running):
             if request.status is not RequestStatus.RUNNING:
@@ -190,34 +214,54 @@ class Scheduler:
             if request.is_complete:
                 continue  # its last token is being chosen
             self.kv.advance(request)
-            num_tokens = self._share(request, step)
             # Blocks that only a spill still holds come free by themselves: wait for those.
-            while (
-                not self._plan(request, num_tokens, step) and self.kv.num_blocks_after_spills == 0
-            ):
+            while not step.plan_next(request) and self.kv.num_blocks_after_spills == 0:
                 was_preempted = True
                 if self._preempt_last() is request:
                     break
-        # Requests are planned in order and the last is preempted first: no victim is planned.
-        assert all(item.request.status is RequestStatus.RUNNING for item in step.items)
         return was_preempted
 
-    def _admit_waiting(self, step: _Step) -> None:
+    def _admit_waiting(self, step: StepShares) -> None:
         """Let in those who have room, in order, even if this step takes none of their tokens.
 
-        What of theirs is in a colder tier comes meanwhile.
+        What of theirs is in a colder tier comes meanwhile. Past the first that has no room, those
+        that are much shorter are let in, up to a part of its tokens: it has waited for longer.
         """
         queued_tokens = sum(r.num_tokens - r.num_computed_tokens for r in self.running)
+        was_blocked = self._blocked
         self._blocked = None
-        while self.waiting:
-            request = self.waiting[0]
-            if len(self.running) >= self.max_num_seqs or not self._admit(request, queued_tokens):
-                self._blocked = request
+        num_tried = 0
+        for request in list(self.waiting):
+            if len(self.running) >= self.max_num_seqs or num_tried == _LOOK_AHEAD:
+                self._blocked = self._blocked or request
                 break
-            self.waiting.pop(0)
-            self._start_turn(request)
-            self._plan(request, self._share(request, step), step)
-            queued_tokens += request.num_tokens - request.num_computed_tokens
+            blocked: Request | None = self._blocked
+            if blocked is not None and not self._may_overtake(request, blocked):
+                continue
+            if self._admit(request, queued_tokens):
+                self.waiting.remove(request)
+                self._start_turn(request)
+                if self.kv.num_runnable_tokens(request) == 1:
+                    step.plan_next(request)
+                queued_tokens += request.num_tokens - request.num_computed_tokens
+                if blocked is not None:
+                    self._num_overtaking += request.num_tokens
+            elif blocked is None:
+                self._blocked = request
+                if request is not was_blocked:
+                    self._num_overtaking = 0
+            else:
+                num_tried += 1
+
+    def _may_overtake(self, request: Request, blocked: Request) -> bool:
+        """Whether a request may be let in before one that came earlier and has no room."""
+        if blocked.num_output_tokens or request.priority != blocked.priority:
+            return False
+        num_overtaking = self._num_overtaking + request.num_tokens
+        return (
+            MUCH_LONGER * request.num_tokens <= blocked.num_tokens
+            and _MOST_OVERTAKING * num_overtaking <= blocked.num_tokens
+        )
 
     def _admit(self, request: Request, queued_tokens: int) -> bool:
         """Give a request blocks if there is room for it, and for it and all that run to grow."""
@@ -274,51 +318,6 @@ class Scheduler:
         request.turn_start_s = self._clock()
         request.turn_start_tokens = request.num_tokens
         insort(self.running, request, key=_order)
-
-    def _share(self, request: Request, step: _Step) -> int:
-        """How many tokens of a request the step can take."""
-        num_tokens = self.kv.num_runnable_tokens(request)
-        if num_tokens <= 1:
-            return min(num_tokens, step.budget)
-        if step.computing and self.kv.next_key(request) in step.computing:
-            return 0  # another request computes the same tokens; the next step takes them over
-        return min(num_tokens, step.budget, step.prefill_budget)
-
-    def _plan(self, request: Request, num_tokens: int, step: _Step) -> bool:
-        """Reserve blocks for `num_tokens` and add them; False where there are no blocks."""
-        if not request.is_scored:
-            num_tokens = min(num_tokens, step.scored_budget)
-        if num_tokens <= 0:
-            return True
-        if not self.kv.reserve(request, num_tokens):
-            return False
-        step.items.append(StepItem(request, request.num_computed_tokens, num_tokens))
-        step.budget -= num_tokens
-        if not request.is_scored:
-            step.scored_budget -= num_tokens
-        if num_tokens > 1:
-            step.prefill_budget -= num_tokens
-            step.computing.update(self.kv.keys_completed_by(request, num_tokens))
-        return True
-
-    def _trim(self, items: list[StepItem]) -> None:
-        """Take the tokens off a step that are beyond a multiple of `row_tile`.
-
-        They are of the last prompts in it, at most half of all tokens of prompts; their blocks
-        stay reserved.
-        """
-        num_tokens = sum(item.num_tokens for item in items)
-        num_prompt_tokens = sum(item.num_tokens for item in items if item.num_tokens > 1)
-        excess = num_tokens % self.row_tile
-        if num_tokens < self.row_tile or 2 * excess > num_prompt_tokens:
-            return
-        for index in range(len(items) - 1, -1, -1):
-            item = items[index]
-            if item.num_tokens > 1:
-                cut = min(excess, item.num_tokens)
-                items[index] = replace(item, num_tokens=item.num_tokens - cut)
-                excess -= cut
-        items[:] = [item for item in items if item.num_tokens > 0]
 
     def _rotate(self, rotation_s: float) -> None:
         """For each request that has waited for its first token for long, end the oldest turn.

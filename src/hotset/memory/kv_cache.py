@@ -220,11 +220,19 @@ class KVCache:
             return None
         return request.block_hashes[index]
 
-    def keys_completed_by(self, request: Request, num_tokens: int) -> list[bytes]:
-        """Keys of the blocks that are full once `num_tokens` more are computed."""
+    def key_within(self, request: Request) -> bytes | None:
+        """Key of the block that the request has computed a part of; None between blocks."""
+        index, offset = divmod(request.num_computed_tokens, self.block_size)
+        self._extend_hashes(request)
+        if not offset or index >= len(request.block_hashes):
+            return None
+        return request.block_hashes[index]
+
+    def keys_reached_by(self, request: Request, num_tokens: int) -> list[bytes]:
+        """Keys of the blocks that the next `num_tokens` are in."""
         start = request.num_computed_tokens
-        end = start + num_tokens
-        return request.block_hashes[start // self.block_size : end // self.block_size]
+        end = self.num_blocks_for(start + num_tokens)
+        return request.block_hashes[start // self.block_size : end]
 
     def can_park(self, victim: Request, running: Sequence[Request], more_tokens: int) -> bool:
         """Whether host memory, beside what it keeps, has room for `victim`, one that runs.
@@ -253,6 +261,12 @@ class KVCache:
         if request.arriving or request.arrived:
             limit = min(limit, min((*request.arriving, *request.arrived)) * self.block_size)
         return limit - request.num_computed_tokens
+
+    def num_lacking_tokens(self, request: Request) -> int:
+        """Tokens the request has to compute, about: what is there or arriving counts as blocks."""
+        num_there = len(request.arriving) + len(request.arrived)
+        lacking = request.num_tokens - request.num_computed_tokens - num_there * self.block_size
+        return max(1, lacking)
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
         """Make room to write `num_tokens` more; False (nothing changed) if there is none.

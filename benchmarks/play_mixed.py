@@ -1,0 +1,118 @@
+"""First tokens of short prompts among long ones, by the real scheduler on an H200's step times.
+
+As `play_schedule.py`, whose model, sizes and step times these are, but requests come by a clock:
+short ones of 100 tokens at random, 20 a second, and long ones of 7,000 that come `--num-long` at
+once, every four seconds. No GPU is needed.
+
+    python benchmarks/play_mixed.py --label after --out benchmarks/results/play_mixed.json
+
+Adds its figures to FILE under the label.
+"""
+
+import argparse
+import json
+import random
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from play_schedule import ALL_BLOCKS, BLOCK_BYTES, VOCAB_SIZE, make_model, step_ms
+
+from hotset.config import GIB, EngineConfig
+from hotset.engine.engine import Engine
+from hotset.model.loader import LoadedModel
+from hotset.request import SamplingParams, StepPlan
+
+SECONDS = 40.0
+SHORT_RATE, SHORT_TOKENS, SHORT_OUTPUT = 20.0, 100, 64
+LONG_EVERY_S, LONG_TOKENS, LONG_OUTPUT = 4.0, 7000, 64
+
+
+def arrivals(num_long: int) -> list[tuple[float, str]]:
+    """When requests come, and of which kind."""
+    rng = random.Random(0)
+    found, now_s = [], 0.0
+    while (now_s := now_s + rng.expovariate(SHORT_RATE)) < SECONDS:
+        found.append((now_s, "short"))
+    for i in range(int(SECONDS / LONG_EVERY_S)):
+        found += [(1.0 + i * LONG_EVERY_S, "long")] * num_long
+    return sorted(found)
+
+
+def play(loaded: LoadedModel, num_long: int) -> dict[str, Any]:
+    """All arrivals through a fresh engine, to their ends."""
+    engine = Engine(
+        EngineConfig(
+            device="cpu",
+            dtype="float32",
+            hot_gib=(ALL_BLOCKS + 0.5) * BLOCK_BYTES / GIB,
+            max_num_batched_tokens=8192,
+            max_mixed_tokens=1024,
+            max_model_len=8192,
+        ),
+        loaded,
+    )
+    engine.scheduler.bursts, engine.scheduler.row_tile = True, 256  # as on a GPU
+    now_s = 0.0
+    tokens_s: dict[str, list[float]] = {}
+
+    def forward(plan: StepPlan, previous: Any = None, when_ready: Any = lambda: None) -> Any:
+        nonlocal now_s
+        when_ready()
+        now_s += step_ms(plan) / 1e3
+        for item in plan.items:
+            if item.samples:
+                tokens_s.setdefault(item.request.request_id, []).append(now_s)
+        return torch.zeros(sum(item.samples for item in plan.items), VOCAB_SIZE)
+
+    engine._runner.forward = forward  # type: ignore[method-assign]
+    rng = random.Random(1)
+    sent: dict[str, tuple[float, str]] = {}
+    waiting = arrivals(num_long)[::-1]
+    while waiting or engine.has_work:
+        if waiting and not engine.has_work:
+            now_s = max(now_s, waiting[-1][0])
+        while waiting and waiting[-1][0] <= now_s:
+            sent_s, kind = waiting.pop()
+            is_long = kind == "long"
+            prompt = [
+                rng.randrange(VOCAB_SIZE) for _ in range(LONG_TOKENS if is_long else SHORT_TOKENS)
+            ]
+            params = SamplingParams(
+                max_tokens=LONG_OUTPUT if is_long else SHORT_OUTPUT, ignore_eos=True
+            )
+            sent[engine.add_request(prompt, params)] = sent_s, kind
+        engine.step()
+    engine.close()
+    found: dict[str, Any] = {"num_long": num_long, "seconds": round(now_s, 2)}
+    for kind in ("short", "long"):
+        ids = [request_id for request_id, (_, one) in sent.items() if one == kind]
+        ttft_s = [tokens_s[one][0] - sent[one][0] for one in ids]
+        gaps_s = [b - a for one in ids for a, b in pairwise(tokens_s[one])]
+        for name, values in (("ttft_ms", ttft_s), ("gap_ms", gaps_s)):
+            if values:
+                found[f"{kind}_{name}"] = {
+                    f"p{p}": round(1e3 * float(np.percentile(values, p)), 1) for p in (50, 90, 99)
+                }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--label", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    loaded = make_model()
+    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    record[arguments.label] = {"command": "python " + " ".join(sys.argv), "runs": []}
+    for num_long in (0, 1, 4, 10):
+        record[arguments.label]["runs"].append(play(loaded, num_long))
+        print(record[arguments.label]["runs"][-1], flush=True)
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
