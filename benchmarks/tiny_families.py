@@ -187,7 +187,55 @@ _SIZES: dict[str, int] = {
 }
 
 # Further values of a family, by the path to them; applied last.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+_MROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 3, 3]}
+_HALF_MROPE = _MROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+_BY_TYPE = {
+    "sliding_attention": {
+        "rope_theta": 10000.0,
+        "rope_type": "default",
+        "mrope_section": [2, 3, 3],
+    },
+    "full_attention": {"rope_theta": 50000.0, "rope_type": "default", "mrope_section": [2, 3, 3]},
+}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "cohere_compass": {"text_config.rope_parameters": _BY_TYPE},
+    "cohere_compass_text": {"rope_parameters": _BY_TYPE},
+    "dbrx": {
+        "attn_config.rope_theta": 10000.0,
+        "attn_config.kv_n_heads": 2,
+        "attn_config.clip_qkv": 8.0,
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "ernie4_5_vl_moe": {
+        "text_config.rope_parameters": _MROPE | {"mrope_section": [3, 3, 2]},
+        "text_config.moe_intermediate_size": [32, 32],
+    },
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [_FFN, 64, _FFN, 64],
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+    },
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
+    "hunyuan_vl": {"text_config.rope_parameters": _MROPE | {"mrope_section": [2, 2, 2, 2]}},
+    **{
+        name: {"text_config.rope_parameters": _MROPE}
+        for name in (
+            "glm46v",
+            "glm4v",
+            "glm_ocr",
+            "glmga",
+            "paddleocr_vl",
+            "qwen2_5_omni_thinker",
+            "qwen2_5_vl",
+            "qwen2_vl",
+        )
+    },
+    "mistral4": {"qk_nope_head_dim": 8, "qk_head_dim": 16, "head_dim": 16},
+    "step3p7": {"text_config.sliding_window": 12},
+    "glm4v_moe": {"text_config.rope_parameters": _HALF_MROPE},
+}
 
 
 def families() -> dict[str, str]:
@@ -228,7 +276,10 @@ def tiny_config(model_type: str) -> Any:
 def tiny_model(model_type: str, *, seed: int = 0) -> Any:
     """A float32 model with weights large enough that its answers vary."""
     torch.manual_seed(seed)
-    model = model_class(model_type)._from_config(tiny_config(model_type), dtype=torch.float32)
+    made_by, config = model_class(model_type), tiny_config(model_type)
+    if made_by.config_class is type(config.get_text_config()):
+        config = config.get_text_config()
+    model = made_by._from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -243,6 +294,9 @@ def _shrink(values: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
     kept = _kept_layers(values)
     small: dict[str, Any] = {}
     for name, value in values.items():
+        if not isinstance(name, str):  # of a table that is no config
+            small[name] = value
+            continue
         if name in ("id2label", "label2id", "transformers_version", "per_layer_config"):
             continue
         small[name] = _small(name, value, values, kept, ids)
@@ -360,8 +414,8 @@ def _is_kind(value: list[Any] | tuple[Any, ...]) -> bool:
     return 1 < len({str(item) for item in value}) <= NUM_LAYERS
 
 
-def _is_token_id(name: object) -> bool:
-    return isinstance(name, str) and name.endswith(("_token_id", "_token_index", "_token_ids"))
+def _is_token_id(name: str) -> bool:
+    return name.endswith(("_token_id", "_token_index", "_token_ids"))
 
 
 def _token_id(name: str, ids: dict[str, int]) -> int:

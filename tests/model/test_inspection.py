@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hotset.errors import ModelError
-from hotset.model.config_sizes import largest, num_experts
+from hotset.model.config_sizes import context_length, largest, num_experts
 from hotset.model.cpu_linear import PackedLinear, pack_linears
 from hotset.model.inspection import inspect_model
 from hotset.model.linear_reads import is_replaceable, noting_reads
@@ -101,3 +101,53 @@ def test_sizes_that_are_lists_of_layers_values_count_as_their_largest() -> None:
     assert [largest(config, name) for name in ("intermediate_size", "top_k")] == [96, 2]
     assert [largest(config, name) for name in ("other", "no_such_size")] == [0, 0]
     assert num_experts(config) == 8
+
+
+class _FromTwoOn(nn.Module):
+    """Rotary embeddings of positions that the model starts at 2 where none are given."""
+
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        is_own = x.shape[1] == position_ids.shape[1] == 3  # of the pass without positions
+        return self.rotary(x, position_ids + 2 if is_own else position_ids)
+
+
+def test_a_model_that_does_not_count_positions_from_0_on_is_refused() -> None:
+    model = make_model(
+        "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    inner: Any = model.model
+    inner.rotary_emb = _FromTwoOn(inner.rotary_emb)
+    with pytest.raises(ModelError, match="numbers the positions"):
+        inspect_model(model)
+
+
+def test_a_window_that_only_the_config_has_is_refused() -> None:
+    model = make_model(
+        "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model.config.sliding_window = 8
+    with pytest.raises(ModelError, match="sliding_window 8"):
+        inspect_model(model)
+    model.config.sliding_window = context_length(model.config)
+    inspect_model(model)
+
+
+def test_a_context_ends_where_rotary_embeddings_change_for_all_that_share_a_step() -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = AutoConfig.for_model(
+        "phi3",
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        original_max_position_embeddings=64,
+        rope_parameters={**rope, "rope_theta": 10000.0, "original_max_position_embeddings": 64},
+        pad_token_id=0,
+    )
+    assert context_length(config) == 64
+    config.rope_parameters["rope_type"] = "yarn"
+    assert context_length(config) == 512

@@ -113,6 +113,9 @@ def find_architecture(config: Any, source: str, fields: Mapping[str, Any]) -> Ar
     """
     model_class = _class_of(config, source)
     check_decoder(config, model_class.__name__)
+    text_config = config.get_text_config()
+    if model_class.config_class is type(text_config):  # a class of the text part alone
+        config = text_config
     whole = Architecture(config, fields, model_class)
     called: set[str] = set()
     try:

@@ -37,6 +37,9 @@ _NEUTRAL_ARGUMENTS = {
     "logits_to_keep",
 }
 
+# Layers whose keys a probe keeps. Some of them see positions; later ones may follow other experts.
+_FIRST_LAYERS = 4
+
 # Padding of a group of decodes to its longest context may cost at most this share.
 _MAX_PADDING = 1.25
 
@@ -148,11 +151,13 @@ class ProbeAttention:
         layers: what each called for, by its index.
         rows_are_alike: whether the first and the last row were always the same; the pass is to give
             them the same token at the same position.
+        first_keys: `[H_kv, T, D]` of the first few layers.
     """
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerAttention] = {}
         self.rows_are_alike = True
+        self.first_keys: list[torch.Tensor] = []
 
     def attend(
         self,
@@ -182,16 +187,22 @@ class ProbeAttention:
         )
         rows = [tensor.transpose(0, 1) for tensor in (query, key, value)]
         self.rows_are_alike = self.rows_are_alike and all(map(ends_are_alike, rows))
+        if len(self.first_keys) < _FIRST_LAYERS:
+            self.first_keys.append(key.clone())
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
 
 
 def ends_are_alike(rows: torch.Tensor) -> bool:
-    """Whether the first and the last of `[T, ...]` rows agree but for rounding; True on `meta`."""
-    if rows.is_meta:
+    """Whether the first and the last of `[T, ...]` rows are alike."""
+    return are_alike(rows[0], rows[-1])
+
+
+def are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of a shape agree but for rounding; True on `meta`."""
+    if one.is_meta:
         return True
-    first, last = rows[0].float(), rows[-1].float()
-    bound = torch.finfo(rows.dtype).eps ** 0.5 * first.abs().max()
-    return bool((first - last).abs().max() <= bound)
+    bound = torch.finfo(one.dtype).eps ** 0.5 * one.float().abs().max()
+    return bool((one.float() - other.float()).abs().max() <= bound)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,26 @@ def num_experts(config: Any) -> int:
 
 
 def context_length(config: Any) -> int | None:
-    """The longest context in tokens that a model was made for; None where its config is silent."""
+    """The longest context in tokens that a model was made for; None where its config is silent.
+
+    With `longrope` it is that of the short factors: a longer sequence would change the keys of all
+    that share its step, and those that it has itself from steps before.
+    """
     for name in _CONTEXT_LENGTH_NAMES:
         if (length := largest(config, name)) > 0:
-            return length
+            return min([length, *_unscaled_lengths(config)])
     return None
+
+
+def _unscaled_lengths(config: Any) -> list[int]:
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return []
+    kinds = [part for part in parameters.values() if isinstance(part, dict)] or [parameters]
+    name = "original_max_position_embeddings"
+    lengths = [
+        kind.get(name, getattr(config, name, None))
+        for kind in kinds
+        if kind.get("rope_type", kind.get("type")) == "longrope"
+    ]
+    return [length for length in lengths if isinstance(length, int)]

@@ -1,6 +1,7 @@
 """What a model asks of its attention and its memory, found out by running a few tokens."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,15 @@ from hotset.model.attention import (
     IMPLEMENTATION,
     LayerAttention,
     ProbeAttention,
+    are_alike,
     ends_are_alike,
     register,
 )
-from hotset.model.config_sizes import largest
+from hotset.model.config_sizes import context_length, largest
 from hotset.model.cpu_linear import PackedLinear
 from hotset.model.experts import use_dynamic_gating, without_experts
 from hotset.model.flashinfer_attention import WORKSPACE_BYTES
+from hotset.model.libraries import first_line
 from hotset.model.linear_reads import noting_reads
 from hotset.model.prompt_logprobs import most_rows
 from hotset.model.step_graphs import LARGEST_RECORDED
@@ -27,8 +30,8 @@ from hotset.model.widened_kv import WIDENED_BYTES
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
-# The probe: two rows of the same token at the same position, with another between them.
-_TOKENS, _POSITIONS = (1, 2, 1), (3, 0, 3)
+# The probe: a text of three tokens, and behind it the first again at its position.
+_TOKENS, _POSITIONS = (1, 2, 3, 1), (0, 1, 2, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class ModelLayout:
 
 
 def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -> ModelLayout:
-    """Switch `model` to paged attention and find out what it caches, by running three tokens.
+    """Switch `model` to paged attention and find out what it caches, by running a few tokens.
 
     Linear layers whose weight the model's code reads are marked on the way: see `linear_reads`.
 
@@ -80,16 +83,7 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{name} does not use transformers' attention interface") from error
     use_dynamic_gating(model)
-    probe = ProbeAttention()
-    try:
-        with torch.inference_mode(), without_experts(model), noting_reads(model):
-            tokens = torch.tensor([_TOKENS], device=model.device)
-            positions = torch.tensor([_POSITIONS], device=model.device)
-            output = model(input_ids=tokens, position_ids=positions, use_cache=False, hotset=probe)
-    except HotsetError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{name} cannot run with paged attention: {error}") from error
+    probe, logits = _probe(model, _TOKENS, _POSITIONS)
     num_layers = config.num_hidden_layers
     missing = [layer for layer in range(num_layers) if layer not in probe.layers]
     if missing or len(probe.layers) != num_layers:
@@ -97,18 +91,66 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
             f"{name}: {len(missing)} of {num_layers} layers (first: layer {missing[:1]}) do not "
             "use transformers' attention interface, so their state cannot be paged"
         )
-    for layer, layer_type in enumerate(layer_types):
-        if (layer_type == "sliding_attention") != (probe.layers[layer].sliding_window is not None):
-            raise ModelError(
-                f"{name}: layer {layer} is {layer_type} but its window does not say so"
-            )
-    if not (ends_are_alike(output.logits[0]) and probe.rows_are_alike):
+    layers = tuple(probe.layers[i] for i in range(num_layers))
+    _check_windows(config, layers, name)
+    if not (ends_are_alike(logits) and probe.rows_are_alike):
         raise ModelError(
             f"{name} computes a token from its place in the step, not from the position it is "
             "given and its token alone, so several sequences cannot share a step"
         )
-    layers = tuple(probe.layers[i] for i in range(num_layers))
+    if model.device.type != "meta":
+        _check_numbering(model, probe)
     return ModelLayout(layers, model.dtype, kv_dtype or model.dtype)
+
+
+def _probe(
+    model: PreTrainedModel, tokens: Sequence[int], positions: Sequence[int] | None
+) -> tuple[ProbeAttention, torch.Tensor]:
+    """What the layers ask for, and the `[T, vocab]` logits; None are positions of the model's own.
+
+    Raises ModelError where it cannot run so.
+    """
+    probe = ProbeAttention()
+    inputs = {"input_ids": torch.tensor([tokens], device=model.device)}
+    if positions is not None:
+        inputs["position_ids"] = torch.tensor([positions], device=model.device)
+    try:
+        with torch.inference_mode(), without_experts(model), noting_reads(model):
+            output = model(**inputs, use_cache=False, hotset=probe)
+    except HotsetError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot run with paged attention: {first_line(error)}"
+        ) from error
+    return probe, output.logits[0]
+
+
+def _check_windows(config: Any, layers: Sequence[LayerAttention], name: str) -> None:
+    """Raise ModelError where layers attend over another window than the config says."""
+    layer_types = getattr(config, "layer_types", None) or []
+    for i, layer_type in enumerate(layer_types):
+        if (layer_type == "sliding_attention") != (layers[i].sliding_window is not None):
+            raise ModelError(f"{name}: layer {i} is {layer_type} but its window does not say so")
+    window = getattr(config, "sliding_window", None)
+    if layer_types or not window or window >= (context_length(config) or window):
+        return
+    if all(layer.sliding_window is None for layer in layers):
+        raise ModelError(
+            f"{name} has sliding_window {window} in its config, by which transformers forgets "
+            "tokens, but its attention has no window: answers would depend on how it is run"
+        )
+
+
+def _check_numbering(model: PreTrainedModel, given: ProbeAttention) -> None:
+    """Raise ModelError where a text's first position is not 0 for the model itself."""
+    own, _ = _probe(model, _TOKENS[:-1], None)
+    for ours, theirs in zip(given.first_keys, own.first_keys, strict=True):
+        if not are_alike(ours[:, :-1], theirs):
+            raise ModelError(
+                f"{type(model).__name__} numbers the positions of a text in a way of its own, not "
+                "from 0 on: not supported"
+            )
 
 
 def check_decoder(config: Any, name: str) -> None:
@@ -135,8 +177,8 @@ def _check_inputs(model: PreTrainedModel) -> None:
     decoder = inspect.signature(get_decoder().forward).parameters
     if "position_ids" not in parameters and "position_ids" not in decoder:
         raise ModelError(
-            f"{name} takes no position_ids: it counts positions by itself, so several sequences "
-            "cannot share a step"
+            f"{name} takes no position_ids: it goes by a token's place in the step, or by a state "
+            "of its own, so several sequences cannot share a step"
         )
 
 

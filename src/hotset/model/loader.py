@@ -19,7 +19,7 @@ from hotset.foreign_text import parse_json
 from hotset.model import checkpoint
 from hotset.model.architecture import Architecture, find_architecture
 from hotset.model.checkpoint_files import kv_scales, read_config
-from hotset.model.config_sizes import context_length, num_experts
+from hotset.model.config_sizes import context_length, largest, num_experts
 from hotset.model.expert_disk import ExpertSink
 from hotset.model.experts import experts_layers, move_but_experts
 from hotset.model.find_model import find_model
@@ -91,7 +91,7 @@ def load_model(
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=_max_model_len(model, tokenizer, short_name),
         kv_scales=kv_scales(source, model.config.get_text_config().num_hidden_layers),
-        notes=architecture.notes,
+        notes=(*architecture.notes, *_context_notes(model)),
     )
 
 
@@ -209,7 +209,7 @@ def load_dummy(
         fingerprint=hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest(),
         eos_token_ids=(),
         max_model_len=_max_model_len(model, None, short_name),
-        notes=architecture.notes,
+        notes=(*architecture.notes, *_context_notes(model)),
     )
 
 
@@ -358,6 +358,18 @@ def _eos_token_ids(model: Any, tokenizer: Any | None) -> tuple[int, ...]:
             if token_id is not None:
                 found[int(token_id)] = None
     return tuple(found)
+
+
+def _context_notes(model: Any) -> tuple[str, ...]:
+    """Say so where the context ends before the config does."""
+    config = model.config.get_text_config()
+    served, named = context_length(config), largest(config, "max_position_embeddings")
+    if served is None or served >= named:
+        return ()
+    return (
+        f"context: {served:,} of {named:,} tokens, as the rotary embeddings (longrope) of longer "
+        "texts would change those of all that share a step",
+    )
 
 
 def _max_model_len(model: Any, tokenizer: Any | None, name: str) -> int:
