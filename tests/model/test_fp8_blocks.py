@@ -22,6 +22,7 @@ from hotset.model.expert_disk import ExpertSink, layout_of
 from hotset.model.experts import experts_layers
 from hotset.model.fp8_blocks import dequantise
 from hotset.model.loader import load_model
+from hotset.model.merged_linear import MergedLinear
 
 Tensors = dict[str, torch.Tensor]
 TOKENS = torch.arange(3, 30).unsqueeze(0)
@@ -130,6 +131,27 @@ def test_blocks_are_rounded_again_for_8_bit_products(family: str, tmp_path: Path
     loaded, plain = load(tmp_path), load(tmp_path / "plain")
 
     torch.testing.assert_close(logits(loaded), logits(plain))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama", "qwen3_moe"])
+def test_blocks_are_dequantised_on_a_gpu(family: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"hidden_size": 192}
+    if family == "deepseek_v3":
+        changes = {"kv_lora_rank": 512, **DEEPSEEK}
+    wide = save_in_blocks(make_model(family, **changes), tmp_path)
+    expected = expected_model(tmp_path, wide).to(torch.bfloat16).state_dict()
+
+    model = load_model(str(tmp_path), device="cuda", dtype="bfloat16").model
+
+    for name, tensor in expected.items():
+        path, _, last = name.rpartition(".")
+        layer, rows = model.get_submodule(path), slice(None)
+        if isinstance(layer, MergedLinear):
+            layer, rows = layer.whole, layer.columns
+        found = getattr(layer, last)[rows]
+        assert found.is_cuda and torch.equal(found.cpu().to(tensor.dtype), tensor), name
 
 
 def test_one_scale_for_a_weight_and_inputs_that_were_scaled(tmp_path: Path) -> None:
