@@ -72,6 +72,24 @@ def test_biases_and_the_generation_config_arrive_too(tmp_path: Path) -> None:
     assert loaded.generation_config.eos_token_id == [7, 9]
 
 
+def test_biases_of_merged_8_bit_layers_arrive(tmp_path: Path) -> None:
+    model = make_model("llama", model_type="qwen2")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+
+    loaded = in_place(tmp_path, fp8=True)
+
+    attention, expected = loaded.model.layers[1].self_attn, model.model.layers[1].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        layer = getattr(attention, name)
+        assert torch.equal(layer.whole.bias[layer.columns], getattr(expected, name).bias)
+    exact = logits(model)
+    assert (logits(loaded) - exact).norm() < 0.15 * exact.norm()  # of rounding
+
+
 def test_a_checkpoint_in_another_dtype_is_converted(tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path)
     loaded = in_place(tmp_path, torch.float16)

@@ -31,6 +31,8 @@ class Fp8Linear(nn.Module):
         device: of the weights, whose values are not set.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -45,7 +47,7 @@ class Fp8Linear(nn.Module):
         scale = torch.empty(out_features, 1, dtype=torch.float32, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
-        self.bias: nn.Parameter | None = None
+        self.register_parameter("bias", None)
         if bias_dtype is not None:
             bias = torch.empty(out_features, dtype=bias_dtype, device=device)
             self.bias = nn.Parameter(bias, requires_grad=False)
