@@ -12,6 +12,7 @@ from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
 from hotset.errors import RequestError
 from hotset.model.json_bounds import JsonBounds
+from hotset.model.json_schema import prepare
 from hotset.model.sampler import Sampler
 from hotset.model.schema_rewrite import _PATTERNS
 from hotset.request import Request, SamplingParams
@@ -231,6 +232,23 @@ def test_dates_and_times_are_those_of_the_calendar(sampler: Sampler) -> None:
         datetime.time.fromisoformat(value)
     for value in values(sampler, {"type": "string", "format": "date", "pattern": "^20"}):
         assert datetime.date.fromisoformat(value).year >= 2000
+
+
+def reference(i: int) -> Json:
+    return {"$ref": f"#/$defs/d{i}"}
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda i: {"allOf": [reference(i), reference(i)]},  # twice as many paths with each level
+        lambda i: {"type": "object", "required": ["n"], "properties": {"n": reference(i)}},
+        lambda i: {"anyOf": [reference(i), reference(i)], "type": ["object", "null"]},
+    ],
+)
+def test_a_schema_of_many_levels_is_looked_at_in_bounds(of: Any) -> None:
+    definitions = {f"d{i}": of(i + 1) for i in range(300)} | {"d300": {"type": "null"}}
+    prepare(json.dumps({**reference(0), "$defs": definitions}))
 
 
 def test_a_set_may_be_any_set(sampler: Sampler) -> None:

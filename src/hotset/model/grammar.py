@@ -14,9 +14,10 @@ import torch
 from llguidance.gbnf_to_lark import any_to_lark
 
 from hotset.errors import RequestError
-from hotset.foreign_text import parse_json
+from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.model import json_schema
 from hotset.model.json_bounds import JsonBounds, JsonPosition, TokenBytes
+from hotset.model.schema_nodes import SchemaError
 from hotset.request import SamplingParams
 
 # Between two JSON tokens: nothing, one space, or a line break with its indentation. Small models
@@ -189,7 +190,7 @@ class Grammars:
             ) from error
         try:
             grammar = _grammar(kind, source)
-        except (ValueError, RecursionError) as error:
+        except (SchemaError, ForeignTextError, _FormError) as error:
             raise RequestError(f"{kind} cannot be used: {_first_line(error)}") from error
         matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
         if matcher.is_error():
@@ -222,27 +223,34 @@ def _dumps(schema: object) -> str:
         ) from error
 
 
+class _FormError(Exception):
+    """A form that cannot be compiled. The message is llguidance's, or one line."""
+
+
 def _grammar(kind: str, source: str) -> str:
-    """What llguidance takes. Raises ValueError."""
+    """What llguidance takes. Raises SchemaError, ForeignTextError and _FormError."""
+    matcher = llguidance.LLMatcher
     match kind:
         case "json_schema":
-            text = llguidance.LLMatcher.grammar_from_json_schema(
-                json_schema.prepare(source), overrides=_COMPILE_OPTIONS
-            )
+            schema = json_schema.prepare(source)
+            try:
+                text = matcher.grammar_from_json_schema(schema, overrides=_COMPILE_OPTIONS)
+            except ValueError as error:
+                raise _FormError(str(error)) from error
         case "regex":
-            text = llguidance.LLMatcher.grammar_from_regex(source)
+            text = matcher.grammar_from_regex(source)
         case "choice":
             texts = parse_json(source)
             if not isinstance(texts, list) or not texts or not all(type(t) is str for t in texts):
-                raise ValueError("expected a list of texts, at least one")
+                raise _FormError("expected a list of texts, at least one")
             quoted = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
-            text = llguidance.LLMatcher.grammar_from_lark(f"start: {quoted}")
+            text = matcher.grammar_from_lark(f"start: {quoted}")
         case "grammar":
             try:
                 lark = any_to_lark(source)
             except Exception as error:  # its parser raises IndexError and others, too
-                raise ValueError(f"expected Lark's notation or GBNF: {error}") from error
-            text = llguidance.LLMatcher.grammar_from_lark(lark)
+                raise _FormError(f"expected Lark's notation or GBNF: {error}") from error
+            text = matcher.grammar_from_lark(lark)
         case _:
             raise AssertionError(kind)
     grammar: str = text

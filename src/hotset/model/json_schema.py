@@ -5,7 +5,7 @@ from typing import Any
 
 from hotset.foreign_text import parse_json
 from hotset.model.schema_exclusion import make_exclusive
-from hotset.model.schema_nodes import LISTED, NAMED, ONE, children, walk
+from hotset.model.schema_nodes import LISTED, NAMED, ONE, SchemaError, children, walk
 from hotset.model.schema_rewrite import refuse, rewrite, rewrite_conditions
 from hotset.model.schema_values import TYPES, type_of, without_endless
 
@@ -38,12 +38,12 @@ def prepare(text: str) -> str:
     Some values that fit may be left out: `schema_rewrite` says which.
 
     Raises:
-        ValueError: the schema is malformed, has a keyword that no grammar can say, or no value
+        SchemaError: the schema is malformed, has a keyword that no grammar can say, or no value
             fits it; one line with the place in the schema.
     """
     schema = parse_json(text)
     if not isinstance(schema, dict):
-        raise ValueError(f"it is of type {type_of(schema)}; expected an object")
+        raise SchemaError(f"it is of type {type_of(schema)}; expected an object")
     for one, path in walk(schema):
         _check_structure(one, path)
     schema.pop("x-guidance", None)  # options of llguidance's own
@@ -63,21 +63,23 @@ def _check_structure(schema: dict[str, Any], path: str) -> None:
     for key, kinds in _KINDS.items():
         if key in schema and not _is_of(schema[key], kinds):
             found = type_of(schema[key])
-            raise ValueError(f"{key!r} at {path} is of type {found}; expected {' or '.join(kinds)}")
+            raise SchemaError(
+                f"{key!r} at {path} is of type {found}; expected {' or '.join(kinds)}"
+            )
     types = schema.get("type", [])
     for name in [types] if isinstance(types, str) else types:
         if name not in TYPES:
             expected = ", ".join(sorted(TYPES))
-            raise ValueError(f"'type' at {path} is {name!r}; expected one of {expected}")
+            raise SchemaError(f"'type' at {path} is {name!r}; expected one of {expected}")
     for name in schema.get("required", ()):
         if not isinstance(name, str):
-            raise ValueError(f"'required' at {path} has {name!r} in it; expected names")
+            raise SchemaError(f"'required' at {path} has {name!r} in it; expected names")
     if "$id" in schema and path != "#":
         raise refuse("$id", path, "is supported at the root only")
     for place, key, step in children(schema):
         if not _is_of(place[key], ("object", "boolean")):
             found = type_of(place[key])
-            raise ValueError(
+            raise SchemaError(
                 f"{path}{step} is of type {found}; expected a schema, which is an object"
             )
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from hotset.model.schema_nodes import Schema, resolve, walk
-from hotset.model.schema_rewrite import refuse
-from hotset.model.schema_values import SchemaValues
+from hotset.model.schema_rewrite import refuse, resolved
+from hotset.model.schema_values import SchemaValues, identity
 
 
 def make_exclusive(root: dict[str, Any]) -> None:
@@ -13,13 +13,16 @@ def make_exclusive(root: dict[str, Any]) -> None:
     Where a property is required by one branch and allowed by another, the other goes without it.
 
     Raises:
-        ValueError: two branches may both fit a value; one line says which and where.
+        SchemaError: two branches may both fit a value; one line says which and where.
     """
     values = SchemaValues(root)
     # What one `oneOf` leaves out must not count as left out where another is looked at.
     found: list[tuple[dict[str, Any], list[Schema]]] = []
     for schema, path in walk(root):
         if "oneOf" not in schema:
+            continue
+        if _is_told_apart(schema["oneOf"], root):
+            found.append((schema, schema["oneOf"]))
             continue
         branches = [one for one in schema["oneOf"] if values.has_value(one)]
         apart = [
@@ -42,6 +45,37 @@ def make_exclusive(root: dict[str, Any]) -> None:
             schema["allOf"] = [*schema.get("allOf", ()), {"anyOf": apart}]
         else:
             schema["anyOf"] = apart
+
+
+def _is_told_apart(branches: list[Schema], root: dict[str, Any]) -> bool:
+    """Whether all branches are other constants, or require a property that is another in each.
+
+    That is how most are told apart, and is seen without comparing each with each.
+    """
+    targets = [resolved(branch, root) for branch in branches]
+    constants = [one for target in targets for one in _constants(target)]
+    if all(map(_constants, targets)):
+        return len(set(constants)) == len(constants)
+    if not all(isinstance(target, dict) and target.get("type") == "object" for target in targets):
+        return False
+    for name in _required(targets[0], root):
+        seen: set[str] = set()
+        for target in targets:
+            property_ = (target.get("properties") or {}).get(name)
+            constant = property_.get("const") if isinstance(property_, dict) else None
+            if constant is None or name not in _required(target, root):
+                break
+            seen.add(identity(constant))
+        else:
+            return len(seen) == len(targets)
+    return False
+
+
+def _constants(schema: Any) -> list[str]:
+    if not isinstance(schema, dict):
+        return []
+    values = [schema["const"]] if "const" in schema else schema.get("enum", [])
+    return [identity(value) for value in values]
 
 
 def _pairs(number: int) -> list[tuple[int, int]]:

@@ -6,6 +6,11 @@ from urllib.parse import unquote
 
 Schema = dict[str, Any] | bool
 
+
+class SchemaError(Exception):
+    """A schema that cannot be followed. The message is one line, with the place in the schema."""
+
+
 LISTED = ("allOf", "anyOf", "oneOf", "prefixItems")
 ONE = (
     *("additionalProperties", "unevaluatedProperties", "propertyNames"),

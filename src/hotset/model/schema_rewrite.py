@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from hotset.model.schema_negation import CannotNegateError, negate
-from hotset.model.schema_nodes import CONSTRAINTS, Schema, resolve
+from hotset.model.schema_nodes import CONSTRAINTS, Schema, SchemaError, resolve
 from hotset.model.schema_values import identity
 
 Node = dict[str, Any]
@@ -46,7 +46,7 @@ def rewrite_conditions(schema: Node, path: str, root: Node) -> None:
     This keeps all values. It comes before what leaves some out: the opposite of fewer is more.
 
     Raises:
-        ValueError: the opposite cannot be said; one line with the path.
+        SchemaError: the opposite cannot be said; one line with the path.
     """
     if "not" in schema:
         _and(schema, _negated(schema.pop("not"), "not", path, root))
@@ -63,7 +63,7 @@ def rewrite(schema: Node, path: str, root: Node) -> None:
     """Say the keywords of one schema by those that a grammar has, in place; not those below it.
 
     Raises:
-        ValueError: one cannot be said so; one line with its path.
+        SchemaError: one cannot be said so; one line with its path.
     """
     for step in (
         _drop_what_says_nothing,
@@ -77,9 +77,9 @@ def rewrite(schema: Node, path: str, root: Node) -> None:
         step(schema, path, root)
 
 
-def refuse(keyword: str, path: str, why: str = "is not supported") -> ValueError:
+def refuse(keyword: str, path: str, why: str = "is not supported") -> SchemaError:
     """The error for a keyword."""
-    return ValueError(f"{keyword!r} at {path} {why}")
+    return SchemaError(f"{keyword!r} at {path} {why}")
 
 
 def _drop_what_says_nothing(schema: Node, path: str, root: Node) -> None:
@@ -147,7 +147,7 @@ def _rewrite_names(schema: Node, path: str, root: Node) -> None:
     """`propertyNames`, where all properties are named by it."""
     if "propertyNames" not in schema:
         return
-    names = _resolved(schema["propertyNames"], root)
+    names = resolved(schema["propertyNames"], root)
     checks = names.keys() & CONSTRAINTS - {"type"} if isinstance(names, dict) else set()
     if isinstance(names, dict) and names.get("type", "string") != "string":
         raise refuse("propertyNames", path, "has a type that no name has")
@@ -208,7 +208,7 @@ def _rewrite_unique_items(schema: Node, path: str, root: Node) -> None:
     if "uniqueItems" not in schema:
         return
     most, least = schema.get("maxItems"), schema.get("minItems", 0)
-    items = _resolved(schema.get("items"), root)
+    items = resolved(schema.get("items"), root)
     values = items.get("enum") if isinstance(items, dict) else None
     if isinstance(items, dict) and items.get("type") == "boolean":
         values = [False, True]
@@ -245,7 +245,7 @@ def _rewrite_unique_items(schema: Node, path: str, root: Node) -> None:
 _OTHER_THAN_ARRAY = ["null", "boolean", "number", "string", "object"]
 
 
-def _resolved(schema: Any, root: Node) -> Any:
+def resolved(schema: Any, root: Node) -> Any:
     """What a schema that is but a reference points at."""
     for _ in range(8):
         if not isinstance(schema, dict) or schema.keys() & CONSTRAINTS != {"$ref"}:

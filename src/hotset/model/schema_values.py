@@ -6,11 +6,15 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from hotset.model.schema_nodes import Schema, children, resolve, walk
+from hotset.model.schema_nodes import Schema, SchemaError, children, resolve, walk
 
 TYPES = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
-_MAX_GOALS = 2000
+_MAX_GOALS = 5000
+_MAX_ALL_GOALS = 30_000
+_MAX_OPENED, _MAX_ALL_OPENED = 10_000, 300_000  # schemas, for one answer and for all
+_MOST_STEPS = 12  # of a path that is shown
 _MAX_ALTERNATIVES = 64
+_MAX_DEPTH = 64  # of references and allOf within each other, with no value in between
 
 Flat = tuple[dict[str, Any], ...]  # schemas that hold together, references and allOf opened up
 Goal = tuple[int, ...]  # ids of schemas that one value has to fit, all of them
@@ -37,28 +41,22 @@ class SchemaValues:
         self._root = root
         self._schemas: dict[int, Schema] = {}
         self._known: dict[Goal, bool] = {}
+        self._num_looked_at = self._num_opened = self._most_opened = 0
 
     def has_value(self, *schemas: Schema) -> bool:
         """Whether there may be a value that fits all of `schemas`."""
         goal = self._goal(schemas)
-        try:
-            changed = not self._known.get(goal, False)
-            while changed:
-                num_known, changed = len(self._known), False
-                for one in list(self._known):
-                    if not self._known[one] and self._holds(one):
-                        self._known[one] = changed = True
-                changed = (changed or len(self._known) > num_known) and not self._known[goal]
-                if len(self._known) > _MAX_GOALS:
-                    raise _TooComplexError
-        except (_TooComplexError, RecursionError):
-            return True
+        if goal not in self._known:
+            try:
+                self._find_out(goal)
+            except (_TooComplexError, RecursionError):
+                self._known[goal] = True
         return self._known[goal]
 
     def where_endless(self, schema: Schema) -> str:
         """The path, through required parts, to where a schema without a value comes to its end."""
         path, seen, goal = "#", set(), self._goal((schema,))
-        while goal not in seen:
+        while goal not in seen and path.count("/") < _MOST_STEPS:
             seen.add(goal)
             for alternative in self._alternatives(goal):
                 for step, part in self._parts(alternative):
@@ -71,28 +69,55 @@ class SchemaValues:
     def _goal(self, schemas: Iterable[Schema]) -> Goal:
         some = {id(schema): schema for schema in schemas if schema is not True}
         self._schemas.update(some)
-        goal = tuple(sorted(some))
-        self._known.setdefault(goal, not goal)
-        return goal
+        return tuple(sorted(some))
 
-    def _holds(self, goal: Goal) -> bool:
+    def _find_out(self, goal: Goal) -> None:
+        """Fill in `_known` for a goal and what it leads to."""
+        self._most_opened = min(self._num_opened + _MAX_OPENED, _MAX_ALL_OPENED)
+        ways: dict[Goal, list[list[Goal]]] = {}
+        todo = [goal]
+        while todo:
+            one = todo.pop()
+            if one in ways or one in self._known:
+                continue
+            self._num_looked_at += 1
+            if len(ways) > _MAX_GOALS or self._num_looked_at > _MAX_ALL_GOALS:
+                raise _TooComplexError
+            ways[one] = self._ways(one)
+            if [] not in ways[one]:
+                todo += [part for way in ways[one] for part in way]
+        reached: set[Goal] = set()
+        changed = True
+        while changed:
+            changed = False
+            for one in reversed(ways):  # what is met later is needed by what is met before
+                if one not in reached and any(
+                    all(part in reached or self._known.get(part, False) for part in way)
+                    for way in ways[one]
+                ):
+                    reached.add(one)
+                    changed = True
+        self._known.update((one, one in reached) for one in ways)
+
+    def _ways(self, goal: Goal) -> list[list[Goal]]:
+        """What has to have a value for `goal` to have one: any of these lists, all of it."""
+        ways: list[list[Goal]] = []
         for alternative in self._alternatives(goal):
+            if not alternative:
+                return [[]]
             types = _types_of(alternative)
             values = _constants_of(alternative)
             if values is not None:
                 if any(_fits(value, alternative, types) for value in values):
-                    return True
+                    return [[]]
                 continue
-            if any(
-                _type_has_value(kind, alternative) for kind in types - {"array", "object"}
-            ) or any(
-                kind in types
-                and _type_has_value(kind, alternative)
-                and all(self._known[part] for _, part in self._parts(alternative, kind))
-                for kind in ("array", "object")
-            ):
-                return True
-        return False
+            for kind in types:
+                if not _type_has_value(kind, alternative):
+                    continue
+                if kind not in ("array", "object"):
+                    return [[]]
+                ways.append([part for _, part in self._parts(alternative, kind)])
+        return ways
 
     def _alternatives(self, goal: Goal) -> Iterator[Flat]:
         opened = [self._open(self._schemas[one], frozenset()) for one in goal]
@@ -108,16 +133,18 @@ class SchemaValues:
             return []
         if not isinstance(schema, dict):
             return [()]
+        self._num_opened += 1
+        if self._num_opened > self._most_opened or len(path) > _MAX_DEPTH:
+            raise _TooComplexError
         path = path | {id(schema)}
         groups: list[list[Flat]] = []
         if isinstance(reference := schema.get("$ref"), str):
             target = resolve(self._root, reference)
             groups.append([()] if target is None else self._open(target, path))
-        if isinstance(some := schema.get("allOf"), list):
-            groups += [self._open(one, path) for one in some]
+        groups += [self._open(one, path) for one in _list(schema, "allOf")]
         for key in ("anyOf", "oneOf"):
-            if isinstance(some := schema.get(key), list):
-                groups.append([way for one in some for way in self._open(one, path)])
+            if key in schema:
+                groups.append([way for one in _list(schema, key) for way in self._open(one, path)])
         ways: list[Flat] = [(schema,)]
         for group in groups:
             ways = [(*way, *more) for way in ways for more in group]
@@ -146,12 +173,12 @@ def without_endless(root: dict[str, Any]) -> None:
     A grammar would lead into it, and there would be no way out.
 
     Raises:
-        ValueError: no value fits `root` itself; one line says where.
+        SchemaError: no value fits `root` itself; one line says where.
     """
     values = SchemaValues(root)
     if not values.has_value(root):
         where = values.where_endless(root)
-        raise ValueError(
+        raise SchemaError(
             f"no value can fit it: what is required at {where} contradicts itself or needs itself "
             "again without end"
         )
