@@ -8,10 +8,12 @@ import pytest
 import tiny_families
 import torch
 import transformers
+from tiny_tokenizer import make_tokenizer
 
 from hotset.errors import ModelError
 from hotset.model.architecture import find_architecture
 from hotset.model.loader import load_dummy, load_model
+from hotset.model.prompt import PromptEncoder
 
 REFUSED = {
     "mamba2": "layers of type linear_attention",
@@ -91,3 +93,20 @@ def test_layers_that_a_model_reads_are_known_from_its_config() -> None:
     with torch.device("meta"):
         made = found.make(torch.float32)
     assert all(made.get_submodule(path).is_read_by_model for path in found.read_layers)
+
+
+def test_a_processors_template_is_the_chat_template(tmp_path: Path) -> None:
+    tiny_families.tiny_model("mistral3").save_pretrained(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+
+    encoder = PromptEncoder(load_model(str(tmp_path), device="cpu", dtype="float32"))
+
+    ids = encoder.encode_chat([{"role": "user", "content": "The cat"}])
+    assert encoder.decode(ids) == "The cat"
+    (tmp_path / "chat_template.json").write_text("{")
+    with pytest.raises(ModelError, match=r"chat_template\.json is not JSON"):
+        load_model(str(tmp_path), device="cpu", dtype="float32")

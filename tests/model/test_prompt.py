@@ -107,3 +107,27 @@ def test_a_template_that_fails_is_told_in_our_words_and_one_that_refuses_in_its_
     with pytest.raises(RequestError, match="failed with TypeError") as failed:
         written([USER], "{{ messages[0].content + 1 }}")
     assert "concatenate" not in str(failed.value)
+
+
+# As processors have it, of LLaVA and others: contents are lists of parts.
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% for p in m.content | selectattr('type', 'equalto', 'text') %}{{ p.text }}{% endfor %}<eos>"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("content", ["hi", [{"type": "text", "text": "hi"}]])
+def test_a_template_that_reads_parts_alone_gets_every_text_as_a_part(content: Any) -> None:
+    answer = {"role": "assistant", "content": "yes"}
+    messages = [{"role": "user", "content": content}, answer, USER]
+    assert written(messages, PARTS) == "<user>hi<eos><assistant>yes<eos><user>hi<eos>"
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [("image_url", "an image"), ("input_audio", "audio"), ("video", "a video")]
+)
+def test_what_is_no_text_is_refused_by_name(kind: str, what: str) -> None:
+    part = {"type": kind, kind: {"url": "data:,"}}
+    with pytest.raises(RequestError, match=f"message 0 has {what} .*{kind}.* not supported"):
+        written([{"role": "user", "content": [{"type": "text", "text": "see"}, part]}])

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from hotset.errors import ModelError, TierError
+from hotset.foreign_text import parse_json
 from hotset.model import leftovers, quantized, weights
 from hotset.model.architecture import Architecture, find_architecture, transformers_config
 from hotset.model.checkpoint_files import read_config, read_headers, weight_files
@@ -66,6 +67,8 @@ def load_folder(
     tokenizer = None
     if any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
         tokenizer = _load_tokenizer(folder, folder)
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = _processor_template(folder)
     return model, tokenizer
 
 
@@ -167,6 +170,19 @@ def _from_pretrained(
     if problem := _misfit(report, fields or {}, tensors.shapes if tensors is not None else {}):
         raise ModelError(f"{source} does not fit its config: {problem}")
     return model
+
+
+def _processor_template(folder: Path) -> str | None:
+    """The chat template of a multimodal model's processor, where older ones keep it."""
+    file = folder / "chat_template.json"
+    if not file.is_file():
+        return None
+    try:
+        fields = parse_json(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} is not JSON: {first_line(error)}") from error
+    template = fields.get("chat_template") if isinstance(fields, dict) else None
+    return template if isinstance(template, str) else None
 
 
 def _misfit(

@@ -20,6 +20,13 @@ Message = Mapping[str, Any]
 _SYSTEM_ROLES = ("system", "developer")  # newer clients of OpenAI send `developer`
 ROLES = (*_SYSTEM_ROLES, "user", "assistant", "tool", "function")
 _ROLES_TEXT = ", ".join(ROLES[:-1]) + " or " + ROLES[-1]
+# Type of a part of a message's content -> what it holds that is no text.
+_MEDIA_PARTS = {
+    **dict.fromkeys(("image", "image_url", "input_image"), "an image"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio"),
+    **dict.fromkeys(("video", "video_url", "input_video"), "a video"),
+    **dict.fromkeys(("file", "input_file", "document"), "a file"),
+}
 # Type of a part of a message's content -> where its text is.
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
@@ -56,6 +63,7 @@ class PromptEncoder:
             for token_id, token in self._backend.get_added_tokens_decoder().items()
             if token.special and token.content in MARKERS
         }
+        self._takes_parts = bool(self._template) and self._drops_plain_texts()
         # Whether calls begin with this tag, in the template's own words.
         self.has_functions = "<function=" in self._template
 
@@ -112,7 +120,24 @@ class PromptEncoder:
         ids: list[int] = self._backend.encode(_utf8(text), add_special_tokens=False).ids
         return ids
 
+    def _drops_plain_texts(self) -> bool:
+        """Whether the template writes a text only as a part of a list, as many of processors do."""
+        text = "a text"
+
+        def writes(content: object) -> bool:
+            try:
+                return text in self._write([{"role": "user", "content": content}], {})
+            except RequestError:
+                return False
+
+        return not writes(text) and writes([_as_part(text)])
+
     def _render(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+        if self._takes_parts:
+            messages = [{**one, "content": [_as_part(one["content"])]} for one in messages]
+        return self._write(messages, options)
+
+    def _write(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **options
@@ -182,11 +207,22 @@ def _part_text(part: object, where: str) -> str:
     """The text of one part of a message's content."""
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
     if not isinstance(part, Mapping) or not isinstance(kind, str) or kind not in _TEXT_PARTS:
+        holds = _MEDIA_PARTS.get(kind) if isinstance(kind, str) else None
+        if holds is not None:
+            raise _refused(
+                where,
+                f"has {holds} (a part of type {kind!r}), which is not supported: hotset answers "
+                "text alone, multimodal models too; leave it out",
+            )
         raise _refused(where, f"has a part of type {kind!r}; only text is supported")
     text = part.get(_TEXT_PARTS[kind])
     if not isinstance(text, str):
         raise _refused(where, f"has a part of type {kind!r} without its text; expected a string")
     return text
+
+
+def _as_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 def _join_developer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
