@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import make_config, make_model
+from transformers.core_model_loading import WeightRenaming
 
 from hotset.errors import ModelError
 from hotset.model import checkpoint, weights
@@ -88,6 +89,21 @@ def test_biases_of_merged_8_bit_layers_arrive(tmp_path: Path) -> None:
         assert torch.equal(layer.whole.bias[layer.columns], getattr(expected, name).bias)
     exact = logits(model)
     assert (logits(loaded) - exact).norm() < 0.15 * exact.norm()  # of rounding
+
+
+def test_what_is_left_over_is_known_by_the_name_that_transformers_gives_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    extra = {"model.eyes.patch.weight": torch.ones(4, 4)}
+    save_file({**tensors, **extra}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"no place for, first model\.eyes"):
+        in_place(tmp_path)
+
+    renaming = WeightRenaming(r"model\.eyes", "model.vision_tower")
+    monkeypatch.setattr(weights, "get_model_conversion_mapping", lambda model: [renaming])
+    assert in_place(tmp_path) is not None
 
 
 def test_a_checkpoint_in_another_dtype_is_converted(tmp_path: Path) -> None:

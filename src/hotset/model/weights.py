@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from hotset.errors import ModelError
 from hotset.model import leftovers
@@ -139,9 +139,17 @@ def _check_leftovers(
     model: Any, folder: Path, fields: Mapping[str, Any], tensors: CheckpointTensors
 ) -> None:
     """Refuse tensors that the model has no place for, but for harmless ones."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    shapes = {}
+    for name in tensors.stored.keys() - model.state_dict().keys():
+        renamed = name  # as the patterns of what the model ignores have it
+        for entry in renamings:
+            renamed, _ = entry.rename_source_key(renamed)
+        shapes[renamed] = tensors.stored[name].shape
     names = leftovers.leftovers(
-        tensors.stored.keys() - model.state_dict().keys(),
-        tensors.shapes,
+        shapes,
+        shapes,
         fields,
         model._keys_to_ignore_on_load_unexpected or (),
     )
