@@ -39,6 +39,8 @@ _LIMITS: list[tuple[str, type, float | None, str]] = [
     ("max_stop", int, 16, "Most stop strings, and stop tokens."),
     ("max_schema_kib", float, 64.0, "Largest JSON schema, in KiB."),
     ("max_schema_depth", int, 32, "Deepest JSON schema."),
+    ("max_stored", int, 1000, "Most responses of /v1/responses that are kept for one key."),
+    ("max_stored_mib", float, 64.0, "Most that these may take, in MiB."),
     ("max_queue", int, 1024, "Requests that may wait; more are refused with 429."),
     ("request_timeout_s", float, 600.0, "Longest a request may take, in seconds."),
 ]

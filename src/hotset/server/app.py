@@ -32,6 +32,7 @@ from hotset.server.keys import Keys
 from hotset.server.limits import Limits
 from hotset.server.messages_api import MessagesApi
 from hotset.server.reading import read_body, tenant_of
+from hotset.server.responses_api import ResponsesApi
 from hotset.server.schemas import (
     ChatRequest,
     DetokenizeRequest,
@@ -119,12 +120,14 @@ class Api:
             )
         files = FilesApi(self._files, config.limits)
         messages = MessagesApi(lambda: self._ready().admission)
+        responses = ResponsesApi(lambda: self._ready().admission, config.limits)
         self._router = Router(
             [
                 Route("/v1/chat/completions", self._chat_completions, methods=["POST"]),
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/models", self._models, methods=["GET"]),
                 Route("/v1/models/{model:path}", self._model, methods=["GET"]),
+                *responses.routes,
                 *messages.routes,
                 *files.routes,
                 Route("/tokenize", self._tokenize, methods=["POST"]),

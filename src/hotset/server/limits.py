@@ -23,6 +23,8 @@ class Limits:
         max_prompts: in one text completion.
         max_stop: stop strings, and as many stop tokens.
         max_schema_kib, max_schema_depth: of a JSON schema.
+        max_stored, max_stored_mib: responses of `/v1/responses` that are kept for one key, and
+            their size; the least recently used ones are dropped.
         max_queue: requests that wait for the engine; more are refused with 429.
         request_timeout_s: the longest a request may take, queueing included.
     """
@@ -36,6 +38,8 @@ class Limits:
     max_stop: int = 16
     max_schema_kib: float = 64.0
     max_schema_depth: int = 32
+    max_stored: int = 1000
+    max_stored_mib: float = 64.0
     max_queue: int = 1024
     request_timeout_s: float = 600.0
 

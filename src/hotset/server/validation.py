@@ -51,7 +51,7 @@ def explain(error: ValidationError, data: object) -> RequestError:
         data: the body.
     """
     # A union has errors for each of its branches; the first one is where the branch ended.
-    firsts: dict[object, tuple[Path, ErrorDetails]] = {}
+    firsts: dict[Path, tuple[Path, ErrorDetails]] = {}
     field: Path | None = None
     for one in error.errors(include_url=False):
         path, branch = _path(one, data)
@@ -97,21 +97,21 @@ def _expected(error: ErrorDetails) -> str:
     return text.format(**error.get("ctx", {}))
 
 
-def _path(error: ErrorDetails, data: object) -> tuple[Path, object]:
-    """The fields and indices that lead to an error, and the branch of a union it is in."""
+def _path(error: ErrorDetails, data: object) -> tuple[Path, Path]:
+    """The fields and indices that lead to an error, and the branches of unions it is in."""
     path: list[str | int] = []
     value: Any = data
-    branch: object = None
+    branch: Path = ()
     for i, part in enumerate(error["loc"], 1):
         if i == len(error["loc"]) and error["type"] in _TYPES and value == error["input"]:
-            branch = branch or part  # which may also be the name of a field
+            branch += (part,)  # which may also be the name of a field
             break
         is_index = isinstance(value, list) and isinstance(part, int) and part < len(value)
         if is_index or (isinstance(value, dict) and part in value):
             value = value[part]
             path.append(part)
         else:
-            branch = branch or part
+            branch += (part,)
     if error["type"] == "missing":
         path.append(error["loc"][-1])
     return tuple(path), branch

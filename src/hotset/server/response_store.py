@@ -1,0 +1,61 @@
+"""Responses that clients asked to be stored, in memory: each tenant's own, the latest ones."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from hotset.server.errors import not_found
+from hotset.server.forms import encode
+from hotset.server.schemas import Json
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """A response, and the conversation that it ends: the items of input and output."""
+
+    response: Json
+    items: list[Json]
+    num_bytes: int
+
+
+class ResponseStore:
+    """Bounded in count and bytes for each tenant: the least recently used ones are dropped.
+
+    The event loop's thread alone uses it.
+    """
+
+    def __init__(self, *, max_count: int, max_bytes: int) -> None:
+        self._max_count = max_count
+        self._max_bytes = max_bytes
+        self._stored: dict[str, OrderedDict[str, StoredResponse]] = {}
+        self._num_bytes: dict[str, int] = {}
+
+    def put(self, tenant: str, response: Json, items: list[Json]) -> bool:
+        """Store a response by its `id`; False where it alone is more than the bound."""
+        size = len(encode(response).encode("utf-8", "surrogatepass"))
+        size += len(encode(items).encode("utf-8", "surrogatepass"))
+        if size > self._max_bytes:
+            return False
+        stored = self._stored.setdefault(tenant, OrderedDict())
+        stored[response["id"]] = StoredResponse(response, items, size)
+        self._num_bytes[tenant] = self._num_bytes.get(tenant, 0) + size
+        while len(stored) > self._max_count or self._num_bytes[tenant] > self._max_bytes:
+            _, oldest = stored.popitem(last=False)
+            self._num_bytes[tenant] -= oldest.num_bytes
+        return True
+
+    def get(self, tenant: str, response_id: str) -> StoredResponse:
+        """What was stored. Raises ApiError (404): it is not there, or another's."""
+        stored = self._stored.get(tenant, OrderedDict())
+        if response_id not in stored:
+            raise not_found(
+                f"there is no response {response_id[:80]!r}; responses are kept where store is "
+                "true, the latest ones until the server ends"
+            )
+        stored.move_to_end(response_id)
+        return stored[response_id]
+
+    def delete(self, tenant: str, response_id: str) -> None:
+        """Forget a response. Raises ApiError (404)."""
+        size = self.get(tenant, response_id).num_bytes
+        del self._stored[tenant][response_id]
+        self._num_bytes[tenant] -= size
