@@ -10,10 +10,7 @@ from hotset.model.schema_rewrite import refuse, rewrite, rewrite_conditions
 from hotset.model.schema_values import TYPES, type_of, without_endless
 
 # What is left of these after the rewrites, no grammar can say.
-_UNSUPPORTED = (
-    *("contains", "minContains", "maxContains", "unevaluatedItems", "unevaluatedProperties"),
-    *("$dynamicRef", "$recursiveRef"),
-)
+_UNSUPPORTED = (*("unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"),)
 _COUNT = "whole number, 0 or more"
 # The type of each keyword's value. Before draft 6, an exclusive bound was a boolean.
 _KINDS: dict[str, tuple[str, ...]] = {

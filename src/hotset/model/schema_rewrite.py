@@ -38,6 +38,7 @@ _AT_MOST = re.compile(r"\(\?=\[\\d\.\]\{1,(\d+)\}0\*\$\)(?=\\d\{0,(\d+)\}\\\.\\d
 # Beyond, llguidance has no expression for a bound.
 _MOST_NUMBER = 10**18
 _MOST_UNIQUE = 6  # constants of which each set is an option
+_MOST_CONTAINED, _MOST_BEFORE = 16, 7
 
 
 def rewrite_conditions(schema: Node, path: str, root: Node) -> None:
@@ -72,6 +73,7 @@ def rewrite(schema: Node, path: str, root: Node) -> None:
         _rewrite_bounds,
         _rewrite_names,
         _rewrite_properties,
+        _rewrite_contains,
         _rewrite_unique_items,
     ):
         step(schema, path, root)
@@ -97,10 +99,6 @@ def _drop_what_says_nothing(schema: Node, path: str, root: Node) -> None:
         if key in schema and not in_place:  # nothing else could have evaluated them
             schema.setdefault(simple, schema[key])
             del schema[key]
-    if schema.get("contains") in (True, {}) and "maxContains" not in schema:
-        del schema["contains"]
-        least = schema.pop("minContains", 1)
-        schema["minItems"] = max(schema.get("minItems", 0), least)
 
 
 def _rewrite_format(schema: Node, path: str, root: Node) -> None:
@@ -201,6 +199,27 @@ def _negated(schema: Schema, keyword: str, path: str, root: Node) -> Schema:
         return negate(schema, root)
     except CannotNegateError as error:
         raise refuse(keyword, path, f"has {str(error)!r} in it, which is not supported") from error
+
+
+def _rewrite_contains(schema: Node, path: str, root: Node) -> None:
+    """What an array contains is among its first items."""
+    if "contains" not in schema:
+        return
+    if "maxContains" in schema:
+        raise refuse("maxContains", path)
+    item, number = schema.pop("contains"), schema.pop("minContains", 1)
+    if number > _MOST_CONTAINED:
+        raise refuse("minContains", path, f"is {number}; expected at most {_MOST_CONTAINED}")
+    if number:
+        options: list[Schema] = [
+            {
+                "type": "array",
+                "prefixItems": [True] * before + [item] * number,
+                "minItems": before + number,
+            }
+            for before in range(_MOST_BEFORE + 1)
+        ]
+        _and(schema, {"anyOf": [*options, {"type": _OTHER_THAN_ARRAY}]})
 
 
 def _rewrite_unique_items(schema: Node, path: str, root: Node) -> None:
