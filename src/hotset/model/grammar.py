@@ -18,6 +18,7 @@ from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.model import json_schema
 from hotset.model.json_bounds import JsonBounds, JsonPosition, TokenBytes
 from hotset.model.schema_nodes import SchemaError
+from hotset.model.unique_items import UniqueItems, has_unique_items
 from hotset.request import SamplingParams
 
 # Between two JSON tokens: nothing, one space, or a line break with its indentation. Small models
@@ -31,7 +32,7 @@ class OutputMatcher:
 
     Attributes:
         inner: llguidance's own.
-        position: what keeps JSON to its bounds; None for other forms.
+        followers: what keeps JSON to what no grammar can say.
         error: one line once the output cannot go on, or ended before it was complete.
     """
 
@@ -40,18 +41,18 @@ class OutputMatcher:
         matcher: llguidance.LLMatcher,
         kind: str,
         eos_token_ids: frozenset[int],
-        position: JsonPosition | None,
+        followers: Sequence[JsonPosition | UniqueItems] = (),
     ) -> None:
         self.inner = matcher
-        self.position = position
+        self.followers = followers
         self.error: str | None = None
         self._kind = kind
         self._eos_token_ids = eos_token_ids
 
     def copy(self) -> "OutputMatcher":
         """One of its own, at the same place."""
-        position = None if self.position is None else self.position.copy()
-        return OutputMatcher(self.inner.deep_copy(), self._kind, self._eos_token_ids, position)
+        followers = [follower.copy() for follower in self.followers]
+        return OutputMatcher(self.inner.deep_copy(), self._kind, self._eos_token_ids, followers)
 
     def consume_token(self, token_id: int) -> None:
         """Take in the token that was chosen; sets `error` where the grammar does not allow it."""
@@ -63,8 +64,11 @@ class OutputMatcher:
         self.inner.consume_token(token_id)
         if self.inner.is_error():
             self.error = f"{self._kind} cannot go on: {_first_line(self.inner.get_error())}"
-        elif self.position is not None:
-            self.position.advance(token_id)
+            return
+        for follower in self.followers:
+            follower.advance(token_id)
+            if follower.error is not None:
+                self.error = f"{self._kind} cannot be followed: {follower.error}"
 
 
 class Grammars:
@@ -132,8 +136,7 @@ class Grammars:
             len(matchers),
         )
         for row, matcher in zip(bits.numpy(), matchers.values(), strict=True):
-            if matcher.position is not None:
-                self._keep_within(matcher.position, row)
+            self._keep_within(matcher.followers, row)
         bits = bits.to(logits.device)
         shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
         allowed = (bits[:, :, None] >> shifts) & 1  # [G, V / 32, 32]
@@ -141,13 +144,17 @@ class Grammars:
         rows = torch.tensor(list(matchers), device=logits.device)
         logits[rows] = logits[rows].masked_fill(forbidden, -torch.inf)
 
-    def _keep_within(self, position: JsonPosition, row: npt.NDArray[np.int32]) -> None:
-        """Take the tokens beyond a bound out of one row of mask bits, in place."""
-        if not position.is_near:
+    def _keep_within(
+        self, followers: Sequence[JsonPosition | UniqueItems], row: npt.NDArray[np.int32]
+    ) -> None:
+        """Take the tokens that `followers` rule out out of one row of mask bits, in place."""
+        followers = [follower for follower in followers if follower.is_near]
+        if not followers:
             return
         allowed = np.unpackbits(row.view(np.uint8), bitorder="little").astype(bool)
         vocab_size = self._llguidance.vocab_size
-        allowed[:vocab_size] = position.keep_within(allowed[:vocab_size])
+        for follower in followers:
+            allowed[:vocab_size] = follower.keep_within(allowed[:vocab_size])
         row.view(np.uint8)[:] = np.packbits(allowed, bitorder="little")
 
     @functools.cached_property
@@ -172,10 +179,16 @@ class Grammars:
             ]
         )
 
-    def _position(self, kind: str, source: str) -> JsonPosition | None:
-        if kind != "json_schema" or self._bounds == JsonBounds():
-            return None
-        return JsonPosition(self._bounds.widened(parse_json(source)), self._token_bytes)
+    def _followers(self, kind: str, source: str) -> list[JsonPosition | UniqueItems]:
+        if kind != "json_schema":
+            return []
+        schema = parse_json(source)
+        followers: list[JsonPosition | UniqueItems] = []
+        if self._bounds != JsonBounds():
+            followers.append(JsonPosition(self._bounds.widened(schema), self._token_bytes))
+        if has_unique_items(schema):
+            followers.append(UniqueItems(schema, self._token_bytes))
+        return followers
 
     def _compile_uncached(self, kind: str, source: str) -> OutputMatcher:
         if self._tokenizer is None:
@@ -197,8 +210,8 @@ class Grammars:
             raise RequestError(f"{kind} cannot be used: {_first_line(matcher.get_error())}")
         if not self._has_output(matcher):
             raise RequestError(f"{kind} cannot be used: no text at all has the form asked for")
-        position = self._position(kind, source)
-        return OutputMatcher(matcher, kind, frozenset(self._eos_token_ids), position)
+        followers = self._followers(kind, source)
+        return OutputMatcher(matcher, kind, frozenset(self._eos_token_ids), followers)
 
     def _has_output(self, matcher: llguidance.LLMatcher) -> bool:
         """Whether a first token is allowed, or none is needed."""

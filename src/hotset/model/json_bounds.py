@@ -6,6 +6,8 @@ grammar never leads where there is no way out, no bound can make a schema imposs
 """
 
 import copy
+import functools
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,9 +93,23 @@ class TokenBytes:
         self.ends_string = np.array([one[:1] == b'"' for one in of])  # [V]
         self.structural = np.array([any(byte in b",[{" for byte in one) for one in of])  # [V]
 
+    def starting_with(self, start: bytes) -> list[int]:
+        """The ids of tokens that begin with `start`, which is not empty."""
+        end = start[:-1] + bytes([start[-1] + 1])  # no byte of UTF-8 is 255
+        texts, ids = self._in_order
+        return ids[bisect_left(texts, start) : bisect_left(texts, end)]
+
+    @functools.cached_property
+    def _in_order(self) -> tuple[list[bytes], list[int]]:
+        ids = sorted(range(len(self.of)), key=self.of.__getitem__)
+        return [self.of[i] for i in ids], ids
+
 
 class JsonPosition:
     """Where in its JSON an output is, as far as bounds need to know.
+
+    Attributes:
+        error: None: a bound gives way rather than fail.
 
     Args:
         bounds: what to keep to.
@@ -101,6 +117,7 @@ class JsonPosition:
     """
 
     def __init__(self, bounds: JsonBounds, tokens: TokenBytes) -> None:
+        self.error: str | None = None
         self._bounds = bounds
         self._tokens = tokens
         self._in_string = False

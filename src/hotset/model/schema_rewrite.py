@@ -252,13 +252,14 @@ def _rewrite_unique_items(schema: Node, path: str, root: Node) -> None:
             for some in sets
         ]
         _and(schema, {"anyOf": [*options, {"type": _OTHER_THAN_ARRAY}]})
-    else:
+    elif isinstance(values, list):
         raise refuse(
             "uniqueItems",
             path,
-            f"is supported for up to {_MOST_UNIQUE} constants or one item only: leave it out, and "
-            "drop what is there twice",
+            f"has {len(values)} constants to choose from; expected at most {_MOST_UNIQUE}",
         )
+    else:  # `UniqueItems` looks after them
+        del schema["uniqueItems"]
 
 
 _OTHER_THAN_ARRAY = ["null", "boolean", "number", "string", "object"]
