@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from hotset.model.batch import make_batch
-from hotset.model.step_graphs import StaticInputs, fastest, sizes_up_to
+from hotset.model.recorded_sizes import fastest, sizes_up_to
+from hotset.model.step_graphs import StaticInputs
 from hotset.request import UNKNOWN_TOKEN, Request, SamplingParams, StepItem
 
 

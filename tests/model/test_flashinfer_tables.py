@@ -6,7 +6,7 @@ import torch
 from hotset.model.batch import SequenceSpan
 from hotset.model.flashinfer_attention import (
     _WORKSPACE_BYTES,
-    _Kind,
+    AttentionKind,
     _make_tables,
     _most_recorded_seqs,
 )
@@ -40,7 +40,7 @@ def test_a_step_can_have_no_sequence_at_all() -> None:
 def test_partial_results_of_a_recorded_step_fit_into_the_workspace(
     heads: int, kv_heads: int, tile: int
 ) -> None:
-    kind = _Kind(heads, kv_heads, 128, 1.0, None, None, torch.bfloat16)
+    kind = AttentionKind(heads, kv_heads, 128, 1.0, None, None, torch.bfloat16)
 
     def num_bytes(num_seqs: int) -> int:
         """As FlashInfer allocates for a graph of so many sequences of one token."""

@@ -67,7 +67,8 @@ def paged_logits(
     )
     runner = ModelRunner(model, arena, make_backend(arena), max_num_seqs=4)
     if recorded:
-        runner.compile(max_num_tokens=64, max_context_blocks=15, scratch_block=40)
+        runner.compile(scratch_block=40)
+        runner.record(max_num_tokens=64, max_context_blocks=15, scratch_block=40)
         assert (runner._graphs is not None) == can_record
     first = Request("a", 45, list(range(3, 48)), SamplingParams(), 60)
     first.block_table = [3, 1, 2, 5, 7, 6, 9, 8, 0, 10, 11, 12]

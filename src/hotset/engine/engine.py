@@ -19,6 +19,7 @@ from hotset.engine.memory_split import Memory, split_memory
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.split_mover import SplitMover
+from hotset.engine.start_times import StartTimes
 from hotset.engine.step_cost import StepCost
 from hotset.engine.step_timer import StepTimer
 from hotset.errors import ConfigError, ExpertReadError, RequestError
@@ -36,6 +37,7 @@ from hotset.model.config_sizes import largest
 from hotset.model.cpu_linear import pack_linears
 from hotset.model.expert_buffer import ExpertBuffer, buffer_experts
 from hotset.model.experts import experts_layers, pack_experts
+from hotset.model.flashinfer_kernels import start_kernels
 from hotset.model.inspection import inspect_model, weights_bytes, workspace_bytes
 from hotset.model.json_bounds import JsonBounds
 from hotset.model.loaded import LoadedModel
@@ -107,6 +109,9 @@ class Engine:
         overlap: whether steps overlap; None is on a GPU only.
         owns_model: whether nobody else uses the model, so that its experts on disk go with the
             engine.
+        defers_recording: whether to be ready before all steps are recorded, and all kernels built:
+            `warm_up` does the rest.
+        times: what this takes is added to it.
 
     Attributes:
         num_queued: requests that wait for this engine elsewhere; set by whoever has them.
@@ -123,6 +128,8 @@ class Engine:
         *,
         overlap: bool | None = None,
         owns_model: bool = False,
+        defers_recording: bool = False,
+        times: StartTimes | None = None,
     ) -> None:
         self.metrics = Metrics()
         model = loaded.model
@@ -132,22 +139,25 @@ class Engine:
         self._recent_step_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._num_host_bound = 0
         self._owns_model = owns_model
+        self._defers_recording = defers_recording
         self._tiers: TierStack | None = None
         self._experts: ExpertBuffer | None = None
         self._mover: SplitMover | None = None
         self.num_queued = 0
         try:
-            self._set_up(config, loaded)
+            self._set_up(config, loaded, times or StartTimes())
         except BaseException:
             self.close()
             raise
 
-    def _set_up(self, config: EngineConfig, loaded: LoadedModel) -> None:
+    def _set_up(self, config: EngineConfig, loaded: LoadedModel, times: StartTimes) -> None:
         """All that runs the model or takes memory beside it."""
         bound_kernels()
         threads = set_threads(config.threads)
         model = loaded.model
-        layout = inspect_model(model, resolve_kv_dtype(config.kv_dtype, model.device))
+        with times.phase("look at the layers"):
+            layout = inspect_model(model, resolve_kv_dtype(config.kv_dtype, model.device))
+        kernels = start_kernels(layout.layers, layout.kv_dtype, model.device)
         step_bytes = workspace_bytes(
             model,
             layout,
@@ -165,12 +175,14 @@ class Engine:
         self.config = config
         # Before anything else runs the model: its experts may still be where they were loaded.
         region = None if moving is None else moving.region
-        self._experts, experts_report = buffer_experts(model, config, region)
+        with times.phase("place experts"):
+            self._experts, experts_report = buffer_experts(model, config, region)
         shared = None if self._experts is None else self._experts.memory
         shared_kv_bytes = 0 if shared is None else int((config.hot_gib or 0.0) * GIB)
         kv_scales = loaded.kv_scales if layout.kv_dtype != layout.dtype else None
-        pack_linears(model)
-        pack_experts(model)
+        with times.phase("pack weights"):
+            pack_linears(model)
+            pack_experts(model)
         self.budget = make_budget(
             config,
             device=model.device.type,
@@ -193,15 +205,16 @@ class Engine:
             )
         pool = BlockPool(num_blocks, first_block)
         self.max_model_len = self.budget.max_model_len
-        arena = DeviceArena(
-            layout.kv_shapes,
-            num_blocks=num_blocks + 1,  # the last one is for rows of padding
-            block_size=config.block_size,
-            dtype=layout.kv_dtype,
-            device=model.device,
-            scales=kv_scales,
-            memory=shared,
-        )
+        with times.phase("take KV memory"):
+            arena = DeviceArena(
+                layout.kv_shapes,
+                num_blocks=num_blocks + 1,  # the last one is for rows of padding
+                block_size=config.block_size,
+                dtype=layout.kv_dtype,
+                device=model.device,
+                scales=kv_scales,
+                memory=shared,
+            )
         # What a stored block depends on: another value of any of these is another chain of keys.
         cold = config.expert_cold_dtype
         rounded = "" if cold == "auto" else f" experts {cold}"
@@ -214,17 +227,24 @@ class Engine:
             "shape": str(layout.kv_shapes),
         }
         disk_path = config.disk_path or Path(platformdirs.user_cache_dir("hotset")) / "kv"
-        self._runner = ModelRunner(
-            model, arena, choose_backend(arena, layout), max_num_seqs=config.max_num_seqs
-        )
-        if model.device.type == "cuda" and not config.eager:
-            self._runner.compile(
-                max_num_tokens=config.max_num_batched_tokens,
-                max_context_blocks=-(-self.max_model_len // config.block_size),
-                scratch_block=num_blocks,
-                before_cut=self._experts.join if self._experts is not None else None,
-                records=self._experts is None or self._experts.can_be_recorded,
-            )
+        defers = self._defers_recording
+        backend = choose_backend(arena, layout, kernels=kernels, waits=False)
+        self._runner = ModelRunner(model, arena, backend, max_num_seqs=config.max_num_seqs)
+        compiles = model.device.type == "cuda" and not config.eager
+        if compiles:
+            with times.phase("compile the layers"):
+                self._runner.compile(scratch_block=num_blocks)
+        with times.phase("attention kernels"):
+            self._runner.load_kernels(waits=not defers)
+        if compiles and (self._experts is None or self._experts.can_be_recorded):
+            with times.phase("record steps"):
+                self._runner.record(
+                    max_num_tokens=config.max_num_batched_tokens,
+                    max_context_blocks=-(-self.max_model_len // config.block_size),
+                    scratch_block=num_blocks,
+                    before_cut=self._experts.join if self._experts is not None else None,
+                    defers=defers,
+                )
         self._sampler = Sampler(
             model.config.get_text_config().vocab_size,
             device=model.device,
@@ -233,9 +253,10 @@ class Engine:
             eos_token_ids=loaded.eos_token_ids,
             bounds=JsonBounds.of(config),
         )
-        self._sampler.load_kernels(layout.dtype)
         self._outputs = OutputProcessor(loaded.tokenizer, loaded.eos_token_ids)
-        trials = self._time_prompts(pool.first)
+        with times.phase("try steps"):
+            self._sampler.load_kernels(layout.dtype)
+            trials = self._time_prompts(pool.first)
         self._step_cost = StepCost(trials)
         num_tokens, seconds = trials[-1]
         self.rates = Rates(prefill_tokens_per_s=num_tokens / seconds, link_bytes_per_s={})
@@ -243,7 +264,8 @@ class Engine:
             said = self._experts.compute_cold_on_cpu(config.expert_cpu, threads=config.threads)
             experts_report += f"\n{said}"
             self._runner.launches = self._experts.launches
-        self._tiers = self._open_tiers(arena, disk_path, fingerprint)
+        with times.phase("open tiers"):
+            self._tiers = self._open_tiers(arena, disk_path, fingerprint)
         policy = PrefixPolicy(
             self.rates, bytes_per_token=layout.bytes_per_token, mode=config.fetch_policy
         )
@@ -288,6 +310,28 @@ class Engine:
             torch.cuda.empty_cache()  # what trials took and is not kept is others' to have
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count()
+        self._warm_up_start_s = time.perf_counter()
+
+    @property
+    def is_warming(self) -> bool:
+        """Whether steps will get faster by `warm_up`."""
+        return self._runner.is_warming
+
+    def warm_up(self) -> tuple[bool, str | None]:
+        """Do the next piece of what a start left out; to be called between two steps.
+
+        Returns:
+            Whether anything was done, which it is not while kernels are still being compiled; and
+            at the end of all a line to be told.
+
+        Raises:
+            ModelError: the layers cannot be compiled on this machine.
+        """
+        did = self._runner.warm_up()
+        if self.is_warming:
+            return did, None
+        seconds = time.perf_counter() - self._warm_up_start_s
+        return did, f"warm: all kernels built and steps recorded, {seconds:.1f} s after the start"
 
     @property
     def has_work(self) -> bool:

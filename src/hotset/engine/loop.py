@@ -16,11 +16,13 @@ from hotset.cpu_libraries import set_threads
 from hotset.engine.engine import Engine
 from hotset.engine.fair_queue import FairQueue
 from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
+from hotset.engine.start_times import StartTimes
 from hotset.engine.status import EngineStatus, engine_status
 from hotset.engine.urgency import MUCH_LONGER
 from hotset.errors import OverloadedError, RequestError
 from hotset.metrics import Metrics
 from hotset.model.expert_disk import ExpertSink
+from hotset.model.inspection import weights_bytes
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
 from hotset.request import FinishReason, RequestOutput
@@ -33,21 +35,38 @@ _TRANSFER_CHECK_S = 0.05
 _SETTLE_S = 5.0
 # Requests handed to the engine before it has room, so that it can stage their blocks.
 _AHEAD = 8
+# How often to look whether kernels that are being compiled are there.
+_KERNEL_CHECK_S = 0.1
+_NUM_PHASES = 8  # at most, of a start
 _RATE_WINDOW_S = 30.0
 _MOST_RETRY_AFTER_S = 60
 
 
 def build_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
-    """Load the model and set up the engine. Raises what either raises."""
+    """Load the model and set up the engine, most of its steps not yet recorded.
+
+    Raises what either raises.
+    """
     set_threads(config.threads)
-    loaded = load_model(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        experts_on_host=config.buffers_experts or config.splits_memory,
-        experts=ExpertSink(config),
-    )
-    return Engine(config, loaded, owns_model=True), loaded
+    times = StartTimes.of_process(num_phases=_NUM_PHASES)
+    try:
+        with times.phase("load the model") as phase:
+            loaded = load_model(
+                config.model,
+                device=config.device,
+                dtype=config.dtype,
+                experts_on_host=config.buffers_experts or config.splits_memory,
+                experts=ExpertSink(config),
+            )
+        num_bytes = weights_bytes(loaded.model)
+        phase.detail = f"{num_bytes / 1e9:.1f} GB, {num_bytes / 1e9 / phase.seconds:.1f} GB/s"
+        engine = Engine(config, loaded, owns_model=True, defers_recording=True, times=times)
+    finally:
+        times.close()
+    engine.report += f"\n{times.report()}"
+    if engine.is_warming:
+        engine.report += "\n  serving while more steps are recorded, slower until then"
+    return engine, loaded
 
 
 @dataclass(eq=False, slots=True)
@@ -100,6 +119,8 @@ class EngineLoop:
         self._numbers = itertools.count()
         self._finished_s: deque[float] = deque(maxlen=1024)
         self._outbox = _Outbox()
+        self._did_warm_up = True
+        self._warm_up_due_s = 0.0
         ready: Future[tuple[Engine, LoadedModel]] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(config, build, ready), name="hotset-engine", daemon=True
@@ -201,7 +222,7 @@ class EngineLoop:
             with self._wake:
                 has_work = engine.has_work or len(self._queue) > 0
                 if not self._inbox and not self._is_closing and not has_work:
-                    self._wake.wait(_TRANSFER_CHECK_S if engine.has_transfers else None)
+                    self._wake.wait(self._idle_wait_s(engine))
                 if self._is_closing:
                     return
                 messages = list(self._inbox)
@@ -220,8 +241,27 @@ class EngineLoop:
                 outputs = engine.step()
                 self._note_started(engine)
                 self._take(outputs)
+            if engine.is_warming:
+                self._warm_up(engine)
             if not self._outbox.is_empty:
                 self._on_report(self._outbox.take())
+
+    def _warm_up(self, engine: Engine) -> None:
+        """Do a piece of it; beside requests, their steps get as much time as it does."""
+        start_s = time.monotonic()
+        if engine.has_work and start_s < self._warm_up_due_s:
+            return
+        self._did_warm_up, note = engine.warm_up()
+        end_s = time.monotonic()
+        self._warm_up_due_s = end_s + (end_s - start_s)
+        if note is not None:
+            self._outbox.notes.append(note)
+
+    def _idle_wait_s(self, engine: Engine) -> float | None:
+        """How long to wait for a message when no request is there; None is until one comes."""
+        if engine.is_warming:
+            return 0.0 if self._did_warm_up else _KERNEL_CHECK_S
+        return _TRANSFER_CHECK_S if engine.has_transfers else None
 
     def _enqueue(self, submit: Submit) -> None:
         entry = _Entry(submit, set(range(submit.params.n)))
@@ -345,12 +385,13 @@ class _Outbox:
     outputs: list[RequestOutput] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
     looks: list[tuple[int, EngineStatus | str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
-        return not (self.outputs or self.started or self.looks)
+        return not (self.outputs or self.started or self.looks or self.notes)
 
     def take(self) -> Report:
-        report = Report(time.monotonic(), self.outputs, self.started, self.looks)
-        self.outputs, self.started, self.looks = [], [], []
+        report = Report(time.monotonic(), self.outputs, self.started, self.looks, self.notes)
+        self.outputs, self.started, self.looks, self.notes = [], [], [], []
         return report

@@ -39,6 +39,7 @@ class Report:
         outputs: of the requests; each of a request's outputs has a last one, whatever happens.
         started: ids of the requests that were part of a step for the first time.
         looks: snapshots by the id they were asked for with; or why there is none.
+        notes: lines for the log.
         failure: one line; the engine serves no more, and this is the last report.
     """
 
@@ -46,6 +47,7 @@ class Report:
     outputs: Sequence[RequestOutput] = ()
     started: Sequence[str] = ()
     looks: Sequence[tuple[int, EngineStatus | str]] = ()
+    notes: Sequence[str] = ()
     failure: str | None = None
 
 

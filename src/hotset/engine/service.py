@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import contextlib
 import itertools
+import logging
 import os
 import threading
 import time
@@ -20,6 +21,8 @@ from hotset.errors import EngineError, RequestError
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.request import FinishReason, RequestOutput, SamplingParams
+
+_log = logging.getLogger(__name__)
 
 # How often a reader that waits looks whether there still is an engine to wait for.
 _LOOK_EVERY_S = 2.0
@@ -246,6 +249,8 @@ class EngineService:
                     look.set_exception(EngineError(seen))
                 else:
                     look.set_result(seen)
+        for note in report.notes:
+            _log.info("%s", note)
         if report.failure is not None:
             with self._lock:
                 self._failure = report.failure

@@ -13,28 +13,21 @@ from hotset.memory.arena import DeviceArena
 from hotset.model.attention import LayerAttention
 from hotset.model.batch import Batch, Inputs, SequenceSpan, to_device
 from hotset.model.flashinfer_build import why_not_built
+from hotset.model.flashinfer_kernels import (
+    KernelBuild,
+    has_hopper_kernel,
+    start_kernels,
+    use_paged_kernels,
+)
 from hotset.model.widened_kv import WidenedKV
 
 _WORKSPACE_BYTES = 384 * 2**20
 # With what two dozen wrappers of recorded steps keep their plans in, 8 MiB each.
 WORKSPACE_BYTES = 2 * _WORKSPACE_BYTES + 24 * 8 * 2**20
-_HEAD_DIMS = (64, 128, 256)
-
-
-def why_unsupported(layers: Sequence[LayerAttention], dtype: torch.dtype) -> str | None:
-    """What keeps FlashInfer from running these layers, or None where it can."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"queries of {dtype}"
-    for layer in layers:
-        if layer.has_sinks:
-            return "attention sinks"
-        if layer.query_dim != layer.value_dim or layer.query_dim not in _HEAD_DIMS:
-            return f"head dimensions {layer.query_dim} and {layer.value_dim}"
-    return None
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class AttentionKind:
     """What FlashInfer plans for: layers that agree in this share a plan."""
 
     num_heads: int
@@ -56,7 +49,7 @@ class _Tables:
     last_lens: torch.Tensor  # [R] int32, tokens in the last block
 
 
-def _most_recorded_seqs(kind: _Kind) -> int:
+def _most_recorded_seqs(kind: AttentionKind) -> int:
     """As many as the workspace has room for the partial results of, which recorded steps have.
 
     By `PrefillPlan` of FlashInfer's `scheduler.cuh`: float32 numbers and a sum for each head and
@@ -76,11 +69,30 @@ class FlashInferBackend:
     reads memory, the other computes. Where the prefill kernel for Hopper takes no 8-bit cache,
     prompts attend to a copy in 16 bits, if there is room for it.
 
+    The kernel for Hopper takes a minute to compile, the other a quarter of that: after `load`, and
+    before `use_all_kernels`, the other one serves prompts too.
+
+    Args:
+        arena: has the cache.
+        layers: what each asks for.
+        kernels: being built; None builds them here.
+        waits: until all are built; otherwise `load` is to be called first.
+
+    Attributes:
+        is_complete: whether all kernels are there.
+
     Raises:
         ModelError: FlashInfer is not installed or cannot be built.
     """
 
-    def __init__(self, arena: DeviceArena, layers: Sequence[LayerAttention]) -> None:
+    def __init__(
+        self,
+        arena: DeviceArena,
+        layers: Sequence[LayerAttention],
+        *,
+        kernels: KernelBuild | None = None,
+        waits: bool = True,
+    ) -> None:
         try:
             import flashinfer
 
@@ -91,11 +103,12 @@ class FlashInferBackend:
                 "pip install 'hotset[cuda]'"
             ) from error
         self._flashinfer = flashinfer
+        use_paged_kernels(flashinfer.prefill)
         self.store_kv = store_kv
         self.arena = arena
         self.device = arena.storage.device
         self.kinds = [
-            _Kind(
+            AttentionKind(
                 layer.num_heads,
                 layer.kv.num_kv_heads,
                 layer.query_dim,
@@ -116,7 +129,7 @@ class FlashInferBackend:
         )
         self._beside = torch.cuda.Stream(self.device)
         self._forked, self._joined = torch.cuda.Event(), torch.cuda.Event()
-        self._widened = self._make_widened()
+        self._widened: WidenedKV | None = None
         self._is_widened = False  # the planned step's prompts
         self._decode = {  # a wrapper holds one plan
             kind: flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -124,15 +137,49 @@ class FlashInferBackend:
             )
             for kind in dict.fromkeys(self.kinds)
         }
-        self._prefill = self._prefill_wrappers()
-        self._prefill_widened = self._prefill_wrappers() if self.widens else {}
+        self._prefill = self._prefill_wrappers("fa2")
+        self._prefill_widened: dict[AttentionKind, Any] = {}
         # FlashInfer stages a plan in pinned memory of the wrapper: the next plan must not
         # overwrite it before it has been copied.
         self._planned = torch.cuda.Event()
-        self._build()
+        self.is_complete = False
+        self._kernels = kernels or start_kernels(layers, arena.storage.dtype, self.device)
+        if waits:
+            self.load()
+            self.use_all_kernels(waits=True)
 
-    def _build(self) -> None:
-        """Compile the kernels that steps will need, or load them from FlashInfer's cache."""
+    def load(self) -> None:
+        """Wait for the kernels that any step needs.
+
+        Raises:
+            ModelError: they cannot be built.
+        """
+        if self._kernels is not None:
+            self._kernels.wait("fa2")
+        self._load()
+
+    def use_all_kernels(self, *, waits: bool) -> bool:
+        """Attend to prompts by the kernel for Hopper from now on, if it is built or `waits`.
+
+        Returns whether that is so, or the GPU is another. May be called between two steps.
+        """
+        if self.is_complete:
+            return True
+        if self._kernels is not None:
+            if waits:
+                self._kernels.wait("fa3")
+            elif not self._kernels.is_ready("fa3"):
+                return False
+        self.wait_for_plan()
+        self._widened = self._make_widened()
+        self._prefill = self._prefill_wrappers("auto")
+        self._prefill_widened = self._prefill_wrappers("auto") if self.widens else {}
+        self._load()
+        self.is_complete = True
+        return True
+
+    def _load(self) -> None:
+        """Load the kernels that steps need from FlashInfer's cache, or else compile them."""
         scratch_block = self.arena.num_blocks - 1  # other memory of the arena may be in use
         one = SequenceSpan(0, 1, 1, [scratch_block])
         zero = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -156,22 +203,22 @@ class FlashInferBackend:
             ) from error
         self.note_plan()
 
-    def _prefill_wrappers(self) -> dict[_Kind, Any]:
+    def _prefill_wrappers(self, backend: str) -> dict[AttentionKind, Any]:
         wrapper = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper
-        return {kind: wrapper(self._prefill_workspace, "NHD") for kind in dict.fromkeys(self.kinds)}
+        return {
+            kind: wrapper(self._prefill_workspace, "NHD", backend=backend)
+            for kind in dict.fromkeys(self.kinds)
+        }
 
     def _make_widened(self) -> WidenedKV | None:
         """Where the kernel for Hopper is to attend to an 8-bit cache."""
         dtype, kv_dtype = self.kinds[0].dtype, self.arena.storage.dtype
-        if self._has_hopper_kernel(dtype, kv_dtype) or not self._has_hopper_kernel(dtype, dtype):
+        if self._takes_hopper_kernel(kv_dtype) or not self._takes_hopper_kernel(dtype):
             return None
         return WidenedKV(self.arena, dtype)
 
-    def _has_hopper_kernel(self, dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
-        from flashinfer.utils import determine_attention_backend
-
-        chosen = determine_attention_backend(self.device, 0, False, False, dtype, kv_dtype)
-        return bool(chosen == "fa3")
+    def _takes_hopper_kernel(self, kv_dtype: torch.dtype) -> bool:
+        return has_hopper_kernel(self.device, self.kinds[0].dtype, kv_dtype)
 
     def begin_step(self, batch: Batch, inputs: Inputs) -> "FlashInferAttention":
         """Plan the step's attention; the result is good until the next plan."""
@@ -222,7 +269,7 @@ class FlashInferBackend:
 
     def attend(
         self,
-        wrappers: dict[_Kind, Any],
+        wrappers: dict[AttentionKind, Any],
         layer: int,
         query: torch.Tensor,
         output: torch.Tensor,
@@ -256,7 +303,9 @@ class FlashInferBackend:
         """Have what is submitted from here on wait for the last that was submitted beside."""
         torch.cuda.current_stream(self.device).wait_event(self._joined)
 
-    def plan_decode(self, wrappers: dict[_Kind, Any], sequences: Sequence[SequenceSpan]) -> None:
+    def plan_decode(
+        self, wrappers: dict[AttentionKind, Any], sequences: Sequence[SequenceSpan]
+    ) -> None:
         """Plan sequences of one token, for all kinds."""
         tables = _make_tables(sequences, self.arena.block_size, self.device)
         for kind, wrapper in wrappers.items():
@@ -271,7 +320,7 @@ class FlashInferBackend:
                 **self._options(kind),
             )
 
-    def decode_wrappers(self, size: int, block_ids: torch.Tensor) -> dict[_Kind, Any]:
+    def decode_wrappers(self, size: int, block_ids: torch.Tensor) -> dict[AttentionKind, Any]:
         """A wrapper for each kind that plans `size` sequences into memory of its own."""
         return {
             kind: self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -296,8 +345,7 @@ class FlashInferBackend:
     @property
     def can_record_prompts(self) -> bool:
         """Whether the kernel for prompts is one whose launch does not depend on the plan."""
-        kv_dtype = self.arena.storage.dtype
-        return self.widens or self._has_hopper_kernel(self.kinds[0].dtype, kv_dtype)
+        return self.widens or self._takes_hopper_kernel(self.arena.storage.dtype)
 
     @property
     def widens(self) -> bool:
@@ -313,7 +361,7 @@ class FlashInferBackend:
 
     def mixed_wrappers(
         self, num_seqs: int, block_ids: torch.Tensor, *, is_prompts: bool
-    ) -> dict[_Kind, Any]:
+    ) -> dict[AttentionKind, Any]:
         """A wrapper for each kind that plans up to `num_seqs` sequences into memory of its own."""
 
         def zeros(size: int) -> torch.Tensor:
@@ -335,7 +383,7 @@ class FlashInferBackend:
 
     def plan_prefill(
         self,
-        wrappers: dict[_Kind, Any],
+        wrappers: dict[AttentionKind, Any],
         sequences: Sequence[SequenceSpan],
         *,
         num_seqs: int = 0,
@@ -382,7 +430,7 @@ class FlashInferBackend:
         """A plan was submitted."""
         self._planned.record()
 
-    def _options(self, kind: _Kind, *, is_widened: bool = False) -> dict[str, Any]:
+    def _options(self, kind: AttentionKind, *, is_widened: bool = False) -> dict[str, Any]:
         return {
             "sm_scale": kind.scaling,
             "window_left": -1 if kind.window is None else kind.window - 1,
@@ -462,148 +510,3 @@ class FlashInferAttention:
             value_scale=value_scale,
         )
         return self._run(layer, query.transpose(0, 1).contiguous())
-
-
-class StaticDecode:
-    """Attention of a decode step of B sequences that a CUDA graph can hold; `plan` fills it.
-
-    Args:
-        inputs: the tensors that the graph reads, of B tokens.
-        block_ids: int32, for as many blocks as B sequences can have together. Steps that run
-            one after another can share it.
-        scratch_block: a block that nobody reads, for the rows beyond the step's sequences.
-
-    Attributes:
-        attention: of the class that other steps have too, as compiled code is made for a class.
-    """
-
-    def __init__(
-        self,
-        backend: FlashInferBackend,
-        inputs: Inputs,
-        *,
-        block_ids: torch.Tensor,
-        scratch_block: int,
-    ) -> None:
-        self._backend = backend
-        self._size = len(inputs.token_ids)
-        self._wrappers = backend.decode_wrappers(self._size, block_ids)
-        self._padding = SequenceSpan(0, 1, 1, [scratch_block])
-        self.attention = FlashInferAttention(backend, inputs, self._run)
-
-    def plan(self, sequences: Sequence[SequenceSpan]) -> None:
-        """Plan for at most B sequences of one token; the rows beyond them attend to nothing."""
-        backend = self._backend
-        padded = [*sequences, *[self._padding] * (self._size - len(sequences))]
-        backend.wait_for_plan()
-        backend.plan_decode(self._wrappers, padded)
-        backend.note_plan()
-
-    def _run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        output = torch.empty_like(query)
-        self._backend.attend(self._wrappers, layer, query, output)
-        if self._backend.value_scales[layer] != 1:
-            output.mul_(self._backend.value_scales[layer])
-        return output
-
-
-class StaticMixed:
-    """Attention of any step that a CUDA graph can hold; `plan` fills it.
-
-    All recorded steps share one, as every plan has the same form: that of S sequences of one token
-    and S others, most of them empty.
-
-    Args:
-        max_num_seqs: most sequences of a step.
-        max_num_tokens: most tokens of a step.
-        block_ids: int32, for as many blocks as S sequences can have together. What runs before or
-            after can share it.
-        scratch_block: a block that nobody reads.
-
-    Attributes:
-        num_seqs: S.
-    """
-
-    def __init__(
-        self,
-        backend: FlashInferBackend,
-        *,
-        max_num_seqs: int,
-        max_num_tokens: int,
-        block_ids: torch.Tensor,
-        scratch_block: int,
-    ) -> None:
-        self._backend = backend
-        self._scratch_block = scratch_block
-        self.num_seqs = min(max_num_seqs, max_num_tokens)
-        # Of all layers. Rows beyond a step keep what they had, which is finite.
-        self._outputs = {
-            kind: torch.zeros(
-                max_num_tokens,
-                kind.num_heads,
-                kind.head_dim,
-                dtype=kind.dtype,
-                device=backend.device,
-            )
-            for kind in dict.fromkeys(backend.kinds)
-        }
-        self._decode = backend.mixed_wrappers(self.num_seqs, block_ids, is_prompts=False)
-        # No context is longer than S sequences have, but what a step is recorded with may be.
-        most_blocks = max(len(block_ids), -(-max_num_tokens // backend.arena.block_size))
-        self._prompts = backend.mixed_wrappers(
-            self.num_seqs, block_ids.new_zeros(most_blocks), is_prompts=True
-        )
-        # FlashInfer takes the first plan as the largest. With as many tokens as sequences, it lays
-        # out the first kernel for sequences of one token.
-        self.begin(max_num_tokens)
-
-    def begin(self, num_tokens: int) -> None:
-        """Plan what a step of so many tokens is recorded with, and nothing else may run with."""
-        scratch = [self._scratch_block]
-        num_blocks = -(-num_tokens // self._backend.arena.block_size)
-        prompt = SequenceSpan(0, num_tokens, num_tokens, scratch * num_blocks)
-        decodes = [SequenceSpan(0, 1, 1, scratch)] * min(self.num_seqs, num_tokens)
-        self._plan(decodes, [prompt], first_row=0)
-
-    def holds(self, batch: Batch) -> bool:
-        """Whether there is room for a step's sequences, as many tokens as it has."""
-        if len(batch.sequences) > self.num_seqs:
-            return False
-        prompts = batch.sequences[batch.num_decodes :]
-        return not self._backend.widens or self._backend.can_widen(prompts)
-
-    def plan(self, batch: Batch) -> None:
-        """Plan a step that `holds` allows; rows beyond its tokens idle."""
-        sequences, n = batch.sequences, batch.num_decodes
-        self._plan(sequences[:n], sequences[n:], first_row=n)
-
-    def plan_nothing(self) -> None:
-        """Plan a step of no sequence, which recorded steps of any size can run with."""
-        self._plan([], [], first_row=0)
-
-    def _plan(
-        self, decodes: Sequence[SequenceSpan], prompts: Sequence[SequenceSpan], *, first_row: int
-    ) -> None:
-        backend, num_seqs = self._backend, self.num_seqs
-        backend.wait_for_plan()
-        backend.plan_prefill(self._decode, decodes, num_seqs=num_seqs, causal=False)
-        backend.plan_prefill(
-            self._prompts,
-            prompts,
-            num_seqs=num_seqs,
-            first_row=first_row,
-            is_widened=backend.widens,
-        )
-        backend.note_plan()
-
-    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """See `FlashInferAttention`; for `query` of as many tokens as `begin` was told."""
-        backend = self._backend
-        output = self._outputs[backend.kinds[layer]][: len(query)]
-        with backend.beside():
-            backend.attend(self._prompts, layer, query, output, is_widened=backend.widens)
-        n = min(self.num_seqs, len(query))
-        backend.attend(self._decode, layer, query[:n], output[:n])
-        backend.join()
-        scale = backend.value_scales[layer]
-        return output if scale == 1 else output * scale  # rows that idle would grow in place

@@ -2,9 +2,13 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
+import platformdirs
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -13,7 +17,11 @@ from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena
 from hotset.model.attention import Attention, PagedAttention, register
 from hotset.model.batch import Batch, Inputs, make_batch
-from hotset.model.flashinfer_attention import FlashInferBackend, why_unsupported
+from hotset.model.flashinfer_attention import (
+    FlashInferAttention,
+    FlashInferBackend,
+)
+from hotset.model.flashinfer_kernels import KernelBuild, why_unsupported
 from hotset.model.inspection import ModelLayout
 from hotset.model.merged_linear import merge_linears
 from hotset.model.routing_recorder import RoutingRecorder
@@ -21,6 +29,9 @@ from hotset.model.step_graphs import StepGraphs
 from hotset.request import StepPlan
 
 _log = logging.getLogger(__name__)
+
+_SIZES_AT_START = 2
+_TRIAL_TOKENS = 2  # any number but one stands for all others
 
 
 class AttentionBackend(Protocol):
@@ -42,15 +53,39 @@ class GatherBackend:
         return PagedAttention(self._arena, batch, inputs)
 
 
-def choose_backend(arena: DeviceArena, layout: ModelLayout) -> AttentionBackend:
-    """FlashInfer on a GPU, for the models that it can run; SDPA for the others."""
+def choose_backend(
+    arena: DeviceArena,
+    layout: ModelLayout,
+    *,
+    kernels: KernelBuild | None = None,
+    waits: bool = True,
+) -> AttentionBackend:
+    """FlashInfer on a GPU, for the models that it can run; SDPA for the others.
+
+    Args:
+        arena: has the KV.
+        layout: of the model.
+        kernels: FlashInfer's, being built.
+        waits: until all of them are; see `FlashInferBackend`.
+    """
     if arena.storage.device.type != "cuda":
         return GatherBackend(arena)
     reason = why_unsupported(layout.layers, layout.dtype)
     if reason is not None:
         _log.warning("FlashInfer cannot run %s: attention by SDPA, which is slower", reason)
         return GatherBackend(arena)
-    return FlashInferBackend(arena, layout.layers)
+    return FlashInferBackend(arena, layout.layers, kernels=kernels, waits=waits)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"the model cannot be compiled here ({reason}); try again with eager"
+        ) from error
 
 
 class ModelRunner:
@@ -84,27 +119,19 @@ class ModelRunner:
         self._selects_logits = "logits_to_keep" in parameters
 
     @torch.inference_mode()
-    def compile(
-        self,
-        *,
-        max_num_tokens: int,
-        max_context_blocks: int,
-        scratch_block: int,
-        before_cut: Callable[[], None] | None = None,
-        records: bool = True,
-    ) -> None:
-        """Compile the model's layers, and record steps as CUDA graphs where that works.
+    def compile(self, scratch_block: int) -> None:
+        """Compile the model's layers; on a GPU by a trial, which needs no attention kernels.
 
         Args:
-            max_num_tokens: most tokens of a step.
-            max_context_blocks: most blocks that one request can have.
             scratch_block: a block of the arena that no request gets.
-            before_cut: see `StepGraphs`.
-            records: whether steps can be recorded; not where the host takes part in them.
 
         Raises:
             ModelError: the layers cannot be compiled on this machine.
         """
+        # By default in /tmp, which a restart may empty. PyTorch finds what it compiled by the code,
+        # the device and its own version.
+        kept = Path(platformdirs.user_cache_dir("hotset")) / "compiled"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
         # Decodes of one token, and layers that attend in different ways, are compiled apart.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         register(traced=False)
@@ -116,26 +143,91 @@ class ModelRunner:
             # Another engine may have compiled the same model.
             if isinstance(module, GradientCheckpointingLayer) and not module._compiled_call_impl:
                 module.compile(dynamic=True, options=options)
-        if not records or not isinstance(self._attention, FlashInferBackend):
+        if isinstance(self._attention, FlashInferBackend):
+            # Of the class that all steps have, as compiled code is made for a class.
+            rows = self._previous.new_zeros(5, _TRIAL_TOKENS)
+            rows[2] = scratch_block
+            inputs = Inputs(*rows.unbind())
+            attention = FlashInferAttention(self._attention, inputs, lambda layer, query: query)
+            with _compiling():
+                self._logits(inputs.token_ids, inputs.positions, attention, None)
+
+    def load_kernels(self, *, waits: bool) -> None:
+        """Wait for the attention kernels that any step needs, or for all.
+
+        Raises:
+            ModelError: they cannot be built.
+        """
+        if isinstance(self._attention, FlashInferBackend):
+            self._attention.load()
+            self._attention.use_all_kernels(waits=waits)
+
+    def record(
+        self,
+        *,
+        max_num_tokens: int,
+        max_context_blocks: int,
+        scratch_block: int,
+        before_cut: Callable[[], None] | None = None,
+        defers: bool = False,
+    ) -> None:
+        """Record steps as CUDA graphs, after `compile`, where that works.
+
+        Args:
+            max_num_tokens: most tokens of a step.
+            max_context_blocks: most blocks that one request can have.
+            scratch_block: a block of the arena that no request gets.
+            before_cut: see `StepGraphs`.
+            defers: whether most sizes are left to `warm_up`.
+
+        Raises:
+            ModelError: the layers cannot be compiled on this machine.
+        """
+        if not isinstance(self._attention, FlashInferBackend):
             return
+        self._graphs = StepGraphs(
+            self._logits,
+            self._attention,
+            self._previous,
+            max_num_tokens=max_num_tokens,
+            max_context_blocks=max_context_blocks,
+            scratch_block=scratch_block,
+            before_cut=before_cut,
+        )
+        # The second size has one token, which is compiled apart.
+        num_sizes = 0
+        while self.is_warming and not (defers and num_sizes == _SIZES_AT_START):
+            self.warm_up()
+            num_sizes += 1
+
+    @property
+    def is_warming(self) -> bool:
+        """Whether `warm_up` has something to do, now or later."""
+        if self._graphs is not None:
+            return not self._graphs.is_complete
+        return isinstance(self._attention, FlashInferBackend) and not self._attention.is_complete
+
+    @torch.inference_mode()
+    def warm_up(self) -> bool:
+        """Do the next piece of what makes steps faster: a recording, or a kernel that was built.
+
+        To be called between two steps, the first of which may still run. Returns whether anything
+        was done; not while kernels are still being built.
+
+        Raises:
+            ModelError: the layers cannot be compiled on this machine.
+        """
+        if self._graphs is None:
+            assert isinstance(self._attention, FlashInferBackend)
+            return self._attention.use_all_kernels(waits=False)
         try:
-            self._graphs = StepGraphs(
-                self._logits,
-                self._attention,
-                self._previous,
-                max_num_tokens=max_num_tokens,
-                max_context_blocks=max_context_blocks,
-                scratch_block=scratch_block,
-                before_cut=before_cut,
-            )
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(
-                f"the model cannot be compiled here ({reason}); try again with eager"
-            ) from error
+            with _compiling():
+                return self._graphs.record_next()
         except RuntimeError as error:
             # A layer that asks the host while it runs, as loops over experts do.
             _log.warning("steps run without CUDA graphs, which is slower: %s", error)
+            self._graphs = None
+            return True
 
     @torch.inference_mode()
     def forward(

@@ -12,12 +12,9 @@ import torch
 
 from hotset.model.attention import Attention
 from hotset.model.batch import Batch, Inputs, fill
-from hotset.model.flashinfer_attention import (
-    FlashInferAttention,
-    FlashInferBackend,
-    StaticDecode,
-    StaticMixed,
-)
+from hotset.model.flashinfer_attention import FlashInferAttention, FlashInferBackend
+from hotset.model.flashinfer_recorded import StaticDecode, StaticMixed
+from hotset.model.recorded_sizes import RecordedSizes, sizes_up_to
 
 Array = npt.NDArray[np.int64]
 
@@ -25,27 +22,6 @@ Array = npt.NDArray[np.int64]
 _DECODE_SIZES = (1, 2, 4, 8, 16, 24, *range(32, 4097, 32))
 _MIXED_SIZES = (16, 32, *range(64, 769, 64), 896, 1024, 1280, 1536, 1792, 2048)
 LARGEST_RECORDED = _MIXED_SIZES[-1]
-
-
-def sizes_up_to(sizes: tuple[int, ...], largest: int) -> list[int]:
-    """Those of `sizes` below `largest`, and `largest` unless it is beyond them all."""
-    return [size for size in sizes if size < largest] + [largest] * (largest <= sizes[-1])
-
-
-def fastest(sizes: Sequence[int], seconds: Sequence[float]) -> list[int]:
-    """For 0, 1, ... up to the largest size: the index of the fastest size that is not smaller.
-
-    A product of more rows can be the faster one, as libraries choose another kernel for it: with
-    bfloat16 weights of 4096 x 28672 on an H200, 448 rows take 269 us and 512 rows 159.
-    """
-    chosen: list[int] = []
-    best = len(sizes) - 1
-    for index in range(len(sizes) - 1, -1, -1):
-        if seconds[index] <= seconds[best]:
-            best = index
-        smaller = sizes[index - 1] + 1 if index else 0
-        chosen += [best] * (sizes[index] + 1 - smaller)
-    return chosen[::-1]
 
 
 def _seconds(graphs: Sequence[torch.cuda.CUDAGraph]) -> float:
@@ -149,7 +125,7 @@ class _MixedGraph:
 
 
 class StepGraphs:
-    """Replays recorded steps.
+    """Replays recorded steps. None is recorded before `record_next` was called.
 
     Args:
         forward: the model's step: token ids and positions (`[T]`), attention, rows (`[R]`, or
@@ -190,35 +166,48 @@ class StepGraphs:
         self._block_ids = torch.zeros(
             len(previous) * max_context_blocks, dtype=torch.int32, device=previous.device
         )
-        max_num_seqs = min(len(previous), backend.most_recorded_seqs)
-        self._decode_sizes = sizes_up_to(_DECODE_SIZES, min(max_num_seqs, max_num_tokens))
-        self._mixed_sizes = sizes_up_to(_MIXED_SIZES, max_num_tokens)
+        self._max_num_seqs = min(len(previous), backend.most_recorded_seqs)
+        most_decodes = min(self._max_num_seqs, max_num_tokens)
+        self._decode_sizes = RecordedSizes(sizes_up_to(_DECODE_SIZES, most_decodes))
+        mixed_sizes = sizes_up_to(_MIXED_SIZES, max_num_tokens)
+        self._mixed_sizes = RecordedSizes(mixed_sizes)
+        self._largest_mixed = mixed_sizes[-1]
+        self._decodes: dict[int, _DecodeGraph] = {}
+        self._mixed: dict[int, _MixedGraph] = {}
         self._attention: StaticMixed | None = None
-        if backend.can_record_prompts:
-            self._attention = StaticMixed(
-                backend,
-                max_num_seqs=max_num_seqs,
-                max_num_tokens=self._mixed_sizes[-1],
-                block_ids=self._block_ids,
-                scratch_block=scratch_block,
-            )
-        self._stream.wait_stream(torch.cuda.current_stream())
         gc.collect()  # here, as not while recording
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all sizes are recorded."""
+        return not (self._decode_sizes.missing or self._mixed_sizes.missing)
+
+    def record_next(self) -> bool:
+        """Record one more size; returns False where that has to wait, for kernels of prompts.
+
+        May be called between two steps, the first of which may still run.
+        """
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            # The largest first: the others reuse its memory.
-            self._decodes = [self._record_decode(n) for n in reversed(self._decode_sizes)][::-1]
-            self._mixed = [self._record_mixed(n) for n in reversed(self._mixed_sizes)][::-1]
-        torch.cuda.current_stream().wait_stream(self._stream)
-        if self._attention is not None:
-            self._attention.plan_nothing()
-        decode_s = [float(size) for size in self._decode_sizes]
-        mixed_s = [float(size) for size in self._mixed_sizes]
-        if before_cut is None:  # with copies in them, the steps of fewest rows are the fastest
-            decode_s = [_seconds([decode.graph]) for decode in self._decodes]
-            mixed_s = [_seconds(mixed.parts) for mixed in self._mixed]
-        # By the number of rows of a step, the recorded size that is to run it.
-        self._decode_of = fastest(self._decode_sizes, decode_s)
-        self._mixed_of = fastest(self._mixed_sizes, mixed_s)
+            if self._decode_sizes.missing:
+                size = self._decode_sizes.missing[0]
+                decode = self._decodes[size] = self._record_decode(size)
+                self._decode_sizes.add(size, self._cost([decode.graph], size))
+            elif self._backend.use_all_kernels(waits=False):
+                size = self._mixed_sizes.missing[0]
+                mixed = self._mixed[size] = self._record_mixed(size)
+                if self._attention is not None:
+                    self._attention.plan_nothing()
+                self._mixed_sizes.add(size, self._cost(mixed.parts, size))
+            else:
+                return False
+        current.wait_stream(self._stream)
+        return True
+
+    def _cost(self, graphs: Sequence[torch.cuda.CUDAGraph], size: int) -> float:
+        """What a size is chosen by: seconds, or rows where copies are part of the step."""
+        return _seconds(graphs) if self._before_cut is None else float(size)
 
     def run(self, batch: Batch, when_ready: Callable[[], None]) -> torch.Tensor | None:
         """Compute a step; `when_ready` is called when its inputs and plan were submitted.
@@ -228,14 +217,14 @@ class StepGraphs:
             no recorded step fits, with nothing computed.
         """
         num_rows = len(batch.sampled_rows)
-        if batch.is_decode and num_rows <= self._decode_sizes[-1]:
-            decode = self._decodes[self._decode_of[num_rows]]
+        if batch.is_decode and (size := self._decode_sizes.find(num_rows)) is not None:
+            decode = self._decodes[size]
             decode.static.fill(batch.inputs, batch.sampled_rows[:0], self._padding)
             decode.decode.plan(batch.sequences)
             when_ready()
             decode.graph.replay()
-        elif batch.num_tokens <= self._mixed_sizes[-1] and self._holds(batch):
-            mixed = self._mixed[self._mixed_of[batch.num_tokens]]
+        elif (size := self._mixed_sizes.find(batch.num_tokens)) is not None and self._holds(batch):
+            mixed = self._mixed[size]
             mixed.static.fill(batch.inputs, batch.sampled_rows, self._padding)
             (self._attention or self._backend).plan(batch)
             when_ready()
@@ -288,7 +277,8 @@ class StepGraphs:
             return output_at
 
         run = cut
-        if self._attention is not None:
+        if self._backend.can_record_prompts:
+            self._attention = self._attention or self._make_attention()
             self._attention.begin(size)
             run = self._attention.run
         attention = FlashInferAttention(self._backend, static.inputs, run)
@@ -299,9 +289,19 @@ class StepGraphs:
             self._step(static, attention)
         return _MixedGraph(static, parts, cuts)
 
+    def _make_attention(self) -> StaticMixed:
+        return StaticMixed(
+            self._backend,
+            max_num_seqs=self._max_num_seqs,
+            max_num_tokens=self._largest_mixed,
+            block_ids=self._block_ids,
+            scratch_block=self._scratch_block,
+        )
+
     def _begin(self, graphs: list[torch.cuda.CUDAGraph]) -> None:
         graphs.append(torch.cuda.CUDAGraph())
-        graphs[-1].capture_begin(pool=self._pool)
+        # Other threads may pin host memory meanwhile.
+        graphs[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _step(self, static: StaticInputs, attention: Attention) -> None:
         inputs = static.inputs
@@ -317,8 +317,7 @@ class StepGraphs:
         num_tokens, *shape = query.shape
         heads = (shape[0], shape[1])
         if heads not in self._buffers:
-            largest = max(self._mixed_sizes)
-            query_at = query.new_zeros(largest, *heads)
+            query_at = query.new_zeros(self._largest_mixed, *heads)
             self._buffers[heads] = (query_at, torch.zeros_like(query_at))
         query_at, output_at = self._buffers[heads]
         return query_at[:num_tokens], output_at[:num_tokens]
