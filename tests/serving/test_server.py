@@ -330,7 +330,7 @@ for _ in range(40):
         ({}, 400, "messages is missing"),
         ({**CHAT, "temperature": "hot"}, 400, "temperature"),
         ({**CHAT, "temperature": 1e9}, 400, "temperature"),
-        ({**CHAT, "logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),
+        ({**CHAT, "logit_bias": {"5": 1000}}, 400, "logit_bias of token 5 is 1000"),
         ({**CHAT, "best": 1}, 400, "best is not supported"),
         ({**CHAT, "tools": [1]}, 400, "tools.0"),
         ({**CHAT, "tool_choice": "required"}, 400, "no tools"),

@@ -36,6 +36,7 @@ class PromptEncoder:
 
     Attributes:
         tokens: what each single token is.
+        end_ids: of the tokens that end an answer.
         no_template: one line, where the model has no chat template and so takes no chats.
 
     Raises:
@@ -49,6 +50,7 @@ class PromptEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.tokens = TokenBytes(self._backend)
+        self.end_ids = frozenset(model.eos_token_ids)
         self._template = str(self._tokenizer.chat_template or "")
         self.no_template: str | None = None
         if not self._template:
@@ -78,6 +80,8 @@ class PromptEncoder:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         template_options: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Encode a conversation with the model's chat template, up to where it would answer.
 
@@ -89,6 +93,9 @@ class PromptEncoder:
             tools: what the model may call, as in the OpenAI API. A template without a place for
                 them gets them as a system message.
             template_options: further variables of the template, such as `enable_thinking`.
+            add_generation_prompt: end with what begins an answer.
+            continue_final_message: end within the last message, so that the answer goes on with
+                it. Not together with `add_generation_prompt`.
 
         Raises:
             RequestError: there is no template, or it does not take these messages.
@@ -103,6 +110,14 @@ class PromptEncoder:
             raise RequestError(
                 f"chat_template_kwargs cannot set {reserved[0]!r}", param="chat_template_kwargs"
             )
+        options["add_generation_prompt"] = add_generation_prompt
+        if continue_final_message:
+            if not plain[-1]["content"].strip() or plain[-1].get("tool_calls"):
+                raise RequestError(
+                    "continue_final_message is true and the last message has no text to go on from",
+                    param="continue_final_message",
+                )
+            options["continue_final_message"] = True
         if "tools" in self._template:
             options["tools"] = list(tools) or None
         else:
@@ -139,9 +154,7 @@ class PromptEncoder:
 
     def _write(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **options
-            )
+            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # a template is a program: it raises what it likes
             if type(error) is TemplateError:  # in its own words, as of the order of roles
                 raise RequestError(
@@ -154,9 +167,11 @@ class PromptEncoder:
             ) from error
         return text
 
-    def decode_with_offsets(self, token_ids: Sequence[int]) -> tuple[str, list[int]]:
+    def decode_with_offsets(
+        self, token_ids: Sequence[int], special: bool = False
+    ) -> tuple[str, list[int]]:
         """The text of token ids, and where in it each begins; see `TokenDecoder.feed_at`."""
-        decoder = TokenDecoder(self._backend, [])
+        decoder = TokenDecoder(self._backend, [], skip_special=not special)
         pieces, offsets = [], []
         for token_id in token_ids:
             piece, offset = decoder.feed_at(token_id)

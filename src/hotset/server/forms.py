@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -69,6 +70,7 @@ class CompletionForm:
         # Where usage was asked for, the chunks before it say that they have none.
         has_usage = self._body.stream_options.include_usage
         self._end = '],"usage":null}\n\n' if has_usage else "]}\n\n"
+        self._num_tokens: Counter[int] = Counter()  # by index
 
     def whole(self, completions: Sequence[Completion]) -> Json:
         """See `Form`."""
@@ -84,7 +86,11 @@ class CompletionForm:
     def step(self, index: int, output: RequestOutput) -> str:
         """See `Form`."""
         choice = self._admitted.writers[index].chunk(output)
-        return "" if choice is None else f"{self._start}{encode(choice)}{self._end}"
+        end = self._end
+        if self._body.stream_options.continuous_usage_stats:
+            self._num_tokens[index] += len(output.token_ids)
+            end = f'],"usage":{encode(self._usage_so_far(index, output.prompt_tokens))}}}\n\n'
+        return "" if choice is None else f"{self._start}{encode(choice)}{end}"
 
     def end(self, completions: Sequence[Completion]) -> str:
         """See `Form`."""
@@ -93,6 +99,15 @@ class CompletionForm:
             counts = usage_body(completions, self._body.n)
             usage = f"data: {encode({**self._head, 'choices': [], 'usage': counts})}\n\n"
         return f"{usage}data: [DONE]\n\n"
+
+    def _usage_so_far(self, index: int, prompt_tokens: int) -> Json:
+        """Of one entry, as vLLM has it."""
+        num_tokens = self._num_tokens[index]
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": num_tokens,
+            "total_tokens": prompt_tokens + num_tokens,
+        }
 
     def failure(self, error: ApiError) -> str:
         """See `Form`."""

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 
 from hotset.errors import ConfigError, RequestError
-from hotset.server.schemas import GenerationRequest, Json, TextRequest
+from hotset.server.schemas import GenerationRequest, TextRequest
 
 MIB = 2**20
 
@@ -113,7 +113,7 @@ UNLIMITED = Limits(
 )
 
 
-def measure(schema: Json, *, most_depth: int) -> tuple[int, int]:
+def measure(schema: object, *, most_depth: int) -> tuple[int, int]:
     """About how many bytes of JSON a schema is, and how deep; looks no deeper than needed."""
     size, depth = 0, 0
     level: list[object] = [schema]

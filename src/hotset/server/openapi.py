@@ -51,6 +51,11 @@ def document() -> Json:
     ]
     _, schemas = models_json_schema([(body, "validation") for body in bodies], ref_template=_REF)
     components = schemas["$defs"]
+    for request in (ChatRequest, TextRequest):
+        components[request.__name__]["properties"] |= {
+            name: {"enum": [*values, None], "description": "Taken where it asks for nothing."}
+            for name, values in sorted(request.not_done.items())
+        }
     components["Error"] = {
         "type": "object",
         "required": ["error"],

@@ -49,12 +49,18 @@ class ChatWriter:
         self._index = index
         self._is_first = True
         # These add nothing to the text, so that the bytes of all tokens are those of the content.
-        self._left_out = encoder.tokens.special_ids.union(request.stop_token_ids)
+        self._left_out: set[int] = set()
+        if request.skip_special_tokens:
+            self._left_out |= encoder.tokens.special_ids
+        if not request.include_stop_str_in_output:
+            self._left_out.update(request.stop_token_ids)
+            self._left_out |= frozenset() if request.ignore_eos else encoder.end_ids
         self._parser = None
         if request.reads_tools or request.forces_tools:
             self._parser = ToolCallParser(
                 {tool.function.name: tool.function.parameters or {} for tool in request.tools},
-                encoder.marker_ids,
+                # Where special tokens are in the text, these are there already.
+                encoder.marker_ids if request.skip_special_tokens else {},
                 encoder.decode,
                 has_functions=encoder.has_functions,
                 forced_name=request.forced_name,

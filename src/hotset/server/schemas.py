@@ -1,6 +1,7 @@
 """Requests of the OpenAI API, as far as hotset has them, and of its neighbours; no HTTP."""
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -16,7 +17,9 @@ from pydantic import (
 from hotset.errors import RequestError
 from hotset.model.forced_calls import forced_schema
 from hotset.model.prompt import PromptEncoder
-from hotset.request import SamplingParams
+from hotset.request import SamplingParams, TextForm
+from hotset.server.not_done import OF_CHATS, OF_TEXTS, Known, without_not_done
+from hotset.server.output_forms import FormFields, OutputForm
 from hotset.server.validation import explain, shown
 
 Json = dict[str, Any]
@@ -40,6 +43,7 @@ class StreamOptions(Part):
     """What a stream carries beside the text."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False  # of no effect: there is none
 
 
@@ -138,18 +142,21 @@ class NamedTool(Part):
     function: FunctionName
 
 
-class GenerationRequest(Part):
+class GenerationRequest(FormFields, Part):
     """What both kinds of completion have in common.
 
-    A field that is not here is refused, so that none is ignored that would change the answer.
-    Beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos` and
-    `cache_salt`, as vLLM has them, and `timeout_s`.
+    A field that is not here is refused, so that none is ignored that would change the answer;
+    those of `not_done` are taken at values that ask for nothing. Beyond OpenAI's: `top_k`, `min_p`,
+    `repetition_penalty`, `min_tokens`, `stop_token_ids`, `include_stop_str_in_output`,
+    `skip_special_tokens`, `ignore_eos`, `prompt_logprobs`, `cache_salt` and the fields of
+    `FormFields`, as vLLM has them, and `timeout_s`.
     """
 
     object_name: ClassVar[str]
     chunk_name: ClassVar[str]
     id_prefix: ClassVar[str]
     prompt_param: ClassVar[str]  # the field that the prompt comes from
+    not_done: ClassVar[Known]
 
     model: str | None = None
     temperature: float = 1.0
@@ -160,9 +167,13 @@ class GenerationRequest(Part):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     max_tokens: int | None = None
+    min_tokens: int = 0
+    logit_bias: dict[str, float] = Field(default_factory=dict)
     seed: int | None = None
     stop: str | list[str] = Field(default_factory=list)
     stop_token_ids: list[int] = Field(default_factory=list)
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
     n: int = 1
     prompt_logprobs: int | None = None
@@ -171,7 +182,6 @@ class GenerationRequest(Part):
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     cache_salt: str = ""
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    logit_bias: dict[str, float] = Field(default_factory=dict, max_length=0)
     # Accepted, and of no effect on the answer.
     user: str | None = None
     metadata: Json | None = None
@@ -179,26 +189,47 @@ class GenerationRequest(Part):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_not_done(cls, data: Any) -> Any:
+        return without_not_done(data, cls.not_done) if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _usage_goes_on_with_usage(self) -> Self:
+        if self.stream_options.continuous_usage_stats and not self.stream_options.include_usage:
+            raise RequestError(
+                "stream_options.continuous_usage_stats needs include_usage to be true",
+                param="stream_options.continuous_usage_stats",
+            )
+        return self
 
     def params(self) -> SamplingParams:
         """The sampling parameters asked for. Raises RequestError where they cannot work."""
+        form = next(iter(self.forms().values()), None)
         return SamplingParams(
             max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            top_k=self.top_k,
+            top_k=0 if self.top_k == -1 else self.top_k,  # off, in vLLM's words
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
+            logit_bias=_biases(self.logit_bias),
             seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
             ignore_eos=self.ignore_eos,
             n=self.n,
             logprobs=self.num_logprobs(),
             prompt_logprobs=self.num_prompt_logprobs(),
-            json_schema=self.schema_to_follow(),
+            json_schema=form if isinstance(form, dict) else None,
+            text_form=form if isinstance(form, TextForm) else None,
         )
 
     def num_logprobs(self) -> int | None:
@@ -215,19 +246,34 @@ class GenerationRequest(Part):
             )
         return self.prompt_logprobs
 
-    def schema_to_follow(self) -> Json | None:
-        """The JSON schema the output must fit, if there is one."""
-        return None if self.response_format is None else self.response_format.schema_to_follow()
+    def forms(self) -> dict[str, OutputForm]:
+        """The form that the output must have, by the field that asks for it; empty for any.
+
+        Raises RequestError where there are several, or one that cannot be read.
+        """
+        forms = self.asked_forms()
+        if self.response_format is not None:
+            schema = self.response_format.schema_to_follow()
+            if schema is not None:
+                forms["response_format"] = schema
+        if len(forms) > 1:
+            first, second, *_ = sorted(forms)
+            raise RequestError(
+                f"{first} and {second} both say what form the output has; expected one of them",
+                param=first,
+            )
+        return forms
 
     @property
     def schema_param(self) -> str:
-        """The field that the JSON schema comes from."""
-        return "response_format"
+        """The field that the form comes from."""
+        return next(iter(self.forms()), "response_format")
 
-    def schemas(self) -> list[Json]:
-        """The JSON schemas of the request as its sender wrote them."""
-        schema = self.schema_to_follow()
-        return [] if schema is None else [schema]
+    def schemas(self) -> list[object]:
+        """The JSON schemas of the request as its sender wrote them, and sources of other forms."""
+        return [
+            form.source if isinstance(form, TextForm) else form for form in self.forms().values()
+        ]
 
     _notes: list[str] = PrivateAttr(default_factory=list)
 
@@ -251,6 +297,7 @@ class ChatRequest(ToolUser, GenerationRequest):
     chunk_name = "chat.completion.chunk"
     id_prefix = "chatcmpl"
     prompt_param = "messages"
+    not_done = OF_CHATS
 
     messages: list[Json]
     max_completion_tokens: int | None = None
@@ -260,6 +307,19 @@ class ChatRequest(ToolUser, GenerationRequest):
     parallel_tool_calls: bool = True
     reasoning_effort: str | None = None
     chat_template_kwargs: Json = Field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    @model_validator(mode="after")
+    def _one_way_to_go_on(self) -> Self:
+        if self.continue_final_message and "add_generation_prompt" not in self.model_fields_set:
+            self.add_generation_prompt = False
+        if self.continue_final_message and self.add_generation_prompt:
+            raise RequestError(
+                "add_generation_prompt and continue_final_message are both true; expected one",
+                param="continue_final_message",
+            )
+        return self
 
     @model_validator(mode="after")
     def _newer_name_of_max_tokens(self) -> "ChatRequest":
@@ -273,8 +333,8 @@ class ChatRequest(ToolUser, GenerationRequest):
     @property
     def reads_tools(self) -> bool:
         """Whether the output may have calls in it."""
-        free = self.response_format is None or self.response_format.type == "text"
-        return bool(self.tools) and self.tool_choice in (None, "auto") and free
+        free = self.tool_choice in (None, "auto") and not self.forms()
+        return bool(self.tools) and free
 
     @property
     def forces_tools(self) -> bool:
@@ -293,30 +353,30 @@ class ChatRequest(ToolUser, GenerationRequest):
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
         return self.top_logprobs if self.logprobs else None
 
-    def schema_to_follow(self) -> Json | None:
-        """That of the calls, where they are forced; otherwise of `response_format`."""
+    def forms(self) -> dict[str, OutputForm]:
+        """That of the calls, where they are forced; otherwise what else is asked for."""
+        forms = super().forms()
         if not self.forces_tools:
-            return super().schema_to_follow()
+            return forms
         if not self.tools:
             message = "tool_choice asks for a call but there are no tools to call"
             why = f"; {self.skipped_tools}" if self.skipped_tools else ""
             raise RequestError(f"{message}{why}", param="tool_choice")
-        if super().schema_to_follow() is not None:
+        for name in forms:
             raise RequestError(
-                "tool_choice forces a call, so response_format cannot be followed",
-                param="response_format",
+                f"tool_choice forces a call, so {name} cannot be followed", param=name
             )
         functions = [tool.function.model_dump() for tool in self.tools]
-        return forced_schema(functions, name=self.forced_name, parallel=self.parallel_tool_calls)
+        parallel = self.parallel_tool_calls
+        return {"tools": forced_schema(functions, name=self.forced_name, parallel=parallel)}
 
     @property
     def schema_param(self) -> str:
-        """That of the response format, if it has a schema; otherwise of the tools."""
-        has_schema = self.response_format is not None and self.response_format.type != "text"
-        return "response_format" if has_schema else "tools"
+        """That of the form, if there is one; otherwise the tools."""
+        return next(iter(self.forms()), "tools")
 
-    def schemas(self) -> list[Json]:
-        """Of the response format and of the tools."""
+    def schemas(self) -> list[object]:
+        """Of the form and of the tools."""
         return super().schemas() + [tool.function.parameters or {} for tool in self.tools]
 
     def warning(self) -> str | None:
@@ -334,6 +394,8 @@ class ChatRequest(ToolUser, GenerationRequest):
                 self.messages,
                 tools=[tool.model_dump(exclude_defaults=True) for tool in tools],
                 template_options=options,
+                add_generation_prompt=self.add_generation_prompt,
+                continue_final_message=self.continue_final_message,
             )
         ]
 
@@ -345,6 +407,7 @@ class TextRequest(GenerationRequest):
     chunk_name = "text_completion"
     id_prefix = "cmpl"
     prompt_param = "prompt"
+    not_done = OF_TEXTS
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = 16
@@ -420,6 +483,16 @@ class BatchRequest(Part):
     endpoint: Literal["/v1/chat/completions", "/v1/completions"]
     completion_window: Literal["24h"] = "24h"
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
+
+
+def _biases(given: Mapping[str, float]) -> dict[int, float]:
+    """Of token ids, which JSON has as strings."""
+    for name in given:
+        if not (name.isascii() and name.isdigit() and len(name) < 10):
+            raise RequestError(
+                f"logit_bias has {shown(name)}; expected token ids, as strings", param="logit_bias"
+            )
+    return {int(name): bias for name, bias in given.items()}
 
 
 def parse_body(kind: type[Body], data: object) -> Body:

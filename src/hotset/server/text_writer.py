@@ -27,10 +27,11 @@ class PromptPart:
         self._token_ids = token_ids
         self._tokens = encoder.tokens
         self._offsets: list[int] = []
+        with_special = not request.skip_special_tokens
         if request.echo and request.logprobs is not None:
-            self.text, self._offsets = encoder.decode_with_offsets(token_ids)
+            self.text, self._offsets = encoder.decode_with_offsets(token_ids, with_special)
         elif request.echo:
-            self.text = encoder.decode(token_ids)
+            self.text = encoder.decode(token_ids, with_special)
 
     def echoed_logprobs(self) -> Json:
         """Those that go before the log-probabilities of an output; empty lists without `echo`."""
