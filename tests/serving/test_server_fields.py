@@ -149,7 +149,7 @@ def test_forms_are_followed_as_vllm_has_them(
             "is true, which is not supported; expected false",
         ),
         ({"guided_choice": []}, "guided_choice", "no texts"),
-        ({"guided_json": "{"}, "guided_json", "no JSON"),
+        ({"guided_json": "{"}, "guided_json", "guided_json is not JSON from line 1"),
         ({"guided_json": "[]"}, "guided_json", "JSON list; expected an object"),
         ({"guided_regex": "("}, "guided_regex", "regex"),
         ({"guided_regex": "a" * 70_000}, "guided_regex", "size"),

@@ -6,6 +6,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hotset.errors import RequestError
+from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.request import TextForm
 from hotset.server.not_done import without_not_done
 
@@ -96,11 +97,9 @@ def _form(name: str, value: Any) -> OutputForm:
         return TextForm("choice", json.dumps(value))
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(
-                f"{name} is a string that is no JSON; expected a JSON schema", param=name
-            ) from error
+            value = parse_json(value)
+        except ForeignTextError as error:
+            raise RequestError(f"{name} {error}; expected a JSON schema", param=name) from error
     if not isinstance(value, dict):
         raise RequestError(
             f"{name} is a JSON {type(value).__name__}; expected an object", param=name
