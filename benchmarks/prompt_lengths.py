@@ -1,7 +1,8 @@
 """Memory of a CPU engine that sees a new prompt length with every request.
 
 oneDNN compiles code for each number of rows and keeps it, and so does PyTorch's layer above it. A
-tiny model answers prompts of 1, 2, 3, ... tokens, one after another, in two processes:
+tiny model answers prompts of all lengths from 1 to N tokens, in random order, one after another, in
+two processes:
 
 - `kept by default`: with the numbers of entries that both libraries keep by default, 1024.
 - `hotset`: with the numbers that hotset sets.
@@ -14,6 +15,7 @@ writes `.json` and `.md`.
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -29,7 +31,7 @@ MIB = 2**20
 
 
 def measure(family: str, num_lengths: int, threads: int) -> dict[str, Any]:
-    """In a process of its own: resident memory by prompt length."""
+    """In a process of its own: resident memory by the number of lengths seen."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -57,12 +59,13 @@ def measure(family: str, num_lengths: int, threads: int) -> dict[str, Any]:
     loaded = LoadedModel(model, None, family, family, (), 4096)
     engine = Engine(EngineConfig(hot_gib=0.02, prefix_caching=False), loaded)
     process = psutil.Process()
-    rss_mib, start_s = {0: process.memory_info().rss / MIB}, time.perf_counter()
-    for length in range(1, num_lengths + 1):
+    rss_mib, start_s = {0: round(process.memory_info().rss / MIB, 1)}, time.perf_counter()
+    lengths = random.Random(0).sample(range(1, num_lengths + 1), num_lengths)
+    for seen, length in enumerate(lengths, 1):
         engine.add_request([1 + i % 255 for i in range(length)], SamplingParams(max_tokens=1))
         while engine.has_work:
             engine.step()
-        rss_mib[length] = process.memory_info().rss / MIB
+        rss_mib[seen] = round(process.memory_info().rss / MIB, 1)
     return {
         "model_bytes": sum(p.nbytes for p in model.parameters()),
         "rss_mib": rss_mib,
@@ -112,20 +115,21 @@ def main() -> None:
 
 def make_page(result: dict[str, Any]) -> str:
     arms, machine = result["arms"], result["machine"]
-    last = max(int(length) for length in arms["hotset"]["rss_mib"])
-    shown = [length for length in SHOWN if length <= last]
+    last = max(int(seen) for seen in arms["hotset"]["rss_mib"])
+    shown = [seen for seen in SHOWN if seen <= last]
     rows = "\n".join(
         f"| {name} | "
-        + " | ".join(f"{arm['rss_mib'][str(length)]:,.0f}" for length in shown)
+        + " | ".join(f"{arm['rss_mib'][str(seen)]:,.0f}" for seen in shown)
         + f" | {arm['wall_s']:.1f} |"
         for name, arm in arms.items()
     )
     return f"""# Memory of a CPU engine by the prompt lengths it has seen
 
 A random {result["family"]} of {arms["hotset"]["model_bytes"] / MIB:.1f} MiB, float32, one prompt of
-each length from 1 to {last} tokens, one after another. Resident memory of the process in MiB:
+each length from 1 to {last} tokens, in random order, one after another. Resident memory of the
+process in MiB, by the number of lengths that it has seen:
 
-| entries kept | {" | ".join(f"{length} tokens" for length in shown)} | all, s |
+| entries kept | {" | ".join(f"{seen:,}" for seen in shown)} | all, s |
 |---|{"---|" * len(shown)}---|
 {rows}
 

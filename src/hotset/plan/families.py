@@ -1,489 +1,160 @@
-"""From the facts of a config.json to a `ModelShape`: one builder for each family of models.
+"""From the facts of a config.json to a `ModelShape`, by the family of models.
 
-Counts follow the parameters that `transformers` creates for the text model; a vision tower is not
-counted. What is not known here is refused by name, never guessed.
+A vision tower is not counted. What is not known here is refused by name, never guessed.
 """
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from hotset.errors import PlanError
-from hotset.plan.mixers import (
-    WINDOWS,
-    Config,
-    Facts,
-    gated_delta_net,
-    gqa,
-    layer_types,
-    mamba1,
-    mamba2,
-    mla,
-    mlp_params,
-    windowed,
+from hotset.plan.family_layers import (
+    Llama,
+    alternating,
+    always_window,
+    bamba,
+    deepseek,
+    deepseek_moe,
+    every,
+    gemma4,
+    gpt_oss_moe,
+    jamba,
+    llama4,
+    mamba2_only,
+    mixtral_moe,
+    nemotron_nas,
+    olmoe_moe,
+    qwen3_next,
+    qwen_moe,
+    qwen_window,
 )
+from hotset.plan.mixers import Config, Facts
 from hotset.plan.quantisation import modelopt_algorithm
-from hotset.plan.shape import Attention, Kind, Layer, ModelShape, Params
-
-# -- families -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Llama:
-    """Families that differ from Llama in biases, norms and windows only."""
-
-    qkv_bias: bool | str = "attention_bias"  # a field name is read from the config
-    out_bias: bool | str = "attention_bias"
-    qk_norm: str = ""
-    norms: int = 2  # of the hidden width, a layer
-    gated_mlp: bool = True
-    mlp_bias: bool | str = "mlp_bias"
-    layer_norm: bool = False  # norms with a bias
-    moe: Callable[[Facts, int], tuple[Params, Params, Params, int, int] | None] | None = None
-    window: Callable[[Facts], list[str]] | None = None
-    sinks: bool = False
-
-    def layers(self, f: Facts) -> list[Layer]:
-        """All layers of the model."""
-
-        def flag(value: bool | str) -> bool:
-            return bool(f.get(value, default=False)) if isinstance(value, str) else value
-
-        types = layer_types(f, tuple(WINDOWS), self.window(f) if self.window else None)
-        norms = Params(vector=self.norms * f.count("hidden_size") * (2 if self.layer_norm else 1))
-        result = []
-        for index, layer_type in enumerate(types):
-            attention = gqa(
-                f,
-                index,
-                qkv_bias=flag(self.qkv_bias),
-                out_bias=flag(self.out_bias),
-                qk_norm=self.qk_norm,
-                sinks=self.sinks,
-                **windowed(f, layer_type),
-            )
-            moe = self.moe(f, index) if self.moe else None
-            if moe:
-                router, expert, shared, num_experts, top_k = moe
-                result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
-            else:
-                width = f.per_layer("intermediate_size", index)
-                mlp = mlp_params(f, width, gated=self.gated_mlp, bias=flag(self.mlp_bias))
-                result.append(Layer(attention, mlp, norms))
-        return result
-
-
-def _always_window(f: Facts) -> list[str]:
-    """Mistral: one window for all layers, or none."""
-    windowed = f.get("sliding_window", default=None) is not None
-    return ["sliding_attention" if windowed else "full_attention"] * f.count("num_hidden_layers")
-
-
-def _qwen_window(f: Facts) -> list[str]:
-    """Qwen: full attention up to `max_window_layers`, a window from there on, if switched on."""
-    num_layers = f.count("num_hidden_layers")
-    if not f.get("use_sliding_window", default=False):
-        return ["full_attention"] * num_layers
-    first = f.count("max_window_layers", default=num_layers, least=0)
-    return ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
-
-
-def _every(pattern_field: str, default: int) -> Callable[[Facts], list[str]]:
-    """Each n-th layer full, the others with a window."""
-
-    def types(f: Facts) -> list[str]:
-        n = f.count(pattern_field, default=default)
-        return [
-            "sliding_attention" if (i + 1) % n else "full_attention"
-            for i in range(f.count("num_hidden_layers"))
-        ]
-
-    return types
-
-
-def _alternating(f: Facts) -> list[str]:
-    """gpt-oss and Gemma 2: window, full, window, full."""
-    return [
-        "full_attention" if i % 2 else "sliding_attention"
-        for i in range(f.count("num_hidden_layers"))
-    ]
-
-
-Moe = tuple[Params, Params, Params, int, int]
-
-
-def _moe(f: Facts, num: int, top_k: int, width: int, *, shared: Params | None = None) -> Moe:
-    """Router, one expert, shared part, experts, top-k."""
-    if top_k > num:
-        raise PlanError(f"config routes each token to {top_k} of {num} experts")
-    router = Params(f.count("hidden_size") * num)
-    return router, mlp_params(f, width), shared or Params(), num, top_k
-
-
-def _mixtral_moe(f: Facts, index: int) -> Moe:
-    return _moe(
-        f,
-        f.count("num_local_experts"),
-        f.count("num_experts_per_tok"),
-        f.count("intermediate_size"),
-    )
-
-
-def _olmoe_moe(f: Facts, index: int) -> Moe:
-    return _moe(
-        f, f.count("num_experts"), f.count("num_experts_per_tok"), f.count("intermediate_size")
-    )
-
-
-def _qwen_moe(f: Facts, index: int) -> Moe | None:
-    """Qwen MoE: a dense MLP where `mlp_only_layers` or the sparse step says so."""
-    step = f.count("decoder_sparse_step", default=1)
-    if index in f.get("mlp_only_layers", default=[]) or (index + 1) % step:
-        return None
-    shared_width = f.get("shared_expert_intermediate_size", default=0)
-    shared = Params()
-    if shared_width:
-        shared = mlp_params(f, shared_width) + Params(f.count("hidden_size"))  # and its gate
-    return _moe(
-        f,
-        f.count("num_experts", "num_local_experts"),  # the hub's files, and transformers' own dict
-        f.count("num_experts_per_tok"),
-        f.count("moe_intermediate_size"),
-        shared=shared,
-    )
-
-
-def _deepseek_moe(f: Facts, index: int) -> Moe | None:
-    """DeepSeek and GLM: dense first layers, then routed and shared experts."""
-    if index < f.count("first_k_dense_replace", default=0, least=0):
-        return None
-    if index % f.count("moe_layer_freq", default=1):
-        return None
-    width = f.count("moe_intermediate_size")
-    shared = mlp_params(f, width * f.count("n_shared_experts", default=0, least=0))
-    return _moe(
-        f, f.count("n_routed_experts"), f.count("num_experts_per_tok"), width, shared=shared
-    )
-
-
-def _gpt_oss_moe(f: Facts, index: int) -> Moe:
-    """gpt-oss: router and experts have biases."""
-    hidden, width = f.count("hidden_size"), f.count("intermediate_size")
-    num = f.count("num_local_experts", "num_experts")
-    router, expert, shared, num, top_k = _moe(
-        f, num, f.count("num_experts_per_tok", "experts_per_token"), width
-    )
-    return (
-        router + Params(vector=num),
-        expert + Params(vector=2 * width + hidden),
-        shared,
-        num,
-        top_k,
-    )
-
-
-def _qwen3_next(f: Facts) -> list[Layer]:
-    """Qwen3-Next and 3.5: three gated DeltaNet layers, then one of gated full attention."""
-    interval = f.count("full_attention_interval", default=4)
-    default = [
-        "linear_attention" if (i + 1) % interval else "full_attention"
-        for i in range(f.count("num_hidden_layers"))
-    ]
-    norms = Params(vector=2 * f.count("hidden_size"))
-    result = []
-    for index, layer_type in enumerate(
-        layer_types(f, ("full_attention", "linear_attention"), default)
-    ):
-        if layer_type == "linear_attention":
-            attention = gated_delta_net(f)
-        else:
-            bias = bool(f.get("attention_bias", default=False))
-            attention = gqa(f, index, qk_norm="head", gated=True, qkv_bias=bias, out_bias=bias)
-        has_experts = f.get("num_experts", "num_local_experts", default=0)
-        moe = _qwen_moe(f, index) if has_experts else None
-        if moe:
-            router, expert, shared, num_experts, top_k = moe
-            result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
-        else:
-            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size")), norms))
-    return result
-
-
-def _bamba(f: Facts) -> list[Layer]:
-    """Bamba and Granite 4 hybrids: Mamba-2 layers with a few of attention between."""
-    moe_width = f.get("num_local_experts", default=0)
-    default = None
-    if f.get("layer_types", "layers_block_type", default=None) is None:
-        attn = f.get("attn_layer_indices", default=[])
-        default = [
-            "full_attention" if i in attn else "linear_attention"
-            for i in range(f.count("num_hidden_layers"))
-        ]
-    elif f.get("layer_types", default=None) is None:
-        default = f.get("layers_block_type")
-    heads = f.count("mamba_n_heads")
-    expand = f.count("mamba_expand", default=2)
-    mamba = mamba2(
-        f,
-        width=expand * f.count("hidden_size"),
-        heads=heads,
-        state=f.count("mamba_d_state"),
-        groups=f.count("mamba_n_groups", default=1),
-        kernel=f.count("mamba_d_conv", default=4),
-        conv_bias=bool(f.get("mamba_conv_bias", default=True)),
-        proj_bias=bool(f.get("mamba_proj_bias", default=False)),
-    )
-    norms = Params(vector=2 * f.count("hidden_size"))
-    bias = bool(f.get("attention_bias", default=False))
-    result = []
-    for index, layer_type in enumerate(
-        layer_types(f, ("full_attention", "linear_attention"), default)
-    ):
-        attention = (
-            gqa(f, index, qkv_bias=bias, out_bias=bias) if layer_type == "full_attention" else mamba
-        )
-        if f.model_type == "granitemoehybrid":
-            shared = mlp_params(f, f.count("shared_intermediate_size"))
-            if moe_width:
-                router, expert, _, num, top_k = _mixtral_moe(f, index)
-                result.append(Layer(attention, shared, norms, router, expert, num, top_k))
-            else:
-                result.append(Layer(attention, shared, norms))
-        else:
-            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size")), norms))
-    return result
-
-
-def _jamba(f: Facts) -> list[Layer]:
-    """Jamba: attention each `attn_layer_period` layers, Mamba between, experts each second."""
-    period, offset = (
-        f.count("attn_layer_period", default=8),
-        f.count("attn_layer_offset", default=4, least=0),
-    )
-    e_period = f.count("expert_layer_period", default=2)
-    e_offset = f.count("expert_layer_offset", default=1, least=0)
-    norms = Params(vector=2 * f.count("hidden_size"))
-    result = []
-    for index in range(f.count("num_hidden_layers")):
-        attention = gqa(f, index) if index % period == offset else mamba1(f)
-        num = f.count("num_experts", default=16)
-        if num > 1 and index % e_period == e_offset:
-            router, expert, _, num, top_k = _moe(
-                f, num, f.count("num_experts_per_tok"), f.count("intermediate_size")
-            )
-            result.append(Layer(attention, Params(), norms, router, expert, num, top_k))
-        else:
-            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size")), norms))
-    return result
-
-
-def _mamba2_only(f: Facts) -> list[Layer]:
-    """Mamba-2: no attention at all; the state is all there is."""
-    heads, width = f.count("num_heads"), f.count("expand", default=2) * f.count("hidden_size")
-    mixer = mamba2(
-        f,
-        width=width,
-        heads=heads,
-        state=f.count("state_size"),
-        groups=f.count("n_groups", default=1),
-        kernel=f.count("conv_kernel", default=4),
-        conv_bias=bool(f.get("use_conv_bias", default=True)),
-        proj_bias=bool(f.get("use_bias", default=False)),
-    )
-    norm = Params(vector=f.count("hidden_size"))
-    return [Layer(mixer, norms=norm)] * f.count("num_hidden_layers")
-
-
-def _llama4(f: Facts) -> list[Layer]:
-    """Llama 4: chunked attention, each n-th layer full; routed experts beside a shared one."""
-    num_layers = f.count("num_hidden_layers")
-    nope = f.get("no_rope_layers", default=None) or [
-        int((i + 1) % f.count("no_rope_layer_interval", default=4) != 0) for i in range(num_layers)
-    ]
-    default = ["chunked_attention" if rope else "full_attention" for rope in nope]
-    step = f.count("interleave_moe_layer_step", default=1)
-    moe_layers = f.get("moe_layers", default=None) or range(step - 1, num_layers, step)
-    bias = bool(f.get("attention_bias", default=False))
-    norms = Params(vector=2 * f.count("hidden_size"))
-    result = []
-    for index, layer_type in enumerate(layer_types(f, tuple(WINDOWS), default)):
-        attention = gqa(
-            f,
-            index,
-            qkv_bias=bias,
-            out_bias=bias,
-            **windowed(f, layer_type, "attention_chunk_size"),
-        )
-        if index in moe_layers:
-            width = f.count("intermediate_size")
-            router, expert, shared, num, top_k = _moe(
-                f,
-                f.count("num_local_experts"),
-                f.count("num_experts_per_tok"),
-                width,
-                shared=mlp_params(f, width),
-            )
-            result.append(Layer(attention, shared, norms, router, expert, num, top_k))
-        else:
-            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size_mlp")), norms))
-    return result
-
-
-def _deepseek(f: Facts) -> list[Layer]:
-    """DeepSeek-V2, V3 and their like: MLA, dense first layers, then routed and shared experts."""
-    attention = mla(f, indexer=f.model_type in ("deepseek_v32", "glm_moe_dsa"))
-    norms = Params(vector=2 * f.count("hidden_size"))
-    result = []
-    for index in range(f.count("num_hidden_layers")):
-        moe = _deepseek_moe(f, index)
-        if moe:
-            router, expert, shared, num_experts, top_k = moe
-            result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
-        else:
-            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size")), norms))
-    return result
-
-
-def _gemma4(f: Facts) -> list[Layer]:
-    """Gemma 4: wider heads in full layers; the last layers share the KV of earlier ones."""
-    num_layers, hidden = f.count("num_hidden_layers"), f.count("hidden_size")
-    types = layer_types(
-        f, ("full_attention", "sliding_attention"), _every("sliding_window_pattern", 6)(f)
-    )
-    types[-1] = "full_attention"
-    num_shared = f.count("num_kv_shared_layers", default=0, least=0)
-    per_layer_width = f.get("hidden_size_per_layer_input", default=256)
-    global_dim = f.count("global_head_dim", default=512)
-    k_eq_v = bool(f.get("attention_k_eq_v", default=False))
-    global_kv = f.get("num_global_key_value_heads", default=None) if k_eq_v else None
-    result = []
-    for index, layer_type in enumerate(types):
-        full = layer_type == "full_attention"
-        shares = index >= num_layers - num_shared
-        window = None if full else f.count("sliding_window")
-        attention = gqa(
-            f,
-            index,
-            qk_norm="head",
-            window=window,
-            kind=Kind.SHARED if shares else (Kind.FULL if full else Kind.SLIDING),
-            head_dim=global_dim if full else None,
-            kv_heads=global_kv if full else None,
-            has_v=not (k_eq_v and full),
-        )
-        width = f.count("intermediate_size")
-        if shares and f.get("use_double_wide_mlp", default=False):
-            width *= 2
-        norms = Params(vector=4 * hidden)
-        if per_layer_width:
-            norms += Params(2 * hidden * per_layer_width, hidden)
-        if f.get("enable_moe_block", default=False):
-            num = f.count("num_experts")
-            router, expert, _, num, top_k = _moe(
-                f, num, f.count("top_k_experts"), f.count("moe_intermediate_size")
-            )
-            router += Params(vector=hidden + num)
-            norms += Params(vector=3 * hidden)
-            result.append(Layer(attention, mlp_params(f, width), norms, router, expert, num, top_k))
-        else:
-            result.append(Layer(attention, mlp_params(f, width), norms))
-    return result
-
-
-def _nemotron_nas(f: Facts) -> list[Layer]:
-    """Llama-Nemotron (Puzzle): each layer has its own KV heads and MLP width, or none at all."""
-    hidden, heads = f.count("hidden_size"), f.count("num_attention_heads")
-    blocks = f.get("block_configs")
-    if len(blocks) != f.count("num_hidden_layers"):
-        raise PlanError(
-            f"config lists {len(blocks)} block_configs for {f.count('num_hidden_layers')} layers"
-        )
-    result = []
-    for index, block in enumerate(blocks):
-        norms, attention, mlp = 0, Attention(Kind.NONE), Params()
-        attn, ffn = block["attention"], block["ffn"]
-        if attn.get("replace_with_linear"):
-            attention = Attention(Kind.NONE, Params(hidden * hidden))
-            norms += hidden
-        elif not attn.get("no_op"):
-            attention = gqa(f, index, kv_heads=heads // attn["n_heads_in_group"])
-            norms += hidden
-        if ffn.get("replace_with_linear"):
-            mlp = Params(hidden * hidden)
-            norms += hidden
-        elif not ffn.get("no_op"):
-            width = int(2 * ffn["ffn_mult"] * hidden / 3)
-            mlp = mlp_params(f, -(-width // 256) * 256)
-            norms += hidden
-        result.append(Layer(attention, mlp, Params(vector=norms)))
-    return result
-
+from hotset.plan.shape import Layer, ModelShape, Params
 
 Builder = Callable[[Facts], list[Layer]]
 
 FAMILIES: dict[str, Builder] = {
     "llama": Llama().layers,
-    "mistral": Llama(qkv_bias=False, out_bias=False, mlp_bias=False, window=_always_window).layers,
-    "ministral": Llama(qkv_bias=False, out_bias=False, mlp_bias=False).layers,
-    "qwen2": Llama(qkv_bias=True, out_bias=False, mlp_bias=False, window=_qwen_window).layers,
-    "qwen3": Llama(qk_norm="head", mlp_bias=False, window=_qwen_window).layers,
-    "phi3": Llama(qkv_bias=False, out_bias=False, mlp_bias=False, window=_always_window).layers,
+    "mistral": Llama(qkv_bias=False, out_bias=False, mlp_bias=False, window=always_window).layers,
+    "ministral3": Llama(
+        qkv_bias=False, out_bias=False, mlp_bias=False, window=always_window
+    ).layers,
+    "ministral": Llama(qkv_bias=False, out_bias=False, mlp_bias=False, window=always_window).layers,
+    "qwen2": Llama(qkv_bias=True, out_bias=False, mlp_bias=False, window=qwen_window).layers,
+    "qwen3": Llama(qk_norm="head", mlp_bias=False, window=qwen_window).layers,
+    "phi3": Llama(qkv_bias=False, out_bias=False, mlp_bias=False, window=always_window).layers,
     "granite": Llama().layers,
-    "smollm3": Llama(window=_qwen_window).layers,
+    "smollm3": Llama(window=qwen_window).layers,
     "gemma": Llama(mlp_bias=False).layers,
-    "gemma2": Llama(norms=4, mlp_bias=False, window=_alternating).layers,
+    "gemma2": Llama(norms=4, mlp_bias=False, window=alternating).layers,
     "gemma3_text": Llama(
         norms=4,
         qk_norm="head",
         mlp_bias=False,
-        window=_every("sliding_window_pattern", 6),
+        window=every("sliding_window_pattern", 6),
     ).layers,
-    "gemma4_text": _gemma4,
+    "gemma4_text": gemma4,
     "olmo2": Llama(qk_norm="all", mlp_bias=False).layers,
-    "olmo3": Llama(
-        qk_norm="all", mlp_bias=False, window=_every("sliding_window_pattern", 4)
-    ).layers,
-    "cohere2": Llama(norms=1, mlp_bias=False, window=_every("sliding_window_pattern", 4)).layers,
+    "olmo3": Llama(qk_norm="all", mlp_bias=False, window=every("sliding_window_pattern", 4)).layers,
+    "cohere2": Llama(norms=1, mlp_bias=False, window=every("sliding_window_pattern", 4)).layers,
     "starcoder2": Llama(
         qkv_bias="use_bias",
         out_bias="use_bias",
         mlp_bias="use_bias",
         gated_mlp=False,
         layer_norm=True,
-        window=_always_window,
+        window=always_window,
     ).layers,
-    "mixtral": Llama(
-        qkv_bias=False, out_bias=False, moe=_mixtral_moe, window=_always_window
-    ).layers,
-    "granitemoe": Llama(moe=_mixtral_moe).layers,
+    "mixtral": Llama(qkv_bias=False, out_bias=False, moe=mixtral_moe, window=always_window).layers,
+    "granitemoe": Llama(moe=mixtral_moe).layers,
     "qwen2_moe": Llama(
-        qkv_bias=True, out_bias=False, moe=_qwen_moe, window=_qwen_window, mlp_bias=False
+        qkv_bias=("qkv_bias", True),
+        out_bias=False,
+        moe=qwen_moe,
+        window=qwen_window,
+        mlp_bias=False,
     ).layers,
-    "qwen3_moe": Llama(qk_norm="head", moe=_qwen_moe, window=_qwen_window, mlp_bias=False).layers,
-    "olmoe": Llama(qk_norm="all", moe=_olmoe_moe).layers,
+    "qwen3_moe": Llama(qk_norm="head", moe=qwen_moe, window=qwen_window, mlp_bias=False).layers,
+    "olmoe": Llama(qk_norm="all", moe=olmoe_moe).layers,
     "gpt_oss": Llama(
-        qkv_bias=True, out_bias=True, sinks=True, moe=_gpt_oss_moe, window=_alternating
+        qkv_bias=("attention_bias", True),
+        out_bias=("attention_bias", True),
+        sinks=True,
+        moe=gpt_oss_moe,
+        window=alternating,
     ).layers,
-    "glm4_moe": Llama(out_bias=False, moe=_deepseek_moe, mlp_bias=False).layers,
-    "deepseek_v2": _deepseek,
-    "deepseek_v3": _deepseek,
-    "deepseek_v32": _deepseek,
-    "kimi_k2": _deepseek,
-    "llama4_text": _llama4,
-    "qwen3_next": _qwen3_next,
-    "qwen3_5_text": _qwen3_next,
-    "qwen3_5_moe_text": _qwen3_next,
-    "bamba": _bamba,
-    "granitemoehybrid": _bamba,
-    "jamba": _jamba,
-    "mamba2": _mamba2_only,
-    "nemotron-nas": _nemotron_nas,
+    "glm4_moe": Llama(
+        out_bias=False, qk_norm_if="use_qk_norm", moe=deepseek_moe, mlp_bias=False
+    ).layers,
+    "deepseek_v2": deepseek,
+    "deepseek_v3": deepseek,
+    "deepseek_v32": deepseek,
+    "kimi_k2": deepseek,
+    "llama4_text": llama4,
+    "qwen3_next": qwen3_next,
+    "qwen3_5_text": qwen3_next,
+    "qwen3_5_moe_text": qwen3_next,
+    "bamba": bamba,
+    "granitemoehybrid": bamba,
+    "jamba": jamba,
+    "mamba2": mamba2_only,
+    "nemotron-nas": nemotron_nas,
 }
+
+# What transformers has where a config lacks a field, and is not what the builders take then. Text
+# parts of wrappers often lack some: transformers leaves out what is as its class has it.
+_DEFAULTS: dict[str, Config] = {
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
+    "ministral": {"sliding_window": 4096, "num_key_value_heads": 8},
+    "ministral3": {"head_dim": 128, "num_key_value_heads": 8},
+    "qwen2": {"max_window_layers": 28},
+    "qwen3": {"max_window_layers": 28, "head_dim": 128},
+    "smollm3": {"num_key_value_heads": 4},
+    "gemma": {"head_dim": 256},
+    "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096},
+    "gemma3_text": {
+        "head_dim": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "vocab_size": 262_208,
+    },
+    "gemma4_text": {"num_key_value_heads": 4, "sliding_window": 512, "vocab_size": 262_144},
+    "starcoder2": {"use_bias": True, "num_key_value_heads": 2},
+    "mixtral": {"num_key_value_heads": 8},
+    "qwen2_moe": {"max_window_layers": 28, "shared_expert_intermediate_size": 5632},
+    "qwen3_moe": {"num_key_value_heads": 4},
+    "gpt_oss": {"head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128},
+    "glm4_moe": {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    "deepseek_v2": {"q_lora_rank": 1536, "n_shared_experts": 2},
+    "deepseek_v3": {"q_lora_rank": 1536, "n_shared_experts": 1, "first_k_dense_replace": 3},
+    "deepseek_v32": {"q_lora_rank": 1536, "n_shared_experts": 1, "first_k_dense_replace": 3},
+    "llama4_text": {"head_dim": 128, "num_key_value_heads": 8},
+    "qwen3_next": {
+        "head_dim": 256,
+        "num_key_value_heads": 2,
+        "num_experts": 512,
+        "shared_expert_intermediate_size": 512,
+    },
+    "qwen3_5_text": {"head_dim": 256, "num_key_value_heads": 4},
+    "qwen3_5_moe_text": {
+        "head_dim": 256,
+        "num_key_value_heads": 2,
+        "num_experts": 256,
+        "shared_expert_intermediate_size": 512,
+    },
+    "bamba": {"num_key_value_heads": 8},
+    "granitemoehybrid": {"num_local_experts": 8},
+    "jamba": {"num_key_value_heads": 8},
+    "mamba2": {"n_groups": 8},
+}
+# Of these, the other name that transformers reads them under.
+_ALIASES = {"num_experts": "num_local_experts"}
 
 # Types whose head is the embedding unless the config says otherwise.
 _TIED = {"gemma", "gemma2", "gemma3_text", "gemma4_text", "cohere2", "starcoder2", "smollm3"}
 
-# Configs that wrap a text model beside a vision or audio one.
+# Configs that wrap a text model beside a vision or audio one; its type, where it names none.
 _WRAPPERS = {
     "llama4": "llama4_text",
     "gemma3": "gemma3_text",
@@ -491,6 +162,18 @@ _WRAPPERS = {
     "mistral3": "mistral",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
+}
+
+# What a wrapper may say of its text model.
+_OF_WRAPPER = ("torch_dtype", "dtype", "quantization_config")
+# Wrappers that have the head, so that transformers heeds their own flag alone: whether it is set by
+# default. Where it is, and a checkpoint has a head of its own all the same, the head stays untied.
+_HAVE_HEAD = {
+    "gemma3": True,
+    "gemma4": True,
+    "mistral3": True,
+    "qwen3_5": False,
+    "qwen3_5_moe": False,
 }
 
 _DTYPES = {
@@ -519,15 +202,8 @@ def shape_from_config(config: Config, name: str, source: str = "") -> ModelShape
     if model_type in _WRAPPERS:
         if not isinstance(config.get("text_config"), dict):
             raise PlanError(f"config of {name} is of type {model_type!r} but has no text_config")
-        model_type = _WRAPPERS[model_type]
-        config = {
-            **{
-                k: v
-                for k, v in outer.items()
-                if k in ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings")
-            },
-            **outer["text_config"],
-        }
+        config = _text_config(outer, name)
+        model_type = config.get("model_type") or _WRAPPERS[model_type]
     build = FAMILIES.get(model_type)
     if build is None:
         known = sorted({*FAMILIES, *_WRAPPERS})
@@ -537,7 +213,17 @@ def shape_from_config(config: Config, name: str, source: str = "") -> ModelShape
             f"model type {model_type!r} is not known, so its KV and weights are not guessed{hint}; "
             f"known: {', '.join(known)}"
         )
-    f = Facts(config, model_type)
+    defaults = {
+        name: value
+        for name, value in _DEFAULTS.get(model_type, {}).items()
+        if name not in config and _ALIASES.get(name) not in config
+    }
+    f = Facts({**defaults, **config}, model_type)
+    if model_type != "gemma4_text" and f.get("per_layer_config", default=None):
+        raise PlanError(
+            f"config of {name} has per_layer_config, which is not known for {model_type}: its "
+            "layers differ, so their sizes are not guessed"
+        )
     try:
         layers = tuple(build(f))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -572,6 +258,28 @@ def shape_from_config(config: Config, name: str, source: str = "") -> ModelShape
         max_context=f.get("max_position_embeddings", default=None),
         source=source,
     )
+
+
+def _text_config(outer: Config, name: str) -> Config:
+    """The text model's part of a wrapper's config, with what the wrapper says of it.
+
+    Where neither has a flag the text model's default holds: Mistral's published wrappers have none,
+    and a head of their own in the checkpoint.
+    """
+    text: Config = outer["text_config"]
+    config = {**{k: v for k, v in outer.items() if k in _OF_WRAPPER}, **text}
+    is_default = _HAVE_HEAD.get(outer["model_type"])
+    if is_default is None:
+        return config
+    tied, inner = outer.get("tie_word_embeddings"), text.get("tie_word_embeddings")
+    if tied is not None:
+        config["tie_word_embeddings"] = tied
+    elif inner and not is_default:
+        raise PlanError(
+            f"config of {name} has tie_word_embeddings in text_config only, where transformers "
+            f"does not look for it; expected it beside text_config, too"
+        )
+    return config
 
 
 def _storage(f: Facts) -> tuple[str, dict[str, str]]:

@@ -18,10 +18,14 @@ class Facts:
         self.model_type = model_type
 
     def get(self, *names: str, default: Any = _MISSING) -> Any:
-        """The first of `names` that has a value; without a default a missing one is refused."""
-        for name in names:
-            if self.config.get(name) is not None:
-                return self.config[name]
+        """What `names` say, which is the same; without a default a missing one is refused."""
+        given = {name: value for name in names if (value := self.config.get(name)) is not None}
+        values = list(given.values())
+        if any(value != values[0] for value in values):
+            said = " and ".join(f"{name} {value!r}" for name, value in given.items())
+            raise PlanError(f"config has {said}, which mean the same; expected one value")
+        if values:
+            return values[0]
         if default is not _MISSING:
             return default
         raise PlanError(f"config of model type {self.model_type!r} has no {' or '.join(names)}")
@@ -78,6 +82,11 @@ def gqa(
     if heads % kv:
         raise PlanError(f"config has {heads} attention heads, which {kv} KV heads do not divide")
     if head_dim is None:
+        if hidden % heads and f.get("head_dim", default=None) is None:
+            raise PlanError(
+                f"config has {heads} attention heads, which do not divide hidden_size {hidden}, "
+                "and no head_dim"
+            )
         head_dim = f.count("head_dim", default=hidden // heads)
     q_width, kv_width = heads * head_dim, kv * head_dim
     owns = kind is not Kind.SHARED
@@ -86,7 +95,8 @@ def gqa(
     if owns:
         matrix += hidden * kv_width * (2 if has_v else 1)
     if qkv_bias:
-        vector += q_width + (2 * kv_width if owns else 0)
+        vector += q_width * (2 if gated else 1)
+        vector += kv_width * (1 + has_v) if owns else 0
     if out_bias:
         vector += hidden
     if qk_norm == "head":
