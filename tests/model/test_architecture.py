@@ -8,6 +8,7 @@ import pytest
 import tiny_families
 import torch
 import transformers
+from tiny_models import make_model
 from tiny_tokenizer import make_tokenizer
 
 from hotset.errors import ModelError
@@ -110,3 +111,29 @@ def test_a_processors_template_is_the_chat_template(tmp_path: Path) -> None:
     (tmp_path / "chat_template.json").write_text("{")
     with pytest.raises(ModelError, match=r"chat_template\.json is not JSON"):
         load_model(str(tmp_path), device="cpu", dtype="float32")
+
+
+def test_kimi_k2_is_run_as_deepseek_v3_where_its_config_is_one(tmp_path: Path) -> None:
+    model = make_model("deepseek_v3")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text()) | {
+        "model_type": "kimi_k2",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
+        "seq_aux": True,
+        "aux_loss_alpha": 0.001,
+    }
+    file.write_text(json.dumps(stored))
+
+    loaded = load_model(str(tmp_path), device="cpu", dtype="float32")
+
+    tokens = torch.tensor([[5, 9, 17, 33]])
+    torch.testing.assert_close(loaded.model(tokens).logits, model(tokens).logits)
+    for change in ({"scoring_func": "softmax"}, {"use_latent_moe": True}):
+        file.write_text(json.dumps(stored | change))
+        with pytest.raises(ModelError, match=rf"kimi_k2.*{next(iter(change))}"):
+            load_model(str(tmp_path), device="cpu", dtype="float32")

@@ -95,9 +95,49 @@ def transformers_config(folder: Path, fields: Mapping[str, Any]) -> Any:
     """
     try:
         with quiet():
+            if _is_deepseek_v3(fields, folder):
+                renamed = {k: v for k, v in fields.items() if k not in ("model_type", "auto_map")}
+                return transformers.AutoConfig.for_model("deepseek_v3", **renamed)
             return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(_config_problem(folder, fields, error)) from error
+
+
+# Settings of DeepSeek-V3's own code, as those that transformers has no field for must be.
+_DEEPSEEK_V3_SETTINGS = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+}
+_WITHOUT_EFFECT = {"aux_loss_alpha", "seq_aux", "ep_size", "auto_map", "quantization_config"}
+
+
+def _is_deepseek_v3(fields: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a config is of Kimi K2, which is DeepSeek-V3 under a name that transformers lacks.
+
+    Raises:
+        ModelError: it is of Kimi K2, but has a setting that DeepSeek-V3 of transformers has not.
+    """
+    if fields["model_type"] != "kimi_k2" or "kimi_k2" in transformers.CONFIG_MAPPING:
+        return False
+    for name, expected in _DEEPSEEK_V3_SETTINGS.items():
+        if fields.get(name) != expected:
+            raise ModelError(
+                f"{folder} is a 'kimi_k2' model, which is run as DeepSeek-V3, but its {name} is "
+                f"{fields.get(name)!r}; expected {expected!r}"
+            )
+    config = transformers.DeepseekV3Config()
+    known = {*config.to_dict(), "rope_theta", "rope_scaling", "torch_dtype", "model_type"}
+    known |= _DEEPSEEK_V3_SETTINGS.keys() | _WITHOUT_EFFECT
+    if unknown := sorted(name for name in fields if name not in known and name[:1] != "_"):
+        raise ModelError(
+            f"{folder} is a 'kimi_k2' model, which is run as DeepSeek-V3, but that has no setting "
+            f"{unknown[0]!r}"
+        )
+    return True
 
 
 def find_architecture(config: Any, source: str, fields: Mapping[str, Any]) -> Architecture:
