@@ -77,7 +77,7 @@ def measure(model_type: str) -> dict[str, Any]:
             loaded = load_model(folder, device="cpu", dtype="float32")
             inspect_model(loaded.model)
         except HotsetError as error:
-            return {"verdict": REFUSED, "message": str(error).replace(folder, "FOLDER")}
+            return {"verdict": REFUSED, "message": _message(error, folder)}
         except Exception as error:
             return {"verdict": CRASH, "message": _line(error)}
         prompts = make_prompts(loaded.model.config.get_text_config().vocab_size)
@@ -90,7 +90,7 @@ def measure(model_type: str) -> dict[str, Any]:
         try:
             runs = run_five_ways(folder, prompts)
         except HotsetError as error:
-            return {"verdict": REFUSED, "message": str(error).replace(folder, "FOLDER")}
+            return {"verdict": REFUSED, "message": _message(error, folder)}
         except Exception as error:
             return {"verdict": CRASH, "message": _line(error)}
     wrong = [name for name, (answers, _) in runs.items() if answers != expected]
@@ -180,10 +180,15 @@ def _by_default_config(model_type: str, why: str) -> dict[str, Any]:
         config = transformers.CONFIG_MAPPING[model_type]()
         find_architecture(config, "FOLDER", {})
     except ModelError as error:
-        return {"verdict": REFUSED, "message": str(error), "by": "default config"}
+        if "cannot make a model" not in str(error):  # else transformers itself cannot
+            return {"verdict": REFUSED, "message": str(error), "by": "default config"}
     except Exception as error:
         return {"verdict": UNMEASURED, "message": f"{why}; default config: {_line(error)}"}
     return {"verdict": UNMEASURED, "message": why}
+
+
+def _message(error: HotsetError, folder: str) -> str:
+    return str(error).replace(folder, "FOLDER").replace(Path(folder).name, "FOLDER")
 
 
 def _line(error: BaseException) -> str:

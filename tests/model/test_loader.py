@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_models import make_model
 from tiny_tokenizer import make_tokenizer
+from transformers import MambaConfig
 
 from hotset.errors import ConfigError, ModelError
 from hotset.model import fingerprint
@@ -313,3 +314,21 @@ def test_hub_models_download_and_each_way_to_fail_is_one_line(
     assert lines[0] == "loaded tests/tiny 512 True"  # from the cache
     assert "the hub cannot be reached" in lines[1]
     assert messages == []
+
+
+def test_a_hub_model_that_its_config_refuses_is_not_downloaded(
+    hub_environment: dict[str, str], folder: Path
+) -> None:
+    MambaConfig(num_hidden_layers=2).save_pretrained(folder)
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD_EACH, "tests/tiny"],
+        env={**hub_environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith("refused MambaForCausalLM has layers of type linear_attention")
+    assert run.stderr == ""
+    names = {path.name for path in Path(hub_environment["HF_HOME"]).rglob("*")}
+    assert "config.json" in names
+    assert not any(name.endswith(".safetensors") for name in names)
