@@ -8,10 +8,12 @@ import pytest
 import tiny_families
 import torch
 import transformers
-from tiny_models import make_model
+from tiny_models import make_config, make_model
 from tiny_tokenizer import make_tokenizer
 
-from hotset.errors import ModelError
+from hotset.config import EngineConfig
+from hotset.engine.loop import build_engine
+from hotset.errors import ConfigError, ModelError
 from hotset.model.architecture import find_architecture
 from hotset.model.loader import load_dummy, load_model
 from hotset.model.prompt import PromptEncoder
@@ -137,3 +139,20 @@ def test_kimi_k2_is_run_as_deepseek_v3_where_its_config_is_one(tmp_path: Path) -
         file.write_text(json.dumps(stored | change))
         with pytest.raises(ModelError, match=rf"kimi_k2.*{next(iter(change))}"):
             load_model(str(tmp_path), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("llama", {"expert_slots": 4}, "expert_slots is 4, but Llama.* has no experts"),
+        ("llama", {"hot_gib": 1, "expected_users": 2}, "expected_users is 2, but Llama.* has no"),
+        ("qwen3_moe", {"expert_slots": 400}, "expert_slots is 400, but a layer has 8"),
+        ("qwen3_moe", {"expert_gib": 1e-6}, "expert_gib 1e-06 holds too little"),
+    ],
+)
+def test_options_that_do_not_fit_the_model_are_refused_before_its_weights_are_read(
+    family: str, options: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    make_config(family).save_pretrained(tmp_path)  # there are no weights
+    with pytest.raises(ConfigError, match=reason):
+        build_engine(EngineConfig(model=str(tmp_path), device="cpu", **options))

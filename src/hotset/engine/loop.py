@@ -1,6 +1,7 @@
 """The loop around the engine's steps, in a thread: requests in, reports of what came out."""
 
 import contextlib
+import functools
 import heapq
 import itertools
 import logging
@@ -15,6 +16,7 @@ from hotset.config import EngineConfig
 from hotset.cpu_libraries import set_threads
 from hotset.engine.engine import Engine
 from hotset.engine.fair_queue import FairQueue
+from hotset.engine.memory_split import check_options
 from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
 from hotset.engine.start_times import StartTimes
 from hotset.engine.status import EngineStatus, engine_status
@@ -57,6 +59,7 @@ def build_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
                 dtype=config.dtype,
                 experts_on_host=config.buffers_experts or config.splits_memory,
                 experts=ExpertSink(config),
+                check=functools.partial(check_options, config),
             )
         num_bytes = weights_bytes(loaded.model)
         phase.detail = f"{num_bytes / 1e9:.1f} GB, {num_bytes / 1e9 / phase.seconds:.1f} GB/s"

@@ -3,13 +3,14 @@
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import PreTrainedModel
 
 from hotset.config import EXPERT_OPTIONS, GIB, EngineConfig
 from hotset.errors import ConfigError, PlanError
 from hotset.memory.budget import fewest_blocks
 from hotset.memory.expert_cache import SlotBytes
 from hotset.memory.shared_region import SharedRegion
-from hotset.model.expert_buffer import experts_bytes, slot_bytes_of
+from hotset.model.expert_buffer import check_buffering, experts_bytes, slot_bytes_of
 from hotset.model.inspection import ModelLayout, weights_bytes
 from hotset.model.loaded import LoadedModel
 from hotset.plan.expert_split import KVMemory, Split, Splitter, least_bytes
@@ -250,6 +251,18 @@ def _asked_expert_bytes(config: EngineConfig, slots: SlotBytes) -> int:
         return slots(min(config.expert_slots, slots.num_experts))
     assert config.expert_gib is not None
     return int(config.expert_gib * GIB)
+
+
+def check_options(config: EngineConfig, outline: PreTrainedModel) -> None:
+    """Refuse options of experts that a model cannot follow, by its outline on `meta`.
+
+    Raises:
+        ConfigError: it has no experts that can be kept in host memory, or others than asked for.
+    """
+    if config.buffers_experts:
+        check_buffering(outline, config)
+    elif config.splits_memory and slot_bytes_of(outline, config) is None:
+        _refuse_options_of_experts(config, type(outline).__name__)
 
 
 def _refuse_options_of_experts(config: EngineConfig, name: str) -> None:

@@ -423,6 +423,16 @@ def _move_all(
         torch.cuda.empty_cache()  # what they leave is nobody's, as far as others can see
 
 
+def check_buffering(model: PreTrainedModel, config: EngineConfig) -> None:
+    """Refuse what `buffer_experts` would for the model's layers; `model` may be on `meta`.
+
+    Raises:
+        ConfigError: buffering cannot be done, or the budget is too small.
+    """
+    sizes = _sizes(_bufferable(model, config), config)
+    _check_effects(config, _num_slots(config, sizes), sizes.num_experts)
+
+
 def slot_bytes_of(model: PreTrainedModel, config: EngineConfig) -> SlotBytes | None:
     """What slots of a model's experts take; None where its experts cannot be buffered.
 

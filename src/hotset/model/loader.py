@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +42,7 @@ def load_model(
     dtype: str,
     experts_on_host: bool = False,
     experts: ExpertSink | None = None,
+    check: Callable[[PreTrainedModel], None] | None = None,
 ) -> LoadedModel:
     """Load a model for inference. Prints to stderr only what is downloaded or converted.
 
@@ -55,16 +56,20 @@ def load_model(
             `buffer_experts`.
         experts: with `experts_on_host`, where those go that host memory has no room for. Of a
             GGUF file they are in memory first.
+        check: gets the model on `meta`, before a weight is read, and raises where it does not fit
+            what the caller has in mind. Not of a GGUF file.
 
     Raises:
         ModelError: the model cannot be found, read or run; nothing stays in memory.
-        ConfigError: there is no such device; or as `ExpertSink.begin` says.
+        ConfigError: there is no such device; or as `ExpertSink.begin` and `check` say.
         TierError: the disk for experts cannot be used.
     """
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
     source, short_name = find_model(name)
     architecture = None if source.is_file() else checkpoint.read_architecture(source)
+    if architecture is not None and check is not None:
+        check(architecture.outline(torch_dtype or architecture.config.dtype or torch.float32))
     experts_on_host = experts_on_host and _may_have_experts(source)
     first = torch.device("cpu") if experts_on_host else target
     with quiet(), _closing_on_error(experts):
