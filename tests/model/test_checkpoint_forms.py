@@ -1,5 +1,6 @@
 """Checkpoints as people have them: read right, or refused with a line that names what they are."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -304,3 +305,145 @@ def test_folders_of_other_formats_are_named(
         (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     with pytest.raises(ModelError, match=expected):
         load_model(str(tmp_path), device="cpu", dtype="float32")
+
+
+def save_rounded(model: Any, dtype: torch.dtype, folder: Path) -> None:
+    """Save a model in `dtype`, and round its own weights alike."""
+    copy.deepcopy(model).to(dtype).save_pretrained(folder)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(dtype))
+
+
+def test_float16_with_the_fields_of_older_configs(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    model = make_model("llama", rope_parameters={**rope, "rope_theta": 5e5})
+    save_rounded(model, torch.float16, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"], config["dtype"]
+    older = {"rope_theta": 5e5, "rope_scaling": rope, "torch_dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **older}))
+    assert_same(tmp_path, model)
+
+
+def test_bfloat16_is_widened(tmp_path: Path) -> None:
+    model = make_model("qwen3")
+    save_rounded(model, torch.bfloat16, tmp_path)
+    assert_same(tmp_path, model)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_tied_head_may_be_stored(stored: bool, tmp_path: Path) -> None:
+    model = make_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    if stored:
+        head = model.lm_head.weight.detach().clone()
+        edit_weights(tmp_path, lambda tensors: {**tensors, "lm_head.weight": head})
+    assert_same(tmp_path, model)
+
+
+def test_names_without_the_prefix_of_the_model(tmp_path: Path) -> None:
+    model = make_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda ts: {name.removeprefix("model."): t for name, t in ts.items()})
+    assert_same(tmp_path, model)
+
+
+def test_gpt2_as_it_was_published(tmp_path: Path) -> None:
+    changes = {"model_type": "gpt2", "n_positions": 64, "n_head": 4, "n_embd": 64, "n_layer": 2}
+    model = make_model("llama", tie_word_embeddings=True, **changes)
+    model.save_pretrained(tmp_path)
+
+    def to_2019(tensors: Tensors) -> Tensors:
+        old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        mask = torch.ones(64, 64, dtype=torch.uint8).tril()[None, None]
+        for layer in range(2):
+            old[f"h.{layer}.attn.bias"] = mask.clone()
+            old[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+        return old
+
+    edit_weights(tmp_path, to_2019)
+    assert_same(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.0.w1.weight"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.0.gate_proj.weight"),
+        ("deepseek_v3", "model.layers.1.mlp.experts.0.gate_proj.weight"),
+    ],
+)
+def test_experts_one_by_one_or_stacked(family: str, name: str, tmp_path: Path) -> None:
+    model = make_model(family)
+    model.save_pretrained(tmp_path)
+    assert name in load_file(tmp_path / "model.safetensors")
+    assert_same(tmp_path, model)
+    if family == "qwen3_moe":
+        edit_weights(tmp_path, lambda _: {n: t.clone() for n, t in model.state_dict().items()})
+        assert_same(tmp_path, model)
+
+
+def test_the_layer_of_deepseek_that_guesses_ahead_is_left_out(tmp_path: Path) -> None:
+    model = make_model("deepseek_v3")
+    model.save_pretrained(tmp_path)
+
+    def with_next(tensors: Tensors) -> Tensors:
+        last = {
+            name.replace("layers.2.", "layers.3."): tensor.clone()
+            for name, tensor in tensors.items()
+            if "layers.2." in name
+        }
+        head = {"model.layers.3.eh_proj.weight": torch.ones(64, 128)}
+        return {**tensors, **last, **head, "model.layers.3.shared_head.norm.weight": torch.ones(64)}
+
+    edit_weights(tmp_path, with_next)
+    edit_config(tmp_path, num_nextn_predict_layers=1)
+    assert_same(tmp_path, model)
+    edit_config(tmp_path, num_nextn_predict_layers=0)
+    assert "no place for, first model.layers.3." in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["lm_head.weight", "model.layers.2.mlp."])
+def test_what_is_missing_is_named(folder: Path, part: str) -> None:
+    edit_weights(folder, lambda ts: {n: t for n, t in ts.items() if not n.startswith(part)})
+    for dtype in ("float32", "fp8"):
+        assert f"missing keys, first {part}" in refusal(folder, dtype)
+
+
+def test_mxfp4_of_gpt_oss_is_dequantised(tmp_path: Path) -> None:
+    model = make_model("gpt_oss", intermediate_size=64)
+    model.save_pretrained(tmp_path)
+    values = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat((values, -values))
+    packed: Tensors = {}
+    for layer in range(3):
+        experts = model.model.layers[layer].mlp.experts
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(experts, name)
+            num_experts, inputs, outputs = weight.shape
+            blocks = torch.randint(0, 256, (num_experts, outputs, inputs // 32, 16))
+            scales = torch.randint(120, 125, (num_experts, outputs, inputs // 32))
+            pairs = torch.stack((values[blocks & 15], values[blocks >> 4]), -1).flatten(-2)
+            wide = pairs * (scales - 127.0).exp2()[..., None]
+            weight.data.copy_(wide.flatten(-2).transpose(1, 2))
+            stem = f"model.layers.{layer}.mlp.experts.{name}"
+            packed |= {f"{stem}_blocks": blocks.byte(), f"{stem}_scales": scales.byte()}
+
+    def pack(tensors: Tensors) -> Tensors:
+        wide = {stem.rpartition("_")[0] for stem in packed}
+        return {**{n: t for n, t in tensors.items() if n not in wide}, **packed}
+
+    edit_weights(tmp_path, pack)
+    edit_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    assert_same(tmp_path, model)
+
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    edit_weights(tmp_path, lambda tensors: {**tensors, name: tensors[name][:, :-1].contiguous()})
+    assert "down_proj_blocks is U8 [4, 64, 2, 16] and its scales U8 [4, 63, 2]" in refusal(tmp_path)

@@ -178,7 +178,7 @@ def test_scales_may_be_powers_of_two_and_weights_stacked() -> None:
 
     block = (BLOCK, BLOCK)
     for stored in (exponents, scales, scales.to(torch.float8_e8m0fnu)):
-        assert torch.equal(dequantise(narrow, stored, block, torch.float32), expected)
+        assert torch.equal(dequantise(narrow, stored, block=block, dtype=torch.float32), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "fp8"])

@@ -124,7 +124,7 @@ def _with_transformers(
             folder, folder, device, dtype, model_class, fields, tensors, **options
         )
     # Not by transformers: it takes the block for what divides the rows evenly, and its kernels for
-    # 8-bit weights are downloads.
+    # narrow weights are downloads.
     dtype = dtype or config.dtype or torch.bfloat16
     with tensors.open(device, dtype) as reads:
         options["state_dict"] = reads

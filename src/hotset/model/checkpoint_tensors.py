@@ -1,38 +1,39 @@
 """The tensors of a checkpoint as a model takes them: by name, read when asked for, dequantised."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 
-from hotset.model import fp8_blocks
+from hotset.model import fp8_blocks, mxfp4
 from hotset.model.checkpoint_files import Stored
+from hotset.model.quantized import quant_method
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Weight:
-    """A weight of 8-bit floats, dequantised on `device` when it is indexed with `...`."""
+class Dequantised:
+    """A weight of several tensors, dequantised on `device` when it is indexed with `...`."""
 
-    weight: Any
-    scales: Any
-    block: fp8_blocks.Block
+    parts: tuple[Any, ...]
+    dequantise: Callable[..., torch.Tensor]
     device: torch.device
     dtype: torch.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """As slices of safetensors are read."""
-        weight, scales = self.weight[...].to(self.device), self.scales[...].to(self.device)
-        return fp8_blocks.dequantise(weight, scales, self.block, self.dtype)[index]
+        parts = [part[...].to(self.device) for part in self.parts]
+        return self.dequantise(*parts, dtype=self.dtype)[index]
 
 
 class CheckpointTensors:
-    """What the files of a checkpoint hold, scales of 8-bit weights folded into these.
+    """What the files of a checkpoint hold, with narrow weights and their scales made one.
 
     Args:
         folder: of the checkpoint.
@@ -40,45 +41,52 @@ class CheckpointTensors:
         stored: what the headers of its files say.
 
     Attributes:
-        stored: by name, without the scales that are folded.
+        stored: by name; narrow weights under the name and shape of what they are read as.
+        is_dequantised: whether the checkpoint is quantised, and read here as one that is not.
 
     Raises:
-        ModelError: 8-bit weights and their scales do not fit together.
+        ModelError: narrow weights and their scales do not fit together.
     """
 
     def __init__(
         self, folder: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored]
     ) -> None:
         self._all = stored
-        self._form = fp8_blocks.fp8_format(folder, fields)
-        self._scales = (
-            {} if self._form is None else fp8_blocks.pair_scales(folder, self._form, stored)
-        )
-        folded = set(self._scales.values())
-        for weight in self._scales:
-            folded.update(fp8_blocks.input_scales(weight))
+        self._parts: dict[str, tuple[str, str]] = {}  # weight and scales, by the weight's name
+        self._dequantise: Callable[..., torch.Tensor] = mxfp4.dequantise
+        shapes: dict[str, tuple[int, ...]] = {}
+        folded: set[str] = set()
+        form = fp8_blocks.fp8_format(folder, fields)
+        self.is_dequantised = form is not None or quant_method(fields) == "mxfp4"
+        if form is not None:
+            scales = fp8_blocks.pair_scales(folder, form, stored)
+            self._parts = {weight: (weight, name) for weight, name in scales.items()}
+            self._dequantise = partial(fp8_blocks.dequantise, block=form.block)
+            folded.update(name for each in scales for name in fp8_blocks.input_scales(each))
+        elif self.is_dequantised:
+            self._parts = mxfp4.find_blocks(folder, stored)
+            shapes = {name: mxfp4.shape_of(stored[of]) for name, (of, _) in self._parts.items()}
+        folded.update(name for parts in self._parts.values() for name in parts)
         self.stored = {name: tensor for name, tensor in stored.items() if name not in folded}
+        for name, (first, _) in self._parts.items():
+            shape = shapes.get(name, stored[first].shape)
+            self.stored[name] = replace(stored[first], shape=shape)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor."""
         return {name: tensor.shape for name, tensor in self.stored.items()}
 
-    @property
-    def is_dequantised(self) -> bool:
-        """Whether the checkpoint is quantised, and read here as one that is not."""
-        return self._form is not None
-
     def is_float(self, name: str) -> bool:
         """Whether a tensor is read as plain floats."""
-        return name in self._scales or self.stored[name].dtype in _FLOATS
+        return name in self._parts or self.stored[name].dtype in _FLOATS
 
     @contextlib.contextmanager
     def open(self, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         """All tensors by name, each read when it is indexed with `...`, from any thread.
 
         Args:
-            device: where 8-bit ones are dequantised; others are on the CPU.
+            device: where narrow ones are dequantised; others are on the CPU.
             dtype: of those; others are as stored.
         """
         with contextlib.ExitStack() as files:
@@ -91,9 +99,9 @@ class CheckpointTensors:
                 return opened[self._all[name].file].get_slice(name)
 
             def read(name: str) -> Any:
-                if self._form is None or name not in self._scales:
+                if name not in self._parts:
                     return part(name)
-                scales = part(self._scales[name])
-                return Fp8Weight(part(name), scales, self._form.block, device, dtype)
+                parts = tuple(part(each) for each in self._parts[name])
+                return Dequantised(parts, self._dequantise, device, dtype)
 
             yield {name: read(name) for name in self.stored}

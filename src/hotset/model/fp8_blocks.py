@@ -103,7 +103,7 @@ def input_scales(weight: str) -> tuple[str, str]:
 
 
 def dequantise(
-    weight: torch.Tensor, scales: torch.Tensor, block: Block, dtype: torch.dtype
+    weight: torch.Tensor, scales: torch.Tensor, *, block: Block, dtype: torch.dtype
 ) -> torch.Tensor:
     """`q * s`, computed in float32.
 
@@ -119,7 +119,7 @@ def dequantise(
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         each = factors.expand(len(weight)) if factors.numel() == 1 else factors
         for row, part, factor in zip(out, weight, each, strict=True):
-            row.copy_(dequantise(part, factor, block, dtype))
+            row.copy_(dequantise(part, factor, block=block, dtype=dtype))
         return out
     if block is None:
         return (weight.float() * factors.reshape(())).to(dtype)
