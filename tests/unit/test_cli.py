@@ -29,6 +29,11 @@ def test_help_names_the_command_and_succeeds(
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
+        (["generate", "--max-tokens", "0", "hi"], 1, "--max-tokens is 0; expected 1 or more"),
+        (["generate", "--min-tokens", "9", "--max-tokens", "8", "hi"], 1, "min_tokens is 9"),
+        (["generate", "--logit-bias", "5", "hi"], 1, "expected ID=BIAS"),
+        (["generate", "--logit-bias", "5=101", "hi"], 1, "expected -100 to 100"),
+        (["generate", "--regex", "a", "--choice", "a", "hi"], 1, "--regex and --choice are both"),
         (["nosuch"], 2, "No such command 'nosuch'. (see: hotset --help)"),
         (["plan", "--nosuch"], 2, "No such option '--nosuch'"),
         (["generate"], 2, "Missing argument '[MODEL] PROMPT...'. (see: hotset generate --help)"),

@@ -1,5 +1,6 @@
 """`hotset generate`: stream text for prompts given on the command line."""
 
+import json
 import re
 import sys
 import time
@@ -13,7 +14,7 @@ from hotset.cli.options import engine_options, interruptible
 from hotset.config import EngineConfig
 from hotset.errors import ConfigError, RequestError
 from hotset.foreign_text import ForeignTextError, parse_json
-from hotset.request import SamplingParams
+from hotset.request import SamplingParams, TextForm
 
 _DEFAULTS = SamplingParams()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -25,6 +26,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 @click.option("--system", help="A system message before the prompt.")
 @click.option(
     "--max-tokens", type=int, default=_DEFAULTS.max_tokens, show_default=True, help="Most to make."
+)
+@click.option(
+    "--min-tokens",
+    type=int,
+    default=_DEFAULTS.min_tokens,
+    show_default=True,
+    help="Least to make before the text may end.",
 )
 @click.option(
     "--temperature",
@@ -51,6 +59,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
     help="Of sampled texts: the same seed gives the same ones.",
 )
 @click.option("--stop", multiple=True, help="A string that ends the text; may be repeated.")
+@click.option(
+    "--include-stop", is_flag=True, help="End the text with the stop string that was met."
+)
+@click.option("--keep-special-tokens", is_flag=True, help="Special tokens are part of the text.")
+@click.option(
+    "--logit-bias",
+    multiple=True,
+    metavar="ID=BIAS",
+    help="Adds -100 to 100 to the logit of a token id; may be repeated.",
+)
+@click.option("--regex", help="A regular expression that the whole text must fit.")
+@click.option("--choice", multiple=True, help="A text that may be the answer; repeat for others.")
 @click.option("--json-schema", help="A JSON schema, or a file with one, that the text must fit.")
 @click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
 @engine_options
@@ -60,6 +80,11 @@ def command(
     raw: bool,
     system: str | None,
     json_schema: str | None,
+    regex: str | None,
+    choice: tuple[str, ...],
+    include_stop: bool,
+    keep_special_tokens: bool,
+    logit_bias: tuple[str, ...],
     quiet: bool,
     config: EngineConfig,
     **sampling: Any,
@@ -85,9 +110,24 @@ def command(
         raise ConfigError("--system needs the chat template; leave out --raw, or --system")
     if prompts.count("-") > 1:
         raise ConfigError("standard input can be read for one prompt only; give one -")
+    if sampling["max_tokens"] < 1:
+        raise ConfigError(f"--max-tokens is {sampling['max_tokens']}; expected 1 or more")
+    given = {"--json-schema": json_schema, "--regex": regex, "--choice": choice or None}
+    forms = [name for name, value in given.items() if value is not None]
+    if len(forms) > 1:
+        raise ConfigError(f"{forms[0]} and {forms[1]} are both given; expected one of them")
+    text_form = None
+    if regex is not None:
+        text_form = TextForm("regex", regex)
+    elif choice:
+        text_form = TextForm("choice", json.dumps(choice))
     params = SamplingParams(
         **{**sampling, "stop": tuple(sampling["stop"])},
+        include_stop_str_in_output=include_stop,
+        skip_special_tokens=not keep_special_tokens,
+        logit_bias=_read_biases(logit_bias),
         json_schema=None if json_schema is None else _read_schema(json_schema),
+        text_form=text_form,
     )
     texts = [_read_stdin() if prompt == "-" else prompt for prompt in prompts]
     if not all(texts):
@@ -160,6 +200,20 @@ def _read_stdin() -> str:
     if not text:
         raise ConfigError("standard input is empty; expected a prompt")
     return text
+
+
+def _read_biases(given: tuple[str, ...]) -> dict[int, float]:
+    """Token ids and what is added to their logits."""
+    biases = {}
+    for one in given:
+        token_id, _, bias = one.partition("=")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError as error:
+            raise ConfigError(
+                f"--logit-bias is {one!r}; expected ID=BIAS, such as 50=-100"
+            ) from error
+    return biases
 
 
 def _read_schema(given: str) -> dict[str, Any]:
