@@ -157,8 +157,8 @@ def test_logprobs_come_with_the_text(client: openai.OpenAI) -> None:
     [done] = [event for event in events if event.type == "response.output_text.done"]
     assert [entry.logprob for entry in done.logprobs] == [one.logprob for one in part.logprobs]
     deltas = [event for event in events if event.type == "response.output_text.delta"]
-    first = [entry for event in deltas for entry in event.logprobs]
-    assert first and first == done.logprobs[: len(first)]
+    first = [entry.token for event in deltas for entry in event.logprobs]
+    assert first and first == [entry.token for entry in done.logprobs[: len(first)]]
 
 
 def test_a_response_is_stored_only_if_asked_and_for_its_key_only(
