@@ -192,6 +192,17 @@ def test_text_is_not_held_back_longer_than_it_may_be_a_call() -> None:
     assert pieces[0].text == '{"answer":'
 
 
+@given(st.sampled_from([text for text, _, _ in CASES]), st.lists(st.integers(0, 200), max_size=30))
+def test_no_text_comes_within_a_call(text: str, cuts: list[int]) -> None:
+    pieces, _, _ = stream(text, cuts)
+    num_begun = num_closed = 0
+    for piece in pieces:
+        assert all(call.index >= num_closed for call in piece.calls)
+        if piece.text:
+            num_closed = num_begun
+        num_begun += sum(call.name is not None for call in piece.calls)
+
+
 def test_calls_beyond_the_first_are_left_out_where_one_is_asked_for() -> None:
     call = '<tool_call>{"name": "time", "arguments": {}}</tool_call>'
     assert stream(f"{call}{call} x", [], most_calls=1)[1:] == ([CLOCK], " x")

@@ -30,7 +30,11 @@ class CallPiece:
 
 @dataclass(slots=True)
 class Pieces:
-    """What is new of an output: text outside of calls, and pieces of calls."""
+    """What is new of an output: text outside of calls, and pieces of calls.
+
+    Once a call has begun, no text comes before its last piece: pieces that go on with a call stand
+    before the text, and calls that begin behind it.
+    """
 
     text: str = ""
     calls: list[CallPiece] = field(default_factory=list)

@@ -16,7 +16,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from hotset.errors import RequestError
 from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.model import json_schema
-from hotset.model.json_bounds import JsonBounds, JsonPosition, TokenBytes
+from hotset.model.json_bounds import JsonBounds, JsonPosition, TokenTable
 from hotset.model.schema_nodes import SchemaError
 from hotset.model.unique_items import UniqueItems, has_unique_items
 from hotset.request import SamplingParams
@@ -170,9 +170,9 @@ class Grammars:
         )
 
     @functools.cached_property
-    def _token_bytes(self) -> TokenBytes:
+    def _token_table(self) -> TokenTable:
         tokenizer = self._llguidance
-        return TokenBytes(
+        return TokenTable(
             [
                 b"" if tokenizer.is_special_token(i) else tokenizer.decode_bytes([i])
                 for i in range(tokenizer.vocab_size)
@@ -185,9 +185,9 @@ class Grammars:
         schema = parse_json(source)
         followers: list[JsonPosition | UniqueItems] = []
         if self._bounds != JsonBounds():
-            followers.append(JsonPosition(self._bounds.widened(schema), self._token_bytes))
+            followers.append(JsonPosition(self._bounds.widened(schema), self._token_table))
         if has_unique_items(schema):
-            followers.append(UniqueItems(schema, self._token_bytes))
+            followers.append(UniqueItems(schema, self._token_table))
         return followers
 
     def _compile_uncached(self, kind: str, source: str) -> OutputMatcher:

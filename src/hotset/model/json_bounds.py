@@ -78,7 +78,7 @@ class JsonBounds:
         )
 
 
-class TokenBytes:
+class TokenTable:
     """The bytes of all tokens, and which of them matter to bounds. V = vocabulary.
 
     Args:
@@ -116,7 +116,7 @@ class JsonPosition:
         tokens: of the vocabulary.
     """
 
-    def __init__(self, bounds: JsonBounds, tokens: TokenBytes) -> None:
+    def __init__(self, bounds: JsonBounds, tokens: TokenTable) -> None:
         self.error: str | None = None
         self._bounds = bounds
         self._tokens = tokens

@@ -85,6 +85,7 @@ class ToolCallParser:
         if has_functions:
             self._starts[_FUNCTION] = self._in_function
         self._buffer = ""  # what is not yet understood
+        self._aside = ""  # text within an XML call
         self._pieces = Pieces()  # what is new
         self._state: Callable[[bool], bool] = self._in_text
         self._space = ""  # held back: it goes where a call follows
@@ -118,6 +119,8 @@ class ToolCallParser:
         """The output is complete: returns the rest."""
         self._buffer += self._marked.end()
         pieces = self._read(True)
+        self._emit_aside()
+        pieces.text += self._pieces.text
         if not self._num_calls:
             pieces.text += self._space
         return pieces
@@ -305,23 +308,23 @@ class ToolCallParser:
         rest = self._buffer.lstrip()
         name, closed, after = rest.removeprefix(_PARAMETER).partition(">")
         if rest.startswith("{") and not self._num_parameters:  # Llama's way with this tag
-            self._buffer, self._space = rest, ""
+            self._buffer = rest
             self._begin_arguments(self._after_function)
         elif rest.startswith(_PARAMETER) and closed:
             self._types = types_of(self._tool, name.strip())
             before = ", " if self._num_parameters else "{"
             self._num_parameters += 1
             self._emit_arguments(f"{before}{json.dumps(name.strip(), ensure_ascii=False)}: ")
-            self._buffer, self._space, self._is_value_begun = after, "", False
+            self._buffer, self._is_value_begun = after, False
             self._state = self._in_value
         elif rest.startswith((_FUNCTION_END, HERMES_END)):
             self._emit_arguments("}" if self._num_parameters else "{}")
-            self._buffer, self._space, self._state = rest, "", self._after_function
+            self._buffer, self._state = rest, self._after_function
         elif rest.startswith(_PARAMETER) or _begun(rest, _XML_TAGS) == len(rest):
             return False
         else:  # no part of a call
             other = self._buffer.find("<", len(self._buffer) - len(rest) + 1)
-            self._emit_text(self._buffer if other < 0 else self._buffer[:other])
+            self._aside += self._buffer if other < 0 else self._buffer[:other]
             self._buffer = "" if other < 0 else self._buffer[other:]
         return True
 
@@ -359,6 +362,7 @@ class ToolCallParser:
             self._buffer = rest = rest[len(_FUNCTION_END) :]
         elif not is_end and _FUNCTION_END.startswith(rest):
             return False
+        self._emit_aside()
         self._state = self._after_hermes  # the model may have left out the tag before it only
         return True
 
@@ -410,6 +414,11 @@ class ToolCallParser:
     def _emit_arguments(self, arguments: str) -> None:
         if arguments and self._num_calls == self.num_calls:
             self._pieces.calls.append(CallPiece(self._num_calls - 1, None, arguments))
+
+    def _emit_aside(self) -> None:
+        """Text within an XML call comes behind it: readers of a call expect it in one."""
+        aside, self._aside = self._aside.strip(), ""
+        self._emit_text(aside)
 
     def _emit_text(self, text: str) -> None:
         text = self._space + text

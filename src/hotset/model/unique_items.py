@@ -12,7 +12,7 @@ from typing import Any
 
 from hotset.errors import HotsetError
 from hotset.foreign_text import parse_json
-from hotset.model.json_bounds import Mask, TokenBytes
+from hotset.model.json_bounds import Mask, TokenTable
 from hotset.model.schema_nodes import resolve, walk
 from hotset.model.schema_values import identity
 
@@ -59,7 +59,7 @@ class UniqueItems:
         tokens: of the vocabulary.
     """
 
-    def __init__(self, root: Node, tokens: TokenBytes) -> None:
+    def __init__(self, root: Node, tokens: TokenTable) -> None:
         self.error: str | None = None
         self._root = root
         self._tokens = tokens
