@@ -352,6 +352,17 @@ for _ in range(40):
                 **CHAT,
                 "response_format": {
                     "type": "json_schema",
+                    "json_schema": {"schema": {"$ref": "#"}},
+                },
+            },
+            400,
+            "no value can fit",
+        ),
+        (
+            {
+                **CHAT,
+                "response_format": {
+                    "type": "json_schema",
                     "json_schema": {"schema": {"enum": ["x" * 1000] * 70}},
                 },
             },

@@ -2,6 +2,7 @@ import itertools
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from hotset.errors import RequestError
 from hotset.model.call_pieces import Pieces, ToolCall, join
 from hotset.model.forced_calls import forced_schema
+from hotset.model.json_schema import prepare
 from hotset.model.tool_calls import ToolCallParser
 from hotset.model.xml_values import to_json, types_of
 
@@ -271,14 +273,35 @@ def test_forced_schemas_allow_nothing_but_calls() -> None:
     assert forced_schema(tools, name="time", parallel=True) == {"type": "object"}
     schema = forced_schema(tools, name=None, parallel=False)
     assert (schema["minItems"], schema["maxItems"]) == (1, 1)
-    assert schema["$defs"] == {"a": {"type": "string"}}  # where their references look
     names = [call["properties"]["name"]["const"] for call in schema["items"]["anyOf"]]
     assert names == ["weather", "time"]
     with pytest.raises(RequestError, match="not among"):
         forced_schema(tools, name="other", parallel=True)
-    clash = [*tools, {"name": "b", "parameters": {"$defs": {"a": {"type": "integer"}}}}]
-    with pytest.raises(RequestError, match="another way"):
-        forced_schema(clash, name=None, parallel=True)
+    for name in (None, "bad"):
+        with pytest.raises(RequestError, match="'bad' has parameters of type 'string'; expected"):
+            bad = {"name": "bad", "parameters": {"type": "string"}}
+            forced_schema([bad], name=name, parallel=True)
+
+
+def test_references_of_each_tool_find_what_is_in_it() -> None:
+    def tool(name: str, kind: str) -> dict[str, Any]:
+        properties = {"a": {"$ref": "#/$defs/a"}, "again": {"$ref": "#"}}
+        parameters = {"properties": properties, "$defs": {"a": {"type": kind}}, "$id": "http://x/"}
+        return {"name": name, "parameters": parameters}
+
+    tools = [tool("f", "string"), tool("g", "integer")]
+    schema = forced_schema(tools, name=None, parallel=True)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    good = [
+        {"name": "f", "arguments": {"a": "x", "again": {"a": "y", "again": {}}}},
+        {"name": "g", "arguments": {"a": 1}},
+    ]
+    validator.validate(good)
+    prepare(json.dumps(schema))
+    for wrong in ({"a": 1}, {"again": {"a": 1}}, {"again": []}, "x"):
+        assert not validator.is_valid([{"name": "f", "arguments": wrong}])
+    assert tools[0]["parameters"]["properties"]["again"] == {"$ref": "#"}  # as it was
 
 
 def test_a_forced_output_is_its_calls() -> None:

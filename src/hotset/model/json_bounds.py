@@ -96,11 +96,12 @@ class TokenTable:
     def starting_with(self, start: bytes) -> list[int]:
         """The ids of tokens that begin with `start`, which is not empty."""
         end = start[:-1] + bytes([start[-1] + 1])  # no byte of UTF-8 is 255
-        texts, ids = self._in_order
+        texts, ids = self.in_order
         return ids[bisect_left(texts, start) : bisect_left(texts, end)]
 
     @functools.cached_property
-    def _in_order(self) -> tuple[list[bytes], list[int]]:
+    def in_order(self) -> tuple[list[bytes], list[int]]:
+        """All tokens sorted by their bytes, and their ids. Takes a while the first time."""
         ids = sorted(range(len(self.of)), key=self.of.__getitem__)
         return [self.of[i] for i in ids], ids
 

@@ -63,6 +63,7 @@ class UniqueItems:
         self.error: str | None = None
         self._root = root
         self._tokens = tokens
+        _ = tokens.in_order  # here, and not in a step of the engine
         self._open: list[_Container] = []
         self._in_string = False
         self._escaped = False
