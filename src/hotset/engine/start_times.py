@@ -10,6 +10,8 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+_LEAST_S = 0.05  # a shorter phase is no line
+
 
 @dataclass(slots=True)
 class Phase:
@@ -81,11 +83,13 @@ class StartTimes:
             self._bar = None
 
     def report(self) -> str:
-        """A line for each phase, and one for what lies between them."""
+        """A line for each phase that took a while, and one for what lies between them."""
         total_s = time.perf_counter() - self._start_s
         other_s = total_s - sum(phase.seconds for phase in self._phases)
         lines = [f"start: {total_s:.1f} s"]
         for phase in [*self._phases, Phase("other", other_s)]:
+            if phase.seconds < _LEAST_S:
+                continue
             detail = f"  {phase.detail}" if phase.detail else ""
             lines.append(f"  {phase.name:<28}{phase.seconds:>6.1f} s{detail}")
         return "\n".join(lines)
