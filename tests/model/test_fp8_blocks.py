@@ -188,7 +188,7 @@ def test_scales_may_be_powers_of_two_and_weights_stacked() -> None:
         ("no scales", r"a weight as F8_E4M3 without its scales, .*q_proj.weight_scale_inv"),
         ("short scales", r"q_proj.weight_scale_inv is F32 \[1, 1\], expected \[2, 2\]"),
         ("packed", r"q_proj.weight is stored as I8, which no FP8 checkpoint"),
-        ("scales of a wide weight", r"no place for, first .*q_proj.weight_scale_inv"),
+        ("scales of a wide weight", r"no place in it, first .*q_proj.weight_scale_inv"),
         ("odd block", r"weight_block_size is \[128\], expected two whole numbers"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,7 @@ def _from_pretrained(
     `model_class` is of transformers; `fields` of config.json and `tensors` tell which of these may
     be left over.
     """
+    shapes = tensors.shapes if tensors is not None else {}
     try:
         model, report = model_class.from_pretrained(
             folder,
@@ -165,9 +168,9 @@ def _from_pretrained(
         raise
     except Exception as error:  # whatever a bad file makes the libraries raise
         raise ModelError(
-            f"cannot load the weights of {source}: {_loading_problem(error)}"
+            f"cannot load the weights of {source}: {_loading_problem(error, shapes)}"
         ) from error
-    if problem := _misfit(report, fields or {}, tensors.shapes if tensors is not None else {}):
+    if problem := _misfit(report, fields or {}, shapes):
         raise ModelError(f"{source} does not fit its config: {problem}")
     return model
 
@@ -198,22 +201,29 @@ def _misfit(
     if wrong := sorted(report["mismatched_keys"]):
         name, found, expected = wrong[0]
         return (
-            f"{len(wrong)} tensors have other shapes, first {name}: stored {list(found)}, "
-            f"expected {list(expected)}; the config is of another model, or lacks a setting"
+            f"tensors of other shapes: {len(wrong)}, first {name}: stored {list(found)}, expected "
+            f"{list(expected)}; the config is of another model, or lacks a setting"
         )
     names = leftovers.leftovers(report["unexpected_keys"], shapes, fields)
     return leftovers.leftovers_problem(names) if names else None
 
 
-def _loading_problem(error: Exception) -> str:
+def _loading_problem(error: Exception, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Say in one line why transformers could not load weights."""
     line = first_line(error)
-    if "automatic conversion of the weights" in line:  # points at a report that is not shown
-        return (
-            "tensors that belong together (of experts, say) differ in shape or number; the "
-            "checkpoint is damaged or of another architecture"
-        )
-    return line
+    if "automatic conversion of the weights" not in line:
+        return line
+    # It points at a report that is not shown.
+    end = "the checkpoint is damaged or of another architecture"
+    groups: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        groups.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.*.", name), {})[name] = shape
+    for group in groups.values():
+        common = Counter(group.values()).most_common(1)[0][0]
+        for name, shape in group.items():
+            if shape != common:
+                return f"{name} is {list(shape)}, of other experts {list(common)}; {end}"
+    return f"tensors that belong together (of experts, say) differ in shape or number; {end}"
 
 
 def _begin(experts: ExpertSink, architecture: Architecture, dtype: torch.dtype | None) -> None:

@@ -70,6 +70,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{file} {error}") from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise ModelError(f"{file} names no model_type, so it is not a transformers config")
+    if (folder / "adapter_config.json").is_file():  # transformers applies it where peft is there
+        raise ModelError(
+            f"{folder} holds {_what_it_is(folder).removeprefix('it is ')}; or, where the model is "
+            "to be served without it, take adapter_config.json away"
+        )
+    if fields.get("transformers_weights"):
+        raise ModelError(
+            f"{file} names files of weights in transformers_weights, which hotset does not follow: "
+            f"name them {WEIGHTS}"
+        )
     return fields
 
 
@@ -124,8 +134,6 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _others(folder: Path) -> str:
     """Say which weights of other formats a folder holds, and the way out."""
-    if (folder / "adapter_config.json").is_file():
-        return f", but {_what_it_is(folder)}"
     if pickled := next(
         (f for kind in ("bin", "pt", "pth") for f in folder.glob(f"*.{kind}")), None
     ):

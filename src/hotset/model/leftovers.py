@@ -70,8 +70,8 @@ def leftovers_problem(names: list[str]) -> str:
     elif re.search(r"scale|zero_point|absmax", first):
         hint = " (scales of quantised weights, which the config does not name)"
     return (
-        f"it holds {len(names)} tensors that the config has no place for, first {first}{hint}; "
-        "without them answers would be wrong"
+        f"{'1 tensor has' if len(names) == 1 else f'{len(names)} tensors have'} no place in it, "
+        f"first {first}{hint}; without them answers would be wrong"
     )
 
 

@@ -108,7 +108,7 @@ def check_stored(folder: Path, fields: Mapping[str, Any], stored: Mapping[str, S
     )
     if narrow:
         raise ModelError(
-            f"{folder} stores {len(narrow)} tensors narrow or packed, first {narrow[0]} as "
-            f"{stored[narrow[0]].dtype}, but config.json has no quantization_config that says how "
+            f"{folder} stores tensors narrow or packed ({len(narrow)}, first {narrow[0]} as "
+            f"{stored[narrow[0]].dtype}), but config.json has no quantization_config that says how "
             f"to read them: {_TAKE}"
         )
