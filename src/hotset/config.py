@@ -97,7 +97,8 @@ class EngineConfig:
         max_mixed_tokens: the same for a step that computes prompts beside decodes, which a long
             prompt would hold up; None is 256 on the CPU and 1024 on a GPU. There a Mixture of
             Experts gets 512 rows an expert if that is more. With experts in host memory, or with
-            `rotation_s`, it is all of `max_num_batched_tokens` there.
+            `rotation_s`, it is all of `max_num_batched_tokens` there. A step takes fewer where
+            they would add more than about 0.25 s to it.
         max_model_len: longest context; None is the model's own, as far as the hot tier holds it.
         rotation_s: None serves first come, first served. Otherwise each request that has waited
             for its first token for so long takes the place of one that has run for so long, whose

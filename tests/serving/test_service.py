@@ -37,6 +37,25 @@ def wait_for(condition: Any) -> None:
     raise AssertionError("it did not happen")
 
 
+def test_a_short_prompt_passes_long_ones_that_wait_for_memory() -> None:
+    config = EngineConfig(hot_gib=0.00042, max_model_len=512, max_num_batched_tokens=64)
+    service = EngineService(config, build=build)
+    try:
+        num_blocks = service.status().result(60).tiers[0].capacity
+        assert 34 <= num_blocks <= 40  # of 16 tokens
+        running = service.submit([7] * 100, SamplingParams(max_tokens=400, ignore_eos=True))
+        one = SamplingParams(max_tokens=1, ignore_eos=True)
+        # More than the loop hands to the engine: a short one waits behind them there too.
+        long = [service.submit([8 + i] * 200, one) for i in range(20)]
+        [short] = gather(service.submit([5, 6], SamplingParams(max_tokens=2, ignore_eos=True)), 1)
+        assert len(short.token_ids) == 2
+        assert service.metrics.requests_finished.total() == 1
+        running.abort()
+        assert all(gather(stream, 1)[0].finish_reason == "length" for stream in long)
+    finally:
+        service.close()
+
+
 def test_requests_from_many_threads_all_end(service: EngineService) -> None:
     got: dict[int, list[int]] = {}
 

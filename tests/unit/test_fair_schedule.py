@@ -268,10 +268,10 @@ def cost_of(base_s: float, token_s: float) -> StepCost:
 @pytest.mark.parametrize(
     ("base_s", "token_s", "alone", "beside"),
     [
-        (0.02, 1e-5, 64, 64),  # a GPU: the bound in tokens is lower
-        (0.02, 0.005, 64, 32),  # 0.5 s and 0.25 s, in multiples of 32, and at least that
-        (0.02, 0.1, 32, 32),
-        (10.0, 0.1, 64, 64),  # all of it is slow: prompts get as long as the rest of the step
+        (0.02, 1e-5, 256, 256),  # a GPU: the bound in tokens is lower
+        (0.02, 0.002, 224, 96),  # 0.5 s and 0.25 s, in multiples of 32
+        (0.02, 0.1, 128, 32),  # and at least so many
+        (20.0, 0.1, 192, 192),  # all of it is slow: prompts get as long as the rest of the step
     ],
 )
 def test_prompts_add_a_bounded_time_to_a_step(
@@ -279,21 +279,21 @@ def test_prompts_add_a_bounded_time_to_a_step(
 ) -> None:
     scheduler = make_scheduler(
         num_blocks=4000,
-        budget=64,
-        mixed_budget=65,
+        budget=256,
+        mixed_budget=257,
         step_cost=cost_of(base_s, token_s),
     )
-    add(scheduler, prompt(200))
+    add(scheduler, prompt(600))
     assert tokens_of(run(scheduler)) == [(0, alone)]
     scheduler = make_scheduler(
         num_blocks=4000,
-        budget=66,
-        mixed_budget=65,
+        budget=258,
+        mixed_budget=257,
         step_cost=cost_of(base_s, token_s),
     )
     add(scheduler, prompt(2, max_tokens=90))
     run(scheduler)
-    long = prompt(200)
+    long = prompt(600)
     add(scheduler, long)
     assert share(run(scheduler), long) == beside
 
@@ -302,7 +302,7 @@ def test_the_cost_of_a_token_is_not_that_of_a_step() -> None:
     """Steps that read all experts take a second, whatever they compute: chunks stay large."""
     cost = cost_of(0.03, 0.001)
     for _ in range(200):
-        num_tokens = min(256, cost.most_tokens(0.25, step=32))
+        num_tokens = min(256, cost.most_tokens(0.25, least=32))
         cost.observe(num_tokens, 1.0 + num_tokens * 0.001)
         cost.observe(0, 1.0)
     assert cost.base_s == pytest.approx(1.0, rel=0.05)
@@ -311,15 +311,15 @@ def test_the_cost_of_a_token_is_not_that_of_a_step() -> None:
 
 def test_the_cost_of_a_token_follows_a_machine_that_others_use_too() -> None:
     cost = cost_of(0.03, 0.001)
-    assert cost.most_tokens(0.25, step=32) == 224
+    assert cost.most_tokens(0.25, least=32) == 224
     for _ in range(60):
         cost.observe(64, 0.1 + 64 * 0.004)
         cost.observe(0, 0.1)
-    assert cost.most_tokens(0.25, step=32) == 32
+    assert cost.most_tokens(0.25, least=32) == 32
     for _ in range(60):
         cost.observe(32, 0.03 + 32 * 0.001)
         cost.observe(0, 0.03)
-    assert cost.most_tokens(0.25, step=32) >= 192
+    assert cost.most_tokens(0.25, least=32) >= 192
 
 
 @given(st.lists(st.tuples(st.integers(0, 4096), st.floats(0, 100)), max_size=60))
@@ -327,7 +327,7 @@ def test_whatever_is_seen_prompts_get_tokens(steps: list[tuple[int, float]]) -> 
     cost = cost_of(0.02, 0.001)
     for num_tokens, seconds in steps:
         cost.observe(num_tokens, seconds)
-        assert cost.most_tokens(0.25, step=32) >= 32
+        assert cost.most_tokens(0.25, least=32) >= 32
         assert cost.base_s >= 0.0 and cost.token_s >= 0.0
 
 

@@ -132,7 +132,8 @@ _ENGINE_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         "max_mixed_tokens",
         int,
         "Most tokens in a step of prompts beside decodes.  [default: 256 on a CPU, 1024 on a GPU, "
-        "more there for a Mixture of Experts or with --rotation-s]",
+        "more there for a Mixture of Experts or with --rotation-s; in any case about what takes "
+        "0.25 s]",
     ),
     _option("max_model_len", int, "Longest context in tokens.  [default: the model's own]"),
     _option(

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 _SMOOTHING = 0.1  # weight of the newest step
 # Steps whose numbers of tokens differ by less than this say little of what a token takes.
 _LEAST_SPREAD = 32.0
+# Chunks are multiples of this, so that products have few sizes.
+_MULTIPLE = 32
 
 
 class StepCost:
@@ -49,12 +51,13 @@ class StepCost:
             self._square += lack
             self._product += lack * slope
 
-    def most_tokens(self, seconds: float, *, step: int) -> int:
-        """Tokens of prompts that take no longer than this, in multiples of `step`, at least one.
+    def most_tokens(self, seconds: float, *, least: int) -> int:
+        """Tokens of prompts that take no longer than this: a multiple of 32, and `least` or more.
 
         They may take as long as the rest of the step in any case, so that prompts get half of the
         time where it is all that slow.
         """
         if self.token_s <= 0.0:
             return 2**31
-        return max(1, int(max(seconds, self.base_s) / self.token_s) // step) * step
+        most = max(seconds, self.base_s) / self.token_s
+        return max(least, int(most) // _MULTIPLE * _MULTIPLE)

@@ -1,6 +1,6 @@
 """How the requests that run share the tokens of one step."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from hotset.engine.urgency import PromptOrder
 from hotset.memory.kv_cache import KVCache
@@ -19,7 +19,7 @@ class StepShares:
 
     Args:
         order: which prompts go first.
-        running: the requests that run, before the step is planned.
+        running: the requests that run; the list may change while the step is planned.
         budget: most tokens of the step.
         prompt_budget: most tokens of prompts in it.
         scored_budget: most tokens of prompts whose log-probabilities are wanted.
@@ -29,7 +29,7 @@ class StepShares:
         self,
         kv: KVCache,
         order: PromptOrder,
-        running: Iterable[Request],
+        running: Sequence[Request],
         *,
         budget: int,
         prompt_budget: int,
@@ -42,18 +42,15 @@ class StepShares:
         self._scored_budget = scored_budget
         self._sure = max(1, prompt_budget // _SURE_PART)
         self._shares: dict[Request, int] = {}
+        self._running = running
+        self._prompts: list[Request] = []  # requests with more than one token to compute
         self._oldest: Request | None = None
         self._urgent: list[Request] = []  # prompts, the most urgent first
-        # Key of a block -> who computes it, in this step or the last ones.
-        self._leaders: dict[bytes, Request] = {}
-        for request in running:
-            if request.num_tokens - request.num_computed_tokens > 1:
-                key = kv.key_within(request)
-                if key is not None:
-                    self._leaders[key] = request
+        # Key of a block -> who computes it, in this step or the last ones. None: not looked yet.
+        self._leaders: dict[bytes, Request] | None = None
 
     def plan_next(self, request: Request) -> bool:
-        """Give a request that decodes its token, or the oldest prompt what is sure.
+        """Give a request that decodes its token, or the oldest prompt what is sure to it.
 
         Requests come in their order, the oldest first. False: there are no blocks for it.
         """
@@ -61,6 +58,7 @@ class StepShares:
         if num_tokens <= 1:
             most = self._budget if request.is_scored else min(self._budget, self._scored_budget)
             return self._plan(request, min(num_tokens, most))
+        self.add_prompt(request)
         if self._oldest is not None or self._leader(request) is not None:
             return True  # when the rest is shared out
         if not self._plan_prompt(request, min(self._sure, self._budget)):
@@ -68,16 +66,19 @@ class StepShares:
         self._oldest = request
         return True
 
-    def share_out(self, running: Iterable[Request]) -> None:
+    def add_prompt(self, request: Request) -> None:
+        """Have a request with more than one token to compute take part in `share_out`."""
+        if request not in self._prompts[-1:]:  # planned again after others were preempted
+            self._prompts.append(request)
+
+    def share_out(self) -> None:
         """Give what is left for prompts to those that run, as far as there are blocks."""
-        prompts = [
-            request
-            for request in running
-            if not request.is_complete and self._kv.num_runnable_tokens(request) > 1
-        ]
+        prompts = [one for one in self._prompts if one.status is RequestStatus.RUNNING]
+        if not prompts:
+            return
         left = {request: self._kv.num_lacking_tokens(request) for request in prompts}
         shortest = sorted(prompts, key=lambda request: (request.priority, left[request]))
-        if prompts and self._oldest is None:
+        if self._oldest is None:
             self.plan_next(prompts[0])
         self._give(shortest, left, self._sure)
         self._urgent = self._order.most_urgent_first(prompts, left)
@@ -104,13 +105,15 @@ class StepShares:
                     self._shares[request] -= cut
                     self._prompt_budget += cut
 
-    def items(self, running: Iterable[Request]) -> list[StepItem]:
-        """The step, in the order of those that run."""
+    def take_items(self) -> list[StepItem]:
+        """The step, in the order of those that run; prompts are charged for it."""
         items = [
             StepItem(request, request.num_computed_tokens, self._shares[request])
-            for request in running
+            for request in self._running
             if self._shares.get(request)
         ]
+        for request in self._urgent:
+            self._order.charge(request, self._shares.get(request, 0))
         # Requests are planned in order and the last is preempted first: no victim is planned.
         assert len(items) == sum(share > 0 for share in self._shares.values())
         return items
@@ -130,13 +133,27 @@ class StepShares:
 
     def _leader(self, request: Request) -> Request | None:
         """Who computes the tokens that the request lacks next; None: itself."""
-        if not self._leaders or request in self._shares:
+        if request in self._shares:
+            return None
+        if self._leaders is None:
+            self._leaders = self._find_leaders()
+        if not self._leaders:
             return None
         key = self._kv.next_key(request)
         leader = None if key is None else self._leaders.get(key)
         if leader is request or leader is None or leader.status is not RequestStatus.RUNNING:
             return None
         return leader
+
+    def _find_leaders(self) -> dict[bytes, Request]:
+        """Requests that have computed a part of a block, by its key."""
+        leaders = {}
+        for request in self._running:
+            if request.num_tokens - request.num_computed_tokens > 1:
+                key = self._kv.key_within(request)
+                if key is not None:
+                    leaders[key] = request
+        return leaders
 
     def _plan_prompt(self, request: Request, most: int) -> bool:
         had = self._shares.get(request, 0)
@@ -149,6 +166,8 @@ class StepShares:
             return False
         self._prompt_budget -= num_tokens
         reached = self._kv.keys_reached_by(request, had + num_tokens)
+        if self._leaders is None:
+            self._leaders = self._find_leaders()
         self._leaders.update(dict.fromkeys(reached, request))
         return True
 

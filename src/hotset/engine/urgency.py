@@ -8,7 +8,7 @@ from hotset.request import Request
 # A prompt is due once its tenant was served this many times its length since it came. So equal
 # ones go in order of arrival, a much shorter one overtakes, and a long one gets its turn.
 # Source: Bender et al., "Flow and Stretch Metrics for Scheduling Continuous Job Streams" (SODA
-# 1998), section 4: by earliest deadline, a deadline being a multiple of the job's own time.
+# 1998): by earliest deadline, a deadline being a multiple of the job's own time.
 SLACK = 8
 # A prompt overtakes one that has no room yet if that one is so many times as long.
 MUCH_LONGER = 4
