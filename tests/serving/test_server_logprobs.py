@@ -98,6 +98,10 @@ def expected_logprobs(ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
 
 
+def pick(row: torch.Tensor, token_id: int) -> float:
+    return row[token_id].item()
+
+
 def test_an_echo_has_the_log_probabilities_of_the_prompt(http: httpx.Client) -> None:
     """As lm-eval asks: prompts of token ids, at once, one token to generate."""
     prompts = [TOKENIZER.encode(text).ids for text in ("the cat 😀", "<bos> a dog, the cat")]
@@ -109,6 +113,13 @@ def test_an_echo_has_the_log_probabilities_of_the_prompt(http: httpx.Client) -> 
             found, rows = choice["logprobs"], expected_logprobs(ids)
             assert len(found["tokens"]) == len(ids) + 1
             assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+            # What lm-eval makes of it: a sum, and whether the continuation is the greedy one.
+            start, greedy = 3, rows[2:].argmax(-1).tolist() == ids[3:]
+            score = sum(found["token_logprobs"][start:-1])
+            assert score == pytest.approx(sum(map(pick, rows[2:], ids[3:])), abs=1e-3)
+            pairs = zip(found["token_logprobs"], found["top_logprobs"], strict=True)
+            tops = [value == max(top.values()) for value, top in list(pairs)[start:-1]]
+            assert all(tops) == greedy
             values = found["token_logprobs"][1:-1]
             wanted = [row[i].item() for i, row in zip(ids[1:], rows, strict=True)]
             assert values == pytest.approx(wanted, abs=2e-4)
