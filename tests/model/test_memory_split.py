@@ -1,8 +1,10 @@
 """One budget for KV and experts: what it becomes, what it says, and what it refuses."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from hotset.model.experts import experts_layers, up_name
 from hotset.model.inspection import inspect_model, weights_bytes
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
+from hotset.plan.hardware import choose_hardware
 
 PROMPTS = [[5, 9, 13, 200, 7], [31] * 20, [77, 3, 250]]
 FAMILY = "qwen3_moe"  # 8 experts, top-3
@@ -72,7 +75,7 @@ def test_one_budget_is_enough_and_the_answers_are_the_same(plan: str, target: st
         used = sizes(num_slots) + kv_bytes(made)
         assert hot_bytes - made.budget.block_bytes < used <= hot_bytes
         assert f"{num_slots} of 8 experts a layer" in made.report
-        assert "output tokens/s" in made.report and f"split for {target}" in made.report
+        assert f"split for {target}" in made.report
         assert run(made, PROMPTS) == reference(FAMILY, PROMPTS)
 
 
@@ -104,7 +107,7 @@ def test_a_budget_for_everything_leaves_all_experts_where_they_were() -> None:
     layer = experts_layers(model.model)[0]
     options = {"hot_gib": (sizes(sizes.num_experts) + 2 * 2**20) / GIB, "max_num_seqs": 4}
     with engine(model=model, **options) as made:
-        assert "nothing is buffered" in made.report and "(resident)" in made.report
+        assert "nothing is buffered" in made.report and "8 of 8 experts a layer" in made.report
         assert not hasattr(layer, "expert_host")
         assert kv_bytes(made) >= 4 * 24 * made.budget.block_bytes
         assert run(made, PROMPTS) == reference(FAMILY, PROMPTS)
@@ -180,6 +183,45 @@ def test_options_of_experts_are_refused_for_a_dense_model(option: dict[str, Any]
     refusal = f"{name} is .* but LlamaForCausalLM has no experts"
     with pytest.raises(ConfigError, match=refusal), engine("llama", hot_gib=0.1, **option):
         pass
+
+
+def test_nothing_is_predicted_by_the_rates_of_other_hardware(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = tmp_path / "hardware.json"
+    monkeypatch.setattr("hotset.plan.hardware.probe_path", lambda: measured)
+    budget = {"hot_gib": slots()(4) / GIB}
+    with engine(**budget) as made:
+        assert "no prediction: the rates of this CPU are not known; 'hotset probe'" in made.report
+        assert "predicted" not in made.report and "tokens/s" not in made.report
+    # A GPU's, as if the machine had got another one: still none of a CPU.
+    profile = json.loads(resources.files("hotset.plan").joinpath("hardware/h200.json").read_text())
+    measured.write_text(json.dumps(profile))
+    with engine(**budget) as made:
+        assert "no prediction" in made.report
+    profile |= {"name": "this", "description": "a CPU, 2 threads", "measured": True}
+    measured.write_text(json.dumps(profile))
+    with engine(**budget) as made:
+        assert "output tokens/s" in made.report and "by the rates of this" in made.report
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("NVIDIA T4", None),
+        (None, None),
+    ],
+)
+def test_only_a_known_gpu_has_bundled_rates(
+    gpu: str | None, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotset.plan.hardware.probe_path", lambda: tmp_path / "none")
+    found = choose_hardware(None, gpu)
+    assert (found and found.name) == name
 
 
 def test_a_small_enough_shortage_is_named_exactly() -> None:

@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hotset.config import EXPERT_OPTIONS, GIB, EngineConfig
-from hotset.errors import ConfigError, PlanError
+from hotset.engine.model_shape import make_cost_model
+from hotset.errors import ConfigError
 from hotset.memory.budget import fewest_blocks
 from hotset.memory.expert_cache import SlotBytes
 from hotset.memory.shared_region import SharedRegion
@@ -15,14 +16,13 @@ from hotset.model.inspection import ModelLayout, weights_bytes
 from hotset.model.loaded import LoadedModel
 from hotset.plan.expert_split import KVMemory, Split, Splitter, least_bytes
 from hotset.plan.experts import ExpertCost, Load, link_of
-from hotset.plan.hardware import choose_hardware, load_hardware
-from hotset.plan.loaded import make_cost_model
+from hotset.plan.hardware import Hardware, choose_hardware, load_hardware
 
 # What requests are like where the user does not say: a prompt and its answer, and how many of them
 # there are where each step is to be short.
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 1024, 256
 _FEW_USERS = 8
-# On a machine of which no rate is known; the split follows from their ratios.
+# On a machine whose rates are not known: the split follows from the ratios of these, nothing else.
 _ASSUMED_HARDWARE = "h200"
 
 
@@ -127,7 +127,8 @@ def split_memory(
         expert_slots=split.num_slots,
         **options,  # type: ignore[arg-type]
     )
-    return found, _report(config, split, load, splitter.cost, moving), moving
+    said = _report(config, split, load, splitter.cost, moving)
+    return found, f"{said}\n{_prediction(split, splitter.cost, model.device)}", moving
 
 
 def _solve(
@@ -144,7 +145,7 @@ def _solve(
     fewest = max(fewest_blocks(config, loaded.max_model_len), kv.blocks_of(load.context))
     kv = replace(kv, fewest_blocks=fewest)
     fewest_slots = max(slots.fewest, config.expert_prefetch)
-    cost = _expert_cost(config, loaded, slots)
+    cost = _expert_cost(loaded, layout, slots)
     splitter = Splitter(
         hot_bytes,
         cost,
@@ -229,21 +230,19 @@ def expected_load(config: EngineConfig, max_len: int) -> Load:
     return Load(users, prompt, output)
 
 
-def _expert_cost(config: EngineConfig, loaded: LoadedModel, slots: SlotBytes) -> ExpertCost:
-    model = loaded.model
-    gpu_name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None
-    hardware = choose_hardware(None, gpu_name) or load_hardware(_ASSUMED_HARDWARE)
-    dtype = "fp8" if config.dtype == "fp8" else str(model.dtype).removeprefix("torch.")
-    try:
-        cost = make_cost_model(
-            model.config.to_dict(), loaded.name, dtype, hardware, kv_dtype=config.kv_dtype
-        )
-    except PlanError as error:
-        raise ConfigError(
-            f"memory cannot be split between KV and experts: {error}; give expert_slots or "
-            "expert_gib, beside hot_gib for KV alone"
-        ) from error
+def _expert_cost(loaded: LoadedModel, layout: ModelLayout, slots: SlotBytes) -> ExpertCost:
+    """Of the hardware that is here, or of an assumed one where its rates are not known."""
+    hardware = _known_hardware(loaded.model.device) or load_hardware(_ASSUMED_HARDWARE)
+    cost = make_cost_model(loaded.model, layout, slots, loaded.name, hardware)
     return ExpertCost(cost, link_of(cost, cold_bytes=slots.cold_bytes), slots.plan)
+
+
+def _known_hardware(device: torch.device) -> Hardware | None:
+    return choose_hardware(None, _gpu_name(device))
+
+
+def _gpu_name(device: torch.device) -> str | None:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def _asked_expert_bytes(config: EngineConfig, slots: SlotBytes) -> int:
@@ -279,18 +278,30 @@ def _refuse_options_of_experts(config: EngineConfig, name: str) -> None:
 def _report(
     config: EngineConfig, split: Split, load: Load, cost: ExpertCost, moving: MovingSplit | None
 ) -> str:
-    served, hardware = split.served, cost.cost.hardware
-    decode, prompt = served.decode_step, served.prompt_step
     moves = ""
     if moving is not None:
         region = moving.region
         moves = f", {region.fewest_slots} to {region.most_slots} as the load changes"
-    known = "" if hardware.measured else ", which 'hotset probe' would measure here"
     return (
         f"split for {config.target}, {load.users:.0f} users of {load.prompt_tokens:.0f} + "
         f"{load.output_tokens:.0f} tokens: {_gib(split.kv_bytes)} for KV, "
         f"{_gib(split.expert_bytes)} for {split.num_slots} of {cost.num_experts} experts a layer"
-        f"{moves}\n"
+        f"{moves}"
+    )
+
+
+def _prediction(split: Split, cost: ExpertCost, device: torch.device) -> str:
+    """What the rates of this machine promise; by those of another one nothing is said."""
+    if _known_hardware(device) is None:
+        where = _gpu_name(device) or "this CPU"
+        return (
+            f"no prediction: the rates of {where} are not known; 'hotset probe' measures them, and "
+            f"the split then follows them in place of the ratios of an {_ASSUMED_HARDWARE}"
+        )
+    served, hardware = split.served, cost.cost.hardware
+    decode, prompt = served.decode_step, served.prompt_step
+    known = "" if hardware.measured else ", which 'hotset probe' would measure here"
+    return (
         f"predicted: {served.output_tokens_per_s:,.0f} output tokens/s with "
         f"{served.at_once:.0f} users at once, a decode step {decode.seconds * 1e3:,.1f} ms "
         f"({decode.plan}), a step with prompts {prompt.seconds * 1e3:,.1f} ms ({prompt.plan}), "

@@ -79,6 +79,26 @@ def without_experts(model: PreTrainedModel) -> Iterator[None]:
             layer.expert_buffer = buffer
 
 
+@contextlib.contextmanager
+def noting_top_k(model: nn.Module) -> Iterator[set[int]]:
+    """Within it, the numbers of experts that tokens are routed to are added to what it gives."""
+    chosen: set[int] = set()
+
+    def note(layer: nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, Any]) -> None:
+        ids = named.get("top_k_index", args[1] if len(args) > 1 else None)
+        if ids is not None:
+            chosen.add(ids.shape[-1])
+
+    hooks = [
+        layer.register_forward_pre_hook(note, with_kwargs=True) for layer in experts_layers(model)
+    ]
+    try:
+        yield chosen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class _NoExperts:
     """Stands for the buffer of a layer."""
 

@@ -20,7 +20,7 @@ from hotset.model.attention import (
 )
 from hotset.model.config_sizes import context_length, largest
 from hotset.model.cpu_linear import PackedLinear
-from hotset.model.experts import use_dynamic_gating, without_experts
+from hotset.model.experts import noting_top_k, use_dynamic_gating, without_experts
 from hotset.model.flashinfer_attention import WORKSPACE_BYTES
 from hotset.model.libraries import first_line
 from hotset.model.linear_reads import noting_reads
@@ -36,11 +36,17 @@ _TOKENS, _POSITIONS = (1, 2, 3, 1), (0, 1, 2, 0)
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """What each layer of a model asks of its attention, and what a token leaves in the cache."""
+    """What each layer of a model asks of its attention, and what a token leaves in the cache.
+
+    Attributes:
+        experts_per_token: that its routers choose; 0 where no layer has experts of transformers'
+            interface.
+    """
 
     layers: tuple[LayerAttention, ...]
     dtype: torch.dtype
     kv_dtype: torch.dtype
+    experts_per_token: int = 0
 
     @property
     def kv_shapes(self) -> tuple[LayerShape, ...]:
@@ -83,7 +89,8 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{name} does not use transformers' attention interface") from error
     use_dynamic_gating(model)
-    probe, logits = _probe(model, _TOKENS, _POSITIONS)
+    with noting_top_k(model) as chosen:
+        probe, logits = _probe(model, _TOKENS, _POSITIONS)
     num_layers = config.num_hidden_layers
     missing = [layer for layer in range(num_layers) if layer not in probe.layers]
     if missing or len(probe.layers) != num_layers:
@@ -100,7 +107,7 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
         )
     if model.device.type != "meta":
         _check_numbering(model, probe)
-    return ModelLayout(layers, model.dtype, kv_dtype or model.dtype)
+    return ModelLayout(layers, model.dtype, kv_dtype or model.dtype, max(chosen, default=0))
 
 
 def _probe(

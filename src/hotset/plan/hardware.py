@@ -185,7 +185,7 @@ def choose_hardware(name: str | None, gpu_name: str | None) -> Hardware | None:
     """The profile to predict with.
 
     Without a name: what `hotset probe` measured here, else the bundled profile of this GPU; None
-    where there is neither.
+    where there is neither, so that nothing is predicted by the rates of another one.
 
     Raises:
         PlanError: there is no profile of that name.
@@ -197,6 +197,8 @@ def choose_hardware(name: str | None, gpu_name: str | None) -> Hardware | None:
         if ("CPU" in measured.description) == (gpu_name is None):
             return measured
     words = set((gpu_name or "").lower().replace("-", " ").split())
+    if "mig" in words:  # a part of a GPU, with a part of its rates
+        return None
     for known in bundled_hardware():
         if set(known.split("-")) - {"sxm"} <= words:
             return load_hardware(known)

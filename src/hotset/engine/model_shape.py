@@ -1,0 +1,145 @@
+"""The planner's view of a loaded model: sizes of its own layers, so that any family has them."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hotset.memory.expert_cache import SlotBytes
+from hotset.model.attention import LayerAttention
+from hotset.model.cpu_linear import PackedLinear
+from hotset.model.experts import experts_layers
+from hotset.model.inspection import ModelLayout
+from hotset.plan.cost import Calibration, CostModel
+from hotset.plan.hardware import Hardware
+from hotset.plan.layout import Layout
+from hotset.plan.routing import Routing
+from hotset.plan.shape import Attention, Kind, Layer, ModelShape, Params
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8"}
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+
+
+def make_cost_model(
+    model: PreTrainedModel, layout: ModelLayout, slots: SlotBytes, name: str, hardware: Hardware
+) -> CostModel:
+    """The cost model of a loaded Mixture of Experts on one device.
+
+    Args:
+        model: its experts may be on the device or in host memory, packed or not.
+        layout: what its layers cache, which is more than the planner counts where the engine
+            stores keys and values of all heads and the model a latent.
+        slots: of its experts.
+        name: of the model, for messages.
+        hardware: that it runs on.
+    """
+    shape = shape_of(model, layout, slots, name)
+    kv_dtype = _dtype_name(layout.kv_dtype)
+    return CostModel(shape, hardware, Layout(tp=1), kv_dtype, Calibration(), Routing())
+
+
+def shape_of(
+    model: PreTrainedModel, layout: ModelLayout, slots: SlotBytes, name: str
+) -> ModelShape:
+    """The sizes of a loaded Mixture of Experts; see `make_cost_model`."""
+    config = model.config.get_text_config()
+    expert_modules = experts_layers(model)
+    with_experts = _layers_with_experts(model)
+    attention: dict[int | None, Params] = defaultdict(Params)
+    others: dict[int | None, Params] = defaultdict(Params)
+    for path, params in _dense_params(model, expert_modules):
+        layer = _layer_of(path)
+        part = attention if "attn" in path or "attention" in path else others
+        part[layer] += params
+    biases = (p for p in expert_modules[0].parameters(recurse=False) if p.ndim == 2)  # `[E, n]`
+    expert = Params(
+        slots.payload_bytes // model.dtype.itemsize,
+        sum(bias.shape[1] for bias in biases),
+    )
+    is_fp8 = any(p.dtype == torch.float8_e4m3fn for p in model.parameters())
+    layers = []
+    for index, asked in enumerate(layout.layers):
+        has_experts = index in with_experts
+        layers.append(
+            Layer(
+                _attention(asked, attention[index]),
+                Params() if has_experts else others[index],
+                others[index] if has_experts else Params(),
+                expert=expert if has_experts else Params(),
+                num_experts=slots.num_experts if has_experts else 0,
+                top_k_experts=layout.experts_per_token if has_experts else 0,
+            )
+        )
+    vocab = Params(config.vocab_size * config.hidden_size)
+    outside = attention[None].count + others[None].count
+    has_head = outside >= 2 * vocab.count
+    rest = max(0, outside - vocab.count * (1 + has_head))
+    return ModelShape(
+        name=name,
+        model_type=config.model_type,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        layers=tuple(layers),
+        embedding=vocab,
+        head=vocab if has_head else Params(),
+        other=Params(rest),
+        plain_dtype=_dtype_name(model.dtype),
+        quantised=dict.fromkeys(("attention", "mlp"), "fp8") if is_fp8 else {},
+    )
+
+
+def _layers_with_experts(model: PreTrainedModel) -> set[int]:
+    """Indices of the layers that have experts."""
+    expert_ids = {id(layer) for layer in experts_layers(model)}
+    found = {_layer_of(f"{path}.") for path, m in model.named_modules() if id(m) in expert_ids}
+    return {index for index in found if index is not None}
+
+
+def _dense_params(
+    model: PreTrainedModel, expert_modules: list[nn.Module]
+) -> Iterator[tuple[str, Params]]:
+    """Paths and counts of all parameters but the experts', each once."""
+    left_out = {id(part) for layer in expert_modules for part in layer.modules()}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if id(module) in left_out:
+            continue
+        if isinstance(module, PackedLinear):
+            yield f"{path}.", Params(module.num_bytes // model.dtype.itemsize)
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            count = math.prod(parameter.shape)
+            params = Params(count) if parameter.ndim > 1 else Params(vector=count)
+            yield f"{path}.{name}", params
+
+
+def _layer_of(path: str) -> int | None:
+    """The decoder layer that a path leads into; None outside of them."""
+    found = _LAYER.search(f".{path}")
+    return None if found is None else int(found[1])
+
+
+def _attention(asked: LayerAttention, params: Params) -> Attention:
+    window = asked.sliding_window
+    return Attention(
+        kind=Kind.FULL if window is None else Kind.SLIDING,
+        params=params,
+        num_heads=asked.num_heads,
+        num_kv_heads=asked.kv.num_kv_heads,
+        qk_dim=asked.kv.head_dim,
+        v_dim=asked.kv.head_dim,
+        score_dim=asked.query_dim,
+        mix_dim=asked.value_dim,
+        prefill_dims=asked.query_dim + asked.value_dim,
+        window=window,
+    )
+
+
+def _dtype_name(dtype: object) -> str:
+    return _DTYPES[str(dtype).removeprefix("torch.")]
