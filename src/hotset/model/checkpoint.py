@@ -18,7 +18,7 @@ from hotset.model.architecture import Architecture, find_architecture, transform
 from hotset.model.checkpoint_files import read_config, read_headers, weight_files
 from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.expert_disk import ExpertSink
-from hotset.model.gguf_file import GgufFile
+from hotset.model.gguf_file import GgufFile, names_made_once
 from hotset.model.libraries import first_line
 from hotset.plan.quantisation import with_modelopt
 
@@ -93,7 +93,7 @@ def load_gguf(file: Path, device: torch.device, dtype: torch.dtype | None) -> tu
     architecture = find_architecture(config, str(file), config.to_dict())
     # Dequantised at load: left packed, the linear layers would need kernels from the hub.
     # The redirect is for a progress bar that heeds no setting.
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()), names_made_once():
         model = _from_pretrained(
             file,
             file.parent,
