@@ -10,10 +10,12 @@ from servers import build
 from hotset.config import EngineConfig
 from hotset.engine.completion import gather
 from hotset.engine.engine import Engine
+from hotset.engine.messages import Report
+from hotset.engine.process import _packed, _unpacked
 from hotset.engine.service import EngineService
 from hotset.errors import ConfigError, EngineError, RequestError
 from hotset.model.loaded import LoadedModel
-from hotset.request import SamplingParams
+from hotset.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
 
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
 
@@ -183,3 +185,24 @@ def test_an_engine_serves_while_it_warms_up_and_tells_when_it_is(
         assert len(gather(service.submit([5, 6], params), 1)[0].token_ids) == 3
     finally:
         service.close()
+
+
+def test_all_of_n_outputs_have_the_log_probabilities_of_their_prompt(
+    service: EngineService,
+) -> None:
+    ids = [5, 6, 7, 8]
+    params = SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=2, logprobs=1, n=3)
+    completions = gather(service.submit(ids, params), 3)
+    for completion in completions:
+        assert [entry.token_id for entry in completion.prompt_logprobs] == ids[1:]
+        assert all(len(entry.top) == 2 and entry.rank for entry in completion.prompt_logprobs)
+
+
+def test_reports_between_processes_keep_all_of_an_output() -> None:
+    token = TokenLogprob(5, -0.5, ((5, -0.5), (6, -1.0)), text_offset=3, rank=2)
+    outputs = [
+        RequestOutput("r", 1, "a", (5,), FinishReason.STOP, "e", (token,), (token, token), 7, 2),
+        RequestOutput("r", 0, "", (), None),
+    ]
+    report = Report(1.0, outputs)
+    assert list(_unpacked(_packed(report)).outputs) == outputs  # type: ignore[arg-type]

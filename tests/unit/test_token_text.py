@@ -111,6 +111,8 @@ def test_words_keep_the_space_that_a_decoder_takes_off_the_start() -> None:
     tokenizer.decoder = decoders.Metaspace()
     assert tokenizer.decode([0]) == "the"
     assert [TokenBytes(tokenizer).bytes_of(i) for i in range(3)] == [b" the", b" ", b"cat"]
+    bare = Tokenizer(models.BPE(vocab=vocab, merges=[]))  # without a decoder
+    assert [TokenBytes(bare).bytes_of(i).strip() for i in (0, 2)] == ["▁the".encode(), b"cat"]
     words = Tokenizer(models.WordPiece(vocab={"the": 0, "##re": 1}, unk_token="the"))
     words.decoder = decoders.WordPiece()
     assert [TokenBytes(words).bytes_of(i) for i in range(2)] == [b" the", b"re"]
