@@ -143,6 +143,20 @@ def test_a_schema_is_followed(client: anthropic.Anthropic) -> None:
     assert set(json.loads(message.content[0].text)) == {"place"}
 
 
+def test_the_assistants_last_message_is_continued(
+    server: RunningServer, client: anthropic.Anthropic
+) -> None:
+    turns: Any = [*ASK["messages"], {"role": "assistant", "content": "It"}]
+    message = client.messages.create(**{**CLIENT, "messages": turns})
+    prompt = "<user>the cat<eos><assistant>It"
+    text = {"prompt": prompt, "temperature": 0, "max_tokens": 6}
+    with server.http() as http:
+        choice = http.post("/v1/completions", json=text).json()["choices"][0]
+        ids = http.post("/tokenize", json={"prompt": prompt}).json()["tokens"]
+    assert message.content[0].type == "text" and message.content[0].text == choice["text"]
+    assert client.messages.count_tokens(model="tiny", messages=turns).input_tokens == len(ids)
+
+
 def test_tokens_are_counted_as_they_are_used(client: anthropic.Anthropic) -> None:
     ask: dict[str, Any] = {"system": "be brief", "tools": [WEATHER], "messages": ASK["messages"]}
     count = client.messages.count_tokens(model="tiny", **ask)
@@ -198,12 +212,6 @@ def test_tokens_are_counted_as_they_are_used(client: anthropic.Anthropic) -> Non
             400,
             "invalid_request_error",
             "context_management.edits.0.type",
-        ),
-        (
-            {"messages": [*ASK["messages"], {"role": "assistant", "content": "It"}]},
-            400,
-            "invalid_request_error",
-            "the last of messages is the assistant's",
         ),
         (
             {"output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}},

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hotset.errors import RequestError
+from hotset.server.messages_body import CountTokensRequest, MessagesRequest
+from hotset.server.responses_body import ResponsesRequest
 from hotset.server.schemas import (
     BatchRequest,
     ChatRequest,
@@ -22,7 +24,11 @@ from hotset.server.schemas import (
 
 CHAT: dict[str, Any] = {"messages": []}
 TEXT: dict[str, Any] = {"prompt": "a"}
+MESSAGES: dict[str, Any] = {"messages": [], "max_tokens": 1}
 KINDS: list[type[Part]] = [
+    MessagesRequest,
+    CountTokensRequest,
+    ResponsesRequest,
     ChatRequest,
     TextRequest,
     TokenizeRequest,
@@ -148,11 +154,26 @@ SCALARS = (
     | st.booleans()
     | st.integers(-5, 2**70)
     | st.floats(width=16)
-    | st.sampled_from(["", "auto", "function", "json_schema", "str", "\ud800", "a" * 70])
+    | st.sampled_from(
+        [
+            "",
+            "auto",
+            "function",
+            "json_schema",
+            "text",
+            "message",
+            "user",
+            "tool_use",
+            "str",
+            "\ud800",
+            "a" * 70,
+        ]
+    )
 )
 NAMES = st.sampled_from(
     [
         *sorted({name for kind in KINDS for name in kind.model_fields}),
+        *("role", "content", "text", "arguments", "call_id", "input_schema", "tools"),
         *("type", "function", "name", "schema", "include_usage", "json_schema", "parameters"),
         "str",
     ]
@@ -167,7 +188,7 @@ JUNK = st.recursive(
 @settings(deadline=None, max_examples=600, suppress_health_check=list(HealthCheck))
 @given(
     kind=st.sampled_from(KINDS),
-    base=st.sampled_from([CHAT, TEXT, {}]),
+    base=st.sampled_from([CHAT, TEXT, MESSAGES, {"input": "a"}, {}]),
     body=st.dictionaries(NAMES, JUNK, max_size=4),
 )
 def test_no_message_holds_the_words_of_the_library(

@@ -164,13 +164,6 @@ class CountTokensRequest(Part):
 
     def _chat_body(self) -> Json:
         self._check_edits()
-        if self.messages and self.messages[-1].role == "assistant":
-            raise RequestError(
-                "the last of messages is the assistant's; to continue it is not supported: end "
-                "with a message of the user",
-                param="messages",
-                code="unsupported_parameter",
-            )
         options: Json = {}
         if self.thinking is not None:  # the switch that templates have, by its usual name
             options["enable_thinking"] = self.thinking.type != "disabled"
@@ -181,6 +174,8 @@ class CountTokensRequest(Part):
             "chat_template_kwargs": options,
             "reasoning_effort": self.output_config.effort,
         }
+        if self.messages and self.messages[-1].role == "assistant":  # its beginning is given
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
         form = self.output_config.format or self.output_format
         if form is not None:
             schema = {"name": "output", "schema": form.schema_}

@@ -4,6 +4,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from hotset import __version__
+from hotset.server.messages_body import CountTokensRequest, MessagesRequest
+from hotset.server.responses_body import ResponsesRequest
 from hotset.server.schemas import (
     BatchRequest,
     ChatRequest,
@@ -20,7 +22,7 @@ _ERRORS = {
     400: "The request cannot be served as asked; `error.message` says why.",
     401: "The API key is missing or wrong.",
     403: "The server is asked for by a name that is not its own.",
-    404: "There is no such model, file or batch.",
+    404: "There is no such model, response, file or batch.",
     408: "The body did not come.",
     409: "The state does not allow it.",
     413: "The body is too large.",
@@ -29,6 +31,8 @@ _ERRORS = {
     503: "Loading, shutting down, or failed.",
     504: "Not done within the time it had.",
 }
+_MESSAGES = "MessagesError"  # the shape of errors that the Messages API has
+_MESSAGES_ERRORS = {**_ERRORS, 529: "Too many requests wait; try again later."}
 _FILE_ID: Json = {
     "name": "file_id",
     "in": "path",
@@ -37,6 +41,8 @@ _FILE_ID: Json = {
 }
 _BATCH_ID: Json = {**_FILE_ID, "name": "batch_id"}
 _BATCH_ID["schema"] = {"type": "string", "pattern": "^batch-[0-9a-f]{32}$"}
+_RESPONSE_ID: Json = {**_FILE_ID, "name": "response_id"}
+_RESPONSE_ID["schema"] = {"type": "string", "pattern": "^resp_[0-9a-f]{32}$"}
 _MODEL_ID: Json = {**_FILE_ID, "name": "model", "schema": {"type": "string", "minLength": 1}}
 
 
@@ -48,6 +54,9 @@ def document() -> Json:
         TokenizeRequest,
         DetokenizeRequest,
         BatchRequest,
+        ResponsesRequest,
+        MessagesRequest,
+        CountTokensRequest,
     ]
     _, schemas = models_json_schema([(body, "validation") for body in bodies], ref_template=_REF)
     components = schemas["$defs"]
@@ -72,6 +81,19 @@ def document() -> Json:
             }
         },
     }
+    components["MessagesError"] = {
+        "type": "object",
+        "required": ["type", "error"],
+        "properties": {
+            "type": {"const": "error"},
+            "error": {
+                "type": "object",
+                "required": ["type", "message"],
+                "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            },
+            "request_id": {"type": "string"},
+        },
+    }
     upload = {
         "multipart/form-data": {
             "schema": {
@@ -92,12 +114,24 @@ def document() -> Json:
         "info": {
             "title": "hotset",
             "version": __version__,
-            "description": "The OpenAI API over a model whose memory is tiered. A field that is "
+            "description": "The OpenAI API, and Anthropic's for messages, over a model whose "
+            "memory is tiered. A field that is "
             "not listed is refused, null is the same as absent.",
         },
         "paths": {
             "/v1/chat/completions": {"post": post("Answer a chat", ChatRequest, extra=stream)},
             "/v1/completions": {"post": post("Continue a text", TextRequest, extra=stream)},
+            "/v1/responses": {"post": post("Make a response", ResponsesRequest, extra=stream)},
+            "/v1/responses/{response_id}": {
+                "get": get("A response that was stored", "generation", [_RESPONSE_ID]),
+                "delete": _operation("Forget a response", "generation", [_RESPONSE_ID]),
+            },
+            "/v1/messages": {
+                "post": post("Answer a message", MessagesRequest, extra=stream, error=_MESSAGES)
+            },
+            "/v1/messages/count_tokens": {
+                "post": post("Count a prompt's tokens", CountTokensRequest, error=_MESSAGES)
+            },
             "/v1/models": {"get": get("List the model", "models")},
             "/v1/models/{model}": {"get": get("Describe the model", "models", [_MODEL_ID])},
             "/tokenize": {"post": post("Token ids of a text or a chat", TokenizeRequest)},
@@ -128,14 +162,22 @@ def document() -> Json:
         },
         "components": {
             "schemas": components,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
         },
-        "security": [{"key": []}, {}],
+        "security": [{"key": []}, {"x-api-key": []}, {}],
     }
 
 
 def _post(
-    summary: str, body: type[BaseModel], *, tag: str = "generation", extra: Json | None = None
+    summary: str,
+    body: type[BaseModel],
+    *,
+    tag: str = "generation",
+    extra: Json | None = None,
+    error: str = "Error",
 ) -> Json:
     schema = {"$ref": _REF.format(model=body.__name__)}
     return _operation(
@@ -143,6 +185,7 @@ def _post(
         tag,
         body={"application/json": {"schema": schema}},
         answer={"application/json": {"schema": _OBJECT}, **(extra or {})},
+        error=error,
     )
 
 
@@ -157,8 +200,10 @@ def _operation(
     *,
     body: Json | None = None,
     answer: Json | None = None,
+    error: str = "Error",
 ) -> Json:
-    error = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
+    content = {"application/json": {"schema": {"$ref": _REF.format(model=error)}}}
+    errors = _MESSAGES_ERRORS if error == _MESSAGES else _ERRORS
     operation: Json = {
         "summary": summary,
         "tags": [tag],
@@ -168,7 +213,8 @@ def _operation(
                 "content": answer or {"application/json": {"schema": _OBJECT}},
             },
             **{
-                str(code): {"description": text, "content": error} for code, text in _ERRORS.items()
+                str(code): {"description": text, "content": content}
+                for code, text in errors.items()
             },
         },
     }

@@ -71,7 +71,9 @@ class Tracer:
             kind=SpanKind.SERVER,
             start_time=start_ns,
             attributes={
-                "gen_ai.operation.name": "chat" if "chat" in route else "text_completion",
+                "gen_ai.operation.name": "text_completion"
+                if route == "/v1/completions"
+                else "chat",
                 "http.route": route,
                 "http.response.status_code": status,
                 "hotset.request_id": request_id,
