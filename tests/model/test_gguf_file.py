@@ -134,6 +134,19 @@ def test_what_is_not_read_is_refused_by_its_key(llama: Any, tmp_path: Path) -> N
     torch.testing.assert_close(logits(load(path)), logits(llama))
 
 
+@pytest.mark.parametrize("pattern", [6, [True] * 5 + [False, True], 4, [True, False] * 3 + [True]])
+def test_which_layers_slide_may_be_said_and_has_to_fit(pattern: Any, tmp_path: Path) -> None:
+    changes = {"layer_types": None, "num_hidden_layers": 7, **TIED}
+    model = make_model("gemma3_text", vocab_size=VOCAB_SIZE, **changes)
+    path = tmp_path / "model.gguf"
+    write_gguf(model, path, extra={"attention.sliding_window_pattern": pattern})
+    if pattern == 6 or (isinstance(pattern, list) and pattern[1]):
+        assert GgufFile(path).config().layer_types == model.config.layer_types
+    else:
+        with pytest.raises(ModelError, match="sliding_window_pattern is"):
+            GgufFile(path).config()
+
+
 def test_gpt_oss_is_refused_for_its_experts(tmp_path: Path) -> None:
     model = make_model("gpt_oss", vocab_size=VOCAB_SIZE)
     with torch.no_grad():

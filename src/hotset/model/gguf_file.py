@@ -42,6 +42,8 @@ _FIELDS = {
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that change nothing
     "expert_count": (0,),
     "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "expert_shared_feed_forward_length": (0,),
     "attention.causal": (True,),
     "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.yarn_log_multiplier": (0.0,),
@@ -199,6 +201,7 @@ class GgufFile:
         neutral = {
             **_NEUTRAL,
             "attention.sliding_window": (getattr(config, "sliding_window", None),),
+            "attention.sliding_window_pattern": _patterns(config),
             "expert_feed_forward_length": (getattr(config, "intermediate_size", None),),
         }
         for key, value in sorted(unread.items()):
@@ -251,6 +254,16 @@ class GgufFile:
     def _value(self, key: str) -> Any:
         field = self._reader.fields.get(key)
         return None if field is None else field.contents()
+
+
+def _patterns(config: Any) -> tuple[Any, ...]:
+    """How a file may say which layers of a config slide: each, or the number up to a full one."""
+    slides = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()]
+    if False not in slides:
+        return (slides,)
+    period = slides.index(False) + 1
+    is_even = slides == [(layer + 1) % period != 0 for layer in range(len(slides))]
+    return (slides, period) if is_even else (slides,)
 
 
 def _plain(architecture: str) -> str:

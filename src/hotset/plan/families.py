@@ -302,6 +302,8 @@ def _storage(f: Facts) -> tuple[str, dict[str, str]]:
     if method in ("awq", "gptq") and quant.get("bits", quant.get("w_bit", 4)) == 4:
         return _DTYPES[dtype], dict.fromkeys(everything, "int4")
     name = f"modelopt's {modelopt_algorithm(quant)}" if method == "modelopt" else repr(method)
+    if method is None:
+        name = "without quant_method (of MLX, say)"
     raise PlanError(f"quantisation {name} is not known; give --weights to say how it is stored")
 
 
