@@ -11,6 +11,7 @@ from tiny_models import make_model
 from tiny_tokenizer import VOCAB_SIZE, make_backend
 
 from hotset.request import FinishReason, RequestOutput, TokenLogprob
+from hotset.server.limits import Limits
 from hotset.server.responses import make_writers
 from hotset.server.schemas import TextRequest, parse_body
 
@@ -182,3 +183,14 @@ def test_a_chat_has_to_have_a_token(http: httpx.Client) -> None:
         refused = http.post("/v1/chat/completions", json={**CHAT, name: 0})
         assert refused.status_code == 400
         assert refused.json()["error"]["message"] == f"{name} is 0; expected 1 or more"
+
+
+def test_an_answer_has_a_bounded_number_of_prompts_log_probabilities(
+    server: RunningServer, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"prompt": [[5] * 10, [6] * 10], "max_tokens": 0, "echo": True, "logprobs": 1}
+    admission = server.api._parts.admission  # type: ignore[union-attr]
+    monkeypatch.setattr(admission, "limits", Limits(max_prompt_logprobs=40))
+    post(http, "/v1/completions", body)
+    refused = http.post("/v1/completions", json={**body, "n": 2}).json()["error"]
+    assert refused["param"] == "n" and "80 log-probabilities" in refused["message"]

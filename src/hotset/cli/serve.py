@@ -38,6 +38,7 @@ _LIMITS: list[tuple[str, type, float | None, str]] = [
     ("max_prompts", int, 128, "Most prompts in one text completion."),
     ("max_stop", int, 16, "Most stop strings, and stop tokens."),
     ("max_schema_kib", float, 64.0, "Largest JSON schema, in KiB."),
+    ("max_prompt_logprobs", int, 2**22, "Most log-probabilities of prompts in one answer."),
     ("max_schema_depth", int, 32, "Deepest JSON schema."),
     ("max_stored", int, 1000, "Most responses of /v1/responses that are kept for one key."),
     ("max_stored_mib", float, 64.0, "Most that these may take, in MiB."),

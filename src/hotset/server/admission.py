@@ -83,6 +83,7 @@ class Admission:
         prompts = body.prompts(self.encoder)
         for prompt in prompts:
             limits.check_prompt(len(prompt))
+        limits.check_prompt_logprobs(params, prompts)
         request_id = uuid.uuid4().hex
         timeout_s = None if is_batch else limits.request_timeout_s
         if body.timeout_s is not None:

@@ -1,9 +1,11 @@
 """Bounds on what one HTTP request may ask for."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from hotset.errors import ConfigError, RequestError
+from hotset.request import SamplingParams
 from hotset.server.schemas import GenerationRequest, TextRequest
 
 MIB = 2**20
@@ -23,6 +25,8 @@ class Limits:
         max_prompts: in one text completion.
         max_stop: stop strings, and as many stop tokens.
         max_schema_kib, max_schema_depth: of a JSON schema.
+        max_prompt_logprobs: log-probabilities of prompts in one answer: for each entry of
+            `choices`, those of the prompt's tokens and of the likeliest at their places.
         max_stored, max_stored_mib: responses of `/v1/responses` that are kept for one key, and
             their size; the least recently used ones are dropped.
         max_queue: requests that wait for the engine; more are refused with 429.
@@ -40,6 +44,7 @@ class Limits:
     max_schema_depth: int = 32
     max_stored: int = 1000
     max_stored_mib: float = 64.0
+    max_prompt_logprobs: int = 2**22
     max_queue: int = 1024
     request_timeout_s: float = 600.0
 
@@ -99,6 +104,20 @@ class Limits:
                 code="context_length_exceeded",
             )
 
+    def check_prompt_logprobs(
+        self, params: SamplingParams, prompts: Sequence[Sequence[int]]
+    ) -> None:
+        """Raise RequestError where the answer would have too many of them."""
+        if params.prompt_logprobs is None:
+            return
+        count = params.n * sum(map(len, prompts)) * (1 + params.prompt_logprobs)
+        if count > self.max_prompt_logprobs:
+            raise RequestError(
+                f"the answer would have {count} log-probabilities of prompts; "
+                f"this server allows {self.max_prompt_logprobs} at most",
+                param="n" if params.n > 1 else "prompt_logprobs",
+            )
+
 
 UNLIMITED = Limits(
     max_body_mib=math.inf,
@@ -108,6 +127,7 @@ UNLIMITED = Limits(
     max_stop=2**31,
     max_schema_kib=math.inf,
     max_schema_depth=64,
+    max_prompt_logprobs=2**63,
     max_queue=2**31,
     request_timeout_s=math.inf,
 )
