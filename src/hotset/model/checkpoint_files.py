@@ -63,7 +63,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise ModelError(f"{folder} has no config.json, {_what_it_is(folder)}")
+        raise ModelError(f"{folder} has no config.json: {_what_it_is(folder)}")
     try:
         fields = parse_json(file.read_bytes())
     except ForeignTextError as error:
@@ -97,8 +97,8 @@ def _what_it_is(folder: Path) -> str:
             "take the same model in transformers' format (config.json, model*.safetensors)"
         )
     if file := next(folder.glob("*.gguf"), None):
-        return f"so it is not a model's folder; it holds {file.name}: give that file"
-    return "so it is not a model's folder"
+        return f"it is no folder of a model; it holds {file.name}: give that file"
+    return "it is no folder of a model"
 
 
 def _base_model(folder: Path) -> str:
