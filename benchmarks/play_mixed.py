@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from play_schedule import ALL_BLOCKS, BLOCK_BYTES, VOCAB_SIZE, make_model, step_ms
+from play_schedule import ALL_BLOCKS, BLOCK_BYTES, VOCAB_SIZE, PlayedCost, make_model
 
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
@@ -56,13 +56,14 @@ def play(loaded: LoadedModel, num_long: int) -> dict[str, Any]:
         loaded,
     )
     engine.scheduler.bursts, engine.scheduler.row_tile = True, 256  # as on a GPU
+    cost = engine.scheduler._step_cost = PlayedCost()
     now_s = 0.0
     tokens_s: dict[str, list[float]] = {}
 
     def forward(plan: StepPlan, previous: Any = None, when_ready: Any = lambda: None) -> Any:
         nonlocal now_s
         when_ready()
-        now_s += step_ms(plan) / 1e3
+        now_s += cost.take(plan)
         for item in plan.items:
             if item.samples:
                 tokens_s.setdefault(item.request.request_id, []).append(now_s)

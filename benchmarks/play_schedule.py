@@ -37,6 +37,7 @@ from hotset.bench.driver import drive
 from hotset.bench.workload import PRESETS, Spec, make_work
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
+from hotset.engine.step_cost import StepCost
 from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
 from hotset.metrics import Metrics
@@ -83,6 +84,19 @@ def step_ms(plan: StepPlan) -> float:
     prompt_ms = pairs * QUERY_FLOP / 300e9 + 0.3
     beside_ms = max(decode_ms, prompt_ms) + 0.3 * min(decode_ms, prompt_ms)
     return products_ms(MIXED_MS, rows) + beside_ms
+
+
+class PlayedCost(StepCost):
+    """Follows the steps that are played, and not what they take here."""
+
+    def __init__(self) -> None:
+        super().__init__((rows, MIXED_MS[rows] / 1e3) for rows in (32, 256))
+
+    def take(self, plan: StepPlan) -> float:
+        """Seconds of a step."""
+        seconds = step_ms(plan) / 1e3
+        self.observe(sum(i.num_tokens for i in plan.items if i.num_tokens > 1), seconds)
+        return seconds
 
 
 def make_model() -> LoadedModel:
@@ -145,6 +159,7 @@ def play(
         loaded,
     )
     engine.scheduler.bursts, engine.scheduler.row_tile = True, row_tile  # as on a GPU
+    cost = engine.scheduler._step_cost = PlayedCost()
     steps_ms: list[float] = []
     decode_shares: list[float] = []  # of all blocks
     sent_s: dict[str, float] = {}
@@ -162,7 +177,7 @@ def play(
 
     def take(plan: StepPlan) -> None:
         nonlocal now_s
-        steps_ms.append(step_ms(plan))
+        steps_ms.append(1e3 * cost.take(plan))
         now_s += steps_ms[-1] / 1e3
         for item in plan.items:
             if item.samples:

@@ -298,6 +298,24 @@ def test_prompts_add_a_bounded_time_to_a_step(
     assert share(run(scheduler), long) == beside
 
 
+@pytest.mark.parametrize(("token_s", "most"), [(1e-5, 511), (4e-4, 224), (2e-3, 96)])
+def test_bursts_take_less_time_but_no_fewer_tokens_than_beside_decodes(
+    token_s: float, most: int
+) -> None:
+    scheduler = make_scheduler(
+        num_blocks=4000,
+        budget=512,
+        mixed_budget=130,
+        bursts=True,
+        step_cost=cost_of(0.005, token_s),
+    )
+    add(scheduler, prompt(2, max_tokens=90))
+    run(scheduler)
+    add(scheduler, *(prompt(300) for _ in range(3)))
+    plan = run(scheduler)
+    assert sum(item.num_tokens for item in plan.items if item.num_tokens > 1) == most
+
+
 def test_the_cost_of_a_token_is_not_that_of_a_step() -> None:
     """Steps that read all experts take a second, whatever they compute: chunks stay large."""
     cost = cost_of(0.03, 0.001)

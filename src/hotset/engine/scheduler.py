@@ -3,6 +3,7 @@
 import time
 from bisect import insort
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from hotset.engine.step_cost import StepCost
 from hotset.engine.step_shares import StepShares
@@ -22,13 +23,23 @@ _LEAST_TURN_FETCHES = 8
 
 # However many requests decode, prompts get this part of `max_mixed_tokens`.
 _LEAST_PREFILL_SHARE = 4
-# How long the prompts in a step may take: beside decodes, and alone, where they hold up who comes
-# next. So many tokens are taken in any case: on a CPU, chunks of 32, 64 and 128 tokens take 43, 17
-# and 6 % more time a token than those of 256.
-_MOST_ADDED_S, _LEAST_ADDED_TOKENS = 0.25, 32
-_MOST_ALONE_S, _LEAST_ALONE_TOKENS = 0.5, 128
-# A request without room is overtaken by at most this part of its own tokens.
-_MOST_OVERTAKING = 2
+# Those that overtake a request without room have at most one part in so many of its tokens.
+_OVERTAKING_PART = 2
+
+
+class _Bound(NamedTuple):
+    """How long the prompts in a step may take, and the tokens they get in any case."""
+
+    seconds: float
+    least_tokens: int
+
+
+# Alone, they hold up who comes next. On a CPU, chunks of 32, 64 and 128 tokens take 43, 17 and 6 %
+# more time a token than those of 256.
+_ALONE = _Bound(0.5, 128)
+_BESIDE_DECODES = _Bound(0.25, 32)
+# Bursts are for devices that take more tokens than beside decodes in less time than that.
+_BURST = _Bound(0.1, 32)
 
 
 class Scheduler:
@@ -171,18 +182,22 @@ class Scheduler:
 
     def _prompt_budget(self) -> int:
         """Most tokens of prompts in the next step."""
+        num_decodes = self._num_decodes()
+        if not num_decodes:
+            return self._within(self.max_num_batched_tokens, _ALONE)
         # A long prefill beside decodes would stall them, and have all that start together end
         # together, so that later steps have nothing but decodes (Sarathi-Serve, section 4).
-        most, most_s, least = self.max_num_batched_tokens, _MOST_ALONE_S, _LEAST_ALONE_TOKENS
-        num_decodes = self._num_decodes()
-        if num_decodes:
-            most_s, least = _MOST_ADDED_S, _LEAST_ADDED_TOKENS
-            if not self._is_burst(num_decodes):
-                room = self.max_mixed_tokens - num_decodes
-                most = max(1, room, self.max_mixed_tokens // _LEAST_PREFILL_SHARE)
-        if self._step_cost is not None:
-            most = min(most, self._step_cost.most_tokens(most_s, least=least))
+        room = self.max_mixed_tokens - num_decodes
+        most = max(1, room, self.max_mixed_tokens // _LEAST_PREFILL_SHARE)
+        most = self._within(most, _BESIDE_DECODES)
+        if self._is_burst(num_decodes):
+            most = max(most, self._within(self.max_num_batched_tokens, _BURST))
         return most
+
+    def _within(self, most: int, bound: _Bound) -> int:
+        if self._step_cost is None:
+            return most
+        return min(most, self._step_cost.most_tokens(bound.seconds, least=bound.least_tokens))
 
     def _num_decodes(self) -> int:
         return sum(
@@ -259,7 +274,7 @@ class Scheduler:
         num_overtaking = self._num_overtaking + request.num_tokens
         return (
             MUCH_LONGER * request.num_tokens <= blocked.num_tokens
-            and _MOST_OVERTAKING * num_overtaking <= blocked.num_tokens
+            and _OVERTAKING_PART * num_overtaking <= blocked.num_tokens
         )
 
     def _admit(self, request: Request, queued_tokens: int) -> bool:
