@@ -64,6 +64,7 @@ class Tracer:
         """A request has ended: send its span."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
+        kind = "text_completion" if route == "/v1/completions" else "chat"
         carrier = {"traceparent": headers.get(b"traceparent", b"").decode("latin-1")}
         span = self._tracer.start_span(
             f"{route}",
@@ -71,9 +72,7 @@ class Tracer:
             kind=SpanKind.SERVER,
             start_time=start_ns,
             attributes={
-                "gen_ai.operation.name": "text_completion"
-                if route == "/v1/completions"
-                else "chat",
+                "gen_ai.operation.name": kind,
                 "http.route": route,
                 "http.response.status_code": status,
                 "hotset.request_id": request_id,
