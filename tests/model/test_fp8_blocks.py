@@ -170,6 +170,29 @@ def test_one_scale_for_a_weight_and_inputs_that_were_scaled(tmp_path: Path) -> N
     assert torch.equal(loaded.state_dict()[name], expected)
 
 
+def test_stacked_experts_with_one_scale_each(tmp_path: Path) -> None:
+    model = make_model("qwen3_moe", num_hidden_layers=1)
+    save_in_blocks(model, tmp_path, weight_block_size=None, activation_scheme="static")
+    tensors = load_file(tmp_path / "model.safetensors")
+    plain = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for name in [name for name in plain if name.endswith("_scale_inv")]:
+        plain[name] = plain[name].reshape(())
+    expected = {}
+    for name in ("gate_up_proj", "down_proj"):
+        stem = f"model.layers.0.mlp.experts.{name}"
+        weight = model.state_dict()[stem]
+        scales = weight.abs().amax((1, 2), keepdim=True) / 448
+        plain[stem] = (weight / scales).to(torch.float8_e4m3fn)
+        plain[f"{stem}_scale_inv"] = scales if name == "down_proj" else scales.flatten()
+        plain[f"{stem}_activation_scale"] = torch.ones(8)
+        expected[stem] = plain[stem].float() * scales
+    save_file(plain, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    loaded = load_model(str(tmp_path), device="cpu", dtype="float32").model.state_dict()
+
+    assert all(torch.equal(loaded[stem], expected[stem]) for stem in expected)
+
+
 def test_scales_may_be_powers_of_two_and_weights_stacked() -> None:
     narrow = torch.randn(3, 192, 64).to(torch.float8_e4m3fn)
     exponents = torch.randint(120, 130, (3, 2, 1), dtype=torch.uint8)

@@ -98,7 +98,8 @@ def pair_scales(folder: Path, form: Fp8Format, stored: Mapping[str, Stored]) -> 
 
 def input_scales(weight: str) -> tuple[str, str]:
     """Names of what divides the inputs of an 8-bit product, which dequantised weights need not."""
-    stem = weight.removesuffix("weight")
+    is_stacked = not weight.endswith(".weight")
+    stem = f"{weight}_" if is_stacked else weight.removesuffix("weight")
     return f"{stem}activation_scale", f"{stem}input_scale"
 
 
