@@ -1,15 +1,15 @@
 """The same work over HTTP, against any server with OpenAI's `/v1/completions`."""
 
-import asyncio
-import random
 import time
-from array import array
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import httpx
 
-from hotset.bench.play import Due, Play
+from hotset.bench.http_stream import Endpoint
+from hotset.bench.load import LoadProcesses, Played, num_processes
+from hotset.bench.load_player import Asking
+from hotset.bench.play import Play
 from hotset.bench.result import ArmRun, observe
 from hotset.bench.workload import Spec, Work, prefix_work, token_range, warm_up
 from hotset.errors import ConfigError, PlanError
@@ -17,10 +17,13 @@ from hotset.foreign_text import parse_json
 from hotset.plan.catalog import find_config
 
 _CONNECT_S = 30.0
-_READ_S = 600.0  # a request may wait so long for its next token
+_READ_S = 600.0
+_PIN_STALL_S = 15.0
+_ASK_EVERY_S = 0.25
+_BUSY = 0.8  # of a core: from there on a client may be what is measured
 
 
-class Client:
+class Server:
     """One server and one of its models.
 
     Args:
@@ -30,7 +33,7 @@ class Client:
         vocab_size: of the model; None looks the model up among those known here.
 
     Attributes:
-        gives_ids: whether the server returns the ids of its answers' tokens, as vLLM does.
+        gives_ids: whether the server returns the ids of its answers' tokens.
 
     Raises:
         ConfigError: the server cannot be reached or lists no models, or the
@@ -44,11 +47,16 @@ class Client:
             raise ConfigError(f"--against is {url!r}; expected http://HOST:PORT")
         base = url.rstrip("/")
         self.url = base if base.endswith("/v1") else f"{base}/v1"
+        self._endpoint = Endpoint.of(f"{self.url}/completions", key)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.model = model or self._first_model()
         self.gives_ids = False
         self.vocab_size = vocab_size or known_vocab_size(self.model)
-        self._token_range = token_range(self.vocab_size)
+
+    @property
+    def asking(self) -> Asking:
+        """How it is asked."""
+        return Asking(self._endpoint, self.model, self.gives_ids, token_range(self.vocab_size))
 
     def _first_model(self) -> str:
         try:
@@ -67,20 +75,6 @@ class Client:
         except (ValueError, LookupError, TypeError) as error:
             raise ConfigError(f"{self.url}/models lists no model; name one") from error
 
-    def play(
-        self,
-        work: Work,
-        *,
-        max_s: float | None = None,
-        progress: Callable[[Play, float], None] = lambda play, now_s: None,
-    ) -> tuple[Play, float, bool]:
-        """Send the work; returns the records, the wall time and whether all was sent and ended.
-
-        Where the server gives no token ids, later turns send random stand-ins in place of the
-        answers' tokens. A request that fails ends its session; it is told in its record.
-        """
-        return asyncio.run(self._play(work, max_s, progress))
-
     def find_out(self, prompt: list[int]) -> None:
         """Send one request and learn what the server can do.
 
@@ -88,7 +82,7 @@ class Client:
             ConfigError: it refuses a prompt of token ids.
         """
         for with_ids in (True, False):
-            body = self._body(prompt, 1, with_ids=with_ids)
+            body = replace(self.asking, gives_ids=with_ids).body(prompt, 1)
             body["stream"] = False
             body.pop("stream_options")
             try:
@@ -113,103 +107,41 @@ class Client:
             f"{' '.join(answer.text.split())[:300]}"
         )
 
-    def _body(
-        self, prompt: list[int], max_tokens: int, *, with_ids: bool, temperature: float = 0.0
-    ) -> dict[str, Any]:
-        body = {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": temperature,  # no seed: some servers are slower with one
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if with_ids:
-            body["return_token_ids"] = True
-        return body
+    def wait_for_host_tier(self) -> float | None:
+        """Wait until all memory of the server's host tier can be used, as a hotset server tells.
 
-    async def _play(
-        self, work: Work, max_s: float | None, progress: Callable[[Play, float], None]
-    ) -> tuple[Play, float, bool]:
-        play = Play(work)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        timeout = httpx.Timeout(_READ_S, connect=_CONNECT_S, pool=None)
-        tasks: set[asyncio.Task[None]] = set()
-        start_s = time.perf_counter()
-        changed = asyncio.Event()
-        is_complete = True
+        It is pinned beside the start. The wait ends, too, where the tier has not grown for a while.
 
-        async with httpx.AsyncClient(
-            limits=limits, timeout=timeout, headers=self._headers, trust_env=False
-        ) as http:
+        Returns:
+            The seconds; None where the server does not tell.
+        """
+        start_s = grown_s = time.perf_counter()
+        num_ready = -1
+        while True:
+            ready = self._host_tier()
+            if ready is None:
+                return None
+            now_s = time.perf_counter()
+            if ready[0] > num_ready:
+                num_ready, grown_s = ready[0], now_s
+            if ready[0] >= ready[1] or now_s - grown_s > _PIN_STALL_S:
+                return now_s - start_s
+            time.sleep(_ASK_EVERY_S)
 
-            async def send(due: Due) -> None:
-                error: str | None = "broken off"
-                try:
-                    error = await self._stream(http, play, due, start_s)
-                except (httpx.HTTPError, OSError, ValueError) as problem:
-                    error = f"{type(problem).__name__}: {problem}"
-                finally:
-                    play.on_end(due.record, time.perf_counter() - start_s, error)
-                    changed.set()
-
-            while not play.is_over:
-                elapsed_s = time.perf_counter() - start_s
-                if max_s is not None and elapsed_s > max_s:
-                    is_complete = False
-                    break
-                while (due := play.take_due(elapsed_s)) is not None:
-                    task = asyncio.create_task(send(due))
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
-                progress(play, elapsed_s)
-                arrival_s = play.next_arrival_s()
-                wait_s = 0.5 if arrival_s is None else min(0.5, max(0.0, arrival_s - elapsed_s))
-                changed.clear()
-                try:
-                    await asyncio.wait_for(changed.wait(), wait_s)
-                except TimeoutError:
-                    continue
-            wall_s = time.perf_counter() - start_s
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return play, wall_s, is_complete
-
-    async def _stream(
-        self, http: httpx.AsyncClient, play: Play, due: Due, start_s: float
-    ) -> str | None:
-        """One request; returns what went wrong, if anything."""
-        record = due.record
-        temperature = play.work.temperature
-        body = self._body(
-            due.prompt, due.output_tokens, with_ids=self.gives_ids, temperature=temperature
-        )
-        told_tokens: int | None = None
-        async with http.stream("POST", f"{self.url}/completions", json=body) as response:
-            if response.status_code != 200:
-                text = (await response.aread()).decode("utf-8", "replace")
-                return f"HTTP {response.status_code}: {' '.join(text.split())[:300]}"
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = parse_json(line[6:])
-                if error := event.get("error"):
-                    return str(error.get("message") if isinstance(error, dict) else error)
-                if usage := event.get("usage"):
-                    told_tokens = usage.get("completion_tokens", told_tokens)
-                for choice in event.get("choices") or ():
-                    ids = choice.get("token_ids") or ()
-                    if choice.get("text") or ids:
-                        play.on_tokens(record, tuple(ids), time.perf_counter() - start_s)
-        if record.first_s is None:  # all its text came to nothing
-            play.on_tokens(record, (), time.perf_counter() - start_s)
-        num_tokens = due.output_tokens if told_tokens is None else told_tokens
-        if len(record.token_ids) != num_tokens:
-            rng = random.Random(f"{record.session}/{record.turn}")
-            record.token_ids = array("i", rng.choices(range(*self._token_range), k=num_tokens))
-        record.num_tokens = num_tokens
+    def _host_tier(self) -> tuple[int, int] | None:
+        """Blocks that the host tier holds now, and in the end."""
+        base = self.url.removesuffix("/v1")
+        try:
+            answer = httpx.get(
+                f"{base}/status.json", headers=self._headers, timeout=_CONNECT_S, trust_env=False
+            )
+            if answer.status_code != 200:
+                return None
+            for tier in parse_json(answer.content)["engine"]["tiers"]:
+                if tier["name"] == "host":
+                    return int(tier["capacity"]), int(tier["planned"])
+        except (httpx.HTTPError, OSError, ValueError, LookupError, TypeError):
+            return None
         return None
 
 
@@ -232,7 +164,7 @@ def known_vocab_size(name: str) -> int:
 
 
 def run_against(
-    client: Client,
+    server: Server,
     spec: Spec,
     work: Work,
     *,
@@ -244,23 +176,44 @@ def run_against(
     """Warm the server up, send the work, and take down what its client sees.
 
     Raises:
-        ConfigError: the server cannot be reached, or refuses what is asked.
+        ConfigError: the server cannot be reached, or refuses what is asked; EngineError: the
+            client's own processes have failed.
     """
     begin_s = time.perf_counter()
-    wave = warm_up(spec, client.vocab_size, work.longest_context, is_small=False)
-    client.find_out(wave.sessions[0].turns[0].make_tokens())
-    client.play(wave)
-    if work.prefixes:
-        client.play(prefix_work(work))
-    warm_up_s = time.perf_counter() - begin_s
-    play, wall_s, is_complete = client.play(work, max_s=max_s, progress=progress)
-    run = observe(arm, repeat, play, wall_s, is_complete=is_complete)
+    wave = warm_up(spec, server.vocab_size, work.longest_context, is_small=False)
+    server.find_out(wave.sessions[0].turns[0].make_tokens())
+    waited_s = server.wait_for_host_tier()
+    load = LoadProcesses(num_processes(len(work.sessions)))
+    try:
+        load.play(server.asking, wave)
+        if work.prefixes:
+            load.play(server.asking, prefix_work(work))
+        warm_up_s = time.perf_counter() - begin_s
+        played = load.play(server.asking, work, max_s=max_s, progress=progress)
+    finally:
+        load.close()
+    run = observe(arm, repeat, played.play, played.wall_s, is_complete=played.is_complete)
     run.warm_up_s = warm_up_s
+    run.notes += _notes(server, work, arm, played, waited_s)
+    return run
+
+
+def _notes(
+    server: Server, work: Work, arm: str, played: Played, waited_s: float | None
+) -> list[str]:
+    notes = [
+        f"{arm}: sent from {played.num_processes} processes, of which the busiest took "
+        f"{played.busiest:.0%} of a core"
+    ]
+    if played.busiest > _BUSY:
+        notes.append(f"{arm}: the client was busy, and the figures may be its own")
+    if waited_s is not None and waited_s > 1:
+        notes.append(f"{arm}: sent after {waited_s:.0f} s, as its host tier was being made ready")
     has_history = any(turn.extends for session in work.sessions for turn in session.turns)
-    if has_history and not client.gives_ids:
-        run.notes.append(
+    if has_history and not server.gives_ids:
+        notes.append(
             f"{arm} gives no token ids: later turns sent random tokens in place of its answers"
         )
     if work.prefixes:
-        run.notes.append(f"{arm}: the prefixes were sent once before, and may lie in any tier")
-    return run
+        notes.append(f"{arm}: the prefixes were sent once before, and may lie in any tier")
+    return notes

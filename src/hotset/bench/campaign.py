@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hotset.bench.against import Client, run_against
+from hotset.bench.against import Server, run_against
 from hotset.bench.expert_arms import check_arms, needs_host_experts
 from hotset.bench.machine import describe_machine
 from hotset.bench.play import Play
@@ -25,7 +25,7 @@ _DUMMY_MODEL = "smollm2-135m"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server to compare with; see `against.Client`."""
+    """A server to compare with; see `against.Server`."""
 
     url: str
     model: str | None = None
@@ -74,7 +74,7 @@ def run_bench(
     client = None
     if order.target is not None:
         target = order.target
-        client = Client(
+        client = Server(
             target.url, model=target.model, key=target.key, vocab_size=target.vocab_size
         )
     if bench is not None:
@@ -169,7 +169,7 @@ def _load(order: Order, say: Say) -> LoadedModel:
     return loaded
 
 
-def _asked(order: Order, bench: Bench | None, client: Client | None) -> dict[str, Any]:
+def _asked(order: Order, bench: Bench | None, client: Server | None) -> dict[str, Any]:
     """What was run, as plain data."""
     config = {f.name: getattr(order.config, f.name) for f in fields(order.config)}
     asked: dict[str, Any] = {

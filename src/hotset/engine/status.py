@@ -26,6 +26,7 @@ class TierStatus:
 
     Attributes:
         capacity: blocks it can hold; `used` of them hold content.
+        planned: blocks it will hold: host memory becomes ready beside the start.
         cells: states of its blocks, or of `len(cells)` of them at equal distances. Device: free,
             cached (nobody's, findable), held by one request, shared by several, arriving and
             leaving (a copy to host memory runs). Host: free, cached, held (being read or
@@ -37,6 +38,7 @@ class TierStatus:
     used: int
     block_bytes: int
     cells: str
+    planned: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class EngineStatus:
 def engine_status(engine: "Engine", *, num_queued: int) -> EngineStatus:
     """Look at the engine; to be called from its thread. `num_queued` requests wait before it."""
     engine.count_experts()
+    engine.kv.poll()  # an engine that idles takes no note of host memory that became ready
     scheduler = engine.scheduler
     users = [FETCHING if request.arriving else MOVING for request in scheduler.running]
     users += [PARKED if request.num_preemptions else WAITING for request in scheduler.waiting]
@@ -104,6 +107,7 @@ def _tiers(engine: "Engine") -> list[TierStatus]:
             pool.num_held + pool.num_cached,
             budget.block_bytes,
             "".join(device_state(block) for block in _sample(range(pool.first, pool.num_blocks))),
+            pool.num_usable,
         )
     ]
     tiers = engine.tiers
@@ -111,7 +115,9 @@ def _tiers(engine: "Engine") -> list[TierStatus]:
         slot_bytes = slot_bytes_for(budget.block_bytes)
         cells = "".join(_sample(tiers.host.states()))
         host = tiers.host
-        found.append(TierStatus("host", host.num_slots, host.num_used, slot_bytes, cells))
+        found.append(
+            TierStatus("host", host.num_slots, host.num_used, slot_bytes, cells, budget.host_slots)
+        )
         if tiers.below is not None:
             usage = tiers.below.usage()
             num_cells = min(_MOST_CELLS, usage.capacity_payloads)
@@ -123,6 +129,7 @@ def _tiers(engine: "Engine") -> list[TierStatus]:
                     usage.used_payloads,
                     slot_bytes,
                     CACHED * num_used + FREE * (num_cells - num_used),
+                    usage.capacity_payloads,
                 )
             )
     return found

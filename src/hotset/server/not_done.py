@@ -18,7 +18,6 @@ _BOTH: Known = {
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "priority": (0,),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "truncate_prompt_tokens": (),
@@ -40,6 +39,7 @@ OF_CHATS: Known = {
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "prediction": (),
+    "return_token_ids": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }

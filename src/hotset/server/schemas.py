@@ -414,6 +414,7 @@ class TextRequest(GenerationRequest):
     logprobs: int | None = None
     echo: bool = False
     best_of: int | None = None
+    return_token_ids: bool = False
 
     @model_validator(mode="after")
     def _what_is_not_there(self) -> "TextRequest":

@@ -59,6 +59,7 @@ class TextWriter:
         self._prompt = prompt
         self._index = index
         self._with_logprobs = request.logprobs is not None
+        self._with_ids = request.return_token_ids
         self._is_first = True
         self._num_chars = 0
 
@@ -66,22 +67,36 @@ class TextWriter:
         """A part of a text."""
         self._prompt.logprobs += output.prompt_logprobs
         starts = self._is_first and self._prompt.text
-        if not (starts or output.text or output.finish_reason or output.logprobs):
+        has_ids = self._with_ids and output.token_ids
+        if not (starts or output.text or output.finish_reason or output.logprobs or has_ids):
             return None
         reason = output.finish_reason
-        return self._entry(output.text, output.logprobs, None if reason is None else reason.value)
+        return self._entry(
+            output.text,
+            output.token_ids,
+            output.logprobs,
+            None if reason is None else reason.value,
+        )
 
     def whole(self, completion: Completion) -> Json:
         """A text."""
         self._prompt.logprobs = self._prompt.logprobs or completion.prompt_logprobs
-        entry = self._entry(completion.text, completion.logprobs, completion.finish_reason)
+        entry = self._entry(
+            completion.text, completion.token_ids, completion.logprobs, completion.finish_reason
+        )
         return {**entry, **self._prompt.asked_logprobs()}
 
     def beside(self, completions: Sequence[Completion]) -> Json:
         """Nothing: each entry has its own prompt's."""
         return {}
 
-    def _entry(self, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> Json:
+    def _entry(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprob],
+        reason: str | None,
+    ) -> Json:
         starts, self._is_first = self._is_first, False
         if starts:
             text = self._prompt.text + text
@@ -91,6 +106,7 @@ class TextWriter:
             "text": text,
             "logprobs": self._logprobs(logprobs, reason, starts) if self._with_logprobs else None,
             "finish_reason": reason,
+            **({"token_ids": list(token_ids)} if self._with_ids else {}),
         }
 
     def _logprobs(self, entries: Sequence[TokenLogprob], reason: str | None, starts: bool) -> Json:
