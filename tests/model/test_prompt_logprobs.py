@@ -12,7 +12,7 @@ from tiny_models import make_model
 from hotset.engine.engine import Engine
 from hotset.model import prompt_logprobs
 from hotset.model.prompt_logprobs import most_rows
-from hotset.request import RequestOutput, SamplingParams
+from hotset.request import FinishReason, RequestOutput, SamplingParams
 
 MakeEngine = Callable[..., Engine]
 TOP = 3
@@ -139,6 +139,35 @@ def test_n_outputs_share_what_the_first_brings(make_engine: MakeEngine) -> None:
         for j in (1, 2):
             assert not any(output.prompt_logprobs for output in found[f"{i}#{j}"])
             assert sum(len(output.token_ids) for output in found[f"{i}#{j}"]) == 4
+
+
+def test_the_next_output_brings_them_where_the_first_fails(make_engine: MakeEngine) -> None:
+    engine = make_engine(overlap=True)
+    engine.scheduler.max_scored_tokens = 5
+    prompt = [*range(3, 40)]
+    params = SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=TOP, n=3)
+    engine.add_request(prompt, params, request_id="0")
+    for _ in range(3):
+        engine.step()
+    engine._finish(engine.scheduler.running[0], FinishReason.ERROR, "made up")
+    outputs: list[RequestOutput] = []
+    while engine.has_work:
+        outputs += engine.step()
+    check([output for output in outputs if output.index == 1], prompt)
+    ends = {output.index: output.finish_reason for output in outputs if output.finish_reason}
+    assert ends == {0: FinishReason.ERROR, 1: FinishReason.LENGTH, 2: FinishReason.LENGTH}
+
+
+def test_the_likeliest_need_not_be_asked_for(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    prompts = make_prompts(2)
+    with_top = ask(engine, prompts)
+    without = ask(engine, prompts, prompt_logprobs=0)
+    for name, outputs in without.items():
+        pairs = zip(outputs[0].prompt_logprobs, with_top[name][0].prompt_logprobs, strict=True)
+        for one, other in pairs:
+            assert one.top == () and (one.token_id, one.rank) == (other.token_id, other.rank)
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
 
 
 def test_they_need_no_token_to_be_generated(make_engine: MakeEngine) -> None:

@@ -98,6 +98,8 @@ def _score(
     log_total = logits.logsumexp(-1, keepdim=True)  # [N, 1]
     chosen = logits.gather(1, targets[:, None])  # [N, 1]
     rank = (logits > chosen).sum(-1, keepdim=True) + 1
+    if num_top == 0:
+        return chosen - log_total, rank
     top = logits.topk(num_top)
     values = torch.cat([chosen, top.values], dim=1) - log_total
     return values, torch.cat([rank, top.indices], dim=1)
