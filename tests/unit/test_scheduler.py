@@ -8,8 +8,9 @@ from fakes import FakeClock, FakeDevice, FakeTiers
 
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.step_cost import StepCost
+from hotset.memory.block_hash import block_hash, root_hash
 from hotset.memory.block_pool import BlockPool
-from hotset.memory.kv_cache import KVCache, block_hash, root_hash
+from hotset.memory.kv_cache import KVCache
 from hotset.memory.policy import PrefixPolicy, Rates
 from hotset.metrics import Metrics
 from hotset.request import FinishReason, Request, RequestStatus, SamplingParams, StepPlan

@@ -1,41 +1,24 @@
 """Tokens to blocks: prefixes found by hash, block tables, and what moves between tiers for them.
 
-The only module of `memory` that knows tokens. It never touches a tensor.
+With `block_hash` the only module of `memory` that knows tokens. It never touches a tensor.
 """
 
-import hashlib
 import secrets
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hotset.memory.block_hash import DIGEST_BYTES, block_hash, root_hash
 from hotset.memory.block_pool import BlockPool
 from hotset.memory.colder_tiers import ColderTiers, EndedTransfer
 from hotset.memory.policy import PrefixPolicy
 from hotset.metrics import Metrics
 from hotset.request import ArrivedBlock, Request, SpilledTail
 
-_DIGEST_BYTES = 16
 # Last, partial blocks of requests that have ended: so many are remembered, if so much of a block is
 # filled. For fewer tokens a copy takes longer than to compute them.
 _MOST_PARTIALS = 2**16
 _LEAST_PARTIAL = 0.25
-_BLOCK_DIGEST = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"hotset-block")
-
-
-def root_hash(fingerprint: str, salt: bytes) -> bytes:
-    """The start of a hash chain: equal only for the same model, layout and tenant."""
-    return hashlib.blake2b(
-        fingerprint.encode() + b"\0" + salt, digest_size=_DIGEST_BYTES, person=b"hotset-root"
-    ).digest()
-
-
-def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Hash of one block, full or not: of its tokens and, through `parent`, of all before it."""
-    digest = _BLOCK_DIGEST.copy()  # takes a third of the time of making one
-    digest.update(parent + array("i", token_ids).tobytes())
-    return digest.digest()
 
 
 @dataclass(slots=True)
@@ -338,7 +321,7 @@ class KVCache:
         for i in range(num_full):
             self._spill(request.block_hashes[i], request.block_table[i])
         if num_partial and request.resume is None:
-            key = secrets.token_bytes(_DIGEST_BYTES)
+            key = secrets.token_bytes(DIGEST_BYTES)
             if self._spill(key, request.block_table[num_full], private=True):
                 request.resume = SpilledTail(key, num_full, num_partial)
         self._keep(request)
