@@ -26,16 +26,22 @@ def parse_json(text: str | bytes | bytearray) -> Any:
         text: bytes are UTF-8, with or without a byte order mark.
 
     Raises:
-        ForeignTextError: it is no JSON, no UTF-8, or nested more than `MOST_DEPTH` deep.
+        ForeignTextError: it is no JSON, no UTF-8, has half a surrogate pair, or is nested more
+            than `MOST_DEPTH` deep.
     """
     try:
         if not isinstance(text, str):
             text = text.decode("utf-8-sig")
         if text.count("[") + text.count("{") > MOST_DEPTH:
             _check_depth(text)
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # what has half a pair cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except ForeignTextError:
         raise
+    except UnicodeEncodeError as error:
+        raise ForeignTextError("is not valid Unicode: it has half a surrogate pair") from error
     except UnicodeDecodeError as error:
         raise ForeignTextError(f"is not JSON: its byte {error.start} is not UTF-8") from error
     except json.JSONDecodeError as error:

@@ -62,7 +62,7 @@ def client(server: RunningServer) -> Iterator[openai.OpenAI]:
 
 def post(server: RunningServer, body: Json) -> Any:
     with server.http(headers={"authorization": f"Bearer {KEY}"}) as http:
-        return http.post("/v1/responses", json=body)
+        return http.post("/v1/responses", content=json.dumps(body))
 
 
 def chat_text(client: openai.OpenAI, **change: Any) -> str | None:
@@ -254,10 +254,18 @@ def test_the_store_is_bounded_in_bytes() -> None:
         ({"tool_choice": {"type": "web_search"}}, "tool_choice.type", "expected 'function'"),
         ({"input": "a " * 5000}, "input", "longest context"),
         ({"model": "gpt"}, "model", "not served here"),
+        (
+            {
+                "tool_choice": "none",
+                "tools": [{"type": "function", "name": "f", "parameters": {"\ud800": 1}}],
+            },
+            None,
+            "the body is not valid Unicode",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_its_name(
-    server: RunningServer, change: Any, param: str, says: str
+    server: RunningServer, change: Any, param: str | None, says: str
 ) -> None:
     body = {name: value for name, value in {**ASK, **change}.items() if value is not None}
     answer = post(server, body)

@@ -16,7 +16,9 @@ def nested(depth: int) -> str:
     return '{"a": [' * (depth // 2) + "]}" * (depth // 2)
 
 
-@pytest.mark.parametrize("text", ['{"a": [1, "é"], "b": null}', "[]", "3", nested(MOST_DEPTH)])
+@pytest.mark.parametrize(
+    "text", ['{"a": [1, "é"], "b": null}', "[]", "3", '"\\ud83d\\ude00"', nested(MOST_DEPTH)]
+)
 def test_json_is_read_as_the_standard_library_reads_it(text: str) -> None:
     assert parse_json(text) == parse_json(text.encode()) == json.loads(text)
     assert parse_json(b"\xef\xbb\xbf" + text.encode()) == json.loads(text)
@@ -35,6 +37,7 @@ def test_brackets_within_strings_do_not_nest() -> None:
         (b"\xff", "is not JSON: its byte 0 is not UTF-8"),
         ("", "is not JSON from line 1, column 1 on"),
         ("9" * 5000, "a number has too many digits"),
+        ('{"\\ud800": 1}', "is not valid Unicode: it has half a surrogate pair"),
         (DEEP, "is nested too deeply"),
         (DEEP + "]" * 100_000, "is nested too deeply"),
         ('{"a":' * 100_000, "is nested too deeply"),
