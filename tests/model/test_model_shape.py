@@ -1,22 +1,25 @@
 """The planner's view of a loaded model against the planner's table, and of families it lacks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from engines import run
-from tiny_models import make_model
+from tiny_models import make_config, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
-from hotset.engine.model_shape import shape_of
+from hotset.engine.model_shape import kv_note, shape_of
 from hotset.model.expert_buffer import slot_bytes_of
 from hotset.model.inspection import inspect_model
 from hotset.model.loaded import LoadedModel
 from hotset.plan.families import shape_from_config
 from hotset.plan.shape import ModelShape
 
+MakeEngine = Callable[..., Engine]
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -85,6 +88,45 @@ def test_layers_without_experts_are_dense_and_latents_count_as_the_engine_stores
     assert [layer.num_experts for layer in got.layers] == [0, 8, 8]
     assert got.top_k_experts == 2
     assert got.kv_bytes_per_token("fp32") == 3 * 4 * 2 * 24 * 4  # keys and values of all heads
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "note"),
+    [
+        (
+            "deepseek_v3",
+            {},
+            "KV of all heads is stored: 2,304 B a token, 8.00 times the 288 B of the latent, which "
+            "'hotset plan' counts",
+        ),
+        (
+            "mimo_v2_flash",
+            {"v_head_dim": 8, "swa_v_head_dim": 8, "num_experts_per_tok": 2, "n_routed_experts": 4},
+            "1.33 times the 960 B of its keys and values without",
+        ),
+        ("jetmoe", {"num_local_experts": 4, "kv_channels": 16}, "2.00 times"),
+        ("llama", {}, ""),
+        ("gemma2", {}, ""),
+    ],
+)
+def test_start_says_where_a_token_takes_more_than_its_model_needs(
+    family: str, changes: dict[str, Any], note: str
+) -> None:
+    if family in tiny_models.FAMILIES:
+        model = make_model(family)
+    else:
+        config = AutoConfig.for_model(family, **{**COMMON, **changes})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    said = kv_note(model, inspect_model(model))
+    assert note in said and bool(said) == bool(note)
+
+
+def test_start_of_an_engine_has_that_note(make_engine: MakeEngine) -> None:
+    engine = make_engine("deepseek_v3")
+    assert "2,304 B a token, 8.00 times the 288 B of the latent" in engine.report
+    latent = shape_from_config(make_config("deepseek_v3").to_dict(), "tiny")
+    assert latent.kv_bytes_per_token("fp32") == 288
+    assert latent.expanded_kv_bytes_per_token("fp32") == engine.budget.block_bytes // 4 == 2304
 
 
 @pytest.mark.parametrize("budget", ["hot_gib", "total_gib"])

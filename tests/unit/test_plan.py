@@ -411,3 +411,11 @@ def test_search_keeps_the_target_and_serves_the_most_users() -> None:
     assert data["tpot_s"] <= 0.020
     assert data["users_served"] == max(case["users_served"] for case in data["cases"])
     assert "best first" in run(*arguments).output
+
+
+def test_a_plan_of_latents_says_what_the_engine_stores() -> None:
+    made = plan("deepseek-v3", "h200", "dp=8,ep=8", users=256, context=8192)
+    [note] = [note for note in made.notes if "MLA" in note]
+    assert "70,272 B a token" in note and "5,996,544 B, 85 times as much" in note
+    assert note.endswith(f", not {made.users_resident:,}")
+    assert not any("MLA" in note for note in plan("llama-3-8b", "h200", users=8).notes)

@@ -29,6 +29,7 @@ from hotset.bench.workload import Spec, Work, filler, make_work, prefix_work, wa
 from hotset.cgroups import available_host_bytes
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
+from hotset.engine.model_shape import kv_note
 from hotset.errors import ConfigError, HotsetError, PlanError
 from hotset.memory.disk import capacity_bytes_for
 from hotset.memory.slab import slot_bytes_for
@@ -108,7 +109,8 @@ class Bench:
         max_context = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
         self.work = make_work(spec, self._vocab_size, max_context=max_context)
         kv_dtype = resolve_kv_dtype(config.kv_dtype, model.device)
-        token_bytes = inspect_model(model, kv_dtype).bytes_per_token
+        self._layout = inspect_model(model, kv_dtype)
+        token_bytes = self._layout.bytes_per_token
         is_tiered = spec.workload != "unshared"  # that one is about what fits
         self._config = config
         if is_tiered and config.hot_gib is None and config.total_gib is None:
@@ -323,6 +325,8 @@ class Bench:
         except PlanError as error:
             self.notes.append(f"no prediction: {error}")
             return None
+        if note := kv_note(model, self._layout):
+            self.notes.append(f"{note}; predictions count the latter")
         skew = self._options.router_skew
         if skew is not None:
             shape = cost.shape

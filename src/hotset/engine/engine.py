@@ -16,6 +16,7 @@ from hotset.cgroups import available_host_bytes
 from hotset.config import GIB, EngineConfig
 from hotset.cpu_libraries import bound_kernels, set_threads
 from hotset.engine.memory_split import Memory, split_memory
+from hotset.engine.model_shape import kv_note
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.split_mover import SplitMover
@@ -300,7 +301,7 @@ class Engine:
         self.report = self.budget.report(device=model.device.type, disk_path=disk_path)
         if model.device.type == "cpu":
             self.report += f"\nthreads that compute: {threads}"
-        for lines in (split_report, experts_report, *loaded.notes):
+        for lines in (kv_note(model, layout), split_report, experts_report, *loaded.notes):
             if lines:
                 self.report += f"\n{lines}"
         if self._experts is not None:

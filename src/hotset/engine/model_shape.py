@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hotset.memory.expert_cache import SlotBytes
 from hotset.model.attention import LayerAttention
+from hotset.model.config_sizes import largest
 from hotset.model.cpu_linear import PackedLinear
 from hotset.model.experts import experts_layers
 from hotset.model.inspection import ModelLayout
@@ -40,6 +41,30 @@ def make_cost_model(
     shape = shape_of(model, layout, slots, name)
     kv_dtype = _dtype_name(layout.kv_dtype)
     return CostModel(shape, hardware, Layout(tp=1), kv_dtype, Calibration(), Routing())
+
+
+def kv_note(model: PreTrainedModel, layout: ModelLayout) -> str:
+    """Where a token takes more KV than its model needs, and so than it is often said to: that line.
+
+    That is so of latents, of which the engine stores the keys and values of all heads; of heads
+    that a model repeats before its attention; and of values that are narrower than keys.
+    """
+    config = model.config.get_text_config()
+    stored = layout.bytes_per_token // layout.kv_dtype.itemsize
+    rank, rope = largest(config, "kv_lora_rank"), largest(config, "qk_rope_head_dim")
+    if rank:
+        needed, what = len(layout.layers) * (rank + rope), "the latent, which 'hotset plan' counts"
+    else:
+        widths = (a.kv.num_kv_heads * (a.query_dim + a.value_dim) for a in layout.layers)
+        needed = sum(widths) // layout.head_repeats
+        what = "its keys and values without repeated heads and padding"
+    if stored <= needed:
+        return ""
+    size = layout.kv_dtype.itemsize
+    return (
+        f"KV of all heads is stored: {stored * size:,} B a token, {stored / needed:.2f} times the "
+        f"{needed * size:,} B of {what}"
+    )
 
 
 def shape_of(

@@ -41,12 +41,14 @@ class ModelLayout:
     Attributes:
         experts_per_token: that its routers choose; 0 where no layer has experts of transformers'
             interface.
+        head_repeats: how often the model repeats each key before its attention, and so stores it.
     """
 
     layers: tuple[LayerAttention, ...]
     dtype: torch.dtype
     kv_dtype: torch.dtype
     experts_per_token: int = 0
+    head_repeats: int = 1
 
     @property
     def kv_shapes(self) -> tuple[LayerShape, ...]:
@@ -107,7 +109,22 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
         )
     if model.device.type != "meta":
         _check_numbering(model, probe)
-    return ModelLayout(layers, model.dtype, kv_dtype or model.dtype, max(chosen, default=0))
+    return ModelLayout(
+        layers,
+        model.dtype,
+        kv_dtype or model.dtype,
+        max(chosen, default=0),
+        _head_repeats(probe.first_keys[0]),
+    )
+
+
+def _head_repeats(keys: torch.Tensor) -> int:
+    """How many of the heads of `[H_kv, T, D]` keys are the same, where all are as often there."""
+    num_heads = keys.shape[0]
+    if keys.is_meta or not keys.any():
+        return 1
+    num_distinct = len(torch.unique(keys.flatten(1), dim=0))
+    return 1 if num_heads % num_distinct else num_heads // num_distinct
 
 
 def _probe(

@@ -152,6 +152,7 @@ def mla(f: Facts, *, indexer: bool = False) -> Attention:
         mix_dim=rank,
         prefill_dims=nope + rope + v_dim,
         index_dim=index_dim,
+        head_dim=max(nope + rope, v_dim),
     )
 
 

@@ -86,6 +86,8 @@ class Attention:
         index_dim: width of a sparse-attention indexer's key, cached beside the latent.
         state_elements: float32 elements of recurrent state a sequence.
         conv_elements: 16-bit elements of convolution state a sequence.
+        head_dim: of MLA, the wider of a head's key and value, which an engine stores for each head
+            if it does not keep the latent.
     """
 
     kind: Kind
@@ -102,6 +104,7 @@ class Attention:
     index_dim: int = 0
     state_elements: int = 0
     conv_elements: int = 0
+    head_dim: int = 0
 
     def token_bytes(self, kv_dtype: str) -> float:
         """Bytes one cached token takes in this layer; 0 where the layer keeps none of its own."""
@@ -353,6 +356,17 @@ class ModelShape:
         return math.ceil(
             sum(n * a.token_bytes(kv_dtype) for a, _, n in self.readers if a.kind in growing)
         )
+
+    def expanded_kv_bytes_per_token(self, kv_dtype: str) -> int:
+        """The same where MLA's keys and values of all heads are stored, as this engine does."""
+        element_bytes = KV_BYTES[kv_dtype]
+        total = 0.0
+        for a, _, n in self.readers:
+            if a.kind is Kind.MLA:
+                total += n * 2 * a.num_heads * a.head_dim * element_bytes
+            elif a.kind is Kind.FULL:
+                total += n * a.token_bytes(kv_dtype)
+        return math.ceil(total)
 
     def kv_bytes_per_early_token(self, kv_dtype: str) -> int:
         """Bytes a token adds while it is inside every window: all layers that cache."""
