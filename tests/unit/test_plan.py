@@ -418,4 +418,6 @@ def test_a_plan_of_latents_says_what_the_engine_stores() -> None:
     [note] = [note for note in made.notes if "MLA" in note]
     assert "70,272 B a token" in note and "5,996,544 B, 85 times as much" in note
     assert note.endswith(f", not {made.users_resident:,}")
+    swept = run("deepseek-v3", "--gpus", "8", "--users", "8", "--sweep", "context=1k:2k").output
+    assert "latent of MLA" in swept and "5,996,544" in swept
     assert not any("MLA" in note for note in plan("llama-3-8b", "h200", users=8).notes)

@@ -444,15 +444,10 @@ def _notes(
         notes.append(
             f"{choice.running} of {workload.users} users run at a time; the others take turns"
         )
-    if shape.is_mla:
+    if note := shape.latent_note(request.kv_dtype):
         latent = shape.kv_bytes_per_token(request.kv_dtype)
-        stored = shape.expanded_kv_bytes_per_token(request.kv_dtype)
-        fewer = users_resident * latent // stored
-        notes.append(
-            f"KV is counted as the latent of MLA, {latent:,} B a token; 'hotset serve' stores the "
-            f"keys and values of all heads so far, {stored:,} B, {stored / latent:.0f} times as "
-            f"much: KV for {fewer:,} users in HBM, not {users_resident:,}"
-        )
+        fewer = users_resident * latent // shape.expanded_kv_bytes_per_token(request.kv_dtype)
+        notes.append(f"{note}: KV for {fewer:,} users in HBM, not {users_resident:,}")
     if layout.ep > 1 and shape.num_experts % layout.ep:
         slots = -(-shape.num_experts // layout.ep)
         notes.append(f"{slots * layout.ep - shape.num_experts} spare expert slots hold copies")

@@ -1,7 +1,7 @@
 """Plans as plain text: one plan, a comparison, a sweep with its plot, a search."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from hotset.plan.compare import Ratio
 from hotset.plan.cost import CAUSES
@@ -109,9 +109,18 @@ def plan_table(plan: Plan) -> str:
     ]
     for label, (cause, gain) in zip(("Bottleneck", "Runner-up"), plan.causes, strict=False):
         lines.append(f"{label:<10} {cause}: {_gain(gain)} tokens/s without it")
-    for note in plan.notes:
-        lines.append(textwrap.fill(f"Note: {note}", WIDTH, subsequent_indent="  "))
+    lines += _noted(plan.notes)
     return "\n".join(lines)
+
+
+def _noted(notes: Iterable[str]) -> list[str]:
+    return [textwrap.fill(f"Note: {note}", WIDTH, subsequent_indent="  ") for note in notes]
+
+
+def _latent_notes(plans: Iterable[Plan]) -> list[str]:
+    """What tables without all notes say of KV all the same."""
+    found = (plan.request.shape.latent_note(plan.request.kv_dtype) for plan in plans)
+    return _noted(dict.fromkeys(note for note in found if note))
 
 
 def _gain(gain: float) -> str:
@@ -190,6 +199,8 @@ def compare_table(names: list[str], plans: list[Plan], ratios: list[Ratio]) -> s
             f"{ratio.capacity:.2f}x from capacity (users at once) times {ratio.speed:.2f}x from "
             f"speed (same users); TPOT {ratio.tpot:.2f}x, TTFT {ratio.ttft:.2f}x"
         )
+    for note in _latent_notes(plans):
+        text += f"\n{note}"
     return text
 
 
@@ -226,7 +237,7 @@ def sweep_table(field: str, points: list[SweepPoint]) -> str:
     ]
     title = f"{first.request.shape.name} on {first.gpus} x {first.request.hardware.name}"
     lines = [f"{title}, {first.layout}", "", rows(table), "", f"tokens/s against {field}"]
-    lines += [rows([(a, b, "|" + c) for a, b, c in plot], "  ")]
+    lines += [rows([(a, b, "|" + c) for a, b, c in plot], "  "), *_latent_notes(good)]
     return "\n".join(lines)
 
 

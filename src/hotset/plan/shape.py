@@ -368,6 +368,20 @@ class ModelShape:
                 total += n * a.token_bytes(kv_dtype)
         return math.ceil(total)
 
+    def latent_note(self, kv_dtype: str) -> str:
+        """What is counted of MLA, and what this engine stores of it; empty for other models."""
+        if not self.is_mla:
+            return ""
+        latent, stored = (
+            self.kv_bytes_per_token(kv_dtype),
+            self.expanded_kv_bytes_per_token(kv_dtype),
+        )
+        return (
+            f"KV is counted as the latent of MLA, {latent:,} B a token; 'hotset serve' stores the "
+            f"keys and values of all heads so far, {stored:,} B, {stored / latent:.0f} times as "
+            "much"
+        )
+
     def kv_bytes_per_early_token(self, kv_dtype: str) -> int:
         """Bytes a token adds while it is inside every window: all layers that cache."""
         return math.ceil(sum(n * a.token_bytes(kv_dtype) for a, _, n in self.readers))
