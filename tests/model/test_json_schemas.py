@@ -135,6 +135,8 @@ CLOSED = {"additionalProperties": False}
         {"type": "object", "properties": {"a": {}, "b": {}}, **CLOSED, "minProperties": 1},
         {"type": "object", "propertyNames": {"pattern": "^a+$"}, "maxProperties": 2},
         {"type": "object", "propertyNames": {"maxLength": 3}, "minProperties": 1},
+        {"type": "object", "propertyNames": {"pattern": "^[ab]+$"}, "minProperties": 3},
+        {"type": "object", "not": {"maxProperties": 2}},
         {
             "type": "object",
             "propertyNames": {"$ref": "#/$defs/name"},

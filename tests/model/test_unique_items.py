@@ -42,6 +42,17 @@ def test_an_item_that_is_there_already_goes_on_to_be_another() -> None:
     assert len(set(json.loads(text))) == len(json.loads(text))
 
 
+def test_a_name_is_there_once_where_properties_are_counted() -> None:
+    schema = {"type": "object", "minProperties": 2, "additionalProperties": {"type": "null"}}
+    text, error = written(schema, '{"cat":null,"cat":null}')
+    assert error is None
+    assert len(json.loads(text)) >= 2
+
+    schema = {**schema, "propertyNames": {"pattern": "^[ab]$"}, "minProperties": 3}
+    _, error = written(schema, '{"a":null,"b":null,"a":null}')
+    assert error is not None and "two names at # are" in error
+
+
 def test_other_arrays_may_have_equal_items() -> None:
     schema = {
         "type": "object",

@@ -184,10 +184,10 @@ class Grammars:
             return []
         schema = parse_json(source)
         followers: list[JsonPosition | UniqueItems] = []
-        if self._bounds != JsonBounds():
-            followers.append(JsonPosition(self._bounds.widened(schema), self._token_table))
         if has_unique_items(schema):
             followers.append(UniqueItems(schema, self._token_table))
+        if self._bounds != JsonBounds():  # behind the others: a bound gives way to them
+            followers.append(JsonPosition(self._bounds.widened(schema), self._token_table))
         return followers
 
     def _compile_uncached(self, kind: str, source: str) -> OutputMatcher:

@@ -1,4 +1,6 @@
-"""`uniqueItems`: arrays without an item that is there twice, which is beyond any grammar.
+"""Arrays without an item that is there twice, and objects without a name that is: no grammar can.
+
+That is for `uniqueItems`, and for names where a schema counts the properties of an object.
 
 A token that would end an item as one that is there already is taken out while others are left. That
 does for texts and numbers, which can always go on. Where nothing else was left, the output ends
@@ -24,8 +26,18 @@ _LIST, _OBJECT = b"[{"
 
 
 def has_unique_items(root: Node) -> bool:
-    """Whether a schema asks for it anywhere."""
-    return any(schema.get("uniqueItems") is True for schema, _ in walk(root))
+    """Whether a schema asks for it anywhere, or counts properties."""
+    return any(schema.get("uniqueItems") is True for schema, _ in walk(root)) or _counts_names(root)
+
+
+def _counts_names(root: Node) -> bool:
+    """Whether it matters that a name is there twice: the properties are fewer then."""
+    schemas = [schema for schema, _ in walk(root)]
+    has_opposites = any({"not", "if"} & schema.keys() for schema in schemas)
+    return any(
+        schema.get("minProperties", 0) > 1 or (has_opposites and "maxProperties" in schema)
+        for schema in schemas
+    )
 
 
 @dataclass(slots=True)
@@ -35,8 +47,8 @@ class _Container:
     Attributes:
         nodes: the schemas that may apply to it.
         key: of the property that is being written; None while a key is.
-        seen: identity -> text of the items so far; None where equal ones may be.
-        item: the bytes of the item that is being written.
+        seen: identity -> text of the items or names so far; None where equal ones may be.
+        item: the bytes of the item or name that is being written.
     """
 
     is_list: bool
@@ -62,6 +74,7 @@ class UniqueItems:
     def __init__(self, root: Node, tokens: TokenTable) -> None:
         self.error: str | None = None
         self._root = root
+        self._counts_names = _counts_names(root)
         self._tokens = tokens
         _ = tokens.in_order  # here, and not in a step of the engine
         self._open: list[_Container] = []
@@ -83,12 +96,14 @@ class UniqueItems:
     @property
     def is_near(self) -> bool:
         """Whether the next token may end an item that is there already."""
-        return any(one.seen for one in self._open)
+        return any(one.seen and one.key is None for one in self._open)
 
     def keep_within(self, allowed: Mask) -> Mask:
         """The tokens of `allowed`, `[V]`, that do not; all of them if none is left."""
         kept = allowed.copy()
         for container in self._open:
+            if container.key is not None:
+                continue
             begun = container.item.lstrip(_SPACE)
             for text in (container.seen or {}).values():
                 if not text.startswith(begun):
@@ -116,6 +131,7 @@ class UniqueItems:
             elif byte == _QUOTE:
                 self._in_string = False
                 if top is not None and not top.is_list and top.key is None:
+                    self._end_item(top)
                     top.key = _text(self._string)
         elif byte == _QUOTE:
             self._keep(byte)
@@ -124,7 +140,8 @@ class UniqueItems:
             nodes, path = self._place()
             self._keep(byte)
             is_unique = any(node.get("uniqueItems") is True for node in nodes)
-            seen: dict[str, bytes] | None = {} if is_unique and byte == _LIST else None
+            is_followed = is_unique if byte == _LIST else self._counts_names
+            seen: dict[str, bytes] | None = {} if is_followed else None
             self._open.append(_Container(byte == _LIST, nodes, seen=seen, path=path))
         elif byte in b"]}" and top is not None:
             self._end_item(top)
@@ -139,7 +156,7 @@ class UniqueItems:
 
     def _keep(self, byte: int, but: _Container | None = None) -> None:
         for container in self._open:
-            if container.seen is not None and container is not but:
+            if container.seen is not None and container.key is None and container is not but:
                 container.item += bytes([byte])
 
     def _end_item(self, container: _Container) -> None:
@@ -152,10 +169,10 @@ class UniqueItems:
         except HotsetError:
             return
         if value in container.seen:
-            self.error = (
-                f"two items at #{container.path} are {text.decode(errors='replace')[:60]}, and "
-                "uniqueItems wants each once"
-            )
+            what = "items" if container.is_list else "names"
+            why = "uniqueItems" if container.is_list else "a schema that counts properties"
+            shown = text.decode(errors="replace")[:60]
+            self.error = f"two {what} at #{container.path} are {shown}, and {why} wants each once"
         container.seen[value] = text
 
     def _place(self) -> tuple[list[Node], str]:
