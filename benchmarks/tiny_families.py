@@ -205,6 +205,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config.kv_n_heads": 2,
         "attn_config.clip_qkv": 8.0,
     },
+    "chameleon": {"vocabulary_map": {"<image>": FIRST_SPECIAL_ID}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "ernie4_5_vl_moe": {
@@ -217,7 +218,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "intermediate_size": [_FFN, 64, _FFN, 64],
         "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
     },
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1],
+    },
     "hunyuan_vl": {"text_config.rope_parameters": _MROPE | {"mrope_section": [2, 2, 2, 2]}},
     **{
         name: {"text_config.rope_parameters": _MROPE}
@@ -227,10 +232,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "glm_ocr",
             "glmga",
             "paddleocr_vl",
-            "qwen2_5_omni_thinker",
             "qwen2_5_vl",
             "qwen2_vl",
         )
+    },
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention"] * 2,
+        "num_key_value_heads": 2,
+        "num_dense_layers": 1,
+    },
+    "molmo2": {"adapter_config.vision_feature_layer": [-1, -2]},
+    "nemotron": {"num_key_value_heads": 2},
+    **{
+        name: {
+            "vision_start_token_id": FIRST_SPECIAL_ID + 9,
+            "text_config.rope_parameters": _MROPE,
+        }
+        for name in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
     },
     "mistral4": {"qk_nope_head_dim": 8, "qk_head_dim": 16, "head_dim": 16},
     "step3p7": {"text_config.sliding_window": 12},

@@ -26,6 +26,7 @@ REFUSED = {
     "whisper": "is an encoder-decoder",
     "bert": "is not causal",
     "bloom": "takes no position_ids",
+    "pi0": "does not answer one token after another",
     "blip": "it needs pixel_values",
     "mllama": "layers",
 }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from hotset.errors import ModelError
 from hotset.model.inspection import check_decoder, inspect_model
@@ -194,6 +194,11 @@ def _class_of(config: Any, source: str) -> type[PreTrainedModel]:
         classes = list(found) if isinstance(found, list | tuple) else [found]
         named = [c for c in classes if c.__name__ in (config.architectures or ())]
         chosen: type[PreTrainedModel] = (named or classes)[0]
+        if not issubclass(chosen, GenerationMixin):
+            raise ModelError(
+                f"{chosen.__name__} does not answer one token after another, as models that "
+                "diffuse text or act do not: not supported"
+            )
         return chosen
     raise ModelError(
         f"{source} is a {config.model_type!r} model, which transformers "
