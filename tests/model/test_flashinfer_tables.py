@@ -1,8 +1,12 @@
 """Block tables as FlashInfer takes them."""
 
+import ast
+import inspect
+
 import pytest
 import torch
 
+from hotset.model import flashinfer_attention
 from hotset.model.batch import SequenceSpan
 from hotset.model.flashinfer_attention import (
     _WORKSPACE_BYTES,
@@ -50,3 +54,16 @@ def test_partial_results_of_a_recorded_step_fit_into_the_workspace(
     most = _most_recorded_seqs(kind)
     assert num_bytes(most) <= _WORKSPACE_BYTES < num_bytes(most + 3)
     assert most > 100
+
+
+def test_every_wrapper_names_its_backend() -> None:
+    """With `auto`, versions of FlashInfer choose among kernels that were never tried here."""
+    tree = ast.parse(inspect.getsource(flashinfer_attention))
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and "NHD" in [getattr(a, "value", None) for a in node.args]
+    ]
+    assert len(calls) == 4
+    for call in calls:
+        assert "backend" in [keyword.arg for keyword in call.keywords], ast.unparse(call)

@@ -133,7 +133,7 @@ class FlashInferBackend:
         self._is_widened = False  # the planned step's prompts
         self._decode = {  # a wrapper holds one plan
             kind: flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                self._workspace, "NHD", use_tensor_cores=True
+                self._workspace, "NHD", use_tensor_cores=True, backend="fa2"
             )
             for kind in dict.fromkeys(self.kinds)
         }
@@ -328,6 +328,7 @@ class FlashInferBackend:
                 "NHD",
                 use_cuda_graph=True,
                 use_tensor_cores=True,
+                backend="fa2",  # "auto" is another one from version to version
                 paged_kv_indptr_buffer=torch.zeros(size + 1, dtype=torch.int32, device=self.device),
                 paged_kv_indices_buffer=block_ids,
                 paged_kv_last_page_len_buffer=torch.ones(
