@@ -317,6 +317,26 @@ def test_blocks_become_messages_in_their_order() -> None:
     ]
 
 
+def test_the_billing_line_of_a_client_is_no_part_of_the_prompt(
+    client: anthropic.Anthropic,
+) -> None:
+    def ask(nonce: str, of_list: bool) -> anthropic.types.Usage:
+        billing = f"x-anthropic-billing-header: cc_version=2.1.177.01c; cch={nonce};"
+        rules = "a long list of rules of the house " * 10
+        system: Any = f"{billing}\n{rules}"
+        if of_list:
+            system = [{"type": "text", "text": billing}, {"type": "text", "text": rules}]
+        return client.messages.create(**CLIENT, system=system).usage
+
+    first, *later = ask("36ee5", True), ask("0aaa9", True), ask("11111", False)
+    for usage in later:
+        assert (usage.cache_read_input_tokens or 0) > 0.5 * first.input_tokens
+    quoted = "about x-anthropic-billing-header: it stays"
+    assert turns({"role": "user", "content": quoted}, system=quoted) == [
+        {"role": role, "content": quoted} for role in ("system", "user")
+    ]
+
+
 @pytest.mark.parametrize(("kind", "switch"), [("disabled", False), ("adaptive", True)])
 def test_thinking_is_the_templates_switch_and_said_where_it_is_on(kind: str, switch: bool) -> None:
     chat = parse_body(MessagesRequest, {**ASK, "thinking": {"type": kind}}).chat()

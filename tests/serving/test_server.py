@@ -244,6 +244,9 @@ def test_a_tool_of_a_type_that_is_not_known_is_skipped_with_a_warning(
         assert mixed.json()["choices"] == only.json()["choices"]
         assert mixed.json()["usage"]["prompt_tokens"] == only.json()["usage"]["prompt_tokens"]
 
+        formed = ask(tools=[TOOL], response_format={"type": "json_object"})
+        assert formed.headers["x-hotset-warning"].startswith("no tool can be called")
+
         refused = ask(tools=other, tool_choice="required")
         assert refused.status_code == 400
         assert "no tools to call; tools of type" in refused.json()["error"]["message"]

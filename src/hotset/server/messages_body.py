@@ -9,6 +9,7 @@ from hotset.errors import RequestError
 from hotset.server.schemas import ChatRequest, Json, OtherTool, Part, parse_body
 from hotset.server.validation import shown
 
+_BILLING = "x-anthropic-billing-header:"
 # A chat's field -> the field it comes from, for errors.
 FIELD_NAMES = {
     "stop": "stop_sequences",
@@ -240,7 +241,8 @@ def chat_messages(system: str | list[TextBlock], turns: list[Message]) -> list[J
     Blocks of text are joined with a blank line between them, and so are turns of one role that
     follow each other, which are one turn for Anthropic. A result of a tool is a message.
     """
-    text = system if isinstance(system, str) else _joined(system)
+    blocks = [TextBlock(type="text", text=system)] if isinstance(system, str) else system
+    text = _joined([block for block in map(_without_billing, blocks) if block.text])
     messages: list[Json] = [{"role": "system", "content": text}] if text else []
     for turn in turns:
         for message in _assistant(turn) if turn.role == "assistant" else _others(turn):
@@ -283,6 +285,8 @@ def _others(turn: Message) -> list[Json]:
     messages: list[Json] = []
     texts: list[AnyBlock] = []
     for block in turn.blocks():
+        if turn.role == "system" and isinstance(block, TextBlock):
+            block = _without_billing(block)
         if isinstance(block, ToolUseBlock):
             raise RequestError(f"a message of the {turn.role} has a tool_use", param="messages")
         if not isinstance(block, ToolResultBlock):
@@ -298,6 +302,17 @@ def _others(turn: Message) -> list[Json]:
     if texts or not messages:
         messages.append({"role": turn.role, "content": _joined(texts)})
     return messages
+
+
+def _without_billing(block: TextBlock) -> TextBlock:
+    """The block without the line at its start that Claude Code writes for Anthropic's billing.
+
+    It has a hash of the request, so that no prefix of a conversation would be found again.
+    Source: https://github.com/anthropics/claude-code/issues/68900
+    """
+    if not block.text.startswith(_BILLING):
+        return block
+    return TextBlock(type="text", text=block.text.partition("\n")[2])
 
 
 def _joined(blocks: list[Any]) -> str:

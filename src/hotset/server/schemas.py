@@ -380,8 +380,15 @@ class ChatRequest(ToolUser, GenerationRequest):
         return super().schemas() + [tool.function.parameters or {} for tool in self.tools]
 
     def warning(self) -> str | None:
-        """Also about tools that are skipped."""
-        return "; ".join(filter(None, (self.skipped_tools, super().warning()))) or None
+        """Also about tools that are skipped, or cannot be called."""
+        uncalled = None
+        if (
+            self.tools
+            and self.tool_choice != "none"
+            and not (self.reads_tools or self.forces_tools)
+        ):
+            uncalled = "no tool can be called, as the output has to follow a form"
+        return "; ".join(filter(None, (self.skipped_tools, uncalled, super().warning()))) or None
 
     def prompts(self, encoder: PromptEncoder) -> list[list[int]]:
         """The one conversation, by the model's chat template."""
