@@ -161,7 +161,7 @@ def _build(need: KernelNeed) -> None:
         # The wrappers of FlashInfer 0.7 load fa2 as a module of another name.
         names = _GENERATORS if need.backend == "fa2" else _GENERATORS[1:]
         generate = next(getattr(prefill, name) for name in names if hasattr(prefill, name))
-        generate(*need.arguments()).build(verbose=False)
+        generate(*need.arguments()).build(verbose=False, need_lock=True)
     except Exception as error:  # whatever a compiler that is not there makes of it
         _log.debug("FlashInfer's module for %s is left to its first use: %.300s", need, error)
 
@@ -193,7 +193,7 @@ def without_unused(spec: Any, masks: Sequence[str]) -> Any:
     kept = replace(spec, name=f"{spec.name}_paged", sources=sources)
     stubs = sources[0].parent / "left_out.cpp"
     if not stubs.exists():
-        kept.build(verbose=False)
+        kept.build(verbose=False, need_lock=True)
         written = stubs.with_suffix(".new")
         written.write_text(_stubs(kept.jit_library_path), "utf-8")
         written.replace(stubs)
