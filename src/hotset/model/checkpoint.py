@@ -18,7 +18,6 @@ from hotset.model.architecture import Architecture, find_architecture, transform
 from hotset.model.checkpoint_files import read_config, read_headers, weight_files
 from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.expert_disk import ExpertSink
-from hotset.model.gguf_file import GgufFile, names_made_once
 from hotset.model.libraries import first_line
 from hotset.plan.quantisation import with_modelopt
 
@@ -88,6 +87,9 @@ def read_architecture(folder: Path) -> Architecture:
 
 def load_gguf(file: Path, device: torch.device, dtype: torch.dtype | None) -> tuple[Any, Any]:
     """Load a GGUF file's model, dequantised, and its tokenizer. Raises ModelError."""
+    # Here, as it needs parts of transformers that others do without.
+    from hotset.model.gguf_file import GgufFile, names_made_once
+
     header = GgufFile(file)
     config = header.config()
     architecture = find_architecture(config, str(file), config.to_dict())
