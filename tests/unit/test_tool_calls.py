@@ -310,5 +310,7 @@ def test_a_forced_output_is_its_calls() -> None:
     assert stream(text, [3, 9, 30])[1:] == ([CLOCK], "")
     _, calls, rest = stream('{"place": "Rome"}', [4], forced_name="weather")
     assert (calls, rest) == ([WEATHER], "")
+    _, calls, rest = stream('{"place": "Rome"}<|im_end|>', [4], forced_name="weather")
+    assert (calls, rest) == ([WEATHER], "<|im_end|>")  # special tokens were asked for
     assert stream(text[:-3], [])[1] == [ToolCall("time", "{")]
     assert stream(text[:10], [])[1] == []

@@ -59,7 +59,7 @@ class ToolCallParser:
         markers: token id -> text, of the `MARKERS` that are special tokens.
         decode: the text of token ids, special ones too or not, by its second argument.
         has_functions: whether `<function=` begins a call without `<tool_call>` before it.
-        forced_name: all of the output is the arguments of this tool.
+        forced_name: the output is the arguments of this tool.
         most_calls: calls beyond are left out; None is no bound.
     """
 
@@ -102,7 +102,7 @@ class ToolCallParser:
         self._is_value_begun = False
         if forced_name is not None:
             self._begin_call(forced_name)
-            self._state = self._in_forced
+            self._begin_arguments(self._in_text)
 
     @property
     def num_calls(self) -> int:
@@ -365,11 +365,6 @@ class ToolCallParser:
         self._emit_aside()
         self._state = self._after_hermes  # the model may have left out the tag before it only
         return True
-
-    def _in_forced(self, is_end: bool) -> bool:
-        self._emit_arguments(self._buffer)
-        self._buffer = ""
-        return False
 
     @property
     def _is_bare(self) -> bool:
