@@ -1,8 +1,9 @@
 """Requests and what comes back for them: plain data."""
 
 import math
+import numbers
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
@@ -81,6 +82,8 @@ class SamplingParams:
     text_form: TextForm | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
+
         def check(ok: bool, name: str, expected: str) -> None:
             if not ok:
                 value = getattr(self, name)
@@ -124,6 +127,25 @@ class SamplingParams:
                 param="min_tokens",
             )
 
+    def _check_types(self) -> None:
+        """Refuse values of other types than their field's; numbers of others become Python's.
+
+        A stop string may stand alone, and lists are taken for tuples.
+        """
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for names, kind, expected in _KINDS:
+            for name in names:
+                value = getattr(self, name)
+                if value is None and name in _MAY_BE_NONE:
+                    continue
+                try:
+                    object.__setattr__(self, name, kind(value))
+                except (TypeError, ValueError, OverflowError):
+                    raise RequestError(
+                        f"{name} is {value!r}; expected {expected}", param=name
+                    ) from None
+
     @property
     def has_form(self) -> bool:
         """Whether not every text may be the output."""
@@ -137,6 +159,89 @@ class SamplingParams:
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
         )
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError
+    return int(value)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError
+    return float(value)
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+        raise TypeError
+    return tuple(value)
+
+
+def _ids(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise TypeError
+    return tuple(map(_whole, value))
+
+
+def _biases(value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return {_whole(token_id): _number(bias) for token_id, bias in value.items()}
+
+
+def _schema(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
+def _form(value: object) -> TextForm:
+    if not isinstance(value, TextForm):
+        raise TypeError
+    return value
+
+
+_MAY_BE_NONE = frozenset(
+    {"max_tokens", "seed", "logprobs", "prompt_logprobs", "json_schema", "text_form"}
+)
+# Fields of `SamplingParams`, what makes a value theirs or raises TypeError, and what is expected.
+_KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], object], str], ...] = (
+    (
+        ("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n"),
+        _whole,
+        "a whole number",
+    ),
+    (
+        (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ),
+        _number,
+        "a number",
+    ),
+    (
+        ("include_stop_str_in_output", "skip_special_tokens", "ignore_eos"),
+        _flag,
+        "True or False",
+    ),
+    (("stop",), _texts, "a text or a list of texts"),
+    (("stop_token_ids",), _ids, "a list of token ids"),
+    (("logit_bias",), _biases, "numbers by token id"),
+    (("json_schema",), _schema, "a JSON schema as a dict"),
+    (("text_form",), _form, "a TextForm"),
+)
 
 
 UNKNOWN_TOKEN = -1
