@@ -1,11 +1,15 @@
 """Schemas by the dozen: what a grammar lets through is checked by a validator of its own."""
 
 import datetime
+import enum
 import json
+import pathlib
 import re
-from typing import Any
+import uuid
+from typing import Annotated, Any, Literal
 
 import jsonschema
+import pydantic
 import pytest
 import torch
 from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
@@ -260,6 +264,41 @@ def reference(i: int) -> Json:
 def test_a_schema_of_many_levels_is_looked_at_in_bounds(of: Any) -> None:
     definitions = {f"d{i}": of(i + 1) for i in range(300)} | {"d300": {"type": "null"}}
     prepare(json.dumps({**reference(0), "$defs": definitions}))
+
+
+class Colour(enum.Enum):
+    RED, GREEN = "red", "green"
+
+
+class Cat(pydantic.BaseModel):
+    kind: Literal["cat"]
+    lives: Annotated[int, pydantic.Field(gt=0, le=9, multiple_of=3)]
+
+
+class Dog(pydantic.BaseModel):
+    kind: Literal["dog"]
+    puppies: Annotated[list["Dog"], pydantic.Field(max_length=1)]
+
+
+class Everything(pydantic.BaseModel):
+    pet: Annotated[Cat | Dog, pydantic.Field(discriminator="kind")]
+    tags: set[str]
+    colours: frozenset[Colour]
+    counts: dict[Colour, int]
+    path: pathlib.Path
+    secret: pydantic.SecretStr
+    data: bytes
+    day: datetime.date
+    at: datetime.datetime
+    time: datetime.time
+    id: uuid.UUID
+    pair: tuple[int, str | None]
+    anything: Any
+
+
+def test_what_pydantic_writes_is_read_back_by_pydantic(sampler: Sampler) -> None:
+    for value in values(sampler, Everything.model_json_schema(), 4):
+        Everything.model_validate_json(json.dumps(value))
 
 
 def test_a_set_may_be_any_set(sampler: Sampler) -> None:
