@@ -16,7 +16,7 @@ from tiny_models import make_model
 from hotset.config import GIB, EngineConfig
 from hotset.errors import ModelError
 from hotset.memory.expert_store import DiskExperts
-from hotset.model import checkpoint
+from hotset.model import checkpoint, fp8_blocks
 from hotset.model.expert_buffer import buffer_experts
 from hotset.model.expert_disk import ExpertSink, layout_of
 from hotset.model.experts import experts_layers
@@ -191,6 +191,22 @@ def test_stacked_experts_with_one_scale_each(tmp_path: Path) -> None:
     loaded = load_model(str(tmp_path), device="cpu", dtype="float32").model.state_dict()
 
     assert all(torch.equal(loaded[stem], expected[stem]) for stem in expected)
+
+
+@pytest.mark.parametrize("piece_values", [1, 64 * 129, 2**22])
+def test_pieces_do_not_show(piece_values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8_blocks, "_PIECE_VALUES", piece_values)
+    narrow = torch.randn(300, 200).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, 2)
+    as_is = {"dtype": torch.float32}
+    wide = dequantise(narrow, scales, block=(BLOCK, BLOCK), **as_is)
+    assert torch.equal(wide, from_blocks(narrow, scales))
+    rows = torch.rand(300, 1)
+    assert torch.equal(dequantise(narrow, rows, block=(1, None), **as_is), narrow.float() * rows)
+    one = torch.rand(1, 1)
+    assert torch.equal(dequantise(narrow, one, block=None, **as_is), narrow.float() * one)
+    stacked = dequantise(torch.stack((narrow, narrow)), one, block=None, **as_is)
+    assert torch.equal(stacked[1], narrow.float() * one)
 
 
 def test_scales_may_be_powers_of_two_and_weights_stacked() -> None:

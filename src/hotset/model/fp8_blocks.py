@@ -27,6 +27,7 @@ from hotset.plan.quantisation import modelopt_algorithm, quant_config
 Block = tuple[int, int | None] | None  # rows and columns that share a scale; None is all
 
 _DEFAULT_BLOCK = (128, 128)  # of transformers, where the config names none
+_PIECE_VALUES = 2**22
 _WEIGHTS = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
 _PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
@@ -106,7 +107,7 @@ def input_scales(weight: str) -> tuple[str, str]:
 def dequantise(
     weight: torch.Tensor, scales: torch.Tensor, *, block: Block, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`q * s`, computed in float32.
+    """`q * s`, computed in float32, in pieces: float32 copies of a whole weight are large.
 
     Args:
         weight: `[..., rows, columns]` of 8-bit floats.
@@ -116,19 +117,28 @@ def dequantise(
         dtype: of the result.
     """
     factors = (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
-    if weight.ndim > 2:  # one expert at a time: float32 copies are large
-        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        each = factors.expand(len(weight)) if factors.numel() == 1 else factors
-        for row, part, factor in zip(out, weight, each, strict=True):
-            row.copy_(dequantise(part, factor, block=block, dtype=dtype))
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if weight.ndim > 2:  # one expert at a time
+        each = factors.reshape(1).expand(len(weight)) if factors.numel() == 1 else factors
+        for to, part, factor in zip(out, weight, each, strict=True):
+            to.copy_(dequantise(part, factor, block=block, dtype=dtype))
         return out
-    if block is None:
-        return (weight.float() * factors.reshape(())).to(dtype)
+    if weight.ndim < 2:
+        return out.copy_(weight.float() * factors)
     rows, columns = weight.shape
-    spread = factors.repeat_interleave(block[0], 0)[:rows]
-    if block[1] is not None:
-        spread = spread.repeat_interleave(block[1], 1)[:, :columns]
-    return (weight.float() * spread).to(dtype)
+    height, width = (1, None) if block is None else block
+    step = max(1, _PIECE_VALUES // columns // height) * height
+    for start in range(0, rows, step):
+        piece = weight[start : start + step].float()
+        if block is None:
+            spread = factors.reshape(())
+        else:
+            spread = factors[start // height : -(-(start + len(piece)) // height)]
+            spread = spread.repeat_interleave(height, 0)[: len(piece)]
+            if width is not None:
+                spread = spread.repeat_interleave(width, 1)[:, :columns]
+        out[start : start + step] = piece.mul_(spread)
+    return out
 
 
 def _check_scales(
