@@ -1,5 +1,6 @@
 """What the config alone tells: refusals without weights, and multimodal models as text models."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hotset.config import EngineConfig
 from hotset.engine.loop import build_engine
 from hotset.errors import ConfigError, ModelError
 from hotset.model.architecture import find_architecture
+from hotset.model.inspection import inspect_model
 from hotset.model.loader import load_dummy, load_model
 from hotset.model.prompt import PromptEncoder
 
@@ -58,12 +60,16 @@ def test_a_config_of_a_model_that_runs_is_refused_for_its_missing_weights(tmp_pa
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl", "mistral3", "gemma3"])
 def test_a_multimodal_model_is_loaded_without_what_only_images_go_through(
-    model_type: str, tmp_path: Path
+    model_type: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_families.tiny_model(model_type)
     model.save_pretrained(tmp_path / model_type)
+    capfd.readouterr()
 
     loaded = load_model(str(tmp_path / model_type), device="cpu", dtype="float32")
+    inspect_model(copy.deepcopy(loaded.model))
+
+    assert capfd.readouterr() == ("", "")
 
     text = {n: p for n, p in model.named_parameters() if "vis" not in n and "projector" not in n}
     assert dict(loaded.model.named_parameters()).keys() == text.keys()

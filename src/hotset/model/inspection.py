@@ -22,7 +22,7 @@ from hotset.model.config_sizes import context_length, largest
 from hotset.model.cpu_linear import PackedLinear
 from hotset.model.experts import noting_top_k, use_dynamic_gating, without_experts
 from hotset.model.flashinfer_attention import WORKSPACE_BYTES
-from hotset.model.libraries import first_line
+from hotset.model.libraries import first_line, quiet
 from hotset.model.linear_reads import noting_reads
 from hotset.model.prompt_logprobs import most_rows
 from hotset.model.step_graphs import LARGEST_RECORDED
@@ -87,7 +87,8 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
     _check_inputs(model)
     register()
     try:
-        model.set_attn_implementation(IMPLEMENTATION)
+        with quiet():  # a config may name parts that were not loaded
+            model.set_attn_implementation(IMPLEMENTATION)
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{name} does not use transformers' attention interface") from error
     use_dynamic_gating(model)
@@ -145,7 +146,8 @@ def _probe(
         raise
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} cannot run with paged attention: {first_line(error)}"
+            f"{type(model).__name__} cannot run on text alone with paged attention: "
+            f"{first_line(error)}"
         ) from error
     return probe, output.logits[0]
 
