@@ -23,6 +23,8 @@ _LEAST_TURN_FETCHES = 8
 
 # However many requests decode, prompts get this part of `max_mixed_tokens`.
 _LEAST_PREFILL_SHARE = 4
+# Requests behind one without room that are looked at, whether they may overtake it.
+_LOOK_BEHIND = 64
 # Those that overtake a request without room have at most one part in so many of its tokens.
 _OVERTAKING_PART = 2
 
@@ -242,14 +244,18 @@ class Scheduler:
         queued_tokens = sum(r.num_tokens - r.num_computed_tokens for r in self.running)
         was_blocked = self._blocked
         self._blocked = None
-        num_tried = 0
+        num_behind = num_tried = 0  # of those after the first that has no room
         for request in list(self.waiting):
             if len(self.running) >= self.max_num_seqs or num_tried == _LOOK_AHEAD:
                 self._blocked = self._blocked or request
                 break
             blocked: Request | None = self._blocked
-            if blocked is not None and not self._may_overtake(request, blocked):
-                continue
+            if blocked is not None:
+                num_behind += 1
+                if num_behind > _LOOK_BEHIND:
+                    break
+                if not self._may_overtake(request, blocked):
+                    continue
             if self._admit(request, queued_tokens):
                 self.waiting.remove(request)
                 self._start_turn(request)
