@@ -142,6 +142,8 @@ def test_kimi_k2_is_run_as_deepseek_v3_where_its_config_is_one(tmp_path: Path) -
 
     tokens = torch.tensor([[5, 9, 17, 33]])
     torch.testing.assert_close(loaded.model(tokens).logits, model(tokens).logits)
+    dummy = load_dummy(str(tmp_path), device="cpu", dtype="float32")
+    assert type(dummy.model) is type(model)
     for change in ({"scoring_func": "softmax"}, {"use_latent_moe": True}):
         file.write_text(json.dumps(stored | change))
         with pytest.raises(ModelError, match=rf"kimi_k2.*{next(iter(change))}"):

@@ -95,9 +95,9 @@ def transformers_config(folder: Path, fields: Mapping[str, Any]) -> Any:
     """
     try:
         with quiet():
-            if _is_deepseek_v3(fields, folder):
-                renamed = {k: v for k, v in fields.items() if k not in ("model_type", "auto_map")}
-                return transformers.AutoConfig.for_model("deepseek_v3", **renamed)
+            known = known_fields(fields, str(folder))
+            if known is not fields:
+                return transformers.AutoConfig.for_model(**known)
             return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ModelError:
         raise
@@ -115,18 +115,21 @@ _DEEPSEEK_V3_SETTINGS = {
 _WITHOUT_EFFECT = {"aux_loss_alpha", "seq_aux", "ep_size", "auto_map", "quantization_config"}
 
 
-def _is_deepseek_v3(fields: Mapping[str, Any], folder: Path) -> bool:
-    """Whether a config is of Kimi K2, which is DeepSeek-V3 under a name that transformers lacks.
+def known_fields(fields: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """The fields of a config under a model type that transformers knows.
+
+    Kimi K2 is DeepSeek-V3 under a name that transformers lacks; other fields are returned as they
+    are.
 
     Raises:
         ModelError: it is of Kimi K2, but has a setting that DeepSeek-V3 of transformers has not.
     """
-    if fields["model_type"] != "kimi_k2" or "kimi_k2" in transformers.CONFIG_MAPPING:
-        return False
+    if fields.get("model_type") != "kimi_k2" or "kimi_k2" in transformers.CONFIG_MAPPING:
+        return fields
     for name, expected in _DEEPSEEK_V3_SETTINGS.items():
         if fields.get(name) != expected:
             raise ModelError(
-                f"{folder} is a 'kimi_k2' model, which is run as DeepSeek-V3, but its {name} is "
+                f"{source} is a 'kimi_k2' model, which is run as DeepSeek-V3, but its {name} is "
                 f"{fields.get(name)!r}; expected {expected!r}"
             )
     config = transformers.DeepseekV3Config()
@@ -134,10 +137,11 @@ def _is_deepseek_v3(fields: Mapping[str, Any], folder: Path) -> bool:
     known |= _DEEPSEEK_V3_SETTINGS.keys() | _WITHOUT_EFFECT
     if unknown := sorted(name for name in fields if name not in known and name[:1] != "_"):
         raise ModelError(
-            f"{folder} is a 'kimi_k2' model, which is run as DeepSeek-V3, but that has no setting "
+            f"{source} is a 'kimi_k2' model, which is run as DeepSeek-V3, but that has no setting "
             f"{unknown[0]!r}"
         )
-    return True
+    plain = {name: value for name, value in fields.items() if name != "auto_map"}
+    return plain | {"model_type": "deepseek_v3"}
 
 
 def find_architecture(config: Any, source: str, fields: Mapping[str, Any]) -> Architecture:

@@ -159,7 +159,7 @@ def _check_windows(config: Any, layers: Sequence[LayerAttention], name: str) -> 
         if (layer_type == "sliding_attention") != (layers[i].sliding_window is not None):
             raise ModelError(f"{name}: layer {i} is {layer_type} but its window does not say so")
     window = getattr(config, "sliding_window", None)
-    if layer_types or not window or window >= (context_length(config) or window):
+    if layer_types or not isinstance(window, int) or window >= (context_length(config) or window):
         return
     if all(layer.sliding_window is None for layer in layers):
         raise ModelError(

@@ -15,7 +15,13 @@ from torch.nn import functional
 
 @contextlib.contextmanager
 def noting_reads(model: nn.Module) -> Iterator[None]:
-    """While it lasts, run the model once: layers whose weight or bias it reads are marked."""
+    """While it lasts, run the model once: layers whose weight or bias it reads are marked.
+
+    Does nothing for a model of which that is known: code compiled for its layers stays good.
+    """
+    if model.__dict__.get("reads_are_noted"):
+        yield
+        return
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     for layer in layers:
         layer.__class__ = _Watched
@@ -24,6 +30,7 @@ def noting_reads(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.__class__ = nn.Linear
+    model.__dict__["reads_are_noted"] = True
 
 
 def is_replaceable(layer: object) -> TypeGuard[nn.Linear]:

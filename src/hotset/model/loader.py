@@ -17,7 +17,7 @@ from hotset.cgroups import available_host_bytes
 from hotset.errors import ConfigError, ModelError, PlanError
 from hotset.foreign_text import parse_json
 from hotset.model import checkpoint
-from hotset.model.architecture import Architecture, find_architecture
+from hotset.model.architecture import Architecture, find_architecture, known_fields
 from hotset.model.checkpoint_files import kv_scales, read_config
 from hotset.model.config_sizes import context_length, largest, num_experts
 from hotset.model.expert_disk import ExpertSink
@@ -162,7 +162,9 @@ def load_dummy(
     if (file := Path(source)).is_file():
         short_name = file.resolve().parent.name if file.name == "config.json" else file.stem
     try:
-        config = AutoConfig.for_model(**fields)
+        config = AutoConfig.for_model(**known_fields(fields, source))
+    except ModelError:
+        raise
     except Exception as error:  # whatever a config that does not fit makes the libraries raise
         raise ModelError(f"cannot make a model of {source}: {first_line(error)}") from error
     architecture = find_architecture(config, source, fields)
