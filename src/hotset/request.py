@@ -1,7 +1,6 @@
 """Requests and what comes back for them: plain data."""
 
 import math
-import numbers
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +8,15 @@ from enum import Enum
 from typing import Any, Literal
 
 from hotset.errors import RequestError
+from hotset.plain_values import (
+    flag,
+    json_object,
+    number,
+    numbers_by_id,
+    texts,
+    whole_number,
+    whole_numbers,
+)
 
 MOST_BIASES = 1024  # tokens in a `logit_bias`
 
@@ -161,48 +169,6 @@ class SamplingParams:
         )
 
 
-def _whole(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError
-    return int(value)
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError
-    return float(value)
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def _texts(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
-        raise TypeError
-    return tuple(value)
-
-
-def _ids(value: object) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple):
-        raise TypeError
-    return tuple(map(_whole, value))
-
-
-def _biases(value: object) -> dict[int, float]:
-    if not isinstance(value, Mapping):
-        raise TypeError
-    return {_whole(token_id): _number(bias) for token_id, bias in value.items()}
-
-
-def _schema(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError
-    return value
-
-
 def _form(value: object) -> TextForm:
     if not isinstance(value, TextForm):
         raise TypeError
@@ -216,7 +182,7 @@ _MAY_BE_NONE = frozenset(
 _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], object], str], ...] = (
     (
         ("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n"),
-        _whole,
+        whole_number,
         "a whole number",
     ),
     (
@@ -228,18 +194,18 @@ _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], object], str], ...] = (
             "presence_penalty",
             "frequency_penalty",
         ),
-        _number,
+        number,
         "a number",
     ),
     (
         ("include_stop_str_in_output", "skip_special_tokens", "ignore_eos"),
-        _flag,
+        flag,
         "True or False",
     ),
-    (("stop",), _texts, "a text or a list of texts"),
-    (("stop_token_ids",), _ids, "a list of token ids"),
-    (("logit_bias",), _biases, "numbers by token id"),
-    (("json_schema",), _schema, "a JSON schema as a dict"),
+    (("stop",), texts, "a text or a list of texts"),
+    (("stop_token_ids",), whole_numbers, "a list of token ids"),
+    (("logit_bias",), numbers_by_id, "numbers by token id"),
+    (("json_schema",), json_object, "a JSON schema as a dict"),
     (("text_form",), _form, "a TextForm"),
 )
 

@@ -13,7 +13,16 @@ ROOT = Path(hotset.__file__).parent
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
 
 # A package may import those below it. Plain data is at the bottom; `plan` stands beside.
-PLAIN = {"request", "config", "errors", "metrics", "cgroups", "cpu_libraries", "foreign_text"}
+PLAIN = {
+    "request",
+    "config",
+    "errors",
+    "metrics",
+    "cgroups",
+    "cpu_libraries",
+    "foreign_text",
+    "plain_values",
+}
 ORDER = [
     "plan",
     "kernels",
