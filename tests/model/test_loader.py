@@ -332,3 +332,18 @@ def test_a_hub_model_that_its_config_refuses_is_not_downloaded(
     names = {path.name for path in Path(hub_environment["HF_HOME"]).rglob("*")}
     assert "config.json" in names
     assert not any(name.endswith(".safetensors") for name in names)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = sum(
+        p.nbytes for p in load_model(str(folder), device="cpu", dtype="auto").model.parameters()
+    )
+    monkeypatch.setattr("hotset.model.loader.available_host_bytes", lambda: weights - 1)
+    (folder / "model.safetensors").write_bytes(b"not looked at")
+    with pytest.raises(ModelError, match=r"in float32 take 0\.00 GB and 0\.00 GB are free on cpu"):
+        load_model(str(folder), device="cpu", dtype="float32")
+    monkeypatch.setattr("hotset.model.loader.available_host_bytes", lambda: weights)
+    with pytest.raises(ModelError, match="safetensors"):
+        load_model(str(folder), device="cpu", dtype="float32")

@@ -60,7 +60,8 @@ def load_model(
             what the caller has in mind. Not of a GGUF file.
 
     Raises:
-        ModelError: the model cannot be found, read or run; nothing stays in memory.
+        ModelError: the model cannot be found, read or run, or is larger than the memory that is
+            free; nothing stays in memory.
         ConfigError: there is no such device; or as `ExpertSink.begin` and `check` say.
         TierError: the disk for experts cannot be used.
     """
@@ -68,9 +69,14 @@ def load_model(
     torch_dtype = resolve_dtype(dtype, target)
     source, short_name = find_model(name)
     architecture = None if source.is_file() else checkpoint.read_architecture(source)
-    if architecture is not None and check is not None:
-        check(architecture.outline(torch_dtype or architecture.config.dtype or torch.float32))
     experts_on_host = experts_on_host and _may_have_experts(source)
+    if architecture is not None:
+        outline = architecture.outline(torch_dtype or architecture.config.dtype or torch.float32)
+        if check is not None:
+            check(outline)
+        # What a quantiser leaves, and 8-bit layers, take less than the outline has.
+        if dtype != "fp8" and getattr(architecture.config, "quantization_config", None) is None:
+            _check_room(outline, target, short_name, experts_on_host=experts_on_host)
     first = torch.device("cpu") if experts_on_host else target
     with quiet(), _closing_on_error(experts):
         if architecture is None:
@@ -98,6 +104,25 @@ def load_model(
         kv_scales=kv_scales(source, model.config.get_text_config().num_hidden_layers),
         notes=(*architecture.notes, *_context_notes(model)),
     )
+
+
+def _check_room(
+    outline: PreTrainedModel, target: torch.device, name: str, *, experts_on_host: bool
+) -> None:
+    """Refuse weights that cannot fit, before they are read; experts in host memory do not count.
+
+    Those may go to disk, or have fewer bits there.
+    """
+    num_bytes = sum(parameter.nbytes for parameter in outline.parameters())
+    if experts_on_host:
+        experts = (weight for layer in experts_layers(outline) for weight in layer.parameters())
+        num_bytes -= sum(weight.nbytes for weight in experts)
+    if num_bytes > (free_bytes := _free_bytes(target)):
+        raise ModelError(
+            f"the weights of {name} in {str(outline.dtype).removeprefix('torch.')} take "
+            f"{num_bytes / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free on {target}; take a "
+            "smaller model or a narrower dtype, or give this process more memory"
+        )
 
 
 def fingerprint_of(name: str | None, dtype: str) -> str:
