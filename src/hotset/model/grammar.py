@@ -102,7 +102,8 @@ class Grammars:
         """Raise RequestError where no output can have the form that `params` ask for."""
         if params.ignore_eos:
             raise RequestError(
-                f"ignore_eos cannot be used with {_kind(params)}: the output must end"
+                f"ignore_eos cannot be used with {_kind(params)}: the output must end",
+                param="ignore_eos",
             )
         self.matcher(params)
 

@@ -185,7 +185,8 @@ class PromptEncoder:
             text: str = self._backend.decode(list(token_ids), skip_special_tokens=not special)
         except (OverflowError, TypeError) as error:
             raise RequestError(
-                "a token id cannot be decoded; expected whole numbers from 0 to 4294967295"
+                "a token id cannot be decoded; expected whole numbers from 0 to 4294967295",
+                param="tokens",
             ) from error
         return text
 

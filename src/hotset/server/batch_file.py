@@ -306,7 +306,7 @@ def _parse(line: bytes, seen: set[str]) -> _Pending:
     try:
         request = parse_body(kind, data.get("body"))
         if request.stream:
-            raise RequestError("stream is true; a batch does not stream")
+            raise RequestError("stream is true; a batch does not stream", param="stream")
     except RequestError as error:
         return _Pending(custom_id, _request_error(custom_id, error))
     return _Pending(custom_id, request=request)
