@@ -19,11 +19,12 @@ class ForeignTextError(HotsetError, ValueError):
     """A text that cannot be read. The message is one line, to follow the name of the text."""
 
 
-def parse_json(text: str | bytes | bytearray) -> Any:
+def parse_json(text: str | bytes | bytearray, *, check_unicode: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         text: bytes are UTF-8, with or without a byte order mark.
+        check_unicode: refuse half a surrogate pair, which JSON can escape and UTF-8 cannot hold.
 
     Raises:
         ForeignTextError: it is no JSON, no UTF-8, has half a surrogate pair, or is nested more
@@ -35,7 +36,7 @@ def parse_json(text: str | bytes | bytearray) -> Any:
         if text.count("[") + text.count("{") > MOST_DEPTH:
             _check_depth(text)
         value = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:  # what has half a pair cannot be written again
+        if check_unicode and ("\\ud" in text or "\\uD" in text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except ForeignTextError:

@@ -410,11 +410,13 @@ def test_text_and_calls_are_blocks_of_their_own_and_arguments_stream() -> None:
 
 
 def test_a_call_that_was_cut_is_text_and_not_a_call_with_another_input() -> None:
-    message = {"content": None, "tool_calls": [call(0, '{"cit', "f")]}
     completion = Completion(finish_reason=FinishReason.LENGTH.value)
-    whole = form_of([], message).whole([completion])
-    assert whole["content"] == [{"type": "text", "text": '{"name": "f", "arguments": {"cit'}]
-    assert whole["stop_reason"] == "max_tokens"
+    for arguments in ('{"cit', '{"a": "\\ud83d', '{"a": "\\ud83d"}'):  # or no character
+        message = {"content": None, "tool_calls": [call(0, arguments, "f")]}
+        whole = form_of([], message).whole([completion])
+        text = f'{{"name": "f", "arguments": {arguments}'
+        assert whole["content"] == [{"type": "text", "text": text}]
+        assert whole["stop_reason"] == "max_tokens"
 
 
 @pytest.mark.parametrize(

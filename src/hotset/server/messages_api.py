@@ -157,7 +157,7 @@ class MessagesForm:
         """A call; one that was cut has no input, and is the text that it is."""
         function = call["function"]
         try:
-            arguments = parse_json(function["arguments"] or "{}")
+            arguments = parse_json(function["arguments"] or "{}", check_unicode=True)
         except ForeignTextError:
             arguments = None
         if not isinstance(arguments, dict):

@@ -43,7 +43,7 @@ async def read_json(request: Request, most: int) -> Any:
         if len(content) > most:
             raise too_long
     try:
-        return parse_json(content)
+        return parse_json(content, check_unicode=True)
     except ForeignTextError as error:
         raise RequestError(f"the body {error}", code="invalid_json") from error
 
