@@ -220,11 +220,16 @@ def test_answers_of_another_model_or_other_options_are_refused(
     write_batch(source)
     content = answer_first(source, target, service, 3)
     config = service.config
+    other = replace(service.model, fingerprint="other")
     batch = Batch(source, target)
     batch.check_run(RunIdentity.of("tiny", config))
+    batch.check_run(RunIdentity.of_model(service.model, config))
+    another_template = replace(RunIdentity.of_model(service.model, config), template="0" * 8)
+    with pytest.raises(ConfigError, match="answers under another chat template; undo its change"):
+        batch.run(service, window=1, identity=another_template)
     batch.check_run(RunIdentity.of("tiny", replace(config, host_gib=1.0, max_num_seqs=3)))
     with pytest.raises(ConfigError, match="holds answers of another model"):
-        batch.run(service, window=1, identity=RunIdentity.of("other", config))
+        batch.run(service, window=1, identity=RunIdentity.of_model(other, config))
     for changed in (
         {"seed": 1},
         {"kv_dtype": "fp8"},
@@ -247,7 +252,7 @@ def test_records_keep_the_form_of_openais(service: EngineService, tmp_path: Path
     lines = source.read_bytes().splitlines()
     for position, record in enumerate(map(json.loads, target.read_text().splitlines())):
         assert record.keys() == {"id", "custom_id", "response", "error"}
-        expected = RunIdentity.of("tiny", service.config)
+        expected = RunIdentity.of_model(service.model, service.config)
         assert read_record_id(record["id"]) == (
             position,
             line_identity(lines[position]),
@@ -288,7 +293,8 @@ def test_a_server_with_another_model_does_not_go_on_with_a_batch(
         entry = runner.create("", request)  # its task has not begun
         output = store.data_path("", entry["id"].replace("batch-", "file-"))
         batch = Batch(source, output)
-        batch.run(service, window=1, identity=RunIdentity.of("other", service.config))
+        other = replace(service.model, fingerprint="other")
+        batch.run(service, window=1, identity=RunIdentity.of_model(other, service.config))
         batch.close()
         await asyncio.gather(*runner._tasks)
         return store.get("", entry["id"])

@@ -83,7 +83,7 @@ def command(
                         summary = batch.run(
                             service,
                             window=window or 4 * config.max_num_seqs,
-                            identity=RunIdentity.of(service.model.fingerprint, config),
+                            identity=RunIdentity.of_model(service.model, config),
                             on_line=show,
                         )
                     except KeyboardInterrupt:

@@ -114,16 +114,23 @@ class Batch:
     def check_run(self, identity: RunIdentity) -> None:
         """Raise ConfigError unless the answers there are those of this model and these options."""
         written_by = self._written_by
-        if written_by is None or written_by == identity:
+        if written_by is None:
             return
         if written_by.model != identity.model:
             raise ConfigError(
                 f"{self._name} holds answers of another model; give that one, or {self._way_out}"
             )
-        raise ConfigError(
-            f"{self._name} holds answers under other values of options that change answers (dtype, "
-            f"KV dtype, seed, longest context, bounds of JSON); give those, or {self._way_out}"
-        )
+        if written_by.options != identity.options:
+            raise ConfigError(
+                f"{self._name} holds answers under other values of options that change answers "
+                f"(dtype, KV dtype, seed, longest context, bounds of JSON); give those, or "
+                f"{self._way_out}"
+            )
+        if identity.template not in (None, written_by.template):
+            raise ConfigError(
+                f"{self._name} holds answers under another chat template; undo its change, or "
+                f"{self._way_out}"
+            )
 
     def run(
         self,
@@ -152,7 +159,7 @@ class Batch:
             ConfigError: the output cannot be written, as when the disk is full; or what is there is
                 of another model or other options.
         """
-        identity = identity or RunIdentity.of(service.model.fingerprint, service.config)
+        identity = identity or RunIdentity.of_model(service.model, service.config)
         self.check_run(identity)
         if submit is None:
             admission = Admission(service, PromptEncoder(service.model), UNLIMITED)

@@ -9,10 +9,13 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from hotset.config import EngineConfig
 from hotset.foreign_text import ForeignTextError, parse_json
+
+if TYPE_CHECKING:
+    from hotset.model.loaded import LoadedModel
 
 # What an engine may be given without another answer, but for rounding.
 _LEAVES_ANSWERS = frozenset(
@@ -49,7 +52,7 @@ _LEAVES_ANSWERS = frozenset(
         "threads",
     }
 )
-_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]{16})_([0-9a-f]{8})_([0-9a-f]{8})")
+_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]{16})_([0-9a-f]{8})_([0-9a-f]{8})_([0-9a-f]{8})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,12 @@ class RunIdentity:
     Attributes:
         model: hash of the checkpoint's config and weights, 8 hex digits.
         options: hash of the options that change answers, likewise.
+        template: hash of the chat template, likewise; None before the model is loaded.
     """
 
     model: str
     options: str
+    template: str | None = None
 
     @classmethod
     def of(cls, fingerprint: str, config: EngineConfig, extra: object = None) -> Self:
@@ -82,9 +87,18 @@ class RunIdentity:
         }
         return cls(_digest(fingerprint, 8), _digest(repr([sorted(changed.items()), extra]), 8))
 
+    @classmethod
+    def of_model(cls, model: "LoadedModel", config: EngineConfig, extra: object = None) -> Self:
+        """The same of a loaded model, with its chat template."""
+        template = json.dumps(getattr(model.tokenizer, "chat_template", None), sort_keys=True)
+        found = cls.of(model.fingerprint, config, extra)
+        return dataclasses.replace(found, template=_digest(template, 8))
+
     def record_id(self, position: int, line: bytes) -> str:
         """The id of the record that answers `line`, the input's line at `position`."""
-        return f"batch_req_{position}_{line_identity(line)}_{self.model}_{self.options}"
+        assert self.template is not None, "the model is not loaded"
+        line_hash = line_identity(line)
+        return f"batch_req_{position}_{line_hash}_{self.model}_{self.options}_{self.template}"
 
 
 def line_identity(line: bytes) -> str:
@@ -101,7 +115,7 @@ def read_record_id(record_id: object) -> tuple[int, str, RunIdentity] | None:
     match = _ID.fullmatch(record_id) if isinstance(record_id, str) else None
     if match is None:
         return None
-    return int(match[1]), match[2], RunIdentity(match[3], match[4])
+    return int(match[1]), match[2], RunIdentity(match[3], match[4], match[5])
 
 
 def _digest(content: str | bytes, num_digits: int) -> str:

@@ -150,8 +150,8 @@ class BatchRunner:
             batch.run(
                 service,
                 window=2 * service.config.max_num_seqs,
-                identity=RunIdentity.of(
-                    service.model.fingerprint,
+                identity=RunIdentity.of_model(
+                    service.model,
                     service.config,
                     extra=self._admission.limits.max_tokens,  # of requests without `max_tokens`
                 ),
