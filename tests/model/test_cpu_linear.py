@@ -3,6 +3,7 @@ import torch
 from tiny_models import make_model
 from torch import nn
 
+from hotset.model import cpu_linear
 from hotset.model.cpu_linear import PackedLinear, pack_linears
 
 
@@ -25,6 +26,25 @@ def test_a_packed_model_has_the_same_logits_and_no_plain_linear(tied: bool) -> N
 
     assert not any(type(module) is nn.Linear for module in model.modules())
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_large_weight_is_packed_only_where_memory_allows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model("qwen3")
+    ids = torch.arange(20).unsqueeze(0)
+    expected, head = model(ids).logits, model.lm_head.weight.nbytes
+    monkeypatch.setattr(cpu_linear, "_LARGE_BYTES", head)
+    monkeypatch.setattr(cpu_linear, "available_host_bytes", lambda: 5 * head)
+
+    pack_linears(model)
+
+    assert type(model.lm_head) is nn.Linear
+    assert type(model.model.layers[0].mlp.up_proj) is PackedLinear
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(cpu_linear, "available_host_bytes", lambda: 5 * head + 1)
+    pack_linears(model)
+    assert type(model.lm_head) is PackedLinear
 
 
 def test_other_dtypes_are_left_as_they_are() -> None:

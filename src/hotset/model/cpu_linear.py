@@ -6,13 +6,22 @@ Measured on one Zen 5 core, 576 x 1536 weights read from memory, 16 rows: 456 us
 `torch.compile` uses the same operations when it freezes weights.
 """
 
+import logging
+
 import torch
 from torch import nn
 
+from hotset.cgroups import available_host_bytes
 from hotset.model.linear_reads import is_replaceable
 
 # Any number of rows runs; this is what the layout is chosen for. 256 measured the same.
 _PACKED_FOR_ROWS = 16
+# Packing a weight takes a few times its memory while it lasts: measured 4.3 with the logits'. That
+# of small ones is not worth asking for.
+_PACKING_COPIES = 5
+_LARGE_BYTES = 64 * 2**20
+
+_log = logging.getLogger(__name__)
 
 
 class PackedLinear(nn.Module):
@@ -58,16 +67,25 @@ def pack_linears(model: nn.Module) -> None:
     """Replace the float32 linear layers of a model on the CPU, in place, one at a time.
 
     Does nothing without oneDNN, on other devices and for other dtypes, and leaves layers whose
-    weight the model reads itself. A weight that is shared
-    with the embedding is copied, as the embedding needs it as it is.
+    weight the model reads itself. A weight that is shared with the embedding is copied, as the
+    embedding needs it as it is. A large weight for whose packing memory is short stays as it is.
     """
     if not torch.backends.mkldnn.is_available():
         return
     with torch.inference_mode():
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                if is_replaceable(child) and _is_packable(child.weight):
+                if not is_replaceable(child) or not _is_packable(child.weight):
+                    continue
+                if _has_room(child.weight):
                     setattr(parent, name, PackedLinear(child))
+                else:
+                    _log.warning("memory is short for packing %s: its products are slower", name)
+
+
+def _has_room(weight: torch.Tensor) -> bool:
+    is_small = weight.nbytes < _LARGE_BYTES
+    return is_small or available_host_bytes() > _PACKING_COPIES * weight.nbytes
 
 
 def _is_packable(weight: torch.Tensor) -> bool:
