@@ -25,6 +25,7 @@ REFUSED = {
     "qwen3_next": "layers of type linear_attention",
     "llama4_text": "layers of type chunked_attention",
     "bart": "is an encoder-decoder",
+    "t5": "is an encoder-decoder",
     "whisper": "is an encoder-decoder",
     "bert": "is not causal",
     "bloom": "takes no position_ids",

@@ -155,8 +155,10 @@ def find_architecture(config: Any, source: str, fields: Mapping[str, Any]) -> Ar
     Raises:
         ModelError: hotset cannot run it, whatever the weights are; says why.
     """
+    check_decoder(
+        config, (config.architectures or [f"{source}, a {config.model_type!r} model,"])[0]
+    )
     model_class = _class_of(config, source)
-    check_decoder(config, model_class.__name__)
     text_config = config.get_text_config()
     if model_class.config_class is type(text_config):  # a class of the text part alone
         config = text_config
