@@ -3,11 +3,11 @@
     python benchmarks/model_coverage.py --out benchmarks/results/model_coverage.json
     python benchmarks/model_coverage.py --table docs/models.md
 
-The first command runs every family of the installed transformers' tables of causal and of
-image-text-to-text models, or those named behind it; with `--out` it adds to what that file has. A
-tiny random model (see `tiny_families.py`) is saved, loaded as a user's folder is, and answers four
-prompts greedily in float32 on the CPU in five ways. The second command writes the table of the page
-anew.
+The first command runs every family of the installed transformers' tables of causal, of
+image-text-to-text and of multimodal models, or those named behind it; with `--out` it adds to what
+that file has. A tiny random model (see `tiny_families.py`) is saved, loaded as a user's folder is,
+and answers four prompts greedily in float32 on the CPU in five ways. The second command writes the
+table of the page anew.
 """
 
 import argparse

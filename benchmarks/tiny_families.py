@@ -259,7 +259,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 def families() -> dict[str, str]:
     """Each model type of causal language models, then of multimodal wrappers; and which it is."""
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    wrappers = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    wrappers = {
+        **modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    }
     found = dict.fromkeys(causal, "causal")
     return found | {name: "wrapper" for name in wrappers if name not in found}
 
@@ -267,7 +270,7 @@ def families() -> dict[str, str]:
 def model_class(model_type: str) -> Any:
     """The class that transformers' tables name."""
     names = (
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
         | modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         | modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     )

@@ -10,6 +10,7 @@ EXPECTED = {
     "gemma3n_text": (EQUAL, ""),  # a feed-forward size of each layer, and layers that share KV
     "qwen2_5_vl": (EQUAL, ""),  # positions in three dimensions
     "mistral3": (EQUAL, ""),
+    "voxtral": (EQUAL, ""),
     "kimi_k25": (EQUAL, ""),
     "marian": (REFUSED, "takes no position_ids"),
     "kosmos-2.5": (REFUSED, "numbers the positions"),

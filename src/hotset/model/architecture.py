@@ -193,6 +193,7 @@ def _class_of(config: Any, source: str) -> type[PreTrainedModel]:
     for mapping in (
         transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
         transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING,
     ):
         if type(config) not in mapping:
             continue
