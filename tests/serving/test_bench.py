@@ -385,9 +385,13 @@ def test_a_dummy_of_an_unknown_or_unusable_config_is_one_line(tmp_path: Path) ->
     with pytest.raises(HotsetError, match="neither bundled"):
         load_dummy("nosuch", device="cpu", dtype="auto")
     config = tmp_path / "config.json"
-    for text in ('{"model_type": "nosuch"}', '{"model_type": "t5"}', "[]"):
+    for text, reason in (
+        ('{"model_type": "nosuch"}', "cannot make a model of"),
+        ('{"model_type": "t5"}', "is an encoder-decoder"),
+        ("[]", "cannot make a model of"),
+    ):
         config.write_text(text)
-        with pytest.raises(HotsetError, match="cannot make a model of") as caught:
+        with pytest.raises(HotsetError, match=reason) as caught:
             load_dummy(str(config), device="cpu", dtype="auto")
         assert "\n" not in str(caught.value)
 
