@@ -15,6 +15,7 @@ from hotset.bench.runs import Bench, RunOptions, Say, describe_error, order_of
 from hotset.bench.verdict import verdict
 from hotset.bench.workload import Spec, make_work
 from hotset.config import EngineConfig
+from hotset.cpu_libraries import set_threads
 from hotset.errors import ConfigError, EngineError
 from hotset.model.expert_disk import ExpertSink
 from hotset.model.loaded import LoadedModel
@@ -142,6 +143,7 @@ def _conclude(result: BenchResult, *, verified: bool) -> None:
 def _load(order: Order, say: Say) -> LoadedModel:
     config = order.config
     start_s = time.perf_counter()
+    set_threads(config.threads)
     on_host = needs_host_experts(order.arms, config)
     if order.dummy_weights:
         name = config.model or _DUMMY_MODEL

@@ -121,8 +121,11 @@ def command(
     from hotset.bench.moe_compare import Work, run
     from hotset.bench.moe_gating import Shape
     from hotset.bench.moe_report import text
+    from hotset.cpu_libraries import bound_kernels, set_threads
     from hotset.model.loader import resolve_device
 
+    set_threads(None)
+    bound_kernels()
     target = resolve_device(device)
     on_gpu = target.type == "cuda"
     if on_gpu and target.index:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hotset.cgroups import memory_limit_bytes
+from hotset.cpu_libraries import set_threads
 from hotset.errors import ConfigError
 
 MIB = 2**20
@@ -45,6 +46,7 @@ def probe(device: str, disk_path: Path | None) -> Profile:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device is usable here; run 'hotset probe --device cpu'")
+    set_threads(None)  # as the engine computes
     started = time.perf_counter()
     disk = None if disk_path is None else _disk_bytes_per_s(disk_path)
     profile = _cuda() if device == "cuda" else _cpu()
