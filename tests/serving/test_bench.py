@@ -452,7 +452,7 @@ def test_arms_follow_from_the_expert_options_where_none_are_named(d_small: list[
     assert [run["arm"] for run in json.loads(shown.stdout)["runs"]] == ["resident", "experts"]
     shown = CliRunner().invoke(cli, [*d_small, "--json"])
     assert [run["arm"] for run in json.loads(shown.stdout)["runs"]] == ["resident"]
-    words = ["--total-gib", "0.12", "--expert-plan", "cache", "--json"]
+    words = ["--total-gib", "0.18", "--expert-plan", "cache", "--json"]
     shown = CliRunner().invoke(cli, [*d_small, *words])
     (run,) = json.loads(shown.stdout)["runs"]
     assert run["arm"] == "experts" and run["engine"]["expert_misses"] > 0
