@@ -15,13 +15,14 @@ from hotset.errors import EngineError, HotsetError, OverloadedError, RequestErro
 from hotset.request import FinishReason, RequestOutput
 from hotset.server.admission import Admitted
 from hotset.server.app import ServerConfig
+from hotset.server.body import Json, parse_body
 from hotset.server.errors import ApiError, as_api_error
 from hotset.server.keys import Keys, Tenant
 from hotset.server.limits import Limits
 from hotset.server.messages_api import MessagesForm
 from hotset.server.messages_body import CountTokensRequest, MessagesRequest, chat_messages
 from hotset.server.messages_error import messages_error
-from hotset.server.schemas import ChatRequest, Json, parse_body
+from hotset.server.schemas import ChatRequest
 
 WEATHER: Any = {
     "name": "weather",

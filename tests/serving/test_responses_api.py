@@ -14,13 +14,14 @@ from hotset.engine.completion import Completion
 from hotset.request import RequestOutput
 from hotset.server.admission import Admitted
 from hotset.server.app import ServerConfig
+from hotset.server.body import Json, parse_body
 from hotset.server.errors import ApiError
 from hotset.server.keys import Keys, Tenant
 from hotset.server.limits import Limits
 from hotset.server.response_store import ResponseStore
 from hotset.server.responses_body import ResponsesRequest, chat_messages
 from hotset.server.responses_form import ResponsesForm
-from hotset.server.schemas import ChatRequest, Json, parse_body
+from hotset.server.schemas import ChatRequest
 
 BOB = "sk-bob-9876543210"
 WEATHER: Any = {

@@ -11,9 +11,10 @@ from tiny_models import make_model
 from tiny_tokenizer import VOCAB_SIZE, make_backend
 
 from hotset.request import FinishReason, RequestOutput, TokenLogprob
+from hotset.server.body import parse_body
 from hotset.server.limits import Limits
 from hotset.server.responses import make_writers
-from hotset.server.schemas import TextRequest, parse_body
+from hotset.server.schemas import TextRequest
 
 TOKENIZER = make_backend()
 CONST = "😀漢字ď, so \N{REPLACEMENT CHARACTER}"

@@ -10,16 +10,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hotset.errors import RequestError
+from hotset.server.body import Part, parse_body
 from hotset.server.messages_body import CountTokensRequest, MessagesRequest
 from hotset.server.responses_body import ResponsesRequest
 from hotset.server.schemas import (
     BatchRequest,
     ChatRequest,
     DetokenizeRequest,
-    Part,
     TextRequest,
     TokenizeRequest,
-    parse_body,
 )
 
 CHAT: dict[str, Any] = {"messages": []}

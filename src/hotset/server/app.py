@@ -23,6 +23,7 @@ from hotset.model.prompt import PromptEncoder
 from hotset.server import metrics, openapi
 from hotset.server.admission import Admission
 from hotset.server.batches import BatchRunner
+from hotset.server.body import Json
 from hotset.server.errors import not_found
 from hotset.server.files import FileStore
 from hotset.server.files_api import FilesApi
@@ -37,7 +38,6 @@ from hotset.server.schemas import (
     ChatRequest,
     DetokenizeRequest,
     GenerationRequest,
-    Json,
     TextRequest,
     TokenizeRequest,
 )

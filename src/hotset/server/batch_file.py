@@ -19,11 +19,12 @@ from hotset.model.prompt import PromptEncoder
 from hotset.request import FinishReason
 from hotset.server.admission import Admission, Admitted
 from hotset.server.batch_identity import RunIdentity, line_identity, read_record_id
+from hotset.server.body import Json, parse_body
 from hotset.server.errors import ApiError, as_api_error, ended_early
 from hotset.server.keys import Tenant
 from hotset.server.limits import UNLIMITED
 from hotset.server.responses import response_body
-from hotset.server.schemas import ChatRequest, GenerationRequest, Json, TextRequest, parse_body
+from hotset.server.schemas import ChatRequest, GenerationRequest, TextRequest
 
 _log = logging.getLogger(__name__)
 

@@ -11,10 +11,11 @@ from hotset.errors import EngineError, HotsetError, RequestError
 from hotset.server.admission import Admission
 from hotset.server.batch_file import Batch, BatchSummary
 from hotset.server.batch_identity import RunIdentity
+from hotset.server.body import Json
 from hotset.server.errors import ApiError
 from hotset.server.files import FileStore
 from hotset.server.keys import Tenant
-from hotset.server.schemas import BatchRequest, Json
+from hotset.server.schemas import BatchRequest
 
 _log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import IO
 
 from hotset.errors import ConfigError
 from hotset.foreign_text import ForeignTextError, parse_json
+from hotset.server.body import Json
 from hotset.server.errors import ApiError, not_found
-from hotset.server.schemas import Json
 
 _log = logging.getLogger(__name__)
 

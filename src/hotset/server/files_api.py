@@ -11,11 +11,12 @@ from starlette.routing import Route
 
 from hotset.errors import RequestError
 from hotset.server.batches import BatchRunner
+from hotset.server.body import Json
 from hotset.server.errors import too_large
 from hotset.server.files import FileStore
 from hotset.server.limits import Limits
 from hotset.server.reading import bounded, read_body, tenant_of
-from hotset.server.schemas import BatchRequest, Json
+from hotset.server.schemas import BatchRequest
 
 _FORM_OVERHEAD_BYTES = 64 * 1024
 

@@ -9,9 +9,9 @@ from typing import Protocol
 from hotset.engine.completion import Completion
 from hotset.request import RequestOutput
 from hotset.server.admission import Admitted
+from hotset.server.body import Json
 from hotset.server.errors import ApiError
 from hotset.server.responses import response_body, usage_body
-from hotset.server.schemas import Json
 
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 encode = _JSON.encode

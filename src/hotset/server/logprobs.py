@@ -4,7 +4,7 @@ from collections.abc import Container, Sequence
 
 from hotset.model.token_text import TokenBytes
 from hotset.request import TokenLogprob
-from hotset.server.schemas import Json
+from hotset.server.body import Json
 
 # JSON has no -Infinity.
 _LEAST = -9999.0

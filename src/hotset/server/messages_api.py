@@ -15,6 +15,7 @@ from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.model.prompt import PromptEncoder
 from hotset.request import FinishReason, RequestOutput
 from hotset.server.admission import Admission, Admitted
+from hotset.server.body import Json
 from hotset.server.errors import ApiError, fields_named
 from hotset.server.forms import encode
 from hotset.server.generate import generate
@@ -22,7 +23,6 @@ from hotset.server.messages_body import FIELD_NAMES, CountTokensRequest, Message
 from hotset.server.messages_error import messages_error
 from hotset.server.reading import read_body, tenant_of
 from hotset.server.responses import usage_body
-from hotset.server.schemas import Json
 
 
 class MessagesApi:

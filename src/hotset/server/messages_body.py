@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from hotset.errors import RequestError
-from hotset.server.schemas import ChatRequest, Json, OtherTool, Part, parse_body
+from hotset.server.body import Json, Part, parse_body
+from hotset.server.schemas import ChatRequest
+from hotset.server.tools import OtherTool
 from hotset.server.validation import shown
 
 _BILLING = "x-anthropic-billing-header:"

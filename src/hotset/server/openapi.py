@@ -4,13 +4,13 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from hotset import __version__
+from hotset.server.body import Json
 from hotset.server.messages_body import CountTokensRequest, MessagesRequest
 from hotset.server.responses_body import ResponsesRequest
 from hotset.server.schemas import (
     BatchRequest,
     ChatRequest,
     DetokenizeRequest,
-    Json,
     TextRequest,
     TokenizeRequest,
 )

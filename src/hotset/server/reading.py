@@ -7,10 +7,10 @@ from starlette.types import Receive
 
 from hotset.errors import RequestError
 from hotset.foreign_text import ForeignTextError, parse_json
+from hotset.server.body import Body, parse_body
 from hotset.server.errors import too_large
 from hotset.server.keys import Tenant
 from hotset.server.limits import Limits
-from hotset.server.schemas import Body, parse_body
 
 
 def tenant_of(request: Request) -> Tenant:

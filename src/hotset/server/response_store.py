@@ -3,9 +3,9 @@
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from hotset.server.body import Json
 from hotset.server.errors import not_found
 from hotset.server.forms import encode
-from hotset.server.schemas import Json
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 
 from hotset.errors import RequestError
 from hotset.server.admission import Admission
+from hotset.server.body import Json
 from hotset.server.errors import ApiError, fields_named
 from hotset.server.generate import generate
 from hotset.server.limits import Limits
@@ -17,7 +18,6 @@ from hotset.server.reading import read_body, tenant_of
 from hotset.server.response_store import ResponseStore
 from hotset.server.responses_body import FIELD_NAMES, ResponsesRequest
 from hotset.server.responses_form import ResponsesForm
-from hotset.server.schemas import Json
 
 
 class ResponsesApi:

@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from hotset.errors import RequestError
-from hotset.server.schemas import ChatRequest, Json, OtherTool, Part, StreamOptions, parse_body
+from hotset.server.body import Json, Part, parse_body
+from hotset.server.schemas import ChatRequest, StreamOptions
+from hotset.server.tools import OtherTool, tool_tag
 
 # A chat's field -> the field it comes from, for errors.
 FIELD_NAMES = {
@@ -114,14 +116,9 @@ class FunctionTool(Part):
     strict: bool = False
 
 
-def _tool_tag(tool: Any) -> str:
-    kind = tool.get("type", "function") if isinstance(tool, dict) else "function"
-    return "other tool" if isinstance(kind, str) and kind != "function" else "function tool"
-
-
 AnyTool = Annotated[
     Annotated[FunctionTool, Tag("function tool")] | Annotated[OtherTool, Tag("other tool")],
-    Discriminator(_tool_tag),
+    Discriminator(tool_tag),
 ]
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from hotset.engine.completion import Completion
 from hotset.request import FinishReason, RequestOutput
 from hotset.server.admission import Admitted
+from hotset.server.body import Json
 from hotset.server.errors import ApiError
 from hotset.server.forms import encode
 from hotset.server.responses import usage_body
 from hotset.server.responses_body import FunctionTool, ResponsesRequest
-from hotset.server.schemas import Json
 
 
 class ResponsesForm:

@@ -1,16 +1,11 @@
 """Requests of the OpenAI API, as far as hotset has them, and of its neighbours; no HTTP."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
     Field,
     PrivateAttr,
-    Tag,
-    ValidationError,
     model_validator,
 )
 
@@ -18,25 +13,11 @@ from hotset.errors import RequestError
 from hotset.model.forced_calls import forced_schema
 from hotset.model.prompt import PromptEncoder
 from hotset.request import SamplingParams, TextForm
+from hotset.server.body import Json, Part
 from hotset.server.not_done import OF_CHATS, OF_TEXTS, Known, without_not_done
 from hotset.server.output_forms import FormFields, OutputForm
-from hotset.server.validation import explain, shown
-
-Json = dict[str, Any]
-Body = TypeVar("Body", bound="Part")
-
-
-class Part(BaseModel):
-    """A JSON object of a request. Unknown fields are refused; null is the same as absent."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {key: value for key, value in data.items() if value is not None}
-        return data
+from hotset.server.tools import NamedTool, ToolUser
+from hotset.server.validation import shown
 
 
 class StreamOptions(Part):
@@ -73,73 +54,6 @@ class ResponseFormat(Part):
                 )
             return self.json_schema.schema_
         return {"type": "object"} if self.type == "json_object" else None
-
-
-class Function(Part):
-    """A function the model may call."""
-
-    name: str = Field(min_length=1, max_length=128)
-    description: str = ""
-    parameters: Json | None = None
-    strict: bool = False
-
-
-class Tool(Part):
-    """A tool that the model may call."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class OtherTool(BaseModel):
-    """A tool of a type that is not known here, such as `web_search`: skipped, with a warning."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    type: str
-
-
-def _tool_tag(tool: Any) -> str:
-    kind = tool.get("type", "function") if isinstance(tool, dict) else "function"
-    return "other tool" if isinstance(kind, str) and kind != "function" else "function tool"
-
-
-class ToolUser(Part):
-    """A body with tools."""
-
-    all_tools: list[
-        Annotated[
-            Annotated[Tool, Tag("function tool")] | Annotated[OtherTool, Tag("other tool")],
-            Discriminator(_tool_tag),
-        ]
-    ] = Field(default_factory=list, alias="tools")
-
-    @property
-    def tools(self) -> list[Tool]:
-        """The functions."""
-        return [tool for tool in self.all_tools if isinstance(tool, Tool)]
-
-    @property
-    def skipped_tools(self) -> str | None:
-        """One line about tools that the model is not told of, if there are any."""
-        kinds = [shown(tool.type) for tool in self.all_tools if isinstance(tool, OtherTool)]
-        if not kinds:
-            return None
-        names = ", ".join(dict.fromkeys(kinds))
-        return f"tools of type {names} are skipped: functions are the only type here"
-
-
-class FunctionName(Part):
-    """The function to call."""
-
-    name: str
-
-
-class NamedTool(Part):
-    """The tool to call."""
-
-    type: Literal["function"]
-    function: FunctionName
 
 
 class GenerationRequest(FormFields, Part):
@@ -501,15 +415,3 @@ def _biases(given: Mapping[str, float]) -> dict[int, float]:
                 f"logit_bias has {shown(name)}; expected token ids, as strings", param="logit_bias"
             )
     return {int(name): bias for name, bias in given.items()}
-
-
-def parse_body(kind: type[Body], data: object) -> Body:
-    """Check the JSON body of a request; raises RequestError with one line."""
-    if not isinstance(data, dict):
-        raise RequestError(f"the body is {shown(data)}; expected an object", code="invalid_type")
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        raise explain(error, data) from error
-    except RecursionError as error:
-        raise RequestError("the body is nested too deeply", code="invalid_json") from error

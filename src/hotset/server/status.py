@@ -11,7 +11,7 @@ from hotset import __version__
 from hotset.engine.service import EngineService
 from hotset.engine.status import EngineStatus
 from hotset.errors import EngineError
-from hotset.server.schemas import Json
+from hotset.server.body import Json
 
 _HISTORY_S = 300
 _RATE_OVER_S = 5
