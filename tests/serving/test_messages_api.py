@@ -8,7 +8,7 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
-from servers import CHAT, KEY, RunningServer, running_server
+from servers import CHAT, KEY, RunningServer, running_server, wait_for
 
 from hotset.engine.completion import Completion
 from hotset.errors import EngineError, HotsetError, OverloadedError, RequestError
@@ -43,6 +43,9 @@ ASK: dict[str, Any] = {
 # Newer clients have no argument for it, though the API has.
 CLIENT: dict[str, Any] = {name: value for name, value in ASK.items() if name != "temperature"}
 CLIENT["extra_body"] = {"temperature": 0}
+# A schema that needs many tokens: the model may not end by itself.
+_LONG_TEXT = {"type": "json_schema", "schema": {"type": "string", "minLength": 9000}}
+LONG: dict[str, Any] = {**CLIENT, "max_tokens": 3900, "output_config": {"format": _LONG_TEXT}}
 RECORDED = Path(__file__).parent / "recorded"
 
 
@@ -239,7 +242,10 @@ def test_keys_limits_and_a_full_queue_have_anthropics_types() -> None:
     keys = Keys()
     keys.add(KEY, Tenant("alice", max_concurrent=1))
     config = ServerConfig(keys=keys, limits=Limits(max_queue=1))
-    with running_server(server_config=config) as server, connect(server) as client:
+    with (
+        running_server(server_config=config, context=4096) as server,
+        connect(server) as client,
+    ):
         with (
             connect(server, "wrong-key-0123456") as stranger,
             pytest.raises(anthropic.AuthenticationError, match="authentication_error"),
@@ -247,7 +253,7 @@ def test_keys_limits_and_a_full_queue_have_anthropics_types() -> None:
             stranger.messages.create(**CLIENT)
         assert client.messages.create(**CLIENT).content
         with (
-            client.messages.stream(**{**CLIENT, "max_tokens": 400}) as stream,
+            client.messages.stream(**LONG) as stream,
             pytest.raises(anthropic.RateLimitError, match="rate_limit_error"),
         ):
             next(iter(stream))
@@ -258,17 +264,9 @@ def test_keys_limits_and_a_full_queue_have_anthropics_types() -> None:
 
 def test_a_client_that_goes_away_ends_its_request(client: anthropic.Anthropic, server: Any) -> None:
     aborted = server.service.metrics.requests_finished["abort"]
-    # A schema that needs many tokens: the model may not end by itself.
-    schema = {"type": "string", "minLength": 300}
-    config: Any = {"format": {"type": "json_schema", "schema": schema}}
-    ask: Any = {**CLIENT, "max_tokens": 450, "output_config": config}
-    with client.messages.stream(**ask) as stream:
-        next(iter(stream))
-    for _ in range(600):
-        if server.service.metrics.requests_finished["abort"] == aborted + 1:
-            break
-        client.messages.count_tokens(model="tiny", messages=ASK["messages"])
-    assert server.service.metrics.requests_finished["abort"] == aborted + 1
+    with client.messages.stream(**LONG) as stream:
+        next(event for event in stream if event.type == "content_block_delta")  # it runs
+    wait_for(lambda: server.service.metrics.requests_finished["abort"] == aborted + 1)
 
 
 # The shape of what Claude Code sends, with texts of our own.
