@@ -185,12 +185,12 @@ def test_recorded_steps_of_a_model_are_those_of_resident_experts(
         buffer, _ = buffer_experts(model, config)
         layout = inspect_model(model)
         if buffer is not None:
-            plain = ModelRunner.compile
+            plain = ModelRunner.record
 
-            def compile_with_join(runner: ModelRunner, **sizes: Any) -> None:
+            def record_with_join(runner: ModelRunner, **sizes: Any) -> None:
                 plain(runner, before_cut=buffer.join, **sizes)
 
-            monkeypatch.setattr(ModelRunner, "compile", compile_with_join)
+            monkeypatch.setattr(ModelRunner, "record", record_with_join)
 
         def backend(arena: DeviceArena) -> FlashInferBackend:
             return FlashInferBackend(arena, layout.layers)
