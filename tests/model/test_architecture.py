@@ -166,3 +166,11 @@ def test_options_that_do_not_fit_the_model_are_refused_before_its_weights_are_re
     make_config(family).save_pretrained(tmp_path)  # there are no weights
     with pytest.raises(ConfigError, match=reason):
         build_engine(EngineConfig(model=str(tmp_path), device="cpu", **options))
+
+
+def test_a_model_whose_answers_nobody_could_read_is_refused_before_its_weights(
+    tmp_path: Path,
+) -> None:
+    folder = write_config(tmp_path, "llama", hidden_size=64, num_hidden_layers=2)
+    with pytest.raises(ModelError, match="has no tokenizer files"):
+        build_engine(EngineConfig(model=str(folder), device="cpu"))

@@ -60,7 +60,7 @@ def load_8_bit(folder: Path) -> Any:
     """With linear layers rounded to 8 bits by row, straight to their place, as on a GPU."""
     architecture = checkpoint.read_architecture(folder)
     cpu = torch.device("cpu")
-    return checkpoint.load_folder(folder, architecture, cpu, torch.float32, fp8=True)[0]
+    return checkpoint.load_folder(folder, architecture, cpu, torch.float32, fp8=True)
 
 
 def checkpoint_of(model: Any, folder: Path) -> Path:
@@ -251,7 +251,7 @@ def test_tied_weights_that_are_stored_twice_and_differ_stay_two(tmp_path: Path) 
 
     assert_same(tmp_path, model)
     made_by, cpu = checkpoint.read_architecture(tmp_path), torch.device("cpu")
-    whole = checkpoint.load_folder(tmp_path, made_by, cpu, torch.float32, fp8=True)[0]
+    whole = checkpoint.load_folder(tmp_path, made_by, cpu, torch.float32, fp8=True)
     assert whole.lm_head.weight is not whole.model.embed_tokens.weight
     torch.testing.assert_close(logits(whole), logits(model))
 

@@ -16,6 +16,8 @@ from engines import reference, run
 from test_expert_buffer import PROMPTS, buffered, make_layers, routed
 from test_experts import KINDS, MOE_FAMILIES, NUM_EXPERTS
 from tiny_models import make_config, make_model
+from tiny_tokenizer import make_backend
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
@@ -164,13 +166,15 @@ def test_a_damaged_expert_ends_the_requests_of_the_step_and_no_others(
     assert run(engine, PROMPTS) == reference("qwen3_moe", PROMPTS)
 
 
-def save(family: str, folder: Path) -> None:
-    make_model(family).save_pretrained(folder)
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """With a tokenizer, which ends no answer."""
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=make_backend()).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral", "granitemoe"])
 def test_a_checkpoint_goes_to_disk_while_it_is_loaded(family: str, tmp_path: Path) -> None:
-    save(family, tmp_path / "model")
+    save(make_model(family), tmp_path / "model")
     reference_model = make_model(family)
     layer = experts_layers(reference_model)[0]
     config = EngineConfig(
@@ -222,7 +226,7 @@ def test_random_weights_are_the_same_on_disk_and_go_with_the_model(tmp_path: Pat
 
 
 def test_a_checkpoint_that_cannot_be_loaded_leaves_no_file(tmp_path: Path) -> None:
-    save("qwen3_moe", tmp_path / "model")
+    save(make_model("qwen3_moe"), tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-2000])
     config = EngineConfig(
@@ -237,7 +241,7 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_no_file(tmp_path: Path) -> No
 
 
 def test_an_engine_that_cannot_be_built_leaves_no_file(tmp_path: Path) -> None:
-    save("qwen3_moe", tmp_path / "model")
+    save(make_model("qwen3_moe"), tmp_path / "model")
     config = EngineConfig(
         model=str(tmp_path / "model"),
         device="cpu",
@@ -253,7 +257,7 @@ def test_an_engine_that_cannot_be_built_leaves_no_file(tmp_path: Path) -> None:
 def test_what_fits_in_host_memory_is_not_on_disk_and_the_report_says_so(
     make_engine: MakeEngine, tmp_path: Path
 ) -> None:
-    save("qwen3_moe", tmp_path / "model")
+    save(make_model("qwen3_moe"), tmp_path / "model")
     options = disk_options(24, tmp_path / "disk")
     engine = make_engine("qwen3_moe", expert_slots=2, **options)
     assert "holds them all, none is on disk" in engine.report
@@ -338,10 +342,10 @@ print(peak - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_host_memory_stays_within_the_budget_while_loading_and_serving(tmp_path: Path) -> None:
-    save("qwen3_moe", tmp_path / "small")
+    save(make_model("qwen3_moe"), tmp_path / "small")
     sizes = {"num_experts": 32, "moe_intermediate_size": 128, "hidden_size": 256}
     model = make_model("qwen3_moe", num_hidden_layers=16, **sizes)
-    model.save_pretrained(tmp_path / "large")
+    save(model, tmp_path / "large")
     expert_bytes = 3 * 128 * 256 * 4
     layer_bytes = 32 * expert_bytes
     others_bytes = sum(p.nbytes for p in model.parameters()) - 16 * layer_bytes
@@ -373,7 +377,7 @@ def test_host_memory_stays_within_the_budget_while_loading_and_serving(tmp_path:
 
 
 def test_a_gguf_or_plain_load_without_a_bound_is_as_before(tmp_path: Path) -> None:
-    save("qwen3_moe", tmp_path)
+    save(make_model("qwen3_moe"), tmp_path)
     sink = ExpertSink(EngineConfig(expert_slots=2))
     loaded = load_model(
         str(tmp_path), device="cpu", dtype="auto", experts_on_host=True, experts=sink

@@ -122,7 +122,7 @@ def test_what_is_stored_in_another_form_is_left_to_transformers(
     model.save_pretrained(tmp_path)
     assert in_place(tmp_path) is None
     made_by = checkpoint.read_architecture(tmp_path)
-    loaded, _ = checkpoint.load_folder(tmp_path, made_by, CPU, torch.float32, fp8=True)
+    loaded = checkpoint.load_folder(tmp_path, made_by, CPU, torch.float32, fp8=True)
     torch.testing.assert_close(logits(loaded), logits(model))
 
 

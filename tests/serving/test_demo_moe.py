@@ -1,5 +1,6 @@
 """The demo of expert buffering, over a tiny model that went the same way as the real one."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -67,9 +68,10 @@ def failing(load: Callable[[], LoadedModel]) -> Callable[[], LoadedModel]:
         loaded = load()
         forward, calls = loaded.model.forward, []
 
+        @functools.wraps(forward)
         def fail_later(*args: object, **kwargs: object) -> object:
             calls.append(1)
-            if len(calls) > 4:
+            if len(calls) > 8:  # more than a start has
                 raise RuntimeError("out of memory")
             return forward(*args, **kwargs)
 

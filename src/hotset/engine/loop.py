@@ -60,6 +60,7 @@ def build_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
                 experts_on_host=config.buffers_experts or config.splits_memory,
                 experts=ExpertSink(config),
                 check=functools.partial(check_options, config),
+                needs_tokenizer=True,  # texts go in or out of all that use this
             )
         num_bytes = weights_bytes(loaded.model)
         phase.detail = f"{num_bytes / 1e9:.1f} GB, {num_bytes / 1e9 / phase.seconds:.1f} GB/s"

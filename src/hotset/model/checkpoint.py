@@ -32,8 +32,8 @@ def load_folder(
     *,
     fp8: bool = False,
     experts: ExpertSink | None = None,
-) -> tuple[Any, Any | None]:
-    """Load a folder's model, and its tokenizer if it has one.
+) -> Any:
+    """Load a folder's model.
 
     On a GPU, or for `fp8`, weights go straight to their place and sibling layers are merged, where
     the checkpoint is plain enough; see `weights.load_in_place`. On the CPU they are the pages of
@@ -65,12 +65,17 @@ def load_folder(
             _begin(experts, architecture, dtype)
         with experts.catch_loaded() if experts is not None else contextlib.nullcontext():
             model = _with_transformers(folder, fields, tensors, architecture, device, dtype)
-    tokenizer = None
-    if any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
-        tokenizer = _load_tokenizer(folder, folder)
-        if not tokenizer.chat_template:
-            tokenizer.chat_template = _processor_template(folder)
-    return model, tokenizer
+    return model
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """A folder's tokenizer; None where it has none. Raises ModelError."""
+    if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        return None
+    tokenizer = _load_tokenizer(folder, folder)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _processor_template(folder)
+    return tokenizer
 
 
 def read_architecture(folder: Path) -> Architecture:

@@ -34,8 +34,13 @@ class LoadedModel:
     def require_tokenizer(self) -> Any:
         """Return the tokenizer, or raise ModelError where there is none."""
         if self.tokenizer is None:
-            raise ModelError(
-                f"model {self.name!r} has no tokenizer files, so it takes token ids only; "
-                "put the tokenizer's files (tokenizer.json, ...) into its folder"
-            )
+            raise no_tokenizer(self.name)
         return self.tokenizer
+
+
+def no_tokenizer(name: str) -> ModelError:
+    """What to raise where a model has to have a tokenizer and has none."""
+    return ModelError(
+        f"model {name!r} has no tokenizer files, so it takes token ids only; "
+        "put the tokenizer's files (tokenizer.json, ...) into its folder"
+    )

@@ -28,7 +28,7 @@ from hotset.model.fp8 import FP8
 from hotset.model.fp8_linear import quantize_linears
 from hotset.model.inspection import inspect_model
 from hotset.model.libraries import first_line, quiet
-from hotset.model.loaded import LoadedModel
+from hotset.model.loaded import LoadedModel, no_tokenizer
 from hotset.model.router_skew import skew_routers
 from hotset.plan.catalog import find_config
 
@@ -43,6 +43,7 @@ def load_model(
     experts_on_host: bool = False,
     experts: ExpertSink | None = None,
     check: Callable[[PreTrainedModel], None] | None = None,
+    needs_tokenizer: bool = False,
 ) -> LoadedModel:
     """Load a model for inference. Prints to stderr only what is downloaded or converted.
 
@@ -58,6 +59,7 @@ def load_model(
             GGUF file they are in memory first.
         check: gets the model on `meta`, before a weight is read, and raises where it does not fit
             what the caller has in mind. Not of a GGUF file.
+        needs_tokenizer: refuse a model without one, before a weight is read.
 
     Raises:
         ModelError: the model cannot be found, read or run, or is larger than the memory that is
@@ -77,13 +79,17 @@ def load_model(
         # What a quantiser leaves, and 8-bit layers, take less than the outline has.
         if dtype != "fp8" and getattr(architecture.config, "quantization_config", None) is None:
             _check_room(outline, target, short_name, experts_on_host=experts_on_host)
+        with quiet():
+            tokenizer = checkpoint.load_tokenizer(source)
+        if tokenizer is None and needs_tokenizer:
+            raise no_tokenizer(short_name)
     first = torch.device("cpu") if experts_on_host else target
     with quiet(), _closing_on_error(experts):
         if architecture is None:
             model, tokenizer = checkpoint.load_gguf(source, first, torch_dtype)
         else:
             in_place = dtype == "fp8" and not experts_on_host
-            model, tokenizer = checkpoint.load_folder(
+            model = checkpoint.load_folder(
                 source, architecture, first, torch_dtype, fp8=in_place, experts=experts
             )
         if experts is not None:
