@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def test_kernels_left_out_answer_that_they_are_not_supported(spec: Spec) -> None
     assert library.never() == 801  # cudaErrorNotSupported
     again = without_unused(spec, ["1"])
     assert again.sources == made.sources and len(spec.built) == 2  # found, not built again
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("nm")), reason="no g++ or nm")
+def test_what_is_left_out_is_found_once_by_builds_at_the_same_time(spec: Spec) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(without_unused, [spec] * 3, [["1"]] * 3))
+    assert [one.sources for one in made] == [made[0].sources] * 3
+    assert "PagedDispatched" in made[0].sources[-1].read_text()
+    assert len(spec.built) == 1  # one with the stubs would be read by another that looks for them
 
 
 def test_a_module_of_other_files_is_left_as_it_is(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ left out here and answer `cudaErrorNotSupported`, in a module with a name of its
 other programs find in FlashInfer's cache stays whole.
 """
 
+import fcntl
 import logging
 import re
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,11 +195,22 @@ def without_unused(spec: Any, masks: Sequence[str]) -> Any:
     kept = replace(spec, name=f"{spec.name}_paged", sources=sources)
     stubs = sources[0].parent / "left_out.cpp"
     if not stubs.exists():
-        kept.build(verbose=False, need_lock=True)
-        written = stubs.with_suffix(".new")
-        written.write_text(_stubs(kept.jit_library_path), "utf-8")
-        written.replace(stubs)
+        # Another process's build with the stubs would hide what the library lacks without them.
+        with _locked(stubs.with_suffix(".lock")):
+            if not stubs.exists():
+                kept.build(verbose=False, need_lock=True)
+                written = stubs.with_suffix(".new")
+                written.write_text(_stubs(kept.jit_library_path), "utf-8")
+                written.replace(stubs)
     return replace(kept, sources=[*sources, stubs])
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Within it no other thread or process has the lock of this path."""
+    with path.open("wb") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _is_used(name: str, masks: Sequence[str]) -> bool:
