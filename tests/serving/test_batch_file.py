@@ -206,6 +206,17 @@ def test_lines_written_another_way_are_the_same(service: EngineService, tmp_path
     assert outcome_of_run(source, target, service) == whole
 
 
+def test_another_order_of_a_schemas_properties_is_another_request() -> None:
+    def line(*names: str) -> bytes:
+        schema = {"type": "object", "properties": {name: {"type": "integer"} for name in names}}
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        entry = {"custom_id": "1", "url": "/v1/chat/completions"}
+        return json.dumps({**entry, "body": {"messages": [], "response_format": form}}).encode()
+
+    assert line_identity(line("a", "b")) == line_identity(line("a", "b") + b" ")
+    assert line_identity(line("a", "b")) != line_identity(line("b", "a"))
+
+
 def outcome_of_run(source: Path, target: Path, service: EngineService) -> Any:
     batch = Batch(source, target)
     batch.run(service, window=2)

@@ -102,12 +102,24 @@ class RunIdentity:
 
 
 def line_identity(line: bytes) -> str:
-    """A hash of an input's line, of its values: the order of its fields and spaces do not count."""
+    """A hash of an input's line, of its values: spaces do not count.
+
+    Nor does the order of its fields or those of its body. Further down it does: a model reads tools
+    and writes the properties of a schema in the order in which they are given.
+    """
     try:
-        content = json.dumps(parse_json(line), sort_keys=True)
+        content = parse_json(line)
     except ForeignTextError:
         return _digest(line.strip(), 16)
-    return _digest(content, 16)
+    if isinstance(content, dict):
+        content = _sorted(content)
+        if isinstance(content.get("body"), dict):
+            content["body"] = _sorted(content["body"])
+    return _digest(json.dumps(content), 16)
+
+
+def _sorted(fields: dict[str, Any]) -> dict[str, Any]:
+    return dict(sorted(fields.items()))
 
 
 def read_record_id(record_id: object) -> tuple[int, str, RunIdentity] | None:
