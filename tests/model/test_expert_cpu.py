@@ -233,6 +233,24 @@ def test_an_engine_answers_the_same_with_the_cpu_taking_part(
     assert engine.metrics.expert_cpu_computed > 0 and engine.metrics.expert_misses > 0
 
 
+def test_a_step_that_is_recorded_while_serving_decides_without_the_cpu(
+    make_engine: MakeEngine, attach: Callable[..., ColdExperts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine("qwen3_moe", expert_slots=2, expert_plan="cache")
+    experts = engine._experts
+    assert experts is not None
+    attach(experts, EVEN, top_k=3, hidden=64)
+    seen: list[bool] = []
+
+    def record() -> bool:
+        seen.append(experts.launches(1))
+        return True
+
+    monkeypatch.setattr(engine._runner, "warm_up", record)
+    engine.warm_up()
+    assert seen == [False] and experts.launches(1)
+
+
 def test_flags_that_cannot_work_are_refused(make_engine: MakeEngine, tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match="expert_cpu is 'on', which does nothing"):
         EngineConfig(expert_cpu="on")

@@ -5,6 +5,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -328,7 +329,8 @@ class Engine:
         Raises:
             ModelError: the layers cannot be compiled on this machine.
         """
-        did = self._runner.warm_up()
+        with nullcontext() if self._experts is None else self._experts.without_cpu():
+            did = self._runner.warm_up()
         if self.is_warming:
             return did, None
         seconds = time.perf_counter() - self._warm_up_start_s

@@ -9,7 +9,8 @@ buffering: Huang et al., "Toward Efficient Inference for Mixture of Experts", Ne
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -217,8 +218,7 @@ class ExpertBuffer:
     def compute_cold_on_cpu(self, mode: str, *, threads: int | None = None) -> str:
         """Have the CPU compute experts that are not on the GPU, in steps of few tokens.
 
-        To be called when the model has run, and when its steps are recorded: what is recorded
-        decides without the host.
+        To be called when the model has run. Steps are recorded before, or within `without_cpu`.
 
         Args:
             mode: see `ColdExperts`.
@@ -261,6 +261,17 @@ class ExpertBuffer:
             assert isinstance(buffer.host, HostExperts)
             can_copy = self._plan != "stream"  # which keeps what is in slots
             buffer.cold = ColdLayer(cold, buffer.host, buffer.table, layer, can_copy=can_copy)
+
+    @contextmanager
+    def without_cpu(self) -> Iterator[None]:
+        """Within it the CPU computes no experts: a recorded step decides without the host."""
+        if self._cold is not None:
+            self._cold.is_paused = True
+        try:
+            yield
+        finally:
+            if self._cold is not None:
+                self._cold.is_paused = False
 
     def launches(self, num_tokens: int) -> bool:
         """Whether the host takes part in steps of so many tokens, so that none is replayed."""

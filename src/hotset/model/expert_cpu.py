@@ -64,6 +64,7 @@ class ColdExperts:
 
     Attributes:
         cost: what decides; None, and nothing is computed, until it was measured.
+        is_paused: whether nothing is computed for now.
         num_computed: experts computed so far, over all layers.
     """
 
@@ -85,6 +86,7 @@ class ColdExperts:
         self._takes: dict[int, bool] = {}
         self.num_computed = 0
         self.cost: ColdCost | None = None
+        self.is_paused = False
         self._pool = ThreadPoolExecutor(
             self.num_threads, "cold-expert", initializer=lambda: torch.set_num_threads(1)
         )
@@ -95,7 +97,7 @@ class ColdExperts:
 
     def takes(self, num_tokens: int) -> bool:
         """Whether the CPU takes part in steps of so many tokens."""
-        if self.cost is None or num_tokens > MOST_TOKENS:
+        if self.cost is None or self.is_paused or num_tokens > MOST_TOKENS:
             return False
         if num_tokens not in self._takes:
             self._takes[num_tokens] = self.mode == "on" or self.cost.pays(
