@@ -1,5 +1,6 @@
 """Paged attention by FlashInfer, on NVIDIA GPUs, straight from the block-major pool."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from hotset.model.flashinfer_kernels import (
     use_paged_kernels,
 )
 from hotset.model.widened_kv import WidenedKV
+
+_log = logging.getLogger(__name__)
 
 _WORKSPACE_BYTES = 384 * 2**20
 # With what two dozen wrappers of recorded steps keep their plans in, 8 MiB each.
@@ -143,6 +146,7 @@ class FlashInferBackend:
         # overwrite it before it has been copied.
         self._planned = torch.cuda.Event()
         self.is_complete = False
+        self._can_use_hopper = True
         self._kernels = kernels or start_kernels(layers, arena.storage.dtype, self.device)
         if waits:
             self.load()
@@ -161,7 +165,12 @@ class FlashInferBackend:
     def use_all_kernels(self, *, waits: bool) -> bool:
         """Attend to prompts by the kernel for Hopper from now on, if it is built or `waits`.
 
-        Returns whether that is so, or the GPU is another. May be called between two steps.
+        Returns whether that is so, or the GPU is another. May be called between two steps. Where
+        it cannot be used and this does not wait, requests are served already, by the other kernel:
+        that stays in use, and a warning says why.
+
+        Raises:
+            ModelError: it cannot be built, with `waits`.
         """
         if self.is_complete:
             return True
@@ -171,10 +180,18 @@ class FlashInferBackend:
             elif not self._kernels.is_ready("fa3"):
                 return False
         self.wait_for_plan()
-        self._widened = self._make_widened()
-        self._prefill = self._prefill_wrappers("auto")
-        self._prefill_widened = self._prefill_wrappers("auto") if self.widens else {}
-        self._load()
+        former = self._widened, self._prefill, self._prefill_widened
+        try:
+            self._widened = self._make_widened()
+            self._prefill = self._prefill_wrappers("auto")
+            self._prefill_widened = self._prefill_wrappers("auto") if self.widens else {}
+            self._load()
+        except (ModelError, torch.OutOfMemoryError) as error:
+            if waits:
+                raise
+            self._widened, self._prefill, self._prefill_widened = former
+            self._can_use_hopper = False
+            _log.warning("prompts stay with the kernel for any GPU, which is slower: %s", error)
         self.is_complete = True
         return True
 
@@ -346,6 +363,8 @@ class FlashInferBackend:
     @property
     def can_record_prompts(self) -> bool:
         """Whether the kernel for prompts is one whose launch does not depend on the plan."""
+        if not self._can_use_hopper:
+            return False
         return self.widens or self._takes_hopper_kernel(self.arena.storage.dtype)
 
     @property

@@ -189,20 +189,27 @@ class StepGraphs:
         """
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            if self._decode_sizes.missing:
-                size = self._decode_sizes.missing[0]
-                decode = self._decodes[size] = self._record_decode(size)
-                self._decode_sizes.add(size, self._cost([decode.graph], size))
-            elif self._backend.use_all_kernels(waits=False):
-                size = self._mixed_sizes.missing[0]
-                mixed = self._mixed[size] = self._record_mixed(size)
-                if self._attention is not None:
-                    self._attention.plan_nothing()
-                self._mixed_sizes.add(size, self._cost(mixed.parts, size))
-            else:
-                return False
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                return self._record_next()
+        finally:
+            # Also where it failed: what it has started uses the workspace of the next step.
+            current.wait_stream(self._stream)
+
+    def _record_next(self) -> bool:
+        """Record one more size, on a stream of its own; see `record_next`."""
+        if self._decode_sizes.missing:
+            size = self._decode_sizes.missing[0]
+            decode = self._decodes[size] = self._record_decode(size)
+            self._decode_sizes.add(size, self._cost([decode.graph], size))
+        elif self._backend.use_all_kernels(waits=False):
+            size = self._mixed_sizes.missing[0]
+            mixed = self._mixed[size] = self._record_mixed(size)
+            if self._attention is not None:
+                self._attention.plan_nothing()
+            self._mixed_sizes.add(size, self._cost(mixed.parts, size))
+        else:
+            return False
         return True
 
     def _cost(self, graphs: Sequence[torch.cuda.CUDAGraph], size: int) -> float:
