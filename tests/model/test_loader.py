@@ -112,6 +112,15 @@ def test_the_fingerprint_follows_content_and_not_names_or_times(
     assert fingerprint.fingerprint(copy) not in (before, changed_weight)
 
 
+def test_the_fingerprint_follows_the_way_of_reading(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint.fingerprint(folder)
+    monkeypatch.setattr(fingerprint, "READING", b"another")
+
+    assert fingerprint.fingerprint(folder) != before
+
+
 def test_the_sampled_fingerprint_sees_a_changed_tensor(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

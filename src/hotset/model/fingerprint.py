@@ -9,6 +9,9 @@ from pathlib import Path
 from hotset.foreign_text import parse_json
 from hotset.model.checkpoint_files import weight_files
 
+# Raised when the same files are read as other weights: KV of before must not be found.
+READING = b"2"
+
 FULL_HASH_BYTES = 4 * 2**30  # checkpoints up to this size are hashed byte for byte
 HASH_CHUNK_BYTES = 64 * 2**20
 HASH_STRIDE_BYTES = 2**20
@@ -17,6 +20,8 @@ HASH_SAMPLE_BYTES = 16 * 2**10
 
 def fingerprint(source: Path) -> str:
     """Hash a checkpoint's config and weights: 32 hex digits, independent of names and times.
+
+    It is another one, too, for a version of hotset that reads the same files otherwise.
 
     Checkpoints up to 4 GiB are hashed byte for byte. Of larger ones, 16 KiB at each MiB are,
     beside each file's size: whatever changes a tensor of a MiB or more as a whole (another
@@ -37,7 +42,7 @@ def fingerprint(source: Path) -> str:
         for file, size in zip(files, sizes, strict=True)
         for start in range(0, size, HASH_CHUNK_BYTES)
     ]
-    digest.update(repr(sizes).encode())
+    digest.update(READING + repr(sizes).encode())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
         for chunk_digest in pool.map(_hash_chunk, chunks):
             digest.update(chunk_digest)
