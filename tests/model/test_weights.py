@@ -16,6 +16,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from hotset.errors import ModelError
 from hotset.model import checkpoint, weights
+from hotset.model.architecture import Architecture
 from hotset.model.checkpoint_files import read_config, read_headers
 from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.loader import load_model
@@ -112,6 +113,33 @@ def test_a_checkpoint_in_another_dtype_is_converted(tmp_path: Path) -> None:
     expected = load_model(str(tmp_path), device="cpu", dtype="float16").model
     assert {p.dtype for p in loaded.parameters()} == {torch.float16}
     assert torch.equal(loaded.model.embed_tokens.weight, expected.model.embed_tokens.weight)
+
+
+def test_what_no_checkpoint_holds_is_computed_as_precisely_as_by_transformers(
+    tmp_path: Path,
+) -> None:
+    # Its sines are made in the default dtype, which is that of the weights while it is made.
+    config = transformers.CodeGenConfig(
+        vocab_size=128, n_positions=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=8
+    )
+    transformers.CodeGenForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    fields, stored = read_config(tmp_path), read_headers([tmp_path / "model.safetensors"])
+    tensors = CheckpointTensors(tmp_path, fields, stored)
+    expected = transformers.CodeGenForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+    made_by = Architecture(config, fields, transformers.CodeGenForCausalLM, is_inspected=True)
+    model = weights.load_in_place(
+        made_by, tmp_path, fields, tensors, CPU, torch.bfloat16, fp8=False
+    )
+
+    assert model is not None
+    buffers, of_transformers = dict(model.named_buffers()), dict(expected.named_buffers())
+    assert buffers.keys() == of_transformers.keys()
+    assert any(name.endswith("embed_positions") for name in buffers)
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(buffer, of_transformers[name], rtol=0, atol=0)
+    for name, weight in expected.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), weight, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])

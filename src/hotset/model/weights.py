@@ -88,6 +88,7 @@ def load_in_place(
         return None
     with accelerate.init_empty_weights():  # buffers, which are computed, are made
         model: Any = architecture.make(dtype, attn_implementation=architecture.attention)
+    _compute_buffers(model)
     model.tie_weights()
     if not _is_as_stored(model, tensors):
         return None
@@ -101,6 +102,18 @@ def load_in_place(
         _fill(reads, places)
     read_generation_config(model, folder)
     return model
+
+
+def _compute_buffers(model: Any) -> None:
+    """Compute what no checkpoint holds, such as rotations, as `from_pretrained` does.
+
+    Models that are made in a narrow dtype compute it in that; initialising them again does not.
+    The weights are on `meta`, and stay as they are.
+    """
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            module._is_hf_initialized = False
+    model.initialize_weights()
 
 
 def read_generation_config(model: Any, folder: Path) -> None:
