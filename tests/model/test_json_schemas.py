@@ -215,6 +215,7 @@ def test_what_a_schema_lets_through_is_valid(sampler: Sampler, schema: Json) -> 
         ({"propertyNames": {"type": "integer"}}, "'propertyNames' at # has a type"),
         ({"type": "number", "minimum": 1e25}, "'minimum' at # is 1e\\+25; expected a number"),
         ({"type": "strin"}, "'type' at # is 'strin'; expected one of array, boolean"),
+        ({"type": [["string"]]}, "'type' at # is \\['string'\\]; expected one of array"),
         ({"required": True}, "'required' at # is of type boolean; expected array"),
         ({"minLength": -1}, "'minLength' at # is of type integer; expected whole number, 0 or"),
         ({"x-guidance": {"lenient": True}, "maxContains": 1, "contains": {}}, "'maxContains' at #"),

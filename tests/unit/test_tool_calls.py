@@ -114,6 +114,11 @@ NO_CALLS = [
     "<function=other></function>",
     '{"nothing": 1} and more <tool_cal',
     "<|python_tag|>print(1)",
+    # No UTF-8, or no JSON, can say these again.
+    r'<tool_call>{"arguments": {"a": "\ud800"}, "name": "time"}</tool_call>',
+    r'<tool_call>{"name": "\ud800", "arguments": {}}</tool_call>',
+    '<tool_call>{"arguments": {"a": 1e999}, "name": "time"}</tool_call>',
+    '{"parameters": {"a": NaN}, "name": "time"}',
     "Text with a tail  \n",
 ]
 
@@ -258,6 +263,17 @@ def test_a_marker_that_is_a_special_token_is_found_by_its_id() -> None:
         ("size", "7", 7),
         ("size", "none", None),
         ("unknown", "7", "7"),
+        # Exact where a float is not, and always JSON that UTF-8 can hold.
+        ("line", "9007199254740993.0", 9007199254740993),
+        ("line", "1e22", 10**22),
+        ("line", "1e23", 10**23),
+        ("line", "1e999", "1e999"),
+        ("ratio", "1e999", "1e999"),
+        ("ratio", "NaN", "NaN"),
+        ("ratio", "9007199254740993", 9007199254740993),
+        ("tags", "[1e999]", "[1e999]"),
+        ("tags", '["\\ud800"]', '["\\ud800"]'),
+        ("tags", "['\\ud800']", "['\\ud800']"),
     ],
 )
 def test_xml_values_have_the_types_of_the_schema(name: str, text: str, value: Any) -> None:
@@ -281,6 +297,10 @@ def test_forced_schemas_allow_nothing_but_calls() -> None:
         with pytest.raises(RequestError, match="'bad' has parameters of type 'string'; expected"):
             bad = {"name": "bad", "parameters": {"type": "string"}}
             forced_schema([bad], name=name, parallel=True)
+    for no_type in (5, None, True, {}, [[]], {"object": 1}):
+        with pytest.raises(RequestError, match="'bad' has parameters of type .*; expected object"):
+            bad = {"name": "bad", "parameters": {"type": no_type}}
+            forced_schema([bad], name=None, parallel=True)
 
 
 def test_references_of_each_tool_find_what_is_in_it() -> None:

@@ -63,4 +63,7 @@ def call_of(value: object) -> ToolCall | None:
         return ToolCall(value["name"], arguments)
     if not isinstance(arguments, dict):
         return None
-    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+    try:
+        return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    except ValueError:  # 1e999 was read as a number that JSON cannot say
+        return None

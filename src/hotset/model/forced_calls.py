@@ -54,7 +54,7 @@ def _parameters(tool: Json) -> Json:
     """The schema of a tool's arguments, which are an object whether it says so or not."""
     parameters = {**(tool.get("parameters") or {})}
     types = parameters.get("type", "object")
-    if "object" not in ([types] if isinstance(types, str) else types):
+    if types != "object" and not (isinstance(types, list) and "object" in types):
         raise RequestError(
             f"tool {tool['name']!r} has parameters of type {types!r}; expected object",
             param="tools",

@@ -65,7 +65,7 @@ def _check_structure(schema: dict[str, Any], path: str) -> None:
             )
     types = schema.get("type", [])
     for name in [types] if isinstance(types, str) else types:
-        if name not in TYPES:
+        if not isinstance(name, str) or name not in TYPES:
             expected = ", ".join(sorted(TYPES))
             raise SchemaError(f"'type' at {path} is {name!r}; expected one of {expected}")
     for name in schema.get("required", ()):

@@ -436,6 +436,6 @@ def _begun(text: str, markers: Sequence[str] | Mapping[str, Any]) -> int:
 
 def _parsed(text: str) -> object:
     try:
-        return parse_json(text)
+        return parse_json(text, check_unicode=True)
     except HotsetError:
         return None

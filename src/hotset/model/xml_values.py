@@ -2,9 +2,9 @@
 
 import ast
 import json
+from decimal import Decimal
 from typing import Any
 
-from hotset.errors import HotsetError
 from hotset.foreign_text import parse_json
 from hotset.model.schema_nodes import resolve
 from hotset.model.schema_values import type_of
@@ -47,14 +47,14 @@ def to_json(text: str, types: frozenset[str]) -> str:
     stripped = text.strip()
     for candidate in (_PYTHON.get(stripped.lower(), stripped), _from_python(stripped)):
         try:
-            value = parse_json(candidate)
-        except HotsetError:
+            value = parse_json(candidate, check_unicode=True)
+            kind = type_of(value)
+            if kind != "string" and (kind in types or (kind == "integer" and "number" in types)):
+                if "number" not in types and isinstance(value, float):
+                    value = int(Decimal(candidate))  # 3.0 where an integer belongs, exactly
+                return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except ValueError:  # it is no JSON, or a number that JSON cannot say, such as 1e999
             continue
-        kind = type_of(value)
-        if kind != "string" and (kind in types or (kind == "integer" and "number" in types)):
-            if "number" not in types and isinstance(value, float):
-                value = int(value)  # 3.0 where an integer belongs
-            return json.dumps(value, ensure_ascii=False)
     return json.dumps(text, ensure_ascii=False)
 
 
