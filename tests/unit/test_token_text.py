@@ -19,6 +19,13 @@ TEXTS = ["the cat", " the", "😀漢字ď", "🏳️‍🌈 naïve 日本", "\n\
 START = "a"
 
 
+class WholeRuns(TokenDecoder):
+    """Gives out no run of bytes before its end."""
+
+    def _let_go(self) -> str:
+        return ""
+
+
 def check_bytes(tokenizer: Tokenizer, text: str) -> None:
     tokens = TokenBytes(tokenizer)
     ids = tokenizer.encode(START + text, add_special_tokens=False).ids
@@ -73,6 +80,36 @@ def test_offsets_of_a_text_are_those_of_its_characters(tokenizer: Tokenizer, tex
     ends = accumulate((tokens.bytes_of(i) for i in ids if i not in tokens.special_ids), initial=b"")
     whole = [len(before.decode(errors="ignore")) for before in ends]
     assert offsets == whole[: len(offsets)]
+
+
+@BOTH
+@given(
+    start=st.lists(st.integers(3, 258), min_size=1, max_size=3),
+    times=st.integers(60, 150),
+    after=st.lists(st.integers(3, 270), max_size=12),
+    with_offsets=st.booleans(),
+)
+def test_a_long_run_of_bytes_is_the_text_it_would_be_at_once(
+    tokenizer: Tokenizer, start: list[int], times: int, after: list[int], with_offsets: bool
+) -> None:
+    context = tokenizer.encode(START).ids
+    ids = start * times + after
+    decoder = TokenDecoder(tokenizer, context)
+    pieces = [decoder.feed_at(i)[0] if with_offsets else decoder.feed(i) for i in ids]
+    plain = WholeRuns(tokenizer, context)
+    assert "".join(pieces) + decoder.flush() == "".join(map(plain.feed, ids)) + plain.flush()
+
+
+@BOTH
+def test_a_long_run_of_bytes_is_given_out_while_it_grows(tokenizer: Tokenizer) -> None:
+    [byte] = [i for i in range(3, 259) if TokenBytes(tokenizer).bytes_of(i) == b"\xf0"]
+    decoder = TokenDecoder(tokenizer, tokenizer.encode(START).ids)
+    for i in range(1000):
+        text, offset = decoder.feed_at(byte)
+        assert set(text) <= {"\N{REPLACEMENT CHARACTER}"}
+        assert i - 64 < offset <= i and i - 64 < decoder.num_chars <= i
+    decoder.flush()
+    assert decoder.num_chars == 1000
 
 
 def test_a_space_after_bytes_that_are_no_text_is_not_lost() -> None:

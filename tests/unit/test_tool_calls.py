@@ -298,7 +298,7 @@ def test_forced_schemas_allow_nothing_but_calls() -> None:
             bad = {"name": "bad", "parameters": {"type": "string"}}
             forced_schema([bad], name=name, parallel=True)
     for no_type in (5, None, True, {}, [[]], {"object": 1}):
-        with pytest.raises(RequestError, match="'bad' has parameters of type .*; expected object"):
+        with pytest.raises(RequestError, match=r"'bad' has parameters of type .*; expected object"):
             bad = {"name": "bad", "parameters": {"type": no_type}}
             forced_schema([bad], name=None, parallel=True)
 

@@ -11,6 +11,8 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 # Any ordinary token will do before another one; these exist in most vocabularies.
 _USUAL = ("a", "e", "0", "A", "▁a", "Ġa")
 _TRIED = 2048
+# Of a run of tokens that are no whole character, all but the last few are let go each so many.
+_LONG_RUN, _KEPT = 64, 8
 
 
 class TokenBytes:
@@ -106,11 +108,16 @@ class TokenDecoder:
         self._context = context
         self._stream = self._new_stream()
         self._pending: list[int] = []  # not yet a whole character
+        self._run = 0  # tokens that the stream has read since it last gave out a text
         self.num_chars = 0
 
     def feed(self, token_id: int) -> str:
         """The text that is certain with this token; empty in the middle of a character."""
+        return self._let_go() + self._step(token_id)
+
+    def _step(self, token_id: int) -> str:
         self._pending.append(token_id)
+        self._run += 1
         try:
             text: str | None = self._stream.step(self._tokenizer, token_id)
         except Exception as error:
@@ -120,11 +127,12 @@ class TokenDecoder:
             if "prefix" not in str(error).lower():
                 raise
             text = self.flush()
-            self._stream = self._new_stream()
+            self._stream, self._run = self._new_stream(), 0
             return text
         if text is None:
             return ""
         self._pending.clear()
+        self._run = 0
         self.num_chars += len(text)
         return text
 
@@ -133,8 +141,13 @@ class TokenDecoder:
 
         A token that goes on within a character has that character's index.
         """
+        let_go = self._let_go()
+        text, offset = self._step_at(token_id)
+        return let_go + text, offset
+
+    def _step_at(self, token_id: int) -> tuple[str, int]:
         start, before = self.num_chars, list(self._pending)
-        text = self.feed(token_id)
+        text = self._step(token_id)
         if not before:
             return text, start
         seen = self._decode(before)
@@ -144,6 +157,25 @@ class TokenDecoder:
             return text, start + len(seen.rstrip(_BROKEN))
         same = next((i for i, (a, b) in enumerate(zip(seen, text, strict=False)) if a != b), None)
         return text, start + (min(len(seen), len(text)) if same is None else same)
+
+    def _let_go(self) -> str:
+        """Give out the start of a long run that is no text, such as of the same byte again.
+
+        The library's stream decodes the whole run with each of its tokens. No character has as many
+        tokens as are kept.
+        """
+        if not self._run or self._run % _LONG_RUN:
+            return ""
+        head, tail = self._pending[:-_KEPT], self._pending[-_KEPT:]
+        text = self._decode(head)
+        if text + self._decode(tail) != self._decode(self._pending):
+            return ""
+        stream = self._new_stream()
+        if any(stream.step(self._tokenizer, token_id) for token_id in tail):
+            return ""
+        self._stream, self._pending, self._run = stream, tail, len(tail)
+        self.num_chars += len(text)
+        return text
 
     def flush(self) -> str:
         """The text of the tokens that were not a whole character, as far as it goes."""
