@@ -298,6 +298,30 @@ def test_prompts_add_a_bounded_time_to_a_step(
     assert share(run(scheduler), long) == beside
 
 
+@pytest.mark.parametrize(("base_s", "token_s"), [(0.01, 1e-4), (0.03, 0.001), (0.3, 0.005)])
+@pytest.mark.parametrize("held_up", [0, 32, 64, 256, 1024])
+def test_a_step_that_was_held_up_does_not_bound_prompts_for_good(
+    base_s: float, token_s: float, held_up: int
+) -> None:
+    cost = cost_of(base_s, token_s)
+
+    def step(num_tokens: int) -> None:
+        cost.observe(num_tokens, base_s + num_tokens * token_s)
+
+    def most_now() -> int:
+        return min(1024, cost.most_tokens(0.25, least=32))
+
+    for _ in range(60):
+        step(most_now())
+        step(0)
+        step(0)
+    usual = most_now()
+    cost.observe(held_up, 20.0)
+    for _ in range(100):
+        step(most_now())  # prompts wait all the time: all steps have as many tokens
+    assert usual / 4 < most_now() < 4 * usual
+
+
 @pytest.mark.parametrize(("token_s", "most"), [(1e-5, 511), (4e-4, 224), (2e-3, 96)])
 def test_bursts_take_less_time_but_no_fewer_tokens_than_beside_decodes(
     token_s: float, most: int

@@ -5,6 +5,9 @@ from collections.abc import Iterable
 _SMOOTHING = 0.1  # weight of the newest step
 # Steps whose numbers of tokens differ by less than this say little of what a token takes.
 _LEAST_SPREAD = 32.0
+# A step that takes this many times what is expected was held up by something else, as a kernel
+# that was compiled; it counts as one of this many times.
+_MOST_SLOWER = 4.0
 # Chunks are multiples of this, so that products have few sizes.
 _MULTIPLE = 32
 
@@ -30,7 +33,9 @@ class StepCost:
     @property
     def token_s(self) -> float:
         """Seconds that a token of a prompt adds to a step."""
-        return max(0.0, self._product / self._square) if self._square else 0.0
+        slope = max(0.0, self._product / self._square) if self._square else 0.0
+        # No more than if the rest of a step took no time.
+        return min(slope, self._seconds / self._tokens) if self._tokens else slope
 
     @property
     def base_s(self) -> float:
@@ -40,6 +45,9 @@ class StepCost:
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Follow with a step that had so many tokens of prompts."""
         slope = self.token_s
+        expected = max(self._seconds, self.base_s + num_tokens * slope)
+        if expected > 0:
+            seconds = min(seconds, _MOST_SLOWER * expected)
         x, y = num_tokens - self._tokens, seconds - self._seconds
         self._tokens += _SMOOTHING * x
         self._seconds += _SMOOTHING * y
