@@ -12,7 +12,9 @@ from typing import Any
 from hotset.errors import HotsetError
 
 MOST_DEPTH = 200
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
+# A string that does not end goes on to the end of the text: to look for another in it, from each of
+# its quotes, would take hours for a few MB.
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.?)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
 class ForeignTextError(HotsetError, ValueError):

@@ -41,6 +41,12 @@ def test_brackets_within_strings_do_not_nest() -> None:
         (DEEP + "]" * 100_000, "is nested too deeply"),
         ('{"a":' * 100_000, "is nested too deeply"),
         (nested(MOST_DEPTH + 2), "is nested too deeply: more than 200 levels"),
+        # A string without an end, each of whose quotes could begin another; hours, if they do.
+        (
+            "[[]," + "[]," * MOST_DEPTH + '"' + '\\"' * 500_000,
+            "is not JSON from line 1, column 605",
+        ),
+        ("[[]," + "[]," * MOST_DEPTH + '"\\', "is not JSON from line 1, column 605"),
     ],
 )
 def test_whatever_is_wrong_with_json_is_one_error(text: str | bytes, says: str) -> None:
