@@ -15,6 +15,7 @@ from tiny_tokenizer import make_tokenizer
 from hotset.config import EngineConfig
 from hotset.engine.loop import build_engine
 from hotset.errors import ConfigError, ModelError
+from hotset.model import checkpoint
 from hotset.model.architecture import find_architecture
 from hotset.model.inspection import inspect_model
 from hotset.model.loader import load_dummy, load_model
@@ -79,6 +80,15 @@ def test_a_multimodal_model_is_loaded_without_what_only_images_go_through(
     [note] = loaded.notes
     assert "images" in note and "not loaded: model.vis" in note
     assert type(loaded.model).__name__ == type(model).__name__
+
+
+def test_a_dtype_that_only_the_text_part_names_is_that_of_the_weights(tmp_path: Path) -> None:
+    config = tiny_families.tiny_config("qwen3_vl").to_dict()  # published ones have it there
+    config.pop("dtype", None)
+    config["text_config"]["dtype"] = "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    assert checkpoint.read_architecture(tmp_path).dtype is torch.bfloat16
 
 
 def test_a_missing_text_weight_of_a_multimodal_model_is_refused(tmp_path: Path) -> None:

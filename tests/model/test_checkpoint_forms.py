@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_config, make_model
 
 from hotset.errors import ModelError
-from hotset.model import checkpoint
+from hotset.model import checkpoint, checkpoint_files
 from hotset.model.loader import load_model
 
 Tensors = dict[str, torch.Tensor]
@@ -119,6 +119,35 @@ def test_modelopt_fp8_is_read_wherever_it_says_so(folder: Path, where: str) -> N
     assert_same(folder, expected)
     plain = checkpoint_of(expected, folder.parent / "plain")
     torch.testing.assert_close(logits(load_8_bit(folder)), logits(load_8_bit(plain)))
+
+
+def test_autofp8_has_one_scale_for_each_weight_and_its_own_name_for_those_of_kv(
+    folder: Path,
+) -> None:
+    def to_autofp8(tensors: Tensors) -> Tensors:
+        kv = {
+            f"model.layers.{layer}.self_attn.{part}_proj.output_scale": torch.tensor(0.25 + layer)
+            for layer in range(2)
+            for part in "kv"
+        }
+        return {**to_modelopt_fp8(tensors), **kv}
+
+    modelopt = Path(shutil.copytree(folder, folder.parent / "modelopt"))
+    edit_weights(modelopt, to_modelopt_fp8)
+    edit_config(modelopt, quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
+    edit_weights(folder, to_autofp8)
+    quantization = {"quant_method": "fp8", "activation_scheme": "static"}
+    edit_config(folder, quantization_config=quantization)
+
+    expected = load_model(str(modelopt), device="cpu", dtype="float32")
+    assert_same(folder, expected.model)
+    torch.testing.assert_close(logits(load_8_bit(folder)), logits(load_8_bit(modelopt)))
+    num_layers = expected.model.config.num_hidden_layers
+    scales = checkpoint_files.kv_scales(folder, num_layers)
+    assert scales == ((0.25, 0.25), (1.25, 1.25), *[(1.0, 1.0)] * (num_layers - 2))
+
+    edit_config(folder, quantization_config={**quantization, "weight_block_size": [128, 128]})
+    assert "without its scales, model.layers.0.mlp.down_proj.weight_scale_inv" in refusal(folder)
 
 
 def test_other_algorithms_of_modelopt_are_refused_by_name(folder: Path) -> None:
@@ -447,3 +476,26 @@ def test_mxfp4_of_gpt_oss_is_dequantised(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.experts.down_proj_scales"
     edit_weights(tmp_path, lambda tensors: {**tensors, name: tensors[name][:, :-1].contiguous()})
     assert "down_proj_blocks is U8 [4, 64, 2, 16] and its scales U8 [4, 63, 2]" in refusal(tmp_path)
+
+    edit_weights(tmp_path, lambda tensors: {**tensors, name: packed[name]})
+    edit_weights(
+        tmp_path,
+        lambda tensors: {**tensors, Q_PROJ + ".weight": tensors[Q_PROJ + ".weight"].char()},
+    )
+    assert f"{Q_PROJ}.weight is stored as I8, which no MXFP4 checkpoint" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "generation_config.json"),
+        ("[]", "generation_config.json is not a JSON object"),
+        ('{"eos_token_id": "</s>"}', "has eos_token_id '</s>'; expected a token id or a list"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "fp8"])
+def test_a_damaged_generation_config_does_not_lose_end_tokens_in_silence(
+    text: str, expected: str, dtype: str, folder: Path
+) -> None:
+    (folder / "generation_config.json").write_text(text)
+    assert expected in refusal(folder, dtype)

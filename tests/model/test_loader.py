@@ -343,6 +343,21 @@ def test_a_hub_model_that_its_config_refuses_is_not_downloaded(
     assert not any(name.endswith(".safetensors") for name in names)
 
 
+def test_an_adapter_on_the_hub_is_named_as_one(
+    hub_environment: dict[str, str], folder: Path
+) -> None:
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "tests/base"}')
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD_EACH, "tests/tiny"],
+        env={**hub_environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "tests/tiny has no config.json: it is a LoRA adapter of tests/base" in run.stdout
+
+
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,4 +370,15 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
         load_model(str(folder), device="cpu", dtype="float32")
     monkeypatch.setattr("hotset.model.loader.available_host_bytes", lambda: weights)
     with pytest.raises(ModelError, match="safetensors"):
+        load_model(str(folder), device="cpu", dtype="float32")
+
+
+def test_weights_that_are_dequantised_have_to_fit_as_what_they_become(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    fields = {**config, "quantization_config": {"quant_method": "fp8"}}
+    (folder / "config.json").write_text(json.dumps(fields))
+    monkeypatch.setattr("hotset.model.loader.available_host_bytes", lambda: 1000)
+    with pytest.raises(ModelError, match=r"in float32 take 0\.00 GB and 0\.00 GB are free on cpu"):
         load_model(str(folder), device="cpu", dtype="float32")

@@ -48,6 +48,12 @@ class Architecture:
     unused_parameters: int = 0
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """That of the weights, by the config or its text part; None where neither says it."""
+        dtype: torch.dtype | None = self.config.dtype or self.config.get_text_config().dtype
+        return dtype
+
+    @property
     def attention(self) -> str:
         """The attention to load it with; the engine puts its own in place of it."""
         return "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"

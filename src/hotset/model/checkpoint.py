@@ -15,7 +15,12 @@ from hotset.errors import ModelError, TierError
 from hotset.foreign_text import parse_json
 from hotset.model import leftovers, quantized, weights
 from hotset.model.architecture import Architecture, find_architecture, transformers_config
-from hotset.model.checkpoint_files import read_config, read_headers, weight_files
+from hotset.model.checkpoint_files import (
+    check_generation_config,
+    read_config,
+    read_headers,
+    weight_files,
+)
 from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.expert_disk import ExpertSink
 from hotset.model.libraries import first_line
@@ -51,9 +56,8 @@ def load_folder(
     Raises:
         ModelError: it cannot be loaded; says why.
     """
-    fields = architecture.fields
+    fields, dtype = architecture.fields, dtype or architecture.dtype
     stored = read_headers(weight_files(folder))
-    quantized.check_stored(folder, fields, stored)
     tensors = CheckpointTensors(folder, fields, stored)
     if tensors.is_dequantised:
         _forget_quantization(architecture.config)
@@ -85,6 +89,7 @@ def read_architecture(folder: Path) -> Architecture:
         ModelError: what the config alone tells cannot be read or run; says why.
     """
     fields = with_modelopt(folder, read_config(folder))
+    check_generation_config(folder)
     quantized.check_config(folder, fields)
     config = transformers_config(folder, fields)
     return find_architecture(config, str(folder), fields)
@@ -134,7 +139,7 @@ def _with_transformers(
         )
     # Not by transformers: it takes the block for what divides the rows evenly, and its kernels for
     # narrow weights are downloads.
-    dtype = dtype or config.dtype or torch.bfloat16
+    dtype = dtype or torch.bfloat16
     with tensors.open(device, dtype) as reads:
         options["state_dict"] = reads
         model = _from_pretrained(
@@ -235,9 +240,7 @@ def _loading_problem(error: Exception, shapes: Mapping[str, tuple[int, ...]]) ->
 
 def _begin(experts: ExpertSink, architecture: Architecture, dtype: torch.dtype | None) -> None:
     """Show the sink the shape of what is loaded next, if it is known."""
-    config = architecture.config
-    dtype = dtype or config.dtype
-    if dtype is not None and getattr(config, "quantization_config", None) is None:
+    if dtype is not None and getattr(architecture.config, "quantization_config", None) is None:
         experts.begin(architecture.outline(dtype))
 
 
@@ -252,7 +255,6 @@ def _in_place(
     fp8: bool,
 ) -> Any | None:
     """The model, or None where transformers has to load it."""
-    dtype = dtype or architecture.config.dtype
     if dtype is None:
         return None
     try:

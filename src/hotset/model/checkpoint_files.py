@@ -15,8 +15,11 @@ from hotset.foreign_text import ForeignTextError, parse_json
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
-# As compressed-tensors, vLLM and ModelOpt write them.
-KV_SCALE_NAME = re.compile(r"\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.|)([kv])_scale$")
+# As compressed-tensors, vLLM and ModelOpt write them, and AutoFP8.
+KV_SCALE_NAME = re.compile(
+    r"\.layers\.(\d+)\.self_attn\."
+    r"(?:(?:attn\.|[kv]_proj\.|)(?=[kv]_scale$)|(?=[kv]_proj\.output_scale$))([kv])_"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,23 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"name them {WEIGHTS}"
         )
     return fields
+
+
+def check_generation_config(folder: Path) -> None:
+    """Refuse a damaged generation_config.json: transformers would go on without its end tokens.
+
+    Raises:
+        ModelError: there is one that is no JSON object.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        fields = parse_json(file.read_bytes())
+    except ForeignTextError as error:
+        raise ModelError(f"{file} {error}") from error
+    if not isinstance(fields, dict):
+        raise ModelError(f"{file} is not a JSON object; take it away, or the model's own")
 
 
 def _what_it_is(folder: Path) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import safetensors
 import torch
 
-from hotset.model import fp8_blocks, mxfp4
+from hotset.model import fp8_blocks, mxfp4, quantized
 from hotset.model.checkpoint_files import Stored
-from hotset.model.quantized import quant_method
+from hotset.plan.quantisation import quant_config
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -45,7 +45,8 @@ class CheckpointTensors:
         is_dequantised: whether the checkpoint is quantised, and read here as one that is not.
 
     Raises:
-        ModelError: narrow weights and their scales do not fit together.
+        ModelError: narrow weights and their scales do not fit together, or there are narrow tensors
+            that are none of them.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class CheckpointTensors:
         self._dequantise: Callable[..., torch.Tensor] = mxfp4.dequantise
         shapes: dict[str, tuple[int, ...]] = {}
         folded: set[str] = set()
-        form = fp8_blocks.fp8_format(folder, fields)
-        self.is_dequantised = form is not None or quant_method(fields) == "mxfp4"
+        form = fp8_blocks.fp8_format(folder, fields, stored)
+        self.is_dequantised = quantized.is_dequantised(fields)
         if form is not None:
             scales = fp8_blocks.pair_scales(folder, form, stored)
             self._parts = {weight: (weight, name) for weight, name in scales.items()}
@@ -68,6 +69,8 @@ class CheckpointTensors:
             shapes = {name: mxfp4.shape_of(stored[of]) for name, (of, _) in self._parts.items()}
         folded.update(name for parts in self._parts.values() for name in parts)
         self.stored = {name: tensor for name, tensor in stored.items() if name not in folded}
+        if self.is_dequantised or quant_config(fields) is None:
+            quantized.check_plain(folder, fields, self.stored)
         for name, (first, _) in self._parts.items():
             shape = shapes.get(name, stored[first].shape)
             self.stored[name] = replace(stored[first], shape=shape)

@@ -15,7 +15,7 @@ from hotset.model import checkpoint, default_model, upcycled_model
 from hotset.model.libraries import first_line, quiet
 
 HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "*.tiktoken"]
-_SMALL_FILES = ["config.json", "hf_quant_config.json"]
+_SMALL_FILES = ["config.json", "hf_quant_config.json", "adapter_config.json", "params.json"]
 
 
 def find_model(name: str | None) -> tuple[Path, str]:

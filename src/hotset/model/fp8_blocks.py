@@ -5,11 +5,12 @@ A weight `W` is stored as `q`, 8-bit floats of its shape, and `s`: `W = q * s`.
 - `fp8`, `mxfp8` (DeepSeek-V3, Qwen3-FP8, Mistral): `s` is `..._scale_inv`, one for each block of
   `weight_block_size`, or one for all of the weight where that is null. A shape that is no multiple
   of the block ends in smaller blocks.
-- `modelopt` with the algorithm FP8 (NVIDIA): `s` is `..._scale`, one for all of the weight.
+- `modelopt` with the algorithm FP8 (NVIDIA), and `fp8` of AutoFP8: `s` is `..._scale`, one for all
+  of the weight.
 - `fbgemm_fp8` (Llama 3.1 405B): `s` is `..._scale`, one for each row.
 
 Source: DeepSeek-V3's `inference/fp8_cast_bf16.py`; `Fp8Dequantize` and `FbgemmFp8Linear` of
-transformers; `ModelOptFp8LinearMethod` of vLLM.
+transformers; `ModelOptFp8LinearMethod` and `Fp8LinearMethod` of vLLM.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ import torch
 from hotset.errors import ModelError
 from hotset.model.checkpoint_files import Stored
 from hotset.model.quantized import quant_method
-from hotset.plan.quantisation import modelopt_algorithm, quant_config
+from hotset.plan.quantisation import quant_config
 
 Block = tuple[int, int | None] | None  # rows and columns that share a scale; None is all
 
@@ -30,7 +31,6 @@ _DEFAULT_BLOCK = (128, 128)  # of transformers, where the config names none
 _PIECE_VALUES = 2**22
 _WEIGHTS = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
-_PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +46,31 @@ class Fp8Format:
     block: Block
 
 
-def fp8_format(folder: Path, fields: Mapping[str, Any]) -> Fp8Format | None:
-    """How a config says that weights are stored; None where it is not in one of these ways.
+def fp8_format(
+    folder: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored]
+) -> Fp8Format | None:
+    """How weights are stored, by config and names; None where it is not in one of these ways.
 
     Raises:
         ModelError: its block is none.
     """
     method = quant_method(fields)
+    if method == "fp8" and _has_one_scale_each(fields, stored):
+        return Fp8Format("_scale", None)
     if method in ("fp8", "mxfp8"):
         return Fp8Format("_scale_inv", _block_size(folder, fields))
-    if method == "modelopt" and modelopt_algorithm(quant_config(fields) or {}) == "FP8":
+    if method is not None and method.startswith("modelopt"):  # only FP8 gets here
         return Fp8Format("_scale", None)
     if method == "fbgemm_fp8":
         return Fp8Format("_scale", (1, None))
     return None
+
+
+def _has_one_scale_each(fields: Mapping[str, Any], stored: Mapping[str, Stored]) -> bool:
+    """Whether it is of AutoFP8, whose config has the method of blocks, but names no block."""
+    narrow = [name for name, tensor in stored.items() if tensor.dtype in _WEIGHTS]
+    names_block = "weight_block_size" in (quant_config(fields) or {})
+    return bool(narrow) and not names_block and all(f"{name}_scale" in stored for name in narrow)
 
 
 def _block_size(folder: Path, fields: Mapping[str, Any]) -> Block:
@@ -79,21 +90,13 @@ def pair_scales(folder: Path, form: Fp8Format, stored: Mapping[str, Stored]) -> 
     """The name of the scales of each 8-bit weight.
 
     Raises:
-        ModelError: a weight without scales, scales that do not fit its shape and the block, or a
-            tensor of another narrow kind.
+        ModelError: a weight without scales, or scales that do not fit its shape and the block.
     """
     pairs = {}
     for name, tensor in stored.items():
         if tensor.dtype in _WEIGHTS:
             pairs[name] = scales = f"{name}{form.suffix}"
             _check_scales(folder, scales, tensor, stored.get(scales), form.block)
-    scale_names = set(pairs.values())
-    for name, tensor in stored.items():
-        if tensor.dtype not in (*_PLAIN, *_WEIGHTS) and name not in scale_names:
-            raise ModelError(
-                f"{folder}: {name} is stored as {tensor.dtype}, which no FP8 checkpoint that "
-                "hotset reads has; take the model's unquantised weights"
-            )
     return pairs
 
 

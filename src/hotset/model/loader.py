@@ -29,8 +29,10 @@ from hotset.model.fp8_linear import quantize_linears
 from hotset.model.inspection import inspect_model
 from hotset.model.libraries import first_line, quiet
 from hotset.model.loaded import LoadedModel, no_tokenizer
+from hotset.model.quantized import is_dequantised
 from hotset.model.router_skew import skew_routers
 from hotset.plan.catalog import find_config
+from hotset.plan.quantisation import quant_config
 
 _log = logging.getLogger(__name__)
 
@@ -73,11 +75,13 @@ def load_model(
     architecture = None if source.is_file() else checkpoint.read_architecture(source)
     experts_on_host = experts_on_host and _may_have_experts(source)
     if architecture is not None:
-        outline = architecture.outline(torch_dtype or architecture.config.dtype or torch.float32)
+        outline = architecture.outline(torch_dtype or architecture.dtype or torch.float32)
         if check is not None:
             check(outline)
         # What a quantiser leaves, and 8-bit layers, take less than the outline has.
-        if dtype != "fp8" and getattr(architecture.config, "quantization_config", None) is None:
+        fields = architecture.fields
+        is_as_outlined = quant_config(fields) is None or is_dequantised(fields)
+        if dtype != "fp8" and is_as_outlined:
             _check_room(outline, target, short_name, experts_on_host=experts_on_host)
         with quiet():
             tokenizer = checkpoint.load_tokenizer(source)
@@ -199,7 +203,7 @@ def load_dummy(
     except Exception as error:  # whatever a config that does not fit makes the libraries raise
         raise ModelError(f"cannot make a model of {source}: {first_line(error)}") from error
     architecture = find_architecture(config, source, fields)
-    torch_dtype = torch_dtype or config.dtype or torch.bfloat16
+    torch_dtype = torch_dtype or architecture.dtype or torch.bfloat16
     shape = architecture.outline(torch_dtype)
     weights_bytes = sum(parameter.nbytes for parameter in shape.parameters())
     experts_bytes = 0
@@ -393,8 +397,14 @@ def _eos_token_ids(model: Any, tokenizer: Any | None) -> tuple[int, ...]:
     for holder in (model.generation_config, model.config.get_text_config(), tokenizer):
         ids = getattr(holder, "eos_token_id", None)
         for token_id in ids if isinstance(ids, list | tuple) else [ids]:
-            if token_id is not None:
-                found[int(token_id)] = None
+            if token_id is None:
+                continue
+            if not isinstance(token_id, int):
+                raise ModelError(
+                    f"the {type(holder).__name__} of the model has eos_token_id {ids!r}; expected "
+                    "a token id or a list of them"
+                )
+            found[token_id] = None
     return tuple(found)
 
 

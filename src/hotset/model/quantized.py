@@ -29,6 +29,7 @@ _PACKAGES: dict[str, dict[str, str]] = {
     "hqq": {"hqq": "hqq"},
     "aqlm": {"aqlm": "aqlm"},
 }
+_DEQUANTISED = {"fp8", "mxfp8", "fbgemm_fp8", "mxfp4"}  # beside ModelOpt's FP8
 _TAKE = "take the model's unquantised weights, a checkpoint in FP8 blocks, or a GGUF file"
 
 
@@ -91,21 +92,34 @@ def check_config(folder: Path, fields: Mapping[str, Any]) -> None:
         )
 
 
-def check_stored(folder: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
-    """Refuse narrow or packed tensors where the config names no quantisation.
+def is_dequantised(fields: Mapping[str, Any]) -> bool:
+    """Whether a quantised checkpoint is read here, as plain weights; `check_config` took it."""
+    method = quant_method(fields) or ""
+    return method in _DEQUANTISED or method.startswith("modelopt")
 
-    Read as they are they would be weights without their scales.
+
+def check_plain(folder: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
+    """Refuse narrow or packed tensors that are read as they are: weights without their scales.
+
+    Args:
+        folder: is named in messages.
+        fields: of config.json.
+        stored: what is read as it is.
 
     Raises:
         ModelError: names the first such tensor.
     """
-    if quant_config(fields) is not None:
-        return
     narrow = sorted(
         name
         for name, tensor in stored.items()
         if tensor.dtype not in _PLAIN and not is_harmless(name, tensor.shape, fields)
     )
+    if narrow and (method := quant_method(fields)):
+        raise ModelError(
+            f"{folder}: {narrow[0]} is stored as {stored[narrow[0]].dtype}, which no "
+            f"{method.upper()} checkpoint that hotset reads has; take the model's unquantised "
+            "weights"
+        )
     if narrow:
         raise ModelError(
             f"{folder} stores tensors narrow or packed ({len(narrow)}, first {narrow[0]} as "
