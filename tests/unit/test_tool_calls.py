@@ -4,7 +4,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hotset.errors import RequestError
@@ -161,6 +161,23 @@ def test_a_stream_gives_what_the_whole_text_gives(text: str, cuts: list[int]) ->
     _, calls, sent = stream(text, cuts)
     assert stream(text, [])[1:] == (calls, sent)
     assert stream(text, list(range(len(text))))[1:] == (calls, sent)
+
+
+PIECES = [
+    *("<tool_call>", "</tool_call>", "<function=time>", "<function=edit>", "</function>"),
+    *("<parameter=line>", "<parameter=note>", "</parameter>", '{"name": "time", "arguments": {}}'),
+    *('{"arguments": {"a": 1}, "name": "time"}', "[TOOL_CALLS]", 'time[ARGS]{"a": 1}', "{}"),
+    *("<|python_tag|>", "[", "]", "{", "}", ",", ";", "<", "\n", " ", "1", "text"),
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.booleans())
+@example("<function=time>text{}</function>", True)
+@example("<function=time>text\n<parameter=line>1</parameter>text", True)
+def test_pieces_of_calls_come_out_the_same_however_they_are_cut(text: str, is_first: bool) -> None:
+    options: dict[str, Any] = {"most_calls": 1} if is_first else {}
+    every = list(range(len(text)))
+    assert stream(text, every, **options)[1:] == stream(text, [], **options)[1:]
 
 
 @given(st.text(alphabet='<>{}[]"\\:,/= \nabtol_cfunip', max_size=60), st.integers(0, 60))

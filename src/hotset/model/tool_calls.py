@@ -306,8 +306,12 @@ class ToolCallParser:
     def _in_xml(self, is_end: bool) -> bool:
         """Between parameters."""
         rest = self._buffer.lstrip()
+        if self._aside:
+            self._aside += self._buffer[: len(self._buffer) - len(rest)]
+            self._buffer = rest
         name, closed, after = rest.removeprefix(_PARAMETER).partition(">")
-        if rest.startswith("{") and not self._num_parameters:  # Llama's way with this tag
+        is_first = not (self._num_parameters or self._aside)
+        if rest.startswith("{") and is_first:  # Llama's way with this tag
             self._buffer = rest
             self._begin_arguments(self._after_function)
         elif rest.startswith(_PARAMETER) and closed:
