@@ -233,7 +233,7 @@ def test_an_engine_answers_the_same_with_the_cpu_taking_part(
     assert engine.metrics.expert_cpu_computed > 0 and engine.metrics.expert_misses > 0
 
 
-def test_a_step_that_is_recorded_while_serving_decides_without_the_cpu(
+def test_a_step_that_is_recorded_while_serving_decides_without_the_cpu_and_is_not_counted(
     make_engine: MakeEngine, attach: Callable[..., ColdExperts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine("qwen3_moe", expert_slots=2, expert_plan="cache")
@@ -244,11 +244,13 @@ def test_a_step_that_is_recorded_while_serving_decides_without_the_cpu(
 
     def record() -> bool:
         seen.append(experts.launches(1))
+        experts._counts += 7  # as a trial does
         return True
 
     monkeypatch.setattr(engine._runner, "warm_up", record)
     engine.warm_up()
     assert seen == [False] and experts.launches(1)
+    assert experts.counts().moved_bytes == 0
 
 
 def test_flags_that_cannot_work_are_refused(make_engine: MakeEngine, tmp_path: Any) -> None:

@@ -329,7 +329,7 @@ class Engine:
         Raises:
             ModelError: the layers cannot be compiled on this machine.
         """
-        with nullcontext() if self._experts is None else self._experts.without_cpu():
+        with nullcontext() if self._experts is None else self._experts.while_recording():
             did = self._runner.warm_up()
         if self.is_warming:
             return did, None

@@ -218,7 +218,8 @@ class ExpertBuffer:
     def compute_cold_on_cpu(self, mode: str, *, threads: int | None = None) -> str:
         """Have the CPU compute experts that are not on the GPU, in steps of few tokens.
 
-        To be called when the model has run. Steps are recorded before, or within `without_cpu`.
+        To be called when the model has run. Steps are recorded before, or within
+        `while_recording`.
 
         Args:
             mode: see `ColdExperts`.
@@ -263,13 +264,19 @@ class ExpertBuffer:
             buffer.cold = ColdLayer(cold, buffer.host, buffer.table, layer, can_copy=can_copy)
 
     @contextmanager
-    def without_cpu(self) -> Iterator[None]:
-        """Within it the CPU computes no experts: a recorded step decides without the host."""
+    def while_recording(self) -> Iterator[None]:
+        """Within it steps may be recorded beside those of requests.
+
+        The CPU computes no experts, as a recorded step decides without the host, and what is tried
+        counts as nothing.
+        """
+        counted = self._counts.clone()
         if self._cold is not None:
             self._cold.is_paused = True
         try:
             yield
         finally:
+            self._counts.copy_(counted)
             if self._cold is not None:
                 self._cold.is_paused = False
 
