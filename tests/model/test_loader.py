@@ -296,21 +296,26 @@ for name in sys.argv[1:]:
 """
 
 
+def load_each(
+    environment: dict[str, str], *names: str, cwd: Path | None = None
+) -> tuple[list[str], list[str]]:
+    """The lines that a process prints that loads each of `names`, to stdout and to stderr."""
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD_EACH, *names],
+        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=cwd,
+    )
+    return run.stdout.splitlines(), run.stderr.splitlines()
+
+
 def test_hub_models_download_and_each_way_to_fail_is_one_line(
     hub_environment: dict[str, str], folder: Path
 ) -> None:
-    def load_each(*names: str, **environment: str) -> tuple[list[str], list[str]]:
-        run = subprocess.run(
-            [sys.executable, "-c", LOAD_EACH, *names],
-            env={**hub_environment, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=folder.parent,
-        )
-        return run.stdout.splitlines(), run.stderr.splitlines()
-
-    lines, messages = load_each("tests/tiny", "tests/gated", "tests/missing", "tiny-lama", "a b")
+    names = ("tests/tiny", "tests/gated", "tests/missing", "tiny-lama", "a b")
+    lines, messages = load_each(hub_environment, *names, cwd=folder.parent)
     assert lines[0] == "loaded tests/tiny 512 True"
     assert lines[1].startswith("refused model tests/gated is gated: accept its terms")
     assert lines[2].startswith("refused model 'tests/missing' is neither")
@@ -319,7 +324,8 @@ def test_hub_models_download_and_each_way_to_fail_is_one_line(
     assert len(lines) == 5
     assert [m for m in messages if not m.startswith("hotset: downloading tests/tiny")] == []
 
-    lines, messages = load_each("tests/tiny", "tests/other", HF_ENDPOINT="http://127.0.0.1:9")
+    offline = {**hub_environment, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    lines, messages = load_each(offline, "tests/tiny", "tests/other")
     assert lines[0] == "loaded tests/tiny 512 True"  # from the cache
     assert "the hub cannot be reached" in lines[1]
     assert messages == []
@@ -329,15 +335,9 @@ def test_a_hub_model_that_its_config_refuses_is_not_downloaded(
     hub_environment: dict[str, str], folder: Path
 ) -> None:
     MambaConfig(num_hidden_layers=2).save_pretrained(folder)
-    run = subprocess.run(
-        [sys.executable, "-c", LOAD_EACH, "tests/tiny"],
-        env={**hub_environment, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.startswith("refused MambaForCausalLM has layers of type linear_attention")
-    assert run.stderr == ""
+    [line], messages = load_each(hub_environment, "tests/tiny")
+    assert line.startswith("refused MambaForCausalLM has layers of type linear_attention")
+    assert messages == []
     names = {path.name for path in Path(hub_environment["HF_HOME"]).rglob("*")}
     assert "config.json" in names
     assert not any(name.endswith(".safetensors") for name in names)
@@ -348,14 +348,8 @@ def test_an_adapter_on_the_hub_is_named_as_one(
 ) -> None:
     (folder / "config.json").unlink()
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "tests/base"}')
-    run = subprocess.run(
-        [sys.executable, "-c", LOAD_EACH, "tests/tiny"],
-        env={**hub_environment, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "tests/tiny has no config.json: it is a LoRA adapter of tests/base" in run.stdout
+    [line], _ = load_each(hub_environment, "tests/tiny")
+    assert "tests/tiny has no config.json: it is a LoRA adapter of tests/base" in line
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(
