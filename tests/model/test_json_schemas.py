@@ -214,6 +214,11 @@ def test_what_a_schema_lets_through_is_valid(sampler: Sampler, schema: Json) -> 
         ({"propertyNames": {"pattern": "a"}, "properties": {"b": {}}}, "'propertyNames' at #"),
         ({"propertyNames": {"type": "integer"}}, "'propertyNames' at # has a type"),
         ({"type": "number", "minimum": 1e25}, "'minimum' at # is 1e\\+25; expected a number"),
+        ({"const": 2**53 + 1}, "'const' at # has 9007199254740993, which cannot be kept exactly"),
+        ({"const": -(2**63)}, "'const' at # has -9223372036854775808, which cannot be kept"),
+        ({"type": "integer", "enum": [1, 10**25]}, "'enum' at # has 10000000000000000000000000"),
+        ({"properties": {"a": {"const": {"b": [1e300]}}}}, "'const' at #/properties/a has 1e"),
+        ({"const": 123456789.12345679}, "'const' at # has 123456789.12345679, .* 15 digits"),
         ({"type": "strin"}, "'type' at # is 'strin'; expected one of array, boolean"),
         ({"type": [["string"]]}, "'type' at # is \\['string'\\]; expected one of array"),
         ({"required": True}, "'required' at # is of type boolean; expected array"),
@@ -229,6 +234,22 @@ def test_what_no_grammar_can_say_is_refused_by_its_keyword(
         sampler.validate(SamplingParams(json_schema=schema))
 
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 4},
+        {"type": "integer", "minimum": 2**53 - 2, "maximum": 2**53 + 3},
+        {"type": "integer", "minimum": -(10**17) - 63, "exclusiveMaximum": -(10**17)},
+        {"minimum": 0.12345678901234567, "maximum": 0.1234567890123468, "type": "number"},
+        {"enum": [2**53, -(2**53), 0.1, 1e-7, 1.5, 12345.6789012345]},
+    ],
+)
+def test_numbers_are_within_their_bounds_to_the_last_digit(schema: Json) -> None:
+    exact = Sampler(VOCAB_SIZE, "cpu", tokenizer=TOKENIZER, eos_token_ids=(EOS_TOKEN_ID,))
+    for value in values(exact, schema, num=12):
+        jsonschema.validate(value, schema)
 
 
 def test_dates_and_times_are_those_of_the_calendar(sampler: Sampler) -> None:

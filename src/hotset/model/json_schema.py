@@ -6,7 +6,7 @@ from typing import Any
 from hotset.foreign_text import parse_json
 from hotset.model.schema_exclusion import make_exclusive
 from hotset.model.schema_nodes import LISTED, NAMED, ONE, SchemaError, children, walk
-from hotset.model.schema_rewrite import refuse, rewrite, rewrite_conditions
+from hotset.model.schema_rewrite import EXACT_DIGITS, is_exact, refuse, rewrite, rewrite_conditions
 from hotset.model.schema_values import TYPES, type_of, without_endless
 
 # What is left of these after the rewrites, no grammar can say.
@@ -71,6 +71,12 @@ def _check_structure(schema: dict[str, Any], path: str) -> None:
     for name in schema.get("required", ()):
         if not isinstance(name, str):
             raise SchemaError(f"'required' at {path} has {name!r} in it; expected names")
+    for key in ("const", "enum"):
+        if key in schema and (number := _beyond_exact(schema[key])) is not None:
+            raise SchemaError(
+                f"{key!r} at {path} has {number}, which cannot be kept exactly; expected numbers "
+                f"of at most {EXACT_DIGITS} digits"
+            )
     if "$id" in schema and path != "#":
         raise refuse("$id", path, "is supported at the root only")
     for place, key, step in children(schema):
@@ -79,6 +85,20 @@ def _check_structure(schema: dict[str, Any], path: str) -> None:
             raise SchemaError(
                 f"{path}{step} is of type {found}; expected a schema, which is an object"
             )
+
+
+def _beyond_exact(constant: Any) -> int | float | None:
+    """The first number in a constant that the grammar would say otherwise; None without any."""
+    todo = [constant]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, dict):
+            todo += one.values()
+        elif isinstance(one, list):
+            todo += one
+        elif isinstance(one, (int, float)) and not is_exact(one):
+            return one
+    return None
 
 
 def _is_of(value: object, kinds: tuple[str, ...]) -> bool:

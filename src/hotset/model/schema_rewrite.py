@@ -5,7 +5,9 @@ there a value that does not fit the schema as it was.
 """
 
 import itertools
+import math
 import re
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any
 
 from hotset.model.schema_negation import CannotNegateError, negate
@@ -35,6 +37,8 @@ _LOOKS = ("(?=", "(?!", "(?<=", "(?<!")
 _NOT_ONLY = re.compile(r"^\^\(\?!\^\[([^\]\\]*)\]\*\$\)")
 # Digits and a point, so many in all: pydantic's again. Implied where the parts add up to no more.
 _AT_MOST = re.compile(r"\(\?=\[\\d\.\]\{1,(\d+)\}0\*\$\)(?=\\d\{0,(\d+)\}\\\.\\d\{0,(\d+)\}0\*\$)")
+# llguidance reads numbers as floats, and those of more digits not to the last bit.
+EXACT_DIGITS, _MOST_EXACT, _MOST_SMALL = 15, 2**53, 22
 # Beyond, llguidance has no expression for a bound.
 _MOST_NUMBER = 10**18
 _MOST_UNIQUE = 6  # constants of which each set is an option
@@ -127,7 +131,7 @@ def _rewrite_pattern(schema: Node, path: str, root: Node) -> None:
 
 
 def _rewrite_bounds(schema: Node, path: str, root: Node) -> None:
-    """Leaves out numbers beyond 10**18, where a bound beyond allows them."""
+    """Leaves out numbers beyond 10**18, and those between a bound and the next float within."""
     for key, sign in (
         *(("minimum", -1), ("exclusiveMinimum", -1)),
         *(("maximum", 1), ("exclusiveMaximum", 1)),
@@ -139,6 +143,25 @@ def _rewrite_bounds(schema: Node, path: str, root: Node) -> None:
             schema[key] = sign * _MOST_NUMBER
         elif sign * value < -_MOST_NUMBER:
             raise refuse(key, path, f"is {value}; expected a number of at most 18 digits")
+        elif not is_exact(value):
+            schema[key] = _exact_within(value, sign)
+
+
+def is_exact(number: int | float) -> bool:
+    """Whether a grammar has this number, and none that is but close to it."""
+    if math.isfinite(number) and number == int(number):
+        return abs(number) <= _MOST_EXACT
+    _, digits, exponent = Decimal(repr(number)).as_tuple()
+    return len(digits) <= EXACT_DIGITS and isinstance(exponent, int) and exponent >= -_MOST_SMALL
+
+
+def _exact_within(bound: int | float, sign: int) -> int | float:
+    """A bound that is exact, close to `bound` and no wider; `sign` is 1 for upper ones."""
+    if bound == int(bound):
+        near = float(bound)
+        return int(math.nextafter(near, -sign * math.inf) if sign * near > sign * bound else near)
+    rounding = ROUND_FLOOR if sign > 0 else ROUND_CEILING
+    return float(Context(EXACT_DIGITS, rounding).create_decimal(repr(bound)))
 
 
 def _rewrite_names(schema: Node, path: str, root: Node) -> None:
