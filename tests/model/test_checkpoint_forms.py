@@ -98,6 +98,29 @@ def test_8_bit_weights_that_no_config_tells_of_are_refused(folder: Path) -> None
         assert "narrow or packed (21, first model" in message and "as F8_E4M3" in message
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_weight_that_is_stored_as_whole_numbers_is_refused(
+    folder: Path, dtype: torch.dtype
+) -> None:
+    name = f"{Q_PROJ}.weight"
+    edit_weights(folder, lambda tensors: {**tensors, name: tensors[name].to(dtype)})
+    assert f"narrow or packed (1, first {name}" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ({"num_hidden_layers": "2"}, "Validation error for field 'num_hidden_layers': TypeError"),
+        ({"rope_scaling": {"type": "spiral"}}, "there is no 'spiral'"),
+    ],
+)
+def test_what_is_wrong_with_a_config_is_said(
+    folder: Path, field: dict[str, Any], expected: str
+) -> None:
+    edit_config(folder, **field)
+    assert expected in refusal(folder)
+
+
 @pytest.mark.parametrize("where", ["config.json", "one level below", "hf_quant_config.json"])
 def test_modelopt_fp8_is_read_wherever_it_says_so(folder: Path, where: str) -> None:
     expected = make_model("llama")

@@ -14,8 +14,6 @@ from hotset.model import fp8_blocks, mxfp4, quantized
 from hotset.model.checkpoint_files import Stored
 from hotset.plan.quantisation import quant_config
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
-
 
 @dataclass(frozen=True, slots=True)
 class Dequantised:
@@ -82,7 +80,7 @@ class CheckpointTensors:
 
     def is_float(self, name: str) -> bool:
         """Whether a tensor is read as plain floats."""
-        return name in self._parts or self.stored[name].dtype in _FLOATS
+        return name in self._parts or self.stored[name].dtype in quantized.FLOATS
 
     @contextlib.contextmanager
     def open(self, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -9,9 +9,13 @@ import transformers
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message that says anything."""
+    """The first line of an error's message that says anything, and what it announces."""
+    if isinstance(error, KeyError):  # its message is the key alone
+        return f"there is no {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextlib.contextmanager

@@ -13,9 +13,10 @@ from hotset.model.checkpoint_files import Stored
 from hotset.model.leftovers import is_harmless
 from hotset.plan.quantisation import modelopt_algorithm, quant_config
 
-# In words of safetensors: what a weight that is not quantised is stored as, and what is an index
-# or a mask. Everything else is narrow or packed.
-_PLAIN = frozenset({"F64", "F32", "F16", "BF16", "I64", "U64", "BOOL"})
+# In words of safetensors: what a weight that is not quantised is stored as, and what an index or a
+# mask is, which is no weight. Everything else is narrow or packed.
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_INDICES = frozenset({"I64", "U64", "BOOL"})
 
 # What transformers reads a method with, beside itself: modules, and the packages that bring them.
 _PACKAGES: dict[str, dict[str, str]] = {
@@ -112,7 +113,9 @@ def check_plain(folder: Path, fields: Mapping[str, Any], stored: Mapping[str, St
     narrow = sorted(
         name
         for name, tensor in stored.items()
-        if tensor.dtype not in _PLAIN and not is_harmless(name, tensor.shape, fields)
+        if tensor.dtype not in FLOATS
+        and (tensor.dtype not in _INDICES or name.endswith(".weight"))
+        and not is_harmless(name, tensor.shape, fields)
     )
     if narrow and (method := quant_method(fields)):
         raise ModelError(
