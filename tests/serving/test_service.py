@@ -1,7 +1,11 @@
 import asyncio
+import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +15,7 @@ from hotset.config import EngineConfig
 from hotset.engine.completion import gather
 from hotset.engine.engine import Engine
 from hotset.engine.messages import Report
-from hotset.engine.process import _packed, _unpacked
+from hotset.engine.process import _child, _packed, _unpacked
 from hotset.engine.service import EngineService
 from hotset.errors import ConfigError, EngineError, RequestError
 from hotset.model.loaded import LoadedModel
@@ -31,8 +35,8 @@ def service() -> Iterator[EngineService]:
     service.close()
 
 
-def wait_for(condition: Any) -> None:
-    for _ in range(2000):
+def wait_for(condition: Any, *, most_s: float = 10.0) -> None:
+    for _ in range(int(most_s / 0.005)):
         if condition():
             return
         time.sleep(0.005)
@@ -144,6 +148,48 @@ def test_an_engine_that_cannot_be_built_raises_in_the_constructor() -> None:
 
     with pytest.raises(ConfigError, match="too small"):
         EngineService(EngineConfig(), build=refuse)
+
+
+def build_for_long(config: EngineConfig) -> tuple[Engine, LoadedModel]:
+    assert config.model is not None
+    Path(config.model).touch()
+    time.sleep(300)
+    raise ConfigError("too late")
+
+
+def test_ctrl_c_ends_an_engine_that_starts_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = tmp_path / "begun"
+    config = EngineConfig(model=str(begun))
+
+    def interrupt(connection: Connection) -> None:
+        wait_for(begun.exists, most_s=60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Connection, "recv", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        EngineService(config, build=build_for_long, own_process=True)
+    [child] = (one for one in multiprocessing.active_children() if one.name == "hotset-engine")
+    child.join(30)
+    assert child.exitcode == -signal.SIGKILL
+
+
+def test_an_engine_that_starts_ends_with_the_process_that_wants_it(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = (theirs, EngineConfig(model=str(begun)), build_for_long)
+    child = context.Process(target=_child, args=arguments, daemon=True)
+    child.start()
+    try:
+        theirs.close()
+        wait_for(begun.exists, most_s=60)
+        ours.close()
+        child.join(30)
+        assert child.exitcode == 1
+    finally:
+        child.kill()
 
 
 class WarmingEngine(Engine):

@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 _METRICS_EVERY_S = 0.25
 _CLOSE_S = 30.0
+# How often a child that starts looks whether its parent is still there.
+_LOOK_EVERY_S = 0.5
 
 # From the parent: ("submit", number, Submit), ("abort", id), ("look", id) or ("close",).
 # To the parent: ("ready", model, info) or ("refused", error) once; then lists of reports and of
@@ -89,7 +91,7 @@ class EngineProcess:
             self._process.join()
             raise EngineError(f"the engine's process has {self._how_it_ended()}") from None
         except BaseException:  # Ctrl-C
-            self._process.terminate()
+            self._process.kill()  # it ignores SIGTERM, and this process would wait for its end
             raise
         if kind == "refused":
             self._process.join()
@@ -221,6 +223,8 @@ def _child(connection: Connection, config: EngineConfig, build: BuildEngine | No
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from hotset.engine.loop import EngineLoop, build_engine
 
+    has_started = threading.Event()
+    threading.Thread(target=_end_with_parent, args=(connection, has_started), daemon=True).start()
     outgoing: queue.SimpleQueue[Report | _Accepted | None] = queue.SimpleQueue()
     try:
         loop = EngineLoop(config, build or build_engine, outgoing.put)
@@ -230,6 +234,7 @@ def _child(connection: Connection, config: EngineConfig, build: BuildEngine | No
     # Collections that go through all of the model's objects held steps up for 0.3 s.
     gc.collect()
     gc.freeze()
+    has_started.set()
     # The parent needs the tokenizer and the names; the weights stay here.
     connection.send(("ready", replace(loop.model, model=None), loop.info))
     sender = threading.Thread(target=_send_all, args=(connection, outgoing, loop), daemon=True)
@@ -265,6 +270,16 @@ def _child(connection: Connection, config: EngineConfig, build: BuildEngine | No
     loop.close()
     outgoing.put(None)
     sender.join(_CLOSE_S)
+
+
+def _end_with_parent(connection: Connection, has_started: threading.Event) -> None:
+    """In a thread of a child that starts, which takes minutes: end it if the parent is gone.
+
+    Nothing comes from the parent before the child has started, but the end of the pipe.
+    """
+    while not has_started.is_set():
+        if connection.poll(_LOOK_EVERY_S) and not has_started.is_set():
+            os._exit(1)
 
 
 def _send_all(
