@@ -235,7 +235,7 @@ def test_a_server_of_ours_tells_ids_and_how_much_of_its_host_tier_is_ready() -> 
 
 def test_one_process_is_taken_for_two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, sessions, expected in ((1, 9, 1), (2, 9, 1), (16, 256, 8), (64, 256, 8), (16, 3, 3)):
-        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)))
+        monkeypatch.setattr("hotset.bench.load.usable_cpus", lambda n=cores: n)
         assert num_processes(sessions) == expected
 
 
@@ -259,6 +259,7 @@ def test_an_event_has_the_time_at_which_its_end_came() -> None:
         ("data: {", "an event cannot be read"),
         ("data: [1]\n\n", "an event cannot be read"),
         ('data: {"choices": [3]}\n\n', "an event cannot be read"),
+        ('data: {"usage": {"completion_tokens": "many"}}\n\n', "an event cannot be read"),
         ('data: {"choices": [{"text": "a"}]}\n\n', "the stream ended without its last event"),
         ("", "the stream ended without its last event"),
         ('data: {"error": "no\\nmemory"}\n\n', "no memory"),

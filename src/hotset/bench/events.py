@@ -68,8 +68,9 @@ def _take(event: dict[str, object], time_s: float, reading: Reading) -> None:
         told = error.get("message") if isinstance(error, dict) else error
         reading.error = " ".join(str(told).split())
         return
-    if isinstance(usage := event.get("usage"), dict):
-        reading.num_tokens = usage.get("completion_tokens", reading.num_tokens)
+    usage = event.get("usage")
+    if isinstance(usage, dict) and usage.get("completion_tokens") is not None:
+        reading.num_tokens = int(usage["completion_tokens"])
     choices = event.get("choices")
     for choice in choices if isinstance(choices, list) else ():
         ids = tuple(map(int, choice.get("token_ids") or ()))

@@ -5,7 +5,6 @@ moment of the clock that they share (`time.perf_counter`).
 """
 
 import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any, cast
 from hotset.bench.load_player import SAY_EVERY_S, Asking, Done, Job, serve
 from hotset.bench.play import Play
 from hotset.bench.workload import Work
+from hotset.cgroups import usable_cpus
 from hotset.errors import EngineError
 
 _MOST_PROCESSES = 8
@@ -23,8 +23,7 @@ _START_IN_S = 0.2
 
 def num_processes(num_sessions: int) -> int:
     """One for two cores, as the server may be on the same machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(_MOST_PROCESSES, (cores or 1) // 2, num_sessions))
+    return max(1, min(_MOST_PROCESSES, usable_cpus() // 2, num_sessions))
 
 
 @dataclass(slots=True)
