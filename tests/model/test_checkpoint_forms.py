@@ -290,10 +290,13 @@ def test_tensors_that_no_answer_depends_on_are_left_out(folder: Path, dtype: str
         "model.position_ids": torch.arange(8),
         "model.layers.0.self_attn.k_proj.k_scale": torch.tensor(0.5),
         "model.layers.0.self_attn.q_scale": torch.tensor(0.5),
+        "model.layers.1.self_attn.qkv_proj.v_scale": torch.tensor(0.25),
     }
     edit_weights(folder, lambda tensors: {**tensors, **extras})
-    loaded = load_model(str(folder), device="cpu", dtype=dtype).model
-    torch.testing.assert_close(logits(loaded), logits(expected))
+    loaded = load_model(str(folder), device="cpu", dtype=dtype)
+    torch.testing.assert_close(logits(loaded.model), logits(expected))
+    assert loaded.kv_scales is not None
+    assert loaded.kv_scales[:2] == ((0.5, 1.0), (1.0, 0.25))
 
 
 def test_tied_weights_that_are_stored_twice_and_differ_stay_two(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 
 # As compressed-tensors, vLLM and ModelOpt write them, and AutoFP8.
 KV_SCALE_NAME = re.compile(
-    r"\.layers\.(\d+)\.self_attn\."
-    r"(?:(?:attn\.|[kv]_proj\.|)(?=[kv]_scale$)|(?=[kv]_proj\.output_scale$))([kv])_"
+    r"\.layers\.(\d+)\.self_attn\.(?:(?:attn|[kv]_proj|qkv_proj)\.)?"
+    r"([kv])_(?:scale|proj\.output_scale)$"
 )
 
 

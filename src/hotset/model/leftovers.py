@@ -14,7 +14,7 @@ _HARMLESS = re.compile(
     r"|(^|\.)mtp[._]"  # layers that guess tokens ahead
     r"|(^|\.)(visual|vision_tower|vision_model|vision_encoder|multi_modal_projector|mm_projector"
     r"|audio_tower|embed_vision|embed_audio|image_newline)(\.|$)"
-    r"|\.self_attn\.(attn\.|[kv]_proj\.)?([qkv]|prob)_scale$"  # of KV: see `kv_scales`
+    r"|\.self_attn\.((attn|[kv]_proj|qkv_proj)\.)?([qkv]|prob)_scale$"  # of KV: see `kv_scales`
     r"|\.self_attn\.[kv]_proj\.output_scale$"  # the same, of AutoFP8
 )
 _MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|causal_mask)$")
