@@ -192,6 +192,11 @@ def test_an_output_follows_a_regex_a_choice_or_a_grammar() -> None:
         (TextForm("regex", "(?=a)b"), "regex cannot be used: .*look-around"),
         (TextForm("choice", "[]"), "choice cannot be used: expected a list of texts"),
         (TextForm("choice", '["a", 1]'), "choice cannot be used: expected a list of texts"),
+        # Not checked as other schemas are: this one would end the process.
+        (
+            TextForm("grammar", 'start: "a" %json {"const": -9223372036854775808}'),
+            "grammar cannot be used: it has %json in it; a schema can be given by itself",
+        ),
         (TextForm("grammar", "start: nothing"), "grammar cannot be used: .*nothing"),
         (TextForm("grammar", 'root ::= "a'), "grammar cannot be used: expected Lark"),
     ],

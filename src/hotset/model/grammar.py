@@ -264,6 +264,8 @@ def _grammar(kind: str, source: str) -> str:
                 lark = any_to_lark(source)
             except Exception as error:  # its parser raises IndexError and others, too
                 raise _FormError(f"expected Lark's notation or GBNF: {error}") from error
+            if "%json" in lark:  # past all that `json_schema.prepare` refuses or says by others
+                raise _FormError("it has %json in it; a schema can be given by itself only")
             text = matcher.grammar_from_lark(lark)
         case _:
             raise AssertionError(kind)
