@@ -203,6 +203,12 @@ def test_tokens_are_counted_as_they_are_used(client: anthropic.Anthropic) -> Non
             "messages.0.content.0.text is missing",
         ),
         ({"messages": [{"role": "tool", "content": "a"}]}, 400, "invalid_request_error", "role"),
+        (
+            {"messages": [*ASK["messages"], {"role": "assistant", "content": " "}]},
+            400,
+            "invalid_request_error",
+            "the last message is the assistant's and does not end with a text to go on from",
+        ),
         ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "no tools"),
         ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "name is missing"),
         (

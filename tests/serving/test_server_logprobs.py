@@ -12,6 +12,7 @@ from tiny_tokenizer import VOCAB_SIZE, make_backend
 
 from hotset.request import FinishReason, RequestOutput, TokenLogprob
 from hotset.server.body import parse_body
+from hotset.server.forms import encode, encode_in_parts
 from hotset.server.limits import Limits
 from hotset.server.responses import make_writers
 from hotset.server.schemas import TextRequest
@@ -177,6 +178,13 @@ def test_prompt_logprobs_have_the_form_of_vllm(http: httpx.Client, path: str) ->
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt_logprobs"
     refused = http.post(path, json={**prompt, "prompt_logprobs": 21})
     assert "prompt_logprobs is 21" in refused.json()["error"]["message"]
+
+
+def test_a_long_answer_is_written_as_any_other() -> None:
+    part = {"1": {"logprob": -0.5, "decoded_token": 'é"'}}
+    answer = {"a": None, "choices": [{"prompt_logprobs": [None, part, part], "text": "x"}, {}, []]}
+    for levels in range(6):
+        assert encode_in_parts(answer, levels) == encode(answer)
 
 
 def test_a_chat_has_to_have_a_token(http: httpx.Client) -> None:

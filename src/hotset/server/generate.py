@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hotset.engine.completion import Completion
 from hotset.request import FinishReason, RequestOutput
 from hotset.server.admission import Admission, Admitted
 from hotset.server.errors import ended_early
-from hotset.server.forms import CompletionForm, Form, MakeForm
+from hotset.server.forms import CompletionForm, Form, MakeForm, encode_in_parts
 from hotset.server.keys import Tenant
 from hotset.server.responses import usage_body
 from hotset.server.schemas import GenerationRequest
@@ -62,7 +62,15 @@ async def generate(
             return _EventStream(tally, form, admitted, stack.pop_all(), headers)
         await _unless_disconnected(request, tally.read_all())
         _raise_failure(tally.completions, admission)
-        return JSONResponse(form.whole(tally.completions), headers=headers)
+        if body.num_prompt_logprobs() is None:
+            return JSONResponse(form.whole(tally.completions), headers=headers)
+        # These can take seconds to write, in which other clients' streams go on.
+        content = await asyncio.to_thread(_long_content, form, tally.completions)
+        return Response(content, headers=headers, media_type="application/json")
+
+
+def _long_content(form: Form, completions: list[Completion]) -> bytes:
+    return encode_in_parts(form.whole(completions), 4).encode()
 
 
 class _Tally:

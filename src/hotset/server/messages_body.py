@@ -177,7 +177,14 @@ class CountTokensRequest(Part):
             "chat_template_kwargs": options,
             "reasoning_effort": self.output_config.effort,
         }
-        if self.messages and self.messages[-1].role == "assistant":  # its beginning is given
+        last = body["messages"][-1] if body["messages"] else {}
+        if last.get("role") == "assistant":  # its beginning is given
+            if last.get("tool_calls") or not last["content"].strip():
+                raise RequestError(
+                    "the last message is the assistant's and does not end with a text to go on "
+                    "from; expected one, or a message of the user",
+                    param="messages",
+                )
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         form = self.output_config.format or self.output_format
         if form is not None:
