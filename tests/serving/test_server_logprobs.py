@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import pytest
@@ -11,8 +12,10 @@ from tiny_models import make_model
 from tiny_tokenizer import VOCAB_SIZE, make_backend
 
 from hotset.request import FinishReason, RequestOutput, TokenLogprob
+from hotset.server import admission
 from hotset.server.body import parse_body
 from hotset.server.forms import encode, encode_in_parts
+from hotset.server.keys import Tenant
 from hotset.server.limits import Limits
 from hotset.server.responses import make_writers
 from hotset.server.schemas import TextRequest
@@ -185,6 +188,25 @@ def test_a_long_answer_is_written_as_any_other() -> None:
     answer = {"a": None, "choices": [{"prompt_logprobs": [None, part, part], "text": "x"}, {}, []]}
     for levels in range(6):
         assert encode_in_parts(answer, levels) == encode(answer)
+
+
+def test_what_cannot_be_written_is_not_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[MagicMock] = []
+
+    def submit(*args: object, **kwargs: object) -> MagicMock:
+        streams.append(MagicMock())
+        return streams[-1]
+
+    def fail(*args: object) -> None:
+        raise ValueError("of a library")
+
+    monkeypatch.setattr(admission, "make_writers", fail)
+    service = MagicMock(submit=submit)
+    admit = admission.Admission(service, MagicMock(), Limits())
+    request = parse_body(TextRequest, {"prompt": [[1], [2]], "echo": True, "logprobs": 1})
+    with pytest.raises(ValueError, match="of a library"):
+        admit.submit(request, Tenant())
+    assert [stream.abort.call_count for stream in streams] == [1, 1]
 
 
 def test_a_chat_has_to_have_a_token(http: httpx.Client) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hotset.engine.service import EngineService, OutputStream
-from hotset.errors import HotsetError, RequestError
+from hotset.errors import RequestError
 from hotset.model.prompt import PromptEncoder
 from hotset.request import SamplingParams
 from hotset.server.errors import ApiError
@@ -103,9 +103,9 @@ class Admission:
                         queue_limit=None if is_batch else limits.max_queue,
                     )
                 )
-        except HotsetError:
+            writers = make_writers(body, self.encoder, request_id, prompts)
+        except BaseException:
             for stream in streams:
                 stream.abort()
             raise
-        writers = make_writers(body, self.encoder, request_id, prompts)
         return Admitted(body, request_id, sum(map(len, prompts)), streams, writers)
