@@ -239,10 +239,15 @@ def test_what_no_grammar_can_say_is_refused_by_its_keyword(
 @pytest.mark.parametrize(
     "schema",
     [
-        {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 4},
+        {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 400},
         {"type": "integer", "minimum": 2**53 - 2, "maximum": 2**53 + 3},
-        {"type": "integer", "minimum": -(10**17) - 63, "exclusiveMaximum": -(10**17)},
+        {"type": "integer", "minimum": -(10**17) - 6300, "exclusiveMaximum": -(10**17)},
         {"minimum": 0.12345678901234567, "maximum": 0.1234567890123468, "type": "number"},
+        {"type": "integer", "minimum": -6.244189567772834e16, "maximum": -6.24418956777283e16},
+        {"type": "number", "exclusiveMinimum": 7, "exclusiveMaximum": 7.5},
+        {"type": "number", "minimum": -7.001, "exclusiveMaximum": -7},
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5},
+        {"allOf": [{"exclusiveMinimum": 1e3}, {"maximum": 1000.5}], "type": "number"},
         {"enum": [2**53, -(2**53), 0.1, 1e-7, 1.5, 12345.6789012345]},
     ],
 )

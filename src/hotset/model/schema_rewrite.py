@@ -131,7 +131,7 @@ def _rewrite_pattern(schema: Node, path: str, root: Node) -> None:
 
 
 def _rewrite_bounds(schema: Node, path: str, root: Node) -> None:
-    """Leaves out numbers beyond 10**18, and those between a bound and the next float within."""
+    """Leaves out numbers beyond 10**18, and those between a bound and the next of 15 digits."""
     for key, sign in (
         *(("minimum", -1), ("exclusiveMinimum", -1)),
         *(("maximum", 1), ("exclusiveMaximum", 1)),
@@ -145,6 +145,8 @@ def _rewrite_bounds(schema: Node, path: str, root: Node) -> None:
             raise refuse(key, path, f"is {value}; expected a number of at most 18 digits")
         elif not is_exact(value):
             schema[key] = _exact_within(value, sign)
+        if key.startswith("exclusive") and schema.get("type") != "integer":
+            schema[key] = _just_within(schema[key], sign)
 
 
 def is_exact(number: int | float) -> bool:
@@ -157,11 +159,20 @@ def is_exact(number: int | float) -> bool:
 
 def _exact_within(bound: int | float, sign: int) -> int | float:
     """A bound that is exact, close to `bound` and no wider; `sign` is 1 for upper ones."""
-    if bound == int(bound):
-        near = float(bound)
-        return int(math.nextafter(near, -sign * math.inf) if sign * near > sign * bound else near)
     rounding = ROUND_FLOOR if sign > 0 else ROUND_CEILING
-    return float(Context(EXACT_DIGITS, rounding).create_decimal(repr(bound)))
+    near = Context(EXACT_DIGITS, rounding).create_decimal(repr(bound))
+    return int(near) if near == int(near) else float(near)
+
+
+def _just_within(bound: int | float, sign: int) -> int | float:
+    """An exclusive bound that is not whole: of a whole one, llguidance may let the number through.
+
+    It does where the other bound is within the same whole numbers, as for 7 and 7.5.
+    """
+    num_digits = len(str(abs(int(bound))))
+    if bound != int(bound) or num_digits >= EXACT_DIGITS:
+        return bound
+    return float(Decimal(int(bound)) - sign * Decimal(10) ** (num_digits - EXACT_DIGITS))
 
 
 def _rewrite_names(schema: Node, path: str, root: Node) -> None:
