@@ -244,6 +244,7 @@ def test_what_no_grammar_can_say_is_refused_by_its_keyword(
         {"type": "integer", "minimum": -(10**17) - 6300, "exclusiveMaximum": -(10**17)},
         {"minimum": 0.12345678901234567, "maximum": 0.1234567890123468, "type": "number"},
         {"type": "integer", "minimum": -6.244189567772834e16, "maximum": -6.24418956777283e16},
+        {"type": "integer", "exclusiveMinimum": 81124812585872000, "maximum": 81124812585873000},
         {"type": "number", "exclusiveMinimum": 7, "exclusiveMaximum": 7.5},
         {"type": "number", "minimum": -7.001, "exclusiveMaximum": -7},
         {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5},

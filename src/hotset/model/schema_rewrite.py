@@ -143,8 +143,8 @@ def _rewrite_bounds(schema: Node, path: str, root: Node) -> None:
             schema[key] = sign * _MOST_NUMBER
         elif sign * value < -_MOST_NUMBER:
             raise refuse(key, path, f"is {value}; expected a number of at most 18 digits")
-        elif not is_exact(value):
-            schema[key] = _exact_within(value, sign)
+        elif abs(value) >= 10**EXACT_DIGITS or not is_exact(value):
+            schema[key] = _exact_within(value, sign, is_exclusive=key.startswith("exclusive"))
         if key.startswith("exclusive") and schema.get("type") != "integer":
             schema[key] = _just_within(schema[key], sign)
 
@@ -157,10 +157,12 @@ def is_exact(number: int | float) -> bool:
     return len(digits) <= EXACT_DIGITS and isinstance(exponent, int) and exponent >= -_MOST_SMALL
 
 
-def _exact_within(bound: int | float, sign: int) -> int | float:
+def _exact_within(bound: int | float, sign: int, *, is_exclusive: bool) -> int | float:
     """A bound that is exact, close to `bound` and no wider; `sign` is 1 for upper ones."""
-    rounding = ROUND_FLOOR if sign > 0 else ROUND_CEILING
-    near = Context(EXACT_DIGITS, rounding).create_decimal(repr(bound))
+    context = Context(EXACT_DIGITS, ROUND_FLOOR if sign > 0 else ROUND_CEILING)
+    near = context.create_decimal(repr(bound))
+    if is_exclusive and abs(bound) >= 10**EXACT_DIGITS:  # one more or less is lost in these
+        near = near.next_minus(context) if sign > 0 else near.next_plus(context)
     return int(near) if near == int(near) else float(near)
 
 
