@@ -208,7 +208,8 @@ def test_the_clock_starts_when_the_host_tier_is_ready() -> None:
             server, spec, work, arm="a", repeat=0, max_s=None, progress=lambda *_: None
         )
         assert run.is_complete and run.output_tokens == 4
-        [note] = run.notes
+        # On a busy machine there may be another, of a busy client or a slow look.
+        [note] = [note for note in run.notes if "sent from" in note]
         assert note.startswith("a: sent from 1 processes, of which the busiest took ")
     with instant() as url:
         assert server_at(url).wait_for_host_tier() is None
