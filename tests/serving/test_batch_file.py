@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from servers import build
+from tiny_tokenizer import EOS_TOKEN_ID, make_tokenizer
 
 from hotset.cli import cli
 from hotset.config import EngineConfig
 from hotset.engine.service import EngineService
 from hotset.errors import ConfigError
+from hotset.model.loaded import LoadedModel
 from hotset.model.prompt import PromptEncoder
 from hotset.server.admission import Admission, Admitted
 from hotset.server.batch_file import Batch
@@ -235,8 +237,10 @@ def test_answers_of_another_model_or_other_options_are_refused(
     batch = Batch(source, target)
     batch.check_run(RunIdentity.of("tiny", config))
     batch.check_run(RunIdentity.of_model(service.model, config))
-    another_template = replace(RunIdentity.of_model(service.model, config), template="0" * 8)
-    with pytest.raises(ConfigError, match="answers under another chat template; undo its change"):
+    another_template = replace(RunIdentity.of_model(service.model, config), texts="0" * 8)
+    with pytest.raises(
+        ConfigError, match="answers under another chat template or tokenizer; undo its change"
+    ):
         batch.run(service, window=1, identity=another_template)
     batch.check_run(RunIdentity.of("tiny", replace(config, host_gib=1.0, max_num_seqs=3)))
     with pytest.raises(ConfigError, match="holds answers of another model"):
@@ -316,3 +320,14 @@ def test_a_server_with_another_model_does_not_go_on_with_a_batch(
     assert error["message"] == (
         "the output so far holds answers of another model; give that one, or create the batch again"
     )
+
+
+def test_an_edited_tokenizer_and_other_end_tokens_are_another_model_to_a_batch() -> None:
+    config = EngineConfig()
+    loaded = LoadedModel(None, make_tokenizer(), "tiny", "0" * 32, (EOS_TOKEN_ID,), 64)
+    identity = RunIdentity.of_model(loaded, config)
+    assert RunIdentity.of_model(replace(loaded, tokenizer=make_tokenizer()), config) == identity
+    edited = make_tokenizer()
+    edited.add_tokens(["colour"])
+    for other in (replace(loaded, tokenizer=edited), replace(loaded, eos_token_ids=(1,))):
+        assert RunIdentity.of_model(other, config).texts != identity.texts

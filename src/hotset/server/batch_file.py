@@ -127,10 +127,10 @@ class Batch:
                 f"(dtype, KV dtype, seed, longest context, bounds of JSON); give those, or "
                 f"{self._way_out}"
             )
-        if identity.template not in (None, written_by.template):
+        if identity.texts not in (None, written_by.texts):
             raise ConfigError(
-                f"{self._name} holds answers under another chat template; undo its change, or "
-                f"{self._way_out}"
+                f"{self._name} holds answers under another chat template or tokenizer; undo its "
+                f"change, or {self._way_out}"
             )
 
     def run(

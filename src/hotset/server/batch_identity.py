@@ -62,12 +62,13 @@ class RunIdentity:
     Attributes:
         model: hash of the checkpoint's config and weights, 8 hex digits.
         options: hash of the options that change answers, likewise.
-        template: hash of the chat template, likewise; None before the model is loaded.
+        texts: hash of the chat template, the tokenizer and the end tokens, likewise; None before
+            the model is loaded.
     """
 
     model: str
     options: str
-    template: str | None = None
+    texts: str | None = None
 
     @classmethod
     def of(cls, fingerprint: str, config: EngineConfig, extra: object = None) -> Self:
@@ -89,16 +90,21 @@ class RunIdentity:
 
     @classmethod
     def of_model(cls, model: "LoadedModel", config: EngineConfig, extra: object = None) -> Self:
-        """The same of a loaded model, with its chat template."""
-        template = json.dumps(getattr(model.tokenizer, "chat_template", None), sort_keys=True)
+        """The same of a loaded model, with what makes its texts tokens and its tokens texts."""
+        template = getattr(model.tokenizer, "chat_template", None)
+        backend = getattr(model.tokenizer, "backend_tokenizer", None)
+        tokenizer = {} if backend is None else parse_json(backend.to_str())
+        for of_a_call in ("truncation", "padding"):
+            tokenizer.pop(of_a_call, None)
+        texts = json.dumps([template, tokenizer, sorted(model.eos_token_ids)], sort_keys=True)
         found = cls.of(model.fingerprint, config, extra)
-        return dataclasses.replace(found, template=_digest(template, 8))
+        return dataclasses.replace(found, texts=_digest(texts, 8))
 
     def record_id(self, position: int, line: bytes) -> str:
         """The id of the record that answers `line`, the input's line at `position`."""
-        assert self.template is not None, "the model is not loaded"
+        assert self.texts is not None, "the model is not loaded"
         line_hash = line_identity(line)
-        return f"batch_req_{position}_{line_hash}_{self.model}_{self.options}_{self.template}"
+        return f"batch_req_{position}_{line_hash}_{self.model}_{self.options}_{self.texts}"
 
 
 def line_identity(line: bytes) -> str:
