@@ -1,7 +1,7 @@
 """JSON and TOML that others wrote: one error for whatever is wrong with it.
 
 `json.loads` raises RecursionError on deeply nested text, which is no ValueError, and what it lets
-through can exhaust the stack of whoever walks it later: nesting has a limit of our own.
+through can exhaust the stack of code that walks it later: nesting has a limit of our own.
 """
 
 import json

@@ -25,7 +25,7 @@ _LEAST_TURN_FETCHES = 8
 _LEAST_PREFILL_SHARE = 4
 # Requests behind one without room that are looked at, whether they may overtake it.
 _LOOK_BEHIND = 64
-# Those that overtake a request without room have at most one part in so many of its tokens.
+# Those that overtake a request without room have at most half of its tokens.
 _OVERTAKING_PART = 2
 
 
@@ -238,7 +238,7 @@ class Scheduler:
     def _admit_waiting(self, step: StepShares) -> None:
         """Let in those who have room, in order, even if this step takes none of their tokens.
 
-        What of theirs is in a colder tier comes meanwhile. Past the first that has no room, those
+        Their blocks in a slower tier come meanwhile. Past the first that has no room, those
         that are much shorter are let in, up to a part of its tokens: it has waited for longer.
         """
         queued_tokens = sum(r.num_tokens - r.num_computed_tokens for r in self.running)

@@ -43,7 +43,7 @@ class StepCost:
         return max(0.0, self._seconds - self._tokens * self.token_s)
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """Follow with a step that had so many tokens of prompts."""
+        """Follow with a step that had `num_tokens` of prompts."""
         slope = self.token_s
         expected = max(self._seconds, self.base_s + num_tokens * slope)
         if expected > 0:

@@ -6,7 +6,7 @@ from hotset.engine.urgency import PromptOrder
 from hotset.memory.kv_cache import KVCache
 from hotset.request import Request, RequestStatus, StepItem
 
-# The oldest prompt gets one part in so many of what a step has for prompts, and so does the one
+# The oldest prompt gets a quarter of what a step has for prompts, and so does the one
 # that lacks the fewest tokens: neither waits for the others. What is left goes by urgency.
 _SURE_PART = 4
 

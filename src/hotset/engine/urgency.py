@@ -10,7 +10,7 @@ from hotset.request import Request
 # Source: Bender et al., "Flow and Stretch Metrics for Scheduling Continuous Job Streams" (SODA
 # 1998): by earliest deadline, a deadline being a multiple of the job's own time.
 SLACK = 8
-# A prompt overtakes one that has no room yet if that one is so many times as long.
+# A prompt overtakes one that has no room yet if that one is this many times as long.
 MUCH_LONGER = 4
 
 

@@ -102,7 +102,7 @@ class StaticMixed:
         self.begin(max_num_tokens)
 
     def begin(self, num_tokens: int) -> None:
-        """Plan what a step of so many tokens is recorded with, and nothing else may run with."""
+        """Plan what a step of `num_tokens` is recorded with, and nothing else may run with."""
         scratch = [self._scratch_block]
         num_blocks = -(-num_tokens // self._backend.arena.block_size)
         prompt = SequenceSpan(0, num_tokens, num_tokens, scratch * num_blocks)

@@ -8,7 +8,7 @@ import torch
 from hotset.model.batch import HostCopy, to_device
 from hotset.request import Request, StepItem, TokenLogprob
 
-# Logits of a step that are for prompts' log-probabilities take at most so many bytes, by device,
+# Logits of a step that are for prompts' log-probabilities take at most these bytes, by device,
 # so that no prompt's are there at once: a longer part of one waits for the next step.
 _MOST_BYTES = {"cuda": 2**28, "cpu": 2**26}
 _LEAST_ROWS = 16

@@ -35,7 +35,7 @@ _PATTERNS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}T{_TIME}"}
 _LOOKS = ("(?=", "(?!", "(?<=", "(?<!")
 # "Not only these characters", as pydantic has it: the same as one that is none of them.
 _NOT_ONLY = re.compile(r"^\^\(\?!\^\[([^\]\\]*)\]\*\$\)")
-# Digits and a point, so many in all: pydantic's again. Implied where the parts add up to no more.
+# Digits and a point, bounded together: pydantic's again. Implied where the parts add up to no more.
 _AT_MOST = re.compile(r"\(\?=\[\\d\.\]\{1,(\d+)\}0\*\$\)(?=\\d\{0,(\d+)\}\\\.\\d\{0,(\d+)\}0\*\$)")
 # llguidance reads numbers as floats, and those of more digits not to the last bit.
 EXACT_DIGITS, _MOST_EXACT, _MOST_SMALL = 15, 2**53, 22

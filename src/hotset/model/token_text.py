@@ -11,7 +11,7 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 # Any ordinary token will do before another one; these exist in most vocabularies.
 _USUAL = ("a", "e", "0", "A", "▁a", "Ġa")
 _TRIED = 2048
-# Of a run of tokens that are no whole character, all but the last few are let go each so many.
+# A run of tokens that are no whole character is cut to its last `_KEPT` at each `_LONG_RUN`.
 _LONG_RUN, _KEPT = 64, 8
 
 
