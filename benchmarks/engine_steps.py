@@ -22,9 +22,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotset.config import EngineConfig
+from hotset.cost.catalog import bundled_config
 from hotset.engine.engine import Engine
 from hotset.model.loaded import LoadedModel
-from hotset.plan.catalog import bundled_config
 from hotset.request import Request, RequestStatus, SamplingParams
 
 WARM_STEPS, STEPS = 6, 24

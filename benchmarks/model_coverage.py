@@ -35,10 +35,10 @@ import transformers
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import HotsetError, ModelError
+from hotset.executor.probe import inspect_model
+from hotset.experts.buffer import slot_bytes_of
+from hotset.experts.gating import experts_layers
 from hotset.model.architecture import find_architecture
-from hotset.model.expert_buffer import slot_bytes_of
-from hotset.model.experts import experts_layers
-from hotset.model.inspection import inspect_model
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
 from hotset.request import SamplingParams

@@ -1,6 +1,6 @@
 """Fields of configs that the planner does not read though they change a model's size.
 
-For each family of `tests/model/test_plan_against_transformers.py`, each field of its config in
+For each family of `tests/cost/test_plan_against_transformers.py`, each field of its config in
 turn gets another value, in a config as it comes and in one as transformers writes it. Where
 transformers builds a model of it, on the meta device, the planner must count the same parameters
 or refuse the config. Prints what differs; nothing is what one hopes for.
@@ -18,10 +18,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hotset.cost.families import shape_from_config
 from hotset.errors import PlanError
-from hotset.plan.families import shape_from_config
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests/model"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/cost"))
 from test_plan_against_transformers import FAMILIES, TINY
 
 # No sizes, or sizes of which every value is in the tests.

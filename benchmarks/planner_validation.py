@@ -3,7 +3,7 @@
     python benchmarks/planner_validation.py
     python benchmarks/planner_validation.py --measured benchmarks/results/engine_steps.json
 
-Three constants of `hotset.plan.cost.Calibration` are fitted, on rows 14 and 16 alone; the others
+Three constants of `hotset.cost.step_time.Calibration` are fitted, on rows 14 and 16 alone; the others
 come from measurements of links and from papers. Errors are printed with their sign: positive means
 that the prediction is too fast (more tokens/s, or less time, than measured). The results are
 written to benchmarks/results/planner_validation.json.
@@ -16,13 +16,13 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hotset.plan.catalog import load_model
-from hotset.plan.cost import CALIBRATIONS, Calibration, CostModel
-from hotset.plan.hardware import Hardware, load_hardware
-from hotset.plan.layout import Layout, parse_layout
+from hotset.cost.catalog import load_model
+from hotset.cost.hardware import Hardware, load_hardware
+from hotset.cost.layout import Layout, parse_layout
+from hotset.cost.routing import Routing
+from hotset.cost.shape import ModelShape
+from hotset.cost.step_time import CALIBRATIONS, Calibration, CostModel
 from hotset.plan.planner import make_plan
-from hotset.plan.routing import Routing
-from hotset.plan.shape import ModelShape
 from hotset.plan.workload import Request, Workload
 
 RESULTS = Path(__file__).parent / "results" / "planner_validation.json"

@@ -38,8 +38,8 @@ from hotset.bench.workload import PRESETS, Spec, make_work
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.engine.step_cost import StepCost
-from hotset.memory.disk import capacity_bytes_for
-from hotset.memory.slab import slot_bytes_for
+from hotset.memory.disk.slab import slot_bytes_for
+from hotset.memory.disk.tier import capacity_bytes_for
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_dummy

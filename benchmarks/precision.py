@@ -21,12 +21,12 @@ import torch
 import transformers
 from cpu_engine import QUESTIONS
 
+from hotset.attention.batch import make_batch
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
-from hotset.model.batch import make_batch
 from hotset.model.loader import load_model
-from hotset.model.prompt import PromptEncoder
 from hotset.request import Request, SamplingParams, StepItem
+from hotset.text.prompt import PromptEncoder
 
 VARIANTS = {
     "float32": {"dtype": "float32"},

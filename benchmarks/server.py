@@ -155,8 +155,8 @@ def run_engine(args: argparse.Namespace) -> None:
     from hotset.config import EngineConfig
     from hotset.engine.engine import Engine
     from hotset.model.loader import load_model
-    from hotset.model.prompt import PromptEncoder
     from hotset.request import SamplingParams
+    from hotset.text.prompt import PromptEncoder
 
     loaded = load_model(args.model, device="auto", dtype="auto")
     config = EngineConfig(

@@ -29,7 +29,7 @@ def measure(threads: int, seconds: float) -> list[float]:
     """In a process of its own: milliseconds of each step."""
     import torch
 
-    from hotset.model.cpu_linear import PackedLinear
+    from hotset.linear.packed import PackedLinear
 
     torch.set_num_threads(threads)
     linears = [

@@ -1,7 +1,10 @@
 """Fixtures for all tests."""
 
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import FakeTiers
@@ -28,3 +31,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Compute in one thread: the models are tiny, and the machine may be shared."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[..., Any]]:
+    """`engines.make_engine`, closing at the end of the test what it made."""
+    import engines
+
+    made: list[Any] = []
+
+    def make(*args: Any, **options: Any) -> Any:
+        made.append(engines.make_engine(*args, **options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()

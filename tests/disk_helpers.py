@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from hotset.memory.disk import DiskTier, capacity_bytes_for
-from hotset.memory.slab import slot_bytes_for
+from hotset.memory.disk.slab import slot_bytes_for
+from hotset.memory.disk.tier import DiskTier, capacity_bytes_for
 from hotset.memory.tier import Completion, CompletionStatus
 
 OK, FAILED, LATE = CompletionStatus.OK, CompletionStatus.FAILED, CompletionStatus.LATE

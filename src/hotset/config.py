@@ -1,4 +1,7 @@
-"""Configuration: one frozen dataclass, read once; the command line takes its defaults from it."""
+"""Configuration: one frozen dataclass, read once; the command line takes its defaults from it.
+
+Imports no torch.
+"""
 
 import functools
 import math
@@ -83,11 +86,11 @@ class EngineConfig:
             few tokens: `off`, `auto` where it is faster by what is measured at start, or `on` in
             all such steps. Their rounding is the CPU's then, so that output depends on what is
             resident as far as rounding goes.
-        expert_eviction: which expert leaves a slot; see `memory.expert_cache.SlotTable`.
+        expert_eviction: which expert leaves a slot; see `experts.cache.SlotTable`.
         expert_cold_dtype: of experts in host memory; `auto` is their own. With `fp8` or `int4`,
             about a half or a quarter of the bytes of bfloat16, all experts have the values that
             come back from there, so what is on the device does not change the output; not exact.
-            See `memory.narrow_experts`.
+            See `experts.narrow`.
         expert_prefetch: in steps of the plan `cache`, at most so many experts of the next layer are
             copied while a layer computes, chosen by the next layer's router for this layer's
             input; 0 is none. It helps where the link would be idle: a wrong guess costs a copy.

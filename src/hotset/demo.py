@@ -19,13 +19,13 @@ from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.engine.service import EngineService
 from hotset.errors import EngineError
-from hotset.memory.disk import capacity_bytes_for
-from hotset.memory.slab import slot_bytes_for
-from hotset.model.inspection import inspect_model
+from hotset.executor.probe import inspect_model
+from hotset.memory.disk.slab import slot_bytes_for
+from hotset.memory.disk.tier import capacity_bytes_for
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
-from hotset.model.prompt import PromptEncoder
 from hotset.request import FinishReason, SamplingParams
+from hotset.text.prompt import PromptEncoder
 
 HOT_ONLY, TIERED = "hot tier alone", "with tiers"
 

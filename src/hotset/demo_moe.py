@@ -14,13 +14,13 @@ from hotset.bench.expert_arms import expert_sizes
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import EngineError, ModelError
-from hotset.model.experts import experts_layers, unpack_experts
-from hotset.model.inspection import inspect_model
+from hotset.executor.probe import inspect_model
+from hotset.experts.gating import experts_layers, unpack_experts
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
-from hotset.model.prompt import PromptEncoder
 from hotset.model.upcycled_model import NAME
 from hotset.request import FinishReason, SamplingParams
+from hotset.text.prompt import PromptEncoder
 
 ALL, QUARTER = "all experts", "a quarter of them"
 

@@ -1,4 +1,4 @@
-"""LLM: hotset from Python, in a script or a notebook."""
+"""LLM: hotset from Python, in a script or a notebook. Imports no torch."""
 
 import asyncio
 import contextlib
@@ -14,8 +14,8 @@ from hotset.config import EngineConfig
 from hotset.engine.completion import Completion, gather
 from hotset.engine.service import EngineService, OutputStream
 from hotset.errors import ConfigError, EngineError, RequestError
-from hotset.model.prompt import Message, PromptEncoder
 from hotset.request import FinishReason, RequestOutput, SamplingParams
+from hotset.text.prompt import Message, PromptEncoder
 
 Chat = Sequence[Message]
 Prompt = str | Chat | Sequence[int]

@@ -1,4 +1,4 @@
-"""Requests and what comes back for them: plain data."""
+"""Requests and what comes back for them: plain data. Imports no torch."""
 
 import math
 import time

@@ -15,11 +15,11 @@ from tiny_tokenizer import make_tokenizer
 from hotset.config import EngineConfig
 from hotset.engine.loop import build_engine
 from hotset.errors import ConfigError, ModelError
+from hotset.executor.probe import inspect_model
 from hotset.model import checkpoint
 from hotset.model.architecture import find_architecture
-from hotset.model.inspection import inspect_model
 from hotset.model.loader import load_dummy, load_model
-from hotset.model.prompt import PromptEncoder
+from hotset.text.prompt import PromptEncoder
 
 REFUSED = {
     "mamba2": "layers of type linear_attention",

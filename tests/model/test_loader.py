@@ -15,8 +15,8 @@ from tiny_models import make_model
 from tiny_tokenizer import make_tokenizer
 from transformers import MambaConfig
 
+from hotset.checkpoint import fingerprint
 from hotset.errors import ConfigError, ModelError
-from hotset.model import fingerprint
 from hotset.model.loader import load_model
 
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_config, make_model
 from transformers.core_model_loading import WeightRenaming
 
+from hotset.checkpoint.files import read_config, read_headers
+from hotset.checkpoint.tensors import CheckpointTensors
 from hotset.errors import ModelError
+from hotset.linear.merged import MergedLinear
 from hotset.model import checkpoint, weights
 from hotset.model.architecture import Architecture
-from hotset.model.checkpoint_files import read_config, read_headers
-from hotset.model.checkpoint_tensors import CheckpointTensors
 from hotset.model.loader import load_model
-from hotset.model.merged_linear import MergedLinear
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(3, 30).unsqueeze(0)
@@ -185,8 +185,8 @@ from pathlib import Path
 import torch
 from hotset.model import weights
 from hotset.model.checkpoint import read_architecture
-from hotset.model.checkpoint_files import read_config, read_headers
-from hotset.model.checkpoint_tensors import CheckpointTensors
+from hotset.checkpoint.files import read_config, read_headers
+from hotset.checkpoint.tensors import CheckpointTensors
 from hotset.model.loader import load_model
 
 folder, ended = Path(sys.argv[1]), threading.Event()

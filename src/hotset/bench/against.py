@@ -12,9 +12,9 @@ from hotset.bench.load_player import Asking
 from hotset.bench.play import Play
 from hotset.bench.result import ArmRun, observe
 from hotset.bench.workload import Spec, Work, prefix_work, token_range, warm_up
+from hotset.cost.catalog import find_config
 from hotset.errors import ConfigError, PlanError
 from hotset.foreign_text import parse_json
-from hotset.plan.catalog import find_config
 
 _CONNECT_S = 30.0
 _READ_S = 600.0

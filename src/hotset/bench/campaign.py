@@ -17,7 +17,7 @@ from hotset.bench.workload import Spec, make_work
 from hotset.config import EngineConfig
 from hotset.cpu_libraries import set_threads
 from hotset.errors import ConfigError, EngineError
-from hotset.model.expert_disk import ExpertSink
+from hotset.experts.disk import ExpertSink
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_dummy, load_model
 

@@ -11,7 +11,7 @@ from hotset.bench.play import Play, Record
 from hotset.bench.workload import Work
 from hotset.engine.engine import Engine
 from hotset.errors import EngineError
-from hotset.memory.slab import slot_bytes_for
+from hotset.memory.disk.slab import slot_bytes_for
 from hotset.request import FinishReason, SamplingParams
 
 _SAMPLE_S = 0.1

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from hotset.config import EXPERT_OPTIONS, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
-from hotset.model.experts import experts_layers, unpack_experts
-from hotset.model.inspection import weights_bytes
+from hotset.executor.probe import weights_bytes
+from hotset.experts.gating import experts_layers, unpack_experts
 
 RESIDENT, EXPERTS = "resident", "experts"
 

@@ -34,7 +34,7 @@ from hotset.bench.moe_gating import (
 from hotset.bench.moe_sweep import Limits, Sweep, Way, sweep
 from hotset.config import GIB
 from hotset.errors import ConfigError
-from hotset.model.experts import IMPLEMENTATION, dynamic_experts, pack_experts
+from hotset.experts.gating import IMPLEMENTATION, dynamic_experts, pack_experts
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -2,7 +2,7 @@
 
 Static is what GShard and fairseq do: every expert gets C = ceil(f * S) rows of a batch of S tokens,
 a dispatch mask `[S, E, C]` puts tokens there, experts compute all C rows, empty or not, and a token
-that finds its expert full is dropped. Dynamic is `hotset.model.experts`, as the engine runs it.
+that finds its expert full is dropped. Dynamic is `hotset.experts.gating`, as the engine runs it.
 
 Of E * C rows static computes, k * S are asked for: E * f / k is the waste a ratio comes from.
 Source: Huang et al., "Toward Efficient Inference for Mixture of Experts", NeurIPS 2024.
@@ -18,7 +18,7 @@ from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
 from hotset.errors import ConfigError
-from hotset.model.experts import IMPLEMENTATION
+from hotset.experts.gating import IMPLEMENTATION
 
 CAPACITY_FACTORS = (0.05, 0.25, 1.0)
 

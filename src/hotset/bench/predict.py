@@ -6,8 +6,8 @@ from statistics import fmean
 from typing import Any
 
 from hotset.bench.workload import Turn, Work
-from hotset.plan.cost import PREFILL_CHUNK, CostModel, split_prefix
-from hotset.plan.experts import ExpertCost, Load
+from hotset.cost.expert_steps import ExpertCost, Load
+from hotset.cost.step_time import PREFILL_CHUNK, CostModel, split_prefix
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,21 +28,21 @@ from hotset.bench.result import ArmRun, columns, observe
 from hotset.bench.workload import Spec, Work, filler, make_work, prefix_work, warm_up
 from hotset.cgroups import available_host_bytes
 from hotset.config import GIB, EngineConfig
+from hotset.cost.expert_steps import ExpertCost, link_of
+from hotset.cost.hardware import choose_hardware
+from hotset.cost.loaded import make_cost_model
+from hotset.cost.routing import Routing, skewed_shares
+from hotset.cost.step_time import CostModel
 from hotset.engine.engine import Engine
 from hotset.engine.model_shape import kv_note
 from hotset.errors import ConfigError, HotsetError, PlanError
-from hotset.memory.disk import capacity_bytes_for
-from hotset.memory.slab import slot_bytes_for
-from hotset.model.expert_buffer import slot_bytes_of
-from hotset.model.inspection import inspect_model
+from hotset.executor.probe import inspect_model
+from hotset.experts.buffer import slot_bytes_of
+from hotset.experts.recorder import RoutingRecorder, write_routing
+from hotset.memory.disk.slab import slot_bytes_for
+from hotset.memory.disk.tier import capacity_bytes_for
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import resolve_kv_dtype
-from hotset.model.routing_recorder import RoutingRecorder, write_routing
-from hotset.plan.cost import CostModel
-from hotset.plan.experts import ExpertCost, link_of
-from hotset.plan.hardware import choose_hardware
-from hotset.plan.loaded import make_cost_model
-from hotset.plan.routing import Routing, skewed_shares
 
 ARMS = ("hot", "host", "host+disk", RESIDENT, EXPERTS)
 

@@ -1,4 +1,7 @@
-"""The `hotset` command. Each command is a module of this package, imported when it is called."""
+"""The `hotset` command. Each command is a module of this package, imported when it is called.
+
+Imports no torch.
+"""
 
 import importlib
 import os

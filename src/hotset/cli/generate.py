@@ -134,7 +134,7 @@ def command(
         raise ConfigError("a prompt is empty; expected text")
 
     from hotset.engine.service import EngineService  # imports torch: not for --help
-    from hotset.model.prompt import PromptEncoder
+    from hotset.text.prompt import PromptEncoder
 
     service = EngineService(replace(config, model=model))
     try:

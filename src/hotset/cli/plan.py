@@ -202,8 +202,8 @@ def command(
 def _balance(path: Path, devices: int | None, replicas: int | None, as_json: bool) -> None:
     from dataclasses import asdict
 
+    from hotset.cost.routing import skew_of
     from hotset.plan.balance import balance, balance_table, load_recording
-    from hotset.plan.routing import skew_of
 
     if devices is None:
         raise PlanError("--routing needs --devices N")
@@ -320,8 +320,8 @@ def _example(name: str, as_json: bool) -> None:
 
 
 def _list(as_json: bool) -> None:
-    from hotset.plan.catalog import bundled_models
-    from hotset.plan.hardware import bundled_hardware
+    from hotset.cost.catalog import bundled_models
+    from hotset.cost.hardware import bundled_hardware
 
     models, hardware = bundled_models(), [*bundled_hardware(), "this"]
     if as_json:

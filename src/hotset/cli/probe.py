@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
+from hotset.cost.hardware import probe_path
 from hotset.errors import ConfigError
-from hotset.plan.hardware import probe_path
 
 
 @click.command(epilog="Example: hotset probe && hotset plan smollm2-135m --hardware this --users 8")

@@ -242,7 +242,7 @@ def command(
 
 
 def _warn_of_no_template(service: "EngineService") -> None:
-    from hotset.model.prompt import PromptEncoder
+    from hotset.text.prompt import PromptEncoder
 
     message = PromptEncoder(service.model).no_template
     if message is not None:

@@ -1,4 +1,4 @@
-"""A whole answer, gathered from the outputs of its steps."""
+"""A whole answer, gathered from the outputs of its steps. Imports no torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

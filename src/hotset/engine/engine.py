@@ -13,9 +13,13 @@ import platformdirs
 import torch
 from transformers import PreTrainedModel
 
+from hotset.attention.flashinfer.kernels import start_kernels
 from hotset.cgroups import available_host_bytes
 from hotset.config import GIB, EngineConfig
+from hotset.cost.config_sizes import largest
+from hotset.cost.prefix import PrefixPolicy, Rates
 from hotset.cpu_libraries import bound_kernels, set_threads
+from hotset.engine.budget import make_budget
 from hotset.engine.memory_split import Memory, split_memory
 from hotset.engine.model_shape import kv_note
 from hotset.engine.outputs import OutputProcessor
@@ -25,29 +29,25 @@ from hotset.engine.start_times import StartTimes
 from hotset.engine.step_cost import StepCost
 from hotset.engine.step_timer import StepTimer
 from hotset.errors import ConfigError, ExpertReadError, RequestError
+from hotset.executor.probe import inspect_model, weights_bytes, workspace_bytes
+from hotset.executor.prompt_logprobs import PendingPromptLogprobs, most_rows
+from hotset.executor.runner import ModelRunner, choose_backend
+from hotset.executor.sampler import PendingTokens, Sampler
+from hotset.experts.buffer import ExpertBuffer, buffer_experts
+from hotset.experts.gating import experts_layers, pack_experts
+from hotset.experts.recorder import RoutingRecorder
+from hotset.grammar.json_bounds import JsonBounds
+from hotset.kv.cache import KVCache
+from hotset.kv.pool import BlockPool
+from hotset.linear.packed import pack_linears
 from hotset.memory.arena import DeviceArena, HostArena
-from hotset.memory.block_pool import BlockPool
-from hotset.memory.budget import make_budget
-from hotset.memory.disk import DiskTier
+from hotset.memory.disk.slab import slot_bytes_for
+from hotset.memory.disk.tier import DiskTier
 from hotset.memory.host_tier import HostTier
-from hotset.memory.kv_cache import KVCache
-from hotset.memory.policy import PrefixPolicy, Rates
-from hotset.memory.slab import slot_bytes_for
 from hotset.memory.transfer import TierStack, make_copier
 from hotset.metrics import Metrics
-from hotset.model.config_sizes import largest
-from hotset.model.cpu_linear import pack_linears
-from hotset.model.expert_buffer import ExpertBuffer, buffer_experts
-from hotset.model.experts import experts_layers, pack_experts
-from hotset.model.flashinfer_kernels import start_kernels
-from hotset.model.inspection import inspect_model, weights_bytes, workspace_bytes
-from hotset.model.json_bounds import JsonBounds
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import resolve_kv_dtype
-from hotset.model.prompt_logprobs import PendingPromptLogprobs, most_rows
-from hotset.model.routing_recorder import RoutingRecorder
-from hotset.model.runner import ModelRunner, choose_backend
-from hotset.model.sampler import PendingTokens, Sampler
 from hotset.request import (
     UNKNOWN_TOKEN,
     FinishReason,

@@ -1,4 +1,4 @@
-"""Whose request is next, when many tenants wait."""
+"""Whose request is next, when many tenants wait. Imports no torch."""
 
 from bisect import insort
 from collections.abc import Iterator

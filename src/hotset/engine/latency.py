@@ -1,4 +1,7 @@
-"""How long requests wait and how fast their tokens come: plain data, fed by the engine thread."""
+"""How long requests wait and how fast their tokens come: plain data, fed by the engine thread.
+
+Imports no torch.
+"""
 
 import math
 from bisect import bisect_left

@@ -22,9 +22,9 @@ from hotset.engine.start_times import StartTimes
 from hotset.engine.status import EngineStatus, engine_status
 from hotset.engine.urgency import MUCH_LONGER
 from hotset.errors import OverloadedError, RequestError
+from hotset.executor.probe import weights_bytes
+from hotset.experts.disk import ExpertSink
 from hotset.metrics import Metrics
-from hotset.model.expert_disk import ExpertSink
-from hotset.model.inspection import weights_bytes
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
 from hotset.request import FinishReason, RequestOutput

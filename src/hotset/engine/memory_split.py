@@ -6,17 +6,17 @@ import torch
 from transformers import PreTrainedModel
 
 from hotset.config import EXPERT_OPTIONS, GIB, EngineConfig
+from hotset.cost.expert_split import KVMemory, Split, Splitter, least_bytes
+from hotset.cost.expert_steps import ExpertCost, Load, link_of
+from hotset.cost.hardware import Hardware, choose_hardware, load_hardware
+from hotset.engine.budget import fewest_blocks
 from hotset.engine.model_shape import make_cost_model
 from hotset.errors import ConfigError
-from hotset.memory.budget import fewest_blocks
-from hotset.memory.expert_cache import SlotBytes
-from hotset.memory.shared_region import SharedRegion
-from hotset.model.expert_buffer import check_buffering, experts_bytes, slot_bytes_of
-from hotset.model.inspection import ModelLayout, weights_bytes
+from hotset.executor.probe import ModelLayout, weights_bytes
+from hotset.experts.buffer import check_buffering, experts_bytes, slot_bytes_of
+from hotset.experts.cache import SlotBytes
+from hotset.memory.region import SharedRegion
 from hotset.model.loaded import LoadedModel
-from hotset.plan.expert_split import KVMemory, Split, Splitter, least_bytes
-from hotset.plan.experts import ExpertCost, Load, link_of
-from hotset.plan.hardware import Hardware, choose_hardware, load_hardware
 
 # What requests are like where the user does not say: a prompt and its answer, and how many of them
 # there are where each step is to be short.

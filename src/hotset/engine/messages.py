@@ -1,4 +1,4 @@
-"""What passes between an engine, wherever it runs, and those that use it; imports no torch."""
+"""What passes between an engine, wherever it runs, and its users. Imports no torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hotset.memory.expert_cache import SlotBytes
-from hotset.model.attention import LayerAttention
-from hotset.model.config_sizes import largest
-from hotset.model.cpu_linear import PackedLinear
-from hotset.model.experts import experts_layers
-from hotset.model.inspection import ModelLayout
-from hotset.plan.cost import Calibration, CostModel
-from hotset.plan.hardware import Hardware
-from hotset.plan.layout import Layout
-from hotset.plan.routing import Routing
-from hotset.plan.shape import Attention, Kind, Layer, ModelShape, Params
+from hotset.attention.hook import LayerAttention
+from hotset.cost.config_sizes import largest
+from hotset.cost.hardware import Hardware
+from hotset.cost.layout import Layout
+from hotset.cost.routing import Routing
+from hotset.cost.shape import Attention, Kind, Layer, ModelShape, Params
+from hotset.cost.step_time import Calibration, CostModel
+from hotset.executor.probe import ModelLayout
+from hotset.experts.cache import SlotBytes
+from hotset.experts.gating import experts_layers
+from hotset.linear.packed import PackedLinear
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8"}
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")

@@ -6,8 +6,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from hotset.errors import ModelError
-from hotset.model.token_text import TokenDecoder
 from hotset.request import FinishReason, Request, RequestOutput, TokenLogprob
+from hotset.text.token_text import TokenDecoder
 
 # The last tokens of the prompt let the decoder see that the output does not start a sentence:
 # some tokenizers would drop its first space.

@@ -1,4 +1,4 @@
-"""Who runs in a step, and how many tokens of each. Touches no tensor."""
+"""Who runs in a step, and how many tokens of each. Touches no tensor. Imports no torch."""
 
 import time
 from bisect import insort
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from hotset.engine.step_cost import StepCost
 from hotset.engine.step_shares import StepShares
 from hotset.engine.urgency import MUCH_LONGER, PromptOrder
-from hotset.memory.kv_cache import KVCache
+from hotset.kv.cache import KVCache
 from hotset.request import FinishReason, Request, RequestStatus, StepPlan
 
 # Requests at the head of the queue whose blocks are brought closer ahead of their turn.

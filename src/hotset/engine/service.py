@@ -1,4 +1,7 @@
-"""The engine for any number of threads and event loops: requests in, a stream of outputs each."""
+"""The engine for any number of threads and event loops: requests in, a stream of outputs each.
+
+Imports no torch.
+"""
 
 import asyncio
 import atexit

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from statistics import fmean
 
 from hotset.config import GIB
+from hotset.cost.expert_split import Split
+from hotset.cost.expert_steps import Load
+from hotset.cost.split_policy import SplitPolicy
 from hotset.engine.memory_split import MovingSplit
 from hotset.engine.scheduler import Scheduler
+from hotset.experts.buffer import ExpertBuffer
 from hotset.memory.arena import DeviceArena
-from hotset.model.expert_buffer import ExpertBuffer
-from hotset.plan.expert_split import Split
-from hotset.plan.experts import Load
-from hotset.plan.split_policy import SplitPolicy
 
 _log = logging.getLogger(__name__)
 

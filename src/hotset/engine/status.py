@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from hotset.memory.slab import slot_bytes_for
+from hotset.memory.disk.slab import slot_bytes_for
 
 if TYPE_CHECKING:
     from hotset.engine.engine import Engine

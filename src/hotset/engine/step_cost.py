@@ -1,4 +1,7 @@
-"""How long a step takes by the tokens of prompts in it, followed while it runs."""
+"""How long a step takes by the tokens of prompts in it, followed while it runs.
+
+Imports no torch.
+"""
 
 from collections.abc import Iterable
 

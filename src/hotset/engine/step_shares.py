@@ -1,9 +1,9 @@
-"""How the requests that run share the tokens of one step."""
+"""How the requests that run share the tokens of one step. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 
 from hotset.engine.urgency import PromptOrder
-from hotset.memory.kv_cache import KVCache
+from hotset.kv.cache import KVCache
 from hotset.request import Request, RequestStatus, StepItem
 
 # The oldest prompt gets a quarter of what a step has for prompts, and so does the one

@@ -1,4 +1,7 @@
-"""In which order prompts are computed: none waits much longer than its length accounts for."""
+"""In which order prompts are computed: none waits much longer than its length accounts for.
+
+Imports no torch.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -59,7 +59,7 @@ def copy_experts(
 
     Cost: B bytes over the link for each copy. Nothing is asked of the host, so that a CUDA graph
     can record it.
-    Reference: `tests/kernel/test_copy_experts.py`, bit-exact.
+    Reference: `tests/kernels/test_copy_experts.py`, bit-exact.
     """
     if not len(experts):
         return

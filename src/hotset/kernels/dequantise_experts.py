@@ -15,7 +15,7 @@ _EXPERTS_BESIDE_COMPUTE = 4
 
 
 class _Matrix(Protocol):
-    """See `memory.narrow_experts.NarrowMatrix`."""
+    """See `experts.narrow.NarrowMatrix`."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -32,7 +32,7 @@ class _Matrix(Protocol):
 
 
 class _Layout(Protocol):
-    """See `memory.narrow_experts.NarrowLayout`."""
+    """See `experts.narrow.NarrowLayout`."""
 
     is_int4: bool
     scale_dtype: torch.dtype
@@ -134,7 +134,7 @@ def dequantise_experts(
 
     Cost: `layout.payload_bytes` over the link for each copy. Nothing is asked of the host, so that
     a CUDA graph can record it.
-    Reference: `memory.narrow_experts.NarrowLayout.dequantise`, bit-exact.
+    Reference: `experts.narrow.NarrowLayout.dequantise`, bit-exact.
     """
     if not len(experts):
         return

@@ -103,7 +103,7 @@ def draw_tokens(
         token_ids: `[R]` int64, of which those of `rows` are set: to a token of weight above 0,
             and to any token where logits are NaN.
 
-    Reference: `sampler._invert`, the same but for rounding (`tests/kernel/test_draw_tokens.py`).
+    Reference: `sampler._invert`, the same but for rounding (`tests/kernels/test_draw_tokens.py`).
     """
     assert logits.stride(1) == 1
     vocab_size, num_draws = logits.shape[1], len(rows)

@@ -171,7 +171,7 @@ def route_rows(ids: torch.Tensor, num_experts: int, block_rows: int) -> Routing:
     Cost: each of E programs reads all ids twice, mostly from L2; of many rows all are counted once
     and read once more for each expert. Nothing is asked of the host, so that a CUDA graph can
     record it.
-    Reference: `tests/kernel/test_expert_routing.py`, exact.
+    Reference: `tests/kernels/test_expert_routing.py`, exact.
     """
     num_rows = len(ids)
     places = ids.new_empty(num_rows, dtype=torch.int32)

@@ -243,7 +243,7 @@ def fused_experts(
 
     Cost: the weights of experts that got rows are read from HBM once, bound by that until about
     a hundred rows an expert. Launches of fixed shape; nothing is asked of the host.
-    Reference: `tests/kernel/test_fused_experts.py`.
+    Reference: `tests/kernels/test_fused_experts.py`.
     """
     num_tokens, top_k = ids.shape
     num_experts = len(up_addresses)

@@ -69,7 +69,7 @@ def store_kv(
         value_scale: likewise.
 
     Cost: each value read and written once, bound by bandwidth.
-    Reference: `tests/kernel/test_store_kv.py`, bit-exact.
+    Reference: `tests/kernels/test_store_kv.py`, bit-exact.
     """
     num_heads, num_tokens, head_dim = key.shape
     num_values = num_heads * head_dim

@@ -35,7 +35,7 @@ def widen_kv(cache: torch.Tensor, block_ids: torch.Tensor, target: torch.Tensor)
             of `block_ids` becomes its n-th.
 
     Cost: each value read and written once, bound by bandwidth; a launch of N programs or more.
-    Reference: `tests/kernel/test_widen_kv.py`, bit-exact.
+    Reference: `tests/kernels/test_widen_kv.py`, bit-exact.
     """
     num_values = target[0].numel()
     _widen_kv[(len(block_ids), triton.cdiv(num_values, _TILE))](

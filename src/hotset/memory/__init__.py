@@ -1,1 +1,1 @@
-"""What is where, and moving it."""
+"""Payloads of bytes by key, in tiers, and moving them. Knows neither tokens nor layers."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hotset.memory.slab import slot_bytes_for
+from hotset.memory.disk.slab import slot_bytes_for
 
 
 @dataclass(frozen=True, slots=True)

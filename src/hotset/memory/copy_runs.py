@@ -1,4 +1,4 @@
-"""Coalescing copies."""
+"""Coalescing copies. Imports no torch."""
 
 from collections.abc import Sequence
 

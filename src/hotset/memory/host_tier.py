@@ -1,4 +1,7 @@
-"""Which host slot holds which payload. Bookkeeping only: the memory itself is `arena.HostArena`."""
+"""Which host slot holds which payload. Bookkeeping only: the memory itself is `arena.HostArena`.
+
+Imports no torch.
+"""
 
 from collections import OrderedDict
 

@@ -1,4 +1,4 @@
-"""The protocol of a tier below host memory: fixed-size payloads by key."""
+"""The protocol of a tier below host memory: fixed-size payloads by key. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

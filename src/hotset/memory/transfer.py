@@ -11,12 +11,12 @@ from typing import Protocol
 
 import numpy as np
 
+from hotset.cost.prefix import Rates
 from hotset.errors import OutOfBlocksError
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.colder_tiers import EndedTransfer
 from hotset.memory.cuda_copier import CudaCopier
 from hotset.memory.host_tier import HostTier
-from hotset.memory.policy import Rates
 from hotset.memory.tier import CompletionStatus, Tier
 from hotset.metrics import Metrics
 

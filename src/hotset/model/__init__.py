@@ -1,1 +1,1 @@
-"""Loading a transformers model and running it over a paged KV cache."""
+"""From a name to a loaded model."""

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from hotset.errors import ModelError
-from hotset.model.inspection import check_decoder, inspect_model
-from hotset.model.libraries import first_line, quiet
-from hotset.model.linear_reads import is_read, mark_as_read
+from hotset.executor.probe import check_decoder, inspect_model
+from hotset.libraries import first_line, quiet
+from hotset.linear.reads import is_read, mark_as_read
 
 
 @dataclass(frozen=True, slots=True)

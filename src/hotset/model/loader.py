@@ -14,25 +14,25 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from hotset.cgroups import available_host_bytes
+from hotset.checkpoint.files import kv_scales, read_config
+from hotset.checkpoint.fingerprint import fingerprint
+from hotset.checkpoint.quantized import is_dequantised
+from hotset.cost.catalog import find_config
+from hotset.cost.config_sizes import context_length, largest, num_experts
+from hotset.cost.quantisation import quant_config
 from hotset.errors import ConfigError, ModelError, PlanError
+from hotset.executor.probe import inspect_model
+from hotset.experts.disk import ExpertSink
+from hotset.experts.gating import experts_layers, move_but_experts
+from hotset.experts.router_skew import skew_routers
 from hotset.foreign_text import parse_json
+from hotset.libraries import first_line, quiet
+from hotset.linear.fp8 import FP8
+from hotset.linear.fp8_linear import quantize_linears
 from hotset.model import checkpoint
 from hotset.model.architecture import Architecture, find_architecture, known_fields
-from hotset.model.checkpoint_files import kv_scales, read_config
-from hotset.model.config_sizes import context_length, largest, num_experts
-from hotset.model.expert_disk import ExpertSink
-from hotset.model.experts import experts_layers, move_but_experts
 from hotset.model.find_model import find_model
-from hotset.model.fingerprint import fingerprint
-from hotset.model.fp8 import FP8
-from hotset.model.fp8_linear import quantize_linears
-from hotset.model.inspection import inspect_model
-from hotset.model.libraries import first_line, quiet
 from hotset.model.loaded import LoadedModel, no_tokenizer
-from hotset.model.quantized import is_dequantised
-from hotset.model.router_skew import skew_routers
-from hotset.plan.catalog import find_config
-from hotset.plan.quantisation import quant_config
 
 _log = logging.getLogger(__name__)
 

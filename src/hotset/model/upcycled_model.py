@@ -20,10 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, MixtralConfig
 
+from hotset.checkpoint import kept_folder
+from hotset.checkpoint.files import WEIGHTS
 from hotset.errors import ModelError
 from hotset.foreign_text import parse_json
-from hotset.model import default_model, kept_folder
-from hotset.model.checkpoint_files import WEIGHTS
+from hotset.model import default_model
 
 NAME = "smollm2-135m-upcycled"
 NUM_EXPERTS = 8

@@ -20,13 +20,13 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
+from hotset.checkpoint import leftovers
+from hotset.checkpoint.tensors import CheckpointTensors
+from hotset.cost.quantisation import quant_config
 from hotset.errors import ModelError
-from hotset.model import leftovers
+from hotset.linear.fp8_linear import Fp8Linear, quantize_linears
+from hotset.linear.merged import MergedLinear, merge_linears
 from hotset.model.architecture import Architecture
-from hotset.model.checkpoint_tensors import CheckpointTensors
-from hotset.model.fp8_linear import Fp8Linear, quantize_linears
-from hotset.model.merged_linear import MergedLinear, merge_linears
-from hotset.plan.quantisation import quant_config
 
 _NUM_THREADS = 4  # each holds one tensor; they wait for the disk and the link
 

@@ -1,1 +1,1 @@
-"""The arithmetic over bytes and links that the planner, the simulator and the engine share."""
+"""The planner: from a model, hardware and a workload to a table and a page. Imports no torch."""

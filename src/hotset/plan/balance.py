@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hotset.cost.placement import History, Placement, in_order, measure, place, round_robin
+from hotset.cost.routing import skew_of
 from hotset.errors import PlanError
 from hotset.foreign_text import parse_json
-from hotset.plan.placement import History, Placement, in_order, measure, place, round_robin
-from hotset.plan.routing import skew_of
 
 Counts = npt.NDArray[np.int64]
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from hotset.cost.catalog import load_model
+from hotset.cost.hardware import Hardware, load_hardware
+from hotset.cost.layout import parse_layout
+from hotset.cost.step_time import Tiering
 from hotset.errors import PlanError
-from hotset.plan.catalog import load_model
 from hotset.plan.compare import compare_plans, rate_at
-from hotset.plan.cost import Tiering
-from hotset.plan.hardware import Hardware, load_hardware
-from hotset.plan.layout import parse_layout
 from hotset.plan.planner import make_plan
 from hotset.plan.report import gb, rows, seconds
 from hotset.plan.result import Plan

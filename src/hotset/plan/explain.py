@@ -1,10 +1,10 @@
 """A plan step by step: each formula, its numbers, and the assumption it rests on."""
 
-from hotset.plan.cost import CAUSES
+from hotset.cost.shape import KV_BYTES, WEIGHT_BITS, Attention, Kind
+from hotset.cost.step_time import CAUSES
 from hotset.plan.planner import BLOCK_SIZE, HBM_SHARE, SLICE_TOKENS
 from hotset.plan.report import gb, seconds
 from hotset.plan.result import Plan
-from hotset.plan.shape import KV_BYTES, WEIGHT_BITS, Attention, Kind
 
 
 def explain_plan(plan: Plan) -> str:

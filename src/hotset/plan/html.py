@@ -3,10 +3,10 @@
 from dataclasses import replace
 from html import escape
 
+from hotset.cost.families import layer_summary
+from hotset.cost.step_time import CAUSES
 from hotset.errors import PlanError
-from hotset.plan.cost import CAUSES
 from hotset.plan.explain import explain_plan
-from hotset.plan.families import layer_summary
 from hotset.plan.planner import make_plan
 from hotset.plan.report import gb, seconds
 from hotset.plan.result import Plan

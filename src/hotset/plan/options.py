@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hotset.cost.catalog import load_model
+from hotset.cost.hardware import LINKS, load_hardware
+from hotset.cost.layout import parse_layout
+from hotset.cost.routing import Routing, load_histogram
+from hotset.cost.step_time import CALIBRATIONS
 from hotset.errors import PlanError
-from hotset.plan.catalog import load_model
-from hotset.plan.cost import CALIBRATIONS
-from hotset.plan.hardware import LINKS, load_hardware
-from hotset.plan.layout import parse_layout
-from hotset.plan.routing import Routing, load_histogram
 from hotset.plan.workload import Request, Workload
 
 _SUFFIX = {"": 1, "k": 1024, "m": 1024**2}

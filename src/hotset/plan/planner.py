@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass, replace
 
+from hotset.cost.layout import Layout, candidate_layouts, check_layout
+from hotset.cost.shape import WEIGHT_BITS
+from hotset.cost.step_time import CAUSES, PREFILL_CHUNK, CostModel, Step, Tiering, split_prefix
 from hotset.errors import PlanError
-from hotset.plan.cost import CAUSES, PREFILL_CHUNK, CostModel, Step, Tiering, split_prefix
-from hotset.plan.layout import Layout, candidate_layouts, check_layout
 from hotset.plan.result import Plan
-from hotset.plan.shape import WEIGHT_BITS
 from hotset.plan.workload import Request
 
 HBM_SHARE = 0.9  # of HBM a server claims; the rest is left to the driver and to fragmentation

@@ -3,9 +3,9 @@
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from hotset.cost.families import layer_summary
+from hotset.cost.step_time import CAUSES
 from hotset.plan.compare import Ratio
-from hotset.plan.cost import CAUSES
-from hotset.plan.families import layer_summary
 from hotset.plan.result import Plan
 from hotset.plan.search import Candidate, SweepPoint
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from hotset.plan.cost import CostModel, Step, Tiering
-from hotset.plan.layout import Layout
+from hotset.cost.layout import Layout
+from hotset.cost.step_time import CostModel, Step, Tiering
 from hotset.plan.workload import Request
 
 

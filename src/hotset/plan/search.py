@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass, replace
 
+from hotset.cost.layout import candidate_layouts
 from hotset.errors import PlanError
-from hotset.plan.layout import candidate_layouts
 from hotset.plan.options import parse_count
 from hotset.plan.planner import make_plan
 from hotset.plan.result import Plan

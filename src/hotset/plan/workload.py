@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from hotset.cost.hardware import Hardware
+from hotset.cost.layout import Layout
+from hotset.cost.routing import Routing
+from hotset.cost.shape import KV_BYTES, ModelShape
+from hotset.cost.step_time import Calibration
 from hotset.errors import PlanError
-from hotset.plan.cost import Calibration
-from hotset.plan.hardware import Hardware
-from hotset.plan.layout import Layout
-from hotset.plan.routing import Routing
-from hotset.plan.shape import KV_BYTES, ModelShape
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""OpenAI-compatible HTTP server."""
+"""OpenAI-compatible HTTP server. Imports no torch."""

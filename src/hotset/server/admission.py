@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from hotset.engine.service import EngineService, OutputStream
 from hotset.errors import RequestError
-from hotset.model.prompt import PromptEncoder
 from hotset.request import SamplingParams
 from hotset.server.errors import ApiError
 from hotset.server.keys import Tenant
 from hotset.server.limits import Limits
 from hotset.server.responses import Writer, make_writers
 from hotset.server.schemas import GenerationRequest
+from hotset.text.prompt import PromptEncoder
 
 BATCH_PRIORITY = 1  # after those somebody waits for
 

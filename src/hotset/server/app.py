@@ -19,7 +19,6 @@ from hotset import __version__
 from hotset.config import EngineConfig
 from hotset.engine.service import EngineService
 from hotset.errors import EngineError, HotsetError
-from hotset.model.prompt import PromptEncoder
 from hotset.server import metrics, openapi
 from hotset.server.admission import Admission
 from hotset.server.batches import BatchRunner
@@ -43,6 +42,7 @@ from hotset.server.schemas import (
 )
 from hotset.server.status import StatusBoard
 from hotset.server.tracing import Tracer
+from hotset.text.prompt import PromptEncoder
 
 _EXPOSED_HEADERS = ["x-request-id", "retry-after", WARNING_HEADER]
 _PAGE_HEADERS = {

@@ -15,7 +15,6 @@ from hotset.engine.completion import gather
 from hotset.engine.service import EngineService
 from hotset.errors import ConfigError, EngineError, HotsetError, RequestError
 from hotset.foreign_text import ForeignTextError, parse_json
-from hotset.model.prompt import PromptEncoder
 from hotset.request import FinishReason
 from hotset.server.admission import Admission, Admitted
 from hotset.server.batch_identity import RunIdentity, line_identity, read_record_id
@@ -25,6 +24,7 @@ from hotset.server.keys import Tenant
 from hotset.server.limits import UNLIMITED
 from hotset.server.responses import response_body
 from hotset.server.schemas import ChatRequest, GenerationRequest, TextRequest
+from hotset.text.prompt import PromptEncoder
 
 _log = logging.getLogger(__name__)
 

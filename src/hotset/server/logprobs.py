@@ -2,9 +2,9 @@
 
 from collections.abc import Container, Sequence
 
-from hotset.model.token_text import TokenBytes
 from hotset.request import TokenLogprob
 from hotset.server.body import Json
+from hotset.text.token_text import TokenBytes
 
 # JSON has no -Infinity.
 _LEAST = -9999.0

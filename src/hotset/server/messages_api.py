@@ -12,7 +12,6 @@ from starlette.types import ASGIApp
 
 from hotset.engine.completion import Completion
 from hotset.foreign_text import ForeignTextError, parse_json
-from hotset.model.prompt import PromptEncoder
 from hotset.request import FinishReason, RequestOutput
 from hotset.server.admission import Admission, Admitted
 from hotset.server.body import Json
@@ -23,6 +22,7 @@ from hotset.server.messages_body import FIELD_NAMES, CountTokensRequest, Message
 from hotset.server.messages_error import messages_error
 from hotset.server.reading import read_body, tenant_of
 from hotset.server.responses import usage_body
+from hotset.text.prompt import PromptEncoder
 
 
 class MessagesApi:

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hotset.engine.completion import Completion
-from hotset.model.call_pieces import CallPiece, Pieces, join
-from hotset.model.prompt import PromptEncoder
-from hotset.model.tool_calls import ToolCallParser
 from hotset.request import FinishReason, RequestOutput, TokenLogprob, output_id
 from hotset.server.body import Json
 from hotset.server.logprobs import chat_logprobs, prompt_logprobs
 from hotset.server.schemas import ChatRequest, GenerationRequest, TextRequest
 from hotset.server.text_writer import PromptPart, TextWriter
+from hotset.text.call_pieces import CallPiece, Pieces, join
+from hotset.text.prompt import PromptEncoder
+from hotset.text.tool_calls import ToolCallParser
 
 
 class Writer(Protocol):

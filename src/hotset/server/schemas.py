@@ -10,14 +10,14 @@ from pydantic import (
 )
 
 from hotset.errors import RequestError
-from hotset.model.forced_calls import forced_schema
-from hotset.model.prompt import PromptEncoder
 from hotset.request import SamplingParams, TextForm
 from hotset.server.body import Json, Part
 from hotset.server.not_done import OF_CHATS, OF_TEXTS, Known, without_not_done
 from hotset.server.output_forms import FormFields, OutputForm
 from hotset.server.tools import NamedTool, ToolUser
 from hotset.server.validation import shown
+from hotset.text.forced_calls import forced_schema
+from hotset.text.prompt import PromptEncoder
 
 
 class StreamOptions(Part):

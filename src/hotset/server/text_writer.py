@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 
 from hotset.engine.completion import Completion
-from hotset.model.prompt import PromptEncoder
 from hotset.request import RequestOutput, TokenLogprob
 from hotset.server.body import Json
 from hotset.server.logprobs import echoed_logprobs, prompt_logprobs, text_logprobs
 from hotset.server.schemas import TextRequest
+from hotset.text.prompt import PromptEncoder
 
 
 class PromptPart:

@@ -1,0 +1,1 @@
+"""What layers attend to, and the backends that compute it."""

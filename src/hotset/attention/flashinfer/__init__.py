@@ -1,0 +1,1 @@
+"""Paged attention by FlashInfer, on NVIDIA GPUs."""

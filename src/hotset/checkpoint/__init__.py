@@ -1,0 +1,1 @@
+"""The forms that checkpoints come in, each read or refused by name."""

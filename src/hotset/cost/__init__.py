@@ -1,0 +1,1 @@
+"""Bytes, seconds and the choices between them, for planner and engine alike. Imports no torch."""

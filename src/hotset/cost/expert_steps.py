@@ -1,0 +1,232 @@
+"""An MoE model with some of its experts in host memory: how long steps take, how much is served.
+
+S of the E experts of each layer are in slots on the device, on one GPU. In a step of T tokens a
+layer needs D = E(1-(1-k/E)^T) distinct ones under uniform routing (`Routing.distinct`). The others
+come by one of two plans:
+
+    cache   D(1-h) of them, h the share that is found: S/E under uniform routing. The device reads
+            them, and the layer waits.
+    stream  all E-S, while the layer before computes: a layer takes whichever is longer. Only the
+            first layer of a step has nothing before it.
+"""
+
+from dataclasses import dataclass
+
+from hotset.cost.step_time import CostModel
+
+# Measured on an H200 behind PCIe 5 x16 with experts of 9.4 MB: the copy engine, whose rate profiles
+# have, and the device that reads pinned memory itself.
+COPY_ENGINE_GB_PER_S, GATHER_GB_PER_S = 54.6, 51.0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLink:
+    """What comes over the link, how fast, and how often it need not.
+
+    Attributes:
+        cold_bytes: of one expert of one layer, as host memory holds it: fewer than on the device
+            where its copy is narrower.
+        gather_bytes_per_s: of experts that the device itself reads: those of the plan *cache*, and
+            those that *auto* streams.
+        copy_bytes_per_s: by the copy engine, for the plan *stream*.
+        hit_rate: measured share of needed experts that have a slot; None is S/E.
+    """
+
+    cold_bytes: float
+    gather_bytes_per_s: float
+    copy_bytes_per_s: float
+    hit_rate: float | None = None
+
+
+def link_of(
+    cost: CostModel, *, cold_bytes: float | None = None, hit_rate: float | None = None
+) -> ExpertLink:
+    """The link of the hardware of `cost`; host copies are as wide as the experts by default."""
+    copy_bytes_per_s = cost.link_bytes_per_s()
+    return ExpertLink(
+        cold_bytes=cost.shape.expert_bytes_each if cold_bytes is None else cold_bytes,
+        gather_bytes_per_s=copy_bytes_per_s * GATHER_GB_PER_S / COPY_ENGINE_GB_PER_S,
+        copy_bytes_per_s=copy_bytes_per_s,
+        hit_rate=hit_rate,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """One step.
+
+    Attributes:
+        plan: how experts come: `cache`, `stream`, or `resident` where all are on the device.
+        seconds: all of it.
+        chip_s: of these, what the step takes with all experts on the device.
+        moved_bytes: of experts, over the link.
+    """
+
+    plan: str
+    seconds: float
+    chip_s: float
+    moved_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is to be served.
+
+    Attributes:
+        users: requests that want to run at once.
+        prompt_tokens: that each computes.
+        output_tokens: that each answers.
+        past_tokens: that each finds computed before its prompt.
+        num_requests: all of them, at once; None is a queue that never ends.
+    """
+
+    users: float
+    prompt_tokens: float
+    output_tokens: float
+    past_tokens: float = 0.0
+    num_requests: float | None = None
+
+    @property
+    def context(self) -> float:
+        """Tokens of KV that a request has in the end."""
+        return self.past_tokens + self.prompt_tokens + self.output_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A load under a KV capacity: of all requests, or of those that run at once and replace others.
+
+    Attributes:
+        at_once: requests that run together.
+        num_requests: that the figures below are of.
+        prompt_steps: steps with tokens of prompts, each of `prompt_step.seconds`; they decode too.
+        decode_steps: steps of decodes alone.
+        output_tokens_per_s: of answers.
+    """
+
+    at_once: float
+    num_requests: float
+    prompt_steps: float
+    decode_steps: float
+    prompt_step: StepTime
+    decode_step: StepTime
+    output_tokens_per_s: float
+
+    @property
+    def prompt_s(self) -> float:
+        """All steps with tokens of prompts."""
+        return self.prompt_steps * self.prompt_step.seconds
+
+    @property
+    def decode_s(self) -> float:
+        """All steps of decodes alone."""
+        return self.decode_steps * self.decode_step.seconds
+
+
+class ExpertCost:
+    """Times of one MoE model on one GPU with its experts in two places.
+
+    Args:
+        cost: the model with all experts on the device, in a layout of one GPU.
+        link: to the others.
+        plan: `cache`, `stream`, or `auto` for whichever is faster for a step.
+    """
+
+    def __init__(self, cost: CostModel, link: ExpertLink, plan: str = "auto") -> None:
+        assert cost.layout.gpus == 1 and cost.shape.moe_layers
+        self.cost = cost
+        self.link = link
+        self.plan = plan
+        self.num_experts = cost.shape.num_experts
+        self.num_layers = len(cost.shape.moe_layers)
+
+    def distinct(self, tokens: float) -> float:
+        """Experts of a layer that a step of so many tokens needs."""
+        shape = self.cost.shape
+        return self.cost.routing.distinct(shape.num_experts, shape.top_k_experts, tokens)
+
+    def step(self, num_slots: int, tokens: float, chip_s: float) -> StepTime:
+        """A step of `tokens` tokens that takes `chip_s` with all experts on the device."""
+        if num_slots >= self.num_experts:
+            return StepTime("resident", chip_s, chip_s, 0.0)
+        plans = {"cache": [self._cache], "stream": [self._stream]}
+        chosen = plans.get(self.plan, [self._cache, self._stream])
+        times = [plan(num_slots, tokens, chip_s) for plan in chosen]
+        return min(times, key=lambda time: time.seconds)
+
+    def decode_step(self, num_slots: int, users: float, context: float) -> StepTime:
+        """A step of `users` decodes with `context` tokens each."""
+        return self.step(num_slots, users, self.cost.decode(users, context).expected_s)
+
+    def prompt_step(
+        self, num_slots: int, tokens: float, load: Load, *, decodes: float = 0.0
+    ) -> StepTime:
+        """A step of `tokens` tokens of prompts, beside so many decodes."""
+        cost = self.cost
+        share = tokens / load.prompt_tokens
+        chip_s = cost.chunk_s(tokens)
+        chip_s += share * cost.prefill_attention_s(load.prompt_tokens, load.past_tokens)
+        if decodes:
+            parts = cost.decode(decodes, load.context - load.output_tokens / 2).parts
+            chip_s += parts["attention"] + parts["per_user"]
+        return self.step(num_slots, tokens, chip_s)
+
+    def serve(
+        self, num_slots: int, load: Load, *, kv_tokens: float, max_step_tokens: float
+    ) -> Served:
+        """What becomes of `load` with KV for `kv_tokens` tokens.
+
+        Prompts fill steps of `max_step_tokens` tokens, of which C requests need
+
+            P = max(1, C * prompt / max_step_tokens).
+
+        Those that start in one step end in one, and others take their places: with answers of O
+        tokens the C requests are replaced every max(P, O) steps, of which P carry prompts. Of N
+        requests the last ones decode alone in the end. More than O * max_step_tokens / prompt
+        requests never run at once: the first ones have ended before the last ones start.
+        """
+        prompt, output = load.prompt_tokens, load.output_tokens
+        at_once = min(load.users, kv_tokens / load.context)
+        if load.num_requests is not None:
+            at_once = min(at_once, load.num_requests)
+        at_once = max(1.0, min(at_once, output * max_step_tokens / prompt))
+        step_tokens = min(max_step_tokens, at_once * prompt)
+        per_wave = at_once * prompt / step_tokens  # P
+        period = max(per_wave, output)
+        if load.num_requests is None:
+            num_requests, steps, prompt_steps = at_once, period, per_wave
+        else:
+            num_requests = load.num_requests
+            waves = max(1.0, num_requests / at_once)
+            steps = per_wave + (waves - 1) * period + output - 1
+            prompt_steps = waves * per_wave
+        prompt_step = self.prompt_step(num_slots, step_tokens, load, decodes=at_once)
+        decode_step = self.decode_step(num_slots, at_once, load.context - output / 2)
+        decode_steps = max(0.0, steps - prompt_steps)
+        seconds = prompt_steps * prompt_step.seconds + decode_steps * decode_step.seconds
+        return Served(
+            at_once=at_once,
+            num_requests=num_requests,
+            prompt_steps=prompt_steps,
+            decode_steps=decode_steps,
+            prompt_step=prompt_step,
+            decode_step=decode_step,
+            output_tokens_per_s=num_requests * output / seconds,
+        )
+
+    def _cache(self, num_slots: int, tokens: float, chip_s: float) -> StepTime:
+        needed = self.distinct(tokens)
+        hit_rate = self.link.hit_rate
+        if hit_rate is None:
+            hit_rate = num_slots / self.num_experts
+        hits = min(needed * hit_rate, float(num_slots))
+        moved = self.num_layers * (needed - hits) * self.link.cold_bytes
+        return StepTime("cache", chip_s + moved / self.link.gather_bytes_per_s, chip_s, moved)
+
+    def _stream(self, num_slots: int, tokens: float, chip_s: float) -> StepTime:
+        layer_bytes = (self.num_experts - num_slots) * self.link.cold_bytes
+        is_gathered = self.plan == "auto"
+        rate = self.link.gather_bytes_per_s if is_gathered else self.link.copy_bytes_per_s
+        layer_s, layer_chip_s = layer_bytes / rate, chip_s / self.num_layers
+        seconds = layer_s + (self.num_layers - 1) * max(layer_s, layer_chip_s) + layer_chip_s
+        return StepTime("stream", seconds, chip_s, self.num_layers * layer_bytes)

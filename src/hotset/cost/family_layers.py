@@ -1,0 +1,479 @@
+"""The layers of each family of models, from the facts of a config.
+
+Counts follow the parameters that `transformers` creates for the text model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hotset.cost.mixers import (
+    WINDOWS,
+    Facts,
+    gated_delta_net,
+    gqa,
+    layer_types,
+    mamba1,
+    mamba2,
+    mla,
+    mlp_params,
+    windowed,
+)
+from hotset.cost.shape import Attention, Kind, Layer, Params
+from hotset.errors import PlanError
+
+# A constant, or a field of the config, which is off or has the value beside it where it is missing.
+Flag = bool | str | tuple[str, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Llama:
+    """Families that differ from Llama in biases, norms and windows only."""
+
+    qkv_bias: Flag = "attention_bias"
+    out_bias: Flag = "attention_bias"
+    qk_norm: str = ""
+    qk_norm_if: str = ""  # a field without which there is no norm of one head's width
+    norms: int = 2  # of the hidden width, a layer
+    gated_mlp: bool = True
+    mlp_bias: Flag = "mlp_bias"
+    layer_norm: bool = False  # norms with a bias
+    moe: Callable[[Facts, int], tuple[Params, Params, Params, int, int] | None] | None = None
+    window: Callable[[Facts], list[str]] | None = None
+    sinks: bool = False
+
+    def layers(self, f: Facts) -> list[Layer]:
+        """All layers of the model."""
+
+        def flag(value: Flag) -> bool:
+            if isinstance(value, bool):
+                return value
+            name, default = (value, False) if isinstance(value, str) else value
+            return bool(f.get(name, default=default))
+
+        qk_norm = self.qk_norm
+        if self.qk_norm_if and flag(self.qk_norm_if):
+            qk_norm = "head"
+        types = layer_types(f, tuple(WINDOWS), self.window(f) if self.window else None)
+        norms = Params(vector=self.norms * f.count("hidden_size") * (2 if self.layer_norm else 1))
+        result = []
+        for index, layer_type in enumerate(types):
+            attention = gqa(
+                f,
+                index,
+                qkv_bias=flag(self.qkv_bias),
+                out_bias=flag(self.out_bias),
+                qk_norm=qk_norm,
+                sinks=self.sinks,
+                **windowed(f, layer_type),
+            )
+            moe = self.moe(f, index) if self.moe else None
+            if moe:
+                router, expert, shared, num_experts, top_k = moe
+                result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
+            else:
+                width = f.per_layer("intermediate_size", index)
+                mlp = mlp_params(f, width, gated=self.gated_mlp, bias=flag(self.mlp_bias))
+                result.append(Layer(attention, mlp, norms))
+        return result
+
+
+def always_window(f: Facts) -> list[str]:
+    """Mistral: one window for all layers, or none."""
+    windowed = f.get("sliding_window", default=None) is not None
+    return ["sliding_attention" if windowed else "full_attention"] * f.count("num_hidden_layers")
+
+
+def qwen_window(f: Facts) -> list[str]:
+    """Qwen: full attention up to `max_window_layers`, a window from there on, if switched on."""
+    num_layers = f.count("num_hidden_layers")
+    if not f.get("use_sliding_window", default=False):
+        return ["full_attention"] * num_layers
+    first = f.count("max_window_layers", default=num_layers, least=0)
+    return ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
+
+
+def every(pattern_field: str, default: int) -> Callable[[Facts], list[str]]:
+    """Each n-th layer full, the others with a window."""
+
+    def types(f: Facts) -> list[str]:
+        n = f.count(pattern_field, default=default)
+        return [
+            "sliding_attention" if (i + 1) % n else "full_attention"
+            for i in range(f.count("num_hidden_layers"))
+        ]
+
+    return types
+
+
+def alternating(f: Facts) -> list[str]:
+    """gpt-oss and Gemma 2: window, full, window, full."""
+    return [
+        "full_attention" if i % 2 else "sliding_attention"
+        for i in range(f.count("num_hidden_layers"))
+    ]
+
+
+Moe = tuple[Params, Params, Params, int, int]
+
+# In transformers; others ignore the field.
+OBEYS_MLP_LAYER_TYPES = {"deepseek_v32"}
+
+
+def _moe(f: Facts, num: int, top_k: int, width: int, *, shared: Params | None = None) -> Moe:
+    """Router, one expert, shared part, experts, top-k."""
+    if top_k > num:
+        raise PlanError(f"config routes each token to {top_k} of {num} experts")
+    router = Params(f.count("hidden_size") * num)
+    return router, mlp_params(f, width), shared or Params(), num, top_k
+
+
+def mixtral_moe(f: Facts, index: int) -> Moe:
+    """Mixtral and GraniteMoe: experts in every layer."""
+    return _moe(
+        f,
+        f.count("num_local_experts"),
+        f.count("num_experts_per_tok"),
+        f.count("intermediate_size"),
+    )
+
+
+def olmoe_moe(f: Facts, index: int) -> Moe:
+    """OLMoE: experts in every layer."""
+    return _moe(
+        f, f.count("num_experts"), f.count("num_experts_per_tok"), f.count("intermediate_size")
+    )
+
+
+def qwen_moe(f: Facts, index: int) -> Moe | None:
+    """Qwen MoE: a dense MLP where `mlp_only_layers` or the sparse step says so."""
+    step = f.count("decoder_sparse_step", default=1)
+    if index in f.get("mlp_only_layers", default=[]) or (index + 1) % step:
+        return None
+    shared_width = f.get("shared_expert_intermediate_size", default=0)
+    shared = Params()
+    if shared_width:
+        shared = mlp_params(f, shared_width) + Params(f.count("hidden_size"))  # and its gate
+    return _moe(
+        f,
+        f.count("num_experts", "num_local_experts"),  # the hub's files, and transformers' own dict
+        f.count("num_experts_per_tok"),
+        f.count("moe_intermediate_size"),
+        shared=shared,
+    )
+
+
+def deepseek_moe(f: Facts, index: int) -> Moe | None:
+    """DeepSeek and GLM: dense first layers, then routed and shared experts."""
+    if _is_dense(f, index):
+        return None
+    width = f.count("moe_intermediate_size")
+    shared_width = width * f.count("n_shared_experts", default=0, least=0)
+    shared = mlp_params(f, shared_width, bias=_deepseek_bias(f)) if shared_width else Params()
+    return _moe(
+        f, f.count("n_routed_experts"), f.count("num_experts_per_tok"), width, shared=shared
+    )
+
+
+def _is_dense(f: Facts, index: int) -> bool:
+    types = f.get("mlp_layer_types", default=None)
+    if types is not None and f.model_type in OBEYS_MLP_LAYER_TYPES:
+        num_layers = f.count("num_hidden_layers")
+        if len(types) != num_layers or not set(types) <= {"dense", "sparse"}:
+            raise PlanError(
+                f"config field mlp_layer_types is {types}; expected dense or sparse for each of "
+                f"{num_layers} layers"
+            )
+        return bool(types[index] == "dense")
+    first = f.count("first_k_dense_replace", default=0, least=0)
+    return index < first or bool(index % f.count("moe_layer_freq", default=1))
+
+
+def _deepseek_bias(f: Facts) -> bool:
+    """Of dense and shared MLPs: DeepSeek-V2 alone has the field."""
+    return f.model_type == "deepseek_v2" and bool(f.get("mlp_bias", default=False))
+
+
+def gpt_oss_moe(f: Facts, index: int) -> Moe:
+    """gpt-oss: router and experts have biases."""
+    hidden, width = f.count("hidden_size"), f.count("intermediate_size")
+    num = f.count("num_local_experts", "num_experts")
+    router, expert, shared, num, top_k = _moe(
+        f, num, f.count("num_experts_per_tok", "experts_per_token"), width
+    )
+    return (
+        router + Params(vector=num),
+        expert + Params(vector=2 * width + hidden),
+        shared,
+        num,
+        top_k,
+    )
+
+
+def qwen3_next(f: Facts) -> list[Layer]:
+    """Qwen3-Next and 3.5: three gated DeltaNet layers, then one of gated full attention."""
+    interval = f.count("full_attention_interval", default=4)
+    default = [
+        "linear_attention" if (i + 1) % interval else "full_attention"
+        for i in range(f.count("num_hidden_layers"))
+    ]
+    norms = Params(vector=2 * f.count("hidden_size"))
+    result = []
+    for index, layer_type in enumerate(
+        layer_types(f, ("full_attention", "linear_attention"), default)
+    ):
+        if layer_type == "linear_attention":
+            attention = gated_delta_net(f)
+        else:
+            bias = bool(f.get("attention_bias", default=False))
+            attention = gqa(f, index, qk_norm="head", gated=True, qkv_bias=bias, out_bias=bias)
+        has_experts = f.get("num_experts", "num_local_experts", default=0)
+        moe = qwen_moe(f, index) if has_experts else None
+        if moe:
+            router, expert, shared, num_experts, top_k = moe
+            result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
+        else:
+            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size")), norms))
+    return result
+
+
+def bamba(f: Facts) -> list[Layer]:
+    """Bamba and Granite 4 hybrids: Mamba-2 layers with a few of attention between."""
+    moe_width = f.get("num_local_experts", default=0)
+    default = None
+    if f.get("layer_types", "layers_block_type", default=None) is None:
+        attn = f.get("attn_layer_indices", default=[])
+        default = [
+            "full_attention" if i in attn else "linear_attention"
+            for i in range(f.count("num_hidden_layers"))
+        ]
+    elif f.get("layer_types", default=None) is None:
+        default = f.get("layers_block_type")
+    heads = f.count("mamba_n_heads")
+    expand = f.count("mamba_expand", default=2)
+    mamba = mamba2(
+        f,
+        width=expand * f.count("hidden_size"),
+        heads=heads,
+        state=f.count("mamba_d_state"),
+        groups=f.count("mamba_n_groups", default=1),
+        kernel=f.count("mamba_d_conv", default=4),
+        conv_bias=bool(f.get("mamba_conv_bias", default=True)),
+        proj_bias=bool(f.get("mamba_proj_bias", default=False)),
+    )
+    norms = Params(vector=2 * f.count("hidden_size"))
+    bias = bool(f.get("attention_bias", default=False))
+    result = []
+    for index, layer_type in enumerate(
+        layer_types(f, ("full_attention", "linear_attention"), default)
+    ):
+        attention = (
+            gqa(f, index, qkv_bias=bias, out_bias=bias) if layer_type == "full_attention" else mamba
+        )
+        if f.model_type == "granitemoehybrid":
+            shared = mlp_params(f, f.count("shared_intermediate_size"))
+            if moe_width:
+                router, expert, _, num, top_k = mixtral_moe(f, index)
+                result.append(Layer(attention, shared, norms, router, expert, num, top_k))
+            else:
+                result.append(Layer(attention, shared, norms))
+        else:
+            mlp_bias = bool(f.get("mlp_bias", default=False))
+            mlp = mlp_params(f, f.count("intermediate_size"), bias=mlp_bias)
+            result.append(Layer(attention, mlp, norms))
+    return result
+
+
+def jamba(f: Facts) -> list[Layer]:
+    """Jamba: attention each `attn_layer_period` layers, Mamba between, experts each second."""
+    period, offset = (
+        f.count("attn_layer_period", default=8),
+        f.count("attn_layer_offset", default=4, least=0),
+    )
+    e_period = f.count("expert_layer_period", default=2)
+    e_offset = f.count("expert_layer_offset", default=1, least=0)
+    norms = Params(vector=2 * f.count("hidden_size"))
+    result = []
+    for index in range(f.count("num_hidden_layers")):
+        attention = gqa(f, index) if index % period == offset else mamba1(f)
+        num = f.count("num_experts", default=16)
+        if num > 1 and index % e_period == e_offset:
+            router, expert, _, num, top_k = _moe(
+                f, num, f.count("num_experts_per_tok"), f.count("intermediate_size")
+            )
+            result.append(Layer(attention, Params(), norms, router, expert, num, top_k))
+        else:
+            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size")), norms))
+    return result
+
+
+def mamba2_only(f: Facts) -> list[Layer]:
+    """Mamba-2: no attention at all; the state is all there is."""
+    heads, width = f.count("num_heads"), f.count("expand", default=2) * f.count("hidden_size")
+    mixer = mamba2(
+        f,
+        width=width,
+        heads=heads,
+        state=f.count("state_size"),
+        groups=f.count("n_groups", default=1),
+        kernel=f.count("conv_kernel", default=4),
+        conv_bias=bool(f.get("use_conv_bias", default=True)),
+        proj_bias=bool(f.get("use_bias", default=False)),
+    )
+    norm = Params(vector=f.count("hidden_size"))
+    return [Layer(mixer, norms=norm)] * f.count("num_hidden_layers")
+
+
+def llama4(f: Facts) -> list[Layer]:
+    """Llama 4: chunked attention, each n-th layer full; routed experts beside a shared one."""
+    num_layers = f.count("num_hidden_layers")
+    nope = f.get("no_rope_layers", default=None) or [
+        int((i + 1) % f.count("no_rope_layer_interval", default=4) != 0) for i in range(num_layers)
+    ]
+    default = ["chunked_attention" if rope else "full_attention" for rope in nope]
+    step = f.count("interleave_moe_layer_step", default=1)
+    moe_layers = f.get("moe_layers", default=None) or range(step - 1, num_layers, step)
+    bias = bool(f.get("attention_bias", default=False))
+    norms = Params(vector=2 * f.count("hidden_size"))
+    result = []
+    for index, layer_type in enumerate(layer_types(f, tuple(WINDOWS), default)):
+        attention = gqa(
+            f,
+            index,
+            qkv_bias=bias,
+            out_bias=bias,
+            **windowed(f, layer_type, "attention_chunk_size"),
+        )
+        if index in moe_layers:
+            width = f.count("intermediate_size")
+            router, expert, shared, num, top_k = _moe(
+                f,
+                f.count("num_local_experts"),
+                f.count("num_experts_per_tok"),
+                width,
+                shared=mlp_params(f, width),
+            )
+            result.append(Layer(attention, shared, norms, router, expert, num, top_k))
+        else:
+            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size_mlp")), norms))
+    return result
+
+
+def deepseek(f: Facts) -> list[Layer]:
+    """DeepSeek-V2, V3 and their like: MLA, dense first layers, then routed and shared experts."""
+    attention = mla(f, indexer=f.model_type in ("deepseek_v32", "glm_moe_dsa"))
+    norms = Params(vector=2 * f.count("hidden_size"))
+    result = []
+    for index in range(f.count("num_hidden_layers")):
+        moe = deepseek_moe(f, index)
+        if moe:
+            router, expert, shared, num_experts, top_k = moe
+            result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
+        else:
+            mlp = mlp_params(f, f.count("intermediate_size"), bias=_deepseek_bias(f))
+            result.append(Layer(attention, mlp, norms))
+    return result
+
+
+def _gemma4_heads(f: Facts, types: list[str]) -> list[tuple[int, int]]:
+    """Width and number of KV heads of each layer.
+
+    They stand in `per_layer_config`, or in the fields for full layers that the hub's files have,
+    which transformers heeds only without that.
+    """
+    head_dim, kv_heads = f.count("head_dim", default=256), f.count("num_key_value_heads")
+    overrides = f.get("per_layer_config", default=None)
+    if overrides is None:
+        full_dim, full_kv = f.count("global_head_dim", default=512), kv_heads
+        if f.get("attention_k_eq_v", default=False):
+            full_kv = f.count("num_global_key_value_heads", default=kv_heads)
+        by_type = {"full_attention": (full_dim, full_kv), "sliding_attention": (head_dim, kv_heads)}
+        return [by_type[layer_type] for layer_type in types]
+    heads = [(head_dim, kv_heads)] * len(types)
+    for index, override in overrides.items():
+        layer = Facts({"head_dim": head_dim, "num_key_value_heads": kv_heads, **override}, "layer")
+        if unknown := sorted(set(override) - {"head_dim", "num_key_value_heads"}):
+            raise PlanError(
+                f"per_layer_config of {f.model_type} has {unknown[0]}; known: head_dim, "
+                "num_key_value_heads"
+            )
+        if not str(index).isdecimal() or int(index) >= len(types):
+            raise PlanError(f"per_layer_config names layer {index!r} of {len(types)} layers")
+        heads[int(index)] = layer.count("head_dim"), layer.count("num_key_value_heads")
+    return heads
+
+
+def gemma4(f: Facts) -> list[Layer]:
+    """Gemma 4: wider heads in full layers; the last layers share the KV of earlier ones."""
+    num_layers, hidden = f.count("num_hidden_layers"), f.count("hidden_size")
+    types = layer_types(
+        f, ("full_attention", "sliding_attention"), every("sliding_window_pattern", 6)(f)
+    )
+    types[-1] = "full_attention"
+    num_shared = f.count("num_kv_shared_layers", default=0, least=0)
+    per_layer_width = f.get("hidden_size_per_layer_input", default=256)
+    heads = _gemma4_heads(f, types)
+    k_eq_v = bool(f.get("attention_k_eq_v", default=False))
+    bias = bool(f.get("attention_bias", default=False))
+    result = []
+    for index, layer_type in enumerate(types):
+        full = layer_type == "full_attention"
+        shares = index >= num_layers - num_shared
+        window = None if full else f.count("sliding_window")
+        attention = gqa(
+            f,
+            index,
+            qk_norm="head",
+            qkv_bias=bias,
+            out_bias=bias,
+            window=window,
+            kind=Kind.SHARED if shares else (Kind.FULL if full else Kind.SLIDING),
+            head_dim=heads[index][0],
+            kv_heads=heads[index][1],
+            has_v=not (k_eq_v and full),
+        )
+        width = f.count("intermediate_size")
+        if shares and f.get("use_double_wide_mlp", default=False):
+            width *= 2
+        norms = Params(vector=4 * hidden)
+        if per_layer_width:
+            norms += Params(2 * hidden * per_layer_width, hidden)
+        if f.get("enable_moe_block", default=False):
+            num = f.count("num_experts")
+            router, expert, _, num, top_k = _moe(
+                f, num, f.count("top_k_experts"), f.count("moe_intermediate_size")
+            )
+            router += Params(vector=hidden + num)
+            norms += Params(vector=3 * hidden)
+            result.append(Layer(attention, mlp_params(f, width), norms, router, expert, num, top_k))
+        else:
+            result.append(Layer(attention, mlp_params(f, width), norms))
+    return result
+
+
+def nemotron_nas(f: Facts) -> list[Layer]:
+    """Llama-Nemotron (Puzzle): each layer has its own KV heads and MLP width, or none at all."""
+    hidden, heads = f.count("hidden_size"), f.count("num_attention_heads")
+    blocks = f.get("block_configs")
+    if len(blocks) != f.count("num_hidden_layers"):
+        raise PlanError(
+            f"config lists {len(blocks)} block_configs for {f.count('num_hidden_layers')} layers"
+        )
+    result = []
+    for index, block in enumerate(blocks):
+        norms, attention, mlp = 0, Attention(Kind.NONE), Params()
+        attn, ffn = block["attention"], block["ffn"]
+        if attn.get("replace_with_linear"):
+            attention = Attention(Kind.NONE, Params(hidden * hidden))
+            norms += hidden
+        elif not attn.get("no_op"):
+            attention = gqa(f, index, kv_heads=heads // attn["n_heads_in_group"])
+            norms += hidden
+        if ffn.get("replace_with_linear"):
+            mlp = Params(hidden * hidden)
+            norms += hidden
+        elif not ffn.get("no_op"):
+            width = int(2 * ffn["ffn_mult"] * hidden / 3)
+            mlp = mlp_params(f, -(-width // 256) * 256)
+            norms += hidden
+        result.append(Layer(attention, mlp, Params(vector=norms)))
+    return result

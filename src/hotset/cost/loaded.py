@@ -1,0 +1,30 @@
+"""The cost model of a model that is loaded, on one device."""
+
+from typing import Any
+
+from hotset.cost.families import shape_from_config
+from hotset.cost.hardware import Hardware
+from hotset.cost.layout import Layout
+from hotset.cost.routing import Routing
+from hotset.cost.step_time import Calibration, CostModel
+from hotset.errors import PlanError
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
+
+
+def make_cost_model(
+    config: dict[str, Any], name: str, dtype: str, hardware: Hardware, *, kv_dtype: str = "auto"
+) -> CostModel:
+    """The cost model of a loaded model on one device.
+
+    Raises:
+        PlanError: the planner does not know such a model.
+    """
+    plain = _DTYPES.get(dtype)
+    if plain is None:
+        raise PlanError(f"the planner does not know dtype {dtype}")
+    shape = shape_from_config(config, name).with_weights(plain)
+    kv = kv_dtype
+    if kv_dtype == "auto":
+        kv = "bf16" if dtype == "fp8" else plain
+    return CostModel(shape, hardware, Layout(tp=1), kv, Calibration(), Routing())

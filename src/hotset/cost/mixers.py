@@ -1,0 +1,260 @@
+"""The pieces of a layer, from the facts of a config: attention of each kind, and MLPs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hotset.cost.shape import Attention, Kind, Params
+from hotset.errors import PlanError
+
+Config = dict[str, Any]
+_MISSING = object()
+
+
+class Facts:
+    """Reads a config, and says which field is missing or makes no sense."""
+
+    def __init__(self, config: Config, model_type: str) -> None:
+        self.config = config
+        self.model_type = model_type
+
+    def get(self, *names: str, default: Any = _MISSING) -> Any:
+        """What `names` say, which is the same; without a default a missing one is refused."""
+        given = {name: value for name in names if (value := self.config.get(name)) is not None}
+        values = list(given.values())
+        if any(value != values[0] for value in values):
+            said = " and ".join(f"{name} {value!r}" for name, value in given.items())
+            raise PlanError(f"config has {said}, which mean the same; expected one value")
+        if values:
+            return values[0]
+        if default is not _MISSING:
+            return default
+        raise PlanError(f"config of model type {self.model_type!r} has no {' or '.join(names)}")
+
+    def count(self, *names: str, default: Any = _MISSING, least: int = 1) -> int:
+        """A whole number of at least `least`."""
+        value = self.get(*names, default=default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise PlanError(
+                f"config field {names[0]} is {value!r}; expected a whole number of {least} or more"
+            )
+        return value
+
+    def per_layer(self, name: str, index: int, default: Any = _MISSING) -> int:
+        """A count that is one number, or a list with one for each layer."""
+        value = self.get(name, default=default)
+        if isinstance(value, list):
+            num_layers = self.count("num_hidden_layers")
+            if len(value) != num_layers:
+                raise PlanError(
+                    f"config field {name} lists {len(value)} values for {num_layers} layers"
+                )
+            value = value[index]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise PlanError(f"config field {name} holds {value!r}; expected a whole number")
+        return value
+
+
+def gqa(
+    f: Facts,
+    index: int,
+    *,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    qk_norm: str = "",
+    gated: bool = False,
+    sinks: bool = False,
+    kind: Kind = Kind.FULL,
+    window: int | None = None,
+    head_dim: int | None = None,
+    kv_heads: int | None = None,
+    has_v: bool = True,
+) -> Attention:
+    """Multi-head, grouped-query or multi-query attention, by the number of KV heads.
+
+    `qk_norm` is "head" for a norm of one head's width, "all" for one over all heads, "" for none.
+    `gated` doubles the query projection (an output gate).
+    """
+    hidden = f.count("hidden_size")
+    heads = f.per_layer("num_attention_heads", index)
+    kv = kv_heads or f.per_layer("num_key_value_heads", index, default=heads)
+    if heads == 0 or kv == 0:
+        return Attention(Kind.NONE)
+    if heads % kv:
+        raise PlanError(f"config has {heads} attention heads, which {kv} KV heads do not divide")
+    if head_dim is None:
+        if hidden % heads and f.get("head_dim", default=None) is None:
+            raise PlanError(
+                f"config has {heads} attention heads, which do not divide hidden_size {hidden}, "
+                "and no head_dim"
+            )
+        head_dim = f.count("head_dim", default=hidden // heads)
+    q_width, kv_width = heads * head_dim, kv * head_dim
+    owns = kind is not Kind.SHARED
+    matrix = hidden * q_width * (2 if gated else 1) + q_width * hidden
+    vector = 0
+    if owns:
+        matrix += hidden * kv_width * (2 if has_v else 1)
+    if qkv_bias:
+        vector += q_width * (2 if gated else 1)
+        vector += kv_width * (1 + has_v) if owns else 0
+    if out_bias:
+        vector += hidden
+    if qk_norm == "head":
+        vector += head_dim * (2 if owns else 1)
+    elif qk_norm == "all":
+        vector += q_width + kv_width
+    if sinks:
+        vector += heads
+    return Attention(
+        kind=kind,
+        params=Params(matrix, vector),
+        num_heads=heads,
+        num_kv_heads=kv,
+        qk_dim=head_dim,
+        v_dim=head_dim,
+        score_dim=head_dim,
+        mix_dim=head_dim,
+        prefill_dims=2 * head_dim,
+        window=window,
+    )
+
+
+def mla(f: Facts, *, indexer: bool = False) -> Attention:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): the cache is the latent, once."""
+    hidden, heads = f.count("hidden_size"), f.count("num_attention_heads")
+    rank, rope = f.count("kv_lora_rank"), f.count("qk_rope_head_dim")
+    nope, v_dim = f.count("qk_nope_head_dim"), f.count("v_head_dim")
+    q_rank = f.get("q_lora_rank", default=None)
+    matrix = hidden * (rank + rope) + rank * heads * (nope + v_dim) + heads * v_dim * hidden
+    vector, replicated = rank, hidden * (rank + rope)
+    if q_rank is None:
+        matrix += hidden * heads * (nope + rope)
+    else:
+        matrix += hidden * q_rank + q_rank * heads * (nope + rope)
+        vector += q_rank
+        replicated += hidden * q_rank
+    if f.get("attention_bias", default=False):
+        vector += (rank + rope) + hidden + (q_rank or 0)
+    index_dim = 0
+    if indexer:
+        index_dim, index_heads = f.count("index_head_dim"), f.count("index_n_heads")
+        matrix += q_rank * index_heads * index_dim + hidden * index_dim + hidden * index_heads
+        vector += 2 * index_dim
+        replicated += hidden * index_dim + hidden * index_heads
+    return Attention(
+        kind=Kind.MLA,
+        params=Params(matrix, vector),
+        replicated_params=replicated,
+        num_heads=heads,
+        num_kv_heads=1,
+        qk_dim=rank + rope,
+        score_dim=rank + rope,
+        mix_dim=rank,
+        prefill_dims=nope + rope + v_dim,
+        index_dim=index_dim,
+        head_dim=max(nope + rope, v_dim),
+    )
+
+
+def mlp_params(f: Facts, width: int, *, gated: bool = True, bias: bool = False) -> Params:
+    """An MLP of that inner width: two matrices, three if gated."""
+    hidden = f.count("hidden_size")
+    matrices = 3 if gated else 2
+    return Params(matrices * hidden * width, ((matrices - 1) * width + hidden) if bias else 0)
+
+
+def layer_types(f: Facts, allowed: Sequence[str], default: list[str] | None = None) -> list[str]:
+    """`layer_types` of the config, each of which must be in `allowed`."""
+    num_layers = f.count("num_hidden_layers")
+    types = f.get("layer_types", default=default)
+    if types is None:
+        types = ["full_attention"] * num_layers
+    renamed = {"attention": "full_attention", "mamba": "linear_attention"}
+    types = [renamed.get(t, t) for t in types]
+    unknown = sorted({t for t in types if t not in allowed})
+    if unknown:
+        raise PlanError(
+            f"attention type {unknown[0]!r} of model type {f.model_type!r} is not known; "
+            f"known for it: {', '.join(allowed)}"
+        )
+    if len(types) != num_layers:
+        raise PlanError(f"config lists {len(types)} layer_types for {num_layers} layers")
+    return types
+
+
+WINDOWS = {
+    "full_attention": Kind.FULL,
+    "sliding_attention": Kind.SLIDING,
+    "chunked_attention": Kind.CHUNKED,
+}
+
+
+def windowed(f: Facts, layer_type: str, window_field: str = "sliding_window") -> dict[str, Any]:
+    """`kind` and `window` of a layer, for `_gqa`."""
+    kind = WINDOWS[layer_type]
+    return {"kind": kind, "window": None if kind is Kind.FULL else f.count(window_field)}
+
+
+def gated_delta_net(f: Facts) -> Attention:
+    """Gated DeltaNet (Qwen3-Next): a state of value heads x key dim x value dim, and a conv."""
+    hidden = f.count("hidden_size")
+    k_heads, v_heads = f.count("linear_num_key_heads"), f.count("linear_num_value_heads")
+    k_dim, v_dim = f.count("linear_key_head_dim"), f.count("linear_value_head_dim")
+    kernel = f.count("linear_conv_kernel_dim")
+    conv_width = 2 * k_heads * k_dim + v_heads * v_dim
+    matrix = hidden * (conv_width + v_heads * v_dim) + hidden * 2 * v_heads
+    matrix += v_heads * v_dim * hidden
+    return Attention(
+        Kind.RECURRENT,
+        Params(matrix, conv_width * kernel + 2 * v_heads + v_dim),
+        num_heads=v_heads,
+        state_elements=v_heads * k_dim * v_dim,
+        conv_elements=conv_width * kernel,
+    )
+
+
+def mamba2(
+    f: Facts,
+    *,
+    width: int,
+    heads: int,
+    state: int,
+    groups: int,
+    kernel: int,
+    conv_bias: bool,
+    proj_bias: bool,
+) -> Attention:
+    """Mamba-2 mixer (Dao and Gu, 2024): a state of heads x head dim x state size."""
+    hidden = f.count("hidden_size")
+    conv_width = width + 2 * groups * state
+    projected = width + conv_width + heads
+    vector = conv_width * (kernel + conv_bias) + 3 * heads + width
+    vector += (projected + hidden) if proj_bias else 0
+    return Attention(
+        Kind.RECURRENT,
+        Params(hidden * projected + width * hidden, vector),
+        num_heads=heads,
+        state_elements=width * state,
+        conv_elements=conv_width * kernel,
+    )
+
+
+def mamba1(f: Facts) -> Attention:
+    """Mamba mixer as in Jamba: a state of inner width x state size."""
+    hidden, state = f.count("hidden_size"), f.count("mamba_d_state")
+    kernel, rank = f.count("mamba_d_conv"), f.get("mamba_dt_rank", default="auto")
+    width = f.count("mamba_expand") * hidden
+    if rank == "auto":
+        rank = -(-hidden // 16)
+    matrix = hidden * 2 * width + width * (rank + 2 * state) + rank * width + width * hidden
+    vector = width * (kernel + bool(f.get("mamba_conv_bias", default=True)))
+    vector += width + width * state + width + rank + 2 * state
+    if f.get("mamba_proj_bias", default=False):
+        vector += 2 * width + hidden
+    return Attention(
+        Kind.RECURRENT,
+        Params(matrix, vector),
+        num_heads=1,
+        state_elements=width * state,
+        conv_elements=width * kernel,
+    )

@@ -1,0 +1,458 @@
+"""The cost model: seconds from bytes, operations and rates. Pure arithmetic, no torch.
+
+The planner, the simulator and the engine's choice between fetching and recomputing use it.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from hotset.cost.hardware import Hardware
+from hotset.cost.layout import Layout, shard_model
+from hotset.cost.routing import Routing
+from hotset.cost.shape import ModelShape
+
+
+def split_prefix(
+    cold_tokens: int,
+    *,
+    bytes_per_token: float,
+    link_bytes_per_s: float,
+    link_latency_s: float,
+    link_queue_bytes: float,
+    prefill_tokens_per_s: float,
+    prefill_queue_tokens: float,
+) -> int:
+    """How many of `cold_tokens` to compute from the front while the rest arrives from the back.
+
+    With `x` tokens computed and `cold_tokens - x` fetched, both at once, the prefix is ready at
+
+        max(compute(x), fetch(cold_tokens - x)), where
+        compute(x) = (prefill_queue_tokens + x) / prefill_tokens_per_s               0 at x = 0
+        fetch(y)   = link_latency_s + (link_queue_bytes + y * bytes_per_token) / link   0 at y = 0
+
+    `compute` rises with x and `fetch` falls, so the best inner x is where they cross:
+
+        x = (link_latency_s + (link_queue_bytes + cold_tokens * bytes_per_token) / link
+             - prefill_queue_tokens / prefill) / (bytes_per_token / link + 1 / prefill)
+
+    The two end points skip one queue (and the latency) altogether, so they are compared with the
+    whole numbers on both sides of the crossing. Equal times take the fewest computed tokens, as
+    that leaves the chip to others. Prefill is taken as linear in tokens; that a later token costs
+    more attention is for the caller to put into `prefill_tokens_per_s`.
+
+    Args:
+        cold_tokens: leading tokens of a request that lie in a colder tier.
+        bytes_per_token: KV bytes of one token, over all layers.
+        link_bytes_per_s: one-way rate from that tier to the device.
+        link_latency_s: time until the first byte of a fetch arrives.
+        link_queue_bytes: bytes already queued on the link ahead of this fetch.
+        prefill_tokens_per_s: rate at which this prefix would be computed.
+        prefill_queue_tokens: tokens already queued for prefill ahead of it.
+
+    Returns:
+        0 to fetch all, `cold_tokens` to recompute all, or the meeting point between.
+
+    Raises:
+        ValueError: a rate or `bytes_per_token` is not positive, or another figure is negative
+            or not finite.
+    """
+    for name, value in (
+        ("bytes_per_token", bytes_per_token),
+        ("link_bytes_per_s", link_bytes_per_s),
+        ("prefill_tokens_per_s", prefill_tokens_per_s),
+    ):
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; expected a finite number above 0")
+    for name, value in (
+        ("cold_tokens", cold_tokens),
+        ("link_latency_s", link_latency_s),
+        ("link_queue_bytes", link_queue_bytes),
+        ("prefill_queue_tokens", prefill_queue_tokens),
+    ):
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; expected 0 or a finite number above it")
+
+    def ready_s(computed: int) -> float:
+        fetched = cold_tokens - computed
+        compute_s = (prefill_queue_tokens + computed) / prefill_tokens_per_s if computed else 0.0
+        queued_bytes = link_queue_bytes + fetched * bytes_per_token
+        fetch_s = link_latency_s + queued_bytes / link_bytes_per_s if fetched else 0.0
+        return max(compute_s, fetch_s)
+
+    fetch_all_s = link_latency_s + (
+        (link_queue_bytes + cold_tokens * bytes_per_token) / link_bytes_per_s
+    )
+    lead_s = fetch_all_s - prefill_queue_tokens / prefill_tokens_per_s
+    crossing = lead_s / (bytes_per_token / link_bytes_per_s + 1 / prefill_tokens_per_s)
+    inner = (min(max(f(crossing), 0), cold_tokens) for f in (math.floor, math.ceil))
+    return min(sorted({0, *inner, cold_tokens}), key=ready_s)
+
+
+PREFILL_CHUNK = 8192  # tokens that go through the chip at once
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What real engines reach of nominal rates, and what a step costs beside them.
+
+    The first three are fitted by `benchmarks/planner_validation.py` on two published rows (see
+    `docs/planner.md`); the others are taken from measurements or papers and never fitted.
+
+    Attributes:
+        memory_efficiency: share of the nominal HBM rate that decode kernels reach.
+        kernel_s: time each kernel of a graph costs beside its bytes: launch, ramp and tail.
+        user_s: time a step spends on each sequence: sampling, scheduling, answering.
+        compute_efficiency: share of nominal dense operations that large products reach.
+        attention_efficiency: the same for attention of prefill and of MLA.
+        link_efficiency: share of the nominal host-link rate; 55.4 of 64 GB/s on an H200.
+        wire_efficiency: share of the nominal NVLink or network rate.
+        all_reduce_s: latency of one all-reduce inside an NVLink domain.
+        all_to_all_s: latency of one dispatch or combine.
+        hop_s: added to either beyond the domain.
+        probe_memory: share of the *measured* HBM rate, for profiles of `hotset probe`.
+        probe_compute: the same for operations.
+        band: relative error of one engine against another; the honest width of a prediction.
+    """
+
+    memory_efficiency: float = 0.86
+    kernel_s: float = 4.45e-6
+    user_s: float = 21.8e-6
+    compute_efficiency: float = 0.6
+    attention_efficiency: float = 0.6
+    link_efficiency: float = 0.86
+    wire_efficiency: float = 0.86
+    all_reduce_s: float = 10e-6
+    all_to_all_s: float = 30e-6
+    hop_s: float = 20e-6
+    probe_memory: float = 0.97
+    probe_compute: float = 0.74
+    band: float = 0.2
+
+
+# By engine. That of hotset has one constant fitted on steps measured on an H200 (contexts of 512
+# tokens; the others are scored): what a step spends on a user is hidden behind the device's work.
+CALIBRATIONS = {"published": Calibration(), "hotset": Calibration(user_s=5.6e-6)}
+
+CAUSES = {
+    "dense_weights": "reading dense weights",
+    "experts": "reading experts",
+    "attention": "attention over KV",
+    "all_reduce": "all-reduce",
+    "all_to_all": "all-to-all",
+    "launch": "kernel launches",
+    "per_user": "sampling and scheduling",
+    "host_experts": "experts over the host link",
+    "host_kv": "KV over the host link",
+    "swap": "swapping parked users",
+    "prefill": "prefill of new turns",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the whole layout.
+
+    Attributes:
+        parts: seconds that each cause of `CAUSES` adds; what is hidden behind another is not here.
+        bounds: for parts that move bytes and compute, which of the two takes the time.
+        ceiling_s: no engine can be faster: nominal rates, everything overlapped, no launches.
+    """
+
+    parts: dict[str, float]
+    ceiling_s: float
+    bounds: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def expected_s(self) -> float:
+        """Sum of the parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Tiering:
+    """What a decode step finds where.
+
+    Attributes:
+        resident_experts: share of the expert slots that lie in HBM.
+        host_experts: share of the others that lie in host memory; the rest is on disk.
+        host_kv: share of the running users' KV that is read over the link each step.
+    """
+
+    resident_experts: float = 1.0
+    host_experts: float = 1.0
+    host_kv: float = 0.0
+
+
+class CostModel:
+    """Times of one model on one layout of one kind of GPU.
+
+    All GPUs work alike, so a step is that of one rank with the most users.
+
+    Args:
+        shape: the model.
+        hardware: the GPU, its links and host.
+        layout: how the model is spread.
+        kv_dtype: key of `KV_BYTES`.
+        calibration: efficiencies and overheads.
+        routing: which experts tokens reach.
+        overlap: `comm` hides collectives behind compute (two-batch overlap), `stream` hides what
+            comes over the host link. Experts that are streamed whole are always prefetched one
+            layer ahead, so they need no switch.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        hardware: Hardware,
+        layout: Layout,
+        kv_dtype: str,
+        calibration: Calibration,
+        routing: Routing,
+        overlap: frozenset[str] = frozenset(),
+    ) -> None:
+        self.shape = shape
+        self.hardware = hardware
+        self.layout = layout
+        self.kv_dtype = kv_dtype
+        self.calibration = calibration
+        self.routing = routing
+        self.overlap = overlap
+        self.shard = shard_model(shape, layout)
+
+    # -- rates --------------------------------------------------------------------------------
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        """HBM rate that decode kernels reach."""
+        c, hw = self.calibration, self.hardware
+        return hw.hbm_bytes_per_s * (c.probe_memory if hw.measured else c.memory_efficiency)
+
+    def _flops(self, dtype: str, efficiency: float) -> float:
+        reached = self.calibration.probe_compute if self.hardware.measured else efficiency
+        return self.hardware.flops_for(dtype)[1] * reached
+
+    @property
+    def kernel_s(self) -> float:
+        """Cost of one kernel beside its bytes."""
+        own = self.hardware.kernel_s
+        return self.calibration.kernel_s if own is None else own
+
+    @property
+    def gpus_on_host(self) -> int:
+        """GPUs of this layout that share one host."""
+        return min(self.layout.gpus, self.hardware.gpus_per_host)
+
+    def link_bytes_per_s(self, *, nominal: bool = False) -> float:
+        """One-way rate from host memory to one GPU while all GPUs of the host use theirs.
+
+        The least of its share of the link and its share of what the host's memory delivers.
+        """
+        hw = self.hardware
+        efficiency = 1.0 if nominal or hw.measured else self.calibration.link_efficiency
+        link = hw.host_link_bytes_per_s / min(hw.gpus_per_host_link, self.gpus_on_host)
+        return min(link * efficiency, hw.host_memory_bytes_per_s / self.gpus_on_host)
+
+    def disk_bytes_per_s(self) -> float:
+        """Read rate from disk to one GPU while all GPUs of the host read."""
+        return min(self.link_bytes_per_s(), self.hardware.disk_bytes_per_s / self.gpus_on_host)
+
+    # -- collectives --------------------------------------------------------------------------
+
+    def all_reduce_s(self, tokens: float) -> float:
+        """Two all-reduces a layer over the tensor-parallel ranks, one where experts are spread.
+
+        A ring over d ranks moves 2 (d - 1) / d of the message over each link. Beyond an NVLink
+        domain it is done inside each first, then between them by all GPUs at once, each with its
+        own port and its share of the message.
+        """
+        tp, shape, hw, c = self.layout.tp, self.shape, self.hardware, self.calibration
+        if tp == 1:
+            return 0.0
+        count = 2 * len(shape.layers)
+        if self.layout.ep > 1:
+            count -= len(shape.moe_layers)
+        message = tokens * shape.hidden_size * 2
+        inside = min(tp, hw.peer_gpus)
+        domains = tp / inside
+        wire_s = 2 * (inside - 1) / inside * message / hw.peer_bytes_per_s
+        latency_s = c.all_reduce_s
+        if domains > 1:
+            share = message / inside
+            wire_s += 2 * (domains - 1) / domains * share / hw.network_bytes_per_s
+            latency_s += c.hop_s
+        return count * (wire_s / c.wire_efficiency + latency_s)
+
+    def all_to_all_s(self, tokens: float, *, per_node: bool) -> float:
+        """Dispatch and combine of each MoE layer for `tokens` tokens of each rank.
+
+        A token travels to each of its top-k experts on another rank: out at 8 bits where experts
+        are 8-bit or less, back at 16. `per_node` sends it once to each remote host and spreads it
+        there, as prefill kernels do; the low-latency kernels of decode do not.
+        """
+        ep, shape, hw, c = self.layout.ep, self.shape, self.hardware, self.calibration
+        if ep == 1:
+            return 0.0
+        narrow = shape.expert_dtype not in ("bf16", "fp16", "fp32")
+        token_bytes = shape.hidden_size * (1 if narrow else 2) + shape.hidden_size * 2
+        domain = min(ep, hw.peer_gpus)
+        copies = float(shape.top_k_experts)
+        near = copies * (domain - 1) / ep
+        far = copies * (ep - domain) / ep
+        if per_node and far:
+            nodes = ep / domain
+            if shape.expert_groups:
+                nodes = min(nodes, float(shape.expert_groups[1]))
+            reached = nodes * (1 - (1 - 1 / nodes) ** copies)
+            far = reached * (1 - domain / ep)
+        wire_s = max(
+            near * token_bytes / (hw.peer_bytes_per_s * c.wire_efficiency),
+            far * token_bytes / (hw.network_bytes_per_s * c.wire_efficiency),
+        )
+        latency_s = 2 * (c.all_to_all_s + (c.hop_s if far else 0.0))
+        imbalance = self.routing.imbalance(shape.num_experts, ep)
+        return len(shape.moe_layers) * (tokens * wire_s * imbalance + latency_s)
+
+    # -- experts ------------------------------------------------------------------------------
+
+    def expert_slots_read(self, tokens: float) -> float:
+        """Expert slots of a layer that one rank reads when each group has `tokens` tokens."""
+        shape, layout = self.shape, self.layout
+        if not shape.moe_layers:
+            return 0.0
+        if layout.ep == 1:
+            return self.routing.distinct(shape.num_experts, shape.top_k_experts, tokens)
+        routed = tokens * layout.groups_per_expert_set
+        return self.routing.distinct_on_rank(
+            shape.num_experts, shape.top_k_experts, routed, layout.ep
+        )
+
+    def expert_flops(self, tokens: float) -> float:
+        """Operations of routed experts on the busiest rank for `tokens` tokens a group."""
+        per_token = 2 * (self.shape.active_params - self.shape.dense_params)
+        imbalance = self.routing.imbalance(self.shape.num_experts, self.layout.ep)
+        return per_token * tokens / self.layout.tp * imbalance
+
+    def _streamed_experts_s(self, slots_read: float, hidden_behind_s: float, t: Tiering) -> float:
+        """Exposed time of experts that are not resident, by the cheaper of two plans.
+
+        Demand: fetch what is missed, nothing hidden. Stream: fetch all that is not resident, one
+        layer ahead, hidden behind `hidden_behind_s` of compute.
+        """
+        missing = 1 - t.resident_experts
+        if missing <= 0 or not self.shard.experts_bytes:
+            return 0.0
+        link, disk = self.link_bytes_per_s(), self.disk_bytes_per_s()
+        byte_s = t.host_experts / link + (1 - t.host_experts) / disk
+        demand_s = slots_read * missing * self.shard.slot_bytes * byte_s
+        stream_s = self.shard.experts_bytes * missing * byte_s - hidden_behind_s
+        return max(0.0, min(demand_s, stream_s))
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def decode(
+        self,
+        users: float,
+        context: float,
+        tiering: Tiering | None = None,
+        *,
+        mean_users: float | None = None,
+    ) -> Step:
+        """One decode step with `users` users, of `context` tokens each, in the fullest group.
+
+        A group is `layout.tp` GPUs; there are `layout.dp` of them, with `mean_users` users on
+        average (all as full as the fullest, if None), whose tokens meet in the experts.
+        """
+        tiering = tiering or Tiering()
+        routed = users if mean_users is None else mean_users
+        shape, tp, c, hw = self.shape, self.layout.tp, self.calibration, self.hardware
+        memory = self.memory_bytes_per_s
+        dense_flops = 2 * (shape.matmul_params - (shape.active_params - shape.dense_params))
+        slots = self.expert_slots_read(routed)
+        kv_bytes = shape.kv_read_bytes(context, self.kv_dtype, tp=tp) * users
+        attention_flops = shape.attention_flops_per_token(context) * users / tp
+        work = {
+            "dense_weights": (self.shard.dense_read_bytes, dense_flops * users / tp, "mlp"),
+            "experts": (slots * self.shard.slot_bytes, self.expert_flops(routed), "expert"),
+            "attention": (kv_bytes, attention_flops, "attention"),
+        }
+        parts = dict.fromkeys(CAUSES, 0.0)
+        bounds: dict[str, str] = {}
+        ceiling_s = 0.0
+        for name, (moved, flops, part) in work.items():
+            dtype = shape.quantised.get(part, shape.plain_dtype) if part != "attention" else "bf16"
+            efficiency = c.attention_efficiency if part == "attention" else c.compute_efficiency
+            memory_s, compute_s = moved / memory, flops / self._flops(dtype, efficiency)
+            parts[name] = max(memory_s, compute_s)
+            bounds[name] = "HBM bandwidth" if memory_s >= compute_s else "compute"
+            ceiling_s += max(moved / hw.hbm_bytes_per_s, flops / hw.flops_for(dtype)[1])
+        kernels = sum(layer.num_kernels for layer in shape.layers) + 4  # embed, norm, head, sample
+        parts["launch"] = kernels * self.kernel_s
+        parts["per_user"] = users * c.user_s
+        chip_s = sum(parts.values())
+        parts["host_experts"] = self._streamed_experts_s(slots, chip_s, tiering)
+        # A rank that holds some KV on the host reads that part over the link every step.
+        host_kv_bytes = kv_bytes * tiering.host_kv
+        parts["host_kv"] = host_kv_bytes / self.link_bytes_per_s()
+        if "stream" in self.overlap:
+            parts["host_kv"] = max(0.0, parts["host_kv"] - chip_s)
+        parts["all_reduce"] = self.all_reduce_s(users)
+        parts["all_to_all"] = self.all_to_all_s(users / tp, per_node=False)
+        if "comm" in self.overlap:
+            for name in ("all_reduce", "all_to_all"):
+                parts[name] = max(0.0, parts[name] - chip_s)
+        missed = slots * (1 - tiering.resident_experts) * self.shard.slot_bytes
+        link_floor_s = (host_kv_bytes + missed) / self.link_bytes_per_s(nominal=True)
+        return Step(parts, max(ceiling_s, link_floor_s), bounds)
+
+    def prefill_s(
+        self,
+        new_tokens: float,
+        past_tokens: float = 0.0,
+        tiering: Tiering | None = None,
+        *,
+        sequences: int = 1,
+        chunk: int = PREFILL_CHUNK,
+    ) -> float:
+        """Time to compute `new_tokens` tokens of each of `sequences` after `past_tokens` of it.
+
+        They go through the chip in chunks of at most `chunk` tokens, every group alike. Each chunk
+        reads the weights once, or is bound by their products; attention, collectives and launches
+        are added.
+        """
+        if new_tokens <= 0:
+            return 0.0
+        chunks = math.ceil(sequences * new_tokens / chunk)
+        tokens = sequences * new_tokens / chunks
+        attention_s = sequences * self.prefill_attention_s(new_tokens, past_tokens)
+        return chunks * self.chunk_s(tokens, tiering) + attention_s
+
+    def prefill_attention_s(self, new_tokens: float, past_tokens: float = 0.0) -> float:
+        """Time that causal attention takes for `new_tokens` of one sequence after `past_tokens`."""
+        flops = self.shape.prefill_attention_flops(new_tokens, past_tokens) / self.layout.tp
+        return flops / self._flops("bf16", self.calibration.attention_efficiency)
+
+    def chunk_s(self, tokens: float, tiering: Tiering | None = None) -> float:
+        """Time of one step of `tokens` tokens of prompts in every group, without attention."""
+        tiering = tiering or Tiering()
+        shape, tp, c = self.shape, self.layout.tp, self.calibration
+        # The head is needed for the last token only.
+        routed = shape.active_params - shape.dense_params
+        head = shape.head.count or shape.embedding.count
+        dense_flops = 2 * (shape.matmul_params - routed - head) * tokens / tp
+        slots = self.expert_slots_read(tokens)
+        work = (
+            (self.shard.dense_read_bytes, dense_flops, "mlp"),
+            (slots * self.shard.slot_bytes, self.expert_flops(tokens), "expert"),
+        )
+        chip_s = 0.0
+        for moved, flops, part in work:
+            dtype = shape.quantised.get(part, shape.plain_dtype)
+            chip_s += max(
+                moved / self.memory_bytes_per_s, flops / self._flops(dtype, c.compute_efficiency)
+            )
+        kernels = sum(layer.num_kernels for layer in shape.layers) + 4
+        chip_s += kernels * self.kernel_s
+        comm_s = self.all_reduce_s(tokens) + self.all_to_all_s(tokens / tp, per_node=True)
+        if "comm" in self.overlap:
+            comm_s = max(0.0, comm_s - chip_s)
+        return chip_s + comm_s + self._streamed_experts_s(slots, chip_s, tiering)

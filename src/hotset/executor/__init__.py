@@ -1,0 +1,1 @@
+"""A model step: from token ids to the token ids that follow."""

@@ -1,0 +1,245 @@
+"""What a model asks of its attention and its memory, found out by running a few tokens."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hotset.attention.flashinfer.backend import WORKSPACE_BYTES
+from hotset.attention.flashinfer.widened import WIDENED_BYTES
+from hotset.attention.hook import (
+    IMPLEMENTATION,
+    LayerAttention,
+    ProbeAttention,
+    are_alike,
+    ends_are_alike,
+    register,
+)
+from hotset.cost.config_sizes import context_length, largest
+from hotset.errors import HotsetError, ModelError
+from hotset.executor.graphs import LARGEST_RECORDED
+from hotset.executor.prompt_logprobs import most_rows
+from hotset.experts.gating import noting_top_k, use_dynamic_gating, without_experts
+from hotset.libraries import first_line, quiet
+from hotset.linear.packed import PackedLinear
+from hotset.linear.reads import noting_reads
+from hotset.memory.arena import LayerShape
+
+_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+# The probe: a text of three tokens, and behind it the first again at its position.
+_TOKENS, _POSITIONS = (1, 2, 3, 1), (0, 1, 2, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """What each layer of a model asks of its attention, and what a token leaves in the cache.
+
+    Attributes:
+        experts_per_token: that its routers choose; 0 where no layer has experts of transformers'
+            interface.
+        head_repeats: how often the model repeats each key before its attention, and so stores it.
+    """
+
+    layers: tuple[LayerAttention, ...]
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    experts_per_token: int = 0
+    head_repeats: int = 1
+
+    @property
+    def kv_shapes(self) -> tuple[LayerShape, ...]:
+        """What each layer caches for a token."""
+        return tuple(layer.kv for layer in self.layers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """KV bytes of one token over all layers."""
+        values = sum(2 * shape.num_kv_heads * shape.head_dim for shape in self.kv_shapes)
+        return values * self.kv_dtype.itemsize
+
+
+def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -> ModelLayout:
+    """Switch `model` to paged attention and find out what it caches, by running a few tokens.
+
+    Linear layers whose weight the model's code reads are marked on the way: see `linear_reads`.
+
+    Args:
+        model: in eval mode, on its device; its experts may be elsewhere, and are left out then. On
+            `meta` its values are not looked at.
+        kv_dtype: of the stored keys and values; None is that of the model.
+
+    Raises:
+        ModelError: the model cannot run over a paged KV cache; says which part of it and why.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    check_decoder(model.config, name)
+    layer_types = getattr(config, "layer_types", None) or []
+    if unknown := sorted(set(layer_types) - _KNOWN_LAYER_TYPES):
+        raise ModelError(
+            f"{name} has layers of type {', '.join(unknown)}: "
+            f"supported are {', '.join(sorted(_KNOWN_LAYER_TYPES))}"
+        )
+    _check_inputs(model)
+    register()
+    try:
+        with quiet():  # a config may name parts that were not loaded
+            model.set_attn_implementation(IMPLEMENTATION)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{name} does not use transformers' attention interface") from error
+    use_dynamic_gating(model)
+    with noting_top_k(model) as chosen:
+        probe, logits = _probe(model, _TOKENS, _POSITIONS)
+    num_layers = config.num_hidden_layers
+    missing = [layer for layer in range(num_layers) if layer not in probe.layers]
+    if missing or len(probe.layers) != num_layers:
+        raise ModelError(
+            f"{name}: {len(missing)} of {num_layers} layers (first: layer {missing[:1]}) do not "
+            "use transformers' attention interface, so their state cannot be paged"
+        )
+    layers = tuple(probe.layers[i] for i in range(num_layers))
+    _check_windows(config, layers, name)
+    if not (ends_are_alike(logits) and probe.rows_are_alike):
+        raise ModelError(
+            f"{name} computes a token from its place in the step, not from the position it is "
+            "given and its token alone, so several sequences cannot share a step"
+        )
+    if model.device.type != "meta":
+        _check_numbering(model, probe)
+    return ModelLayout(
+        layers,
+        model.dtype,
+        kv_dtype or model.dtype,
+        max(chosen, default=0),
+        _head_repeats(probe.first_keys[0]),
+    )
+
+
+def _head_repeats(keys: torch.Tensor) -> int:
+    """How many of the heads of `[H_kv, T, D]` keys are the same, where all are as often there."""
+    num_heads = keys.shape[0]
+    if keys.is_meta or not keys.any():
+        return 1
+    num_distinct = len(torch.unique(keys.flatten(1), dim=0))
+    return 1 if num_heads % num_distinct else num_heads // num_distinct
+
+
+def _probe(
+    model: PreTrainedModel, tokens: Sequence[int], positions: Sequence[int] | None
+) -> tuple[ProbeAttention, torch.Tensor]:
+    """What the layers ask for, and the `[T, vocab]` logits; None are positions of the model's own.
+
+    Raises ModelError where it cannot run so.
+    """
+    probe = ProbeAttention()
+    inputs = {"input_ids": torch.tensor([tokens], device=model.device)}
+    if positions is not None:
+        inputs["position_ids"] = torch.tensor([positions], device=model.device)
+    try:
+        with torch.inference_mode(), without_experts(model), noting_reads(model):
+            output = model(**inputs, use_cache=False, hotset=probe)
+    except HotsetError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot run on text alone with paged attention: "
+            f"{first_line(error)}"
+        ) from error
+    return probe, output.logits[0]
+
+
+def _check_windows(config: Any, layers: Sequence[LayerAttention], name: str) -> None:
+    """Raise ModelError where layers attend over another window than the config says."""
+    layer_types = getattr(config, "layer_types", None) or []
+    for i, layer_type in enumerate(layer_types):
+        if (layer_type == "sliding_attention") != (layers[i].sliding_window is not None):
+            raise ModelError(f"{name}: layer {i} is {layer_type} but its window does not say so")
+    window = getattr(config, "sliding_window", None)
+    if layer_types or not isinstance(window, int) or window >= (context_length(config) or window):
+        return
+    if all(layer.sliding_window is None for layer in layers):
+        raise ModelError(
+            f"{name} has sliding_window {window} in its config, by which transformers forgets "
+            "tokens, but its attention has no window: answers would depend on how it is run"
+        )
+
+
+def _check_numbering(model: PreTrainedModel, given: ProbeAttention) -> None:
+    """Raise ModelError where a text's first position is not 0 for the model itself."""
+    own, _ = _probe(model, _TOKENS[:-1], None)
+    for ours, theirs in zip(given.first_keys, own.first_keys, strict=True):
+        if not are_alike(ours[:, :-1], theirs):
+            raise ModelError(
+                f"{type(model).__name__} numbers the positions of a text in a way of its own, not "
+                "from 0 on: not supported"
+            )
+
+
+def check_decoder(config: Any, name: str) -> None:
+    """Raise ModelError for the config of an encoder-decoder, or of a part of one."""
+    if config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder: only decoders are supported")
+
+
+def _check_inputs(model: PreTrainedModel) -> None:
+    """Raise ModelError for a model that wants more than tokens, or no positions with them."""
+    name = type(model).__name__
+    parameters = inspect.signature(model.forward).parameters
+    required = [
+        parameter.name
+        for parameter in parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and parameter.name != "input_ids"
+    ]
+    if required or "input_ids" not in parameters:
+        wanted = ", ".join(required) or next(iter(parameters))
+        raise ModelError(f"{name} does not run on text alone: it needs {wanted}")
+    get_decoder = getattr(model, "get_decoder", lambda: model)
+    decoder = inspect.signature(get_decoder().forward).parameters
+    if "position_ids" not in parameters and "position_ids" not in decoder:
+        raise ModelError(
+            f"{name} takes no position_ids: it goes by a token's place in the step, or by a state "
+            "of its own, so several sequences cannot share a step"
+        )
+
+
+def weights_bytes(model: PreTrainedModel) -> int:
+    """What the weights take, packed ones too."""
+    packed: int = sum(m.num_bytes for m in model.modules() if isinstance(m, PackedLinear))
+    return packed + sum(int(p.nbytes) for p in model.parameters())
+
+
+def workspace_bytes(
+    model: PreTrainedModel, layout: ModelLayout, *, max_tokens: int, max_seqs: int
+) -> int:
+    """What a step of `max_tokens` tokens takes at most beside weights and KV; an upper estimate.
+
+    Live at once: the residual stream and its norm, queries, keys and values, the two halves of
+    the feed-forward and their product, or of `top_k` experts these with input and output of each;
+    then the logits of `max_seqs` tokens, and those of prompts that are scored, and their float32
+    copy. On a GPU recorded steps have the same once more, for as many tokens as they have, and
+    logits at a fixed place; 8-bit KV is widened there for prompts.
+    """
+    config = model.config.get_text_config()
+    hidden = largest(config, "hidden_size")
+    dense = largest(config, "intermediate_size")
+    ffn = 3 * (dense or 4 * hidden)
+    if top_k := largest(config, "num_experts_per_tok"):
+        middle = largest(config, "moe_intermediate_size") or dense
+        ffn = max(ffn, top_k * (2 * hidden + 3 * middle))
+    itemsize = model.dtype.itemsize
+    token_bytes = (6 * hidden + ffn) * itemsize
+    num_scored = most_rows(config.vocab_size, itemsize, model.device.type)
+    num_logits = min(max_seqs + num_scored, max_tokens) * config.vocab_size
+    num_bytes = max_tokens * token_bytes + num_logits * (itemsize + 4)
+    if model.device.type == "cuda":
+        num_bytes += min(max_tokens, LARGEST_RECORDED) * token_bytes
+        num_bytes += 2 * min(max_seqs, max_tokens) * config.vocab_size * itemsize
+        num_bytes += WORKSPACE_BYTES
+        num_bytes += WIDENED_BYTES if layout.kv_dtype != layout.dtype else 0
+    return int(num_bytes)

@@ -1,0 +1,105 @@
+"""Log-probabilities of the tokens of prompts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from hotset.attention.batch import HostCopy, to_device
+from hotset.request import Request, StepItem, TokenLogprob
+
+# Logits of a step that are for prompts' log-probabilities take at most these bytes, by device,
+# so that no prompt's are there at once: a longer part of one waits for the next step.
+_MOST_BYTES = {"cuda": 2**28, "cpu": 2**26}
+_LEAST_ROWS = 16
+# Rows are worked on in float32 in groups of at most this many logits.
+_GROUP_LOGITS = 2**23
+
+
+def most_rows(vocab_size: int, itemsize: int, device: str) -> int:
+    """How many tokens of prompts can be scored in one step, by what their logits take.
+
+    Args:
+        vocab_size: V.
+        itemsize: bytes of one logit.
+        device: `cuda` or `cpu`.
+    """
+    return max(_LEAST_ROWS, _MOST_BYTES[device] // (vocab_size * (itemsize + 4)))
+
+
+class PendingPromptLogprobs:
+    """Log-probabilities of prompt tokens, being computed on the device.
+
+    P = tokens, V = vocabulary, K = the likeliest tokens that are wanted at most.
+
+    Args:
+        items: of the step, each with the tokens that are `scored`.
+        logits: `[P, V]`, any float dtype, a row for each of those tokens: it tells the next one.
+            Not changed, and not read once this returns, but for what the device has queued.
+    """
+
+    def __init__(self, items: Sequence[StepItem], logits: torch.Tensor) -> None:
+        self._spans = [(item.request, item.scored) for item in items if item.scored]
+        wanted = [request.params.prompt_logprobs or 0 for request, _ in self._spans]
+        num_top = min(max(wanted), logits.shape[1])
+        targets = to_device(
+            np.concatenate(
+                [
+                    np.array(request.token_ids[scored.start + 1 : scored.stop + 1], np.int64)
+                    for request, scored in self._spans
+                ]
+            ),
+            logits.device,
+        )
+        group = max(1, _GROUP_LOGITS // logits.shape[1])
+        parts = [
+            _score(logits[start : start + group], targets[start : start + group], num_top)
+            for start in range(0, len(logits), group)
+        ]
+        self._values = HostCopy(torch.cat([values for values, _ in parts]))  # [P, 1 + K]
+        self._ids = HostCopy(torch.cat([ids for _, ids in parts]))  # [P, 1 + K]
+
+    def wait(self) -> list[tuple[Request, list[TokenLogprob]]]:
+        """Block until they are there; those of each request, in the order of its tokens."""
+        values: list[list[float]] = self._values.wait().tolist()
+        ids: list[list[int]] = self._ids.wait().tolist()
+        found = []
+        row = 0
+        for request, scored in self._spans:
+            end = 1 + (request.params.prompt_logprobs or 0)
+            entries = []
+            for position in scored:
+                top = tuple(zip(ids[row][1:end], values[row][1:end], strict=True))
+                entries.append(
+                    TokenLogprob(
+                        request.token_ids[position + 1], values[row][0], top, rank=ids[row][0]
+                    )
+                )
+                row += 1
+            found.append((request, entries))
+        return found
+
+
+def _score(
+    logits: torch.Tensor, targets: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the targets and of the likeliest tokens.
+
+    Args:
+        logits: `[N, V]`, any float dtype.
+        targets: `[N]` int64.
+        num_top: K.
+
+    Returns:
+        `[N, 1 + K]` float32, the target's first; and `[N, 1 + K]` int64: the target's rank, 1 being
+        the likeliest, and the ids of the likeliest.
+    """
+    logits = logits.float()
+    log_total = logits.logsumexp(-1, keepdim=True)  # [N, 1]
+    chosen = logits.gather(1, targets[:, None])  # [N, 1]
+    rank = (logits > chosen).sum(-1, keepdim=True) + 1
+    if num_top == 0:
+        return chosen - log_total, rank
+    top = logits.topk(num_top)
+    values = torch.cat([chosen, top.values], dim=1) - log_total
+    return values, torch.cat([rank, top.indices], dim=1)

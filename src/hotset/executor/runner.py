@@ -1,0 +1,288 @@
+"""Running a transformers model for one step over the paged KV cache."""
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import platformdirs
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hotset.attention.batch import Batch, Inputs, make_batch
+from hotset.attention.flashinfer.backend import (
+    FlashInferAttention,
+    FlashInferBackend,
+)
+from hotset.attention.flashinfer.kernels import KernelBuild, why_unsupported
+from hotset.attention.hook import Attention, PagedAttention, register
+from hotset.errors import ModelError
+from hotset.executor.graphs import StepGraphs
+from hotset.executor.probe import ModelLayout
+from hotset.experts.recorder import RoutingRecorder
+from hotset.linear.merged import merge_linears
+from hotset.memory.arena import DeviceArena
+from hotset.request import StepPlan
+
+_log = logging.getLogger(__name__)
+
+_SIZES_AT_START = 2
+_TRIAL_TOKENS = 2  # any number but one stands for all others
+
+
+class AttentionBackend(Protocol):
+    """Makes the attention of one step after another."""
+
+    def begin_step(self, batch: Batch, inputs: Inputs) -> Attention:
+        """The attention of a step; good until the next call."""
+        ...
+
+
+class GatherBackend:
+    """PyTorch's SDPA over gathered blocks; see `PagedAttention`."""
+
+    def __init__(self, arena: DeviceArena) -> None:
+        self._arena = arena
+
+    def begin_step(self, batch: Batch, inputs: Inputs) -> Attention:
+        """See `AttentionBackend`."""
+        return PagedAttention(self._arena, batch, inputs)
+
+
+def choose_backend(
+    arena: DeviceArena,
+    layout: ModelLayout,
+    *,
+    kernels: KernelBuild | None = None,
+    waits: bool = True,
+) -> AttentionBackend:
+    """FlashInfer on a GPU, for the models that it can run; SDPA for the others.
+
+    Args:
+        arena: has the KV.
+        layout: of the model.
+        kernels: FlashInfer's, being built.
+        waits: until all of them are; see `FlashInferBackend`.
+    """
+    if arena.storage.device.type != "cuda":
+        return GatherBackend(arena)
+    reason = why_unsupported(layout.layers, layout.dtype)
+    if reason is not None:
+        _log.warning("FlashInfer cannot run %s: attention by SDPA, which is slower", reason)
+        return GatherBackend(arena)
+    return FlashInferBackend(arena, layout.layers, kernels=kernels, waits=waits)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"the model cannot be compiled here ({reason}); try again with eager"
+        ) from error
+
+
+class ModelRunner:
+    """Turns a step plan into tensors, runs the model, and returns logits.
+
+    Args:
+        model: switched to paged attention by `inspect_model`.
+        arena: where the KV lives.
+        attention: how it is attended to.
+        max_num_seqs: most requests in one step.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arena: DeviceArena,
+        attention: AttentionBackend,
+        *,
+        max_num_seqs: int = 256,
+    ) -> None:
+        self._model = model
+        self._arena = arena
+        self._attention = attention
+        self._graphs: StepGraphs | None = None
+        self.recorder: RoutingRecorder | None = None
+        # By the number of tokens, whether a step is launched although it is recorded.
+        self.launches: Callable[[int], bool] = lambda num_tokens: False
+        # At a fixed place, for the graphs to read.
+        self._previous = torch.zeros(max_num_seqs, dtype=torch.long, device=model.device)
+        parameters = inspect.signature(model.forward).parameters
+        self._selects_logits = "logits_to_keep" in parameters
+
+    @torch.inference_mode()
+    def compile(self, scratch_block: int) -> None:
+        """Compile the model's layers; on a GPU by a trial, which needs no attention kernels.
+
+        Args:
+            scratch_block: a block of the arena that no request gets.
+
+        Raises:
+            ModelError: the layers cannot be compiled on this machine.
+        """
+        # By default in /tmp, which a restart may empty. PyTorch finds what it compiled by the code,
+        # the device and its own version.
+        kept = Path(platformdirs.user_cache_dir("hotset")) / "compiled"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
+        # Decodes of one token, and layers that attend in different ways, are compiled apart.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        register(traced=False)
+        merge_linears(self._model)
+        # To round a long row to 8 bits takes its largest number: one kernel for both, not three
+        # that compute the row again.
+        options = {"split_reductions": False} if self._model.device.type == "cuda" else {}
+        for module in self._model.modules():
+            # Another engine may have compiled the same model.
+            if isinstance(module, GradientCheckpointingLayer) and not module._compiled_call_impl:
+                module.compile(dynamic=True, options=options)
+        if isinstance(self._attention, FlashInferBackend):
+            # Of the class that all steps have, as compiled code is made for a class.
+            rows = self._previous.new_zeros(5, _TRIAL_TOKENS)
+            rows[2] = scratch_block
+            inputs = Inputs(*rows.unbind())
+            attention = FlashInferAttention(self._attention, inputs, lambda layer, query: query)
+            with _compiling():
+                self._logits(inputs.token_ids, inputs.positions, attention, None)
+
+    def load_kernels(self, *, waits: bool) -> None:
+        """Wait for the attention kernels that any step needs, or for all.
+
+        Raises:
+            ModelError: they cannot be built.
+        """
+        if isinstance(self._attention, FlashInferBackend):
+            self._attention.load()
+            self._attention.use_all_kernels(waits=waits)
+
+    def record(
+        self,
+        *,
+        max_num_tokens: int,
+        max_context_blocks: int,
+        scratch_block: int,
+        before_cut: Callable[[], None] | None = None,
+        defers: bool = False,
+    ) -> None:
+        """Record steps as CUDA graphs, after `compile`, where that works.
+
+        Args:
+            max_num_tokens: most tokens of a step.
+            max_context_blocks: most blocks that one request can have.
+            scratch_block: a block of the arena that no request gets.
+            before_cut: see `StepGraphs`.
+            defers: whether most sizes are left to `warm_up`.
+
+        Raises:
+            ModelError: the layers cannot be compiled on this machine.
+        """
+        if not isinstance(self._attention, FlashInferBackend):
+            return
+        self._graphs = StepGraphs(
+            self._logits,
+            self._attention,
+            self._previous,
+            max_num_tokens=max_num_tokens,
+            max_context_blocks=max_context_blocks,
+            scratch_block=scratch_block,
+            before_cut=before_cut,
+        )
+        # The second size has one token, which is compiled apart.
+        num_sizes = 0
+        while self.is_warming and not (defers and num_sizes == _SIZES_AT_START):
+            self.warm_up()
+            num_sizes += 1
+
+    @property
+    def is_warming(self) -> bool:
+        """Whether `warm_up` has something to do, now or later."""
+        if self._graphs is not None:
+            return not self._graphs.is_complete
+        return isinstance(self._attention, FlashInferBackend) and not self._attention.is_complete
+
+    @torch.inference_mode()
+    def warm_up(self) -> bool:
+        """Do the next piece of what makes steps faster: a recording, or a kernel that was built.
+
+        To be called between two steps, the first of which may still run. Returns whether anything
+        was done; not while kernels are still being built.
+
+        Raises:
+            ModelError: the layers cannot be compiled on this machine.
+        """
+        if self._graphs is None:
+            assert isinstance(self._attention, FlashInferBackend)
+            return self._attention.use_all_kernels(waits=False)
+        try:
+            with _compiling():
+                return self._graphs.record_next()
+        except RuntimeError as error:
+            # A layer that asks the host while it runs, as loops over experts do.
+            _log.warning("steps run without CUDA graphs, which is slower: %s", error)
+            self._graphs = None
+            return True
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        plan: StepPlan,
+        previous: torch.Tensor | None = None,
+        when_ready: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
+        """Start computing the plan's tokens and storing their KV.
+
+        Args:
+            plan: what to compute.
+            previous: `[R]` tokens that the step before chose, for requests that have a
+                `pending_row`; on the model's device.
+            when_ready: called once all that the step copies to the device was submitted, and
+                before what it computes is.
+
+        Returns:
+            `[R + P, vocab]` logits, in the plan's order: a row for each item that samples, then
+            one for each of the items' `scored` tokens. Good until the next call.
+        """
+        if self.recorder is not None:
+            self.recorder.begin_step(sum(item.num_tokens for item in plan.items))
+        self._arena.copy_blocks(plan.copies)
+        batch = make_batch(plan.items, self._arena.block_size)
+        if batch.has_unknown:
+            assert previous is not None, "a token is unknown and nobody is choosing it"
+            self._previous[: len(previous)].copy_(previous)
+        is_recorded = self._graphs is not None and not len(batch.scored_rows)
+        if is_recorded and not self.launches(batch.num_tokens):
+            assert self._graphs is not None
+            logits = self._graphs.run(batch, when_ready)
+            if logits is not None:
+                return logits
+        inputs, rows = batch.to(self._model.device)
+        token_ids = inputs.resolve(self._previous) if batch.has_unknown else inputs.token_ids
+        attention = self._attention.begin_step(batch, inputs)
+        when_ready()
+        return self._logits(token_ids, inputs.positions, attention, rows)
+
+    def _logits(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: Attention,
+        rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`[R, vocab]` logits of `rows` of `[T]` tokens; of all for None."""
+        options = {} if rows is None or not self._selects_logits else {"logits_to_keep": rows}
+        output = self._model(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            hotset=attention,
+            **options,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits if rows is None or self._selects_logits else logits[rows]

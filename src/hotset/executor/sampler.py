@@ -1,0 +1,409 @@
+"""Choose the next token of each request from its logits."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from hotset.attention.batch import HostCopy
+from hotset.errors import RequestError
+from hotset.executor.logit_changes import LogitChanges
+from hotset.grammar.grammar import Grammars, OutputMatcher
+from hotset.grammar.json_bounds import JsonBounds
+from hotset.request import Request, SamplingParams, TokenLogprob
+
+Array = npt.NDArray[Any]
+
+# Below this, dividing by the temperature would only turn differences into infinities.
+MIN_TEMPERATURE = 1e-5
+# How many of the likeliest tokens are ranked first to find a nucleus; all are if it is larger.
+_NUCLEUS_WIDTH = 1024
+# Rows are worked on in groups of at most this many logits, which bounds the memory taken.
+_GROUP_LOGITS = 2**25
+# A token is found among pieces of the vocabulary of this size, then within one. Most vocabularies
+# are whole multiples of it.
+_PIECE_LOGITS = 128
+
+
+@dataclass(slots=True)
+class Sampled:
+    """The next token of each row.
+
+    Attributes:
+        logprobs: None for requests that ask for none.
+        errors: request id -> one line, for requests whose grammar failed (it grew too complex).
+            Their tokens mean nothing.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+class PendingTokens:
+    """Tokens being chosen on the device; what `Sampler.submit` returns.
+
+    Attributes:
+        token_ids: `[R]` int64 on the device, for the next step to read without the host.
+    """
+
+    def __init__(
+        self, token_ids: torch.Tensor, endings: list[Callable[[Sampled], None]], num_rows: int
+    ) -> None:
+        self.token_ids = token_ids
+        self._endings = endings
+        self._num_rows = num_rows
+        self._on_host = HostCopy(token_ids)
+
+    def wait(self) -> Sampled:
+        """Block until the tokens are there; what only the host can do with them is done then."""
+        sampled = Sampled(self._on_host.wait().tolist(), [None] * self._num_rows)
+        for end in self._endings:
+            end(sampled)
+        return sampled
+
+
+class Sampler:
+    """Turns logits into tokens, as each request's `SamplingParams` say.
+
+    In this order: bias, penalties (repetition, then presence and frequency), no end before
+    `min_tokens`, grammar mask, then the argmax, or temperature, top-k, top-p, min-p and one draw.
+    That is the order of transformers (`GenerationMixin._get_logits_processor`); tokens as likely
+    as the last kept one are kept too.
+    A token is drawn by inverting the cumulative distribution at one uniform number from the
+    request's own generator, so that a seeded request gets the same tokens in any batch.
+    Log-probabilities are of the model's own distribution, before all of these, as in the
+    OpenAI API and vLLM.
+
+    Args:
+        vocab_size: V, the width of the logits.
+        device: where the logits are.
+        seed: of the requests that bring none.
+        tokenizer: for structured output; None refuses it.
+        eos_token_ids: for structured output and `min_tokens`.
+        bounds: of what a JSON schema lets repeat.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device | str,
+        seed: int = 0,
+        *,
+        tokenizer: Any = None,
+        eos_token_ids: Sequence[int] = (),
+        bounds: JsonBounds = JsonBounds(),  # noqa: B008  # immutable
+    ) -> None:
+        self.vocab_size = vocab_size
+        self._device = torch.device(device)
+        self._has_kernel = self._device.type == "cuda"
+        self._seed = seed
+        self._tokenizer = tokenizer
+        self._grammars = Grammars(tokenizer, vocab_size, eos_token_ids, bounds)
+        self._num_unseeded = 0
+        # What a running request needs beside its parameters, by request id.
+        self._generators: dict[str, random.Random] = {}
+        self._changes = LogitChanges(vocab_size, self._device, eos_token_ids)
+        self._matchers: dict[str, OutputMatcher] = {}
+
+    def validate(self, params: SamplingParams) -> None:
+        """Check what needs the model to be checked. May be called from any thread.
+
+        Raises:
+            RequestError: a request with these parameters can never be served.
+        """
+        if params.stop and self._tokenizer is None:
+            raise RequestError(
+                "stop strings need a tokenizer; use stop_token_ids with this model", param="stop"
+            )
+        self._changes.validate(params)
+        if params.has_form:
+            self._grammars.check(params)
+
+    def load_kernels(self, dtype: torch.dtype) -> None:
+        """Compile what draws from logits of `dtype` on a GPU, so that no request waits for it."""
+        if self._has_kernel:
+            logits = torch.zeros(1, self.vocab_size, dtype=dtype, device=self._device)
+            token_ids = torch.zeros(1, dtype=torch.int64, device=self._device)
+            one = np.ones(1, np.float32)
+            self._run_kernel(logits, np.zeros(1, np.int64), one, np.zeros(1), token_ids)
+
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> Sampled:
+        """`submit`, then wait for the tokens."""
+        return self.submit(logits, requests).wait()
+
+    def submit(self, logits: torch.Tensor, requests: Sequence[Request]) -> PendingTokens:
+        """Start choosing one token for each row; the host does not wait for the device.
+
+        R = requests, V = vocabulary. Requests with penalties or a grammar need their tokens on
+        the host: wait for one step's before the next is submitted.
+
+        Args:
+            logits: `[R, V]`, any float dtype. Not changed.
+            requests: those of the rows, with all tokens so far.
+        """
+        endings: list[Callable[[Sampled], None]] = []
+        rows = [row for row, request in enumerate(requests) if not self._is_argmax(request)]
+        if len(rows) < len(requests):
+            token_ids = logits.argmax(-1)  # [R]
+        else:
+            token_ids = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
+        if self._has_kernel:
+            drawn = [row for row in rows if self._is_drawn_from_all(requests[row])]
+            self._draw_from_all(logits, requests, drawn, token_ids)
+            rows = sorted(set(rows) - set(drawn))
+        group = max(1, _GROUP_LOGITS // logits.shape[1])
+        for start in range(0, len(rows), group):
+            some = rows[start : start + group]
+            endings.append(self._submit_rows(logits, requests, some, token_ids))
+        return PendingTokens(token_ids, endings, len(requests))
+
+    def release(self, request_id: str) -> None:
+        """Forget a request that has ended. Unknown ids are fine."""
+        self._generators.pop(request_id, None)
+        self._changes.release(request_id)
+        self._matchers.pop(request_id, None)
+
+    def _draw_from_all(
+        self,
+        logits: torch.Tensor,
+        requests: Sequence[Request],
+        rows: list[int],
+        token_ids: torch.Tensor,
+    ) -> None:
+        """Draw the tokens of `rows` as `_draw` does, into `token_ids`, by kernels of their own."""
+        if not rows:
+            return
+        drawing = [requests[row] for row in rows]
+        temperatures = np.array([request.params.temperature for request in drawing], np.float32)
+        shares = np.array([self._generator(request).random() for request in drawing])
+        self._run_kernel(logits, np.array(rows), temperatures, shares, token_ids)
+
+    def _run_kernel(
+        self,
+        logits: torch.Tensor,
+        rows: Array,
+        temperatures: Array,
+        shares: Array,
+        token_ids: torch.Tensor,
+    ) -> None:
+        from hotset.kernels.draw_tokens import draw_tokens
+
+        on_device = [self._tensor(values) for values in (rows, temperatures, shares)]
+        draw_tokens(logits, on_device[0], on_device[1], on_device[2], token_ids)
+
+    def _submit_rows(
+        self,
+        all_logits: torch.Tensor,
+        all_requests: Sequence[Request],
+        rows: list[int],
+        token_ids: torch.Tensor,
+    ) -> Callable[[Sampled], None]:
+        """Choose the tokens of `rows`, write them into `token_ids`, and say what is left to do."""
+        index = self._tensor(np.array(rows))
+        logits = all_logits[index].float()  # [N, V], a copy
+        requests = [all_requests[row] for row in rows]
+        with_logprobs = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
+        logprobs = logits[with_logprobs].log_softmax(-1) if with_logprobs else None  # [L, V]
+        self._changes.apply(logits, requests)
+        matchers = {
+            i: self._matcher(request)
+            for i, request in enumerate(requests)
+            if request.params.has_form
+        }
+        if matchers:
+            self._grammars.mask(logits, matchers)
+        drawn = [i for i, r in enumerate(requests) if r.params.temperature >= MIN_TEMPERATURE]
+        if len(drawn) == len(requests):
+            chosen = self._draw(logits, requests)
+        else:
+            chosen = logits.argmax(-1)  # [N]
+            if drawn:
+                some = self._tensor(np.array(drawn))
+                chosen[some] = self._draw(logits[some], [requests[i] for i in drawn])
+        token_ids[index] = chosen
+
+        def end(sampled: Sampled) -> None:
+            for i, matcher in matchers.items():
+                matcher.consume_token(sampled.token_ids[rows[i]])
+                if matcher.error is not None:
+                    sampled.errors[requests[i].request_id] = matcher.error
+            if logprobs is not None:
+                entries = _logprob_entries(
+                    logprobs,
+                    [sampled.token_ids[rows[i]] for i in with_logprobs],
+                    [requests[i].params.logprobs or 0 for i in with_logprobs],
+                )
+                for i, entry in zip(with_logprobs, entries, strict=True):
+                    sampled.logprobs[rows[i]] = entry
+
+        return end
+
+    def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """Draw a token for each row of `logits`, `[N, V]`; returns `[N]`. Mutates `logits`."""
+        params = [request.params for request in requests]
+        temperature = self._tensor(np.array([[p.temperature] for p in params], np.float32))
+        # Relative to the largest, so that no temperature makes an infinity.
+        logits -= logits.amax(-1, keepdim=True)
+        logits /= temperature
+        limit = least_logit(
+            logits,
+            top_k=np.array([[p.top_k] for p in params]),
+            top_p=np.array([[p.top_p] for p in params], np.float32),
+            min_p=np.array([[p.min_p] for p in params], np.float32),
+        )
+        if limit is not None:
+            logits.masked_fill_(logits < limit, -torch.inf)
+        uniform = self._tensor(np.array([[self._generator(r).random()] for r in requests]))
+        return _invert(logits.exp_(), uniform)
+
+    def _is_argmax(self, request: Request) -> bool:
+        """Whether the next token is just that of the largest logit."""
+        return request.params.temperature < MIN_TEMPERATURE and self._needs_logits_alone(request)
+
+    def _is_drawn_from_all(self, request: Request) -> bool:
+        """Whether the next token is drawn from all, by the logits of the model as they are."""
+        params = request.params
+        if params.temperature < MIN_TEMPERATURE or not self._needs_logits_alone(request):
+            return False
+        return params.top_k == 0 and params.top_p >= 1 and params.min_p == 0
+
+    def _needs_logits_alone(self, request: Request) -> bool:
+        """Whether nothing changes the logits, and nobody asks for more than the token."""
+        params = request.params
+        if params.logprobs is not None or params.has_form:
+            return False
+        return not self._changes.concern(request)
+
+    def _generator(self, request: Request) -> random.Random:
+        generator = self._generators.get(request.request_id)
+        if generator is None:
+            _, index = request.output_index
+            if request.params.seed is None:
+                self._num_unseeded += 1
+                name = f"unseeded {self._seed} {self._num_unseeded}"
+            else:
+                name = f"seeded {request.params.seed} {index}"
+            generator = self._generators[request.request_id] = random.Random(name)
+        return generator
+
+    def _matcher(self, request: Request) -> OutputMatcher:
+        matcher = self._matchers.get(request.request_id)
+        if matcher is None:
+            matcher = self._grammars.matcher(request.params)
+            self._matchers[request.request_id] = matcher
+        return matcher
+
+    def _tensor(self, values: Array) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+
+def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first token of each row up to which the weights add up to more than a share of all.
+
+    Args:
+        weights: `[N, V]` float32, not negative.
+        uniform: `[N, 1]` float64, the shares, below 1.
+
+    Returns:
+        `[N]` int64: a token of weight above 0, and any token where weights are NaN. Found in two
+        steps: a row is read once, and of its running sum just one piece is made.
+    """
+    num_rows, vocab_size = weights.shape
+    num_pieces = -(-vocab_size // _PIECE_LOGITS)
+    if padding := num_pieces * _PIECE_LOGITS - vocab_size:
+        weights = functional.pad(weights, (0, padding))
+    pieces = weights.view(num_rows, num_pieces, _PIECE_LOGITS)
+    ends = pieces.sum(-1, dtype=torch.float64).cumsum(-1)  # [N, P]
+    # A share of 1 - 2^-53 may be rounded up to all; no token is beyond that.
+    aim = torch.minimum(uniform * ends[:, -1:], ends[:, -1:].nextafter(ends.new_zeros(())))
+    piece = torch.searchsorted(ends, aim, right=True).clamp_(max=num_pieces - 1)  # [N, 1]
+    before = torch.where(piece > 0, ends.gather(1, (piece - 1).clamp(min=0)), 0.0)
+    within = pieces.gather(1, piece.unsqueeze(-1).expand(-1, -1, _PIECE_LOGITS)).squeeze(1)
+    sums = within.cumsum(-1, dtype=torch.float64)  # [N, 128]
+    # The piece's sum was made in another order: the aim may be a rounding error beyond it.
+    aim = torch.minimum(aim - before, sums[:, -1:].nextafter(sums.new_zeros(())))
+    place = torch.searchsorted(sums, aim, right=True)
+    # NaN weights find no token at all; an id outside of the vocabulary would end the process.
+    return (piece * _PIECE_LOGITS + place).squeeze(1).clamp_(max=vocab_size - 1)
+
+
+def least_logit(
+    logits: torch.Tensor,
+    *,
+    top_k: Array,
+    top_p: Array,
+    min_p: Array,
+) -> torch.Tensor | None:
+    """The least logit of each row that top-k, top-p and min-p, in this order, keep.
+
+    A limit by value, and not by rank, does not depend on how a sort orders equal logits, and
+    so not on the other rows of the batch.
+
+    Args:
+        logits: `[N, V]` float32, after the temperature, -inf where a token cannot be chosen.
+        top_k: `[N, 1]`; 0 is off.
+        top_p: `[N, 1]`, above 0; 1 is off.
+        min_p: `[N, 1]`; 0 is off.
+
+    Returns:
+        `[N, 1]`, or None where everything is off for all rows.
+    """
+    vocab_size = logits.shape[1]
+    device = logits.device
+    top_k = np.where(top_k > 0, top_k, vocab_size).clip(max=vocab_size)
+    limit = None
+    if (bounded := top_k < vocab_size).any():
+        width = int(top_k[bounded].max())
+        ranked = logits.topk(width).values  # [N, width]
+        last = torch.from_numpy(np.minimum(top_k, width) - 1).to(device, non_blocking=True)
+        on = torch.from_numpy(bounded).to(device, non_blocking=True)
+        limit = torch.where(on, ranked.gather(1, last), -torch.inf)
+        logits = logits.masked_fill(logits < limit, -torch.inf)
+    if (top_p < 1).any():
+        nucleus = _nucleus_limit(logits, torch.from_numpy(top_p).to(device, non_blocking=True))
+        limit = nucleus if limit is None else limit.maximum(nucleus)
+    if (min_p > 0).any():
+        least = torch.from_numpy(min_p).to(device, non_blocking=True).log()
+        floor = logits.amax(-1, keepdim=True) + least
+        limit = floor if limit is None else limit.maximum(floor)
+    return limit
+
+
+def _nucleus_limit(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The least logit of the smallest set with a probability of `top_p`; `[N, V]` to `[N, 1]`.
+
+    Source: Holtzman et al., The Curious Case of Neural Text Degeneration, section 3.1.
+    """
+    off = top_p >= 1
+    log_total = logits.logsumexp(-1, keepdim=True)
+    # A nucleus is small as a rule: rank all tokens only where it is not.
+    ranked = logits.topk(min(_NUCLEUS_WIDTH, logits.shape[1])).values
+    mass = (ranked - log_total).exp().cumsum(-1)
+    if ranked.shape[1] < logits.shape[1] and not bool(((mass[:, -1:] >= top_p) | off).all()):
+        ranked = logits.sort(descending=True).values
+        mass = (ranked - log_total).exp().cumsum(-1)
+    last = (mass < top_p).sum(-1, keepdim=True).clamp_(max=ranked.shape[1] - 1)
+    return torch.where(off, -torch.inf, ranked.gather(1, last))
+
+
+def _logprob_entries(
+    logprobs: torch.Tensor, token_ids: list[int], num_top: list[int]
+) -> list[TokenLogprob]:
+    """Read the chosen and the likeliest tokens' entries of `logprobs`, `[L, V]`."""
+    ids = torch.tensor(token_ids, device=logprobs.device)
+    chosen: list[float] = logprobs.gather(1, ids[:, None]).squeeze(1).tolist()
+    top = logprobs.topk(min(max(num_top), logprobs.shape[1]))
+    top_values: list[list[float]] = top.values.tolist()
+    top_ids: list[list[int]] = top.indices.tolist()
+    return [
+        TokenLogprob(token_id, logprob, tuple(zip(likeliest[:n], values[:n], strict=True)))
+        for token_id, logprob, likeliest, values, n in zip(
+            token_ids, chosen, top_ids, top_values, num_top, strict=True
+        )
+    ]

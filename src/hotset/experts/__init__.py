@@ -1,0 +1,1 @@
+"""The experts of a Mixture-of-Experts layer, wherever they are."""

@@ -1,0 +1,1 @@
+"""Which tokens may follow, where an output has a form to keep."""

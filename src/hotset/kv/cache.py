@@ -1,0 +1,564 @@
+"""Tokens to blocks: prefixes found by hash, block tables, and what moves between tiers for them.
+
+With `block_hash` the only module of `memory` that knows tokens. It never touches a tensor.
+"""
+
+import secrets
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hotset.cost.prefix import PrefixPolicy
+from hotset.kv.block_hash import DIGEST_BYTES, block_hash, root_hash
+from hotset.kv.pool import BlockPool
+from hotset.memory.colder_tiers import ColderTiers, EndedTransfer
+from hotset.metrics import Metrics
+from hotset.request import ArrivedBlock, Request, SpilledTail
+
+# Last, partial blocks of requests that have ended: so many are remembered, if so much of a block is
+# filled. For fewer tokens a copy takes longer than to compute them.
+_MOST_PARTIALS = 2**16
+_LEAST_PARTIAL = 0.25
+
+
+@dataclass(slots=True)
+class _Known:
+    """Content that need not be computed, of a block or of the first tokens of one.
+
+    Attributes:
+        place: `device` or a tier; None to have it computed nevertheless.
+    """
+
+    key: bytes
+    place: str | None
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class _Loading:
+    """A block whose content is on its way up, and who waits for it."""
+
+    block: int
+    tier: str
+    num_tokens: int
+    is_private: bool
+    waiters: list[tuple[Request, int]] = field(default_factory=list)
+
+
+class KVCache:
+    """Gives requests their blocks, finds prefixes, and asks the tiers to move what is needed.
+
+    Every full block is spilled as soon as it is full (write-behind), so that evicting it later
+    moves nothing. A block on its way up is loaded once, however many requests wait for it, and a
+    block that another request has computed meanwhile is taken over instead of computed again.
+    What a preempted request has in host memory is kept there until it is back. The last, partial
+    block of a request that has ended is found too, one for what precedes it, until restart.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        fingerprint: str,
+        metrics: Metrics,
+        tiers: ColderTiers | None = None,
+        policy: PrefixPolicy | None = None,
+        prefix_caching: bool = True,
+    ) -> None:
+        assert (tiers is None) == (policy is None), "tiers need a policy and a policy tiers"
+        self.pool = pool
+        self.block_size = block_size
+        self.metrics = metrics
+        self.prefix_caching = prefix_caching
+        self._fingerprint = fingerprint
+        self._tiers = tiers
+        self._policy = policy
+        self._loading: dict[bytes, _Loading] = {}
+        self._spilling: set[int] = set()
+        # Hash of what precedes it -> tokens of the last block of a request that has ended.
+        self._partials: OrderedDict[bytes, int] = OrderedDict()
+        self._copies: list[tuple[int, int]] = []
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    @property
+    def num_blocks_after_spills(self) -> int:
+        """Blocks that nothing but a spill under way holds."""
+        return sum(self.pool.ref_count(block) == 1 for block in self._spilling)
+
+    def moving_blocks(self) -> tuple[set[int], set[int]]:
+        """Device blocks whose content is on its way up, and those being copied down."""
+        return {loading.block for loading in self._loading.values()}, set(self._spilling)
+
+    def admit(self, request: Request, *, spare_blocks: int, queued_tokens: int) -> bool:
+        """Find what is known of the request's tokens and give it blocks for that.
+
+        Blocks in the device pool are shared; of those in colder tiers, the policy has some
+        computed and the rest fetched. Needs room for all the request's tokens so far, plus
+        `spare_blocks`; without it nothing changes and the result is False.
+        """
+        known = self._find_prefix(request)
+        keys = [part.key for part in known]
+        num_chosen = self._choose_recompute(known, queued_tokens)
+        while known and known[-1].place is None:
+            known.pop()
+
+        shared: dict[int, int] = {}
+        for i, part in enumerate(known):
+            if part.place == "device":
+                shared[i] = self._acquire(part)
+            elif part.key in self._loading and part.place is not None:
+                shared[i] = self._loading[part.key].block
+                self.pool.hold(shared[i])
+        num_missing = self.num_blocks_for(request.num_tokens) - len(shared)
+        if num_missing + spare_blocks > self.pool.num_available:
+            for block in shared.values():
+                self.pool.release(block)
+            return False
+
+        fresh = iter(self.pool.allocate(len(known) - len(shared)))
+        request.num_shared_blocks = len(shared)
+        request.block_table = [shared[i] if i in shared else next(fresh) for i in range(len(known))]
+        for i, part in enumerate(known):
+            if part.place == "device":
+                request.arrived[i] = ArrivedBlock("device", part.num_tokens)
+            elif part.place is not None:
+                self._wait_for(request, i, part)
+        if self._tiers is not None:
+            self._tiers.touch(keys[::-1])  # the tail is evicted before the head
+        self._unkeep(request)  # its fetches hold what they read
+        self.metrics.recompute_chosen_tokens += num_chosen
+        self.advance(request)
+        return True
+
+    def look_ahead(self, requests: Sequence[Request], *, spare_blocks: int) -> None:
+        """`_look_ahead` for each of the `requests` that wait, as far as there is room for them."""
+        if self._tiers is None or self._policy is None or self._policy.mode == "recompute":
+            return
+        num_left = self._tiers.most_staged()
+        for request in requests:
+            self._look_ahead(request, spare_blocks=spare_blocks)
+            num_left -= self.num_blocks_for(request.num_tokens)
+            if num_left < 0:
+                break
+
+    def _look_ahead(self, request: Request, *, spare_blocks: int) -> None:
+        """Bring what is known of a waiting request's tokens closer, ahead of its turn.
+
+        From disk to host memory, once; and, when nothing else is being fetched, from host memory
+        to device blocks that have no content, as long as `spare_blocks` others are available.
+        """
+        tiers = self._tiers
+        assert tiers is not None
+        room = min(self.pool.num_free, self.pool.num_available - spare_blocks)
+        can_fetch = room > 0 and tiers.queued_fetch_bytes() == 0
+        if request.was_fetched or (request.was_staged and not can_fetch):
+            return
+        tail_key = None if request.resume is None else request.resume.key
+        request.was_staged = request.was_fetched = True
+        for part in self._find_prefix(request):
+            key = part.key
+            if part.place == "device" or key in self._loading or key == tail_key:
+                continue
+            # Nobody could find a partial block on the device that was not computed there.
+            is_full = part.num_tokens == self.block_size
+            if part.place == "host" and can_fetch and room > 0 and is_full:
+                [block] = self.pool.allocate(1)  # released when the transfer ends
+                self._loading[key] = _Loading(block, "host", part.num_tokens, is_private=False)
+                tiers.fetch(key, block)
+                room -= 1
+            else:
+                tiers.stage(key)
+                request.was_fetched = False
+
+    def advance(self, request: Request) -> None:
+        """Move the request past the content that is there already."""
+        if request.num_tokens - request.num_computed_tokens <= 1:
+            return  # at least one token is left to compute
+        while request.num_computed_tokens % self.block_size == 0:
+            index = request.num_computed_tokens // self.block_size
+            if index in request.arrived:
+                found = request.arrived.pop(index)
+            elif self._take_over(request, index):
+                found = ArrivedBlock("device", self.block_size)
+            else:
+                break
+            start = request.num_computed_tokens
+            self.metrics.found(request, start, found.num_tokens, found.tier)
+            request.num_computed_tokens += found.num_tokens
+        request.high_water_tokens = max(request.high_water_tokens, request.num_computed_tokens)
+
+    def num_blocks_short(self, request: Request, more_tokens: int) -> int:
+        """Blocks a request lacks to hold its tokens and `more_tokens` more, if it may have them."""
+        num_tokens = min(request.num_tokens + more_tokens, request.max_total_tokens)
+        return -(-num_tokens // self.block_size) - len(request.block_table)
+
+    def next_key(self, request: Request) -> bytes | None:
+        """Key of the block that starts at the request's next token; None within a block."""
+        index, offset = divmod(request.num_computed_tokens, self.block_size)
+        if offset or index >= self._num_findable(request):
+            return None
+        return request.block_hashes[index]
+
+    def key_within(self, request: Request) -> bytes | None:
+        """Key of the block that the request has computed a part of; None between blocks."""
+        index, offset = divmod(request.num_computed_tokens, self.block_size)
+        self._extend_hashes(request)
+        if not offset or index >= len(request.block_hashes):
+            return None
+        return request.block_hashes[index]
+
+    def keys_reached_by(self, request: Request, num_tokens: int) -> list[bytes]:
+        """Keys of the blocks that the next `num_tokens` are in."""
+        start = request.num_computed_tokens
+        end = self.num_blocks_for(start + num_tokens)
+        return request.block_hashes[start // self.block_size : end]
+
+    def can_park(self, victim: Request, running: Sequence[Request], more_tokens: int) -> bool:
+        """Whether host memory, beside what it keeps, has room for `victim`, one that runs.
+
+        Beside it for three times what the device will not hold once all that run, and who comes in
+        its place, have `more_tokens` more, and the largest of them: requests go down as a whole,
+        several in a row, and some slots are always being written to.
+        """
+        if self._tiers is None:
+            return False
+        num_blocks = [
+            len(request.block_table) + self.num_blocks_short(request, more_tokens)
+            for request in running
+        ]
+        num_over = max(0, sum(num_blocks) - self.pool.num_usable)
+        needed = len(victim.block_table) + 3 * (num_over + max(num_blocks))
+        return needed <= self._tiers.num_evictable()
+
+    def fetch_s(self, request: Request) -> float:
+        """Time to fetch all KV of the request from host memory; 0 without tiers."""
+        return 0.0 if self._policy is None else self._policy.fetch_s(request.num_tokens)
+
+    def num_runnable_tokens(self, request: Request) -> int:
+        """Tokens the request can compute before it meets content that is there or arriving."""
+        limit = request.num_tokens
+        if request.arriving or request.arrived:
+            limit = min(limit, min((*request.arriving, *request.arrived)) * self.block_size)
+        return limit - request.num_computed_tokens
+
+    def num_lacking_tokens(self, request: Request) -> int:
+        """Tokens the request has to compute, about: what is there or arriving counts as blocks."""
+        num_there = len(request.arriving) + len(request.arrived)
+        lacking = request.num_tokens - request.num_computed_tokens - num_there * self.block_size
+        return max(1, lacking)
+
+    def reserve(self, request: Request, num_tokens: int) -> bool:
+        """Make room to write `num_tokens` more; False (nothing changed) if there is none.
+
+        A block that others hold or can find is replaced by a copy before it is written to.
+        """
+        table = request.block_table
+        end = self.num_blocks_for(request.num_computed_tokens + num_tokens)
+        first = request.num_computed_tokens // self.block_size
+        if first + 1 == end == len(table) and not self.pool.is_shared(table[first]):
+            return True  # within its last block, as most decodes are
+        to_copy = [i for i in range(first, min(end, len(table))) if self.pool.is_shared(table[i])]
+        num_new = max(0, end - len(table))
+        if len(to_copy) + num_new > self.pool.num_available:
+            return False
+        for i, block in zip(to_copy, self.pool.allocate(len(to_copy)), strict=True):
+            self._copies.append((table[i], block))
+            self.pool.release(table[i])
+            table[i] = block
+        table.extend(self.pool.allocate(num_new))
+        return True
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        """Block copies (from, to) within the device that must run before the next step."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def commit(self, request: Request, num_tokens: int) -> None:
+        """`num_tokens` more have their KV: publish and spill the blocks that became full."""
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        if start < request.high_water_tokens:
+            self.metrics.recomputed_tokens += min(end, request.high_water_tokens) - start
+        request.num_computed_tokens = end
+        request.high_water_tokens = max(request.high_water_tokens, end)
+        first, last = start // self.block_size, end // self.block_size
+        if first == last:
+            return
+        self._extend_hashes(request)
+        for i in range(first, last):
+            self.pool.publish(request.block_table[i], request.block_hashes[i])
+            self._spill(request.block_hashes[i], request.block_table[i])
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Let `child` share the blocks of the prompt it has in common with `parent`.
+
+        All but the last token of the prompt counts as computed, so that the child's first step
+        yields logits of its own; the block it writes to is copied then (`reserve`).
+        """
+        num_shared = child.prompt_len - 1
+        child.block_table = parent.block_table[: self.num_blocks_for(num_shared)]
+        child.num_shared_blocks = len(child.block_table)
+        child.block_hashes = parent.block_hashes[: num_shared // self.block_size]
+        child.num_computed_tokens = num_shared
+        child.high_water_tokens = num_shared
+        for block in child.block_table:
+            self.pool.hold(block)
+        child.num_cached_tokens = parent.num_cached_tokens
+        self.metrics.forked_tokens += num_shared
+
+    def preempt(self, request: Request) -> None:
+        """Take the request's blocks; spill what no tier has yet, its last partial block too."""
+        num_full, num_partial = divmod(request.num_computed_tokens, self.block_size)
+        tail = request.resume
+        if tail is not None and request.num_computed_tokens >= (
+            tail.index * self.block_size + tail.num_tokens
+        ):
+            self._drop_tail(request)  # computed past it
+        for i in range(num_full):
+            self._spill(request.block_hashes[i], request.block_table[i])
+        if num_partial and request.resume is None:
+            key = secrets.token_bytes(DIGEST_BYTES)
+            if self._spill(key, request.block_table[num_full], private=True):
+                request.resume = SpilledTail(key, num_full, num_partial)
+        self._keep(request)
+        request.was_staged = request.was_fetched = False
+        self._give_up_blocks(request)
+        request.num_preemptions += 1
+        self.metrics.preemptions += 1
+
+    def release(self, request: Request) -> None:
+        """Take the blocks of a request that has ended; published ones stay findable."""
+        self._publish_partial(request)
+        if self._tiers is not None:  # the tail is evicted before the head
+            self._tiers.touch(request.block_hashes[::-1])
+        self._give_up_blocks(request)
+        self._unkeep(request)
+        self._drop_tail(request)
+
+    def poll(self) -> None:
+        """Take note of the transfers that ended."""
+        if self._tiers is None:
+            return
+        for ended in self._tiers.poll():
+            if ended.is_fetch:
+                self._end_fetch(ended)
+            else:
+                self._spilling.discard(ended.block)
+            self.pool.release(ended.block)
+
+    def _find_prefix(self, request: Request) -> list[_Known]:
+        """What is known somewhere of the request's leading tokens, block by block.
+
+        At least one token is always left to compute: its logits are what the step is for.
+        """
+        known: list[_Known] = []
+        for key in request.block_hashes[: self._num_findable(request)]:
+            place = self._locate(key)
+            if place is None:
+                break
+            known.append(_Known(key, place, self.block_size))
+        tail = request.resume
+        if tail is None:
+            partial = self._find_partial(request, len(known))
+            if partial is not None:
+                known.append(partial)
+        elif len(known) == tail.index and (place := self._locate(tail.key)) is not None:
+            known.append(_Known(tail.key, place, tail.num_tokens))
+        return known
+
+    def _find_partial(self, request: Request, index: int) -> _Known | None:
+        """The block that a request which has ended left where this one's block `index` begins.
+
+        None where another request has it: both would write to it, each to a copy of its own.
+        """
+        parent = self._parent(request, index)
+        num_tokens = self._partials.get(parent)
+        start = index * self.block_size
+        if num_tokens is None or start + num_tokens > request.num_findable_tokens:
+            return None
+        key = block_hash(parent, request.token_ids[start : start + num_tokens])
+        place, block = self._locate(key), self.pool.lookup(key)
+        is_held = block is not None and self.pool.ref_count(block) > 0
+        if place is None or key in self._loading or is_held:
+            return None
+        return _Known(key, place, num_tokens)
+
+    def _publish_partial(self, request: Request) -> None:
+        """Have the last block of a request that ends found, and spill it, though it is not full."""
+        num_tokens = min(request.num_computed_tokens, request.num_known_tokens)
+        index, num_partial = divmod(num_tokens, self.block_size)
+        if not self.prefix_caching or index >= len(request.block_table):
+            return
+        if num_partial < max(1, _LEAST_PARTIAL * self.block_size):
+            return
+        block = request.block_table[index]
+        if self.pool.is_shared(block):
+            return
+        self._extend_hashes(request)
+        parent = self._parent(request, index)
+        key = block_hash(parent, request.token_ids[index * self.block_size : num_tokens])
+        self.pool.publish(block, key)
+        self._spill(key, block)
+        self._partials[parent] = num_partial
+        self._partials.move_to_end(parent)
+        if len(self._partials) > _MOST_PARTIALS:
+            self._partials.popitem(last=False)
+
+    def _num_findable(self, request: Request) -> int:
+        """How many leading blocks may be found instead of computed."""
+        self._extend_hashes(request)
+        return min(len(request.block_hashes), request.num_findable_tokens // self.block_size)
+
+    def _take_over(self, request: Request, index: int) -> bool:
+        """Use the block at `index` of another request that has computed it meanwhile."""
+        if index in request.arriving or index >= self._num_findable(request):
+            return False
+        block = self.pool.acquire(request.block_hashes[index])
+        if block is None:
+            return False
+        if index < len(request.block_table):  # its own has no content yet
+            self.pool.release(request.block_table[index])
+            request.block_table[index] = block
+        else:
+            request.block_table.append(block)
+        return True
+
+    def _locate(self, key: bytes) -> str | None:
+        if self.pool.lookup(key) is not None:
+            return "device"
+        if key in self._loading:
+            return self._loading[key].tier
+        return self._tiers.locate(key) if self._tiers is not None else None
+
+    def _choose_recompute(self, known: list[_Known], queued_tokens: int) -> int:
+        """Set the place of what is cheaper computed than fetched to None.
+
+        Returns how many tokens that is.
+        """
+        cold = [part for part in known if part.place != "device" and part.key not in self._loading]
+        if not cold:
+            return 0
+        assert self._tiers is not None and self._policy is not None
+        num_tokens = self._policy.tokens_to_compute(
+            len(cold) * self.block_size,
+            {part.place for part in cold if part.place is not None},
+            queued_bytes=self._tiers.queued_fetch_bytes(),
+            queued_tokens=queued_tokens,
+        )
+        chosen = cold[: num_tokens // self.block_size]
+        for part in chosen:
+            part.place = None
+        return sum(part.num_tokens for part in chosen)
+
+    def _wait_for(self, request: Request, index: int, part: _Known) -> None:
+        assert self._tiers is not None and part.place is not None
+        key = part.key
+        loading = self._loading.get(key)
+        if loading is None:
+            block = request.block_table[index]
+            is_private = request.resume is not None and key == request.resume.key
+            loading = _Loading(block, part.place, part.num_tokens, is_private=is_private)
+            self._loading[key] = loading
+            self.pool.hold(block)  # released when the transfer ends
+            self._tiers.fetch(key, block)
+        loading.waiters.append((request, index))
+        request.arriving[index] = key
+
+    def _end_fetch(self, ended: EndedTransfer) -> None:
+        loading = self._loading.pop(ended.key)
+        for request, index in loading.waiters:
+            del request.arriving[index]
+            if ended.ok:
+                request.arrived[index] = ArrivedBlock(loading.tier, loading.num_tokens)
+            if loading.is_private:
+                self._drop_tail(request)
+        if not ended.ok:
+            return
+        self.metrics.fetched_blocks += 1
+        if loading.num_tokens == self.block_size:
+            self.pool.publish(ended.block, ended.key)
+            if any(index in request.fetched for request, index in loading.waiters):
+                assert self._policy is not None
+                self.metrics.refetched_bytes += self.block_size * self._policy.bytes_per_token
+            for request, index in loading.waiters:
+                request.fetched.add(index)
+
+    def _spill(self, key: bytes, block: int, *, private: bool = False) -> bool:
+        tiers = self._tiers
+        if tiers is None or tiers.locate(key) is not None:
+            return False
+        if not tiers.spill(key, block, private=private):
+            return False
+        self.pool.hold(block)  # released when the transfer ends
+        self._spilling.add(block)
+        self.metrics.spilled_blocks += 1
+        return True
+
+    def _give_up_blocks(self, request: Request) -> None:
+        for index, key in request.arriving.items():
+            self._loading[key].waiters.remove((request, index))
+        request.arriving.clear()
+        request.arrived.clear()
+        for block in reversed(request.block_table):  # the tail is evicted before the head
+            self.pool.release(block)
+        request.block_table = []
+        request.num_computed_tokens = 0
+
+    def _keep(self, request: Request) -> None:
+        """Keep in host memory what a request that is preempted has there, fetched yet or not."""
+        if self._tiers is not None:
+            keys = list(request.block_hashes)
+            if request.resume is not None:
+                keys.append(request.resume.key)
+            request.kept = [key for key in keys if self._tiers.keep(key)]
+
+    def _unkeep(self, request: Request) -> None:
+        if self._tiers is not None:
+            for key in reversed(request.kept):  # the tail is evicted before the head
+                self._tiers.unkeep(key)
+        request.kept = []
+
+    def _drop_tail(self, request: Request) -> None:
+        if request.resume is not None and self._tiers is not None:
+            self._tiers.drop(request.resume.key)
+        request.resume = None
+
+    def _acquire(self, part: _Known) -> int:
+        is_full = part.num_tokens == self.block_size
+        # One that will be written to is nobody else's from here on.
+        block = self.pool.acquire(part.key) if is_full else self.pool.claim(part.key)
+        assert block is not None, "a block vanished between lookup and acquire"
+        return block
+
+    def _extend_hashes(self, request: Request) -> None:
+        hashes, size = request.block_hashes, self.block_size
+        if not hashes and request.num_known_tokens < size:
+            return
+        parent = self._parent(request, len(hashes))
+        for start in range(len(hashes) * size, request.num_known_tokens - size + 1, size):
+            parent = block_hash(parent, request.token_ids[start : start + size])
+            hashes.append(parent)
+
+    def _parent(self, request: Request, index: int) -> bytes:
+        """Hash of all that precedes the request's block `index`."""
+        if index:
+            return request.block_hashes[index - 1]
+        # Without prefix caching each request has a chain of its own: it finds its own blocks again
+        # after a preemption, and nobody else's.
+        salt = request.salt if self.prefix_caching else request.request_id.encode()
+        return root_hash(self._fingerprint, salt)
+
+    def check(self) -> None:
+        """Assert that the pool is consistent and that loads and their waiters agree."""
+        self.pool.check()
+        waiting: Counter[bytes] = Counter()
+        for key, loading in self._loading.items():
+            assert self.pool.ref_count(loading.block) >= 1, "a loading block is not held"
+            for request, index in loading.waiters:
+                assert request.arriving.get(index) == key
+                assert request.block_table[index] == loading.block
+                waiting[key] += 1

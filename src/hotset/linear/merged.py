@@ -1,0 +1,121 @@
+"""Linear layers that read the same input, merged into one product."""
+
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hotset.linear.fp8_linear import Fp8Linear
+from hotset.linear.reads import is_replaceable
+
+Linear: TypeAlias = nn.Linear | Fp8Linear
+
+# Siblings that architectures of transformers apply to the same tensor.
+_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Products of so many rows are made apart where each is large: two of 14,336 columns and what reads
+# them take up to 11 % less time than one of 28,672, of which it reads halves (docs/performance.md).
+_APART_FROM_ROWS = 192
+_LARGE_COLUMNS = 8192
+
+
+class _Product:
+    """The product of a group's merged weight with the tensor its layers were last given."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self.num_uses = 0
+        self.x: torch.Tensor | None = None
+        self.value: torch.Tensor | None = None
+
+
+class MergedLinear(nn.Module):
+    """One layer of a merged group: its columns of the product of all.
+
+    The first layer that is given a tensor computes the product, the last one forgets it.
+
+    Attributes:
+        whole: the layer of all columns, shared by the group.
+        columns: of it that are this layer's.
+
+    Args:
+        can_be_apart: whether all layers of the group compute their own columns where rows are many.
+    """
+
+    def __init__(
+        self, whole: Linear, columns: slice, product: _Product, *, can_be_apart: bool
+    ) -> None:
+        super().__init__()
+        self.whole = whole
+        self.columns = columns
+        self._product = product
+        self._can_be_apart = can_be_apart
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`, a view of the product, or a product of its own."""
+        product = self._product
+        if self._can_be_apart and x.shape[-2] >= _APART_FROM_ROWS:
+            bias = self.whole.bias
+            return functional.linear(
+                x, self.whole.weight[self.columns], None if bias is None else bias[self.columns]
+            )
+        if product.x is not x or product.value is None:
+            product.x, product.num_uses = x, 0
+            product.value = self.whole(x)
+        value = product.value
+        product.num_uses += 1
+        if product.num_uses == product.num_layers:
+            product.x, product.value, product.num_uses = None, None, 0
+        return value[..., self.columns]
+
+
+@torch.no_grad()
+def merge_linears(model: nn.Module) -> None:
+    """Replace sibling linear layers by parts of one, in place, one group at a time.
+
+    A group whose layers are not plain or 8-bit linear layers of one kind is left alone. The weights
+    of one group at a time are in memory twice; none of a model on `meta`.
+    """
+    for parent in list(model.modules()):
+        for names in _GROUPS:
+            layers = [getattr(parent, name, None) for name in names]
+            plain: list[Linear] = [layer for layer in layers if is_replaceable(layer)]
+            fp8: list[Linear] = [layer for layer in layers if type(layer) is Fp8Linear]
+            for linears in (plain, fp8):
+                if len(linears) == len(names) and _are_alike(linears):
+                    _merge(parent, names, linears)
+
+
+def _are_alike(layers: list[Linear]) -> bool:
+    first = layers[0]
+    return all(
+        layer.weight.shape[1] == first.weight.shape[1]
+        and layer.weight.dtype == first.weight.dtype
+        and (layer.bias is None) == (first.bias is None)
+        for layer in layers
+    )
+
+
+def _merge(parent: nn.Module, names: tuple[str, ...], layers: list[Linear]) -> None:
+    first = layers[0]
+    whole: Linear
+    num_outputs = sum(layer.out_features for layer in layers)
+    if isinstance(first, Fp8Linear):
+        whole = Fp8Linear(
+            first.in_features, num_outputs, bias_dtype=None, device=torch.device("meta")
+        )
+    else:
+        whole = nn.Linear(first.in_features, num_outputs, bias=False, device="meta")
+    for name in ("weight", "scale", "bias"):
+        parts = [part for layer in layers if (part := getattr(layer, name, None)) is not None]
+        if parts:
+            whole.register_parameter(name, nn.Parameter(torch.cat(parts), requires_grad=False))
+    product = _Product(len(layers))
+    smallest = min(layer.out_features for layer in layers)
+    can_be_apart = isinstance(whole, nn.Linear) and smallest >= _LARGE_COLUMNS
+    start = 0
+    for name, layer in zip(names, layers, strict=True):
+        stop = start + layer.out_features
+        part = MergedLinear(whole, slice(start, stop), product, can_be_apart=can_be_apart)
+        setattr(parent, name, part)
+        start = stop

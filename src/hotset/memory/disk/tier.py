@@ -1,0 +1,474 @@
+"""The disk tier: fixed-size payloads in one slab file, found again after a restart or a crash."""
+
+import errno
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from hotset.errors import TierError
+from hotset.memory.disk import index as disk_index
+from hotset.memory.disk.index import BlockIndex, IndexFault
+from hotset.memory.disk.io_queue import IoQueue, Job, Mailbox
+from hotset.memory.disk.slab import (
+    SLOT_ALIGN_BYTES,
+    FolderLock,
+    Slab,
+    checksum,
+    require_space,
+    slot_bytes_for,
+)
+from hotset.memory.tier import Completion, CompletionStatus, TierUsage
+
+_FORMAT = "1"  # of slab and index; another one is not read
+_FIXED_BYTES = disk_index.BASE_BYTES + SLOT_ALIGN_BYTES  # the lock file takes a page
+_FAILURES_TO_PAUSE = 3
+_PAUSE_S = 10.0
+_CLOSE_S = 5.0
+
+WRITE_DROPPED = "disk_write_dropped"
+READ_LATE = "disk_read_late"
+_KIND_BY_ERRNO = {
+    errno.ENOSPC: "disk_full",
+    errno.EDQUOT: "disk_full",
+    errno.EFBIG: "disk_full",
+    errno.EROFS: "disk_read_only",
+    errno.EBADF: "disk_read_only",
+    errno.EACCES: "disk_read_only",
+    errno.EPERM: "disk_read_only",
+}
+
+
+def capacity_bytes_for(num_payloads: int, payload_bytes: int) -> int:
+    """Bytes on disk of a store for `num_payloads`, index and lock file included."""
+    per_payload_bytes = slot_bytes_for(payload_bytes) + disk_index.ROW_BYTES
+    return _FIXED_BYTES + num_payloads * per_payload_bytes
+
+
+def payloads_within(capacity_bytes: int, payload_bytes: int) -> int:
+    """How many payloads a store of `capacity_bytes` holds; 0 where it is too small."""
+    per_payload_bytes = slot_bytes_for(payload_bytes) + disk_index.ROW_BYTES
+    return max(0, (capacity_bytes - _FIXED_BYTES) // per_payload_bytes)
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """A block that can be read. Its slot stays its own while `num_readers` is above 0."""
+
+    slot: int
+    checksum: int
+    num_readers: int = 0
+
+
+class DiskTier:
+    """A `Tier` in a folder, of bounded size, least recently used first to go.
+
+    All bookkeeping (which key has which slot, the LRU order, what is pinned) is done in the
+    caller's thread, in `submit_*`, `touch` and `poll`; workers only transfer and write the index.
+    So nothing changes behind the caller's back: a block is there once `poll` reported its write.
+
+    Crash safety: a slot's row is removed from the index, committed, before the slot is written
+    (one transaction covers the slots of all queued writes), and added after it was. So after
+    `kill -9` each row names a slot whose content is whole. A power cut may bring back older rows;
+    those, and damage by others, fail their checksum: the read FAILED, the block is forgotten.
+
+    A slot is given to a write when it is submitted, evicting then; reads pin theirs. Writing a key
+    that is there, or on its way, stores nothing and counts as a use: None, and no fault.
+
+    A write is refused when the queue would take more than `write_queue_s` at the measured pace
+    (mean of recent writes), and dropped when it waited that long after all. After 3 failures in
+    a row writes are refused for 10 seconds, then tried again.
+
+    Faults counted in `usage()`, by kind: `disk_write_dropped`, `disk_read_late`, `disk_missing`
+    (a read of a key that is not there), `disk_corrupt`, `disk_truncated`, `disk_full`,
+    `disk_read_only`, `disk_io_error`, `disk_index_failed`, `disk_index_damaged` (at open).
+
+    A restart keeps the blocks and their order of writing, not of reading.
+
+    Attributes:
+        slot_bytes: length of every buffer given to `submit_*`: `payload_bytes` in whole pages.
+        capacity_payloads: how many fit.
+        reclaimed: why blocks found at open were thrown away, or None.
+    """
+
+    name = "disk"
+
+    def __init__(
+        self,
+        *,
+        payload_bytes: int,
+        slab: Slab,
+        index: BlockIndex,
+        lock: FolderLock,
+        read_deadline_s: float,
+        write_queue_s: float,
+        num_threads: int,
+    ) -> None:
+        self.payload_bytes = payload_bytes
+        self.slot_bytes = slab.slot_bytes
+        self.capacity_payloads = slab.num_slots
+        self.reclaimed: str | None = None
+        self._slab = slab
+        self._index = index
+        self._lock = lock
+        self._read_deadline_s = read_deadline_s
+        self._write_queue_s = write_queue_s
+        self._faults: Counter[str] = Counter()
+        # In order of last use. Rows come in order of writing; of two for a key the later counts.
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict(
+            (row.key, _Entry(row.slot, row.checksum)) for row in index.rows.values()
+        )
+        taken = {entry.slot for entry in self._entries.values()}
+        self._free = deque(slot for slot in range(slab.num_slots) if slot not in taken)
+        self._writing: dict[bytes, Job] = {}
+        self._unwanted: set[bytes] = set()  # keys being written that were discarded since
+        self._reading: dict[int, _Entry] = {}  # by transfer id; pins the entry's slot
+        self._on_time: dict[int, Job] = {}  # reads not reported LATE, oldest first
+        self._next_id = 0
+        self._mean_write_s = 0.0
+        self._num_failures = 0  # writes failed in a row
+        self._paused_until_s = 0.0
+        self._closed = False
+        self._clearing = threading.Lock()
+        self._mailbox = Mailbox()
+        self._writes = IoQueue(
+            "disk-write",
+            num_threads=num_threads,
+            limit_s=write_queue_s,
+            expired_fault=WRITE_DROPPED,
+            run=self._write,
+            mailbox=self._mailbox,
+            idle=self._flush_index,
+        )
+        self._reads = IoQueue(
+            "disk-read",
+            num_threads=num_threads,
+            limit_s=read_deadline_s,
+            expired_fault=READ_LATE,
+            run=self._read,
+            mailbox=self._mailbox,
+        )
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        payload_bytes: int,
+        capacity_bytes: int,
+        fingerprint: Mapping[str, str],
+        read_deadline_s: float,
+        write_queue_s: float,
+        num_threads: int = 2,
+    ) -> "DiskTier":
+        """Open or create the store in `folder`; blocks.
+
+        Args:
+            folder: created where missing, readable by the user only. One process at a time.
+            payload_bytes: of one block.
+            capacity_bytes: bound of all files together; the slab is allocated at once.
+            fingerprint: what blocks depend on (model, weights, dtype, block size, layout). Blocks
+                of another one, or of another `payload_bytes`, are thrown away.
+            read_deadline_s: a read is reported LATE, or dropped if not begun, after this.
+            write_queue_s: the longest a write waits for its turn.
+            num_threads: for reads, and as many again for writes.
+
+        Raises:
+            TierError: too small, no space, in use, or not writable. Blocks that were there
+                still are, unless they are of another fingerprint.
+        """
+        slot_bytes = slot_bytes_for(payload_bytes)
+        num_slots = payloads_within(capacity_bytes, payload_bytes)
+        if num_slots < 1:
+            raise TierError(
+                f"disk tier of {capacity_bytes} bytes holds no block of {payload_bytes}; "
+                f"give at least {capacity_bytes_for(1, payload_bytes)}"
+            )
+        identity = {
+            "format": _FORMAT,
+            "payload_bytes": str(payload_bytes),
+            **{f"fingerprint.{name}": value for name, value in fingerprint.items()},
+        }
+        slab_path, index_path = folder / "blocks.slab", folder / "index.sqlite"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with ExitStack() as undo:
+                lock = FolderLock(folder)
+                undo.callback(lock.close)
+                require_space(slab_path, num_slots * slot_bytes)  # before anything is thrown away
+                found_bytes = slab_path.stat().st_size if slab_path.exists() else 0
+                index_was_gone = found_bytes > 0 and not index_path.exists()
+                found_slots = found_bytes // slot_bytes
+                index = BlockIndex(
+                    index_path,
+                    identity=identity,
+                    num_slots=min(num_slots, found_slots),
+                    max_bytes=disk_index.BASE_BYTES + num_slots * disk_index.ROW_BYTES,
+                )
+                undo.callback(index.close)
+                slab = Slab(
+                    slab_path, slot_bytes=slot_bytes, num_slots=num_slots, clear=not index.rows
+                )
+                undo.pop_all()
+        except OSError as error:
+            raise TierError(
+                f"disk tier folder {folder} cannot be used: {error.strerror or error}; "
+                "give a folder that can be written"
+            ) from error
+        tier = cls(
+            payload_bytes=payload_bytes,
+            slab=slab,
+            index=index,
+            lock=lock,
+            read_deadline_s=read_deadline_s,
+            write_queue_s=write_queue_s,
+            num_threads=num_threads,
+        )
+        tier.reclaimed = "the index was gone" if index_was_gone else index.empty_reason
+        tier._faults["disk_index_damaged"] += index_was_gone or index.damaged
+        tier._faults["disk_truncated"] += sum(row.slot >= found_slots for row in index.dropped)
+        return tier
+
+    @property
+    def direct_io(self) -> bool:
+        """Whether transfers go past the page cache."""
+        return self._slab.direct_io
+
+    # Called by the engine
+
+    def contains(self, key: bytes) -> bool:
+        """See `Tier`."""
+        return key in self._entries
+
+    def submit_write(self, key: bytes, payload: memoryview) -> int | None:
+        """See `Tier`. `payload` is `slot_bytes` long; page-aligned, or direct I/O ends."""
+        assert payload.nbytes == self.slot_bytes, (payload.nbytes, self.slot_bytes)
+        if key in self._entries or key in self._writing:
+            self._unwanted.discard(key)
+            self.touch([key])
+            return None
+        slot = self._take_slot() if self._accepts_writes() else None
+        if slot is None:
+            self._faults[WRITE_DROPPED] += 1
+            return None
+        job = self._new_job(key, slot, payload)
+        self._writing[key] = job
+        self._writes.submit(job)
+        return job.transfer_id
+
+    def submit_read(self, key: bytes, into: memoryview) -> int:
+        """See `Tier`. `into` is `slot_bytes` long; its content is undefined unless OK."""
+        assert into.nbytes == self.slot_bytes, (into.nbytes, self.slot_bytes)
+        entry = self._entries.get(key)
+        if entry is None or self._closed:
+            job = self._new_job(key, 0, into)
+            job.faults.append("disk_missing")
+            self._mailbox.put(job)
+            return job.transfer_id
+        job = self._new_job(key, entry.slot, into)
+        job.checksum = entry.checksum
+        entry.num_readers += 1
+        self._entries.move_to_end(key)
+        self._reading[job.transfer_id] = entry
+        self._on_time[job.transfer_id] = job
+        self._reads.submit(job)
+        return job.transfer_id
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """See `Tier`."""
+        for key in keys:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+
+    def newest_keys(self, limit: int) -> list[bytes]:
+        """See `Tier`."""
+        return list(islice(reversed(self._entries), limit))
+
+    def discard(self, keys: Sequence[bytes]) -> None:
+        """See `Tier`. Blocks for one commit to the index, so that a restart finds none of them."""
+        entries = [self._entries.pop(key) for key in keys if key in self._entries]
+        self._unwanted.update(key for key in keys if key in self._writing)
+        self._forget_rows([entry.slot for entry in entries])
+        self._free.extend(entry.slot for entry in entries if entry.num_readers == 0)
+
+    def poll(self) -> list[Completion]:
+        """See `Tier`."""
+        self._writes.expire()
+        self._reads.expire()
+        completions = [self._settle(job) for job in self._mailbox.take()]
+        late_s = time.monotonic() - self._read_deadline_s
+        while (job := next(iter(self._on_time.values()), None)) and job.submitted_s < late_s:
+            del self._on_time[job.transfer_id]
+            self._faults[READ_LATE] += 1
+            completions.append(Completion(job.transfer_id, job.key, CompletionStatus.LATE))
+        return completions
+
+    def wait(self, timeout_s: float) -> None:
+        """See `Tier`."""
+        oldest = next(iter(self._on_time.values()), None)
+        events_s = [
+            self._writes.next_expiry_s(),
+            oldest.submitted_s + self._read_deadline_s if oldest else None,
+        ]
+        now_s = time.monotonic()
+        waits_s = [event_s - now_s for event_s in events_s if event_s is not None]
+        self._mailbox.wait(max(0.0, min([timeout_s, *waits_s])))
+
+    def usage(self) -> TierUsage:
+        """See `Tier`."""
+        faults = self._faults + Counter({"disk_index_failed": self._index.num_failures})
+        return TierUsage(len(self._entries), self.capacity_payloads, dict(faults))
+
+    def close(self) -> None:
+        """Drop what is queued, wait for what runs (5 seconds at most), keep what is stored.
+
+        `poll` still reports what ended. Where a transfer is stuck, its buffer stays in use and the
+        folder locked until the process ends.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        writes_ended = self._writes.close(_CLOSE_S / 2)
+        if self._reads.close(_CLOSE_S / 2) and writes_ended:
+            with suppress(IndexFault):  # counted; the blocks of the last batch are not kept
+                self._index.close()
+            self._slab.close()
+            self._lock.close()
+
+    def check(self) -> None:
+        """Assert that each slot is free, stored, being written or read after a drop: just one.
+
+        And that the index says the same as the entries.
+        """
+        stored = [entry.slot for entry in self._entries.values()]
+        pinned = {entry.slot for entry in self._reading.values()} - set(stored)
+        writing = [job.slot for job in self._writing.values()]
+        slots = sorted([*self._free, *stored, *pinned, *writing])
+        assert slots == list(range(self.capacity_payloads)), slots
+        assert not self._entries.keys() & self._writing.keys()
+        assert self._unwanted <= self._writing.keys()
+        assert self._on_time.keys() <= self._reading.keys()
+        for key, entry in self._entries.items():
+            if entry.num_readers == 0:  # a read that fails removes the row ahead of `poll`
+                assert self._index.rows[entry.slot].key == key
+        readers = Counter(id(entry) for entry in self._reading.values())
+        assert all(entry.num_readers == readers[id(entry)] for entry in self._entries.values())
+
+    def _accepts_writes(self) -> bool:
+        wait_s = len(self._writes) * self._mean_write_s / self._writes.num_threads
+        return (
+            not self._closed
+            and time.monotonic() >= self._paused_until_s
+            and wait_s <= self._write_queue_s
+        )
+
+    def _take_slot(self) -> int | None:
+        """A slot to write, evicting if none is free; None where all are in use."""
+        if self._free:
+            return self._free.popleft()
+        for key, entry in self._entries.items():
+            if entry.num_readers == 0:
+                del self._entries[key]
+                return entry.slot
+        return None
+
+    def _new_job(self, key: bytes, slot: int, buffer: memoryview) -> Job:
+        self._next_id += 1
+        return Job(self._next_id, key, slot, buffer.cast("B"), time.monotonic())
+
+    def _settle(self, job: Job) -> Completion:
+        """Do the books for an ended job."""
+        self._faults.update(job.faults)
+        job.buffer.release()  # the caller's own view stays
+        if job.transfer_id in self._reading:
+            self._settle_read(job)
+        elif self._writing.get(job.key) is job:
+            self._settle_write(job)
+        status = CompletionStatus.OK if job.ok else CompletionStatus.FAILED
+        return Completion(job.transfer_id, job.key, status)
+
+    def _settle_read(self, job: Job) -> None:
+        entry = self._reading.pop(job.transfer_id)
+        self._on_time.pop(job.transfer_id, None)
+        entry.num_readers -= 1
+        if not job.ok and READ_LATE not in job.faults and self._entries.get(job.key) is entry:
+            del self._entries[job.key]
+        if self._entries.get(job.key) is not entry and entry.num_readers == 0:
+            self._free.append(entry.slot)
+
+    def _settle_write(self, job: Job) -> None:
+        del self._writing[job.key]
+        unwanted = job.key in self._unwanted
+        self._unwanted.discard(job.key)
+        if job.ok:
+            if unwanted:
+                self._forget_rows([job.slot])
+                self._free.append(job.slot)
+            else:
+                self._entries[job.key] = _Entry(job.slot, job.checksum)
+            self._num_failures = 0
+            weight = 0.1 if self._mean_write_s else 1.0
+            self._mean_write_s += weight * (job.service_s - self._mean_write_s)
+            return
+        self._free.append(job.slot)
+        if WRITE_DROPPED not in job.faults:
+            self._num_failures += 1
+            if self._num_failures >= _FAILURES_TO_PAUSE:
+                self._paused_until_s = time.monotonic() + _PAUSE_S
+                self._writes.drop_all()
+
+    def _forget_rows(self, slots: Sequence[int]) -> None:
+        """Remove the rows of slots that are about to be free."""
+        with suppress(IndexFault):  # counted; the next write to the slot removes its row
+            self._index.remove(slots)
+
+    # Called by workers
+
+    def _write(self, job: Job) -> bool:
+        try:
+            self._clear_row(job.slot)
+            job.checksum = checksum(job.key, job.buffer)
+            self._slab.write(job.slot, job.buffer)
+        except IndexFault:
+            return False  # the index counts it
+        except OSError as error:
+            job.faults.append(_KIND_BY_ERRNO.get(error.errno or 0, "disk_io_error"))
+            return False
+        self._index.add(job.slot, job.key, job.checksum)
+        if self._index.batch_is_full:
+            self._flush_index()
+        return True
+
+    def _clear_row(self, slot: int) -> None:
+        """Remove the row of a slot about to be written, and those of the next ones with it.
+
+        A slot's row is only ever added by the worker that has its job, after passing here: so
+        with the lock, a row seen here is an old one.
+        """
+        rows = self._index.rows
+        if slot in rows:
+            with self._clearing:
+                queued = self._writes.queued_slots(disk_index.BATCH_ROWS - 1)
+                self._index.remove([slot, *(other for other in queued if other in rows)])
+
+    def _read(self, job: Job) -> bool:
+        try:
+            self._slab.read(job.slot, job.buffer)
+            if checksum(job.key, job.buffer) == job.checksum:
+                return True
+            job.faults.append("disk_corrupt")
+        except EOFError:
+            job.faults.append("disk_truncated")
+        except OSError:
+            job.faults.append("disk_io_error")
+        with suppress(IndexFault):  # pinned until polled, so nobody writes this slot meanwhile
+            self._index.remove([job.slot])
+        return False
+
+    def _flush_index(self) -> None:
+        with suppress(IndexFault):  # counted; what was added is kept for the next time
+            self._index.flush()

@@ -1,0 +1,138 @@
+"""Keys and values in 8-bit floats, on the CPU: stored as the reference says, moved bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import run
+from safetensors.torch import load_file, save_file
+from test_greedy_equality import make_prompts
+from tiny_models import make_model
+
+from hotset.attention.batch import make_batch
+from hotset.attention.hook import PagedAttention
+from hotset.config import GIB, EngineConfig
+from hotset.engine.engine import Engine
+from hotset.errors import ConfigError, ModelError
+from hotset.linear.fp8 import FP8, to_fp8
+from hotset.memory.arena import DeviceArena, LayerShape
+from hotset.model.loader import load_model, resolve_dtype, resolve_kv_dtype
+from hotset.request import Request, SamplingParams, StepItem
+
+MakeEngine = Callable[..., Engine]
+
+
+def test_a_number_beyond_the_range_becomes_the_largest_and_nan_stays() -> None:
+    values = torch.tensor([0.0, 1.0, -500.0, torch.inf, torch.nan])
+    stored = to_fp8(values, 1.0).float()
+    assert stored[:4].tolist() == [0.0, 1.0, -448.0, 448.0]
+    assert stored[4].isnan()
+    assert to_fp8(values[1:3], 2.0).float().tolist() == [0.5, -256.0]  # -250 rounded
+
+
+@pytest.mark.parametrize("scales", [None, [(0.5, 4.0)]])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_attention_is_that_over_rounded_keys_and_values(
+    scales: list[tuple[float, float]] | None, softcap: float | None
+) -> None:
+    torch.manual_seed(0)
+    num_tokens, key_scale, value_scale = 11, *((scales or [(1.0, 1.0)])[0])
+    request = Request("a", num_tokens, list(range(num_tokens)), SamplingParams(), 16)
+    request.block_table = [2, 0, 1]
+    query = torch.randn(4, num_tokens, 16)
+    key, value = torch.randn(2, 2, num_tokens, 16)
+
+    def attend(dtype: torch.dtype, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        arena = DeviceArena(
+            [LayerShape(2, 16)],
+            num_blocks=3,
+            block_size=4,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            scales=scales if dtype == FP8 else None,
+        )
+        batch = make_batch([StepItem(request, 0, num_tokens)], 4)
+        inputs, _ = batch.to(torch.device("cpu"))
+        return PagedAttention(arena, batch, inputs).attend(
+            0, query, key, value, scaling=0.25, sliding_window=None, softcap=softcap, sinks=None
+        )
+
+    rounded_key = to_fp8(key, key_scale).float() * key_scale
+    rounded_value = to_fp8(value, value_scale).float() * value_scale
+    expected = attend(torch.float32, rounded_key, rounded_value)
+    torch.testing.assert_close(attend(FP8, key, value), expected)
+    assert not torch.allclose(expected, attend(torch.float32, key, value), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_tokens_are_the_same_with_any_tiers_and_preemption(
+    family: str, make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # so that some are preempted
+    prompts = make_prompts()
+    roomy = make_engine(family, kv_dtype="fp8", hot_blocks=200, kv_bytes=1)
+    starved = make_engine(
+        family,
+        kv_dtype="fp8",
+        kv_bytes=1,
+        hot_blocks=26,
+        host_blocks=5,
+        disk_mib=8,
+        fetch_policy="fetch",
+        disk_path=tmp_path,
+        max_num_batched_tokens=32,
+    )
+    expected = run(roomy, prompts)
+    for _ in range(2):
+        assert run(starved, prompts) == expected
+    assert starved.metrics.preemptions > 0
+    assert sum(starved.metrics.cached_tokens[tier] for tier in ("host", "disk")) > 0
+
+
+def test_a_block_takes_a_quarter_of_its_bytes_in_float32(make_engine: MakeEngine) -> None:
+    whole = make_engine("llama")
+    small = make_engine("llama", kv_dtype="fp8", kv_bytes=1)
+    assert 4 * small.budget.block_bytes == whole.budget.block_bytes
+    assert small.kv._fingerprint != whole.kv._fingerprint
+
+
+def test_scales_of_a_checkpoint_are_found_and_change_what_is_stored(tmp_path: Path) -> None:
+    folder = tmp_path / "calibrated"
+    make_model("llama").save_pretrained(folder)
+    assert load_model(str(folder), device="cpu", dtype="auto").kv_scales is None
+
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.k_scale"] = torch.tensor(0.25)
+    weights["model.layers.2.self_attn.attn.v_scale"] = torch.tensor([2.0])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    loaded = load_model(str(folder), device="cpu", dtype="auto")
+    assert loaded.kv_scales == ((0.25, 1.0), (1.0, 1.0), (1.0, 2.0))
+    options: dict[str, Any] = {"hot_gib": 2**20 / GIB, "max_model_len": 64}
+    engine = Engine(EngineConfig(kv_dtype="fp8", **options), loaded)
+    assert engine._runner._arena.scales == list(loaded.kv_scales)
+    engine.close()
+    engine = Engine(EngineConfig(**options), loaded)
+    assert engine._runner._arena.scales == [(1.0, 1.0)] * 3  # nothing is rounded
+    engine.close()
+
+    weights["model.layers.0.self_attn.k_scale"] = torch.tensor(0.0)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"k_scale is 0\.0, expected one above 0"):
+        load_model(str(folder), device="cpu", dtype="auto")
+
+
+def test_a_gpu_without_8_bit_floats_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(ConfigError, match="kv_dtype is fp8, which NVIDIA A100 does not"):
+        resolve_kv_dtype("fp8", torch.device("cuda"))
+    with pytest.raises(ConfigError, match="dtype is fp8, which NVIDIA A100 does not"):
+        resolve_dtype("fp8", torch.device("cuda"))
+    assert resolve_kv_dtype("auto", torch.device("cuda")) is None
+
+
+def test_another_type_is_refused() -> None:
+    with pytest.raises(ConfigError, match="kv_dtype is 'int8'; expected auto or fp8"):
+        EngineConfig(kv_dtype="int8")  # type: ignore[arg-type]

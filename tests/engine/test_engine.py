@@ -1,0 +1,224 @@
+"""What the engine refuses, and what a fault costs."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import reference, run
+from tiny_models import make_model
+from transformers import AutoModelForCausalLM
+
+from hotset.config import GIB, EngineConfig
+from hotset.engine.budget import make_budget
+from hotset.engine.engine import Engine
+from hotset.errors import ConfigError, ModelError, RequestError
+from hotset.executor.probe import inspect_model
+from hotset.model.loaded import LoadedModel
+from hotset.request import FinishReason, SamplingParams, StepPlan
+
+MakeEngine = Callable[..., Engine]
+
+
+def prompts(num: int) -> list[list[int]]:
+    rng = random.Random(5)
+    return [[rng.randrange(3, 256) for _ in range(rng.randint(4, 30))] for _ in range(num)]
+
+
+def test_a_step_that_runs_out_of_memory_costs_one_request(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    forward = engine._runner.forward
+    calls = 0
+
+    def fail_once(plan: StepPlan, *options: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(plan, *options)
+
+    monkeypatch.setattr(engine._runner, "forward", fail_once)
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    ids = [engine.add_request(prompt, params) for prompt in prompts(5)]
+    tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
+    errors = {}
+    while engine.has_work:
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+            if output.finish_reason is FinishReason.ERROR:
+                errors[output.request_id] = output.error
+    assert errors == {ids[4]: "the model step failed: out of memory"}
+    expected = reference("llama", prompts(5), max_tokens=6)
+    assert [tokens[request_id] for request_id in ids[:4]] == expected[:4]
+    assert engine.kv.pool.num_held == 0
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        ([], "the prompt is empty"),
+        ([1, 256], r"not in \[0, 256\)"),
+        ([-1], r"not in \[0, 256\)"),
+        ([5] * 96, "the longest context is 96"),
+    ],
+)
+def test_a_prompt_that_can_never_run_is_refused_and_leaves_nothing(
+    token_ids: list[int], message: str, make_engine: MakeEngine
+) -> None:
+    engine = make_engine()
+    with pytest.raises(RequestError, match=message):
+        engine.add_request(token_ids, SamplingParams())
+    assert not engine.has_work
+
+
+def test_a_request_id_that_is_in_use_is_refused(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.add_request([5], SamplingParams(), request_id="mine")
+    with pytest.raises(RequestError, match="in use"):
+        engine.add_request([5], SamplingParams(), request_id="mine")
+
+
+def test_the_output_ends_at_the_context_limit(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    [tokens] = run(engine, [[5] * 90], max_tokens=None)  # type: ignore[arg-type]
+    assert len(tokens) == 6
+
+
+def test_tenants_do_not_find_each_others_blocks(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    for salt in (b"alice", b"bob"):
+        engine.add_request([7] * 40, SamplingParams(max_tokens=1), salt=salt)
+        while engine.has_work:
+            engine.step()
+    assert engine.metrics.cached_tokens.total() == 0
+
+
+def test_an_unsupported_layer_type_is_refused_by_name() -> None:
+    model = make_model("llama")
+    model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
+    with pytest.raises(ModelError, match="chunked_attention"):
+        inspect_model(model)
+
+
+def test_a_model_with_state_space_layers_is_refused_by_name() -> None:
+    from transformers import MambaConfig
+
+    model = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
+    )
+    with pytest.raises(ModelError, match="Mamba"):
+        inspect_model(model)
+
+
+def test_an_encoder_decoder_is_refused_by_name() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        inspect_model(model)
+
+
+def budget(*, workspace_bytes: int = 2**20, **sizes: Any) -> Any:
+    options = {"block_size": 16, "max_model_len": 1024, **sizes}
+    return make_budget(
+        EngineConfig(**options),
+        device="cpu",
+        weights_bytes=GIB,
+        workspace_bytes=workspace_bytes,
+        kv_bytes_per_token=1024,
+        model_max_len=8192,
+        free_device_bytes=4 * GIB,
+    )
+
+
+def test_a_hot_tier_too_small_is_refused_with_the_smallest_that_works() -> None:
+    with pytest.raises(ConfigError, match="holds 32 KV blocks") as refused:
+        budget(hot_gib=0.0005)
+    smallest = float(str(refused.value).split("give hot_gib ")[1].split()[0])
+    assert budget(hot_gib=smallest).device_blocks == 64
+    with pytest.raises(ConfigError):
+        budget(hot_gib=smallest * 0.98)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hot_gib": 9.0}, "more than the 3.999 GiB free"),
+        ({"hot_gib": 0.1, "host_gib": 1e-6}, "host_gib 1e-06 holds no KV block"),
+        ({"hot_gib": 0.1, "host_gib": 1e6}, "give less host_gib"),
+        ({"hot_gib": 0.1, "disk_gib": 1e-6}, "disk_gib 1e-06 holds no KV block"),
+        ({"workspace_bytes": 4 * GIB}, "a step of 2048 tokens and 256 requests may take 4.000 GiB"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        budget(**sizes)
+
+
+def test_the_smallest_disk_tier_that_a_refusal_names_opens_and_holds_what_the_report_says(
+    make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"disk_gib .* holds no KV block") as refused:
+        make_engine(disk_mib=1.024)
+    smallest = float(str(refused.value).split("give ")[1].split()[0])
+    engine = make_engine(disk_mib=smallest * 1024, disk_path=tmp_path)
+    assert engine.tiers is not None and engine.tiers.below is not None
+    capacity = engine.tiers.below.usage().capacity_payloads
+    [line] = [line for line in engine.report.splitlines() if line.startswith("KV, disk tier")]
+    assert int(line.split()[4]) == capacity == 1
+
+
+def test_the_report_says_what_goes_where(make_engine: MakeEngine) -> None:
+    report = make_engine(host_blocks=10).report
+    for word in ("weights", "workspace", "KV, hot tier", "KV, host tier", "users of a context"):
+        assert word in report
+
+
+def test_overlapping_steps_answer_every_kind_of_request_as_single_ones_do(
+    make_engine: MakeEngine,
+) -> None:
+    kinds = [
+        SamplingParams(max_tokens=20, ignore_eos=True),
+        SamplingParams(max_tokens=20, stop_token_ids=tuple(range(3, 60))),  # ends by surprise
+        SamplingParams(max_tokens=1, ignore_eos=True),
+        SamplingParams(max_tokens=14, temperature=1.0, seed=7, n=3, ignore_eos=True),
+        SamplingParams(max_tokens=14, repetition_penalty=1.5, logprobs=2, ignore_eos=True),
+    ]
+    answers = []
+    for overlap in (False, True):
+        engine = make_engine(hot_blocks=40, host_blocks=100, overlap=overlap)
+        tokens: dict[tuple[str, int], list[int]] = {}
+        reasons = {}
+        for late in (False, True):  # the second half joins while the first runs
+            for i, prompt in enumerate(prompts(10)[late::2]):
+                params = kinds[i % len(kinds)]
+                engine.add_request(prompt, params, request_id=f"{late}-{i}")
+            for _ in range(5 if not late else 1000):
+                for output in engine.step():
+                    key = (output.request_id, output.index)
+                    tokens[key] = tokens.get(key, []) + list(output.token_ids)
+                    reasons[key] = output.finish_reason
+                engine.kv.check()
+        assert not engine.has_work
+        assert engine.kv.pool.num_held == 0
+        answers.append((tokens, reasons))
+    assert answers[0] == answers[1]
+    assert {reason for reason in answers[0][1].values() if reason is not None} == {
+        FinishReason.LENGTH,
+        FinishReason.STOP,
+    }
+
+
+def test_a_second_engine_over_a_model_counts_its_weights_as_the_first_did(
+    make_engine: MakeEngine,
+) -> None:
+    first = make_engine()
+    second = Engine(first.config, LoadedModel(first._runner._model, None, "m", "m", (2,), 512))
+    assert second.budget.weights_bytes == first.budget.weights_bytes > 0
+    second.close()

@@ -1,0 +1,139 @@
+"""The engine on an NVIDIA GPU: run these there with `pytest -m gpu`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from engines import reference, run
+from test_greedy_equality import make_prompts
+from tiny_models import make_model
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from hotset.attention.flashinfer.backend import FlashInferBackend
+from hotset.engine.engine import Engine
+from hotset.executor.probe import ModelLayout, inspect_model
+from hotset.executor.runner import AttentionBackend, GatherBackend, ModelRunner
+from hotset.memory.arena import DeviceArena
+from hotset.request import Request, SamplingParams, StepItem, StepPlan
+
+MakeEngine = Callable[..., Engine]
+# Compiling float32 warns that it could be less exact.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("tiers", [{}, {"hot_blocks": 26, "host_blocks": 300}])
+def test_greedy_tokens_are_those_of_transformers(
+    family: str,
+    tiers: dict[str, Any],
+    make_engine: MakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # so that many are preempted
+    prompts = make_prompts()
+    engine = make_engine(family, device="cuda", eager=True, max_num_batched_tokens=32, **tiers)
+    expected = reference(family, prompts, device="cuda")
+    for _ in range(2):
+        assert run(engine, prompts) == expected
+    if tiers:
+        assert engine.metrics.preemptions > 0
+        assert engine.metrics.cached_tokens["host"] > 0
+
+
+def paged_logits(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    make_backend: Callable[[DeviceArena], AttentionBackend],
+    *,
+    recorded: bool = False,
+    can_record: bool = True,
+    scales: list[tuple[float, float]] | None = None,
+) -> list[torch.Tensor]:
+    """Logits of steps of all kinds: prefill, chunks beside decodes, decodes."""
+    arena = DeviceArena(
+        layout.kv_shapes,
+        num_blocks=41,
+        block_size=4,
+        dtype=layout.kv_dtype,
+        device=model.device,
+        scales=scales,
+    )
+    runner = ModelRunner(model, arena, make_backend(arena), max_num_seqs=4)
+    if recorded:
+        runner.compile(scratch_block=40)
+        runner.record(max_num_tokens=64, max_context_blocks=15, scratch_block=40)
+        assert (runner._graphs is not None) == can_record
+    first = Request("a", 45, list(range(3, 48)), SamplingParams(), 60)
+    first.block_table = [3, 1, 2, 5, 7, 6, 9, 8, 0, 10, 11, 12]
+    second = Request("b", 10, list(range(60, 70)), SamplingParams(), 60)
+    second.block_table = [13, 14, 15]
+    steps = [
+        [StepItem(second, 0, 9), StepItem(first, 0, 20)],
+        [StepItem(first, 20, 24), StepItem(second, 9, 1)],
+        [StepItem(first, 44, 1), StepItem(second, 9, 1)],
+    ]
+    return [runner.forward(StepPlan(items)).float().clone() for items in steps]
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative to the size of `one`; 0 for nothing in both."""
+    return float((one - other).norm() / one.norm()) if len(one) or len(other) else 0.0
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-mha", "mistral", "gemma2"])
+def test_flashinfer_attends_as_sdpa_does(family: str) -> None:
+    model = make_model(family, head_dim=128).to("cuda", torch.bfloat16)
+    layout = inspect_model(model)
+    expected = paged_logits(model, layout, GatherBackend)
+    got = paged_logits(model, layout, lambda arena: FlashInferBackend(arena, layout.layers))
+    for one, other in zip(expected, got, strict=True):
+        assert difference(one, other) < 2e-2  # bfloat16 rounding
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_recorded_steps_compute_what_launched_ones_do(family: str) -> None:
+    model = make_model(family, head_dim=128).to("cuda", torch.bfloat16)
+    layout = inspect_model(model)
+
+    def backend(arena: DeviceArena) -> FlashInferBackend:
+        return FlashInferBackend(arena, layout.layers)
+
+    expected = paged_logits(model, layout, backend)
+    for _ in range(2):  # the second time over a model that is compiled
+        got = paged_logits(model, layout, backend, recorded=True)
+        for one, other in zip(expected, got, strict=True):
+            assert difference(one, other) < 2e-2  # bfloat16 rounding
+
+
+def test_a_model_that_asks_the_host_runs_without_recorded_steps(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model("llama", head_dim=128).to("cuda", torch.bfloat16)
+    layout = inspect_model(model)
+
+    def backend(arena: DeviceArena) -> FlashInferBackend:
+        return FlashInferBackend(arena, layout.layers)
+
+    expected = paged_logits(model, layout, backend)
+    torch._dynamo.reset()  # code that was compiled before does not call what is replaced here
+    plain = LlamaMLP.forward
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def asks(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        assert float(x.norm()) > 0
+        return plain(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", asks)
+    got = paged_logits(model, layout, backend, recorded=True, can_record=False)
+    torch._dynamo.reset()
+    assert "steps run without CUDA graphs" in caplog.text
+    torch.rand(1, device="cuda")  # refused while PyTorch takes its generator to be recorded
+    for one, other in zip(expected, got, strict=True):
+        assert difference(one, other) < 2e-2  # bfloat16 rounding

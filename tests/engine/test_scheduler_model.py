@@ -1,0 +1,254 @@
+"""The scheduler with its KV cache against blocks whose content is known: nothing reads a wrong one.
+
+Tiers of any size, slow and faulty, shared prefixes, aborts, rotation and a step in flight.
+"""
+
+import itertools
+
+from fakes import FakeClock, FakeDevice, FakeTiers
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from hotset.cost.prefix import PrefixPolicy, Rates
+from hotset.engine.scheduler import Scheduler
+from hotset.kv.cache import KVCache
+from hotset.kv.pool import BlockPool
+from hotset.metrics import Metrics
+from hotset.request import (
+    UNKNOWN_TOKEN,
+    FinishReason,
+    Request,
+    RequestStatus,
+    SamplingParams,
+    StepPlan,
+)
+
+BLOCK = 4
+MAX_TOKENS = 40
+PREFIXES = [[seed * 50 + i for i in range(20)] for seed in range(3)]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Each rule is something that happens to a scheduler; the content of blocks is checked."""
+
+    @initialize(
+        num_blocks=st.integers(10, 24),
+        num_slots=st.integers(0, 60),
+        max_num_seqs=st.integers(1, 6),
+        budget=st.integers(1, 24),
+        mixed_budget=st.integers(1, 24),
+        row_tile=st.sampled_from([1, 4]),
+        rotation_s=st.sampled_from([None, 1.0]),
+        mode=st.sampled_from(["fetch", "auto", "recompute"]),
+        prefix_caching=st.booleans(),
+    )
+    def start(
+        self,
+        num_blocks: int,
+        num_slots: int,
+        max_num_seqs: int,
+        budget: int,
+        mixed_budget: int,
+        row_tile: int,
+        rotation_s: float | None,
+        mode: str,
+        prefix_caching: bool,
+    ) -> None:
+        self.device = FakeDevice(BLOCK)
+        self.tiers = FakeTiers(self.device)
+        self.tiers.num_slots = num_slots
+        self.clock = FakeClock()
+        rates = Rates(1.0, {"host": 1.0})
+        self.kv = KVCache(
+            BlockPool(num_blocks),
+            block_size=BLOCK,
+            fingerprint="model",
+            metrics=Metrics(),
+            tiers=self.tiers,
+            policy=PrefixPolicy(rates, bytes_per_token=1, mode=mode),  # type: ignore[arg-type]
+            prefix_caching=prefix_caching,
+        )
+        self.kv._policy.rates.link_bytes_per_s["host"] = 100.0  # type: ignore[union-attr]
+        self.scheduler = Scheduler(
+            self.kv,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_mixed_tokens=mixed_budget,
+            row_tile=row_tile,
+            rotation_s=rotation_s,
+            clock=self.clock,
+        )
+        self.requests: list[Request] = []
+        self.families: list[list[Request]] = []
+        self.in_flight: list[Request] = []
+        self.ids = itertools.count()
+
+    @rule(
+        prefix=st.sampled_from(PREFIXES),
+        num_shared=st.integers(1, 20),
+        own=st.lists(st.integers(0, 3), max_size=6),
+        max_tokens=st.integers(1, 14),
+        priority=st.sampled_from([0, 0, 0, 1]),
+        n=st.sampled_from([1, 1, 1, 2]),
+        copies=st.sampled_from([1, 1, 3]),
+        tenant=st.sampled_from("ab"),
+    )
+    def add(
+        self,
+        prefix: list[int],
+        num_shared: int,
+        own: list[int],
+        max_tokens: int,
+        priority: int,
+        n: int,
+        copies: int,
+        tenant: str,
+    ) -> None:
+        tokens = prefix[:num_shared] + own
+        for _ in range(copies):
+            family = [
+                Request(
+                    request_id=f"r{next(self.ids)}",
+                    prompt_len=len(tokens),
+                    token_ids=list(tokens),
+                    params=SamplingParams(max_tokens=max_tokens),
+                    max_total_tokens=min(MAX_TOKENS, len(tokens) + max_tokens),
+                    priority=priority,
+                    tenant=tenant,
+                    arrival_s=self.clock(),
+                )
+                for _ in range(n)
+            ]
+            self.requests += family
+            self.families.append(family)
+            self.scheduler.add(family)
+
+    @rule(which=st.integers(0, 100), more=st.lists(st.integers(0, 3), max_size=6))
+    def go_on(self, which: int, more: list[int]) -> None:
+        """The next turn of one that has ended."""
+        ended = [r for r in self.requests if r.is_finished and UNKNOWN_TOKEN not in r.token_ids]
+        if not ended:
+            return
+        tokens = [*ended[which % len(ended)].token_ids, *more][: MAX_TOKENS - 4]
+        self.add(
+            tokens, len(tokens), [], max_tokens=4, priority=0, n=1, copies=1 + which % 2, tenant="a"
+        )
+
+    @rule()
+    def step(self) -> None:
+        """As the engine: the tokens of the last step are known after the next is scheduled."""
+        self.kv.poll()
+        plan = self.scheduler.schedule()
+        self.clock.now_s += 0.1
+        self.collect()
+        self.check_shares(plan)
+        self.device.compute(plan)
+        self.scheduler.commit(plan)
+        for item in plan.items:
+            if item.samples and not item.request.is_finished:
+                self.in_flight.append(item.request)
+                item.request.token_ids.append(UNKNOWN_TOKEN)
+                item.request.pending_row = 0
+
+    def check_shares(self, plan: StepPlan) -> None:
+        """No more than the budget, and the first in order that can go on does."""
+        num_tokens = {item.request: item.num_tokens for item in plan.items}
+        assert sum(num_tokens.values()) <= self.scheduler.max_num_batched_tokens
+        assert len(num_tokens) == len(plan.items)
+        if not self.kv.num_blocks_after_spills and self.scheduler.row_tile == 1:
+            runnable = [one for one in self.scheduler.running if self.kv.num_runnable_tokens(one)]
+            going = [one for one in runnable if not one.is_complete]
+            assert num_tokens or not going, "somebody could go on"
+
+    def collect(self) -> None:
+        for request in self.in_flight:
+            if request.is_finished:
+                continue
+            # As a model does: what follows depends on all that went before.
+            request.token_ids[-1] = sum(request.token_ids[:-1]) % 7
+            request.pending_row = None
+            if request.is_complete:
+                self.scheduler.finish(request, FinishReason.LENGTH)
+        self.in_flight.clear()
+
+    @precondition(lambda self: self.tiers.spilling)
+    @rule(data=st.data())
+    def end_spill(self, data: st.DataObject) -> None:
+        self.tiers.end_spill(data.draw(st.sampled_from(sorted(self.tiers.spilling))))
+
+    @precondition(lambda self: self.tiers.fetching)
+    @rule(data=st.data(), ok=st.booleans())
+    def end_fetch(self, data: st.DataObject, ok: bool) -> None:
+        self.tiers.end_fetch(data.draw(st.integers(0, len(self.tiers.fetching) - 1)), ok=ok)
+
+    @rule()
+    def end_transfers(self) -> None:
+        self.tiers.end_all()
+
+    @rule()
+    def pass_time(self) -> None:
+        self.clock.now_s += 1.0
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        self.scheduler.finish(request, FinishReason.ABORT)
+
+    @rule()
+    def lose_the_cache(self) -> None:
+        self.kv.pool.forget_cached()
+
+    @invariant()
+    def consistent(self) -> None:
+        if hasattr(self, "kv"):
+            self.kv.check()
+            for request in self.scheduler.waiting:
+                assert request.status is RequestStatus.WAITING and not request.block_table
+            orders = [request.order for request in self.scheduler.running]
+            assert orders == sorted(orders)
+
+    @invariant()
+    def found_tokens_are_counted_once(self) -> None:
+        if not hasattr(self, "kv"):
+            return
+        metrics = self.kv.metrics
+        usages = [max(one.num_cached_tokens for one in family) for family in self.families]
+        assert metrics.cached_tokens.total() == sum(usages)
+        for family, cached in zip(self.families, usages, strict=True):
+            assert 0 <= cached < family[0].prompt_len
+        prompts = ((len(family) - 1) * (family[0].prompt_len - 1) for family in self.families)
+        assert 0 <= metrics.forked_tokens <= sum(prompts)
+        if not metrics.preemptions:
+            assert metrics.resumed_tokens.total() == 0
+
+    def teardown(self) -> None:
+        if not hasattr(self, "kv"):
+            return
+        for _ in range(5000):
+            if not self.scheduler.has_requests:
+                break
+            self.step()
+            self.tiers.end_all()
+            self.consistent()
+        assert all(request.is_finished for request in self.requests), "a request waits for ever"
+        self.kv.poll()
+        self.tiers.end_all()
+        self.kv.poll()
+        assert self.kv.pool.num_held == 0
+        assert not self.tiers.kept
+
+
+def test_whatever_happens_every_token_attends_to_the_tokens_before_it() -> None:
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        SchedulerMachine,
+        settings=settings(max_examples=150, stateful_step_count=50, deadline=None),
+    )

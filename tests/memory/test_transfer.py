@@ -1,0 +1,478 @@
+"""The tiers with real bytes: device pool, copy thread, host memory, disk."""
+
+import itertools
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from disk_helpers import Gate
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from hotset.cost.prefix import Rates
+from hotset.memory.arena import DeviceArena, HostArena, LayerShape
+from hotset.memory.disk.tier import DiskTier, capacity_bytes_for
+from hotset.memory.host_tier import HostTier
+from hotset.memory.transfer import Copier, TierStack, make_copier
+from hotset.metrics import Metrics
+
+NUM_BLOCKS = 8
+
+
+class Rig:
+    """A device pool with a host tier of `host_slots` and, given a folder, a disk tier."""
+
+    def __init__(
+        self,
+        host_slots: int,
+        folder: Path | None = None,
+        device: str = "cpu",
+        *,
+        disk_slots: int = 90,
+        read_deadline_s: float = 5.0,
+    ) -> None:
+        self.device = DeviceArena(
+            [LayerShape(2, 8), LayerShape(1, 24)],  # layers of unequal shape
+            num_blocks=NUM_BLOCKS,
+            block_size=4,
+            dtype=torch.float32,
+            device=torch.device(device),
+        )
+        host_arena = HostArena(num_slots=host_slots, block_bytes=self.device.block_bytes)
+        self.metrics = Metrics()
+        self.disk = None
+        if folder is not None:
+            self.disk = DiskTier.open(
+                folder,
+                payload_bytes=host_arena.slot_bytes,
+                capacity_bytes=capacity_bytes_for(disk_slots, host_arena.slot_bytes),
+                fingerprint={"model": "test"},
+                read_deadline_s=read_deadline_s,
+                write_queue_s=5.0,
+            )
+        self.rates = Rates(1.0, {})
+        self.tiers = TierStack(
+            HostTier(host_slots),
+            host_arena,
+            make_copier(self.device, host_arena),
+            block_bytes=self.device.block_bytes,
+            rates=self.rates,
+            metrics=self.metrics,
+            below=self.disk,
+        )
+
+    def fill(self, block: int, seed: int) -> bytes:
+        """Random bytes in `block`, returned."""
+        content = np.random.default_rng(seed).bytes(self.device.block_bytes)
+        self.device.bytes_view_tensor()[block] = torch.frombuffer(
+            bytearray(content), dtype=torch.uint8
+        )
+        return content
+
+    def read(self, block: int) -> bytes:
+        """The bytes of `block`."""
+        return self.device.bytes_view_tensor()[block].cpu().numpy().tobytes()
+
+    def settle(self) -> dict[int, bool]:
+        """Run until nothing is under way; device block -> whether its fetch was good."""
+        fetched = {}
+        while self.tiers.is_busy:
+            self.tiers.flush()
+            self.tiers.wait(0.2)
+            for ended in self.tiers.poll():
+                if ended.is_fetch:
+                    fetched[ended.block] = ended.ok
+            self.tiers.check()
+        return fetched
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_block_comes_back_from_host_memory_bit_for_bit(device: str) -> None:
+    rig = Rig(host_slots=2, device=device)
+    content = rig.fill(0, seed=1)
+    assert rig.tiers.spill(b"key", 0)
+    rig.settle()
+    rig.fill(0, seed=2)
+    rig.tiers.fetch(b"key", 5)
+    assert rig.settle() == {5: True}
+    assert rig.read(5) == content
+    rig.tiers.close()
+
+
+def test_a_fetch_asked_for_while_the_spill_runs_waits_for_it() -> None:
+    rig = Rig(host_slots=2)
+    content = rig.fill(0, seed=1)
+    rig.tiers.spill(b"key", 0)
+    rig.tiers.fetch(b"key", 3)
+    assert rig.settle() == {3: True}
+    assert rig.read(3) == content
+    rig.tiers.close()
+
+
+@pytest.mark.parametrize("has_disk", [False, True])
+def test_what_went_up_leaves_host_memory_first_if_it_is_below(
+    has_disk: bool, tmp_path: Path
+) -> None:
+    rig = Rig(host_slots=3, folder=tmp_path if has_disk else None)
+    for number, key in enumerate((b"a", b"b", b"c")):
+        rig.fill(number, number)
+        rig.tiers.spill(key, number)
+        rig.settle()
+    rig.tiers.fetch(b"b", 5)
+    rig.settle()
+    rig.tiers.touch([b"b"])
+    rig.tiers.spill(b"d", 4)
+    rig.settle()
+    gone = b"b" if has_disk else b"a"
+    assert {key for key in (b"a", b"b", b"c", b"d") if not rig.tiers.host.is_ready(key)} == {gone}
+    rig.tiers.close()
+
+
+class OrderingCopier:
+    """A copier that compute can wait for on the device; its copies end when they are told to."""
+
+    def __init__(self, copier: Copier) -> None:
+        self._copier, self._ended = copier, list[tuple[int, float]]()
+        self.num_ready_slots = copier.num_ready_slots
+        self.ordered: list[int] = []
+        self.is_open = True
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._copier, name)
+
+    def order(self, copy_id: int) -> bool:
+        self.ordered.append(copy_id)
+        return True
+
+    def poll(self) -> list[tuple[int, float]]:
+        self._ended += self._copier.poll()
+        ended = self._ended if self.is_open else []
+        self._ended = [] if self.is_open else self._ended
+        return ended
+
+
+def test_a_fetch_bounded_by_time_has_arrived_once_compute_waits_for_it() -> None:
+    rig = Rig(host_slots=2)
+    content = rig.fill(0, seed=1)
+    rig.tiers.spill(b"key", 0, private=True)
+    rig.settle()
+    rig.rates.link_bytes_per_s["host"] = 1e9
+    copier = OrderingCopier(rig.tiers._copier)
+    rig.tiers._copier = copier
+    copier.is_open = False
+    rig.tiers.fetch(b"key", 5)
+    assert rig.tiers.poll() == []
+    rig.tiers.flush(most_s=1.0)
+    assert [(ended.key, ended.ok) for ended in rig.tiers.poll()] == [(b"key", True)]
+    assert len(copier.ordered) == 1
+    rig.tiers.drop(b"key")
+    # The copy still reads its host slot, and is not told of twice.
+    assert rig.tiers.host.is_in_use(b"key") and rig.tiers.poll() == []
+    assert rig.metrics.moved_bytes["host>device"] == 0
+    copier.is_open = True
+    assert rig.settle() == {}
+    assert not rig.tiers.host.is_ready(b"key")
+    assert rig.metrics.moved_bytes["host>device"] == rig.device.block_bytes
+    assert rig.read(5) == content
+    # Without a bound it may take longer than a step, which would wait for it.
+    rig.tiers.spill(b"other", 5)
+    rig.settle()
+    copier.is_open, copier.ordered = False, []
+    rig.tiers.fetch(b"other", 6)
+    rig.tiers.flush()
+    assert rig.tiers.poll() == [] and copier.ordered == []
+    copier.is_open = True
+    assert rig.settle() == {6: True}
+    rig.tiers.close()
+
+
+def test_fetches_beyond_the_time_given_go_with_later_calls() -> None:
+    rig = Rig(host_slots=4)
+    for seed in range(4):
+        rig.fill(seed, seed)
+        rig.tiers.spill(bytes([seed]), seed)
+    rig.settle()
+    rig.rates.link_bytes_per_s["host"] = rig.device.block_bytes / 1e-3
+    contents = [rig.read(block) for block in range(4)]
+    for block in range(4):
+        rig.tiers.fetch(bytes([block]), block + 4)
+    moved = rig.metrics.moved_bytes
+    for num_blocks in (2, 4):  # one, and another for the time given
+        rig.tiers.flush(most_s=1.5e-3)
+        while moved["host>device"] < num_blocks * rig.device.block_bytes:
+            rig.tiers.wait(0.2)
+            rig.tiers.poll()
+        rig.tiers.check()
+        assert moved["host>device"] == num_blocks * rig.device.block_bytes
+    assert not rig.tiers.is_busy
+    assert [rig.read(block) for block in range(4, 8)] == contents
+    rig.tiers.close()
+
+
+def test_blocks_pushed_out_of_host_memory_come_back_from_disk(tmp_path: Path) -> None:
+    rig = Rig(host_slots=2, folder=tmp_path)
+    contents = {}
+    for seed in range(6):
+        key = bytes([seed]) * 16
+        contents[key] = rig.fill(seed % NUM_BLOCKS, seed)
+        rig.tiers.spill(key, seed % NUM_BLOCKS)
+        rig.settle()
+    first = bytes([0]) * 16
+    assert rig.tiers.locate(first) == "disk"
+    rig.tiers.fetch(first, 7)
+    assert rig.settle() == {7: True}
+    assert rig.read(7) == contents[first]
+    rig.tiers.close()
+
+    again = Rig(host_slots=2, folder=tmp_path)  # a restart finds them all
+    for key, content in contents.items():
+        assert again.tiers.locate(key) == "disk"
+        again.tiers.fetch(key, 1)
+        assert again.settle() == {1: True}
+        assert again.read(1) == content
+    again.tiers.close()
+
+
+def test_a_private_payload_never_reaches_the_disk_and_is_forgotten_when_dropped(
+    tmp_path: Path,
+) -> None:
+    rig = Rig(host_slots=4, folder=tmp_path)
+    rig.fill(0, seed=1)
+    rig.tiers.spill(b"p" * 16, 0, private=True)
+    rig.tiers.drop(b"p" * 16)  # while the copy is still to be made
+    rig.settle()
+    assert rig.tiers.locate(b"p" * 16) is None
+    assert rig.tiers.host.num_used == 0
+    rig.tiers.close()
+
+
+def test_what_is_kept_is_not_evicted_until_nobody_keeps_it() -> None:
+    rig = Rig(host_slots=3)
+    content = rig.fill(0, seed=1)
+    rig.tiers.spill(b"kept", 0)
+    assert rig.tiers.keep(b"kept")  # on its way
+    rig.settle()
+    assert rig.tiers.keep(b"kept")  # there
+    assert not rig.tiers.keep(b"elsewhere")
+    for seed in range(6):
+        rig.tiers.spill(bytes([seed]), 1)
+        rig.settle()
+        rig.tiers.fetch(b"kept", 5)
+        assert rig.settle() == {5: True}
+        assert rig.read(5) == content
+        if seed == 3:
+            rig.tiers.unkeep(b"kept")
+    rig.tiers.unkeep(b"kept")
+    for seed in range(3):
+        rig.tiers.spill(bytes([100 + seed]), 1)
+        rig.settle()
+    assert rig.tiers.locate(b"kept") is None
+    rig.tiers.close()
+
+
+def test_what_is_kept_leaves_room_for_what_comes_from_disk(tmp_path: Path) -> None:
+    rig = Rig(host_slots=3, folder=tmp_path)
+    contents = [rig.fill(block, seed=block) for block in range(4)]
+    for block in range(4):
+        rig.tiers.spill(bytes([block]) * 16, block)
+        rig.settle()
+    kept = [block for block in range(4) if rig.tiers.keep(bytes([block]) * 16)]
+    assert kept == [1, 2]
+    rig.tiers.fetch(bytes(16), 5)  # evicted to disk before
+    assert rig.settle() == {5: True}
+    assert rig.read(5) == contents[0]
+    rig.tiers.close()
+
+
+def test_a_full_host_tier_refuses_the_spill_and_counts_it() -> None:
+    rig = Rig(host_slots=1)
+    assert rig.tiers.spill(b"a", 0)
+    assert not rig.tiers.spill(b"b", 1)  # the only slot is being filled
+    assert rig.metrics.faults["host_full"] == 1
+    rig.settle()
+    rig.tiers.close()
+
+
+def test_a_corrupt_disk_block_is_a_failed_fetch_and_never_bytes(tmp_path: Path) -> None:
+    rig = Rig(host_slots=1, folder=tmp_path)
+    for seed, key in enumerate((b"a" * 16, b"b" * 16)):
+        rig.fill(seed, seed)
+        rig.tiers.spill(key, seed)
+        rig.settle()
+    slab = tmp_path / "blocks.slab"
+    raw = bytearray(slab.read_bytes())
+    for i in range(0, len(raw), 512):
+        raw[i] ^= 0xFF
+    slab.write_bytes(raw)
+    before = rig.read(5)
+    rig.tiers.fetch(b"a" * 16, 5)
+    assert rig.settle() == {5: False}
+    assert rig.read(5) == before
+    assert rig.metrics.faults["disk_corrupt"] == 1
+    assert rig.tiers.locate(b"a" * 16) is None
+    rig.tiers.close()
+
+
+def test_rates_are_measured_at_start_and_leave_the_device_blocks_alone(tmp_path: Path) -> None:
+    rig = Rig(host_slots=4, folder=tmp_path)
+    content = rig.fill(0, seed=9)
+    rig.tiers.measure_rates(num_blocks=4)
+    assert rig.read(0) == content
+    assert set(rig.rates.link_bytes_per_s) == {"host", "disk"}
+    assert all(rate > 0 for rate in rig.rates.link_bytes_per_s.values())
+    assert rig.metrics.moved_bytes.total() == 0
+    rig.tiers.check()
+    rig.tiers.close()
+    again = Rig(host_slots=4, folder=tmp_path)
+    assert again.disk is not None
+    assert again.disk.usage().used_payloads == 0  # nothing was left there
+    again.tiers.close()
+
+
+@pytest.mark.parametrize("num_stored", [1, 3])
+def test_measuring_the_rate_of_a_disk_keeps_all_it_holds(num_stored: int, tmp_path: Path) -> None:
+    rig = Rig(host_slots=4, folder=tmp_path, disk_slots=3)
+    keys = [bytes([seed]) * 16 for seed in range(num_stored)]
+    for seed, key in enumerate(keys):
+        rig.fill(seed, seed)
+        rig.tiers.spill(key, seed)
+    rig.settle()
+    rig.tiers.close()
+    again = Rig(host_slots=4, folder=tmp_path, disk_slots=3)
+    again.tiers.measure_rates(num_blocks=4)
+    assert again.disk is not None
+    assert sorted(again.disk.newest_keys(9)) == keys
+    assert again.rates.link_bytes_per_s["disk"] > 0
+    assert again.tiers.host.num_used == 0
+    again.disk.check()
+    again.tiers.close()
+
+
+@pytest.mark.parametrize("call", ["preadv", "pwritev"])
+def test_a_disk_that_hangs_while_it_is_measured_does_not_stop_the_start(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotset.memory.transfer._PROBE_S", 0.3)
+    rig = Rig(host_slots=4, folder=tmp_path, read_deadline_s=0.1)
+    gate = Gate(monkeypatch, call)
+    rig.tiers.measure_rates(num_blocks=3)
+    assert rig.rates.link_bytes_per_s["disk"] > 0
+    rig.tiers.check()
+    # Its buffers stay its own until it is done with them; a block goes round beside them.
+    content = rig.fill(0, seed=1)
+    rig.tiers.spill(b"k" * 16, 0)
+    rig.tiers.flush()
+    gate.open.set()
+    rig.settle()
+    rig.tiers.fetch(b"k" * 16, 5)
+    assert rig.settle() == {5: True}
+    assert rig.read(5) == content
+    assert rig.disk is not None
+    assert rig.disk.newest_keys(9) == [b"k" * 16]
+    rig.tiers.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(4))
+def test_under_random_traffic_every_fetch_that_ends_well_brings_the_right_bytes(
+    seed: int, device: str, tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    rig = Rig(host_slots=3, folder=tmp_path, device=device)
+    contents: dict[bytes, bytes] = {}
+    busy: dict[int, bytes] = {}  # block -> key being fetched into it, or b"" for a spill
+    kept: list[bytes] = []
+    good = 0
+    rig.rates.observe_link("host", 10**9, 1.0)
+    for i in range(400):
+        free = [block for block in range(NUM_BLOCKS) if block not in busy]
+        if free and rng.random() < 0.5:
+            block, key = rng.choice(free), i.to_bytes(16, "big")
+            contents[key] = rig.fill(block, i)
+            if rig.tiers.spill(key, block):
+                busy[block] = b""
+        elif free and contents and rng.random() < 0.7:
+            block, key = rng.choice(free), rng.choice(list(contents))
+            if rig.tiers.locate(key) is not None:
+                rig.tiers.fetch(key, block)
+                busy[block] = key
+        elif kept and rng.random() < 0.6:
+            rig.tiers.unkeep(kept.pop(rng.randrange(len(kept))))
+        elif contents and rig.tiers.keep(key := rng.choice(list(contents))):
+            kept.append(key)
+        rig.tiers.flush(most_s=rng.choice([None, 0.0]))
+        if rng.random() < 0.5:
+            rig.tiers.wait(0.002)
+        for ended in rig.tiers.poll():
+            del busy[ended.block]
+            if ended.is_fetch and ended.ok:
+                assert rig.read(ended.block) == contents[ended.key]
+                good += 1
+        rig.tiers.check()
+    rig.settle()
+    for key in kept:
+        rig.tiers.unkeep(key)
+    assert rig.tiers.host.num_evictable == 3
+    assert good > 20
+    rig.tiers.close()
+
+
+class HostTierMachine(RuleBasedStateMachine):
+    """Random operations on the host slots against a plain model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = HostTier(4)
+        self.slots: dict[bytes, int] = {}
+        self.keys = itertools.count()
+
+    @rule()
+    def reserve(self) -> None:
+        key = next(self.keys).to_bytes(4, "big")
+        evictable = [k for k in self.slots if self.host.is_ready(k) and not self.host.is_in_use(k)]
+        if len(self.slots) == 4 and not evictable:
+            with pytest.raises(Exception, match="in use by transfers"):
+                self.host.reserve(key)
+            return
+        slot = self.host.reserve(key)
+        self.slots = {
+            k: s for k, s in self.slots.items() if self.host.is_ready(k) or self.host.is_filling(k)
+        }
+        assert slot not in self.slots.values()
+        self.slots[key] = slot
+
+    @precondition(lambda self: self.slots)
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.slots)))
+        if self.host.is_filling(key):
+            if data.draw(st.booleans()):
+                self.host.commit(key)
+            else:
+                self.host.abandon(key)
+                del self.slots[key]
+        elif self.host.is_in_use(key):
+            if data.draw(st.booleans()):
+                self.host.unpin(key)
+            else:
+                self.host.discard(key)  # no effect on a pinned one
+        else:
+            choice = data.draw(st.sampled_from(["pin", "touch", "discard"]))
+            getattr(self.host, choice)(key)
+            if choice == "discard":
+                del self.slots[key]
+
+    @invariant()
+    def consistent(self) -> None:
+        self.host.check()
+        assert self.host.num_used == len(self.slots)
+
+
+TestHostTierMachine = HostTierMachine.TestCase
+TestHostTierMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
