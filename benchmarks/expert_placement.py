@@ -2,9 +2,9 @@
 
 Layers of Qwen3-30B-A3B's shape in bfloat16. In each the experts' popularity has an order of its
 own, as skewed as `experts/router_skew.py` makes it; placements are made from the routing of
-64 steps and timed on other tokens. Every GPU holds the whole batch, computes its own experts' part of it,
-and NCCL sums (`experts/parallel.py`). A time is that of a layer, the median of replays of one
-CUDA graph of all layers; the loads are those of the tokens timed.
+64 steps and timed on other tokens. Every GPU holds the whole batch, computes its own experts' part
+of it, and NCCL sums (`experts/parallel.py`). A time is that of a layer, the median of replays of
+one CUDA graph of all layers; the loads are those of the tokens timed.
 
     python benchmarks/expert_placement.py --out benchmarks/results/expert_placement_2_h100
     python benchmarks/expert_placement.py --device cpu --ranks 2 --small --out /tmp/placement
@@ -29,10 +29,10 @@ from torch import distributed, multiprocessing
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hotset.bench.machine import describe_machine
-from hotset.cost.placement import Placement, in_order, measure, place, round_robin
 from hotset.cost.routing import row_scales
 from hotset.experts.gating import experts_layers, use_dynamic_gating
 from hotset.experts.parallel import shard_experts
+from hotset.experts.placement import Placement, in_order, measure, place, round_robin
 
 REPLAYS = 20
 HISTORY_STEPS, HISTORY_TOKENS = 64, 256

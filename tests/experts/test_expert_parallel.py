@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tiny_models import make_model
 from torch import distributed, multiprocessing
 
-from hotset.cost.placement import Placement, in_order, place, round_robin
 from hotset.errors import ConfigError
 from hotset.experts.gating import experts_layers, pack_experts, use_dynamic_gating
 from hotset.experts.parallel import LocalIds, shard_experts
+from hotset.experts.placement import Placement, in_order, place, round_robin
 
 TOKENS = torch.randint(3, 256, (2, 11), generator=torch.Generator().manual_seed(0))
 UNEVEN = Placement(((0, 2, 3, 5, 7), (1, 2, 4, 6, 7)))  # 2 and 7 are on both

@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from hotset.cli.plan import command
-from hotset.cost.placement import in_order
 from hotset.errors import PlanError
+from hotset.experts.placement import in_order
 from hotset.plan.balance import balance, load_recording
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import distributed
 from transformers import PreTrainedModel
 
-from hotset.cost.placement import Placement, in_order
 from hotset.errors import ConfigError
 from hotset.experts.gating import IMPLEMENTATION, Experts, experts_layers
+from hotset.experts.placement import Placement, in_order
 
 
 class LocalIds:

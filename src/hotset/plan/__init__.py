@@ -1,1 +1,1 @@
-"""The planner: from a model, hardware and a workload to a table and a page. Imports no torch."""
+"""The planner: from a model, hardware and a workload to a table and a page."""

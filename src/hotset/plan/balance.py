@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hotset.cost.placement import History, Placement, in_order, measure, place, round_robin
 from hotset.cost.routing import skew_of
 from hotset.errors import PlanError
+from hotset.experts.placement import History, Placement, in_order, measure, place, round_robin
 from hotset.foreign_text import parse_json
 
 Counts = npt.NDArray[np.int64]

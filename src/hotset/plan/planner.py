@@ -1,4 +1,7 @@
-"""From a model, hardware, a layout and a workload to where bytes live and how fast it runs."""
+"""From a model, hardware, a layout and a workload to where bytes live and how fast it runs.
+
+Imports no torch.
+"""
 
 import math
 from dataclasses import dataclass, replace

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hotset.cost.placement import Placement, measure, place, round_robin
 from hotset.errors import PlanError
+from hotset.experts.placement import Placement, measure, place, round_robin
 
 
 @st.composite
