@@ -5,8 +5,8 @@
 
 Three constants of `hotset.cost.step_time.Calibration` are fitted, on rows 14 and 16 alone; the
 others come from measurements of links and from papers. Errors are printed with their sign:
-positive means that the prediction is too fast (more tokens/s, or less time, than measured). The results are
-written to benchmarks/results/planner_validation.json.
+positive means that the prediction is too fast (more tokens/s, or less time, than measured).
+The results are written to benchmarks/results/planner_validation.json.
 """
 
 import argparse
