@@ -1,5 +1,6 @@
 """Engines over tiny models, and what transformers says they should answer."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -101,3 +102,14 @@ def reference(
         )
         answers.append(out[0, len(prompt) :].tolist())
     return answers
+
+
+def make_prompts(seed: int = 0, num: int = 6) -> list[list[int]]:
+    """Prompts of 3 to 60 tokens, half of them with a common start."""
+    rng = random.Random(seed)
+    common = [rng.randrange(3, 256) for _ in range(22)]
+    prompts = []
+    for i in range(num):
+        own = [rng.randrange(3, 256) for _ in range(rng.randint(3, 38))]
+        prompts.append(common + own if i % 2 else own)
+    return prompts

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from engines import run
+from engines import make_prompts, run
 from safetensors.torch import load_file, save_file
-from test_greedy_equality import make_prompts
 from tiny_models import make_model
 
 from hotset.attention.batch import make_batch

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scheduler import make_request, make_scheduler, run, tokens_of
+from schedulers import make_request, make_scheduler, run, tokens_of
 
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.step_cost import StepCost

@@ -5,18 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from engines import reference, run
-from test_greedy_equality import make_prompts
+from engines import make_prompts, reference, run
+from paged import difference, paged_logits
 from tiny_models import make_model
-from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hotset.attention.flashinfer.backend import FlashInferBackend
 from hotset.engine.engine import Engine
-from hotset.executor.probe import ModelLayout, inspect_model
-from hotset.executor.runner import AttentionBackend, GatherBackend, ModelRunner
+from hotset.executor.probe import inspect_model
+from hotset.executor.runner import GatherBackend
 from hotset.memory.arena import DeviceArena
-from hotset.request import Request, SamplingParams, StepItem, StepPlan
 
 MakeEngine = Callable[..., Engine]
 # Compiling float32 warns that it could be less exact.
@@ -45,46 +43,6 @@ def test_greedy_tokens_are_those_of_transformers(
     if tiers:
         assert engine.metrics.preemptions > 0
         assert engine.metrics.cached_tokens["host"] > 0
-
-
-def paged_logits(
-    model: PreTrainedModel,
-    layout: ModelLayout,
-    make_backend: Callable[[DeviceArena], AttentionBackend],
-    *,
-    recorded: bool = False,
-    can_record: bool = True,
-    scales: list[tuple[float, float]] | None = None,
-) -> list[torch.Tensor]:
-    """Logits of steps of all kinds: prefill, chunks beside decodes, decodes."""
-    arena = DeviceArena(
-        layout.kv_shapes,
-        num_blocks=41,
-        block_size=4,
-        dtype=layout.kv_dtype,
-        device=model.device,
-        scales=scales,
-    )
-    runner = ModelRunner(model, arena, make_backend(arena), max_num_seqs=4)
-    if recorded:
-        runner.compile(scratch_block=40)
-        runner.record(max_num_tokens=64, max_context_blocks=15, scratch_block=40)
-        assert (runner._graphs is not None) == can_record
-    first = Request("a", 45, list(range(3, 48)), SamplingParams(), 60)
-    first.block_table = [3, 1, 2, 5, 7, 6, 9, 8, 0, 10, 11, 12]
-    second = Request("b", 10, list(range(60, 70)), SamplingParams(), 60)
-    second.block_table = [13, 14, 15]
-    steps = [
-        [StepItem(second, 0, 9), StepItem(first, 0, 20)],
-        [StepItem(first, 20, 24), StepItem(second, 9, 1)],
-        [StepItem(first, 44, 1), StepItem(second, 9, 1)],
-    ]
-    return [runner.forward(StepPlan(items)).float().clone() for items in steps]
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Relative to the size of `one`; 0 for nothing in both."""
-    return float((one - other).norm() / one.norm()) if len(one) or len(other) else 0.0
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-mha", "mistral", "gemma2"])

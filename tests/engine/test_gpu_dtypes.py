@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import run
-from test_gpu import difference, paged_logits
-from test_greedy_equality import make_prompts
+from engines import make_prompts, run
+from paged import difference, paged_logits
 from tiny_models import make_model
 from torch import nn
 from transformers import PreTrainedModel

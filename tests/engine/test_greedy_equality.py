@@ -1,11 +1,10 @@
 """Greedy output is the same tokens whatever the tiers, chunks, blocks and preemptions."""
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engines import reference, run
+from engines import make_prompts, reference, run
 from tiny_models import FAMILIES
 
 from hotset.engine.engine import Engine
@@ -13,17 +12,6 @@ from hotset.request import FinishReason, SamplingParams
 
 MakeEngine = Callable[..., Engine]
 MAX_TOKENS = 12
-
-
-def make_prompts(seed: int = 0, num: int = 6) -> list[list[int]]:
-    """Prompts of 3 to 60 tokens, half of them with a common start."""
-    rng = random.Random(seed)
-    common = [rng.randrange(3, 256) for _ in range(22)]
-    prompts = []
-    for i in range(num):
-        own = [rng.randrange(3, 256) for _ in range(rng.randint(3, 38))]
-        prompts.append(common + own if i % 2 else own)
-    return prompts
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engines import run
-from test_gpu import difference
+from paged import difference
 from test_gpu_experts import chain, make_layers, routed
 
 from hotset.config import GIB, EngineConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_gpu import difference, paged_logits
+from paged import difference, paged_logits
 from tiny_models import make_model
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation

@@ -2,7 +2,7 @@
 
 import pytest
 from fakes import FakeTiers
-from test_scheduler import BLOCK, fill_host_then_forget_device, make_request, make_scheduler, run
+from schedulers import BLOCK, fill_host_then_forget_device, make_request, make_scheduler, run
 
 from hotset.engine.scheduler import Scheduler
 from hotset.request import FinishReason, Request

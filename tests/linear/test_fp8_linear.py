@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import run
+from engines import make_prompts, run
 from safetensors.torch import load_file, save_file
-from test_greedy_equality import make_prompts
 from tiny_models import make_model
 from torch import nn
 

@@ -76,7 +76,7 @@ def test_profile_of_a_probe_is_one_that_plans_read(
     path = probe_path()
     assert tmp_path in path.parents
     figures: dict[str, Any] = json.loads(
-        (Path("src/hotset/plan/hardware/l40s.json")).read_text("utf-8")
+        (Path("src/hotset/cost/hardware/l40s.json")).read_text("utf-8")
     )["figures"]
     figures["kernel_us"] = {"value": 2.5, "source": "hotset probe"}
     path.parent.mkdir(parents=True)

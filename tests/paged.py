@@ -1,0 +1,51 @@
+"""Logits of a model over paged KV, with and without recorded steps."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from hotset.executor.probe import ModelLayout
+from hotset.executor.runner import AttentionBackend, ModelRunner
+from hotset.memory.arena import DeviceArena
+from hotset.request import Request, SamplingParams, StepItem, StepPlan
+
+
+def paged_logits(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    make_backend: Callable[[DeviceArena], AttentionBackend],
+    *,
+    recorded: bool = False,
+    can_record: bool = True,
+    scales: list[tuple[float, float]] | None = None,
+) -> list[torch.Tensor]:
+    """Logits of steps of all kinds: prefill, chunks beside decodes, decodes."""
+    arena = DeviceArena(
+        layout.kv_shapes,
+        num_blocks=41,
+        block_size=4,
+        dtype=layout.kv_dtype,
+        device=model.device,
+        scales=scales,
+    )
+    runner = ModelRunner(model, arena, make_backend(arena), max_num_seqs=4)
+    if recorded:
+        runner.compile(scratch_block=40)
+        runner.record(max_num_tokens=64, max_context_blocks=15, scratch_block=40)
+        assert (runner._graphs is not None) == can_record
+    first = Request("a", 45, list(range(3, 48)), SamplingParams(), 60)
+    first.block_table = [3, 1, 2, 5, 7, 6, 9, 8, 0, 10, 11, 12]
+    second = Request("b", 10, list(range(60, 70)), SamplingParams(), 60)
+    second.block_table = [13, 14, 15]
+    steps = [
+        [StepItem(second, 0, 9), StepItem(first, 0, 20)],
+        [StepItem(first, 20, 24), StepItem(second, 9, 1)],
+        [StepItem(first, 44, 1), StepItem(second, 9, 1)],
+    ]
+    return [runner.forward(StepPlan(items)).float().clone() for items in steps]
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative to the size of `one`; 0 for nothing in both."""
+    return float((one - other).norm() / one.norm()) if len(one) or len(other) else 0.0
