@@ -59,8 +59,8 @@ class Workload:
 
     users: int = 24
     turns: int = 4
-    document_tokens: int = 900
-    answer_tokens: int = 48
+    document_tokens: int = 720
+    answer_tokens: int = 40
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,14 +23,14 @@ _ROUNDING = 1e-4
 @click.option(
     "--document-tokens",
     type=click.IntRange(16, 4096),
-    default=900,
+    default=720,
     show_default=True,
     help="Length of the text that each user asks about.",
 )
 @click.option(
     "--answer-tokens",
     type=click.IntRange(1, 512),
-    default=48,
+    default=40,
     show_default=True,
     help="Longest answer.",
 )
