@@ -34,7 +34,7 @@ import transformers
 
 from hotset import __version__
 from hotset.config import EngineConfig
-from hotset.engine.engine import Engine
+from hotset.engine.build import build_engine
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
 from hotset.request import SamplingParams
@@ -78,7 +78,7 @@ Serve = Callable[[list[list[int]], int], Run]
 
 def serve_hotset(loaded: LoadedModel, users: int) -> Serve:
     config = EngineConfig(hot_gib=HOT_GIB, max_num_seqs=users, prefix_caching=False)
-    engine = Engine(config, loaded)
+    engine = build_engine(config, loaded)
 
     def serve(prompts: list[list[int]], num_tokens: int) -> Run:
         params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotset.config import EngineConfig
 from hotset.cost.catalog import bundled_config
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.model.loaded import LoadedModel
 from hotset.request import Request, RequestStatus, SamplingParams
@@ -78,7 +79,7 @@ def main() -> None:
     config = EngineConfig(
         hot_gib=arguments.hot_gib, max_num_batched_tokens=1024, prefix_caching=False
     )
-    engine = Engine(config, dummy(arguments.model))
+    engine = build_engine(config, dummy(arguments.model))
     storage = engine._runner._arena.storage
     for first in range(0, len(storage), 1024):
         storage[first : first + 1024].normal_()

@@ -35,6 +35,7 @@ from hotset.bench.workload import (
     warm_up,
 )
 from hotset.config import EngineConfig
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.memory.arena import DeviceArena, HostArena, LayerShape
 from hotset.memory.cuda_copier import CudaCopier
@@ -81,7 +82,7 @@ class Suite:
             max_model_len=MAX_MODEL_LEN,
             **{**self._options, **options},
         )
-        engine = Engine(config, self.loaded)
+        engine = build_engine(config, self.loaded)
         started_s = time.perf_counter() - start_s
         ready_s = wait_for_host_tier(engine)
         spec = PRESETS["C6"].spec

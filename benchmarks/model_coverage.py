@@ -33,6 +33,7 @@ import torch
 import transformers
 
 from hotset.config import GIB, EngineConfig
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import HotsetError, ModelError
 from hotset.executor.probe import inspect_model
@@ -156,7 +157,7 @@ def make_engine(folder: str, *, num_blocks: int, **options: Any) -> Engine:
         max_model_len=64,
         **options,
     )
-    return Engine(config, loaded)
+    return build_engine(config, loaded)
 
 
 def run(

@@ -22,7 +22,7 @@ import torch
 from play_schedule import ALL_BLOCKS, BLOCK_BYTES, VOCAB_SIZE, PlayedCost, make_model
 
 from hotset.config import GIB, EngineConfig
-from hotset.engine.engine import Engine
+from hotset.engine.build import build_engine
 from hotset.model.loader import LoadedModel
 from hotset.request import SamplingParams, StepPlan
 
@@ -44,7 +44,7 @@ def arrivals(num_long: int) -> list[tuple[float, str]]:
 
 def play(loaded: LoadedModel, num_long: int) -> dict[str, Any]:
     """All arrivals through a fresh engine, to their ends."""
-    engine = Engine(
+    engine = build_engine(
         EngineConfig(
             device="cpu",
             dtype="float32",

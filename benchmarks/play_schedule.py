@@ -36,6 +36,7 @@ from transformers import LlamaConfig
 from hotset.bench.driver import drive
 from hotset.bench.workload import PRESETS, Spec, make_work
 from hotset.config import GIB, EngineConfig
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.step_cost import StepCost
 from hotset.memory.disk.slab import slot_bytes_for
@@ -145,7 +146,7 @@ def play(
     rotation_s: float | None,
 ) -> dict[str, Any]:
     """One workload through a fresh engine."""
-    engine = Engine(
+    engine = build_engine(
         EngineConfig(
             device="cpu",
             dtype="float32",
@@ -208,7 +209,7 @@ def play_over_disk(loaded: LoadedModel, host_blocks: int) -> dict[str, Any]:
     """Users who take turns, all of whose contexts are on disk; steps take 20 ms."""
     slot_bytes = slot_bytes_for(BLOCK_BYTES)
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(
+        engine = build_engine(
             EngineConfig(
                 device="cpu",
                 dtype="float32",

@@ -23,6 +23,7 @@ from cpu_engine import QUESTIONS
 
 from hotset.attention.batch import make_batch
 from hotset.config import GIB, EngineConfig
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.model.loader import load_model
 from hotset.request import Request, SamplingParams, StepItem
@@ -71,7 +72,7 @@ def run(options: dict[str, Any], device: str) -> dict[str, Any]:
     ids = [t for name in TEXTS for t in encoder.encode_text((ROOT / "docs" / name).read_text())]
     chunks = [ids[i : i + CHUNK] for i in range(0, len(ids) - CHUNK, CHUNK)]
     prompts = [encoder.encode_chat([{"role": "user", "content": q}]) for q in QUESTIONS]
-    engine = Engine(config, loaded)
+    engine = build_engine(config, loaded)
     try:
         return {
             "logits": [read_logits(engine, chunk) for chunk in chunks],

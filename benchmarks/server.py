@@ -153,7 +153,7 @@ async def all_streams(port: int, users: int, tokens: int) -> dict[str, float]:
 def run_engine(args: argparse.Namespace) -> None:
     """The engine alone; a process of its own. Prints its seconds for each line it reads."""
     from hotset.config import EngineConfig
-    from hotset.engine.engine import Engine
+    from hotset.engine.build import build_engine
     from hotset.model.loader import load_model
     from hotset.request import SamplingParams
     from hotset.text.prompt import PromptEncoder
@@ -162,7 +162,7 @@ def run_engine(args: argparse.Namespace) -> None:
     config = EngineConfig(
         hot_gib=args.hot_gib, max_num_seqs=args.users, prefix_caching=False, max_model_len=2048
     )
-    engine = Engine(config, loaded)
+    engine = build_engine(config, loaded)
     encoder = PromptEncoder(loaded)
     prompts = [encoder.encode_chat(messages(i)) for i in range(args.users)]
     params = SamplingParams(max_tokens=args.tokens, ignore_eos=True)

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from hotset.bench.machine import describe_machine
 from hotset.config import EngineConfig
-from hotset.engine.engine import Engine
+from hotset.engine.build import build_engine
 from hotset.executor.graphs import _seconds
 from hotset.model.loader import load_dummy
 
@@ -90,7 +90,7 @@ def gate_and_up() -> dict[str, dict[int, float]]:
 def recorded_steps() -> dict[str, dict[int, float]]:
     """By kind of step and size, milliseconds; those of decodes attend to one token each."""
     config = EngineConfig(hot_gib=16, max_num_batched_tokens=8192, max_model_len=8192)
-    engine = Engine(config, load_dummy(MODEL, device="cuda", dtype="auto"))
+    engine = build_engine(config, load_dummy(MODEL, device="cuda", dtype="auto"))
     graphs = engine._runner._graphs
     assert graphs is not None
     parts = {

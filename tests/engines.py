@@ -8,6 +8,7 @@ import torch
 from tiny_models import make_model
 
 from hotset.config import GIB, EngineConfig
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.experts.buffer import slot_bytes_of
 from hotset.experts.gating import experts_layers
@@ -48,7 +49,7 @@ def make_engine(
         **changes,
     }
     loaded = LoadedModel(model, None, family, f"{family}-{seed}", (2,), 512)
-    engine = Engine(EngineConfig(**options), loaded, overlap=overlap)
+    engine = build_engine(EngineConfig(**options), loaded, overlap=overlap)
     assert engine.budget.device_blocks == hot_blocks
     return engine
 

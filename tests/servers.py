@@ -18,6 +18,7 @@ from tiny_models import make_model
 from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
 from hotset.config import EngineConfig
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.service import EngineService
 from hotset.model.loaded import LoadedModel
@@ -33,7 +34,7 @@ def build(config: EngineConfig, context: int = 512) -> tuple[Engine, LoadedModel
     torch.set_num_threads(1)
     model = make_model("llama", vocab_size=VOCAB_SIZE, max_position_embeddings=context)
     loaded = LoadedModel(model, make_tokenizer(), "tiny", "tiny", (EOS_TOKEN_ID,), context)
-    return Engine(config, loaded), loaded
+    return build_engine(config, loaded), loaded
 
 
 @dataclass

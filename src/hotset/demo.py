@@ -16,7 +16,7 @@ from pydoc_data.topics import topics
 from typing import Any, Literal
 
 from hotset.config import GIB, EngineConfig
-from hotset.engine.engine import Engine
+from hotset.engine.build import build_engine
 from hotset.engine.service import EngineService
 from hotset.errors import EngineError
 from hotset.executor.probe import inspect_model
@@ -294,7 +294,7 @@ def _run(
     config = _with_hot_tier(config, *sizes, block_bytes)
     if disk_path is not None:
         config = _with_slower_tiers(config, *sizes, block_bytes, disk_path)
-    service = EngineService(config, build=lambda config: (Engine(config, loaded), loaded))
+    service = EngineService(config, build=lambda config: (build_engine(config, loaded), loaded))
     try:
         one_pass = _Pass(name, service, progress)
         users = [

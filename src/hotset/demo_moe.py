@@ -12,7 +12,7 @@ from typing import Any
 
 from hotset.bench.expert_arms import expert_sizes
 from hotset.config import GIB, EngineConfig
-from hotset.engine.engine import Engine
+from hotset.engine.build import build_engine
 from hotset.errors import EngineError, ModelError
 from hotset.executor.probe import inspect_model
 from hotset.experts.gating import experts_layers, unpack_experts
@@ -193,7 +193,7 @@ def _run(
     prompts: list[list[int]],
     progress: Callable[[Progress], None],
 ) -> PassResult:
-    engine = Engine(config, loaded)
+    engine = build_engine(config, loaded)
     try:
         params = SamplingParams(max_tokens=workload.answer_tokens)
         answers = {}

@@ -13,6 +13,7 @@ from tiny_models import make_model
 from hotset.attention.batch import make_batch
 from hotset.attention.hook import PagedAttention
 from hotset.config import GIB, EngineConfig
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, ModelError
 from hotset.linear.fp8 import FP8, to_fp8
@@ -109,10 +110,10 @@ def test_scales_of_a_checkpoint_are_found_and_change_what_is_stored(tmp_path: Pa
     loaded = load_model(str(folder), device="cpu", dtype="auto")
     assert loaded.kv_scales == ((0.25, 1.0), (1.0, 1.0), (1.0, 2.0))
     options: dict[str, Any] = {"hot_gib": 2**20 / GIB, "max_model_len": 64}
-    engine = Engine(EngineConfig(kv_dtype="fp8", **options), loaded)
+    engine = build_engine(EngineConfig(kv_dtype="fp8", **options), loaded)
     assert engine._runner._arena.scales == list(loaded.kv_scales)
     engine.close()
-    engine = Engine(EngineConfig(**options), loaded)
+    engine = build_engine(EngineConfig(**options), loaded)
     assert engine._runner._arena.scales == [(1.0, 1.0)] * 3  # nothing is rounded
     engine.close()
 

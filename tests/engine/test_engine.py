@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hotset.config import GIB, EngineConfig
 from hotset.engine.budget import make_budget
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, ModelError, RequestError
 from hotset.executor.probe import inspect_model
@@ -219,6 +220,8 @@ def test_a_second_engine_over_a_model_counts_its_weights_as_the_first_did(
     make_engine: MakeEngine,
 ) -> None:
     first = make_engine()
-    second = Engine(first.config, LoadedModel(first._runner._model, None, "m", "m", (2,), 512))
+    second = build_engine(
+        first.config, LoadedModel(first._runner._model, None, "m", "m", (2,), 512)
+    )
     assert second.budget.weights_bytes == first.budget.weights_bytes > 0
     second.close()

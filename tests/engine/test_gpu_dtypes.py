@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hotset.attention.flashinfer.backend import FlashInferBackend
 from hotset.config import GIB, EngineConfig
-from hotset.engine.engine import Engine
+from hotset.engine.build import build_engine
 from hotset.executor.probe import ModelLayout, inspect_model, weights_bytes
 from hotset.executor.runner import GatherBackend
 from hotset.linear.fp8 import FP8
@@ -193,7 +193,7 @@ def test_the_engine_answers_and_preempts_in_any_of_them(
         max_num_batched_tokens=32,
         fetch_policy="fetch",
     )
-    engine = Engine(config, loaded)
+    engine = build_engine(config, loaded)
     try:
         assert engine.budget.block_bytes == block_bytes
         first = run(engine, make_prompts())

@@ -15,6 +15,7 @@ from tiny_models import make_model
 
 from hotset.config import GIB, EngineConfig
 from hotset.cost.hardware import choose_hardware
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.executor.probe import inspect_model, weights_bytes
@@ -41,7 +42,7 @@ def engine(
     **options: Any,
 ) -> Iterator[Engine]:
     options = {"max_model_len": 96, "block_size": 4, "max_num_seqs": 16, **options}
-    made = Engine(EngineConfig(**options), model or loaded(family), overlap=overlap)
+    made = build_engine(EngineConfig(**options), model or loaded(family), overlap=overlap)
     try:
         yield made
     finally:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hotset.config import GIB, EngineConfig
 from hotset.cost.families import shape_from_config
 from hotset.cost.shape import ModelShape
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.model_shape import kv_note, shape_of
 from hotset.executor.probe import inspect_model
@@ -146,7 +147,7 @@ def test_a_family_that_the_planner_does_not_know_takes_one_budget(family: str, b
         max_num_batched_tokens=128,
         **{budget: num_bytes / GIB},
     )
-    engine = Engine(config, loaded)
+    engine = build_engine(config, loaded)
     try:
         assert engine.config.expert_slots is not None
         assert "of 8 experts a layer" in engine.report

@@ -20,8 +20,8 @@ from tiny_tokenizer import make_backend
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hotset.config import GIB, EngineConfig
+from hotset.engine.build import build_engine, load_engine
 from hotset.engine.engine import Engine
-from hotset.engine.loop import build_engine
 from hotset.errors import ConfigError, HotsetError
 from hotset.experts import buffer as expert_buffer
 from hotset.experts import layer as expert_layer
@@ -187,7 +187,7 @@ def test_a_checkpoint_goes_to_disk_while_it_is_loaded(family: str, tmp_path: Pat
         **disk_options(3, tmp_path / "disk", layout_of(layer).payload_bytes),
     )
     before = dict(os.environ)
-    engine, loaded = build_engine(config)
+    engine, loaded = load_engine(config)
     assert dict(os.environ) == before
     assert all(isinstance(one.expert_host, DiskExperts) for one in experts_layers(loaded.model))
     assert run(engine, PROMPTS) == reference(family, PROMPTS)
@@ -195,7 +195,7 @@ def test_a_checkpoint_goes_to_disk_while_it_is_loaded(family: str, tmp_path: Pat
     engine.close()
     assert not (tmp_path / "disk" / FILE).exists()
     with pytest.raises(ConfigError, match="load it again"):
-        Engine(config, loaded)
+        build_engine(config, loaded)
 
 
 def test_random_weights_are_the_same_on_disk_and_go_with_the_model(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_no_file(tmp_path: Path) -> No
         **disk_options(3, tmp_path / "disk"),
     )
     with pytest.raises(HotsetError, match="cannot load the weights"):
-        build_engine(config)
+        load_engine(config)
     assert not (tmp_path / "disk" / FILE).exists()
 
 
@@ -251,7 +251,7 @@ def test_an_engine_that_cannot_be_built_leaves_no_file(tmp_path: Path) -> None:
         **disk_options(3, tmp_path / "disk"),
     )
     with pytest.raises(ConfigError, match="hot_gib"):
-        build_engine(config)
+        load_engine(config)
     assert not (tmp_path / "disk" / FILE).exists()
 
 
@@ -265,7 +265,7 @@ def test_what_fits_in_host_memory_is_not_on_disk_and_the_report_says_so(
     config = EngineConfig(
         model=str(tmp_path / "model"), device="cpu", hot_gib=0.001, expert_slots=2, **options
     )
-    built, _ = build_engine(config)
+    built, _ = load_engine(config)
     assert "holds them all, none is on disk" in built.report
     assert run(built, PROMPTS) == reference("qwen3_moe", PROMPTS)
     built.close()
@@ -303,7 +303,7 @@ MEMORY_PROBE = """
 import sys, threading, time
 from pathlib import Path
 from hotset.config import EngineConfig
-from hotset.engine.loop import build_engine
+from hotset.engine.build import load_engine
 from hotset.request import SamplingParams
 import torch
 torch.set_num_threads(1)
@@ -323,7 +323,7 @@ def watch():
 small, large, folder, host_gib, expert_gib = sys.argv[1:]
 def serve(model, **options):
     config = EngineConfig(model=model, device="cpu", hot_gib=0.001, max_model_len=64, **options)
-    engine, loaded = build_engine(config)
+    engine, loaded = load_engine(config)
     engine.add_request([5, 9, 13, 7] * 8, SamplingParams(max_tokens=8, ignore_eos=True))
     while engine.has_work:
         for output in engine.step():

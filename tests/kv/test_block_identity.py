@@ -9,6 +9,7 @@ import torch
 from tiny_models import make_model
 
 from hotset.config import GIB, EngineConfig
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.memory.colder_tiers import EndedTransfer
 from hotset.model.loaded import LoadedModel
@@ -60,7 +61,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     block_bytes = (
         2 * config.num_key_value_heads * HEAD_DIM * dtype.itemsize * config.num_hidden_layers
     ) * BLOCK_SIZE
-    engine = Engine(
+    engine = build_engine(
         EngineConfig(
             hot_gib=(HOT_BLOCKS + 0.5) * block_bytes / GIB,
             host_gib=(HOST_BLOCKS + 0.5) * block_bytes / GIB,

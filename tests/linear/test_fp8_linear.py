@@ -10,7 +10,7 @@ from tiny_models import make_model
 from torch import nn
 
 from hotset.config import GIB, EngineConfig
-from hotset.engine.engine import Engine
+from hotset.engine.build import build_engine
 from hotset.executor.probe import weights_bytes
 from hotset.linear.fp8 import FP8
 from hotset.linear.fp8_linear import Fp8Linear, can_be_fp8, quantize_linears, row_scales
@@ -109,7 +109,7 @@ def test_the_engine_answers_the_same_with_any_tiers(
             block_size=4,
             max_model_len=96,
         )
-        engine = Engine(config, loaded)
+        engine = build_engine(config, loaded)
         answers.append(run(engine, make_prompts()))
         assert (engine.metrics.preemptions > 0) == (host_gib > 0)
         engine.close()

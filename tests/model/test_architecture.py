@@ -13,7 +13,7 @@ from tiny_models import make_config, make_model
 from tiny_tokenizer import make_tokenizer
 
 from hotset.config import EngineConfig
-from hotset.engine.loop import build_engine
+from hotset.engine.build import load_engine
 from hotset.errors import ConfigError, ModelError
 from hotset.executor.probe import inspect_model
 from hotset.model import checkpoint
@@ -175,7 +175,7 @@ def test_options_that_do_not_fit_the_model_are_refused_before_its_weights_are_re
 ) -> None:
     make_config(family).save_pretrained(tmp_path)  # there are no weights
     with pytest.raises(ConfigError, match=reason):
-        build_engine(EngineConfig(model=str(tmp_path), device="cpu", **options))
+        load_engine(EngineConfig(model=str(tmp_path), device="cpu", **options))
 
 
 def test_a_model_whose_answers_nobody_could_read_is_refused_before_its_weights(
@@ -183,4 +183,4 @@ def test_a_model_whose_answers_nobody_could_read_is_refused_before_its_weights(
 ) -> None:
     folder = write_config(tmp_path, "llama", hidden_size=64, num_hidden_layers=2)
     with pytest.raises(ModelError, match="has no tokenizer files"):
-        build_engine(EngineConfig(model=str(folder), device="cpu"))
+        load_engine(EngineConfig(model=str(folder), device="cpu"))

@@ -33,6 +33,7 @@ from hotset.cost.hardware import choose_hardware
 from hotset.cost.loaded import make_cost_model
 from hotset.cost.routing import Routing, skewed_shares
 from hotset.cost.step_time import CostModel
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.model_shape import kv_note
 from hotset.errors import ConfigError, HotsetError, PlanError
@@ -151,7 +152,7 @@ class Bench:
             config = self._config_of(arm, stack)
             _release(model.device)
             start_s = time.perf_counter()
-            engine = Engine(config, self._loaded)
+            engine = build_engine(config, self._loaded)
             started_s = time.perf_counter() - start_s
             try:
                 report = engine.report

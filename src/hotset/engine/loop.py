@@ -1,7 +1,6 @@
 """The loop around the engine's steps, in a thread: requests in, reports of what came out."""
 
 import contextlib
-import functools
 import heapq
 import itertools
 import logging
@@ -13,20 +12,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from hotset.config import EngineConfig
-from hotset.cpu_libraries import set_threads
 from hotset.engine.engine import Engine
 from hotset.engine.fair_queue import FairQueue
-from hotset.engine.memory_split import check_options
 from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
-from hotset.engine.start_times import StartTimes
 from hotset.engine.status import EngineStatus, engine_status
 from hotset.engine.urgency import MUCH_LONGER
 from hotset.errors import OverloadedError, RequestError
-from hotset.executor.probe import weights_bytes
-from hotset.experts.disk import ExpertSink
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
-from hotset.model.loader import load_model
 from hotset.request import FinishReason, RequestOutput
 
 _log = logging.getLogger(__name__)
@@ -39,38 +32,8 @@ _SETTLE_S = 5.0
 _AHEAD = 8
 # How often to look whether kernels that are being compiled are there.
 _KERNEL_CHECK_S = 0.1
-_NUM_PHASES = 8  # at most, of a start
 _RATE_WINDOW_S = 30.0
 _MOST_RETRY_AFTER_S = 60
-
-
-def build_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
-    """Load the model and set up the engine, most of its steps not yet recorded.
-
-    Raises what either raises.
-    """
-    set_threads(config.threads)
-    times = StartTimes.of_process(num_phases=_NUM_PHASES)
-    try:
-        with times.phase("load the model") as phase:
-            loaded = load_model(
-                config.model,
-                device=config.device,
-                dtype=config.dtype,
-                experts_on_host=config.buffers_experts or config.splits_memory,
-                experts=ExpertSink(config),
-                check=functools.partial(check_options, config),
-                needs_tokenizer=True,  # texts go in or out of all that use this
-            )
-        num_bytes = weights_bytes(loaded.model)
-        phase.detail = f"{num_bytes / 1e9:.1f} GB, {num_bytes / 1e9 / phase.seconds:.1f} GB/s"
-        engine = Engine(config, loaded, owns_model=True, defers_recording=True, times=times)
-    finally:
-        times.close()
-    engine.report += f"\n{times.report()}"
-    if engine.is_warming:
-        engine.report += "\n  serving while more steps are recorded, slower until then"
-    return engine, loaded
 
 
 @dataclass(eq=False, slots=True)

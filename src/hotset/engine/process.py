@@ -57,7 +57,7 @@ class EngineProcess:
 
     Args:
         config: what to load and how.
-        build: makes the engine; a function that can be imported by name. None is `build_engine`,
+        build: makes the engine; a function that can be imported by name. None is `load_engine`,
             which is imported in the child alone, as it brings torch.
         on_report: called from one thread of this process.
 
@@ -221,13 +221,14 @@ def _child(connection: Connection, config: EngineConfig, build: BuildEngine | No
     # Whoever stops the server's group stops the parent, which stops this process in its turn.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    from hotset.engine.loop import EngineLoop, build_engine
+    from hotset.engine.build import load_engine
+    from hotset.engine.loop import EngineLoop
 
     has_started = threading.Event()
     threading.Thread(target=_end_with_parent, args=(connection, has_started), daemon=True).start()
     outgoing: queue.SimpleQueue[Report | _Accepted | None] = queue.SimpleQueue()
     try:
-        loop = EngineLoop(config, build or build_engine, outgoing.put)
+        loop = EngineLoop(config, build or load_engine, outgoing.put)
     except HotsetError as error:
         connection.send(("refused", error))
         return

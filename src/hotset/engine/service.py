@@ -39,7 +39,7 @@ class EngineService:
 
     Args:
         config: what to load and how.
-        build: makes the engine; raises a HotsetError where it cannot. None is `build_engine`.
+        build: makes the engine; raises a HotsetError where it cannot. None is `load_engine`.
         own_process: run it in a process of its own, so that nothing that Python does here can
             delay a step; otherwise in a thread. `build` must then be importable by name.
 
@@ -69,9 +69,10 @@ class EngineService:
         if own_process:  # nothing here imports torch then, so that the child starts at once
             self._host = EngineProcess(config, build, self._take_report)
         else:
-            from hotset.engine.loop import EngineLoop, build_engine
+            from hotset.engine.build import load_engine
+            from hotset.engine.loop import EngineLoop
 
-            self._host = EngineLoop(config, build or build_engine, self._take_report)
+            self._host = EngineLoop(config, build or load_engine, self._take_report)
         self.model: LoadedModel = self._host.model
         # A daemon thread in the middle of a step would be cut off while Python shuts down.
         atexit.register(self.close)
