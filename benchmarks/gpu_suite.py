@@ -35,9 +35,10 @@ from hotset.bench.workload import (
     warm_up,
 )
 from hotset.config import EngineConfig
+from hotset.cost.cache_spec import KeysValues
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
-from hotset.memory.arena import DeviceArena, HostArena, LayerShape
+from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.cuda_copier import CudaCopier
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
@@ -140,7 +141,7 @@ def link_rates(block_bytes: int, num_blocks: int = 4096) -> dict[str, float]:
     """GB/s of the engine's copier: up alone, down alone, both at once; blocks in random order."""
     values = block_bytes // 4  # keys and values of two bytes
     device = DeviceArena(
-        [LayerShape(1, values)],
+        [KeysValues(1, values, values)],
         num_blocks=num_blocks,
         block_size=1,
         dtype=torch.bfloat16,

@@ -5,10 +5,17 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from hotset.attention.backend import AttentionBackend
+from hotset.attention.gather import GatherBackend
 from hotset.executor.probe import ModelLayout
-from hotset.executor.runner import AttentionBackend, ModelRunner
+from hotset.executor.runner import ModelRunner
 from hotset.memory.arena import DeviceArena
 from hotset.request import Request, SamplingParams, StepItem, StepPlan
+
+
+def gather(layout: ModelLayout) -> Callable[[DeviceArena], GatherBackend]:
+    """Makes the backend that runs everywhere, for `paged_logits`."""
+    return lambda arena: GatherBackend(arena, layout.layers)
 
 
 def paged_logits(
@@ -22,7 +29,7 @@ def paged_logits(
 ) -> list[torch.Tensor]:
     """Logits of steps of all kinds: prefill, chunks beside decodes, decodes."""
     arena = DeviceArena(
-        layout.kv_shapes,
+        layout.cache_specs,
         num_blocks=41,
         block_size=4,
         dtype=layout.kv_dtype,

@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
 from hotset.attention.batch import make_batch
-from hotset.attention.hook import PagedAttention
+from hotset.attention.gather import GatherBackend
+from hotset.attention.spec import LayerAttention
 from hotset.config import GIB, EngineConfig
+from hotset.cost.cache_spec import KeysValues
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, ModelError
 from hotset.linear.fp8 import FP8, to_fp8
-from hotset.memory.arena import DeviceArena, LayerShape
+from hotset.memory.arena import DeviceArena
 from hotset.model.loader import load_model, resolve_dtype, resolve_kv_dtype
 from hotset.request import Request, SamplingParams, StepItem
 
@@ -43,10 +45,11 @@ def test_attention_is_that_over_rounded_keys_and_values(
     request.block_table = [2, 0, 1]
     query = torch.randn(4, num_tokens, 16)
     key, value = torch.randn(2, 2, num_tokens, 16)
+    asked = LayerAttention(KeysValues(2, 16, 16), 4, 0.25, softcap, torch.float32)
 
     def attend(dtype: torch.dtype, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         arena = DeviceArena(
-            [LayerShape(2, 16)],
+            [asked.cache],
             num_blocks=3,
             block_size=4,
             dtype=dtype,
@@ -55,9 +58,7 @@ def test_attention_is_that_over_rounded_keys_and_values(
         )
         batch = make_batch([StepItem(request, 0, num_tokens)], 4)
         inputs, _ = batch.to(torch.device("cpu"))
-        return PagedAttention(arena, batch, inputs).attend(
-            0, query, key, value, scaling=0.25, sliding_window=None, softcap=softcap, sinks=None
-        )
+        return GatherBackend(arena, [asked]).begin_step(batch, inputs).attend(0, query, key, value)
 
     rounded_key = to_fp8(key, key_scale).float() * key_scale
     rounded_value = to_fp8(value, value_scale).float() * value_scale

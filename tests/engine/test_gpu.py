@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 from engines import make_prompts, reference, run
-from paged import difference, paged_logits
+from paged import difference, gather, paged_logits
 from tiny_models import make_model
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hotset.attention.flashinfer.backend import FlashInferBackend
 from hotset.engine.engine import Engine
 from hotset.executor.probe import inspect_model
-from hotset.executor.runner import GatherBackend
 from hotset.memory.arena import DeviceArena
 
 MakeEngine = Callable[..., Engine]
@@ -49,7 +48,7 @@ def test_greedy_tokens_are_those_of_transformers(
 def test_flashinfer_attends_as_sdpa_does(family: str) -> None:
     model = make_model(family, head_dim=128).to("cuda", torch.bfloat16)
     layout = inspect_model(model)
-    expected = paged_logits(model, layout, GatherBackend)
+    expected = paged_logits(model, layout, gather(layout))
     got = paged_logits(model, layout, lambda arena: FlashInferBackend(arena, layout.layers))
     for one, other in zip(expected, got, strict=True):
         assert difference(one, other) < 2e-2  # bfloat16 rounding

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from engines import make_prompts, run
-from paged import difference, paged_logits
+from paged import difference, gather, paged_logits
 from tiny_models import make_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,7 +16,6 @@ from hotset.attention.flashinfer.backend import FlashInferBackend
 from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.executor.probe import ModelLayout, inspect_model, weights_bytes
-from hotset.executor.runner import GatherBackend
 from hotset.linear.fp8 import FP8
 from hotset.linear.fp8_linear import Fp8Linear, quantize_linears
 from hotset.linear.merged import MergedLinear
@@ -59,12 +58,14 @@ def test_8_bit_kv_is_attended_to_as_by_sdpa_launched_and_recorded(
     family: str, scales: list[tuple[float, float]] | None, dtype: torch.dtype
 ) -> None:
     model = calm_model(family).to("cuda", dtype)
-    wide = paged_logits(model, inspect_model(model), GatherBackend)  # before layers are compiled
+    layout = inspect_model(model)
+    wide = paged_logits(model, layout, gather(layout))  # before layers are compiled
     twin = in_float32(model)
-    exact = paged_logits(twin, inspect_model(twin, FP8), GatherBackend, scales=scales)
+    exact_layout = inspect_model(twin, FP8)
+    exact = paged_logits(twin, exact_layout, gather(exact_layout), scales=scales)
     exact = [logits.cuda() for logits in exact]
     layout = inspect_model(model, FP8)
-    expected = paged_logits(model, layout, GatherBackend, scales=scales)
+    expected = paged_logits(model, layout, gather(layout), scales=scales)
     for recorded in (False, True):
         got = paged_logits(model, layout, flashinfer(layout), scales=scales, recorded=recorded)
         for true, one, other in zip(exact, expected, got, strict=True):
@@ -80,7 +81,7 @@ def test_8_bit_kv_is_attended_to_as_by_sdpa_launched_and_recorded(
 def test_float16_computes_what_sdpa_does_launched_and_recorded(family: str) -> None:
     model = calm_model(family).to("cuda", torch.float16)
     layout = inspect_model(model)
-    expected = paged_logits(model, layout, GatherBackend)
+    expected = paged_logits(model, layout, gather(layout))
     for recorded in (False, True):
         got = paged_logits(model, layout, flashinfer(layout), recorded=recorded)
         for one, other in zip(expected, got, strict=True):
@@ -109,7 +110,8 @@ def test_8_bit_weights_compute_as_well_recorded_as_launched(family: str) -> None
     plain = paged_logits(model, layout, flashinfer(layout))
     quantize_linears(model)
     twin = in_float32(model)
-    exact = paged_logits(twin, inspect_model(twin), GatherBackend)
+    exact_layout = inspect_model(twin)
+    exact = paged_logits(twin, exact_layout, gather(exact_layout))
     launched = paged_logits(model, layout, flashinfer(layout))
     recorded = paged_logits(model, layout, flashinfer(layout), recorded=True)
     assert any(isinstance(module, MergedLinear) for module in model.modules())

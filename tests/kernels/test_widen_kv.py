@@ -10,9 +10,10 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 
 from hotset.attention.flashinfer import widened as widened_kv  # noqa: E402
+from hotset.cost.cache_spec import KeysValues  # noqa: E402
 from hotset.kernels.widen_kv import widen_kv  # noqa: E402
 from hotset.linear.fp8 import FP8  # noqa: E402
-from hotset.memory.arena import DeviceArena, LayerShape  # noqa: E402
+from hotset.memory.arena import DeviceArena  # noqa: E402
 
 
 @pytest.mark.parametrize(("size", "num_heads", "head_dim"), [(4, 2, 24), (16, 8, 128), (1, 1, 64)])
@@ -42,7 +43,7 @@ def test_blocks_are_converted_exactly_and_nothing_else_is_touched(
 
 def test_layers_of_different_sizes_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(widened_kv, "WIDENED_BYTES", 5 * 2 * 4 * 2 * 16 * 2)  # 5 of the larger
-    layers = [LayerShape(2, 16), LayerShape(1, 8)]
+    layers = [KeysValues(2, 16, 16), KeysValues(1, 8, 8)]
     arena = DeviceArena(layers, num_blocks=9, block_size=4, dtype=FP8, device=torch.device(DEVICE))
     arena.storage.view(torch.uint8).copy_(torch.arange(9).unsqueeze(1))
     widened = widened_kv.WidenedKV(arena, torch.bfloat16)
@@ -54,5 +55,5 @@ def test_layers_of_different_sizes_share_the_memory(monkeypatch: pytest.MonkeyPa
         for layer, shape in enumerate(layers):
             both = widened.widen(layer)
             for got, cache in zip(both, arena.layers[layer].unbind(1), strict=True):
-                assert got.shape == (5, 4, shape.num_kv_heads, shape.head_dim)
+                assert got.shape == (5, 4, shape.num_kv_heads, shape.key_dim)
                 assert torch.equal(got[places], cache[block_ids].to(torch.bfloat16))

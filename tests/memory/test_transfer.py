@@ -12,8 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from hotset.cost.cache_spec import KeysValues
 from hotset.cost.prefix import Rates
-from hotset.memory.arena import DeviceArena, HostArena, LayerShape
+from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.disk.tier import DiskTier, capacity_bytes_for
 from hotset.memory.host_tier import HostTier
 from hotset.memory.transfer import Copier, TierStack, make_copier
@@ -35,7 +36,7 @@ class Rig:
         read_deadline_s: float = 5.0,
     ) -> None:
         self.device = DeviceArena(
-            [LayerShape(2, 8), LayerShape(1, 24)],  # layers of unequal shape
+            [KeysValues(2, 8, 8), KeysValues(1, 24, 24)],  # layers of unequal shape
             num_blocks=NUM_BLOCKS,
             block_size=4,
             dtype=torch.float32,

@@ -10,6 +10,7 @@ import platformdirs
 import torch
 from transformers import PreTrainedModel
 
+from hotset.attention.choice import choose_backend
 from hotset.attention.flashinfer.kernels import start_kernels
 from hotset.cgroups import available_host_bytes
 from hotset.config import GIB, EngineConfig
@@ -28,7 +29,7 @@ from hotset.engine.step_cost import StepCost
 from hotset.errors import ConfigError
 from hotset.executor.probe import ModelLayout, inspect_model, weights_bytes, workspace_bytes
 from hotset.executor.prompt_logprobs import most_rows
-from hotset.executor.runner import ModelRunner, choose_backend
+from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import Sampler
 from hotset.experts.buffer import ExpertBuffer, buffer_experts
 from hotset.experts.disk import ExpertSink
@@ -227,7 +228,7 @@ class _Build:
             )
         with times.phase("take KV memory"):
             arena = DeviceArena(
-                layout.kv_shapes,
+                layout.cache_specs,
                 num_blocks=num_blocks + 1,  # with the scratch block
                 block_size=config.block_size,
                 dtype=layout.kv_dtype,
@@ -270,7 +271,9 @@ class _Build:
     def compile(self, placed: _Placed) -> ModelRunner:
         """The model with its attention; on a GPU compiled, and the first steps recorded."""
         config, experts, times = placed.config, placed.experts, self._times
-        backend = choose_backend(placed.arena, placed.layout, kernels=self._kernels, waits=False)
+        backend = choose_backend(
+            placed.arena, placed.layout.layers, kernels=self._kernels, waits=False
+        )
         runner = ModelRunner(self._model, placed.arena, backend, max_num_seqs=config.max_num_seqs)
         compiles = self._device.type == "cuda" and not config.eager
         if compiles:
@@ -388,7 +391,7 @@ class _Build:
             "dtype": str(layout.dtype),
             "kv_dtype": f"{layout.kv_dtype} {self._kv_scales}",
             "block_size": str(config.block_size),
-            "shape": str(layout.kv_shapes),
+            "shape": str(layout.cache_specs),
         }
 
     def _report(self, placed: _Placed, measured: _Measured, disk_path: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hotset.attention.hook import LayerAttention
+from hotset.attention.spec import LayerAttention
 from hotset.cost.config_sizes import largest
 from hotset.cost.hardware import Hardware
 from hotset.cost.layout import Layout
@@ -55,7 +55,7 @@ def kv_note(model: PreTrainedModel, layout: ModelLayout) -> str:
     if rank:
         needed, what = len(layout.layers) * (rank + rope), "the latent, which 'hotset plan' counts"
     else:
-        widths = (a.kv.num_kv_heads * (a.query_dim + a.value_dim) for a in layout.layers)
+        widths = (a.cache.token_values for a in layout.layers)
         needed = sum(widths) // layout.head_repeats
         what = "its keys and values without repeated heads and padding"
     if stored <= needed:
@@ -151,18 +151,18 @@ def _layer_of(path: str) -> int | None:
 
 
 def _attention(asked: LayerAttention, params: Params) -> Attention:
-    window = asked.sliding_window
+    cache, stored = asked.cache, asked.cache.stored
     return Attention(
-        kind=Kind.FULL if window is None else Kind.SLIDING,
+        kind=Kind.FULL if cache.window is None else Kind.SLIDING,
         params=params,
         num_heads=asked.num_heads,
-        num_kv_heads=asked.kv.num_kv_heads,
-        qk_dim=asked.kv.head_dim,
-        v_dim=asked.kv.head_dim,
-        score_dim=asked.query_dim,
-        mix_dim=asked.value_dim,
-        prefill_dims=asked.query_dim + asked.value_dim,
-        window=window,
+        num_kv_heads=stored.num_kv_heads,
+        qk_dim=stored.key_dim,
+        v_dim=stored.value_dim,
+        score_dim=cache.key_dim,
+        mix_dim=cache.value_dim,
+        prefill_dims=cache.key_dim + cache.value_dim,
+        window=cache.window,
     )
 
 

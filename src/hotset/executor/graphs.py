@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hotset.attention.backend import StepAttention
 from hotset.attention.batch import Batch, Inputs, fill
 from hotset.attention.flashinfer.backend import FlashInferAttention, FlashInferBackend
 from hotset.attention.flashinfer.recorded import StaticDecode, StaticMixed
-from hotset.attention.hook import Attention
 from hotset.executor.recorded_sizes import RecordedSizes, sizes_up_to
 
 Array = npt.NDArray[np.int64]
@@ -142,7 +142,7 @@ class StepGraphs:
     def __init__(
         self,
         forward: Callable[
-            [torch.Tensor, torch.Tensor, Attention, torch.Tensor | None], torch.Tensor
+            [torch.Tensor, torch.Tensor, StepAttention, torch.Tensor | None], torch.Tensor
         ],
         backend: FlashInferBackend,
         previous: torch.Tensor,
@@ -310,7 +310,7 @@ class StepGraphs:
         # Other threads may pin host memory meanwhile.
         graphs[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
-    def _step(self, static: StaticInputs, attention: Attention) -> None:
+    def _step(self, static: StaticInputs, attention: StepAttention) -> None:
         inputs = static.inputs
         rows = static.rows if len(static.rows) else None
         token_ids = inputs.resolve(self._previous)

@@ -10,14 +10,10 @@ from transformers import PreTrainedModel
 
 from hotset.attention.flashinfer.backend import WORKSPACE_BYTES
 from hotset.attention.flashinfer.widened import WIDENED_BYTES
-from hotset.attention.hook import (
-    IMPLEMENTATION,
-    LayerAttention,
-    ProbeAttention,
-    are_alike,
-    ends_are_alike,
-    register,
-)
+from hotset.attention.hook import IMPLEMENTATION, register
+from hotset.attention.probe import ProbeAttention, are_alike, ends_are_alike
+from hotset.attention.spec import LayerAttention
+from hotset.cost.cache_spec import KeysValues, token_bytes
 from hotset.cost.config_sizes import context_length, largest
 from hotset.errors import HotsetError, ModelError
 from hotset.executor.graphs import LARGEST_RECORDED
@@ -26,7 +22,6 @@ from hotset.experts.gating import noting_top_k, use_dynamic_gating, without_expe
 from hotset.libraries import first_line, quiet
 from hotset.linear.packed import PackedLinear
 from hotset.linear.reads import noting_reads
-from hotset.memory.arena import LayerShape
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -51,15 +46,14 @@ class ModelLayout:
     head_repeats: int = 1
 
     @property
-    def kv_shapes(self) -> tuple[LayerShape, ...]:
-        """What each layer caches for a token."""
-        return tuple(layer.kv for layer in self.layers)
+    def cache_specs(self) -> tuple[KeysValues, ...]:
+        """What the arena stores of each layer."""
+        return tuple(layer.cache.stored for layer in self.layers)
 
     @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token over all layers."""
-        values = sum(2 * shape.num_kv_heads * shape.head_dim for shape in self.kv_shapes)
-        return values * self.kv_dtype.itemsize
+        return token_bytes(self.cache_specs, self.kv_dtype.itemsize)
 
 
 def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -> ModelLayout:
@@ -156,12 +150,12 @@ def _check_windows(config: Any, layers: Sequence[LayerAttention], name: str) -> 
     """Raise ModelError where layers attend over another window than the config says."""
     layer_types = getattr(config, "layer_types", None) or []
     for i, layer_type in enumerate(layer_types):
-        if (layer_type == "sliding_attention") != (layers[i].sliding_window is not None):
+        if (layer_type == "sliding_attention") != (layers[i].cache.window is not None):
             raise ModelError(f"{name}: layer {i} is {layer_type} but its window does not say so")
     window = getattr(config, "sliding_window", None)
     if layer_types or not isinstance(window, int) or window >= (context_length(config) or window):
         return
-    if all(layer.sliding_window is None for layer in layers):
+    if all(layer.cache.window is None for layer in layers):
         raise ModelError(
             f"{name} has sliding_window {window} in its config, by which transformers forgets "
             "tokens, but its attention has no window: answers would depend on how it is run"
@@ -169,8 +163,13 @@ def _check_windows(config: Any, layers: Sequence[LayerAttention], name: str) -> 
 
 
 def _check_numbering(model: PreTrainedModel, given: ProbeAttention) -> None:
-    """Raise ModelError where a text's first position is not 0 for the model itself."""
+    """Raise ModelError where a text's first position is not 0, or a step is another request."""
     own, _ = _probe(model, _TOKENS[:-1], None)
+    if given.layers != own.layers:
+        raise ModelError(
+            f"{type(model).__name__} asks its attention for other factors or windows in a step of "
+            "other tokens: not supported"
+        )
     for ours, theirs in zip(given.first_keys, own.first_keys, strict=True):
         if not are_alike(ours[:, :-1], theirs):
             raise ModelError(

@@ -6,23 +6,21 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import platformdirs
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hotset.attention.batch import Batch, Inputs, make_batch
+from hotset.attention.backend import AttentionBackend, StepAttention
+from hotset.attention.batch import Inputs, make_batch
 from hotset.attention.flashinfer.backend import (
     FlashInferAttention,
     FlashInferBackend,
 )
-from hotset.attention.flashinfer.kernels import KernelBuild, why_unsupported
-from hotset.attention.hook import Attention, PagedAttention, register
+from hotset.attention.hook import register
 from hotset.errors import ModelError
 from hotset.executor.graphs import StepGraphs
-from hotset.executor.probe import ModelLayout
 from hotset.experts.recorder import RoutingRecorder
 from hotset.linear.merged import merge_linears
 from hotset.memory.arena import DeviceArena
@@ -32,49 +30,6 @@ _log = logging.getLogger(__name__)
 
 _SIZES_AT_START = 2
 _TRIAL_TOKENS = 2  # any number but one stands for all others
-
-
-class AttentionBackend(Protocol):
-    """Makes the attention of one step after another."""
-
-    def begin_step(self, batch: Batch, inputs: Inputs) -> Attention:
-        """The attention of a step; good until the next call."""
-        ...
-
-
-class GatherBackend:
-    """PyTorch's SDPA over gathered blocks; see `PagedAttention`."""
-
-    def __init__(self, arena: DeviceArena) -> None:
-        self._arena = arena
-
-    def begin_step(self, batch: Batch, inputs: Inputs) -> Attention:
-        """See `AttentionBackend`."""
-        return PagedAttention(self._arena, batch, inputs)
-
-
-def choose_backend(
-    arena: DeviceArena,
-    layout: ModelLayout,
-    *,
-    kernels: KernelBuild | None = None,
-    waits: bool = True,
-) -> AttentionBackend:
-    """FlashInfer on a GPU, for the models that it can run; SDPA for the others.
-
-    Args:
-        arena: has the KV.
-        layout: of the model.
-        kernels: FlashInfer's, being built.
-        waits: until all of them are; see `FlashInferBackend`.
-    """
-    if arena.storage.device.type != "cuda":
-        return GatherBackend(arena)
-    reason = why_unsupported(layout.layers, layout.dtype)
-    if reason is not None:
-        _log.warning("FlashInfer cannot run %s: attention by SDPA, which is slower", reason)
-        return GatherBackend(arena)
-    return FlashInferBackend(arena, layout.layers, kernels=kernels, waits=waits)
 
 
 @contextmanager
@@ -272,7 +227,7 @@ class ModelRunner:
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        attention: Attention,
+        attention: StepAttention,
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
         """`[R, vocab]` logits of `rows` of `[T]` tokens; of all for None."""

@@ -4,30 +4,22 @@ import contextlib
 import mmap
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from hotset.cost.cache_spec import KeysValues, token_bytes
 from hotset.memory.disk.slab import slot_bytes_for
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """KV of one layer for one token: `2 * num_kv_heads * head_dim` values (keys, then values)."""
-
-    num_kv_heads: int
-    head_dim: int
 
 
 class DeviceArena:
     """The device pool, block-major: a block is one contiguous run over all layers.
 
-    `[num_blocks, sum over layers of 2 * block_size * num_kv_heads * head_dim]`; for equal layers
-    that is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
+    A block has the layers one after another, of each the keys of its tokens, then the values:
+    for equal layers the pool is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
 
     Args:
-        layers: what each layer caches.
+        specs: what each layer caches, as `KeysValues.stored`: keys and values of one width.
         num_blocks: in the pool.
         block_size: tokens of a block.
         dtype: of the stored values.
@@ -35,11 +27,16 @@ class DeviceArena:
         scales: for each layer, what its stored keys and its stored values have to be multiplied
             with; None is 1.
         memory: uint8 on `device`, as long as the pool, to use; None is zeros of its own.
+
+    Attributes:
+        layers: of each layer, `[num_blocks, 2, block_size, num_kv_heads, head_dim]`.
+        keys: the keys of `layers`, `[num_blocks, block_size, num_kv_heads, head_dim]`.
+        values: the values of `layers`, likewise.
     """
 
     def __init__(
         self,
-        layers: Sequence[LayerShape],
+        specs: Sequence[KeysValues],
         *,
         num_blocks: int,
         block_size: int,
@@ -48,23 +45,26 @@ class DeviceArena:
         scales: Sequence[tuple[float, float]] | None = None,
         memory: torch.Tensor | None = None,
     ) -> None:
-        sizes = [2 * block_size * layer.num_kv_heads * layer.head_dim for layer in layers]
+        self.block_bytes = block_size * token_bytes(specs, dtype.itemsize)
+        num_values = self.block_bytes // dtype.itemsize
         # Zeros: attention may read slots of a block that were never written, under a mask, and
         # 0 * NaN would still be NaN.
         if memory is None:
-            self.storage = torch.zeros(num_blocks, sum(sizes), dtype=dtype, device=device)
+            self.storage = torch.zeros(num_blocks, num_values, dtype=dtype, device=device)
         else:
-            self.storage = memory.view(dtype).view(num_blocks, sum(sizes))
-        self.block_bytes = sum(sizes) * dtype.itemsize
+            self.storage = memory.view(dtype).view(num_blocks, num_values)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.scales = [(1.0, 1.0)] * len(layers) if scales is None else list(scales)
+        self.scales = [(1.0, 1.0)] * len(specs) if scales is None else list(scales)
         self.layers: list[torch.Tensor] = []
         start = 0
-        for layer, size in zip(layers, sizes, strict=True):
-            shape = (num_blocks, 2, block_size, layer.num_kv_heads, layer.head_dim)
-            self.layers.append(self.storage[:, start : start + size].view(shape))
-            start += size
+        for spec in specs:
+            end = start + block_size * spec.token_values
+            shape = (num_blocks, 2, block_size, spec.num_kv_heads, spec.key_dim)
+            self.layers.append(self.storage[:, start:end].view(shape))
+            start = end
+        self.keys = [layer[:, 0] for layer in self.layers]
+        self.values = [layer[:, 1] for layer in self.layers]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (from, to) within the pool."""

@@ -18,7 +18,7 @@ from hotset.attention.flashinfer.kernels import (
     use_paged_kernels,
 )
 from hotset.attention.flashinfer.widened import WidenedKV
-from hotset.attention.hook import LayerAttention
+from hotset.attention.spec import LayerAttention
 from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena
 
@@ -65,7 +65,7 @@ def _most_recorded_seqs(kind: AttentionKind) -> int:
 
 
 class FlashInferBackend:
-    """Attention of one step after another; implements `runner.AttentionBackend`.
+    """Attention of one step after another; implements `AttentionBackend`.
 
     Sequences of one token go through the decode kernel on tensor cores (measured on an H200:
     4.39 TB/s against 2.95 without), the others through the prefill kernel. Both run at once: one
@@ -113,17 +113,17 @@ class FlashInferBackend:
         self.kinds = [
             AttentionKind(
                 layer.num_heads,
-                layer.kv.num_kv_heads,
-                layer.query_dim,
+                layer.cache.num_kv_heads,
+                layer.cache.key_dim,
                 layer.scaling,
-                layer.sliding_window,
+                layer.cache.window,
                 layer.softcap,
                 layer.dtype,
             )
             for layer in layers
         ]
         # [num_blocks, block_size, H_kv, D] for each layer
-        self.caches = [(cache[:, 0], cache[:, 1]) for cache in arena.layers]
+        self.caches = list(zip(arena.keys, arena.values, strict=True))
         self.value_scales = [value_scale for _, value_scale in arena.scales]
         # Decodes run one after another, so all can use one, and prefills another; FlashInfer wants
         # zeros at first.
@@ -487,7 +487,7 @@ def _starts(counts: np.ndarray) -> torch.Tensor:
 
 
 class FlashInferAttention:
-    """The attention of one step; implements `attention.Attention`.
+    """The attention of one step; implements `StepAttention`.
 
     Args:
         backend: has the cache.
@@ -506,18 +506,9 @@ class FlashInferAttention:
         self._run = run
 
     def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Store the step's keys and values, then attend. See `attention.Attention`."""
+        """See `StepAttention`."""
         cache, inputs = self._backend.arena.layers[layer], self._inputs
         key_scale, value_scale = self._backend.arena.scales[layer]
         self._backend.store_kv(

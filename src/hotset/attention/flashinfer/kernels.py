@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hotset.attention.hook import LayerAttention
+from hotset.attention.spec import LayerAttention
 
 _log = logging.getLogger(__name__)
 
@@ -34,15 +34,16 @@ _NM_TIMEOUT_S = 60
 _HEAD_DIMS = (64, 128, 256)
 
 
-def why_unsupported(layers: Sequence[LayerAttention], dtype: torch.dtype) -> str | None:
+def why_unsupported(layers: Sequence[LayerAttention]) -> str | None:
     """What keeps FlashInfer from running these layers, or None where it can."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"queries of {dtype}"
     for layer in layers:
-        if layer.has_sinks:
+        if layer.dtype not in (torch.float16, torch.bfloat16):
+            return f"queries of {layer.dtype}"
+        if layer.sinks is not None:
             return "attention sinks"
-        if layer.query_dim != layer.value_dim or layer.query_dim not in _HEAD_DIMS:
-            return f"head dimensions {layer.query_dim} and {layer.value_dim}"
+        key_dim, value_dim = layer.cache.key_dim, layer.cache.value_dim
+        if key_dim != value_dim or key_dim not in _HEAD_DIMS:
+            return f"head dimensions {key_dim} and {value_dim}"
     return None
 
 
@@ -117,7 +118,7 @@ def start_kernels(
     layers: Sequence[LayerAttention], kv_dtype: torch.dtype, device: torch.device
 ) -> KernelBuild | None:
     """Start to build what `FlashInferBackend` needs for these layers; None where it cannot run."""
-    if device.type != "cuda" or why_unsupported(layers, layers[0].dtype) is not None:
+    if device.type != "cuda" or why_unsupported(layers) is not None:
         return None
     try:
         import flashinfer  # noqa: F401
@@ -132,8 +133,8 @@ def start_kernels(
                         backend,
                         layer.dtype,
                         stored,
-                        layer.query_dim,
-                        layer.sliding_window is not None,
+                        layer.cache.key_dim,
+                        layer.cache.window is not None,
                         layer.softcap is not None,
                     )
                 )

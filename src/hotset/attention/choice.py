@@ -1,0 +1,37 @@
+"""Which backend attends to a model's layers."""
+
+import logging
+from collections.abc import Sequence
+
+from hotset.attention.backend import AttentionBackend
+from hotset.attention.flashinfer.backend import FlashInferBackend
+from hotset.attention.flashinfer.kernels import KernelBuild, why_unsupported
+from hotset.attention.gather import GatherBackend
+from hotset.attention.spec import LayerAttention
+from hotset.memory.arena import DeviceArena
+
+_log = logging.getLogger(__name__)
+
+
+def choose_backend(
+    arena: DeviceArena,
+    layers: Sequence[LayerAttention],
+    *,
+    kernels: KernelBuild | None = None,
+    waits: bool = True,
+) -> AttentionBackend:
+    """FlashInfer on a GPU, for layers that it can run; SDPA for the others.
+
+    Args:
+        arena: has the KV.
+        layers: what each asks for.
+        kernels: FlashInfer's, being built.
+        waits: until all of them are; see `FlashInferBackend`.
+    """
+    if arena.storage.device.type != "cuda":
+        return GatherBackend(arena, layers)
+    reason = why_unsupported(layers)
+    if reason is not None:
+        _log.warning("FlashInfer cannot run %s: attention by SDPA, which is slower", reason)
+        return GatherBackend(arena, layers)
+    return FlashInferBackend(arena, layers, kernels=kernels, waits=waits)

@@ -1,0 +1,208 @@
+"""Paged attention by PyTorch's SDPA over gathered blocks: any device, any dtype."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from hotset.attention.batch import Batch, Inputs, SequenceSpan
+from hotset.attention.spec import LayerAttention
+from hotset.linear.fp8 import FP8, to_fp8
+from hotset.memory.arena import DeviceArena
+
+# Padding of a group of decodes to its longest context may cost at most this share.
+_MAX_PADDING = 1.25
+
+
+class GatherBackend:
+    """Makes a `PagedAttention` per step; implements `AttentionBackend`."""
+
+    def __init__(self, arena: DeviceArena, layers: Sequence[LayerAttention]) -> None:
+        self._arena = arena
+        self._layers = layers
+
+    def begin_step(self, batch: Batch, inputs: Inputs) -> "PagedAttention":
+        """See `AttentionBackend`."""
+        return PagedAttention(self._arena, self._layers, batch, inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sequences whose attention is one SDPA call.
+
+    Attributes:
+        tokens: `[R * Q]` rows of the flat batch, R sequences of Q tokens each.
+        table: `[R * N]` block ids, padded with block 0.
+        mask: `[R, 1, Q, N * block_size]`, 0 where a query sees a key and -inf elsewhere.
+    """
+
+    tokens: torch.Tensor
+    num_sequences: int
+    table: torch.Tensor
+    mask: torch.Tensor
+
+
+class PagedAttention:
+    """Attention of one step over gathered blocks by PyTorch's SDPA: any device, any dtype.
+
+    Decodes of similar context length share one call; a prefill chunk has one of its own. Query
+    heads that share a KV head are folded into the query length, so keys are never expanded.
+    """
+
+    def __init__(
+        self,
+        arena: DeviceArena,
+        layers: Sequence[LayerAttention],
+        batch: Batch,
+        inputs: Inputs,
+    ) -> None:
+        self._arena = arena
+        self._layers = layers
+        self._sequences = batch.sequences
+        self._slots = (inputs.blocks, inputs.offsets)
+        self._groups: dict[int | None, list[_Group]] = {}  # by window
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """See `StepAttention`."""
+        asked = self._layers[layer]
+        key_scale, value_scale = self._arena.scales[layer]
+        self._store(self._arena.keys[layer], key, key_scale)
+        self._store(self._arena.values[layer], value, value_scale)
+
+        num_heads, num_tokens, query_dim = query.shape
+        output = query.new_empty(num_tokens, num_heads, value.shape[-1])
+        for group in self._groups_for(asked.cache.window, query.dtype):
+            rows = query[:, group.tokens].view(num_heads, group.num_sequences, -1, query_dim)
+            out = grouped_query_attention(
+                rows.transpose(0, 1),  # [R, H, Q, D]
+                self._gather(self._arena.keys[layer], group, key),
+                self._gather(self._arena.values[layer], group, value),
+                group.mask,
+                scaling=asked.scaling * key_scale,
+                softcap=asked.softcap,
+                sinks=asked.sinks,
+            )
+            out = out if value_scale == 1 else out * value_scale
+            output[group.tokens] = out.transpose(1, 2).flatten(0, 1)
+        return output
+
+    def _store(self, cache: torch.Tensor, new: torch.Tensor, scale: float) -> None:
+        """Write `[H_kv, T, D]` keys or values to their places in `[N, block_size, H_kv, >= D]`."""
+        if cache.dtype == FP8:  # moved as bytes: not every indexing operation knows 8-bit floats
+            cache, new = cache.view(torch.uint8), to_fp8(new, scale).view(torch.uint8)
+        cache[..., : new.shape[-1]][self._slots] = new.transpose(0, 1)
+
+    def _gather(self, cache: torch.Tensor, group: _Group, new: torch.Tensor) -> torch.Tensor:
+        """`[R, H_kv, S, D]` keys or values that a group attends to, in the type of `new`."""
+        rows = cache.flatten(1)  # strided, no copy
+        if cache.dtype == FP8:
+            rows = rows.view(torch.uint8)
+        found = rows.index_select(0, group.table)
+        found = found.view(group.num_sequences, -1, *cache.shape[2:]).transpose(1, 2)
+        if cache.dtype == FP8:
+            found = found.view(FP8).to(new.dtype)
+        return found[..., : new.shape[-1]]
+
+    def _groups_for(self, window: int | None, dtype: torch.dtype) -> list[_Group]:
+        if window not in self._groups:
+            self._groups[window] = [
+                self._make_group(group, window, dtype) for group in _grouped(self._sequences)
+            ]
+        return self._groups[window]
+
+    def _make_group(
+        self, group: Sequence[SequenceSpan], window: int | None, dtype: torch.dtype
+    ) -> _Group:
+        size, device = self._arena.block_size, self._arena.storage.device
+        num_queries = group[0].num_tokens
+        context = torch.tensor([s.context_len for s in group], device=device)
+        first_visible = [
+            0 if window is None else max(0, s.context_len - num_queries - window + 1) for s in group
+        ]
+        first_blocks = [position // size for position in first_visible]
+        tables = [
+            list(s.block_table[first : -(-s.context_len // size)])
+            for s, first in zip(group, first_blocks, strict=True)
+        ]
+        width = max(len(table) for table in tables)
+        # Behind their masks are blocks of their own: nobody knows what is in others.
+        table = torch.tensor([t + t[:1] * (width - len(t)) for t in tables], device=device)
+        keys_at = torch.arange(width * size, device=device)
+        key_position = torch.tensor(first_blocks, device=device)[:, None] * size + keys_at
+        query_position = context[:, None] - num_queries + torch.arange(num_queries, device=device)
+        distance = query_position[:, :, None] - key_position[:, None, :]  # [R, Q, N * size]
+        mask = distance >= 0
+        if window is not None:
+            mask &= distance < window
+        rows = torch.tensor([s.start for s in group], device=device)[:, None] + torch.arange(
+            num_queries, device=device
+        )
+        bias = torch.zeros_like(mask, dtype=dtype)
+        bias.masked_fill_(~mask, -torch.inf)
+        return _Group(rows.flatten(), len(group), table.flatten(), bias.unsqueeze(1))
+
+
+def _grouped(sequences: Sequence[SequenceSpan]) -> list[list[SequenceSpan]]:
+    """Those that share one call: decodes of similar context; a prompt is alone."""
+    groups: list[list[SequenceSpan]] = [[s] for s in sequences if s.num_tokens > 1]
+    decodes = (s for s in sequences if s.num_tokens == 1)
+    pending: list[SequenceSpan] = []
+    for seq in sorted(decodes, key=lambda s: s.context_len):
+        if pending and seq.context_len > pending[0].context_len * _MAX_PADDING + 16:
+            groups.append(pending)
+            pending = []
+        pending.append(seq)
+    if pending:
+        groups.append(pending)
+    return groups
+
+
+def grouped_query_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention with H query heads over H_kv key heads, H a multiple of H_kv.
+
+    Args:
+        query: `[R, H, Q, D]`.
+        key: `[R, H_kv, S, D]`.
+        value: `[R, H_kv, S, D_v]`.
+        mask: `[R, 1, Q, S]`, dtype of `query`: 0 where a query sees a key (at least one a row),
+            -inf elsewhere.
+        scaling: factor on the scores.
+        softcap: see `LayerAttention`.
+        sinks: `[H]` or None; see `LayerAttention`.
+
+    Returns:
+        `[R, H, Q, D_v]`.
+    """
+    r, num_heads, num_queries, _ = query.shape
+    num_kv_heads = key.shape[1]
+    group = num_heads // num_kv_heads
+    folded = query.reshape(r, num_kv_heads, group * num_queries, -1)
+    mask = mask.repeat(1, 1, group, 1) if num_queries > 1 else mask
+    if softcap is None and sinks is None:
+        out = functional.scaled_dot_product_attention(
+            folded, key, value, attn_mask=mask, scale=scaling
+        )
+        return out.reshape(r, num_heads, num_queries, -1)
+    scores = torch.matmul(folded, key.transpose(-1, -2)) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = (scores + mask).float()
+    if sinks is not None:
+        column = sinks.float().view(1, num_kv_heads, group, 1)
+        column = column.expand(r, -1, -1, num_queries).reshape(r, num_kv_heads, -1, 1)
+        weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    return torch.matmul(weights.to(value.dtype), value).reshape(r, num_heads, num_queries, -1)

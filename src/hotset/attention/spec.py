@@ -1,0 +1,30 @@
+"""What one layer asks of its attention."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hotset.cost.cache_spec import KeysValues
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What one layer asks of its attention, and what it caches.
+
+    Attributes:
+        cache: the keys and values as the layer hands them over. With a window, a token sees itself
+            and one token less than `window` before it.
+        num_heads: query heads; a query is as wide as a key.
+        scaling: factor on the products of queries and keys.
+        softcap: scores become `softcap * tanh(score / softcap)`; None leaves them.
+        dtype: of queries and outputs.
+        sinks: `[num_heads]`, a logit per head that takes part in the softmax and is dropped; the
+            model's own weights.
+    """
+
+    cache: KeysValues
+    num_heads: int
+    scaling: float
+    softcap: float | None
+    dtype: torch.dtype
+    sinks: torch.Tensor | None = field(default=None, compare=False)

@@ -1,0 +1,115 @@
+"""What a layer caches: one byte count for planner, arena and attention.
+
+A model is a sequence of one `CacheSpec` per layer. Each says which numbers a token adds
+(`token_values`), what a sequence takes beside its tokens (`sequence_bytes`), in how many heads the
+cache can be cut (`num_kv_heads`), and how many tokens back it is read (`window`; None: all).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+STATE_BYTES = 4  # recurrent state is kept in float32
+CONV_STATE_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class KeysValues:
+    """A key and a value per token and KV head.
+
+    Attributes:
+        num_kv_heads: heads of keys and values.
+        key_dim: width of a head's key.
+        value_dim: width of a head's value.
+        window: the layer looks at this many tokens at most and needs no older ones; None: at all.
+    """
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    sequence_bytes = 0
+
+    @property
+    def token_values(self) -> int:
+        """Numbers that one token adds."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
+
+    @property
+    def stored(self) -> "KeysValues":
+        """The same as the engine's arena stores it: all tokens, keys and values of one width."""
+        width = max(self.key_dim, self.value_dim)
+        return KeysValues(self.num_kv_heads, width, width)
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """One latent per token, which serves as key and value of all heads (MLA).
+
+    Attributes:
+        rank: width of the latent.
+        rope_dim: width of the rotary key beside it.
+        index_dim: width of a sparse-attention indexer's key beside both.
+    """
+
+    rank: int
+    rope_dim: int
+    index_dim: int = 0
+
+    num_kv_heads = 1
+    window = None
+    sequence_bytes = 0
+
+    @property
+    def token_values(self) -> int:
+        """Numbers that one token adds."""
+        return self.rank + self.rope_dim + self.index_dim
+
+    @property
+    def ds_mla_token_bytes(self) -> int:
+        """Bytes of a token in vLLM's and FlashMLA's layout of FP8.
+
+        The latent in FP8 with a float32 scale per 128 values, the rotary part in bfloat16.
+        """
+        return self.rank + 4 * (self.rank // 128) + 2 * self.rope_dim + self.index_dim
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A state of fixed size per sequence: linear attention, state space, convolution.
+
+    Attributes:
+        num_values: float32 numbers of recurrent state.
+        num_conv_values: 16-bit numbers of convolution state.
+    """
+
+    num_values: int
+    num_conv_values: int
+
+    num_kv_heads = 0
+    window = None
+    token_values = 0
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Bytes of a sequence, whatever its length."""
+        return self.num_values * STATE_BYTES + self.num_conv_values * CONV_STATE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class NoCache:
+    """Nothing of its own: the layer reads an earlier layer's cache, or has no attention."""
+
+    num_kv_heads = 0
+    window = None
+    token_values = 0
+    sequence_bytes = 0
+
+
+CacheSpec: TypeAlias = KeysValues | Latent | State | NoCache
+
+
+def token_bytes(specs: Iterable[CacheSpec], itemsize: int) -> int:
+    """Bytes that one token adds over all layers, its numbers `itemsize` bytes each."""
+    return itemsize * sum(spec.token_values for spec in specs)
