@@ -157,11 +157,11 @@ class DiskMachine(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.wait_for_all()
-        assert list(self.tier._entries) == list(self.stored)
+        assert list(self.tier._order) == list(self.stored)
         self.tier.close()
         self.tier = self.open()
         assert self.tier.reclaimed is None
-        order = list(self.tier._entries)  # of writing, which is all that is kept
+        order = list(self.tier._order)  # of writing, which is all that is kept
         assert set(order) == set(self.stored)
         self.stored = OrderedDict((key, self.stored[key]) for key in order)
         self.faults.clear()

@@ -1,16 +1,16 @@
 """Which device block is in which state. Knows ids and hashes, no tokens and no tensors."""
 
 from bisect import insort
-from collections import OrderedDict
 
 from hotset.errors import OutOfBlocksError
+from hotset.memory.eviction import Order, policy_named
 
 
 class BlockPool:
     """Reference-counted block ids. Each block is in one state at a time.
 
     free   -- ref count 0, no content; handed out first
-    cached -- ref count 0, content findable by hash; evicted oldest first
+    cached -- ref count 0, content findable by hash; evicted as the policy says
     held   -- ref count >= 1; never evicted
 
     A held block may be findable too, once its content is complete (`publish`).
@@ -22,9 +22,10 @@ class BlockPool:
     Args:
         num_blocks: ids are below it.
         first: the lowest id in the pool at first; 0 for a pool without a boundary.
+        eviction: the name of a policy in `memory.eviction`.
     """
 
-    def __init__(self, num_blocks: int, first: int = 0) -> None:
+    def __init__(self, num_blocks: int, first: int = 0, *, eviction: str = "lru") -> None:
         self.num_blocks = num_blocks
         self.first = first
         self._has_boundary = first > 0
@@ -33,7 +34,7 @@ class BlockPool:
             self._free = list(range(first, num_blocks))  # sorted
         self._last = first  # free blocks below it are in `_near` instead
         self._near: list[int] = []  # sorted
-        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._cached: Order[int] = policy_named(eviction).order()
         self._ref_count = [0] * num_blocks
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
@@ -107,7 +108,7 @@ class BlockPool:
 
     def hold(self, block: int) -> None:
         """Add a reference to a held or cached block."""
-        self._cached.pop(block, None)
+        self._cached.hold(block)
         self._ref_count[block] += 1
 
     def release(self, block: int) -> None:
@@ -119,7 +120,7 @@ class BlockPool:
                 self._forget(block)
                 insort(self._near, block)
             elif block in self._hash_of:
-                self._cached[block] = None
+                self._cached.admit(block)
             elif self._has_boundary:
                 insort(self._free, block)
             else:
@@ -137,13 +138,12 @@ class BlockPool:
 
     def forget_cached(self) -> None:
         """Drop the content of every cached block; they become free."""
-        while self._cached:
-            self._free.append(self._evict_oldest())
+        while len(self._cached):
+            self._free.append(self._evict())
 
     def hand_out_last(self, below: int) -> None:
         """Give blocks below id `below` to nobody while others are left, and cache none of them."""
         for block in [block for block in self._cached if block < below]:
-            del self._cached[block]
             self._forget(block)
             self._free.append(block)
         free = sorted(self._near + self._free)
@@ -173,10 +173,11 @@ class BlockPool:
     def _next(self) -> int:
         if self._free:
             return self._free.pop()
-        return self._evict_oldest() if self._cached else self._near.pop()
+        return self._evict() if len(self._cached) else self._near.pop()
 
-    def _evict_oldest(self) -> int:
-        block, _ = self._cached.popitem(last=False)
+    def _evict(self) -> int:
+        block = self._cached.victim()
+        assert block is not None
         self._forget(block)
         return block
 
@@ -184,6 +185,7 @@ class BlockPool:
         key = self._hash_of.pop(block, None)
         if key is not None:
             del self._block_of[key]
+            self._cached.remove(block)
 
     def check(self) -> None:
         """Assert the invariants of the class docstring."""

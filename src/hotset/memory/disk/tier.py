@@ -3,11 +3,10 @@
 import errno
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from hotset.errors import TierError
@@ -22,6 +21,7 @@ from hotset.memory.disk.slab import (
     require_space,
     slot_bytes_for,
 )
+from hotset.memory.eviction import Order, policy_named
 from hotset.memory.tier import Completion, CompletionStatus, TierUsage
 
 _FORMAT = "1"  # of slab and index; another one is not read
@@ -65,9 +65,9 @@ class _Entry:
 
 
 class DiskTier:
-    """A `Tier` in a folder, of bounded size, least recently used first to go.
+    """A `Tier` in a folder, of bounded size.
 
-    All bookkeeping (which key has which slot, the LRU order, what is pinned) is done in the
+    All bookkeeping (which key has which slot, which goes first, what is pinned) is done in the
     caller's thread, in `submit_*`, `touch` and `poll`; workers only transfer and write the index.
     So nothing changes behind the caller's back: a block is there once `poll` reported its write.
 
@@ -107,6 +107,7 @@ class DiskTier:
         read_deadline_s: float,
         write_queue_s: float,
         num_threads: int,
+        eviction: str,
     ) -> None:
         self.payload_bytes = payload_bytes
         self.slot_bytes = slab.slot_bytes
@@ -118,10 +119,11 @@ class DiskTier:
         self._read_deadline_s = read_deadline_s
         self._write_queue_s = write_queue_s
         self._faults: Counter[str] = Counter()
-        # In order of last use. Rows come in order of writing; of two for a key the later counts.
-        self._entries: OrderedDict[bytes, _Entry] = OrderedDict(
-            (row.key, _Entry(row.slot, row.checksum)) for row in index.rows.values()
-        )
+        # Rows come in order of writing; of two for a key the later counts.
+        self._entries = {row.key: _Entry(row.slot, row.checksum) for row in index.rows.values()}
+        self._order: Order[bytes] = policy_named(eviction).order()
+        for key in self._entries:
+            self._order.admit(key)
         taken = {entry.slot for entry in self._entries.values()}
         self._free = deque(slot for slot in range(slab.num_slots) if slot not in taken)
         self._writing: dict[bytes, Job] = {}
@@ -164,6 +166,7 @@ class DiskTier:
         read_deadline_s: float,
         write_queue_s: float,
         num_threads: int = 2,
+        eviction: str = "lru",
     ) -> "DiskTier":
         """Open or create the store in `folder`; blocks.
 
@@ -176,6 +179,7 @@ class DiskTier:
             read_deadline_s: a read is reported LATE, or dropped if not begun, after this.
             write_queue_s: the longest a write waits for its turn.
             num_threads: for reads, and as many again for writes.
+            eviction: the name of a policy in `memory.eviction`.
 
         Raises:
             TierError: too small, no space, in use, or not writable. Blocks that were there
@@ -227,6 +231,7 @@ class DiskTier:
             read_deadline_s=read_deadline_s,
             write_queue_s=write_queue_s,
             num_threads=num_threads,
+            eviction=eviction,
         )
         tier.reclaimed = "the index was gone" if index_was_gone else index.empty_reason
         tier._faults["disk_index_damaged"] += index_was_gone or index.damaged
@@ -272,7 +277,7 @@ class DiskTier:
         job = self._new_job(key, entry.slot, into)
         job.checksum = entry.checksum
         entry.num_readers += 1
-        self._entries.move_to_end(key)
+        self._order.touch(key)
         self._reading[job.transfer_id] = entry
         self._on_time[job.transfer_id] = job
         self._reads.submit(job)
@@ -281,16 +286,15 @@ class DiskTier:
     def touch(self, keys: Sequence[bytes]) -> None:
         """See `Tier`."""
         for key in keys:
-            if key in self._entries:
-                self._entries.move_to_end(key)
+            self._order.touch(key)
 
     def newest_keys(self, limit: int) -> list[bytes]:
         """See `Tier`."""
-        return list(islice(reversed(self._entries), limit))
+        return list(self._order)[::-1][:limit]
 
     def discard(self, keys: Sequence[bytes]) -> None:
         """See `Tier`. Blocks for one commit to the index, so that a restart finds none of them."""
-        entries = [self._entries.pop(key) for key in keys if key in self._entries]
+        entries = [self._forget(key) for key in keys if key in self._entries]
         self._unwanted.update(key for key in keys if key in self._writing)
         self._forget_rows([entry.slot for entry in entries])
         self._free.extend(entry.slot for entry in entries if entry.num_readers == 0)
@@ -349,6 +353,7 @@ class DiskTier:
         writing = [job.slot for job in self._writing.values()]
         slots = sorted([*self._free, *stored, *pinned, *writing])
         assert slots == list(range(self.capacity_payloads)), slots
+        assert sorted(self._order) == sorted(self._entries)
         assert not self._entries.keys() & self._writing.keys()
         assert self._unwanted <= self._writing.keys()
         assert self._on_time.keys() <= self._reading.keys()
@@ -370,11 +375,12 @@ class DiskTier:
         """A slot to write, evicting if none is free; None where all are in use."""
         if self._free:
             return self._free.popleft()
-        for key, entry in self._entries.items():
-            if entry.num_readers == 0:
-                del self._entries[key]
-                return entry.slot
-        return None
+        key = self._order.victim(lambda key: self._entries[key].num_readers > 0)
+        return None if key is None else self._entries.pop(key).slot
+
+    def _forget(self, key: bytes) -> _Entry:
+        self._order.remove(key)
+        return self._entries.pop(key)
 
     def _new_job(self, key: bytes, slot: int, buffer: memoryview) -> Job:
         self._next_id += 1
@@ -396,7 +402,7 @@ class DiskTier:
         self._on_time.pop(job.transfer_id, None)
         entry.num_readers -= 1
         if not job.ok and READ_LATE not in job.faults and self._entries.get(job.key) is entry:
-            del self._entries[job.key]
+            self._forget(job.key)
         if self._entries.get(job.key) is not entry and entry.num_readers == 0:
             self._free.append(entry.slot)
 
@@ -410,6 +416,7 @@ class DiskTier:
                 self._free.append(job.slot)
             else:
                 self._entries[job.key] = _Entry(job.slot, job.checksum)
+                self._order.admit(job.key)
             self._num_failures = 0
             weight = 0.1 if self._mean_write_s else 1.0
             self._mean_write_s += weight * (job.service_s - self._mean_write_s)
