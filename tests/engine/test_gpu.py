@@ -1,6 +1,7 @@
 """The engine on an NVIDIA GPU: run these there with `pytest -m gpu`."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -48,10 +49,16 @@ def test_greedy_tokens_are_those_of_transformers(
 def test_flashinfer_attends_as_sdpa_does(family: str) -> None:
     model = make_model(family, head_dim=128).to("cuda", torch.bfloat16)
     layout = inspect_model(model)
+    twin = deepcopy(model).float()
+    exact_layout = inspect_model(twin)
+    exact = paged_logits(twin, exact_layout, gather(exact_layout))
     expected = paged_logits(model, layout, gather(layout))
     got = paged_logits(model, layout, lambda arena: FlashInferBackend(arena, layout.layers))
-    for one, other in zip(expected, got, strict=True):
-        assert difference(one, other) < 2e-2  # bfloat16 rounding
+    for true, one, other in zip(exact, expected, got, strict=True):
+        if family == "gemma2":  # SDPA's is 2 % from float32 itself, so two of it differ by more
+            assert difference(true, other) <= 2**0.5 * difference(true, one)
+        else:
+            assert difference(one, other) < 2e-2  # bfloat16 rounding
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
