@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -57,3 +58,5 @@ def set_up(form: LogFormat, level: str) -> None:
     root.setLevel(level.upper())
     for chatty in ("uvicorn.error", "urllib3", "asyncio", "python_multipart.multipart"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # FlashInfer's has a handler and a form of its own, and from 0.7 on tells of each build.
+    os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "warning")
