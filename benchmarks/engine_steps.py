@@ -26,7 +26,8 @@ from hotset.cost.catalog import bundled_config
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.model.loaded import LoadedModel
-from hotset.request import Request, RequestStatus, SamplingParams
+from hotset.request import SamplingParams
+from hotset.sequence import Request, RequestStatus
 
 WARM_STEPS, STEPS = 6, 24
 
@@ -54,8 +55,8 @@ def step_s(engine: Engine, users: int, context: int, rng: random.Random) -> list
             params,
             len(tokens) + WARM_STEPS + STEPS,
         )
-        request.block_table = kv.pool.allocate(kv.num_blocks_for(len(tokens)))
-        request.num_computed_tokens = len(tokens) - 1
+        request.kv.block_table = kv.pool.allocate(kv.num_blocks_for(len(tokens)))
+        request.kv.num_computed_tokens = len(tokens) - 1
         request.status = RequestStatus.RUNNING
         engine._requests[request.request_id] = request
         engine._outputs.add(request)

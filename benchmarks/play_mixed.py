@@ -24,7 +24,8 @@ from play_schedule import ALL_BLOCKS, BLOCK_BYTES, VOCAB_SIZE, PlayedCost, make_
 from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.model.loader import LoadedModel
-from hotset.request import SamplingParams, StepPlan
+from hotset.request import SamplingParams
+from hotset.sequence import Step
 
 SECONDS = 40.0
 SHORT_RATE, SHORT_TOKENS, SHORT_OUTPUT = 20.0, 100, 64
@@ -60,7 +61,7 @@ def play(loaded: LoadedModel, num_long: int) -> dict[str, Any]:
     now_s = 0.0
     tokens_s: dict[str, list[float]] = {}
 
-    def forward(plan: StepPlan, previous: Any = None, when_ready: Any = lambda: None) -> Any:
+    def forward(plan: Step, previous: Any = None, when_ready: Any = lambda: None) -> Any:
         nonlocal now_s
         when_ready()
         now_s += cost.take(plan)

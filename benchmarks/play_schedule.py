@@ -44,7 +44,7 @@ from hotset.memory.disk.tier import capacity_bytes_for
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_dummy
-from hotset.request import StepPlan
+from hotset.sequence import Step
 
 BLOCK_TOKENS = 16
 BLOCK_BYTES = BLOCK_TOKENS * 2 * 16 * 4  # of the stand-in
@@ -73,7 +73,7 @@ def products_ms(table: dict[int, float], rows: int) -> float:
     return table[sizes[bisect_left(sizes, rows)]]
 
 
-def step_ms(plan: StepPlan) -> float:
+def step_ms(plan: Step) -> float:
     """What a step is charged."""
     decodes = [item for item in plan.items if item.num_tokens == 1]
     prompts = [item for item in plan.items if item.num_tokens > 1]
@@ -93,7 +93,7 @@ class PlayedCost(StepCost):
     def __init__(self) -> None:
         super().__init__((rows, MIXED_MS[rows] / 1e3) for rows in (32, 256))
 
-    def take(self, plan: StepPlan) -> float:
+    def take(self, plan: Step) -> float:
         """Seconds of a step."""
         seconds = step_ms(plan) / 1e3
         self.observe(sum(i.num_tokens for i in plan.items if i.num_tokens > 1), seconds)
@@ -118,11 +118,11 @@ def make_model() -> LoadedModel:
         return load_dummy(folder, device="cpu", dtype="float32")
 
 
-def run(engine: Engine, spec: Spec, take: Callable[[StepPlan], object]) -> Metrics:
+def run(engine: Engine, spec: Spec, take: Callable[[Step], object]) -> Metrics:
     """Play a workload and close the engine; each step is given to `take` in place of a model."""
 
     def forward(
-        plan: StepPlan, previous: Any = None, when_ready: Callable[[], None] = lambda: None
+        plan: Step, previous: Any = None, when_ready: Callable[[], None] = lambda: None
     ) -> torch.Tensor:
         when_ready()
         take(plan)
@@ -176,7 +176,7 @@ def play(
 
     engine.add_request = add  # type: ignore[method-assign]
 
-    def take(plan: StepPlan) -> None:
+    def take(plan: Step) -> None:
         nonlocal now_s
         steps_ms.append(1e3 * cost.take(plan))
         now_s += steps_ms[-1] / 1e3
@@ -184,7 +184,7 @@ def play(
             if item.samples:
                 first_tokens_s.setdefault(item.request.request_id, now_s)
         decodes = [item for item in plan.items if item.num_tokens == 1]
-        blocks = sum(len(item.request.block_table) for item in decodes)
+        blocks = sum(len(item.request.kv.block_table) for item in decodes)
         decode_shares.append(blocks / hot_blocks)
 
     metrics = run(engine, spec, take)

@@ -26,7 +26,8 @@ from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.model.loader import load_model
-from hotset.request import Request, SamplingParams, StepItem
+from hotset.request import SamplingParams
+from hotset.sequence import Request, StepItem
 from hotset.text.prompt import PromptEncoder
 
 VARIANTS = {
@@ -47,7 +48,7 @@ def read_logits(engine: Engine, token_ids: list[int]) -> torch.Tensor:
     """`[T, vocab]` float32 logits of one prefill."""
     runner = engine._runner
     request = Request("r", len(token_ids), token_ids, SamplingParams(), len(token_ids))
-    request.block_table = list(range(-(-len(token_ids) // engine.config.block_size)))
+    request.kv.block_table = list(range(-(-len(token_ids) // engine.config.block_size)))
     batch = make_batch([StepItem(request, 0, len(token_ids))], engine.config.block_size)
     inputs, _ = batch.to(engine._device)
     with torch.inference_mode():

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from hotset.bench.driver import drive
 from hotset.bench.workload import PRESETS, make_work
 from hotset.model.loader import load_dummy
-from hotset.request import StepPlan
+from hotset.sequence import Step
 
 NUM_STEPS = 16
 NUM_LINES = 20
@@ -36,10 +36,10 @@ class Watch:
         self.lines: list[str] = []
         self._forward, self._first_steps = forward, first_steps
         self._num_seen = self._first = 0
-        self._plans: list[StepPlan] = []
+        self._plans: list[Step] = []
         self._profile: Any = None
 
-    def __call__(self, plan: StepPlan, *args: Any) -> torch.Tensor:
+    def __call__(self, plan: Step, *args: Any) -> torch.Tensor:
         """Stands for `ModelRunner.forward`."""
         self._num_seen += 1
         if self._profile is not None and self._num_seen == self._first + NUM_STEPS:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hotset.memory.colder_tiers import EndedTransfer
-from hotset.request import StepPlan
+from hotset.sequence import Step
 
 
 class FakeClock:
@@ -28,7 +28,7 @@ class FakeDevice:
     def content(self, block: int) -> list[int | None]:
         return self.blocks.setdefault(block, [None] * self.block_size)
 
-    def compute(self, plan: StepPlan) -> None:
+    def compute(self, plan: Step) -> None:
         """Check that all tokens before those of the plan are in place, and write those."""
         for source, target in plan.copies:
             self.blocks[target] = list(self.content(source))
@@ -38,10 +38,10 @@ class FakeDevice:
             if request.is_finished:
                 continue  # while the step was prepared
             for i in range(item.start):
-                content = self.content(request.block_table[i // size])
+                content = self.content(request.kv.block_table[i // size])
                 assert content[i % size] == request.token_ids[i], "attention reads another's token"
             for i in range(item.start, item.start + item.num_tokens):
-                place = (request.block_table[i // size], i % size)
+                place = (request.kv.block_table[i // size], i % size)
                 assert place not in written, "two requests write to one place"
                 written.add(place)
                 self.content(place[0])[place[1]] = request.token_ids[i]

@@ -10,7 +10,8 @@ from hotset.attention.gather import GatherBackend
 from hotset.executor.probe import ModelLayout
 from hotset.executor.runner import ModelRunner
 from hotset.memory.arena import DeviceArena
-from hotset.request import Request, SamplingParams, StepItem, StepPlan
+from hotset.request import SamplingParams
+from hotset.sequence import Request, Step, StepItem
 
 
 def gather(layout: ModelLayout) -> Callable[[DeviceArena], GatherBackend]:
@@ -42,15 +43,15 @@ def paged_logits(
         runner.record(max_num_tokens=64, max_context_blocks=15, scratch_block=40)
         assert (runner._graphs is not None) == can_record
     first = Request("a", 45, list(range(3, 48)), SamplingParams(), 60)
-    first.block_table = [3, 1, 2, 5, 7, 6, 9, 8, 0, 10, 11, 12]
+    first.kv.block_table = [3, 1, 2, 5, 7, 6, 9, 8, 0, 10, 11, 12]
     second = Request("b", 10, list(range(60, 70)), SamplingParams(), 60)
-    second.block_table = [13, 14, 15]
+    second.kv.block_table = [13, 14, 15]
     steps = [
         [StepItem(second, 0, 9), StepItem(first, 0, 20)],
         [StepItem(first, 20, 24), StepItem(second, 9, 1)],
         [StepItem(first, 44, 1), StepItem(second, 9, 1)],
     ]
-    return [runner.forward(StepPlan(items)).float().clone() for items in steps]
+    return [runner.forward(Step(items)).float().clone() for items in steps]
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:

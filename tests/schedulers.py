@@ -10,7 +10,8 @@ from hotset.engine.step_cost import StepCost
 from hotset.kv.cache import KVCache
 from hotset.kv.pool import BlockPool
 from hotset.metrics import Metrics
-from hotset.request import FinishReason, Request, SamplingParams, StepPlan
+from hotset.request import FinishReason, SamplingParams
+from hotset.sequence import Request, Step
 
 BLOCK = 4
 
@@ -67,7 +68,7 @@ def make_request(tokens: list[int], *, max_tokens: int = 4, **fields: object) ->
     )
 
 
-def run(scheduler: Scheduler, plan: StepPlan | None = None) -> StepPlan:
+def run(scheduler: Scheduler, plan: Step | None = None) -> Step:
     """One step: schedule, 'compute', append a token to those that sample, finish at the limit."""
     scheduler.kv.poll()
     plan = plan or scheduler.schedule()
@@ -80,7 +81,7 @@ def run(scheduler: Scheduler, plan: StepPlan | None = None) -> StepPlan:
     return plan
 
 
-def tokens_of(plan: StepPlan) -> list[tuple[int, int]]:
+def tokens_of(plan: Step) -> list[tuple[int, int]]:
     return [(item.start, item.num_tokens) for item in plan.items]
 
 

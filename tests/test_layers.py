@@ -15,6 +15,7 @@ MODULES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.p
 # A package may import those above it in ORDER, and plain data, which imports nothing else.
 PLAIN = {
     "request",
+    "sequence",
     "config",
     "errors",
     "metrics",

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from hotset.request import Request
+from hotset.sequence import Request
 
 
 @dataclass(slots=True)
@@ -56,9 +56,9 @@ class Metrics:
         forked, and the rest is a prefix hit: no token of a prompt is one twice.
         """
         end = start + num_tokens
-        own_end = min(end, max(start, request.high_water_tokens))
-        forked_end = min(end, max(own_end, request.num_sibling_tokens))
+        own_end = min(end, max(start, request.kv.high_water_tokens))
+        forked_end = min(end, max(own_end, request.kv.num_sibling_tokens))
         self.resumed_tokens[tier] += own_end - start
         self.forked_tokens += forked_end - own_end
         self.cached_tokens[tier] += end - forked_end
-        request.num_cached_tokens += end - forked_end
+        request.kv.num_cached_tokens += end - forked_end

@@ -6,12 +6,13 @@ import torch
 from hotset.attention.batch import make_batch
 from hotset.executor.graphs import StaticInputs
 from hotset.executor.recorded_sizes import fastest, sizes_up_to
-from hotset.request import UNKNOWN_TOKEN, Request, SamplingParams, StepItem
+from hotset.request import SamplingParams
+from hotset.sequence import UNKNOWN_TOKEN, Request, StepItem
 
 
 def make_request(tokens: list[int], table: list[int], pending_row: int | None = None) -> Request:
     request = Request("r", len(tokens), tokens, SamplingParams(), 100)
-    request.block_table = table
+    request.kv.block_table = table
     request.pending_row = pending_row
     return request
 

@@ -21,7 +21,8 @@ from hotset.errors import ConfigError, ModelError
 from hotset.linear.fp8 import FP8, to_fp8
 from hotset.memory.arena import DeviceArena
 from hotset.model.loader import load_model, resolve_dtype, resolve_kv_dtype
-from hotset.request import Request, SamplingParams, StepItem
+from hotset.request import SamplingParams
+from hotset.sequence import Request, StepItem
 
 MakeEngine = Callable[..., Engine]
 
@@ -42,7 +43,7 @@ def test_attention_is_that_over_rounded_keys_and_values(
     torch.manual_seed(0)
     num_tokens, key_scale, value_scale = 11, *((scales or [(1.0, 1.0)])[0])
     request = Request("a", num_tokens, list(range(num_tokens)), SamplingParams(), 16)
-    request.block_table = [2, 0, 1]
+    request.kv.block_table = [2, 0, 1]
     query = torch.randn(4, num_tokens, 16)
     key, value = torch.randn(2, 2, num_tokens, 16)
     asked = LayerAttention(KeysValues(2, 16, 16), 4, 0.25, softcap, torch.float32)

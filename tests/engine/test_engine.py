@@ -18,7 +18,8 @@ from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, ModelError, RequestError
 from hotset.executor.probe import inspect_model
 from hotset.model.loaded import LoadedModel
-from hotset.request import FinishReason, SamplingParams, StepPlan
+from hotset.request import FinishReason, SamplingParams
+from hotset.sequence import Step
 
 MakeEngine = Callable[..., Engine]
 
@@ -35,7 +36,7 @@ def test_a_step_that_runs_out_of_memory_costs_one_request(
     forward = engine._runner.forward
     calls = 0
 
-    def fail_once(plan: StepPlan, *options: Any) -> torch.Tensor:
+    def fail_once(plan: Step, *options: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 3:

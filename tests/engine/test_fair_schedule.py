@@ -9,7 +9,8 @@ from schedulers import make_request, make_scheduler, run, tokens_of
 
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.step_cost import StepCost
-from hotset.request import FinishReason, Request, RequestStatus, StepPlan
+from hotset.request import FinishReason
+from hotset.sequence import Request, RequestStatus, Step
 
 _tokens = itertools.count(1000)
 _arrivals = itertools.count()
@@ -40,7 +41,7 @@ def steps_to_first_token(scheduler: Scheduler, *requests: Request, most: int = 1
     raise AssertionError(f"no first token within {most} steps")
 
 
-def share(plan: StepPlan, request: Request) -> int:
+def share(plan: Step, request: Request) -> int:
     return sum(item.num_tokens for item in plan.items if item.request is request)
 
 
@@ -238,7 +239,7 @@ def test_nobody_passes_one_that_was_preempted_in_its_answer(
     running, preempted = prompt(60, max_tokens=40), prompt(40, max_tokens=40)
     add(scheduler, running, preempted)
     for _ in range(40):
-        if preempted.num_preemptions == 0:
+        if preempted.queue.num_preemptions == 0:
             run(scheduler)
     assert preempted.num_output_tokens and preempted.status is RequestStatus.WAITING
     short = prompt(4)

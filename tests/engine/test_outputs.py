@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models
 
 from hotset.engine.outputs import OutputProcessor
 from hotset.errors import ModelError
-from hotset.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
+from hotset.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
+from hotset.sequence import Request
 
 TOKENIZER = make_backend()
 
@@ -19,12 +20,16 @@ def make_outputs(tokenizer: Tokenizer | None = TOKENIZER) -> OutputProcessor:
 
 
 def make_request(
-    params: SamplingParams | None = None, *, prompt: list[int] | None = None, name: str = "r"
+    params: SamplingParams | None = None,
+    *,
+    prompt: list[int] | None = None,
+    name: str = "r",
+    index: int = 0,
 ) -> Request:
     prompt = TOKENIZER.encode("The cat").ids if prompt is None else prompt
     params = params or SamplingParams()
     limit = len(prompt) + (params.max_tokens or 1000)
-    return Request(name, len(prompt), list(prompt), params, limit)
+    return Request(name, len(prompt), list(prompt), params, limit, index)
 
 
 def feed(outputs: OutputProcessor, request: Request, token_ids: list[int]) -> list[RequestOutput]:
@@ -187,9 +192,9 @@ def test_an_abort_releases_the_text_held_back_and_ends_once() -> None:
     request = make_request(SamplingParams(stop=("sat by",)))
     outputs.add(request)
     feed(outputs, request, TOKENIZER.encode("the dog sat").ids)
-    outputs.finish("r", FinishReason.ABORT)
-    outputs.finish("r", FinishReason.ERROR, "late")
-    outputs.finish("unknown", FinishReason.ABORT)
+    outputs.finish(request, FinishReason.ABORT)
+    outputs.finish(request, FinishReason.ERROR, "late")
+    outputs.finish(make_request(name="unknown"), FinishReason.ABORT)
 
     [output] = outputs.take()
     assert (output.text, output.finish_reason, output.error) == ("sat", FinishReason.ABORT, None)
@@ -199,8 +204,9 @@ def test_an_abort_releases_the_text_held_back_and_ends_once() -> None:
 
 def test_an_error_carries_its_line() -> None:
     outputs = make_outputs()
-    outputs.add(make_request())
-    outputs.finish("r", FinishReason.ERROR, "no memory")
+    request = make_request()
+    outputs.add(request)
+    outputs.finish(request, FinishReason.ERROR, "no memory")
 
     [output] = outputs.take()
     assert (output.finish_reason, output.error) == (FinishReason.ERROR, "no memory")
@@ -208,14 +214,15 @@ def test_an_error_carries_its_line() -> None:
 
 def test_outputs_of_one_request_carry_its_id_and_their_index() -> None:
     outputs = make_outputs()
-    requests = [make_request(name=name) for name in ("a", "a#1", "b#10")]
+    ids = (("a", 0), ("a", 1), ("b", 10))
+    requests = [make_request(name=name, index=index) for name, index in ids]
     for request in requests:
         outputs.add(request)
         request.token_ids.append(10)
         outputs.append(request, 10, TokenLogprob(10, -0.5))
 
     taken = outputs.take()
-    assert [(o.request_id, o.index) for o in taken] == [("a", 0), ("a", 1), ("b", 10)]
+    assert [(o.request_id, o.index) for o in taken] == list(ids)
     assert taken[0].logprobs == (TokenLogprob(10, -0.5),)
     assert taken[0].prompt_tokens == requests[0].prompt_len
 

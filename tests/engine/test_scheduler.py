@@ -15,7 +15,8 @@ from schedulers import (
 
 from hotset.engine.scheduler import Scheduler
 from hotset.kv.block_hash import block_hash, root_hash
-from hotset.request import FinishReason, Request, RequestStatus
+from hotset.request import FinishReason
+from hotset.sequence import Request, RequestStatus
 
 
 def test_prompts_take_a_smaller_share_of_a_step_that_also_decodes() -> None:
@@ -78,7 +79,7 @@ def test_who_ends_soon_makes_room_for_who_comes() -> None:
     for first in (0, 100):
         scheduler.add([make_request(list(range(first, first + 13)), max_tokens=8)])
     run(scheduler)
-    assert [len(request.block_table) for request in scheduler.running] == [4, 4]
+    assert [len(request.kv.block_table) for request in scheduler.running] == [4, 4]
     # At their ends they have 4 + 6 + 4 blocks, but the first is gone before the others grow.
     scheduler.running[0].max_total_tokens = 15
     scheduler.add([make_request(list(range(200, 205)), max_tokens=8)])
@@ -162,10 +163,10 @@ def test_the_youngest_is_preempted_and_recomputes_without_a_tier(
     young = make_request(list(range(50, 57)), max_tokens=9, arrival_s=2.0)
     scheduler.add([old])
     scheduler.add([young])
-    while young.num_preemptions == 0:
+    while young.queue.num_preemptions == 0:
         run(scheduler)
         scheduler.kv.check()
-    assert old.num_preemptions == 0 and young.status is RequestStatus.WAITING
+    assert old.queue.num_preemptions == 0 and young.status is RequestStatus.WAITING
     while scheduler.has_requests:
         run(scheduler)
         scheduler.kv.check()
@@ -186,7 +187,7 @@ def test_a_preempted_request_comes_back_with_its_partial_block(
         run(scheduler)
         scheduler.kv.check()
         fake_tiers.end_all()
-    assert young.num_preemptions > 0
+    assert young.queue.num_preemptions > 0
     assert scheduler.kv.metrics.recomputed_tokens == 0
     assert old.num_output_tokens == young.num_output_tokens == 9
 
@@ -232,7 +233,7 @@ def test_the_next_turn_finds_the_last_partial_block_of_the_one_before(
     scheduler.add([first])
     while scheduler.has_requests:
         run(scheduler)
-    assert first.num_computed_tokens == 0 and first.num_tokens == 12  # 11 were computed
+    assert first.kv.num_computed_tokens == 0 and first.num_tokens == 12  # 11 were computed
     [*_, (key, block)] = fake_tiers.spilling.items()
     assert scheduler.kv.pool.lookup(key) == block
     fake_tiers.end_all()
@@ -314,7 +315,7 @@ def test_a_shared_load_that_fails_gives_each_request_a_block_of_its_own(
     run(scheduler)
     fake_tiers.end_fetch(ok=False)
     run(scheduler)
-    assert not set(first.block_table) & set(second.block_table)
+    assert not set(first.kv.block_table) & set(second.kv.block_table)
     scheduler.kv.check()
 
 
@@ -339,11 +340,11 @@ def test_n_outputs_share_the_blocks_of_their_prompt_until_they_write() -> None:
     scheduler.add(family)
     first = run(scheduler)
     assert tokens_of(first) == [(0, 6)]
-    assert len({request.block_table[0] for request in family}) == 1
+    assert len({request.kv.block_table[0] for request in family}) == 1
     second = run(scheduler)
     assert sorted(tokens_of(second)) == [(5, 1), (5, 1), (6, 1)]
     assert len(second.copies) == 2  # the last to write keeps the original
-    assert len({request.block_table[1] for request in family}) == 3
+    assert len({request.kv.block_table[1] for request in family}) == 3
     while scheduler.has_requests:
         run(scheduler)
         scheduler.kv.check()
@@ -378,7 +379,7 @@ def test_a_preempted_request_comes_back_only_when_it_can_stay(
     metrics = scheduler.kv.metrics
     assert metrics.preemptions > 0
     assert metrics.recomputed_tokens == 0
-    assert max(request.num_preemptions for request in requests) == 1
+    assert max(request.queue.num_preemptions for request in requests) == 1
     assert metrics.refetched_bytes == 0
 
 
@@ -551,7 +552,7 @@ def test_fifty_that_want_one_prefix_share_one_load_and_go_on_together(
     run(scheduler)
     assert len(fake_tiers.fetching) == 40
     assert len(scheduler.running) == 50
-    assert len({tuple(request.block_table) for request in requests}) == 1
+    assert len({tuple(request.kv.block_table) for request in requests}) == 1
     for request in requests[:3]:
         scheduler.finish(request, FinishReason.ABORT)
     scheduler.kv.check()
@@ -579,7 +580,7 @@ def test_what_waits_is_fetched_ahead_of_its_turn_into_blocks_without_content(
         scheduler.kv.check()
         fake_tiers.end_all()
     assert scheduler.kv.metrics.fetched_blocks == 2
-    assert scheduler.running[0].num_computed_tokens == 9  # at once, with its first step
+    assert scheduler.running[0].kv.num_computed_tokens == 9  # at once, with its first step
 
 
 def test_no_more_is_staged_than_host_memory_can_hold_beside_the_rest(
@@ -593,11 +594,11 @@ def test_no_more_is_staged_than_host_memory_can_hold_beside_the_rest(
     waiting = [make_request([seed] * 9) for seed in (10, 20, 30)]
     for request in waiting:
         scheduler.kv._extend_hashes(request)
-        fake_tiers.stored.update(dict.fromkeys(request.block_hashes, "disk"))
+        fake_tiers.stored.update(dict.fromkeys(request.kv.block_hashes, "disk"))
         scheduler.add([request])
     run(scheduler)
     # Three blocks each: those of the second are begun, as five are left for the first.
-    assert staged == waiting[0].block_hashes + waiting[1].block_hashes
+    assert staged == waiting[0].kv.block_hashes + waiting[1].kv.block_hashes
 
 
 def test_nothing_is_fetched_ahead_into_blocks_that_running_requests_need(

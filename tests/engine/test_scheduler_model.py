@@ -22,14 +22,8 @@ from hotset.engine.scheduler import Scheduler
 from hotset.kv.cache import KVCache
 from hotset.kv.pool import BlockPool
 from hotset.metrics import Metrics
-from hotset.request import (
-    UNKNOWN_TOKEN,
-    FinishReason,
-    Request,
-    RequestStatus,
-    SamplingParams,
-    StepPlan,
-)
+from hotset.request import FinishReason, SamplingParams
+from hotset.sequence import UNKNOWN_TOKEN, Request, RequestStatus, Step
 
 BLOCK = 4
 MAX_TOKENS = 40
@@ -158,7 +152,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 item.request.token_ids.append(UNKNOWN_TOKEN)
                 item.request.pending_row = 0
 
-    def check_shares(self, plan: StepPlan) -> None:
+    def check_shares(self, plan: Step) -> None:
         """No more than the budget, and the first in order that can go on does."""
         num_tokens = {item.request: item.num_tokens for item in plan.items}
         assert sum(num_tokens.values()) <= self.scheduler.max_num_batched_tokens
@@ -212,7 +206,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "kv"):
             self.kv.check()
             for request in self.scheduler.waiting:
-                assert request.status is RequestStatus.WAITING and not request.block_table
+                assert request.status is RequestStatus.WAITING and not request.kv.block_table
             orders = [request.order for request in self.scheduler.running]
             assert orders == sorted(orders)
 
@@ -221,7 +215,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "kv"):
             return
         metrics = self.kv.metrics
-        usages = [max(one.num_cached_tokens for one in family) for family in self.families]
+        usages = [max(one.kv.num_cached_tokens for one in family) for family in self.families]
         assert metrics.cached_tokens.total() == sum(usages)
         for family, cached in zip(self.families, usages, strict=True):
             assert 0 <= cached < family[0].prompt_len

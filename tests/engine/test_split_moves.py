@@ -31,7 +31,9 @@ def check(made: Engine) -> None:
     pool, region = made.kv.pool, mover._region
     assert region.fewest_slots <= experts.num_slots <= region.most_slots
     assert pool.first == region.first_block(experts.num_slots)
-    assert all(block >= pool.first for one in made.scheduler.running for block in one.block_table)
+    assert all(
+        block >= pool.first for one in made.scheduler.running for block in one.kv.block_table
+    )
     assert made.metrics.split_kv_bytes == pool.num_usable * made.budget.block_bytes
     assert made.metrics.split_expert_bytes == experts.device_bytes
 

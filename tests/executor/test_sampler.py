@@ -17,7 +17,8 @@ from transformers.generation import (
 from hotset.errors import RequestError
 from hotset.executor import sampler as sampler_module
 from hotset.executor.sampler import Sampled, Sampler, _invert, least_logit
-from hotset.request import Request, SamplingParams
+from hotset.request import SamplingParams
+from hotset.sequence import Request
 
 VOCAB = 300
 
@@ -25,11 +26,11 @@ VOCAB = 300
 def make_request(
     params: SamplingParams,
     *,
-    name: str = "r",
+    index: int = 0,
     prompt: tuple[int, ...] = (1,),
     output: tuple[int, ...] = (),
 ) -> Request:
-    return Request(name, len(prompt), [*prompt, *output], params, 1000)
+    return Request("r", len(prompt), [*prompt, *output], params, 1000, index)
 
 
 def make_logits(rows: int, *, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor:
@@ -39,7 +40,7 @@ def make_logits(rows: int, *, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor
 def sample_many(params: SamplingParams, logits: torch.Tensor, num: int) -> Counter[int]:
     """How often each token is drawn by `num` requests without a seed."""
     sampler = Sampler(logits.shape[1], "cpu", seed=1)
-    requests = [make_request(params, name=str(i)) for i in range(num)]
+    requests = [make_request(params) for i in range(num)]
     return Counter(sampler.sample(logits.expand(num, -1), requests).token_ids)
 
 
@@ -156,7 +157,7 @@ def check_alone_and_in_batches(params: SamplingParams) -> None:
 
     def draw(position: int, batch: list[SamplingParams]) -> list[int]:
         sampler = Sampler(VOCAB, "cpu", seed=position)
-        requests = [make_request(p, name=f"r{i}") for i, p in enumerate(batch)]
+        requests = [make_request(p) for p in batch]
         tokens = []
         for step in range(6):
             rows = [
@@ -177,8 +178,7 @@ def test_outputs_of_one_seeded_request_differ_and_are_reproducible() -> None:
     logits = torch.zeros(4, 10_000)
 
     def draw() -> list[int]:
-        names = ["r", "r#1", "r#2", "r#3"]
-        requests = [make_request(params, name=name) for name in names]
+        requests = [make_request(params, index=index) for index in range(4)]
         return Sampler(10_000, "cpu").sample(logits, requests).token_ids
 
     assert len(set(draw())) == 4
@@ -189,7 +189,7 @@ def test_requests_without_a_seed_depend_on_the_engine_seed_only() -> None:
     logits = torch.zeros(2, 10_000)
 
     def draw(seed: int) -> list[int]:
-        requests = [make_request(SamplingParams(temperature=1.0), name=n) for n in "ab"]
+        requests = [make_request(SamplingParams(temperature=1.0)) for _ in "ab"]
         return Sampler(10_000, "cpu", seed=seed).sample(logits, requests).token_ids
 
     first = draw(1)
@@ -215,9 +215,9 @@ def test_presence_and_frequency_penalties_count_the_output_only() -> None:
     logits = make_logits(3)
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
     requests = [
-        make_request(SamplingParams(), name="plain"),
-        make_request(params, name="a", prompt=(1, 2), output=(2, 5, 5)),
-        make_request(params, name="b", prompt=(1,), output=(7,)),
+        make_request(SamplingParams()),
+        make_request(params, prompt=(1, 2), output=(2, 5, 5)),
+        make_request(params, prompt=(1,), output=(7,)),
     ]
     expected = logits.clone()
     expected[1, 2] -= 0.75
@@ -239,7 +239,7 @@ def test_a_bias_is_added_to_the_logits_of_its_own_request() -> None:
     logits = make_logits(3)
     best, second = logits[0].topk(2).indices.tolist()
     params = SamplingParams(logit_bias={best: -100.0, 5: 0.5}, logprobs=1)
-    requests = [make_request(SamplingParams(), name="plain"), make_request(params)]
+    requests = [make_request(SamplingParams()), make_request(params)]
     sampler = Sampler(VOCAB, "cpu")
     got = logits[[0, 0]].clone()
     sampler._changes.apply(got, requests)
@@ -305,7 +305,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
         SamplingParams(),
         SamplingParams(logprobs=0),
     ]
-    requests = [make_request(p, name=str(i)) for i, p in enumerate(batch)]
+    requests = [make_request(p) for p in batch]
     sampled: Sampled = Sampler(VOCAB, "cpu").sample(logits, requests)
     expected = logits.log_softmax(-1)
 
@@ -325,8 +325,7 @@ def test_rows_are_the_same_however_they_are_grouped(monkeypatch: pytest.MonkeyPa
 
     def draw() -> tuple[list[int], list[object]]:
         requests = [
-            make_request(SamplingParams(temperature=1.0, seed=i, logprobs=1), name=str(i))
-            for i in range(7)
+            make_request(SamplingParams(temperature=1.0, seed=i, logprobs=1)) for i in range(7)
         ]
         sampled = Sampler(VOCAB, "cpu").sample(logits, requests)
         return sampled.token_ids, list(sampled.logprobs)
@@ -348,12 +347,13 @@ def test_release_forgets_a_request_and_may_be_repeated() -> None:
     params = SamplingParams(temperature=1.0, seed=1, presence_penalty=1.0)
     logits = torch.zeros(1, 10_000)
     sampler = Sampler(10_000, "cpu")
-    first = sampler.sample(logits, [make_request(params)]).token_ids
-    sampler.release("r")
-    sampler.release("r")
+    request = make_request(params)
+    first = sampler.sample(logits, [request]).token_ids
+    sampler.release(request.sequence_id)
+    sampler.release(request.sequence_id)
 
-    assert sampler.sample(logits, [make_request(params)]).token_ids == first
-    sampler.release("r")
+    assert sampler.sample(logits, [request]).token_ids == first
+    sampler.release(request.sequence_id)
     assert not sampler._generators and not sampler._changes._counts
 
 

@@ -8,7 +8,8 @@ from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
 from hotset.errors import RequestError
 from hotset.executor.sampler import Sampler
-from hotset.request import Request, SamplingParams, TextForm
+from hotset.request import SamplingParams, TextForm
+from hotset.sequence import Request
 
 TOKENIZER = make_tokenizer()
 PERSON = {
@@ -93,7 +94,7 @@ def test_other_rows_of_the_batch_are_not_masked() -> None:
 def test_two_requests_with_one_schema_advance_apart() -> None:
     sampler = make_sampler()
     params = SamplingParams(json_schema={"enum": [True, False]})
-    requests = [Request(name, 1, [5], params, 100) for name in ("r", "r#1")]
+    requests = [Request("r", 1, [5], params, 100, index) for index in range(2)]
     logits = torch.zeros(2, VOCAB_SIZE)
     [t], [f] = TOKENIZER.encode("true")[:1], TOKENIZER.encode("false")[:1]
     logits[0, t], logits[1, f] = 9.0, 9.0
@@ -143,7 +144,7 @@ def test_a_grammar_that_fails_on_the_way_is_reported_for_its_request() -> None:
     matcher.consume_token(TOKENIZER.encode("cat")[0])  # puts it into its error state
     sampled = sampler.sample(torch.zeros(1, VOCAB_SIZE), [request])
 
-    assert list(sampled.errors) == ["r"]
+    assert list(sampled.errors) == [request.sequence_id]
 
 
 def json_texts(sampler: Sampler, schema: dict[str, Any], num: int = 8) -> list[str]:

@@ -11,7 +11,8 @@ from hotset.config import EngineConfig
 from hotset.errors import ConfigError
 from hotset.executor.sampler import Sampler
 from hotset.grammar.json_bounds import JsonBounds
-from hotset.request import Request, SamplingParams
+from hotset.request import SamplingParams
+from hotset.sequence import Request
 
 TOKENIZER = make_tokenizer()
 TEXTS = [TOKENIZER.decode([i]) for i in range(VOCAB_SIZE)]

@@ -19,7 +19,8 @@ from hotset.executor.sampler import Sampler
 from hotset.grammar.json_bounds import JsonBounds
 from hotset.grammar.json_schema import prepare
 from hotset.grammar.rewrite import _PATTERNS
-from hotset.request import Request, SamplingParams
+from hotset.request import SamplingParams
+from hotset.sequence import Request
 
 Json = dict[str, Any]
 

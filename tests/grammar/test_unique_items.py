@@ -6,7 +6,8 @@ import torch
 from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
 from hotset.executor.sampler import Sampler
-from hotset.request import Request, SamplingParams
+from hotset.request import SamplingParams
+from hotset.sequence import Request
 
 TOKENIZER = make_tokenizer()
 TAGS = {"type": "array", "uniqueItems": True, "items": {"type": "string"}}
@@ -25,7 +26,7 @@ def written(schema: dict[str, Any], text: str, *, most: int = 80) -> tuple[str, 
         logits[0, TOKENIZER.encode('"')] = logits[0, TOKENIZER.encode("]")] = 9.0
         sampled = sampler.sample(logits, [request])
         if sampled.errors:
-            return TOKENIZER.decode(request.output_ids), sampled.errors["r"]
+            return TOKENIZER.decode(request.output_ids), sampled.errors[request.sequence_id]
         request.token_ids += sampled.token_ids
     return TOKENIZER.decode(request.output_ids, skip_special_tokens=True), None
 

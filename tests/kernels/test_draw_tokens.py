@@ -5,7 +5,8 @@ import torch
 
 from hotset.executor.sampler import Sampler, _invert
 from hotset.kernels.draw_tokens import draw_tokens
-from hotset.request import Request, SamplingParams
+from hotset.request import SamplingParams
+from hotset.sequence import Request
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -5,7 +5,8 @@ from fakes import FakeTiers
 from schedulers import BLOCK, fill_host_then_forget_device, make_request, make_scheduler, run
 
 from hotset.engine.scheduler import Scheduler
-from hotset.request import FinishReason, Request
+from hotset.request import FinishReason
+from hotset.sequence import Request
 
 
 def counts(scheduler: Scheduler) -> tuple[int, int, int]:
@@ -33,12 +34,12 @@ def test_outputs_that_share_a_prompt_are_no_prefix_hits() -> None:
     scheduler.add(first)
     run_all(scheduler)
     assert counts(scheduler) == (0, 3 * 8, 0)
-    assert [request.num_cached_tokens for request in first] == [0] * 4
+    assert [request.kv.num_cached_tokens for request in first] == [0] * 4
     again = family(list(range(9)), 4)
     scheduler.add(again)
     run_all(scheduler)
     assert counts(scheduler) == (8, 6 * 8, 0)
-    assert [request.num_cached_tokens for request in again] == [8] * 4
+    assert [request.kv.num_cached_tokens for request in again] == [8] * 4
 
 
 def test_an_output_that_waits_for_a_seat_is_forked_all_the_same() -> None:
@@ -66,7 +67,7 @@ def test_own_kv_after_a_preemption_is_no_prefix_hit(
     while scheduler.has_requests:
         run(scheduler)
         fake_tiers.end_all()
-    assert request.num_cached_tokens == 0
+    assert request.kv.num_cached_tokens == 0
     assert counts(scheduler) == (0, 0, 13 if with_tiers else 12)
     assert scheduler.kv.metrics.fetched_tokens == (13 if with_tiers else 0)
 
@@ -84,7 +85,7 @@ def test_what_others_computed_of_a_prompt_while_it_was_preempted_is_a_prefix_hit
     scheduler.waiting.append(request)
     run_all(scheduler)
     assert counts(scheduler) == (4 + 12, 0, 4)
-    assert request.num_cached_tokens == 12
+    assert request.kv.num_cached_tokens == 12
 
 
 def test_who_takes_over_a_prompt_does_not_find_it_a_second_time() -> None:
@@ -97,7 +98,7 @@ def test_who_takes_over_a_prompt_does_not_find_it_a_second_time() -> None:
     scheduler.finish(outputs[0], FinishReason.ERROR)
     run_all(scheduler)
     assert counts(scheduler) == (8, 12, 0)
-    assert outputs[1].num_cached_tokens == 8
+    assert outputs[1].kv.num_cached_tokens == 8
 
 
 def test_content_counts_by_the_tier_that_had_it(fake_tiers: FakeTiers) -> None:
@@ -110,4 +111,4 @@ def test_content_counts_by_the_tier_that_had_it(fake_tiers: FakeTiers) -> None:
     fake_tiers.end_all()
     run_all(scheduler)
     assert scheduler.kv.metrics.cached_tokens == {"host": 2 * BLOCK}
-    assert request.num_cached_tokens == 8 < request.prompt_len
+    assert request.kv.num_cached_tokens == 8 < request.prompt_len

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hotset.request import StepItem
+from hotset.sequence import StepItem
 
 Array = npt.NDArray[Any]
 
@@ -98,7 +98,7 @@ def make_batch(items: Sequence[StepItem], block_size: int) -> Batch:
     scored: dict[int, Array] = {}
     start = 0
     for item in ordered:
-        request, table = item.request, item.request.block_table
+        request, table = item.request, item.request.kv.block_table
         end = item.start + item.num_tokens
         source = -1 if request.pending_row is None else request.pending_row
         if item.num_tokens == 1:

@@ -46,7 +46,8 @@ from hotset.memory.transfer import TierStack, make_copier
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model, resolve_kv_dtype
-from hotset.request import Request, SamplingParams, StepItem, StepPlan
+from hotset.request import SamplingParams
+from hotset.sequence import Request, Step, StepItem
 
 _NUM_PHASES = 8  # at most, of a start
 _LAYOUT_VERSION = "1"
@@ -449,8 +450,8 @@ def _time_prompts(placed: _Placed, runner: ModelRunner) -> list[tuple[int, float
         num_tokens = min(most_tokens, config.max_num_batched_tokens, longest)
         request = Request("rate", num_tokens, [0] * num_tokens, SamplingParams(), num_tokens)
         first = placed.pool.first
-        request.block_table = list(range(first, first - (-num_tokens // config.block_size)))
-        plan = StepPlan([StepItem(request, 0, num_tokens)])
+        request.kv.block_table = list(range(first, first - (-num_tokens // config.block_size)))
+        plan = Step([StepItem(request, 0, num_tokens)])
         runner.forward(plan).sum().item()  # the first run also allocates
         start_s = time.perf_counter()
         runner.forward(plan).sum().item()  # waits for the device

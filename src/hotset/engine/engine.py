@@ -25,15 +25,8 @@ from hotset.executor.sampler import PendingTokens, Sampler
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.recorder import RoutingRecorder
 from hotset.memory.transfer import TierStack
-from hotset.request import (
-    UNKNOWN_TOKEN,
-    FinishReason,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    StepPlan,
-    output_id,
-)
+from hotset.request import FinishReason, RequestOutput, SamplingParams
+from hotset.sequence import UNKNOWN_TOKEN, Request, Step
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +77,7 @@ class _StepInFlight:
         prompt_logprobs: None where the step brings none.
     """
 
-    plan: StepPlan
+    plan: Step
     requests: list[Request]
     tokens: PendingTokens | None
     prompt_logprobs: PendingPromptLogprobs | None
@@ -126,7 +119,7 @@ class Engine:
         self._recent_step_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._num_host_bound = 0
         self.num_queued = 0
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[str, list[Request]] = {}  # those of `n` that have not ended
         self._ids = itertools.count()
         self._warm_up_start_s = time.perf_counter()
 
@@ -218,22 +211,25 @@ class Engine:
         if params.max_tokens is not None:
             # Where none is wanted, one is chosen nevertheless, as part of the prompt's last step.
             max_total = min(max_total, len(token_ids) + max(1, params.max_tokens))
+        now_s = time.monotonic()
         requests = [
             Request(
-                request_id=output_id(request_id, i),
+                request_id=request_id,
                 prompt_len=len(token_ids),
                 token_ids=list(token_ids),
                 params=params,
                 max_total_tokens=max_total,
+                index=i,
                 salt=salt,
                 priority=priority,
                 num_scored_tokens=None if params.prompt_logprobs is None or i else 0,
                 tenant=tenant,
+                arrival_s=now_s,
             )
             for i in range(params.n)
         ]
+        self._requests[request_id] = list(requests)
         for request in requests:
-            self._requests[request.request_id] = request
             self._num_host_bound += _is_host_bound(params)
             self._outputs.add(request)
         self.metrics.prompt_tokens += len(token_ids)
@@ -242,9 +238,8 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request (all its `n` outputs); its blocks are free when this returns."""
-        for request in list(self._requests.values()):
-            if request.output_index[0] == request_id:
-                self._finish(request, FinishReason.ABORT)
+        for request in list(self._requests.get(request_id, ())):
+            self._finish(request, FinishReason.ABORT)
 
     def step(self) -> list[RequestOutput]:
         """Run one model step and return the outputs it produced, streamed or final.
@@ -297,7 +292,7 @@ class Engine:
         if self._tiers is not None:
             self._tiers.close()
 
-    def _submit_with_copies(self, plan: StepPlan) -> _StepInFlight | None:
+    def _submit_with_copies(self, plan: Step) -> _StepInFlight | None:
         """Start a step, and the spills and fetches asked for so far beside it."""
         tiers = self._tiers
         if tiers is None:
@@ -313,7 +308,7 @@ class Engine:
         return submitted
 
     def _submit(
-        self, plan: StepPlan, when_ready: Callable[[], None] = lambda: None
+        self, plan: Step, when_ready: Callable[[], None] = lambda: None
     ) -> _StepInFlight | None:
         """Start a step on the device; None where it failed. See `ModelRunner.forward`."""
         previous = self._in_flight.tokens if self._in_flight is not None else None
@@ -375,13 +370,13 @@ class Engine:
                 request.pending_row = None
                 self.metrics.output_tokens += request.params.max_tokens != 0
                 reason = self._outputs.append(request, token_id, logprob)
-                if request.request_id in sampled.errors:
-                    self._finish(request, FinishReason.ERROR, sampled.errors[request.request_id])
+                if request.sequence_id in sampled.errors:
+                    self._finish(request, FinishReason.ERROR, sampled.errors[request.sequence_id])
                 elif reason is not None:
                     self._finish(request, reason)
         self._observe(step.plan, step.timer.seconds())
 
-    def _observe(self, plan: StepPlan, seconds: float) -> None:
+    def _observe(self, plan: Step, seconds: float) -> None:
         num_tokens = sum(item.num_tokens for item in plan.items)
         self.metrics.steps += 1
         self.metrics.step_s += seconds
@@ -396,11 +391,14 @@ class Engine:
         if request.is_finished:
             return
         self.scheduler.finish(request, reason, error)
-        self._sampler.release(request.request_id)
-        self._outputs.finish(request.request_id, reason, error)
+        self._sampler.release(request.sequence_id)
+        self._outputs.finish(request, reason, error)
         self.metrics.requests_finished[reason.value] += 1
         self._num_host_bound -= _is_host_bound(request.params)
-        del self._requests[request.request_id]
+        siblings = self._requests[request.request_id]
+        siblings.remove(request)
+        if not siblings:
+            del self._requests[request.request_id]
 
     def _wait_for_tiers(self) -> None:
         """Nobody can go on before a transfer has ended; or, a bug of ours, nobody ever can."""

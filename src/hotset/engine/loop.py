@@ -247,7 +247,9 @@ class EngineLoop:
         if not len(self._queue):
             return
         # Those that were preempted wait for memory; how many they are says nothing of new ones.
-        fresh = [one.num_tokens for one in engine.scheduler.waiting if not one.num_preemptions]
+        fresh = [
+            one.num_tokens for one in engine.scheduler.waiting if not one.queue.num_preemptions
+        ]
         config = engine.config
         # Where users take turns, the engine gives one to each that it knows of.
         ahead = _AHEAD if config.rotation_s is None else config.max_num_seqs

@@ -6,7 +6,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from hotset.errors import ModelError
-from hotset.request import FinishReason, Request, RequestOutput, TokenLogprob
+from hotset.request import FinishReason, RequestOutput, TokenLogprob
+from hotset.sequence import Request
 from hotset.text.token_text import TokenDecoder
 
 # The last tokens of the prompt let the decoder see that the output does not start a sentence:
@@ -35,8 +36,8 @@ class OutputProcessor:
                     "incrementally; expected a fast one (with a tokenizer.json)"
                 )
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._sequences: dict[str, _Sequence] = {}
-        self._changed: dict[str, _Sequence] = {}  # since the last take
+        self._sequences: dict[int, _Sequence] = {}
+        self._changed: dict[int, _Sequence] = {}  # since the last take
 
     @property
     def has_outputs(self) -> bool:
@@ -51,11 +52,11 @@ class OutputProcessor:
             decoder = TokenDecoder(
                 self._tokenizer, context, skip_special=request.params.skip_special_tokens
             )
-        self._sequences[request.request_id] = _Sequence(request, decoder)
+        self._sequences[request.sequence_id] = _Sequence(request, decoder)
 
     def score(self, request: Request, logprobs: list[TokenLogprob]) -> None:
         """Take in log-probabilities of the next tokens of the prompt. Ended ones are left alone."""
-        sequence = self._sequences.get(request.request_id)
+        sequence = self._sequences.get(request.sequence_id)
         if sequence is not None:
             sequence.prompt_logprobs += logprobs
 
@@ -67,10 +68,10 @@ class OutputProcessor:
         Returns:
             Why the request has ended with it; None while it goes on.
         """
-        sequence = self._sequences[request.request_id]
+        sequence = self._sequences[request.sequence_id]
         params = request.params
         if params.max_tokens == 0:  # the prompt was all that was wanted
-            self.finish(request.request_id, FinishReason.LENGTH)
+            self.finish(request, FinishReason.LENGTH)
             return sequence.finish_reason
         is_stop_token = token_id in params.stop_token_ids or (
             token_id in self._eos_token_ids and not params.ignore_eos
@@ -82,16 +83,16 @@ class OutputProcessor:
             offset = sequence.feed(token_id)
         if logprob is not None:
             sequence.logprobs.append(replace(logprob, text_offset=offset))
-        self._changed[request.request_id] = sequence
+        self._changed[request.sequence_id] = sequence
         if is_stop_token or sequence.is_stopped:
-            self.finish(request.request_id, FinishReason.STOP)
+            self.finish(request, FinishReason.STOP)
         elif request.num_tokens >= request.max_total_tokens:
-            self.finish(request.request_id, FinishReason.LENGTH)
+            self.finish(request, FinishReason.LENGTH)
         return sequence.finish_reason
 
-    def finish(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
+    def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End an output and release the text held back. Ended and unknown ones are left alone."""
-        sequence = self._sequences.pop(request_id, None)
+        sequence = self._sequences.pop(request.sequence_id, None)
         if sequence is None:
             return
         sequence.flush()
@@ -99,7 +100,7 @@ class OutputProcessor:
         ended = FinishReason.STOP if sequence.is_stopped else reason
         sequence.finish_reason = reason if reason is FinishReason.ERROR else ended
         sequence.error = error
-        self._changed[request_id] = sequence
+        self._changed[request.sequence_id] = sequence
 
     def take(self) -> list[RequestOutput]:
         """What is new since the last call: one output for each sequence that changed."""
@@ -146,10 +147,9 @@ class _Sequence:
         self.held = ""
 
     def take(self) -> RequestOutput:
-        request_id, index = self.request.output_index
         output = RequestOutput(
-            request_id=request_id,
-            index=index,
+            request_id=self.request.request_id,
+            index=self.request.index,
             text=self.text,
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
@@ -157,7 +157,7 @@ class _Sequence:
             logprobs=tuple(self.logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs),
             prompt_tokens=self.request.prompt_len,
-            cached_tokens=self.request.num_cached_tokens,
+            cached_tokens=self.request.kv.num_cached_tokens,
         )
         self.text = ""
         self.token_ids.clear()

@@ -9,7 +9,8 @@ from hotset.engine.step_cost import StepCost
 from hotset.engine.step_shares import StepShares
 from hotset.engine.urgency import MUCH_LONGER, PromptOrder
 from hotset.kv.cache import KVCache
-from hotset.request import FinishReason, Request, RequestStatus, StepPlan
+from hotset.request import FinishReason
+from hotset.sequence import Kind, Request, RequestStatus, Step
 
 # Requests at the head of the queue whose blocks are brought closer ahead of their turn.
 _LOOK_AHEAD = 8
@@ -95,7 +96,7 @@ class Scheduler:
         self._step_cost = step_cost
         self._clock = clock
         self._order = PromptOrder()
-        self._forks: dict[str, list[Request]] = {}  # id of the first of n -> the others
+        self._forks: dict[int, list[Request]] = {}  # sequence id of the first of n -> the others
         self._blocked: Request | None = None  # the first in the queue found no room
         self._num_overtaking = 0  # tokens of those that were let in past it
 
@@ -114,12 +115,12 @@ class Scheduler:
         first, *others = requests
         self._order.enter(first, self.waiting + self.running)
         for other in others:
-            other.queued_work = first.queued_work
+            other.queue.served_tokens = first.queue.served_tokens
         insort(self.waiting, first, key=_order)
         if others:
-            self._forks[first.request_id] = others
+            self._forks[first.sequence_id] = others
 
-    def schedule(self) -> StepPlan:
+    def schedule(self) -> Step:
         """Choose the tokens of the next step and reserve their blocks.
 
         The plan is empty when nobody can go on before a transfer has ended.
@@ -143,9 +144,9 @@ class Scheduler:
             step.trim(self.row_tile)
             spare_blocks = self._blocks_short(self.kv.block_size)
             self.kv.look_ahead(self.waiting[:_LOOK_AHEAD], spare_blocks=spare_blocks)
-        return StepPlan(step.take_items(), self.kv.take_copies())
+        return Step(step.take_items(), self.kv.take_copies())
 
-    def commit(self, plan: StepPlan) -> None:
+    def commit(self, plan: Step) -> None:
         """The plan's tokens were computed; to be called before their successors are appended."""
         for item in plan.items:
             if item.request.is_finished:
@@ -154,7 +155,7 @@ class Scheduler:
             if item.request.num_scored_tokens is not None:
                 end = item.start + item.num_tokens
                 item.request.num_scored_tokens = max(item.request.num_scored_tokens, end)
-            if item.samples and item.request.request_id in self._forks:
+            if item.samples and item.request.sequence_id in self._forks:
                 self._fork(item.request)
 
     def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
@@ -169,11 +170,11 @@ class Scheduler:
             for others in self._forks.values():
                 if request in others:
                     others.remove(request)
-        siblings = self._forks.pop(request.request_id, [])
+        siblings = self._forks.pop(request.sequence_id, [])
         if siblings:  # the first ended before its prompt was computed: the next takes over
-            siblings[0].num_cached_tokens = request.num_cached_tokens
-            siblings[0].num_sibling_tokens = max(
-                request.high_water_tokens, request.num_sibling_tokens
+            siblings[0].kv.num_cached_tokens = request.kv.num_cached_tokens
+            siblings[0].kv.num_sibling_tokens = max(
+                request.kv.high_water_tokens, request.kv.num_sibling_tokens
             )
             siblings[0].num_scored_tokens = None if request.num_scored_tokens is None else 0
             self.add(siblings)
@@ -203,7 +204,7 @@ class Scheduler:
 
     def _num_decodes(self) -> int:
         return sum(
-            request.num_tokens - request.num_computed_tokens == 1 and not request.is_complete
+            request.num_uncomputed_tokens == 1 and not request.is_complete
             for request in self.running
         )
 
@@ -241,7 +242,7 @@ class Scheduler:
         Their blocks in a slower tier come meanwhile. Past the first that has no room, those
         that are much shorter are let in, up to a part of its tokens: it has waited for longer.
         """
-        queued_tokens = sum(r.num_tokens - r.num_computed_tokens for r in self.running)
+        queued_tokens = sum(r.num_uncomputed_tokens for r in self.running)
         was_blocked = self._blocked
         self._blocked = None
         num_behind = num_tried = 0  # of those after the first that has no room
@@ -263,7 +264,7 @@ class Scheduler:
                     step.add_prompt(request)
                 else:
                     step.plan_next(request)
-                queued_tokens += request.num_tokens - request.num_computed_tokens
+                queued_tokens += request.num_uncomputed_tokens
                 if blocked is not None:
                     self._num_overtaking += request.num_tokens
             elif blocked is None:
@@ -310,11 +311,11 @@ class Scheduler:
         decoding = []
         for request in self.running:
             # Of its last block it may use any part.
-            lacks = request.num_tokens + size - 1 - size * len(request.block_table)
-            if request.num_tokens - request.num_computed_tokens > 1:
+            lacks = request.num_tokens + size - 1 - size * len(request.kv.block_table)
+            if request.kind is Kind.PROMPT:
                 lacking += lacks + self._tokens_ahead(request)
                 continue
-            gives = size * (len(request.block_table) - request.num_shared_blocks)
+            gives = size * (len(request.kv.block_table) - request.kv.num_shared_blocks)
             given_back += gives
             decoding.append((self._tokens_ahead(request), lacks, gives))
         most = lacking
@@ -335,8 +336,8 @@ class Scheduler:
 
     def _start_turn(self, request: Request) -> None:
         request.status = RequestStatus.RUNNING
-        request.turn_start_s = self._clock()
-        request.turn_start_tokens = request.num_tokens
+        request.queue.quantum_start_s = self._clock()
+        request.queue.quantum_start_tokens = request.num_tokens
         insort(self.running, request, key=_order)
 
     def _rotate(self, rotation_s: float) -> None:
@@ -347,17 +348,17 @@ class Scheduler:
         if self._blocked is None or self.kv.num_blocks_after_spills > 0:
             return
         now_s = self._clock()
-        num_tokens = sum(r.num_tokens - r.num_computed_tokens for r in self.running)
+        num_tokens = sum(r.num_uncomputed_tokens for r in self.running)
         for waiting in list(self.waiting):
             if num_tokens >= self.max_num_batched_tokens:
                 return
-            if waiting.num_output_tokens > 0 or now_s - waiting.queued_s < rotation_s:
+            if waiting.num_output_tokens > 0 or now_s - waiting.queue.since_s < rotation_s:
                 continue
             victim = self._oldest_turn(waiting, now_s, rotation_s)
             if victim is None or not self.kv.can_park(victim, self.running, 2 * _AHEAD_TOKENS):
                 return
             self.running.remove(victim)
-            victim.queued_s = now_s
+            victim.queue.since_s = now_s
             self._preempt(victim)
             self.kv.metrics.rotations += 1
             num_tokens += waiting.num_tokens
@@ -368,12 +369,12 @@ class Scheduler:
             request
             for request in self.running
             if request.priority >= waiting.priority
-            and request.num_tokens > request.turn_start_tokens
+            and request.num_tokens > request.queue.quantum_start_tokens
             and not request.is_complete
-            and now_s - request.turn_start_s
+            and now_s - request.queue.quantum_start_s
             >= max(rotation_s, _LEAST_TURN_FETCHES * self.kv.fetch_s(request))
         ]
-        return min(turns, key=lambda request: request.turn_start_s, default=None)
+        return min(turns, key=lambda request: request.queue.quantum_start_s, default=None)
 
     def _preempt_last(self) -> Request:
         victim = self.running.pop()
@@ -386,13 +387,13 @@ class Scheduler:
         insort(self.waiting, victim, key=_order)
 
     def _fork(self, first: Request) -> None:
-        for sibling in self._forks.pop(first.request_id):
+        for sibling in self._forks.pop(first.sequence_id):
             if len(self.running) < self.max_num_seqs:
                 self.kv.fork(first, sibling)
                 self._start_turn(sibling)
             else:
-                sibling.num_cached_tokens = first.num_cached_tokens
-                sibling.num_sibling_tokens = sibling.prompt_len
+                sibling.kv.num_cached_tokens = first.kv.num_cached_tokens
+                sibling.kv.num_sibling_tokens = sibling.prompt_len
                 insort(self.waiting, sibling, key=_order)
 
 

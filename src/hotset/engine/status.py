@@ -69,8 +69,8 @@ def engine_status(engine: "Engine", *, num_queued: int) -> EngineStatus:
     engine.count_experts()
     engine.kv.poll()  # an engine that idles takes no note of host memory that became ready
     scheduler = engine.scheduler
-    users = [FETCHING if request.arriving else MOVING for request in scheduler.running]
-    users += [PARKED if request.num_preemptions else WAITING for request in scheduler.waiting]
+    users = [FETCHING if request.kv.arriving else MOVING for request in scheduler.running]
+    users += [PARKED if request.queue.num_preemptions else WAITING for request in scheduler.waiting]
     users += [WAITING] * num_queued
     count = Counter(users)
     return EngineStatus(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from hotset.engine.urgency import PromptOrder
 from hotset.kv.cache import KVCache
-from hotset.request import Request, RequestStatus, StepItem
+from hotset.sequence import Kind, Request, RequestStatus, StepItem
 
 # The oldest prompt gets a quarter of what a step has for prompts, and so does the one
 # that lacks the fewest tokens: neither waits for the others. What is left goes by urgency.
@@ -108,7 +108,7 @@ class StepShares:
     def take_items(self) -> list[StepItem]:
         """The step, in the order of those that run; prompts are charged for it."""
         items = [
-            StepItem(request, request.num_computed_tokens, self._shares[request])
+            StepItem(request, request.kv.num_computed_tokens, self._shares[request])
             for request in self._running
             if self._shares.get(request)
         ]
@@ -149,7 +149,7 @@ class StepShares:
         """Requests that have computed a part of a block, by its key."""
         leaders = {}
         for request in self._running:
-            if request.num_tokens - request.num_computed_tokens > 1:
+            if request.kind is Kind.PROMPT:
                 key = self._kv.key_within(request)
                 if key is not None:
                     leaders[key] = request

@@ -6,7 +6,7 @@ Imports no torch.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from hotset.request import Request
+from hotset.sequence import Request
 
 # A prompt is due once its tenant was served this many times its length since it came. So equal
 # ones go in order of arrival, a much shorter one overtakes, and a long one gets its turn.
@@ -35,7 +35,7 @@ class PromptOrder:
             waiting = {other.tenant for other in others if not other.num_output_tokens}
             least = min((self._served[other] for other in waiting), default=self._last_served)
             self._served[tenant] = max(self._served[tenant], least)
-        request.queued_work = self._served[tenant]
+        request.queue.served_tokens = self._served[tenant]
 
     def charge(self, request: Request, num_tokens: int) -> None:
         """Count tokens of a prompt that are computed."""
@@ -56,7 +56,7 @@ class PromptOrder:
         """
 
         def due(request: Request) -> tuple[int, int]:
-            return request.priority, request.queued_work + SLACK * left[request]
+            return request.priority, request.queue.served_tokens + SLACK * left[request]
 
         in_turn = sorted(prompts, key=due)
         so_far: defaultdict[str, int] = defaultdict(int)

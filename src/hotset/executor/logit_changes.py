@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 
 from hotset.errors import RequestError
-from hotset.request import Request, SamplingParams
+from hotset.request import SamplingParams
+from hotset.sequence import Request
 
 Array = npt.NDArray[Any]
 
@@ -27,7 +28,7 @@ class LogitChanges:
         self._vocab_size = vocab_size
         self._device = device
         self._eos_token_ids = tuple(eos_token_ids)
-        self._counts: dict[str, _TokenCounts] = {}  # by request id
+        self._counts: dict[int, _TokenCounts] = {}  # by sequence id
 
     def validate(self, params: SamplingParams) -> None:
         """Check what needs the vocabulary to be checked. May be called from any thread.
@@ -53,9 +54,9 @@ class LogitChanges:
         self._penalise(logits, requests)
         self._forbid_ends(logits, requests)
 
-    def release(self, request_id: str) -> None:
-        """Forget a request that has ended. Unknown ids are fine."""
-        self._counts.pop(request_id, None)
+    def release(self, sequence_id: int) -> None:
+        """Forget a sequence that has ended. Unknown ids are fine."""
+        self._counts.pop(sequence_id, None)
 
     def _bias(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
         rows, ids, values = [], [], []
@@ -90,7 +91,7 @@ class LogitChanges:
         for row, request in enumerate(requests):
             params = request.params
             if params.has_penalties:
-                seen = self._counts.setdefault(request.request_id, _TokenCounts())
+                seen = self._counts.setdefault(request.sequence_id, _TokenCounts())
                 seen.update(request)
                 rows.append(np.full(len(seen.ids), row))
                 ids.append(np.array(seen.ids))

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from hotset.attention.batch import HostCopy, to_device
-from hotset.request import Request, StepItem, TokenLogprob
+from hotset.request import TokenLogprob
+from hotset.sequence import Request, StepItem
 
 # Logits of a step that are for prompts' log-probabilities take at most these bytes, by device,
 # so that no prompt's are there at once: a longer part of one waits for the next step.

@@ -24,7 +24,7 @@ from hotset.executor.graphs import StepGraphs
 from hotset.experts.recorder import RoutingRecorder
 from hotset.linear.merged import merge_linears
 from hotset.memory.arena import DeviceArena
-from hotset.request import StepPlan
+from hotset.sequence import Step
 
 _log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(
         self,
-        plan: StepPlan,
+        plan: Step,
         previous: torch.Tensor | None = None,
         when_ready: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:

@@ -15,7 +15,8 @@ from hotset.errors import RequestError
 from hotset.executor.logit_changes import LogitChanges
 from hotset.grammar.grammar import Grammars, OutputMatcher
 from hotset.grammar.json_bounds import JsonBounds
-from hotset.request import Request, SamplingParams, TokenLogprob
+from hotset.request import SamplingParams, TokenLogprob
+from hotset.sequence import Request
 
 Array = npt.NDArray[Any]
 
@@ -36,13 +37,13 @@ class Sampled:
 
     Attributes:
         logprobs: None for requests that ask for none.
-        errors: request id -> one line, for requests whose grammar failed (it grew too complex).
+        errors: sequence id -> one line, for requests whose grammar failed (it grew too complex).
             Their tokens mean nothing.
     """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob | None]
-    errors: dict[str, str] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
 
 
 class PendingTokens:
@@ -106,10 +107,10 @@ class Sampler:
         self._tokenizer = tokenizer
         self._grammars = Grammars(tokenizer, vocab_size, eos_token_ids, bounds)
         self._num_unseeded = 0
-        # What a running request needs beside its parameters, by request id.
-        self._generators: dict[str, random.Random] = {}
+        # What a running request needs beside its parameters, by sequence id.
+        self._generators: dict[int, random.Random] = {}
         self._changes = LogitChanges(vocab_size, self._device, eos_token_ids)
-        self._matchers: dict[str, OutputMatcher] = {}
+        self._matchers: dict[int, OutputMatcher] = {}
 
     def validate(self, params: SamplingParams) -> None:
         """Check what needs the model to be checked. May be called from any thread.
@@ -163,11 +164,11 @@ class Sampler:
             endings.append(self._submit_rows(logits, requests, some, token_ids))
         return PendingTokens(token_ids, endings, len(requests))
 
-    def release(self, request_id: str) -> None:
-        """Forget a request that has ended. Unknown ids are fine."""
-        self._generators.pop(request_id, None)
-        self._changes.release(request_id)
-        self._matchers.pop(request_id, None)
+    def release(self, sequence_id: int) -> None:
+        """Forget a sequence that has ended. Unknown ids are fine."""
+        self._generators.pop(sequence_id, None)
+        self._changes.release(sequence_id)
+        self._matchers.pop(sequence_id, None)
 
     def _draw_from_all(
         self,
@@ -232,7 +233,7 @@ class Sampler:
             for i, matcher in matchers.items():
                 matcher.consume_token(sampled.token_ids[rows[i]])
                 if matcher.error is not None:
-                    sampled.errors[requests[i].request_id] = matcher.error
+                    sampled.errors[requests[i].sequence_id] = matcher.error
             if logprobs is not None:
                 entries = _logprob_entries(
                     logprobs,
@@ -281,22 +282,21 @@ class Sampler:
         return not self._changes.concern(request)
 
     def _generator(self, request: Request) -> random.Random:
-        generator = self._generators.get(request.request_id)
+        generator = self._generators.get(request.sequence_id)
         if generator is None:
-            _, index = request.output_index
             if request.params.seed is None:
                 self._num_unseeded += 1
                 name = f"unseeded {self._seed} {self._num_unseeded}"
             else:
-                name = f"seeded {request.params.seed} {index}"
-            generator = self._generators[request.request_id] = random.Random(name)
+                name = f"seeded {request.params.seed} {request.index}"
+            generator = self._generators[request.sequence_id] = random.Random(name)
         return generator
 
     def _matcher(self, request: Request) -> OutputMatcher:
-        matcher = self._matchers.get(request.request_id)
+        matcher = self._matchers.get(request.sequence_id)
         if matcher is None:
             matcher = self._grammars.matcher(request.params)
-            self._matchers[request.request_id] = matcher
+            self._matchers[request.sequence_id] = matcher
         return matcher
 
     def _tensor(self, values: Array) -> torch.Tensor:

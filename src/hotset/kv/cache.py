@@ -13,7 +13,7 @@ from hotset.kv.block_hash import DIGEST_BYTES, block_hash, root_hash
 from hotset.kv.pool import BlockPool
 from hotset.memory.colder_tiers import ColderTiers, EndedTransfer
 from hotset.metrics import Metrics
-from hotset.request import ArrivedBlock, Request, SpilledTail
+from hotset.sequence import ArrivedBlock, Kind, Request, SpilledTail
 
 # Last, partial blocks of requests that have ended: so many are remembered, if so much of a block is
 # filled. For fewer tokens a copy takes longer than to compute them.
@@ -120,11 +120,13 @@ class KVCache:
             return False
 
         fresh = iter(self.pool.allocate(len(known) - len(shared)))
-        request.num_shared_blocks = len(shared)
-        request.block_table = [shared[i] if i in shared else next(fresh) for i in range(len(known))]
+        request.kv.num_shared_blocks = len(shared)
+        request.kv.block_table = [
+            shared[i] if i in shared else next(fresh) for i in range(len(known))
+        ]
         for i, part in enumerate(known):
             if part.place == "device":
-                request.arrived[i] = ArrivedBlock("device", part.num_tokens)
+                request.kv.arrived[i] = ArrivedBlock("device", part.num_tokens)
             elif part.place is not None:
                 self._wait_for(request, i, part)
         if self._tiers is not None:
@@ -155,10 +157,10 @@ class KVCache:
         assert tiers is not None
         room = min(self.pool.num_free, self.pool.num_available - spare_blocks)
         can_fetch = room > 0 and tiers.queued_fetch_bytes() == 0
-        if request.was_fetched or (request.was_staged and not can_fetch):
+        if request.kv.was_fetched or (request.kv.was_staged and not can_fetch):
             return
-        tail_key = None if request.resume is None else request.resume.key
-        request.was_staged = request.was_fetched = True
+        tail_key = None if request.kv.resume is None else request.kv.resume.key
+        request.kv.was_staged = request.kv.was_fetched = True
         for part in self._find_prefix(request):
             key = part.key
             if part.place == "device" or key in self._loading or key == tail_key:
@@ -172,50 +174,52 @@ class KVCache:
                 room -= 1
             else:
                 tiers.stage(key)
-                request.was_fetched = False
+                request.kv.was_fetched = False
 
     def advance(self, request: Request) -> None:
         """Move the request past the content that is there already."""
-        if request.num_tokens - request.num_computed_tokens <= 1:
+        if request.kind is not Kind.PROMPT:
             return  # at least one token is left to compute
-        while request.num_computed_tokens % self.block_size == 0:
-            index = request.num_computed_tokens // self.block_size
-            if index in request.arrived:
-                found = request.arrived.pop(index)
+        while request.kv.num_computed_tokens % self.block_size == 0:
+            index = request.kv.num_computed_tokens // self.block_size
+            if index in request.kv.arrived:
+                found = request.kv.arrived.pop(index)
             elif self._take_over(request, index):
                 found = ArrivedBlock("device", self.block_size)
             else:
                 break
-            start = request.num_computed_tokens
+            start = request.kv.num_computed_tokens
             self.metrics.found(request, start, found.num_tokens, found.tier)
-            request.num_computed_tokens += found.num_tokens
-        request.high_water_tokens = max(request.high_water_tokens, request.num_computed_tokens)
+            request.kv.num_computed_tokens += found.num_tokens
+        request.kv.high_water_tokens = max(
+            request.kv.high_water_tokens, request.kv.num_computed_tokens
+        )
 
     def num_blocks_short(self, request: Request, more_tokens: int) -> int:
         """Blocks a request lacks to hold its tokens and `more_tokens` more, if it may have them."""
         num_tokens = min(request.num_tokens + more_tokens, request.max_total_tokens)
-        return -(-num_tokens // self.block_size) - len(request.block_table)
+        return -(-num_tokens // self.block_size) - len(request.kv.block_table)
 
     def next_key(self, request: Request) -> bytes | None:
         """Key of the block that starts at the request's next token; None within a block."""
-        index, offset = divmod(request.num_computed_tokens, self.block_size)
+        index, offset = divmod(request.kv.num_computed_tokens, self.block_size)
         if offset or index >= self._num_findable(request):
             return None
-        return request.block_hashes[index]
+        return request.kv.block_hashes[index]
 
     def key_within(self, request: Request) -> bytes | None:
         """Key of the block that the request has computed a part of; None between blocks."""
-        index, offset = divmod(request.num_computed_tokens, self.block_size)
+        index, offset = divmod(request.kv.num_computed_tokens, self.block_size)
         self._extend_hashes(request)
-        if not offset or index >= len(request.block_hashes):
+        if not offset or index >= len(request.kv.block_hashes):
             return None
-        return request.block_hashes[index]
+        return request.kv.block_hashes[index]
 
     def keys_reached_by(self, request: Request, num_tokens: int) -> list[bytes]:
         """Keys of the blocks that the next `num_tokens` are in."""
-        start = request.num_computed_tokens
+        start = request.kv.num_computed_tokens
         end = self.num_blocks_for(start + num_tokens)
-        return request.block_hashes[start // self.block_size : end]
+        return request.kv.block_hashes[start // self.block_size : end]
 
     def can_park(self, victim: Request, running: Sequence[Request], more_tokens: int) -> bool:
         """Whether host memory, beside what it keeps, has room for `victim`, one that runs.
@@ -227,11 +231,11 @@ class KVCache:
         if self._tiers is None:
             return False
         num_blocks = [
-            len(request.block_table) + self.num_blocks_short(request, more_tokens)
+            len(request.kv.block_table) + self.num_blocks_short(request, more_tokens)
             for request in running
         ]
         num_over = max(0, sum(num_blocks) - self.pool.num_usable)
-        needed = len(victim.block_table) + 3 * (num_over + max(num_blocks))
+        needed = len(victim.kv.block_table) + 3 * (num_over + max(num_blocks))
         return needed <= self._tiers.num_evictable()
 
     def fetch_s(self, request: Request) -> float:
@@ -241,14 +245,14 @@ class KVCache:
     def num_runnable_tokens(self, request: Request) -> int:
         """Tokens the request can compute before it meets content that is there or arriving."""
         limit = request.num_tokens
-        if request.arriving or request.arrived:
-            limit = min(limit, min((*request.arriving, *request.arrived)) * self.block_size)
-        return limit - request.num_computed_tokens
+        if request.kv.arriving or request.kv.arrived:
+            limit = min(limit, min((*request.kv.arriving, *request.kv.arrived)) * self.block_size)
+        return limit - request.kv.num_computed_tokens
 
     def num_lacking_tokens(self, request: Request) -> int:
         """Tokens the request has to compute, about: what is there or arriving counts as blocks."""
-        num_there = len(request.arriving) + len(request.arrived)
-        lacking = request.num_tokens - request.num_computed_tokens - num_there * self.block_size
+        num_there = len(request.kv.arriving) + len(request.kv.arrived)
+        lacking = request.num_uncomputed_tokens - num_there * self.block_size
         return max(1, lacking)
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
@@ -256,9 +260,9 @@ class KVCache:
 
         A block that others hold or can find is replaced by a copy before it is written to.
         """
-        table = request.block_table
-        end = self.num_blocks_for(request.num_computed_tokens + num_tokens)
-        first = request.num_computed_tokens // self.block_size
+        table = request.kv.block_table
+        end = self.num_blocks_for(request.kv.num_computed_tokens + num_tokens)
+        first = request.kv.num_computed_tokens // self.block_size
         if first + 1 == end == len(table) and not self.pool.is_shared(table[first]):
             return True  # within its last block, as most decodes are
         to_copy = [i for i in range(first, min(end, len(table))) if self.pool.is_shared(table[i])]
@@ -279,19 +283,19 @@ class KVCache:
 
     def commit(self, request: Request, num_tokens: int) -> None:
         """`num_tokens` more have their KV: publish and spill the blocks that became full."""
-        start = request.num_computed_tokens
+        start = request.kv.num_computed_tokens
         end = start + num_tokens
-        if start < request.high_water_tokens:
-            self.metrics.recomputed_tokens += min(end, request.high_water_tokens) - start
-        request.num_computed_tokens = end
-        request.high_water_tokens = max(request.high_water_tokens, end)
+        if start < request.kv.high_water_tokens:
+            self.metrics.recomputed_tokens += min(end, request.kv.high_water_tokens) - start
+        request.kv.num_computed_tokens = end
+        request.kv.high_water_tokens = max(request.kv.high_water_tokens, end)
         first, last = start // self.block_size, end // self.block_size
         if first == last:
             return
         self._extend_hashes(request)
         for i in range(first, last):
-            self.pool.publish(request.block_table[i], request.block_hashes[i])
-            self._spill(request.block_hashes[i], request.block_table[i])
+            self.pool.publish(request.kv.block_table[i], request.kv.block_hashes[i])
+            self._spill(request.kv.block_hashes[i], request.kv.block_table[i])
 
     def fork(self, parent: Request, child: Request) -> None:
         """Let `child` share the blocks of the prompt it has in common with `parent`.
@@ -300,41 +304,41 @@ class KVCache:
         yields logits of its own; the block it writes to is copied then (`reserve`).
         """
         num_shared = child.prompt_len - 1
-        child.block_table = parent.block_table[: self.num_blocks_for(num_shared)]
-        child.num_shared_blocks = len(child.block_table)
-        child.block_hashes = parent.block_hashes[: num_shared // self.block_size]
-        child.num_computed_tokens = num_shared
-        child.high_water_tokens = num_shared
-        for block in child.block_table:
+        child.kv.block_table = parent.kv.block_table[: self.num_blocks_for(num_shared)]
+        child.kv.num_shared_blocks = len(child.kv.block_table)
+        child.kv.block_hashes = parent.kv.block_hashes[: num_shared // self.block_size]
+        child.kv.num_computed_tokens = num_shared
+        child.kv.high_water_tokens = num_shared
+        for block in child.kv.block_table:
             self.pool.hold(block)
-        child.num_cached_tokens = parent.num_cached_tokens
+        child.kv.num_cached_tokens = parent.kv.num_cached_tokens
         self.metrics.forked_tokens += num_shared
 
     def preempt(self, request: Request) -> None:
         """Take the request's blocks; spill what no tier has yet, its last partial block too."""
-        num_full, num_partial = divmod(request.num_computed_tokens, self.block_size)
-        tail = request.resume
-        if tail is not None and request.num_computed_tokens >= (
+        num_full, num_partial = divmod(request.kv.num_computed_tokens, self.block_size)
+        tail = request.kv.resume
+        if tail is not None and request.kv.num_computed_tokens >= (
             tail.index * self.block_size + tail.num_tokens
         ):
             self._drop_tail(request)  # computed past it
         for i in range(num_full):
-            self._spill(request.block_hashes[i], request.block_table[i])
-        if num_partial and request.resume is None:
+            self._spill(request.kv.block_hashes[i], request.kv.block_table[i])
+        if num_partial and request.kv.resume is None:
             key = secrets.token_bytes(DIGEST_BYTES)
-            if self._spill(key, request.block_table[num_full], private=True):
-                request.resume = SpilledTail(key, num_full, num_partial)
+            if self._spill(key, request.kv.block_table[num_full], private=True):
+                request.kv.resume = SpilledTail(key, num_full, num_partial)
         self._keep(request)
-        request.was_staged = request.was_fetched = False
+        request.kv.was_staged = request.kv.was_fetched = False
         self._give_up_blocks(request)
-        request.num_preemptions += 1
+        request.queue.num_preemptions += 1
         self.metrics.preemptions += 1
 
     def release(self, request: Request) -> None:
         """Take the blocks of a request that has ended; published ones stay findable."""
         self._publish_partial(request)
         if self._tiers is not None:  # the tail is evicted before the head
-            self._tiers.touch(request.block_hashes[::-1])
+            self._tiers.touch(request.kv.block_hashes[::-1])
         self._give_up_blocks(request)
         self._unkeep(request)
         self._drop_tail(request)
@@ -356,12 +360,12 @@ class KVCache:
         At least one token is always left to compute: its logits are what the step is for.
         """
         known: list[_Known] = []
-        for key in request.block_hashes[: self._num_findable(request)]:
+        for key in request.kv.block_hashes[: self._num_findable(request)]:
             place = self._locate(key)
             if place is None:
                 break
             known.append(_Known(key, place, self.block_size))
-        tail = request.resume
+        tail = request.kv.resume
         if tail is None:
             partial = self._find_partial(request, len(known))
             if partial is not None:
@@ -389,13 +393,13 @@ class KVCache:
 
     def _publish_partial(self, request: Request) -> None:
         """Have the last block of a request that ends found, and spill it, though it is not full."""
-        num_tokens = min(request.num_computed_tokens, request.num_known_tokens)
+        num_tokens = min(request.kv.num_computed_tokens, request.num_known_tokens)
         index, num_partial = divmod(num_tokens, self.block_size)
-        if not self.prefix_caching or index >= len(request.block_table):
+        if not self.prefix_caching or index >= len(request.kv.block_table):
             return
         if num_partial < max(1, _LEAST_PARTIAL * self.block_size):
             return
-        block = request.block_table[index]
+        block = request.kv.block_table[index]
         if self.pool.is_shared(block):
             return
         self._extend_hashes(request)
@@ -411,20 +415,20 @@ class KVCache:
     def _num_findable(self, request: Request) -> int:
         """How many leading blocks may be found instead of computed."""
         self._extend_hashes(request)
-        return min(len(request.block_hashes), request.num_findable_tokens // self.block_size)
+        return min(len(request.kv.block_hashes), request.num_findable_tokens // self.block_size)
 
     def _take_over(self, request: Request, index: int) -> bool:
         """Use the block at `index` of another request that has computed it meanwhile."""
-        if index in request.arriving or index >= self._num_findable(request):
+        if index in request.kv.arriving or index >= self._num_findable(request):
             return False
-        block = self.pool.acquire(request.block_hashes[index])
+        block = self.pool.acquire(request.kv.block_hashes[index])
         if block is None:
             return False
-        if index < len(request.block_table):  # its own has no content yet
-            self.pool.release(request.block_table[index])
-            request.block_table[index] = block
+        if index < len(request.kv.block_table):  # its own has no content yet
+            self.pool.release(request.kv.block_table[index])
+            request.kv.block_table[index] = block
         else:
-            request.block_table.append(block)
+            request.kv.block_table.append(block)
         return True
 
     def _locate(self, key: bytes) -> str | None:
@@ -459,21 +463,21 @@ class KVCache:
         key = part.key
         loading = self._loading.get(key)
         if loading is None:
-            block = request.block_table[index]
-            is_private = request.resume is not None and key == request.resume.key
+            block = request.kv.block_table[index]
+            is_private = request.kv.resume is not None and key == request.kv.resume.key
             loading = _Loading(block, part.place, part.num_tokens, is_private=is_private)
             self._loading[key] = loading
             self.pool.hold(block)  # released when the transfer ends
             self._tiers.fetch(key, block)
         loading.waiters.append((request, index))
-        request.arriving[index] = key
+        request.kv.arriving[index] = key
 
     def _end_fetch(self, ended: EndedTransfer) -> None:
         loading = self._loading.pop(ended.key)
         for request, index in loading.waiters:
-            del request.arriving[index]
+            del request.kv.arriving[index]
             if ended.ok:
-                request.arrived[index] = ArrivedBlock(loading.tier, loading.num_tokens)
+                request.kv.arrived[index] = ArrivedBlock(loading.tier, loading.num_tokens)
             if loading.is_private:
                 self._drop_tail(request)
         if not ended.ok:
@@ -481,11 +485,11 @@ class KVCache:
         self.metrics.fetched_blocks += 1
         if loading.num_tokens == self.block_size:
             self.pool.publish(ended.block, ended.key)
-            if any(index in request.fetched for request, index in loading.waiters):
+            if any(index in request.kv.fetched for request, index in loading.waiters):
                 assert self._policy is not None
                 self.metrics.refetched_bytes += self.block_size * self._policy.bytes_per_token
             for request, index in loading.waiters:
-                request.fetched.add(index)
+                request.kv.fetched.add(index)
 
     def _spill(self, key: bytes, block: int, *, private: bool = False) -> bool:
         tiers = self._tiers
@@ -499,33 +503,33 @@ class KVCache:
         return True
 
     def _give_up_blocks(self, request: Request) -> None:
-        for index, key in request.arriving.items():
+        for index, key in request.kv.arriving.items():
             self._loading[key].waiters.remove((request, index))
-        request.arriving.clear()
-        request.arrived.clear()
-        for block in reversed(request.block_table):  # the tail is evicted before the head
+        request.kv.arriving.clear()
+        request.kv.arrived.clear()
+        for block in reversed(request.kv.block_table):  # the tail is evicted before the head
             self.pool.release(block)
-        request.block_table = []
-        request.num_computed_tokens = 0
+        request.kv.block_table = []
+        request.kv.num_computed_tokens = 0
 
     def _keep(self, request: Request) -> None:
         """Keep in host memory what a request that is preempted has there, fetched yet or not."""
         if self._tiers is not None:
-            keys = list(request.block_hashes)
-            if request.resume is not None:
-                keys.append(request.resume.key)
-            request.kept = [key for key in keys if self._tiers.keep(key)]
+            keys = list(request.kv.block_hashes)
+            if request.kv.resume is not None:
+                keys.append(request.kv.resume.key)
+            request.kv.kept = [key for key in keys if self._tiers.keep(key)]
 
     def _unkeep(self, request: Request) -> None:
         if self._tiers is not None:
-            for key in reversed(request.kept):  # the tail is evicted before the head
+            for key in reversed(request.kv.kept):  # the tail is evicted before the head
                 self._tiers.unkeep(key)
-        request.kept = []
+        request.kv.kept = []
 
     def _drop_tail(self, request: Request) -> None:
-        if request.resume is not None and self._tiers is not None:
-            self._tiers.drop(request.resume.key)
-        request.resume = None
+        if request.kv.resume is not None and self._tiers is not None:
+            self._tiers.drop(request.kv.resume.key)
+        request.kv.resume = None
 
     def _acquire(self, part: _Known) -> int:
         is_full = part.num_tokens == self.block_size
@@ -535,7 +539,7 @@ class KVCache:
         return block
 
     def _extend_hashes(self, request: Request) -> None:
-        hashes, size = request.block_hashes, self.block_size
+        hashes, size = request.kv.block_hashes, self.block_size
         if not hashes and request.num_known_tokens < size:
             return
         parent = self._parent(request, len(hashes))
@@ -546,11 +550,11 @@ class KVCache:
     def _parent(self, request: Request, index: int) -> bytes:
         """Hash of all that precedes the request's block `index`."""
         if index:
-            return request.block_hashes[index - 1]
+            return request.kv.block_hashes[index - 1]
         # Without prefix caching each request has a chain of its own: it finds its own blocks again
         # after a preemption, and nobody else's.
-        salt = request.salt if self.prefix_caching else request.request_id.encode()
-        return root_hash(self._fingerprint, salt)
+        own = f"{request.request_id}#{request.index}".encode()
+        return root_hash(self._fingerprint, request.salt if self.prefix_caching else own)
 
     def check(self) -> None:
         """Assert that the pool is consistent and that loads and their waiters agree."""
@@ -559,6 +563,6 @@ class KVCache:
         for key, loading in self._loading.items():
             assert self.pool.ref_count(loading.block) >= 1, "a loading block is not held"
             for request, index in loading.waiters:
-                assert request.arriving.get(index) == key
-                assert request.block_table[index] == loading.block
+                assert request.kv.arriving.get(index) == key
+                assert request.kv.block_table[index] == loading.block
                 waiting[key] += 1

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hotset.engine.completion import Completion
-from hotset.request import FinishReason, RequestOutput, TokenLogprob, output_id
+from hotset.request import FinishReason, RequestOutput, TokenLogprob
 from hotset.server.body import Json
 from hotset.server.logprobs import chat_logprobs, prompt_logprobs
 from hotset.server.schemas import ChatRequest, GenerationRequest, TextRequest
@@ -46,7 +46,7 @@ class ChatWriter:
     ) -> None:
         self._request = request
         self._encoder = encoder
-        self._call_prefix = f"call_{output_id(request_id, index).replace('#', '_')}"
+        self._call_prefix = f"call_{request_id}_{index}" if index else f"call_{request_id}"
         self._index = index
         self._is_first = True
         # These add nothing to the text, so that the bytes of all tokens are those of the content.

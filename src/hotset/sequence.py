@@ -1,0 +1,237 @@
+"""One sequence being generated, as scheduler, KV cache and executor note it. Imports no torch."""
+
+import itertools
+from dataclasses import InitVar, dataclass, field
+from enum import Enum
+
+from hotset.request import FinishReason, SamplingParams
+
+# Stands last in `Request.token_ids` for the token that the device is still choosing.
+UNKNOWN_TOKEN = -1
+
+_ids = itertools.count()
+
+
+class RequestStatus(Enum):
+    """Where a request is in its life. FINISHED is the only state without a way out."""
+
+    WAITING = "waiting"  # queued; holds no block
+    RUNNING = "running"  # holds blocks; some of them may still be on their way up
+    FINISHED = "finished"
+
+
+class Kind(Enum):
+    """What the tokens of one item of a step are."""
+
+    PROMPT = "prompt"  # several tokens, all known
+    DECODE = "decode"  # the one token that is left to compute
+    VERIFY = "verify"  # several tokens that a draft proposed; each has its logits taken
+
+
+@dataclass(frozen=True, slots=True)
+class SpilledTail:
+    """The last, partial block of a preempted request: its tier key, table index and tokens."""
+
+    key: bytes
+    index: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivedBlock:
+    """Content that a block of a request has without being computed: from where, how much."""
+
+    tier: str
+    num_tokens: int
+
+
+@dataclass(eq=False, slots=True)
+class SequenceBlocks:
+    """What `KVCache` notes of one sequence, and nobody else changes.
+
+    Attributes:
+        num_computed_tokens: how many leading tokens have their KV in `block_table`.
+        block_table: device block ids in token order.
+        block_hashes: chained hashes of the leading full blocks, as far as computed.
+        arriving: index into `block_table` -> key of the content that is on its way up.
+        arrived: index into `block_table` -> the content it has, at or beyond
+            `num_computed_tokens`.
+        num_shared_blocks: of `block_table`, those that others had too when it was let in.
+        resume: where the last partial block was spilled at preemption.
+        kept: keys of payloads that stay in host memory until the preempted request is back.
+        fetched: indices into `block_table` of full blocks that were fetched for it before.
+        was_staged: whether what the disk has of it was asked for ahead of its turn.
+        was_fetched: whether all that was found of it is, or comes, to the device ahead of its turn.
+        num_cached_tokens: of the prompt, tokens that others had computed; one of `n` outputs has
+            those of the output that computed the prompt for it.
+        high_water_tokens: the most tokens that were ever computed; more compute is recompute.
+        num_sibling_tokens: leading tokens of the prompt that another of its `n` outputs has
+            computed or found.
+    """
+
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    arriving: dict[int, bytes] = field(default_factory=dict)
+    arrived: dict[int, ArrivedBlock] = field(default_factory=dict)
+    num_shared_blocks: int = 0
+    resume: SpilledTail | None = None
+    kept: list[bytes] = field(default_factory=list)
+    fetched: set[int] = field(default_factory=set)
+    was_staged: bool = False
+    was_fetched: bool = False
+    num_cached_tokens: int = 0
+    high_water_tokens: int = 0
+    num_sibling_tokens: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class QueueState:
+    """What `Scheduler` notes of one sequence, and nobody else changes.
+
+    Attributes:
+        since_s: when it last came to the end of the queue: its arrival, or a quantum's end.
+        served_tokens: tokens of prompts that its tenant was served before it came.
+        quantum_start_s: when it was last let in; it then had `quantum_start_tokens`.
+        num_preemptions: how often it had to give way.
+    """
+
+    since_s: float = 0.0
+    served_tokens: int = 0
+    quantum_start_s: float = 0.0
+    quantum_start_tokens: int = 0
+    num_preemptions: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence being generated: one of the `n` outputs of what a user asked for.
+
+    The engine writes its tokens, `KVCache` its `kv` and `Scheduler` its `queue` and its end.
+
+    Attributes:
+        request_id: as the user knows it.
+        token_ids: prompt and output so far.
+        index: which of the `n` outputs this is.
+        priority: lower runs first; equal ones first come, first served.
+        tenant: whose it is; the prompts of one share what one gets.
+        arrival_s: when it came, by the engine's clock.
+        sequence_id: no other sequence of this process has it.
+        pending_row: while the device is still choosing the last token, its row among the tokens
+            of the step that chooses it; `token_ids` then ends with `UNKNOWN_TOKEN`.
+        num_scored_tokens: leading tokens whose logits were taken for the log-probabilities of the
+            prompt; None where this request has not to bring any.
+    """
+
+    request_id: str
+    prompt_len: int
+    token_ids: list[int]
+    params: SamplingParams
+    max_total_tokens: int
+    index: int = 0
+    salt: bytes = b""
+    priority: int = 0
+    tenant: str = ""
+    arrival_s: InitVar[float] = 0.0
+    sequence_id: int = field(default_factory=_ids.__next__)
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    pending_row: int | None = None
+    num_scored_tokens: int | None = None
+    kv: SequenceBlocks = field(default_factory=SequenceBlocks)
+    queue: QueueState = field(default_factory=QueueState)
+
+    def __post_init__(self, arrival_s: float) -> None:
+        self.queue.since_s = arrival_s
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and of the output so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens that the host knows: all but the one that the device is still choosing."""
+        return len(self.token_ids) - (self.pending_row is not None)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose KV is yet to be computed or found."""
+        return len(self.token_ids) - self.kv.num_computed_tokens
+
+    @property
+    def kind(self) -> Kind:
+        """What is left to compute of it: a prompt, or the one token that comes next."""
+        return Kind.PROMPT if self.num_uncomputed_tokens > 1 else Kind.DECODE
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no token may follow the last one."""
+        return len(self.token_ids) >= self.max_total_tokens
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether all log-probabilities of the prompt that it has to bring were taken."""
+        return self.num_scored_tokens is None or self.num_scored_tokens >= self.prompt_len - 1
+
+    @property
+    def num_findable_tokens(self) -> int:
+        """How many leading tokens may be found instead of computed: one at least is left over."""
+        if self.num_scored_tokens is None or self.is_scored:
+            return len(self.token_ids) - 1
+        return self.num_scored_tokens
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Sort key: who runs first. The greatest is preempted first."""
+        return (self.priority, self.queue.since_s)
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The generated tokens."""
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """How many tokens were generated."""
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the request has ended, for whatever reason."""
+        return self.status is RequestStatus.FINISHED
+
+
+@dataclass(frozen=True, slots=True)
+class StepItem:
+    """Tokens `[start, start + num_tokens)` of one request, to be computed in this step."""
+
+    request: Request
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the item reaches the request's last token, so that a next one is chosen."""
+        return self.start + self.num_tokens == self.request.num_tokens
+
+    @property
+    def scored(self) -> range:
+        """Positions of the tokens whose logits tell a log-probability of the prompt, yet to take.
+
+        That is of the token at the next position.
+        """
+        request = self.request
+        if request.num_scored_tokens is None:
+            return range(0)
+        start = max(self.start, request.num_scored_tokens)
+        return range(start, max(start, min(self.start + self.num_tokens, request.prompt_len - 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step computes, and the block copies that must run before it."""
+
+    items: list[StepItem] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
