@@ -3,7 +3,7 @@
     python benchmarks/planner_validation.py
     python benchmarks/planner_validation.py --measured benchmarks/results/engine_steps.json
 
-Three constants of `hotset.cost.step_time.Calibration` are fitted, on rows 14 and 16 alone; the
+Three constants of `hotset.cost.calibration.Calibration` are fitted, on rows 14 and 16 alone; the
 others come from measurements of links and from papers. Errors are printed with their sign:
 positive means that the prediction is too fast (more tokens/s, or less time, than measured).
 The results are written to benchmarks/results/planner_validation.json.
@@ -16,12 +16,13 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hotset.cost.calibration import CALIBRATIONS, Calibration
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import Hardware, load_hardware
 from hotset.cost.layout import Layout, parse_layout
 from hotset.cost.routing import Routing
 from hotset.cost.shape import ModelShape
-from hotset.cost.step_time import CALIBRATIONS, Calibration, CostModel
+from hotset.cost.step_time import CostModel
 from hotset.plan.planner import make_plan
 from hotset.plan.workload import Request, Workload
 
@@ -257,7 +258,7 @@ def main() -> None:
     for name in ("memory_efficiency", "kernel_s", "user_s"):
         print(f"{name}: fitted {getattr(c, name):.4g}, shipped {getattr(shipped, name):.4g}")
         if not math.isclose(getattr(c, name), getattr(shipped, name), rel_tol=0.02):
-            print(f"  cost.py ships another {name}: update Calibration")
+            print(f"  calibration.py ships another {name}: update it")
     print()
     rows = published(c)
     show(rows)

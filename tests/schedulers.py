@@ -4,7 +4,8 @@ import itertools
 
 from fakes import FakeClock, FakeTiers
 
-from hotset.cost.prefix import PrefixPolicy, Rates
+from hotset.cost.prefix import PrefixPolicy
+from hotset.cost.rates import Rates
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.step_cost import StepCost
 from hotset.kv.cache import KVCache

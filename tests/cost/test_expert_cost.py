@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hotset.cost.calibration import Calibration
 from hotset.cost.catalog import load_model
 from hotset.cost.expert_split import KVMemory, Split, least_bytes, solve_split
 from hotset.cost.expert_steps import ExpertCost, ExpertLink, Load, link_of
 from hotset.cost.hardware import load_hardware
 from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
-from hotset.cost.step_time import Calibration, CostModel
+from hotset.cost.step_time import CostModel
 from hotset.experts.cache import SlotBytes
 
 GIB = 2**30

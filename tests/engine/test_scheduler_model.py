@@ -17,7 +17,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hotset.cost.prefix import PrefixPolicy, Rates
+from hotset.cost.prefix import PrefixPolicy
+from hotset.cost.rates import Rates
 from hotset.engine.scheduler import Scheduler
 from hotset.kv.cache import KVCache
 from hotset.kv.pool import BlockPool

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hotset.cost.cache_spec import KeysValues
-from hotset.cost.prefix import Rates
+from hotset.cost.rates import Rates
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.disk.tier import DiskTier, capacity_bytes_for
 from hotset.memory.host_tier import HostTier

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotset.cli.plan import command
+from hotset.cost.calibration import Calibration
 from hotset.cost.catalog import bundled_models, load_model
 from hotset.cost.hardware import bundled_hardware, hardware_from_json, load_hardware
 from hotset.cost.layout import Layout, candidate_layouts, parse_layout, shard_model
 from hotset.cost.routing import Routing
-from hotset.cost.step_time import Calibration, CostModel, Tiering, split_prefix
+from hotset.cost.step_time import CostModel, Tiering
 from hotset.errors import PlanError
 from hotset.plan.compare import compare_plans, rate_at
 from hotset.plan.planner import make_plan
@@ -233,53 +233,6 @@ def test_rate_at_its_own_users_is_that_of_the_plan() -> None:
     found = plan(users=32, context=2048, output=128)
     assert rate_at(found, 32) == found.tokens_per_s
     assert rate_at(found, 32 * (1 - 1e-9)) == pytest.approx(found.tokens_per_s, rel=1e-3)
-
-
-@given(
-    st.integers(0, 5000),
-    st.floats(1e3, 1e6),
-    st.floats(1e8, 1e12),
-    st.floats(0, 1),
-    st.floats(0, 1e11),
-    st.floats(10, 1e6),
-    st.floats(0, 1e5),
-)
-@settings(max_examples=200, deadline=None)
-def test_split_of_a_prefix_is_as_early_as_the_best_of_all_splits(
-    cold: int, size: float, link: float, latency: float, queue: float, rate: float, waiting: float
-) -> None:
-    def ready(x: int) -> float:
-        compute = (waiting + x) / rate if x else 0.0
-        fetch = latency + (queue + (cold - x) * size) / link if x < cold else 0.0
-        return max(compute, fetch)
-
-    chosen = split_prefix(
-        cold,
-        bytes_per_token=size,
-        link_bytes_per_s=link,
-        link_latency_s=latency,
-        link_queue_bytes=queue,
-        prefill_tokens_per_s=rate,
-        prefill_queue_tokens=waiting,
-    )
-    assert 0 <= chosen <= cold
-    tried = {0, cold, *range(0, cold + 1, max(1, cold // 100))}
-    assert ready(chosen) <= min(map(ready, tried)) * (1 + 1e-9)
-
-
-@pytest.mark.parametrize("wrong", ["link_bytes_per_s", "prefill_tokens_per_s", "bytes_per_token"])
-@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
-def test_split_of_a_prefix_needs_rates_above_zero(wrong: str, value: float) -> None:
-    good = {
-        "bytes_per_token": 1.0,
-        "link_bytes_per_s": 1.0,
-        "link_latency_s": 0.0,
-        "link_queue_bytes": 0.0,
-        "prefill_tokens_per_s": 1.0,
-        "prefill_queue_tokens": 0.0,
-    }
-    with pytest.raises(ValueError, match=wrong):
-        split_prefix(8, **{**good, wrong: value})
 
 
 def test_every_figure_of_every_profile_names_its_source() -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 from hotset.bench.workload import Turn, Work
 from hotset.cost.expert_steps import ExpertCost, Load
-from hotset.cost.step_time import PREFILL_CHUNK, CostModel, split_prefix
+from hotset.cost.prefix import bring_prefix
+from hotset.cost.rates import Rates
+from hotset.cost.step_time import PREFILL_CHUNK, CostModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +116,16 @@ def predict(
             link = cost.disk_bytes_per_s() if disk_tokens else link
         again = 0
         if cold:
-            again = split_prefix(
+            if experts is not None:
+                all_s = experts.prefill_s(cold, max_batched_tokens)
+            else:
+                all_s = cost.prefill_s(cold)
+            again = bring_prefix(
+                Rates(cold / all_s, {"below": link}),
                 cold,
+                ["below"],
                 bytes_per_token=bytes_per_token,
-                link_bytes_per_s=link,
-                link_latency_s=0.0,
-                link_queue_bytes=0.0,
-                prefill_tokens_per_s=cold
-                / (
-                    experts.prefill_s(cold, max_batched_tokens)
-                    if experts is not None
-                    else cost.prefill_s(cold)
-                ),
-                prefill_queue_tokens=0.0,
+                others_run=count > 1,
             )
         new = prompt - found + again
         together = max(1, min(count, int(chunk // max(1.0, new))))

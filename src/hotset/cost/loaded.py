@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.families import shape_from_config
 from hotset.cost.hardware import Hardware
 from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
-from hotset.cost.step_time import Calibration, CostModel
+from hotset.cost.step_time import CostModel
 from hotset.errors import PlanError
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
@@ -27,4 +28,4 @@ def make_cost_model(
     kv = kv_dtype
     if kv_dtype == "auto":
         kv = "bf16" if dtype == "fp8" else plain
-    return CostModel(shape, hardware, Layout(tp=1), kv, Calibration(), Routing())
+    return CostModel(shape, hardware, Layout(tp=1), kv, CALIBRATIONS["hotset"], Routing())

@@ -1,41 +1,98 @@
-"""Fetch or recompute, decided by arithmetic over live rates."""
+"""Fetch a prefix from a slower tier, compute it again, or both at once: the cheapest."""
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable
 from typing import Literal
 
-from hotset.cost.step_time import split_prefix
-
-_SMOOTHING = 0.2  # weight of the newest observation in a running mean
+from hotset.cost.rates import Rates
 
 
-@dataclass(slots=True)
-class Rates:
-    """What the machine does now: measured at start, then followed while it runs.
+def bring_prefix(
+    rates: Rates,
+    cold_tokens: int,
+    tiers: Iterable[str],
+    *,
+    bytes_per_token: float,
+    others_run: bool,
+    queued_bytes: float = 0.0,
+    queued_tokens: float = 0.0,
+) -> int:
+    """How many of `cold_tokens` to compute from the front while the rest is fetched from the back.
 
-    Attributes:
-        prefill_tokens_per_s: tokens of prompt the model computes.
-        link_bytes_per_s: by tier, how fast its payloads reach the device.
-        link_latency_s: by tier, from asking for one payload to having it, less its bytes.
+    With `x` tokens computed and `cold_tokens - x` fetched, both at once, the prefix is ready at
+
+        max(compute(x), fetch(cold_tokens - x)), where
+        compute(x) = (queued_tokens + x) / prefill                      0 at x = 0
+        fetch(y)   = (queued_bytes + y * bytes_per_token) / link        0 at y = 0
+
+    `compute` rises with x and `fetch` falls, so the best inner x is where they cross:
+
+        x = ((queued_bytes + cold_tokens * bytes_per_token) / link - queued_tokens / prefill)
+            / (bytes_per_token / link + 1 / prefill)
+
+    The two end points skip one queue altogether, so they are compared with the whole numbers on
+    both sides of the crossing. Equal times take the fewest computed tokens.
+
+    Computed tokens take time from other requests, and a fetch does not: while others run, the
+    whole prefix is fetched unless that takes longer than to compute the whole of it.
+
+    Prefill is taken as linear in tokens; that a later token costs more attention is for the caller
+    to put into `rates`.
+
+    Args:
+        rates: of the model's prefill, and of the tiers.
+        cold_tokens: leading tokens of a request that lie in slower tiers.
+        tiers: the names of these tiers; the slowest one counts for all.
+        bytes_per_token: KV bytes of one token, over all layers.
+        others_run: whether other requests wait for the device's time.
+        queued_bytes: already queued on the link ahead of this fetch.
+        queued_tokens: already queued for prefill ahead of this prefix.
+
+    Returns:
+        0 to fetch all, `cold_tokens` to compute all, or the meeting point between.
+
+    Raises:
+        ValueError: a rate or `bytes_per_token` is not positive, or another figure is negative
+            or not finite.
     """
+    link_bytes_per_s = min(rates.link_bytes_per_s[tier] for tier in tiers)
+    prefill_tokens_per_s = rates.prefill_tokens_per_s
+    for name, value in (
+        ("bytes_per_token", bytes_per_token),
+        ("link_bytes_per_s", link_bytes_per_s),
+        ("prefill_tokens_per_s", prefill_tokens_per_s),
+    ):
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; expected a finite number above 0")
+    for name, value in (
+        ("cold_tokens", cold_tokens),
+        ("queued_bytes", queued_bytes),
+        ("queued_tokens", queued_tokens),
+    ):
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; expected 0 or a finite number above it")
 
-    prefill_tokens_per_s: float
-    link_bytes_per_s: dict[str, float]
-    link_latency_s: dict[str, float] = field(default_factory=dict)
+    def compute_s(computed: int) -> float:
+        return (queued_tokens + computed) / prefill_tokens_per_s if computed else 0.0
 
-    def observe_prefill(self, num_tokens: int, seconds: float) -> None:
-        """Follow the prefill rate with a step that computed `num_tokens`."""
-        observed = num_tokens / max(seconds, 1e-9)
-        self.prefill_tokens_per_s += _SMOOTHING * (observed - self.prefill_tokens_per_s)
+    def fetch_s(fetched: int) -> float:
+        queued = queued_bytes + fetched * bytes_per_token
+        return queued / link_bytes_per_s if fetched else 0.0
 
-    def observe_link(self, tier: str, num_bytes: int, seconds: float) -> None:
-        """Follow the rate of a tier with a transfer of `num_bytes`."""
-        observed = num_bytes / max(seconds, 1e-9)
-        old = self.link_bytes_per_s.setdefault(tier, observed)
-        self.link_bytes_per_s[tier] = old + _SMOOTHING * (observed - old)
+    if others_run and fetch_s(cold_tokens) <= compute_s(cold_tokens):
+        return 0
+    lead_s = (queued_bytes + cold_tokens * bytes_per_token) / link_bytes_per_s
+    lead_s -= queued_tokens / prefill_tokens_per_s
+    crossing = lead_s / (bytes_per_token / link_bytes_per_s + 1 / prefill_tokens_per_s)
+    inner = (min(max(f(crossing), 0), cold_tokens) for f in (math.floor, math.ceil))
+    return min(
+        sorted({0, *inner, cold_tokens}),
+        key=lambda computed: max(compute_s(computed), fetch_s(cold_tokens - computed)),
+    )
 
 
 class PrefixPolicy:
-    """Chooses how much of a prefix in a colder tier is computed and how much is fetched."""
+    """`bring_prefix` for the requests of one engine, or what its user chose in its place."""
 
     def __init__(
         self,
@@ -53,35 +110,22 @@ class PrefixPolicy:
     ) -> int:
         """Of `cold_tokens` found in `tiers`, how many to compute from the front.
 
-        The rest is fetched from the back meanwhile (0: fetch all). The slowest of the tiers
-        counts for all, and what is queued before on the link and in the model counts too.
-
-        While others run, tokens that are computed take time from them, and a fetch does not: then
-        it is all by fetch unless that takes longer than to compute it all.
+        The rest is fetched meanwhile. Queued tokens are those of other requests.
         """
         if self.mode == "fetch":
             return 0
         if self.mode == "recompute":
             return cold_tokens
-        rates = self.rates
-        slowest = min(tiers, key=lambda tier: rates.link_bytes_per_s[tier])
-        link_bytes_per_s = rates.link_bytes_per_s[slowest]
-        link_latency_s = rates.link_latency_s.get(slowest, 0.0)
-        if queued_tokens:
-            fetch_s = (queued_bytes + cold_tokens * self.bytes_per_token) / link_bytes_per_s
-            compute_s = (queued_tokens + cold_tokens) / rates.prefill_tokens_per_s
-            if link_latency_s + fetch_s <= compute_s:
-                return 0
-        return split_prefix(
+        return bring_prefix(
+            self.rates,
             cold_tokens,
+            tiers,
             bytes_per_token=self.bytes_per_token,
-            link_bytes_per_s=link_bytes_per_s,
-            link_latency_s=link_latency_s,
-            link_queue_bytes=queued_bytes,
-            prefill_tokens_per_s=rates.prefill_tokens_per_s,
-            prefill_queue_tokens=queued_tokens,
+            others_run=queued_tokens > 0,
+            queued_bytes=queued_bytes,
+            queued_tokens=queued_tokens,
         )
 
     def fetch_s(self, num_tokens: int) -> float:
-        """Time to fetch `num_tokens` from host memory when nothing else is fetched."""
+        """Seconds to fetch `num_tokens` from host memory when nothing else is fetched."""
         return num_tokens * self.bytes_per_token / self.rates.link_bytes_per_s["host"]

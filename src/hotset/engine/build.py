@@ -15,7 +15,8 @@ from hotset.attention.flashinfer.kernels import start_kernels
 from hotset.cgroups import available_host_bytes
 from hotset.config import GIB, EngineConfig
 from hotset.cost.config_sizes import largest
-from hotset.cost.prefix import PrefixPolicy, Rates
+from hotset.cost.prefix import PrefixPolicy
+from hotset.cost.rates import Rates
 from hotset.cpu_libraries import bound_kernels, set_threads
 from hotset.engine.budget import Budget, make_budget
 from hotset.engine.engine import Engine, EngineParts

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from hotset.config import EngineConfig
-from hotset.cost.prefix import Rates
+from hotset.cost.rates import Rates
 from hotset.engine.budget import Budget
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler

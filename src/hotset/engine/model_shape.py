@@ -10,12 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hotset.attention.spec import LayerAttention
+from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.config_sizes import largest
 from hotset.cost.hardware import Hardware
 from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
 from hotset.cost.shape import Attention, Kind, Layer, ModelShape, Params
-from hotset.cost.step_time import Calibration, CostModel
+from hotset.cost.step_time import CostModel
 from hotset.executor.probe import ModelLayout
 from hotset.experts.cache import SlotBytes
 from hotset.experts.gating import experts_layers
@@ -40,7 +41,7 @@ def make_cost_model(
     """
     shape = shape_of(model, layout, slots, name)
     kv_dtype = _dtype_name(layout.kv_dtype)
-    return CostModel(shape, hardware, Layout(tp=1), kv_dtype, Calibration(), Routing())
+    return CostModel(shape, hardware, Layout(tp=1), kv_dtype, CALIBRATIONS["hotset"], Routing())
 
 
 def kv_note(model: PreTrainedModel, layout: ModelLayout) -> str:

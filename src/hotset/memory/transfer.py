@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hotset.cost.prefix import Rates
+from hotset.cost.rates import Rates
 from hotset.errors import OutOfBlocksError
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.colder_tiers import EndedTransfer

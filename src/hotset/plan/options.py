@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import LINKS, load_hardware
 from hotset.cost.layout import parse_layout
 from hotset.cost.routing import Routing, load_histogram
-from hotset.cost.step_time import CALIBRATIONS
 from hotset.errors import PlanError
 from hotset.plan.workload import Request, Workload
 

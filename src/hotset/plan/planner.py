@@ -7,8 +7,10 @@ import math
 from dataclasses import dataclass, replace
 
 from hotset.cost.layout import Layout, candidate_layouts, check_layout
+from hotset.cost.prefix import bring_prefix
+from hotset.cost.rates import Rates
 from hotset.cost.shape import WEIGHT_BITS
-from hotset.cost.step_time import CAUSES, PREFILL_CHUNK, CostModel, Step, Tiering, split_prefix
+from hotset.cost.step_time import CAUSES, PREFILL_CHUNK, CostModel, Step, Tiering
 from hotset.errors import PlanError
 from hotset.plan.result import Plan
 from hotset.plan.workload import Request
@@ -307,19 +309,13 @@ def _turn(request: Request, cost: CostModel, room: _Room, resident: int, tiering
         bytes_per_token = early / workload.prompt_tokens
         below = min(1.0, on_host / max(1, on_host + on_disk, workload.users - resident))
         byte_s = below / cost.link_bytes_per_s() + (1 - below) / cost.disk_bytes_per_s()
-        # As in the engine: while others run, computing takes time from them and a fetch does not.
-        if workload.users > 1 and cold * bytes_per_token * byte_s <= cold / prefill_rate:
-            again = 0
-        else:
-            again = split_prefix(
-                cold,
-                bytes_per_token=bytes_per_token,
-                link_bytes_per_s=1 / byte_s,
-                link_latency_s=0.0,
-                link_queue_bytes=0.0,
-                prefill_tokens_per_s=prefill_rate,
-                prefill_queue_tokens=0.0,
-            )
+        again = bring_prefix(
+            Rates(prefill_rate, {"below": 1 / byte_s}),
+            cold,
+            ["below"],
+            bytes_per_token=bytes_per_token,
+            others_run=workload.users > 1,
+        )
         load_s = (cold - again) * bytes_per_token * byte_s
     else:
         again, load_s = 0, 0.0

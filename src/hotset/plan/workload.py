@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from hotset.cost.calibration import Calibration
 from hotset.cost.hardware import Hardware
 from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
 from hotset.cost.shape import KV_BYTES, ModelShape
-from hotset.cost.step_time import Calibration
 from hotset.errors import PlanError
 
 

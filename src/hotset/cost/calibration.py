@@ -1,0 +1,46 @@
+"""What engines reach of nominal rates."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What real engines reach of nominal rates, and what a step costs beside them.
+
+    The first three are fitted by `benchmarks/planner_validation.py` on two published rows (see
+    `docs/planner.md`); the others are taken from measurements or papers and never fitted.
+
+    Attributes:
+        memory_efficiency: share of the nominal HBM rate that decode kernels reach.
+        kernel_s: time each kernel of a graph costs beside its bytes: launch, ramp and tail.
+        user_s: time a step spends on each sequence: sampling, scheduling, answering.
+        compute_efficiency: share of nominal dense operations that large products reach.
+        attention_efficiency: the same for attention of prefill and of MLA.
+        link_efficiency: share of the nominal host-link rate; 55.4 of 64 GB/s on an H200.
+        wire_efficiency: share of the nominal NVLink or network rate.
+        all_reduce_s: latency of one all-reduce inside an NVLink domain.
+        all_to_all_s: latency of one dispatch or combine.
+        hop_s: added to either beyond the domain.
+        probe_memory: share of the *measured* HBM rate, for profiles of `hotset probe`.
+        probe_compute: the same for operations.
+        band: relative error of one engine against another; the honest width of a prediction.
+    """
+
+    memory_efficiency: float = 0.86
+    kernel_s: float = 4.45e-6
+    user_s: float = 21.8e-6
+    compute_efficiency: float = 0.6
+    attention_efficiency: float = 0.6
+    link_efficiency: float = 0.86
+    wire_efficiency: float = 0.86
+    all_reduce_s: float = 10e-6
+    all_to_all_s: float = 30e-6
+    hop_s: float = 20e-6
+    probe_memory: float = 0.97
+    probe_compute: float = 0.74
+    band: float = 0.2
+
+
+# By engine. That of hotset has one constant fitted on steps measured on an H200 (contexts of 512
+# tokens; the others are scored): what a step spends on a user is hidden behind the device's work.
+CALIBRATIONS = {"published": Calibration(), "hotset": Calibration(user_s=5.6e-6)}
