@@ -26,7 +26,6 @@ from hotset.experts.buffer import (
     _narrow_layout,
     buffer_experts,
 )
-from hotset.experts.cache import ExpertLayout, HostExperts, SlotTable
 from hotset.experts.disk import layout_of
 from hotset.experts.gating import (
     IMPLEMENTATION,
@@ -35,8 +34,10 @@ from hotset.experts.gating import (
     pack_experts,
     up_name,
 )
+from hotset.experts.host import ExpertLayout, HostExperts
 from hotset.experts.narrow import NarrowDType, NarrowLayout, relative_rms
 from hotset.experts.prefetch import Router, find_routers
+from hotset.experts.residency import SlotTable
 from hotset.memory.region import SharedRegion
 from hotset.model.loader import load_dummy, load_model
 

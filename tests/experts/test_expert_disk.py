@@ -26,9 +26,9 @@ from hotset.errors import ConfigError, HotsetError
 from hotset.experts import buffer as expert_buffer
 from hotset.experts import layer as expert_layer
 from hotset.experts.buffer import ExpertBuffer
-from hotset.experts.cache import ExpertLayout
 from hotset.experts.disk import ExpertSink, layout_of
 from hotset.experts.gating import dynamic_experts, experts_layers, pack_experts
+from hotset.experts.host import ExpertLayout
 from hotset.experts.store import FILE, DiskExperts, ExpertStore
 from hotset.model.loader import load_dummy, load_model
 from hotset.request import FinishReason, SamplingParams

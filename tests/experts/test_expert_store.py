@@ -12,7 +12,7 @@ import torch
 from disk_helpers import Gate
 
 from hotset.errors import ExpertReadError, TierError
-from hotset.experts.cache import ExpertLayout
+from hotset.experts.host import ExpertLayout
 from hotset.experts.store import FILE, ExpertStore
 
 NUM_LAYERS, NUM_EXPERTS = 3, 6

@@ -9,7 +9,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 
-from hotset.experts.cache import ExpertLayout  # noqa: E402
+from hotset.experts.host import ExpertLayout  # noqa: E402
 from hotset.experts.narrow import NarrowDType, NarrowLayout  # noqa: E402
 from hotset.kernels.dequantise_experts import dequantise_experts  # noqa: E402
 

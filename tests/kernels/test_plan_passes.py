@@ -11,7 +11,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 
-from hotset.experts.cache import SlotTable  # noqa: E402
+from hotset.experts.residency import SlotTable  # noqa: E402
 from hotset.kernels.plan_passes import POLICIES, plan_passes  # noqa: E402
 
 

@@ -9,7 +9,7 @@ buffering: Huang et al., "Toward Efficient Inference for Mixture of Experts", Ne
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -19,12 +19,7 @@ from transformers import PreTrainedModel
 
 from hotset.config import GIB, EngineConfig
 from hotset.errors import ConfigError
-from hotset.experts.cache import (
-    HostExperts,
-    SlotBytes,
-    SlotTable,
-    count_slots,
-)
+from hotset.experts.cache import SlotBytes, count_slots
 from hotset.experts.cpu import ColdExperts, ColdLayer, device_seconds
 from hotset.experts.disk import ExpertSink, layout_of
 from hotset.experts.gating import (
@@ -34,9 +29,11 @@ from hotset.experts.gating import (
     up_name,
     use_dynamic_gating,
 )
+from hotset.experts.host import HostExperts, HostRows
 from hotset.experts.layer import LayerBuffer
 from hotset.experts.narrow import NarrowLayout, relative_rms
 from hotset.experts.prefetch import Prefetch, Router, find_routers
+from hotset.experts.residency import SlotTable
 from hotset.experts.slots import Staging
 from hotset.experts.store import DiskExperts, ExpertStore, StoreCounts
 from hotset.memory.disk.slab import slot_bytes_for
@@ -106,8 +103,8 @@ class ExpertBuffer:
         # By layer: what its `SlotTable` counts, experts streamed.
         self._counts = torch.zeros(len(layers), 6, dtype=torch.int64, device=device)
         if device.type == "cuda":
-            for host in self._pinnable(hosts):
-                host.pin()
+            for rows in self._rows(hosts):
+                rows.pin()
         self._hosts, self._modules, self._plan = hosts, layers, plan
         self._cold: ColdExperts | None = None
         tables = [
@@ -156,7 +153,7 @@ class ExpertBuffer:
             self.layers.append(layer.expert_buffer)
         for one, after in itertools.pairwise(self.layers):
             one.next = after
-        self.host_bytes = sum(host.host_bytes for host in self._pinnable(hosts))
+        self.host_bytes = sum(rows.num_bytes for rows in self._rows(hosts))
         in_memory = [host for host in hosts if isinstance(host, HostExperts)]
         self.rounding_error = relative_rms(host.rounding for host in in_memory)
         narrow = hosts[0].narrow
@@ -305,8 +302,8 @@ class ExpertBuffer:
         """
         if self._counts.device.type == "cuda":
             torch.cuda.synchronize(self._counts.device)
-        for host in self._pinnable(self._hosts):
-            host.unpin()
+        for rows in self._rows(self._hosts):
+            rows.unpin()
         for module, buffer in zip(self._modules, self.layers, strict=True):
             if module.expert_buffer is buffer:  # another engine may have replaced it
                 module.expert_buffer = None  # nor does it keep memory that KV shares
@@ -315,13 +312,11 @@ class ExpertBuffer:
         if with_disk and self.store is not None:
             self.store.close()
 
-    def _pinnable(
-        self, hosts: list[HostExperts | DiskExperts]
-    ) -> Sequence[HostExperts | ExpertStore]:
-        """What holds host memory."""
+    def _rows(self, hosts: list[HostExperts | DiskExperts]) -> list[HostRows]:
+        """The host memory of all layers."""
         if self.store is not None:
-            return [self.store]
-        return [host for host in hosts if isinstance(host, HostExperts)]
+            return [self.store.rows]
+        return [host.rows for host in hosts if isinstance(host, HostExperts)]
 
 
 def buffer_experts(
@@ -610,7 +605,7 @@ def _keep_all(layers: list[Experts], device: torch.device) -> None:
             parameter = nn.Parameter(weight.to(device), requires_grad=False)
             setattr(layer, name, parameter)
         if host is not None:
-            host.unpin()
+            host.rows.unpin()
             layer.expert_buffer = None
             del layer.expert_host
 

@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from hotset.cgroups import usable_cpus
 from hotset.cost.cold_experts import MOST_TOKENS, ColdCost
-from hotset.experts.cache import HostExperts, SlotTable
 from hotset.experts.gating import Experts, up_name
+from hotset.experts.host import HostExperts
+from hotset.experts.residency import SlotTable
 
 _MEASURED_ROWS = (1, 4, 16)
 _MEASURED_EXPERTS = 64

@@ -15,8 +15,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from hotset.config import GIB, EngineConfig
 from hotset.errors import ConfigError
-from hotset.experts.cache import ExpertLayout
 from hotset.experts.gating import Experts, experts_layers, is_experts, is_plain, up_name
+from hotset.experts.host import ExpertLayout
 from hotset.experts.narrow import NarrowLayout
 from hotset.experts.store import FEWEST_SLOTS, DiskExperts, ExpertStore
 

@@ -6,10 +6,11 @@ import torch
 from torch.nn import functional
 
 from hotset.cost.expert_plan import ExpertSizes, streaming_is_faster
-from hotset.experts.cache import HostExperts, SlotTable, StoredExperts
 from hotset.experts.cpu import ColdLayer
 from hotset.experts.gating import Experts, has_grouped_kernel, up_name
+from hotset.experts.host import HostExperts, StoredExperts
 from hotset.experts.prefetch import Prefetch
+from hotset.experts.residency import SlotTable
 from hotset.experts.resident import (
     FUSED_MOST_ROWS_PER_EXPERT,
     applies_silu_gate,

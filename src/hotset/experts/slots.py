@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from hotset.experts.cache import ExpertLayout, HostExperts, SlotTable, StoredExperts
 from hotset.experts.gating import pack_matrix
+from hotset.experts.host import ExpertLayout, HostExperts, StoredExperts
+from hotset.experts.residency import SlotTable
 from hotset.linear.packed import PackedLinear
 
 

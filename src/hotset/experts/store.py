@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from hotset.errors import ExpertReadError, TierError
-from hotset.experts.cache import ExpertLayout, pin_memory
-from hotset.memory.arena import HostArena
+from hotset.experts.host import ExpertLayout, HostRows
 from hotset.memory.disk.io_queue import IoQueue, Job, Mailbox
 from hotset.memory.disk.slab import FolderLock, Slab, checksum
 
@@ -81,6 +80,7 @@ class ExpertStore:
         read_deadline_s: the longest a step waits for one expert.
 
     Attributes:
+        rows: the host slots.
         host_bytes: of all slots.
         disk_bytes: of the file.
         faults: what went wrong, by kind.
@@ -122,10 +122,7 @@ class ExpertStore:
                 f"folder {folder} for experts cannot be used: {error.strerror or error}; "
                 "give a folder that can be written"
             ) from error
-        self._arena = HostArena(num_slots=num_slots, block_bytes=layout.weight_bytes)
-        self._arena.use_huge_pages()
-        self._payloads = torch.from_numpy(self._arena.slots)
-        self._unpin: Callable[[], object] | None = None
+        self.rows = HostRows(num_slots, layout.weight_bytes)
         self._num_transit = max(FEWEST_SLOTS, min(_MOST_IN_TRANSIT, num_slots // 4))
         share, more = divmod(num_slots - self._num_transit, num_layers)
         self._shares = [min(num_experts, share + (i < more)) for i in range(num_layers)]
@@ -186,10 +183,10 @@ class ExpertStore:
 
         @torch.inference_mode()
         def write(expert: int, slot: int) -> None:
-            up_at, down_at = self.layout.views(self._payloads[slot : slot + 1])
+            up_at, down_at = self.layout.views(self.rows.payloads[slot : slot + 1])
             up_at[0].copy_(up[expert])
             down_at[0].copy_(down[expert])
-            view = self._arena.view(slot)
+            view = self.rows.arena.view(slot)
             self._sums[layer, expert] = checksum(_name(layer, expert), view)
             self._slab.write(layer * self.num_experts + expert, view)
 
@@ -211,17 +208,6 @@ class ExpertStore:
                         kept[expert] = slot
                     else:
                         self._free.append(slot)
-
-    def pin(self) -> None:
-        """Pin the host slots, for copies to a GPU. Raises ConfigError."""
-        if self._unpin is None:
-            self._unpin = pin_memory(self._payloads, self)
-
-    def unpin(self) -> None:
-        """Unpin them. Nothing may read them from a GPU any more."""
-        if self._unpin is not None:
-            self._unpin()
-            self._unpin = None
 
     def expect(
         self, layer: int, experts: Sequence[int], ahead: Sequence[tuple[int, int]] = ()
@@ -271,7 +257,7 @@ class ExpertStore:
                 self._wait_s += time.monotonic() - start_s
             self._planned.discard(key)
         try:
-            yield self._payloads[slot]
+            yield self.rows.payloads[slot]
         finally:
             event = until()
             if event is not None:
@@ -298,7 +284,7 @@ class ExpertStore:
         if self._is_closed or os.getpid() != self._pid:  # a fork's exit leaves it to its parent
             return
         self._is_closed = True
-        self.unpin()
+        self.rows.unpin()
         ended = self._queue.close(_CLOSE_S)
         with suppress(OSError):  # gone already
             (self.folder / FILE).unlink()
@@ -373,7 +359,7 @@ class ExpertStore:
             key = self._wanted.popleft()
             self._next_id += 1
             place = key[0] * self.num_experts + key[1]
-            view = self._arena.view(slot)
+            view = self.rows.arena.view(slot)
             job = Job(self._next_id, _name(*key), place, view, time.monotonic())
             job.checksum = int(self._sums[key])
             self._reading[key] = slot

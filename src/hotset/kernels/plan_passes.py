@@ -128,7 +128,7 @@ def plan_passes(
     num_passes: int,
     policy: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Begin a step of a `experts.cache.SlotTable` and load all its passes, in place.
+    """Begin a step of a `experts.residency.SlotTable` and load all its passes, in place.
 
     E = experts, at most 1024; S = slots; P = passes; N = ids.
 

@@ -11,6 +11,7 @@ import torch
 from hotset.errors import ConfigError
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.copy_runs import merge_runs
+from hotset.memory.pin import pin, unpin
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class CudaCopier:
         self._up.synchronize()
         self._running.clear()
         for first in range(0, self.num_ready_slots, self._slots_per_chunk):
-            torch.cuda.cudart().cudaHostUnregister(self._host_address(first))
+            unpin(self._host_address(first))
         self.num_ready_slots = 0
 
     def _submit_batch(
@@ -147,12 +148,11 @@ class CudaCopier:
         last = min(first + self._slots_per_chunk, len(self._host))
         self._arena.commit(first, last, num_threads=_TOUCH_THREADS)
         num_bytes = (last - first) * self._arena.slot_bytes
-        code: Any = torch.cuda.cudart().cudaHostRegister(self._host_address(first), num_bytes, 0)
-        if int(code) != 0:
+        if code := pin(self._host_address(first), num_bytes):
             raise ConfigError(
-                f"{self._gib(last):.2f} GiB of host memory cannot be pinned (CUDA error "
-                f"{int(code)}, {self._gib(first):.2f} GiB are); give less host_gib or raise the "
-                "limit on locked memory"
+                f"{self._gib(last):.2f} GiB of host memory cannot be pinned (CUDA error {code}, "
+                f"{self._gib(first):.2f} GiB are); give less host_gib or raise the limit on locked "
+                "memory"
             )
         self.num_ready_slots = last
 
