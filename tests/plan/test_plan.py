@@ -37,7 +37,9 @@ def plan(
     chips = load_hardware(hardware)
     if link:
         chips = chips.with_link(link)
-    chips = chips.with_sizes(hbm_gb, host_gb, 0)
+    hbm_bytes = chips.hbm_bytes if hbm_gb is None else hbm_gb * 1e9
+    host_bytes = chips.host_bytes if host_gb is None else host_gb * 1e9
+    chips = replace(chips, hbm_bytes=hbm_bytes, host_bytes=host_bytes, disk_bytes=0.0)
     return make_plan(
         Request(
             load_model(model),
@@ -116,12 +118,13 @@ def test_faster_link_never_lowers_tokens_per_s(
 @given(st.integers(1, 512), st.sampled_from(["qwen3-30b-a3b", "mixtral-8x7b"]))
 @settings(max_examples=20, deadline=None)
 def test_split_of_hbm_is_at_least_as_fast_as_any_fixed_one(users: int, model: str) -> None:
-    shape, chips = load_model(model), load_hardware("h100-sxm").with_sizes(40, 400, None)
+    shape, chips = load_model(model), load_hardware("h100-sxm")
+    chips = replace(chips, hbm_bytes=40e9, host_bytes=400e9)
     base = Request(shape, chips, Workload(users=users), Layout(), host_given=True)
     best = make_plan(base).tokens_per_s
     for resident in range(0, shape.num_experts + 1, max(1, shape.num_experts // 8)):
         try:
-            fixed = make_plan(replace(base, resident_experts=resident))
+            fixed = make_plan(replace(base, expert_slots=resident))
         except PlanError:
             continue
         assert fixed.tokens_per_s <= best * 1.04  # the grid of users is 3 % apart
@@ -277,22 +280,29 @@ def run(*arguments: str) -> Result:
         (["llama-3-8b", "--layout", "tp"], "expected for example"),
         (["llama-3-8b", "--users", "0"], "--users is '0'"),
         (["llama-3-8b", "--users", "-4"], "--users is '-4'"),
-        (["llama-3-8b", "--context", "lots"], "--context is 'lots'"),
-        (["llama-3-8b", "--output", "4k"], "leaves no prompt"),
+        (["llama-3-8b", "--max-model-len", "lots"], "--max-model-len is 'lots'"),
+        (["llama-3-8b", "--output-tokens", "4k"], "leaves no prompt"),
         (["llama-3-8b", "--reuse", "1.5"], "--reuse is 1.5"),
         (["llama-3-8b", "--reuse", "nan"], "--reuse is nan"),
-        (["llama-3-8b", "--hbm-gb", "-1"], "--hbm-gb is -1"),
-        (["llama-3-8b", "--host-gb", "inf"], "--host-gb is inf"),
-        (["llama-3-8b", "--kv", "fp3"], "KV dtype 'fp3' is unknown"),
-        (["llama-3-8b", "--kv", "fp8_ds_mla"], "for MLA only"),
-        (["llama-3-8b", "--weights", "fp3"], "weights dtype 'fp3' is unknown"),
+        (["llama-3-8b", "--turns", "0"], "--turns is 0"),
+        (["llama-3-8b", "--output-tokens", "0"], "--output-tokens is '0'"),
+        (["llama-3-8b", "--gpus", "0"], "--gpus is 0"),
+        (["llama-3-8b", "--total-gib", "-1"], "--total-gib is -1"),
+        (["llama-3-8b", "--total-gib", "75"], "at most the 74.51 GiB of h100-sxm"),
+        (["llama-3-8b", "--hot-gib", "70"], "--hot-gib is 70, and 47.6 GiB"),
+        (["llama-3-8b", "--hot-gib", "7", "--total-gib", "40"], "give one of them"),
+        (["llama-3-8b", "--host-gib", "inf"], "--host-gib is inf"),
+        (["llama-3-8b", "--host-gib", "-1"], "--host-gib is -1"),
+        (["llama-3-8b", "--kv-dtype", "fp3"], "--kv-dtype is 'fp3'; expected one of auto, fp8"),
+        (["llama-3-8b", "--kv-dtype", "fp8_ds_mla"], "for MLA only"),
+        (["llama-3-8b", "--dtype", "fp3"], "--dtype is 'fp3'; expected one of auto, float32"),
         (["llama-3-8b", "--link", "rope"], "link 'rope' is unknown"),
-        (["llama-3-8b", "--resident-experts", "4"], "has no experts"),
-        (["olmoe-1b-7b", "--resident-experts", "65"], "expected 0 to 64"),
+        (["llama-3-8b", "--expert-slots", "4"], "has no experts"),
+        (["olmoe-1b-7b", "--expert-slots", "65"], "expected 0 to 64"),
         (["llama-3.1-405b", "--hardware", "rtx-4090"], "do not fit"),
         (["llama-3-70b", "--gpus", "1"], "do not fit"),
-        (["llama-3-8b", "--gpus", "1", "--context", "8m"], "does not fit"),
-        (["deepseek-v3", "--gpus", "8", "--host-gb", "0", "--disk-gb", "0"], "does not fit"),
+        (["llama-3-8b", "--gpus", "1", "--max-model-len", "8m"], "does not fit"),
+        (["deepseek-v3", "--gpus", "8", "--host-gib", "0", "--disk-gib", "0"], "does not fit"),
         (["llama-3-8b", "--sweep", "time=1:2"], "expected users=1:1024"),
         (["llama-3-8b", "--sweep", "users=8:2"], "8 is above 2"),
         (["llama-3-8b", "--find", "fast"], "expected for example ttft"),
@@ -331,7 +341,7 @@ def test_json_is_one_object_with_the_promised_keys() -> None:
 
 
 def test_comparison_splits_each_ratio() -> None:
-    arguments = ["deepseek-v3", "--hardware", "h200", "--context", "8k", "--json"]
+    arguments = ["deepseek-v3", "--hardware", "h200", "--max-model-len", "8k", "--json"]
     data = json.loads(run(*arguments, "--compare", "tp=8; dp=8,ep=8").output)
     assert [case["layout"] for case in data["cases"]] == ["tp=8", "dp=8,ep=8"]
     [ratio] = data["ratios"]
@@ -344,18 +354,18 @@ def test_links_and_tier_sizes_compare_too() -> None:
     base = ["qwen3-235b-a22b", "--hardware", "h200", "--gpus", "2", "--users", "4", "--json"]
     links = json.loads(run(*base, "--compare", "pcie5", "--compare", "c2c").output)
     assert links["ratios"][0]["speed"] > 1.5
-    sizes = json.loads(run("llama-3-8b", "--json", "--compare", "host-gb=0; host-gb=500").output)
+    sizes = json.loads(run("llama-3-8b", "--json", "--compare", "host-gib=0; host-gib=500").output)
     totals = [case["users_total"] for case in sizes["cases"]]
     assert totals[1] > totals[0]
 
 
 def test_sweep_doubles_from_the_first_value_to_the_last() -> None:
-    data = json.loads(run("llama-3-8b", "--sweep", "context=1k:100k", "--json").output)
+    data = json.loads(run("llama-3-8b", "--sweep", "max-model-len=1k:100k", "--json").output)
     contexts = [case["context"] for case in data["cases"]]
     assert contexts[0] == 1024 and contexts[-1] == 102_400
     kv = [case["kv_bytes_per_user"] for case in data["cases"]]
     assert all(a < b for a, b in itertools.pairwise(kv))
-    assert "tokens/s against context" in run("llama-3-8b", "--sweep", "context=1k:4k").output
+    assert "tokens/s against context" in run("llama-3-8b", "--sweep", "max-model-len=1k:4k").output
 
 
 def test_search_keeps_the_target_and_serves_the_most_users() -> None:
@@ -371,6 +381,8 @@ def test_a_plan_of_latents_says_what_the_engine_stores() -> None:
     [note] = [note for note in made.notes if "MLA" in note]
     assert "70,272 B a token" in note and "5,996,544 B, 85 times as much" in note
     assert note.endswith(f", not {made.users_resident:,}")
-    swept = run("deepseek-v3", "--gpus", "8", "--users", "8", "--sweep", "context=1k:2k").output
+    swept = run(
+        "deepseek-v3", "--gpus", "8", "--users", "8", "--sweep", "max-model-len=1k:2k"
+    ).output
     assert "latent of MLA" in swept and "5,996,544" in swept
     assert not any("MLA" in note for note in plan("llama-3-8b", "h200", users=8).notes)

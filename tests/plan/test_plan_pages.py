@@ -22,7 +22,7 @@ def run(*arguments: str) -> str:
 
 def test_explanation_fills_in_the_quoted_figures() -> None:
     text = run(
-        "llama-3-70b", "--hardware", "gh200", "--gpus", "4", "--context", "128k", "--explain"
+        "llama-3-70b", "--hardware", "gh200", "--gpus", "4", "--max-model-len", "128k", "--explain"
     )
     assert "2 x 8 KV heads x 128 x 2 B = 4,096 B a token and layer" in text
     assert "a further token = 327,680 B" in text
@@ -57,7 +57,7 @@ def test_offload_example_says_what_three_times_needs_and_when_it_loses() -> None
 
 def test_page_stands_alone_and_is_well_formed(tmp_path: Path) -> None:
     file = tmp_path / "plan.html"
-    run("qwen3-30b-a3b", "--hbm-gb", "40", "--gpus", "1", "--users", "64", "--html", str(file))
+    run("qwen3-30b-a3b", "--total-gib", "36", "--gpus", "1", "--users", "64", "--html", str(file))
     page = file.read_text("utf-8")
     assert not re.search(r"(src|href|url\()\s*=?\s*[\"']?https?:", page)
     assert "<script" not in page

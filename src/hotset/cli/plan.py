@@ -7,16 +7,27 @@ from typing import Any
 
 import click
 
+from hotset.cli.plan_options import (
+    DTYPES,
+    KV_DTYPES,
+    Options,
+    naming_flags,
+    options_of_case,
+    parse_sweep,
+    parse_target,
+    split_cases,
+)
 from hotset.errors import PlanError
-from hotset.plan.options import Options, options_of_case, split_cases
 from hotset.plan.planner import make_plan
 from hotset.plan.result import Plan
+from hotset.plan.serve_command import as_dict as serve_as_dict
 
 EXAMPLES = ("moe-7.8x", "offload-3x")
 
 
 @click.command(
-    epilog="Example: hotset plan llama-3-70b --hardware h200 --gpus 2 --users 64 --context 32k"
+    epilog="Example: hotset plan llama-3-70b --hardware h200 --gpus 2 --users 64 "
+    "--max-model-len 32k"
 )
 @click.argument("model", required=False)
 @click.option(
@@ -26,7 +37,9 @@ EXAMPLES = ("moe-7.8x", "offload-3x")
     metavar="NAME|FILE|this",
     help="A bundled profile, a profile's JSON file, or what 'hotset probe' measured.",
 )
-@click.option("--gpus", type=int, help="GPUs to use. Default: those of the layout, or the fewest.")
+@click.option(
+    "--gpus", type=int, help="GPUs to use.  [default: those of the layout, or the fewest]"
+)
 @click.option("--layout", metavar="SIZES", help="For example tp=8, dp=8,ep=8 or ep=72.")
 @click.option(
     "--users",
@@ -36,14 +49,14 @@ EXAMPLES = ("moe-7.8x", "offload-3x")
     help="Users who want tokens at the same time.",
 )
 @click.option(
-    "--context",
+    "--max-model-len",
     default="4k",
     show_default=True,
     metavar="TOKENS",
-    help="Tokens of a user at the end, prompts and answers; k is 1024.",
+    help="Tokens that each user has at the end, prompts and answers; k is 1024.",
 )
 @click.option(
-    "--output",
+    "--output-tokens",
     metavar="TOKENS",
     help="Tokens of an answer. Adds the prefill of turns to the steps; without it the "
     "plan is of decode alone.",
@@ -52,36 +65,51 @@ EXAMPLES = ("moe-7.8x", "offload-3x")
     "--reuse",
     type=float,
     metavar="SHARE",
-    help="Share, 0 to 1, of the prompt (with --turns: of the earlier turns) that is "
-    "found in a tier.",
+    help="Share, 0 to 1, of the prompt (with --turns: of the earlier turns) that is found in a "
+    "tier.",
 )
 @click.option("--turns", type=int, default=1, show_default=True, help="Turns of a conversation.")
-@click.option("--hbm-gb", type=float, help="Memory of each GPU, in GB. Default: the profile's.")
 @click.option(
-    "--host-gb", type=float, help="Memory of each host for tiers, in GB. Default: the profile's."
-)
-@click.option("--disk-gb", type=float, help="Disk of each host for tiers, in GB. Default: none.")
-@click.option(
-    "--weights",
-    metavar="DTYPE",
-    help="Store weights as bf16, fp8, int8, int4, mxfp4, "
-    "nvfp4, ... Default: as the checkpoint does.",
+    "--hot-gib",
+    type=float,
+    help="Memory of each GPU for KV, in GiB; of an MoE model for KV and experts together, unless "
+    "--expert-slots sizes those.  [default: what weights and workspace leave]",
 )
 @click.option(
-    "--kv",
-    default="bf16",
+    "--total-gib",
+    type=float,
+    help="Memory of each GPU for weights, experts, KV and workspace, in GiB. Instead of --hot-gib."
+    "  [default: 90 % of it]",
+)
+@click.option(
+    "--host-gib",
+    type=float,
+    help="Host memory for KV and for experts that are not resident, in GiB per host."
+    "  [default: the profile's]",
+)
+@click.option("--disk-gib", type=float, help="Disk for the same, in GiB per host.  [default: none]")
+@click.option(
+    "--dtype",
+    default="auto",
     show_default=True,
     metavar="DTYPE",
-    help="Store KV as bf16, fp8, int8, fp32 or fp8_ds_mla.",
+    help=f"Store weights as {', '.join(DTYPES)}; auto is as the checkpoint does.",
+)
+@click.option(
+    "--kv-dtype",
+    default="auto",
+    show_default=True,
+    metavar="DTYPE",
+    help=f"Store KV as {', '.join(KV_DTYPES)}; auto is as wide as what is not quantised.",
 )
 @click.option(
     "--link", metavar="NAME|GB/s", help="Host link: pcie3 to pcie6, c2c, or GB/s one way."
 )
 @click.option(
-    "--resident-experts",
+    "--expert-slots",
     type=int,
     metavar="N",
-    help="Experts of each layer kept in HBM. Default: solved for.",
+    help="Experts that each layer keeps on the device.  [default: solved for]",
 )
 @click.option(
     "--overlap",
@@ -92,30 +120,35 @@ EXAMPLES = ("moe-7.8x", "offload-3x")
 )
 @click.option(
     "--engine",
-    default="published",
+    default="hotset",
     show_default=True,
     metavar="NAME",
-    help="Whose overheads: published (engines in general) or hotset (this one, measured).",
+    help="Whose overheads: hotset (this one, measured) or published (engines in general).",
 )
 @click.option(
     "--expert-histogram",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="JSON list of the tokens each expert got. Default: uniform routing.",
+    help="JSON list of the tokens that each expert got.  [default: uniform routing]",
 )
 @click.option(
-    "--full-window-kv",
+    "--free-windows",
     is_flag=True,
-    help="Keep every token in sliding-window layers too, as some engines do.",
+    help="Free what a sliding window has left behind, as some engines do.",
+)
+@click.option(
+    "--stream-kv",
+    is_flag=True,
+    help="Let steps read KV from host memory over the link, for links that are fast.",
 )
 @click.option(
     "--compare",
     multiple=True,
     metavar="CASE",
     help="Cases side by side, such as 'tp=8; dp=8,ep=8', 'pcie5; c2c' or "
-    "'host-gb=0; host-gb=512'. May be repeated.",
+    "'host-gib=0; host-gib=512'. May be repeated.",
 )
-@click.option("--sweep", metavar="RANGE", help="users=1:1024 or context=1k:128k.")
+@click.option("--sweep", metavar="RANGE", help="users=1:1024 or max-model-len=1k:128k.")
 @click.option(
     "--find",
     metavar="TARGET",
@@ -129,7 +162,9 @@ EXAMPLES = ("moe-7.8x", "offload-3x")
 )
 @click.option("--devices", type=int, help="With --routing: devices that share the experts.")
 @click.option(
-    "--replicas", type=int, help="With --routing: further copies, of a layer.  [default: devices]"
+    "--replicas",
+    type=int,
+    help="With --routing: further copies of experts in each layer.  [default: --devices]",
 )
 @click.option("--explain", is_flag=True, help="Print each formula with its numbers filled in.")
 @click.option("--example", type=click.Choice(EXAMPLES), help="Explain a quoted figure. No MODEL.")
@@ -151,7 +186,6 @@ def command(
     list_names: bool,
     as_json: bool,
     html: Path | None,
-    full_window_kv: bool,
     routing: Path | None,
     devices: int | None,
     replicas: int | None,
@@ -188,15 +222,16 @@ def command(
     elif model is None:
         raise PlanError("no MODEL given; try 'hotset plan llama-3-8b' or 'hotset plan --list'")
     else:
-        options = Options(model=model, hold_windows=not full_window_kv, **given)
-        if compare:
-            _compare(options, compare, as_json)
-        elif sweep:
-            _sweep(options, sweep, as_json)
-        elif find:
-            _find(options, find, as_json)
-        else:
-            _single(make_plan(options.request()), as_json, explain, html)
+        options = Options(model=model, **given)
+        with naming_flags():
+            if compare:
+                _compare(options, compare, as_json)
+            elif sweep:
+                _sweep(options, sweep, as_json)
+            elif find:
+                _find(options, find, as_json)
+            else:
+                _single(make_plan(options.request()), as_json, explain, html)
 
 
 def _balance(path: Path, devices: int | None, replicas: int | None, as_json: bool) -> None:
@@ -229,6 +264,11 @@ def _print_json(data: dict[str, object]) -> None:
     click.echo(json.dumps(data))
 
 
+def _shown(plan: Plan) -> dict[str, object]:
+    """A plan as `--json` prints it."""
+    return {**plan.as_dict(), "serve": serve_as_dict(plan)}
+
+
 def _single(plan: Plan, as_json: bool, explain: bool, html: Path | None) -> None:
     if html:
         from hotset.plan.html import page
@@ -239,7 +279,7 @@ def _single(plan: Plan, as_json: bool, explain: bool, html: Path | None) -> None
             raise PlanError(f"--html {html} cannot be written: {error.strerror}") from error
         click.echo(f"wrote {html}", err=True)
     if as_json:
-        _print_json(plan.as_dict())
+        _print_json(_shown(plan))
     elif explain:
         from hotset.plan.explain import explain_plan
 
@@ -260,9 +300,9 @@ def _compare(options: Options, values: tuple[str, ...], as_json: bool) -> None:
         cases, plans = ["as given", *cases], [make_plan(options.request()), *plans]
     ratios = compare_plans(cases, plans)
     if as_json:
-        shown = [{"case": name, **plan.as_dict()} for name, plan in zip(cases, plans, strict=True)]
+        shown = [{"case": name, **_shown(plan)} for name, plan in zip(cases, plans, strict=True)]
         _print_json(
-            {**plans[0].as_dict(), "cases": shown, "ratios": [ratio.as_dict() for ratio in ratios]}
+            {**_shown(plans[0]), "cases": shown, "ratios": [ratio.as_dict() for ratio in ratios]}
         )
     else:
         click.echo(compare_table(cases, plans, ratios))
@@ -270,16 +310,18 @@ def _compare(options: Options, values: tuple[str, ...], as_json: bool) -> None:
 
 def _sweep(options: Options, text: str, as_json: bool) -> None:
     from hotset.plan.report import sweep_table
-    from hotset.plan.search import parse_sweep, sweep
+    from hotset.plan.search import sweep
 
-    field, values = parse_sweep(text)
-    first = str(values[0])
-    users, context = (first, options.context) if field == "users" else (options.users, first)
-    options = replace(options, users=users, context=context)
+    option, values = parse_sweep(text)
+    first, field = str(values[0]), "users"
+    if option == "users":
+        options = replace(options, users=first)
+    else:
+        options, field = replace(options, max_model_len=first), "context"
     points = sweep(options.request(), field, values)
     if as_json:
         shown = [
-            {field: point.value, **(point.plan.as_dict() if point.plan else {"error": point.error})}
+            {field: point.value, **(_shown(point.plan) if point.plan else {"error": point.error})}
             for point in points
         ]
         _print_json({"sweep": field, "cases": shown})
@@ -289,7 +331,7 @@ def _sweep(options: Options, text: str, as_json: bool) -> None:
 
 def _find(options: Options, text: str, as_json: bool) -> None:
     from hotset.plan.report import find_table, plan_table
-    from hotset.plan.search import find_best, parse_target
+    from hotset.plan.search import find_best
 
     target = parse_target(text)
     found = find_best(options.request(), target)
@@ -301,8 +343,8 @@ def _find(options: Options, text: str, as_json: bool) -> None:
             f"{fastest.ttft_s * 1e3:.0f} ms and TPOT {fastest.step.expected_s * 1e3:.1f} ms"
         )
     if as_json:
-        shown = [{"users_served": c.users, **c.plan.as_dict()} for c in found]
-        _print_json({**best.plan.as_dict(), "users_served": best.users, "cases": shown})
+        shown = [{"users_served": c.users, **_shown(c.plan)} for c in found]
+        _print_json({**_shown(best.plan), "users_served": best.users, "cases": shown})
     else:
         click.echo(find_table(text, found))
         click.echo("")

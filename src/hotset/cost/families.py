@@ -304,7 +304,7 @@ def _storage(f: Facts) -> tuple[str, dict[str, str]]:
     name = f"modelopt's {modelopt_algorithm(quant)}" if method == "modelopt" else repr(method)
     if method is None:
         name = "without quant_method (of MLX, say)"
-    raise PlanError(f"quantisation {name} is not known; give --weights to say how it is stored")
+    raise PlanError(f"quantisation {name} is not known; name the weights' dtype yourself")
 
 
 def layer_summary(shape: ModelShape) -> str:

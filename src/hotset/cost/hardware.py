@@ -116,29 +116,22 @@ class Hardware:
             name = f"link of {gb_per_s:g} GB/s"
         if not (0 < gb_per_s <= 1e5):
             raise PlanError(f"link {link!r} is not a rate; expected above 0 and up to 100000 GB/s")
-        sources = {**self.sources, "host_link_gb_per_s": "--link"}
+        sources = {**self.sources, "host_link_gb_per_s": "given"}
         return replace(self, host_link=name, host_link_bytes_per_s=gb_per_s * 1e9, sources=sources)
 
-    def with_sizes(
-        self, hbm_gb: float | None, host_gb: float | None, disk_gb: float | None
-    ) -> "Hardware":
-        """The same with other sizes: of HBM for each GPU, of DRAM and disk for each host."""
-        for name, gb, least in (
-            ("hbm", hbm_gb, 0.01),
-            ("host", host_gb, 0.0),
-            ("disk", disk_gb, 0.0),
-        ):
-            if gb is not None and not (least <= gb <= 1e7):
-                raise PlanError(f"--{name}-gb is {gb:g}; expected {least:g} to 10000000 GB")
-        given = {"hbm_gb": hbm_gb, "host_gb": host_gb, "disk_gb": disk_gb}
-        told = {name: f"--{name.replace('_', '-')}" for name, gb in given.items() if gb is not None}
-        return replace(
-            self,
-            hbm_bytes=self.hbm_bytes if hbm_gb is None else hbm_gb * 1e9,
-            host_bytes=self.host_bytes if host_gb is None else host_gb * 1e9,
-            disk_bytes=self.disk_bytes if disk_gb is None else disk_gb * 1e9,
-            sources={**self.sources, **told},
-        )
+    def with_tiers(self, *, host_gib: float | None, disk_gib: float | None) -> "Hardware":
+        """The same with other sizes of host memory and disk, for each host; None keeps one."""
+        sizes = {"host": host_gib, "disk": disk_gib}
+        changes: dict[str, Any] = {}
+        sources = dict(self.sources)
+        for name, gib in sizes.items():
+            if gib is None:
+                continue
+            if not 0 <= gib <= 1e7:  # also refuses nan
+                raise PlanError(f"is {gib:g}; expected 0 to 10000000 GiB", field=f"{name}_gib")
+            changes[f"{name}_bytes"] = gib * 2**30
+            sources[f"{name}_gb"] = "given"
+        return replace(self, **changes, sources=sources)
 
 
 def bundled_hardware() -> list[str]:

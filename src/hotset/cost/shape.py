@@ -114,7 +114,7 @@ class Attention:
         if kv_dtype == "fp8_ds_mla":
             if self.kind is not Kind.MLA:
                 raise PlanError(
-                    "KV dtype fp8_ds_mla is a layout for MLA only; use --kv fp8 for this model"
+                    "KV dtype fp8_ds_mla is a layout for MLA only; use fp8 for this model"
                 )
             # FP8 latent, a float32 scale for each 128 of it, rotary part in bf16 (vLLM, FlashMLA).
             latent_dim, rope_dim = self.mix_dim, self.qk_dim - self.mix_dim

@@ -49,7 +49,7 @@ def _filled(request: Request, layout: str) -> _Case | None:
 def _v3(hardware: Hardware, context: int, **more: Any) -> Request:
     return Request(
         load_model("deepseek-v3"),
-        hardware.with_sizes(None, 0, 0),
+        hardware.with_tiers(host_gib=0, disk_gib=0),
         Workload(context=context),
         **more,
     )
@@ -201,9 +201,7 @@ def _streamed(hardware: Hardware, layout: str, context: int) -> float:
     """Tokens/s of 256 users whose KV beyond HBM is read over the link in every step."""
     request = _v3(hardware, context)
     plan = make_plan(
-        replace(
-            request, workload=Workload(1, 1024), layout=parse_layout(layout), resident_experts=256
-        )
+        replace(request, workload=Workload(1, 1024), layout=parse_layout(layout), expert_slots=256)
     )
     cost, dp = plan.cost, plan.layout.dp
     hbm = plan.hbm_bytes - plan.workspace_bytes - plan.reserve_bytes
@@ -219,12 +217,14 @@ def offload_example() -> tuple[str, dict[str, object]]:
     shape = load_model("llama-3-8b")
     prompt, output = 4096, 64
     load = Workload(users=256, context=prompt + output, output=output)
-    base_request = Request(shape, chips.with_sizes(None, 0, 0), load, parse_layout("tp=1"))
+    base_request = Request(
+        shape, chips.with_tiers(host_gib=0, disk_gib=0), load, parse_layout("tp=1")
+    )
     base = make_plan(base_request)
     data: dict[str, object] = {}
 
     def with_reuse(hit: float, link: str = "pcie5", request_load: Workload = load) -> Plan:
-        hardware = chips.with_link(link).with_sizes(None, 2000, 0)
+        hardware = replace(chips.with_link(link), host_bytes=2e12, disk_bytes=0.0)
         workload = replace(request_load, reuse=hit)
         return make_plan(Request(shape, hardware, workload, parse_layout("tp=1"), host_given=True))
 

@@ -2,7 +2,7 @@
 
 from hotset.cost.shape import KV_BYTES, WEIGHT_BITS, Attention, Kind
 from hotset.cost.step_time import CAUSES
-from hotset.plan.planner import BLOCK_SIZE, HBM_SHARE, SLICE_TOKENS
+from hotset.plan.planner import BLOCK_SIZE, SLICE_TOKENS, claimed_bytes
 from hotset.plan.report import gb, seconds
 from hotset.plan.result import Plan
 
@@ -54,8 +54,8 @@ def _kv(plan: Plan) -> Section:
         f"{gb(plan.kv_bytes_per_user)} = {gb(plan.kv_bytes_per_user * request.workload.users)}",
     ]
     windows = any(a.window for a, _, _ in shape.readers)
-    if windows and request.hold_windows:
-        body.append("Assumes: the engine frees what a window has left (else --full-window-kv).")
+    if windows and request.free_windows:
+        body.append("Assumes: the engine frees what a window has left (--free-windows).")
     else:
         body.append("Assumes: every token of a user is kept, with no sharing between users.")
     return "KV", body
@@ -112,9 +112,9 @@ def _rank(plan: Plan) -> Section:
 
 def _capacity(plan: Plan) -> Section:
     gpus = plan.layout.gpus
-    each = plan.request.hardware.hbm_bytes
+    each, claimed = plan.request.hardware.hbm_bytes, claimed_bytes(plan.request)
     body = [
-        f"HBM a GPU = {gb(each)} x {HBM_SHARE} - dense {gb(plan.cost.shard.dense_bytes)} - "
+        f"HBM per GPU = {gb(claimed)} of {gb(each)} - dense {gb(plan.cost.shard.dense_bytes)} - "
         f"workspace and staging {gb(plan.workspace_bytes / gpus)} - experts "
         f"{gb(plan.resident_experts_bytes / gpus)} ({plan.resident_expert_share:.0%} of them)",
         f"users in HBM = floor(what is left / KV of a user, in blocks of {BLOCK_SIZE}) x "
@@ -183,7 +183,7 @@ def _step(plan: Plan) -> Section:
         "host_kv": f"{plan.streamed_kv_share:.0%} of KV over "
         f"{cost.link_bytes_per_s() / 1e9:.0f} GB/s",
         "swap": "what the link needs for parked users beyond the rest of the step",
-        "prefill": "each running user starts a turn every --output steps",
+        "prefill": "each running user starts a turn every --output-tokens steps",
     }
     for name, text in notes.items():
         if parts[name] > 0:

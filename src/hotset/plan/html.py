@@ -8,7 +8,7 @@ from hotset.cost.step_time import CAUSES
 from hotset.errors import PlanError
 from hotset.plan.explain import explain_plan
 from hotset.plan.planner import make_plan
-from hotset.plan.report import gb, seconds
+from hotset.plan.report import gib, seconds
 from hotset.plan.result import Plan
 from hotset.plan.search import sweep
 from hotset.plan.svg import Line, Mark, Segment, line_chart, stacked_bar
@@ -101,7 +101,7 @@ def _tiles(plan: Plan) -> str:
 
 def _places(plan: Plan) -> str:
     def segment(name: str, value: float, style: str) -> Segment:
-        return Segment(f"{name}: {gb(value)}", value, style)
+        return Segment(f"{name}: {gib(value)}", value, style)
 
     hbm = [
         segment("weights", plan.resident_weights_bytes, "weights"),
@@ -111,7 +111,7 @@ def _places(plan: Plan) -> str:
         segment("reserve", plan.reserve_bytes, "reserve"),
     ]
     bars = stacked_bar(
-        "HBM", f"{gb(plan.hbm_bytes)}, {gb(plan.free_bytes)} free", hbm, plan.hbm_bytes
+        "HBM", f"{gib(plan.hbm_bytes)}, {gib(plan.free_bytes)} free", hbm, plan.hbm_bytes
     )
     if plan.host_bytes:
         host = [
@@ -120,11 +120,11 @@ def _places(plan: Plan) -> str:
         ]
         left = plan.host_bytes - plan.host_experts_bytes - plan.host_kv_bytes
         bars += stacked_bar(
-            "Host memory", f"{gb(plan.host_bytes)}, {gb(left)} free", host, plan.host_bytes
+            "Host memory", f"{gib(plan.host_bytes)}, {gib(left)} free", host, plan.host_bytes
         )
     if plan.disk_bytes:
         disk = [segment("KV", plan.disk_kv_bytes, "kv")]
-        bars += stacked_bar("Disk", gb(plan.disk_bytes), disk, plan.disk_bytes)
+        bars += stacked_bar("Disk", gib(plan.disk_bytes), disk, plan.disk_bytes)
     legend = "".join(
         f'<span><i class="{style}"></i>{name}</span>'
         for name, style in (
@@ -137,26 +137,26 @@ def _places(plan: Plan) -> str:
     )
     rows: list[tuple[str, ...]] = [("", "in HBM", "on the host", "on disk")]
     rows += [
-        ("dense weights", gb(plan.resident_weights_bytes), "", ""),
-        ("experts", gb(plan.resident_experts_bytes), _some(plan.host_experts_bytes), ""),
+        ("dense weights", gib(plan.resident_weights_bytes), "", ""),
+        ("experts", gib(plan.resident_experts_bytes), _some(plan.host_experts_bytes), ""),
         (
             "KV",
-            gb(plan.resident_kv_bytes),
+            gib(plan.resident_kv_bytes),
             _some(plan.host_kv_bytes),
             _some(plan.disk_kv_bytes),
         ),
     ]
     copies = f", {plan.kv_copies:g} copies of it in each group" if plan.kv_copies > 1.001 else ""
     text = (
-        f'<p class="dim" style="margin-top:12px">KV of one user: {gb(plan.kv_bytes_per_user)} '
-        f"({plan.kv_bytes_per_user / 2**30:.2f} GiB){copies}. Weights once: "
-        f"{gb(plan.request.shape.weights_bytes)}.</p>"
+        '<p class="dim" style="margin-top:12px">KV of one user: '
+        f"{gib(plan.kv_bytes_per_user)}{copies}. Weights once: "
+        f"{gib(plan.request.shape.weights_bytes)}.</p>"
     )
     return f'{bars}<p class="legend">{legend}</p>{text}{_table(rows)}'
 
 
 def _some(value: float) -> str:
-    return gb(value) if value else ""
+    return gib(value) if value else ""
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

@@ -15,6 +15,7 @@ from hotset.errors import PlanError
 from hotset.plan.result import Plan
 from hotset.plan.workload import Request
 
+GIB = 2**30
 HBM_SHARE = 0.9  # of HBM a server claims; the rest is left to the driver and to fragmentation
 WORKSPACE_BYTES = 6e9  # activations, graphs and NCCL on a big GPU, and
 WORKSPACE_SHARE = 0.06  # of HBM on a small one
@@ -53,15 +54,18 @@ def make_plan(request: Request) -> Plan:
         except PlanError as error:
             first_error = first_error or error
             continue
-        asked = request.host_given or request.resident_experts is not None
+        asked = request.host_given or request.expert_slots is not None
         if asked or plan.fits_whole:
             return plan
         tiered = tiered or plan
     if tiered:
         return tiered
+    assert first_error is not None  # every size was tried
     raise PlanError(
-        f"{first_error}; no tensor-parallel layout of up to {sizes[-1]} {request.hardware.name} "
-        f"holds it either: give --gpus with --layout, --host-gb, or narrower --weights"
+        f"{first_error.problem}; no tensor-parallel layout of up to {sizes[-1]} "
+        f"{request.hardware.name} holds it either: name the GPUs and a layout, more host memory, "
+        "or narrower weights",
+        field=first_error.field,
     )
 
 
@@ -126,17 +130,19 @@ def _plan_layout(request: Request, layout: Layout) -> Plan:
         shape, hw, layout, request.kv_dtype, request.calibration, request.routing, request.overlap
     )
     gpus = layout.gpus
-    workspace = min(WORKSPACE_BYTES, WORKSPACE_SHARE * hw.hbm_bytes)
-    budget = HBM_SHARE * hw.hbm_bytes - workspace - cost.shard.dense_bytes
+    workspace, claimed = _workspace_bytes(request), claimed_bytes(request)
+    budget = claimed - workspace - cost.shard.dense_bytes
     if budget <= 0:
         raise PlanError(
-            f"{cost.shard.dense_bytes / 1e9:.1f} GB of weights a GPU do not fit beside "
-            f"{workspace / 1e9:.1f} GB of workspace in {HBM_SHARE:.0%} of the "
-            f"{hw.hbm_bytes / 1e9:g} GB of {hw.name} under {layout}; "
-            "use more GPUs or narrower --weights"
+            f"{cost.shard.dense_bytes / GIB:.1f} GiB of weights per GPU do not fit beside "
+            f"{workspace / GIB:.1f} GiB of workspace in {claimed / GIB:.1f} of the "
+            f"{hw.hbm_bytes / GIB:.1f} GiB of {hw.name} under {layout}; "
+            "use more GPUs or narrower weights"
         )
-    hosts = 1.0 if request.host_given else min(1.0, gpus / hw.gpus_per_host)
-    hosts = max(hosts, gpus / hw.gpus_per_host)
+    budget = _hot_budget(request, cost, budget)
+    # A plan of fewer GPUs than a host has takes their share of its memory, unless that was given.
+    per_host = gpus / hw.gpus_per_host
+    host_share = max(1.0, per_host) if request.host_given else per_host
 
     def kv_bytes(tp: int) -> float:
         return shape.kv_bytes(
@@ -144,21 +150,48 @@ def _plan_layout(request: Request, layout: Layout) -> Plan:
             request.kv_dtype,
             tp=tp,
             block_size=BLOCK_SIZE,
-            hold_windows=request.hold_windows,
+            hold_windows=request.free_windows,
         )
 
     room = _Room(
         budget=budget,
         kv_rank_bytes=kv_bytes(layout.tp),
         kv_user_bytes=kv_bytes(1),
-        host=hw.host_bytes * hosts,
-        disk=hw.disk_bytes * hosts,
+        host=hw.host_bytes * host_share,
+        disk=hw.disk_bytes * max(1.0, per_host),
     )
     choice = max(_choices(request, cost, room), key=lambda c: (c.tokens_per_s, c.users))
     return _finish(request, cost, room, choice, workspace)
 
 
-def _staged_bytes(cost: CostModel, share: float) -> float:
+def _workspace_bytes(request: Request) -> float:
+    """What a step takes beside weights and KV, on each GPU."""
+    claimed = request.total_bytes or request.hardware.hbm_bytes
+    return min(WORKSPACE_BYTES, WORKSPACE_SHARE * claimed)
+
+
+def claimed_bytes(request: Request) -> float:
+    """HBM of each GPU for weights, experts, KV and workspace."""
+    return request.total_bytes or HBM_SHARE * request.hardware.hbm_bytes
+
+
+def _hot_budget(request: Request, cost: CostModel, budget: float) -> float:
+    """HBM of each GPU for KV and experts: what `hot_bytes` leaves of `budget`."""
+    if request.hot_bytes is None:
+        return budget
+    hot = request.hot_bytes
+    if request.expert_slots is not None:  # then it is for KV alone
+        hot += staged_bytes(cost, request.expert_slots / request.shape.num_experts)
+    if hot > budget:
+        raise PlanError(
+            f"is {request.hot_bytes / GIB:g}, and {budget / GIB:.1f} GiB are left beside dense "
+            "weights and workspace for KV and experts; give less, or leave it out",
+            field="hot_gib",
+        )
+    return hot
+
+
+def staged_bytes(cost: CostModel, share: float) -> float:
     """HBM that resident slots and, unless all are, two staging buffers of a layer take."""
     experts = cost.shard.experts_bytes
     layers = max(1, len(cost.shape.moe_layers))
@@ -188,14 +221,14 @@ def _choices(request: Request, cost: CostModel, room: _Room) -> list[_Choice]:
     wanted = -(-workload.users // cost.layout.dp)
     experts = cost.shard.experts_bytes
     fixed = None
-    if request.resident_experts is not None:
-        fixed = request.resident_experts / shape.num_experts
+    if request.expert_slots is not None:
+        fixed = request.expert_slots / shape.num_experts
     below = room.host + room.disk  # where experts that are not resident must go
 
     def share_for(free: float) -> float | None:
         share = _largest_share(cost, free)
         if fixed is not None:
-            return fixed if _staged_bytes(cost, fixed) <= free else None
+            return fixed if staged_bytes(cost, fixed) <= free else None
         share = min(1.0, share)
         return share if share >= 0 else None
 
@@ -213,13 +246,13 @@ def _choices(request: Request, cost: CostModel, room: _Room) -> list[_Choice]:
         if tiering is not None:
             result.append(_run(request, cost, room, users, tiering, "resident"))
     # KV read over the link each step: only worth it on a fast one, and only if not all fits.
-    if room.host and (not result or result[-1].users < wanted):
+    if request.stream_kv and room.host and (not result or result[-1].users < wanted):
         for users in _grid(wanted):
             for experts_first in (True, False):
                 share = share_for(room.budget) if experts_first else 0.0
                 if share is None or (fixed is not None and share != fixed):
                     continue
-                left = room.budget - _staged_bytes(cost, share)
+                left = room.budget - staged_bytes(cost, share)
                 held = users * room.kv_rank_bytes
                 streamed = 1 - left / held if left < held else 0.0
                 rounds = (users * cost.layout.dp) * room.kv_user_bytes * streamed
@@ -231,16 +264,15 @@ def _choices(request: Request, cost: CostModel, room: _Room) -> list[_Choice]:
                     break
     if result:
         return result
-    need = room.kv_rank_bytes + (_staged_bytes(cost, fixed or 0.0) if below else experts)
+    need = room.kv_rank_bytes + (staged_bytes(cost, fixed or 0.0) if below else experts)
     what = "one user"
     if experts > room.budget:
         what = "the experts and one user" if not below else "two layers of experts and one user"
     raise PlanError(
         f"{shape.name} does not fit {cost.layout} of {cost.hardware.name}: {what} of "
-        f"{workload.context} tokens need {need / 1e9:.1f} GB beside the dense weights of each "
-        f"GPU, {room.budget / 1e9:.1f} GB are left, and the tiers below hold "
-        f"{below / 1e9:.0f} GB; use more GPUs, shorter --context, narrower --kv or --weights, or "
-        f"--host-gb"
+        f"{workload.context} tokens need {need / GIB:.1f} GiB beside the dense weights of each "
+        f"GPU, {room.budget / GIB:.1f} GiB are left, and slower tiers hold {below / GIB:.0f} GiB; "
+        "use more GPUs, a shorter context, narrower KV or weights, or more host memory"
     )
 
 
@@ -255,7 +287,7 @@ def _grid(most: int) -> list[int]:
 
 def _capacity(cost: CostModel, room: _Room, share: float) -> int:
     """Users whose KV fits into HBM in one group, beside that share of the experts."""
-    left = room.budget - _staged_bytes(cost, share)
+    left = room.budget - staged_bytes(cost, share)
     if room.kv_rank_bytes <= 0:
         return 10**9
     return max(0, int(left // room.kv_rank_bytes))
@@ -356,7 +388,7 @@ def _finish(
     parked = max(0, workload.users - held_users)
     host_users = min(parked, on_host)
     used_gpus = request.gpus or gpus
-    kv_bytes = shape.kv_bytes(workload.context, request.kv_dtype, hold_windows=request.hold_windows)
+    kv_bytes = shape.kv_bytes(workload.context, request.kv_dtype, hold_windows=request.free_windows)
     mode = choice.mode
     if mode == "resident" and workload.users > users_resident:
         mode = "park" if on_host + on_disk else "wait"
@@ -372,9 +404,9 @@ def _finish(
         resident_weights_bytes=cost.shard.dense_bytes * gpus,
         resident_experts_bytes=share * cost.shard.experts_bytes * gpus,
         resident_kv_bytes=resident_kv,
-        workspace_bytes=(workspace + _staged_bytes(cost, share) - share * cost.shard.experts_bytes)
+        workspace_bytes=(workspace + staged_bytes(cost, share) - share * cost.shard.experts_bytes)
         * gpus,
-        reserve_bytes=(1 - HBM_SHARE) * hw.hbm_bytes * gpus,
+        reserve_bytes=(hw.hbm_bytes - claimed_bytes(request)) * gpus,
         host_bytes=room.host,
         host_experts_bytes=host_experts,
         host_kv_bytes=host_users * kv_user,

@@ -136,7 +136,7 @@ def _cpu() -> Profile:
             "gpus_per_host": _figure(1, none),
             "host_gb": _figure(0, none),
             "host_memory_gb_per_s": _figure(memory / 1e9, copy),
-            "disk_gb": _figure(0, "give --disk-gb to use some"),
+            "disk_gb": _figure(0, "give --disk-gib to use some"),
             "disk_gb_per_s": _figure(0.1, "not measured; 0.1 GB/s assumed"),
             "kernel_us": _figure(_median_s(launches) * 1e3, "add to 16 numbers, each of 1000"),
         },
@@ -261,7 +261,7 @@ def _cuda() -> Profile:
             "host_memory_gb_per_s": _figure(
                 max(host_memory, link) / 1e9, "copy by the CPU, read plus write, or the link"
             ),
-            "disk_gb": _figure(0, "give --disk-gb to use some"),
+            "disk_gb": _figure(0, "give --disk-gib to use some"),
             "disk_gb_per_s": _figure(1.0, "not measured; 1 GB/s assumed"),
             "kernel_us": _figure(kernel_s * 1e6, "small kernels in a CUDA graph, each of 500"),
         },

@@ -8,12 +8,21 @@ from hotset.cost.step_time import CAUSES
 from hotset.plan.compare import Ratio
 from hotset.plan.result import Plan
 from hotset.plan.search import Candidate, SweepPoint
+from hotset.plan.serve_command import serve_command, why_not_served
 
 WIDTH = 78
 
 
+def gib(value: float) -> str:
+    """Memory in binary units, as flags take it."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(value) >= size:
+            return f"{value / size:,.{4 if value < 1e4 * size else 9}g} {unit}"
+    return f"{value:.0f} B"
+
+
 def gb(value: float) -> str:
-    """Bytes in decimal units."""
+    """Bytes in decimal units, for formulas in which rates are decimal too."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.4g} {unit}" if value < 1e15 else f"{value / size:,.0f} {unit}"
@@ -54,7 +63,7 @@ def plan_table(plan: Plan) -> str:
     hw, step = request.hardware, plan.step
     active = ""
     if shape.moe_layers:
-        active = f", {shape.active_params / 1e9:.2f} B a token"
+        active = f", {shape.active_params / 1e9:.2f} B per token"
     asked = f"{workload.users} users of {workload.context:,} tokens"
     if workload.turns > 1:
         asked += f" in {workload.turns} turns"
@@ -63,10 +72,9 @@ def plan_table(plan: Plan) -> str:
     lines = [
         f"{shape.name} on {plan.gpus} x {hw.name}, {plan.layout}, {asked}",
         f"  {shape.total_params / 1e9:.2f} B parameters{active}; {layer_summary(shape)}",
-        f"  weights {gb(shape.weights_bytes)} ({shape.matrix_dtype}); KV "
-        f"{shape.kv_bytes_per_token(request.kv_dtype):,} B a token, "
-        f"{gb(plan.kv_bytes_per_user)} ({plan.kv_bytes_per_user / 2**30:.3g} GiB) a user "
-        f"({request.kv_dtype})"
+        f"  weights {gib(shape.weights_bytes)} ({shape.matrix_dtype}); KV "
+        f"{shape.kv_bytes_per_token(request.kv_dtype):,} B per token, "
+        f"{gib(plan.kv_bytes_per_user)} per user ({request.kv_dtype})"
         + (f", {plan.kv_copies:g} copies" if plan.kv_copies > 1.001 else ""),
         "",
         "Where the bytes are",
@@ -102,7 +110,7 @@ def plan_table(plan: Plan) -> str:
     band = data["band"]
     assert isinstance(band, dict)
     lines += [
-        f"Tokens/s   {plan.tokens_per_s:,.0f}, {plan.tokens_per_s / plan.gpus:,.0f} a GPU "
+        f"Tokens/s   {plan.tokens_per_s:,.0f}, {plan.tokens_per_s / plan.gpus:,.0f} per GPU "
         f"(engines differ: {band['low']:,.0f} to {band['high']:,.0f})",
         f"TPOT       {seconds(step.expected_s)}",
         f"TTFT       {seconds(plan.ttft_s)} without queueing" + _reuse(plan),
@@ -110,6 +118,11 @@ def plan_table(plan: Plan) -> str:
     for label, (cause, gain) in zip(("Bottleneck", "Runner-up"), plan.causes, strict=False):
         lines.append(f"{label:<10} {cause}: {_gain(gain)} tokens/s without it")
     lines += _noted(plan.notes)
+    command = serve_command(plan)
+    if command is None:
+        lines += ["", *_noted([f"no command to run it: {why_not_served(plan)}"])]
+    else:
+        lines += ["", "To run it", f"  {command}"]
     return "\n".join(lines)
 
 
@@ -131,7 +144,7 @@ def _mode(plan: Plan) -> str:
     asked = plan.request.workload.users
     return {
         "resident": "all of them" if plan.users_running == asked else "more would be slower",
-        "park": "the others are parked in a tier below and take turns",
+        "park": "the others are parked in a slower tier and take turns",
         "wait": "the others wait outside: no tier holds them",
         "stream": f"{plan.streamed_kv_share:.0%} of their KV is read over the link each step",
     }[plan.mode]
@@ -158,7 +171,7 @@ def _places(plan: Plan) -> list[tuple[str, ...]]:
         ("HBM: free", plan.free_bytes),
     ]
     table: list[tuple[str, ...]] = [
-        (name, gb(value), bar(value / hbm), f"{value / hbm:.0%}") for name, value in parts if value
+        (name, gib(value), bar(value / hbm), f"{value / hbm:.0%}") for name, value in parts if value
     ]
     below = [
         ("host: experts", plan.host_experts_bytes, plan.host_bytes),
@@ -167,7 +180,7 @@ def _places(plan: Plan) -> list[tuple[str, ...]]:
     ]
     for name, value, size in below:
         if value:
-            table.append((name, gb(value), bar(value / size), f"{value / size:.0%}"))
+            table.append((name, gib(value), bar(value / size), f"{value / size:.0%}"))
     return table
 
 
@@ -180,7 +193,7 @@ def compare_table(names: list[str], plans: list[Plan], ratios: list[Ratio]) -> s
 
     row("layout", [f"{p.gpus} x {p.layout}" for p in plans])
     row("host link", [p.request.hardware.host_link for p in plans])
-    row("KV a user", [gb(p.kv_bytes_per_user) for p in plans])
+    row("KV per user", [gib(p.kv_bytes_per_user) for p in plans])
     row("KV copies", [f"{p.kv_copies:g}" for p in plans])
     row("users resident", [f"{p.users_resident:,}" for p in plans])
     row("users in all tiers", [f"{p.users_total:,}" for p in plans])
@@ -189,13 +202,13 @@ def compare_table(names: list[str], plans: list[Plan], ratios: list[Ratio]) -> s
     row("TPOT", [seconds(p.step.expected_s) for p in plans])
     row("TTFT", [seconds(p.ttft_s) for p in plans])
     row("tokens/s", [f"{p.tokens_per_s:,.0f}" for p in plans])
-    row("tokens/s a GPU", [f"{p.tokens_per_s / p.gpus:,.0f}" for p in plans])
+    row("tokens/s per GPU", [f"{p.tokens_per_s / p.gpus:,.0f}" for p in plans])
     row("bottleneck", [p.causes[0][0] for p in plans])
     row("runner-up", [p.causes[1][0] for p in plans])
     text = rows(lines) + "\n"
     for ratio in ratios:
         text += (
-            f"\n{ratio.case} over {names[0]}: {ratio.total:.2f}x tokens/s a GPU = "
+            f"\n{ratio.case} over {names[0]}: {ratio.total:.2f}x tokens/s per GPU = "
             f"{ratio.capacity:.2f}x from capacity (users at once) times {ratio.speed:.2f}x from "
             f"speed (same users); TPOT {ratio.tpot:.2f}x, TTFT {ratio.ttft:.2f}x"
         )
@@ -222,7 +235,7 @@ def sweep_table(field: str, points: list[SweepPoint]) -> str:
                 f"{p.tokens_per_s:,.0f}",
                 seconds(p.step.expected_s),
                 seconds(p.ttft_s),
-                gb(p.kv_bytes_per_user * p.request.workload.users),
+                gib(p.kv_bytes_per_user * p.request.workload.users),
                 p.causes[0][0],
             )
         )
@@ -243,7 +256,7 @@ def sweep_table(field: str, points: list[SweepPoint]) -> str:
 
 def find_table(target: str, found: list[Candidate]) -> str:
     """Layouts, best first."""
-    head = ("layout", "GPUs", "users", "tokens/s a GPU", "TPOT", "TTFT", "experts", "KV")
+    head = ("layout", "GPUs", "users", "tokens/s per GPU", "TPOT", "TTFT", "experts", "KV")
     table: list[tuple[str, ...]] = [head]
     for c in found[:12]:
         p = c.plan
@@ -256,7 +269,7 @@ def find_table(target: str, found: list[Candidate]) -> str:
                 seconds(p.step.expected_s),
                 seconds(p.ttft_s),
                 f"{p.resident_expert_share:.0%}" if p.request.shape.moe_layers else "-",
-                gb(p.resident_kv_bytes),
+                gib(p.resident_kv_bytes),
             )
         )
     left = f"\n... and {len(found) - 12} more" if len(found) > 12 else ""

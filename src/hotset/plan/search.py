@@ -1,11 +1,9 @@
 """Plans over a range: a sweep of users or context, and the best layout for a latency target."""
 
-import re
 from dataclasses import dataclass, replace
 
 from hotset.cost.layout import candidate_layouts
 from hotset.errors import PlanError
-from hotset.plan.options import parse_count
 from hotset.plan.planner import make_plan
 from hotset.plan.result import Plan
 from hotset.plan.workload import Request
@@ -20,37 +18,22 @@ class SweepPoint:
     error: str = ""
 
 
-def parse_sweep(text: str) -> tuple[str, list[int]]:
-    """Read `users=1:1024` or `context=1k:128k`; values double from the first to the last.
-
-    Raises:
-        PlanError: it says something else.
-    """
-    match = re.fullmatch(r"(users|context)=([^:]+):([^:]+)", text.replace(" ", ""))
-    if not match:
-        raise PlanError(f"--sweep is {text!r}; expected users=1:1024 or context=1k:128k")
-    first, last = parse_count(match[2], "--sweep"), parse_count(match[3], "--sweep")
-    if first > last:
-        raise PlanError(f"--sweep {text}: {first} is above {last}")
-    values = [first]
-    while values[-1] * 2 < last:
-        values.append(values[-1] * 2)
-    return match[1], values if values[-1] == last else [*values, last]
-
-
 def sweep(request: Request, field: str, values: list[int]) -> list[SweepPoint]:
-    """A plan for each value; the layout is settled at the first that works, and then kept."""
+    """A plan for each value of a `Workload`'s `users` or `context`.
+
+    The layout is settled at the first value that works, and then kept.
+    """
     points: list[SweepPoint] = []
     layout = request.layout
     for value in values:
-        workload = replace(request.workload, users=value) if field == "users" else None
         try:
-            workload = workload or replace(request.workload, context=value)
+            workload = replace(request.workload, **{field: value})
             plan = make_plan(replace(request, workload=workload, layout=layout))
-            layout = plan.layout
-            points.append(SweepPoint(value, plan))
         except PlanError as error:
             points.append(SweepPoint(value, None, str(error)))
+            continue
+        layout = plan.layout
+        points.append(SweepPoint(value, plan))
     if not any(point.plan for point in points):
         raise PlanError(points[0].error)
     return points
@@ -67,21 +50,6 @@ class Target:
         """Whether a plan keeps it."""
         ttft_ok = self.ttft_s is None or plan.ttft_s <= self.ttft_s
         return ttft_ok and (self.tpot_s is None or plan.step.expected_s <= self.tpot_s)
-
-
-def parse_target(text: str) -> Target:
-    """Read `ttft=2s,tpot=50ms`, either or both; a bare number is seconds.
-
-    Raises:
-        PlanError: it says something else.
-    """
-    found: dict[str, float] = {}
-    for part in text.replace(" ", "").lower().split(","):
-        match = re.fullmatch(r"(ttft|tpot)[=<:](\d+(?:\.\d+)?)(ms|s|)", part)
-        if not match or match[1] in found or float(match[2]) <= 0:
-            raise PlanError(f"--find is {text!r}; expected for example ttft=2s,tpot=50ms")
-        found[match[1]] = float(match[2]) * (1e-3 if match[3] == "ms" else 1.0)
-    return Target(found.get("ttft"), found.get("tpot"))
 
 
 @dataclass(frozen=True)

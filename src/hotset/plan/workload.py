@@ -32,19 +32,20 @@ class Workload:
 
     def __post_init__(self) -> None:
         checks = (
-            (1 <= self.users <= 10**7, "--users", self.users, "1 to 10000000"),
-            (1 <= self.context <= 10**9, "--context", self.context, "1 to 1000000000 tokens"),
-            (1 <= self.turns <= 10**4, "--turns", self.turns, "1 to 10000"),
-            (self.reuse is None or 0 <= self.reuse <= 1, "--reuse", self.reuse, "0 to 1"),
-            (self.output is None or self.output >= 1, "--output", self.output, "1 or more tokens"),
+            (1 <= self.users <= 10**7, "users", "1 to 10000000"),
+            (1 <= self.context <= 10**9, "context", "1 to 1000000000 tokens"),
+            (1 <= self.turns <= 10**4, "turns", "1 to 10000"),
+            (self.reuse is None or 0 <= self.reuse <= 1, "reuse", "0 to 1"),
+            (self.output is None or self.output >= 1, "output", "1 or more tokens"),
         )
-        for ok, name, value, expected in checks:
+        for ok, name, expected in checks:
             if not ok:
-                raise PlanError(f"{name} is {value}; expected {expected}")
+                raise PlanError(f"is {getattr(self, name)}; expected {expected}", field=name)
         if self.output is not None and self.output * self.turns >= self.context:
             raise PlanError(
-                f"{self.turns} x --output {self.output} leaves no prompt in --context "
-                f"{self.context}, which counts prompts and answers; raise --context"
+                f"is {self.output}, which in {self.turns} turns leaves no prompt in a context of "
+                f"{self.context} tokens; plan a longer context, which counts prompts and answers",
+                field="output",
             )
 
     @property
@@ -83,10 +84,17 @@ class Request:
         layout: None picks one, see `make_plan`.
         gpus: None takes those of the layout, or the fewest that hold the model.
         kv_dtype: key of `KV_BYTES`.
-        host_given: whether the host's memory and disk are all for this plan; else a plan of fewer
-            GPUs than the host has takes their share.
-        resident_experts: experts of each layer kept in HBM; None solves for it.
-        hold_windows: whether the engine frees what a sliding window has left behind.
+        host_given: whether the host's memory is all for this plan; else a plan of fewer GPUs than
+            the host has takes their share. A disk is for this plan alone.
+        total_bytes: HBM of each GPU that weights, experts, KV and workspace may take; None is the
+            share that a server claims.
+        hot_bytes: HBM of each GPU for KV and experts together, or for KV alone beside
+            `expert_slots`; None is what weights and workspace leave.
+        expert_slots: experts of each layer kept in HBM; None solves for it.
+        free_windows: whether the engine frees what a sliding window has left behind. Hotset's
+            keeps each token in each layer.
+        stream_kv: whether a step may read KV from host memory over the link. Hotset's reads it
+            on the device only.
         overlap: see `CostModel`.
         routing: which experts tokens reach.
         calibration: efficiencies and overheads.
@@ -99,8 +107,11 @@ class Request:
     gpus: int | None = None
     kv_dtype: str = "bf16"
     host_given: bool = False
-    resident_experts: int | None = None
-    hold_windows: bool = True
+    total_bytes: float | None = None
+    hot_bytes: float | None = None
+    expert_slots: int | None = None
+    free_windows: bool = False
+    stream_kv: bool = False
     overlap: frozenset[str] = frozenset()
     routing: Routing = field(default_factory=Routing)
     calibration: Calibration = field(default_factory=Calibration)
@@ -109,18 +120,32 @@ class Request:
         if self.kv_dtype not in KV_BYTES:
             raise PlanError(f"KV dtype {self.kv_dtype!r} is unknown; use {', '.join(KV_BYTES)}")
         if self.gpus is not None and not 1 <= self.gpus <= 100_000:
-            raise PlanError(f"--gpus is {self.gpus}; expected 1 to 100000")
-        if self.resident_experts is not None:
+            raise PlanError(f"is {self.gpus}; expected 1 to 100000", field="gpus")
+        self._check_memory()
+        if self.expert_slots is not None:
             most = self.shape.num_experts
             if not most:
                 raise PlanError(
-                    f"--resident-experts is given, but {self.shape.name} has no experts"
+                    f"is {self.expert_slots}, but {self.shape.name} has no experts",
+                    field="expert_slots",
                 )
-            if not 0 <= self.resident_experts <= most:
+            if not 0 <= self.expert_slots <= most:
                 raise PlanError(
-                    f"--resident-experts is {self.resident_experts}; expected 0 to {most}, "
-                    f"the experts of a layer of {self.shape.name}"
+                    f"is {self.expert_slots}; expected 0 to {most}, the experts of a layer of "
+                    f"{self.shape.name}",
+                    field="expert_slots",
                 )
         if self.shape.num_experts:
             self.routing.check(self.shape.num_experts)
         self.shape.kv_bytes_per_token(self.kv_dtype)  # refuses a layout of KV that does not apply
+
+    def _check_memory(self) -> None:
+        if self.total_bytes is not None and self.hot_bytes is not None:
+            raise PlanError("is given beside hot_gib; give one of them", field="total_gib")
+        for field_name, size in (("total_gib", self.total_bytes), ("hot_gib", self.hot_bytes)):
+            if size is not None and not 0 < size <= self.hardware.hbm_bytes:
+                raise PlanError(
+                    f"is {size / 2**30:g}; expected above 0 and at most the "
+                    f"{self.hardware.hbm_bytes / 2**30:.4g} GiB of {self.hardware.name}",
+                    field=field_name,
+                )

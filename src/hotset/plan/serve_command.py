@@ -1,0 +1,145 @@
+"""The `hotset serve` command that runs what was planned, or why there is none."""
+
+import re
+import shlex
+from pathlib import Path
+
+from hotset.cost.shape import Kind
+from hotset.plan.planner import staged_bytes
+from hotset.plan.result import Plan
+
+GIB = 2**30
+MOST_REQUESTS = 2**20  # `--max-num-seqs` takes no more
+
+_HUB = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/")
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "fp8"}
+_OWN_EXPERTS = ("llama4", "dbrx", "jetmoe")  # computed by the model's own code, all resident
+
+
+def serve_command(plan: Plan) -> str | None:
+    """The command for a shell, or None where `why_not_served` has a reason."""
+    return None if why_not_served(plan) else shlex.join(["hotset", "serve", *_arguments(plan)])
+
+
+def as_dict(plan: Plan) -> dict[str, object]:
+    """For `--json`: the command, or why there is none."""
+    return {"command": serve_command(plan), "why_not": why_not_served(plan) or None}
+
+
+def why_not_served(plan: Plan) -> str:
+    """What of the plan `hotset serve` does not do, in one line; empty where it can run it."""
+    request, shape = plan.request, plan.request.shape
+    kinds = {layer.attention.kind for layer in shape.layers}
+    context = request.workload.context
+    stored = shape.matrix_dtype
+    # (what is planned and not served, what to say of it)
+    reasons = (
+        (plan.gpus > 1, f"the plan needs {plan.gpus} GPUs, and hotset serve runs on one"),
+        (
+            Kind.RECURRENT in kinds,
+            f"hotset serve does not run the recurrent layers of {shape.name}",
+        ),
+        (shape.is_mla, "hotset serve stores the keys and values of all heads, not MLA's latent"),
+        (
+            shape.max_context is not None and context > shape.max_context,
+            f"{shape.name} is made for {shape.max_context} tokens, not {context}",
+        ),
+        (
+            plan.mode == "stream",
+            "hotset serve does not read KV over the link in each step: plan without --stream-kv",
+        ),
+        (
+            request.free_windows and shape.kv_bytes(context, request.kv_dtype) < _full_kv(plan),
+            "hotset serve keeps each token in layers with a window: plan without --free-windows",
+        ),
+        (
+            stored not in _DTYPES,
+            f"hotset serve has no {stored} weights on the device: plan --dtype bfloat16",
+        ),
+        (
+            stored == "fp8" and bool(shape.num_experts),
+            "hotset serve keeps experts in bfloat16 with --dtype fp8: plan --dtype bfloat16",
+        ),
+        (
+            request.kv_dtype not in ("fp8", _wide(stored)),
+            f"hotset serve stores KV in {_wide(stored)} or fp8, not {request.kv_dtype}",
+        ),
+        (
+            plan.resident_expert_share < 1 and shape.model_type in _OWN_EXPERTS,
+            f"hotset serve keeps all experts of {shape.name} on the device",
+        ),
+    )
+    return next((reason for is_so, reason in reasons if is_so), "")
+
+
+def _wide(stored: str) -> str:
+    """The dtype of KV that is not narrowed, beside weights stored as `stored`."""
+    return "bf16" if stored == "fp8" else stored
+
+
+def _full_kv(plan: Plan) -> int:
+    request = plan.request
+    return request.shape.kv_bytes(request.workload.context, request.kv_dtype, hold_windows=False)
+
+
+def _arguments(plan: Plan) -> list[str]:
+    request, shape = plan.request, plan.request.shape
+    words = {
+        "--model": model_to_serve(shape.name, shape.source),
+        "--dtype": _DTYPES[shape.matrix_dtype],
+        "--kv-dtype": "fp8" if request.kv_dtype == "fp8" else "auto",
+        **_device_memory(plan),
+        **_slower_tiers(plan),
+        "--max-model-len": str(request.workload.context),
+        "--max-num-seqs": str(min(MOST_REQUESTS, plan.users_running)),
+    }
+    return [word for pair in words.items() for word in pair]
+
+
+def model_to_serve(name: str, source: str) -> str:
+    """What `--model` takes for a model that was planned: its hub id, or its folder."""
+    if hub := _HUB.match(source):
+        return hub[1]
+    return str(Path(name).parent) if Path(name).suffix == ".json" else name
+
+
+def _device_memory(plan: Plan) -> dict[str, str]:
+    """What was given for the device, and experts where some are not resident."""
+    request, share = plan.request, plan.resident_expert_share
+    slots = int(share * request.shape.num_experts + 1e-6)
+    is_buffered = slots < request.shape.num_experts
+    words = {}
+    if request.total_bytes is not None:
+        words["--total-gib"] = _gib(request.total_bytes)
+    if request.hot_bytes is not None:
+        kv_bytes = request.hot_bytes
+        if is_buffered and request.expert_slots is None:  # beside slots it is for KV alone
+            kv_bytes -= staged_bytes(plan.cost, share)
+        words["--hot-gib"] = _gib(kv_bytes)
+    if is_buffered:
+        words["--expert-slots"] = str(slots)
+        if slots == 0:
+            words["--expert-plan"] = "stream"
+    return words
+
+
+def _slower_tiers(plan: Plan) -> dict[str, str]:
+    """Host memory and disk for KV: all that was given, else what KV takes there."""
+    words = {}
+    host = plan.host_kv_bytes
+    if plan.request.host_given:
+        host = plan.host_bytes - plan.host_experts_bytes
+    if host > 0:
+        words["--host-gib"] = _gib(host)
+    missing = (1 - plan.resident_expert_share) * plan.cost.shard.experts_bytes
+    on_disk = max(0.0, missing - plan.host_experts_bytes)
+    if on_disk > 0:
+        words["--expert-host-gib"] = _gib(plan.host_experts_bytes)
+    if plan.disk_bytes > on_disk:
+        words["--disk-gib"] = _gib(plan.disk_bytes - on_disk)
+    return words
+
+
+def _gib(num_bytes: float) -> str:
+    """A size as flags take it: GiB with three decimals, at least 0.001."""
+    return f"{max(0.001, num_bytes / GIB):.3f}".rstrip("0").rstrip(".")

@@ -1,0 +1,128 @@
+"""The command that a plan prints is one that `hotset serve` takes, with the sizes planned."""
+
+import json
+import shlex
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from hotset.cli.plan import command as plan_command
+from hotset.cli.serve import command as serve_command
+from hotset.config import EngineConfig
+from hotset.plan.serve_command import model_to_serve
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(plan_command, [*arguments, "--json"], catch_exceptions=False)
+    data: dict[str, Any] = json.loads(result.output)
+    return data
+
+
+def parsed_by_serve(command: str) -> dict[str, Any]:
+    """What `hotset serve` makes of a command's words, without running it."""
+    program, name, *words = shlex.split(command)
+    assert (program, name) == ("hotset", "serve")
+    params = dict(serve_command.make_context("serve", words).params)
+    names = {field.name for field in fields(EngineConfig)}
+    EngineConfig(
+        **{name: params[name] for name in names & set(params)}
+    )  # refuses what does not go together
+    return params
+
+
+H200 = ("--hardware", "h200", "--gpus", "1")
+MOE = ("qwen3-30b-a3b", *H200, "--users", "64", "--max-model-len", "2k")
+CASES = {
+    "dense": (("llama-3-8b", *H200, "--users", "8"), {"expert_slots": None, "host_gib": 0.0}),
+    "dense, fp8": (
+        ("llama-3-8b", *H200, "--dtype", "fp8", "--kv-dtype", "fp8", "--hot-gib", "16"),
+        {"dtype": "fp8", "kv_dtype": "fp8", "hot_gib": 16.0},
+    ),
+    "host tier": (
+        ("llama-3-8b", *H200, "--users", "300", "--max-model-len", "8k", "--host-gib", "64"),
+        {"host_gib": 64.0, "max_model_len": 8192, "total_gib": None},
+    ),
+    "host and disk tiers": (
+        ("llama-3-8b", *H200, "--total-gib", "32", "--host-gib", "64", "--disk-gib", "100"),
+        {"total_gib": 32.0, "host_gib": 64.0, "disk_gib": 100.0},
+    ),
+    "all experts": ((*MOE,), {"expert_slots": None, "hot_gib": None}),
+    "experts in slots": ((*MOE, "--total-gib", "40"), {"total_gib": 40.0, "host_gib": 0.0}),
+    "slots that were given": (
+        (*MOE, "--expert-slots", "32", "--hot-gib", "12"),
+        {"expert_slots": 32, "hot_gib": 12.0},
+    ),
+    "no slots at all": (
+        (*MOE, "--expert-slots", "0", "--hot-gib", "6"),
+        {"expert_slots": 0, "expert_plan": "stream"},
+    ),
+    "experts on disk": (
+        (*MOE, "--total-gib", "24", "--host-gib", "20", "--disk-gib", "64"),
+        {"total_gib": 24.0, "expert_host_gib": 20.0, "host_gib": 0.0},
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), CASES.values(), ids=CASES)
+def test_the_command_of_a_plan_is_accepted_as_it_stands(
+    arguments: tuple[str, ...], wanted: dict[str, Any]
+) -> None:
+    data = planned(*arguments)
+    assert data["serve"]["why_not"] is None
+    options = parsed_by_serve(data["serve"]["command"])
+    assert {name: options[name] for name in wanted} == wanted
+    assert options["max_num_seqs"] == data["users_running"]
+    assert options["max_model_len"] == data["context_tokens"]
+    share = data["resident"]["expert_share"]
+    if share < 1:
+        assert options["expert_slots"] == int(share * 128 + 1e-6)
+
+
+def test_hot_gib_of_a_plan_that_splits_it_is_kv_alone_beside_its_slots() -> None:
+    data = planned(*MOE, "--hot-gib", "36")
+    options = parsed_by_serve(data["serve"]["command"])
+    assert 0 < options["expert_slots"] < 128
+    kv_gib = (data["resident"]["kv_bytes"]) / 2**30
+    assert kv_gib <= options["hot_gib"] < 36
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("llama-3-70b", "--hardware", "h200"), "needs 2 GPUs"),
+        (("deepseek-v3", "--hardware", "h200", "--dtype", "bfloat16"), "GPUs"),
+        (("qwen3-next-80b-a3b", *H200, "--users", "2"), "recurrent layers"),
+        (("llama-3-8b", *H200, "--dtype", "int4"), "no int4 weights"),
+        (("llama-3-8b", *H200, "--kv-dtype", "int8"), "not int8"),
+        ((*MOE, "--dtype", "fp8"), "experts in bfloat16"),
+        (("gpt-oss-20b", *H200), "no mxfp4 weights"),
+        (("gemma-3-27b", *H200, "--free-windows"), "--free-windows"),
+        (("llama-3-8b", *H200, "--users", "1", "--max-model-len", "256k"), "131072 tokens"),
+        (
+            (*MOE, "--total-gib", "24", "--stream-kv", "--link", "c2c", "--expert-slots", "16"),
+            "--stream-kv",
+        ),
+    ],
+)
+def test_a_plan_that_serve_cannot_run_says_why_in_one_line(
+    arguments: tuple[str, ...], words: str
+) -> None:
+    serve = planned(*arguments)["serve"]
+    assert serve["command"] is None
+    assert words in serve["why_not"] and "\n" not in serve["why_not"]
+
+
+def test_the_table_ends_with_the_command_or_the_reason() -> None:
+    shown = CliRunner().invoke(plan_command, ["llama-3-8b", *H200]).output
+    assert shown.splitlines()[-1].startswith("  hotset serve --model meta-llama/Llama-3.1-8B ")
+    shown = CliRunner().invoke(plan_command, ["llama-3-8b", "--gpus", "2"]).output
+    assert "no command to run it: the plan needs 2 GPUs" in shown
+
+
+def test_the_model_to_serve_is_a_hub_id_or_the_folder_of_a_config() -> None:
+    source = "https://huggingface.co/Qwen/Qwen3-8B/blob/main/config.json, fields that set sizes"
+    assert model_to_serve("qwen3-8b", source) == "Qwen/Qwen3-8B"
+    assert model_to_serve("models/mine/config.json", "models/mine/config.json") == "models/mine"
+    assert model_to_serve("org/model", "hub cache: /a/config.json") == "org/model"
