@@ -105,7 +105,7 @@ def test_a_prefix_needs_rates_above_zero(wrong: str, value: float) -> None:
 @pytest.mark.parametrize("users", [1, 8])
 def test_planner_bench_and_engine_compute_the_same_part_of_a_prefix(link: str, users: int) -> None:
     """A prefix of 3,600 tokens in host memory; all three are told the same rates."""
-    chips = load_hardware("h200").with_link(link).with_sizes(None, 1000, 0)
+    chips = load_hardware("h200").with_link(link).with_tiers(host_gib=931, disk_gib=0)
     shape = load_model("llama-3-8b")
     cost = CostModel(shape, chips, Layout(), "bf16", CALIBRATIONS["hotset"], Routing())
     load = Workload(users=users, context=4064, output=64, reuse=0.9)
