@@ -26,11 +26,12 @@ import triton
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from hotset.cost.tuning import Tile, Tiles
 from hotset.experts import resident as resident_experts
 from hotset.experts.gating import IMPLEMENTATION, dynamic_experts
 from hotset.experts.resident import address_table
 from hotset.kernels.expert_routing import route_rows
-from hotset.kernels.fused_experts import Tile, Tiles, gated_up, sum_rows, tiles_for, weighted_down
+from hotset.kernels.fused_experts import gated_up, sum_rows, tiles_for, weighted_down
 
 DEVICE = torch.device("cuda")
 NUM_EXPERTS, HIDDEN, MIDDLE, TOP_K = 128, 2048, 768, 8

@@ -14,12 +14,13 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hotset.kernels.fused_experts import _gated_up, _weighted_down, choose_tiles
+from hotset.cost.tuning import TUNINGS
+from hotset.kernels.fused_experts import _gated_up, _weighted_down
 
 POINTERS = {"addresses": "*i64", "rows": "*i32", "blocks": "*i32", "num_blocks": "*i32"}
 compiled = []
 for mean_rows in map(float, sys.argv[1:]):
-    tiles = choose_tiles(int(mean_rows * 128), 128, shared_bytes=227 * 1024)
+    tiles = TUNINGS["cuda"].tiles(int(mean_rows * 128), 128, shared_bytes=227 * 1024)
     for kernel, tile, halves in ((_gated_up, tiles.up, 2), (_weighted_down, tiles.down, 1)):
         sizes = dict(HIDDEN=2048, MIDDLE=768, TOP_K=8, BLOCK_ROWS=tiles.block_rows)
         sizes |= dict(COLUMNS=tile.columns // halves, DEPTH=tile.depth)

@@ -9,12 +9,11 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.moe import use_experts_implementation
 
+from hotset.cost.tuning import TUNINGS, Tiles
 from hotset.experts import resident as resident_experts
 from hotset.experts.gating import IMPLEMENTATION, dynamic_experts
 from hotset.kernels.expert_routing import route_rows
 from hotset.kernels.fused_experts import (
-    Tiles,
-    choose_tiles,
     fused_experts,
     gated_up,
     sum_rows,
@@ -80,7 +79,7 @@ def test_experts_of_any_shape_compute_what_row_by_row_gives(
 
 @pytest.mark.parametrize(
     "tiles",
-    [choose_tiles(rows, 1, shared_bytes=2**31) for rows in (1, 8, 20, 40, 1000)],
+    [TUNINGS["cuda"].tiles(rows, 1, shared_bytes=2**31) for rows in (1, 8, 20, 40, 1000)],
     ids=str,
 )
 def test_all_tiles_compute_the_same(tiles: Tiles) -> None:
@@ -158,20 +157,6 @@ def test_no_tokens_are_none() -> None:
     x, ids, weights, up, down = make(2, 16, 8, 2, DTYPES[1])
     none = fused_experts(x[:0], ids[:0], weights[:0], addresses_of(up), addresses_of(down), 8)
     assert none.shape == (0, 16)
-
-
-@pytest.mark.parametrize("shared_bytes", [48 * 1024, 99 * 1024, 163 * 1024, 227 * 1024])
-def test_tiles_fit_into_the_memory_of_the_gpu(shared_bytes: int) -> None:
-    heights = []
-    for num_rows in (8, 64, 128, 1024, 2048, 4096, 65536):
-        tiles = choose_tiles(num_rows, 128, shared_bytes=shared_bytes)
-        for tile in (tiles.up, tiles.down):
-            piece_bytes = 2 * tile.depth * (tiles.block_rows + tile.columns)
-            assert piece_bytes * tile.num_stages <= shared_bytes
-            assert tile.num_stages >= 2 and tile.depth >= 16
-        heights.append(tiles.block_rows)
-    assert heights == sorted(heights)
-    assert set(heights) == {16, 32, 64, 128}
 
 
 class Layer(nn.Module):

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny_models import make_model
 from torch._dynamo.backends.common import aot_autograd
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hotset.linear import merged as merged_linear
+from hotset.cost.tuning import TUNINGS
 from hotset.linear.merged import MergedLinear, merge_linears
 
 
@@ -42,8 +43,8 @@ def test_a_merged_layer_computes_the_same_with_one_product_a_group(family: str) 
 def test_large_layers_compute_their_own_columns_of_many_rows(
     bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merged_linear, "_LARGE_COLUMNS", 48)
-    monkeypatch.setattr(merged_linear, "_APART_FROM_ROWS", 20)
+    tuning = replace(TUNINGS["cuda"], apart_columns=48, apart_from_rows=20)
+    monkeypatch.setitem(TUNINGS, "cuda", tuning)
     model = make_model("llama", intermediate_size=48, mlp_bias=bias)  # keys have fewer columns
     wholes: Counter[int] = Counter()
     with torch.inference_mode():

@@ -17,6 +17,7 @@ from hotset.config import GIB, EngineConfig
 from hotset.cost.config_sizes import largest
 from hotset.cost.prefix import PrefixPolicy
 from hotset.cost.rates import Rates
+from hotset.cost.tuning import TUNINGS
 from hotset.cpu_libraries import bound_kernels, set_threads
 from hotset.engine.budget import Budget, make_budget
 from hotset.engine.engine import Engine, EngineParts
@@ -54,14 +55,6 @@ _NUM_PHASES = 8  # at most, of a start
 _LAYOUT_VERSION = "1"
 # Prompts whose time is taken at start.
 _TRIAL_TOKENS = (32, 256)
-# `max_mixed_tokens` by device. An H200 reaches 650 TFLOP/s from about 1024 rows on, and half of
-# it with 512, where a product of 4096 columns is 64 tiles for 132 processors.
-_MIXED_TOKENS = {"cuda": 1024, "cpu": 256}
-# Experts get near that rate from this number of rows per expert.
-_MIXED_ROWS_PER_EXPERT = 512
-# `Scheduler.row_tile` by device. On an H200 the products of a step of 257 to 384 tokens of an 8B
-# model take 9.8 ms, where 256 take 6.9.
-_ROW_TILE = {"cuda": 256, "cpu": 1}
 
 
 def load_engine(config: EngineConfig) -> tuple[Engine, LoadedModel]:
@@ -378,7 +371,7 @@ class _Build:
             ),
             # On a CPU more rows are no faster, and a step of many takes seconds.
             bursts=device == "cuda",
-            row_tile=_ROW_TILE[device],
+            row_tile=TUNINGS[device].row_tile,
             rotation_s=config.rotation_s,
             step_cost=measured.step_cost,
         )
@@ -464,21 +457,21 @@ def _max_mixed_tokens(config: EngineConfig, model: PreTrainedModel, *, is_buffer
     """Most tokens of a step of prompts beside decodes, with some experts in host memory or none."""
     if config.max_mixed_tokens is not None:
         return config.max_mixed_tokens
-    tokens, layers = _MIXED_TOKENS[model.device.type], experts_layers(model)
+    tuning, layers = TUNINGS[model.device.type], experts_layers(model)
     if model.device.type == "cpu":
-        return tokens
+        return tuning.mixed_tokens
     if config.rotation_s is not None:
         # First tokens are to come soon: the fewer steps the prompts take, the fewer decodes beside.
         return config.max_num_batched_tokens
     if not layers:
-        return tokens
+        return tuning.mixed_tokens
     if is_buffered:
         # A step with prompts brings nearly all missing experts over the link, which takes longer
         # than to compute any tokens: the more of them share it, the better, decodes too.
         return config.max_num_batched_tokens
     top_k = largest(model.config.get_text_config(), "num_experts_per_tok") or 1
     num_experts: int = layers[0].num_experts
-    tokens = max(tokens, _MIXED_ROWS_PER_EXPERT * num_experts // top_k)
+    tokens = max(tuning.mixed_tokens, tuning.mixed_rows_per_expert * num_experts // top_k)
     return min(tokens, config.max_num_batched_tokens)
 
 

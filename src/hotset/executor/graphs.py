@@ -14,14 +14,10 @@ from hotset.attention.backend import StepAttention
 from hotset.attention.batch import Batch, Inputs, fill
 from hotset.attention.flashinfer.backend import FlashInferAttention, FlashInferBackend
 from hotset.attention.flashinfer.recorded import StaticDecode, StaticMixed
+from hotset.cost.tuning import TUNINGS
 from hotset.executor.recorded_sizes import RecordedSizes, sizes_up_to
 
 Array = npt.NDArray[np.int64]
-
-# Sequences of a step of decodes, and tokens of any other step: a step is padded to the next one.
-_DECODE_SIZES = (1, 2, 4, 8, 16, 24, *range(32, 4097, 32))
-_MIXED_SIZES = (16, 32, *range(64, 769, 64), 896, 1024, 1280, 1536, 1792, 2048)
-LARGEST_RECORDED = _MIXED_SIZES[-1]
 
 
 def _seconds(graphs: Sequence[torch.cuda.CUDAGraph]) -> float:
@@ -168,8 +164,9 @@ class StepGraphs:
         )
         self._max_num_seqs = min(len(previous), backend.most_recorded_seqs)
         most_decodes = min(self._max_num_seqs, max_num_tokens)
-        self._decode_sizes = RecordedSizes(sizes_up_to(_DECODE_SIZES, most_decodes))
-        mixed_sizes = sizes_up_to(_MIXED_SIZES, max_num_tokens)
+        tuning = TUNINGS[previous.device.type]  # a step is padded to the next size
+        self._decode_sizes = RecordedSizes(sizes_up_to(tuning.decode_sizes, most_decodes))
+        mixed_sizes = sizes_up_to(tuning.mixed_sizes, max_num_tokens)
         self._mixed_sizes = RecordedSizes(mixed_sizes)
         self._largest_mixed = mixed_sizes[-1]
         self._decodes: dict[int, _DecodeGraph] = {}

@@ -15,8 +15,8 @@ from hotset.attention.probe import ProbeAttention, are_alike, ends_are_alike
 from hotset.attention.spec import LayerAttention
 from hotset.cost.cache_spec import KeysValues, token_bytes
 from hotset.cost.config_sizes import context_length, largest
+from hotset.cost.tuning import TUNINGS
 from hotset.errors import HotsetError, ModelError
-from hotset.executor.graphs import LARGEST_RECORDED
 from hotset.executor.prompt_logprobs import most_rows
 from hotset.experts.gating import noting_top_k, use_dynamic_gating, without_experts
 from hotset.libraries import first_line, quiet
@@ -237,7 +237,7 @@ def workspace_bytes(
     num_logits = min(max_seqs + num_scored, max_tokens) * config.vocab_size
     num_bytes = max_tokens * token_bytes + num_logits * (itemsize + 4)
     if model.device.type == "cuda":
-        num_bytes += min(max_tokens, LARGEST_RECORDED) * token_bytes
+        num_bytes += min(max_tokens, TUNINGS[model.device.type].mixed_sizes[-1]) * token_bytes
         num_bytes += 2 * min(max_seqs, max_tokens) * config.vocab_size * itemsize
         num_bytes += WORKSPACE_BYTES
         num_bytes += WIDENED_BYTES if layout.kv_dtype != layout.dtype else 0

@@ -15,15 +15,13 @@ from torch.nn import functional
 
 from hotset.cgroups import usable_cpus
 from hotset.cost.cold_experts import MOST_TOKENS, ColdCost
+from hotset.cost.tuning import TUNINGS
 from hotset.experts.gating import Experts, up_name
 from hotset.experts.host import HostExperts
 from hotset.experts.residency import SlotTable
 
 _MEASURED_ROWS = (1, 4, 16)
 _MEASURED_EXPERTS = 64
-# A launched step costs more than a recorded one: H200, 32 layers, 16.2 ms and 11.0
-# (docs/decisions.md).
-_LAUNCH_S = 0.16e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +201,7 @@ class ColdExperts:
             compute()
             points.append((rows, _seconds(compute) / count))
         self.num_computed = 0
-        self.cost = ColdCost(copy_s, tuple(points), sync_s + _LAUNCH_S)
+        self.cost = ColdCost(copy_s, tuple(points), sync_s + TUNINGS["cuda"].launched_layer_s)
         return self.cost
 
     def close(self) -> None:

@@ -7,9 +7,9 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
-# Mean rows of an expert above which products in bfloat16 are PyTorch's: arithmetic bounds them
-# there, and not the reading of weights or the launches beside them.
-FUSED_MOST_ROWS_PER_EXPERT = 1024
+from hotset.cost.tuning import TUNINGS
+
+FUSED_MOST_ROWS_PER_EXPERT = TUNINGS["cuda"].fused_rows_per_expert
 
 # By device, address, number of experts and bytes of one. The values follow from the key, so that
 # no table can be wrong, whatever became of the weights; recorded graphs may read it for ever.

@@ -4,13 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Programs that share an expert, and 8-byte words that one of them moves at a time: enough reads
-# in flight to fill the link, on few enough processors to leave the rest to others.
-_PROGRAMS = 16
-_WORDS = 2048
-# Experts that are copied at once beside other kernels: 64 programs of 16 KiB in flight fill the
-# link, and take an eighth of the threads of half of an H200's processors.
-_EXPERTS_BESIDE_COMPUTE = 4
+from hotset.cost.tuning import TUNINGS
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -65,8 +59,9 @@ def copy_experts(
         return
     words = source.view(torch.int64)
     places = target.view(torch.int64)
-    at_once = min(len(experts), _EXPERTS_BESIDE_COMPUTE) if beside_compute else len(experts)
-    _copy_experts[(at_once, _PROGRAMS)](
+    tuning = TUNINGS[target.device.type]
+    most = tuning.copies_beside_compute if beside_compute else len(experts)
+    _copy_experts[(min(len(experts), most), tuning.copy_programs)](
         words,
         places,
         experts,
@@ -74,6 +69,6 @@ def copy_experts(
         len(experts),
         words.shape[1],
         places.stride(0),
-        WORDS=_WORDS,
+        WORDS=tuning.copy_bytes // 8,
         num_warps=8,
     )

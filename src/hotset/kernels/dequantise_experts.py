@@ -6,12 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-# Programs that share an expert, and narrow bytes that one of them moves at a time: see
-# `copy_experts`. A byte becomes one or two values, so half as many are enough to be in registers.
-_PROGRAMS = 16
+from hotset.cost.tuning import TUNINGS
+
+# Narrow bytes that a program moves at a time become one or two values each, so that half of
+# `Tuning.copy_bytes` are enough to be in registers.
 _TILE_BYTES = 8192
 _MOST_WIDTH = 2048
-_EXPERTS_BESIDE_COMPUTE = 4
 
 
 class _Matrix(Protocol):
@@ -140,8 +140,9 @@ def dequantise_experts(
         return
     scales = source.view(layout.scale_dtype)
     up, down = layout.matrices
-    at_once = min(len(experts), _EXPERTS_BESIDE_COMPUTE) if beside_compute else len(experts)
-    _dequantise_experts[(at_once, _PROGRAMS)](
+    tuning = TUNINGS[target.device.type]
+    most = tuning.copies_beside_compute if beside_compute else len(experts)
+    _dequantise_experts[(min(len(experts), most), tuning.copy_programs)](
         source,
         scales,
         target,

@@ -5,81 +5,15 @@ can read: in the layer's stacked weight, in a slot, in a buffer on its way.
 """
 
 import functools
-from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
+from hotset.cost.tuning import TUNINGS, Tiles
 from hotset.kernels.expert_routing import Routing, route_rows
 
 _SUM_COLUMNS = 1024
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program of a product reads at a time.
-
-    Attributes:
-        columns: of the output; in the first product half are of the gate.
-        depth: numbers of a row that are read together.
-        num_warps: of the program.
-        num_stages: pieces of that depth that are on their way or in use.
-    """
-
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-    def fitted(self, block_rows: int, shared_bytes: int) -> "Tile":
-        """As large a part of it as fits into so much shared memory, for numbers of 16 bits."""
-        tile = self
-        while 2 * tile.depth * (block_rows + tile.columns) * tile.num_stages > shared_bytes:
-            if tile.num_stages > 2:
-                tile = replace(tile, num_stages=tile.num_stages - 1)
-            else:
-                tile = replace(tile, depth=tile.depth // 2)
-        return tile
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """The programs of both products.
-
-    Attributes:
-        block_rows: rows of an expert that a program computes.
-        up: of the first product.
-        down: of the second one.
-    """
-
-    block_rows: int
-    up: Tile
-    down: Tile
-
-
-# By mean rows of an expert, up to which they are used: tall enough for most experts to read their
-# weights once, and small enough at the beginning to keep every processor busy.
-_TILES = (
-    (1.0, Tiles(16, up=Tile(64, 128, 4, 4), down=Tile(64, 128, 4, 4))),
-    (8.0, Tiles(16, up=Tile(128, 128, 4, 3), down=Tile(128, 128, 4, 3))),
-    (20.0, Tiles(32, up=Tile(128, 128, 4, 3), down=Tile(128, 128, 4, 3))),
-    (40.0, Tiles(64, up=Tile(128, 64, 4, 4), down=Tile(128, 64, 4, 4))),
-    (float("inf"), Tiles(128, up=Tile(256, 64, 8, 3), down=Tile(256, 64, 8, 3))),
-)
-
-
-def choose_tiles(num_rows: int, num_experts: int, *, shared_bytes: int) -> Tiles:
-    """The tiles for so many rows, on a GPU with `shared_bytes` of shared memory a program.
-
-    A function of the number of rows alone, whatever the router chose.
-    """
-    tiles = next(tiles for most, tiles in _TILES if num_rows <= most * num_experts)
-    return Tiles(
-        tiles.block_rows,
-        up=tiles.up.fitted(tiles.block_rows, shared_bytes),
-        down=tiles.down.fitted(tiles.block_rows, shared_bytes),
-    )
 
 
 @triton.jit
@@ -368,7 +302,7 @@ def sum_rows(rows: torch.Tensor, ids: torch.Tensor, out: torch.Tensor, *, num_ex
 
 def tiles_for(num_rows: int, num_experts: int, device: torch.device) -> Tiles:
     """The tiles for so many rows on this device."""
-    return choose_tiles(num_rows, num_experts, shared_bytes=_shared_bytes(device))
+    return TUNINGS[device.type].tiles(num_rows, num_experts, shared_bytes=_shared_bytes(device))
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from hotset.cost.tuning import TUNINGS
 from hotset.linear.fp8_linear import Fp8Linear
 from hotset.linear.reads import is_replaceable
 
@@ -13,10 +14,6 @@ Linear: TypeAlias = nn.Linear | Fp8Linear
 
 # Siblings that architectures of transformers apply to the same tensor.
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# Products of so many rows are made apart where each is large: two of 14,336 columns and what reads
-# them take up to 11 % less time than one of 28,672, of which it reads halves (docs/performance.md).
-_APART_FROM_ROWS = 192
-_LARGE_COLUMNS = 8192
 
 
 class _Product:
@@ -39,22 +36,23 @@ class MergedLinear(nn.Module):
         columns: of it that are this layer's.
 
     Args:
-        can_be_apart: whether all layers of the group compute their own columns where rows are many.
+        apart_from_rows: rows from which all layers of the group compute their own columns; None is
+            never.
     """
 
     def __init__(
-        self, whole: Linear, columns: slice, product: _Product, *, can_be_apart: bool
+        self, whole: Linear, columns: slice, product: _Product, *, apart_from_rows: int | None
     ) -> None:
         super().__init__()
         self.whole = whole
         self.columns = columns
         self._product = product
-        self._can_be_apart = can_be_apart
+        self._apart_from_rows = apart_from_rows
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`, a view of the product, or a product of its own."""
         product = self._product
-        if self._can_be_apart and x.shape[-2] >= _APART_FROM_ROWS:
+        if self._apart_from_rows is not None and x.shape[-2] >= self._apart_from_rows:
             bias = self.whole.bias
             return functional.linear(
                 x, self.whole.weight[self.columns], None if bias is None else bias[self.columns]
@@ -112,10 +110,12 @@ def _merge(parent: nn.Module, names: tuple[str, ...], layers: list[Linear]) -> N
             whole.register_parameter(name, nn.Parameter(torch.cat(parts), requires_grad=False))
     product = _Product(len(layers))
     smallest = min(layer.out_features for layer in layers)
-    can_be_apart = isinstance(whole, nn.Linear) and smallest >= _LARGE_COLUMNS
+    tuning = TUNINGS["cuda"]  # on a CPU too, where no product is so large that it matters
+    can_be_apart = isinstance(whole, nn.Linear) and smallest >= tuning.apart_columns
+    apart_from_rows = tuning.apart_from_rows if can_be_apart else None
     start = 0
     for name, layer in zip(names, layers, strict=True):
         stop = start + layer.out_features
-        part = MergedLinear(whole, slice(start, stop), product, can_be_apart=can_be_apart)
+        part = MergedLinear(whole, slice(start, stop), product, apart_from_rows=apart_from_rows)
         setattr(parent, name, part)
         start = stop

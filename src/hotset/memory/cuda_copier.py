@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hotset.cost.tuning import TUNINGS
 from hotset.errors import ConfigError
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.copy_runs import merge_runs
@@ -15,12 +16,8 @@ from hotset.memory.pin import pin, unpin
 
 _log = logging.getLogger(__name__)
 
-# Pinning holds a lock of the driver that launches need too: a chunk should take less time than
-# the work that is queued on the device, and leave some between itself and the next.
-_PIN_CHUNK_BYTES = 64 * 2**20
+# Between chunks that are pinned, for launches that wait for the driver's lock meanwhile.
 _PIN_PAUSE_S = 2e-3
-# The driver takes 1 to 2 us to prepare a copy, and starts none of a call before it has them all.
-_COPIES_A_CALL = 64
 # Threads that touch the pages before they are pinned: the operating system clears each first.
 _TOUCH_THREADS = 4
 
@@ -41,6 +38,7 @@ class CudaCopier:
     def __init__(self, device: DeviceArena, host: HostArena) -> None:
         self._device = device.bytes_view_tensor()
         self._host = torch.from_numpy(host.slots)
+        self._tuning = TUNINGS["cuda"]
         self._block_bytes = device.block_bytes
         self._copy_batch = _find_batch_copy()
         self._down = torch.cuda.Stream(self._device.device)
@@ -51,7 +49,7 @@ class CudaCopier:
 
         self._arena = host
         self._host_base = int(host.slots.ctypes.data)
-        self._slots_per_chunk = max(1, _PIN_CHUNK_BYTES // host.slot_bytes)
+        self._slots_per_chunk = max(1, self._tuning.pin_chunk_bytes // host.slot_bytes)
         self._is_closing = False
         self.num_ready_slots = 0
         host.use_huge_pages()
@@ -72,8 +70,8 @@ class CudaCopier:
         runs = merge_runs(pairs, slots_per_chunk=self._slots_per_chunk)
         start.record(stream)
         if self._copy_batch is not None:
-            for first in range(0, len(runs), _COPIES_A_CALL):
-                part = runs[first : first + _COPIES_A_CALL]
+            for first in range(0, len(runs), self._tuning.copies_per_call):
+                part = runs[first : first + self._tuning.copies_per_call]
                 self._submit_batch(part, stream, to_host=to_host)
         else:
             with torch.cuda.stream(stream):

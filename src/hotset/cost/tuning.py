@@ -1,0 +1,130 @@
+"""Figures that were measured on one device and decide how work runs there.
+
+A new GPU is tuned by a row in `TUNINGS`; what a profile of `cost/hardware` says is not repeated
+here. `benchmarks/fused_experts.py` and `benchmarks/gpu_suite.py` measure most of them.
+"""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of a product of experts reads at a time.
+
+    Attributes:
+        columns: of the output; in the first product half are of the gate.
+        depth: numbers of a row that are read together.
+        num_warps: of the program.
+        num_stages: pieces of that depth that are on their way or in use.
+    """
+
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+    def fitted(self, block_rows: int, shared_bytes: int) -> "Tile":
+        """The largest part of it that fits into `shared_bytes`, for numbers of 16 bits."""
+        tile = self
+        while 2 * tile.depth * (block_rows + tile.columns) * tile.num_stages > shared_bytes:
+            if tile.num_stages > 2:
+                tile = replace(tile, num_stages=tile.num_stages - 1)
+            else:
+                tile = replace(tile, depth=tile.depth // 2)
+        return tile
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The programs of both products of experts.
+
+    Attributes:
+        block_rows: rows of an expert that a program computes.
+        up: of the first product.
+        down: of the second one.
+    """
+
+    block_rows: int
+    up: Tile
+    down: Tile
+
+
+def _alike(block_rows: int, tile: Tile) -> Tiles:
+    return Tiles(block_rows, up=tile, down=tile)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The defaults are an H200's, behind PCIe 5 x16.
+
+    Attributes:
+        mixed_tokens: most tokens of a step of prompts beside decodes. Products reach 650 TFLOP/s
+            from about 1,024 rows on, and half of it with 512, where a product of 4,096 columns is
+            64 tiles for 132 processors.
+        mixed_rows_per_expert: rows of an expert from which products get near that rate.
+        row_tile: rows that cost as much as a part of them. The products of a step of 257 to 384
+            tokens of an 8B model take 9.8 ms, where 256 take 6.9.
+        decode_sizes: sequences of the recorded steps of decodes, ascending.
+        mixed_sizes: tokens of all other recorded steps, ascending.
+        apart_from_rows: rows from which merged products of `apart_columns` and more are made one
+            by one: two of 14,336 columns and what reads them take up to 11 % less time than one of
+            28,672, of which it reads halves (docs/performance.md).
+        fused_rows_per_expert: mean rows of an expert above which products in bfloat16 are
+            PyTorch's: arithmetic bounds them there, and not the reading of weights.
+        expert_tiles: tiles by the mean rows of an expert up to which they are used: tall enough
+            for most experts to read their weights once, and small enough at the beginning to keep
+            every processor busy.
+        copy_programs: programs that share the copy of one expert out of host memory.
+        copy_bytes: that one of them moves at a time. 64 programs of 16 KiB fill the link.
+        copies_beside_compute: experts that are copied at once beside other kernels. With 16
+            programs each they take an eighth of the threads of half of the processors.
+        launched_layer_s: what a layer costs more in a step that is launched, not replayed: a step
+            of 32 layers takes 16.2 ms in place of 11.0 (docs/decisions.md).
+        copies_per_call: copies that are submitted to the driver at once. It takes 1 to 2 us to
+            prepare one, and starts none of a call before it has them all.
+        pin_chunk_bytes: host memory that is pinned at once. That holds a lock of the driver which
+            launches need too, so a chunk takes less time than the work queued on the device.
+    """
+
+    mixed_tokens: int = 1024
+    mixed_rows_per_expert: int = 512
+    row_tile: int = 256
+    decode_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 24, *range(32, 4097, 32))
+    mixed_sizes: tuple[int, ...] = (16, 32, *range(64, 769, 64), 896, *range(1024, 2049, 256))
+    apart_from_rows: int = 192
+    apart_columns: int = 8192
+    fused_rows_per_expert: int = 1024
+    expert_tiles: tuple[tuple[float, Tiles], ...] = (
+        (1.0, _alike(16, Tile(64, 128, 4, 4))),
+        (8.0, _alike(16, Tile(128, 128, 4, 3))),
+        (20.0, _alike(32, Tile(128, 128, 4, 3))),
+        (40.0, _alike(64, Tile(128, 64, 4, 4))),
+        (float("inf"), _alike(128, Tile(256, 64, 8, 3))),
+    )
+    copy_programs: int = 16
+    copy_bytes: int = 16 * 2**10
+    copies_beside_compute: int = 4
+    launched_layer_s: float = 0.16e-3
+    copies_per_call: int = 64
+    pin_chunk_bytes: int = 64 * 2**20
+
+    def tiles(self, num_rows: int, num_experts: int, *, shared_bytes: int) -> Tiles:
+        """The tiles for `num_rows` rows of all experts.
+
+        A function of the number of rows alone, whatever the router chose.
+
+        Args:
+            num_rows: of all experts together.
+            num_experts: of the layer.
+            shared_bytes: shared memory that a program can have.
+        """
+        tiles = next(t for most, t in self.expert_tiles if num_rows <= most * num_experts)
+        return Tiles(
+            tiles.block_rows,
+            up=tiles.up.fitted(tiles.block_rows, shared_bytes),
+            down=tiles.down.fitted(tiles.block_rows, shared_bytes),
+        )
+
+
+# By the type of a device. No GPU but an H200 was tuned for, so that all GPUs have its figures.
+TUNINGS = {"cuda": Tuning(), "cpu": Tuning(mixed_tokens=256, row_tile=1)}
