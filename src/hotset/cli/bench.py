@@ -93,7 +93,7 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
     "--router-skew",
     type=click.FloatRange(0, 4),
     help="With random weights: use experts evenly (0) or unevenly (0.45 is as measured on "
-    "Qwen3-30B-A3B, see docs/moe.md).  [default: as it comes]",
+    "Qwen3-30B-A3B, see docs/moe_study.md).  [default: as it comes]",
 )
 @click.option(
     "--hardware", metavar="NAME|FILE|this", help="Profile that predictions are made with."

@@ -112,7 +112,7 @@ def pack_experts(model: nn.Module) -> None:
     """Pack the weights of float32 experts on the CPU, in place, one layer at a time.
 
     As `pack_linears` does, and for the same reason; only layers that dynamic gating computes. The
-    stacked weights are not kept. Measured in docs/moe.md.
+    stacked weights are not kept. Measured in docs/moe_study.md.
     """
     if not torch.backends.mkldnn.is_available():
         return
