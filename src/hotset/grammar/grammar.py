@@ -16,7 +16,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 from hotset.errors import RequestError
 from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.grammar import json_schema
-from hotset.grammar.json_bounds import JsonBounds, JsonPosition, TokenTable
+from hotset.grammar.follower import JsonFollower, TokenTable
+from hotset.grammar.json_bounds import JsonBounds, JsonPosition
 from hotset.grammar.nodes import SchemaError
 from hotset.grammar.unique_items import UniqueItems, has_unique_items
 from hotset.request import SamplingParams
@@ -41,7 +42,7 @@ class OutputMatcher:
         matcher: llguidance.LLMatcher,
         kind: str,
         eos_token_ids: frozenset[int],
-        followers: Sequence[JsonPosition | UniqueItems] = (),
+        followers: Sequence[JsonFollower] = (),
     ) -> None:
         self.inner = matcher
         self.followers = followers
@@ -145,9 +146,7 @@ class Grammars:
         rows = torch.tensor(list(matchers), device=logits.device)
         logits[rows] = logits[rows].masked_fill(forbidden, -torch.inf)
 
-    def _keep_within(
-        self, followers: Sequence[JsonPosition | UniqueItems], row: npt.NDArray[np.int32]
-    ) -> None:
+    def _keep_within(self, followers: Sequence[JsonFollower], row: npt.NDArray[np.int32]) -> None:
         """Take the tokens that `followers` rule out out of one row of mask bits, in place."""
         followers = [follower for follower in followers if follower.is_near]
         if not followers:
@@ -180,11 +179,11 @@ class Grammars:
             ]
         )
 
-    def _followers(self, kind: str, source: str) -> list[JsonPosition | UniqueItems]:
+    def _followers(self, kind: str, source: str) -> list[JsonFollower]:
         if kind != "json_schema":
             return []
         schema = parse_json(source)
-        followers: list[JsonPosition | UniqueItems] = []
+        followers: list[JsonFollower] = []
         if has_unique_items(schema):
             followers.append(UniqueItems(schema, self._token_table))
         if self._bounds != JsonBounds():  # behind the others: a bound gives way to them

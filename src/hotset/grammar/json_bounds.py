@@ -5,27 +5,20 @@ the grammar leaves another way: a token beyond one is taken out only while other
 grammar never leads where there is no way out, no bound can make a schema impossible to fulfil.
 """
 
-import copy
-import functools
-from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from hotset.config import EngineConfig
+from hotset.grammar.follower import COMMA, DIGITS, JsonFollower, Mask, TokenTable
 
 # 1e99 with 20 digits before it is still a finite float.
 _MAX_EXPONENT_DIGITS = 2
 # A token ends at most this many items or levels, but for rare ones.
 _NEAR = 8
 
-_QUOTE, _ESCAPE, _COMMA = ord('"'), ord("\\"), ord(",")
-_DIGITS, _OPEN, _CLOSE = b"0123456789", b"[{", b"]}"
-
-Mask = npt.NDArray[np.bool_]
+_OPEN, _CLOSE = b"[{", b"]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,39 +71,10 @@ class JsonBounds:
         )
 
 
-class TokenTable:
-    """The bytes of all tokens, and which of them matter to bounds. V = vocabulary.
-
-    Args:
-        of: the bytes of each token id, empty for special ones.
-    """
-
-    def __init__(self, of: Sequence[bytes]) -> None:
-        self.of = of
-        self.leading_digits = np.array(
-            [len(one) - len(one.lstrip(_DIGITS)) for one in of], np.uint16
-        )  # [V]
-        self.ends_string = np.array([one[:1] == b'"' for one in of])  # [V]
-        self.structural = np.array([any(byte in b",[{" for byte in one) for one in of])  # [V]
-
-    def starting_with(self, start: bytes) -> list[int]:
-        """The ids of tokens that begin with `start`, which is not empty."""
-        end = start[:-1] + bytes([start[-1] + 1])  # no byte of UTF-8 is 255
-        texts, ids = self.in_order
-        return ids[bisect_left(texts, start) : bisect_left(texts, end)]
-
-    @functools.cached_property
-    def in_order(self) -> tuple[list[bytes], list[int]]:
-        """All tokens sorted by their bytes, and their ids. Takes a while the first time."""
-        ids = sorted(range(len(self.of)), key=self.of.__getitem__)
-        return [self.of[i] for i in ids], ids
-
-
-class JsonPosition:
+class JsonPosition(JsonFollower):
     """Where in its JSON an output is, as far as bounds need to know.
 
-    Attributes:
-        error: None: a bound gives way rather than fail.
+    It never has an error: a bound gives way rather than fail.
 
     Args:
         bounds: what to keep to.
@@ -118,11 +82,8 @@ class JsonPosition:
     """
 
     def __init__(self, bounds: JsonBounds, tokens: TokenTable) -> None:
-        self.error: str | None = None
+        super().__init__(tokens)
         self._bounds = bounds
-        self._tokens = tokens
-        self._in_string = False
-        self._escaped = False
         self._num_chars = 0  # of the string so far
         self._num_digits = 0  # of the part of a number so far
         self._in_number = False
@@ -130,16 +91,11 @@ class JsonPosition:
         self._items: list[int | None] = []  # commas so far of open arrays; None for objects
         self._is_beyond = False
 
-    def copy(self) -> "JsonPosition":
-        """One of its own, at the same place."""
-        other = copy.copy(self)
+    def copy(self) -> Self:
+        """Another follower, at the same place of the output."""
+        other = super().copy()
         other._items = self._items.copy()
         return other
-
-    def advance(self, token_id: int) -> None:
-        """Take in the next token."""
-        for byte in self._tokens.of[token_id]:
-            self._read(byte)
 
     @property
     def is_near(self) -> bool:
@@ -178,37 +134,37 @@ class JsonPosition:
             and any(count is not None and count + _NEAR > items for count in self._items)
         )
 
-    def _read(self, byte: int) -> None:
-        if self._in_string:
-            if self._escaped:
-                self._escaped = False
-            elif byte == _ESCAPE:
-                self._escaped = True
-            elif byte == _QUOTE:
-                self._in_string = False
-            self._num_chars += byte & 0xC0 != 0x80  # not the inside of a character
-        elif byte in _DIGITS:
+    def _begin_string(self) -> None:
+        self._end_number()
+        self._num_chars = 0
+
+    def _read_string(self, byte: int) -> None:
+        self._num_chars += byte & 0xC0 != 0x80  # not the inside of a character
+
+    def _read_between(self, byte: int) -> None:
+        if byte in DIGITS:
             self._in_number = True
             self._num_digits += 1
         elif self._in_number and byte in b".eE+-":
             self._num_digits = 0
             self._in_exponent = byte in b"eE+-"
         else:
-            self._num_digits = 0
-            self._in_number = self._in_exponent = False
+            self._end_number()
             self._read_structure(byte)
 
+    def _end_number(self) -> None:
+        self._num_digits = 0
+        self._in_number = self._in_exponent = False
+
     def _read_structure(self, byte: int) -> None:
-        if byte == _QUOTE:
-            self._in_string, self._num_chars = True, 0
-        elif byte in _OPEN:
+        if byte in _OPEN:
             self._items.append(0 if byte == _OPEN[0] else None)
             depth = self._bounds.depth
             self._is_beyond |= depth is not None and len(self._items) > depth
         elif byte in _CLOSE:
             if self._items:
                 self._items.pop()
-        elif byte == _COMMA and self._items and (count := self._items[-1]) is not None:
+        elif byte == COMMA and self._items and (count := self._items[-1]) is not None:
             self._items[-1] = count + 1
             items = self._bounds.items
             self._is_beyond |= items is not None and count + 1 >= items

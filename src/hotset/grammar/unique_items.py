@@ -10,18 +10,17 @@ with an error, so that none with equal items is ever taken for right.
 import copy
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from hotset.errors import HotsetError
 from hotset.foreign_text import parse_json
-from hotset.grammar.json_bounds import Mask, TokenTable
+from hotset.grammar.follower import COMMA, QUOTE, JsonFollower, Mask, TokenTable
 from hotset.grammar.nodes import resolve, walk
 from hotset.grammar.values import identity
 
 Node = dict[str, Any]
 
 _SPACE, _ENDS = b" \n\r\t", (b",", b"]", b" ", b"\n")
-_QUOTE, _ESCAPE, _COMMA, _COLON = b'"\\,:'
 _LIST, _OBJECT = b"[{"
 
 
@@ -60,11 +59,10 @@ class _Container:
     path: str = ""
 
 
-class UniqueItems:
+class UniqueItems(JsonFollower):
     """Follows one output through the places of its schema.
 
-    Attributes:
-        error: one line, once an array has two equal items.
+    Its `error` is one line, once an array has two equal items.
 
     Args:
         root: the schema.
@@ -72,26 +70,18 @@ class UniqueItems:
     """
 
     def __init__(self, root: Node, tokens: TokenTable) -> None:
-        self.error: str | None = None
+        super().__init__(tokens)
         self._root = root
         self._counts_names = _counts_names(root)
-        self._tokens = tokens
         _ = tokens.in_order  # here, and not in a step of the engine
         self._open: list[_Container] = []
-        self._in_string = False
-        self._escaped = False
         self._string = b""
 
-    def copy(self) -> "UniqueItems":
-        """One of its own, at the same place."""
-        other = copy.copy(self)
+    def copy(self) -> Self:
+        """Another follower, at the same place of the output."""
+        other = super().copy()
         other._open = [replace(one, seen=copy.copy(one.seen)) for one in self._open]
         return other
-
-    def advance(self, token_id: int) -> None:
-        """Take in the next token; sets `error` where it ends an item that is there already."""
-        for byte in self._tokens.of[token_id]:
-            self._read(byte)
 
     @property
     def is_near(self) -> bool:
@@ -119,24 +109,21 @@ class UniqueItems:
                         kept[self._tokens.starting_with(b" " + ending)] = False
         return kept if kept.any() else allowed
 
-    def _read(self, byte: int) -> None:
+    def _begin_string(self) -> None:
+        self._string = b'"'
+        self._keep(QUOTE)
+
+    def _read_string(self, byte: int) -> None:
+        self._keep(byte)
+        self._string += bytes([byte])
         top = self._open[-1] if self._open else None
-        if self._in_string:
-            self._keep(byte)
-            self._string += bytes([byte])
-            if self._escaped:
-                self._escaped = False
-            elif byte == _ESCAPE:
-                self._escaped = True
-            elif byte == _QUOTE:
-                self._in_string = False
-                if top is not None and not top.is_list and top.key is None:
-                    self._end_item(top)
-                    top.key = _text(self._string)
-        elif byte == _QUOTE:
-            self._keep(byte)
-            self._in_string, self._string = True, b'"'
-        elif byte in (_LIST, _OBJECT):
+        if not self._in_string and top is not None and not top.is_list and top.key is None:
+            self._end_item(top)
+            top.key = _text(self._string)
+
+    def _read_between(self, byte: int) -> None:
+        top = self._open[-1] if self._open else None
+        if byte in (_LIST, _OBJECT):
             nodes, path = self._place()
             self._keep(byte)
             is_unique = any(node.get("uniqueItems") is True for node in nodes)
@@ -147,7 +134,7 @@ class UniqueItems:
             self._end_item(top)
             self._open.pop()
             self._keep(byte)
-        elif byte == _COMMA and top is not None:
+        elif byte == COMMA and top is not None:
             self._end_item(top)
             self._keep(byte, but=top)
             top.index, top.key = top.index + 1, None
