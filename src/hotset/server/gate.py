@@ -23,7 +23,7 @@ from hotset.server.tracing import Tracer
 
 _log = logging.getLogger("hotset.access")
 
-# What anybody may see, with keys or without: nothing of what is asked or answered is there.
+# What every client may see, with keys or without: these hold nothing of prompts and answers.
 OPEN_PATHS = frozenset({"/", "/health", "/version", "/docs", "/openapi.json", "/favicon.ico"})
 _QUIET_PATHS = frozenset({"/health", "/metrics", "/status.json", "/favicon.ico"})
 _CLIENT_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -44,7 +44,7 @@ class Gate:
     Args:
         app: what answers; it finds its `Tenant` in the scope's `tenant`, and puts what the log
             should say into its `facts`.
-        keys: who may ask; empty is anybody.
+        keys: who may ask; without keys every client may.
         host_names: names a request may call this server by, or any: where there are no keys, a
             page in a local browser could otherwise reach it by a name of its own (DNS rebinding).
         tracer: gets a span of each request.
@@ -70,70 +70,47 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start_s, start_ns = time.monotonic(), time.time_ns()
-        headers = dict(scope["headers"])
-        client_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = client_id if _CLIENT_ID.fullmatch(client_id) else uuid.uuid4().hex
-        token = logs.request_id.set(request_id)
-        facts: Facts = {}
-        status: int | None = None
-        is_messages = is_messages_path(scope["path"])
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", request_id.encode()),
-                    (b"x-content-type-options", b"nosniff"),
-                ]
-                if is_messages:  # where clients of that API look for it
-                    message["headers"].append((b"request-id", request_id.encode()))
-            await send(message)
-
+        exchange = _Exchange(scope, send)
+        token = logs.request_id.set(exchange.request_id)
         self.counts.open += 1
         try:
             try:
-                scope["tenant"] = self._tenant(scope["path"], headers)
-                scope["facts"] = facts
-                await self._app(scope, receive, send_with_id)
+                scope["tenant"] = self._tenant(scope["path"], exchange.headers)
+                scope["facts"] = exchange.facts
+                await self._app(scope, receive, exchange.send)
             except ClientDisconnect:
-                status = _CLOSED_BY_CLIENT
+                exchange.status = _CLOSED_BY_CLIENT
             except Exception as error:
-                refused = _api_error(error, request_id)
-                if refused.status >= 500 and not isinstance(error, HotsetError):
-                    _log.exception("a request failed")
-                if status is None:  # otherwise the client sees that its answer was cut off
-                    status_code, body = refused.status, refused.body()
-                    if is_messages:
-                        status_code, body = messages_error(refused, request_id)
-                    response = JSONResponse(body, status_code, refused.headers)
-                    await response(scope, receive, send_with_id)
+                await exchange.refuse(error, receive)
         finally:
             self.counts.open -= 1
-            route = getattr(scope.get("route"), "path", "other")
-            method = scope["method"] if route != "other" else "other"
-            self.counts.requests[method, route, status or 0] += 1
-            fields = {
-                "method": scope["method"],
-                "path": scope["path"],
-                "status": status,
-                "ms": round(1e3 * (time.monotonic() - start_s), 1),
-                **facts,
-            }
-            if tenant := scope.get("tenant"):
-                fields["key"] = tenant.name
-            is_quiet = scope["path"] in _QUIET_PATHS and (status or 500) < 500
-            _log.log(
-                logging.DEBUG if is_quiet else logging.INFO, "request", extra={"fields": fields}
-            )
-            if self._tracer is not None and facts:
-                self._tracer.record(headers, route, request_id, start_ns, status or 0, facts)
+            self._note(exchange)
             logs.request_id.reset(token)
 
+    def _note(self, exchange: "_Exchange") -> None:
+        """Count, log and trace a request that has ended."""
+        scope, status, facts = exchange.scope, exchange.status, exchange.facts
+        route = getattr(scope.get("route"), "path", "other")
+        method = scope["method"] if route != "other" else "other"
+        self.counts.requests[method, route, status or 0] += 1
+        fields = {
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "ms": round(1e3 * (time.monotonic() - exchange.start_s), 1),
+            **facts,
+        }
+        if tenant := scope.get("tenant"):
+            fields["key"] = tenant.name
+        is_quiet = scope["path"] in _QUIET_PATHS and (status or 500) < 500
+        _log.log(logging.DEBUG if is_quiet else logging.INFO, "request", extra={"fields": fields})
+        if self._tracer is not None and facts:
+            self._tracer.record(
+                exchange.headers, route, exchange.request_id, exchange.start_ns, status or 0, facts
+            )
+
     def _tenant(self, path: str, headers: dict[bytes, bytes]) -> Tenant:
-        """Who asks. Raises ApiError: nobody that may."""
+        """Who asks. Raises ApiError where no key allows it."""
         if self._host_names is not None:
             host = headers.get(b"host", b"").decode("latin-1").lower()
             name = host[: host.rindex("]") + 1] if "]" in host else host.partition(":")[0]
@@ -149,6 +126,47 @@ class Gate:
         key = key.strip() if scheme.lower() == "bearer" else ""
         # Clients of Anthropic's API send it in a header of its own.
         return self._keys.find(key or headers.get(b"x-api-key", b"").decode("latin-1"))
+
+
+class _Exchange:
+    """One request and the status of its answer, which stays None until an answer begins."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.start_s, self.start_ns = time.monotonic(), time.time_ns()
+        self.scope = scope
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        client_id = self.headers.get(b"x-request-id", b"").decode("latin-1")
+        self.request_id = client_id if _CLIENT_ID.fullmatch(client_id) else uuid.uuid4().hex
+        self.facts: Facts = {}
+        self.status: int | None = None
+        self._send = send
+        self._is_messages = is_messages_path(scope["path"])
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer, whose head gets the request's id."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            request_id = self.request_id.encode()
+            message["headers"] = [
+                *message["headers"],
+                (b"x-request-id", request_id),
+                (b"x-content-type-options", b"nosniff"),
+            ]
+            if self._is_messages:  # where clients of that API look for it
+                message["headers"].append((b"request-id", request_id))
+        await self._send(message)
+
+    async def refuse(self, error: Exception, receive: Receive) -> None:
+        """Answer with an error, unless an answer has begun: the client sees that it was cut off."""
+        refused = _api_error(error, self.request_id)
+        if refused.status >= 500 and not isinstance(error, HotsetError):
+            _log.exception("a request failed")
+        if self.status is not None:
+            return
+        status, body = refused.status, refused.body()
+        if self._is_messages:
+            status, body = messages_error(refused, self.request_id)
+        await JSONResponse(body, status, refused.headers)(self.scope, receive, self.send)
 
 
 def _api_error(error: Exception, request_id: str) -> ApiError:

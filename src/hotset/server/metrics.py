@@ -1,6 +1,6 @@
 """`/metrics` for Prometheus: vLLM's names, with `hotset:` before them, and what tiers add."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -29,6 +29,51 @@ _HISTOGRAMS = {
 }
 
 
+# Counters of `hotset.metrics.Metrics`: its field -> the metric's name and help.
+_REQUEST_COUNTERS = {
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens of accepted requests."),
+    "output_tokens": ("generation_tokens", "Tokens generated."),
+    "computed_tokens": ("computed_tokens", "Tokens that went through the model."),
+    "preemptions": ("num_preemptions", "Requests preempted."),
+    "steps": ("engine_steps", "Model steps."),
+    "step_s": ("engine_step_seconds", "Time in model steps."),
+}
+_KV_COUNTERS = {
+    "forked_tokens": (
+        "forked_tokens",
+        "Prompt tokens that an output shares with another of its n outputs.",
+    ),
+    "recomputed_tokens": ("recomputed_tokens", "Tokens computed again for the same request."),
+    "spilled_blocks": ("spilled_blocks", "Blocks copied down."),
+    "fetched_blocks": ("fetched_blocks", "Blocks copied up."),
+}
+_EXPERT_COUNTERS = {
+    "expert_hits": ("expert_hits", "Experts that were needed and had a slot."),
+    "expert_misses": ("expert_misses", "Experts that were needed and had no slot."),
+    "expert_bytes": ("expert_bytes", "Bytes of experts to the device."),
+    "expert_predicted": (
+        "expert_prefetch_predicted",
+        "Experts that a layer's router chose before the layer was there.",
+    ),
+    "expert_predicted_right": ("expert_prefetch_correct", "Of these, needed."),
+    "expert_copied_ahead": (
+        "expert_prefetch_copied",
+        "Experts copied ahead: predicted, and without a slot.",
+    ),
+    "expert_cpu_computed": (
+        "expert_cpu_computed",
+        "Experts that had no slot and that the CPU computed.",
+    ),
+    "expert_disk_reads": ("expert_disk_reads", "Experts read from disk."),
+    "expert_disk_bytes": ("expert_disk_bytes", "Bytes of experts read from disk."),
+    "expert_disk_wait_s": (
+        "expert_disk_wait_seconds",
+        "Time for which steps waited for experts on disk.",
+    ),
+    "split_moves": ("split_moves", "Times a new split between experts and KV was chosen."),
+}
+
+
 def exposition(
     service: EngineService, status: EngineStatus, http: HttpCounts, accept: str
 ) -> tuple[bytes, str]:
@@ -42,44 +87,45 @@ def exposition(
 
 class _Snapshot(Collector):
     def __init__(self, service: EngineService, status: EngineStatus, http: HttpCounts) -> None:
-        self._service = service
+        self._latencies = service.latencies
+        self._metrics = service.metrics
         self._status = status
         self._http = http
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, as of now."""
         yield from self._requests()
+        yield from self._prefixes()
         yield from self._tiers()
+        yield from self._experts()
+        yield _labelled(
+            "faults",
+            "What went wrong and was dealt with, by kind.",
+            ("kind",),
+            _by_one(self._metrics.faults),
+        )
         for name, (metric, text) in _HISTOGRAMS.items():
-            yield _histogram(metric, text, getattr(self._service.latencies, name))
+            yield _histogram(metric, text, getattr(self._latencies, name))
+
+    def _counters(self, fields: dict[str, tuple[str, str]]) -> Iterator[Metric]:
+        for field, (name, text) in fields.items():
+            yield _counter(name, text, getattr(self._metrics, field))
 
     def _requests(self) -> Iterator[Metric]:
-        metrics, status = self._service.metrics, self._status
-        yield _gauge(
-            "num_requests_running",
-            "Requests in the engine's steps.",
-            status.num_moving + status.num_fetching,
-        )
+        status = self._status
+        running = status.num_moving + status.num_fetching
+        yield _gauge("num_requests_running", "Requests in the engine's steps.", running)
         yield _gauge("num_requests_waiting", "Requests not started yet.", status.num_waiting)
         yield _gauge(
             "num_requests_parked", "Preempted, their KV in a slower tier.", status.num_parked
         )
         yield _gauge("num_requests_fetching", "Running, waiting for their KV.", status.num_fetching)
-        yield _counter(
-            "prompt_tokens", "Prompt tokens of accepted requests.", metrics.prompt_tokens
-        )
-        yield _counter("generation_tokens", "Tokens generated.", metrics.output_tokens)
-        yield _counter(
-            "computed_tokens", "Tokens that went through the model.", metrics.computed_tokens
-        )
-        yield _counter("num_preemptions", "Requests preempted.", metrics.preemptions)
-        yield _counter("engine_steps", "Model steps.", metrics.steps)
-        yield _counter("engine_step_seconds", "Time in model steps.", metrics.step_s)
+        yield from self._counters(_REQUEST_COUNTERS)
         yield _labelled(
             "request_success",
             "Requests that ended, by finish reason.",
             ("finished_reason",),
-            (((reason,), n) for reason, n in dict(metrics.requests_finished).items()),
+            _by_one(self._metrics.requests_finished),
         )
         yield _labelled(
             "http_requests",
@@ -92,34 +138,41 @@ class _Snapshot(Collector):
         )
         yield _gauge("http_requests_open", "HTTP requests being answered.", self._http.open)
 
-    def _tiers(self) -> Iterator[Metric]:
-        metrics, status = self._service.metrics, self._status
+    def _prefixes(self) -> Iterator[Metric]:
+        metrics = self._metrics
         cached = dict(metrics.cached_tokens)
-        device = status.tiers[0]
-        held = sum(device.cells.count(state) for state in "hsad")
-        yield _gauge(
-            "kv_cache_usage_perc",
-            "Share of the device's KV blocks that requests hold, 0 to 1.",
-            held / max(1, len(device.cells)),
-        )
         yield _counter("prefix_cache_queries", "Prompt tokens looked up.", metrics.prompt_tokens)
         yield _counter("prefix_cache_hits", "Of these, found in any tier.", sum(cached.values()))
         yield _labelled(
             "cached_tokens",
             "Prompt tokens found instead of computed, by tier.",
             ("tier",),
-            (((tier,), n) for tier, n in cached.items()),
-        )
-        yield _counter(
-            "forked_tokens",
-            "Prompt tokens that an output shares with another of its n outputs.",
-            metrics.forked_tokens,
+            _by_one(cached),
         )
         yield _labelled(
             "resumed_tokens",
             "Tokens that a preempted request had again without computing them, by tier.",
             ("tier",),
-            (((tier,), n) for tier, n in dict(metrics.resumed_tokens).items()),
+            _by_one(metrics.resumed_tokens),
+        )
+        yield _labelled(
+            "prefix_decisions_tokens",
+            "Tokens found in a slower tier: fetched, or computed as that was cheaper.",
+            ("choice",),
+            _by_one(
+                {"fetch": metrics.fetched_tokens, "recompute": metrics.recompute_chosen_tokens}
+            ),
+        )
+        yield from self._counters(_KV_COUNTERS)
+
+    def _tiers(self) -> Iterator[Metric]:
+        status = self._status
+        device = status.tiers[0]
+        held = sum(device.cells.count(state) for state in "hsad")
+        yield _gauge(
+            "kv_cache_usage_perc",
+            "Share of the device's KV blocks that requests hold, 0 to 1.",
+            held / max(1, len(device.cells)),
         )
         for name, text in (("capacity", "Blocks a tier can hold."), ("used", "Blocks in use.")):
             gauge = GaugeMetricFamily(f"hotset:tier_{name}_blocks", text, labels=["tier"])
@@ -130,7 +183,7 @@ class _Snapshot(Collector):
             "moved_bytes",
             "Bytes moved between tiers.",
             ("source", "target"),
-            ((tuple(way.split(">")), n) for way, n in dict(metrics.moved_bytes).items()),
+            ((tuple(way.split(">")), n) for way, n in dict(self._metrics.moved_bytes).items()),
         )
         link = GaugeMetricFamily(
             "hotset:link_bytes_per_second", "Measured rate to the device.", labels=["tier"]
@@ -138,76 +191,24 @@ class _Snapshot(Collector):
         for name, rate in status.link_bytes_per_s.items():
             link.add_metric([name], rate)
         yield link
-        yield _labelled(
-            "prefix_decisions_tokens",
-            "Tokens found in a slower tier: fetched, or computed as that was cheaper.",
-            ("choice",),
-            (
-                (("fetch",), metrics.fetched_tokens),
-                (("recompute",), metrics.recompute_chosen_tokens),
-            ),
-        )
-        yield _counter(
-            "recomputed_tokens",
-            "Tokens computed again for the same request.",
-            metrics.recomputed_tokens,
-        )
-        yield _counter("spilled_blocks", "Blocks copied down.", metrics.spilled_blocks)
-        yield _counter("fetched_blocks", "Blocks copied up.", metrics.fetched_blocks)
-        yield _counter(
-            "expert_hits", "Experts that were needed and had a slot.", metrics.expert_hits
-        )
-        yield _counter(
-            "expert_misses", "Experts that were needed and had no slot.", metrics.expert_misses
-        )
-        yield _counter("expert_bytes", "Bytes of experts to the device.", metrics.expert_bytes)
-        yield _counter(
-            "expert_prefetch_predicted",
-            "Experts that a layer's router chose before the layer was there.",
-            metrics.expert_predicted,
-        )
-        yield _counter(
-            "expert_prefetch_correct", "Of these, needed.", metrics.expert_predicted_right
-        )
-        yield _counter(
-            "expert_prefetch_copied",
-            "Experts copied ahead: predicted, and without a slot.",
-            metrics.expert_copied_ahead,
-        )
+
+    def _experts(self) -> Iterator[Metric]:
+        metrics = self._metrics
+        yield from self._counters(_EXPERT_COUNTERS)
         yield _gauge(
             "expert_rounding_error",
             "Relative RMS error of experts' weights, which expert_cold_dtype has rounded.",
             metrics.expert_rounding_error,
         )
-        yield _counter(
-            "expert_cpu_computed",
-            "Experts that had no slot and that the CPU computed.",
-            metrics.expert_cpu_computed,
-        )
-        yield _counter("expert_disk_reads", "Experts read from disk.", metrics.expert_disk_reads)
-        yield _counter(
-            "expert_disk_bytes", "Bytes of experts read from disk.", metrics.expert_disk_bytes
-        )
-        yield _counter(
-            "expert_disk_wait_seconds",
-            "Time for which steps waited for experts on disk.",
-            metrics.expert_disk_wait_s,
-        )
-        yield _counter(
-            "split_moves",
-            "Times that another split between experts and KV was aimed at.",
-            metrics.split_moves,
-        )
         for name, size in (("expert", metrics.split_expert_bytes), ("kv", metrics.split_kv_bytes)):
             yield _gauge(
                 f"split_{name}_bytes", "Of a split that moves, bytes on the device now.", size
             )
-        yield _labelled(
-            "faults",
-            "What went wrong and was dealt with, by kind.",
-            ("kind",),
-            (((kind,), n) for kind, n in dict(metrics.faults).items()),
-        )
+
+
+def _by_one(values: Mapping[str, float]) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Values by one label, of a copy: the engine's thread may add a key meanwhile."""
+    return (((label,), value) for label, value in dict(values).items())
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -15,6 +15,16 @@ from hotset.server.schemas import (
     TokenizeRequest,
 )
 
+_BODIES: tuple[type[BaseModel], ...] = (
+    ChatRequest,
+    TextRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    BatchRequest,
+    ResponsesRequest,
+    MessagesRequest,
+    CountTokensRequest,
+)
 _REF = "#/components/schemas/{model}"
 _OBJECT: Json = {"type": "object"}
 _TEXT: Json = {"text/plain": {"schema": {"type": "string"}}}
@@ -48,126 +58,97 @@ _MODEL_ID: Json = {**_FILE_ID, "name": "model", "schema": {"type": "string", "mi
 
 def document() -> Json:
     """The whole document."""
-    bodies: list[type[BaseModel]] = [
-        ChatRequest,
-        TextRequest,
-        TokenizeRequest,
-        DetokenizeRequest,
-        BatchRequest,
-        ResponsesRequest,
-        MessagesRequest,
-        CountTokensRequest,
-    ]
-    _, schemas = models_json_schema([(body, "validation") for body in bodies], ref_template=_REF)
-    components = schemas["$defs"]
-    for request in (ChatRequest, TextRequest):
-        components[request.__name__]["properties"] |= {
-            name: {"enum": [*values, None], "description": "Taken where it asks for nothing."}
-            for name, values in sorted(request.not_done.items())
-        }
-    components["Error"] = {
-        "type": "object",
-        "required": ["error"],
-        "properties": {
-            "error": {
-                "type": "object",
-                "required": ["message", "type", "param", "code"],
-                "properties": {
-                    "message": {"type": "string"},
-                    "type": {"type": "string"},
-                    "param": {"type": ["string", "null"]},
-                    "code": {"type": ["string", "null"]},
-                },
-            }
-        },
-    }
-    components["MessagesError"] = {
-        "type": "object",
-        "required": ["type", "error"],
-        "properties": {
-            "type": {"const": "error"},
-            "error": {
-                "type": "object",
-                "required": ["type", "message"],
-                "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
-            },
-            "request_id": {"type": "string"},
-        },
-    }
-    upload = {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["file", "purpose"],
-                "properties": {
-                    "file": {"type": "string", "format": "binary"},
-                    "purpose": {"type": "string", "enum": ["batch"]},
-                },
-            }
-        }
-    }
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
-    lines = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-    post, get = _post, _get
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "hotset",
             "version": __version__,
             "description": "The OpenAI API, and Anthropic's for messages, over a model whose "
-            "memory is tiered. A field that is "
-            "not listed is refused, null is the same as absent.",
+            "memory is tiered. A field that is not listed is refused, null is the same as absent.",
         },
-        "paths": {
-            "/v1/chat/completions": {"post": post("Answer a chat", ChatRequest, extra=stream)},
-            "/v1/completions": {"post": post("Continue a text", TextRequest, extra=stream)},
-            "/v1/responses": {"post": post("Make a response", ResponsesRequest, extra=stream)},
-            "/v1/responses/{response_id}": {
-                "get": get("A response that was stored", "generation", [_RESPONSE_ID]),
-                "delete": _operation("Forget a response", "generation", [_RESPONSE_ID]),
-            },
-            "/v1/messages": {
-                "post": post("Answer a message", MessagesRequest, extra=stream, error=_MESSAGES)
-            },
-            "/v1/messages/count_tokens": {
-                "post": post("Count a prompt's tokens", CountTokensRequest, error=_MESSAGES)
-            },
-            "/v1/models": {"get": get("List the model", "models")},
-            "/v1/models/{model}": {"get": get("Describe the model", "models", [_MODEL_ID])},
-            "/tokenize": {"post": post("Token ids of a text or a chat", TokenizeRequest)},
-            "/detokenize": {"post": post("The text of token ids", DetokenizeRequest)},
-            "/v1/files": {
-                "get": get("List files", "files"),
-                "post": _operation("Upload a file", "files", body=upload),
-            },
-            "/v1/files/{file_id}": {
-                "get": get("Describe a file", "files", [_FILE_ID]),
-                "delete": _operation("Delete a file", "files", [_FILE_ID]),
-            },
-            "/v1/files/{file_id}/content": {
-                "get": _operation("Download a file", "files", [_FILE_ID], answer=lines)
-            },
-            "/v1/batches": {
-                "get": get("List batches", "batches"),
-                "post": post("Run a file of requests", BatchRequest, tag="batches"),
-            },
-            "/v1/batches/{batch_id}": {"get": get("Describe a batch", "batches", [_BATCH_ID])},
-            "/v1/batches/{batch_id}/cancel": {
-                "post": _operation("Stop a batch", "batches", [_BATCH_ID])
-            },
-            "/health": {"get": get("200 once requests are served, else 503", "server")},
-            "/version": {"get": get("The version of hotset", "server")},
-            "/status.json": {"get": get("What the status page shows", "server")},
-            "/metrics": {"get": _operation("Metrics for Prometheus", "server", answer=_TEXT)},
-        },
+        "paths": _paths(),
         "components": {
-            "schemas": components,
+            "schemas": _schemas(),
             "securitySchemes": {
                 "key": {"type": "http", "scheme": "bearer"},
                 "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
             },
         },
         "security": [{"key": []}, {"x-api-key": []}, {}],
+    }
+
+
+def _schemas() -> Json:
+    """Those of bodies, and of the two shapes of errors."""
+    _, schemas = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_REF)
+    components: Json = schemas["$defs"]
+    for request in (ChatRequest, TextRequest):
+        components[request.__name__]["properties"] |= {
+            name: {"enum": [*values, None], "description": "Taken where it asks for nothing."}
+            for name, values in sorted(request.not_done.items())
+        }
+    text, maybe_text = {"type": "string"}, {"type": ["string", "null"]}
+    of_error = {"message": text, "type": text, "param": maybe_text, "code": maybe_text}
+    components["Error"] = _object({"error": _object(of_error)})
+    error = _object({"type": text, "message": text})
+    components[_MESSAGES] = _object({"type": {"const": "error"}, "error": error})
+    components[_MESSAGES]["properties"]["request_id"] = text
+    return components
+
+
+def _object(properties: Json) -> Json:
+    """An object that has all of these."""
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _paths() -> Json:
+    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    lines = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    file: Json = {"type": "string", "format": "binary"}
+    purpose: Json = {"type": "string", "enum": ["batch"]}
+    upload = {"multipart/form-data": {"schema": _object({"file": file, "purpose": purpose})}}
+    post, get = _post, _get
+    return {
+        "/v1/chat/completions": {"post": post("Answer a chat", ChatRequest, extra=stream)},
+        "/v1/completions": {"post": post("Continue a text", TextRequest, extra=stream)},
+        "/v1/responses": {"post": post("Make a response", ResponsesRequest, extra=stream)},
+        "/v1/responses/{response_id}": {
+            "get": get("A response that was stored", "generation", [_RESPONSE_ID]),
+            "delete": _operation("Forget a response", "generation", [_RESPONSE_ID]),
+        },
+        "/v1/messages": {
+            "post": post("Answer a message", MessagesRequest, extra=stream, error=_MESSAGES)
+        },
+        "/v1/messages/count_tokens": {
+            "post": post("Count a prompt's tokens", CountTokensRequest, error=_MESSAGES)
+        },
+        "/v1/models": {"get": get("List the model", "models")},
+        "/v1/models/{model}": {"get": get("Describe the model", "models", [_MODEL_ID])},
+        "/tokenize": {"post": post("Token ids of a text or a chat", TokenizeRequest)},
+        "/detokenize": {"post": post("The text of token ids", DetokenizeRequest)},
+        "/v1/files": {
+            "get": get("List files", "files"),
+            "post": _operation("Upload a file", "files", body=upload),
+        },
+        "/v1/files/{file_id}": {
+            "get": get("Describe a file", "files", [_FILE_ID]),
+            "delete": _operation("Delete a file", "files", [_FILE_ID]),
+        },
+        "/v1/files/{file_id}/content": {
+            "get": _operation("Download a file", "files", [_FILE_ID], answer=lines)
+        },
+        "/v1/batches": {
+            "get": get("List batches", "batches"),
+            "post": post("Run a file of requests", BatchRequest, tag="batches"),
+        },
+        "/v1/batches/{batch_id}": {"get": get("Describe a batch", "batches", [_BATCH_ID])},
+        "/v1/batches/{batch_id}/cancel": {
+            "post": _operation("Stop a batch", "batches", [_BATCH_ID])
+        },
+        "/health": {"get": get("200 once requests are served, else 503", "server")},
+        "/version": {"get": get("The version of hotset", "server")},
+        "/status.json": {"get": get("What the status page shows", "server")},
+        "/metrics": {"get": _operation("Metrics for Prometheus", "server", answer=_TEXT)},
     }
 
 
