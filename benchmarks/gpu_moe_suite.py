@@ -29,8 +29,8 @@ from hotset.bench.result import ArmRun
 from hotset.bench.runs import Bench, RunOptions, Say, describe_error
 from hotset.bench.workload import PRESETS, Spec
 from hotset.config import EngineConfig
+from hotset.model.dummy import load_dummy
 from hotset.model.loaded import LoadedModel
-from hotset.model.loader import load_dummy
 
 MAX_MODEL_LEN = 2048
 SWEPT_SLOTS = {"D256-32": (30, 60), "D16": (60,)}

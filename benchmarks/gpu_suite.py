@@ -41,8 +41,8 @@ from hotset.engine.engine import Engine
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.cuda_copier import CudaCopier
 from hotset.metrics import Metrics
+from hotset.model.dummy import load_dummy
 from hotset.model.loaded import LoadedModel
-from hotset.model.loader import load_dummy
 
 MODEL = "llama-3.1-8b"
 MAX_MODEL_LEN = 12288  # a prefix of 10,000 tokens and what follows it

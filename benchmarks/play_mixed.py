@@ -23,7 +23,7 @@ from play_schedule import ALL_BLOCKS, BLOCK_BYTES, VOCAB_SIZE, PlayedCost, make_
 
 from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
-from hotset.model.loader import LoadedModel
+from hotset.model.loaded import LoadedModel
 from hotset.request import SamplingParams
 from hotset.sequence import Step
 

@@ -42,8 +42,8 @@ from hotset.engine.step_cost import StepCost
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import capacity_bytes_for
 from hotset.metrics import Metrics
+from hotset.model.dummy import load_dummy
 from hotset.model.loaded import LoadedModel
-from hotset.model.loader import load_dummy
 from hotset.sequence import Step
 
 BLOCK_TOKENS = 16

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hotset.bench.driver import drive
 from hotset.bench.workload import PRESETS, make_work
-from hotset.model.loader import load_dummy
+from hotset.model.dummy import load_dummy
 from hotset.sequence import Step
 
 NUM_STEPS = 16

@@ -23,7 +23,7 @@ from hotset.bench.machine import describe_machine
 from hotset.config import EngineConfig
 from hotset.engine.build import build_engine
 from hotset.executor.graphs import _seconds
-from hotset.model.loader import load_dummy
+from hotset.model.dummy import load_dummy
 
 MODEL = "llama-3.1-8b"
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}

@@ -20,7 +20,8 @@ from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, ModelError
 from hotset.linear.fp8 import FP8, to_fp8
 from hotset.memory.arena import DeviceArena
-from hotset.model.loader import load_model, resolve_dtype, resolve_kv_dtype
+from hotset.model.devices import resolve_dtype, resolve_kv_dtype
+from hotset.model.loader import load_model
 from hotset.request import SamplingParams
 from hotset.sequence import Request, StepItem
 

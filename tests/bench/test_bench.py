@@ -27,7 +27,7 @@ from hotset.cli import cli
 from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, EngineError, HotsetError
-from hotset.model.loader import load_dummy
+from hotset.model.dummy import load_dummy
 
 TINY = {
     "model_type": "llama",

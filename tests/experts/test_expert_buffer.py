@@ -39,7 +39,8 @@ from hotset.experts.narrow import NarrowDType, NarrowLayout, relative_rms
 from hotset.experts.prefetch import Router, find_routers
 from hotset.experts.residency import SlotTable
 from hotset.memory.region import SharedRegion
-from hotset.model.loader import load_dummy, load_model
+from hotset.model.dummy import load_dummy
+from hotset.model.loader import load_model
 
 MakeEngine = Callable[..., Engine]
 EVICTIONS = ["least-stale", "lru", "lfu", "lifo"]

@@ -30,7 +30,8 @@ from hotset.experts.disk import ExpertSink, layout_of
 from hotset.experts.gating import dynamic_experts, experts_layers, pack_experts
 from hotset.experts.host import ExpertLayout
 from hotset.experts.store import FILE, DiskExperts, ExpertStore
-from hotset.model.loader import load_dummy, load_model
+from hotset.model.dummy import load_dummy
+from hotset.model.loader import load_model
 from hotset.request import FinishReason, SamplingParams
 
 MakeEngine = Callable[..., Engine]

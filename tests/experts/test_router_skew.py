@@ -14,7 +14,7 @@ from hotset.cost.routing import skew_of, skewed_shares
 from hotset.errors import ConfigError
 from hotset.experts.gating import experts_layers
 from hotset.experts.router_skew import skew_routers
-from hotset.model.loader import load_dummy
+from hotset.model.dummy import load_dummy
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.45])

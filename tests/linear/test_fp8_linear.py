@@ -15,7 +15,8 @@ from hotset.executor.probe import weights_bytes
 from hotset.linear.fp8 import FP8
 from hotset.linear.fp8_linear import Fp8Linear, can_be_fp8, quantize_linears, row_scales
 from hotset.linear.merged import MergedLinear, merge_linears
-from hotset.model.loader import load_dummy, load_model
+from hotset.model.dummy import load_dummy
+from hotset.model.loader import load_model
 
 TOKENS = torch.arange(3, 30).unsqueeze(0)
 

@@ -18,7 +18,8 @@ from hotset.errors import ConfigError, ModelError
 from hotset.executor.probe import inspect_model
 from hotset.model import checkpoint
 from hotset.model.architecture import find_architecture
-from hotset.model.loader import load_dummy, load_model
+from hotset.model.dummy import load_dummy
+from hotset.model.loader import load_model
 from hotset.text.prompt import PromptEncoder
 
 REFUSED = {

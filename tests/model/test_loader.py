@@ -358,11 +358,11 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     weights = sum(
         p.nbytes for p in load_model(str(folder), device="cpu", dtype="auto").model.parameters()
     )
-    monkeypatch.setattr("hotset.model.loader.available_host_bytes", lambda: weights - 1)
+    monkeypatch.setattr("hotset.model.devices.available_host_bytes", lambda: weights - 1)
     (folder / "model.safetensors").write_bytes(b"not looked at")
     with pytest.raises(ModelError, match=r"in float32 take 0\.00 GB and 0\.00 GB are free on cpu"):
         load_model(str(folder), device="cpu", dtype="float32")
-    monkeypatch.setattr("hotset.model.loader.available_host_bytes", lambda: weights)
+    monkeypatch.setattr("hotset.model.devices.available_host_bytes", lambda: weights)
     with pytest.raises(ModelError, match="safetensors"):
         load_model(str(folder), device="cpu", dtype="float32")
 
@@ -373,6 +373,6 @@ def test_weights_that_are_dequantised_have_to_fit_as_what_they_become(
     config = json.loads((folder / "config.json").read_text())
     fields = {**config, "quantization_config": {"quant_method": "fp8"}}
     (folder / "config.json").write_text(json.dumps(fields))
-    monkeypatch.setattr("hotset.model.loader.available_host_bytes", lambda: 1000)
+    monkeypatch.setattr("hotset.model.devices.available_host_bytes", lambda: 1000)
     with pytest.raises(ModelError, match=r"in float32 take 0\.00 GB and 0\.00 GB are free on cpu"):
         load_model(str(folder), device="cpu", dtype="float32")

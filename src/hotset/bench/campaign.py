@@ -18,8 +18,9 @@ from hotset.config import EngineConfig
 from hotset.cpu_libraries import set_threads
 from hotset.errors import ConfigError, EngineError
 from hotset.experts.disk import ExpertSink
+from hotset.model.dummy import load_dummy
 from hotset.model.loaded import LoadedModel
-from hotset.model.loader import load_dummy, load_model
+from hotset.model.loader import load_model
 
 _DUMMY_MODEL = "smollm2-135m"
 

@@ -42,8 +42,8 @@ from hotset.experts.buffer import slot_bytes_of
 from hotset.experts.recorder import RoutingRecorder, write_routing
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import capacity_bytes_for
+from hotset.model.devices import resolve_kv_dtype
 from hotset.model.loaded import LoadedModel
-from hotset.model.loader import resolve_kv_dtype
 
 ARMS = ("hot", "host", "host+disk", RESIDENT, EXPERTS)
 

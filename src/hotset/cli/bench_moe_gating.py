@@ -122,7 +122,7 @@ def command(
     from hotset.bench.moe_gating import Shape
     from hotset.bench.moe_report import text
     from hotset.cpu_libraries import bound_kernels, set_threads
-    from hotset.model.loader import resolve_device
+    from hotset.model.devices import resolve_device
 
     set_threads(None)
     bound_kernels()
@@ -183,6 +183,6 @@ def _use(device: "torch.device") -> None:
 def _dtype(name: str, device: "torch.device") -> "torch.dtype":
     import torch
 
-    from hotset.model.loader import resolve_dtype
+    from hotset.model.devices import resolve_dtype
 
     return resolve_dtype(name, device) or torch.bfloat16

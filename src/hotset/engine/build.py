@@ -46,8 +46,9 @@ from hotset.memory.disk.tier import DiskTier
 from hotset.memory.host_tier import HostTier
 from hotset.memory.transfer import TierStack, make_copier
 from hotset.metrics import Metrics
+from hotset.model.devices import resolve_kv_dtype
 from hotset.model.loaded import LoadedModel
-from hotset.model.loader import load_model, resolve_kv_dtype
+from hotset.model.loader import load_model
 from hotset.request import SamplingParams
 from hotset.sequence import Request, Step, StepItem
 

@@ -1,0 +1,71 @@
+"""The device and the dtypes that a model gets, from the words of options."""
+
+import torch
+
+from hotset.cgroups import available_host_bytes
+from hotset.errors import ConfigError
+from hotset.linear.fp8 import FP8
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device this machine has."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device is {device!r}; expected auto, cpu or cuda") from None
+    if target.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}; expected auto, cpu or cuda")
+    if target.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("device is 'cuda' but torch finds no NVIDIA GPU here; use cpu")
+        count = torch.cuda.device_count()
+        if (target.index or 0) >= count:
+            raise ConfigError(f"device is {device!r} but this machine has {count} GPUs")
+    return target
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
+    """The torch dtype asked for; None is the checkpoint's own."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else None
+    names = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "fp8": torch.bfloat16,  # of what is not a weight of a linear layer
+    }
+    if dtype not in names:
+        raise ConfigError(f"dtype is {dtype!r}; expected auto, {', '.join(names)}")
+    if dtype == "fp8":
+        _require_fp8("dtype", device)
+    return names[dtype]
+
+
+def resolve_kv_dtype(kv_dtype: str, device: torch.device) -> torch.dtype | None:
+    """What keys and values are stored in; None is the model's dtype.
+
+    Raises:
+        ConfigError: the GPU has no such numbers.
+    """
+    if kv_dtype == "auto":
+        return None
+    _require_fp8("kv_dtype", device)
+    return FP8
+
+
+def _require_fp8(option: str, device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(
+            f"{option} is fp8, which {torch.cuda.get_device_name(device)} does not compute with; "
+            "expected a GPU of compute capability 8.9 (Ada, Hopper) or more: leave it out"
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device: on the CPU, what this process may still take."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    return available_host_bytes()
