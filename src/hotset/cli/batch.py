@@ -1,14 +1,21 @@
 """`hotset batch`: run an OpenAI batch file."""
 
+import contextlib
 import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from hotset.cli.options import engine_options, interruptible
 from hotset.config import EngineConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hotset.server.batch_file import Batch, BatchSummary
 
 
 @click.command()
@@ -42,9 +49,7 @@ def command(
       hotset batch in.jsonl out.jsonl
     """
     from rich.console import Console  # not for --help, as torch below
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from hotset.engine.service import EngineService
     from hotset.model.loader import fingerprint_of
     from hotset.server.batch_file import Batch, BatchSummary
     from hotset.server.batch_identity import RunIdentity
@@ -59,39 +64,7 @@ def command(
         if batch.num_done == batch.num_lines:  # then no model is needed
             summary, wall_s = BatchSummary(skipped=batch.num_done), 0.0
         else:
-            service = EngineService(config)
-            try:
-                click.echo(service.report, err=True)
-                progress = Progress(
-                    TextColumn("lines"),
-                    BarColumn(),
-                    MofNCompleteColumn(),
-                    TextColumn("{task.fields[rate]:.0f} tokens/s"),
-                    console=console,
-                )
-                start_s = time.perf_counter()
-                with progress:
-                    task = progress.add_task(
-                        "", total=batch.num_lines, completed=batch.num_done, rate=0.0
-                    )
-
-                    def show(summary: BatchSummary) -> None:
-                        seconds = time.perf_counter() - start_s
-                        progress.update(task, advance=1, rate=summary.completion_tokens / seconds)
-
-                    try:
-                        summary = batch.run(
-                            service,
-                            window=window or 4 * config.max_num_seqs,
-                            identity=RunIdentity.of_model(service.model, config),
-                            on_line=show,
-                        )
-                    except KeyboardInterrupt:
-                        console.print("stopped; the same command goes on from here")
-                        raise
-                wall_s = time.perf_counter() - start_s
-            finally:
-                service.close()
+            summary, wall_s = _run(batch, window or 4 * config.max_num_seqs, config, console)
     finally:
         batch.close()
     if as_json:
@@ -101,3 +74,42 @@ def command(
         f"{summary.completion_tokens} tokens in {wall_s:.1f} s",
         highlight=False,
     )
+
+
+def _run(
+    batch: "Batch", window: int, config: EngineConfig, console: "Console"
+) -> "tuple[BatchSummary, float]":
+    """Answer the lines that are left, with a progress bar; returns the time it took too."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from hotset.engine.service import EngineService
+    from hotset.server.batch_identity import RunIdentity
+
+    with contextlib.closing(EngineService(config)) as service:
+        click.echo(service.report, err=True)
+        progress = Progress(
+            TextColumn("lines"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.0f} tokens/s"),
+            console=console,
+        )
+        start_s = time.perf_counter()
+        with progress:
+            task = progress.add_task("", total=batch.num_lines, completed=batch.num_done, rate=0.0)
+
+            def show(summary: "BatchSummary") -> None:
+                seconds = time.perf_counter() - start_s
+                progress.update(task, advance=1, rate=summary.completion_tokens / seconds)
+
+            try:
+                summary = batch.run(
+                    service,
+                    window=window,
+                    identity=RunIdentity.of_model(service.model, config),
+                    on_line=show,
+                )
+            except KeyboardInterrupt:
+                console.print("stopped; the same command goes on from here")
+                raise
+        return summary, time.perf_counter() - start_s

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from hotset.config import EngineConfig
 from hotset.errors import ConfigError, RequestError
 from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.request import SamplingParams, TextForm
+
+if TYPE_CHECKING:
+    from hotset.engine.service import EngineService, OutputStream
 
 _DEFAULTS = SamplingParams()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -112,22 +115,12 @@ def command(
         raise ConfigError("standard input can be read for one prompt only; give one -")
     if sampling["max_tokens"] < 1:
         raise ConfigError(f"--max-tokens is {sampling['max_tokens']}; expected 1 or more")
-    given = {"--json-schema": json_schema, "--regex": regex, "--choice": choice or None}
-    forms = [name for name, value in given.items() if value is not None]
-    if len(forms) > 1:
-        raise ConfigError(f"{forms[0]} and {forms[1]} are both given; expected one of them")
-    text_form = None
-    if regex is not None:
-        text_form = TextForm("regex", regex)
-    elif choice:
-        text_form = TextForm("choice", json.dumps(choice))
     params = SamplingParams(
         **{**sampling, "stop": tuple(sampling["stop"])},
         include_stop_str_in_output=include_stop,
         skip_special_tokens=not keep_special_tokens,
         logit_bias=_read_biases(logit_bias),
-        json_schema=None if json_schema is None else _read_schema(json_schema),
-        text_form=text_form,
+        **_form_of(json_schema, regex, choice),
     )
     texts = [_read_stdin() if prompt == "-" else prompt for prompt in prompts]
     if not all(texts):
@@ -152,30 +145,52 @@ def command(
             )
             for text in texts
         ]
-        num_tokens, first_s = 0, None
-        for position, (stream, text) in enumerate(zip(streams, texts, strict=True)):
-            if len(streams) > 1 and not quiet:
-                title = text if len(text) <= 70 else f"{text[:67]}..."
-                click.echo(f"[{position + 1}] {title!r}", err=True)
-            for output in stream:
-                if output.error is not None:
-                    service.raise_unless_healthy()
-                    raise RequestError(output.error)
-                first_s = first_s or time.perf_counter() - start_s
-                num_tokens += len(output.token_ids)
-                sys.stdout.write(output.text)
-                sys.stdout.flush()
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+        num_tokens, first_s = _print_all(service, streams, texts, quiet=quiet)
         if not quiet:
             wall_s = time.perf_counter() - start_s
+            first_after_s = wall_s if first_s is None else first_s - start_s
             click.echo(
                 f"{num_tokens} tokens in {wall_s:.1f} s ({num_tokens / wall_s:.1f} tokens/s, "
-                f"first after {first_s or wall_s:.2f} s)",
+                f"first after {first_after_s:.2f} s)",
                 err=True,
             )
     finally:
         service.close()
+
+
+def _form_of(json_schema: str | None, regex: str | None, choice: tuple[str, ...]) -> dict[str, Any]:
+    """The field of `SamplingParams` that says what an output has to fit, if it has to."""
+    given = {"--json-schema": json_schema, "--regex": regex, "--choice": choice or None}
+    forms = [name for name, value in given.items() if value is not None]
+    if len(forms) > 1:
+        raise ConfigError(f"{forms[0]} and {forms[1]} are both given; expected one of them")
+    if json_schema is not None:
+        return {"json_schema": _read_schema(json_schema)}
+    if regex is not None:
+        return {"text_form": TextForm("regex", regex)}
+    return {"text_form": TextForm("choice", json.dumps(choice))} if choice else {}
+
+
+def _print_all(
+    service: "EngineService", streams: "list[OutputStream]", texts: list[str], *, quiet: bool
+) -> tuple[int, float | None]:
+    """Print the streams in order; returns their tokens, and when the first of them came."""
+    num_tokens, first_s = 0, None
+    for position, (stream, text) in enumerate(zip(streams, texts, strict=True)):
+        if len(streams) > 1 and not quiet:
+            title = text if len(text) <= 70 else f"{text[:67]}..."
+            click.echo(f"[{position + 1}] {title!r}", err=True)
+        for output in stream:
+            if output.error is not None:
+                service.raise_unless_healthy()
+                raise RequestError(output.error)
+            first_s = first_s or time.perf_counter()
+            num_tokens += len(output.token_ids)
+            sys.stdout.write(output.text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    return num_tokens, first_s
 
 
 def _split(words: tuple[str, ...], model: str | None) -> tuple[str | None, list[str]]:

@@ -58,24 +58,10 @@ def bar(share: float, width: int = 24) -> str:
 
 
 def plan_table(plan: Plan) -> str:
-    """One plan: the model, where its bytes live, who runs, and where the time goes."""
-    request, shape, workload = plan.request, plan.request.shape, plan.request.workload
-    hw, step = request.hardware, plan.step
-    active = ""
-    if shape.moe_layers:
-        active = f", {shape.active_params / 1e9:.2f} B per token"
-    asked = f"{workload.users} users of {workload.context:,} tokens"
-    if workload.turns > 1:
-        asked += f" in {workload.turns} turns"
-    if workload.output:
-        asked += f", answers of {workload.output:,}"
+    """One plan: the model, where its bytes live, who runs, where the time goes, how to run it."""
+    step = plan.step
     lines = [
-        f"{shape.name} on {plan.gpus} x {hw.name}, {plan.layout}, {asked}",
-        f"  {shape.total_params / 1e9:.2f} B parameters{active}; {layer_summary(shape)}",
-        f"  weights {gib(shape.weights_bytes)} ({shape.matrix_dtype}); KV "
-        f"{shape.kv_bytes_per_token(request.kv_dtype):,} B per token, "
-        f"{gib(plan.kv_bytes_per_user)} per user ({request.kv_dtype})"
-        + (f", {plan.kv_copies:g} copies" if plan.kv_copies > 1.001 else ""),
+        *_heading(plan),
         "",
         "Where the bytes are",
         rows(_places(plan), "  "),
@@ -105,25 +91,53 @@ def plan_table(plan: Plan) -> str:
             "  ",
         ),
         "",
+        *_rates(plan),
+        *_noted(plan.notes),
+        "",
+        *_how_to_run(plan),
     ]
-    data = plan.as_dict()
-    band = data["band"]
+    return "\n".join(lines)
+
+
+def _heading(plan: Plan) -> list[str]:
+    request, shape, workload = plan.request, plan.request.shape, plan.request.workload
+    active = ""
+    if shape.moe_layers:
+        active = f", {shape.active_params / 1e9:.2f} B per token"
+    asked = f"{workload.users} users of {workload.context:,} tokens"
+    if workload.turns > 1:
+        asked += f" in {workload.turns} turns"
+    if workload.output:
+        asked += f", answers of {workload.output:,}"
+    copies = f", {plan.kv_copies:g} copies" if plan.kv_copies > 1.001 else ""
+    return [
+        f"{shape.name} on {plan.gpus} x {request.hardware.name}, {plan.layout}, {asked}",
+        f"  {shape.total_params / 1e9:.2f} B parameters{active}; {layer_summary(shape)}",
+        f"  weights {gib(shape.weights_bytes)} ({shape.matrix_dtype}); KV "
+        f"{shape.kv_bytes_per_token(request.kv_dtype):,} B per token, "
+        f"{gib(plan.kv_bytes_per_user)} per user ({request.kv_dtype}){copies}",
+    ]
+
+
+def _rates(plan: Plan) -> list[str]:
+    band = plan.as_dict()["band"]
     assert isinstance(band, dict)
-    lines += [
+    lines = [
         f"Tokens/s   {plan.tokens_per_s:,.0f}, {plan.tokens_per_s / plan.gpus:,.0f} per GPU "
         f"(engines differ: {band['low']:,.0f} to {band['high']:,.0f})",
-        f"TPOT       {seconds(step.expected_s)}",
+        f"TPOT       {seconds(plan.step.expected_s)}",
         f"TTFT       {seconds(plan.ttft_s)} without queueing" + _reuse(plan),
     ]
     for label, (cause, gain) in zip(("Bottleneck", "Runner-up"), plan.causes, strict=False):
         lines.append(f"{label:<10} {cause}: {_gain(gain)} tokens/s without it")
-    lines += _noted(plan.notes)
+    return lines
+
+
+def _how_to_run(plan: Plan) -> list[str]:
     command = serve_command(plan)
     if command is None:
-        lines += ["", *_noted([f"no command to run it: {why_not_served(plan)}"])]
-    else:
-        lines += ["", "To run it", f"  {command}"]
-    return "\n".join(lines)
+        return _noted([f"no command to run it: {why_not_served(plan)}"])
+    return ["To run it", f"  {command}"]
 
 
 def _noted(notes: Iterable[str]) -> list[str]:

@@ -64,24 +64,11 @@ class Plan:
 
     def as_dict(self) -> dict[str, object]:
         """The object that `--json` prints."""
-        shape, request, workload = self.request.shape, self.request, self.request.workload
-        band = request.calibration.band
-        rate = self.tokens_per_s
+        request, workload = self.request, self.request.workload
+        band, rate = request.calibration.band, self.tokens_per_s
         most = self.users_running / self.step.ceiling_s
         data = {
-            "model": {
-                "name": shape.name,
-                "model_type": shape.model_type,
-                "source": shape.source,
-                "total_params": shape.total_params,
-                "active_params": shape.active_params,
-                "layers": len(shape.layers),
-                "attention_layers": shape.kinds(),
-                "experts_per_layer": shape.num_experts,
-                "top_k_experts": shape.top_k_experts,
-                "weights_dtype": shape.matrix_dtype,
-                "kv_dtype": request.kv_dtype,
-            },
+            **self._model(),
             "hardware": request.hardware.name,
             "gpus": self.gpus,
             "layout": str(self.layout),
@@ -89,31 +76,7 @@ class Plan:
             "context_tokens": workload.context,
             "output_tokens": workload.output,
             "turns": workload.turns,
-            "weights_bytes": shape.weights_bytes,
-            "dense_bytes": shape.dense_bytes,
-            "expert_bytes_each": shape.expert_bytes_each,
-            "experts_bytes": shape.experts_bytes,
-            "kv_bytes_per_token": shape.kv_bytes_per_token(request.kv_dtype),
-            "kv_bytes_per_early_token": shape.kv_bytes_per_early_token(request.kv_dtype),
-            "kv_bytes_per_user": self.kv_bytes_per_user,
-            "kv_bytes_total": self.kv_bytes_per_user * workload.users,
-            "kv_copies": self.kv_copies,
-            "hbm_bytes": self.hbm_bytes,
-            "resident": {
-                "weights_bytes": self.resident_weights_bytes,
-                "experts_bytes": self.resident_experts_bytes,
-                "kv_bytes": self.resident_kv_bytes,
-                "workspace_bytes": self.workspace_bytes,
-                "reserve_bytes": self.reserve_bytes,
-                "free_bytes": self.free_bytes,
-                "expert_share": self.resident_expert_share,
-            },
-            "host": {
-                "bytes": self.host_bytes,
-                "experts_bytes": self.host_experts_bytes,
-                "kv_bytes": self.host_kv_bytes,
-            },
-            "disk": {"bytes": self.disk_bytes, "kv_bytes": self.disk_kv_bytes},
+            **self._places(),
             "users_resident": self.users_resident,
             "users_total": self.users_total,
             "users_running": self.users_running,
@@ -143,6 +106,55 @@ class Plan:
         whole = _whole_bytes(data)
         assert isinstance(whole, dict)
         return whole
+
+    def _model(self) -> dict[str, object]:
+        """The model, and the bytes of it and of its users' KV."""
+        shape, dtype = self.request.shape, self.request.kv_dtype
+        return {
+            "model": {
+                "name": shape.name,
+                "model_type": shape.model_type,
+                "source": shape.source,
+                "total_params": shape.total_params,
+                "active_params": shape.active_params,
+                "layers": len(shape.layers),
+                "attention_layers": shape.kinds(),
+                "experts_per_layer": shape.num_experts,
+                "top_k_experts": shape.top_k_experts,
+                "weights_dtype": shape.matrix_dtype,
+                "kv_dtype": dtype,
+            },
+            "weights_bytes": shape.weights_bytes,
+            "dense_bytes": shape.dense_bytes,
+            "expert_bytes_each": shape.expert_bytes_each,
+            "experts_bytes": shape.experts_bytes,
+            "kv_bytes_per_token": shape.kv_bytes_per_token(dtype),
+            "kv_bytes_per_early_token": shape.kv_bytes_per_early_token(dtype),
+            "kv_bytes_per_user": self.kv_bytes_per_user,
+            "kv_bytes_total": self.kv_bytes_per_user * self.request.workload.users,
+            "kv_copies": self.kv_copies,
+        }
+
+    def _places(self) -> dict[str, object]:
+        """What lies where, in bytes."""
+        return {
+            "hbm_bytes": self.hbm_bytes,
+            "resident": {
+                "weights_bytes": self.resident_weights_bytes,
+                "experts_bytes": self.resident_experts_bytes,
+                "kv_bytes": self.resident_kv_bytes,
+                "workspace_bytes": self.workspace_bytes,
+                "reserve_bytes": self.reserve_bytes,
+                "free_bytes": self.free_bytes,
+                "expert_share": self.resident_expert_share,
+            },
+            "host": {
+                "bytes": self.host_bytes,
+                "experts_bytes": self.host_experts_bytes,
+                "kv_bytes": self.host_kv_bytes,
+            },
+            "disk": {"bytes": self.disk_bytes, "kv_bytes": self.disk_kv_bytes},
+        }
 
 
 def _whole_bytes(value: object, name: str = "") -> object:
