@@ -11,8 +11,8 @@ from hotset.cgroups import usable_cpus
 from hotset.errors import ConfigError
 
 # By default a thread that waits for the others spins for some milliseconds. Where another process
-# wants the core too, it keeps that process, or one of its own, from running: two threads then take
-# many times as long as one (docs/performance.md).
+# wants the core, the spinning thread keeps it, or a thread of its own process, from running: two
+# threads then take many times as long as one (docs/cpu.md).
 _WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 # Compiled code that is kept, for each number of rows and shape of weights: by default 1024 entries
 # of about 0.5 to 1 MiB each in both. A step needs one for each shape of its weights, and with
@@ -35,7 +35,7 @@ def set_threads(threads: int | None) -> int:
     """Set the threads that torch computes with, in this process.
 
     Args:
-        threads: None is torch's own number, or as many as affinity and quota allow if that is less.
+        threads: None is torch's own number, or what affinity and quota allow if that is less.
 
     Returns:
         their number.

@@ -255,12 +255,12 @@ def _is_token_ids(prompt: object) -> bool:
 
 
 def _is_list_of(value: object, is_one: Callable[[object], bool]) -> bool:
-    """Whether a list has elements, all of them so."""
+    """Whether a list has elements, and `is_one` holds for each."""
     return _is_list(value) and bool(value) and all(map(is_one, value))  # type: ignore[call-overload]
 
 
 def _described(value: object) -> str:
-    """A value's type, and those of its elements where it is a list."""
+    """A value's type, with the types of its elements where it is a list."""
     if value is None:
         return "None"
     name = type(value).__name__

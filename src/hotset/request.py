@@ -22,7 +22,7 @@ MOST_BIASES = 1024  # tokens in a `logit_bias`
 
 @dataclass(frozen=True, slots=True)
 class TextForm:
-    """A form other than that of a JSON schema that an output must have.
+    """A form that an output must have, other than a JSON schema.
 
     Attributes:
         kind: `regex`, for the whole output; `choice`, one of several texts; `grammar`, in Lark's
@@ -36,7 +36,7 @@ class TextForm:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the tokens of one request are chosen. Names and meanings are those of the OpenAI API.
+    """How the tokens of one request are chosen. Names and meanings follow the OpenAI API.
 
     Attributes:
         max_tokens: most tokens to generate; None means up to the context limit. 0 only computes

@@ -15,7 +15,7 @@ from hotset.grammar.follower import COMMA, DIGITS, JsonFollower, Mask, TokenTabl
 
 # 1e99 with 20 digits before it is still a finite float.
 _MAX_EXPONENT_DIGITS = 2
-# A token ends at most this many items or levels, but for rare ones.
+# A token ends at most this many items or levels, rare tokens apart.
 _NEAR = 8
 
 _OPEN, _CLOSE = b"[{", b"]}"
@@ -40,7 +40,7 @@ class JsonBounds:
 
     @staticmethod
     def of(config: EngineConfig) -> "JsonBounds":
-        """Those that an engine is configured with."""
+        """The bounds that an engine is configured with."""
         return JsonBounds(
             digits=config.json_max_digits or None,
             string=config.json_max_string,
@@ -49,7 +49,7 @@ class JsonBounds:
         )
 
     def widened(self, schema: object) -> "JsonBounds":
-        """No less than what `schema` names: its lengths, and the constants in it."""
+        """The same bounds, raised to the lengths and constants that `schema` names."""
         strings, items = [0], [0]
         todo = [(schema, False)]
         while todo:

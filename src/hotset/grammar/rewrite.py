@@ -37,11 +37,11 @@ _LOOKS = ("(?=", "(?!", "(?<=", "(?<!")
 _NOT_ONLY = re.compile(r"^\^\(\?!\^\[([^\]\\]*)\]\*\$\)")
 # Digits and a point, bounded together: pydantic's again. Implied where the parts add up to no more.
 _AT_MOST = re.compile(r"\(\?=\[\\d\.\]\{1,(\d+)\}0\*\$\)(?=\\d\{0,(\d+)\}\\\.\\d\{0,(\d+)\}0\*\$)")
-# llguidance reads numbers as floats, and those of more digits not to the last bit.
+# llguidance reads numbers as floats, and longer numbers not to the last bit.
 EXACT_DIGITS, _MOST_EXACT, _MOST_SMALL = 15, 2**53, 22
 # Beyond, llguidance has no expression for a bound.
 _MOST_NUMBER = 10**18
-_MOST_UNIQUE = 6  # constants of which each set is an option
+_MOST_UNIQUE = 6  # constants; each set of them becomes an option
 _MOST_CONTAINED, _MOST_BEFORE = 16, 7
 
 

@@ -1,10 +1,10 @@
-"""Arrays without an item that is there twice, and objects without a name that is: no grammar can.
+"""Keeps items of an array and names of an object apart, which no grammar can.
 
-That is for `uniqueItems`, and for names where a schema counts the properties of an object.
+Items are followed for `uniqueItems`, and names where a schema counts the properties of an object.
 
-A token that would end an item as one that is there already is taken out while others are left. That
-does for texts and numbers, which can always go on. Where nothing else was left, the output ends
-with an error, so that none with equal items is ever taken for right.
+A token that would end an item equal to an earlier one is ruled out while other tokens are left.
+Texts and numbers can always go on. Where no other token was left, the output ends with an error, so
+no output with equal items passes.
 """
 
 import copy
@@ -89,7 +89,7 @@ class UniqueItems(JsonFollower):
         return any(one.seen and one.key is None for one in self._open)
 
     def keep_within(self, allowed: Mask) -> Mask:
-        """The tokens of `allowed`, `[V]`, that do not; all of them if none is left."""
+        """The tokens of `allowed`, `[V]`, that do not end one; all of them if none is left."""
         kept = allowed.copy()
         for container in self._open:
             if container.key is not None:
@@ -175,7 +175,7 @@ class UniqueItems(JsonFollower):
         return self._in_place(found), f"{top.path}/{key}"
 
     def _in_place(self, schemas: list[Any]) -> list[Node]:
-        """These schemas and those that they apply to the same value."""
+        """These schemas, and the schemas that they apply to the same value."""
         found: dict[int, Node] = {}
         todo = list(schemas)
         while todo:

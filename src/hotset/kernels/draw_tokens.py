@@ -91,8 +91,8 @@ def draw_tokens(
 ) -> None:
     """Draw a token for some rows, by inverting the cumulative distribution at one number.
 
-    R = rows, V = vocabulary, N = draws. What a row gives depends on nothing but that row, its
-    temperature and its share. Asks nothing of the host.
+    R = rows, V = vocabulary, N = draws. A row's token depends on that row, its temperature and
+    its share alone. Never synchronises with the host.
 
     Args:
         logits: `[R, V]`, any float dtype, rows contiguous.
@@ -100,10 +100,10 @@ def draw_tokens(
         temperatures: `[N]` float32, above 0.
         shares: `[N]` float64, at least 0 and below 1: of the sum of all weights, how much is
             before the token.
-        token_ids: `[R]` int64, of which those of `rows` are set: to a token of weight above 0,
-            and to any token where logits are NaN.
+        token_ids: `[R]` int64. Entries of `rows` are set: to a token of weight above 0, or to any
+            token where logits are NaN.
 
-    Reference: `sampler._invert`, the same but for rounding (`tests/kernels/test_draw_tokens.py`).
+    Reference: `sampler._invert`, equal up to rounding (`tests/kernels/test_draw_tokens.py`).
     """
     assert logits.stride(1) == 1
     vocab_size, num_draws = logits.shape[1], len(rows)

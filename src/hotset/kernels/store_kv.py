@@ -63,7 +63,7 @@ def store_kv(
         cache: `[num_blocks, 2, block_size, H, D]`, the last two dimensions contiguous. Mutated.
             Of the dtype of `key`, or float8_e4m3fn.
         blocks: `[T]` int64, contiguous.
-        offsets: `[T]` int64, contiguous. Slots must be distinct, but for those that nobody reads.
+        offsets: `[T]` int64, contiguous. Places must be distinct, unless they are never read.
         key_scale: in an 8-bit cache, `key / key_scale` is stored, saturated; of no effect in
             others.
         value_scale: likewise.

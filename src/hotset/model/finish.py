@@ -1,4 +1,4 @@
-"""What every model gets once its weights are there, and what is said of its context."""
+"""The last steps of loading, and where a model's context ends."""
 
 import contextlib
 import logging

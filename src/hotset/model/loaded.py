@@ -19,7 +19,7 @@ class LoadedModel:
         max_model_len: the longest context the model was made for, in tokens.
         kv_scales: for each layer, what keys and values divided by fit 8-bit floats best; None where
             the checkpoint does not say.
-        notes: lines for the user: what of the checkpoint is not loaded, or not served.
+        notes: lines for the user: the parts of the checkpoint that are not loaded or served.
     """
 
     model: Any

@@ -104,7 +104,7 @@ def load_model(
 
 
 def _is_as_outlined(fields: Mapping[str, Any]) -> bool:
-    """Whether the model takes as much as its outline: less is left by most quantisers."""
+    """Whether the model takes the bytes of its outline; most quantisers leave less."""
     return quant_config(fields) is None or is_dequantised(fields)
 
 

@@ -4,7 +4,7 @@ Every MLP of the dense model becomes eight experts, copies of it that differ by 
 seeded router that picks two for each token. With their weights summing to 1, two copies of an MLP
 answer as the MLP does, so the model still speaks, a little worse. It was *not* trained as a Mixture
 of Experts: its experts know nothing of their own. Its sizes, its routing by real hidden states and
-all that must be moved are those of a real one, which is what it is for.
+the bytes that must be moved are like a real one's, which is what it is for.
 
 Source: Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints",
 ICLR 2023, section 3; without its further training.
@@ -74,8 +74,8 @@ def upcycle(
         made: is created; weights are stored in the dtype that they have.
         num_experts: copies of each MLP.
         top_k: experts of a token.
-        noise: standard deviation of what is added to each matrix of a copy, over that of the
-            matrix; with 0 the logits are those of the dense model.
+        noise: standard deviation of the noise added to each matrix of a copy, as a share of the
+            matrix's own; with 0 the logits equal the dense model's.
         seed: of noise and routers.
 
     Raises:

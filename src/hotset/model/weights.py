@@ -123,7 +123,7 @@ def read_generation_config(model: Any, folder: Path) -> None:
 
 
 def _is_as_stored(model: Any, tensors: CheckpointTensors) -> bool:
-    """Whether each weight is in the files under its name or that of a weight it is tied to."""
+    """Whether each weight, or a weight it is tied to, is in the files under its name."""
     if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
         return False  # not all of one dtype
     if any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model)):
@@ -151,7 +151,7 @@ def _all_equal(names: list[str], tensors: CheckpointTensors) -> bool:
 def _check_leftovers(
     model: Any, folder: Path, fields: Mapping[str, Any], tensors: CheckpointTensors
 ) -> None:
-    """Refuse tensors that the model has no place for, but for harmless ones."""
+    """Refuse tensors that the model has no place for, unless no answer depends on them."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     shapes = {}

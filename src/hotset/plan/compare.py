@@ -7,15 +7,15 @@ from hotset.plan.result import Plan
 
 @dataclass(frozen=True)
 class Ratio:
-    """One case against the first, in tokens/s of a GPU. `total` is `capacity` times `speed`.
+    """One case against the first, in tokens/s per GPU. `total` is `capacity` times `speed`.
 
     Attributes:
         case: its name.
-        total: tokens/s of a GPU over those of the first case.
-        speed: the same if both ran as many users for each GPU as the first case does.
+        total: tokens/s per GPU, over the first case's.
+        speed: the same if both ran the first case's number of users per GPU.
         capacity: the rest: what running more (or fewer) users at once gives.
-        tpot: time per token over that of the first case.
-        ttft: time to first token over that of the first case.
+        tpot: time per token, over the first case's.
+        ttft: time to first token, over the first case's.
     """
 
     case: str

@@ -63,9 +63,9 @@ class Candidate:
 def find_best(request: Request, target: Target) -> list[Candidate]:
     """Every layout of the GPUs given, best first.
 
-    Without GPUs all powers of two of an NVLink domain are tried. A layout is asked for as many
-    of the users as keep the target, all running at once or taking turns as the plan says. Layouts
-    that serve all users come first, by tokens/s of a GPU; then those that serve more.
+    Without GPUs all powers of two of an NVLink domain are tried. Each layout gets the most
+    users that keep the target, all running at once or taking turns as the plan says. Layouts
+    that serve all users come first, by tokens/s per GPU; the others follow, most users first.
 
     Raises:
         PlanError: no layout holds the model at all.

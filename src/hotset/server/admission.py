@@ -14,7 +14,7 @@ from hotset.server.responses import Writer, make_writers
 from hotset.server.schemas import GenerationRequest
 from hotset.text.prompt import PromptEncoder
 
-BATCH_PRIORITY = 1  # after those somebody waits for
+BATCH_PRIORITY = 1  # after requests that a client waits for
 
 
 @dataclass(frozen=True, slots=True)

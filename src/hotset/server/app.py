@@ -54,10 +54,10 @@ _PAGE_HEADERS = {
 
 @dataclass(slots=True)
 class ServerConfig:
-    """How requests are taken; what the engine is like is `EngineConfig`'s.
+    """How requests are taken; `EngineConfig` says how they are computed.
 
     Attributes:
-        keys: who may ask; none is anybody.
+        keys: who may ask; without keys every client may.
         host_names: by which the server may be called; None is any.
         limits: of a request.
         files_path: folder for uploaded files and batches; None offers neither.

@@ -72,7 +72,7 @@ class Batch:
 
     Attributes:
         num_lines: of the input.
-        num_done: of them, those that are answered already.
+        num_done: lines that are answered already.
 
     Raises:
         ConfigError: a file cannot be read or written, is in use by another run, or the output
@@ -113,7 +113,7 @@ class Batch:
         self._target.close()
 
     def check_run(self, identity: RunIdentity) -> None:
-        """Raise ConfigError unless the answers there are those of this model and these options."""
+        """Raise ConfigError unless the output's answers are of this model and these options."""
         written_by = self._written_by
         if written_by is None:
             return
@@ -150,14 +150,14 @@ class Batch:
         Args:
             service: the engine.
             window: many more than the engine runs at once keep it busy beside a slow first one.
-            identity: of the answers; None is that of the service.
+            identity: of the answers; None takes the identity of the service.
             on_line: called after each line written.
             submit: queues a line's request; None does so without any limit.
             is_stopped: asked after each line whether to end early.
 
         Raises:
             EngineError: the engine has failed.
-            ConfigError: the output cannot be written, as when the disk is full; or what is there is
+            ConfigError: the output cannot be written, as when the disk is full; or its answers are
                 of another model or other options.
         """
         identity = identity or RunIdentity.of_model(service.model, service.config)

@@ -1,7 +1,7 @@
 """What an answer of a batch belongs to: its request, its model, and the options behind it.
 
-Each record of an output carries this in its `id`, so that a later run sees whether the answers
-that are there already are those that it would give. There is no second file to lose.
+Each record of an output carries this in its `id`, so that a later run sees whether it would
+give the answers that are already there. There is no second file to lose.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from hotset.foreign_text import ForeignTextError, parse_json
 if TYPE_CHECKING:
     from hotset.model.loaded import LoadedModel
 
-# What an engine may be given without another answer, but for rounding.
+# Options that change no answer, apart from rounding.
 _LEAVES_ANSWERS = frozenset(
     {
         "model",
@@ -108,10 +108,10 @@ class RunIdentity:
 
 
 def line_identity(line: bytes) -> str:
-    """A hash of an input's line, of its values: spaces do not count.
+    """A hash of the values of an input's line: spaces do not count.
 
-    Nor does the order of its fields or those of its body. Further down it does: a model reads tools
-    and writes the properties of a schema in the order in which they are given.
+    The order of its fields and of its body's fields does not count either. Further down the order
+    counts: a model reads tools and writes the properties of a schema in the order given.
     """
     try:
         content = parse_json(line)

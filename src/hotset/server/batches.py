@@ -1,4 +1,4 @@
-"""Batches over HTTP: files of requests, answered after those that somebody waits for."""
+"""Batches over HTTP: files of requests, answered after requests that a client waits for."""
 
 import asyncio
 import functools
@@ -26,10 +26,10 @@ _SAVE_EVERY_S = 1.0
 
 
 class BatchRunner:
-    """Runs batches, in threads of their own, and goes on with those that a stop interrupted.
+    """Runs batches in threads of their own, and goes on with batches that a stop interrupted.
 
     Used from the event loop's thread. A batch's answers are in its output file line by line, so
-    what a crash leaves is gone on from, and no line is run twice.
+    a batch goes on after a crash, and no line is run twice.
 
     Args:
         store: has the files, and the batches' objects.

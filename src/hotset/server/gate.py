@@ -61,7 +61,7 @@ class Gate:
         self._app = app
         self._keys = keys
         self._host_names = host_names
-        self._anybody = Tenant()
+        self._no_tenant = Tenant()
         self._tracer = tracer
         self.counts = HttpCounts()
 
@@ -121,7 +121,7 @@ class Gate:
                 )
                 raise ApiError(403, message, code="wrong_host")
         if not len(self._keys) or path in OPEN_PATHS:
-            return self._anybody
+            return self._no_tenant
         scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         # Clients of Anthropic's API send it in a header of its own.

@@ -25,7 +25,7 @@ Facts = dict[str, Any]  # what the access log and the trace say of a request
 
 # Proxies give up on a stream that says nothing for a minute or so.
 KEEP_ALIVE_S = 10.0
-WARNING_HEADER = "x-hotset-warning"  # what of a request was left out
+WARNING_HEADER = "x-hotset-warning"  # names the parts of a request that were left out
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -147,7 +147,7 @@ def _raise_failure(completions: list[Completion], admission: Admission) -> None:
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Wait for `work`; cancels it and raises ClientDisconnect if nobody else does."""
+    """Wait for `work`; cancels it and raises ClientDisconnect where the client goes away first."""
     tasks = asyncio.create_task(work), asyncio.create_task(_disconnect(request.receive))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -106,10 +106,10 @@ class Keys:
         self._add_digest(hashlib.sha256(key.encode()).digest(), tenant)
 
     def find(self, key: str) -> Tenant:
-        """Whose key it is; takes as long for a wrong key as for a right one.
+        """The tenant of a key; takes as long for a wrong key as for a right one.
 
         Raises:
-            ApiError: nobody's (401).
+            ApiError: no tenant has this key (401).
         """
         digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
         found: Tenant | None = None

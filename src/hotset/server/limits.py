@@ -25,8 +25,8 @@ class Limits:
         max_prompts: in one text completion.
         max_stop: stop strings, and as many stop tokens.
         max_schema_kib, max_schema_depth: of a JSON schema.
-        max_prompt_logprobs: log-probabilities of prompts in one answer: for each entry of
-            `choices`, those of the prompt's tokens and of the likeliest at their places.
+        max_prompt_logprobs: log-probabilities of prompts in one answer: each entry of `choices`
+            counts the prompt's tokens and the likeliest tokens at their places.
         max_stored, max_stored_mib: responses of `/v1/responses` that are kept for one key, and
             their size; the least recently used ones are dropped.
         max_queue: requests that wait for the engine; more are refused with 429.

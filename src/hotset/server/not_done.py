@@ -51,7 +51,7 @@ OF_TEXTS: Known = {
 
 
 def without_not_done(data: dict[str, Any], known: Known, *, within: str = "") -> dict[str, Any]:
-    """`data` without the fields of `known`, all of which have to ask for nothing.
+    """`data` without the fields of `known`; each of these fields has to ask for nothing.
 
     Args:
         data: a JSON object of a request.

@@ -49,7 +49,7 @@ class ChatWriter:
         self._call_prefix = f"call_{request_id}_{index}" if index else f"call_{request_id}"
         self._index = index
         self._is_first = True
-        # These add nothing to the text, so that the bytes of all tokens are those of the content.
+        # These add nothing to the text: the bytes of all other tokens join to the content.
         self._left_out: set[int] = set()
         if request.skip_special_tokens:
             self._left_out |= encoder.tokens.special_ids
@@ -183,7 +183,7 @@ def usage_body(completions: Sequence[Completion], n: int) -> Json:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {
-            # The outputs of a prompt have the same; those that have not begun have none yet.
+            # All outputs of a prompt count the same; an output that has not begun counts 0.
             "cached_tokens": sum(
                 max(one.cached_tokens for one in completions[i : i + n])
                 for i in range(0, len(completions), n)

@@ -59,9 +59,9 @@ class ResponseFormat(Part):
 class GenerationRequest(FormFields, Part):
     """What both kinds of completion have in common.
 
-    A field that is not here is refused, so that none is ignored that would change the answer;
-    those of `not_done` are taken at values that ask for nothing. Beyond OpenAI's: `top_k`, `min_p`,
-    `repetition_penalty`, `min_tokens`, `stop_token_ids`, `include_stop_str_in_output`,
+    A field that is not here is refused, so that no field that would change the answer is ignored.
+    Fields of `not_done` are taken at values that ask for nothing. Beyond OpenAI's: `top_k`,
+    `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `include_stop_str_in_output`,
     `skip_special_tokens`, `ignore_eos`, `prompt_logprobs`, `cache_salt` and the fields of
     `FormFields`, as vLLM has them, and `timeout_s`.
     """

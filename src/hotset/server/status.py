@@ -32,7 +32,7 @@ class _Sample:
 
 
 class StatusBoard:
-    """Samples the counters once a second, and looks at the engine when somebody asks."""
+    """Samples the counters once a second, and looks at the engine when a client asks."""
 
     def __init__(self, service: EngineService) -> None:
         self._service = service
