@@ -32,8 +32,8 @@ def available_host_bytes(root: Path = Path("/")) -> int:
 
     A file that was read stays in memory as cache and counts as used by its cgroup. The kernel
     gives it back before it lets an allocation fail, so it is counted as free here, whether read
-    once (`inactive_file`) or more often (`active_file`). Not so what a process has mapped: its
-    code, or weights that it computes with from there, would be read again from disk.
+    once (`inactive_file`) or more often (`active_file`). Mapped files are not counted as free:
+    code, and weights that are computed with from there, would be read again from disk.
 
     Args:
         root: under which `proc` and `sys` are found; for tests.

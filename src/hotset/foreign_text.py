@@ -1,4 +1,4 @@
-"""JSON and TOML that others wrote: one error for whatever is wrong with it.
+"""JSON and TOML that others wrote: one error for all that can be wrong with it.
 
 `json.loads` raises RecursionError on deeply nested text, which is no ValueError, and what it lets
 through can exhaust the stack of code that walks it later: nesting has a limit of our own.

@@ -22,7 +22,7 @@ def first_line(error: Exception) -> str:
 def quiet() -> Iterator[None]:
     """Keep the libraries' warnings and progress bars off the user's terminal.
 
-    What matters in them is checked and raised here instead.
+    hotset checks for the conditions that matter, and raises its own errors.
     """
     logging, hub_logging = transformers.utils.logging, huggingface_hub.logging
     verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()

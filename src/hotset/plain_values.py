@@ -1,4 +1,4 @@
-"""Values as their fields hold them: numbers of other libraries become Python's, other types none.
+"""Values as fields hold them: numbers of other libraries become Python's, other types fail.
 
 Each function returns the value, or raises TypeError. True and False are no numbers.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 from hotset.checkpoint.files import weight_files
 from hotset.foreign_text import parse_json
 
-# Raised when the same files are read as other weights: KV of before must not be found.
+# Raised when the same files become other weights, so that older KV is not found.
 READING = b"2"
 
 FULL_HASH_BYTES = 4 * 2**30  # checkpoints up to this size are hashed byte for byte
@@ -21,11 +21,11 @@ HASH_SAMPLE_BYTES = 16 * 2**10
 def fingerprint(source: Path) -> str:
     """Hash a checkpoint's config and weights: 32 hex digits, independent of names and times.
 
-    It is another one, too, for a version of hotset that reads the same files otherwise.
+    It changes, too, when a version of hotset reads the same files differently.
 
-    Checkpoints up to 4 GiB are hashed byte for byte. Of larger ones, 16 KiB at each MiB are,
-    beside each file's size: whatever changes a tensor of a MiB or more as a whole (another
-    training, a merge, another quantisation) is seen, an edit of single values may not be.
+    Checkpoints up to 4 GiB are hashed byte for byte. Of larger ones 16 KiB at each MiB are hashed,
+    with each file's size: a change of a whole tensor of a MiB or more (another training, a merge,
+    another quantisation) is seen, an edit of single values may not be.
     """
     if source.is_file():
         files, digest = [source], hashlib.blake2b(digest_size=16)

@@ -1,8 +1,8 @@
 """GGUF files: a config from their metadata, and every key and tensor of them accounted for.
 
-transformers makes the config, and reads the tensors that it has names for. What it passes over in
-silence (widths of heads and experts, scaled rotations, a tensor without a name) is read here, or
-the file is refused by the key's name.
+transformers makes the config, and reads the tensors that it has names for. It passes over other
+keys and tensors in silence (widths of heads and experts, scaled rotations). These are read here,
+or the file is refused by the key's name.
 Source: the keys and what they mean: llama.cpp's `gguf-py/gguf/constants.py` and `src/models`.
 """
 

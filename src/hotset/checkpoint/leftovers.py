@@ -1,14 +1,14 @@
 """Tensors of a checkpoint that no weight of the model takes: harmless, or a sign of wrong answers.
 
 A bias that the config has no place for, or the scales of weights that are read without them, would
-change every answer. So whatever is not known to be harmless is refused.
+change every answer. So a tensor that is not known to be harmless is refused.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Recomputed, or of parts that do not speak: no answer depends on them.
+# Recomputed, or of parts that make no text: no answer depends on them.
 _HARMLESS = re.compile(
     r"(^|\.)(inv_freq|original_inv_freq|cos_cached|sin_cached|position_ids|_extra_state)$"
     r"|(^|\.)mtp[._]"  # layers that guess tokens ahead
@@ -45,7 +45,7 @@ def leftovers(
     fields: Mapping[str, Any],
     ignored: Iterable[str] = (),
 ) -> list[str]:
-    """Those of `names` that are not known to be harmless, sorted.
+    """The `names` that are not known to be harmless, sorted.
 
     Args:
         names: of tensors that the model has no place for.

@@ -20,7 +20,7 @@ _BYTES = _BLOCK // 2
 
 
 def find_blocks(folder: Path, stored: Mapping[str, Stored]) -> dict[str, tuple[str, str]]:
-    """The names of blocks and scales by that of the weight they make.
+    """Name of a weight -> the names of its blocks and scales.
 
     Raises:
         ModelError: blocks without scales, or of shapes that do not fit together.

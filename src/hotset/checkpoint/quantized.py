@@ -13,8 +13,8 @@ from hotset.checkpoint.leftovers import is_harmless
 from hotset.cost.quantisation import modelopt_algorithm, quant_config
 from hotset.errors import ModelError
 
-# In words of safetensors: what a weight that is not quantised is stored as, and what an index or a
-# mask is, which is no weight. Everything else is narrow or packed.
+# Dtypes, in safetensors' words, of plain weights, and of indices and masks. All others are narrow
+# or packed.
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _INDICES = frozenset({"I64", "U64", "BOOL"})
 

@@ -16,7 +16,7 @@ def make_exclusive(root: dict[str, Any]) -> None:
         SchemaError: two branches may both fit a value; one line says which and where.
     """
     values = SchemaValues(root)
-    # What one `oneOf` leaves out must not count as left out where another is looked at.
+    # Each `oneOf` is told apart by the schema as it was, before others lost properties.
     found: list[tuple[dict[str, Any], list[Schema]]] = []
     for schema, path in walk(root):
         if "oneOf" not in schema:
@@ -48,9 +48,9 @@ def make_exclusive(root: dict[str, Any]) -> None:
 
 
 def _is_told_apart(branches: list[Schema], root: dict[str, Any]) -> bool:
-    """Whether all branches are other constants, or require a property that is another in each.
+    """Whether branches are different constants, or require a property whose constant differs.
 
-    That is how most are told apart, and is seen without comparing each with each.
+    Most schemas are so, and it is seen without comparing each branch with each.
     """
     targets = [resolved(branch, root) for branch in branches]
     constants = [one for target in targets for one in _constants(target)]

@@ -33,7 +33,7 @@ class OutputMatcher:
 
     Attributes:
         inner: llguidance's own.
-        followers: what keeps JSON to what no grammar can say.
+        followers: hold JSON to rules that no grammar can express.
         error: one line once the output cannot go on, or ended before it was complete.
     """
 
@@ -51,7 +51,7 @@ class OutputMatcher:
         self._eos_token_ids = eos_token_ids
 
     def copy(self) -> "OutputMatcher":
-        """One of its own, at the same place."""
+        """Another matcher, at the same place of the output."""
         followers = [follower.copy() for follower in self.followers]
         return OutputMatcher(self.inner.deep_copy(), self._kind, self._eos_token_ids, followers)
 
@@ -241,7 +241,7 @@ class _FormError(Exception):
 
 
 def _grammar(kind: str, source: str) -> str:
-    """What llguidance takes. Raises SchemaError, ForeignTextError and _FormError."""
+    """The grammar for llguidance. Raises SchemaError, ForeignTextError and _FormError."""
     matcher = llguidance.LLMatcher
     match kind:
         case "json_schema":
@@ -263,7 +263,7 @@ def _grammar(kind: str, source: str) -> str:
                 lark = any_to_lark(source)
             except Exception as error:  # its parser raises IndexError and others, too
                 raise _FormError(f"expected Lark's notation or GBNF: {error}") from error
-            if "%json" in lark:  # past all that `json_schema.prepare` refuses or says by others
+            if "%json" in lark:  # it would bypass what `json_schema.prepare` checks and rewrites
                 raise _FormError("it has %json in it; a schema can be given by itself only")
             text = matcher.grammar_from_lark(lark)
         case _:

@@ -1,8 +1,8 @@
 """Bounds of what a JSON schema lets repeat: digits, characters, items, nesting.
 
-A model that may go on with digits often does, to the end of its token budget. The bounds hold where
-the grammar leaves another way: a token beyond one is taken out only while others are left. As the
-grammar never leads where there is no way out, no bound can make a schema impossible to fulfil.
+A model that may go on with digits often does, to the end of its token budget. A token beyond a
+bound is ruled out only while others are left. As each prefix that the grammar allows can be
+completed, no bound makes a schema impossible.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ _OPEN, _CLOSE = b"[{", b"]}"
 
 @dataclass(frozen=True, slots=True)
 class JsonBounds:
-    """The most of each; None is no bound.
+    """Upper bounds; None is no bound.
 
     Attributes:
         digits: of the integer part and of the fraction of a number, each; its exponent then has at

@@ -9,7 +9,7 @@ from hotset.grammar.nodes import LISTED, NAMED, ONE, SchemaError, children, walk
 from hotset.grammar.rewrite import EXACT_DIGITS, is_exact, refuse, rewrite, rewrite_conditions
 from hotset.grammar.values import TYPES, type_of, without_endless
 
-# What is left of these after the rewrites, no grammar can say.
+# Keywords that no grammar can express, unless a rewrite has replaced them.
 _UNSUPPORTED = (*("unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"),)
 _COUNT = "whole number, 0 or more"
 # The type of each keyword's value. Before draft 6, an exclusive bound was a boolean.
@@ -88,7 +88,7 @@ def _check_structure(schema: dict[str, Any], path: str) -> None:
 
 
 def _beyond_exact(constant: Any) -> int | float | None:
-    """The first number in a constant that the grammar would say otherwise; None without any."""
+    """The first number in a constant that the grammar would change; None without any."""
     todo = [constant]
     while todo:
         one = todo.pop()

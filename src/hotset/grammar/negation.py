@@ -1,4 +1,4 @@
-"""What a JSON schema rules out, as a schema: for `not` and `if`."""
+"""The opposite of a JSON schema, as a schema: for `not` and `if`."""
 
 import itertools
 import re
@@ -45,7 +45,7 @@ def negate(schema: Schema, root: dict[str, Any], depth: int = 8) -> Schema:
 
 
 def _opposites(key: str, value: Any, root: dict[str, Any], depth: int) -> list[Schema]:
-    """Each keyword by itself rules values out; what one of them rules out does not fit."""
+    """A value does not fit if at least one keyword rules it out."""
     match key:
         case "type":
             return [_other_types([value] if isinstance(value, str) else list(value))]

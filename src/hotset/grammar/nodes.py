@@ -35,7 +35,7 @@ CONSTRAINTS = frozenset(
 def children(schema: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:
     """The places of the schemas right below one: container, key in it, and path from the schema.
 
-    A place may hold what is no schema; that is for the caller to see.
+    A place may hold a value that is no schema; the caller checks.
     """
     for key in ONE:
         if isinstance(schema.get(key), (dict, bool)):
@@ -53,8 +53,8 @@ def children(schema: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:
 def walk(root: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Each schema that is an object, once, with its path.
 
-    These are the root, all below it, and what references point at elsewhere. A caller may change
-    the schema that it was given last; what is below it is looked for after that.
+    These are the root, all schemas below it, and schemas elsewhere that references point at. A
+    caller may change the schema that it was given last: its parts are found after that.
     """
     seen: set[int] = set()
     todo: list[tuple[Any, str]] = [(root, "#")]

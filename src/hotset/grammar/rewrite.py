@@ -1,7 +1,7 @@
-"""Keywords that a grammar does not have, said by others.
+"""Replaces keywords that a grammar does not have by keywords that it has.
 
-Each rewrite keeps the schema's values, or leaves some of them out where that is noted: never is
-there a value that does not fit the schema as it was.
+A rewrite keeps the schema's values, or leaves some out where its docstring says so. It never adds a
+value that does not fit the original schema.
 """
 
 import itertools
@@ -35,7 +35,7 @@ _PATTERNS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}T{_TIME}"}
 _LOOKS = ("(?=", "(?!", "(?<=", "(?<!")
 # "Not only these characters", as pydantic has it: the same as one that is none of them.
 _NOT_ONLY = re.compile(r"^\^\(\?!\^\[([^\]\\]*)\]\*\$\)")
-# Digits and a point, bounded together: pydantic's again. Implied where the parts add up to no more.
+# Digits and a point, bounded together, by pydantic. Redundant where the parts add up to no more.
 _AT_MOST = re.compile(r"\(\?=\[\\d\.\]\{1,(\d+)\}0\*\$\)(?=\\d\{0,(\d+)\}\\\.\\d\{0,(\d+)\}0\*\$)")
 # llguidance reads numbers as floats, and longer numbers not to the last bit.
 EXACT_DIGITS, _MOST_EXACT, _MOST_SMALL = 15, 2**53, 22
@@ -46,9 +46,10 @@ _MOST_CONTAINED, _MOST_BEFORE = 16, 7
 
 
 def rewrite_conditions(schema: Node, path: str, root: Node) -> None:
-    """Say `not`, `if`, `then` and `else` of one schema by other keywords, in place.
+    """Replace `not`, `if`, `then` and `else` of one schema by other keywords, in place.
 
-    This keeps all values. It comes before what leaves some out: the opposite of fewer is more.
+    This keeps all values. It runs before rewrites that leave values out: their opposite would add
+    some.
 
     Raises:
         SchemaError: the opposite cannot be said; one line with the path.
@@ -65,7 +66,7 @@ def rewrite_conditions(schema: Node, path: str, root: Node) -> None:
 
 
 def rewrite(schema: Node, path: str, root: Node) -> None:
-    """Say the keywords of one schema by those that a grammar has, in place; not those below it.
+    """Replace keywords of one schema that a grammar has not, in place; not of schemas below it.
 
     Raises:
         SchemaError: one cannot be said so; one line with its path.
@@ -150,7 +151,7 @@ def _rewrite_bounds(schema: Node, path: str, root: Node) -> None:
 
 
 def is_exact(number: int | float) -> bool:
-    """Whether a grammar has this number, and none that is but close to it."""
+    """Whether a grammar has exactly this number."""
     if math.isfinite(number) and number == int(number):
         return abs(number) <= _MOST_EXACT
     _, digits, exponent = Decimal(repr(number)).as_tuple()
@@ -212,7 +213,7 @@ def _rewrite_names(schema: Node, path: str, root: Node) -> None:
 
 
 def _rewrite_properties(schema: Node, path: str, root: Node) -> None:
-    """What one property says of others. `minProperties` 1 then means one of those named."""
+    """Rules of one property about others. `minProperties` 1 then means one of the named ones."""
     dependencies = {
         **_object(schema, "dependencies", path),
         **_object(schema, "dependentRequired", path),
@@ -302,7 +303,7 @@ _OTHER_THAN_ARRAY = ["null", "boolean", "number", "string", "object"]
 
 
 def resolved(schema: Any, root: Node) -> Any:
-    """What a schema that is but a reference points at."""
+    """The schema that a bare reference points at."""
     for _ in range(8):
         if not isinstance(schema, dict) or schema.keys() & CONSTRAINTS != {"$ref"}:
             return schema

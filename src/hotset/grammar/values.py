@@ -21,17 +21,17 @@ Goal = tuple[int, ...]  # ids of schemas that one value has to fit, all of them
 
 
 class _TooComplexError(Exception):
-    """What a schema means was not found within the limits."""
+    """The limits were reached before an answer was found."""
 
 
 class SchemaValues:
-    """Tells schemas without a value from those that may have one.
+    """Tells schemas without a value from schemas that may have one.
 
-    A value that requires itself without end is none. The answer "no" is proven; "yes" means that
-    nothing was found that rules all values out.
+    A value that requires itself without end does not count. The answer "no" is proven; "yes" means
+    that no contradiction was found.
 
-    A set of schemas that hold together has a value if those of their required properties and items
-    have one: the least fixed point of that rule is computed over the sets that are met.
+    A set of schemas that hold together has a value if the schemas of their required properties and
+    items have one: the least fixed point of that rule is computed over the sets that are met.
 
     Args:
         root: where references look. It must not change meanwhile.

@@ -7,7 +7,7 @@ FP8_MAX: float = torch.finfo(FP8).max
 
 
 def to_fp8(values: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """`values / scale` to the nearest 8-bit float; what is beyond 448 becomes 448, NaN stays.
+    """`values / scale` to the nearest 8-bit float; values beyond 448 become 448, NaN stays.
 
     Args:
         values: any shape, any float dtype.

@@ -33,7 +33,7 @@ class MergedLinear(nn.Module):
 
     Attributes:
         whole: the layer of all columns, shared by the group.
-        columns: of it that are this layer's.
+        columns: of `whole` that are this layer's.
 
     Args:
         apart_from_rows: rows from which all layers of the group compute their own columns; None is

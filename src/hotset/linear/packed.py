@@ -16,8 +16,8 @@ from hotset.linear.reads import is_replaceable
 
 # Any number of rows runs; this is what the layout is chosen for. 256 measured the same.
 _PACKED_FOR_ROWS = 16
-# Packing a weight takes a few times its memory while it lasts: measured 4.3 with the logits'. That
-# of small ones is not worth asking for.
+# Packing takes a few times a weight's memory meanwhile: 4.3 times, measured for the logits'. For
+# small weights that memory is not checked.
 _PACKING_COPIES = 5
 _LARGE_BYTES = 64 * 2**20
 

@@ -1,4 +1,4 @@
-"""What a config alone tells: which class runs the checkpoint, and whether that can be served.
+"""From a config alone: which class runs the checkpoint, and whether it can be served.
 
 The model is made on `meta`, without memory, and inspected there, before weights are read or
 downloaded. Multimodal models are served with text alone, without the parts that only images, video

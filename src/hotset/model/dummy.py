@@ -33,8 +33,8 @@ def load_dummy(
 ) -> LoadedModel:
     """A model of a known shape with random weights and no tokenizer, for benchmarks.
 
-    Each weight is made on the device in its dtype, so none is in memory twice. Initial values are
-    those that transformers gives a model to be trained, and equal seeds give equal weights.
+    Each weight is made on the device in its dtype, so none is in memory twice. Initial values
+    follow transformers' rules for training, and equal seeds give equal weights.
 
     Args:
         name: a bundled name of `hotset plan`, a folder with `config.json`, such a file, or the id

@@ -41,7 +41,7 @@ def find_model(name: str | None) -> tuple[Path, str]:
 
 
 def _check_config(hub_id: str) -> None:
-    """Refuse what the config alone tells cannot be run, before weights are downloaded."""
+    """Refuse a model that cannot run, by its config alone, before weights are downloaded."""
     with quiet():
         folder = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=_SMALL_FILES))
     try:

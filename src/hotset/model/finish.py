@@ -38,7 +38,7 @@ def _round(model: Any, dtype: str, architecture: Architecture) -> None:
 
 @contextlib.contextmanager
 def closing_on_error(experts: ExpertSink | None) -> Iterator[None]:
-    """Close where experts go if loading fails."""
+    """Close `experts` if loading fails."""
     try:
         yield
     except BaseException:
@@ -48,7 +48,7 @@ def closing_on_error(experts: ExpertSink | None) -> Iterator[None]:
 
 
 def context_notes(model: Any) -> tuple[str, ...]:
-    """Say so where the context ends before the config does."""
+    """A line where the context ends before the config says."""
     config = model.config.get_text_config()
     served, named = context_length(config), largest(config, "max_position_embeddings")
     if served is None or served >= named:

@@ -47,10 +47,10 @@ def load_model(
             `bfloat16`, `float16`, or `fp8`: bfloat16, but 8-bit weights in linear layers.
         experts_on_host: leave the weights of experts, where the model has some, in host memory, for
             `buffer_experts`.
-        experts: with `experts_on_host`, where those go that host memory has no room for. Of a
-            GGUF file they are in memory first.
+        experts: with `experts_on_host`, takes the experts that host memory has no room for. Experts
+            of a GGUF file are in memory first.
         check: gets the model on `meta`, before a weight is read, and raises where it does not fit
-            what the caller has in mind. Not of a GGUF file.
+            what the caller has in mind. Not called for a GGUF file.
         needs_tokenizer: refuse a model without one, before a weight is read.
 
     Raises:
@@ -128,14 +128,14 @@ def _check_room(
 
 
 def fingerprint_of(name: str | None, dtype: str) -> str:
-    """What `load_model` gives as the model's fingerprint, without loading a weight.
+    """The fingerprint that `load_model` gives a model, without loading a weight.
 
     Raises:
         ModelError: the model cannot be found or read.
     """
     source, _ = find_model(name)
     if source.is_dir():
-        read_config(source)  # names what is no model
+        read_config(source)  # raises for a folder that holds no model
     return _fingerprint(source, dtype)
 
 

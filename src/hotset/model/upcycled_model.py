@@ -116,7 +116,7 @@ def _copy(matrix: torch.Tensor, noise: float, generator: torch.Generator) -> tor
 
 
 def _config(dense: Path, num_experts: int, top_k: int) -> Any:
-    """That of the Mixtral model: attention, norms and embeddings are as in Llama models."""
+    """The config of the Mixtral model: attention, norms and embeddings are as in Llama models."""
     try:
         fields = parse_json((dense / "config.json").read_bytes())
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""How evenly devices would be loaded by experts placed so, from routing that was recorded."""
+"""How evenly placed experts would load devices, by routing that was recorded."""
 
 import zipfile
 from collections.abc import Callable, Sequence
@@ -58,7 +58,7 @@ class Case:
 
     Attributes:
         name: in tables.
-        num_replicas: copies beyond the first, of a layer.
+        num_replicas: copies beyond the first, per layer.
         loads: on the steps it was made from, which are all.
         unseen: made from the first half of the steps, on the second; None for a single step.
         placements: of each layer, made from all steps.
@@ -204,7 +204,7 @@ def balance_table(recording: Recording, cases: list[Case], num_devices: int) -> 
 
 
 def _loads(placements: Sequence[Placement], history: Counts) -> Loads:
-    """Those of one placement a layer, on `[steps, layers, experts]`."""
+    """Loads with one placement per layer, on `[steps, layers, experts]`."""
     balances = [
         measure(placement, layer.tolist())
         for placement, layer in zip(placements, history.swapaxes(0, 1), strict=True)

@@ -145,7 +145,7 @@ def _noted(notes: Iterable[str]) -> list[str]:
 
 
 def _latent_notes(plans: Iterable[Plan]) -> list[str]:
-    """What tables without all notes say of KV all the same."""
+    """The note about MLA's KV, for tables that leave the other notes out."""
     found = (plan.request.shape.latent_note(plan.request.kv_dtype) for plan in plans)
     return _noted(dict.fromkeys(note for note in found if note))
 

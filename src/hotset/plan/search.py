@@ -54,7 +54,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with as many users as keep the target; `users` is 0 where none does."""
+    """A layout, and the most users that keep the target in it; 0 where not even one does."""
 
     plan: Plan
     users: int

@@ -27,7 +27,7 @@ def as_dict(plan: Plan) -> dict[str, object]:
 
 
 def why_not_served(plan: Plan) -> str:
-    """What of the plan `hotset serve` does not do, in one line; empty where it can run it."""
+    """Why `hotset serve` cannot run the plan, in one line; empty where it can."""
     request, shape = plan.request, plan.request.shape
     kinds = {layer.attention.kind for layer in shape.layers}
     context = request.workload.context

@@ -19,7 +19,7 @@ BATCH_PRIORITY = 1  # after requests that a client waits for
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request the engine has: a stream for each prompt, a writer for each output."""
+    """A request that the engine has: a stream per prompt, a writer per output."""
 
     body: GenerationRequest
     request_id: str
@@ -57,7 +57,7 @@ class Admission:
     def submit(
         self, body: GenerationRequest, tenant: Tenant, *, is_batch: bool = False
     ) -> Admitted:
-        """Queue every prompt of a request. A batch's wait without bound, after all others.
+        """Queue every prompt of a request. Prompts of a batch wait without bound, after all others.
 
         Raises:
             RequestError: it cannot be served; OverloadedError: too many wait; EngineError: the

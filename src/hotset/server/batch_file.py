@@ -47,7 +47,7 @@ class BatchSummary:
 
 @dataclass(slots=True)
 class _Pending:
-    """A line in flight: what the engine has of it, or the record that is known already."""
+    """A line in flight: its request in the engine, or the record that is known already."""
 
     custom_id: str | None
     record: Json | None = None
@@ -95,7 +95,7 @@ class Batch:
             for path in (source, target):  # a device or pipe may have no end
                 if path.exists() and not path.is_file():
                     raise ConfigError(f"{path} is not a plain file; expected one")
-            # Read to the end first: what cannot be read should not cost a loaded model.
+            # Read to the end first: an unreadable line should not cost a loaded model.
             self.num_lines = sum(1 for _ in _lines(source))
             if target.exists() and target.samefile(source):
                 raise ConfigError(f"{target} is both input and output; choose another output")
@@ -145,7 +145,7 @@ class Batch:
     ) -> BatchSummary:
         """Answer the lines that are left, with at most `window` of them in flight.
 
-        Whatever ends it early leaves whole lines, which a later run goes on from.
+        An early end leaves whole lines, and a later run goes on from them.
 
         Args:
             service: the engine.

@@ -72,12 +72,12 @@ class RunIdentity:
 
     @classmethod
     def of(cls, fingerprint: str, config: EngineConfig, extra: object = None) -> Self:
-        """That of an engine.
+        """The identity of an engine's run.
 
         Args:
             fingerprint: of the checkpoint, as `LoadedModel` has it.
             config: only values other than the defaults count.
-            extra: what else changes answers; plain data.
+            extra: other things that change answers; plain data.
         """
         changed: dict[str, Any] = {
             field.name: getattr(config, field.name)

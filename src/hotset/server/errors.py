@@ -1,4 +1,4 @@
-"""What an HTTP request can be refused with, and how the OpenAI API says it."""
+"""Refusals of HTTP requests, and how the OpenAI API writes them."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -50,7 +50,7 @@ class ApiError(HotsetError):
 
 @contextlib.contextmanager
 def fields_named(names: Mapping[str, str]) -> Iterator[None]:
-    """What is refused of a chat inside is named by the field of another API that it came from."""
+    """Name the field of another API that a refused field of a chat came from."""
     try:
         yield
     except RequestError as error:
@@ -86,7 +86,7 @@ def too_large(what: str, most_bytes: int) -> ApiError:
 
 
 def ended_early(reason: FinishReason, error: str | None) -> ApiError | None:
-    """What a client is told of an output that did not come to its end; None where it did."""
+    """The error for an output that did not come to its end; None where it did."""
     if reason is FinishReason.ERROR:
         message = error or "the model step failed"
         return ApiError(500, message, kind="server_error", code="step_failed")
@@ -98,7 +98,7 @@ def ended_early(reason: FinishReason, error: str | None) -> ApiError | None:
 
 
 def as_api_error(error: HotsetError) -> ApiError:
-    """What a client is told of an error that is meant for it."""
+    """The refusal that a client gets for an error that is meant for it."""
     if isinstance(error, ApiError):
         return error
     message = str(error)

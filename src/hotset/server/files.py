@@ -44,7 +44,7 @@ class FileStore:
             ) from error
 
     def tenants(self) -> list[str]:
-        """Names of those who have or had something here."""
+        """Names of the tenants that have or had files here."""
         names = sorted(path.name for path in self._folder.iterdir() if path.is_dir())
         return ["" if name == _ANYBODY else name for name in names]
 

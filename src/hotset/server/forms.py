@@ -1,4 +1,4 @@
-"""How an API says an answer: whole, or as server-sent events."""
+"""How an API writes an answer: whole, or as server-sent events."""
 
 import json
 import time
@@ -28,10 +28,10 @@ def encode_in_parts(value: object, levels: int) -> str:
 
 
 class Form(Protocol):
-    """Says one answer as its API has it. A stream is `begin`, a `step` each, and one end.
+    """Writes one answer as its API has it. A stream is `begin`, one `step` per output, and one end.
 
     Attributes:
-        keep_alive: what a stream says while there is nothing to say.
+        keep_alive: what a stream sends while there is no output.
     """
 
     keep_alive: str

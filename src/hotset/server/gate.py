@@ -1,4 +1,4 @@
-"""What every HTTP request passes: an id, a key, a log line, and errors that tell no secret."""
+"""Every HTTP request passes here: an id, a key, a log line, and errors that tell no secret."""
 
 import logging
 import re
@@ -42,8 +42,8 @@ class Gate:
     """The outermost part of the server.
 
     Args:
-        app: what answers; it finds its `Tenant` in the scope's `tenant`, and puts what the log
-            should say into its `facts`.
+        app: answers; it finds its `Tenant` in the scope's `tenant`, and puts facts for the log into
+            the scope's `facts`.
         keys: who may ask; without keys every client may.
         host_names: names a request may call this server by, or any: where there are no keys, a
             page in a local browser could otherwise reach it by a name of its own (DNS rebinding).

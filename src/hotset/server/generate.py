@@ -21,7 +21,7 @@ from hotset.server.schemas import GenerationRequest
 
 T = TypeVar("T")
 
-Facts = dict[str, Any]  # what the access log and the trace say of a request
+Facts = dict[str, Any]  # of a request, for the access log and the trace
 
 # Proxies give up on a stream that says nothing for a minute or so.
 KEEP_ALIVE_S = 10.0
@@ -100,7 +100,7 @@ class _Tally:
             yield index, output
 
     def close(self) -> None:
-        """Say what it came to."""
+        """Note for the log and the trace what the request came to."""
         usage = usage_body(self.completions, self._admitted.body.n)
         self._tenant.charge(usage["total_tokens"])
         self._facts["prompt_tokens"] = usage["prompt_tokens"]

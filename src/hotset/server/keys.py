@@ -1,4 +1,4 @@
-"""API keys: who may ask, how much at once, and whose cached prefixes are whose."""
+"""API keys: who may ask, how much at once, and which cached prefixes a key can find."""
 
 import contextlib
 import hashlib
@@ -57,13 +57,13 @@ class Tenant:
     num_open: int = field(default=0, init=False)
 
     def salt(self, cache_salt: str) -> bytes:
-        """Keeps cached prefixes apart: of tenants, and of what one tenant wants apart."""
+        """Keeps cached prefixes apart: of tenants, and within one tenant by `cache_salt`."""
         own = f"key:{self.name}\0" if self.name else ""
         return (own + cache_salt).encode("utf-8", "surrogatepass")
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
-        """Holds one of the tenant's places. Raises ApiError (429) where a limit is reached."""
+        """Hold one of the tenant's places. Raises ApiError (429) where a limit is reached."""
         if self.max_concurrent is not None and self.num_open >= self.max_concurrent:
             raise too_many(f"this key has {self.num_open} requests open, its limit", 1)
         for bucket, what in ((self.requests, "requests"), (self.tokens, "tokens")):
@@ -126,7 +126,7 @@ class Keys:
         return found
 
     def read_file(self, path: Path) -> None:
-        """Take the keys of a TOML file: a table a key, by name.
+        """Take the keys of a TOML file: one table per key, by name.
 
         [keys.alice]
         key = "..."             # or sha256 = "..." of it, in hex

@@ -13,7 +13,7 @@ LogFormat = Literal["text", "json"]
 
 
 class _Formatter(logging.Formatter):
-    """One line a record, exceptions included: `fields` of the record become fields of the line."""
+    """One line per record, exceptions included; its `fields` become fields of the line."""
 
     def __init__(self, form: LogFormat) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Bodies of the Anthropic Messages API, and the chats that they are."""
+"""Bodies of the Anthropic Messages API, and how they become chats."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -45,7 +45,7 @@ class ToolUseBlock(Block):
 
 
 class ToolResultBlock(Block):
-    """What came of a call."""
+    """The result of a call."""
 
     type: Literal["tool_result"]
     tool_use_id: str

@@ -79,7 +79,7 @@ def document() -> Json:
 
 
 def _schemas() -> Json:
-    """Those of bodies, and of the two shapes of errors."""
+    """The schemas of bodies, and of the two shapes of errors."""
     _, schemas = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_REF)
     components: Json = schemas["$defs"]
     for request in (ChatRequest, TextRequest):

@@ -1,4 +1,4 @@
-"""What is read of an HTTP request: its body, within bounds, and whose it is."""
+"""Reads an HTTP request: its body, within bounds, and the tenant that sent it."""
 
 from typing import Any
 

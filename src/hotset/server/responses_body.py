@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI Responses API, and the chats that they are."""
+"""Bodies of the OpenAI Responses API, and how they become chats."""
 
 from typing import Annotated, Any, Literal
 
@@ -75,7 +75,7 @@ class CallItem(Part):
 
 
 class ResultItem(Part):
-    """What came of a call."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: str

@@ -268,7 +268,7 @@ class ChatRequest(ToolUser, GenerationRequest):
         return self.top_logprobs if self.logprobs else None
 
     def forms(self) -> dict[str, OutputForm]:
-        """That of the calls, where they are forced; otherwise what else is asked for."""
+        """The schema of forced calls; otherwise of the `response_format`."""
         forms = super().forms()
         if not self.forces_tools:
             return forms

@@ -15,7 +15,7 @@ from hotset.server.body import Json
 
 _HISTORY_S = 300
 _RATE_OVER_S = 5
-_LOOK_EVERY_S = 0.25  # however many people look
+_LOOK_EVERY_S = 0.25  # however many clients look
 _LOOK_WAIT_S = 0.5  # a step may take longer: then what was seen before it must do
 
 

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces, off unless asked for: one span a generation, by the GenAI conventions."""
+"""OpenTelemetry traces, off unless asked for: one span per generation, by GenAI conventions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -84,5 +84,5 @@ class Tracer:
         span.end()
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the spans that are left."""
         self._provider.shutdown()

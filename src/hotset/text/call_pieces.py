@@ -15,7 +15,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class CallPiece:
-    """What is new of one call.
+    """The new part of one call.
 
     Attributes:
         index: of the call in the output.
@@ -30,7 +30,7 @@ class CallPiece:
 
 @dataclass(slots=True)
 class Pieces:
-    """What is new of an output: text outside of calls, and pieces of calls.
+    """The new part of an output: text outside of calls, and pieces of calls.
 
     Once a call has begun, no text comes before its last piece: pieces that go on with a call stand
     before the text, and calls that begin behind it.

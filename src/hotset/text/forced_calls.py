@@ -1,4 +1,4 @@
-"""Calls that a request asks for by force: the JSON schema of an output that is nothing else."""
+"""Calls that a request forces: the JSON schema of an output that can only be calls."""
 
 import copy
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def forced_schema(tools: Sequence[Json], *, name: str | None, parallel: bool) ->
 
     Args:
         tools: the `function` objects of the request.
-        name: of the one to call; None leaves the choice.
+        name: of the tool to call; None leaves the choice to the model.
         parallel: whether there may be several calls.
 
     Raises:
@@ -33,7 +33,7 @@ def forced_schema(tools: Sequence[Json], *, name: str | None, parallel: bool) ->
     definitions: Json = {}
     calls = []
     for i, tool in enumerate(tools):
-        # In a place of its own, so that its references find what they mean.
+        # At a place of its own, so that its references still resolve.
         definitions[f"tool{i}"] = _moved(_parameters(tool), f"#/$defs/tool{i}")
         arguments = {"$ref": f"#/$defs/tool{i}"}
         calls.append(
@@ -63,7 +63,7 @@ def _parameters(tool: Json) -> Json:
 
 
 def _moved(schema: Json, to: str) -> Json:
-    """A schema whose references, from its own root on, are right where it is at `to`."""
+    """A schema with its references, which start at its own root, rewritten for the place `to`."""
     schema = copy.deepcopy(schema)
     for key in ("$schema", "$id"):
         schema.pop(key, None)

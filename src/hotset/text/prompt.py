@@ -20,7 +20,7 @@ Message = Mapping[str, Any]
 _SYSTEM_ROLES = ("system", "developer")  # newer clients of OpenAI send `developer`
 ROLES = (*_SYSTEM_ROLES, "user", "assistant", "tool", "function")
 _ROLES_TEXT = ", ".join(ROLES[:-1]) + " or " + ROLES[-1]
-# Type of a part of a message's content -> what it holds that is no text.
+# Type of a part of a message's content -> the kind of content, where it is no text.
 _MEDIA_PARTS = {
     **dict.fromkeys(("image", "image_url", "input_image"), "an image"),
     **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio"),
@@ -35,7 +35,7 @@ class PromptEncoder:
     """Encodes text and chats for one model. May be used from any thread.
 
     Attributes:
-        tokens: what each single token is.
+        tokens: the bytes and name of each token.
         end_ids: of the tokens that end an answer.
         no_template: one line, where the model has no chat template and so takes no chats.
 
@@ -87,8 +87,8 @@ class PromptEncoder:
 
         Args:
             messages: each has a `role` of `ROLES`, and a `content` that is text or a list of
-                text parts (`{"type": "text", "text": ...}`); those of an assistant may have
-                `tool_calls`, or a `refusal` in place of the content, those of a tool a
+                text parts (`{"type": "text", "text": ...}`). A message of an assistant may have
+                `tool_calls`, or a `refusal` in place of the content; a message of a tool has a
                 `tool_call_id`. `developer` is `system`.
             tools: what the model may call, as in the OpenAI API. A template without a place for
                 them gets them as a system message.
@@ -136,7 +136,7 @@ class PromptEncoder:
         return ids
 
     def _drops_plain_texts(self) -> bool:
-        """Whether the template writes a text only as a part of a list, as many of processors do."""
+        """Whether the template takes texts only as parts of a list, as many processors' do."""
         text = "a text"
 
         def writes(content: object) -> bool:
@@ -155,7 +155,7 @@ class PromptEncoder:
     def _write(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception as error:  # a template is a program: it raises what it likes
+        except Exception as error:  # a template is a program: it may raise any error
             if type(error) is TemplateError:  # in its own words, as of the order of roles
                 raise RequestError(
                     f"the chat template refused the messages: {error}", param="messages"
@@ -180,7 +180,7 @@ class PromptEncoder:
         return "".join(pieces) + decoder.flush(), offsets
 
     def decode(self, token_ids: Sequence[int], special: bool = False) -> str:
-        """The text of token ids, special ones too if asked for. Raises RequestError for no id."""
+        """The text of token ids, with special tokens if asked for; RequestError for no id."""
         try:
             text: str = self._backend.decode(list(token_ids), skip_special_tokens=not special)
         except (OverflowError, TypeError) as error:

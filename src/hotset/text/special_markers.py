@@ -1,4 +1,4 @@
-"""Markers that are special tokens, put back into the text of an output, which leaves them out."""
+"""Puts markers that are special tokens back into an output's text, which leaves them out."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ class MarkedText:
         self._waiting: deque[tuple[int, str]] = deque()  # where each belongs in that text
 
     def feed(self, text: str, token_ids: Sequence[int]) -> str:
-        """What is new, with the markers whose place is within it or right behind it."""
+        """The new text, with the markers whose place is within it or right behind it."""
         if not self._markers:
             return text
         for token_id in token_ids:

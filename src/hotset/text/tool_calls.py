@@ -28,7 +28,7 @@ _MISTRAL_START, _MISTRAL_ARGS, _MISTRAL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID
 _LLAMA_START = "<|python_tag|>"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
-# Those that may be special tokens, which the text of an output leaves out.
+# Markers that may be special tokens, which the text of an output leaves out.
 MARKERS = (HERMES_START, HERMES_END, _MISTRAL_START, _MISTRAL_ARGS, _MISTRAL_ID, _LLAMA_START)
 
 _STRING = r'"(?:[^"\\]|\\.)*"'
@@ -48,14 +48,14 @@ _MOST_NAME = 256  # characters up to where a call's name has to be complete
 class ToolCallParser:
     """Splits one output into text and tool calls while it streams.
 
-    Text goes through as soon as it can be no part of a call. A call goes through from where its
-    name is known and its arguments begin; what looked like a call up to there and is none is text.
+    Text is given out as soon as it can be no part of a call. A call is given out once its name is
+    known and its arguments begin; a start of a call that turns out to be none is text.
     Space right before a call, and after the last one, is left out. All pieces joined are the same
     however the output was cut.
 
     Args:
-        tools: name -> JSON schema of the parameters. What has no marker is a call only if it names
-            one of them.
+        tools: name -> JSON schema of the parameters. Without a marker, only JSON that names one of
+            them is a call.
         markers: token id -> text, of the `MARKERS` that are special tokens.
         decode: the text of token ids, special ones too or not, by its second argument.
         has_functions: whether `<function=` begins a call without `<tool_call>` before it.
@@ -90,7 +90,7 @@ class ToolCallParser:
         self._state: Callable[[bool], bool] = self._in_text
         self._space = ""  # held back: it goes where a call follows
         self._at_start = True  # nothing but space so far
-        self._attempt = ""  # what was read of a call that may turn out to be none
+        self._attempt = ""  # the text of a call that may turn out to be none
         self._marker = ""  # what the call began with; `{` and `[` for bare JSON
         self._num_calls = 0
         self._in_list = False
@@ -378,12 +378,12 @@ class ToolCallParser:
         return isinstance(name, str) and bool(name) and (not self._is_bare or name in self._tools)
 
     def _wait(self, is_end: bool, *awaited: str) -> bool:
-        """Need more if nothing is there but what `awaited` begin with; no call otherwise."""
+        """Wait while the buffer is a beginning of one of `awaited`; else it is no call."""
         may_come = not self._buffer or any(one.startswith(self._buffer) for one in awaited)
         return False if may_come and not is_end else self._fail()
 
     def _fail(self) -> bool:
-        """What began like a call is none: it is text."""
+        """A start of a call turned out to be none: it is text."""
         text = self._attempt
         if self._marker in self._specials:  # a special token is no text
             text = text.removeprefix(self._marker)
