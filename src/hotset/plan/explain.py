@@ -161,7 +161,7 @@ def _step(plan: Plan) -> Section:
             f"distinct experts = E (1 - (1 - k/E)^B), E {shape.num_experts}, k "
             f"{shape.top_k_experts}, B {tokens:,.0f}: {slots:.1f} of "
             f"{cost.shard.expert_slots} slots "
-            f"a GPU and layer; {gb(slots * cost.shard.slot_bytes)} = {seconds(parts['experts'])} "
+            f"per GPU and layer; {gb(slots * cost.shard.slot_bytes)} = {seconds(parts['experts'])} "
             f"({plan.step.bounds['experts']})"
         )
     kv = shape.kv_read_bytes(context, plan.request.kv_dtype, tp=layout.tp) * users
@@ -171,21 +171,7 @@ def _step(plan: Plan) -> Section:
         f"{c.attention_efficiency}) = {seconds(parts['attention'])} "
         f"({plan.step.bounds['attention']})"
     )
-    notes = {
-        "all_reduce": "2 a layer, 2 (t - 1) / t of B x d x 2 B on NVLink, "
-        f"{c.all_reduce_s * 1e6:.0f} us each",
-        "all_to_all": "k x (dispatch + combine) a token and MoE layer, remote part, "
-        f"{2 * c.all_to_all_s * 1e6:.0f} us a layer and more beyond NVLink",
-        "launch": f"kernels of all layers x {cost.kernel_s * 1e6:.2f} us",
-        "per_user": f"{users} users x {c.user_s * 1e6:.1f} us",
-        "host_experts": "the cheaper of fetching misses and streaming all, one layer ahead, over "
-        f"{cost.link_bytes_per_s() / 1e9:.0f} GB/s",
-        "host_kv": f"{plan.streamed_kv_share:.0%} of KV over "
-        f"{cost.link_bytes_per_s() / 1e9:.0f} GB/s",
-        "swap": "what the link needs for parked users beyond the rest of the step",
-        "prefill": "each running user starts a turn every --output-tokens steps",
-    }
-    for name, text in notes.items():
+    for name, text in _notes_on_parts(plan, users).items():
         if parts[name] > 0:
             body.append(f"{CAUSES[name]}: {text} = {seconds(parts[name])}")
     body += [
@@ -195,6 +181,25 @@ def _step(plan: Plan) -> Section:
         f"{'a measured expert histogram' if cost.routing.shares else 'uniform routing'}.",
     ]
     return "One decode step", body
+
+
+def _notes_on_parts(plan: Plan, users: int) -> dict[str, str]:
+    """How each part of a step that is no product is computed."""
+    cost, c = plan.cost, plan.cost.calibration
+    link = f"{cost.link_bytes_per_s() / 1e9:.0f} GB/s"
+    return {
+        "all_reduce": "2 per layer, 2 (t - 1) / t of B x d x 2 B on NVLink, "
+        f"{c.all_reduce_s * 1e6:.0f} us each",
+        "all_to_all": "k x (dispatch + combine) per token and MoE layer, remote part, "
+        f"{2 * c.all_to_all_s * 1e6:.0f} us per layer and more beyond NVLink",
+        "launch": f"kernels of all layers x {cost.kernel_s * 1e6:.2f} us",
+        "per_user": f"{users} users x {c.user_s * 1e6:.1f} us",
+        "host_experts": "the cheaper of fetching misses and streaming all, one layer ahead, over "
+        + link,
+        "host_kv": f"{plan.streamed_kv_share:.0%} of KV over {link}",
+        "swap": "what the link needs for parked users beyond the rest of the step",
+        "prefill": "each running user starts a turn every --output-tokens steps",
+    }
 
 
 def _rate(plan: Plan) -> Section:

@@ -1,6 +1,7 @@
 """Small charts as inline SVG: stacked bars and lines on logarithmic axes."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html import escape
 
@@ -74,66 +75,82 @@ def decimal(value: float) -> str:
     return f"{value:.3g}"
 
 
+class _Axes:
+    """Two logarithmic axes that hold all points: x in powers of two, y in powers of ten."""
+
+    def __init__(self, points: Iterable[tuple[float, float]]) -> None:
+        shown = [(x, y) for x, y in points if x > 0 and y > 0]
+        self.low_x = min(x for x, _ in shown)
+        self.high_x = max(x for x, _ in shown)
+        self.low_y = 10 ** math.floor(math.log10(min(y for _, y in shown)))
+        self.high_y = 10 ** math.ceil(math.log10(max(y for _, y in shown) * 1.05))
+        if self.high_x <= self.low_x:
+            self.high_x = 2 * self.low_x
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point is in the picture."""
+        u = math.log(x / self.low_x) / math.log(self.high_x / self.low_x)
+        v = math.log(y / self.low_y) / math.log(self.high_y / self.low_y)
+        return LEFT + u * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - v * (HEIGHT - TOP - BOTTOM)
+
+    def grid(self) -> Iterator[str]:
+        """Lines at each power, with their numbers."""
+        tick = self.low_y
+        while tick <= self.high_y * 1.001:
+            _, y = self.at(self.low_x, tick)
+            yield (
+                f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
+                f"{decimal(tick)}</text>"
+            )
+            tick *= 10
+        tick = 2 ** math.ceil(math.log2(self.low_x) - 1e-9)
+        while tick <= self.high_x * 1.001:
+            x, _ = self.at(tick, self.low_y)
+            yield (
+                f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
+                f"{short(tick)}</text>"
+            )
+            tick *= 2
+
+    def line(self, line: Line) -> str:
+        """One line, without its points at or below 0."""
+        path = " ".join(
+            f"{x:.1f},{y:.1f}"
+            for x, y in (self.at(*p) for p in line.points if p[0] > 0 and p[1] > 0)
+        )
+        return f'<polyline class="line {line.style}" points="{path}"/>'
+
+    def mark(self, mark: Mark) -> str:
+        """One dot, its label on the side that has room."""
+        x, y = self.at(mark.x, mark.y)
+        dot = (
+            f'<circle class="{mark.style}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
+            f"<title>{escape(mark.title)}</title></circle>"
+        )
+        if not mark.label:
+            return dot
+        left = x > WIDTH * 0.7
+        return (
+            f'{dot}<text class="note" x="{x + (-10 if left else 10):.1f}" y="{y + 21:.1f}" '
+            f'text-anchor="{"end" if left else "start"}">{escape(mark.label)}</text>'
+        )
+
+
 def line_chart(
     lines: list[Line], marks: list[Mark], x_name: str, y_name: str, *, label: str
 ) -> str:
     """Lines and marks over two logarithmic axes, x in powers of two and y of ten."""
-    points = [p for line in lines for p in line.points] + [(m.x, m.y) for m in marks]
-    points = [(x, y) for x, y in points if x > 0 and y > 0]
-    low_x, high_x = min(p[0] for p in points), max(p[0] for p in points)
-    low_y = 10 ** math.floor(math.log10(min(p[1] for p in points)))
-    high_y = 10 ** math.ceil(math.log10(max(p[1] for p in points) * 1.05))
-    if high_x <= low_x:
-        high_x = 2 * low_x
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        u = math.log(x / low_x) / math.log(high_x / low_x)
-        v = math.log(y / low_y) / math.log(high_y / low_y)
-        return LEFT + u * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - v * (HEIGHT - TOP - BOTTOM)
-
-    parts = []
-    tick = low_y
-    while tick <= high_y * 1.001:
-        _, y = at(low_x, tick)
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
-            f"{decimal(tick)}</text>"
-        )
-        tick *= 10
-    tick = 2 ** math.ceil(math.log2(low_x) - 1e-9)
-    while tick <= high_x * 1.001:
-        x, _ = at(tick, low_y)
-        parts.append(
-            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
-            f"{short(tick)}</text>"
-        )
-        tick *= 2
-    for line in lines:
-        path = " ".join(
-            f"{x:.1f},{y:.1f}" for x, y in (at(*p) for p in line.points if p[0] > 0 and p[1] > 0)
-        )
-        parts.append(f'<polyline class="line {line.style}" points="{path}"/>')
-    for mark in marks:
-        x, y = at(mark.x, mark.y)
-        parts.append(
-            f'<circle class="{mark.style}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
-            f"<title>{escape(mark.title)}</title></circle>"
-        )
-        if mark.label:
-            left = x > WIDTH * 0.7
-            parts.append(
-                f'<text class="note" x="{x + (-10 if left else 10):.1f}" y="{y + 21:.1f}" '
-                f'text-anchor="{"end" if left else "start"}">{escape(mark.label)}</text>'
-            )
+    axes = _Axes([p for line in lines for p in line.points] + [(m.x, m.y) for m in marks])
     middle = (HEIGHT - BOTTOM + TOP) / 2
-    parts.append(
+    names = (
         f'<text class="axis" x="{(WIDTH + LEFT - RIGHT) / 2}" y="{HEIGHT - 8}" '
         f'text-anchor="middle">{escape(x_name)}</text>'
         f'<text class="axis" x="16" y="{middle}" text-anchor="middle" '
         f'transform="rotate(-90 16 {middle})">{escape(y_name)}</text>'
     )
+    parts = [*axes.grid(), *map(axes.line, lines), *map(axes.mark, marks), names]
     legend = "".join(
         f'<span><i class="{line.style}"></i>{escape(line.name)}</span>' for line in lines
     )
