@@ -1,4 +1,4 @@
-"""Counters of the engine: plain data, changed by the engine thread, read by anybody."""
+"""Counters of the engine: plain data, changed by the engine thread, read by any thread."""
 
 from collections import Counter
 from dataclasses import dataclass, field

@@ -19,7 +19,7 @@ from hotset.errors import ModelError
 IMPLEMENTATION = "hotset"
 
 # Keyword arguments that transformers passes along and that do not change the result here:
-# training-only, outputs nobody asks for, or positions that are in the keys already.
+# training-only, outputs that are not asked for, or positions that are in the keys already.
 _NEUTRAL_ARGUMENTS = {
     "dropout",
     "position_ids",

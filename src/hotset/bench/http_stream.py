@@ -106,7 +106,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._now_s = time.perf_counter()
-        if self._parser is None:  # nobody has asked for anything
+        if self._parser is None:  # nothing was asked for yet
             self.close()
             return
         try:

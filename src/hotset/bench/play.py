@@ -1,4 +1,4 @@
-"""Playing a workload: which request is due, and when what of each came.
+"""Playing a workload: which request is due, and when its tokens came.
 
 Used by the driver of the engine and by the client of a server alike.
 """

@@ -51,7 +51,7 @@ class BufferedExperts:
     num_slots: int
 
     def prefill_s(self, tokens: float, max_step_tokens: float) -> float:
-        """Time of one prompt of so many tokens, in steps of at most so many."""
+        """Time of one prompt, in steps of at most `max_step_tokens`."""
         load = Load(1, tokens, 1, num_requests=1)
         size = min(tokens, max_step_tokens)
         return tokens / size * self.cost.prompt_step(self.num_slots, size, load).seconds

@@ -81,8 +81,9 @@ def _parse(line: str, where: str) -> TraceRequest:
 def trace_work(spec: Spec, vocab_size: int, *, max_context: int | None) -> Work:
     """The requests of a trace, each at its time; those too long for the model are left out.
 
-    `time_scale` multiplies the times, `length_scale` all lengths. `max_sessions` picks so many of
-    the conversations at random, with all their requests; the time before the first is cut off.
+    `time_scale` multiplies the times, `length_scale` all lengths. `max_sessions` picks that
+    number of conversations at random, with all their requests; the time before the first is cut
+    off.
 
     Raises:
         ConfigError: the trace cannot be read, or nothing is left of it.

@@ -24,10 +24,10 @@ class Turn:
         make_tokens: makes the new tokens of its prompt; called as it is sent, as those of a trace
             are too many to keep.
         num_tokens: how many these are.
-        output_tokens: the answer has exactly so many.
+        output_tokens: the exact length of the answer.
         extends: whether the prompt is the session so far, with its answers, and the new tokens;
             the new tokens alone otherwise.
-        known_tokens: leading tokens of the prompt that were sent or answered before, by anybody.
+        known_tokens: leading tokens of the prompt that any session sent or was answered before.
     """
 
     make_tokens: Callable[[], list[int]]

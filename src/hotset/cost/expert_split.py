@@ -19,7 +19,7 @@ class SlotMemory(Protocol):
         ...
 
     def __call__(self, num_slots: int) -> int:
-        """Bytes of so many slots a layer."""
+        """Bytes of `num_slots` slots per layer."""
         ...
 
 
@@ -36,11 +36,11 @@ class KVMemory:
     fewest_blocks: int
 
     def blocks_of(self, tokens: float) -> int:
-        """Blocks of a request with so many tokens."""
+        """Blocks of a request with this many tokens."""
         return -int(-tokens // self.block_size)
 
     def capacity(self, num_blocks: int, load: Load) -> float:
-        """Tokens of `load` that so many blocks hold: a request's last block is seldom full."""
+        """Tokens of `load` that these blocks hold: a request's last block is seldom full."""
         return num_blocks / self.blocks_of(load.context) * load.context
 
 

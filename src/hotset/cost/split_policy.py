@@ -44,8 +44,8 @@ class SplitPolicy:
         """Take in how many requests there are at `now_s`, and what they are like."""
         before_s, self._observed_s = self._observed_s, now_s
         if before_s is None:
-            return  # nobody knows for how long it has been like that
-        seconds = min(now_s - before_s, _SOLVE_S)  # when nobody was there, nothing was seen
+            return  # how long it has been like that is not known
+        seconds = min(now_s - before_s, _SOLVE_S)  # without requests nothing was seen
         part = 1 - math.exp(-seconds / _SMOOTH_S)
         old = self.load
 

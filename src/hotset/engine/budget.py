@@ -1,4 +1,4 @@
-"""One memory budget: what the weights take, what is left for KV, and what that serves."""
+"""One memory budget: what weights take, what KV gets, and how many users that serves."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ class Budget:
             counts = f"{blocks:>10}{blocks * self.block_size:>12}" if blocks else " " * 22
             lines.append(f"{what:<16}{num_bytes / GIB:>9.3f}{counts}  {where}")
         users = []
-        # What is in host memory is on the disk too.
+        # Payloads in host memory are on the disk too.
         total_blocks = self.device_blocks + max(self.host_slots, disk_slots)
         for context in (*_REPORTED_CONTEXTS, self.max_model_len):
             if context <= self.max_model_len:

@@ -1,4 +1,4 @@
-"""Whose request is next, when many tenants wait. Imports no torch."""
+"""Which tenant's request is next. Imports no torch."""
 
 from bisect import insort
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _OUTPUT_WEIGHT = 2
 
 
 class FairQueue(Generic[T]):
-    """Waiting items by priority, then by who was served least, then by when each is due.
+    """Waiting items by priority, then by the least served tenant, then by when each is due.
 
     An item is due once its tenant was served `SLACK` times its size since it came: equal ones go
     first come, first served, and a much shorter one overtakes.

@@ -102,7 +102,7 @@ class Latencies:
     Attributes:
         ttft: from submitting a request to its first output.
         itl: gaps between the outputs of one sequence, pooled.
-        tpot: (end - first output) / (output tokens - 1), one value a request.
+        tpot: (end - first output) / (output tokens - 1), one value per request.
         queue: from submitting a request to the first step that it is part of.
         e2e: from submitting a request to its end; of requests that ended well, as `tpot`.
     """

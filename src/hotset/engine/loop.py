@@ -58,7 +58,7 @@ class EngineLoop:
     """Runs an engine in one background thread.
 
     The engine is built, used and closed in that thread alone. The constructor returns when it
-    is ready. Requests wait here, in fair order between tenants, and the engine gets as many as
+    is ready. Requests wait here, in fair order between tenants, and the engine gets those that
     it can soon start.
 
     Args:
@@ -149,7 +149,7 @@ class EngineLoop:
             self._wake.notify()
 
     def _retry_after_s(self) -> int:
-        """How long the queue should take, at the pace of late."""
+        """How long the queue should take, at the recent pace."""
         now_s = time.monotonic()
         recent = [s for s in list(self._finished_s) if s > now_s - _RATE_WINDOW_S]
         if not recent:
@@ -246,7 +246,7 @@ class EngineLoop:
         """
         if not len(self._queue):
             return
-        # Those that were preempted wait for memory; how many they are says nothing of new ones.
+        # Preempted requests wait for memory; their number says nothing about new ones.
         fresh = [
             one.num_tokens for one in engine.scheduler.waiting if not one.queue.num_preemptions
         ]

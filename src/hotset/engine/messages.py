@@ -1,4 +1,4 @@
-"""What passes between an engine, wherever it runs, and its users. Imports no torch."""
+"""Messages between an engine, in this process or another, and its users. Imports no torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Submit:
 
 @dataclass(slots=True)
 class Report:
-    """What one turn of the loop has to say.
+    """What one round of the loop reports.
 
     Attributes:
         time_s: of `time.monotonic`, which all processes of a machine share.

@@ -218,7 +218,7 @@ def _import_tokenizers() -> None:
 
 def _child(connection: Connection, config: EngineConfig, build: BuildEngine | None) -> None:
     """The child's main function."""
-    # Whoever stops the server's group stops the parent, which stops this process in its turn.
+    # A signal to the server's process group reaches the parent, which stops this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from hotset.engine.build import load_engine

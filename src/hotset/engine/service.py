@@ -1,4 +1,4 @@
-"""The engine for any number of threads and event loops: requests in, a stream of outputs each.
+"""The engine for any number of threads and event loops: each request gets a stream of outputs.
 
 Imports no torch.
 """
@@ -132,7 +132,7 @@ class EngineService:
             salt: requests with another one cannot find each other's blocks.
             priority: lower runs first.
             request_id: unique, without `#`; None makes one.
-            tenant: whose it is; tenants are served in fair order.
+            tenant: whom it is from; tenants are served in fair order.
             timeout_s: when this has passed the outputs end as aborted, `error` saying so.
             queue_limit: most requests, of all tenants, that may wait.
 
@@ -299,7 +299,7 @@ class OutputStream:
         self._service = service
         self._condition = threading.Condition()
         self._is_aborted = False
-        self._outputs: dict[int, RequestOutput] = {}  # by index; what nobody has read
+        self._outputs: dict[int, RequestOutput] = {}  # by index; not read yet
         self._unfinished = set(range(n))
         self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
@@ -334,7 +334,7 @@ class OutputStream:
             self.abort()
 
     def _wait(self) -> list[RequestOutput]:
-        """What nobody has read, once there is some; empty at the end."""
+        """The unread outputs, once there are some; empty at the end."""
         while True:
             if self._service.is_forked:
                 self._service.raise_unless_healthy()

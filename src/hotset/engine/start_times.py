@@ -1,4 +1,4 @@
-"""What the seconds between the command and the first request go to."""
+"""Where the seconds between the command and the first request go."""
 
 import sys
 import time

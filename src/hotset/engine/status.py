@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 _MOST_CELLS = 1024
 
-# One letter a block or slot.
+# One letter per block or slot.
 FREE, CACHED, HELD, SHARED, ARRIVING, LEAVING = "fchsad"
-# One letter a user.
+# One letter per user.
 MOVING, FETCHING, PARKED, WAITING = "mapw"
 
 
@@ -28,7 +28,7 @@ class TierStatus:
         capacity: blocks it can hold; `used` of them hold content.
         planned: blocks it will hold: host memory becomes ready beside the start.
         cells: states of its blocks, or of `len(cells)` of them at equal distances. Device: free,
-            cached (nobody's, findable), held by one request, shared by several, arriving and
+            cached (not held, findable), held by one request, shared by several, arriving and
             leaving (a copy to host memory runs). Host: free, cached, held (being read or
             written) and arriving. Of a disk only the share that is used is known.
     """
@@ -50,7 +50,7 @@ class EngineStatus:
         num_fetching: running requests that wait for blocks on their way up.
         num_parked: preempted ones, their KV in a slower tier.
         num_waiting: not started yet.
-        users: one letter a request, in the order in which they run, at most 1,024.
+        users: one letter per request, in the order in which they run, at most 1,024.
         link_bytes_per_s: by tier, the rate its payloads reach the device with, as measured.
     """
 

@@ -8,15 +8,15 @@ from collections.abc import Iterable
 _SMOOTHING = 0.1  # weight of the newest step
 # Steps whose numbers of tokens differ by less than this say little of what a token takes.
 _LEAST_SPREAD = 32.0
-# A step that takes this many times what is expected was held up by something else, as a kernel
-# that was compiled; it counts as one of this many times.
+# A step that takes more than this many times the expected time was held up by something else, such
+# as a kernel being compiled; it counts as this many times.
 _MOST_SLOWER = 4.0
 # Chunks are multiples of this, so that products have few sizes.
 _MULTIPLE = 32
 
 
 class StepCost:
-    """A line through the steps of late: `base_s`, and `token_s` for each token of a prompt.
+    """A line through recent steps: `base_s`, and `token_s` for each token of a prompt.
 
     Where steps have all of a size, a line could have any slope: it keeps the one it had.
 

@@ -1,4 +1,4 @@
-"""In which order prompts are computed: none waits much longer than its length accounts for.
+"""The order in which prompts are computed: each waits in proportion to its length.
 
 Imports no torch.
 """
@@ -48,7 +48,7 @@ class PromptOrder:
         """Prompts by priority, then by when each is due; equal ones stay in their order.
 
         The prompts of a tenant count one after the other, each by the tokens of all up to it: a
-        tenant that sends many at once delays its own, not those of others.
+        tenant that sends many at once delays its own prompts only.
 
         Args:
             prompts: requests whose prompts are not computed yet.

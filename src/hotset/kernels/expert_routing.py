@@ -8,7 +8,7 @@ import triton.language as tl
 
 # Ids that a program looks at together: all those of 32 tokens with 8 experts each, or of 256.
 _CHUNKS = (256, 2048)
-# From so many rows on a launch of its own counts them, and several programs place an expert's.
+# From this many rows on, a launch of its own counts them and several programs place one expert's.
 _ROWS_COUNTED_FIRST = 8192
 _PARTS = 8
 
@@ -21,7 +21,7 @@ class Routing:
     token `r // K`. All is on the device and of fixed shape; the host knows none of the values.
 
     Attributes:
-        ids: `[R]` integer, as the router gave them; those of E and more are nobody's.
+        ids: `[R]` integer, as the router gave them; ids of E and more belong to no expert here.
         rows: `[R]` int32, the rows sorted by expert, in order within one. Anything at the end, in
             as many places as there are rows that are nobody's.
         blocks: `[B, 3]` int32: the block's expert, and its first and last place in `rows`, the

@@ -8,7 +8,7 @@ MOST_EXPERTS = 1024
 POLICIES = ("least-stale", "lru", "lfu", "lifo")
 
 _IDS_AT_ONCE = 1024
-# A slot's rank times so many plus its number: ties go by number.
+# A slot's rank times this, plus its number: ties go by number.
 _RANK: tl.constexpr = tl.constexpr(1024)
 _HELD: tl.constexpr = tl.constexpr(1 << 62)
 _CURRENT: tl.constexpr = tl.constexpr(1 << 61)
@@ -135,7 +135,7 @@ def plan_passes(
     Args:
         state: int64 on the device, contiguous, as `SlotTable` lays it out. Mutated.
         counts: `[5]` int64 on the device. Mutated.
-        ids: `[N]` int64 on the device; those of E and more are nobody's.
+        ids: `[N]` int64 on the device; ids of E and more belong to no expert here.
         num_experts: E.
         num_slots: S.
         num_passes: P, at least as many as the step takes with the slots that are in use.

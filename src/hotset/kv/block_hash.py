@@ -1,4 +1,4 @@
-"""Names of blocks by their content: a chain of hashes, one link a block."""
+"""Names of blocks by their content: a chain of hashes, one link per block."""
 
 import hashlib
 from array import array

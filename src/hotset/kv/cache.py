@@ -1,6 +1,6 @@
 """Tokens to blocks: prefixes found by hash, block tables, and what moves between tiers for them.
 
-With `block_hash` the only module of `memory` that knows tokens. It never touches a tensor.
+Beside `block_hash` the only module that maps tokens to blocks. It never touches a tensor.
 """
 
 import secrets
@@ -15,8 +15,8 @@ from hotset.memory.colder_tiers import ColderTiers, EndedTransfer
 from hotset.metrics import Metrics
 from hotset.sequence import ArrivedBlock, Kind, Request, SpilledTail
 
-# Last, partial blocks of requests that have ended: so many are remembered, if so much of a block is
-# filled. For fewer tokens a copy takes longer than to compute them.
+# How many last, partial blocks of ended requests are remembered, and the least filled share that is
+# worth a copy: below it recomputing is faster.
 _MOST_PARTIALS = 2**16
 _LEAST_PARTIAL = 0.25
 
@@ -86,7 +86,7 @@ class KVCache:
 
     @property
     def num_blocks_after_spills(self) -> int:
-        """Blocks that nothing but a spill under way holds."""
+        """Blocks that only a spill under way holds."""
         return sum(self.pool.ref_count(block) == 1 for block in self._spilling)
 
     def moving_blocks(self) -> tuple[set[int], set[int]]:
@@ -96,8 +96,8 @@ class KVCache:
     def admit(self, request: Request, *, spare_blocks: int, queued_tokens: int) -> bool:
         """Find what is known of the request's tokens and give it blocks for that.
 
-        Blocks in the device pool are shared; of those in colder tiers, the policy has some
-        computed and the rest fetched. Needs room for all the request's tokens so far, plus
+        Blocks in the device pool are shared; of blocks in slower tiers, the policy has
+        some computed and the rest fetched. Needs room for all the request's tokens so far, plus
         `spare_blocks`; without it nothing changes and the result is False.
         """
         known = self._find_prefix(request)
@@ -165,7 +165,7 @@ class KVCache:
             key = part.key
             if part.place == "device" or key in self._loading or key == tail_key:
                 continue
-            # Nobody could find a partial block on the device that was not computed there.
+            # A partial block is found on the device only if it was computed there.
             is_full = part.num_tokens == self.block_size
             if part.place == "host" and can_fetch and room > 0 and is_full:
                 [block] = self.pool.allocate(1)  # released when the transfer ends
@@ -222,11 +222,11 @@ class KVCache:
         return request.kv.block_hashes[start // self.block_size : end]
 
     def can_park(self, victim: Request, running: Sequence[Request], more_tokens: int) -> bool:
-        """Whether host memory, beside what it keeps, has room for `victim`, one that runs.
+        """Whether host memory has room for `victim`, a running request, and for a reserve.
 
-        Beside it for three times what the device will not hold once all that run, and who comes in
-        its place, have `more_tokens` more, and the largest of them: requests go down as a whole,
-        several in a row, and some slots are always being written to.
+        The reserve is 3 x (the blocks by which all running requests will overflow the device after
+        `more_tokens` more tokens + the largest request): requests go down as a whole, several in a
+        row, and some slots are always being written to.
         """
         if self._tiers is None:
             return False
@@ -533,7 +533,7 @@ class KVCache:
 
     def _acquire(self, part: _Known) -> int:
         is_full = part.num_tokens == self.block_size
-        # One that will be written to is nobody else's from here on.
+        # A block that will be written to is found by no other request from here on.
         block = self.pool.acquire(part.key) if is_full else self.pool.claim(part.key)
         assert block is not None, "a block vanished between lookup and acquire"
         return block
@@ -551,8 +551,8 @@ class KVCache:
         """Hash of all that precedes the request's block `index`."""
         if index:
             return request.kv.block_hashes[index - 1]
-        # Without prefix caching each request has a chain of its own: it finds its own blocks again
-        # after a preemption, and nobody else's.
+        # Without prefix caching each request has a chain of its own: after a preemption it finds
+        # its own blocks again, and no other request's.
         own = f"{request.request_id}#{request.index}".encode()
         return root_hash(self._fingerprint, request.salt if self.prefix_caching else own)
 

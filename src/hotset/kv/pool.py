@@ -56,7 +56,7 @@ class BlockPool:
 
     @property
     def num_cached(self) -> int:
-        """Blocks nobody holds whose content can be found."""
+        """Blocks without a holder whose content can be found."""
         return len(self._cached)
 
     @property
@@ -99,7 +99,7 @@ class BlockPool:
         return block
 
     def claim(self, key: bytes) -> int | None:
-        """As `acquire`, and nobody finds the block from here on: it will be written to."""
+        """As `acquire`, and the block is not found from here on: it will be written to."""
         block = self.acquire(key)
         if block is not None:
             assert self._ref_count[block] == 1, f"block {block} is held by others"
@@ -142,7 +142,7 @@ class BlockPool:
             self._free.append(self._evict())
 
     def hand_out_last(self, below: int) -> None:
-        """Give blocks below id `below` to nobody while others are left, and cache none of them."""
+        """Hand out blocks below id `below` only when no others are left, and cache none of them."""
         for block in [block for block in self._cached if block < below]:
             self._forget(block)
             self._free.append(block)

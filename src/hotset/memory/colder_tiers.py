@@ -25,12 +25,12 @@ class ColderTiers(Protocol):
     def spill(self, key: bytes, block: int, *, private: bool = False) -> bool:
         """Start copying `block` down; False where there is no room. Its content must stay still.
 
-        A private payload stays in host memory: nobody else can ask for it.
+        A private payload stays in host memory: only its request can ask for it.
         """
         ...
 
     def fetch(self, key: bytes, block: int) -> None:
-        """Start copying the payload of `key` into `block`, which nobody else may touch."""
+        """Start copying the payload of `key` into `block`, which must stay untouched meanwhile."""
         ...
 
     def drop(self, key: bytes) -> None:

@@ -23,7 +23,7 @@ _TOUCH_THREADS = 4
 
 
 class CudaCopier:
-    """A `transfer.Copier` of two streams, one a direction, so that both run at once.
+    """A `transfer.Copier` of two streams, one per direction, so that both run at once.
 
     A batch waits on the device for the compute that was submitted before `mark`; the host learns
     of its end by an event, so nothing ever waits for a copy that it does not need. Runs of

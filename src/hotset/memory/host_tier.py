@@ -35,11 +35,11 @@ class HostTier:
 
     @property
     def num_evictable(self) -> int:
-        """Slots that `reserve` can hand out: free ones and ready ones that nobody pins."""
+        """Slots that `reserve` can hand out: free ones, and ready ones without a pin."""
         return len(self._free) + len(self._ready)
 
     def states(self) -> str:
-        """One letter a slot: free, arriving (filling), held (pinned) or cached (ready)."""
+        """One letter per slot: free, arriving (filling), held (pinned) or cached (ready)."""
         letters = ["f"] * self.num_slots
         for slot in self._filling.values():
             letters[slot] = "a"
@@ -103,7 +103,7 @@ class HostTier:
         return slot
 
     def unpin(self, key: bytes) -> None:
-        """Undo one `pin`. A payload that nobody pins becomes the most recently used one."""
+        """Undo one `pin`. A payload without a pin becomes the most recently used one."""
         slot, pins = self._pinned.pop(key)
         if pins > 1:
             self._pinned[key] = (slot, pins - 1)
@@ -111,7 +111,7 @@ class HostTier:
             self._ready[key] = slot
 
     def demote(self, key: bytes) -> None:
-        """Make a ready payload that nobody pins the next one to be evicted."""
+        """Make a ready payload without a pin the next one to be evicted."""
         if key in self._ready:
             self._ready.move_to_end(key, last=False)
 
@@ -121,7 +121,7 @@ class HostTier:
             self._ready.move_to_end(key)
 
     def discard(self, key: bytes) -> None:
-        """Drop a ready payload that nobody pins; another state is left as it is."""
+        """Drop a ready payload without a pin; another state is left as it is."""
         slot = self._ready.pop(key, None)
         if slot is not None:
             self._free.append(slot)

@@ -17,7 +17,7 @@ def unpin(address: int) -> None:
 
 
 def unpin_with(owner: object, address: int) -> Callable[[], object]:
-    """What unpins it, which happens at the end of `owner` at the latest.
+    """A function that unpins it; it runs at the end of `owner` at the latest.
 
     The driver takes memory for pinned that was given back and is something else's now. A process
     that ends unpins nothing.

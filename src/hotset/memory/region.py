@@ -35,9 +35,9 @@ class SharedRegion:
         return (self.num_blocks + 1) * self.block_bytes
 
     def first_block(self, num_slots: int) -> int:
-        """The first block beyond so many slots."""
+        """The first block that `num_slots` slots leave free."""
         return -(-num_slots * self.unit_bytes // self.block_bytes)
 
     def num_kv_blocks(self, num_slots: int) -> int:
-        """Blocks for KV beside so many slots."""
+        """Blocks for KV beside `num_slots` slots."""
         return self.num_blocks - self.first_block(num_slots)

@@ -144,11 +144,11 @@ class TierStack:
 
     Payloads pass through host slots both ways: device -> host -> disk as each step ends, and
     disk -> host -> device on a fetch. So a slow or hanging disk holds host slots only, never a
-    device copy. What has gone up to the device and is below, too, is the next to leave host memory:
-    the device has it, and what was brought from below for those who wait is needed sooner
+    device copy. A payload that went up to the device, and that the disk has too, is the next to
+    leave host memory: payloads staged for waiting requests are needed sooner
     (exclusive caching: Wong and Wilkes, "My Cache or Yours?", USENIX ATC 2002). All methods are
-    called from the engine thread; `flush` once a step submits what was asked for since the last one
-    as one batch a direction.
+    called from the engine thread; `flush`, once per step, submits the copies asked for since the
+    last one as one batch per direction.
     """
 
     def __init__(
@@ -482,7 +482,7 @@ class TierStack:
         for completion in below.poll():
             transfer_id, key = completion.transfer_id, completion.key
             if completion.status is CompletionStatus.LATE:
-                # The slot stays with the tier until the read really ends; nobody waits for it.
+                # The slot stays with the tier until the read really ends; no fetch waits for it.
                 self._late.add(key)
                 self._fail_waiting(key)
             elif transfer_id in self._writes:

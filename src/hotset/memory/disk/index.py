@@ -99,7 +99,9 @@ class BlockIndex:
         self._db = db = sqlite3.connect(
             path, timeout=1.0, isolation_level=None, check_same_thread=False
         )
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")  # no -shm file, and nobody else's locks
+        db.execute(
+            "PRAGMA locking_mode = EXCLUSIVE"
+        )  # no -shm file, and no locks of other processes
         db.execute(f"PRAGMA journal_mode = {journal_mode}")
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute("PRAGMA temp_store = MEMORY")

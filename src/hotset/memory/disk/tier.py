@@ -472,7 +472,7 @@ class DiskTier:
             job.faults.append("disk_truncated")
         except OSError:
             job.faults.append("disk_io_error")
-        with suppress(IndexFault):  # pinned until polled, so nobody writes this slot meanwhile
+        with suppress(IndexFault):  # pinned until polled, so the slot is not written meanwhile
             self._index.remove([job.slot])
         return False
 
