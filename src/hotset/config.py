@@ -86,7 +86,7 @@ class EngineConfig:
             few tokens: `off`, `auto` where it is faster by what is measured at start, or `on` in
             all such steps. Their rounding is the CPU's then, so that output depends on what is
             resident as far as rounding goes.
-        expert_eviction: which expert leaves a slot; see `experts.cache.SlotTable`.
+        expert_eviction: which expert leaves a slot; see `experts.residency.SlotTable`.
         expert_cold_dtype: of experts in host memory; `auto` is their own. With `fp8` or `int4`,
             about a half or a quarter of the bytes of bfloat16, all experts have the values that
             come back from there, so what is on the device does not change the output; not exact.

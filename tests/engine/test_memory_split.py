@@ -15,12 +15,12 @@ from tiny_models import make_model
 
 from hotset.config import GIB, EngineConfig
 from hotset.cost.hardware import choose_hardware
+from hotset.cost.slot_bytes import SlotBytes
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.executor.probe import inspect_model, weights_bytes
 from hotset.experts.buffer import experts_bytes, slot_bytes_of
-from hotset.experts.cache import SlotBytes
 from hotset.experts.gating import experts_layers, up_name
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model

@@ -14,7 +14,6 @@ from tiny_models import make_config, make_model
 from torch import nn
 
 from hotset.config import GIB, EngineConfig
-from hotset.cost.expert_plan import ExpertSizes, streaming_is_faster
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.experts import buffer as expert_buffer
@@ -523,17 +522,6 @@ def test_auto_uses_both_plans_as_steps_change(make_engine: MakeEngine) -> None:
     hits, misses, *_, streamed = engine._experts._counts.sum(0).tolist()
     assert streamed == 3 * 3  # the prompt: the experts without a slot, in each layer
     assert hits + misses == 3 * 7 * 3  # then seven decodes of three experts, likewise
-
-
-def test_streaming_is_chosen_where_a_cache_would_copy_as_much() -> None:
-    # Qwen3-30B-A3B: 128 experts of 9.4 MB, 8 of a token; 40 slots.
-    sizes = ExpertSizes(128, 40, 9_437_184, 9_437_184)
-    chosen = [streaming_is_faster(sizes, tokens, 8) for tokens in (1, 16, 64, 256, 2048)]
-    assert chosen == [False, False, True, True, True]
-    # 48 tokens need 122.2 experts, 84.0 without a slot. To copy those and then read all takes
-    # longer than to stream 88 where an expert comes over the link in a quarter of the time.
-    narrow = ExpertSizes(128, 40, 9_437_184, 9_437_184 // 4)
-    assert [streaming_is_faster(each, 48, 8) for each in (sizes, narrow)] == [False, True]
 
 
 @pytest.mark.parametrize("num_slots", [1, 5, 8])

@@ -29,7 +29,6 @@ from hotset.bench.workload import Spec, Work, filler, make_work, prefix_work, wa
 from hotset.cgroups import available_host_bytes
 from hotset.config import GIB, EngineConfig
 from hotset.cost.expert_steps import ExpertCost, link_of
-from hotset.cost.hardware import choose_hardware
 from hotset.cost.loaded import make_cost_model
 from hotset.cost.routing import Routing, skewed_shares
 from hotset.cost.step_time import CostModel
@@ -40,6 +39,7 @@ from hotset.errors import ConfigError, HotsetError, PlanError
 from hotset.executor.probe import inspect_model
 from hotset.experts.buffer import slot_bytes_of
 from hotset.experts.recorder import RoutingRecorder, write_routing
+from hotset.kernels.device import known_hardware
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import capacity_bytes_for
 from hotset.model.devices import resolve_kv_dtype
@@ -307,8 +307,7 @@ class Bench:
     def _cost_model(self) -> CostModel | None:
         """None, with a note, where nothing can be predicted."""
         model = self._loaded.model
-        gpu_name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None
-        hardware = choose_hardware(self._options.hardware, gpu_name)
+        hardware = known_hardware(model.device, self._options.hardware)
         if hardware is None:
             self.notes.append(
                 "no prediction: this machine was not measured; run 'hotset probe', or name "

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from hotset.cost.hardware import Hardware
+
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
@@ -17,6 +19,8 @@ class Calibration:
         compute_efficiency: share of nominal dense operations that large products reach.
         attention_efficiency: the same for attention of prefill and of MLA.
         link_efficiency: share of the nominal host-link rate; 55.4 of 64 GB/s on an H200.
+        gather_efficiency: share of the rate of copies that a GPU reaches where its kernels read
+            pinned memory themselves: 51.0 of 54.6 GB/s on an H200, with experts of 9.4 MB.
         wire_efficiency: share of the nominal NVLink or network rate.
         all_reduce_s: latency of one all-reduce inside an NVLink domain.
         all_to_all_s: latency of one dispatch or combine.
@@ -32,6 +36,7 @@ class Calibration:
     compute_efficiency: float = 0.6
     attention_efficiency: float = 0.6
     link_efficiency: float = 0.86
+    gather_efficiency: float = 51.0 / 54.6
     wire_efficiency: float = 0.86
     all_reduce_s: float = 10e-6
     all_to_all_s: float = 30e-6
@@ -39,6 +44,20 @@ class Calibration:
     probe_memory: float = 0.97
     probe_compute: float = 0.74
     band: float = 0.2
+
+    def memory_bytes_per_s(self, hardware: Hardware) -> float:
+        """HBM rate that decode kernels reach."""
+        reached = self.probe_memory if hardware.measured else self.memory_efficiency
+        return hardware.hbm_bytes_per_s * reached
+
+    def link_bytes_per_s(self, hardware: Hardware, *, num_gpus: int = 1) -> float:
+        """One-way rate from host memory to one of `num_gpus` GPUs of a host that all use theirs.
+
+        The least of its share of the link and its share of what the host's memory delivers.
+        """
+        link = hardware.host_link_bytes_per_s / min(hardware.gpus_per_host_link, num_gpus)
+        reached = 1.0 if hardware.measured else self.link_efficiency
+        return min(link * reached, hardware.host_memory_bytes_per_s / num_gpus)
 
 
 # By engine. That of hotset has one constant fitted on steps measured on an H200 (contexts of 512

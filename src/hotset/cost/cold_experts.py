@@ -8,10 +8,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hotset.cost.experts import bring_experts
+from hotset.cost.routing import Routing
+
 # Steps of more tokens are never slowed by a host that takes part in them: each cold expert has
 # several rows then, and the link serves all of them with one copy.
 MOST_TOKENS = 64
-_LEAST_GAIN = 0.9  # of the time: less is within what measurements at start may be off
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +61,23 @@ class ColdCost:
         return max(copied * self.copy_s, sum(self.cpu_seconds(count) for count in rows[copied:]))
 
     def pays(self, num_tokens: int, *, top_k: int, num_experts: int, num_slots: int) -> bool:
-        """Whether steps of so many tokens are faster by a tenth or more if the CPU takes part.
+        """Whether steps of `num_tokens` tokens are faster by a tenth or more if the CPU takes part.
 
-        As routing is not known yet, tokens choose among the E experts alike: D = E * (1 - (1 -
-        top_k / E) ** tokens) are needed, and those without a slot are as many as slots are short.
+        As routing is not known yet, tokens are expected to choose among the experts alike. As many
+        of those that they need are cold as slots are short.
         """
-        needed = num_experts * (1 - (1 - min(1.0, top_k / num_experts)) ** num_tokens)
+        needed = Routing().distinct(num_experts, top_k, num_tokens)
         cold = round(needed * (1 - num_slots / num_experts))
         if num_tokens > MOST_TOKENS or cold == 0:
             return False
         rows = [max(1, round(num_tokens * top_k / needed))] * cold
-        return self.seconds(rows) + self.layer_s < _LEAST_GAIN * cold * self.copy_s
+        brought = bring_experts(
+            missed=cold,
+            absent=num_experts - num_slots,
+            gather_s=self.copy_s,
+            stream_s=self.copy_s,
+            hidden_s=0.0,
+            plan="cache",
+            cpu_s=self.seconds(rows) + self.layer_s,
+        )
+        return brought.plan == "cpu"

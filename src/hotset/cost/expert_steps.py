@@ -1,22 +1,12 @@
 """An MoE model with some of its experts in host memory: how long steps take, how much is served.
 
-S of the E experts of each layer are in slots on the device, on one GPU. In a step of T tokens a
-layer needs D = E(1-(1-k/E)^T) distinct ones under uniform routing (`Routing.distinct`). The others
-come by one of two plans:
-
-    cache   D(1-h) of them, h the share that is found: S/E under uniform routing. The device reads
-            them, and the layer waits.
-    stream  all E-S, while the layer before computes: a layer takes whichever is longer. Only the
-            first layer of a step has nothing before it.
+How the experts of a step are brought is `experts.bring_experts`.
 """
 
 from dataclasses import dataclass
 
+from hotset.cost.experts import bring_experts
 from hotset.cost.step_time import CostModel
-
-# Measured on an H200 behind PCIe 5 x16 with experts of 9.4 MB: the copy engine, whose rate profiles
-# have, and the device that reads pinned memory itself.
-COPY_ENGINE_GB_PER_S, GATHER_GB_PER_S = 54.6, 51.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +32,10 @@ def link_of(
     cost: CostModel, *, cold_bytes: float | None = None, hit_rate: float | None = None
 ) -> ExpertLink:
     """The link of the hardware of `cost`; host copies are as wide as the experts by default."""
-    copy_bytes_per_s = cost.link_bytes_per_s()
     return ExpertLink(
         cold_bytes=cost.shape.expert_bytes_each if cold_bytes is None else cold_bytes,
-        gather_bytes_per_s=copy_bytes_per_s * GATHER_GB_PER_S / COPY_ENGINE_GB_PER_S,
-        copy_bytes_per_s=copy_bytes_per_s,
+        gather_bytes_per_s=cost.expert_bytes_per_s(),
+        copy_bytes_per_s=cost.link_bytes_per_s(),
         hit_rate=hit_rate,
     )
 
@@ -149,10 +138,21 @@ class ExpertCost:
         """A step of `tokens` tokens that takes `chip_s` with all experts on the device."""
         if num_slots >= self.num_experts:
             return StepTime("resident", chip_s, chip_s, 0.0)
-        plans = {"cache": [self._cache], "stream": [self._stream]}
-        chosen = plans.get(self.plan, [self._cache, self._stream])
-        times = [plan(num_slots, tokens, chip_s) for plan in chosen]
-        return min(times, key=lambda time: time.seconds)
+        link, needed = self.link, self.distinct(tokens)
+        hit_rate = num_slots / self.num_experts if link.hit_rate is None else link.hit_rate
+        gather_s = link.cold_bytes / link.gather_bytes_per_s
+        is_gathered = self.plan == "auto"
+        brought = bring_experts(
+            missed=needed - min(needed * hit_rate, float(num_slots)),
+            absent=self.num_experts - num_slots,
+            gather_s=gather_s,
+            stream_s=gather_s if is_gathered else link.cold_bytes / link.copy_bytes_per_s,
+            hidden_s=chip_s / self.num_layers,
+            plan=self.plan,
+            num_layers=self.num_layers,
+        )
+        moved_bytes = brought.num_moved * link.cold_bytes
+        return StepTime(brought.plan, chip_s + brought.seconds, chip_s, moved_bytes)
 
     def decode_step(self, num_slots: int, users: float, context: float) -> StepTime:
         """A step of `users` decodes with `context` tokens each."""
@@ -213,20 +213,3 @@ class ExpertCost:
             decode_step=decode_step,
             output_tokens_per_s=num_requests * output / seconds,
         )
-
-    def _cache(self, num_slots: int, tokens: float, chip_s: float) -> StepTime:
-        needed = self.distinct(tokens)
-        hit_rate = self.link.hit_rate
-        if hit_rate is None:
-            hit_rate = num_slots / self.num_experts
-        hits = min(needed * hit_rate, float(num_slots))
-        moved = self.num_layers * (needed - hits) * self.link.cold_bytes
-        return StepTime("cache", chip_s + moved / self.link.gather_bytes_per_s, chip_s, moved)
-
-    def _stream(self, num_slots: int, tokens: float, chip_s: float) -> StepTime:
-        layer_bytes = (self.num_experts - num_slots) * self.link.cold_bytes
-        is_gathered = self.plan == "auto"
-        rate = self.link.gather_bytes_per_s if is_gathered else self.link.copy_bytes_per_s
-        layer_s, layer_chip_s = layer_bytes / rate, chip_s / self.num_layers
-        seconds = layer_s + (self.num_layers - 1) * max(layer_s, layer_chip_s) + layer_chip_s
-        return StepTime("stream", seconds, chip_s, self.num_layers * layer_bytes)

@@ -198,6 +198,15 @@ def choose_hardware(name: str | None, gpu_name: str | None) -> Hardware | None:
     return None
 
 
+def nearest_hardware(memory_bytes_per_s: float) -> Hardware:
+    """The bundled profile with the nearest rate of memory, by ratio."""
+
+    def distance(hardware: Hardware) -> float:
+        return abs(math.log(hardware.hbm_bytes_per_s / memory_bytes_per_s))
+
+    return min(map(load_hardware, bundled_hardware()), key=distance)
+
+
 def _from_file(path: Path) -> Hardware:
     try:
         data = parse_json(path.read_bytes())

@@ -4,9 +4,10 @@ The planner, the bench and the engine's split of memory use it.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hotset.cost.calibration import Calibration
+from hotset.cost.experts import bring_experts
 from hotset.cost.hardware import Hardware
 from hotset.cost.layout import Layout, shard_model
 from hotset.cost.routing import Routing
@@ -105,8 +106,7 @@ class CostModel:
     @property
     def memory_bytes_per_s(self) -> float:
         """HBM rate that decode kernels reach."""
-        c, hw = self.calibration, self.hardware
-        return hw.hbm_bytes_per_s * (c.probe_memory if hw.measured else c.memory_efficiency)
+        return self.calibration.memory_bytes_per_s(self.hardware)
 
     def _flops(self, dtype: str, efficiency: float) -> float:
         reached = self.calibration.probe_compute if self.hardware.measured else efficiency
@@ -124,14 +124,15 @@ class CostModel:
         return min(self.layout.gpus, self.hardware.gpus_per_host)
 
     def link_bytes_per_s(self, *, nominal: bool = False) -> float:
-        """One-way rate from host memory to one GPU while all GPUs of the host use theirs.
+        """One-way rate from host memory to one GPU while all GPUs of the host use theirs."""
+        calibration = self.calibration
+        if nominal:
+            calibration = replace(calibration, link_efficiency=1.0)
+        return calibration.link_bytes_per_s(self.hardware, num_gpus=self.gpus_on_host)
 
-        The least of its share of the link and its share of what the host's memory delivers.
-        """
-        hw = self.hardware
-        efficiency = 1.0 if nominal or hw.measured else self.calibration.link_efficiency
-        link = hw.host_link_bytes_per_s / min(hw.gpus_per_host_link, self.gpus_on_host)
-        return min(link * efficiency, hw.host_memory_bytes_per_s / self.gpus_on_host)
+    def expert_bytes_per_s(self) -> float:
+        """The same where kernels of the GPU copy experts."""
+        return self.link_bytes_per_s() * self.calibration.gather_efficiency
 
     def disk_bytes_per_s(self) -> float:
         """Read rate from disk to one GPU while all GPUs of the host read."""
@@ -214,19 +215,23 @@ class CostModel:
         return per_token * tokens / self.layout.tp * imbalance
 
     def _streamed_experts_s(self, slots_read: float, hidden_behind_s: float, t: Tiering) -> float:
-        """Exposed time of experts that are not resident, by the cheaper of two plans.
-
-        Demand: fetch what is missed, nothing hidden. Stream: fetch all that is not resident, one
-        layer ahead, hidden behind `hidden_behind_s` of compute.
-        """
+        """Exposed time of experts that are not resident, beside `hidden_behind_s` of compute."""
         missing = 1 - t.resident_experts
         if missing <= 0 or not self.shard.experts_bytes:
             return 0.0
-        link, disk = self.link_bytes_per_s(), self.disk_bytes_per_s()
-        byte_s = t.host_experts / link + (1 - t.host_experts) / disk
-        demand_s = slots_read * missing * self.shard.slot_bytes * byte_s
-        stream_s = self.shard.experts_bytes * missing * byte_s - hidden_behind_s
-        return max(0.0, min(demand_s, stream_s))
+        num_layers = len(self.shape.moe_layers)
+        host_s = 1 / self.expert_bytes_per_s()
+        disk_s = max(host_s, 1 / self.disk_bytes_per_s())
+        byte_s = t.host_experts * host_s + (1 - t.host_experts) * disk_s
+        copy_s = self.shard.slot_bytes / num_layers * byte_s
+        return bring_experts(
+            missed=slots_read * missing,
+            absent=self.shard.expert_slots * missing,
+            gather_s=copy_s,
+            stream_s=copy_s,
+            hidden_s=hidden_behind_s / num_layers,
+            num_layers=num_layers,
+        ).seconds
 
     # -- steps --------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ from hotset.experts.buffer import ExpertBuffer, buffer_experts
 from hotset.experts.disk import ExpertSink
 from hotset.experts.gating import experts_layers, pack_experts
 from hotset.grammar.json_bounds import JsonBounds
+from hotset.kernels.device import likely_hardware
 from hotset.kv.cache import KVCache
 from hotset.kv.pool import BlockPool
 from hotset.linear.packed import pack_linears
@@ -303,7 +304,8 @@ class _Build:
             sampler.load_kernels(placed.layout.dtype)
             trials = _time_prompts(placed, runner)
         num_tokens, seconds = trials[-1]
-        rates = Rates(prefill_tokens_per_s=num_tokens / seconds, link_bytes_per_s={})
+        rates = Rates.of_hardware(likely_hardware(self._device))
+        rates.prefill_tokens_per_s = num_tokens / seconds
         experts = placed.experts
         if experts is not None and config.expert_cpu != "off" and self._device.type == "cuda":
             notes.append(experts.compute_cold_on_cpu(config.expert_cpu, threads=config.threads))

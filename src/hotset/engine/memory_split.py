@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 from hotset.config import EXPERT_OPTIONS, GIB, EngineConfig
 from hotset.cost.expert_split import KVMemory, Split, Splitter, least_bytes
 from hotset.cost.expert_steps import ExpertCost, Load, link_of
-from hotset.cost.hardware import Hardware, choose_hardware, load_hardware
+from hotset.cost.slot_bytes import SlotBytes
 from hotset.engine.budget import fewest_blocks
 from hotset.engine.model_shape import make_cost_model
 from hotset.errors import ConfigError
 from hotset.executor.probe import ModelLayout, weights_bytes
 from hotset.experts.buffer import check_buffering, experts_bytes, slot_bytes_of
-from hotset.experts.cache import SlotBytes
+from hotset.kernels.device import gpu_name, known_hardware, likely_hardware
 from hotset.memory.region import SharedRegion
 from hotset.model.loaded import LoadedModel
 
@@ -22,8 +22,6 @@ from hotset.model.loaded import LoadedModel
 # there are where each step is to be short.
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 1024, 256
 _FEW_USERS = 8
-# On a machine whose rates are not known: the split follows from the ratios of these, nothing else.
-_ASSUMED_HARDWARE = "h200"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,18 +229,10 @@ def expected_load(config: EngineConfig, max_len: int) -> Load:
 
 
 def _expert_cost(loaded: LoadedModel, layout: ModelLayout, slots: SlotBytes) -> ExpertCost:
-    """Of the hardware that is here, or of an assumed one where its rates are not known."""
-    hardware = _known_hardware(loaded.model.device) or load_hardware(_ASSUMED_HARDWARE)
+    """Of this hardware, or of the nearest one where its rates are not known."""
+    hardware = likely_hardware(loaded.model.device)
     cost = make_cost_model(loaded.model, layout, slots, loaded.name, hardware)
     return ExpertCost(cost, link_of(cost, cold_bytes=slots.cold_bytes), slots.plan)
-
-
-def _known_hardware(device: torch.device) -> Hardware | None:
-    return choose_hardware(None, _gpu_name(device))
-
-
-def _gpu_name(device: torch.device) -> str | None:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def _asked_expert_bytes(config: EngineConfig, slots: SlotBytes) -> int:
@@ -292,11 +282,11 @@ def _report(
 
 def _prediction(split: Split, cost: ExpertCost, device: torch.device) -> str:
     """What the rates of this machine promise; by those of another one nothing is said."""
-    if _known_hardware(device) is None:
-        where = _gpu_name(device) or "this CPU"
+    if known_hardware(device) is None:
+        where = gpu_name(device) or "this CPU"
         return (
             f"no prediction: the rates of {where} are not known; 'hotset probe' measures them, and "
-            f"the split then follows them in place of the ratios of an {_ASSUMED_HARDWARE}"
+            f"the split then follows them in place of the ratios of an {cost.cost.hardware.name}"
         )
     served, hardware = split.served, cost.cost.hardware
     decode, prompt = served.decode_step, served.prompt_step

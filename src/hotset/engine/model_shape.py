@@ -16,9 +16,9 @@ from hotset.cost.hardware import Hardware
 from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
 from hotset.cost.shape import Attention, Kind, Layer, ModelShape, Params
+from hotset.cost.slot_bytes import SlotBytes
 from hotset.cost.step_time import CostModel
 from hotset.executor.probe import ModelLayout
-from hotset.experts.cache import SlotBytes
 from hotset.experts.gating import experts_layers
 from hotset.linear.packed import PackedLinear
 

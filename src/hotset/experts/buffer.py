@@ -18,8 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hotset.config import GIB, EngineConfig
+from hotset.cost.rates import Rates
+from hotset.cost.slot_bytes import SlotBytes, count_slots
 from hotset.errors import ConfigError
-from hotset.experts.cache import SlotBytes, count_slots
 from hotset.experts.cpu import ColdExperts, ColdLayer, device_seconds
 from hotset.experts.disk import ExpertSink, layout_of
 from hotset.experts.gating import (
@@ -36,6 +37,7 @@ from hotset.experts.prefetch import Prefetch, Router, find_routers
 from hotset.experts.residency import SlotTable
 from hotset.experts.slots import Staging
 from hotset.experts.store import DiskExperts, ExpertStore, StoreCounts
+from hotset.kernels.device import likely_hardware
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.region import SharedRegion
 
@@ -136,6 +138,7 @@ class ExpertBuffer:
             units = self.memory[: most_slots * region.unit_bytes]
             slots[:] = units.view(most_slots, len(layers), -1).unbind(1)
         self.layers: list[LayerBuffer] = []
+        rates = Rates.of_hardware(likely_hardware(device))
         for index, layer in enumerate(layers):
             counts = self._counts[index]
             layer.expert_buffer = LayerBuffer(
@@ -146,6 +149,7 @@ class ExpertBuffer:
                 self._prefetch,
                 plan=plan,
                 streamed=counts[5:],
+                rates=rates,
                 packed=packed,
                 is_transposed=bool(layer.is_transposed),
                 memory=slots[index],

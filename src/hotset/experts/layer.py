@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from hotset.cost.expert_plan import ExpertSizes, streaming_is_faster
+from hotset.cost.experts import LayerSlots, streams_from
+from hotset.cost.rates import Rates
+from hotset.cost.routing import reach
 from hotset.experts.cpu import ColdLayer
 from hotset.experts.gating import Experts, has_grouped_kernel, up_name
 from hotset.experts.host import HostExperts, StoredExperts
@@ -37,6 +39,7 @@ class LayerBuffer:
         plan: `cache`, `stream` or `auto`.
         streamed: `[1]` int64 on the device, to be added to: experts that came by streaming, or when
             another slot was taken in use.
+        rates: of copies of experts and of the device's memory.
         memory: of the slots; see `Slots`.
     """
 
@@ -50,11 +53,14 @@ class LayerBuffer:
         *,
         plan: str,
         streamed: torch.Tensor,
+        rates: Rates,
         packed: bool,
         is_transposed: bool,
         memory: torch.Tensor | None = None,
     ) -> None:
         self.host, self.table = host, table
+        self._copy_s = host.payload_bytes / rates.expert_bytes_per_s
+        self._read_s = host.layout.payload_bytes / rates.memory_bytes_per_s
         self._index, self._staging, self._plan = index, staging, plan
         self._streamed = streamed
         self._prefetch = prefetch
@@ -74,13 +80,10 @@ class LayerBuffer:
         """Whether a step of so many tokens streams."""
         if self._plan != "auto":
             return self._plan == "stream"
-        sizes = ExpertSizes(
-            self.table.num_experts,
-            self.table.num_active,
-            self.host.layout.payload_bytes,
-            self.host.payload_bytes,
+        slots = LayerSlots(
+            self.table.num_experts, self.table.num_active, self._copy_s, self._read_s
         )
-        return streaming_is_faster(sizes, num_tokens, top_k)
+        return num_tokens >= streams_from(slots, top_k)
 
     def resize(self, num_slots: int) -> None:
         """Have so many slots in use: fewer than now, or one more, whose expert is copied."""
@@ -397,8 +400,10 @@ class LayerBuffer:
         ahead: list[tuple[int, int]] = []
         following, num_experts = self.next, self.table.num_experts
         num_tokens = num_ids // max(1, self.top_k)
-        share = 1 - (1 - min(1.0, self.top_k / num_experts)) ** num_tokens
-        if following is not None and share >= _READ_AHEAD_FROM:
+        if (
+            following is not None
+            and reach(self.top_k / num_experts, num_tokens) >= _READ_AHEAD_FROM
+        ):
             assert isinstance(following.host, DiskExperts)
             absent = (following.table.slots() < 0).nonzero().flatten().tolist()
             ahead = [(following.host.layer, expert) for expert in absent]

@@ -1,4 +1,4 @@
-"""What slots of experts take on the device."""
+"""What slots of experts take on the device, and how many fit."""
 
 from dataclasses import dataclass
 
