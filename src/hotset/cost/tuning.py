@@ -58,6 +58,8 @@ class Tuning:
     """The defaults are an H200's, behind PCIe 5 x16.
 
     Attributes:
+        memory_share: of the device's free memory that is used where no size is given; the rest is
+            left to the driver and to fragmentation, and on a CPU to other processes.
         mixed_tokens: most tokens of a step of prompts beside decodes. Products reach 650 TFLOP/s
             from about 1,024 rows on, and half of it with 512, where a product of 4,096 columns is
             64 tiles for 132 processors.
@@ -86,6 +88,7 @@ class Tuning:
             launches need too, so a chunk takes less time than the work queued on the device.
     """
 
+    memory_share: float = 0.9
     mixed_tokens: int = 1024
     mixed_rows_per_expert: int = 512
     row_tile: int = 256
@@ -127,4 +130,4 @@ class Tuning:
 
 
 # By the type of a device. No GPU but an H200 was tuned for, so that all GPUs have its figures.
-TUNINGS = {"cuda": Tuning(), "cpu": Tuning(mixed_tokens=256, row_tile=1)}
+TUNINGS = {"cuda": Tuning(), "cpu": Tuning(memory_share=0.25, mixed_tokens=256, row_tile=1)}

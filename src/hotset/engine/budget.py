@@ -5,14 +5,13 @@ from pathlib import Path
 
 from hotset.cgroups import available_host_bytes
 from hotset.config import GIB, EngineConfig
+from hotset.cost.tuning import TUNINGS
 from hotset.errors import ConfigError
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import capacity_bytes_for, payloads_within
 
 # Host slots a disk tier needs below a device without a host tier, to pass payloads through.
 _STAGING_SLOTS = 64
-# Without `hot_gib`, KV takes this share of the memory that is free once the weights are loaded.
-_DEFAULT_SHARE = {"cpu": 0.25, "cuda": 0.9}
 _REPORTED_CONTEXTS = (1024, 4096, 16384, 65536)
 
 
@@ -109,7 +108,7 @@ def make_budget(
         )
     free_device_bytes -= workspace_bytes
     hot_bytes = int(
-        free_device_bytes * _DEFAULT_SHARE[device]
+        free_device_bytes * TUNINGS[device].memory_share
         if config.hot_gib is None
         else config.hot_gib * GIB
     )

@@ -11,12 +11,13 @@ from hotset.cost.prefix import bring_prefix
 from hotset.cost.rates import Rates
 from hotset.cost.shape import WEIGHT_BITS
 from hotset.cost.step_time import CAUSES, PREFILL_CHUNK, CostModel, Step, Tiering
+from hotset.cost.tuning import TUNINGS
 from hotset.errors import PlanError
 from hotset.plan.result import Plan
 from hotset.plan.workload import Request
 
 GIB = 2**30
-HBM_SHARE = 0.9  # of HBM a server claims; the rest is left to the driver and to fragmentation
+HBM_SHARE = TUNINGS["cuda"].memory_share  # of HBM, as a server claims it
 WORKSPACE_BYTES = 6e9  # activations, graphs and NCCL on a big GPU, and
 WORKSPACE_SHARE = 0.06  # of HBM on a small one
 BLOCK_SIZE = 16  # tokens, to which capacity is rounded
