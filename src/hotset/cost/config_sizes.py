@@ -22,8 +22,8 @@ def num_experts(config: Any) -> int:
 def context_length(config: Any) -> int | None:
     """The longest context in tokens that a model was made for; None where its config is silent.
 
-    With `longrope` it is that of the short factors: a longer sequence would change the keys of all
-    that share its step, and those that it has itself from steps before.
+    With `longrope` it is the context of the short factors: a longer sequence would change the keys
+    of all sequences in its step, and its own keys of earlier steps.
     """
     for name in _CONTEXT_LENGTH_NAMES:
         if (length := largest(config, name)) > 0:

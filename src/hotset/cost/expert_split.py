@@ -1,7 +1,7 @@
 """The split of device memory between experts and KV: every number of slots is tried.
 
 More slots move fewer bytes in each step; more KV lets more requests share what a step moves. Where
-requests queue, KV wins until all that want to run do; with few of them slots win.
+requests queue, KV wins until all of them run; with few requests slots win.
 """
 
 from dataclasses import dataclass

@@ -101,8 +101,8 @@ FAMILIES: dict[str, Builder] = {
     "nemotron-nas": nemotron_nas,
 }
 
-# What transformers has where a config lacks a field, and is not what the builders take then. Text
-# parts of wrappers often lack some: transformers leaves out what is as its class has it.
+# Defaults of transformers' classes that differ from the builders'. Text parts of wrappers often
+# lack such fields: transformers leaves out values that equal the class's default.
 _DEFAULTS: dict[str, Config] = {
     "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
     "ministral": {"sliding_window": 4096, "num_key_value_heads": 8},

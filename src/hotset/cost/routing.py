@@ -78,9 +78,9 @@ def row_scales(num_experts: int, skew: float) -> list[float]:
 def skewed_shares(num_experts: int, top_k: int, skew: float) -> tuple[float, ...]:
     """Shares of the routed tokens where a router's rows are scaled by `row_scales`, sum 1.
 
-    Logits are taken as normal and independent, each with its row's factor as standard deviation,
-    and an expert as chosen where its logit is above the level that `top_k` of all are above on
-    average. Which level that is does not depend on the scale of the logits.
+    Logits are taken as normal and independent, each with its row's factor as standard deviation.
+    An expert is chosen where its logit is above the level that `top_k` logits exceed on average.
+    The result does not depend on the scale of the logits.
     """
     normal, scales = NormalDist(), row_scales(num_experts, skew)
 
@@ -100,7 +100,7 @@ class Skew:
     """How unevenly experts are used.
 
     Attributes:
-        max_over_mean: load of the busiest expert over that of all, mean over layers.
+        max_over_mean: load of the busiest expert over the mean load, mean over layers.
         top_quarter: share of the routed tokens that go to the busiest quarter of a layer's experts.
         for_90_percent: share of a layer's experts, busiest first, that get 90 % of them.
     """

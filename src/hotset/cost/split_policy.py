@@ -8,8 +8,8 @@ from hotset.cost.expert_steps import Load
 
 # Time in which an observation of the load loses 63 % of its weight.
 _SMOOTH_S = 10.0
-# A split is solved for every so many seconds, and followed if each one in so many seconds was
-# better than the present one by this part.
+# Seconds between two solutions of the split; seconds in which each solution has to be better than
+# the present split; and by which part.
 _SOLVE_S = 3.0
 _HOLD_S = 6.0
 _LEAST_GAIN = 0.1
@@ -50,7 +50,7 @@ class SplitPolicy:
         old = self.load
 
         def mixed(one: float, other: float) -> float:
-            # By their logarithms: a crowd of a moment is none.
+            # By their logarithms: a short crowd changes little.
             return float(one * (other / one) ** part)
 
         self.load = Load(

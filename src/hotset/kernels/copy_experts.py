@@ -48,7 +48,7 @@ def copy_experts(
         target: `[S, B]` uint8 on the device, its rows contiguous, any multiple of 8 bytes from one
             to the next. Mutated.
         experts: `[N]` int64 on the device; -1 for no copy.
-        slots: `[N]` int64 on the device; those of copies must be distinct.
+        slots: `[N]` int64 on the device; distinct where there is a copy.
         beside_compute: other kernels run meanwhile, so take few of the processors.
 
     Cost: B bytes over the link for each copy. Nothing is asked of the host, so that a CUDA graph

@@ -129,7 +129,7 @@ def dequantise_experts(
             which the device reads itself.
         target: `[S, V]` on the device, its rows contiguous, of the dtype of the weights. Mutated.
         experts: `[N]` int64 on the device; -1 for no copy.
-        slots: `[N]` int64 on the device; those of copies must be distinct.
+        slots: `[N]` int64 on the device; distinct where there is a copy.
         beside_compute: other kernels run meanwhile, so take few of the processors.
 
     Cost: `layout.payload_bytes` over the link for each copy. Nothing is asked of the host, so that

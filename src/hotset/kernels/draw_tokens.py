@@ -1,6 +1,6 @@
 """A token for each row of logits, drawn by its probability, in three launches.
 
-They read a row twice: for its largest logit, and for what pieces of it weigh.
+They read a row twice: for its largest logit, and for the weights of its pieces.
 """
 
 import torch
@@ -15,7 +15,7 @@ _BELOW_ONE = tl.constexpr(1 - 2**-52)
 
 @triton.jit
 def _weights(logits, row, row_stride, vocab_size, columns, top, temperature):  # type: ignore[no-untyped-def]
-    """What tokens weigh, relative to the likeliest; nothing beyond the vocabulary."""
+    """Weights of tokens, relative to the likeliest; 0 beyond the vocabulary."""
     inside = columns < vocab_size
     found = tl.load(logits + row * row_stride + columns, mask=inside, other=float("-inf"))
     return tl.where(inside, tl.exp((found.to(tl.float32) - top) / temperature), 0.0)

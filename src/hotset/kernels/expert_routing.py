@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Ids that a program looks at together: all those of 32 tokens with 8 experts each, or of 256.
+# Ids that a program looks at together: of 32 tokens with 8 experts each, or of 256 tokens.
 _CHUNKS = (256, 2048)
 # From this many rows on, a launch of its own counts them and several programs place one expert's.
 _ROWS_COUNTED_FIRST = 8192
@@ -23,7 +23,7 @@ class Routing:
     Attributes:
         ids: `[R]` integer, as the router gave them; ids of E and more belong to no expert here.
         rows: `[R]` int32, the rows sorted by expert, in order within one. Anything at the end, in
-            as many places as there are rows that are nobody's.
+            as many places as there are rows without an expert here.
         blocks: `[B, 3]` int32: the block's expert, and its first and last place in `rows`, the
             last one excluded. Blocks of an expert follow each other. Anything from `num_blocks` on.
         num_blocks: `[1]` int32.
@@ -47,7 +47,7 @@ def _route(  # type: ignore[no-untyped-def]
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    # A program an expert. Each counts the rows of all, so that none has to wait for another.
+    # One program per expert. Each counts the rows of all, so that none has to wait for another.
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.zeros([BINS], tl.int32)
@@ -96,7 +96,7 @@ def _cut(blocks, expert, first, end, first_block, block_rows):  # type: ignore[n
 def _count(  # type: ignore[no-untyped-def]
     ids, counts, num_rows, NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr
 ):
-    # A program a chunk.
+    # One program per chunk.
     row = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     found = tl.load(ids + row, mask=row < num_rows, other=NUM_EXPERTS)
     count = tl.histogram(tl.minimum(found, NUM_EXPERTS).to(tl.int32), BINS)
@@ -163,8 +163,8 @@ def route_rows(ids: torch.Tensor, num_experts: int, block_rows: int) -> Routing:
     """Sort rows by expert and cut them into blocks, in one launch, or two where there are many.
 
     Args:
-        ids: `[R]` integer expert ids, not negative, on the device, contiguous; those of
-            `num_experts` and more are nobody's.
+        ids: `[R]` integer expert ids, not negative, on the device, contiguous; ids of
+            `num_experts` and more belong to no expert here.
         num_experts: E.
         block_rows: rows of a block at most.
 
