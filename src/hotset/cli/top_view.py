@@ -143,8 +143,9 @@ def _flows(status: Json) -> RenderableType:
     table = Table.grid(expand=True)
     table.add_column()
     table.add_column(justify="right", style="dim")
+    slowest_first = [tier["name"] for tier in status["engine"]["tiers"]][::-1]
     for way, rate in sorted(status["rates"]["moved_bytes_per_s"].items()):
-        slow = next((name for name in ("remote", "disk", "host") if name in way), "host")
+        slow = next((name for name in slowest_first if name in way), "")
         limit = f" of {_bytes(limits[slow])}/s" if slow in limits else ""
         table.add_row(way.replace(">", " → "), f"{_bytes(rate)}/s{limit}")
     table.add_row("fetched / recomputed", f"{totals['fetched_tokens']:,} / "
