@@ -6,24 +6,20 @@ A vision tower is not counted. What is not known here is refused by name, never 
 import difflib
 from collections.abc import Callable
 
+from hotset.cost.family_experts import deepseek_moe, gpt_oss_moe, mixtral_moe, olmoe_moe, qwen_moe
 from hotset.cost.family_layers import (
     Llama,
     alternating,
     always_window,
     bamba,
     deepseek,
-    deepseek_moe,
     every,
     gemma4,
-    gpt_oss_moe,
     jamba,
     llama4,
     mamba2_only,
-    mixtral_moe,
     nemotron_nas,
-    olmoe_moe,
     qwen3_next,
-    qwen_moe,
     qwen_window,
 )
 from hotset.cost.mixers import Config, Facts

@@ -6,6 +6,7 @@ Counts follow the parameters that `transformers` creates for the text model.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hotset.cost.family_experts import deepseek_bias, deepseek_moe, mixtral_moe, moe, qwen_moe
 from hotset.cost.mixers import (
     WINDOWS,
     Facts,
@@ -113,102 +114,6 @@ def alternating(f: Facts) -> list[str]:
     ]
 
 
-Moe = tuple[Params, Params, Params, int, int]
-
-# In transformers; others ignore the field.
-OBEYS_MLP_LAYER_TYPES = {"deepseek_v32"}
-
-
-def _moe(f: Facts, num: int, top_k: int, width: int, *, shared: Params | None = None) -> Moe:
-    """Router, one expert, shared part, experts, top-k."""
-    if top_k > num:
-        raise PlanError(f"config routes each token to {top_k} of {num} experts")
-    router = Params(f.count("hidden_size") * num)
-    return router, mlp_params(f, width), shared or Params(), num, top_k
-
-
-def mixtral_moe(f: Facts, index: int) -> Moe:
-    """Mixtral and GraniteMoe: experts in every layer."""
-    return _moe(
-        f,
-        f.count("num_local_experts"),
-        f.count("num_experts_per_tok"),
-        f.count("intermediate_size"),
-    )
-
-
-def olmoe_moe(f: Facts, index: int) -> Moe:
-    """OLMoE: experts in every layer."""
-    return _moe(
-        f, f.count("num_experts"), f.count("num_experts_per_tok"), f.count("intermediate_size")
-    )
-
-
-def qwen_moe(f: Facts, index: int) -> Moe | None:
-    """Qwen MoE: a dense MLP where `mlp_only_layers` or the sparse step says so."""
-    step = f.count("decoder_sparse_step", default=1)
-    if index in f.get("mlp_only_layers", default=[]) or (index + 1) % step:
-        return None
-    shared_width = f.get("shared_expert_intermediate_size", default=0)
-    shared = Params()
-    if shared_width:
-        shared = mlp_params(f, shared_width) + Params(f.count("hidden_size"))  # and its gate
-    return _moe(
-        f,
-        f.count("num_experts", "num_local_experts"),  # the hub's files, and transformers' own dict
-        f.count("num_experts_per_tok"),
-        f.count("moe_intermediate_size"),
-        shared=shared,
-    )
-
-
-def deepseek_moe(f: Facts, index: int) -> Moe | None:
-    """DeepSeek and GLM: dense first layers, then routed and shared experts."""
-    if _is_dense(f, index):
-        return None
-    width = f.count("moe_intermediate_size")
-    shared_width = width * f.count("n_shared_experts", default=0, least=0)
-    shared = mlp_params(f, shared_width, bias=_deepseek_bias(f)) if shared_width else Params()
-    return _moe(
-        f, f.count("n_routed_experts"), f.count("num_experts_per_tok"), width, shared=shared
-    )
-
-
-def _is_dense(f: Facts, index: int) -> bool:
-    types = f.get("mlp_layer_types", default=None)
-    if types is not None and f.model_type in OBEYS_MLP_LAYER_TYPES:
-        num_layers = f.count("num_hidden_layers")
-        if len(types) != num_layers or not set(types) <= {"dense", "sparse"}:
-            raise PlanError(
-                f"config field mlp_layer_types is {types}; expected dense or sparse for each of "
-                f"{num_layers} layers"
-            )
-        return bool(types[index] == "dense")
-    first = f.count("first_k_dense_replace", default=0, least=0)
-    return index < first or bool(index % f.count("moe_layer_freq", default=1))
-
-
-def _deepseek_bias(f: Facts) -> bool:
-    """Of dense and shared MLPs: DeepSeek-V2 alone has the field."""
-    return f.model_type == "deepseek_v2" and bool(f.get("mlp_bias", default=False))
-
-
-def gpt_oss_moe(f: Facts, index: int) -> Moe:
-    """gpt-oss: router and experts have biases."""
-    hidden, width = f.count("hidden_size"), f.count("intermediate_size")
-    num = f.count("num_local_experts", "num_experts")
-    router, expert, shared, num, top_k = _moe(
-        f, num, f.count("num_experts_per_tok", "experts_per_token"), width
-    )
-    return (
-        router + Params(vector=num),
-        expert + Params(vector=2 * width + hidden),
-        shared,
-        num,
-        top_k,
-    )
-
-
 def qwen3_next(f: Facts) -> list[Layer]:
     """Qwen3-Next and 3.5: three gated DeltaNet layers, then one of gated full attention."""
     interval = f.count("full_attention_interval", default=4)
@@ -297,7 +202,7 @@ def jamba(f: Facts) -> list[Layer]:
         attention = gqa(f, index) if index % period == offset else mamba1(f)
         num = f.count("num_experts", default=16)
         if num > 1 and index % e_period == e_offset:
-            router, expert, _, num, top_k = _moe(
+            router, expert, _, num, top_k = moe(
                 f, num, f.count("num_experts_per_tok"), f.count("intermediate_size")
             )
             result.append(Layer(attention, Params(), norms, router, expert, num, top_k))
@@ -345,7 +250,7 @@ def llama4(f: Facts) -> list[Layer]:
         )
         if index in moe_layers:
             width = f.count("intermediate_size")
-            router, expert, shared, num, top_k = _moe(
+            router, expert, shared, num, top_k = moe(
                 f,
                 f.count("num_local_experts"),
                 f.count("num_experts_per_tok"),
@@ -369,7 +274,7 @@ def deepseek(f: Facts) -> list[Layer]:
             router, expert, shared, num_experts, top_k = moe
             result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
         else:
-            mlp = mlp_params(f, f.count("intermediate_size"), bias=_deepseek_bias(f))
+            mlp = mlp_params(f, f.count("intermediate_size"), bias=deepseek_bias(f))
             result.append(Layer(attention, mlp, norms))
     return result
 
@@ -439,7 +344,7 @@ def gemma4(f: Facts) -> list[Layer]:
             norms += Params(2 * hidden * per_layer_width, hidden)
         if f.get("enable_moe_block", default=False):
             num = f.count("num_experts")
-            router, expert, _, num, top_k = _moe(
+            router, expert, _, num, top_k = moe(
                 f, num, f.count("top_k_experts"), f.count("moe_intermediate_size")
             )
             router += Params(vector=hidden + num)

@@ -1,0 +1,98 @@
+"""The experts of a layer in each family of models, from the facts of a config."""
+
+from hotset.cost.mixers import Facts, mlp_params
+from hotset.cost.shape import Params
+from hotset.errors import PlanError
+
+Moe = tuple[Params, Params, Params, int, int]
+
+# In transformers; others ignore the field.
+_OBEYS_MLP_LAYER_TYPES = {"deepseek_v32"}
+
+
+def moe(f: Facts, num: int, top_k: int, width: int, *, shared: Params | None = None) -> Moe:
+    """Router, one expert, shared part, experts, top-k."""
+    if top_k > num:
+        raise PlanError(f"config routes each token to {top_k} of {num} experts")
+    router = Params(f.count("hidden_size") * num)
+    return router, mlp_params(f, width), shared or Params(), num, top_k
+
+
+def mixtral_moe(f: Facts, index: int) -> Moe:
+    """Mixtral and GraniteMoe: experts in every layer."""
+    return moe(
+        f,
+        f.count("num_local_experts"),
+        f.count("num_experts_per_tok"),
+        f.count("intermediate_size"),
+    )
+
+
+def olmoe_moe(f: Facts, index: int) -> Moe:
+    """OLMoE: experts in every layer."""
+    return moe(
+        f, f.count("num_experts"), f.count("num_experts_per_tok"), f.count("intermediate_size")
+    )
+
+
+def qwen_moe(f: Facts, index: int) -> Moe | None:
+    """Qwen MoE: a dense MLP where `mlp_only_layers` or the sparse step says so."""
+    step = f.count("decoder_sparse_step", default=1)
+    if index in f.get("mlp_only_layers", default=[]) or (index + 1) % step:
+        return None
+    shared_width = f.get("shared_expert_intermediate_size", default=0)
+    shared = Params()
+    if shared_width:
+        shared = mlp_params(f, shared_width) + Params(f.count("hidden_size"))  # and its gate
+    return moe(
+        f,
+        f.count("num_experts", "num_local_experts"),  # the hub's files, and transformers' own dict
+        f.count("num_experts_per_tok"),
+        f.count("moe_intermediate_size"),
+        shared=shared,
+    )
+
+
+def deepseek_moe(f: Facts, index: int) -> Moe | None:
+    """DeepSeek and GLM: dense first layers, then routed and shared experts."""
+    if _is_dense(f, index):
+        return None
+    width = f.count("moe_intermediate_size")
+    shared_width = width * f.count("n_shared_experts", default=0, least=0)
+    shared = mlp_params(f, shared_width, bias=deepseek_bias(f)) if shared_width else Params()
+    return moe(f, f.count("n_routed_experts"), f.count("num_experts_per_tok"), width, shared=shared)
+
+
+def _is_dense(f: Facts, index: int) -> bool:
+    types = f.get("mlp_layer_types", default=None)
+    if types is not None and f.model_type in _OBEYS_MLP_LAYER_TYPES:
+        num_layers = f.count("num_hidden_layers")
+        if len(types) != num_layers or not set(types) <= {"dense", "sparse"}:
+            raise PlanError(
+                f"config field mlp_layer_types is {types}; expected dense or sparse for each of "
+                f"{num_layers} layers"
+            )
+        return bool(types[index] == "dense")
+    first = f.count("first_k_dense_replace", default=0, least=0)
+    return index < first or bool(index % f.count("moe_layer_freq", default=1))
+
+
+def deepseek_bias(f: Facts) -> bool:
+    """Of dense and shared MLPs: DeepSeek-V2 alone has the field."""
+    return f.model_type == "deepseek_v2" and bool(f.get("mlp_bias", default=False))
+
+
+def gpt_oss_moe(f: Facts, index: int) -> Moe:
+    """gpt-oss: router and experts have biases."""
+    hidden, width = f.count("hidden_size"), f.count("intermediate_size")
+    num = f.count("num_local_experts", "num_experts")
+    router, expert, shared, num, top_k = moe(
+        f, num, f.count("num_experts_per_tok", "experts_per_token"), width
+    )
+    return (
+        router + Params(vector=num),
+        expert + Params(vector=2 * width + hidden),
+        shared,
+        num,
+        top_k,
+    )
