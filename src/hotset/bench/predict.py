@@ -69,6 +69,124 @@ def _ttft_s(wall_s: float, prefill_s: float, running: float, *, is_burst: bool) 
     return waiting_s + prefill_s * running / 2
 
 
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    """What the sessions that take one turn have in common, by their means.
+
+    Attributes:
+        count: of sessions.
+        prompt: tokens of all prompts and answers so far, with the new ones.
+        known: of these, tokens of earlier turns or of a shared prefix.
+        output: tokens of the answer.
+    """
+
+    count: int
+    prompt: float
+    known: float
+    output: float
+
+
+@dataclass(frozen=True, slots=True)
+class _TurnTime:
+    """How long a turn of all its sessions takes; see `Prediction`."""
+
+    prefill_s: float
+    decode_s: float
+    link_s: float
+    computed: float
+    fetched: float
+    running: float  # share of the sessions that run at once
+
+    @property
+    def wall_s(self) -> float:
+        """Compute or the link, whichever takes longer."""
+        return max(self.prefill_s + self.decode_s, self.link_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """The arguments of `predict`, for one turn after another."""
+
+    cost: CostModel
+    work: Work
+    hot_tokens: int
+    host_tokens: int
+    disk_tokens: int
+    max_num_seqs: int
+    max_batched_tokens: int
+    experts: BufferedExperts | None
+
+    def time(self, turns: _Turns) -> _TurnTime:
+        """How long a turn takes."""
+        cost, count, output = self.cost, turns.count, turns.output
+        bytes_per_token = cost.shape.kv_bytes_per_token(cost.kv_dtype)
+        found, cold, link = self._find(turns)
+        again = self._compute_again(cold, count, bytes_per_token, link)
+        new = turns.prompt - found + again
+        at_once, prefill_s, decode_s = self._compute(turns, new)
+        fetched = count * (cold - again)
+        link_s = fetched * bytes_per_token / link
+        if self.host_tokens:  # what is new goes down beside it
+            down_s = count * (new + output) * bytes_per_token / cost.link_bytes_per_s()
+            link_s = max(link_s, down_s)
+        computed = count * (new + output)
+        return _TurnTime(prefill_s, decode_s, link_s, computed, fetched, at_once / count)
+
+    def _find(self, turns: _Turns) -> tuple[float, int, float]:
+        """Tokens that a session finds, those of them below the device, and these tiers' rate."""
+        work, count, known = self.work, turns.count, turns.known
+        kept = count * (turns.prompt + turns.output)
+        if work.prefixes:
+            kept = float(work.kv_tokens)
+        held = float(kept <= max(self.hot_tokens, self.host_tokens, self.disk_tokens))
+        warm = float(kept <= self.hot_tokens)
+        found = known * held
+        cold = int(found * (1 - warm / held)) if held else 0
+        if work.prefixes:  # they were pushed out of the device before the run
+            in_tiers = min(1.0, (self.host_tokens + self.disk_tokens) / kept)
+            num_prefix = len(work.prefixes) * len(work.prefixes[0])
+            cold = int(num_prefix * in_tiers / count)  # all requests share one load
+            found = known if in_tiers == 1 else known - num_prefix / count
+        link = self.cost.link_bytes_per_s()
+        if cold and self.disk_tokens and self.host_tokens < (kept - self.hot_tokens) * 0.99:
+            link = self.cost.disk_bytes_per_s()
+        return found, cold, link
+
+    def _compute_again(self, cold: int, count: int, bytes_per_token: int, link: float) -> int:
+        """Of `cold` tokens of a session, how many are computed and not fetched."""
+        if not cold:
+            return 0
+        if self.experts is not None:
+            all_s = self.experts.prefill_s(cold, self.max_batched_tokens)
+        else:
+            all_s = self.cost.prefill_s(cold)
+        return bring_prefix(
+            Rates(cold / all_s, {"below": link}),
+            cold,
+            ["below"],
+            bytes_per_token=bytes_per_token,
+            others_run=count > 1,
+        )
+
+    def _compute(self, turns: _Turns, new: float) -> tuple[float, float, float]:
+        """Sessions that run at once; seconds for `new` tokens of all prompts and for answers."""
+        cost, count, prompt, output = self.cost, turns.count, turns.prompt, turns.output
+        if self.experts is not None:
+            served = self.experts.cost.serve(
+                self.experts.num_slots,
+                Load(self.max_num_seqs, max(1.0, new), output, prompt - new, num_requests=count),
+                kv_tokens=self.hot_tokens,
+                max_step_tokens=self.max_batched_tokens,
+            )
+            return served.at_once, served.prompt_s, served.decode_s
+        chunk = min(PREFILL_CHUNK, self.max_batched_tokens)
+        together = max(1, min(count, int(chunk // max(1.0, new))))
+        one_s = cost.prefill_s(new, prompt - new, sequences=together, chunk=chunk) / together
+        at_once = max(1.0, min(count, self.max_num_seqs, self.hot_tokens / (prompt + output)))
+        step_s = cost.decode(at_once, prompt + output / 2).expected_s
+        return at_once, count * one_s, count * output / at_once * step_s
+
+
 def predict(
     cost: CostModel,
     work: Work,
@@ -87,87 +205,47 @@ def predict(
     found below the device is fetched, or computed where that is faster. With `experts`, how many
     steps prompts and answers take is what counts: each brings experts over the link.
     """
-    bytes_per_token = cost.shape.kv_bytes_per_token(cost.kv_dtype)
     by_turn: dict[int, list[tuple[int, Turn]]] = defaultdict(list)
     for session in work.sessions:
         for number, pair in enumerate(zip(session.prompt_lengths(), session.turns, strict=True)):
             by_turn[session.first_turn + number].append(pair)
-    chunk = min(PREFILL_CHUNK, max_batched_tokens)
-    num_prompt = num_output = 0
-    prefill_s = decode_s = link_s = wall_s = computed = fetched = 0.0
-    ttft_sum = 0.0
+    machine = _Machine(
+        cost,
+        work,
+        hot_tokens,
+        host_tokens,
+        disk_tokens,
+        max_num_seqs,
+        max_batched_tokens,
+        experts,
+    )
+    times, ttft_sum, num_prompt, num_output = [], 0.0, 0, 0
     for number, pairs in by_turn.items():
-        count = len(pairs)
-        prompt = fmean(length for length, _ in pairs)
-        known = fmean(turn.known_tokens for _, turn in pairs)
-        output = fmean(turn.output_tokens for _, turn in pairs)
-        kept = count * (prompt + output) if not work.prefixes else float(work.kv_tokens)
-        held = float(kept <= max(hot_tokens, host_tokens, disk_tokens))
-        warm = float(kept <= hot_tokens)
-        found = known * held
-        cold = int(found * (1 - warm / held)) if held else 0
-        if work.prefixes:  # they were pushed out of the device before the run
-            in_tiers = min(1.0, (host_tokens + disk_tokens) / kept)
-            num_prefix = len(work.prefixes) * len(work.prefixes[0])
-            cold = int(num_prefix * in_tiers / count)  # all requests share one load
-            found = known if in_tiers == 1 else known - num_prefix / count
-        link = cost.link_bytes_per_s()
-        if cold and host_tokens < (kept - hot_tokens) * 0.99:
-            link = cost.disk_bytes_per_s() if disk_tokens else link
-        again = 0
-        if cold:
-            if experts is not None:
-                all_s = experts.prefill_s(cold, max_batched_tokens)
-            else:
-                all_s = cost.prefill_s(cold)
-            again = bring_prefix(
-                Rates(cold / all_s, {"below": link}),
-                cold,
-                ["below"],
-                bytes_per_token=bytes_per_token,
-                others_run=count > 1,
-            )
-        new = prompt - found + again
-        together = max(1, min(count, int(chunk // max(1.0, new))))
-        one_s = cost.prefill_s(new, prompt - new, sequences=together, chunk=chunk) / together
-        at_once = max(1.0, min(count, max_num_seqs, hot_tokens / (prompt + output)))
-        step_s = cost.decode(at_once, prompt + output / 2).expected_s
-        steps_s = count * output / at_once * step_s
-        if experts is not None:
-            load = Load(max_num_seqs, max(1.0, new), output, prompt - new, num_requests=count)
-            served = experts.cost.serve(
-                experts.num_slots,
-                load,
-                kv_tokens=hot_tokens,
-                max_step_tokens=max_batched_tokens,
-            )
-            at_once, one_s, steps_s = served.at_once, served.prompt_s / count, served.decode_s
-        loaded = count * (cold - again)
-        turn_link_s = loaded * bytes_per_token / link
-        if host_tokens:  # what is new goes down beside it
-            down_s = count * (new + output) * bytes_per_token / cost.link_bytes_per_s()
-            turn_link_s = max(turn_link_s, down_s)
-        prefill_s += count * one_s
-        decode_s += steps_s
-        link_s += turn_link_s
-        turn_wall_s = max(count * one_s + steps_s, turn_link_s)
-        wall_s += turn_wall_s
-        computed += count * (new + output)
-        fetched += loaded
+        turns = _Turns(
+            len(pairs),
+            fmean(length for length, _ in pairs),
+            fmean(turn.known_tokens for _, turn in pairs),
+            fmean(turn.output_tokens for _, turn in pairs),
+        )
+        time = machine.time(turns)
         is_burst = number == min(by_turn)
-        ttft_sum += count * _ttft_s(turn_wall_s, count * one_s, at_once / count, is_burst=is_burst)
-        num_prompt += int(sum(length for length, _ in pairs))
-        num_output += int(sum(turn.output_tokens for _, turn in pairs))
-    wall_s = max(wall_s, max(session.arrival_s for session in work.sessions))
+        ttft_sum += turns.count * _ttft_s(
+            time.wall_s, time.prefill_s, time.running, is_burst=is_burst
+        )
+        times.append(time)
+        num_prompt += sum(length for length, _ in pairs)
+        num_output += sum(turn.output_tokens for _, turn in pairs)
+    last_arrival_s = max(session.arrival_s for session in work.sessions)
+    wall_s = max(sum(time.wall_s for time in times), last_arrival_s)
     return Prediction(
         hardware=cost.hardware.name,
         wall_s=wall_s,
         total_tokens_per_s=(num_prompt + num_output) / wall_s,
         output_tokens_per_s=num_output / wall_s,
         ttft_s=None if work.is_open_loop else ttft_sum / max(1, work.num_requests),
-        prefill_s=prefill_s,
-        decode_s=decode_s,
-        link_s=link_s,
-        computed_tokens=computed,
-        fetched_tokens=fetched,
+        prefill_s=sum(time.prefill_s for time in times),
+        decode_s=sum(time.decode_s for time in times),
+        link_s=sum(time.link_s for time in times),
+        computed_tokens=sum(time.computed for time in times),
+        fetched_tokens=sum(time.fetched for time in times),
     )
