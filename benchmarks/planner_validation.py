@@ -123,7 +123,7 @@ def published(c: Calibration) -> list[Row]:
     ):
         load = Workload(users=users, context=context)
         plan = make_plan(Request(v3, hardware, load, parse_layout(layout), calibration=c))
-        what = f"V3 {hardware.name} {layout}, {plan.users_running // plan.gpus} users a GPU"
+        what = f"V3 {hardware.name} {layout}, {plan.users_running // plan.gpus} users per GPU"
         rows.append(Row(row, what, measured, plan.tokens_per_s / plan.gpus, False, False))
     for context, measured in ((2048, 52.3e3 / 8), (4096, 50.3e3 / 8)):
         rate = prefill_rate(v3, h100, "ep=32", context, c)
