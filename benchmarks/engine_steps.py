@@ -58,7 +58,7 @@ def step_s(engine: Engine, users: int, context: int, rng: random.Random) -> list
         request.kv.block_table = kv.pool.allocate(kv.num_blocks_for(len(tokens)))
         request.kv.num_computed_tokens = len(tokens) - 1
         request.status = RequestStatus.RUNNING
-        engine._requests[request.request_id] = request
+        engine._requests[request.request_id] = [request]
         engine._outputs.add(request)
         engine.scheduler.running.append(request)
     seconds: list[float] = []
@@ -81,7 +81,7 @@ def main() -> None:
         hot_gib=arguments.hot_gib, max_num_batched_tokens=1024, prefix_caching=False
     )
     engine = build_engine(config, dummy(arguments.model))
-    storage = engine._runner._arena.storage
+    storage = engine.executor.runner._arena.storage
     for first in range(0, len(storage), 1024):
         storage[first : first + 1024].normal_()
     rng = random.Random(0)

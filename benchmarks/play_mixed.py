@@ -23,9 +23,9 @@ from play_schedule import ALL_BLOCKS, BLOCK_BYTES, VOCAB_SIZE, PlayedCost, make_
 
 from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
+from hotset.engine.step import Step
 from hotset.model.loaded import LoadedModel
 from hotset.request import SamplingParams
-from hotset.sequence import Step
 
 SECONDS = 40.0
 SHORT_RATE, SHORT_TOKENS, SHORT_OUTPUT = 20.0, 100, 64
@@ -70,7 +70,7 @@ def play(loaded: LoadedModel, num_long: int) -> dict[str, Any]:
                 tokens_s.setdefault(item.request.request_id, []).append(now_s)
         return torch.zeros(sum(item.samples for item in plan.items), VOCAB_SIZE)
 
-    engine._runner.forward = forward  # type: ignore[method-assign]
+    engine.executor.runner.forward = forward  # type: ignore[method-assign]
     rng = random.Random(1)
     sent: dict[str, tuple[float, str]] = {}
     waiting = arrivals(num_long)[::-1]

@@ -38,13 +38,13 @@ from hotset.bench.workload import PRESETS, Spec, make_work
 from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
+from hotset.engine.step import Step
 from hotset.engine.step_cost import StepCost
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import capacity_bytes_for
 from hotset.metrics import Metrics
 from hotset.model.dummy import load_dummy
 from hotset.model.loaded import LoadedModel
-from hotset.sequence import Step
 
 BLOCK_TOKENS = 16
 BLOCK_BYTES = BLOCK_TOKENS * 2 * 16 * 4  # of the stand-in
@@ -128,7 +128,7 @@ def run(engine: Engine, spec: Spec, take: Callable[[Step], object]) -> Metrics:
         take(plan)
         return torch.zeros(sum(item.samples for item in plan.items), VOCAB_SIZE)
 
-    engine._runner.forward = forward  # type: ignore[method-assign]
+    engine.executor.runner.forward = forward  # type: ignore[method-assign]
     driven = drive(engine, make_work(spec, VOCAB_SIZE))
     engine.close()
     assert driven.is_complete

@@ -21,13 +21,15 @@ import torch
 import transformers
 from cpu_engine import QUESTIONS
 
-from hotset.attention.batch import make_batch
+from hotset.attention.inputs import copy_batch
 from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
+from hotset.engine.step import Step, StepItem
+from hotset.engine.step_input import make_step_input
 from hotset.model.loader import load_model
 from hotset.request import SamplingParams
-from hotset.sequence import Request, StepItem
+from hotset.sequence import Request
 from hotset.text.prompt import PromptEncoder
 
 VARIANTS = {
@@ -46,11 +48,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def read_logits(engine: Engine, token_ids: list[int]) -> torch.Tensor:
     """`[T, vocab]` float32 logits of one prefill."""
-    runner = engine._runner
+    runner = engine.executor.runner
     request = Request("r", len(token_ids), token_ids, SamplingParams(), len(token_ids))
     request.kv.block_table = list(range(-(-len(token_ids) // engine.config.block_size)))
-    batch = make_batch([StepItem(request, 0, len(token_ids))], engine.config.block_size)
-    inputs, _ = batch.to(engine._device)
+    batch = make_step_input(
+        Step([StepItem.of(request, 0, len(token_ids))]), engine.config.block_size
+    ).batch
+    inputs, _ = copy_batch(batch, engine.executor.runner.device)
     with torch.inference_mode():
         attention = runner._attention.begin_step(batch, inputs)
         return runner._logits(inputs.token_ids, inputs.positions, attention, None).float().cpu()

@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from hotset.bench.driver import drive
 from hotset.bench.workload import PRESETS, make_work
+from hotset.executor.step_input import StepInput
 from hotset.model.dummy import load_dummy
-from hotset.sequence import Step
 
 NUM_STEPS = 16
 NUM_LINES = 20
@@ -36,10 +36,10 @@ class Watch:
         self.lines: list[str] = []
         self._forward, self._first_steps = forward, first_steps
         self._num_seen = self._first = 0
-        self._plans: list[Step] = []
+        self._steps: list[StepInput] = []
         self._profile: Any = None
 
-    def __call__(self, plan: Step, *args: Any) -> torch.Tensor:
+    def __call__(self, step: StepInput, *args: Any) -> torch.Tensor:
         """Stands for `ModelRunner.forward`."""
         self._num_seen += 1
         if self._profile is not None and self._num_seen == self._first + NUM_STEPS:
@@ -48,12 +48,12 @@ class Watch:
             self._describe(self._profile.profiler.kineto_results.events())
             self._profile = None
         if self._num_seen in self._first_steps:
-            self._first, self._plans = self._num_seen, []
+            self._first, self._steps = self._num_seen, []
             self._profile = profile(activities=[ProfilerActivity.CUDA])
             self._profile.start()
         if self._profile is not None:
-            self._plans.append(plan)
-        logits: torch.Tensor = self._forward(plan, *args)
+            self._steps.append(step)
+        logits: torch.Tensor = self._forward(step, *args)
         return logits
 
     def _describe(self, events: Any) -> None:
@@ -71,7 +71,7 @@ class Watch:
                 idle[f"{before[:50]} -> {name[:50]}"] += start_ns - end_ns
             if stop_ns > end_ns:
                 end_ns, before = stop_ns, name
-        tokens = [sum(item.num_tokens for item in plan.items) for plan in self._plans]
+        tokens = [step.num_tokens for step in self._steps]
         per_step = 1e6 * NUM_STEPS
         self.lines += [
             f"## Steps {self._first} to {self._first + NUM_STEPS - 1}, of {tokens} tokens: "
@@ -94,8 +94,9 @@ def main() -> None:
     options = engine_options(arguments) | {"rotation_s": arguments.rotation_s}
     suite = Suite(arguments.out, loaded, options)
     with suite.engine(hot_gib=16, host_gib=64) as engine:
-        watch = Watch(engine._runner.forward, [int(step) for step in arguments.at.split(",")])
-        engine._runner.forward = watch  # type: ignore[method-assign, assignment]
+        runner = engine.executor.runner  # type: ignore[attr-defined]
+        watch = Watch(runner.forward, [int(step) for step in arguments.at.split(",")])
+        runner.forward = watch
         drive(engine, make_work(PRESETS[arguments.preset].spec, suite.vocab_size))
     machine = suite.record["machine"]
     lines = [f"python {' '.join(sys.argv)}", str(machine), *watch.lines]

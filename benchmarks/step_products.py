@@ -91,7 +91,7 @@ def recorded_steps() -> dict[str, dict[int, float]]:
     """By kind of step and size, milliseconds; those of decodes attend to one token each."""
     config = EngineConfig(hot_gib=16, max_num_batched_tokens=8192, max_model_len=8192)
     engine = build_engine(config, load_dummy(MODEL, device="cuda", dtype="auto"))
-    graphs = engine._runner._graphs
+    graphs = engine.executor.runner._graphs
     assert graphs is not None
     parts = {
         "decode": [

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hotset.engine.step import Step
 from hotset.memory.colder_tiers import EndedTransfer
-from hotset.sequence import Step
 
 
 class FakeClock:
@@ -14,7 +14,7 @@ class FakeClock:
     def __init__(self) -> None:
         self.now_s = 0.0
 
-    def __call__(self) -> float:
+    def now(self) -> float:
         return self.now_s
 
 

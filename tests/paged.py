@@ -7,11 +7,13 @@ from transformers import PreTrainedModel
 
 from hotset.attention.backend import AttentionBackend
 from hotset.attention.gather import GatherBackend
+from hotset.engine.step import Step, StepItem
+from hotset.engine.step_input import make_step_input
 from hotset.executor.probe import ModelLayout
 from hotset.executor.runner import ModelRunner
 from hotset.memory.arena import DeviceArena
 from hotset.request import SamplingParams
-from hotset.sequence import Request, Step, StepItem
+from hotset.sequence import Request
 
 
 def gather(layout: ModelLayout) -> Callable[[DeviceArena], GatherBackend]:
@@ -47,11 +49,11 @@ def paged_logits(
     second = Request("b", 10, list(range(60, 70)), SamplingParams(), 60)
     second.kv.block_table = [13, 14, 15]
     steps = [
-        [StepItem(second, 0, 9), StepItem(first, 0, 20)],
-        [StepItem(first, 20, 24), StepItem(second, 9, 1)],
-        [StepItem(first, 44, 1), StepItem(second, 9, 1)],
+        [StepItem.of(second, 0, 9), StepItem.of(first, 0, 20)],
+        [StepItem.of(first, 20, 24), StepItem.of(second, 9, 1)],
+        [StepItem.of(first, 44, 1), StepItem.of(second, 9, 1)],
     ]
-    return [runner.forward(Step(items)).float().clone() for items in steps]
+    return [runner.forward(make_step_input(Step(items), 4)).float().clone() for items in steps]
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:

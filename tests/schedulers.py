@@ -7,12 +7,13 @@ from fakes import FakeClock, FakeTiers
 from hotset.cost.prefix import PrefixPolicy
 from hotset.cost.rates import Rates
 from hotset.engine.scheduler import Scheduler
+from hotset.engine.step import Step
 from hotset.engine.step_cost import StepCost
 from hotset.kv.cache import KVCache
 from hotset.kv.pool import BlockPool
 from hotset.metrics import Metrics
 from hotset.request import FinishReason, SamplingParams
-from hotset.sequence import Request, Step
+from hotset.sequence import Request
 
 BLOCK = 4
 

@@ -16,6 +16,7 @@ MODULES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.p
 PLAIN = {
     "request",
     "sequence",
+    "clock",
     "config",
     "errors",
     "metrics",
@@ -51,6 +52,7 @@ ORDER = [
 # A module decides, and starts fast, without these if its docstring or its package's says so.
 HEAVY = {"torch", "transformers", "numpy"}
 PROMISE = "Imports no torch."
+NUMPY_PROMISE = "Imports numpy, no torch."
 
 
 def part_of(module: str) -> str:
@@ -100,20 +102,25 @@ def name_of(path: Path) -> str:
     return ".".join(["hotset", *path.relative_to(ROOT).with_suffix("").parts])
 
 
-def promises_no_torch(path: Path) -> bool:
+def promises(path: Path, promise: str) -> bool:
     packages = [folder / "__init__.py" for folder in path.parents if ROOT in folder.parents]
     return any(
-        PROMISE in (ast.get_docstring(ast.parse(p.read_text())) or "") for p in [path, *packages]
+        promise in (ast.get_docstring(ast.parse(p.read_text())) or "") for p in [path, *packages]
     )
 
 
 def test_modules_that_promise_to_import_no_torch_keep_it() -> None:
-    names = [name_of(path) for path in MODULES if promises_no_torch(path)]
+    names = [name_of(path) for path in MODULES if promises(path, PROMISE)]
     assert {"hotset.cost.step_time", "hotset.kv.cache", "hotset.engine.scheduler"} <= set(names)
+    with_numpy = [name_of(path) for path in MODULES if promises(path, NUMPY_PROMISE)]
+    assert "hotset.engine.engine" in with_numpy
     code = f"""
 import sys
 for name in {names!r}:
     __import__(name)
     assert not {HEAVY!r} & set(sys.modules), name
+for name in {with_numpy!r}:
+    __import__(name)
+    assert not {HEAVY - {"numpy"}!r} & set(sys.modules), name
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -252,7 +252,7 @@ def test_whatever_ends_the_engines_thread_ends_the_streams(error: BaseException)
     def build_failing(config: EngineConfig) -> tuple[Engine, LoadedModel]:
         engine, loaded = build(config)
 
-        def fail() -> None:
+        def fail(*, num_queued: int = 0) -> None:
             raise error
 
         engine.step = fail  # type: ignore[method-assign, assignment]

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import InitVar, dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 
 from hotset.request import FinishReason, SamplingParams
 
@@ -20,12 +20,37 @@ class RequestStatus(Enum):
     FINISHED = "finished"
 
 
-class Kind(Enum):
-    """What the tokens of one item of a step are."""
+class Kind(IntEnum):
+    """What the tokens of one item of a step are; a step has its items in this order."""
 
-    PROMPT = "prompt"  # several tokens, all known
-    DECODE = "decode"  # the one token that is left to compute
-    VERIFY = "verify"  # several tokens that a draft proposed; each has its logits taken
+    DECODE = 0  # one token
+    PROMPT = 1  # several tokens of a text that is known
+    VERIFY = 2  # several tokens that a draft proposes; the logits of each are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the tokens of a sequence are chosen, all its life; the executor's state goes by its id.
+
+    Attributes:
+        sequence_id: no other sequence of this process has it.
+        index: which of the `n` outputs of its request it is.
+        uses_logits_alone: whether nothing but `min_tokens` changes the logits, and nobody asks for
+            more than the token.
+        counts_tokens: whether penalties count its tokens.
+    """
+
+    sequence_id: int
+    index: int
+    params: SamplingParams
+    uses_logits_alone: bool = field(init=False)
+    counts_tokens: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        is_more = params.logprobs is not None or params.has_form or params.has_penalties
+        object.__setattr__(self, "uses_logits_alone", not (is_more or params.logit_bias))
+        object.__setattr__(self, "counts_tokens", params.has_penalties)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +141,7 @@ class Request:
         priority: lower runs first; equal ones first come, first served.
         tenant: whose it is; the prompts of one share what one gets.
         arrival_s: when it came, by the engine's clock.
-        sequence_id: no other sequence of this process has it.
+        sampling: what the executor knows of it, and knows it by.
         pending_row: while the device is still choosing the last token, its row among the tokens
             of the step that chooses it; `token_ids` then ends with `UNKNOWN_TOKEN`.
         num_scored_tokens: leading tokens whose logits were taken for the log-probabilities of the
@@ -133,7 +158,7 @@ class Request:
     priority: int = 0
     tenant: str = ""
     arrival_s: InitVar[float] = 0.0
-    sequence_id: int = field(default_factory=_ids.__next__)
+    sampling: Sampling = field(init=False)
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -144,6 +169,12 @@ class Request:
 
     def __post_init__(self, arrival_s: float) -> None:
         self.queue.since_s = arrival_s
+        self.sampling = Sampling(next(_ids), self.index, self.params)
+
+    @property
+    def sequence_id(self) -> int:
+        """No other sequence of this process has it."""
+        return self.sampling.sequence_id
 
     @property
     def num_tokens(self) -> int:
@@ -201,37 +232,3 @@ class Request:
     def is_finished(self) -> bool:
         """Whether the request has ended, for whatever reason."""
         return self.status is RequestStatus.FINISHED
-
-
-@dataclass(frozen=True, slots=True)
-class StepItem:
-    """Tokens `[start, start + num_tokens)` of one request, to be computed in this step."""
-
-    request: Request
-    start: int
-    num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the item reaches the request's last token, so that a next one is chosen."""
-        return self.start + self.num_tokens == self.request.num_tokens
-
-    @property
-    def scored(self) -> range:
-        """Positions of the tokens whose logits tell a log-probability of the prompt, yet to take.
-
-        That is of the token at the next position.
-        """
-        request = self.request
-        if request.num_scored_tokens is None:
-            return range(0)
-        start = max(self.start, request.num_scored_tokens)
-        return range(start, max(start, min(self.start + self.num_tokens, request.prompt_len - 1)))
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one step computes, and the block copies that must run before it."""
-
-    items: list[StepItem] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)

@@ -3,11 +3,13 @@
 import numpy as np
 import torch
 
-from hotset.attention.batch import make_batch
+from hotset.attention.inputs import copy_batch
+from hotset.engine.step import Step, StepItem
+from hotset.engine.step_input import make_step_input
 from hotset.executor.graphs import StaticInputs
 from hotset.executor.recorded_sizes import fastest, sizes_up_to
 from hotset.request import SamplingParams
-from hotset.sequence import UNKNOWN_TOKEN, Request, StepItem
+from hotset.sequence import UNKNOWN_TOKEN, Request
 
 
 def make_request(tokens: list[int], table: list[int], pending_row: int | None = None) -> Request:
@@ -19,13 +21,15 @@ def make_request(tokens: list[int], table: list[int], pending_row: int | None = 
 
 def test_decodes_come_first_and_rows_are_those_of_the_plans_order() -> None:
     items = [
-        StepItem(make_request(list(range(10, 17)), [5, 2]), 1, 5),  # a chunk that does not sample
-        StepItem(make_request([20, 21, 22], [7]), 2, 1),
-        StepItem(make_request(list(range(30, 36)), [0, 9]), 3, 3),
-        StepItem(make_request([40, 41, 42, 43, UNKNOWN_TOKEN], [1, 3], pending_row=6), 4, 1),
+        StepItem.of(
+            make_request(list(range(10, 17)), [5, 2]), 1, 5
+        ),  # a chunk that does not sample
+        StepItem.of(make_request([20, 21, 22], [7]), 2, 1),
+        StepItem.of(make_request(list(range(30, 36)), [0, 9]), 3, 3),
+        StepItem.of(make_request([40, 41, 42, 43, UNKNOWN_TOKEN], [1, 3], pending_row=6), 4, 1),
     ]
-    batch = make_batch(items, 4)
-    inputs, rows = batch.to(torch.device("cpu"))
+    batch = make_step_input(Step(items), 4).batch
+    inputs, rows = copy_batch(batch, torch.device("cpu"))
     assert batch.num_decodes == 2
     assert [s.num_tokens for s in batch.sequences] == [1, 1, 5, 3]
     assert [s.start for s in batch.sequences] == [0, 1, 2, 7]
@@ -43,7 +47,7 @@ def test_decodes_come_first_and_rows_are_those_of_the_plans_order() -> None:
 def test_a_recorded_step_reads_the_steps_tokens_and_padding_beyond_them() -> None:
     padding = np.array([0, 0, 99, 0, -1], np.int64)
     static = StaticInputs.make(4, 2, padding, torch.zeros(8, dtype=torch.long))
-    batch = make_batch([StepItem(make_request([20, 21, 22], [7]), 0, 3)], 4)
+    batch = make_step_input(Step([StepItem.of(make_request([20, 21, 22], [7]), 0, 3)]), 4).batch
     static.fill(batch.inputs, batch.sampled_rows, padding)
     assert static.inputs.token_ids.tolist() == [20, 21, 22, 0]
     assert static.inputs.blocks.tolist() == [7, 7, 7, 99]

@@ -16,7 +16,7 @@ from hotset.attention.flashinfer.backend import (
 )
 
 SEQUENCES = [
-    SequenceSpan(0, 3, 9, [7, 2, 5, 1]),
+    SequenceSpan(0, 3, 9, [7, 2, 5]),
     SequenceSpan(3, 1, 4, [6]),
     SequenceSpan(4, 5, 5, [3, 0]),
 ]

@@ -10,20 +10,22 @@ from engines import make_prompts, run
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
-from hotset.attention.batch import make_batch
 from hotset.attention.gather import GatherBackend
+from hotset.attention.inputs import copy_batch
 from hotset.attention.spec import LayerAttention
 from hotset.config import GIB, EngineConfig
 from hotset.cost.cache_spec import KeysValues
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
+from hotset.engine.step import Step, StepItem
+from hotset.engine.step_input import make_step_input
 from hotset.errors import ConfigError, ModelError
 from hotset.linear.fp8 import FP8, to_fp8
 from hotset.memory.arena import DeviceArena
 from hotset.model.devices import resolve_dtype, resolve_kv_dtype
 from hotset.model.loader import load_model
 from hotset.request import SamplingParams
-from hotset.sequence import Request, StepItem
+from hotset.sequence import Request
 
 MakeEngine = Callable[..., Engine]
 
@@ -58,8 +60,8 @@ def test_attention_is_that_over_rounded_keys_and_values(
             device=torch.device("cpu"),
             scales=scales if dtype == FP8 else None,
         )
-        batch = make_batch([StepItem(request, 0, num_tokens)], 4)
-        inputs, _ = batch.to(torch.device("cpu"))
+        batch = make_step_input(Step([StepItem.of(request, 0, num_tokens)]), 4).batch
+        inputs, _ = copy_batch(batch, torch.device("cpu"))
         return GatherBackend(arena, [asked]).begin_step(batch, inputs).attend(0, query, key, value)
 
     rounded_key = to_fp8(key, key_scale).float() * key_scale
@@ -114,10 +116,10 @@ def test_scales_of_a_checkpoint_are_found_and_change_what_is_stored(tmp_path: Pa
     assert loaded.kv_scales == ((0.25, 1.0), (1.0, 1.0), (1.0, 2.0))
     options: dict[str, Any] = {"hot_gib": 2**20 / GIB, "max_model_len": 64}
     engine = build_engine(EngineConfig(kv_dtype="fp8", **options), loaded)
-    assert engine._runner._arena.scales == list(loaded.kv_scales)
+    assert engine.executor.runner._arena.scales == list(loaded.kv_scales)
     engine.close()
     engine = build_engine(EngineConfig(**options), loaded)
-    assert engine._runner._arena.scales == [(1.0, 1.0)] * 3  # nothing is rounded
+    assert engine.executor.runner._arena.scales == [(1.0, 1.0)] * 3  # nothing is rounded
     engine.close()
 
     weights["model.layers.0.self_attn.k_scale"] = torch.tensor(0.0)

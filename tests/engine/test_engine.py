@@ -17,9 +17,9 @@ from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, ModelError, RequestError
 from hotset.executor.probe import inspect_model
+from hotset.executor.step_input import StepInput
 from hotset.model.loaded import LoadedModel
 from hotset.request import FinishReason, SamplingParams
-from hotset.sequence import Step
 
 MakeEngine = Callable[..., Engine]
 
@@ -33,17 +33,17 @@ def test_a_step_that_runs_out_of_memory_costs_one_request(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine()
-    forward = engine._runner.forward
+    forward = engine.executor.runner.forward
     calls = 0
 
-    def fail_once(plan: Step, *options: Any) -> torch.Tensor:
+    def fail_once(step: StepInput, *options: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(plan, *options)
+        return forward(step, *options)
 
-    monkeypatch.setattr(engine._runner, "forward", fail_once)
+    monkeypatch.setattr(engine.executor.runner, "forward", fail_once)
     params = SamplingParams(max_tokens=6, ignore_eos=True)
     ids = [engine.add_request(prompt, params) for prompt in prompts(5)]
     tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
@@ -222,7 +222,7 @@ def test_a_second_engine_over_a_model_counts_its_weights_as_the_first_did(
 ) -> None:
     first = make_engine()
     second = build_engine(
-        first.config, LoadedModel(first._runner._model, None, "m", "m", (2,), 512)
+        first.config, LoadedModel(first.executor.runner._model, None, "m", "m", (2,), 512)
     )
     assert second.budget.weights_bytes == first.budget.weights_bytes > 0
     second.close()

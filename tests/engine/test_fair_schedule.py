@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from schedulers import make_request, make_scheduler, run, tokens_of
 
 from hotset.engine.scheduler import Scheduler
+from hotset.engine.step import Step
 from hotset.engine.step_cost import StepCost
 from hotset.request import FinishReason
-from hotset.sequence import Request, RequestStatus, Step
+from hotset.sequence import Request, RequestStatus
 
 _tokens = itertools.count(1000)
 _arrivals = itertools.count()

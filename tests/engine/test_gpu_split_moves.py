@@ -79,7 +79,9 @@ def test_recorded_steps_do_not_depend_on_where_the_boundary_is(
         **shared,
     ) as made:
         mover, experts = made._mover, made.experts
-        assert made._runner._graphs is not None and mover is not None and experts is not None
+        assert (
+            made.executor.runner._graphs is not None and mover is not None and experts is not None
+        )
         region, seen = mover._region, set()
 
         def move() -> None:

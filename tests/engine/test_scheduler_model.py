@@ -20,11 +20,12 @@ from hypothesis.stateful import (
 from hotset.cost.prefix import PrefixPolicy
 from hotset.cost.rates import Rates
 from hotset.engine.scheduler import Scheduler
+from hotset.engine.step import Step
 from hotset.kv.cache import KVCache
 from hotset.kv.pool import BlockPool
 from hotset.metrics import Metrics
 from hotset.request import FinishReason, SamplingParams
-from hotset.sequence import UNKNOWN_TOKEN, Request, RequestStatus, Step
+from hotset.sequence import UNKNOWN_TOKEN, Request, RequestStatus
 
 BLOCK = 4
 MAX_TOKENS = 40
@@ -118,7 +119,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     max_total_tokens=min(MAX_TOKENS, len(tokens) + max_tokens),
                     priority=priority,
                     tenant=tenant,
-                    arrival_s=self.clock(),
+                    arrival_s=self.clock.now(),
                 )
                 for _ in range(n)
             ]

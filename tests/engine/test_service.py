@@ -126,7 +126,7 @@ def test_an_engine_that_fails_ends_every_stream_with_the_reason() -> None:
     def build_failing(config: EngineConfig) -> tuple[Engine, LoadedModel]:
         engine, loaded = build(config)
 
-        def fail() -> None:
+        def fail(*, num_queued: int = 0) -> None:
             raise ValueError("broken\nstep")
 
         engine.step = fail  # type: ignore[method-assign, assignment]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from engines import reference
+from fakes import FakeClock
 from test_memory_split import FAMILY, engine, slots
 
 from hotset.config import GIB
@@ -131,11 +132,11 @@ def test_nobody_is_preempted_for_slots_which_wait_for_blocks(
 
 def test_kv_grows_for_a_crowd_and_experts_for_one_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hotset.cost.split_policy._LEAST_GAIN", 0.001)  # such a model gains little
-    now_s = 0.0
+    clock = FakeClock()
     with engine(hot_gib=slots(plan="cache")(5) / GIB, move_split=True, expert_plan="cache") as made:
         mover, experts = made._mover, made.experts
         assert mover is not None and experts is not None
-        mover._clock = lambda: now_s
+        mover._clock = clock
         sizes = []
         for phase, users in enumerate((1, 16, 1)):
             params = SamplingParams(max_tokens=88, ignore_eos=True)
@@ -143,7 +144,7 @@ def test_kv_grows_for_a_crowd_and_experts_for_one_user(monkeypatch: pytest.Monke
             prompts = [[7 + 17 * phase + user] * 8 for user in range(users)]
             names = [made.add_request(prompt, params) for prompt in prompts]
             for _ in range(80):
-                now_s += 1
+                clock.now_s += 1
                 made.step()
                 check(made)
             sizes.append(experts.num_slots)

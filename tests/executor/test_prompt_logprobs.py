@@ -207,14 +207,14 @@ def test_logits_of_a_long_prompt_are_never_there_at_once(
     engine = make_engine()
     engine.scheduler.max_scored_tokens = 10
     shapes = []
-    forward = engine._runner.forward
+    forward = engine.executor.runner.forward
 
     def spy(*args: Any) -> torch.Tensor:
         logits = forward(*args)
         shapes.append(len(logits))
         return logits
 
-    monkeypatch.setattr(engine._runner, "forward", spy)
+    monkeypatch.setattr(engine.executor.runner, "forward", spy)
     prompt = [*range(3, 90)]
     check(ask(engine, [prompt])["0#0"], prompt)
     assert max(shapes) <= 11 and sum(shapes) == 86 + 4

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sampling import sample
 from transformers import LogitsProcessorList
 from transformers.generation import (
     MinPLogitsWarper,
@@ -14,6 +15,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from hotset.engine.step_input import make_sample_input
 from hotset.errors import RequestError
 from hotset.executor import sampler as sampler_module
 from hotset.executor.sampler import Sampled, Sampler, _invert, least_logit
@@ -41,7 +43,7 @@ def sample_many(params: SamplingParams, logits: torch.Tensor, num: int) -> Count
     """How often each token is drawn by `num` requests without a seed."""
     sampler = Sampler(logits.shape[1], "cpu", seed=1)
     requests = [make_request(params) for i in range(num)]
-    return Counter(sampler.sample(logits.expand(num, -1), requests).token_ids)
+    return Counter(sample(sampler, logits.expand(num, -1), requests).token_ids)
 
 
 def test_greedy_is_the_argmax_in_any_mix_of_requests() -> None:
@@ -52,7 +54,7 @@ def test_greedy_is_the_argmax_in_any_mix_of_requests() -> None:
         SamplingParams(logprobs=2),
         SamplingParams(temperature=1e-9),
     ]
-    sampled = Sampler(VOCAB, "cpu").sample(logits, [make_request(p) for p in mix])
+    sampled = sample(Sampler(VOCAB, "cpu"), logits, [make_request(p) for p in mix])
     best = logits.argmax(-1).tolist()
 
     assert [sampled.token_ids[i] for i in (0, 2, 3)] == [best[i] for i in (0, 2, 3)]
@@ -63,7 +65,7 @@ def test_the_logits_given_are_not_changed() -> None:
     logits = make_logits(1)
     before = logits.clone()
     params = SamplingParams(temperature=0.5, top_k=3, repetition_penalty=2.0, logprobs=1)
-    Sampler(VOCAB, "cpu").sample(logits, [make_request(params)])
+    sample(Sampler(VOCAB, "cpu"), logits, [make_request(params)])
 
     assert torch.equal(logits, before)
 
@@ -164,7 +166,7 @@ def check_alone_and_in_batches(params: SamplingParams) -> None:
                 make_logits(1, seed=step).bfloat16() if i == position else logits[[i + step]]
                 for i in range(len(batch))
             ]
-            tokens.append(sampler.sample(torch.cat(rows), requests).token_ids[position])
+            tokens.append(sample(sampler, torch.cat(rows), requests).token_ids[position])
         return tokens
 
     alone = draw(0, [params])
@@ -179,7 +181,7 @@ def test_outputs_of_one_seeded_request_differ_and_are_reproducible() -> None:
 
     def draw() -> list[int]:
         requests = [make_request(params, index=index) for index in range(4)]
-        return Sampler(10_000, "cpu").sample(logits, requests).token_ids
+        return sample(Sampler(10_000, "cpu"), logits, requests).token_ids
 
     assert len(set(draw())) == 4
     assert draw() == draw()
@@ -190,7 +192,7 @@ def test_requests_without_a_seed_depend_on_the_engine_seed_only() -> None:
 
     def draw(seed: int) -> list[int]:
         requests = [make_request(SamplingParams(temperature=1.0)) for _ in "ab"]
-        return Sampler(10_000, "cpu", seed=seed).sample(logits, requests).token_ids
+        return sample(Sampler(10_000, "cpu", seed=seed), logits, requests).token_ids
 
     first = draw(1)
     assert first == draw(1)
@@ -206,7 +208,9 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
     )
     got = logits.clone()
     params = SamplingParams(repetition_penalty=1.7)
-    Sampler(VOCAB, "cpu")._changes.apply(got, [make_request(params, prompt=prompt, output=output)])
+    Sampler(VOCAB, "cpu")._changes.apply(
+        got, make_sample_input([make_request(params, prompt=prompt, output=output)])
+    )
 
     torch.testing.assert_close(got, expected)
 
@@ -225,13 +229,13 @@ def test_presence_and_frequency_penalties_count_the_output_only() -> None:
     expected[2, 7] -= 0.75
     sampler = Sampler(VOCAB, "cpu")
     got = logits.clone()
-    sampler._changes.apply(got, requests)
+    sampler._changes.apply(got, make_sample_input(requests))
     torch.testing.assert_close(got, expected)
 
     requests[2].token_ids.append(7)  # the counts go on from where they were
     expected[2, 7] -= 0.25
     got = logits.clone()
-    sampler._changes.apply(got, requests)
+    sampler._changes.apply(got, make_sample_input(requests))
     torch.testing.assert_close(got, expected)
 
 
@@ -242,12 +246,12 @@ def test_a_bias_is_added_to_the_logits_of_its_own_request() -> None:
     requests = [make_request(SamplingParams()), make_request(params)]
     sampler = Sampler(VOCAB, "cpu")
     got = logits[[0, 0]].clone()
-    sampler._changes.apply(got, requests)
+    sampler._changes.apply(got, make_sample_input(requests))
     expected = logits[[0, 0]].clone()
     expected[1, best] -= 100
     expected[1, 5] += 0.5
     torch.testing.assert_close(got, expected)
-    sampled = sampler.sample(logits[[0, 0]], requests)
+    sampled = sample(sampler, logits[[0, 0]], requests)
     assert sampled.token_ids == [best, second]
     entry = sampled.logprobs[1]  # of the model's own distribution
     assert entry is not None and entry.top[0][0] == best
@@ -261,7 +265,7 @@ def test_no_end_comes_before_the_least_number_of_tokens() -> None:
     params = SamplingParams(min_tokens=2, stop_token_ids=(9, 10_000))
 
     def draw(params: SamplingParams, output: tuple[int, ...]) -> int:
-        return sampler.sample(logits, [make_request(params, output=output)]).token_ids[0]
+        return sample(sampler, logits, [make_request(params, output=output)]).token_ids[0]
 
     assert [draw(params, (5,) * n) for n in range(4)] == [7, 7, 2, 2]
     free = SamplingParams(min_tokens=2, stop_token_ids=(9,), ignore_eos=True)
@@ -295,7 +299,7 @@ def test_a_penalty_keeps_greedy_output_from_repeating() -> None:
     logits[0, 2], logits[0, 4] = 3.0, 2.9
     request = make_request(SamplingParams(frequency_penalty=1.0), output=(2,))
 
-    assert Sampler(5, "cpu").sample(logits, [request]).token_ids == [4]
+    assert sample(Sampler(5, "cpu"), logits, [request]).token_ids == [4]
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
@@ -306,7 +310,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
         SamplingParams(logprobs=0),
     ]
     requests = [make_request(p) for p in batch]
-    sampled: Sampled = Sampler(VOCAB, "cpu").sample(logits, requests)
+    sampled: Sampled = sample(Sampler(VOCAB, "cpu"), logits, requests)
     expected = logits.log_softmax(-1)
 
     for row in (0, 2):
@@ -327,7 +331,7 @@ def test_rows_are_the_same_however_they_are_grouped(monkeypatch: pytest.MonkeyPa
         requests = [
             make_request(SamplingParams(temperature=1.0, seed=i, logprobs=1)) for i in range(7)
         ]
-        sampled = Sampler(VOCAB, "cpu").sample(logits, requests)
+        sampled = sample(Sampler(VOCAB, "cpu"), logits, requests)
         return sampled.token_ids, list(sampled.logprobs)
 
     together = draw()
@@ -339,7 +343,7 @@ def test_nan_logits_choose_a_token_of_the_vocabulary() -> None:
     logits = torch.full((1, VOCAB), torch.nan)
     request = make_request(SamplingParams(temperature=1.0))
 
-    [token] = Sampler(VOCAB, "cpu").sample(logits, [request]).token_ids
+    [token] = sample(Sampler(VOCAB, "cpu"), logits, [request]).token_ids
     assert 0 <= token < VOCAB
 
 
@@ -348,11 +352,11 @@ def test_release_forgets_a_request_and_may_be_repeated() -> None:
     logits = torch.zeros(1, 10_000)
     sampler = Sampler(10_000, "cpu")
     request = make_request(params)
-    first = sampler.sample(logits, [request]).token_ids
+    first = sample(sampler, logits, [request]).token_ids
     sampler.release(request.sequence_id)
     sampler.release(request.sequence_id)
 
-    assert sampler.sample(logits, [request]).token_ids == first
+    assert sample(sampler, logits, [request]).token_ids == first
     sampler.release(request.sequence_id)
     assert not sampler._generators and not sampler._changes._counts
 

@@ -248,7 +248,7 @@ def test_a_step_that_is_recorded_while_serving_decides_without_the_cpu_and_is_no
         experts._counts += 7  # as a trial does
         return True
 
-    monkeypatch.setattr(engine._runner, "warm_up", record)
+    monkeypatch.setattr(engine.executor.runner, "warm_up", record)
     engine.warm_up()
     assert seen == [False] and experts.launches(1)
     assert experts.counts().moved_bytes == 0

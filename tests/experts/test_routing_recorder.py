@@ -21,7 +21,7 @@ PROMPTS = [[5, 9, 11, 40, 3], [7, 8, 30]]
 def test_each_step_counts_top_k_experts_of_each_token_in_each_layer(tmp_path: Path) -> None:
     engine = make_engine("qwen3_moe")
     plain = run(engine, PROMPTS, max_tokens=6)
-    recorder = RoutingRecorder(engine._runner._model)
+    recorder = RoutingRecorder(engine.executor.runner._model)
     engine.record_routing(recorder)
     try:
         assert run(engine, [[*p] for p in PROMPTS], max_tokens=6) == plain

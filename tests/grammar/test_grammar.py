@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampling import sample
 from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
 from hotset.errors import RequestError
@@ -36,7 +37,7 @@ def generate(sampler: Sampler, params: SamplingParams, seed: int, *, most: int =
     generator = torch.Generator().manual_seed(seed)
     while request.num_output_tokens < most:
         logits = torch.randn(1, sampler.vocab_size, generator=generator) * 2
-        sampled = sampler.sample(logits, [request])
+        sampled = sample(sampler, logits, [request])
         assert not sampled.errors
         request.token_ids += sampled.token_ids
         if sampled.token_ids[0] in (EOS_TOKEN_ID, TOKENIZER.pad_token_id):
@@ -68,11 +69,11 @@ def test_after_complete_json_only_the_end_of_sequence_is_left() -> None:
     for token in text:
         logits = torch.zeros(1, VOCAB_SIZE)
         logits[0, token] = 9.0
-        assert sampler.sample(logits, [request]).token_ids == [token]
+        assert sample(sampler, logits, [request]).token_ids == [token]
         request.token_ids.append(token)
     logits = torch.arange(VOCAB_SIZE, dtype=torch.float32)[None]
 
-    assert sampler.sample(logits, [request]).token_ids == [EOS_TOKEN_ID]
+    assert sample(sampler, logits, [request]).token_ids == [EOS_TOKEN_ID]
 
 
 def test_other_rows_of_the_batch_are_not_masked() -> None:
@@ -84,7 +85,7 @@ def test_other_rows_of_the_batch_are_not_masked() -> None:
         SamplingParams(repetition_penalty=1.1),
     ]
     requests = [Request(str(i), 1, [5], params, 100) for i, params in enumerate(batch)]
-    tokens = sampler.sample(logits, requests).token_ids
+    tokens = sample(sampler, logits, requests).token_ids
 
     assert tokens[0] == logits[0].argmax()
     assert TOKENIZER.decode([tokens[1]]).startswith("{")
@@ -98,10 +99,10 @@ def test_two_requests_with_one_schema_advance_apart() -> None:
     logits = torch.zeros(2, VOCAB_SIZE)
     [t], [f] = TOKENIZER.encode("true")[:1], TOKENIZER.encode("false")[:1]
     logits[0, t], logits[1, f] = 9.0, 9.0
-    first = sampler.sample(logits, requests).token_ids
+    first = sample(sampler, logits, requests).token_ids
     for request, token in zip(requests, first, strict=True):
         request.token_ids.append(token)
-    second = sampler.sample(torch.zeros(2, VOCAB_SIZE), requests).token_ids
+    second = sample(sampler, torch.zeros(2, VOCAB_SIZE), requests).token_ids
 
     assert first == [t, f]
     assert "true".startswith(TOKENIZER.decode([t, second[0]]))
@@ -142,7 +143,7 @@ def test_a_grammar_that_fails_on_the_way_is_reported_for_its_request() -> None:
     request = Request("r", 1, [5], SamplingParams(json_schema=PERSON), 100)
     matcher = sampler._matcher(request)
     matcher.consume_token(TOKENIZER.encode("cat")[0])  # puts it into its error state
-    sampled = sampler.sample(torch.zeros(1, VOCAB_SIZE), [request])
+    sampled = sample(sampler, torch.zeros(1, VOCAB_SIZE), [request])
 
     assert list(sampled.errors) == [request.sequence_id]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampling import sample
 from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
 from hotset.config import EngineConfig
@@ -35,7 +36,7 @@ def outputs(
         while request.token_ids[-1] != EOS_TOKEN_ID:
             assert request.num_output_tokens < most, TOKENIZER.decode(request.output_ids)
             logits = torch.randn(1, VOCAB_SIZE, generator=generator) + bonus
-            sampled = sampler.sample(logits, [request])
+            sampled = sample(sampler, logits, [request])
             assert not sampled.errors
             request.token_ids += sampled.token_ids
         sampler.release("r")

@@ -12,6 +12,7 @@ import jsonschema
 import pydantic
 import pytest
 import torch
+from sampling import sample
 from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
 from hotset.errors import RequestError
@@ -46,7 +47,7 @@ def values(sampler: Sampler, schema: Json, num: int = 5) -> list[Any]:
         while request.token_ids[-1] != EOS_TOKEN_ID:
             assert request.num_output_tokens < 600
             logits = torch.randn(1, VOCAB_SIZE, generator=generator) * 2
-            sampled = sampler.sample(logits, [request])
+            sampled = sample(sampler, logits, [request])
             assert not sampled.errors
             request.token_ids += sampled.token_ids
         sampler.release("r")

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampling import sample
 from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
 from hotset.executor.sampler import Sampler
@@ -24,7 +25,7 @@ def written(schema: dict[str, Any], text: str, *, most: int = 80) -> tuple[str, 
         if request.num_output_tokens < len(wanted):
             logits[0, wanted[request.num_output_tokens]] = 99.0
         logits[0, TOKENIZER.encode('"')] = logits[0, TOKENIZER.encode("]")] = 9.0
-        sampled = sampler.sample(logits, [request])
+        sampled = sample(sampler, logits, [request])
         if sampled.errors:
             return TOKENIZER.decode(request.output_ids), sampled.errors[request.sequence_id]
         request.token_ids += sampled.token_ids

@@ -26,7 +26,7 @@ class Witness:
     def __init__(self, engine: Engine) -> None:
         assert engine._tiers is not None
         self.num_compared = 0
-        self._pool = engine._runner._arena.bytes_view_tensor()
+        self._pool = engine.executor.runner._arena.bytes_view_tensor()
         self._hashes: dict[bytes, bytes] = {}
         self._tiers = engine._tiers
         self._spill, self._poll = self._tiers.spill, self._tiers.poll

@@ -4,7 +4,8 @@ from typing import Protocol
 
 import torch
 
-from hotset.attention.batch import Batch, Inputs
+from hotset.attention.batch import Batch
+from hotset.attention.inputs import Inputs
 
 
 class StepAttention(Protocol):

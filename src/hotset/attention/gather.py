@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from hotset.attention.batch import Batch, Inputs, SequenceSpan
+from hotset.attention.batch import Batch, SequenceSpan
+from hotset.attention.inputs import Inputs
 from hotset.attention.spec import LayerAttention
 from hotset.linear.fp8 import FP8, to_fp8
 from hotset.memory.arena import DeviceArena

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hotset.attention.choice import choose_backend
 from hotset.attention.flashinfer.kernels import start_kernels
 from hotset.cgroups import available_host_bytes
+from hotset.clock import REAL_CLOCK
 from hotset.config import GIB, EngineConfig
 from hotset.cost.config_sizes import largest
 from hotset.cost.prefix import PrefixPolicy
@@ -27,8 +28,11 @@ from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.split_mover import SplitMover
 from hotset.engine.start_times import StartTimes
+from hotset.engine.step import Step, StepItem
 from hotset.engine.step_cost import StepCost
+from hotset.engine.step_input import make_step_input
 from hotset.errors import ConfigError
+from hotset.executor.local import LocalExecutor
 from hotset.executor.probe import ModelLayout, inspect_model, weights_bytes, workspace_bytes
 from hotset.executor.prompt_logprobs import most_rows
 from hotset.executor.runner import ModelRunner
@@ -51,7 +55,7 @@ from hotset.model.devices import resolve_kv_dtype
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
 from hotset.request import SamplingParams
-from hotset.sequence import Request, Step, StepItem
+from hotset.sequence import Request
 
 _NUM_PHASES = 8  # at most, of a start
 _LAYOUT_VERSION = "1"
@@ -119,9 +123,10 @@ def build_engine(
         placed = build.place(sized, undo, owns_model=owns_model)
         runner = build.compile(placed)
         measured = build.measure(placed, runner)
-        parts = build.open(placed, runner, measured, undo)
+        executor = LocalExecutor(runner, measured.sampler, placed.experts, owns_model=owns_model)
+        parts = build.open(placed, executor, measured, undo)
         undo.pop_all()
-    return Engine(parts, overlap=overlap, owns_model=owns_model)
+    return Engine(parts if overlap is None else replace(parts, overlaps=overlap))
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +318,7 @@ class _Build:
         return _Measured(sampler, StepCost(trials), rates, tuple(notes))
 
     def open(
-        self, placed: _Placed, runner: ModelRunner, measured: _Measured, undo: ExitStack
+        self, placed: _Placed, executor: LocalExecutor, measured: _Measured, undo: ExitStack
     ) -> EngineParts:
         """Tiers, scheduler, and what is told at start."""
         config, experts, metrics = placed.config, placed.experts, Metrics()
@@ -349,9 +354,8 @@ class _Build:
             config=config,
             budget=placed.budget,
             report=self._report(placed, measured, disk_path),
-            device=self._device,
-            runner=runner,
-            sampler=measured.sampler,
+            overlaps=self._device.type == "cuda",
+            executor=executor,
             outputs=OutputProcessor(self._loaded.tokenizer, self._loaded.eos_token_ids),
             scheduler=scheduler,
             rates=measured.rates,
@@ -359,6 +363,7 @@ class _Build:
             experts=experts,
             tiers=tiers,
             mover=mover,
+            clock=REAL_CLOCK,
         )
 
     def _scheduler(self, placed: _Placed, kv: KVCache, measured: _Measured) -> Scheduler:
@@ -448,10 +453,10 @@ def _time_prompts(placed: _Placed, runner: ModelRunner) -> list[tuple[int, float
         request = Request("rate", num_tokens, [0] * num_tokens, SamplingParams(), num_tokens)
         first = placed.pool.first
         request.kv.block_table = list(range(first, first - (-num_tokens // config.block_size)))
-        plan = Step([StepItem(request, 0, num_tokens)])
-        runner.forward(plan).sum().item()  # the first run also allocates
+        step = make_step_input(Step([StepItem.of(request, 0, num_tokens)]), config.block_size)
+        runner.forward(step).sum().item()  # the first run also allocates
         start_s = time.perf_counter()
-        runner.forward(plan).sum().item()  # waits for the device
+        runner.forward(step).sum().item()  # waits for the device
         trials.append((num_tokens, time.perf_counter() - start_s))
     return trials
 

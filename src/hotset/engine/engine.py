@@ -1,32 +1,35 @@
-"""The engine: one step after another, from queued requests to tokens."""
+"""The engine: one step after another, from queued requests to tokens.
+
+Imports numpy, no torch.
+"""
 
 import itertools
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
+from hotset.clock import Clock
 from hotset.config import EngineConfig
 from hotset.cost.rates import Rates
 from hotset.engine.budget import Budget
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
-from hotset.engine.split_mover import SplitMover
+from hotset.engine.step import Step
 from hotset.engine.step_cost import StepCost
-from hotset.engine.step_timer import StepTimer
+from hotset.engine.step_input import make_step_input
 from hotset.errors import ExpertReadError, RequestError
-from hotset.executor.prompt_logprobs import PendingPromptLogprobs
-from hotset.executor.runner import ModelRunner
-from hotset.executor.sampler import PendingTokens, Sampler
-from hotset.experts.buffer import ExpertBuffer
-from hotset.experts.recorder import RoutingRecorder
-from hotset.memory.transfer import TierStack
+from hotset.executor.executor import Executor, Pending
+from hotset.executor.step_input import StepInput
 from hotset.request import FinishReason, RequestOutput, SamplingParams
-from hotset.sequence import UNKNOWN_TOKEN, Request, Step
+from hotset.sequence import UNKNOWN_TOKEN, Request
+
+if TYPE_CHECKING:
+    from hotset.engine.split_mover import SplitMover
+    from hotset.experts.buffer import ExpertBuffer
+    from hotset.experts.recorder import RoutingRecorder
+    from hotset.memory.transfer import TierStack
 
 _log = logging.getLogger(__name__)
 
@@ -46,42 +49,37 @@ class EngineParts:
     Attributes:
         config: with the sizes that were found.
         report: what went where, to be told at start.
-        device: of the model.
+        overlaps: whether one step is prepared while the last one runs.
+        executor: runs the steps.
         experts: None where all stay on the device as they were loaded.
         tiers: below the device's KV; None where there are none.
         mover: None where the split between experts and KV stays.
+        clock: of the scheduler too.
     """
 
     config: EngineConfig
     budget: Budget
     report: str
-    device: torch.device
-    runner: ModelRunner
-    sampler: Sampler
+    overlaps: bool
+    executor: Executor
     outputs: OutputProcessor
     scheduler: Scheduler
     rates: Rates
     step_cost: StepCost
-    experts: ExpertBuffer | None
-    tiers: TierStack | None
-    mover: SplitMover | None
+    experts: "ExpertBuffer | None"
+    tiers: "TierStack | None"
+    mover: "SplitMover | None"
+    clock: Clock
 
 
 @dataclass(frozen=True, slots=True)
 class _StepInFlight:
-    """A step that was submitted to the device.
+    """A step that was submitted; `requests` are those whose next token it chooses, in order."""
 
-    Attributes:
-        requests: those whose next token it chooses, in the order of its tokens.
-        tokens: None where `requests` is empty.
-        prompt_logprobs: None where the step brings none.
-    """
-
-    plan: Step
+    step: Step
     requests: list[Request]
-    tokens: PendingTokens | None
-    prompt_logprobs: PendingPromptLogprobs | None
-    timer: StepTimer
+    message: StepInput
+    pending: Pending
 
 
 class Engine:
@@ -93,40 +91,29 @@ class Engine:
 
     Args:
         parts: what it runs with; it closes them.
-        overlap: whether steps overlap; None is on a GPU only.
-        owns_model: whether nobody else uses the model, so that its experts on disk go with the
-            engine.
-
-    Attributes:
-        num_queued: requests that wait for this engine elsewhere; set by whoever has them.
     """
 
-    def __init__(
-        self, parts: EngineParts, *, overlap: bool | None = None, owns_model: bool = False
-    ) -> None:
+    def __init__(self, parts: EngineParts) -> None:
         self.config, self.budget, self.report = parts.config, parts.budget, parts.report
         self.max_model_len = parts.budget.max_model_len
         self.scheduler, self.rates = parts.scheduler, parts.rates
         self.kv = parts.scheduler.kv
         self.metrics = self.kv.metrics
-        self._device = parts.device
-        self._runner, self._sampler, self._outputs = parts.runner, parts.sampler, parts.outputs
+        self.executor, self._outputs, self._clock = parts.executor, parts.outputs, parts.clock
         self._step_cost = parts.step_cost
         self._tiers, self._experts, self._mover = parts.tiers, parts.experts, parts.mover
-        self._overlap = parts.device.type == "cuda" if overlap is None else overlap
-        self._owns_model = owns_model
+        self._overlaps = parts.overlaps
         self._in_flight: _StepInFlight | None = None
         self._recent_step_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._num_host_bound = 0
-        self.num_queued = 0
         self._requests: dict[str, list[Request]] = {}  # those of `n` that have not ended
         self._ids = itertools.count()
-        self._warm_up_start_s = time.perf_counter()
+        self._warm_up_start_s = parts.clock.now()
 
     @property
     def is_warming(self) -> bool:
         """Whether steps will get faster by `warm_up`."""
-        return self._runner.is_warming
+        return self.executor.is_warming
 
     def warm_up(self) -> tuple[bool, str | None]:
         """Do the next piece of what a start left out; to be called between two steps.
@@ -138,11 +125,10 @@ class Engine:
         Raises:
             ModelError: the layers cannot be compiled on this machine.
         """
-        with nullcontext() if self._experts is None else self._experts.while_recording():
-            did = self._runner.warm_up()
+        did = self.executor.warm_up()
         if self.is_warming:
             return did, None
-        seconds = time.perf_counter() - self._warm_up_start_s
+        seconds = self._clock.now() - self._warm_up_start_s
         return did, f"warm: all kernels built and steps recorded, {seconds:.1f} s after the start"
 
     @property
@@ -156,12 +142,12 @@ class Engine:
         return self._tiers is not None and self._tiers.is_busy
 
     @property
-    def tiers(self) -> TierStack | None:
+    def tiers(self) -> "TierStack | None":
         """The tiers below the device, for the status page to look at."""
         return self._tiers
 
     @property
-    def experts(self) -> ExpertBuffer | None:
+    def experts(self) -> "ExpertBuffer | None":
         """The experts that are in host memory; None where all are on the device."""
         return self._experts
 
@@ -173,7 +159,7 @@ class Engine:
         """
         if not token_ids:
             raise RequestError("the prompt is empty; expected at least one token", param="prompt")
-        vocab_size = self._sampler.vocab_size
+        vocab_size = self.executor.vocab_size
         if min(token_ids) < 0 or max(token_ids) >= vocab_size:
             raise RequestError(f"a prompt token id is not in [0, {vocab_size})", param="prompt")
         if len(token_ids) >= self.max_model_len:
@@ -183,7 +169,7 @@ class Engine:
                 param="prompt",
                 code="context_length_exceeded",
             )
-        self._sampler.validate(params)
+        self.executor.validate(params)
 
     def add_request(
         self,
@@ -211,7 +197,7 @@ class Engine:
         if params.max_tokens is not None:
             # Where none is wanted, one is chosen nevertheless, as part of the prompt's last step.
             max_total = min(max_total, len(token_ids) + max(1, params.max_tokens))
-        now_s = time.monotonic()
+        now_s = self._clock.now()
         requests = [
             Request(
                 request_id=request_id,
@@ -241,34 +227,27 @@ class Engine:
         for request in list(self._requests.get(request_id, ())):
             self._finish(request, FinishReason.ABORT)
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, *, num_queued: int = 0) -> list[RequestOutput]:
         """Run one model step and return the outputs it produced, streamed or final.
 
-        Where steps overlap, these are the outputs of the step before.
+        Where steps overlap, these are the outputs of the step before. `num_queued` more requests
+        wait elsewhere for this engine.
         """
-        if self._num_host_bound:
-            self._collect()  # the next step needs its tokens on the host
-        self.kv.poll()
-        if self._mover is not None:
-            self._mover.step(num_queued=self.num_queued)
-        plan = self.scheduler.schedule()  # which requests, how many tokens each
-        submitted = self._submit_with_copies(plan)
-        if self._in_flight is None and not plan.items and self.scheduler.has_requests:
-            self._wait_for_tiers()
+        self._prepare(num_queued)
+        step = self.scheduler.schedule()  # which requests, how many tokens each
+        started = self._submit(step)  # on the device, with the copies between tiers beside it
         self._collect()  # the tokens of the step before, while this one runs
-        if submitted is not None:
-            self._commit(submitted)
-            if not self._overlap:
-                self._collect()
+        if started is not None:
+            self._commit(started)
         outputs = self._outputs.take()
-        if not self.has_work:
+        if not self.scheduler.has_requests:
             self.count_experts()
         return outputs
 
     def count_experts(self) -> None:
         """Bring the metrics of experts up to date; waits for the device."""
-        if self._experts is not None:
-            counts = self._experts.counts()
+        counts = self.executor.expert_counts()
+        if counts is not None:
             self.metrics.expert_hits = counts.hits
             self.metrics.expert_misses = counts.misses
             self.metrics.expert_bytes = counts.moved_bytes
@@ -281,117 +260,123 @@ class Engine:
             self.metrics.expert_predicted_right = counts.predicted_right
             self.metrics.expert_copied_ahead = counts.copied_ahead
 
-    def record_routing(self, recorder: RoutingRecorder | None) -> None:
+    def record_routing(self, recorder: "RoutingRecorder | None") -> None:
         """Tell `recorder`, which was there before this engine, of each step from now on."""
-        self._runner.recorder = recorder
+        self.executor.record_routing(recorder)
 
     def close(self) -> None:
         """End the transfers and close the tiers."""
-        if self._experts is not None:
-            self._experts.close(with_disk=self._owns_model)
+        self.executor.close()
         if self._tiers is not None:
             self._tiers.close()
 
-    def _submit_with_copies(self, plan: Step) -> _StepInFlight | None:
-        """Start a step, and the spills and fetches asked for so far beside it."""
+    def _prepare(self, num_queued: int) -> None:
+        """Between two steps: take note of what ended, and move what follows the load."""
+        if self._num_host_bound:
+            self._collect()  # the next step needs the last one's tokens on the host
+        self.kv.poll()
+        if self._mover is not None:
+            self._mover.step(num_queued=num_queued)
+
+    def _submit(self, step: Step) -> _StepInFlight | None:
+        """Start a step, and the spills and fetches asked for so far beside it.
+
+        None where there is nothing to compute, or where it failed.
+        """
         tiers = self._tiers
+        if not step.items:
+            if tiers is not None:
+                tiers.flush()
+            if self._in_flight is None and self.scheduler.has_requests:
+                self._wait_for_tiers()
+            return None
         if tiers is None:
-            return self._submit(plan) if plan.items else None
-        if not self._overlap or not plan.items:
+            return self._start(step)
+        if not self._overlaps:
             tiers.flush()
-            return self._submit(plan) if plan.items else None
+            return self._start(step)
         # Copies to the device run one after another, whatever their stream: those of this step's
         # inputs go first, and the others end before the next step's come.
-        submitted = self._submit(plan, when_ready=tiers.mark)
+        started = self._start(step, when_ready=tiers.mark)
         most_s = _LINK_SHARE * min(self._recent_step_s, default=0.0)
-        tiers.flush(after_mark=submitted is not None, most_s=most_s)
-        return submitted
+        tiers.flush(after_mark=started is not None, most_s=most_s)
+        return started
 
-    def _submit(
-        self, plan: Step, when_ready: Callable[[], None] = lambda: None
+    def _start(
+        self, step: Step, when_ready: Callable[[], None] = lambda: None
     ) -> _StepInFlight | None:
-        """Start a step on the device; None where it failed. See `ModelRunner.forward`."""
-        previous = self._in_flight.tokens if self._in_flight is not None else None
-        timer = StepTimer(self._device)
+        """Hand a step to the executor; None where it failed. See `Executor.submit`."""
+        message = make_step_input(step, self.kv.block_size)
         try:
-            logits = self._runner.forward(
-                plan, None if previous is None else previous.token_ids, when_ready
-            )  # [R + P, vocab]
-            requests = [item.request for item in plan.items if item.samples]
-            num_rows = len(requests)
-            tokens = self._sampler.submit(logits[:num_rows], requests) if requests else None
-            scored = None
-            if len(logits) > num_rows:
-                scored = PendingPromptLogprobs(plan.items, logits[num_rows:])
+            pending = self.executor.submit(message, when_ready)
         except ExpertReadError as error:
-            # Whoever it is that needed the expert: nobody can say before the step has run.
-            _log.error("a step of %d requests failed: %s", len(plan.items), error)
-            assert self._experts is not None
-            self.metrics.faults.update(self._experts.take_faults())
-            for item in plan.items:
+            # Nobody can say before the step has run which of its requests needed the expert.
+            _log.error("a step of %d requests failed: %s", len(step.items), error)
+            self.metrics.faults.update(self.executor.take_faults())
+            for item in step.items:
                 self._finish(item.request, FinishReason.ERROR, str(error))
             return None
         except (RuntimeError, MemoryError) as error:
             # Out of memory, most likely. The youngest request of the step pays; the others'
-            # tokens are computed again in the next step, into the same slots.
-            victim = plan.items[-1].request
-            _log.exception("a step of %d requests failed", len(plan.items))
+            # tokens are computed again in the next step, into the same places.
+            _log.exception("a step of %d requests failed", len(step.items))
             self.metrics.faults["step_failed"] += 1
+            victim = step.items[-1].request
             self._finish(victim, FinishReason.ERROR, f"the model step failed: {error}")
             return None
-        timer.stop()
-        return _StepInFlight(plan, requests, tokens, scored, timer)
+        requests = [item.request for item in step.items if item.samples]
+        return _StepInFlight(step, requests, message, pending)
 
-    def _commit(self, step: _StepInFlight) -> None:
+    def _commit(self, started: _StepInFlight) -> None:
         """Take the step's KV as written: what reads it is submitted later."""
-        self.scheduler.commit(step.plan)
-        for row, request in enumerate(step.requests):
+        self.scheduler.commit(started.step)
+        for row, request in enumerate(started.requests):
             if not request.is_finished:
                 request.token_ids.append(UNKNOWN_TOKEN)
                 request.pending_row = row
-        self._in_flight = step
+        self._in_flight = started
+        if not self._overlaps:
+            self._collect()
 
     def _collect(self) -> None:
         """Wait for the tokens of the step in flight, if there is one, and hand them out."""
-        step, self._in_flight = self._in_flight, None
-        if step is None:
+        ended, self._in_flight = self._in_flight, None
+        if ended is None:
             return
-        if step.prompt_logprobs is not None:
-            for request, entries in step.prompt_logprobs.wait():
-                self._outputs.score(request, entries)
-        if step.tokens is not None:
-            sampled = step.tokens.wait()
-            for request, token_id, logprob in zip(
-                step.requests, sampled.token_ids, sampled.logprobs, strict=True
-            ):
-                if request.is_finished:
-                    continue
-                request.token_ids[-1] = token_id
-                request.pending_row = None
-                self.metrics.output_tokens += request.params.max_tokens != 0
-                reason = self._outputs.append(request, token_id, logprob)
-                if request.sequence_id in sampled.errors:
-                    self._finish(request, FinishReason.ERROR, sampled.errors[request.sequence_id])
-                elif reason is not None:
-                    self._finish(request, reason)
-        self._observe(step.plan, step.timer.seconds())
+        result = ended.pending.wait()
+        for scored, logprobs in zip(ended.message.scored, result.prompt_logprobs, strict=True):
+            self._outputs.score(scored.sequence_id, logprobs)
+        for request, token_id, logprob in zip(
+            ended.requests, result.token_ids, result.logprobs, strict=True
+        ):
+            if request.is_finished:
+                continue
+            request.token_ids[-1] = token_id
+            request.pending_row = None
+            self.metrics.output_tokens += request.params.max_tokens != 0
+            reason = self._outputs.append(request, token_id, logprob)
+            error = result.errors.get(request.sequence_id)
+            if error is not None:
+                self._finish(request, FinishReason.ERROR, error)
+            elif reason is not None:
+                self._finish(request, reason)
+        self._observe(ended.message, result.seconds)
 
-    def _observe(self, plan: Step, seconds: float) -> None:
-        num_tokens = sum(item.num_tokens for item in plan.items)
+    def _observe(self, step: StepInput, seconds: float) -> None:
+        num_tokens, prompt_tokens = step.num_tokens, step.num_prompt_tokens
         self.metrics.steps += 1
         self.metrics.step_s += seconds
         self._recent_step_s.append(seconds)
         self.metrics.computed_tokens += num_tokens
-        prefill_tokens = sum(item.num_tokens for item in plan.items if item.num_tokens > 1)
-        self._step_cost.observe(prefill_tokens, seconds)
-        if prefill_tokens >= _PREFILL_STEP_TOKENS and 2 * prefill_tokens >= num_tokens:
+        self._step_cost.observe(prompt_tokens, seconds)
+        if prompt_tokens >= _PREFILL_STEP_TOKENS and 2 * prompt_tokens >= num_tokens:
             self.rates.observe_prefill(num_tokens, seconds)
 
     def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         if request.is_finished:
             return
         self.scheduler.finish(request, reason, error)
-        self._sampler.release(request.sequence_id)
+        self.executor.release(request.sequence_id)
         self._outputs.finish(request, reason, error)
         self.metrics.requests_finished[reason.value] += 1
         self._num_host_bound -= _is_host_bound(request.params)

@@ -204,8 +204,7 @@ class EngineLoop:
             self._expire(engine)
             self._hand_over(engine)
             if engine.has_work or engine.has_transfers:
-                engine.num_queued = len(self._queue)
-                outputs = engine.step()
+                outputs = engine.step(num_queued=len(self._queue))
                 self._note_started(engine)
                 self._take(outputs)
             if engine.is_warming:

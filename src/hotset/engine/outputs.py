@@ -54,9 +54,9 @@ class OutputProcessor:
             )
         self._sequences[request.sequence_id] = _Sequence(request, decoder)
 
-    def score(self, request: Request, logprobs: list[TokenLogprob]) -> None:
+    def score(self, sequence_id: int, logprobs: list[TokenLogprob]) -> None:
         """Take in log-probabilities of the next tokens of the prompt. Ended ones are left alone."""
-        sequence = self._sequences.get(request.sequence_id)
+        sequence = self._sequences.get(sequence_id)
         if sequence is not None:
             sequence.prompt_logprobs += logprobs
 

@@ -1,16 +1,17 @@
 """Who runs in a step, and how many tokens of each. Touches no tensor. Imports no torch."""
 
-import time
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from hotset.clock import REAL_CLOCK, Clock
+from hotset.engine.step import Step
 from hotset.engine.step_cost import StepCost
 from hotset.engine.step_shares import StepShares
 from hotset.engine.urgency import MUCH_LONGER, PromptOrder
 from hotset.kv.cache import KVCache
 from hotset.request import FinishReason
-from hotset.sequence import Kind, Request, RequestStatus, Step
+from hotset.sequence import Kind, Request, RequestStatus
 
 # Requests at the head of the queue whose blocks are brought closer ahead of their turn.
 _LOOK_AHEAD = 8
@@ -66,7 +67,7 @@ class Scheduler:
             long, and has a token to show for it; that one queues up again behind all others. Only
             while host memory has room for its KV and some to spare, so that nothing is recomputed.
         step_cost: how long steps take, so that prompts add a bounded time to one; None: no bound.
-        clock: seconds, as `time.monotonic`.
+        clock: what quanta and waits are measured by.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Scheduler:
         row_tile: int = 1,
         rotation_s: float | None = None,
         step_cost: StepCost | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = REAL_CLOCK,
     ) -> None:
         self.kv = kv
         self.max_num_seqs = max_num_seqs
@@ -336,7 +337,7 @@ class Scheduler:
 
     def _start_turn(self, request: Request) -> None:
         request.status = RequestStatus.RUNNING
-        request.queue.quantum_start_s = self._clock()
+        request.queue.quantum_start_s = self._clock.now()
         request.queue.quantum_start_tokens = request.num_tokens
         insort(self.running, request, key=_order)
 
@@ -347,7 +348,7 @@ class Scheduler:
         """
         if self._blocked is None or self.kv.num_blocks_after_spills > 0:
             return
-        now_s = self._clock()
+        now_s = self._clock.now()
         num_tokens = sum(r.num_uncomputed_tokens for r in self.running)
         for waiting in list(self.waiting):
             if num_tokens >= self.max_num_batched_tokens:

@@ -1,10 +1,9 @@
 """Moving the boundary between experts and KV while requests run."""
 
 import logging
-import time
-from collections.abc import Callable
 from statistics import fmean
 
+from hotset.clock import REAL_CLOCK, Clock
 from hotset.config import GIB
 from hotset.cost.expert_split import Split
 from hotset.cost.expert_steps import Load
@@ -33,7 +32,7 @@ class SplitMover:
         experts: ExpertBuffer,
         arena: DeviceArena,
         scheduler: Scheduler,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = REAL_CLOCK,
     ) -> None:
         self._region = moving.region
         self._policy = SplitPolicy(moving.splitter, moving.load)
@@ -47,7 +46,7 @@ class SplitMover:
 
     def step(self, *, num_queued: int) -> None:
         """Move as far as can be. To be called between two steps; more requests wait elsewhere."""
-        now_s = self._clock()
+        now_s = self._clock.now()
         if now_s >= self._observe_from_s:
             self._observe_from_s = now_s + _OBSERVE_S
             self._follow(now_s, num_queued)

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+from hotset.engine.step import StepItem
 from hotset.engine.urgency import PromptOrder
 from hotset.kv.cache import KVCache
-from hotset.sequence import Kind, Request, RequestStatus, StepItem
+from hotset.sequence import Kind, Request, RequestStatus
 
 # The oldest prompt gets a quarter of what a step has for prompts, and so does the one
 # that lacks the fewest tokens: neither waits for the others. What is left goes by urgency.
@@ -108,7 +109,7 @@ class StepShares:
     def take_items(self) -> list[StepItem]:
         """The step, in the order of those that run; prompts are charged for it."""
         items = [
-            StepItem(request, request.kv.num_computed_tokens, self._shares[request])
+            StepItem.of(request, request.kv.num_computed_tokens, self._shares[request])
             for request in self._running
             if self._shares.get(request)
         ]

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 
 from hotset.attention.backend import StepAttention
-from hotset.attention.batch import Batch, Inputs, fill
+from hotset.attention.batch import Batch
 from hotset.attention.flashinfer.backend import FlashInferAttention, FlashInferBackend
 from hotset.attention.flashinfer.recorded import StaticDecode, StaticMixed
+from hotset.attention.inputs import Inputs, fill
 from hotset.cost.tuning import TUNINGS
 from hotset.executor.recorded_sizes import RecordedSizes, sizes_up_to
 

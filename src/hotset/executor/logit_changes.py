@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 
 from hotset.errors import RequestError
+from hotset.executor.step_input import SampleInput, SeenTokens
 from hotset.request import SamplingParams
-from hotset.sequence import Request
 
 Array = npt.NDArray[Any]
 
@@ -43,25 +43,20 @@ class LogitChanges:
                     f"logit_bias has token id {token_id}; expected 0 to {most}", param="logit_bias"
                 )
 
-    def concern(self, request: Request) -> bool:
-        """Whether anything of the request's next logits changes."""
-        params = request.params
-        return bool(params.logit_bias) or params.has_penalties or _must_go_on(request)
-
-    def apply(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
+    def apply(self, logits: torch.Tensor, sample: SampleInput) -> None:
         """Change `logits`, `[N, V]` float32, in place; the host does not wait for the device."""
-        self._bias(logits, requests)
-        self._penalise(logits, requests)
-        self._forbid_ends(logits, requests)
+        self._bias(logits, sample)
+        self._penalise(logits, sample)
+        self._forbid_ends(logits, sample)
 
     def release(self, sequence_id: int) -> None:
         """Forget a sequence that has ended. Unknown ids are fine."""
         self._counts.pop(sequence_id, None)
 
-    def _bias(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
+    def _bias(self, logits: torch.Tensor, sample: SampleInput) -> None:
         rows, ids, values = [], [], []
-        for row, request in enumerate(requests):
-            if bias := request.params.logit_bias:
+        for row, sequence in enumerate(sample.sequences):
+            if bias := sequence.params.logit_bias:
                 rows.append(np.full(len(bias), row))
                 ids.append(np.fromiter(bias.keys(), np.int64))
                 values.append(np.fromiter(bias.values(), np.float32))
@@ -69,13 +64,13 @@ class LogitChanges:
             index = (self._tensor(np.concatenate(rows)), self._tensor(np.concatenate(ids)))
             logits[index] += self._tensor(np.concatenate(values))
 
-    def _forbid_ends(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
+    def _forbid_ends(self, logits: torch.Tensor, sample: SampleInput) -> None:
         """Let no token end an output that has to go on."""
         places = [
             (row, token_id)
-            for row, request in enumerate(requests)
-            if _must_go_on(request)
-            for token_id in self._ends(request.params)
+            for row, sequence in enumerate(sample.sequences)
+            if sample.num_outputs[row] < sequence.params.min_tokens
+            for token_id in self._ends(sequence.params)
         ]
         if places:
             rows, ids = self._tensor(np.array(places, np.int64)).unbind(1)
@@ -85,14 +80,14 @@ class LogitChanges:
         ends = {i for i in params.stop_token_ids if 0 <= i < self._vocab_size}
         return ends if params.ignore_eos else ends.union(self._eos_token_ids)
 
-    def _penalise(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
+    def _penalise(self, logits: torch.Tensor, sample: SampleInput) -> None:
         """Apply the three penalties."""
         rows, ids, counts, factors = [], [], [], []
-        for row, request in enumerate(requests):
-            params = request.params
-            if params.has_penalties:
-                seen = self._counts.setdefault(request.sequence_id, _TokenCounts())
-                seen.update(request)
+        for row, sequence in enumerate(sample.sequences):
+            params = sequence.params
+            if sequence.counts_tokens:
+                seen = self._counts.setdefault(sequence.sequence_id, _TokenCounts())
+                seen.update(sample.seen[sequence.sequence_id])
                 rows.append(np.full(len(seen.ids), row))
                 ids.append(np.array(seen.ids))
                 counts.append(np.array(seen.counts))
@@ -125,19 +120,14 @@ class _TokenCounts:
         self._index: dict[int, int] = {}
         self._num_seen = 0
 
-    def update(self, request: Request) -> None:
+    def update(self, seen: SeenTokens) -> None:
         """Take in the tokens that are new since the last call."""
-        for position in range(self._num_seen, request.num_tokens):
-            token_id = request.token_ids[position]
+        for position in range(self._num_seen, len(seen.token_ids)):
+            token_id = seen.token_ids[position]
             index = self._index.setdefault(token_id, len(self.ids))
             if index == len(self.ids):
                 self.ids.append(token_id)
                 self.counts.append(0.0)
-            if position >= request.prompt_len:
+            if position >= seen.prompt_len:
                 self.counts[index] += 1.0
-        self._num_seen = request.num_tokens
-
-
-def _must_go_on(request: Request) -> bool:
-    """Whether the next token may not end the output."""
-    return request.num_output_tokens < request.params.min_tokens
+        self._num_seen = len(seen.token_ids)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hotset.attention.batch import HostCopy, to_device
+from hotset.attention.inputs import HostCopy, to_device
+from hotset.executor.step_input import ScoredTokens
 from hotset.request import TokenLogprob
-from hotset.sequence import Request, StepItem
 
 # Logits of a step that are for prompts' log-probabilities take at most these bytes, by device,
 # so that no prompt's are there at once: a longer part of one waits for the next step.
@@ -34,24 +34,16 @@ class PendingPromptLogprobs:
     P = tokens, V = vocabulary, K = the likeliest tokens that are wanted at most.
 
     Args:
-        items: of the step, each with the tokens that are `scored`.
-        logits: `[P, V]`, any float dtype, a row for each of those tokens: it tells the next one.
-            Not changed, and not read once this returns, but for what the device has queued.
+        spans: tokens of each prompt.
+        logits: `[P, V]`, any float dtype, a row for each of those tokens, which tells of it. Not
+            changed, and not read once this returns, but for what the device has queued.
     """
 
-    def __init__(self, items: Sequence[StepItem], logits: torch.Tensor) -> None:
-        self._spans = [(item.request, item.scored) for item in items if item.scored]
-        wanted = [request.params.prompt_logprobs or 0 for request, _ in self._spans]
-        num_top = min(max(wanted), logits.shape[1])
-        targets = to_device(
-            np.concatenate(
-                [
-                    np.array(request.token_ids[scored.start + 1 : scored.stop + 1], np.int64)
-                    for request, scored in self._spans
-                ]
-            ),
-            logits.device,
-        )
+    def __init__(self, spans: Sequence[ScoredTokens], logits: torch.Tensor) -> None:
+        self._spans = spans
+        num_top = min(max(span.num_top for span in spans), logits.shape[1])
+        token_ids = [token_id for span in spans for token_id in span.token_ids]
+        targets = to_device(np.array(token_ids, np.int64), logits.device)
         group = max(1, _GROUP_LOGITS // logits.shape[1])
         parts = [
             _score(logits[start : start + group], targets[start : start + group], num_top)
@@ -60,24 +52,19 @@ class PendingPromptLogprobs:
         self._values = HostCopy(torch.cat([values for values, _ in parts]))  # [P, 1 + K]
         self._ids = HostCopy(torch.cat([ids for _, ids in parts]))  # [P, 1 + K]
 
-    def wait(self) -> list[tuple[Request, list[TokenLogprob]]]:
-        """Block until they are there; those of each request, in the order of its tokens."""
+    def wait(self) -> list[list[TokenLogprob]]:
+        """Block until they are there; those of each span, in the order of its tokens."""
         values: list[list[float]] = self._values.wait().tolist()
         ids: list[list[int]] = self._ids.wait().tolist()
+        rows = iter(zip(ids, values, strict=True))
         found = []
-        row = 0
-        for request, scored in self._spans:
-            end = 1 + (request.params.prompt_logprobs or 0)
-            entries = []
-            for position in scored:
-                top = tuple(zip(ids[row][1:end], values[row][1:end], strict=True))
-                entries.append(
-                    TokenLogprob(
-                        request.token_ids[position + 1], values[row][0], top, rank=ids[row][0]
-                    )
-                )
-                row += 1
-            found.append((request, entries))
+        for span in self._spans:
+            n, entries = span.num_top, []
+            for token_id in span.token_ids:
+                (rank, *likeliest), (logprob, *others) = next(rows)
+                top = tuple(zip(likeliest[:n], others[:n], strict=True))
+                entries.append(TokenLogprob(token_id, logprob, top, rank=rank))
+            found.append(entries)
         return found
 
 

@@ -13,18 +13,18 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hotset.attention.backend import AttentionBackend, StepAttention
-from hotset.attention.batch import Inputs, make_batch
 from hotset.attention.flashinfer.backend import (
     FlashInferAttention,
     FlashInferBackend,
 )
 from hotset.attention.hook import register
+from hotset.attention.inputs import Inputs, copy_batch
 from hotset.errors import ModelError
 from hotset.executor.graphs import StepGraphs
+from hotset.executor.step_input import StepInput
 from hotset.experts.recorder import RoutingRecorder
 from hotset.linear.merged import merge_linears
 from hotset.memory.arena import DeviceArena
-from hotset.sequence import Step
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def _compiling() -> Iterator[None]:
 
 
 class ModelRunner:
-    """Turns a step plan into tensors, runs the model, and returns logits.
+    """Turns steps into tensors, runs the model, and returns logits.
 
     Args:
         model: switched to paged attention by `inspect_model`.
@@ -72,6 +72,12 @@ class ModelRunner:
         self._previous = torch.zeros(max_num_seqs, dtype=torch.long, device=model.device)
         parameters = inspect.signature(model.forward).parameters
         self._selects_logits = "logits_to_keep" in parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self._model.device
+        return device
 
     @torch.inference_mode()
     def compile(self, scratch_block: int) -> None:
@@ -187,27 +193,27 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(
         self,
-        plan: Step,
+        step: StepInput,
         previous: torch.Tensor | None = None,
         when_ready: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
-        """Start computing the plan's tokens and storing their KV.
+        """Start computing a step's tokens and storing their KV.
 
         Args:
-            plan: what to compute.
-            previous: `[R]` tokens that the step before chose, for requests that have a
-                `pending_row`; on the model's device.
+            step: what to compute.
+            previous: `[R]` tokens that the step before chose, on the model's device, where the
+                host does not know them yet.
             when_ready: called once all that the step copies to the device was submitted, and
                 before what it computes is.
 
         Returns:
-            `[R + P, vocab]` logits, in the plan's order: a row for each item that samples, then
-            one for each of the items' `scored` tokens. Good until the next call.
+            `[R + P, vocab]` logits: of the step's sampled rows, then of its scored ones. Good until
+            the next call.
         """
         if self.recorder is not None:
-            self.recorder.begin_step(sum(item.num_tokens for item in plan.items))
-        self._arena.copy_blocks(plan.copies)
-        batch = make_batch(plan.items, self._arena.block_size)
+            self.recorder.begin_step(step.num_tokens)
+        self._arena.copy_blocks(step.copies)
+        batch = step.batch
         if batch.has_unknown:
             assert previous is not None, "a token is unknown and nobody is choosing it"
             self._previous[: len(previous)].copy_(previous)
@@ -217,7 +223,7 @@ class ModelRunner:
             logits = self._graphs.run(batch, when_ready)
             if logits is not None:
                 return logits
-        inputs, rows = batch.to(self._model.device)
+        inputs, rows = copy_batch(batch, self._model.device)
         token_ids = inputs.resolve(self._previous) if batch.has_unknown else inputs.token_ids
         attention = self._attention.begin_step(batch, inputs)
         when_ready()

@@ -10,13 +10,14 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from hotset.attention.batch import HostCopy
+from hotset.attention.inputs import HostCopy
 from hotset.errors import RequestError
 from hotset.executor.logit_changes import LogitChanges
+from hotset.executor.step_input import SampleInput
 from hotset.grammar.grammar import Grammars, OutputMatcher
 from hotset.grammar.json_bounds import JsonBounds
 from hotset.request import SamplingParams, TokenLogprob
-from hotset.sequence import Request
+from hotset.sequence import Sampling
 
 Array = npt.NDArray[Any]
 
@@ -134,35 +135,42 @@ class Sampler:
             one = np.ones(1, np.float32)
             self._run_kernel(logits, np.zeros(1, np.int64), one, np.zeros(1), token_ids)
 
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> Sampled:
-        """`submit`, then wait for the tokens."""
-        return self.submit(logits, requests).wait()
-
-    def submit(self, logits: torch.Tensor, requests: Sequence[Request]) -> PendingTokens:
+    def submit(self, logits: torch.Tensor, sample: SampleInput) -> PendingTokens:
         """Start choosing one token for each row; the host does not wait for the device.
 
-        R = requests, V = vocabulary. Requests with penalties or a grammar need their tokens on
+        R = rows, V = vocabulary. Requests with penalties or a grammar need their tokens on
         the host: wait for one step's before the next is submitted.
 
         Args:
             logits: `[R, V]`, any float dtype. Not changed.
-            requests: those of the rows, with all tokens so far.
+            sample: how each row chooses.
         """
         endings: list[Callable[[Sampled], None]] = []
-        rows = [row for row, request in enumerate(requests) if not self._is_argmax(request)]
-        if len(rows) < len(requests):
+        sequences = sample.sequences
+        # By row, whether the token is that of the largest logit, or drawn from all, with the
+        # logits of the model as they are.
+        is_plain = [
+            sequence.uses_logits_alone and num_outputs >= sequence.params.min_tokens
+            for sequence, num_outputs in zip(sequences, sample.num_outputs, strict=True)
+        ]
+        rows = [
+            row
+            for row, sequence in enumerate(sequences)
+            if not is_plain[row] or sequence.params.temperature >= MIN_TEMPERATURE
+        ]
+        if len(rows) < len(sequences):
             token_ids = logits.argmax(-1)  # [R]
         else:
-            token_ids = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
+            token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
         if self._has_kernel:
-            drawn = [row for row in rows if self._is_drawn_from_all(requests[row])]
-            self._draw_from_all(logits, requests, drawn, token_ids)
+            drawn = [row for row in rows if is_plain[row] and _takes_all(sequences[row].params)]
+            self._draw_from_all(logits, sequences, drawn, token_ids)
             rows = sorted(set(rows) - set(drawn))
         group = max(1, _GROUP_LOGITS // logits.shape[1])
         for start in range(0, len(rows), group):
             some = rows[start : start + group]
-            endings.append(self._submit_rows(logits, requests, some, token_ids))
-        return PendingTokens(token_ids, endings, len(requests))
+            endings.append(self._submit_rows(logits, sample, some, token_ids))
+        return PendingTokens(token_ids, endings, len(sequences))
 
     def release(self, sequence_id: int) -> None:
         """Forget a sequence that has ended. Unknown ids are fine."""
@@ -173,16 +181,16 @@ class Sampler:
     def _draw_from_all(
         self,
         logits: torch.Tensor,
-        requests: Sequence[Request],
+        sequences: Sequence[Sampling],
         rows: list[int],
         token_ids: torch.Tensor,
     ) -> None:
         """Draw the tokens of `rows` as `_draw` does, into `token_ids`, by kernels of their own."""
         if not rows:
             return
-        drawing = [requests[row] for row in rows]
-        temperatures = np.array([request.params.temperature for request in drawing], np.float32)
-        shares = np.array([self._generator(request).random() for request in drawing])
+        drawing = [sequences[row] for row in rows]
+        temperatures = np.array([one.params.temperature for one in drawing], np.float32)
+        shares = np.array([self._generator(one).random() for one in drawing])
         self._run_kernel(logits, np.array(rows), temperatures, shares, token_ids)
 
     def _run_kernel(
@@ -201,53 +209,50 @@ class Sampler:
     def _submit_rows(
         self,
         all_logits: torch.Tensor,
-        all_requests: Sequence[Request],
+        sample: SampleInput,
         rows: list[int],
         token_ids: torch.Tensor,
     ) -> Callable[[Sampled], None]:
         """Choose the tokens of `rows`, write them into `token_ids`, and say what is left to do."""
         index = self._tensor(np.array(rows))
         logits = all_logits[index].float()  # [N, V], a copy
-        requests = [all_requests[row] for row in rows]
-        with_logprobs = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
+        sequences = [sample.sequences[row] for row in rows]
+        with_logprobs = [i for i, one in enumerate(sequences) if one.params.logprobs is not None]
         logprobs = logits[with_logprobs].log_softmax(-1) if with_logprobs else None  # [L, V]
-        self._changes.apply(logits, requests)
-        matchers = {
-            i: self._matcher(request)
-            for i, request in enumerate(requests)
-            if request.params.has_form
-        }
+        num_outputs = [sample.num_outputs[row] for row in rows]
+        self._changes.apply(logits, SampleInput(sequences, num_outputs, sample.seen))
+        matchers = {i: self._matcher(one) for i, one in enumerate(sequences) if one.params.has_form}
         if matchers:
             self._grammars.mask(logits, matchers)
-        drawn = [i for i, r in enumerate(requests) if r.params.temperature >= MIN_TEMPERATURE]
-        if len(drawn) == len(requests):
-            chosen = self._draw(logits, requests)
+        drawn = [i for i, s in enumerate(sequences) if s.params.temperature >= MIN_TEMPERATURE]
+        if len(drawn) == len(sequences):
+            chosen = self._draw(logits, sequences)
         else:
             chosen = logits.argmax(-1)  # [N]
             if drawn:
                 some = self._tensor(np.array(drawn))
-                chosen[some] = self._draw(logits[some], [requests[i] for i in drawn])
+                chosen[some] = self._draw(logits[some], [sequences[i] for i in drawn])
         token_ids[index] = chosen
 
         def end(sampled: Sampled) -> None:
             for i, matcher in matchers.items():
                 matcher.consume_token(sampled.token_ids[rows[i]])
                 if matcher.error is not None:
-                    sampled.errors[requests[i].sequence_id] = matcher.error
+                    sampled.errors[sequences[i].sequence_id] = matcher.error
             if logprobs is not None:
                 entries = _logprob_entries(
                     logprobs,
                     [sampled.token_ids[rows[i]] for i in with_logprobs],
-                    [requests[i].params.logprobs or 0 for i in with_logprobs],
+                    [sequences[i].params.logprobs or 0 for i in with_logprobs],
                 )
                 for i, entry in zip(with_logprobs, entries, strict=True):
                     sampled.logprobs[rows[i]] = entry
 
         return end
 
-    def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    def _draw(self, logits: torch.Tensor, sequences: Sequence[Sampling]) -> torch.Tensor:
         """Draw a token for each row of `logits`, `[N, V]`; returns `[N]`. Mutates `logits`."""
-        params = [request.params for request in requests]
+        params = [one.params for one in sequences]
         temperature = self._tensor(np.array([[p.temperature] for p in params], np.float32))
         # Relative to the largest, so that no temperature makes an infinity.
         logits -= logits.amax(-1, keepdim=True)
@@ -260,47 +265,34 @@ class Sampler:
         )
         if limit is not None:
             logits.masked_fill_(logits < limit, -torch.inf)
-        uniform = self._tensor(np.array([[self._generator(r).random()] for r in requests]))
+        uniform = self._tensor(np.array([[self._generator(one).random()] for one in sequences]))
         return _invert(logits.exp_(), uniform)
 
-    def _is_argmax(self, request: Request) -> bool:
-        """Whether the next token is just that of the largest logit."""
-        return request.params.temperature < MIN_TEMPERATURE and self._needs_logits_alone(request)
-
-    def _is_drawn_from_all(self, request: Request) -> bool:
-        """Whether the next token is drawn from all, by the logits of the model as they are."""
-        params = request.params
-        if params.temperature < MIN_TEMPERATURE or not self._needs_logits_alone(request):
-            return False
-        return params.top_k == 0 and params.top_p >= 1 and params.min_p == 0
-
-    def _needs_logits_alone(self, request: Request) -> bool:
-        """Whether nothing changes the logits, and nobody asks for more than the token."""
-        params = request.params
-        if params.logprobs is not None or params.has_form:
-            return False
-        return not self._changes.concern(request)
-
-    def _generator(self, request: Request) -> random.Random:
-        generator = self._generators.get(request.sequence_id)
+    def _generator(self, sequence: Sampling) -> random.Random:
+        generator = self._generators.get(sequence.sequence_id)
         if generator is None:
-            if request.params.seed is None:
+            if sequence.params.seed is None:
                 self._num_unseeded += 1
                 name = f"unseeded {self._seed} {self._num_unseeded}"
             else:
-                name = f"seeded {request.params.seed} {request.index}"
-            generator = self._generators[request.sequence_id] = random.Random(name)
+                name = f"seeded {sequence.params.seed} {sequence.index}"
+            generator = self._generators[sequence.sequence_id] = random.Random(name)
         return generator
 
-    def _matcher(self, request: Request) -> OutputMatcher:
-        matcher = self._matchers.get(request.sequence_id)
+    def _matcher(self, sequence: Sampling) -> OutputMatcher:
+        matcher = self._matchers.get(sequence.sequence_id)
         if matcher is None:
-            matcher = self._grammars.matcher(request.params)
-            self._matchers[request.sequence_id] = matcher
+            matcher = self._grammars.matcher(sequence.params)
+            self._matchers[sequence.sequence_id] = matcher
         return matcher
 
     def _tensor(self, values: Array) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+
+def _takes_all(params: SamplingParams) -> bool:
+    """Whether no token is left out of a draw."""
+    return params.top_k == 0 and params.top_p >= 1 and params.min_p == 0
 
 
 def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

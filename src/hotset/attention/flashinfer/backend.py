@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hotset.attention.batch import Batch, Inputs, SequenceSpan, to_device
+from hotset.attention.batch import Batch, SequenceSpan
 from hotset.attention.flashinfer.build import why_not_built
 from hotset.attention.flashinfer.kernels import (
     KernelBuild,
@@ -18,6 +18,7 @@ from hotset.attention.flashinfer.kernels import (
     use_paged_kernels,
 )
 from hotset.attention.flashinfer.widened import WidenedKV
+from hotset.attention.inputs import Inputs, to_device
 from hotset.attention.spec import LayerAttention
 from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena
@@ -471,7 +472,7 @@ def _make_tables(
         num_blocks[i] = -(-seq.context_len // block_size)
         queries[i] = seq.num_tokens
         last_lens[i] = (seq.context_len - 1) % block_size + 1
-        block_ids += seq.block_table[: num_blocks[i]]
+        block_ids += seq.block_table
     return _Tables(
         _starts(queries),
         _starts(num_blocks),

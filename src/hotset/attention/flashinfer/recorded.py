@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from hotset.attention.batch import Batch, Inputs, SequenceSpan
+from hotset.attention.batch import Batch, SequenceSpan
 from hotset.attention.flashinfer.backend import FlashInferAttention, FlashInferBackend
+from hotset.attention.inputs import Inputs
 
 
 class StaticDecode:

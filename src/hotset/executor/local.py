@@ -1,0 +1,132 @@
+"""An executor in this process: a model with its sampler, on one device."""
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+
+from hotset.executor.prompt_logprobs import PendingPromptLogprobs
+from hotset.executor.runner import ModelRunner
+from hotset.executor.sampler import PendingTokens, Sampled, Sampler
+from hotset.executor.step_input import StepInput, StepResult
+from hotset.executor.step_timer import StepTimer
+from hotset.experts.buffer import ExpertBuffer, ExpertCounts
+from hotset.experts.recorder import RoutingRecorder
+from hotset.request import SamplingParams
+from hotset.sequence import Kind
+
+
+class LocalExecutor:
+    """See `Executor`.
+
+    Args:
+        runner: computes logits.
+        sampler: chooses tokens from them.
+        experts: those in host memory or on disk; None where all stay on the device.
+        owns_model: whether nobody else uses the model, so that its experts on disk go with this.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        sampler: Sampler,
+        experts: ExpertBuffer | None = None,
+        *,
+        owns_model: bool = False,
+    ) -> None:
+        self.runner, self.sampler = runner, sampler
+        self._experts = experts
+        self._owns_model = owns_model
+        self._chosen: torch.Tensor | None = None  # what the last step chooses, on the device
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Executor`."""
+        return self.sampler.vocab_size
+
+    @property
+    def is_warming(self) -> bool:
+        """See `Executor`."""
+        return self.runner.is_warming
+
+    def validate(self, params: SamplingParams) -> None:
+        """See `Executor`."""
+        self.sampler.validate(params)
+
+    def submit(
+        self, step: StepInput, when_ready: Callable[[], None] = lambda: None
+    ) -> "PendingStep":
+        """See `Executor`. Drafts are refused, as nothing here compares them with the model."""
+        previous, self._chosen = self._chosen, None
+        if step.kinds and step.kinds[-1] is Kind.VERIFY:
+            raise NotImplementedError(
+                "the step has an item of kind VERIFY; this executor runs DECODE and PROMPT"
+            )
+        timer = StepTimer(self.runner.device)
+        logits = self.runner.forward(step, previous, when_ready)  # [R + P, vocab]
+        num_rows = len(step.sample.sequences)
+        tokens = scored = None
+        if num_rows:
+            tokens = self.sampler.submit(logits[:num_rows], step.sample)
+            self._chosen = tokens.token_ids
+        if step.scored:
+            scored = PendingPromptLogprobs(step.scored, logits[num_rows:])
+        timer.stop()
+        return PendingStep(tokens, scored, timer)
+
+    def release(self, sequence_id: int) -> None:
+        """See `Executor`."""
+        self.sampler.release(sequence_id)
+
+    def warm_up(self) -> bool:
+        """See `Executor`."""
+        with nullcontext() if self._experts is None else self._experts.while_recording():
+            return self.runner.warm_up()
+
+    def expert_counts(self) -> ExpertCounts | None:
+        """See `Executor`."""
+        return None if self._experts is None else self._experts.counts()
+
+    def take_faults(self) -> Counter[str]:
+        """See `Executor`."""
+        return Counter() if self._experts is None else self._experts.take_faults()
+
+    def record_routing(self, recorder: RoutingRecorder | None) -> None:
+        """See `Executor`."""
+        self.runner.recorder = recorder
+
+    def close(self) -> None:
+        """See `Executor`."""
+        if self._experts is not None:
+            self._experts.close(with_disk=self._owns_model)
+
+
+class PendingStep:
+    """A step that the device was given; see `Pending`.
+
+    Args:
+        tokens: None where the step chooses none.
+        scored: None where it brings no log-probabilities of prompts.
+        timer: stopped when all was submitted.
+    """
+
+    def __init__(
+        self,
+        tokens: PendingTokens | None,
+        scored: PendingPromptLogprobs | None,
+        timer: StepTimer,
+    ) -> None:
+        self._tokens, self._scored, self._timer = tokens, scored, timer
+
+    def wait(self) -> StepResult:
+        """See `Pending`."""
+        prompt_logprobs = [] if self._scored is None else self._scored.wait()
+        sampled = Sampled([], []) if self._tokens is None else self._tokens.wait()
+        return StepResult(
+            sampled.token_ids,
+            sampled.logprobs,
+            sampled.errors,
+            prompt_logprobs,
+            self._timer.seconds(),
+        )

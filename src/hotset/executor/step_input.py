@@ -1,0 +1,93 @@
+"""A step as a message to what runs it, and what comes back. Imports numpy, no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hotset.attention.batch import Batch
+from hotset.request import TokenLogprob
+from hotset.sequence import Kind, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class SeenTokens:
+    """All tokens of a sequence whose penalties count them; those of the prompt come first."""
+
+    prompt_len: int
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleInput:
+    """The rows of a step that choose a token, R of them.
+
+    Attributes:
+        sequences: how each chooses.
+        num_outputs: how many tokens each has generated so far.
+        seen: by sequence id, the tokens of those with penalties.
+    """
+
+    sequences: Sequence[Sampling] = ()
+    num_outputs: Sequence[int] = ()
+    seen: dict[int, SeenTokens] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """Tokens of one prompt whose log-probabilities are wanted, each by the row before it.
+
+    Attributes:
+        num_top: how many of the likeliest tokens are wanted beside each.
+    """
+
+    sequence_id: int
+    token_ids: list[int]
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """All that a model step needs, as plain data: it can be sent to another process.
+
+    Attributes:
+        kinds: one for each of `batch.sequences`; decodes first, then prompts, then drafts.
+        batch: token ids, positions, places of KV and block tables.
+        sample: for each of `batch.sampled_rows`, how its next token is chosen.
+        scored: for each of `batch.scored_rows` in turn, the prompt token that its logits tell of.
+        copies: (from, to), blocks of the device that are copied before anything is computed.
+    """
+
+    kinds: Sequence[Kind]
+    batch: Batch
+    sample: SampleInput
+    scored: Sequence[ScoredTokens] = ()
+    copies: Sequence[tuple[int, int]] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.batch.num_tokens
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of these, those that are not of decodes."""
+        return self.batch.num_tokens - self.batch.num_decodes
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step brought.
+
+    Attributes:
+        token_ids: the next token for each of `StepInput.sample`.
+        logprobs: None for those that ask for none.
+        errors: sequence id -> one line, where a grammar failed (it grew too complex). The tokens
+            of those mean nothing.
+        prompt_logprobs: for each of `StepInput.scored`, in the order of its tokens.
+        seconds: how long the device took.
+    """
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprob | None]
+    errors: dict[int, str]
+    prompt_logprobs: Sequence[list[TokenLogprob]]
+    seconds: float
