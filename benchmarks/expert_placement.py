@@ -30,9 +30,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hotset.bench.machine import describe_machine
 from hotset.cost.routing import row_scales
-from hotset.experts.gating import experts_layers, use_dynamic_gating
+from hotset.experts.gating import use_dynamic_gating
 from hotset.experts.parallel import shard_experts
 from hotset.experts.placement import Placement, in_order, measure, place, round_robin
+from hotset.experts.weights import experts_layers
 
 REPLAYS = 20
 HISTORY_STEPS, HISTORY_TOKENS = 64, 256
@@ -176,7 +177,7 @@ def measure_skew(
         if placements:
             model = make_model(device, is_small=arguments.small)
             shard_experts(model, placements)
-        layers = experts_layers(model)
+        layers = [experts.module for experts in experts_layers(model)]
         for batch in batches:
             num_tokens = len(batch.x)
             seconds, found = timed(partial(batch.through, layers), device)

@@ -27,9 +27,10 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from hotset.cost.tuning import Tile, Tiles
-from hotset.experts import resident as resident_experts
-from hotset.experts.gating import IMPLEMENTATION, dynamic_experts
-from hotset.experts.resident import address_table
+from hotset.experts import compute
+from hotset.experts.compute import address_table
+from hotset.experts.gating import dynamic_experts
+from hotset.experts.weights import IMPLEMENTATION
 from hotset.kernels.expert_routing import route_rows
 from hotset.kernels.fused_experts import gated_up, sum_rows, tiles_for, weighted_down
 
@@ -117,14 +118,14 @@ def compare(layer: Any, num_tokens: int) -> dict[str, Any]:
     steps = make_steps(layer, num_tokens)
     num_rows = num_tokens * TOP_K
     tiles = tiles_for(num_rows, NUM_EXPERTS, DEVICE)
-    most_rows = resident_experts.FUSED_MOST_ROWS_PER_EXPERT
+    most_rows = compute.FUSED_MOST_ROWS_PER_EXPERT
     way_us = {}
     try:
         for way, most in (("fused", num_rows), ("grouped_mm", 0)):
-            resident_experts.FUSED_MOST_ROWS_PER_EXPERT = most
+            compute.FUSED_MOST_ROWS_PER_EXPERT = most
             way_us[way] = measure([step.whole for step in steps])
     finally:
-        resident_experts.FUSED_MOST_ROWS_PER_EXPERT = most_rows
+        compute.FUSED_MOST_ROWS_PER_EXPERT = most_rows
     for step in steps:
         step.route(tiles.block_rows)
     part_us = {

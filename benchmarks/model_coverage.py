@@ -37,8 +37,8 @@ from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import HotsetError, ModelError
 from hotset.executor.probe import inspect_model
-from hotset.experts.buffer import slot_bytes_of
-from hotset.experts.gating import experts_layers
+from hotset.experts.sizes import slot_bytes_of
+from hotset.experts.weights import experts_layers
 from hotset.model.architecture import find_architecture
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model

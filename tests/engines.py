@@ -10,8 +10,8 @@ from tiny_models import make_model
 from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
-from hotset.experts.buffer import slot_bytes_of
-from hotset.experts.gating import experts_layers
+from hotset.experts.sizes import slot_bytes_of
+from hotset.experts.weights import experts_layers
 from hotset.model.loaded import LoadedModel
 from hotset.request import SamplingParams
 

@@ -15,7 +15,8 @@ from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.errors import EngineError, ModelError
 from hotset.executor.probe import inspect_model
-from hotset.experts.gating import experts_layers, unpack_experts
+from hotset.experts.gating import unpack_experts
+from hotset.experts.weights import experts_layers
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
 from hotset.model.upcycled_model import NAME

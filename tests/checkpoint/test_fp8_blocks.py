@@ -17,10 +17,10 @@ from hotset.checkpoint import fp8_blocks
 from hotset.checkpoint.fp8_blocks import dequantise
 from hotset.config import GIB, EngineConfig
 from hotset.errors import ModelError
-from hotset.experts.buffer import buffer_experts
-from hotset.experts.disk import ExpertSink, layout_of
-from hotset.experts.gating import experts_layers
-from hotset.experts.store import DiskExperts
+from hotset.experts.disk import DiskExperts, ExpertSink
+from hotset.experts.gating import use_dynamic_gating
+from hotset.experts.hosting import buffer_experts
+from hotset.experts.weights import experts_layers
 from hotset.linear.merged import MergedLinear
 from hotset.model import checkpoint
 from hotset.model.loader import load_model
@@ -260,7 +260,7 @@ def test_experts_in_blocks_go_to_disk_while_they_are_loaded(tmp_path: Path) -> N
     folder = tmp_path / "model"
     wide = save_in_blocks(make_model("qwen3_moe", **changes), folder)
     expected = expected_model(folder, wide)
-    layout = layout_of(experts_layers(expected)[0])
+    layout = experts_layers(expected)[0].layout
     config = EngineConfig(
         expert_slots=2,
         expert_host_gib=4 * layout.payload_bytes / GIB,
@@ -275,9 +275,10 @@ def test_experts_in_blocks_go_to_disk_while_they_are_loaded(tmp_path: Path) -> N
         experts=ExpertSink(config),
     )
 
-    layers = experts_layers(loaded.model)
-    assert len(layers) == 3
-    assert all(isinstance(layer.expert_host, DiskExperts) for layer in layers)
+    hosted = [experts.hosted for experts in experts_layers(loaded.model)]
+    assert len(hosted) == 3
+    assert all(each is not None and isinstance(each.source, DiskExperts) for each in hosted)
+    use_dynamic_gating(loaded.model)
     buffer, _ = buffer_experts(loaded.model, config)
     assert buffer is not None
     torch.testing.assert_close(logits(loaded.model), logits(expected))

@@ -20,8 +20,8 @@ from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.executor.probe import inspect_model, weights_bytes
-from hotset.experts.buffer import experts_bytes, slot_bytes_of
-from hotset.experts.gating import experts_layers, up_name
+from hotset.experts.sizes import slot_bytes_of
+from hotset.experts.weights import Resident, experts_bytes, experts_layers
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
 
@@ -105,11 +105,11 @@ def test_a_queue_gets_more_kv_than_one_user_who_gets_more_experts() -> None:
 def test_a_budget_for_everything_leaves_all_experts_where_they_were() -> None:
     sizes = slots()
     model = loaded()
-    layer = experts_layers(model.model)[0]
+    experts = experts_layers(model.model)[0]
     options = {"hot_gib": (sizes(sizes.num_experts) + 2 * 2**20) / GIB, "max_num_seqs": 4}
     with engine(model=model, **options) as made:
         assert "nothing is buffered" in made.report and "8 of 8 experts a layer" in made.report
-        assert not hasattr(layer, "expert_host")
+        assert experts.hosted is None
         assert kv_bytes(made) >= 4 * 24 * made.budget.block_bytes
         assert run(made, PROMPTS) == reference(FAMILY, PROMPTS)
     # Another engine over the same model, whose experts are packed by now.
@@ -236,12 +236,12 @@ def test_a_small_enough_shortage_is_named_exactly() -> None:
 
 def test_a_model_is_inspected_without_its_experts() -> None:
     one, other = make_model(FAMILY), make_model(FAMILY)
-    for layer in experts_layers(other):
-        for name in (up_name(layer), "down_proj"):
-            weight = getattr(layer, name)
-            setattr(layer, name, torch.nn.Parameter(weight.to("meta"), requires_grad=False))
+    for experts in experts_layers(other):
+        for name in experts.names:
+            weight = getattr(experts.module, name).to("meta")
+            setattr(experts.module, name, torch.nn.Parameter(weight, requires_grad=False))
     assert inspect_model(one) == inspect_model(other)
-    assert all(layer.expert_buffer is None for layer in experts_layers(other))
+    assert all(isinstance(experts.state, Resident) for experts in experts_layers(other))
 
 
 def test_a_dense_checkpoint_is_loaded_as_ever_with_a_budget(tmp_path: Path) -> None:

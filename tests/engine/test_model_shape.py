@@ -17,7 +17,7 @@ from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.model_shape import kv_note, shape_of
 from hotset.executor.probe import inspect_model
-from hotset.experts.buffer import slot_bytes_of
+from hotset.experts.sizes import slot_bytes_of
 from hotset.model.loaded import LoadedModel
 
 MakeEngine = Callable[..., Engine]

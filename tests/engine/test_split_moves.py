@@ -12,7 +12,7 @@ from hotset.config import GIB
 from hotset.cost.split_policy import SplitPolicy
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
-from hotset.experts import buffer as expert_buffer
+from hotset.experts import hosting
 from hotset.request import FinishReason, SamplingParams
 
 OPTIONS: list[dict[str, Any]] = [
@@ -93,7 +93,7 @@ def test_answers_are_those_of_resident_experts_while_the_boundary_moves(
 ) -> None:
     monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # so that many are preempted
     monkeypatch.setattr(SplitPolicy, "choose", lambda *args: None)
-    monkeypatch.setattr(expert_buffer, "_can_pack", lambda: not shares_memory)
+    monkeypatch.setattr(hosting, "can_pack", lambda: not shares_memory)
     sizes = slots(plan=options["expert_plan"])
     hot_gib = (sizes(1) + 6 * slots(plan="cache")(1)) / GIB  # seven slots, no KV
     with engine(
@@ -104,7 +104,8 @@ def test_answers_are_those_of_resident_experts_while_the_boundary_moves(
         assert len(seen) > 3 and made.metrics.preemptions > 0
     assert answers == reference(FAMILY, prompts)
     # The model holds none of the engine's memory any more.
-    assert all(module.expert_buffer is None for module in made.experts._modules)
+    hosted = [experts.hosted for experts in made.experts.experts]
+    assert all(each is not None and each.buffer is None for each in hosted)
 
 
 def test_nobody_is_preempted_for_slots_which_wait_for_blocks(

@@ -16,27 +16,17 @@ from torch import nn
 from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
-from hotset.experts import buffer as expert_buffer
+from hotset.experts import compute, hosting
 from hotset.experts import layer as expert_layer
-from hotset.experts import resident as resident_experts
-from hotset.experts.buffer import (
-    ExpertBuffer,
-    _move_to_host,
-    _narrow_layout,
-    buffer_experts,
-)
-from hotset.experts.disk import layout_of
-from hotset.experts.gating import (
-    IMPLEMENTATION,
-    dynamic_experts,
-    experts_layers,
-    pack_experts,
-    up_name,
-)
-from hotset.experts.host import ExpertLayout, HostExperts
+from hotset.experts.buffer import ExpertBuffer
+from hotset.experts.gating import dynamic_experts, pack_experts, use_dynamic_gating
+from hotset.experts.host import ColdSource, ExpertLayout, HostExperts
+from hotset.experts.hosting import buffer_experts, make_buffer, move_to_host
 from hotset.experts.narrow import NarrowDType, NarrowLayout, relative_rms
 from hotset.experts.prefetch import Router, find_routers
 from hotset.experts.residency import SlotTable
+from hotset.experts.sizes import narrow_layout
+from hotset.experts.weights import IMPLEMENTATION, experts_layers, experts_of
 from hotset.memory.region import SharedRegion
 from hotset.model.dummy import load_dummy
 from hotset.model.loader import load_model
@@ -79,17 +69,25 @@ def buffered(
     """A copy of the layers, their experts in host memory."""
     layers = copy.deepcopy(layers)
     config = EngineConfig(**options)
-    for layer in layers:
-        narrow = _narrow_layout(layer, config)
-        layer.expert_host = _move_to_host(layer, narrow, torch.device("cpu"))
-    return layers, ExpertBuffer(layers, config, torch.device("cpu"), routers, region)
+    device = torch.device("cpu")
+    experts = [experts_of(layer) for layer in layers]
+    for each in experts:
+        move_to_host(each, narrow_layout(each, config), device)
+    return layers, make_buffer(experts, config, device, routers, region)
+
+
+def source_of(layer: nn.Module) -> ColdSource:
+    """Where the experts of a layer are that are not resident."""
+    hosted = experts_of(layer).hosted
+    assert hosted is not None
+    return hosted.source
 
 
 def rounded(layers: list[nn.Module], cold: NarrowDType) -> list[nn.Module]:
     """A copy of the layers with the values that their experts have after rounding."""
     layers = copy.deepcopy(layers)
     for layer in layers:
-        up = getattr(layer, up_name(layer))
+        up = getattr(layer, experts_of(layer).up_name)
         narrow = NarrowLayout(tuple(up.shape[1:]), tuple(layer.down_proj.shape[1:]), cold)
         for weight, values in zip(
             (up, layer.down_proj),
@@ -121,7 +119,7 @@ def test_buffered_experts_compute_exactly_what_resident_ones_do(
     layers = make_layers(3, **kind)
     if grouped:
         monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: True)
-        monkeypatch.setattr(expert_buffer, "_can_pack", lambda: False)
+        monkeypatch.setattr(hosting, "can_pack", lambda: False)
         expected_layers, _ = buffered(layers, expert_slots=NUM_EXPERTS, expert_plan="cache")
     else:
         expected_layers = copy.deepcopy(layers)
@@ -137,7 +135,7 @@ def test_buffered_experts_compute_exactly_what_resident_ones_do(
                 torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             else:
                 assert torch.equal(got, expected)
-            layer.expert_buffer.table.check()
+            experts_of(layer).buffer.table.check()
     assert buffer.counts().moved_bytes > 0
 
 
@@ -159,9 +157,8 @@ def test_fused_kernels_find_experts_in_slots_and_staging_and_give_the_same_bits(
     options: dict[str, Any], num_slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What a GPU computes, in Triton's interpreter.
-    for module in (expert_layer, resident_experts):
-        monkeypatch.setattr(module, "has_fused_kernel", lambda weight: True)
-    monkeypatch.setattr(expert_buffer, "_can_pack", lambda: False)
+    monkeypatch.setattr(compute, "has_fused_kernel", lambda weight: True)
+    monkeypatch.setattr(hosting, "can_pack", lambda: False)
     plain = make_layers(3, transposed=False, bias=False, gate=True)
     cold = options.get("expert_cold_dtype")
     expected_layers = rounded(plain, cold) if cold else plain
@@ -176,7 +173,7 @@ def test_fused_kernels_find_experts_in_slots_and_staging_and_give_the_same_bits(
             ids[-1, 0] = NUM_EXPERTS  # nobody's
             expected = dynamic_experts(expected_layer, x, ids, weights)
             assert torch.equal(dynamic_experts(layer, x, ids, weights), expected)
-            layer.expert_buffer.table.check()
+            experts_of(layer).buffer.table.check()
     assert buffer.counts().moved_bytes > 0
 
 
@@ -195,10 +192,9 @@ def test_fused_kernels_find_experts_in_slots_and_staging_and_give_the_same_bits(
 def test_what_is_in_memory_that_slots_have_given_up_does_not_matter(
     options: dict[str, Any], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expert_buffer, "_can_pack", lambda: False)
+    monkeypatch.setattr(hosting, "can_pack", lambda: False)
     monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: way == "grouped")
-    for module in (expert_layer, resident_experts):
-        monkeypatch.setattr(module, "has_fused_kernel", lambda weight: way == "fused")
+    monkeypatch.setattr(compute, "has_fused_kernel", lambda weight: way == "fused")
     plain = make_layers(3, transposed=False, bias=False, gate=True)
     cold = options.get("expert_cold_dtype")
     expected_layers = rounded(plain, cold) if cold else plain
@@ -206,7 +202,7 @@ def test_what_is_in_memory_that_slots_have_given_up_does_not_matter(
     def guess(hidden: torch.Tensor) -> torch.Tensor:
         return hidden[:, :NUM_EXPERTS].topk(2).indices
 
-    unit_bytes = 3 * layout_of(plain[0]).payload_bytes
+    unit_bytes = 3 * experts_of(plain[0]).layout.payload_bytes
     region = SharedRegion(unit_bytes, 4096, 5 * unit_bytes // 4096, fewest_slots=2, most_slots=5)
     others, buffer = buffered(plain, [guess] * 3, region, expert_slots=3, **options)
     for num_tokens, num_slots in ((1, 3), (9, 5), (2, 4), (1, 2), (9, 2), (3, 4), (4, 5), (9, 3)):
@@ -222,7 +218,7 @@ def test_what_is_in_memory_that_slots_have_given_up_does_not_matter(
             expected = dynamic_experts(expected_layer, x, ids, weights)
             got = dynamic_experts(layer, x, ids, weights)
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-            layer.expert_buffer.table.check()
+            experts_of(layer).buffer.table.check()
     assert buffer.counts().moved_bytes > 0
 
 
@@ -241,7 +237,7 @@ def test_narrow_experts_have_the_same_values_wherever_they_are(
     layers = make_layers(3, **kind)
     expected_layers = rounded(layers, cold)
     monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: grouped)
-    monkeypatch.setattr(expert_buffer, "_can_pack", lambda: not grouped)
+    monkeypatch.setattr(hosting, "can_pack", lambda: not grouped)
     if not grouped:
         for layer in expected_layers:
             pack_experts(layer)
@@ -255,7 +251,7 @@ def test_narrow_experts_have_the_same_values_wherever_they_are(
                 torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             else:
                 assert torch.equal(got, expected)
-    narrow_bytes = others[0].expert_host.payload_bytes
+    narrow_bytes = source_of(others[0]).payload_bytes
     assert buffer.counts().moved_bytes % narrow_bytes == 0 < buffer.counts().moved_bytes
     assert buffer.rounding_error > 0
 
@@ -298,7 +294,7 @@ def test_experts_of_other_ranks_add_nothing_and_take_no_slot(
     options: dict[str, Any], grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: grouped)
-    monkeypatch.setattr(expert_buffer, "_can_pack", lambda: not grouped)
+    monkeypatch.setattr(hosting, "can_pack", lambda: not grouped)
     layers = make_layers(1, transposed=False, bias=True, gate=True)
     layers[0]._is_expert_parallel = True
     (layer,), buffer = buffered(layers, expert_slots=2, **options)
@@ -421,7 +417,7 @@ def test_an_oracle_leaves_misses_to_the_first_layer_and_a_wrong_guess_changes_no
     grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: grouped)
-    monkeypatch.setattr(expert_buffer, "_can_pack", lambda: not grouped)
+    monkeypatch.setattr(hosting, "can_pack", lambda: not grouped)
     layers = make_layers(3, transposed=False, bias=True, gate=True)
     x, _, weights = routed(1)
     steps = [[torch.tensor([[a, b]]) for a, b in step] for step in ORACLE_STEPS]
@@ -445,7 +441,7 @@ def test_an_oracle_leaves_misses_to_the_first_layer_and_a_wrong_guess_changes_no
                 expected = dynamic_experts(plain, x, step[number], weights)
                 got = dynamic_experts(layer, x, step[number], weights)
                 torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
-                layer.expert_buffer.table.check()
+                experts_of(layer).buffer.table.check()
         counts = buffer.counts()
         assert counts.predicted == 2 * 2 * len(steps)  # two experts, for two of the layers
         misses = [layer.table._counts[1].item() for layer in buffer.layers]
@@ -457,7 +453,7 @@ def test_an_oracle_leaves_misses_to_the_first_layer_and_a_wrong_guess_changes_no
         else:
             assert counts.predicted_right < counts.predicted
             assert sum(misses[1:]) > 0
-        moved = counts.moved_bytes // others[0].expert_host.payload_bytes
+        moved = counts.moved_bytes // source_of(others[0]).payload_bytes
         assert moved == counts.misses + counts.copied_ahead
 
 
@@ -542,13 +538,13 @@ def test_absent_experts_are_those_without_a_slot_and_all_have_a_place(num_slots:
 @torch.inference_mode()
 def test_a_streamed_step_leaves_the_slots_as_they_are() -> None:
     (layer,), _ = buffered(make_layers(1, transposed=False, bias=False, gate=True), expert_slots=3)
-    table = layer.expert_buffer.table
+    table = experts_of(layer).buffer.table
     for num_tokens, streams in ((1, False), (40, True)):
         before = table.slots().clone()
         x, ids, weights = routed(num_tokens)
         ids[0] = torch.tensor([4, 5])  # which have no slot at first
         dynamic_experts(layer, x, ids, weights)
-        assert layer.expert_buffer.streams(num_tokens, 2) == streams
+        assert experts_of(layer).buffer.streams(num_tokens, 2) == streams
         assert torch.equal(before, table.slots()) == streams
 
 
@@ -574,10 +570,12 @@ def test_a_budget_in_gib_is_kept_and_weights_are_not_counted_twice(
 
 def test_a_second_engine_shares_the_host_copy() -> None:
     model = make_model("qwen3_moe")
+    use_dynamic_gating(model)
     first, _ = buffer_experts(model, EngineConfig(expert_slots=2))
     second, _ = buffer_experts(model, EngineConfig(expert_slots=5, expert_plan="cache"))
     assert first is not None and second is not None
-    assert [a is b for a, b in zip(first._hosts, second._hosts, strict=True)] == [True] * 3
+    pairs = zip(first.layers, second.layers, strict=True)
+    assert [one.source is other.source for one, other in pairs] == [True] * 3
     with pytest.raises(ConfigError, match="in host memory already"):
         buffer_experts(model, EngineConfig())
     with pytest.raises(ConfigError, match="in host memory as auto already"):
@@ -627,6 +625,7 @@ def test_routers_that_are_not_found_are_an_error_in_one_line() -> None:
     with pytest.raises(ConfigError, match="needs the routers of Qwen3MoeForCausalLM"):
         find_routers(model, experts_layers(model))
     del block.gate
+    use_dynamic_gating(model)
     with pytest.raises(ConfigError, match="needs the routers of Qwen3MoeForCausalLM"):
         buffer_experts(model, EngineConfig(expert_slots=2, expert_prefetch=1))
     assert model.model.layers[1].mlp.experts.down_proj is not None  # unchanged

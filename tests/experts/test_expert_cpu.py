@@ -14,12 +14,13 @@ from hotset.config import EngineConfig
 from hotset.cost.cold_experts import MOST_TOKENS, ColdCost
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
-from hotset.experts import buffer as expert_buffer
+from hotset.experts import hosting
 from hotset.experts import layer as expert_layer
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.cpu import ColdExperts, device_seconds
 from hotset.experts.gating import dynamic_experts
 from hotset.experts.narrow import NarrowDType
+from hotset.experts.weights import experts_of
 
 MakeEngine = Callable[..., Engine]
 FAST_CPU = ColdCost(1.0, ((1, 1e-6),), 0.0)  # nothing is copied
@@ -72,7 +73,7 @@ def test_both_together_compute_what_resident_experts_do(
     expected_layers = copy.deepcopy(layers)
     if grouped:  # what a GPU computes; PyTorch's grouped_mm runs on the CPU too
         monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: True)
-        monkeypatch.setattr(expert_buffer, "_can_pack", lambda: False)
+        monkeypatch.setattr(hosting, "can_pack", lambda: False)
     others, buffer = buffered(layers, expert_slots=2, expert_plan=plan)
     cold = attach(buffer, cost)
     for num_tokens in (1, 9, 2, MOST_TOKENS, 1, MOST_TOKENS + 1, 3):
@@ -82,7 +83,7 @@ def test_both_together_compute_what_resident_experts_do(
             expected = dynamic_experts(expected_layer, x, ids, weights)
             got = dynamic_experts(layer, x, ids, weights)
             torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-            layer.expert_buffer.table.check()
+            experts_of(layer).buffer.table.check()
         if num_tokens > MOST_TOKENS:
             assert cold.num_computed == before
         elif num_tokens >= 9:
@@ -136,18 +137,18 @@ def test_experts_of_other_ranks_are_nobodys_work(attach: Callable[..., ColdExper
 @torch.inference_mode()
 def test_its_part_is_added_to_what_fused_kernels_summed(attach: Callable[..., ColdExperts]) -> None:
     layers = make_layers(1, transposed=False, bias=True, gate=True)
-    (layer,), buffer = buffered(layers, expert_slots=2, expert_plan="cache")
+    _layers, buffer = buffered(layers, expert_slots=2, expert_plan="cache")
     attach(buffer, FAST_CPU)
     cold = buffer.layers[0].cold
     assert cold is not None
     x, ids, weights = routed(9)
-    left, work = cold.begin(layer, x, ids.reshape(-1))
+    left, work = cold.begin(x, ids.reshape(-1))
     assert work is not None
     # The ids that are left to the device, without the CPU: nobody's add nothing.
-    layers[0]._is_expert_parallel = True
-    summed = dynamic_experts(layers[0], x, left.view(9, 2), weights)
+    masking = copy.deepcopy(layers[0])
+    experts_of(masking).masks_others = True
+    summed = dynamic_experts(masking, x, left.view(9, 2), weights)
     summed += cold.weighted(work, weights)
-    layers[0]._is_expert_parallel = False
     expected = dynamic_experts(layers[0], x, ids, weights)
     torch.testing.assert_close(summed, expected, atol=1e-4, rtol=1e-4)
 
@@ -174,7 +175,7 @@ def test_a_failure_in_a_thread_is_raised_and_the_next_step_is_right(
         dynamic_experts(layer, x, ids, weights)
     got = dynamic_experts(layer, x, ids, weights)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-    layer.expert_buffer.table.check()
+    experts_of(layer).buffer.table.check()
 
 
 @torch.inference_mode()
@@ -185,7 +186,8 @@ def test_what_is_measured_decides(attach: Callable[..., ColdExperts]) -> None:
     first = buffer.layers[0]
     assert first.cold is not None
     copied = []
-    cost = cold.measure(layer, layer.expert_host, first.cold.biases, copied.append, 1e-3)
+    cold_layer = first.cold
+    cost = cold.measure(experts_of(layer), cold_layer.host, cold_layer.biases, copied.append, 1e-3)
     assert copied == [NUM_EXPERTS] * 2
     assert [rows for rows, _ in cost.cpu_s] == [1, 4, 16] and min(s for _, s in cost.cpu_s) > 0
     assert cost.layer_s > 1e-3

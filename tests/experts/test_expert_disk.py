@@ -23,13 +23,14 @@ from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine, load_engine
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, HotsetError
-from hotset.experts import buffer as expert_buffer
+from hotset.experts import hosting
 from hotset.experts import layer as expert_layer
 from hotset.experts.buffer import ExpertBuffer
-from hotset.experts.disk import ExpertSink, layout_of
-from hotset.experts.gating import dynamic_experts, experts_layers, pack_experts
-from hotset.experts.host import ExpertLayout
-from hotset.experts.store import FILE, DiskExperts, ExpertStore
+from hotset.experts.disk import DiskExperts, ExpertSink
+from hotset.experts.gating import dynamic_experts, pack_experts, use_dynamic_gating
+from hotset.experts.hosting import buffer_experts, make_buffer
+from hotset.experts.store import FILE, ExpertStore
+from hotset.experts.weights import experts_layers, experts_of
 from hotset.model.dummy import load_dummy
 from hotset.model.loader import load_model
 from hotset.request import FinishReason, SamplingParams
@@ -43,10 +44,10 @@ def on_disk(
 ) -> tuple[list[Any], ExpertBuffer]:
     """A copy of the layers, their experts on disk."""
     layers = copy.deepcopy(layers)
-    layout: ExpertLayout = layout_of(layers[0])
+    experts = [experts_of(layer) for layer in layers]
     store = ExpertStore(
         folder,
-        layout,
+        experts[0].layout,
         num_layers=len(layers),
         num_experts=NUM_EXPERTS,
         num_slots=host_slots,
@@ -54,9 +55,9 @@ def on_disk(
     )
     sink = ExpertSink(EngineConfig())
     sink.store = store
-    for layer in layers:
-        sink.take(layer)
-    return layers, ExpertBuffer(layers, EngineConfig(**options), torch.device("cpu"))
+    for each in experts:
+        sink.take(each)
+    return layers, make_buffer(experts, EngineConfig(**options), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -75,7 +76,7 @@ def test_experts_on_disk_compute_exactly_what_resident_ones_do(
     layers = make_layers(3, **kind)
     if grouped:  # what a GPU computes; PyTorch's grouped_mm runs on the CPU too
         monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: True)
-        monkeypatch.setattr(expert_buffer, "_can_pack", lambda: False)
+        monkeypatch.setattr(hosting, "can_pack", lambda: False)
         expected_layers, _ = buffered(layers, expert_slots=num_slots, expert_plan="cache")
     else:
         expected_layers = copy.deepcopy(layers)
@@ -90,7 +91,7 @@ def test_experts_on_disk_compute_exactly_what_resident_ones_do(
             x, ids, weights = routed(num_tokens)
             expected = dynamic_experts(expected_layer, x, ids, weights)
             assert torch.equal(dynamic_experts(layer, x, ids, weights), expected)
-            layer.expert_buffer.table.check()
+            experts_of(layer).buffer.table.check()
             buffer.store.check()
     counts = buffer.counts()
     assert counts.disk is not None and counts.disk.reads > 0
@@ -105,7 +106,8 @@ def disk_options(num_payloads: float, folder: Path, payload: int = PAYLOAD) -> d
 def test_an_engine_answers_the_same_with_experts_on_disk(
     family: str, make_engine: MakeEngine, tmp_path: Path
 ) -> None:
-    payload = max(layout_of(layer).payload_bytes for layer in experts_layers(make_model(family)))
+    model = make_model(family)
+    payload = max(each.layout.payload_bytes for each in experts_layers(model))
     options = disk_options(4.5, tmp_path, payload)
     engine = make_engine(family, max_num_batched_tokens=16, expert_slots=2, **options)
     assert run(engine, PROMPTS) == reference(family, PROMPTS)
@@ -178,19 +180,20 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 def test_a_checkpoint_goes_to_disk_while_it_is_loaded(family: str, tmp_path: Path) -> None:
     save(make_model(family), tmp_path / "model")
     reference_model = make_model(family)
-    layer = experts_layers(reference_model)[0]
+    layout = experts_layers(reference_model)[0].layout
     config = EngineConfig(
         model=str(tmp_path / "model"),
         device="cpu",
         hot_gib=0.001,
         max_model_len=64,
         expert_slots=1,
-        **disk_options(3, tmp_path / "disk", layout_of(layer).payload_bytes),
+        **disk_options(3, tmp_path / "disk", layout.payload_bytes),
     )
     before = dict(os.environ)
     engine, loaded = load_engine(config)
     assert dict(os.environ) == before
-    assert all(isinstance(one.expert_host, DiskExperts) for one in experts_layers(loaded.model))
+    hosted = [experts.hosted for experts in experts_layers(loaded.model)]
+    assert all(each is not None and isinstance(each.source, DiskExperts) for each in hosted)
     assert run(engine, PROMPTS) == reference(family, PROMPTS)
     assert (tmp_path / "disk" / FILE).exists()
     engine.close()
@@ -206,21 +209,22 @@ def test_random_weights_are_the_same_on_disk_and_go_with_the_model(tmp_path: Pat
     config = EngineConfig(expert_slots=2, **disk_options(4, tmp_path / "disk"))
     sink = ExpertSink(config)
     model = load_dummy(str(tmp_path), **options, experts_on_host=True, experts=sink).model
-    buffer, _ = expert_buffer.buffer_experts(model, config)
+    use_dynamic_gating(model)
+    buffer, _ = buffer_experts(model, config)
     tokens = torch.tensor([[5, 9, 13, 200]])
     with torch.inference_mode():
         torch.testing.assert_close(model(tokens).logits, expected(tokens).logits)
     assert buffer is not None
     buffer.close()
     # Another engine over the same model, with other slots.
-    again, _ = expert_buffer.buffer_experts(
+    again, _ = buffer_experts(
         model, EngineConfig(expert_slots=5, **disk_options(4, tmp_path / "disk"))
     )
     with torch.inference_mode():
         torch.testing.assert_close(model(tokens).logits, expected(tokens).logits)
     for wrong in (EngineConfig(expert_slots=2), EngineConfig(expert_slots=2, expert_host_gib=1)):
         with pytest.raises(ConfigError, match="are on disk with"):
-            expert_buffer.buffer_experts(model, wrong)
+            buffer_experts(model, wrong)
     assert (tmp_path / "disk" / FILE).exists()
     del model, buffer, again, sink
     gc.collect()
@@ -385,4 +389,4 @@ def test_a_gguf_or_plain_load_without_a_bound_is_as_before(tmp_path: Path) -> No
         str(tmp_path), device="cpu", dtype="auto", experts_on_host=True, experts=sink
     )
     assert sink.store is None
-    assert all(layer.down_proj is not None for layer in experts_layers(loaded.model))
+    assert all(each.weights is not None for each in experts_layers(loaded.model))

@@ -11,9 +11,10 @@ from tiny_models import make_model
 from torch import distributed, multiprocessing
 
 from hotset.errors import ConfigError
-from hotset.experts.gating import experts_layers, pack_experts, use_dynamic_gating
+from hotset.experts.gating import pack_experts, use_dynamic_gating
 from hotset.experts.parallel import LocalIds, shard_experts
 from hotset.experts.placement import Placement, in_order, place, round_robin
+from hotset.experts.weights import experts_layers
 
 TOKENS = torch.randint(3, 256, (2, 11), generator=torch.Generator().manual_seed(0))
 UNEVEN = Placement(((0, 2, 3, 5, 7), (1, 2, 4, 6, 7)))  # 2 and 7 are on both
@@ -53,9 +54,9 @@ def test_the_tokens_of_an_expert_with_copies_are_dealt_out() -> None:
 def _logits(family: str, placements: list[Placement] | None, *, packed: bool) -> torch.Tensor:
     model = make_model(family)
     use_dynamic_gating(model)
-    before = sum(p.nbytes for layer in experts_layers(model) for p in layer.parameters())
+    before = sum(p.nbytes for each in experts_layers(model) for p in each.module.parameters())
     freed_bytes = shard_experts(model, placements)
-    after = sum(p.nbytes for layer in experts_layers(model) for p in layer.parameters())
+    after = sum(p.nbytes for each in experts_layers(model) for p in each.module.parameters())
     assert freed_bytes == before - after > 0
     if packed:
         pack_experts(model)

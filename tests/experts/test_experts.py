@@ -17,12 +17,12 @@ from hotset.engine.engine import Engine
 from hotset.executor.probe import weights_bytes
 from hotset.experts import gating as experts
 from hotset.experts.gating import (
-    IMPLEMENTATION,
     dynamic_experts,
     pack_experts,
     unpack_experts,
     use_dynamic_gating,
 )
+from hotset.experts.weights import IMPLEMENTATION
 
 MakeEngine = Callable[..., Engine]
 MOE_FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe"]

@@ -16,7 +16,11 @@ from hotset.config import GIB, EngineConfig
 from hotset.cost.cold_experts import MOST_TOKENS
 from hotset.engine.engine import Engine
 from hotset.experts.buffer import ExpertBuffer
-from hotset.experts.store import DiskExperts, ExpertStore
+from hotset.experts.disk import DiskExperts
+from hotset.experts.host import HostExperts
+from hotset.experts.hosting import make_buffer
+from hotset.experts.store import ExpertStore
+from hotset.experts.weights import Hosted, experts_of
 
 MakeEngine = Callable[..., Engine]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -25,19 +29,20 @@ PROMPTS = [[5, 9, 13, 200, 7], [31] * 20, [77, 3, 250]]
 
 def to_disk(layers: list[Any], folder: Path, *, host_slots: int, num_slots: int) -> ExpertBuffer:
     """Move layers from host memory to disk."""
-    hosts = [layer.expert_host for layer in layers]
+    experts = [experts_of(layer) for layer in layers]
     store = ExpertStore(
         folder,
-        hosts[0].layout,
+        experts[0].layout,
         num_layers=len(layers),
-        num_experts=len(hosts[0].payloads),
+        num_experts=experts[0].num_experts,
         num_slots=host_slots,
         read_deadline_s=60.0,
     )
-    for number, layer in enumerate(layers):
-        store.write_layer(number, *hosts[number].matrices())
-        layer.expert_host = DiskExperts(store, number)
-    return ExpertBuffer(layers, EngineConfig(expert_slots=num_slots), torch.device("cuda"))
+    for number, each in enumerate(experts):
+        assert each.hosted is not None and isinstance(each.hosted.source, HostExperts)
+        store.write_layer(number, *each.hosted.source.matrices())
+        each.state = Hosted(DiskExperts(store, number))
+    return make_buffer(experts, EngineConfig(expert_slots=num_slots), torch.device("cuda"))
 
 
 def make_copies_slow(buffer: ExpertBuffer) -> None:
@@ -90,7 +95,7 @@ def test_the_cpu_computes_cold_experts_within_rounding(mode: str, fused: bool) -
     if mode == "on":
         assert buffer.counts().computed > 0
     for layer in layers:
-        layer.expert_buffer.table.check()
+        experts_of(layer).buffer.table.check()
     buffer.close()
 
 

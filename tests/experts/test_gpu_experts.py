@@ -16,15 +16,14 @@ from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
 from hotset.executor.probe import inspect_model
 from hotset.executor.runner import ModelRunner
-from hotset.experts.buffer import (
-    ExpertBuffer,
-    _move_to_host,
-    _narrow_layout,
-    buffer_experts,
-)
-from hotset.experts.gating import IMPLEMENTATION, dynamic_experts
+from hotset.experts.buffer import ExpertBuffer
+from hotset.experts.compute import is_fused
+from hotset.experts.gating import dynamic_experts, use_dynamic_gating
+from hotset.experts.host import HostExperts
+from hotset.experts.hosting import buffer_experts, make_buffer, move_to_host
 from hotset.experts.narrow import NarrowDType, NarrowLayout
-from hotset.experts.resident import is_fused
+from hotset.experts.sizes import narrow_layout
+from hotset.experts.weights import IMPLEMENTATION, experts_of
 from hotset.memory.arena import DeviceArena
 
 MakeEngine = Callable[..., Engine]
@@ -69,14 +68,16 @@ def make_layers(*, fused: bool, **options: Any) -> tuple[list[Any], list[Any], E
     torch.manual_seed(0)
     kind = use_experts_implementation(type("Layer", (Layer,), {}), has_bias=not fused)
     resident = [kind(Config()).to("cuda", torch.bfloat16) for _ in range(NUM_LAYERS)]
-    assert is_fused(resident[0], 1) == fused
+    first = experts_of(resident[0])
+    assert is_fused(first, first.weights, 1) == fused
     layers = copy.deepcopy(resident)
-    config = EngineConfig(**options)
-    for layer, whole in zip(layers, resident, strict=True):
-        narrow = _narrow_layout(layer, config)
-        layer.expert_host = _move_to_host(layer, narrow, torch.device("cuda"))
+    config, device = EngineConfig(**options), torch.device("cuda")
+    experts = [experts_of(layer) for layer in layers]
+    for each, whole in zip(experts, resident, strict=True):
+        move_to_host(each, narrow_layout(each, config), device)
         # The values that come back from host memory are everybody's.
-        up, down = layer.expert_host.matrices()
+        assert each.hosted is not None and isinstance(each.hosted.source, HostExperts)
+        up, down = each.hosted.source.matrices()
         whole.gate_up_proj.copy_(up)
         whole.down_proj.copy_(down)
 
@@ -84,7 +85,7 @@ def make_layers(*, fused: bool, **options: Any) -> tuple[list[Any], list[Any], E
         return hidden[:, :NUM_EXPERTS].topk(TOP_K).indices
 
     routers = [guess] * NUM_LAYERS
-    return resident, layers, ExpertBuffer(layers, config, torch.device("cuda"), routers)
+    return resident, layers, make_buffer(experts, config, device, routers)
 
 
 @pytest.mark.parametrize("cold", ["fp8", "int4"])
@@ -131,7 +132,7 @@ def test_buffered_experts_have_the_bits_of_resident_ones(
         assert torch.equal(chain(layers, *step), chain(resident, *step))
     assert buffer.counts().moved_bytes > 0
     for layer in layers:
-        layer.expert_buffer.table.check()
+        experts_of(layer).buffer.table.check()
     buffer.close()
 
 
@@ -182,6 +183,7 @@ def test_recorded_steps_of_a_model_are_those_of_resident_experts(
 ) -> None:
     def logits(config: EngineConfig) -> list[torch.Tensor]:
         model = make_model("qwen3_moe", head_dim=128).to("cuda", torch.bfloat16)
+        use_dynamic_gating(model)
         buffer, _ = buffer_experts(model, config)
         layout = inspect_model(model)
         if buffer is not None:

@@ -9,15 +9,15 @@ from tiny_models import HAS_POST_EXPERT_NORM, make_model
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
-from hotset.experts import resident as resident_experts
-from hotset.experts.gating import dynamic_experts, experts_layers, pack_experts, use_dynamic_gating
-from hotset.experts.resident import (
+from hotset.experts import compute
+from hotset.experts.compute import (
     FUSED_MOST_ROWS_PER_EXPERT,
     address_table,
     has_fused_kernel,
-    has_silu_gate,
     is_fused,
 )
+from hotset.experts.gating import dynamic_experts, pack_experts, use_dynamic_gating
+from hotset.experts.weights import LayerExperts, experts_layers, experts_of
 
 NUM_EXPERTS = 4
 
@@ -39,13 +39,22 @@ def make_layer(*, gate: Any = None, layer: dict[str, Any] | None = None, **kind:
     return decorated(SimpleNamespace(_experts_implementation="eager"), **(layer or {}))
 
 
+def fused(experts: LayerExperts, num_rows: int = 1) -> bool:
+    return is_fused(experts, experts.weights, num_rows)
+
+
+@pytest.fixture
+def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "has_fused_kernel", lambda weight: True)
+
+
 def own_gate(layer: Any, rows: torch.Tensor) -> torch.Tensor:
     gate, up = rows.chunk(2, dim=-1)
     return layer.act_fn(gate) * (up + 1)
 
 
-def test_experts_with_the_default_gate_are_fused() -> None:
-    assert has_silu_gate(make_layer())
+def test_experts_with_the_default_gate_are_fused(any_device: None) -> None:
+    assert fused(experts_of(make_layer()))
 
 
 OTHER_KINDS: list[dict[str, Any]] = [
@@ -62,8 +71,8 @@ if HAS_POST_EXPERT_NORM:
 
 
 @pytest.mark.parametrize("kind", OTHER_KINDS, ids=" ".join)
-def test_experts_of_any_other_kind_are_not(kind: dict[str, Any]) -> None:
-    assert not has_silu_gate(make_layer(**kind))
+def test_experts_of_any_other_kind_are_not(kind: dict[str, Any], any_device: None) -> None:
+    assert not fused(experts_of(make_layer(**kind)))
 
 
 @pytest.mark.parametrize(
@@ -77,31 +86,28 @@ def test_experts_of_any_other_kind_are_not(kind: dict[str, Any]) -> None:
         ("gpt_oss", False),
     ],
 )
-def test_models_whose_experts_can_be_fused(family: str, expected: bool) -> None:
+def test_models_whose_experts_can_be_fused(family: str, expected: bool, any_device: None) -> None:
     model = make_model(family)
     layers = experts_layers(model)
     assert layers
-    assert all(has_silu_gate(layer) == expected for layer in layers)
+    assert all(fused(layer) == expected for layer in layers)
     use_dynamic_gating(model)
     pack_experts(model)  # their stacked weights are gone
-    assert not any(has_silu_gate(layer) for layer in layers)
+    assert not any(fused(layer) for layer in layers)
 
 
 def test_weights_on_the_cpu_are_not_read_by_kernels() -> None:
     layer = make_layer().to(torch.bfloat16)
     assert not has_fused_kernel(layer.gate_up_proj)
-    assert not is_fused(layer, 1)
+    assert not fused(experts_of(layer))
 
 
-def test_many_rows_an_expert_are_left_to_pytorch_where_it_has_a_product(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(resident_experts, "has_fused_kernel", lambda weight: True)
+def test_many_rows_an_expert_are_left_to_pytorch_where_it_has_a_product(any_device: None) -> None:
     most = NUM_EXPERTS * FUSED_MOST_ROWS_PER_EXPERT
     for dtype, large in ((torch.bfloat16, False), (torch.float16, True)):
         layer = make_layer().to(dtype)
-        assert is_fused(layer, most)
-        assert is_fused(layer, most + 1) == large
+        assert fused(experts_of(layer), most)
+        assert fused(experts_of(layer), most + 1) == large
 
 
 def test_the_table_says_where_each_expert_begins_and_follows_the_weights() -> None:

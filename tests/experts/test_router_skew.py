@@ -12,8 +12,8 @@ from hotset.bench.workload import PRESETS
 from hotset.cli import cli
 from hotset.cost.routing import skew_of, skewed_shares
 from hotset.errors import ConfigError
-from hotset.experts.gating import experts_layers
 from hotset.experts.router_skew import skew_routers
+from hotset.experts.weights import experts_layers
 from hotset.model.dummy import load_dummy
 
 

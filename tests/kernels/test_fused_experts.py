@@ -10,8 +10,9 @@ from torch.nn import functional
 from transformers.integrations.moe import use_experts_implementation
 
 from hotset.cost.tuning import TUNINGS, Tiles
-from hotset.experts import resident as resident_experts
-from hotset.experts.gating import IMPLEMENTATION, dynamic_experts
+from hotset.experts import compute
+from hotset.experts.gating import dynamic_experts
+from hotset.experts.weights import IMPLEMENTATION
 from hotset.kernels.expert_routing import route_rows
 from hotset.kernels.fused_experts import (
     fused_experts,
@@ -176,7 +177,7 @@ def make_layer(up: torch.Tensor, down: torch.Tensor, **kind: bool) -> Any:
 @pytest.fixture
 def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers on the CPU are fused too, in the interpreter."""
-    monkeypatch.setattr(resident_experts, "has_fused_kernel", lambda weight: True)
+    monkeypatch.setattr(compute, "has_fused_kernel", lambda weight: True)
 
 
 @torch.inference_mode()

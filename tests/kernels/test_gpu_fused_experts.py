@@ -9,9 +9,10 @@ from torch import nn
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from hotset.experts import resident as resident_experts
-from hotset.experts.gating import IMPLEMENTATION, dynamic_experts
-from hotset.experts.resident import is_fused
+from hotset.experts import compute
+from hotset.experts.compute import is_fused
+from hotset.experts.gating import dynamic_experts
+from hotset.experts.weights import IMPLEMENTATION, experts_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 NUM_EXPERTS, HIDDEN, MIDDLE, TOP_K = 128, 2048, 768, 8
@@ -34,6 +35,7 @@ def layer() -> Iterator[Any]:
     torch.manual_seed(0)
     for weight in made.parameters():
         weight.normal_(0, HIDDEN**-0.5)
+    experts_of(made)  # as an engine does before anything is compiled
     yield made
     del made
     torch.cuda.empty_cache()
@@ -49,13 +51,18 @@ def routed(num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, 
     return x, ids, (weights / weights.sum(-1, keepdim=True)).to(torch.bfloat16)
 
 
+def fused(layer: Any, num_rows: int) -> bool:
+    experts = experts_of(layer)
+    return is_fused(experts, experts.weights, num_rows)
+
+
 def unfused(layer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.Tensor]:
     """The same layer by PyTorch's grouped products."""
 
     def forward(*step: torch.Tensor) -> torch.Tensor:
         with monkeypatch.context() as patch:
-            patch.setattr(resident_experts, "FUSED_MOST_ROWS_PER_EXPERT", 0)
-            assert not is_fused(layer, step[1].numel())
+            patch.setattr(compute, "FUSED_MOST_ROWS_PER_EXPERT", 0)
+            assert not fused(layer, step[1].numel())
             return dynamic_experts(layer, *step)
 
     return forward
@@ -71,7 +78,7 @@ def test_fused_experts_compute_what_grouped_products_do(
     layer: Any, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = routed(num_tokens)
-    assert is_fused(layer, num_tokens * TOP_K)
+    assert fused(layer, num_tokens * TOP_K)
     got = dynamic_experts(layer, *step)
     assert difference(got, unfused(layer, monkeypatch)(*step)) < 1e-2  # it rounds four times more
 
@@ -121,12 +128,12 @@ def test_a_recorded_step_follows_the_router(layer: Any, num_tokens: int, compile
 def test_a_table_of_addresses_may_be_made_while_a_graph_is_recorded(layer: Any) -> None:
     step = routed(5)
     dynamic_experts(layer, *step)  # loads kernels
-    resident_experts._tables.clear()
+    compute._tables.clear()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = dynamic_experts(layer, *step)
-    assert not resident_experts._tables
+    assert not compute._tables
     graph.replay()
     assert torch.equal(out, dynamic_experts(layer, *step))
 

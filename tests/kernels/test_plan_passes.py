@@ -64,7 +64,7 @@ def test_a_step_leaves_what_begin_and_load_leave(
             num_passes=got.num_passes(num_ids),
             policy=policy,
         )
-        wanted = expected.plan(ids)
+        wanted = expected.arrange(ids)
         for one, other in zip(lists, wanted, strict=True):
             assert torch.equal(one.cpu(), other)
         # What nobody reads may hold anything.

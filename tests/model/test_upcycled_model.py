@@ -10,7 +10,7 @@ from tiny_models import make_model
 from tiny_tokenizer import VOCAB_SIZE, make_tokenizer
 
 from hotset.errors import ModelError
-from hotset.experts.gating import experts_layers
+from hotset.experts.weights import experts_layers
 from hotset.model import default_model, upcycled_model
 from hotset.model.loader import load_model
 from hotset.model.upcycled_model import upcycle

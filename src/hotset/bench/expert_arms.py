@@ -10,7 +10,8 @@ from hotset.config import EXPERT_OPTIONS, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.executor.probe import weights_bytes
-from hotset.experts.gating import experts_layers, unpack_experts
+from hotset.experts.gating import unpack_experts
+from hotset.experts.weights import experts_layers
 
 RESIDENT, EXPERTS = "resident", "experts"
 
@@ -59,8 +60,8 @@ def with_all_resident(config: EngineConfig, model: PreTrainedModel) -> EngineCon
     if not (config.buffers_experts or config.splits_memory) or not layers:
         return config
     if model.device.type == "cuda":
-        hosts = [getattr(layer, "expert_host", None) for layer in layers]
-        away_bytes = sum(host.payloads.nbytes for host in hosts if host is not None)
+        hosted = [experts.hosted for experts in layers]
+        away_bytes = sum(each.source.rows.num_bytes for each in hosted if each is not None)
         free_bytes, _ = torch.cuda.mem_get_info(model.device)
         if away_bytes > free_bytes:
             raise ConfigError(
@@ -85,5 +86,8 @@ def expert_sizes(engine: Engine, model: PreTrainedModel) -> dict[str, int]:
         return {}
     buffer = engine.experts
     if buffer is None:
-        return {"experts_device_bytes": sum(map(weights_bytes, layers)), "experts_host_bytes": 0}
+        return {
+            "experts_device_bytes": sum(weights_bytes(e.module) for e in layers),
+            "experts_host_bytes": 0,
+        }
     return {"experts_device_bytes": buffer.device_bytes, "experts_host_bytes": buffer.host_bytes}

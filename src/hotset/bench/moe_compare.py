@@ -34,7 +34,8 @@ from hotset.bench.moe_gating import (
 from hotset.bench.moe_sweep import Limits, Sweep, Way, sweep
 from hotset.config import GIB
 from hotset.errors import ConfigError
-from hotset.experts.gating import IMPLEMENTATION, dynamic_experts, pack_experts
+from hotset.experts.gating import dynamic_experts, pack_experts
+from hotset.experts.weights import ATTRIBUTE, IMPLEMENTATION
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -411,7 +412,7 @@ def _packed(layer: nn.Module) -> nn.Module:
     if first.device.type != "cpu" or first.dtype != torch.float32:
         return layer
     twin: nn.Module = object.__new__(type(layer))
-    twin.__dict__ = dict(layer.__dict__)
+    twin.__dict__ = {name: value for name, value in layer.__dict__.items() if name != ATTRIBUTE}
     twin._parameters = dict(layer._parameters)
     twin._modules = dict(layer._modules)
     pack_experts(twin)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
 from hotset.errors import ConfigError
-from hotset.experts.gating import IMPLEMENTATION
+from hotset.experts.weights import IMPLEMENTATION
 
 CAPACITY_FACTORS = (0.05, 0.25, 1.0)
 

@@ -37,8 +37,8 @@ from hotset.engine.engine import Engine
 from hotset.engine.model_shape import kv_note
 from hotset.errors import ConfigError, HotsetError, PlanError
 from hotset.executor.probe import inspect_model
-from hotset.experts.buffer import slot_bytes_of
 from hotset.experts.recorder import RoutingRecorder, write_routing
+from hotset.experts.sizes import slot_bytes_of
 from hotset.kernels.device import known_hardware
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import capacity_bytes_for

@@ -37,9 +37,11 @@ from hotset.executor.probe import ModelLayout, inspect_model, weights_bytes, wor
 from hotset.executor.prompt_logprobs import most_rows
 from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import Sampler
-from hotset.experts.buffer import ExpertBuffer, buffer_experts
+from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import ExpertSink
-from hotset.experts.gating import experts_layers, pack_experts
+from hotset.experts.gating import pack_experts
+from hotset.experts.hosting import buffer_experts
+from hotset.experts.weights import experts_layers
 from hotset.grammar.json_bounds import JsonBounds
 from hotset.kernels.device import likely_hardware
 from hotset.kv.cache import KVCache

@@ -13,7 +13,8 @@ from hotset.engine.budget import fewest_blocks
 from hotset.engine.model_shape import make_cost_model
 from hotset.errors import ConfigError
 from hotset.executor.probe import ModelLayout, weights_bytes
-from hotset.experts.buffer import check_buffering, experts_bytes, slot_bytes_of
+from hotset.experts.sizes import check_buffering, slot_bytes_of
+from hotset.experts.weights import experts_bytes
 from hotset.kernels.device import gpu_name, known_hardware, likely_hardware
 from hotset.memory.region import SharedRegion
 from hotset.model.loaded import LoadedModel

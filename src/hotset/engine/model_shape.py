@@ -19,7 +19,7 @@ from hotset.cost.shape import Attention, Kind, Layer, ModelShape, Params
 from hotset.cost.slot_bytes import SlotBytes
 from hotset.cost.step_time import CostModel
 from hotset.executor.probe import ModelLayout
-from hotset.experts.gating import experts_layers
+from hotset.experts.weights import experts_layers
 from hotset.linear.packed import PackedLinear
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8"}
@@ -73,7 +73,7 @@ def shape_of(
 ) -> ModelShape:
     """The sizes of a loaded Mixture of Experts; see `make_cost_model`."""
     config = model.config.get_text_config()
-    expert_modules = experts_layers(model)
+    expert_modules = [experts.module for experts in experts_layers(model)]
     with_experts = _layers_with_experts(model)
     attention: dict[int | None, Params] = defaultdict(Params)
     others: dict[int | None, Params] = defaultdict(Params)
@@ -120,7 +120,7 @@ def shape_of(
 
 def _layers_with_experts(model: PreTrainedModel) -> set[int]:
     """Indices of the layers that have experts."""
-    expert_ids = {id(layer) for layer in experts_layers(model)}
+    expert_ids = {id(experts.module) for experts in experts_layers(model)}
     found = {_layer_of(f"{path}.") for path, m in model.named_modules() if id(m) in expert_ids}
     return {index for index in found if index is not None}
 

@@ -19,6 +19,7 @@ from hotset.cost.tuning import TUNINGS
 from hotset.errors import HotsetError, ModelError
 from hotset.executor.prompt_logprobs import most_rows
 from hotset.experts.gating import noting_top_k, use_dynamic_gating, without_experts
+from hotset.experts.weights import experts_layers
 from hotset.libraries import first_line, quiet
 from hotset.linear.packed import PackedLinear
 from hotset.linear.reads import noting_reads
@@ -210,6 +211,7 @@ def _check_inputs(model: PreTrainedModel) -> None:
 def weights_bytes(model: PreTrainedModel) -> int:
     """What the weights take, packed ones too."""
     packed: int = sum(m.num_bytes for m in model.modules() if isinstance(m, PackedLinear))
+    packed += sum(experts.num_bytes() for experts in experts_layers(model) if experts.is_packed)
     return packed + sum(int(p.nbytes) for p in model.parameters())
 
 

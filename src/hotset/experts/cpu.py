@@ -16,9 +16,10 @@ from torch.nn import functional
 from hotset.cgroups import usable_cpus
 from hotset.cost.cold_experts import MOST_TOKENS, ColdCost
 from hotset.cost.tuning import TUNINGS
-from hotset.experts.gating import Experts, up_name
+from hotset.experts.compute import gate
 from hotset.experts.host import HostExperts
 from hotset.experts.residency import SlotTable
+from hotset.experts.weights import LayerExperts
 
 _MEASURED_ROWS = (1, 4, 16)
 _MEASURED_EXPERTS = 64
@@ -127,7 +128,7 @@ class ColdExperts:
 
     def submit(
         self,
-        layer: Experts,
+        experts: LayerExperts,
         host: HostExperts,
         hidden: torch.Tensor,
         places_of: Mapping[int, Sequence[int]],
@@ -136,7 +137,7 @@ class ColdExperts:
         """Start to compute some experts of a layer.
 
         Args:
-            layer: tells what is between the products.
+            experts: tell what is between the products.
             host: has the weights.
             hidden: `[T, H]` in host memory.
             places_of: by expert, the positions in `[T * K]` of the rows that it computes.
@@ -152,7 +153,7 @@ class ColdExperts:
             futures.append(
                 self._pool.submit(
                     _compute,
-                    layer,
+                    experts,
                     host,
                     expert,
                     hidden,
@@ -166,7 +167,7 @@ class ColdExperts:
 
     def measure(
         self,
-        layer: Experts,
+        experts: LayerExperts,
         host: HostExperts,
         biases: Mapping[str, torch.Tensor],
         copy: Callable[[int], None],
@@ -175,10 +176,10 @@ class ColdExperts:
         """Measure what a cold expert costs here and on the link, and keep it.
 
         Args:
-            layer: whose experts are computed, all once before one is again: their weights should
-                come from memory, not from a cache of the CPU.
-            host: of it.
-            biases: of it.
+            experts: that are computed, all once before one is again: their weights should come
+                from memory, not from a cache of the CPU.
+            host: has their weights.
+            biases: theirs.
             copy: copies so many experts to the device, and waits for that.
             sync_s: what it takes to wait for the device once and copy to it.
         """
@@ -192,7 +193,7 @@ class ColdExperts:
             def compute(places: list[int] = places) -> None:
                 # All write the same rows: only the time counts.
                 jobs = [
-                    self.submit(layer, host, self._hidden, {expert: places}, biases)
+                    self.submit(experts, host, self._hidden, {expert: places}, biases)
                     for expert in range(count)
                 ]
                 for job in jobs:
@@ -216,7 +217,7 @@ class ColdLayer:
         shared: computes.
         host: has the weights.
         table: says which experts have slots.
-        layer: its biases, if it has some, are copied to host memory.
+        experts: of the layer; their biases, if they have some, are copied to host memory.
         can_copy: whether cold experts may be copied to slots too.
     """
 
@@ -225,22 +226,23 @@ class ColdLayer:
         shared: ColdExperts,
         host: HostExperts,
         table: SlotTable,
-        layer: Experts,
+        experts: LayerExperts,
         *,
         can_copy: bool,
     ) -> None:
         self.shared, self.host = shared, host
-        self._table, self._can_copy = table, can_copy
-        names = (up_name(layer), "down_proj") if layer.has_bias else ()
-        self.biases = {name: getattr(layer, f"{name}_bias").detach().cpu() for name in names}
+        self._table, self._experts, self._can_copy = table, experts, can_copy
+        names = experts.names if experts.has_bias else ()
+        self.biases = {
+            name: getattr(experts.module, f"{name}_bias").detach().cpu() for name in names
+        }
 
     def begin(
-        self, layer: Experts, hidden: torch.Tensor, ids: torch.Tensor
+        self, hidden: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, ColdWork | None]:
         """Start to compute on the CPU what costs less there; waits for the device.
 
         Args:
-            layer: of experts.
             hidden: `[T, H]` on the device.
             ids: `[T * K]` expert ids.
 
@@ -262,7 +264,7 @@ class ColdLayer:
         computed = {expert: places_of[expert] for expert in cold[copied:]}
         if not computed:
             return ids, None
-        work = shared.submit(layer, self.host, at, computed, self.biases)
+        work = shared.submit(self._experts, self.host, at, computed, self.biases)
         left = [num_experts if expert in computed else expert for expert in wanted]
         return torch.tensor(left, dtype=ids.dtype).to(ids.device, non_blocking=True), work
 
@@ -303,7 +305,7 @@ def _seconds(run: Callable[[], None]) -> float:
 
 @torch.inference_mode()
 def _compute(
-    layer: Experts,
+    experts: LayerExperts,
     host: HostExperts,
     expert: int,
     hidden: torch.Tensor,
@@ -314,12 +316,10 @@ def _compute(
     """In a thread: one expert's rows, in the order of `tokens`, into `out`."""
 
     def product(name: str, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        weight = weight.t() if layer.is_transposed else weight
+        weight = weight.t() if experts.is_transposed else weight
         bias = biases[name][expert] if name in biases else None
         return functional.linear(rows, weight, bias)
 
-    name = up_name(layer)
     (up,), (down,) = host.matrices(slice(expert, expert + 1))
-    rows = product(name, hidden[tokens], up)
-    rows = layer._apply_gate(rows) if layer.has_gate else layer.act_fn(rows)
-    out.copy_(product("down_proj", rows, down))
+    rows = product(experts.up_name, hidden[tokens], up)
+    out.copy_(product("down_proj", gate(experts.module, experts, rows), down))

@@ -4,7 +4,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,12 +15,50 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from hotset.config import GIB, EngineConfig
 from hotset.errors import ConfigError
-from hotset.experts.gating import Experts, experts_layers, is_experts, is_plain, up_name
-from hotset.experts.host import ExpertLayout
+from hotset.experts.host import ColdSource, ExpertLayout, StoredExperts
 from hotset.experts.narrow import NarrowLayout
-from hotset.experts.store import FEWEST_SLOTS, DiskExperts, ExpertStore
+from hotset.experts.slots import Slots
+from hotset.experts.store import FEWEST_SLOTS, ExpertStore
+from hotset.experts.weights import LayerExperts, experts_layers, experts_of, is_experts
 
 _NO_ASYNC_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers
+
+
+class DiskExperts:
+    """The experts of one layer in a store, which knows it by its number."""
+
+    def __init__(self, store: ExpertStore, layer: int) -> None:
+        self.store, self.layout, self.rows = store, store.layout, store.rows
+        self.payload_bytes = store.layout.payload_bytes
+        self.narrow: NarrowLayout | None = None  # they are stored as they are computed with
+        self.layer = layer
+
+    def expect(
+        self,
+        experts: Callable[[], list[int]],
+        ahead: Callable[[], list[tuple[ColdSource, int]]],
+    ) -> None:
+        """Start to read experts, in this order, as far as host memory has room."""
+        keys: list[tuple[int, int]] = []
+        for source, expert in ahead():
+            assert isinstance(source, DiskExperts)
+            keys.append((source.layer, expert))
+        self.store.expect(self.layer, experts(), keys)
+
+    def fetch(self, slots: Slots, experts: torch.Tensor, places: torch.Tensor) -> None:
+        """Copy experts to slots, as they come to host memory; the host reads both lists."""
+
+        def submitted() -> torch.cuda.Event | None:
+            if slots.device.type != "cuda":
+                return None
+            event = torch.cuda.Event()
+            event.record()
+            return event
+
+        for expert, slot in zip(experts.tolist(), places.tolist(), strict=True):
+            if expert >= 0:
+                with self.store.take(self.layer, expert, until=submitted) as payload:
+                    slots.put(StoredExperts(self.layout, None, payload.unsqueeze(0)), slot)
 
 
 class ExpertSink:
@@ -43,6 +81,7 @@ class ExpertSink:
         self._config = config
         self.store: ExpertStore | None = None
         self._num_taken = 0
+        self._caught: dict[int, DiskExperts] = {}  # by module, until the model is loaded
 
     def begin(self, model: nn.Module) -> None:
         """Open the store for `model`, which need not have memory.
@@ -52,17 +91,17 @@ class ExpertSink:
             TierError: the folder cannot be used.
         """
         layers = experts_layers(model)
-        if self._config.expert_host_gib is None or not all(is_plain(layer) for layer in layers):
+        if self._config.expert_host_gib is None or not all(each.is_plain for each in layers):
             return
-        kinds = {(layer.num_experts, layout_of(layer)) for layer in layers}
+        kinds = {(each.num_experts, each.layout) for each in layers}
         if len(kinds) == 1:
             num_experts, layout = kinds.pop()
             self.store = _open_store(self._config, layout, len(layers), num_experts)
 
-    def take(self, layer: Experts) -> None:
+    def take(self, experts: LayerExperts) -> None:
         """Move the weights of one layer to the store. Raises TierError."""
-        self._write(layer, getattr(layer, up_name(layer)), layer.down_proj)
-        _drop_weights(layer)
+        assert experts.weights is not None
+        experts.host(self._write(*experts.weights))
 
     @contextmanager
     def catch_loaded(self) -> Iterator[None]:
@@ -75,7 +114,7 @@ class ExpertSink:
             yield
             return
         thread = threading.get_ident()
-        # By layer, until it is complete: a checkpoint has its weights one after another.
+        # By module, until it is complete: a checkpoint has its weights one after another.
         parts: dict[int, dict[str, torch.Tensor]] = {}
 
         def catch(module: nn.Module, name: str, weight: nn.Parameter) -> nn.Parameter | None:
@@ -83,14 +122,15 @@ class ExpertSink:
                 threading.get_ident() != thread
                 or weight.device.type == "meta"
                 or not is_experts(module)
-                or name not in (up_name(module), "down_proj")
+                or name not in experts_of(module).names
             ):
                 return None
             found = parts.setdefault(id(module), {})
             found[name] = weight.data
             if len(found) == 2:
-                self._write(module, found[up_name(module)], found["down_proj"])
-                del parts[id(module)]
+                up, down = (found[name] for name in experts_of(module).names)
+                self._caught[id(module)] = self._write(up, down)
+                del parts[id(module)], up, down, found
             empty = nn.Parameter(weight.data.to("meta"), requires_grad=False)
             empty._is_hf_initialized = True  # type: ignore[attr-defined]
             return empty
@@ -113,8 +153,9 @@ class ExpertSink:
         if self.store is None:
             return
         assert self._num_taken == self.store.num_layers
-        for layer in experts_layers(model):
-            _drop_weights(layer)
+        for experts in experts_layers(model):
+            if experts.hosted is None:
+                experts.host(self._caught.pop(id(experts.module)))
         weakref.finalize(model, self.store.close)
 
     def close(self) -> None:
@@ -122,21 +163,12 @@ class ExpertSink:
         if self.store is not None:
             self.store.close()
 
-    def _write(self, layer: Experts, up: torch.Tensor, down: torch.Tensor) -> None:
+    def _write(self, up: torch.Tensor, down: torch.Tensor) -> DiskExperts:
         assert self.store is not None
         self.store.write_layer(self._num_taken, up, down)
-        layer.expert_host = DiskExperts(self.store, self._num_taken)
         self._num_taken += 1
         _trim_heap()
-
-
-def layout_of(layer: Experts) -> ExpertLayout:
-    """The layout of the experts of a layer, wherever they are."""
-    if hasattr(layer, "expert_host"):
-        layout: ExpertLayout = layer.expert_host.layout
-        return layout
-    up, down = getattr(layer, up_name(layer)), layer.down_proj
-    return ExpertLayout(tuple(up.shape[1:]), tuple(down.shape[1:]), up.dtype)
+        return DiskExperts(self.store, self._num_taken - 1)
 
 
 def default_folder() -> Path:
@@ -196,8 +228,3 @@ def _trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _drop_weights(layer: Experts) -> None:
-    for name in (up_name(layer), "down_proj"):
-        setattr(layer, name, None)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -11,6 +12,9 @@ from hotset.experts.narrow import NarrowLayout, RoundingError, quantise_into
 from hotset.memory.arena import HostArena
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.pin import pin, unpin_with
+
+if TYPE_CHECKING:
+    from hotset.experts.slots import Slots
 
 _COMMIT_THREADS = 8
 _MOVED_TOGETHER = 16
@@ -121,6 +125,36 @@ class HostRows:
             self._unpin = None
 
 
+class ColdSource(Protocol):
+    """Where all experts of a layer are, those without a slot too: host memory, or disk below it.
+
+    Attributes:
+        layout: of an expert as it is computed with.
+        narrow: None where they are stored like that.
+        payload_bytes: of one as it is stored.
+        rows: the host memory, of this layer or of all.
+    """
+
+    layout: ExpertLayout
+    narrow: NarrowLayout | None
+    rows: HostRows
+
+    @property
+    def payload_bytes(self) -> int: ...  # noqa: D102
+
+    def expect(
+        self,
+        experts: Callable[[], list[int]],
+        ahead: Callable[[], list[tuple["ColdSource", int]]],
+    ) -> None:
+        """Take note of what is fetched next, in this order: experts, then some of later layers."""
+        ...
+
+    def fetch(self, slots: "Slots", experts: torch.Tensor, places: torch.Tensor) -> None:
+        """Copy `experts`, `[N]` on the device and -1 for none, to the slots `places`, `[N]`."""
+        ...
+
+
 class HostExperts(StoredExperts):
     """The only copy in host memory of the experts of one layer.
 
@@ -168,3 +202,14 @@ class HostExperts(StoredExperts):
                 view.copy_(weight[part])
             if payloads is not target:
                 target.copy_(payloads)
+
+    def expect(
+        self,
+        experts: Callable[[], list[int]],
+        ahead: Callable[[], list[tuple["ColdSource", int]]],
+    ) -> None:
+        """Nothing: all are there, and the device is not asked."""
+
+    def fetch(self, slots: "Slots", experts: torch.Tensor, places: torch.Tensor) -> None:
+        """Copy experts to slots; on a GPU the device reads both lists."""
+        slots.fetch(self, experts, places)

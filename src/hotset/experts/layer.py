@@ -1,85 +1,82 @@
 """The experts of one layer, some in slots on the device: finding, fetching and computing them."""
 
-from typing import Any
+import itertools
+from collections.abc import Callable
 
 import torch
-from torch.nn import functional
 
 from hotset.cost.experts import LayerSlots, streams_from
 from hotset.cost.rates import Rates
 from hotset.cost.routing import reach
+from hotset.experts.compute import grouped, has_grouped_kernel, in_turn, is_fused, weighted_sum
 from hotset.experts.cpu import ColdLayer
-from hotset.experts.gating import Experts, has_grouped_kernel, up_name
-from hotset.experts.host import HostExperts, StoredExperts
+from hotset.experts.host import ColdSource
 from hotset.experts.prefetch import Prefetch
 from hotset.experts.residency import SlotTable
-from hotset.experts.resident import (
-    FUSED_MOST_ROWS_PER_EXPERT,
-    applies_silu_gate,
-    has_fused_kernel,
-)
-from hotset.experts.slots import Slots, Staging
-from hotset.experts.store import DiskExperts
+from hotset.experts.slots import Slots
+from hotset.experts.staging import Staging
+from hotset.experts.weights import Experts, LayerExperts
 
 # Share of a layer's experts that a step is expected to need, from which on all are read ahead.
 _READ_AHEAD_FROM = 0.9
 
 
 class LayerBuffer:
-    """The experts of one layer, for `dynamic_experts` to call.
+    """Computes the hosted experts of one layer, as `dynamic_experts` asks.
+
+    A step either caches, bringing the experts that it needs and that have no slot into slots, in
+    passes; or streams, all experts without a slot coming through a staging buffer.
+
+    Args:
+        index: of the layer among those with experts.
+        experts: of the layer.
+        source: where all of them are.
+        table: which of them are in which of the `slots`.
+        staging: None where no step streams.
+        prefetch: None where nothing is copied ahead in steps that cache.
+        bring: `cache`, `stream`, or `auto` for what is sooner done in each step.
+        streamed: `[1]` int64 on the device, to be added to: experts that came by streaming, or when
+            another slot was taken in use.
+        rates: of copies of experts and of the device's memory.
 
     Attributes:
         next: the layer that a step runs after this one; None for the last.
         cold: has the CPU compute experts that are not here; None where it does not.
         top_k: experts of a token, once a step has run.
-
-    Args:
-        staging: None where the plan is *cache* only.
-        prefetch: None where nothing is copied ahead in steps of the plan *cache*.
-        plan: `cache`, `stream` or `auto`.
-        streamed: `[1]` int64 on the device, to be added to: experts that came by streaming, or when
-            another slot was taken in use.
-        rates: of copies of experts and of the device's memory.
-        memory: of the slots; see `Slots`.
     """
 
     def __init__(
         self,
         index: int,
-        host: HostExperts | DiskExperts,
+        experts: LayerExperts,
+        source: ColdSource,
         table: SlotTable,
+        slots: Slots,
         staging: Staging | None,
         prefetch: Prefetch | None,
         *,
-        plan: str,
+        bring: str,
         streamed: torch.Tensor,
         rates: Rates,
-        packed: bool,
-        is_transposed: bool,
-        memory: torch.Tensor | None = None,
     ) -> None:
-        self.host, self.table = host, table
-        self._copy_s = host.payload_bytes / rates.expert_bytes_per_s
-        self._read_s = host.layout.payload_bytes / rates.memory_bytes_per_s
-        self._index, self._staging, self._plan = index, staging, plan
-        self._streamed = streamed
-        self._prefetch = prefetch
+        self.source, self.table, self.slots = source, table, slots
+        self._copy_s = source.payload_bytes / rates.expert_bytes_per_s
+        self._read_s = source.layout.payload_bytes / rates.memory_bytes_per_s
+        self._index, self._experts = index, experts
+        self._staging, self._prefetch = staging, prefetch
+        self._bring, self._streamed = bring, streamed
         self._addresses: dict[int, torch.Tensor] = {}  # by passes; 0 is for streamed steps
         self.next: LayerBuffer | None = None
         self.cold: ColdLayer | None = None
         self.top_k = 0
-        self._is_transposed = is_transposed
-        self.slots = Slots(
-            table.num_slots, host.layout, streamed.device, packed=packed, memory=memory
-        )
         self._is_filled = False
         self._fill()
-        self._is_grouped = not packed and has_grouped_kernel(self.slots.up)
+        self._is_grouped = slots.weights is not None and all(map(has_grouped_kernel, slots.weights))
 
     def streams(self, num_tokens: int, top_k: int) -> bool:
         """Whether a step of so many tokens streams."""
-        if self._plan != "auto":
-            return self._plan == "stream"
+        if self._bring != "auto":
+            return self._bring == "stream"
         slots = LayerSlots(
             self.table.num_experts, self.table.num_active, self._copy_s, self._read_s
         )
@@ -92,8 +89,12 @@ class LayerBuffer:
             self.slots.drop(num_slots)
         else:
             assert num_slots == self.table.num_active + 1
-            self._fetch(*self.table.grow())
+            self.fetch(*self.table.grow())
             self._streamed += 1
+
+    def fetch(self, experts: torch.Tensor, places: torch.Tensor) -> None:
+        """Copy `experts`, `[N]` and -1 for none, to the slots `places`."""
+        self.source.fetch(self.slots, experts, places)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
@@ -115,107 +116,102 @@ class LayerBuffer:
     def _forward(
         self,
         layer: Experts,
-        hidden_states: torch.Tensor,
+        hidden: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         num_tokens, top_k = top_k_index.shape
-        ids = wanted = top_k_index.reshape(-1)
+        wanted = top_k_index.reshape(-1)
         work, streams = None, False
         if self.cold is not None and self.cold.shared.takes(num_tokens):
-            wanted, work = self.cold.begin(layer, hidden_states, ids)
+            wanted, work = self.cold.begin(hidden, wanted)
         else:
             streams = self.streams(num_tokens, top_k)
         if streams:
             self._streamed += self.table.num_absent
-        if self._is_fused(layer, len(ids)):
-            out = self._fused(hidden_states, wanted.view(-1, top_k), top_k_weights, streams)
+        if is_fused(self._experts, self.slots.weights, len(wanted)):
+            out = self._fused(hidden, wanted.view(-1, top_k), top_k_weights, streams)
             if self.cold is not None and work is not None:
                 out += self.cold.weighted(work, top_k_weights)
             return out
         compute = self._grouped if self._is_grouped else self._in_turn
-        rows = compute(layer, hidden_states, wanted, top_k, streams)  # [T * K, H]
+        rows = compute(layer, hidden, wanted, top_k, streams)  # [T * K, H]
         if self.cold is not None and work is not None:
             self.cold.finish(rows, work)
-        if getattr(layer, "has_post_expert_norm", False):
-            rows = layer.post_expert_norm(rows)
-        if getattr(layer, "_is_expert_parallel", True):
-            rows = rows.masked_fill((ids >= self.table.num_experts).unsqueeze(-1), 0)
-        weighted = rows.view(num_tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
-        summed: torch.Tensor = weighted.sum(1)
-        return summed.to(hidden_states.dtype)
+        return weighted_sum(layer, self._experts, rows, top_k_index, top_k_weights, hidden.dtype)
 
     def _in_turn(
         self, layer: Experts, hidden: torch.Tensor, ids: torch.Tensor, top_k: int, streams: bool
     ) -> torch.Tensor:
         """`[T * K, H]`, one expert after another; the host reads what is needed."""
         sorted_ids, order = torch.sort(ids, stable=True)
-        experts = torch.arange(self.table.num_experts, device=ids.device, dtype=ids.dtype)
-        ends = torch.searchsorted(sorted_ids, experts, right=True).tolist()
-        bounds = dict(enumerate(zip([0, *ends], ends, strict=False)))
-        needed = [expert for expert, (start, end) in bounds.items() if start < end]
+        numbers = torch.arange(self.table.num_experts, device=ids.device, dtype=ids.dtype)
+        ends = torch.searchsorted(sorted_ids, numbers, right=True).tolist()
+        pairs = enumerate(itertools.pairwise([0, *ends]))
+        bounds = {expert: (start, end) for expert, (start, end) in pairs if start < end}
         rows = hidden[order // top_k]
         out = torch.zeros_like(rows)
         if streams:
-            assert self._staging is not None
-            staged, places = self._staging.take(self._index)
-            slots, num_slots = places.tolist(), self.table.num_slots
-            found = {
-                e: (self.slots, slots[e])
-                if slots[e] < num_slots
-                else (staged, slots[e] - num_slots)
-                for e in needed
-            }
-            self._run(layer, rows, out, bounds, found)
+            self._run_streamed(layer, rows, out, bounds)
         else:
-            if self._prefetch is not None:
-                self._prefetch.join()
-            which = self.table.begin(ids)
-            last = self.table.num_passes(len(ids))
-            if isinstance(self.host, DiskExperts):
-                missing = (which < last) & (self.table.slots() < 0)
-                self._expect(self.host, missing.nonzero().flatten().tolist(), len(ids))
-            passes = which.tolist()
-            for number in range(last):
-                wanted = [expert for expert in needed if passes[expert] == number]
-                if not wanted:
-                    break
-                self._fetch(*self.table.load(which == number))
-                slots = self.table.slots().tolist()
-                self._run(layer, rows, out, bounds, {e: (self.slots, slots[e]) for e in wanted})
+            self._run_cached(layer, rows, out, bounds, ids)
             self._look_ahead(hidden)
         back = torch.empty_like(out)
         back[order] = out
         return back
 
-    def _run(
+    def _run_streamed(
         self,
         layer: Experts,
         rows: torch.Tensor,
         out: torch.Tensor,
         bounds: dict[int, tuple[int, int]],
-        places: dict[int, tuple[Slots, int]],
     ) -> None:
-        """Compute the rows of some experts, `bounds` by expert, into the same rows of `out`."""
+        assert self._staging is not None
+        staged, places = self._staging.take(self._index)
+        at, num_slots = places.tolist(), self.table.num_slots
 
-        def product(which: int, name: str, source: torch.Tensor, target: Any) -> torch.Tensor:
-            for expert, (slots, slot) in places.items():
-                start, end = bounds[expert]
-                piece = slots.product(which, slot, source[start:end], self._is_transposed)
-                if layer.has_bias:
-                    piece += getattr(layer, f"{name}_bias")[expert]
-                if target is None:
-                    target = piece.new_zeros(len(source), piece.shape[1])
-                target[start:end] = piece
-            assert target is not None
-            result: torch.Tensor = target
-            return result
+        def multiply(which: int, expert: int, rows: torch.Tensor) -> torch.Tensor:
+            place = at[expert]
+            if place < num_slots:
+                return self.slots.product(which, place, rows)
+            return staged.product(which, place - num_slots, rows)
 
-        if places:
-            # All rows, in their places: vector instructions round as they do with all experts.
-            middle = product(0, up_name(layer), rows, None)
-            middle = layer._apply_gate(middle) if layer.has_gate else layer.act_fn(middle)
-            product(1, "down_proj", middle, out)
+        in_turn(layer, self._experts, rows, out, bounds, multiply)
+
+    def _run_cached(
+        self,
+        layer: Experts,
+        rows: torch.Tensor,
+        out: torch.Tensor,
+        bounds: dict[int, tuple[int, int]],
+        ids: torch.Tensor,
+    ) -> None:
+        if self._prefetch is not None:
+            self._prefetch.join()
+        which_pass = self.table.begin(ids)
+        last = self.table.num_passes(len(ids))
+
+        def missing() -> list[int]:
+            is_missing = (which_pass < last) & (self.table.slots() < 0)
+            found: list[int] = is_missing.nonzero().flatten().tolist()
+            return found
+
+        self._expect(missing, len(ids))
+        passes = which_pass.tolist()
+        for number in range(last):
+            these = {expert: pair for expert, pair in bounds.items() if passes[expert] == number}
+            if not these:
+                break
+            self.fetch(*self.table.load(which_pass == number))
+            at = self.table.slots().tolist()
+
+            def multiply(
+                which: int, expert: int, rows: torch.Tensor, at: list[int] = at
+            ) -> torch.Tensor:
+                return self.slots.product(which, at[expert], rows)
+
+            in_turn(layer, self._experts, rows, out, these, multiply)
 
     def _grouped(
         self, layer: Experts, hidden: torch.Tensor, ids: torch.Tensor, top_k: int, streams: bool
@@ -230,23 +226,23 @@ class LayerBuffer:
         # One row more: those that are not a pass's own go there.
         out = hidden.new_zeros(num_rows + 1, hidden.shape[1])
         num_experts, num_slots = self.table.num_experts, self.table.num_slots
-        slots = [self.slots]
+        held = [self.slots]
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # by pass: experts, slots
         if streams:
             assert self._staging is not None
             staged, keys_of = self._staging.take(self._index)
-            slots.append(staged)
+            held.append(staged)
             sizes = [num_slots, self.table.most_absent]
         else:
-            keys_of, copies = self._plan_step(ids)
-            slots *= len(copies)
+            keys_of, copies = self._arrange(ids)
+            held *= len(copies)
             sizes = [num_slots] * len(copies)
         keys = keys_of[ids.clamp(max=num_experts)]
         sorted_keys, order = torch.sort(keys, stable=True)
         groups = torch.arange(sum(sizes), device=ids.device, dtype=keys.dtype)
         ends = torch.searchsorted(sorted_keys, groups, right=True, out_int32=True)
         done = 0
-        for number, (held, size) in enumerate(zip(slots, sizes, strict=True)):
+        for number, (slots, size) in enumerate(zip(held, sizes, strict=True)):
             if size == 0:
                 continue
             if copies:
@@ -255,76 +251,58 @@ class LayerBuffer:
             offsets = ends[done : done + size] - (0 if start is None else start)
             source = order if start is None else order[(places + start) % num_rows]
             rows = hidden[source // top_k]
-            rows = self._product(layer, up_name(layer), rows, held.up, ids[source], offsets)
-            rows = layer._apply_gate(rows) if layer.has_gate else layer.act_fn(rows)
-            rows = self._product(layer, "down_proj", rows, held.down, ids[source], offsets)
+            assert slots.weights is not None
+            rows = grouped(layer, self._experts, rows, slots.weights, ids[source], offsets)
             out.index_copy_(0, torch.where(places < offsets[-1], source, num_rows), rows)
             done += size
         return out[:-1]
-
-    def _is_fused(self, layer: Experts, num_rows: int) -> bool:
-        """Whether the fused kernels compute the layer, as if all its experts were resident."""
-        if self.slots.payloads is None or not has_fused_kernel(self.slots.up):
-            return False
-        if not applies_silu_gate(layer) or any(size % 8 for size in self.host.layout.down):
-            return False
-        is_large = num_rows > FUSED_MOST_ROWS_PER_EXPERT * self.table.num_experts
-        return not is_large or self.host.layout.dtype == torch.float16
 
     def _fused(
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, streams: bool
     ) -> torch.Tensor:
         """`[T, H]` by the fused kernels, which find each expert by its address.
 
-        A streamed step is one pass over slots and staging together. In a pass of the other plan
-        experts that are not its own have the address 0, and their rows are left out.
+        A step that streams is one pass over slots and staging together. In a pass of one that
+        caches, experts that are not its own have the address 0, and their rows are left out.
         """
-        from hotset.kernels.expert_routing import route_rows
-        from hotset.kernels.fused_experts import gated_up, sum_rows, tiles_for, weighted_down
+        from hotset.kernels.fused_experts import fused_experts
 
-        hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
-        num_experts, top_k = self.table.num_experts, ids.shape[1]
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         if streams:
             assert self._staging is not None
             staged, keys_of = self._staging.take(self._index)
             table = self._addresses_of_all(staged)
         else:
-            keys_of, copies = self._plan_step(ids.view(-1))
+            keys_of, copies = self._arrange(ids.view(-1))
             table = self._addresses_of_passes(len(copies))
-        up, down = table.index_select(2, keys_of[:num_experts])  # [P, E]
-        tiles = tiles_for(ids.numel(), num_experts, hidden.device)
-        routing = route_rows(ids.view(-1), num_experts, tiles.block_rows)
-        hidden_size, middle_size = self.host.layout.down
-        middle = hidden.new_empty(ids.numel(), middle_size)
-        rows = hidden.new_empty(ids.numel(), hidden_size)
-        for number in range(len(up)):
+        up, down = table.index_select(2, keys_of[: self.table.num_experts])  # [P, E]
+
+        def before_pass(number: int) -> None:
             if copies:
                 self._fetch_pass(copies, number, hidden)
-            gated_up(hidden, routing, up[number], middle, top_k=top_k, tiles=tiles)
-            weighted_down(middle, routing, down[number], weights, rows, tiles=tiles)
-        out = torch.empty_like(hidden)
-        sum_rows(rows, ids, out, num_experts=num_experts)
-        return out
+
+        return fused_experts(
+            hidden.contiguous(),
+            ids.contiguous(),
+            weights.contiguous(),
+            up,
+            down,
+            self.source.layout.down[1],
+            before_pass=before_pass,
+        )
 
     def _addresses_of_passes(self, num_passes: int) -> torch.Tensor:
-        """`[2, P, P * S + 1]`: up and down addresses in each pass, by what `SlotTable.plan` says.
+        """`[2, P, P * S + 1]`: up and down addresses in each pass, by `SlotTable.arrange`.
 
         Made once, before a step of so many passes is recorded.
         """
         if num_passes not in self._addresses:
             num_slots = self.table.num_slots
-            table = torch.zeros(
-                2,
-                num_passes,
-                num_passes * num_slots + 1,
-                dtype=torch.int64,
-                device=self._streamed.device,
-            )
+            size = (2, num_passes, num_passes * num_slots + 1)
+            table = torch.zeros(size, dtype=torch.int64, device=self._streamed.device)
             for number in range(num_passes):
-                table[:, number, number * num_slots : (number + 1) * num_slots] = (
-                    self.slots.addresses()
-                )
+                first = number * num_slots
+                table[:, number, first : first + num_slots] = self.slots.addresses()
             self._addresses[num_passes] = table
         return self._addresses[num_passes]
 
@@ -338,14 +316,12 @@ class LayerBuffer:
             self._addresses[0] = torch.cat(parts, 1).unsqueeze(1)
         return self._addresses[0]
 
-    def _plan_step(
+    def _arrange(
         self, ids: torch.Tensor
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """`SlotTable.plan`: where experts are, and by pass which come to which slots."""
-        keys, experts, slots = self.table.plan(ids)
-        if isinstance(self.host, DiskExperts):
-            missing = [expert for expert in experts.flatten().tolist() if expert >= 0]
-            self._expect(self.host, missing, len(ids))
+        """`SlotTable.arrange`: where experts are, and by pass which come to which slots."""
+        keys, experts, slots = self.table.arrange(ids)
+        self._expect(lambda: [e for e in experts.flatten().tolist() if e >= 0], len(ids))
         if self._prefetch is not None:
             self._prefetch.join()
         return keys, list(zip(experts, slots, strict=True))
@@ -356,77 +332,34 @@ class LayerBuffer:
         number: int,
         hidden: torch.Tensor,
     ) -> None:
-        self._fetch(*copies[number])
+        self.fetch(*copies[number])
         if number == len(copies) - 1:  # the link is idle from here on
             self._look_ahead(hidden)
-
-    def _product(
-        self,
-        layer: Experts,
-        name: str,
-        rows: torch.Tensor,
-        weight: torch.Tensor,
-        ids: torch.Tensor,
-        ends: torch.Tensor,
-    ) -> torch.Tensor:
-        weight = weight if self._is_transposed else weight.transpose(1, 2)  # [G, in, out]
-        out: torch.Tensor = functional.grouped_mm(rows, weight, offs=ends)
-        if layer.has_bias:
-            out = out + getattr(layer, f"{name}_bias")[ids.clamp(max=layer.num_experts - 1)]
-        return out
 
     def _look_ahead(self, hidden: torch.Tensor) -> None:
         """Start to copy what the next layer is likely to need."""
         if self._prefetch is None or self.next is None:
             return
         ids = self._prefetch.predict(self._index + 1, hidden)
-        self._prefetch.start(self.next.table.prefetch(ids, self._prefetch.most), self.next._fetch)
+        self._prefetch.start(self.next.table.prefetch(ids, self._prefetch.most), self.next.fetch)
 
     def _fill(self) -> None:
         """Bring the experts that have slots at first."""
         self.table.reset()
         first = torch.arange(self.table.num_active, device=self._streamed.device)
-        if isinstance(self.host, DiskExperts):
-            self._expect(self.host, first.tolist(), 0)
-        self._fetch(first, first)
+        self._expect(first.tolist, 0)
+        self.fetch(first, first)
         self._is_filled = True
 
-    def _expect(self, disk: DiskExperts, missing: list[int], num_ids: int) -> None:
-        """Start to read experts from disk, in the order of use.
+    def _expect(self, experts: Callable[[], list[int]], num_ids: int) -> None:
+        """Tell the source what is fetched next, in the order of use, of this layer and the next."""
+        self.source.expect(experts, lambda: self._ahead(num_ids))
 
-        A step of so many ids that it needs most experts of any layer reads ahead those that the
-        next layer lacks.
-        """
-        ahead: list[tuple[int, int]] = []
-        following, num_experts = self.next, self.table.num_experts
+    def _ahead(self, num_ids: int) -> list[tuple[ColdSource, int]]:
+        """What the next layer lacks, if the step has so many ids that it needs most experts."""
         num_tokens = num_ids // max(1, self.top_k)
-        if (
-            following is not None
-            and reach(self.top_k / num_experts, num_tokens) >= _READ_AHEAD_FROM
-        ):
-            assert isinstance(following.host, DiskExperts)
-            absent = (following.table.slots() < 0).nonzero().flatten().tolist()
-            ahead = [(following.host.layer, expert) for expert in absent]
-        disk.store.expect(disk.layer, missing, ahead)
-
-    def _fetch_from_disk(self, disk: DiskExperts, experts: list[int], slots: list[int]) -> None:
-        """Copy experts to slots, as they come to host memory."""
-
-        def submitted() -> torch.cuda.Event | None:
-            if self._streamed.device.type != "cuda":
-                return None
-            event = torch.cuda.Event()
-            event.record()
-            return event
-
-        for expert, slot in zip(experts, slots, strict=True):
-            if expert >= 0:
-                with disk.store.take(disk.layer, expert, until=submitted) as payload:
-                    source = StoredExperts(disk.layout, None, payload.unsqueeze(0))
-                    self.slots.put(source, slot, is_transposed=self._is_transposed)
-
-    def _fetch(self, experts: torch.Tensor, slots: torch.Tensor) -> None:
-        if isinstance(self.host, DiskExperts):
-            self._fetch_from_disk(self.host, experts.tolist(), slots.tolist())
-            return
-        self.slots.fetch(self.host, experts, slots, is_transposed=self._is_transposed)
+        share = reach(self.top_k / self.table.num_experts, num_tokens)
+        if self.next is None or share < _READ_AHEAD_FROM:
+            return []
+        absent = (self.next.table.slots() < 0).nonzero().flatten().tolist()
+        return [(self.next.source, expert) for expert in absent]

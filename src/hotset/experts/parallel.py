@@ -14,8 +14,9 @@ from torch import distributed
 from transformers import PreTrainedModel
 
 from hotset.errors import ConfigError
-from hotset.experts.gating import IMPLEMENTATION, Experts, experts_layers
+from hotset.experts.gating import gated_layers
 from hotset.experts.placement import Placement, in_order
+from hotset.experts.weights import LayerExperts, Resident, Shard
 
 
 class LocalIds:
@@ -75,47 +76,44 @@ def shard_experts(
         ConfigError: the model has no experts that can be spread, or a placement is not of its
             experts and these ranks; the model is unchanged.
     """
-    layers = [
-        layer
-        for layer in experts_layers(model)
-        if layer.config._experts_implementation == IMPLEMENTATION
-    ]
+    layers = gated_layers(model)
     if not layers:
         raise ConfigError("the model has no experts that dynamic gating computes: none to spread")
     if any(
-        getattr(layer, "_is_expert_parallel", False)  # transformers 5.17 has none
-        or layer.down_proj is None
-        or hasattr(layer, "expert_buffer")
-        or hasattr(layer, "routing_counts")
-        for layer in layers
+        experts.is_spread
+        or experts.shard is not None
+        or experts.counts is not None
+        or not isinstance(experts.state, Resident)
+        for experts in layers
     ):
         raise ConfigError(
             "experts can be spread once, and before they are packed, buffered or counted"
         )
     num_ranks, rank = distributed.get_world_size(group), distributed.get_rank(group)
     if placements is None:
-        placements = [in_order(layer.num_experts, num_ranks) for layer in layers]
+        placements = [in_order(experts.num_experts, num_ranks) for experts in layers]
     if len(placements) != len(layers):
         raise ConfigError(
             f"{len(placements)} placements are given for {len(layers)} layers with experts"
         )
-    for number, (layer, placement) in enumerate(zip(layers, placements, strict=True)):
-        _check(number, layer, placement, num_ranks)
-    return sum(
-        _shard(layer, LocalIds(placement, rank, model.device), group)
-        for layer, placement in zip(layers, placements, strict=True)
-    )
+    for number, (experts, placement) in enumerate(zip(layers, placements, strict=True)):
+        _check(number, experts, placement, num_ranks)
+    freed_bytes = 0
+    for experts, placement in zip(layers, placements, strict=True):
+        local_ids = LocalIds(placement, rank, model.device)
+        freed_bytes += experts.spread(Shard(local_ids, group), local_ids.experts)
+    return freed_bytes
 
 
-def _check(number: int, layer: Experts, placement: Placement, num_ranks: int) -> None:
+def _check(number: int, experts: LayerExperts, placement: Placement, num_ranks: int) -> None:
     if len(placement.devices) != num_ranks:
         raise ConfigError(
             f"the placement of layer {number} is for {len(placement.devices)} devices and there "
             f"are {num_ranks} ranks"
         )
-    if set(placement.num_copies) != set(range(layer.num_experts)):
+    if set(placement.num_copies) != set(range(experts.num_experts)):
         raise ConfigError(
-            f"the placement of layer {number} is not of its {layer.num_experts} experts"
+            f"the placement of layer {number} is not of its {experts.num_experts} experts"
         )
     if any(len(set(held)) != len(held) for held in placement.devices):
         raise ConfigError(f"the placement of layer {number} has an expert twice on a device")
@@ -123,27 +121,3 @@ def _check(number: int, layer: Experts, placement: Placement, num_ranks: int) ->
         raise ConfigError(
             f"the placement of layer {number} leaves a rank without experts; take fewer ranks"
         )
-
-
-def _shard(layer: Experts, local_ids: LocalIds, group: distributed.ProcessGroup | None) -> int:
-    mine = torch.tensor(local_ids.experts)
-    freed_bytes = 0
-    for name, weight in list(layer._parameters.items()):
-        if weight is None or weight.shape[:1] != (layer.num_experts,):
-            continue
-        kept = weight.detach().index_select(0, mine.to(weight.device))
-        freed_bytes += weight.nbytes - kept.nbytes
-        layer._parameters[name] = torch.nn.Parameter(kept, requires_grad=weight.requires_grad)
-    layer.num_experts = len(local_ids.experts)
-    layer._is_expert_parallel = True
-    compute = layer.forward
-
-    def forward(
-        hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        out: torch.Tensor = compute(hidden_states, local_ids(top_k_index), top_k_weights)
-        distributed.all_reduce(out, group=group)
-        return out
-
-    layer.forward = forward
-    return freed_bytes

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hotset.errors import ConfigError
-from hotset.experts.gating import Experts
+from hotset.experts.weights import LayerExperts
 
 # From hidden states `[T, H]` to expert ids `[T, K]`.
 Router = Callable[[torch.Tensor], torch.Tensor]
@@ -61,7 +61,7 @@ class Prefetch:
             self._lists = None
 
 
-def find_routers(model: nn.Module, layers: list[Experts]) -> list[Router]:
+def find_routers(model: nn.Module, layers: list[LayerExperts]) -> list[Router]:
     """The routers of `layers`: the modules beside them that choose experts.
 
     Raises:
@@ -69,8 +69,8 @@ def find_routers(model: nn.Module, layers: list[Experts]) -> list[Router]:
     """
     owners = {id(m.experts): m for m in model.modules() if hasattr(m, "experts")}
     routers = []
-    for layer in layers:
-        owner = owners.get(id(layer))
+    for experts in layers:
+        owner = owners.get(id(experts.module))
         router = next(
             (r for n in _ROUTER_NAMES if (r := getattr(owner, n, None)) is not None), None
         )

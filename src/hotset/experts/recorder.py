@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hotset.errors import ConfigError
-from hotset.experts.gating import IMPLEMENTATION, experts_layers
+from hotset.experts.gating import gated_layers
 
 FORMATS = (".npz", ".json")
 _STEPS_AT_ONCE = 256  # steps on the device before their counts go to the host
@@ -50,21 +50,17 @@ class RoutingRecorder:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._layers = [
-            layer
-            for layer in experts_layers(model)
-            if layer.config._experts_implementation == IMPLEMENTATION
-        ]
+        self._layers = gated_layers(model)
         if not self._layers:
             raise ConfigError(
                 "routing cannot be recorded: the model has no experts that dynamic gating computes"
             )
-        sizes = {layer.num_experts for layer in self._layers}
+        sizes = {experts.num_experts for experts in self._layers}
         if len(sizes) != 1:
             raise ConfigError("routing cannot be recorded: layers differ in their experts")
         self.num_experts: int = sizes.pop()
         names = {id(module): name for name, module in model.named_modules()}
-        self.layer_names = [names[id(layer)] for layer in self._layers]
+        self.layer_names = [names[id(experts.module)] for experts in self._layers]
         device = model.device
         shape = (len(self._layers), self.num_experts + 1)
         self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -76,13 +72,13 @@ class RoutingRecorder:
         self._is_open = False
         self._past: list[npt.NDArray[np.int32]] = []
         self.step_tokens: list[int] = []
-        for layer, counts in zip(self._layers, self._counts, strict=True):
-            layer.routing_counts = LayerCounts(counts, self._num_tokens)
+        for experts, counts in zip(self._layers, self._counts, strict=True):
+            experts.counts = LayerCounts(counts, self._num_tokens)
 
     def detach(self) -> None:
         """Count no more. What was compiled or recorded goes on counting, for nobody."""
-        for layer in self._layers:
-            del layer.routing_counts
+        for experts in self._layers:
+            experts.counts = None
 
     @torch.inference_mode()
     def begin_step(self, num_tokens: int) -> None:

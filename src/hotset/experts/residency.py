@@ -23,7 +23,7 @@ class SlotTable:
 
     A step that needs more experts than fit takes several passes: `begin` gives each needed expert
     its pass, those that are here in the first; `load` makes room for the experts of a pass. An
-    expert that the pass needs is never evicted in it. `plan` does all of that at once.
+    expert that the pass needs is never evicted in it. `arrange` does all of that at once.
 
     `prefetch` does that before the step, for experts that it is likely to need.
 
@@ -127,7 +127,7 @@ class SlotTable:
         """The most passes that a step of so many expert ids can take."""
         return max(1, -(-min(self.num_experts, num_ids) // max(1, self._fewest)))
 
-    def plan(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def arrange(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`begin` and `load` of all passes of a step that needs `ids`, `[N]` int64.
 
         P = `num_passes(N)`.

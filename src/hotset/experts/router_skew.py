@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from hotset.cost.routing import row_scales
 from hotset.errors import ConfigError
-from hotset.experts.gating import Experts, experts_layers
+from hotset.experts.weights import Experts, experts_layers
 
 # Of the embeddings' values. What a layer adds is near 1; from 1 on, 24 layers route alike.
 _EMBEDDING_STD = 16.0
@@ -38,7 +38,7 @@ def skew_routers(model: PreTrainedModel, skew: float, *, seed: int) -> None:
             itself; nothing was changed.
     """
     name = type(model).__name__
-    routers = [(layer.num_experts, _router_of(model, layer)) for layer in experts_layers(model)]
+    routers = [(each.num_experts, _router_of(model, each.module)) for each in experts_layers(model)]
     if not routers:
         raise ConfigError(
             f"router_skew is {skew}, but {name} has no experts of transformers' interface; leave "

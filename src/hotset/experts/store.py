@@ -397,17 +397,6 @@ class ExpertStore:
         return True
 
 
-class DiskExperts:
-    """The experts of one layer in a store, which knows it by its number."""
-
-    def __init__(self, store: ExpertStore, layer: int) -> None:
-        self.store, self.layout = store, store.layout
-        self.num_experts = store.num_experts
-        self.payload_bytes = store.layout.payload_bytes
-        self.narrow = None  # they are stored as they are computed with
-        self.layer = layer
-
-
 def _name(layer: int, expert: int) -> bytes:
     """What a checksum covers beside the payload: another expert's bytes do not pass."""
     return f"{layer}.{expert}".encode()

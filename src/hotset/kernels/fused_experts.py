@@ -5,6 +5,7 @@ can read: in the layer's stacked weight, in a slot, in a buffer on its way.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -154,6 +155,8 @@ def fused_experts(
     up_addresses: torch.Tensor,
     down_addresses: torch.Tensor,
     middle_size: int,
+    *,
+    before_pass: Callable[[int], None] = lambda number: None,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts, where an expert is `down(silu(gate) * up)`.
 
@@ -166,9 +169,11 @@ def fused_experts(
         ids: `[T, K]` integer, contiguous, not negative; those of E and more add nothing.
         weights: `[T, K]` floats, contiguous.
         up_addresses: `[E]` int64 on the device: where each expert's `[2 * I, H]` begins, the rows
-            of the gate first. Those of experts that are in `ids` must be there.
-        down_addresses: `[E]` int64 on the device: likewise, of `[H, I]`.
+            of the gate first. Those of experts that are in `ids` must be there. Or `[P, E]`, of P
+            passes, each of which computes the experts whose address is not 0 there.
+        down_addresses: likewise, of `[H, I]`.
         middle_size: I.
+        before_pass: called with the number of each pass, before its launches.
 
     Returns:
         `[T, H]`, dtype of `hidden`. The middle and each weighted row are rounded to it; products,
@@ -180,13 +185,16 @@ def fused_experts(
     Reference: `tests/kernels/test_fused_experts.py`.
     """
     num_tokens, top_k = ids.shape
-    num_experts = len(up_addresses)
+    num_experts = up_addresses.shape[-1]
+    up_of, down_of = up_addresses.view(-1, num_experts), down_addresses.view(-1, num_experts)
     tiles = tiles_for(ids.numel(), num_experts, hidden.device)
     routing = route_rows(ids.view(-1), num_experts, tiles.block_rows)
     middle = hidden.new_empty(num_tokens * top_k, middle_size)
-    gated_up(hidden, routing, up_addresses, middle, top_k=top_k, tiles=tiles)
     rows = hidden.new_empty(num_tokens * top_k, hidden.shape[1])
-    weighted_down(middle, routing, down_addresses, weights, rows, tiles=tiles)
+    for number, (up, down) in enumerate(zip(up_of, down_of, strict=True)):
+        before_pass(number)
+        gated_up(hidden, routing, up, middle, top_k=top_k, tiles=tiles)
+        weighted_down(middle, routing, down, weights, rows, tiles=tiles)
     out = torch.empty_like(hidden)
     sum_rows(rows, ids, out, num_experts=num_experts)
     return out

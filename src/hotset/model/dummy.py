@@ -12,8 +12,9 @@ from transformers import AutoConfig, PreTrainedModel
 from hotset.cost.catalog import find_config
 from hotset.errors import ModelError, PlanError
 from hotset.experts.disk import ExpertSink
-from hotset.experts.gating import experts_layers, move_but_experts
+from hotset.experts.gating import move_but_experts
 from hotset.experts.router_skew import skew_routers
+from hotset.experts.weights import experts_layers, experts_of, is_experts
 from hotset.libraries import first_line, quiet
 from hotset.model.architecture import Architecture, find_architecture, known_fields
 from hotset.model.devices import free_bytes, resolve_device, resolve_dtype
@@ -122,7 +123,7 @@ def _check_room(
     weights_bytes = sum(parameter.nbytes for parameter in shape.parameters())
     experts_bytes = 0
     if experts_on_host:
-        stacked = [weight for layer in experts_layers(shape) for weight in layer.parameters()]
+        stacked = [w for each in experts_layers(shape) for w in each.module.parameters()]
         experts_bytes = sum(weight.nbytes for weight in stacked)
         if experts is not None:
             experts.begin(shape)
@@ -150,7 +151,6 @@ def _make(
     """What `from_config` makes; with experts on the host, one layer's at a time on the device."""
     with accelerate.init_empty_weights(include_buffers=False):
         model: Any = architecture.make(dtype)
-    layers = {id(layer) for layer in experts_layers(model)}
     to_disk = experts if experts is not None and experts.store is not None else None
 
     def make(module: torch.nn.Module, owner: PreTrainedModel) -> None:
@@ -163,9 +163,9 @@ def _make(
                 module._parameters[name] = torch.nn.Parameter(empty)
         module._is_hf_initialized = False  # type: ignore[assignment]
         owner._initialize_weights(module)
-        if to_disk is not None and id(module) in layers:
-            to_disk.take(module)
-        elif experts_on_host and id(module) in layers:
+        if to_disk is not None and is_experts(module):
+            to_disk.take(experts_of(module))
+        elif experts_on_host and is_experts(module):
             module._apply(lambda tensor: tensor.to("cpu"), recurse=False)
 
     with torch.no_grad():

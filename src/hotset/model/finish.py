@@ -9,7 +9,7 @@ from hotset.cost.config_sizes import context_length, largest
 from hotset.errors import ModelError
 from hotset.executor.probe import inspect_model
 from hotset.experts.disk import ExpertSink
-from hotset.experts.gating import experts_layers
+from hotset.experts.weights import experts_layers
 from hotset.linear.fp8_linear import quantize_linears
 from hotset.model.architecture import Architecture
 

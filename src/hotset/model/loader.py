@@ -16,7 +16,8 @@ from hotset.cost.config_sizes import num_experts
 from hotset.cost.quantisation import quant_config
 from hotset.errors import ModelError
 from hotset.experts.disk import ExpertSink
-from hotset.experts.gating import experts_layers, move_but_experts
+from hotset.experts.gating import move_but_experts
+from hotset.experts.weights import experts_layers
 from hotset.foreign_text import parse_json
 from hotset.libraries import quiet
 from hotset.model import checkpoint
@@ -117,7 +118,7 @@ def _check_room(
     """
     num_bytes = sum(parameter.nbytes for parameter in outline.parameters())
     if experts_on_host:
-        experts = (weight for layer in experts_layers(outline) for weight in layer.parameters())
+        experts = (w for each in experts_layers(outline) for w in each.module.parameters())
         num_bytes -= sum(weight.nbytes for weight in experts)
     if num_bytes > (free := free_bytes(target)):
         raise ModelError(
