@@ -2,7 +2,7 @@
 
 from hotset.cost.shape import KV_BYTES, WEIGHT_BITS, Attention, Kind
 from hotset.cost.step_time import CAUSES
-from hotset.plan.planner import BLOCK_SIZE, SLICE_TOKENS, claimed_bytes
+from hotset.plan.choices import BLOCK_SIZE, SLICE_TOKENS, claimed_bytes
 from hotset.plan.report import gb, seconds
 from hotset.plan.result import Plan
 

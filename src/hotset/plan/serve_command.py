@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from hotset.cost.shape import Kind
-from hotset.plan.planner import staged_bytes
+from hotset.plan.choices import staged_bytes
 from hotset.plan.result import Plan
 
 GIB = 2**30
