@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from play_schedule import ALL_BLOCKS, BLOCK_BYTES, VOCAB_SIZE, PlayedCost, make_model
+from play_schedule import ALL_BLOCKS, BLOCK_BYTES, TRIALS, VOCAB_SIZE, make_model, step_s
+from played import make_engine
 
 from hotset.config import GIB, EngineConfig
-from hotset.engine.build import build_engine
-from hotset.engine.step import Step
 from hotset.model.loaded import LoadedModel
 from hotset.request import SamplingParams
 
@@ -45,7 +43,7 @@ def arrivals(num_long: int) -> list[tuple[float, str]]:
 
 def play(loaded: LoadedModel, num_long: int) -> dict[str, Any]:
     """All arrivals through a fresh engine, to their ends."""
-    engine = build_engine(
+    engine, executor = make_engine(
         EngineConfig(
             device="cpu",
             dtype="float32",
@@ -55,29 +53,19 @@ def play(loaded: LoadedModel, num_long: int) -> dict[str, Any]:
             max_model_len=8192,
         ),
         loaded,
+        step_s,
+        vocab_size=VOCAB_SIZE,
+        trials=TRIALS,
+        row_tile=256,
     )
-    engine.scheduler.bursts, engine.scheduler.row_tile = True, 256  # as on a GPU
-    cost = engine.scheduler._step_cost = PlayedCost()
-    now_s = 0.0
-    tokens_s: dict[str, list[float]] = {}
-
-    def forward(plan: Step, previous: Any = None, when_ready: Any = lambda: None) -> Any:
-        nonlocal now_s
-        when_ready()
-        now_s += cost.take(plan)
-        for item in plan.items:
-            if item.samples:
-                tokens_s.setdefault(item.request.request_id, []).append(now_s)
-        return torch.zeros(sum(item.samples for item in plan.items), VOCAB_SIZE)
-
-    engine.executor.runner.forward = forward  # type: ignore[method-assign]
+    clock, tokens_s = executor.clock, engine.tokens_s
     rng = random.Random(1)
     sent: dict[str, tuple[float, str]] = {}
     waiting = arrivals(num_long)[::-1]
     while waiting or engine.has_work:
         if waiting and not engine.has_work:
-            now_s = max(now_s, waiting[-1][0])
-        while waiting and waiting[-1][0] <= now_s:
+            clock.now_s = max(clock.now_s, waiting[-1][0])
+        while waiting and waiting[-1][0] <= clock.now_s:
             sent_s, kind = waiting.pop()
             is_long = kind == "long"
             prompt = [
@@ -89,7 +77,7 @@ def play(loaded: LoadedModel, num_long: int) -> dict[str, Any]:
             sent[engine.add_request(prompt, params)] = sent_s, kind
         engine.step()
     engine.close()
-    found: dict[str, Any] = {"num_long": num_long, "seconds": round(now_s, 2)}
+    found: dict[str, Any] = {"num_long": num_long, "seconds": round(clock.now_s, 2)}
     for kind in ("short", "long"):
         ids = [request_id for request_id, (_, one) in sent.items() if one == kind]
         ttft_s = [tokens_s[one][0] - sent[one][0] for one in ids]

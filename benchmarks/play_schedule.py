@@ -1,7 +1,8 @@
 """How many steps, and of what, the scheduler makes of a workload for a GPU; no GPU is needed.
 
 Engine, scheduler, KV cache and the bookkeeping of tiers are the real ones, with as many blocks as
-presets C and B give Llama-3.1-8B. The model computes nothing, and copies take no time. Each step is
+presets C and B give Llama-3.1-8B. The model computes nothing, and copies take no time: those to and
+from host memory end before the next step. Each step is
 charged what its parts took on an H200 (`benchmarks/results/gpu_h200.md`, D): products by
 rows, KV of decodes at 3.75 TB/s, prompts' attention at 300 TFLOP/s beside it. So the seconds are
 arithmetic, good for comparing schedules; a real run is 4 % longer with tiers, and 11 without them.
@@ -23,23 +24,20 @@ import sys
 import tempfile
 import time
 from bisect import bisect_left
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
+from played import make_engine
 from transformers import LlamaConfig
 
 from hotset.bench.driver import drive
 from hotset.bench.workload import PRESETS, Spec, make_work
 from hotset.config import GIB, EngineConfig
-from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
-from hotset.engine.step import Step
-from hotset.engine.step_cost import StepCost
+from hotset.executor.step_input import StepInput
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import capacity_bytes_for
 from hotset.metrics import Metrics
@@ -73,31 +71,19 @@ def products_ms(table: dict[int, float], rows: int) -> float:
     return table[sizes[bisect_left(sizes, rows)]]
 
 
-def step_ms(plan: Step) -> float:
+def step_s(step: StepInput) -> float:
     """What a step is charged."""
-    decodes = [item for item in plan.items if item.num_tokens == 1]
-    prompts = [item for item in plan.items if item.num_tokens > 1]
-    rows = sum(item.num_tokens for item in plan.items)
-    decode_ms = sum(item.start + 1 for item in decodes) * KV_BYTES / 3.75e9
-    if not prompts:
-        return products_ms(DECODE_MS, rows) + decode_ms + 0.4
-    pairs = sum(item.num_tokens * (item.start + item.num_tokens / 2) for item in prompts)
+    n, spans = step.batch.num_decodes, step.batch.sequences
+    decode_ms = sum(span.context_len for span in spans[:n]) * KV_BYTES / 3.75e9
+    if n == len(spans):
+        return (products_ms(DECODE_MS, step.num_tokens) + decode_ms + 0.4) / 1e3
+    pairs = sum(one.num_tokens * (one.context_len - one.num_tokens / 2) for one in spans[n:])
     prompt_ms = pairs * QUERY_FLOP / 300e9 + 0.3
     beside_ms = max(decode_ms, prompt_ms) + 0.3 * min(decode_ms, prompt_ms)
-    return products_ms(MIXED_MS, rows) + beside_ms
+    return (products_ms(MIXED_MS, step.num_tokens) + beside_ms) / 1e3
 
 
-class PlayedCost(StepCost):
-    """Follows the steps that are played, and not what they take here."""
-
-    def __init__(self) -> None:
-        super().__init__((rows, MIXED_MS[rows] / 1e3) for rows in (32, 256))
-
-    def take(self, plan: Step) -> float:
-        """Seconds of a step."""
-        seconds = step_ms(plan) / 1e3
-        self.observe(sum(i.num_tokens for i in plan.items if i.num_tokens > 1), seconds)
-        return seconds
+TRIALS = [(rows, MIXED_MS[rows] / 1e3) for rows in (32, 256)]
 
 
 def make_model() -> LoadedModel:
@@ -118,17 +104,8 @@ def make_model() -> LoadedModel:
         return load_dummy(folder, device="cpu", dtype="float32")
 
 
-def run(engine: Engine, spec: Spec, take: Callable[[Step], object]) -> Metrics:
-    """Play a workload and close the engine; each step is given to `take` in place of a model."""
-
-    def forward(
-        plan: Step, previous: Any = None, when_ready: Callable[[], None] = lambda: None
-    ) -> torch.Tensor:
-        when_ready()
-        take(plan)
-        return torch.zeros(sum(item.samples for item in plan.items), VOCAB_SIZE)
-
-    engine.executor.runner.forward = forward  # type: ignore[method-assign]
+def run(engine: Engine, spec: Spec) -> Metrics:
+    """Play a workload and close the engine."""
     driven = drive(engine, make_work(spec, VOCAB_SIZE))
     engine.close()
     assert driven.is_complete
@@ -146,7 +123,14 @@ def play(
     rotation_s: float | None,
 ) -> dict[str, Any]:
     """One workload through a fresh engine."""
-    engine = build_engine(
+    decode_shares: list[float] = []  # of all blocks
+
+    def take(step: StepInput) -> float:
+        decodes = step.batch.sequences[: step.batch.num_decodes]
+        decode_shares.append(sum(len(span.block_table) for span in decodes) / hot_blocks)
+        return step_s(step)
+
+    engine, executor = make_engine(
         EngineConfig(
             device="cpu",
             dtype="float32",
@@ -158,40 +142,17 @@ def play(
             rotation_s=rotation_s,
         ),
         loaded,
+        take,
+        vocab_size=VOCAB_SIZE,
+        trials=TRIALS,
+        row_tile=row_tile,
     )
-    engine.scheduler.bursts, engine.scheduler.row_tile = True, row_tile  # as on a GPU
-    cost = engine.scheduler._step_cost = PlayedCost()
-    steps_ms: list[float] = []
-    decode_shares: list[float] = []  # of all blocks
-    sent_s: dict[str, float] = {}
-    first_tokens_s: dict[str, float] = {}
-    start_s, now_s = time.monotonic(), 0.0
-    engine.scheduler._clock = lambda: start_s + now_s
-    add_request = engine.add_request
-
-    def add(*prompt: Any, **options: Any) -> str:
-        request_id = add_request(*prompt, **options)
-        sent_s[request_id] = now_s
-        return request_id
-
-    engine.add_request = add  # type: ignore[method-assign]
-
-    def take(plan: Step) -> None:
-        nonlocal now_s
-        steps_ms.append(1e3 * cost.take(plan))
-        now_s += steps_ms[-1] / 1e3
-        for item in plan.items:
-            if item.samples:
-                first_tokens_s.setdefault(item.request.request_id, now_s)
-        decodes = [item for item in plan.items if item.num_tokens == 1]
-        blocks = sum(len(item.request.kv.block_table) for item in decodes)
-        decode_shares.append(blocks / hot_blocks)
-
-    metrics = run(engine, spec, take)
-    ttft_s = [first_s - sent_s[request_id] for request_id, first_s in first_tokens_s.items()]
+    metrics = run(engine, spec)
+    first_tokens_s = {request_id: times[0] for request_id, times in engine.tokens_s.items()}
+    ttft_s = [first_s - engine.sent_s[one] for one, first_s in first_tokens_s.items()]
     return {
         "steps": metrics.steps,
-        "seconds": round(sum(steps_ms) / 1e3, 2),
+        "seconds": round(sum(executor.seconds), 2),
         "decode_block_share_p50": round(median(decode_shares), 3),
         "computed_tokens": metrics.computed_tokens,
         "recomputed_tokens": metrics.recomputed_tokens,
@@ -208,8 +169,13 @@ def play(
 def play_over_disk(loaded: LoadedModel, host_blocks: int) -> dict[str, Any]:
     """Users who take turns, all of whose contexts are on disk; steps take 20 ms."""
     slot_bytes = slot_bytes_for(BLOCK_BYTES)
+
+    def take(step: StepInput) -> float:
+        time.sleep(0.02)  # the disk is real
+        return 0.02
+
     with tempfile.TemporaryDirectory() as folder:
-        engine = build_engine(
+        engine, _ = make_engine(
             EngineConfig(
                 device="cpu",
                 dtype="float32",
@@ -221,8 +187,12 @@ def play_over_disk(loaded: LoadedModel, host_blocks: int) -> dict[str, Any]:
                 fetch_policy="fetch",
             ),
             loaded,
+            take,
+            vocab_size=VOCAB_SIZE,
+            trials=TRIALS,
+            row_tile=1,
         )
-        metrics = run(engine, DEMO, lambda plan: time.sleep(0.02))
+        metrics = run(engine, DEMO)
     return {
         "computed_tokens": metrics.computed_tokens,
         "fetched_blocks": metrics.fetched_blocks,
