@@ -190,6 +190,25 @@ class Engine:
             RequestError: the request can never be served; nothing was queued.
         """
         self.validate(token_ids, params)
+        return self.enqueue(
+            token_ids, params, salt=salt, priority=priority, tenant=tenant, request_id=request_id
+        )
+
+    def enqueue(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        *,
+        salt: bytes = b"",
+        priority: int = 0,
+        tenant: str = "",
+        request_id: str | None = None,
+    ) -> str:
+        """`add_request` for what `validate` has let through.
+
+        Raises:
+            RequestError: the id is in use; nothing was queued.
+        """
         request_id = request_id or f"request-{next(self._ids)}"
         if "#" in request_id or request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use or has a '#' in it")

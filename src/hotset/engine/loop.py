@@ -263,7 +263,7 @@ class EngineLoop:
                 self._num_queued -= 1
             fresh.append(len(submit.token_ids))
             try:
-                engine.add_request(
+                engine.enqueue(
                     list(submit.token_ids),
                     submit.params,
                     salt=submit.salt,
