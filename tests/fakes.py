@@ -1,11 +1,13 @@
 """Fakes, written once."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hotset.engine.step import Step
+from hotset.executor.step_input import StepInput, StepResult
 from hotset.memory.colder_tiers import EndedTransfer
+from hotset.request import SamplingParams
 
 
 class FakeClock:
@@ -147,3 +149,41 @@ class FakeTiers:
         if evictable:
             del self.stored[evictable[0]]
         return bool(evictable)
+
+
+class FakeExecutor:
+    """Chooses 10 plus the number of tokens that a sequence has; keeps all it was told."""
+
+    vocab_size = 1000
+    is_warming = False
+
+    def __init__(self) -> None:
+        self.steps: list[StepInput] = []
+        self.released: list[int] = []
+
+    def submit(self, step: StepInput, when_ready: Callable[[], None]) -> "FakeExecutor":
+        when_ready()
+        self.steps.append(step)
+        return self
+
+    def wait(self) -> StepResult:
+        token_ids = [10 + num_outputs for num_outputs in self.steps[-1].sample.num_outputs]
+        return StepResult(token_ids, [None] * len(token_ids), {}, [], 0.01)
+
+    def validate(self, params: SamplingParams) -> None:
+        pass
+
+    def release(self, sequence_id: int) -> None:
+        self.released.append(sequence_id)
+
+    def warm_up(self) -> bool:
+        return False
+
+    def expert_counts(self) -> None:
+        pass
+
+    def take_faults(self) -> Counter[str]:
+        return Counter()
+
+    def close(self) -> None:
+        pass
