@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from hotset.clock import REAL_CLOCK, Clock
 from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
 from hotset.engine.fair_queue import FairQueue
@@ -65,15 +66,20 @@ class EngineLoop:
         config: what to load and how.
         build: makes the engine.
         on_report: called from the engine's thread; must not block.
+        clock: what deadlines, and the times of reports, are told by.
 
     Raises:
         HotsetError: the engine cannot be built; no thread is left.
     """
 
     def __init__(
-        self, config: EngineConfig, build: BuildEngine, on_report: Callable[[Report], None]
+        self,
+        config: EngineConfig,
+        build: BuildEngine,
+        on_report: Callable[[Report], None],
+        clock: Clock = REAL_CLOCK,
     ) -> None:
-        self._on_report = on_report
+        self._on_report, self._clock = on_report, clock
         self._wake = threading.Condition()
         self._inbox: deque[Submit | _Abort | _Look] = deque()  # guarded by _wake
         self._num_queued = 0  # requests the engine has not got; guarded by _wake
@@ -150,7 +156,7 @@ class EngineLoop:
 
     def _retry_after_s(self) -> int:
         """How long the queue should take, at the recent pace."""
-        now_s = time.monotonic()
+        now_s = self._clock.now()
         recent = [s for s in list(self._finished_s) if s > now_s - _RATE_WINDOW_S]
         if not recent:
             return 1
@@ -176,7 +182,7 @@ class EngineLoop:
         except BaseException as error:  # SystemExit too: readers wait for a last report
             _log.exception("the engine has failed")
             failure = " ".join(f"the engine has failed: {type(error).__name__}: {error}".split())
-            self._on_report(Report(time.monotonic(), failure=failure))
+            self._on_report(Report(self._clock.now(), failure=failure))
         else:
             with contextlib.suppress(Exception):
                 self._settle(engine)
@@ -210,15 +216,15 @@ class EngineLoop:
             if engine.is_warming:
                 self._warm_up(engine)
             if not self._outbox.is_empty:
-                self._on_report(self._outbox.take())
+                self._on_report(self._outbox.take(self._clock.now()))
 
     def _warm_up(self, engine: Engine) -> None:
         """Do a piece of it; beside requests, their steps get as much time as it does."""
-        start_s = time.monotonic()
+        start_s = self._clock.now()
         if engine.has_work and start_s < self._warm_up_due_s:
             return
         self._did_warm_up, note = engine.warm_up()
-        end_s = time.monotonic()
+        end_s = self._clock.now()
         self._warm_up_due_s = end_s + (end_s - start_s)
         if note is not None:
             self._outbox.notes.append(note)
@@ -235,7 +241,7 @@ class EngineLoop:
         size = len(submit.token_ids)
         self._queue.push(submit.tenant, submit.priority, entry, size=size)
         if submit.timeout_s is not None:
-            deadline_s = time.monotonic() + submit.timeout_s
+            deadline_s = self._clock.now() + submit.timeout_s
             heapq.heappush(self._deadlines, (deadline_s, next(self._numbers), entry))
 
     def _hand_over(self, engine: Engine) -> None:
@@ -298,7 +304,7 @@ class EngineLoop:
         self._end(entry, FinishReason.ABORT, error)
 
     def _expire(self, engine: Engine) -> None:
-        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+        while self._deadlines and self._deadlines[0][0] <= self._clock.now():
             submit = heapq.heappop(self._deadlines)[2].submit
             error = f"the request was not done within its {submit.timeout_s:g} s"
             self._drop(engine, submit.request_id, error)
@@ -320,7 +326,7 @@ class EngineLoop:
             if output.finish_reason is not None:
                 entry.unfinished.discard(output.index)
                 if not entry.unfinished:
-                    self._finished_s.append(time.monotonic())
+                    self._finished_s.append(self._clock.now())
                     self._forget(output.request_id)
 
     def _forget(self, request_id: str) -> None:
@@ -339,8 +345,8 @@ class EngineLoop:
         """Let what is on its way to slower tiers arrive there, for a while."""
         for request_id in list(self._entries):
             engine.abort(request_id)
-        deadline_s = time.monotonic() + _SETTLE_S
-        while (engine.has_work or engine.has_transfers) and time.monotonic() < deadline_s:
+        deadline_s = self._clock.now() + _SETTLE_S
+        while (engine.has_work or engine.has_transfers) and self._clock.now() < deadline_s:
             engine.step()
             if not engine.has_work:
                 time.sleep(0.001)
@@ -359,7 +365,7 @@ class _Outbox:
     def is_empty(self) -> bool:
         return not (self.outputs or self.started or self.looks or self.notes)
 
-    def take(self) -> Report:
-        report = Report(time.monotonic(), self.outputs, self.started, self.looks, self.notes)
+    def take(self, time_s: float) -> Report:
+        report = Report(time_s, self.outputs, self.started, self.looks, self.notes)
         self.outputs, self.started, self.looks, self.notes = [], [], [], []
         return report
