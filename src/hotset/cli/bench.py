@@ -1,7 +1,6 @@
 """`hotset bench`: whether tiering pays here."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hotset.bench.workload import DEFAULTS, PRESETS, WORKLOADS, Preset, Spec
-from hotset.cli.options import engine_options, interruptible
+from hotset.cli.options import check_writable, engine_options, interruptible
 from hotset.config import EngineConfig
 from hotset.errors import ConfigError
 
@@ -174,7 +173,7 @@ def command(
         raise ConfigError(f"--record-routing is {record_routing}; expected a .npz or .json file")
     for path in (out, html, record_routing):
         if path is not None:
-            _check_writable(path)
+            check_writable(path)
     from hotset.bench.campaign import Order, Target, run_bench
     from hotset.bench.runs import RunOptions, parse_arms
 
@@ -274,12 +273,6 @@ def _with_preset(
         changes["model"] = preset.model
         dummy_weights = True
     return replace(config, **changes), dummy_weights
-
-
-def _check_writable(path: Path) -> None:
-    """Find out before a run of minutes that its result cannot be kept."""
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{path} cannot be written: {path.parent} is no folder one may write to")
 
 
 def _make_say() -> "Say":

@@ -7,13 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hotset.cli.options import interruptible
+from hotset.cli.options import check_writable, interruptible
 from hotset.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-_MAX_S = {"cuda": 120.0, "cpu": 40.0}
+    from hotset.bench.gating.compare import Work
+
+# What is not given. On a GPU: the paper's model (Huang et al.) and Qwen3-30B-A3B's decode.
+_SIZES: dict[str, dict[str, Any]] = {
+    "cuda": {
+        **{"experts": 512, "hidden": 1024, "ffn": 4096, "layers": 24, "max_tokens": 262144},
+        **{"decode_shape": (128, 2048, 768, 8), "decode_tokens": 256},
+        **{"memory_gib": None, "max_s": 120.0},
+    },
+    "cpu": {
+        **{"experts": 64, "hidden": 256, "ffn": 512, "layers": 4, "max_tokens": 1024},
+        **{"decode_shape": (32, 512, 192, 8), "decode_tokens": 64},
+        **{"memory_gib": 1.0, "max_s": 40.0},
+    },
+}
+_SHRUNK = (
+    "On a CPU what is not given is smaller than on a GPU: not the paper's shape "
+    "(E=512, d=1024, ffn=4096, 24 layers) nor Qwen3-30B-A3B's (E=128, H=2048, I=768)."
+)
 
 
 def _numbers(text: str, option: str) -> list[float]:
@@ -80,26 +98,7 @@ def _numbers(text: str, option: str) -> list[float]:
     help="Write the JSON there, and the text beside it as .md.",
 )
 @interruptible
-def command(
-    experts: int | None,
-    hidden: int | None,
-    ffn: int | None,
-    top_k: int,
-    capacity: str,
-    batches: str,
-    max_tokens: int | None,
-    layers: int | None,
-    sequence: int,
-    decode: bool,
-    decode_tokens: int | None,
-    device: str,
-    dtype: str,
-    memory_gib: float | None,
-    repeats: int,
-    max_s: float | None,
-    as_json: bool,
-    out: Path | None,
-) -> None:
+def command(device: str, dtype: str, as_json: bool, out: Path | None, **given: Any) -> None:
     r"""Compare dynamic gating with static gating, as in GShard, and with transformers' experts.
 
     For one MoE layer and for a whole model of the paper's shape (Huang et al., NeurIPS 2024), over
@@ -110,68 +109,75 @@ def command(
       hotset bench moe-gating --device cuda --out moe_gating.json
       hotset bench moe-gating --experts 64 --hidden 256 --ffn 512 --layers 0
     """
-    if out is not None and not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
-        raise ConfigError(f"{out} cannot be written: {out.parent} is no folder one may write to")
-    factors = _numbers(capacity, "--capacity")
-    sizes = None if batches == "sweep" else _numbers(batches, "--batches")
-    if sizes is not None and any(size != int(size) for size in sizes):
-        raise ConfigError(f"--batches is {batches!r}; expected whole numbers of tokens")
+    if out is not None:
+        check_writable(out)
+    factors = _numbers(given["capacity"], "--capacity")
+    batches = _batches(given["batches"])
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # its profiler would report on itself
+    from hotset.bench.gating.compare import run
+    from hotset.bench.gating.report import text
     from hotset.bench.machine import describe_machine
-    from hotset.bench.moe_compare import Work, run
-    from hotset.bench.moe_gating import Shape
-    from hotset.bench.moe_report import text
     from hotset.cpu_libraries import bound_kernels, set_threads
     from hotset.model.devices import resolve_device
 
     set_threads(None)
     bound_kernels()
     target = resolve_device(device)
-    on_gpu = target.type == "cuda"
-    if on_gpu and target.index:
+    if target.type == "cuda" and target.index:
         _use(target)
-    shape = Shape(
-        experts if experts is not None else (512 if on_gpu else 64),
-        hidden if hidden is not None else (1024 if on_gpu else 256),
-        ffn if ffn is not None else (4096 if on_gpu else 512),
-        top_k,
-    )
-    work = Work(
-        shape=shape,
-        factors=factors,
-        num_layers=layers if layers is not None else (24 if on_gpu else 4),
-        sequence=sequence,
-        decode=(Shape(128, 2048, 768, 8) if on_gpu else Shape(32, 512, 192, 8)) if decode else None,
-        decode_tokens=decode_tokens if decode_tokens is not None else (256 if on_gpu else 64),
-        batches=None if sizes is None else [int(size) for size in sizes],
-        max_tokens=max_tokens if max_tokens is not None else (262144 if on_gpu else 1024),
-        memory_gib=1.0 if memory_gib is None and not on_gpu else memory_gib,
-        repeats=repeats,
-        max_s=max_s if max_s is not None else _MAX_S[target.type],
-    )
 
     def keep(result: dict[str, Any]) -> None:
         if out is not None:
             out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
     result = run(
-        work,
+        _work(given, factors, batches, target),
         device=target,
         dtype=_dtype(dtype, target),
         say=lambda line: click.echo(f"hotset: {line}", err=True),
         keep=keep,
     )
     result["machine"] = describe_machine()
-    result["shrunk"] = (
-        None
-        if on_gpu
-        else "On a CPU what is not given is smaller than on a GPU: not the paper's shape "
-        "(E=512, d=1024, ffn=4096, 24 layers) nor Qwen3-30B-A3B's (E=128, H=2048, I=768)."
-    )
+    result["shrunk"] = None if target.type == "cuda" else _SHRUNK
     keep(result)
     if out is not None:
         out.with_suffix(".md").write_text(f"# {text(result)}\n", "utf-8")
     click.echo(json.dumps(result) if as_json else text(result))
+
+
+def _batches(words: str) -> list[int] | None:
+    if words == "sweep":
+        return None
+    sizes = _numbers(words, "--batches")
+    if any(size != int(size) for size in sizes):
+        raise ConfigError(f"--batches is {words!r}; expected whole numbers of tokens")
+    return [int(size) for size in sizes]
+
+
+def _work(
+    given: dict[str, Any],
+    factors: list[float],
+    batches: list[int] | None,
+    device: "torch.device",
+) -> "Work":
+    """What to compare, in the device's sizes where none are given."""
+    from hotset.bench.gating.compare import Work
+    from hotset.bench.gating.static import Shape
+
+    sizes = _SIZES[device.type] | {k: value for k, value in given.items() if value is not None}
+    return Work(
+        shape=Shape(sizes["experts"], sizes["hidden"], sizes["ffn"], sizes["top_k"]),
+        factors=factors,
+        num_layers=sizes["layers"],
+        sequence=sizes["sequence"],
+        decode=Shape(*sizes["decode_shape"]) if sizes["decode"] else None,
+        decode_tokens=sizes["decode_tokens"],
+        batches=batches,
+        max_tokens=sizes["max_tokens"],
+        memory_gib=sizes["memory_gib"],
+        repeats=sizes["repeats"],
+        max_s=sizes["max_s"],
+    )
 
 
 def _use(device: "torch.device") -> None:

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from hotset.config import EngineConfig
+from hotset.errors import ConfigError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -201,6 +202,12 @@ def engine_options(command: Callable[..., R]) -> Callable[..., R]:
         "-m",
         help="A folder, a .gguf file or a hub id.  [default: SmolLM2-135M-Instruct]",
     )(wrapped)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before a run of minutes that its result cannot be kept."""
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: {path.parent} is no folder one may write to")
 
 
 def interruptible(command: Callable[P, R]) -> Callable[P, R]:

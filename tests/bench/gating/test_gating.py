@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from hotset.bench.moe_gating import (
+from hotset.bench.gating.static import (
     Shape,
     capacity_of,
     dispatch_mask,
@@ -17,7 +17,7 @@ from hotset.bench.moe_gating import (
     route,
     static_experts,
 )
-from hotset.bench.moe_sweep import Limits, Way, sweep
+from hotset.bench.gating.sweep import Limits, Way, sweep
 from hotset.cli.bench_moe_gating import command
 from hotset.errors import ConfigError
 from hotset.experts.gating import dynamic_experts

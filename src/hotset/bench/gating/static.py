@@ -74,17 +74,25 @@ class PaperExperts(nn.Module):
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def make_layer(shape: Shape, *, device: str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """Experts with random weights, made on `device`; the next call gives equal ones."""
+def make_on(
+    device: torch.device | str, dtype: torch.dtype, seed: int, make: Callable[[], nn.Module]
+) -> nn.Module:
+    """What `make` makes, with its tensors on `device` in `dtype`, from `seed`."""
     torch.manual_seed(seed)
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
         with torch.device(device):
-            layer: nn.Module = PaperExperts(ExpertsConfig(shape))
+            return make()
     finally:
         torch.set_default_dtype(default)
-    return layer
+
+
+def make_layer(
+    shape: Shape, *, device: torch.device | str, dtype: torch.dtype, seed: int = 0
+) -> nn.Module:
+    """Experts with random weights, made on `device`; the next call gives equal ones."""
+    return make_on(device, dtype, seed, lambda: PaperExperts(ExpertsConfig(shape)))
 
 
 def route(

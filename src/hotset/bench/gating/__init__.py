@@ -1,0 +1,1 @@
+"""Static gating, dynamic gating and transformers' experts, side by side."""
