@@ -35,8 +35,8 @@ class Sampling:
     Attributes:
         sequence_id: no other sequence of this process has it.
         index: which of the `n` outputs of its request it is.
-        uses_logits_alone: whether nothing but `min_tokens` changes the logits, and nobody asks for
-            more than the token.
+        uses_logits_alone: whether nothing but `min_tokens` changes the logits, and only the
+            token is asked for.
         counts_tokens: whether penalties count its tokens.
     """
 
@@ -72,7 +72,7 @@ class ArrivedBlock:
 
 @dataclass(eq=False, slots=True)
 class SequenceBlocks:
-    """What `KVCache` notes of one sequence, and nobody else changes.
+    """What `KVCache` notes of one sequence, and nothing else changes.
 
     Attributes:
         num_computed_tokens: how many leading tokens have their KV in `block_table`.
@@ -112,7 +112,7 @@ class SequenceBlocks:
 
 @dataclass(eq=False, slots=True)
 class QueueState:
-    """What `Scheduler` notes of one sequence, and nobody else changes.
+    """What `Scheduler` notes of one sequence, and nothing else changes.
 
     Attributes:
         since_s: when it last came to the end of the queue: its arrival, or a quantum's end.

@@ -67,7 +67,7 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
 @click.option("--rate", type=float, help="Sessions a second, at random.  [default: all at once]")
 @click.option("--prefix-tokens", type=int, help="`shared-prefix`: length of a prefix.")
 @click.option("--prefixes", type=int, help="`shared-prefix`: how many.")
-@click.option("--sessions", type=int, help="`trace`: pick so many conversations.")
+@click.option("--sessions", type=int, help="`trace`: pick this many conversations.")
 @click.option(
     "--time-scale", type=float, help="`trace`: multiplies times; 0.1 is ten times as fast."
 )
@@ -105,7 +105,7 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
     is_flag=False,
     flag_value=20,
     metavar="[STEPS]",
-    help="Show where the time of so many steps (20) goes.",
+    help="Show where the time of this many steps (20) goes.",
 )
 @click.option(
     "--record-routing",
@@ -115,7 +115,7 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
     "see hotset plan --routing.",
 )
 @click.option("--no-wait", is_flag=True, help="Start while host memory is still being pinned.")
-@click.option("--max-s", type=float, help="End each run after so many seconds, done or not.")
+@click.option("--max-s", type=float, help="End each run after this many seconds, done or not.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
 @click.option(
     "--out",

@@ -109,7 +109,7 @@ def build_engine(
         config: sizes and options.
         loaded: the model.
         overlap: whether steps overlap; None is on a GPU only.
-        owns_model: whether nobody else uses the model, so that its experts on disk go with the
+        owns_model: whether the engine alone uses the model, so that its experts on disk go with the
             engine.
         defers_recording: whether to be ready before all steps are recorded, and all kernels built:
             `Engine.warm_up` does the rest.

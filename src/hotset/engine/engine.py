@@ -38,7 +38,7 @@ _IDLE_WAIT_S = 0.05
 # step's inputs are copied behind them, by the same engine of the device.
 _LINK_SHARE = 0.8
 _RECENT_STEPS = 4
-# A step of mostly prefill, and at least so many tokens of it, tells the prefill rate.
+# A step of mostly prefill, with at least this many tokens of it, tells the prefill rate.
 _PREFILL_STEP_TOKENS = 32
 
 
@@ -133,7 +133,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do: requests, or outputs nobody has taken."""
+        """Whether `step` has anything to do: requests, or outputs that were not taken."""
         return self.scheduler.has_requests or self._outputs.has_outputs
 
     @property
@@ -405,7 +405,7 @@ class Engine:
             del self._requests[request.request_id]
 
     def _wait_for_tiers(self) -> None:
-        """Nobody can go on before a transfer has ended; or, a bug of ours, nobody ever can."""
+        """Wait for a transfer: no request can go on before. Without one, it is a bug of ours."""
         if self._tiers is not None and self._tiers.is_busy:
             self._tiers.wait(_IDLE_WAIT_S)
             return

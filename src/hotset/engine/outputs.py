@@ -111,7 +111,7 @@ class OutputProcessor:
 
 @dataclass(eq=False, slots=True)
 class _Sequence:
-    """One output as it grows: `text`, `token_ids` and `logprobs` are what nobody has taken yet."""
+    """One output as it grows: `text`, `token_ids` and `logprobs` are what was not taken yet."""
 
     request: Request
     decoder: TokenDecoder | None

@@ -38,8 +38,8 @@ class _Bound(NamedTuple):
     least_tokens: int
 
 
-# Alone, they hold up who comes next. On a CPU, chunks of 32, 64 and 128 tokens take 43, 17 and 6 %
-# more time a token than those of 256.
+# Prompts alone hold up the requests that come next. On a CPU, chunks of 32, 64 and 128 tokens take
+# 43, 17 and 6 % more time per token than chunks of 256.
 _ALONE = _Bound(0.5, 128)
 _BESIDE_DECODES = _Bound(0.25, 32)
 # Bursts are for devices that take more tokens than beside decodes in less time than that.
@@ -62,10 +62,11 @@ class Scheduler:
         row_tile: rows that a product computes together, so that a few more than a multiple of it
             take as long as the next multiple: while others wait, such a step leaves those tokens
             of prompts to the next one.
-        rotation_s: None lets a request run to its end, first come, first served. Otherwise each
-            that has waited for its first token for so long makes one give way that has run for so
-            long, and has a token to show for it; that one queues up again behind all others. Only
-            while host memory has room for its KV and some to spare, so that nothing is recomputed.
+        rotation_s: None lets a request run to its end, first come, first served. Otherwise a
+            request that has waited `rotation_s` for its first token preempts the running request
+            with the longest quantum, if that has run `rotation_s` and produced a token; the latter
+            queues up again behind all others. Only while host memory has room for its KV and some
+            to spare, so that nothing is recomputed.
         step_cost: how long steps take, so that prompts add a bounded time to one; None: no bound.
         clock: what quanta and waits are measured by.
     """
@@ -124,7 +125,7 @@ class Scheduler:
     def schedule(self) -> Step:
         """Choose the tokens of the next step and reserve their blocks.
 
-        The plan is empty when nobody can go on before a transfer has ended.
+        The step is empty when no request can go on before a transfer has ended.
         """
         prompt_budget = self._prompt_budget()
         if self.rotation_s is not None:
@@ -301,9 +302,9 @@ class Scheduler:
     def _peak_blocks_short(self, newcomer: Request) -> int:
         """The most blocks that running requests and `newcomer` lack while each grows.
 
-        By `_AHEAD_TOKENS`, or to their ends, where those that decode give back what nobody shares;
-        what `newcomer` has so far is not counted. Source: Gong et al., "Past-Future Scheduler for
-        LLM Serving under SLA Guarantees" (ASPLOS 2025), section 3, for known numbers of tokens.
+        By `_AHEAD_TOKENS`, or to their ends, where decodes give back the blocks that they alone
+        hold; what `newcomer` has so far is not counted. Source: Gong et al., "Past-Future Scheduler
+        for LLM Serving under SLA Guarantees" (ASPLOS 2025), section 3, for known numbers of tokens.
         """
         size = self.kv.block_size
         # In tokens. Those that do not decode yet are taken to grow at once, and to stay.
@@ -332,7 +333,7 @@ class Scheduler:
         return min(_AHEAD_TOKENS, request.max_total_tokens - request.num_tokens)
 
     def _blocks_short(self, more_tokens: int) -> int:
-        """Blocks the running requests lack for the tokens they have and so many more."""
+        """Blocks the running requests lack for the tokens they have and `more_tokens` more."""
         return sum(self.kv.num_blocks_short(request, more_tokens) for request in self.running)
 
     def _start_turn(self, request: Request) -> None:

@@ -22,8 +22,8 @@ class SplitMover:
     """Has the split between experts and KV follow the load, between steps and without a wait.
 
     Slots are given up at once: blocks in their memory are written by what is submitted later. A
-    slot is taken in use with its expert of each layer, one slot a step, once no block in its memory
-    is held and running requests have what they need beside it: nobody is preempted for it.
+    slot is taken in use with its expert of each layer, one slot per step, once no block in its
+    memory is held and running requests have what they need beside it: no request is preempted.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SplitMover:
             self._advance()
 
     def aim(self, num_slots: int) -> None:
-        """Move to so many slots of each layer, in this step and the next ones."""
+        """Move to `num_slots` slots of each layer, in this step and the next ones."""
         self._target = num_slots
         self._metrics.split_moves += 1
         self._pool.hand_out_last(max(self._pool.first, self._region.first_block(num_slots)))

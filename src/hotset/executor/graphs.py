@@ -45,7 +45,7 @@ def _end_capture_of_generators() -> None:
 
 @contextmanager
 def _recording(graphs: list[torch.cuda.CUDAGraph]) -> Iterator[None]:
-    """Within it graphs are recorded: the last of `graphs`, which whoever records adds to, is open.
+    """Within it graphs are recorded. The caller adds to `graphs`; the last one is open.
 
     An error ends the recording, so that the device can be used. Nothing is collected meanwhile, as
     what garbage gives back to the driver (pinned memory, other graphs) would break it.
@@ -131,7 +131,7 @@ class StepGraphs:
         previous: `[max_num_seqs]` int64, the tokens that the step before chose; see `Inputs`.
         max_num_tokens: most tokens of a step.
         max_context_blocks: most blocks of one sequence.
-        scratch_block: a block that nobody reads.
+        scratch_block: a block that is never read.
         before_cut: called before the end of a recorded part, to join the copies that forked in it;
             None where nothing does.
     """
@@ -154,7 +154,7 @@ class StepGraphs:
         self._backend = backend
         self._previous = previous
         self._scratch_block = scratch_block
-        # A token of padding: id 0 at position 0, known, its KV where nobody reads it.
+        # A token of padding: id 0 at position 0, known, its KV where it is never read.
         self._padding = np.array([0, 0, scratch_block, 0, -1], np.int64)
         self._logits: torch.Tensor | None = None
         self._buffers: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}

@@ -24,7 +24,7 @@ class LocalExecutor:
         runner: computes logits.
         sampler: chooses tokens from them.
         experts: those in host memory or on disk; None where all stay on the device.
-        owns_model: whether nobody else uses the model, so that its experts on disk go with this.
+        owns_model: whether the model is used by this alone, so that its experts on disk go with it.
     """
 
     def __init__(

@@ -215,7 +215,7 @@ class ModelRunner:
         self._arena.copy_blocks(step.copies)
         batch = step.batch
         if batch.has_unknown:
-            assert previous is not None, "a token is unknown and nobody is choosing it"
+            assert previous is not None, "a token is unknown and no step is choosing it"
             self._previous[: len(previous)].copy_(previous)
         is_recorded = self._graphs is not None and not len(batch.scored_rows)
         if is_recorded and not self.launches(batch.num_tokens):

@@ -124,7 +124,7 @@ class ExpertBuffer:
 
     @torch.inference_mode()
     def resize(self, num_slots: int) -> None:
-        """Have so many slots of each layer in use: fewer than now, or one more.
+        """Change the number of slots in use of each layer: to fewer, or to one more.
 
         To be called between two steps, and it does not wait: memory of slots that are given up is
         free for what is submitted later.
@@ -214,7 +214,7 @@ class ExpertBuffer:
                 self._cold.is_paused = False
 
     def launches(self, num_tokens: int) -> bool:
-        """Whether the host takes part in steps of so many tokens, so that none is replayed."""
+        """Whether the host takes part in steps of `num_tokens` tokens, so that none is replayed."""
         return self._cold is not None and self._cold.takes(num_tokens)
 
     @property

@@ -96,7 +96,7 @@ class ColdExperts:
         )
 
     def takes(self, num_tokens: int) -> bool:
-        """Whether the CPU takes part in steps of so many tokens."""
+        """Whether the CPU takes part in steps of `num_tokens` tokens."""
         if self.cost is None or self.is_paused or num_tokens > MOST_TOKENS:
             return False
         if num_tokens not in self._takes:
@@ -180,7 +180,7 @@ class ColdExperts:
                 from memory, not from a cache of the CPU.
             host: has their weights.
             biases: theirs.
-            copy: copies so many experts to the device, and waits for that.
+            copy: copies a number of experts to the device, and waits for that.
             sync_s: what it takes to wait for the device once and copy to it.
         """
         count = min(_MEASURED_EXPERTS, len(host.payloads))
@@ -247,7 +247,7 @@ class ColdLayer:
             ids: `[T * K]` expert ids.
 
         Returns:
-            the ids that are left to the device, the others E, which is nobody's; and the work.
+            the ids that are left to the device, the others E, which is no expert's; and the work.
         """
         shared, num_experts = self.shared, self._table.num_experts
         at = shared.bring(hidden)

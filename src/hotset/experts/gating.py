@@ -152,7 +152,7 @@ def dynamic_experts(
     state, shard = experts.state, experts.shard
     if shard is not None:
         top_k_index = shard.local_ids(top_k_index)
-    if experts.counts is not None:  # somebody records who goes where
+    if experts.counts is not None:  # routing is being recorded
         experts.counts.add(top_k_index)
     step = hidden_states, top_k_index, top_k_weights
     out: torch.Tensor

@@ -217,7 +217,7 @@ def _move_all(model: PreTrainedModel, layers: list[LayerExperts], config: Engine
         raise
     sink.finish(model)
     if model.device.type == "cuda":
-        torch.cuda.empty_cache()  # what they leave is nobody's, as far as others can see
+        torch.cuda.empty_cache()  # else PyTorch keeps the memory that they leave
 
 
 def _check_disk(experts: LayerExperts, config: EngineConfig) -> None:

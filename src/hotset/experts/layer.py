@@ -74,7 +74,7 @@ class LayerBuffer:
         self._is_grouped = slots.weights is not None and all(map(has_grouped_kernel, slots.weights))
 
     def streams(self, num_tokens: int, top_k: int) -> bool:
-        """Whether a step of so many tokens streams."""
+        """Whether a step of `num_tokens` tokens streams."""
         if self._bring != "auto":
             return self._bring == "stream"
         slots = LayerSlots(
@@ -83,7 +83,7 @@ class LayerBuffer:
         return num_tokens >= streams_from(slots, top_k)
 
     def resize(self, num_slots: int) -> None:
-        """Have so many slots in use: fewer than now, or one more, whose expert is copied."""
+        """Change the number of slots in use: to fewer, or to one more, whose expert is copied."""
         if num_slots < self.table.num_active:
             self.table.shrink(num_slots)
             self.slots.drop(num_slots)
@@ -294,7 +294,7 @@ class LayerBuffer:
     def _addresses_of_passes(self, num_passes: int) -> torch.Tensor:
         """`[2, P, P * S + 1]`: up and down addresses in each pass, by `SlotTable.arrange`.
 
-        Made once, before a step of so many passes is recorded.
+        Made once, before a step of `num_passes` passes is recorded.
         """
         if num_passes not in self._addresses:
             num_slots = self.table.num_slots
@@ -356,7 +356,7 @@ class LayerBuffer:
         self.source.expect(experts, lambda: self._ahead(num_ids))
 
     def _ahead(self, num_ids: int) -> list[tuple[ColdSource, int]]:
-        """What the next layer lacks, if the step has so many ids that it needs most experts."""
+        """The experts that the next layer lacks, if a step of `num_ids` ids needs most of them."""
         num_tokens = num_ids // max(1, self.top_k)
         share = reach(self.top_k / self.table.num_experts, num_tokens)
         if self.next is None or share < _READ_AHEAD_FROM:

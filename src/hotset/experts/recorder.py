@@ -76,7 +76,7 @@ class RoutingRecorder:
             experts.counts = LayerCounts(counts, self._num_tokens)
 
     def detach(self) -> None:
-        """Count no more. What was compiled or recorded goes on counting, for nobody."""
+        """Count no more. What was compiled or recorded goes on counting, unread."""
         for experts in self._layers:
             experts.counts = None
 

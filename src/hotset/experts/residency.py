@@ -19,7 +19,7 @@ class SlotTable:
     At first the slots hold the experts of the same number, and they are never empty: exactly E - S
     experts have none at any time. With `fewest` only the first slots are in use, whose number a
     tensor holds, so that `shrink` and `grow` between two steps change what a recorded one does.
-    The others are nobody's.
+    The other slots hold no expert.
 
     A step that needs more experts than fit takes several passes: `begin` gives each needed expert
     its pass, those that are here in the first; `load` makes room for the experts of a pass. An
@@ -63,7 +63,7 @@ class SlotTable:
         self._counts = counts
         device = counts.device
 
-        # One entry more than there are experts or slots: writes that mean nobody go there. All in
+        # One entry more than there are experts or slots, for writes that mean none of them. All in
         # one tensor, in the order that `kernels.plan_passes` knows.
         sizes = [num_experts + 1] * 5 + [num_slots + 1] * 2 + [1, 1, 1]
         self.state = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
@@ -97,7 +97,7 @@ class SlotTable:
         return self.most_absent if self._is_fixed else self.num_experts - self._active
 
     def shrink(self, num_slots: int) -> None:
-        """Leave so many slots in use, fewer than now. The experts of the others have none then."""
+        """Leave `num_slots` slots in use, fewer than now. Experts of the others have none then."""
         assert self._fewest <= num_slots < self.num_active
         given_up = self._expert_in[num_slots : self.num_active]
         self._slot_of.scatter_(0, given_up, _NOBODY)
@@ -124,7 +124,7 @@ class SlotTable:
         return expert, slot
 
     def num_passes(self, num_ids: int) -> int:
-        """The most passes that a step of so many expert ids can take."""
+        """The most passes that a step of `num_ids` expert ids can take."""
         return max(1, -(-min(self.num_experts, num_ids) // max(1, self._fewest)))
 
     def arrange(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -161,7 +161,7 @@ class SlotTable:
         return keys, experts, slots
 
     def begin(self, ids: torch.Tensor) -> torch.Tensor:
-        """Start a step that needs `ids`, `[N]` int64; those of E and more are nobody's.
+        """Start a step that needs `ids`, `[N]` int64; ids of E and more belong to no expert here.
 
         Returns:
             `[E]` int64, the pass of each expert; `num_passes(N)` for those that are not needed.
@@ -230,7 +230,7 @@ class SlotTable:
         Returns:
             `[A]` int64 experts, A being `most_absent`, with -1 after the last one; and `[E + 1]`
             int64 places: of an expert its slot, or S plus where it is in the first list, and S + A
-            for those that are nobody's.
+            for ids that belong to no expert here.
         """
         is_absent = self._slot_of[:-1] < 0
         experts = torch.argsort((~is_absent).to(torch.uint8), stable=True)[: self.most_absent]

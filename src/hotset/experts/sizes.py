@@ -90,7 +90,7 @@ def num_slots_of(config: EngineConfig, sizes: SlotBytes) -> int:
     """Experts of a layer that stay on the device.
 
     Raises:
-        ConfigError: the budget holds too few, or another option does nothing with so many.
+        ConfigError: the budget holds too few, or another option does nothing with that number.
     """
     if config.expert_slots is not None:
         num_slots = config.expert_slots
@@ -114,7 +114,7 @@ def num_slots_of(config: EngineConfig, sizes: SlotBytes) -> int:
 
 
 def _check_effects(config: EngineConfig, num_slots: int, num_experts: int) -> None:
-    """Raise ConfigError for an option that does nothing, or cannot, with so many slots."""
+    """Raise ConfigError for an option that does nothing, or cannot, with `num_slots` slots."""
     for name, default in (
         ("expert_cold_dtype", "auto"),
         ("expert_prefetch", 0),

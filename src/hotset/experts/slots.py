@@ -90,7 +90,7 @@ class Slots:
             self._put(source, 0, slot)
 
     def drop(self, first: int) -> None:
-        """Free packed experts from place `first` on; nobody needs them. Others share memory."""
+        """Free packed experts from place `first` on; they are not needed. Others share memory."""
         self._packed[first:] = [None] * len(self._packed[first:])
 
     def addresses(self) -> torch.Tensor:

@@ -63,7 +63,7 @@ class ExpertStore:
     `close`. What is read must match the checksum that was taken when it was written.
 
     Host slots are of two kinds, and change from one to the other without a copy. Each layer keeps
-    an equal share of them; a few are in transit between the disk and whoever computes. A step
+    an equal share of them; a few are in transit between the disk and the computing layer. A step
     says layer by layer what it needs (`expect`), which starts reads in that order as far as slots
     are free, and then takes one after the other. An expert that was read stays if its layer has
     room, or in the place of one that this step did not take, the first that came before others
@@ -131,7 +131,7 @@ class ExpertStore:
         self._free = deque(range(num_slots))
         self._busy: dict[int, Event] = {}  # by slot: until it may be written
         self._wanted: deque[tuple[int, int]] = deque()  # to be read, in this order
-        self._planned: set[tuple[int, int]] = set()  # what somebody is going to take
+        self._planned: set[tuple[int, int]] = set()  # experts that a step is going to take
         self._current: set[tuple[int, int]] = set()  # of these, in the layer of now
         self._reading: dict[tuple[int, int], int] = {}  # key -> slot
         self._jobs: dict[int, tuple[int, int]] = {}  # transfer id -> key
