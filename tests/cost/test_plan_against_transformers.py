@@ -7,6 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from hotset.cost.cache_spec import State
 from hotset.cost.catalog import bundled_config, bundled_models
 from hotset.cost.families import shape_from_config
 from hotset.cost.shape import Kind
@@ -254,7 +255,11 @@ def test_layers_of_gemma4_have_the_heads_that_per_layer_config_says() -> None:
         assert shape_from_config(config, "tiny").total_params == num_params(config)
     config["per_layer_config"]["0"] = {"num_key_value_heads": 1}
     heads = [layer.attention for layer in shape_from_config(config, "tiny").layers]
-    assert [(a.qk_dim, a.num_kv_heads) for a in heads] == [(16, 1), *[(16, 2)] * 4, (8, 4)]
+    assert [(a.cache.key_dim, a.cache.num_kv_heads) for a in heads] == [
+        (16, 1),
+        *[(16, 2)] * 4,
+        (8, 4),
+    ]
 
 
 @pytest.mark.parametrize("types", [["dense"] * 2 + ["sparse"] * 4, ["sparse", "dense"] * 3])
@@ -380,5 +385,5 @@ def test_delta_net_state_has_the_size_of_the_models_own() -> None:
     mixer = build(config, "meta").model.layers[0].linear_attn
     state = mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
     conv = mixer.conv_dim * mixer.conv_kernel_size
-    recurrent = [a for a, _, _ in shape.readers if a.kind is Kind.RECURRENT]
-    assert [(a.state_elements, a.conv_elements) for a in recurrent] == [(state, conv)]
+    recurrent = [a.cache for a, _, _ in shape.readers if a.kind is Kind.RECURRENT]
+    assert recurrent == [State(state, conv)]

@@ -78,7 +78,7 @@ def test_a_model_has_the_sizes_that_the_planners_table_gives_it(family: str) -> 
     # A payload is whole pages.
     assert 0 <= got.expert_params - table.expert_params < 4096 * got.num_experts * 3
     assert (got.num_experts, got.top_k_experts) == (table.num_experts, table.top_k_experts)
-    assert got.kv_bytes_per_token("fp32") == table.kv_bytes_per_token("fp32")
+    assert got.kv_bytes_per_token("fp32") == table.stored.kv_bytes_per_token("fp32")
     assert (got.embedding.count, got.head.count) == (table.embedding.count, table.head.count)
     assert [layer.num_kernels for layer in got.layers] == [x.num_kernels for x in table.layers]
 
@@ -127,7 +127,7 @@ def test_start_of_an_engine_has_that_note(make_engine: MakeEngine) -> None:
     assert "2,304 B a token, 8.00 times the 288 B of the latent" in engine.report
     latent = shape_from_config(make_config("deepseek_v3").to_dict(), "tiny")
     assert latent.kv_bytes_per_token("fp32") == 288
-    assert latent.expanded_kv_bytes_per_token("fp32") == engine.budget.block_bytes // 4 == 2304
+    assert latent.stored_bytes_per_token("fp32") == engine.budget.block_bytes // 4 == 2304
 
 
 @pytest.mark.parametrize("budget", ["hot_gib", "total_gib"])

@@ -2,7 +2,9 @@
 
 A model is a sequence of one `CacheSpec` per layer. Each says which numbers a token adds
 (`token_values`), what a sequence takes beside its tokens (`sequence_bytes`), in how many heads the
-cache can be cut (`num_kv_heads`), and how many tokens back it is read (`window`; None: all).
+cache can be cut (`num_kv_heads`) and how many tokens it keeps (`window`; None: all). A model's own
+spec says the least that has to be kept; `stored` of keys and values, and of a latent, is what this
+engine keeps in its place.
 """
 
 from collections.abc import Iterable
@@ -50,11 +52,13 @@ class Latent:
     Attributes:
         rank: width of the latent.
         rope_dim: width of the rotary key beside it.
+        expanded: the keys and values of all heads that it stands for.
         index_dim: width of a sparse-attention indexer's key beside both.
     """
 
     rank: int
     rope_dim: int
+    expanded: KeysValues
     index_dim: int = 0
 
     num_kv_heads = 1
@@ -73,6 +77,11 @@ class Latent:
         The latent in FP8 with a float32 scale per 128 values, the rotary part in bfloat16.
         """
         return self.rank + 4 * (self.rank // 128) + 2 * self.rope_dim + self.index_dim
+
+    @property
+    def stored(self) -> KeysValues:
+        """What the engine stores in its place so far."""
+        return self.expanded.stored
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hotset.cost.cache_spec import KeysValues, Latent, NoCache, State
 from hotset.cost.shape import Attention, Kind, Params
 from hotset.errors import PlanError
 
@@ -109,9 +110,7 @@ def gqa(
         kind=kind,
         params=Params(matrix, vector),
         num_heads=heads,
-        num_kv_heads=kv,
-        qk_dim=head_dim,
-        v_dim=head_dim,
+        cache=KeysValues(kv, head_dim, head_dim, window) if owns else NoCache(),
         score_dim=head_dim,
         mix_dim=head_dim,
         prefill_dims=2 * head_dim,
@@ -146,13 +145,10 @@ def mla(f: Facts, *, indexer: bool = False) -> Attention:
         params=Params(matrix, vector),
         replicated_params=replicated,
         num_heads=heads,
-        num_kv_heads=1,
-        qk_dim=rank + rope,
+        cache=Latent(rank, rope, KeysValues(heads, nope + rope, v_dim), index_dim),
         score_dim=rank + rope,
         mix_dim=rank,
         prefill_dims=nope + rope + v_dim,
-        index_dim=index_dim,
-        head_dim=max(nope + rope, v_dim),
     )
 
 
@@ -208,8 +204,7 @@ def gated_delta_net(f: Facts) -> Attention:
         Kind.RECURRENT,
         Params(matrix, conv_width * kernel + 2 * v_heads + v_dim),
         num_heads=v_heads,
-        state_elements=v_heads * k_dim * v_dim,
-        conv_elements=conv_width * kernel,
+        cache=State(v_heads * k_dim * v_dim, conv_width * kernel),
     )
 
 
@@ -234,8 +229,7 @@ def mamba2(
         Kind.RECURRENT,
         Params(hidden * projected + width * hidden, vector),
         num_heads=heads,
-        state_elements=width * state,
-        conv_elements=conv_width * kernel,
+        cache=State(width * state, conv_width * kernel),
     )
 
 
@@ -255,6 +249,5 @@ def mamba1(f: Facts) -> Attention:
         Kind.RECURRENT,
         Params(matrix, vector),
         num_heads=1,
-        state_elements=width * state,
-        conv_elements=width * kernel,
+        cache=State(width * state, width * kernel),
     )

@@ -4,10 +4,11 @@
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
+from hotset.cost.cache_spec import CacheSpec, Latent, NoCache, State, token_bytes
 from hotset.errors import PlanError
 
 # Bits one matrix element takes, with the scales its format stores beside it.
@@ -24,10 +25,7 @@ WEIGHT_BITS = {
 }
 
 # Bytes one KV element takes. fp8_ds_mla is a layout of MLA alone, see `Attention.token_bytes`.
-KV_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "fp8_ds_mla": 1.0}
-
-STATE_BYTES = 4  # recurrent state is kept in float32
-CONV_STATE_BYTES = 2
+KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "fp8_ds_mla": 1}
 
 
 class Kind(Enum):
@@ -76,64 +74,71 @@ class Attention:
         replicated_params: of those, what every tensor-parallel rank holds in full (the
             down-projections of MLA).
         num_heads: query heads.
-        num_kv_heads: key/value heads as cached; 1 for MLA.
-        qk_dim: width of a cached key, or of the latent with its rotary part.
-        v_dim: width of a cached value; 0 for MLA, whose latent serves as both.
+        cache: what is kept of earlier tokens.
         score_dim: width of one query-key product as decode computes it.
         mix_dim: width of one weighted sum as decode computes it.
         prefill_dims: score and mix width together, as prefill computes it.
         window: most tokens the layer looks at; None looks at all.
-        index_dim: width of a sparse-attention indexer's key, cached beside the latent.
-        state_elements: float32 elements of recurrent state a sequence.
-        conv_elements: 16-bit elements of convolution state a sequence.
-        head_dim: of MLA, the wider of a head's key and value, which an engine stores for each head
-            if it does not keep the latent.
+        latent: of MLA whose `cache` is the keys and values of all heads; else None.
     """
 
     kind: Kind
     params: Params = field(default_factory=Params)
     replicated_params: int = 0
     num_heads: int = 0
-    num_kv_heads: int = 0
-    qk_dim: int = 0
-    v_dim: int = 0
+    cache: CacheSpec = field(default_factory=NoCache)
     score_dim: int = 0
     mix_dim: int = 0
     prefill_dims: int = 0
     window: int | None = None
-    index_dim: int = 0
-    state_elements: int = 0
-    conv_elements: int = 0
-    head_dim: int = 0
+    latent: Latent | None = None
 
-    def token_bytes(self, kv_dtype: str) -> float:
+    @property
+    def stored(self) -> "Attention":
+        """The same as this engine runs it: see `CacheSpec`."""
+        if isinstance(self.cache, State | NoCache):
+            return self
+        if not isinstance(self.cache, Latent):
+            return replace(self, cache=self.cache.stored)
+        heads = self.cache.expanded
+        return replace(
+            self,
+            kind=Kind.FULL,
+            cache=heads.stored,
+            score_dim=heads.key_dim,
+            mix_dim=heads.value_dim,
+            latent=self.cache,
+        )
+
+    def token_bytes(self, kv_dtype: str) -> int:
         """Bytes one cached token takes in this layer; 0 where the layer keeps none of its own."""
-        if self.kind in (Kind.RECURRENT, Kind.SHARED, Kind.NONE):
-            return 0.0
-        element_bytes = KV_BYTES[kv_dtype]
-        if kv_dtype == "fp8_ds_mla":
-            if self.kind is not Kind.MLA:
-                raise PlanError(
-                    "KV dtype fp8_ds_mla is a layout for MLA only; use fp8 for this model"
-                )
-            # FP8 latent, a float32 scale for each 128 of it, rotary part in bf16 (vLLM, FlashMLA).
-            latent_dim, rope_dim = self.mix_dim, self.qk_dim - self.mix_dim
-            return latent_dim + 4 * (latent_dim // 128) + 2 * rope_dim + self.index_dim
-        elements = self.num_kv_heads * (self.qk_dim + self.v_dim) + self.index_dim
-        return elements * element_bytes
+        if kv_dtype != "fp8_ds_mla" or not self.cache.token_values:
+            return KV_BYTES[kv_dtype] * self.cache.token_values
+        if isinstance(self.cache, Latent):
+            return self.cache.ds_mla_token_bytes
+        raise PlanError(
+            "KV dtype fp8_ds_mla is a layout of latents, and hotset stores the keys and values of "
+            "all heads; use fp8"
+            if self.latent
+            else "KV dtype fp8_ds_mla is a layout for MLA only; use fp8 for this model"
+        )
 
-    def cached_tokens(self, context: float) -> float:
-        """How many of `context` tokens this layer keeps."""
+    def seen_tokens(self, context: float) -> float:
+        """How many of `context` tokens this layer looks at."""
         return context if self.window is None else min(context, self.window)
+
+    def kept_tokens(self, context: float) -> float:
+        """How many of `context` tokens this layer keeps."""
+        return context if self.cache.window is None else min(context, self.cache.window)
+
+    @property
+    def state_values(self) -> int:
+        """Numbers of recurrent state that each token updates."""
+        return self.cache.num_values if isinstance(self.cache, State) else 0
 
     def shards(self, tp: int) -> int:
         """Parts that `tp` ranks cut its cache into: whole KV heads; MLA's latent stays whole."""
-        return min(tp, self.num_kv_heads) if self.num_kv_heads else tp
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state a sequence has in this layer, whatever its length."""
-        return self.state_elements * STATE_BYTES + self.conv_elements * CONV_STATE_BYTES
+        return min(tp, self.cache.num_kv_heads or tp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +177,9 @@ class Layer:
         and their norm, absorption before and after), a routed MLP 7 more than a dense one (router,
         top-k, sort, two quantise or gather steps, combine, scale) and a shared expert 3.
         """
+        kind = Kind.MLA if self.attention.latent else self.attention.kind
         kernels = 2  # the norms
-        kernels += {Kind.NONE: 0, Kind.MLA: 9, Kind.RECURRENT: 6}.get(self.attention.kind, 4)
+        kernels += {Kind.NONE: 0, Kind.MLA: 9, Kind.RECURRENT: 6}.get(kind, 4)
         if self.num_experts:
             kernels += 10 + (3 if self.mlp.count else 0)
         elif self.mlp.count:
@@ -228,12 +234,13 @@ class ModelShape:
         wide = WEIGHT_BITS[dtype] >= 16
         plain = dtype if wide else ("fp16" if self.plain_dtype == "fp16" else "bf16")
         parts = {} if wide else dict.fromkeys(("attention", "mlp", "expert"), dtype)
-        return ModelShape(
-            **{**self._fields(), "plain_dtype": plain, "quantised": parts},  # type: ignore[arg-type]
-        )
+        return replace(self, plain_dtype=plain, quantised=parts)
 
-    def _fields(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+    @property
+    def stored(self) -> "ModelShape":
+        """The same model with what this engine keeps of each token: see `CacheSpec`."""
+        layers = (replace(layer, attention=layer.attention.stored) for layer in self.layers)
+        return replace(self, layers=tuple(layers))
 
     # -- parameters ---------------------------------------------------------------------------
 
@@ -352,39 +359,35 @@ class ModelShape:
 
     def kv_bytes_per_token(self, kv_dtype: str) -> int:
         """Bytes each further token adds for one user once every window is full."""
-        growing = (Kind.FULL, Kind.MLA)
-        return math.ceil(
-            sum(n * a.token_bytes(kv_dtype) for a, _, n in self.readers if a.kind in growing)
-        )
-
-    def expanded_kv_bytes_per_token(self, kv_dtype: str) -> int:
-        """The same where MLA's keys and values of all heads are stored, as this engine does."""
-        element_bytes = KV_BYTES[kv_dtype]
-        total = 0.0
-        for a, _, n in self.readers:
-            if a.kind is Kind.MLA:
-                total += n * 2 * a.num_heads * a.head_dim * element_bytes
-            elif a.kind is Kind.FULL:
-                total += n * a.token_bytes(kv_dtype)
-        return math.ceil(total)
-
-    def latent_note(self, kv_dtype: str) -> str:
-        """What is counted of MLA, and what this engine stores of it; empty for other models."""
-        if not self.is_mla:
-            return ""
-        latent, stored = (
-            self.kv_bytes_per_token(kv_dtype),
-            self.expanded_kv_bytes_per_token(kv_dtype),
-        )
-        return (
-            f"KV is counted as the latent of MLA, {latent:,} B a token; 'hotset serve' stores the "
-            f"keys and values of all heads so far, {stored:,} B, {stored / latent:.0f} times as "
-            "much"
-        )
+        return sum(n * a.token_bytes(kv_dtype) for a, _, n in self.readers if not a.cache.window)
 
     def kv_bytes_per_early_token(self, kv_dtype: str) -> int:
         """Bytes a token adds while it is inside every window: all layers that cache."""
-        return math.ceil(sum(n * a.token_bytes(kv_dtype) for a, _, n in self.readers))
+        return sum(n * a.token_bytes(kv_dtype) for a, _, n in self.readers)
+
+    def stored_bytes_per_token(self, kv_dtype: str) -> int:
+        """Bytes that this engine stores of each token, whatever is counted here."""
+        specs = (layer.attention.stored.cache for layer in self.layers)
+        return token_bytes(specs, KV_BYTES[kv_dtype])
+
+    def latent_note(self, kv_dtype: str) -> str:
+        """What is counted of MLA, and what it is beside that; empty for other models."""
+        stored = self.stored_bytes_per_token(kv_dtype)
+        if self.is_mla:
+            latent = self.kv_bytes_per_token(kv_dtype)
+            return (
+                f"KV is counted as the latent of MLA, {latent:,} B a token; 'hotset serve' stores "
+                f"the keys and values of all heads so far, {stored:,} B, {stored / latent:.0f} "
+                "times as much"
+            )
+        kept = [layer.attention.latent or layer.attention.cache for layer in self.layers]
+        latent = token_bytes(kept, KV_BYTES[kv_dtype])
+        if latent == stored:
+            return ""
+        return (
+            f"KV is counted as 'hotset serve' stores it, the keys and values of all heads, "
+            f"{stored:,} B a token; the latent of MLA alone would take {latent:,} B"
+        )
 
     def kv_bytes(
         self,
@@ -411,8 +414,10 @@ class ModelShape:
         rounded = math.ceil(context / block_size) * block_size
         total = 0.0
         for a, _, n in self.readers:
-            held = a.cached_tokens(rounded) if hold_windows else rounded
-            total += n * (held * a.token_bytes(kv_dtype) / a.shards(tp) + a.state_bytes / tp)
+            held = a.kept_tokens(rounded) if hold_windows else rounded
+            total += n * (
+                held * a.token_bytes(kv_dtype) / a.shards(tp) + a.cache.sequence_bytes / tp
+            )
         return math.ceil(total)
 
     def kv_read_bytes(self, context: float, kv_dtype: str, *, tp: int = 1) -> float:
@@ -420,8 +425,8 @@ class ModelShape:
         return sum(
             n
             * (
-                a.cached_tokens(context) * owner.token_bytes(kv_dtype) / owner.shards(tp)
-                + 2 * a.state_bytes / tp
+                a.seen_tokens(context) * owner.token_bytes(kv_dtype) / owner.shards(tp)
+                + 2 * a.cache.sequence_bytes / tp
             )
             for a, owner, n in self.readers
         )
@@ -431,8 +436,8 @@ class ModelShape:
         return sum(
             n
             * (
-                2 * a.cached_tokens(context) * a.num_heads * (a.score_dim + a.mix_dim)
-                + 4 * a.state_elements
+                2 * a.seen_tokens(context) * a.num_heads * (a.score_dim + a.mix_dim)
+                + 4 * a.state_values
             )
             for a, _, n in self.readers
         )
@@ -448,14 +453,14 @@ class ModelShape:
                 within = max(0.0, a.window - first)
                 pairs = (first + within / 2) * within + a.window * (new_tokens - within)
             total += n * (
-                2 * pairs * a.num_heads * a.prefill_dims + 4 * a.state_elements * new_tokens
+                2 * pairs * a.num_heads * a.prefill_dims + 4 * a.state_values * new_tokens
             )
         return total
 
     @property
     def min_kv_heads(self) -> int:
         """Fewest cached heads of any layer that caches: tensor parallelism beyond it copies KV."""
-        return min((a.num_kv_heads for a, _, _ in self.readers if a.num_kv_heads), default=1)
+        return min((n for a, _, _ in self.readers if (n := a.cache.num_kv_heads)), default=1)
 
     @property
     def is_mla(self) -> bool:

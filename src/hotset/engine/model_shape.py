@@ -152,14 +152,12 @@ def _layer_of(path: str) -> int | None:
 
 
 def _attention(asked: LayerAttention, params: Params) -> Attention:
-    cache, stored = asked.cache, asked.cache.stored
+    cache = asked.cache
     return Attention(
         kind=Kind.FULL if cache.window is None else Kind.SLIDING,
         params=params,
         num_heads=asked.num_heads,
-        num_kv_heads=stored.num_kv_heads,
-        qk_dim=stored.key_dim,
-        v_dim=stored.value_dim,
+        cache=cache.stored,
         score_dim=cache.key_dim,
         mix_dim=cache.value_dim,
         prefill_dims=cache.key_dim + cache.value_dim,

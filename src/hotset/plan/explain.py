@@ -1,5 +1,6 @@
 """A plan step by step: each formula, its numbers, and the assumption it rests on."""
 
+from hotset.cost.cache_spec import Latent, NoCache, State
 from hotset.cost.shape import KV_BYTES, WEIGHT_BITS, Attention, Kind
 from hotset.cost.step_time import CAUSES
 from hotset.plan.choices import BLOCK_SIZE, SLICE_TOKENS, claimed_bytes
@@ -53,7 +54,7 @@ def _kv(plan: Plan) -> Section:
         f"{request.workload.users:,} users = {request.workload.users:,} x "
         f"{gb(plan.kv_bytes_per_user)} = {gb(plan.kv_bytes_per_user * request.workload.users)}",
     ]
-    windows = any(a.window for a, _, _ in shape.readers)
+    windows = any(a.cache.window for a, _, _ in shape.readers)
     if windows and request.free_windows:
         body.append("Assumes: the engine frees what a window has left (--free-windows).")
     else:
@@ -64,24 +65,23 @@ def _kv(plan: Plan) -> Section:
 def _kv_line(attention: Attention, layers: int, context: int, dtype: str) -> str:
     size = KV_BYTES[dtype]
     each = attention.token_bytes(dtype)
-    kind = attention.kind
-    if kind is Kind.MLA:
+    kind, cache = attention.kind, attention.cache
+    if isinstance(cache, Latent):
         return (
-            f"{layers} MLA layers: latent and rotary part, {attention.qk_dim} wide, once: "
-            f"{each:,.0f} B a token and layer"
+            f"{layers} MLA layers: latent and rotary part, {cache.rank + cache.rope_dim} wide, "
+            f"once: {each:,.0f} B a token and layer"
         )
-    if kind is Kind.RECURRENT:
-        return f"{layers} recurrent layers: {attention.state_bytes:,} B each, whatever the context"
-    if kind is Kind.SHARED:
-        return f"{layers} layers share the KV of earlier ones: 0 B"
-    if kind is Kind.NONE:
-        return f"{layers} layers without attention: 0 B"
+    if isinstance(cache, State):
+        return f"{layers} recurrent layers: {cache.sequence_bytes:,} B each, whatever the context"
+    if isinstance(cache, NoCache):
+        what = "share the KV of earlier ones" if kind is Kind.SHARED else "without attention"
+        return f"{layers} layers {what}: 0 B"
     text = (
-        f"{layers} {kind.value} layers: 2 x {attention.num_kv_heads} KV heads x "
-        f"{attention.qk_dim} x {size:g} B = {each:,.0f} B a token and layer"
+        f"{layers} {kind.value} layers: 2 x {cache.num_kv_heads} KV heads x "
+        f"{cache.key_dim} x {size:g} B = {each:,.0f} B a token and layer"
     )
-    if attention.window:
-        text += f", at most {attention.window:,} of {context:,} tokens"
+    if cache.window:
+        text += f", at most {cache.window:,} of {context:,} tokens"
     return text
 
 

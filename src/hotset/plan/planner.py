@@ -235,9 +235,11 @@ def _notes(
             f"{choice.running} of {workload.users} users run at a time; the others take turns"
         )
     if note := shape.latent_note(request.kv_dtype):
-        latent = shape.kv_bytes_per_token(request.kv_dtype)
-        fewer = users_resident * latent // shape.expanded_kv_bytes_per_token(request.kv_dtype)
-        notes.append(f"{note}: KV for {fewer:,} users in HBM, not {users_resident:,}")
+        if shape.is_mla:
+            latent = shape.kv_bytes_per_token(request.kv_dtype)
+            fewer = users_resident * latent // shape.stored_bytes_per_token(request.kv_dtype)
+            note += f": KV for {fewer:,} users in HBM, not {users_resident:,}"
+        notes.append(note)
     if layout.ep > 1 and shape.num_experts % layout.ep:
         slots = -(-shape.num_experts // layout.ep)
         notes.append(f"{slots * layout.ep - shape.num_experts} spare expert slots hold copies")
