@@ -3,8 +3,7 @@
 A model is a sequence of one `CacheSpec` per layer. Each says which numbers a token adds
 (`token_values`), what a sequence takes beside its tokens (`sequence_bytes`), in how many heads the
 cache can be cut (`num_kv_heads`) and how many tokens it keeps (`window`; None: all). A model's own
-spec says the least that has to be kept; `stored` of keys and values, and of a latent, is what this
-engine keeps in its place.
+spec says the least that has to be kept; `stored` is what this engine keeps in its place.
 """
 
 from collections.abc import Iterable
@@ -105,18 +104,49 @@ class State:
         """Bytes of a sequence, whatever its length."""
         return self.num_values * STATE_BYTES + self.num_conv_values * CONV_STATE_BYTES
 
+    @property
+    def stored(self) -> "State":
+        """Itself: the engine runs no such layer so far."""
+        return self
+
 
 @dataclass(frozen=True, slots=True)
-class NoCache:
-    """Nothing of its own: the layer reads an earlier layer's cache, or has no attention."""
+class Shared:
+    """Nothing of its own: the layer reads the keys and values of an earlier one.
+
+    Attributes:
+        read: what it reads.
+    """
+
+    read: KeysValues
 
     num_kv_heads = 0
     window = None
     token_values = 0
     sequence_bytes = 0
 
+    @property
+    def stored(self) -> KeysValues:
+        """What it reads once more: the engine stores what each layer's attention is handed."""
+        return self.read.stored
 
-CacheSpec: TypeAlias = KeysValues | Latent | State | NoCache
+
+@dataclass(frozen=True, slots=True)
+class NoCache:
+    """Nothing: the layer has no attention."""
+
+    num_kv_heads = 0
+    window = None
+    token_values = 0
+    sequence_bytes = 0
+
+    @property
+    def stored(self) -> "NoCache":
+        """Itself."""
+        return self
+
+
+CacheSpec: TypeAlias = KeysValues | Latent | State | Shared | NoCache
 
 
 def token_bytes(specs: Iterable[CacheSpec], itemsize: int) -> int:

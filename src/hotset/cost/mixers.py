@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hotset.cost.cache_spec import KeysValues, Latent, NoCache, State
+from hotset.cost.cache_spec import KeysValues, Latent, Shared, State
 from hotset.cost.shape import Attention, Kind, Params
 from hotset.errors import PlanError
 
@@ -91,6 +91,7 @@ def gqa(
         head_dim = f.count("head_dim", default=hidden // heads)
     q_width, kv_width = heads * head_dim, kv * head_dim
     owns = kind is not Kind.SHARED
+    cache = KeysValues(kv, head_dim, head_dim, window)
     matrix = hidden * q_width * (2 if gated else 1) + q_width * hidden
     vector = 0
     if owns:
@@ -110,7 +111,7 @@ def gqa(
         kind=kind,
         params=Params(matrix, vector),
         num_heads=heads,
-        cache=KeysValues(kv, head_dim, head_dim, window) if owns else NoCache(),
+        cache=cache if owns else Shared(cache),
         score_dim=head_dim,
         mix_dim=head_dim,
         prefill_dims=2 * head_dim,

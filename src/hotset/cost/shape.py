@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
-from hotset.cost.cache_spec import CacheSpec, Latent, NoCache, State, token_bytes
+from hotset.cost.cache_spec import CacheSpec, Latent, NoCache, Shared, State, token_bytes
 from hotset.errors import PlanError
 
 # Bits one matrix element takes, with the scales its format stores beside it.
@@ -96,18 +96,15 @@ class Attention:
     @property
     def stored(self) -> "Attention":
         """The same as this engine runs it: see `CacheSpec`."""
-        if isinstance(self.cache, State | NoCache):
-            return self
+        same = replace(self, cache=self.cache.stored)
+        if isinstance(self.cache, Shared):
+            return replace(same, kind=Kind.FULL if self.window is None else Kind.SLIDING)
         if not isinstance(self.cache, Latent):
-            return replace(self, cache=self.cache.stored)
+            return same
         heads = self.cache.expanded
+        score_dim, mix_dim = heads.key_dim, heads.value_dim
         return replace(
-            self,
-            kind=Kind.FULL,
-            cache=heads.stored,
-            score_dim=heads.key_dim,
-            mix_dim=heads.value_dim,
-            latent=self.cache,
+            same, kind=Kind.FULL, latent=self.cache, score_dim=score_dim, mix_dim=mix_dim
         )
 
     def token_bytes(self, kv_dtype: str) -> int:
@@ -380,10 +377,10 @@ class ModelShape:
                 f"the keys and values of all heads so far, {stored:,} B, {stored / latent:.0f} "
                 "times as much"
             )
-        kept = [layer.attention.latent or layer.attention.cache for layer in self.layers]
-        latent = token_bytes(kept, KV_BYTES[kv_dtype])
-        if latent == stored:
+        latents = [layer.attention.latent for layer in self.layers]
+        if not any(latents):
             return ""
+        latent = token_bytes(filter(None, latents), KV_BYTES[kv_dtype])
         return (
             f"KV is counted as 'hotset serve' stores it, the keys and values of all heads, "
             f"{stored:,} B a token; the latent of MLA alone would take {latent:,} B"

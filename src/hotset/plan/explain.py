@@ -1,7 +1,7 @@
 """A plan step by step: each formula, its numbers, and the assumption it rests on."""
 
-from hotset.cost.cache_spec import Latent, NoCache, State
-from hotset.cost.shape import KV_BYTES, WEIGHT_BITS, Attention, Kind
+from hotset.cost.cache_spec import Latent, NoCache, Shared, State
+from hotset.cost.shape import KV_BYTES, WEIGHT_BITS, Attention
 from hotset.cost.step_time import CAUSES
 from hotset.plan.choices import BLOCK_SIZE, SLICE_TOKENS, claimed_bytes
 from hotset.plan.report import gb, seconds
@@ -65,7 +65,7 @@ def _kv(plan: Plan) -> Section:
 def _kv_line(attention: Attention, layers: int, context: int, dtype: str) -> str:
     size = KV_BYTES[dtype]
     each = attention.token_bytes(dtype)
-    kind, cache = attention.kind, attention.cache
+    cache = attention.cache
     if isinstance(cache, Latent):
         return (
             f"{layers} MLA layers: latent and rotary part, {cache.rank + cache.rope_dim} wide, "
@@ -73,11 +73,12 @@ def _kv_line(attention: Attention, layers: int, context: int, dtype: str) -> str
         )
     if isinstance(cache, State):
         return f"{layers} recurrent layers: {cache.sequence_bytes:,} B each, whatever the context"
+    if isinstance(cache, Shared):
+        return f"{layers} layers share the KV of earlier ones: 0 B"
     if isinstance(cache, NoCache):
-        what = "share the KV of earlier ones" if kind is Kind.SHARED else "without attention"
-        return f"{layers} layers {what}: 0 B"
+        return f"{layers} layers without attention: 0 B"
     text = (
-        f"{layers} {kind.value} layers: 2 x {cache.num_kv_heads} KV heads x "
+        f"{layers} {attention.kind.value} layers: 2 x {cache.num_kv_heads} KV heads x "
         f"{cache.key_dim} x {size:g} B = {each:,.0f} B a token and layer"
     )
     if cache.window:
