@@ -97,8 +97,7 @@ def test_layers_without_experts_are_dense_and_latents_count_as_the_engine_stores
         (
             "deepseek_v3",
             {},
-            "KV of all heads is stored: 2,304 B a token, 8.00 times the 288 B of the latent, which "
-            "'hotset plan' counts",
+            "KV of all heads is stored: 2,304 B a token, 8.00 times the 288 B of the latent alone",
         ),
         (
             "mimo_v2_flash",

@@ -123,7 +123,7 @@ EXAMPLES = ("moe-7.8x", "offload-3x")
     default="hotset",
     show_default=True,
     metavar="NAME",
-    help="Whose overheads: hotset (this one, measured) or published (engines in general).",
+    help="Whose overheads and KV: hotset (this one, measured) or published (engines in general).",
 )
 @click.option(
     "--expert-histogram",

@@ -121,6 +121,8 @@ class Options:
             raise PlanError(
                 f"is {self.engine!r}; expected one of {', '.join(CALIBRATIONS)}", field="engine"
             )
+        if self.engine == "hotset" and not self.free_windows:
+            shape = shape.stored
         histogram = self.expert_histogram
         return Request(
             shape=shape,

@@ -24,7 +24,7 @@ def make_cost_model(
     plain = _DTYPES.get(dtype)
     if plain is None:
         raise PlanError(f"the planner does not know dtype {dtype}")
-    shape = shape_from_config(config, name).with_weights(plain)
+    shape = shape_from_config(config, name).with_weights(plain).stored
     kv = kv_dtype
     if kv_dtype == "auto":
         kv = "bf16" if dtype == "fp8" else plain

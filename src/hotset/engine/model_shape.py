@@ -54,7 +54,7 @@ def kv_note(model: PreTrainedModel, layout: ModelLayout) -> str:
     stored = layout.bytes_per_token // layout.kv_dtype.itemsize
     rank, rope = largest(config, "kv_lora_rank"), largest(config, "qk_rope_head_dim")
     if rank:
-        needed, what = len(layout.layers) * (rank + rope), "the latent, which 'hotset plan' counts"
+        needed, what = len(layout.layers) * (rank + rope), "the latent alone"
     else:
         widths = (a.cache.token_values for a in layout.layers)
         needed = sum(widths) // layout.head_repeats

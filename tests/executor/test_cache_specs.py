@@ -1,0 +1,93 @@
+"""What the planner counts per token from a config is what the engine stores for the model."""
+
+from typing import Any
+
+import pytest
+import torch
+from family_configs import FAMILIES, TINY, build
+
+from hotset.cli.plan_options import Options
+from hotset.cost.cache_spec import KeysValues
+from hotset.cost.catalog import bundled_config, bundled_models
+from hotset.cost.families import shape_from_config
+from hotset.errors import ModelError
+from hotset.executor.probe import inspect_model
+from hotset.memory.arena import DeviceArena
+
+# Families that the engine refuses by the type of their layers.
+REFUSED = {
+    "deepseek_v32",
+    "llama4_text",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "bamba",
+    "granitemoehybrid",
+    "jamba",
+    "mamba2",
+}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("family", "facts"), FAMILIES, ids=[f"{i}-{m}" for i, (m, _) in enumerate(FAMILIES)]
+)
+def test_a_token_takes_the_bytes_that_the_planner_counts(
+    family: str, facts: dict[str, Any]
+) -> None:
+    config = {**TINY, **facts, "model_type": family}
+    model = build(config, "meta").eval()
+    if family in REFUSED:
+        with pytest.raises(ModelError, match="has layers of type"):
+            inspect_model(model)
+        return
+    layout, shape = inspect_model(model), shape_from_config(config, family)
+    planned = shape.stored_bytes_per_token(DTYPES[layout.kv_dtype])
+    assert planned == shape.stored.kv_bytes_per_token(DTYPES[layout.kv_dtype])
+    assert planned == layout.bytes_per_token
+    specs = layout.cache_specs
+    # The planner's layers are the engine's one by one.
+    assert [layer.attention.stored.cache.token_values for layer in shape.layers] == [
+        spec.token_values for spec in specs
+    ]
+    arena = DeviceArena(
+        specs, num_blocks=2, block_size=4, dtype=layout.kv_dtype, device=torch.device("cpu")
+    )
+    assert arena.block_bytes == arena.storage[0].nbytes == 4 * planned
+
+
+@pytest.mark.parametrize("name", bundled_models())
+def test_plan_says_what_the_engine_stores_of_a_token(name: str) -> None:
+    config, _ = bundled_config(name)
+    model = build(config, "meta").eval()
+    try:
+        layout = inspect_model(model, torch.bfloat16)
+    except ModelError:
+        assert shape_from_config(config, name).model_type in REFUSED
+        return
+    shape = Options(model=name, kv_dtype="bfloat16").request().shape
+    assert shape.kv_bytes_per_token("bf16") == layout.bytes_per_token
+
+
+def test_deepseek_v3_is_planned_as_stored_and_the_latent_is_named_beside_it() -> None:
+    here = Options(model="deepseek-v3", kv_dtype="bfloat16").request().shape
+    published = Options(model="deepseek-v3", engine="published").request().shape
+    assert here.kv_bytes_per_token("bf16") == 61 * 128 * 2 * 192 * 2 == 5_996_544
+    assert published.kv_bytes_per_token("bf16") == 61 * 576 * 2 == 70_272
+    assert "5,996,544 B a token; the latent of MLA alone would take 70,272 B" in (
+        here.latent_note("bf16")
+    )
+    assert here.attention_flops_per_token(1000) == 61 * 2 * 1000 * 128 * (192 + 128)
+
+
+def test_the_arena_has_the_keys_and_values_of_each_layer_in_one_run_of_bytes() -> None:
+    specs = [KeysValues(2, 8, 6, window=4).stored, KeysValues(1, 24, 24)]
+    arena = DeviceArena(
+        specs, num_blocks=3, block_size=4, dtype=torch.float32, device=torch.device("cpu")
+    )
+    arena.storage.copy_(torch.arange(arena.storage.numel()).view_as(arena.storage))
+    parts = []
+    for keys, values, spec in zip(arena.keys, arena.values, specs, strict=True):
+        assert keys.shape == (3, 4, spec.num_kv_heads, spec.key_dim) == values.shape
+        parts += [keys.flatten(1), values.flatten(1)]
+    assert torch.equal(torch.cat(parts, dim=1), arena.storage)
