@@ -18,6 +18,7 @@ PLAIN = {
     "sequence",
     "clock",
     "config",
+    "options",
     "errors",
     "metrics",
     "cgroups",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hotset.config import EXPERT_OPTIONS, EngineConfig
+from hotset.config import HOST_EXPERT_OPTIONS, SPLIT_OPTIONS, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.executor.probe import weights_bytes
@@ -68,7 +68,7 @@ def with_all_resident(config: EngineConfig, model: PreTrainedModel) -> EngineCon
                 f"all experts take {away_bytes / 1e9:.1f} GB more than is there now and "
                 f"{free_bytes / 1e9:.1f} GB are free on the device; leave the arm {RESIDENT} out"
             )
-    ignored = ["expert_gib", "expert_disk_path", *EXPERT_OPTIONS, *config.split_options]
+    ignored = ["expert_gib", "expert_disk_path", *HOST_EXPERT_OPTIONS, *SPLIT_OPTIONS]
     defaults: dict[str, Any] = {name: getattr(EngineConfig(), name) for name in ignored}
     return replace(config, expert_slots=layers[0].num_experts, **defaults)
 

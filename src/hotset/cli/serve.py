@@ -17,6 +17,7 @@ from hotset.cli.options import engine_options, interruptible
 from hotset.config import EngineConfig
 from hotset.errors import ConfigError, HotsetError
 from hotset.foreign_text import ForeignTextError, parse_toml
+from hotset.options import Option, options_of
 
 if TYPE_CHECKING:
     from hotset.engine.service import EngineService
@@ -72,12 +73,23 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     known = {param.name for param in ctx.command.params} - {"config_file", "dry_run"}
     lists = {one.name for one in ctx.command.params if getattr(one, "multiple", False)}
     named = {name.replace("-", "_"): value for name, value in values.items()}
+    engine = options_of(EngineConfig)
     for name, value in named.items():
         if name not in known:
             raise ConfigError(f"{path}: there is no option {name!r}; see hotset serve --help")
         if isinstance(value, dict | list) and not (name in lists and isinstance(value, list)):
             raise ConfigError(f"{path}: {name} is a {type(value).__name__}; expected one value")
+        if name in engine:
+            named[name] = _taken(path, engine[name], value)
     ctx.default_map = {**(ctx.default_map or {}), **named}
+
+
+def _taken(path: Path, option: Option, value: Any) -> Any:
+    """A file's value of an engine's option; other types than Python takes are refused here too."""
+    try:
+        return option.taken(value)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 @click.command()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from hotset.config import EXPERT_OPTIONS, GIB, EngineConfig
+from hotset.config import GIB, HOST_EXPERT_OPTIONS, SPLIT_OPTIONS, EngineConfig
 from hotset.cost.expert_split import KVMemory, Split, Splitter, least_bytes
 from hotset.cost.expert_steps import ExpertCost, Load, link_of
 from hotset.cost.slot_bytes import SlotBytes
@@ -116,7 +116,7 @@ def split_memory(
             f"free on the {model.device.type} beside weights without experts "
             f"({_gib(dense_bytes)}) and workspace ({_gib(memory.workspace_bytes)}); give less"
         )
-    options = {n: None for n in config.split_options if n not in ("target", "move_split")}
+    options = {n: None for n in SPLIT_OPTIONS if n not in ("target", "move_split")}
     found = replace(
         config,
         total_gib=None,
@@ -256,14 +256,12 @@ def check_options(config: EngineConfig, outline: PreTrainedModel) -> None:
 
 
 def _refuse_options_of_experts(config: EngineConfig, name: str) -> None:
-    defaults = dict.fromkeys(config.split_options) | EXPERT_OPTIONS
-    for option, default in defaults.items():
-        value = getattr(config, option)
-        if value != default:
-            raise ConfigError(
-                f"{option} is {value!r}, but {name} has no experts that can be kept in host "
-                f"memory: it is dense, or computes its experts in its own way; leave {option} out"
-            )
+    for option in config.changed((*SPLIT_OPTIONS, *HOST_EXPERT_OPTIONS)):
+        raise ConfigError(
+            f"{option} is {getattr(config, option)!r}, but {name} has no experts that can be kept "
+            "in host memory: it is dense, or computes its experts in its own way; leave "
+            f"{option} out"
+        )
 
 
 def _report(
