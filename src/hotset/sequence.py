@@ -194,7 +194,8 @@ class Request:
     @property
     def kind(self) -> Kind:
         """What is left to compute of it: a prompt, or the one token that comes next."""
-        return Kind.PROMPT if self.num_uncomputed_tokens > 1 else Kind.DECODE
+        num_tokens = len(self.token_ids) - self.kv.num_computed_tokens
+        return Kind.PROMPT if num_tokens > 1 else Kind.DECODE
 
     @property
     def is_complete(self) -> bool:

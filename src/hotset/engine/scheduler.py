@@ -11,7 +11,7 @@ from hotset.engine.step_shares import StepShares
 from hotset.engine.urgency import MUCH_LONGER, PromptOrder
 from hotset.kv.cache import KVCache
 from hotset.request import FinishReason
-from hotset.sequence import Kind, Request, RequestStatus
+from hotset.sequence import Request, RequestStatus
 
 # Requests at the head of the queue whose blocks are brought closer ahead of their turn.
 _LOOK_AHEAD = 8
@@ -217,9 +217,8 @@ class Scheduler:
         num_starting = len(self.running) - num_decodes + len(self.waiting)
         if num_starting <= num_decodes or len(self.running) + len(self.waiting) > self.max_num_seqs:
             return False
-        blocks = self._blocks_short(_AHEAD_TOKENS) + sum(
-            self.kv.num_blocks_short(request, _AHEAD_TOKENS) for request in self.waiting
-        )
+        blocks = self._blocks_short(_AHEAD_TOKENS)
+        blocks += self.kv.num_blocks_short(self.waiting, _AHEAD_TOKENS)
         return blocks <= self.kv.pool.num_available
 
     def _plan_running(self, step: StepShares) -> bool:
@@ -291,8 +290,8 @@ class Scheduler:
         spare_blocks = 0
         if self.running:
             all_grown = self._blocks_short(_AHEAD_TOKENS) + (
-                self.kv.num_blocks_short(request, _AHEAD_TOKENS)
-                - self.kv.num_blocks_short(request, 0)
+                self.kv.num_blocks_short([request], _AHEAD_TOKENS)
+                - self.kv.num_blocks_short([request], 0)
             )
             spare_blocks = min(all_grown, self._peak_blocks_short(request))
             if spare_blocks > self.kv.pool.num_available:
@@ -312,14 +311,17 @@ class Scheduler:
         given_back = 0
         decoding = []
         for request in self.running:
+            num_tokens, kv = len(request.token_ids), request.kv
+            num_blocks = len(kv.block_table)
+            ahead = min(_AHEAD_TOKENS, request.max_total_tokens - num_tokens)
             # Of its last block it may use any part.
-            lacks = request.num_tokens + size - 1 - size * len(request.kv.block_table)
-            if request.kind is Kind.PROMPT:
-                lacking += lacks + self._tokens_ahead(request)
+            lacks = num_tokens + size - 1 - size * num_blocks
+            if num_tokens - kv.num_computed_tokens > 1:  # a prompt
+                lacking += lacks + ahead
                 continue
-            gives = size * (len(request.kv.block_table) - request.kv.num_shared_blocks)
+            gives = size * (num_blocks - kv.num_shared_blocks)
             given_back += gives
-            decoding.append((self._tokens_ahead(request), lacks, gives))
+            decoding.append((ahead, lacks, gives))
         most = lacking
         decoding.sort(reverse=True)
         for count, (ahead, lacks, gives) in enumerate(decoding, 1):
@@ -334,7 +336,7 @@ class Scheduler:
 
     def _blocks_short(self, more_tokens: int) -> int:
         """Blocks the running requests lack for the tokens they have and `more_tokens` more."""
-        return sum(self.kv.num_blocks_short(request, more_tokens) for request in self.running)
+        return self.kv.num_blocks_short(self.running, more_tokens)
 
     def _start_turn(self, request: Request) -> None:
         request.status = RequestStatus.RUNNING

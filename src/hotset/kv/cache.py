@@ -5,7 +5,7 @@ Beside `block_hash` the only module that maps tokens to blocks. It never touches
 
 import secrets
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hotset.cost.prefix import PrefixPolicy
@@ -195,10 +195,15 @@ class KVCache:
             request.kv.high_water_tokens, request.kv.num_computed_tokens
         )
 
-    def num_blocks_short(self, request: Request, more_tokens: int) -> int:
-        """Blocks a request lacks to hold its tokens and `more_tokens` more, if it may have them."""
-        num_tokens = min(request.num_tokens + more_tokens, request.max_total_tokens)
-        return -(-num_tokens // self.block_size) - len(request.kv.block_table)
+    def num_blocks_short(self, requests: Iterable[Request], more_tokens: int) -> int:
+        """Blocks that requests lack for their tokens and `more_tokens` more each, if allowed."""
+        size, blocks = self.block_size, 0
+        for request in requests:
+            num_tokens = len(request.token_ids) + more_tokens
+            if num_tokens > request.max_total_tokens:
+                num_tokens = request.max_total_tokens
+            blocks -= -num_tokens // size + len(request.kv.block_table)
+        return blocks
 
     def next_key(self, request: Request) -> bytes | None:
         """Key of the block that starts at the request's next token; None within a block."""
@@ -231,7 +236,7 @@ class KVCache:
         if self._tiers is None:
             return False
         num_blocks = [
-            len(request.kv.block_table) + self.num_blocks_short(request, more_tokens)
+            len(request.kv.block_table) + self.num_blocks_short([request], more_tokens)
             for request in running
         ]
         num_over = max(0, sum(num_blocks) - self.pool.num_usable)

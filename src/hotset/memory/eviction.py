@@ -44,7 +44,7 @@ class Order(Protocol[K]):
         """Take a key out and forget it."""
         ...
 
-    def victim(self, is_spared: Callable[[K], bool] = lambda key: False) -> K | None:
+    def victim(self, is_spared: Callable[[K], bool] | None = None) -> K | None:
         """Take out the first key that is not spared; None where there is none."""
         ...
 
@@ -137,7 +137,9 @@ class _ListOrder(Generic[K]):
         if key in self._keys:
             self._keys.move_to_end(key, last=self._largest_first)
 
-    def victim(self, is_spared: Callable[[K], bool] = lambda key: False) -> K | None:
+    def victim(self, is_spared: Callable[[K], bool] | None = None) -> K | None:
+        if is_spared is None:  # as each block that a step takes asks for one
+            return self._keys.popitem(last=self._largest_first)[0] if self._keys else None
         key = next((key for key in self if not is_spared(key)), None)
         if key is not None:
             del self._keys[key]
@@ -185,13 +187,13 @@ class _CountedOrder(Generic[K]):
         self.hold(key)
         self._num_uses.pop(key, None)
 
-    def victim(self, is_spared: Callable[[K], bool] = lambda key: False) -> K | None:
+    def victim(self, is_spared: Callable[[K], bool] | None = None) -> K | None:
         passed, found = [], None
         while self._heap and found is None:
             *rank, key = entry = heappop(self._heap)
             if self._rank.get(key) != tuple(rank):
                 continue
-            if is_spared(key):
+            if is_spared is not None and is_spared(key):
                 passed.append(entry)
             else:
                 found = key
