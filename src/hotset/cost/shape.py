@@ -368,7 +368,7 @@ class ModelShape:
         return token_bytes(specs, KV_BYTES[kv_dtype])
 
     def latent_note(self, kv_dtype: str) -> str:
-        """What is counted of MLA, and what it is beside that; empty for other models."""
+        """What is counted of MLA, latent or keys and values, and the other; else empty."""
         stored = self.stored_bytes_per_token(kv_dtype)
         if self.is_mla:
             latent = self.kv_bytes_per_token(kv_dtype)
