@@ -73,12 +73,7 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
     name = type(model).__name__
     config = model.config.get_text_config()
     check_decoder(model.config, name)
-    layer_types = getattr(config, "layer_types", None) or []
-    if unknown := sorted(set(layer_types) - _KNOWN_LAYER_TYPES):
-        raise ModelError(
-            f"{name} has layers of type {', '.join(unknown)}: "
-            f"supported are {', '.join(sorted(_KNOWN_LAYER_TYPES))}"
-        )
+    _check_layer_types(config, name)
     _check_inputs(model)
     register()
     try:
@@ -89,14 +84,7 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
     use_dynamic_gating(model)
     with noting_top_k(model) as chosen:
         probe, logits = _probe(model, _TOKENS, _POSITIONS)
-    num_layers = config.num_hidden_layers
-    missing = [layer for layer in range(num_layers) if layer not in probe.layers]
-    if missing or len(probe.layers) != num_layers:
-        raise ModelError(
-            f"{name}: {len(missing)} of {num_layers} layers (first: layer {missing[:1]}) do not "
-            "use transformers' attention interface, so their state cannot be paged"
-        )
-    layers = tuple(probe.layers[i] for i in range(num_layers))
+    layers = _layers_of(probe, config.num_hidden_layers, name)
     _check_windows(config, layers, name)
     if not (ends_are_alike(logits) and probe.rows_are_alike):
         raise ModelError(
@@ -112,6 +100,26 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
         max(chosen, default=0),
         _head_repeats(probe.first_keys[0]),
     )
+
+
+def _check_layer_types(config: Any, name: str) -> None:
+    layer_types = getattr(config, "layer_types", None) or []
+    if unknown := sorted(set(layer_types) - _KNOWN_LAYER_TYPES):
+        raise ModelError(
+            f"{name} has layers of type {', '.join(unknown)}: "
+            f"supported are {', '.join(sorted(_KNOWN_LAYER_TYPES))}"
+        )
+
+
+def _layers_of(probe: ProbeAttention, num_layers: int, name: str) -> tuple[LayerAttention, ...]:
+    """What each of a model's layers asked for, in their order; each has to have asked."""
+    missing = [layer for layer in range(num_layers) if layer not in probe.layers]
+    if missing or len(probe.layers) != num_layers:
+        raise ModelError(
+            f"{name}: {len(missing)} of {num_layers} layers (first: layer {missing[:1]}) do not "
+            "use transformers' attention interface, so their state cannot be paged"
+        )
+    return tuple(probe.layers[i] for i in range(num_layers))
 
 
 def _head_repeats(keys: torch.Tensor) -> int:
