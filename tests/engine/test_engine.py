@@ -128,14 +128,16 @@ def test_an_encoder_decoder_is_refused_by_name() -> None:
 
 def budget(*, workspace_bytes: int = 2**20, **sizes: Any) -> Any:
     options = {"block_size": 16, "max_model_len": 1024, **sizes}
+    config = EngineConfig(**options)
     return make_budget(
-        EngineConfig(**options),
+        config,
         device="cpu",
         weights_bytes=GIB,
         workspace_bytes=workspace_bytes,
         kv_bytes_per_token=1024,
         model_max_len=8192,
         free_device_bytes=4 * GIB,
+        hot_bytes=None if config.hot_gib is None else int(config.hot_gib * GIB),
     )
 
 

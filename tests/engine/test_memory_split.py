@@ -71,7 +71,7 @@ def test_one_budget_is_enough_and_the_answers_are_the_same(plan: str, target: st
     sizes = slots(plan=plan)
     hot_bytes = sizes(sizes.num_experts) // 3 + sizes(sizes.fewest)
     with engine(hot_gib=hot_bytes / GIB, expert_plan=plan, target=target) as made:
-        num_slots = made.config.expert_slots
+        num_slots = made.budget.expert_slots
         assert num_slots is not None and sizes.fewest <= num_slots < sizes.num_experts
         used = sizes(num_slots) + kv_bytes(made)
         assert hot_bytes - made.budget.block_bytes < used <= hot_bytes
@@ -87,7 +87,7 @@ def test_what_says_how_experts_come_goes_with_a_budget(options: dict[str, Any]) 
     sizes = slots(plan="cache")
     config = {"hot_gib": sizes(5) / GIB, "expert_plan": "cache", "expected_users": 2, **options}
     with engine(**config) as made:
-        num_slots = made.config.expert_slots
+        num_slots = made.budget.expert_slots
         assert num_slots is not None and options.get("expert_prefetch", 1) <= num_slots < 8
         answers = run(made, PROMPTS)
     with engine(hot_gib=0.01, expert_plan="cache", expert_slots=7, **options) as made:
@@ -99,7 +99,24 @@ def test_a_queue_gets_more_kv_than_one_user_who_gets_more_experts() -> None:
     options = {"hot_gib": sizes(5) / GIB, "expert_plan": "cache"}
     with engine(**options, max_num_seqs=64) as queue, engine(**options, expected_users=1) as one:
         assert kv_bytes(queue) > kv_bytes(one)
-        assert queue.config.expert_slots < one.config.expert_slots  # type: ignore[operator]
+        assert queue.budget.expert_slots < one.budget.expert_slots  # type: ignore[operator]
+
+
+def test_what_was_asked_stays_as_it_is_and_what_was_solved_is_beside_it() -> None:
+    sizes = slots()
+    asked = EngineConfig(
+        hot_gib=sizes(5) / GIB,
+        target="latency",
+        expected_users=2,
+        max_model_len=96,
+        max_num_seqs=16,
+    )
+    made = build_engine(asked, loaded())
+    try:
+        assert made.config is asked
+        assert asked.expert_slots is None and made.budget.expert_slots == made.experts.num_slots  # type: ignore[union-attr]
+    finally:
+        made.close()
 
 
 def test_a_budget_for_everything_leaves_all_experts_where_they_were() -> None:

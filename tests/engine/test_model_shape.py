@@ -148,7 +148,7 @@ def test_a_family_that_the_planner_does_not_know_takes_one_budget(family: str, b
     )
     engine = build_engine(config, loaded)
     try:
-        assert engine.config.expert_slots is not None
+        assert engine.budget.expert_slots is not None
         assert "of 8 experts a layer" in engine.report
         assert len(run(engine, [[5, 9, 13], [31] * 9], max_tokens=4)) == 2
     finally:

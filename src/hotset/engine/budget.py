@@ -27,6 +27,7 @@ class Budget:
         host_slots: payloads in host memory; more than `host_gib` asks for only to stage a disk.
         disk_bytes: size bound of the disk tier.
         max_model_len: longest context one request can have.
+        expert_slots: experts of each layer on the device; None where they are not bounded.
     """
 
     weights_bytes: int
@@ -38,6 +39,7 @@ class Budget:
     disk_bytes: int
     max_model_len: int
     expert_bytes: int = 0
+    expert_slots: int | None = None
 
     def report(self, *, device: str, disk_path: Path | None) -> str:
         """The table shown at start."""
@@ -81,7 +83,9 @@ def make_budget(
     kv_bytes_per_token: int,
     model_max_len: int,
     free_device_bytes: int,
+    hot_bytes: int | None,
     expert_bytes: int = 0,
+    expert_slots: int | None = None,
 ) -> Budget:
     """Split the memory the user gave into blocks and slots.
 
@@ -93,7 +97,9 @@ def make_budget(
         kv_bytes_per_token: over all layers.
         model_max_len: longest context the model was made for.
         free_device_bytes: memory free on the device with the weights loaded.
+        hot_bytes: for KV on the device; None is what is left.
         expert_bytes: what slots for the other experts have taken of it.
+        expert_slots: experts of each layer that have them.
 
     Raises:
         ConfigError: a size that cannot work, with the smallest or largest one that can.
@@ -107,13 +113,9 @@ def make_budget(
             "max_num_batched_tokens or max_num_seqs, or a smaller model"
         )
     free_device_bytes -= workspace_bytes
-    hot_bytes = int(
-        free_device_bytes * TUNINGS[device].memory_share
-        if config.hot_gib is None
-        else config.hot_gib * GIB
-    )
     wanted_len = min(config.max_model_len or model_max_len, model_max_len)
-    if config.hot_gib is None:  # no more than can ever be used
+    if hot_bytes is None:  # no more than can ever be used
+        hot_bytes = int(free_device_bytes * TUNINGS[device].memory_share)
         most_blocks = config.max_num_seqs * -(-wanted_len // config.block_size)
         hot_bytes = min(hot_bytes, most_blocks * block_bytes)
     if hot_bytes > free_device_bytes:
@@ -162,6 +164,7 @@ def make_budget(
         disk_bytes=int(config.disk_gib * GIB),
         max_model_len=min(wanted_len, device_blocks * config.block_size),
         expert_bytes=expert_bytes,
+        expert_slots=expert_slots,
     )
 
 

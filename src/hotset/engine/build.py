@@ -14,7 +14,7 @@ from hotset.attention.choice import choose_backend
 from hotset.attention.flashinfer.kernels import start_kernels
 from hotset.cgroups import available_host_bytes
 from hotset.clock import REAL_CLOCK
-from hotset.config import GIB, EngineConfig
+from hotset.config import EngineConfig
 from hotset.cost.config_sizes import largest
 from hotset.cost.prefix import PrefixPolicy
 from hotset.cost.rates import Rates
@@ -22,7 +22,7 @@ from hotset.cost.tuning import TUNINGS
 from hotset.cpu_libraries import bound_kernels, set_threads
 from hotset.engine.budget import Budget, make_budget
 from hotset.engine.engine import Engine, EngineParts
-from hotset.engine.memory_split import Memory, MovingSplit, check_options, split_memory
+from hotset.engine.memory_split import Memory, MovingSplit, Sizes, check_options, split_memory
 from hotset.engine.model_shape import kv_note
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
@@ -33,7 +33,7 @@ from hotset.engine.step_cost import StepCost
 from hotset.engine.step_input import make_step_input
 from hotset.errors import ConfigError
 from hotset.executor.local import LocalExecutor
-from hotset.executor.probe import ModelLayout, inspect_model, weights_bytes, workspace_bytes
+from hotset.executor.probe import inspect_model, weights_bytes, workspace_bytes
 from hotset.executor.prompt_logprobs import most_rows
 from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import Sampler
@@ -133,13 +133,10 @@ def build_engine(
 
 @dataclass(frozen=True, slots=True)
 class _Sized:
-    """What the layers cache, and the sizes that do not wait for experts to be placed."""
+    """The sizes that do not wait for experts to be placed."""
 
-    config: EngineConfig
-    layout: ModelLayout
+    sizes: Sizes
     step_bytes: int
-    split_report: str
-    moving: MovingSplit | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +147,6 @@ class _Placed:
         scratch_block: a block of `arena` that no request gets, for rows of padding.
     """
 
-    config: EngineConfig
-    layout: ModelLayout
     moving: MovingSplit | None
     experts: ExpertBuffer | None
     budget: Budget
@@ -196,24 +191,24 @@ class _Build:
             max_tokens=config.max_num_batched_tokens,
             max_seqs=config.max_num_seqs,
         )
-        config, report, moving = split_memory(
+        sizes = split_memory(
             config,
             self._loaded,
             self._layout,
             Memory(_free_device_bytes(self._device), step_bytes),
             max_step_tokens=_max_mixed_tokens(config, model, is_buffered=True),
         )
-        return _Sized(config, self._layout, step_bytes, report, moving)
+        return _Sized(sizes, step_bytes)
 
     def place(self, sized: _Sized, undo: ExitStack, *, owns_model: bool) -> _Placed:
         """Experts, packed weights and memory for KV.
 
         Comes before anything else runs the model: its experts may still be where they were loaded.
         """
-        config, layout, times = sized.config, sized.layout, self._times
-        region = None if sized.moving is None else sized.moving.region
+        config, layout, times, sizes = self._config, self._layout, self._times, sized.sizes
+        region = None if sizes.moving is None else sizes.moving.region
         with times.phase("place experts"):
-            experts, report = buffer_experts(self._model, config, region)
+            experts, report = buffer_experts(self._model, config, region, sizes.expert_slots)
         if experts is not None:
             undo.callback(experts.close, with_disk=owns_model)
         with times.phase("pack weights"):
@@ -223,7 +218,7 @@ class _Build:
         num_blocks, first_block = budget.device_blocks, 0
         if region is not None:
             num_blocks = region.num_blocks
-            first_block = region.first_block(config.expert_slots or 0)
+            first_block = region.first_block(sizes.expert_slots or 0)
             longest = region.num_kv_blocks(region.most_slots) * config.block_size
             budget = replace(
                 budget,
@@ -241,15 +236,13 @@ class _Build:
                 memory=None if experts is None else experts.memory,
             )
         return _Placed(
-            config,
-            layout,
-            sized.moving,
+            sizes.moving,
             experts,
             budget,
             arena,
             BlockPool(num_blocks, first_block),
             num_blocks,
-            (sized.split_report, report),
+            (sizes.report, report),
         )
 
     @property
@@ -258,25 +251,27 @@ class _Build:
         return self._loaded.kv_scales if is_rounded else None
 
     def _budget(self, sized: _Sized, experts: ExpertBuffer | None) -> Budget:
-        config = sized.config
-        is_shared = experts is not None and experts.memory is not None
-        shared_bytes = int((config.hot_gib or 0.0) * GIB) if is_shared else 0
+        sizes, free_bytes = sized.sizes, _free_device_bytes(self._device)
+        if experts is not None and experts.memory is not None:
+            free_bytes += sizes.hot_bytes or 0  # taken already: experts and KV share it
         return make_budget(
-            config,
+            self._config,
             device=self._device.type,
             weights_bytes=weights_bytes(self._model),
             expert_bytes=experts.device_bytes if experts is not None else 0,
             workspace_bytes=sized.step_bytes,
-            kv_bytes_per_token=sized.layout.bytes_per_token,
+            kv_bytes_per_token=self._layout.bytes_per_token,
             model_max_len=self._loaded.max_model_len,
-            free_device_bytes=_free_device_bytes(self._device) + shared_bytes,
+            free_device_bytes=free_bytes,
+            hot_bytes=sizes.hot_bytes,
+            expert_slots=sizes.expert_slots if experts is None else experts.num_slots,
         )
 
     def compile(self, placed: _Placed) -> ModelRunner:
         """The model with its attention; on a GPU compiled, and the first steps recorded."""
-        config, experts, times = placed.config, placed.experts, self._times
+        config, experts, times = self._config, placed.experts, self._times
         backend = choose_backend(
-            placed.arena, placed.layout.layers, kernels=self._kernels, waits=False
+            placed.arena, self._layout.layers, kernels=self._kernels, waits=False
         )
         runner = ModelRunner(self._model, placed.arena, backend, max_num_seqs=config.max_num_seqs)
         compiles = self._device.type == "cuda" and not config.eager
@@ -298,7 +293,7 @@ class _Build:
 
     def measure(self, placed: _Placed, runner: ModelRunner) -> _Measured:
         """How long steps take here, and where the CPU is to compute experts."""
-        config, loaded, notes = placed.config, self._loaded, []
+        config, loaded, notes = self._config, self._loaded, []
         sampler = Sampler(
             self._model.config.get_text_config().vocab_size,
             device=self._device,
@@ -308,8 +303,8 @@ class _Build:
             bounds=JsonBounds.of(config),
         )
         with self._times.phase("try steps"):
-            sampler.load_kernels(placed.layout.dtype)
-            trials = _time_prompts(placed, runner)
+            sampler.load_kernels(self._layout.dtype)
+            trials = _time_prompts(config, placed, runner)
         num_tokens, seconds = trials[-1]
         rates = Rates.of_hardware(likely_hardware(self._device))
         rates.prefill_tokens_per_s = num_tokens / seconds
@@ -323,14 +318,16 @@ class _Build:
         self, placed: _Placed, executor: LocalExecutor, measured: _Measured, undo: ExitStack
     ) -> EngineParts:
         """Tiers, scheduler, and what is told at start."""
-        config, experts, metrics = placed.config, placed.experts, Metrics()
+        config, experts, metrics = self._config, placed.experts, Metrics()
         disk_path = config.disk_path or Path(platformdirs.user_cache_dir("hotset")) / "kv"
         fingerprint = self._fingerprint(config)
         with self._times.phase("open tiers"):
-            tiers = _open_tiers(placed, measured.rates, metrics, disk_path, fingerprint, undo)
+            tiers = _open_tiers(
+                config, placed, measured.rates, metrics, disk_path, fingerprint, undo
+            )
         policy = PrefixPolicy(
             measured.rates,
-            bytes_per_token=placed.layout.bytes_per_token,
+            bytes_per_token=self._layout.bytes_per_token,
             mode=config.fetch_policy,
         )
         kv = KVCache(
@@ -369,7 +366,7 @@ class _Build:
         )
 
     def _scheduler(self, placed: _Placed, kv: KVCache, measured: _Measured) -> Scheduler:
-        config, device = placed.config, self._device.type
+        config, device = self._config, self._device.type
         is_buffered = placed.experts is not None
         return Scheduler(
             kv,
@@ -377,7 +374,7 @@ class _Build:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_mixed_tokens=_max_mixed_tokens(config, self._model, is_buffered=is_buffered),
             max_scored_tokens=most_rows(
-                measured.sampler.vocab_size, placed.layout.dtype.itemsize, device
+                measured.sampler.vocab_size, self._layout.dtype.itemsize, device
             ),
             # On a CPU more rows are no faster, and a step of many takes seconds.
             bursts=device == "cuda",
@@ -408,6 +405,7 @@ class _Build:
 
 
 def _open_tiers(
+    config: EngineConfig,
     placed: _Placed,
     rates: Rates,
     metrics: Metrics,
@@ -415,7 +413,7 @@ def _open_tiers(
     fingerprint: dict[str, str],
     undo: ExitStack,
 ) -> TierStack | None:
-    budget, config = placed.budget, placed.config
+    budget = placed.budget
     if budget.host_slots == 0:
         return None
     disk = None
@@ -443,12 +441,14 @@ def _open_tiers(
     return tiers
 
 
-def _time_prompts(placed: _Placed, runner: ModelRunner) -> list[tuple[int, float]]:
+def _time_prompts(
+    config: EngineConfig, placed: _Placed, runner: ModelRunner
+) -> list[tuple[int, float]]:
     """Tokens and seconds of steps of one prompt: a short one and one of a usual size.
 
     Their KV goes to the first blocks, which no request has yet.
     """
-    config, trials = placed.config, []
+    trials = []
     for most_tokens in _TRIAL_TOKENS:
         longest = placed.budget.max_model_len
         num_tokens = min(most_tokens, config.max_num_batched_tokens, longest)

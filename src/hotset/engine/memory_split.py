@@ -53,6 +53,24 @@ class MovingSplit:
     load: Load
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the options' sizes become for one model on one device.
+
+    Attributes:
+        hot_bytes: device memory for KV; None is what is left beside everything else.
+        expert_slots: experts of each layer on the device; None where none are bounded, or where
+            the options say it.
+        report: what to say of it at start, empty for nothing.
+        moving: how the split between KV and experts moves; None where it does not.
+    """
+
+    hot_bytes: int | None
+    expert_slots: int | None = None
+    report: str = ""
+    moving: MovingSplit | None = None
+
+
 def split_memory(
     config: EngineConfig,
     loaded: LoadedModel,
@@ -60,7 +78,7 @@ def split_memory(
     memory: Memory,
     *,
     max_step_tokens: int,
-) -> tuple[EngineConfig, str, MovingSplit | None]:
+) -> Sizes:
     """Turn `total_gib`, or `hot_gib` for KV and experts, into sizes for each.
 
     Args:
@@ -69,11 +87,6 @@ def split_memory(
         layout: what a token leaves in the cache.
         memory: on the device.
         max_step_tokens: most tokens of a step of prompts beside decodes, some experts on the host.
-
-    Returns:
-        `config` with `hot_gib` for KV alone, `expert_slots` where the model has experts to split
-        with, and no `total_gib`; what to say of it at start, empty for nothing; and, where the
-        split is to move, how.
 
     Raises:
         ConfigError: a budget that is too small or too large, an option without effect, or a model
@@ -99,10 +112,10 @@ def split_memory(
                 f"{_gib(memory.workspace_bytes)}; give more"
             )
     if hot_bytes is None:
-        return config, "", None
+        return Sizes(None)
     free_bytes = memory.free_bytes - memory.workspace_bytes
     if slots is None or config.buffers_experts:
-        return replace(config, total_gib=None, hot_gib=hot_bytes / GIB), "", None
+        return Sizes(hot_bytes)
     split, load, splitter = _solve(config, loaded, layout, slots, hot_bytes, max_step_tokens)
     moving = None
     if config.move_split:
@@ -116,18 +129,9 @@ def split_memory(
             f"free on the {model.device.type} beside weights without experts "
             f"({_gib(dense_bytes)}) and workspace ({_gib(memory.workspace_bytes)}); give less"
         )
-    options = {n: None for n in SPLIT_OPTIONS if n not in ("target", "move_split")}
-    found = replace(
-        config,
-        total_gib=None,
-        target="throughput",
-        move_split=False,
-        hot_gib=split.kv_bytes / GIB,
-        expert_slots=split.num_slots,
-        **options,  # type: ignore[arg-type]
-    )
     said = _report(config, split, load, splitter.cost, moving)
-    return found, f"{said}\n{_prediction(split, splitter.cost, model.device)}", moving
+    said += f"\n{_prediction(split, splitter.cost, model.device)}"
+    return Sizes(split.kv_bytes, split.num_slots, said, moving)
 
 
 def _solve(

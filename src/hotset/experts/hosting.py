@@ -26,7 +26,10 @@ from hotset.memory.region import SharedRegion
 
 
 def buffer_experts(
-    model: PreTrainedModel, config: EngineConfig, region: SharedRegion | None = None
+    model: PreTrainedModel,
+    config: EngineConfig,
+    region: SharedRegion | None = None,
+    solved_slots: int | None = None,
 ) -> tuple[ExpertBuffer | None, str]:
     """Move the experts of `model` to host memory and keep on the device what `config` allows.
 
@@ -35,7 +38,8 @@ def buffer_experts(
     with dynamic gating switched on, before the model runs; its experts may be on the CPU, the rest
     on its device. A model that was given to it before is given other slots over the same host
     copy. With `region` slots share its memory with KV, and more or fewer of them can be in use
-    later.
+    later. `solved_slots` are those of each layer where a split of memory has found them; else they
+    are as `config` asks.
 
     Returns:
         None where `config` asks for no buffering, or its budget holds all experts; and what to say
@@ -46,7 +50,7 @@ def buffer_experts(
             model is unchanged.
         TierError: the disk for experts cannot be used.
     """
-    if not config.buffers_experts:
+    if solved_slots is None and not config.buffers_experts:
         if any(experts.hosted is not None for experts in experts_layers(model)):
             raise ConfigError(
                 "the experts of this model are in host memory already; load it again, or give "
@@ -62,7 +66,7 @@ def buffer_experts(
     check_layers(model, layers, config)
     _check_disk(layers[0], config)
     sizes = sizes_of(layers, config)
-    if num_slots_of(config, sizes) == sizes.num_experts:
+    if num_slots_of(config, sizes, solved_slots) == sizes.num_experts:
         for experts in layers:
             experts.keep(model.device)
         all_bytes = sizes.num_layers * sizes.num_experts * sizes.payload_bytes
@@ -79,7 +83,7 @@ def buffer_experts(
     if layers[0].hosted is None:
         _move_all(model, layers, config)
     _check_with_disk(layers[0], config, region)
-    buffer = make_buffer(layers, config, model.device, routers, region)
+    buffer = make_buffer(layers, config, model.device, routers, region, solved_slots)
     report = _describe(buffer, config)
     if config.expert_host_gib is not None and buffer.store is None:
         report += f"; expert_host_gib {config.expert_host_gib} holds them all, none is on disk"
@@ -104,6 +108,7 @@ def make_buffer(
     device: torch.device,
     routers: list[Router] | None = None,
     region: SharedRegion | None = None,
+    solved_slots: int | None = None,
 ) -> ExpertBuffer:
     """Slots on the device for hosted layers, and all that fills them, as `config` has it.
 
@@ -114,7 +119,7 @@ def make_buffer(
     first, num_layers = sources[0], len(layers)
     bring = "cache" if isinstance(first, DiskExperts) else config.expert_plan
     sizes = replace(sizes_of(layers, config), plan=bring)
-    num_slots = most_slots = num_slots_of(config, sizes)
+    num_slots = most_slots = num_slots_of(config, sizes, solved_slots)
     if region is not None:
         most_slots = region.most_slots
         sizes = replace(sizes, fewest_ever=region.fewest_slots)

@@ -33,7 +33,8 @@ def check_buffering(model: PreTrainedModel, config: EngineConfig) -> None:
 
 def check_layers(model: PreTrainedModel, layers: list[LayerExperts], config: EngineConfig) -> None:
     """Raise ConfigError where there are no layers, or of several kinds, or on several ranks."""
-    asked = "expert_slots" if config.expert_slots is not None else "expert_gib"
+    names = ("expert_slots", "expert_gib", "hot_gib", "total_gib")
+    asked = next(name for name in names if getattr(config, name) is not None)
     given = f"{asked} is {getattr(config, asked)}"
     name = type(model).__name__
     if not layers:
@@ -86,13 +87,15 @@ def narrow_layout(experts: LayerExperts, config: EngineConfig) -> NarrowLayout |
     return narrow
 
 
-def num_slots_of(config: EngineConfig, sizes: SlotBytes) -> int:
-    """Experts of a layer that stay on the device.
+def num_slots_of(config: EngineConfig, sizes: SlotBytes, solved: int | None = None) -> int:
+    """Experts of a layer that stay on the device: as solved, or else as asked for.
 
     Raises:
         ConfigError: the budget holds too few, or another option does nothing with that number.
     """
-    if config.expert_slots is not None:
+    if solved is not None:
+        num_slots = solved
+    elif config.expert_slots is not None:
         num_slots = config.expert_slots
         if num_slots > sizes.num_experts:
             raise ConfigError(
