@@ -8,14 +8,12 @@ from pathlib import Path
 
 import platformdirs
 import torch
-from transformers import PreTrainedModel
 
 from hotset.attention.choice import choose_backend
 from hotset.attention.flashinfer.kernels import start_kernels
 from hotset.cgroups import available_host_bytes
 from hotset.clock import REAL_CLOCK
 from hotset.config import EngineConfig
-from hotset.cost.config_sizes import largest
 from hotset.cost.prefix import PrefixPolicy
 from hotset.cost.rates import Rates
 from hotset.cost.tuning import TUNINGS
@@ -23,7 +21,9 @@ from hotset.cpu_libraries import bound_kernels, set_threads
 from hotset.engine.budget import Budget, make_budget
 from hotset.engine.engine import Engine, EngineParts
 from hotset.engine.memory_split import Memory, MovingSplit, Sizes, check_options, split_memory
+from hotset.engine.mixed_tokens import max_mixed_tokens_of
 from hotset.engine.model_shape import kv_note
+from hotset.engine.open_tiers import open_tiers
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.split_mover import SplitMover
@@ -41,17 +41,12 @@ from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import ExpertSink
 from hotset.experts.gating import pack_experts
 from hotset.experts.hosting import buffer_experts
-from hotset.experts.weights import experts_layers
 from hotset.grammar.json_bounds import JsonBounds
 from hotset.kernels.device import likely_hardware
 from hotset.kv.cache import KVCache
 from hotset.kv.pool import BlockPool
 from hotset.linear.packed import pack_linears
-from hotset.memory.arena import DeviceArena, HostArena
-from hotset.memory.disk.slab import slot_bytes_for
-from hotset.memory.disk.tier import DiskTier
-from hotset.memory.host_tier import HostTier
-from hotset.memory.transfer import TierStack, make_copier
+from hotset.memory.arena import DeviceArena
 from hotset.metrics import Metrics
 from hotset.model.devices import resolve_kv_dtype
 from hotset.model.loaded import LoadedModel
@@ -196,7 +191,7 @@ class _Build:
             self._loaded,
             self._layout,
             Memory(_free_device_bytes(self._device), step_bytes),
-            max_step_tokens=_max_mixed_tokens(config, model, is_buffered=True),
+            max_step_tokens=max_mixed_tokens_of(config, model, is_buffered=True),
         )
         return _Sized(sizes, step_bytes)
 
@@ -322,8 +317,15 @@ class _Build:
         disk_path = config.disk_path or Path(platformdirs.user_cache_dir("hotset")) / "kv"
         fingerprint = self._fingerprint(config)
         with self._times.phase("open tiers"):
-            tiers = _open_tiers(
-                config, placed, measured.rates, metrics, disk_path, fingerprint, undo
+            tiers = open_tiers(
+                config,
+                placed.budget,
+                placed.arena,
+                measured.rates,
+                metrics,
+                disk_path,
+                fingerprint,
+                undo,
             )
         policy = PrefixPolicy(
             measured.rates,
@@ -372,7 +374,7 @@ class _Build:
             kv,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_mixed_tokens=_max_mixed_tokens(config, self._model, is_buffered=is_buffered),
+            max_mixed_tokens=max_mixed_tokens_of(config, self._model, is_buffered=is_buffered),
             max_scored_tokens=most_rows(
                 measured.sampler.vocab_size, self._layout.dtype.itemsize, device
             ),
@@ -404,43 +406,6 @@ class _Build:
         return "\n".join(line for line in [*lines, *self._loaded.notes] if line)
 
 
-def _open_tiers(
-    config: EngineConfig,
-    placed: _Placed,
-    rates: Rates,
-    metrics: Metrics,
-    disk_path: Path,
-    fingerprint: dict[str, str],
-    undo: ExitStack,
-) -> TierStack | None:
-    budget = placed.budget
-    if budget.host_slots == 0:
-        return None
-    disk = None
-    if budget.disk_bytes:
-        disk = DiskTier.open(
-            disk_path,
-            payload_bytes=slot_bytes_for(budget.block_bytes),
-            capacity_bytes=budget.disk_bytes,
-            fingerprint=fingerprint,
-            read_deadline_s=config.disk_read_deadline_s,
-            write_queue_s=config.disk_write_queue_s,
-        )
-    host_arena = HostArena(num_slots=budget.host_slots, block_bytes=budget.block_bytes)
-    tiers = TierStack(
-        HostTier(0),  # grows as its memory becomes ready
-        host_arena,
-        make_copier(placed.arena, host_arena),
-        block_bytes=budget.block_bytes,
-        rates=rates,
-        metrics=metrics,
-        below=disk,
-    )
-    undo.callback(tiers.close)
-    tiers.measure_rates(num_blocks=min(16, budget.device_blocks, tiers.host.num_slots))
-    return tiers
-
-
 def _time_prompts(
     config: EngineConfig, placed: _Placed, runner: ModelRunner
 ) -> list[tuple[int, float]]:
@@ -461,28 +426,6 @@ def _time_prompts(
         runner.forward(step).sum().item()  # waits for the device
         trials.append((num_tokens, time.perf_counter() - start_s))
     return trials
-
-
-def _max_mixed_tokens(config: EngineConfig, model: PreTrainedModel, *, is_buffered: bool) -> int:
-    """Most tokens of a step of prompts beside decodes, with some experts in host memory or none."""
-    if config.max_mixed_tokens is not None:
-        return config.max_mixed_tokens
-    tuning, layers = TUNINGS[model.device.type], experts_layers(model)
-    if model.device.type == "cpu":
-        return tuning.mixed_tokens
-    if config.rotation_s is not None:
-        # First tokens are to come soon: the fewer steps the prompts take, the fewer decodes beside.
-        return config.max_num_batched_tokens
-    if not layers:
-        return tuning.mixed_tokens
-    if is_buffered:
-        # A step with prompts brings nearly all missing experts over the link, which takes longer
-        # than to compute any tokens: the more of them share it, the better, decodes too.
-        return config.max_num_batched_tokens
-    top_k = largest(model.config.get_text_config(), "num_experts_per_tok") or 1
-    num_experts: int = layers[0].num_experts
-    tokens = max(tuning.mixed_tokens, tuning.mixed_rows_per_expert * num_experts // top_k)
-    return min(tokens, config.max_num_batched_tokens)
 
 
 def _free_device_bytes(device: torch.device) -> int:
