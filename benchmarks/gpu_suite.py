@@ -39,6 +39,7 @@ from hotset.cost.cache_spec import KeysValues
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.memory.arena import DeviceArena, HostArena
+from hotset.memory.copy_runs import Run
 from hotset.memory.cuda_copier import CudaCopier
 from hotset.metrics import Metrics
 from hotset.model.dummy import load_dummy
@@ -153,12 +154,16 @@ def link_rates(block_bytes: int, num_blocks: int = 4096) -> dict[str, float]:
         time.sleep(0.01)
     half = num_blocks // 2
     blocks = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).tolist()
-    pairs = list(zip(blocks, reversed(blocks), strict=True))
+    runs = [
+        Run(address, host.address(slot), num_bytes)
+        for block, slot in zip(blocks, reversed(blocks), strict=True)
+        for address, num_bytes in device.runs(block)
+    ]
     found = {}
     for name, parts in (
-        ("up", [(pairs[:half], False)]),
-        ("down", [(pairs[half:], True)]),
-        ("both", [(pairs[:half], False), (pairs[half:], True)]),
+        ("up", [(runs[:half], False)]),
+        ("down", [(runs[half:], True)]),
+        ("both", [(runs[:half], False), (runs[half:], True)]),
     ):
         for _ in range(2):  # the first one warms up
             copier.mark()

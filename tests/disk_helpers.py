@@ -13,7 +13,7 @@ import pytest
 
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import DiskTier, capacity_bytes_for
-from hotset.memory.tier import Completion, CompletionStatus
+from hotset.memory.tier import Answer, Completion, CompletionStatus
 
 OK, FAILED, LATE = CompletionStatus.OK, CompletionStatus.FAILED, CompletionStatus.LATE
 MODEL = {"model": "tiny", "weights": "ab12", "dtype": "float32", "block_size": "16"}
@@ -56,6 +56,11 @@ def finish(tier: DiskTier, transfer_id: int | None) -> Completion:
             if completion.transfer_id == transfer_id and completion.status is not LATE:
                 return completion
         tier.wait(10.0)
+
+
+def has(tier: DiskTier, key: bytes) -> bool:
+    [answer] = tier.lookup([key])
+    return answer is Answer.HIT
 
 
 def write(tier: DiskTier, key: bytes, seed: int) -> CompletionStatus:

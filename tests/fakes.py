@@ -1,12 +1,21 @@
 """Fakes, written once."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hotset.engine.step import Step
 from hotset.executor.step_input import StepInput, StepResult
-from hotset.memory.colder_tiers import EndedTransfer
+from hotset.memory.tier import (
+    Answer,
+    Completion,
+    CompletionStatus,
+    EndedTransfer,
+    Found,
+    TierInfo,
+    TierUsage,
+)
 from hotset.request import SamplingParams
 
 
@@ -49,12 +58,18 @@ class FakeDevice:
                 self.content(place[0])[place[1]] = request.token_ids[i]
 
 
+HOST = TierInfo("host", 1_000_000, 1, feeds_device=True)
+DISK = TierInfo("disk", 1_000_000, 1)
+
+
 class FakeTiers:
-    """Colder tiers without bytes: transfers end when the test says so, well or not.
+    """Slower tiers without bytes: transfers end when the test says so, well or not.
 
     Host memory takes `num_slots` payloads, the oldest evicted first. Given a `device`, payloads
-    are its blocks' content.
+    are its blocks' content. A tier has no answer yet for `pending` keys.
     """
+
+    infos = (HOST, DISK)
 
     def __init__(self, device: FakeDevice | None = None) -> None:
         self.device = device
@@ -66,9 +81,15 @@ class FakeTiers:
         self.has_room = True
         self.num_slots = 1_000_000
         self.kept: Counter[bytes] = Counter()
+        self.pending: set[bytes] = set()
 
     def locate(self, key: bytes) -> str | None:
         return "host" if key in self.spilling else self.stored.get(key)
+
+    def lookup(self, keys: Sequence[bytes]) -> list[Found]:
+        tiers = {info.name: Found(Answer.HIT, info) for info in self.infos}
+        misses = {key: Answer.PENDING if key in self.pending else Answer.MISS for key in keys}
+        return [tiers.get(self.locate(key) or "", Found(misses[key])) for key in keys]
 
     def spill(self, key: bytes, block: int, *, private: bool = False) -> bool:
         if not self.has_room or (self.num_used == self.num_slots and not self._evict()):
@@ -187,3 +208,63 @@ class FakeExecutor:
 
     def close(self) -> None:
         pass
+
+
+class FakeTier:
+    """A slower tier in a dictionary. Transfers end at the next `poll`, writes fail if it `is_full`.
+
+    While `is_asking`, it has no answer on any key.
+    """
+
+    def __init__(self, name: str, payload_bytes: int) -> None:
+        self.info = TierInfo(name, 100, payload_bytes)
+        self.stored: dict[bytes, bytes] = {}
+        self.is_full = self.is_asking = False
+        self.touched: list[bytes] = []
+        self._ended: list[Completion] = []
+        self._ids = itertools.count()
+
+    def lookup(self, keys: Sequence[bytes]) -> list[Answer]:
+        if self.is_asking:
+            return [Answer.PENDING] * len(keys)
+        return [Answer.HIT if key in self.stored else Answer.MISS for key in keys]
+
+    def submit_write(self, key: bytes, payload: memoryview) -> int | None:
+        if self.is_full:
+            return None
+        self.stored[key] = bytes(payload)
+        return self._end(key, CompletionStatus.OK)
+
+    def submit_read(self, key: bytes, into: memoryview) -> int:
+        if key not in self.stored:
+            return self._end(key, CompletionStatus.FAILED)
+        into[:] = self.stored[key]
+        return self._end(key, CompletionStatus.OK)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        self.touched += keys
+
+    def newest_keys(self, limit: int) -> list[bytes]:
+        return list(self.stored)[::-1][:limit]
+
+    def discard(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            self.stored.pop(key, None)
+
+    def poll(self) -> list[Completion]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def wait(self, timeout_s: float) -> None:
+        pass
+
+    def usage(self) -> TierUsage:
+        return TierUsage(len(self.stored), self.info.capacity_payloads, {})
+
+    def close(self) -> None:
+        pass
+
+    def _end(self, key: bytes, status: CompletionStatus) -> int:
+        transfer_id = next(self._ids)
+        self._ended.append(Completion(transfer_id, key, status))
+        return transfer_id

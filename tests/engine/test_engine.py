@@ -172,8 +172,9 @@ def test_the_smallest_disk_tier_that_a_refusal_names_opens_and_holds_what_the_re
         make_engine(disk_mib=1.024)
     smallest = float(str(refused.value).split("give ")[1].split()[0])
     engine = make_engine(disk_mib=smallest * 1024, disk_path=tmp_path)
-    assert engine.tiers is not None and engine.tiers.below is not None
-    capacity = engine.tiers.below.usage().capacity_payloads
+    assert engine.tiers is not None
+    [_, disk] = engine.tiers.infos
+    capacity = disk.capacity_payloads
     [line] = [line for line in engine.report.splitlines() if line.startswith("KV, disk tier")]
     assert int(line.split()[4]) == capacity == 1
 

@@ -11,7 +11,7 @@ from tiny_models import make_model
 from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
-from hotset.memory.colder_tiers import EndedTransfer
+from hotset.memory.tier import EndedTransfer
 from hotset.model.loaded import LoadedModel
 from hotset.request import FinishReason, SamplingParams
 

@@ -112,3 +112,29 @@ def test_content_counts_by_the_tier_that_had_it(fake_tiers: FakeTiers) -> None:
     run_all(scheduler)
     assert scheduler.kv.metrics.cached_tokens == {"host": 2 * BLOCK}
     assert request.kv.num_cached_tokens == 8 < request.prompt_len
+
+
+def test_a_prefix_that_a_tier_cannot_tell_of_yet_is_looked_up_again(
+    fake_tiers: FakeTiers,
+) -> None:
+    scheduler = make_scheduler(fake_tiers)
+    tokens = list(range(9))
+    fill_host_then_forget_device(scheduler, fake_tiers, tokens[:8])
+    known = dict(fake_tiers.stored)
+    fake_tiers.stored.clear()
+    fake_tiers.pending = set(known)
+    request = make_request(tokens, max_tokens=1)
+    scheduler.add([request])
+    run(scheduler)
+    assert scheduler.waiting == [request] and not fake_tiers.fetching
+    fake_tiers.stored, fake_tiers.pending = known, set()
+    run(scheduler)
+    assert len(fake_tiers.fetching) == 2
+    fake_tiers.end_all()
+    run_all(scheduler)
+    assert request.kv.num_cached_tokens == 8
+
+    other = make_request(list(range(20, 29)), max_tokens=1)
+    scheduler.add([other])
+    run_all(scheduler)  # no tier has to think about it
+    assert other.is_finished

@@ -28,6 +28,7 @@ from disk_helpers import (
     content,
     filled,
     finish,
+    has,
     opened,
     read,
     write,
@@ -85,7 +86,7 @@ def test_the_least_recently_used_block_goes_first_and_uses_are_reads_touches_and
         tier.touch([b"b", b"absent"])
         assert tier.submit_write(b"c", filled(2)) is None  # there already: a use, not a fault
         assert write(tier, b"e", 4) is OK
-        assert [tier.contains(key) for key in (b"a", b"b", b"c", b"d", b"e")] == [
+        assert [has(tier, key) for key in (b"a", b"b", b"c", b"d", b"e")] == [
             True,
             True,
             True,
@@ -105,7 +106,7 @@ def test_a_discarded_block_is_gone_at_once_and_after_a_restart(tmp_path: Path) -
         tier.check()
         assert tier.newest_keys(5) == [b"b"]
         write(tier, b"d", 4)  # into free room
-        assert tier.contains(b"b")
+        assert has(tier, b"b")
     with opened(tmp_path, 3) as tier:
         assert tier.newest_keys(5) == [b"d", b"b"]
 
@@ -140,10 +141,10 @@ def test_a_block_is_there_once_its_write_was_reported_and_is_not_written_twice(
 ) -> None:
     with opened(tmp_path) as tier:
         first = tier.submit_write(b"a", filled(1))
-        assert not tier.contains(b"a")
+        assert not has(tier, b"a")
         assert tier.submit_write(b"a", filled(1)) is None
         assert finish(tier, first).status is OK
-        assert tier.contains(b"a")
+        assert has(tier, b"a")
         assert tier.usage().used_payloads == 1
         assert tier.usage().faults == {}
 
@@ -173,9 +174,9 @@ def test_a_restart_finds_everything_in_order_of_writing(tmp_path: Path) -> None:
         assert tier.reclaimed is None
         assert tier.usage().used_payloads == 8
         for seed in range(12):
-            assert tier.contains(b"k%d" % seed) == (seed >= 4)
+            assert has(tier, b"k%d" % seed) == (seed >= 4)
         assert write(tier, b"new", 99) is OK
-        assert not tier.contains(b"k4")
+        assert not has(tier, b"k4")
         for seed in range(5, 12):
             assert read(tier, b"k%d" % seed) == content(seed)
         tier.check()
@@ -199,7 +200,7 @@ def test_blocks_of_another_kind_are_not_used_and_their_space_is_reclaimed(
     with opened(tmp_path, **changed) as tier:
         assert tier.reclaimed is not None
         assert said in tier.reclaimed
-        assert not tier.contains(b"a")
+        assert not has(tier, b"a")
         assert tier.usage().used_payloads == 0
         assert tier.usage().faults == {}
         assert (tmp_path / "blocks.slab").read_bytes().count(0) == 8 * tier.slot_bytes
@@ -217,7 +218,7 @@ def test_another_capacity_keeps_the_blocks_that_still_fit(tmp_path: Path) -> Non
         assert tier.usage().used_payloads == 4
         assert (tmp_path / "blocks.slab").stat().st_size == 4 * PAYLOAD
         for seed in range(8):
-            if tier.contains(b"k%d" % seed):
+            if has(tier, b"k%d" % seed):
                 assert read(tier, b"k%d" % seed) == content(seed)
     with opened(tmp_path, 16) as tier:
         assert tier.usage().used_payloads == 4
@@ -343,7 +344,7 @@ def test_one_flipped_bit_is_found_and_the_block_forgotten(
             overwrite(tmp_path, offset, damaged)
             assert read(tier, b"a") is None
             assert tier.usage().faults == {"disk_corrupt": 1}
-            assert not tier.contains(b"a")
+            assert not has(tier, b"a")
             assert read(tier, b"b") == content(2)
             assert write(tier, b"a", 1) is OK
             assert read(tier, b"a") == content(1)
@@ -354,7 +355,7 @@ def test_one_flipped_bit_is_found_and_the_block_forgotten(
             assert read(tier, b"a") is None
             assert read(tier, b"b") == content(2)
         with opened(tmp_path) as tier:  # forgotten for good
-            assert not tier.contains(b"a")
+            assert not has(tier, b"a")
 
 
 def test_swapped_slots_and_swapped_keys_are_found(tmp_path: Path) -> None:
@@ -485,7 +486,7 @@ def test_an_index_damaged_while_open_is_written_anew(
     with opened(tmp_path, 4) as tier:
         # Whether or not SQLite noticed, what is there is right.
         for seed in range(50):
-            if tier.contains(b"new%d" % seed):
+            if has(tier, b"new%d" % seed):
                 assert read(tier, b"new%d" % seed) == content(seed)
         assert "disk_corrupt" not in tier.usage().faults
 
@@ -555,7 +556,7 @@ with opened(folder, 64) as tier:
         tier.poll()
     assert read(tier, b"before") == content(0)
     assert read(tier, b"k0") == content(0)
-    assert not tier.contains(b"k50")
+    assert not has(tier, b"k50")
     tier.check()
     print(sorted(tier.usage().faults))
 try:
@@ -593,7 +594,7 @@ def test_a_slow_read_is_late_once_and_ends_later(
         gate.open.set()
         assert finish(tier, transfer_id).status is OK
         assert bytes(into) == content(1)
-        assert tier.contains(b"a")
+        assert has(tier, b"a")
         assert tier.usage().faults == {"disk_read_late": 1}
 
 
@@ -609,7 +610,7 @@ def test_reads_queued_behind_a_stuck_one_fail_at_their_deadline_without_touching
         into = buffer()
         assert finish(tier, tier.submit_read(b"b", into)).status is FAILED
         assert bytes(into) == bytes(PAYLOAD)
-        assert tier.contains(b"b")  # late, not damaged
+        assert has(tier, b"b")  # late, not damaged
         tier.check()
         gate.open.set()
         assert finish(tier, stuck).status is OK
@@ -649,7 +650,7 @@ def test_a_block_being_read_is_not_evicted(tmp_path: Path, monkeypatch: pytest.M
             done += tier.poll()
         assert {c.transfer_id: c.status for c in done} == dict.fromkeys(ids, OK)
         assert write(tier, b"c", 3) is OK
-        assert not tier.contains(b"a")
+        assert not has(tier, b"a")
 
 
 def test_more_writes_than_the_measured_pace_allows_are_refused_at_once(
@@ -759,7 +760,7 @@ def test_random_faults_cost_blocks_and_never_a_wrong_byte(
         ):
             number = chance.randrange(len(payloads))
             key = b"%d" % number
-            if not tier.contains(key):
+            if not has(tier, key):
                 transfer_id = tier.submit_write(key, payloads[number])
                 if transfer_id is not None:
                     writes.add(transfer_id)
@@ -776,6 +777,6 @@ def test_random_faults_cost_blocks_and_never_a_wrong_byte(
     with opened(tmp_path, 16) as tier:
         assert tier.usage().used_payloads > 0
         for number in range(len(payloads)):
-            if tier.contains(b"%d" % number):
+            if has(tier, b"%d" % number):
                 assert read(tier, b"%d" % number) == payloads[number]
         assert tier.usage().faults == {}

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from disk_helpers import buffer, finish, opened
+from disk_helpers import buffer, finish, has, opened
 
 from hotset.memory.disk.tier import DiskTier
 
@@ -54,7 +54,7 @@ def stored_and_whole(tier: DiskTier) -> int:
     """Read every block there is; how many."""
     count = 0
     for number in range(KEYS):
-        if tier.contains(b"%d" % number):
+        if has(tier, b"%d" % number):
             into = buffer(PAYLOAD_BYTES)
             assert finish(tier, tier.submit_read(b"%d" % number, into)).status.value == "ok"
             assert bytes(into) == payload_of(number)

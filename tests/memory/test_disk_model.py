@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from disk_helpers import MODEL, buffer
+from disk_helpers import MODEL, buffer, has
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -169,7 +169,7 @@ class DiskMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         self.tier.check()
-        assert [key for key in KEYS if self.tier.contains(key)] == sorted(self.stored)
+        assert [key for key in KEYS if has(self.tier, key)] == sorted(self.stored)
         assert self.tier.newest_keys(3) == list(reversed(self.stored))[:3]
         usage = self.tier.usage()
         assert (usage.used_payloads, usage.capacity_payloads) == (len(self.stored), CAPACITY)

@@ -11,7 +11,6 @@ from hotset.bench.play import Play, Record
 from hotset.bench.workload import Work
 from hotset.engine.engine import Engine
 from hotset.errors import EngineError
-from hotset.memory.disk.slab import slot_bytes_for
 from hotset.request import FinishReason, SamplingParams
 
 _SAMPLE_S = 0.1
@@ -58,7 +57,6 @@ class Watch:
         self._due_s = start_s
         self._every_s = _SAMPLE_S
         self._process = psutil.Process()
-        self._slot_bytes = slot_bytes_for(engine.budget.block_bytes)
         self._moved = dict(engine.metrics.moved_bytes)
         self._computed = engine.metrics.computed_tokens
 
@@ -72,8 +70,11 @@ class Watch:
         """Take a sample."""
         engine = self._engine
         pool, tiers, metrics = engine.kv.pool, engine.tiers, engine.metrics
-        block, slot = engine.budget.block_bytes, self._slot_bytes
-        below = tiers.below if tiers is not None else None
+        block = engine.budget.block_bytes
+        used = [0]  # host memory, and the slower tiers
+        if tiers is not None:
+            rows = zip(tiers.infos, tiers.usage(), strict=True)
+            used = [usage.used_payloads * info.payload_bytes for info, usage in rows]
 
         def moved(direction: str) -> int:
             return metrics.moved_bytes[direction] - self._moved.get(direction, 0)
@@ -83,8 +84,8 @@ class Watch:
                 t_s=round(now_s - self._start_s, 3),
                 device_held=pool.num_held * block,
                 device_cached=pool.num_cached * block,
-                host_used=tiers.host.num_used * slot if tiers is not None else 0,
-                disk_used=below.usage().used_payloads * slot if below is not None else 0,
+                host_used=used[0],
+                disk_used=sum(used[1:]),
                 to_device=moved("host>device"),
                 to_host=moved("device>host"),
                 from_disk=moved("disk>host"),

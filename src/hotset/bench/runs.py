@@ -257,7 +257,7 @@ class Bench:
         budget, size = engine.budget, self._config.block_size
         slot = slot_bytes_for(budget.block_bytes)
         tiers = engine.tiers
-        disk = tiers.below.usage().capacity_payloads if tiers is not None and tiers.below else 0
+        disk = sum(info.capacity_payloads for info in tiers.infos[1:]) if tiers is not None else 0
         known = sum(turn.known_tokens for session in self.work.sessions for turn in session.turns)
         return {
             "hot_tokens": budget.device_blocks * size,

@@ -126,6 +126,6 @@ class PrefixPolicy:
             queued_tokens=queued_tokens,
         )
 
-    def fetch_s(self, num_tokens: int) -> float:
-        """Seconds to fetch `num_tokens` from host memory when nothing else is fetched."""
-        return num_tokens * self.bytes_per_token / self.rates.link_bytes_per_s["host"]
+    def fetch_s(self, num_tokens: int, tier: str) -> float:
+        """Seconds to fetch `num_tokens` from `tier` when nothing else is fetched."""
+        return num_tokens * self.bytes_per_token / self.rates.link_bytes_per_s[tier]

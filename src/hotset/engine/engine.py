@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hotset.engine.split_mover import SplitMover
     from hotset.experts.buffer import ExpertBuffer
     from hotset.experts.recorder import RoutingRecorder
-    from hotset.memory.transfer import TierStack
+    from hotset.memory.tiers import TierStack
 
 _log = logging.getLogger(__name__)
 

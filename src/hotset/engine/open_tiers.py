@@ -7,10 +7,11 @@ from hotset.config import EngineConfig
 from hotset.cost.rates import Rates
 from hotset.engine.budget import Budget
 from hotset.memory.arena import DeviceArena, HostArena
+from hotset.memory.copier import make_copier
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import DiskTier
-from hotset.memory.host_tier import HostTier
-from hotset.memory.transfer import TierStack, make_copier
+from hotset.memory.measure import measure_rates
+from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
 
 
@@ -24,7 +25,7 @@ def open_tiers(
     fingerprint: dict[str, str],
     undo: ExitStack,
 ) -> TierStack | None:
-    """Host and disk tier as large as `budget` says; None where it has no host slots.
+    """Host memory and the slower tiers, as large as `budget` says; None without host slots.
 
     `undo` closes them.
 
@@ -33,7 +34,7 @@ def open_tiers(
     """
     if budget.host_slots == 0:
         return None
-    disk = None
+    slower = []
     if budget.disk_bytes:
         disk = DiskTier.open(
             disk_path,
@@ -43,16 +44,17 @@ def open_tiers(
             read_deadline_s=config.disk_read_deadline_s,
             write_queue_s=config.disk_write_queue_s,
         )
-    host_arena = HostArena(num_slots=budget.host_slots, block_bytes=budget.block_bytes)
+        slower.append(disk)
+    memory = HostArena(num_slots=budget.host_slots, block_bytes=budget.block_bytes)
     tiers = TierStack(
-        HostTier(0),  # grows as its memory becomes ready
-        host_arena,
-        make_copier(arena, host_arena),
-        block_bytes=budget.block_bytes,
+        arena,
+        memory,
+        make_copier(arena, memory),
+        num_slots=budget.host_slots,
         rates=rates,
         metrics=metrics,
-        below=disk,
+        slower=slower,
     )
     undo.callback(tiers.close)
-    tiers.measure_rates(num_blocks=min(16, budget.device_blocks, tiers.host.num_slots))
+    measure_rates(tiers, num_blocks=min(16, budget.device_blocks, tiers.host.num_slots))
     return tiers

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from hotset.memory.disk.slab import slot_bytes_for
+from hotset.memory.tier import TierUsage
 
 if TYPE_CHECKING:
     from hotset.engine.engine import Engine
@@ -110,29 +110,27 @@ def _tiers(engine: "Engine") -> list[TierStatus]:
             pool.num_usable,
         )
     ]
-    tiers = engine.tiers
-    if tiers is not None:
-        slot_bytes = slot_bytes_for(budget.block_bytes)
-        cells = "".join(_sample(tiers.host.states()))
-        host = tiers.host
-        found.append(
-            TierStatus("host", host.num_slots, host.num_used, slot_bytes, cells, budget.host_slots)
-        )
-        if tiers.below is not None:
-            usage = tiers.below.usage()
-            num_cells = min(_MOST_CELLS, usage.capacity_payloads)
-            num_used = -(-usage.used_payloads * num_cells // max(1, usage.capacity_payloads))
+    if engine.tiers is not None:
+        for info, usage in zip(engine.tiers.infos, engine.tiers.usage(), strict=True):
             found.append(
                 TierStatus(
-                    tiers.below.name,
+                    info.name,
                     usage.capacity_payloads,
                     usage.used_payloads,
-                    slot_bytes,
-                    CACHED * num_used + FREE * (num_cells - num_used),
-                    usage.capacity_payloads,
+                    info.payload_bytes,
+                    _cells(usage),
+                    info.capacity_payloads,
                 )
             )
     return found
+
+
+def _cells(usage: TierUsage) -> str:
+    if usage.states is not None:
+        return "".join(_sample(usage.states))
+    num_cells = min(_MOST_CELLS, usage.capacity_payloads)
+    num_used = -(-usage.used_payloads * num_cells // max(1, usage.capacity_payloads))
+    return CACHED * num_used + FREE * (num_cells - num_used)
 
 
 def _sample(values: Sequence[T]) -> Sequence[T]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from hotset.cost.prefix import PrefixPolicy
 from hotset.kv.block_hash import DIGEST_BYTES, block_hash, root_hash
 from hotset.kv.pool import BlockPool
-from hotset.memory.colder_tiers import ColderTiers, EndedTransfer
+from hotset.memory.tier import Answer, EndedTransfer, Found, TierInfo
+from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
 from hotset.sequence import ArrivedBlock, Kind, Request, SpilledTail
 
@@ -19,6 +20,12 @@ from hotset.sequence import ArrivedBlock, Kind, Request, SpilledTail
 # worth a copy: below it recomputing is faster.
 _MOST_PARTIALS = 2**16
 _LEAST_PARTIAL = 0.25
+# Keys of a prefix that tiers are asked for at first; twice as many each time that all are there.
+_KEYS_AT_ONCE = 32
+
+_DEVICE = "device"  # as `TierInfo.name`, for metrics
+_ON_DEVICE = Found(Answer.HIT)
+_MISS = Found(Answer.MISS)
 
 
 @dataclass(slots=True)
@@ -26,12 +33,14 @@ class _Known:
     """Content that need not be computed, of a block or of the first tokens of one.
 
     Attributes:
-        place: `device` or a tier; None to have it computed nevertheless.
+        tier: that has it; None where the device has.
+        is_computed: whether it is to be computed nevertheless.
     """
 
     key: bytes
-    place: str | None
+    tier: TierInfo | None
     num_tokens: int
+    is_computed: bool = False
 
 
 @dataclass(slots=True)
@@ -39,7 +48,7 @@ class _Loading:
     """A block whose content is on its way up, and who waits for it."""
 
     block: int
-    tier: str
+    tier: TierInfo
     num_tokens: int
     is_private: bool
     waiters: list[tuple[Request, int]] = field(default_factory=list)
@@ -62,7 +71,7 @@ class KVCache:
         block_size: int,
         fingerprint: str,
         metrics: Metrics,
-        tiers: ColderTiers | None = None,
+        tiers: TierStack | None = None,
         policy: PrefixPolicy | None = None,
         prefix_caching: bool = True,
     ) -> None:
@@ -98,19 +107,22 @@ class KVCache:
 
         Blocks in the device pool are shared; of blocks in slower tiers, the policy has
         some computed and the rest fetched. Needs room for all the request's tokens so far, plus
-        `spare_blocks`; without it nothing changes and the result is False.
+        `spare_blocks`; without it nothing changes and the result is False. So it is while a tier
+        cannot say yet what it has of the tokens.
         """
-        known = self._find_prefix(request)
+        known, is_pending = self._find_prefix(request)
+        if is_pending:
+            return False
         keys = [part.key for part in known]
         num_chosen = self._choose_recompute(known, queued_tokens)
-        while known and known[-1].place is None:
+        while known and known[-1].is_computed:
             known.pop()
 
         shared: dict[int, int] = {}
         for i, part in enumerate(known):
-            if part.place == "device":
+            if part.tier is None:
                 shared[i] = self._acquire(part)
-            elif part.key in self._loading and part.place is not None:
+            elif part.key in self._loading and not part.is_computed:
                 shared[i] = self._loading[part.key].block
                 self.pool.hold(shared[i])
         num_missing = self.num_blocks_for(request.num_tokens) - len(shared)
@@ -125,10 +137,10 @@ class KVCache:
             shared[i] if i in shared else next(fresh) for i in range(len(known))
         ]
         for i, part in enumerate(known):
-            if part.place == "device":
-                request.kv.arrived[i] = ArrivedBlock("device", part.num_tokens)
-            elif part.place is not None:
-                self._wait_for(request, i, part)
+            if part.tier is None:
+                request.kv.arrived[i] = ArrivedBlock(_DEVICE, part.num_tokens)
+            elif not part.is_computed:
+                self._wait_for(request, i, part, part.tier)
         if self._tiers is not None:
             self._tiers.touch(keys[::-1])  # the tail is evicted before the head
         self._unkeep(request)  # its fetches hold what they read
@@ -150,8 +162,8 @@ class KVCache:
     def _look_ahead(self, request: Request, *, spare_blocks: int) -> None:
         """Bring what is known of a waiting request's tokens closer, ahead of its turn.
 
-        From disk to host memory, once; and, when nothing else is being fetched, from host memory
-        to device blocks that have no content, as long as `spare_blocks` others are available.
+        Into host memory, once; and, when nothing else is being fetched, from host memory to device
+        blocks that have no content, as long as `spare_blocks` others are available.
         """
         tiers = self._tiers
         assert tiers is not None
@@ -160,16 +172,17 @@ class KVCache:
         if request.kv.was_fetched or (request.kv.was_staged and not can_fetch):
             return
         tail_key = None if request.kv.resume is None else request.kv.resume.key
-        request.kv.was_staged = request.kv.was_fetched = True
-        for part in self._find_prefix(request):
-            key = part.key
-            if part.place == "device" or key in self._loading or key == tail_key:
+        known, is_pending = self._find_prefix(request)
+        request.kv.was_staged = request.kv.was_fetched = not is_pending
+        for part in known:
+            key, tier = part.key, part.tier
+            if tier is None or key in self._loading or key == tail_key:
                 continue
             # A partial block is found on the device only if it was computed there.
             is_full = part.num_tokens == self.block_size
-            if part.place == "host" and can_fetch and room > 0 and is_full:
+            if tier.feeds_device and can_fetch and room > 0 and is_full:
                 [block] = self.pool.allocate(1)  # released when the transfer ends
-                self._loading[key] = _Loading(block, "host", part.num_tokens, is_private=False)
+                self._loading[key] = _Loading(block, tier, part.num_tokens, is_private=False)
                 tiers.fetch(key, block)
                 room -= 1
             else:
@@ -185,7 +198,7 @@ class KVCache:
             if index in request.kv.arrived:
                 found = request.kv.arrived.pop(index)
             elif self._take_over(request, index):
-                found = ArrivedBlock("device", self.block_size)
+                found = ArrivedBlock(_DEVICE, self.block_size)
             else:
                 break
             start = request.kv.num_computed_tokens
@@ -245,7 +258,9 @@ class KVCache:
 
     def fetch_s(self, request: Request) -> float:
         """Time to fetch all KV of the request from host memory; 0 without tiers."""
-        return 0.0 if self._policy is None else self._policy.fetch_s(request.num_tokens)
+        if self._policy is None or self._tiers is None:
+            return 0.0
+        return self._policy.fetch_s(request.num_tokens, self._tiers.infos[0].name)
 
     def num_runnable_tokens(self, request: Request) -> int:
         """Tokens the request can compute before it meets content that is there or arriving."""
@@ -359,28 +374,41 @@ class KVCache:
                 self._spilling.discard(ended.block)
             self.pool.release(ended.block)
 
-    def _find_prefix(self, request: Request) -> list[_Known]:
+    def _find_prefix(self, request: Request) -> tuple[list[_Known], bool]:
         """What is known somewhere of the request's leading tokens, block by block.
 
-        At least one token is always left to compute: its logits are what the step is for.
+        At least one token is always left to compute: its logits are what the step is for. Also
+        returns whether a tier cannot say yet what it has of the tokens after these.
         """
         known: list[_Known] = []
-        for key in request.kv.block_hashes[: self._num_findable(request)]:
-            place = self._locate(key)
-            if place is None:
-                break
-            known.append(_Known(key, place, self.block_size))
+        keys = request.kv.block_hashes[: self._num_findable(request)]
+        num_asked = _KEYS_AT_ONCE
+        while len(known) < len(keys):
+            asked = keys[len(known) : len(known) + num_asked]
+            for key, found in zip(asked, self._lookup(asked), strict=True):
+                if found.answer is not Answer.HIT:
+                    break
+                known.append(_Known(key, found.tier, self.block_size))
+            else:
+                num_asked *= 2
+                continue
+            if found.answer is Answer.PENDING:
+                return known, True
+            break
         tail = request.kv.resume
         if tail is None:
             partial = self._find_partial(request, len(known))
-            if partial is not None:
-                known.append(partial)
-        elif len(known) == tail.index and (place := self._locate(tail.key)) is not None:
-            known.append(_Known(tail.key, place, tail.num_tokens))
-        return known
+        else:
+            partial = (tail.key, tail.num_tokens) if len(known) == tail.index else None
+        if partial is None:
+            return known, False
+        [found] = self._lookup([partial[0]])
+        if found.answer is Answer.HIT:
+            known.append(_Known(partial[0], found.tier, partial[1]))
+        return known, found.answer is Answer.PENDING
 
-    def _find_partial(self, request: Request, index: int) -> _Known | None:
-        """The block that a request which has ended left where this one's block `index` begins.
+    def _find_partial(self, request: Request, index: int) -> tuple[bytes, int] | None:
+        """Key and tokens of what a request that has ended left where block `index` begins.
 
         None where another request has it: both would write to it, each to a copy of its own.
         """
@@ -390,11 +418,9 @@ class KVCache:
         if num_tokens is None or start + num_tokens > request.num_findable_tokens:
             return None
         key = block_hash(parent, request.token_ids[start : start + num_tokens])
-        place, block = self._locate(key), self.pool.lookup(key)
+        block = self.pool.lookup(key)
         is_held = block is not None and self.pool.ref_count(block) > 0
-        if place is None or key in self._loading or is_held:
-            return None
-        return _Known(key, place, num_tokens)
+        return None if key in self._loading or is_held else (key, num_tokens)
 
     def _publish_partial(self, request: Request) -> None:
         """Have the last block of a request that ends found, and spill it, though it is not full."""
@@ -436,41 +462,48 @@ class KVCache:
             request.kv.block_table.append(block)
         return True
 
-    def _locate(self, key: bytes) -> str | None:
-        if self.pool.lookup(key) is not None:
-            return "device"
-        if key in self._loading:
-            return self._loading[key].tier
-        return self._tiers.locate(key) if self._tiers is not None else None
+    def _lookup(self, keys: Sequence[bytes]) -> list[Found]:
+        """What is known of each key; a HIT without a tier is on the device."""
+        found: list[Found | None] = [None] * len(keys)
+        for i, key in enumerate(keys):
+            if self.pool.lookup(key) is not None:
+                found[i] = _ON_DEVICE
+            elif key in self._loading:
+                found[i] = Found(Answer.HIT, self._loading[key].tier)
+        elsewhere = [key for key, one in zip(keys, found, strict=True) if one is None]
+        if self._tiers is None or not elsewhere:
+            return [one or _MISS for one in found]
+        answers = iter(self._tiers.lookup(elsewhere))
+        return [next(answers) if one is None else one for one in found]
 
     def _choose_recompute(self, known: list[_Known], queued_tokens: int) -> int:
-        """Set the place of what is cheaper computed than fetched to None.
+        """Choose what is cheaper computed than fetched.
 
         Returns how many tokens that is.
         """
-        cold = [part for part in known if part.place != "device" and part.key not in self._loading]
+        cold = [p for p in known if p.tier is not None and p.key not in self._loading]
         if not cold:
             return 0
         assert self._tiers is not None and self._policy is not None
         num_tokens = self._policy.tokens_to_compute(
             len(cold) * self.block_size,
-            {part.place for part in cold if part.place is not None},
+            {part.tier.name for part in cold if part.tier is not None},
             queued_bytes=self._tiers.queued_fetch_bytes(),
             queued_tokens=queued_tokens,
         )
         chosen = cold[: num_tokens // self.block_size]
         for part in chosen:
-            part.place = None
+            part.is_computed = True
         return sum(part.num_tokens for part in chosen)
 
-    def _wait_for(self, request: Request, index: int, part: _Known) -> None:
-        assert self._tiers is not None and part.place is not None
+    def _wait_for(self, request: Request, index: int, part: _Known, tier: TierInfo) -> None:
+        assert self._tiers is not None
         key = part.key
         loading = self._loading.get(key)
         if loading is None:
             block = request.kv.block_table[index]
             is_private = request.kv.resume is not None and key == request.kv.resume.key
-            loading = _Loading(block, part.place, part.num_tokens, is_private=is_private)
+            loading = _Loading(block, tier, part.num_tokens, is_private=is_private)
             self._loading[key] = loading
             self.pool.hold(block)  # released when the transfer ends
             self._tiers.fetch(key, block)
@@ -482,7 +515,7 @@ class KVCache:
         for request, index in loading.waiters:
             del request.kv.arriving[index]
             if ended.ok:
-                request.kv.arrived[index] = ArrivedBlock(loading.tier, loading.num_tokens)
+                request.kv.arrived[index] = ArrivedBlock(loading.tier.name, loading.num_tokens)
             if loading.is_private:
                 self._drop_tail(request)
         if not ended.ok:
@@ -498,7 +531,7 @@ class KVCache:
 
     def _spill(self, key: bytes, block: int, *, private: bool = False) -> bool:
         tiers = self._tiers
-        if tiers is None or tiers.locate(key) is not None:
+        if tiers is None or tiers.lookup([key])[0].answer is Answer.HIT:
             return False
         if not tiers.spill(key, block, private=private):
             return False

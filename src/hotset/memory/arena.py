@@ -53,6 +53,7 @@ class DeviceArena:
             self.storage = torch.zeros(num_blocks, num_values, dtype=dtype, device=device)
         else:
             self.storage = memory.view(dtype).view(num_blocks, num_values)
+        self._address = self.storage.data_ptr()
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.scales = [(1.0, 1.0)] * len(specs) if scales is None else list(scales)
@@ -74,6 +75,10 @@ class DeviceArena:
     def clear_blocks(self, first: int, end: int) -> None:
         """Zeros for blocks from `first` to before `end`, for the reason above."""
         self.storage[first:end].view(torch.uint8).zero_()
+
+    def runs(self, block: int) -> list[tuple[int, int]]:
+        """The `(address, bytes)` of a block."""
+        return [(self._address + block * self.block_bytes, self.block_bytes)]
 
     def bytes_view_tensor(self) -> torch.Tensor:
         """`[num_blocks, block_bytes]` uint8 view of the pool."""
@@ -100,6 +105,7 @@ class HostArena:
         )
         self._view = memoryview(self._memory)
         self.slots = np.frombuffer(self._memory, np.uint8).reshape(-1, self.slot_bytes)
+        self._address = int(self.slots.ctypes.data)
 
     def use_huge_pages(self) -> None:
         """Ask for huge pages, where the operating system has them."""
@@ -122,6 +128,10 @@ class HostArena:
             thread.start()
         for thread in touching:
             thread.join()
+
+    def address(self, slot: int) -> int:
+        """Where a slot starts."""
+        return self._address + slot * self.slot_bytes
 
     def view(self, slot: int) -> memoryview:
         """The bytes of one slot."""

@@ -1,21 +1,31 @@
-"""Coalescing copies. Imports no torch."""
+"""Copies as runs of bytes, and merging those that continue each other. Imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Run(NamedTuple):
+    """Bytes to be copied, one way or the other. Both places are addresses."""
+
+    device: int
+    host: int
+    num_bytes: int
 
 
 def merge_runs(
-    pairs: Sequence[tuple[int, int]], *, slots_per_chunk: int | None = None
-) -> list[tuple[int, int, int]]:
-    """Merge (block, slot) pairs into (block, slot, count) runs where both go up by one.
+    runs: Iterable[Run], *, host_start: int = 0, chunk_bytes: int | None = None
+) -> list[Run]:
+    """Sort runs by device address, and make one of those that continue each other on both sides.
 
-    No run goes on past a slot that is a multiple of `slots_per_chunk`.
+    No run goes on past an address that lies a multiple of `chunk_bytes` after `host_start`.
     """
-    merged: list[tuple[int, int, int]] = []
-    for block, slot in sorted(pairs):
-        if merged and (slots_per_chunk is None or slot % slots_per_chunk):
-            first_block, first_slot, count = merged[-1]
-            if block == first_block + count and slot == first_slot + count:
-                merged[-1] = (first_block, first_slot, count + 1)
+    merged: list[Run] = []
+    for run in sorted(runs):
+        if merged and (chunk_bytes is None or (run.host - host_start) % chunk_bytes):
+            last = merged[-1]
+            ends = (last.device + last.num_bytes, last.host + last.num_bytes)
+            if ends == (run.device, run.host):
+                merged[-1] = Run(last.device, last.host, last.num_bytes + run.num_bytes)
                 continue
-        merged.append((block, slot, 1))
+        merged.append(run)
     return merged

@@ -11,7 +11,7 @@ import torch
 from hotset.cost.tuning import TUNINGS
 from hotset.errors import ConfigError
 from hotset.memory.arena import DeviceArena, HostArena
-from hotset.memory.copy_runs import merge_runs
+from hotset.memory.copy_runs import Run, merge_runs
 from hotset.memory.pin import pin, unpin
 
 _log = logging.getLogger(__name__)
@@ -23,11 +23,11 @@ _TOUCH_THREADS = 4
 
 
 class CudaCopier:
-    """A `transfer.Copier` of two streams, one per direction, so that both run at once.
+    """A `mover.Copier` of two streams, one per direction, so that both run at once.
 
     A batch waits on the device for the compute that was submitted before `mark`; the host learns
-    of its end by an event, so nothing ever waits for a copy that it does not need. Runs of
-    adjacent blocks in adjacent slots are one copy, and many copies one submission.
+    of its end by an event, so nothing ever waits for a copy that it does not need. Runs that
+    continue each other are one copy, and many copies one submission.
 
     Host memory is pinned chunk by chunk in a thread: `num_ready_slots` says how far it is.
 
@@ -36,10 +36,9 @@ class CudaCopier:
     """
 
     def __init__(self, device: DeviceArena, host: HostArena) -> None:
-        self._device = device.bytes_view_tensor()
-        self._host = torch.from_numpy(host.slots)
+        self._device = device.bytes_view_tensor().view(-1)
+        self._host = torch.from_numpy(host.slots).view(-1)
         self._tuning = TUNINGS["cuda"]
-        self._block_bytes = device.block_bytes
         self._copy_batch = _find_batch_copy()
         self._down = torch.cuda.Stream(self._device.device)
         self._up = torch.cuda.Stream(self._device.device)
@@ -48,7 +47,7 @@ class CudaCopier:
         self._next_id = 0
 
         self._arena = host
-        self._host_base = int(host.slots.ctypes.data)
+        self._num_slots = len(host.slots)
         self._slots_per_chunk = max(1, self._tuning.pin_chunk_bytes // host.slot_bytes)
         self._is_closing = False
         self.num_ready_slots = 0
@@ -61,27 +60,26 @@ class CudaCopier:
         """Note the compute submitted so far, for `submit`."""
         self._marked.record(torch.cuda.current_stream(self._device.device))
 
-    def submit(self, pairs: Sequence[tuple[int, int]], *, to_host: bool) -> int:
+    def submit(self, runs: Sequence[Run], *, to_host: bool) -> int:
         """Start a batch after the compute submitted before the last `mark`."""
         stream = self._down if to_host else self._up
         stream.wait_event(self._marked)
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        runs = merge_runs(pairs, slots_per_chunk=self._slots_per_chunk)
+        chunk_bytes = self._slots_per_chunk * self._arena.slot_bytes
+        runs = merge_runs(runs, host_start=self._arena.address(0), chunk_bytes=chunk_bytes)
         start.record(stream)
         if self._copy_batch is not None:
             for first in range(0, len(runs), self._tuning.copies_per_call):
-                part = runs[first : first + self._tuning.copies_per_call]
-                self._submit_batch(part, stream, to_host=to_host)
+                devices, hosts, sizes = map(
+                    list, zip(*runs[first : first + self._tuning.copies_per_call], strict=True)
+                )
+                targets, sources = (hosts, devices) if to_host else (devices, hosts)
+                self._copy_batch(targets, sources, sizes, stream.cuda_stream)
         else:
             with torch.cuda.stream(stream):
-                for block, slot, count in runs:
-                    device = self._device[block : block + count]
-                    host = self._host[slot : slot + count, : self._block_bytes]
-                    if to_host:
-                        host.copy_(device, non_blocking=True)
-                    else:
-                        device.copy_(host, non_blocking=True)
+                for run in runs:
+                    self._copy(run, to_host=to_host)
         end.record(stream)
         self._next_id += 1
         self._running.append((self._next_id, start, end))
@@ -117,24 +115,17 @@ class CudaCopier:
         self._up.synchronize()
         self._running.clear()
         for first in range(0, self.num_ready_slots, self._slots_per_chunk):
-            unpin(self._host_address(first))
+            unpin(self._arena.address(first))
         self.num_ready_slots = 0
 
-    def _submit_batch(
-        self, runs: list[tuple[int, int, int]], stream: torch.cuda.Stream, *, to_host: bool
-    ) -> None:
-        """One call for all of `runs`; slots wider than a block have a copy for each block."""
-        assert self._copy_batch is not None
-        block_bytes, slot_bytes = self._block_bytes, self._arena.slot_bytes
-        device, host, sizes = [], [], []
-        for block, slot, count in runs:
-            step = count if block_bytes == slot_bytes else 1
-            for i in range(0, count, step):
-                device.append(self._device.data_ptr() + (block + i) * block_bytes)
-                host.append(self._host_address(slot + i))
-                sizes.append(step * block_bytes)
-        targets, sources = (host, device) if to_host else (device, host)
-        self._copy_batch(targets, sources, sizes, stream.cuda_stream)
+    def _copy(self, run: Run, *, to_host: bool) -> None:
+        """One copy on the current stream."""
+        first = run.device - self._device.data_ptr()
+        device = self._device[first : first + run.num_bytes]
+        first = run.host - self._arena.address(0)
+        host = self._host[first : first + run.num_bytes]
+        target, source = (host, device) if to_host else (device, host)
+        target.copy_(source, non_blocking=True)
 
     def _pin_next_chunk(self) -> None:
         """Touch and pin the next chunk of slots.
@@ -143,10 +134,10 @@ class CudaCopier:
             ConfigError: it cannot be pinned; the slots before it can be used.
         """
         first = self.num_ready_slots
-        last = min(first + self._slots_per_chunk, len(self._host))
+        last = min(first + self._slots_per_chunk, self._num_slots)
         self._arena.commit(first, last, num_threads=_TOUCH_THREADS)
         num_bytes = (last - first) * self._arena.slot_bytes
-        if code := pin(self._host_address(first), num_bytes):
+        if code := pin(self._arena.address(first), num_bytes):
             raise ConfigError(
                 f"{self._gib(last):.2f} GiB of host memory cannot be pinned (CUDA error {code}, "
                 f"{self._gib(first):.2f} GiB are); give less host_gib or raise the limit on locked "
@@ -156,14 +147,11 @@ class CudaCopier:
 
     def _pin_rest(self) -> None:
         try:
-            while self.num_ready_slots < len(self._host) and not self._is_closing:
+            while self.num_ready_slots < self._num_slots and not self._is_closing:
                 self._pin_next_chunk()
                 time.sleep(_PIN_PAUSE_S)
         except ConfigError as error:
             _log.warning("the host tier is smaller than asked for: %s", error)
-
-    def _host_address(self, slot: int) -> int:
-        return self._host_base + slot * self._arena.slot_bytes
 
     def _gib(self, num_slots: int) -> float:
         return num_slots * self._arena.slot_bytes / 2**30

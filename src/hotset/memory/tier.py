@@ -1,9 +1,48 @@
-"""The protocol of a tier below host memory: fixed-size payloads by key. Imports no torch."""
+"""What is known of any tier, and the protocol of one below host memory. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class TierInfo:
+    """What views, rates and metrics need to know of a tier: a row of data.
+
+    Attributes:
+        name: as metrics, rates and views call it.
+        capacity_payloads: how many payloads it is to hold.
+        payload_bytes: that one of them takes.
+        feeds_device: whether copies to the device start here; from others a payload comes here
+            first.
+    """
+
+    name: str
+    capacity_payloads: int
+    payload_bytes: int
+    feeds_device: bool = False
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of all payloads that it is to hold."""
+        return self.capacity_payloads * self.payload_bytes
+
+
+class Answer(Enum):
+    """What a tier says of a key."""
+
+    HIT = "hit"  # the payload can be read now
+    MISS = "miss"
+    PENDING = "pending"  # cannot say yet: ask again
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the tiers together say of a key; a HIT names the fastest tier that has it."""
+
+    answer: Answer
+    tier: TierInfo | None = None
 
 
 class CompletionStatus(Enum):
@@ -25,11 +64,27 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class TierUsage:
-    """What a tier holds, and what went wrong in it since it was opened."""
+    """What a tier holds, and what went wrong in it since it was opened.
+
+    Attributes:
+        capacity_payloads: how many it can hold now.
+        states: one letter for each place, where it knows them: see `Residency.states`.
+    """
 
     used_payloads: int
     capacity_payloads: int
     faults: dict[str, int]
+    states: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EndedTransfer:
+    """A copy between the device and host memory that has ended, well or not."""
+
+    key: bytes
+    block: int
+    is_fetch: bool
+    ok: bool
 
 
 class Tier(Protocol):
@@ -41,11 +96,13 @@ class Tier(Protocol):
     A fault is a FAILED completion and a counter, never an exception.
     """
 
-    name: str
-    payload_bytes: int
+    info: TierInfo
 
-    def contains(self, key: bytes) -> bool:
-        """Whether a payload for `key` is stored and readable now (a queued write is not)."""
+    def lookup(self, keys: Sequence[bytes]) -> list[Answer]:
+        """For each key, whether its payload is stored and readable now (a queued write is not).
+
+        A tier that has to ask somebody starts that, and answers PENDING until it knows.
+        """
         ...
 
     def submit_write(self, key: bytes, payload: memoryview) -> int | None:

@@ -22,7 +22,7 @@ from hotset.memory.disk.slab import (
     slot_bytes_for,
 )
 from hotset.memory.eviction import Order, policy_named
-from hotset.memory.tier import Completion, CompletionStatus, TierUsage
+from hotset.memory.tier import Answer, Completion, CompletionStatus, TierInfo, TierUsage
 
 _FORMAT = "1"  # of slab and index; another one is not read
 _FIXED_BYTES = disk_index.BASE_BYTES + SLOT_ALIGN_BYTES  # the lock file takes a page
@@ -95,8 +95,6 @@ class DiskTier:
         reclaimed: why blocks found at open were thrown away, or None.
     """
 
-    name = "disk"
-
     def __init__(
         self,
         *,
@@ -112,6 +110,7 @@ class DiskTier:
         self.payload_bytes = payload_bytes
         self.slot_bytes = slab.slot_bytes
         self.capacity_payloads = slab.num_slots
+        self.info = TierInfo("disk", slab.num_slots, slab.slot_bytes)
         self.reclaimed: str | None = None
         self._slab = slab
         self._index = index
@@ -245,9 +244,9 @@ class DiskTier:
 
     # Called by the engine
 
-    def contains(self, key: bytes) -> bool:
-        """See `Tier`."""
-        return key in self._entries
+    def lookup(self, keys: Sequence[bytes]) -> list[Answer]:
+        """See `Tier`. Never PENDING."""
+        return [Answer.HIT if key in self._entries else Answer.MISS for key in keys]
 
     def submit_write(self, key: bytes, payload: memoryview) -> int | None:
         """See `Tier`. `payload` is `slot_bytes` long; page-aligned, or direct I/O ends."""

@@ -1,30 +1,32 @@
 """The tiers with real bytes: device pool, copy thread, host memory, disk."""
 
-import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from disk_helpers import Gate
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from fakes import FakeClock, FakeTier
 
+from hotset.clock import REAL_CLOCK, Clock
 from hotset.cost.cache_spec import KeysValues
 from hotset.cost.rates import Rates
 from hotset.memory.arena import DeviceArena, HostArena
+from hotset.memory.copier import make_copier
 from hotset.memory.disk.tier import DiskTier, capacity_bytes_for
-from hotset.memory.host_tier import HostTier
-from hotset.memory.transfer import Copier, TierStack, make_copier
+from hotset.memory.measure import measure_rates
+from hotset.memory.mover import Copier
+from hotset.memory.tier import Answer, Tier
+from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
 
 NUM_BLOCKS = 8
 
 
 class Rig:
-    """A device pool with a host tier of `host_slots` and, given a folder, a disk tier."""
+    """A device pool with a host tier of `host_slots`, a disk tier in `folder`, and `slower`."""
 
     def __init__(
         self,
@@ -34,6 +36,8 @@ class Rig:
         *,
         disk_slots: int = 90,
         read_deadline_s: float = 5.0,
+        slower: Sequence[Tier] = (),
+        clock: Clock = REAL_CLOCK,
     ) -> None:
         self.device = DeviceArena(
             [KeysValues(2, 8, 8), KeysValues(1, 24, 24)],  # layers of unequal shape
@@ -56,13 +60,14 @@ class Rig:
             )
         self.rates = Rates(1.0, {})
         self.tiers = TierStack(
-            HostTier(host_slots),
+            self.device,
             host_arena,
             make_copier(self.device, host_arena),
-            block_bytes=self.device.block_bytes,
+            num_slots=host_slots,
             rates=self.rates,
             metrics=self.metrics,
-            below=self.disk,
+            slower=[tier for tier in (self.disk, *slower) if tier is not None],
+            clock=clock,
         )
 
     def fill(self, block: int, seed: int) -> bytes:
@@ -76,6 +81,16 @@ class Rig:
     def read(self, block: int) -> bytes:
         """The bytes of `block`."""
         return self.device.bytes_view_tensor()[block].cpu().numpy().tobytes()
+
+    def place(self, key: bytes) -> str | None:
+        """The name of the fastest tier that has `key`."""
+        [found] = self.tiers.lookup([key])
+        return found.tier.name if found.tier is not None else None
+
+    def in_use(self, key: bytes) -> bool:
+        """Whether the host slot of `key` is being filled or read."""
+        payload = self.tiers.host.get(key)
+        return payload is not None and payload.is_in_use
 
     def settle(self) -> dict[int, bool]:
         """Run until nothing is under way; device block -> whether its fetch was good."""
@@ -164,8 +179,8 @@ def test_a_fetch_bounded_by_time_has_arrived_once_compute_waits_for_it() -> None
     rig.tiers.spill(b"key", 0, private=True)
     rig.settle()
     rig.rates.link_bytes_per_s["host"] = 1e9
-    copier = OrderingCopier(rig.tiers._copier)
-    rig.tiers._copier = copier
+    copier = OrderingCopier(rig.tiers.mover.copier)
+    rig.tiers.mover.copier = copier
     copier.is_open = False
     rig.tiers.fetch(b"key", 5)
     assert rig.tiers.poll() == []
@@ -174,7 +189,7 @@ def test_a_fetch_bounded_by_time_has_arrived_once_compute_waits_for_it() -> None
     assert len(copier.ordered) == 1
     rig.tiers.drop(b"key")
     # The copy still reads its host slot, and is not told of twice.
-    assert rig.tiers.host.is_in_use(b"key") and rig.tiers.poll() == []
+    assert rig.in_use(b"key") and rig.tiers.poll() == []
     assert rig.metrics.moved_bytes["host>device"] == 0
     copier.is_open = True
     assert rig.settle() == {}
@@ -225,7 +240,7 @@ def test_blocks_pushed_out_of_host_memory_come_back_from_disk(tmp_path: Path) ->
         rig.tiers.spill(key, seed % NUM_BLOCKS)
         rig.settle()
     first = bytes([0]) * 16
-    assert rig.tiers.locate(first) == "disk"
+    assert rig.place(first) == "disk"
     rig.tiers.fetch(first, 7)
     assert rig.settle() == {7: True}
     assert rig.read(7) == contents[first]
@@ -233,7 +248,7 @@ def test_blocks_pushed_out_of_host_memory_come_back_from_disk(tmp_path: Path) ->
 
     again = Rig(host_slots=2, folder=tmp_path)  # a restart finds them all
     for key, content in contents.items():
-        assert again.tiers.locate(key) == "disk"
+        assert again.place(key) == "disk"
         again.tiers.fetch(key, 1)
         assert again.settle() == {1: True}
         assert again.read(1) == content
@@ -248,7 +263,7 @@ def test_a_private_payload_never_reaches_the_disk_and_is_forgotten_when_dropped(
     rig.tiers.spill(b"p" * 16, 0, private=True)
     rig.tiers.drop(b"p" * 16)  # while the copy is still to be made
     rig.settle()
-    assert rig.tiers.locate(b"p" * 16) is None
+    assert rig.place(b"p" * 16) is None
     assert rig.tiers.host.num_used == 0
     rig.tiers.close()
 
@@ -273,7 +288,7 @@ def test_what_is_kept_is_not_evicted_until_nobody_keeps_it() -> None:
     for seed in range(3):
         rig.tiers.spill(bytes([100 + seed]), 1)
         rig.settle()
-    assert rig.tiers.locate(b"kept") is None
+    assert rig.place(b"kept") is None
     rig.tiers.close()
 
 
@@ -316,14 +331,14 @@ def test_a_corrupt_disk_block_is_a_failed_fetch_and_never_bytes(tmp_path: Path) 
     assert rig.settle() == {5: False}
     assert rig.read(5) == before
     assert rig.metrics.faults["disk_corrupt"] == 1
-    assert rig.tiers.locate(b"a" * 16) is None
+    assert rig.place(b"a" * 16) is None
     rig.tiers.close()
 
 
 def test_rates_are_measured_at_start_and_leave_the_device_blocks_alone(tmp_path: Path) -> None:
     rig = Rig(host_slots=4, folder=tmp_path)
     content = rig.fill(0, seed=9)
-    rig.tiers.measure_rates(num_blocks=4)
+    measure_rates(rig.tiers, num_blocks=4)
     assert rig.read(0) == content
     assert set(rig.rates.link_bytes_per_s) == {"host", "disk"}
     assert all(rate > 0 for rate in rig.rates.link_bytes_per_s.values())
@@ -346,7 +361,7 @@ def test_measuring_the_rate_of_a_disk_keeps_all_it_holds(num_stored: int, tmp_pa
     rig.settle()
     rig.tiers.close()
     again = Rig(host_slots=4, folder=tmp_path, disk_slots=3)
-    again.tiers.measure_rates(num_blocks=4)
+    measure_rates(again.tiers, num_blocks=4)
     assert again.disk is not None
     assert sorted(again.disk.newest_keys(9)) == keys
     assert again.rates.link_bytes_per_s["disk"] > 0
@@ -359,10 +374,10 @@ def test_measuring_the_rate_of_a_disk_keeps_all_it_holds(num_stored: int, tmp_pa
 def test_a_disk_that_hangs_while_it_is_measured_does_not_stop_the_start(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hotset.memory.transfer._PROBE_S", 0.3)
+    monkeypatch.setattr("hotset.memory.measure._PROBE_S", 0.3)
     rig = Rig(host_slots=4, folder=tmp_path, read_deadline_s=0.1)
     gate = Gate(monkeypatch, call)
-    rig.tiers.measure_rates(num_blocks=3)
+    measure_rates(rig.tiers, num_blocks=3)
     assert rig.rates.link_bytes_per_s["disk"] > 0
     rig.tiers.check()
     # Its buffers stay its own until it is done with them; a block goes round beside them.
@@ -400,7 +415,7 @@ def test_under_random_traffic_every_fetch_that_ends_well_brings_the_right_bytes(
                 busy[block] = b""
         elif free and contents and rng.random() < 0.7:
             block, key = rng.choice(free), rng.choice(list(contents))
-            if rig.tiers.locate(key) is not None:
+            if rig.place(key) is not None:
                 rig.tiers.fetch(key, block)
                 busy[block] = key
         elif kept and rng.random() < 0.6:
@@ -424,56 +439,67 @@ def test_under_random_traffic_every_fetch_that_ends_well_brings_the_right_bytes(
     rig.tiers.close()
 
 
-class HostTierMachine(RuleBasedStateMachine):
-    """Random operations on the host slots against a plain model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.host = HostTier(4)
-        self.slots: dict[bytes, int] = {}
-        self.keys = itertools.count()
-
-    @rule()
-    def reserve(self) -> None:
-        key = next(self.keys).to_bytes(4, "big")
-        evictable = [k for k in self.slots if self.host.is_ready(k) and not self.host.is_in_use(k)]
-        if len(self.slots) == 4 and not evictable:
-            with pytest.raises(Exception, match="in use by transfers"):
-                self.host.reserve(key)
-            return
-        slot = self.host.reserve(key)
-        self.slots = {
-            k: s for k, s in self.slots.items() if self.host.is_ready(k) or self.host.is_filling(k)
-        }
-        assert slot not in self.slots.values()
-        self.slots[key] = slot
-
-    @precondition(lambda self: self.slots)
-    @rule(data=st.data())
-    def step(self, data: st.DataObject) -> None:
-        key = data.draw(st.sampled_from(sorted(self.slots)))
-        if self.host.is_filling(key):
-            if data.draw(st.booleans()):
-                self.host.commit(key)
-            else:
-                self.host.abandon(key)
-                del self.slots[key]
-        elif self.host.is_in_use(key):
-            if data.draw(st.booleans()):
-                self.host.unpin(key)
-            else:
-                self.host.discard(key)  # no effect on a pinned one
-        else:
-            choice = data.draw(st.sampled_from(["pin", "touch", "discard"]))
-            getattr(self.host, choice)(key)
-            if choice == "discard":
-                del self.slots[key]
-
-    @invariant()
-    def consistent(self) -> None:
-        self.host.check()
-        assert self.host.num_used == len(self.slots)
+def with_fakes(
+    clock: FakeClock, *, folder: Path | None = None
+) -> tuple[Rig, tuple[FakeTier, FakeTier]]:
+    """Two host slots over two tiers that hold payloads in dictionaries."""
+    near, far = FakeTier("near", 4096), FakeTier("far", 4096)
+    return Rig(host_slots=2, folder=folder, slower=[near, far], clock=clock), (near, far)
 
 
-TestHostTierMachine = HostTierMachine.TestCase
-TestHostTierMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+def test_a_spill_goes_from_tier_to_tier_and_a_fetch_takes_the_fastest() -> None:
+    rig, (near, far) = with_fakes(FakeClock())
+    contents = [rig.fill(block, seed=block) for block in range(4)]
+    keys = [bytes([block]) * 16 for block in range(4)]
+    for block, key in enumerate(keys):
+        near.is_full = block == 1  # refuses it: the next tier gets it all the same
+        rig.tiers.spill(key, block)
+        rig.settle()
+    assert set(near.stored) == {keys[0], keys[2], keys[3]} and set(far.stored) == set(keys)
+    assert [rig.place(key) for key in keys] == ["near", "far", "host", "host"]
+    near.discard([keys[0]])
+    assert rig.place(keys[0]) == "far"
+    for block in range(2):
+        rig.tiers.fetch(keys[block], 5)
+        assert rig.settle() == {5: True}
+        assert rig.read(5) == contents[block]
+    moved, size = rig.metrics.moved_bytes, rig.device.block_bytes
+    assert (moved["host>near"], moved["host>far"], moved["far>host"]) == (
+        3 * size,
+        4 * size,
+        2 * size,
+    )
+    rig.tiers.touch([keys[2]])
+    assert near.touched == far.touched == [keys[2]]
+    rig.tiers.close()
+
+
+def test_tiers_describe_themselves_and_each_has_a_measured_rate(tmp_path: Path) -> None:
+    rig, (near, far) = with_fakes(FakeClock(), folder=tmp_path)
+    assert [info.name for info in rig.tiers.infos] == ["host", "disk", "near", "far"]
+    assert [info.feeds_device for info in rig.tiers.infos] == [True, False, False, False]
+    assert [info.capacity_payloads for info in rig.tiers.infos] == [2, 90, 100, 100]
+    measure_rates(rig.tiers, num_blocks=2)
+    assert set(rig.rates.link_bytes_per_s) == {"host", "disk", "near", "far"}
+    assert not near.stored and not far.stored and rig.metrics.moved_bytes.total() == 0
+    assert [usage.used_payloads for usage in rig.tiers.usage()] == [0, 0, 0, 0]
+    rig.tiers.check()
+    rig.tiers.close()
+
+
+def test_a_key_is_pending_for_a_bounded_time_and_then_missing() -> None:
+    clock = FakeClock()
+    rig, (near, far) = with_fakes(clock)
+    near.stored[b"a"] = far.stored[b"b"] = bytes(4096)
+    far.is_asking = True
+    answers = [found.answer for found in rig.tiers.lookup([b"a", b"b"])]
+    assert answers == [Answer.HIT, Answer.PENDING]  # a faster tier need not wait for it
+    assert rig.tiers.is_busy  # so that the engine comes back
+    clock.now_s += 0.2
+    assert [found.answer for found in rig.tiers.lookup([b"b"])] == [Answer.PENDING]
+    clock.now_s += 0.1
+    assert not rig.tiers.is_busy
+    assert [found.answer for found in rig.tiers.lookup([b"b"])] == [Answer.MISS]
+    far.is_asking = False  # the answer comes too late, and is used from then on
+    assert rig.place(b"b") == "far" and not rig.tiers.is_busy
+    rig.tiers.close()

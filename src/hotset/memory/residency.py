@@ -1,0 +1,187 @@
+"""Which slot of host memory holds which payload: one record per key. Imports no torch."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from hotset.errors import OutOfBlocksError
+from hotset.memory.eviction import Order
+
+
+class State(Enum):
+    """What is in the slot of a payload."""
+
+    SPILLING = "spilling"  # on its way from the device
+    READING = "reading"  # on its way from a slower tier
+    LATE = "late"  # as READING, past its deadline: as good as not there
+    READY = "ready"  # whole; evicted as the policy says, unless pinned
+
+
+@dataclass(eq=False, slots=True)
+class Payload:
+    """The record of one key.
+
+    Attributes:
+        slot: its own as long as the record is.
+        pins: of its readers: copies, writes to slower tiers, and `TierStack.keep`. Of one that is
+            on its way, those to come.
+        source: READING and LATE: the number of the tier that it comes from.
+        wanted_by: device blocks to copy it to once it is READY.
+        is_private: only its owner knows the key: it goes to no slower tier.
+        is_dropped: forgotten once it is READY and nobody pins it.
+    """
+
+    key: bytes
+    slot: int
+    state: State
+    pins: int = 0
+    source: int = 0
+    wanted_by: list[int] = field(default_factory=list)
+    is_private: bool = False
+    is_dropped: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be read now."""
+        return self.state is State.READY
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether its slot is being filled, or read."""
+        return self.pins > 0 or not self.is_ready
+
+
+class Residency:
+    """Payloads in `num_slots` slots. A slot is free, or of one payload; READY ones are evicted.
+
+    Args:
+        num_slots: at first.
+        order: who goes first, empty.
+    """
+
+    def __init__(self, num_slots: int, order: Order[bytes]) -> None:
+        self.num_slots = num_slots
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._payloads: dict[bytes, Payload] = {}
+        self._order = order
+
+    def grow(self, num_slots: int) -> None:
+        """There is memory for `num_slots` now, at least as many as before."""
+        self._free[:0] = range(num_slots - 1, self.num_slots - 1, -1)
+        self.num_slots = num_slots
+
+    @property
+    def num_used(self) -> int:
+        """Slots that hold a payload or wait for one."""
+        return len(self._payloads)
+
+    @property
+    def num_evictable(self) -> int:
+        """Slots that `reserve` can hand out: free ones and those of payloads that nobody pins."""
+        return len(self._free) + len(self._order)
+
+    def states(self) -> str:
+        """One letter per slot: free, arriving, held (pinned) or cached."""
+        letters = ["f"] * self.num_slots
+        for payload in self._payloads.values():
+            letters[payload.slot] = (
+                "a" if not payload.is_ready else "h" if payload.pins > 0 else "c"
+            )
+        return "".join(letters)
+
+    def get(self, key: bytes) -> Payload | None:
+        """The record of a key; None where it has no slot."""
+        return self._payloads.get(key)
+
+    def is_ready(self, key: bytes) -> bool:
+        """Whether the payload of a key can be read now."""
+        payload = self._payloads.get(key)
+        return payload is not None and payload.is_ready
+
+    def reserve(self, key: bytes, state: State) -> Payload:
+        """Take a slot for a key that has none, evicting a payload where no slot is free.
+
+        Raises:
+            OutOfBlocksError: every payload is on its way or pinned; nothing changed.
+        """
+        assert key not in self._payloads, "key has a slot already"
+        if not self._free:
+            victim = self._order.victim()
+            if victim is None:
+                raise OutOfBlocksError(f"all {self.num_slots} host slots are in use by transfers")
+            self._free.append(self._payloads.pop(victim).slot)
+        payload = self._payloads[key] = Payload(key, self._free.pop(), state)
+        return payload
+
+    def become_ready(self, payload: Payload) -> list[int]:
+        """The content has come. Returns the blocks that wanted it, with a pin for each."""
+        blocks, payload.wanted_by = payload.wanted_by, []
+        payload.state = State.READY
+        payload.pins += len(blocks)
+        self._settle(payload)
+        return blocks
+
+    def abandon(self, payload: Payload) -> list[int]:
+        """The content will not come: the slot is free. Returns the blocks that wanted it."""
+        assert not payload.is_ready
+        self._free_slot(payload)
+        return payload.wanted_by
+
+    def pin(self, payload: Payload) -> None:
+        """Protect a payload, there or on its way."""
+        payload.pins += 1
+        self._order.hold(payload.key)
+
+    def unpin(self, payload: Payload) -> None:
+        """Undo one `pin`. A READY payload that nobody pins any more counts as just used."""
+        assert payload.pins > 0, "unpinned more often than pinned"
+        payload.pins -= 1
+        if payload.is_ready:
+            self._settle(payload)
+
+    def demote(self, key: bytes) -> None:
+        """Make a payload that may be evicted the next one to be."""
+        self._order.demote(key)
+
+    def touch(self, key: bytes) -> None:
+        """Note that a payload that may be evicted was used."""
+        self._order.touch(key)
+
+    def drop(self, payload: Payload) -> None:
+        """Forget a payload, at once or as soon as nobody uses it."""
+        payload.is_dropped = True
+        if not payload.is_in_use:
+            self._settle(payload)
+
+    def discard(self, key: bytes) -> None:
+        """Forget a payload that may be evicted; leave any other as it is."""
+        if key in self._order:
+            self._free_slot(self._payloads[key])
+
+    def _settle(self, payload: Payload) -> None:
+        if payload.pins == 0:
+            if payload.is_dropped:
+                self._free_slot(payload)
+            else:
+                self._order.admit(payload.key)
+
+    def _free_slot(self, payload: Payload) -> None:
+        self._order.remove(payload.key)
+        del self._payloads[payload.key]
+        self._free.append(payload.slot)
+
+    def filling(self) -> set[bytes]:
+        """Keys whose payload is on its way."""
+        return {key for key, payload in self._payloads.items() if not payload.is_ready}
+
+    def check(self) -> None:
+        """Assert that each slot is free or of one payload, and that the order agrees."""
+        payloads = self._payloads.values()
+        slots = sorted([*self._free, *(payload.slot for payload in payloads)])
+        assert slots == list(range(self.num_slots)), "a slot is nobody's or twice somebody's"
+        assert all(key == payload.key for key, payload in self._payloads.items())
+        assert all(payload.pins >= 0 for payload in payloads)
+        idle = {payload.key for payload in payloads if not payload.is_in_use}
+        assert set(self._order) == idle, "who may be evicted is not who is idle"
+        for payload in payloads:
+            assert not (payload.is_ready and payload.wanted_by), "a fetch waits for what is there"
+            assert payload.is_in_use or not payload.is_dropped, "a dropped payload is still there"

@@ -1,0 +1,87 @@
+"""What is under way between host memory and one slower tier, and how fast. Imports no torch."""
+
+import time
+
+from hotset.cost.rates import Rates
+from hotset.memory.residency import Payload
+from hotset.memory.tier import Answer, Completion, CompletionStatus, Tier
+from hotset.metrics import Metrics
+
+_RATE_WINDOW_S = 0.25
+
+
+class SlowerTier:
+    """A tier with its transfers, each of which has a payload of host memory.
+
+    Attributes:
+        tier: that stores the payloads.
+        reads: payloads that are being read, by the tier's transfer id.
+        writes: payloads that are being written, likewise.
+    """
+
+    def __init__(
+        self, tier: Tier, *, block_bytes: int, host: str, rates: Rates, metrics: Metrics
+    ) -> None:
+        self.tier = tier
+        self.reads: dict[int, Payload] = {}
+        self.writes: dict[int, Payload] = {}
+        self._block_bytes = block_bytes
+        self._host = host
+        self._rates = rates
+        self._metrics = metrics
+        self._window_start_s = 0.0
+        self._window_bytes = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether reads or writes are under way."""
+        return bool(self.reads or self.writes)
+
+    def has(self, key: bytes) -> bool:
+        """Whether it says at once that it has a payload."""
+        return self.tier.lookup([key])[0] is Answer.HIT
+
+    def read(self, payload: Payload, into: memoryview) -> None:
+        """Start reading a payload into its slot."""
+        if not self.reads:
+            self._window_start_s = time.perf_counter()
+            self._window_bytes = 0
+        self.reads[self.tier.submit_read(payload.key, into)] = payload
+
+    def write(self, payload: Payload, content: memoryview) -> bool:
+        """Start writing a payload from its slot; False where the tier drops it."""
+        transfer_id = self.tier.submit_write(payload.key, content)
+        if transfer_id is None:
+            return False
+        self.writes[transfer_id] = payload
+        return True
+
+    def poll(self) -> list[tuple[Payload, Completion, bool]]:
+        """What ended since the last call, or is late: payload, completion, whether it was read."""
+        ended = []
+        for completion in self.tier.poll():
+            transfer_id = completion.transfer_id
+            is_read = transfer_id in self.reads
+            transfers = self.reads if is_read else self.writes
+            payload = transfers[transfer_id]
+            if completion.status is not CompletionStatus.LATE:
+                del transfers[transfer_id]
+            if completion.status is CompletionStatus.OK:
+                self._count(is_read)
+            ended.append((payload, completion, is_read))
+        for kind, count in self.tier.usage().faults.items():
+            self._metrics.faults[kind] = count
+        return ended
+
+    def _count(self, is_read: bool) -> None:
+        name = self.tier.info.name
+        way = f"{name}>{self._host}" if is_read else f"{self._host}>{name}"
+        self._metrics.moved_bytes[way] += self._block_bytes
+        if not is_read:
+            return
+        self._window_bytes += self._block_bytes
+        seconds = time.perf_counter() - self._window_start_s
+        if not self.reads or seconds > _RATE_WINDOW_S:
+            self._rates.observe_link(name, self._window_bytes, seconds)
+            self._window_start_s = time.perf_counter()
+            self._window_bytes = 0

@@ -1,0 +1,444 @@
+"""The tiers below the device, fastest first, as one thing. Imports no torch."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from hotset.clock import REAL_CLOCK, Clock
+from hotset.cost.rates import Rates
+from hotset.errors import OutOfBlocksError
+from hotset.memory.eviction import policy_named
+from hotset.memory.mover import Batch, Copier, Mover
+from hotset.memory.residency import Payload, Residency, State
+from hotset.memory.slower_tier import SlowerTier
+from hotset.memory.tier import (
+    Answer,
+    CompletionStatus,
+    EndedTransfer,
+    Found,
+    Tier,
+    TierInfo,
+    TierUsage,
+)
+from hotset.metrics import Metrics
+
+# How long a tier may leave a key PENDING. After that, the key counts as not there.
+_MOST_PENDING_S = 0.25
+_MISS = Found(Answer.MISS)
+_PENDING = Found(Answer.PENDING)
+
+
+class HostMemory(Protocol):
+    """Memory in slots, such as `arena.HostArena`."""
+
+    slot_bytes: int
+
+    def view(self, slot: int) -> memoryview:
+        """The bytes of one slot."""
+        ...
+
+    def address(self, slot: int) -> int:
+        """Where a slot starts."""
+        ...
+
+
+class DeviceMemory(Protocol):
+    """Memory in blocks, such as `arena.DeviceArena`."""
+
+    block_bytes: int
+
+    def runs(self, block: int) -> Iterable[tuple[int, int]]:
+        """The `(address, bytes)` of a block."""
+        ...
+
+
+class TierStack:
+    """Host memory, and any number of slower tiers.
+
+    Payloads pass through host slots both ways. A spill goes from the device to host memory, and
+    from there to one slower tier after another; a fetch reads the fastest tier that has the
+    payload. So a slow or hanging tier holds host slots only, never a device copy. A payload that
+    went up to the device, and that a slower tier has too, is the next to leave host memory:
+    payloads staged for waiting requests are needed sooner (exclusive caching: Wong and Wilkes,
+    "My Cache or Yours?", USENIX ATC 2002).
+
+    All methods are called from the engine thread; none but `wait` and `close` blocks. `flush`,
+    once per step, submits the copies asked for since the last one as one batch per direction.
+
+    Args:
+        device: the pool that blocks are copied from and to.
+        memory: the host slots.
+        copier: copies between the two; says how many slots are ready.
+        num_slots: that host memory is to have once all are ready.
+        rates: to be followed.
+        metrics: to be counted in.
+        slower: the other tiers, fastest first.
+        eviction: of host memory, a name in `memory.eviction`.
+        clock: bounds how long a key is PENDING.
+
+    Attributes:
+        host: which payload is in which host slot.
+        mover: copies between device and host memory.
+        slower: the other tiers with their transfers, fastest first.
+        infos: a row for each tier, fastest first: host memory, then `slower`.
+    """
+
+    def __init__(
+        self,
+        device: DeviceMemory,
+        memory: HostMemory,
+        copier: Copier,
+        *,
+        num_slots: int,
+        rates: Rates,
+        metrics: Metrics,
+        slower: Sequence[Tier] = (),
+        eviction: str = "lru",
+        clock: Clock = REAL_CLOCK,
+    ) -> None:
+        host_info = TierInfo("host", num_slots, memory.slot_bytes, feeds_device=True)
+        self.infos = [host_info, *(tier.info for tier in slower)]
+        self.host = Residency(0, policy_named(eviction).order())
+        self.mover: Mover[Payload] = Mover(
+            copier, block_runs=device.runs, slot_address=memory.address
+        )
+        self.slower = [
+            SlowerTier(
+                tier,
+                block_bytes=device.block_bytes,
+                host=host_info.name,
+                rates=rates,
+                metrics=metrics,
+            )
+            for tier in slower
+        ]
+        self.block_bytes = device.block_bytes
+        self.rates = rates
+        self.metrics = metrics
+        self._memory = memory
+        self._clock = clock
+        self._pending_since_s: dict[bytes, float] = {}
+        self._ended: list[EndedTransfer] = []
+        self._num_fetching = 0
+        self._grow()
+
+    # Where payloads are
+
+    def lookup(self, keys: Sequence[bytes]) -> list[Found]:
+        """Which tier has each payload, or will have shortly.
+
+        PENDING is answered for a bounded time: ask again then, and MISS takes its place at last.
+        """
+        found = [self._in_host(key) for key in keys]
+        for info, slower in zip(self.infos[1:], self.slower, strict=True):
+            asked = [i for i, one in enumerate(found) if one is None or one is _PENDING]
+            if not asked:
+                break
+            answers = slower.tier.lookup([keys[i] for i in asked])
+            for i, answer in zip(asked, answers, strict=True):
+                if answer is Answer.HIT:
+                    found[i] = Found(Answer.HIT, info)
+                elif answer is Answer.PENDING:
+                    found[i] = _PENDING
+        for i, one in enumerate(found):
+            if one is not _PENDING:
+                self._pending_since_s.pop(keys[i], None)
+            elif not self._may_pend(keys[i]):
+                found[i] = _MISS
+        return [one or _MISS for one in found]
+
+    def _in_host(self, key: bytes) -> Found | None:
+        payload = self.host.get(key)
+        if payload is None:
+            return None
+        if payload.state is State.LATE:
+            return _MISS
+        is_read = payload.state is State.READING
+        return Found(Answer.HIT, self.infos[payload.source if is_read else 0])
+
+    def _may_pend(self, key: bytes) -> bool:
+        now_s = self._clock.now()
+        if key not in self._pending_since_s:
+            self._forget_pending(now_s)
+        return now_s - self._pending_since_s.setdefault(key, now_s) < _MOST_PENDING_S
+
+    def _forget_pending(self, now_s: float) -> None:
+        """Forget keys that have been pending for so long that they are asked for anew."""
+        self._pending_since_s = {
+            key: since_s
+            for key, since_s in self._pending_since_s.items()
+            if now_s - since_s < 10 * _MOST_PENDING_S
+        }
+
+    @property
+    def _is_pending(self) -> bool:
+        """Whether a key may still be waited for."""
+        if not self._pending_since_s:
+            return False
+        newest_s = max(self._pending_since_s.values())
+        return self._clock.now() - newest_s < _MOST_PENDING_S
+
+    def usage(self) -> list[TierUsage]:
+        """What each of `infos` holds now."""
+        host = TierUsage(self.host.num_used, self.host.num_slots, {}, self.host.states())
+        return [host, *(slower.tier.usage() for slower in self.slower)]
+
+    def num_evictable(self) -> int:
+        """Payloads that host memory can take beside what is kept and what is being moved.
+
+        Some slots stay for what comes from slower tiers.
+        """
+        num_passing = 1 + self.host.num_slots // 8 if self.slower else 0
+        return self.host.num_evictable - num_passing
+
+    def most_staged(self) -> int:
+        """Payloads that may be brought ahead of a fetch, so that none pushes others out.
+
+        Half of host memory: the other half is for what comes down meanwhile.
+        """
+        return self.host.num_slots // 2
+
+    def queued_fetch_bytes(self) -> int:
+        """Bytes asked for by `fetch` that have not arrived."""
+        return self._num_fetching * self.block_bytes
+
+    # What the KV cache asks for
+
+    def spill(self, key: bytes, block: int, *, private: bool = False) -> bool:
+        """Copy `block` down with the next `flush`; False where host memory has no room.
+
+        Its content must stay still until `poll` tells the end. A private payload stays in host
+        memory: only its request can ask for it.
+        """
+        payload = self.host.get(key)
+        if payload is not None and payload.state is State.LATE:
+            return False
+        try:
+            payload = self.host.reserve(key, State.SPILLING)
+        except OutOfBlocksError:
+            self.metrics.faults["host_full"] += 1
+            return False
+        payload.is_private = private
+        self.mover.queue(payload, block, payload.slot, to_host=True)
+        return True
+
+    def fetch(self, key: bytes, block: int) -> None:
+        """Copy the payload of `key` into `block`, from wherever it is; `poll` tells the end.
+
+        The block must stay untouched meanwhile.
+        """
+        self._num_fetching += 1
+        is_coming = self.stage(key)
+        payload = self.host.get(key)
+        if payload is None or not is_coming:
+            self._end_fetch(key, block, ok=False)
+        elif payload.is_ready:
+            self.host.pin(payload)
+            self.mover.queue(payload, block, payload.slot, to_host=False)
+        else:
+            payload.wanted_by.append(block)
+
+    def stage(self, key: bytes) -> bool:
+        """Start bringing `key` from a slower tier into host memory, ahead of a fetch.
+
+        Returns whether it is on its way there, or there already.
+        """
+        payload = self.host.get(key)
+        if payload is not None:
+            return payload.state is not State.LATE
+        for number, slower in enumerate(self.slower, start=1):
+            if slower.has(key):
+                return self.read(key, number)
+        return False
+
+    def keep(self, key: bytes) -> bool:
+        """Hold the payload of `key` in host memory until `unkeep`.
+
+        False where it is not there, or would leave too few slots for what passes through.
+        """
+        payload = self.host.get(key)
+        if payload is None or self.num_evictable() <= 0:
+            return False
+        if payload.state not in (State.READY, State.SPILLING):
+            return False
+        self.host.pin(payload)
+        return True
+
+    def unkeep(self, key: bytes) -> None:
+        """Undo one `keep`."""
+        payload = self.host.get(key)
+        assert payload is not None, "what was kept is gone"
+        self.host.unpin(payload)
+
+    def drop(self, key: bytes) -> None:
+        """Forget a private payload, at once or as soon as no copy uses it."""
+        payload = self.host.get(key)
+        if payload is not None and payload.is_private:
+            self.host.drop(payload)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Mark payloads as just used, in the slower tiers, or in host memory where it is alone."""
+        for slower in self.slower:
+            slower.tier.touch(keys)
+        if not self.slower:
+            for key in keys:
+                self.host.touch(key)
+
+    # The engine's step
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether copies, reads or writes are under way, or a tier is still to answer."""
+        return (
+            self.mover.is_busy
+            or bool(self._ended)
+            or any(slower.is_busy for slower in self.slower)
+            or self._is_pending
+        )
+
+    def mark(self) -> None:
+        """Note the compute submitted so far, for `flush`."""
+        self.mover.copier.mark()
+
+    def flush(self, *, after_mark: bool = False, most_s: float | None = None) -> None:
+        """Submit the copies asked for since the last call.
+
+        Args:
+            after_mark: whether they may overtake compute that was submitted since `mark`.
+            most_s: submit no more fetches than the link moves in this time, one at least; the
+                others go with the next calls. None is all.
+        """
+        if not after_mark:
+            self.mark()
+        most_up = None
+        if most_s is not None:
+            link_bytes = self.rates.link_bytes_per_s[self.infos[0].name] * most_s
+            most_up = 1 + int(link_bytes / self.block_bytes)
+        self.mover.flush(most_up=most_up)
+
+    def poll(self) -> list[EndedTransfer]:
+        """What ended since the last call: spills, and fetches with their outcome.
+
+        Fetches that a `flush` has bounded by a time have ended, too, if what is computed from here
+        on can wait for them on the device.
+        """
+        self._grow()
+        self.poll_slower()
+        for batch, seconds in self.mover.poll():
+            self._end_batch(batch, seconds)
+        for batch in self.mover.order():
+            self._arrive(batch)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until something may have ended, or `timeout_s` has passed."""
+        busy = [slower for slower in self.slower if slower.is_busy] or self.slower
+        if self.mover.is_copying or not busy:
+            self.mover.copier.wait(timeout_s)
+        else:
+            busy[0].tier.wait(timeout_s)
+
+    def close(self) -> None:
+        """End the copies, then the slower tiers."""
+        self.mover.copier.close()
+        for slower in self.slower:
+            slower.tier.close()
+
+    # Between host memory and slower tiers
+
+    def read(self, key: bytes, number: int) -> bool:
+        """Start reading a payload from tier `number`; False where host memory has no room."""
+        try:
+            payload = self.host.reserve(key, State.READING)
+        except OutOfBlocksError:
+            return False
+        payload.source = number
+        self.slower[number - 1].read(payload, self._memory.view(payload.slot))
+        return True
+
+    def write(self, payload: Payload, number: int) -> bool:
+        """Start writing a READY payload to tier `number`; False where that drops it."""
+        self.host.pin(payload)
+        if self.slower[number - 1].write(payload, self._memory.view(payload.slot)):
+            return True
+        self.host.unpin(payload)
+        return False
+
+    def poll_slower(self) -> None:
+        """Take note of reads and writes that ended, or are late."""
+        for number, slower in enumerate(self.slower, start=1):
+            for payload, completion, is_read in slower.poll():
+                if completion.status is CompletionStatus.LATE:
+                    # The slot stays with the tier until the read ends; no fetch waits for it.
+                    payload.state = State.LATE
+                    blocks, payload.wanted_by = payload.wanted_by, []
+                    self._fail(payload.key, blocks)
+                elif not is_read:
+                    self._cascade(payload, number + 1)
+                    self.host.unpin(payload)
+                elif completion.status is CompletionStatus.OK:
+                    self._become_ready(payload)
+                else:
+                    self._fail(payload.key, self.host.abandon(payload))
+
+    def _cascade(self, payload: Payload, number: int) -> None:
+        """Write a READY payload to the first tier from `number` on that lacks it and takes it."""
+        if payload.is_private:
+            return
+        for later, slower in enumerate(self.slower[number - 1 :], start=number):
+            if not slower.has(payload.key) and self.write(payload, later):
+                return
+
+    def _become_ready(self, payload: Payload) -> None:
+        """A host slot is filled: start the fetches that waited for it."""
+        for block in self.host.become_ready(payload):
+            self.mover.queue(payload, block, payload.slot, to_host=False)
+
+    # Between the device and host memory
+
+    def _grow(self) -> None:
+        num_ready = self.mover.copier.num_ready_slots
+        if num_ready > self.host.num_slots:
+            self.host.grow(num_ready)
+
+    def _end_batch(self, batch: Batch[Payload], seconds: float) -> None:
+        host = self.infos[0].name
+        num_bytes = len(batch.moves) * self.block_bytes
+        if batch.to_host:
+            self.metrics.moved_bytes[f"device>{host}"] += num_bytes
+            for move in batch.moves:
+                payload = move.owner
+                self._ended.append(EndedTransfer(payload.key, move.block, is_fetch=False, ok=True))
+                self._become_ready(payload)
+                self._cascade(payload, 1)
+            return
+        self.metrics.moved_bytes[f"{host}>device"] += num_bytes
+        self.rates.observe_link(host, num_bytes, seconds)
+        for move in batch.moves:
+            self.host.unpin(move.owner)
+            if any(slower.has(move.owner.key) for slower in self.slower):
+                self.host.demote(move.owner.key)
+        if not batch.has_arrived:
+            self._arrive(batch)
+
+    def _arrive(self, batch: Batch[Payload]) -> None:
+        batch.has_arrived = True
+        for move in batch.moves:
+            self._end_fetch(move.owner.key, move.block, ok=True)
+
+    def _fail(self, key: bytes, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self._end_fetch(key, block, ok=False)
+
+    def _end_fetch(self, key: bytes, block: int, *, ok: bool) -> None:
+        self._num_fetching -= 1
+        self._ended.append(EndedTransfer(key, block, is_fetch=True, ok=ok))
+
+    def check(self) -> None:
+        """Assert that host memory is consistent and that every filling slot is being filled."""
+        self.host.check()
+        reads = [payload for slower in self.slower for payload in slower.reads.values()]
+        coming = {payload.key for payload in [*self.mover.moving_down(), *reads]}
+        assert coming == self.host.filling(), "a host slot waits for nothing"
+        for slower in self.slower:
+            assert all(payload.pins > 0 for payload in slower.writes.values())
