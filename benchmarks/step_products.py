@@ -22,7 +22,7 @@ from torch.nn import functional
 from hotset.bench.machine import describe_machine
 from hotset.config import EngineConfig
 from hotset.engine.build import build_engine
-from hotset.executor.graphs import _seconds
+from hotset.executor.recording import GraphRecorder
 from hotset.model.dummy import load_dummy
 
 MODEL = "llama-3.1-8b"
@@ -40,7 +40,8 @@ def best_us(calls: Sequence[Callable[[], Any]]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return round(min(_seconds([graph]) for _ in range(5)) * 1e6 / len(calls), 1)
+    recorder = GraphRecorder(torch.device("cuda"))
+    return round(min(recorder.seconds([graph]) for _ in range(5)) * 1e6 / len(calls), 1)
 
 
 def products() -> dict[str, dict[int, float]]:
@@ -94,13 +95,11 @@ def recorded_steps() -> dict[str, dict[int, float]]:
     graphs = engine.executor.runner._graphs
     assert graphs is not None
     parts = {
-        "decode": [
-            (n, [d.graph]) for n, d in zip(graphs._decode_sizes, graphs._decodes, strict=True)
-        ],
-        "mixed": [(n, m.parts) for n, m in zip(graphs._mixed_sizes, graphs._mixed, strict=True)],
+        "decode": [(size, [step.graph]) for size, step in sorted(graphs._decodes.items())],
+        "mixed": [(size, step.parts) for size, step in sorted(graphs._mixed.items())],
     }
     found = {
-        kind: {size: round(_seconds(recorded) * 1e3, 2) for size, recorded in steps}
+        kind: {size: round(graphs._recorder.seconds(recorded) * 1e3, 2) for size, recorded in steps}
         for kind, steps in parts.items()
     }
     engine.close()

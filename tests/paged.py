@@ -28,6 +28,7 @@ def paged_logits(
     *,
     recorded: bool = False,
     can_record: bool = True,
+    compiles: bool = True,
     scales: list[tuple[float, float]] | None = None,
 ) -> list[torch.Tensor]:
     """Logits of steps of all kinds: prefill, chunks beside decodes, decodes."""
@@ -41,7 +42,8 @@ def paged_logits(
     )
     runner = ModelRunner(model, arena, make_backend(arena), max_num_seqs=4)
     if recorded:
-        runner.compile(scratch_block=40)
+        if compiles:
+            runner.compile(scratch_block=40)
         runner.record(max_num_tokens=64, max_context_blocks=15, scratch_block=40)
         assert (runner._graphs is not None) == can_record
     first = Request("a", 45, list(range(3, 48)), SamplingParams(), 60)

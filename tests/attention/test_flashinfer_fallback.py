@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from hotset.attention.flashinfer.backend import FlashInferBackend
+from hotset.attention.flashinfer.wrappers import Wrappers
 from hotset.errors import ModelError
 from hotset.executor.graphs import StepGraphs
-from hotset.executor.recorded_sizes import RecordedSizes
+from hotset.executor.recorded_sizes import RecordedSteps
+from hotset.executor.recording import GraphRecorder
 
 
 @pytest.fixture
@@ -17,14 +19,14 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> FlashInferBackend:
     """One with the kernels for any GPU, where those for Hopper cannot be built."""
     made = object.__new__(FlashInferBackend)
     made.is_complete, made._kernels, made._can_use_hopper = False, None, True
-    made._widened, made._prefill, made._prefill_widened = None, {}, {}
+    made._widened, made._prefill, made._prefill_widened = None, {}, None
 
     def fail() -> None:
         raise ModelError("no compiler")
 
     monkeypatch.setattr(made, "wait_for_plan", lambda: None)
     monkeypatch.setattr(made, "_make_widened", lambda: "a copy in 16 bits")
-    monkeypatch.setattr(made, "_prefill_wrappers", lambda backend: {"kind": backend})
+    made.make = SimpleNamespace(prompts=lambda *names: Wrappers({}))  # type: ignore[assignment]
     monkeypatch.setattr(made, "_takes_hopper_kernel", lambda dtype: True)
     monkeypatch.setattr(made, "_load", fail)
     made.arena = SimpleNamespace(storage=torch.zeros(0))  # type: ignore[assignment]
@@ -37,7 +39,7 @@ def test_a_kernel_that_cannot_be_built_later_costs_no_request(
     assert backend.can_record_prompts
     assert backend.use_all_kernels(waits=False)
     assert backend.is_complete and not backend.can_record_prompts
-    assert (backend._prefill, backend._prefill_widened, backend.widens) == ({}, {}, False)
+    assert (backend._prefill, backend._prefill_widened, backend.widens) == ({}, None, False)
     assert "prompts stay with the kernel for any GPU, which is slower: no compiler" in caplog.text
 
 
@@ -62,8 +64,9 @@ def test_the_next_step_waits_for_what_a_failed_recording_has_started(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream("steps"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     graphs = object.__new__(StepGraphs)
-    graphs._stream = stream("recording")  # type: ignore[assignment]
-    graphs._decode_sizes = RecordedSizes([1])
+    graphs._recorder = object.__new__(GraphRecorder)
+    graphs._recorder._stream = stream("recording")  # type: ignore[assignment]
+    graphs._steps = RecordedSteps((1,), (1,), most_seqs=1, most_tokens=1)
     monkeypatch.setattr(graphs, "_record_decode", fail)
     with pytest.raises(torch.OutOfMemoryError):
         graphs.record_next()

@@ -3,17 +3,13 @@
 import ast
 import inspect
 
+import numpy as np
 import pytest
-import torch
 
 from hotset.attention.batch import SequenceSpan
-from hotset.attention.flashinfer import backend as flashinfer_attention
-from hotset.attention.flashinfer.backend import (
-    _WORKSPACE_BYTES,
-    AttentionKind,
-    _make_tables,
-    _most_recorded_seqs,
-)
+from hotset.attention.flashinfer import wrappers
+from hotset.attention.flashinfer.limits import KERNEL_WORKSPACE_BYTES, most_recorded_seqs
+from hotset.attention.flashinfer.tables import make_tables
 
 SEQUENCES = [
     SequenceSpan(0, 3, 9, [7, 2, 5]),
@@ -24,18 +20,18 @@ SEQUENCES = [
 
 @pytest.mark.parametrize("size", [0, 2, 3, 6])
 def test_tables_are_those_of_the_sequences_and_empty_ones_after_them(size: int) -> None:
-    tables = _make_tables(SEQUENCES, 4, torch.device("cpu"), size=size)
+    tables = make_tables(SEQUENCES, 4, size=size)
     empty = max(0, size - 3)
     assert tables.query_starts.tolist() == [0, 3, 4, 9] + [9] * empty
     assert tables.block_starts.tolist() == [0, 3, 4, 6] + [6] * empty
     assert tables.block_ids.tolist() == [7, 2, 5, 6, 3, 0]
     assert tables.last_lens.tolist() == [1, 4, 1] + [0] * empty
-    assert tables.query_starts.dtype == tables.block_starts.dtype == torch.int32
-    assert tables.block_ids.dtype == tables.last_lens.dtype == torch.int32
+    assert tables.query_starts.dtype == tables.block_starts.dtype == np.int32
+    assert tables.block_ids.dtype == tables.last_lens.dtype == np.int32
 
 
 def test_a_step_can_have_no_sequence_at_all() -> None:
-    tables = _make_tables([], 4, torch.device("cpu"), size=2)
+    tables = make_tables([], 4, size=2)
     assert tables.query_starts.tolist() == tables.block_starts.tolist() == [0, 0, 0]
     assert tables.last_lens.tolist() == [0, 0] and len(tables.block_ids) == 0
 
@@ -44,21 +40,19 @@ def test_a_step_can_have_no_sequence_at_all() -> None:
 def test_partial_results_of_a_recorded_step_fit_into_the_workspace(
     heads: int, kv_heads: int, tile: int
 ) -> None:
-    kind = AttentionKind(heads, kv_heads, 128, 1.0, None, None, torch.bfloat16)
-
     def num_bytes(num_seqs: int) -> int:
         """As FlashInfer allocates for a graph of so many sequences of one token."""
         num_tiles = -(-num_seqs * heads // kv_heads // tile) + num_seqs - 1
         return 4 * heads * num_tiles * tile * (128 + 1)
 
-    most = _most_recorded_seqs(kind)
-    assert num_bytes(most) <= _WORKSPACE_BYTES < num_bytes(most + 3)
+    most = most_recorded_seqs(heads, kv_heads, 128)
+    assert num_bytes(most) <= KERNEL_WORKSPACE_BYTES < num_bytes(most + 3)
     assert most > 100
 
 
 def test_every_wrapper_names_its_backend() -> None:
     """With `auto`, versions of FlashInfer choose among kernels that were never tried here."""
-    tree = ast.parse(inspect.getsource(flashinfer_attention))
+    tree = ast.parse(inspect.getsource(wrappers))
     calls = [
         node
         for node in ast.walk(tree)

@@ -9,7 +9,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 
-from hotset.attention.flashinfer import widened as widened_kv  # noqa: E402
+from hotset.attention.flashinfer.widened import WidenedKV  # noqa: E402
 from hotset.cost.cache_spec import KeysValues  # noqa: E402
 from hotset.kernels.widen_kv import widen_kv  # noqa: E402
 from hotset.linear.fp8 import FP8  # noqa: E402
@@ -41,12 +41,12 @@ def test_blocks_are_converted_exactly_and_nothing_else_is_touched(
     assert float(target.float().max()) == 448
 
 
-def test_layers_of_different_sizes_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widened_kv, "WIDENED_BYTES", 5 * 2 * 4 * 2 * 16 * 2)  # 5 of the larger
+def test_layers_of_different_sizes_share_the_memory() -> None:
     layers = [KeysValues(2, 16, 16), KeysValues(1, 8, 8)]
     arena = DeviceArena(layers, num_blocks=9, block_size=4, dtype=FP8, device=torch.device(DEVICE))
     arena.storage.view(torch.uint8).copy_(torch.arange(9).unsqueeze(1))
-    widened = widened_kv.WidenedKV(arena, torch.bfloat16)
+    num_bytes = 5 * 2 * 4 * 2 * 16 * 2  # 5 of the larger
+    widened = WidenedKV(arena, torch.bfloat16, num_bytes=num_bytes)
     assert widened.num_blocks == len(widened.places) == 5
 
     for block_ids in ([8, 2, 2, 7, 1], [3, 6], []):

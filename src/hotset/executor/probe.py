@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hotset.attention.flashinfer.backend import WORKSPACE_BYTES
-from hotset.attention.flashinfer.widened import WIDENED_BYTES
+from hotset.attention.flashinfer.limits import WIDENED_BYTES, WORKSPACE_BYTES
 from hotset.attention.hook import IMPLEMENTATION, register
 from hotset.attention.probe import ProbeAttention, are_alike, ends_are_alike
 from hotset.attention.spec import LayerAttention

@@ -12,11 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hotset.attention.backend import AttentionBackend, StepAttention
-from hotset.attention.flashinfer.backend import (
-    FlashInferAttention,
-    FlashInferBackend,
-)
+from hotset.attention.backend import AttentionBackend, RecordableBackend, StepAttention
 from hotset.attention.hook import register
 from hotset.attention.inputs import Inputs, copy_batch
 from hotset.errors import ModelError
@@ -104,12 +100,12 @@ class ModelRunner:
             # Another engine may have compiled the same model.
             if isinstance(module, GradientCheckpointingLayer) and not module._compiled_call_impl:
                 module.compile(dynamic=True, options=options)
-        if isinstance(self._attention, FlashInferBackend):
+        if isinstance(self._attention, RecordableBackend):
             # Of the class that all steps have, as compiled code is made for a class.
             rows = self._previous.new_zeros(5, _TRIAL_TOKENS)
             rows[2] = scratch_block
             inputs = Inputs(*rows.unbind())
-            attention = FlashInferAttention(self._attention, inputs, lambda layer, query: query)
+            attention = self._attention.step_with(inputs, lambda layer, query: query)
             with _compiling():
                 self._logits(inputs.token_ids, inputs.positions, attention, None)
 
@@ -119,7 +115,7 @@ class ModelRunner:
         Raises:
             ModelError: they cannot be built.
         """
-        if isinstance(self._attention, FlashInferBackend):
+        if isinstance(self._attention, RecordableBackend):
             self._attention.load()
             self._attention.use_all_kernels(waits=waits)
 
@@ -144,7 +140,7 @@ class ModelRunner:
         Raises:
             ModelError: the layers cannot be compiled on this machine.
         """
-        if not isinstance(self._attention, FlashInferBackend):
+        if not isinstance(self._attention, RecordableBackend):
             return
         self._graphs = StepGraphs(
             self._logits,
@@ -166,7 +162,7 @@ class ModelRunner:
         """Whether `warm_up` has something to do, now or later."""
         if self._graphs is not None:
             return not self._graphs.is_complete
-        return isinstance(self._attention, FlashInferBackend) and not self._attention.is_complete
+        return isinstance(self._attention, RecordableBackend) and not self._attention.is_complete
 
     @torch.inference_mode()
     def warm_up(self) -> bool:
@@ -179,7 +175,7 @@ class ModelRunner:
             ModelError: the layers cannot be compiled on this machine.
         """
         if self._graphs is None:
-            assert isinstance(self._attention, FlashInferBackend)
+            assert isinstance(self._attention, RecordableBackend)
             return self._attention.use_all_kernels(waits=False)
         try:
             with _compiling():

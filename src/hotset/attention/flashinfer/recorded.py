@@ -1,30 +1,26 @@
 """FlashInfer's attention in steps that CUDA graphs hold: at fixed places, whatever the step."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
+from hotset.attention.backend import StepAttention
 from hotset.attention.batch import Batch, SequenceSpan
-from hotset.attention.flashinfer.backend import FlashInferAttention, FlashInferBackend
+from hotset.attention.flashinfer.tables import blocks_of, padded, scratch_step
+from hotset.attention.flashinfer.widened import WidenedKV
 from hotset.attention.inputs import Inputs
+
+if TYPE_CHECKING:
+    from hotset.attention.flashinfer.backend import FlashInferBackend
 
 
 class StaticDecode:
-    """Attention of a decode step of B sequences that a CUDA graph can hold; `plan` fills it.
-
-    Args:
-        inputs: the tensors that the graph reads, of B tokens.
-        block_ids: int32, for as many blocks as B sequences can have together. Steps that run
-            one after another can share it.
-        scratch_block: a block that nobody reads, for the rows beyond the step's sequences.
-
-    Attributes:
-        attention: of the class that other steps have too, as compiled code is made for a class.
-    """
+    """See `RecordableBackend.record_decode`; B is its size."""
 
     def __init__(
         self,
-        backend: FlashInferBackend,
+        backend: "FlashInferBackend",
         inputs: Inputs,
         *,
         block_ids: torch.Tensor,
@@ -32,16 +28,15 @@ class StaticDecode:
     ) -> None:
         self._backend = backend
         self._size = len(inputs.token_ids)
-        self._wrappers = backend.decode_wrappers(self._size, block_ids)
-        self._padding = SequenceSpan(0, 1, 1, [scratch_block])
-        self.attention = FlashInferAttention(backend, inputs, self._run)
+        self._wrappers = backend.make.recorded_decodes(self._size, block_ids)
+        self._scratch_block = scratch_block
+        self.attention: StepAttention = backend.step_with(inputs, self._run)
 
     def plan(self, sequences: Sequence[SequenceSpan]) -> None:
         """Plan for at most B sequences of one token; the rows beyond them attend to nothing."""
         backend = self._backend
-        padded = [*sequences, *[self._padding] * (self._size - len(sequences))]
         backend.wait_for_plan()
-        backend.plan_decode(self._wrappers, padded)
+        backend.plan_decode(self._wrappers, padded(sequences, self._size, self._scratch_block))
         backend.note_plan()
 
     def _run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
@@ -53,17 +48,13 @@ class StaticDecode:
 
 
 class StaticMixed:
-    """Attention of any step that a CUDA graph can hold; `plan` fills it.
+    """See `RecordableBackend.record_mixed`.
 
     All recorded steps share one, as every plan has the same form: that of S sequences of one token
     and S others, most of them empty.
 
     Args:
-        max_num_seqs: most sequences of a step.
-        max_num_tokens: most tokens of a step.
-        block_ids: int32, for as many blocks as S sequences can have together. What runs before or
-            after can share it.
-        scratch_block: a block that nobody reads.
+        widened: the copy in 16 bits that prompts attend to; None: the cache itself.
 
     Attributes:
         num_seqs: S.
@@ -71,7 +62,8 @@ class StaticMixed:
 
     def __init__(
         self,
-        backend: FlashInferBackend,
+        backend: "FlashInferBackend",
+        widened: WidenedKV | None,
         *,
         max_num_seqs: int,
         max_num_tokens: int,
@@ -92,38 +84,37 @@ class StaticMixed:
             )
             for kind in dict.fromkeys(backend.kinds)
         }
-        self._decode = backend.mixed_wrappers(self.num_seqs, block_ids, is_prompts=False)
+        self._decode = backend.make.recorded_mixed(self.num_seqs, block_ids, is_prompts=False)
         # No context is longer than S sequences have, but what a step is recorded with may be.
-        most_blocks = max(len(block_ids), -(-max_num_tokens // backend.arena.block_size))
-        self._prompts = backend.mixed_wrappers(
-            self.num_seqs, block_ids.new_zeros(most_blocks), is_prompts=True
+        most_blocks = max(len(block_ids), blocks_of(max_num_tokens, backend.arena.block_size))
+        self._prompts = backend.make.recorded_mixed(
+            self.num_seqs, block_ids.new_zeros(most_blocks), is_prompts=True, widened=widened
         )
         # FlashInfer takes the first plan as the largest. With as many tokens as sequences, it lays
         # out the first kernel for sequences of one token.
         self.begin(max_num_tokens)
 
     def begin(self, num_tokens: int) -> None:
-        """Plan what a step of `num_tokens` is recorded with, and nothing else may run with."""
-        scratch = [self._scratch_block]
-        num_blocks = -(-num_tokens // self._backend.arena.block_size)
-        prompt = SequenceSpan(0, num_tokens, num_tokens, scratch * num_blocks)
-        decodes = [SequenceSpan(0, 1, 1, scratch)] * min(self.num_seqs, num_tokens)
-        self._plan(decodes, [prompt], first_row=0)
+        """See `RecordedMixed`."""
+        decodes, prompts = scratch_step(
+            num_tokens, self.num_seqs, self._backend.arena.block_size, self._scratch_block
+        )
+        self._plan(decodes, prompts, first_row=0)
 
     def holds(self, batch: Batch) -> bool:
-        """Whether there is room for a step's sequences, as many tokens as it has."""
-        if len(batch.sequences) > self.num_seqs:
-            return False
-        prompts = batch.sequences[batch.num_decodes :]
-        return not self._backend.widens or self._backend.can_widen(prompts)
+        """See `RecordedMixed`."""
+        widened = self._prompts.widened
+        return len(batch.sequences) <= self.num_seqs and (
+            widened is None or widened.holds(batch.sequences[batch.num_decodes :])
+        )
 
     def plan(self, batch: Batch) -> None:
-        """Plan a step that `holds` allows; rows beyond its tokens idle."""
+        """See `RecordedMixed`; rows beyond the step's tokens idle."""
         sequences, n = batch.sequences, batch.num_decodes
         self._plan(sequences[:n], sequences[n:], first_row=n)
 
     def plan_nothing(self) -> None:
-        """Plan a step of no sequence, which recorded steps of any size can run with."""
+        """See `RecordedMixed`."""
         self._plan([], [], first_row=0)
 
     def _plan(
@@ -132,21 +123,15 @@ class StaticMixed:
         backend, num_seqs = self._backend, self.num_seqs
         backend.wait_for_plan()
         backend.plan_prefill(self._decode, decodes, num_seqs=num_seqs, causal=False)
-        backend.plan_prefill(
-            self._prompts,
-            prompts,
-            num_seqs=num_seqs,
-            first_row=first_row,
-            is_widened=backend.widens,
-        )
+        backend.plan_prefill(self._prompts, prompts, num_seqs=num_seqs, first_row=first_row)
         backend.note_plan()
 
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """See `FlashInferAttention`; for `query` of as many tokens as `begin` was told."""
+        """See `RecordedMixed`."""
         backend = self._backend
         output = self._outputs[backend.kinds[layer]][: len(query)]
         with backend.beside():
-            backend.attend(self._prompts, layer, query, output, is_widened=backend.widens)
+            backend.attend(self._prompts, layer, query, output)
         n = min(self.num_seqs, len(query))
         backend.attend(self._decode, layer, query[:n], output[:n])
         backend.join()

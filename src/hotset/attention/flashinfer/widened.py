@@ -1,11 +1,13 @@
 """The KV of a step's prompts in 16 bits, for attention that takes no 8-bit cache."""
 
+from collections.abc import Sequence
+
 import torch
 
+from hotset.attention.batch import SequenceSpan
+from hotset.attention.flashinfer.limits import WIDENED_BYTES, most_widened_blocks
+from hotset.attention.flashinfer.tables import fits
 from hotset.memory.arena import DeviceArena
-
-# Of Llama-3.1-8B (4 KiB a token and layer) 65,536 tokens.
-WIDENED_BYTES = 256 * 2**20
 
 
 class WidenedKV:
@@ -18,24 +20,32 @@ class WidenedKV:
     Args:
         arena: has the 8-bit cache.
         dtype: of 16 bits.
+        num_bytes: of the copy.
 
     Attributes:
         num_blocks: most that it holds.
         places: `[num_blocks]` int32 on the device: where the blocks are, in their order.
     """
 
-    def __init__(self, arena: DeviceArena, dtype: torch.dtype) -> None:
+    def __init__(
+        self, arena: DeviceArena, dtype: torch.dtype, *, num_bytes: int = WIDENED_BYTES
+    ) -> None:
         # Only what can run it imports Triton.
         from hotset.kernels.widen_kv import widen_kv
 
         self._widen_kv = widen_kv
         self._caches = arena.layers
+        self._block_size = arena.block_size
         device = arena.storage.device
         most_values = max(cache[0].numel() for cache in arena.layers)
-        self.num_blocks = max(1, WIDENED_BYTES // (most_values * dtype.itemsize))
+        self.num_blocks = most_widened_blocks(most_values, dtype.itemsize, num_bytes)
         self._memory = torch.zeros(self.num_blocks * most_values, dtype=dtype, device=device)
         self._block_ids = torch.full((self.num_blocks,), -1, dtype=torch.int32, device=device)
         self.places = torch.arange(self.num_blocks, dtype=torch.int32, device=device)
+
+    def holds(self, sequences: Sequence[SequenceSpan]) -> bool:
+        """Whether there is room for all that `sequences` attend to."""
+        return fits(sequences, self._block_size, self.num_blocks)
 
     def plan(self, block_ids: torch.Tensor) -> None:
         """Say which blocks the step's prompts have: int32 on the device, `num_blocks` or fewer."""
