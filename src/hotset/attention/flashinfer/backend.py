@@ -377,7 +377,7 @@ class LaunchedStep:
             backend.attend(self.decode, layer, query[:n], output[:n])
         else:
             with backend.beside():
-                backend.attend(self.prompts, layer, query[n:], output[n:])
+                backend.attend(self.prompts, layer, query[n:end], output[n:end])
             backend.attend(self.decode, layer, query[:n], output[:n])
             backend.join()
         if backend.value_scales[layer] != 1:
