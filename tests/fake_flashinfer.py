@@ -14,10 +14,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotset.attention.flashinfer.backend import FlashInferBackend
+from hotset.attention.flashinfer.widened import WidenedKV
 from hotset.attention.flashinfer.wrappers import WrapperMaker, kind_of
 from hotset.attention.spec import LayerAttention
 from hotset.executor.recording import Graph
-from hotset.linear.fp8 import to_fp8
+from hotset.linear.fp8 import FP8, to_fp8
 from hotset.memory.arena import DeviceArena
 
 _tapes: list["Tape"] = []  # of the recording under way
@@ -176,7 +177,7 @@ class _Wrapper:
                 continue
             blocks = block_ids[starts[i] : starts[i + 1]]
             context = (len(blocks) - 1) * self._block_size + last_len
-            keys, values = (part[blocks].flatten(0, 1)[:context].float() for part in cache)
+            keys, values = (_rows(part, blocks)[:context] for part in cache)
             out[first:end] = self._one(query[first:end], keys * k_scale, values).to(out.dtype)
 
     def _one(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -194,6 +195,27 @@ class _Wrapper:
             is_seen &= behind <= window
         weights = scores.masked_fill(~is_seen, -torch.inf).softmax(dim=-1)
         return torch.einsum("hqs,shd->qhd", weights, values)
+
+
+def _rows(cache: torch.Tensor, blocks: list[int]) -> torch.Tensor:
+    """`[S, H, D]` float32 of the blocks of `[N, block_size, H, D]`."""
+    if cache.dtype == FP8:  # moved as bytes: not every indexing operation knows 8-bit floats
+        return cache.view(torch.uint8)[blocks].view(FP8).float().flatten(0, 1)
+    return cache[blocks].float().flatten(0, 1)
+
+
+def _widen_kv(cache: torch.Tensor, block_ids: torch.Tensor, target: torch.Tensor) -> None:
+    """Convert blocks, as `kernels.widen_kv` does; what is recorded reads `block_ids` later."""
+
+    def widen() -> None:
+        for place, block in enumerate(block_ids.tolist()):
+            if block >= 0:
+                target[place] = cache[block].to(target.dtype)
+
+    if _tapes:
+        _tapes[-1].note(widen)
+    else:
+        widen()
 
 
 class _Decode(_Wrapper):
@@ -249,6 +271,7 @@ class CpuFlashInfer(FlashInferBackend):
     """`FlashInferBackend` over fakes, with all kernels built.
 
     Args:
+        widened_blocks: of the copy that prompts attend to in place of an 8-bit cache; 0: none.
         records_prompts: whether the kernel for prompts can be recorded, as on Hopper.
         most_recorded_seqs: see `RecordableBackend`; there is no workspace to hold more.
     """
@@ -261,6 +284,7 @@ class CpuFlashInfer(FlashInferBackend):
         layers: Sequence[LayerAttention],
         *,
         records_prompts: bool,
+        widened_blocks: int = 0,
         most_recorded_seqs: int = 256,
     ) -> None:
         self.most_recorded_seqs = most_recorded_seqs
@@ -277,6 +301,11 @@ class CpuFlashInfer(FlashInferBackend):
         self.make = WrapperMaker(library, kinds, self.device, workspace_bytes=1)
         self._decode, self._prefill = self.make.decodes(), self.make.prompts("auto")
         self._widened, self._prefill_widened = None, None
+        if widened_blocks:
+            dtype = self.kinds[0].dtype
+            num_bytes = widened_blocks * max(x[0].numel() for x in arena.layers) * dtype.itemsize
+            self._widened = WidenedKV(arena, dtype, num_bytes=num_bytes, kernel=_widen_kv)
+            self._prefill_widened = self.make.prompts("auto", self._widened)
         self.is_complete, self._can_use_hopper = True, records_prompts
 
     def _takes_hopper_kernel(self, kv_dtype: torch.dtype) -> bool:

@@ -19,6 +19,7 @@ from hotset.attention.inputs import copy_batch
 from hotset.executor import graphs as graphs_module
 from hotset.executor.graphs import StepGraphs
 from hotset.executor.probe import inspect_model
+from hotset.linear.fp8 import FP8
 from hotset.memory.arena import DeviceArena
 
 BLOCK, MOST_TOKENS, MOST_BLOCKS = 4, 37, 9
@@ -47,6 +48,45 @@ def test_a_model_computes_launched_and_recorded_what_it_does_over_gathered_block
         got = paged_logits(model, layout, backend, recorded=recorded, compiles=False)
         for one, other in zip(expected, got, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("widened_blocks", "records_prompts"),
+    [(0, False), (0, True), (7, False), (16, False), (16, True)],  # 7 hold some of the prompts
+)
+def test_an_8_bit_cache_is_attended_to_with_its_scales_also_by_a_copy_in_16_bits(
+    widened_blocks: int, records_prompts: bool
+) -> None:
+    model = make_model("llama")
+    layout = inspect_model(model, FP8)
+    scales = [(0.5, 2.0), (1.0, 1.0), (3.0, 0.25)]
+
+    def backend(arena: DeviceArena) -> AttentionBackend:
+        return CpuFlashInfer(
+            arena, layout.layers, records_prompts=records_prompts, widened_blocks=widened_blocks
+        )
+
+    expected = paged_logits(model, layout, gather(layout), scales=scales)
+    for recorded in (False, True):
+        got = paged_logits(model, layout, backend, recorded=recorded, compiles=False, scales=scales)
+        for one, other in zip(expected, got, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_recorded_prompts_need_room_for_their_sequences_and_in_the_copy_for_their_context() -> None:
+    layout = inspect_model(make_model("llama"), FP8)
+    arena = DeviceArena(
+        layout.cache_specs, num_blocks=9, block_size=4, dtype=FP8, device=torch.device("cpu")
+    )
+    backend = CpuFlashInfer(arena, layout.layers, records_prompts=True, widened_blocks=5)
+    block_ids = torch.zeros(20, dtype=torch.int32)
+    mixed = backend.record_mixed(
+        max_num_seqs=3, max_num_tokens=8, block_ids=block_ids, scratch_block=8
+    )
+    assert mixed.holds(make_batch([(18, 2)], 0))  # 5 blocks
+    assert not mixed.holds(make_batch([(19, 2)], 0))  # 6
+    assert mixed.holds(make_batch([(31, 1), (10, 2)], 0))  # decodes attend to the cache
+    assert not mixed.holds(make_batch([(11, 1), (10, 2), (2, 2), (0, 2)], 0))
 
 
 class Recorded:

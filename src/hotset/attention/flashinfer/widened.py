@@ -1,6 +1,6 @@
 """The KV of a step's prompts in 16 bits, for attention that takes no 8-bit cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,6 +21,7 @@ class WidenedKV:
         arena: has the 8-bit cache.
         dtype: of 16 bits.
         num_bytes: of the copy.
+        kernel: converts blocks; None is `kernels.widen_kv`.
 
     Attributes:
         num_blocks: most that it holds.
@@ -28,12 +29,18 @@ class WidenedKV:
     """
 
     def __init__(
-        self, arena: DeviceArena, dtype: torch.dtype, *, num_bytes: int = WIDENED_BYTES
+        self,
+        arena: DeviceArena,
+        dtype: torch.dtype,
+        *,
+        num_bytes: int = WIDENED_BYTES,
+        kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
-        # Only what can run it imports Triton.
-        from hotset.kernels.widen_kv import widen_kv
+        if kernel is None:  # only what can run it imports Triton
+            from hotset.kernels.widen_kv import widen_kv
 
-        self._widen_kv = widen_kv
+            kernel = widen_kv
+        self._widen_kv = kernel
         self._caches = arena.layers
         self._block_size = arena.block_size
         device = arena.storage.device
