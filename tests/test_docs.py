@@ -43,7 +43,8 @@ def test_files_and_tests_that_a_page_names_exist(page: str) -> None:
             if (folder / path).exists()
         ]
         assert found, path
-        assert not test or f"def {test}(" in found[0].read_text(), f"{path}::{test}"
+        if test:
+            assert re.search(rf"\b(def|class) {test}\b", found[0].read_text()), f"{path}::{test}"
 
 
 def commands_of(page: str) -> Iterator[tuple[str, list[str]]]:
