@@ -46,7 +46,7 @@ class SlotBytes:
         return 0 if self.plan == "cache" else self.num_experts - fewest
 
     def __call__(self, num_slots: int) -> int:
-        """Bytes of so many slots a layer, with the staging buffers.
+        """Bytes of `num_slots` slots per layer, with the staging buffers.
 
         Two of these, filled in turn; what the copy engine brings in fewer bits passes from two
         narrow ones through a wide one.

@@ -180,35 +180,18 @@ class Engine:
         priority: int = 0,
         tenant: str = "",
         request_id: str | None = None,
+        is_valid: bool = False,
     ) -> str:
         """Queue a prompt; its outputs carry the returned id.
 
         Requests with another `salt` cannot find each other's blocks. Those of one `tenant` share
-        what each tenant gets of the steps.
+        what each tenant gets of the steps. `is_valid` says that `validate` let it through before.
 
         Raises:
             RequestError: the request can never be served; nothing was queued.
         """
-        self.validate(token_ids, params)
-        return self.enqueue(
-            token_ids, params, salt=salt, priority=priority, tenant=tenant, request_id=request_id
-        )
-
-    def enqueue(
-        self,
-        token_ids: list[int],
-        params: SamplingParams,
-        *,
-        salt: bytes = b"",
-        priority: int = 0,
-        tenant: str = "",
-        request_id: str | None = None,
-    ) -> str:
-        """`add_request` for what `validate` has let through.
-
-        Raises:
-            RequestError: the id is in use; nothing was queued.
-        """
+        if not is_valid:
+            self.validate(token_ids, params)
         request_id = request_id or f"request-{next(self._ids)}"
         if "#" in request_id or request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use or has a '#' in it")

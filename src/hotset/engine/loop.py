@@ -269,13 +269,14 @@ class EngineLoop:
                 self._num_queued -= 1
             fresh.append(len(submit.token_ids))
             try:
-                engine.enqueue(
+                engine.add_request(
                     list(submit.token_ids),
                     submit.params,
                     salt=submit.salt,
                     priority=submit.priority,
                     tenant=submit.tenant,
                     request_id=submit.request_id,
+                    is_valid=True,
                 )
             except RequestError as error:
                 self._end(entry, FinishReason.ERROR, str(error))

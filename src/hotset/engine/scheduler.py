@@ -11,7 +11,7 @@ from hotset.engine.step_shares import StepShares
 from hotset.engine.urgency import MUCH_LONGER, PromptOrder
 from hotset.kv.cache import KVCache
 from hotset.request import FinishReason
-from hotset.sequence import Request, RequestStatus
+from hotset.sequence import Kind, Request, RequestStatus
 
 # Requests at the head of the queue whose blocks are brought closer ahead of their turn.
 _LOOK_AHEAD = 8
@@ -311,15 +311,14 @@ class Scheduler:
         given_back = 0
         decoding = []
         for request in self.running:
-            num_tokens, kv = len(request.token_ids), request.kv
-            num_blocks = len(kv.block_table)
-            ahead = min(_AHEAD_TOKENS, request.max_total_tokens - num_tokens)
+            num_blocks = len(request.kv.block_table)
+            ahead = self._tokens_ahead(request)
             # Of its last block it may use any part.
-            lacks = num_tokens + size - 1 - size * num_blocks
-            if num_tokens - kv.num_computed_tokens > 1:  # a prompt
+            lacks = request.num_tokens + size - 1 - size * num_blocks
+            if request.kind is Kind.PROMPT:
                 lacking += lacks + ahead
                 continue
-            gives = size * (num_blocks - kv.num_shared_blocks)
+            gives = size * (num_blocks - request.kv.num_shared_blocks)
             given_back += gives
             decoding.append((ahead, lacks, gives))
         most = lacking

@@ -177,7 +177,7 @@ class Residency:
         """Assert that each slot is free or of one payload, and that the order agrees."""
         payloads = self._payloads.values()
         slots = sorted([*self._free, *(payload.slot for payload in payloads)])
-        assert slots == list(range(self.num_slots)), "a slot is nobody's or twice somebody's"
+        assert slots == list(range(self.num_slots)), "a slot is in no state or in two"
         assert all(key == payload.key for key, payload in self._payloads.items())
         assert all(payload.pins >= 0 for payload in payloads)
         idle = {payload.key for payload in payloads if not payload.is_in_use}
