@@ -13,7 +13,8 @@ from hotset.memory.residency import Payload, Residency, State
 
 
 def residency(num_slots: int) -> Residency:
-    return Residency(num_slots, policy_named("lru").order())
+    order = policy_named("lru").order()
+    return Residency(num_slots, lambda key: order)
 
 
 def stored(host: Residency, key: bytes) -> Payload:

@@ -1,5 +1,6 @@
 """Which slot of host memory holds which payload: one record per key. Imports no torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -51,18 +52,21 @@ class Payload:
 
 
 class Residency:
-    """Payloads in `num_slots` slots. A slot is free, or of one payload; READY ones are evicted.
+    """Payloads in slots. Each slot is free, of one payload, or detached; READY ones are evicted.
 
     Args:
         num_slots: at first.
-        order: who goes first, empty.
+        order_of: of a key, the order that says when its payload goes: one for all, or one for each
+            group of keys. Empty at first.
     """
 
-    def __init__(self, num_slots: int, order: Order[bytes]) -> None:
+    def __init__(self, num_slots: int, order_of: Callable[[bytes], Order[bytes]]) -> None:
         self.num_slots = num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._payloads: dict[bytes, Payload] = {}
-        self._order = order
+        self._detached: set[int] = set()
+        self._order_of = order_of
+        self._num_idle = 0
 
     def grow(self, num_slots: int) -> None:
         """There is memory for `num_slots` now, at least as many as before."""
@@ -76,8 +80,13 @@ class Residency:
 
     @property
     def num_evictable(self) -> int:
-        """Slots that `reserve` can hand out: free ones and those of payloads that nobody pins."""
-        return len(self._free) + len(self._order)
+        """Slots that can be had: free ones, and those of READY payloads without a pin."""
+        return len(self._free) + self._num_idle
+
+    @property
+    def num_free(self) -> int:
+        """Slots without a payload."""
+        return len(self._free)
 
     def states(self) -> str:
         """One letter per slot: free, arriving, held (pinned) or cached."""
@@ -98,17 +107,17 @@ class Residency:
         return payload is not None and payload.is_ready
 
     def reserve(self, key: bytes, state: State) -> Payload:
-        """Take a slot for a key that has none, evicting a payload where no slot is free.
+        """Take a slot for a key that has none, evicting one of its group where no slot is free.
 
         Raises:
             OutOfBlocksError: every payload is on its way or pinned; nothing changed.
         """
         assert key not in self._payloads, "key has a slot already"
         if not self._free:
-            victim = self._order.victim()
+            victim = self.victim(key)
             if victim is None:
                 raise OutOfBlocksError(f"all {self.num_slots} host slots are in use by transfers")
-            self._free.append(self._payloads.pop(victim).slot)
+            self._free_slot(victim)
         payload = self._payloads[key] = Payload(key, self._free.pop(), state)
         return payload
 
@@ -129,7 +138,7 @@ class Residency:
     def pin(self, payload: Payload) -> None:
         """Protect a payload, there or on its way."""
         payload.pins += 1
-        self._order.hold(payload.key)
+        self._withdraw(payload.key)
 
     def unpin(self, payload: Payload) -> None:
         """Undo one `pin`. A READY payload that nobody pins any more counts as just used."""
@@ -140,32 +149,73 @@ class Residency:
 
     def demote(self, key: bytes) -> None:
         """Make a payload that may be evicted the next one to be."""
-        self._order.demote(key)
+        self._order_of(key).demote(key)
 
     def touch(self, key: bytes) -> None:
         """Note that a payload that may be evicted was used."""
-        self._order.touch(key)
+        self._order_of(key).touch(key)
 
     def drop(self, payload: Payload) -> None:
         """Forget a payload, at once or as soon as nobody uses it."""
         payload.is_dropped = True
         if not payload.is_in_use:
-            self._settle(payload)
+            self._free_slot(payload)
 
     def discard(self, key: bytes) -> None:
         """Forget a payload that may be evicted; leave any other as it is."""
-        if key in self._order:
+        if self.is_idle(key):
             self._free_slot(self._payloads[key])
+
+    def is_idle(self, key: bytes) -> bool:
+        """Whether the payload of a key is there and may be evicted."""
+        return key in self._order_of(key)
+
+    def victim(
+        self, key: bytes, is_spared: Callable[[bytes], bool] = lambda key: False
+    ) -> Payload | None:
+        """The first to go of the group of `key`, pinned once; None where there is none.
+
+        Forget it or unpin it.
+        """
+        victim = self._order_of(key).victim(is_spared)
+        if victim is None:
+            return None
+        self._num_idle -= 1
+        self._payloads[victim].pins += 1
+        return self._payloads[victim]
+
+    def forget(self, payload: Payload) -> None:
+        """Free the slot of a READY payload that nobody else has pinned."""
+        assert payload.is_ready and payload.pins <= 1
+        self._free_slot(payload)
+
+    def detach(self, payload: Payload) -> int:
+        """As `forget`, but the slot, which is returned, stays taken until it is given back."""
+        self.forget(payload)
+        self._detached.add(self._free.pop())
+        return payload.slot
+
+    def give_back(self, slot: int) -> None:
+        """A detached slot is free."""
+        self._detached.remove(slot)
+        self._free.append(slot)
 
     def _settle(self, payload: Payload) -> None:
         if payload.pins == 0:
             if payload.is_dropped:
                 self._free_slot(payload)
             else:
-                self._order.admit(payload.key)
+                self._order_of(payload.key).admit(payload.key)
+                self._num_idle += 1
+
+    def _withdraw(self, key: bytes) -> None:
+        if self.is_idle(key):
+            self._num_idle -= 1
+            self._order_of(key).hold(key)
 
     def _free_slot(self, payload: Payload) -> None:
-        self._order.remove(payload.key)
+        self._withdraw(payload.key)
+        self._order_of(payload.key).remove(payload.key)
         del self._payloads[payload.key]
         self._free.append(payload.slot)
 
@@ -176,12 +226,14 @@ class Residency:
     def check(self) -> None:
         """Assert that each slot is free or of one payload, and that the order agrees."""
         payloads = self._payloads.values()
-        slots = sorted([*self._free, *(payload.slot for payload in payloads)])
+        slots = sorted([*self._free, *self._detached, *(payload.slot for payload in payloads)])
         assert slots == list(range(self.num_slots)), "a slot is in no state or in two"
         assert all(key == payload.key for key, payload in self._payloads.items())
         assert all(payload.pins >= 0 for payload in payloads)
         idle = {payload.key for payload in payloads if not payload.is_in_use}
-        assert set(self._order) == idle, "who may be evicted is not who is idle"
+        orders = {id(order): order for order in map(self._order_of, self._payloads)}.values()
+        assert {key for order in orders for key in order} == idle, "the order is not of the idle"
+        assert self._num_idle == len(idle)
         for payload in payloads:
             assert not (payload.is_ready and payload.wanted_by), "a fetch waits for what is there"
             assert payload.is_in_use or not payload.is_dropped, "a dropped payload is still there"

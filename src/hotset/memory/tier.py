@@ -1,7 +1,7 @@
 """What is known of any tier, and the protocol of one below host memory. Imports no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -55,11 +55,16 @@ class CompletionStatus(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One report of `Tier.poll`."""
+    """One report of `Tier.poll`.
+
+    Attributes:
+        fault: what went wrong, where the tier tells.
+    """
 
     transfer_id: int
     key: bytes
     status: CompletionStatus
+    fault: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,8 @@ class TierStack:
     ) -> None:
         host_info = TierInfo("host", num_slots, memory.slot_bytes, feeds_device=True)
         self.infos = [host_info, *(tier.info for tier in slower)]
-        self.host = Residency(0, policy_named(eviction).order())
+        order = policy_named(eviction).order()
+        self.host = Residency(0, lambda key: order)
         self.mover: Mover[Payload] = Mover(
             copier, block_runs=device.runs, slot_address=memory.address
         )

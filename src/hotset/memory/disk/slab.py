@@ -127,6 +127,19 @@ class Slab:
                 raise EOFError(f"the slab ends inside slot {slot}")
             done += count
 
+    def read_checked(self, slot: int, into: memoryview, key: bytes, expected: int) -> str | None:
+        """Read one slot, and compare it with its checksum; returns what went wrong.
+
+        That is `truncated`, `io_error` or `corrupt`.
+        """
+        try:
+            self.read(slot, into)
+        except EOFError:
+            return "truncated"
+        except OSError:
+            return "io_error"
+        return None if checksum(key, into) == expected else "corrupt"
+
     def _transfer(self, call: _Call, buffer: memoryview, offset: int) -> int:
         if self.direct_io and self._direct_fd is not None:
             try:

@@ -5,12 +5,13 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hotset.errors import TierError
 from hotset.memory.disk import index as disk_index
+from hotset.memory.disk.folder import opening
 from hotset.memory.disk.index import BlockIndex, IndexFault
 from hotset.memory.disk.io_queue import IoQueue, Job, Mailbox
 from hotset.memory.disk.slab import (
@@ -197,31 +198,19 @@ class DiskTier:
             **{f"fingerprint.{name}": value for name, value in fingerprint.items()},
         }
         slab_path, index_path = folder / "blocks.slab", folder / "index.sqlite"
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with ExitStack() as undo:
-                lock = FolderLock(folder)
-                undo.callback(lock.close)
-                require_space(slab_path, num_slots * slot_bytes)  # before anything is thrown away
-                found_bytes = slab_path.stat().st_size if slab_path.exists() else 0
-                index_was_gone = found_bytes > 0 and not index_path.exists()
-                found_slots = found_bytes // slot_bytes
-                index = BlockIndex(
-                    index_path,
-                    identity=identity,
-                    num_slots=min(num_slots, found_slots),
-                    max_bytes=disk_index.BASE_BYTES + num_slots * disk_index.ROW_BYTES,
-                )
-                undo.callback(index.close)
-                slab = Slab(
-                    slab_path, slot_bytes=slot_bytes, num_slots=num_slots, clear=not index.rows
-                )
-                undo.pop_all()
-        except OSError as error:
-            raise TierError(
-                f"disk tier folder {folder} cannot be used: {error.strerror or error}; "
-                "give a folder that can be written"
-            ) from error
+        with opening(folder, f"disk tier folder {folder}") as (lock, undo):
+            require_space(slab_path, num_slots * slot_bytes)  # before anything is thrown away
+            found_bytes = slab_path.stat().st_size if slab_path.exists() else 0
+            index_was_gone = found_bytes > 0 and not index_path.exists()
+            found_slots = found_bytes // slot_bytes
+            index = BlockIndex(
+                index_path,
+                identity=identity,
+                num_slots=min(num_slots, found_slots),
+                max_bytes=disk_index.BASE_BYTES + num_slots * disk_index.ROW_BYTES,
+            )
+            undo.callback(index.close)
+            slab = Slab(slab_path, slot_bytes=slot_bytes, num_slots=num_slots, clear=not index.rows)
         tier = cls(
             payload_bytes=payload_bytes,
             slab=slab,
@@ -462,15 +451,10 @@ class DiskTier:
                 self._index.remove([slot, *(other for other in queued if other in rows)])
 
     def _read(self, job: Job) -> bool:
-        try:
-            self._slab.read(job.slot, job.buffer)
-            if checksum(job.key, job.buffer) == job.checksum:
-                return True
-            job.faults.append("disk_corrupt")
-        except EOFError:
-            job.faults.append("disk_truncated")
-        except OSError:
-            job.faults.append("disk_io_error")
+        fault = self._slab.read_checked(job.slot, job.buffer, job.key, job.checksum)
+        if fault is None:
+            return True
+        job.faults.append(f"disk_{fault}")
         with suppress(IndexFault):  # pinned until polled, so the slot is not written meanwhile
             self._index.remove([job.slot])
         return False
