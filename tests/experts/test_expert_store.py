@@ -14,6 +14,7 @@ from disk_helpers import Gate
 from hotset.errors import ExpertReadError, TierError
 from hotset.experts.host import ExpertLayout
 from hotset.experts.store import FILE, ExpertStore
+from hotset.memory.eviction import POLICIES
 
 NUM_LAYERS, NUM_EXPERTS = 3, 6
 LAYOUT = ExpertLayout((8, 100), (100, 8), torch.float32)
@@ -76,6 +77,19 @@ def test_what_is_taken_is_what_was_written(tmp_path: Path, num_slots: int) -> No
         assert counts.reads > 0 and counts.read_bytes == counts.reads * PAYLOAD
         assert (counts.host_hits > 0) == (num_slots > 2)
     assert not (tmp_path / FILE).exists()
+
+
+@pytest.mark.parametrize("eviction", POLICIES)
+def test_what_is_taken_is_the_same_by_any_policy(tmp_path: Path, eviction: str) -> None:
+    with opened(tmp_path, 9, eviction=eviction) as store:
+        layers = fill(store)
+        for step in range(12):
+            for layer in range(NUM_LAYERS):
+                experts = [(step * 5 + layer) % NUM_EXPERTS, (step * 3) % NUM_EXPERTS]
+                store.expect(layer, experts)
+                assert all(is_same(store, layer, expert, layers) for expert in experts)
+                store.check()
+        assert store.counts().host_hits > 0 and store.counts().reads > 0
 
 
 def test_what_nobody_said_would_come_is_read_too(tmp_path: Path) -> None:

@@ -2,21 +2,22 @@
 
 import os
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from hotset.errors import ExpertReadError, TierError
 from hotset.experts.host import ExpertLayout, HostRows
-from hotset.memory.disk.io_queue import IoQueue, Job, Mailbox
-from hotset.memory.disk.slab import FolderLock, Slab, checksum
+from hotset.memory.disk.fixed import FixedSlab
+from hotset.memory.eviction import Order, policy_named
+from hotset.memory.residency import Payload, Residency, State
+from hotset.memory.tier import CompletionStatus
 
 FILE = "experts.slab"
 FEWEST_SLOTS = 2  # one is read into while the other is used
@@ -62,12 +63,11 @@ class ExpertStore:
     The file has a fixed place for each expert, is written once by `write_layer`, and goes with
     `close`. What is read must match the checksum that was taken when it was written.
 
-    Host slots are of two kinds, and change from one to the other without a copy. Each layer keeps
-    an equal share of them; a few are in transit between the disk and the computing layer. A step
-    says layer by layer what it needs (`expect`), which starts reads in that order as far as slots
-    are free, and then takes one after the other. An expert that was read stays if its layer has
-    room, or in the place of one that this step did not take, the first that came before others
-    (least stale, as `SlotTable` has it); else its slot is free for the next read.
+    Each layer keeps an equal share of the host slots; a few are in transit between the disk and the
+    computing layer. A step says layer by layer what it needs (`expect`), which starts reads in that
+    order as far as slots are free, and then takes one after the other. An expert that was read
+    stays if its layer has room, or in the place of another of the layer that the policy evicts and
+    that this step does not take; else its slot is free for the next read.
 
     Bookkeeping is done in the caller's thread; workers only read, write and sum.
 
@@ -78,6 +78,7 @@ class ExpertStore:
         num_experts: E, of each layer.
         num_slots: of host memory; `FEWEST_SLOTS` or more.
         read_deadline_s: the longest a step waits for one expert.
+        eviction: of host slots, a name in `memory.eviction`.
 
     Attributes:
         rows: the host slots.
@@ -98,6 +99,7 @@ class ExpertStore:
         num_experts: int,
         num_slots: int,
         read_deadline_s: float,
+        eviction: str = "least-stale",
     ) -> None:
         assert num_slots >= FEWEST_SLOTS
         self.layout, self.num_layers, self.num_experts = layout, num_layers, num_experts
@@ -105,52 +107,36 @@ class ExpertStore:
         self.host_bytes = num_slots * layout.payload_bytes
         self.disk_bytes = num_layers * num_experts * layout.payload_bytes
         self.faults: Counter[str] = Counter()
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with ExitStack() as undo:
-                self._lock = FolderLock(folder)
-                undo.callback(self._lock.close)
-                self._slab = Slab(
-                    folder / FILE,
-                    slot_bytes=layout.payload_bytes,
-                    num_slots=num_layers * num_experts,
-                    clear=True,
-                )
-                undo.pop_all()
-        except OSError as error:
-            raise TierError(
-                f"folder {folder} for experts cannot be used: {error.strerror or error}; "
-                "give a folder that can be written"
-            ) from error
+        self._keys = [[_name(i, e) for e in range(num_experts)] for i in range(num_layers)]
+        self._experts = {key: (i, e) for i, ks in enumerate(self._keys) for e, key in enumerate(ks)}
+        self._disk = FixedSlab(
+            folder,
+            file=FILE,
+            what=f"folder {folder} for experts",
+            places={key: place for place, key in enumerate(self._experts)},
+            payload_bytes=layout.payload_bytes,
+            num_threads=_NUM_THREADS,
+            read_deadline_s=read_deadline_s,
+            fault_prefix="expert_disk",
+        )
         self.rows = HostRows(num_slots, layout.weight_bytes)
         self._num_transit = max(FEWEST_SLOTS, min(_MOST_IN_TRANSIT, num_slots // 4))
         share, more = divmod(num_slots - self._num_transit, num_layers)
         self._shares = [min(num_experts, share + (i < more)) for i in range(num_layers)]
-        self._sums = np.zeros((num_layers, num_experts), np.uint32)
-        self._kept: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(num_layers)]
-        self._free = deque(range(num_slots))
-        self._busy: dict[int, Event] = {}  # by slot: until it may be written
-        self._wanted: deque[tuple[int, int]] = deque()  # to be read, in this order
-        self._planned: set[tuple[int, int]] = set()  # experts that a step is going to take
-        self._current: set[tuple[int, int]] = set()  # of these, in the layer of now
-        self._reading: dict[tuple[int, int], int] = {}  # key -> slot
-        self._jobs: dict[int, tuple[int, int]] = {}  # transfer id -> key
-        self._arrived: OrderedDict[tuple[int, int], int] = OrderedDict()
-        self._failed: dict[tuple[int, int], str] = {}
-        self._next_id = 0
+        # Of each layer, the experts that it keeps: READY and without a pin.
+        self._kept: list[Order[bytes]] = [policy_named(eviction).order() for _ in range(num_layers)]
+        self._host = Residency(num_slots, self._kept_beside)
+        self._copies: dict[int, Event] = {}  # by slot: until it may be written
+        self._leaving: deque[tuple[int, Event]] = deque()  # detached slots
+        self._wanted: deque[bytes] = deque()  # to be read, in this order
+        self._planned: dict[bytes, None] = {}  # what a step is going to take; READY: pinned
+        self._current: set[bytes] = set()  # of these, in the layer of now
+        self._reads: dict[int, Payload] = {}  # by transfer id
+        self._failed: dict[bytes, str] = {}
         self._host_hits = self._num_reads = 0
         self._wait_s = 0.0
         self._is_closed = False
         self._pid = os.getpid()
-        self._mailbox = Mailbox()
-        self._queue = IoQueue(
-            "expert-read",
-            num_threads=_NUM_THREADS,
-            limit_s=read_deadline_s,
-            expired_fault=_LATE,
-            run=self._read,
-            mailbox=self._mailbox,
-        )
         self._read_deadline_s = read_deadline_s
 
     @property
@@ -182,32 +168,31 @@ class ExpertStore:
         """
 
         @torch.inference_mode()
-        def write(expert: int, slot: int) -> None:
+        def write(expert: int, payload: Payload) -> None:
+            slot = payload.slot
             up_at, down_at = self.layout.views(self.rows.payloads[slot : slot + 1])
             up_at[0].copy_(up[expert])
             down_at[0].copy_(down[expert])
-            view = self.rows.arena.view(slot)
-            self._sums[layer, expert] = checksum(_name(layer, expert), view)
-            self._slab.write(layer * self.num_experts + expert, view)
+            self._disk.write(payload.key, self.rows.arena.view(slot))
 
-        kept, share = self._kept[layer], self._shares[layer]
         at_once = min(_NUM_THREADS, self._num_transit)
         with ThreadPoolExecutor(at_once) as pool:
             for first in range(0, self.num_experts, at_once):
                 experts = range(first, min(first + at_once, self.num_experts))
-                slots = [self._free.popleft() for _ in experts]
+                keys = self._keys[layer][experts.start : experts.stop]
+                payloads = [self._host.reserve(key, State.SPILLING) for key in keys]
                 try:
-                    list(pool.map(write, experts, slots))
+                    list(pool.map(write, experts, payloads))
                 except OSError as error:
                     raise TierError(
                         f"experts cannot be written to {self.folder}: {error.strerror or error}; "
                         "give expert_disk_path a folder on a disk that works"
                     ) from error
-                for expert, slot in zip(experts, slots, strict=True):
-                    if len(kept) < share:
-                        kept[expert] = slot
+                for payload in payloads:
+                    if len(self._kept[layer]) < self._shares[layer]:
+                        self._host.become_ready(payload)
                     else:
-                        self._free.append(slot)
+                        self._host.abandon(payload)
 
     def expect(
         self, layer: int, experts: Sequence[int], ahead: Sequence[tuple[int, int]] = ()
@@ -219,16 +204,17 @@ class ExpertStore:
             experts: of the layer.
             ahead: (layer, expert) that are likely to be expected after these.
         """
-        self._current = {(layer, expert) for expert in experts}
-        plan = [key for key in [*((layer, e) for e in experts), *ahead] if not self._has(key)]
-        self._planned = set(plan)
+        keys = [self._keys[layer][expert] for expert in experts]
+        self._current = set(keys)
+        keys += [self._keys[later][expert] for later, expert in ahead]
+        before, self._planned = self._planned, {k: None for k in keys if not self._host.is_idle(k)}
         self._failed.clear()
-        for key in [key for key in self._arrived if key not in self._planned]:
-            self._free.append(self._arrived.pop(key))
+        for key in before:
+            payload = self._host.get(key)
+            if key not in self._planned and payload is not None and payload.is_ready:
+                self._let_go(payload)
         self._settle()
-        self._wanted = deque(
-            key for key in plan if key not in self._reading and key not in self._arrived
-        )
+        self._wanted = deque(key for key in self._planned if self._host.get(key) is None)
         self._start_reads()
 
     @contextmanager
@@ -245,39 +231,35 @@ class ExpertStore:
         Raises:
             ExpertReadError: it cannot be read, is damaged, or does not come in time.
         """
-        key = (layer, expert)
-        slot = self._kept[layer].get(expert)
-        if slot is not None:
+        key = self._keys[layer][expert]
+        payload = self._host.get(key)
+        is_kept = payload is not None and self._host.is_idle(key)
+        if payload is not None and is_kept:
             self._host_hits += 1
+            self._host.touch(key)
         else:
             start_s = time.monotonic()
             try:
-                slot = self._fetch(key)
+                payload = self._fetch(key)
             finally:
                 self._wait_s += time.monotonic() - start_s
-            self._planned.discard(key)
+            del self._planned[key]
         try:
-            yield self.rows.payloads[slot]
+            yield self.rows.payloads[payload.slot]
         finally:
             event = until()
             if event is not None:
-                self._busy[slot] = event
-            if expert not in self._kept[layer]:
-                self._keep_or_free(key, slot)
+                self._copies[payload.slot] = event
+            if not is_kept:
+                self._keep_or_let_go(payload)
             self._settle()
             self._start_reads()
 
     def check(self) -> None:
-        """Assert that each slot is free, kept, being read or read: just one. Between takes."""
-        kept = [slot for layer in self._kept for slot in layer.values()]
-        slots = [*self._free, *kept, *self._reading.values(), *self._arrived.values()]
-        assert sorted(slots) == list(range(self.num_slots)), slots
-        assert all(
-            len(layer) <= share for layer, share in zip(self._kept, self._shares, strict=True)
-        )
-        keys = [*self._reading, *self._arrived]
-        assert len(keys) == len(set(keys)) and not any(self._has(key) for key in keys)
-        assert set(self._jobs.values()) == set(self._reading)
+        """Assert that host slots are consistent, and no layer keeps too much. Between takes."""
+        self._host.check()
+        assert all(len(kept) <= share for kept, share in zip(self._kept, self._shares, strict=True))
+        assert {payload.key for payload in self._reads.values()} == self._host.filling()
 
     def close(self) -> None:
         """Remove the file, and let go of its folder. No step may follow."""
@@ -285,116 +267,99 @@ class ExpertStore:
             return
         self._is_closed = True
         self.rows.unpin()
-        ended = self._queue.close(_CLOSE_S)
-        with suppress(OSError):  # gone already
-            (self.folder / FILE).unlink()
-        if ended:  # else a thread hangs in the file
-            self._slab.close()
-            self._lock.close()
+        self._disk.close(_CLOSE_S)
 
-    def _has(self, key: tuple[int, int]) -> bool:
-        return key[1] in self._kept[key[0]]
+    def _kept_beside(self, key: bytes) -> Order[bytes]:
+        return self._kept[self._experts[key][0]]
 
-    def _fetch(self, key: tuple[int, int]) -> int:
-        """The slot that has it, once it has been read."""
+    def _fetch(self, key: bytes) -> Payload:
+        """The record of an expert that is not kept, once it has been read."""
         deadline_s = time.monotonic() + self._read_deadline_s
-        self._planned.add(key)
+        self._planned[key] = None
         while True:
             self._settle()
-            slot = self._arrived.pop(key, None)
-            if slot is not None:
-                return slot
+            payload = self._host.get(key)
+            if payload is not None and payload.is_ready:
+                return payload
             fault = self._failed.pop(key, None)
             left_s = deadline_s - time.monotonic()
             if fault is None and left_s <= 0:
                 fault = _LATE
                 self.faults[fault] += 1
             if fault is not None:
+                layer, expert = self._experts[key]
                 raise ExpertReadError(
-                    f"expert {key[1]} of layer {key[0]} cannot be read from "
-                    f"{self.folder / FILE} ({fault}); check that disk"
+                    f"expert {expert} of layer {layer} cannot be read from {self._disk.path} "
+                    f"({fault}); check that disk"
                 )
-            if key not in self._reading:
-                if key in self._wanted:
-                    self._wanted.remove(key)
-                self._wanted.appendleft(key)
-                if not self._free and self._arrived:  # of what comes later
-                    other, slot = self._arrived.popitem()
-                    self._wanted.append(other)
-                    self._free.append(slot)
-                self._start_reads(is_urgent=True)
-            self._mailbox.wait(left_s)
+            if payload is None:
+                self._hurry(key)
+            self._disk.wait(left_s)
 
-    def _keep_or_free(self, key: tuple[int, int], slot: int) -> None:
-        kept, share = self._kept[key[0]], self._shares[key[0]]
-        if len(kept) >= share:
-            stale = next((e for e in kept if (key[0], e) not in self._current), None)
-            if stale is None:
-                self._free.append(slot)
+    def _hurry(self, key: bytes) -> None:
+        """Read an expert next, into the slot of one that is needed later if there is no other."""
+        if key in self._wanted:
+            self._wanted.remove(key)
+        self._wanted.appendleft(key)
+        if not self._host.num_free and not self._leaving:
+            arrived = (k for k in reversed(self._planned) if self._host.is_ready(k))
+            later = self._host.get(next(arrived, b""))
+            if later is not None:
+                self._wanted.append(later.key)
+                self._let_go(later)
+        self._start_reads(is_urgent=True)
+
+    def _keep_or_let_go(self, payload: Payload) -> None:
+        layer = self._experts[payload.key][0]
+        if len(self._kept[layer]) >= self._shares[layer]:
+            victim = self._host.victim(payload.key, lambda key: key in self._current)
+            self._let_go(victim or payload)
+            if victim is None:
                 return
-            self._free.append(kept.pop(stale))
-        kept[key[1]] = slot
+        self._host.unpin(payload)
 
-    def _free_slot(self, *, is_urgent: bool) -> int | None:
-        """A slot that can be written now; None where there is none."""
-        for _ in range(len(self._free)):
-            slot = self._free.popleft()
-            event = self._busy.get(slot)
-            if event is None or event.query():
-                self._busy.pop(slot, None)
-                return slot
-            self._free.append(slot)
-        if not is_urgent or not self._free:
-            return None
-        slot = self._free.popleft()
-        self._busy.pop(slot).synchronize()
-        return slot
+    def _let_go(self, payload: Payload) -> None:
+        """Forget a payload, and free its slot as soon as no copy reads it."""
+        copy = self._copies.pop(payload.slot, None)
+        if copy is None or copy.query():
+            self._host.forget(payload)
+        else:
+            self._leaving.append((self._host.detach(payload), copy))
+
+    def _has_free_slot(self, *, is_urgent: bool) -> bool:
+        """Whether a slot can be written now; waits for one if that is urgent."""
+        for _ in range(len(self._leaving)):
+            slot, copy = self._leaving.popleft()
+            if copy.query():
+                self._host.give_back(slot)
+            else:
+                self._leaving.append((slot, copy))
+        if not self._host.num_free and is_urgent and self._leaving:
+            slot, copy = self._leaving.popleft()
+            copy.synchronize()
+            self._host.give_back(slot)
+        return self._host.num_free > 0
 
     def _start_reads(self, *, is_urgent: bool = False) -> None:
-        while self._wanted:
-            slot = self._free_slot(is_urgent=is_urgent)
-            if slot is None:
-                return
+        while self._wanted and self._has_free_slot(is_urgent=is_urgent):
             is_urgent = False
-            key = self._wanted.popleft()
-            self._next_id += 1
-            place = key[0] * self.num_experts + key[1]
-            view = self.rows.arena.view(slot)
-            job = Job(self._next_id, _name(*key), place, view, time.monotonic())
-            job.checksum = int(self._sums[key])
-            self._reading[key] = slot
-            self._jobs[job.transfer_id] = key
-            self._queue.submit(job)
+            payload = self._host.reserve(self._wanted.popleft(), State.READING)
+            view = self.rows.arena.view(payload.slot)
+            self._reads[self._disk.submit_read(payload.key, view)] = payload
 
     def _settle(self) -> None:
         """Take note of the reads that have ended."""
-        self._queue.expire()
-        for job in self._mailbox.take():
-            key = self._jobs.pop(job.transfer_id)
-            slot = self._reading.pop(key)
-            self.faults.update(job.faults)
+        for completion in self._disk.poll():
+            payload = self._reads.pop(completion.transfer_id)
             self._num_reads += 1
-            if job.ok and key in self._planned:
-                self._arrived[key] = slot
-                continue
-            self._free.append(slot)
-            if not job.ok:
-                self._failed[key] = job.faults[-1]
-
-    def _read(self, job: Job) -> bool:
-        """In a worker."""
-        try:
-            self._slab.read(job.slot, job.buffer)
-        except EOFError:
-            job.faults.append("expert_disk_truncated")
-            return False
-        except OSError:
-            job.faults.append("expert_disk_io_error")
-            return False
-        if checksum(job.key, job.buffer) != job.checksum:
-            job.faults.append("expert_disk_corrupt")
-            return False
-        return True
+            if completion.fault is not None:
+                self.faults[completion.fault] += 1
+                self._failed[payload.key] = completion.fault
+            if completion.status is CompletionStatus.OK and payload.key in self._planned:
+                self._host.pin(payload)
+                self._host.become_ready(payload)
+            else:
+                self._host.abandon(payload)
 
 
 def _name(layer: int, expert: int) -> bytes:

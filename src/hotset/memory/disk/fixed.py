@@ -59,7 +59,7 @@ class FixedSlab:
         self._next_id = 0
         self._mailbox = Mailbox()
         self._queue = IoQueue(
-            "expert-read",
+            f"{fault_prefix}-read",
             num_threads=num_threads,
             limit_s=read_deadline_s,
             expired_fault=f"{fault_prefix}_late",
