@@ -33,10 +33,10 @@ import torch
 import transformers
 
 from hotset import __version__
-from hotset.config import EngineConfig
 from hotset.engine.build import build_engine
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
+from hotset.options import Options
 from hotset.request import SamplingParams
 
 QUESTIONS = (
@@ -77,7 +77,7 @@ Serve = Callable[[list[list[int]], int], Run]
 
 
 def serve_hotset(loaded: LoadedModel, users: int) -> Serve:
-    config = EngineConfig(hot_gib=HOT_GIB, max_num_seqs=users, prefix_caching=False)
+    config = Options.of(hot_gib=HOT_GIB, max_num_seqs=users, prefix_caching=False)
     engine = build_engine(config, loaded)
 
     def serve(prompts: list[list[int]], num_tokens: int) -> Run:

@@ -21,11 +21,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hotset.config import EngineConfig
 from hotset.cost.catalog import bundled_config
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 from hotset.request import SamplingParams
 from hotset.sequence import Request, RequestStatus
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--hot-gib", type=float, default=100.0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    config = EngineConfig(
+    config = Options.of(
         hot_gib=arguments.hot_gib, max_num_batched_tokens=1024, prefix_caching=False
     )
     engine = build_engine(config, dummy(arguments.model))
@@ -88,7 +88,7 @@ def main() -> None:
     steps: list[dict[str, Any]] = []
     for context in map(int, arguments.contexts.split(",")):
         for users in map(int, arguments.users.split(",")):
-            if users * (context + STEPS) > engine.budget.device_blocks * config.block_size:
+            if users * (context + STEPS) > engine.sizes.device_blocks * config.memory.block_size:
                 continue
             seconds = sorted(step_s(engine, users, context, rng))
             steps.append(

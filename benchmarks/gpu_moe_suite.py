@@ -28,9 +28,9 @@ from hotset.bench.machine import describe_machine
 from hotset.bench.result import ArmRun
 from hotset.bench.runs import Bench, RunOptions, Say, describe_error
 from hotset.bench.workload import PRESETS, Spec
-from hotset.config import EngineConfig
 from hotset.model.dummy import load_dummy
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 
 MAX_MODEL_LEN = 2048
 SWEPT_SLOTS = {"D256-32": (30, 60), "D16": (60,)}
@@ -38,7 +38,7 @@ SWEPT_SLOTS = {"D256-32": (30, 60), "D16": (60,)}
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One run: `arm` as in `hotset bench`, `options` of `EngineConfig`."""
+    """One run: `arm` as in `hotset bench`, `options` of `Options`."""
 
     name: str
     spec: Spec
@@ -104,10 +104,10 @@ def _split(total_gib: float, spec: Spec, target: str) -> dict[str, Any]:
     }
 
 
-def run_case(case: Case, base: EngineConfig, loaded: LoadedModel, skew: float | None) -> ArmRun:
+def run_case(case: Case, base: Options, loaded: LoadedModel, skew: float | None) -> ArmRun:
     options = RunOptions(verify=True, wait_for_tiers=True, router_skew=skew)
     say = Say(lambda text: print(text, flush=True), lambda make: None)
-    bench = Bench(case.spec, replace(base, **case.options), loaded, options, say)
+    bench = Bench(case.spec, base.but(**case.options), loaded, options, say)
     run = bench.run(case.arm, 0)
     run.notes.extend(bench.notes)
     return run
@@ -163,7 +163,7 @@ def main() -> None:
         arguments.model, device=arguments.device, dtype="auto", router_skew=arguments.router_skew
     )
     print(f"weights made in {time.perf_counter() - start_s:.1f} s", flush=True)
-    base = EngineConfig(
+    base = Options.of(
         max_num_batched_tokens=8192,
         max_mixed_tokens=arguments.mixed_tokens,
         max_model_len=MAX_MODEL_LEN,

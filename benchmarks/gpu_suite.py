@@ -34,7 +34,6 @@ from hotset.bench.workload import (
     prefix_work,
     warm_up,
 )
-from hotset.config import EngineConfig
 from hotset.cost.cache_spec import KeysValues
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
@@ -44,6 +43,7 @@ from hotset.memory.cuda_copier import CudaCopier
 from hotset.metrics import Metrics
 from hotset.model.dummy import load_dummy
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 
 MODEL = "llama-3.1-8b"
 MAX_MODEL_LEN = 12288  # a prefix of 10,000 tokens and what follows it
@@ -79,7 +79,7 @@ class Suite:
         """An engine that is warm and has all its host memory; its memory is free afterwards."""
         release()
         start_s = time.perf_counter()
-        config = EngineConfig(
+        config = Options.of(
             max_num_batched_tokens=8192,
             max_model_len=MAX_MODEL_LEN,
             **{**self._options, **options},
@@ -107,7 +107,7 @@ class Suite:
         work = make_work(spec, self.vocab_size)
         if work.prefixes:
             drive(engine, prefix_work(work))
-            hot_tokens = engine.budget.device_blocks * engine.config.block_size
+            hot_tokens = engine.sizes.device_blocks * engine.options.memory.block_size
             drive(engine, filler(hot_tokens, 8192, self.vocab_size))
             settle(engine)
         engine.metrics.__init__()  # type: ignore[misc]
@@ -194,10 +194,10 @@ def tiered(suite: Suite, specs: dict[str, Spec], rotation_s: float | None) -> No
         suite.run("B host", engine, specs["B"])
         suite.run("shared prefix host", engine, SHARED)
         if rotation_s is not None:
-            config = engine.config
+            schedule = engine.options.schedule
             engine.scheduler.rotation_s = rotation_s
             engine.scheduler.max_mixed_tokens = (  # as an engine with `rotation_s` has it
-                config.max_mixed_tokens or config.max_num_batched_tokens
+                schedule.max_mixed_tokens or schedule.max_num_batched_tokens
             )
             suite.run("B host, rotation", engine, replace(specs["B"], seed=1102))
 
@@ -240,7 +240,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """As `EngineConfig` names them."""
+    """As `Options` names them."""
     return {
         "dtype": arguments.dtype,
         "kv_dtype": arguments.kv_dtype,

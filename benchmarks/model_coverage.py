@@ -32,7 +32,6 @@ import tiny_families
 import torch
 import transformers
 
-from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import HotsetError, ModelError
@@ -42,7 +41,10 @@ from hotset.experts.weights import experts_layers
 from hotset.model.architecture import find_architecture
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
+from hotset.option_groups import HostedExperts
+from hotset.options import Options
 from hotset.request import SamplingParams
+from hotset.units import GIB
 
 EQUAL, REFUSED, WRONG, CRASH, UNMEASURED = "equal", "refused", "wrong", "crash", "not measured"
 PROMPT_LENGTHS = (5, 27, 23, 33)
@@ -147,9 +149,9 @@ def make_engine(folder: str, *, num_blocks: int, **options: Any) -> Engine:
     """An engine over a fresh load of the folder, with `num_blocks` blocks of KV."""
     loaded: LoadedModel = load_model(folder, device="cpu", dtype="float32")
     token_bytes = inspect_model(loaded.model).bytes_per_token
-    if slot_bytes_of(loaded.model, EngineConfig()) is not None:
+    if slot_bytes_of(loaded.model, HostedExperts()) is not None:
         options["expert_slots"] = experts_layers(loaded.model)[0].num_experts
-    config = EngineConfig(
+    config = Options.of(
         hot_gib=(num_blocks + 0.5) * BLOCK_SIZE * token_bytes / GIB,
         host_gib=0.0,
         disk_gib=0.0,

@@ -21,9 +21,10 @@ import numpy as np
 from play_schedule import ALL_BLOCKS, BLOCK_BYTES, TRIALS, VOCAB_SIZE, make_model, step_s
 from played import make_engine
 
-from hotset.config import GIB, EngineConfig
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 from hotset.request import SamplingParams
+from hotset.units import GIB
 
 SECONDS = 40.0
 SHORT_RATE, SHORT_TOKENS, SHORT_OUTPUT = 20.0, 100, 64
@@ -44,7 +45,7 @@ def arrivals(num_long: int) -> list[tuple[float, str]]:
 def play(loaded: LoadedModel, num_long: int) -> dict[str, Any]:
     """All arrivals through a fresh engine, to their ends."""
     engine, executor = make_engine(
-        EngineConfig(
+        Options.of(
             device="cpu",
             dtype="float32",
             hot_gib=(ALL_BLOCKS + 0.5) * BLOCK_BYTES / GIB,

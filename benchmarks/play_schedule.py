@@ -35,7 +35,6 @@ from transformers import LlamaConfig
 
 from hotset.bench.driver import drive
 from hotset.bench.workload import PRESETS, Spec, make_work
-from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.executor.step_input import StepInput
 from hotset.memory.disk.slab import slot_bytes_for
@@ -43,6 +42,8 @@ from hotset.memory.disk.tier import capacity_bytes_for
 from hotset.metrics import Metrics
 from hotset.model.dummy import load_dummy
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
+from hotset.units import GIB
 
 BLOCK_TOKENS = 16
 BLOCK_BYTES = BLOCK_TOKENS * 2 * 16 * 4  # of the stand-in
@@ -131,7 +132,7 @@ def play(
         return step_s(step)
 
     engine, executor = make_engine(
-        EngineConfig(
+        Options.of(
             device="cpu",
             dtype="float32",
             hot_gib=(hot_blocks + 0.5) * BLOCK_BYTES / GIB,
@@ -176,7 +177,7 @@ def play_over_disk(loaded: LoadedModel, host_blocks: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         engine, _ = make_engine(
-            EngineConfig(
+            Options.of(
                 device="cpu",
                 dtype="float32",
                 hot_gib=(DEMO_BLOCKS + 0.5) * BLOCK_BYTES / GIB,

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from hotset.config import EngineConfig
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine, EngineParts
 from hotset.engine.outputs import OutputProcessor
@@ -12,6 +11,7 @@ from hotset.engine.scheduler import Scheduler
 from hotset.engine.step_cost import StepCost
 from hotset.executor.step_input import StepInput, StepResult
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 from hotset.request import RequestOutput, SamplingParams
 
 
@@ -98,7 +98,7 @@ class PlayedEngine(Engine):
 
     def step(self, *, num_queued: int = 0) -> list[RequestOutput]:
         """See `Engine`. Copies to and from host memory take no time: they end first."""
-        while self.has_transfers and self.budget.disk_bytes == 0:
+        while self.has_transfers and self.sizes.disk_bytes == 0:
             assert self.tiers is not None
             self.tiers.flush()
             self.tiers.wait(0.01)
@@ -111,7 +111,7 @@ class PlayedEngine(Engine):
 
 
 def make_engine(
-    config: EngineConfig,
+    options: Options,
     loaded: LoadedModel,
     step_s: Callable[[StepInput], float],
     *,
@@ -120,24 +120,24 @@ def make_engine(
     row_tile: int,
 ) -> tuple[PlayedEngine, PlayedExecutor]:
     """Real KV cache and tiers of a stand-in, with a scheduler as on a GPU."""
-    real = build_engine(config, loaded)
+    real = build_engine(options, loaded)
     clock, step_cost = PlayedClock(), StepCost(trials)
     executor = PlayedExecutor(vocab_size, clock, step_s)
-    config = real.config
+    schedule = options.schedule
     scheduler = Scheduler(
         real.kv,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=schedule.max_num_seqs,
+        max_num_batched_tokens=schedule.max_num_batched_tokens,
         max_mixed_tokens=real.scheduler.max_mixed_tokens,
         bursts=True,
         row_tile=row_tile,
-        rotation_s=config.rotation_s,
+        rotation_s=schedule.rotation_s,
         step_cost=step_cost,
         clock=clock,
     )
     parts = EngineParts(
-        config=config,
-        budget=real.budget,
+        options=options,
+        sizes=real.sizes,
         report=real.report,
         overlaps=False,
         executor=executor,

@@ -22,15 +22,16 @@ import transformers
 from cpu_engine import QUESTIONS
 
 from hotset.attention.inputs import copy_batch
-from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.step import Step, StepItem
 from hotset.engine.step_input import make_step_input
 from hotset.model.loader import load_model
+from hotset.options import Options
 from hotset.request import SamplingParams
 from hotset.sequence import Request
 from hotset.text.prompt import PromptEncoder
+from hotset.units import GIB
 
 VARIANTS = {
     "float32": {"dtype": "float32"},
@@ -50,9 +51,9 @@ def read_logits(engine: Engine, token_ids: list[int]) -> torch.Tensor:
     """`[T, vocab]` float32 logits of one prefill."""
     runner = engine.executor.runner
     request = Request("r", len(token_ids), token_ids, SamplingParams(), len(token_ids))
-    request.kv.block_table = list(range(-(-len(token_ids) // engine.config.block_size)))
+    request.kv.block_table = list(range(-(-len(token_ids) // engine.options.memory.block_size)))
     batch = make_step_input(
-        Step([StepItem.of(request, 0, len(token_ids))]), engine.config.block_size
+        Step([StepItem.of(request, 0, len(token_ids))]), engine.options.memory.block_size
     ).batch
     inputs, _ = copy_batch(batch, engine.executor.runner.device)
     with torch.inference_mode():
@@ -71,7 +72,7 @@ def answer(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def run(options: dict[str, Any], device: str) -> dict[str, Any]:
-    config = EngineConfig(device=device, hot_gib=0.5, max_model_len=1024, eager=True, **options)
+    config = Options.of(device=device, hot_gib=0.5, max_model_len=1024, eager=True, **options)
     loaded = load_model(None, device=device, dtype=options["dtype"])
     encoder = PromptEncoder(loaded)
     ids = [t for name in TEXTS for t in encoder.encode_text((ROOT / "docs" / name).read_text())]
@@ -83,8 +84,8 @@ def run(options: dict[str, Any], device: str) -> dict[str, Any]:
             "logits": [read_logits(engine, chunk) for chunk in chunks],
             "chunks": chunks,
             "answers": answer(engine, prompts),
-            "weights_gib": engine.budget.weights_bytes / GIB,
-            "kv_bytes_per_token": engine.budget.block_bytes // config.block_size,
+            "weights_gib": engine.sizes.weights_bytes / GIB,
+            "kv_bytes_per_token": engine.sizes.block_bytes // config.memory.block_size,
         }
     finally:
         engine.close()

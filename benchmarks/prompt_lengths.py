@@ -35,9 +35,9 @@ def measure(family: str, num_lengths: int, threads: int) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from hotset.config import EngineConfig
     from hotset.engine.build import build_engine
     from hotset.model.loaded import LoadedModel
+    from hotset.options import Options
     from hotset.request import SamplingParams
 
     torch.set_num_threads(threads)
@@ -57,7 +57,7 @@ def measure(family: str, num_lengths: int, threads: int) -> dict[str, Any]:
     config = AutoConfig.for_model(family, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     loaded = LoadedModel(model, None, family, family, (), 4096)
-    engine = build_engine(EngineConfig(hot_gib=0.02, prefix_caching=False), loaded)
+    engine = build_engine(Options.of(hot_gib=0.02, prefix_caching=False), loaded)
     process = psutil.Process()
     rss_mib, start_s = {0: round(process.memory_info().rss / MIB, 1)}, time.perf_counter()
     lengths = random.Random(0).sample(range(1, num_lengths + 1), num_lengths)

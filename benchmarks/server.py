@@ -152,14 +152,14 @@ async def all_streams(port: int, users: int, tokens: int) -> dict[str, float]:
 
 def run_engine(args: argparse.Namespace) -> None:
     """The engine alone; a process of its own. Prints its seconds for each line it reads."""
-    from hotset.config import EngineConfig
     from hotset.engine.build import build_engine
     from hotset.model.loader import load_model
+    from hotset.options import Options
     from hotset.request import SamplingParams
     from hotset.text.prompt import PromptEncoder
 
     loaded = load_model(args.model, device="auto", dtype="auto")
-    config = EngineConfig(
+    config = Options.of(
         hot_gib=args.hot_gib, max_num_seqs=args.users, prefix_caching=False, max_model_len=2048
     )
     engine = build_engine(config, loaded)

@@ -20,10 +20,10 @@ import torch
 from torch.nn import functional
 
 from hotset.bench.machine import describe_machine
-from hotset.config import EngineConfig
 from hotset.engine.build import build_engine
 from hotset.executor.recording import GraphRecorder
 from hotset.model.dummy import load_dummy
+from hotset.options import Options
 
 MODEL = "llama-3.1-8b"
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -90,7 +90,7 @@ def gate_and_up() -> dict[str, dict[int, float]]:
 
 def recorded_steps() -> dict[str, dict[int, float]]:
     """By kind of step and size, milliseconds; those of decodes attend to one token each."""
-    config = EngineConfig(hot_gib=16, max_num_batched_tokens=8192, max_model_len=8192)
+    config = Options.of(hot_gib=16, max_num_batched_tokens=8192, max_model_len=8192)
     engine = build_engine(config, load_dummy(MODEL, device="cuda", dtype="auto"))
     graphs = engine.executor.runner._graphs
     assert graphs is not None

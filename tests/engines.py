@@ -2,18 +2,28 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tiny_models import make_model
 
-from hotset.config import GIB, EngineConfig
+from hotset.cost.expert_sizes import asked_sizes
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
-from hotset.experts.sizes import slot_bytes_of
-from hotset.experts.weights import experts_layers
+from hotset.engine.sizing import size_experts
+from hotset.experts.buffer import ExpertBuffer
+from hotset.experts.disk import DiskExperts
+from hotset.experts.hosting import buffer_experts, make_buffer
+from hotset.experts.prefetch import Router
+from hotset.experts.sizes import sizes_of, slot_bytes_of, why_not_hosted
+from hotset.experts.weights import LayerExperts, experts_layers
+from hotset.memory.region import SharedRegion
 from hotset.model.loaded import LoadedModel
+from hotset.option_groups import ExpertBudget, ExpertSlots, HostedExperts
+from hotset.options import Options
 from hotset.request import SamplingParams
+from hotset.units import GIB
 
 
 def make_engine(
@@ -33,7 +43,7 @@ def make_engine(
     All its experts stay on the device, unless `changes` say how many. The caller closes it.
     """
     model = make_model(family, seed=seed).to(changes.get("device", "cpu"))
-    if slot_bytes_of(model, EngineConfig()) is not None and "expert_gib" not in changes:
+    if slot_bytes_of(model, HostedExperts()) is not None and "expert_gib" not in changes:
         changes.setdefault("expert_slots", experts_layers(model)[0].num_experts)
     config = model.config
     head_dim = 24 if family == "deepseek_v3" else config.head_dim
@@ -49,9 +59,39 @@ def make_engine(
         **changes,
     }
     loaded = LoadedModel(model, None, family, f"{family}-{seed}", (2,), 512)
-    engine = build_engine(EngineConfig(**options), loaded, overlap=overlap)
-    assert engine.budget.device_blocks == hot_blocks
+    engine = build_engine(Options.of(**options), loaded, overlap=overlap)
+    assert engine.sizes.device_blocks == hot_blocks
     return engine
+
+
+def give_slots(
+    model: Any, options: Options, region: SharedRegion | None = None
+) -> tuple[ExpertBuffer | None, str]:
+    """Buffer the experts of a model as an engine with these options would."""
+    asked, sizes = options.experts, None
+    if isinstance(asked, HostedExperts):
+        slots, why_not = slot_bytes_of(model, asked), why_not_hosted(model)
+        sizes = size_experts(asked, slots, why_not, device=model.device.type)
+    return buffer_experts(model, asked, sizes, region=region, read_deadline_s=60.0)
+
+
+def make_slots(
+    experts: list[LayerExperts],
+    options: Options,
+    device: torch.device,
+    routers: list[Router] | None = None,
+    region: SharedRegion | None = None,
+) -> ExpertBuffer:
+    """Slots for layers whose experts are in host memory or on disk."""
+    asked = options.experts
+    assert isinstance(asked, ExpertSlots | ExpertBudget)
+    sizes = asked_sizes(asked, sizes_of(experts, asked), device=device.type)
+    slots = sizes.slots
+    if any(each.hosted and isinstance(each.hosted.source, DiskExperts) for each in experts):
+        slots = replace(slots, plan="cache")
+    if region is not None:
+        slots = replace(slots, fewest_ever=region.fewest_slots)
+    return make_buffer(experts, asked, replace(sizes, slots=slots), device, routers, region)
 
 
 def run(

@@ -17,11 +17,11 @@ import uvicorn
 from tiny_models import make_model
 from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
-from hotset.config import EngineConfig
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.service import EngineService
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 from hotset.server import app as app_module
 from hotset.server.app import Api, ServerConfig
 
@@ -29,8 +29,8 @@ KEY = "sk-alice-0123456789"
 CHAT = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0, "max_tokens": 6}
 
 
-def build(config: EngineConfig, context: int = 512) -> tuple[Engine, LoadedModel]:
-    """An engine over a tiny random model, instead of `config.model`."""
+def build(config: Options, context: int = 512) -> tuple[Engine, LoadedModel]:
+    """An engine over a tiny random model, instead of `config.model.model`."""
     torch.set_num_threads(1)
     model = make_model("llama", vocab_size=VOCAB_SIZE, max_position_embeddings=context)
     loaded = LoadedModel(model, make_tokenizer(), "tiny", "tiny", (EOS_TOKEN_ID,), context)
@@ -59,7 +59,7 @@ class RunningServer:
 
 @contextlib.contextmanager
 def running_server(
-    config: EngineConfig | None = None,
+    config: Options | None = None,
     server_config: ServerConfig | None = None,
     *,
     drain_s: int = 1,
@@ -69,7 +69,7 @@ def running_server(
     """Serve until the block ends."""
     made: list[EngineService] = []
 
-    def make(config: EngineConfig, **_: Any) -> EngineService:
+    def make(config: Options, **_: Any) -> EngineService:
         made.append(
             EngineService(config, build=partial(build, context=context), own_process=own_process)
         )
@@ -79,7 +79,7 @@ def running_server(
         patch.setattr(app_module, "EngineService", make)
         ready = threading.Event()
         api = Api(
-            config or EngineConfig(hot_gib=0.01),
+            config or Options.of(hot_gib=0.01),
             server_config or ServerConfig(),
             on_ready=lambda _: ready.set(),
         )

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hotset import cpu_libraries
-from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
+from hotset.options import Options
 
 KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _GROWTH = """
@@ -103,7 +103,7 @@ def test_threads_are_no_more_than_the_cpus(threads: int, monkeypatch: pytest.Mon
         cpu_libraries.set_threads(4)
     assert torch.get_num_threads() == 2
     with pytest.raises(ConfigError, match="threads is 0; expected 1 or more"):
-        EngineConfig(threads=0)
+        Options.of(threads=0)
 
 
 def test_an_engine_computes_in_the_threads_it_was_given(

@@ -14,12 +14,12 @@ from forks import in_a_fork
 from servers import build, wait_for
 
 import hotset.llm
-from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
 from hotset.engine.service import EngineService
 from hotset.errors import ConfigError, EngineError, RequestError
 from hotset.llm import LLM
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 from hotset.request import SamplingParams
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -249,7 +249,7 @@ def test_closing_and_aborting_in_a_fork_do_nothing(llm: LLM) -> None:
 
 @pytest.mark.parametrize("error", [SystemExit(3), MemoryError("none")])
 def test_whatever_ends_the_engines_thread_ends_the_streams(error: BaseException) -> None:
-    def build_failing(config: EngineConfig) -> tuple[Engine, LoadedModel]:
+    def build_failing(config: Options) -> tuple[Engine, LoadedModel]:
         engine, loaded = build(config)
 
         def fail(*, num_queued: int = 0) -> None:
@@ -258,7 +258,7 @@ def test_whatever_ends_the_engines_thread_ends_the_streams(error: BaseException)
         engine.step = fail  # type: ignore[method-assign, assignment]
         return engine, loaded
 
-    service = EngineService(EngineConfig(hot_gib=0.01), build=build_failing)
+    service = EngineService(Options.of(hot_gib=0.01), build=build_failing)
     [output] = service.submit([5, 6], LONG)
     assert output.error is not None and type(error).__name__ in output.error
     service.close()
@@ -268,7 +268,7 @@ def test_readers_of_an_engine_that_is_gone_without_a_word_are_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("hotset.engine.service._LOOK_EVERY_S", 0.05)
-    service = EngineService(EngineConfig(hot_gib=0.01), build=build)
+    service = EngineService(Options.of(hot_gib=0.01), build=build)
     streams = [service.submit([5, 6], SHORT) for _ in range(2)]
     for stream in streams:
         list(stream)

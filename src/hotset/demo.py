@@ -10,12 +10,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, Literal
 
-from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.engine.service import EngineService
 from hotset.errors import EngineError
@@ -24,8 +23,10 @@ from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import capacity_bytes_for
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
+from hotset.options import Options
 from hotset.request import FinishReason, SamplingParams
 from hotset.text.prompt import PromptEncoder
+from hotset.units import GIB
 
 HOT_ONLY, TIERED = "hot tier alone", "with tiers"
 
@@ -193,12 +194,12 @@ def run_demo(
         progress: called as a pass starts to load, as its users start and with each output; from
             one thread at a time.
         load: loads the model; called once a pass.
-        fetch_policy: see `EngineConfig`.
+        fetch_policy: see docs/options.md.
 
     Raises:
         HotsetError: the model cannot be had, a size cannot work, or a request failed.
     """
-    config = EngineConfig(
+    config = Options.of(
         dtype="float32",
         device="cpu",
         max_num_batched_tokens=512,
@@ -224,20 +225,19 @@ def _longest_context(workload: Workload, encoder: PromptEncoder) -> int:
 
 
 def _with_hot_tier(
-    config: EngineConfig, workload: Workload, context_tokens: int, block_bytes: int
-) -> EngineConfig:
+    config: Options, workload: Workload, context_tokens: int, block_bytes: int
+) -> Options:
     tokens = workload.users * context_tokens / CONTEXTS_PER_HOT
     # Few users: the hot tier must hold one of them all the same.
     tokens = max(tokens, context_tokens + 64, _LEAST_HOT_TOKENS)
-    return replace(config, hot_gib=(tokens // config.block_size + 0.5) * block_bytes / GIB)
+    return config.but(hot_gib=(tokens // config.memory.block_size + 0.5) * block_bytes / GIB)
 
 
 def _with_slower_tiers(
-    config: EngineConfig, workload: Workload, context_tokens: int, block_bytes: int, path: Path
-) -> EngineConfig:
-    blocks = -(-workload.users * context_tokens // config.block_size)
-    return replace(
-        config,
+    config: Options, workload: Workload, context_tokens: int, block_bytes: int, path: Path
+) -> Options:
+    blocks = -(-workload.users * context_tokens // config.memory.block_size)
+    return config.but(
         host_gib=(blocks * HOST_PER_CONTEXTS + 1) * slot_bytes_for(block_bytes) / GIB,
         disk_gib=(capacity_bytes_for(int(blocks * DISK_PER_CONTEXTS), block_bytes) + 1) / GIB,
         disk_path=path,
@@ -280,7 +280,7 @@ class _Pass:
 
 def _run(
     workload: Workload,
-    config: EngineConfig,
+    config: Options,
     load: Callable[[], LoadedModel],
     name: str,
     disk_path: Path | None,
@@ -290,7 +290,7 @@ def _run(
     loaded = load()
     token_bytes = inspect_model(loaded.model).bytes_per_token
     sizes = (workload, _longest_context(workload, PromptEncoder(loaded)))
-    block_bytes = token_bytes * config.block_size
+    block_bytes = token_bytes * config.memory.block_size
     config = _with_hot_tier(config, *sizes, block_bytes)
     if disk_path is not None:
         config = _with_slower_tiers(config, *sizes, block_bytes, disk_path)
@@ -320,7 +320,9 @@ def _run(
             turns=turns,
             wall_s=wall_s,
             context_tokens=sum(len(t.prompt_ids) + len(t.token_ids) for t in last_turns),
-            hot_tokens=int(config.hot_gib * GIB / token_bytes) if config.hot_gib else 0,
+            hot_tokens=int(config.memory.hot_gib * GIB / token_bytes)
+            if config.memory.hot_gib
+            else 0,
             prompt_tokens=sum(len(turn.prompt_ids) for turn in turns),
             output_tokens=sum(len(turn.token_ids) for turn in turns),
             computed_tokens=metrics.computed_tokens,

@@ -7,11 +7,10 @@ needs them. On a CPU both are the same memory: what is shown would cross the lin
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hotset.bench.expert_arms import expert_sizes
-from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.errors import EngineError, ModelError
 from hotset.executor.probe import inspect_model
@@ -20,8 +19,10 @@ from hotset.experts.weights import experts_layers
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
 from hotset.model.upcycled_model import NAME
+from hotset.options import Options
 from hotset.request import FinishReason, SamplingParams
 from hotset.text.prompt import PromptEncoder
+from hotset.units import GIB
 
 ALL, QUARTER = "all experts", "a quarter of them"
 
@@ -168,7 +169,7 @@ def run_demo(
         raise ModelError(f"{loaded.name} has no experts that can be kept in host memory")
     num_experts = layers[0].num_experts
     num_slots = max(1, num_experts // 4)
-    config = EngineConfig(
+    config = Options.of(
         dtype="float32",
         device="cpu",
         max_num_seqs=workload.users,
@@ -180,14 +181,14 @@ def run_demo(
     all_here = _run(ALL, config, loaded, workload, questions, prompts, progress)
     unpack_experts(loaded.model)
     progress(Progress(QUARTER, 0, 0.0))
-    few = replace(config, expert_slots=num_slots, expert_plan="cache")
+    few = config.but(expert_slots=num_slots, expert_plan="cache")
     quarter = _run(QUARTER, few, loaded, workload, questions, prompts, progress)
     return DemoResult(workload, loaded.name, len(layers), num_experts, num_slots, all_here, quarter)
 
 
 def _run(
     name: str,
-    config: EngineConfig,
+    config: Options,
     loaded: LoadedModel,
     workload: Workload,
     questions: list[str],

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from numbers import Integral
@@ -10,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hotset.config import EngineConfig
 from hotset.engine.completion import Completion, gather
 from hotset.engine.service import EngineService, OutputStream
 from hotset.errors import ConfigError, EngineError, RequestError
+from hotset.options import OPTIONS, Options
 from hotset.request import FinishReason, RequestOutput, SamplingParams
 from hotset.text.prompt import Message, PromptEncoder
 
@@ -46,7 +45,7 @@ class LLM:
         host_gib: host tier for KV; 0 is none.
         disk_gib: disk tier for KV; 0 is none.
         disk_path: folder of the disk tier.
-        options: any other field of `hotset.config.EngineConfig`.
+        options: any other of `hotset.options.OPTIONS`: see docs/options.md.
 
     Raises:
         ConfigError: options or sizes that cannot work; ModelError: the model cannot be loaded or
@@ -63,20 +62,19 @@ class LLM:
         disk_path: str | Path | None = None,
         **options: Any,
     ) -> None:
-        known = {field.name for field in dataclasses.fields(EngineConfig)}
-        if unknown := sorted(set(options) - known):
+        if unknown := sorted(set(options) - set(OPTIONS)):
             raise ConfigError(
-                f"LLM has no option {unknown[0]!r}; expected one of {', '.join(sorted(known))}"
+                f"LLM has no option {unknown[0]!r}; expected one of {', '.join(sorted(OPTIONS))}"
             )
-        config = EngineConfig(
-            model=model,  # type: ignore[arg-type]  # a path becomes a text there
+        asked = Options.of(
+            model=model,
             hot_gib=hot_gib,
             host_gib=host_gib,
             disk_gib=disk_gib,
-            disk_path=disk_path,  # type: ignore[arg-type]  # and a text a path
+            disk_path=disk_path,
             **options,
         )
-        self.service = EngineService(config)
+        self.service = EngineService(asked)
         # The engine's thread would keep a forgotten model in memory, as in a notebook's cell.
         self._finalizer = weakref.finalize(self, self.service.close)
         try:

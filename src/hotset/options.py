@@ -1,137 +1,214 @@
-"""Options declared once: a field has its help, unit, choices and range; checks and flags follow.
+"""What a user asks of an engine, by concern; how it is given, flat; and what does not go together.
+
+From the declaration of an option come its check, its flag, its key in the TOML file and its row in
+docs/options.md. What follows from options for a model on a machine is `engine.sizing.Sizes`.
 
 Imports no torch.
 """
 
-import functools
-import numbers
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypeVar
 
 from hotset.errors import ConfigError
+from hotset.option_fields import Group, Option, options_of
+from hotset.option_groups import (
+    AllResident,
+    ExpertBudget,
+    ExpertOptions,
+    ExpertSlots,
+    FormOptions,
+    HostedExperts,
+    MemoryOptions,
+    ModelOptions,
+    RuntimeOptions,
+    ScheduleOptions,
+    SplitMemory,
+)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
-    """Which numbers an option takes.
+class Options:
+    """All that a user asks of an engine. Nobody changes it; `but` makes another one.
 
-    Attributes:
-        expected: the end of the message that refuses others.
+    Names of options are unique over all groups, so that flags, keys of the TOML file and arguments
+    of Python are flat: see `of`.
+
+    Raises:
+        ConfigError: options that do not go together.
     """
 
-    expected: str
-    accepts: Callable[[Any], bool]
+    model: ModelOptions
+    memory: MemoryOptions
+    experts: ExpertOptions
+    schedule: ScheduleOptions
+    forms: FormOptions
+    runtime: RuntimeOptions
 
+    def __post_init__(self) -> None:
+        for problem in _conflicts(self):
+            raise ConfigError(problem)
 
-def option(
-    default: Any,
-    help_: str,
-    *,
-    details: str = "",
-    unit: str = "",
-    within: Range | None = None,
-    if_none: str = "",
-    flags: tuple[str, ...] | None = None,
-) -> Any:
-    """A field of a dataclass of options; its type has the choices.
-
-    Args:
-        default: what holds where nothing is given.
-        help_: what it is, in the words of `--help`.
-        details: what the page of options says beyond that.
-        unit: of a number, in the plural.
-        within: the numbers it takes; None is all of its type.
-        if_none: what holds where it is None.
-        flags: on the command line; None is that of the field's name, and () none at all.
-    """
-    return field(
-        default=default, metadata={"option": (help_, details, unit, within, if_none, flags)}
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A declared option: what `option` was told, with the field's name and type."""
-
-    name: str
-    kind: Any
-    is_optional: bool
-    default: Any
-    help: str
-    details: str
-    unit: str
-    within: Range | None
-    if_none: str
-    given_flags: tuple[str, ...] | None
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """Its spellings on the command line; a switch that is on by default has one for off."""
-        if self.given_flags is not None:
-            return self.given_flags
-        dashed = self.name.replace("_", "-")
-        return (f"--{dashed}/--no-{dashed}",) if self.default is True else (f"--{dashed}",)
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The texts it takes; none where it takes any value of its type."""
-        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
-
-    def taken(self, value: Any) -> Any:
-        """A value as the field holds it: a text becomes a path, a number one of Python's.
+    @classmethod
+    def of(cls, **given: Any) -> Self:
+        """Options by name; those that are left out, or are None, have their defaults.
 
         Raises:
-            ConfigError: it is of another type, no choice, or out of range.
+            ConfigError: a value that its option does not take, an option without effect, or
+                options that do not go together.
         """
-        if value is None and self.is_optional:
-            return None
-        taken, expected = _taken_as(value, self.kind)
-        if taken is None:
-            expected += " or None" if self.is_optional else ""
-        elif self.within is not None and not self.within.accepts(taken):
-            taken, expected = None, self.within.expected
-        if taken is None:
-            raise ConfigError(f"{self.name} is {value!r}; expected {expected}")
-        return taken
+        values = {}
+        for name, value in given.items():
+            one = OPTIONS.get(name)
+            if one is None:
+                names = ", ".join(sorted(OPTIONS))
+                raise ConfigError(f"there is no option {name!r}; expected one of {names}")
+            taken = one.check(value)
+            if taken != one.default:
+                values[name] = taken
+        return cls(
+            model=_made(ModelOptions, values),
+            memory=_made(MemoryOptions, values),
+            experts=_experts_of(values),
+            schedule=_made(ScheduleOptions, values),
+            forms=_made(FormOptions, values),
+            runtime=_made(RuntimeOptions, values),
+        )
+
+    def but(self, **changes: Any) -> Self:
+        """These options with others in place of some; raises what `of` does."""
+        return self.of(**{**self.flat(), **changes})
+
+    def flat(self) -> dict[str, Any]:
+        """The value of each option by its name; the default where its group does not have it."""
+        groups = (getattr(self, one.name) for one in fields(self))
+        has = {one.name: getattr(group, one.name) for group in groups for one in fields(group)}
+        return {name: has.get(name, one.default) for name, one in OPTIONS.items()}
 
 
-@functools.cache
-def options_of(kind: type) -> dict[str, Option]:
-    """By name, in their order, the options of a dataclass whose fields are all made by `option`."""
-    hints, found = get_type_hints(kind), {}
-    for each in fields(kind):
-        hint = hints[each.name]
-        members = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
-        (member,) = (member for member in members if member is not NoneType)
-        is_optional = NoneType in members
-        said = each.metadata["option"]
-        found[each.name] = Option(each.name, member, is_optional, each.default, *said)
-    return found
+# By title, in the order of docs/options.md and of the command line's help.
+GROUPS: dict[str, type[Group]] = {
+    "Model": ModelOptions,
+    "Memory": MemoryOptions,
+    "Split of memory between KV and experts": SplitMemory,
+    "Experts on the device, by number": ExpertSlots,
+    "Experts on the device, by size": ExpertBudget,
+    "Experts elsewhere": HostedExperts,
+    "Steps": ScheduleOptions,
+    "Structured output": FormOptions,
+    "Process": RuntimeOptions,
+}
 
 
-def _taken_as(value: Any, kind: Any) -> tuple[Any, str]:
-    """A value as what its field holds, None where it cannot be that; and what is expected.
+def own_options(group: type[Group]) -> list[Option]:
+    """The options that a group declares itself."""
+    return [one for one in options_of(group) if one.name in group.__annotations__]
 
-    Numbers of other libraries become Python's; True and False are no numbers.
+
+# An expert has no size of its own where neither option is given.
+OPTIONS = {
+    one.name: replace(one, is_optional=one.default is None)
+    for group in GROUPS.values()
+    for one in own_options(group)
+}
+
+
+def _made(group: type[T], values: dict[str, Any]) -> T:
+    """A group with those of the values that are its own."""
+    return group(**{one.name: values[one.name] for one in options_of(group) if one.name in values})
+
+
+def _experts_of(values: dict[str, Any]) -> ExpertOptions:
+    """How experts are sized, by which option does it.
+
+    Raises:
+        ConfigError: two do, or an option has no effect with experts of that kind.
     """
-    if get_origin(kind) is Literal:
-        choices = get_args(kind)
-        taken = value if isinstance(value, str) and value in choices else None
-        return taken, f"{', '.join(choices[:-1])} or {choices[-1]}"
-    if kind is bool:
-        return value if isinstance(value, bool) else None, "True or False"
-    if kind is Path:
-        return Path(value) if isinstance(value, str | os.PathLike) else None, "a path"
-    if kind is str:
-        return os.fspath(value) if isinstance(value, str | os.PathLike) else None, "a text"
-    is_number = not isinstance(value, bool)
-    if kind is int:
-        is_number = is_number and isinstance(value, numbers.Integral)
-        return int(value) if is_number else None, "a whole number"
-    assert kind is float
-    is_number = is_number and isinstance(value, numbers.Real)
-    return (value if isinstance(value, int) else float(value)) if is_number else None, "a number"
+    kind: type[ExpertOptions] = AllResident
+    if "expert_slots" in values and "expert_gib" in values:
+        raise ConfigError(
+            f"expert_slots is {values['expert_slots']} and expert_gib is {values['expert_gib']}; "
+            "give one of them"
+        )
+    if "expert_slots" in values:
+        kind = ExpertSlots
+    elif "expert_gib" in values:
+        kind = ExpertBudget
+    elif "hot_gib" in values or "total_gib" in values:
+        kind = SplitMemory
+    has = {one.name for one in options_of(kind)}
+    for one in (*own_options(HostedExperts), *own_options(SplitMemory)):
+        if one.name not in values or one.name in has:
+            continue
+        if one in own_options(SplitMemory):
+            why = (
+                "without memory to split between KV and experts; give hot_gib or total_gib and "
+                "neither expert_slots nor expert_gib, or leave it out"
+            )
+        else:
+            why = (
+                "while all experts are on the device; give expert_slots, expert_gib, hot_gib or "
+                "total_gib, or leave it out"
+            )
+        raise ConfigError(f"{one.name} is {_shown(values[one.name])}, which does nothing {why}")
+    return _made(kind, values)
+
+
+def _conflicts(options: Options) -> Iterator[str]:
+    """What does not go together, whatever the model: the one list of it."""
+    memory, experts, schedule = options.memory, options.experts, options.schedule
+    if schedule.rotation_s is not None and memory.host_gib == 0:
+        yield (
+            f"rotation_s is {schedule.rotation_s} but host_gib is 0; give the host tier a size for "
+            "the KV of those that wait, or leave rotation_s out"
+        )
+    if memory.hot_gib is not None and memory.total_gib is not None:
+        yield f"hot_gib is {memory.hot_gib} and total_gib is {memory.total_gib}; give one of them"
+    if memory.disk_path is not None and memory.disk_gib == 0:
+        yield (
+            f"disk_path is {str(memory.disk_path)!r} but disk_gib is 0; give disk_gib a size, or "
+            "leave disk_path out"
+        )
+    has_budget = memory.hot_gib is not None or memory.total_gib is not None
+    if (
+        isinstance(experts, SplitMemory) > has_budget
+        or isinstance(experts, AllResident) & has_budget
+    ):
+        yield "hot_gib or total_gib and SplitMemory go together; make options with Options.of"
+    if isinstance(experts, HostedExperts):
+        yield from _conflicts_of_experts(experts)
+
+
+def _conflicts_of_experts(experts: HostedExperts) -> Iterator[str]:
+    streams = experts.expert_plan == "stream"
+    if isinstance(experts, ExpertSlots) and experts.expert_slots == 0 and not streams:
+        yield "expert_slots is 0; expected 1 or more, or 0 with the expert_plan stream"
+    if experts.expert_disk_path is not None and experts.expert_host_gib is None:
+        yield (
+            f"expert_disk_path is {str(experts.expert_disk_path)!r}, but host memory for experts "
+            "has no bound; give expert_host_gib, or leave it out"
+        )
+    if streams and experts.expert_prefetch:
+        yield (
+            f"expert_prefetch is {experts.expert_prefetch}, but the plan stream brings all experts "
+            "ahead of their layer; leave one of them out"
+        )
+    if streams and experts.expert_eviction != OPTIONS["expert_eviction"].default:
+        yield (
+            f"expert_eviction is {experts.expert_eviction!r}, but the plan stream evicts nothing; "
+            "leave one of them out"
+        )
+    if isinstance(experts, SplitMemory) and experts.move_split:
+        for name, rest in (("expert_plan", "auto cache"), ("expert_cpu", "off")):
+            if (value := getattr(experts, name)) not in rest.split():
+                yield (
+                    f"move_split is given, but {name} {value} needs the same number of resident "
+                    "experts throughout; leave one of them out"
+                )
+
+
+def _shown(value: Any) -> str:
+    return repr(str(value) if isinstance(value, Path) else value)

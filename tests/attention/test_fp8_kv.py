@@ -13,7 +13,6 @@ from tiny_models import make_model
 from hotset.attention.gather import GatherBackend
 from hotset.attention.inputs import copy_batch
 from hotset.attention.spec import LayerAttention
-from hotset.config import GIB, EngineConfig
 from hotset.cost.cache_spec import KeysValues
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
@@ -24,8 +23,10 @@ from hotset.linear.fp8 import FP8, to_fp8
 from hotset.memory.arena import DeviceArena
 from hotset.model.devices import resolve_dtype, resolve_kv_dtype
 from hotset.model.loader import load_model
+from hotset.options import Options
 from hotset.request import SamplingParams
 from hotset.sequence import Request
+from hotset.units import GIB
 
 MakeEngine = Callable[..., Engine]
 
@@ -99,7 +100,7 @@ def test_tokens_are_the_same_with_any_tiers_and_preemption(
 def test_a_block_takes_a_quarter_of_its_bytes_in_float32(make_engine: MakeEngine) -> None:
     whole = make_engine("llama")
     small = make_engine("llama", kv_dtype="fp8", kv_bytes=1)
-    assert 4 * small.budget.block_bytes == whole.budget.block_bytes
+    assert 4 * small.sizes.block_bytes == whole.sizes.block_bytes
     assert small.kv._fingerprint != whole.kv._fingerprint
 
 
@@ -115,10 +116,10 @@ def test_scales_of_a_checkpoint_are_found_and_change_what_is_stored(tmp_path: Pa
     loaded = load_model(str(folder), device="cpu", dtype="auto")
     assert loaded.kv_scales == ((0.25, 1.0), (1.0, 1.0), (1.0, 2.0))
     options: dict[str, Any] = {"hot_gib": 2**20 / GIB, "max_model_len": 64}
-    engine = build_engine(EngineConfig(kv_dtype="fp8", **options), loaded)
+    engine = build_engine(Options.of(kv_dtype="fp8", **options), loaded)
     assert engine.executor.runner._arena.scales == list(loaded.kv_scales)
     engine.close()
-    engine = build_engine(EngineConfig(**options), loaded)
+    engine = build_engine(Options.of(**options), loaded)
     assert engine.executor.runner._arena.scales == [(1.0, 1.0)] * 3  # nothing is rounded
     engine.close()
 
@@ -140,4 +141,4 @@ def test_a_gpu_without_8_bit_floats_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_another_type_is_refused() -> None:
     with pytest.raises(ConfigError, match="kv_dtype is 'int8'; expected auto or fp8"):
-        EngineConfig(kv_dtype="int8")  # type: ignore[arg-type]
+        Options.of(kv_dtype="int8")  # type: ignore[arg-type]

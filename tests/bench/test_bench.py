@@ -24,10 +24,10 @@ from hotset.bench.result import BenchResult
 from hotset.bench.runs import RunOptions, Say, order_of, parse_arms
 from hotset.bench.workload import PRESETS, Spec
 from hotset.cli import cli
-from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, EngineError, HotsetError
 from hotset.model.dummy import load_dummy
+from hotset.options import Options
 
 TINY = {
     "model_type": "llama",
@@ -60,7 +60,7 @@ def quiet() -> tuple[Say, list[str]]:
 
 def run(model: str | None, arms: list[str], spec: Spec = SPEC, **options: Any) -> BenchResult:
     """The bench over a tiny model; fetching, as recomputing it would be faster."""
-    config = EngineConfig(model=model, device="cpu", fetch_policy="fetch")
+    config = Options.of(model=model, device="cpu", fetch_policy="fetch")
     order = Order(
         spec=spec,
         config=options.pop("config", config),
@@ -123,7 +123,7 @@ def test_experts_in_host_memory_are_predicted_and_answer_alike(
     sizes: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(MOE))
-    config = EngineConfig(model=str(tmp_path), device="cpu", max_num_seqs=8, **sizes)
+    config = Options.of(model=str(tmp_path), device="cpu", max_num_seqs=8, **sizes)
     arms = ["hot"] if sizes else ["hot", "host"]  # without sizes both have all experts
     result = run(str(tmp_path), arms, config=config, hardware="h200")
     assert result.failures == []
@@ -196,7 +196,7 @@ def test_a_trace_is_played_at_its_times(tiny: str, tmp_path: Path) -> None:
 
 
 def test_an_arm_that_cannot_start_does_not_keep_the_others_from_running(tiny: str) -> None:
-    config = EngineConfig(model=tiny, device="cpu", host_gib=10_000.0)
+    config = Options.of(model=tiny, device="cpu", host_gib=10_000.0)
     result = run(tiny, ["hot", "host"], config=config)
     assert [one.arm for one in result.runs] == ["hot"]
     (failure,) = result.failures
@@ -215,7 +215,7 @@ def test_a_run_ends_at_its_time_limit_with_what_it_has(tiny: str) -> None:
 
 def test_a_profile_names_functions_and_operators(tiny: str) -> None:
     say, lines = quiet()
-    config = EngineConfig(model=tiny, device="cpu")
+    config = Options.of(model=tiny, device="cpu")
     run_bench(Order(SPEC, config, True, ["hot"], 1, RunOptions(profile_steps=3)), say)
     (report,) = [line for line in lines if "profile\n" in line]
     assert "function calls" in report and "site-packages/torch" in report
@@ -224,7 +224,7 @@ def test_a_profile_names_functions_and_operators(tiny: str) -> None:
 
 
 def test_the_same_work_goes_to_a_server_over_http() -> None:
-    config = EngineConfig(hot_gib=0.01)
+    config = Options.of(hot_gib=0.01)
     with running_server(config) as server:
         target = Target(server.url, vocab_size=512)
         result = run(None, [], SPEC, target=target)
@@ -457,12 +457,12 @@ def test_arms_follow_from_the_expert_options_where_none_are_named(d_small: list[
     (run,) = json.loads(shown.stdout)["runs"]
     assert run["arm"] == "experts" and run["engine"]["expert_misses"] > 0
     with pytest.raises(ConfigError, match="give expert_slots, expert_gib, hot_gib or total_gib"):
-        check_arms(["experts"], EngineConfig())
-    rounded = EngineConfig(expert_slots=2, expert_cold_dtype="fp8")
+        check_arms(["experts"], Options.of())
+    rounded = Options.of(expert_slots=2, expert_cold_dtype="fp8")
     with pytest.raises(ConfigError, match="rounds the only copy of the experts"):
         check_arms(["resident", "experts"], rounded)
     check_arms(["resident"], rounded)
-    on_disk = EngineConfig(expert_slots=2, expert_host_gib=1.0)
+    on_disk = Options.of(expert_slots=2, expert_host_gib=1.0)
     with pytest.raises(ConfigError, match=r"expert_host_gib is 1\.0, which leaves experts on disk"):
         check_arms(["resident", "experts"], on_disk)
 

@@ -12,13 +12,13 @@ from hotset.bench.report import table, text
 from hotset.bench.result import ArmRun, BenchResult, Failure, summarise, verify
 from hotset.bench.verdict import verdict
 from hotset.bench.workload import PRESETS, Spec, make_work
-from hotset.config import GIB
 from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.catalog import find_config
 from hotset.cost.expert_steps import ExpertCost, link_of
 from hotset.cost.hardware import choose_hardware, load_hardware
 from hotset.cost.loaded import make_cost_model
 from hotset.plan.svg import Line
+from hotset.units import GIB
 
 MACHINE = {
     "command": "hotset bench <test>",

@@ -19,8 +19,8 @@ from hotset.bench.http_stream import Endpoint, RawAnswer
 from hotset.bench.load import LoadProcesses, num_processes
 from hotset.bench.load_player import Asking
 from hotset.bench.workload import Session, Spec, Turn, Work, make_work
-from hotset.config import EngineConfig
 from hotset.errors import ConfigError, EngineError
+from hotset.options import Options
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(SCRIPTS))
@@ -216,7 +216,7 @@ def test_the_clock_starts_when_the_host_tier_is_ready() -> None:
 
 
 def test_a_server_of_ours_tells_ids_and_how_much_of_its_host_tier_is_ready() -> None:
-    with running_server(EngineConfig(hot_gib=0.01, host_gib=0.01)) as running:
+    with running_server(Options.of(hot_gib=0.01, host_gib=0.01)) as running:
         server = Server(running.url, model=None, key=None, vocab_size=512)
         server.find_out([5, 6, 7])
         assert server.gives_ids

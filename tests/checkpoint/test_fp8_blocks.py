@@ -10,20 +10,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from engines import give_slots
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
 from hotset.checkpoint import fp8_blocks
 from hotset.checkpoint.fp8_blocks import dequantise
-from hotset.config import GIB, EngineConfig
 from hotset.errors import ModelError
 from hotset.experts.disk import DiskExperts, ExpertSink
 from hotset.experts.gating import use_dynamic_gating
-from hotset.experts.hosting import buffer_experts
 from hotset.experts.weights import experts_layers
 from hotset.linear.merged import MergedLinear
 from hotset.model import checkpoint
 from hotset.model.loader import load_model
+from hotset.options import Options
+from hotset.units import GIB
 
 Tensors = dict[str, torch.Tensor]
 TOKENS = torch.arange(3, 30).unsqueeze(0)
@@ -261,7 +262,7 @@ def test_experts_in_blocks_go_to_disk_while_they_are_loaded(tmp_path: Path) -> N
     wide = save_in_blocks(make_model("qwen3_moe", **changes), folder)
     expected = expected_model(folder, wide)
     layout = experts_layers(expected)[0].layout
-    config = EngineConfig(
+    config = Options.of(
         expert_slots=2,
         expert_host_gib=4 * layout.payload_bytes / GIB,
         expert_disk_path=tmp_path / "disk",
@@ -272,14 +273,14 @@ def test_experts_in_blocks_go_to_disk_while_they_are_loaded(tmp_path: Path) -> N
         device="cpu",
         dtype="float32",
         experts_on_host=True,
-        experts=ExpertSink(config),
+        experts=ExpertSink(config.experts, read_deadline_s=60.0),
     )
 
     hosted = [experts.hosted for experts in experts_layers(loaded.model)]
     assert len(hosted) == 3
     assert all(each is not None and isinstance(each.source, DiskExperts) for each in hosted)
     use_dynamic_gating(loaded.model)
-    buffer, _ = buffer_experts(loaded.model, config)
+    buffer, _ = give_slots(loaded.model, config)
     assert buffer is not None
     torch.testing.assert_close(logits(loaded.model), logits(expected))
     buffer.close(with_disk=True)

@@ -11,8 +11,6 @@ from engines import reference, run
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM
 
-from hotset.config import GIB, EngineConfig
-from hotset.engine.budget import make_budget
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, ModelError, RequestError
@@ -126,45 +124,6 @@ def test_an_encoder_decoder_is_refused_by_name() -> None:
         inspect_model(model)
 
 
-def budget(*, workspace_bytes: int = 2**20, **sizes: Any) -> Any:
-    options = {"block_size": 16, "max_model_len": 1024, **sizes}
-    config = EngineConfig(**options)
-    return make_budget(
-        config,
-        device="cpu",
-        weights_bytes=GIB,
-        workspace_bytes=workspace_bytes,
-        kv_bytes_per_token=1024,
-        model_max_len=8192,
-        free_device_bytes=4 * GIB,
-        hot_bytes=None if config.hot_gib is None else int(config.hot_gib * GIB),
-    )
-
-
-def test_a_hot_tier_too_small_is_refused_with_the_smallest_that_works() -> None:
-    with pytest.raises(ConfigError, match="holds 32 KV blocks") as refused:
-        budget(hot_gib=0.0005)
-    smallest = float(str(refused.value).split("give hot_gib ")[1].split()[0])
-    assert budget(hot_gib=smallest).device_blocks == 64
-    with pytest.raises(ConfigError):
-        budget(hot_gib=smallest * 0.98)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"hot_gib": 9.0}, "more than the 3.999 GiB free"),
-        ({"hot_gib": 0.1, "host_gib": 1e-6}, "host_gib 1e-06 holds no KV block"),
-        ({"hot_gib": 0.1, "host_gib": 1e6}, "give less host_gib"),
-        ({"hot_gib": 0.1, "disk_gib": 1e-6}, "disk_gib 1e-06 holds no KV block"),
-        ({"workspace_bytes": 4 * GIB}, "a step of 2048 tokens and 256 requests may take 4.000 GiB"),
-    ],
-)
-def test_sizes_that_cannot_work_are_refused(sizes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        budget(**sizes)
-
-
 def test_the_smallest_disk_tier_that_a_refusal_names_opens_and_holds_what_the_report_says(
     make_engine: MakeEngine, tmp_path: Path
 ) -> None:
@@ -225,7 +184,7 @@ def test_a_second_engine_over_a_model_counts_its_weights_as_the_first_did(
 ) -> None:
     first = make_engine()
     second = build_engine(
-        first.config, LoadedModel(first.executor.runner._model, None, "m", "m", (2,), 512)
+        first.options, LoadedModel(first.executor.runner._model, None, "m", "m", (2,), 512)
     )
-    assert second.budget.weights_bytes == first.budget.weights_bytes > 0
+    assert second.sizes.weights_bytes == first.sizes.weights_bytes > 0
     second.close()

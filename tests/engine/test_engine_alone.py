@@ -3,31 +3,33 @@
 from fakes import FakeClock, FakeExecutor
 from schedulers import BLOCK, make_scheduler
 
-from hotset.config import EngineConfig
 from hotset.cost.rates import Rates
-from hotset.engine.budget import Budget
 from hotset.engine.engine import Engine, EngineParts
 from hotset.engine.outputs import OutputProcessor
+from hotset.engine.sizing import Sizes
 from hotset.engine.step_cost import StepCost
+from hotset.options import Options
 from hotset.request import FinishReason, SamplingParams
 from hotset.sequence import Kind
 
 
 def make_engine(executor: FakeExecutor) -> Engine:
     clock, scheduler = FakeClock(), make_scheduler(num_blocks=16)
-    budget = Budget(
+    sizes = Sizes(
         weights_bytes=0,
         workspace_bytes=0,
         block_bytes=1,
         block_size=BLOCK,
-        device_blocks=16,
+        num_blocks=16,
+        first_block=0,
         host_slots=0,
         disk_bytes=0,
         max_model_len=64,
+        max_mixed_tokens=16,
     )
     parts = EngineParts(
-        config=EngineConfig(),
-        budget=budget,
+        options=Options.of(),
+        sizes=sizes,
         report="",
         overlaps=False,
         executor=executor,  # type: ignore[arg-type]

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hotset.attention.flashinfer.backend import FlashInferBackend
-from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.executor.probe import ModelLayout, inspect_model, weights_bytes
 from hotset.linear.fp8 import FP8
@@ -21,6 +20,8 @@ from hotset.linear.fp8_linear import Fp8Linear, quantize_linears
 from hotset.linear.merged import MergedLinear
 from hotset.memory.arena import DeviceArena
 from hotset.model.loader import load_model
+from hotset.options import Options
+from hotset.units import GIB
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
@@ -183,7 +184,7 @@ def test_the_engine_answers_and_preempts_in_any_of_them(
     loaded = load_model(str(tmp_path), device="cuda", dtype=dtype)
     value_bytes = 1 if kv_dtype == "fp8" else 2
     block_bytes = 4 * 2 * 2 * 128 * 3 * value_bytes
-    config = EngineConfig(
+    config = Options.of(
         dtype=dtype,  # type: ignore[arg-type]
         kv_dtype=kv_dtype,  # type: ignore[arg-type]
         device="cuda",
@@ -197,7 +198,7 @@ def test_the_engine_answers_and_preempts_in_any_of_them(
     )
     engine = build_engine(config, loaded)
     try:
-        assert engine.budget.block_bytes == block_bytes
+        assert engine.sizes.block_bytes == block_bytes
         first = run(engine, make_prompts())
         second = run(engine, make_prompts())
         assert engine.metrics.preemptions > 0

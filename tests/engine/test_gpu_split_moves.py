@@ -10,9 +10,9 @@ from test_memory_split import FAMILY, engine, slots
 from test_split_moves import OPTIONS, check, serve_with_moves
 from tiny_models import make_model
 
-from hotset.config import GIB
 from hotset.cost.split_policy import SplitPolicy
 from hotset.model.loaded import LoadedModel
+from hotset.units import GIB
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 SIZES = {"head_dim": 128, "moe_intermediate_size": 128}

@@ -13,7 +13,6 @@ import torch
 from engines import reference, run
 from tiny_models import make_model
 
-from hotset.config import GIB, EngineConfig
 from hotset.cost.hardware import choose_hardware
 from hotset.cost.slot_bytes import SlotBytes
 from hotset.engine.build import build_engine
@@ -24,6 +23,9 @@ from hotset.experts.sizes import slot_bytes_of
 from hotset.experts.weights import Resident, experts_bytes, experts_layers
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
+from hotset.option_groups import HostedExperts, SplitMemory
+from hotset.options import Options
+from hotset.units import GIB
 
 PROMPTS = [[5, 9, 13, 200, 7], [31] * 20, [77, 3, 250]]
 FAMILY = "qwen3_moe"  # 8 experts, top-3
@@ -42,7 +44,7 @@ def engine(
     **options: Any,
 ) -> Iterator[Engine]:
     options = {"max_model_len": 96, "block_size": 4, "max_num_seqs": 16, **options}
-    made = build_engine(EngineConfig(**options), model or loaded(family), overlap=overlap)
+    made = build_engine(Options.of(**options), model or loaded(family), overlap=overlap)
     try:
         yield made
     finally:
@@ -50,18 +52,18 @@ def engine(
 
 
 def slots(family: str = FAMILY, plan: Any = "auto") -> SlotBytes:
-    found = slot_bytes_of(make_model(family), EngineConfig(hot_gib=1, expert_plan=plan))
+    found = slot_bytes_of(make_model(family), HostedExperts(expert_plan=plan))
     assert found is not None
     return found
 
 
 def kv_bytes(made: Engine) -> int:
-    return made.budget.device_blocks * made.budget.block_bytes
+    return made.sizes.device_blocks * made.sizes.block_bytes
 
 
 def taken_bytes(made: Engine) -> int:
-    budget = made.budget
-    return budget.weights_bytes + budget.expert_bytes + budget.workspace_bytes + kv_bytes(made)
+    sizes = made.sizes
+    return sizes.weights_bytes + sizes.expert_bytes + sizes.workspace_bytes + kv_bytes(made)
 
 
 @pytest.mark.parametrize("plan", ["auto", "cache", "stream"])
@@ -71,10 +73,10 @@ def test_one_budget_is_enough_and_the_answers_are_the_same(plan: str, target: st
     sizes = slots(plan=plan)
     hot_bytes = sizes(sizes.num_experts) // 3 + sizes(sizes.fewest)
     with engine(hot_gib=hot_bytes / GIB, expert_plan=plan, target=target) as made:
-        num_slots = made.budget.expert_slots
+        num_slots = made.sizes.experts.num_slots
         assert num_slots is not None and sizes.fewest <= num_slots < sizes.num_experts
         used = sizes(num_slots) + kv_bytes(made)
-        assert hot_bytes - made.budget.block_bytes < used <= hot_bytes
+        assert hot_bytes - made.sizes.block_bytes < used <= hot_bytes
         assert f"{num_slots} of 8 experts a layer" in made.report
         assert f"split for {target}" in made.report
         assert run(made, PROMPTS) == reference(FAMILY, PROMPTS)
@@ -87,7 +89,7 @@ def test_what_says_how_experts_come_goes_with_a_budget(options: dict[str, Any]) 
     sizes = slots(plan="cache")
     config = {"hot_gib": sizes(5) / GIB, "expert_plan": "cache", "expected_users": 2, **options}
     with engine(**config) as made:
-        num_slots = made.budget.expert_slots
+        num_slots = made.sizes.experts.num_slots
         assert num_slots is not None and options.get("expert_prefetch", 1) <= num_slots < 8
         answers = run(made, PROMPTS)
     with engine(hot_gib=0.01, expert_plan="cache", expert_slots=7, **options) as made:
@@ -99,12 +101,12 @@ def test_a_queue_gets_more_kv_than_one_user_who_gets_more_experts() -> None:
     options = {"hot_gib": sizes(5) / GIB, "expert_plan": "cache"}
     with engine(**options, max_num_seqs=64) as queue, engine(**options, expected_users=1) as one:
         assert kv_bytes(queue) > kv_bytes(one)
-        assert queue.budget.expert_slots < one.budget.expert_slots  # type: ignore[operator]
+        assert queue.sizes.experts.num_slots < one.sizes.experts.num_slots
 
 
 def test_what_was_asked_stays_as_it_is_and_what_was_solved_is_beside_it() -> None:
     sizes = slots()
-    asked = EngineConfig(
+    asked = Options.of(
         hot_gib=sizes(5) / GIB,
         target="latency",
         expected_users=2,
@@ -113,8 +115,10 @@ def test_what_was_asked_stays_as_it_is_and_what_was_solved_is_beside_it() -> Non
     )
     made = build_engine(asked, loaded())
     try:
-        assert made.config is asked
-        assert asked.expert_slots is None and made.budget.expert_slots == made.experts.num_slots  # type: ignore[union-attr]
+        assert made.options is asked
+        assert isinstance(asked.experts, SplitMemory)
+        assert made.sizes.experts is not None
+        assert made.sizes.experts.num_slots == made.experts.num_slots
     finally:
         made.close()
 
@@ -127,7 +131,7 @@ def test_a_budget_for_everything_leaves_all_experts_where_they_were() -> None:
     with engine(model=model, **options) as made:
         assert "nothing is buffered" in made.report and "8 of 8 experts a layer" in made.report
         assert experts.hosted is None
-        assert kv_bytes(made) >= 4 * 24 * made.budget.block_bytes
+        assert kv_bytes(made) >= 4 * 24 * made.sizes.block_bytes
         assert run(made, PROMPTS) == reference(FAMILY, PROMPTS)
     # Another engine over the same model, whose experts are packed by now.
     with engine(model=model, **options) as made:
@@ -148,10 +152,10 @@ def test_the_total_covers_weights_experts_kv_and_workspace() -> None:
     total_gib = (dense_bytes + 4 * 2**20) / GIB
     with engine(model=model, total_gib=total_gib, max_num_batched_tokens=256) as made:
         used = taken_bytes(made)
-        assert used <= total_gib * GIB < used + made.budget.block_bytes
+        assert used <= total_gib * GIB < used + made.sizes.block_bytes
     with engine(total_gib=total_gib, expert_slots=3, max_num_batched_tokens=256) as made:
         used = taken_bytes(made)
-        assert used <= total_gib * GIB < used + made.budget.block_bytes
+        assert used <= total_gib * GIB < used + made.sizes.block_bytes
         assert "split" not in made.report
 
 
@@ -160,13 +164,13 @@ def test_a_dense_model_has_a_total_too() -> None:
     total_gib = (weights_bytes(model.model) + 4 * 2**20) / GIB
     with engine(model=model, total_gib=total_gib, max_num_batched_tokens=256) as made:
         used = taken_bytes(made)
-        assert used <= total_gib * GIB < used + made.budget.block_bytes
+        assert used <= total_gib * GIB < used + made.sizes.block_bytes
         assert "split" not in made.report
 
 
 def test_experts_with_a_size_of_their_own_leave_the_budget_to_kv() -> None:
     with engine(hot_gib=MIB_IN_GIB, expert_slots=3) as made:
-        assert 2**20 - made.budget.block_bytes < kv_bytes(made) <= 2**20
+        assert 2**20 - made.sizes.block_bytes < kv_bytes(made) <= 2**20
         assert "split" not in made.report
 
 
@@ -248,7 +252,7 @@ def test_a_small_enough_shortage_is_named_exactly() -> None:
         pass
     more_gib = float(str(refused.value).split("give at least ")[1].split()[0])
     with engine(hot_gib=sizes(1) / GIB + more_gib) as made:
-        assert made.budget.device_blocks >= 24
+        assert made.sizes.device_blocks >= 24
 
 
 def test_a_model_is_inspected_without_its_experts() -> None:

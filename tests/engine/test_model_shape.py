@@ -10,7 +10,6 @@ from engines import run
 from tiny_models import make_config, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hotset.config import GIB, EngineConfig
 from hotset.cost.families import shape_from_config
 from hotset.cost.shape import ModelShape
 from hotset.engine.build import build_engine
@@ -19,6 +18,9 @@ from hotset.engine.model_shape import kv_note, shape_of
 from hotset.executor.probe import inspect_model
 from hotset.experts.sizes import slot_bytes_of
 from hotset.model.loaded import LoadedModel
+from hotset.option_groups import HostedExperts
+from hotset.options import Options
+from hotset.units import GIB
 
 MakeEngine = Callable[..., Engine]
 COMMON: dict[str, Any] = {
@@ -65,7 +67,7 @@ def make_unknown(family: str) -> Any:
 
 
 def shape(model: Any) -> ModelShape:
-    slots = slot_bytes_of(model, EngineConfig(hot_gib=1))
+    slots = slot_bytes_of(model, HostedExperts())
     assert slots is not None
     return shape_of(model, inspect_model(model), slots, "tiny")
 
@@ -126,20 +128,20 @@ def test_start_of_an_engine_has_that_note(make_engine: MakeEngine) -> None:
     assert "2,304 B a token, 8.00 times the 288 B of the latent" in engine.report
     latent = shape_from_config(make_config("deepseek_v3").to_dict(), "tiny")
     assert latent.kv_bytes_per_token("fp32") == 288
-    assert latent.stored_bytes_per_token("fp32") == engine.budget.block_bytes // 4 == 2304
+    assert latent.stored_bytes_per_token("fp32") == engine.sizes.block_bytes // 4 == 2304
 
 
 @pytest.mark.parametrize("budget", ["hot_gib", "total_gib"])
 @pytest.mark.parametrize("family", list(UNKNOWN))
 def test_a_family_that_the_planner_does_not_know_takes_one_budget(family: str, budget: str) -> None:
     model = make_unknown(family)
-    slots = slot_bytes_of(model, EngineConfig(hot_gib=1))
+    slots = slot_bytes_of(model, HostedExperts())
     assert slots is not None
     num_bytes = slots(slots.num_experts) // 2 + 2**20
     if budget == "total_gib":
         num_bytes += 8 * 2**20
     loaded = LoadedModel(model, None, family, family, (2,), 256)
-    config = EngineConfig(
+    config = Options.of(
         max_model_len=64,
         block_size=4,
         max_num_seqs=4,
@@ -148,7 +150,7 @@ def test_a_family_that_the_planner_does_not_know_takes_one_budget(family: str, b
     )
     engine = build_engine(config, loaded)
     try:
-        assert engine.budget.expert_slots is not None
+        assert engine.sizes.experts is not None
         assert "of 8 experts a layer" in engine.report
         assert len(run(engine, [[5, 9, 13], [31] * 9], max_tokens=4)) == 2
     finally:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from servers import build
 
-from hotset.config import EngineConfig
 from hotset.engine.completion import gather
 from hotset.engine.engine import Engine
 from hotset.engine.messages import Report
@@ -19,13 +18,14 @@ from hotset.engine.process import _child, _packed, _unpacked
 from hotset.engine.service import EngineService
 from hotset.errors import ConfigError, EngineError, RequestError
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 from hotset.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
 
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
 
 
 def make_service() -> EngineService:
-    return EngineService(EngineConfig(hot_gib=0.01), build=build)
+    return EngineService(Options.of(hot_gib=0.01), build=build)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def wait_for(condition: Any, *, most_s: float = 10.0) -> None:
 
 
 def test_a_short_prompt_passes_long_ones_that_wait_for_memory() -> None:
-    config = EngineConfig(hot_gib=0.00042, max_model_len=512, max_num_batched_tokens=64)
+    config = Options.of(hot_gib=0.00042, max_model_len=512, max_num_batched_tokens=64)
     service = EngineService(config, build=build)
     try:
         num_blocks = service.status().result(60).tiers[0].capacity
@@ -123,7 +123,7 @@ def test_close_ends_open_streams_and_may_be_repeated(service: EngineService) -> 
 
 
 def test_an_engine_that_fails_ends_every_stream_with_the_reason() -> None:
-    def build_failing(config: EngineConfig) -> tuple[Engine, LoadedModel]:
+    def build_failing(config: Options) -> tuple[Engine, LoadedModel]:
         engine, loaded = build(config)
 
         def fail(*, num_queued: int = 0) -> None:
@@ -132,7 +132,7 @@ def test_an_engine_that_fails_ends_every_stream_with_the_reason() -> None:
         engine.step = fail  # type: ignore[method-assign, assignment]
         return engine, loaded
 
-    service = EngineService(EngineConfig(hot_gib=0.01), build=build_failing)
+    service = EngineService(Options.of(hot_gib=0.01), build=build_failing)
     [completion] = gather(service.submit([5, 6], LONG), 1)
     assert completion.finish_reason == "error"
     assert completion.error == "the engine has failed: ValueError: broken step"
@@ -143,16 +143,16 @@ def test_an_engine_that_fails_ends_every_stream_with_the_reason() -> None:
 
 
 def test_an_engine_that_cannot_be_built_raises_in_the_constructor() -> None:
-    def refuse(config: EngineConfig) -> tuple[Engine, LoadedModel]:
+    def refuse(config: Options) -> tuple[Engine, LoadedModel]:
         raise ConfigError("too small")
 
     with pytest.raises(ConfigError, match="too small"):
-        EngineService(EngineConfig(), build=refuse)
+        EngineService(Options.of(), build=refuse)
 
 
-def build_for_long(config: EngineConfig) -> tuple[Engine, LoadedModel]:
-    assert config.model is not None
-    Path(config.model).touch()
+def build_for_long(config: Options) -> tuple[Engine, LoadedModel]:
+    assert config.model.model is not None
+    Path(config.model.model).touch()
     time.sleep(300)
     raise ConfigError("too late")
 
@@ -161,7 +161,7 @@ def test_ctrl_c_ends_an_engine_that_starts_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = tmp_path / "begun"
-    config = EngineConfig(model=str(begun))
+    config = Options.of(model=str(begun))
 
     def interrupt(connection: Connection) -> None:
         wait_for(begun.exists, most_s=60)
@@ -179,7 +179,7 @@ def test_an_engine_that_starts_ends_with_the_process_that_wants_it(tmp_path: Pat
     begun = tmp_path / "begun"
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    arguments = (theirs, EngineConfig(model=str(begun)), build_for_long)
+    arguments = (theirs, Options.of(model=str(begun)), build_for_long)
     child = context.Process(target=_child, args=arguments, daemon=True)
     child.start()
     try:
@@ -215,14 +215,14 @@ def test_an_engine_serves_while_it_warms_up_and_tells_when_it_is(
 ) -> None:
     made: list[WarmingEngine] = []
 
-    def build_warming(config: EngineConfig) -> tuple[Engine, LoadedModel]:
+    def build_warming(config: Options) -> tuple[Engine, LoadedModel]:
         engine, loaded = build(config)
         engine.__class__ = WarmingEngine
         made.append(engine)
         return made[0], loaded
 
     caplog.set_level("INFO", "hotset")
-    service = EngineService(EngineConfig(hot_gib=0.01), build=build_warming)
+    service = EngineService(Options.of(hot_gib=0.01), build=build_warming)
     try:
         params = SamplingParams(max_tokens=3, ignore_eos=True)
         assert len(gather(service.submit([5, 6], params), 1)[0].token_ids) == 3

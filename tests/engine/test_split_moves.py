@@ -8,12 +8,12 @@ from engines import reference
 from fakes import FakeClock
 from test_memory_split import FAMILY, engine, slots
 
-from hotset.config import GIB
 from hotset.cost.split_policy import SplitPolicy
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.experts import hosting
 from hotset.request import FinishReason, SamplingParams
+from hotset.units import GIB
 
 OPTIONS: list[dict[str, Any]] = [
     {"expert_plan": "cache", "expert_prefetch": 2, "host_gib": 0.001},
@@ -35,7 +35,7 @@ def check(made: Engine) -> None:
     assert all(
         block >= pool.first for one in made.scheduler.running for block in one.kv.block_table
     )
-    assert made.metrics.split_kv_bytes == pool.num_usable * made.budget.block_bytes
+    assert made.metrics.split_kv_bytes == pool.num_usable * made.sizes.block_bytes
     assert made.metrics.split_expert_bytes == experts.device_bytes
 
 

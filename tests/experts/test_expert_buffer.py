@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from engines import reference, run
+from engines import give_slots, make_slots, reference, run
 from test_experts import HIDDEN, KINDS, MOE_FAMILIES, NUM_EXPERTS, make_layer
 from tiny_models import make_config, make_model
 from torch import nn
 
-from hotset.config import GIB, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.experts import compute, hosting
@@ -21,7 +20,7 @@ from hotset.experts import layer as expert_layer
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.gating import dynamic_experts, pack_experts, use_dynamic_gating
 from hotset.experts.host import ColdSource, ExpertLayout, HostExperts
-from hotset.experts.hosting import buffer_experts, make_buffer, move_to_host
+from hotset.experts.hosting import move_to_host
 from hotset.experts.narrow import NarrowDType, NarrowLayout, relative_rms
 from hotset.experts.prefetch import Router, find_routers
 from hotset.experts.residency import SlotTable
@@ -30,6 +29,8 @@ from hotset.experts.weights import IMPLEMENTATION, experts_layers, experts_of
 from hotset.memory.region import SharedRegion
 from hotset.model.dummy import load_dummy
 from hotset.model.loader import load_model
+from hotset.options import Options
+from hotset.units import GIB
 
 MakeEngine = Callable[..., Engine]
 EVICTIONS = ["least-stale", "lru", "lfu", "lifo"]
@@ -68,12 +69,12 @@ def buffered(
 ) -> tuple[list[nn.Module], ExpertBuffer]:
     """A copy of the layers, their experts in host memory."""
     layers = copy.deepcopy(layers)
-    config = EngineConfig(**options)
+    config = Options.of(**options)
     device = torch.device("cpu")
     experts = [experts_of(layer) for layer in layers]
     for each in experts:
-        move_to_host(each, narrow_layout(each, config), device)
-    return layers, make_buffer(experts, config, device, routers, region)
+        move_to_host(each, narrow_layout(each, config.experts.expert_cold_dtype), device)
+    return layers, make_slots(experts, config, device, routers, region)
 
 
 def source_of(layer: nn.Module) -> ColdSource:
@@ -551,15 +552,15 @@ def test_a_streamed_step_leaves_the_slots_as_they_are() -> None:
 def test_a_budget_in_gib_is_kept_and_weights_are_not_counted_twice(
     make_engine: MakeEngine,
 ) -> None:
-    whole = make_engine("qwen3_moe").budget.weights_bytes
+    whole = make_engine("qwen3_moe").sizes.weights_bytes
     payload = 24 * 1024  # 3 * 64 * 32 float32
     budget = 3 * 3 * payload + payload // 2
     engine = make_engine("qwen3_moe", expert_gib=budget / GIB, expert_plan="cache")
     assert engine._experts is not None
     assert engine._experts.device_bytes == 3 * 3 * payload
     assert engine._experts.host_bytes == 3 * 8 * payload
-    assert engine.budget.expert_bytes == 3 * 3 * payload
-    assert engine.budget.weights_bytes == whole - 3 * 8 * payload
+    assert engine.sizes.expert_bytes == 3 * 3 * payload
+    assert engine.sizes.weights_bytes == whole - 3 * 8 * payload
     with pytest.raises(ConfigError, match="needs"):
         make_engine("qwen3_moe", expert_gib=payload / GIB, expert_plan="cache")
     streaming = make_engine("qwen3_moe", expert_gib=18 * payload / GIB, expert_plan="stream")
@@ -571,16 +572,16 @@ def test_a_budget_in_gib_is_kept_and_weights_are_not_counted_twice(
 def test_a_second_engine_shares_the_host_copy() -> None:
     model = make_model("qwen3_moe")
     use_dynamic_gating(model)
-    first, _ = buffer_experts(model, EngineConfig(expert_slots=2))
-    second, _ = buffer_experts(model, EngineConfig(expert_slots=5, expert_plan="cache"))
+    first, _ = give_slots(model, Options.of(expert_slots=2))
+    second, _ = give_slots(model, Options.of(expert_slots=5, expert_plan="cache"))
     assert first is not None and second is not None
     pairs = zip(first.layers, second.layers, strict=True)
     assert [one.source is other.source for one, other in pairs] == [True] * 3
     with pytest.raises(ConfigError, match="in host memory already"):
-        buffer_experts(model, EngineConfig())
+        give_slots(model, Options.of())
     with pytest.raises(ConfigError, match="in host memory as auto already"):
-        buffer_experts(model, EngineConfig(expert_slots=2, expert_cold_dtype="fp8"))
-    none, report = buffer_experts(model, EngineConfig(expert_slots=8))
+        give_slots(model, Options.of(expert_slots=2, expert_cold_dtype="fp8"))
+    none, report = give_slots(model, Options.of(expert_slots=8))
     assert none is None and "nothing is buffered" in report
     tokens = torch.tensor([[5, 9, 13]])
     expected = make_model("qwen3_moe")
@@ -602,7 +603,7 @@ def test_flags_without_effect_are_refused(make_engine: MakeEngine) -> None:
         {"expert_gib": 0.0},
     ):
         with pytest.raises(ConfigError, match="expert_"):
-            EngineConfig(**options)
+            Options.of(**options)
     with pytest.raises(ConfigError, match="expert_slots is 2, but LlamaForCausalLM has no experts"):
         make_engine("llama", expert_slots=2)
     with pytest.raises(ConfigError, match="a layer has 8 experts"):
@@ -612,7 +613,7 @@ def test_flags_without_effect_are_refused(make_engine: MakeEngine) -> None:
     with pytest.raises(
         ConfigError, match="expert_cold_dtype is 'int3'; expected auto, fp8 or int4"
     ):
-        EngineConfig(expert_slots=1, expert_cold_dtype="int3")  # type: ignore[arg-type]
+        Options.of(expert_slots=1, expert_cold_dtype="int3")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="rows of 20 and 64 values do not divide into groups"):
         NarrowLayout((64, 20), (20, 64), "int4")
 
@@ -627,7 +628,7 @@ def test_routers_that_are_not_found_are_an_error_in_one_line() -> None:
     del block.gate
     use_dynamic_gating(model)
     with pytest.raises(ConfigError, match="needs the routers of Qwen3MoeForCausalLM"):
-        buffer_experts(model, EngineConfig(expert_slots=2, expert_prefetch=1))
+        give_slots(model, Options.of(expert_slots=2, expert_prefetch=1))
     assert model.model.layers[1].mlp.experts.down_proj is not None  # unchanged
 
 

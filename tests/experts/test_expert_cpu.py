@@ -10,7 +10,6 @@ from engines import reference, run
 from test_expert_buffer import PROMPTS, buffered, make_layers, rounded, routed
 from test_experts import HIDDEN, KINDS, NUM_EXPERTS
 
-from hotset.config import EngineConfig
 from hotset.cost.cold_experts import MOST_TOKENS, ColdCost
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
@@ -21,6 +20,7 @@ from hotset.experts.cpu import ColdExperts, device_seconds
 from hotset.experts.gating import dynamic_experts
 from hotset.experts.narrow import NarrowDType
 from hotset.experts.weights import experts_of
+from hotset.options import Options
 
 MakeEngine = Callable[..., Engine]
 FAST_CPU = ColdCost(1.0, ((1, 1e-6),), 0.0)  # nothing is copied
@@ -258,7 +258,7 @@ def test_a_step_that_is_recorded_while_serving_decides_without_the_cpu_and_is_no
 
 def test_flags_that_cannot_work_are_refused(make_engine: MakeEngine, tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match="expert_cpu is 'on', which does nothing"):
-        EngineConfig(expert_cpu="on")
+        Options.of(expert_cpu="on")
     with pytest.raises(ConfigError, match="the device is the CPU, which computes all experts"):
         make_engine("qwen3_moe", expert_slots=2, expert_cpu="on")
     engine = make_engine("qwen3_moe", expert_slots=2, expert_cpu="auto")

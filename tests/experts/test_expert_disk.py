@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from engines import reference, run
+from engines import give_slots, make_slots, reference, run
 from test_expert_buffer import PROMPTS, buffered, make_layers, routed
 from test_experts import KINDS, MOE_FAMILIES, NUM_EXPERTS
 from tiny_models import make_config, make_model
 from tiny_tokenizer import make_backend
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine, load_engine
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, HotsetError
@@ -28,12 +27,14 @@ from hotset.experts import layer as expert_layer
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import DiskExperts, ExpertSink
 from hotset.experts.gating import dynamic_experts, pack_experts, use_dynamic_gating
-from hotset.experts.hosting import buffer_experts, make_buffer
 from hotset.experts.store import FILE, ExpertStore
 from hotset.experts.weights import experts_layers, experts_of
 from hotset.model.dummy import load_dummy
 from hotset.model.loader import load_model
+from hotset.option_groups import AllResident
+from hotset.options import Options
 from hotset.request import FinishReason, SamplingParams
+from hotset.units import GIB
 
 MakeEngine = Callable[..., Engine]
 PAYLOAD = 24 * 1024  # an expert of the tiny qwen3_moe
@@ -53,11 +54,11 @@ def on_disk(
         num_slots=host_slots,
         read_deadline_s=60.0,
     )
-    sink = ExpertSink(EngineConfig())
+    sink = ExpertSink(AllResident(), read_deadline_s=60.0)
     sink.store = store
     for each in experts:
         sink.take(each)
-    return layers, make_buffer(experts, EngineConfig(**options), torch.device("cpu"))
+    return layers, make_slots(experts, Options.of(**options), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -181,7 +182,7 @@ def test_a_checkpoint_goes_to_disk_while_it_is_loaded(family: str, tmp_path: Pat
     save(make_model(family), tmp_path / "model")
     reference_model = make_model(family)
     layout = experts_layers(reference_model)[0].layout
-    config = EngineConfig(
+    config = Options.of(
         model=str(tmp_path / "model"),
         device="cpu",
         hot_gib=0.001,
@@ -206,25 +207,23 @@ def test_random_weights_are_the_same_on_disk_and_go_with_the_model(tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps(make_config("qwen3_moe").to_dict()))
     options = {"device": "cpu", "dtype": "auto"}
     expected = load_dummy(str(tmp_path), **options).model
-    config = EngineConfig(expert_slots=2, **disk_options(4, tmp_path / "disk"))
-    sink = ExpertSink(config)
+    config = Options.of(expert_slots=2, **disk_options(4, tmp_path / "disk"))
+    sink = ExpertSink(config.experts, read_deadline_s=60.0)
     model = load_dummy(str(tmp_path), **options, experts_on_host=True, experts=sink).model
     use_dynamic_gating(model)
-    buffer, _ = buffer_experts(model, config)
+    buffer, _ = give_slots(model, config)
     tokens = torch.tensor([[5, 9, 13, 200]])
     with torch.inference_mode():
         torch.testing.assert_close(model(tokens).logits, expected(tokens).logits)
     assert buffer is not None
     buffer.close()
     # Another engine over the same model, with other slots.
-    again, _ = buffer_experts(
-        model, EngineConfig(expert_slots=5, **disk_options(4, tmp_path / "disk"))
-    )
+    again, _ = give_slots(model, Options.of(expert_slots=5, **disk_options(4, tmp_path / "disk")))
     with torch.inference_mode():
         torch.testing.assert_close(model(tokens).logits, expected(tokens).logits)
-    for wrong in (EngineConfig(expert_slots=2), EngineConfig(expert_slots=2, expert_host_gib=1)):
+    for wrong in (Options.of(expert_slots=2), Options.of(expert_slots=2, expert_host_gib=1)):
         with pytest.raises(ConfigError, match="are on disk with"):
-            buffer_experts(model, wrong)
+            give_slots(model, wrong)
     assert (tmp_path / "disk" / FILE).exists()
     del model, buffer, again, sink
     gc.collect()
@@ -235,7 +234,7 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_no_file(tmp_path: Path) -> No
     save(make_model("qwen3_moe"), tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-2000])
-    config = EngineConfig(
+    config = Options.of(
         model=str(tmp_path / "model"),
         device="cpu",
         expert_slots=1,
@@ -248,7 +247,7 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_no_file(tmp_path: Path) -> No
 
 def test_an_engine_that_cannot_be_built_leaves_no_file(tmp_path: Path) -> None:
     save(make_model("qwen3_moe"), tmp_path / "model")
-    config = EngineConfig(
+    config = Options.of(
         model=str(tmp_path / "model"),
         device="cpu",
         hot_gib=1e-6,  # not one block
@@ -267,7 +266,7 @@ def test_what_fits_in_host_memory_is_not_on_disk_and_the_report_says_so(
     options = disk_options(24, tmp_path / "disk")
     engine = make_engine("qwen3_moe", expert_slots=2, **options)
     assert "holds them all, none is on disk" in engine.report
-    config = EngineConfig(
+    config = Options.of(
         model=str(tmp_path / "model"), device="cpu", hot_gib=0.001, expert_slots=2, **options
     )
     built, _ = load_engine(config)
@@ -286,7 +285,7 @@ def test_flags_that_cannot_work_are_refused_in_one_line(
         {"expert_disk_path": tmp_path, "expert_slots": 1},
     ):
         with pytest.raises(ConfigError, match="expert_"):
-            EngineConfig(**options)
+            Options.of(**options)
     with pytest.raises(ConfigError, match=r"holds 1 experts .* give 4\.6e-05 or more"):
         make_engine("qwen3_moe", expert_slots=2, **disk_options(1.9, tmp_path))
     with pytest.raises(ConfigError, match="expert_plan is 'stream'"):
@@ -307,7 +306,8 @@ def test_flags_that_cannot_work_are_refused_in_one_line(
 MEMORY_PROBE = """
 import sys, threading, time
 from pathlib import Path
-from hotset.config import EngineConfig
+from hotset.option_groups import AllResident
+from hotset.options import Options
 from hotset.engine.build import load_engine
 from hotset.request import SamplingParams
 import torch
@@ -327,7 +327,7 @@ def watch():
 
 small, large, folder, host_gib, expert_gib = sys.argv[1:]
 def serve(model, **options):
-    config = EngineConfig(model=model, device="cpu", hot_gib=0.001, max_model_len=64, **options)
+    config = Options.of(model=model, device="cpu", hot_gib=0.001, max_model_len=64, **options)
     engine, loaded = load_engine(config)
     engine.add_request([5, 9, 13, 7] * 8, SamplingParams(max_tokens=8, ignore_eos=True))
     while engine.has_work:
@@ -384,7 +384,7 @@ def test_host_memory_stays_within_the_budget_while_loading_and_serving(tmp_path:
 
 def test_a_gguf_or_plain_load_without_a_bound_is_as_before(tmp_path: Path) -> None:
     save(make_model("qwen3_moe"), tmp_path)
-    sink = ExpertSink(EngineConfig(expert_slots=2))
+    sink = ExpertSink(Options.of(expert_slots=2).experts, read_deadline_s=60.0)
     loaded = load_model(
         str(tmp_path), device="cpu", dtype="auto", experts_on_host=True, experts=sink
     )

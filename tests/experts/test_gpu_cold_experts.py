@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from engines import run
+from engines import make_slots, run
 from paged import difference
 from test_gpu_experts import chain, make_layers, routed
 
-from hotset.config import GIB, EngineConfig
 from hotset.cost.cold_experts import MOST_TOKENS
 from hotset.engine.engine import Engine
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import DiskExperts
 from hotset.experts.host import HostExperts
-from hotset.experts.hosting import make_buffer
 from hotset.experts.store import ExpertStore
 from hotset.experts.weights import Hosted, experts_of
+from hotset.options import Options
+from hotset.units import GIB
 
 MakeEngine = Callable[..., Engine]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -42,7 +42,7 @@ def to_disk(layers: list[Any], folder: Path, *, host_slots: int, num_slots: int)
         assert each.hosted is not None and isinstance(each.hosted.source, HostExperts)
         store.write_layer(number, *each.hosted.source.matrices())
         each.state = Hosted(DiskExperts(store, number))
-    return make_buffer(experts, EngineConfig(expert_slots=num_slots), torch.device("cuda"))
+    return make_slots(experts, Options.of(expert_slots=num_slots), torch.device("cuda"))
 
 
 def make_copies_slow(buffer: ExpertBuffer) -> None:

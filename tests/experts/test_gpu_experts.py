@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from engines import give_slots, make_slots
 from paged import difference, paged_logits
 from tiny_models import make_model
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
 from hotset.attention.flashinfer.backend import FlashInferBackend
-from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
 from hotset.executor.probe import inspect_model
 from hotset.executor.runner import ModelRunner
@@ -20,11 +20,12 @@ from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.compute import is_fused
 from hotset.experts.gating import dynamic_experts, use_dynamic_gating
 from hotset.experts.host import HostExperts
-from hotset.experts.hosting import buffer_experts, make_buffer, move_to_host
+from hotset.experts.hosting import move_to_host
 from hotset.experts.narrow import NarrowDType, NarrowLayout
 from hotset.experts.sizes import narrow_layout
 from hotset.experts.weights import IMPLEMENTATION, experts_of
 from hotset.memory.arena import DeviceArena
+from hotset.options import Options
 
 MakeEngine = Callable[..., Engine]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -71,10 +72,10 @@ def make_layers(*, fused: bool, **options: Any) -> tuple[list[Any], list[Any], E
     first = experts_of(resident[0])
     assert is_fused(first, first.weights, 1) == fused
     layers = copy.deepcopy(resident)
-    config, device = EngineConfig(**options), torch.device("cuda")
+    config, device = Options.of(**options), torch.device("cuda")
     experts = [experts_of(layer) for layer in layers]
     for each, whole in zip(experts, resident, strict=True):
-        move_to_host(each, narrow_layout(each, config), device)
+        move_to_host(each, narrow_layout(each, config.experts.expert_cold_dtype), device)
         # The values that come back from host memory are everybody's.
         assert each.hosted is not None and isinstance(each.hosted.source, HostExperts)
         up, down = each.hosted.source.matrices()
@@ -85,7 +86,7 @@ def make_layers(*, fused: bool, **options: Any) -> tuple[list[Any], list[Any], E
         return hidden[:, :NUM_EXPERTS].topk(TOP_K).indices
 
     routers = [guess] * NUM_LAYERS
-    return resident, layers, make_buffer(experts, config, device, routers)
+    return resident, layers, make_slots(experts, config, device, routers)
 
 
 @pytest.mark.parametrize("cold", ["fp8", "int4"])
@@ -181,10 +182,10 @@ def test_a_recorded_step_does_not_depend_on_what_was_resident(
 def test_recorded_steps_of_a_model_are_those_of_resident_experts(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def logits(config: EngineConfig) -> list[torch.Tensor]:
+    def logits(config: Options) -> list[torch.Tensor]:
         model = make_model("qwen3_moe", head_dim=128).to("cuda", torch.bfloat16)
         use_dynamic_gating(model)
-        buffer, _ = buffer_experts(model, config)
+        buffer, _ = give_slots(model, config)
         layout = inspect_model(model)
         if buffer is not None:
             plain = ModelRunner.record
@@ -206,6 +207,6 @@ def test_recorded_steps_of_a_model_are_those_of_resident_experts(
     # Rounded experts are compared with rounded ones of which most are resident.
     cold = options.get("expert_cold_dtype")
     most = {"expert_slots": 7, "expert_plan": "cache", "expert_cold_dtype": cold} if cold else {}
-    expected = logits(EngineConfig(**most))
-    for one, other in zip(expected, logits(EngineConfig(**options)), strict=True):
+    expected = logits(Options.of(**most))
+    for one, other in zip(expected, logits(Options.of(**options)), strict=True):
         assert difference(one, other) < 2e-2  # bfloat16, compiled apart

@@ -8,10 +8,11 @@ import torch
 from sampling import sample
 from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
-from hotset.config import EngineConfig
 from hotset.errors import ConfigError
 from hotset.executor.sampler import Sampler
 from hotset.grammar.json_bounds import JsonBounds
+from hotset.option_groups import FormOptions
+from hotset.options import Options
 from hotset.request import SamplingParams
 from hotset.sequence import Request
 
@@ -119,7 +120,7 @@ def test_digits_in_strings_and_lengths_that_a_schema_names_are_free() -> None:
 
 
 def test_an_engine_bounds_digits_unless_it_is_told_not_to() -> None:
-    assert JsonBounds.of(EngineConfig()) == JsonBounds(digits=20)
-    assert JsonBounds.of(EngineConfig(json_max_digits=0, json_max_items=9)) == JsonBounds(items=9)
+    assert JsonBounds.of(FormOptions()) == JsonBounds(digits=20)
+    assert JsonBounds.of(FormOptions(json_max_digits=0, json_max_items=9)) == JsonBounds(items=9)
     with pytest.raises(ConfigError, match="json_max_string is 0; expected 1 or more"):
-        EngineConfig(json_max_string=0)
+        Options.of(json_max_string=0)

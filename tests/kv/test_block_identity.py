@@ -8,12 +8,13 @@ import pytest
 import torch
 from tiny_models import make_model
 
-from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.memory.tier import EndedTransfer
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 from hotset.request import FinishReason, SamplingParams
+from hotset.units import GIB
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BLOCK_SIZE, HEAD_DIM = 4, 128
@@ -62,7 +63,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         2 * config.num_key_value_heads * HEAD_DIM * dtype.itemsize * config.num_hidden_layers
     ) * BLOCK_SIZE
     engine = build_engine(
-        EngineConfig(
+        Options.of(
             hot_gib=(HOT_BLOCKS + 0.5) * block_bytes / GIB,
             host_gib=(HOST_BLOCKS + 0.5) * block_bytes / GIB,
             block_size=BLOCK_SIZE,
@@ -74,8 +75,8 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         LoadedModel(model, None, "llama", f"llama-{request.param}", (2,), 512),
         overlap=True,
     )
-    assert engine.budget.device_blocks == HOT_BLOCKS
-    assert engine.budget.host_slots == HOST_BLOCKS
+    assert engine.sizes.device_blocks == HOT_BLOCKS
+    assert engine.sizes.host_slots == HOST_BLOCKS
     yield engine
     engine.close()
 

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 from torch import nn
 
-from hotset.config import GIB, EngineConfig
 from hotset.engine.build import build_engine
 from hotset.executor.probe import weights_bytes
 from hotset.linear.fp8 import FP8
@@ -17,6 +16,8 @@ from hotset.linear.fp8_linear import Fp8Linear, can_be_fp8, quantize_linears, ro
 from hotset.linear.merged import MergedLinear, merge_linears
 from hotset.model.dummy import load_dummy
 from hotset.model.loader import load_model
+from hotset.options import Options
+from hotset.units import GIB
 
 TOKENS = torch.arange(3, 30).unsqueeze(0)
 
@@ -103,7 +104,7 @@ def test_the_engine_answers_the_same_with_any_tiers(
         loaded = load_model(str(folder), device="cpu", dtype="fp8")
         assert sum(isinstance(m, Fp8Linear) for m in loaded.model.modules()) == 3 * 4
         block_bytes = 4 * 2 * 2 * 16 * 2 * 3
-        config = EngineConfig(
+        config = Options.of(
             dtype="fp8",
             hot_gib=hot_blocks * block_bytes / GIB,
             host_gib=host_gib,

@@ -12,7 +12,6 @@ import transformers
 from tiny_models import make_config, make_model
 from tiny_tokenizer import make_tokenizer
 
-from hotset.config import EngineConfig
 from hotset.engine.build import load_engine
 from hotset.errors import ConfigError, ModelError
 from hotset.executor.probe import inspect_model
@@ -20,6 +19,7 @@ from hotset.model import checkpoint
 from hotset.model.architecture import find_architecture
 from hotset.model.dummy import load_dummy
 from hotset.model.loader import load_model
+from hotset.options import Options
 from hotset.text.prompt import PromptEncoder
 
 REFUSED = {
@@ -176,7 +176,7 @@ def test_options_that_do_not_fit_the_model_are_refused_before_its_weights_are_re
 ) -> None:
     make_config(family).save_pretrained(tmp_path)  # there are no weights
     with pytest.raises(ConfigError, match=reason):
-        load_engine(EngineConfig(model=str(tmp_path), device="cpu", **options))
+        load_engine(Options.of(model=str(tmp_path), device="cpu", **options))
 
 
 def test_a_model_whose_answers_nobody_could_read_is_refused_before_its_weights(
@@ -184,4 +184,4 @@ def test_a_model_whose_answers_nobody_could_read_is_refused_before_its_weights(
 ) -> None:
     folder = write_config(tmp_path, "llama", hidden_size=64, num_hidden_layers=2)
     with pytest.raises(ModelError, match="has no tokenizer files"):
-        load_engine(EngineConfig(model=str(folder), device="cpu"))
+        load_engine(Options.of(model=str(folder), device="cpu"))

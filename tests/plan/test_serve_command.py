@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from click.testing import CliRunner
 
 from hotset.cli.plan import command as plan_command
 from hotset.cli.serve import command as serve_command
-from hotset.config import EngineConfig
+from hotset.options import OPTIONS, Options
 from hotset.plan.serve_command import model_to_serve
 
 
@@ -25,10 +24,8 @@ def parsed_by_serve(command: str) -> dict[str, Any]:
     program, name, *words = shlex.split(command)
     assert (program, name) == ("hotset", "serve")
     params = dict(serve_command.make_context("serve", words).params)
-    names = {field.name for field in fields(EngineConfig)}
-    EngineConfig(
-        **{name: params[name] for name in names & set(params)}
-    )  # refuses what does not go together
+    # Refuses what does not go together.
+    Options.of(**{name: params[name] for name in set(OPTIONS) & set(params)})
     return params
 
 

@@ -13,10 +13,10 @@ from servers import build
 from tiny_tokenizer import EOS_TOKEN_ID, make_tokenizer
 
 from hotset.cli import cli
-from hotset.config import EngineConfig
 from hotset.engine.service import EngineService
 from hotset.errors import ConfigError
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 from hotset.server.admission import Admission, Admitted
 from hotset.server.batch_file import Batch
 from hotset.server.batch_identity import RunIdentity, line_identity, read_record_id
@@ -30,7 +30,7 @@ from hotset.text.prompt import PromptEncoder
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[EngineService]:
-    service = EngineService(EngineConfig(hot_gib=0.01), build=build)
+    service = EngineService(Options.of(hot_gib=0.01), build=build)
     yield service
     service.close()
 
@@ -232,7 +232,7 @@ def test_answers_of_another_model_or_other_options_are_refused(
     source, target = tmp_path / "in", tmp_path / "out"
     write_batch(source)
     content = answer_first(source, target, service, 3)
-    config = service.config
+    config = service.options
     other = replace(service.model, fingerprint="other")
     batch = Batch(source, target)
     batch.check_run(RunIdentity.of("tiny", config))
@@ -242,7 +242,7 @@ def test_answers_of_another_model_or_other_options_are_refused(
         ConfigError, match="answers under another chat template or tokenizer; undo its change"
     ):
         batch.run(service, window=1, identity=another_template)
-    batch.check_run(RunIdentity.of("tiny", replace(config, host_gib=1.0, max_num_seqs=3)))
+    batch.check_run(RunIdentity.of("tiny", config.but(host_gib=1.0, max_num_seqs=3)))
     with pytest.raises(ConfigError, match="holds answers of another model"):
         batch.run(service, window=1, identity=RunIdentity.of_model(other, config))
     for changed in (
@@ -252,7 +252,7 @@ def test_answers_of_another_model_or_other_options_are_refused(
         {"json_max_digits": 3},
     ):
         with pytest.raises(ConfigError, match="other values of options that change answers"):
-            batch.check_run(RunIdentity.of("tiny", replace(config, **changed)))  # type: ignore[arg-type]
+            batch.check_run(RunIdentity.of("tiny", config.but(**changed)))
     batch.close()
     lines = content.splitlines()
     target.write_bytes(lines[0] + b"\n" + lines[1].replace(b"_1_", b"_7_", 1) + b"\n")
@@ -267,7 +267,7 @@ def test_records_keep_the_form_of_openais(service: EngineService, tmp_path: Path
     lines = source.read_bytes().splitlines()
     for position, record in enumerate(map(json.loads, target.read_text().splitlines())):
         assert record.keys() == {"id", "custom_id", "response", "error"}
-        expected = RunIdentity.of_model(service.model, service.config)
+        expected = RunIdentity.of_model(service.model, service.options)
         assert read_record_id(record["id"]) == (
             position,
             line_identity(lines[position]),
@@ -309,7 +309,7 @@ def test_a_server_with_another_model_does_not_go_on_with_a_batch(
         output = store.data_path("", entry["id"].replace("batch-", "file-"))
         batch = Batch(source, output)
         other = replace(service.model, fingerprint="other")
-        batch.run(service, window=1, identity=RunIdentity.of_model(other, service.config))
+        batch.run(service, window=1, identity=RunIdentity.of_model(other, service.options))
         batch.close()
         await asyncio.gather(*runner._tasks)
         return store.get("", entry["id"])
@@ -323,7 +323,7 @@ def test_a_server_with_another_model_does_not_go_on_with_a_batch(
 
 
 def test_an_edited_tokenizer_and_other_end_tokens_are_another_model_to_a_batch() -> None:
-    config = EngineConfig()
+    config = Options.of()
     loaded = LoadedModel(None, make_tokenizer(), "tiny", "0" * 32, (EOS_TOKEN_ID,), 64)
     identity = RunIdentity.of_model(loaded, config)
     assert RunIdentity.of_model(replace(loaded, tokenizer=make_tokenizer()), config) == identity

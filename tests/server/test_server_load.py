@@ -20,10 +20,10 @@ from forks import in_a_fork
 from servers import CHAT, KEY, build, running_server, wait_for
 
 from hotset.cli.serve import command
-from hotset.config import EngineConfig
 from hotset.engine import service as service_module
 from hotset.engine.service import EngineService
 from hotset.errors import OverloadedError
+from hotset.options import Options
 from hotset.request import SamplingParams
 from hotset.server.app import ServerConfig
 from hotset.server.keys import Keys, Tenant
@@ -57,7 +57,7 @@ def test_256_streams_at_once_all_end_whole_beside_1000_idle_connections() -> Non
             return await asyncio.gather(*(ask(http, i) for i in range(users)))
 
     # The hot tier holds a part of the users: the others are parked in host memory meanwhile.
-    config = EngineConfig(hot_gib=0.0012, host_gib=0.05, max_num_seqs=users, max_model_len=128)
+    config = Options.of(hot_gib=0.0012, host_gib=0.05, max_num_seqs=users, max_model_len=128)
     with running_server(config) as server:
         idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(1000)]
         answers = asyncio.run(ask_all(server.url))
@@ -101,7 +101,7 @@ def test_a_reader_that_does_not_read_holds_up_nobody() -> None:
 
 
 def test_what_waits_is_bounded_and_refused_with_a_time_to_come_back() -> None:
-    config = EngineConfig(hot_gib=0.01, max_num_seqs=1, max_num_batched_tokens=8)
+    config = Options.of(hot_gib=0.01, max_num_seqs=1, max_num_batched_tokens=8)
     limits = Limits(max_queue=2)
     with running_server(config, ServerConfig(limits=limits)) as server, server.http() as http:
         params = SamplingParams(max_tokens=480, ignore_eos=True)
@@ -122,7 +122,7 @@ def test_what_waits_is_bounded_and_refused_with_a_time_to_come_back() -> None:
 
 
 def test_a_tenant_with_few_requests_is_not_behind_one_with_many() -> None:
-    config = EngineConfig(hot_gib=0.01, max_num_seqs=1, max_num_batched_tokens=8)
+    config = Options.of(hot_gib=0.01, max_num_seqs=1, max_num_batched_tokens=8)
     with running_server(config) as server:
         params = SamplingParams(max_tokens=20, ignore_eos=True)
         order: list[str] = []
@@ -150,7 +150,7 @@ def test_a_tenant_with_few_requests_is_not_behind_one_with_many() -> None:
 
 
 def test_a_request_waits_for_its_deadline_at_most_also_in_the_queue() -> None:
-    config = EngineConfig(hot_gib=0.01, max_num_seqs=1)
+    config = Options.of(hot_gib=0.01, max_num_seqs=1)
     with running_server(config) as server, server.http() as http:
         endless = SamplingParams(max_tokens=500, ignore_eos=True)
         streams = [server.service.submit([5], endless) for _ in range(12)]
@@ -162,7 +162,7 @@ def test_a_request_waits_for_its_deadline_at_most_also_in_the_queue() -> None:
 
 def test_a_stream_that_waits_says_so_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hotset.server.generate.KEEP_ALIVE_S", 0.02)
-    config = EngineConfig(hot_gib=0.01, max_num_seqs=1)
+    config = Options.of(hot_gib=0.01, max_num_seqs=1)
     with running_server(config) as server, server.http() as http:
         endless = SamplingParams(max_tokens=500, ignore_eos=True)
         before = server.service.submit([5], endless)
@@ -269,7 +269,7 @@ def test_a_dry_run_says_what_would_go_where_and_ends(
 def test_a_missing_chat_template_is_said_at_load_and_once(
     monkeypatch: pytest.MonkeyPatch, has_template: bool
 ) -> None:
-    def build_plain(config: EngineConfig) -> Any:
+    def build_plain(config: Options) -> Any:
         engine, model = build(config)
         if not has_template:
             model.require_tokenizer().chat_template = None

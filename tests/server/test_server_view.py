@@ -15,8 +15,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from servers import CHAT, KEY, RunningServer, running_server, wait_for
 
 from hotset.cli.top import command, fetch
-from hotset.config import EngineConfig
 from hotset.errors import ConfigError
+from hotset.options import Options
 from hotset.request import SamplingParams
 from hotset.server.app import ServerConfig
 from hotset.server.keys import Keys
@@ -27,7 +27,7 @@ from hotset.server.tracing import Tracer
 def server() -> Iterator[RunningServer]:
     keys = Keys()
     keys.read_text(f"alice:{KEY}")
-    config = EngineConfig(hot_gib=0.001, host_gib=0.01, max_num_seqs=64, max_model_len=512)
+    config = Options.of(hot_gib=0.001, host_gib=0.01, max_num_seqs=64, max_model_len=512)
     with running_server(config, ServerConfig(keys=keys)) as running:
         yield running
 

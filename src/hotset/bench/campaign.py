@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from hotset.bench.result import ArmRun, BenchResult, Failure, verify
 from hotset.bench.runs import Bench, RunOptions, Say, describe_error, order_of
 from hotset.bench.verdict import verdict
 from hotset.bench.workload import Spec, make_work
-from hotset.config import EngineConfig
 from hotset.cpu_libraries import set_threads
 from hotset.errors import ConfigError, EngineError
 from hotset.experts.disk import ExpertSink
 from hotset.model.dummy import load_dummy
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
+from hotset.options import Options
 
 _DUMMY_MODEL = "smollm2-135m"
 
@@ -44,7 +44,7 @@ class Order:
     """
 
     spec: Spec
-    config: EngineConfig
+    config: Options
     dummy_weights: bool
     arms: list[str]
     repeats: int
@@ -83,7 +83,9 @@ def run_bench(
         work = bench.work
     else:
         assert client is not None, "neither arms nor a target"
-        work = make_work(order.spec, client.vocab_size, max_context=order.config.max_model_len)
+        work = make_work(
+            order.spec, client.vocab_size, max_context=order.config.schedule.max_model_len
+        )
     arms = [*order.arms, *([client.url] if client else [])]
     asked = _asked(order, bench, client)
     result = BenchResult(work.title, asked, describe_machine(), is_open_loop=work.is_open_loop)
@@ -144,25 +146,27 @@ def _conclude(result: BenchResult, *, verified: bool) -> None:
 def _load(order: Order, say: Say) -> LoadedModel:
     config = order.config
     start_s = time.perf_counter()
-    set_threads(config.threads)
+    set_threads(config.runtime.threads)
     on_host = needs_host_experts(order.arms, config)
+    deadline_s = config.memory.disk_read_deadline_s
+    sink = ExpertSink(config.experts, read_deadline_s=deadline_s)
     if order.dummy_weights:
-        name = config.model or _DUMMY_MODEL
+        name = config.model.model or _DUMMY_MODEL
         loaded = load_dummy(
             name,
-            device=config.device,
-            dtype=config.dtype,
+            device=config.model.device,
+            dtype=config.model.dtype,
             router_skew=order.options.router_skew,
             experts_on_host=on_host,
-            experts=ExpertSink(config),
+            experts=sink,
         )
     else:
         loaded = load_model(
-            config.model,
-            device=config.device,
-            dtype=config.dtype,
+            config.model.model,
+            device=config.model.device,
+            dtype=config.model.dtype,
             experts_on_host=on_host,
-            experts=ExpertSink(config),
+            experts=sink,
         )
     kind = "random weights" if order.dummy_weights else "weights"
     say.line(
@@ -174,7 +178,7 @@ def _load(order: Order, say: Say) -> LoadedModel:
 
 def _asked(order: Order, bench: Bench | None, client: Server | None) -> dict[str, Any]:
     """What was run, as plain data."""
-    config = {f.name: getattr(order.config, f.name) for f in fields(order.config)}
+    config = order.config.flat()
     asked: dict[str, Any] = {
         "workload": order.spec.as_dict(),
         "arms": order.arms,

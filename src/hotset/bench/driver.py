@@ -70,7 +70,7 @@ class Watch:
         """Take a sample."""
         engine = self._engine
         pool, tiers, metrics = engine.kv.pool, engine.tiers, engine.metrics
-        block = engine.budget.block_bytes
+        block = engine.sizes.block_bytes
         used = [0]  # host memory, and the slower tiers
         if tiers is not None:
             rows = zip(tiers.infos, tiers.usage(), strict=True)
@@ -207,7 +207,7 @@ def wait_for_host_tier(engine: Engine) -> float:
     start_s = grown_s = time.perf_counter()
     tiers = engine.tiers
     num_slots = 0
-    while tiers is not None and tiers.host.num_slots < engine.budget.host_slots:
+    while tiers is not None and tiers.host.num_slots < engine.sizes.host_slots:
         engine.kv.poll()
         if tiers.host.num_slots > num_slots:
             num_slots, grown_s = tiers.host.num_slots, time.perf_counter()

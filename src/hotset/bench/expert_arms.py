@@ -1,24 +1,22 @@
 """Arms that differ in where the experts are: all on the device, or as the engine's options say."""
 
-from dataclasses import replace
-from typing import Any
-
 import torch
 from transformers import PreTrainedModel
 
-from hotset.config import HOST_EXPERT_OPTIONS, SPLIT_OPTIONS, EngineConfig
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.executor.probe import weights_bytes
 from hotset.experts.gating import unpack_experts
 from hotset.experts.weights import experts_layers
+from hotset.option_groups import AllResident, HostedExperts, SplitMemory
+from hotset.options import OPTIONS, Options, own_options
 
 RESIDENT, EXPERTS = "resident", "experts"
 
 
-def check_arms(arms: list[str], config: EngineConfig) -> None:
+def check_arms(arms: list[str], config: Options) -> None:
     """Raise ConfigError where an arm would not be what its name says."""
-    if EXPERTS in arms and not (config.buffers_experts or config.splits_memory):
+    if EXPERTS in arms and isinstance(config.experts, AllResident):
         raise ConfigError(
             f"the arm {EXPERTS} is for experts of which some are in host memory; give "
             "expert_slots, expert_gib, hot_gib or total_gib"
@@ -32,32 +30,35 @@ def check_arms(arms: list[str], config: EngineConfig) -> None:
         )
 
 
-def why_not_with_resident(config: EngineConfig) -> str | None:
+def why_not_with_resident(config: Options) -> str | None:
     """What keeps the experts from being all on the device in the same call; None where nothing."""
-    if config.expert_cold_dtype != "auto":
+    asked = config.experts
+    if isinstance(asked, AllResident):
+        return None
+    if asked.expert_cold_dtype != "auto":
         return (
-            f"expert_cold_dtype is {config.expert_cold_dtype}, which rounds the only copy of the "
+            f"expert_cold_dtype is {asked.expert_cold_dtype}, which rounds the only copy of the "
             "experts"
         )
-    if config.expert_host_gib is not None:
-        return f"expert_host_gib is {config.expert_host_gib}, which leaves experts on disk"
+    if asked.expert_host_gib is not None:
+        return f"expert_host_gib is {asked.expert_host_gib}, which leaves experts on disk"
     return None
 
 
-def needs_host_experts(arms: list[str], config: EngineConfig) -> bool:
+def needs_host_experts(arms: list[str], config: Options) -> bool:
     """Whether an arm may have experts in host memory, so that they are best loaded there."""
-    bounded = config.buffers_experts or config.splits_memory
-    return bounded and any(arm != RESIDENT for arm in arms)
+    is_bounded = isinstance(config.experts, HostedExperts)
+    return is_bounded and any(arm != RESIDENT for arm in arms)
 
 
-def with_all_resident(config: EngineConfig, model: PreTrainedModel) -> EngineConfig:
+def with_all_resident(config: Options, model: PreTrainedModel) -> Options:
     """The options with room for all experts on the device, and `hot_gib` for KV alone.
 
     Raises:
         ConfigError: they do not fit.
     """
     layers = experts_layers(model)
-    if not (config.buffers_experts or config.splits_memory) or not layers:
+    if isinstance(config.experts, AllResident) or not layers:
         return config
     if model.device.type == "cuda":
         hosted = [experts.hosted for experts in layers]
@@ -68,14 +69,15 @@ def with_all_resident(config: EngineConfig, model: PreTrainedModel) -> EngineCon
                 f"all experts take {away_bytes / 1e9:.1f} GB more than is there now and "
                 f"{free_bytes / 1e9:.1f} GB are free on the device; leave the arm {RESIDENT} out"
             )
-    ignored = ["expert_gib", "expert_disk_path", *HOST_EXPERT_OPTIONS, *SPLIT_OPTIONS]
-    defaults: dict[str, Any] = {name: getattr(EngineConfig(), name) for name in ignored}
-    return replace(config, expert_slots=layers[0].num_experts, **defaults)
+    ignored = ["expert_gib"]
+    ignored += [one.name for group in (HostedExperts, SplitMemory) for one in own_options(group)]
+    defaults = {name: OPTIONS[name].default for name in ignored}
+    return config.but(expert_slots=layers[0].num_experts, **defaults)
 
 
-def make_ready(config: EngineConfig, model: PreTrainedModel) -> None:
+def make_ready(config: Options, model: PreTrainedModel) -> None:
     """Undo what the engine before did to the experts that keeps them from being moved."""
-    if config.buffers_experts or config.splits_memory:
+    if isinstance(config.experts, HostedExperts):
         unpack_experts(model)
 
 

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from hotset.bench.profiler import StepProfiler
 from hotset.bench.result import ArmRun, columns, observe
 from hotset.bench.workload import Spec, Work, filler, make_work, prefix_work, warm_up
 from hotset.cgroups import available_host_bytes
-from hotset.config import GIB, EngineConfig
 from hotset.cost.expert_steps import ExpertCost, link_of
 from hotset.cost.loaded import make_cost_model
 from hotset.cost.routing import Routing, skewed_shares
@@ -44,6 +43,9 @@ from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import capacity_bytes_for
 from hotset.model.devices import resolve_kv_dtype
 from hotset.model.loaded import LoadedModel
+from hotset.option_groups import ExpertBudget, ExpertSlots, HostedExperts
+from hotset.options import Options
+from hotset.units import GIB
 
 ARMS = ("hot", "host", "host+disk", RESIDENT, EXPERTS)
 
@@ -96,7 +98,7 @@ class Bench:
     def __init__(
         self,
         spec: Spec,
-        config: EngineConfig,
+        config: Options,
         loaded: LoadedModel,
         options: RunOptions,
         say: Say,
@@ -107,17 +109,19 @@ class Bench:
         self._say = say
         model = loaded.model
         self._vocab_size: int = model.config.get_text_config().vocab_size
-        max_context = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
+        max_context = min(
+            config.schedule.max_model_len or loaded.max_model_len, loaded.max_model_len
+        )
         self.work = make_work(spec, self._vocab_size, max_context=max_context)
-        kv_dtype = resolve_kv_dtype(config.kv_dtype, model.device)
+        kv_dtype = resolve_kv_dtype(config.model.kv_dtype, model.device)
         self._layout = inspect_model(model, kv_dtype)
         token_bytes = self._layout.bytes_per_token
         is_tiered = spec.workload != "unshared"  # that one is about what fits
         self._config = config
-        if is_tiered and config.hot_gib is None and config.total_gib is None:
-            hot_gib = _hot_gib(config.block_size, self.work, token_bytes)
-            self._config = replace(_with_all_experts(config, model), hot_gib=hot_gib)
-        self._block_bytes = token_bytes * config.block_size
+        if is_tiered and config.memory.hot_gib is None and config.memory.total_gib is None:
+            hot_gib = _hot_gib(config.memory.block_size, self.work, token_bytes)
+            self._config = _with_hot_tier(config, hot_gib, model)
+        self._block_bytes = token_bytes * config.memory.block_size
         self.notes: list[str] = []
         # Before the first engine, which may compile the model with it.
         self._recorder = RoutingRecorder(model) if options.record_routing is not None else None
@@ -125,7 +129,7 @@ class Bench:
 
     @property
     def _dtype(self) -> str:
-        if self._config.dtype == "fp8":
+        if self._config.model.dtype == "fp8":
             return "fp8"
         return str(self._loaded.model.dtype).removeprefix("torch.")
 
@@ -135,9 +139,9 @@ class Bench:
         return {
             "model": self._loaded.name,
             "dtype": self._dtype,
-            "kv_dtype": self._config.kv_dtype,
+            "kv_dtype": self._config.model.kv_dtype,
             "device": str(model.device),
-            "hot_gib": self._config.hot_gib,
+            "hot_gib": self._config.memory.hot_gib,
         }
 
     def run(self, arm: str, repeat: int) -> ArmRun:
@@ -249,25 +253,25 @@ class Bench:
     def _send_prefixes(self, engine: Engine) -> None:
         """Compute the shared prefixes once, then push them out of the device."""
         drive(engine, prefix_work(self.work))
-        hot_tokens = engine.budget.device_blocks * self._config.block_size
+        hot_tokens = engine.sizes.device_blocks * self._config.memory.block_size
         drive(engine, filler(hot_tokens, engine.max_model_len, self._vocab_size))
         settle(engine)
 
     def _sizes(self, engine: Engine) -> dict[str, Any]:
-        budget, size = engine.budget, self._config.block_size
-        slot = slot_bytes_for(budget.block_bytes)
+        sizes, size = engine.sizes, self._config.memory.block_size
+        slot = slot_bytes_for(sizes.block_bytes)
         tiers = engine.tiers
         disk = sum(info.capacity_payloads for info in tiers.infos[1:]) if tiers is not None else 0
         known = sum(turn.known_tokens for session in self.work.sessions for turn in session.turns)
         return {
-            "hot_tokens": budget.device_blocks * size,
-            "host_tokens": budget.host_slots * size,
+            "hot_tokens": sizes.device_blocks * size,
+            "host_tokens": sizes.host_slots * size,
             "disk_tokens": disk * size,
-            "hot_bytes": budget.device_blocks * budget.block_bytes,
-            "host_bytes": budget.host_slots * slot,
+            "hot_bytes": sizes.device_blocks * sizes.block_bytes,
+            "host_bytes": sizes.host_slots * slot,
             "disk_bytes": disk * slot,
-            "weights_bytes": budget.weights_bytes + budget.expert_bytes,
-            "kv_bytes_per_token": budget.block_bytes // size,
+            "weights_bytes": sizes.weights_bytes + sizes.expert_bytes,
+            "kv_bytes_per_token": sizes.block_bytes // size,
             "work_kv_tokens": self.work.kv_tokens,
             "work_known_tokens": known,
             "link_bytes_per_s": dict(engine.rates.link_bytes_per_s),
@@ -276,33 +280,35 @@ class Bench:
             **expert_sizes(engine, self._loaded.model),
         }
 
-    def _config_of(self, arm: str, stack: ExitStack) -> EngineConfig:
+    def _config_of(self, arm: str, stack: ExitStack) -> Options:
         """The engine's options for an arm; a disk tier starts empty, in a folder of its own."""
         config = self._config
         slot_bytes = slot_bytes_for(self._block_bytes)
-        blocks = -(-self.work.kv_tokens // config.block_size)
-        if self.work.prefixes and config.hot_gib is not None:  # what pushes them out goes down too
-            blocks += 2 * int(config.hot_gib * GIB / self._block_bytes)
+        blocks = -(-self.work.kv_tokens // config.memory.block_size)
+        if (
+            self.work.prefixes and config.memory.hot_gib is not None
+        ):  # what pushes them out goes down too
+            blocks += 2 * int(config.memory.hot_gib * GIB / self._block_bytes)
         if arm == RESIDENT:
             config = with_all_resident(config, self._loaded.model)
         if arm in ("hot", RESIDENT, EXPERTS):
-            return replace(config, host_gib=0.0, disk_gib=0.0, disk_path=None)
-        host_gib = config.host_gib
+            return config.but(host_gib=0.0, disk_gib=0.0, disk_path=None)
+        host_gib = config.memory.host_gib
         if not host_gib:
             share = _HOST_PER_CONTEXTS if arm == "host" else _HOST_BESIDE_DISK
             most = available_host_bytes() / 2
             host_gib = max(64 * slot_bytes, min(blocks * share * slot_bytes, most)) / GIB
         if arm == "host":
-            return replace(config, host_gib=host_gib, disk_gib=0.0, disk_path=None)
-        disk_gib = config.disk_gib
+            return config.but(host_gib=host_gib, disk_gib=0.0, disk_path=None)
+        disk_gib = config.memory.disk_gib
         if not disk_gib:
             num_payloads = int(blocks * _DISK_PER_CONTEXTS) + 1
             disk_gib = (capacity_bytes_for(num_payloads, slot_bytes) + 1) / GIB
-        parent = config.disk_path
+        parent = config.memory.disk_path
         if parent is not None:
             parent.mkdir(parents=True, exist_ok=True)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=parent))
-        return replace(config, host_gib=host_gib, disk_gib=disk_gib, disk_path=Path(folder))
+        return config.but(host_gib=host_gib, disk_gib=disk_gib, disk_path=Path(folder))
 
     def _cost_model(self) -> CostModel | None:
         """None, with a note, where nothing can be predicted."""
@@ -320,7 +326,7 @@ class Bench:
                 self._loaded.name,
                 self._dtype,
                 hardware,
-                kv_dtype=self._config.kv_dtype,
+                kv_dtype=self._config.model.kv_dtype,
             )
         except PlanError as error:
             self.notes.append(f"no prediction: {error}")
@@ -353,7 +359,7 @@ class Bench:
     def _expected(self, engine: Engine, arm: str, *, hit_rate: float | None) -> dict[str, Any]:
         cost, sizes, buffer = self._cost, self._sizes(engine), engine.experts
         assert cost is not None
-        experts, max_step_tokens = None, self._config.max_num_batched_tokens
+        experts, max_step_tokens = None, self._config.schedule.max_num_batched_tokens
         if buffer is not None:
             max_step_tokens = min(max_step_tokens, engine.scheduler.max_mixed_tokens)
             link = link_of(cost, cold_bytes=buffer.sizes.cold_bytes, hit_rate=hit_rate)
@@ -364,7 +370,7 @@ class Bench:
             hot_tokens=sizes["hot_tokens"],
             host_tokens=0 if arm == "hot" else sizes["host_tokens"],
             disk_tokens=sizes["disk_tokens"],
-            max_num_seqs=self._config.max_num_seqs,
+            max_num_seqs=self._config.schedule.max_num_seqs,
             max_batched_tokens=max_step_tokens,
             experts=experts,
         )
@@ -403,12 +409,12 @@ def _hot_gib(block_size: int, work: Work, token_bytes: int) -> float:
     return (blocks + 0.5) * block_size * token_bytes / GIB
 
 
-def _with_all_experts(config: EngineConfig, model: PreTrainedModel) -> EngineConfig:
-    """Leave experts out of a size that is chosen for KV alone."""
-    slots = slot_bytes_of(model, config)
-    if slots is None or config.buffers_experts:
-        return config
-    return replace(config, expert_slots=slots.num_experts)
+def _with_hot_tier(config: Options, hot_gib: float, model: PreTrainedModel) -> Options:
+    """The options with a size that is chosen for KV alone, and leaves experts out."""
+    slots = slot_bytes_of(model, HostedExperts())
+    if slots is None or isinstance(config.experts, ExpertSlots | ExpertBudget):
+        return config.but(hot_gib=hot_gib)
+    return config.but(hot_gib=hot_gib, expert_slots=slots.num_experts)
 
 
 def _release(device: torch.device) -> None:

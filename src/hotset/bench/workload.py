@@ -184,7 +184,7 @@ class Preset:
     Attributes:
         model: a bundled shape, or the config file of one, for dummy weights; None is the default
             model.
-        engine: fields of `EngineConfig` other than the tiers' sizes.
+        engine: fields of `Options` other than the tiers' sizes.
         arms: what runs where no arms are named and experts are not bounded.
     """
 

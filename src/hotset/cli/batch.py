@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hotset.cli.options import engine_options, interruptible
-from hotset.config import EngineConfig
+from hotset.options import Options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @engine_options
 @interruptible
 def command(
-    source: Path, results: Path, window: int | None, as_json: bool, config: EngineConfig
+    source: Path, results: Path, window: int | None, as_json: bool, options: Options
 ) -> None:
     r"""Answer the requests of IN.jsonl into OUT.jsonl, in the same order.
 
@@ -58,13 +58,15 @@ def command(
     console = Console(stderr=True)
     try:
         if batch.num_done:  # a model in vain takes minutes to load
-            fingerprint = fingerprint_of(config.model, config.dtype)
-            batch.check_run(RunIdentity.of(fingerprint, config))
+            fingerprint = fingerprint_of(options.model.model, options.model.dtype)
+            batch.check_run(RunIdentity.of(fingerprint, options))
             console.print(f"{batch.num_done} of {batch.num_lines} lines are there already")
         if batch.num_done == batch.num_lines:  # then no model is needed
             summary, wall_s = BatchSummary(skipped=batch.num_done), 0.0
         else:
-            summary, wall_s = _run(batch, window or 4 * config.max_num_seqs, config, console)
+            summary, wall_s = _run(
+                batch, window or 4 * options.schedule.max_num_seqs, options, console
+            )
     finally:
         batch.close()
     if as_json:
@@ -77,7 +79,7 @@ def command(
 
 
 def _run(
-    batch: "Batch", window: int, config: EngineConfig, console: "Console"
+    batch: "Batch", window: int, options: Options, console: "Console"
 ) -> "tuple[BatchSummary, float]":
     """Answer the lines that are left, with a progress bar; returns the time it took too."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -85,7 +87,7 @@ def _run(
     from hotset.engine.service import EngineService
     from hotset.server.batch_identity import RunIdentity
 
-    with contextlib.closing(EngineService(config)) as service:
+    with contextlib.closing(EngineService(options)) as service:
         click.echo(service.report, err=True)
         progress = Progress(
             TextColumn("lines"),
@@ -106,7 +108,7 @@ def _run(
                 summary = batch.run(
                     service,
                     window=window,
-                    identity=RunIdentity.of_model(service.model, config),
+                    identity=RunIdentity.of_model(service.model, options),
                     on_line=show,
                 )
             except KeyboardInterrupt:

@@ -12,8 +12,9 @@ import click
 
 from hotset.bench.workload import DEFAULTS, PRESETS, WORKLOADS, Preset, Spec
 from hotset.cli.options import check_writable, engine_options, interruptible
-from hotset.config import EngineConfig
 from hotset.errors import ConfigError
+from hotset.option_groups import ExpertBudget, ExpertSlots
+from hotset.options import Options
 
 if TYPE_CHECKING:
     from hotset.bench.result import BenchResult
@@ -150,7 +151,7 @@ def command(
     as_json: bool,
     out: Path | None,
     html: Path | None,
-    config: EngineConfig,
+    options: Options,
     **given: Any,
 ) -> None:
     r"""Run the same work with and without tiers, side by side, and say whether tiering paid.
@@ -166,7 +167,7 @@ def command(
       hotset bench multiturn --against http://127.0.0.1:8000
     """
     chosen = _choose(workload, file, preset, given)
-    config, dummy_weights = _with_preset(config, chosen, dummy_weights)
+    options, dummy_weights = _with_preset(options, chosen, dummy_weights)
     if max_s is not None and not max_s > 0:
         raise ConfigError(f"--max-s is {max_s}; expected seconds above 0")
     if record_routing is not None and record_routing.suffix not in (".npz", ".json"):
@@ -182,9 +183,9 @@ def command(
         target = Target(against, model=against_model, key=api_key, vocab_size=vocab_size)
     order = Order(
         spec=chosen.spec,
-        config=config,
+        config=options,
         dummy_weights=dummy_weights,
-        arms=parse_arms(arms) if arms is not None else _arms(chosen, config, against),
+        arms=parse_arms(arms) if arms is not None else _arms(chosen, options, against),
         repeats=repeats,
         options=RunOptions(
             profile_steps or 0, max_s, hardware, verify, not no_wait, record_routing, router_skew
@@ -239,22 +240,20 @@ def _choose(
     return Preset(replace(DEFAULTS[workload], **changes), "")
 
 
-def _arms(preset: Preset, config: EngineConfig, against: str | None) -> list[str]:
+def _arms(preset: Preset, options: Options, against: str | None) -> list[str]:
     """What runs where no arms are named."""
     from hotset.bench.expert_arms import why_not_with_resident
 
     if against is not None:
         return []
-    if config.total_gib is not None and "resident" in preset.arms:
+    if options.memory.total_gib is not None and "resident" in preset.arms:
         return ["experts"]
-    if not config.buffers_experts:
+    if not isinstance(options.experts, ExpertSlots | ExpertBudget):
         return list(preset.arms)
-    return ["resident", "experts"] if why_not_with_resident(config) is None else ["experts"]
+    return ["resident", "experts"] if why_not_with_resident(options) is None else ["experts"]
 
 
-def _with_preset(
-    config: EngineConfig, preset: Preset, dummy_weights: bool
-) -> tuple[EngineConfig, bool]:
+def _with_preset(options: Options, preset: Preset, dummy_weights: bool) -> tuple[Options, bool]:
     """What the command line leaves open is as the preset has it."""
     context = click.get_current_context()
 
@@ -262,7 +261,7 @@ def _with_preset(
         source = context.get_parameter_source(name)
         return source is not None and source is not click.core.ParameterSource.DEFAULT
 
-    hot_gib = preset.hot_gib if config.total_gib is None else None
+    hot_gib = preset.hot_gib if options.memory.total_gib is None else None
     sizes = {"hot_gib": hot_gib, "host_gib": preset.host_gib, "disk_gib": preset.disk_gib}
     changes = {
         name: value
@@ -272,7 +271,7 @@ def _with_preset(
     if preset.model is not None and not is_given("model"):
         changes["model"] = preset.model
         dummy_weights = True
-    return replace(config, **changes), dummy_weights
+    return options.but(**changes), dummy_weights
 
 
 def _make_say() -> "Say":

@@ -4,16 +4,15 @@ import json
 import re
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hotset.cli.options import engine_options, interruptible
-from hotset.config import EngineConfig
 from hotset.errors import ConfigError, RequestError
 from hotset.foreign_text import ForeignTextError, parse_json
+from hotset.options import Options
 from hotset.request import SamplingParams, TextForm
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def command(
     keep_special_tokens: bool,
     logit_bias: tuple[str, ...],
     quiet: bool,
-    config: EngineConfig,
+    options: Options,
     **sampling: Any,
 ) -> None:
     r"""Stream the answer to each PROMPT to stdout; all else goes to stderr.
@@ -108,7 +107,7 @@ def command(
       hotset generate --raw --max-tokens 40 "Once upon a time"
       cat notes.txt | hotset generate --system "Summarise." -
     """
-    model, prompts = _split(words, config.model)
+    model, prompts = _split(words, options.model.model)
     if raw and system is not None:
         raise ConfigError("--system needs the chat template; leave out --raw, or --system")
     if prompts.count("-") > 1:
@@ -129,7 +128,7 @@ def command(
     from hotset.engine.service import EngineService  # imports torch: not for --help
     from hotset.text.prompt import PromptEncoder
 
-    service = EngineService(replace(config, model=model))
+    service = EngineService(options.but(model=model))
     try:
         if not quiet:
             click.echo(service.report, err=True)

@@ -2,54 +2,76 @@
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from hotset.config import EngineConfig
 from hotset.errors import ConfigError
-from hotset.options import Option, options_of
+from hotset.option_fields import Option
+from hotset.options import OPTIONS, Options
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-_ENGINE_OPTIONS = options_of(EngineConfig)
 
-
-def _flag(option: Option) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """The flag of an engine's option, as its field declares it."""
-    given: dict[str, Any] = {"default": option.default, "help": option.help}
-    if option.if_none:
-        given["help"] += f"  [default: {option.if_none}]"
-    if option.kind is bool:
-        is_pair = option.default is True
-        given |= {"show_default": True} if is_pair else {"is_flag": True}
-    else:
-        type_ = click.Choice(option.choices) if option.choices else option.kind
-        if option.kind is Path:
-            type_ = click.Path(file_okay=False, path_type=Path)
-        given |= {"type": type_, "show_default": option.default is not None}
-    return click.option(*option.flags, option.name, **given)
+def _flag(one: Option) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """The flag of an option, by what its field declares."""
+    kind: Any = one.kind
+    if one.choices:
+        kind = click.Choice(one.choices)
+    elif kind is Path:
+        kind = click.Path(file_okay=False, path_type=Path)
+    help_ = f"{one.help}  [default: {one.otherwise}]" if one.otherwise else one.help
+    return click.option(
+        *one.flags,
+        one.name,
+        type=kind,
+        is_flag=one.kind is bool,
+        default=one.default,
+        show_default=one.default is not None and one.default is not False,
+        help=help_,
+    )
 
 
 def engine_options(command: Callable[..., R]) -> Callable[..., R]:
-    """Add the engine's options; the command gets them as `config`."""
+    """Add the flags of an engine; the command gets them as `options`."""
 
     @functools.wraps(command)
-    def wrapper(*args: Any, **options: Any) -> R:
-        chosen = {name: options.pop(name) for name in list(options) if name in _ENGINE_OPTIONS}
-        return command(*args, config=EngineConfig(**chosen), **options)
+    def wrapper(*args: Any, **given: Any) -> R:
+        chosen = {name: given.pop(name) for name in list(given) if name in OPTIONS}
+        try:
+            return command(*args, options=Options.of(**chosen), **given)
+        except ConfigError as error:
+            message = as_typed(str(error), click.get_current_context())
+            raise ConfigError(message) from error
 
     wrapped: Callable[..., R] = wrapper
-    for option in reversed(_ENGINE_OPTIONS.values()):
-        if option.flags:
-            wrapped = _flag(option)(wrapped)
+    for one in reversed(OPTIONS.values()):
+        if one.flags:
+            wrapped = _flag(one)(wrapped)
     return wrapped
+
+
+def as_typed(message: str, context: click.Context) -> str:
+    """A message with flags in place of the names of options, but for those of a TOML file.
+
+    A name that is a word of English is an option's where the message begins with it.
+    """
+    first = message.split(maxsplit=1)[0] if message else ""
+
+    def flag(name: re.Match[str]) -> str:
+        is_typed = context.get_parameter_source(name[0]) is not ParameterSource.DEFAULT_MAP
+        return f"--{name[0].replace('_', '-')}" if is_typed else name[0]
+
+    names = [n for n, one in OPTIONS.items() if one.flags and ("_" in n or n == first)]
+    return re.sub(rf"(?<![\w-])(?:{'|'.join(names)})(?![\w-])", flag, message)
 
 
 def check_writable(path: Path) -> None:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from hotset.cli.options import engine_options, interruptible
-from hotset.config import EngineConfig
 from hotset.errors import ConfigError, HotsetError
 from hotset.foreign_text import ForeignTextError, parse_toml
-from hotset.options import Option, options_of
+from hotset.options import OPTIONS, Options
 
 if TYPE_CHECKING:
     from hotset.engine.service import EngineService
@@ -73,23 +72,17 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     known = {param.name for param in ctx.command.params} - {"config_file", "dry_run"}
     lists = {one.name for one in ctx.command.params if getattr(one, "multiple", False)}
     named = {name.replace("-", "_"): value for name, value in values.items()}
-    engine = options_of(EngineConfig)
     for name, value in named.items():
         if name not in known:
             raise ConfigError(f"{path}: there is no option {name!r}; see hotset serve --help")
         if isinstance(value, dict | list) and not (name in lists and isinstance(value, list)):
             raise ConfigError(f"{path}: {name} is a {type(value).__name__}; expected one value")
-        if name in engine:
-            named[name] = _taken(path, engine[name], value)
+        if name in OPTIONS:
+            try:
+                OPTIONS[name].check(value)
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from error
     ctx.default_map = {**(ctx.default_map or {}), **named}
-
-
-def _taken(path: Path, option: Option, value: Any) -> Any:
-    """A file's value of an engine's option; other types than Python takes are refused here too."""
-    try:
-        return option.taken(value)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 @click.command()
@@ -159,7 +152,7 @@ def command(
     log_level: str,
     otlp_endpoint: str | None,
     dry_run: bool,
-    config: EngineConfig,
+    options: Options,
     **limits: Any,
 ) -> None:
     r"""Serve the OpenAI-compatible HTTP API, with a status page at / and the API at /docs.
@@ -207,7 +200,7 @@ def command(
         cors_origins=cors_origins,
     )
     if dry_run:
-        with listener, contextlib.closing(EngineService(config)) as service:
+        with listener, contextlib.closing(EngineService(options)) as service:
             _warn_of_no_template(service)
             click.echo(f"{service.report}\nwould serve {service.model.name} at {where}/v1")
         return
@@ -222,7 +215,7 @@ def command(
         failures.append(error)
         server.should_exit = True
 
-    api = Api(config, server_config, on_ready=on_ready, on_failure=on_failure)
+    api = Api(options, server_config, on_ready=on_ready, on_failure=on_failure)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:

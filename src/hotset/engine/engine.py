@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hotset.clock import Clock
-from hotset.config import EngineConfig
 from hotset.cost.rates import Rates
-from hotset.engine.budget import Budget
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
+from hotset.engine.sizing import Sizes
 from hotset.engine.step import Step
 from hotset.engine.step_cost import StepCost
 from hotset.engine.step_input import make_step_input
 from hotset.errors import ExpertReadError, RequestError
 from hotset.executor.executor import Executor, Pending
 from hotset.executor.step_input import StepInput
+from hotset.options import Options
 from hotset.request import FinishReason, RequestOutput, SamplingParams
 from hotset.sequence import UNKNOWN_TOKEN, Request
 
@@ -47,7 +47,8 @@ class EngineParts:
     """What an engine runs with, all of it ready. Made by `engine.build`.
 
     Attributes:
-        config: with the sizes that were found.
+        options: as the user asked.
+        sizes: what they come to here.
         report: what went where, to be told at start.
         overlaps: whether one step is prepared while the last one runs.
         executor: runs the steps.
@@ -57,8 +58,8 @@ class EngineParts:
         clock: of the scheduler too.
     """
 
-    config: EngineConfig
-    budget: Budget
+    options: Options
+    sizes: Sizes
     report: str
     overlaps: bool
     executor: Executor
@@ -94,8 +95,8 @@ class Engine:
     """
 
     def __init__(self, parts: EngineParts) -> None:
-        self.config, self.budget, self.report = parts.config, parts.budget, parts.report
-        self.max_model_len = parts.budget.max_model_len
+        self.options, self.sizes, self.report = parts.options, parts.sizes, parts.report
+        self.max_model_len = parts.sizes.max_model_len
         self.scheduler, self.rates = parts.scheduler, parts.rates
         self.kv = parts.scheduler.kv
         self.metrics = self.kv.metrics

@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from hotset.clock import REAL_CLOCK, Clock
-from hotset.config import EngineConfig
 from hotset.engine.engine import Engine
 from hotset.engine.fair_queue import FairQueue
 from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
@@ -21,6 +20,7 @@ from hotset.engine.urgency import MUCH_LONGER
 from hotset.errors import OverloadedError, RequestError
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 from hotset.request import FinishReason, RequestOutput
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class EngineLoop:
     it can soon start.
 
     Args:
-        config: what to load and how.
+        options: what to load and how.
         build: makes the engine.
         on_report: called from the engine's thread; must not block.
         clock: what deadlines, and the times of reports, are told by.
@@ -74,7 +74,7 @@ class EngineLoop:
 
     def __init__(
         self,
-        config: EngineConfig,
+        options: Options,
         build: BuildEngine,
         on_report: Callable[[Report], None],
         clock: Clock = REAL_CLOCK,
@@ -96,7 +96,7 @@ class EngineLoop:
         self._warm_up_due_s = 0.0
         ready: Future[tuple[Engine, LoadedModel]] = Future()
         self._thread = threading.Thread(
-            target=self._run, args=(config, build, ready), name="hotset-engine", daemon=True
+            target=self._run, args=(options, build, ready), name="hotset-engine", daemon=True
         )
         self._thread.start()
         try:
@@ -105,7 +105,7 @@ class EngineLoop:
             self._request_close()
             raise
         engine = self._engine
-        self.info = EngineInfo(engine.config, engine.max_model_len, engine.report)
+        self.info = EngineInfo(engine.options, engine.max_model_len, engine.report)
 
     @property
     def is_alive(self) -> bool:
@@ -167,12 +167,12 @@ class EngineLoop:
 
     def _run(
         self,
-        config: EngineConfig,
+        options: Options,
         build: BuildEngine,
         ready: "Future[tuple[Engine, LoadedModel]]",
     ) -> None:
         try:
-            engine, model = build(config)
+            engine, model = build(options)
         except BaseException as error:
             ready.set_exception(error)
             return
@@ -255,13 +255,13 @@ class EngineLoop:
         fresh = [
             one.num_tokens for one in engine.scheduler.waiting if not one.queue.num_preemptions
         ]
-        config = engine.config
+        schedule = engine.options.schedule
         # Where users take turns, the engine gives one to each that it knows of.
-        ahead = _AHEAD if config.rotation_s is None else config.max_num_seqs
+        ahead = _AHEAD if schedule.rotation_s is None else schedule.max_num_seqs
         while len(self._queue):
             most = MUCH_LONGER * len(self._queue.peek().submit.token_ids)
             before = [num_tokens for num_tokens in fresh if num_tokens < most]
-            if len(before) >= ahead and sum(before) >= config.max_num_batched_tokens:
+            if len(before) >= ahead and sum(before) >= schedule.max_num_batched_tokens:
                 return
             entry = self._queue.pop()
             submit = entry.submit

@@ -4,16 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from hotset.config import EngineConfig
 from hotset.engine.status import EngineStatus
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 from hotset.request import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from hotset.engine.engine import Engine
 
-BuildEngine = Callable[[EngineConfig], tuple["Engine", LoadedModel]]
+BuildEngine = Callable[[Options], tuple["Engine", LoadedModel]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Report:
 class EngineInfo:
     """What does not change while an engine runs."""
 
-    config: EngineConfig
+    options: Options
     max_model_len: int
     report: str
 

@@ -1,5 +1,6 @@
 """The planner's view of a loaded model: sizes of its own layers, so that any family has them."""
 
+import functools
 import math
 import re
 from collections import defaultdict
@@ -12,18 +13,76 @@ from transformers import PreTrainedModel
 from hotset.attention.spec import LayerAttention
 from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.config_sizes import largest
+from hotset.cost.expert_steps import ExpertCost, link_of
 from hotset.cost.hardware import Hardware
 from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
 from hotset.cost.shape import Attention, Kind, Layer, ModelShape, Params
 from hotset.cost.slot_bytes import SlotBytes
 from hotset.cost.step_time import CostModel
-from hotset.executor.probe import ModelLayout
-from hotset.experts.weights import experts_layers
+from hotset.cost.tuning import TUNINGS
+from hotset.engine.memory_split import Rated
+from hotset.engine.sizing import ModelSizes
+from hotset.errors import ConfigError
+from hotset.executor.probe import ModelLayout, weights_bytes, workspace_bytes
+from hotset.experts.sizes import slot_bytes_of, why_not_hosted
+from hotset.experts.weights import experts_bytes, experts_layers
+from hotset.kernels.device import gpu_name, known_hardware, likely_hardware
 from hotset.linear.packed import PackedLinear
+from hotset.model.loaded import LoadedModel
+from hotset.option_groups import HostedExperts, SplitMemory
+from hotset.options import Options
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8"}
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+
+
+def measure_model(loaded: LoadedModel, layout: ModelLayout, options: Options) -> ModelSizes:
+    """What sizes follow from, of a model that is loaded on its device.
+
+    Raises:
+        ConfigError: its experts are in host memory in other bits than asked for; or a device that
+            is not supported.
+    """
+    model, asked = loaded.model, options.experts
+    device, layers = model.device, experts_layers(model)
+    if device.type not in TUNINGS:
+        raise ConfigError(f"device {device.type!r} is not supported; expected cpu or cuda")
+    slots = slot_bytes_of(model, asked) if isinstance(asked, HostedExperts) else None
+    rated = None
+    if slots is not None and isinstance(asked, SplitMemory):
+        name = gpu_name(device) or "this CPU"
+        rated = Rated(
+            functools.partial(_expert_cost, loaded, layout),
+            is_known=known_hardware(device) is not None,
+            device_name=name,
+        )
+    return ModelSizes(
+        device=device.type,
+        max_len=loaded.max_model_len,
+        kv_bytes_per_token=layout.bytes_per_token,
+        workspace_bytes=workspace_bytes(
+            model,
+            layout,
+            max_tokens=options.schedule.max_num_batched_tokens,
+            max_seqs=options.schedule.max_num_seqs,
+        ),
+        dense_bytes=weights_bytes(model) - experts_bytes(model),
+        expert_bytes=experts_bytes(model),
+        device_expert_bytes=experts_bytes(model, device),
+        num_experts=layers[0].num_experts if layers else 0,
+        top_k=largest(model.config.get_text_config(), "num_experts_per_tok") or 1,
+        slots=slots,
+        why_not_hosted=why_not_hosted(model),
+        rated=rated,
+    )
+
+
+def _expert_cost(loaded: LoadedModel, layout: ModelLayout, slots: SlotBytes) -> ExpertCost:
+    """Of this hardware, or of the nearest one where its rates are not known."""
+    hardware = likely_hardware(loaded.model.device)
+    cost = make_cost_model(loaded.model, layout, slots, loaded.name, hardware)
+    return ExpertCost(cost, link_of(cost, cold_bytes=slots.cold_bytes), slots.plan)
 
 
 def make_cost_model(

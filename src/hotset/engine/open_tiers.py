@@ -3,9 +3,8 @@
 from contextlib import ExitStack
 from pathlib import Path
 
-from hotset.config import EngineConfig
 from hotset.cost.rates import Rates
-from hotset.engine.budget import Budget
+from hotset.engine.sizing import Sizes
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.copier import make_copier
 from hotset.memory.disk.slab import slot_bytes_for
@@ -13,11 +12,12 @@ from hotset.memory.disk.tier import DiskTier
 from hotset.memory.measure import measure_rates
 from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
+from hotset.option_groups import MemoryOptions
 
 
 def open_tiers(
-    config: EngineConfig,
-    budget: Budget,
+    memory: MemoryOptions,
+    sizes: Sizes,
     arena: DeviceArena,
     rates: Rates,
     metrics: Metrics,
@@ -25,36 +25,36 @@ def open_tiers(
     fingerprint: dict[str, str],
     undo: ExitStack,
 ) -> TierStack | None:
-    """Host memory and the slower tiers, as large as `budget` says; None without host slots.
+    """Host memory and the slower tiers, as large as `sizes` says; None without host slots.
 
     `undo` closes them.
 
     Raises:
         TierError: the disk tier cannot be opened.
     """
-    if budget.host_slots == 0:
+    if sizes.host_slots == 0:
         return None
     slower = []
-    if budget.disk_bytes:
+    if sizes.disk_bytes:
         disk = DiskTier.open(
             disk_path,
-            payload_bytes=slot_bytes_for(budget.block_bytes),
-            capacity_bytes=budget.disk_bytes,
+            payload_bytes=slot_bytes_for(sizes.block_bytes),
+            capacity_bytes=sizes.disk_bytes,
             fingerprint=fingerprint,
-            read_deadline_s=config.disk_read_deadline_s,
-            write_queue_s=config.disk_write_queue_s,
+            read_deadline_s=memory.disk_read_deadline_s,
+            write_queue_s=memory.disk_write_queue_s,
         )
         slower.append(disk)
-    memory = HostArena(num_slots=budget.host_slots, block_bytes=budget.block_bytes)
+    host_arena = HostArena(num_slots=sizes.host_slots, block_bytes=sizes.block_bytes)
     tiers = TierStack(
         arena,
-        memory,
-        make_copier(arena, memory),
-        num_slots=budget.host_slots,
+        host_arena,
+        make_copier(arena, host_arena),
+        num_slots=sizes.host_slots,
         rates=rates,
         metrics=metrics,
         slower=slower,
     )
     undo.callback(tiers.close)
-    measure_rates(tiers, num_blocks=min(16, budget.device_blocks, tiers.host.num_slots))
+    measure_rates(tiers, num_blocks=min(16, sizes.device_blocks, tiers.host.num_slots))
     return tiers

@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from hotset.config import EngineConfig
 from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
 from hotset.errors import EngineError, HotsetError
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 from hotset.request import FinishReason, RequestOutput, TokenLogprob
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class EngineProcess:
     report says so.
 
     Args:
-        config: what to load and how.
+        options: what to load and how.
         build: makes the engine; a function that can be imported by name. None is `load_engine`,
             which is imported in the child alone, as it brings torch.
         on_report: called from one thread of this process.
@@ -66,7 +66,7 @@ class EngineProcess:
     """
 
     def __init__(
-        self, config: EngineConfig, build: BuildEngine | None, on_report: Callable[[Report], None]
+        self, options: Options, build: BuildEngine | None, on_report: Callable[[Report], None]
     ) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share locks and CUDA
         self._on_report = on_report
@@ -79,7 +79,7 @@ class EngineProcess:
         self._has_ended = False  # by _lock
         self._metrics = Metrics()
         self._process = context.Process(
-            target=_child, args=(theirs, config, build), name="hotset-engine", daemon=True
+            target=_child, args=(theirs, options, build), name="hotset-engine", daemon=True
         )
         self._process.start()
         theirs.close()
@@ -216,7 +216,7 @@ def _import_tokenizers() -> None:
     import transformers.tokenization_utils_base  # noqa: F401
 
 
-def _child(connection: Connection, config: EngineConfig, build: BuildEngine | None) -> None:
+def _child(connection: Connection, options: Options, build: BuildEngine | None) -> None:
     """The child's main function."""
     # A signal to the server's process group reaches the parent, which stops this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -228,7 +228,7 @@ def _child(connection: Connection, config: EngineConfig, build: BuildEngine | No
     threading.Thread(target=_end_with_parent, args=(connection, has_started), daemon=True).start()
     outgoing: queue.SimpleQueue[Report | _Accepted | None] = queue.SimpleQueue()
     try:
-        loop = EngineLoop(config, build or load_engine, outgoing.put)
+        loop = EngineLoop(options, build or load_engine, outgoing.put)
     except HotsetError as error:
         connection.send(("refused", error))
         return

@@ -15,7 +15,6 @@ from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-from hotset.config import EngineConfig
 from hotset.engine.latency import Latencies, RequestClock
 from hotset.engine.messages import BuildEngine, EngineHost, Report, Submit
 from hotset.engine.process import EngineProcess
@@ -23,6 +22,7 @@ from hotset.engine.status import EngineStatus
 from hotset.errors import EngineError, RequestError
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 from hotset.request import FinishReason, RequestOutput, SamplingParams
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class EngineService:
     its threads, everything that needs the engine raises EngineError and `close` does nothing.
 
     Args:
-        config: what to load and how.
+        options: what to load and how.
         build: makes the engine; raises a HotsetError where it cannot. None is `load_engine`.
         own_process: run it in a process of its own, so that nothing that Python does here can
             delay a step; otherwise in a thread. `build` must then be importable by name.
@@ -52,7 +52,7 @@ class EngineService:
 
     def __init__(
         self,
-        config: EngineConfig,
+        options: Options,
         *,
         build: BuildEngine | None = None,
         own_process: bool = False,
@@ -67,12 +67,12 @@ class EngineService:
         self._pid = os.getpid()
         self._host: EngineHost
         if own_process:  # nothing here imports torch then, so that the child starts at once
-            self._host = EngineProcess(config, build, self._take_report)
+            self._host = EngineProcess(options, build, self._take_report)
         else:
             from hotset.engine.build import load_engine
             from hotset.engine.loop import EngineLoop
 
-            self._host = EngineLoop(config, build or load_engine, self._take_report)
+            self._host = EngineLoop(options, build or load_engine, self._take_report)
         self.model: LoadedModel = self._host.model
         # A daemon thread in the middle of a step would be cut off while Python shuts down.
         atexit.register(self.close)
@@ -103,9 +103,9 @@ class EngineService:
         return self._host.info.max_model_len
 
     @property
-    def config(self) -> EngineConfig:
+    def options(self) -> Options:
         """What the engine was built with."""
-        return self._host.info.config
+        return self._host.info.options
 
     @property
     def num_open(self) -> int:

@@ -4,7 +4,6 @@ import logging
 from statistics import fmean
 
 from hotset.clock import REAL_CLOCK, Clock
-from hotset.config import GIB
 from hotset.cost.expert_split import Split
 from hotset.cost.expert_steps import Load
 from hotset.cost.split_policy import SplitPolicy
@@ -12,6 +11,7 @@ from hotset.engine.memory_split import MovingSplit
 from hotset.engine.scheduler import Scheduler
 from hotset.experts.buffer import ExpertBuffer
 from hotset.memory.arena import DeviceArena
+from hotset.units import GIB
 
 _log = logging.getLogger(__name__)
 

@@ -86,7 +86,7 @@ def engine_status(engine: "Engine", *, num_queued: int) -> EngineStatus:
 
 
 def _tiers(engine: "Engine") -> list[TierStatus]:
-    budget, kv = engine.budget, engine.kv
+    sizes, kv = engine.sizes, engine.kv
     pool = kv.pool
     arriving, leaving = kv.moving_blocks()
 
@@ -105,7 +105,7 @@ def _tiers(engine: "Engine") -> list[TierStatus]:
             "device",
             pool.num_usable,
             pool.num_held + pool.num_cached,
-            budget.block_bytes,
+            sizes.block_bytes,
             "".join(device_state(block) for block in _sample(range(pool.first, pool.num_blocks))),
             pool.num_usable,
         )

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from hotset.config import GIB, EngineConfig
-from hotset.errors import ConfigError
-from hotset.experts.host import ColdSource, ExpertLayout, StoredExperts
+from hotset.cost.expert_sizes import with_disk
+from hotset.experts.host import ColdSource, StoredExperts
 from hotset.experts.narrow import NarrowLayout
+from hotset.experts.sizes import sizes_of
 from hotset.experts.slots import Slots
-from hotset.experts.store import FEWEST_SLOTS, ExpertStore
+from hotset.experts.store import ExpertStore
 from hotset.experts.weights import LayerExperts, experts_layers, experts_of, is_experts
+from hotset.option_groups import ExpertOptions, HostedExperts
 
 _NO_ASYNC_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers
 
@@ -71,14 +72,15 @@ class ExpertSink:
     The file goes when `store` is closed, the model is forgotten, or the process ends.
 
     Args:
-        config: asks for it by `expert_host_gib`.
+        asked: by the user; nothing happens where experts are all resident.
+        read_deadline_s: the longest a step waits for one expert.
 
     Attributes:
         store: where the experts go.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._config = config
+    def __init__(self, asked: ExpertOptions | HostedExperts, *, read_deadline_s: float) -> None:
+        self._asked, self._read_deadline_s = asked, read_deadline_s
         self.store: ExpertStore | None = None
         self._num_taken = 0
         self._caught: dict[int, DiskExperts] = {}  # by module, until the model is loaded
@@ -90,13 +92,22 @@ class ExpertSink:
             ConfigError: host memory for too few experts, or a plan that cannot work.
             TierError: the folder cannot be used.
         """
-        layers = experts_layers(model)
-        if self._config.expert_host_gib is None or not all(each.is_plain for each in layers):
+        asked, layers = self._asked, experts_layers(model)
+        kinds = {(each.num_experts, each.layout) for each in layers if each.is_plain}
+        are_alike = len(kinds) == 1 and all(each.is_plain for each in layers)
+        if not isinstance(asked, HostedExperts) or not are_alike:
             return
-        kinds = {(each.num_experts, each.layout) for each in layers}
-        if len(kinds) == 1:
-            num_experts, layout = kinds.pop()
-            self.store = _open_store(self._config, layout, len(layers), num_experts)
+        slots = sizes_of(layers, asked)
+        _, host_slots = with_disk(asked, slots)
+        if host_slots is not None:
+            self.store = ExpertStore(
+                asked.expert_disk_path or default_folder(),
+                layers[0].layout,
+                num_layers=slots.num_layers,
+                num_experts=slots.num_experts,
+                num_slots=host_slots,
+                read_deadline_s=self._read_deadline_s,
+            )
 
     def take(self, experts: LayerExperts) -> None:
         """Move the weights of one layer to the store. Raises TierError."""
@@ -174,49 +185,6 @@ class ExpertSink:
 def default_folder() -> Path:
     """Where experts are, if not said."""
     return Path(platformdirs.user_cache_dir("hotset")) / "experts"
-
-
-def _open_store(
-    config: EngineConfig, layout: ExpertLayout, num_layers: int, num_experts: int
-) -> ExpertStore | None:
-    """None where host memory holds all."""
-    assert config.expert_host_gib is not None
-    payload_bytes = layout.payload_bytes
-    if config.expert_cold_dtype != "auto":
-        narrow = NarrowLayout(layout.up, layout.down, config.expert_cold_dtype)
-        payload_bytes = narrow.payload_bytes
-    num_slots = int(config.expert_host_gib * GIB) // payload_bytes
-    if num_slots >= num_layers * num_experts:
-        return None
-    given = f"expert_host_gib is {config.expert_host_gib}"
-    if config.expert_cold_dtype != "auto":
-        all_gib = num_layers * num_experts * payload_bytes / GIB
-        raise ConfigError(
-            f"{given} and expert_cold_dtype is {config.expert_cold_dtype}, in which the experts "
-            f"take {all_gib:.3f} GiB; what is on disk is not rounded: leave expert_cold_dtype out, "
-            "or give more memory"
-        )
-    if num_slots < FEWEST_SLOTS:
-        least = FEWEST_SLOTS * layout.payload_bytes
-        raise ConfigError(
-            f"{given}, which holds {num_slots} experts of this model; at least {FEWEST_SLOTS} are "
-            f"needed to read others from disk: give {-(-least * 1_000_000 // GIB) / 1_000_000} or "
-            "more"
-        )
-    if config.expert_plan == "stream":
-        all_gib = num_layers * num_experts * layout.payload_bytes / GIB
-        raise ConfigError(
-            f"expert_plan is 'stream', which copies whole layers from host memory, but {given} and "
-            f"the experts take {all_gib:.3f} GiB; leave expert_plan out, or give more memory"
-        )
-    return ExpertStore(
-        config.expert_disk_path or default_folder(),
-        layout,
-        num_layers=num_layers,
-        num_experts=num_experts,
-        num_slots=num_slots,
-        read_deadline_s=config.disk_read_deadline_s,
-    )
 
 
 def _trim_heap() -> None:

@@ -1,12 +1,11 @@
 """Moves the experts of a model to host memory or disk, and gives some of them slots."""
 
 import itertools
-from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
-from hotset.config import GIB, EngineConfig
+from hotset.cost.expert_sizes import ExpertSizes
 from hotset.cost.rates import Rates
 from hotset.errors import ConfigError
 from hotset.experts.buffer import ExpertBuffer
@@ -17,77 +16,75 @@ from hotset.experts.layer import LayerBuffer
 from hotset.experts.narrow import NarrowLayout
 from hotset.experts.prefetch import Prefetch, Router, find_routers
 from hotset.experts.residency import SlotTable
-from hotset.experts.sizes import check_layers, narrow_layout, num_slots_of, sizes_of
+from hotset.experts.sizes import narrow_layout
 from hotset.experts.slots import Slots
 from hotset.experts.staging import Staging
 from hotset.experts.weights import LayerExperts, can_pack, experts_layers
 from hotset.kernels.device import likely_hardware
 from hotset.memory.region import SharedRegion
+from hotset.option_groups import ExpertOptions, HostedExperts
+from hotset.units import GIB
 
 
 def buffer_experts(
     model: PreTrainedModel,
-    config: EngineConfig,
+    asked: ExpertOptions,
+    sizes: ExpertSizes | None,
+    *,
     region: SharedRegion | None = None,
-    solved_slots: int | None = None,
+    read_deadline_s: float,
 ) -> tuple[ExpertBuffer | None, str]:
-    """Move the experts of `model` to host memory and keep on the device what `config` allows.
+    """Move the experts of `model` to host memory and give some of them slots on the device.
 
-    Layer by layer, so that no more than one layer is twice in memory. Where `expert_host_gib` does
-    not hold them, they go to disk, unless `ExpertSink` has taken them there already. To be called
-    with dynamic gating switched on, before the model runs; its experts may be on the CPU, the rest
-    on its device. A model that was given to it before is given other slots over the same host
-    copy. With `region` slots share its memory with KV, and more or fewer of them can be in use
-    later. `solved_slots` are those of each layer where a split of memory has found them; else they
-    are as `config` asks.
+    Layer by layer, so that no more than one layer is twice in memory. Those that host memory has no
+    room for go to disk, unless `ExpertSink` has taken them there already. To be called with dynamic
+    gating switched on, before the model runs; its experts may be on the CPU, the rest on its
+    device. A model that was given to it before is given other slots over the same host copy.
+
+    Args:
+        model: see above.
+        asked: by the user.
+        sizes: what that comes to; None where experts stay as they are.
+        region: memory of slots and KV together, where more or fewer slots can be in use later.
+        read_deadline_s: the longest a step waits for an expert on disk.
 
     Returns:
-        None where `config` asks for no buffering, or its budget holds all experts; and what to say
-        of it at start, empty for nothing.
+        None where all experts are resident; and what to say of it at start, empty for nothing.
 
     Raises:
-        ConfigError: buffering is asked for and cannot be done, or the budget is too small; the
-            model is unchanged.
+        ConfigError: what an engine before did to the experts stands against it; the model is
+            unchanged.
         TierError: the disk for experts cannot be used.
     """
-    if solved_slots is None and not config.buffers_experts:
+    if sizes is None or not isinstance(asked, HostedExperts):
         if any(experts.hosted is not None for experts in experts_layers(model)):
             raise ConfigError(
                 "the experts of this model are in host memory already; load it again, or give "
                 "expert_slots or expert_gib"
             )
         return None, ""
-    if config.expert_cpu == "on" and model.device.type == "cpu":
-        raise ConfigError(
-            "expert_cpu is 'on', but the device is the CPU, which computes all experts anyway; "
-            "leave it out"
-        )
     layers = gated_layers(model)
-    check_layers(model, layers, config)
-    _check_disk(layers[0], config)
-    sizes = sizes_of(layers, config)
-    if num_slots_of(config, sizes, solved_slots) == sizes.num_experts:
+    _check_disk(layers[0], asked, sizes)
+    if sizes.are_resident:
         for experts in layers:
             experts.keep(model.device)
-        all_bytes = sizes.num_layers * sizes.num_experts * sizes.payload_bytes
         return None, (
-            f"experts: all {sizes.num_experts} of each of {sizes.num_layers} layers resident, "
-            f"{all_bytes / GIB:.3f} GiB on the {model.device.type}; nothing is buffered"
+            f"experts: all {sizes.num_slots} of each of {len(layers)} layers resident, "
+            f"{sizes.device_bytes / GIB:.3f} GiB on the {model.device.type}; nothing is buffered"
         )
     if any(experts.is_packed for experts in layers):
         raise ConfigError(
             f"experts of this {type(model).__name__} are to be kept in host memory, but another "
             "engine has packed all of them; load it again"
         )
-    routers = find_routers(model, layers) if config.expert_prefetch else None
+    routers = find_routers(model, layers) if asked.expert_prefetch else None
     if layers[0].hosted is None:
-        _move_all(model, layers, config)
-    _check_with_disk(layers[0], config, region)
-    buffer = make_buffer(layers, config, model.device, routers, region, solved_slots)
-    report = _describe(buffer, config)
-    if config.expert_host_gib is not None and buffer.store is None:
-        report += f"; expert_host_gib {config.expert_host_gib} holds them all, none is on disk"
-    if config.expert_cpu == "auto" and model.device.type == "cpu":
+        _move_all(model, layers, asked, read_deadline_s)
+    buffer = make_buffer(layers, asked, sizes, model.device, routers, region)
+    report = _describe(buffer, asked)
+    if asked.expert_host_gib is not None and buffer.store is None:
+        report += f"; expert_host_gib {asked.expert_host_gib} holds them all, none is on disk"
+    if asked.expert_cpu == "auto" and model.device.type == "cpu":
         report += "; expert_cpu auto: all experts are computed by the CPU anyway"
     return buffer, report
 
@@ -104,25 +101,21 @@ def move_to_host(experts: LayerExperts, narrow: NarrowLayout | None, device: tor
 
 def make_buffer(
     layers: list[LayerExperts],
-    config: EngineConfig,
+    asked: HostedExperts,
+    sizes: ExpertSizes,
     device: torch.device,
     routers: list[Router] | None = None,
     region: SharedRegion | None = None,
-    solved_slots: int | None = None,
 ) -> ExpertBuffer:
-    """Slots on the device for hosted layers, and all that fills them, as `config` has it.
+    """Slots on the device for hosted layers, and all that fills them.
 
     Raises:
         ConfigError: host memory cannot be pinned.
     """
     sources = [_source_of(experts) for experts in layers]
     first, num_layers = sources[0], len(layers)
-    bring = "cache" if isinstance(first, DiskExperts) else config.expert_plan
-    sizes = replace(sizes_of(layers, config), plan=bring)
-    num_slots = most_slots = num_slots_of(config, sizes, solved_slots)
-    if region is not None:
-        most_slots = region.most_slots
-        sizes = replace(sizes, fewest_ever=region.fewest_slots)
+    slots, num_slots = sizes.slots, sizes.num_slots
+    most_slots = num_slots if region is None else region.most_slots
     packed = device.type == "cpu" and first.layout.dtype == torch.float32 and can_pack()
     is_transposed = layers[0].is_transposed
     if device.type == "cuda":
@@ -132,30 +125,30 @@ def make_buffer(
     counts = torch.zeros(num_layers, 6, dtype=torch.int64, device=device)
     tables = [
         SlotTable(
-            sizes.num_experts,
+            slots.num_experts,
             most_slots,
-            eviction=config.expert_eviction,
+            eviction=asked.expert_eviction,
             counts=each[:5],
-            fewest=sizes.fewest_ever,
+            fewest=slots.fewest_ever,
             num_active=num_slots,
         )
         for each in counts
     ]
     staging = None
-    if sizes.staged(num_slots):
+    if slots.staged(num_slots):
         hosts = [source for source in sources if isinstance(source, HostExperts)]
         staging = Staging(
             hosts,
             tables,
             device,
             is_transposed=is_transposed,
-            is_fixed=config.expert_plan == "stream",
+            is_fixed=slots.plan == "stream",
             packed=packed,
         )
     prefetch = None
-    if config.expert_prefetch:
+    if asked.expert_prefetch:
         assert routers is not None
-        prefetch = Prefetch(routers, config.expert_prefetch, device)
+        prefetch = Prefetch(routers, asked.expert_prefetch, device)
     memory, views = _shared_memory(region, num_layers, device) if not packed else (None, None)
     rates = Rates.of_hardware(likely_hardware(device))
     buffers = [
@@ -174,7 +167,7 @@ def make_buffer(
             ),
             staging,
             prefetch,
-            bring=bring,
+            bring=slots.plan,
             streamed=counts[index, 5:],
             rates=rates,
         )
@@ -183,7 +176,7 @@ def make_buffer(
     for one, after in itertools.pairwise(buffers):
         one.next = after
     return ExpertBuffer(
-        layers, buffers, sizes, counts, staging=staging, prefetch=prefetch, memory=memory
+        layers, buffers, slots, counts, staging=staging, prefetch=prefetch, memory=memory
     )
 
 
@@ -206,10 +199,15 @@ def _source_of(experts: LayerExperts) -> ColdSource:
     return experts.hosted.source
 
 
-def _move_all(model: PreTrainedModel, layers: list[LayerExperts], config: EngineConfig) -> None:
+def _move_all(
+    model: PreTrainedModel,
+    layers: list[LayerExperts],
+    asked: HostedExperts,
+    read_deadline_s: float,
+) -> None:
     """Move resident experts to host memory, or to disk."""
-    narrow = narrow_layout(layers[0], config)
-    sink = ExpertSink(config)
+    narrow = narrow_layout(layers[0], asked.expert_cold_dtype)
+    sink = ExpertSink(asked, read_deadline_s=read_deadline_s)
     sink.begin(model)
     try:
         for experts in layers:
@@ -225,7 +223,7 @@ def _move_all(model: PreTrainedModel, layers: list[LayerExperts], config: Engine
         torch.cuda.empty_cache()  # else PyTorch keeps the memory that they leave
 
 
-def _check_disk(experts: LayerExperts, config: EngineConfig) -> None:
+def _check_disk(experts: LayerExperts, asked: HostedExperts, sizes: ExpertSizes) -> None:
     """Raise ConfigError where the experts are on disk in another way than asked for."""
     source = None if experts.hosted is None else experts.hosted.source
     if not isinstance(source, DiskExperts):
@@ -235,39 +233,21 @@ def _check_disk(experts: LayerExperts, config: EngineConfig) -> None:
             "the experts of this model were on disk, and their file went with the engine that "
             "used them; load it again"
         )
-    asked = config.expert_host_gib
-    if asked is None or int(asked * GIB) // source.layout.payload_bytes != source.store.num_slots:
+    if sizes.host_slots != source.store.num_slots:
         raise ConfigError(
-            f"expert_host_gib is {asked}, but the experts of this model are on disk with "
-            f"{source.store.host_bytes / GIB:.3f} GiB of host memory; load it again"
+            f"expert_host_gib is {asked.expert_host_gib}, but the experts of this model are on "
+            f"disk with {source.store.host_bytes / GIB:.3f} GiB of host memory; load it again"
         )
 
 
-def _check_with_disk(
-    experts: LayerExperts, config: EngineConfig, region: SharedRegion | None
-) -> None:
-    """Raise ConfigError for what experts on disk do not go with, where they are."""
-    if not isinstance(_source_of(experts), DiskExperts):
-        return
-    given = {name: getattr(config, name) for name in ("expert_cpu", "expert_prefetch")}
-    said = [f"{name} is {value!r}" for name, value in given.items() if value not in ("off", 0)]
-    if region is not None:
-        said.append("move_split is given")
-    if said:
-        raise ConfigError(
-            f"{said[0]}, but expert_host_gib {config.expert_host_gib} leaves experts on disk, with "
-            "which it does not work; leave one of them out"
-        )
-
-
-def _describe(buffer: ExpertBuffer, config: EngineConfig) -> str:
+def _describe(buffer: ExpertBuffer, asked: HostedExperts) -> str:
     """One line, for the start."""
     sizes, narrow = buffer.sizes, buffer.narrow
     held = "" if narrow is None else f" as {narrow.dtype} (RMS error {buffer.rounding_error:.2%})"
     if buffer.store is not None:
         held = f" of {buffer.store.disk_bytes / GIB:.3f} on disk, {buffer.store.folder}"
-    ahead = f", {config.expert_prefetch} copied ahead" if config.expert_prefetch else ""
-    evicts = "" if sizes.plan == "stream" else f", {config.expert_eviction} eviction"
+    ahead = f", {asked.expert_prefetch} copied ahead" if asked.expert_prefetch else ""
+    evicts = "" if sizes.plan == "stream" else f", {asked.expert_eviction} eviction"
     device = buffer.device.type
     return (
         f"experts: {buffer.num_slots} of {sizes.num_experts} in each of {sizes.num_layers} layers "

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from hotset.cost.expert_sizes import FEWEST_HOST_SLOTS
 from hotset.errors import ExpertReadError, TierError
 from hotset.experts.host import ExpertLayout, HostRows
 from hotset.memory.disk.fixed import FixedSlab
@@ -20,7 +21,6 @@ from hotset.memory.residency import Payload, Residency, State
 from hotset.memory.tier import CompletionStatus
 
 FILE = "experts.slab"
-FEWEST_SLOTS = 2  # one is read into while the other is used
 
 _NUM_THREADS = 4
 _MOST_IN_TRANSIT = 16
@@ -76,7 +76,7 @@ class ExpertStore:
         layout: of each expert.
         num_layers: L.
         num_experts: E, of each layer.
-        num_slots: of host memory; `FEWEST_SLOTS` or more.
+        num_slots: of host memory; `FEWEST_HOST_SLOTS` or more.
         read_deadline_s: the longest a step waits for one expert.
         eviction: of host slots, a name in `memory.eviction`.
 
@@ -101,7 +101,7 @@ class ExpertStore:
         read_deadline_s: float,
         eviction: str = "least-stale",
     ) -> None:
-        assert num_slots >= FEWEST_SLOTS
+        assert num_slots >= FEWEST_HOST_SLOTS
         self.layout, self.num_layers, self.num_experts = layout, num_layers, num_experts
         self.folder, self.num_slots = folder, num_slots
         self.host_bytes = num_slots * layout.payload_bytes
@@ -120,7 +120,7 @@ class ExpertStore:
             fault_prefix="expert_disk",
         )
         self.rows = HostRows(num_slots, layout.weight_bytes)
-        self._num_transit = max(FEWEST_SLOTS, min(_MOST_IN_TRANSIT, num_slots // 4))
+        self._num_transit = max(FEWEST_HOST_SLOTS, min(_MOST_IN_TRANSIT, num_slots // 4))
         share, more = divmod(num_slots - self._num_transit, num_layers)
         self._shares = [min(num_experts, share + (i < more)) for i in range(num_layers)]
         # Of each layer, the experts that it keeps: READY and without a pin.

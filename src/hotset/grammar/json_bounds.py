@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from hotset.config import EngineConfig
 from hotset.grammar.follower import COMMA, DIGITS, JsonFollower, Mask, TokenTable
+from hotset.option_groups import FormOptions
 
 # 1e99 with 20 digits before it is still a finite float.
 _MAX_EXPONENT_DIGITS = 2
@@ -39,13 +39,13 @@ class JsonBounds:
     depth: int | None = None
 
     @staticmethod
-    def of(config: EngineConfig) -> "JsonBounds":
+    def of(forms: FormOptions) -> "JsonBounds":
         """The bounds that an engine is configured with."""
         return JsonBounds(
-            digits=config.json_max_digits or None,
-            string=config.json_max_string,
-            items=config.json_max_items,
-            depth=config.json_max_depth,
+            digits=forms.json_max_digits or None,
+            string=forms.json_max_string,
+            items=forms.json_max_items,
+            depth=forms.json_max_depth,
         )
 
     def widened(self, schema: object) -> "JsonBounds":

@@ -16,9 +16,9 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hotset import __version__
-from hotset.config import EngineConfig
 from hotset.engine.service import EngineService
 from hotset.errors import EngineError, HotsetError
+from hotset.options import Options
 from hotset.server import metrics, openapi
 from hotset.server.admission import Admission
 from hotset.server.batches import BatchRunner
@@ -54,7 +54,7 @@ _PAGE_HEADERS = {
 
 @dataclass(slots=True)
 class ServerConfig:
-    """How requests are taken; `EngineConfig` says how they are computed.
+    """How requests are taken; `Options` says how they are computed.
 
     Attributes:
         keys: who may ask; without keys every client may.
@@ -92,7 +92,7 @@ class Api:
     """The server's endpoints, an ASGI application. Loads the model once it is started.
 
     Args:
-        engine_config: of the engine.
+        options: of the engine.
         config: of the server.
         on_ready: called in the event loop when requests are served.
         on_failure: called in the event loop when the model cannot be loaded.
@@ -100,13 +100,13 @@ class Api:
 
     def __init__(
         self,
-        engine_config: EngineConfig,
+        options: Options,
         config: ServerConfig,
         *,
         on_ready: Callable[[EngineService], None] = lambda service: None,
         on_failure: Callable[[HotsetError], None] = lambda error: None,
     ) -> None:
-        self._engine_config = engine_config
+        self._options = options
         self._config = config
         self._on_ready = on_ready
         self._on_failure = on_failure
@@ -189,7 +189,7 @@ class Api:
 
     async def _load(self) -> None:
         def build() -> tuple[EngineService, PromptEncoder]:
-            service = EngineService(self._engine_config, own_process=self._config.own_process)
+            service = EngineService(self._options, own_process=self._config.own_process)
             try:
                 return service, PromptEncoder(service.model)
             except BaseException:

@@ -160,7 +160,7 @@ class Batch:
             ConfigError: the output cannot be written, as when the disk is full; or its answers are
                 of another model or other options.
         """
-        identity = identity or RunIdentity.of_model(service.model, service.config)
+        identity = identity or RunIdentity.of_model(service.model, service.options)
         self.check_run(identity)
         if submit is None:
             admission = Admission(service, PromptEncoder(service.model), UNLIMITED)

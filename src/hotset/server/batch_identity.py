@@ -11,47 +11,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from hotset.config import EngineConfig
 from hotset.foreign_text import ForeignTextError, parse_json
+from hotset.options import OPTIONS, Options
 
 if TYPE_CHECKING:
     from hotset.model.loaded import LoadedModel
 
-# Options that change no answer, apart from rounding.
-_LEAVES_ANSWERS = frozenset(
-    {
-        "model",
-        "hot_gib",
-        "total_gib",
-        "target",
-        "expected_users",
-        "expected_prompt_tokens",
-        "expected_output_tokens",
-        "move_split",
-        "host_gib",
-        "disk_gib",
-        "disk_path",
-        "expert_slots",
-        "expert_gib",
-        "expert_host_gib",
-        "expert_disk_path",
-        "expert_plan",
-        "expert_cpu",
-        "expert_eviction",
-        "expert_prefetch",
-        "block_size",
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "max_mixed_tokens",
-        "rotation_s",
-        "prefix_caching",
-        "fetch_policy",
-        "disk_read_deadline_s",
-        "disk_write_queue_s",
-        "eager",
-        "threads",
-    }
-)
 _ID = re.compile(r"batch_req_(\d+)_([0-9a-f]{16})_([0-9a-f]{8})_([0-9a-f]{8})_([0-9a-f]{8})")
 
 
@@ -71,25 +36,27 @@ class RunIdentity:
     texts: str | None = None
 
     @classmethod
-    def of(cls, fingerprint: str, config: EngineConfig, extra: object = None) -> Self:
+    def of(cls, fingerprint: str, options: Options, extra: object = None) -> Self:
         """The identity of an engine's run.
 
         Args:
             fingerprint: of the checkpoint, as `LoadedModel` has it.
-            config: only values other than the defaults count.
+            options: only values other than the defaults count.
             extra: other things that change answers; plain data.
         """
-        changed: dict[str, Any] = {
-            field.name: getattr(config, field.name)
-            for field in dataclasses.fields(config)
-            if field.name not in _LEAVES_ANSWERS
-            and getattr(config, field.name) != field.default
-            and (field.name != "device" or config.dtype == "auto")  # which then follows from it
+        # With dtype auto it decides on the dtype.
+        left_out = set() if options.model.dtype == "auto" else {"device"}
+        changed = {
+            name: value
+            for name, value in options.flat().items()
+            if name not in left_out
+            and not OPTIONS[name].keeps_answers
+            and value != OPTIONS[name].default
         }
         return cls(_digest(fingerprint, 8), _digest(repr([sorted(changed.items()), extra]), 8))
 
     @classmethod
-    def of_model(cls, model: "LoadedModel", config: EngineConfig, extra: object = None) -> Self:
+    def of_model(cls, model: "LoadedModel", options: Options, extra: object = None) -> Self:
         """The same of a loaded model, with what makes its texts tokens and its tokens texts."""
         template = getattr(model.tokenizer, "chat_template", None)
         backend = getattr(model.tokenizer, "backend_tokenizer", None)
@@ -97,7 +64,7 @@ class RunIdentity:
         for of_a_call in ("truncation", "padding"):
             tokenizer.pop(of_a_call, None)
         texts = json.dumps([template, tokenizer, sorted(model.eos_token_ids)], sort_keys=True)
-        found = cls.of(model.fingerprint, config, extra)
+        found = cls.of(model.fingerprint, options, extra)
         return dataclasses.replace(found, texts=_digest(texts, 8))
 
     def record_id(self, position: int, line: bytes) -> str:

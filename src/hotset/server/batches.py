@@ -150,10 +150,10 @@ class BatchRunner:
             service = self._admission.service
             batch.run(
                 service,
-                window=2 * service.config.max_num_seqs,
+                window=2 * service.options.schedule.max_num_seqs,
                 identity=RunIdentity.of_model(
                     service.model,
-                    service.config,
+                    service.options,
                     extra=self._admission.limits.max_tokens,  # of requests without `max_tokens`
                 ),
                 on_line=save,

@@ -29,9 +29,9 @@ from hotset.bench.gating.static import (
     static_experts,
 )
 from hotset.bench.gating.sweep import Limits, Sweep, Way, sweep
-from hotset.config import GIB
 from hotset.errors import ConfigError
 from hotset.experts.gating import dynamic_experts
+from hotset.units import GIB
 
 _FIRST_BATCH = 16
 _LAYER_SHARE = 0.45  # of the time that is left, when the model is still to come

@@ -15,9 +15,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from hotset.bench.gating.layers import least_bytes, make_weights, packed_twin
 from hotset.bench.gating.static import Experts, Shape, make_on, route
 from hotset.bench.gating.sweep import Limits
-from hotset.config import GIB
 from hotset.experts.gating import dynamic_experts
 from hotset.experts.weights import IMPLEMENTATION
+from hotset.units import GIB
 
 _MIN_CALLS_S = 0.5  # of each way, after which its repeats end
 _MAX_CALLS = 50

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hotset.config import GIB
+from hotset.units import GIB
 
 
 def text(result: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hotset.config import GIB
+from hotset.units import GIB
 
 # The next batch is twice as large, and a dispatch mask grows with the square of the batch.
 _GROWTH = 4.0

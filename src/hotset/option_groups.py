@@ -1,0 +1,333 @@
+"""The options of an engine by concern, each declared once: name, type, choices, bounds and help.
+
+Imports no torch.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hotset.option_fields import Bounds, Group, option
+
+DType = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
+KVDType = Literal["auto", "fp8"]
+Plan = Literal["auto", "cache", "stream"]
+ColdDType = Literal["auto", "fp8", "int4"]
+
+_COUNT = Bounds("1 or more", 1)
+_SIZE = Bounds("a size above 0 GiB", 0, sys.float_info.max, is_open=True)
+_TIER_SIZE = Bounds("0 (none) or a size in GiB", 0, sys.float_info.max)
+_SECONDS = Bounds("above 0 seconds", 0, is_open=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions(Group):
+    """Which model runs, where, and in which numbers."""
+
+    model: str | None = option(
+        None,
+        "A folder, a .gguf file or a hub id.",
+        otherwise="SmolLM2-135M-Instruct",
+        short="-m",
+        keeps_answers=True,
+    )
+    device: str = option("auto", "auto, cpu or cuda.")
+    dtype: DType = option(
+        "auto",
+        "Of weights and KV; auto is float32 on the CPU, the checkpoint's own on a GPU; fp8 has "
+        "8-bit weights in linear layers and bfloat16 elsewhere.",
+        more="The 8-bit floats (e4m3) have a scale for each output: near half the bytes, and not "
+        "exact.",
+    )
+    kv_dtype: KVDType = option(
+        "auto",
+        "Of stored KV; auto is the dtype above, fp8 takes half of its bytes and is not exact.",
+        more="fp8 is 8-bit floats (e4m3), with the scales of the checkpoint where it has some.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryOptions(Group):
+    """Memory of the device, of the host and on disk."""
+
+    hot_gib: float | None = option(
+        None,
+        "KV memory beside the chip, in GiB; of an MoE model KV and experts together, unless "
+        "--expert-slots or --expert-gib sizes those.",
+        bounds=_SIZE,
+        otherwise="what the weights leave",
+        keeps_answers=True,
+    )
+    total_gib: float | None = option(
+        None,
+        "All memory to use beside the chip, in GiB: weights, experts, KV and workspace. Instead "
+        "of --hot-gib.",
+        bounds=_SIZE,
+        more="Split between KV and experts as --hot-gib is.",
+        keeps_answers=True,
+    )
+    host_gib: float = option(
+        0.0, "Host memory for KV, in GiB; 0 is none.", bounds=_TIER_SIZE, keeps_answers=True
+    )
+    disk_gib: float = option(
+        0.0, "Disk space for KV, in GiB; 0 is none.", bounds=_TIER_SIZE, keeps_answers=True
+    )
+    disk_path: Path | None = option(
+        None,
+        "Folder of the disk tier.",
+        otherwise="in the platform's cache folder",
+        keeps_answers=True,
+    )
+    disk_read_deadline_s: float = option(
+        5.0,
+        "A read from disk, of KV or of an expert, that takes longer counts as failed.",
+        bounds=_SECONDS,
+        has_flag=False,
+        keeps_answers=True,
+    )
+    disk_write_queue_s: float = option(
+        2.0,
+        "A block waits at most this long for its write to disk.",
+        bounds=_SECONDS,
+        has_flag=False,
+        keeps_answers=True,
+    )
+    block_size: int = option(
+        16,
+        "Tokens a KV block holds.",
+        bounds=Bounds("1 to 1024 tokens", 1, 1024),
+        keeps_answers=True,
+    )
+    prefix_caching: bool = option(
+        True, "Find known prompt beginnings instead of computing them.", keeps_answers=True
+    )
+    fetch_policy: Literal["auto", "fetch", "recompute"] = option(
+        "auto",
+        "How blocks in a slower tier come back; auto decides by cost.",
+        keeps_answers=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AllResident(Group):
+    """All experts stay on the device; so it is with models that have none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostedExperts(Group):
+    """How experts that are not on the device are kept, and how they come there."""
+
+    expert_host_gib: float | None = option(
+        None,
+        "Host memory for experts, in GiB, the others on disk.",
+        bounds=_SIZE,
+        otherwise="what they take",
+        keeps_answers=True,
+    )
+    expert_disk_path: Path | None = option(
+        None,
+        "Folder for experts on disk.",
+        otherwise="in the platform's cache folder",
+        keeps_answers=True,
+    )
+    expert_plan: Plan = option(
+        "auto",
+        "How other experts come: those a step needs, or all, ahead of it; auto by its tokens.",
+        more="`cache` copies those that a step needs into slots, `stream` all of them while the "
+        "layer before computes; `auto` is the way that is expected to take less time for the "
+        "tokens of the step. With experts on disk it is `cache`.",
+        keeps_answers=True,
+    )
+    expert_cpu: Literal["off", "auto", "on"] = option(
+        "off",
+        "On a GPU, have the CPU compute experts in host memory in small steps; auto where it is "
+        "faster. Rounds otherwise than the GPU.",
+        more="`auto` goes by what is measured at start. Output depends on what is resident then, "
+        "as far as rounding goes.",
+        keeps_answers=True,
+    )
+    expert_eviction: Literal["least-stale", "lru", "lfu", "lifo"] = option(
+        "lru", "Which expert makes room for another.", keeps_answers=True
+    )
+    expert_cold_dtype: ColdDType = option(
+        "auto",
+        "Of experts in host memory; auto is their own, the others have fewer bytes to move and are "
+        "not exact.",
+        more="`fp8` and `int4` take about a half and a quarter of the bytes of bfloat16. All "
+        "experts have the values that come back from there, so what is on the device does not "
+        "change the output.",
+    )
+    expert_prefetch: int = option(
+        0,
+        "Experts of the next layer to copy while one computes, by its router's guess; 0 is none.",
+        bounds=Bounds("0 (none) or more experts of a layer", 0),
+        more="In steps that cache. It helps where the link would be idle: a wrong guess costs a "
+        "copy.",
+        keeps_answers=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSlots(HostedExperts):
+    """Each layer keeps this number of experts on the device."""
+
+    expert_slots: int = option(
+        None,
+        "Experts of a layer to keep beside the chip, the others in host memory.",
+        bounds=Bounds("1 or more, or 0 with the expert_plan stream", 0),
+        otherwise="all",
+        keeps_answers=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertBudget(HostedExperts):
+    """Experts get this part of the device's memory."""
+
+    expert_gib: float = option(
+        None,
+        "The same by size: memory for experts beside the chip, in GiB.",
+        bounds=_SIZE,
+        keeps_answers=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitMemory(HostedExperts):
+    """KV and experts share `hot_gib`, or what `total_gib` leaves, as the cost model says."""
+
+    target: Literal["throughput", "latency"] = option(
+        "throughput",
+        "What the split between KV and experts is best for.",
+        more="`throughput` is the most tokens/s of users that queue for ever, `latency` the "
+        "shortest step that all of them decode in.",
+        keeps_answers=True,
+    )
+    expected_users: int | None = option(
+        None,
+        "Requests at once that the split is for.",
+        bounds=_COUNT,
+        otherwise="--max-num-seqs; 8 for latency",
+        keeps_answers=True,
+    )
+    expected_prompt_tokens: int | None = option(
+        None,
+        "Their prompts, in tokens.",
+        bounds=_COUNT,
+        otherwise="1024",
+        more="Four fifths of a shorter longest context.",
+        keeps_answers=True,
+    )
+    expected_output_tokens: int | None = option(
+        None,
+        "Their answers, in tokens.",
+        bounds=_COUNT,
+        otherwise="256",
+        more="A fifth of a shorter longest context.",
+        keeps_answers=True,
+    )
+    move_split: bool = option(
+        False,
+        "Have the split between KV and experts follow the load while the engine runs.",
+        keeps_answers=True,
+    )
+
+
+ExpertOptions = AllResident | ExpertSlots | ExpertBudget | SplitMemory
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleOptions(Group):
+    """What a step takes, and whose turn it is."""
+
+    max_num_seqs: int = option(
+        256,
+        "Most requests in one step.",
+        bounds=Bounds("1 to 1048576", 1, 2**20),
+        keeps_answers=True,
+    )
+    max_num_batched_tokens: int = option(
+        2048,
+        "Most tokens in one step.",
+        bounds=_COUNT,
+        more="Of prompts and decodes together.",
+        keeps_answers=True,
+    )
+    max_mixed_tokens: int | None = option(
+        None,
+        "Most tokens in a step of prompts beside decodes.",
+        bounds=_COUNT,
+        otherwise="256 on a CPU, 1024 on a GPU, more there for a Mixture of Experts or with "
+        "--rotation-s; in any case about what takes 0.25 s",
+        more="A long prompt would hold up the decodes. On a GPU a Mixture of Experts gets 512 rows "
+        "per expert if that is more. With experts in host memory, or with --rotation-s, it is all "
+        "of --max-num-batched-tokens there.",
+        keeps_answers=True,
+    )
+    max_model_len: int | None = option(
+        None,
+        "Longest context in tokens.",
+        bounds=Bounds("2 or more", 2),
+        otherwise="the model's own",
+        more="As far as the hot tier holds it.",
+    )
+    rotation_s: float | None = option(
+        None,
+        "Seconds after which requests give way to those without a first token; needs a host tier.",
+        bounds=_SECONDS,
+        otherwise="first come, first served",
+        more="A request that has waited this long for its first token takes the place of one that "
+        "has run this long, whose KV waits in the host tier: every user sees a first token sooner, "
+        "and the last one later. Takes place only while the host tier has room for all of it.",
+        keeps_answers=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FormOptions(Group):
+    """Bounds of outputs that follow a JSON schema, where the schema leaves another way.
+
+    They give way to larger ones that the schema names itself.
+    """
+
+    json_max_digits: int = option(
+        20,
+        "Most digits in each part of a number of structured output; 0 is no bound.",
+        bounds=Bounds("0 (no bound) or more", 0),
+        more="The integer part and the fraction, each.",
+    )
+    json_max_string: int | None = option(
+        None,
+        "Most characters in a string of structured output.",
+        bounds=_COUNT,
+        otherwise="no bound",
+        more="To the end of the token that reaches it.",
+    )
+    json_max_items: int | None = option(
+        None, "Most items in an array of structured output.", bounds=_COUNT, otherwise="no bound"
+    )
+    json_max_depth: int | None = option(
+        None, "Most levels of nesting in structured output.", bounds=_COUNT, otherwise="no bound"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions(Group):
+    """How the process computes."""
+
+    eager: bool = option(
+        False,
+        "On a GPU, do not compile the model: slower, but starts sooner.",
+        more="Without `torch.compile` and CUDA graphs.",
+        keeps_answers=True,
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads that compute.",
+        bounds=_COUNT,
+        otherwise="as many as affinity and a container's quota allow",
+        more="It holds for the process.",
+        keeps_answers=True,
+    )
+    seed: int = option(0, "Of requests that sample and bring no seed.", has_flag=False)
