@@ -28,6 +28,7 @@ from hotset.bench.machine import describe_machine
 from hotset.bench.result import ArmRun
 from hotset.bench.runs import Bench, RunOptions, Say, describe_error
 from hotset.bench.workload import PRESETS, Spec
+from hotset.eviction import POLICIES
 from hotset.model.dummy import load_dummy
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
@@ -89,7 +90,7 @@ def eviction_cases(total_gib: float, short_tokens: int) -> list[Case]:
     _, few = total_cases(total_gib, short_tokens)
     return [
         replace(few, name=f"D16, {policy}", options=few.options | {"expert_eviction": policy})
-        for policy in ("least-stale", "lru", "lfu", "lifo")
+        for policy in POLICIES
     ]
 
 

@@ -17,6 +17,7 @@ PLAIN = {
     "request",
     "sequence",
     "clock",
+    "eviction",
     "option_fields",
     "option_groups",
     "options",

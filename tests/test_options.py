@@ -16,7 +16,7 @@ import pytest
 from hotset.cli.options import as_typed
 from hotset.cli.serve import command
 from hotset.errors import ConfigError
-from hotset.memory.eviction import POLICIES
+from hotset.eviction import POLICIES
 from hotset.option_fields import Option
 from hotset.option_groups import (
     AllResident,

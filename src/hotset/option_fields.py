@@ -86,6 +86,7 @@ def option(
     default: Any,
     help: str,
     *,
+    choices: tuple[str, ...] = (),
     bounds: Bounds | None = None,
     otherwise: str = "",
     more: str = "",
@@ -98,6 +99,7 @@ def option(
     Args:
         default: what it is where nobody gives it.
         help: of the flag, with the unit unless the name ends with it.
+        choices: what a field of type `str` may be, where the type does not say it.
         bounds: numbers that it takes.
         otherwise: what a default of None comes to.
         more: what docs/options.md says besides.
@@ -107,6 +109,7 @@ def option(
     """
     told = {
         "help": help,
+        "choices": choices,
         "bounds": bounds,
         "otherwise": otherwise,
         "more": more,
@@ -129,8 +132,10 @@ def _options_of(group: type) -> tuple[Option, ...]:
         hint = hints[one.name]
         members = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
         (kind,) = (member for member in members if member is not NoneType)
-        is_optional = NoneType in members
-        found.append(Option(one.name, kind, is_optional, one.default, **one.metadata))
+        told = dict(one.metadata)
+        if choices := told.pop("choices"):
+            kind = Literal[choices]
+        found.append(Option(one.name, kind, NoneType in members, one.default, **told))
     return tuple(found)
 
 

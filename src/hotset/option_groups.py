@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hotset.eviction import POLICIES
 from hotset.option_fields import Bounds, Group, option
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
@@ -147,8 +148,8 @@ class HostedExperts(Group):
         "as far as rounding goes.",
         keeps_answers=True,
     )
-    expert_eviction: Literal["least-stale", "lru", "lfu", "lifo"] = option(
-        "lru", "Which expert makes room for another.", keeps_answers=True
+    expert_eviction: str = option(
+        "lru", "Which expert makes room for another.", choices=tuple(POLICIES), keeps_answers=True
     )
     expert_cold_dtype: ColdDType = option(
         "auto",

@@ -15,6 +15,7 @@ from torch import nn
 
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
+from hotset.eviction import POLICIES
 from hotset.experts import compute, hosting
 from hotset.experts import layer as expert_layer
 from hotset.experts.buffer import ExpertBuffer
@@ -33,9 +34,8 @@ from hotset.options import Options
 from hotset.units import GIB
 
 MakeEngine = Callable[..., Engine]
-EVICTIONS = ["least-stale", "lru", "lfu", "lifo"]
 PLANS = [
-    *({"expert_plan": "cache", "expert_eviction": name} for name in EVICTIONS),
+    *({"expert_plan": "cache", "expert_eviction": name} for name in POLICIES),
     {"expert_plan": "stream"},
     {"expert_plan": "auto"},
 ]
@@ -336,7 +336,7 @@ def test_each_policy_evicts_whom_it_says(eviction: str, kept: list[int]) -> None
     assert use(table, 4) == kept
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("eviction", POLICIES)
 def test_what_a_pass_needs_stays(eviction: str) -> None:
     table = table_of(eviction, num_slots=4)
     torch.manual_seed(0)
@@ -353,7 +353,7 @@ def test_what_a_pass_needs_stays(eviction: str) -> None:
         assert seen == set(ids.tolist())
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("eviction", POLICIES)
 def test_slots_that_are_not_in_use_are_nobodys(eviction: Any) -> None:
     counts = torch.zeros(5, dtype=torch.int64)
     table = SlotTable(8, 6, eviction=eviction, counts=counts, fewest=2, num_active=3)
@@ -394,7 +394,7 @@ def test_hits_and_misses_are_counted_and_a_hit_moves_nothing() -> None:
     assert table._counts.tolist() == [2, 2, 0, 0, 0]
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("eviction", POLICIES)
 def test_a_prefetch_takes_what_is_named_most_and_keeps_what_is_named_and_here(
     eviction: str,
 ) -> None:

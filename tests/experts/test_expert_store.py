@@ -12,9 +12,9 @@ import torch
 from disk_helpers import Gate
 
 from hotset.errors import ExpertReadError, TierError
+from hotset.eviction import POLICIES
 from hotset.experts.host import ExpertLayout
 from hotset.experts.store import FILE, ExpertStore
-from hotset.memory.eviction import POLICIES
 
 NUM_LAYERS, NUM_EXPERTS = 3, 6
 LAYOUT = ExpertLayout((8, 100), (100, 8), torch.float32)

@@ -14,6 +14,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from hotset.attention.flashinfer.backend import FlashInferBackend
 from hotset.engine.engine import Engine
+from hotset.eviction import POLICIES
 from hotset.executor.probe import inspect_model
 from hotset.executor.runner import ModelRunner
 from hotset.experts.buffer import ExpertBuffer
@@ -31,8 +32,7 @@ MakeEngine = Callable[..., Engine]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 NUM_EXPERTS, HIDDEN, FFN, TOP_K, NUM_LAYERS = 16, 256, 128, 4, 3
 PLANS = [
-    *({"expert_plan": "cache", "expert_eviction": e} for e in ("least-stale", "lru", "lfu")),
-    {"expert_plan": "cache", "expert_eviction": "lifo"},
+    *({"expert_plan": "cache", "expert_eviction": name} for name in POLICIES),
     *(
         {"expert_plan": plan, "expert_cold_dtype": cold}
         for plan in ("stream", "auto")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hotset.errors import OutOfBlocksError
-from hotset.memory.eviction import policy_named
+from hotset.eviction import policy_named
 from hotset.memory.residency import Payload, Residency, State
 
 

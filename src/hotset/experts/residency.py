@@ -1,10 +1,8 @@
 """Which expert of a layer is in which slot on the device, and which one goes for another."""
 
-from typing import Literal
-
 import torch
 
-Eviction = Literal["least-stale", "lru", "lfu", "lifo"]
+from hotset.eviction import By, policy_named
 
 _NOBODY = -1
 _MOST_EXPERTS_OF_KERNEL = 1024
@@ -27,16 +25,12 @@ class SlotTable:
 
     `prefetch` does that before the step, for experts that it is likely to need.
 
-    Policies choose among the others, and slots tie by their number:
-      least-stale -- not used in the current step before used in it, then the first that came.
-        Source: "SpecMD" (its least-stale eviction). Slots belong to one layer here, so all of a
-        layer's experts are equally far ahead in the scan over layers, and the step decides alone.
-      lru -- the longest not used. lfu -- the least often used so far. lifo -- the last that came.
+    The policy chooses among the others, and slots tie by their number.
 
     Args:
         num_experts: E, of the layer.
         num_slots: S, on the device; at most E.
-        eviction: the policy.
+        eviction: the name of a policy in `eviction`.
         fewest: slots that stay in use; None where all S do.
         num_active: slots in use at first; None is all.
         counts: `[5]` int64 on the device, to be added to: experts that were needed and here,
@@ -49,7 +43,7 @@ class SlotTable:
         num_experts: int,
         num_slots: int,
         *,
-        eviction: Eviction,
+        eviction: str,
         counts: torch.Tensor,
         fewest: int | None = None,
         num_active: int | None = None,
@@ -59,7 +53,7 @@ class SlotTable:
         self.num_active = num_slots if num_active is None else num_active
         self._is_fixed = fewest is None
         self._fewest = num_slots if fewest is None else fewest
-        self._eviction = eviction
+        self._policy = policy_named(eviction)
         self._counts = counts
         device = counts.device
 
@@ -148,7 +142,7 @@ class SlotTable:
                 num_experts=self.num_experts,
                 num_slots=num_slots,
                 num_passes=num_passes,
-                policy=self._eviction,
+                policy=self._policy,
             )
         which = self.begin(ids)
         keys = torch.full((self.num_experts + 1,), num_passes * num_slots, device=ids.device)
@@ -280,17 +274,16 @@ class SlotTable:
 
     def _order(self, wanted: torch.Tensor) -> torch.Tensor:
         """`[S]` slots, those that go first in front, those of `wanted`, `[E]` bool, last."""
-        experts, arrival = self._expert_in[:-1], self._arrival[:-1]
-        last = 2**62
-        if self._eviction == "lru":
-            rank = self._last_use[experts]
-        elif self._eviction == "lfu":
-            rank = self._num_uses[experts]
-        elif self._eviction == "lifo":
-            rank = self._num_arrivals - arrival
+        experts, policy = self._expert_in[:-1], self._policy
+        if policy.by is By.ARRIVAL:
+            rank = self._arrival[:-1]
         else:
-            is_current = self._last_use[experts] == self._time
-            rank = arrival + is_current * 2**61
+            rank = (self._last_use if policy.by is By.LAST_USE else self._num_uses)[experts]
+        if policy.largest_first:
+            rank = -rank
+        if policy.spares_current:
+            rank = rank + (self._last_use[experts] == self._time) * 2**61
+        last = 2**62
         return torch.argsort(rank.masked_fill(self._stays(wanted), last), stable=True)
 
     def _stays(self, wanted: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,9 @@ import torch
 
 from hotset.cost.expert_sizes import FEWEST_HOST_SLOTS
 from hotset.errors import ExpertReadError, TierError
+from hotset.eviction import Order, policy_named
 from hotset.experts.host import ExpertLayout, HostRows
 from hotset.memory.disk.fixed import FixedSlab
-from hotset.memory.eviction import Order, policy_named
 from hotset.memory.residency import Payload, Residency, State
 from hotset.memory.tier import CompletionStatus
 
@@ -78,7 +78,7 @@ class ExpertStore:
         num_experts: E, of each layer.
         num_slots: of host memory; `FEWEST_HOST_SLOTS` or more.
         read_deadline_s: the longest a step waits for one expert.
-        eviction: of host slots, a name in `memory.eviction`.
+        eviction: of host slots, a name in `eviction`.
 
     Attributes:
         rows: the host slots.

@@ -4,12 +4,15 @@ import torch
 import triton
 import triton.language as tl
 
+from hotset.eviction import By, Policy
+
 MOST_EXPERTS = 1024
-POLICIES = ("least-stale", "lru", "lfu", "lifo")
+_NUMBERS = {By.ARRIVAL: 0, By.LAST_USE: 1, By.NUM_USES: 2}
 
 _IDS_AT_ONCE = 1024
 # A slot's rank times this, plus its number: ties go by number.
 _RANK: tl.constexpr = tl.constexpr(1024)
+_LARGEST: tl.constexpr = tl.constexpr(1 << 50)
 _HELD: tl.constexpr = tl.constexpr(1 << 62)
 _CURRENT: tl.constexpr = tl.constexpr(1 << 61)
 
@@ -26,7 +29,9 @@ def _plan_passes(  # type: ignore[no-untyped-def]
     num_passes,
     E: tl.constexpr,
     S: tl.constexpr,
-    POLICY: tl.constexpr,
+    BY: tl.constexpr,
+    LARGEST_FIRST: tl.constexpr,
+    SPARES_CURRENT: tl.constexpr,
     EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
     IDS: tl.constexpr,
@@ -83,17 +88,17 @@ def _plan_passes(  # type: ignore[no-untyped-def]
         # Who goes: all slots in the order of the policy, those that the pass needs last, and
         # after them those that are not in use.
         holder = tl.load(expert_in + s, mask=is_slot, other=0)
-        if POLICY == 0:
-            since = tl.load(arrival + s, mask=is_slot, other=0)
-            is_current = (tl.load(last_use + holder) == now).to(tl.int64)
-            order = (since * _RANK) + s + is_current * _CURRENT
-        elif POLICY == 1:
-            order = (tl.load(last_use + holder) * _RANK) + s
-        elif POLICY == 2:
-            order = (tl.load(num_uses + holder) * _RANK) + s
+        if BY == 0:
+            by = tl.load(arrival + s, mask=is_slot, other=0)
+        elif BY == 1:
+            by = tl.load(last_use + holder)
         else:
-            since = tl.load(arrival + s, mask=is_slot, other=0)
-            order = ((came - since) * _RANK) + s
+            by = tl.load(num_uses + holder)
+        if LARGEST_FIRST:
+            by = _LARGEST - by
+        order = by * _RANK + s
+        if SPARES_CURRENT:
+            order += (tl.load(last_use + holder) == now).to(tl.int64) * _CURRENT
         held = tl.load(pass_of + holder) == number
         order = tl.where(held, _HELD + s, order)
         order = tl.where(is_active, order, _HELD + _CURRENT + s)
@@ -126,7 +131,7 @@ def plan_passes(
     num_experts: int,
     num_slots: int,
     num_passes: int,
-    policy: str,
+    policy: Policy,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Begin a step of a `experts.residency.SlotTable` and load all its passes, in place.
 
@@ -139,7 +144,7 @@ def plan_passes(
         num_experts: E.
         num_slots: S.
         num_passes: P, at least as many as the step takes with the slots that are in use.
-        policy: who goes first, one of `POLICIES`.
+        policy: says who goes first.
 
     Returns:
         `[E + 1]` int64, of an expert its pass times S plus its slot, P * S for those that are not
@@ -163,7 +168,9 @@ def plan_passes(
         num_passes,
         E=num_experts,
         S=num_slots,
-        POLICY=POLICIES.index(policy),
+        BY=_NUMBERS[policy.by],
+        LARGEST_FIRST=policy.largest_first,
+        SPARES_CURRENT=policy.spares_current,
         EXPERTS=triton.next_power_of_2(num_experts + 1),
         SLOTS=triton.next_power_of_2(num_slots),
         IDS=_IDS_AT_ONCE,

@@ -3,7 +3,7 @@
 from bisect import insort
 
 from hotset.errors import OutOfBlocksError
-from hotset.memory.eviction import Order, policy_named
+from hotset.eviction import Order, policy_named
 
 
 class BlockPool:
@@ -22,7 +22,7 @@ class BlockPool:
     Args:
         num_blocks: ids are below it.
         first: the lowest id in the pool at first; 0 for a pool without a boundary.
-        eviction: the name of a policy in `memory.eviction`.
+        eviction: the name of a policy in `eviction`.
     """
 
     def __init__(self, num_blocks: int, first: int = 0, *, eviction: str = "lru") -> None:

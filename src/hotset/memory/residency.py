@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from hotset.errors import OutOfBlocksError
-from hotset.memory.eviction import Order
+from hotset.eviction import Order
 
 
 class State(Enum):

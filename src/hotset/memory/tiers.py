@@ -6,7 +6,7 @@ from typing import Protocol
 from hotset.clock import REAL_CLOCK, Clock
 from hotset.cost.rates import Rates
 from hotset.errors import OutOfBlocksError
-from hotset.memory.eviction import policy_named
+from hotset.eviction import policy_named
 from hotset.memory.mover import Batch, Copier, Mover
 from hotset.memory.residency import Payload, Residency, State
 from hotset.memory.slower_tier import SlowerTier
@@ -72,7 +72,7 @@ class TierStack:
         rates: to be followed.
         metrics: to be counted in.
         slower: the other tiers, fastest first.
-        eviction: of host memory, a name in `memory.eviction`.
+        eviction: of host memory, a name in `eviction`.
         clock: bounds how long a key is PENDING.
 
     Attributes:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotset.errors import TierError
+from hotset.eviction import Order, policy_named
 from hotset.memory.disk import index as disk_index
 from hotset.memory.disk.folder import opening
 from hotset.memory.disk.index import BlockIndex, IndexFault
@@ -22,7 +23,6 @@ from hotset.memory.disk.slab import (
     require_space,
     slot_bytes_for,
 )
-from hotset.memory.eviction import Order, policy_named
 from hotset.memory.tier import Answer, Completion, CompletionStatus, TierInfo, TierUsage
 
 _FORMAT = "1"  # of slab and index; another one is not read
@@ -179,7 +179,7 @@ class DiskTier:
             read_deadline_s: a read is reported LATE, or dropped if not begun, after this.
             write_queue_s: the longest a write waits for its turn.
             num_threads: for reads, and as many again for writes.
-            eviction: the name of a policy in `memory.eviction`.
+            eviction: the name of a policy in `eviction`.
 
         Raises:
             TierError: too small, no space, in use, or not writable. Blocks that were there

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hotset.errors import ConfigError
-from hotset.memory.eviction import POLICIES, By, Order, Policy, policy_named
+from hotset.eviction import POLICIES, By, Order, Policy, policy_named
 
 KEYS = st.integers(0, 5)
 
