@@ -8,10 +8,10 @@ from family_configs import FAMILIES, HEAD, LINEAR, MLA, MOE, TINY, build
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from hotset.cost.attention import Kind
 from hotset.cost.cache_spec import State
 from hotset.cost.catalog import bundled_config, bundled_models
 from hotset.cost.families import shape_from_config
-from hotset.cost.shape import Kind
 from hotset.errors import PlanError
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hotset.cost.attention import Kind
 from hotset.cost.catalog import bundled_config, bundled_models, load_model
 from hotset.cost.families import shape_from_config
-from hotset.cost.shape import Kind
 from hotset.errors import PlanError
 
 

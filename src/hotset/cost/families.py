@@ -23,8 +23,9 @@ from hotset.cost.family_layers import (
     qwen_window,
 )
 from hotset.cost.mixers import Config, Facts
+from hotset.cost.params import Params
 from hotset.cost.quantisation import modelopt_algorithm
-from hotset.cost.shape import Layer, ModelShape, Params
+from hotset.cost.shape import Layer, ModelShape
 from hotset.errors import PlanError
 
 Builder = Callable[[Facts], list[Layer]]

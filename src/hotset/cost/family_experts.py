@@ -1,7 +1,7 @@
 """The experts of a layer in each family of models, from the facts of a config."""
 
 from hotset.cost.mixers import Facts, mlp_params
-from hotset.cost.shape import Params
+from hotset.cost.params import Params
 from hotset.errors import PlanError
 
 Moe = tuple[Params, Params, Params, int, int]

@@ -6,6 +6,7 @@ Counts follow the parameters that `transformers` creates for the text model.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hotset.cost.attention import Attention, Kind
 from hotset.cost.family_experts import deepseek_bias, deepseek_moe, mixtral_moe, moe, qwen_moe
 from hotset.cost.mixers import (
     WINDOWS,
@@ -19,7 +20,8 @@ from hotset.cost.mixers import (
     mlp_params,
     windowed,
 )
-from hotset.cost.shape import Attention, Kind, Layer, Params
+from hotset.cost.params import Params
+from hotset.cost.shape import Layer
 from hotset.errors import PlanError
 
 # A constant, or a field of the config, which is off or has the value beside it where it is missing.

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hotset.cost.attention import Attention, Kind
 from hotset.cost.cache_spec import KeysValues, Latent, Shared, State
-from hotset.cost.shape import Attention, Kind, Params
+from hotset.cost.params import Params
 from hotset.errors import PlanError
 
 Config = dict[str, Any]

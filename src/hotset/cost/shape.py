@@ -1,141 +1,16 @@
 """What a model weighs: parameters and KV bytes, exactly, from the facts of its config.json.
 
-`families.py` builds a `ModelShape` from a config; here are the data types and the byte counts.
+`families.py` builds a `ModelShape` from a config; here are the layer, the model and their bytes.
 """
 
 import math
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from functools import cached_property
 
-from hotset.cost.cache_spec import CacheSpec, Latent, NoCache, Shared, State, token_bytes
+from hotset.cost.attention import KV_BYTES, Attention, Kind
+from hotset.cost.cache_spec import token_bytes
+from hotset.cost.params import WEIGHT_BITS, Params
 from hotset.errors import PlanError
-
-# Bits one matrix element takes, with the scales its format stores beside it.
-WEIGHT_BITS = {
-    "fp32": 32.0,
-    "bf16": 16.0,
-    "fp16": 16.0,
-    "fp8": 8.0,  # one scale a tensor or channel: less than 0.02 %, not counted
-    "fp8_block": 8.0 + 32 / 128**2,  # a float32 scale for 128 x 128 elements (DeepSeek-V3)
-    "int8": 8.0,
-    "mxfp4": 4.0 + 8 / 32,  # an 8-bit scale for 32 elements
-    "nvfp4": 4.0 + 8 / 16,  # an FP8 scale for 16 elements
-    "int4": 4.0 + (16 + 4) / 128,  # AWQ and GPTQ: 16-bit scale, 4-bit zero for 128 elements
-}
-
-# Bytes one KV element takes. fp8_ds_mla is a layout of MLA alone, see `Attention.token_bytes`.
-KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "fp8_ds_mla": 1}
-
-
-class Kind(Enum):
-    """How a layer remembers earlier tokens."""
-
-    FULL = "full"  # a key and a value for every token
-    SLIDING = "sliding"  # for the last `window` tokens
-    CHUNKED = "chunked"  # for the tokens of the current chunk, at most `window`
-    MLA = "mla"  # one latent for every token
-    RECURRENT = "recurrent"  # a state of fixed size: linear attention, state space, convolution
-    SHARED = "shared"  # reads the cache of an earlier layer
-    NONE = "none"  # no attention at all
-
-
-@dataclass(frozen=True, slots=True)
-class Params:
-    """Parameter counts: `matrix` ones may be quantised, `vector` ones (norms, biases) never are."""
-
-    matrix: int = 0
-    vector: int = 0
-
-    def __add__(self, other: "Params") -> "Params":
-        return Params(self.matrix + other.matrix, self.vector + other.vector)
-
-    def __mul__(self, times: int) -> "Params":
-        return Params(self.matrix * times, self.vector * times)
-
-    @property
-    def count(self) -> int:
-        """All of them."""
-        return self.matrix + self.vector
-
-    def bytes(self, dtype: str, plain_dtype: str) -> int:
-        """Bytes with matrices in `dtype` and vectors in `plain_dtype`, rounded up."""
-        bits = self.matrix * WEIGHT_BITS[dtype] + self.vector * WEIGHT_BITS[plain_dtype]
-        return math.ceil(bits / 8)
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """The attention, or what stands in its place, of one layer.
-
-    Attributes:
-        kind: see `Kind`.
-        params: its own weights, without the norms around it.
-        replicated_params: of those, what every tensor-parallel rank holds in full (the
-            down-projections of MLA).
-        num_heads: query heads.
-        cache: what is kept of earlier tokens.
-        score_dim: width of one query-key product as decode computes it.
-        mix_dim: width of one weighted sum as decode computes it.
-        prefill_dims: score and mix width together, as prefill computes it.
-        window: most tokens the layer looks at; None looks at all.
-        latent: of MLA whose `cache` is the keys and values of all heads; else None.
-    """
-
-    kind: Kind
-    params: Params = field(default_factory=Params)
-    replicated_params: int = 0
-    num_heads: int = 0
-    cache: CacheSpec = field(default_factory=NoCache)
-    score_dim: int = 0
-    mix_dim: int = 0
-    prefill_dims: int = 0
-    window: int | None = None
-    latent: Latent | None = None
-
-    @property
-    def stored(self) -> "Attention":
-        """The same as this engine runs it: see `CacheSpec`."""
-        same = replace(self, cache=self.cache.stored)
-        if isinstance(self.cache, Shared):
-            return replace(same, kind=Kind.FULL if self.window is None else Kind.SLIDING)
-        if not isinstance(self.cache, Latent):
-            return same
-        heads = self.cache.expanded
-        score_dim, mix_dim = heads.key_dim, heads.value_dim
-        return replace(
-            same, kind=Kind.FULL, latent=self.cache, score_dim=score_dim, mix_dim=mix_dim
-        )
-
-    def token_bytes(self, kv_dtype: str) -> int:
-        """Bytes one cached token takes in this layer; 0 where the layer keeps none of its own."""
-        if kv_dtype != "fp8_ds_mla" or not self.cache.token_values:
-            return KV_BYTES[kv_dtype] * self.cache.token_values
-        if isinstance(self.cache, Latent):
-            return self.cache.ds_mla_token_bytes
-        raise PlanError(
-            "KV dtype fp8_ds_mla is a layout of latents, and hotset stores the keys and values of "
-            "all heads; use fp8"
-            if self.latent
-            else "KV dtype fp8_ds_mla is a layout for MLA only; use fp8 for this model"
-        )
-
-    def seen_tokens(self, context: float) -> float:
-        """How many of `context` tokens this layer looks at."""
-        return context if self.window is None else min(context, self.window)
-
-    def kept_tokens(self, context: float) -> float:
-        """How many of `context` tokens this layer keeps."""
-        return context if self.cache.window is None else min(context, self.cache.window)
-
-    @property
-    def state_values(self) -> int:
-        """Numbers of recurrent state that each token updates."""
-        return self.cache.num_values if isinstance(self.cache, State) else 0
-
-    def shards(self, tp: int) -> int:
-        """Parts that `tp` ranks cut its cache into: whole KV heads; MLA's latent stays whole."""
-        return min(tp, self.cache.num_kv_heads or tp)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hotset.attention.spec import LayerAttention
+from hotset.cost.attention import Attention, Kind
 from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.config_sizes import largest
 from hotset.cost.expert_steps import ExpertCost, link_of
 from hotset.cost.hardware import Hardware
 from hotset.cost.layout import Layout
+from hotset.cost.params import Params
 from hotset.cost.routing import Routing
-from hotset.cost.shape import Attention, Kind, Layer, ModelShape, Params
+from hotset.cost.shape import Layer, ModelShape
 from hotset.cost.slot_bytes import SlotBytes
 from hotset.cost.step_time import CostModel
 from hotset.cost.tuning import TUNINGS

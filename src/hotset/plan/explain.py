@@ -1,7 +1,8 @@
 """A plan step by step: each formula, its numbers, and the assumption it rests on."""
 
+from hotset.cost.attention import KV_BYTES, Attention
 from hotset.cost.cache_spec import Latent, NoCache, Shared, State
-from hotset.cost.shape import KV_BYTES, WEIGHT_BITS, Attention
+from hotset.cost.params import WEIGHT_BITS
 from hotset.cost.step_time import CAUSES
 from hotset.plan.choices import BLOCK_SIZE, SLICE_TOKENS, claimed_bytes
 from hotset.plan.report import gb, seconds

@@ -6,7 +6,7 @@ Imports no torch.
 import math
 
 from hotset.cost.layout import Layout, candidate_layouts, check_layout
-from hotset.cost.shape import WEIGHT_BITS
+from hotset.cost.params import WEIGHT_BITS
 from hotset.cost.step_time import CAUSES, CostModel, Tiering
 from hotset.errors import PlanError
 from hotset.plan.choices import (

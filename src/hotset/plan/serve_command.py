@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from hotset.cost.shape import Kind
+from hotset.cost.attention import Kind
 from hotset.plan.choices import staged_bytes
 from hotset.plan.result import Plan
 

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from hotset.cost.attention import KV_BYTES
 from hotset.cost.calibration import Calibration
 from hotset.cost.hardware import Hardware
 from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
-from hotset.cost.shape import KV_BYTES, ModelShape
+from hotset.cost.shape import ModelShape
 from hotset.errors import PlanError
 
 

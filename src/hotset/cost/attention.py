@@ -1,0 +1,97 @@
+"""The attention of one layer as numbers: what it keeps of a token, reads of a context, computes."""
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from hotset.cost.cache_spec import CacheSpec, Latent, NoCache, Shared, State
+from hotset.cost.params import Params
+from hotset.errors import PlanError
+
+# Bytes one KV element takes. fp8_ds_mla is a layout of MLA alone, see `Attention.token_bytes`.
+KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "fp8_ds_mla": 1}
+
+
+class Kind(Enum):
+    """How a layer remembers earlier tokens."""
+
+    FULL = "full"  # a key and a value for every token
+    SLIDING = "sliding"  # for the last `window` tokens
+    CHUNKED = "chunked"  # for the tokens of the current chunk, at most `window`
+    MLA = "mla"  # one latent for every token
+    RECURRENT = "recurrent"  # a state of fixed size: linear attention, state space, convolution
+    SHARED = "shared"  # reads the cache of an earlier layer
+    NONE = "none"  # no attention at all
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The attention, or what stands in its place, of one layer.
+
+    Attributes:
+        kind: see `Kind`.
+        params: its own weights, without the norms around it.
+        replicated_params: of those, what every tensor-parallel rank holds in full (the
+            down-projections of MLA).
+        num_heads: query heads.
+        cache: what is kept of earlier tokens.
+        score_dim: width of one query-key product as decode computes it.
+        mix_dim: width of one weighted sum as decode computes it.
+        prefill_dims: score and mix width together, as prefill computes it.
+        window: most tokens the layer looks at; None looks at all.
+        latent: of MLA whose `cache` is the keys and values of all heads; else None.
+    """
+
+    kind: Kind
+    params: Params = field(default_factory=Params)
+    replicated_params: int = 0
+    num_heads: int = 0
+    cache: CacheSpec = field(default_factory=NoCache)
+    score_dim: int = 0
+    mix_dim: int = 0
+    prefill_dims: int = 0
+    window: int | None = None
+    latent: Latent | None = None
+
+    @property
+    def stored(self) -> "Attention":
+        """The same as this engine runs it: see `CacheSpec`."""
+        same = replace(self, cache=self.cache.stored)
+        if isinstance(self.cache, Shared):
+            return replace(same, kind=Kind.FULL if self.window is None else Kind.SLIDING)
+        if not isinstance(self.cache, Latent):
+            return same
+        heads = self.cache.expanded
+        score_dim, mix_dim = heads.key_dim, heads.value_dim
+        return replace(
+            same, kind=Kind.FULL, latent=self.cache, score_dim=score_dim, mix_dim=mix_dim
+        )
+
+    def token_bytes(self, kv_dtype: str) -> int:
+        """Bytes one cached token takes in this layer; 0 where the layer keeps none of its own."""
+        if kv_dtype != "fp8_ds_mla" or not self.cache.token_values:
+            return KV_BYTES[kv_dtype] * self.cache.token_values
+        if isinstance(self.cache, Latent):
+            return self.cache.ds_mla_token_bytes
+        raise PlanError(
+            "KV dtype fp8_ds_mla is a layout of latents, and hotset stores the keys and values of "
+            "all heads; use fp8"
+            if self.latent
+            else "KV dtype fp8_ds_mla is a layout for MLA only; use fp8 for this model"
+        )
+
+    def seen_tokens(self, context: float) -> float:
+        """How many of `context` tokens this layer looks at."""
+        return context if self.window is None else min(context, self.window)
+
+    def kept_tokens(self, context: float) -> float:
+        """How many of `context` tokens this layer keeps."""
+        return context if self.cache.window is None else min(context, self.cache.window)
+
+    @property
+    def state_values(self) -> int:
+        """Numbers of recurrent state that each token updates."""
+        return self.cache.num_values if isinstance(self.cache, State) else 0
+
+    def shards(self, tp: int) -> int:
+        """Parts that `tp` ranks cut its cache into: whole KV heads; MLA's latent stays whole."""
+        return min(tp, self.cache.num_kv_heads or tp)
