@@ -1,0 +1,259 @@
+"""How fast a GPU gathers rows of tokens from pinned host memory, which bounds the hot set.
+
+`kernels/gather_rows` over random rows of a pool in pinned host memory. By the size of a row, of the
+pool and of a launch, then at the size of a latent row (1,152 bytes) by programs and rows under way,
+by seats, with loads of 8 bytes, over addresses in order, and beside copies down. The rows of each
+case are compared with what the pool holds. Takes about a minute, and 48 GiB of host memory.
+
+    python benchmarks/gather_rows.py --out benchmarks/results/gather_rows_h200.json
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+import hotset.kernels.gather_rows as gather
+from hotset.bench.machine import describe_machine
+from hotset.cost.tuning import TUNINGS
+from hotset.kernels.gather_rows import RowRun, gather_rows
+from hotset.memory.arena import HostArena
+from hotset.memory.pin import pin, unpin
+
+ROW_BYTES = (656, 1152, 2304, 4608)
+LATENT = 1152
+BLOCK_SIZE = 64
+CHUNK_BYTES = 2**30  # of the pool, pinned at once
+FEW, MANY = (8, 719), (86, 719)  # seats and rows of each: 719 of 2,048 miss at an overlap of 0.4
+SEATS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PROGRAMS = (132, 528, 1056, 2112, 4224)
+ROWS_AT_ONCE = (1, 2, 4, 8)
+NUM_RUNS = 20
+NUM_COPIES = 8
+COPY_BYTES = 2**30
+
+
+class Pool:
+    """Pinned host memory in which every word of 8 bytes holds its own number."""
+
+    def __init__(self, gib: int, num_threads: int) -> None:
+        started_s = time.perf_counter()
+        self._arena = HostArena(num_slots=gib * 2**30 // CHUNK_BYTES, block_bytes=CHUNK_BYTES)
+        self._arena.use_huge_pages()
+        self._arena.commit(0, len(self._arena.slots), num_threads=num_threads)
+        self.words = torch.from_numpy(self._arena.slots).view(torch.int64).view(-1)
+        torch.set_num_threads(num_threads)
+        size = CHUNK_BYTES // 8
+        for first in range(0, len(self.words), size):
+            torch.arange(first, first + size, out=self.words[first : first + size])
+        for slot in range(len(self._arena.slots)):
+            if error := pin(self._arena.address(slot), CHUNK_BYTES):
+                raise SystemExit(f"{CHUNK_BYTES} bytes cannot be pinned: CUDA error {error}")
+        self.seconds = round(time.perf_counter() - started_s, 1)
+
+    def view(self, gib: int, row_bytes: int) -> torch.Tensor:
+        """The first `gib` as `[slots, bytes]` uint8, of `BLOCK_SIZE` rows each."""
+        slot_words = BLOCK_SIZE * row_bytes // 8
+        num_slots = gib * 2**30 // 8 // slot_words
+        return self.words[: num_slots * slot_words].view(num_slots, -1).view(torch.uint8)
+
+    def close(self) -> None:
+        """Unpin it."""
+        for slot in range(len(self._arena.slots)):
+            unpin(self._arena.address(slot))
+
+
+class Work:
+    """Rows to gather: random ones of a pool, in lists of seats, to the device."""
+
+    def __init__(
+        self,
+        source: torch.Tensor,
+        row_bytes: int,
+        seats: int,
+        rows: int,
+        *,
+        is_sorted: bool = False,
+    ) -> None:
+        self.source, self.run = source, RowRun(0, row_bytes, BLOCK_SIZE)
+        self.num_rows = seats * rows
+        most = len(source) * BLOCK_SIZE
+        self.places = torch.randint(most, (seats, rows), dtype=torch.int32, device="cuda")
+        if is_sorted:
+            self.places = self.places.sort(dim=1).values
+        self.rows = torch.arange(self.num_rows, dtype=torch.int32, device="cuda").view(seats, rows)
+        self.counts = torch.full((seats,), rows, dtype=torch.int32, device="cuda")
+        num_blocks = -(-self.num_rows // BLOCK_SIZE)
+        self.target = torch.empty(
+            num_blocks, BLOCK_SIZE * row_bytes, dtype=torch.uint8, device="cuda"
+        )
+
+    def launch(self, **tuning: int) -> None:
+        """Gather them once."""
+        tuned = replace(TUNINGS["cuda"], **tuning)
+        lists = (self.places, self.rows, self.counts)
+        gather_rows(self.source, self.target, *lists, self.run, tuning=tuned)
+
+    def rate(self, call: Callable[[], None] | None = None) -> float:
+        """GB/s of `call`, by default `launch`; the result is checked."""
+        call = call or self.launch
+        self.target.zero_()
+        call()
+        self.check()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(NUM_RUNS):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        num_bytes = NUM_RUNS * self.num_rows * self.run.row_bytes
+        return round(num_bytes / start.elapsed_time(end) / 1e6, 1)
+
+    def check(self) -> None:
+        """Every row must be the one that was asked for."""
+        words = self.run.row_bytes // 8
+        got = self.target.view(torch.int64).view(-1, words)[: self.num_rows]
+        first = self.places.view(-1, 1).long() * words
+        if not torch.equal(got, first + torch.arange(words, device="cuda")):
+            raise SystemExit(f"rows of {self.run.row_bytes} bytes are not those asked for")
+
+
+def by_size(pool: Pool, pool_gib: list[int]) -> list[dict[str, Any]]:
+    """Rates by the size of a row, of the pool and of a launch."""
+    found = []
+    for row_bytes in ROW_BYTES:
+        for gib in pool_gib:
+            rates = [
+                Work(pool.view(gib, row_bytes), row_bytes, *size).rate() for size in (FEW, MANY)
+            ]
+            found.append(
+                {"row_bytes": row_bytes, "pool_gib": gib, "few": rates[0], "many": rates[1]}
+            )
+    return found
+
+
+def by_programs(source: torch.Tensor) -> list[dict[str, Any]]:
+    """Rates of few and of many latent rows by how they are shared out."""
+    few, many = (Work(source, LATENT, *size) for size in (FEW, MANY))
+    found = []
+    for programs in PROGRAMS:
+        for at_once in ROWS_AT_ONCE:
+            rates = [
+                work.rate(partial(work.launch, gather_programs=programs, gather_rows=at_once))
+                for work in (few, many)
+            ]
+            found.append(
+                {"programs": programs, "rows_at_once": at_once, "few": rates[0], "many": rates[1]}
+            )
+    return found
+
+
+def by_seats(source: torch.Tensor) -> list[dict[str, Any]]:
+    """Rates and microseconds of a launch by its seats, and of one that finds nothing to gather."""
+    found = []
+    for seats in SEATS:
+        work = Work(source, LATENT, seats, FEW[1])
+        rate = work.rate()
+        work.counts.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(64):
+                work.launch()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        idle_us = round(start.elapsed_time(end) * 1e3 / 64, 2)
+        found.append({"seats": seats, "gb_per_s": rate, "us_without_rows": idle_us})
+    return found
+
+
+def with_loads_of_8_bytes(work: Work) -> float:
+    """The rate where the compiler does not know that the pool is aligned."""
+    kernel = gather._gather_rows
+    gather._gather_rows = triton.jit(kernel.fn, do_not_specialize_on_alignment=["source"])
+    try:
+        return work.rate()
+    finally:
+        gather._gather_rows = kernel
+
+
+def beside_copies_down(work: Work) -> dict[str, float]:
+    """Rates of a gather and of copies down, both at once."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    side = torch.cuda.Stream()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        events[0].record(side)
+        for _ in range(NUM_COPIES):
+            target.copy_(source, non_blocking=True)
+        events[1].record(side)
+    gathered = work.rate()
+    return {
+        "gather_gb_per_s": gathered,
+        "copies_gb_per_s": round(
+            NUM_COPIES * COPY_BYTES / events[0].elapsed_time(events[1]) / 1e6, 1
+        ),
+    }
+
+
+def huge_page_bytes() -> int:
+    """Bytes of this process in huge pages."""
+    for line in Path("/proc/self/smaps_rollup").read_text("utf-8").splitlines():
+        if line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def measure(pool: Pool, pool_gib: list[int]) -> dict[str, Any]:
+    """All figures."""
+    largest = pool.view(pool_gib[-1], LATENT)
+    many = Work(largest, LATENT, *MANY)
+    ordered = Work(largest, LATENT, *MANY, is_sorted=True)
+    return {
+        "pool": {"seconds_to_pin": pool.seconds, "huge_page_bytes": huge_page_bytes()},
+        "by_size_gb_per_s": by_size(pool, pool_gib),
+        "by_programs_gb_per_s": by_programs(largest),
+        "by_seats": by_seats(largest),
+        "many_latent_rows_gb_per_s": {
+            "random": many.rate(),
+            "sorted by address": ordered.rate(),
+            "loads of 8 bytes": with_loads_of_8_bytes(many),
+            "beside copies down": beside_copies_down(many),
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--pool-gib", default="1,16,40", help="sizes of the pool, ascending")
+    arguments = parser.parse_args()
+    pool_gib = [int(size) for size in arguments.pool_gib.split(",")]
+    pool = Pool(pool_gib[-1], num_threads=12)
+    try:
+        record = {
+            "command": "python " + " ".join(sys.argv),
+            "machine": describe_machine(),
+            **measure(pool, pool_gib),
+        }
+    finally:
+        torch.cuda.synchronize()
+        pool.close()
+    arguments.out.write_text(json.dumps(record) + "\n", "utf-8")
+    print(json.dumps({key: value for key, value in record.items() if key != "machine"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Rows gathered from host memory, in Triton's interpreter where there is no GPU."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
+
+from hotset.cost.tuning import TUNINGS  # noqa: E402
+from hotset.kernels.gather_rows import RowRun, gather_rows  # noqa: E402
+
+
+@pytest.mark.parametrize("num_programs", [1, 7, 64])
+@pytest.mark.parametrize(("row_bytes", "block_size"), [(8, 4), (656, 8), (1152, 3)])
+def test_the_listed_rows_are_copied_and_nothing_else_changes(
+    row_bytes: int, block_size: int, num_programs: int
+) -> None:
+    torch.manual_seed(0)
+    run = RowRun(2 * block_size * row_bytes, row_bytes, block_size)  # the third of four layers
+    block_bytes = 4 * block_size * row_bytes
+    source = torch.randint(0, 256, (6, block_bytes + 4096), dtype=torch.uint8)
+    if DEVICE == "cuda":
+        source = source.pin_memory()
+    target = torch.randint(0, 256, (9, block_bytes), dtype=torch.uint8, device=DEVICE)
+    expected = target.clone()
+    counts = [0, 1, 5, 6]  # of seats that may list 6
+    places = torch.randint(0, 6 * block_size, (4, 6), dtype=torch.int32)
+    rows = torch.randperm(9 * block_size)[:24].view(4, 6).to(torch.int32)
+    for seat, count in enumerate(counts):
+        for place, row in zip(places[seat, :count], rows[seat, :count], strict=True):
+            slot, origin = divmod(int(place), block_size)
+            block, goal = divmod(int(row), block_size)
+            wanted = source[slot, run.start_bytes + origin * row_bytes :][:row_bytes]
+            expected[block, run.start_bytes + goal * row_bytes :][:row_bytes] = wanted
+
+    gather_rows(
+        source,
+        target,
+        places.to(DEVICE),
+        rows.to(DEVICE),
+        torch.tensor(counts, dtype=torch.int32, device=DEVICE),
+        run,
+        tuning=replace(TUNINGS["cuda"], gather_programs=num_programs, gather_rows=2),
+    )
+
+    assert torch.equal(target, expected)
