@@ -132,6 +132,7 @@ class _Wrapper:
         **options: Any,
     ) -> None:
         self._block_size, self._options = block_size, options
+        self._num_queries = int(tables[0][-1])
         if not self._is_static:
             self._tables = [table.clone() for table in tables]
             return
@@ -153,7 +154,12 @@ class _Wrapper:
         out: torch.Tensor,
         k_scale: float | None,
     ) -> None:
-        """Attend from `[T, H, D]` to `out`; what is recorded reads the plan when replayed."""
+        """Attend from `[T, H, D]` to `out`; what is recorded reads the plan when replayed.
+
+        T is what was planned, which FlashInfer 0.6.12 checks too.
+        """
+        assert len(query) == self._num_queries, f"{len(query)} queries, {self._num_queries} planned"
+        assert out.shape == query.shape
 
         def attend() -> None:
             self._attend(query, cache, out, k_scale or 1.0)
@@ -230,6 +236,7 @@ class _Decode(_Wrapper):
         names = [f"paged_kv_{x}_buffer" for x in ("indptr", "indices", "last_page_len")]
         self._plan(names, [block_starts, block_ids, last_lens], shape[-1], **options)
         self._tables.insert(0, torch.arange(len(block_starts)))
+        self._num_queries = len(last_lens)
 
 
 class _Prefill(_Wrapper):

@@ -200,3 +200,19 @@ def test_a_step_of_any_size_is_computed_as_it_is_when_launched(
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     # What a recorded step writes beyond the tokens of the step goes to the scratch block.
     assert torch.equal(stored[:SCRATCH], made.arena.storage[:SCRATCH])
+
+
+def test_a_step_in_parts_computes_each_of_its_rows_and_leaves_those_beyond_alone() -> None:
+    made = Recorded(records_prompts=False)
+    made.backend.value_scales[0] = 2.0  # what a row is multiplied by, in place
+    batch = make_batch([(5, 1), (9, 1), (0, 7), (4, 2)], seed=0)
+    [(_, output)] = made.graphs._buffers.values()
+    output[batch.num_tokens :] = 3.0
+    assert made.graphs.run(batch, lambda: None) is not None
+    got = output[: batch.num_tokens].flatten(1)
+
+    inputs, _ = copy_batch(batch, torch.device("cpu"))
+    attention = GatherBackend(made.arena, made.layers).begin_step(batch, inputs)
+    expected = made.forward(inputs.resolve(made.previous), inputs.positions, attention, None)
+    torch.testing.assert_close(got, 2 * expected, rtol=1e-4, atol=1e-4)
+    assert output[batch.num_tokens :].eq(3.0).all()
