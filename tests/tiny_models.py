@@ -72,10 +72,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
+_DSA = {
+    **FAMILIES["deepseek_v3"],
+    "index_n_heads": 8,
+    "index_head_dim": 16,
+    "index_topk": 16,
+}
+# What the families with sparse attention add; of a token no more than 16 are selected.
+SPARSE_FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v32": _DSA,
+    "glm_moe_dsa": {**_DSA, "indexer_types": ["full", "shared", "full"]},
+    "hy_v4": {**_DSA, "indexer_types": ["full", "full", "shared"], "hc_mult": 2},
+}
+
 
 def make_config(family: str, **changes: Any) -> Any:
     """The transformers config of a tiny model of `family`."""
-    values = {**_COMMON, "model_type": family, **FAMILIES[family], **changes}
+    facts = FAMILIES[family] if family in FAMILIES else SPARSE_FAMILIES[family]
+    values = {**_COMMON, "model_type": family, **facts, **changes}
     return AutoConfig.for_model(**values)
 
 

@@ -1,0 +1,1 @@
+"""Sparse attention: which earlier tokens each token attends to, and attending to those alone."""
