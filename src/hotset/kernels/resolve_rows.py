@@ -1,0 +1,288 @@
+"""Where selected tokens of hot requests are on the device, and which of them must come there."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+_AT_ONCE = 1024  # tokens or slots that a program looks at together
+
+
+class LayerSeats(NamedTuple):
+    """What the device knows of the hot requests, for the layers that share one selection.
+
+    B = seats, S = slots of a seat, N = positions of the longest context, both multiples of the
+    block size. All are contiguous and on the device.
+
+    Attributes:
+        host: `[B, N / block size]` int32, the host slot of each of a request's blocks; -1 where it
+            has no copy there.
+        slot_blocks: `[B, S / block size]` int32, device blocks: slot s is row `s % block size` of
+            the block at `s // block size`.
+        token_in: `[B, S]` int32, the position that each slot holds; -1 for none.
+        order: `[B, S]` int16, slots from the longest unused to the last used. Mutated with
+            `token_in`.
+        rank_of: `[B, N]` int16, scratch, -1 in between.
+        spare: `[B, S]` int16, scratch.
+        totals: `[B, 3]` int64: tokens that a slot held, that had to come, and that had to come and
+            have no copy in host memory, which is a bug. Added to.
+    """
+
+    host: torch.Tensor
+    slot_blocks: torch.Tensor
+    token_in: torch.Tensor
+    order: torch.Tensor
+    rank_of: torch.Tensor
+    spare: torch.Tensor
+    totals: torch.Tensor
+
+
+class Misses(NamedTuple):
+    """Rows that must come from host memory, as `kernels/gather_rows` takes them.
+
+    T = tokens of the step, K = selected tokens.
+
+    Attributes:
+        places: `[T, K]` int32, of a row in host memory its slot times the block size, plus its
+            offset.
+        rows: `[T, K]` int32, the device rows that they go to.
+        counts: `[T]` int32, how many are listed; what follows means nothing.
+    """
+
+    places: torch.Tensor
+    rows: torch.Tensor
+    counts: torch.Tensor
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _resolve_seat(  # type: ignore[no-untyped-def]
+    selection,
+    rows,
+    places,
+    goals,
+    count,
+    host,
+    slot_blocks,
+    token_in,
+    order,
+    rank_of,
+    spare,
+    totals,
+    num_selected,
+    num_slots,
+    rows_per_block,
+    BLOCK_SIZE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    # One program, whose threads tell each other through memory: barriers order that.
+    i = tl.arange(0, AT_ONCE)
+    for first in range(0, num_selected, AT_ONCE):
+        k = first + i
+        position = tl.load(selection + k, mask=k < num_selected, other=-1)
+        row = tl.load(rows + k, mask=k < num_selected, other=0)
+        tl.store(rank_of + position, k.to(tl.int16), mask=(position >= 0) & (row < 0))
+    tl.debug_barrier()
+    # Slots that stay unused go to the front of `spare`, in order; those of hits to its end,
+    # backwards.
+    num_unused = 0
+    for first in range(0, num_slots, AT_ONCE):
+        place = first + i
+        is_slot = place < num_slots
+        slot = tl.load(order + place, mask=is_slot, other=0).to(tl.int32)
+        position = tl.load(token_in + slot, mask=is_slot, other=-1)
+        rank = tl.load(rank_of + position, mask=position >= 0, other=-1).to(tl.int32)
+        is_hit = rank >= 0
+        block = tl.load(slot_blocks + slot // BLOCK_SIZE, mask=is_hit, other=0)
+        tl.store(rows + rank, block * rows_per_block + slot % BLOCK_SIZE, mask=is_hit)
+        unused = (is_slot & (rank < 0)).to(tl.int32)
+        before = num_unused + tl.cumsum(unused, 0) - unused
+        goal = tl.where(is_hit, num_slots - 1 - (place - before), before)
+        tl.store(spare + goal, slot.to(tl.int16), mask=is_slot)
+        num_unused += tl.sum(unused)
+    tl.debug_barrier()
+    num_misses = 0
+    num_lost = 0
+    for first in range(0, num_selected, AT_ONCE):
+        k = first + i
+        position = tl.load(selection + k, mask=k < num_selected, other=-1)
+        row = tl.load(rows + k, mask=k < num_selected, other=0)
+        is_miss = (position >= 0) & (row < 0)
+        miss = is_miss.to(tl.int32)
+        rank = num_misses + tl.cumsum(miss, 0) - miss
+        slot = tl.load(spare + rank, mask=is_miss, other=0).to(tl.int32)
+        block = tl.load(slot_blocks + slot // BLOCK_SIZE, mask=is_miss, other=0)
+        goal = block * rows_per_block + slot % BLOCK_SIZE
+        host_slot = tl.load(host + position // BLOCK_SIZE, mask=is_miss, other=0)
+        num_lost += tl.sum((host_slot < 0).to(tl.int32))
+        place = tl.maximum(host_slot, 0) * BLOCK_SIZE + position % BLOCK_SIZE
+        tl.store(rows + k, goal, mask=is_miss)
+        tl.store(goals + rank, goal, mask=is_miss)
+        tl.store(places + rank, place, mask=is_miss)
+        tl.store(token_in + slot, position, mask=is_miss)
+        nowhere = tl.full((AT_ONCE,), -1, tl.int16)
+        tl.store(rank_of + position, nowhere, mask=position >= 0)
+        num_misses += tl.sum(miss)
+    num_rest = num_unused - num_misses
+    for first in range(0, num_slots, AT_ONCE):
+        place = first + i
+        rest = tl.where(place < num_rest, place + num_misses, place - num_rest)
+        at = tl.where(place < num_unused, rest, num_slots - 1 - (place - num_unused))
+        slot = tl.load(spare + at, mask=place < num_slots, other=0)
+        tl.store(order + place, slot, mask=place < num_slots)
+    tl.store(count, num_misses)
+    tl.store(totals, tl.load(totals) + num_slots - num_unused)
+    tl.store(totals + 1, tl.load(totals + 1) + num_misses)
+    tl.store(totals + 2, tl.load(totals + 2) + num_lost)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _resolve_rows(  # type: ignore[no-untyped-def]
+    selection,
+    rows,
+    seats,
+    places,
+    goals,
+    counts,
+    host,
+    slot_blocks,
+    token_in,
+    order,
+    rank_of,
+    spare,
+    totals,
+    num_selected,
+    num_slots,
+    num_blocks,
+    most_tokens,
+    rows_per_block,
+    BLOCK_SIZE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    seat = tl.load(seats + token).to(tl.int64)
+    if seat < 0:
+        tl.store(counts + token, 0)
+    else:
+        _resolve_seat(
+            selection + token * num_selected,
+            rows + token * num_selected,
+            places + token * num_selected,
+            goals + token * num_selected,
+            counts + token,
+            host + seat * num_blocks,
+            slot_blocks + seat * (num_slots // BLOCK_SIZE),
+            token_in + seat * num_slots,
+            order + seat * num_slots,
+            rank_of + seat * most_tokens,
+            spare + seat * num_slots,
+            totals + seat * 3,
+            num_selected,
+            num_slots,
+            rows_per_block,
+            BLOCK_SIZE,
+            AT_ONCE,
+        )
+
+
+def resolve_rows(
+    selection: torch.Tensor,
+    rows: torch.Tensor,
+    seats: torch.Tensor,
+    layer: LayerSeats,
+    *,
+    block_size: int,
+    rows_per_block: int,
+) -> Misses:
+    """Find the rows of selected tokens in the slots of hot requests, in place, and choose slots.
+
+    T = tokens of the step, K = selected tokens, at most S. A token that no slot holds takes the one
+    that was unused for longest. What this step uses counts as used after all else: in `order` the
+    slots of this step's misses follow the unused ones, then those of its hits. That is exact LRU,
+    without a sort.
+
+    Args:
+        selection: `[T, K]` int32, contiguous: positions, distinct, -1 for none.
+        rows: `[T, K]` int32, contiguous: the device row of each, -1 where it is not resident. The
+            rows of hot requests are completed.
+        seats: `[T]` int32 or int64: of each token's request, -1 where it is not hot. Distinct.
+        layer: the tables. `token_in`, `order` and `totals` are changed.
+        block_size: tokens of a block.
+        rows_per_block: device rows from one block to the next: row `block * rows_per_block + i` is
+            the block's i-th.
+
+    Returns:
+        The rows to gather, in the order of the selection.
+
+    Cost: one launch of one program per token, which ends at once where the request is not hot.
+    Nothing is asked of the host, so that a CUDA graph can record it.
+    Source: an LRU whose order is rebuilt by stable partition, as HiSparse keeps its slots
+    (sgl-project/sglang#20343).
+    Reference: `resolve_rows_reference`, bit-exact.
+    """
+    num_tokens, num_selected = selection.shape
+    num_slots = layer.order.shape[1]
+    misses = Misses(
+        torch.empty_like(selection), torch.empty_like(selection), selection.new_empty(num_tokens)
+    )
+    _resolve_rows[(num_tokens,)](
+        selection,
+        rows,
+        seats,
+        *misses,
+        *layer,
+        num_selected,
+        num_slots,
+        layer.host.shape[1],
+        layer.rank_of.shape[1],
+        rows_per_block,
+        BLOCK_SIZE=block_size,
+        AT_ONCE=_AT_ONCE,
+        num_warps=8,
+    )
+    return misses
+
+
+def resolve_rows_reference(
+    selection: torch.Tensor,
+    rows: torch.Tensor,
+    seats: torch.Tensor,
+    layer: LayerSeats,
+    *,
+    block_size: int,
+    rows_per_block: int,
+) -> Misses:
+    """As `resolve_rows`, in PyTorch's operations, which wait for the device."""
+    misses = Misses(
+        torch.zeros_like(selection),
+        torch.zeros_like(selection),
+        selection.new_zeros(len(selection)),
+    )
+    for token, seat in enumerate(seats.tolist()):
+        if seat < 0:
+            continue
+        positions, found, order = selection[token], rows[token], layer.order[seat].long()
+        blocks = layer.slot_blocks[seat]
+        slot_rows = blocks[order // block_size] * rows_per_block + (order % block_size).int()
+        # [S, K]: whether a slot, in order, holds a selected token that is not resident.
+        is_wanted = (positions >= 0) & (found < 0)
+        held = layer.token_in[seat][order]
+        matches = (held[:, None] == positions) & is_wanted
+        is_hit = matches.any(1)
+        ranks = matches[is_hit].int().argmax(1)
+        found[ranks] = slot_rows[is_hit]
+
+        missing = ((positions >= 0) & (found < 0)).nonzero()[:, 0]
+        unused, count = order[~is_hit], len(missing)
+        goals = slot_rows[~is_hit][:count]
+        wanted = positions[missing]
+        host = layer.host[seat][wanted // block_size]
+        layer.totals[seat] += torch.stack([is_hit.sum(), host.new_tensor(count), (host < 0).sum()])
+        found[missing] = goals
+        layer.token_in[seat][unused[:count]] = wanted
+        parts = [unused[count:], unused[:count], order[is_hit]]
+        layer.order[seat] = torch.cat(parts).to(layer.order.dtype)
+        misses.counts[token] = count
+        misses.rows[token, :count] = goals
+        misses.places[token, :count] = host.clamp_min(0) * block_size + wanted % block_size
+    return misses
