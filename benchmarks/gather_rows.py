@@ -83,7 +83,7 @@ class Work:
         *,
         is_sorted: bool = False,
     ) -> None:
-        self.source, self.run = source, RowRun(0, row_bytes, BLOCK_SIZE)
+        self.source, self.run = source, RowRun(0, row_bytes, BLOCK_SIZE, BLOCK_SIZE)
         self.num_rows = seats * rows
         most = len(source) * BLOCK_SIZE
         self.places = torch.randint(most, (seats, rows), dtype=torch.int32, device="cuda")

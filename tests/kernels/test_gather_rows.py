@@ -11,7 +11,11 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 
 from hotset.cost.tuning import TUNINGS  # noqa: E402
-from hotset.kernels.gather_rows import RowRun, gather_rows  # noqa: E402
+from hotset.kernels.gather_rows import (  # noqa: E402
+    RowRun,
+    gather_rows,
+    gather_rows_reference,
+)
 
 
 @pytest.mark.parametrize("num_programs", [1, 7, 64])
@@ -20,31 +24,28 @@ def test_the_listed_rows_are_copied_and_nothing_else_changes(
     row_bytes: int, block_size: int, num_programs: int
 ) -> None:
     torch.manual_seed(0)
-    run = RowRun(2 * block_size * row_bytes, row_bytes, block_size)  # the third of four layers
+    # The third of four layers, whose rows are numbered as one on the device.
+    run = RowRun(2 * block_size * row_bytes, row_bytes, block_size, 4 * block_size)
     block_bytes = 4 * block_size * row_bytes
     source = torch.randint(0, 256, (6, block_bytes + 4096), dtype=torch.uint8)
     if DEVICE == "cuda":
         source = source.pin_memory()
     target = torch.randint(0, 256, (9, block_bytes), dtype=torch.uint8, device=DEVICE)
-    expected = target.clone()
+    expected, also = target.clone(), target.clone()
     counts = [0, 1, 5, 6]  # of seats that may list 6
     places = torch.randint(0, 6 * block_size, (4, 6), dtype=torch.int32)
     rows = torch.randperm(9 * block_size)[:24].view(4, 6).to(torch.int32)
+    rows = rows // block_size * run.rows_per_block + rows % block_size
     for seat, count in enumerate(counts):
         for place, row in zip(places[seat, :count], rows[seat, :count], strict=True):
             slot, origin = divmod(int(place), block_size)
-            block, goal = divmod(int(row), block_size)
+            block, goal = divmod(int(row), run.rows_per_block)
             wanted = source[slot, run.start_bytes + origin * row_bytes :][:row_bytes]
             expected[block, run.start_bytes + goal * row_bytes :][:row_bytes] = wanted
 
-    gather_rows(
-        source,
-        target,
-        places.to(DEVICE),
-        rows.to(DEVICE),
-        torch.tensor(counts, dtype=torch.int32, device=DEVICE),
-        run,
-        tuning=replace(TUNINGS["cuda"], gather_programs=num_programs, gather_rows=2),
-    )
+    lists = [one.to(DEVICE) for one in (places, rows, torch.tensor(counts, dtype=torch.int32))]
+    tuning = replace(TUNINGS["cuda"], gather_programs=num_programs, gather_rows=2)
+    gather_rows(source, target, *lists, run, tuning=tuning)
+    gather_rows_reference(source, also, *lists, run)
 
-    assert torch.equal(target, expected)
+    assert torch.equal(target, expected) and torch.equal(also, expected)

@@ -12,17 +12,21 @@ from hotset.cost.tuning import TUNINGS, Tuning
 class RowRun(NamedTuple):
     """Where one layer's rows are in a block on the device, and in a slot of host memory.
 
-    The rows of a block's tokens follow one another.
+    The rows of a block's tokens follow one another, from the layer's start in the block on.
 
     Attributes:
-        start_bytes: of the layer's first row in its block.
+        start_bytes: where the layer starts.
         row_bytes: of a row.
-        block_size: rows that follow one another: tokens of a block.
+        block_size: tokens of a block. The row at offset i of host slot s is number
+            `s * block_size + i`.
+        rows_per_block: likewise for blocks of the device, where it may be larger: rows of all
+            layers are then numbered as one.
     """
 
     start_bytes: int
     row_bytes: int
     block_size: int
+    rows_per_block: int
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -38,6 +42,7 @@ def _gather_rows(  # type: ignore[no-untyped-def]
     BLOCK_WORDS: tl.constexpr,
     ROW_WORDS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    ROWS_PER_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -52,7 +57,7 @@ def _gather_rows(  # type: ignore[no-untyped-def]
         row = tl.load(rows + listed + which, mask=is_listed, other=0).to(tl.int64)
         # Strides are constants, so that the compiler knows how rows are aligned and loads 16 bytes.
         origin = place // BLOCK_SIZE * SLOT_WORDS + place % BLOCK_SIZE * ROW_WORDS + start
-        goal = row // BLOCK_SIZE * BLOCK_WORDS + row % BLOCK_SIZE * ROW_WORDS + start
+        goal = row // ROWS_PER_BLOCK * BLOCK_WORDS + row % ROWS_PER_BLOCK * ROW_WORDS + start
         inside = is_listed[:, None] & (i < ROW_WORDS)[None, :]
         words = tl.load(source + origin[:, None] + i[None, :], mask=inside)
         tl.store(target + goal[:, None] + i[None, :], words, mask=inside)
@@ -76,18 +81,16 @@ def gather_rows(
         source: `[host slots, bytes]` uint8, contiguous; pinned host memory, which the device reads
             itself.
         target: `[device blocks, bytes]` uint8 on the device, contiguous. Mutated.
-        places: `[B, M]` int32 on the device, contiguous: of a row in host memory its slot times
-            `block_size`, plus its offset.
-        rows: `[B, M]` int32 on the device, contiguous: of a row in `target` its block times
-            `block_size`, plus its offset. Listed ones are distinct.
+        places: `[B, M]` int32 on the device, contiguous: numbers of rows in `source`.
+        rows: `[B, M]` int32 on the device, contiguous: numbers of rows in `target`, distinct.
         counts: `[B]` int32 on the device.
-        run: where the layer's rows are; its sizes in bytes are multiples of 8, of 16 for loads of
-            16 bytes.
+        run: where the layer's rows are, and how they are numbered; its sizes in bytes are multiples
+            of 8, of 16 for loads of 16 bytes.
         tuning: how many programs share the work.
 
     Cost: one launch; the listed rows over the link. Nothing is asked of the host, so that a CUDA
     graph can record it.
-    Reference: `tests/kernels/test_gather_rows.py`, bit-exact.
+    Reference: `gather_rows_reference`, bit-exact.
     """
     num_seats, most_listed = places.shape
     words, goals = source.view(torch.int64), target.view(torch.int64)
@@ -105,7 +108,27 @@ def gather_rows(
         BLOCK_WORDS=goals.shape[1],
         ROW_WORDS=row_words,
         BLOCK_SIZE=run.block_size,
+        ROWS_PER_BLOCK=run.rows_per_block,
         ROWS=tuning.gather_rows,
         WIDTH=triton.next_power_of_2(row_words),
         num_warps=4,
     )
+
+
+def gather_rows_reference(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    places: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    run: RowRun,
+) -> None:
+    """As `gather_rows`, in PyTorch's operations, which wait for the device."""
+    listed = torch.arange(places.shape[1], device=counts.device) < counts[:, None]
+    place, row = places[listed].to(source.device).long(), rows[listed].long()
+    inside = torch.arange(run.row_bytes)
+    origin = run.start_bytes + place % run.block_size * run.row_bytes
+    goal = run.start_bytes + row % run.rows_per_block * run.row_bytes
+    slots, blocks = place // run.block_size, row // run.rows_per_block
+    words = source[slots[:, None], origin[:, None] + inside.to(source.device)]
+    target[blocks[:, None], goal[:, None] + inside.to(target.device)] = words.to(target.device)
