@@ -1,5 +1,6 @@
 """The attention of one layer as numbers: what it keeps of a token, reads of a context, computes."""
 
+import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -24,6 +25,36 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Indexer:
+    """How a sparse layer selects the tokens that its attention reads (DeepSeek Sparse Attention).
+
+    Source: DeepSeek-AI, "DeepSeek-V3.2" (2025), section 2.1.
+
+    Attributes:
+        top_k: tokens that a query attends to.
+        num_heads: of the queries that are scored against the keys.
+        key_dim: width of a key; a token has one per layer.
+        is_shared: takes the selection of the layer before, so that it keeps no keys.
+    """
+
+    top_k: int
+    num_heads: int
+    key_dim: int
+    is_shared: bool = False
+
+    def key_bytes(self, dtype: str) -> int:
+        """Bytes of one token's key; in fp8 with a float32 scale."""
+        if self.is_shared:
+            return 0
+        return self.key_dim * KV_BYTES[dtype] + (4 if dtype == "fp8" else 0)
+
+    @property
+    def pair_flops(self) -> int:
+        """Operations to score one key for one query."""
+        return 0 if self.is_shared else 2 * self.num_heads * self.key_dim
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """The attention, or what stands in its place, of one layer.
 
@@ -39,6 +70,7 @@ class Attention:
         prefill_dims: score and mix width together, as prefill computes it.
         window: most tokens the layer looks at; None looks at all.
         latent: of MLA whose `cache` is the keys and values of all heads; else None.
+        indexer: of a sparse layer; None looks at all that `window` leaves.
     """
 
     kind: Kind
@@ -51,6 +83,7 @@ class Attention:
     prefill_dims: int = 0
     window: int | None = None
     latent: Latent | None = None
+    indexer: Indexer | None = None
 
     @property
     def stored(self) -> "Attention":
@@ -58,7 +91,7 @@ class Attention:
         same = replace(self, cache=self.cache.stored)
         if isinstance(self.cache, Shared):
             return replace(same, kind=Kind.FULL if self.window is None else Kind.SLIDING)
-        if not isinstance(self.cache, Latent):
+        if not isinstance(self.cache, Latent) or self.indexer:
             return same
         heads = self.cache.expanded
         score_dim, mix_dim = heads.key_dim, heads.value_dim
@@ -79,9 +112,15 @@ class Attention:
             else "KV dtype fp8_ds_mla is a layout for MLA only; use fp8 for this model"
         )
 
+    @property
+    def most_seen(self) -> float:
+        """The most tokens that a query looks at."""
+        most = math.inf if self.window is None else self.window
+        return min(most, self.indexer.top_k) if self.indexer else most
+
     def seen_tokens(self, context: float) -> float:
         """How many of `context` tokens this layer looks at."""
-        return context if self.window is None else min(context, self.window)
+        return min(context, self.most_seen)
 
     def kept_tokens(self, context: float) -> float:
         """How many of `context` tokens this layer keeps."""

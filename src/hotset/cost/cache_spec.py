@@ -52,13 +52,11 @@ class Latent:
         rank: width of the latent.
         rope_dim: width of the rotary key beside it.
         expanded: the keys and values of all heads that it stands for.
-        index_dim: width of a sparse-attention indexer's key beside both.
     """
 
     rank: int
     rope_dim: int
     expanded: KeysValues
-    index_dim: int = 0
 
     num_kv_heads = 1
     window = None
@@ -67,7 +65,7 @@ class Latent:
     @property
     def token_values(self) -> int:
         """Numbers that one token adds."""
-        return self.rank + self.rope_dim + self.index_dim
+        return self.rank + self.rope_dim
 
     @property
     def ds_mla_token_bytes(self) -> int:
@@ -75,7 +73,7 @@ class Latent:
 
         The latent in FP8 with a float32 scale per 128 values, the rotary part in bfloat16.
         """
-        return self.rank + 4 * (self.rank // 128) + 2 * self.rope_dim + self.index_dim
+        return self.rank + 4 * (self.rank // 128) + 2 * self.rope_dim
 
     @property
     def stored(self) -> KeysValues:

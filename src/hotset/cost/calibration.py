@@ -18,9 +18,13 @@ class Calibration:
         user_s: time a step spends on each sequence: sampling, scheduling, answering.
         compute_efficiency: share of nominal dense operations that large products reach.
         attention_efficiency: the same for attention of prefill and of MLA.
+        index_efficiency: the same for scoring an indexer's keys, as assumed: 350 of 989 TFLOP/s.
         link_efficiency: share of the nominal host-link rate; 55.4 of 64 GB/s on an H200.
         gather_efficiency: share of the rate of copies that a GPU reaches where its kernels read
             pinned memory themselves: 51.0 of 54.6 GB/s on an H200, with experts of 9.4 MB.
+        gather_rows_per_s: rows that such kernels reach, however short, in a pool of 40 GiB of
+            4-KiB pages: address translation bounds them. Measured on an H200, see
+            `benchmarks/gather_rows.py`.
         wire_efficiency: share of the nominal NVLink or network rate.
         all_reduce_s: latency of one all-reduce inside an NVLink domain.
         all_to_all_s: latency of one dispatch or combine.
@@ -35,8 +39,10 @@ class Calibration:
     user_s: float = 21.8e-6
     compute_efficiency: float = 0.6
     attention_efficiency: float = 0.6
+    index_efficiency: float = 350 / 989
     link_efficiency: float = 0.86
     gather_efficiency: float = 51.0 / 54.6
+    gather_rows_per_s: float = 36e6
     wire_efficiency: float = 0.86
     all_reduce_s: float = 10e-6
     all_to_all_s: float = 30e-6

@@ -7,7 +7,7 @@ from hotset.errors import PlanError
 Moe = tuple[Params, Params, Params, int, int]
 
 # In transformers; others ignore the field.
-_OBEYS_MLP_LAYER_TYPES = {"deepseek_v32"}
+_OBEYS_MLP_LAYER_TYPES = {"deepseek_v32", "glm_moe_dsa"}
 
 
 def moe(f: Facts, num: int, top_k: int, width: int, *, shared: Params | None = None) -> Moe:

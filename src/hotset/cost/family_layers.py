@@ -4,9 +4,9 @@ Counts follow the parameters that `transformers` creates for the text model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from hotset.cost.attention import Attention, Kind
+from hotset.cost.attention import Attention, Indexer, Kind
 from hotset.cost.family_experts import deepseek_bias, deepseek_moe, mixtral_moe, moe, qwen_moe
 from hotset.cost.mixers import (
     WINDOWS,
@@ -23,6 +23,9 @@ from hotset.cost.mixers import (
 from hotset.cost.params import Params
 from hotset.cost.shape import Layer
 from hotset.errors import PlanError
+
+_SHARE_INDEXERS = {"glm_moe_dsa"}
+_INDEXED = {"deepseek_v32", *_SHARE_INDEXERS}
 
 # A constant, or a field of the config, which is off or has the value beside it where it is missing.
 Flag = bool | str | tuple[str, bool]
@@ -265,12 +268,46 @@ def llama4(f: Facts) -> list[Layer]:
     return result
 
 
+def indexers(f: Facts) -> list[Indexer | None]:
+    """What selects the tokens of each layer of MLA; None where it attends to all of them."""
+    num_layers = f.count("num_hidden_layers")
+    if f.model_type not in _INDEXED:
+        return [None] * num_layers
+    types = _indexer_types(f, num_layers) if f.model_type in _SHARE_INDEXERS else ["full"]
+    full = Indexer(f.count("index_topk"), f.count("index_n_heads"), f.count("index_head_dim"))
+    by_type = {"full": full, "shared": replace(full, is_shared=True)}
+    if types == ["full"]:
+        types *= num_layers
+    known = len(types) == num_layers and set(types) <= set(by_type) and types[0] == "full"
+    if not known:
+        raise PlanError(
+            f"config field indexer_types is {types}; expected full or shared for each of "
+            f"{num_layers} layers, the first full"
+        )
+    return [by_type[kind] for kind in types]
+
+
+def _indexer_types(f: Facts, num_layers: int) -> list[str]:
+    """As transformers' `GlmMoeDsaConfig` reads them."""
+    types = f.get("indexer_types", default=None)
+    if types is not None:
+        return list(types)
+    pattern = f.get("index_topk_pattern", default=None)
+    if pattern is not None:
+        return [{"F": "full", "S": "shared"}.get(kind, kind) for kind in pattern]
+    every_n = max(f.count("index_topk_freq", default=1, least=0), 1)
+    offset = f.count("index_skip_topk_offset", default=2, least=0)
+    return [
+        "shared" if max(index - offset + 1, 0) % every_n else "full" for index in range(num_layers)
+    ]
+
+
 def deepseek(f: Facts) -> list[Layer]:
     """DeepSeek-V2, V3 and their like: MLA, dense first layers, then routed and shared experts."""
-    attention = mla(f, indexer=f.model_type in ("deepseek_v32", "glm_moe_dsa"))
     norms = Params(vector=2 * f.count("hidden_size"))
     result = []
-    for index in range(f.count("num_hidden_layers")):
+    for index, indexer in enumerate(indexers(f)):
+        attention = mla(f, indexer=indexer)
         moe = deepseek_moe(f, index)
         if moe:
             router, expert, shared, num_experts, top_k = moe

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hotset.cost.attention import Attention, Kind
+from hotset.cost.attention import Attention, Indexer, Kind
 from hotset.cost.cache_spec import KeysValues, Latent, Shared, State
 from hotset.cost.params import Params
 from hotset.errors import PlanError
@@ -120,8 +120,11 @@ def gqa(
     )
 
 
-def mla(f: Facts, *, indexer: bool = False) -> Attention:
-    """Multi-head latent attention (DeepSeek-V2, section 2.1): the cache is the latent, once."""
+def mla(f: Facts, *, indexer: Indexer | None = None) -> Attention:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): the cache is the latent, once.
+
+    With an indexer prompts attend as decodes do, to the latents that it selects.
+    """
     hidden, heads = f.count("hidden_size"), f.count("num_attention_heads")
     rank, rope = f.count("kv_lora_rank"), f.count("qk_rope_head_dim")
     nope, v_dim = f.count("qk_nope_head_dim"), f.count("v_head_dim")
@@ -136,21 +139,21 @@ def mla(f: Facts, *, indexer: bool = False) -> Attention:
         replicated += hidden * q_rank
     if f.get("attention_bias", default=False):
         vector += (rank + rope) + hidden + (q_rank or 0)
-    index_dim = 0
-    if indexer:
-        index_dim, index_heads = f.count("index_head_dim"), f.count("index_n_heads")
-        matrix += q_rank * index_heads * index_dim + hidden * index_dim + hidden * index_heads
-        vector += 2 * index_dim
-        replicated += hidden * index_dim + hidden * index_heads
+    if indexer and not indexer.is_shared:
+        width, index_heads = indexer.key_dim, indexer.num_heads
+        matrix += q_rank * index_heads * width + hidden * (width + index_heads)
+        vector += 2 * width
+        replicated += hidden * (width + index_heads)
     return Attention(
         kind=Kind.MLA,
         params=Params(matrix, vector),
         replicated_params=replicated,
         num_heads=heads,
-        cache=Latent(rank, rope, KeysValues(heads, nope + rope, v_dim), index_dim),
+        cache=Latent(rank, rope, KeysValues(heads, nope + rope, v_dim)),
         score_dim=rank + rope,
         mix_dim=rank,
-        prefill_dims=nope + rope + v_dim,
+        prefill_dims=2 * rank + rope if indexer else nope + rope + v_dim,
+        indexer=indexer,
     )
 
 

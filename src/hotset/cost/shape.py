@@ -47,11 +47,15 @@ class Layer:
         Counted over the operations of a layer: norm, QKV, rotary and cache write, attention,
         output, norm, gate and up, activation, down are 9; MLA needs 5 more (two down-projections
         and their norm, absorption before and after), a routed MLP 7 more than a dense one (router,
-        top-k, sort, two quantise or gather steps, combine, scale) and a shared expert 3.
+        top-k, sort, two quantise or gather steps, combine, scale) and a shared expert 3. A sparse
+        layer launches 10 more (three projections, a norm and two rotaries, storing, scoring and
+        selecting, the list of rows), and one where it takes the selection of another.
         """
         kind = Kind.MLA if self.attention.latent else self.attention.kind
         kernels = 2  # the norms
         kernels += {Kind.NONE: 0, Kind.MLA: 9, Kind.RECURRENT: 6}.get(kind, 4)
+        if self.attention.indexer:
+            kernels += 1 if self.attention.indexer.is_shared else 10
         if self.num_experts:
             kernels += 10 + (3 if self.mlp.count else 0)
         elif self.mlp.count:
@@ -73,6 +77,7 @@ class ModelShape:
         head: output projection; empty when tied to the embedding, which is then read instead.
         other: final norm and the like.
         plain_dtype: of what is not quantised, and of everything in an unquantised checkpoint.
+        index_dtype: key of `KV_BYTES`, of an indexer's keys; "auto" is `plain_dtype`.
         quantised: dtype by part (`attention`, `mlp`, `expert`) as the checkpoint stores it.
         expert_groups: routing groups and how many of them a token may use, where limited.
         max_context: longest context the config allows, None where it does not say.
@@ -88,6 +93,7 @@ class ModelShape:
     head: Params
     other: Params
     plain_dtype: str = "bf16"
+    index_dtype: str = "auto"
     quantised: dict[str, str] = field(default_factory=dict)
     expert_groups: tuple[int, int] | None = None
     max_context: int | None = None
@@ -231,16 +237,29 @@ class ModelShape:
 
     def kv_bytes_per_token(self, kv_dtype: str) -> int:
         """Bytes each further token adds for one user once every window is full."""
-        return sum(n * a.token_bytes(kv_dtype) for a, _, n in self.readers if not a.cache.window)
+        grow = sum(n * a.token_bytes(kv_dtype) for a, _, n in self.readers if not a.cache.window)
+        return grow + self.index_bytes_per_token
 
     def kv_bytes_per_early_token(self, kv_dtype: str) -> int:
         """Bytes a token adds while it is inside every window: all layers that cache."""
-        return sum(n * a.token_bytes(kv_dtype) for a, _, n in self.readers)
+        cached = sum(n * a.token_bytes(kv_dtype) for a, _, n in self.readers)
+        return cached + self.index_bytes_per_token
+
+    @cached_property
+    def index_bytes_per_token(self) -> int:
+        """Bytes of a token's index keys over all layers; each step reads those of all tokens."""
+        dtype = self.plain_dtype if self.index_dtype == "auto" else self.index_dtype
+        return sum(n * a.indexer.key_bytes(dtype) for a, _, n in self.readers if a.indexer)
+
+    @cached_property
+    def index_pair_flops(self) -> int:
+        """Operations to score one token's index keys for one query, over all layers."""
+        return sum(n * a.indexer.pair_flops for a, _, n in self.readers if a.indexer)
 
     def stored_bytes_per_token(self, kv_dtype: str) -> int:
         """Bytes that this engine stores of each token, whatever is counted here."""
         specs = (layer.attention.stored.cache for layer in self.layers)
-        return token_bytes(specs, KV_BYTES[kv_dtype])
+        return token_bytes(specs, KV_BYTES[kv_dtype]) + self.index_bytes_per_token
 
     def latent_note(self, kv_dtype: str) -> str:
         """What is counted of MLA, latent or keys and values, and the other; else empty."""
@@ -273,7 +292,7 @@ class ModelShape:
         """Bytes one user of `context` tokens keeps on each of `tp` ranks.
 
         With `tp` 1 that is one whole copy. A rank holds its share of the KV heads, at least one;
-        of MLA's latent it holds everything; of recurrent state its share.
+        of MLA's latent and of index keys it holds everything; of recurrent state its share.
 
         Args:
             context: tokens of prompt and answer so far.
@@ -284,7 +303,7 @@ class ModelShape:
                 token in every layer, as engines without a hybrid allocator do.
         """
         rounded = math.ceil(context / block_size) * block_size
-        total = 0.0
+        total = float(rounded * self.index_bytes_per_token)
         for a, _, n in self.readers:
             held = a.kept_tokens(rounded) if hold_windows else rounded
             total += n * (
@@ -293,7 +312,10 @@ class ModelShape:
         return math.ceil(total)
 
     def kv_read_bytes(self, context: float, kv_dtype: str, *, tp: int = 1) -> float:
-        """Bytes one decode step reads on each rank for one user; state is also written back."""
+        """Bytes one decode step reads on each rank for one user, without index keys.
+
+        Recurrent state is also written back.
+        """
         return sum(
             n
             * (
@@ -319,11 +341,11 @@ class ModelShape:
         total = 0.0
         first, last = past_tokens, past_tokens + new_tokens
         for a, _, n in self.readers:
-            # Token i of the new ones sees past + i tokens, at most a window of them.
-            pairs = (last**2 - first**2) / 2
-            if a.window is not None and last > a.window:
-                within = max(0.0, a.window - first)
-                pairs = (first + within / 2) * within + a.window * (new_tokens - within)
+            # Token i of the new ones sees past + i tokens, at most `most_seen` of them.
+            pairs = causal_pairs(new_tokens, past_tokens)
+            if last > a.most_seen:
+                within = max(0.0, a.most_seen - first)
+                pairs = (first + within / 2) * within + a.most_seen * (new_tokens - within)
             total += n * (
                 2 * pairs * a.num_heads * a.prefill_dims + 4 * a.state_values * new_tokens
             )
@@ -372,3 +394,8 @@ class ModelShape:
                 keepers[attention.window] = attention
             counts[attention, owner] = counts.get((attention, owner), 0) + 1
         return tuple((a, owner, n) for (a, owner), n in counts.items())
+
+
+def causal_pairs(new_tokens: float, past_tokens: float) -> float:
+    """Pairs of a query and a token that it may look at, of `new_tokens` after `past_tokens`."""
+    return new_tokens * (past_tokens + new_tokens / 2)

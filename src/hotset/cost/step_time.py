@@ -5,13 +5,14 @@ The planner, the bench and the engine's split of memory use it.
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from hotset.cost.calibration import Calibration
 from hotset.cost.experts import bring_experts
 from hotset.cost.hardware import Hardware
 from hotset.cost.layout import Layout, shard_model
 from hotset.cost.routing import Routing
-from hotset.cost.shape import ModelShape
+from hotset.cost.shape import ModelShape, causal_pairs
 
 PREFILL_CHUNK = 8192  # tokens that go through the chip at once
 
@@ -19,6 +20,7 @@ CAUSES = {
     "dense_weights": "reading dense weights",
     "experts": "reading experts",
     "attention": "attention over KV",
+    "index": "scoring index keys",
     "all_reduce": "all-reduce",
     "all_to_all": "all-to-all",
     "launch": "kernel launches",
@@ -65,6 +67,15 @@ class Tiering:
     host_kv: float = 0.0
 
 
+class _Work(NamedTuple):
+    """What one part of a step moves and computes on a rank."""
+
+    moved_bytes: float
+    flops: float
+    dtype: str
+    efficiency: float
+
+
 class CostModel:
     """Times of one model on one layout of one kind of GPU.
 
@@ -109,7 +120,9 @@ class CostModel:
         return self.calibration.memory_bytes_per_s(self.hardware)
 
     def _flops(self, dtype: str, efficiency: float) -> float:
-        reached = self.calibration.probe_compute if self.hardware.measured else efficiency
+        reached, c = efficiency, self.calibration
+        if self.hardware.measured:
+            reached = c.probe_compute * min(1.0, efficiency / c.compute_efficiency)
         return self.hardware.flops_for(dtype)[1] * reached
 
     @property
@@ -250,45 +263,84 @@ class CostModel:
         """
         tiering = tiering or Tiering()
         routed = users if mean_users is None else mean_users
-        shape, tp, c, hw = self.shape, self.layout.tp, self.calibration, self.hardware
-        memory = self.memory_bytes_per_s
-        dense_flops = 2 * (shape.matmul_params - (shape.active_params - shape.dense_params))
-        slots = self.expert_slots_read(routed)
-        kv_bytes = shape.kv_read_bytes(context, self.kv_dtype, tp=tp) * users
-        attention_flops = shape.attention_flops_per_token(context) * users / tp
-        work = {
-            "dense_weights": (self.shard.dense_read_bytes, dense_flops * users / tp, "mlp"),
-            "experts": (slots * self.shard.slot_bytes, self.expert_flops(routed), "expert"),
-            "attention": (kv_bytes, attention_flops, "attention"),
-        }
+        work = self._decode_work(users, routed, context)
         parts = dict.fromkeys(CAUSES, 0.0)
         bounds: dict[str, str] = {}
-        ceiling_s = 0.0
-        for name, (moved, flops, part) in work.items():
-            dtype = shape.quantised.get(part, shape.plain_dtype) if part != "attention" else "bf16"
-            efficiency = c.attention_efficiency if part == "attention" else c.compute_efficiency
-            memory_s, compute_s = moved / memory, flops / self._flops(dtype, efficiency)
-            parts[name] = max(memory_s, compute_s)
-            bounds[name] = "HBM bandwidth" if memory_s >= compute_s else "compute"
-            ceiling_s += max(moved / hw.hbm_bytes_per_s, flops / hw.flops_for(dtype)[1])
-        kernels = sum(layer.num_kernels for layer in shape.layers) + 4  # embed, norm, head, sample
-        parts["launch"] = kernels * self.kernel_s
-        parts["per_user"] = users * c.user_s
+        for name, part in work.items():
+            parts[name], bounds[name] = self._seconds(part)
+        parts["launch"] = self._launch_s
+        parts["per_user"] = users * self.calibration.user_s
         chip_s = sum(parts.values())
+        slots = self.expert_slots_read(routed)
         parts["host_experts"] = self._streamed_experts_s(slots, chip_s, tiering)
         # A rank that holds some KV on the host reads that part over the link every step.
-        host_kv_bytes = kv_bytes * tiering.host_kv
+        host_kv_bytes = work["attention"].moved_bytes * tiering.host_kv
         parts["host_kv"] = host_kv_bytes / self.link_bytes_per_s()
         if "stream" in self.overlap:
             parts["host_kv"] = max(0.0, parts["host_kv"] - chip_s)
         parts["all_reduce"] = self.all_reduce_s(users)
-        parts["all_to_all"] = self.all_to_all_s(users / tp, per_node=False)
+        parts["all_to_all"] = self.all_to_all_s(users / self.layout.tp, per_node=False)
         if "comm" in self.overlap:
             for name in ("all_reduce", "all_to_all"):
                 parts[name] = max(0.0, parts[name] - chip_s)
         missed = slots * (1 - tiering.resident_experts) * self.shard.slot_bytes
         link_floor_s = (host_kv_bytes + missed) / self.link_bytes_per_s(nominal=True)
+        ceiling_s = sum(
+            max(
+                part.moved_bytes / self.hardware.hbm_bytes_per_s,
+                part.flops / self.hardware.flops_for(part.dtype)[1],
+            )
+            for part in work.values()
+        )
         return Step(parts, max(ceiling_s, link_floor_s), bounds)
+
+    def _decode_work(self, users: float, routed: float, context: float) -> dict[str, _Work]:
+        """What a decode step moves and computes on a rank, by cause."""
+        shape, tp, c = self.shape, self.layout.tp, self.calibration
+        work = self._weights_work(users, routed, shape.matmul_params)
+        kv_bytes = shape.kv_read_bytes(context, self.kv_dtype, tp=tp) * users
+        flops = shape.attention_flops_per_token(context) * users / tp
+        work["attention"] = _Work(kv_bytes, flops, "bf16", c.attention_efficiency)
+        if shape.index_bytes_per_token:  # every rank has all index keys and scores them
+            keys = context * users
+            work["index"] = _Work(
+                keys * shape.index_bytes_per_token,
+                keys * shape.index_pair_flops,
+                "bf16",
+                c.index_efficiency,
+            )
+        return work
+
+    def _weights_work(self, tokens: float, routed: float, matmul_params: int) -> dict[str, _Work]:
+        """Of dense weights with `tokens` tokens, and of experts with `routed` tokens a group."""
+        shape, efficiency = self.shape, self.calibration.compute_efficiency
+        dense = matmul_params - (shape.active_params - shape.dense_params)
+        slots = self.expert_slots_read(routed)
+        return {
+            "dense_weights": _Work(
+                self.shard.dense_read_bytes,
+                2 * dense * tokens / self.layout.tp,
+                shape.quantised.get("mlp", shape.plain_dtype),
+                efficiency,
+            ),
+            "experts": _Work(
+                slots * self.shard.slot_bytes,
+                self.expert_flops(routed),
+                shape.expert_dtype,
+                efficiency,
+            ),
+        }
+
+    def _seconds(self, work: _Work) -> tuple[float, str]:
+        """Time that one part of a step takes, and what bounds it."""
+        memory_s = work.moved_bytes / self.memory_bytes_per_s
+        compute_s = work.flops / self._flops(work.dtype, work.efficiency)
+        return (memory_s, "HBM bandwidth") if memory_s >= compute_s else (compute_s, "compute")
+
+    @property
+    def _launch_s(self) -> float:
+        kernels = sum(layer.num_kernels for layer in self.shape.layers)
+        return (kernels + 4) * self.kernel_s  # embed, norm, head, sample
 
     def prefill_s(
         self,
@@ -314,31 +366,22 @@ class CostModel:
 
     def prefill_attention_s(self, new_tokens: float, past_tokens: float = 0.0) -> float:
         """Time that causal attention takes for `new_tokens` of one sequence after `past_tokens`."""
-        flops = self.shape.prefill_attention_flops(new_tokens, past_tokens) / self.layout.tp
-        return flops / self._flops("bf16", self.calibration.attention_efficiency)
+        c, tp = self.calibration, self.layout.tp
+        flops = self.shape.prefill_attention_flops(new_tokens, past_tokens) / tp
+        pairs = causal_pairs(new_tokens, past_tokens)
+        scoring_s = pairs * self.shape.index_pair_flops / self._flops("bf16", c.index_efficiency)
+        return flops / self._flops("bf16", c.attention_efficiency) + scoring_s
 
     def chunk_s(self, tokens: float, tiering: Tiering | None = None) -> float:
         """Time of one step of `tokens` tokens of prompts in every group, without attention."""
-        tiering = tiering or Tiering()
-        shape, tp, c = self.shape, self.layout.tp, self.calibration
-        # The head is needed for the last token only.
-        routed = shape.active_params - shape.dense_params
-        head = shape.head.count or shape.embedding.count
-        dense_flops = 2 * (shape.matmul_params - routed - head) * tokens / tp
-        slots = self.expert_slots_read(tokens)
-        work = (
-            (self.shard.dense_read_bytes, dense_flops, "mlp"),
-            (slots * self.shard.slot_bytes, self.expert_flops(tokens), "expert"),
+        shape = self.shape
+        head = shape.head.count or shape.embedding.count  # needed for the last token only
+        work = self._weights_work(tokens, tokens, shape.matmul_params - head)
+        chip_s = self._launch_s + sum(self._seconds(part)[0] for part in work.values())
+        comm_s = self.all_reduce_s(tokens) + self.all_to_all_s(
+            tokens / self.layout.tp, per_node=True
         )
-        chip_s = 0.0
-        for moved, flops, part in work:
-            dtype = shape.quantised.get(part, shape.plain_dtype)
-            chip_s += max(
-                moved / self.memory_bytes_per_s, flops / self._flops(dtype, c.compute_efficiency)
-            )
-        kernels = sum(layer.num_kernels for layer in shape.layers) + 4
-        chip_s += kernels * self.kernel_s
-        comm_s = self.all_reduce_s(tokens) + self.all_to_all_s(tokens / tp, per_node=True)
         if "comm" in self.overlap:
             comm_s = max(0.0, comm_s - chip_s)
-        return chip_s + comm_s + self._streamed_experts_s(slots, chip_s, tiering)
+        slots = self.expert_slots_read(tokens)
+        return chip_s + comm_s + self._streamed_experts_s(slots, chip_s, tiering or Tiering())

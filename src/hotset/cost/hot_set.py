@@ -1,0 +1,335 @@
+"""Requests that keep their hottest tokens on the device and the others in host memory.
+
+A *resident* request has the rows of all its tokens on the device. A *hot* request has `slots` of
+them per layer, the last used ones, and fetches what a step selects beside them. Index keys of both
+stay on the device, as each step reads all of them. Planner and engine ask the same functions.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from hotset.cost.cache_spec import Latent
+from hotset.cost.shape import ModelShape
+from hotset.cost.step_time import CostModel
+
+TAIL_TOKENS = 128  # the block that is being filled, and one that is being copied down
+TABLE_BYTES = 6  # of a slot: its position in 4 bytes, its place in the order of use in 2
+SLOT_STEP = 64  # slots are whole blocks
+LEAST_GAIN = 0.05  # of tokens/s, for which requests turn hot
+NEXT_LAYER_RIGHT = 0.8  # share of its rows that the next layer's indexer tells on this one's input
+
+
+class Misses(Protocol):
+    """What tells how many rows a step misses: `DrawnSelections` or a recorded file."""
+
+    def misses(self, context: float, selected: int, slots: int) -> float:
+        """Rows per layer, of `selected` among `context`, with `slots` of them on the device."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SparseCache:
+    """What a model with an indexer keeps of a token.
+
+    Attributes:
+        num_layers: layers of attention.
+        index_layers: those with an indexer of their own; the others take their selections.
+        row_bytes: of a token in one layer.
+        index_bytes: of a token's index keys over all layers.
+        top_k: tokens that a query selects.
+    """
+
+    num_layers: int
+    index_layers: int
+    row_bytes: int
+    index_bytes: int
+    top_k: int
+
+    @classmethod
+    def of(cls, shape: ModelShape, kv_dtype: str) -> "SparseCache | None":
+        """That of a model; None where some layer keeps no latents or attends to all of them."""
+        layers = [layer.attention for layer in shape.layers]
+        indexers = [attention.indexer for attention in layers]
+        if not all(indexers) or not all(isinstance(a.cache, Latent) for a in layers):
+            return None
+        return cls(
+            num_layers=len(layers),
+            index_layers=sum(not one.is_shared for one in indexers if one),
+            row_bytes=layers[0].token_bytes(kv_dtype),
+            index_bytes=shape.index_bytes_per_token,
+            top_k=max(one.top_k for one in indexers if one),
+        )
+
+    @property
+    def all_rows_bytes(self) -> int:
+        """A token's rows in all layers."""
+        return self.num_layers * self.row_bytes
+
+    @property
+    def run_bytes(self) -> float:
+        """Bytes that lie side by side in host memory: a layer and those that take its selection."""
+        return self.all_rows_bytes / self.index_layers
+
+    def resident_bytes(self, context: float) -> float:
+        """Of a resident request on the device, and of a hot one in host memory."""
+        return context * (self.all_rows_bytes + self.index_bytes)
+
+    def hot_bytes(self, context: float, slots: int) -> float:
+        """Of a hot request on the device."""
+        tables = TABLE_BYTES * slots * self.index_layers
+        return (slots + TAIL_TOKENS) * self.all_rows_bytes + tables + context * self.index_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Memory of one device for KV and index keys, and of its host for hot requests."""
+
+    device_bytes: float
+    host_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class HotStep:
+    """A decode step with hot requests.
+
+    Attributes:
+        users: in it.
+        num_hot: hot ones among them.
+        chip_s: with all rows on the device.
+        link_s: that the missed rows take on the link.
+        hidden_s: of these, behind other work.
+        missed_bytes: over the link.
+    """
+
+    users: int
+    num_hot: int
+    chip_s: float
+    link_s: float
+    hidden_s: float
+    missed_bytes: float
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.chip_s + self.link_s - self.hidden_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """A token per user and step."""
+        return self.users / self.seconds
+
+
+@dataclass(frozen=True)
+class HotSetCost:
+    """Steps of one model on one device with resident and hot requests.
+
+    Attributes:
+        cost: of steps with all rows on the device.
+        cache: what a token takes.
+        selections: how many rows are missed.
+        context: mean tokens of a request.
+        link_bytes_per_s: at which the device gathers rows; None is what its kernels are known to
+            reach with rows of this size.
+        prefetch: 0 fetches what a layer misses once it has selected; 1 fetches the rows of the
+            layers that share a selection behind the first one; 2 also those that the next layer's
+            indexer selects on this layer's input, which costs scoring all keys once more.
+    """
+
+    cost: CostModel
+    cache: SparseCache
+    selections: Misses
+    context: float
+    link_bytes_per_s: float | None = None
+    prefetch: int = 0
+    _known: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def rows_bytes_per_s(self) -> float:
+        """Rate at which missed rows come: bound by bytes, or by rows where they are short."""
+        if self.link_bytes_per_s is not None:
+            return self.link_bytes_per_s
+        rows_per_s = self.cost.calibration.gather_rows_per_s
+        return min(self.cost.expert_bytes_per_s(), rows_per_s * self.cache.run_bytes)
+
+    def misses(self, slots: int) -> float:
+        """Rows per hot request, layer and step."""
+        if slots not in self._known:
+            found = self.selections.misses(self.context, self.cache.top_k, slots)
+            self._known[slots] = found
+        return self._known[slots]
+
+    def step(self, users: int, num_hot: int, slots: int) -> HotStep:
+        """A decode step of `users`, of which `num_hot` are hot with `slots` slots each."""
+        step = self.cost.decode(users, self.context)
+        chip_s = step.expected_s
+        if not num_hot:
+            return HotStep(users, 0, chip_s, 0.0, 0.0, 0.0)
+        # Each layer resolves and gathers: two launches, the first over the tables.
+        chip_s += 2 * self.cache.num_layers * self.cost.kernel_s
+        tables = 2 * TABLE_BYTES * slots * self.cache.index_layers * num_hot
+        chip_s += tables / self.cost.memory_bytes_per_s
+        missed = num_hot * self.misses(slots) * self.cache.all_rows_bytes
+        link_s = missed / self.rows_bytes_per_s
+        hidden_s = 0.0
+        if self.prefetch == 1:
+            shared = 1 - self.cache.index_layers / self.cache.num_layers
+            hidden_s = min(link_s * shared, chip_s)
+        elif self.prefetch == 2:
+            hidden_s = NEXT_LAYER_RIGHT * min(link_s, step.parts["experts"])
+            chip_s += step.parts["index"]
+        return HotStep(users, num_hot, chip_s, link_s, hidden_s, missed)
+
+    def resident_users(self, room: Room) -> int:
+        """Resident requests that fit."""
+        return int(room.device_bytes // self.cache.resident_bytes(self.context))
+
+    def most_users(self, room: Room, slots: int) -> int:
+        """Requests that fit with as many of them hot as host memory holds."""
+        hot = self.cache.hot_bytes(self.context, slots)
+        resident = self.cache.resident_bytes(self.context)
+        num_hot = min(room.host_bytes // resident, room.device_bytes // hot)
+        return int(num_hot + (room.device_bytes - num_hot * hot) // resident)
+
+    def fewest_hot(self, users: int, room: Room, slots: int) -> int:
+        """Hot requests among `users` at least, so that all fit; `most_users` of them do."""
+        resident = self.cache.resident_bytes(self.context)
+        too_much = users * resident - room.device_bytes
+        if too_much <= 0:
+            return 0
+        saved = resident - self.cache.hot_bytes(self.context, slots)
+        return min(users, math.ceil(too_much / saved))
+
+    def resident_step(self, wanted: int, room: Room) -> HotStep | None:
+        """The step without hot requests, where `wanted` requests run or wait; None: none fits."""
+        users = min(wanted, self.resident_users(room))
+        return self.step(users, 0, 0) if users else None
+
+    def hot_step(
+        self, wanted: int, room: Room, slots: int, tpot_s: float | None = None
+    ) -> HotStep | None:
+        """The step with as many of `wanted` requests as fit and keep `tpot_s`; None: none does."""
+
+        def step(users: int) -> HotStep:
+            return self.step(users, self.fewest_hot(users, room, slots), slots)
+
+        low, high = 0, min(wanted, self.most_users(room, slots))
+        if tpot_s is not None:
+            while low < high:  # a step only grows with its users
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if step(middle).seconds <= tpot_s else (low, middle - 1)
+        return step(high) if high else None
+
+    def users_at_once(
+        self, wanted: int, room: Room, slots: int, tpot_s: float | None = None
+    ) -> int:
+        """Requests to run at once, where `wanted` run or wait.
+
+        More than `resident_users` only where that makes at least `LEAST_GAIN` more tokens per
+        second: while fewer run than this, and none fits, the running request that frees most turns
+        hot.
+        """
+        resident = self.resident_step(wanted, room)
+        hot = self.hot_step(wanted, room, slots, tpot_s)
+        if hot and (resident is None or _pays(resident, hot)):
+            return hot.users
+        return resident.users if resident else 0
+
+
+def _pays(resident: HotStep, hot: HotStep) -> bool:
+    return hot.tokens_per_s >= (1 + LEAST_GAIN) * resident.tokens_per_s
+
+
+@dataclass(frozen=True)
+class HotPlan:
+    """The best number of slots for a load, and what it serves.
+
+    Attributes:
+        cost: of steps.
+        room: in which all lies.
+        slots: per hot request and layer.
+        resident: the step without hot requests; None where not even one resident request fits.
+        hot: the step with them.
+        limit: what bounds its users: `HBM`, `host memory`, `users` or `TPOT`.
+        break_even: requests that run or wait from which on some turn hot; None if none ever do.
+    """
+
+    cost: HotSetCost
+    room: Room
+    slots: int
+    resident: HotStep | None
+    hot: HotStep
+    limit: str
+    break_even: int | None
+
+    @property
+    def misses(self) -> float:
+        """Rows per hot request, layer and step."""
+        return self.cost.misses(self.slots)
+
+    @property
+    def host_bytes(self) -> float:
+        """What hot requests have in host memory."""
+        return self.hot.num_hot * self.cost.cache.resident_bytes(self.cost.context)
+
+    @property
+    def gain(self) -> float | None:
+        """Tokens/s with hot requests by those without; None where none is resident."""
+        return self.hot.tokens_per_s / self.resident.tokens_per_s if self.resident else None
+
+
+def plan_hot_set(
+    cost: HotSetCost,
+    room: Room,
+    wanted: int,
+    *,
+    tpot_s: float | None = None,
+    slots: int | None = None,
+) -> HotPlan | None:
+    """The slots with which `wanted` requests get most tokens per second; fewest of equal ones.
+
+    None where no hot request fits, or none keeps `tpot_s`. With `slots` they are not solved for.
+    """
+
+    def rate(candidate: int) -> tuple[float, int]:
+        step = cost.hot_step(wanted, room, candidate, tpot_s)
+        return (step.tokens_per_s if step else 0.0, -candidate)
+
+    fewest = math.ceil(cost.cache.top_k / SLOT_STEP) * SLOT_STEP
+    most = max(fewest, math.floor(cost.context / SLOT_STEP) * SLOT_STEP)
+    if slots is None:
+        coarse = 8 * SLOT_STEP
+        near = max(range(fewest, most + 1, coarse), key=rate)
+        around = range(max(fewest, near - coarse), min(most, near + coarse) + 1, SLOT_STEP)
+        slots = max(around, key=rate)
+    step = cost.hot_step(wanted, room, slots, tpot_s)
+    if step is None:
+        return None
+    resident = cost.resident_step(wanted, room)
+    return HotPlan(
+        cost,
+        room,
+        slots,
+        resident,
+        step,
+        _limit(cost, room, wanted, step, slots),
+        _break_even(cost, room, slots, step.users),
+    )
+
+
+def _limit(cost: HotSetCost, room: Room, wanted: int, step: HotStep, slots: int) -> str:
+    """What keeps a step from having more users."""
+    if step.users == wanted:
+        return "users"
+    if step.users < cost.most_users(room, slots):
+        return "TPOT"
+    in_hbm = room.device_bytes // cost.cache.hot_bytes(cost.context, slots)
+    return "HBM" if step.users >= in_hbm else "host memory"
+
+
+def _break_even(cost: HotSetCost, room: Room, slots: int, users: int) -> int | None:
+    """The fewest requests, of at most `users`, of which some turn hot."""
+    fit = cost.resident_users(room)
+    return next(
+        (n for n in range(fit + 1, users + 1) if cost.users_at_once(n, room, slots) > fit), None
+    )

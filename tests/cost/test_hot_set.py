@@ -1,0 +1,181 @@
+"""Hot requests on one H200: bytes, steps and users of the two shapes of the bench's preset."""
+
+import json
+from dataclasses import replace
+from importlib import resources
+
+import pytest
+
+from hotset.cost.calibration import CALIBRATIONS
+from hotset.cost.families import shape_from_config
+from hotset.cost.hardware import load_hardware
+from hotset.cost.hot_set import HotPlan, HotSetCost, Room, SparseCache, plan_hot_set
+from hotset.cost.layout import Layout
+from hotset.cost.routing import Routing
+from hotset.cost.selection import DrawnSelections
+from hotset.cost.shape import ModelShape
+from hotset.cost.step_time import CostModel
+
+CONTEXT = 33_792
+GIB = 2**30
+
+
+def shape_of(name: str) -> ModelShape:
+    text = (resources.files("hotset.bench") / "shapes" / f"{name}.json").read_text()
+    return replace(shape_from_config(json.loads(text), name), index_dtype="fp8")
+
+
+def hot_cost(
+    name: str = "dsa-8l",
+    overlap: float = 0.4,
+    *,
+    prefetch: int = 0,
+    link_gb_per_s: float | None = 50,
+) -> HotSetCost:
+    shape = shape_of(name)
+    cost = CostModel(
+        shape, load_hardware("h200"), Layout(), "bf16", CALIBRATIONS["hotset"], Routing()
+    )
+    cache = SparseCache.of(shape, "bf16")
+    assert cache is not None
+    link = None if link_gb_per_s is None else link_gb_per_s * 1e9
+    return HotSetCost(cost, cache, DrawnSelections(overlap), CONTEXT, link, prefetch)
+
+
+def planned(cost: HotSetCost, *, gib: float = 6, slots: int | None = 4096) -> HotPlan:
+    plan = plan_hot_set(cost, Room(gib * GIB, 64 * GIB), 256, slots=slots)
+    assert plan is not None and plan.resident is not None
+    return plan
+
+
+def test_a_model_of_eight_layers_has_the_bytes_of_its_config() -> None:
+    shape = shape_of("dsa-8l")
+    assert round(shape.total_params / 1e9, 2) == 60.52
+    assert round(shape.weights_bytes / 1e9, 1) == 121.0
+    assert SparseCache.of(shape, "bf16") == SparseCache(8, 8, 1152, 8 * 132, 2048)
+    assert SparseCache.of(shape_of("dsa-8l-shared"), "bf16") == SparseCache(8, 2, 1152, 264, 2048)
+    assert shape.kv_bytes_per_token("bf16") == 10_272
+
+
+def test_bytes_of_resident_and_hot_requests() -> None:
+    cache = SparseCache(61, 61, 1152, 61 * 132, 2048)  # DeepSeek-V3.2
+    assert round(cache.resident_bytes(36_864) / 1e9, 2) == 2.89
+    assert round(cache.hot_bytes(36_864, 4096) / 1e9, 2) == 0.60
+    glm = SparseCache(78, 21, 1152, 21 * 132, 2048)  # GLM-5.2
+    assert round(glm.resident_bytes(36_864) / 1e9, 2) == 3.41
+    assert round(glm.hot_bytes(36_864, 4096) / 1e9, 2) == 0.48
+    assert glm.run_bytes == 78 * 1152 / 21
+
+
+@pytest.mark.parametrize(
+    ("overlap", "slots", "users", "step_ms", "link_ms", "gain"),
+    [
+        (0.40, 4096, 86, 44.3, 11.3, 3.06),
+        (0.40, 3072, 98, 50.3, 17.0, 3.07),
+        (0.40, 6144, 68, 37.5, 5.1, 2.85),
+        (0.35, 4096, 86, 46.4, 13.5, 2.92),
+        (0.50, 4096, 86, 40.3, 7.4, 3.36),
+    ],
+)
+def test_steps_of_hot_requests(
+    overlap: float, slots: int, users: int, step_ms: float, link_ms: float, gain: float
+) -> None:
+    plan = planned(hot_cost(overlap=overlap), slots=slots)
+    assert plan.resident is not None
+    assert (plan.resident.users, plan.hot.users, plan.hot.num_hot) == (18, users, users)
+    assert plan.limit == "HBM"
+    assert plan.resident.seconds == pytest.approx(28.3e-3, rel=0.01)
+    assert plan.hot.seconds == pytest.approx(step_ms / 1e3, rel=0.015)
+    assert plan.hot.link_s == pytest.approx(link_ms / 1e3, rel=0.01)
+    assert plan.gain == pytest.approx(gain, rel=0.015)
+
+
+def test_the_headline_case_line_by_line() -> None:
+    plan = planned(hot_cost())
+    assert round(plan.misses) == 716
+    assert plan.host_bytes == pytest.approx(29.9e9, rel=0.01)
+    assert plan.hot.missed_bytes == pytest.approx(0.567e9, rel=0.01)
+    assert plan.hot.chip_s == pytest.approx(33.0e-3, rel=0.015)  # the bound without a link
+    assert plan.resident is not None
+    assert plan.resident.tokens_per_s == pytest.approx(635, rel=0.01)
+    assert plan.hot.tokens_per_s == pytest.approx(1941, rel=0.015)
+    assert plan.break_even == 20
+
+
+@pytest.mark.parametrize(
+    ("link_gb_per_s", "gib", "slots", "gain"),
+    [
+        (37, 6, 4096, 2.80),
+        (50, 8, 4096, 2.91),
+        (50, 12, 4096, 2.45),
+        (50, 16, 4096, 2.14),
+        (50, 16, 8192, 2.35),
+    ],
+)
+def test_more_memory_or_a_slower_link_leaves_less_to_gain(
+    link_gb_per_s: float, gib: float, slots: int, gain: float
+) -> None:
+    plan = planned(hot_cost(link_gb_per_s=link_gb_per_s), gib=gib, slots=slots)
+    assert plan.gain == pytest.approx(gain, rel=0.025)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "next_layer", "shared"),
+    [(0.35, 3.69, 5.0), (0.40, 3.73, 5.1), (0.50, 3.81, 5.3)],
+)
+def test_prefetch_hides_rows(overlap: float, next_layer: float, shared: float) -> None:
+    assert planned(hot_cost(overlap=overlap, prefetch=2)).gain == pytest.approx(
+        next_layer, rel=0.015
+    )
+    plan = planned(hot_cost("dsa-8l-shared", overlap, prefetch=1))
+    assert plan.resident is not None
+    assert (plan.resident.users, plan.hot.users) == (20, 134)
+    assert plan.gain == pytest.approx(shared, rel=0.03)
+
+
+def test_short_rows_are_bound_by_their_number() -> None:
+    assert hot_cost(link_gb_per_s=None).rows_bytes_per_s == 36e6 * 1152
+    shared = hot_cost("dsa-8l-shared", link_gb_per_s=None)  # four layers' rows are one run
+    assert shared.rows_bytes_per_s == pytest.approx(51.4e9, rel=0.01)
+
+
+def test_slots_are_solved_for_and_best() -> None:
+    cost, room = hot_cost(), Room(6 * GIB, 64 * GIB)
+    best = plan_hot_set(cost, room, 256)
+    assert best is not None and best.slots % 64 == 0
+    rates = []
+    for slots in range(2048, 8192 + 1, 256):
+        step = cost.hot_step(256, room, slots)
+        assert step is not None
+        rates.append(step.tokens_per_s)
+    assert best.hot.tokens_per_s >= max(rates)
+
+
+def test_requests_turn_hot_only_where_others_wait_and_it_pays() -> None:
+    cost, room = hot_cost(), Room(6 * GIB, 64 * GIB)
+    assert [cost.users_at_once(n, room, 4096) for n in (1, 18, 19, 20, 86, 256)] == [
+        1, 18, 18, 20, 86, 86,
+    ]  # fmt: skip
+    assert cost.fewest_hot(18, room, 4096) == 0
+    assert 0 < cost.fewest_hot(20, room, 4096) < 20
+    # A slow link never pays.
+    assert hot_cost(link_gb_per_s=1).users_at_once(256, room, 4096) == 18
+
+
+def test_latency_and_host_memory_bound_how_many_are_hot() -> None:
+    cost = hot_cost()
+    plan = plan_hot_set(cost, Room(6 * GIB, 64 * GIB), 256, tpot_s=0.035, slots=4096)
+    assert plan is not None and plan.limit == "TPOT"
+    assert plan.hot.seconds <= 0.035 and 18 < plan.hot.users < 86
+    assert cost.step(plan.hot.users + 2, plan.hot.num_hot + 2, 4096).seconds > 0.035
+    plan = plan_hot_set(cost, Room(6 * GIB, 4 * GIB), 256, slots=4096)
+    assert plan is not None and plan.limit == "host memory"
+    assert plan.host_bytes <= 4 * GIB and plan.hot.num_hot < plan.hot.users
+    assert plan_hot_set(cost, Room(0.05 * GIB, 64 * GIB), 256) is None
+
+
+def test_a_model_without_an_indexer_has_no_hot_set() -> None:
+    config = json.loads(
+        (resources.files("hotset.cost") / "models" / "deepseek-v3.json").read_text()
+    )
+    assert SparseCache.of(shape_from_config(config, "deepseek-v3"), "bf16") is None
