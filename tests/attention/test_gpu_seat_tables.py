@@ -1,0 +1,112 @@
+"""Hot requests on a GPU: recorded once, replayed, against the same in PyTorch on the CPU."""
+
+import random
+
+import pytest
+import torch
+
+from hotset.attention.seat_tables import SeatTables
+from hotset.kernels.gather_rows import RowRun, gather_rows, gather_rows_reference
+from hotset.kernels.resolve_rows import Misses
+from hotset.kv.seats import DeviceBlock, HostSlot, Seats, SlotBlock
+
+pytestmark = pytest.mark.gpu
+
+BLOCK_SIZE, NUM_LAYERS, SELECTED, NUM_SLOTS, NUM_SEATS, CONTEXT = 64, 3, 2048, 4096, 5, 9000
+ROW_BYTES = 1152
+ROWS_PER_BLOCK = NUM_LAYERS * BLOCK_SIZE
+CONTEXT_BLOCKS = CONTEXT // BLOCK_SIZE + 1
+NUM_BLOCKS = NUM_SEATS * NUM_SLOTS // BLOCK_SIZE
+SIZES = {"num_seats": NUM_SEATS, "num_slots": NUM_SLOTS, "block_size": BLOCK_SIZE}
+
+
+class Side:
+    """Tables and memory on one device."""
+
+    def __init__(self, device: str, host: torch.Tensor) -> None:
+        self.host = host
+        self.tables = SeatTables(
+            **SIZES,
+            num_selections=NUM_LAYERS - 1,  # the last layer uses the selection of the one before
+            max_num_tokens=CONTEXT,
+            rows_per_block=ROWS_PER_BLOCK,
+            device=torch.device(device),
+        )
+        shape = (NUM_BLOCKS, ROWS_PER_BLOCK * ROW_BYTES)
+        self.memory = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.seats = torch.full((NUM_SEATS + 1,), -1, device=device)  # one row is of padding
+        shape = (NUM_LAYERS - 1, NUM_SEATS + 1, SELECTED)
+        self.selection = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self.rows = torch.full_like(self.selection, -1)
+
+    def step(self) -> list[Misses]:
+        """All layers, as a step of the model runs them."""
+        gather = gather_rows if self.memory.is_cuda else gather_rows_reference
+        self.rows.fill_(-1)
+        listed = []
+        for layer in range(NUM_LAYERS):
+            if layer < NUM_LAYERS - 1:
+                chosen = self.selection[layer], self.rows[layer], self.seats
+                listed.append(self.tables.resolve(layer, *chosen))
+            start = layer * BLOCK_SIZE * ROW_BYTES
+            run = RowRun(start, ROW_BYTES, BLOCK_SIZE, ROWS_PER_BLOCK)
+            gather(self.host, self.memory, *listed[-1], run)
+        return listed
+
+
+def select(length: int, rng: torch.Generator) -> torch.Tensor:
+    """What a layer selects of `length` tokens: some of them again and again."""
+    weights = torch.rand(length, generator=rng)
+    weights[::3] += 0.4
+    chosen = weights.topk(min(length, SELECTED)).indices.sort().values.int()
+    return torch.nn.functional.pad(chosen, (0, SELECTED - len(chosen)), value=-1)
+
+
+@pytest.mark.parametrize("length", [NUM_SLOTS - 1, NUM_SLOTS, NUM_SLOTS + 1, CONTEXT])
+def test_64_replays_leave_what_the_reference_leaves(length: int) -> None:
+    torch.manual_seed(0)
+    shape = (NUM_SEATS * CONTEXT_BLOCKS, ROWS_PER_BLOCK * ROW_BYTES + 4096)
+    host = torch.randint(0, 256, shape, dtype=torch.uint8).pin_memory()
+    device, cpu = Side("cuda", host), Side("cpu", host)
+    device.step()  # loads the kernels; nobody has a seat
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        device.step()
+
+    rng, order = torch.Generator().manual_seed(length), random.Random(length)
+    seats = Seats(**SIZES)
+    taken = []
+    for _ in range(64):
+        if seats.num_free:
+            blocks = range(len(taken) * NUM_SLOTS // BLOCK_SIZE, NUM_BLOCKS)
+            parts = [SlotBlock(DeviceBlock(b), None) for b in blocks[: NUM_SLOTS // BLOCK_SIZE]]
+            seat = seats.take(parts)
+            for index in range(CONTEXT_BLOCKS):
+                seats.place(seat, index, HostSlot(len(taken) * CONTEXT_BLOCKS + index))
+            taken.append(seat)
+        elif order.random() < 0.2:
+            seats.forget_slots()
+        updates = seats.take_updates()
+        running = order.sample(taken, order.randint(1, len(taken)))
+        numbers = [seat.number for seat in running]
+        numbers += [-1] * (NUM_SEATS + 1 - len(numbers))
+        for side in (device, cpu):
+            side.tables.apply(updates)
+            side.seats.copy_(torch.tensor(numbers))
+        for layer in range(NUM_LAYERS - 1):
+            for row in range(len(running)):
+                chosen = select(length, rng)
+                device.selection[layer, row], cpu.selection[layer, row] = chosen, chosen
+
+        graph.replay()
+        cpu.step()
+
+        used = slice(len(running))
+        assert torch.equal(device.rows[:, used].cpu(), cpu.rows[:, used])
+        for got, expected in zip(device.tables._layers, cpu.tables._layers, strict=True):
+            for seat in taken:
+                assert torch.equal(got.token_in[seat.number].cpu(), expected.token_in[seat.number])
+                assert torch.equal(got.order[seat.number].cpu(), expected.order[seat.number])
+        assert torch.equal(device.memory.cpu(), cpu.memory)
+        assert torch.equal(device.tables.totals.cpu(), cpu.tables.totals)
+    assert device.tables.totals[2] == 0
