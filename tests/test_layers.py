@@ -28,7 +28,6 @@ PLAIN = {
     "cpu_libraries",
     "libraries",
     "foreign_text",
-    "plain_values",
 }
 ORDER = [
     "cost",

@@ -7,12 +7,15 @@ import functools
 import math
 import numbers
 import os
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hotset.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Option:
     """One option, as its field declares it; see `option`.
 
     Attributes:
-        kind: `int`, `float`, `bool`, `str`, `Path`, or `Literal` for choices.
+        kind: `Literal` for choices; otherwise a type of `_KINDS`, or a class.
         is_optional: whether it may be None.
     """
 
@@ -47,6 +50,7 @@ class Option:
     bounds: Bounds | None
     otherwise: str
     more: str
+    flag: str
     short: str
     has_flag: bool
     keeps_answers: bool
@@ -56,8 +60,9 @@ class Option:
         """Its names on the command line; none where that does not have it."""
         if not self.has_flag:
             return ()
-        words = self.name.replace("_", "-")
-        name = f"--{words}/--no-{words}" if self.kind is bool and self.default else f"--{words}"
+        name = self.flag or f"--{self.name.replace('_', '-')}"
+        if self.kind is bool and self.default:
+            name = f"{name}/--no-{name[2:]}"
         return (name, self.short) if self.short else (name,)
 
     @property
@@ -90,6 +95,7 @@ def option(
     bounds: Bounds | None = None,
     otherwise: str = "",
     more: str = "",
+    flag: str = "",
     short: str = "",
     has_flag: bool = True,
     keeps_answers: bool = False,
@@ -97,12 +103,13 @@ def option(
     """Declare the option that a field is; its name, type and choices are the field's.
 
     Args:
-        default: what it is where nobody gives it.
+        default: what it is where nobody gives it; `dict` for an empty one.
         help: of the flag, with the unit unless the name ends with it.
         choices: what a field of type `str` may be, where the type does not say it.
         bounds: numbers that it takes.
         otherwise: what a default of None comes to.
         more: what docs/options.md says besides.
+        flag: its name on the command line, where that is another.
         short: a flag of one letter.
         has_flag: whether the command line has it.
         keeps_answers: whether it changes no answer, but for rounding.
@@ -113,10 +120,13 @@ def option(
         "bounds": bounds,
         "otherwise": otherwise,
         "more": more,
+        "flag": flag,
         "short": short,
         "has_flag": has_flag,
         "keeps_answers": keeps_answers,
     }
+    if default is dict:
+        return field(default_factory=dict, metadata=told)
     return field(default=default, metadata=told)
 
 
@@ -130,12 +140,13 @@ def _options_of(group: type) -> tuple[Option, ...]:
     found, hints = [], get_type_hints(group)
     for one in fields(group):
         hint = hints[one.name]
-        members = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+        members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         (kind,) = (member for member in members if member is not NoneType)
         told = dict(one.metadata)
         if choices := told.pop("choices"):
             kind = Literal[choices]
-        found.append(Option(one.name, kind, NoneType in members, one.default, **told))
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        found.append(Option(one.name, kind, NoneType in members, default, **told))
     return tuple(found)
 
 
@@ -153,24 +164,84 @@ class Group:
 
 
 def _taken_as(value: Any, kind: Any) -> tuple[Any, str]:
-    """A value as what its field holds, None where it cannot be that; and what is expected.
-
-    True and False are no numbers.
-    """
+    """A value as what its field holds, None where it cannot be that; and what is expected."""
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         taken = value if isinstance(value, str) and value in choices else None
         return taken, f"{', '.join(choices[:-1])} or {choices[-1]}"
-    if kind is bool:
-        return value if isinstance(value, bool) else None, "True or False"
-    if kind is Path:
-        return Path(value) if isinstance(value, str | os.PathLike) else None, "a path"
-    if kind is str:
-        return os.fspath(value) if isinstance(value, str | os.PathLike) else None, "a text"
-    is_number = not isinstance(value, bool)
-    if kind is int:
-        is_number = is_number and isinstance(value, numbers.Integral)
-        return int(value) if is_number else None, "a whole number"
-    assert kind is float
-    is_number = is_number and isinstance(value, numbers.Real)
-    return (value if isinstance(value, int) else float(value)) if is_number else None, "a number"
+    if kind not in _KINDS:
+        return value if isinstance(value, kind) else None, f"a {kind.__name__}"
+    take, expected = _KINDS[kind]
+    try:
+        return take(value), expected
+    except (TypeError, OverflowError):
+        return None, expected
+
+
+# True and False are no numbers; numbers of other libraries become Python's.
+def _whole_number(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _tuple_of(take: Callable[[Any], T]) -> Callable[[Any], tuple[T, ...]]:
+    def taken(value: Any) -> tuple[T, ...]:
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        return tuple(map(take, value))
+
+    return taken
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _text_or_path(value: Any) -> str:
+    return _text(os.fspath(value))
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """A text may stand alone."""
+    return (value,) if isinstance(value, str) else _tuple_of(_text)(value)
+
+
+def _numbers_by_id(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return {_whole_number(token_id): _number(bias) for token_id, bias in value.items()}
+
+
+def _json_object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
+# Type of a field -> what takes a value or raises TypeError, and what is expected.
+_KINDS: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    bool: (_flag, "True or False"),
+    int: (_whole_number, "a whole number"),
+    float: (_number, "a number"),
+    str: (_text_or_path, "a text"),
+    Path: (Path, "a path"),
+    tuple[str, ...]: (_texts, "a text or a list of texts"),
+    tuple[int, ...]: (_tuple_of(_whole_number), "a list of token ids"),
+    Mapping[int, float]: (_numbers_by_id, "numbers by token id"),
+    dict[str, Any]: (_json_object, "a JSON schema as a dict"),
+}
