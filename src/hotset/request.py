@@ -79,25 +79,37 @@ class SamplingParams:
         0.0, "Subtracted for each occurrence of a token in the output.", bounds=_PENALTY
     )
     logit_bias: Mapping[int, float] = option(
-        dict, "Token id -> what is added to its logit, -100 to 100."
+        dict,
+        "Token id -> what is added to its logit, -100 to 100.",
+        has_flag=False,
     )
     seed: int | None = option(
-        None, "Makes a sampled request reproducible.", otherwise="one is drawn"
+        None,
+        "Makes a sampled request reproducible.",
+        otherwise="one is drawn",
+        has_flag=False,
     )
     stop: tuple[str, ...] = option(
         (), "Strings that end the output; they are not part of its text."
     )
-    stop_token_ids: tuple[int, ...] = option((), "Ids that end the output, beside the model's own.")
-    include_stop_str_in_output: bool = option(
-        False, "End the text with the stop string or token that was met."
+    stop_token_ids: tuple[int, ...] = option(
+        (), "Ids that end the output, beside the model's own.", has_flag=False
     )
-    skip_special_tokens: bool = option(True, "Leave special tokens out of the text.")
-    ignore_eos: bool = option(False, "Go on past the model's end-of-sequence ids (for benchmarks).")
+    include_stop_str_in_output: bool = option(
+        False, "End the text with the stop string or token that was met.", flag="--include-stop"
+    )
+    skip_special_tokens: bool = option(
+        True, "Leave special tokens out of the text.", has_flag=False
+    )
+    ignore_eos: bool = option(
+        False, "Go on past the model's end-of-sequence ids (for benchmarks).", has_flag=False
+    )
     logprobs: int | None = option(
         None,
         "Return the tokens' log-probabilities, and this number of the likeliest ones.",
         bounds=_LOGPROBS,
         otherwise="off",
+        has_flag=False,
     )
     prompt_logprobs: int | None = option(
         None,
@@ -105,13 +117,20 @@ class SamplingParams:
         bounds=_LOGPROBS,
         otherwise="off",
         more="Such a prompt is computed whole, whatever is cached of it.",
+        has_flag=False,
     )
-    n: int = option(1, "Outputs for the same prompt.", bounds=Bounds("1 to 128", 1, 128))
+    n: int = option(
+        1, "Outputs for the same prompt.", bounds=Bounds("1 to 128", 1, 128), has_flag=False
+    )
     json_schema: dict[str, Any] | None = option(
-        None, "The output must be JSON of this schema (`{}`: any JSON)."
+        None,
+        "The output must be JSON of this schema (`{}`: any JSON).",
+        has_flag=False,
     )
     text_form: TextForm | None = option(
-        None, "The output must have this form. Not together with `json_schema`."
+        None,
+        "The output must have this form. Not together with `json_schema`.",
+        has_flag=False,
     )
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """Units of memory. Imports no torch."""
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 def round_up_gib(num_bytes: float) -> float:

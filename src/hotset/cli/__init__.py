@@ -41,8 +41,6 @@ class LazyGroup(click.Group):
             return None
         module = name.replace(" ", "_").replace("-", "_")
         command: click.Command = importlib.import_module(f"hotset.cli.{module}").command
-        if command.help:  # raw docstrings have click's mark "do not wrap" as two characters
-            command.help = command.help.replace("\\b\n", "\b\n")
         return command
 
     def resolve_command(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hotset.cli.options import engine_options, interruptible
+from hotset.cli.options import Command, engine_options
 from hotset.options import Options
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hotset.server.batch_file import Batch, BatchSummary
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source", metavar="IN.jsonl", type=click.Path(dir_okay=False, path_type=Path))
 @click.argument("results", metavar="OUT.jsonl", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as one JSON object.")
 @engine_options
-@interruptible
 def command(
     source: Path, results: Path, window: int | None, as_json: bool, options: Options
 ) -> None:

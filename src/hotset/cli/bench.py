@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hotset.bench.workload import DEFAULTS, PRESETS, WORKLOADS, Preset, Spec
-from hotset.cli.options import check_writable, engine_options, interruptible
+from hotset.cli.options import Command, as_json_flag, check_writable, engine_options
 from hotset.errors import ConfigError
 from hotset.option_groups import ExpertBudget, ExpertSlots
 from hotset.options import Options
@@ -46,7 +46,7 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
     ctx.exit()
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("workload", type=click.Choice(WORKLOADS), required=False)
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), required=False)
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="Shapes and sizes by name.")
@@ -117,7 +117,7 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
 )
 @click.option("--no-wait", is_flag=True, help="Start while host memory is still being pinned.")
 @click.option("--max-s", type=float, help="End each run after this many seconds, done or not.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
+@as_json_flag
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -129,7 +129,6 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
     help="Write a page that stands alone.",
 )
 @engine_options
-@interruptible
 def command(
     workload: str | None,
     file: Path | None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hotset.cli.options import check_writable, interruptible
+from hotset.cli.options import Command, as_json_flag, check_writable
 from hotset.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _numbers(text: str, option: str) -> list[float]:
         ) from None
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--experts", type=int, help="E.  [default: 512; on a CPU 64]")
 @click.option("--hidden", type=int, help="d.  [default: 1024; on a CPU 256]")
 @click.option("--ffn", type=int, help="Of an expert.  [default: 4096; on a CPU 512]")
@@ -91,13 +91,12 @@ def _numbers(text: str, option: str) -> list[float]:
     type=float,
     help="Begin nothing that would end later.  [default: 120; on a CPU 40]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
+@as_json_flag
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the JSON there, and the text beside it as .md.",
 )
-@interruptible
 def command(device: str, dtype: str, as_json: bool, out: Path | None, **given: Any) -> None:
     r"""Compare dynamic gating with static gating, as in GShard, and with transformers' experts.
 

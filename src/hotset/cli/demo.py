@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hotset.cli.options import interruptible
+from hotset.cli.options import Command, as_json_flag
 
 if TYPE_CHECKING:
     from hotset.demo import DemoResult, Progress, Turn
@@ -17,7 +17,7 @@ _SHOWN_DIFFERENCES = 5
 _ROUNDING = 1e-4
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--users", type=click.IntRange(1, 256), default=24, show_default=True)
 @click.option("--turns", type=click.IntRange(1, 16), default=4, show_default=True)
 @click.option(
@@ -34,8 +34,7 @@ _ROUNDING = 1e-4
     show_default=True,
     help="Longest answer.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
-@interruptible
+@as_json_flag
 def command(
     users: int, turns: int, document_tokens: int, answer_tokens: int, as_json: bool
 ) -> None:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hotset.cli.options import interruptible
+from hotset.cli.options import Command, as_json_flag
 
 if TYPE_CHECKING:
     from hotset.demo_moe import DemoResult, PassResult, Progress
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--users", type=click.IntRange(1, 64), default=4, show_default=True)
 @click.option(
     "--answer-tokens",
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Longest answer.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
-@interruptible
+@as_json_flag
 def command(users: int, answer_tokens: int, as_json: bool) -> None:
     r"""Run a small Mixture of Experts with a quarter of its experts resident, on the CPU.
 

@@ -1,5 +1,6 @@
 """`hotset generate`: stream text for prompts given on the command line."""
 
+import contextlib
 import json
 import re
 import sys
@@ -9,60 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hotset.cli.options import engine_options, interruptible
+from hotset.cli.options import Command, engine_options, flags
 from hotset.errors import ConfigError, RequestError
 from hotset.foreign_text import ForeignTextError, parse_json
+from hotset.option_fields import options_of
 from hotset.options import Options
 from hotset.request import SamplingParams, TextForm
 
 if TYPE_CHECKING:
     from hotset.engine.service import EngineService, OutputStream
 
-_DEFAULTS = SamplingParams()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("words", metavar="[MODEL] PROMPT...", nargs=-1, required=True)
 @click.option("--raw", is_flag=True, help="Continue the text itself; no chat template.")
 @click.option("--system", help="A system message before the prompt.")
-@click.option(
-    "--max-tokens", type=int, default=_DEFAULTS.max_tokens, show_default=True, help="Most to make."
-)
-@click.option(
-    "--min-tokens",
-    type=int,
-    default=_DEFAULTS.min_tokens,
-    show_default=True,
-    help="Least to make before the text may end.",
-)
-@click.option(
-    "--temperature",
-    type=float,
-    default=_DEFAULTS.temperature,
-    show_default=True,
-    help="0 is greedy.",
-)
-@click.option("--top-p", type=float, default=_DEFAULTS.top_p, show_default=True, help="1 is off.")
-@click.option("--top-k", type=int, default=_DEFAULTS.top_k, show_default=True, help="0 is off.")
-@click.option("--min-p", type=float, default=_DEFAULTS.min_p, show_default=True, help="0 is off.")
-@click.option(
-    "--repetition-penalty",
-    type=float,
-    default=_DEFAULTS.repetition_penalty,
-    show_default=True,
-    help="1 is off.",
-)
 @click.option(  # of the engine's options, as prompts of one command should not draw alike
     "--seed",
     type=int,
     default=0,
     show_default=True,
     help="Of sampled texts: the same seed gives the same ones.",
-)
-@click.option("--stop", multiple=True, help="A string that ends the text; may be repeated.")
-@click.option(
-    "--include-stop", is_flag=True, help="End the text with the stop string that was met."
 )
 @click.option("--keep-special-tokens", is_flag=True, help="Special tokens are part of the text.")
 @click.option(
@@ -75,21 +45,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 @click.option("--choice", multiple=True, help="A text that may be the answer; repeat for others.")
 @click.option("--json-schema", help="A JSON schema, or a file with one, that the text must fit.")
 @click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
+@flags("sampling", options_of(SamplingParams), dict)
 @engine_options
-@interruptible
 def command(
     words: tuple[str, ...],
     raw: bool,
     system: str | None,
-    json_schema: str | None,
-    regex: str | None,
-    choice: tuple[str, ...],
-    include_stop: bool,
-    keep_special_tokens: bool,
-    logit_bias: tuple[str, ...],
     quiet: bool,
+    sampling: dict[str, Any],
     options: Options,
-    **sampling: Any,
+    **given: Any,
 ) -> None:
     r"""Stream the answer to each PROMPT to stdout; all else goes to stderr.
 
@@ -112,38 +77,18 @@ def command(
         raise ConfigError("--system needs the chat template; leave out --raw, or --system")
     if prompts.count("-") > 1:
         raise ConfigError("standard input can be read for one prompt only; give one -")
-    if sampling["max_tokens"] < 1:
-        raise ConfigError(f"--max-tokens is {sampling['max_tokens']}; expected 1 or more")
-    params = SamplingParams(
-        **{**sampling, "stop": tuple(sampling["stop"])},
-        include_stop_str_in_output=include_stop,
-        skip_special_tokens=not keep_special_tokens,
-        logit_bias=_read_biases(logit_bias),
-        **_form_of(json_schema, regex, choice),
-    )
+    params = _params(sampling, **given)
     texts = [_read_stdin() if prompt == "-" else prompt for prompt in prompts]
     if not all(texts):
         raise ConfigError("a prompt is empty; expected text")
 
     from hotset.engine.service import EngineService  # imports torch: not for --help
-    from hotset.text.prompt import PromptEncoder
 
-    service = EngineService(options.but(model=model))
-    try:
+    with contextlib.closing(EngineService(options.but(model=model))) as service:
         if not quiet:
             click.echo(service.report, err=True)
-        encoder = PromptEncoder(service.model)
-        head = [] if system is None else [{"role": "system", "content": system}]
         start_s = time.perf_counter()
-        streams = [
-            service.submit(
-                encoder.encode_text(text)
-                if raw
-                else encoder.encode_chat([*head, {"role": "user", "content": text}]),
-                params,
-            )
-            for text in texts
-        ]
+        streams = _submit(service, texts, params, raw=raw, system=system)
         num_tokens, first_s = _print_all(service, streams, texts, quiet=quiet)
         if not quiet:
             wall_s = time.perf_counter() - start_s
@@ -153,8 +98,50 @@ def command(
                 f"first after {first_after_s:.2f} s)",
                 err=True,
             )
-    finally:
-        service.close()
+
+
+def _params(
+    sampling: dict[str, Any],
+    *,
+    seed: int,
+    keep_special_tokens: bool,
+    logit_bias: tuple[str, ...],
+    json_schema: str | None,
+    regex: str | None,
+    choice: tuple[str, ...],
+) -> SamplingParams:
+    if sampling["max_tokens"] < 1:
+        raise ConfigError(f"max_tokens is {sampling['max_tokens']}; expected 1 or more")
+    return SamplingParams(
+        **sampling,
+        seed=seed,
+        skip_special_tokens=not keep_special_tokens,
+        logit_bias=_read_biases(logit_bias),
+        **_form_of(json_schema, regex, choice),
+    )
+
+
+def _submit(
+    service: "EngineService",
+    texts: list[str],
+    params: SamplingParams,
+    *,
+    raw: bool,
+    system: str | None,
+) -> "list[OutputStream]":
+    from hotset.text.prompt import PromptEncoder
+
+    encoder = PromptEncoder(service.model)
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return [
+        service.submit(
+            encoder.encode_text(text)
+            if raw
+            else encoder.encode_chat([*head, {"role": "user", "content": text}]),
+            params,
+        )
+        for text in texts
+    ]
 
 
 def _form_of(json_schema: str | None, regex: str | None, choice: tuple[str, ...]) -> dict[str, Any]:

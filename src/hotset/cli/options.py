@@ -1,24 +1,78 @@
-"""Options and behaviour that commands share."""
+"""What commands share: flags from the fields that declare them, and errors that name flags."""
 
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from hotset.errors import ConfigError
+from hotset.errors import ConfigError, HotsetError
 from hotset.option_fields import Option
 from hotset.options import OPTIONS, Options
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+as_json_flag = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object, nothing else."
+)
+
+
+class Command(click.Command):
+    """A command whose errors name options as they were typed; Ctrl-C ends it with one line."""
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        # Raw docstrings have click's mark "do not wrap" as two characters.
+        self.help = (self.help or "").replace("\\b\n", "\b\n")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except HotsetError as error:
+            error.args = (as_typed(str(error), ctx), *error.args[1:])
+            raise
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            # All `finally` clauses have run. A model that is still being loaded, in a thread,
+            # would abort the process while Python shuts down.
+            sys.stdout.flush()
+            os._exit(INTERRUPTED)
+
+
+def flags(
+    name: str, options: Iterable[Option], make: Callable[..., Any]
+) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Add the flags of options; the command gets what `make` makes of their values as `name`."""
+    shown = [one for one in options if one.flags]
+
+    def decorate(command: Callable[..., R]) -> Callable[..., R]:
+        @functools.wraps(command)
+        def wrapper(*args: Any, **given: Any) -> R:
+            values = {one.name: given.pop(one.name) for one in shown}
+            return command(*args, **{name: make(**values)}, **given)
+
+        wrapped: Callable[..., R] = wrapper
+        for one in reversed(shown):
+            wrapped = _flag(one)(wrapped)
+        return wrapped
+
+    return decorate
+
+
+engine_options = flags("options", OPTIONS.values(), Options.of)
+
+
+def given_only(**values: Any) -> dict[str, Any]:
+    """The values of flags that were given, of flags whose default is None."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _flag(one: Option) -> Callable[[Callable[..., R]], Callable[..., R]]:
@@ -28,70 +82,49 @@ def _flag(one: Option) -> Callable[[Callable[..., R]], Callable[..., R]]:
         kind = click.Choice(one.choices)
     elif kind is Path:
         kind = click.Path(file_okay=False, path_type=Path)
-    help_ = f"{one.help}  [default: {one.otherwise}]" if one.otherwise else one.help
+    elif kind == tuple[str, ...]:
+        kind = str
+    otherwise = "" if one.default is not None else one.otherwise
+    is_shown = one.default is not None and one.default is not False and one.default != ()
     return click.option(
         *one.flags,
         one.name,
         type=kind,
         is_flag=one.kind is bool,
+        multiple=one.kind == tuple[str, ...],
         default=one.default,
-        show_default=one.default is not None and one.default is not False,
-        help=help_,
+        show_default=is_shown,
+        help=f"{one.help}  [default: {otherwise}]" if otherwise else one.help,
     )
-
-
-def engine_options(command: Callable[..., R]) -> Callable[..., R]:
-    """Add the flags of an engine; the command gets them as `options`."""
-
-    @functools.wraps(command)
-    def wrapper(*args: Any, **given: Any) -> R:
-        chosen = {name: given.pop(name) for name in list(given) if name in OPTIONS}
-        try:
-            return command(*args, options=Options.of(**chosen), **given)
-        except ConfigError as error:
-            message = as_typed(str(error), click.get_current_context())
-            raise ConfigError(message) from error
-
-    wrapped: Callable[..., R] = wrapper
-    for one in reversed(OPTIONS.values()):
-        if one.flags:
-            wrapped = _flag(one)(wrapped)
-    return wrapped
 
 
 def as_typed(message: str, context: click.Context) -> str:
     """A message with flags in place of the names of options, but for those of a TOML file.
 
-    A name that is a word of English is an option's where the message begins with it.
+    A name that is a word of English is an option's where the message begins with "name is".
     """
-    first = message.split(maxsplit=1)[0] if message else ""
+    first = message.partition(" is ")[0]
+    found = {
+        param.name: max(param.opts, key=len)
+        for param in context.command.params
+        if isinstance(param, click.Option)
+        and param.name
+        and ("_" in param.name or param.name == first)
+    }
 
     def flag(name: re.Match[str]) -> str:
         is_typed = context.get_parameter_source(name[0]) is not ParameterSource.DEFAULT_MAP
-        return f"--{name[0].replace('_', '-')}" if is_typed else name[0]
+        return found[name[0]] if is_typed else name[0]
 
-    names = [n for n, one in OPTIONS.items() if one.flags and ("_" in n or n == first)]
-    return re.sub(rf"(?<![\w-])(?:{'|'.join(names)})(?![\w-])", flag, message)
+    return (
+        re.sub(rf"(?<![\w/-])(?:{'|'.join(found)})(?![\w/-])", flag, message) if found else message
+    )
 
 
-def check_writable(path: Path) -> None:
+def check_writable(*paths: Path | None) -> None:
     """Find out before a run of minutes that its result cannot be kept."""
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{path} cannot be written: {path.parent} is no folder one may write to")
-
-
-def interruptible(command: Callable[P, R]) -> Callable[P, R]:
-    """End with one line and status 130 on Ctrl-C."""
-
-    @functools.wraps(command)
-    def wrapper(*args: P.args, **options: P.kwargs) -> R:
-        try:
-            return command(*args, **options)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            # All `finally` clauses have run. A model that is still being loaded, in a thread,
-            # would abort the process while Python shuts down.
-            sys.stdout.flush()
-            os._exit(INTERRUPTED)
-
-    return wrapper
+    for path in paths:
+        if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise ConfigError(
+                f"{path} cannot be written: {path.parent} is no folder one may write to"
+            )

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from hotset.cli.options import Command, as_json_flag
 from hotset.cli.plan_options import (
     DTYPES,
     KV_DTYPES,
@@ -26,8 +27,9 @@ EXAMPLES = ("moe-7.8x", "offload-3x")
 
 
 @click.command(
+    cls=Command,
     epilog="Example: hotset plan llama-3-70b --hardware h200 --gpus 2 --users 64 "
-    "--max-model-len 32k"
+    "--max-model-len 32k",
 )
 @click.argument("model", required=False)
 @click.option(
@@ -169,7 +171,7 @@ EXAMPLES = ("moe-7.8x", "offload-3x")
 @click.option("--explain", is_flag=True, help="Print each formula with its numbers filled in.")
 @click.option("--example", type=click.Choice(EXAMPLES), help="Explain a quoted figure. No MODEL.")
 @click.option("--list", "list_names", is_flag=True, help="List bundled models and hardware.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
+@as_json_flag
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),

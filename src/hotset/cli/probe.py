@@ -6,11 +6,15 @@ from typing import Any
 
 import click
 
+from hotset.cli.options import Command
 from hotset.cost.hardware import probe_path
 from hotset.errors import ConfigError
 
 
-@click.command(epilog="Example: hotset probe && hotset plan smollm2-135m --hardware this --users 8")
+@click.command(
+    cls=Command,
+    epilog="Example: hotset probe && hotset plan smollm2-135m --hardware this --users 8",
+)
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hotset.cli.options import interruptible
+from hotset.cli.options import Command
 from hotset.errors import ConfigError
 from hotset.foreign_text import parse_json
 
@@ -17,13 +17,12 @@ Json = dict[str, Any]
 _TIMEOUT_S = 10.0
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Of the server.")
 @click.option("--api-key", envvar="HOTSET_API_KEY", help="One of the server's keys, if it has any.")
 @click.option("--every-s", type=click.FloatRange(0.2), default=1.0, show_default=True)
 @click.option("--once", is_flag=True, help="Print it once and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print it once as one JSON object.")
-@interruptible
 def command(url: str, api_key: str | None, every_s: float, once: bool, as_json: bool) -> None:
     r"""Show users, tokens, latencies and the memory map of a running `hotset serve`.
 

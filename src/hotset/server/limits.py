@@ -2,57 +2,59 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from hotset.errors import ConfigError, RequestError
+from hotset.errors import RequestError
+from hotset.option_fields import Bounds, Group, option
 from hotset.request import SamplingParams
-from hotset.server.schemas import GenerationRequest, TextRequest
+from hotset.units import MIB
 
-MIB = 2**20
+if TYPE_CHECKING:
+    from hotset.server.schemas import GenerationRequest
+
+_MORE = Bounds("more than 0", 0, is_open=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """How much one request, and all that wait, may be. The engine's own bounds come on top.
+class Limits(Group):
+    """How much one request, and all that wait, may be. The engine's own bounds come on top."""
 
-    Attributes:
-        max_body_mib: of a JSON body.
-        max_file_mib: of an uploaded file.
-        max_prompt_tokens: of one prompt; None is what the context holds.
-        max_tokens: to generate for one output; a request without `max_tokens` gets this many at
-            most. None is what the context holds.
-        max_n: outputs for one prompt.
-        max_prompts: in one text completion.
-        max_stop: stop strings, and as many stop tokens.
-        max_schema_kib, max_schema_depth: of a JSON schema.
-        max_prompt_logprobs: log-probabilities of prompts in one answer: each entry of `choices`
-            counts the prompt's tokens and the likeliest tokens at their places.
-        max_stored, max_stored_mib: responses of `/v1/responses` that are kept for one key, and
-            their size; the least recently used ones are dropped.
-        max_queue: requests that wait for the engine; more are refused with 429.
-        request_timeout_s: the longest a request may take, queueing included.
-    """
-
-    max_body_mib: float = 4.0
-    max_file_mib: float = 200.0
-    max_prompt_tokens: int | None = None
-    max_tokens: int | None = None
-    max_n: int = 16
-    max_prompts: int = 128
-    max_stop: int = 16
-    max_schema_kib: float = 64.0
-    max_schema_depth: int = 32
-    max_stored: int = 1000
-    max_stored_mib: float = 64.0
-    max_prompt_logprobs: int = 2**22
-    max_queue: int = 1024
-    request_timeout_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{one.name} is {value}; expected more than 0")
+    max_body_mib: float = option(4.0, "Largest JSON body, in MiB.", bounds=_MORE)
+    max_file_mib: float = option(200.0, "Largest uploaded file, in MiB.", bounds=_MORE)
+    max_prompt_tokens: int | None = option(
+        None, "Longest prompt.", bounds=_MORE, otherwise="what the context holds"
+    )
+    max_tokens: int | None = option(
+        None,
+        "Most tokens of one output, and what a request gets that names no number.",
+        bounds=_MORE,
+        otherwise="what the context holds",
+    )
+    max_n: int = option(16, "Most outputs for one prompt.", bounds=_MORE)
+    max_prompts: int = option(128, "Most prompts in one text completion.", bounds=_MORE)
+    max_stop: int = option(16, "Most stop strings, and stop tokens.", bounds=_MORE)
+    max_schema_kib: float = option(64.0, "Largest JSON schema, in KiB.", bounds=_MORE)
+    max_prompt_logprobs: int = option(
+        2**22,
+        "Most log-probabilities of prompts in one answer: each output counts the prompt's tokens "
+        "and the likeliest tokens at their places.",
+        bounds=_MORE,
+    )
+    max_schema_depth: int = option(32, "Deepest JSON schema.", bounds=_MORE)
+    max_stored: int = option(
+        1000,
+        "Most responses of /v1/responses that are kept for one key; the least recently used ones "
+        "are dropped.",
+        bounds=_MORE,
+    )
+    max_stored_mib: float = option(64.0, "Most that these may take, in MiB.", bounds=_MORE)
+    max_queue: int = option(
+        1024, "Requests that may wait; more are refused with 429.", bounds=_MORE
+    )
+    request_timeout_s: float = option(
+        600.0, "Longest a request may take, in seconds, queueing included.", bounds=_MORE
+    )
 
     @property
     def max_body_bytes(self) -> int:
@@ -64,7 +66,7 @@ class Limits:
         """`max_file_mib` in bytes."""
         return int(self.max_file_mib * MIB)
 
-    def check(self, body: GenerationRequest) -> None:
+    def check(self, body: "GenerationRequest") -> None:
         """Raise RequestError where a request asks for more; sets a bound where it has none."""
 
         def refuse(ok: bool, what: str, value: object, most: object, param: str) -> None:
@@ -84,9 +86,8 @@ class Limits:
             if isinstance(stop, list):
                 count, most = len(stop), self.max_stop
                 refuse(count <= most, "the number of stops", count, most, name)
-        if isinstance(body, TextRequest):
-            count, most = body.num_prompts(), self.max_prompts
-            refuse(count <= most, "the number of prompts", count, most, "prompt")
+        count, most = body.num_prompts(), self.max_prompts
+        refuse(count <= most, "the number of prompts", count, most, body.prompt_param)
         for schema in body.schemas():
             size, depth = measure(schema, most_depth=self.max_schema_depth)
             deepest, most_kib, param = self.max_schema_depth, self.max_schema_kib, body.schema_param

@@ -199,6 +199,10 @@ class GenerationRequest(FormFields, Part):
         """One line about what is not done as asked, if anything is."""
         return "; ".join(self._notes) or None
 
+    def num_prompts(self) -> int:
+        """How many prompts there are."""
+        return 1
+
     def prompts(self, encoder: PromptEncoder) -> list[list[int]]:
         """Token ids of each prompt. Raises RequestError where one cannot be encoded."""
         raise NotImplementedError
