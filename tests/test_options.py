@@ -240,8 +240,8 @@ def test_an_error_names_an_option_as_it_was_given(tmp_path: Path) -> None:
     path = tmp_path / "serve.toml"
     path.write_text("hot_gib = 1\n")
     with command.make_context("serve", ["--config", str(path), "--total-gib", "2"]) as context:
-        told = as_typed("hot_gib is 1.0 and total_gib is 2.0; give less max_tokens", context)
-        assert told == "hot_gib is 1.0 and --total-gib is 2.0; give less max_tokens"
+        told = as_typed("hot_gib is 1.0 and total_gib is 2.0; give less top_k", context)
+        assert told == "hot_gib is 1.0 and --total-gib is 2.0; give less top_k"
         assert as_typed("threads is 0; leave threads out", context) == (
             "--threads is 0; leave --threads out"
         )

@@ -150,7 +150,7 @@ def test_arms_rotate_from_round_to_round() -> None:
     assert order_of(["hot", "host", "host+disk"], 1) == ["host", "host+disk", "hot"]
     assert parse_arms("hot, host") == ["hot", "host"]
     for wrong in ("", "warm", "hot,hot"):
-        with pytest.raises(ConfigError, match="--arms"):
+        with pytest.raises(ConfigError, match=r"^arms is"):
             parse_arms(wrong)
 
 

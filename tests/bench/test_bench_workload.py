@@ -97,7 +97,7 @@ def test_each_request_has_a_seed_of_its_own_the_same_in_every_run_and_none_where
     assert "temperature 0.7" in make_work(spec, VOCAB).title
     greedy = make_work(replace(spec, temperature=0.0), VOCAB)
     assert prompts_of(greedy) == prompts_of(make_work(spec, VOCAB))
-    with pytest.raises(ConfigError, match="--temperature is -1"):
+    with pytest.raises(ConfigError, match="temperature is -1"):
         Spec("unshared", temperature=-1.0)
 
 
@@ -206,7 +206,7 @@ def test_a_trace_can_be_scaled_and_what_is_too_long_is_left_out(tmp_path: Path) 
     assert [session.prompt_lengths() for session in work.sessions] == [[138], [75]]
     assert work.num_skipped == 1
     assert "1 too long and left out" in work.title
-    with pytest.raises(ConfigError, match=r"give --length-scale below 0\.125"):
+    with pytest.raises(ConfigError, match=r"give length_scale below 0\.125"):
         make_work(Spec("trace", trace=trace, length_scale=0.125), VOCAB, max_context=20)
 
 

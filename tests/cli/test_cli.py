@@ -30,7 +30,7 @@ def test_help_names_the_command_and_succeeds(
     ("words", "status", "message"),
     [
         (["generate", "--max-tokens", "0", "hi"], 1, "--max-tokens is 0; expected 1 or more"),
-        (["generate", "--min-tokens", "9", "--max-tokens", "8", "hi"], 1, "min_tokens is 9"),
+        (["generate", "--min-tokens", "9", "--max-tokens", "8", "hi"], 1, "--min-tokens is 9"),
         (["generate", "--logit-bias", "5", "hi"], 1, "expected ID=BIAS"),
         (["generate", "--logit-bias", "5=101", "hi"], 1, "expected -100 to 100"),
         (["generate", "--regex", "a", "--choice", "a", "hi"], 1, "--regex and --choice are both"),

@@ -44,7 +44,7 @@ class Server:
         self, url: str, *, model: str | None, key: str | None, vocab_size: int | None
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"--against is {url!r}; expected http://HOST:PORT")
+            raise ConfigError(f"against is {url!r}; expected http://HOST:PORT")
         base = url.rstrip("/")
         self.url = base if base.endswith("/v1") else f"{base}/v1"
         self._endpoint = Endpoint.of(f"{self.url}/completions", key)
@@ -68,7 +68,7 @@ class Server:
         except httpx.HTTPStatusError as error:
             raise ConfigError(
                 f"{self.url}/models answers {error.response.status_code}; "
-                "expected the models of an OpenAI-compatible server (its key: --api-key)"
+                "expected the models of an OpenAI-compatible server (its key: api_key)"
             ) from error
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise ConfigError(f"{self.url} cannot be reached: {error}") from error
@@ -160,7 +160,7 @@ def known_vocab_size(name: str) -> int:
         size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
         if isinstance(size, int):
             return size
-    raise ConfigError(f"the vocabulary of {name!r} is not known here; give --vocab-size")
+    raise ConfigError(f"the vocabulary of {name!r} is not known here; give vocab_size")
 
 
 def run_against(

@@ -68,7 +68,7 @@ def run_bench(
     if order.options.router_skew is not None and not order.dummy_weights:
         raise ConfigError(
             f"router_skew is {order.options.router_skew}, but the weights are not random; give "
-            "--dummy-weights, or leave it out"
+            "dummy_weights, or leave it out"
         )
     if order.arms:
         loaded = _load(order, say)

@@ -174,7 +174,7 @@ class Bench:
         if self.work.longest_context > engine.max_model_len:
             raise ConfigError(
                 f"the workload has contexts of {self.work.longest_context} tokens but the hot tier "
-                f"serves {engine.max_model_len}; give more --hot-gib"
+                f"serves {engine.max_model_len}; give more hot_gib"
             )
         sizes = self._sizes(engine)
         tiers_ready_s = wait_for_host_tier(engine) if options.wait_for_tiers else None
@@ -317,7 +317,7 @@ class Bench:
         if hardware is None:
             self.notes.append(
                 "no prediction: this machine was not measured; run 'hotset probe', or name "
-                "--hardware"
+                "the hardware"
             )
             return None
         try:
@@ -384,7 +384,7 @@ def order_of(arms: Sequence[str], repeat: int) -> list[str]:
 
 
 def parse_arms(text: str) -> list[str]:
-    """The arms of `--arms`.
+    """The arms that a text names.
 
     Raises:
         ConfigError: there is no such arm, or one is named twice.
@@ -392,9 +392,11 @@ def parse_arms(text: str) -> list[str]:
     arms = [arm.strip() for arm in text.split(",") if arm.strip()]
     for arm in arms:
         if arm not in ARMS:
-            raise ConfigError(f"--arms: {arm!r} is unknown; expected some of {','.join(ARMS)}")
+            raise ConfigError(
+                f"arms is {text!r}; {arm!r} is unknown, expected some of {','.join(ARMS)}"
+            )
     if not arms or len(set(arms)) != len(arms):
-        raise ConfigError(f"--arms is {text!r}; expected each of {','.join(ARMS)} once at most")
+        raise ConfigError(f"arms is {text!r}; expected each of {','.join(ARMS)} once at most")
     return arms
 
 

@@ -122,7 +122,7 @@ def trace_work(spec: Spec, vocab_size: int, *, max_context: int | None) -> Work:
     if not sessions:
         raise ConfigError(
             f"all {num_skipped} requests of trace {spec.trace} are longer than the "
-            f"{max_context} tokens served here; give --length-scale below {spec.length_scale:g}"
+            f"{max_context} tokens served here; give length_scale below {spec.length_scale:g}"
         )
     skipped = f", {num_skipped} too long and left out" if num_skipped else ""
     return Work(

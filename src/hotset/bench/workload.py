@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hotset.errors import ConfigError
+from hotset.option_fields import Bounds, Group, option
 
-WORKLOADS = ("unshared", "pressure", "multiturn", "shared-prefix", "trace")
+_ONE, _MANY = Bounds("1 or more", 1), Bounds("1 or more", 1, 10**7)
+_FACTOR = Bounds("a factor above 0", 0, 1e6, is_open=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,44 +110,45 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
-    """The figures a workload is made from. See `docs/bench.md` for what each means in which."""
+class Spec(Group):
+    """The figures a workload is made from. See `docs/bench.md` for what each means in which.
 
-    workload: str
-    users: int = 16
-    turns: int = 1
-    first_tokens: int = 256
-    new_tokens: int = 64
-    output_tokens: int = 32
-    temperature: float = 0.0
-    seed: int = 1000
-    rate_per_s: float | None = None
-    prefix_tokens: int = 512
-    num_prefixes: int = 1
-    trace: Path | None = None
-    max_sessions: int | None = None
-    time_scale: float = 1.0
-    length_scale: float = 1.0
+    Raises:
+        ConfigError: a figure that its field does not take, or a trace without its file.
+    """
+
+    workload: Literal["unshared", "pressure", "multiturn", "shared-prefix", "trace"] = option(
+        "unshared", "What the sessions are like.", has_flag=False
+    )
+    users: int = option(16, "Sessions at once.", bounds=_MANY)
+    turns: int = option(1, "Requests of a session, one after the other.", bounds=_MANY)
+    first_tokens: int = option(
+        256, "Prompt of a first turn (beside a shared prefix).", bounds=_MANY
+    )
+    new_tokens: int = option(64, "What a later turn of `multiturn` adds.", bounds=_ONE)
+    output_tokens: int = option(32, "Answer of each turn, exactly.", bounds=_MANY)
+    temperature: float = option(0.0, "Of sampling; 0 is greedy.", bounds=Bounds("0 to 100", 0, 100))
+    seed: int = option(1000, "Of prompts, arrivals and sampling.")
+    rate_per_s: float | None = option(
+        None,
+        "Sessions per second, at random.",
+        bounds=Bounds("requests a second, above 0", 0, 1e6, is_open=True),
+        otherwise="all at once",
+        flag="--rate",
+    )
+    prefix_tokens: int = option(512, "`shared-prefix`: length of a prefix.", bounds=_ONE)
+    num_prefixes: int = option(1, "`shared-prefix`: how many.", bounds=_MANY, flag="--prefixes")
+    trace: Path | None = option(None, "`trace`: its file.", has_flag=False)
+    max_sessions: int | None = option(
+        None, "`trace`: pick this many conversations.", bounds=_ONE, flag="--sessions"
+    )
+    time_scale: float = option(
+        1.0, "`trace`: multiplies times; 0.1 is ten times as fast.", bounds=_FACTOR
+    )
+    length_scale: float = option(1.0, "`trace`: multiplies lengths.", bounds=_FACTOR)
 
     def __post_init__(self) -> None:
-        def check(ok: bool, name: str, value: object, expected: str) -> None:
-            if not ok:
-                raise ConfigError(f"{name} is {value!r}; expected {expected}")
-
-        check(self.workload in WORKLOADS, "workload", self.workload, ", ".join(WORKLOADS))
-        for name in ("users", "turns", "first_tokens", "output_tokens", "num_prefixes"):
-            value = getattr(self, name)
-            check(1 <= value <= 10**7, f"--{name.replace('_', '-')}", value, "1 or more")
-        check(self.new_tokens >= 1, "--new-tokens", self.new_tokens, "1 or more")
-        check(self.prefix_tokens >= 1, "--prefix-tokens", self.prefix_tokens, "1 or more")
-        check(0 <= self.temperature <= 100, "--temperature", self.temperature, "0 to 100")
-        rate = self.rate_per_s
-        check(rate is None or 0 < rate < 1e6, "--rate", rate, "requests a second, above 0")
-        sessions = self.max_sessions
-        check(sessions is None or sessions >= 1, "--sessions", sessions, "1 or more")
-        for name in ("time_scale", "length_scale"):
-            value = getattr(self, name)
-            check(0 < value < 1e6, f"--{name.replace('_', '-')}", value, "a factor above 0")
+        Group.__post_init__(self)
         if (self.workload == "trace") != (self.trace is not None):
             raise ConfigError("the workload `trace` needs a file, and only it takes one")
 
@@ -331,7 +334,7 @@ def make_work(spec: Spec, vocab_size: int, *, max_context: int | None = None) ->
     if max_context is not None and work.longest_context > max_context:
         raise ConfigError(
             f"the workload has contexts of {work.longest_context} tokens but the model and its "
-            f"memory serve {max_context}; give fewer tokens or turns, or more --hot-gib"
+            f"memory serve {max_context}; give fewer tokens or turns, or more hot_gib"
         )
     return _sampled(_with_arrivals(work, spec), spec)
 

@@ -10,32 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hotset.bench.workload import DEFAULTS, PRESETS, WORKLOADS, Preset, Spec
-from hotset.cli.options import Command, as_json_flag, check_writable, engine_options
+from hotset.bench.workload import DEFAULTS, PRESETS, Preset, Spec
+from hotset.cli.options import (
+    Command,
+    as_json_flag,
+    check_writable,
+    engine_options,
+    flags,
+    given_only,
+)
 from hotset.errors import ConfigError
+from hotset.option_fields import options_of
 from hotset.option_groups import ExpertBudget, ExpertSlots
 from hotset.options import Options
 
 if TYPE_CHECKING:
+    from hotset.bench.campaign import Order
     from hotset.bench.result import BenchResult
     from hotset.bench.runs import Say
 
 _PROGRESS_S = 5.0
-_SPEC_OPTIONS = {
-    "users": "users",
-    "turns": "turns",
-    "first_tokens": "first_tokens",
-    "new_tokens": "new_tokens",
-    "output_tokens": "output_tokens",
-    "temperature": "temperature",
-    "work_seed": "seed",
-    "rate": "rate_per_s",
-    "prefix_tokens": "prefix_tokens",
-    "prefixes": "num_prefixes",
-    "sessions": "max_sessions",
-    "time_scale": "time_scale",
-    "length_scale": "length_scale",
-}
+_FIGURES = [replace(one, default=None) for one in options_of(Spec)]  # None is not given
+WORKLOADS = {one.name: one.choices for one in _FIGURES}["workload"]
 
 
 def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -58,21 +54,7 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
     callback=_list_presets,
     help="Show what each preset is.",
 )
-@click.option("--users", type=int, help="Sessions at once.")
-@click.option("--turns", type=int, help="Requests of a session, one after the other.")
-@click.option("--first-tokens", type=int, help="Prompt of a first turn (beside a shared prefix).")
-@click.option("--new-tokens", type=int, help="What a later turn of `multiturn` adds.")
-@click.option("--output-tokens", type=int, help="Answer of each turn, exactly.")
-@click.option("--temperature", type=float, help="Of sampling; 0 is greedy.  [default: 0]")
-@click.option("--seed", "work_seed", type=int, help="Of prompts, arrivals and sampling.")
-@click.option("--rate", type=float, help="Sessions a second, at random.  [default: all at once]")
-@click.option("--prefix-tokens", type=int, help="`shared-prefix`: length of a prefix.")
-@click.option("--prefixes", type=int, help="`shared-prefix`: how many.")
-@click.option("--sessions", type=int, help="`trace`: pick this many conversations.")
-@click.option(
-    "--time-scale", type=float, help="`trace`: multiplies times; 0.1 is ten times as fast."
-)
-@click.option("--length-scale", type=float, help="`trace`: multiplies lengths.")
+@flags("figures", _FIGURES, given_only)
 @click.option(
     "--arms",
     default=None,
@@ -133,20 +115,8 @@ def command(
     workload: str | None,
     file: Path | None,
     preset: str | None,
-    arms: str | None,
-    repeats: int,
-    against: str | None,
-    api_key: str | None,
-    against_model: str | None,
-    vocab_size: int | None,
+    figures: dict[str, Any],
     dummy_weights: bool,
-    router_skew: float | None,
-    hardware: str | None,
-    verify: bool,
-    profile_steps: int | None,
-    record_routing: Path | None,
-    no_wait: bool,
-    max_s: float | None,
     as_json: bool,
     out: Path | None,
     html: Path | None,
@@ -165,38 +135,16 @@ def command(
       hotset bench --preset C6 --arms hot,host --out c6.json
       hotset bench multiturn --against http://127.0.0.1:8000
     """
-    chosen = _choose(workload, file, preset, given)
+    chosen = _choose(workload, file, preset, figures)
     options, dummy_weights = _with_preset(options, chosen, dummy_weights)
-    if max_s is not None and not max_s > 0:
-        raise ConfigError(f"--max-s is {max_s}; expected seconds above 0")
-    if record_routing is not None and record_routing.suffix not in (".npz", ".json"):
-        raise ConfigError(f"--record-routing is {record_routing}; expected a .npz or .json file")
-    for path in (out, html, record_routing):
-        if path is not None:
-            check_writable(path)
-    from hotset.bench.campaign import Order, Target, run_bench
-    from hotset.bench.runs import RunOptions, parse_arms
-
-    target = None
-    if against is not None:
-        target = Target(against, model=against_model, key=api_key, vocab_size=vocab_size)
-    order = Order(
-        spec=chosen.spec,
-        config=options,
-        dummy_weights=dummy_weights,
-        arms=parse_arms(arms) if arms is not None else _arms(chosen, options, against),
-        repeats=repeats,
-        options=RunOptions(
-            profile_steps or 0, max_s, hardware, verify, not no_wait, record_routing, router_skew
-        ),
-        target=target,
-    )
+    check_writable(out, html, given["record_routing"])
+    from hotset.bench.campaign import run_bench
 
     def keep(result: "BenchResult") -> None:
         if out is not None:
             out.write_text(json.dumps(result.as_dict()) + "\n", "utf-8")
 
-    result = run_bench(order, _make_say(), keep)
+    result = run_bench(_order(chosen, options, dummy_weights, **given), _make_say(), keep)
     if html is not None:
         from hotset.bench.html import page
 
@@ -212,8 +160,46 @@ def command(
         sys.exit(1)
 
 
+def _order(
+    chosen: Preset,
+    options: Options,
+    dummy_weights: bool,
+    *,
+    arms: str | None,
+    repeats: int,
+    against: str | None,
+    against_model: str | None,
+    api_key: str | None,
+    vocab_size: int | None,
+    no_wait: bool,
+    profile_steps: int | None,
+    **run: Any,
+) -> "Order":
+    """What to run; `run` has fields of `RunOptions`."""
+    max_s, recording = run["max_s"], run["record_routing"]
+    if max_s is not None and not max_s > 0:
+        raise ConfigError(f"max_s is {max_s}; expected seconds above 0")
+    if recording is not None and recording.suffix not in (".npz", ".json"):
+        raise ConfigError(f"record_routing is {recording}; expected a .npz or .json file")
+    from hotset.bench.campaign import Order, Target
+    from hotset.bench.runs import RunOptions, parse_arms
+
+    target = None
+    if against is not None:
+        target = Target(against, model=against_model, key=api_key, vocab_size=vocab_size)
+    return Order(
+        spec=chosen.spec,
+        config=options,
+        dummy_weights=dummy_weights,
+        arms=parse_arms(arms) if arms is not None else _arms(chosen, options, against),
+        repeats=repeats,
+        options=RunOptions(profile_steps or 0, wait_for_tiers=not no_wait, **run),
+        target=target,
+    )
+
+
 def _choose(
-    workload: str | None, file: Path | None, preset: str | None, given: dict[str, Any]
+    workload: str | None, file: Path | None, preset: str | None, figures: dict[str, Any]
 ) -> Preset:
     """The preset, or the defaults of the workload, with what the user has given."""
     if (workload is None) == (preset is None):
@@ -221,22 +207,19 @@ def _choose(
             f"give a workload ({', '.join(WORKLOADS)}) or a --preset (see --list-presets)"
             + ("" if workload is None else ", not both")
         )
-    changes = {
-        field: given[option] for option, field in _SPEC_OPTIONS.items() if given[option] is not None
-    }
     if preset is not None:
         if file is not None:
             raise ConfigError("a --preset takes no file")
         base = PRESETS[preset]
-        return replace(base, spec=replace(base.spec, **changes))
+        return replace(base, spec=replace(base.spec, **figures))
     if workload == "trace":
         if file is None:
             raise ConfigError("the workload `trace` needs a file: hotset bench trace FILE")
-        return Preset(Spec("trace", trace=file, **changes), "")
+        return Preset(Spec("trace", trace=file, **figures), "")
     if file is not None:
         raise ConfigError(f"the workload `{workload}` takes no file")
     assert workload is not None
-    return Preset(replace(DEFAULTS[workload], **changes), "")
+    return Preset(replace(DEFAULTS[workload], **figures), "")
 
 
 def _arms(preset: Preset, options: Options, against: str | None) -> list[str]:

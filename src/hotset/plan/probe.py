@@ -289,8 +289,8 @@ def _disk_bytes_per_s(folder: Path) -> float:
             return _read_rate(file.name)
     except OSError as error:
         raise ConfigError(
-            f"disk probe in {folder} failed: {error.strerror or error}; give --disk-path a folder "
-            "with 256 MiB free, or --no-disk"
+            f"disk probe in {folder} failed: {error.strerror or error}; give disk_path a folder "
+            "with 256 MiB free, or no_disk"
         ) from error
 
 

@@ -40,7 +40,7 @@ class FileStore:
         except OSError as error:
             raise ConfigError(
                 f"the folder for files cannot be made: {folder}: {error.strerror}; "
-                "choose another --files-path"
+                "choose another files_path"
             ) from error
 
     def tenants(self) -> list[str]:

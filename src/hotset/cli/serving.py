@@ -1,0 +1,96 @@
+"""Runs the server that `hotset serve` was asked for: its socket, its signals and what it says."""
+
+import contextlib
+import resource
+import socket
+import sys
+from typing import Any
+
+import click
+import uvicorn
+
+from hotset.engine import service as services
+from hotset.errors import HotsetError
+from hotset.options import Options
+from hotset.server.app import Api, ServerConfig
+from hotset.text.prompt import PromptEncoder
+
+_KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its own connections
+
+
+def dry_run(options: Options, where: str) -> None:
+    """Set everything up, print what went where, and give it all back."""
+    with contextlib.closing(services.EngineService(options)) as service:
+        _warn_of_no_template(service)
+        click.echo(f"{service.report}\nwould serve {service.model.name} at {where}/v1")
+
+
+def serve(
+    options: Options, config: ServerConfig, listener: socket.socket, where: str, drain_s: int
+) -> None:
+    """Serve until a signal ends it.
+
+    Raises:
+        HotsetError: the model cannot be loaded. SystemExit: the server cannot start.
+    """
+    failures: list[HotsetError] = []
+
+    def on_ready(service: services.EngineService) -> None:
+        _warn_of_no_template(service)
+        click.echo(f"{service.report}\nserving {service.model.name} at {where}/v1", err=True)
+        click.echo(f"status page {where}/, API {where}/docs, metrics {where}/metrics", err=True)
+
+    def on_failure(error: HotsetError) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    api = Api(options, config, on_ready=on_ready, on_failure=on_failure)
+    server = _Server(api, drain_s)
+    _raise_file_limit()
+    click.echo(f"listening at {where}; loading the model", err=True)
+    server.run(sockets=[listener])
+    if failures:
+        raise failures[0]
+    if not server.started:
+        sys.exit(1)  # it has said why
+
+
+class _Server(uvicorn.Server):
+    """Takes no more requests after the first signal; a second one ends those that run."""
+
+    def __init__(self, api: Api, drain_s: int) -> None:
+        super().__init__(
+            uvicorn.Config(
+                api,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=drain_s,
+            )
+        )
+        self._api = api
+        self._drain_s = drain_s
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """See uvicorn."""
+        if not self.should_exit:
+            self._api.drain()
+            open_requests = self._api.gate.counts.open
+            click.echo(f"stopping; {open_requests} requests have {self._drain_s} s", err=True)
+        super().handle_exit(sig, frame)
+
+
+def _warn_of_no_template(service: services.EngineService) -> None:
+    message = PromptEncoder(service.model).no_template
+    if message is not None:
+        click.echo(f"warning: {message}; chats are answered with 400", err=True)
+
+
+def _raise_file_limit() -> None:
+    """A connection is an open file, and 1,024 are soon used up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
