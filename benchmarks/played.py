@@ -126,6 +126,7 @@ def make_engine(
     schedule = options.schedule
     scheduler = Scheduler(
         real.kv,
+        metrics=real.metrics,
         max_num_seqs=schedule.max_num_seqs,
         max_num_batched_tokens=schedule.max_num_batched_tokens,
         max_mixed_tokens=real.scheduler.max_mixed_tokens,

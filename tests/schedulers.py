@@ -30,27 +30,31 @@ def make_scheduler(
     prefix_caching: bool = True,
     mode: str = "fetch",
     rotation_s: float | None = None,
+    ahead_tokens: int = 256,
     step_cost: StepCost | None = None,
     clock: FakeClock | None = None,
 ) -> Scheduler:
     rates = Rates(1.0, {"host": 1.0, "disk": 1.0})
+    metrics = Metrics()
     kv = KVCache(
         BlockPool(num_blocks),
         block_size=BLOCK,
         fingerprint="model",
-        metrics=Metrics(),
+        metrics=metrics,
         tiers=tiers,
         policy=None if tiers is None else PrefixPolicy(rates, bytes_per_token=1, mode=mode),
         prefix_caching=prefix_caching,
     )
     return Scheduler(
         kv,
+        metrics=metrics,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_mixed_tokens=mixed_budget,
         bursts=bursts,
         row_tile=row_tile,
         rotation_s=rotation_s,
+        ahead_tokens=ahead_tokens,
         step_cost=step_cost,
         clock=clock or FakeClock(),
     )

@@ -54,8 +54,8 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class SpilledTail:
-    """The last, partial block of a preempted request: its tier key, table index and tokens."""
+class Tail:
+    """The last, partial block of a request: its key, table index and tokens."""
 
     key: bytes
     index: int
@@ -100,7 +100,7 @@ class SequenceBlocks:
     arriving: dict[int, bytes] = field(default_factory=dict)
     arrived: dict[int, ArrivedBlock] = field(default_factory=dict)
     num_shared_blocks: int = 0
-    resume: SpilledTail | None = None
+    resume: Tail | None = None
     kept: list[bytes] = field(default_factory=list)
     fetched: set[int] = field(default_factory=set)
     was_staged: bool = False

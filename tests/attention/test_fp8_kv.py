@@ -74,9 +74,8 @@ def test_attention_is_that_over_rounded_keys_and_values(
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_tokens_are_the_same_with_any_tiers_and_preemption(
-    family: str, make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, make_engine: MakeEngine, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # so that some are preempted
     prompts = make_prompts()
     roomy = make_engine(family, kv_dtype="fp8", hot_blocks=200, kv_bytes=1)
     starved = make_engine(
@@ -90,6 +89,7 @@ def test_tokens_are_the_same_with_any_tiers_and_preemption(
         disk_path=tmp_path,
         max_num_batched_tokens=32,
     )
+    starved.scheduler.ahead_tokens = 1  # so that some are preempted
     expected = run(roomy, prompts)
     for _ in range(2):
         assert run(starved, prompts) == expected
@@ -101,7 +101,7 @@ def test_a_block_takes_a_quarter_of_its_bytes_in_float32(make_engine: MakeEngine
     whole = make_engine("llama")
     small = make_engine("llama", kv_dtype="fp8", kv_bytes=1)
     assert 4 * small.sizes.block_bytes == whole.sizes.block_bytes
-    assert small.kv._fingerprint != whole.kv._fingerprint
+    assert small.kv.prefixes.fingerprint != whole.kv.prefixes.fingerprint
 
 
 def test_scales_of_a_checkpoint_are_found_and_change_what_is_stored(tmp_path: Path) -> None:

@@ -232,11 +232,10 @@ def test_much_shorter_ones_pass_one_that_has_no_room_yet_up_to_half_of_its_token
         run(scheduler)
 
 
-def test_nobody_passes_one_that_was_preempted_in_its_answer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)
-    scheduler = make_scheduler(num_blocks=40, max_num_seqs=64, budget=64, mixed_budget=64)
+def test_nobody_passes_one_that_was_preempted_in_its_answer() -> None:
+    scheduler = make_scheduler(
+        num_blocks=40, max_num_seqs=64, budget=64, mixed_budget=64, ahead_tokens=1
+    )
     running, preempted = prompt(60, max_tokens=40), prompt(40, max_tokens=40)
     add(scheduler, running, preempted)
     for _ in range(40):

@@ -29,14 +29,11 @@ def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("tiers", [{}, {"hot_blocks": 26, "host_blocks": 300}])
 def test_greedy_tokens_are_those_of_transformers(
-    family: str,
-    tiers: dict[str, Any],
-    make_engine: MakeEngine,
-    monkeypatch: pytest.MonkeyPatch,
+    family: str, tiers: dict[str, Any], make_engine: MakeEngine
 ) -> None:
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # so that many are preempted
     prompts = make_prompts()
     engine = make_engine(family, device="cuda", eager=True, max_num_batched_tokens=32, **tiers)
+    engine.scheduler.ahead_tokens = 1  # so that many are preempted
     expected = reference(family, prompts, device="cuda")
     for _ in range(2):
         assert run(engine, prompts) == expected

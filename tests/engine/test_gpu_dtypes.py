@@ -177,9 +177,8 @@ def test_weights_go_to_the_gpu_once_and_are_those_of_the_file(tied: bool, tmp_pa
     [("float16", "auto"), ("float16", "fp8"), ("bfloat16", "fp8"), ("fp8", "auto"), ("fp8", "fp8")],
 )
 def test_the_engine_answers_and_preempts_in_any_of_them(
-    dtype: str, kv_dtype: str, eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, kv_dtype: str, eager: bool, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # so that some are preempted
     calm_model("llama").save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), device="cuda", dtype=dtype)
     value_bytes = 1 if kv_dtype == "fp8" else 2
@@ -197,6 +196,7 @@ def test_the_engine_answers_and_preempts_in_any_of_them(
         fetch_policy="fetch",
     )
     engine = build_engine(config, loaded)
+    engine.scheduler.ahead_tokens = 1  # so that some are preempted
     try:
         assert engine.sizes.block_bytes == block_bytes
         first = run(engine, make_prompts())

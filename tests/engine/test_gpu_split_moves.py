@@ -29,7 +29,6 @@ def test_launched_steps_answer_as_resident_experts_do_while_the_boundary_moves(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # so that many are preempted
     monkeypatch.setattr(SplitPolicy, "choose", lambda *args: None)
     hot_gib = (slots(plan=options["expert_plan"])(1) + 6 * slots(plan="cache")(1)) / GIB
     with engine(
@@ -41,6 +40,7 @@ def test_launched_steps_answer_as_resident_experts_do_while_the_boundary_moves(
         max_num_batched_tokens=256,
         **options,
     ) as made:
+        made.scheduler.ahead_tokens = 1  # so that many are preempted
         prompts, answers, seen = serve_with_moves(made, seed=0)
         assert len(seen) > 3 and made.metrics.preemptions > 0
     assert answers == reference(FAMILY, prompts, device="cuda")

@@ -61,12 +61,11 @@ def test_tiers_roomy_and_starved_do_not_matter(
     make_engine: MakeEngine,
     tmp_path: Path,
     expected: list[list[int]],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # so that some are preempted
     if "disk_mib" in tiers:
         tiers = {**tiers, "disk_path": tmp_path}
     engine = make_engine(**tiers, overlap=overlap)
+    engine.scheduler.ahead_tokens = 1  # so that some are preempted
     prompts = make_prompts()
     for _ in range(3):  # later rounds find prefixes in all tiers
         assert run(engine, prompts) == expected
@@ -89,10 +88,10 @@ def test_a_preemption_before_every_step_does_not_matter(
 
 
 def test_with_room_in_the_host_tier_a_preemption_recomputes_nothing(
-    make_engine: MakeEngine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    make_engine: MakeEngine, expected: list[list[int]]
 ) -> None:
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)
     engine = make_engine(hot_blocks=26, host_blocks=300, fetch_policy="fetch")
+    engine.scheduler.ahead_tokens = 1
     assert run(engine, make_prompts()) == expected
     assert engine.metrics.preemptions > 0
     assert engine.metrics.recomputed_tokens == 0

@@ -86,7 +86,7 @@ def test_who_ends_soon_makes_room_for_who_comes() -> None:
     assert [item.num_tokens for item in run(scheduler).items] == [1, 1, 5]
     while scheduler.has_requests:
         run(scheduler)
-    assert scheduler.kv.metrics.preemptions == 0
+    assert scheduler.metrics.preemptions == 0
 
 
 def test_a_long_prompt_is_computed_in_chunks_of_the_token_budget() -> None:
@@ -154,11 +154,9 @@ def test_hash_chains_differ_by_model_salt_and_every_earlier_token() -> None:
     assert all(len(key) * 8 >= 128 for key in roots | chains)
 
 
-def test_the_youngest_is_preempted_and_recomputes_without_a_tier(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # or both would have room
-    scheduler = make_scheduler(num_blocks=6, prefix_caching=False)
+def test_the_youngest_is_preempted_and_recomputes_without_a_tier() -> None:
+    # With more tokens ahead only one would be let in.
+    scheduler = make_scheduler(num_blocks=6, prefix_caching=False, ahead_tokens=1)
     old = make_request(list(range(7)), max_tokens=9, arrival_s=1.0)
     young = make_request(list(range(50, 57)), max_tokens=9, arrival_s=2.0)
     scheduler.add([old])
@@ -170,15 +168,14 @@ def test_the_youngest_is_preempted_and_recomputes_without_a_tier(
     while scheduler.has_requests:
         run(scheduler)
         scheduler.kv.check()
-    assert scheduler.kv.metrics.recomputed_tokens > 0
+    assert scheduler.metrics.recomputed_tokens > 0
     assert young.num_output_tokens == 9
 
 
 def test_a_preempted_request_comes_back_with_its_partial_block(
-    fake_tiers: FakeTiers, monkeypatch: pytest.MonkeyPatch
+    fake_tiers: FakeTiers,
 ) -> None:
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)
-    scheduler = make_scheduler(fake_tiers, num_blocks=6)
+    scheduler = make_scheduler(fake_tiers, num_blocks=6, ahead_tokens=1)
     old = make_request(list(range(7)), max_tokens=9, arrival_s=1.0)
     young = make_request(list(range(50, 57)), max_tokens=9, arrival_s=2.0)
     scheduler.add([old])
@@ -188,7 +185,7 @@ def test_a_preempted_request_comes_back_with_its_partial_block(
         scheduler.kv.check()
         fake_tiers.end_all()
     assert young.queue.num_preemptions > 0
-    assert scheduler.kv.metrics.recomputed_tokens == 0
+    assert scheduler.metrics.recomputed_tokens == 0
     assert old.num_output_tokens == young.num_output_tokens == 9
 
 
@@ -214,7 +211,7 @@ def test_a_prefix_in_a_colder_tier_is_fetched_and_not_computed(fake_tiers: FakeT
     assert len(fake_tiers.fetching) == 2
     fake_tiers.end_all()
     assert tokens_of(run(scheduler)) == [(8, 1)]
-    assert scheduler.kv.metrics.cached_tokens["host"] == 8
+    assert scheduler.metrics.cached_tokens["host"] == 8
 
 
 def first_step(scheduler: Scheduler, request: Request) -> list[tuple[int, int]]:
@@ -321,7 +318,7 @@ def test_a_shared_load_that_fails_gives_each_request_a_block_of_its_own(
 
 def test_the_front_is_computed_while_the_back_arrives(fake_tiers: FakeTiers) -> None:
     scheduler = make_scheduler(fake_tiers, mode="auto", num_blocks=16, budget=64)
-    policy = scheduler.kv._policy
+    policy = scheduler.kv.transfers.policy
     assert policy is not None
     tokens = list(range(33))
     fill_host_then_forget_device(scheduler, fake_tiers, tokens)
@@ -363,10 +360,11 @@ def test_when_the_first_of_n_is_aborted_early_another_takes_over() -> None:
 
 
 def test_a_preempted_request_comes_back_only_when_it_can_stay(
-    fake_tiers: FakeTiers, monkeypatch: pytest.MonkeyPatch
+    fake_tiers: FakeTiers,
 ) -> None:
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 12)
-    scheduler = make_scheduler(fake_tiers, num_blocks=40, max_num_seqs=16, budget=64)
+    scheduler = make_scheduler(
+        fake_tiers, num_blocks=40, max_num_seqs=16, budget=64, ahead_tokens=12
+    )
     requests = [
         make_request([100 * i + j for j in range(20)], max_tokens=30, arrival_s=float(i))
         for i in range(16)
@@ -376,7 +374,7 @@ def test_a_preempted_request_comes_back_only_when_it_can_stay(
     while scheduler.has_requests:
         run(scheduler)
         fake_tiers.end_all()
-    metrics = scheduler.kv.metrics
+    metrics = scheduler.metrics
     assert metrics.preemptions > 0
     assert metrics.recomputed_tokens == 0
     assert max(request.queue.num_preemptions for request in requests) == 1
@@ -397,7 +395,7 @@ def test_bytes_fetched_again_after_a_second_preemption_are_counted(fake_tiers: F
         run(scheduler)
         fake_tiers.end_all()
         scheduler.kv.poll()
-        refetched.append(scheduler.kv.metrics.refetched_bytes)
+        refetched.append(scheduler.metrics.refetched_bytes)
     assert refetched == [0, 2 * BLOCK, 4 * BLOCK]  # bytes_per_token is 1
 
 
@@ -419,7 +417,7 @@ def test_what_a_preempted_request_has_in_host_memory_stays_there(fake_tiers: Fak
     while scheduler.has_requests:
         run(scheduler)
         fake_tiers.end_all()
-    assert scheduler.kv.metrics.recomputed_tokens == 0
+    assert scheduler.metrics.recomputed_tokens == 0
     assert not fake_tiers.kept
 
 
@@ -439,8 +437,8 @@ class TimedRun:
             rotation_s=rotation_s,
             clock=self.clock,
         )
-        assert self.scheduler.kv._policy is not None
-        self.scheduler.kv._policy.rates.link_bytes_per_s["host"] = 10_000.0
+        assert self.scheduler.kv.transfers.policy is not None
+        self.scheduler.kv.transfers.policy.rates.link_bytes_per_s["host"] = 10_000.0
         self.first_token_s: dict[str, float] = {}
         requests = [
             make_request([1000 * i + j for j in range(120)], max_tokens=40, arrival_s=0.0)
@@ -458,7 +456,7 @@ class TimedRun:
             for item in plan.items:
                 if item.request.num_output_tokens == 1:
                     self.first_token_s[item.request.request_id] = self.clock.now_s
-        self.metrics = self.scheduler.kv.metrics
+        self.metrics = self.scheduler.metrics
 
 
 def test_with_rotation_every_user_has_a_first_token_soon_at_little_cost() -> None:
@@ -489,8 +487,8 @@ def test_as_many_are_rotated_out_as_host_memory_has_room_for(num_slots: int, lea
 def test_a_turn_lasts_at_least_until_its_first_token(fake_tiers: FakeTiers) -> None:
     clock = FakeClock()
     scheduler = make_scheduler(fake_tiers, max_num_seqs=1, budget=4, rotation_s=1.0, clock=clock)
-    assert scheduler.kv._policy is not None
-    scheduler.kv._policy.rates.link_bytes_per_s["host"] = 1000.0
+    assert scheduler.kv.transfers.policy is not None
+    scheduler.kv.transfers.policy.rates.link_bytes_per_s["host"] = 1000.0
     first = make_request(list(range(12)), max_tokens=9, arrival_s=0.0)
     second = make_request([50], max_tokens=2, arrival_s=0.0)
     scheduler.add([first])
@@ -507,8 +505,8 @@ def test_a_turn_lasts_at_least_until_its_first_token(fake_tiers: FakeTiers) -> N
     while scheduler.has_requests:
         run(scheduler)
         fake_tiers.end_all()
-    assert scheduler.kv.metrics.rotations == 1
-    assert scheduler.kv.metrics.recomputed_tokens == 0
+    assert scheduler.metrics.rotations == 1
+    assert scheduler.metrics.recomputed_tokens == 0
 
 
 def test_prompts_that_start_alike_and_come_at_once_are_computed_once() -> None:
@@ -561,7 +559,7 @@ def test_fifty_that_want_one_prefix_share_one_load_and_go_on_together(
     plan = scheduler.schedule()  # 64 tokens, 2 each: as many as the step takes
     assert {item.start for item in plan.items} == {160}
     assert len(plan.items) == 32
-    assert scheduler.kv.metrics.fetched_blocks == 40
+    assert scheduler.metrics.fetched_blocks == 40
 
 
 def test_what_waits_is_fetched_ahead_of_its_turn_into_blocks_without_content(
@@ -579,7 +577,7 @@ def test_what_waits_is_fetched_ahead_of_its_turn_into_blocks_without_content(
         run(scheduler)
         scheduler.kv.check()
         fake_tiers.end_all()
-    assert scheduler.kv.metrics.fetched_blocks == 2
+    assert scheduler.metrics.fetched_blocks == 2
     assert scheduler.running[0].kv.num_computed_tokens == 9  # at once, with its first step
 
 
@@ -593,7 +591,7 @@ def test_no_more_is_staged_than_host_memory_can_hold_beside_the_rest(
     scheduler.add([make_request([7, 7, 7], max_tokens=20)])
     waiting = [make_request([seed] * 9) for seed in (10, 20, 30)]
     for request in waiting:
-        scheduler.kv._extend_hashes(request)
+        scheduler.kv.prefixes.extend(request)
         fake_tiers.stored.update(dict.fromkeys(request.kv.block_hashes, "disk"))
         scheduler.add([request])
     run(scheduler)

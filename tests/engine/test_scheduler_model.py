@@ -62,19 +62,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tiers = FakeTiers(self.device)
         self.tiers.num_slots = num_slots
         self.clock = FakeClock()
-        rates = Rates(1.0, {"host": 1.0})
+        rates, metrics = Rates(1.0, {"host": 100.0}), Metrics()
         self.kv = KVCache(
             BlockPool(num_blocks),
             block_size=BLOCK,
             fingerprint="model",
-            metrics=Metrics(),
+            metrics=metrics,
             tiers=self.tiers,
             policy=PrefixPolicy(rates, bytes_per_token=1, mode=mode),  # type: ignore[arg-type]
             prefix_caching=prefix_caching,
         )
-        self.kv._policy.rates.link_bytes_per_s["host"] = 100.0  # type: ignore[union-attr]
         self.scheduler = Scheduler(
             self.kv,
+            metrics=metrics,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             max_mixed_tokens=mixed_budget,
@@ -159,8 +159,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_tokens = {item.request: item.num_tokens for item in plan.items}
         assert sum(num_tokens.values()) <= self.scheduler.max_num_batched_tokens
         assert len(num_tokens) == len(plan.items)
-        if not self.kv.num_blocks_after_spills and self.scheduler.row_tile == 1:
-            runnable = [one for one in self.scheduler.running if self.kv.num_runnable_tokens(one)]
+        if not self.kv.transfers.num_blocks_after_spills and self.scheduler.row_tile == 1:
+            runnable = [
+                one for one in self.scheduler.running if self.kv.tables.num_runnable_tokens(one)
+            ]
             going = [one for one in runnable if not one.is_complete]
             assert num_tokens or not going, "somebody could go on"
 
@@ -216,7 +218,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def found_tokens_are_counted_once(self) -> None:
         if not hasattr(self, "kv"):
             return
-        metrics = self.kv.metrics
+        metrics = self.scheduler.metrics
         usages = [max(one.kv.num_cached_tokens for one in family) for family in self.families]
         assert metrics.cached_tokens.total() == sum(usages)
         for family, cached in zip(self.families, usages, strict=True):

@@ -29,9 +29,8 @@ def damage(slab: Path, rng: random.Random) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_soak_of_256_requests_with_aborts_priorities_and_faults_ends_as_it_began(
-    seed: int, make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, make_engine: MakeEngine, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # so that many are preempted
     rng = random.Random(seed)
     engine = make_engine(
         hot_blocks=80,
@@ -44,6 +43,7 @@ def test_a_soak_of_256_requests_with_aborts_priorities_and_faults_ends_as_it_beg
         max_num_seqs=32,
         max_num_batched_tokens=128,
     )
+    engine.scheduler.ahead_tokens = 1  # so that many are preempted
     starts = [[rng.randrange(3, 256) for _ in range(30)] for _ in range(12)]
     prompts = [
         rng.choice(starts) + [rng.randrange(3, 256) for _ in range(rng.randint(1, 20))]

@@ -91,7 +91,6 @@ def serve_with_moves(made: Engine, seed: int) -> tuple[list[list[int]], list[lis
 def test_answers_are_those_of_resident_experts_while_the_boundary_moves(
     options: dict[str, Any], overlap: bool, shares_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)  # so that many are preempted
     monkeypatch.setattr(SplitPolicy, "choose", lambda *args: None)
     monkeypatch.setattr(hosting, "can_pack", lambda: not shares_memory)
     sizes = slots(plan=options["expert_plan"])
@@ -100,6 +99,7 @@ def test_answers_are_those_of_resident_experts_while_the_boundary_moves(
         hot_gib=hot_gib, move_split=True, expected_users=8, overlap=overlap, **options
     ) as made:
         assert made.experts is not None and (made.experts.memory is not None) == shares_memory
+        made.scheduler.ahead_tokens = 1  # so that many are preempted
         prompts, answers, seen = serve_with_moves(made, seed=overlap)
         assert len(seen) > 3 and made.metrics.preemptions > 0
     assert answers == reference(FAMILY, prompts)

@@ -91,10 +91,10 @@ def test_they_are_those_of_transformers_also_where_the_prefix_is_cached(
 
 
 def test_a_request_that_gives_way_brings_each_of_them_once(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+    make_engine: MakeEngine,
 ) -> None:
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)
     engine = make_engine(hot_blocks=26, host_blocks=200, overlap=True, max_num_batched_tokens=32)
+    engine.scheduler.ahead_tokens = 1
     engine.scheduler.max_scored_tokens = 7
     prompts = make_prompts()
     found = ask(engine, prompts, max_tokens=20)

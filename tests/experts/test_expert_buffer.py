@@ -506,8 +506,10 @@ def test_narrow_experts_answer_the_same_whatever_is_resident_and_their_kv_is_the
     ]
     answers = [run(engine, PROMPTS) for engine in engines]
     assert all(answer == answers[0] for answer in answers)
-    assert {engine.kv._fingerprint for engine in engines} == {engines[0].kv._fingerprint}
-    assert engines[0].kv._fingerprint != exact.kv._fingerprint
+    assert {engine.kv.prefixes.fingerprint for engine in engines} == {
+        engines[0].kv.prefixes.fingerprint
+    }
+    assert engines[0].kv.prefixes.fingerprint != exact.kv.prefixes.fingerprint
     assert f"in host memory as {cold} (RMS error " in engines[0].report
     assert engines[0].metrics.expert_rounding_error > 0 == exact.metrics.expert_rounding_error
 

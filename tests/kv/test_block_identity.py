@@ -53,9 +53,7 @@ class Witness:
 
 
 @pytest.fixture(params=DEVICES)
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    # Each request is let in without room to grow, so that many are preempted.
-    monkeypatch.setattr("hotset.engine.scheduler._AHEAD_TOKENS", 1)
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     dtype = torch.float32 if request.param == "cpu" else torch.bfloat16
     model = make_model("llama", head_dim=HEAD_DIM).to(request.param, dtype)
     config = model.config
@@ -75,6 +73,8 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         LoadedModel(model, None, "llama", f"llama-{request.param}", (2,), 512),
         overlap=True,
     )
+    # Each request is let in without room to grow, so that many are preempted.
+    engine.scheduler.ahead_tokens = 1
     assert engine.sizes.device_blocks == HOT_BLOCKS
     assert engine.sizes.host_slots == HOST_BLOCKS
     yield engine

@@ -11,7 +11,7 @@ from hotset.sequence import Request
 
 def counts(scheduler: Scheduler) -> tuple[int, int, int]:
     """Prefix hits, forked and resumed tokens so far."""
-    metrics = scheduler.kv.metrics
+    metrics = scheduler.metrics
     return (
         metrics.cached_tokens.total(),
         metrics.forked_tokens,
@@ -69,7 +69,7 @@ def test_own_kv_after_a_preemption_is_no_prefix_hit(
         fake_tiers.end_all()
     assert request.kv.num_cached_tokens == 0
     assert counts(scheduler) == (0, 0, 13 if with_tiers else 12)
-    assert scheduler.kv.metrics.fetched_tokens == (13 if with_tiers else 0)
+    assert scheduler.metrics.fetched_tokens == (13 if with_tiers else 0)
 
 
 def test_what_others_computed_of_a_prompt_while_it_was_preempted_is_a_prefix_hit() -> None:
@@ -110,7 +110,7 @@ def test_content_counts_by_the_tier_that_had_it(fake_tiers: FakeTiers) -> None:
     assert counts(scheduler) == (0, 0, 0)  # on its way
     fake_tiers.end_all()
     run_all(scheduler)
-    assert scheduler.kv.metrics.cached_tokens == {"host": 2 * BLOCK}
+    assert scheduler.metrics.cached_tokens == {"host": 2 * BLOCK}
     assert request.kv.num_cached_tokens == 8 < request.prompt_len
 
 

@@ -302,11 +302,11 @@ class _Build:
             policy=policy if tiers is not None else None,
             prefix_caching=memory.prefix_caching,
         )
-        scheduler = self._scheduler(placed, kv, measured)
+        scheduler = self._scheduler(placed, kv, measured, metrics)
         mover = None
         if sizes.moving is not None:
             assert experts is not None
-            mover = SplitMover(sizes.moving, experts, placed.arena, scheduler)
+            mover = SplitMover(sizes.moving, experts, placed.arena, kv.pool, scheduler)
         if experts is not None:
             experts.reset_counts()  # those of the trials above
             metrics.expert_rounding_error = experts.rounding_error
@@ -328,10 +328,13 @@ class _Build:
             clock=REAL_CLOCK,
         )
 
-    def _scheduler(self, placed: _Placed, kv: KVCache, measured: _Measured) -> Scheduler:
+    def _scheduler(
+        self, placed: _Placed, kv: KVCache, measured: _Measured, metrics: Metrics
+    ) -> Scheduler:
         schedule, device = self._options.schedule, self._device.type
         return Scheduler(
             kv,
+            metrics=metrics,
             max_num_seqs=schedule.max_num_seqs,
             max_num_batched_tokens=schedule.max_num_batched_tokens,
             max_mixed_tokens=placed.sizes.max_mixed_tokens,

@@ -99,7 +99,7 @@ class Engine:
         self.max_model_len = parts.sizes.max_model_len
         self.scheduler, self.rates = parts.scheduler, parts.rates
         self.kv = parts.scheduler.kv
-        self.metrics = self.kv.metrics
+        self.metrics = self.scheduler.metrics
         self.executor, self._outputs, self._clock = parts.executor, parts.outputs, parts.clock
         self._step_cost = parts.step_cost
         self._tiers, self._experts, self._mover = parts.tiers, parts.experts, parts.mover
@@ -395,11 +395,11 @@ class Engine:
             return
         assert not self.scheduler.running, "running requests wait for nothing"
         request = self.scheduler.waiting[0]
-        blocks = self.kv.num_blocks_for(request.num_tokens)
+        blocks = self.kv.tables.num_blocks_for(request.num_tokens)
         self._finish(
             request,
             FinishReason.ERROR,
-            f"{blocks} KV blocks are needed and {self.kv.pool.num_available} can be had",
+            f"{blocks} KV blocks are needed and {self.kv.tables.num_available} can be had",
         )
 
 

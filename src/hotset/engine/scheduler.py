@@ -10,15 +10,12 @@ from hotset.engine.step_cost import StepCost
 from hotset.engine.step_shares import StepShares
 from hotset.engine.urgency import MUCH_LONGER, PromptOrder
 from hotset.kv.cache import KVCache
+from hotset.metrics import Metrics
 from hotset.request import FinishReason
-from hotset.sequence import Kind, Request, RequestStatus
+from hotset.sequence import Request, RequestStatus
 
 # Requests at the head of the queue whose blocks are brought closer ahead of their turn.
 _LOOK_AHEAD = 8
-# A request is let in once it and all that run can grow by this much, or to their ends, with what
-# those give back that end before: what was computed or fetched for it should not be lost to
-# preemption a few steps later.
-_AHEAD_TOKENS = 256
 # A turn lasts at least as many times the time to fetch its KV back: rotation costs at most about
 # the inverse in throughput, even where no copy runs beside compute.
 _LEAST_TURN_FETCHES = 8
@@ -67,6 +64,9 @@ class Scheduler:
             with the longest quantum, if that has run `rotation_s` and produced a token; the latter
             queues up again behind all others. Only while host memory has room for its KV and some
             to spare, so that nothing is recomputed.
+        ahead_tokens: a request is let in once it and all that run can grow by so many, or to their
+            ends: what was computed or fetched for it should not be lost to preemption a few steps
+            later.
         step_cost: how long steps take, so that prompts add a bounded time to one; None: no bound.
         clock: what quanta and waits are measured by.
     """
@@ -75,6 +75,7 @@ class Scheduler:
         self,
         kv: KVCache,
         *,
+        metrics: Metrics,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_mixed_tokens: int,
@@ -82,10 +83,12 @@ class Scheduler:
         bursts: bool = False,
         row_tile: int = 1,
         rotation_s: float | None = None,
+        ahead_tokens: int = 256,
         step_cost: StepCost | None = None,
         clock: Clock = REAL_CLOCK,
     ) -> None:
         self.kv = kv
+        self.metrics = metrics
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_mixed_tokens = max_mixed_tokens
@@ -93,6 +96,7 @@ class Scheduler:
         self.bursts = bursts
         self.row_tile = row_tile
         self.rotation_s = rotation_s
+        self.ahead_tokens = ahead_tokens
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self._step_cost = step_cost
@@ -110,7 +114,7 @@ class Scheduler:
     @property
     def num_blocks_ahead(self) -> int:
         """Blocks that running requests lack to grow as far as those let in are sure to."""
-        return self._blocks_short(_AHEAD_TOKENS)
+        return self._num_short(self.ahead_tokens)
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queue a request; further ones are its siblings and share its prompt's blocks."""
@@ -144,9 +148,9 @@ class Scheduler:
         step.share_out()
         if self.waiting:
             step.trim(self.row_tile)
-            spare_blocks = self._blocks_short(self.kv.block_size)
+            spare_blocks = self._num_short(self.kv.block_size)
             self.kv.look_ahead(self.waiting[:_LOOK_AHEAD], spare_blocks=spare_blocks)
-        return Step(step.take_items(), self.kv.take_copies())
+        return Step(step.take_items(), self.kv.tables.take_copies())
 
     def commit(self, plan: Step) -> None:
         """The plan's tokens were computed; to be called before their successors are appended."""
@@ -217,9 +221,8 @@ class Scheduler:
         num_starting = len(self.running) - num_decodes + len(self.waiting)
         if num_starting <= num_decodes or len(self.running) + len(self.waiting) > self.max_num_seqs:
             return False
-        blocks = self._blocks_short(_AHEAD_TOKENS)
-        blocks += self.kv.num_blocks_short(self.waiting, _AHEAD_TOKENS)
-        return blocks <= self.kv.pool.num_available
+        blocks = self.num_blocks_ahead + self.kv.tables.num_short(self.waiting, self.ahead_tokens)
+        return blocks <= self.kv.tables.num_available
 
     def _plan_running(self, step: StepShares) -> bool:
         """Plan decodes and the oldest prompt, in order; returns whether one had to be preempted."""
@@ -231,7 +234,7 @@ class Scheduler:
                 continue  # its last token is being chosen
             self.kv.advance(request)
             # Blocks that only a spill still holds come free by themselves: wait for those.
-            while not step.plan_next(request) and self.kv.num_blocks_after_spills == 0:
+            while not step.plan_next(request) and self.kv.transfers.num_blocks_after_spills == 0:
                 was_preempted = True
                 if self._preempt_last() is request:
                     break
@@ -261,7 +264,7 @@ class Scheduler:
             if self._admit(request, queued_tokens):
                 self.waiting.remove(request)
                 self._start_turn(request)
-                if self.kv.num_runnable_tokens(request) > 1:
+                if self.kv.tables.num_runnable_tokens(request) > 1:
                     step.add_prompt(request)
                 else:
                     step.plan_next(request)
@@ -289,53 +292,14 @@ class Scheduler:
         """Give a request blocks if there is room for it, and for it and all that run to grow."""
         spare_blocks = 0
         if self.running:
-            all_grown = self._blocks_short(_AHEAD_TOKENS) + (
-                self.kv.num_blocks_short([request], _AHEAD_TOKENS)
-                - self.kv.num_blocks_short([request], 0)
-            )
-            spare_blocks = min(all_grown, self._peak_blocks_short(request))
-            if spare_blocks > self.kv.pool.num_available:
+            spare_blocks = self.kv.tables.spare_for(request, self.running, self.ahead_tokens)
+            if spare_blocks > self.kv.tables.num_available:
                 return False  # without a look at what is known of it
         return self.kv.admit(request, spare_blocks=spare_blocks, queued_tokens=queued_tokens)
 
-    def _peak_blocks_short(self, newcomer: Request) -> int:
-        """The most blocks that running requests and `newcomer` lack while each grows.
-
-        By `_AHEAD_TOKENS`, or to their ends, where decodes give back the blocks that they alone
-        hold; what `newcomer` has so far is not counted. Source: Gong et al., "Past-Future Scheduler
-        for LLM Serving under SLA Guarantees" (ASPLOS 2025), section 3, for known numbers of tokens.
-        """
-        size = self.kv.block_size
-        # In tokens. Those that do not decode yet are taken to grow at once, and to stay.
-        lacking = (newcomer.num_tokens - 1) % size + self._tokens_ahead(newcomer)
-        given_back = 0
-        decoding = []
-        for request in self.running:
-            num_blocks = len(request.kv.block_table)
-            ahead = self._tokens_ahead(request)
-            # Of its last block it may use any part.
-            lacks = request.num_tokens + size - 1 - size * num_blocks
-            if request.kind is Kind.PROMPT:
-                lacking += lacks + ahead
-                continue
-            gives = size * (num_blocks - request.kv.num_shared_blocks)
-            given_back += gives
-            decoding.append((ahead, lacks, gives))
-        most = lacking
-        decoding.sort(reverse=True)
-        for count, (ahead, lacks, gives) in enumerate(decoding, 1):
-            # Just before this one ends, those before it in the list are still there.
-            lacking += lacks
-            given_back -= gives
-            most = max(most, lacking + count * ahead - given_back)
-        return -(-most // size)
-
-    def _tokens_ahead(self, request: Request) -> int:
-        return min(_AHEAD_TOKENS, request.max_total_tokens - request.num_tokens)
-
-    def _blocks_short(self, more_tokens: int) -> int:
+    def _num_short(self, more_tokens: int) -> int:
         """Blocks the running requests lack for the tokens they have and `more_tokens` more."""
-        return self.kv.num_blocks_short(self.running, more_tokens)
+        return self.kv.tables.num_short(self.running, more_tokens)
 
     def _start_turn(self, request: Request) -> None:
         request.status = RequestStatus.RUNNING
@@ -348,7 +312,7 @@ class Scheduler:
 
         So many as have tokens for one step, and not before the blocks of the last ones are free.
         """
-        if self._blocked is None or self.kv.num_blocks_after_spills > 0:
+        if self._blocked is None or self.kv.transfers.num_blocks_after_spills > 0:
             return
         now_s = self._clock.now()
         num_tokens = sum(r.num_uncomputed_tokens for r in self.running)
@@ -358,12 +322,12 @@ class Scheduler:
             if waiting.num_output_tokens > 0 or now_s - waiting.queue.since_s < rotation_s:
                 continue
             victim = self._oldest_turn(waiting, now_s, rotation_s)
-            if victim is None or not self.kv.can_park(victim, self.running, 2 * _AHEAD_TOKENS):
+            if victim is None or not self.kv.can_park(victim, self.running, 2 * self.ahead_tokens):
                 return
             self.running.remove(victim)
             victim.queue.since_s = now_s
             self._preempt(victim)
-            self.kv.metrics.rotations += 1
+            self.metrics.rotations += 1
             num_tokens += waiting.num_tokens
 
     def _oldest_turn(self, waiting: Request, now_s: float, rotation_s: float) -> Request | None:
@@ -375,7 +339,7 @@ class Scheduler:
             and request.num_tokens > request.queue.quantum_start_tokens
             and not request.is_complete
             and now_s - request.queue.quantum_start_s
-            >= max(rotation_s, _LEAST_TURN_FETCHES * self.kv.fetch_s(request))
+            >= max(rotation_s, _LEAST_TURN_FETCHES * self.kv.transfers.fetch_s(request.num_tokens))
         ]
         return min(turns, key=lambda request: request.queue.quantum_start_s, default=None)
 
@@ -386,6 +350,8 @@ class Scheduler:
 
     def _preempt(self, victim: Request) -> None:
         self.kv.preempt(victim)
+        self.metrics.preemptions += 1
+        victim.queue.num_preemptions += 1
         victim.status = RequestStatus.WAITING
         insort(self.waiting, victim, key=_order)
 

@@ -10,6 +10,7 @@ from hotset.cost.split_policy import SplitPolicy
 from hotset.engine.memory_split import MovingSplit
 from hotset.engine.scheduler import Scheduler
 from hotset.experts.buffer import ExpertBuffer
+from hotset.kv.pool import BlockPool
 from hotset.memory.arena import DeviceArena
 from hotset.units import GIB
 
@@ -31,13 +32,14 @@ class SplitMover:
         moving: MovingSplit,
         experts: ExpertBuffer,
         arena: DeviceArena,
+        pool: BlockPool,
         scheduler: Scheduler,
         clock: Clock = REAL_CLOCK,
     ) -> None:
         self._region = moving.region
         self._policy = SplitPolicy(moving.splitter, moving.load)
         self._experts, self._arena, self._scheduler = experts, arena, scheduler
-        self._pool, self._metrics = scheduler.kv.pool, scheduler.kv.metrics
+        self._pool, self._metrics = pool, scheduler.metrics
         self._clock = clock
         self._observe_from_s = 0.0
         self._target = experts.num_slots

@@ -88,7 +88,7 @@ def engine_status(engine: "Engine", *, num_queued: int) -> EngineStatus:
 def _tiers(engine: "Engine") -> list[TierStatus]:
     sizes, kv = engine.sizes, engine.kv
     pool = kv.pool
-    arriving, leaving = kv.moving_blocks()
+    arriving, leaving = kv.transfers.moving_blocks()
 
     def device_state(block: int) -> str:
         if block in arriving:

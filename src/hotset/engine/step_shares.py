@@ -37,7 +37,7 @@ class StepShares:
         scored_budget: int,
     ) -> None:
         self._order = order
-        self._kv = kv
+        self._tables, self._prefixes = kv.tables, kv.prefixes
         self._budget = budget
         self._prompt_budget = prompt_budget
         self._scored_budget = scored_budget
@@ -55,7 +55,7 @@ class StepShares:
 
         Requests come in their order, the oldest first. False: there are no blocks for it.
         """
-        num_tokens = self._kv.num_runnable_tokens(request)
+        num_tokens = self._tables.num_runnable_tokens(request)
         if num_tokens <= 1:
             most = self._budget if request.is_scored else min(self._budget, self._scored_budget)
             return self._plan(request, min(num_tokens, most))
@@ -77,7 +77,7 @@ class StepShares:
         prompts = [one for one in self._prompts if one.status is RequestStatus.RUNNING]
         if not prompts:
             return
-        left = {request: self._kv.num_lacking_tokens(request) for request in prompts}
+        left = {request: self._tables.num_lacking_tokens(request) for request in prompts}
         shortest = sorted(prompts, key=lambda request: (request.priority, left[request]))
         if self._oldest is None:
             self.plan_next(prompts[0])
@@ -140,7 +140,7 @@ class StepShares:
             self._leaders = self._find_leaders()
         if not self._leaders:
             return None
-        key = self._kv.next_key(request)
+        key = self._prefixes.next_key(request)
         leader = None if key is None else self._leaders.get(key)
         if leader is request or leader is None or leader.status is not RequestStatus.RUNNING:
             return None
@@ -151,14 +151,14 @@ class StepShares:
         leaders = {}
         for request in self._running:
             if request.kind is Kind.PROMPT:
-                key = self._kv.key_within(request)
+                key = self._prefixes.key_within(request)
                 if key is not None:
                     leaders[key] = request
         return leaders
 
     def _plan_prompt(self, request: Request, most: int) -> bool:
         had = self._shares.get(request, 0)
-        num_tokens = min(self._kv.num_runnable_tokens(request) - had, most, self._prompt_budget)
+        num_tokens = min(self._tables.num_runnable_tokens(request) - had, most, self._prompt_budget)
         if not request.is_scored:
             num_tokens = min(num_tokens, self._scored_budget)
         if num_tokens <= 0:
@@ -166,7 +166,7 @@ class StepShares:
         if not self._plan(request, num_tokens):
             return False
         self._prompt_budget -= num_tokens
-        reached = self._kv.keys_reached_by(request, had + num_tokens)
+        reached = self._prefixes.keys_reached_by(request, had + num_tokens)
         if self._leaders is None:
             self._leaders = self._find_leaders()
         self._leaders.update(dict.fromkeys(reached, request))
@@ -177,7 +177,7 @@ class StepShares:
         if num_tokens <= 0:
             return True
         had = self._shares.get(request, 0)
-        if not self._kv.reserve(request, had + num_tokens):
+        if not self._tables.reserve(request, had + num_tokens):
             return False
         self._shares[request] = had + num_tokens
         self._budget -= num_tokens
