@@ -30,17 +30,7 @@ class RequestError(HotsetError):
 
 
 class PlanError(HotsetError):
-    """A plan that cannot be made from the model, hardware and layout given.
-
-    Attributes:
-        field: the field at fault, where there is a single one; its name begins the message.
-        problem: the message without that name, for callers who call the field something else.
-    """
-
-    def __init__(self, problem: str, *, field: str | None = None) -> None:
-        super().__init__(problem if field is None else f"{field} {problem}")
-        self.field = field
-        self.problem = problem
+    """A plan that cannot be made from the model, hardware and layout given."""
 
 
 class OutOfBlocksError(HotsetError):

@@ -51,6 +51,7 @@ class Option:
     otherwise: str
     more: str
     flag: str
+    metavar: str
     short: str
     has_flag: bool
     keeps_answers: bool
@@ -96,6 +97,7 @@ def option(
     otherwise: str = "",
     more: str = "",
     flag: str = "",
+    metavar: str = "",
     short: str = "",
     has_flag: bool = True,
     keeps_answers: bool = False,
@@ -110,6 +112,7 @@ def option(
         otherwise: what a default of None comes to.
         more: what docs/options.md says besides.
         flag: its name on the command line, where that is another.
+        metavar: what the command line's help calls its value.
         short: a flag of one letter.
         has_flag: whether the command line has it.
         keeps_answers: whether it changes no answer, but for rounding.
@@ -121,6 +124,7 @@ def option(
         "otherwise": otherwise,
         "more": more,
         "flag": flag,
+        "metavar": metavar,
         "short": short,
         "has_flag": has_flag,
         "keeps_answers": keeps_answers,

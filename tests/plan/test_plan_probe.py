@@ -24,5 +24,5 @@ def test_probe_of_the_cpu_gives_a_complete_profile(
 
 
 def test_probe_of_a_folder_that_cannot_be_written_is_one_clear_line() -> None:
-    with pytest.raises(ConfigError, match="give --disk-path a folder"):
+    with pytest.raises(ConfigError, match="give disk_path a folder"):
         probes.probe("cpu", Path("/proc/nope"))

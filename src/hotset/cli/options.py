@@ -90,6 +90,7 @@ def _flag(one: Option) -> Callable[[Callable[..., R]], Callable[..., R]]:
         *one.flags,
         one.name,
         type=kind,
+        metavar=one.metavar or None,
         is_flag=one.kind is bool,
         multiple=one.kind == tuple[str, ...],
         default=one.default,

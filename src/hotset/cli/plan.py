@@ -7,12 +7,10 @@ from typing import Any
 
 import click
 
-from hotset.cli.options import Command, as_json_flag
+from hotset.cli.options import Command, as_json_flag, flags
 from hotset.cli.plan_options import (
-    DTYPES,
-    KV_DTYPES,
+    FIELDS,
     Options,
-    naming_flags,
     options_of_case,
     parse_sweep,
     parse_target,
@@ -32,117 +30,7 @@ EXAMPLES = ("moe-7.8x", "offload-3x")
     "--max-model-len 32k",
 )
 @click.argument("model", required=False)
-@click.option(
-    "--hardware",
-    default="h100-sxm",
-    show_default=True,
-    metavar="NAME|FILE|this",
-    help="A bundled profile, a profile's JSON file, or what 'hotset probe' measured.",
-)
-@click.option(
-    "--gpus", type=int, help="GPUs to use.  [default: those of the layout, or the fewest]"
-)
-@click.option("--layout", metavar="SIZES", help="For example tp=8, dp=8,ep=8 or ep=72.")
-@click.option(
-    "--users",
-    default="256",
-    show_default=True,
-    metavar="N",
-    help="Users who want tokens at the same time.",
-)
-@click.option(
-    "--max-model-len",
-    default="4k",
-    show_default=True,
-    metavar="TOKENS",
-    help="Tokens that each user has at the end, prompts and answers; k is 1024.",
-)
-@click.option(
-    "--output-tokens",
-    metavar="TOKENS",
-    help="Tokens of an answer. Adds the prefill of turns to the steps; without it the "
-    "plan is of decode alone.",
-)
-@click.option(
-    "--reuse",
-    type=float,
-    metavar="SHARE",
-    help="Share, 0 to 1, of the prompt (with --turns: of the earlier turns) that is found in a "
-    "tier.",
-)
-@click.option("--turns", type=int, default=1, show_default=True, help="Turns of a conversation.")
-@click.option(
-    "--hot-gib",
-    type=float,
-    help="Memory of each GPU for KV, in GiB; of an MoE model for KV and experts together, unless "
-    "--expert-slots sizes those.  [default: what weights and workspace leave]",
-)
-@click.option(
-    "--total-gib",
-    type=float,
-    help="Memory of each GPU for weights, experts, KV and workspace, in GiB. Instead of --hot-gib."
-    "  [default: 90 % of it]",
-)
-@click.option(
-    "--host-gib",
-    type=float,
-    help="Host memory for KV and for experts that are not resident, in GiB per host."
-    "  [default: the profile's]",
-)
-@click.option("--disk-gib", type=float, help="Disk for the same, in GiB per host.  [default: none]")
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    metavar="DTYPE",
-    help=f"Store weights as {', '.join(DTYPES)}; auto is as the checkpoint does.",
-)
-@click.option(
-    "--kv-dtype",
-    default="auto",
-    show_default=True,
-    metavar="DTYPE",
-    help=f"Store KV as {', '.join(KV_DTYPES)}; auto is as wide as what is not quantised.",
-)
-@click.option(
-    "--link", metavar="NAME|GB/s", help="Host link: pcie3 to pcie6, c2c, or GB/s one way."
-)
-@click.option(
-    "--expert-slots",
-    type=int,
-    metavar="N",
-    help="Experts that each layer keeps on the device.  [default: solved for]",
-)
-@click.option(
-    "--overlap",
-    default="none",
-    show_default=True,
-    metavar="WHAT",
-    help="What is hidden behind compute: none, comm, stream or comm+stream.",
-)
-@click.option(
-    "--engine",
-    default="hotset",
-    show_default=True,
-    metavar="NAME",
-    help="Whose overheads and KV: hotset (this one, measured) or published (engines in general).",
-)
-@click.option(
-    "--expert-histogram",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="JSON list of the tokens that each expert got.  [default: uniform routing]",
-)
-@click.option(
-    "--free-windows",
-    is_flag=True,
-    help="Free what a sliding window has left behind, as some engines do.",
-)
-@click.option(
-    "--stream-kv",
-    is_flag=True,
-    help="Let steps read KV from host memory over the link, for links that are fast.",
-)
+@flags("given", FIELDS.values(), dict)
 @click.option(
     "--compare",
     multiple=True,
@@ -191,7 +79,7 @@ def command(
     routing: Path | None,
     devices: int | None,
     replicas: int | None,
-    **given: Any,
+    given: dict[str, Any],
 ) -> None:
     """Show where MODEL would live, how many users fit and how fast it should run.
 
@@ -225,15 +113,14 @@ def command(
         raise PlanError("no MODEL given; try 'hotset plan llama-3-8b' or 'hotset plan --list'")
     else:
         options = Options(model=model, **given)
-        with naming_flags():
-            if compare:
-                _compare(options, compare, as_json)
-            elif sweep:
-                _sweep(options, sweep, as_json)
-            elif find:
-                _find(options, find, as_json)
-            else:
-                _single(make_plan(options.request()), as_json, explain, html)
+        if compare:
+            _compare(options, compare, as_json)
+        elif sweep:
+            _sweep(options, sweep, as_json)
+        elif find:
+            _find(options, find, as_json)
+        else:
+            _single(make_plan(options.request()), as_json, explain, html)
 
 
 def _balance(path: Path, devices: int | None, replicas: int | None, as_json: bool) -> None:
@@ -314,12 +201,9 @@ def _sweep(options: Options, text: str, as_json: bool) -> None:
     from hotset.plan.report import sweep_table
     from hotset.plan.search import sweep
 
-    option, values = parse_sweep(text)
-    first, field = str(values[0]), "users"
-    if option == "users":
-        options = replace(options, users=first)
-    else:
-        options, field = replace(options, max_model_len=first), "context"
+    field, values = parse_sweep(text)
+    first: dict[str, Any] = {field: str(values[0])}
+    options = replace(options, **first)
     points = sweep(options.request(), field, values)
     if as_json:
         shown = [

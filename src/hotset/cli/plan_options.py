@@ -1,12 +1,10 @@
-"""What `hotset plan` is asked: its flags, from text to a `Request`, and errors that name them.
+"""What `hotset plan` is asked: its flags, from text to a `Request`.
 
 What the engine may use is named as `hotset serve` names it, the work as `hotset bench` does.
 """
 
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from hotset.cost.hardware import LINKS, load_hardware
 from hotset.cost.layout import parse_layout
 from hotset.cost.routing import Routing, load_histogram
 from hotset.errors import PlanError
+from hotset.option_fields import option, options_of
 from hotset.plan.search import Target
 from hotset.plan.workload import Request, Workload
 
@@ -28,69 +27,111 @@ DTYPES = {"auto": None, **_PLAIN, **{n: n for n in ("fp8", "int8", "int4", "mxfp
 KV_DTYPES = {"auto": None, "fp8": "fp8", **_PLAIN, "int8": "int8", "fp8_ds_mla": "fp8_ds_mla"}
 
 _SUFFIX = {"": 1, "k": 1024, "m": 1024**2}
-# Fields of the library whose flags have another name.
-_FLAGS = {"context": "max_model_len", "output": "output_tokens"}
 
 
-def flag_of(field: str) -> str:
-    """The flag that sets a field of a `Request`, as it is typed."""
-    return "--" + _FLAGS.get(field, field).replace("_", "-")
-
-
-@contextmanager
-def naming_flags() -> Iterator[None]:
-    """Let an error that is about a field name the flag that was typed."""
-    try:
-        yield
-    except PlanError as error:
-        if error.field is None or error.field.startswith("--"):
-            raise
-        raise PlanError(error.problem, field=flag_of(error.field)) from error
-
-
-def parse_count(text: str, flag: str) -> int:
+def parse_count(text: str, name: str) -> int:
     """Read a whole number of 1 or more; `k` is 1024 and `m` 1024 squared, as for contexts."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*", text)
     value = float(match[1]) * _SUFFIX[match[2].lower()] if match else 0.0
     if not match or value != int(value) or value < 1:
-        raise PlanError(
-            f"is {text!r}; expected a whole number of 1 or more, like 512 or 8k", field=flag
-        )
+        raise PlanError(f"{name} is {text!r}; expected a whole number of 1 or more, like 512 or 8k")
     return int(value)
 
 
-def _known(choices: dict[str, str | None], name: str, flag: str) -> str | None:
-    if name not in choices:
-        raise PlanError(f"is {name!r}; expected one of {', '.join(choices)}", field=flag)
-    return choices[name]
+def _known(choices: dict[str, str | None], value: str, name: str) -> str | None:
+    if value not in choices:
+        raise PlanError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+    return choices[value]
 
 
 @dataclass(frozen=True)
 class Options:
     """What the command line says of one case, unparsed where `--compare` may replace it."""
 
-    model: str
-    hardware: str = "h100-sxm"
-    gpus: int | None = None
-    layout: str | None = None
-    users: str = "256"
-    max_model_len: str = "4k"
-    output_tokens: str | None = None
-    reuse: float | None = None
-    turns: int = 1
-    hot_gib: float | None = None
-    total_gib: float | None = None
-    host_gib: float | None = None
-    disk_gib: float | None = None
-    dtype: str = "auto"
-    kv_dtype: str = "auto"
-    link: str | None = None
-    expert_slots: int | None = None
-    free_windows: bool = False
-    stream_kv: bool = False
-    overlap: str = "none"
-    engine: str = "hotset"
-    expert_histogram: Path | None = None
+    model: str = option("", "What is planned.", has_flag=False)
+    hardware: str = option(
+        "h100-sxm",
+        "A bundled profile, a profile's JSON file, or what 'hotset probe' measured.",
+        metavar="NAME|FILE|this",
+    )
+    gpus: int | None = option(None, "GPUs to use.", otherwise="those of the layout, or the fewest")
+    layout: str | None = option(None, "For example tp=8, dp=8,ep=8 or ep=72.", metavar="SIZES")
+    users: str = option("256", "Users who want tokens at the same time.", metavar="N")
+    context: str = option(
+        "4k",
+        "Tokens that each user has at the end, prompts and answers; k is 1024.",
+        flag="--max-model-len",
+        metavar="TOKENS",
+    )
+    output: str | None = option(
+        None,
+        "Tokens of an answer. Adds the prefill of turns to the steps; without it the plan is of "
+        "decode alone.",
+        flag="--output-tokens",
+        metavar="TOKENS",
+    )
+    reuse: float | None = option(
+        None,
+        "Share, 0 to 1, of the prompt (with --turns: of the earlier turns) that is found in a "
+        "tier.",
+        metavar="SHARE",
+    )
+    turns: int = option(1, "Turns of a conversation.")
+    hot_gib: float | None = option(
+        None,
+        "Memory of each GPU for KV, in GiB; of an MoE model for KV and experts together, unless "
+        "--expert-slots sizes those.",
+        otherwise="what weights and workspace leave",
+    )
+    total_gib: float | None = option(
+        None,
+        "Memory of each GPU for weights, experts, KV and workspace, in GiB. Instead of --hot-gib.",
+        otherwise="90 % of it",
+    )
+    host_gib: float | None = option(
+        None,
+        "Host memory for KV and for experts that are not resident, in GiB per host.",
+        otherwise="the profile's",
+    )
+    disk_gib: float | None = option(None, "Disk for the same, in GiB per host.", otherwise="none")
+    dtype: str = option(
+        "auto",
+        f"Store weights as {', '.join(DTYPES)}; auto is as the checkpoint does.",
+        metavar="DTYPE",
+    )
+    kv_dtype: str = option(
+        "auto",
+        f"Store KV as {', '.join(KV_DTYPES)}; auto is as wide as what is not quantised.",
+        metavar="DTYPE",
+    )
+    link: str | None = option(
+        None, "Host link: pcie3 to pcie6, c2c, or GB/s one way.", metavar="NAME|GB/s"
+    )
+    expert_slots: int | None = option(
+        None, "Experts that each layer keeps on the device.", otherwise="solved for", metavar="N"
+    )
+    overlap: str = option(
+        "none",
+        "What is hidden behind compute: none, comm, stream or comm+stream.",
+        metavar="WHAT",
+    )
+    engine: str = option(
+        "hotset",
+        "Whose overheads and KV: hotset (this one, measured) or published (engines in general).",
+        metavar="NAME",
+    )
+    expert_histogram: str | None = option(
+        None,
+        "JSON list of the tokens that each expert got.",
+        otherwise="uniform routing",
+        metavar="FILE",
+    )
+    free_windows: bool = option(
+        False, "Free what a sliding window has left behind, as some engines do."
+    )
+    stream_kv: bool = option(
+        False, "Let steps read KV from host memory over the link, for links that are fast."
+    )
 
     def request(self) -> Request:
         """Load what is named and check what is given.
@@ -98,14 +139,10 @@ class Options:
         Raises:
             PlanError: an option makes no sense, or names something unknown.
         """
-        with naming_flags():
-            return self._request()
-
-    def _request(self) -> Request:
-        for name in _FLOATS:
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise PlanError(f"is {value}; expected a number", field=name)
+        for one in FIELDS.values():
+            value = getattr(self, one.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise PlanError(f"{one.name} is {value}; expected a number")
         shape = load_model(self.model, _known(DTYPES, self.dtype, "dtype"))
         hardware = load_hardware(self.hardware)
         if self.link is not None:
@@ -114,13 +151,9 @@ class Options:
         hardware = hardware.with_tiers(host_gib=self.host_gib, disk_gib=self.disk_gib or 0.0)
         overlap = frozenset() if self.overlap == "none" else frozenset(self.overlap.split("+"))
         if not overlap <= set(OVERLAPS):
-            raise PlanError(
-                f"is {self.overlap!r}; use none, comm, stream or comm+stream", field="overlap"
-            )
+            raise PlanError(f"overlap is {self.overlap!r}; use none, comm, stream or comm+stream")
         if self.engine not in CALIBRATIONS:
-            raise PlanError(
-                f"is {self.engine!r}; expected one of {', '.join(CALIBRATIONS)}", field="engine"
-            )
+            raise PlanError(f"engine is {self.engine!r}; expected one of {', '.join(CALIBRATIONS)}")
         if self.engine == "hotset" and not self.free_windows:
             shape = shape.stored
         histogram = self.expert_histogram
@@ -138,27 +171,28 @@ class Options:
             free_windows=self.free_windows,
             stream_kv=self.stream_kv,
             overlap=overlap,
-            routing=Routing() if histogram is None else load_histogram(histogram),
+            routing=Routing() if histogram is None else load_histogram(Path(histogram)),
             calibration=CALIBRATIONS[self.engine],
         )
 
     def _workload(self) -> Workload:
-        answer = self.output_tokens
+        answer = self.output
         return Workload(
             users=parse_count(self.users, "users"),
-            context=parse_count(self.max_model_len, "max_model_len"),
-            output=None if answer is None else parse_count(answer, "output_tokens"),
+            context=parse_count(self.context, "context"),
+            output=None if answer is None else parse_count(answer, "output"),
             reuse=self.reuse,
             turns=self.turns,
         )
 
 
-_NUMBERS = ("gpus", "turns", "expert_slots")
-_FLOATS = ("reuse", "hot_gib", "total_gib", "host_gib", "disk_gib")
-_TEXTS = (
-    *("hardware", "users", "max_model_len", "output_tokens", "dtype", "kv_dtype"),
-    *("link", "overlap", "engine"),
-)
+FIELDS = {one.name: one for one in options_of(Options)}
+# What a case of `--compare` may change, by flag.
+_IN_CASES = {
+    one.flags[0][2:]: one
+    for one in FIELDS.values()
+    if one.flags and one.kind is not bool and one.name not in ("layout", "expert_histogram")
+}
 
 
 def split_cases(values: tuple[str, ...]) -> list[str]:
@@ -182,23 +216,21 @@ def options_of_case(base: Options, case: str) -> Options:
     changes: dict[str, Any] = {}
     for part in case.replace("layout=", "").split(","):
         key, _, value = (p.strip() for p in part.partition("="))
-        key = key.lower().lstrip("-").replace("-", "_")
+        key = key.lower().lstrip("-").replace("_", "-")
+        one = _IN_CASES.get(key)
         if key in ("tp", "dp", "ep"):
             layout.append(f"{key}={value}")
         elif not value and key in LINKS:
             changes["link"] = key
-        elif value and key in _TEXTS:
-            changes[key] = value
-        elif value and (key in _NUMBERS or key in _FLOATS):
+        elif value and one is not None:
             try:
-                changes[key] = int(value) if key in _NUMBERS else float(value)
+                changes[one.name] = one.kind(value)
             except ValueError:
                 raise PlanError(f"--compare {case!r}: {key} is {value!r}, not a number") from None
         else:
-            known = ", ".join(name.replace("_", "-") for name in (*_TEXTS, *_FLOATS, *_NUMBERS))
             raise PlanError(
                 f"--compare {case!r}: {part!r} is not a part of a case; use tp, dp, ep, a link "
-                f"({', '.join(LINKS)}), or {known}"
+                f"({', '.join(LINKS)}), or {', '.join(_IN_CASES)}"
             )
     if layout:
         changes["layout"] = ",".join(layout)
@@ -206,7 +238,7 @@ def options_of_case(base: Options, case: str) -> Options:
 
 
 def parse_sweep(text: str) -> tuple[str, list[int]]:
-    """Read `users=1:1024` or `max-model-len=1k:128k`: the option, and values that double.
+    """Read `users=1:1024` or `max-model-len=1k:128k`: the field, and values that double.
 
     Raises:
         PlanError: it says something else.
@@ -220,7 +252,8 @@ def parse_sweep(text: str) -> tuple[str, list[int]]:
     values = [first]
     while values[-1] * 2 < last:
         values.append(values[-1] * 2)
-    return match[1].replace("-", "_"), values if values[-1] == last else [*values, last]
+    field = "users" if match[1] == "users" else "context"
+    return field, values if values[-1] == last else [*values, last]
 
 
 def parse_target(text: str) -> Target:

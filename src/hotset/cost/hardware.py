@@ -128,7 +128,7 @@ class Hardware:
             if gib is None:
                 continue
             if not 0 <= gib <= 1e7:  # also refuses nan
-                raise PlanError(f"is {gib:g}; expected 0 to 10000000 GiB", field=f"{name}_gib")
+                raise PlanError(f"{name}_gib is {gib:g}; expected 0 to 10000000 GiB")
             changes[f"{name}_bytes"] = gib * 2**30
             sources[f"{name}_gb"] = "given"
         return replace(self, **changes, sources=sources)

@@ -87,9 +87,8 @@ def hot_budget(request: Request, cost: CostModel, budget: float) -> float:
         hot += staged_bytes(cost, request.expert_slots / request.shape.num_experts)
     if hot > budget:
         raise PlanError(
-            f"is {request.hot_bytes / GIB:g}, and {budget / GIB:.1f} GiB are left beside dense "
-            "weights and workspace for KV and experts; give less, or leave it out",
-            field="hot_gib",
+            f"hot_gib is {request.hot_bytes / GIB:g}, and {budget / GIB:.1f} GiB are left beside "
+            "dense weights and workspace for KV and experts; give less, or leave it out"
         )
     return hot
 

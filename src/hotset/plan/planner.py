@@ -64,10 +64,9 @@ def make_plan(request: Request) -> Plan:
         return tiered
     assert first_error is not None  # every size was tried
     raise PlanError(
-        f"{first_error.problem}; no tensor-parallel layout of up to {sizes[-1]} "
+        f"{first_error}; no tensor-parallel layout of up to {sizes[-1]} "
         f"{request.hardware.name} holds it either: name the GPUs and a layout, more host memory, "
-        "or narrower weights",
-        field=first_error.field,
+        "or narrower weights"
     )
 
 

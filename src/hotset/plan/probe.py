@@ -290,7 +290,7 @@ def _disk_bytes_per_s(folder: Path) -> float:
     except OSError as error:
         raise ConfigError(
             f"disk probe in {folder} failed: {error.strerror or error}; give disk_path a folder "
-            "with 256 MiB free, or no_disk"
+            "with 256 MiB free, or leave the disk out (no_disk)"
         ) from error
 
 

@@ -41,12 +41,12 @@ class Workload:
         )
         for ok, name, expected in checks:
             if not ok:
-                raise PlanError(f"is {getattr(self, name)}; expected {expected}", field=name)
+                raise PlanError(f"{name} is {getattr(self, name)}; expected {expected}")
         if self.output is not None and self.output * self.turns >= self.context:
             raise PlanError(
-                f"is {self.output}, which in {self.turns} turns leaves no prompt in a context of "
-                f"{self.context} tokens; plan a longer context, which counts prompts and answers",
-                field="output",
+                f"output is {self.output}, which in {self.turns} turns leaves no prompt in a "
+                f"context of {self.context} tokens; plan a longer context, which counts prompts "
+                "and answers"
             )
 
     @property
@@ -121,20 +121,18 @@ class Request:
         if self.kv_dtype not in KV_BYTES:
             raise PlanError(f"KV dtype {self.kv_dtype!r} is unknown; use {', '.join(KV_BYTES)}")
         if self.gpus is not None and not 1 <= self.gpus <= 100_000:
-            raise PlanError(f"is {self.gpus}; expected 1 to 100000", field="gpus")
+            raise PlanError(f"gpus is {self.gpus}; expected 1 to 100000")
         self._check_memory()
         if self.expert_slots is not None:
             most = self.shape.num_experts
             if not most:
                 raise PlanError(
-                    f"is {self.expert_slots}, but {self.shape.name} has no experts",
-                    field="expert_slots",
+                    f"expert_slots is {self.expert_slots}, but {self.shape.name} has no experts"
                 )
             if not 0 <= self.expert_slots <= most:
                 raise PlanError(
-                    f"is {self.expert_slots}; expected 0 to {most}, the experts of a layer of "
-                    f"{self.shape.name}",
-                    field="expert_slots",
+                    f"expert_slots is {self.expert_slots}; expected 0 to {most}, the experts of "
+                    f"a layer of {self.shape.name}"
                 )
         if self.shape.num_experts:
             self.routing.check(self.shape.num_experts)
@@ -142,11 +140,10 @@ class Request:
 
     def _check_memory(self) -> None:
         if self.total_bytes is not None and self.hot_bytes is not None:
-            raise PlanError("is given beside hot_gib; give one of them", field="total_gib")
+            raise PlanError("total_gib is given beside hot_gib; give one of them")
         for field_name, size in (("total_gib", self.total_bytes), ("hot_gib", self.hot_bytes)):
             if size is not None and not 0 < size <= self.hardware.hbm_bytes:
                 raise PlanError(
-                    f"is {size / 2**30:g}; expected above 0 and at most the "
-                    f"{self.hardware.hbm_bytes / 2**30:.4g} GiB of {self.hardware.name}",
-                    field=field_name,
+                    f"{field_name} is {size / 2**30:g}; expected above 0 and at most the "
+                    f"{self.hardware.hbm_bytes / 2**30:.4g} GiB of {self.hardware.name}"
                 )
