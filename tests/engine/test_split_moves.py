@@ -104,7 +104,7 @@ def test_answers_are_those_of_resident_experts_while_the_boundary_moves(
         assert len(seen) > 3 and made.metrics.preemptions > 0
     assert answers == reference(FAMILY, prompts)
     # The model holds none of the engine's memory any more.
-    hosted = [experts.hosted for experts in made.experts.experts]
+    hosted = [layer.experts.hosted for layer in made.experts.layers]
     assert all(each is not None and each.buffer is None for each in hosted)
 
 

@@ -181,13 +181,13 @@ def test_a_failure_in_a_thread_is_raised_and_the_next_step_is_right(
 @torch.inference_mode()
 def test_what_is_measured_decides(attach: Callable[..., ColdExperts]) -> None:
     layers = make_layers(1, transposed=False, bias=True, gate=True)
-    (layer,), buffer = buffered(layers, expert_slots=2, expert_plan="cache")
+    _, buffer = buffered(layers, expert_slots=2, expert_plan="cache")
     cold = attach(buffer, FAST_CPU, "auto")
     first = buffer.layers[0]
     assert first.cold is not None
     copied = []
     cold_layer = first.cold
-    cost = cold.measure(experts_of(layer), cold_layer.host, cold_layer.biases, copied.append, 1e-3)
+    cost = cold.measure(cold_layer, copied.append, 1e-3)
     assert copied == [NUM_EXPERTS] * 2
     assert [rows for rows, _ in cost.cpu_s] == [1, 4, 16] and min(s for _, s in cost.cpu_s) > 0
     assert cost.layer_s > 1e-3

@@ -15,6 +15,7 @@ from tiny_tokenizer import make_tokenizer
 from hotset.engine.build import load_engine
 from hotset.errors import ConfigError, ModelError
 from hotset.executor.probe import inspect_model
+from hotset.linear.reads import is_read
 from hotset.model import checkpoint
 from hotset.model.architecture import find_architecture
 from hotset.model.dummy import load_dummy
@@ -114,7 +115,7 @@ def test_layers_that_a_model_reads_are_known_from_its_config() -> None:
     assert any(path.endswith(".wg") for path in found.read_layers)
     with torch.device("meta"):
         made = found.make(torch.float32)
-    assert all(made.get_submodule(path).is_read_by_model for path in found.read_layers)
+    assert all(is_read(made.get_submodule(path)) for path in found.read_layers)
 
 
 def test_a_processors_template_is_the_chat_template(tmp_path: Path) -> None:

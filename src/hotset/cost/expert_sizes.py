@@ -66,7 +66,7 @@ def asked_sizes(asked: ExpertSlots | ExpertBudget, slots: SlotBytes, *, device: 
         if num_slots > slots.num_experts:
             raise ConfigError(
                 f"expert_slots is {num_slots}, but a layer has {slots.num_experts} experts; give "
-                "so many or fewer"
+                f"{slots.num_experts} or fewer"
             )
     else:
         found = count_slots(int(asked.expert_gib * GIB), slots.num_experts, slots)
@@ -147,7 +147,7 @@ def _without_effect(asked: HostedExperts, sizes: ExpertSizes, device: str) -> It
     if asked.expert_prefetch > sizes.num_slots:
         yield (
             f"expert_prefetch is {asked.expert_prefetch}, but a layer keeps {sizes.num_slots} "
-            "experts; expected so many or fewer"
+            f"experts on the device; give {sizes.num_slots} or fewer"
         )
     if sizes.host_slots is None:
         return

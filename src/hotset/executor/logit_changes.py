@@ -16,7 +16,7 @@ Array = npt.NDArray[Any]
 
 
 class LogitChanges:
-    """Bias, penalties and `min_tokens`, in this order, which is that of transformers.
+    """Bias, penalties and `min_tokens`, in the order of transformers.
 
     Args:
         vocab_size: V, the width of the logits.

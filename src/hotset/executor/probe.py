@@ -59,12 +59,12 @@ class ModelLayout:
 def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -> ModelLayout:
     """Switch `model` to paged attention and find out what it caches, by running a few tokens.
 
-    Linear layers whose weight the model's code reads are marked on the way: see `linear_reads`.
+    Linear layers whose weight the model's code reads are marked on the way: see `linear.reads`.
 
     Args:
         model: in eval mode, on its device; its experts may be elsewhere, and are left out then. On
             `meta` its values are not looked at.
-        kv_dtype: of the stored keys and values; None is that of the model.
+        kv_dtype: of the stored keys and values; None is the model's.
 
     Raises:
         ModelError: the model cannot run over a paged KV cache; says which part of it and why.

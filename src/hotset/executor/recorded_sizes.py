@@ -48,7 +48,7 @@ class RecordedSizes:
         self._fastest: list[int] = []
 
     def add(self, size: int, seconds: float) -> None:
-        """The next of `missing` was recorded, and takes so long."""
+        """The next of `missing` was recorded, and takes `seconds`."""
         self.missing.remove(size)
         self._seconds[size] = seconds
         if not self.missing:

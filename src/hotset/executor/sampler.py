@@ -147,8 +147,7 @@ class Sampler:
         """
         endings: list[Callable[[Sampled], None]] = []
         sequences = sample.sequences
-        # By row, whether the token is that of the largest logit, or drawn from all, with the
-        # logits of the model as they are.
+        # By row, whether the model's own logits decide: their largest, or a draw from all.
         is_plain = [
             sequence.uses_logits_alone and num_outputs >= sequence.params.min_tokens
             for sequence, num_outputs in zip(sequences, sample.num_outputs, strict=True)

@@ -23,7 +23,6 @@ from hotset.experts.narrow import relative_rms
 from hotset.experts.prefetch import Prefetch
 from hotset.experts.staging import Staging
 from hotset.experts.store import ExpertStore, StoreCounts
-from hotset.experts.weights import LayerExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +54,7 @@ class ExpertBuffer:
     """The buffers of all layers of a model; attached to them until `close`.
 
     Args:
-        experts: hosted, of each layer.
-        layers: the buffer of each.
+        layers: the buffer of each, whose experts are hosted.
         sizes: of slots.
         counts: `[L, 6]` int64 on the device, that the layers count in.
         staging: that they share; None where no step streams.
@@ -64,7 +62,7 @@ class ExpertBuffer:
         memory: see below.
 
     Attributes:
-        experts: see above, like layers and sizes.
+        layers: see above, like sizes.
         memory: `[region.num_bytes]` uint8 on the device, which slots share with KV; None where they
             have their own. Packed slots always do: there only numbers move.
         host_bytes: of the only copy in host memory; or, with experts on disk, of all that is there.
@@ -76,7 +74,6 @@ class ExpertBuffer:
 
     def __init__(
         self,
-        experts: list[LayerExperts],
         layers: list[LayerBuffer],
         sizes: SlotBytes,
         counts: torch.Tensor,
@@ -87,7 +84,7 @@ class ExpertBuffer:
     ) -> None:
         self.layers, self.sizes, self.memory = layers, sizes, memory
         self.device = counts.device
-        self.experts, self._counts = experts, counts
+        self._counts = counts
         self._staging, self._prefetch = staging, prefetch
         self._cold: ColdExperts | None = None
         sources = [layer.source for layer in layers]
@@ -100,9 +97,9 @@ class ExpertBuffer:
         self.host_bytes = sum(rows.num_bytes for rows in self._rows)
         in_memory = [source for source in sources if isinstance(source, HostExperts)]
         self.rounding_error = relative_rms(source.rounding for source in in_memory)
-        for each, layer in zip(experts, layers, strict=True):
-            assert each.hosted is not None
-            each.hosted.buffer = layer
+        for layer in layers:
+            assert layer.experts.hosted is not None
+            layer.experts.hosted.buffer = layer
 
     def counts(self) -> ExpertCounts:
         """What the buffers did so far; waits for the device."""
@@ -161,7 +158,7 @@ class ExpertBuffer:
         Returns:
             What to say of it at start.
         """
-        device, first, experts = self.device, self.layers[0], self.experts[0]
+        device, first, experts = self.device, self.layers[0], self.layers[0].experts
         host = first.source
         assert isinstance(host, HostExperts)
         hidden_size = host.layout.up[0 if experts.is_transposed else 1]
@@ -185,16 +182,15 @@ class ExpertBuffer:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        cold.measure(experts, host, first.cold.biases, copy, device_seconds(device))
+        cold.measure(first.cold, copy, device_seconds(device))
         return cold.describe()
 
     def attach_cold(self, cold: ColdExperts) -> None:
         """Let `cold` take part in the steps of all layers."""
         self._cold = cold
         can_copy = self.sizes.plan != "stream"  # which keeps what is in slots
-        for layer, experts in zip(self.layers, self.experts, strict=True):
-            assert isinstance(layer.source, HostExperts)
-            layer.cold = ColdLayer(cold, layer.source, layer.table, experts, can_copy=can_copy)
+        for layer in self.layers:
+            layer.cold = ColdLayer(cold, layer.table, layer.experts, can_copy=can_copy)
 
     @contextmanager
     def while_recording(self) -> Iterator[None]:
@@ -240,8 +236,8 @@ class ExpertBuffer:
             torch.cuda.synchronize(self.device)
         for rows in self._rows:
             rows.unpin()
-        for experts, layer in zip(self.experts, self.layers, strict=True):
-            hosted = experts.hosted
+        for layer in self.layers:
+            hosted = layer.experts.hosted
             if hosted is not None and hosted.buffer is layer:  # another engine may have its own
                 hosted.buffer = None  # nor does it keep memory that KV shares
         if self._cold is not None:

@@ -41,9 +41,7 @@ def compute_resident(
         assert weights is not None
         out = resident_experts(hidden_states, top_k_index, top_k_weights, *weights)
         return out
-    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)  # [T * K]
-    numbers = torch.arange(experts.num_experts, device=ids.device, dtype=ids.dtype)
-    ends = torch.searchsorted(ids, numbers, right=True, out_int32=True)  # [E]
+    ids, order, ends = by_group(top_k_index.reshape(-1), experts.num_experts)
     rows = hidden_states[order // top_k]
     if weights is not None and all(map(has_grouped_kernel, weights)):
         rows = grouped(layer, experts, rows, weights, ids, ends)
@@ -100,6 +98,24 @@ def has_grouped_kernel(weight: torch.Tensor) -> bool:
 def _is_in_one_piece(weight: torch.Tensor) -> bool:
     """Whether each matrix of a stacked weight is; they may be apart."""
     return weight.stride()[1:] == (weight.shape[2], 1)
+
+
+def by_group(
+    groups: torch.Tensor, num_groups: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`[R]` integer groups of rows, sorted; the rows in that order; and where each group ends.
+
+    The ends are `[num_groups]` int32. Rows of groups beyond the last come behind them.
+    """
+    ids, order = torch.sort(groups, stable=True)
+    numbers = torch.arange(num_groups, device=ids.device, dtype=ids.dtype)
+    return ids, order, torch.searchsorted(ids, numbers, right=True, out_int32=True)
+
+
+def bounds_of(ends: torch.Tensor) -> dict[int, tuple[int, int]]:
+    """Where the rows of each expert that has some begin and end; waits for the device."""
+    pairs = enumerate(itertools.pairwise([0, *ends.tolist()]))
+    return {expert: (start, end) for expert, (start, end) in pairs if start < end}
 
 
 def gate(layer: Experts, experts: LayerExperts, rows: torch.Tensor) -> torch.Tensor:
@@ -185,8 +201,6 @@ def _resident_in_turn(
     layer: Experts, experts: LayerExperts, rows: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
     """`[R, H]` of all experts; zeros in rows beyond the last end. The host reads the counts."""
-    pairs = enumerate(itertools.pairwise([0, *ends.tolist()]))
-    bounds = {expert: (start, end) for expert, (start, end) in pairs if start < end}
     state = experts.state
 
     def multiply(which: int, expert: int, rows: torch.Tensor) -> torch.Tensor:
@@ -198,7 +212,7 @@ def _resident_in_turn(
         return functional.linear(rows, weight.t() if experts.is_transposed else weight)
 
     out = torch.zeros_like(rows)
-    in_turn(layer, experts, rows, out, bounds, multiply)
+    in_turn(layer, experts, rows, out, bounds_of(ends), multiply)
     return out
 
 

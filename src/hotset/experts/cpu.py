@@ -120,28 +120,16 @@ class ColdExperts:
             f"{self.cost.layer_s * 1e6:.0f} more for a layer"
         )
 
-    def bring(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Start to copy `[T, H]` down; there once the stream has come so far. Its place."""
-        at = self._hidden[: len(hidden)]
-        at.copy_(hidden, non_blocking=True)
-        return at
+    def bring(self, hidden: torch.Tensor) -> None:
+        """Start to copy `[T, H]` to host memory; it is there once the stream has come so far."""
+        self._hidden[: len(hidden)].copy_(hidden, non_blocking=True)
 
-    def submit(
-        self,
-        experts: LayerExperts,
-        host: HostExperts,
-        hidden: torch.Tensor,
-        places_of: Mapping[int, Sequence[int]],
-        biases: Mapping[str, torch.Tensor],
-    ) -> ColdWork:
-        """Start to compute some experts of a layer.
+    def submit(self, layer: "ColdLayer", places_of: Mapping[int, Sequence[int]]) -> ColdWork:
+        """Start to compute some experts of a layer, for what `bring` was given last.
 
         Args:
-            experts: tell what is between the products.
-            host: has the weights.
-            hidden: `[T, H]` in host memory.
+            layer: computes one.
             places_of: by expert, the positions in `[T * K]` of the rows that it computes.
-            biases: in host memory, by weight; empty where there are none.
         """
         places = [place for each in places_of.values() for place in each]
         rows = self._rows[: len(places)]
@@ -150,40 +138,21 @@ class ColdExperts:
         for expert, each in places_of.items():
             end = start + len(each)
             self.num_computed += 1
-            futures.append(
-                self._pool.submit(
-                    _compute,
-                    experts,
-                    host,
-                    expert,
-                    hidden,
-                    tokens[start:end],
-                    rows[start:end],
-                    biases,
-                )
-            )
+            some = self._hidden, tokens[start:end], rows[start:end]
+            futures.append(self._pool.submit(layer.compute, expert, *some))
             start = end
         return ColdWork(places, rows, futures)
 
-    def measure(
-        self,
-        experts: LayerExperts,
-        host: HostExperts,
-        biases: Mapping[str, torch.Tensor],
-        copy: Callable[[int], None],
-        sync_s: float,
-    ) -> ColdCost:
+    def measure(self, layer: "ColdLayer", copy: Callable[[int], None], sync_s: float) -> ColdCost:
         """Measure what a cold expert costs here and on the link, and keep it.
 
         Args:
-            experts: that are computed, all once before one is again: their weights should come
+            layer: computes its experts, all once before one is again: their weights should come
                 from memory, not from a cache of the CPU.
-            host: has their weights.
-            biases: theirs.
             copy: copies a number of experts to the device, and waits for that.
             sync_s: what it takes to wait for the device once and copy to it.
         """
-        count = min(_MEASURED_EXPERTS, len(host.payloads))
+        count = min(_MEASURED_EXPERTS, self.num_experts)
         copy(count)
         copy_s = _seconds(lambda: copy(count)) / count
         points = []
@@ -192,10 +161,7 @@ class ColdExperts:
 
             def compute(places: list[int] = places) -> None:
                 # All write the same rows: only the time counts.
-                jobs = [
-                    self.submit(experts, host, self._hidden, {expert: places}, biases)
-                    for expert in range(count)
-                ]
+                jobs = [self.submit(layer, {expert: places}) for expert in range(count)]
                 for job in jobs:
                     job.wait()
 
@@ -215,27 +181,25 @@ class ColdLayer:
 
     Args:
         shared: computes.
-        host: has the weights.
         table: says which experts have slots.
-        experts: of the layer; their biases, if they have some, are copied to host memory.
+        experts: of the layer, in host memory; biases, if they have some, are copied there.
         can_copy: whether cold experts may be copied to slots too.
     """
 
     def __init__(
         self,
         shared: ColdExperts,
-        host: HostExperts,
         table: SlotTable,
         experts: LayerExperts,
         *,
         can_copy: bool,
     ) -> None:
-        self.shared, self.host = shared, host
+        assert isinstance(experts.source, HostExperts)
+        self.shared = shared
+        self._host = experts.source
         self._table, self._experts, self._can_copy = table, experts, can_copy
         names = experts.names if experts.has_bias else ()
-        self.biases = {
-            name: getattr(experts.module, f"{name}_bias").detach().cpu() for name in names
-        }
+        self._biases = [getattr(experts.module, f"{name}_bias").detach().cpu() for name in names]
 
     def begin(
         self, hidden: torch.Tensor, ids: torch.Tensor
@@ -250,7 +214,7 @@ class ColdLayer:
             the ids that are left to the device, the others E, which is no expert's; and the work.
         """
         shared, num_experts = self.shared, self._table.num_experts
-        at = shared.bring(hidden)
+        shared.bring(hidden)
         numbers: list[int] = torch.cat([ids, self._table.slots()]).tolist()
         wanted, slots = numbers[: len(ids)], numbers[len(ids) :]
         places_of: dict[int, list[int]] = {}
@@ -264,9 +228,26 @@ class ColdLayer:
         computed = {expert: places_of[expert] for expert in cold[copied:]}
         if not computed:
             return ids, None
-        work = shared.submit(self._experts, self.host, at, computed, self.biases)
+        work = shared.submit(self, computed)
         left = [num_experts if expert in computed else expert for expert in wanted]
         return torch.tensor(left, dtype=ids.dtype).to(ids.device, non_blocking=True), work
+
+    @torch.inference_mode()
+    def compute(
+        self, expert: int, hidden: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """In a thread: one expert's rows, in the order of `tokens`, into `out`."""
+        experts = self._experts
+
+        def product(which: int, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            weight = weight.t() if experts.is_transposed else weight
+            return functional.linear(
+                rows, weight, self._biases[which][expert] if self._biases else None
+            )
+
+        (up,), (down,) = self._host.matrices(slice(expert, expert + 1))
+        rows = product(0, hidden[tokens], up)
+        out.copy_(product(1, gate(experts.module, experts, rows), down))
 
     def finish(self, rows: torch.Tensor, work: ColdWork) -> None:
         """Put what the CPU computed into its places of `rows`, `[T * K, H]`, on the device."""
@@ -301,25 +282,3 @@ def _seconds(run: Callable[[], None]) -> float:
     start_s = time.perf_counter()
     run()
     return time.perf_counter() - start_s
-
-
-@torch.inference_mode()
-def _compute(
-    experts: LayerExperts,
-    host: HostExperts,
-    expert: int,
-    hidden: torch.Tensor,
-    tokens: torch.Tensor,
-    out: torch.Tensor,
-    biases: Mapping[str, torch.Tensor],
-) -> None:
-    """In a thread: one expert's rows, in the order of `tokens`, into `out`."""
-
-    def product(name: str, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        weight = weight.t() if experts.is_transposed else weight
-        bias = biases[name][expert] if name in biases else None
-        return functional.linear(rows, weight, bias)
-
-    (up,), (down,) = host.matrices(slice(expert, expert + 1))
-    rows = product(experts.up_name, hidden[tokens], up)
-    out.copy_(product("down_proj", gate(experts.module, experts, rows), down))

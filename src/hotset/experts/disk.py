@@ -4,7 +4,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from hotset.cost.expert_sizes import with_disk
-from hotset.experts.host import ColdSource, StoredExperts
+from hotset.experts.host import Ahead, Ids, StoredExperts
 from hotset.experts.narrow import NarrowLayout
 from hotset.experts.sizes import sizes_of
 from hotset.experts.slots import Slots
@@ -34,11 +34,7 @@ class DiskExperts:
         self.narrow: NarrowLayout | None = None  # they are stored as they are computed with
         self.layer = layer
 
-    def expect(
-        self,
-        experts: Callable[[], list[int]],
-        ahead: Callable[[], list[tuple[ColdSource, int]]],
-    ) -> None:
+    def expect(self, experts: Ids, ahead: Ahead) -> None:
         """Start to read experts, in this order, as far as host memory has room."""
         keys: list[tuple[int, int]] = []
         for source, expert in ahead():

@@ -23,7 +23,6 @@ from hotset.experts.weights import (
     Experts,
     Hosted,
     LayerExperts,
-    Skipped,
     can_pack,
     experts_layers,
     experts_of,
@@ -74,13 +73,16 @@ def gated_layers(model: nn.Module) -> list[LayerExperts]:
 @contextlib.contextmanager
 def without_experts(model: PreTrainedModel) -> Iterator[None]:
     """Within it, experts that are on `meta` or not on the model's device add nothing."""
-    with contextlib.ExitStack() as undo:
-        for experts in experts_layers(model):
-            weights = experts.weights or ()
-            is_elsewhere = any(w.is_meta or w.device != model.device for w in weights)
-            if is_elsewhere or experts.hosted is not None:
-                undo.enter_context(experts.skipped())
+    layers = experts_layers(model)
+    for experts in layers:
+        weights = experts.weights or ()
+        is_elsewhere = any(w.is_meta or w.device != model.device for w in weights)
+        experts.is_skipped = is_elsewhere or experts.hosted is not None
+    try:
         yield
+    finally:
+        for experts in layers:
+            experts.is_skipped = False
 
 
 @contextlib.contextmanager
@@ -156,10 +158,10 @@ def dynamic_experts(
         experts.counts.add(top_k_index)
     step = hidden_states, top_k_index, top_k_weights
     out: torch.Tensor
-    if isinstance(state, Hosted):
-        out = experts.buffer.forward(layer, *step)
-    elif isinstance(state, Skipped):
+    if experts.is_skipped:
         out = torch.zeros_like(hidden_states)
+    elif isinstance(state, Hosted):
+        out = experts.buffer.forward(layer, *step)
     else:
         out = compute_resident(layer, experts, *step)
     if shard is not None:

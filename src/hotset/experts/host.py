@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
@@ -125,13 +125,17 @@ class HostRows:
             self._unpin = None
 
 
+# Ids of experts of one layer, and (source, id) of experts of later ones; asked for where needed.
+Ids: TypeAlias = Callable[[], list[int]]
+Ahead: TypeAlias = Callable[[], list[tuple["ColdSource", int]]]
+
+
 class ColdSource(Protocol):
     """Where all experts of a layer are, those without a slot too: host memory, or disk below it.
 
     Attributes:
         layout: of an expert as it is computed with.
         narrow: None where they are stored like that.
-        payload_bytes: of one as it is stored.
         rows: the host memory, of this layer or of all.
     """
 
@@ -140,13 +144,11 @@ class ColdSource(Protocol):
     rows: HostRows
 
     @property
-    def payload_bytes(self) -> int: ...  # noqa: D102
+    def payload_bytes(self) -> int:
+        """Bytes of an expert as it is stored."""
+        ...
 
-    def expect(
-        self,
-        experts: Callable[[], list[int]],
-        ahead: Callable[[], list[tuple["ColdSource", int]]],
-    ) -> None:
+    def expect(self, experts: Ids, ahead: Ahead) -> None:
         """Take note of what is fetched next, in this order: experts, then some of later layers."""
         ...
 
@@ -203,11 +205,7 @@ class HostExperts(StoredExperts):
             if payloads is not target:
                 target.copy_(payloads)
 
-    def expect(
-        self,
-        experts: Callable[[], list[int]],
-        ahead: Callable[[], list[tuple["ColdSource", int]]],
-    ) -> None:
+    def expect(self, experts: Ids, ahead: Ahead) -> None:
         """Nothing: all are there, and the device is not asked."""
 
     def fetch(self, slots: "Slots", experts: torch.Tensor, places: torch.Tensor) -> None:

@@ -1,6 +1,8 @@
 """Moves the experts of a model to host memory or disk, and gives some of them slots."""
 
 import itertools
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -11,7 +13,7 @@ from hotset.errors import ConfigError
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import DiskExperts, ExpertSink
 from hotset.experts.gating import gated_layers
-from hotset.experts.host import ColdSource, HostExperts
+from hotset.experts.host import HostExperts
 from hotset.experts.layer import LayerBuffer
 from hotset.experts.narrow import NarrowLayout
 from hotset.experts.prefetch import Prefetch, Router, find_routers
@@ -81,12 +83,7 @@ def buffer_experts(
     if layers[0].hosted is None:
         _move_all(model, layers, asked, read_deadline_s)
     buffer = make_buffer(layers, asked, sizes, model.device, routers, region)
-    report = _describe(buffer, asked)
-    if asked.expert_host_gib is not None and buffer.store is None:
-        report += f"; expert_host_gib {asked.expert_host_gib} holds them all, none is on disk"
-    if asked.expert_cpu == "auto" and model.device.type == "cpu":
-        report += "; expert_cpu auto: all experts are computed by the CPU anyway"
-    return buffer, report
+    return buffer, _describe(buffer, asked)
 
 
 def move_to_host(experts: LayerExperts, narrow: NarrowLayout | None, device: torch.device) -> None:
@@ -112,17 +109,18 @@ def make_buffer(
     Raises:
         ConfigError: host memory cannot be pinned.
     """
-    sources = [_source_of(experts) for experts in layers]
-    first, num_layers = sources[0], len(layers)
     slots, num_slots = sizes.slots, sizes.num_slots
     most_slots = num_slots if region is None else region.most_slots
-    packed = device.type == "cpu" and first.layout.dtype == torch.float32 and can_pack()
-    is_transposed = layers[0].is_transposed
+    first, layout = layers[0], layers[0].layout
+    is_packed = device.type == "cpu" and layout.dtype == torch.float32 and can_pack()
+    make_slots = partial(
+        Slots, layout=layout, device=device, packed=is_packed, is_transposed=first.is_transposed
+    )
     if device.type == "cuda":
-        for source in sources:
-            source.rows.pin()
+        for experts in layers:
+            experts.source.rows.pin()
     # By layer: what its `SlotTable` counts, experts streamed.
-    counts = torch.zeros(num_layers, 6, dtype=torch.int64, device=device)
+    counts = torch.zeros(len(layers), 6, dtype=torch.int64, device=device)
     tables = [
         SlotTable(
             slots.num_experts,
@@ -134,69 +132,46 @@ def make_buffer(
         )
         for each in counts
     ]
-    staging = None
+    staging = prefetch = None
     if slots.staged(num_slots):
-        hosts = [source for source in sources if isinstance(source, HostExperts)]
-        staging = Staging(
-            hosts,
-            tables,
-            device,
-            is_transposed=is_transposed,
-            is_fixed=slots.plan == "stream",
-            packed=packed,
-        )
-    prefetch = None
+        staging = Staging(layers, tables, make_slots, is_fixed=slots.plan == "stream")
     if asked.expert_prefetch:
         assert routers is not None
         prefetch = Prefetch(routers, asked.expert_prefetch, device)
-    memory, views = _shared_memory(region, num_layers, device) if not packed else (None, None)
+    memory: torch.Tensor | None = None
+    views: Sequence[torch.Tensor | None] = [None] * len(layers)
+    if region is not None and not is_packed:
+        memory, views = _shared_memory(region, len(layers), device)
     rates = Rates.of_hardware(likely_hardware(device))
     buffers = [
         LayerBuffer(
             index,
             experts,
-            sources[index],
-            tables[index],
-            Slots(
-                most_slots,
-                first.layout,
-                device,
-                packed=packed,
-                is_transposed=is_transposed,
-                memory=None if views is None else views[index],
-            ),
+            table,
+            make_slots(most_slots, memory=view),
             staging,
             prefetch,
             bring=slots.plan,
             streamed=counts[index, 5:],
             rates=rates,
         )
-        for index, experts in enumerate(layers)
+        for index, (experts, table, view) in enumerate(zip(layers, tables, views, strict=True))
     ]
     for one, after in itertools.pairwise(buffers):
         one.next = after
-    return ExpertBuffer(
-        layers, buffers, slots, counts, staging=staging, prefetch=prefetch, memory=memory
-    )
+    return ExpertBuffer(buffers, slots, counts, staging=staging, prefetch=prefetch, memory=memory)
 
 
 def _shared_memory(
-    region: SharedRegion | None, num_layers: int, device: torch.device
-) -> tuple[torch.Tensor | None, tuple[torch.Tensor, ...] | None]:
-    """Memory for slots and KV, and of each layer the slots' part of it; None where they share none.
+    region: SharedRegion, num_layers: int, device: torch.device
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """Memory for slots and KV, and the part of it that has each layer's slots.
 
     A slot of all layers is one unit: see `SharedRegion`.
     """
-    if region is None:
-        return None, None
     memory = torch.zeros(region.num_bytes, dtype=torch.uint8, device=device)
     units = memory[: region.most_slots * region.unit_bytes]
     return memory, units.view(region.most_slots, num_layers, -1).unbind(1)
-
-
-def _source_of(experts: LayerExperts) -> ColdSource:
-    assert experts.hosted is not None
-    return experts.hosted.source
 
 
 def _move_all(
@@ -249,8 +224,13 @@ def _describe(buffer: ExpertBuffer, asked: HostedExperts) -> str:
     ahead = f", {asked.expert_prefetch} copied ahead" if asked.expert_prefetch else ""
     evicts = "" if sizes.plan == "stream" else f", {asked.expert_eviction} eviction"
     device = buffer.device.type
-    return (
+    report = (
         f"experts: {buffer.num_slots} of {sizes.num_experts} in each of {sizes.num_layers} layers "
         f"resident, {buffer.device_bytes / GIB:.3f} GiB on the {device}, "
         f"{buffer.host_bytes / GIB:.3f} GiB in host memory{held}, plan {sizes.plan}{evicts}{ahead}"
     )
+    if asked.expert_host_gib is not None and buffer.store is None:
+        report += f"; expert_host_gib {asked.expert_host_gib} holds them all, none is on disk"
+    if asked.expert_cpu == "auto" and device == "cpu":
+        report += "; expert_cpu auto: all experts are computed by the CPU anyway"
+    return report

@@ -1,14 +1,23 @@
 """The experts of one layer, some in slots on the device: finding, fetching and computing them."""
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from hotset.cost.experts import LayerSlots, streams_from
 from hotset.cost.rates import Rates
 from hotset.cost.routing import reach
-from hotset.experts.compute import grouped, has_grouped_kernel, in_turn, is_fused, weighted_sum
+from hotset.experts.compute import (
+    Multiply,
+    bounds_of,
+    by_group,
+    grouped,
+    has_grouped_kernel,
+    in_turn,
+    is_fused,
+    weighted_sum,
+)
 from hotset.experts.cpu import ColdLayer
 from hotset.experts.host import ColdSource
 from hotset.experts.prefetch import Prefetch
@@ -16,6 +25,9 @@ from hotset.experts.residency import SlotTable
 from hotset.experts.slots import Slots
 from hotset.experts.staging import Staging
 from hotset.experts.weights import Experts, LayerExperts
+
+# By pass: experts, and the slots that they come to; both on the device.
+Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
 # Share of a layer's experts that a step is expected to need, from which on all are read ahead.
 _READ_AHEAD_FROM = 0.9
@@ -29,8 +41,7 @@ class LayerBuffer:
 
     Args:
         index: of the layer among those with experts.
-        experts: of the layer.
-        source: where all of them are.
+        experts: of the layer, hosted.
         table: which of them are in which of the `slots`.
         staging: None where no step streams.
         prefetch: None where nothing is copied ahead in steps that cache.
@@ -40,6 +51,7 @@ class LayerBuffer:
         rates: of copies of experts and of the device's memory.
 
     Attributes:
+        source: where all experts are.
         next: the layer that a step runs after this one; None for the last.
         cold: has the CPU compute experts that are not here; None where it does not.
         top_k: experts of a token, once a step has run.
@@ -49,7 +61,6 @@ class LayerBuffer:
         self,
         index: int,
         experts: LayerExperts,
-        source: ColdSource,
         table: SlotTable,
         slots: Slots,
         staging: Staging | None,
@@ -59,10 +70,11 @@ class LayerBuffer:
         streamed: torch.Tensor,
         rates: Rates,
     ) -> None:
-        self.source, self.table, self.slots = source, table, slots
-        self._copy_s = source.payload_bytes / rates.expert_bytes_per_s
-        self._read_s = source.layout.payload_bytes / rates.memory_bytes_per_s
-        self._index, self._experts = index, experts
+        self.experts, self.table, self.slots = experts, table, slots
+        self.source = experts.source
+        self._copy_s = self.source.payload_bytes / rates.expert_bytes_per_s
+        self._read_s = self.source.layout.payload_bytes / rates.memory_bytes_per_s
+        self._index = index
         self._staging, self._prefetch = staging, prefetch
         self._bring, self._streamed = bring, streamed
         self._addresses: dict[int, torch.Tensor] = {}  # by passes; 0 is for streamed steps
@@ -105,88 +117,75 @@ class LayerBuffer:
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         """As `dynamic_experts`, with the same result."""
-        self.top_k = top_k_index.shape[1]
+        num_tokens, self.top_k = top_k_index.shape
         if not self._is_filled:
             self._fill()
         self._is_filled = False  # until the table has told the truth to the end
-        out = self._forward(layer, hidden_states, top_k_index, top_k_weights)
-        self._is_filled = True
-        return out
-
-    def _forward(
-        self,
-        layer: Experts,
-        hidden: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-    ) -> torch.Tensor:
-        num_tokens, top_k = top_k_index.shape
         wanted = top_k_index.reshape(-1)
         work, streams = None, False
         if self.cold is not None and self.cold.shared.takes(num_tokens):
-            wanted, work = self.cold.begin(hidden, wanted)
+            wanted, work = self.cold.begin(hidden_states, wanted)
         else:
-            streams = self.streams(num_tokens, top_k)
+            streams = self.streams(num_tokens, self.top_k)
         if streams:
             self._streamed += self.table.num_absent
-        if is_fused(self._experts, self.slots.weights, len(wanted)):
-            out = self._fused(hidden, wanted.view(-1, top_k), top_k_weights, streams)
+        if is_fused(self.experts, self.slots.weights, len(wanted)):
+            ids = wanted.view(top_k_index.shape)
+            out = self._fused(hidden_states, ids, top_k_weights, streams)
             if self.cold is not None and work is not None:
                 out += self.cold.weighted(work, top_k_weights)
-            return out
-        compute = self._grouped if self._is_grouped else self._in_turn
-        rows = compute(layer, hidden, wanted, top_k, streams)  # [T * K, H]
-        if self.cold is not None and work is not None:
-            self.cold.finish(rows, work)
-        return weighted_sum(layer, self._experts, rows, top_k_index, top_k_weights, hidden.dtype)
+        else:
+            compute = self._grouped if self._is_grouped else self._in_turn
+            rows = compute(layer, hidden_states, wanted, streams)  # [T * K, H]
+            if self.cold is not None and work is not None:
+                self.cold.finish(rows, work)
+            dtype = hidden_states.dtype
+            out = weighted_sum(layer, self.experts, rows, top_k_index, top_k_weights, dtype)
+        self._is_filled = True
+        return out
 
     def _in_turn(
-        self, layer: Experts, hidden: torch.Tensor, ids: torch.Tensor, top_k: int, streams: bool
+        self, layer: Experts, hidden: torch.Tensor, ids: torch.Tensor, streams: bool
     ) -> torch.Tensor:
         """`[T * K, H]`, one expert after another; the host reads what is needed."""
-        sorted_ids, order = torch.sort(ids, stable=True)
-        numbers = torch.arange(self.table.num_experts, device=ids.device, dtype=ids.dtype)
-        ends = torch.searchsorted(sorted_ids, numbers, right=True).tolist()
-        pairs = enumerate(itertools.pairwise([0, *ends]))
-        bounds = {expert: (start, end) for expert, (start, end) in pairs if start < end}
-        rows = hidden[order // top_k]
+        _, order, ends = by_group(ids, self.table.num_experts)
+        rows = hidden[order // self.top_k]
         out = torch.zeros_like(rows)
         if streams:
-            self._run_streamed(layer, rows, out, bounds)
+            staged, places = self._staged()
+            multiply = self._multiply(places, staged)
+            in_turn(layer, self.experts, rows, out, bounds_of(ends), multiply)
         else:
-            self._run_cached(layer, rows, out, bounds, ids)
+            for bounds in self._fetched(ids, bounds_of(ends)):
+                multiply = self._multiply(self.table.slots())
+                in_turn(layer, self.experts, rows, out, bounds, multiply)
             self._look_ahead(hidden)
         back = torch.empty_like(out)
         back[order] = out
         return back
 
-    def _run_streamed(
-        self,
-        layer: Experts,
-        rows: torch.Tensor,
-        out: torch.Tensor,
-        bounds: dict[int, tuple[int, int]],
-    ) -> None:
-        assert self._staging is not None
-        staged, places = self._staging.take(self._index)
+    def _multiply(self, places: torch.Tensor, staged: Slots | None = None) -> Multiply:
+        """The products of experts, which are at these places: slots, and then those of `staged`."""
         at, num_slots = places.tolist(), self.table.num_slots
 
         def multiply(which: int, expert: int, rows: torch.Tensor) -> torch.Tensor:
             place = at[expert]
             if place < num_slots:
                 return self.slots.product(which, place, rows)
+            assert staged is not None
             return staged.product(which, place - num_slots, rows)
 
-        in_turn(layer, self._experts, rows, out, bounds, multiply)
+        return multiply
 
-    def _run_cached(
-        self,
-        layer: Experts,
-        rows: torch.Tensor,
-        out: torch.Tensor,
-        bounds: dict[int, tuple[int, int]],
-        ids: torch.Tensor,
-    ) -> None:
+    def _staged(self) -> tuple[Slots, torch.Tensor]:
+        """The experts without a slot, and the places of all; see `Staging.take`."""
+        assert self._staging is not None
+        return self._staging.take(self._index)
+
+    def _fetched(
+        self, ids: torch.Tensor, bounds: dict[int, tuple[int, int]]
+    ) -> Iterator[dict[int, tuple[int, int]]]:
+        """By pass, the bounds of its experts, which have slots until the next pass begins."""
         if self._prefetch is not None:
             self._prefetch.join()
         which_pass = self.table.begin(ids)
@@ -204,17 +203,10 @@ class LayerBuffer:
             if not these:
                 break
             self.fetch(*self.table.load(which_pass == number))
-            at = self.table.slots().tolist()
-
-            def multiply(
-                which: int, expert: int, rows: torch.Tensor, at: list[int] = at
-            ) -> torch.Tensor:
-                return self.slots.product(which, at[expert], rows)
-
-            in_turn(layer, self._experts, rows, out, these, multiply)
+            yield these
 
     def _grouped(
-        self, layer: Experts, hidden: torch.Tensor, ids: torch.Tensor, top_k: int, streams: bool
+        self, layer: Experts, hidden: torch.Tensor, ids: torch.Tensor, streams: bool
     ) -> torch.Tensor:
         """`[T * K, H]` by grouped products, in passes of fixed shape; nothing is asked of the host.
 
@@ -227,32 +219,27 @@ class LayerBuffer:
         out = hidden.new_zeros(num_rows + 1, hidden.shape[1])
         num_experts, num_slots = self.table.num_experts, self.table.num_slots
         held = [self.slots]
-        copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # by pass: experts, slots
+        copies: Copies = []
         if streams:
-            assert self._staging is not None
-            staged, keys_of = self._staging.take(self._index)
+            staged, keys_of = self._staged()
             held.append(staged)
             sizes = [num_slots, self.table.most_absent]
         else:
             keys_of, copies = self._arrange(ids)
             held *= len(copies)
             sizes = [num_slots] * len(copies)
-        keys = keys_of[ids.clamp(max=num_experts)]
-        sorted_keys, order = torch.sort(keys, stable=True)
-        groups = torch.arange(sum(sizes), device=ids.device, dtype=keys.dtype)
-        ends = torch.searchsorted(sorted_keys, groups, right=True, out_int32=True)
+        _, order, ends = by_group(keys_of[ids.clamp(max=num_experts)], sum(sizes))
         done = 0
         for number, (slots, size) in enumerate(zip(held, sizes, strict=True)):
             if size == 0:
                 continue
-            if copies:
-                self._fetch_pass(copies, number, hidden)
+            self._fetch_pass(copies, hidden, number)
             start = ends[done - 1] if done else None
             offsets = ends[done : done + size] - (0 if start is None else start)
             source = order if start is None else order[(places + start) % num_rows]
-            rows = hidden[source // top_k]
+            rows = hidden[source // self.top_k]
             assert slots.weights is not None
-            rows = grouped(layer, self._experts, rows, slots.weights, ids[source], offsets)
+            rows = grouped(layer, self.experts, rows, slots.weights, ids[source], offsets)
             out.index_copy_(0, torch.where(places < offsets[-1], source, num_rows), rows)
             done += size
         return out[:-1]
@@ -267,19 +254,14 @@ class LayerBuffer:
         """
         from hotset.kernels.fused_experts import fused_experts
 
-        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        copies: Copies = []
         if streams:
-            assert self._staging is not None
-            staged, keys_of = self._staging.take(self._index)
+            staged, keys_of = self._staged()
             table = self._addresses_of_all(staged)
         else:
             keys_of, copies = self._arrange(ids.view(-1))
             table = self._addresses_of_passes(len(copies))
         up, down = table.index_select(2, keys_of[: self.table.num_experts])  # [P, E]
-
-        def before_pass(number: int) -> None:
-            if copies:
-                self._fetch_pass(copies, number, hidden)
 
         return fused_experts(
             hidden.contiguous(),
@@ -288,7 +270,7 @@ class LayerBuffer:
             up,
             down,
             self.source.layout.down[1],
-            before_pass=before_pass,
+            before_pass=partial(self._fetch_pass, copies, hidden),
         )
 
     def _addresses_of_passes(self, num_passes: int) -> torch.Tensor:
@@ -316,9 +298,7 @@ class LayerBuffer:
             self._addresses[0] = torch.cat(parts, 1).unsqueeze(1)
         return self._addresses[0]
 
-    def _arrange(
-        self, ids: torch.Tensor
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    def _arrange(self, ids: torch.Tensor) -> tuple[torch.Tensor, Copies]:
         """`SlotTable.arrange`: where experts are, and by pass which come to which slots."""
         keys, experts, slots = self.table.arrange(ids)
         self._expect(lambda: [e for e in experts.flatten().tolist() if e >= 0], len(ids))
@@ -326,13 +306,10 @@ class LayerBuffer:
             self._prefetch.join()
         return keys, list(zip(experts, slots, strict=True))
 
-    def _fetch_pass(
-        self,
-        copies: list[tuple[torch.Tensor, torch.Tensor]],
-        number: int,
-        hidden: torch.Tensor,
-    ) -> None:
-        self.fetch(*copies[number])
+    def _fetch_pass(self, copies: Copies, hidden: torch.Tensor, number: int) -> None:
+        """Begin a pass: fetch its experts, where the step caches and so has `copies`."""
+        if copies:
+            self.fetch(*copies[number])
         if number == len(copies) - 1:  # the link is idle from here on
             self._look_ahead(hidden)
 

@@ -4,7 +4,7 @@ import torch
 
 from hotset.eviction import By, policy_named
 
-_NOBODY = -1
+_NONE = -1
 _MOST_EXPERTS_OF_KERNEL = 1024
 
 
@@ -67,12 +67,12 @@ class SlotTable:
         self._places = torch.arange(num_slots, device=device)
         self.reset()
         self._one = torch.ones(1, dtype=torch.int64, device=device)
-        self._nobody = -self._one
+        self._none = -self._one
 
     def reset(self) -> None:
         """Each slot in use has the expert of its number, and nothing was used."""
         self.state.zero_()
-        self._slot_of.fill_(_NOBODY)
+        self._slot_of.fill_(_NONE)
         active = self._places[: self.num_active]
         self._slot_of[: self.num_active] = self._expert_in[: self.num_active] = active
         self._expert_in[self.num_active :] = self.num_experts
@@ -94,7 +94,7 @@ class SlotTable:
         """Leave `num_slots` slots in use, fewer than now. Experts of the others have none then."""
         assert self._fewest <= num_slots < self.num_active
         given_up = self._expert_in[num_slots : self.num_active]
-        self._slot_of.scatter_(0, given_up, _NOBODY)
+        self._slot_of.scatter_(0, given_up, _NONE)
         given_up.fill_(self.num_experts)
         self._active.fill_(num_slots)
         self.num_active = num_slots
@@ -229,22 +229,22 @@ class SlotTable:
         is_absent = self._slot_of[:-1] < 0
         experts = torch.argsort((~is_absent).to(torch.uint8), stable=True)[: self.most_absent]
         if not self._is_fixed:
-            experts = torch.where(is_absent[experts], experts, _NOBODY)
+            experts = torch.where(is_absent[experts], experts, _NONE)
         rank = self.num_slots - 1 + is_absent.cumsum(0)
         places = torch.where(is_absent, rank, self._slot_of[:-1])
-        nobody = self.num_slots + self.most_absent
-        return experts, torch.cat([places, places.new_full((1,), nobody)])
+        none = self.num_slots + self.most_absent
+        return experts, torch.cat([places, places.new_full((1,), none)])
 
     def check(self) -> None:
         """Assert that both directions of the table agree."""
         slot_of, expert_in = self._slot_of.tolist(), self._expert_in.tolist()
-        assert slot_of[-1] == _NOBODY and expert_in[-1] == self.num_experts
+        assert slot_of[-1] == _NONE and expert_in[-1] == self.num_experts
         for slot, expert in enumerate(expert_in[:-1]):
             is_active = slot < self.num_active
             assert slot_of[expert] == slot if is_active else expert == self.num_experts
         assert self._active.tolist() == [self.num_active]
         for expert, slot in enumerate(slot_of[:-1]):
-            assert slot == _NOBODY or expert_in[slot] == expert
+            assert slot == _NONE or expert_in[slot] == expert
 
     def _num_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """`[E]` int64, how often each expert is in `ids`."""
@@ -262,15 +262,15 @@ class SlotTable:
         """
         is_real = self._places[: len(victims)] < num
         gone = torch.where(is_real, self._expert_in[victims], self.num_experts)
-        self._slot_of.scatter_(0, gone, self._nobody.expand(len(victims)))
+        self._slot_of.scatter_(0, gone, self._none.expand(len(victims)))
         come = torch.where(is_real, arriving, self.num_experts)
-        self._slot_of.scatter_(0, come, torch.where(is_real, victims, _NOBODY))
+        self._slot_of.scatter_(0, come, torch.where(is_real, victims, _NONE))
         slots = torch.where(is_real, victims, self.num_slots)
         self._expert_in.scatter_(0, slots, come)
         arrival = self._num_arrivals + self._places[: len(victims)] + 1
         self._arrival.scatter_(0, slots, arrival)
         self._num_arrivals += num
-        return torch.where(is_real, arriving, _NOBODY), victims
+        return torch.where(is_real, arriving, _NONE), victims
 
     def _order(self, wanted: torch.Tensor) -> torch.Tensor:
         """`[S]` slots, those that go first in front, those of `wanted`, `[E]` bool, last."""

@@ -1,10 +1,13 @@
 """Buffers on the device that the experts without a slot pass through, layer after layer."""
 
+from collections.abc import Callable
+
 import torch
 
 from hotset.experts.host import HostExperts, StoredExperts
 from hotset.experts.residency import SlotTable
 from hotset.experts.slots import Slots
+from hotset.experts.weights import LayerExperts
 
 
 class Staging:
@@ -17,46 +20,39 @@ class Staging:
     both.
 
     Args:
-        hosts: of each layer, in the order in which a step runs them.
+        layers: with experts in host memory, in the order in which a step runs them.
         tables: likewise.
-        is_transposed: whether weights are `[in, out]`.
+        make_slots: makes a number of slots on the device.
         is_fixed: whether the slots always hold the experts of the same number.
     """
 
     def __init__(
         self,
-        hosts: list[HostExperts],
+        layers: list[LayerExperts],
         tables: list[SlotTable],
-        device: torch.device,
+        make_slots: Callable[[int], Slots],
         *,
-        is_transposed: bool,
         is_fixed: bool,
-        packed: bool,
     ) -> None:
-        self._hosts, self._tables = hosts, tables
-        table, host = tables[0], hosts[0]
-        self._num_slots = table.num_slots
-        self._num_staged = table.most_absent
+        self._hosts = [each.source for each in layers if isinstance(each.source, HostExperts)]
+        self._tables = tables
+        table, host = tables[0], self._hosts[0]
+        device = table.state.device
+        self._num_slots, num_staged = table.num_slots, table.most_absent
         self._is_fixed = is_fixed
-        self._order = torch.arange(self._num_staged, device=device)
-
-        def make_slots() -> Slots:
-            return Slots(
-                self._num_staged, host.layout, device, packed=packed, is_transposed=is_transposed
-            )
-
+        self._order = torch.arange(num_staged, device=device)
         self._narrow: list[StoredExperts] = []
-        if self._is_fixed and host.narrow is not None:
-            size = (self._num_staged, host.payload_bytes)
+        if is_fixed and host.narrow is not None:
+            size = (num_staged, host.payload_bytes)
             self._narrow = [
                 StoredExperts(
                     host.layout, host.narrow, torch.zeros(size, dtype=torch.uint8, device=device)
                 )
                 for _ in range(2)
             ]
-            self._buffers = [make_slots()] * 2
+            self._buffers = [make_slots(num_staged)] * 2
         else:
-            self._buffers = [make_slots(), make_slots()]
+            self._buffers = [make_slots(num_staged), make_slots(num_staged)]
         # By buffer: experts and places, see `SlotTable.absent`. Kept, as the other stream reads
         # them.
         self._lists = [table.absent()] * 2
@@ -78,7 +74,7 @@ class Staging:
         if layer + 1 < len(self._hosts):
             self._start(layer + 1)
         if self._narrow:
-            self._fetch(layer, self._narrow[layer % 2], self._order)
+            buffer.fetch(self._narrow[layer % 2], self._order, self._order)
         return buffer, places
 
     def join(self) -> None:
@@ -109,19 +105,4 @@ class Staging:
             target.copy_(host.payloads[self._num_slots :], non_blocking=True)
         else:
             experts, _ = self._lists[layer % 2]
-            self._fetch(layer, host, experts, beside_compute=True)
-
-    def _fetch(
-        self,
-        layer: int,
-        source: StoredExperts,
-        experts: torch.Tensor,
-        *,
-        beside_compute: bool = False,
-    ) -> None:
-        self._buffers[layer % 2].fetch(
-            source,
-            experts,
-            self._order,
-            beside_compute=beside_compute,
-        )
+            buffer.fetch(host, experts, self._order, beside_compute=True)

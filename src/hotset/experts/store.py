@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -26,18 +25,6 @@ _NUM_THREADS = 4
 _MOST_IN_TRANSIT = 16
 _CLOSE_S = 5.0
 _LATE = "expert_disk_late"
-
-
-class Event(Protocol):
-    """The end of something that reads a slot, such as `torch.cuda.Event`."""
-
-    def query(self) -> bool:
-        """Whether it has ended."""
-        ...
-
-    def synchronize(self) -> None:
-        """Wait for its end."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +113,8 @@ class ExpertStore:
         # Of each layer, the experts that it keeps: READY and without a pin.
         self._kept: list[Order[bytes]] = [policy_named(eviction).order() for _ in range(num_layers)]
         self._host = Residency(num_slots, self._kept_beside)
-        self._copies: dict[int, Event] = {}  # by slot: until it may be written
-        self._leaving: deque[tuple[int, Event]] = deque()  # detached slots
+        self._copies: dict[int, torch.cuda.Event] = {}  # by slot: until it may be written
+        self._leaving: deque[tuple[int, torch.cuda.Event]] = deque()  # detached slots
         self._wanted: deque[bytes] = deque()  # to be read, in this order
         self._planned: dict[bytes, None] = {}  # what a step is going to take; READY: pinned
         self._current: set[bytes] = set()  # of these, in the layer of now
@@ -219,7 +206,11 @@ class ExpertStore:
 
     @contextmanager
     def take(
-        self, layer: int, expert: int, *, until: Callable[[], Event | None] = lambda: None
+        self,
+        layer: int,
+        expert: int,
+        *,
+        until: Callable[[], torch.cuda.Event | None] = lambda: None,
     ) -> Iterator[torch.Tensor]:
         """The `[payload_bytes]` uint8 of one expert, in host memory; waits for the disk.
 

@@ -4,11 +4,10 @@
 differs between versions of transformers is read there, once.
 """
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import distributed, nn
@@ -16,10 +15,11 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from hotset.experts.host import ColdSource, ExpertLayout, HostExperts
-from hotset.linear.packed import PackedLinear
+from hotset.linear.packed import PackedLinear, is_packable
 
 if TYPE_CHECKING:
     from hotset.experts.layer import LayerBuffer
+    from hotset.experts.recorder import LayerCounts
 
 # The name that transformers knows dynamic gating by.
 IMPLEMENTATION = "hotset"
@@ -62,14 +62,7 @@ class Hosted:
     buffer: "LayerBuffer | None" = None
 
 
-@dataclass(frozen=True, eq=False)
-class Skipped:
-    """Experts add nothing for now, while a model is probed; `before` comes back after that."""
-
-    before: "State"
-
-
-State: TypeAlias = Resident | Packed | Hosted | Skipped
+State: TypeAlias = Resident | Packed | Hosted
 
 
 @dataclass(frozen=True)
@@ -85,19 +78,12 @@ class Shard:
     group: distributed.ProcessGroup | None
 
 
-class Counts(Protocol):
-    """Takes note of the ids of a step; see `recorder`."""
-
-    def add(self, top_k_index: torch.Tensor) -> None:
-        """Count `[T, K]` expert ids."""
-        ...
-
-
 class LayerExperts:
     """The experts of one layer: their sizes, read from its module once, and where they are.
 
-    The state goes from resident to packed and back, from resident to hosted and back, and from each
-    of them to skipped and back. A bug that wants another way fails an assertion.
+    The state goes from resident to packed and back, and from resident to hosted and back. A bug
+    that wants another way fails an assertion. A rank's shard is of experts in any state; that it is
+    never of hosted ones is checked where experts are hosted, and where they are spread.
 
     Attributes:
         num_experts: E, of this rank.
@@ -109,6 +95,7 @@ class LayerExperts:
         masks_others: whether ids of E and more may come, whose rows add nothing.
         is_spread: whether transformers itself has spread the experts over ranks.
         state: where the weights are.
+        is_skipped: whether experts add nothing for now, while a model is probed.
         shard: None where this rank has all experts.
         counts: None where no recorder counts.
     """
@@ -134,8 +121,9 @@ class LayerExperts:
             and type(module.act_fn) in (nn.SiLU, SiLUActivation)
         )
         self.state: State = Resident()
+        self.is_skipped = False
         self.shard: Shard | None = None
-        self.counts: Counts | None = None
+        self.counts: LayerCounts | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerExperts":
         """Of the copy of the module that is under way; only resident experts are copied."""
@@ -165,11 +153,10 @@ class LayerExperts:
     @property
     def layout(self) -> ExpertLayout:
         """Of one expert as it is computed with, wherever the weights are."""
-        state = self.state.before if isinstance(self.state, Skipped) else self.state
-        if isinstance(state, Packed):
-            return state.layout
-        if isinstance(state, Hosted):
-            return state.source.layout
+        if isinstance(self.state, Packed):
+            return self.state.layout
+        if isinstance(self.state, Hosted):
+            return self.state.source.layout
         assert self.weights is not None
         up, down = self.weights
         return ExpertLayout((up.shape[1], up.shape[2]), (down.shape[1], down.shape[2]), up.dtype)
@@ -196,12 +183,10 @@ class LayerExperts:
         return isinstance(self.state, Packed)
 
     @property
-    def is_packable(self) -> bool:
-        """Whether `pack` does something."""
-        return isinstance(self.state, Resident) and all(
-            weight.device.type == "cpu" and weight.dtype == torch.float32
-            for weight in self.weights or ()
-        )
+    def source(self) -> ColdSource:
+        """Where all of the hosted experts are."""
+        assert isinstance(self.state, Hosted)
+        return self.state.source
 
     @property
     def buffer(self) -> "LayerBuffer":
@@ -213,13 +198,17 @@ class LayerExperts:
         """What the weights take on `device`, None for anywhere; 0 for those that are hosted."""
         if isinstance(self.state, Packed):
             packed = [*self.state.up, *self.state.down]
-            return sum(each.num_bytes for each in packed) if device in (None, _CPU) else 0
+            return (
+                sum(each.num_bytes for each in packed)
+                if device in (None, torch.device("cpu"))
+                else 0
+            )
         weights = self.weights or ()
         return sum(weight.nbytes for weight in weights if device in (None, weight.device))
 
     def pack(self) -> None:
         """Pack resident float32 weights on the CPU, as `pack_linears` does. Others stay."""
-        if self.is_packable:
+        if isinstance(self.state, Resident) and all(map(is_packable, self.weights or ())):
             layout = self.layout
             self.state = Packed(layout, *(self._take_packed(name) for name in self.names))
 
@@ -257,16 +246,6 @@ class LayerExperts:
                 self._set(name, weight.to(device))
         self.state = Resident()
 
-    @contextlib.contextmanager
-    def skipped(self) -> Iterator[None]:
-        """Within it the experts add nothing."""
-        assert not isinstance(self.state, Skipped)
-        before, self.state = self.state, Skipped(self.state)
-        try:
-            yield
-        finally:
-            self.state = before
-
     def spread(self, shard: Shard, mine: Sequence[int]) -> int:
         """Keep this rank's experts, `mine` by their ids, and no others; returns bytes let go."""
         assert isinstance(self.state, Resident) and self.shard is None
@@ -295,9 +274,6 @@ class LayerExperts:
 
     def _set(self, name: str, weight: torch.Tensor) -> None:
         setattr(self.module, name, nn.Parameter(weight, requires_grad=False))
-
-
-_CPU = torch.device("cpu")
 
 
 def experts_of(module: Experts) -> LayerExperts:

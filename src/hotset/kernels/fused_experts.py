@@ -142,7 +142,9 @@ def _sum_rows(  # type: ignore[no-untyped-def]
     sums = tl.zeros([COLUMNS], tl.float32)
     for k in tl.static_range(TOP_K):  # all reads are under way before the first sum
         row = token * TOP_K + k
-        width = tl.where(tl.load(ids + row) < NUM_EXPERTS, HIDDEN, 0)  # nobody wrote the others
+        width = tl.where(
+            tl.load(ids + row) < NUM_EXPERTS, HIDDEN, 0
+        )  # no program writes the others
         sums += tl.load(rows + row * HIDDEN + column, mask=column < width, other=0.0)
     at = out + token * HIDDEN + column
     tl.store(at, sums.to(out.dtype.element_ty), mask=column < HIDDEN)
@@ -259,7 +261,8 @@ def weighted_down(
         routing: as for that.
         addresses: `[E]` int64 on the device, of `[H, I]`; those of 0 as for `gated_up`.
         weights: `[T, K]` floats, contiguous.
-        out: `[T * K, H]`, contiguous, dtype of `middle`. Mutated, but for rows that are nobody's.
+        out: `[T * K, H]`, contiguous, dtype of `middle`. Rows with an expert here are
+            written.
         tiles: as for `gated_up`.
     """
     hidden_size, tile = out.shape[1], tiles.down
@@ -309,7 +312,7 @@ def sum_rows(rows: torch.Tensor, ids: torch.Tensor, out: torch.Tensor, *, num_ex
 
 
 def tiles_for(num_rows: int, num_experts: int, device: torch.device) -> Tiles:
-    """The tiles for so many rows on this device."""
+    """The tiles for `num_rows` rows on this device."""
     return TUNINGS[device.type].tiles(num_rows, num_experts, shared_bytes=_shared_bytes(device))
 
 

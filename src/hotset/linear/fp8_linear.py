@@ -92,7 +92,7 @@ def can_be_fp8(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of `model`, by name, that 8-bit weights can stand in for.
 
     Not the one that makes logits, where an error shows most, nor routers, which are tiny and whose
-    choices are all or nothing, nor layers that the model reads itself (see `linear_reads`), nor
+    choices are all or nothing, nor layers that the model reads itself (see `linear.reads`), nor
     sizes that the product does not know.
     """
     get_output = getattr(model, "get_output_embeddings", lambda: None)

@@ -28,7 +28,7 @@ class PackedLinear(nn.Module):
     """What `nn.Linear` computes, from a packed copy of its weight; the weight is not kept.
 
     It has what model code reads of a linear layer, but `weight` is made at each reading: layers
-    that are known to be read are left as they are, see `linear_reads`.
+    that are known to be read are left as they are, see `linear.reads`.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -75,7 +75,7 @@ def pack_linears(model: nn.Module) -> None:
     with torch.inference_mode():
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                if not is_replaceable(child) or not _is_packable(child.weight):
+                if not is_replaceable(child) or not is_packable(child.weight):
                     continue
                 if _has_room(child.weight):
                     setattr(parent, name, PackedLinear(child))
@@ -88,5 +88,6 @@ def _has_room(weight: torch.Tensor) -> bool:
     return is_small or available_host_bytes() > _PACKING_COPIES * weight.nbytes
 
 
-def _is_packable(weight: torch.Tensor) -> bool:
+def is_packable(weight: torch.Tensor) -> bool:
+    """Whether oneDNN has a product of it."""
     return weight.device.type == "cpu" and weight.dtype == torch.float32

@@ -5,12 +5,16 @@ itself, for its dtype or for a product of its own; such a layer has to stay as i
 """
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+_read: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers
+_noted: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models
 
 
 @contextlib.contextmanager
@@ -19,7 +23,7 @@ def noting_reads(model: nn.Module) -> Iterator[None]:
 
     Does nothing for a model that has been marked: code compiled for its layers stays good.
     """
-    if model.__dict__.get("reads_are_noted"):
+    if model in _noted:
         yield
         return
     layers = [module for module in model.modules() if type(module) is nn.Linear]
@@ -30,7 +34,7 @@ def noting_reads(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.__class__ = nn.Linear
-    model.__dict__["reads_are_noted"] = True
+    _noted.add(model)
 
 
 def is_replaceable(layer: object) -> TypeGuard[nn.Linear]:
@@ -41,12 +45,12 @@ def is_replaceable(layer: object) -> TypeGuard[nn.Linear]:
 
 def is_read(layer: nn.Module) -> bool:
     """Whether the model was seen to read its weight or bias."""
-    return getattr(layer, "is_read_by_model", False)
+    return layer in _read
 
 
 def mark_as_read(layer: nn.Module) -> None:
     """Note that the model reads its weight or bias, as another model of its kind does."""
-    layer.__dict__["is_read_by_model"] = True
+    _read.add(layer)
 
 
 class _Watched(nn.Linear):

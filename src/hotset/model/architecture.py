@@ -30,11 +30,11 @@ class Architecture:
     Attributes:
         config: of transformers.
         fields: what config.json holds.
-        model_class: makes the model without the parts in `unused`; its name is that of the class
-            in transformers.
+        model_class: makes the model without the parts in `unused`; it has the name
+            of the class in transformers.
         is_inspected: whether the model ran without memory; else only its values can tell.
         read_layers: paths of the linear layers whose weight the model reads itself, see
-            `linear_reads`.
+            `linear.reads`.
         unused: paths of the parts that text never goes through, which are not loaded.
         unused_parameters: how many numbers they hold.
     """
@@ -66,7 +66,7 @@ class Architecture:
         return model
 
     def mark_read_layers(self, model: nn.Module) -> None:
-        """Mark the layers of `model` that are not to be replaced; see `linear_reads`."""
+        """Mark the layers of `model` that are not to be replaced; see `linear.reads`."""
         for path in self.read_layers:
             mark_as_read(model.get_submodule(path))
 
