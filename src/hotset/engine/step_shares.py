@@ -7,7 +7,7 @@ from hotset.engine.urgency import PromptOrder
 from hotset.kv.cache import KVCache
 from hotset.sequence import Kind, Request, RequestStatus
 
-# The oldest prompt gets a quarter of what a step has for prompts, and so does the one
+# The oldest prompt gets a quarter of what a step has for prompts, rounded up, and so does the one
 # that lacks the fewest tokens: neither waits for the others. What is left goes by urgency.
 _SURE_PART = 4
 
@@ -41,7 +41,7 @@ class StepShares:
         self._budget = budget
         self._prompt_budget = prompt_budget
         self._scored_budget = scored_budget
-        self._sure = max(1, prompt_budget // _SURE_PART)
+        self._sure = -(-prompt_budget // _SURE_PART)
         self._shares: dict[Request, int] = {}
         self._running = running
         self._prompts: list[Request] = []  # requests with more than one token to compute
