@@ -31,6 +31,7 @@ MLA = {
     "n_shared_experts": 2,
     "first_k_dense_replace": 1,
 }
+INDEX = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 8}
 MAMBA = {
     "mamba_n_heads": 12,
     "mamba_d_head": 8,
@@ -78,7 +79,25 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3", {**MLA, "n_group": 4, "topk_group": 2}),
     (
         "deepseek_v32",
-        {**MLA, "index_head_dim": 16, "index_n_heads": 2, "n_group": 4, "topk_group": 2},
+        {**MLA, **INDEX, "n_group": 4, "topk_group": 2},
+    ),
+    ("glm_moe_dsa", {**MLA, **INDEX, "index_topk_pattern": "FSSSFS"}),
+    ("glm_moe_dsa", {**MLA, **INDEX, "index_topk_freq": 3, "index_skip_topk_offset": 3}),
+    ("glm4_moe_lite", MLA),
+    ("hy_v4", {**MLA, **INDEX, "hc_mult": 3, "num_attention_heads": 4}),
+    ("youtu", {**MLA, "q_lora_rank": None}),
+    ("minicpm3", {**MLA, "v_head_dim": None, "mlp_bias": True}),
+    ("axk1", {**MLA, "n_group": 4, "topk_group": 2}),
+    (
+        "longcat_flash",
+        {
+            **MLA,
+            "num_layers": 3,
+            "ffn_hidden_size": 80,
+            "expert_ffn_hidden_size": 24,
+            "moe_topk": 2,
+            "zero_expert_num": 4,
+        },
     ),
     (
         "llama4_text",

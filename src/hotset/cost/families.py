@@ -5,22 +5,29 @@ A vision tower is not counted. What is not known here is refused by name, never 
 
 import difflib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from hotset.cost.family_experts import deepseek_moe, gpt_oss_moe, mixtral_moe, olmoe_moe, qwen_moe
+from hotset.cost.family_hybrids import bamba, jamba, mamba2_only, qwen3_next
 from hotset.cost.family_layers import (
     Llama,
     alternating,
     always_window,
-    bamba,
-    deepseek,
     every,
     gemma4,
-    jamba,
+    gemma4_beside,
     llama4,
-    mamba2_only,
     nemotron_nas,
-    qwen3_next,
     qwen_window,
+    starcoder2_beside,
+)
+from hotset.cost.family_mla import (
+    Mla,
+    full_indexers,
+    glm_indexers,
+    hy_beside,
+    hy_indexers,
+    longcat,
 )
 from hotset.cost.mixers import Config, Facts
 from hotset.cost.params import Params
@@ -29,143 +36,175 @@ from hotset.cost.shape import Layer, ModelShape
 from hotset.errors import PlanError
 
 Builder = Callable[[Facts], list[Layer]]
+Beside = Callable[[Facts, int], tuple[Params, Params]]
 
-FAMILIES: dict[str, Builder] = {
-    "llama": Llama().layers,
-    "mistral": Llama(qkv_bias=False, out_bias=False, mlp_bias=False, window=always_window).layers,
-    "ministral3": Llama(
-        qkv_bias=False, out_bias=False, mlp_bias=False, window=always_window
-    ).layers,
-    "ministral": Llama(qkv_bias=False, out_bias=False, mlp_bias=False, window=always_window).layers,
-    "qwen2": Llama(qkv_bias=True, out_bias=False, mlp_bias=False, window=qwen_window).layers,
-    "qwen3": Llama(qk_norm="head", mlp_bias=False, window=qwen_window).layers,
-    "phi3": Llama(qkv_bias=False, out_bias=False, mlp_bias=False, window=always_window).layers,
-    "granite": Llama().layers,
-    "smollm3": Llama(window=qwen_window).layers,
-    "gemma": Llama(mlp_bias=False).layers,
-    "gemma2": Llama(norms=4, mlp_bias=False, window=alternating).layers,
-    "gemma3_text": Llama(
-        norms=4,
-        qk_norm="head",
-        mlp_bias=False,
-        window=every("sliding_window_pattern", 6),
-    ).layers,
-    "gemma4_text": gemma4,
-    "olmo2": Llama(qk_norm="all", mlp_bias=False).layers,
-    "olmo3": Llama(qk_norm="all", mlp_bias=False, window=every("sliding_window_pattern", 4)).layers,
-    "cohere2": Llama(norms=1, mlp_bias=False, window=every("sliding_window_pattern", 4)).layers,
-    "starcoder2": Llama(
-        qkv_bias="use_bias",
-        out_bias="use_bias",
-        mlp_bias="use_bias",
-        gated_mlp=False,
-        layer_norm=True,
-        window=always_window,
-    ).layers,
-    "mixtral": Llama(qkv_bias=False, out_bias=False, moe=mixtral_moe, window=always_window).layers,
-    "granitemoe": Llama(moe=mixtral_moe).layers,
-    "qwen2_moe": Llama(
-        qkv_bias=("qkv_bias", True),
-        out_bias=False,
-        moe=qwen_moe,
-        window=qwen_window,
-        mlp_bias=False,
-    ).layers,
-    "qwen3_moe": Llama(qk_norm="head", moe=qwen_moe, window=qwen_window, mlp_bias=False).layers,
-    "olmoe": Llama(qk_norm="all", moe=olmoe_moe).layers,
-    "gpt_oss": Llama(
-        qkv_bias=("attention_bias", True),
-        out_bias=("attention_bias", True),
-        sinks=True,
-        moe=gpt_oss_moe,
-        window=alternating,
-    ).layers,
-    "glm4_moe": Llama(
-        out_bias=False, qk_norm_if="use_qk_norm", moe=deepseek_moe, mlp_bias=False
-    ).layers,
-    "deepseek_v2": deepseek,
-    "deepseek_v3": deepseek,
-    "deepseek_v32": deepseek,
-    "glm_moe_dsa": deepseek,
-    "kimi_k2": deepseek,
-    "llama4_text": llama4,
-    "qwen3_next": qwen3_next,
-    "qwen3_5_text": qwen3_next,
-    "qwen3_5_moe_text": qwen3_next,
-    "bamba": bamba,
-    "granitemoehybrid": bamba,
-    "jamba": jamba,
-    "mamba2": mamba2_only,
-    "nemotron-nas": nemotron_nas,
-}
 
-# Defaults of transformers' classes that differ from the builders'. Text parts of wrappers often
-# lack such fields: transformers leaves out values that equal the class's default.
-_DEFAULTS: dict[str, Config] = {
-    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
-    "ministral": {"sliding_window": 4096, "num_key_value_heads": 8},
-    "ministral3": {"head_dim": 128, "num_key_value_heads": 8},
-    "qwen2": {"max_window_layers": 28},
-    "qwen3": {"max_window_layers": 28, "head_dim": 128},
-    "smollm3": {"num_key_value_heads": 4},
-    "gemma": {"head_dim": 256},
-    "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096},
-    "gemma3_text": {
-        "head_dim": 256,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "sliding_window": 4096,
-        "vocab_size": 262_208,
-    },
-    "gemma4_text": {"num_key_value_heads": 4, "sliding_window": 512, "vocab_size": 262_144},
-    "starcoder2": {"use_bias": True, "num_key_value_heads": 2},
-    "mixtral": {"num_key_value_heads": 8},
-    "qwen2_moe": {"max_window_layers": 28, "shared_expert_intermediate_size": 5632},
-    "qwen3_moe": {"num_key_value_heads": 4},
-    "gpt_oss": {"head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128},
-    "glm4_moe": {"n_shared_experts": 1, "first_k_dense_replace": 1},
-    "deepseek_v2": {"q_lora_rank": 1536, "n_shared_experts": 2},
-    "deepseek_v3": {"q_lora_rank": 1536, "n_shared_experts": 1, "first_k_dense_replace": 3},
-    "deepseek_v32": {
-        "q_lora_rank": 1536,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 3,
-        "index_topk": 2048,
-        "index_n_heads": 64,
-        "index_head_dim": 128,
-    },
-    "glm_moe_dsa": {
-        "q_lora_rank": 2048,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 3,
-        "index_topk": 2048,
-        "index_n_heads": 32,
-        "index_head_dim": 128,
-    },
-    "llama4_text": {"head_dim": 128, "num_key_value_heads": 8},
-    "qwen3_next": {
-        "head_dim": 256,
-        "num_key_value_heads": 2,
-        "num_experts": 512,
-        "shared_expert_intermediate_size": 512,
-    },
-    "qwen3_5_text": {"head_dim": 256, "num_key_value_heads": 4},
-    "qwen3_5_moe_text": {
-        "head_dim": 256,
-        "num_key_value_heads": 2,
-        "num_experts": 256,
-        "shared_expert_intermediate_size": 512,
-    },
-    "bamba": {"num_key_value_heads": 8},
-    "granitemoehybrid": {"num_local_experts": 8},
-    "jamba": {"num_key_value_heads": 8},
-    "mamba2": {"n_groups": 8},
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models of one `model_type`.
+
+    Attributes:
+        layers: all layers of a model.
+        defaults: of transformers' class, where the builder has another or none. Text parts of
+            wrappers often lack such fields: transformers leaves out values that equal them.
+        tied: the head is the embedding unless the config says otherwise.
+        beside: what it holds more in its embedding and beside its layers, by its facts and their
+            number.
+    """
+
+    layers: Builder
+    defaults: Config = field(default_factory=dict)
+    tied: bool = False
+    beside: Beside | None = None
+
+
+_MISTRAL = Llama(qkv_bias=False, out_bias=False, mlp_bias=False, window=always_window)
+_DEEPSEEK = {"q_lora_rank": 1536, "n_shared_experts": 1, "first_k_dense_replace": 3}
+_INDEX = {"index_topk": 2048, "index_head_dim": 128}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(Llama()),
+    "mistral": Family(_MISTRAL, {"sliding_window": 4096, "num_key_value_heads": 8}),
+    "ministral3": Family(_MISTRAL, {"head_dim": 128, "num_key_value_heads": 8}),
+    "ministral": Family(_MISTRAL, {"sliding_window": 4096, "num_key_value_heads": 8}),
+    "qwen2": Family(
+        Llama(qkv_bias=True, out_bias=False, mlp_bias=False, window=qwen_window),
+        {"max_window_layers": 28},
+    ),
+    "qwen3": Family(
+        Llama(qk_norm="head", mlp_bias=False, window=qwen_window),
+        {"max_window_layers": 28, "head_dim": 128},
+    ),
+    "phi3": Family(_MISTRAL),
+    "granite": Family(Llama()),
+    "smollm3": Family(Llama(window=qwen_window), {"num_key_value_heads": 4}, tied=True),
+    "gemma": Family(Llama(mlp_bias=False), {"head_dim": 256}, tied=True),
+    "gemma2": Family(
+        Llama(norms=4, mlp_bias=False, window=alternating),
+        {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096},
+        tied=True,
+    ),
+    "gemma3_text": Family(
+        Llama(norms=4, qk_norm="head", mlp_bias=False, window=every("sliding_window_pattern", 6)),
+        {
+            "head_dim": 256,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "vocab_size": 262_208,
+        },
+        tied=True,
+    ),
+    "gemma4_text": Family(
+        gemma4,
+        {"num_key_value_heads": 4, "sliding_window": 512, "vocab_size": 262_144},
+        tied=True,
+        beside=gemma4_beside,
+    ),
+    "olmo2": Family(Llama(qk_norm="all", mlp_bias=False)),
+    "olmo3": Family(
+        Llama(qk_norm="all", mlp_bias=False, window=every("sliding_window_pattern", 4))
+    ),
+    "cohere2": Family(
+        Llama(norms=1, mlp_bias=False, window=every("sliding_window_pattern", 4)), tied=True
+    ),
+    "starcoder2": Family(
+        Llama(
+            qkv_bias="use_bias",
+            out_bias="use_bias",
+            mlp_bias="use_bias",
+            gated_mlp=False,
+            layer_norm=True,
+            window=always_window,
+        ),
+        {"use_bias": True, "num_key_value_heads": 2},
+        tied=True,
+        beside=starcoder2_beside,
+    ),
+    "mixtral": Family(
+        Llama(qkv_bias=False, out_bias=False, moe=mixtral_moe, window=always_window),
+        {"num_key_value_heads": 8},
+    ),
+    "granitemoe": Family(Llama(moe=mixtral_moe)),
+    "qwen2_moe": Family(
+        Llama(
+            qkv_bias=("qkv_bias", True),
+            out_bias=False,
+            moe=qwen_moe,
+            window=qwen_window,
+            mlp_bias=False,
+        ),
+        {"max_window_layers": 28, "shared_expert_intermediate_size": 5632},
+    ),
+    "qwen3_moe": Family(
+        Llama(qk_norm="head", moe=qwen_moe, window=qwen_window, mlp_bias=False),
+        {"num_key_value_heads": 4},
+    ),
+    "olmoe": Family(Llama(qk_norm="all", moe=olmoe_moe)),
+    "gpt_oss": Family(
+        Llama(
+            qkv_bias=("attention_bias", True),
+            out_bias=("attention_bias", True),
+            sinks=True,
+            moe=gpt_oss_moe,
+            window=alternating,
+        ),
+        {"head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128},
+    ),
+    "glm4_moe": Family(
+        Llama(out_bias=False, qk_norm_if="use_qk_norm", moe=deepseek_moe, mlp_bias=False),
+        {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    ),
+    "deepseek_v2": Family(Mla(), {"q_lora_rank": 1536, "n_shared_experts": 2}),
+    "deepseek_v3": Family(Mla(), _DEEPSEEK),
+    "deepseek_v32": Family(
+        Mla(indexers=full_indexers), {**_INDEX, **_DEEPSEEK, "index_n_heads": 64}
+    ),
+    "glm_moe_dsa": Family(
+        Mla(indexers=glm_indexers),
+        {**_INDEX, **_DEEPSEEK, "q_lora_rank": 2048, "index_n_heads": 32},
+    ),
+    "kimi_k2": Family(Mla()),
+    "glm4_moe_lite": Family(Mla(), {"q_lora_rank": 768, "n_shared_experts": 1}),
+    "youtu": Family(Mla(has_experts=False), {"q_lora_rank": 1536}, tied=True),
+    "minicpm3": Family(Mla(has_experts=False), {"q_lora_rank": 768}, tied=True),
+    "axk1": Family(
+        Mla(moe_norm=True), {"q_lora_rank": 1536, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    ),
+    "hy_v4": Family(
+        Mla(indexers=hy_indexers, gated=True, hyper=True),
+        {**_INDEX, **_DEEPSEEK, "index_n_heads": 16},
+        beside=hy_beside,
+    ),
+    "longcat_flash": Family(longcat, {"q_lora_rank": 1536, "zero_expert_num": 256}),
+    "llama4_text": Family(llama4, {"head_dim": 128, "num_key_value_heads": 8}),
+    "qwen3_next": Family(
+        qwen3_next,
+        {
+            "head_dim": 256,
+            "num_key_value_heads": 2,
+            "num_experts": 512,
+            "shared_expert_intermediate_size": 512,
+        },
+    ),
+    "qwen3_5_text": Family(qwen3_next, {"head_dim": 256, "num_key_value_heads": 4}),
+    "qwen3_5_moe_text": Family(
+        qwen3_next,
+        {
+            "head_dim": 256,
+            "num_key_value_heads": 2,
+            "num_experts": 256,
+            "shared_expert_intermediate_size": 512,
+        },
+    ),
+    "bamba": Family(bamba, {"num_key_value_heads": 8}),
+    "granitemoehybrid": Family(bamba, {"num_local_experts": 8}),
+    "jamba": Family(jamba, {"num_key_value_heads": 8}),
+    "mamba2": Family(mamba2_only, {"n_groups": 8}),
+    "nemotron-nas": Family(nemotron_nas),
 }
-# Of these, the other name that transformers reads them under.
+# Of these defaults, the other name that transformers reads them under.
 _ALIASES = {"num_experts": "num_local_experts"}
-
-# Types whose head is the embedding unless the config says otherwise.
-_TIED = {"gemma", "gemma2", "gemma3_text", "gemma4_text", "cohere2", "starcoder2", "smollm3"}
 
 # Configs that wrap a text model beside a vision or audio one; its type, where it names none.
 _WRAPPERS = {
@@ -208,50 +247,12 @@ def shape_from_config(config: Config, name: str, source: str = "") -> ModelShape
         PlanError: the model type, an attention type or a quantisation is not known, or a field
             is missing or makes no sense.
     """
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise PlanError(f"config of {name} has no model_type; expected a transformers config.json")
-    model_type: str = config["model_type"]
-    outer = config
-    if model_type in _WRAPPERS:
-        if not isinstance(config.get("text_config"), dict):
-            raise PlanError(f"config of {name} is of type {model_type!r} but has no text_config")
-        config = _text_config(outer, name)
-        model_type = config.get("model_type") or _WRAPPERS[model_type]
-    build = FAMILIES.get(model_type)
-    if build is None:
-        known = sorted({*FAMILIES, *_WRAPPERS})
-        near = difflib.get_close_matches(model_type, known, n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise PlanError(
-            f"model type {model_type!r} is not known, so its KV and weights are not guessed{hint}; "
-            f"known: {', '.join(known)}"
-        )
-    defaults = {
-        name: value
-        for name, value in _DEFAULTS.get(model_type, {}).items()
-        if name not in config and _ALIASES.get(name) not in config
-    }
-    f = Facts({**defaults, **config}, model_type)
-    if model_type != "gemma4_text" and f.get("per_layer_config", default=None):
-        raise PlanError(
-            f"config of {name} has per_layer_config, which is not known for {model_type}: its "
-            "layers differ, so their sizes are not guessed"
-        )
-    try:
-        layers = tuple(build(f))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise PlanError(
-            f"config of {name} ({model_type}) is not as transformers writes it: {error!r}"
-        ) from error
+    config, model_type = _text_part(config, name)
+    family, f = _family(config, name, model_type)
+    layers = _layers(family, f, name)
     hidden, vocab = f.count("hidden_size"), f.count("vocab_size")
-    tied = bool(f.get("tie_word_embeddings", default=model_type in _TIED))
-    embedding = Params(vocab * hidden)
-    other = Params(vector=hidden * (2 if model_type == "starcoder2" else 1))
-    per_layer_width = f.get("hidden_size_per_layer_input", default=256)
-    if model_type == "gemma4_text" and per_layer_width:
-        width = len(layers) * per_layer_width
-        embedding += Params(f.count("vocab_size_per_layer_input", default=262_144) * width)
-        other += Params(hidden * width, per_layer_width)
+    tied = bool(f.get("tie_word_embeddings", default=family.tied))
+    embedding, other = family.beside(f, len(layers)) if family.beside else (Params(), Params())
     groups = None
     if f.get("n_group", default=1) > 1 and f.get("topk_group", default=0):
         groups = (f.count("n_group"), f.count("topk_group"))
@@ -262,15 +263,62 @@ def shape_from_config(config: Config, name: str, source: str = "") -> ModelShape
         hidden_size=hidden,
         vocab_size=vocab,
         layers=layers,
-        embedding=embedding,
+        embedding=Params(vocab * hidden) + embedding,
         head=Params() if tied else Params(vocab * hidden),
-        other=other,
+        other=Params(vector=hidden) + other,
         plain_dtype=plain,
         quantised=quantised,
         expert_groups=groups,
         max_context=f.get("max_position_embeddings", default=None),
         source=source,
     )
+
+
+def _text_part(config: Config, name: str) -> tuple[Config, str]:
+    """The config of the text model, and its type."""
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise PlanError(f"config of {name} has no model_type; expected a transformers config.json")
+    model_type: str = config["model_type"]
+    if model_type not in _WRAPPERS:
+        return config, model_type
+    if not isinstance(config.get("text_config"), dict):
+        raise PlanError(f"config of {name} is of type {model_type!r} but has no text_config")
+    text = _text_config(config, name)
+    return text, text.get("model_type") or _WRAPPERS[model_type]
+
+
+def _family(config: Config, name: str, model_type: str) -> tuple[Family, Facts]:
+    """What reads a config, and its facts with the defaults of transformers."""
+    family = FAMILIES.get(model_type)
+    if family is None:
+        known = sorted({*FAMILIES, *_WRAPPERS})
+        near = difflib.get_close_matches(model_type, known, n=3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise PlanError(
+            f"model type {model_type!r} is not known, so its KV and weights are not guessed{hint}; "
+            f"known: {', '.join(known)}"
+        )
+    defaults = {
+        field: value
+        for field, value in family.defaults.items()
+        if field not in config and _ALIASES.get(field) not in config
+    }
+    f = Facts({**defaults, **config}, model_type)
+    if model_type != "gemma4_text" and f.get("per_layer_config", default=None):
+        raise PlanError(
+            f"config of {name} has per_layer_config, which is not known for {model_type}: its "
+            "layers differ, so their sizes are not guessed"
+        )
+    return family, f
+
+
+def _layers(family: Family, f: Facts, name: str) -> tuple[Layer, ...]:
+    try:
+        return tuple(family.layers(f))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise PlanError(
+            f"config of {name} ({f.model_type}) is not as transformers writes it: {error!r}"
+        ) from error
 
 
 def _text_config(outer: Config, name: str) -> Config:

@@ -1,21 +1,42 @@
 """The experts of a layer in each family of models, from the facts of a config."""
 
+from typing import NamedTuple
+
+from hotset.cost.attention import Attention
 from hotset.cost.mixers import Facts, mlp_params
 from hotset.cost.params import Params
+from hotset.cost.shape import Layer
 from hotset.errors import PlanError
 
-Moe = tuple[Params, Params, Params, int, int]
-
 # In transformers; others ignore the field.
-_OBEYS_MLP_LAYER_TYPES = {"deepseek_v32", "glm_moe_dsa"}
+_OBEYS_MLP_LAYER_TYPES = {"deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "hy_v4", "axk1"}
+
+# In transformers, whatever first_k_dense_replace says.
+_FIRST_IS_DENSE = {"glm4_moe_lite", "hy_v4"}
+
+
+class Moe(NamedTuple):
+    """The experts of a layer; see `Layer`."""
+
+    router: Params
+    expert: Params
+    num_experts: int
+    top_k: int
+    shared: Params = Params()
+
+    def layer(self, attention: Attention, norms: Params) -> Layer:
+        """A layer with these experts."""
+        return Layer(
+            attention, self.shared, norms, self.router, self.expert, self.num_experts, self.top_k
+        )
 
 
 def moe(f: Facts, num: int, top_k: int, width: int, *, shared: Params | None = None) -> Moe:
-    """Router, one expert, shared part, experts, top-k."""
+    """Experts of that inner width."""
     if top_k > num:
         raise PlanError(f"config routes each token to {top_k} of {num} experts")
     router = Params(f.count("hidden_size") * num)
-    return router, mlp_params(f, width), shared or Params(), num, top_k
+    return Moe(router, mlp_params(f, width), num, top_k, shared or Params())
 
 
 def mixtral_moe(f: Facts, index: int) -> Moe:
@@ -73,26 +94,23 @@ def _is_dense(f: Facts, index: int) -> bool:
                 f"{num_layers} layers"
             )
         return bool(types[index] == "dense")
-    first = f.count("first_k_dense_replace", default=0, least=0)
+    first = 1
+    if f.model_type not in _FIRST_IS_DENSE:
+        first = f.count("first_k_dense_replace", default=0, least=0)
     return index < first or bool(index % f.count("moe_layer_freq", default=1))
 
 
 def deepseek_bias(f: Facts) -> bool:
-    """Of dense and shared MLPs: DeepSeek-V2 alone has the field."""
-    return f.model_type == "deepseek_v2" and bool(f.get("mlp_bias", default=False))
+    """Of dense and shared MLPs, where transformers heeds the field."""
+    return f.model_type in ("deepseek_v2", "minicpm3") and bool(f.get("mlp_bias", default=False))
 
 
 def gpt_oss_moe(f: Facts, index: int) -> Moe:
     """gpt-oss: router and experts have biases."""
     hidden, width = f.count("hidden_size"), f.count("intermediate_size")
     num = f.count("num_local_experts", "num_experts")
-    router, expert, shared, num, top_k = moe(
-        f, num, f.count("num_experts_per_tok", "experts_per_token"), width
-    )
-    return (
-        router + Params(vector=num),
-        expert + Params(vector=2 * width + hidden),
-        shared,
-        num,
-        top_k,
+    plain = moe(f, num, f.count("num_experts_per_tok", "experts_per_token"), width)
+    return plain._replace(
+        router=plain.router + Params(vector=num),
+        expert=plain.expert + Params(vector=2 * width + hidden),
     )

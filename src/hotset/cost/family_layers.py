@@ -4,28 +4,21 @@ Counts follow the parameters that `transformers` creates for the text model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from hotset.cost.attention import Attention, Indexer, Kind
-from hotset.cost.family_experts import deepseek_bias, deepseek_moe, mixtral_moe, moe, qwen_moe
+from hotset.cost.attention import Attention, Kind
+from hotset.cost.family_experts import Moe, mixtral_moe, moe
 from hotset.cost.mixers import (
     WINDOWS,
     Facts,
-    gated_delta_net,
     gqa,
     layer_types,
-    mamba1,
-    mamba2,
-    mla,
     mlp_params,
     windowed,
 )
 from hotset.cost.params import Params
 from hotset.cost.shape import Layer
 from hotset.errors import PlanError
-
-_SHARE_INDEXERS = {"glm_moe_dsa"}
-_INDEXED = {"deepseek_v32", *_SHARE_INDEXERS}
 
 # A constant, or a field of the config, which is off or has the value beside it where it is missing.
 Flag = bool | str | tuple[str, bool]
@@ -43,11 +36,11 @@ class Llama:
     gated_mlp: bool = True
     mlp_bias: Flag = "mlp_bias"
     layer_norm: bool = False  # norms with a bias
-    moe: Callable[[Facts, int], tuple[Params, Params, Params, int, int] | None] | None = None
+    moe: Callable[[Facts, int], Moe | None] | None = None
     window: Callable[[Facts], list[str]] | None = None
     sinks: bool = False
 
-    def layers(self, f: Facts) -> list[Layer]:
+    def __call__(self, f: Facts) -> list[Layer]:
         """All layers of the model."""
 
         def flag(value: Flag) -> bool:
@@ -74,8 +67,7 @@ class Llama:
             )
             moe = self.moe(f, index) if self.moe else None
             if moe:
-                router, expert, shared, num_experts, top_k = moe
-                result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
+                result.append(moe.layer(attention, norms))
             else:
                 width = f.per_layer("intermediate_size", index)
                 mlp = mlp_params(f, width, gated=self.gated_mlp, bias=flag(self.mlp_bias))
@@ -119,120 +111,6 @@ def alternating(f: Facts) -> list[str]:
     ]
 
 
-def qwen3_next(f: Facts) -> list[Layer]:
-    """Qwen3-Next and 3.5: three gated DeltaNet layers, then one of gated full attention."""
-    interval = f.count("full_attention_interval", default=4)
-    default = [
-        "linear_attention" if (i + 1) % interval else "full_attention"
-        for i in range(f.count("num_hidden_layers"))
-    ]
-    norms = Params(vector=2 * f.count("hidden_size"))
-    result = []
-    for index, layer_type in enumerate(
-        layer_types(f, ("full_attention", "linear_attention"), default)
-    ):
-        if layer_type == "linear_attention":
-            attention = gated_delta_net(f)
-        else:
-            bias = bool(f.get("attention_bias", default=False))
-            attention = gqa(f, index, qk_norm="head", gated=True, qkv_bias=bias, out_bias=bias)
-        has_experts = f.get("num_experts", "num_local_experts", default=0)
-        moe = qwen_moe(f, index) if has_experts else None
-        if moe:
-            router, expert, shared, num_experts, top_k = moe
-            result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
-        else:
-            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size")), norms))
-    return result
-
-
-def bamba(f: Facts) -> list[Layer]:
-    """Bamba and Granite 4 hybrids: Mamba-2 layers with a few of attention between."""
-    moe_width = f.get("num_local_experts", default=0)
-    default = None
-    if f.get("layer_types", "layers_block_type", default=None) is None:
-        attn = f.get("attn_layer_indices", default=[])
-        default = [
-            "full_attention" if i in attn else "linear_attention"
-            for i in range(f.count("num_hidden_layers"))
-        ]
-    elif f.get("layer_types", default=None) is None:
-        default = f.get("layers_block_type")
-    heads = f.count("mamba_n_heads")
-    expand = f.count("mamba_expand", default=2)
-    mamba = mamba2(
-        f,
-        width=expand * f.count("hidden_size"),
-        heads=heads,
-        state=f.count("mamba_d_state"),
-        groups=f.count("mamba_n_groups", default=1),
-        kernel=f.count("mamba_d_conv", default=4),
-        conv_bias=bool(f.get("mamba_conv_bias", default=True)),
-        proj_bias=bool(f.get("mamba_proj_bias", default=False)),
-    )
-    norms = Params(vector=2 * f.count("hidden_size"))
-    bias = bool(f.get("attention_bias", default=False))
-    result = []
-    for index, layer_type in enumerate(
-        layer_types(f, ("full_attention", "linear_attention"), default)
-    ):
-        attention = (
-            gqa(f, index, qkv_bias=bias, out_bias=bias) if layer_type == "full_attention" else mamba
-        )
-        if f.model_type == "granitemoehybrid":
-            shared = mlp_params(f, f.count("shared_intermediate_size"))
-            if moe_width:
-                router, expert, _, num, top_k = mixtral_moe(f, index)
-                result.append(Layer(attention, shared, norms, router, expert, num, top_k))
-            else:
-                result.append(Layer(attention, shared, norms))
-        else:
-            mlp_bias = bool(f.get("mlp_bias", default=False))
-            mlp = mlp_params(f, f.count("intermediate_size"), bias=mlp_bias)
-            result.append(Layer(attention, mlp, norms))
-    return result
-
-
-def jamba(f: Facts) -> list[Layer]:
-    """Jamba: attention each `attn_layer_period` layers, Mamba between, experts each second."""
-    period, offset = (
-        f.count("attn_layer_period", default=8),
-        f.count("attn_layer_offset", default=4, least=0),
-    )
-    e_period = f.count("expert_layer_period", default=2)
-    e_offset = f.count("expert_layer_offset", default=1, least=0)
-    norms = Params(vector=2 * f.count("hidden_size"))
-    result = []
-    for index in range(f.count("num_hidden_layers")):
-        attention = gqa(f, index) if index % period == offset else mamba1(f)
-        num = f.count("num_experts", default=16)
-        if num > 1 and index % e_period == e_offset:
-            router, expert, _, num, top_k = moe(
-                f, num, f.count("num_experts_per_tok"), f.count("intermediate_size")
-            )
-            result.append(Layer(attention, Params(), norms, router, expert, num, top_k))
-        else:
-            result.append(Layer(attention, mlp_params(f, f.count("intermediate_size")), norms))
-    return result
-
-
-def mamba2_only(f: Facts) -> list[Layer]:
-    """Mamba-2: no attention at all; the state is all there is."""
-    heads, width = f.count("num_heads"), f.count("expand", default=2) * f.count("hidden_size")
-    mixer = mamba2(
-        f,
-        width=width,
-        heads=heads,
-        state=f.count("state_size"),
-        groups=f.count("n_groups", default=1),
-        kernel=f.count("conv_kernel", default=4),
-        conv_bias=bool(f.get("use_conv_bias", default=True)),
-        proj_bias=bool(f.get("use_bias", default=False)),
-    )
-    norm = Params(vector=f.count("hidden_size"))
-    return [Layer(mixer, norms=norm)] * f.count("num_hidden_layers")
-
-
 def llama4(f: Facts) -> list[Layer]:
     """Llama 4: chunked attention, each n-th layer full; routed experts beside a shared one."""
     num_layers = f.count("num_hidden_layers")
@@ -254,67 +132,11 @@ def llama4(f: Facts) -> list[Layer]:
             **windowed(f, layer_type, "attention_chunk_size"),
         )
         if index in moe_layers:
-            width = f.count("intermediate_size")
-            router, expert, shared, num, top_k = moe(
-                f,
-                f.count("num_local_experts"),
-                f.count("num_experts_per_tok"),
-                width,
-                shared=mlp_params(f, width),
-            )
-            result.append(Layer(attention, shared, norms, router, expert, num, top_k))
+            experts = mixtral_moe(f, index)
+            shared = mlp_params(f, f.count("intermediate_size"))
+            result.append(experts._replace(shared=shared).layer(attention, norms))
         else:
             result.append(Layer(attention, mlp_params(f, f.count("intermediate_size_mlp")), norms))
-    return result
-
-
-def indexers(f: Facts) -> list[Indexer | None]:
-    """What selects the tokens of each layer of MLA; None where it attends to all of them."""
-    num_layers = f.count("num_hidden_layers")
-    if f.model_type not in _INDEXED:
-        return [None] * num_layers
-    types = _indexer_types(f, num_layers) if f.model_type in _SHARE_INDEXERS else ["full"]
-    full = Indexer(f.count("index_topk"), f.count("index_n_heads"), f.count("index_head_dim"))
-    by_type = {"full": full, "shared": replace(full, is_shared=True)}
-    if types == ["full"]:
-        types *= num_layers
-    known = len(types) == num_layers and set(types) <= set(by_type) and types[0] == "full"
-    if not known:
-        raise PlanError(
-            f"config field indexer_types is {types}; expected full or shared for each of "
-            f"{num_layers} layers, the first full"
-        )
-    return [by_type[kind] for kind in types]
-
-
-def _indexer_types(f: Facts, num_layers: int) -> list[str]:
-    """As transformers' `GlmMoeDsaConfig` reads them."""
-    types = f.get("indexer_types", default=None)
-    if types is not None:
-        return list(types)
-    pattern = f.get("index_topk_pattern", default=None)
-    if pattern is not None:
-        return [{"F": "full", "S": "shared"}.get(kind, kind) for kind in pattern]
-    every_n = max(f.count("index_topk_freq", default=1, least=0), 1)
-    offset = f.count("index_skip_topk_offset", default=2, least=0)
-    return [
-        "shared" if max(index - offset + 1, 0) % every_n else "full" for index in range(num_layers)
-    ]
-
-
-def deepseek(f: Facts) -> list[Layer]:
-    """DeepSeek-V2, V3 and their like: MLA, dense first layers, then routed and shared experts."""
-    norms = Params(vector=2 * f.count("hidden_size"))
-    result = []
-    for index, indexer in enumerate(indexers(f)):
-        attention = mla(f, indexer=indexer)
-        moe = deepseek_moe(f, index)
-        if moe:
-            router, expert, shared, num_experts, top_k = moe
-            result.append(Layer(attention, shared, norms, router, expert, num_experts, top_k))
-        else:
-            mlp = mlp_params(f, f.count("intermediate_size"), bias=deepseek_bias(f))
-            result.append(Layer(attention, mlp, norms))
     return result
 
 
@@ -382,13 +204,12 @@ def gemma4(f: Facts) -> list[Layer]:
         if per_layer_width:
             norms += Params(2 * hidden * per_layer_width, hidden)
         if f.get("enable_moe_block", default=False):
-            num = f.count("num_experts")
-            router, expert, _, num, top_k = moe(
-                f, num, f.count("top_k_experts"), f.count("moe_intermediate_size")
+            num, top_k = f.count("num_experts"), f.count("top_k_experts")
+            experts = moe(f, num, top_k, f.count("moe_intermediate_size"))
+            experts = experts._replace(
+                router=experts.router + Params(vector=hidden + num), shared=mlp_params(f, width)
             )
-            router += Params(vector=hidden + num)
-            norms += Params(vector=3 * hidden)
-            result.append(Layer(attention, mlp_params(f, width), norms, router, expert, num, top_k))
+            result.append(experts.layer(attention, norms + Params(vector=3 * hidden)))
         else:
             result.append(Layer(attention, mlp_params(f, width), norms))
     return result
@@ -421,3 +242,18 @@ def nemotron_nas(f: Facts) -> list[Layer]:
             norms += hidden
         result.append(Layer(attention, mlp, Params(vector=norms)))
     return result
+
+
+def gemma4_beside(f: Facts, num_layers: int) -> tuple[Params, Params]:
+    """Gemma 4: embeddings for each layer, and what projects them."""
+    per_layer = f.get("hidden_size_per_layer_input", default=256)
+    if not per_layer:
+        return Params(), Params()
+    vocab = f.count("vocab_size_per_layer_input", default=262_144)
+    width = num_layers * per_layer
+    return Params(vocab * width), Params(f.count("hidden_size") * width, per_layer)
+
+
+def starcoder2_beside(f: Facts, num_layers: int) -> tuple[Params, Params]:
+    """Starcoder 2: a bias of the last norm."""
+    return Params(), Params(vector=f.count("hidden_size"))

@@ -127,7 +127,9 @@ def mla(f: Facts, *, indexer: Indexer | None = None) -> Attention:
     """
     hidden, heads = f.count("hidden_size"), f.count("num_attention_heads")
     rank, rope = f.count("kv_lora_rank"), f.count("qk_rope_head_dim")
-    nope, v_dim = f.count("qk_nope_head_dim"), f.count("v_head_dim")
+    nope = f.count("qk_nope_head_dim")
+    default = {"default": hidden // heads} if f.model_type == "minicpm3" else {}
+    v_dim = f.count("v_head_dim", **default)
     q_rank = f.get("q_lora_rank", default=None)
     matrix = hidden * (rank + rope) + rank * heads * (nope + v_dim) + heads * v_dim * hidden
     vector, replicated = rank, hidden * (rank + rope)
