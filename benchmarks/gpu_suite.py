@@ -25,15 +25,9 @@ import torch
 
 from hotset.bench.driver import drive, settle, wait_for_host_tier
 from hotset.bench.machine import describe_machine
+from hotset.bench.presets import PRESETS
 from hotset.bench.result import observe
-from hotset.bench.workload import (
-    PRESETS,
-    Spec,
-    filler,
-    make_work,
-    prefix_work,
-    warm_up,
-)
+from hotset.bench.workload import Spec, filler, make_work, prefix_work, warm_up
 from hotset.cost.cache_spec import KeysValues
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine

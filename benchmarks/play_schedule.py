@@ -34,7 +34,8 @@ from played import make_engine
 from transformers import LlamaConfig
 
 from hotset.bench.driver import drive
-from hotset.bench.workload import PRESETS, Spec, make_work
+from hotset.bench.presets import PRESETS
+from hotset.bench.workload import Spec, make_work
 from hotset.engine.engine import Engine
 from hotset.executor.step_input import StepInput
 from hotset.memory.disk.slab import slot_bytes_for
