@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from hotset.bench.driver import drive, settle, wait_for_host_tier
+from hotset.bench.driver import drive, wait_for_host_tier
 from hotset.bench.machine import describe_machine
 from hotset.bench.presets import PRESETS
 from hotset.bench.result import observe
@@ -103,7 +103,6 @@ class Suite:
             drive(engine, prefix_work(work))
             hot_tokens = engine.sizes.device_blocks * engine.options.memory.block_size
             drive(engine, filler(hot_tokens, 8192, self.vocab_size))
-            settle(engine)
         engine.metrics.__init__()  # type: ignore[misc]
         driven = drive(engine, work)
         run = observe(name, 0, driven.play, driven.wall_s, is_complete=driven.is_complete)
