@@ -88,10 +88,12 @@ class Attention:
     @property
     def stored(self) -> "Attention":
         """The same as this engine runs it: see `CacheSpec`."""
+        if self.indexer:  # its rows are latents
+            return self
         same = replace(self, cache=self.cache.stored)
         if isinstance(self.cache, Shared):
             return replace(same, kind=Kind.FULL if self.window is None else Kind.SLIDING)
-        if not isinstance(self.cache, Latent) or self.indexer:
+        if not isinstance(self.cache, Latent):
             return same
         heads = self.cache.expanded
         score_dim, mix_dim = heads.key_dim, heads.value_dim

@@ -266,6 +266,8 @@ class ModelShape:
         stored = self.stored_bytes_per_token(kv_dtype)
         if self.is_mla:
             latent = self.kv_bytes_per_token(kv_dtype)
+            if stored == latent:
+                return ""
             return (
                 f"KV is counted as the latent of MLA, {latent:,} B a token; 'hotset serve' stores "
                 f"the keys and values of all heads so far, {stored:,} B, {stored / latent:.0f} "
