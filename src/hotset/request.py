@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from hotset.errors import ConfigError, RequestError
 from hotset.option_fields import Bounds, option, options_of
@@ -194,8 +194,7 @@ class FinishReason(Enum):
     ERROR = "error"
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """The log-probability of a token, and of the likeliest ones at its place.
 
     Attributes:
@@ -212,9 +211,8 @@ class TokenLogprob:
     rank: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """What one step added to one request.
+class RequestOutput(NamedTuple):
+    """What one step added to one request. A tuple: thousands per second go through a pipe.
 
     Attributes:
         index: which of the `n` outputs of the request this is.
@@ -227,7 +225,7 @@ class RequestOutput:
     """
 
     request_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # of `tuple.index`
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None

@@ -1,6 +1,6 @@
 """From tokens to text: incremental decoding, stop strings, and the end of a request."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -82,7 +82,7 @@ class OutputProcessor:
         else:
             offset = sequence.feed(token_id)
         if logprob is not None:
-            sequence.logprobs.append(replace(logprob, text_offset=offset))
+            sequence.logprobs.append(logprob._replace(text_offset=offset))
         self._changed[request.sequence_id] = sequence
         if is_stop_token or sequence.is_stopped:
             self.finish(request, FinishReason.STOP)

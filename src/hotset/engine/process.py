@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -23,7 +23,6 @@ from hotset.errors import EngineError, HotsetError
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
-from hotset.request import FinishReason, RequestOutput, TokenLogprob
 
 if TYPE_CHECKING:
     from hotset.engine.loop import EngineLoop
@@ -191,7 +190,7 @@ class EngineProcess:
                     else:
                         answer.set_exception(item.error)
                 else:
-                    self._on_report(_unpacked(item))
+                    self._on_report(item)
 
     def _how_it_ended(self) -> str:
         code = self._process.exitcode
@@ -304,65 +303,8 @@ def _send_all(
         is_stale = metrics is None
         if metrics is not None:
             sent_s = time.monotonic()
-        packed = [_packed(item) for item in items if item is not None]
+        reports = [item for item in items if item is not None]
         with contextlib.suppress(OSError):  # the parent is gone; the main thread sees that
-            connection.send_bytes(pickle.dumps((packed, metrics), pickle.HIGHEST_PROTOCOL))
+            connection.send_bytes(pickle.dumps((reports, metrics), pickle.HIGHEST_PROTOCOL))
         if is_last:
             return
-
-
-def _packed(item: Report | _Accepted) -> Report | _Accepted:
-    """The same with its outputs as tuples, which are many and pack several times faster so."""
-    if isinstance(item, _Accepted):
-        return item
-    outputs: list[Any] = [
-        (
-            one.request_id,
-            one.index,
-            one.text,
-            one.token_ids,
-            None if one.finish_reason is None else one.finish_reason.value,
-            one.error,
-            _packed_logprobs(one.logprobs),
-            _packed_logprobs(one.prompt_logprobs),
-            one.prompt_tokens,
-            one.cached_tokens,
-        )
-        for one in item.outputs
-    ]
-    return replace(item, outputs=outputs)
-
-
-def _packed_logprobs(entries: Iterable[TokenLogprob]) -> list[Any]:
-    return [(e.token_id, e.logprob, e.top, e.text_offset, e.rank) for e in entries]
-
-
-def _unpacked(report: Report) -> Report:
-    packed: Iterable[Any] = report.outputs
-    report.outputs = [
-        RequestOutput(
-            request_id,
-            index,
-            text,
-            token_ids,
-            None if reason is None else FinishReason(reason),
-            error,
-            tuple(TokenLogprob(*entry) for entry in logprobs),
-            tuple(TokenLogprob(*entry) for entry in prompt_logprobs),
-            prompt_tokens,
-            cached_tokens,
-        )
-        for (
-            request_id,
-            index,
-            text,
-            token_ids,
-            reason,
-            error,
-            logprobs,
-            prompt_logprobs,
-            prompt_tokens,
-            cached_tokens,
-        ) in packed
-    ]
-    return report

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 
 from hotset.engine.latency import Latencies, RequestClock
 from hotset.engine.messages import BuildEngine, EngineHost, Report, Submit
@@ -403,8 +402,7 @@ class OutputStream:
 
 def _join(first: RequestOutput, second: RequestOutput) -> RequestOutput:
     """Two outputs of one index, one after the other, as one."""
-    return replace(
-        second,
+    return second._replace(
         text=first.text + second.text,
         token_ids=first.token_ids + second.token_ids,
         logprobs=first.logprobs + second.logprobs,
