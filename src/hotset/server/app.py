@@ -2,17 +2,17 @@
 
 import asyncio
 import contextlib
+import functools
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route, Router
+from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hotset import __version__
@@ -31,6 +31,7 @@ from hotset.server.generate import WARNING_HEADER, generate
 from hotset.server.keys import Keys
 from hotset.server.limits import Limits
 from hotset.server.messages_api import MessagesApi
+from hotset.server.openapi import PLAIN_TEXT, STREAMED, Endpoint
 from hotset.server.reading import read_body, tenant_of
 from hotset.server.responses_api import ResponsesApi
 from hotset.server.schemas import (
@@ -121,25 +122,15 @@ class Api:
         files = FilesApi(self._files, config.limits)
         messages = MessagesApi(lambda: self._ready().admission)
         responses = ResponsesApi(lambda: self._ready().admission, config.limits)
+        self._endpoints = [
+            *self._of_models(),
+            *responses.endpoints,
+            *messages.endpoints,
+            *files.endpoints,
+            *self._of_server(),
+        ]
         self._router = Router(
-            [
-                Route("/v1/chat/completions", self._chat_completions, methods=["POST"]),
-                Route("/v1/completions", self._completions, methods=["POST"]),
-                Route("/v1/models", self._models, methods=["GET"]),
-                Route("/v1/models/{model:path}", self._model, methods=["GET"]),
-                *responses.routes,
-                *messages.routes,
-                *files.routes,
-                Route("/tokenize", self._tokenize, methods=["POST"]),
-                Route("/detokenize", self._detokenize, methods=["POST"]),
-                Route("/health", self._health, methods=["GET"]),
-                Route("/version", self._version, methods=["GET"]),
-                Route("/metrics", self._metrics, methods=["GET"]),
-                Route("/status.json", self._status, methods=["GET"]),
-                Route("/openapi.json", self._openapi, methods=["GET"]),
-                Route("/docs", self._docs, methods=["GET"]),
-                Route("/", self._status_page, methods=["GET"]),
-            ],
+            [one.route for one in self._endpoints],
             redirect_slashes=False,
             default=self._no_route,
             lifespan=self._lifespan,
@@ -157,6 +148,32 @@ class Api:
                 allow_headers=["*"],
                 expose_headers=_EXPOSED_HEADERS,
             )
+
+    def _of_models(self) -> Iterator[Endpoint]:
+        for path, kind, summary in (
+            ("/v1/chat/completions", ChatRequest, "Answer a chat"),
+            ("/v1/completions", TextRequest, "Continue a text"),
+        ):
+            handler = functools.partial(self._generate, kind=kind)
+            yield Endpoint("POST", path, handler, summary, body=kind, answer=STREAMED)
+        yield Endpoint("GET", "/v1/models", self._models, "List the model", "models")
+        path = "/v1/models/{model:path}"
+        yield Endpoint("GET", path, self._model, "Describe the model", "models")
+
+    def _of_server(self) -> Iterator[Endpoint]:
+        for path, handler, summary, body in (
+            ("/tokenize", self._tokenize, "Token ids of a text or a chat", TokenizeRequest),
+            ("/detokenize", self._detokenize, "The text of token ids", DetokenizeRequest),
+        ):
+            yield Endpoint("POST", path, handler, summary, body=body)
+        get = functools.partial(Endpoint, "GET", tag="server")
+        yield get("/health", self._health, "200 once requests are served, else 503")
+        yield get("/version", self._version, "The version of hotset")
+        yield get("/metrics", self._metrics, "Metrics for Prometheus", answer=PLAIN_TEXT)
+        yield get("/status.json", self._status, "What the status page shows")
+        yield get("/openapi.json", self._openapi)
+        yield get("/docs", functools.partial(_page, "docs.html"))
+        yield get("/", functools.partial(_page, "status.html"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -222,12 +239,6 @@ class Api:
 
     # Generation.
 
-    async def _chat_completions(self, request: Request) -> ASGIApp:
-        return await self._generate(request, ChatRequest)
-
-    async def _completions(self, request: Request) -> ASGIApp:
-        return await self._generate(request, TextRequest)
-
     async def _generate(self, request: Request, kind: type[GenerationRequest]) -> ASGIApp:
         parts = self._ready()
         body = await read_body(kind, request, self._config.limits)
@@ -292,24 +303,17 @@ class Api:
         return JSONResponse(await parts.board.body())
 
     async def _openapi(self, request: Request) -> Response:
-        return JSONResponse(_openapi_document())
+        return JSONResponse(self._document)
 
-    async def _docs(self, request: Request) -> Response:
-        return _static("docs.html")
-
-    async def _status_page(self, request: Request) -> Response:
-        return _static("status.html")
+    @functools.cached_property
+    def _document(self) -> Json:
+        return openapi.document(self._endpoints)
 
     async def _no_route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        paths = dict.fromkeys(one.path for one in self._router.routes if isinstance(one, Route))
+        paths = dict.fromkeys(one.path for one in self._endpoints)
         raise not_found(f"there is no {scope['path'][:200]}; there are {', '.join(paths)}")
 
 
-@cache
-def _openapi_document() -> Json:
-    return openapi.document()
-
-
-def _static(name: str) -> Response:
+async def _page(name: str, request: Request) -> Response:
     text = package_files("hotset.server").joinpath("static", name).read_text()
     return Response(text, media_type="text/html", headers=_PAGE_HEADERS)

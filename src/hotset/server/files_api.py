@@ -7,7 +7,6 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Route
 
 from hotset.errors import RequestError
 from hotset.server.batches import BatchRunner
@@ -15,10 +14,17 @@ from hotset.server.body import Json
 from hotset.server.errors import too_large
 from hotset.server.files import FileStore
 from hotset.server.limits import Limits
+from hotset.server.openapi import BYTES, Endpoint, object_of
 from hotset.server.reading import bounded, read_body, tenant_of
 from hotset.server.schemas import BatchRequest
 
 _FORM_OVERHEAD_BYTES = 64 * 1024
+_UPLOAD = object_of(
+    {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": ["batch"]},
+    }
+)
 
 
 class FilesApi:
@@ -32,16 +38,26 @@ class FilesApi:
     def __init__(self, parts: Callable[[], tuple[FileStore, BatchRunner]], limits: Limits) -> None:
         self._parts = parts
         self._limits = limits
-        self.routes = [
-            Route("/v1/files", self._add_file, methods=["POST"]),
-            Route("/v1/files", self._list_files, methods=["GET"]),
-            Route("/v1/files/{file_id}", self._file, methods=["GET"]),
-            Route("/v1/files/{file_id}", self._delete_file, methods=["DELETE"]),
-            Route("/v1/files/{file_id}/content", self._file_content, methods=["GET"]),
-            Route("/v1/batches", self._add_batch, methods=["POST"]),
-            Route("/v1/batches", self._list_batches, methods=["GET"]),
-            Route("/v1/batches/{batch_id}", self._batch, methods=["GET"]),
-            Route("/v1/batches/{batch_id}/cancel", self._cancel_batch, methods=["POST"]),
+        files, batches = "/v1/files", "/v1/batches"
+        file, batch = "/v1/files/{file_id}", "/v1/batches/{batch_id}"
+        content, run = f"{file}/content", "Run a file of requests"
+        self.endpoints = [
+            Endpoint(
+                "POST",
+                files,
+                self._add_file,
+                "Upload a file",
+                "files",
+                body={"multipart/form-data": {"schema": _UPLOAD}},
+            ),
+            Endpoint("GET", files, self._list_files, "List files", "files"),
+            Endpoint("GET", file, self._entry, "Describe a file", "files"),
+            Endpoint("DELETE", file, self._delete_file, "Delete a file", "files"),
+            Endpoint("GET", content, self._file_content, "Download a file", "files", answer=BYTES),
+            Endpoint("POST", batches, self._add_batch, run, "batches", body=BatchRequest),
+            Endpoint("GET", batches, self._list_batches, "List batches", "batches"),
+            Endpoint("GET", batch, self._entry, "Describe a batch", "batches"),
+            Endpoint("POST", f"{batch}/cancel", self._cancel_batch, "Stop a batch", "batches"),
         ]
 
     async def _add_file(self, request: Request) -> Response:
@@ -80,9 +96,11 @@ class FilesApi:
         store, _ = self._parts()
         return _page(request, store.list(tenant_of(request).name, "file"))
 
-    async def _file(self, request: Request) -> Response:
+    async def _entry(self, request: Request) -> Response:
+        """A file or a batch, by its id."""
         store, _ = self._parts()
-        return JSONResponse(store.get(tenant_of(request).name, request.path_params["file_id"]))
+        [entry_id] = request.path_params.values()
+        return JSONResponse(store.get(tenant_of(request).name, entry_id))
 
     async def _delete_file(self, request: Request) -> Response:
         store, _ = self._parts()
@@ -105,10 +123,6 @@ class FilesApi:
     async def _list_batches(self, request: Request) -> Response:
         store, _ = self._parts()
         return _page(request, store.list(tenant_of(request).name, "batch"))
-
-    async def _batch(self, request: Request) -> Response:
-        store, _ = self._parts()
-        return JSONResponse(store.get(tenant_of(request).name, request.path_params["batch_id"]))
 
     async def _cancel_batch(self, request: Request) -> Response:
         _, batches = self._parts()

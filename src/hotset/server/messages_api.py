@@ -1,13 +1,12 @@
 """The Anthropic Messages API: a chat in another form."""
 
 import asyncio
-import functools
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from hotset.engine.completion import Completion
@@ -20,6 +19,7 @@ from hotset.server.forms import encode
 from hotset.server.generate import generate
 from hotset.server.messages_body import FIELD_NAMES, CountTokensRequest, MessagesRequest
 from hotset.server.messages_error import messages_error
+from hotset.server.openapi import STREAMED, Endpoint
 from hotset.server.reading import read_body, tenant_of
 from hotset.server.responses import usage_body
 from hotset.text.prompt import PromptEncoder
@@ -34,15 +34,19 @@ class MessagesApi:
 
     def __init__(self, admission: Callable[[], Admission]) -> None:
         self._admission = admission
-        self.routes = [
-            Route("/v1/messages", self._create, methods=["POST"]),
-            Route("/v1/messages/count_tokens", self._count_tokens, methods=["POST"]),
+        path, create, count = "/v1/messages", self._create, self._count_tokens
+        counting = f"{path}/count_tokens"
+        self.endpoints = [
+            Endpoint(
+                "POST", path, create, "Answer a message", body=MessagesRequest, answer=STREAMED
+            ),
+            Endpoint("POST", counting, count, "Count a prompt's tokens", body=CountTokensRequest),
         ]
 
     async def _create(self, request: Request) -> ASGIApp:
         admission = self._admission()
         body = await read_body(MessagesRequest, request, admission.limits)
-        make_form = functools.partial(MessagesForm, body.stop_sequences, admission.encoder)
+        make_form = partial(MessagesForm, body.stop_sequences, admission.encoder)
         with fields_named(FIELD_NAMES):
             return await generate(request, body.chat(), admission, tenant_of(request), make_form)
 

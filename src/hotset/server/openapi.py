@@ -1,33 +1,20 @@
 """The OpenAPI document, from the schemas the requests are checked by."""
 
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.routing import Route
 
 from hotset import __version__
 from hotset.server.body import Json
-from hotset.server.messages_body import CountTokensRequest, MessagesRequest
-from hotset.server.responses_body import ResponsesRequest
-from hotset.server.schemas import (
-    BatchRequest,
-    ChatRequest,
-    DetokenizeRequest,
-    TextRequest,
-    TokenizeRequest,
-)
+from hotset.server.messages_error import is_messages_path
+from hotset.server.schemas import ChatRequest, TextRequest
 
-_BODIES: tuple[type[BaseModel], ...] = (
-    ChatRequest,
-    TextRequest,
-    TokenizeRequest,
-    DetokenizeRequest,
-    BatchRequest,
-    ResponsesRequest,
-    MessagesRequest,
-    CountTokensRequest,
-)
 _REF = "#/components/schemas/{model}"
-_OBJECT: Json = {"type": "object"}
-_TEXT: Json = {"text/plain": {"schema": {"type": "string"}}}
 _ERRORS = {
     400: "The request cannot be served as asked; `error.message` says why.",
     401: "The API key is missing or wrong.",
@@ -43,21 +30,50 @@ _ERRORS = {
 }
 _MESSAGES = "MessagesError"  # the shape of errors that the Messages API has
 _MESSAGES_ERRORS = {**_ERRORS, 529: "Too many requests wait; try again later."}
-_FILE_ID: Json = {
-    "name": "file_id",
-    "in": "path",
-    "required": True,
-    "schema": {"type": "string", "pattern": "^file-[0-9a-f]{32}$"},
+_PARAMETERS: dict[str, Json] = {
+    "file_id": {"type": "string", "pattern": "^file-[0-9a-f]{32}$"},
+    "batch_id": {"type": "string", "pattern": "^batch-[0-9a-f]{32}$"},
+    "response_id": {"type": "string", "pattern": "^resp_[0-9a-f]{32}$"},
+    "model": {"type": "string", "minLength": 1},
 }
-_BATCH_ID: Json = {**_FILE_ID, "name": "batch_id"}
-_BATCH_ID["schema"] = {"type": "string", "pattern": "^batch-[0-9a-f]{32}$"}
-_RESPONSE_ID: Json = {**_FILE_ID, "name": "response_id"}
-_RESPONSE_ID["schema"] = {"type": "string", "pattern": "^resp_[0-9a-f]{32}$"}
-_MODEL_ID: Json = {**_FILE_ID, "name": "model", "schema": {"type": "string", "minLength": 1}}
+JSON_ANSWER: Json = {"application/json": {"schema": {"type": "object"}}}
+STREAMED: Json = {**JSON_ANSWER, "text/event-stream": {"schema": {"type": "string"}}}
+PLAIN_TEXT: Json = {"text/plain": {"schema": {"type": "string"}}}
+BYTES: Json = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
 
-def document() -> Json:
+@dataclass(frozen=True)
+class Endpoint:
+    """A route, and what the document says of it.
+
+    Attributes:
+        route: its method and path.
+        summary: what it is for; without one it is not in the document.
+        body: the schema its JSON body is checked by, or the content of another body.
+        answer: the content of an answer.
+    """
+
+    method: str
+    path: str
+    handler: Any
+    summary: str = ""
+    tag: str = "generation"
+    body: type[BaseModel] | Json | None = None
+    answer: Json = field(default_factory=lambda: JSON_ANSWER)
+
+    @property
+    def route(self) -> Route:
+        """For Starlette's router."""
+        return Route(self.path, self.handler, methods=[self.method])
+
+
+def document(endpoints: Iterable[Endpoint]) -> Json:
     """The whole document."""
+    shown = [one for one in endpoints if one.summary]
+    paths: Json = {}
+    for one in shown:
+        path = re.sub(r":\w+}", "}", one.path)
+        paths.setdefault(path, {})[one.method.lower()] = _operation(one)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -66,9 +82,9 @@ def document() -> Json:
             "description": "The OpenAI API, and Anthropic's for messages, over a model whose "
             "memory is tiered. A field that is not listed is refused, null is the same as absent.",
         },
-        "paths": _paths(),
+        "paths": paths,
         "components": {
-            "schemas": _schemas(),
+            "schemas": _schemas([one.body for one in shown if isinstance(one.body, type)]),
             "securitySchemes": {
                 "key": {"type": "http", "scheme": "bearer"},
                 "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -78,9 +94,9 @@ def document() -> Json:
     }
 
 
-def _schemas() -> Json:
+def _schemas(bodies: Iterable[type[BaseModel]]) -> Json:
     """The schemas of bodies, and of the two shapes of errors."""
-    _, schemas = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_REF)
+    _, schemas = models_json_schema([(body, "validation") for body in bodies], ref_template=_REF)
     components: Json = schemas["$defs"]
     for request in (ChatRequest, TextRequest):
         components[request.__name__]["properties"] |= {
@@ -89,118 +105,40 @@ def _schemas() -> Json:
         }
     text, maybe_text = {"type": "string"}, {"type": ["string", "null"]}
     of_error = {"message": text, "type": text, "param": maybe_text, "code": maybe_text}
-    components["Error"] = _object({"error": _object(of_error)})
-    error = _object({"type": text, "message": text})
-    components[_MESSAGES] = _object({"type": {"const": "error"}, "error": error})
+    components["Error"] = object_of({"error": object_of(of_error)})
+    error = object_of({"type": text, "message": text})
+    components[_MESSAGES] = object_of({"type": {"const": "error"}, "error": error})
     components[_MESSAGES]["properties"]["request_id"] = text
     return components
 
 
-def _object(properties: Json) -> Json:
+def object_of(properties: Json) -> Json:
     """An object that has all of these."""
     return {"type": "object", "required": list(properties), "properties": properties}
 
 
-def _paths() -> Json:
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
-    lines = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-    file: Json = {"type": "string", "format": "binary"}
-    purpose: Json = {"type": "string", "enum": ["batch"]}
-    upload = {"multipart/form-data": {"schema": _object({"file": file, "purpose": purpose})}}
-    post, get = _post, _get
-    return {
-        "/v1/chat/completions": {"post": post("Answer a chat", ChatRequest, extra=stream)},
-        "/v1/completions": {"post": post("Continue a text", TextRequest, extra=stream)},
-        "/v1/responses": {"post": post("Make a response", ResponsesRequest, extra=stream)},
-        "/v1/responses/{response_id}": {
-            "get": get("A response that was stored", "generation", [_RESPONSE_ID]),
-            "delete": _operation("Forget a response", "generation", [_RESPONSE_ID]),
-        },
-        "/v1/messages": {
-            "post": post("Answer a message", MessagesRequest, extra=stream, error=_MESSAGES)
-        },
-        "/v1/messages/count_tokens": {
-            "post": post("Count a prompt's tokens", CountTokensRequest, error=_MESSAGES)
-        },
-        "/v1/models": {"get": get("List the model", "models")},
-        "/v1/models/{model}": {"get": get("Describe the model", "models", [_MODEL_ID])},
-        "/tokenize": {"post": post("Token ids of a text or a chat", TokenizeRequest)},
-        "/detokenize": {"post": post("The text of token ids", DetokenizeRequest)},
-        "/v1/files": {
-            "get": get("List files", "files"),
-            "post": _operation("Upload a file", "files", body=upload),
-        },
-        "/v1/files/{file_id}": {
-            "get": get("Describe a file", "files", [_FILE_ID]),
-            "delete": _operation("Delete a file", "files", [_FILE_ID]),
-        },
-        "/v1/files/{file_id}/content": {
-            "get": _operation("Download a file", "files", [_FILE_ID], answer=lines)
-        },
-        "/v1/batches": {
-            "get": get("List batches", "batches"),
-            "post": post("Run a file of requests", BatchRequest, tag="batches"),
-        },
-        "/v1/batches/{batch_id}": {"get": get("Describe a batch", "batches", [_BATCH_ID])},
-        "/v1/batches/{batch_id}/cancel": {
-            "post": _operation("Stop a batch", "batches", [_BATCH_ID])
-        },
-        "/health": {"get": get("200 once requests are served, else 503", "server")},
-        "/version": {"get": get("The version of hotset", "server")},
-        "/status.json": {"get": get("What the status page shows", "server")},
-        "/metrics": {"get": _operation("Metrics for Prometheus", "server", answer=_TEXT)},
-    }
-
-
-def _post(
-    summary: str,
-    body: type[BaseModel],
-    *,
-    tag: str = "generation",
-    extra: Json | None = None,
-    error: str = "Error",
-) -> Json:
-    schema = {"$ref": _REF.format(model=body.__name__)}
-    return _operation(
-        summary,
-        tag,
-        body={"application/json": {"schema": schema}},
-        answer={"application/json": {"schema": _OBJECT}, **(extra or {})},
-        error=error,
+def _operation(one: Endpoint) -> Json:
+    errors, error = (
+        (_MESSAGES_ERRORS, _MESSAGES) if is_messages_path(one.path) else (_ERRORS, "Error")
     )
-
-
-def _get(summary: str, tag: str, parameters: list[Json] | None = None) -> Json:
-    return _operation(summary, tag, parameters)
-
-
-def _operation(
-    summary: str,
-    tag: str,
-    parameters: list[Json] | None = None,
-    *,
-    body: Json | None = None,
-    answer: Json | None = None,
-    error: str = "Error",
-) -> Json:
     content = {"application/json": {"schema": {"$ref": _REF.format(model=error)}}}
-    errors = _MESSAGES_ERRORS if error == _MESSAGES else _ERRORS
-    operation: Json = {
-        "summary": summary,
-        "tags": [tag],
-        "responses": {
-            "200": {
-                "description": "Done.",
-                "content": answer or {"application/json": {"schema": _OBJECT}},
-            },
-            **{
-                str(code): {"description": text, "content": content}
-                for code, text in errors.items()
-            },
-        },
+    refusals = {
+        str(code): {"description": text, "content": content} for code, text in errors.items()
     }
-    if parameters:
-        operation["parameters"] = parameters
-    if body:
-        operation["requestBody"] = {"required": True, "content": body}
+    operation: Json = {
+        "summary": one.summary,
+        "tags": [one.tag],
+        "responses": {"200": {"description": "Done.", "content": one.answer}, **refusals},
+    }
+    if names := re.findall(r"{(\w+)", one.path):
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": _PARAMETERS[name]}
+            for name in names
+        ]
+    if isinstance(one.body, type):
+        schema = {"$ref": _REF.format(model=one.body.__name__)}
+        content = {"application/json": {"schema": schema}}
+        operation["requestBody"] = {"required": True, "content": content}
+    elif one.body:
+        operation["requestBody"] = {"required": True, "content": one.body}
     return operation

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from hotset.errors import RequestError
@@ -14,6 +13,7 @@ from hotset.server.body import Json
 from hotset.server.errors import ApiError, fields_named
 from hotset.server.generate import generate
 from hotset.server.limits import Limits
+from hotset.server.openapi import STREAMED, Endpoint
 from hotset.server.reading import read_body, tenant_of
 from hotset.server.response_store import ResponseStore
 from hotset.server.responses_body import FIELD_NAMES, ResponsesRequest
@@ -33,11 +33,14 @@ class ResponsesApi:
         self._store = ResponseStore(
             max_count=limits.max_stored, max_bytes=int(limits.max_stored_mib * 2**20)
         )
-        one = "/v1/responses/{response_id}"
-        self.routes = [
-            Route("/v1/responses", self._create, methods=["POST"]),
-            Route(one, self._get, methods=["GET"]),
-            Route(one, self._delete, methods=["DELETE"]),
+        path, create = "/v1/responses", self._create
+        one = f"{path}/{{response_id}}"
+        self.endpoints = [
+            Endpoint(
+                "POST", path, create, "Make a response", body=ResponsesRequest, answer=STREAMED
+            ),
+            Endpoint("GET", one, self._get, "A response that was stored"),
+            Endpoint("DELETE", one, self._delete, "Forget a response"),
         ]
 
     async def _create(self, request: Request) -> ASGIApp:

@@ -122,29 +122,16 @@ class GenerationRequest(FormFields, Part):
     def params(self) -> SamplingParams:
         """The sampling parameters asked for. Raises RequestError where they cannot work."""
         form = next(iter(self.forms().values()), None)
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            min_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=0 if self.top_k == -1 else self.top_k,  # off, in vLLM's words
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias=_biases(self.logit_bias),
-            seed=self.seed,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-            stop_token_ids=tuple(self.stop_token_ids),
-            include_stop_str_in_output=self.include_stop_str_in_output,
-            skip_special_tokens=self.skip_special_tokens,
-            ignore_eos=self.ignore_eos,
-            n=self.n,
-            logprobs=self.num_logprobs(),
-            prompt_logprobs=self.num_prompt_logprobs(),
-            json_schema=form if isinstance(form, dict) else None,
-            text_form=form if isinstance(form, TextForm) else None,
-        )
+        same = SamplingParams.__dataclass_fields__.keys() & type(self).model_fields
+        values = {name: getattr(self, name) for name in same} | {
+            "top_k": 0 if self.top_k == -1 else self.top_k,  # off, in vLLM's words
+            "logit_bias": _biases(self.logit_bias),
+            "logprobs": self.num_logprobs(),
+            "prompt_logprobs": self.num_prompt_logprobs(),
+            "json_schema": form if isinstance(form, dict) else None,
+            "text_form": form if isinstance(form, TextForm) else None,
+        }
+        return SamplingParams(**values)
 
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens are asked for at each place; None is no logprobs."""
