@@ -1,0 +1,100 @@
+"""Selections that are drawn instead of computed, for benchmarks with random weights.
+
+Random weights select almost anew in each step, and trained ones a third to a half alike. A
+benchmark has the indexer do its work, and then replaces the scores by numbers of a known overlap.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from hotset.cost.selection import correlation
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """`kernels.draw_scores._mix`, of 32 bits in int64: no product below overflows."""
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
+    return x ^ (x >> 15)
+
+
+def _normal(key: torch.Tensor) -> torch.Tensor:
+    one = _mix(key)
+    other = _mix((one + 0x1E3779B9) & _MASK)
+    share = ((one >> 8).double() + 1) / 2**24
+    turn = (other >> 8).double() / 2**24
+    return (-2 * share.log()).sqrt() * (2 * torch.pi * turn).cos()
+
+
+def drawn_scores(
+    num_keys: int,
+    lengths: torch.Tensor,
+    seeds: torch.Tensor,
+    *,
+    layer: int,
+    correlation: float,
+) -> torch.Tensor:
+    """The reference of `kernels.draw_scores`: `[T, num_keys]` float32, of all positions.
+
+    Args:
+        num_keys: N.
+        lengths: `[T]` integers, tokens that each sees, with itself.
+        seeds: `[T]` integers, one per request.
+        layer: any number of the layer, 0 or more.
+        correlation: of the scores of one position in two steps.
+    """
+    places = _mix(torch.arange(num_keys, device=lengths.device))
+    key = _mix((_mix(seeds.long() & _MASK) + layer) & _MASK)
+    step = _mix((key + lengths.long()) & _MASK)
+    stays = correlation**0.5 * _normal(key[:, None] ^ places)
+    noise = (1 - correlation) ** 0.5 * _normal(step[:, None] ^ places)
+    return torch.add((stays + noise).float(), 0.0)  # no negative zero
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnSelection:
+    """What replaces the scores of a benchmark's indexers.
+
+    Attributes:
+        count: K, tokens that a query selects.
+        correlation: of the scores of one position in two steps.
+    """
+
+    count: int
+    correlation: float
+
+    @classmethod
+    def of_overlap(cls, overlap: float, *, context: int, count: int) -> "DrawnSelection":
+        """Selections that overlap by `overlap`, of contexts of about this many tokens."""
+        share = count / context
+        return cls(count, correlation(share, max(share, overlap)))
+
+    def replace(
+        self, scores: torch.Tensor, lengths: torch.Tensor, seeds: torch.Tensor, layer: int
+    ) -> None:
+        """Overwrite the scores of a layer, after they were computed; see `draw_scores`.
+
+        Args:
+            scores: `[T, N]` float32. Mutated.
+            lengths: `[T]` int32.
+            seeds: `[T]` int32; the same for a request in each step, layer and run.
+            layer: its number.
+        """
+        if scores.is_cuda:
+            from hotset.kernels.draw_scores import draw_scores
+
+            draw_scores(
+                scores,
+                lengths,
+                seeds,
+                layer=layer,
+                count=self.count,
+                correlation=self.correlation,
+            )
+            return
+        drawn = drawn_scores(
+            scores.shape[1], lengths, seeds, layer=layer, correlation=self.correlation
+        )
+        scores.copy_(drawn)
