@@ -47,6 +47,8 @@ ORDER = [
     "llm",
     "server",
     "bench",
+    "demo",
+    "demo_moe",
     "cli",
     "__main__",
 ]
