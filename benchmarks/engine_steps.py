@@ -88,7 +88,7 @@ def main() -> None:
     steps: list[dict[str, Any]] = []
     for context in map(int, arguments.contexts.split(",")):
         for users in map(int, arguments.users.split(",")):
-            if users * (context + STEPS) > engine.sizes.device_blocks * engine.sizes.block_size:
+            if users * (context + STEPS) > engine.sizes.device_blocks * config.memory.block_size:
                 continue
             seconds = sorted(step_s(engine, users, context, rng))
             steps.append(

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from hotset.bench.machine import describe_machine
+from hotset.bench.presets import PRESETS
 from hotset.bench.result import ArmRun
 from hotset.bench.runs import Bench, RunOptions, Say, describe_error
-from hotset.bench.workload import PRESETS, Spec
+from hotset.bench.workload import Spec
 from hotset.eviction import POLICIES
 from hotset.model.dummy import load_dummy
 from hotset.model.loaded import LoadedModel

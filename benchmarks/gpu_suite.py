@@ -23,17 +23,11 @@ from typing import Any
 
 import torch
 
-from hotset.bench.driver import drive, settle, wait_for_host_tier
+from hotset.bench.driver import drive, wait_for_host_tier
 from hotset.bench.machine import describe_machine
+from hotset.bench.presets import PRESETS
 from hotset.bench.result import observe
-from hotset.bench.workload import (
-    PRESETS,
-    Spec,
-    filler,
-    make_work,
-    prefix_work,
-    warm_up,
-)
+from hotset.bench.workload import Spec, filler, make_work, prefix_work, warm_up
 from hotset.cost.cache_spec import KeysValues
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
@@ -107,9 +101,8 @@ class Suite:
         work = make_work(spec, self.vocab_size)
         if work.prefixes:
             drive(engine, prefix_work(work))
-            hot_tokens = engine.sizes.device_blocks * engine.sizes.block_size
+            hot_tokens = engine.sizes.device_blocks * engine.options.memory.block_size
             drive(engine, filler(hot_tokens, 8192, self.vocab_size))
-            settle(engine)
         engine.metrics.__init__()  # type: ignore[misc]
         driven = drive(engine, work)
         run = observe(name, 0, driven.play, driven.wall_s, is_complete=driven.is_complete)

@@ -9,15 +9,11 @@ once, every four seconds. No GPU is needed.
 Adds its figures to FILE under the label.
 """
 
-import argparse
-import json
 import random
-import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+import record
 from play_schedule import ALL_BLOCKS, BLOCK_BYTES, TRIALS, VOCAB_SIZE, make_model, step_s
 from played import make_engine
 
@@ -85,24 +81,20 @@ def play(loaded: LoadedModel, num_long: int) -> dict[str, Any]:
         gaps_s = [b - a for one in ids for a, b in pairwise(tokens_s[one])]
         for name, values in (("ttft_ms", ttft_s), ("gap_ms", gaps_s)):
             if values:
-                found[f"{kind}_{name}"] = {
-                    f"p{p}": round(1e3 * float(np.percentile(values, p)), 1) for p in (50, 90, 99)
-                }
+                found[f"{kind}_{name}"] = record.percentiles(values, scale=1e3, digits=1)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.arguments(__doc__)
     parser.add_argument("--label", required=True)
-    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     loaded = make_model()
-    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    record[arguments.label] = {"command": "python " + " ".join(sys.argv), "runs": []}
+    found = record.start(seed=[0, 1], runs=[])  # of arrivals, of prompts
     for num_long in (0, 1, 4, 10):
-        record[arguments.label]["runs"].append(play(loaded, num_long))
-        print(record[arguments.label]["runs"][-1], flush=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        found["runs"].append(play(loaded, num_long))
+        print(found["runs"][-1], flush=True)
+    record.add(arguments.out, arguments.label, found)
 
 
 if __name__ == "__main__":

@@ -18,23 +18,21 @@ contexts of about 1,700) with so many blocks of host memory and a real disk tier
 are counted.
 """
 
-import argparse
-import json
-import sys
 import tempfile
 import time
 from bisect import bisect_left
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
-import numpy as np
+import record
 from played import make_engine
 from transformers import LlamaConfig
 
 from hotset.bench.driver import drive
-from hotset.bench.workload import PRESETS, Spec, make_work
+from hotset.bench.presets import PRESETS
+from hotset.bench.workload import Spec, make_work
 from hotset.engine.engine import Engine
 from hotset.executor.step_input import StepInput
 from hotset.memory.disk.slab import slot_bytes_for
@@ -157,10 +155,10 @@ def play(
         "decode_block_share_p50": round(median(decode_shares), 3),
         "computed_tokens": metrics.computed_tokens,
         "recomputed_tokens": metrics.recomputed_tokens,
-        "first_token_s_p99": round(float(np.percentile([*first_tokens_s.values()], 99)), 2),
+        "first_token_s_p99": record.percentiles([*first_tokens_s.values()], digits=2)["p99"],
         "ttft_s": {
-            "mean": round(float(np.mean(ttft_s)), 2),
-            **{f"p{p}": round(float(np.percentile(ttft_s, p)), 2) for p in (10, 50, 90, 99)},
+            "mean": round(fmean(ttft_s), 2),
+            **record.percentiles(ttft_s, of=(10, 50, 90, 99), digits=2),
         },
         "preemptions": metrics.preemptions,
         "fetched_blocks": metrics.fetched_blocks,
@@ -202,16 +200,15 @@ def play_over_disk(loaded: LoadedModel, host_blocks: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.arguments(__doc__)
     parser.add_argument("--presets", default="C6,C3")
     parser.add_argument("--mixed-tokens", default="1024,2048")
     parser.add_argument("--row-tiles", default="1,256")
     parser.add_argument("--rotation-s", default="0", help="With host memory; 0 is off.")
     parser.add_argument("--disk-under", default="", help="Blocks of host memory.")
-    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     loaded = make_model()
-    record: dict[str, Any] = {"command": "python " + " ".join(sys.argv), "runs": []}
+    found = record.start(runs=[])
     for name, has_host, mixed_tokens, row_tile, rotation_s in product(
         filter(None, arguments.presets.split(",")),
         (True, False),
@@ -232,13 +229,13 @@ def main() -> None:
         else:
             spec = PRESETS[name].spec
             hot_blocks = ALL_BLOCKS if PRESETS[name].hot_gib is None else HOT_BLOCKS
-        found = play(spec, loaded, hot_blocks=hot_blocks, **options)
-        record["runs"].append({"preset": name, **options, **found})
-        print(record["runs"][-1], flush=True)
+        played = play(spec, loaded, hot_blocks=hot_blocks, **options)
+        found["runs"].append({"preset": name, "seed": spec.seed, **options, **played})
+        print(found["runs"][-1], flush=True)
     for host_blocks in map(int, filter(None, arguments.disk_under.split(","))):
-        record["runs"].append({"host_blocks": host_blocks, **play_over_disk(loaded, host_blocks)})
-        print(record["runs"][-1], flush=True)
-    arguments.out.write_text(json.dumps(record) + "\n", "utf-8")
+        found["runs"].append({"host_blocks": host_blocks, **play_over_disk(loaded, host_blocks)})
+        print(found["runs"][-1], flush=True)
+    record.write(arguments.out, found)
 
 
 if __name__ == "__main__":

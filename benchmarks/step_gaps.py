@@ -20,7 +20,8 @@ from gpu_suite import MODEL, Suite, add_engine_options, engine_options
 from torch.profiler import ProfilerActivity, profile
 
 from hotset.bench.driver import drive
-from hotset.bench.workload import PRESETS, make_work
+from hotset.bench.presets import PRESETS
+from hotset.bench.workload import make_work
 from hotset.executor.step_input import StepInput
 from hotset.model.dummy import load_dummy
 

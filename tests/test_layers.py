@@ -47,8 +47,6 @@ ORDER = [
     "llm",
     "server",
     "bench",
-    "demo",
-    "demo_moe",
     "cli",
     "__main__",
 ]

@@ -18,11 +18,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from hotset.bench.arms import check_arms, order_of, parse_arms
 from hotset.bench.campaign import Order, Target, run_bench
-from hotset.bench.expert_arms import check_arms
+from hotset.bench.presets import PRESETS
 from hotset.bench.result import BenchResult
-from hotset.bench.runs import RunOptions, Say, order_of, parse_arms
-from hotset.bench.workload import PRESETS, Spec
+from hotset.bench.runs import RunOptions, Say
+from hotset.bench.workload import Spec
 from hotset.cli import cli
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, EngineError, HotsetError

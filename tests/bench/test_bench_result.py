@@ -8,10 +8,11 @@ import pytest
 from hotset.bench.charts import Bar, Limit, bar_chart, chart, thin, ticks
 from hotset.bench.html import page, rates
 from hotset.bench.predict import BufferedExperts, Prediction, predict
+from hotset.bench.presets import PRESETS
 from hotset.bench.report import table, text
 from hotset.bench.result import ArmRun, BenchResult, Failure, summarise, verify
 from hotset.bench.verdict import verdict
-from hotset.bench.workload import PRESETS, Spec, make_work
+from hotset.bench.workload import Spec, make_work
 from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.catalog import find_config
 from hotset.cost.expert_steps import ExpertCost, link_of

@@ -11,17 +11,9 @@ from pathlib import Path
 import pytest
 
 from hotset.bench.play import Play
+from hotset.bench.presets import DEFAULTS, PRESETS
 from hotset.bench.trace import read_trace
-from hotset.bench.workload import (
-    DEFAULTS,
-    PRESETS,
-    Spec,
-    Work,
-    filler,
-    make_work,
-    prefix_work,
-    token_range,
-)
+from hotset.bench.workload import TEXTS, Spec, Work, filler, make_work, prefix_work, token_range
 from hotset.errors import ConfigError
 
 VOCAB = 128_256
@@ -136,7 +128,7 @@ def test_a_workload_longer_than_the_context_is_refused_with_both_lengths() -> No
         make_work(Spec("unshared", first_tokens=256), VOCAB, max_context=200)
 
 
-@pytest.mark.parametrize("workload", sorted(DEFAULTS))
+@pytest.mark.parametrize("workload", sorted(DEFAULTS.keys() - TEXTS))
 def test_a_play_sends_each_turn_after_the_one_before_with_its_answer(workload: str) -> None:
     work = make_work(DEFAULTS[workload], VOCAB)
     play = Play(work)

@@ -1,4 +1,5 @@
 import json
+from array import array
 
 import pytest
 import torch
@@ -6,47 +7,71 @@ from click.testing import CliRunner
 from tiny_models import make_model
 from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
-from hotset import demo
+from hotset.bench.campaign import Order, Target, run_bench
+from hotset.bench.demo import (
+    context_tokens,
+    differing,
+    distinct_tokens,
+    recomputed_tokens,
+    run_demo,
+    said,
+    why,
+)
+from hotset.bench.play import Record, Said
+from hotset.bench.presets import PRESETS
+from hotset.bench.runs import RunOptions, Say
+from hotset.bench.text_work import pick_documents
+from hotset.bench.verdict import fetched_tokens
+from hotset.bench.workload import Spec, make_work
 from hotset.cli import cli
-from hotset.cli.demo import _why
-from hotset.demo import Progress, Turn, Workload, distinct_tokens, pick_documents, run_demo
-from hotset.errors import EngineError
+from hotset.errors import ConfigError
 from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 
 
-def load_tiny() -> LoadedModel:
-    torch.set_num_threads(1)
-    model = make_model("llama", vocab_size=VOCAB_SIZE, max_position_embeddings=1024)
-    return LoadedModel(model, make_tokenizer(), "tiny", "tiny", (EOS_TOKEN_ID,), 1024)
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model with a tokenizer in place of the default one."""
+
+    def load_tiny(name: str | None, **where: object) -> LoadedModel:
+        torch.set_num_threads(1)
+        model = make_model("llama", vocab_size=VOCAB_SIZE, max_position_embeddings=1024)
+        return LoadedModel(model, make_tokenizer(), "tiny", "tiny", (EOS_TOKEN_ID,), 1024)
+
+    monkeypatch.setattr("hotset.bench.campaign.load_model", load_tiny)
 
 
-SMALL = Workload(users=8, turns=2, document_tokens=200, answer_tokens=8)
+SMALL = {"users": 8, "turns": 2, "first_tokens": 200, "output_tokens": 8}
+SILENT = Say(lambda line: None, lambda make: None)
 
 
 def test_a_small_demo_gives_the_same_answers_with_less_computed() -> None:
-    seen: list[Progress] = []
+    lines: list[str] = []
     # A model this small computes faster than it fetches, so `auto` would fetch nothing.
-    result = run_demo(SMALL, seen.append, load=load_tiny, fetch_policy="fetch")
+    options = Options.of(**PRESETS["demo"].engine, fetch_policy="fetch")
+    say = Say(lines.append, lambda make: lines.append(make()))
+    result = run_demo("demo", say, options=options, **SMALL)
 
-    one, two = result.hot_only, result.tiered
-    assert result.differing == []
-    assert len(one.turns) == len(two.turns) == SMALL.users * SMALL.turns
-    assert two.context_tokens >= 4 * two.hot_tokens
-    assert one.fetched_tokens == 0
-    assert two.fetched_tokens > 0
-    assert two.computed_tokens < one.computed_tokens
-    assert 0 <= two.recomputed_tokens < one.recomputed_tokens
-    assert one.faults == two.faults == {}
-    assert all(len(turn.gaps) == len(turn.token_ids) for turn in (*one.turns, *two.turns))
-    for name, run in ((demo.HOT_ONLY, one), (demo.TIERED, two)):
-        last = [progress for progress in seen if progress.name == name][-1]
-        assert (last.turns, last.output_tokens) == (len(run.turns), run.output_tokens)
+    one, two = result.runs
+    assert differing(result) == []
+    assert len(one.records) == len(two.records) == 8 * 2
+    assert context_tokens(two) >= 4 * two.sizes["hot_tokens"]
+    assert fetched_tokens(one) == 0
+    assert fetched_tokens(two) > 0
+    assert two.engine["computed_tokens"] < one.engine["computed_tokens"]
+    assert 0 <= recomputed_tokens(two) < recomputed_tokens(one)
+    assert one.engine["faults"] == two.engine["faults"] == {}
+    assert all(len(said(r).gaps) == r.num_tokens for r in (*one.records, *two.records))
+    for run in (one, two):
+        [last] = [line for line in lines if line.startswith(f"{run.arm}: 16 of 16 requests")]
+        assert last.endswith(f"{run.output_tokens_per_s:,.0f} of output")
 
 
 def test_a_later_turn_is_the_whole_conversation_and_one_more_question() -> None:
-    result = run_demo(Workload(1, 2, 64, 4), lambda progress: None, load=load_tiny)
-    first, second = result.tiered.turns
-    assert second.prompt_ids[: len(first.prompt_ids)] == first.prompt_ids
+    sizes = {"users": 1, "turns": 2, "first_tokens": 64, "output_tokens": 4}
+    result = run_demo("demo", SILENT, **sizes)
+    first, second = map(said, result.runs[1].records)
+    assert second.prompt[: len(first.prompt)] == first.prompt
     assert first.question != second.question
 
 
@@ -62,22 +87,28 @@ def test_shared_beginnings_count_once() -> None:
     assert distinct_tokens([[1, 2], [3, 2]]) == 4
 
 
-def test_a_request_that_fails_ends_the_demo_with_its_reason() -> None:
-    workload = Workload(users=1, turns=1, document_tokens=2000, answer_tokens=8)  # model: 1024
-    with pytest.raises(EngineError, match=r"user 1: the prompt has .* longest context"):
-        run_demo(workload, lambda progress: None, load=load_tiny)
+def test_contexts_that_the_model_does_not_serve_are_refused_before_a_run() -> None:
+    sizes = {"users": 1, "turns": 1, "first_tokens": 2000, "output_tokens": 8}  # model: 1024
+    with pytest.raises(ConfigError, match=r"contexts of .* tokens but the model .* serve 1024"):
+        run_demo("demo", SILENT, **sizes)
 
 
-def test_the_command_prints_the_table_and_says_that_tokens_are_identical(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(demo.run_demo.__kwdefaults__, "load", load_tiny)
+def test_text_is_refused_where_nothing_reads_it() -> None:
+    with pytest.raises(ConfigError, match="`documents` is text, which needs a model with a token"):
+        make_work(Spec("documents"), VOCAB_SIZE)
+    order = Order(Spec("questions"), Options.of(), False, [], 1, RunOptions(), Target("http://x"))
+    with pytest.raises(ConfigError, match="`questions` is text, which no server is sent"):
+        run_bench(order, SILENT)
+
+
+def test_the_command_prints_the_table_and_says_that_tokens_are_identical() -> None:
     sizes = ["--users", "8", "--turns", "2", "--document-tokens", "200", "--answer-tokens", "8"]
-    shown = CliRunner().invoke(cli, ["demo", *sizes])
+    shown = CliRunner().invoke(cli, ["demo", *sizes], catch_exceptions=False)
     assert shown.exit_code == 0, shown.output
     assert "identical in all 16 answers" in shown.stdout
     assert "output tokens/s" in shown.stdout
-    assert "with tiers: 16 of 16 turns" in shown.stderr
+    assert "with tiers" in shown.stdout
+    assert "host+disk: 16 of 16 requests" in shown.stderr
 
     as_json = CliRunner().invoke(cli, ["demo", *sizes, "--json"])
     data = json.loads(as_json.stdout)
@@ -87,14 +118,15 @@ def test_the_command_prints_the_table_and_says_that_tokens_are_identical(
 
 
 def test_a_difference_is_told_with_its_cause() -> None:
-    def turn(prompt: tuple[int, ...], tokens: tuple[int, ...], gap: float) -> Turn:
-        gaps = (3.0,) * (len(tokens) - 1) + (gap,)
-        return Turn(0, 0, "title", "question", "answer", True, prompt, tokens, gaps, 0.1)
+    def turn(prompt: list[int], tokens: list[int], gap: float) -> Record:
+        gaps = [3.0] * (len(tokens) - 1) + [gap]
+        one = Said("title", "question", prompt, "answer", True, gaps)
+        return Record(0, 0, len(prompt), 0.0, token_ids=array("i", tokens), said=one)
 
-    first = turn((1,), (5, 6), 2e-5)
-    assert "token 2, where the two likeliest were 0.000020 apart (a tie" in _why(
-        first, turn((1,), (5, 7), 1e-5)
+    first = turn([1], [5, 6], 2e-5)
+    assert "token 2, where the two likeliest were 0.000020 apart (a tie" in why(
+        first, turn([1], [5, 7], 1e-5)
     )
-    assert "no tie: an error" in _why(first, turn((1,), (5, 7), 0.5))
-    assert "follows another answer" in _why(first, turn((2,), (5, 7), 0.5))
-    assert "longer" in _why(first, turn((1,), (5, 6, 7), 0.5))
+    assert "no tie: an error" in why(first, turn([1], [5, 7], 0.5))
+    assert "follows another answer" in why(first, turn([2], [5, 7], 0.5))
+    assert "longer" in why(first, turn([1], [5, 6, 7], 0.5))

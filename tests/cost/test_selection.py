@@ -34,6 +34,11 @@ def test_a_context_that_fits_misses_nothing() -> None:
     assert DrawnSelections(0.4).misses(2000, SELECTED, 4096) == 0
 
 
+def test_independent_selections_overlap_by_their_share() -> None:
+    few = DrawnSelections(0.05).misses(CONTEXT, SELECTED, SELECTED)
+    assert few == pytest.approx((1 - SELECTED / CONTEXT) * SELECTED, rel=1e-3)
+
+
 def draw(overlap: float, context: int, selected: int, steps: int) -> list[np.ndarray]:
     """Selections of one layer, by the formula of the module."""
     c, random = correlation(selected / context, overlap), np.random.default_rng(0)
@@ -71,8 +76,8 @@ def test_misses_are_those_of_a_simulated_lru_within_one_percent_of_a_selection(
     ("overlap", "slots", "message"),
     [
         (0.4, 2047, "hot set of 2047 tokens does not hold a selection of 2048"),
-        (0.05, 4096, "overlap by 0.05 are not known; expected at least 0.056"),
-        (0.99, 4096, "and at most 0.98"),
+        (0.0, 4096, "overlap of selections is 0; expected above 0"),
+        (0.99, 4096, "is 0.99; expected above 0 and at most 0.98"),
     ],
 )
 def test_what_cannot_be_is_refused(overlap: float, slots: int, message: str) -> None:

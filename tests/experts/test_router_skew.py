@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from tiny_models import make_config, make_model
 
-from hotset.bench.workload import PRESETS
+from hotset.bench.presets import PRESETS
 from hotset.cli import cli
 from hotset.cost.routing import skew_of, skewed_shares
 from hotset.errors import ConfigError

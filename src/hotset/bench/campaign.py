@@ -3,17 +3,18 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hotset.bench.against import Server, run_against
-from hotset.bench.expert_arms import check_arms, needs_host_experts
+from hotset.bench.arms import check_arms, needs_host_experts, order_of
 from hotset.bench.machine import describe_machine
 from hotset.bench.play import Play
 from hotset.bench.result import ArmRun, BenchResult, Failure, verify
-from hotset.bench.runs import Bench, RunOptions, Say, describe_error, order_of
+from hotset.bench.runs import Bench, RunOptions, Say, describe_error
 from hotset.bench.verdict import verdict
-from hotset.bench.workload import Spec, make_work
+from hotset.bench.workload import TEXTS, Spec, Work, make_work
 from hotset.cpu_libraries import set_threads
 from hotset.errors import ConfigError, EngineError
 from hotset.experts.disk import ExpertSink
@@ -40,7 +41,7 @@ class Order:
     """What to run.
 
     Attributes:
-        arms: of `runs.ARMS`; may be empty where there is a target.
+        arms: of `arms.ARMS`; may be empty where there is a target.
     """
 
     spec: Spec
@@ -63,61 +64,38 @@ def run_bench(
     Raises:
         HotsetError: nothing can be run as asked, or no run has ended.
     """
-    bench = None
     check_arms(order.arms, order.config)
     if order.options.router_skew is not None and not order.dummy_weights:
         raise ConfigError(
             f"router_skew is {order.options.router_skew}, but the weights are not random; give "
             "dummy_weights, or leave it out"
         )
+    if order.target is not None and order.spec.workload in TEXTS:
+        raise ConfigError(
+            f"the workload `{order.spec.workload}` is text, which no server is sent; give another "
+            "workload, or leave out against"
+        )
+    bench = client = None
+    run_of: dict[str, Callable[[str, int], ArmRun]] = {}
     if order.arms:
-        loaded = _load(order, say)
-        bench = Bench(order.spec, order.config, loaded, order.options, say)
-    client = None
-    if order.target is not None:
-        target = order.target
+        bench = Bench(order.spec, order.config, _load(order, say), order.options, say)
+        run_of = dict.fromkeys(order.arms, bench.run)
+        work = bench.work
+    if (target := order.target) is not None:
         client = Server(
             target.url, model=target.model, key=target.key, vocab_size=target.vocab_size
         )
-    if bench is not None:
-        work = bench.work
-    else:
-        assert client is not None, "neither arms nor a target"
-        work = make_work(
-            order.spec, client.vocab_size, max_context=order.config.schedule.max_model_len
-        )
-    arms = [*order.arms, *([client.url] if client else [])]
+        max_context = order.config.schedule.max_model_len
+        if bench is None:
+            work = make_work(order.spec, client.vocab_size, max_context=max_context)
+        run_of[client.url] = partial(_run_against, client, order, work, say)
     asked = _asked(order, bench, client)
     result = BenchResult(work.title, asked, describe_machine(), is_open_loop=work.is_open_loop)
-
-    def run(arm: str, repeat: int) -> ArmRun:
-        if client is None or arm != client.url:
-            assert bench is not None
-            return bench.run(arm, repeat)
-
-        def progress(play: Play, now_s: float) -> None:
-            say.progress(
-                lambda: f"{arm}: {now_s:.0f} s, {play.num_ended} of {work.num_requests} requests"
-            )
-
-        run = run_against(
-            client,
-            order.spec,
-            work,
-            arm=arm,
-            repeat=repeat,
-            max_s=order.options.max_s,
-            progress=progress,
-        )
-        # Sampled answers of a server are drawn by other numbers: no two could be compared.
-        if not order.options.verify or not client.gives_ids or order.spec.temperature:
-            run.outputs.clear()
-        return run
-
+    arms = list(run_of)
     for repeat in range(order.repeats):
         for arm in order_of(arms, repeat):
             try:
-                done = run(arm, repeat)
+                done = run_of[arm](arm, repeat)
             except Exception as error:  # the other arms' figures are worth keeping
                 result.failures.append(Failure(arm, repeat, describe_error(error)))
                 say.line(f"{arm}: failed: {result.failures[-1].reason}")
@@ -125,8 +103,9 @@ def run_bench(
                 result.runs.append(done)
                 result.runs.sort(key=lambda run: (arms.index(run.arm), run.repeat))
                 say.line(
-                    f"{arm}: {done.wall_s:.2f} s, {done.total_tokens_per_s:,.0f} tokens/s, "
-                    f"{done.output_tokens_per_s:,.0f} of output"
+                    f"{arm}: {done.requests} of {work.num_requests} requests, {done.wall_s:.2f} s, "
+                    f"{done.total_tokens_per_s:,.0f} tokens/s, {done.output_tokens_per_s:,.0f} of "
+                    "output"
                 )
             _conclude(result, verified=order.options.verify)
             keep(result)
@@ -134,6 +113,29 @@ def run_bench(
         failure = result.failures[0]
         raise EngineError(f"no run ended; {failure.arm}: {failure.reason}")
     return result
+
+
+def _run_against(
+    client: Server, order: Order, work: Work, say: Say, arm: str, repeat: int
+) -> ArmRun:
+    def progress(play: Play, now_s: float) -> None:
+        say.progress(
+            lambda: f"{arm}: {now_s:.0f} s, {play.num_ended} of {work.num_requests} requests"
+        )
+
+    run = run_against(
+        client,
+        order.spec,
+        work,
+        arm=arm,
+        repeat=repeat,
+        max_s=order.options.max_s,
+        progress=progress,
+    )
+    # Sampled answers of a server are drawn by other numbers: no two could be compared.
+    if not order.options.verify or not client.gives_ids or order.spec.temperature:
+        run.outputs.clear()
+    return run
 
 
 def _conclude(result: BenchResult, *, verified: bool) -> None:
@@ -147,27 +149,17 @@ def _load(order: Order, say: Say) -> LoadedModel:
     config = order.config
     start_s = time.perf_counter()
     set_threads(config.runtime.threads)
-    on_host = needs_host_experts(order.arms, config)
-    deadline_s = config.memory.disk_read_deadline_s
-    sink = ExpertSink(config.experts, read_deadline_s=deadline_s)
+    where: dict[str, Any] = {
+        "device": config.model.device,
+        "dtype": config.model.dtype,
+        "experts_on_host": needs_host_experts(order.arms, config),
+        "experts": ExpertSink(config.experts, read_deadline_s=config.memory.disk_read_deadline_s),
+    }
     if order.dummy_weights:
         name = config.model.model or _DUMMY_MODEL
-        loaded = load_dummy(
-            name,
-            device=config.model.device,
-            dtype=config.model.dtype,
-            router_skew=order.options.router_skew,
-            experts_on_host=on_host,
-            experts=sink,
-        )
+        loaded = load_dummy(name, router_skew=order.options.router_skew, **where)
     else:
-        loaded = load_model(
-            config.model.model,
-            device=config.model.device,
-            dtype=config.model.dtype,
-            experts_on_host=on_host,
-            experts=sink,
-        )
+        loaded = load_model(config.model.model, **where)
     kind = "random weights" if order.dummy_weights else "weights"
     say.line(
         f"{loaded.name}: {kind}, {loaded.model.dtype} on {loaded.model.device}, "

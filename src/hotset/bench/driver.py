@@ -7,17 +7,20 @@ from typing import Protocol
 
 import psutil
 
-from hotset.bench.play import Play, Record
+from hotset.bench.play import Due, Play, Record
 from hotset.bench.workload import Work
 from hotset.engine.engine import Engine
+from hotset.engine.loop import run_steps, settle
+from hotset.engine.status import engine_usage
 from hotset.errors import EngineError
-from hotset.request import FinishReason, SamplingParams
+from hotset.request import FinishReason, RequestOutput, SamplingParams
 
 _SAMPLE_S = 0.1
 _MOST_SAMPLES = 1200
 _STALL_S = 300.0  # nothing ends for so long: the run is given up
 _PIN_STALL_S = 15.0
 _IDLE_S = 0.002
+_SETTLE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +71,8 @@ class Watch:
 
     def take(self, now_s: float) -> None:
         """Take a sample."""
-        engine = self._engine
-        pool, tiers, metrics = engine.kv.pool, engine.tiers, engine.metrics
-        block = engine.sizes.block_bytes
-        used = [0]  # host memory, and the slower tiers
-        if tiers is not None:
-            rows = zip(tiers.infos, tiers.usage(), strict=True)
-            used = [usage.used_payloads * info.payload_bytes for info, usage in rows]
+        usage, metrics = engine_usage(self._engine), self._engine.metrics
+        used = [tier.used_payloads * info.payload_bytes for info, tier in usage.tiers]
 
         def moved(direction: str) -> int:
             return metrics.moved_bytes[direction] - self._moved.get(direction, 0)
@@ -82,16 +80,16 @@ class Watch:
         self.samples.append(
             Sample(
                 t_s=round(now_s - self._start_s, 3),
-                device_held=pool.num_held * block,
-                device_cached=pool.num_cached * block,
-                host_used=used[0],
+                device_held=usage.device_held,
+                device_cached=usage.device_cached,
+                host_used=sum(used[:1]),
                 disk_used=sum(used[1:]),
                 to_device=moved("host>device"),
                 to_host=moved("device>host"),
                 from_disk=moved("disk>host"),
                 to_disk=moved("host>disk"),
-                running=len(engine.scheduler.running),
-                waiting=len(engine.scheduler.waiting),
+                running=usage.num_running,
+                waiting=usage.num_waiting,
                 computed_tokens=metrics.computed_tokens - self._computed,
             )
         )
@@ -123,80 +121,101 @@ def drive(
     progress: Callable[[Play, float], None] = lambda play, now_s: None,
     hook: StepHook | None = None,
 ) -> Driven:
-    """Play `work` on the engine, to its end or for `max_s` seconds; past end tokens.
+    """Play `work` on the engine, to its end or for `max_s` seconds.
 
     Raises:
         EngineError: nothing came for five minutes.
         RuntimeError: the device failed.
     """
-    play = Play(work)
-    records: dict[str, Record] = {}
-    start_s = time.perf_counter()
-    watch = Watch(engine, start_s)
-    ended_s = start_s
-    num_requests = work.num_requests
-    is_complete = True
-    while not play.is_over:
+    driver = _Driver(engine, work, max_s, progress, hook)
+    for outputs in run_steps(engine, driver.feed):
+        driver.take(outputs)
+    return driver.end()
+
+
+class _Driver:
+    """Sends what is due before a step, and notes what the step put out."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        work: Work,
+        max_s: float | None,
+        progress: Callable[[Play, float], None],
+        hook: StepHook | None,
+    ) -> None:
+        self._engine, self._work, self._max_s = engine, work, max_s
+        self._progress, self._hook = progress, hook
+        self._play = Play(work)
+        self._records: dict[str, Record] = {}
+        self._num_requests = work.num_requests
+        self._is_complete = True
+        self._start_s = self._ended_s = time.perf_counter()
+        self._watch = Watch(engine, self._start_s)
+
+    def feed(self) -> int | None:
+        """See `run_steps`."""
+        play, engine = self._play, self._engine
         now_s = time.perf_counter()
-        elapsed_s = now_s - start_s
-        if max_s is not None and elapsed_s > max_s:
-            is_complete = False
-            break
+        elapsed_s = now_s - self._start_s
+        if play.is_over:
+            return None
+        if self._max_s is not None and elapsed_s > self._max_s:
+            self._is_complete = False
+            return None
         while (due := play.take_due(elapsed_s)) is not None:
-            params = SamplingParams(
-                max_tokens=due.output_tokens,
-                temperature=work.temperature,
-                seed=due.seed,
-                ignore_eos=True,
-            )
-            records[engine.add_request(due.prompt, params)] = due.record
-        watch.look(now_s)
-        progress(play, elapsed_s)
+            self._records[engine.add_request(due.prompt, self._params(due))] = due.record
+        self._watch.look(now_s)
+        self._progress(play, elapsed_s)
         if not engine.has_work:
-            if engine.has_transfers:
-                engine.kv.poll()
             if (arrival_s := play.next_arrival_s()) is not None:
                 time.sleep(min(_IDLE_S, max(0.0, arrival_s - elapsed_s)))
-            ended_s = now_s
-            continue
-        if hook is not None:
-            hook.before_step(play.num_ended / num_requests)
-        outputs = engine.step()
+            self._ended_s = now_s
+        elif self._hook is not None:
+            self._hook.before_step(play.num_ended / self._num_requests)
+        return 0
+
+    def _params(self, due: Due) -> SamplingParams:
+        """Text ends where the model ends it; random tokens go on past end tokens."""
+        return SamplingParams(
+            max_tokens=due.output_tokens,
+            temperature=self._work.temperature,
+            seed=due.seed,
+            ignore_eos=not self._work.is_text,
+            logprobs=2 if self._work.is_text else None,
+        )
+
+    def take(self, outputs: list[RequestOutput]) -> None:
+        """Note what a step put out."""
         now_s = time.perf_counter()
-        elapsed_s = now_s - start_s
+        elapsed_s = now_s - self._start_s
         for output in outputs:
-            ended_s = now_s
-            record = records[output.request_id]
+            self._ended_s = now_s
+            record = self._records[output.request_id]
+            if record.said is not None:
+                record.said.take(output)
             if output.token_ids:
-                play.on_tokens(record, output.token_ids, elapsed_s)
+                self._play.on_tokens(record, output.token_ids, elapsed_s)
             if output.finish_reason is not None:
                 failed = output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT)
                 reason = (output.error or output.finish_reason.value) if failed else None
-                play.on_end(record, elapsed_s, reason)
-                del records[output.request_id]
-        if now_s - ended_s > _STALL_S:
+                self._play.on_end(record, elapsed_s, reason)
+                del self._records[output.request_id]
+        if now_s - self._ended_s > _STALL_S:
+            usage = engine_usage(self._engine)
             raise EngineError(
-                f"no token came for {_STALL_S:.0f} s with {play.num_open} requests open; "
-                f"{len(engine.scheduler.running)} run, {len(engine.scheduler.waiting)} wait"
+                f"no token came for {_STALL_S:.0f} s with {self._play.num_open} requests open; "
+                f"{usage.num_running} run, {usage.num_waiting} wait"
             )
-    wall_s = time.perf_counter() - start_s
-    watch.take(time.perf_counter())
-    for request_id in records:
-        engine.abort(request_id)
-    settle(engine)
-    return Driven(play, wall_s, is_complete, watch)
 
-
-def settle(engine: Engine, *, timeout_s: float = 30.0) -> None:
-    """Let what was aborted or is still being copied end, for a bounded time."""
-    deadline_s = time.perf_counter() + timeout_s
-    while engine.has_work and time.perf_counter() < deadline_s:
-        engine.step()
-    while engine.has_transfers and time.perf_counter() < deadline_s:
-        engine.kv.poll()
-        if engine.tiers is not None:
-            engine.tiers.flush()
-            engine.tiers.wait(0.01)
+    def end(self) -> Driven:
+        """Drop what is still open, and let copies end."""
+        now_s = time.perf_counter()
+        self._watch.take(now_s)
+        for request_id in self._records:
+            self._engine.abort(request_id)
+        settle(self._engine, _SETTLE_S)
+        return Driven(self._play, now_s - self._start_s, self._is_complete, self._watch)
 
 
 def wait_for_host_tier(engine: Engine) -> float:
@@ -205,13 +224,14 @@ def wait_for_host_tier(engine: Engine) -> float:
     It is pinned beside the start. Where that stops short, the engine has logged why.
     """
     start_s = grown_s = time.perf_counter()
-    tiers = engine.tiers
-    num_slots = 0
-    while tiers is not None and tiers.host.num_slots < engine.sizes.host_slots:
-        engine.kv.poll()
-        if tiers.host.num_slots > num_slots:
-            num_slots, grown_s = tiers.host.num_slots, time.perf_counter()
-        elif time.perf_counter() - grown_s > _PIN_STALL_S:
+    num_ready = 0
+    while tiers := engine_usage(engine).tiers:
+        info, usage = tiers[0]
+        now_s = time.perf_counter()
+        if usage.capacity_payloads > num_ready:
+            num_ready, grown_s = usage.capacity_payloads, now_s
+        if num_ready >= info.capacity_payloads or now_s - grown_s > _PIN_STALL_S:
             break
         time.sleep(0.01)
+        engine.step()  # takes note of memory that is ready
     return time.perf_counter() - start_s

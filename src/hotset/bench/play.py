@@ -4,10 +4,37 @@ Used by the driver of the engine and by the client of a server alike.
 """
 
 from array import array
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
 from hotset.bench.workload import Session, Work
+from hotset.request import FinishReason, RequestOutput
+
+
+@dataclass(eq=False, slots=True)
+class Said:
+    """A question in a conversation, and its answer.
+
+    Attributes:
+        title: of the text that the conversation is about.
+        prompt: tokens of the whole conversation up to the answer.
+        has_stopped: whether the model ended the answer itself.
+        gaps: for each token the log probability of the likeliest less that of the second: near 0,
+            rounding decides which is taken.
+    """
+
+    title: str
+    question: str
+    prompt: list[int]
+    answer: str = ""
+    has_stopped: bool = False
+    gaps: list[float] = field(default_factory=list)
+
+    def take(self, output: RequestOutput) -> None:
+        """Add what an engine put out; it was asked for the two likeliest tokens."""
+        self.answer += output.text
+        self.gaps += [token.top[0][1] - token.top[1][1] for token in output.logprobs]
+        self.has_stopped = output.finish_reason is FinishReason.STOP
 
 
 @dataclass(eq=False, slots=True)
@@ -19,6 +46,7 @@ class Record:
         turn: number of the turn, for results by turn.
         sent_s: when it was due: in an open loop, waiting in the client counts.
         num_tokens: of the answer so far.
+        said: what was asked and answered, where the work is text.
     """
 
     session: int
@@ -31,6 +59,7 @@ class Record:
     num_tokens: int = 0
     token_ids: "array[int]" = field(default_factory=lambda: array("i"))
     error: str | None = None
+    said: Said | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -71,6 +100,7 @@ class Play:
         )
         self._next: deque[tuple[int, int, float]] = deque()  # session, turn of it, due
         self._contexts: dict[int, list[int]] = {}
+        self._answers: defaultdict[int, list[str]] = defaultdict(list)
         self._num_open = 0
 
     @property
@@ -98,12 +128,15 @@ class Play:
             return None
         session = self._session(index)
         turn = session.turns[number]
-        prompt = turn.make_tokens()
+        said = [self._answers[index]] if self.work.is_text else []
+        prompt = turn.make_tokens(*said)
         if turn.extends:
             prompt = self._contexts[index] + prompt
         if number + 1 < len(session.turns) and session.turns[number + 1].extends:
             self._contexts[index] = list(prompt)
         record = Record(index, session.first_turn + number, len(prompt), due_s)
+        if self.work.is_text:
+            record.said = Said(session.title, turn.question, prompt)
         self.records.append(record)
         self._num_open += 1
         seed = self.work.sampling_seed(index, number)
@@ -132,6 +165,8 @@ class Play:
         self.output_tokens += record.num_tokens
         session = self._session(record.session)
         number = record.turn - session.first_turn + 1
+        if record.said is not None:
+            self._answers[record.session].append(record.said.answer)
         if number < len(session.turns):
             if session.turns[number].extends:
                 self._contexts[record.session].extend(record.token_ids)

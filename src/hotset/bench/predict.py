@@ -6,10 +6,11 @@ from statistics import fmean
 from typing import Any
 
 from hotset.bench.workload import Turn, Work
-from hotset.cost.expert_steps import ExpertCost, Load
+from hotset.cost.expert_steps import ExpertCost, Load, link_of
 from hotset.cost.prefix import bring_prefix
 from hotset.cost.rates import Rates
 from hotset.cost.step_time import PREFILL_CHUNK, CostModel
+from hotset.engine.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,3 +250,43 @@ def predict(
         computed_tokens=sum(time.computed for time in times),
         fetched_tokens=sum(time.fetched for time in times),
     )
+
+
+def predict_arm(
+    cost: CostModel, work: Work, engine: Engine, sizes: dict[str, Any], counters: dict[str, Any]
+) -> dict[str, Any]:
+    """Expected figures of an arm; of experts in host memory also those of the hit rate of the run.
+
+    Args:
+        cost: of the model.
+        work: that was run.
+        engine: of the arm.
+        sizes: see `figures.sizes_of`.
+        counters: of the run, see `figures.counters_since`.
+    """
+    schedule, buffer = engine.options.schedule, engine.experts
+
+    def expected(hit_rate: float | None) -> dict[str, Any]:
+        experts, max_step_tokens = None, schedule.max_num_batched_tokens
+        if buffer is not None:
+            max_step_tokens = min(max_step_tokens, engine.sizes.max_mixed_tokens)
+            link = link_of(cost, cold_bytes=buffer.sizes.cold_bytes, hit_rate=hit_rate)
+            experts = BufferedExperts(ExpertCost(cost, link, buffer.sizes.plan), buffer.num_slots)
+        found = predict(
+            cost,
+            work,
+            hot_tokens=sizes["hot_tokens"],
+            host_tokens=sizes["host_tokens"],
+            disk_tokens=sizes["disk_tokens"],
+            max_num_seqs=schedule.max_num_seqs,
+            max_batched_tokens=max_step_tokens,
+            experts=experts,
+        )
+        return found.as_dict()
+
+    found, hit_rate = expected(None), counters["expert_hit_rate"]
+    if buffer is not None and hit_rate is not None:
+        names = ("wall_s", "total_tokens_per_s", "output_tokens_per_s")
+        measured = expected(hit_rate)
+        found["at_hit_rate"] = {"hit_rate": hit_rate} | {name: measured[name] for name in names}
+    return found

@@ -1,6 +1,6 @@
 """The table on the terminal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hotset.bench.result import ArmRun, BenchResult
 from hotset.bench.verdict import fetched_tokens, link_busy_s
@@ -156,12 +156,14 @@ def _start(run: ArmRun) -> str:
 
 
 def table(result: BenchResult) -> str:
-    """The table as text, the first column to the left."""
-    if not result.runs:
-        return ""
-    lines = [("", result.arms), *rows(result)]
+    """The table as text; empty where no run has ended."""
+    return aligned([("", result.arms), *rows(result)]) if result.runs else ""
+
+
+def aligned(lines: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Labels to the left, and the cells of each column to the right."""
     label_width = max(len(label) for label, _ in lines)
-    widths = [max(len(cells[i]) for _, cells in lines) for i in range(len(result.arms))]
+    widths = [max(map(len, column)) for column in zip(*(cells for _, cells in lines), strict=True)]
     return "\n".join(
         f"{label:<{label_width}}  "
         + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any
 
-from hotset.bench.play import Play
+from hotset.bench.play import Play, Record
 
 
 @dataclass(slots=True)
@@ -17,7 +17,7 @@ class ArmRun:
     or not. What a server does not tell is None.
 
     Attributes:
-        arm: one of `runs.ARMS`, or the address of a server.
+        arm: one of `arms.ARMS`, or the address of a server.
         repeat: number of the round, from 0.
         is_complete: whether all requests were sent and ended well.
         latencies: `ttft_s`, `tpot_s`, `itl_s`, `e2e_s` -> mean, p50, p90, p99.
@@ -28,6 +28,7 @@ class ArmRun:
         prediction: of the cost model, see `predict`.
         samples: see `driver.Sample`, as columns.
         outputs: tokens of each answer by (session, turn); only for comparing arms.
+        records: of text, by session and turn; only for showing answers.
     """
 
     arm: str
@@ -55,6 +56,7 @@ class ArmRun:
     notes: list[str] = field(default_factory=list)
     budget_report: str = ""
     outputs: dict[tuple[int, int], list[int]] = field(default_factory=dict, repr=False)
+    records: list[Record] = field(default_factory=list, repr=False)
 
     @property
     def total_tokens_per_s(self) -> float:
@@ -77,8 +79,8 @@ class ArmRun:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "outputs"}
-        return values | {
+        kept = [f.name for f in fields(self) if f.name not in ("outputs", "records")]
+        return {name: getattr(self, name) for name in kept} | {
             "total_tokens_per_s": self.total_tokens_per_s,
             "output_tokens_per_s": self.output_tokens_per_s,
         }
@@ -130,6 +132,7 @@ def observe(arm: str, repeat: int, play: Play, wall_s: float, *, is_complete: bo
         ttft_by_turn_s=_means_by_turn(ttft),
         tpot_by_turn_s=_means_by_turn(tpot),
         outputs={(r.session, r.turn): r.token_ids.tolist() for r in done},
+        records=sorted(done, key=lambda r: (r.session, r.turn)) if play.work.is_text else [],
     )
 
 

@@ -6,14 +6,18 @@ whatever order their requests end.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hotset.errors import ConfigError
 from hotset.option_fields import Bounds, Group, option
 
+if TYPE_CHECKING:
+    from hotset.model.loaded import LoadedModel
+
+TEXTS = ("documents", "questions")  # workloads whose prompts are text
 _ONE, _MANY = Bounds("1 or more", 1), Bounds("1 or more", 1, 10**7)
 _FACTOR = Bounds("a factor above 0", 0, 1e6, is_open=True)
 
@@ -24,19 +28,21 @@ class Turn:
 
     Attributes:
         make_tokens: makes the new tokens of its prompt; called as it is sent, as those of a trace
-            are too many to keep.
-        num_tokens: how many these are.
-        output_tokens: the exact length of the answer.
+            are too many to keep. In text it takes the session's answers so far, and makes all.
+        num_tokens: how many these are; in text, where the answers before are as long as can be.
+        output_tokens: the exact length of the answer; in text the greatest.
         extends: whether the prompt is the session so far, with its answers, and the new tokens;
             the new tokens alone otherwise.
         known_tokens: leading tokens of the prompt that any session sent or was answered before.
+        question: in text, what is asked.
     """
 
-    make_tokens: Callable[[], list[int]]
+    make_tokens: Callable[..., list[int]]
     num_tokens: int
     output_tokens: int
     extends: bool = False
     known_tokens: int = 0
+    question: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +52,13 @@ class Session:
     Attributes:
         arrival_s: when the first is sent, from the start.
         first_turn: number of its first turn, for results by turn.
+        title: of the text that it is about.
     """
 
     turns: tuple[Turn, ...]
     arrival_s: float = 0.0
     first_turn: int = 0
+    title: str = ""
 
     def prompt_lengths(self) -> list[int]:
         """Tokens of each turn's prompt."""
@@ -76,21 +84,26 @@ class Work:
         title: one line for reports.
         kv_tokens: distinct tokens, prompts and answers: what all tiers together would have to
             hold so that nothing is computed twice.
+        contexts_per_hot: `kv_tokens` over the hot tier, where no size is given; None leaves KV all
+            that is free.
         prefixes: sent once each before the run, and not measured.
         is_open_loop: whether arrivals are by the clock.
         num_skipped: requests of a trace that were left out because they are too long.
         temperature: of all requests; 0 is greedy.
         seed: what the seeds of sampled requests are made from.
+        is_text: whether prompts are text and answers end where the model ends them.
     """
 
     title: str
     sessions: tuple[Session, ...]
     kv_tokens: int
+    contexts_per_hot: float | None = 4.0
     prefixes: tuple[tuple[int, ...], ...] = ()
     is_open_loop: bool = False
     num_skipped: int = 0
     temperature: float = 0.0
     seed: int = 0
+    is_text: bool = False
 
     def sampling_seed(self, session: int, turn: int) -> int | None:
         """The seed of one request, the same in every run; None where answers are greedy."""
@@ -117,16 +130,16 @@ class Spec(Group):
         ConfigError: a figure that its field does not take, or a trace without its file.
     """
 
-    workload: Literal["unshared", "pressure", "multiturn", "shared-prefix", "trace"] = option(
-        "unshared", "What the sessions are like.", has_flag=False
-    )
+    workload: Literal[
+        "unshared", "pressure", "multiturn", "shared-prefix", "trace", "documents", "questions"
+    ] = option("unshared", "What the sessions are like.", has_flag=False)
     users: int = option(16, "Sessions at once.", bounds=_MANY)
     turns: int = option(1, "Requests of a session, one after the other.", bounds=_MANY)
     first_tokens: int = option(
         256, "Prompt of a first turn (beside a shared prefix).", bounds=_MANY
     )
     new_tokens: int = option(64, "What a later turn of `multiturn` adds.", bounds=_ONE)
-    output_tokens: int = option(32, "Answer of each turn, exactly.", bounds=_MANY)
+    output_tokens: int = option(32, "Answer of each turn, exactly; in text at most.", bounds=_MANY)
     temperature: float = option(0.0, "Of sampling; 0 is greedy.", bounds=Bounds("0 to 100", 0, 100))
     seed: int = option(1000, "Of prompts, arrivals and sampling.")
     rate_per_s: float | None = option(
@@ -159,6 +172,8 @@ class Spec(Group):
             "pressure": ("new_tokens", "prefix_tokens", "num_prefixes"),
             "multiturn": ("prefix_tokens", "num_prefixes"),
             "shared-prefix": ("turns", "new_tokens"),
+            "documents": ("new_tokens", "prefix_tokens", "num_prefixes"),
+            "questions": ("turns", "first_tokens", "new_tokens", "prefix_tokens", "num_prefixes"),
             "trace": (
                 *("users", "turns", "first_tokens", "new_tokens", "output_tokens", "rate_per_s"),
                 *("prefix_tokens", "num_prefixes"),
@@ -171,129 +186,6 @@ class Spec(Group):
         return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
 
-# What the workloads are where nothing else is asked for: for the small default model on a CPU.
-DEFAULTS = {
-    "unshared": Spec("unshared", users=16, first_tokens=128, output_tokens=32),
-    "pressure": Spec("pressure", users=16, first_tokens=384, output_tokens=64),
-    "multiturn": Spec("multiturn", users=16, turns=4, first_tokens=320, output_tokens=16),
-    "shared-prefix": Spec("shared-prefix", users=16, first_tokens=64, prefix_tokens=768),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """A workload with the model and the sizes of a published comparison.
-
-    Attributes:
-        model: a bundled shape, or the config file of one, for dummy weights; None is the default
-            model.
-        engine: fields of `Options` other than the tiers' sizes.
-        arms: what runs where no arms are named and experts are not bounded.
-    """
-
-    spec: Spec
-    about: str
-    model: str | None = None
-    hot_gib: float | None = None
-    host_gib: float = 0.0
-    disk_gib: float = 0.0
-    engine: dict[str, Any] = field(default_factory=dict)
-    arms: tuple[str, ...] = ("hot", "host")
-
-
-_PEERS: dict[str, Any] = {
-    "model": "llama-3.1-8b",
-    "host_gib": 64.0,
-    "disk_gib": 40.0,
-    "engine": {"max_num_batched_tokens": 8192, "max_model_len": 8192, "max_num_seqs": 256},
-}
-# Sampled: greedy answers of random weights repeat few tokens, and so use few experts.
-_PEERS_MOE: dict[str, Any] = {
-    "model": "qwen3-30b-a3b",
-    "hot_gib": 20.0,
-    "engine": {"max_num_batched_tokens": 8192, "max_model_len": 8192, "max_num_seqs": 256},
-    "arms": ("resident",),
-}
-
-
-def _moe(users: int, first_tokens: int, output_tokens: int, seed: int) -> Spec:
-    return Spec(
-        "unshared",
-        users=users,
-        first_tokens=first_tokens,
-        output_tokens=output_tokens,
-        temperature=1.0,
-        seed=seed,
-    )
-
-
-# Prompts are uniform random ids of `random.Random(1000 + index)`, in this order.
-PRESETS = {
-    "A512": Preset(
-        Spec("unshared", users=256, first_tokens=512, output_tokens=256, seed=1000),
-        "256 requests of 512 / 256 tokens at once, everything resident",
-        **_PEERS,
-    ),
-    "A4096": Preset(
-        Spec("unshared", users=256, first_tokens=4096, output_tokens=512, seed=1001),
-        "256 requests of 4096 / 512 tokens at once, all free device memory for KV",
-        **_PEERS,
-    ),
-    "B": Preset(
-        Spec("pressure", users=256, first_tokens=4096, output_tokens=512, seed=1002),
-        "256 requests of 4096 / 512 tokens at once, 16 GiB of KV, nothing shared",
-        hot_gib=16.0,
-        **_PEERS,
-    ),
-    "C3": Preset(
-        Spec("multiturn", 256, 3, first_tokens=1280, new_tokens=256, output_tokens=64, seed=1003),
-        "256 users, 3 turns, 16 GiB of KV",
-        hot_gib=16.0,
-        **_PEERS,
-    ),
-    "C6": Preset(
-        Spec("multiturn", 256, 6, first_tokens=896, new_tokens=128, output_tokens=64, seed=1004),
-        "256 users, 6 turns, 16 GiB of KV",
-        hot_gib=16.0,
-        **_PEERS,
-    ),
-    "D256": Preset(
-        _moe(256, 512, 256, 1005),
-        "256 requests of 512 / 256 tokens at once to a Mixture of Experts, 20 GiB of KV",
-        **_PEERS_MOE,
-    ),
-    "D256-64": Preset(_moe(256, 512, 64, 1006), "D256 with answers of 64 tokens", **_PEERS_MOE),
-    "D256-32": Preset(_moe(256, 512, 32, 1007), "D256 with answers of 32 tokens", **_PEERS_MOE),
-    "D16": Preset(_moe(16, 512, 256, 1008), "16 requests of 512 / 256 tokens", **_PEERS_MOE),
-    "D1": Preset(_moe(1, 64, 16, 1009), "one request of 64 / 16 tokens", **_PEERS_MOE),
-    "D8": Preset(_moe(8, 96, 3, 1010), "8 requests of 96 / 3 tokens", **_PEERS_MOE),
-    "A-small": Preset(
-        Spec("unshared", users=16, first_tokens=64, output_tokens=32, seed=1000),
-        "A512 in small, for the default model on a CPU",
-    ),
-    "B-small": Preset(
-        Spec("pressure", users=16, first_tokens=512, output_tokens=64, seed=1002),
-        "B in small, for the default model on a CPU",
-    ),
-    "C3-small": Preset(
-        Spec("multiturn", 16, 3, first_tokens=320, new_tokens=64, output_tokens=16, seed=1003),
-        "C3 in small, for the default model on a CPU",
-    ),
-    "C6-small": Preset(
-        Spec("multiturn", 16, 6, first_tokens=224, new_tokens=32, output_tokens=16, seed=1004),
-        "C6 in small, for the default model on a CPU",
-    ),
-    "D-small": Preset(
-        _moe(16, 64, 32, 1008),
-        "D16 in small, for a small Mixture of Experts on a CPU",
-        model=str(Path(__file__).with_name("shapes") / "qwen3-moe-small.json"),
-        hot_gib=0.1,
-        engine={"device": "cpu"},
-        arms=("resident",),
-    ),
-}
-
-
 def token_range(vocab_size: int) -> tuple[int, int]:
     """Ids that prompts are drawn from: [1000, vocab - 1000), or the middle of a small vocabulary.
 
@@ -303,7 +195,13 @@ def token_range(vocab_size: int) -> tuple[int, int]:
     return margin, vocab_size - margin
 
 
-def make_work(spec: Spec, vocab_size: int, *, max_context: int | None = None) -> Work:
+def make_work(
+    spec: Spec,
+    vocab_size: int,
+    *,
+    max_context: int | None = None,
+    model: "LoadedModel | None" = None,
+) -> Work:
     """The sessions of a workload.
 
     Args:
@@ -311,32 +209,34 @@ def make_work(spec: Spec, vocab_size: int, *, max_context: int | None = None) ->
         vocab_size: of the model.
         max_context: longest context the model serves; what is longer in a trace is left out, any
             other workload is refused.
+        model: whose tokenizer reads text.
 
     Raises:
-        ConfigError: a context is too long, or a trace cannot be read.
+        ConfigError: a context is too long, a trace cannot be read, or text has no tokenizer.
     """
     if spec.workload == "trace":
         from hotset.bench.trace import trace_work
 
         return _sampled(trace_work(spec, vocab_size, max_context=max_context), spec)
-    low, high = token_range(vocab_size)
-    rng = random.Random(spec.seed)
+    if spec.workload in TEXTS:
+        from hotset.bench.text_work import text_work
 
-    def draw(count: int) -> list[int]:
-        return [rng.randrange(low, high) for _ in range(count)]
-
-    if spec.workload == "multiturn":
-        work = _multiturn(spec, draw)
-    elif spec.workload == "shared-prefix":
-        work = _shared_prefix(spec, draw)
+        work = text_work(spec, model)
     else:
-        work = _unshared(spec, draw)
+        work = _MAKERS[spec.workload](spec, _drawing(spec.seed, vocab_size))
     if max_context is not None and work.longest_context > max_context:
         raise ConfigError(
             f"the workload has contexts of {work.longest_context} tokens but the model and its "
             f"memory serve {max_context}; give fewer tokens or turns, or more hot_gib"
         )
     return _sampled(_with_arrivals(work, spec), spec)
+
+
+def _drawing(seed: int, vocab_size: int) -> Callable[[int], list[int]]:
+    """Draws so many tokens, one after the other from one generator."""
+    low, high = token_range(vocab_size)
+    rng = random.Random(seed)
+    return lambda count: [rng.randrange(low, high) for _ in range(count)]
 
 
 def _sampled(work: Work, spec: Spec) -> Work:
@@ -362,6 +262,7 @@ def _unshared(spec: Spec, draw: Callable[[int], list[int]]) -> Work:
         f"tokens, {spec.users} at once, nothing shared",
         sessions,
         num_requests * (spec.first_tokens + spec.output_tokens),
+        contexts_per_hot=4.0 if spec.workload == "pressure" else None,
     )
 
 
@@ -398,8 +299,17 @@ def _shared_prefix(spec: Spec, draw: Callable[[int], list[int]]) -> Work:
         f"{spec.output_tokens} out",
         tuple(sessions),
         own + spec.num_prefixes * spec.prefix_tokens,
+        contexts_per_hot=1.0,  # so that the requests that share one can run at once
         prefixes=prefixes,
     )
+
+
+_MAKERS = {
+    "unshared": _unshared,
+    "pressure": _unshared,
+    "multiturn": _multiturn,
+    "shared-prefix": _shared_prefix,
+}
 
 
 def _with_arrivals(work: Work, spec: Spec) -> Work:

@@ -2,15 +2,14 @@
 
 import json
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hotset.bench.workload import DEFAULTS, PRESETS, Preset, Spec
+from hotset.bench.presets import DEFAULTS, PRESETS, Preset
+from hotset.bench.workload import Spec
 from hotset.cli.options import (
     Command,
     as_json_flag,
@@ -19,6 +18,7 @@ from hotset.cli.options import (
     flags,
     given_only,
 )
+from hotset.cli.progress import make_say
 from hotset.errors import ConfigError
 from hotset.option_fields import options_of
 from hotset.option_groups import ExpertBudget, ExpertSlots
@@ -27,9 +27,7 @@ from hotset.options import Options
 if TYPE_CHECKING:
     from hotset.bench.campaign import Order
     from hotset.bench.result import BenchResult
-    from hotset.bench.runs import Say
 
-_PROGRESS_S = 5.0
 _FIGURES = [replace(one, default=None) for one in options_of(Spec)]  # None is not given
 WORKLOADS = {one.name: one.choices for one in _FIGURES}["workload"]
 
@@ -144,7 +142,7 @@ def command(
         if out is not None:
             out.write_text(json.dumps(result.as_dict()) + "\n", "utf-8")
 
-    result = run_bench(_order(chosen, options, dummy_weights, **given), _make_say(), keep)
+    result = run_bench(_order(chosen, options, dummy_weights, **given), make_say(), keep)
     if html is not None:
         from hotset.bench.html import page
 
@@ -181,8 +179,9 @@ def _order(
         raise ConfigError(f"max_s is {max_s}; expected seconds above 0")
     if recording is not None and recording.suffix not in (".npz", ".json"):
         raise ConfigError(f"record_routing is {recording}; expected a .npz or .json file")
+    from hotset.bench.arms import parse_arms
     from hotset.bench.campaign import Order, Target
-    from hotset.bench.runs import RunOptions, parse_arms
+    from hotset.bench.runs import RunOptions
 
     target = None
     if against is not None:
@@ -224,7 +223,7 @@ def _choose(
 
 def _arms(preset: Preset, options: Options, against: str | None) -> list[str]:
     """What runs where no arms are named."""
-    from hotset.bench.expert_arms import why_not_with_resident
+    from hotset.bench.arms import why_not_with_resident
 
     if against is not None:
         return []
@@ -254,33 +253,3 @@ def _with_preset(options: Options, preset: Preset, dummy_weights: bool) -> tuple
         changes["model"] = preset.model
         dummy_weights = True
     return options.but(**changes), dummy_weights
-
-
-def _make_say() -> "Say":
-    """Lines and progress on stderr; on a terminal progress is one line that changes."""
-    from hotset.bench.runs import Say
-
-    shown = sys.stderr.isatty()
-    last_s = time.monotonic()
-    width = 0
-
-    def line(text: str) -> None:
-        nonlocal width
-        click.echo("\r" + " " * width + "\r" if width else "", err=True, nl=False)
-        width = 0
-        click.echo(text, err=True)
-
-    def progress(make: Callable[[], str]) -> None:
-        nonlocal last_s, width
-        now_s = time.monotonic()
-        if now_s - last_s < (1.0 if shown else _PROGRESS_S):
-            return
-        last_s = now_s
-        text = make()
-        if shown:
-            click.echo("\r" + text.ljust(width), err=True, nl=False)
-            width = len(text)
-        else:
-            click.echo(text, err=True)
-
-    return Say(line, progress)

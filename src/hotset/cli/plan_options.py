@@ -12,8 +12,10 @@ from typing import Any
 from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import LINKS, load_hardware
+from hotset.cost.hot_set import Misses
 from hotset.cost.layout import parse_layout
 from hotset.cost.routing import Routing, load_histogram
+from hotset.cost.selection import DrawnSelections
 from hotset.errors import PlanError
 from hotset.option_fields import option, options_of
 from hotset.plan.search import Target
@@ -104,6 +106,32 @@ class Options:
         f"Store KV as {', '.join(KV_DTYPES)}; auto is as wide as what is not quantised.",
         metavar="DTYPE",
     )
+    index_dtype: str = option(
+        "auto",
+        "Store the keys of an indexer as auto, the dtype of what is not quantised, or fp8.",
+        metavar="DTYPE",
+    )
+    selection_overlap: float | None = option(
+        None,
+        "Of a model that selects tokens: share of a selection, 0 to 1, that the next step's has as "
+        "well.",
+        otherwise="0.4",
+        metavar="SHARE",
+    )
+    selection: str | None = option(
+        None,
+        "Selections recorded by 'hotset bench --record-selection', instead of their overlap.",
+        metavar="FILE",
+    )
+    tpot_ms: float | None = option(
+        None, "Longest step with hot requests, in ms: bounds how many turn hot.", otherwise="any"
+    )
+    row_prefetch: int = option(
+        0,
+        "Rows of hot requests that are fetched early: 0 none, 1 those of layers that share a "
+        "selection, 2 the next layer's too.",
+        metavar="0|1|2",
+    )
     link: str | None = option(
         None, "Host link: pcie3 to pcie6, c2c, or GB/s one way.", metavar="NAME|GB/s"
     )
@@ -156,9 +184,11 @@ class Options:
             raise PlanError(f"engine is {self.engine!r}; expected one of {', '.join(CALIBRATIONS)}")
         if self.engine == "hotset" and not self.free_windows:
             shape = shape.stored
+        if self.index_dtype not in ("auto", "fp8"):
+            raise PlanError(f"index_dtype is {self.index_dtype!r}; expected auto or fp8")
         histogram = self.expert_histogram
         return Request(
-            shape=shape,
+            shape=replace(shape, index_dtype=self.index_dtype),
             hardware=hardware,
             workload=self._workload(),
             layout=None if self.layout is None else parse_layout(self.layout),
@@ -173,7 +203,20 @@ class Options:
             overlap=overlap,
             routing=Routing() if histogram is None else load_histogram(Path(histogram)),
             calibration=CALIBRATIONS[self.engine],
+            selections=self._selections(),
+            tpot_s=None if self.tpot_ms is None else self.tpot_ms / 1e3,
+            row_prefetch=self.row_prefetch,
         )
+
+    def _selections(self) -> Misses:
+        overlap = self.selection_overlap
+        if self.selection is None:
+            return DrawnSelections() if overlap is None else DrawnSelections(overlap)
+        if overlap is not None:
+            raise PlanError("selection and selection_overlap are both given; give one of them")
+        from hotset.plan.selection_file import load_selections  # imports numpy
+
+        return load_selections(Path(self.selection))
 
     def _workload(self) -> Workload:
         answer = self.output

@@ -17,6 +17,7 @@ _ALIASES = {
     "llama-3.1-70b": "llama-3-70b",
     "llama-3-405b": "llama-3.1-405b",
     "deepseek-r1": "deepseek-v3",
+    "glm-5.1": "glm-5",
     "smollm2": "smollm2-135m",
 }
 

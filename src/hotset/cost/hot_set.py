@@ -23,6 +23,11 @@ NEXT_LAYER_RIGHT = 0.8  # share of its rows that the next layer's indexer tells 
 class Misses(Protocol):
     """What tells how many rows a step misses: `DrawnSelections` or a recorded file."""
 
+    @property
+    def overlap(self) -> float:
+        """Share of a selection that the next one has as well."""
+        ...
+
     def misses(self, context: float, selected: int, slots: int) -> float:
         """Rows per layer, of `selected` among `context`, with `slots` of them on the device."""
         ...
@@ -288,15 +293,19 @@ def plan_hot_set(
 ) -> HotPlan | None:
     """The slots with which `wanted` requests get most tokens per second; fewest of equal ones.
 
-    None where no hot request fits, or none keeps `tpot_s`. With `slots` they are not solved for.
+    None where no hot request fits or is smaller than a resident one, or none keeps `tpot_s`. With
+    `slots` they are not solved for.
     """
 
     def rate(candidate: int) -> tuple[float, int]:
         step = cost.hot_step(wanted, room, candidate, tpot_s)
         return (step.tokens_per_s if step else 0.0, -candidate)
 
+    solved = slots is None
     fewest = math.ceil(cost.cache.top_k / SLOT_STEP) * SLOT_STEP
-    most = max(fewest, math.floor(cost.context / SLOT_STEP) * SLOT_STEP)
+    most = math.floor(cost.context / SLOT_STEP) * SLOT_STEP - TAIL_TOKENS - SLOT_STEP
+    if most < (slots or fewest):
+        return None
     if slots is None:
         coarse = 8 * SLOT_STEP
         near = max(range(fewest, most + 1, coarse), key=rate)
@@ -305,15 +314,18 @@ def plan_hot_set(
     step = cost.hot_step(wanted, room, slots, tpot_s)
     if step is None:
         return None
-    resident = cost.resident_step(wanted, room)
+    limit = _limit(cost, room, wanted, step, slots)
+    if solved and tpot_s is not None and limit == "HBM":  # more slots, as more users were too slow
+        free = plan_hot_set(cost, room, wanted)
+        limit = limit if free is None or free.slots == slots else "TPOT"
     return HotPlan(
-        cost,
-        room,
-        slots,
-        resident,
-        step,
-        _limit(cost, room, wanted, step, slots),
-        _break_even(cost, room, slots, step.users),
+        cost=cost,
+        room=room,
+        slots=slots,
+        resident=cost.resident_step(wanted, room),
+        hot=step,
+        limit=limit,
+        break_even=_break_even(cost, room, slots, step.users),
     )
 
 

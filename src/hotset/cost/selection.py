@@ -29,10 +29,11 @@ class DrawnSelections:
     """Selections by the formula above.
 
     Attributes:
-        overlap: of the selections of neighbouring steps.
+        overlap: of the selections of neighbouring steps; more where K / N is more, which
+            independent ones have in common.
     """
 
-    overlap: float
+    overlap: float = 0.4
 
     def misses(self, context: float, selected: int, slots: int) -> float:
         """Rows that a step misses in a layer.
@@ -43,14 +44,19 @@ class DrawnSelections:
             slots: S, at least K.
 
         Raises:
-            PlanError: `slots` hold no selection.
+            PlanError: `slots` hold no selection, or `overlap` is none that is known.
         """
+        if not 0 < self.overlap <= MOST_OVERLAP:
+            raise PlanError(
+                f"the overlap of selections is {self.overlap:g}; expected above 0 and at most "
+                f"{MOST_OVERLAP}"
+            )
         if slots < selected:
             raise PlanError(f"a hot set of {slots} tokens does not hold a selection of {selected}")
         if slots >= context or selected >= context:
             return 0.0
         share = selected / context
-        chances = _chances(share, correlation(share, self.overlap))
+        chances = _chances(share, correlation(share, max(share, self.overlap)))
         stay = _bisect(lambda tau: context * _mean(chances, tau, 0) - slots, 1.0, 1e12)
         return max(0.0, selected - context * _mean(chances, stay, 1))
 
@@ -59,14 +65,10 @@ class DrawnSelections:
 def correlation(share: float, overlap: float) -> float:
     """The *c* at which selections of `share` of all positions overlap by `overlap`.
 
-    Raises:
-        PlanError: independent selections overlap by more, or `overlap` is above `MOST_OVERLAP`.
+    Args:
+        share: K / N.
+        overlap: from `share`, for which *c* is 0, to `MOST_OVERLAP`.
     """
-    if not share <= overlap <= MOST_OVERLAP:
-        raise PlanError(
-            f"selections that overlap by {overlap:g} are not known; expected at least {share:.3f}, "
-            f"where each position is as likely, and at most {MOST_OVERLAP}"
-        )
 
     def excess(c: float) -> float:
         chances = _chances(share, c)

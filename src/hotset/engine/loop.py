@@ -7,9 +7,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 from hotset.clock import REAL_CLOCK, Clock
 from hotset.engine.engine import Engine
@@ -35,6 +36,39 @@ _AHEAD = 8
 _KERNEL_CHECK_S = 0.1
 _RATE_WINDOW_S = 30.0
 _MOST_RETRY_AFTER_S = 60
+
+
+def run_steps(engine: Engine, feed: Callable[[], int | None]) -> Iterator[list[RequestOutput]]:
+    """The loop around an engine's steps: yields what each of them put out.
+
+    Args:
+        engine: stepped while it has requests, or copies between tiers that run.
+        feed: called before each step. Queues what is due, waits where there is nothing to do, and
+            returns how many more requests wait for this engine elsewhere; None ends the loop.
+    """
+    while (num_queued := feed()) is not None:
+        has_step = engine.has_work or engine.has_transfers
+        yield engine.step(num_queued=num_queued) if has_step else []
+
+
+def run_to_end(engine: Engine) -> Iterator[RequestOutput]:
+    """All outputs of the requests that the engine has, until none is left."""
+    for outputs in run_steps(engine, lambda: 0 if engine.has_work else None):
+        yield from outputs
+
+
+def settle(engine: Engine, timeout_s: float, clock: Clock = REAL_CLOCK) -> None:
+    """Let what was aborted, and copies between tiers, end for at most `timeout_s` seconds."""
+    deadline_s = clock.now() + timeout_s
+
+    def feed() -> int | None:
+        if not engine.has_work:
+            time.sleep(0.001)
+        is_busy = engine.has_work or engine.has_transfers
+        return 0 if is_busy and clock.now() < deadline_s else None
+
+    for _ in run_steps(engine, feed):
+        pass
 
 
 @dataclass(eq=False, slots=True)
@@ -185,38 +219,42 @@ class EngineLoop:
             self._on_report(Report(self._clock.now(), failure=failure))
         else:
             with contextlib.suppress(Exception):
-                self._settle(engine)
+                for request_id in list(self._entries):
+                    engine.abort(request_id)
+                settle(engine, _SETTLE_S, self._clock)
         finally:
             with contextlib.suppress(Exception):
                 engine.close()
 
     def _serve(self, engine: Engine) -> None:
-        while True:
-            with self._wake:
-                has_work = engine.has_work or len(self._queue) > 0
-                if not self._inbox and not self._is_closing and not has_work:
-                    self._wake.wait(self._idle_wait_s(engine))
-                if self._is_closing:
-                    return
-                messages = list(self._inbox)
-                self._inbox.clear()
-            for message in messages:
-                if isinstance(message, Submit):
-                    self._enqueue(message)
-                elif isinstance(message, _Abort):
-                    self._drop(engine, message.request_id)
-                else:
-                    self._look_at(engine, message.look_id)
-            self._expire(engine)
-            self._hand_over(engine)
-            if engine.has_work or engine.has_transfers:
-                outputs = engine.step(num_queued=len(self._queue))
-                self._note_started(engine)
-                self._take(outputs)
+        for outputs in run_steps(engine, partial(self._feed, engine)):
+            self._note_started(engine)
+            self._take(outputs)
             if engine.is_warming:
                 self._warm_up(engine)
             if not self._outbox.is_empty:
                 self._on_report(self._outbox.take(self._clock.now()))
+
+    def _feed(self, engine: Engine) -> int | None:
+        """Take messages in, and give the engine requests; see `run_steps`."""
+        with self._wake:
+            has_work = engine.has_work or len(self._queue) > 0
+            if not self._inbox and not self._is_closing and not has_work:
+                self._wake.wait(self._idle_wait_s(engine))
+            if self._is_closing:
+                return None
+            messages = list(self._inbox)
+            self._inbox.clear()
+        for message in messages:
+            if isinstance(message, Submit):
+                self._enqueue(message)
+            elif isinstance(message, _Abort):
+                self._drop(engine, message.request_id)
+            else:
+                self._look_at(engine, message.look_id)
+        self._expire(engine)
+        self._hand_over(engine)
+        return len(self._queue)
 
     def _warm_up(self, engine: Engine) -> None:
         """Do a piece of it; beside requests, their steps get as much time as it does."""
@@ -341,16 +379,6 @@ class EngineLoop:
             _log.exception("the engine cannot be looked at")
             seen = f"the engine cannot be looked at: {error}"
         self._outbox.looks.append((look_id, seen))
-
-    def _settle(self, engine: Engine) -> None:
-        """Let what is on its way to slower tiers arrive there, for a while."""
-        for request_id in list(self._entries):
-            engine.abort(request_id)
-        deadline_s = self._clock.now() + _SETTLE_S
-        while (engine.has_work or engine.has_transfers) and self._clock.now() < deadline_s:
-            engine.step()
-            if not engine.has_work:
-                time.sleep(0.001)
 
 
 @dataclass(slots=True)

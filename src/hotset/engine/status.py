@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from hotset.memory.tier import TierUsage
+from hotset.memory.tier import TierInfo, TierUsage
 
 if TYPE_CHECKING:
     from hotset.engine.engine import Engine
@@ -64,6 +64,35 @@ class EngineStatus:
     prefill_tokens_per_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How much lies where, and how many requests there are; cheap to take between two steps.
+
+    Attributes:
+        device_held: bytes of KV on the device that requests hold.
+        device_cached: bytes of KV on the device that none holds, and that can be found.
+        tiers: below the device, the fastest first.
+    """
+
+    num_running: int
+    num_waiting: int
+    device_held: int
+    device_cached: int
+    tiers: tuple[tuple[TierInfo, TierUsage], ...]
+
+
+def engine_usage(engine: "Engine") -> Usage:
+    """Look at the engine; to be called from its thread."""
+    scheduler, pool, tiers = engine.scheduler, engine.kv.pool, engine.tiers
+    return Usage(
+        len(scheduler.running),
+        len(scheduler.waiting),
+        pool.num_held * engine.sizes.block_bytes,
+        pool.num_cached * engine.sizes.block_bytes,
+        () if tiers is None else tuple(zip(tiers.infos, tiers.usage(), strict=True)),
+    )
+
+
 def engine_status(engine: "Engine", *, num_queued: int) -> EngineStatus:
     """Look at the engine; to be called from its thread. `num_queued` requests wait before it."""
     engine.count_experts()
@@ -110,18 +139,17 @@ def _tiers(engine: "Engine") -> list[TierStatus]:
             pool.num_usable,
         )
     ]
-    if engine.tiers is not None:
-        for info, usage in zip(engine.tiers.infos, engine.tiers.usage(), strict=True):
-            found.append(
-                TierStatus(
-                    info.name,
-                    usage.capacity_payloads,
-                    usage.used_payloads,
-                    info.payload_bytes,
-                    _cells(usage),
-                    info.capacity_payloads,
-                )
+    for info, usage in engine_usage(engine).tiers:
+        found.append(
+            TierStatus(
+                info.name,
+                usage.capacity_payloads,
+                usage.used_payloads,
+                info.payload_bytes,
+                _cells(usage),
+                info.capacity_payloads,
             )
+        )
     return found
 
 

@@ -13,6 +13,7 @@ from hotset.cost.routing import skew_of
 from hotset.errors import PlanError
 from hotset.experts.placement import History, Placement, in_order, measure, place, round_robin
 from hotset.foreign_text import parse_json
+from hotset.plan.text import rows as columns
 
 Counts = npt.NDArray[np.int64]
 
@@ -182,14 +183,6 @@ def balance_table(recording: Recording, cases: list[Case], num_devices: int) -> 
                 else ()
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
     notes = [
         "Loads are tokens of a device over all steps, mean over layers; worst is the layer with "
         "the highest max/mean.",
@@ -200,7 +193,7 @@ def balance_table(recording: Recording, cases: list[Case], num_devices: int) -> 
     used = skew_of(recording.history.sum(0).tolist())
     notes.insert(0, f"All steps: {used}; means over layers.")
     title = f"{experts} experts of {layers} layers on {num_devices} devices, {steps} steps"
-    return "\n".join([f"{title} ({about})" if about else title, "", *lines, "", *notes])
+    return "\n".join([f"{title} ({about})" if about else title, "", columns(rows), "", *notes])
 
 
 def _loads(placements: Sequence[Placement], history: Counts) -> Loads:

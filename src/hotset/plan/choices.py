@@ -74,8 +74,9 @@ def workspace_bytes(request: Request) -> float:
 
 
 def claimed_bytes(request: Request) -> float:
-    """HBM of each GPU for weights, experts, KV and workspace."""
-    return request.total_bytes or HBM_SHARE * request.hardware.hbm_bytes
+    """HBM of each GPU for weights, experts, KV and workspace: all of it beside `hot_bytes`."""
+    share = HBM_SHARE if request.hot_bytes is None else 1.0
+    return request.total_bytes or share * request.hardware.hbm_bytes
 
 
 def hot_budget(request: Request, cost: CostModel, budget: float) -> float:

@@ -16,8 +16,8 @@ from hotset.cost.step_time import Tiering
 from hotset.errors import PlanError
 from hotset.plan.compare import compare_plans, rate_at
 from hotset.plan.planner import make_plan
-from hotset.plan.report import gb, rows, seconds
 from hotset.plan.result import Plan
+from hotset.plan.text import gb, rows, seconds
 from hotset.plan.workload import Request, Workload
 
 MOST_USERS_A_GPU = 256  # decode batch of one rank in the wide layout, as DeepSeek and SGLang run it

@@ -5,8 +5,8 @@ from hotset.cost.cache_spec import Latent, NoCache, Shared, State
 from hotset.cost.params import WEIGHT_BITS
 from hotset.cost.step_time import CAUSES
 from hotset.plan.choices import BLOCK_SIZE, SLICE_TOKENS, claimed_bytes
-from hotset.plan.report import gb, seconds
 from hotset.plan.result import Plan
+from hotset.plan.text import gb, seconds
 
 
 def explain_plan(plan: Plan) -> str:

@@ -8,10 +8,10 @@ from hotset.cost.step_time import CAUSES
 from hotset.errors import PlanError
 from hotset.plan.explain import explain_plan
 from hotset.plan.planner import make_plan
-from hotset.plan.report import gib, seconds
 from hotset.plan.result import Plan
 from hotset.plan.search import sweep
 from hotset.plan.svg import Line, Mark, Segment, line_chart, stacked_bar
+from hotset.plan.text import gib, seconds
 
 STYLE = """
 :root{--ink:#1d2430;--dim:#667085;--page:#f6f7f9;--card:#fff;--rule:#e3e6ec;--rest:#eceff3;

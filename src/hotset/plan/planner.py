@@ -5,6 +5,8 @@ Imports no torch.
 
 import math
 
+from hotset.cost import hot_set
+from hotset.cost.hot_set import HotPlan
 from hotset.cost.layout import Layout, candidate_layouts, check_layout
 from hotset.cost.params import WEIGHT_BITS
 from hotset.cost.step_time import CAUSES, CostModel, Tiering
@@ -21,6 +23,7 @@ from hotset.plan.choices import (
     staged_bytes,
     workspace_bytes,
 )
+from hotset.plan.hot_set import find_hot_set
 from hotset.plan.result import Plan
 from hotset.plan.workload import Request
 
@@ -187,6 +190,17 @@ def _finish(
         cost=cost,
         tiering=choice.tiering,
         notes=_notes(request, cost, choice, users_resident, used_gpus),
+        hot_set=_hot_set(request, cost, room),
+    )
+
+
+def _hot_set(request: Request, cost: CostModel, room: Room) -> HotPlan | None:
+    """With all experts resident, as what a step waits for beside them is not known."""
+    experts = cost.shard.experts_bytes
+    if experts > room.budget:
+        return None
+    return find_hot_set(
+        request, cost, hot_set.Room(room.budget - experts, room.host / cost.layout.dp)
     )
 
 
@@ -233,6 +247,12 @@ def _notes(
         notes.append(
             f"{choice.running} of {workload.users} users run at a time; the others take turns"
         )
+    if note := shape.latent_note(request.kv_dtype):
+        if shape.is_mla:
+            latent = shape.kv_bytes_per_token(request.kv_dtype)
+            fewer = users_resident * latent // shape.stored_bytes_per_token(request.kv_dtype)
+            note += f": KV for {fewer:,} users in HBM, not {users_resident:,}"
+        notes.append(note)
     if layout.ep > 1 and shape.num_experts % layout.ep:
         slots = -(-shape.num_experts // layout.ep)
         notes.append(f"{slots * layout.ep - shape.num_experts} spare expert slots hold copies")

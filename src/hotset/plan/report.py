@@ -1,60 +1,18 @@
 """Plans as plain text: one plan, a comparison, a sweep with its plot, a search."""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from hotset.cost.families import layer_summary
 from hotset.cost.step_time import CAUSES
 from hotset.plan.compare import Ratio
+from hotset.plan.hot_set import hot_set_lines
 from hotset.plan.result import Plan
 from hotset.plan.search import Candidate, SweepPoint
 from hotset.plan.serve_command import serve_command, why_not_served
+from hotset.plan.text import bar, gib, rows, seconds
 
 WIDTH = 78
-
-
-def gib(value: float) -> str:
-    """Memory in binary units, as flags take it."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(value) >= size:
-            return f"{value / size:,.{4 if value < 1e4 * size else 9}g} {unit}"
-    return f"{value:.0f} B"
-
-
-def gb(value: float) -> str:
-    """Bytes in decimal units, for formulas in which rates are decimal too."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.4g} {unit}" if value < 1e15 else f"{value / size:,.0f} {unit}"
-    return f"{value:.0f} B"
-
-
-def seconds(value: float) -> str:
-    """A duration in the unit that reads best."""
-    if value >= 1:
-        return f"{value:.3g} s"
-    if value >= 1e-3:
-        return f"{value * 1e3:.3g} ms"
-    return f"{value * 1e6:.3g} us"
-
-
-def rows(cells: Sequence[Sequence[str]], indent: str = "") -> str:
-    """Columns wide enough for their cells: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = []
-    for row in cells:
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append((indent + "  ".join((first, *others))).rstrip())
-    return "\n".join(lines)
-
-
-def bar(share: float, width: int = 24) -> str:
-    """A share as a bar of characters."""
-    filled = round(max(0.0, min(1.0, share)) * width)
-    return "#" * filled + "." * (width - filled)
 
 
 def plan_table(plan: Plan) -> str:
@@ -92,6 +50,7 @@ def plan_table(plan: Plan) -> str:
         ),
         "",
         *_rates(plan),
+        *hot_set_lines(plan.request, plan.hot_set, plan.layout.dp),
         *_noted(plan.notes),
         "",
         *_how_to_run(plan),
@@ -142,6 +101,12 @@ def _how_to_run(plan: Plan) -> list[str]:
 
 def _noted(notes: Iterable[str]) -> list[str]:
     return [textwrap.fill(f"Note: {note}", WIDTH, subsequent_indent="  ") for note in notes]
+
+
+def _latent_notes(plans: Iterable[Plan]) -> list[str]:
+    """The note about MLA's KV, for tables that leave the other notes out."""
+    found = (plan.request.shape.latent_note(plan.request.kv_dtype) for plan in plans)
+    return _noted(dict.fromkeys(note for note in found if note))
 
 
 def _gain(gain: float) -> str:
@@ -220,6 +185,8 @@ def compare_table(names: list[str], plans: list[Plan], ratios: list[Ratio]) -> s
             f"{ratio.capacity:.2f}x from capacity (users at once) times {ratio.speed:.2f}x from "
             f"speed (same users); TPOT {ratio.tpot:.2f}x, TTFT {ratio.ttft:.2f}x"
         )
+    for note in _latent_notes(plans):
+        text += f"\n{note}"
     return text
 
 
@@ -256,7 +223,7 @@ def sweep_table(field: str, points: list[SweepPoint]) -> str:
     ]
     title = f"{first.request.shape.name} on {first.gpus} x {first.request.hardware.name}"
     lines = [f"{title}, {first.layout}", "", rows(table), "", f"tokens/s against {field}"]
-    lines += [rows([(a, b, "|" + c) for a, b, c in plot], "  ")]
+    lines += [rows([(a, b, "|" + c) for a, b, c in plot], "  "), *_latent_notes(good)]
     return "\n".join(lines)
 
 

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from hotset.cost.hot_set import HotPlan
 from hotset.cost.layout import Layout
 from hotset.cost.step_time import CostModel, Step, Tiering
+from hotset.plan import hot_set
 from hotset.plan.workload import Request
 
 
@@ -44,6 +46,7 @@ class Plan:
     cost: CostModel
     tiering: Tiering
     notes: list[str]
+    hot_set: HotPlan | None = None  # of one group
 
     @property
     def tokens_per_s(self) -> float:
@@ -101,6 +104,7 @@ class Plan:
             "reused_tokens": self.found_tokens,
             "recomputed_tokens": self.recomputed_tokens,
             "band": {"low": rate * (1 - band), "high": min(most, rate * (1 + band))},
+            "hot_set": hot_set.as_dict(self.hot_set, self.layout.dp),
             "notes": self.notes,
         }
         whole = _whole_bytes(data)

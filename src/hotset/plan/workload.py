@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from hotset.cost.attention import KV_BYTES
 from hotset.cost.calibration import Calibration
 from hotset.cost.hardware import Hardware
+from hotset.cost.hot_set import Misses, SparseCache
 from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
+from hotset.cost.selection import DrawnSelections
 from hotset.cost.shape import ModelShape
 from hotset.errors import PlanError
 
@@ -99,6 +101,9 @@ class Request:
         overlap: see `CostModel`.
         routing: which experts tokens reach.
         calibration: efficiencies and overheads.
+        selections: of a sparse model: how many rows of a hot request are missed.
+        tpot_s: longest step with hot requests; None is any.
+        row_prefetch: which missed rows come early, see `HotSetCost`.
     """
 
     shape: ModelShape
@@ -116,6 +121,9 @@ class Request:
     overlap: frozenset[str] = frozenset()
     routing: Routing = field(default_factory=Routing)
     calibration: Calibration = field(default_factory=Calibration)
+    selections: Misses = field(default_factory=DrawnSelections)
+    tpot_s: float | None = None
+    row_prefetch: int = 0
 
     def __post_init__(self) -> None:
         if self.kv_dtype not in KV_BYTES:
@@ -134,9 +142,32 @@ class Request:
                     f"expert_slots is {self.expert_slots}; expected 0 to {most}, the experts of "
                     f"a layer of {self.shape.name}"
                 )
+        self._check_hot_set()
         if self.shape.num_experts:
             self.routing.check(self.shape.num_experts)
         self.shape.kv_bytes_per_token(self.kv_dtype)  # refuses a layout of KV that does not apply
+
+    def _check_hot_set(self) -> None:
+        if self.tpot_s is not None and not self.tpot_s > 0:
+            raise PlanError(f"tpot_ms is {self.tpot_s * 1e3:g}; expected above 0")
+        if not 0 <= self.row_prefetch <= 2:
+            raise PlanError(f"row_prefetch is {self.row_prefetch}; expected 0, 1 or 2")
+        cache = SparseCache.of(self.shape, self.kv_dtype)
+        if cache is not None:
+            context = self.workload.decode_context
+            self.selections.misses(context, cache.top_k, cache.top_k)  # refuses what cannot be
+            return
+        asked = {
+            "tpot_ms": self.tpot_s is not None,
+            "row_prefetch": bool(self.row_prefetch),
+            "selection_overlap": self.selections != DrawnSelections(),
+        }
+        for name, is_given in asked.items():
+            if is_given:
+                raise PlanError(
+                    f"{name} is given, but {self.shape.name} has no indexer that selects tokens, "
+                    "and so no hot set; leave it out"
+                )
 
     def _check_memory(self) -> None:
         if self.total_bytes is not None and self.hot_bytes is not None:

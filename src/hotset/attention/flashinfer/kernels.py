@@ -41,9 +41,7 @@ def why_unsupported(layers: Sequence[LayerAttention]) -> str | None:
             return f"queries of {layer.dtype}"
         if layer.sinks is not None:
             return "attention sinks"
-        if layer.latent is not None:
-            return "attention over latents"
-        key_dim, value_dim = layer.heads.key_dim, layer.heads.value_dim
+        key_dim, value_dim = layer.cache.key_dim, layer.cache.value_dim
         if key_dim != value_dim or key_dim not in _HEAD_DIMS:
             return f"head dimensions {key_dim} and {value_dim}"
     return None
@@ -135,7 +133,7 @@ def start_kernels(
                         backend,
                         layer.dtype,
                         stored,
-                        layer.heads.key_dim,
+                        layer.cache.key_dim,
                         layer.cache.window is not None,
                         layer.softcap is not None,
                     )
