@@ -17,6 +17,7 @@ from hotset.memory.tier import (
     TierUsage,
 )
 from hotset.request import SamplingParams
+from hotset.sequence import IN_HOST, Request
 
 
 class FakeClock:
@@ -31,10 +32,15 @@ class FakeClock:
 
 @dataclass
 class FakeDevice:
-    """Device blocks whose content is the tokens they are for."""
+    """Device blocks whose content is the tokens they are for.
+
+    Of hot requests it knows what steps tell it: which slots of host memory their blocks are in.
+    """
 
     block_size: int
     blocks: dict[int, list[int | None]] = field(default_factory=dict)
+    host: Callable[[int], list[int | None]] | None = None
+    seats: dict[int, dict[int, int]] = field(default_factory=dict)
 
     def content(self, block: int) -> list[int | None]:
         return self.blocks.setdefault(block, [None] * self.block_size)
@@ -43,19 +49,33 @@ class FakeDevice:
         """Check that all tokens before those of the plan are in place, and write those."""
         for source, target in plan.copies:
             self.blocks[target] = list(self.content(source))
+        if plan.seats is not None:
+            self.seats.update({reset.seat: {} for reset in plan.seats.resets})
+            for seat, index, slot in plan.seats.places:
+                self.seats[seat][index] = slot
         written = set()
         for item in plan.items:
             request, size = item.request, self.block_size
             if request.is_finished:
                 continue  # while the step was prepared
+            for block in request.kv.slot_blocks:  # whatever was selected comes there
+                self.blocks[block] = [None] * size
             for i in range(item.start):
-                content = self.content(request.kv.block_table[i // size])
+                content = self.past(request, i // size)
                 assert content[i % size] == request.token_ids[i], "attention reads another's token"
             for i in range(item.start, item.start + item.num_tokens):
                 place = (request.kv.block_table[i // size], i % size)
                 assert place not in written, "two requests write to one place"
                 written.add(place)
                 self.content(place[0])[place[1]] = request.token_ids[i]
+
+    def past(self, request: Request, index: int) -> list[int | None]:
+        """What attention finds of a block."""
+        block = request.kv.block_table[index]
+        if block != IN_HOST:
+            return self.content(block)
+        assert request.kv.seat is not None and self.host is not None
+        return self.host(self.seats[request.kv.seat][index])
 
 
 HOST = TierInfo("host", 1_000_000, 1, feeds_device=True)
@@ -73,6 +93,8 @@ class FakeTiers:
 
     def __init__(self, device: FakeDevice | None = None) -> None:
         self.device = device
+        if device is not None:
+            device.host = self.slot_content
         self.stored: dict[bytes, str] = {}
         self.payloads: dict[bytes, list[int | None]] = {}
         self.spilling: dict[bytes, int] = {}
@@ -81,6 +103,7 @@ class FakeTiers:
         self.has_room = True
         self.num_slots = 1_000_000
         self.kept: Counter[bytes] = Counter()
+        self.slots: dict[bytes, int] = {}
         self.pending: set[bytes] = set()
 
     def locate(self, key: bytes) -> str | None:
@@ -106,6 +129,16 @@ class FakeTiers:
             return False
         self.kept[key] += 1
         return True
+
+    def host_slot(self, key: bytes) -> int | None:
+        if self.stored.get(key) != "host":
+            return None
+        return self.slots.setdefault(key, len(self.slots))
+
+    def slot_content(self, slot: int) -> list[int | None]:
+        [key] = [key for key, number in self.slots.items() if number == slot]
+        assert self.stored.get(key) == "host", "a hot request's copy is gone"
+        return self.payloads[key]
 
     def unkeep(self, key: bytes) -> None:
         assert self.kept[key] > 0

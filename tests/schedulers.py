@@ -11,6 +11,7 @@ from hotset.engine.step import Step
 from hotset.engine.step_cost import StepCost
 from hotset.kv.cache import KVCache
 from hotset.kv.pool import BlockPool
+from hotset.kv.seats import Seats
 from hotset.metrics import Metrics
 from hotset.request import FinishReason, SamplingParams
 from hotset.sequence import Request
@@ -31,6 +32,7 @@ def make_scheduler(
     mode: str = "fetch",
     rotation_s: float | None = None,
     ahead_tokens: int = 256,
+    hot_blocks: int = 0,
     step_cost: StepCost | None = None,
     clock: FakeClock | None = None,
 ) -> Scheduler:
@@ -44,6 +46,9 @@ def make_scheduler(
         tiers=tiers,
         policy=None if tiers is None else PrefixPolicy(rates, bytes_per_token=1, mode=mode),
         prefix_caching=prefix_caching,
+        seats=Seats(num_seats=8, num_slots=hot_blocks * BLOCK, block_size=BLOCK)
+        if hot_blocks
+        else None,
     )
     return Scheduler(
         kv,
@@ -55,6 +60,7 @@ def make_scheduler(
         row_tile=row_tile,
         rotation_s=rotation_s,
         ahead_tokens=ahead_tokens,
+        users_at_once=lambda wanted: wanted,
         step_cost=step_cost,
         clock=clock or FakeClock(),
     )

@@ -23,6 +23,7 @@ class Metrics:
     recompute_chosen_tokens: int = 0  # found in a colder tier, cheaper to compute
     preemptions: int = 0
     rotations: int = 0  # of these, ends of a turn
+    turned_hot: int = 0  # requests that gave back blocks and kept the tokens used last
     spilled_blocks: int = 0
     fetched_blocks: int = 0
     moved_bytes: Counter[str] = field(default_factory=Counter)  # by direction, "device>host"

@@ -8,6 +8,8 @@ from hotset.request import FinishReason, SamplingParams
 
 # Stands last in `Request.token_ids` for the token that the device is still choosing.
 UNKNOWN_TOKEN = -1
+# Stands in `SequenceBlocks.block_table` for a block that host memory alone has.
+IN_HOST = -1
 
 _ids = itertools.count()
 
@@ -76,7 +78,11 @@ class SequenceBlocks:
 
     Attributes:
         num_computed_tokens: how many leading tokens have their KV in `block_table`.
-        block_table: device block ids in token order.
+        block_table: device block ids in token order; `IN_HOST` where a hot request has the block in
+            host memory alone.
+        slot_blocks: device blocks that are a hot request's slots, beside `block_table`.
+        seat: of a hot request, its row in the device's tables; see `kv.seats`.
+        num_in_host: how many of `block_table` are `IN_HOST`.
         block_hashes: chained hashes of the leading full blocks, as far as computed.
         arriving: index into `block_table` -> key of the content that is on its way up.
         arrived: index into `block_table` -> the content it has, at or beyond
@@ -96,6 +102,9 @@ class SequenceBlocks:
 
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    slot_blocks: list[int] = field(default_factory=list)
+    seat: int | None = None
+    num_in_host: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     arriving: dict[int, bytes] = field(default_factory=dict)
     arrived: dict[int, ArrivedBlock] = field(default_factory=dict)
@@ -108,6 +117,11 @@ class SequenceBlocks:
     num_cached_tokens: int = 0
     high_water_tokens: int = 0
     num_sibling_tokens: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Device blocks that it holds."""
+        return len(self.block_table) - self.num_in_host + len(self.slot_blocks)
 
 
 @dataclass(eq=False, slots=True)

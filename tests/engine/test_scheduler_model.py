@@ -4,7 +4,9 @@ Tiers of any size, slow and faulty, shared prefixes, aborts, rotation and a step
 """
 
 import itertools
+from typing import Any
 
+import pytest
 from fakes import FakeClock, FakeDevice, FakeTiers
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from hotset.engine.scheduler import Scheduler
 from hotset.engine.step import Step
 from hotset.kv.cache import KVCache
 from hotset.kv.pool import BlockPool
+from hotset.kv.seats import Seats
 from hotset.metrics import Metrics
 from hotset.request import FinishReason, SamplingParams
 from hotset.sequence import UNKNOWN_TOKEN, Request, RequestStatus
@@ -45,6 +48,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         rotation_s=st.sampled_from([None, 1.0]),
         mode=st.sampled_from(["fetch", "auto", "recompute"]),
         prefix_caching=st.booleans(),
+        ahead_tokens=st.just(256),
+        hot_blocks=st.just(0),
+        num_seats=st.just(0),
     )
     def start(
         self,
@@ -57,11 +63,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         rotation_s: float | None,
         mode: str,
         prefix_caching: bool,
+        ahead_tokens: int,
+        hot_blocks: int,
+        num_seats: int,
     ) -> None:
         self.device = FakeDevice(BLOCK)
         self.tiers = FakeTiers(self.device)
         self.tiers.num_slots = num_slots
         self.clock = FakeClock()
+        seats = None
+        if hot_blocks:
+            seats = Seats(num_seats=num_seats, num_slots=hot_blocks * BLOCK, block_size=BLOCK)
         rates, metrics = Rates(1.0, {"host": 100.0}), Metrics()
         self.kv = KVCache(
             BlockPool(num_blocks),
@@ -71,6 +83,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             tiers=self.tiers,
             policy=PrefixPolicy(rates, bytes_per_token=1, mode=mode),  # type: ignore[arg-type]
             prefix_caching=prefix_caching,
+            seats=seats,
         )
         self.scheduler = Scheduler(
             self.kv,
@@ -80,6 +93,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_mixed_tokens=mixed_budget,
             row_tile=row_tile,
             rotation_s=rotation_s,
+            ahead_tokens=ahead_tokens,
+            users_at_once=lambda wanted: max_num_seqs,
             clock=self.clock,
         )
         self.requests: list[Request] = []
@@ -115,7 +130,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     request_id=f"r{next(self.ids)}",
                     prompt_len=len(tokens),
                     token_ids=list(tokens),
-                    params=SamplingParams(max_tokens=max_tokens),
+                    params=SamplingParams(max_tokens=max_tokens, n=n),
                     max_total_tokens=min(MAX_TOKENS, len(tokens) + max_tokens),
                     priority=priority,
                     tenant=tenant,
@@ -245,8 +260,40 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.tiers.kept
 
 
-def test_whatever_happens_every_token_attends_to_the_tokens_before_it() -> None:
+class HotMachine(SchedulerMachine):
+    """The same where the device is small, so that requests turn hot, while host memory lasts."""
+
+    @initialize(
+        num_blocks=st.integers(10, 16),
+        num_slots=st.sampled_from([12, 30, 200]),
+        rotation_s=st.sampled_from([None, None, 1.0]),
+        prefix_caching=st.booleans(),
+        hot_blocks=st.integers(1, 3),
+        num_seats=st.integers(1, 4),
+    )
+    def start(self, **chosen: Any) -> None:
+        sizes = {"max_num_seqs": 6, "budget": 24, "mixed_budget": 24, "row_tile": 1}
+        super().start(**sizes, **chosen, ahead_tokens=4, mode="fetch")
+
+    @rule(own=st.lists(st.integers(0, 3), min_size=16, max_size=24))
+    def add_long(self, own: list[int]) -> None:
+        self.add([], 0, own, max_tokens=14, priority=0, n=1, copies=3, tenant="a")
+
+    @rule()
+    def run_on(self) -> None:
+        for _ in range(4):
+            self.step()
+            self.tiers.end_all()
+
+    @precondition(lambda self: getattr(self, "kv", None) and self.kv.hot.num_hot)
+    @rule()
+    def fail(self) -> None:
+        self.kv.hot.forget_slots()
+
+
+@pytest.mark.parametrize("machine", [SchedulerMachine, HotMachine])
+def test_whatever_happens_every_token_attends_to_the_tokens_before_it(machine: Any) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        SchedulerMachine,
+        machine,
         settings=settings(max_examples=150, stateful_step_count=50, deadline=None),
     )

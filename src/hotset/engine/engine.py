@@ -316,6 +316,7 @@ class Engine:
             # Nobody can say before the step has run which of its requests needed the expert.
             _log.error("a step of %d requests failed: %s", len(step.items), error)
             self.metrics.faults.update(self.executor.take_faults())
+            self.kv.forget_slots()
             for item in step.items:
                 self._finish(item.request, FinishReason.ERROR, str(error))
             return None
@@ -324,6 +325,7 @@ class Engine:
             # tokens are computed again in the next step, into the same places.
             _log.exception("a step of %d requests failed", len(step.items))
             self.metrics.faults["step_failed"] += 1
+            self.kv.forget_slots()
             victim = step.items[-1].request
             self._finish(victim, FinishReason.ERROR, f"the model step failed: {error}")
             return None

@@ -1,7 +1,7 @@
 """Who runs in a step, and how many tokens of each. Touches no tensor. Imports no torch."""
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from hotset.clock import REAL_CLOCK, Clock
@@ -67,6 +67,8 @@ class Scheduler:
         ahead_tokens: a request is let in once it and all that run can grow by so many, or to their
             ends: what was computed or fetched for it should not be lost to preemption a few steps
             later.
+        users_at_once: of requests that run or wait, how many are to run at once, some of them hot
+            if need be; None where none may turn hot.
         step_cost: how long steps take, so that prompts add a bounded time to one; None: no bound.
         clock: what quanta and waits are measured by.
     """
@@ -84,6 +86,7 @@ class Scheduler:
         row_tile: int = 1,
         rotation_s: float | None = None,
         ahead_tokens: int = 256,
+        users_at_once: Callable[[int], int] | None = None,
         step_cost: StepCost | None = None,
         clock: Clock = REAL_CLOCK,
     ) -> None:
@@ -99,6 +102,7 @@ class Scheduler:
         self.ahead_tokens = ahead_tokens
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self._users_at_once = users_at_once
         self._step_cost = step_cost
         self._clock = clock
         self._order = PromptOrder()
@@ -150,7 +154,9 @@ class Scheduler:
             step.trim(self.row_tile)
             spare_blocks = self._num_short(self.kv.block_size)
             self.kv.look_ahead(self.waiting[:_LOOK_AHEAD], spare_blocks=spare_blocks)
-        return Step(step.take_items(), self.kv.tables.take_copies())
+        items, hot = step.take_items(), self.kv.hot
+        seats = hot.take_updates() if hot is not None and items else None
+        return Step(items, self.kv.tables.take_copies(), seats)
 
     def commit(self, plan: Step) -> None:
         """The plan's tokens were computed; to be called before their successors are appended."""
@@ -235,6 +241,8 @@ class Scheduler:
             self.kv.advance(request)
             # Blocks that only a spill still holds come free by themselves: wait for those.
             while not step.plan_next(request) and self.kv.transfers.num_blocks_after_spills == 0:
+                if self.kv.hot is not None and self.kv.hot.make_room(self.running, 1):
+                    continue
                 was_preempted = True
                 if self._preempt_last() is request:
                     break
@@ -289,13 +297,35 @@ class Scheduler:
         )
 
     def _admit(self, request: Request, queued_tokens: int) -> bool:
-        """Give a request blocks if there is room for it, and for it and all that run to grow."""
-        spare_blocks = 0
-        if self.running:
-            spare_blocks = self.kv.tables.spare_for(request, self.running, self.ahead_tokens)
-            if spare_blocks > self.kv.tables.num_available:
-                return False  # without a look at what is known of it
+        """Give a request blocks if there is room for it, and for it and all that run to grow.
+
+        For the first in the queue others turn hot, where more are to run at once than do.
+        """
+        while not self._fits(request, queued_tokens):
+            if self._blocked is not None or not self._turn_hot_for(request):
+                return False
+        return True
+
+    def _fits(self, request: Request, queued_tokens: int) -> bool:
+        spare_blocks = self._spare_for(request)
+        if spare_blocks > self.kv.tables.num_available:
+            return False  # without a look at what is known of it
         return self.kv.admit(request, spare_blocks=spare_blocks, queued_tokens=queued_tokens)
+
+    def _spare_for(self, newcomer: Request) -> int:
+        if not self.running:
+            return 0
+        return self.kv.tables.spare_for(newcomer, self.running, self.ahead_tokens)
+
+    def _turn_hot_for(self, newcomer: Request) -> bool:
+        """Have running requests give back the blocks that one lacks; whether any did."""
+        if self.kv.hot is None or self._users_at_once is None:
+            return False
+        num_running, tables = len(self.running), self.kv.tables
+        if num_running >= self._users_at_once(num_running + len(self.waiting)):
+            return False
+        needed = self._spare_for(newcomer) + tables.num_blocks_for(newcomer.num_tokens)
+        return self.kv.hot.make_room(self.running, needed - tables.num_available)
 
     def _num_short(self, more_tokens: int) -> int:
         """Blocks the running requests lack for the tokens they have and `more_tokens` more."""

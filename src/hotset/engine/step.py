@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from hotset.kv.seats import SeatUpdates
 from hotset.sequence import Kind, Request
 
 
@@ -39,12 +40,14 @@ class StepItem:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step computes, and the block copies that must run before it.
+    """What one step computes, and what must be done before it.
 
     Attributes:
         items: in the order of those that run.
         copies: (from, to), blocks of the device.
+        seats: of hot requests, to be written to the device's tables; None for nothing.
     """
 
     items: list[StepItem] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    seats: SeatUpdates | None = None

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 
 from hotset.cost.prefix import PrefixPolicy
 from hotset.kv.block_hash import DIGEST_BYTES
+from hotset.kv.hot_set import HotSet
 from hotset.kv.pool import BlockPool
 from hotset.kv.prefix import Prefixes
+from hotset.kv.seats import Seats
 from hotset.kv.table import BlockTables
 from hotset.kv.transfers import BlockTransfers, Known
 from hotset.memory.tier import Answer
 from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
-from hotset.sequence import ArrivedBlock, Kind, Request, Tail
+from hotset.sequence import IN_HOST, ArrivedBlock, Kind, Request, Tail
 
 # Keys of a prefix that tiers are asked for at first; twice as many each time that all are there.
 _KEYS_AT_ONCE = 32
@@ -37,6 +39,7 @@ class KVCache:
         tables: those of each request.
         prefixes: the keys of each request's blocks.
         transfers: of blocks, to and from slower tiers.
+        hot: the requests that keep few of their tokens on the device; None where none may.
     """
 
     def __init__(
@@ -49,11 +52,15 @@ class KVCache:
         tiers: TierStack | None = None,
         policy: PrefixPolicy | None = None,
         prefix_caching: bool = True,
+        seats: Seats | None = None,
     ) -> None:
         self.pool = pool
         self.tables = BlockTables(pool, block_size)
         self.prefixes = Prefixes(fingerprint, block_size, are_shared=prefix_caching)
         self.transfers = BlockTransfers(pool, block_size, metrics, tiers, policy)
+        self.hot = None
+        if seats is not None:
+            self.hot = HotSet(seats, self.tables, self.transfers, metrics)
         self.block_size = block_size
         self._metrics = metrics
 
@@ -171,7 +178,8 @@ class KVCache:
         if tail is not None and kv.num_computed_tokens >= tail.index * size + tail.num_tokens:
             self.transfers.drop_tail(request)  # computed past it
         for i in range(num_full):
-            self.transfers.spill(kv.block_hashes[i], kv.block_table[i])
+            if kv.block_table[i] != IN_HOST:
+                self.transfers.spill(kv.block_hashes[i], kv.block_table[i])
         if num_partial and kv.resume is None:
             key = secrets.token_bytes(DIGEST_BYTES)
             if self.transfers.spill(key, kv.block_table[num_full], private=True):
@@ -179,20 +187,32 @@ class KVCache:
         self.transfers.keep(request)
         kv.was_staged = kv.was_fetched = False
         self.transfers.stop_waiting(request)
-        self.tables.give_back(request)
+        self._give_back(request)
 
     def release(self, request: Request) -> None:
         """Take the blocks of a request that has ended; published ones stay findable."""
         self._publish_tail(request)
         self.transfers.touch(request.kv.block_hashes)
         self.transfers.stop_waiting(request)
-        self.tables.give_back(request)
+        self._give_back(request)
         self.transfers.unkeep(request)
         self.transfers.drop_tail(request)
 
     def poll(self) -> None:
         """Take note of the transfers that ended."""
         self.transfers.poll()
+        if self.hot is not None:
+            self.hot.settle()
+
+    def forget_slots(self) -> None:
+        """A step did not run to its end: what the slots of hot requests hold is unknown."""
+        if self.hot is not None:
+            self.hot.forget_slots()
+
+    def _give_back(self, request: Request) -> None:
+        self.tables.give_back(request)
+        if self.hot is not None:
+            self.hot.leave(request)
 
     def _find_prefix(self, request: Request) -> tuple[list[Known], bool]:
         """What is known somewhere of the request's leading tokens, block by block.
@@ -276,3 +296,5 @@ class KVCache:
         """Assert that the pool is consistent and that loads and their waiters agree."""
         self.pool.check()
         self.transfers.check()
+        if self.hot is not None:
+            self.hot.check()

@@ -136,6 +136,11 @@ class BlockPool:
             self._block_of[key] = block
             self._hash_of[block] = key
 
+    def unpublish(self, block: int) -> None:
+        """Have held `block` found no more: it will be written to."""
+        assert self._ref_count[block] > 0, f"block {block} unpublished but not held"
+        self._forget(block)
+
     def forget_cached(self) -> None:
         """Drop the content of every cached block; they become free."""
         while len(self._cached):

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from hotset.kv.pool import BlockPool
-from hotset.sequence import Kind, Request
+from hotset.sequence import IN_HOST, Kind, Request
 
 
 class BlockTables:
@@ -51,21 +51,24 @@ class BlockTables:
         size = self.block_size
 
         def ahead_of(request: Request) -> int:
-            return min(more_tokens, request.max_total_tokens - request.num_tokens)
+            # A hot request gives back each block once it is copied down.
+            most = size if request.kv.slot_blocks else more_tokens
+            return min(most, request.max_total_tokens - request.num_tokens)
 
         # In tokens. Those that do not decode yet are taken to grow at once, and to stay.
         lacking = (newcomer.num_tokens - 1) % size + ahead_of(newcomer)
         given_back = 0
         decoding = []
         for request in running:
-            num_blocks = len(request.kv.block_table)
             ahead = ahead_of(request)
             # Of its last block it may use any part.
-            lacks = request.num_tokens + size - 1 - size * num_blocks
+            lacks = request.num_tokens + size - 1 - size * len(request.kv.block_table)
             if request.kind is Kind.PROMPT:
                 lacking += lacks + ahead
                 continue
-            gives = size * (num_blocks - request.kv.num_shared_blocks)
+            # A hot request has given back blocks that others shared.
+            num_shared = 0 if request.kv.slot_blocks else request.kv.num_shared_blocks
+            gives = size * (request.kv.num_blocks - num_shared)
             given_back += gives
             decoding.append((ahead, lacks, gives))
         most = lacking
@@ -82,7 +85,7 @@ class BlockTables:
 
         Also returns those of the largest of them.
         """
-        sizes = [len(one.kv.block_table) + self.num_short([one], more_tokens) for one in running]
+        sizes = [one.kv.num_blocks + self.num_short([one], more_tokens) for one in running]
         return max(0, sum(sizes) - self.pool.num_usable), max(sizes)
 
     def num_runnable_tokens(self, request: Request) -> int:
@@ -143,6 +146,7 @@ class BlockTables:
     def give_back(self, request: Request) -> None:
         """Take all blocks from a request."""
         for block in reversed(request.kv.block_table):  # the tail is evicted before the head
-            self.pool.release(block)
+            if block != IN_HOST:
+                self.pool.release(block)
         request.kv.block_table = []
-        request.kv.num_computed_tokens = 0
+        request.kv.num_in_host = request.kv.num_computed_tokens = 0

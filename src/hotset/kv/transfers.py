@@ -208,8 +208,32 @@ class BlockTransfers:
         """Keep in host memory what a request that is preempted has there, fetched yet or not."""
         if self._tiers is not None:
             tails = [] if request.kv.resume is None else [request.kv.resume.key]
-            keys = [*request.kv.block_hashes, *tails]
+            keys, former = [*request.kv.block_hashes, *tails], request.kv.kept
             request.kv.kept = [key for key in keys if self._tiers.keep(key)]
+            for key in former:  # of a hot request
+                self._tiers.unkeep(key)
+
+    def host_slot(self, key: bytes) -> int | None:
+        """The slot of host memory with a whole copy; None where there is none."""
+        return None if self._tiers is None else self._tiers.host_slot(key)
+
+    def keep_slot(self, request: Request, index: int) -> int | None:
+        """Keep the copy of a request's block in host memory, and say in which slot.
+
+        None where there is no whole copy, or no room to keep it.
+        """
+        key = request.kv.block_hashes[index]
+        slot = self.host_slot(key)
+        if slot is None or self._tiers is None or not self._tiers.keep(key):
+            return None
+        request.kv.kept.append(key)
+        return slot
+
+    def bring_down(self, key: bytes, block: int) -> None:
+        """Have host memory get a copy of `block`, unless it comes already or there is no room."""
+        tiers = self._tiers
+        if tiers is not None and not tiers.stage(key) and self.can_take(1):
+            self.spill(key, block)
 
     def unkeep(self, request: Request) -> None:
         """Undo `keep`."""

@@ -257,12 +257,17 @@ class TierStack:
         False where it is not there, or would leave too few slots for what passes through.
         """
         payload = self.host.get(key)
-        if payload is None or self.num_evictable() <= 0:
+        if payload is None or payload.state not in (State.READY, State.SPILLING):
             return False
-        if payload.state not in (State.READY, State.SPILLING):
+        if not payload.is_in_use and self.num_evictable() <= 0:
             return False
         self.host.pin(payload)
         return True
+
+    def host_slot(self, key: bytes) -> int | None:
+        """The slot of host memory that holds the payload of `key`; None where none does."""
+        payload = self.host.get(key)
+        return payload.slot if payload is not None and payload.is_ready else None
 
     def unkeep(self, key: bytes) -> None:
         """Undo one `keep`."""

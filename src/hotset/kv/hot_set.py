@@ -1,0 +1,182 @@
+"""Which requests are hot, and what of their tokens leaves the device for it. Imports no torch.
+
+A hot request has its tokens in host memory, those that were used last in slots on the device too,
+and on the device alone what is not copied down yet: its last, partial block at least.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+from hotset.kv.seats import DeviceBlock, HostSlot, Seat, Seats, SeatUpdates, SlotBlock
+from hotset.kv.table import BlockTables
+from hotset.kv.transfers import BlockTransfers
+from hotset.metrics import Metrics
+from hotset.sequence import IN_HOST, Kind, Request
+
+
+@dataclass(slots=True)
+class _Hot:
+    """A hot request.
+
+    Attributes:
+        staying: indices of full blocks that are on the device still.
+        num_seen: full blocks that were looked at.
+    """
+
+    request: Request
+    seat: Seat
+    staying: list[int]
+    num_seen: int
+
+
+class HotSet:
+    """Turns requests hot, and lets go of their blocks as host memory has copies.
+
+    A request is hot from `turn_hot` to `leave`. Meanwhile what it has in host memory is kept there.
+    A shared block is given back like others: those that share it go on as before.
+
+    Args:
+        seats: a row for each hot request.
+        tables: the blocks of each request.
+        transfers: of blocks, to and from host memory.
+        metrics: to be counted in.
+    """
+
+    def __init__(
+        self, seats: Seats, tables: BlockTables, transfers: BlockTransfers, metrics: Metrics
+    ) -> None:
+        self._seats, self._tables, self._transfers = seats, tables, transfers
+        self._metrics = metrics
+        self._hot: dict[int, _Hot] = {}  # by sequence id
+
+    @property
+    def num_hot(self) -> int:
+        """Requests that are hot now."""
+        return len(self._hot)
+
+    def most_freed(self, request: Request) -> int:
+        """The most blocks that a running request can give back by turning hot; 0: it cannot.
+
+        Only one that decodes, that has more tokens than slots, and that shares no prompt with other
+        outputs of the same request.
+        """
+        if request.kv.seat is not None or not self._seats.num_free or request.params.n > 1:
+            return 0
+        if request.kind is not Kind.DECODE:
+            return 0
+        return max(0, self._num_full(request) - self._seats.blocks_per_seat)
+
+    def make_room(self, running: Sequence[Request], num_blocks: int) -> bool:
+        """Turn requests hot until they gave back `num_blocks`, first those that free most.
+
+        Returns whether any turned; none does where all together have too few blocks.
+        """
+        most = [(self.most_freed(request), request) for request in running]
+        most = sorted((one for one in most if one[0]), key=itemgetter(0), reverse=True)
+        if num_blocks <= 0 or sum(count for count, _ in most) < num_blocks:
+            return False
+        num_freed = 0
+        for _, request in most:
+            if num_freed < num_blocks:
+                num_freed += self.turn_hot(request)
+        return num_freed > 0
+
+    def turn_hot(self, request: Request) -> int:
+        """Turn a running request hot, if that gives back blocks; returns how many.
+
+        0, with nothing changed, where too few of its blocks are its own and in host memory, or host
+        memory cannot keep what it will have at its end. Its newest blocks stay where they are, as
+        its slots.
+        """
+        if not self.most_freed(request):
+            return 0
+        kv, pool = request.kv, self._tables.pool
+        own = [
+            index
+            for index in range(self._num_full(request))
+            if pool.ref_count(kv.block_table[index]) == 1
+            and self._transfers.host_slot(kv.block_hashes[index]) is not None
+        ]
+        num_freed = len(own) - self._seats.blocks_per_seat
+        if num_freed <= 0 or not self._transfers.can_take(self._num_kept_at_end(request)):
+            return 0
+        slots = own[-self._seats.blocks_per_seat :]
+        seat = self._seats.take([self._slot_block(request, index) for index in slots])
+        kv.seat, kv.slot_blocks = seat.number, list(seat.slot_blocks)
+        for block in kv.slot_blocks:
+            pool.unpublish(block)  # as slots they are written to
+            pool.hold(block)  # released below as blocks of the table
+        hot = self._hot[request.sequence_id] = _Hot(request, seat, [], 0)
+        self._let_go(hot)
+        self._metrics.turned_hot += 1
+        return num_freed
+
+    def settle(self) -> None:
+        """Let go of what was copied down since the last call; what was not is asked for again."""
+        for hot in self._hot.values():
+            if hot.staying or hot.num_seen < self._num_full(hot.request):
+                self._let_go(hot)
+
+    def leave(self, request: Request) -> None:
+        """A request is hot no longer: its slots and its seat are free. What is kept stays kept."""
+        hot = self._hot.pop(request.sequence_id, None)
+        if hot is None:
+            return
+        for block in self._seats.leave(hot.seat):
+            self._tables.pool.release(block)
+        request.kv.slot_blocks, request.kv.seat = [], None
+
+    def forget_slots(self) -> None:
+        """A step did not run to its end: nothing that a slot holds can be relied on."""
+        self._seats.forget_slots()
+
+    def take_updates(self) -> SeatUpdates:
+        """What the device's tables lack before the next step."""
+        return self._seats.take_updates()
+
+    def _num_full(self, request: Request) -> int:
+        return request.kv.num_computed_tokens // self._tables.block_size
+
+    def _num_kept_at_end(self, newcomer: Request) -> int:
+        """Slots of host memory that `newcomer` needs, and hot requests beside what they have."""
+        hot = [one.request for one in self._hot.values()]
+        num_missing = [
+            self._tables.num_blocks_for(one.max_total_tokens) - one.kv.num_in_host for one in hot
+        ]
+        return sum(num_missing) + self._tables.num_blocks_for(newcomer.max_total_tokens)
+
+    def _slot_block(self, request: Request, index: int) -> SlotBlock:
+        block = DeviceBlock(request.kv.block_table[index])
+        return SlotBlock(block, index * self._tables.block_size)
+
+    def _let_go(self, hot: _Hot) -> None:
+        """Give back the full blocks that host memory has, and ask for copies of the others."""
+        kv, num_full = hot.request.kv, self._num_full(hot.request)
+        indices = [*hot.staying, *range(hot.num_seen, num_full)]
+        hot.staying, hot.num_seen = [], num_full
+        for index in indices:
+            slot = self._transfers.keep_slot(hot.request, index)
+            if slot is None:
+                hot.staying.append(index)
+                continue
+            self._seats.place(hot.seat, index, HostSlot(slot))
+            self._tables.pool.release(kv.block_table[index])
+            kv.block_table[index] = IN_HOST
+            kv.num_in_host += 1
+        for index in hot.staying:  # after all that host memory has is kept there
+            self._transfers.bring_down(kv.block_hashes[index], kv.block_table[index])
+
+    def check(self) -> None:
+        """Assert that seats, tables and the pool agree."""
+        self._seats.check()
+        assert self._seats.num_taken == len(self._hot)
+        for hot in self._hot.values():
+            kv, seat = hot.request.kv, hot.seat
+            assert kv.seat == seat.number and kv.slot_blocks == seat.slot_blocks
+            in_host = {i for i, block in enumerate(kv.block_table) if block == IN_HOST}
+            assert in_host == seat.host.keys() and len(in_host) == kv.num_in_host
+            for index, slot in seat.host.items():
+                assert self._transfers.host_slot(kv.block_hashes[index]) == slot
+            assert all(self._tables.pool.ref_count(b) == 1 for b in kv.slot_blocks)
+            assert not set(kv.slot_blocks) & set(kv.block_table)
