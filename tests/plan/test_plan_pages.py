@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from hotset.cli.plan import command
 from hotset.cost.hardware import hardware_from_json, load_hardware, probe_path
-from hotset.plan.examples import moe_example, offload_example
+from hotset.plan.example_moe import moe_example
+from hotset.plan.example_offload import offload_example
 
 
 def run(*arguments: str) -> str:
@@ -53,6 +54,13 @@ def test_offload_example_says_what_three_times_needs_and_when_it_loses() -> None
     assert figures["gain_without_reuse"] <= 1.0001
     assert 1 < figures["break_even_gb_per_s"] < 20
     assert "When offload loses" in text
+    hot: Any = data["hot_set"]
+    assert hot["users_per_gpu"] == {"resident": 2, "hot": 12}
+    assert hot["bytes"]["resident"] == pytest.approx(3.69e9, rel=0.01)
+    assert hot["bytes"]["hot"] == pytest.approx(0.76e9, rel=0.01)
+    gains = [step["gain"] for step in hot["steps"] if step["slots"] == 4096]
+    assert gains == sorted(gains) and gains[0] > 2.6 and gains[-1] < 3.3
+    assert "from the hot set of each request" in text and "from prefixes found again" in text
 
 
 def test_page_stands_alone_and_is_well_formed(tmp_path: Path) -> None:

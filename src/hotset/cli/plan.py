@@ -238,7 +238,8 @@ def _find(options: Options, text: str, as_json: bool) -> None:
 
 
 def _example(name: str, as_json: bool) -> None:
-    from hotset.plan.examples import moe_example, offload_example
+    from hotset.plan.example_moe import moe_example
+    from hotset.plan.example_offload import offload_example
 
     text, data = (moe_example if name == "moe-7.8x" else offload_example)()
     if as_json:
