@@ -17,7 +17,6 @@ from hotset.attention.flashinfer.backend import FlashInferBackend
 from hotset.attention.flashinfer.widened import WidenedKV
 from hotset.attention.flashinfer.wrappers import WrapperMaker, kind_of
 from hotset.attention.spec import LayerAttention
-from hotset.executor.recording import Graph
 from hotset.linear.fp8 import FP8, to_fp8
 from hotset.memory.arena import DeviceArena
 
@@ -25,7 +24,7 @@ _tapes: list["Tape"] = []  # of the recording under way
 
 
 class Tape(TorchDispatchMode):
-    """A recorded piece of work; see `Graph`."""
+    """A recorded piece of work, in place of a CUDA graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +51,7 @@ class Tape(TorchDispatchMode):
         return found
 
     def replay(self) -> None:
-        """See `Graph`."""
+        """Do it once more."""
         assert self not in _tapes, "a tape that is being recorded"
         self.num_replays += 1
         for work in self._work:
@@ -80,7 +79,7 @@ class FakeRecorder:
         return nullcontext()
 
     @contextmanager
-    def recording(self, graphs: list[Graph]) -> Iterator[None]:
+    def recording(self, graphs: list[Tape]) -> Iterator[None]:
         """See `GraphRecorder`."""
         self._begin(graphs)
         try:
@@ -88,18 +87,18 @@ class FakeRecorder:
         finally:
             self._end()
 
-    def cut(self, graphs: list[Graph]) -> None:
+    def cut(self, graphs: list[Tape]) -> None:
         """See `GraphRecorder`."""
         self._end()
         self._begin(graphs)
 
-    def seconds(self, graphs: Sequence[Graph]) -> float:
+    def seconds(self, graphs: Sequence[Tape]) -> float:
         """One: all sizes are as fast."""
         for graph in graphs:
             graph.replay()
         return 1.0
 
-    def _begin(self, graphs: list[Graph]) -> None:
+    def _begin(self, graphs: list[Tape]) -> None:
         _tapes.append(Tape())
         graphs.append(_tapes[-1])
         _tapes[-1].__enter__()

@@ -1,6 +1,5 @@
 """Experts in slots give what resident experts give, whatever is resident and however it comes."""
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from engines import give_slots, make_slots, reference, run
-from test_experts import HIDDEN, KINDS, MOE_FAMILIES, NUM_EXPERTS, make_layer
+from engines import give_slots, reference, run
+from expert_layers import (
+    KINDS,
+    NUM_EXPERTS,
+    PLAIN,
+    buffered,
+    computed,
+    group,
+    guess,
+    make_layers,
+    packed,
+    rounded,
+    routed,
+)
+from test_experts import MOE_FAMILIES
 from tiny_models import make_config, make_model
 from torch import nn
 
@@ -18,15 +30,12 @@ from hotset.errors import ConfigError
 from hotset.eviction import POLICIES
 from hotset.experts import compute, hosting
 from hotset.experts import layer as expert_layer
-from hotset.experts.buffer import ExpertBuffer
-from hotset.experts.gating import dynamic_experts, pack_experts, use_dynamic_gating
+from hotset.experts.gating import dynamic_experts, use_dynamic_gating
 from hotset.experts.host import ColdSource, ExpertLayout, HostExperts
-from hotset.experts.hosting import move_to_host
 from hotset.experts.narrow import NarrowDType, NarrowLayout, relative_rms
-from hotset.experts.prefetch import Router, find_routers
+from hotset.experts.prefetch import find_routers
 from hotset.experts.residency import SlotTable
-from hotset.experts.sizes import narrow_layout
-from hotset.experts.weights import IMPLEMENTATION, experts_layers, experts_of
+from hotset.experts.weights import experts_layers, experts_of
 from hotset.memory.region import SharedRegion
 from hotset.model.dummy import load_dummy
 from hotset.model.loader import load_model
@@ -49,59 +58,11 @@ ORACLE_STEPS = [
 PROMPTS = [[5, 9, 13, 200, 7], [31] * 20, [77, 3, 250]]
 
 
-def make_layers(count: int, **kind: bool) -> list[nn.Module]:
-    """Layers of random experts, all different."""
-    layers = []
-    for number in range(count):
-        layer = make_layer(**kind)
-        layer.config._experts_implementation = IMPLEMENTATION
-        for weight in layer.parameters():
-            weight += number * 0.1
-        layers.append(layer)
-    return layers
-
-
-def buffered(
-    layers: list[nn.Module],
-    routers: list[Router] | None = None,
-    region: SharedRegion | None = None,
-    **options: Any,
-) -> tuple[list[nn.Module], ExpertBuffer]:
-    """A copy of the layers, their experts in host memory."""
-    layers = copy.deepcopy(layers)
-    config = Options.of(**options)
-    device = torch.device("cpu")
-    experts = [experts_of(layer) for layer in layers]
-    for each in experts:
-        move_to_host(each, narrow_layout(each, config.experts.expert_cold_dtype), device)
-    return layers, make_slots(experts, config, device, routers, region)
-
-
 def source_of(layer: nn.Module) -> ColdSource:
     """Where the experts of a layer are that are not resident."""
     hosted = experts_of(layer).hosted
     assert hosted is not None
     return hosted.source
-
-
-def rounded(layers: list[nn.Module], cold: NarrowDType) -> list[nn.Module]:
-    """A copy of the layers with the values that their experts have after rounding."""
-    layers = copy.deepcopy(layers)
-    for layer in layers:
-        up = getattr(layer, experts_of(layer).up_name)
-        narrow = NarrowLayout(tuple(up.shape[1:]), tuple(layer.down_proj.shape[1:]), cold)
-        for weight, values in zip(
-            (up, layer.down_proj),
-            narrow.dequantise(narrow.quantise(up, layer.down_proj), up.dtype),
-            strict=True,
-        ):
-            weight.copy_(values)
-    return layers
-
-
-def routed(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    weights, ids = torch.randn(num_tokens, NUM_EXPERTS).softmax(-1).topk(2)
-    return torch.randn(num_tokens, HIDDEN), ids, weights
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -116,27 +77,19 @@ def test_buffered_experts_compute_exactly_what_resident_ones_do(
     grouped: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # `grouped` is what a GPU computes; the products of PyTorch's grouped_mm run on the CPU too.
     layers = make_layers(3, **kind)
     if grouped:
-        monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: True)
-        monkeypatch.setattr(hosting, "can_pack", lambda: False)
-        expected_layers, _ = buffered(layers, expert_slots=NUM_EXPERTS, expert_plan="cache")
+        group(monkeypatch)
+        resident, _ = buffered(layers, expert_slots=NUM_EXPERTS, expert_plan="cache")
     else:
-        expected_layers = copy.deepcopy(layers)
-        for layer in expected_layers:
-            pack_experts(layer)
+        resident = packed(layers)
     others, buffer = buffered(layers, expert_slots=num_slots, **options)
     for num_tokens in (1, 9, 2, 1, 3, 33, 1):
-        for expected_layer, layer in zip(expected_layers, others, strict=True):
-            x, ids, weights = routed(num_tokens)
-            expected = dynamic_experts(expected_layer, x, ids, weights)
-            got = dynamic_experts(layer, x, ids, weights)
+        for got, expected in computed(others, resident, num_tokens):
             if grouped:  # a pass has its rows elsewhere, where the CPU's vectors end elsewhere
                 torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             else:
                 assert torch.equal(got, expected)
-            experts_of(layer).buffer.table.check()
     assert buffer.counts().moved_bytes > 0
 
 
@@ -160,21 +113,13 @@ def test_fused_kernels_find_experts_in_slots_and_staging_and_give_the_same_bits(
     # What a GPU computes, in Triton's interpreter.
     monkeypatch.setattr(compute, "has_fused_kernel", lambda weight: True)
     monkeypatch.setattr(hosting, "can_pack", lambda: False)
-    plain = make_layers(3, transposed=False, bias=False, gate=True)
+    plain = make_layers(3, **PLAIN)
     cold = options.get("expert_cold_dtype")
-    expected_layers = rounded(plain, cold) if cold else plain
-
-    def guess(hidden: torch.Tensor) -> torch.Tensor:
-        return hidden[:, :NUM_EXPERTS].topk(2).indices
-
+    resident = rounded(plain, cold) if cold else plain
     others, buffer = buffered(plain, [guess] * 3, expert_slots=num_slots, **options)
     for num_tokens in (1, 9, 2):
-        for expected_layer, layer in zip(expected_layers, others, strict=True):
-            x, ids, weights = routed(num_tokens)
-            ids[-1, 0] = NUM_EXPERTS  # nobody's
-            expected = dynamic_experts(expected_layer, x, ids, weights)
-            assert torch.equal(dynamic_experts(layer, x, ids, weights), expected)
-            experts_of(layer).buffer.table.check()
+        for got, expected in computed(others, resident, num_tokens, with_others=True):
+            assert torch.equal(got, expected)
     assert buffer.counts().moved_bytes > 0
 
 
@@ -196,13 +141,9 @@ def test_what_is_in_memory_that_slots_have_given_up_does_not_matter(
     monkeypatch.setattr(hosting, "can_pack", lambda: False)
     monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: way == "grouped")
     monkeypatch.setattr(compute, "has_fused_kernel", lambda weight: way == "fused")
-    plain = make_layers(3, transposed=False, bias=False, gate=True)
+    plain = make_layers(3, **PLAIN)
     cold = options.get("expert_cold_dtype")
-    expected_layers = rounded(plain, cold) if cold else plain
-
-    def guess(hidden: torch.Tensor) -> torch.Tensor:
-        return hidden[:, :NUM_EXPERTS].topk(2).indices
-
+    resident = rounded(plain, cold) if cold else plain
     unit_bytes = 3 * experts_of(plain[0]).layout.payload_bytes
     region = SharedRegion(unit_bytes, 4096, 5 * unit_bytes // 4096, fewest_slots=2, most_slots=5)
     others, buffer = buffered(plain, [guess] * 3, region, expert_slots=3, **options)
@@ -213,13 +154,8 @@ def test_what_is_in_memory_that_slots_have_given_up_does_not_matter(
             buffer.resize(buffer.num_slots + 1)
         assert buffer.memory is not None
         buffer.memory[region.first_block(num_slots) * 4096 :] = 255  # NaN
-        for expected_layer, layer in zip(expected_layers, others, strict=True):
-            x, ids, weights = routed(num_tokens)
-            ids[-1, 0] = NUM_EXPERTS  # nobody's
-            expected = dynamic_experts(expected_layer, x, ids, weights)
-            got = dynamic_experts(layer, x, ids, weights)
+        for got, expected in computed(others, resident, num_tokens, with_others=True):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-            experts_of(layer).buffer.table.check()
     assert buffer.counts().moved_bytes > 0
 
 
@@ -236,18 +172,14 @@ def test_narrow_experts_have_the_same_values_wherever_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layers = make_layers(3, **kind)
-    expected_layers = rounded(layers, cold)
-    monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: grouped)
-    monkeypatch.setattr(hosting, "can_pack", lambda: not grouped)
-    if not grouped:
-        for layer in expected_layers:
-            pack_experts(layer)
+    resident = rounded(layers, cold)
+    if grouped:
+        group(monkeypatch)
+    else:
+        resident = packed(resident)
     others, buffer = buffered(layers, expert_slots=2, expert_plan=plan, expert_cold_dtype=cold)
     for num_tokens in (1, 9, 33, 2):
-        for expected_layer, layer in zip(expected_layers, others, strict=True):
-            x, ids, weights = routed(num_tokens)
-            expected = dynamic_experts(expected_layer, x, ids, weights)
-            got = dynamic_experts(layer, x, ids, weights)
+        for got, expected in computed(others, resident, num_tokens):
             if grouped:
                 torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             else:
@@ -294,8 +226,8 @@ def test_zeros_and_extremes_come_back_and_rounding_again_changes_nothing(cold: N
 def test_experts_of_other_ranks_add_nothing_and_take_no_slot(
     options: dict[str, Any], grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: grouped)
-    monkeypatch.setattr(hosting, "can_pack", lambda: not grouped)
+    if grouped:
+        group(monkeypatch)
     layers = make_layers(1, transposed=False, bias=True, gate=True)
     layers[0]._is_expert_parallel = True
     (layer,), buffer = buffered(layers, expert_slots=2, **options)
@@ -417,8 +349,8 @@ def test_a_prefetch_takes_what_is_named_most_and_keeps_what_is_named_and_here(
 def test_an_oracle_leaves_misses_to_the_first_layer_and_a_wrong_guess_changes_no_output(
     grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: grouped)
-    monkeypatch.setattr(hosting, "can_pack", lambda: not grouped)
+    if grouped:
+        group(monkeypatch)
     layers = make_layers(3, transposed=False, bias=True, gate=True)
     x, _, weights = routed(1)
     steps = [[torch.tensor([[a, b]]) for a, b in step] for step in ORACLE_STEPS]
@@ -540,7 +472,7 @@ def test_absent_experts_are_those_without_a_slot_and_all_have_a_place(num_slots:
 
 @torch.inference_mode()
 def test_a_streamed_step_leaves_the_slots_as_they_are() -> None:
-    (layer,), _ = buffered(make_layers(1, transposed=False, bias=False, gate=True), expert_slots=3)
+    (layer,), _ = buffered(make_layers(1, **PLAIN), expert_slots=3)
     table = experts_of(layer).buffer.table
     for num_tokens, streams in ((1, False), (40, True)):
         before = table.slots().clone()

@@ -7,14 +7,23 @@ from typing import Any
 import pytest
 import torch
 from engines import reference, run
-from test_expert_buffer import PROMPTS, buffered, make_layers, rounded, routed
-from test_experts import HIDDEN, KINDS, NUM_EXPERTS
+from expert_layers import (
+    HIDDEN,
+    KINDS,
+    NUM_EXPERTS,
+    PLAIN,
+    buffered,
+    computed,
+    group,
+    make_layers,
+    rounded,
+    routed,
+)
+from test_expert_buffer import PROMPTS
 
 from hotset.cost.cold_experts import MOST_TOKENS, ColdCost
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
-from hotset.experts import hosting
-from hotset.experts import layer as expert_layer
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.cpu import ColdExperts, device_seconds
 from hotset.experts.gating import dynamic_experts
@@ -70,20 +79,14 @@ def test_both_together_compute_what_resident_experts_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layers = make_layers(3, **kind)
-    expected_layers = copy.deepcopy(layers)
-    if grouped:  # what a GPU computes; PyTorch's grouped_mm runs on the CPU too
-        monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: True)
-        monkeypatch.setattr(hosting, "can_pack", lambda: False)
+    if grouped:
+        group(monkeypatch)
     others, buffer = buffered(layers, expert_slots=2, expert_plan=plan)
     cold = attach(buffer, cost)
     for num_tokens in (1, 9, 2, MOST_TOKENS, 1, MOST_TOKENS + 1, 3):
         before = cold.num_computed
-        for expected_layer, layer in zip(expected_layers, others, strict=True):
-            x, ids, weights = routed(num_tokens)
-            expected = dynamic_experts(expected_layer, x, ids, weights)
-            got = dynamic_experts(layer, x, ids, weights)
+        for got, expected in computed(others, layers, num_tokens):
             torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-            experts_of(layer).buffer.table.check()
         if num_tokens > MOST_TOKENS:
             assert cold.num_computed == before
         elif num_tokens >= 9:
@@ -96,7 +99,7 @@ def test_both_together_compute_what_resident_experts_do(
 def test_what_is_computed_takes_no_slot_and_what_is_split_off_does(
     attach: Callable[..., ColdExperts],
 ) -> None:
-    layers = make_layers(1, transposed=False, bias=False, gate=True)
+    layers = make_layers(1, **PLAIN)
     (layer,), buffer = buffered(layers, expert_slots=2, expert_plan="cache")
     cold = attach(buffer, FAST_CPU)
     x, weights = torch.randn(2, HIDDEN), torch.full((2, 2), 0.5)
@@ -157,7 +160,7 @@ def test_its_part_is_added_to_what_fused_kernels_summed(attach: Callable[..., Co
 def test_a_failure_in_a_thread_is_raised_and_the_next_step_is_right(
     attach: Callable[..., ColdExperts],
 ) -> None:
-    layers = make_layers(1, transposed=False, bias=False, gate=True)
+    layers = make_layers(1, **PLAIN)
     (layer,), buffer = buffered(layers, expert_slots=2, expert_plan="cache")
     attach(buffer, FAST_CPU)
     x, ids, weights = routed(9)
@@ -206,7 +209,7 @@ def test_what_is_measured_decides(attach: Callable[..., ColdExperts]) -> None:
 @pytest.mark.parametrize("cold_dtype", ["fp8", "int4"])
 @torch.inference_mode()
 def test_experts_in_few_bits_are_measured_and_computed(cold_dtype: NarrowDType, plan: str) -> None:
-    layers = make_layers(2, transposed=False, bias=False, gate=True)
+    layers = make_layers(2, **PLAIN)
     expected_layers = rounded(layers, cold_dtype)
     others, buffer = buffered(
         layers, expert_slots=2, expert_plan=plan, expert_cold_dtype=cold_dtype

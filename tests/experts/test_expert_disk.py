@@ -13,8 +13,17 @@ from typing import Any
 import pytest
 import torch
 from engines import give_slots, make_slots, reference, run
-from test_expert_buffer import PROMPTS, buffered, make_layers, routed
-from test_experts import KINDS, MOE_FAMILIES, NUM_EXPERTS
+from expert_layers import (
+    KINDS,
+    NUM_EXPERTS,
+    buffered,
+    computed,
+    group,
+    make_layers,
+    packed,
+)
+from test_expert_buffer import PROMPTS
+from test_experts import MOE_FAMILIES
 from tiny_models import make_config, make_model
 from tiny_tokenizer import make_backend
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -22,11 +31,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hotset.engine.build import build_engine, load_engine
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError, HotsetError
-from hotset.experts import hosting
-from hotset.experts import layer as expert_layer
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import DiskExperts, ExpertSink
-from hotset.experts.gating import dynamic_experts, pack_experts, use_dynamic_gating
+from hotset.experts.gating import use_dynamic_gating
 from hotset.experts.store import FILE, ExpertStore
 from hotset.experts.weights import experts_layers, experts_of
 from hotset.model.dummy import load_dummy
@@ -75,24 +82,18 @@ def test_experts_on_disk_compute_exactly_what_resident_ones_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layers = make_layers(3, **kind)
-    if grouped:  # what a GPU computes; PyTorch's grouped_mm runs on the CPU too
-        monkeypatch.setattr(expert_layer, "has_grouped_kernel", lambda weight: True)
-        monkeypatch.setattr(hosting, "can_pack", lambda: False)
-        expected_layers, _ = buffered(layers, expert_slots=num_slots, expert_plan="cache")
+    if grouped:
+        group(monkeypatch)
+        resident, _ = buffered(layers, expert_slots=num_slots, expert_plan="cache")
     else:
-        expected_layers = copy.deepcopy(layers)
-        for layer in expected_layers:
-            pack_experts(layer)
+        resident = packed(layers)
     others, buffer = on_disk(
         layers, tmp_path, host_slots=host_slots, expert_slots=num_slots, expert_plan="auto"
     )
     assert buffer.store is not None
     for num_tokens in (1, 9, 2, 1, 3, 33, 1):
-        for expected_layer, layer in zip(expected_layers, others, strict=True):
-            x, ids, weights = routed(num_tokens)
-            expected = dynamic_experts(expected_layer, x, ids, weights)
-            assert torch.equal(dynamic_experts(layer, x, ids, weights), expected)
-            experts_of(layer).buffer.table.check()
+        for got, expected in computed(others, resident, num_tokens):
+            assert torch.equal(got, expected)
             buffer.store.check()
     counts = buffer.counts()
     assert counts.disk is not None and counts.disk.reads > 0

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from engines import reference, run
-from tiny_models import HAS_POST_EXPERT_NORM, make_model
+from expert_layers import HIDDEN, KINDS, NUM_EXPERTS, PLAIN, make_layers
+from tiny_models import make_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.integrations.moe import use_experts_implementation
 
 from hotset.engine.engine import Engine
 from hotset.executor.probe import weights_bytes
@@ -22,45 +22,9 @@ from hotset.experts.gating import (
     unpack_experts,
     use_dynamic_gating,
 )
-from hotset.experts.weights import IMPLEMENTATION
 
 MakeEngine = Callable[..., Engine]
 MOE_FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe"]
-NUM_EXPERTS, HIDDEN, FFN = 6, 16, 24
-
-
-class Config:
-    """What the decorated layer below asks of a model's config."""
-
-    def __init__(self, implementation: str = "eager") -> None:
-        self._experts_implementation = implementation
-
-
-def make_layer(*, transposed: bool, bias: bool, gate: bool, norm: bool = False) -> nn.Module:
-    """Experts of transformers' interface with random weights, of the kind that is asked for."""
-
-    more = {"has_post_expert_norm": True} if norm else {}
-
-    @use_experts_implementation(is_transposed=transposed, has_bias=bias, has_gate=gate, **more)
-    class Layer(nn.Module):
-        def __init__(self, config: Config) -> None:
-            super().__init__()
-            self.num_experts = NUM_EXPERTS
-            self.act_fn = nn.SiLU()
-            self.post_expert_norm = nn.RMSNorm(HIDDEN)
-            up, width = ("gate_up_proj", 2 * FFN) if gate else ("up_proj", FFN)
-            for name, size_in, size_out in ((up, HIDDEN, width), ("down_proj", FFN, HIDDEN)):
-                shape = (size_in, size_out) if transposed else (size_out, size_in)
-                self.register_parameter(
-                    name, nn.Parameter(0.3 * torch.randn(NUM_EXPERTS, *shape), requires_grad=False)
-                )
-                self.register_parameter(
-                    f"{name}_bias",
-                    nn.Parameter(torch.randn(NUM_EXPERTS, size_out), requires_grad=False),
-                )
-
-    torch.manual_seed(0)
-    return Layer(Config())
 
 
 def one_by_one(layer: nn.Module, x: Any, ids: Any, weights: Any) -> torch.Tensor:
@@ -90,16 +54,6 @@ def one_by_one(layer: nn.Module, x: Any, ids: Any, weights: Any) -> torch.Tensor
     return out
 
 
-KINDS = [
-    {"transposed": transposed, "bias": bias, "gate": gate}
-    for transposed in (False, True)
-    for bias in (False, True)
-    for gate in (False, True)
-]
-if HAS_POST_EXPERT_NORM:
-    KINDS.append({"transposed": False, "bias": False, "gate": True, "norm": True})
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 2, 33])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -107,12 +61,11 @@ if HAS_POST_EXPERT_NORM:
 def test_every_kind_of_experts_gives_what_token_by_token_gives(
     kind: dict[str, bool], num_tokens: int, packed: bool
 ) -> None:
-    layer = make_layer(**kind)
+    [layer] = make_layers(1, **kind)
     x = torch.randn(num_tokens, HIDDEN)
     weights, ids = torch.randn(num_tokens, NUM_EXPERTS).softmax(-1).topk(2)
     expected = one_by_one(layer, x, ids, weights)
     if packed:
-        layer.config._experts_implementation = IMPLEMENTATION
         pack_experts(layer)
         assert layer.down_proj is None
     result = dynamic_experts(layer, x, ids, weights)
@@ -125,16 +78,15 @@ def test_every_kind_of_experts_gives_what_token_by_token_gives(
 def test_experts_of_other_ranks_add_nothing_whatever_their_weight(
     kind: dict[str, bool], packed: bool
 ) -> None:
-    layer = make_layer(**kind)
+    [layer] = make_layers(1, **kind)
     layer._is_expert_parallel = True
     x = torch.randn(9, HIDDEN)
     ids = torch.randint(0, 2 * NUM_EXPERTS, (9, 3))
-    ids[0] = NUM_EXPERTS  # no expert of this rank
+    ids[0] = NUM_EXPERTS  # of no expert of this rank
     kept = ids.clone()
     weights = torch.rand(9, 3)
     expected = one_by_one(layer, x, ids, weights)
     if packed:
-        layer.config._experts_implementation = IMPLEMENTATION
         pack_experts(layer)
     torch.testing.assert_close(
         dynamic_experts(layer, x, ids, weights), expected.float(), atol=2e-5, rtol=1e-4
@@ -144,8 +96,8 @@ def test_experts_of_other_ranks_add_nothing_whatever_their_weight(
 
 
 @torch.inference_mode()
-def test_a_token_gets_the_same_values_whoever_else_is_in_the_batch_routed_elsewhere() -> None:
-    layer = make_layer(transposed=False, bias=False, gate=True)
+def test_a_token_gets_the_same_values_beside_tokens_that_are_routed_elsewhere() -> None:
+    [layer] = make_layers(1, **PLAIN)
     x = torch.randn(8, HIDDEN)
     ids = torch.tensor([[0, 1]] + [[2, 3]] * 7)
     weights = torch.rand(8, 2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engines import make_slots, run
 from paged import difference
-from test_gpu_experts import chain, make_layers, routed
+from test_gpu_experts import chain, make_pair, routed
 
 from hotset.cost.cold_experts import MOST_TOKENS
 from hotset.engine.engine import Engine
@@ -59,7 +59,7 @@ def make_copies_slow(buffer: ExpertBuffer) -> None:
 def test_experts_on_disk_have_the_bits_of_resident_ones(
     num_slots: int, host_slots: int, fused: bool, tmp_path: Path
 ) -> None:
-    resident, layers, in_memory = make_layers(fused=fused, expert_slots=num_slots)
+    resident, layers, in_memory = make_pair(fused=fused, expert_slots=num_slots)
     in_memory.close()
     buffer = to_disk(layers, tmp_path, host_slots=host_slots, num_slots=num_slots)
     assert buffer.store is not None
@@ -77,7 +77,7 @@ def test_experts_on_disk_have_the_bits_of_resident_ones(
 @pytest.mark.parametrize("mode", ["auto", "on"])
 @torch.inference_mode()
 def test_the_cpu_computes_cold_experts_within_rounding(mode: str, fused: bool) -> None:
-    resident, layers, buffer = make_layers(fused=fused, expert_slots=3, expert_plan="cache")
+    resident, layers, buffer = make_pair(fused=fused, expert_slots=3, expert_plan="cache")
     in_float32 = [copy.deepcopy(layer).to("cpu", torch.float32) for layer in resident]
     first = routed(2)
     assert chain(layers, *first).isfinite().all()

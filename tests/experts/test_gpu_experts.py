@@ -1,16 +1,15 @@
 """Buffered experts on an NVIDIA GPU: run these there with `pytest -m gpu`."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from engines import give_slots, make_slots
+from engines import give_slots
+from expert_layers import PLAIN, Sizes, buffered, make_layers
 from paged import difference, paged_logits
 from tiny_models import make_model
 from torch import nn
-from transformers.integrations.moe import use_experts_implementation
 
 from hotset.attention.flashinfer.backend import FlashInferBackend
 from hotset.engine.engine import Engine
@@ -21,16 +20,14 @@ from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.compute import is_fused
 from hotset.experts.gating import dynamic_experts, use_dynamic_gating
 from hotset.experts.host import HostExperts
-from hotset.experts.hosting import move_to_host
 from hotset.experts.narrow import NarrowDType, NarrowLayout
-from hotset.experts.sizes import narrow_layout
-from hotset.experts.weights import IMPLEMENTATION, experts_of
+from hotset.experts.weights import experts_of
 from hotset.memory.arena import DeviceArena
 from hotset.options import Options
 
 MakeEngine = Callable[..., Engine]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
-NUM_EXPERTS, HIDDEN, FFN, TOP_K, NUM_LAYERS = 16, 256, 128, 4, 3
+SIZES, TOP_K, NUM_LAYERS = Sizes(16, 256, 128, 0.1), 4, 3
 PLANS = [
     *({"expert_plan": "cache", "expert_eviction": name} for name in POLICIES),
     *(
@@ -45,48 +42,24 @@ PLANS = [
 ]
 
 
-class Config:
-    _experts_implementation = IMPLEMENTATION
-
-
-class Layer(nn.Module):
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.num_experts = NUM_EXPERTS
-        self.act_fn = nn.SiLU()
-        for name, size_in, size_out in (
-            ("gate_up_proj", HIDDEN, 2 * FFN),
-            ("down_proj", FFN, HIDDEN),
-        ):
-            weight = 0.1 * torch.randn(NUM_EXPERTS, size_out, size_in)
-            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-            bias = torch.randn(NUM_EXPERTS, size_out)
-            self.register_parameter(f"{name}_bias", nn.Parameter(bias, requires_grad=False))
-
-
-def make_layers(*, fused: bool, **options: Any) -> tuple[list[Any], list[Any], ExpertBuffer]:
+def make_pair(
+    *, fused: bool, **options: Any
+) -> tuple[list[nn.Module], list[nn.Module], ExpertBuffer]:
     """Resident layers, the same ones buffered, and their buffer; with a bias none are fused."""
-    torch.manual_seed(0)
-    kind = use_experts_implementation(type("Layer", (Layer,), {}), has_bias=not fused)
-    resident = [kind(Config()).to("cuda", torch.bfloat16) for _ in range(NUM_LAYERS)]
+    layers = make_layers(NUM_LAYERS, sizes=SIZES, **PLAIN | {"bias": not fused})
+    resident = [layer.to("cuda", torch.bfloat16) for layer in layers]
     first = experts_of(resident[0])
     assert is_fused(first, first.weights, 1) == fused
-    layers = copy.deepcopy(resident)
-    config, device = Options.of(**options), torch.device("cuda")
-    experts = [experts_of(layer) for layer in layers]
-    for each, whole in zip(experts, resident, strict=True):
-        move_to_host(each, narrow_layout(each, config.experts.expert_cold_dtype), device)
-        # The values that come back from host memory are everybody's.
-        assert each.hosted is not None and isinstance(each.hosted.source, HostExperts)
-        up, down = each.hosted.source.matrices()
+    routers = [lambda hidden: hidden[:, : SIZES.num_experts].topk(TOP_K).indices] * NUM_LAYERS
+    layers, buffer = buffered(resident, routers, device="cuda", **options)
+    for layer, whole in zip(layers, resident, strict=True):
+        # Resident experts have the values that come back from host memory, too.
+        source = experts_of(layer).source
+        assert isinstance(source, HostExperts)
+        up, down = source.matrices()
         whole.gate_up_proj.copy_(up)
         whole.down_proj.copy_(down)
-
-    def guess(hidden: torch.Tensor) -> torch.Tensor:
-        return hidden[:, :NUM_EXPERTS].topk(TOP_K).indices
-
-    routers = [guess] * NUM_LAYERS
-    return resident, layers, make_slots(experts, config, device, routers)
+    return resident, layers, buffer
 
 
 @pytest.mark.parametrize("cold", ["fp8", "int4"])
@@ -113,10 +86,10 @@ def chain(layers: list[Any], x: Any, ids: Any, weights: Any) -> torch.Tensor:
 
 
 def routed(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scores = torch.randn(NUM_LAYERS, num_tokens, NUM_EXPERTS, device="cuda")
+    scores = torch.randn(NUM_LAYERS, num_tokens, SIZES.num_experts, device="cuda")
     ids = scores.topk(TOP_K).indices
     weights = torch.rand(num_tokens, TOP_K, device="cuda").to(torch.bfloat16)
-    x = torch.randn(num_tokens, HIDDEN, device="cuda").to(torch.bfloat16)
+    x = torch.randn(num_tokens, SIZES.hidden, device="cuda").to(torch.bfloat16)
     return x, ids, weights
 
 
@@ -127,7 +100,7 @@ def routed(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_buffered_experts_have_the_bits_of_resident_ones(
     options: dict[str, Any], num_slots: int, fused: bool
 ) -> None:
-    resident, layers, buffer = make_layers(fused=fused, expert_slots=num_slots, **options)
+    resident, layers, buffer = make_pair(fused=fused, expert_slots=num_slots, **options)
     for num_tokens in (1, 40, 2, 1, 300, 1):
         step = routed(num_tokens)
         assert torch.equal(chain(layers, *step), chain(resident, *step))
@@ -144,7 +117,7 @@ def test_buffered_experts_have_the_bits_of_resident_ones(
 def test_a_recorded_step_does_not_depend_on_what_was_resident(
     options: dict[str, Any], num_tokens: int, fused: bool
 ) -> None:
-    resident, layers, buffer = make_layers(fused=fused, expert_slots=4, **options)
+    resident, layers, buffer = make_pair(fused=fused, expert_slots=4, **options)
     static = routed(num_tokens)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_config, make_model
 from transformers.core_model_loading import WeightRenaming
 
-from hotset.checkpoint.files import read_config, read_headers
+from hotset.checkpoint.files import read_config
 from hotset.checkpoint.tensors import CheckpointTensors
 from hotset.errors import ModelError
 from hotset.linear.merged import MergedLinear
@@ -27,10 +27,9 @@ TOKENS = torch.arange(3, 30).unsqueeze(0)
 
 
 def in_place(folder: Path, dtype: torch.dtype = torch.float32, *, fp8: bool = False) -> Any:
-    fields, stored = read_config(folder), read_headers(sorted(folder.glob("*.safetensors")))
-    tensors = CheckpointTensors(folder, fields, stored)
     made_by = checkpoint.read_architecture(folder)
-    model = weights.load_in_place(made_by, folder, fields, tensors, CPU, dtype, fp8=fp8)
+    tensors = CheckpointTensors(folder, made_by.fields)
+    model = weights.load_in_place(made_by, tensors, CPU, dtype, fp8=fp8)
     return None if model is None else model.eval().requires_grad_(False)
 
 
@@ -123,14 +122,12 @@ def test_what_no_checkpoint_holds_is_computed_as_precisely_as_by_transformers(
         vocab_size=128, n_positions=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=8
     )
     transformers.CodeGenForCausalLM(config).bfloat16().save_pretrained(tmp_path)
-    fields, stored = read_config(tmp_path), read_headers([tmp_path / "model.safetensors"])
-    tensors = CheckpointTensors(tmp_path, fields, stored)
+    fields = read_config(tmp_path)
+    tensors = CheckpointTensors(tmp_path, fields)
     expected = transformers.CodeGenForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
 
     made_by = Architecture(config, fields, transformers.CodeGenForCausalLM, is_inspected=True)
-    model = weights.load_in_place(
-        made_by, tmp_path, fields, tensors, CPU, torch.bfloat16, fp8=False
-    )
+    model = weights.load_in_place(made_by, tensors, CPU, torch.bfloat16, fp8=False)
 
     assert model is not None
     buffers, of_transformers = dict(model.named_buffers()), dict(expected.named_buffers())
@@ -185,7 +182,6 @@ from pathlib import Path
 import torch
 from hotset.model import weights
 from hotset.model.checkpoint import read_architecture
-from hotset.checkpoint.files import read_config, read_headers
 from hotset.checkpoint.tensors import CheckpointTensors
 from hotset.model.loader import load_model
 
@@ -209,10 +205,9 @@ def measure(load):
 
 def in_place(fp8):
     made_by = read_architecture(folder)
-    fields, stored = read_config(folder), read_headers(sorted(folder.glob("*.safetensors")))
-    tensors = CheckpointTensors(folder, fields, stored)
+    tensors = CheckpointTensors(folder, made_by.fields)
     device, dtype = torch.device("cpu"), torch.bfloat16
-    return weights.load_in_place(made_by, folder, fields, tensors, device, dtype, fp8=fp8)
+    return weights.load_in_place(made_by, tensors, device, dtype, fp8=fp8)
 
 loads = {
     "pages": lambda: load_model(str(folder), device="cpu", dtype="bfloat16").model,

@@ -11,7 +11,7 @@ import safetensors
 import torch
 
 from hotset.checkpoint import fp8_blocks, mxfp4, quantized
-from hotset.checkpoint.files import Stored
+from hotset.checkpoint.files import read_headers, weight_files
 from hotset.cost.quantisation import quant_config
 
 
@@ -34,23 +34,22 @@ class CheckpointTensors:
     """What the files of a checkpoint hold, with narrow weights and their scales made one.
 
     Args:
-        folder: of the checkpoint.
+        folder: of the checkpoint, whose headers are read.
         fields: of its config.json.
-        stored: what the headers of its files say.
 
     Attributes:
+        folder: see above.
         stored: by name; narrow weights under the name and shape of what they are read as.
         is_dequantised: whether the checkpoint is quantised, and read here as one that is not.
 
     Raises:
-        ModelError: narrow weights and their scales do not fit together, or there are narrow tensors
-            that are none of them.
+        ModelError: a file is missing or damaged, narrow weights and their scales do not fit
+            together, or there are narrow tensors that are none of them.
     """
 
-    def __init__(
-        self, folder: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored]
-    ) -> None:
-        self._all = stored
+    def __init__(self, folder: Path, fields: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._all = stored = read_headers(weight_files(folder))
         self._parts: dict[str, tuple[str, str]] = {}  # weight and scales, by the weight's name
         self._dequantise: Callable[..., torch.Tensor] = mxfp4.dequantise
         shapes: dict[str, tuple[int, ...]] = {}

@@ -18,7 +18,7 @@ from hotset.attention.inputs import Inputs, fill
 from hotset.cost.tuning import TUNINGS
 from hotset.executor.padding import Array, packed, padding_column
 from hotset.executor.recorded_sizes import RecordedStep, RecordedSteps
-from hotset.executor.recording import Graph, GraphRecorder
+from hotset.executor.recording import GraphRecorder
 
 # Token ids and positions (`[T]`), attention, rows (`[R]`, or None for all) -> `[R, vocab]` logits.
 Forward: TypeAlias = Callable[
@@ -61,7 +61,7 @@ class _DecodeGraph:
 
     static: StaticInputs
     decode: RecordedDecode
-    graph: Graph
+    graph: torch.cuda.CUDAGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class _MixedGraph:
     """
 
     static: StaticInputs
-    parts: list[Graph]  # one more than `cuts`
+    parts: list[torch.cuda.CUDAGraph]  # one more than `cuts`
     cuts: list[tuple[int, torch.Tensor, torch.Tensor]]  # layer, its queries, its output
 
 
@@ -150,7 +150,7 @@ class StepGraphs:
 
         That is seconds, or rows where copies are part of the step.
         """
-        graphs: Sequence[Graph]
+        graphs: Sequence[torch.cuda.CUDAGraph]
         if step.is_decode:
             decode = self._decodes[step.size] = self._record_decode(step.size)
             graphs = [decode.graph]
@@ -213,7 +213,7 @@ class StepGraphs:
         )
         decode.plan([])
         self._step(static, decode.attention)  # compiles, and loads kernels
-        graphs: list[Graph] = []
+        graphs: list[torch.cuda.CUDAGraph] = []
         with self._recorder.recording(graphs):
             self._step(static, decode.attention)
         return _DecodeGraph(static, decode, graphs[0])
@@ -221,7 +221,7 @@ class StepGraphs:
     def _record_mixed(self, size: int) -> _MixedGraph:
         num_rows = min(size, len(self._previous))
         static = StaticInputs.make(size, num_rows, self._padding, self._previous)
-        parts: list[Graph] = []
+        parts: list[torch.cuda.CUDAGraph] = []
         cuts: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
         def cut(layer: int, query: torch.Tensor) -> torch.Tensor:

@@ -3,17 +3,8 @@
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Protocol
 
 import torch
-
-
-class Graph(Protocol):
-    """Work of the device that was recorded."""
-
-    def replay(self) -> None:
-        """Submit it once more."""
-        ...
 
 
 class GraphRecorder:
@@ -40,7 +31,7 @@ class GraphRecorder:
             current.wait_stream(self._stream)
 
     @contextmanager
-    def recording(self, graphs: list[Graph]) -> Iterator[None]:
+    def recording(self, graphs: list[torch.cuda.CUDAGraph]) -> Iterator[None]:
         """Within it what is submitted is recorded as the last of `graphs`, which begin here.
 
         An error ends the recording, so that the device can be used. Nothing is collected meanwhile,
@@ -54,22 +45,22 @@ class GraphRecorder:
             yield
         except BaseException:
             with suppress(RuntimeError):  # it is invalid, which is why it ends
-                _end(graphs)
+                graphs[-1].capture_end()
             with suppress(RuntimeError):
                 _end_capture_of_generators()
             raise
         else:
-            _end(graphs)
+            graphs[-1].capture_end()
         finally:
             if was_enabled:
                 gc.enable()
 
-    def cut(self, graphs: list[Graph]) -> None:
+    def cut(self, graphs: list[torch.cuda.CUDAGraph]) -> None:
         """While recording: end the last of `graphs` and go on with one more."""
-        _end(graphs)
+        graphs[-1].capture_end()
         self._begin(graphs)
 
-    def seconds(self, graphs: Sequence[Graph]) -> float:
+    def seconds(self, graphs: Sequence[torch.cuda.CUDAGraph]) -> float:
         """The device's time for `graphs`, one after the other; of three times the least."""
         times: list[float] = []
         for _ in range(3):
@@ -82,17 +73,11 @@ class GraphRecorder:
             times.append(start.elapsed_time(end) / 1e3)
         return min(times)
 
-    def _begin(self, graphs: list[Graph]) -> None:
+    def _begin(self, graphs: list[torch.cuda.CUDAGraph]) -> None:
         graph = torch.cuda.CUDAGraph()
         graphs.append(graph)
         # Other threads may pin host memory meanwhile.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-
-
-def _end(graphs: Sequence[Graph]) -> None:
-    graph = graphs[-1]
-    assert isinstance(graph, torch.cuda.CUDAGraph)
-    graph.capture_end()
 
 
 def _end_capture_of_generators() -> None:

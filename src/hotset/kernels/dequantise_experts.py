@@ -1,6 +1,6 @@
 """Copying experts of few bits from where they are into wide slots on the device."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -14,32 +14,13 @@ _TILE_BYTES = 8192
 _MOST_WIDTH = 2048
 
 
-class _Matrix(Protocol):
-    """See `experts.narrow.NarrowMatrix`."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def run(self) -> int: ...
-    @property
-    def run_bytes(self) -> int: ...
-    @property
-    def num_runs(self) -> int: ...
-    @property
-    def values_at(self) -> int: ...
-    @property
-    def scales_at(self) -> int: ...
-
-
 class _Layout(Protocol):
-    """See `experts.narrow.NarrowLayout`."""
+    """See `experts.narrow.NarrowLayout`, and `NarrowMatrix` there."""
 
     is_int4: bool
     scale_dtype: torch.dtype
     payload_bytes: int
-
-    @property
-    def matrices(self) -> tuple[_Matrix, ...]: ...
+    matrices: tuple[Any, ...]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -160,7 +141,7 @@ def dequantise_experts(
     )
 
 
-def _sizes(matrix: _Matrix, layout: _Layout) -> tuple[int, ...]:
+def _sizes(matrix: Any, layout: _Layout) -> tuple[int, ...]:
     """Where values and scales begin; runs, and values and bytes of one; runs and bytes of a tile.
 
     A tile has whole runs, where they are not too long, so that a scale is read once for its run.

@@ -18,6 +18,62 @@ _CURRENT: tl.constexpr = tl.constexpr(1 << 61)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _begin(  # type: ignore[no-untyped-def]
+    slot_of, num_uses, predicted, pass_of, counts, ids, num_ids, active, num_passes, e, is_expert,
+    E: tl.constexpr, EXPERTS: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
+    """Count what a step needs, as `SlotTable.begin`; which are needed, and the pass of each."""
+    tl.store(pass_of + e, tl.zeros((EXPERTS,), tl.int64), mask=is_expert)
+    tl.debug_barrier()
+    for start in range(0, num_ids, IDS):
+        i = start + tl.arange(0, IDS)
+        expert = tl.load(ids + i, mask=i < num_ids, other=E)
+        tl.store(pass_of + expert, tl.full((IDS,), 1, tl.int64), mask=expert < E)
+    tl.debug_barrier()
+    needed = tl.load(pass_of + e, mask=is_expert, other=0) > 0
+    here = tl.load(slot_of + e, mask=is_expert, other=-1) >= 0
+    guessed = tl.load(predicted + e, mask=is_expert, other=0) > 0
+    hit, miss = (needed & here).to(tl.int64), (needed & ~here).to(tl.int64)
+    num_hits = tl.sum(hit)
+    tl.store(counts, tl.load(counts) + num_hits)
+    tl.store(counts + 1, tl.load(counts + 1) + tl.sum(miss))
+    tl.store(counts + 2, tl.load(counts + 2) + tl.sum(guessed.to(tl.int64)))
+    tl.store(counts + 3, tl.load(counts + 3) + tl.sum((guessed & needed).to(tl.int64)))
+    tl.store(predicted + e, tl.zeros((EXPERTS,), tl.int64), mask=is_expert)
+    uses = tl.load(num_uses + e, mask=is_expert, other=0) + 1
+    tl.store(num_uses + e, uses, mask=needed)
+    rank = tl.where(needed & here, tl.cumsum(hit, 0), num_hits + tl.cumsum(miss, 0)) - 1
+    return needed, tl.where(needed, rank // active, num_passes)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _victims(  # type: ignore[no-untyped-def]
+    last_use, num_uses, pass_of, expert_in, arrival, now, number, active, s, is_slot,
+    BY: tl.constexpr, LARGEST_FIRST: tl.constexpr, SPARES_CURRENT: tl.constexpr,
+):  # fmt: skip
+    """All slots in the order of the policy; those that the pass needs, and then unused ones, last.
+
+    As `SlotTable.load` has them.
+    """
+    holder = tl.load(expert_in + s, mask=is_slot, other=0)
+    if BY == 0:
+        by = tl.load(arrival + s, mask=is_slot, other=0)
+    elif BY == 1:
+        by = tl.load(last_use + holder)
+    else:
+        by = tl.load(num_uses + holder)
+    if LARGEST_FIRST:
+        by = _LARGEST - by
+    order = by * _RANK + s
+    if SPARES_CURRENT:
+        order += (tl.load(last_use + holder) == now).to(tl.int64) * _CURRENT
+    held = tl.load(pass_of + holder) == number
+    order = tl.where(held, _HELD + s, order)
+    order = tl.where(s < active, order, _HELD + _CURRENT + s)
+    return tl.sort(order) % _RANK
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _plan_passes(  # type: ignore[no-untyped-def]
     state,
     counts,
@@ -48,31 +104,14 @@ def _plan_passes(  # type: ignore[no-untyped-def]
     arrivals = time + 1
     active = tl.load(arrivals + 1)
     e, s = tl.arange(0, EXPERTS).to(tl.int64), tl.arange(0, SLOTS).to(tl.int64)
-    is_expert, is_slot, is_active = e < E, s < S, s < active
+    is_expert, is_slot = e < E, s < S
 
-    tl.store(pass_of + e, tl.zeros((EXPERTS,), tl.int64), mask=is_expert)
-    tl.debug_barrier()
-    for start in range(0, num_ids, IDS):
-        i = start + tl.arange(0, IDS)
-        expert = tl.load(ids + i, mask=i < num_ids, other=E)
-        tl.store(pass_of + expert, tl.full((IDS,), 1, tl.int64), mask=expert < E)
-    tl.debug_barrier()
-    needed = tl.load(pass_of + e, mask=is_expert, other=0) > 0
-    here = tl.load(slot_of + e, mask=is_expert, other=-1) >= 0
-    guessed = tl.load(predicted + e, mask=is_expert, other=0) > 0
-    hit, miss = (needed & here).to(tl.int64), (needed & ~here).to(tl.int64)
-    num_hits = tl.sum(hit)
-    tl.store(counts, tl.load(counts) + num_hits)
-    tl.store(counts + 1, tl.load(counts + 1) + tl.sum(miss))
-    tl.store(counts + 2, tl.load(counts + 2) + tl.sum(guessed.to(tl.int64)))
-    tl.store(counts + 3, tl.load(counts + 3) + tl.sum((guessed & needed).to(tl.int64)))
-    tl.store(predicted + e, tl.zeros((EXPERTS,), tl.int64), mask=is_expert)
+    needed, which = _begin(
+        slot_of, num_uses, predicted, pass_of, counts, ids, num_ids, active, num_passes, e,
+        is_expert, E, EXPERTS, IDS,
+    )  # fmt: skip
     now = tl.load(time) + 1
-    uses = tl.load(num_uses + e, mask=is_expert, other=0) + 1
     tl.store(last_use + e, now + tl.zeros((EXPERTS,), tl.int64), mask=needed)
-    tl.store(num_uses + e, uses, mask=needed)
-    rank = tl.where(needed & here, tl.cumsum(hit, 0), num_hits + tl.cumsum(miss, 0)) - 1
-    which = tl.where(needed, rank // active, num_passes)
     came = tl.load(arrivals)
     tl.debug_barrier()  # all have read what is written now
     tl.store(time, now)
@@ -85,24 +124,10 @@ def _plan_passes(  # type: ignore[no-untyped-def]
         missing = wanted & (tl.load(slot_of + e, mask=is_expert, other=0) < 0)
         num_missing = tl.sum(missing.to(tl.int64))
         place = tl.cumsum(missing.to(tl.int64), 0) - 1
-        # Who goes: all slots in the order of the policy, those that the pass needs last, and
-        # after them those that are not in use.
-        holder = tl.load(expert_in + s, mask=is_slot, other=0)
-        if BY == 0:
-            by = tl.load(arrival + s, mask=is_slot, other=0)
-        elif BY == 1:
-            by = tl.load(last_use + holder)
-        else:
-            by = tl.load(num_uses + holder)
-        if LARGEST_FIRST:
-            by = _LARGEST - by
-        order = by * _RANK + s
-        if SPARES_CURRENT:
-            order += (tl.load(last_use + holder) == now).to(tl.int64) * _CURRENT
-        held = tl.load(pass_of + holder) == number
-        order = tl.where(held, _HELD + s, order)
-        order = tl.where(is_active, order, _HELD + _CURRENT + s)
-        victim = tl.sort(order) % _RANK
+        victim = _victims(
+            last_use, num_uses, pass_of, expert_in, arrival, now, number, active, s, is_slot,
+            BY, LARGEST_FIRST, SPARES_CURRENT,
+        )  # fmt: skip
         goes = s < num_missing
         gone = tl.load(expert_in + victim, mask=goes, other=0)
         tl.store(slot_of + gone, tl.full((SLOTS,), -1, tl.int64), mask=goes)

@@ -3,8 +3,9 @@
 import contextlib
 import io
 import re
+import types
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,7 @@ import torch
 import transformers
 
 from hotset.checkpoint import leftovers, quantized
-from hotset.checkpoint.files import (
-    check_generation_config,
-    read_config,
-    read_headers,
-    weight_files,
-)
+from hotset.checkpoint.files import check_generation_config, read_config
 from hotset.checkpoint.tensors import CheckpointTensors
 from hotset.cost.quantisation import with_modelopt
 from hotset.errors import ModelError, TierError
@@ -57,19 +53,19 @@ def load_folder(
     Raises:
         ModelError: it cannot be loaded; says why.
     """
-    fields, dtype = architecture.fields, dtype or architecture.dtype
-    stored = read_headers(weight_files(folder))
-    tensors = CheckpointTensors(folder, fields, stored)
+    dtype = dtype or architecture.dtype
+    tensors = CheckpointTensors(folder, architecture.fields)
     if tensors.is_dequantised:
         _forget_quantization(architecture.config)
     model = None
-    if fp8 or device.type == "cuda":
-        model = _in_place(folder, fields, tensors, architecture, device, dtype, fp8=fp8)
+    if dtype is not None and (fp8 or device.type == "cuda"):
+        with _in_one_line(folder):
+            model = weights.load_in_place(architecture, tensors, device, dtype, fp8=fp8)
     if model is None:
         if experts is not None:
             _begin(experts, architecture, dtype)
         with experts.catch_loaded() if experts is not None else contextlib.nullcontext():
-            model = _with_transformers(folder, fields, tensors, architecture, device, dtype)
+            model = _with_transformers(tensors, architecture, device, dtype)
     return model
 
 
@@ -96,7 +92,9 @@ def read_architecture(folder: Path) -> Architecture:
     return find_architecture(config, str(folder), fields)
 
 
-def load_gguf(file: Path, device: torch.device, dtype: torch.dtype | None) -> tuple[Any, Any]:
+def load_gguf(
+    file: Path, device: torch.device, dtype: torch.dtype | None
+) -> tuple[Any, Any, Architecture]:
     """Load a GGUF file's model, dequantised, and its tokenizer. Raises ModelError."""
     # Here, as it needs parts of transformers that others do without.
     from hotset.checkpoint.gguf_file import GgufFile, names_made_once
@@ -109,42 +107,34 @@ def load_gguf(file: Path, device: torch.device, dtype: torch.dtype | None) -> tu
     with contextlib.redirect_stderr(io.StringIO()), names_made_once():
         model = _from_pretrained(
             file,
-            file.parent,
+            architecture,
             device,
             dtype,
-            architecture.model_class,
-            config=config,
-            attn_implementation=architecture.attention,
+            folder=file.parent,
             gguf_file=file.name,
             quantization_config=transformers.GgufConfig(dequantize=True),
         )
     header.scale_rotations(model)
     tokenizer = _load_tokenizer(file, file.parent, gguf_file=file.name)
-    return model, tokenizer
+    return model, tokenizer, architecture
 
 
 def _with_transformers(
-    folder: Path,
-    fields: Mapping[str, Any],
     tensors: CheckpointTensors,
     architecture: Architecture,
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> Any:
     """What `from_pretrained` makes of a folder, 8-bit blocks dequantised on their way."""
-    model_class, config = architecture.model_class, architecture.config
-    options = {"config": config, "attn_implementation": architecture.attention}
+    folder, shapes = tensors.folder, tensors.shapes
     if not tensors.is_dequantised:
-        return _from_pretrained(
-            folder, folder, device, dtype, model_class, fields, tensors, **options
-        )
+        return _from_pretrained(folder, architecture, device, dtype, shapes, folder=folder)
     # Not by transformers: it takes the block for what divides the rows evenly, and its kernels for
     # narrow weights are downloads.
     dtype = dtype or torch.bfloat16
     with tensors.open(device, dtype) as reads:
-        options["state_dict"] = reads
         model = _from_pretrained(
-            folder, None, device, dtype, model_class, fields, tensors, **options
+            folder, architecture, device, dtype, shapes, folder=None, state_dict=reads
         )
     weights.read_generation_config(model, folder)
     return model
@@ -152,23 +142,30 @@ def _with_transformers(
 
 def _from_pretrained(
     source: Path,
-    folder: Path | None,
+    architecture: Architecture,
     device: torch.device,
     dtype: torch.dtype | None,
-    model_class: Any,
-    fields: Mapping[str, Any] | None = None,
-    tensors: CheckpointTensors | None = None,
+    shapes: Mapping[str, tuple[int, ...]] = types.MappingProxyType({}),
+    *,
+    folder: Path | None,
     **options: Any,
 ) -> Any:
-    """Load weights straight to `device`; `source` is what messages name.
+    """Load weights straight to `device`.
 
-    `model_class` is of transformers; `fields` of config.json and `tensors` tell which of these may
-    be left over.
+    Args:
+        source: what messages name.
+        architecture: of the model.
+        device: where weights go.
+        dtype: of the weights; None is the checkpoint's.
+        shapes: of the checkpoint's tensors, which tell which of them may be left over.
+        folder: with the weights; None where `options` has them.
+        options: of transformers.
     """
-    shapes = tensors.shapes if tensors is not None else {}
-    try:
-        model, report = model_class.from_pretrained(
+    with _in_one_line(source, shapes):
+        model, report = architecture.model_class.from_pretrained(
             folder,
+            config=architecture.config,
+            attn_implementation=architecture.attention,
             dtype="auto" if dtype is None else dtype,
             device_map={"": str(device)},
             use_safetensors=True,
@@ -177,15 +174,24 @@ def _from_pretrained(
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
-    except TierError:  # of experts on disk
+    if problem := _misfit(report, architecture.fields, shapes):
+        raise ModelError(f"{source} does not fit its config: {problem}")
+    return model
+
+
+@contextlib.contextmanager
+def _in_one_line(
+    source: Path, shapes: Mapping[str, tuple[int, ...]] = types.MappingProxyType({})
+) -> Iterator[None]:
+    """Say what a bad file makes the libraries raise while weights are loaded."""
+    try:
+        yield
+    except (ModelError, TierError):  # our own, the latter of experts on disk
         raise
     except Exception as error:  # whatever a bad file makes the libraries raise
         raise ModelError(
             f"cannot load the weights of {source}: {_loading_problem(error, shapes)}"
         ) from error
-    if problem := _misfit(report, fields or {}, shapes):
-        raise ModelError(f"{source} does not fit its config: {problem}")
-    return model
 
 
 def _processor_template(folder: Path) -> str | None:
@@ -243,27 +249,6 @@ def _begin(experts: ExpertSink, architecture: Architecture, dtype: torch.dtype |
     """Show the sink the shape of what is loaded next, if it is known."""
     if dtype is not None and getattr(architecture.config, "quantization_config", None) is None:
         experts.begin(architecture.outline(dtype))
-
-
-def _in_place(
-    folder: Path,
-    fields: Mapping[str, Any],
-    tensors: CheckpointTensors,
-    architecture: Architecture,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    *,
-    fp8: bool,
-) -> Any | None:
-    """The model, or None where transformers has to load it."""
-    if dtype is None:
-        return None
-    try:
-        return weights.load_in_place(architecture, folder, fields, tensors, device, dtype, fp8=fp8)
-    except ModelError:
-        raise
-    except Exception as error:  # whatever a bad file makes the libraries raise
-        raise ModelError(f"cannot load the weights of {folder}: {first_line(error)}") from error
 
 
 def _forget_quantization(config: Any) -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from hotset.cgroups import available_host_bytes
-from hotset.errors import ConfigError
+from hotset.errors import ConfigError, ModelError
 from hotset.linear.fp8 import FP8
 
 
@@ -69,3 +69,17 @@ def free_bytes(device: torch.device) -> int:
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     return available_host_bytes()
+
+
+def check_room(num_bytes: int, device: torch.device, model: str, dtype: torch.dtype) -> None:
+    """Refuse weights that are larger than the memory that is free on a device.
+
+    Raises:
+        ModelError: they are.
+    """
+    if num_bytes > (free := free_bytes(device)):
+        raise ModelError(
+            f"the weights of {model} in {str(dtype).removeprefix('torch.')} take "
+            f"{num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on {device}; take a "
+            "smaller model or a narrower dtype, or give this process more memory"
+        )

@@ -14,11 +14,11 @@ from hotset.errors import ModelError, PlanError
 from hotset.experts.disk import ExpertSink
 from hotset.experts.gating import move_but_experts
 from hotset.experts.router_skew import skew_routers
-from hotset.experts.weights import experts_layers, experts_of, is_experts
+from hotset.experts.weights import experts_bytes, experts_of, is_experts
 from hotset.libraries import first_line, quiet
 from hotset.model.architecture import Architecture, find_architecture, known_fields
-from hotset.model.devices import free_bytes, resolve_device, resolve_dtype
-from hotset.model.finish import closing_on_error, context_notes, finish, max_model_len
+from hotset.model.devices import check_room, resolve_device, resolve_dtype
+from hotset.model.finish import closing_on_error, finish, max_model_len
 from hotset.model.loaded import LoadedModel
 
 
@@ -56,59 +56,48 @@ def load_dummy(
     """
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
-    fields, short_name, source = _find_config(name)
-    architecture = _architecture_of(fields, source)
+    architecture, short_name = _architecture_of(name)
     torch_dtype = torch_dtype or architecture.dtype or torch.bfloat16
     shape = architecture.outline(torch_dtype)
+    devices = [target] if target.type == "cuda" else []
     with closing_on_error(experts):
         _check_room(shape, target, short_name, experts_on_host=experts_on_host, experts=experts)
-    devices = [target] if target.type == "cuda" else []
-    with (
-        closing_on_error(experts),
-        quiet(),
-        torch.random.fork_rng(devices),
-        torch.device(target),
-    ):
-        torch.manual_seed(seed)
-        model = _make(
-            architecture, torch_dtype, target, experts_on_host=experts_on_host, experts=experts
-        )
+        with quiet(), torch.random.fork_rng(devices), torch.device(target):
+            torch.manual_seed(seed)
+            model = _make(
+                architecture, torch_dtype, target, experts_on_host=experts_on_host, experts=experts
+            )
     if router_skew is not None:
         skew_routers(model, router_skew, seed=seed)
-    finish(model, dtype, architecture)
-    made_of = json.dumps(
-        [fields, dtype, str(model.dtype), seed, router_skew], sort_keys=True, default=str
-    )
+    notes = finish(model, dtype, architecture)
+    made_of = [architecture.fields, dtype, str(model.dtype), seed, router_skew]
+    content = json.dumps(made_of, sort_keys=True, default=str).encode()
     return LoadedModel(
         model=model,
         tokenizer=None,
         name=short_name,
-        fingerprint=hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest(),
+        fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest(),
         eos_token_ids=(),
         max_model_len=max_model_len(model, None, short_name),
-        notes=(*architecture.notes, *context_notes(model)),
+        notes=notes,
     )
 
 
-def _find_config(name: str) -> tuple[dict[str, Any], str, str]:
-    """The fields of a config, a short name for its model, and where it comes from."""
+def _architecture_of(name: str) -> tuple[Architecture, str]:
+    """How to make the model of a config, and a short name for it."""
     try:
         fields, short_name, source = find_config(name)
     except PlanError as error:
         raise ModelError(str(error)) from error
     if (file := Path(source)).is_file():
         short_name = file.resolve().parent.name if file.name == "config.json" else file.stem
-    return fields, short_name, source
-
-
-def _architecture_of(fields: dict[str, Any], source: str) -> Architecture:
     try:
         config = AutoConfig.for_model(**known_fields(fields, source))
     except ModelError:
         raise
     except Exception as error:  # whatever a config that does not fit makes the libraries raise
         raise ModelError(f"cannot make a model of {source}: {first_line(error)}") from error
-    return find_architecture(config, source, fields)
+    return find_architecture(config, source, fields), short_name
 
 
 def _check_room(
@@ -121,23 +110,16 @@ def _check_room(
 ) -> None:
     """Refuse weights that fit neither on the device nor, of experts, into host memory."""
     weights_bytes = sum(parameter.nbytes for parameter in shape.parameters())
-    experts_bytes = 0
-    if experts_on_host:
-        stacked = [w for each in experts_layers(shape) for w in each.module.parameters()]
-        experts_bytes = sum(weight.nbytes for weight in stacked)
-        if experts is not None:
-            experts.begin(shape)
-            if experts.store is not None:
-                weights_bytes -= experts_bytes - experts.store.host_bytes
-                experts_bytes = experts.store.host_bytes
+    host_bytes = experts_bytes(shape) if experts_on_host else 0
+    if experts_on_host and experts is not None:
+        experts.begin(shape)
+        if experts.store is not None:
+            weights_bytes -= host_bytes - experts.store.host_bytes
+            host_bytes = experts.store.host_bytes
     # On the CPU the two are the same memory.
-    here_bytes = weights_bytes if target.type == "cpu" else weights_bytes - experts_bytes
-    for num_bytes, where in ((here_bytes, target), (experts_bytes, torch.device("cpu"))):
-        if num_bytes > (free := free_bytes(where)):
-            raise ModelError(
-                f"the weights of {name} in {shape.dtype} take {num_bytes / 1e9:.1f} GB and "
-                f"{free / 1e9:.1f} GB are free on {where}; take a smaller shape or a narrower dtype"
-            )
+    here_bytes = weights_bytes if target.type == "cpu" else weights_bytes - host_bytes
+    check_room(here_bytes, target, name, shape.dtype)
+    check_room(host_bytes, torch.device("cpu"), name, shape.dtype)
 
 
 def _make(

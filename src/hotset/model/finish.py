@@ -16,10 +16,14 @@ from hotset.model.architecture import Architecture
 _log = logging.getLogger(__name__)
 
 
-def finish(model: Any, dtype: str, architecture: Architecture) -> None:
-    """Make a model ready for inference, in place: its 8-bit weights, eval mode, no gradients."""
+def finish(model: Any, dtype: str, architecture: Architecture) -> tuple[str, ...]:
+    """Make a model ready for inference, in place: its 8-bit weights, eval mode, no gradients.
+
+    Returns lines for the user: what of the checkpoint is not served.
+    """
     _round(model, dtype, architecture)
     model.eval().requires_grad_(False)
+    return (*architecture.notes, *_context_notes(model))
 
 
 def _round(model: Any, dtype: str, architecture: Architecture) -> None:
@@ -47,7 +51,7 @@ def closing_on_error(experts: ExpertSink | None) -> Iterator[None]:
         raise
 
 
-def context_notes(model: Any) -> tuple[str, ...]:
+def _context_notes(model: Any) -> tuple[str, ...]:
     """A line where the context ends before the config says."""
     config = model.config.get_text_config()
     served, named = context_length(config), largest(config, "max_position_embeddings")

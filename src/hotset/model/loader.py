@@ -17,14 +17,13 @@ from hotset.cost.quantisation import quant_config
 from hotset.errors import ModelError
 from hotset.experts.disk import ExpertSink
 from hotset.experts.gating import move_but_experts
-from hotset.experts.weights import experts_layers
+from hotset.experts.weights import experts_bytes
 from hotset.foreign_text import parse_json
 from hotset.libraries import quiet
 from hotset.model import checkpoint
-from hotset.model.architecture import find_architecture
-from hotset.model.devices import free_bytes, resolve_device, resolve_dtype
+from hotset.model.devices import check_room, resolve_device, resolve_dtype
 from hotset.model.find_model import find_model
-from hotset.model.finish import closing_on_error, context_notes, finish, max_model_len
+from hotset.model.finish import closing_on_error, finish, max_model_len
 from hotset.model.loaded import LoadedModel, no_tokenizer
 
 
@@ -63,35 +62,32 @@ def load_model(
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
     source, short_name = find_model(name)
-    architecture = None if source.is_file() else checkpoint.read_architecture(source)
     experts_on_host = experts_on_host and _may_have_experts(source)
-    tokenizer = None
-    if architecture is not None:
-        outline = architecture.outline(torch_dtype or architecture.dtype or torch.float32)
-        if check is not None:
-            check(outline)
-        if dtype != "fp8" and _is_as_outlined(architecture.fields):
-            _check_room(outline, target, short_name, experts_on_host=experts_on_host)
-        with quiet():
-            tokenizer = checkpoint.load_tokenizer(source)
-        if tokenizer is None and needs_tokenizer:
-            raise no_tokenizer(short_name)
     first = torch.device("cpu") if experts_on_host else target
-    with quiet(), closing_on_error(experts):
-        if architecture is None:
-            model, tokenizer = checkpoint.load_gguf(source, first, torch_dtype)
+    with closing_on_error(experts):
+        if source.is_file():
+            with quiet():
+                model, tokenizer, architecture = checkpoint.load_gguf(source, first, torch_dtype)
         else:
+            architecture = checkpoint.read_architecture(source)
+            outline = architecture.outline(torch_dtype or architecture.dtype or torch.float32)
+            if check is not None:
+                check(outline)
+            if dtype != "fp8" and _is_as_outlined(architecture.fields):
+                _check_room(outline, target, short_name, experts_on_host=experts_on_host)
             in_place = dtype == "fp8" and not experts_on_host
-            model = checkpoint.load_folder(
-                source, architecture, first, torch_dtype, fp8=in_place, experts=experts
-            )
+            with quiet():
+                tokenizer = checkpoint.load_tokenizer(source)
+                if tokenizer is None and needs_tokenizer:
+                    raise no_tokenizer(short_name)
+                model = checkpoint.load_folder(
+                    source, architecture, first, torch_dtype, fp8=in_place, experts=experts
+                )
         if experts is not None:
             experts.finish(model)
     if experts_on_host:
         move_but_experts(model, target)
-    if architecture is None:  # of a GGUF file
-        architecture = find_architecture(model.config, str(source), {})
-    finish(model, dtype, architecture)
+    notes = finish(model, dtype, architecture)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -100,7 +96,7 @@ def load_model(
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=max_model_len(model, tokenizer, short_name),
         kv_scales=kv_scales(source, model.config.get_text_config().num_hidden_layers),
-        notes=(*architecture.notes, *context_notes(model)),
+        notes=notes,
     )
 
 
@@ -118,14 +114,8 @@ def _check_room(
     """
     num_bytes = sum(parameter.nbytes for parameter in outline.parameters())
     if experts_on_host:
-        experts = (w for each in experts_layers(outline) for w in each.module.parameters())
-        num_bytes -= sum(weight.nbytes for weight in experts)
-    if num_bytes > (free := free_bytes(target)):
-        raise ModelError(
-            f"the weights of {name} in {str(outline.dtype).removeprefix('torch.')} take "
-            f"{num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on {target}; take a "
-            "smaller model or a narrower dtype, or give this process more memory"
-        )
+        num_bytes -= experts_bytes(outline)
+    check_room(num_bytes, target, name, outline.dtype)
 
 
 def fingerprint_of(name: str | None, dtype: str) -> str:

@@ -51,8 +51,6 @@ class _Place:
 
 def load_in_place(
     architecture: Architecture,
-    folder: Path,
-    fields: Mapping[str, Any],
     tensors: CheckpointTensors,
     device: torch.device,
     dtype: torch.dtype,
@@ -65,8 +63,6 @@ def load_in_place(
 
     Args:
         architecture: makes the model.
-        folder: has the generation config, if there is one.
-        fields: of the folder's config.json.
         tensors: of the checkpoint.
         device: where the weights go.
         dtype: of what is not 8-bit.
@@ -82,9 +78,8 @@ def load_in_place(
             on it. Also whatever a damaged file makes safetensors raise, and
             `torch.OutOfMemoryError`.
     """
-    if not architecture.is_inspected:
-        return None
-    if quant_config(fields) is not None and not tensors.is_dequantised:
+    is_quantised = quant_config(architecture.fields) is not None and not tensors.is_dequantised
+    if is_quantised or not architecture.is_inspected:
         return None
     with accelerate.init_empty_weights():  # buffers, which are computed, are made
         model: Any = architecture.make(dtype, attn_implementation=architecture.attention)
@@ -92,7 +87,7 @@ def load_in_place(
     model.tie_weights()
     if not _is_as_stored(model, tensors):
         return None
-    _check_leftovers(model, folder, fields, tensors)
+    _check_leftovers(model, architecture.fields, tensors)
     if fp8:
         quantize_linears(model)
     merge_linears(model)
@@ -100,7 +95,7 @@ def load_in_place(
     places = _places(model)
     with tensors.open(device, dtype) as reads:
         _fill(reads, places)
-    read_generation_config(model, folder)
+    read_generation_config(model, tensors.folder)
     return model
 
 
@@ -148,9 +143,7 @@ def _all_equal(names: list[str], tensors: CheckpointTensors) -> bool:
         return all(torch.equal(first, reads[name][...]) for name in names[1:])
 
 
-def _check_leftovers(
-    model: Any, folder: Path, fields: Mapping[str, Any], tensors: CheckpointTensors
-) -> None:
+def _check_leftovers(model: Any, fields: Mapping[str, Any], tensors: CheckpointTensors) -> None:
     """Refuse tensors that the model has no place for, unless no answer depends on them."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -160,14 +153,10 @@ def _check_leftovers(
         for entry in renamings:
             renamed, _ = entry.rename_source_key(renamed)
         shapes[renamed] = tensors.stored[name].shape
-    names = leftovers.leftovers(
-        shapes,
-        shapes,
-        fields,
-        model._keys_to_ignore_on_load_unexpected or (),
-    )
-    if names:
-        raise ModelError(f"{folder} does not fit its config: {leftovers.leftovers_problem(names)}")
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    if names := leftovers.leftovers(shapes, shapes, fields, ignored):
+        problem = leftovers.leftovers_problem(names)
+        raise ModelError(f"{tensors.folder} does not fit its config: {problem}")
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
