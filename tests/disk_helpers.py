@@ -30,7 +30,7 @@ def opened(folder: Path, num_payloads: int = 8, **options: Any) -> Iterator[Disk
         "read_deadline_s": 60.0,
         "write_queue_s": 60.0,
     }
-    tier = DiskTier.open(folder, **{**settings, **options})
+    tier = DiskTier(folder, **{**settings, **options})
     try:
         yield tier
     finally:

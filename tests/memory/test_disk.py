@@ -251,7 +251,7 @@ def test_a_capacity_below_one_block_is_refused_with_the_smallest_that_works(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(TierError) as caught:
-        DiskTier.open(
+        DiskTier(
             tmp_path,
             payload_bytes=PAYLOAD,
             capacity_bytes=PAYLOAD,
@@ -551,7 +551,7 @@ folder = Path({str(tmp_path)!r})
 with opened(folder, 64) as tier:
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192 * 3, 8192 * 80))
     results = [tier.submit_write(b"k%d" % seed, filled(seed)) for seed in range(60)]
-    while tier._writing:
+    while tier._moving:
         tier.wait(10.0)
         tier.poll()
     assert read(tier, b"before") == content(0)

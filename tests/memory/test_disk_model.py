@@ -50,7 +50,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.faults: Counter[str] = Counter()
 
     def open(self) -> DiskTier:
-        return DiskTier.open(
+        return DiskTier(
             self.folder,
             payload_bytes=PAYLOAD_BYTES,
             capacity_bytes=capacity_bytes_for(CAPACITY, PAYLOAD_BYTES),
@@ -116,7 +116,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.stored[key].damaged = True
         changed = self.stored[key].content[offset] ^ 1
         with (self.folder / "blocks.slab").open("r+b") as slab:
-            slab.seek(self.tier._entries[key].slot * PAYLOAD_BYTES + offset)
+            slab.seek(self.tier._blocks[key].slot * PAYLOAD_BYTES + offset)
             slab.write(bytes([changed]))
 
     @rule()

@@ -50,7 +50,7 @@ class Rig:
         self.metrics = Metrics()
         self.disk = None
         if folder is not None:
-            self.disk = DiskTier.open(
+            self.disk = DiskTier(
                 folder,
                 payload_bytes=host_arena.slot_bytes,
                 capacity_bytes=capacity_bytes_for(disk_slots, host_arena.slot_bytes),

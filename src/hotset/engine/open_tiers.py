@@ -36,7 +36,7 @@ def open_tiers(
         return None
     slower = []
     if sizes.disk_bytes:
-        disk = DiskTier.open(
+        disk = DiskTier(
             disk_path,
             payload_bytes=slot_bytes_for(sizes.block_bytes),
             capacity_bytes=sizes.disk_bytes,

@@ -1,10 +1,10 @@
 """A disk tier in which each key has a fixed place: written once, then only read."""
 
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from hotset.clock import REAL_CLOCK
 from hotset.memory.disk.folder import opening
 from hotset.memory.disk.io_queue import IoQueue, Job, Mailbox
 from hotset.memory.disk.slab import Slab, checksum
@@ -75,7 +75,7 @@ class FixedSlab:
     def submit_read(self, key: bytes, into: memoryview) -> int:
         """Start reading a payload into memory of whole pages; returns a transfer id."""
         self._next_id += 1
-        job = Job(self._next_id, key, self._places[key], into, time.monotonic())
+        job = Job(self._next_id, key, self._places[key], into, REAL_CLOCK.now())
         job.checksum = self._sums[key]
         self._queue.submit(job)
         return job.transfer_id

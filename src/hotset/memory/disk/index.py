@@ -3,11 +3,11 @@
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from hotset.clock import REAL_CLOCK, Clock
 from hotset.errors import TierError
 
 MAX_KEY_BYTES = 64
@@ -57,6 +57,7 @@ class BlockIndex:
         identity: what a file must have been made for to be used; otherwise it is made anew.
         num_slots: rows of slots from here on are dropped.
         max_bytes: of the file and its log together.
+        clock: of the pause after a file that failed.
 
     Attributes:
         rows: what is stored. Changed under the lock only.
@@ -70,7 +71,13 @@ class BlockIndex:
     """
 
     def __init__(
-        self, path: Path, *, identity: Mapping[str, str], num_slots: int, max_bytes: int
+        self,
+        path: Path,
+        *,
+        identity: Mapping[str, str],
+        num_slots: int,
+        max_bytes: int,
+        clock: Clock = REAL_CLOCK,
     ) -> None:
         self._path = path
         self._identity = dict(identity)
@@ -79,6 +86,7 @@ class BlockIndex:
         self._pending: dict[int, Row] = {}  # in rows, not yet in the file
         self._db: sqlite3.Connection | None = None
         self._retry_s = 0.0
+        self._clock = clock
         self._next_seq = 0
         self.rows: dict[int, Row] = {}
         self.dropped: list[Row] = []
@@ -212,7 +220,7 @@ class BlockIndex:
     def _commit(self, removed: Iterable[int]) -> None:
         try:
             if self._db is None:
-                if time.monotonic() < self._retry_s:
+                if self._clock.now() < self._retry_s:
                     raise IndexFault("waiting to try again")
                 self._create()
             assert self._db is not None
@@ -231,7 +239,7 @@ class BlockIndex:
                 self._db.execute("COMMIT")
         except (sqlite3.Error, OSError) as error:
             self.num_failures += 1
-            self._retry_s = time.monotonic() + _RETRY_S
+            self._retry_s = self._clock.now() + _RETRY_S
             self._disconnect()
             raise IndexFault(str(error)) from error
         self._pending.clear()

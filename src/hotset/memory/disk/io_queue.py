@@ -1,10 +1,11 @@
 """Threads that run a tier's blocking transfers, with a bound on how long one may queue."""
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from hotset.clock import REAL_CLOCK, Clock
 
 
 @dataclass(eq=False, slots=True)
@@ -59,6 +60,7 @@ class IoQueue:
         run: does the transfer in a worker, adds to `job.faults`, returns whether it succeeded.
             What it raises ends the job as not ok.
         idle: called from a worker when there was nothing to do for a while.
+        clock: of waits and of `Job.service_s`.
     """
 
     _IDLE_S = 0.2
@@ -73,6 +75,7 @@ class IoQueue:
         run: Callable[[Job], bool],
         mailbox: Mailbox,
         idle: Callable[[], None] | None = None,
+        clock: Clock = REAL_CLOCK,
     ) -> None:
         self.num_threads = num_threads
         self._limit_s = limit_s
@@ -80,6 +83,7 @@ class IoQueue:
         self._run = run
         self._mailbox = mailbox
         self._idle = idle
+        self._clock = clock
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -127,9 +131,9 @@ class IoQueue:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = REAL_CLOCK.now() + timeout_s
         for thread in self._threads:
-            thread.join(max(0.0, deadline_s - time.monotonic()))
+            thread.join(max(0.0, deadline_s - REAL_CLOCK.now()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _drop_first(self) -> None:
@@ -138,7 +142,7 @@ class IoQueue:
         self._mailbox.put(job)
 
     def _expire(self) -> None:
-        expired_s = time.monotonic() - self._limit_s
+        expired_s = self._clock.now() - self._limit_s
         while self._jobs and self._jobs[0].submitted_s < expired_s:
             self._drop_first()
 
@@ -158,10 +162,10 @@ class IoQueue:
                 self._idle()
 
     def _finish(self, job: Job) -> None:
-        started_s = time.monotonic()
+        started_s = self._clock.now()
         try:
             job.ok = self._run(job)
         except Exception as error:  # a thread that died would leave its callers waiting for ever
             job.faults.append(f"disk_{type(error).__name__}")
-        job.service_s = time.monotonic() - started_s
+        job.service_s = self._clock.now() - started_s
         self._mailbox.put(job)

@@ -2,13 +2,14 @@
 
 import errno
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from hotset.clock import REAL_CLOCK, Clock
 from hotset.errors import TierError
 from hotset.eviction import Order, policy_named
 from hotset.memory.disk import index as disk_index
@@ -17,7 +18,6 @@ from hotset.memory.disk.index import BlockIndex, IndexFault
 from hotset.memory.disk.io_queue import IoQueue, Job, Mailbox
 from hotset.memory.disk.slab import (
     SLOT_ALIGN_BYTES,
-    FolderLock,
     Slab,
     checksum,
     require_space,
@@ -57,11 +57,19 @@ def payloads_within(capacity_bytes: int, payload_bytes: int) -> int:
 
 
 @dataclass(eq=False, slots=True)
-class _Entry:
-    """A block that can be read. Its slot stays its own while `num_readers` is above 0."""
+class _Block:
+    """A block that is being written, or can be read.
+
+    Attributes:
+        slot: its own while it is written, stored, or read.
+        checksum: None while it is being written.
+        is_wanted: whether it is to stay once it is written.
+        num_readers: reads under way.
+    """
 
     slot: int
-    checksum: int
+    checksum: int | None = None
+    is_wanted: bool = True
     num_readers: int = 0
 
 
@@ -90,74 +98,30 @@ class DiskTier:
 
     A restart keeps the blocks and their order of writing, not of reading.
 
+    Args:
+        folder: created where missing, readable by the user only. One process at a time.
+        payload_bytes: of one block.
+        capacity_bytes: bound of all files together; the slab is allocated at once.
+        fingerprint: what blocks depend on (model, weights, dtype, block size, layout). Blocks of
+            another one, or of another `payload_bytes`, are thrown away.
+        read_deadline_s: a read is reported LATE, or dropped if not begun, after this.
+        write_queue_s: the longest a write waits for its turn.
+        num_threads: for reads, and as many again for writes.
+        eviction: the name of a policy in `eviction`.
+        clock: of deadlines, pauses and the pace of writes.
+
     Attributes:
         slot_bytes: length of every buffer given to `submit_*`: `payload_bytes` in whole pages.
         capacity_payloads: how many fit.
         reclaimed: why blocks found at open were thrown away, or None.
+
+    Raises:
+        TierError: too small, no space, in use, or not writable. Blocks that were there still are,
+            unless they are of another fingerprint.
     """
 
     def __init__(
         self,
-        *,
-        payload_bytes: int,
-        slab: Slab,
-        index: BlockIndex,
-        lock: FolderLock,
-        read_deadline_s: float,
-        write_queue_s: float,
-        num_threads: int,
-        eviction: str,
-    ) -> None:
-        self.payload_bytes = payload_bytes
-        self.slot_bytes = slab.slot_bytes
-        self.capacity_payloads = slab.num_slots
-        self.info = TierInfo("disk", slab.num_slots, slab.slot_bytes)
-        self.reclaimed: str | None = None
-        self._slab = slab
-        self._index = index
-        self._lock = lock
-        self._read_deadline_s = read_deadline_s
-        self._write_queue_s = write_queue_s
-        self._faults: Counter[str] = Counter()
-        # Rows come in order of writing; of two for a key the later counts.
-        self._entries = {row.key: _Entry(row.slot, row.checksum) for row in index.rows.values()}
-        self._order: Order[bytes] = policy_named(eviction).order()
-        for key in self._entries:
-            self._order.admit(key)
-        taken = {entry.slot for entry in self._entries.values()}
-        self._free = deque(slot for slot in range(slab.num_slots) if slot not in taken)
-        self._writing: dict[bytes, Job] = {}
-        self._unwanted: set[bytes] = set()  # keys being written that were discarded since
-        self._reading: dict[int, _Entry] = {}  # by transfer id; pins the entry's slot
-        self._on_time: dict[int, Job] = {}  # reads not reported LATE, oldest first
-        self._next_id = 0
-        self._mean_write_s = 0.0
-        self._num_failures = 0  # writes failed in a row
-        self._paused_until_s = 0.0
-        self._closed = False
-        self._clearing = threading.Lock()
-        self._mailbox = Mailbox()
-        self._writes = IoQueue(
-            "disk-write",
-            num_threads=num_threads,
-            limit_s=write_queue_s,
-            expired_fault=WRITE_DROPPED,
-            run=self._write,
-            mailbox=self._mailbox,
-            idle=self._flush_index,
-        )
-        self._reads = IoQueue(
-            "disk-read",
-            num_threads=num_threads,
-            limit_s=read_deadline_s,
-            expired_fault=READ_LATE,
-            run=self._read,
-            mailbox=self._mailbox,
-        )
-
-    @classmethod
-    def open(
-        cls,
         folder: Path,
         *,
         payload_bytes: int,
@@ -167,64 +131,77 @@ class DiskTier:
         write_queue_s: float,
         num_threads: int = 2,
         eviction: str = "lru",
-    ) -> "DiskTier":
-        """Open or create the store in `folder`; blocks.
-
-        Args:
-            folder: created where missing, readable by the user only. One process at a time.
-            payload_bytes: of one block.
-            capacity_bytes: bound of all files together; the slab is allocated at once.
-            fingerprint: what blocks depend on (model, weights, dtype, block size, layout). Blocks
-                of another one, or of another `payload_bytes`, are thrown away.
-            read_deadline_s: a read is reported LATE, or dropped if not begun, after this.
-            write_queue_s: the longest a write waits for its turn.
-            num_threads: for reads, and as many again for writes.
-            eviction: the name of a policy in `eviction`.
-
-        Raises:
-            TierError: too small, no space, in use, or not writable. Blocks that were there
-                still are, unless they are of another fingerprint.
-        """
-        slot_bytes = slot_bytes_for(payload_bytes)
-        num_slots = payloads_within(capacity_bytes, payload_bytes)
+        clock: Clock = REAL_CLOCK,
+    ) -> None:
+        self.payload_bytes, self.slot_bytes = payload_bytes, slot_bytes_for(payload_bytes)
+        self.capacity_payloads = num_slots = payloads_within(capacity_bytes, payload_bytes)
         if num_slots < 1:
             raise TierError(
                 f"disk tier of {capacity_bytes} bytes holds no block of {payload_bytes}; "
                 f"give at least {capacity_bytes_for(1, payload_bytes)}"
             )
+        self.info = TierInfo("disk", num_slots, self.slot_bytes)
+        self._faults: Counter[str] = Counter()
+        self._clock = clock
+        self._open(folder, fingerprint)
+        # Rows come in order of writing; of two for a key the later counts.
+        rows = {row.key: row for row in self._index.rows.values()}
+        self._blocks = {key: _Block(row.slot, row.checksum) for key, row in rows.items()}
+        self._order: Order[bytes] = policy_named(eviction).order()  # of those that can be read
+        for key in self._blocks:
+            self._order.admit(key)
+        taken = {block.slot for block in self._blocks.values()}
+        self._free = deque(slot for slot in range(num_slots) if slot not in taken)
+        self._moving: dict[int, _Block] = {}  # by transfer id
+        self._on_time: dict[int, Job] = {}  # reads not reported LATE, oldest first
+        self._next_id = 0
+        self._read_deadline_s, self._write_queue_s = read_deadline_s, write_queue_s
+        self._mean_write_s = 0.0
+        self._num_failures = 0  # writes failed in a row
+        self._paused_until_s = 0.0
+        self._closed = False
+        self._clearing = threading.Lock()
+        self._mailbox = Mailbox()
+        queue = partial(IoQueue, num_threads=num_threads, mailbox=self._mailbox, clock=clock)
+        self._writes = queue(
+            "disk-write",
+            limit_s=write_queue_s,
+            expired_fault=WRITE_DROPPED,
+            run=self._write,
+            idle=self._flush_index,
+        )
+        self._reads = queue(
+            "disk-read", limit_s=read_deadline_s, expired_fault=READ_LATE, run=self._read
+        )
+
+    def _open(self, folder: Path, fingerprint: Mapping[str, str]) -> None:
+        """Open or create the files; blocks."""
+        num_slots, slot_bytes = self.capacity_payloads, self.slot_bytes
         identity = {
             "format": _FORMAT,
-            "payload_bytes": str(payload_bytes),
+            "payload_bytes": str(self.payload_bytes),
             **{f"fingerprint.{name}": value for name, value in fingerprint.items()},
         }
         slab_path, index_path = folder / "blocks.slab", folder / "index.sqlite"
-        with opening(folder, f"disk tier folder {folder}") as (lock, undo):
+        with opening(folder, f"disk tier folder {folder}") as (self._lock, undo):
             require_space(slab_path, num_slots * slot_bytes)  # before anything is thrown away
             found_bytes = slab_path.stat().st_size if slab_path.exists() else 0
             index_was_gone = found_bytes > 0 and not index_path.exists()
             found_slots = found_bytes // slot_bytes
-            index = BlockIndex(
+            self._index = index = BlockIndex(
                 index_path,
                 identity=identity,
                 num_slots=min(num_slots, found_slots),
                 max_bytes=disk_index.BASE_BYTES + num_slots * disk_index.ROW_BYTES,
+                clock=self._clock,
             )
             undo.callback(index.close)
-            slab = Slab(slab_path, slot_bytes=slot_bytes, num_slots=num_slots, clear=not index.rows)
-        tier = cls(
-            payload_bytes=payload_bytes,
-            slab=slab,
-            index=index,
-            lock=lock,
-            read_deadline_s=read_deadline_s,
-            write_queue_s=write_queue_s,
-            num_threads=num_threads,
-            eviction=eviction,
-        )
-        tier.reclaimed = "the index was gone" if index_was_gone else index.empty_reason
-        tier._faults["disk_index_damaged"] += index_was_gone or index.damaged
-        tier._faults["disk_truncated"] += sum(row.slot >= found_slots for row in index.dropped)
-        return tier
+            self._slab = Slab(
+                slab_path, slot_bytes=slot_bytes, num_slots=num_slots, clear=not index.rows
+            )
+        self.reclaimed = "the index was gone" if index_was_gone else index.empty_reason
+        self._faults["disk_index_damaged"] += index_was_gone or index.damaged
+        self._faults["disk_truncated"] += sum(row.slot >= found_slots for row in index.dropped)
 
     @property
     def direct_io(self) -> bool:
@@ -235,38 +212,38 @@ class DiskTier:
 
     def lookup(self, keys: Sequence[bytes]) -> list[Answer]:
         """See `Tier`. Never PENDING."""
-        return [Answer.HIT if key in self._entries else Answer.MISS for key in keys]
+        return [Answer.HIT if self._stored(key) else Answer.MISS for key in keys]
 
     def submit_write(self, key: bytes, payload: memoryview) -> int | None:
         """See `Tier`. `payload` is `slot_bytes` long; page-aligned, or direct I/O ends."""
         assert payload.nbytes == self.slot_bytes, (payload.nbytes, self.slot_bytes)
-        if key in self._entries or key in self._writing:
-            self._unwanted.discard(key)
-            self.touch([key])
+        if (block := self._blocks.get(key)) is not None:
+            block.is_wanted = True
+            self._order.touch(key)
             return None
         slot = self._take_slot() if self._accepts_writes() else None
         if slot is None:
             self._faults[WRITE_DROPPED] += 1
             return None
         job = self._new_job(key, slot, payload)
-        self._writing[key] = job
+        self._blocks[key] = self._moving[job.transfer_id] = _Block(slot)
         self._writes.submit(job)
         return job.transfer_id
 
     def submit_read(self, key: bytes, into: memoryview) -> int:
         """See `Tier`. `into` is `slot_bytes` long; its content is undefined unless OK."""
         assert into.nbytes == self.slot_bytes, (into.nbytes, self.slot_bytes)
-        entry = self._entries.get(key)
-        if entry is None or self._closed:
+        block = self._stored(key)
+        if block is None or block.checksum is None or self._closed:
             job = self._new_job(key, 0, into)
             job.faults.append("disk_missing")
             self._mailbox.put(job)
             return job.transfer_id
-        job = self._new_job(key, entry.slot, into)
-        job.checksum = entry.checksum
-        entry.num_readers += 1
+        job = self._new_job(key, block.slot, into)
+        job.checksum = block.checksum
+        block.num_readers += 1
         self._order.touch(key)
-        self._reading[job.transfer_id] = entry
+        self._moving[job.transfer_id] = block
         self._on_time[job.transfer_id] = job
         self._reads.submit(job)
         return job.transfer_id
@@ -282,17 +259,20 @@ class DiskTier:
 
     def discard(self, keys: Sequence[bytes]) -> None:
         """See `Tier`. Blocks for one commit to the index, so that a restart finds none of them."""
-        entries = [self._forget(key) for key in keys if key in self._entries]
-        self._unwanted.update(key for key in keys if key in self._writing)
-        self._forget_rows([entry.slot for entry in entries])
-        self._free.extend(entry.slot for entry in entries if entry.num_readers == 0)
+        stored = {key: block for key in keys if (block := self._stored(key)) is not None}
+        self._forget_rows([block.slot for block in stored.values()])
+        for key, block in stored.items():
+            self._forget(key, block)
+        for key in keys:
+            if (block := self._blocks.get(key)) is not None:
+                block.is_wanted = False
 
     def poll(self) -> list[Completion]:
         """See `Tier`."""
         self._writes.expire()
         self._reads.expire()
         completions = [self._settle(job) for job in self._mailbox.take()]
-        late_s = time.monotonic() - self._read_deadline_s
+        late_s = self._clock.now() - self._read_deadline_s
         while (job := next(iter(self._on_time.values()), None)) and job.submitted_s < late_s:
             del self._on_time[job.transfer_id]
             self._faults[READ_LATE] += 1
@@ -306,14 +286,14 @@ class DiskTier:
             self._writes.next_expiry_s(),
             oldest.submitted_s + self._read_deadline_s if oldest else None,
         ]
-        now_s = time.monotonic()
+        now_s = self._clock.now()
         waits_s = [event_s - now_s for event_s in events_s if event_s is not None]
         self._mailbox.wait(max(0.0, min([timeout_s, *waits_s])))
 
     def usage(self) -> TierUsage:
         """See `Tier`."""
         faults = self._faults + Counter({"disk_index_failed": self._index.num_failures})
-        return TierUsage(len(self._entries), self.capacity_payloads, dict(faults))
+        return TierUsage(len(self._order), self.capacity_payloads, dict(faults))
 
     def close(self) -> None:
         """Drop what is queued, wait for what runs (5 seconds at most), keep what is stored.
@@ -336,26 +316,25 @@ class DiskTier:
 
         And that the index says the same as the entries.
         """
-        stored = [entry.slot for entry in self._entries.values()]
-        pinned = {entry.slot for entry in self._reading.values()} - set(stored)
-        writing = [job.slot for job in self._writing.values()]
-        slots = sorted([*self._free, *stored, *pinned, *writing])
+        stored = {key: block for key, block in self._blocks.items() if block.checksum is not None}
+        moving = Counter(id(block) for block in self._moving.values())
+        known = {id(block): block for block in [*self._blocks.values(), *self._moving.values()]}
+        slots = sorted([*self._free, *(block.slot for block in known.values())])
         assert slots == list(range(self.capacity_payloads)), slots
-        assert sorted(self._order) == sorted(self._entries)
-        assert not self._entries.keys() & self._writing.keys()
-        assert self._unwanted <= self._writing.keys()
-        assert self._on_time.keys() <= self._reading.keys()
-        for key, entry in self._entries.items():
-            if entry.num_readers == 0:  # a read that fails removes the row ahead of `poll`
-                assert self._index.rows[entry.slot].key == key
-        readers = Counter(id(entry) for entry in self._reading.values())
-        assert all(entry.num_readers == readers[id(entry)] for entry in self._entries.values())
+        assert sorted(self._order) == sorted(stored)
+        assert self._on_time.keys() <= self._moving.keys()
+        for key, block in stored.items():
+            assert block.is_wanted
+            if block.num_readers == 0:  # a read that fails removes the row ahead of `poll`
+                assert self._index.rows[block.slot].key == key
+        for number, block in known.items():
+            assert moving[number] == block.num_readers + (block.checksum is None)
 
     def _accepts_writes(self) -> bool:
         wait_s = len(self._writes) * self._mean_write_s / self._writes.num_threads
         return (
             not self._closed
-            and time.monotonic() >= self._paused_until_s
+            and self._clock.now() >= self._paused_until_s
             and wait_s <= self._write_queue_s
         )
 
@@ -363,57 +342,63 @@ class DiskTier:
         """A slot to write, evicting if none is free; None where all are in use."""
         if self._free:
             return self._free.popleft()
-        key = self._order.victim(lambda key: self._entries[key].num_readers > 0)
-        return None if key is None else self._entries.pop(key).slot
+        key = self._order.victim(lambda key: self._blocks[key].num_readers > 0)
+        return None if key is None else self._blocks.pop(key).slot
 
-    def _forget(self, key: bytes) -> _Entry:
+    def _stored(self, key: bytes) -> _Block | None:
+        """The block of a key, where it can be read."""
+        block = self._blocks.get(key)
+        return None if block is None or block.checksum is None else block
+
+    def _forget(self, key: bytes, block: _Block) -> None:
+        """Find a stored block no more; its slot is free once nobody reads it."""
         self._order.remove(key)
-        return self._entries.pop(key)
+        del self._blocks[key]
+        if block.num_readers == 0:
+            self._free.append(block.slot)
 
     def _new_job(self, key: bytes, slot: int, buffer: memoryview) -> Job:
         self._next_id += 1
-        return Job(self._next_id, key, slot, buffer.cast("B"), time.monotonic())
+        return Job(self._next_id, key, slot, buffer.cast("B"), self._clock.now())
 
     def _settle(self, job: Job) -> Completion:
         """Do the books for an ended job."""
         self._faults.update(job.faults)
         job.buffer.release()  # the caller's own view stays
-        if job.transfer_id in self._reading:
-            self._settle_read(job)
-        elif self._writing.get(job.key) is job:
-            self._settle_write(job)
+        block = self._moving.pop(job.transfer_id, None)
+        if block is not None and block.checksum is None:
+            self._settle_write(job, block)
+        elif block is not None:
+            self._settle_read(job, block)
         status = CompletionStatus.OK if job.ok else CompletionStatus.FAILED
         return Completion(job.transfer_id, job.key, status)
 
-    def _settle_read(self, job: Job) -> None:
-        entry = self._reading.pop(job.transfer_id)
+    def _settle_read(self, job: Job, block: _Block) -> None:
         self._on_time.pop(job.transfer_id, None)
-        entry.num_readers -= 1
-        if not job.ok and READ_LATE not in job.faults and self._entries.get(job.key) is entry:
-            self._forget(job.key)
-        if self._entries.get(job.key) is not entry and entry.num_readers == 0:
-            self._free.append(entry.slot)
+        block.num_readers -= 1
+        is_stored = self._blocks.get(job.key) is block
+        if is_stored and not job.ok and READ_LATE not in job.faults:
+            self._forget(job.key, block)
+        elif not is_stored and block.num_readers == 0:
+            self._free.append(block.slot)
 
-    def _settle_write(self, job: Job) -> None:
-        del self._writing[job.key]
-        unwanted = job.key in self._unwanted
-        self._unwanted.discard(job.key)
-        if job.ok:
-            if unwanted:
+    def _settle_write(self, job: Job, block: _Block) -> None:
+        if job.ok and block.is_wanted:
+            block.checksum = job.checksum
+            self._order.admit(job.key)
+        else:
+            if job.ok:
                 self._forget_rows([job.slot])
-                self._free.append(job.slot)
-            else:
-                self._entries[job.key] = _Entry(job.slot, job.checksum)
-                self._order.admit(job.key)
+            del self._blocks[job.key]
+            self._free.append(job.slot)
+        if job.ok:
             self._num_failures = 0
             weight = 0.1 if self._mean_write_s else 1.0
             self._mean_write_s += weight * (job.service_s - self._mean_write_s)
-            return
-        self._free.append(job.slot)
-        if WRITE_DROPPED not in job.faults:
+        elif WRITE_DROPPED not in job.faults:
             self._num_failures += 1
             if self._num_failures >= _FAILURES_TO_PAUSE:
-                self._paused_until_s = time.monotonic() + _PAUSE_S
+                self._paused_until_s = self._clock.now() + _PAUSE_S
                 self._writes.drop_all()
 
     def _forget_rows(self, slots: Sequence[int]) -> None:
