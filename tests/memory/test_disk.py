@@ -308,8 +308,8 @@ def test_blocks_are_committed_in_batches_and_soon_when_there_is_no_more_to_write
     with opened(tmp_path / "live", 200) as tier:
         for seed in range(130):
             assert write(tier, b"k%d" % seed, seed) is OK
-            assert len(tier._index._pending) <= disk_index.BATCH_ROWS
-        while tier._index._pending:  # for ever, if nothing commits the last batch
+            assert len(tier._files.index._pending) <= disk_index.BATCH_ROWS
+        while tier._files.index._pending:  # for ever, if nothing commits the last batch
             time.sleep(0.01)
         shutil.copytree(tmp_path / "live", tmp_path / "copy")  # what a crash would leave
     with opened(tmp_path / "copy", 200) as tier:
@@ -473,7 +473,7 @@ def test_an_index_damaged_while_open_is_written_anew(
     with opened(tmp_path, 4) as tier:
         for seed in range(4):
             write(tier, b"k%d" % seed, seed)
-        tier._index.flush()
+        tier._files.index.flush()
         with (tmp_path / "index.sqlite-wal").open("r+b") as log:
             log.truncate(0)
         damage_header(tmp_path / "index.sqlite")
@@ -494,7 +494,7 @@ def test_an_index_damaged_while_open_is_written_anew(
 @contextmanager
 def slab_replaced_by(tier: DiskTier, path: str, flags: int) -> Iterator[None]:
     """Make the tier's own descriptors refer to another file: real errors from the kernel."""
-    slab = tier._slab
+    slab = tier._files.slab
     fds = [fd for fd in (slab._fd, slab._direct_fd) if fd is not None]
     saved = [os.dup(fd) for fd in fds]
     other = os.open(path, flags)
@@ -701,9 +701,7 @@ def test_closing_over_a_stuck_transfer_keeps_the_folder_locked(
         gate.open.set()
         tier._writes.close(10.0)
         # What the process's end would do.
-        tier._index.close()
-        tier._slab.close()
-        tier._lock.close()
+        tier._files.close()
         with suppress(ValueError):
             tier.poll()
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hotset.attention.choice import choose_backend
 from hotset.attention.flashinfer.kernels import start_kernels
 from hotset.cgroups import available_host_bytes
-from hotset.clock import REAL_CLOCK
+from hotset.clock import REAL_CLOCK, Clock
 from hotset.cost.prefix import PrefixPolicy
 from hotset.cost.rates import Rates
 from hotset.cost.tuning import TUNINGS
@@ -105,6 +105,7 @@ def build_engine(
     owns_model: bool = False,
     defers_recording: bool = False,
     times: StartTimes | None = None,
+    clock: Clock = REAL_CLOCK,
 ) -> Engine:
     """Set up an engine over a loaded model.
 
@@ -117,12 +118,13 @@ def build_engine(
         defers_recording: whether to be ready before all steps are recorded, and all kernels built:
             `Engine.warm_up` does the rest.
         times: what this takes is added to it.
+        clock: of waits, deadlines and rates while it runs.
 
     Raises:
         ConfigError: sizes that cannot work; `ModelError`: a model that cannot run;
             `TierError`: a disk tier that cannot be opened. Nothing is left behind.
     """
-    build = _Build(options, loaded, defers_recording, times or StartTimes())
+    build = _Build(options, loaded, defers_recording, times or StartTimes(), clock)
     with ExitStack() as undo:
         sizes = build.size()
         placed = build.place(sizes, undo, owns_model=owns_model)
@@ -168,13 +170,18 @@ class _Build:
     """The phases of a set-up. Each returns what it made, and `undo` takes back what it leaves."""
 
     def __init__(
-        self, options: Options, loaded: LoadedModel, defers: bool, times: StartTimes
+        self,
+        options: Options,
+        loaded: LoadedModel,
+        defers: bool,
+        times: StartTimes,
+        clock: Clock,
     ) -> None:
         bound_kernels()
         self._threads = set_threads(options.runtime.threads)
         self._options, self._loaded = options, loaded
         self._model, self._device = loaded.model, loaded.model.device
-        self._defers, self._times = defers, times
+        self._defers, self._times, self._clock = defers, times, clock
         with times.phase("look at the layers"):
             kv_dtype = resolve_kv_dtype(options.model.kv_dtype, self._device)
             self._layout = inspect_model(self._model, kv_dtype)
@@ -287,6 +294,7 @@ class _Build:
                 self._disk_path,
                 fingerprint,
                 undo,
+                self._clock,
             )
         policy = PrefixPolicy(
             measured.rates,
@@ -306,7 +314,7 @@ class _Build:
         mover = None
         if sizes.moving is not None:
             assert experts is not None
-            mover = SplitMover(sizes.moving, experts, placed.arena, kv.pool, scheduler)
+            mover = SplitMover(sizes.moving, experts, placed.arena, kv.pool, scheduler, self._clock)
         if experts is not None:
             experts.reset_counts()  # those of the trials above
             metrics.expert_rounding_error = experts.rounding_error
@@ -325,7 +333,7 @@ class _Build:
             experts=experts,
             tiers=tiers,
             mover=mover,
-            clock=REAL_CLOCK,
+            clock=self._clock,
         )
 
     def _scheduler(
@@ -346,6 +354,7 @@ class _Build:
             row_tile=TUNINGS[device].row_tile,
             rotation_s=schedule.rotation_s,
             step_cost=measured.step_cost,
+            clock=self._clock,
         )
 
     def _fingerprint(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from pathlib import Path
 
+from hotset.clock import Clock
 from hotset.cost.rates import Rates
 from hotset.engine.sizing import Sizes
 from hotset.memory.arena import DeviceArena, HostArena
@@ -24,6 +25,7 @@ def open_tiers(
     disk_path: Path,
     fingerprint: dict[str, str],
     undo: ExitStack,
+    clock: Clock,
 ) -> TierStack | None:
     """Host memory and the slower tiers, as large as `sizes` says; None without host slots.
 
@@ -43,6 +45,7 @@ def open_tiers(
             fingerprint=fingerprint,
             read_deadline_s=memory.disk_read_deadline_s,
             write_queue_s=memory.disk_write_queue_s,
+            clock=clock,
         )
         slower.append(disk)
     host_arena = HostArena(num_slots=sizes.host_slots, block_bytes=sizes.block_bytes)
@@ -54,6 +57,7 @@ def open_tiers(
         rates=rates,
         metrics=metrics,
         slower=slower,
+        clock=clock,
     )
     undo.callback(tiers.close)
     measure_rates(tiers, num_blocks=min(16, sizes.device_blocks, tiers.host.num_slots))

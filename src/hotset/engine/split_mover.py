@@ -3,7 +3,7 @@
 import logging
 from statistics import fmean
 
-from hotset.clock import REAL_CLOCK, Clock
+from hotset.clock import Clock
 from hotset.cost.expert_split import Split
 from hotset.cost.expert_steps import Load
 from hotset.cost.split_policy import SplitPolicy
@@ -34,7 +34,7 @@ class SplitMover:
         arena: DeviceArena,
         pool: BlockPool,
         scheduler: Scheduler,
-        clock: Clock = REAL_CLOCK,
+        clock: Clock,
     ) -> None:
         self._region = moving.region
         self._policy = SplitPolicy(moving.splitter, moving.load)

@@ -1,7 +1,6 @@
 """What is under way between host memory and one slower tier, and how fast. Imports no torch."""
 
-import time
-
+from hotset.clock import Clock
 from hotset.cost.rates import Rates
 from hotset.memory.residency import Payload
 from hotset.memory.tier import Answer, Completion, CompletionStatus, Tier
@@ -20,7 +19,14 @@ class SlowerTier:
     """
 
     def __init__(
-        self, tier: Tier, *, block_bytes: int, host: str, rates: Rates, metrics: Metrics
+        self,
+        tier: Tier,
+        *,
+        block_bytes: int,
+        host: str,
+        rates: Rates,
+        metrics: Metrics,
+        clock: Clock,
     ) -> None:
         self.tier = tier
         self.reads: dict[int, Payload] = {}
@@ -29,6 +35,7 @@ class SlowerTier:
         self._host = host
         self._rates = rates
         self._metrics = metrics
+        self._clock = clock
         self._window_start_s = 0.0
         self._window_bytes = 0
 
@@ -44,7 +51,7 @@ class SlowerTier:
     def read(self, payload: Payload, into: memoryview) -> None:
         """Start reading a payload into its slot."""
         if not self.reads:
-            self._window_start_s = time.perf_counter()
+            self._window_start_s = self._clock.now()
             self._window_bytes = 0
         self.reads[self.tier.submit_read(payload.key, into)] = payload
 
@@ -80,8 +87,8 @@ class SlowerTier:
         if not is_read:
             return
         self._window_bytes += self._block_bytes
-        seconds = time.perf_counter() - self._window_start_s
+        seconds = self._clock.now() - self._window_start_s
         if not self.reads or seconds > _RATE_WINDOW_S:
             self._rates.observe_link(name, self._window_bytes, seconds)
-            self._window_start_s = time.perf_counter()
+            self._window_start_s = self._clock.now()
             self._window_bytes = 0

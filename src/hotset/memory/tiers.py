@@ -73,7 +73,7 @@ class TierStack:
         metrics: to be counted in.
         slower: the other tiers, fastest first.
         eviction: of host memory, a name in `eviction`.
-        clock: bounds how long a key is PENDING.
+        clock: bounds how long a key is PENDING; rates of slower tiers are measured by it.
 
     Attributes:
         host: which payload is in which host slot.
@@ -109,6 +109,7 @@ class TierStack:
                 host=host_info.name,
                 rates=rates,
                 metrics=metrics,
+                clock=clock,
             )
             for tier in slower
         ]

@@ -1,10 +1,7 @@
 """The disk tier: fixed-size payloads in one slab file, found again after a restart or a crash."""
 
-import errno
-import threading
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,19 +10,11 @@ from hotset.clock import REAL_CLOCK, Clock
 from hotset.errors import TierError
 from hotset.eviction import Order, policy_named
 from hotset.memory.disk import index as disk_index
-from hotset.memory.disk.folder import opening
-from hotset.memory.disk.index import BlockIndex, IndexFault
+from hotset.memory.disk.block_files import BlockFiles
 from hotset.memory.disk.io_queue import IoQueue, Job, Mailbox
-from hotset.memory.disk.slab import (
-    SLOT_ALIGN_BYTES,
-    Slab,
-    checksum,
-    require_space,
-    slot_bytes_for,
-)
+from hotset.memory.disk.slab import SLOT_ALIGN_BYTES, slot_bytes_for
 from hotset.memory.tier import Answer, Completion, CompletionStatus, TierInfo, TierUsage
 
-_FORMAT = "1"  # of slab and index; another one is not read
 _FIXED_BYTES = disk_index.BASE_BYTES + SLOT_ALIGN_BYTES  # the lock file takes a page
 _FAILURES_TO_PAUSE = 3
 _PAUSE_S = 10.0
@@ -33,15 +22,6 @@ _CLOSE_S = 5.0
 
 WRITE_DROPPED = "disk_write_dropped"
 READ_LATE = "disk_read_late"
-_KIND_BY_ERRNO = {
-    errno.ENOSPC: "disk_full",
-    errno.EDQUOT: "disk_full",
-    errno.EFBIG: "disk_full",
-    errno.EROFS: "disk_read_only",
-    errno.EBADF: "disk_read_only",
-    errno.EACCES: "disk_read_only",
-    errno.EPERM: "disk_read_only",
-}
 
 
 def capacity_bytes_for(num_payloads: int, payload_bytes: int) -> int:
@@ -79,11 +59,6 @@ class DiskTier:
     All bookkeeping (which key has which slot, which goes first, what is pinned) is done in the
     caller's thread, in `submit_*`, `touch` and `poll`; workers only transfer and write the index.
     So nothing changes behind the caller's back: a block is there once `poll` reported its write.
-
-    Crash safety: a slot's row is removed from the index, committed, before the slot is written
-    (one transaction covers the slots of all queued writes), and added after it was. So after
-    `kill -9` each row names a slot whose content is whole. A power cut may bring back older rows;
-    those, and damage by others, fail their checksum: the read FAILED, the block is forgotten.
 
     A slot is given to a write when it is submitted, evicting then; reads pin theirs. Writing a key
     that is there, or on its way, stores nothing and counts as a use: None, and no fault.
@@ -141,11 +116,13 @@ class DiskTier:
                 f"give at least {capacity_bytes_for(1, payload_bytes)}"
             )
         self.info = TierInfo("disk", num_slots, self.slot_bytes)
-        self._faults: Counter[str] = Counter()
         self._clock = clock
-        self._open(folder, fingerprint)
+        self._files = files = BlockFiles(
+            folder, num_slots, payload_bytes=payload_bytes, fingerprint=fingerprint, clock=clock
+        )
+        self.reclaimed, self._faults = files.reclaimed, files.faults
         # Rows come in order of writing; of two for a key the later counts.
-        rows = {row.key: row for row in self._index.rows.values()}
+        rows = {row.key: row for row in files.rows.values()}
         self._blocks = {key: _Block(row.slot, row.checksum) for key, row in rows.items()}
         self._order: Order[bytes] = policy_named(eviction).order()  # of those that can be read
         for key in self._blocks:
@@ -160,53 +137,23 @@ class DiskTier:
         self._num_failures = 0  # writes failed in a row
         self._paused_until_s = 0.0
         self._closed = False
-        self._clearing = threading.Lock()
         self._mailbox = Mailbox()
         queue = partial(IoQueue, num_threads=num_threads, mailbox=self._mailbox, clock=clock)
-        self._writes = queue(
+        self._writes: IoQueue = queue(
             "disk-write",
             limit_s=write_queue_s,
             expired_fault=WRITE_DROPPED,
-            run=self._write,
-            idle=self._flush_index,
+            run=lambda job: files.write(job, self._writes.queued_slots),
+            idle=files.flush,
         )
         self._reads = queue(
-            "disk-read", limit_s=read_deadline_s, expired_fault=READ_LATE, run=self._read
+            "disk-read", limit_s=read_deadline_s, expired_fault=READ_LATE, run=files.read
         )
-
-    def _open(self, folder: Path, fingerprint: Mapping[str, str]) -> None:
-        """Open or create the files; blocks."""
-        num_slots, slot_bytes = self.capacity_payloads, self.slot_bytes
-        identity = {
-            "format": _FORMAT,
-            "payload_bytes": str(self.payload_bytes),
-            **{f"fingerprint.{name}": value for name, value in fingerprint.items()},
-        }
-        slab_path, index_path = folder / "blocks.slab", folder / "index.sqlite"
-        with opening(folder, f"disk tier folder {folder}") as (self._lock, undo):
-            require_space(slab_path, num_slots * slot_bytes)  # before anything is thrown away
-            found_bytes = slab_path.stat().st_size if slab_path.exists() else 0
-            index_was_gone = found_bytes > 0 and not index_path.exists()
-            found_slots = found_bytes // slot_bytes
-            self._index = index = BlockIndex(
-                index_path,
-                identity=identity,
-                num_slots=min(num_slots, found_slots),
-                max_bytes=disk_index.BASE_BYTES + num_slots * disk_index.ROW_BYTES,
-                clock=self._clock,
-            )
-            undo.callback(index.close)
-            self._slab = Slab(
-                slab_path, slot_bytes=slot_bytes, num_slots=num_slots, clear=not index.rows
-            )
-        self.reclaimed = "the index was gone" if index_was_gone else index.empty_reason
-        self._faults["disk_index_damaged"] += index_was_gone or index.damaged
-        self._faults["disk_truncated"] += sum(row.slot >= found_slots for row in index.dropped)
 
     @property
     def direct_io(self) -> bool:
         """Whether transfers go past the page cache."""
-        return self._slab.direct_io
+        return self._files.slab.direct_io
 
     # Called by the engine
 
@@ -260,7 +207,7 @@ class DiskTier:
     def discard(self, keys: Sequence[bytes]) -> None:
         """See `Tier`. Blocks for one commit to the index, so that a restart finds none of them."""
         stored = {key: block for key in keys if (block := self._stored(key)) is not None}
-        self._forget_rows([block.slot for block in stored.values()])
+        self._files.forget([block.slot for block in stored.values()])
         for key, block in stored.items():
             self._forget(key, block)
         for key in keys:
@@ -292,7 +239,7 @@ class DiskTier:
 
     def usage(self) -> TierUsage:
         """See `Tier`."""
-        faults = self._faults + Counter({"disk_index_failed": self._index.num_failures})
+        faults = self._faults + Counter({"disk_index_failed": self._files.index.num_failures})
         return TierUsage(len(self._order), self.capacity_payloads, dict(faults))
 
     def close(self) -> None:
@@ -306,10 +253,7 @@ class DiskTier:
         self._closed = True
         writes_ended = self._writes.close(_CLOSE_S / 2)
         if self._reads.close(_CLOSE_S / 2) and writes_ended:
-            with suppress(IndexFault):  # counted; the blocks of the last batch are not kept
-                self._index.close()
-            self._slab.close()
-            self._lock.close()
+            self._files.close()
 
     def check(self) -> None:
         """Assert that each slot is free, stored, being written or read after a drop: just one.
@@ -326,7 +270,7 @@ class DiskTier:
         for key, block in stored.items():
             assert block.is_wanted
             if block.num_readers == 0:  # a read that fails removes the row ahead of `poll`
-                assert self._index.rows[block.slot].key == key
+                assert self._files.rows[block.slot].key == key
         for number, block in known.items():
             assert moving[number] == block.num_readers + (block.checksum is None)
 
@@ -388,7 +332,7 @@ class DiskTier:
             self._order.admit(job.key)
         else:
             if job.ok:
-                self._forget_rows([job.slot])
+                self._files.forget([job.slot])
             del self._blocks[job.key]
             self._free.append(job.slot)
         if job.ok:
@@ -400,50 +344,3 @@ class DiskTier:
             if self._num_failures >= _FAILURES_TO_PAUSE:
                 self._paused_until_s = self._clock.now() + _PAUSE_S
                 self._writes.drop_all()
-
-    def _forget_rows(self, slots: Sequence[int]) -> None:
-        """Remove the rows of slots that are about to be free."""
-        with suppress(IndexFault):  # counted; the next write to the slot removes its row
-            self._index.remove(slots)
-
-    # Called by workers
-
-    def _write(self, job: Job) -> bool:
-        try:
-            self._clear_row(job.slot)
-            job.checksum = checksum(job.key, job.buffer)
-            self._slab.write(job.slot, job.buffer)
-        except IndexFault:
-            return False  # the index counts it
-        except OSError as error:
-            job.faults.append(_KIND_BY_ERRNO.get(error.errno or 0, "disk_io_error"))
-            return False
-        self._index.add(job.slot, job.key, job.checksum)
-        if self._index.batch_is_full:
-            self._flush_index()
-        return True
-
-    def _clear_row(self, slot: int) -> None:
-        """Remove the row of a slot about to be written, and those of the next ones with it.
-
-        A slot's row is only ever added by the worker that has its job, after passing here: so
-        with the lock, a row seen here is an old one.
-        """
-        rows = self._index.rows
-        if slot in rows:
-            with self._clearing:
-                queued = self._writes.queued_slots(disk_index.BATCH_ROWS - 1)
-                self._index.remove([slot, *(other for other in queued if other in rows)])
-
-    def _read(self, job: Job) -> bool:
-        fault = self._slab.read_checked(job.slot, job.buffer, job.key, job.checksum)
-        if fault is None:
-            return True
-        job.faults.append(f"disk_{fault}")
-        with suppress(IndexFault):  # pinned until polled, so the slot is not written meanwhile
-            self._index.remove([job.slot])
-        return False
-
-    def _flush_index(self) -> None:
-        with suppress(IndexFault):  # counted; what was added is kept for the next time
-            self._index.flush()
