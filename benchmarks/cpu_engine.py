@@ -15,25 +15,22 @@ the machine as the others do; nobody caches prefixes across repeats.
 writes `.json` and `.md`.
 """
 
-import argparse
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import record
 import torch
 import transformers
 
-from hotset import __version__
 from hotset.engine.build import build_engine
+from hotset.engine.loop import run_to_end
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
 from hotset.options import Options
@@ -86,11 +83,10 @@ def serve_hotset(loaded: LoadedModel, users: int) -> Serve:
         ids = [engine.add_request(prompt, params) for prompt in prompts]
         tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
         finished_s: dict[str, float] = {}
-        while engine.has_work:
-            for output in engine.step():
-                tokens[output.request_id] += output.token_ids
-                if output.finish_reason is not None:
-                    finished_s[output.request_id] = time.perf_counter() - start_s
+        for output in run_to_end(engine):
+            tokens[output.request_id] += output.token_ids
+            if output.finish_reason is not None:
+                finished_s[output.request_id] = time.perf_counter() - start_s
         wall_s = time.perf_counter() - start_s
         return Run([tokens[i] for i in ids], wall_s, [finished_s[i] for i in ids])
 
@@ -171,40 +167,13 @@ def make_prompts(loaded: LoadedModel, users: int, seed: int) -> list[list[int]]:
     ]
 
 
-def describe_machine(threads: int) -> dict[str, Any]:
-    cpu = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "commit": commit,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hotset": __version__,
-    }
-
-
-def quantile(values: list[float], q: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.arguments(__doc__, out="path of the results, without suffix")
     parser.add_argument("--users", type=int, default=16)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="path of the results, without suffix")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
@@ -233,23 +202,20 @@ def main() -> None:
     reference = runs["generate"][0].tokens
     total_tokens = args.users * args.output_tokens
     wall_s = {name: statistics.median(r.wall_s for r in of) for name, of in runs.items()}
-    result = {
-        "command": "python " + " ".join(["benchmarks/cpu_engine.py", *sys.argv[1:]]),
-        "machine": describe_machine(args.threads),
-        "model": loaded[0].name,
-        "dtype": "float32",
-        "seed": args.seed,
-        "users": args.users,
-        "prompt_tokens": [len(prompt) for prompt in prompts],
-        "output_tokens_per_user": args.output_tokens,
-        "repeats": args.repeats,
-        "ways": {
+    result = record.start(
+        model=loaded[0].name,
+        dtype="float32",
+        seed=args.seed,
+        users=args.users,
+        prompt_tokens=[len(prompt) for prompt in prompts],
+        output_tokens_per_user=args.output_tokens,
+        repeats=args.repeats,
+        ways={
             name: {
                 "wall_s": [r.wall_s for r in of],
                 "wall_s_median": wall_s[name],
                 "tokens_per_s_median": total_tokens / wall_s[name],
-                "user_finished_s_p50": quantile([s for r in of for s in r.finished_s], 0.5),
-                "user_finished_s_p99": quantile([s for r in of for s in r.finished_s], 0.99),
+                "user_finished_s": record.percentiles([s for r in of for s in r.finished_s]),
                 "users_with_tokens_of_generate": [
                     sum(a == b for a, b in zip(r.tokens, reference, strict=True)) for r in of
                 ],
@@ -257,20 +223,16 @@ def main() -> None:
             }
             for name, of in runs.items()
         },
-    }
+    )
     print(json.dumps(result, indent=1))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(make_page(result))
+    record.write(args.out, result, make_page(result))
 
 
 def make_page(result: dict[str, Any]) -> str:
-    machine = result["machine"]
     rows = "\n".join(
         f"| {name} | {way['tokens_per_s_median']:.1f} | {way['wall_s_median']:.2f} "
         f"({min(way['wall_s']):.2f} to {max(way['wall_s']):.2f}) | "
-        f"{way['user_finished_s_p50']:.2f} / {way['user_finished_s_p99']:.2f} | "
+        f"{way['user_finished_s']['p50']:.2f} / {way['user_finished_s']['p99']:.2f} | "
         f"{way['times_slower_than_hotset']:.2f} | "
         f"{min(way['users_with_tokens_of_generate'])} of {result['users']} |"
         for name, way in result["ways"].items()
@@ -287,10 +249,7 @@ def make_page(result: dict[str, Any]) -> str:
 
 Medians over the repeats; `user done` is from the start until a user has the last token.
 
-- command: `{result["command"]}`, seed {result["seed"]}, commit {machine["commit"]}
-- hardware: {machine["cpu"]}, {machine["cores"]} cores, {machine["threads"]} threads
-- Python {machine["python"]}, torch {machine["torch"]}, transformers {machine["transformers"]}
-"""
+{record.footer(result)}"""
 
 
 if __name__ == "__main__":

@@ -7,23 +7,19 @@ their KV is random, so that the grid takes a minute and not an hour.
     python benchmarks/planner_validation.py --measured benchmarks/results/engine_steps.json
 """
 
-import argparse
-import json
 import random
-import subprocess
-import sys
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+import record
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotset.cost.catalog import bundled_config
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
+from hotset.engine.loop import run_steps
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
 from hotset.request import SamplingParams
@@ -62,20 +58,20 @@ def step_s(engine: Engine, users: int, context: int, rng: random.Random) -> list
         engine._outputs.add(request)
         engine.scheduler.running.append(request)
     seconds: list[float] = []
-    while engine.has_work:
-        start_s = time.perf_counter()
-        engine.step()
-        seconds.append(time.perf_counter() - start_s)
+    start_s = time.perf_counter()
+    for _ in run_steps(engine, lambda: 0 if engine.has_work else None):
+        end_s = time.perf_counter()
+        seconds.append(end_s - start_s)
+        start_s = end_s
     return seconds[WARM_STEPS:-1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.arguments(__doc__)
     parser.add_argument("--model", default="llama-3-8b")
     parser.add_argument("--users", default="1,8,32,64,128,256")
     parser.add_argument("--contexts", default="512,1024,2048,3072")
     parser.add_argument("--hot-gib", type=float, default=100.0)
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     config = Options.of(
         hot_gib=arguments.hot_gib, max_num_batched_tokens=1024, prefix_caching=False
@@ -90,29 +86,14 @@ def main() -> None:
         for users in map(int, arguments.users.split(",")):
             if users * (context + STEPS) > engine.sizes.device_blocks * config.memory.block_size:
                 continue
-            seconds = sorted(step_s(engine, users, context, rng))
-            steps.append(
-                {
-                    "users": users,
-                    "context": context,
-                    "step_s": median(seconds),
-                    "p90_s": seconds[int(0.9 * len(seconds))],
-                }
-            )
+            seconds = step_s(engine, users, context, rng)
+            p90_s = record.percentiles(seconds, of=[90], digits=6)["p90"]
+            row = {"users": users, "context": context, "step_s": median(seconds), "p90_s": p90_s}
+            steps.append(row)
             print(f"{users} users, {context} tokens: {median(seconds) * 1e3:.2f} ms", flush=True)
     engine.close()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    record = {
-        "model": arguments.model,
-        "hardware": "h200",
-        "steps": steps,
-        "command": "python " + " ".join(sys.argv),
-        "commit": commit.stdout.strip(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    found = record.start(model=arguments.model, hardware="h200", seed=0, steps=steps)
+    record.write(arguments.out, found)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ writes `.json` and `.md`.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -21,14 +20,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from torch import distributed, multiprocessing
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from hotset.bench.machine import describe_machine
 from hotset.cost.routing import row_scales
 from hotset.experts.gating import use_dynamic_gating
 from hotset.experts.parallel import shard_experts
@@ -220,8 +218,8 @@ def run_rank(rank: int, arguments: argparse.Namespace, meet: str) -> None:
 
 def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The record and its table."""
-    record = {"command": arguments.command, "machine": describe_machine(), "rows": rows}
-    arguments.out.with_suffix(".json").write_text(json.dumps(record) + "\n", "utf-8")
+    found = record.start(seed=[1, 2, 3], rows=rows)
+    found["command"] = arguments.command  # of the process that started this one
     lines = [
         f"{arguments.ranks} devices, ms a layer with the sum over them; in brackets the load of "
         f"the busiest over the mean. `{arguments.command}`",
@@ -236,12 +234,11 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             if (row["skew"], row["tokens"]) == (skew, tokens)
         ]
         lines.append(f"| {skew} | {tokens} | " + " | ".join(cells) + " |")
-    arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
+    record.write(arguments.out, found, "\n".join(lines) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser = record.arguments(__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--ranks", type=int, help="[default: as many as there are GPUs]")
     parser.add_argument("--small", action="store_true", help="Tiny layers, to try the script.")

@@ -8,7 +8,6 @@ are ratios between scenes of one server, as others may use the machine. A run ta
 Adds its figures to FILE under the label.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -21,11 +20,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import httpx
+import record
 
 LONG_TOKENS = 3000
 SHORT = "The quick brown fox jumps over the lazy dog while five small birds look {}"
@@ -143,9 +142,8 @@ def measure(url: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.arguments(__doc__)
     parser.add_argument("--label", required=True)
-    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -167,14 +165,9 @@ def main() -> None:
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
-    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    record[arguments.label] = {
-        "command": "python " + " ".join(sys.argv),
-        "cpus": len(os.sched_getaffinity(0)),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        **found,
-    }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    threads = os.environ.get("OMP_NUM_THREADS")
+    made = record.start(seed=0, omp_num_threads=threads, **found)
+    record.add(arguments.out, arguments.label, made)
 
 
 if __name__ == "__main__":

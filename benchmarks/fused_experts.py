@@ -11,16 +11,13 @@ writes `.json` and `.md`. `--sweep` tries tiles for each product and takes some 
 them in Triton's compiler.
 """
 
-import argparse
 import itertools
-import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import record
 import torch
 import triton
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
@@ -214,7 +211,7 @@ def make_layer() -> Any:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    lines = ["# Fused experts", "", f"{result['device']}, `{result['command']}`", ""]
+    lines = ["# Fused experts", "", record.footer(result)]
     if "compared" in result:
         lines += [
             "| tokens | fused us | `grouped_mm` us | faster by | weights TB/s | TFLOP/s "
@@ -243,33 +240,21 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fused experts on a GPU.")
+    parser = record.arguments(__doc__, out="path of the results, without suffix")
     parser.add_argument(
         "--tokens", default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192,16384"
     )
     parser.add_argument("--sweep", action="store_true", help="try tiles instead of comparing")
-    parser.add_argument("--out", type=Path, required=True, help="without .json and .md")
     args = parser.parse_args()
     if DEVICE.type == "cuda" and not torch.cuda.is_available():
         sys.exit("an NVIDIA GPU is needed; this machine has none")
     layer = make_layer()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    result: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "shape": {"E": NUM_EXPERTS, "H": HIDDEN, "I": MIDDLE, "K": TOP_K},
-    }
+    result = record.start(shape={"E": NUM_EXPERTS, "H": HIDDEN, "I": MIDDLE, "K": TOP_K})
     rows = result.setdefault("swept" if args.sweep else "compared", [])
     for num_tokens in map(int, args.tokens.split(",")):
         rows.append((sweep if args.sweep else compare)(layer, num_tokens))
         print(f"{num_tokens} tokens done", file=sys.stderr)
-        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(as_markdown(result))
+        record.write(args.out, result, as_markdown(result))
     print(as_markdown(result))
 
 

@@ -16,15 +16,12 @@ Hit rates need no GPU, and a smaller model has them too:
         --device cpu --model src/hotset/bench/shapes/qwen3-moe-small.json --out FILE
 """
 
-import argparse
-import json
-import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from hotset.bench.machine import describe_machine
+import record
+
 from hotset.bench.presets import PRESETS
 from hotset.bench.result import ArmRun
 from hotset.bench.runs import Bench, RunOptions, Say, describe_error
@@ -136,8 +133,7 @@ def line(case: Case, run: ArmRun) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser = record.arguments(__doc__)
     parser.add_argument("--model", default="qwen3-30b-a3b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--mixed-tokens", type=int)
@@ -170,12 +166,7 @@ def main() -> None:
         max_mixed_tokens=arguments.mixed_tokens,
         max_model_len=MAX_MODEL_LEN,
     )
-    record: dict[str, Any] = {
-        "command": "python " + " ".join(sys.argv),
-        "machine": describe_machine(),
-        "model": arguments.model,
-        "runs": {},
-    }
+    found = record.start(model=arguments.model, runs={})
     answers: dict[Spec, dict[tuple[int, int], list[int]]] = {}
     for case in cases:
         if case.arm == "experts":
@@ -191,12 +182,12 @@ def main() -> None:
             continue
         first = answers.setdefault(case.spec, dict(run.outputs))
         same = sum(run.outputs[key] == first[key] for key in first)
-        record["runs"][case.name] = run.as_dict() | {
+        found["runs"][case.name] = run.as_dict() | {
             "workload": case.spec.as_dict(),
             "options": case.options,
             "same_answers": [same, len(first)],
         }
-        arguments.out.write_text(json.dumps(record) + "\n", "utf-8")
+        record.write(arguments.out, found)
         print(f"{line(case, run)}; {same} of {len(first)} answers as before", flush=True)
 
 

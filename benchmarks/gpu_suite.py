@@ -10,21 +10,21 @@ and one that holds everything runs A. Shapes and seeds are those of the presets.
 """
 
 import argparse
+import copy
 import gc
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 
 from hotset.bench.driver import drive, wait_for_host_tier
-from hotset.bench.machine import describe_machine
+from hotset.bench.figures import counters_since
 from hotset.bench.presets import PRESETS
 from hotset.bench.result import observe
 from hotset.bench.workload import Spec, filler, make_work, prefix_work, warm_up
@@ -34,7 +34,6 @@ from hotset.engine.engine import Engine
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.copy_runs import Run
 from hotset.memory.cuda_copier import CudaCopier
-from hotset.metrics import Metrics
 from hotset.model.dummy import load_dummy
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
@@ -51,22 +50,20 @@ class Suite:
     """What was measured so far, written after each run."""
 
     def __init__(
-        self, out: Path, loaded: LoadedModel, options: dict[str, Any], only: tuple[str, ...] = ("",)
+        self,
+        out: Path | None,
+        loaded: LoadedModel,
+        options: dict[str, Any],
+        only: tuple[str, ...] = ("",),
     ) -> None:
         self.loaded, self._out, self._options, self._only = loaded, out, options, only
         self.vocab_size: int = loaded.model.config.get_text_config().vocab_size
-        self.record: dict[str, Any] = {
-            "command": "python " + " ".join(sys.argv),
-            "machine": describe_machine(),
-            "model": MODEL,
-            "options": options,
-            "runs": {},
-        }
+        self.record = record.start(model=MODEL, options=options, runs={})
 
     def keep(self, name: str, values: dict[str, Any]) -> None:
         """Add one result and write all."""
         self.record["runs"][name] = values
-        self._out.write_text(json.dumps(self.record) + "\n", "utf-8")
+        record.write(self._out, self.record)
 
     @contextmanager
     def engine(self, **options: Any) -> Iterator[Engine]:
@@ -103,12 +100,11 @@ class Suite:
             drive(engine, prefix_work(work))
             hot_tokens = engine.sizes.device_blocks * engine.options.memory.block_size
             drive(engine, filler(hot_tokens, 8192, self.vocab_size))
-        engine.metrics.__init__()  # type: ignore[misc]
+        before = copy.deepcopy(engine.metrics)
         driven = drive(engine, work)
         run = observe(name, 0, driven.play, driven.wall_s, is_complete=driven.is_complete)
         run.outputs.clear()
-        metrics = {f.name: getattr(engine.metrics, f.name) for f in fields(Metrics)}
-        run.engine = {k: dict(v) if isinstance(v, dict) else v for k, v in metrics.items()}
+        run.engine = counters_since(before, engine)
         run.sizes = {"link_bytes_per_s": dict(engine.rates.link_bytes_per_s)}
         self.keep(name, run.as_dict() | {"workload": spec.as_dict()})
         ttft = run.latencies["ttft_s"]
@@ -242,8 +238,7 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser = record.arguments(__doc__)
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--only", default="", help="Runs whose names begin with one of these.")
     add_engine_options(parser)

@@ -8,20 +8,20 @@ takes, whatever the server does. With `--step-ms` a token of each stream comes s
 of its own, as from an engine; with 0 several come together.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import record
+
 from hotset.bench.against import Server
 from hotset.bench.load import LoadProcesses, num_processes
-from hotset.bench.machine import describe_machine
 from hotset.bench.workload import Spec, make_work
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = record.arguments(__doc__)
     parser.add_argument("--users", type=int, default=256)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--output-tokens", type=int, default=256)
@@ -30,7 +30,6 @@ def main() -> None:
         "--server-processes", type=int, default=0, help="0: as many as the client's"
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     spec = Spec(
         "multiturn",
@@ -59,16 +58,12 @@ def main() -> None:
         finally:
             load.close()
             process.kill()
-    if options.out:
-        asked = {name: str(value) for name, value in vars(options).items()}
-        result = {"asked": asked, "machine": describe_machine(), "runs": runs[1:]}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    record.write(options.out, record.start(seed=spec.seed, runs=runs[1:]))
 
 
 def _run(load: LoadProcesses, server: Server, work) -> dict:
     played = load.play(server.asking, work)
     play = played.play
-    gaps = sorted(play.gaps_s)
     expected = sum(turn.output_tokens for session in work.sessions for turn in session.turns)
     assert (play.num_failed, play.output_tokens) == (0, expected), "tokens were lost"
     return {
@@ -78,8 +73,7 @@ def _run(load: LoadProcesses, server: Server, work) -> dict:
         "tokens_per_s": round(play.output_tokens / played.wall_s),
         "tokens_per_cpu_s": round(play.output_tokens / played.cpu_s),
         "busiest_share_of_a_core": round(played.busiest, 3),
-        "gap_p50_ms": round(1e3 * gaps[len(gaps) // 2], 3),
-        "gap_p99_ms": round(1e3 * gaps[len(gaps) * 99 // 100], 3),
+        "gap_ms": record.percentiles(play.gaps_s, of=(50, 99), scale=1e3, digits=3),
     }
 
 

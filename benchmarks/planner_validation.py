@@ -1,20 +1,20 @@
-"""Predicted against measured: published rows, and steps of this engine where there are some.
+r"""Predicted against measured: published rows, and steps of this engine where there are some.
 
     python benchmarks/planner_validation.py
-    python benchmarks/planner_validation.py --measured benchmarks/results/engine_steps.json
+    python benchmarks/planner_validation.py --measured benchmarks/results/engine_steps.json \
+        --out benchmarks/results/planner_validation.json
 
 Three constants of `hotset.cost.calibration.Calibration` are fitted, on rows 14 and 16 alone; the
 others come from measurements of links and from papers. Errors are printed with their sign:
 positive means that the prediction is too fast (more tokens/s, or less time, than measured).
-The results are written to benchmarks/results/planner_validation.json.
 """
 
-import argparse
 import json
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import record
 
 from hotset.cost.calibration import CALIBRATIONS, Calibration
 from hotset.cost.catalog import load_model
@@ -25,8 +25,6 @@ from hotset.cost.shape import ModelShape
 from hotset.cost.step_time import CostModel
 from hotset.plan.planner import make_plan
 from hotset.plan.workload import Request, Workload
-
-RESULTS = Path(__file__).parent / "results" / "planner_validation.json"
 
 # Row 16: Llama-3.1-8B on one H100, one user, ITL = intercept + slope * n (vLLM blog, 2026-04-22).
 # The intercepts of both agree, so only KV is FP8 in the second; weights are BF16 in both.
@@ -251,7 +249,7 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.arguments(__doc__)
     parser.add_argument("--measured", type=Path, help="JSON of steps measured on this engine")
     arguments = parser.parse_args()
     c, shipped = fit(), Calibration()
@@ -287,35 +285,27 @@ def main() -> None:
             f"{engine['mean_absolute_error']:.1%}, mean signed {engine['mean_signed_error']:+.1%}, "
             f"largest {engine['largest']:+.0%}"
         )
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(
-        json.dumps(
+    constants = {n: getattr(c, n) for n in ("memory_efficiency", "kernel_s", "user_s")}
+    found = record.start(
+        fitted_constants=constants,
+        rows=[
             {
-                "command": "python " + " ".join(sys.argv),
-                "fitted_constants": {
-                    n: getattr(c, n) for n in ("memory_efficiency", "kernel_s", "user_s")
-                },
-                "rows": [
-                    {
-                        "row": r.row,
-                        "what": r.what,
-                        "measured": r.value,
-                        "predicted": r.predicted,
-                        "unit": "s" if r.is_time else "tokens/s/GPU",
-                        "error": r.error,
-                        "fitted": r.fitted,
-                    }
-                    for r in rows
-                ],
-                "fitted": fitted,
-                "scored": scored,
-                "rankings": ranked,
-                "engine": engine,
-            },
-            indent=1,
-        )
-        + "\n"
+                "row": r.row,
+                "what": r.what,
+                "measured": r.value,
+                "predicted": r.predicted,
+                "unit": "s" if r.is_time else "tokens/s/GPU",
+                "error": r.error,
+                "fitted": r.fitted,
+            }
+            for r in rows
+        ],
+        fitted=fitted,
+        scored=scored,
+        rankings=ranked,
+        engine=engine,
     )
+    record.write(arguments.out, found)
 
 
 if __name__ == "__main__":

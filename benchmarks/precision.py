@@ -8,22 +8,20 @@ with float32 weights and KV. Texts are this repository's documents and the quest
 writes `.json` and `.md`.
 """
 
-import argparse
 import json
 import math
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
-import transformers
 from cpu_engine import QUESTIONS
 
 from hotset.attention.inputs import copy_batch
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
+from hotset.engine.loop import run_to_end
 from hotset.engine.step import Step, StepItem
 from hotset.engine.step_input import make_step_input
 from hotset.model.loader import load_model
@@ -65,9 +63,8 @@ def answer(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy tokens, all prompts at once."""
     params = SamplingParams(max_tokens=NUM_OUTPUT, ignore_eos=True)
     answers: dict[str, list[int]] = {engine.add_request(p, params): [] for p in prompts}
-    while engine.has_work:
-        for output in engine.step():
-            answers[output.request_id] += output.token_ids
+    for output in run_to_end(engine):
+        answers[output.request_id] += output.token_ids
     return list(answers.values())
 
 
@@ -122,34 +119,23 @@ def compare(base: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.arguments(__doc__, out="path of the results, without suffix")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     base = run(VARIANTS["float32"], args.device)
     rows = {}
     for name, options in VARIANTS.items():
         rows[name] = compare(base, base if name == "float32" else run(options, args.device))
         print(name, json.dumps(rows[name]), file=sys.stderr)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    result = {
-        "command": "python " + " ".join(["benchmarks/precision.py", *sys.argv[1:]]),
-        "commit": commit,
-        "model": "smollm2-135m-instruct",
-        "device": args.device,
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "questions": len(QUESTIONS),
-        "output_tokens": NUM_OUTPUT,
-        "rows": rows,
-    }
+    result = record.start(
+        model="smollm2-135m-instruct",
+        device=args.device,
+        questions=len(QUESTIONS),
+        output_tokens=NUM_OUTPUT,
+        rows=rows,
+    )
     print(json.dumps(result, indent=1))
-    if args.out is not None:
-        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(make_page(result))
+    record.write(args.out, result, make_page(result))
 
 
 def make_page(result: dict[str, Any]) -> str:
@@ -174,9 +160,7 @@ same top token | same answers | leading tokens that agree |
 `KL` is the mean divergence of the next token's distribution; the logit error is relative to the
 spread of the logits; `leading tokens` is how far an answer agrees, on average.
 
-- command: `{result["command"]}`, commit {result["commit"]}
-- torch {result["torch"]}, transformers {result["transformers"]}
-"""
+{record.footer(result)}"""
 
 
 if __name__ == "__main__":

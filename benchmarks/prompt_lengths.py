@@ -19,10 +19,10 @@ import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
+import record
 
 DEFAULTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}
 ARMS: dict[str, dict[str, str]] = {"kept by default": DEFAULTS, "hotset": {}}
@@ -36,6 +36,7 @@ def measure(family: str, num_lengths: int, threads: int) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hotset.engine.build import build_engine
+    from hotset.engine.loop import run_to_end
     from hotset.model.loaded import LoadedModel
     from hotset.options import Options
     from hotset.request import SamplingParams
@@ -63,8 +64,8 @@ def measure(family: str, num_lengths: int, threads: int) -> dict[str, Any]:
     lengths = random.Random(0).sample(range(1, num_lengths + 1), num_lengths)
     for seen, length in enumerate(lengths, 1):
         engine.add_request([1 + i % 255 for i in range(length)], SamplingParams(max_tokens=1))
-        while engine.has_work:
-            engine.step()
+        for _ in run_to_end(engine):
+            pass
         rss_mib[seen] = round(process.memory_info().rss / MIB, 1)
     return {
         "model_bytes": sum(p.nbytes for p in model.parameters()),
@@ -87,34 +88,23 @@ def run_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.arguments(__doc__, out="path of the results, without suffix")
     parser.add_argument("--lengths", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--family", choices=["llama", "qwen3_moe"], default="llama")
-    parser.add_argument("--out", type=Path, help="path of the results, without suffix")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.family, args.lengths, args.threads)))
         return
-    from hotset.bench.machine import describe_machine
-
-    command = " ".join(["python benchmarks/prompt_lengths.py", *sys.argv[1:]])
-    result = {
-        "machine": describe_machine() | {"command": command},
-        "family": args.family,
-        "threads": args.threads,
-        "arms": {name: run_arm(name, args) for name in ARMS},
-    }
+    arms = {name: run_arm(name, args) for name in ARMS}
+    result = record.start(seed=0, family=args.family, threads=args.threads, arms=arms)
     print(page := make_page(result))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(page)
+    record.write(args.out, result, page)
 
 
 def make_page(result: dict[str, Any]) -> str:
-    arms, machine = result["arms"], result["machine"]
+    arms = result["arms"]
     last = max(int(seen) for seen in arms["hotset"]["rss_mib"])
     shown = [seen for seen in SHOWN if seen <= last]
     rows = "\n".join(
@@ -133,10 +123,7 @@ process in MiB, by the number of lengths that it has seen:
 |---|{"---|" * len(shown)}---|
 {rows}
 
-- command: `{machine["command"]}`, commit {machine["commit"]}
-- hardware: {machine["cpu"]}, {machine["cpu_cores"]} cores, {result["threads"]} threads
-- {", ".join(f"{k} {v}" for k, v in machine["versions"].items())}
-"""
+{record.footer(result)}"""
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import asyncio
 import itertools
 import json
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -33,6 +32,7 @@ from typing import Any
 
 import httpx
 import psutil
+import record
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -153,6 +153,7 @@ async def all_streams(port: int, users: int, tokens: int) -> dict[str, float]:
 def run_engine(args: argparse.Namespace) -> None:
     """The engine alone; a process of its own. Prints its seconds for each line it reads."""
     from hotset.engine.build import build_engine
+    from hotset.engine.loop import run_to_end
     from hotset.model.loader import load_model
     from hotset.options import Options
     from hotset.request import SamplingParams
@@ -171,8 +172,8 @@ def run_engine(args: argparse.Namespace) -> None:
         cpu_s, start_s = time.process_time(), time.perf_counter()
         for prompt in prompts:
             engine.add_request(prompt, params)
-        while engine.has_work:
-            engine.step()
+        for _ in run_to_end(engine):
+            pass
         wall_s = time.perf_counter() - start_s
         print(json.dumps({"wall_s": wall_s, "cpu_s": time.process_time() - cpu_s}), flush=True)
     engine.close()
@@ -332,16 +333,10 @@ def recovery(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """p50, p99 and the greatest."""
-    ordered = sorted(values)
-    if not ordered:
+    """p50, p99, the greatest, and of how many."""
+    if not values:
         raise SystemExit("nothing was measured in a phase; give other --calm-s or --steady-tokens")
-    return {
-        "p50": ordered[len(ordered) // 2],
-        "p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
-        "max": ordered[-1],
-        "count": len(ordered),
-    }
+    return record.percentiles(values, of=(50, 99)) | {"max": max(values), "count": len(values)}
 
 
 def report(results: dict[str, Any]) -> str:
@@ -368,7 +363,7 @@ def report(results: dict[str, Any]) -> str:
             f"cores. {one['whole_streams']} of {one['users']} streams came to their end; the "
             f"longest gap in one was {one['longest_gap_s']:.2f} s.",
             "",
-            *source(one["about"]),
+            record.footer(one["about"]),
         ]
     if one := results.get("burst"):
         lines += [
@@ -386,7 +381,7 @@ def report(results: dict[str, Any]) -> str:
                     for name in ("calm_itl_s", "burst_itl_s", "burst_ttft_s")
                 ]
                 lines.append(f"| {key} | {' | '.join(cells)} |")
-        lines += ["", *source(one["about"])]
+        lines += ["", record.footer(one["about"])]
     if one := results.get("recovery"):
         lines += [
             "## After kill -9",
@@ -397,41 +392,9 @@ def report(results: dict[str, Any]) -> str:
             f"comes after {one['ttft_known_s']:.2f} s, of unknown ones after "
             f"{one['ttft_unknown_s']:.2f} s.",
             "",
-            *source(one["about"]),
+            record.footer(one["about"]),
         ]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def source(about: dict[str, str]) -> list[str]:
-    """The lines that say where a section's figures come from."""
-    return [
-        f"- command: `{about['command']}`, commit {about['commit']}",
-        f"- hardware: {about['hardware']}, model {about['model']}",
-        f"- {about['versions']}",
-        "",
-    ]
-
-
-def about(args: argparse.Namespace) -> dict[str, str]:
-    """Where the figures come from."""
-    import torch
-    import uvicorn
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    if torch.cuda.is_available():
-        hardware += f", {torch.cuda.get_device_name()}"
-    hardware += f", load average {os.getloadavg()[0]:.1f} at the end"
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
-        "hardware": hardware,
-        "model": args.model or "smollm2-135m-instruct",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"uvicorn {uvicorn.__version__}",
-    }
 
 
 def main() -> None:
@@ -467,10 +430,10 @@ def main() -> None:
     for run in (overhead, burst, recovery):
         if args.only in (None, run.__name__):
             print(f"{run.__name__} ...", file=sys.stderr)
-            results[run.__name__] = {**run(args), "about": about(args)}
-    if args.out:
-        args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(report(results))
+            about = record.start(model=args.model or "smollm2-135m-instruct")
+            about["load_average"] = round(os.getloadavg()[0], 1)
+            results[run.__name__] = {**run(args), "about": about}
+    record.write(args.out, results, report(results))
     print(report(results))
 
 

@@ -16,8 +16,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+import record
 
 SHAPES = ((576, 960), (576, 576), (576, 1536), (576, 1536), (1536, 576))
 LAYERS, ROWS = 30, 8
@@ -67,16 +68,14 @@ def run_case(threads: int, policy: str, neighbours: int, seconds: float) -> list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.arguments(__doc__, out="path of the results, without suffix")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each case")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="path of the results, without suffix")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure is not None:
         print(json.dumps(measure(args.measure, args.seconds)))
         return
-    from hotset.bench.machine import describe_machine
     from hotset.cgroups import usable_cpus
 
     most = usable_cpus()
@@ -93,23 +92,17 @@ def main() -> None:
             found = run_case(threads, WAITING[waiting], neighbours, args.seconds)
             times[case].append(statistics.median(found))
             print(*case, f"{times[case][-1]:.1f} ms", file=sys.stderr, flush=True)
-    command = " ".join(["python benchmarks/shared_cores.py", *sys.argv[1:]])
-    result: dict[str, Any] = {
-        "machine": describe_machine() | {"command": command},
-        "cases": [
-            {"neighbours": n, "threads": t, "waiting": w, "step_ms": times[n, t, w]}
-            for n, t, w in cases
-        ],
-    }
+    found = [
+        {"neighbours": n, "threads": t, "waiting": w, "step_ms": times[n, t, w]}
+        for n, t, w in cases
+    ]
+    result = record.start(cases=found)
     print(page := make_page(result))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(page)
+    record.write(args.out, result, page)
 
 
 def make_page(result: dict[str, Any]) -> str:
-    cases, machine = result["cases"], result["machine"]
+    cases = result["cases"]
     columns = sorted({(case["threads"], case["waiting"]) for case in cases})
     rows = []
     for neighbours in sorted({case["neighbours"] for case in cases}):
@@ -135,10 +128,7 @@ the most of them. The machine had other work beside the neighbours.
 |---|{"---|" * len(columns)}
 {table}
 
-- command: `{machine["command"]}`, commit {machine["commit"]}
-- hardware: {machine["cpu"]}, {machine["cpu_cores"]} cores
-- {", ".join(f"{k} {v}" for k, v in machine["versions"].items())}
-"""
+{record.footer(result)}"""
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ of `hotset serve`; the checkpoint should be on local disk.
         --model FOLDER --hot-gib 16 --host-gib 64 --max-model-len 12288
 """
 
-import argparse
 import http.client
 import json
 import os
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hotset.bench.machine import describe_machine
+import record
 
 _LIMIT_S = 600.0
 _ASK_EVERY_S = 0.25
@@ -32,8 +31,7 @@ _WARM_LIMIT_S = 180.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser = record.arguments(__doc__)
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--starts", type=int, default=2)
     parser.add_argument("serve", nargs="+", help="options of hotset serve, after --")
@@ -43,12 +41,7 @@ def main() -> None:
         for _ in range(options.starts):
             runs.append(start(options.serve, options.port, Path(kept)))
             print(json.dumps(runs[-1]), flush=True)
-    record = {
-        "command": "python " + " ".join(sys.argv),
-        "machine": describe_machine(),
-        "starts": runs,
-    }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    record.write(options.out, record.start(starts=runs))
 
 
 def start(serve: list[str], port: int, kept: Path) -> dict[str, Any]:

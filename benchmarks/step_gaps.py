@@ -9,12 +9,10 @@ overlap.
     python benchmarks/step_gaps.py --preset B --dtype fp8 --kv-dtype fp8 --rotation-s 1 --out FILE
 """
 
-import argparse
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from gpu_suite import MODEL, Suite, add_engine_options, engine_options
 from torch.profiler import ProfilerActivity, profile
@@ -84,8 +82,7 @@ class Watch:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser = record.arguments(__doc__)
     parser.add_argument("--at", default="20,500,800", help="First steps of windows.")
     parser.add_argument("--preset", default="C6", choices=PRESETS)
     add_engine_options(parser)
@@ -93,15 +90,15 @@ def main() -> None:
     arguments = parser.parse_args()
     loaded = load_dummy(MODEL, device="cuda", dtype=arguments.dtype)
     options = engine_options(arguments) | {"rotation_s": arguments.rotation_s}
-    suite = Suite(arguments.out, loaded, options)
+    suite = Suite(None, loaded, options)
     with suite.engine(hot_gib=16, host_gib=64) as engine:
         runner = engine.executor.runner  # type: ignore[attr-defined]
         watch = Watch(runner.forward, [int(step) for step in arguments.at.split(",")])
         runner.forward = watch
         drive(engine, make_work(PRESETS[arguments.preset].spec, suite.vocab_size))
-    machine = suite.record["machine"]
-    lines = [f"python {' '.join(sys.argv)}", str(machine), *watch.lines]
-    arguments.out.write_text("\n".join(lines) + "\n", "utf-8")
+    lines = [record.footer(suite.record), *watch.lines]
+    if arguments.out is not None:
+        arguments.out.write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(watch.lines))
 
 

@@ -8,18 +8,15 @@ recorded steps from here.
     python benchmarks/step_products.py --out benchmarks/results/step_products_h200.json
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from torch.nn import functional
 
-from hotset.bench.machine import describe_machine
 from hotset.engine.build import build_engine
 from hotset.executor.recording import GraphRecorder
 from hotset.model.dummy import load_dummy
@@ -108,18 +105,12 @@ def recorded_steps() -> dict[str, dict[int, float]]:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    record = {
-        "command": "python " + " ".join(sys.argv),
-        "machine": describe_machine(),
-        "products_us": products(),
-        "gate_and_up_us": gate_and_up(),
-        "recorded_ms": recorded_steps(),
-    }
-    arguments.out.write_text(json.dumps(record) + "\n", "utf-8")
-    print(json.dumps({name: record[name] for name in ("gate_and_up_us", "recorded_ms")}))
+    arguments = record.arguments(__doc__).parse_args()
+    found = record.start(
+        products_us=products(), gate_and_up_us=gate_and_up(), recorded_ms=recorded_steps()
+    )
+    record.write(arguments.out, found)
+    print(json.dumps({name: found[name] for name in ("gate_and_up_us", "recorded_ms")}))
 
 
 if __name__ == "__main__":
