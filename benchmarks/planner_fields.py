@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hotset.cost.families import shape_from_config
 from hotset.errors import PlanError
 
-sys.path[:0] = [str(Path(__file__).parents[1] / tests) for tests in ("tests", "tests/cost")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/cost"))
 from test_plan_against_transformers import FAMILIES, TINY
 
 # No sizes, or sizes of which every value is in the tests.
