@@ -84,7 +84,7 @@ def main() -> None:
     steps: list[dict[str, Any]] = []
     for context in map(int, arguments.contexts.split(",")):
         for users in map(int, arguments.users.split(",")):
-            if users * (context + STEPS) > engine.sizes.device_blocks * config.memory.block_size:
+            if users * (context + STEPS) > engine.sizes.device_blocks * engine.sizes.block_size:
                 continue
             seconds = step_s(engine, users, context, rng)
             p90_s = record.percentiles(seconds, of=[90], digits=6)["p90"]

@@ -98,7 +98,7 @@ class Suite:
         work = make_work(spec, self.vocab_size)
         if work.prefixes:
             drive(engine, prefix_work(work))
-            hot_tokens = engine.sizes.device_blocks * engine.options.memory.block_size
+            hot_tokens = engine.sizes.device_blocks * engine.sizes.block_size
             drive(engine, filler(hot_tokens, 8192, self.vocab_size))
         before = copy.deepcopy(engine.metrics)
         driven = drive(engine, work)

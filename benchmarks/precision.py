@@ -49,9 +49,9 @@ def read_logits(engine: Engine, token_ids: list[int]) -> torch.Tensor:
     """`[T, vocab]` float32 logits of one prefill."""
     runner = engine.executor.runner
     request = Request("r", len(token_ids), token_ids, SamplingParams(), len(token_ids))
-    request.kv.block_table = list(range(-(-len(token_ids) // engine.options.memory.block_size)))
+    request.kv.block_table = list(range(-(-len(token_ids) // engine.sizes.block_size)))
     batch = make_step_input(
-        Step([StepItem.of(request, 0, len(token_ids))]), engine.options.memory.block_size
+        Step([StepItem.of(request, 0, len(token_ids))]), engine.sizes.block_size
     ).batch
     inputs, _ = copy_batch(batch, engine.executor.runner.device)
     with torch.inference_mode():
@@ -82,7 +82,7 @@ def run(options: dict[str, Any], device: str) -> dict[str, Any]:
             "chunks": chunks,
             "answers": answer(engine, prompts),
             "weights_gib": engine.sizes.weights_bytes / GIB,
-            "kv_bytes_per_token": engine.sizes.block_bytes // config.memory.block_size,
+            "kv_bytes_per_token": engine.sizes.block_bytes // engine.sizes.block_size,
         }
     finally:
         engine.close()

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from tiny_models import make_model
 
+from hotset.cost.cache_spec import token_bytes
 from hotset.cost.expert_sizes import asked_sizes
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.sizing import size_experts
+from hotset.executor.probe import inspect_model
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import DiskExperts
 from hotset.experts.hosting import buffer_experts, make_buffer
@@ -45,10 +47,7 @@ def make_engine(
     model = make_model(family, seed=seed).to(changes.get("device", "cpu"))
     if slot_bytes_of(model, HostedExperts()) is not None and "expert_gib" not in changes:
         changes.setdefault("expert_slots", experts_layers(model)[0].num_experts)
-    config = model.config
-    head_dim = 24 if family == "deepseek_v3" else config.head_dim
-    token_bytes = 2 * config.num_key_value_heads * head_dim * kv_bytes * config.num_hidden_layers
-    block_bytes = token_bytes * block_size
+    block_bytes = token_bytes(inspect_model(model).cache_specs, kv_bytes) * block_size
     slot_bytes = -(-block_bytes // 4096) * 4096
     options = {
         "hot_gib": (hot_blocks + 0.5) * block_bytes / GIB,

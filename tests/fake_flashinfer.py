@@ -301,7 +301,7 @@ class CpuFlashInfer(FlashInferBackend):
         self.store_kv = _store_kv
         self.arena, self.device = arena, arena.storage.device
         self.kinds = [kind_of(layer) for layer in layers]
-        self.caches = list(zip(arena.keys, arena.values, strict=True))
+        self.caches = [layer.unbind(1) for layer in arena.layers]
         self.value_scales = [value_scale for _, value_scale in arena.scales]
         kinds = list(dict.fromkeys(self.kinds))
         self.make = WrapperMaker(library, kinds, self.device, workspace_bytes=1)

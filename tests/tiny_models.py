@@ -27,6 +27,22 @@ _COMMON = {
     "tie_word_embeddings": False,
 }
 
+_MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 8,
+}
+_DEEPSEEK_MOE = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+}
+
 # What each family adds: the attention of the architecture in small.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -51,25 +67,37 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
-        "head_dim": 8,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "moe_intermediate_size": 32,
-    },
+    "deepseek_v3": {**_MLA, **_DEEPSEEK_MOE, "n_group": 1, "topk_group": 1},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+# All that cache latents: rows of 24 numbers, and values narrower than keys in some.
+LATENT_FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**_MLA, **_DEEPSEEK_MOE, "q_lora_rank": None, "v_head_dim": 12},
+    "deepseek_v3": FAMILIES["deepseek_v3"],
+    "glm4_moe_lite": {
+        **_MLA,
+        **_DEEPSEEK_MOE,
+        "n_group": 1,
+        "topk_group": 1,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
+    "youtu": _MLA,
+    "minicpm3": {**_MLA, "dim_model_base": 64, "scale_depth": 1.7},
+    "axk1": {**_MLA, **_DEEPSEEK_MOE, "n_group": 1, "topk_group": 1},
+    "longcat_flash": {
+        **_MLA,
+        "num_layers": 2,
+        "num_hidden_layers": 4,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 32,
+        "n_routed_experts": 4,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+    },
 }
 
 _DSA = {
@@ -88,8 +116,8 @@ SPARSE_FAMILIES: dict[str, dict[str, Any]] = {
 
 def make_config(family: str, **changes: Any) -> Any:
     """The transformers config of a tiny model of `family`."""
-    facts = FAMILIES[family] if family in FAMILIES else SPARSE_FAMILIES[family]
-    values = {**_COMMON, "model_type": family, **facts, **changes}
+    own = {**SPARSE_FAMILIES, **LATENT_FAMILIES, **FAMILIES}[family]
+    values = {**_COMMON, "model_type": family, **own, **changes}
     return AutoConfig.for_model(**values)
 
 

@@ -94,10 +94,11 @@ class MemoryOptions(Group):
         has_flag=False,
         keeps_answers=True,
     )
-    block_size: int = option(
-        16,
+    block_size: int | None = option(
+        None,
         "Tokens a KV block holds.",
         bounds=Bounds("1 to 1024 tokens", 1, 1024),
+        otherwise="16; 64 of models whose layers cache latents (MLA)",
         keeps_answers=True,
     )
     prefix_caching: bool = option(

@@ -14,11 +14,12 @@ from hotset.attention.gather import GatherBackend
 from hotset.attention.inputs import copy_batch
 from hotset.attention.spec import LayerAttention
 from hotset.cost.cache_spec import KeysValues
-from hotset.engine.build import build_engine
+from hotset.engine.build import build_engine, load_engine
 from hotset.engine.engine import Engine
 from hotset.engine.step import Step, StepItem
 from hotset.engine.step_input import make_step_input
 from hotset.errors import ConfigError, ModelError
+from hotset.executor.probe import inspect_model
 from hotset.linear.fp8 import FP8, to_fp8
 from hotset.memory.arena import DeviceArena
 from hotset.model.devices import resolve_dtype, resolve_kv_dtype
@@ -72,7 +73,7 @@ def test_attention_is_that_over_rounded_keys_and_values(
     assert not torch.allclose(expected, attend(torch.float32, key, value), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_tokens_are_the_same_with_any_tiers_and_preemption(
     family: str, make_engine: MakeEngine, tmp_path: Path
 ) -> None:
@@ -137,6 +138,18 @@ def test_a_gpu_without_8_bit_floats_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="dtype is fp8, which NVIDIA A100 does not"):
         resolve_dtype("fp8", torch.device("cuda"))
     assert resolve_kv_dtype("auto", torch.device("cuda")) is None
+
+
+def test_latents_are_not_rounded_and_say_so_before_weights_are_read(tmp_path: Path) -> None:
+    model = make_model("deepseek_v3")
+    words = "kv_dtype is fp8, but DeepseekV3ForCausalLM caches latents .* expected auto"
+    with pytest.raises(ConfigError, match=words):
+        inspect_model(model, FP8)
+    model.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(b"no weights")
+    with pytest.raises(ConfigError, match=words):
+        load_engine(Options.of(model=str(tmp_path), device="cpu", kv_dtype="fp8"))
 
 
 def test_another_type_is_refused() -> None:

@@ -10,6 +10,7 @@ from engines import run
 from tiny_models import make_config, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hotset.cost.cache_spec import Latent
 from hotset.cost.families import shape_from_config
 from hotset.cost.shape import ModelShape
 from hotset.engine.build import build_engine
@@ -85,22 +86,19 @@ def test_a_model_has_the_sizes_that_the_planners_table_gives_it(family: str) -> 
     assert [layer.num_kernels for layer in got.layers] == [x.num_kernels for x in table.layers]
 
 
-def test_layers_without_experts_are_dense_and_latents_count_as_the_engine_stores_them() -> None:
+def test_layers_without_experts_are_dense_and_latents_count_as_latents() -> None:
     model = make_unknown("glm4_moe_lite")
     got = shape(model)
     assert [layer.num_experts for layer in got.layers] == [0, 8, 8]
     assert got.top_k_experts == 2
-    assert got.kv_bytes_per_token("fp32") == 3 * 4 * 2 * 24 * 4  # keys and values of all heads
+    cache = got.layers[0].attention.cache
+    assert isinstance(cache, Latent)
+    assert got.kv_bytes_per_token("fp32") == 3 * (cache.rank + cache.rope_dim) * 4
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "note"),
     [
-        (
-            "deepseek_v3",
-            {},
-            "KV of all heads is stored: 2,304 B a token, 8.00 times the 288 B of the latent alone",
-        ),
         (
             "mimo_v2_flash",
             {"v_head_dim": 8, "swa_v_head_dim": 8, "num_experts_per_tok": 2, "n_routed_experts": 4},
@@ -109,6 +107,7 @@ def test_layers_without_experts_are_dense_and_latents_count_as_the_engine_stores
         ("jetmoe", {"num_local_experts": 4, "kv_channels": 16}, "2.00 times"),
         ("llama", {}, ""),
         ("gemma2", {}, ""),
+        ("deepseek_v3", {}, ""),
     ],
 )
 def test_start_says_where_a_token_takes_more_than_its_model_needs(
@@ -123,12 +122,19 @@ def test_start_says_where_a_token_takes_more_than_its_model_needs(
     assert note in said and bool(said) == bool(note)
 
 
-def test_start_of_an_engine_has_that_note(make_engine: MakeEngine) -> None:
+def test_start_of_an_engine_has_that_note_where_latents_are_not_understood(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine("deepseek_v3")
-    assert "2,304 B a token, 8.00 times the 288 B of the latent" in engine.report
     latent = shape_from_config(make_config("deepseek_v3").to_dict(), "tiny")
-    assert latent.kv_bytes_per_token("fp32") == 288
-    assert latent.stored_bytes_per_token("fp32") == engine.sizes.block_bytes // 4 == 2304
+    assert latent.stored_bytes_per_token("fp32") == engine.sizes.block_bytes // 4 == 288
+    assert "KV of all heads" not in engine.report
+
+    monkeypatch.setattr("hotset.attention.latent._expands_as_expected", lambda module: False)
+    engine = make_engine("deepseek_v3")
+    assert engine.sizes.block_bytes // 4 == 2304
+    note = "KV of all heads is stored: 2,304 B a token, 8.00 times the 288 B of the latent alone"
+    assert note in engine.report
 
 
 @pytest.mark.parametrize("budget", ["hot_gib", "total_gib"])

@@ -19,6 +19,7 @@ DENSE = ModelSizes(
     device="cpu",
     max_len=8192,
     kv_bytes_per_token=1024,
+    block_size=16,
     workspace_bytes=MIB,
     dense_bytes=GIB,
 )
@@ -37,7 +38,7 @@ MOE = replace(
 
 
 def sizes(model: ModelSizes = DENSE, *, free_gib: float = 4.0, **given: Any) -> Sizes:
-    options = Options.of(**{"block_size": 16, "max_model_len": 1024, **given})
+    options = Options.of(**{"max_model_len": 1024, **given})
     return solve_sizes(options, model, FreeBytes(int(free_gib * GIB), int(8 * GIB)))
 
 

@@ -7,7 +7,7 @@ import torch
 from family_configs import FAMILIES, TINY, build
 
 from hotset.cli.plan_options import Options
-from hotset.cost.cache_spec import KeysValues
+from hotset.cost.cache_spec import KeysValues, Latent
 from hotset.cost.catalog import bundled_config, bundled_models
 from hotset.cost.families import shape_from_config
 from hotset.errors import ModelError
@@ -29,6 +29,7 @@ REFUSED = {
     "jamba",
     "mamba2",
 }
+HEADS = KeysValues(2, 20, 16)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -72,15 +73,27 @@ def test_plan_says_what_the_engine_stores_of_a_token(name: str) -> None:
     assert shape.kv_bytes_per_token("bf16") == layout.bytes_per_token
 
 
-def test_deepseek_v3_is_planned_as_stored_and_the_latent_is_named_beside_it() -> None:
+def test_deepseek_v3_is_planned_as_its_latents_are_stored() -> None:
     here = Options(model="deepseek-v3", kv_dtype="bfloat16").request().shape
     published = Options(model="deepseek-v3", engine="published").request().shape
-    assert here.kv_bytes_per_token("bf16") == 61 * 128 * 2 * 192 * 2 == 5_996_544
-    assert published.kv_bytes_per_token("bf16") == 61 * 576 * 2 == 70_272
-    assert "5,996,544 B a token; the latent of MLA alone would take 70,272 B" in (
-        here.latent_note("bf16")
+    assert here.kv_bytes_per_token("bf16") == 61 * 576 * 2 == 70_272
+    assert published.kv_bytes_per_token("bf16") == 70_272
+    assert here.attention_flops_per_token(1000) == 61 * 2 * 1000 * 128 * (576 + 512)
+
+
+def test_the_arena_has_the_latents_of_a_layer_as_rows_beside_keys_and_values_of_others() -> None:
+    specs = [Latent(8, 4, KeysValues(2, 12, 8)), KeysValues(2, 8, 8), Latent(16, 4, HEADS)]
+    arena = DeviceArena(
+        specs, num_blocks=3, block_size=4, dtype=torch.float32, device=torch.device("cpu")
     )
-    assert here.attention_flops_per_token(1000) == 61 * 2 * 1000 * 128 * (192 + 128)
+    arena.storage.copy_(torch.arange(arena.storage.numel()).view_as(arena.storage))
+    assert [tuple(layer.shape) for layer in arena.layers] == [
+        (3, 4, 12),
+        (3, 2, 4, 2, 8),
+        (3, 4, 20),
+    ]
+    parts = [layer.flatten(1) for layer in arena.layers]
+    assert torch.equal(torch.cat(parts, dim=1), arena.storage)
 
 
 def test_the_arena_has_the_keys_and_values_of_each_layer_in_one_run_of_bytes() -> None:
@@ -90,7 +103,8 @@ def test_the_arena_has_the_keys_and_values_of_each_layer_in_one_run_of_bytes() -
     )
     arena.storage.copy_(torch.arange(arena.storage.numel()).view_as(arena.storage))
     parts = []
-    for keys, values, spec in zip(arena.keys, arena.values, specs, strict=True):
+    for layer, spec in zip(arena.layers, specs, strict=True):
+        keys, values = layer.unbind(1)
         assert keys.shape == (3, 4, spec.num_kv_heads, spec.key_dim) == values.shape
         parts += [keys.flatten(1), values.flatten(1)]
     assert torch.equal(torch.cat(parts, dim=1), arena.storage)

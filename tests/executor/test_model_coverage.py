@@ -12,6 +12,7 @@ EXPECTED = {
     "mistral3": (EQUAL, ""),
     "voxtral": (EQUAL, ""),
     "kimi_k25": (EQUAL, ""),
+    "mistral4": (EQUAL, ""),  # scales queries by their position, and caches latents
     "marian": (REFUSED, "takes no position_ids"),
     "kosmos-2.5": (REFUSED, "numbers the positions"),
     "blip": (REFUSED, "it needs pixel_values"),

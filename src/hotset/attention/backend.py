@@ -26,8 +26,8 @@ class StepAttention(Protocol):
         Args:
             layer: index of the layer.
             query: `[H, T, D]`.
-            key: `[H_kv, T, D]`.
-            value: `[H_kv, T, D_v]`.
+            key: `[H_kv, T, D]`; of a layer that caches latents the rotary keys, `[1, T, P]`.
+            value: `[H_kv, T, D_v]`; of a layer that caches latents these, `[1, T, R]`.
 
         Returns:
             `[T, H, D_v]`.

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from hotset.attention.batch import Batch, SequenceSpan
 from hotset.attention.inputs import Inputs
+from hotset.attention.latent import LatentWeights
 from hotset.attention.spec import LayerAttention
 from hotset.linear.fp8 import FP8, to_fp8
 from hotset.memory.arena import DeviceArena
@@ -69,18 +70,21 @@ class PagedAttention:
     ) -> torch.Tensor:
         """See `StepAttention`."""
         asked = self._layers[layer]
+        if asked.latent is not None:
+            return self._attend_to_latents(layer, asked.latent, query, key, value)
+        keys, values = self._arena.layers[layer].unbind(1)
         key_scale, value_scale = self._arena.scales[layer]
-        self._store(self._arena.keys[layer], key, key_scale)
-        self._store(self._arena.values[layer], value, value_scale)
+        self._store(keys, key, key_scale)
+        self._store(values, value, value_scale)
 
         num_heads, num_tokens, query_dim = query.shape
         output = query.new_empty(num_tokens, num_heads, value.shape[-1])
-        for group in self._groups_for(asked.cache.window, query.dtype):
+        for group in self._groups_for(asked.heads.window, query.dtype):
             rows = query[:, group.tokens].view(num_heads, group.num_sequences, -1, query_dim)
             out = grouped_query_attention(
                 rows.transpose(0, 1),  # [R, H, Q, D]
-                self._gather(self._arena.keys[layer], group, key),
-                self._gather(self._arena.values[layer], group, value),
+                self._gather(keys, group, key),
+                self._gather(values, group, value),
                 group.mask,
                 scaling=asked.scaling * key_scale,
                 softcap=asked.softcap,
@@ -88,6 +92,51 @@ class PagedAttention:
             )
             out = out if value_scale == 1 else out * value_scale
             output[group.tokens] = out.transpose(1, 2).flatten(0, 1)
+        return output
+
+    def _attend_to_latents(
+        self,
+        layer: int,
+        weights: LatentWeights,
+        query: torch.Tensor,
+        rotary: torch.Tensor,
+        latent: torch.Tensor,
+    ) -> torch.Tensor:
+        """Store `[1, T, P]` rotary keys and `[1, T, R]` latents, then attend.
+
+        Sequences of one token attend to the latents, the others to keys and values of all heads:
+        both are the same but for rounding.
+        """
+        cache = self._arena.layers[layer]  # [num_blocks, block_size, R + P]
+        cache[self._slots] = torch.cat((latent[0], rotary[0]), dim=-1)
+
+        num_heads, num_tokens, _ = query.shape
+        rank = latent.shape[-1]
+        output = query.new_empty(num_tokens, num_heads, weights.values.shape[1])
+        for group in self._groups_for(None, query.dtype):
+            rows = cache.index_select(0, group.table)
+            rows = rows.view(group.num_sequences, -1, cache.shape[-1])  # [R, S, R + P]
+            asking = query[:, group.tokens]  # [H, R * Q, D]
+            is_absorbed = len(group.tokens) == group.num_sequences
+            if is_absorbed:
+                asking = weights.absorb(asking)
+                keys = rows.unsqueeze(1)
+                values = keys[..., :rank]
+            else:
+                keys, values = weights.expand(rows)
+            asking = asking.view(num_heads, group.num_sequences, -1, asking.shape[-1])
+            out = grouped_query_attention(
+                asking.transpose(0, 1),
+                keys,
+                values,
+                group.mask,
+                scaling=self._layers[layer].scaling,
+                softcap=None,
+                sinks=None,
+            )
+            out = out.transpose(0, 1).flatten(1, 2)  # [H, R * Q, R or D_v]
+            out = weights.mix(out) if is_absorbed else out
+            output[group.tokens] = out.transpose(0, 1)
         return output
 
     def _store(self, cache: torch.Tensor, new: torch.Tensor, scale: float) -> None:

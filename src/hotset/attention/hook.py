@@ -11,9 +11,10 @@ import torch
 from transformers.modeling_utils import AttentionInterface
 
 from hotset.attention.backend import StepAttention
+from hotset.attention.latent import latent_weights
 from hotset.attention.probe import ProbeAttention
 from hotset.attention.spec import LayerAttention
-from hotset.cost.cache_spec import KeysValues
+from hotset.cost.cache_spec import KeysValues, StoredSpec
 from hotset.errors import ModelError
 
 IMPLEMENTATION = "hotset"
@@ -74,13 +75,15 @@ def _attention_forward(
     layer = module.layer_idx
     assert isinstance(layer, int)
     if isinstance(hotset, ProbeAttention):  # all other steps go by what it noted
-        asked = LayerAttention(
-            KeysValues(key.shape[1], key.shape[-1], value.shape[-1], sliding_window),
-            query.shape[1],
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap,
-            query.dtype,
-            s_aux,
-        )
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        cache: StoredSpec = KeysValues(key.shape[1], key.shape[-1], value.shape[-1], sliding_window)
+        weights = latent_weights(module)
+        if weights is not None:
+            if (sliding_window, softcap, s_aux) != (None, None, None):
+                raise ModelError(
+                    f"{name} attends to latents with a window, softcap or sinks: not supported"
+                )
+            cache = weights.spec(rope_dim=key.shape[-1])
+        asked = LayerAttention(cache, query.shape[1], scaling, softcap, query.dtype, s_aux, weights)
         hotset.note(layer, asked)
     return hotset.attend(layer, query[0], key[0], value[0]).unsqueeze(0), None

@@ -18,7 +18,7 @@ class ProbeAttention:
         layers: what each asked for, by its index.
         rows_are_alike: whether the first and the last row were always the same; the pass is to give
             them the same token at the same position.
-        first_keys: `[H_kv, T, D]` of the first few layers.
+        first_keys: `[H_kv, T, D]` of the first few layers; of those with latents the rotary keys.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class ProbeAttention:
         self.rows_are_alike = self.rows_are_alike and all(map(ends_are_alike, rows))
         if len(self.first_keys) < _FIRST_LAYERS:
             self.first_keys.append(key.clone())
-        return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
+        return query.new_zeros(query.shape[1], query.shape[0], self.layers[layer].heads.value_dim)
 
 
 def ends_are_alike(rows: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hotset.bench.workload import Work
 from hotset.cgroups import available_host_bytes
 from hotset.errors import ConfigError
+from hotset.executor.probe import ModelLayout
 from hotset.experts.gating import unpack_experts
 from hotset.experts.sizes import slot_bytes_of
 from hotset.experts.weights import experts_layers
@@ -121,7 +122,9 @@ def with_all_resident(config: Options, model: PreTrainedModel) -> Options:
     return config.but(expert_slots=layers[0].num_experts, **defaults)
 
 
-def with_hot_tier(config: Options, work: Work, token_bytes: int, model: PreTrainedModel) -> Options:
+def with_hot_tier(
+    config: Options, work: Work, layout: ModelLayout, model: PreTrainedModel
+) -> Options:
     """The options with a size for KV on the device, where they have none and the work wants one.
 
     It is for KV alone, and leaves experts out.
@@ -130,8 +133,9 @@ def with_hot_tier(config: Options, work: Work, token_bytes: int, model: PreTrain
     if per_hot is None or memory.hot_gib is not None or memory.total_gib is not None:
         return config
     tokens = max(work.kv_tokens / per_hot, work.longest_context + 64, _LEAST_HOT_TOKENS)
-    blocks = -(-int(tokens) // memory.block_size)
-    hot_gib = (blocks + 0.5) * memory.block_size * token_bytes / GIB
+    block_size = memory.block_size or layout.default_block_size
+    blocks = -(-int(tokens) // block_size)
+    hot_gib = (blocks + 0.5) * block_size * layout.bytes_per_token / GIB
     slots = slot_bytes_of(model, HostedExperts())
     if slots is None or isinstance(config.experts, ExpertSlots | ExpertBudget):
         return config.but(hot_gib=hot_gib)
@@ -142,7 +146,7 @@ def options_of(
     arm: str,
     config: Options,
     work: Work,
-    token_bytes: int,
+    layout: ModelLayout,
     model: PreTrainedModel,
     stack: ExitStack,
 ) -> Options:
@@ -157,9 +161,10 @@ def options_of(
     if arm in ("hot", RESIDENT, EXPERTS):
         return config.but(host_gib=0.0, disk_gib=0.0, disk_path=None)
     memory = config.memory
-    block_bytes = token_bytes * memory.block_size
+    block_size = memory.block_size or layout.default_block_size
+    block_bytes = layout.bytes_per_token * block_size
     slot_bytes = slot_bytes_for(block_bytes)
-    blocks = -(-work.kv_tokens // memory.block_size)
+    blocks = -(-work.kv_tokens // block_size)
     if work.prefixes and memory.hot_gib is not None:  # what pushes them out goes down too
         blocks += 2 * int(memory.hot_gib * GIB / block_bytes)
     host_gib = memory.host_gib

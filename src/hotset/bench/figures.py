@@ -16,7 +16,7 @@ from hotset.metrics import Metrics
 
 def sizes_of(engine: Engine, model: PreTrainedModel, work: Work) -> dict[str, Any]:
     """Bytes and tokens of the tiers, and the rates measured as the engine started."""
-    sizes, block_size = engine.sizes, engine.options.memory.block_size
+    sizes, block_size = engine.sizes, engine.sizes.block_size
     tiers = [info for info, _ in engine_usage(engine).tiers]
     known = sum(turn.known_tokens for session in work.sessions for turn in session.turns)
     return {

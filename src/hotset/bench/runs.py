@@ -95,8 +95,7 @@ class Bench:
         max_context = min(config.schedule.max_model_len or longest, longest)
         self.work = make_work(spec, self._vocab_size, max_context=max_context, model=loaded)
         self._layout = inspect_model(model, resolve_kv_dtype(config.model.kv_dtype, model.device))
-        self._token_bytes = self._layout.bytes_per_token
-        self._config = with_hot_tier(config, self.work, self._token_bytes, model)
+        self._config = with_hot_tier(config, self.work, self._layout, model)
         self.notes: list[str] = []
         # Before the first engine, which may compile the model with it.
         self._recorder = RoutingRecorder(model) if options.record_routing is not None else None
@@ -126,7 +125,7 @@ class Bench:
         """
         with ExitStack() as stack:
             config = options_of(
-                arm, self._config, self.work, self._token_bytes, self._loaded.model, stack
+                arm, self._config, self.work, self._layout, self._loaded.model, stack
             )
             _release(self._device)
             start_s = time.perf_counter()
@@ -183,7 +182,7 @@ class Bench:
         warm_s = time.perf_counter()
         if self.work.prefixes:  # once, and then they are pushed out of the device
             drive(engine, prefix_work(self.work))
-            hot_tokens = engine.sizes.device_blocks * self._config.memory.block_size
+            hot_tokens = engine.sizes.device_blocks * engine.sizes.block_size
             drive(engine, filler(hot_tokens, length, self._vocab_size))
         engine.count_experts()
         return warm_s - begin_s, time.perf_counter() - warm_s

@@ -69,7 +69,6 @@ class Attention:
         mix_dim: width of one weighted sum as decode computes it.
         prefill_dims: score and mix width together, as prefill computes it.
         window: most tokens the layer looks at; None looks at all.
-        latent: of MLA whose `cache` is the keys and values of all heads; else None.
         indexer: of a sparse layer; None looks at all that `window` leaves.
     """
 
@@ -82,24 +81,15 @@ class Attention:
     mix_dim: int = 0
     prefill_dims: int = 0
     window: int | None = None
-    latent: Latent | None = None
     indexer: Indexer | None = None
 
     @property
     def stored(self) -> "Attention":
         """The same as this engine runs it: see `CacheSpec`."""
-        if self.indexer:  # its rows are latents
-            return self
         same = replace(self, cache=self.cache.stored)
         if isinstance(self.cache, Shared):
             return replace(same, kind=Kind.FULL if self.window is None else Kind.SLIDING)
-        if not isinstance(self.cache, Latent):
-            return same
-        heads = self.cache.expanded
-        score_dim, mix_dim = heads.key_dim, heads.value_dim
-        return replace(
-            same, kind=Kind.FULL, latent=self.cache, score_dim=score_dim, mix_dim=mix_dim
-        )
+        return same
 
     def token_bytes(self, kv_dtype: str) -> int:
         """Bytes one cached token takes in this layer; 0 where the layer keeps none of its own."""
@@ -107,12 +97,7 @@ class Attention:
             return KV_BYTES[kv_dtype] * self.cache.token_values
         if isinstance(self.cache, Latent):
             return self.cache.ds_mla_token_bytes
-        raise PlanError(
-            "KV dtype fp8_ds_mla is a layout of latents, and hotset stores the keys and values of "
-            "all heads; use fp8"
-            if self.latent
-            else "KV dtype fp8_ds_mla is a layout for MLA only; use fp8 for this model"
-        )
+        raise PlanError("KV dtype fp8_ds_mla is a layout for MLA only; use fp8 for this model")
 
     @property
     def most_seen(self) -> float:

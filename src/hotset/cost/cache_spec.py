@@ -51,7 +51,7 @@ class Latent:
     Attributes:
         rank: width of the latent.
         rope_dim: width of the rotary key beside it.
-        expanded: the keys and values of all heads that it stands for.
+        expanded: the keys and values of all heads that a layer makes of it.
     """
 
     rank: int
@@ -76,9 +76,9 @@ class Latent:
         return self.rank + 4 * (self.rank // 128) + 2 * self.rope_dim
 
     @property
-    def stored(self) -> KeysValues:
-        """What the engine stores in its place so far."""
-        return self.expanded.stored
+    def stored(self) -> "Latent":
+        """Itself."""
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,16 @@ class NoCache:
 
 
 CacheSpec: TypeAlias = KeysValues | Latent | State | Shared | NoCache
+StoredSpec: TypeAlias = KeysValues | Latent  # what the engine's arena takes
+
+# Tokens of a block where the user names none. A latent is a tenth of what keys and values of eight
+# heads take: a block of as many bytes has more tokens.
+_BLOCK_SIZE, _LATENT_BLOCK_SIZE = 16, 64
+
+
+def default_block_size(specs: Iterable[CacheSpec]) -> int:
+    """Tokens of a block of a model whose layers store `specs`."""
+    return _LATENT_BLOCK_SIZE if any(isinstance(s, Latent) for s in specs) else _BLOCK_SIZE
 
 
 def token_bytes(specs: Iterable[CacheSpec], itemsize: int) -> int:

@@ -51,9 +51,8 @@ class Layer:
         layer launches 10 more (three projections, a norm and two rotaries, storing, scoring and
         selecting, the list of rows), and one where it takes the selection of another.
         """
-        kind = Kind.MLA if self.attention.latent else self.attention.kind
         kernels = 2  # the norms
-        kernels += {Kind.NONE: 0, Kind.MLA: 9, Kind.RECURRENT: 6}.get(kind, 4)
+        kernels += {Kind.NONE: 0, Kind.MLA: 9, Kind.RECURRENT: 6}.get(self.attention.kind, 4)
         if self.attention.indexer:
             kernels += 1 if self.attention.indexer.is_shared else 10
         if self.num_experts:
@@ -260,27 +259,6 @@ class ModelShape:
         """Bytes that this engine stores of each token, whatever is counted here."""
         specs = (layer.attention.stored.cache for layer in self.layers)
         return token_bytes(specs, KV_BYTES[kv_dtype]) + self.index_bytes_per_token
-
-    def latent_note(self, kv_dtype: str) -> str:
-        """What is counted of MLA, latent or keys and values, and the other; else empty."""
-        stored = self.stored_bytes_per_token(kv_dtype)
-        if self.is_mla:
-            latent = self.kv_bytes_per_token(kv_dtype)
-            if stored == latent:
-                return ""
-            return (
-                f"KV is counted as the latent of MLA, {latent:,} B a token; 'hotset serve' stores "
-                f"the keys and values of all heads so far, {stored:,} B, {stored / latent:.0f} "
-                "times as much"
-            )
-        latents = [layer.attention.latent for layer in self.layers]
-        if not any(latents):
-            return ""
-        latent = token_bytes(filter(None, latents), KV_BYTES[kv_dtype])
-        return (
-            f"KV is counted as 'hotset serve' stores it, the keys and values of all heads, "
-            f"{stored:,} B a token; the latent of MLA alone would take {latent:,} B"
-        )
 
     def kv_bytes(
         self,

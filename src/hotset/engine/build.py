@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hotset.attention.choice import choose_backend
 from hotset.attention.flashinfer.kernels import start_kernels
+from hotset.attention.latent import hand_over_latents
 from hotset.cgroups import available_host_bytes
 from hotset.clock import REAL_CLOCK, Clock
 from hotset.cost.prefix import PrefixPolicy
@@ -30,7 +31,7 @@ from hotset.engine.step import Step, StepItem
 from hotset.engine.step_cost import StepCost
 from hotset.engine.step_input import make_step_input
 from hotset.executor.local import LocalExecutor
-from hotset.executor.probe import inspect_model, weights_bytes
+from hotset.executor.probe import check_kv_dtype, inspect_model, weights_bytes
 from hotset.executor.prompt_logprobs import most_rows
 from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import Sampler
@@ -43,6 +44,7 @@ from hotset.grammar.json_bounds import JsonBounds
 from hotset.kernels.device import likely_hardware
 from hotset.kv.cache import KVCache
 from hotset.kv.pool import BlockPool
+from hotset.linear.fp8 import FP8
 from hotset.linear.packed import pack_linears
 from hotset.memory.arena import DeviceArena
 from hotset.metrics import Metrics
@@ -91,7 +93,10 @@ def load_engine(options: Options) -> tuple[Engine, LoadedModel]:
 
 
 def _check_outline(options: Options, outline: PreTrainedModel) -> None:
-    """Refuse options of experts that a model cannot follow, by its outline on `meta`."""
+    """Refuse options that a model cannot follow, by its outline on `meta`."""
+    if options.model.kv_dtype != "auto":
+        hand_over_latents(outline)
+        check_kv_dtype(outline, FP8)
     if isinstance(asked := options.experts, HostedExperts):
         slots, why_not = slot_bytes_of(outline, asked), why_not_hosted(outline)
         size_experts(asked, slots, why_not, device=options.model.device)
@@ -283,7 +288,7 @@ class _Build:
     ) -> EngineParts:
         """Tiers, scheduler, and what is told at start."""
         sizes, experts, metrics = placed.sizes, placed.experts, Metrics()
-        memory, fingerprint = self._options.memory, self._fingerprint()
+        memory, fingerprint = self._options.memory, self._fingerprint(sizes)
         with self._times.phase("open tiers"):
             tiers = open_tiers(
                 memory,
@@ -357,7 +362,7 @@ class _Build:
             clock=self._clock,
         )
 
-    def _fingerprint(self) -> dict[str, str]:
+    def _fingerprint(self, sizes: Sizes) -> dict[str, str]:
         """What stored blocks depend on: another value of any of these is another chain of keys."""
         layout, asked = self._layout, self._options.experts
         cold = asked.expert_cold_dtype if isinstance(asked, HostedExperts) else "auto"
@@ -367,7 +372,7 @@ class _Build:
             "weights": f"{self._loaded.fingerprint}{rounded}",
             "dtype": str(layout.dtype),
             "kv_dtype": f"{layout.kv_dtype} {self._kv_scales}",
-            "block_size": str(self._options.memory.block_size),
+            "block_size": str(sizes.block_size),
             "shape": str(layout.cache_specs),
         }
 

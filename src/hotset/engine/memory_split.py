@@ -75,6 +75,7 @@ def split_memory(
     *,
     hot_bytes: int,
     kv_block_bytes: int,
+    block_size: int,
     fewest_blocks: int,
     model_max_len: int,
     max_step_tokens: int,
@@ -89,6 +90,7 @@ def split_memory(
         rated: how fast it runs.
         hot_bytes: for both.
         kv_block_bytes: of a block.
+        block_size: tokens of a block.
         fewest_blocks: that one request needs.
         model_max_len: longest context the model was made for.
         max_step_tokens: most tokens of a step of prompts beside decodes, some experts on the host.
@@ -100,7 +102,7 @@ def split_memory(
     slots, host_slots = with_disk(asked, slots)
     max_len = min(options.schedule.max_model_len or model_max_len, model_max_len)
     load = expected_load(asked, options.schedule, max_len)
-    kv = KVMemory(kv_block_bytes, options.memory.block_size, 0)
+    kv = KVMemory(kv_block_bytes, block_size, 0)
     kv = replace(kv, fewest_blocks=max(fewest_blocks, kv.blocks_of(load.context)))
     cost = rated.cost_of(slots)
     fewest_slots = max(slots.fewest, asked.expert_prefetch)

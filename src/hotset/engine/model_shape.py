@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hotset.attention.spec import LayerAttention
 from hotset.cost.attention import Attention, Kind
+from hotset.cost.cache_spec import Latent
 from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.config_sizes import largest
 from hotset.cost.expert_steps import ExpertCost, link_of
@@ -63,6 +64,7 @@ def measure_model(loaded: LoadedModel, layout: ModelLayout, options: Options) ->
         device=device.type,
         max_len=loaded.max_model_len,
         kv_bytes_per_token=layout.bytes_per_token,
+        block_size=options.memory.block_size or layout.default_block_size,
         workspace_bytes=workspace_bytes(
             model,
             layout,
@@ -94,8 +96,7 @@ def make_cost_model(
 
     Args:
         model: its experts may be on the device or in host memory, packed or not.
-        layout: what its layers cache, which is more than the planner counts where the engine
-            stores keys and values of all heads and the model a latent.
+        layout: what its layers cache.
         slots: of its experts.
         name: of the model, for messages.
         hardware: that it runs on.
@@ -108,8 +109,9 @@ def make_cost_model(
 def kv_note(model: PreTrainedModel, layout: ModelLayout) -> str:
     """Where a token takes more KV than its model needs, and so than it is often said to: that line.
 
-    That is so of latents, of which the engine stores the keys and values of all heads; of heads
-    that a model repeats before its attention; and of values that are narrower than keys.
+    That is so of latents where the model's way to make keys of them is not known, as the engine
+    stores keys and values then; of heads that a model repeats before its attention; and of values
+    that are narrower than keys.
     """
     config = model.config.get_text_config()
     stored = layout.bytes_per_token // layout.kv_dtype.itemsize
@@ -213,7 +215,18 @@ def _layer_of(path: str) -> int | None:
 
 
 def _attention(asked: LayerAttention, params: Params) -> Attention:
-    cache = asked.cache
+    cache, heads = asked.cache, asked.heads
+    prefill_dims = heads.key_dim + heads.value_dim
+    if isinstance(cache, Latent):
+        return Attention(
+            kind=Kind.MLA,
+            params=params,
+            num_heads=asked.num_heads,
+            cache=cache,
+            score_dim=cache.rank + cache.rope_dim,
+            mix_dim=cache.rank,
+            prefill_dims=prefill_dims,
+        )
     return Attention(
         kind=Kind.FULL if cache.window is None else Kind.SLIDING,
         params=params,
@@ -221,7 +234,7 @@ def _attention(asked: LayerAttention, params: Params) -> Attention:
         cache=cache.stored,
         score_dim=cache.key_dim,
         mix_dim=cache.value_dim,
-        prefill_dims=cache.key_dim + cache.value_dim,
+        prefill_dims=prefill_dims,
         window=cache.window,
     )
 

@@ -33,6 +33,7 @@ class ModelSizes:
         device: `cpu` or `cuda`.
         max_len: longest context the model was made for.
         kv_bytes_per_token: over all layers.
+        block_size: tokens of a KV block.
         workspace_bytes: kept free on the device for steps.
         dense_bytes: of weights that are not experts'.
         expert_bytes: of experts that are weights, wherever they are; 0 of those that an engine has
@@ -49,6 +50,7 @@ class ModelSizes:
     device: str
     max_len: int
     kv_bytes_per_token: int
+    block_size: int
     workspace_bytes: int
     dense_bytes: int
     expert_bytes: int = 0
@@ -169,7 +171,7 @@ def solve_sizes(options: Options, model: ModelSizes, free: FreeBytes) -> Sizes:
     beside = _beside_experts(model, free, experts)
     kv_bytes = _kv_bytes(options, model, hot_bytes, beside.device)
     _check_fits(options, model, experts, kv_bytes, beside.device)
-    block_bytes = memory.block_size * model.kv_bytes_per_token
+    block_bytes = model.block_size * model.kv_bytes_per_token
     num_blocks = _num_blocks(options, model, kv_bytes)
     host_slots = _host_slots(options, block_bytes)
     free_host = beside.host - (kv_bytes if model.device == "cpu" else 0)
@@ -178,17 +180,17 @@ def solve_sizes(options: Options, model: ModelSizes, free: FreeBytes) -> Sizes:
             f"the host tier would take {host_slots * slot_bytes_for(block_bytes) / GIB:.3f} GiB "
             f"but {max(0, free_host) / GIB:.3f} GiB of host memory are free; give less host_gib"
         )
-    max_len = min(_wanted_len(options, model), num_blocks * memory.block_size)
+    max_len = min(_wanted_len(options, model), num_blocks * model.block_size)
     first_block, moving = 0, None if split is None else split.moving
     if moving is not None and experts is not None:
         region = moving.region
         num_blocks, first_block = region.num_blocks, region.first_block(experts.num_slots)
-        max_len = min(max_len, region.num_kv_blocks(region.most_slots) * memory.block_size)
+        max_len = min(max_len, region.num_kv_blocks(region.most_slots) * model.block_size)
     return Sizes(
         weights_bytes=_weights_bytes(model, experts),
         workspace_bytes=model.workspace_bytes,
         block_bytes=block_bytes,
-        block_size=memory.block_size,
+        block_size=model.block_size,
         num_blocks=num_blocks,
         first_block=first_block,
         host_slots=host_slots,
@@ -264,7 +266,8 @@ def _split(options: Options, asked: SplitMemory, model: ModelSizes, hot_bytes: i
         model.slots,
         model.rated,
         hot_bytes=hot_bytes,
-        kv_block_bytes=options.memory.block_size * model.kv_bytes_per_token,
+        kv_block_bytes=model.block_size * model.kv_bytes_per_token,
+        block_size=model.block_size,
         fewest_blocks=_fewest_blocks(options, model),
         model_max_len=model.max_len,
         max_step_tokens=_mixed_tokens(options.schedule, model, is_hosted=True),
@@ -301,8 +304,8 @@ def _kv_bytes(options: Options, model: ModelSizes, hot_bytes: int | None, free_b
         )
     if hot_bytes is not None:
         return hot_bytes
-    block_bytes = options.memory.block_size * model.kv_bytes_per_token
-    most_blocks = -(-_wanted_len(options, model) // options.memory.block_size)
+    block_bytes = model.block_size * model.kv_bytes_per_token
+    most_blocks = -(-_wanted_len(options, model) // model.block_size)
     share = (free_bytes - model.workspace_bytes) * TUNINGS[model.device].memory_share
     return min(int(share), schedule.max_num_seqs * most_blocks * block_bytes)
 
@@ -337,7 +340,7 @@ def _check_fits(
 
 
 def _num_blocks(options: Options, model: ModelSizes, kv_bytes: int) -> int:
-    block_bytes = options.memory.block_size * model.kv_bytes_per_token
+    block_bytes = model.block_size * model.kv_bytes_per_token
     needed = _fewest_blocks(options, model)
     if kv_bytes // block_bytes >= needed:
         return kv_bytes // block_bytes
@@ -377,7 +380,7 @@ def _wanted_len(options: Options, model: ModelSizes) -> int:
 def _fewest_blocks(options: Options, model: ModelSizes) -> int:
     """KV blocks that one request needs: for the longest context asked for, else 256 tokens."""
     tokens = min(options.schedule.max_model_len or 256, model.max_len)
-    return max(2, -(-tokens // options.memory.block_size))
+    return max(2, -(-tokens // model.block_size))
 
 
 def _weights_bytes(model: ModelSizes, experts: ExpertSizes | None) -> int:

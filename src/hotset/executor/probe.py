@@ -10,16 +10,18 @@ from transformers import PreTrainedModel
 
 from hotset.attention.flashinfer.limits import WIDENED_BYTES, WORKSPACE_BYTES
 from hotset.attention.hook import IMPLEMENTATION, register
+from hotset.attention.latent import hand_over_latents, latent_weights
 from hotset.attention.probe import ProbeAttention, are_alike, ends_are_alike
 from hotset.attention.spec import LayerAttention
-from hotset.cost.cache_spec import KeysValues, token_bytes
+from hotset.cost.cache_spec import Latent, StoredSpec, default_block_size, token_bytes
 from hotset.cost.config_sizes import context_length, largest
 from hotset.cost.tuning import TUNINGS
-from hotset.errors import HotsetError, ModelError
+from hotset.errors import ConfigError, HotsetError, ModelError
 from hotset.executor.prompt_logprobs import most_rows
 from hotset.experts.gating import noting_top_k, use_dynamic_gating, without_experts
 from hotset.experts.weights import experts_layers
 from hotset.libraries import first_line, quiet
+from hotset.linear.fp8 import FP8
 from hotset.linear.packed import PackedLinear
 from hotset.linear.reads import noting_reads
 
@@ -46,9 +48,19 @@ class ModelLayout:
     head_repeats: int = 1
 
     @property
-    def cache_specs(self) -> tuple[KeysValues, ...]:
+    def cache_specs(self) -> tuple[StoredSpec, ...]:
         """What the arena stores of each layer."""
         return tuple(layer.cache.stored for layer in self.layers)
+
+    @property
+    def default_block_size(self) -> int:
+        """Tokens of a block where the user names none."""
+        return default_block_size(self.cache_specs)
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether a layer caches latents."""
+        return any(isinstance(layer.cache, Latent) for layer in self.layers)
 
     @property
     def bytes_per_token(self) -> int:
@@ -59,7 +71,8 @@ class ModelLayout:
 def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -> ModelLayout:
     """Switch `model` to paged attention and find out what it caches, by running a few tokens.
 
-    Linear layers whose weight the model's code reads are marked on the way: see `linear.reads`.
+    Attention over latents hands them over from then on: see `hand_over_latents`. Linear layers
+    whose weight the model's code reads are marked on the way: see `linear.reads`.
 
     Args:
         model: in eval mode, on its device; its experts may be elsewhere, and are left out then. On
@@ -67,6 +80,7 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
         kv_dtype: of the stored keys and values; None is the model's.
 
     Raises:
+        ConfigError: `kv_dtype` is of 8 bits, and the model caches latents.
         ModelError: the model cannot run over a paged KV cache; says which part of it and why.
     """
     name = type(model).__name__
@@ -81,6 +95,8 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{name} does not use transformers' attention interface") from error
     use_dynamic_gating(model)
+    hand_over_latents(model)
+    check_kv_dtype(model, kv_dtype)
     with noting_top_k(model) as chosen:
         probe, logits = _probe(model, _TOKENS, _POSITIONS)
     layers = _layers_of(probe, config.num_hidden_layers, name)
@@ -99,6 +115,15 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
         max(chosen, default=0),
         _head_repeats(probe.first_keys[0]),
     )
+
+
+def check_kv_dtype(model: PreTrainedModel, kv_dtype: torch.dtype | None) -> None:
+    """Raise ConfigError where latents, once `model` hands them over, are to be 8-bit floats."""
+    if kv_dtype == FP8 and any(map(latent_weights, model.modules())):
+        raise ConfigError(
+            f"kv_dtype is fp8, but {type(model).__name__} caches latents (MLA), which are stored "
+            "in the model's dtype alone; expected auto"
+        )
 
 
 def _check_layer_types(config: Any, name: str) -> None:
@@ -229,9 +254,10 @@ def workspace_bytes(
 
     Live at once: the residual stream and its norm, queries, keys and values, the two halves of
     the feed-forward and their product, or of `top_k` experts these with input and output of each;
-    then the logits of `max_seqs` tokens, and those of prompts that are scored, and their float32
-    copy. On a GPU recorded steps have the same once more, for as many tokens as they have, and
-    logits at a fixed place; 8-bit KV is widened there for prompts.
+    of attention over latents, queries and output as wide as these; then the logits of `max_seqs`
+    tokens, and those of prompts that are scored, and their float32 copy. On a GPU recorded steps
+    have the same once more, for as many tokens as they have, and logits at a fixed place; 8-bit KV
+    is widened there for prompts.
     """
     config = model.config.get_text_config()
     hidden = largest(config, "hidden_size")
@@ -241,7 +267,7 @@ def workspace_bytes(
         middle = largest(config, "moe_intermediate_size") or dense
         ffn = max(ffn, top_k * (2 * hidden + 3 * middle))
     itemsize = model.dtype.itemsize
-    token_bytes = (6 * hidden + ffn) * itemsize
+    token_bytes = (6 * hidden + ffn + _latent_values(layout)) * itemsize
     num_scored = most_rows(config.vocab_size, itemsize, model.device.type)
     num_logits = min(max_seqs + num_scored, max_tokens) * config.vocab_size
     num_bytes = max_tokens * token_bytes + num_logits * (itemsize + 4)
@@ -251,3 +277,13 @@ def workspace_bytes(
         num_bytes += WORKSPACE_BYTES
         num_bytes += WIDENED_BYTES if layout.kv_dtype != layout.dtype else 0
     return int(num_bytes)
+
+
+def _latent_values(layout: ModelLayout) -> int:
+    """Numbers per token of absorbed queries and their output, in the widest layer."""
+    return max(
+        layer.num_heads * (2 * layer.cache.rank + layer.cache.rope_dim)
+        if isinstance(layer.cache, Latent)
+        else 0
+        for layer in layout.layers
+    )

@@ -8,18 +8,20 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hotset.cost.cache_spec import KeysValues, token_bytes
+from hotset.cost.cache_spec import KeysValues, StoredSpec, token_bytes
 from hotset.memory.disk.slab import slot_bytes_for
 
 
 class DeviceArena:
     """The device pool, block-major: a block is one contiguous run over all layers.
 
-    A block has the layers one after another, of each the keys of its tokens, then the values:
-    for equal layers the pool is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
+    A block has the layers one after another, of each the keys of its tokens, then the values, or
+    the latents of its tokens: for equal layers the pool is
+    `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`, or
+    `[num_blocks, num_layers, block_size, rank + rope_dim]`.
 
     Args:
-        specs: what each layer caches, as `KeysValues.stored`: keys and values of one width.
+        specs: what each layer caches, as `CacheSpec.stored`: keys and values of one width.
         num_blocks: in the pool.
         block_size: tokens of a block.
         dtype: of the stored values.
@@ -29,14 +31,14 @@ class DeviceArena:
         memory: uint8 on `device`, as long as the pool, to use; None is zeros of its own.
 
     Attributes:
-        layers: of each layer, `[num_blocks, 2, block_size, num_kv_heads, head_dim]`.
-        keys: the keys of `layers`, `[num_blocks, block_size, num_kv_heads, head_dim]`.
-        values: the values of `layers`, likewise.
+        layers: of each layer, `[num_blocks, 2, block_size, num_kv_heads, head_dim]`; of one that
+            caches latents, `[num_blocks, block_size, rank + rope_dim]`, the latent first. Other
+            strides than those of the last dimension may be of any size.
     """
 
     def __init__(
         self,
-        specs: Sequence[KeysValues],
+        specs: Sequence[StoredSpec],
         *,
         num_blocks: int,
         block_size: int,
@@ -61,11 +63,13 @@ class DeviceArena:
         start = 0
         for spec in specs:
             end = start + block_size * spec.token_values
-            shape = (num_blocks, 2, block_size, spec.num_kv_heads, spec.key_dim)
-            self.layers.append(self.storage[:, start:end].view(shape))
+            layer = self.storage[:, start:end]
+            if isinstance(spec, KeysValues):
+                shape = (num_blocks, 2, block_size, spec.num_kv_heads, spec.key_dim)
+                self.layers.append(layer.view(shape))
+            else:
+                self.layers.append(layer.view(num_blocks, block_size, spec.token_values))
             start = end
-        self.keys = [layer[:, 0] for layer in self.layers]
-        self.values = [layer[:, 1] for layer in self.layers]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (from, to) within the pool."""

@@ -247,12 +247,6 @@ def _notes(
         notes.append(
             f"{choice.running} of {workload.users} users run at a time; the others take turns"
         )
-    if note := shape.latent_note(request.kv_dtype):
-        if shape.is_mla:
-            latent = shape.kv_bytes_per_token(request.kv_dtype)
-            fewer = users_resident * latent // shape.stored_bytes_per_token(request.kv_dtype)
-            note += f": KV for {fewer:,} users in HBM, not {users_resident:,}"
-        notes.append(note)
     if layout.ep > 1 and shape.num_experts % layout.ep:
         slots = -(-shape.num_experts // layout.ep)
         notes.append(f"{slots * layout.ep - shape.num_experts} spare expert slots hold copies")

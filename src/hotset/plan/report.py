@@ -103,12 +103,6 @@ def _noted(notes: Iterable[str]) -> list[str]:
     return [textwrap.fill(f"Note: {note}", WIDTH, subsequent_indent="  ") for note in notes]
 
 
-def _latent_notes(plans: Iterable[Plan]) -> list[str]:
-    """The note about MLA's KV, for tables that leave the other notes out."""
-    found = (plan.request.shape.latent_note(plan.request.kv_dtype) for plan in plans)
-    return _noted(dict.fromkeys(note for note in found if note))
-
-
 def _gain(gain: float) -> str:
     return f"{gain:.2f}x" if gain < 1000 else "over 1000x"
 
@@ -185,8 +179,6 @@ def compare_table(names: list[str], plans: list[Plan], ratios: list[Ratio]) -> s
             f"{ratio.capacity:.2f}x from capacity (users at once) times {ratio.speed:.2f}x from "
             f"speed (same users); TPOT {ratio.tpot:.2f}x, TTFT {ratio.ttft:.2f}x"
         )
-    for note in _latent_notes(plans):
-        text += f"\n{note}"
     return text
 
 
@@ -223,7 +215,7 @@ def sweep_table(field: str, points: list[SweepPoint]) -> str:
     ]
     title = f"{first.request.shape.name} on {first.gpus} x {first.request.hardware.name}"
     lines = [f"{title}, {first.layout}", "", rows(table), "", f"tokens/s against {field}"]
-    lines += [rows([(a, b, "|" + c) for a, b, c in plot], "  "), *_latent_notes(good)]
+    lines += [rows([(a, b, "|" + c) for a, b, c in plot], "  ")]
     return "\n".join(lines)
 
 

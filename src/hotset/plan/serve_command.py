@@ -39,7 +39,10 @@ def why_not_served(plan: Plan) -> str:
             Kind.RECURRENT in kinds,
             f"hotset serve does not run the recurrent layers of {shape.name}",
         ),
-        (shape.is_mla, "hotset serve stores the keys and values of all heads, not MLA's latent"),
+        (
+            any(a.indexer for a, _, _ in shape.readers),
+            f"hotset serve does not run the sparse attention of {shape.name}",
+        ),
         (
             shape.max_context is not None and context > shape.max_context,
             f"{shape.name} is made for {shape.max_context} tokens, not {context}",
@@ -59,6 +62,10 @@ def why_not_served(plan: Plan) -> str:
         (
             stored == "fp8" and bool(shape.num_experts),
             "hotset serve keeps experts in bfloat16 with --dtype fp8: plan --dtype bfloat16",
+        ),
+        (
+            shape.is_mla and request.kv_dtype != _wide(stored),
+            f"hotset serve stores latents in {_wide(stored)}, not {request.kv_dtype}",
         ),
         (
             request.kv_dtype not in ("fp8", _wide(stored)),

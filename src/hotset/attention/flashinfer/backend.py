@@ -76,8 +76,8 @@ class FlashInferBackend(RecordableBackend):
         self.arena = arena
         self.device = arena.storage.device
         self.kinds = [kind_of(layer) for layer in layers]
-        # [num_blocks, block_size, H_kv, D] for each layer
-        self.caches = list(zip(arena.keys, arena.values, strict=True))
+        # keys and values of each layer, [num_blocks, block_size, H_kv, D]
+        self.caches = [layer.unbind(1) for layer in arena.layers]
         self.value_scales = [value_scale for _, value_scale in arena.scales]
         self._beside = torch.cuda.Stream(self.device)
         self._forked, self._joined = torch.cuda.Event(), torch.cuda.Event()

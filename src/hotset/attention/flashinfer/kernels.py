@@ -41,7 +41,9 @@ def why_unsupported(layers: Sequence[LayerAttention]) -> str | None:
             return f"queries of {layer.dtype}"
         if layer.sinks is not None:
             return "attention sinks"
-        key_dim, value_dim = layer.cache.key_dim, layer.cache.value_dim
+        if layer.latent is not None:
+            return "attention over latents"
+        key_dim, value_dim = layer.heads.key_dim, layer.heads.value_dim
         if key_dim != value_dim or key_dim not in _HEAD_DIMS:
             return f"head dimensions {key_dim} and {value_dim}"
     return None
@@ -133,7 +135,7 @@ def start_kernels(
                         backend,
                         layer.dtype,
                         stored,
-                        layer.cache.key_dim,
+                        layer.heads.key_dim,
                         layer.cache.window is not None,
                         layer.softcap is not None,
                     )

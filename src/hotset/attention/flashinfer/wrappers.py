@@ -26,7 +26,7 @@ class AttentionKind:
 
 def kind_of(layer: LayerAttention) -> AttentionKind:
     """The kind of a layer that FlashInfer can run: its keys and values are of one width."""
-    cache = layer.cache
+    cache = layer.heads
     return AttentionKind(
         layer.num_heads,
         cache.num_kv_heads,
