@@ -17,7 +17,7 @@ from hotset.memory.tier import (
     TierUsage,
 )
 from hotset.request import SamplingParams
-from hotset.sequence import IN_HOST, Request
+from hotset.sequence import Request
 
 
 class FakeClock:
@@ -34,11 +34,13 @@ class FakeClock:
 class FakeDevice:
     """Device blocks whose content is the tokens they are for.
 
-    Of hot requests it knows what steps tell it: which slots of host memory their blocks are in.
+    Of hot requests it knows what steps tell it: which slots of host memory their blocks are in. The
+    first index block is `first_index_block`; its content is that of a block whose keys it has.
     """
 
     block_size: int
     blocks: dict[int, list[int | None]] = field(default_factory=dict)
+    first_index_block: int = 2**31
     host: Callable[[int], list[int | None]] | None = None
     seats: dict[int, dict[int, int]] = field(default_factory=dict)
 
@@ -59,8 +61,11 @@ class FakeDevice:
             if request.is_finished:
                 continue  # while the step was prepared
             for block in request.kv.slot_blocks:  # whatever was selected comes there
+                assert block < self.first_index_block
                 self.blocks[block] = [None] * size
             for i in range(item.start):
+                content = self.content(request.kv.block_table[i // size])
+                assert content[i % size] == request.token_ids[i], "another token's index key"
                 content = self.past(request, i // size)
                 assert content[i % size] == request.token_ids[i], "attention reads another's token"
             for i in range(item.start, item.start + item.num_tokens):
@@ -72,7 +77,7 @@ class FakeDevice:
     def past(self, request: Request, index: int) -> list[int | None]:
         """What attention finds of a block."""
         block = request.kv.block_table[index]
-        if block != IN_HOST:
+        if block < self.first_index_block:
             return self.content(block)
         assert request.kv.seat is not None and self.host is not None
         return self.host(self.seats[request.kv.seat][index])

@@ -33,6 +33,7 @@ def make_scheduler(
     rotation_s: float | None = None,
     ahead_tokens: int = 256,
     hot_blocks: int = 0,
+    num_index_blocks: int = 100,
     step_cost: StepCost | None = None,
     clock: FakeClock | None = None,
 ) -> Scheduler:
@@ -49,6 +50,7 @@ def make_scheduler(
         seats=Seats(num_seats=8, num_slots=hot_blocks * BLOCK, block_size=BLOCK)
         if hot_blocks
         else None,
+        index_blocks=range(num_blocks, num_blocks + num_index_blocks),
     )
     return Scheduler(
         kv,

@@ -8,8 +8,6 @@ from hotset.request import FinishReason, SamplingParams
 
 # Stands last in `Request.token_ids` for the token that the device is still choosing.
 UNKNOWN_TOKEN = -1
-# Stands in `SequenceBlocks.block_table` for a block that host memory alone has.
-IN_HOST = -1
 
 _ids = itertools.count()
 
@@ -78,11 +76,11 @@ class SequenceBlocks:
 
     Attributes:
         num_computed_tokens: how many leading tokens have their KV in `block_table`.
-        block_table: device block ids in token order; `IN_HOST` where a hot request has the block in
-            host memory alone.
+        block_table: device block ids in token order; where a hot request has left a block to host
+            memory, an index block, which has nothing but its index keys: see `kv.table`.
         slot_blocks: device blocks that are a hot request's slots, beside `block_table`.
         seat: of a hot request, its row in the device's tables; see `kv.seats`.
-        num_in_host: how many of `block_table` are `IN_HOST`.
+        num_index_blocks: how many of `block_table` are index blocks.
         block_hashes: chained hashes of the leading full blocks, as far as computed.
         arriving: index into `block_table` -> key of the content that is on its way up.
         arrived: index into `block_table` -> the content it has, at or beyond
@@ -104,7 +102,7 @@ class SequenceBlocks:
     block_table: list[int] = field(default_factory=list)
     slot_blocks: list[int] = field(default_factory=list)
     seat: int | None = None
-    num_in_host: int = 0
+    num_index_blocks: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     arriving: dict[int, bytes] = field(default_factory=dict)
     arrived: dict[int, ArrivedBlock] = field(default_factory=dict)
@@ -120,8 +118,8 @@ class SequenceBlocks:
 
     @property
     def num_blocks(self) -> int:
-        """Device blocks that it holds."""
-        return len(self.block_table) - self.num_in_host + len(self.slot_blocks)
+        """Device blocks that it holds, without index blocks."""
+        return len(self.block_table) - self.num_index_blocks + len(self.slot_blocks)
 
 
 @dataclass(eq=False, slots=True)

@@ -51,6 +51,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ahead_tokens=st.just(256),
         hot_blocks=st.just(0),
         num_seats=st.just(0),
+        num_index_blocks=st.just(0),
     )
     def start(
         self,
@@ -66,11 +67,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         ahead_tokens: int,
         hot_blocks: int,
         num_seats: int,
+        num_index_blocks: int,
     ) -> None:
-        self.device = FakeDevice(BLOCK)
+        self.device = FakeDevice(BLOCK, first_index_block=num_blocks)
         self.tiers = FakeTiers(self.device)
         self.tiers.num_slots = num_slots
-        self.clock = FakeClock()
+        self.clock, self.num_index_blocks = FakeClock(), num_index_blocks
         seats = None
         if hot_blocks:
             seats = Seats(num_seats=num_seats, num_slots=hot_blocks * BLOCK, block_size=BLOCK)
@@ -84,6 +86,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             policy=PrefixPolicy(rates, bytes_per_token=1, mode=mode),  # type: ignore[arg-type]
             prefix_caching=prefix_caching,
             seats=seats,
+            index_blocks=range(num_blocks, num_blocks + num_index_blocks),
         )
         self.scheduler = Scheduler(
             self.kv,
@@ -258,6 +261,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.kv.poll()
         assert self.kv.pool.num_held == 0
         assert not self.tiers.kept
+        assert self.kv.tables.num_index_blocks == self.num_index_blocks
 
 
 class HotMachine(SchedulerMachine):
@@ -270,6 +274,7 @@ class HotMachine(SchedulerMachine):
         prefix_caching=st.booleans(),
         hot_blocks=st.integers(1, 3),
         num_seats=st.integers(1, 4),
+        num_index_blocks=st.sampled_from([9, 40]),
     )
     def start(self, **chosen: Any) -> None:
         sizes = {"max_num_seqs": 6, "budget": 24, "mixed_budget": 24, "row_tile": 1}

@@ -1,12 +1,12 @@
 """Requests that turn hot: who may, what stays on the device, and what host memory keeps for it."""
 
-from fakes import FakeDevice, FakeTiers
+from fakes import FakeTiers
 from schedulers import BLOCK, make_request, make_scheduler, run
 
 from hotset.engine.scheduler import Scheduler
 from hotset.kv.hot_set import HotSet
 from hotset.request import FinishReason, SamplingParams
-from hotset.sequence import IN_HOST, Request
+from hotset.sequence import Request
 
 PROMPT = list(range(21))  # five full blocks and one token
 
@@ -38,7 +38,9 @@ def test_the_newest_blocks_stay_in_place_as_slots_and_the_others_are_given_back(
     assert hot.turn_hot(request) == 3
 
     assert request.kv.slot_blocks == blocks[3:5]
-    assert request.kv.block_table == [IN_HOST] * 5 + blocks[5:]
+    *left, last = request.kv.block_table
+    assert last == blocks[5] and not any(map(scheduler.kv.tables.is_whole, left))
+    assert scheduler.kv.tables.take_copies() == list(zip(blocks[:5], left, strict=True))
     assert scheduler.kv.pool.num_available == before + 3
     [reset] = (updates := hot.take_updates()).resets
     assert [part.start for part in reset.slot_blocks] == [3 * BLOCK, 4 * BLOCK]
@@ -64,10 +66,10 @@ def test_a_block_leaves_once_its_copy_has_ended(fake_tiers: FakeTiers) -> None:
     while request.kv.num_computed_tokens < 6 * BLOCK:
         run(scheduler)
     scheduler.kv.poll()
-    assert request.kv.block_table[5] != IN_HOST  # its copy is under way
+    assert scheduler.kv.tables.is_whole(request.kv.block_table[5])  # its copy is under way
     fake_tiers.end_all()
     scheduler.kv.poll()
-    assert request.kv.block_table[5] == IN_HOST
+    assert not scheduler.kv.tables.is_whole(request.kv.block_table[5])
     [place] = hot.take_updates().places
     assert place.block_index == 5
     scheduler.kv.check()
@@ -86,7 +88,7 @@ def test_a_copy_that_host_memory_had_no_room_for_is_asked_for_again(fake_tiers: 
     scheduler.kv.poll()
     fake_tiers.end_all()
     scheduler.kv.poll()
-    assert request.kv.block_table[5] == IN_HOST
+    assert not scheduler.kv.tables.is_whole(request.kv.block_table[5])
 
 
 def test_who_shares_blocks_keeps_them_and_they_are_no_slots(fake_tiers: FakeTiers) -> None:
@@ -100,7 +102,7 @@ def test_who_shares_blocks_keeps_them_and_they_are_no_slots(fake_tiers: FakeTier
     assert first.kv.block_table[:4] == other.kv.block_table[:4]
     assert hot.turn_hot(first) == 0  # of its own it has one block, which would be its slots
     assert hot.turn_hot(other) == 1
-    assert IN_HOST not in first.kv.block_table
+    assert all(map(scheduler.kv.tables.is_whole, first.kv.block_table))
     run(scheduler)
     scheduler.kv.check()
 
@@ -117,8 +119,17 @@ def test_prompts_short_requests_and_those_with_several_outputs_stay_resident(
     assert not hot.make_room(scheduler.running, 1)
 
 
+def test_too_few_index_blocks_have_a_request_stay_resident(fake_tiers: FakeTiers) -> None:
+    request = make_request(PROMPT, max_tokens=8)  # eight blocks at its end
+    scheduler, hot = running(fake_tiers, request)
+    taken = [scheduler.kv.tables._index_blocks.pop() for _ in range(93)]
+    assert hot.turn_hot(request) == 0
+    scheduler.kv.tables._index_blocks += taken
+    assert hot.turn_hot(request) == 3
+
+
 def test_host_memory_that_cannot_keep_a_request_to_its_end_has_it_stay_resident() -> None:
-    tiers = FakeTiers(FakeDevice(BLOCK))
+    tiers = FakeTiers()
     tiers.num_slots = 6
     request = make_request(PROMPT, max_tokens=8)  # eight blocks at its end
     _, hot = running(tiers, request)

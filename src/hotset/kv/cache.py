@@ -17,7 +17,7 @@ from hotset.kv.transfers import BlockTransfers, Known
 from hotset.memory.tier import Answer
 from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
-from hotset.sequence import IN_HOST, ArrivedBlock, Kind, Request, Tail
+from hotset.sequence import ArrivedBlock, Kind, Request, Tail
 
 # Keys of a prefix that tiers are asked for at first; twice as many each time that all are there.
 _KEYS_AT_ONCE = 32
@@ -53,9 +53,10 @@ class KVCache:
         policy: PrefixPolicy | None = None,
         prefix_caching: bool = True,
         seats: Seats | None = None,
+        index_blocks: Sequence[int] = (),
     ) -> None:
         self.pool = pool
-        self.tables = BlockTables(pool, block_size)
+        self.tables = BlockTables(pool, block_size, index_blocks)
         self.prefixes = Prefixes(fingerprint, block_size, are_shared=prefix_caching)
         self.transfers = BlockTransfers(pool, block_size, metrics, tiers, policy)
         self.hot = None
@@ -178,7 +179,7 @@ class KVCache:
         if tail is not None and kv.num_computed_tokens >= tail.index * size + tail.num_tokens:
             self.transfers.drop_tail(request)  # computed past it
         for i in range(num_full):
-            if kv.block_table[i] != IN_HOST:
+            if self.tables.is_whole(kv.block_table[i]):
                 self.transfers.spill(kv.block_hashes[i], kv.block_table[i])
         if num_partial and kv.resume is None:
             key = secrets.token_bytes(DIGEST_BYTES)

@@ -1,7 +1,8 @@
 """Which requests are hot, and what of their tokens leaves the device for it. Imports no torch.
 
 A hot request has its tokens in host memory, those that were used last in slots on the device too,
-and on the device alone what is not copied down yet: its last, partial block at least.
+and on the device alone what is not copied down yet: its last, partial block at least. The index
+keys of all its tokens stay on the device, as each step reads them.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from hotset.kv.seats import DeviceBlock, HostSlot, Seat, Seats, SeatUpdates, Slo
 from hotset.kv.table import BlockTables
 from hotset.kv.transfers import BlockTransfers
 from hotset.metrics import Metrics
-from hotset.sequence import IN_HOST, Kind, Request
+from hotset.sequence import Kind, Request
 
 
 @dataclass(slots=True)
@@ -86,8 +87,8 @@ class HotSet:
         """Turn a running request hot, if that gives back blocks; returns how many.
 
         0, with nothing changed, where too few of its blocks are its own and in host memory, or host
-        memory cannot keep what it will have at its end. Its newest blocks stay where they are, as
-        its slots.
+        memory or index blocks do not last for what it will have at its end. Its newest blocks stay
+        where they are, as its slots.
         """
         if not self.most_freed(request):
             return 0
@@ -99,7 +100,10 @@ class HotSet:
             and self._transfers.host_slot(kv.block_hashes[index]) is not None
         ]
         num_freed = len(own) - self._seats.blocks_per_seat
-        if num_freed <= 0 or not self._transfers.can_take(self._num_kept_at_end(request)):
+        num_needed = self._num_left_at_end(request)
+        if num_freed <= 0 or num_needed > self._tables.num_index_blocks:
+            return 0
+        if not self._transfers.can_take(num_needed):
             return 0
         slots = own[-self._seats.blocks_per_seat :]
         seat = self._seats.take([self._slot_block(request, index) for index in slots])
@@ -138,13 +142,13 @@ class HotSet:
     def _num_full(self, request: Request) -> int:
         return request.kv.num_computed_tokens // self._tables.block_size
 
-    def _num_kept_at_end(self, newcomer: Request) -> int:
-        """Slots of host memory that `newcomer` needs, and hot requests beside what they have."""
-        hot = [one.request for one in self._hot.values()]
-        num_missing = [
-            self._tables.num_blocks_for(one.max_total_tokens) - one.kv.num_in_host for one in hot
-        ]
-        return sum(num_missing) + self._tables.num_blocks_for(newcomer.max_total_tokens)
+    def _num_left_at_end(self, newcomer: Request) -> int:
+        """Blocks that `newcomer` leaves to host memory, and hot requests beside what they have."""
+        requests = [newcomer, *(hot.request for hot in self._hot.values())]
+        return sum(
+            self._tables.num_blocks_for(one.max_total_tokens) - one.kv.num_index_blocks
+            for one in requests
+        )
 
     def _slot_block(self, request: Request, index: int) -> SlotBlock:
         block = DeviceBlock(request.kv.block_table[index])
@@ -161,9 +165,7 @@ class HotSet:
                 hot.staying.append(index)
                 continue
             self._seats.place(hot.seat, index, HostSlot(slot))
-            self._tables.pool.release(kv.block_table[index])
-            kv.block_table[index] = IN_HOST
-            kv.num_in_host += 1
+            self._tables.keep_index_keys(hot.request, index)
         for index in hot.staying:  # after all that host memory has is kept there
             self._transfers.bring_down(kv.block_hashes[index], kv.block_table[index])
 
@@ -174,8 +176,9 @@ class HotSet:
         for hot in self._hot.values():
             kv, seat = hot.request.kv, hot.seat
             assert kv.seat == seat.number and kv.slot_blocks == seat.slot_blocks
-            in_host = {i for i, block in enumerate(kv.block_table) if block == IN_HOST}
-            assert in_host == seat.host.keys() and len(in_host) == kv.num_in_host
+            is_whole = self._tables.is_whole
+            in_host = {i for i, block in enumerate(kv.block_table) if not is_whole(block)}
+            assert in_host == seat.host.keys() and len(in_host) == kv.num_index_blocks
             for index, slot in seat.host.items():
                 assert self._transfers.host_slot(kv.block_hashes[index]) == slot
             assert all(self._tables.pool.ref_count(b) == 1 for b in kv.slot_blocks)

@@ -3,20 +3,35 @@
 from collections.abc import Iterable, Sequence
 
 from hotset.kv.pool import BlockPool
-from hotset.sequence import IN_HOST, Kind, Request
+from hotset.sequence import Kind, Request
 
 
 class BlockTables:
-    """Takes blocks from the pool for sequences and gives them back; knows no keys and no tiers."""
+    """Takes blocks from the pool for sequences and gives them back; knows no keys and no tiers.
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
+    Beside the pool's there are index blocks, with the index keys of tokens whose rows are in host
+    memory. Their ids are above those of the pool, so that one table names both.
+
+    Args:
+        pool: the blocks.
+        block_size: tokens of a block.
+        index_blocks: ids of the index blocks.
+    """
+
+    def __init__(self, pool: BlockPool, block_size: int, index_blocks: Sequence[int] = ()) -> None:
         self.pool, self.block_size = pool, block_size
+        self._index_blocks = list(index_blocks)  # free ones
         self._copies: list[tuple[int, int]] = []
 
     @property
     def num_available(self) -> int:
         """Blocks that can be had: free ones, and cached ones that nobody holds."""
         return self.pool.num_available
+
+    @property
+    def num_index_blocks(self) -> int:
+        """Index blocks that can be had."""
+        return len(self._index_blocks)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -121,8 +136,23 @@ class BlockTables:
         table.extend(pool.allocate(num_new))
         return True
 
+    def is_whole(self, block: int) -> bool:
+        """Whether a block of a table is of the pool, not an index block."""
+        return block < self.pool.num_blocks
+
+    def keep_index_keys(self, request: Request, index: int) -> None:
+        """Give a request's block back to the pool, and have an index block in its place."""
+        table, index_block = request.kv.block_table, self._index_blocks.pop()
+        self._copies.append((table[index], index_block))
+        self.pool.release(table[index])
+        table[index] = index_block
+        request.kv.num_index_blocks += 1
+
     def take_copies(self) -> list[tuple[int, int]]:
-        """Block copies (from, to) within the device that must run before the next step."""
+        """Block copies (from, to) within the device that must run before the next step.
+
+        To an index block index keys are copied alone.
+        """
         copies, self._copies = self._copies, []
         return copies
 
@@ -146,7 +176,9 @@ class BlockTables:
     def give_back(self, request: Request) -> None:
         """Take all blocks from a request."""
         for block in reversed(request.kv.block_table):  # the tail is evicted before the head
-            if block != IN_HOST:
+            if self.is_whole(block):
                 self.pool.release(block)
+            else:
+                self._index_blocks.append(block)
         request.kv.block_table = []
-        request.kv.num_in_host = request.kv.num_computed_tokens = 0
+        request.kv.num_index_blocks = request.kv.num_computed_tokens = 0
