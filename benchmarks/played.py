@@ -1,7 +1,7 @@
 """An engine whose steps cost time on a clock of their own, and compute nothing."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hotset.engine.build import build_engine
@@ -57,6 +57,9 @@ class PlayedExecutor:
         self.seconds.append(seconds)
         num_rows = len(step.sample.sequences)
         return PlayedStep(StepResult([0] * num_rows, [None] * num_rows, {}, [], seconds))
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """See `Executor`."""
 
     def validate(self, params: SamplingParams) -> None:
         """See `Executor`."""

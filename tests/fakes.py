@@ -219,6 +219,7 @@ class FakeExecutor:
     def __init__(self) -> None:
         self.steps: list[StepInput] = []
         self.released: list[int] = []
+        self.copies: list[tuple[int, int]] = []  # that no step made
 
     def submit(self, step: StepInput, when_ready: Callable[[], None]) -> "FakeExecutor":
         when_ready()
@@ -228,6 +229,9 @@ class FakeExecutor:
     def wait(self) -> StepResult:
         token_ids = [10 + num_outputs for num_outputs in self.steps[-1].sample.num_outputs]
         return StepResult(token_ids, [None] * len(token_ids), {}, [], 0.01)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        self.copies += copies
 
     def validate(self, params: SamplingParams) -> None:
         pass

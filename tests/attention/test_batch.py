@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from hotset.attention.batch import SEAT
 from hotset.attention.inputs import copy_batch
 from hotset.engine.step import Step, StepItem
 from hotset.engine.step_input import make_step_input
@@ -45,13 +46,14 @@ def test_decodes_come_first_and_rows_are_those_of_the_plans_order() -> None:
 
 
 def test_a_recorded_step_reads_the_steps_tokens_and_padding_beyond_them() -> None:
-    padding = np.array([0, 0, 99, 0, -1], np.int64)
+    padding = np.array([0, 0, 99, 0, -1, -1], np.int64)
     static = StaticInputs.make(4, 2, padding, torch.zeros(8, dtype=torch.long))
     batch = make_step_input(Step([StepItem.of(make_request([20, 21, 22], [7]), 0, 3)]), 4).batch
     static.fill(batch.inputs, batch.sampled_rows, padding)
     assert static.inputs.token_ids.tolist() == [20, 21, 22, 0]
     assert static.inputs.blocks.tolist() == [7, 7, 7, 99]
     assert static.inputs.sources.tolist() == [-1, -1, -1, -1]
+    assert static.inputs.seats.tolist() == [-1, -1, -1, -1]
     assert static.rows.tolist() == [2, 0]
 
 
@@ -64,3 +66,10 @@ def test_sizes_reach_what_a_step_can_have_and_no_further() -> None:
 def test_a_step_runs_in_the_fastest_recorded_size_that_holds_it() -> None:
     assert fastest([2, 4, 6], [1.0, 3.0, 2.0]) == [0, 0, 0, 2, 2, 2, 2]
     assert fastest([1, 2], [1.0, 1.0]) == [0, 0, 1]  # of equal ones the smaller
+
+
+def test_a_step_tells_the_seats_of_its_hot_requests() -> None:
+    requests = [make_request([20, 21, 22], [7]) for _ in range(2)]
+    requests[1].kv.seat = 3
+    items = [StepItem.of(request, 2, 1) for request in requests]
+    assert make_step_input(Step(items), 4).batch.inputs[SEAT].tolist() == [-1, 3]

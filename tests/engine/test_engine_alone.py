@@ -7,6 +7,7 @@ from hotset.cost.rates import Rates
 from hotset.engine.engine import Engine, EngineParts
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.sizing import Sizes
+from hotset.engine.step import Step
 from hotset.engine.step_cost import StepCost
 from hotset.options import Options
 from hotset.request import FinishReason, SamplingParams
@@ -60,3 +61,10 @@ def test_requests_run_to_their_ends_over_any_executor() -> None:
     assert len(executor.released) == 2 and engine.kv.pool.num_held == 0
     kinds = [step.kinds for step in executor.steps]
     assert kinds == [[Kind.PROMPT] * 2, [Kind.DECODE] * 2, [Kind.DECODE] * 2]
+
+
+def test_copies_of_blocks_are_made_where_a_step_has_nothing_to_compute() -> None:
+    executor = FakeExecutor()
+    engine = make_engine(executor)
+    engine._submit(Step([], [(3, 20), (4, 21)]))
+    assert executor.copies == [(3, 20), (4, 21)] and not executor.steps

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from hotset.attention.batch import NUM_INPUTS
 from hotset.executor.padding import packed, padding_column
 from hotset.executor.recorded_sizes import RecordedStep, RecordedSteps
 
@@ -61,12 +62,15 @@ def test_a_padded_step_has_its_tokens_and_rows_first_and_writes_nothing_else(see
     rng = np.random.default_rng(seed)
     num_tokens, num_rows = int(rng.integers(1, 20)), int(rng.integers(0, 9))
     held, held_rows = int(rng.integers(0, num_tokens + 1)), int(rng.integers(0, num_rows + 1))
-    inputs = rng.integers(1, 500, (5, held))
+    inputs = rng.integers(1, 500, (NUM_INPUTS, held))
     rows = rng.integers(0, num_tokens, held_rows)
     values = packed(inputs, rows, padding_column(999), num_tokens=num_tokens, num_rows=num_rows)
-    assert values.dtype == np.int64 and values.shape == (5 * num_tokens + num_rows,)
-    tokens = values[: 5 * num_tokens].reshape(5, num_tokens)
+    assert values.dtype == np.int64 and values.shape == (NUM_INPUTS * num_tokens + num_rows,)
+    tokens = values[: NUM_INPUTS * num_tokens].reshape(NUM_INPUTS, num_tokens)
     assert np.array_equal(tokens[:, :held], inputs)
     beyond = tokens[:, held:].T.tolist()
-    assert beyond == [[0, 0, 999, 0, -1]] * (num_tokens - held)  # KV to the scratch block, known
-    assert values[5 * num_tokens :].tolist() == [*rows.tolist(), *[0] * (num_rows - held_rows)]
+    assert beyond == [[0, 0, 999, 0, -1, -1]] * (num_tokens - held)  # KV where it is never read
+    assert values[NUM_INPUTS * num_tokens :].tolist() == [
+        *rows.tolist(),
+        *[0] * (num_rows - held_rows),
+    ]

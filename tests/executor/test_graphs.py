@@ -155,7 +155,7 @@ def make_batch(lengths: list[tuple[int, int]], seed: int) -> Batch:
             source = int(random.integers(MOST_SEQS)) if random.random() < 0.2 else -1
             token = 0 if source >= 0 else int(random.integers(10))
             block, offset = table[position // BLOCK], position % BLOCK
-            columns.append((token, position, block, offset, source))
+            columns.append((token, position, block, offset, source, -1))
         sequences.append(SequenceSpan(start, count, context, table))
         rows.append(len(columns) - 1)
     inputs = np.array(columns, np.int64).T

@@ -9,7 +9,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 # Rows of `Batch.inputs`.
-TOKEN, POSITION, BLOCK, OFFSET, SOURCE = range(5)
+TOKEN, POSITION, BLOCK, OFFSET, SOURCE, SEAT = range(6)
+NUM_INPUTS = 6
 
 
 class SequenceSpan(NamedTuple):
@@ -31,9 +32,10 @@ class Batch:
     """A step in flat order: sequences of one token first, as other kernels attend those.
 
     Attributes:
-        inputs: `[5, T]` int64: token ids; positions; blocks that the tokens' KV goes to, and
-            places in these; and rows among the tokens that the step before chose, for the tokens
-            that the host does not know yet, -1 for the others. See `Inputs`.
+        inputs: `[6, T]` int64: token ids; positions; blocks that the tokens' KV goes to, and
+            places in these; rows among the tokens that the step before chose, for the tokens that
+            the host does not know yet, -1 for the others; and seats, -1 where the request is not
+            hot. See `Inputs`.
         sampled_rows: `[R]` int64, the last row of each item that samples, in the order of items.
         scored_rows: `[P]` int64, the rows whose logits tell log-probabilities of prompts, in the
             order of items.

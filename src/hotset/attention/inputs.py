@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hotset.attention.batch import Batch
+from hotset.attention.batch import NUM_INPUTS, Batch
 
 Array = npt.NDArray[Any]
 
@@ -18,6 +18,7 @@ class Inputs(NamedTuple):
         blocks: where the token's KV goes, with its place in the block in `offsets`.
         sources: row among the tokens that the step before chose, for the tokens that the host
             does not know yet; -1 for the others.
+        seats: row of its request in the tables of hot requests; -1 where it is not hot.
     """
 
     token_ids: torch.Tensor
@@ -25,6 +26,7 @@ class Inputs(NamedTuple):
     blocks: torch.Tensor
     offsets: torch.Tensor
     sources: torch.Tensor
+    seats: torch.Tensor
 
     def resolve(self, previous: torch.Tensor) -> torch.Tensor:
         """`token_ids` with the tokens that the step before chose (`previous`, `[R]`) filled in."""
@@ -40,7 +42,7 @@ def copy_batch(batch: Batch, device: torch.device) -> tuple[Inputs, torch.Tensor
     packed = np.concatenate([batch.inputs.ravel(), batch.sampled_rows, batch.scored_rows])
     on_device = to_device(packed, device)
     size = batch.inputs.size
-    return Inputs(*on_device[:size].view(5, -1).unbind()), on_device[size:]
+    return Inputs(*on_device[:size].view(NUM_INPUTS, -1).unbind()), on_device[size:]
 
 
 class HostCopy:

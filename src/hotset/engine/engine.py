@@ -288,6 +288,8 @@ class Engine:
         """
         tiers = self._tiers
         if not step.items:
+            if step.copies:  # of blocks that were given back, and may be filled from now on
+                self.executor.copy_blocks(step.copies)
             if tiers is not None:
                 tiers.flush()
             if self._in_flight is None and self.scheduler.has_requests:

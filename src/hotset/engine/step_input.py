@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hotset.attention.batch import BLOCK, OFFSET, POSITION, SOURCE, TOKEN, Batch, SequenceSpan
+from hotset.attention.batch import (
+    BLOCK,
+    NUM_INPUTS,
+    OFFSET,
+    POSITION,
+    SOURCE,
+    TOKEN,
+    Batch,
+    SequenceSpan,
+)
 from hotset.engine.step import Step, StepItem
 from hotset.executor.step_input import SampleInput, ScoredTokens, SeenTokens, StepInput
 from hotset.sequence import Kind, Request
@@ -18,7 +27,7 @@ Array = npt.NDArray[Any]
 def make_step_input(step: Step, block_size: int) -> StepInput:
     """The arrays of a step, decodes first."""
     items = step.items
-    columns: list[tuple[int, int, int, int, int]] = []
+    columns: list[tuple[int, ...]] = []
     chunks: list[Array] = []
     sequences: list[SequenceSpan] = []
     ends: dict[int, int] = {}  # item -> the row after its last
@@ -33,13 +42,16 @@ def make_step_input(step: Step, block_size: int) -> StepInput:
             if source is None or end < len(token_ids):
                 source = -1
             offset = item.start % block_size
-            columns.append((token_ids[item.start], item.start, table[-1], offset, source))
+            seat = -1 if request.kv.seat is None else request.kv.seat
+            columns.append((token_ids[item.start], item.start, table[-1], offset, source, seat))
         else:
             chunks.append(_chunk(item, table, block_size))
         sequences.append(SequenceSpan(start, num_tokens, end, table))
         start += num_tokens
         ends[id(item)] = start
-    inputs = np.concatenate([np.array(columns, np.int64).reshape(-1, 5).T, *chunks], axis=1)
+    inputs = np.concatenate(
+        [np.array(columns, np.int64).reshape(-1, NUM_INPUTS).T, *chunks], axis=1
+    )
     is_unknown = inputs[SOURCE] >= 0
     # The placeholder of a token that is still being chosen is no index of an embedding.
     inputs[TOKEN, is_unknown] = 0
@@ -54,7 +66,9 @@ def make_step_input(step: Step, block_size: int) -> StepInput:
         bool(is_unknown.any()),
     )
     sample = make_sample_input([item.request for item in sampling])
-    return StepInput([item.kind for item in ordered], batch, sample, scored, step.copies)
+    return StepInput(
+        [item.kind for item in ordered], batch, sample, scored, step.copies, step.seats
+    )
 
 
 def make_sample_input(requests: Sequence[Request]) -> SampleInput:
@@ -71,9 +85,9 @@ def make_sample_input(requests: Sequence[Request]) -> SampleInput:
 
 
 def _chunk(item: StepItem, table: Sequence[int], block_size: int) -> Array:
-    """The rows of `Batch.inputs` for several tokens, `[5, num_tokens]`."""
+    """The rows of `Batch.inputs` for several tokens, `[6, num_tokens]`."""
     request, end = item.request, item.start + item.num_tokens
-    chunk = np.full((5, item.num_tokens), -1, np.int64)
+    chunk = np.full((NUM_INPUTS, item.num_tokens), -1, np.int64)
     chunk[TOKEN] = request.token_ids[item.start : end]
     chunk[POSITION] = positions = np.arange(item.start, end)
     first_block = item.start // block_size

@@ -1,7 +1,7 @@
 """What runs model steps, as the engine sees it. Imports numpy, no torch."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from hotset.executor.step_input import StepInput, StepResult
@@ -57,6 +57,10 @@ class Executor(Protocol):
             ExpertReadError: an expert that the step needs cannot be read.
             RuntimeError, MemoryError: the step failed. Nothing of it is under way.
         """
+        ...
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks of the device (from, to) where no step does, before what comes later."""
         ...
 
     def release(self, sequence_id: int) -> None:

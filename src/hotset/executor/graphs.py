@@ -13,7 +13,7 @@ from hotset.attention.backend import (
     RecordedMixed,
     StepAttention,
 )
-from hotset.attention.batch import Batch
+from hotset.attention.batch import NUM_INPUTS, Batch
 from hotset.attention.inputs import Inputs, fill
 from hotset.cost.tuning import TUNINGS
 from hotset.executor.padding import Array, packed, padding_column
@@ -31,7 +31,7 @@ class StaticInputs:
     """Where the recorded kernels of one size read what to compute.
 
     Attributes:
-        packed: `[5 * T + R]` int64 on the device: the rows of `Inputs`, then `rows`.
+        packed: `[6 * T + R]` int64 on the device: the rows of `Inputs`, then `rows`.
         rows: the last R of it, rows whose logits are wanted.
     """
 
@@ -42,14 +42,14 @@ class StaticInputs:
     @classmethod
     def make(cls, num_tokens: int, num_rows: int, padding: Array, previous: torch.Tensor) -> Self:
         """Room for T tokens and R rows, full of `padding`, on the device of `previous`."""
-        memory = previous.new_zeros(5 * num_tokens + num_rows)
-        views = Inputs(*memory[: 5 * num_tokens].view(5, -1).unbind())
-        static = cls(memory, views, memory[5 * num_tokens :])
-        static.fill(np.empty((5, 0), np.int64), np.empty(0, np.int64), padding)
+        memory = previous.new_zeros(NUM_INPUTS * num_tokens + num_rows)
+        tokens, row_numbers = memory.split([NUM_INPUTS * num_tokens, num_rows])
+        static = cls(memory, Inputs(*tokens.view(NUM_INPUTS, -1).unbind()), row_numbers)
+        static.fill(np.empty((NUM_INPUTS, 0), np.int64), np.empty(0, np.int64), padding)
         return static
 
     def fill(self, inputs: Array, rows: Array, padding: Array) -> None:
-        """Set the step's inputs, `[5, T or fewer]`, and rows, R or fewer; `padding` is beyond."""
+        """Set the step's inputs, `[6, T or fewer]`, and rows, R or fewer; `padding` is beyond."""
         num_tokens, num_rows = len(self.inputs.token_ids), len(self.rows)
         values = packed(inputs, rows, padding, num_tokens=num_tokens, num_rows=num_rows)
         fill(self.packed, values)

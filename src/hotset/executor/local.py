@@ -1,7 +1,7 @@
 """An executor in this process: a model with its sampler, on one device."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -74,6 +74,10 @@ class LocalExecutor:
             scored = PendingPromptLogprobs(step.scored, logits[num_rows:])
         timer.stop()
         return PendingStep(tokens, scored, timer)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """See `Executor`."""
+        self.runner.copy_blocks(copies)
 
     def release(self, sequence_id: int) -> None:
         """See `Executor`."""

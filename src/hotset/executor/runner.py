@@ -3,7 +3,7 @@
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hotset.attention.backend import AttentionBackend, RecordableBackend, StepAttention
+from hotset.attention.batch import NUM_INPUTS
 from hotset.attention.hook import register
 from hotset.attention.inputs import Inputs, copy_batch
+from hotset.attention.seat_tables import SeatTables
 from hotset.errors import ModelError
 from hotset.executor.graphs import StepGraphs
 from hotset.executor.step_input import StepInput
@@ -47,6 +49,7 @@ class ModelRunner:
         arena: where the KV lives.
         attention: how it is attended to.
         max_num_seqs: most requests in one step.
+        seats: the tables of hot requests, which `attention` reads; None where none may be hot.
     """
 
     def __init__(
@@ -56,8 +59,10 @@ class ModelRunner:
         attention: AttentionBackend,
         *,
         max_num_seqs: int = 256,
+        seats: SeatTables | None = None,
     ) -> None:
         self._model = model
+        self._seats = seats
         self._arena = arena
         self._attention = attention
         self._graphs: StepGraphs | None = None
@@ -102,7 +107,7 @@ class ModelRunner:
                 module.compile(dynamic=True, options=options)
         if isinstance(self._attention, RecordableBackend):
             # Of the class that all steps have, as compiled code is made for a class.
-            rows = self._previous.new_zeros(5, _TRIAL_TOKENS)
+            rows = self._previous.new_zeros(NUM_INPUTS, _TRIAL_TOKENS)
             rows[2] = scratch_block
             inputs = Inputs(*rows.unbind())
             attention = self._attention.step_with(inputs, lambda layer, query: query)
@@ -187,6 +192,11 @@ class ModelRunner:
             return True
 
     @torch.inference_mode()
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks of the device (from, to), before what is submitted later."""
+        self._arena.copy_blocks(copies)
+
+    @torch.inference_mode()
     def forward(
         self,
         step: StepInput,
@@ -208,7 +218,10 @@ class ModelRunner:
         """
         if self.recorder is not None:
             self.recorder.begin_step(step.num_tokens)
-        self._arena.copy_blocks(step.copies)
+        self.copy_blocks(step.copies)
+        if step.seats is not None:
+            assert self._seats is not None, "a request is hot and there is no seat"
+            self._seats.apply(step.seats)
         batch = step.batch
         if batch.has_unknown:
             assert previous is not None, "a token is unknown and no step is choosing it"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hotset.attention.batch import Batch
+from hotset.kv.seats import SeatUpdates
 from hotset.request import TokenLogprob
 from hotset.sequence import Kind, Sampling
 
@@ -54,6 +55,7 @@ class StepInput:
         sample: for each of `batch.sampled_rows`, how its next token is chosen.
         scored: for each of `batch.scored_rows` in turn, the prompt token that its logits tell of.
         copies: (from, to), blocks of the device that are copied before anything is computed.
+        seats: what the device's tables of hot requests lack before that; None for nothing.
     """
 
     kinds: Sequence[Kind]
@@ -61,6 +63,7 @@ class StepInput:
     sample: SampleInput
     scored: Sequence[ScoredTokens] = ()
     copies: Sequence[tuple[int, int]] = ()
+    seats: SeatUpdates | None = None
 
     @property
     def num_tokens(self) -> int:
