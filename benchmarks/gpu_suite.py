@@ -25,6 +25,7 @@ import torch
 
 from hotset.bench.driver import drive, wait_for_host_tier
 from hotset.bench.figures import counters_since
+from hotset.bench.machine import release
 from hotset.bench.presets import PRESETS
 from hotset.bench.result import observe
 from hotset.bench.workload import Spec, filler, make_work, prefix_work, warm_up
@@ -39,6 +40,7 @@ from hotset.model.loaded import LoadedModel
 from hotset.options import Options
 
 MODEL = "llama-3.1-8b"
+DEVICE = torch.device("cuda")
 MAX_MODEL_LEN = 12288  # a prefix of 10,000 tokens and what follows it
 SHARED = Spec(
     "shared-prefix", users=50, first_tokens=64, output_tokens=64, prefix_tokens=10_000, seed=1100
@@ -68,7 +70,7 @@ class Suite:
     @contextmanager
     def engine(self, **options: Any) -> Iterator[Engine]:
         """An engine that is warm and has all its host memory; its memory is free afterwards."""
-        release()
+        release(DEVICE)
         start_s = time.perf_counter()
         config = Options.of(
             max_num_batched_tokens=8192,
@@ -89,7 +91,7 @@ class Suite:
             gc.unfreeze()
             engine.close()
             del engine
-            release()
+            release(DEVICE)
 
     def run(self, name: str, engine: Engine, spec: Spec) -> None:
         """One workload; prints a line and keeps the figures."""
@@ -120,13 +122,6 @@ class Suite:
         )
 
 
-def release() -> None:
-    """Give back what nothing refers to any more."""
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-
-
 def link_rates(block_bytes: int, num_blocks: int = 4096) -> dict[str, float]:
     """GB/s of the engine's copier: up alone, down alone, both at once; blocks in random order."""
     values = block_bytes // 4  # keys and values of two bytes
@@ -135,7 +130,7 @@ def link_rates(block_bytes: int, num_blocks: int = 4096) -> dict[str, float]:
         num_blocks=num_blocks,
         block_size=1,
         dtype=torch.bfloat16,
-        device=torch.device("cuda"),
+        device=DEVICE,
     )
     host = HostArena(num_slots=num_blocks, block_bytes=device.block_bytes)
     copier = CudaCopier(device, host)
@@ -171,7 +166,7 @@ def link_rates(block_bytes: int, num_blocks: int = 4096) -> dict[str, float]:
 def link(suite: Suite) -> None:
     for mib in (1, 2):
         rates = link_rates(mib * 2**20)
-        release()
+        release(DEVICE)
         suite.keep(f"link, {mib} MiB blocks", rates)
         print(f"link, {mib} MiB blocks: {rates}", flush=True)
 

@@ -1,14 +1,18 @@
-"""What a result must say about where it was made."""
+"""What a result must say about where it was made, and memory of the machine."""
 
+import gc
 import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hotset
 from hotset.cgroups import memory_limit_bytes, usable_cpus
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("torch", "transformers", "flashinfer-python", "triton", "numpy")
 
@@ -69,3 +73,13 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def release(device: "torch.device") -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()

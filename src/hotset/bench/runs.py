@@ -14,6 +14,7 @@ import torch
 from hotset.bench.arms import options_of, with_hot_tier
 from hotset.bench.driver import Driven, drive, wait_for_host_tier
 from hotset.bench.figures import counters_since, sizes_of
+from hotset.bench.machine import release
 from hotset.bench.play import Play
 from hotset.bench.predict import predict_arm
 from hotset.bench.profiler import StepProfiler
@@ -127,7 +128,7 @@ class Bench:
             config = options_of(
                 arm, self._config, self.work, self._layout, self._loaded.model, stack
             )
-            _release(self._device)
+            release(self._device)
             start_s = time.perf_counter()
             engine = build_engine(config, self._loaded)
             started_s = time.perf_counter() - start_s
@@ -138,7 +139,7 @@ class Bench:
             finally:
                 engine.close()
                 del engine
-                _release(self._device)
+                release(self._device)
         run.start_s, run.budget_report = started_s, report
         return run
 
@@ -268,14 +269,6 @@ def _frozen() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _release(device: torch.device) -> None:
-    """Give back what nothing refers to any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
 
 
 def _progress(arm: str, engine: Engine, play: Play, now_s: float) -> str:

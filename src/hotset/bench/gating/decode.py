@@ -1,28 +1,24 @@
 """A Qwen3-MoE layer in decode with all experts resident: dynamic against transformers' gating."""
 
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from hotset.bench.gating.layers import least_bytes, make_weights, packed_twin
-from hotset.bench.gating.static import Experts, Shape, make_on, route
-from hotset.bench.gating.sweep import Limits
-from hotset.experts.gating import dynamic_experts
+from hotset.bench.gating.layers import engine_ways, make_weights
+from hotset.bench.gating.static import Shape, make_on, route
+from hotset.bench.gating.sweep import Limits, percentiles_ms, seconds_of, sweep
 from hotset.experts.weights import IMPLEMENTATION
-from hotset.units import GIB
 
-_MIN_CALLS_S = 0.5  # of each way, after which its repeats end
-_MAX_CALLS = 50
+_REPEATS = 20
 
 
+@torch.inference_mode()
 def compare_decode(
     shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype, *, limits: Limits
 ) -> dict[str, Any]:
@@ -32,30 +28,20 @@ def compare_decode(
     """
     plain = make_weights(lambda: _qwen3_experts(shape, device, dtype))
     weights_bytes = sum(p.nbytes for p in plain.parameters())
-    packed = packed_twin(plain)
     router = torch.randn(shape.num_experts, shape.hidden, device=device, dtype=dtype)
     x = torch.randn(tokens, shape.hidden, device=device, dtype=dtype)
-    ids, weights = route(x, router, shape.top_k)
-    ways: dict[str, Experts] = {
-        "dynamic": partial(dynamic_experts, packed),
-        "grouped_mm": partial(grouped_mm_experts_forward, plain),
-        "batched_mm": partial(batched_mm_experts_forward, plain),
-    }
+    given = (x, *route(x, router, shape.top_k))
+    distinct = int(given[1].unique().numel())
+    limits = replace(limits, batches=[tokens], repeats=_REPEATS)
     rows = []
-    for name, experts in ways.items():
-        gathers = name == "batched_mm"
-        needed = least_bytes(shape, None, tokens, dtype.itemsize, gathers=gathers, matrices=3)
-        row: dict[str, Any] = {"way": name, "eager": None, "graph": None, "why_not": None}
-        rows.append(row)
-        if needed > limits.memory_bytes:
-            row["why_not"] = f"needs {needed / GIB:.2f} GiB or more"
-            continue
-        call = partial(experts, x, ids, weights)
-        row["eager"], row["why_not"] = _time(call, device)
-        if row["eager"] is not None and device.type == "cuda":
-            row["graph"], row["why_not"] = _time_graph(call, device)
-        torch.cuda.empty_cache()
-    distinct = int(ids.unique().numel())
+    for each in sweep(engine_ways(plain, shape, dtype, matrices=3), lambda _: given, limits):
+        times: dict[str, Any] = {"eager": None, "graph": None}
+        why_not = None if each.best else each.stopped_by
+        if each.best is not None:
+            times["eager"] = percentiles_ms(each.best.seconds)
+            if device.type == "cuda":
+                times["graph"], why_not = _time_graph(partial(each.way.run, *given))
+        rows.append({"way": each.way.name, **times, "why_not": why_not})
     _compare(rows, distinct * weights_bytes / shape.num_experts)
     return {
         "shape": vars(shape),
@@ -96,34 +82,8 @@ def _compare(rows: list[dict[str, Any]], read_bytes: float) -> None:
             )
 
 
-@torch.inference_mode()
-def _time(
-    call: Callable[[], Any], device: torch.device
-) -> tuple[dict[str, Any] | None, str | None]:
-    """Percentiles of a call, or why there are none."""
-    try:
-        for _ in range(2):
-            call()
-    except torch.OutOfMemoryError:
-        return None, "does not fit into the device"
-    seconds: list[float] = []
-    while len(seconds) < 3 or (sum(seconds) < _MIN_CALLS_S and len(seconds) < _MAX_CALLS):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start_s = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start_s)
-    times = {f"p{p}_ms": round(float(np.percentile(seconds, p)) * 1e3, 4) for p in (0, 50, 90)}
-    return {**times, "calls": len(seconds)}, None
-
-
-@torch.inference_mode()
-def _time_graph(
-    call: Callable[[], Any], device: torch.device
-) -> tuple[dict[str, Any] | None, str | None]:
-    """As `_time`, of the call recorded as a CUDA graph."""
+def _time_graph(call: Callable[[], Any]) -> tuple[dict[str, float] | None, str | None]:
+    """Percentiles of a call recorded as a CUDA graph, or why there are none."""
     graph = torch.cuda.CUDAGraph()
     try:
         stream = torch.cuda.Stream()
@@ -135,4 +95,7 @@ def _time_graph(
             call()
     except (torch.OutOfMemoryError, RuntimeError) as error:
         return None, "cannot be recorded: " + " ".join(str(error).split())[:120]
-    return _time(graph.replay, device)
+    graph.replay()
+    times = [seconds_of(graph.replay, is_cuda=True) for _ in range(_REPEATS)]
+    torch.cuda.empty_cache()
+    return percentiles_ms(times), None

@@ -1,15 +1,18 @@
-"""Weights of the layers that are compared, and the least memory that each way needs."""
+"""Weights of the layers that are compared, ways to compute them, and the least memory of each."""
 
-import gc
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import nn
+from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
-from hotset.bench.gating.static import Shape, capacity_of
+from hotset.bench.gating.static import Shape
+from hotset.bench.gating.sweep import Way
+from hotset.bench.gating.work import capacity_of
 from hotset.errors import ConfigError
-from hotset.experts.gating import pack_experts
+from hotset.experts.gating import dynamic_experts, pack_experts
 from hotset.experts.weights import ATTRIBUTE
 
 M = TypeVar("M", bound=nn.Module)
@@ -28,6 +31,25 @@ def packed_twin(layer: nn.Module) -> nn.Module:
     return twin
 
 
+def engine_ways(plain: nn.Module, shape: Shape, dtype: torch.dtype, *, matrices: int) -> list[Way]:
+    """Dynamic gating and both of transformers' own, of a layer with `matrices` per expert."""
+
+    def least(*, gathers: bool = False) -> Callable[[int], int]:
+        return lambda tokens: least_bytes(
+            shape, None, tokens, dtype.itemsize, gathers=gathers, matrices=matrices
+        )
+
+    return [
+        Way("dynamic", partial(dynamic_experts, packed_twin(plain)), least_bytes=least()),
+        Way("grouped_mm", partial(grouped_mm_experts_forward, plain), least_bytes=least()),
+        Way(
+            "batched_mm",
+            partial(batched_mm_experts_forward, plain),
+            least_bytes=least(gathers=True),
+        ),
+    ]
+
+
 def make_weights(make: Callable[[], M]) -> M:
     """What `make` makes.
 
@@ -40,13 +62,6 @@ def make_weights(make: Callable[[], M]) -> M:
         raise ConfigError(
             "the weights do not fit into the device; take fewer experts, or 0 layers"
         ) from None
-
-
-def release() -> None:
-    """Give back what nothing refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def least_bytes(

@@ -8,7 +8,6 @@ Of E * C rows static computes, k * S are asked for: E * f / k is the waste a rat
 Source: Huang et al., "Toward Efficient Inference for Mixture of Experts", NeurIPS 2024.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +16,9 @@ import torch
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
+from hotset.bench.gating.work import capacity_of
 from hotset.errors import ConfigError
 from hotset.experts.weights import IMPLEMENTATION
-
-CAPACITY_FACTORS = (0.05, 0.25, 1.0)
 
 
 @dataclass(frozen=True)
@@ -102,15 +100,6 @@ def route(
     scores = (hidden_states @ router.T).float().softmax(-1)
     weights, ids = scores.topk(top_k, dim=-1)
     return ids, (weights / weights.sum(-1, keepdim=True)).to(hidden_states.dtype)
-
-
-def capacity_of(factor: float, tokens: int) -> int:
-    """Rows of each expert: C = ceil(f * S)."""
-    if not 0 < factor <= 1:
-        raise ConfigError(
-            f"a capacity factor of {factor:g} was given: above 0 and up to 1 is right"
-        )
-    return math.ceil(factor * tokens)
 
 
 def dispatch_mask(ids: torch.Tensor, num_experts: int, capacity: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,17 +76,18 @@ class Point:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
-        times = {
-            f"p{p}_ms": round(float(np.percentile(self.seconds, p)) * 1e3, 4)
-            for p in (0, 50, 90, 100)
-        }
         return {
             "tokens": self.tokens,
             "tokens_per_s": round(self.tokens_per_s, 1),
             "peak_bytes": self.peak_bytes,
             "dropped": None if self.dropped is None else round(self.dropped, 4),
-            **times,
+            **percentiles_ms(self.seconds),
         }
+
+
+def percentiles_ms(seconds: Sequence[float]) -> dict[str, float]:
+    """The least, p50, p90 and the most."""
+    return {f"p{p}_ms": round(float(np.percentile(seconds, p)) * 1e3, 4) for p in (0, 50, 90, 100)}
 
 
 @dataclass
@@ -163,7 +165,8 @@ def _add_points(
             if each.stopped_by:
                 continue
             try:
-                seconds[each.way.name].append(_seconds(each.way.run, given))
+                call = partial(each.way.run, *given)
+                seconds[each.way.name].append(seconds_of(call, is_cuda=given[0].is_cuda))
             except RuntimeError as error:
                 each.stopped_by = why_it_failed(tokens, error, given)
     for each, peak in peaks:
@@ -212,11 +215,12 @@ def _peak_bytes(run: Callable[..., torch.Tensor], given: tuple[Any, ...]) -> int
     return peak
 
 
-def _seconds(run: Callable[..., torch.Tensor], given: tuple[Any, ...]) -> float:
-    if given[0].is_cuda:
+def seconds_of(call: Callable[[], object], *, is_cuda: bool) -> float:
+    """Of one call, with all that it started on the device."""
+    if is_cuda:
         torch.cuda.synchronize()
     start_s = time.perf_counter()
-    run(*given)
-    if given[0].is_cuda:
+    call()
+    if is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start_s
