@@ -8,8 +8,9 @@ import pytest
 
 from hotset.attention.batch import SequenceSpan
 from hotset.attention.flashinfer import wrappers
-from hotset.attention.flashinfer.limits import KERNEL_WORKSPACE_BYTES, most_recorded_seqs
+from hotset.attention.flashinfer.limits import most_recorded_seqs
 from hotset.attention.flashinfer.tables import make_tables
+from hotset.cost.workspace import KERNEL_WORKSPACE_BYTES
 
 SEQUENCES = [
     SequenceSpan(0, 3, 9, [7, 2, 5]),

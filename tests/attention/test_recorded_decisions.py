@@ -5,12 +5,9 @@ import random
 import pytest
 
 from hotset.attention.batch import SequenceSpan
-from hotset.attention.flashinfer.limits import (
-    KERNEL_WORKSPACE_BYTES,
-    most_recorded_seqs,
-    most_widened_blocks,
-)
+from hotset.attention.flashinfer.limits import most_recorded_seqs, most_widened_blocks
 from hotset.attention.flashinfer.tables import fits, make_tables, padded, scratch_step
+from hotset.cost.workspace import KERNEL_WORKSPACE_BYTES
 
 SCRATCH = 999
 

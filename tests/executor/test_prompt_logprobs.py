@@ -9,9 +9,9 @@ import torch
 from engines import reference, run
 from tiny_models import make_model
 
+from hotset.cost.workspace import most_scored_rows
 from hotset.engine.engine import Engine
 from hotset.executor import prompt_logprobs
-from hotset.executor.prompt_logprobs import most_rows
 from hotset.request import FinishReason, RequestOutput, SamplingParams
 
 MakeEngine = Callable[..., Engine]
@@ -201,8 +201,8 @@ def test_beside_others_nothing_changes(make_engine: MakeEngine) -> None:
 def test_logits_of_a_long_prompt_are_never_there_at_once(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert most_rows(128_256, 2, "cuda") < 400 and most_rows(128_256, 4, "cpu") < 100
-    assert most_rows(10**9, 4, "cpu") == 16
+    assert most_scored_rows(128_256, 2, "cuda") < 400 and most_scored_rows(128_256, 4, "cpu") < 100
+    assert most_scored_rows(10**9, 4, "cpu") == 16
     monkeypatch.setattr(prompt_logprobs, "_GROUP_LOGITS", 256 * 4)
     engine = make_engine()
     engine.scheduler.max_scored_tokens = 10

@@ -290,7 +290,7 @@ def run(*arguments: str) -> Result:
         (["llama-3-8b", "--gpus", "0"], "--gpus is 0"),
         (["llama-3-8b", "--total-gib", "-1"], "--total-gib is -1"),
         (["llama-3-8b", "--total-gib", "75"], "at most the 74.51 GiB of h100-sxm"),
-        (["llama-3-8b", "--hot-gib", "70"], "--hot-gib is 70, and 55.1 GiB"),
+        (["llama-3-8b", "--hot-gib", "70"], "--hot-gib is 70, and 57.5 GiB"),
         (["llama-3-8b", "--hot-gib", "7", "--total-gib", "40"], "give one of them"),
         (["llama-3-8b", "--host-gib", "inf"], "--host-gib is inf"),
         (["llama-3-8b", "--host-gib", "-1"], "--host-gib is -1"),

@@ -18,6 +18,7 @@ from hotset.clock import REAL_CLOCK, Clock
 from hotset.cost.prefix import PrefixPolicy
 from hotset.cost.rates import Rates
 from hotset.cost.tuning import TUNINGS
+from hotset.cost.workspace import most_scored_rows
 from hotset.cpu_libraries import bound_kernels, set_threads
 from hotset.engine.engine import Engine, EngineParts
 from hotset.engine.model_shape import kv_note, measure_model
@@ -32,7 +33,6 @@ from hotset.engine.step_cost import StepCost
 from hotset.engine.step_input import make_step_input
 from hotset.executor.local import LocalExecutor
 from hotset.executor.probe import check_kv_dtype, inspect_model, weights_bytes
-from hotset.executor.prompt_logprobs import most_rows
 from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import Sampler
 from hotset.experts.buffer import ExpertBuffer
@@ -351,7 +351,7 @@ class _Build:
             max_num_seqs=schedule.max_num_seqs,
             max_num_batched_tokens=schedule.max_num_batched_tokens,
             max_mixed_tokens=placed.sizes.max_mixed_tokens,
-            max_scored_tokens=most_rows(
+            max_scored_tokens=most_scored_rows(
                 measured.sampler.vocab_size, self._layout.dtype.itemsize, device
             ),
             # On a CPU more rows are no faster, and a step of many takes seconds.

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hotset.attention.flashinfer.limits import WIDENED_BYTES, WORKSPACE_BYTES
 from hotset.attention.hook import IMPLEMENTATION, register
 from hotset.attention.latent import hand_over_latents, latent_weights
 from hotset.attention.probe import ProbeAttention, are_alike, ends_are_alike
 from hotset.attention.spec import LayerAttention
 from hotset.cost.cache_spec import Latent, StoredSpec, default_block_size, token_bytes
 from hotset.cost.config_sizes import context_length, largest
-from hotset.cost.tuning import TUNINGS
+from hotset.cost.workspace import StepWidths, step_bytes
 from hotset.errors import ConfigError, HotsetError, ModelError
-from hotset.executor.prompt_logprobs import most_rows
 from hotset.experts.gating import noting_top_k, use_dynamic_gating, without_experts
 from hotset.experts.weights import experts_layers
 from hotset.libraries import first_line, quiet
@@ -250,33 +248,24 @@ def weights_bytes(model: PreTrainedModel) -> int:
 def workspace_bytes(
     model: PreTrainedModel, layout: ModelLayout, *, max_tokens: int, max_seqs: int
 ) -> int:
-    """What a step of `max_tokens` tokens takes at most beside weights and KV; an upper estimate.
-
-    Live at once: the residual stream and its norm, queries, keys and values, the two halves of
-    the feed-forward and their product, or of `top_k` experts these with input and output of each;
-    of attention over latents, queries and output as wide as these; then the logits of `max_seqs`
-    tokens, and those of prompts that are scored, and their float32 copy. On a GPU recorded steps
-    have the same once more, for as many tokens as they have, and logits at a fixed place; 8-bit KV
-    is widened there for prompts.
-    """
+    """What a step takes at most beside weights and KV, see `step_bytes`."""
     config = model.config.get_text_config()
-    hidden = largest(config, "hidden_size")
-    dense = largest(config, "intermediate_size")
-    ffn = 3 * (dense or 4 * hidden)
-    if top_k := largest(config, "num_experts_per_tok"):
-        middle = largest(config, "moe_intermediate_size") or dense
-        ffn = max(ffn, top_k * (2 * hidden + 3 * middle))
-    itemsize = model.dtype.itemsize
-    token_bytes = (6 * hidden + ffn + _latent_values(layout)) * itemsize
-    num_scored = most_rows(config.vocab_size, itemsize, model.device.type)
-    num_logits = min(max_seqs + num_scored, max_tokens) * config.vocab_size
-    num_bytes = max_tokens * token_bytes + num_logits * (itemsize + 4)
-    if model.device.type == "cuda":
-        num_bytes += min(max_tokens, TUNINGS[model.device.type].mixed_sizes[-1]) * token_bytes
-        num_bytes += 2 * min(max_seqs, max_tokens) * config.vocab_size * itemsize
-        num_bytes += WORKSPACE_BYTES
-        num_bytes += WIDENED_BYTES if layout.kv_dtype != layout.dtype else 0
-    return int(num_bytes)
+    widths = StepWidths(
+        hidden=largest(config, "hidden_size"),
+        dense=largest(config, "intermediate_size"),
+        expert=largest(config, "moe_intermediate_size"),
+        top_k=largest(config, "num_experts_per_tok"),
+        latent=_latent_values(layout),
+        vocab=config.vocab_size,
+    )
+    return step_bytes(
+        widths,
+        model.dtype.itemsize,
+        device=model.device.type,
+        max_tokens=max_tokens,
+        max_seqs=max_seqs,
+        widens=layout.kv_dtype != layout.dtype,
+    )
 
 
 def _latent_values(layout: ModelLayout) -> int:

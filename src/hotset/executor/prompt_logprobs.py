@@ -9,23 +9,8 @@ from hotset.attention.inputs import HostCopy, to_device
 from hotset.executor.step_input import ScoredTokens
 from hotset.request import TokenLogprob
 
-# Logits of a step that are for prompts' log-probabilities take at most these bytes, by device,
-# so that no prompt's are there at once: a longer part of one waits for the next step.
-_MOST_BYTES = {"cuda": 2**28, "cpu": 2**26}
-_LEAST_ROWS = 16
 # Rows are worked on in float32 in groups of at most this many logits.
 _GROUP_LOGITS = 2**23
-
-
-def most_rows(vocab_size: int, itemsize: int, device: str) -> int:
-    """How many tokens of prompts can be scored in one step, by what their logits take.
-
-    Args:
-        vocab_size: V.
-        itemsize: bytes of one logit.
-        device: `cuda` or `cpu`.
-    """
-    return max(_LEAST_ROWS, _MOST_BYTES[device] // (vocab_size * (itemsize + 4)))
 
 
 class PendingPromptLogprobs:

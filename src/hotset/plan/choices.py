@@ -7,17 +7,23 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from hotset.cost.attention import KV_BYTES
+from hotset.cost.calibration import CALIBRATIONS
+from hotset.cost.layout import Layout
 from hotset.cost.prefix import bring_prefix
 from hotset.cost.rates import Rates
 from hotset.cost.step_time import PREFILL_CHUNK, CostModel, Step, Tiering
 from hotset.cost.tuning import TUNINGS
+from hotset.cost.workspace import StepWidths, step_bytes
 from hotset.errors import PlanError
+from hotset.options import OPTIONS
 from hotset.plan.workload import Request
 
 GIB = 2**30
 HBM_SHARE = TUNINGS["cuda"].memory_share  # of HBM, as a server claims it
-WORKSPACE_BYTES = 6e9  # activations, graphs and NCCL on a big GPU, and
-WORKSPACE_SHARE = 0.06  # of HBM on a small one
+# Of other engines and of several GPUs: activations, graphs and NCCL on a big GPU, and
+_WORKSPACE_BYTES = 6e9
+_WORKSPACE_SHARE = 0.06  # of HBM on a small one
 BLOCK_SIZE = 16  # tokens, to which capacity is rounded
 SLICE_TOKENS = 256  # that a user decodes before a parked one takes the place
 
@@ -67,10 +73,23 @@ class Turn:
         return max(self.load_s, self.again_s) + self.new_s
 
 
-def workspace_bytes(request: Request) -> float:
-    """What a step takes beside weights and KV, on each GPU."""
-    claimed = request.total_bytes or request.hardware.hbm_bytes
-    return min(WORKSPACE_BYTES, WORKSPACE_SHARE * claimed)
+def workspace_bytes(request: Request, layout: Layout) -> float:
+    """What a step takes beside weights and KV, on each GPU: as a server with its defaults counts.
+
+    Servers run on one GPU so far; for more, and for other engines, it is a share.
+    """
+    shape, claimed = request.shape, request.total_bytes or request.hardware.hbm_bytes
+    share = min(_WORKSPACE_BYTES, _WORKSPACE_SHARE * claimed)
+    if layout.gpus > 1 or request.calibration != CALIBRATIONS["hotset"]:
+        return share
+    return step_bytes(
+        StepWidths.of(shape),
+        KV_BYTES[shape.plain_dtype],
+        device="cuda",
+        max_tokens=OPTIONS["max_num_batched_tokens"].default,
+        max_seqs=min(OPTIONS["max_num_seqs"].default, request.workload.users),
+        widens=request.kv_dtype != shape.plain_dtype,
+    )
 
 
 def claimed_bytes(request: Request) -> float:

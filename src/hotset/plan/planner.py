@@ -91,7 +91,7 @@ def _plan_layout(request: Request, layout: Layout) -> Plan:
         shape, hw, layout, request.kv_dtype, request.calibration, request.routing, request.overlap
     )
     gpus = layout.gpus
-    workspace, claimed = workspace_bytes(request), claimed_bytes(request)
+    workspace, claimed = workspace_bytes(request, layout), claimed_bytes(request)
     budget = claimed - workspace - cost.shard.dense_bytes
     if budget <= 0:
         raise PlanError(

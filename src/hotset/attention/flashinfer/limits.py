@@ -3,14 +3,7 @@
 Imports no torch.
 """
 
-# Of the kernel for decodes, and once more of the one for prompts.
-KERNEL_WORKSPACE_BYTES = 384 * 2**20
-# With what two dozen wrappers of recorded steps keep their plans in, 8 MiB each.
-WORKSPACE_BYTES = 2 * KERNEL_WORKSPACE_BYTES + 24 * 8 * 2**20
-
-# Of the copy in 16 bits of one layer's prompts. Of Llama-3.1-8B, whose layers have 4 KiB per token,
-# it holds 65,536 tokens.
-WIDENED_BYTES = 256 * 2**20
+from hotset.cost.workspace import KERNEL_WORKSPACE_BYTES
 
 _TILE_ROWS = (16, 64, 128)
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hotset.attention.batch import SequenceSpan
-from hotset.attention.flashinfer.limits import WIDENED_BYTES, most_widened_blocks
+from hotset.attention.flashinfer.limits import most_widened_blocks
 from hotset.attention.flashinfer.tables import fits
+from hotset.cost.workspace import WIDENED_BYTES
 from hotset.memory.arena import DeviceArena
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from hotset.attention.flashinfer.limits import KERNEL_WORKSPACE_BYTES
 from hotset.attention.flashinfer.widened import WidenedKV
 from hotset.attention.spec import LayerAttention
+from hotset.cost.workspace import KERNEL_WORKSPACE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
