@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hotset.bench.charts import Bar, Limit, bar_chart, chart, thin, ticks
+from hotset.bench.charts import Bar, bar_chart, chart, thin, ticks
 from hotset.bench.html import page, rates
 from hotset.bench.predict import BufferedExperts, Prediction, predict
 from hotset.bench.presets import PRESETS
@@ -18,7 +18,7 @@ from hotset.cost.catalog import find_config
 from hotset.cost.expert_steps import ExpertCost, link_of
 from hotset.cost.hardware import choose_hardware, load_hardware
 from hotset.cost.loaded import make_cost_model
-from hotset.plan.svg import Line
+from hotset.plan.svg import Limit, Line
 from hotset.units import GIB
 
 MACHINE = {

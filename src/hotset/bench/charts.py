@@ -4,19 +4,12 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-from hotset.plan.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, decimal
+from hotset.plan import svg
+from hotset.plan.svg import WIDTH, Axis, Limit, Line, Mark, decimal
 
 _MOST_POINTS = 400
+_MOST_DOTS = 12
 _BAR, _GAP = 26, 12
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """A level that is marked across a chart."""
-
-    name: str
-    value: float
-    style: str = "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,61 +50,26 @@ def chart(
     label: str,
     x_ticks: list[float] | None = None,
 ) -> str:
-    """Lines over time or turns, from 0 on both axes."""
+    """Lines over time or turns, from 0 on both axes; few points have dots."""
     points = [point for line in lines for point in line.points]
     if not points:
         return '<p class="dim">Nothing was recorded.</p>'
     marks_x = x_ticks or ticks(max(x for x, _ in points), about=8)
     marks_y = ticks(max([y for _, y in points] + [limit.value for limit in limits]))
-    low_x, high_x, high_y = (marks_x[0] if x_ticks else 0.0), marks_x[-1], marks_y[-1]
-    high_x = high_x if high_x > low_x else low_x + 1
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        u, v = (x - low_x) / (high_x - low_x), y / high_y
-        return LEFT + u * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - v * (HEIGHT - TOP - BOTTOM)
-
-    parts = []
-    for value in marks_y:
-        _, y = at(low_x, value)
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
-            f"{decimal(value)}</text>"
-        )
-    for value in marks_x:
-        x, _ = at(value, 0)
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
-            f"{decimal(value)}</text>"
-        )
-    for limit in limits:
-        _, y = at(low_x, limit.value)
-        parts.append(
-            f'<line class="limit {limit.style}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" '
-            f'y2="{y:.1f}"/><text class="tick" x="{WIDTH - RIGHT - 4}" y="{y - 5:.1f}" '
-            f'text-anchor="end">{escape(limit.name)}</text>'
-        )
-    for line in lines:
-        shown = [at(*point) for point in thin(line.points)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in shown)
-        parts.append(f'<polyline class="line {line.style}" points="{path}"/>')
-        if len(shown) <= 12:
-            parts += [
-                f'<circle class="{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in shown
-            ]
-    middle = (HEIGHT - BOTTOM + TOP) / 2
-    parts.append(
-        f'<text class="axis" x="{(WIDTH + LEFT - RIGHT) / 2}" y="{HEIGHT - 8}" '
-        f'text-anchor="middle">{escape(x_name)}</text>'
-        f'<text class="axis" x="16" y="{middle}" text-anchor="middle" '
-        f'transform="rotate(-90 16 {middle})">{escape(y_name)}</text>'
-    )
-    legend = "".join(
-        f'<span><i class="{line.style}"></i>{escape(line.name)}</span>' for line in lines
-    )
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f'{"".join(parts)}</svg><p class="legend">{legend}</p>'
+    high_x = marks_x[-1] if marks_x[-1] > marks_x[0] else marks_x[0] + 1
+    dots = [
+        Mark(x, y, line.style, f"{line.name}: {decimal(y)}")
+        for line in lines
+        if len(line.points) <= _MOST_DOTS
+        for x, y in line.points
+    ]
+    return svg.chart(
+        [Line(line.name, thin(line.points), line.style) for line in lines],
+        Axis(x_name, marks_x, marks_x[0], high_x),
+        Axis(y_name, marks_y, 0.0, marks_y[-1]),
+        label=label,
+        marks=dots,
+        limits=limits,
     )
 
 

@@ -4,12 +4,12 @@ import json
 from html import escape
 from typing import Any
 
-from hotset.bench.charts import Bar, Limit, bar_chart, chart
+from hotset.bench.charts import Bar, bar_chart, chart
 from hotset.bench.report import number, rows, verification_line
 from hotset.bench.result import ArmRun, BenchResult
 from hotset.bench.verdict import fetched_share, fetched_tokens, link_busy_s
 from hotset.plan.html import STYLE
-from hotset.plan.svg import Line
+from hotset.plan.svg import Limit, Line
 
 _STYLE = """
 .verdict{font-size:17px;line-height:1.45;margin:14px 0 0}.limit{stroke-width:1.5;

@@ -1,7 +1,7 @@
-"""Small charts as inline SVG: stacked bars and lines on logarithmic axes."""
+"""Small charts as inline SVG: stacked bars, and lines over two axes."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -59,6 +59,15 @@ class Mark:
     label: str = ""
 
 
+@dataclass(frozen=True)
+class Limit:
+    """A level that is marked across a chart."""
+
+    name: str
+    value: float
+    style: str = "other"
+
+
 def short(value: float) -> str:
     """A number for an axis: 4096 is 4k, as tokens and users are counted."""
     for unit, size in (("G", 2**30), ("M", 2**20), ("k", 2**10)):
@@ -75,82 +84,80 @@ def decimal(value: float) -> str:
     return f"{value:.3g}"
 
 
-class _Axes:
-    """Two logarithmic axes that hold all points: x in powers of two, y in powers of ten."""
+@dataclass(frozen=True)
+class Axis:
+    """One axis, from its first tick to its last or as `low` and `high` say.
 
-    def __init__(self, points: Iterable[tuple[float, float]]) -> None:
-        shown = [(x, y) for x, y in points if x > 0 and y > 0]
-        self.low_x = min(x for x, _ in shown)
-        self.high_x = max(x for x, _ in shown)
-        self.low_y = 10 ** math.floor(math.log10(min(y for _, y in shown)))
-        self.high_y = 10 ** math.ceil(math.log10(max(y for _, y in shown) * 1.05))
-        if self.high_x <= self.low_x:
-            self.high_x = 2 * self.low_x
+    Attributes:
+        show: makes the text at a tick.
+    """
 
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point is in the picture."""
-        u = math.log(x / self.low_x) / math.log(self.high_x / self.low_x)
-        v = math.log(y / self.low_y) / math.log(self.high_y / self.low_y)
-        return LEFT + u * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - v * (HEIGHT - TOP - BOTTOM)
+    name: str
+    ticks: Sequence[float]
+    low: float
+    high: float
+    show: Callable[[float], str] = decimal
+    is_logarithmic: bool = False
 
-    def grid(self) -> Iterator[str]:
-        """Lines at each power, with their numbers."""
-        tick = self.low_y
-        while tick <= self.high_y * 1.001:
-            _, y = self.at(self.low_x, tick)
-            yield (
-                f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
-                f"{decimal(tick)}</text>"
-            )
-            tick *= 10
-        tick = 2 ** math.ceil(math.log2(self.low_x) - 1e-9)
-        while tick <= self.high_x * 1.001:
-            x, _ = self.at(tick, self.low_y)
-            yield (
-                f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
-                f"{short(tick)}</text>"
-            )
-            tick *= 2
+    def share(self, value: float) -> float:
+        """How far along the axis a value is, 0 to 1."""
+        if self.is_logarithmic:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
 
-    def line(self, line: Line) -> str:
-        """One line, without its points at or below 0."""
-        path = " ".join(
-            f"{x:.1f},{y:.1f}"
-            for x, y in (self.at(*p) for p in line.points if p[0] > 0 and p[1] > 0)
-        )
-        return f'<polyline class="line {line.style}" points="{path}"/>'
-
-    def mark(self, mark: Mark) -> str:
-        """One dot, its label on the side that has room."""
-        x, y = self.at(mark.x, mark.y)
-        dot = (
-            f'<circle class="{mark.style}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
-            f"<title>{escape(mark.title)}</title></circle>"
-        )
-        if not mark.label:
-            return dot
-        left = x > WIDTH * 0.7
-        return (
-            f'{dot}<text class="note" x="{x + (-10 if left else 10):.1f}" y="{y + 21:.1f}" '
-            f'text-anchor="{"end" if left else "start"}">{escape(mark.label)}</text>'
-        )
+    def has(self, value: float) -> bool:
+        """Whether a value has a place on an axis of its kind."""
+        return value > 0 or not self.is_logarithmic
 
 
-def line_chart(
-    lines: list[Line], marks: list[Mark], x_name: str, y_name: str, *, label: str
+def powers(
+    name: str, values: Iterable[float], base: int, show: Callable[[float], str], *, is_round: bool
+) -> Axis:
+    """A logarithmic axis with a tick at each power; `is_round` lets it begin and end with one."""
+    shown = [value for value in values if value > 0]
+    log = {2: math.log2, 10: math.log10}[base]  # exact at powers
+    low, high = min(shown), max(shown)
+    first = math.ceil(log(low) - 1e-9)
+    if is_round:
+        first = math.floor(log(low))
+        low, high = float(base) ** first, float(base) ** math.ceil(log(high * 1.05))
+    if high <= low:
+        high = base * low
+    ticks = []
+    while float(base) ** first <= high * 1.001:
+        ticks.append(float(base) ** first)
+        first += 1
+    return Axis(name, ticks, low, high, show, is_logarithmic=True)
+
+
+def chart(
+    lines: Sequence[Line],
+    x: Axis,
+    y: Axis,
+    *,
+    label: str,
+    marks: Sequence[Mark] = (),
+    limits: Sequence[Limit] = (),
 ) -> str:
-    """Lines and marks over two logarithmic axes, x in powers of two and y of ten."""
-    axes = _Axes([p for line in lines for p in line.points] + [(m.x, m.y) for m in marks])
-    middle = (HEIGHT - BOTTOM + TOP) / 2
-    names = (
-        f'<text class="axis" x="{(WIDTH + LEFT - RIGHT) / 2}" y="{HEIGHT - 8}" '
-        f'text-anchor="middle">{escape(x_name)}</text>'
-        f'<text class="axis" x="16" y="{middle}" text-anchor="middle" '
-        f'transform="rotate(-90 16 {middle})">{escape(y_name)}</text>'
-    )
-    parts = [*axes.grid(), *map(axes.line, lines), *map(axes.mark, marks), names]
+    """Lines, dots and levels over two axes, with a legend of the lines."""
+
+    def at(point_x: float, point_y: float) -> tuple[float, float]:
+        return (
+            LEFT + x.share(point_x) * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - y.share(point_y) * (HEIGHT - TOP - BOTTOM),
+        )
+
+    def path(line: Line) -> str:
+        points = [at(*point) for point in line.points if x.has(point[0]) and y.has(point[1])]
+        shown = " ".join(f"{u:.1f},{v:.1f}" for u, v in points)
+        return f'<polyline class="line {line.style}" points="{shown}"/>'
+
+    parts = [
+        *_grid(x, y, at),
+        *(_level(limit, at(x.low, limit.value)[1]) for limit in limits),
+        *map(path, lines),
+        *(_dot(mark, *at(mark.x, mark.y)) for mark in marks),
+    ]
     legend = "".join(
         f'<span><i class="{line.style}"></i>{escape(line.name)}</span>' for line in lines
     )
@@ -158,3 +165,62 @@ def line_chart(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
         f'{"".join(parts)}</svg><p class="legend">{legend}</p>'
     )
+
+
+def _grid(x: Axis, y: Axis, at: Callable[[float, float], tuple[float, float]]) -> Iterator[str]:
+    """A line and a number at each tick, and the names of the axes."""
+    for tick in y.ticks:
+        _, v = at(x.low, tick)
+        yield (
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{v:.1f}" y2="{v:.1f}"/>'
+            f'<text class="tick" x="{LEFT - 8}" y="{v + 4:.1f}" text-anchor="end">'
+            f"{y.show(tick)}</text>"
+        )
+    for tick in x.ticks:
+        u, _ = at(tick, y.low)
+        yield (
+            f'<line class="grid" x1="{u:.1f}" x2="{u:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+            f'<text class="tick" x="{u:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
+            f"{x.show(tick)}</text>"
+        )
+    middle = (HEIGHT - BOTTOM + TOP) / 2
+    yield (
+        f'<text class="axis" x="{(WIDTH + LEFT - RIGHT) / 2}" y="{HEIGHT - 8}" '
+        f'text-anchor="middle">{escape(x.name)}</text>'
+        f'<text class="axis" x="16" y="{middle}" text-anchor="middle" '
+        f'transform="rotate(-90 16 {middle})">{escape(y.name)}</text>'
+    )
+
+
+def _level(limit: Limit, v: float) -> str:
+    return (
+        f'<line class="limit {limit.style}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{v:.1f}" '
+        f'y2="{v:.1f}"/><text class="tick" x="{WIDTH - RIGHT - 4}" y="{v - 5:.1f}" '
+        f'text-anchor="end">{escape(limit.name)}</text>'
+    )
+
+
+def _dot(mark: Mark, u: float, v: float) -> str:
+    """One dot, its label on the side that has room."""
+    dot = (
+        f'<circle class="{mark.style}" cx="{u:.1f}" cy="{v:.1f}" r="5">'
+        f"<title>{escape(mark.title)}</title></circle>"
+    )
+    if not mark.label:
+        return dot
+    left = u > WIDTH * 0.7
+    return (
+        f'{dot}<text class="note" x="{u + (-10 if left else 10):.1f}" y="{v + 21:.1f}" '
+        f'text-anchor="{"end" if left else "start"}">{escape(mark.label)}</text>'
+    )
+
+
+def line_chart(
+    lines: list[Line], marks: list[Mark], x_name: str, y_name: str, *, label: str
+) -> str:
+    """Lines and marks over two logarithmic axes, x in powers of two and y of ten."""
+    points = [p for line in lines for p in line.points] + [(m.x, m.y) for m in marks]
+    shown = [(x, y) for x, y in points if x > 0 and y > 0]
+    x_axis = powers(x_name, [x for x, _ in shown], 2, short, is_round=False)
+    y_axis = powers(y_name, [y for _, y in shown], 10, decimal, is_round=True)
+    return chart(lines, x_axis, y_axis, label=label, marks=marks)
