@@ -1,13 +1,29 @@
 """Counters of the engine: plain data, changed by the engine thread, read by any thread."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from hotset.sequence import Request
 
 
 @dataclass(slots=True)
-class Metrics:
+class ExpertCounts:
+    """What steps did with experts that are not all on the device, over all layers."""
+
+    expert_hits: int = 0  # experts that a layer needed, in steps that cache, and that had a slot
+    expert_misses: int = 0  # and that had none
+    expert_bytes: int = 0  # of experts, from host memory to the device, in both ways
+    expert_predicted: int = 0  # experts that the next layer's router chose ahead
+    expert_predicted_right: int = 0  # of these, needed
+    expert_copied_ahead: int = 0  # experts that were given a slot for that
+    expert_cpu_computed: int = 0  # experts that were cold and computed by the CPU: neither of these
+    expert_disk_reads: int = 0  # experts read from disk
+    expert_disk_bytes: int = 0  # bytes of these
+    expert_disk_wait_s: float = 0.0  # steps waited for them
+
+
+@dataclass(slots=True)
+class Metrics(ExpertCounts):
     """What the engine did since it started. All counts only grow; a split's bytes are of now."""
 
     steps: int = 0
@@ -27,17 +43,7 @@ class Metrics:
     spilled_blocks: int = 0
     fetched_blocks: int = 0
     moved_bytes: Counter[str] = field(default_factory=Counter)  # by direction, "device>host"
-    expert_hits: int = 0  # experts that a layer needed and that had a slot
-    expert_misses: int = 0  # and that had none
-    expert_bytes: int = 0  # of experts, to the device
-    expert_predicted: int = 0  # experts that the next layer's router chose ahead
-    expert_predicted_right: int = 0  # of these, needed
-    expert_copied_ahead: int = 0  # experts that were given a slot for that
     expert_rounding_error: float = 0.0  # relative RMS of experts' weights; fixed at start
-    expert_cpu_computed: int = 0  # experts that were cold and computed by the CPU
-    expert_disk_reads: int = 0  # experts read from disk
-    expert_disk_bytes: int = 0  # bytes of these
-    expert_disk_wait_s: float = 0.0  # steps waited for them
     split_moves: int = 0  # times that another split between experts and KV was aimed at
     split_expert_bytes: int = 0  # of experts by the split, now; 0 where it does not move
     split_kv_bytes: int = 0  # of KV
@@ -49,6 +55,11 @@ class Metrics:
         """Tokens that came from a tier below the device instead of being computed."""
         found = self.cached_tokens + self.resumed_tokens
         return found.total() - found["device"]
+
+    def take_experts(self, counts: ExpertCounts) -> None:
+        """These counts stand in place of the earlier ones."""
+        for one in fields(counts):
+            setattr(self, one.name, getattr(counts, one.name))
 
     def found(self, request: Request, start: int, num_tokens: int, tier: str) -> None:
         """Count tokens that a request need not compute, from `start` on.

@@ -90,7 +90,7 @@ def test_buffered_experts_compute_exactly_what_resident_ones_do(
                 torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             else:
                 assert torch.equal(got, expected)
-    assert buffer.counts().moved_bytes > 0
+    assert buffer.counts().expert_bytes > 0
 
 
 @pytest.mark.parametrize("num_slots", [2, 5])
@@ -120,7 +120,7 @@ def test_fused_kernels_find_experts_in_slots_and_staging_and_give_the_same_bits(
     for num_tokens in (1, 9, 2):
         for got, expected in computed(others, resident, num_tokens, with_others=True):
             assert torch.equal(got, expected)
-    assert buffer.counts().moved_bytes > 0
+    assert buffer.counts().expert_bytes > 0
 
 
 @pytest.mark.parametrize("way", ["in turn", "grouped", "fused"])
@@ -156,7 +156,7 @@ def test_what_is_in_memory_that_slots_have_given_up_does_not_matter(
         buffer.memory[region.first_block(num_slots) * 4096 :] = 255  # NaN
         for got, expected in computed(others, resident, num_tokens, with_others=True):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    assert buffer.counts().moved_bytes > 0
+    assert buffer.counts().expert_bytes > 0
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -185,7 +185,7 @@ def test_narrow_experts_have_the_same_values_wherever_they_are(
             else:
                 assert torch.equal(got, expected)
     narrow_bytes = source_of(others[0]).payload_bytes
-    assert buffer.counts().moved_bytes % narrow_bytes == 0 < buffer.counts().moved_bytes
+    assert buffer.counts().expert_bytes % narrow_bytes == 0 < buffer.counts().expert_bytes
     assert buffer.rounding_error > 0
 
 
@@ -240,7 +240,10 @@ def test_experts_of_other_ranks_add_nothing_and_take_no_slot(
     before = buffer.counts()
     nobody = ids.clamp(min=NUM_EXPERTS)
     assert dynamic_experts(layer, x, nobody, weights).count_nonzero() == 0
-    assert (buffer.counts().hits, buffer.counts().misses) == (before.hits, before.misses)
+    assert (buffer.counts().expert_hits, buffer.counts().expert_misses) == (
+        before.expert_hits,
+        before.expert_misses,
+    )
 
 
 def table_of(eviction: Any, num_slots: int = 3) -> SlotTable:
@@ -376,18 +379,18 @@ def test_an_oracle_leaves_misses_to_the_first_layer_and_a_wrong_guess_changes_no
                 torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
                 experts_of(layer).buffer.table.check()
         counts = buffer.counts()
-        assert counts.predicted == 2 * 2 * len(steps)  # two experts, for two of the layers
+        assert counts.expert_predicted == 2 * 2 * len(steps)  # two experts, for two of the layers
         misses = [layer.table._counts[1].item() for layer in buffer.layers]
         assert misses[0] == 4
         if is_right:
-            assert counts.predicted_right == counts.predicted
+            assert counts.expert_predicted_right == counts.expert_predicted
             assert misses[1:] == [0, 0]
-            assert 0 < counts.copied_ahead <= counts.predicted
+            assert 0 < counts.expert_copied_ahead <= counts.expert_predicted
         else:
-            assert counts.predicted_right < counts.predicted
+            assert counts.expert_predicted_right < counts.expert_predicted
             assert sum(misses[1:]) > 0
-        moved = counts.moved_bytes // source_of(others[0]).payload_bytes
-        assert moved == counts.misses + counts.copied_ahead
+        moved = counts.expert_bytes // source_of(others[0]).payload_bytes
+        assert moved == counts.expert_misses + counts.expert_copied_ahead
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)

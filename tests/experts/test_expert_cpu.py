@@ -92,7 +92,7 @@ def test_both_together_compute_what_resident_experts_do(
         elif num_tokens >= 9:
             assert cold.num_computed > before
     counts = buffer.counts()
-    assert counts.computed == cold.num_computed > 0
+    assert counts.expert_cpu_computed == cold.num_computed > 0
 
 
 @torch.inference_mode()
@@ -108,7 +108,7 @@ def test_what_is_computed_takes_no_slot_and_what_is_split_off_does(
         buffer.reset_counts()
         dynamic_experts(layer, x, torch.tensor(ids).view(2, 2), weights)
         counts = buffer.counts()
-        return counts.hits, counts.misses, counts.computed
+        return counts.expert_hits, counts.expert_misses, counts.expert_cpu_computed
 
     assert step(0, 1, 0, 1) == (2, 0, 0)
     assert step(0, 2, 3, 4) == (1, 0, 3)
@@ -256,7 +256,7 @@ def test_a_step_that_is_recorded_while_serving_decides_without_the_cpu_and_is_no
     monkeypatch.setattr(engine.executor.runner, "warm_up", record)
     engine.warm_up()
     assert seen == [False] and experts.launches(1)
-    assert experts.counts().moved_bytes == 0
+    assert experts.counts().expert_bytes == 0
 
 
 def test_flags_that_cannot_work_are_refused(make_engine: MakeEngine, tmp_path: Any) -> None:

@@ -96,7 +96,7 @@ def test_experts_on_disk_compute_exactly_what_resident_ones_do(
             assert torch.equal(got, expected)
             buffer.store.check()
     counts = buffer.counts()
-    assert counts.disk is not None and counts.disk.reads > 0
+    assert counts.expert_disk_reads > 0
     buffer.close(with_disk=True)
 
 

@@ -251,17 +251,7 @@ class Engine:
         """Bring the metrics of experts up to date; waits for the device."""
         counts = self.executor.expert_counts()
         if counts is not None:
-            self.metrics.expert_hits = counts.hits
-            self.metrics.expert_misses = counts.misses
-            self.metrics.expert_bytes = counts.moved_bytes
-            self.metrics.expert_cpu_computed = counts.computed
-            if counts.disk is not None:
-                self.metrics.expert_disk_reads = counts.disk.reads
-                self.metrics.expert_disk_bytes = counts.disk.read_bytes
-                self.metrics.expert_disk_wait_s = counts.disk.wait_s
-            self.metrics.expert_predicted = counts.predicted
-            self.metrics.expert_predicted_right = counts.predicted_right
-            self.metrics.expert_copied_ahead = counts.copied_ahead
+            self.metrics.take_experts(counts)
 
     def record_routing(self, recorder: "RoutingRecorder | None") -> None:
         """Tell `recorder`, which was there before this engine, of each step from now on."""

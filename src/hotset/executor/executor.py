@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from hotset.executor.step_input import StepInput, StepResult
+from hotset.metrics import ExpertCounts
 from hotset.request import SamplingParams
 
 if TYPE_CHECKING:
-    from hotset.experts.buffer import ExpertCounts
     from hotset.experts.recorder import RoutingRecorder
 
 
@@ -75,7 +75,7 @@ class Executor(Protocol):
         """
         ...
 
-    def expert_counts(self) -> "ExpertCounts | None":
+    def expert_counts(self) -> ExpertCounts | None:
         """What experts in host memory did so far; waits for the device. None: there are none."""
         ...
 

@@ -11,8 +11,9 @@ from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import PendingTokens, Sampled, Sampler
 from hotset.executor.step_input import StepInput, StepResult
 from hotset.executor.step_timer import StepTimer
-from hotset.experts.buffer import ExpertBuffer, ExpertCounts
+from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.recorder import RoutingRecorder
+from hotset.metrics import ExpertCounts
 from hotset.request import SamplingParams
 from hotset.sequence import Kind
 

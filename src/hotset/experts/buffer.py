@@ -10,7 +10,6 @@ expert buffering: Huang et al., "Toward Efficient Inference for Mixture of Exper
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -23,31 +22,7 @@ from hotset.experts.narrow import relative_rms
 from hotset.experts.prefetch import Prefetch
 from hotset.experts.staging import Staging
 from hotset.experts.store import ExpertStore, StoreCounts
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertCounts:
-    """What the buffers of a model did so far, over all layers.
-
-    Attributes:
-        hits: experts that a layer needed in a step that caches, and that had a slot.
-        misses: those that had none.
-        moved_bytes: from host memory to the device, in both ways.
-        predicted: experts that the router of a layer chose before the layer was there.
-        predicted_right: of these, those that it then needed.
-        copied_ahead: of those that were predicted and had no slot, those that were given one.
-        computed: by the CPU, which are neither hits nor misses.
-        disk: what those on disk did; None where there are none.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    moved_bytes: int = 0
-    predicted: int = 0
-    predicted_right: int = 0
-    copied_ahead: int = 0
-    computed: int = 0
-    disk: StoreCounts | None = None
+from hotset.metrics import ExpertCounts
 
 
 class ExpertBuffer:
@@ -106,8 +81,11 @@ class ExpertBuffer:
         hits, misses, predicted, right, ahead, streamed = self._counts.sum(0).tolist()
         moved = (misses + ahead + streamed) * self.layers[0].source.payload_bytes
         computed = self._cold.num_computed if self._cold is not None else 0
-        disk = self.store.counts() if self.store is not None else None
-        return ExpertCounts(hits, misses, moved, predicted, right, ahead, computed, disk)
+        disk = StoreCounts() if self.store is None else self.store.counts()
+        return ExpertCounts(
+            *(hits, misses, moved, predicted, right, ahead, computed),
+            *(disk.reads, disk.read_bytes, disk.wait_s),
+        )
 
     @property
     def num_slots(self) -> int:
