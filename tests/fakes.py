@@ -34,13 +34,15 @@ class FakeClock:
 class FakeDevice:
     """Device blocks whose content is the tokens they are for.
 
-    Of hot requests it knows what steps tell it: which slots of host memory their blocks are in. The
-    first index block is `first_index_block`; its content is that of a block whose keys it has.
+    Of hot requests it knows what steps tell it: which slots of host memory their blocks are in.
+    Index blocks, of which `values` are per whole block, lie in the rows of whole blocks.
     """
 
     block_size: int
     blocks: dict[int, list[int | None]] = field(default_factory=dict)
+    keys: dict[int, list[int | None]] = field(default_factory=dict)  # index keys of blocks
     first_index_block: int = 2**31
+    values: tuple[int, int] = (1, 1)  # of a token's rows, and of its index keys
     host: Callable[[int], list[int | None]] | None = None
     seats: dict[int, dict[int, int]] = field(default_factory=dict)
 
@@ -50,7 +52,12 @@ class FakeDevice:
     def compute(self, plan: Step) -> None:
         """Check that all tokens before those of the plan are in place, and write those."""
         for source, target in plan.copies:
-            self.blocks[target] = list(self.content(source))
+            self.keys[target] = list(self.keys[source])
+            if target >= self.first_index_block:
+                whole = (target - self.first_index_block) * self.values[1] // self.values[0]
+                self.blocks[whole] = [None] * self.block_size
+            else:
+                self.blocks[target] = list(self.content(source))
         if plan.seats is not None:
             self.seats.update({reset.seat: {} for reset in plan.seats.resets})
             for seat, index, slot in plan.seats.places:
@@ -64,8 +71,8 @@ class FakeDevice:
                 assert block < self.first_index_block
                 self.blocks[block] = [None] * size
             for i in range(item.start):
-                content = self.content(request.kv.block_table[i // size])
-                assert content[i % size] == request.token_ids[i], "another token's index key"
+                keys = self.keys[request.kv.block_table[i // size]]
+                assert keys[i % size] == request.token_ids[i], "another token's index key"
                 content = self.past(request, i // size)
                 assert content[i % size] == request.token_ids[i], "attention reads another's token"
             for i in range(item.start, item.start + item.num_tokens):
@@ -73,6 +80,8 @@ class FakeDevice:
                 assert place not in written, "two requests write to one place"
                 written.add(place)
                 self.content(place[0])[place[1]] = request.token_ids[i]
+                keys = self.keys.setdefault(place[0], [None] * size)
+                keys[place[1]] = request.token_ids[i]
 
     def past(self, request: Request, index: int) -> list[int | None]:
         """What attention finds of a block."""
@@ -187,6 +196,7 @@ class FakeTiers:
                 self.end_spill(key)
             unread: list[int | None] = [None] * self.device.block_size
             self.device.blocks[block] = list(self.payloads[key]) if ok else unread
+            self.device.keys[block] = list(self.device.blocks[block])
         self.ended.append(EndedTransfer(key, block, is_fetch=True, ok=ok))
 
     def end_all(self) -> None:

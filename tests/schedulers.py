@@ -10,6 +10,7 @@ from hotset.engine.scheduler import Scheduler
 from hotset.engine.step import Step
 from hotset.engine.step_cost import StepCost
 from hotset.kv.cache import KVCache
+from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.kv.seats import Seats
 from hotset.metrics import Metrics
@@ -33,14 +34,13 @@ def make_scheduler(
     rotation_s: float | None = None,
     ahead_tokens: int = 256,
     hot_blocks: int = 0,
-    num_index_blocks: int = 100,
     step_cost: StepCost | None = None,
     clock: FakeClock | None = None,
 ) -> Scheduler:
     rates = Rates(1.0, {"host": 1.0, "disk": 1.0})
-    metrics = Metrics()
+    metrics, pool = Metrics(), BlockPool(num_blocks)
     kv = KVCache(
-        BlockPool(num_blocks),
+        pool,
         block_size=BLOCK,
         fingerprint="model",
         metrics=metrics,
@@ -50,7 +50,7 @@ def make_scheduler(
         seats=Seats(num_seats=8, num_slots=hot_blocks * BLOCK, block_size=BLOCK)
         if hot_blocks
         else None,
-        index_blocks=range(num_blocks, num_blocks + num_index_blocks),
+        index_blocks=IndexBlocks(pool, first=num_blocks + 1, row_values=80, index_values=10),
     )
     return Scheduler(
         kv,

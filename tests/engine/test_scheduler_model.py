@@ -24,6 +24,7 @@ from hotset.cost.rates import Rates
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.step import Step
 from hotset.kv.cache import KVCache
+from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.kv.seats import Seats
 from hotset.metrics import Metrics
@@ -51,7 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ahead_tokens=st.just(256),
         hot_blocks=st.just(0),
         num_seats=st.just(0),
-        num_index_blocks=st.just(0),
+        values=st.just((1, 1)),
     )
     def start(
         self,
@@ -67,18 +68,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         ahead_tokens: int,
         hot_blocks: int,
         num_seats: int,
-        num_index_blocks: int,
+        values: tuple[int, int],
     ) -> None:
-        self.device = FakeDevice(BLOCK, first_index_block=num_blocks)
+        self.device = FakeDevice(BLOCK, first_index_block=num_blocks + 1, values=values)
         self.tiers = FakeTiers(self.device)
         self.tiers.num_slots = num_slots
-        self.clock, self.num_index_blocks = FakeClock(), num_index_blocks
-        seats = None
+        self.clock = FakeClock()
+        seats, pool = None, BlockPool(num_blocks)
+        index_blocks = IndexBlocks(
+            pool, first=num_blocks + 1, row_values=values[0], index_values=values[1]
+        )
         if hot_blocks:
             seats = Seats(num_seats=num_seats, num_slots=hot_blocks * BLOCK, block_size=BLOCK)
         rates, metrics = Rates(1.0, {"host": 100.0}), Metrics()
         self.kv = KVCache(
-            BlockPool(num_blocks),
+            pool,
             block_size=BLOCK,
             fingerprint="model",
             metrics=metrics,
@@ -86,7 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             policy=PrefixPolicy(rates, bytes_per_token=1, mode=mode),  # type: ignore[arg-type]
             prefix_caching=prefix_caching,
             seats=seats,
-            index_blocks=range(num_blocks, num_blocks + num_index_blocks),
+            index_blocks=index_blocks,
         )
         self.scheduler = Scheduler(
             self.kv,
@@ -261,7 +265,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.kv.poll()
         assert self.kv.pool.num_held == 0
         assert not self.tiers.kept
-        assert self.kv.tables.num_index_blocks == self.num_index_blocks
+        assert self.kv.tables.index_blocks.num_used == 0
 
 
 class HotMachine(SchedulerMachine):
@@ -274,7 +278,7 @@ class HotMachine(SchedulerMachine):
         prefix_caching=st.booleans(),
         hot_blocks=st.integers(1, 3),
         num_seats=st.integers(1, 4),
-        num_index_blocks=st.sampled_from([9, 40]),
+        values=st.sampled_from([(9, 2), (12, 5), (16, 3)]),
     )
     def start(self, **chosen: Any) -> None:
         sizes = {"max_num_seqs": 6, "budget": 24, "mixed_budget": 24, "row_tile": 1}

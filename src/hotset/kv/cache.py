@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from hotset.cost.prefix import PrefixPolicy
 from hotset.kv.block_hash import DIGEST_BYTES
 from hotset.kv.hot_set import HotSet
+from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.kv.prefix import Prefixes
 from hotset.kv.seats import Seats
@@ -53,14 +54,14 @@ class KVCache:
         policy: PrefixPolicy | None = None,
         prefix_caching: bool = True,
         seats: Seats | None = None,
-        index_blocks: Sequence[int] = (),
+        index_blocks: IndexBlocks | None = None,
     ) -> None:
         self.pool = pool
         self.tables = BlockTables(pool, block_size, index_blocks)
         self.prefixes = Prefixes(fingerprint, block_size, are_shared=prefix_caching)
         self.transfers = BlockTransfers(pool, block_size, metrics, tiers, policy)
         self.hot = None
-        if seats is not None:
+        if seats is not None and index_blocks is not None:
             self.hot = HotSet(seats, self.tables, self.transfers, metrics)
         self.block_size = block_size
         self._metrics = metrics

@@ -66,7 +66,7 @@ class HotSet:
             return 0
         if request.kind is not Kind.DECODE:
             return 0
-        return max(0, self._num_full(request) - self._seats.blocks_per_seat)
+        return self._num_freed(request, self._num_full(request))
 
     def make_room(self, running: Sequence[Request], num_blocks: int) -> bool:
         """Turn requests hot until they gave back `num_blocks`, first those that free most.
@@ -87,8 +87,8 @@ class HotSet:
         """Turn a running request hot, if that gives back blocks; returns how many.
 
         0, with nothing changed, where too few of its blocks are its own and in host memory, or host
-        memory or index blocks do not last for what it will have at its end. Its newest blocks stay
-        where they are, as its slots.
+        memory cannot keep what it will have at its end. Its newest blocks stay where they are, as
+        its slots.
         """
         if not self.most_freed(request):
             return 0
@@ -99,11 +99,8 @@ class HotSet:
             if pool.ref_count(kv.block_table[index]) == 1
             and self._transfers.host_slot(kv.block_hashes[index]) is not None
         ]
-        num_freed = len(own) - self._seats.blocks_per_seat
-        num_needed = self._num_left_at_end(request)
-        if num_freed <= 0 or num_needed > self._tables.num_index_blocks:
-            return 0
-        if not self._transfers.can_take(num_needed):
+        num_freed = self._num_freed(request, len(own))
+        if num_freed <= 0 or not self._transfers.can_take(self._num_left_at_end(request)):
             return 0
         slots = own[-self._seats.blocks_per_seat :]
         seat = self._seats.take([self._slot_block(request, index) for index in slots])
@@ -142,6 +139,13 @@ class HotSet:
     def _num_full(self, request: Request) -> int:
         return request.kv.num_computed_tokens // self._tables.block_size
 
+    def _num_freed(self, request: Request, num_own: int) -> int:
+        """Blocks that come back where `num_own` can leave: without slots, and index keys of all."""
+        index_blocks = self._tables.index_blocks
+        assert index_blocks is not None
+        num_carved = -(-self._num_full(request) // index_blocks.fewest_per_block)
+        return max(0, num_own - self._seats.blocks_per_seat - num_carved)
+
     def _num_left_at_end(self, newcomer: Request) -> int:
         """Blocks that `newcomer` leaves to host memory, and hot requests beside what they have."""
         requests = [newcomer, *(hot.request for hot in self._hot.values())]
@@ -160,7 +164,9 @@ class HotSet:
         indices = [*hot.staying, *range(hot.num_seen, num_full)]
         hot.staying, hot.num_seen = [], num_full
         for index in indices:
-            slot = self._transfers.keep_slot(hot.request, index)
+            slot = None
+            if self._tables.can_keep_index_keys(kv.block_table[index]):
+                slot = self._transfers.keep_slot(hot.request, index)
             if slot is None:
                 hot.staying.append(index)
                 continue
@@ -172,6 +178,12 @@ class HotSet:
     def check(self) -> None:
         """Assert that seats, tables and the pool agree."""
         self._seats.check()
+        index_blocks = self._tables.index_blocks
+        assert index_blocks is not None
+        index_blocks.check()
+        assert index_blocks.num_used == sum(
+            hot.request.kv.num_index_blocks for hot in self._hot.values()
+        )
         assert self._seats.num_taken == len(self._hot)
         for hot in self._hot.values():
             kv, seat = hot.request.kv, hot.seat

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.sequence import Kind, Request
 
@@ -9,29 +10,24 @@ from hotset.sequence import Kind, Request
 class BlockTables:
     """Takes blocks from the pool for sequences and gives them back; knows no keys and no tiers.
 
-    Beside the pool's there are index blocks, with the index keys of tokens whose rows are in host
-    memory. Their ids are above those of the pool, so that one table names both.
-
     Args:
         pool: the blocks.
         block_size: tokens of a block.
-        index_blocks: ids of the index blocks.
+        index_blocks: for the index keys of tokens whose rows are in host memory; None where no
+            request can leave rows there.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, index_blocks: Sequence[int] = ()) -> None:
+    def __init__(
+        self, pool: BlockPool, block_size: int, index_blocks: IndexBlocks | None = None
+    ) -> None:
         self.pool, self.block_size = pool, block_size
-        self._index_blocks = list(index_blocks)  # free ones
+        self.index_blocks = index_blocks
         self._copies: list[tuple[int, int]] = []
 
     @property
     def num_available(self) -> int:
         """Blocks that can be had: free ones, and cached ones that nobody holds."""
         return self.pool.num_available
-
-    @property
-    def num_index_blocks(self) -> int:
-        """Index blocks that can be had."""
-        return len(self._index_blocks)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -140,18 +136,25 @@ class BlockTables:
         """Whether a block of a table is of the pool, not an index block."""
         return block < self.pool.num_blocks
 
+    def can_keep_index_keys(self, block: int) -> bool:
+        """Whether there is an index block to be had once `block` is given back."""
+        assert self.index_blocks is not None
+        return self.index_blocks.can_take or self.pool.ref_count(block) == 1
+
     def keep_index_keys(self, request: Request, index: int) -> None:
         """Give a request's block back to the pool, and have an index block in its place."""
-        table, index_block = request.kv.block_table, self._index_blocks.pop()
+        assert self.index_blocks is not None
+        table = request.kv.block_table
+        self.pool.release(table[index])  # it may be carved itself: its own index keys stay whole
+        index_block = self.index_blocks.take()
         self._copies.append((table[index], index_block))
-        self.pool.release(table[index])
         table[index] = index_block
         request.kv.num_index_blocks += 1
 
     def take_copies(self) -> list[tuple[int, int]]:
         """Block copies (from, to) within the device that must run before the next step.
 
-        To an index block index keys are copied alone.
+        To an index block index keys are copied alone. Their order counts.
         """
         copies, self._copies = self._copies, []
         return copies
@@ -178,7 +181,7 @@ class BlockTables:
         for block in reversed(request.kv.block_table):  # the tail is evicted before the head
             if self.is_whole(block):
                 self.pool.release(block)
-            else:
-                self._index_blocks.append(block)
+            elif self.index_blocks is not None:
+                self.index_blocks.give_back(block)
         request.kv.block_table = []
         request.kv.num_index_blocks = request.kv.num_computed_tokens = 0

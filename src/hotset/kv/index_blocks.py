@@ -1,0 +1,77 @@
+"""Blocks of index keys alone, carved from those of the pool. Imports no torch."""
+
+from hotset.kv.pool import BlockPool
+
+
+class IndexBlocks:
+    """Takes blocks from a pool and hands out the room for rows in them as index blocks.
+
+    On the device the index keys of all blocks lie in one row, and the rows of all blocks after
+    them. That row of index keys goes on through the memory of rows: what lies there within one
+    block is that block's index blocks. Their ids are above those of the pool, so that a table can
+    name both. A block of the pool goes back once none of its index blocks is in use.
+
+    Args:
+        pool: of whole blocks.
+        first: the first id of an index block: the whole blocks that the device has.
+        row_values: of a token in all layers.
+        index_values: of the index keys of a token.
+    """
+
+    def __init__(self, pool: BlockPool, *, first: int, row_values: int, index_values: int) -> None:
+        assert 0 < index_values <= row_values and first >= pool.num_blocks
+        self._pool, self._first = pool, first
+        self._row_values, self._index_values = row_values, index_values
+        self._free: dict[int, list[int]] = {}  # carved block -> its index blocks that are free
+        self._num_used = 0
+
+    @property
+    def fewest_per_block(self) -> int:
+        """Index blocks that any block of the pool has room for."""
+        return (self._row_values - self._index_values + 1) // self._index_values
+
+    @property
+    def num_used(self) -> int:
+        """Index blocks that were handed out."""
+        return self._num_used
+
+    @property
+    def can_take(self) -> bool:
+        """Whether there is an index block to be had."""
+        return any(self._free.values()) or self._pool.num_available > 0
+
+    def take(self) -> int:
+        """An index block; raises OutOfBlocksError where the pool has no block to carve."""
+        carved = next((block for block, free in self._free.items() if free), None)
+        if carved is None:
+            [carved] = self._pool.allocate(1)
+            self._free[carved] = list(self._within(carved))
+        self._num_used += 1
+        return self._free[carved].pop()
+
+    def give_back(self, block: int) -> None:
+        """An index block is free."""
+        carved = (block - self._first) * self._index_values // self._row_values
+        free = self._free[carved]
+        assert block not in free, f"index block {block} was given back twice"
+        free.append(block)
+        self._num_used -= 1
+        if len(free) == len(self._within(carved)):
+            del self._free[carved]
+            self._pool.release(carved)
+
+    def _within(self, block: int) -> range:
+        """The index blocks that lie in the rows of one block."""
+        start = -(-block * self._row_values // self._index_values)
+        end = (block + 1) * self._row_values // self._index_values
+        return range(self._first + start, self._first + end)
+
+    def check(self) -> None:
+        """Assert that each carved block is held, and that the counts agree."""
+        num_used = 0
+        for carved, free in self._free.items():
+            assert self._pool.ref_count(carved) == 1, "a carved block is shared or free"
+            within = self._within(carved)
+            assert len(set(free)) == len(free) < len(within) and set(free) <= set(within)
+            num_used += len(within) - len(free)
+        assert num_used == self._num_used
