@@ -37,7 +37,7 @@ def write(out: Path | None, record: dict[str, Any] | list[Any], page: str | None
     if out is None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    out.with_suffix(".json").write_text(json.dumps(record) + "\n", "utf-8")
     if page is not None:
         out.with_suffix(".md").write_text(page, "utf-8")
 

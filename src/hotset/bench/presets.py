@@ -12,7 +12,7 @@ DEFAULTS = {
     "pressure": Spec("pressure", users=16, first_tokens=384, output_tokens=64),
     "multiturn": Spec("multiturn", users=16, turns=4, first_tokens=320, output_tokens=16),
     "shared-prefix": Spec("shared-prefix", users=16, first_tokens=64, prefix_tokens=768),
-    "documents": Spec("documents", users=24, turns=4, first_tokens=720, output_tokens=40),
+    "documents": Spec("documents", users=24, turns=4, first_tokens=640, output_tokens=40),
     "questions": Spec("questions", users=4, output_tokens=48),
 }
 

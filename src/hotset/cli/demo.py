@@ -14,7 +14,7 @@ from hotset.cli.progress import make_say
 @click.option(
     "--document-tokens",
     type=click.IntRange(16, 4096),
-    default=720,
+    default=640,
     show_default=True,
     help="Length of the text that each user asks about.",
 )
