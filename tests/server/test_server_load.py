@@ -333,6 +333,44 @@ def test_a_restart_finds_the_disk_tier_warm_after_sigterm_and_after_sigkill(
     assert entry["output_tokens"] == 4 and entry["status"] == 200 and entry["request_id"]
 
 
+@pytest.mark.parametrize("drain_s", ["0", "60"])
+def test_requests_that_a_stop_ends_say_so_and_the_log_has_no_traceback(drain_s: str) -> None:
+    """With 60 s to go on a second signal ends them."""
+    process, url, _ = start("--drain-s", drain_s, "--hot-gib", "0.01", "--log-level", "warning")
+    assert process.stderr is not None
+    body = {"prompt": "the cat", "max_tokens": 500, "n": 8, "stream": True, "ignore_eos": True}
+    try:
+        with (
+            httpx.Client(base_url=url, timeout=60, trust_env=False) as http,
+            http.stream("POST", "/v1/completions", json=body) as answer,
+        ):
+            lines = (line for line in answer.iter_lines() if line)
+            assert "choices" in next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert process.stderr.readline() == f"stopping; 1 requests have {drain_s} s\n"
+            if drain_s != "0":
+                process.send_signal(signal.SIGTERM)
+            *_, last = lines
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "not_available"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+        process.stderr.close()
+        process.wait(60)
+    assert said == ""
+
+
+def test_a_signal_while_the_model_loads_ends_the_server_at_once() -> None:
+    process = subprocess.Popen(serve_command(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline().endswith("loading the model\n")
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 130
+    assert said == "interrupted\n"
+
+
 def test_an_allowance_refills_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

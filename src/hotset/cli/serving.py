@@ -1,9 +1,12 @@
 """Runs the server that `hotset serve` was asked for: its socket, its signals and what it says."""
 
+import asyncio
 import contextlib
+import os
 import resource
 import socket
 import sys
+import time
 from typing import Any
 
 import click
@@ -16,6 +19,7 @@ from hotset.server.app import Api, ServerConfig
 from hotset.text.prompt import PromptEncoder
 
 _KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its own connections
+_CUT_OFF_S = 5
 
 
 def dry_run(options: Options, where: str) -> None:
@@ -45,9 +49,8 @@ def serve(
         server.should_exit = True
 
     api = Api(options, config, on_ready=on_ready, on_failure=on_failure)
-    server = _Server(api, drain_s)
+    server = _Server(api, where, drain_s)
     _raise_file_limit()
-    click.echo(f"listening at {where}; loading the model", err=True)
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
@@ -58,7 +61,7 @@ def serve(
 class _Server(uvicorn.Server):
     """Takes no more requests after the first signal; a second one ends those that run."""
 
-    def __init__(self, api: Api, drain_s: int) -> None:
+    def __init__(self, api: Api, where: str, drain_s: int) -> None:
         super().__init__(
             uvicorn.Config(
                 api,
@@ -67,19 +70,46 @@ class _Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=drain_s,
+                # For connections whose client reads nothing: requests are ended before.
+                timeout_graceful_shutdown=drain_s + _CUT_OFF_S,
             )
         )
         self._api = api
+        self._where = where
         self._drain_s = drain_s
+        self._is_urgent = False
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """See uvicorn."""
+        if not self._api.is_loaded:  # nothing runs, and a thread that loads cannot be stopped
+            click.echo("interrupted", err=True)
+            os._exit(128 + sig)
         if not self.should_exit:
             self._api.drain()
             open_requests = self._api.gate.counts.open
             click.echo(f"stopping; {open_requests} requests have {self._drain_s} s", err=True)
+        elif not self._is_urgent:
+            self._is_urgent = True
+            return
         super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn. From here on signals come to `handle_exit`."""
+        click.echo(f"listening at {self._where}; loading the model", err=True)
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        ending = asyncio.create_task(self._end_requests())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_requests(self) -> None:
+        """End what runs after `drain_s`, or at a second signal."""
+        end_s = time.monotonic() + self._drain_s
+        while time.monotonic() < end_s and not self._is_urgent:
+            await asyncio.sleep(0.1)
+        await self._api.end_requests()
 
 
 def _warn_of_no_template(service: services.EngineService) -> None:

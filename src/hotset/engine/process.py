@@ -1,5 +1,6 @@
 """The engine in a process of its own: HTTP and text handling never hold up a step."""
 
+import atexit
 import contextlib
 import gc
 import logging
@@ -270,6 +271,9 @@ def _child(connection: Connection, options: Options, build: BuildEngine | None) 
     loop.close()
     outgoing.put(None)
     sender.join(_CLOSE_S)
+    # All is closed. Triton's library would list what it leaks while the interpreter shuts down.
+    atexit._run_exitfuncs()
+    os._exit(0)
 
 
 def _end_with_parent(connection: Connection, has_started: threading.Event) -> None:

@@ -183,6 +183,16 @@ class Api:
         """Take no more requests; those that run go on. May be called from a signal handler."""
         self._is_draining = True
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether requests are, or were, taken."""
+        return self._parts is not None
+
+    async def end_requests(self) -> None:
+        """End what runs: each client gets an error that says so. What comes is refused."""
+        if self._parts is not None:
+            await asyncio.to_thread(self._parts.service.close)
+
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # lets the router raise what `Gate` answers, as 405
         await self._router(scope, receive, send)

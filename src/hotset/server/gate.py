@@ -1,5 +1,6 @@
 """Every HTTP request passes here: an id, a key, a log line, and errors that tell no secret."""
 
+import asyncio
 import logging
 import re
 import time
@@ -78,7 +79,7 @@ class Gate:
                 scope["tenant"] = self._tenant(scope["path"], exchange.headers)
                 scope["facts"] = exchange.facts
                 await self._app(scope, receive, exchange.send)
-            except ClientDisconnect:
+            except (ClientDisconnect, asyncio.CancelledError):  # or it reads nothing any more
                 exchange.status = _CLOSED_BY_CLIENT
             except Exception as error:
                 await exchange.refuse(error, receive)
@@ -100,7 +101,7 @@ class Gate:
             "ms": round(1e3 * (time.monotonic() - exchange.start_s), 1),
             **facts,
         }
-        if tenant := scope.get("tenant"):
+        if (tenant := scope.get("tenant")) and tenant.name:
             fields["key"] = tenant.name
         is_quiet = scope["path"] in _QUIET_PATHS and (status or 500) < 500
         _log.log(logging.DEBUG if is_quiet else logging.INFO, "request", extra={"fields": fields})
