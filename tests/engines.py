@@ -9,10 +9,9 @@ import torch
 from tiny_models import make_model
 
 from hotset.cost.cache_spec import token_bytes
-from hotset.cost.expert_sizes import asked_sizes
+from hotset.cost.expert_sizes import asked_sizes, size_experts
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
-from hotset.engine.sizing import size_experts
 from hotset.executor.probe import inspect_model
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import DiskExperts

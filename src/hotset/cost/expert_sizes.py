@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from hotset.cost.slot_bytes import SlotBytes, count_slots
 from hotset.errors import ConfigError
 from hotset.option_groups import ExpertBudget, ExpertSlots, HostedExperts, SplitMemory
-from hotset.options import OPTIONS
+from hotset.options import OPTIONS, own_options
 from hotset.units import GIB, round_up_gib
 
 # In host memory, where others are on disk: one is read into while the other is used.
@@ -47,6 +47,37 @@ class ExpertSizes:
             return 0
         in_all = self.slots.num_layers * self.slots.num_experts
         return self.slots.cold_bytes * (in_all if self.host_slots is None else self.host_slots)
+
+
+def size_experts(
+    asked: HostedExperts, slots: SlotBytes | None, why_not: str, *, device: str
+) -> ExpertSizes | None:
+    """Refuse options of experts that a model cannot follow; needs none of its weights.
+
+    Args:
+        asked: by the user.
+        slots: of the model's experts; None where they cannot be hosted.
+        why_not: why.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        What experts get, where the user gave them a size of their own.
+
+    Raises:
+        ConfigError: there are no such experts, or others than asked for.
+    """
+    if isinstance(asked, ExpertSlots | ExpertBudget):
+        if slots is None:
+            asked_for = "expert_slots" if isinstance(asked, ExpertSlots) else "expert_gib"
+            raise ConfigError(
+                f"{asked_for} is {getattr(asked, asked_for)}, but {why_not}; leave {asked_for} out"
+            )
+        return asked_sizes(asked, slots, device=device)
+    if slots is None:
+        for one in (*own_options(SplitMemory), *own_options(HostedExperts)):
+            if (value := getattr(asked, one.name)) != one.default:
+                raise ConfigError(f"{one.name} is {value!r}, but {why_not}; leave {one.name} out")
+    return None
 
 
 def asked_sizes(asked: ExpertSlots | ExpertBudget, slots: SlotBytes, *, device: str) -> ExpertSizes:

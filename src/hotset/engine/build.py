@@ -15,6 +15,7 @@ from hotset.attention.flashinfer.kernels import start_kernels
 from hotset.attention.latent import hand_over_latents
 from hotset.cgroups import available_host_bytes
 from hotset.clock import REAL_CLOCK, Clock
+from hotset.cost.expert_sizes import size_experts
 from hotset.cost.prefix import PrefixPolicy
 from hotset.cost.rates import Rates
 from hotset.cost.tuning import TUNINGS
@@ -25,7 +26,7 @@ from hotset.engine.model_shape import kv_note, measure_model
 from hotset.engine.open_tiers import open_tiers
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
-from hotset.engine.sizing import FreeBytes, Sizes, size_experts, solve_sizes
+from hotset.engine.sizing import FreeBytes, Sizes, solve_sizes
 from hotset.engine.split_mover import SplitMover
 from hotset.engine.start_times import StartTimes
 from hotset.engine.step import Step, StepItem

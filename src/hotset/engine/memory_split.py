@@ -10,7 +10,6 @@ from hotset.cost.slot_bytes import SlotBytes
 from hotset.errors import ConfigError
 from hotset.memory.region import SharedRegion
 from hotset.option_groups import ScheduleOptions, SplitMemory
-from hotset.options import Options
 from hotset.units import gib_text
 
 # What requests are like where the user does not say: a prompt and its answer, and how many of them
@@ -68,31 +67,29 @@ class Rated:
 
 
 def split_memory(
-    options: Options,
     asked: SplitMemory,
     slots: SlotBytes,
     rated: Rated,
+    load: Load,
+    kv: KVMemory,
     *,
     hot_bytes: int,
-    kv_block_bytes: int,
-    block_size: int,
-    fewest_blocks: int,
-    model_max_len: int,
+    given: str,
+    has_longest: bool,
     max_step_tokens: int,
     device: str,
 ) -> SolvedSplit:
     """The best split of `hot_bytes` between KV and experts.
 
     Args:
-        options: the user's.
-        asked: those of them that are of the split.
+        asked: by the user.
         slots: of the model's experts.
         rated: how fast it runs.
+        load: what the split is for.
+        kv: by the block.
         hot_bytes: for both.
-        kv_block_bytes: of a block.
-        block_size: tokens of a block.
-        fewest_blocks: that one request needs.
-        model_max_len: longest context the model was made for.
+        given: the option that they come from, and its value.
+        has_longest: whether the user gave the longest context.
         max_step_tokens: most tokens of a step of prompts beside decodes, some experts on the host.
         device: `cpu` or `cuda`.
 
@@ -100,10 +97,6 @@ def split_memory(
         ConfigError: a budget that is too small, or an option without effect.
     """
     slots, host_slots = with_disk(asked, slots)
-    max_len = min(options.schedule.max_model_len or model_max_len, model_max_len)
-    load = expected_load(asked, options.schedule, max_len)
-    kv = KVMemory(kv_block_bytes, block_size, 0)
-    kv = replace(kv, fewest_blocks=max(fewest_blocks, kv.blocks_of(load.context)))
     cost = rated.cost_of(slots)
     fewest_slots = max(slots.fewest, asked.expert_prefetch)
     splitter = Splitter(
@@ -112,17 +105,14 @@ def split_memory(
     split = splitter.solve(load)
     if split is None:
         least = least_bytes(slots, kv, fewest_slots)
-        name = "hot_gib" if options.memory.total_gib is None else "total_gib"
         raise ConfigError(
-            f"{name} {getattr(options.memory, name)} leaves {gib_text(hot_bytes)} for KV and "
-            f"experts, but the fewest slots of the plan {slots.plan} and KV for one request of "
-            f"{load.context:.0f} tokens take {gib_text(least)}; give at least "
-            f"{gib_text(least - hot_bytes)} more"
+            f"{given} leaves {gib_text(hot_bytes)} for KV and experts, but the fewest slots of the "
+            f"plan {slots.plan} and KV for one request of {load.context:.0f} tokens take "
+            f"{gib_text(least)}; give at least {gib_text(least - hot_bytes)} more"
         )
     moving = None
     if asked.move_split:
-        most_len = options.schedule.max_model_len
-        split, moving = _let_move(split, load, splitter, slots, has_longest=most_len is not None)
+        split, moving = _let_move(split, load, splitter, slots, has_longest=has_longest)
         slots = replace(slots, fewest_ever=moving.region.fewest_slots)
     sizes = checked_sizes(asked, ExpertSizes(slots, split.num_slots, host_slots), device=device)
     report = f"{_report(asked, split, load, cost, moving)}\n{_prediction(split, cost, rated)}"

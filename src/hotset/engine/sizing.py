@@ -1,23 +1,24 @@
 """What each part of an engine gets of the memory, before any of it is taken. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hotset.cost.expert_sizes import ExpertSizes, asked_sizes
+from hotset.cost.expert_sizes import ExpertSizes, size_experts
+from hotset.cost.expert_split import KVMemory
 from hotset.cost.slot_bytes import SlotBytes
 from hotset.cost.tuning import TUNINGS
-from hotset.engine.memory_split import MovingSplit, Rated, SolvedSplit, split_memory
+from hotset.engine.memory_split import (
+    MovingSplit,
+    Rated,
+    SolvedSplit,
+    expected_load,
+    split_memory,
+)
 from hotset.errors import ConfigError
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import capacity_bytes_for, payloads_within
-from hotset.option_groups import (
-    ExpertBudget,
-    ExpertSlots,
-    HostedExperts,
-    ScheduleOptions,
-    SplitMemory,
-)
-from hotset.options import Options, own_options
+from hotset.option_groups import ExpertBudget, HostedExperts, SplitMemory
+from hotset.options import Options
 from hotset.units import GIB, gib_text, round_up_gib
 
 # Host slots a disk tier needs below a device without a host tier, to pass payloads through.
@@ -60,6 +61,11 @@ class ModelSizes:
     slots: SlotBytes | None = None
     why_not_hosted: str = "it is dense"
     rated: Rated | None = None
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a KV block."""
+        return self.block_size * self.kv_bytes_per_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,254 +164,219 @@ def solve_sizes(options: Options, model: ModelSizes, free: FreeBytes) -> Sizes:
         ConfigError: a size that cannot work, with the smallest or largest one that can; or an
             option without effect for this model.
     """
-    memory, asked = options.memory, options.experts
-    experts = None
-    if isinstance(asked, HostedExperts):
-        experts = size_experts(asked, model.slots, model.why_not_hosted, device=model.device)
-    hot_bytes = _hot_bytes(options, model, experts)
-    split = None
-    if isinstance(asked, SplitMemory) and model.slots is not None:
-        assert hot_bytes is not None
-        split = _split(options, asked, model, hot_bytes)
-        hot_bytes, experts = split.kv_bytes, split.experts
-    beside = _beside_experts(model, free, experts)
-    kv_bytes = _kv_bytes(options, model, hot_bytes, beside.device)
-    _check_fits(options, model, experts, kv_bytes, beside.device)
-    block_bytes = model.block_size * model.kv_bytes_per_token
-    num_blocks = _num_blocks(options, model, kv_bytes)
-    host_slots = _host_slots(options, block_bytes)
-    free_host = beside.host - (kv_bytes if model.device == "cpu" else 0)
-    if host_slots * slot_bytes_for(block_bytes) > free_host:
-        raise ConfigError(
-            f"the host tier would take {host_slots * slot_bytes_for(block_bytes) / GIB:.3f} GiB "
-            f"but {max(0, free_host) / GIB:.3f} GiB of host memory are free; give less host_gib"
-        )
-    max_len = min(_wanted_len(options, model), num_blocks * model.block_size)
-    first_block, moving = 0, None if split is None else split.moving
-    if moving is not None and experts is not None:
-        region = moving.region
-        num_blocks, first_block = region.num_blocks, region.first_block(experts.num_slots)
-        max_len = min(max_len, region.num_kv_blocks(region.most_slots) * model.block_size)
-    return Sizes(
-        weights_bytes=_weights_bytes(model, experts),
-        workspace_bytes=model.workspace_bytes,
-        block_bytes=block_bytes,
-        block_size=model.block_size,
-        num_blocks=num_blocks,
-        first_block=first_block,
-        host_slots=host_slots,
-        disk_bytes=int(memory.disk_gib * GIB),
-        max_model_len=max_len,
-        max_mixed_tokens=_mixed_tokens(
-            options.schedule, model, is_hosted=experts is not None and not experts.are_resident
-        ),
-        experts=experts,
-        moving=moving,
-        split_report="" if split is None else split.report,
-    )
+    return _Solver(options, model, free).solve()
 
 
-def size_experts(
-    asked: HostedExperts, slots: SlotBytes | None, why_not: str, *, device: str
-) -> ExpertSizes | None:
-    """Refuse options of experts that a model cannot follow; needs none of its weights.
+class _Solver:
+    """See `solve_sizes`."""
 
-    Args:
-        asked: by the user.
-        slots: of the model's experts; None where they cannot be hosted.
-        why_not: why.
-        device: `cpu` or `cuda`.
+    def __init__(self, options: Options, model: ModelSizes, free: FreeBytes) -> None:
+        self.memory, self.asked, self.schedule = options.memory, options.experts, options.schedule
+        self.model, self.free = model, free
+        # What the user gives to KV and workspace, weights or experts, by its name.
+        self.given = "hot_gib" if self.memory.total_gib is None else "total_gib"
+        self.given_gib: float | None = getattr(self.memory, self.given)
+        # The longest context asked for, and KV blocks that one request needs: for that, or where it
+        # is the model's own for 256 tokens.
+        self.max_len = min(self.schedule.max_model_len or model.max_len, model.max_len)
+        few_tokens = min(self.schedule.max_model_len or 256, model.max_len)
+        self.fewest_blocks = max(2, -(-few_tokens // model.block_size))
 
-    Returns:
-        What experts get, where the user gave them a size of their own.
-
-    Raises:
-        ConfigError: there are no such experts, or others than asked for.
-    """
-    if isinstance(asked, ExpertSlots | ExpertBudget):
-        if slots is None:
-            asked_for = "expert_slots" if isinstance(asked, ExpertSlots) else "expert_gib"
-            raise ConfigError(
-                f"{asked_for} is {getattr(asked, asked_for)}, but {why_not}; leave {asked_for} out"
+    def solve(self) -> Sizes:
+        memory, model, experts = self.memory, self.model, None
+        if isinstance(self.asked, HostedExperts):
+            experts = size_experts(
+                self.asked, model.slots, model.why_not_hosted, device=model.device
             )
-        return asked_sizes(asked, slots, device=device)
-    if slots is None:
-        for one in (*own_options(SplitMemory), *own_options(HostedExperts)):
-            if (value := getattr(asked, one.name)) != one.default:
-                raise ConfigError(f"{one.name} is {value!r}, but {why_not}; leave {one.name} out")
-    return None
-
-
-def _hot_bytes(options: Options, model: ModelSizes, experts: ExpertSizes | None) -> int | None:
-    """What the user gives to KV, and to experts where these share it; None for what is left."""
-    memory, asked = options.memory, options.experts
-    if memory.total_gib is None:
-        return None if memory.hot_gib is None else int(memory.hot_gib * GIB)
-    taken = model.dense_bytes + model.workspace_bytes
-    if model.slots is None:
-        taken += model.expert_bytes  # in its own way, so they all stay
-    elif isinstance(asked, ExpertBudget):
-        taken += int(asked.expert_gib * GIB)
-    elif experts is not None:
-        taken += experts.slots(experts.num_slots)
-    hot_bytes = int(memory.total_gib * GIB) - taken
-    if hot_bytes <= 0:
-        raise ConfigError(
-            f"total_gib is {memory.total_gib}, but what is not split takes {gib_text(taken)}: "
-            f"weights without experts {gib_text(model.dense_bytes)}, workspace "
-            f"{gib_text(model.workspace_bytes)}; give more"
+        hot_bytes, split = self._hot_bytes(experts), None
+        if isinstance(self.asked, SplitMemory) and model.slots is not None:
+            split = self._split(self.asked, model.slots, hot_bytes)
+            hot_bytes, experts = split.kv_bytes, split.experts
+        free = self._free_beside(experts)
+        kv_bytes = self._kv_bytes(hot_bytes, free.device)
+        self._check_fits(experts, kv_bytes, free.device)
+        num_blocks = self._num_blocks(kv_bytes)
+        host_slots = self._host_slots(free.host - (kv_bytes if model.device == "cpu" else 0))
+        max_len = min(self.max_len, num_blocks * model.block_size)
+        first_block, moving = 0, None if split is None else split.moving
+        if moving is not None and experts is not None:
+            region = moving.region
+            num_blocks, first_block = region.num_blocks, region.first_block(experts.num_slots)
+            max_len = min(max_len, region.num_kv_blocks(region.most_slots) * model.block_size)
+        return Sizes(
+            weights_bytes=self._weights_bytes(experts),
+            workspace_bytes=model.workspace_bytes,
+            block_bytes=model.block_bytes,
+            block_size=model.block_size,
+            num_blocks=num_blocks,
+            first_block=first_block,
+            host_slots=host_slots,
+            disk_bytes=int(memory.disk_gib * GIB),
+            max_model_len=max_len,
+            max_mixed_tokens=self._mixed_tokens(
+                is_hosted=experts is not None and not experts.are_resident
+            ),
+            experts=experts,
+            moving=moving,
+            split_report="" if split is None else split.report,
         )
-    return hot_bytes
 
+    def _hot_bytes(self, experts: ExpertSizes | None) -> int | None:
+        """What the user gives to KV, and to experts where these share it; None: what is left."""
+        model = self.model
+        if self.given_gib is None:
+            return None
+        given_bytes = int(self.given_gib * GIB)
+        if self.given == "hot_gib":
+            return given_bytes
+        taken = model.dense_bytes + model.workspace_bytes
+        if model.slots is None:
+            taken += model.expert_bytes  # in its own way, so they all stay
+        elif isinstance(self.asked, ExpertBudget):
+            taken += int(self.asked.expert_gib * GIB)
+        elif experts is not None:
+            taken += experts.slots(experts.num_slots)
+        if given_bytes <= taken:
+            raise ConfigError(
+                f"total_gib is {self.given_gib}, but what is not split takes {gib_text(taken)}: "
+                f"weights without experts {gib_text(model.dense_bytes)}, workspace "
+                f"{gib_text(model.workspace_bytes)}; give more"
+            )
+        return given_bytes - taken
 
-def _split(options: Options, asked: SplitMemory, model: ModelSizes, hot_bytes: int) -> SolvedSplit:
-    assert model.slots is not None and model.rated is not None
-    return split_memory(
-        options,
-        asked,
-        model.slots,
-        model.rated,
-        hot_bytes=hot_bytes,
-        kv_block_bytes=model.block_size * model.kv_bytes_per_token,
-        block_size=model.block_size,
-        fewest_blocks=_fewest_blocks(options, model),
-        model_max_len=model.max_len,
-        max_step_tokens=_mixed_tokens(options.schedule, model, is_hosted=True),
-        device=model.device,
-    )
-
-
-def _beside_experts(model: ModelSizes, free: FreeBytes, experts: ExpertSizes | None) -> FreeBytes:
-    """What is free once experts are where they are to be, from where they were loaded."""
-    if experts is None:
-        return free
-    device = free.device + model.device_expert_bytes - experts.device_bytes
-    # The host copy is made of weights; an engine before may have made it.
-    host = free.host + model.expert_bytes - model.device_expert_bytes
-    if model.expert_bytes:
-        host -= experts.host_bytes
-    if model.device == "cpu":
-        if not model.expert_bytes and experts.are_resident:
-            return free  # the host copy becomes the weights
-        one = device + host - free.host
-        return FreeBytes(one, one)
-    return FreeBytes(device, host)
-
-
-def _kv_bytes(options: Options, model: ModelSizes, hot_bytes: int | None, free_bytes: int) -> int:
-    """What KV gets of the device: as asked, or a share of what is free."""
-    schedule = options.schedule
-    if model.workspace_bytes >= free_bytes:
-        raise ConfigError(
-            f"a step of {schedule.max_num_batched_tokens} tokens and {schedule.max_num_seqs} "
-            f"requests may take {model.workspace_bytes / GIB:.3f} GiB beside weights and KV, and "
-            f"{max(0, free_bytes) / GIB:.3f} GiB are free on the {model.device}; give less "
-            "max_num_batched_tokens or max_num_seqs, or a smaller model"
+    def _split(self, asked: SplitMemory, slots: SlotBytes, hot_bytes: int | None) -> SolvedSplit:
+        model, schedule = self.model, self.schedule
+        assert model.rated is not None and hot_bytes is not None
+        load = expected_load(asked, schedule, self.max_len)
+        kv = KVMemory(model.block_bytes, model.block_size, self.fewest_blocks)
+        return split_memory(
+            asked,
+            slots,
+            model.rated,
+            load,
+            replace(kv, fewest_blocks=max(self.fewest_blocks, kv.blocks_of(load.context))),
+            hot_bytes=hot_bytes,
+            given=f"{self.given} {self.given_gib}",
+            has_longest=schedule.max_model_len is not None,
+            max_step_tokens=self._mixed_tokens(is_hosted=True),
+            device=model.device,
         )
-    if hot_bytes is not None:
-        return hot_bytes
-    block_bytes = model.block_size * model.kv_bytes_per_token
-    most_blocks = -(-_wanted_len(options, model) // model.block_size)
-    share = (free_bytes - model.workspace_bytes) * TUNINGS[model.device].memory_share
-    return min(int(share), schedule.max_num_seqs * most_blocks * block_bytes)
 
+    def _free_beside(self, experts: ExpertSizes | None) -> FreeBytes:
+        """What is free once experts are where they are to be, from where they were loaded."""
+        model, free = self.model, self.free
+        if experts is None:
+            return free
+        device = free.device + model.device_expert_bytes - experts.device_bytes
+        # The host copy is made of weights; an engine before may have made it.
+        host = free.host + model.expert_bytes - model.device_expert_bytes
+        if model.expert_bytes:
+            host -= experts.host_bytes
+        if model.device == "cpu":
+            if not model.expert_bytes and experts.are_resident:
+                return free  # the host copy becomes the weights
+            one = device + host - free.host
+            return FreeBytes(one, one)
+        return FreeBytes(device, host)
 
-def _check_fits(
-    options: Options,
-    model: ModelSizes,
-    experts: ExpertSizes | None,
-    kv_bytes: int,
-    free_bytes: int,
-) -> None:
-    """Raise ConfigError where there is less memory on the device than KV is to have."""
-    free_bytes -= model.workspace_bytes
-    if kv_bytes <= free_bytes:
-        return
-    workspace = f"workspace ({gib_text(model.workspace_bytes)})"
-    expert_bytes = 0 if experts is None else experts.device_bytes
-    if expert_bytes and isinstance(options.experts, SplitMemory):
-        free = gib_text(max(0, free_bytes + expert_bytes), up=False)
-        raise ConfigError(
-            f"{gib_text(kv_bytes + expert_bytes)} for KV and experts are more than the {free} free "
-            f"on the {model.device} beside weights without experts ({gib_text(model.dense_bytes)}) "
-            f"and {workspace}; give less"
+    def _kv_bytes(self, hot_bytes: int | None, free_bytes: int) -> int:
+        """What KV gets of the device: as asked, or a share of what is free."""
+        model, schedule = self.model, self.schedule
+        if model.workspace_bytes >= free_bytes:
+            raise ConfigError(
+                f"a step of {schedule.max_num_batched_tokens} tokens and {schedule.max_num_seqs} "
+                f"requests may take {model.workspace_bytes / GIB:.3f} GiB beside weights and KV, "
+                f"and {max(0, free_bytes) / GIB:.3f} GiB are free on the {model.device}; give less "
+                "max_num_batched_tokens or max_num_seqs, or a smaller model"
+            )
+        if hot_bytes is not None:
+            return hot_bytes
+        most_blocks = schedule.max_num_seqs * -(-self.max_len // model.block_size)
+        share = (free_bytes - model.workspace_bytes) * TUNINGS[model.device].memory_share
+        return min(int(share), most_blocks * model.block_bytes)
+
+    def _check_fits(self, experts: ExpertSizes | None, kv_bytes: int, free_bytes: int) -> None:
+        """Raise ConfigError where there is less memory on the device than KV is to have."""
+        model = self.model
+        free_bytes -= model.workspace_bytes
+        if kv_bytes <= free_bytes:
+            return
+        workspace = f"workspace ({gib_text(model.workspace_bytes)})"
+        expert_bytes = 0 if experts is None else experts.device_bytes
+        if expert_bytes and isinstance(self.asked, SplitMemory):
+            free = gib_text(max(0, free_bytes + expert_bytes), up=False)
+            raise ConfigError(
+                f"{gib_text(kv_bytes + expert_bytes)} for KV and experts are more than the {free} "
+                f"free on the {model.device} beside weights without experts "
+                f"({gib_text(model.dense_bytes)}) and {workspace}; give less"
+            )
+        weights_bytes = model.dense_bytes + (
+            model.expert_bytes if experts is None else expert_bytes
         )
-    name = "hot_gib" if options.memory.total_gib is None else "total_gib"
-    weights_bytes = model.dense_bytes + (model.expert_bytes if experts is None else expert_bytes)
-    raise ConfigError(
-        f"{name} {getattr(options.memory, name)} asks for {gib_text(kv_bytes)} of KV, which is "
-        f"more than the {gib_text(max(0, free_bytes), up=False)} free on the {model.device} beside "
-        f"weights ({gib_text(weights_bytes)}) and {workspace}; give less, or leave {name} out"
-    )
-
-
-def _num_blocks(options: Options, model: ModelSizes, kv_bytes: int) -> int:
-    block_bytes = model.block_size * model.kv_bytes_per_token
-    needed = _fewest_blocks(options, model)
-    if kv_bytes // block_bytes >= needed:
-        return kv_bytes // block_bytes
-    give = f"hot_gib {round_up_gib(needed * block_bytes)}"
-    if (total_gib := options.memory.total_gib) is not None:
-        give = f"total_gib {round_up_gib(total_gib * GIB + needed * block_bytes - kv_bytes)}"
-    raise ConfigError(
-        f"the hot tier of {kv_bytes / GIB:.6f} GiB holds {kv_bytes // block_bytes} KV blocks of "
-        f"{block_bytes} bytes, but one request needs {needed}; give {give} or more"
-    )
-
-
-def _host_slots(options: Options, block_bytes: int) -> int:
-    """Payloads in host memory, for the host tier and to stage a disk."""
-    memory, slot_bytes = options.memory, slot_bytes_for(block_bytes)
-    host_slots = int(memory.host_gib * GIB) // slot_bytes
-    if memory.host_gib > 0 and host_slots < 1:
         raise ConfigError(
-            f"host_gib {memory.host_gib} holds no KV block of {slot_bytes} bytes; give "
-            f"{round_up_gib(slot_bytes)} or more, or 0 for no host tier"
+            f"{self.given} {self.given_gib} asks for {gib_text(kv_bytes)} of KV, which is more "
+            f"than the {gib_text(max(0, free_bytes), up=False)} free on the {model.device} beside "
+            f"weights ({gib_text(weights_bytes)}) and {workspace}; give less, or leave "
+            f"{self.given} out"
         )
-    if memory.disk_gib == 0:
+
+    def _num_blocks(self, kv_bytes: int) -> int:
+        block_bytes, needed = self.model.block_bytes, self.fewest_blocks
+        if kv_bytes // block_bytes >= needed:
+            return kv_bytes // block_bytes
+        least_bytes = needed * block_bytes
+        if (total_gib := self.memory.total_gib) is not None:
+            least_bytes += int(total_gib * GIB) - kv_bytes
+        raise ConfigError(
+            f"the hot tier of {kv_bytes / GIB:.6f} GiB holds {kv_bytes // block_bytes} KV blocks "
+            f"of {block_bytes} bytes, but one request needs {needed}; give {self.given} "
+            f"{round_up_gib(least_bytes)} or more"
+        )
+
+    def _host_slots(self, free_bytes: int) -> int:
+        """Payloads in host memory, for the host tier and to stage a disk."""
+        memory, slot_bytes = self.memory, slot_bytes_for(self.model.block_bytes)
+        host_slots = int(memory.host_gib * GIB) // slot_bytes
+        if memory.host_gib > 0 and host_slots < 1:
+            raise ConfigError(
+                f"host_gib {memory.host_gib} holds no KV block of {slot_bytes} bytes; give "
+                f"{round_up_gib(slot_bytes)} or more, or 0 for no host tier"
+            )
+        if memory.disk_gib > 0:
+            host_slots = max(host_slots, _STAGING_SLOTS)
+            if payloads_within(int(memory.disk_gib * GIB), slot_bytes) < 1:
+                raise ConfigError(
+                    f"disk_gib {memory.disk_gib} holds no KV block of {slot_bytes} bytes beside "
+                    f"its index; give {round_up_gib(capacity_bytes_for(1, slot_bytes))} or more, "
+                    "or 0 for no disk tier"
+                )
+        if host_slots * slot_bytes > free_bytes:
+            raise ConfigError(
+                f"the host tier would take {host_slots * slot_bytes / GIB:.3f} GiB but "
+                f"{max(0, free_bytes) / GIB:.3f} GiB of host memory are free; give less host_gib"
+            )
         return host_slots
-    if payloads_within(int(memory.disk_gib * GIB), slot_bytes) < 1:
-        raise ConfigError(
-            f"disk_gib {memory.disk_gib} holds no KV block of {slot_bytes} bytes beside its index; "
-            f"give {round_up_gib(capacity_bytes_for(1, slot_bytes))} or more, or 0 for no disk tier"
-        )
-    return max(host_slots, _STAGING_SLOTS)
 
+    def _weights_bytes(self, experts: ExpertSizes | None) -> int:
+        if experts is None:
+            return self.model.dense_bytes + self.model.expert_bytes
+        return self.model.dense_bytes + (experts.device_bytes if experts.are_resident else 0)
 
-def _wanted_len(options: Options, model: ModelSizes) -> int:
-    """The longest context asked for."""
-    return min(options.schedule.max_model_len or model.max_len, model.max_len)
-
-
-def _fewest_blocks(options: Options, model: ModelSizes) -> int:
-    """KV blocks that one request needs: for the longest context asked for, else 256 tokens."""
-    tokens = min(options.schedule.max_model_len or 256, model.max_len)
-    return max(2, -(-tokens // model.block_size))
-
-
-def _weights_bytes(model: ModelSizes, experts: ExpertSizes | None) -> int:
-    if experts is None:
-        return model.dense_bytes + model.expert_bytes
-    return model.dense_bytes + (experts.device_bytes if experts.are_resident else 0)
-
-
-def _mixed_tokens(schedule: ScheduleOptions, model: ModelSizes, *, is_hosted: bool) -> int:
-    """Most tokens of a step of prompts beside decodes, with some experts in host memory or none."""
-    if schedule.max_mixed_tokens is not None:
-        return schedule.max_mixed_tokens
-    tuning = TUNINGS[model.device]
-    if model.device == "cpu":
-        return tuning.mixed_tokens
-    if schedule.rotation_s is not None:
-        # First tokens are to come soon: the fewer steps the prompts take, the fewer decodes beside.
-        return schedule.max_num_batched_tokens
-    if not model.num_experts:
-        return tuning.mixed_tokens
-    if is_hosted:
-        # A step with prompts brings nearly all missing experts over the link, which takes longer
-        # than to compute any tokens: the more of them share it, the better, decodes too.
-        return schedule.max_num_batched_tokens
-    tokens = max(
-        tuning.mixed_tokens, tuning.mixed_rows_per_expert * model.num_experts // model.top_k
-    )
-    return min(tokens, schedule.max_num_batched_tokens)
+    def _mixed_tokens(self, *, is_hosted: bool) -> int:
+        """Most tokens of a step of prompts beside decodes, with experts in host memory or none."""
+        model, schedule, tuning = self.model, self.schedule, TUNINGS[self.model.device]
+        if schedule.max_mixed_tokens is not None:
+            return schedule.max_mixed_tokens
+        if model.device == "cpu":
+            return tuning.mixed_tokens
+        if schedule.rotation_s is not None:
+            # First tokens are to come soon: the fewer steps prompts take, the fewer decodes beside.
+            return schedule.max_num_batched_tokens
+        if not model.num_experts:
+            return tuning.mixed_tokens
+        if is_hosted:
+            # A step with prompts brings nearly all missing experts over the link, which takes
+            # longer than to compute any tokens: the more of them share it, the better, decodes too.
+            return schedule.max_num_batched_tokens
+        rows = tuning.mixed_rows_per_expert * model.num_experts // model.top_k
+        return min(max(tuning.mixed_tokens, rows), schedule.max_num_batched_tokens)
