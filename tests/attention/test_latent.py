@@ -43,7 +43,7 @@ def test_keys_and_values_made_of_a_latent_are_those_of_the_model_bit_for_bit(fam
             assert torch.equal(one, other)
         assert spec.expanded == KeysValues(4, ours[0].shape[-1], ours[1].shape[-1])
         # No copy: what is loaded into the model later is read here.
-        assert asked.latent.keys.data_ptr() == module.kv_b_proj.weight.data_ptr()
+        assert asked.latent.heads.data_ptr() == module.kv_b_proj.weight.data_ptr()
         assert not is_replaceable(module.kv_b_proj)
         assert module.kv_b_proj not in can_be_fp8(model).values()
 

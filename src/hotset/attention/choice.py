@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from hotset.attention.backend import AttentionBackend
 from hotset.attention.flashinfer.backend import FlashInferBackend
 from hotset.attention.flashinfer.kernels import KernelBuild, why_unsupported
+from hotset.attention.flashinfer.latent import LatentBackend
 from hotset.attention.gather import GatherBackend
 from hotset.attention.spec import LayerAttention
 from hotset.memory.arena import DeviceArena
@@ -26,12 +27,13 @@ def choose_backend(
         arena: has the KV.
         layers: what each asks for.
         kernels: FlashInfer's, being built.
-        waits: until all of them are; see `FlashInferBackend`.
+        waits: until all of them are; see the backends.
     """
     if arena.storage.device.type != "cuda":
         return GatherBackend(arena, layers)
-    reason = why_unsupported(layers)
+    reason = why_unsupported(layers, arena.storage.device)
     if reason is not None:
         _log.warning("FlashInfer cannot run %s: attention by SDPA, which is slower", reason)
         return GatherBackend(arena, layers)
-    return FlashInferBackend(arena, layers, kernels=kernels, waits=waits)
+    backend = FlashInferBackend if layers[0].latent is None else LatentBackend
+    return backend(arena, layers, kernels=kernels, waits=waits)

@@ -112,7 +112,7 @@ class PagedAttention:
 
         num_heads, num_tokens, _ = query.shape
         rank = latent.shape[-1]
-        output = query.new_empty(num_tokens, num_heads, weights.values.shape[1])
+        output = query.new_empty(num_tokens, num_heads, self._layers[layer].heads.value_dim)
         for group in self._groups_for(None, query.dtype):
             rows = cache.index_select(0, group.table)
             rows = rows.view(group.num_sequences, -1, cache.shape[-1])  # [R, S, R + P]

@@ -22,49 +22,52 @@ _CHECKED_TOKENS = 3
 
 
 class LatentWeights(NamedTuple):
-    """What makes keys and values of latents: views of a layer's own weight.
+    """What makes keys and values of latents: a view of a layer's own weight.
 
     H = heads, R = width of a latent, P = width of the rotary key, D = width of a key without it,
     D_v = width of a value. A row is a latent and its rotary key, R + P numbers.
 
     Attributes:
-        keys: `[H, D, R]`.
-        values: `[H, D_v, R]`.
+        heads: `[H, D + D_v, R]`, contiguous.
+        nope_dim: D.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    heads: torch.Tensor
+    nope_dim: int
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """`[H, D, R]`."""
+        return self.heads[:, : self.nope_dim]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """`[H, D_v, R]`."""
+        return self.heads[:, self.nope_dim :]
 
     def spec(self, rope_dim: int) -> Latent:
         """What such a layer caches, with P = `rope_dim`."""
-        num_heads, nope_dim, rank = self.keys.shape
-        value_dim = self.values.shape[1]
-        return Latent(rank, rope_dim, KeysValues(num_heads, nope_dim + rope_dim, value_dim))
+        num_heads, head_dim, rank = self.heads.shape
+        heads = KeysValues(num_heads, self.nope_dim + rope_dim, head_dim - self.nope_dim)
+        return Latent(rank, rope_dim, heads)
 
     def expand(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys `[N, H, S, D + P]` and values `[N, H, S, D_v]` of `[N, S, R + P]` rows."""
-        num_heads, nope_dim, rank = self.keys.shape
-        latent, rotary = rows[..., :rank], rows[..., rank:]
-        heads = latent @ self._joined.T  # [N, S, H * (D + D_v)]
+        num_heads, _, rank = self.heads.shape
+        heads = rows[..., :rank] @ self.heads.flatten(0, 1).T  # [N, S, H * (D + D_v)]
         heads = heads.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        rotary = rotary.unsqueeze(1).expand(-1, num_heads, -1, -1)
-        return torch.cat((heads[..., :nope_dim], rotary), dim=-1), heads[..., nope_dim:]
+        rotary = rows[..., rank:].unsqueeze(1).expand(-1, num_heads, -1, -1)
+        keys = torch.cat((heads[..., : self.nope_dim], rotary), dim=-1)
+        return keys, heads[..., self.nope_dim :]
 
     def absorb(self, query: torch.Tensor) -> torch.Tensor:
         """`[H, T, R + P]`, whose products with rows are those of `[H, T, D + P]` with keys."""
-        nope_dim = self.keys.shape[1]
-        return torch.cat((query[..., :nope_dim] @ self.keys, query[..., nope_dim:]), dim=-1)
+        latent = query[..., : self.nope_dim] @ self.keys
+        return torch.cat((latent, query[..., self.nope_dim :]), dim=-1)
 
     def mix(self, latents: torch.Tensor) -> torch.Tensor:
         """`[H, T, D_v]` values of `[H, T, R]` weighted sums of latents."""
         return latents @ self.values.transpose(1, 2)
-
-    @property
-    def _joined(self) -> torch.Tensor:
-        """`[H * (D + D_v), R]`, the weight that both are views of."""
-        num_heads, nope_dim, rank = self.keys.shape
-        size = (num_heads * (nope_dim + self.values.shape[1]), rank)
-        return self.keys.as_strided(size, (rank, 1))
 
 
 def hand_over_latents(model: PreTrainedModel) -> None:
@@ -115,17 +118,17 @@ def _weights(module: nn.Module) -> LatentWeights | None:
     if rest or layer.in_features != rank:
         return None
     heads = layer.weight.detach().view(num_heads, nope_dim + value_dim, rank)
-    return LatentWeights(heads[:, :nope_dim], heads[:, nope_dim:])
+    return LatentWeights(heads, nope_dim)
 
 
 def _expands_as_expected(module: nn.Module) -> bool:
     """Whether the model's own code makes the keys and values that `LatentWeights` does."""
     weights = _weights(module)
     assert weights is not None
-    rank, rope_dim = weights.keys.shape[-1], module.qk_rope_head_dim
+    rank, rope_dim = weights.heads.shape[-1], module.qk_rope_head_dim
     assert isinstance(rope_dim, int)
     numbers = torch.arange(_CHECKED_TOKENS * (rank + rope_dim), dtype=torch.float32).sin()
-    rows = numbers.view(1, 1, _CHECKED_TOKENS, -1).to(weights.keys)
+    rows = numbers.view(1, 1, _CHECKED_TOKENS, -1).to(weights.heads)
     with torch.inference_mode():
         expand = type(module).expand_kv  # type: ignore[attr-defined]
         theirs = expand(module, rows[..., :rank], rows[..., rank:])

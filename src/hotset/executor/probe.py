@@ -56,11 +56,6 @@ class ModelLayout:
         return default_block_size(self.cache_specs)
 
     @property
-    def has_latents(self) -> bool:
-        """Whether a layer caches latents."""
-        return any(isinstance(layer.cache, Latent) for layer in self.layers)
-
-    @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token over all layers."""
         return token_bytes(self.cache_specs, self.kv_dtype.itemsize)

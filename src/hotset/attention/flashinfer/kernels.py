@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from hotset.attention.flashinfer.latent_rows import RANK, ROPE_DIM, why_not_planned
 from hotset.attention.spec import LayerAttention
 
 _log = logging.getLogger(__name__)
@@ -34,15 +35,18 @@ _NM_TIMEOUT_S = 60
 _HEAD_DIMS = (64, 128, 256)
 
 
-def why_unsupported(layers: Sequence[LayerAttention]) -> str | None:
-    """What keeps FlashInfer from running these layers, or None where it can."""
+def why_unsupported(layers: Sequence[LayerAttention], device: torch.device) -> str | None:
+    """What keeps FlashInfer from running these layers on a GPU, or None where it can."""
+    if any(layer.latent is not None for layer in layers):
+        if len(set(layers)) != 1:
+            return "layers that attend in different ways, some over latents"
+        dtype = str(layers[0].dtype).removeprefix("torch.")
+        return why_not_planned(layers[0].cache, dtype, torch.cuda.get_device_capability(device))
     for layer in layers:
         if layer.dtype not in (torch.float16, torch.bfloat16):
             return f"queries of {layer.dtype}"
         if layer.sinks is not None:
             return "attention sinks"
-        if layer.latent is not None:
-            return "attention over latents"
         key_dim, value_dim = layer.heads.key_dim, layer.heads.value_dim
         if key_dim != value_dim or key_dim not in _HEAD_DIMS:
             return f"head dimensions {key_dim} and {value_dim}"
@@ -85,6 +89,35 @@ class KernelNeed:
             False,
         )
 
+    def module(self) -> Any:
+        """FlashInfer's spec of the module, as its wrappers look it up."""
+        from flashinfer import prefill
+
+        use_paged_kernels(prefill)
+        # The wrappers of FlashInfer 0.7 load fa2 as a module of another name.
+        names = _GENERATORS if self.backend == "fa2" else _GENERATORS[1:]
+        generate = next(getattr(prefill, name) for name in names if hasattr(prefill, name))
+        return generate(*self.arguments())
+
+
+@dataclass(frozen=True, slots=True)
+class LatentKernelNeed:
+    """What decides which module the wrapper for latents loads.
+
+    Attributes:
+        dtype: of queries, outputs and latents.
+    """
+
+    dtype: torch.dtype
+    backend: str = "fa3"
+
+    def module(self) -> Any:
+        """See `KernelNeed.module`."""
+        from flashinfer.jit import gen_batch_mla_module
+
+        types = (self.dtype, self.dtype, self.dtype, torch.int32)
+        return gen_batch_mla_module(self.backend, *types, RANK, ROPE_DIM, False)
+
 
 class KernelBuild:
     """Builds modules in threads; a wrapper that plans for one before its end waits for it.
@@ -95,7 +128,7 @@ class KernelBuild:
         needs: one module each; all at once, as most of their files are compiled in one thread.
     """
 
-    def __init__(self, needs: Sequence[KernelNeed]) -> None:
+    def __init__(self, needs: Sequence[KernelNeed | LatentKernelNeed]) -> None:
         self._threads = {
             need: threading.Thread(target=_build, args=(need,), name="hotset-kernels", daemon=True)
             for need in dict.fromkeys(needs)
@@ -119,13 +152,16 @@ class KernelBuild:
 def start_kernels(
     layers: Sequence[LayerAttention], kv_dtype: torch.dtype, device: torch.device
 ) -> KernelBuild | None:
-    """Start to build what `FlashInferBackend` needs for these layers; None where it cannot run."""
-    if device.type != "cuda" or why_unsupported(layers) is not None:
+    """Start to build what FlashInfer needs for these layers; None where it cannot run."""
+    has_latents = layers[0].latent is not None
+    if device.type != "cuda" or why_unsupported(layers, device) is not None:
         return None
     try:
         import flashinfer  # noqa: F401
     except (ImportError, OSError, RuntimeError):
         return None  # the backend says so
+    if has_latents:
+        return KernelBuild([LatentKernelNeed(layers[0].dtype)])
     needs = []
     for layer in layers:
         for backend, stored in (("fa2", kv_dtype), ("fa3", layer.dtype)):
@@ -158,15 +194,9 @@ def use_paged_kernels(prefill: Any) -> None:
             setattr(prefill, name, _PagedOnly(made))
 
 
-def _build(need: KernelNeed) -> None:
+def _build(need: KernelNeed | LatentKernelNeed) -> None:
     try:
-        from flashinfer import prefill
-
-        use_paged_kernels(prefill)
-        # The wrappers of FlashInfer 0.7 load fa2 as a module of another name.
-        names = _GENERATORS if need.backend == "fa2" else _GENERATORS[1:]
-        generate = next(getattr(prefill, name) for name in names if hasattr(prefill, name))
-        generate(*need.arguments()).build(verbose=False, need_lock=True)
+        need.module().build(verbose=False, need_lock=True)
     except Exception as error:  # whatever a compiler that is not there makes of it
         _log.debug("FlashInfer's module for %s is left to its first use: %.300s", need, error)
 
