@@ -26,6 +26,7 @@ from hotset.request import SamplingParams
 from hotset.sequence import Request, RequestStatus
 
 WARM_STEPS, STEPS = 6, 24
+_TOKENS = range(1000, 100_000)
 
 
 def dummy(name: str) -> LoadedModel:
@@ -43,7 +44,7 @@ def step_s(engine: Engine, users: int, context: int, rng: random.Random) -> list
     kv, params = engine.kv, SamplingParams(max_tokens=WARM_STEPS + STEPS, ignore_eos=True)
     half = (WARM_STEPS + STEPS) // 2
     for i in range(users):
-        tokens = [rng.randrange(1000, 100_000) for _ in range(context - half)]
+        tokens = rng.choices(_TOKENS, k=context - half)
         request = Request(
             f"{users}-{context}-{i}",
             len(tokens),
