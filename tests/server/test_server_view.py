@@ -133,3 +133,16 @@ def test_the_dashboard_and_the_docs_name_metrics_that_there_are(server: RunningS
     section = (docs / "server.md").read_text().split("## Metrics")[1].split("\n## ")[0]
     named = set(re.findall(r"`(?:hotset:)?([a-z]+_\w+?)[`{]", section))
     assert len(named) > 20 and named <= there, named - there
+
+
+def test_the_page_shows_all_of_the_status_and_nothing_else(server: RunningServer) -> None:
+    with server.http(headers={"authorization": f"Bearer {KEY}"}) as http:
+        status = http.get("/status.json").json()
+        page = http.get("/").text
+    engine, totals = status["engine"], status["totals"]
+    named = [status, engine, engine["tiers"][0], status["rates"], status["latency_s"], totals]
+    for key in [key for part in (*named, totals["experts"]) for key in part]:
+        assert re.search(rf"\b{key}\b", page), f"{key} is not shown"
+    for name, part in (("s", status), ("e", engine), ("t", totals), ("x", totals["experts"])):
+        for key in re.findall(rf"\b{name}\.([a-z_]+)\b(?!\()", page):
+            assert key in part or key == "length", f"there is no {name}.{key}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hotset.cli.options import Command
+from hotset.cli.options import Command, check_writable
 from hotset.cost.hardware import probe_path
 from hotset.errors import ConfigError
 
@@ -44,12 +44,16 @@ def command(
 
     if no_disk and disk_path:
         raise ConfigError("--no-disk and --disk-path do not go together; use one of them")
-    folder = disk_path or Path(platformdirs.user_cache_dir("hotset", appauthor=False))
-    click.echo("measuring ...", err=True)
-    profile = probe(device, None if no_disk else folder)
     path = output or probe_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"profile {path} cannot be written: {error.strerror}") from error
+    check_writable(path)  # before the minute that it takes
+    folder = disk_path or Path(platformdirs.user_cache_dir("hotset", appauthor=False))
+    click.echo("measuring ...", err=True)
+    profile = probe(device, None if no_disk else folder)
+    try:
         path.write_text(json.dumps(profile, indent=2) + "\n", "utf-8")
     except OSError as error:
         raise ConfigError(f"profile {path} cannot be written: {error.strerror}") from error

@@ -1,6 +1,7 @@
 """`hotset serve`: the OpenAI-compatible HTTP server."""
 
 import ipaddress
+import math
 import os
 import re
 import socket
@@ -159,6 +160,8 @@ def _server_config(
     from hotset.server.app import ServerConfig
     from hotset.server.tracing import Tracer
 
+    if not 0 < files_gib < math.inf:
+        raise ConfigError(f"files_gib is {files_gib}; expected a size above 0 GiB")
     if not no_files and files_path is None:
         files_path = Path(platformdirs.user_data_dir("hotset")) / "files"
     return ServerConfig(
