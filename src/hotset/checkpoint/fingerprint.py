@@ -10,7 +10,7 @@ from hotset.checkpoint.files import weight_files
 from hotset.foreign_text import parse_json
 
 # Raised when the same files become other weights, so that older KV is not found.
-READING = b"2"
+READING = b"3"
 
 FULL_HASH_BYTES = 4 * 2**30  # checkpoints up to this size are hashed byte for byte
 HASH_CHUNK_BYTES = 64 * 2**20

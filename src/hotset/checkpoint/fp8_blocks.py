@@ -8,6 +8,7 @@ A weight `W` is stored as `q`, 8-bit floats of its shape, and `s`: `W = q * s`.
 - `modelopt` with the algorithm FP8 (NVIDIA), and `fp8` of AutoFP8: `s` is `..._scale`, one for all
   of the weight.
 - `fbgemm_fp8` (Llama 3.1 405B): `s` is `..._scale`, one for each row.
+- `compressed-tensors`: `s` is `..._scale`, for all, each row or each block. `q` may be integers.
 
 Source: DeepSeek-V3's `inference/fp8_cast_bf16.py`; `Fp8Dequantize` and `FbgemmFp8Linear` of
 transformers; `ModelOptFp8LinearMethod` and `Fp8LinearMethod` of vLLM.
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from hotset.checkpoint.files import Stored
-from hotset.checkpoint.quantized import quant_method
+from hotset.checkpoint.quantized import narrow_weights, quant_method
 from hotset.cost.quantisation import quant_config
 from hotset.errors import ModelError
 
@@ -40,10 +41,12 @@ class Fp8Format:
     Attributes:
         suffix: of the name of the scales, after the weight's.
         block: rows and columns that share a scale.
+        dtypes: of weights, in safetensors' words.
     """
 
     suffix: str
     block: Block
+    dtypes: tuple[str, ...] = _WEIGHTS
 
 
 def fp8_format(
@@ -58,11 +61,15 @@ def fp8_format(
     if method == "fp8" and _has_one_scale_each(fields, stored):
         return Fp8Format("_scale", None)
     if method in ("fp8", "mxfp8"):
-        return Fp8Format("_scale_inv", _block_size(folder, fields))
+        block = (quant_config(fields) or {}).get("weight_block_size", _DEFAULT_BLOCK)
+        return Fp8Format("_scale_inv", _checked(folder, block))
     if method is not None and method.startswith("modelopt"):  # only FP8 gets here
         return Fp8Format("_scale", None)
     if method == "fbgemm_fp8":
         return Fp8Format("_scale", (1, None))
+    if (narrow := narrow_weights(quant_config(fields) or {})) is not None:
+        kind, block = narrow
+        return Fp8Format("_scale", _checked(folder, block), ("I8",) if kind == "int" else _WEIGHTS)
     return None
 
 
@@ -73,10 +80,12 @@ def _has_one_scale_each(fields: Mapping[str, Any], stored: Mapping[str, Stored])
     return bool(narrow) and not names_block and all(f"{name}_scale" in stored for name in narrow)
 
 
-def _block_size(folder: Path, fields: Mapping[str, Any]) -> Block:
-    block = (quant_config(fields) or {}).get("weight_block_size", _DEFAULT_BLOCK)
+def _checked(folder: Path, block: Any) -> Block:
+    """A block of a config, if it is one; None is one too."""
     if block is None:
         return None
+    if block == (1, None):
+        return 1, None
     sizes = tuple(block) if isinstance(block, list | tuple) else ()
     if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ModelError(
@@ -94,7 +103,7 @@ def pair_scales(folder: Path, form: Fp8Format, stored: Mapping[str, Stored]) -> 
     """
     pairs = {}
     for name, tensor in stored.items():
-        if tensor.dtype in _WEIGHTS:
+        if tensor.dtype in form.dtypes:
             pairs[name] = scales = f"{name}{form.suffix}"
             _check_scales(folder, scales, tensor, stored.get(scales), form.block)
     return pairs

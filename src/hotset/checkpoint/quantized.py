@@ -2,8 +2,9 @@
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -84,7 +85,7 @@ def check_config(folder: Path, fields: Mapping[str, Any]) -> None:
             f"{folder} holds weights quantised by {method!r} (quant_method in config.json), which "
             f"hotset and transformers {transformers.__version__} do not read: {_TAKE}"
         )
-    needed = _PACKAGES.get(method, {})
+    needed = {} if is_dequantised(fields) else _PACKAGES.get(method, {})
     absent = [pip for module, pip in needed.items() if importlib.util.find_spec(module) is None]
     if absent:
         raise ModelError(
@@ -95,8 +96,92 @@ def check_config(folder: Path, fields: Mapping[str, Any]) -> None:
 
 def is_dequantised(fields: Mapping[str, Any]) -> bool:
     """Whether a quantised checkpoint is read here, as plain weights; `check_config` took it."""
-    method = quant_method(fields) or ""
-    return method in _DEQUANTISED or method.startswith("modelopt")
+    method, config = quant_method(fields) or "", quant_config(fields) or {}
+    return (
+        method in _DEQUANTISED
+        or method.startswith("modelopt")
+        or int_form(config) is not None
+        or narrow_weights(config) is not None
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class IntForm:
+    """Weights as small integers; see `int_groups`.
+
+    Attributes:
+        group: columns that share a scale; None is all of a row.
+        has_zeros: whether a group has a zero of its own.
+    """
+
+    kind: Literal["awq", "gptq", "packed"]
+    bits: int
+    group: int | None
+    has_zeros: bool
+
+    @property
+    def per_word(self) -> int:
+        """Codes in 32 bits."""
+        return 32 // self.bits
+
+
+def int_form(config: Mapping[str, Any]) -> IntForm | None:
+    """How weights are stored as small integers; None where it is not in a way that is read here.
+
+    Args:
+        config: the `quantization_config`.
+    """
+    method, bits, group = (config.get(key) for key in ("quant_method", "bits", "group_size"))
+    group = group if isinstance(group, int) and group > 0 else None
+    if method == "awq":
+        is_known = str(config.get("version", "gemm")).lower() == "gemm"
+        if bits == 4 and is_known and config.get("zero_point", True) is True:
+            return IntForm("awq", 4, group, True)
+    if method == "gptq":
+        is_known = config.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2")
+        is_whole = not config.get("dynamic") and not config.get("is_marlin_format")
+        if bits in (4, 8) and config.get("sym") is True and is_known and is_whole:
+            return IntForm("gptq", int(bits), group, False)
+    weights = _compressed(config) or {}
+    bits, strategy = weights.get("num_bits"), weights.get("strategy")
+    is_packed = weights.get("format") == "pack-quantized" and weights.get("type") == "int"
+    is_in_order = weights.get("actorder") in (None, False, "weight", "static")
+    if is_packed and is_in_order and bits in (4, 8) and strategy in ("group", "channel"):
+        group = weights.get("group_size") if strategy == "group" else None
+        return IntForm("packed", int(bits), group, not weights.get("symmetric", True))
+    return None
+
+
+def narrow_weights(config: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """How compressed-tensors stored weights in 8 bits each; None where it did something else.
+
+    Returns:
+        `float` or `int`, and what shares a scale: (rows, columns), or None for all of a weight.
+    """
+    weights = _compressed(config) or {}
+    kind, strategy = weights.get("type"), str(weights.get("strategy"))
+    blocks = {"tensor": None, "channel": (1, None), "block": weights.get("block_structure")}
+    is_narrow = weights.get("format") in ("float-quantized", "int-quantized", "naive-quantized")
+    is_scaled = weights.get("symmetric", True) and strategy in blocks
+    if is_narrow and is_scaled and weights.get("num_bits") == 8 and kind in ("float", "int"):
+        return kind, blocks[strategy]
+    return None
+
+
+def _compressed(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What compressed-tensors did to all weights, with its `format`; None where layers differ."""
+    groups = config.get("config_groups")
+    if config.get("quant_method") != "compressed-tensors" or not isinstance(groups, Mapping):
+        return None
+    if ((config.get("sparsity_config") or {}).get("format") or "dense") != "dense":
+        return None
+    found = []
+    for group in groups.values():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            return None
+        found.append({**weights, "format": group.get("format") or config.get("format")})
+    return found[0] if found and all(each == found[0] for each in found) else None
 
 
 def check_plain(folder: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors
 import torch
 
-from hotset.checkpoint import fp8_blocks, mxfp4, quantized
+from hotset.checkpoint import fp8_blocks, int_groups, mxfp4, quantized
 from hotset.checkpoint.files import read_headers, weight_files
 from hotset.cost.quantisation import quant_config
 
@@ -50,25 +50,33 @@ class CheckpointTensors:
     def __init__(self, folder: Path, fields: Mapping[str, Any]) -> None:
         self.folder = folder
         self._all = stored = read_headers(weight_files(folder))
-        self._parts: dict[str, tuple[str, str]] = {}  # weight and scales, by the weight's name
+        # By the weight's name: values, scales and what else makes it.
+        self._parts: dict[str, tuple[str, ...]] = {}
         self._dequantise: Callable[..., torch.Tensor] = mxfp4.dequantise
         shapes: dict[str, tuple[int, ...]] = {}
         folded: set[str] = set()
         form = fp8_blocks.fp8_format(folder, fields, stored)
+        integers = quantized.int_form(quant_config(fields) or {})
         self.is_dequantised = quantized.is_dequantised(fields)
-        if form is not None:
+        if integers is not None:
+            self._parts = int_groups.find_weights(folder, integers, stored)
+            self._dequantise = partial(int_groups.dequantise, form=integers)
+            for name, (codes, *_) in self._parts.items():
+                shapes[name] = int_groups.shape_of(integers, stored[codes])
+                folded.update(int_groups.unneeded(integers, name))
+        elif form is not None:
             scales = fp8_blocks.pair_scales(folder, form, stored)
             self._parts = {weight: (weight, name) for weight, name in scales.items()}
             self._dequantise = partial(fp8_blocks.dequantise, block=form.block)
             folded.update(name for each in scales for name in fp8_blocks.input_scales(each))
         elif self.is_dequantised:
-            self._parts = mxfp4.find_blocks(folder, stored)
-            shapes = {name: mxfp4.shape_of(stored[of]) for name, (of, _) in self._parts.items()}
+            self._parts.update(mxfp4.find_blocks(folder, stored))
+            shapes = {name: mxfp4.shape_of(stored[of]) for name, (of, *_) in self._parts.items()}
         folded.update(name for parts in self._parts.values() for name in parts)
         self.stored = {name: tensor for name, tensor in stored.items() if name not in folded}
         if self.is_dequantised or quant_config(fields) is None:
             quantized.check_plain(folder, fields, self.stored)
-        for name, (first, _) in self._parts.items():
+        for name, (first, *_) in self._parts.items():
             shape = shapes.get(name, stored[first].shape)
             self.stored[name] = replace(stored[first], shape=shape)
 
@@ -80,6 +88,13 @@ class CheckpointTensors:
     def is_float(self, name: str) -> bool:
         """Whether a tensor is read as plain floats."""
         return name in self._parts or self.stored[name].dtype in quantized.FLOATS
+
+    def is_zero_bias(self, name: str) -> bool:
+        """Whether a tensor is a bias of zeros, as GPTQ's tools store for layers that have none."""
+        if not name.endswith(".bias") or name not in self._all:
+            return False
+        with safetensors.safe_open(self._all[name].file, "pt") as tensors:
+            return not tensors.get_tensor(name).any()
 
     @contextlib.contextmanager
     def open(self, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
-from hotset.executor.prompt_logprobs import PendingPromptLogprobs
+from hotset.executor.logprobs import PendingPromptLogprobs
 from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import PendingTokens, Sampled, Sampler
 from hotset.executor.step_input import StepInput, StepResult

@@ -13,6 +13,7 @@ from torch.nn import functional
 from hotset.attention.inputs import HostCopy
 from hotset.errors import RequestError
 from hotset.executor.logit_changes import LogitChanges
+from hotset.executor.logprobs import PendingLogprobs
 from hotset.executor.step_input import SampleInput
 from hotset.grammar.grammar import Grammars, OutputMatcher
 from hotset.grammar.json_bounds import JsonBounds
@@ -217,7 +218,8 @@ class Sampler:
         logits = all_logits[index].float()  # [N, V], a copy
         sequences = [sample.sequences[row] for row in rows]
         with_logprobs = [i for i, one in enumerate(sequences) if one.params.logprobs is not None]
-        logprobs = logits[with_logprobs].log_softmax(-1) if with_logprobs else None  # [L, V]
+        asking = self._tensor(np.array(with_logprobs)) if with_logprobs else None
+        as_of_model = None if asking is None else logits[asking]  # [L, V], a copy
         num_outputs = [sample.num_outputs[row] for row in rows]
         self._changes.apply(logits, SampleInput(sequences, num_outputs, sample.seen))
         matchers = {i: self._matcher(one) for i, one in enumerate(sequences) if one.params.has_form}
@@ -232,20 +234,21 @@ class Sampler:
                 some = self._tensor(np.array(drawn))
                 chosen[some] = self._draw(logits[some], [sequences[i] for i in drawn])
         token_ids[index] = chosen
+        scored = None
+        if asking is not None and as_of_model is not None:
+            num_top = [sequences[i].params.logprobs or 0 for i in with_logprobs]
+            scored = PendingLogprobs(as_of_model, chosen[asking], num_top)
 
         def end(sampled: Sampled) -> None:
             for i, matcher in matchers.items():
                 matcher.consume_token(sampled.token_ids[rows[i]])
                 if matcher.error is not None:
                     sampled.errors[sequences[i].sequence_id] = matcher.error
-            if logprobs is not None:
-                entries = _logprob_entries(
-                    logprobs,
-                    [sampled.token_ids[rows[i]] for i in with_logprobs],
-                    [sequences[i].params.logprobs or 0 for i in with_logprobs],
-                )
-                for i, entry in zip(with_logprobs, entries, strict=True):
-                    sampled.logprobs[rows[i]] = entry
+            if scored is not None:
+                places = [rows[i] for i in with_logprobs]
+                entries = scored.wait([sampled.token_ids[row] for row in places])
+                for row, entry in zip(places, entries, strict=True):
+                    sampled.logprobs[row] = entry._replace(rank=None)
 
         return end
 
@@ -381,20 +384,3 @@ def _nucleus_limit(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
         mass = (ranked - log_total).exp().cumsum(-1)
     last = (mass < top_p).sum(-1, keepdim=True).clamp_(max=ranked.shape[1] - 1)
     return torch.where(off, -torch.inf, ranked.gather(1, last))
-
-
-def _logprob_entries(
-    logprobs: torch.Tensor, token_ids: list[int], num_top: list[int]
-) -> list[TokenLogprob]:
-    """Read the chosen and the likeliest tokens' entries of `logprobs`, `[L, V]`."""
-    ids = torch.tensor(token_ids, device=logprobs.device)
-    chosen: list[float] = logprobs.gather(1, ids[:, None]).squeeze(1).tolist()
-    top = logprobs.topk(min(max(num_top), logprobs.shape[1]))
-    top_values: list[list[float]] = top.values.tolist()
-    top_ids: list[list[int]] = top.indices.tolist()
-    return [
-        TokenLogprob(token_id, logprob, tuple(zip(likeliest[:n], values[:n], strict=True)))
-        for token_id, logprob, likeliest, values, n in zip(
-            token_ids, chosen, top_ids, top_values, num_top, strict=True
-        )
-    ]

@@ -121,17 +121,15 @@ def make_buffer(
             experts.source.rows.pin()
     # By layer: what its `SlotTable` counts, experts streamed.
     counts = torch.zeros(len(layers), 6, dtype=torch.int64, device=device)
-    tables = [
-        SlotTable(
-            slots.num_experts,
-            most_slots,
-            eviction=asked.expert_eviction,
-            counts=each[:5],
-            fewest=slots.fewest_ever,
-            num_active=num_slots,
-        )
-        for each in counts
-    ]
+    make_table = partial(
+        SlotTable,
+        slots.num_experts,
+        most_slots,
+        eviction=asked.expert_eviction,
+        fewest=slots.fewest_ever,
+        num_active=num_slots,
+    )
+    tables = [make_table(counts=each[:5]) for each in counts]
     staging = prefetch = None
     if slots.staged(num_slots):
         staging = Staging(layers, tables, make_slots, is_fixed=slots.plan == "stream")
@@ -143,19 +141,11 @@ def make_buffer(
     if region is not None and not is_packed:
         memory, views = _shared_memory(region, len(layers), device)
     rates = Rates.of_hardware(likely_hardware(device))
+    make = partial(LayerBuffer, staging=staging, prefetch=prefetch, bring=slots.plan, rates=rates)
+    parts = zip(layers, tables, views, counts, strict=True)
     buffers = [
-        LayerBuffer(
-            index,
-            experts,
-            table,
-            make_slots(most_slots, memory=view),
-            staging,
-            prefetch,
-            bring=slots.plan,
-            streamed=counts[index, 5:],
-            rates=rates,
-        )
-        for index, (experts, table, view) in enumerate(zip(layers, tables, views, strict=True))
+        make(index, experts, table, make_slots(most_slots, memory=view), streamed=each[5:])
+        for index, (experts, table, view, each) in enumerate(parts)
     ]
     for one, after in itertools.pairwise(buffers):
         one.next = after

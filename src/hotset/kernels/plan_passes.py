@@ -74,6 +74,25 @@ def _victims(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _swap(  # type: ignore[no-untyped-def]
+    slot_of, expert_in, arrival, experts, slots, victim, missing, place, num_missing, came, e, s,
+    is_slot, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Give the missing experts, by number, the first of the victims' slots; lists both."""
+    goes = s < num_missing
+    gone = tl.load(expert_in + victim, mask=goes, other=0)
+    tl.store(slot_of + gone, tl.full((SLOTS,), -1, tl.int64), mask=goes)
+    tl.store(slots + s, victim, mask=is_slot)
+    tl.store(experts + s, tl.full((SLOTS,), -1, tl.int64), mask=is_slot)
+    tl.debug_barrier()
+    slot = tl.load(slots + place, mask=missing, other=0)
+    tl.store(slot_of + e, slot, mask=missing)
+    tl.store(expert_in + slot, e, mask=missing)
+    tl.store(arrival + slot, came + place + 1, mask=missing)
+    tl.store(experts + place, e, mask=missing)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _plan_passes(  # type: ignore[no-untyped-def]
     state,
     counts,
@@ -128,18 +147,10 @@ def _plan_passes(  # type: ignore[no-untyped-def]
             last_use, num_uses, pass_of, expert_in, arrival, now, number, active, s, is_slot,
             BY, LARGEST_FIRST, SPARES_CURRENT,
         )  # fmt: skip
-        goes = s < num_missing
-        gone = tl.load(expert_in + victim, mask=goes, other=0)
-        tl.store(slot_of + gone, tl.full((SLOTS,), -1, tl.int64), mask=goes)
-        tl.store(slots + number * S + s, victim, mask=is_slot)
-        tl.store(experts + number * S + s, tl.full((SLOTS,), -1, tl.int64), mask=is_slot)
-        tl.debug_barrier()
-        # Who comes: missing experts by number, each to the slot at its place.
-        slot = tl.load(slots + number * S + place, mask=missing, other=0)
-        tl.store(slot_of + e, slot, mask=missing)
-        tl.store(expert_in + slot, e, mask=missing)
-        tl.store(arrival + slot, came + place + 1, mask=missing)
-        tl.store(experts + number * S + place, e, mask=missing)
+        _swap(
+            slot_of, expert_in, arrival, experts + number * S, slots + number * S, victim,
+            missing, place, num_missing, came, e, s, is_slot, SLOTS,
+        )  # fmt: skip
         came += num_missing
         tl.debug_barrier()
         slot = tl.load(slot_of + e, mask=wanted, other=0)

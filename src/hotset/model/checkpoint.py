@@ -3,7 +3,6 @@
 import contextlib
 import io
 import re
-import types
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -59,13 +58,15 @@ def load_folder(
         _forget_quantization(architecture.config)
     model = None
     if dtype is not None and (fp8 or device.type == "cuda"):
-        with _in_one_line(folder):
+        with _in_one_line(folder, tensors.shapes):
             model = weights.load_in_place(architecture, tensors, device, dtype, fp8=fp8)
     if model is None:
         if experts is not None:
             _begin(experts, architecture, dtype)
         with experts.catch_loaded() if experts is not None else contextlib.nullcontext():
             model = _with_transformers(tensors, architecture, device, dtype)
+        if experts is not None:
+            experts.finish(model)
     return model
 
 
@@ -126,15 +127,15 @@ def _with_transformers(
     dtype: torch.dtype | None,
 ) -> Any:
     """What `from_pretrained` makes of a folder, 8-bit blocks dequantised on their way."""
-    folder, shapes = tensors.folder, tensors.shapes
+    folder = tensors.folder
     if not tensors.is_dequantised:
-        return _from_pretrained(folder, architecture, device, dtype, shapes, folder=folder)
+        return _from_pretrained(folder, architecture, device, dtype, tensors, folder=folder)
     # Not by transformers: it takes the block for what divides the rows evenly, and its kernels for
     # narrow weights are downloads.
     dtype = dtype or torch.bfloat16
     with tensors.open(device, dtype) as reads:
         model = _from_pretrained(
-            folder, architecture, device, dtype, shapes, folder=None, state_dict=reads
+            folder, architecture, device, dtype, tensors, folder=None, state_dict=reads
         )
     weights.read_generation_config(model, folder)
     return model
@@ -145,7 +146,7 @@ def _from_pretrained(
     architecture: Architecture,
     device: torch.device,
     dtype: torch.dtype | None,
-    shapes: Mapping[str, tuple[int, ...]] = types.MappingProxyType({}),
+    tensors: CheckpointTensors | None = None,
     *,
     folder: Path | None,
     **options: Any,
@@ -157,11 +158,11 @@ def _from_pretrained(
         architecture: of the model.
         device: where weights go.
         dtype: of the weights; None is the checkpoint's.
-        shapes: of the checkpoint's tensors, which tell which of them may be left over.
+        tensors: of a folder, which tell what may be left over of them.
         folder: with the weights; None where `options` has them.
         options: of transformers.
     """
-    with _in_one_line(source, shapes):
+    with _in_one_line(source, {} if tensors is None else tensors.shapes):
         model, report = architecture.model_class.from_pretrained(
             folder,
             config=architecture.config,
@@ -174,15 +175,13 @@ def _from_pretrained(
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
-    if problem := _misfit(report, architecture.fields, shapes):
+    if problem := _misfit(report, architecture.fields, tensors):
         raise ModelError(f"{source} does not fit its config: {problem}")
     return model
 
 
 @contextlib.contextmanager
-def _in_one_line(
-    source: Path, shapes: Mapping[str, tuple[int, ...]] = types.MappingProxyType({})
-) -> Iterator[None]:
+def _in_one_line(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
     """Say what a bad file makes the libraries raise while weights are loaded."""
     try:
         yield
@@ -208,7 +207,7 @@ def _processor_template(folder: Path) -> str | None:
 
 
 def _misfit(
-    report: Mapping[str, Any], fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    report: Mapping[str, Any], fields: Mapping[str, Any], tensors: CheckpointTensors | None
 ) -> str | None:
     """What transformers found wrong with a checkpoint, and went on with; None is nothing."""
     # Loading fills these two with random numbers: a model that runs and speaks nonsense.
@@ -223,7 +222,10 @@ def _misfit(
             f"tensors of other shapes: {len(wrong)}, first {name}: stored {list(found)}, expected "
             f"{list(expected)}; the config is of another model, or lacks a setting"
         )
-    names = leftovers.leftovers(report["unexpected_keys"], shapes, fields)
+    left = report["unexpected_keys"]
+    if tensors is not None:
+        left = [name for name in left if not tensors.is_zero_bias(name)]
+    names = leftovers.leftovers(left, {} if tensors is None else tensors.shapes, fields)
     return leftovers.leftovers_problem(names) if names else None
 
 

@@ -1,7 +1,7 @@
 """Find a model, load it, and say what it is."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from hotset.experts.weights import experts_bytes
 from hotset.foreign_text import parse_json
 from hotset.libraries import quiet
 from hotset.model import checkpoint
+from hotset.model.architecture import Architecture
 from hotset.model.devices import check_room, resolve_device, resolve_dtype
 from hotset.model.find_model import find_model
 from hotset.model.finish import closing_on_error, finish, max_model_len
@@ -54,8 +55,8 @@ def load_model(
         needs_tokenizer: refuse a model without one, before a weight is read.
 
     Raises:
-        ModelError: the model cannot be found, read or run, or is larger than the memory that is
-            free; nothing stays in memory.
+        ModelError: the model cannot be found, read or run, or does not fit into free memory.
+            Nothing stays in memory.
         ConfigError: there is no such device; or as `ExpertSink.begin` and `check` say.
         TierError: the disk for experts cannot be used.
     """
@@ -64,30 +65,24 @@ def load_model(
     source, short_name = find_model(name)
     experts_on_host = experts_on_host and _may_have_experts(source)
     first = torch.device("cpu") if experts_on_host else target
-    with closing_on_error(experts):
+    with closing_on_error(experts), quiet():
         if source.is_file():
-            with quiet():
-                model, tokenizer, architecture = checkpoint.load_gguf(source, first, torch_dtype)
+            model, tokenizer, architecture = checkpoint.load_gguf(source, first, torch_dtype)
         else:
             architecture = checkpoint.read_architecture(source)
             outline = architecture.outline(torch_dtype or architecture.dtype or torch.float32)
             if check is not None:
                 check(outline)
-            if dtype != "fp8" and _is_as_outlined(architecture.fields):
-                _check_room(outline, target, short_name, experts_on_host=experts_on_host)
-            in_place = dtype == "fp8" and not experts_on_host
-            with quiet():
-                tokenizer = checkpoint.load_tokenizer(source)
-                if tokenizer is None and needs_tokenizer:
-                    raise no_tokenizer(short_name)
-                model = checkpoint.load_folder(
-                    source, architecture, first, torch_dtype, fp8=in_place, experts=experts
-                )
-        if experts is not None:
-            experts.finish(model)
+            _check_room(architecture, outline, target, short_name, dtype, experts_on_host)
+            tokenizer = checkpoint.load_tokenizer(source)
+            if tokenizer is None and needs_tokenizer:
+                raise no_tokenizer(short_name)
+            fp8 = dtype == "fp8" and not experts_on_host
+            model = checkpoint.load_folder(
+                source, architecture, first, torch_dtype, fp8=fp8, experts=experts
+            )
     if experts_on_host:
         move_but_experts(model, target)
-    notes = finish(model, dtype, architecture)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -96,22 +91,25 @@ def load_model(
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=max_model_len(model, tokenizer, short_name),
         kv_scales=kv_scales(source, model.config.get_text_config().num_hidden_layers),
-        notes=notes,
+        notes=finish(model, dtype, architecture),
     )
 
 
-def _is_as_outlined(fields: Mapping[str, Any]) -> bool:
-    """Whether the model takes the bytes of its outline; most quantisers leave less."""
-    return quant_config(fields) is None or is_dequantised(fields)
-
-
 def _check_room(
-    outline: PreTrainedModel, target: torch.device, name: str, *, experts_on_host: bool
+    architecture: Architecture,
+    outline: PreTrainedModel,
+    target: torch.device,
+    name: str,
+    dtype: str,
+    experts_on_host: bool,
 ) -> None:
     """Refuse weights that cannot fit, before they are read; experts in host memory do not count.
 
-    Those may go to disk, or have fewer bits there.
+    Those may go to disk, or have fewer bits there. With fp8, and by most quantisers, all take less.
     """
+    fields = architecture.fields
+    if dtype == "fp8" or (quant_config(fields) is not None and not is_dequantised(fields)):
+        return
     num_bytes = sum(parameter.nbytes for parameter in outline.parameters())
     if experts_on_host:
         num_bytes -= experts_bytes(outline)

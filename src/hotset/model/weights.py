@@ -149,6 +149,8 @@ def _check_leftovers(model: Any, fields: Mapping[str, Any], tensors: CheckpointT
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     shapes = {}
     for name in tensors.stored.keys() - model.state_dict().keys():
+        if tensors.is_zero_bias(name):
+            continue
         renamed = name  # as the patterns of what the model ignores have it
         for entry in renamings:
             renamed, _ = entry.rename_source_key(renamed)

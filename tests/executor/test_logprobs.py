@@ -11,7 +11,7 @@ from tiny_models import make_model
 
 from hotset.cost.workspace import most_scored_rows
 from hotset.engine.engine import Engine
-from hotset.executor import prompt_logprobs
+from hotset.executor import logprobs
 from hotset.request import FinishReason, RequestOutput, SamplingParams
 
 MakeEngine = Callable[..., Engine]
@@ -203,7 +203,7 @@ def test_logits_of_a_long_prompt_are_never_there_at_once(
 ) -> None:
     assert most_scored_rows(128_256, 2, "cuda") < 400 and most_scored_rows(128_256, 4, "cpu") < 100
     assert most_scored_rows(10**9, 4, "cpu") == 16
-    monkeypatch.setattr(prompt_logprobs, "_GROUP_LOGITS", 256 * 4)
+    monkeypatch.setattr(logprobs, "_GROUP_LOGITS", 256 * 4)
     engine = make_engine()
     engine.scheduler.max_scored_tokens = 10
     shapes = []
