@@ -81,9 +81,9 @@ def test_a_soak_of_256_requests_with_aborts_priorities_and_faults_ends_as_it_beg
 
     engine.kv.check()
     assert engine.kv.pool.num_held == 0
-    assert engine._tiers is not None
-    engine._tiers.check()
-    assert engine._tiers.host.num_evictable == engine._tiers.host.num_slots  # nothing is kept
+    assert engine.tiers is not None
+    engine.tiers.check()
+    assert engine.tiers.host.num_evictable == engine.tiers.host.num_slots  # nothing is kept
     assert len(reasons) == NUM_REQUESTS
     done = [i for i, reason in reasons.items() if reason is FinishReason.LENGTH]
     assert set(reasons.values()) == {FinishReason.LENGTH, FinishReason.ABORT}

@@ -452,8 +452,8 @@ def test_narrow_experts_answer_the_same_whatever_is_resident_and_their_kv_is_the
 def test_auto_uses_both_plans_as_steps_change(make_engine: MakeEngine) -> None:
     engine = make_engine("qwen3_moe", expert_slots=5)
     run(engine, [[5, 9, 13, 200, 7, 8, 11, 99, 54, 3, 17, 80]], max_tokens=8)
-    assert engine._experts is not None
-    hits, misses, *_, streamed = engine._experts._counts.sum(0).tolist()
+    assert engine.experts is not None
+    hits, misses, *_, streamed = engine.experts._counts.sum(0).tolist()
     assert streamed == 3 * 3  # the prompt: the experts without a slot, in each layer
     assert hits + misses == 3 * 7 * 3  # then seven decodes of three experts, likewise
 
@@ -493,9 +493,9 @@ def test_a_budget_in_gib_is_kept_and_weights_are_not_counted_twice(
     payload = 24 * 1024  # 3 * 64 * 32 float32
     budget = 3 * 3 * payload + payload // 2
     engine = make_engine("qwen3_moe", expert_gib=budget / GIB, expert_plan="cache")
-    assert engine._experts is not None
-    assert engine._experts.device_bytes == 3 * 3 * payload
-    assert engine._experts.host_bytes == 3 * 8 * payload
+    assert engine.experts is not None
+    assert engine.experts.device_bytes == 3 * 3 * payload
+    assert engine.experts.host_bytes == 3 * 8 * payload
     assert engine.sizes.expert_bytes == 3 * 3 * payload
     assert engine.sizes.weights_bytes == whole - 3 * 8 * payload
     with pytest.raises(ConfigError, match="needs"):

@@ -232,8 +232,8 @@ def test_an_engine_answers_the_same_with_the_cpu_taking_part(
     make_engine: MakeEngine, attach: Callable[..., ColdExperts]
 ) -> None:
     engine = make_engine("qwen3_moe", expert_slots=2, expert_plan="cache")
-    assert engine._experts is not None
-    attach(engine._experts, EVEN, top_k=3, hidden=64)
+    assert engine.experts is not None
+    attach(engine.experts, EVEN, top_k=3, hidden=64)
     # In float32, and these tokens' logits are further apart than its rounding.
     assert run(engine, PROMPTS) == reference("qwen3_moe", PROMPTS)
     assert engine.metrics.expert_cpu_computed > 0 and engine.metrics.expert_misses > 0
@@ -243,7 +243,7 @@ def test_a_step_that_is_recorded_while_serving_decides_without_the_cpu_and_is_no
     make_engine: MakeEngine, attach: Callable[..., ColdExperts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine("qwen3_moe", expert_slots=2, expert_plan="cache")
-    experts = engine._experts
+    experts = engine.experts
     assert experts is not None
     attach(experts, EVEN, top_k=3, hidden=64)
     seen: list[bool] = []

@@ -124,8 +124,8 @@ def test_an_engine_answers_the_same_with_experts_on_disk(
 def test_a_prompt_reads_the_next_layer_ahead(make_engine: MakeEngine, tmp_path: Path) -> None:
     engine = make_engine("qwen3_moe", expert_slots=2, **disk_options(12, tmp_path))
     seen: list[tuple[int, list[Any]]] = []
-    assert engine._experts is not None and engine._experts.store is not None
-    store = engine._experts.store
+    assert engine.experts is not None and engine.experts.store is not None
+    store = engine.experts.store
     expect = store.expect
 
     def watched(layer: int, experts: Any, ahead: Any) -> None:

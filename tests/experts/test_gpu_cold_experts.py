@@ -123,8 +123,8 @@ def test_an_engine_runs_with_the_cpu_taking_part(cold_dtype: str, make_engine: M
         expert_cold_dtype=cold_dtype,
     )
     assert "cold experts on the CPU, on: steps of 1 to 64 tokens" in engine.report
-    assert engine._experts is not None
-    make_copies_slow(engine._experts)
+    assert engine.experts is not None
+    make_copies_slow(engine.experts)
     answers = run(engine, PROMPTS)
     assert [len(answer) for answer in answers] == [12] * len(PROMPTS)
     assert engine.metrics.expert_cpu_computed > 0

@@ -25,11 +25,11 @@ class Witness:
     """Notes the hash of each block as it is spilled, and compares it as it comes back."""
 
     def __init__(self, engine: Engine) -> None:
-        assert engine._tiers is not None
+        assert engine.tiers is not None
         self.num_compared = 0
         self._pool = engine.executor.runner._arena.bytes_view_tensor()
         self._hashes: dict[bytes, bytes] = {}
-        self._tiers = engine._tiers
+        self._tiers = engine.tiers
         self._spill, self._poll = self._tiers.spill, self._tiers.poll
         self._tiers.spill = self.spill  # type: ignore[method-assign]
         self._tiers.poll = self.poll  # type: ignore[method-assign]

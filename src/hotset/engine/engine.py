@@ -92,6 +92,9 @@ class Engine:
 
     Args:
         parts: what it runs with; it closes them.
+
+    Attributes:
+        tiers, experts: see `EngineParts`.
     """
 
     def __init__(self, parts: EngineParts) -> None:
@@ -102,7 +105,7 @@ class Engine:
         self.metrics = self.scheduler.metrics
         self.executor, self._outputs, self._clock = parts.executor, parts.outputs, parts.clock
         self._step_cost = parts.step_cost
-        self._tiers, self._experts, self._mover = parts.tiers, parts.experts, parts.mover
+        self.tiers, self.experts, self._mover = parts.tiers, parts.experts, parts.mover
         self._overlaps = parts.overlaps
         self._in_flight: _StepInFlight | None = None
         self._recent_step_s: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -140,17 +143,7 @@ class Engine:
     @property
     def has_transfers(self) -> bool:
         """Whether copies between tiers are under way; `step` takes note of their end."""
-        return self._tiers is not None and self._tiers.is_busy
-
-    @property
-    def tiers(self) -> "TierStack | None":
-        """The tiers below the device, for the status page to look at."""
-        return self._tiers
-
-    @property
-    def experts(self) -> "ExpertBuffer | None":
-        """The experts that are in host memory; None where all are on the device."""
-        return self._experts
+        return self.tiers is not None and self.tiers.is_busy
 
     def validate(self, token_ids: Sequence[int], params: SamplingParams) -> None:
         """Check a request without queueing it. May be called from any thread.
@@ -260,8 +253,8 @@ class Engine:
     def close(self) -> None:
         """End the transfers and close the tiers."""
         self.executor.close()
-        if self._tiers is not None:
-            self._tiers.close()
+        if self.tiers is not None:
+            self.tiers.close()
 
     def _prepare(self, num_queued: int) -> None:
         """Between two steps: take note of what ended, and move what follows the load."""
@@ -276,7 +269,7 @@ class Engine:
 
         None where there is nothing to compute, or where it failed.
         """
-        tiers = self._tiers
+        tiers = self.tiers
         if not step.items:
             if step.copies:  # of blocks that were given back, and may be filled from now on
                 self.executor.copy_blocks(step.copies)
@@ -384,8 +377,8 @@ class Engine:
 
     def _wait_for_tiers(self) -> None:
         """Wait for a transfer: no request can go on before. Without one, it is a bug of ours."""
-        if self._tiers is not None and self._tiers.is_busy:
-            self._tiers.wait(_IDLE_WAIT_S)
+        if self.tiers is not None and self.tiers.is_busy:
+            self.tiers.wait(_IDLE_WAIT_S)
             return
         assert not self.scheduler.running, "running requests wait for nothing"
         request = self.scheduler.waiting[0]

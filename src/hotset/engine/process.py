@@ -10,7 +10,6 @@ import pickle
 import queue
 import signal
 import threading
-import time
 import weakref
 from array import array
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from hotset.clock import REAL_CLOCK
 from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
 from hotset.errors import EngineError, HotsetError
 from hotset.metrics import Metrics
@@ -302,11 +302,11 @@ def _send_all(
         except queue.Empty:
             pass
         is_last = None in items
-        is_due = time.monotonic() - sent_s >= _METRICS_EVERY_S
+        is_due = REAL_CLOCK.now() - sent_s >= _METRICS_EVERY_S
         metrics = loop.metrics if is_due or is_last else None
         is_stale = metrics is None
         if metrics is not None:
-            sent_s = time.monotonic()
+            sent_s = REAL_CLOCK.now()
         reports = [item for item in items if item is not None]
         with contextlib.suppress(OSError):  # the parent is gone; the main thread sees that
             connection.send_bytes(pickle.dumps((reports, metrics), pickle.HIGHEST_PROTOCOL))

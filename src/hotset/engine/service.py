@@ -10,10 +10,10 @@ import itertools
 import logging
 import os
 import threading
-import time
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from concurrent.futures import Future
 
+from hotset.clock import REAL_CLOCK
 from hotset.engine.latency import Latencies, RequestClock
 from hotset.engine.messages import BuildEngine, EngineHost, Report, Submit
 from hotset.engine.process import EngineProcess
@@ -145,7 +145,7 @@ class EngineService:
             request_id = f"hotset-{next(self._ids)}"
         elif "#" in request_id:
             raise RequestError(f"request id {request_id!r} has a '#' in it")
-        clock = RequestClock(self.latencies, time.monotonic())
+        clock = RequestClock(self.latencies, REAL_CLOCK.now())
         stream = OutputStream(self, request_id, params.n, clock)
         with self._lock:
             self.raise_unless_healthy()
