@@ -55,7 +55,7 @@ class MemoryOptions(Group):
     hot_gib: float | None = option(
         None,
         "KV memory beside the chip, in GiB; of an MoE model KV and experts together, unless "
-        "--expert-slots or --expert-gib sizes those.",
+        "expert_slots or expert_gib sizes those.",
         bounds=_SIZE,
         otherwise="what the weights leave",
         keeps_answers=True,
@@ -63,9 +63,9 @@ class MemoryOptions(Group):
     total_gib: float | None = option(
         None,
         "All memory to use beside the chip, in GiB: weights, experts, KV and workspace. Instead "
-        "of --hot-gib.",
+        "of hot_gib.",
         bounds=_SIZE,
-        more="Split between KV and experts as --hot-gib is.",
+        more="Split between KV and experts as hot_gib is.",
         keeps_answers=True,
     )
     host_gib: float = option(
@@ -210,7 +210,7 @@ class SplitMemory(HostedExperts):
         None,
         "Requests at once that the split is for.",
         bounds=_COUNT,
-        otherwise="--max-num-seqs; 8 for latency",
+        otherwise="max_num_seqs; 8 for latency",
         keeps_answers=True,
     )
     expected_prompt_tokens: int | None = option(
@@ -261,10 +261,10 @@ class ScheduleOptions(Group):
         "Most tokens in a step of prompts beside decodes.",
         bounds=_COUNT,
         otherwise="256 on a CPU, 1024 on a GPU, more there for a Mixture of Experts or with "
-        "--rotation-s; in any case about what takes 0.25 s",
+        "rotation_s; in any case about what takes 0.25 s",
         more="A long prompt would hold up the decodes. On a GPU a Mixture of Experts gets 512 rows "
-        "per expert if that is more. With experts in host memory, or with --rotation-s, it is all "
-        "of --max-num-batched-tokens there.",
+        "per expert if that is more. With experts in host memory, or with rotation_s, it is all "
+        "of max_num_batched_tokens there.",
         keeps_answers=True,
     )
     max_model_len: int | None = option(

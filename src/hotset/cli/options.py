@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,7 @@ def flags(
 ) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Add the flags of options; the command gets what `make` makes of their values as `name`."""
     shown = [one for one in options if one.flags]
+    names = {one.name: one.flags[0].partition("/")[0] for one in shown if "_" in one.name}
 
     def decorate(command: Callable[..., R]) -> Callable[..., R]:
         @functools.wraps(command)
@@ -61,7 +62,7 @@ def flags(
 
         wrapped: Callable[..., R] = wrapper
         for one in reversed(shown):
-            wrapped = _flag(one)(wrapped)
+            wrapped = _flag(one, names)(wrapped)
         return wrapped
 
     return decorate
@@ -75,8 +76,8 @@ def given_only(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _flag(one: Option) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """The flag of an option, by what its field declares."""
+def _flag(one: Option, names: Mapping[str, str]) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """The flag of an option, by what its field declares; `names` are the flags of options."""
     kind: Any = one.kind
     if one.choices:
         kind = click.Choice(one.choices)
@@ -95,7 +96,7 @@ def _flag(one: Option) -> Callable[[Callable[..., R]], Callable[..., R]]:
         multiple=one.kind == tuple[str, ...],
         default=one.default,
         show_default=is_shown,
-        help=f"{one.help}  [default: {otherwise}]" if otherwise else one.help,
+        help=_with_flags(f"{one.help}  [default: {otherwise}]" if otherwise else one.help, names),
     )
 
 
@@ -105,21 +106,20 @@ def as_typed(message: str, context: click.Context) -> str:
     A name that is a word of English is an option's where the message begins with "name is".
     """
     first = message.partition(" is ")[0]
-    found = {
+    names = {
         param.name: max(param.opts, key=len)
         for param in context.command.params
-        if isinstance(param, click.Option)
-        and param.name
-        and ("_" in param.name or param.name == first)
+        if isinstance(param, click.Option) and param.name
+        if "_" in param.name or param.name == first
+        if context.get_parameter_source(param.name) is not ParameterSource.DEFAULT_MAP
     }
+    return _with_flags(message, names)
 
-    def flag(name: re.Match[str]) -> str:
-        is_typed = context.get_parameter_source(name[0]) is not ParameterSource.DEFAULT_MAP
-        return found[name[0]] if is_typed else name[0]
 
-    return (
-        re.sub(rf"(?<![\w/-])(?:{'|'.join(found)})(?![\w/-])", flag, message) if found else message
-    )
+def _with_flags(text: str, names: Mapping[str, str]) -> str:
+    """A text with the flags of `names` in place of these names."""
+    pattern = rf"(?<![\w/-])(?:{'|'.join(names)})(?![\w/-])"
+    return re.sub(pattern, lambda name: names[name[0]], text) if names else text
 
 
 def check_writable(*paths: Path | None) -> None:
