@@ -55,12 +55,6 @@ def server() -> Iterator[RunningServer]:
         yield running
 
 
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with server.openai() as client:
-        yield client
-
-
 def post(server: RunningServer, body: Json) -> Any:
     with server.http(headers={"authorization": f"Bearer {KEY}"}) as http:
         return http.post("/v1/responses", content=json.dumps(body))

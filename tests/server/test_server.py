@@ -40,12 +40,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         yield running
 
 
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with server.openai() as client:
-        yield client
-
-
 def test_the_official_client_lists_and_describes_the_model(client: openai.OpenAI) -> None:
     [model] = client.models.list().data
     assert client.models.retrieve(model.id).id == "tiny"

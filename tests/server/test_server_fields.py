@@ -1,31 +1,18 @@
 """Fields of both APIs: what they do, and which are taken where they ask for nothing."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from servers import CHAT, RunningServer, running_server
+from servers import CHAT, RunningServer
 from tiny_tokenizer import make_backend
 
 from hotset.server import not_done
 
 TOKENIZER = make_backend()
 TEXT = {"prompt": "the cat", "temperature": 0, "max_tokens": 6}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running_server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def http(server: RunningServer) -> Iterator[httpx.Client]:
-    with server.http() as client:
-        yield client
 
 
 def ask(http: httpx.Client, **fields: Any) -> dict[str, Any]:

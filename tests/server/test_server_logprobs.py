@@ -1,13 +1,12 @@
 """Log-probabilities over HTTP: whose bytes, places and values they are."""
 
-from collections.abc import Iterator
 from typing import Any
 from unittest.mock import MagicMock
 
 import httpx
 import pytest
 import torch
-from servers import CHAT, RunningServer, running_server
+from servers import CHAT, RunningServer
 from tiny_models import make_model
 from tiny_tokenizer import VOCAB_SIZE, make_backend
 
@@ -22,18 +21,6 @@ from hotset.server.schemas import TextRequest
 
 TOKENIZER = make_backend()
 CONST = "😀漢字ď, so \N{REPLACEMENT CHARACTER}"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running_server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def http(server: RunningServer) -> Iterator[httpx.Client]:
-    with server.http() as client:
-        yield client
 
 
 def post(http: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:

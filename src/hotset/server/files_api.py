@@ -17,6 +17,7 @@ from hotset.server.limits import Limits
 from hotset.server.openapi import BYTES, Endpoint, object_of
 from hotset.server.reading import bounded, read_body, tenant_of
 from hotset.server.schemas import BatchRequest
+from hotset.server.validation import missing
 
 _FORM_OVERHEAD_BYTES = 64 * 1024
 _UPLOAD = object_of(
@@ -70,11 +71,7 @@ class FilesApi:
             async with within.form(max_files=1, max_fields=8) as form:
                 upload, purpose = form.get("file"), form.get("purpose")
                 if not isinstance(upload, UploadFile):
-                    raise RequestError(
-                        "file is missing; expected a file in a multipart form",
-                        param="file",
-                        code="missing_required_parameter",
-                    )
+                    raise missing("file", "a file in a multipart form")
                 if purpose != "batch":
                     message = f"purpose is {purpose!r}; expected 'batch'"
                     raise RequestError(message, param="purpose")

@@ -9,7 +9,7 @@ from hotset.errors import RequestError
 from hotset.server.body import Json, Part, parse_body
 from hotset.server.schemas import ChatRequest
 from hotset.server.tools import OtherTool
-from hotset.server.validation import shown
+from hotset.server.validation import missing, shown
 
 _BILLING = "x-anthropic-billing-header:"
 # A chat's field -> the field it comes from, for errors.
@@ -196,11 +196,7 @@ class CountTokensRequest(Part):
             body["tool_choice"] = {"any": "required"}.get(choice.type, choice.type)
             if choice.type == "tool":
                 if choice.name is None:
-                    raise RequestError(
-                        "tool_choice.name is missing",
-                        param="tool_choice.name",
-                        code="missing_required_parameter",
-                    )
+                    raise missing("tool_choice.name")
                 body["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
         return body
 

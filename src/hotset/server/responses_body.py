@@ -8,6 +8,7 @@ from hotset.errors import RequestError
 from hotset.server.body import Json, Part, parse_body
 from hotset.server.schemas import ChatRequest, StreamOptions
 from hotset.server.tools import OtherTool, tool_tag
+from hotset.server.validation import missing
 
 # A chat's field -> the field it comes from, for errors.
 FIELD_NAMES = {
@@ -241,11 +242,7 @@ class ResponsesRequest(Part):
         if form.type != "json_schema":
             return {"type": form.type}
         if form.schema_ is None:
-            raise RequestError(
-                "text.format.schema is missing",
-                param="text.format.schema",
-                code="missing_required_parameter",
-            )
+            raise missing("text.format.schema")
         return {"type": form.type, "json_schema": {"name": form.name, "schema": form.schema_}}
 
 

@@ -71,7 +71,7 @@ def explain(error: ValidationError, data: object) -> RequestError:
     if kind == "union_tag_not_found":
         name, kind = f"{name}.type", "missing"
     if kind == "missing":
-        return RequestError(f"{name} is missing", param=name, code="missing_required_parameter")
+        return missing(name)
     if kind == "extra_forbidden" or (kind == "too_long" and context["max_length"] == 0):
         return RequestError(f"{name} is not supported", param=name, code="unsupported_parameter")
     expected = dict.fromkeys(_expected(one) for at, one in firsts.values() if at == path)
@@ -81,6 +81,12 @@ def explain(error: ValidationError, data: object) -> RequestError:
         param=name or None,
         code=code,
     )
+
+
+def missing(name: str, expected: str = "") -> RequestError:
+    """The refusal of a body without a field."""
+    message = f"{name} is missing{expected and '; expected '}{expected}"
+    return RequestError(message, param=name, code="missing_required_parameter")
 
 
 def shown(value: object) -> str:
