@@ -56,6 +56,11 @@ class Metrics(ExpertCounts):
         found = self.cached_tokens + self.resumed_tokens
         return found.total() - found["device"]
 
+    @property
+    def prefilled_tokens(self) -> int:
+        """Tokens of prompts that were computed."""
+        return max(0, self.computed_tokens - self.output_tokens)
+
     def take_experts(self, counts: ExpertCounts) -> None:
         """These counts stand in place of the earlier ones."""
         for one in fields(counts):

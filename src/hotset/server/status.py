@@ -11,12 +11,21 @@ from hotset import __version__
 from hotset.engine.service import EngineService
 from hotset.engine.status import EngineStatus
 from hotset.errors import EngineError
+from hotset.metrics import Metrics
 from hotset.server.body import Json
 
 _HISTORY_S = 300
 _RATE_OVER_S = 5
 _LOOK_EVERY_S = 0.25  # however many clients look
 _LOOK_WAIT_S = 0.5  # a step may take longer: then what was seen before it must do
+_SHARES, _AT = ("p50", "p90", "p99"), (0.5, 0.9, 0.99)
+# Counters of `hotset.metrics.Metrics`, by its names.
+_TOTALS = (
+    *("prompt_tokens", "output_tokens", "prefilled_tokens", "cached_tokens", "forked_tokens"),
+    *("resumed_tokens", "fetched_tokens", "recomputed_tokens", "recompute_chosen_tokens"),
+    *("preemptions", "moved_bytes"),
+)
+_EXPERTS = ("hits", "misses", "bytes", "predicted", "predicted_right", "copied_ahead")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,37 +99,11 @@ class StatusBoard:
             },
             "latency_s": {
                 name: dict(
-                    zip(
-                        ("p50", "p90", "p99"),
-                        getattr(service.latencies, name).percentiles(0.5, 0.9, 0.99),
-                        strict=True,
-                    )
+                    zip(_SHARES, getattr(service.latencies, name).percentiles(*_AT), strict=True)
                 )
                 for name in ("ttft", "itl", "tpot", "queue", "e2e")
             },
-            "totals": {
-                "prompt_tokens": metrics.prompt_tokens,
-                "output_tokens": metrics.output_tokens,
-                "prefilled_tokens": max(0, metrics.computed_tokens - metrics.output_tokens),
-                "cached_tokens": dict(metrics.cached_tokens),
-                "forked_tokens": metrics.forked_tokens,
-                "resumed_tokens": dict(metrics.resumed_tokens),
-                "fetched_tokens": metrics.fetched_tokens,
-                "recomputed_tokens": metrics.recomputed_tokens,
-                "recompute_chosen_tokens": metrics.recompute_chosen_tokens,
-                "preemptions": metrics.preemptions,
-                "moved_bytes": dict(now.moved_bytes),
-                "experts": {
-                    "hits": metrics.expert_hits,
-                    "misses": metrics.expert_misses,
-                    "bytes": metrics.expert_bytes,
-                    "predicted": metrics.expert_predicted,
-                    "predicted_right": metrics.expert_predicted_right,
-                    "copied_ahead": metrics.expert_copied_ahead,
-                },
-                "finished": dict(metrics.requests_finished),
-                "faults": {kind: count for kind, count in metrics.faults.items() if count},
-            },
+            "totals": _totals(metrics),
             "history": self._history(),
         }
 
@@ -153,3 +136,11 @@ class StatusBoard:
             dict(metrics.moved_bytes),
             self._service.num_open,
         )
+
+
+def _totals(metrics: Metrics) -> Json:
+    counts = {name: getattr(metrics, name) for name in _TOTALS}
+    counts["experts"] = {name: getattr(metrics, f"expert_{name}") for name in _EXPERTS}
+    counts["finished"] = metrics.requests_finished
+    counts["faults"] = {kind: count for kind, count in metrics.faults.items() if count}
+    return {name: dict(one) if isinstance(one, dict) else one for name, one in counts.items()}
