@@ -45,6 +45,13 @@ KINDS = [
 ]
 if HAS_POST_EXPERT_NORM:
     KINDS.append({"transposed": False, "bias": False, "gate": True, "norm": True})
+# With these the number of slots may change between two steps.
+MOVABLE: list[dict[str, Any]] = [
+    {"expert_plan": "cache"},
+    {"expert_plan": "auto"},
+    {"expert_plan": "auto", "expert_cold_dtype": "int4"},
+    {"expert_plan": "cache", "expert_prefetch": 1},
+]
 PLAIN = {"transposed": False, "bias": False, "gate": True}
 
 

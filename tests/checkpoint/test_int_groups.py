@@ -218,6 +218,8 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(tmp_path: Path) -> None:
         {**GPTQ, "sym": False},
         {**GPTQ, "checkpoint_format": "marlin"},
         {**GPTQ, "dynamic": {"-:lm_head": {}}},
+        {**GPTQ, "rotation": "hadamard"},
+        {**PACKED, "transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
         {**PACKED, "sparsity_config": {"format": "sparse-24-bitmask"}},
         compressed("pack-quantized", "int", "group", 4, group_size=GROUP, actorder="group"),
         compressed("nvfp4-pack-quantized", "float", "tensor_group", 4),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from engines import reference, run
+from expert_layers import MOVABLE
 from test_memory_split import FAMILY, engine, slots
 from test_split_moves import OPTIONS, check, serve_with_moves
 from tiny_models import make_model
@@ -46,16 +47,7 @@ def test_launched_steps_answer_as_resident_experts_do_while_the_boundary_moves(
     assert answers == reference(FAMILY, prompts, device="cuda")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"expert_plan": "cache"},
-        {"expert_plan": "auto"},
-        {"expert_plan": "auto", "expert_cold_dtype": "int4"},
-        {"expert_plan": "cache", "expert_prefetch": 1},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", MOVABLE, ids=str)
 def test_recorded_steps_do_not_depend_on_where_the_boundary_is(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 from engines import give_slots, reference, run
 from expert_layers import (
     KINDS,
+    MOVABLE,
     NUM_EXPERTS,
     PLAIN,
     buffered,
@@ -96,14 +97,7 @@ def test_buffered_experts_compute_exactly_what_resident_ones_do(
 @pytest.mark.parametrize("num_slots", [2, 5])
 @pytest.mark.parametrize(
     "options",
-    [
-        {"expert_plan": "cache"},
-        {"expert_plan": "stream"},
-        {"expert_plan": "auto"},
-        {"expert_plan": "auto", "expert_cold_dtype": "int4"},
-        {"expert_plan": "stream", "expert_cold_dtype": "fp8"},
-        {"expert_plan": "cache", "expert_prefetch": 1},
-    ],
+    [*MOVABLE, {"expert_plan": "stream"}, {"expert_plan": "stream", "expert_cold_dtype": "fp8"}],
     ids=str,
 )
 @torch.inference_mode()
@@ -124,16 +118,7 @@ def test_fused_kernels_find_experts_in_slots_and_staging_and_give_the_same_bits(
 
 
 @pytest.mark.parametrize("way", ["in turn", "grouped", "fused"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"expert_plan": "cache"},
-        {"expert_plan": "auto"},
-        {"expert_plan": "auto", "expert_cold_dtype": "int4"},
-        {"expert_plan": "cache", "expert_prefetch": 1},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", MOVABLE, ids=str)
 @torch.inference_mode()
 def test_what_is_in_memory_that_slots_have_given_up_does_not_matter(
     options: dict[str, Any], way: str, monkeypatch: pytest.MonkeyPatch

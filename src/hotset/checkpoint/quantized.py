@@ -139,7 +139,8 @@ def int_form(config: Mapping[str, Any]) -> IntForm | None:
             return IntForm("awq", 4, group, True)
     if method == "gptq":
         is_known = config.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2")
-        is_whole = not config.get("dynamic") and not config.get("is_marlin_format")
+        more = ("dynamic", "is_marlin_format", "rotation", "adapter")  # what they say beside it
+        is_whole = not any(map(config.get, more)) and config.get("pack_dtype", "int32") == "int32"
         if bits in (4, 8) and config.get("sym") is True and is_known and is_whole:
             return IntForm("gptq", int(bits), group, False)
     weights = _compressed(config) or {}
@@ -173,7 +174,8 @@ def _compressed(config: Mapping[str, Any]) -> dict[str, Any] | None:
     groups = config.get("config_groups")
     if config.get("quant_method") != "compressed-tensors" or not isinstance(groups, Mapping):
         return None
-    if ((config.get("sparsity_config") or {}).get("format") or "dense") != "dense":
+    is_dense = ((config.get("sparsity_config") or {}).get("format") or "dense") == "dense"
+    if not is_dense or config.get("transform_config"):  # rotations, which layers would undo
         return None
     found = []
     for group in groups.values():

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from hotset.errors import ModelError
 from hotset.experts.disk import ExpertSink
 from hotset.experts.gating import move_but_experts
 from hotset.experts.weights import experts_bytes
-from hotset.foreign_text import parse_json
 from hotset.libraries import quiet
 from hotset.model import checkpoint
 from hotset.model.architecture import Architecture
@@ -63,13 +61,14 @@ def load_model(
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
     source, short_name = find_model(name)
-    experts_on_host = experts_on_host and _may_have_experts(source)
+    architecture = None if source.is_file() else checkpoint.read_architecture(source)
+    if architecture is not None and num_experts(architecture.config.get_text_config()) <= 1:
+        experts_on_host = False
     first = torch.device("cpu") if experts_on_host else target
     with closing_on_error(experts), quiet():
-        if source.is_file():
+        if architecture is None:
             model, tokenizer, architecture = checkpoint.load_gguf(source, first, torch_dtype)
         else:
-            architecture = checkpoint.read_architecture(source)
             outline = architecture.outline(torch_dtype or architecture.dtype or torch.float32)
             if check is not None:
                 check(outline)
@@ -126,19 +125,6 @@ def fingerprint_of(name: str | None, dtype: str) -> str:
     if source.is_dir():
         read_config(source)  # raises for a folder that holds no model
     return _fingerprint(source, dtype)
-
-
-def _may_have_experts(source: Path) -> bool:
-    """Whether a folder's config counts experts; True for a GGUF file, whose header is not read."""
-    if source.is_file():
-        return True
-    try:
-        config = parse_json((source / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False  # loading it says what is wrong
-    parts = [config, config.get("text_config")] if isinstance(config, dict) else []
-    named = [SimpleNamespace(**part) for part in parts if isinstance(part, dict)]
-    return any(num_experts(part) > 1 for part in named)
 
 
 def _fingerprint(source: Path, dtype: str) -> str:
