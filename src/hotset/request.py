@@ -135,8 +135,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for one in options_of(SamplingParams):
+            value = getattr(self, one.name)
+            if value is one.default:  # most are
+                continue
             try:
-                object.__setattr__(self, one.name, one.check(getattr(self, one.name)))
+                object.__setattr__(self, one.name, one.check(value))
             except ConfigError as error:
                 raise RequestError(str(error), param=one.name) from None
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
