@@ -14,14 +14,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotset.attention.flashinfer.backend import FlashInferBackend
-from hotset.attention.flashinfer.latent import LatentBackend
 from hotset.attention.flashinfer.widened import WidenedKV
 from hotset.attention.flashinfer.wrappers import WrapperMaker, kind_of
 from hotset.attention.spec import LayerAttention
 from hotset.linear.fp8 import FP8, to_fp8
 from hotset.memory.arena import DeviceArena
 
-_tapes: list["Tape"] = []  # of the recording under way
+tapes: list["Tape"] = []  # of the recording under way
 
 
 class Tape(TorchDispatchMode):
@@ -53,7 +52,7 @@ class Tape(TorchDispatchMode):
 
     def replay(self) -> None:
         """Do it once more."""
-        assert self not in _tapes, "a tape that is being recorded"
+        assert self not in tapes, "a tape that is being recorded"
         self.num_replays += 1
         for work in self._work:
             work()
@@ -100,12 +99,12 @@ class FakeRecorder:
         return 1.0
 
     def _begin(self, graphs: list[Tape]) -> None:
-        _tapes.append(Tape())
-        graphs.append(_tapes[-1])
-        _tapes[-1].__enter__()
+        tapes.append(Tape())
+        graphs.append(tapes[-1])
+        tapes[-1].__enter__()
 
     def _end(self) -> None:
-        _tapes.pop().__exit__(None, None, None)
+        tapes.pop().__exit__(None, None, None)
 
 
 class _Wrapper:
@@ -164,8 +163,8 @@ class _Wrapper:
         def attend() -> None:
             self._attend(query, cache, out, k_scale or 1.0)
 
-        if _tapes:
-            _tapes[-1].note(attend)
+        if tapes:
+            tapes[-1].note(attend)
             return  # nothing is computed while it is recorded
         attend()
 
@@ -218,8 +217,8 @@ def _widen_kv(cache: torch.Tensor, block_ids: torch.Tensor, target: torch.Tensor
             if block >= 0:
                 target[place] = cache[block].to(target.dtype)
 
-    if _tapes:
-        _tapes[-1].note(widen)
+    if tapes:
+        tapes[-1].note(widen)
     else:
         widen()
 
@@ -335,101 +334,3 @@ class CpuFlashInfer(FlashInferBackend):
 def _decode(workspace: torch.Tensor, layout: str, **options: Any) -> _Decode:
     assert options.pop("use_tensor_cores")
     return _Decode(workspace, layout, **options)
-
-
-class _Latents:
-    """FlashInfer's wrapper for latents: what it plans lies at fixed places, but for the blocks."""
-
-    MOST_WORKS = 16384
-
-    def __init__(self, workspace: torch.Tensor, backend: str) -> None:
-        assert backend == "fa3"
-        self._planned = torch.zeros(3, self.MOST_WORKS, dtype=torch.int32)
-        self._num_rows = torch.zeros(1, dtype=torch.int32)
-
-    def plan(
-        self,
-        query_starts: torch.Tensor,
-        block_starts: torch.Tensor,
-        block_ids: torch.Tensor,
-        lens: torch.Tensor,
-        num_heads: int,
-        rank: int,
-        rope_dim: int,
-        block_size: int,
-        causal: bool,
-        scaling: float,
-        *dtypes: torch.dtype,
-    ) -> None:
-        tables = (query_starts, block_starts, block_ids, lens)
-        assert all(table.dtype == torch.int32 for table in tables)
-        assert len(query_starts) == len(block_starts) == len(lens) + 1 > 1
-        self._num_rows[0] = len(lens)
-        for place, table in zip(self._planned, (query_starts, block_starts, lens), strict=True):
-            place[: len(table)] = table
-        self._block_ids, self._block_size = block_ids, block_size
-        self._scaling, self._causal = scaling, causal
-        self._shape = (num_heads, rank, rope_dim)
-
-    def run(
-        self,
-        query: torch.Tensor,
-        query_rotary: torch.Tensor,
-        latents: torch.Tensor,
-        rotary: torch.Tensor,
-        *,
-        out: torch.Tensor,
-    ) -> None:
-        """Attend from `[T, H, R]` and `[T, H, P]`; what is recorded reads the plan when replayed.
-
-        As the kernel does, a recording keeps the place of the blocks, and of nothing else.
-        """
-        block_ids = self._block_ids
-        assert (query.shape[1], query.shape[2], query_rotary.shape[2]) == self._shape
-        assert query.stride(-1) == query_rotary.stride(-1) == latents.stride(-1) == 1
-        assert latents.shape[1] == self._block_size and out.shape == query.shape
-
-        def attend() -> None:
-            starts, block_starts, lens = (row.tolist() for row in self._planned)
-            for row in range(int(self._num_rows)):
-                first, end = starts[row : row + 2]
-                assert end == first + 1 and not self._causal
-                num_blocks = -(-lens[row] // self._block_size)
-                blocks = block_ids[block_starts[row] : block_starts[row] + num_blocks].long()
-                kept = latents[blocks].flatten(0, 1)[: lens[row]].float()
-                kept_rotary = rotary[blocks].flatten(0, 1)[: lens[row]].float()
-                scores = query[first].float() @ kept.T + query_rotary[first].float() @ kept_rotary.T
-                out[first] = ((scores * self._scaling).softmax(-1) @ kept).to(out.dtype)
-
-        if _tapes:
-            _tapes[-1].note(attend)
-            return  # nothing is computed while it is recorded
-        attend()
-
-
-def _store_latent(
-    latent: torch.Tensor,
-    rotary: torch.Tensor,
-    cache: torch.Tensor,
-    blocks: torch.Tensor,
-    offsets: torch.Tensor,
-) -> None:
-    cache[blocks, offsets] = torch.cat((latent, rotary), dim=-1)
-
-
-class CpuLatents(LatentBackend):
-    """`LatentBackend` over a fake; `most_rows` is what a plan has room for."""
-
-    def __init__(
-        self, arena: DeviceArena, layers: Sequence[LayerAttention], *, most_rows: int = 256
-    ) -> None:
-        self.store_latent = _store_latent
-        self._wrapper_class, self._kernels = _Latents, None
-        self._set_up(arena, layers, workspace_bytes=1)
-        self._most_rows = most_rows
-
-    def wait_for_plan(self) -> None:
-        """There is nothing to wait for."""
-
-    def note_plan(self) -> None:
-        """There is nothing to wait for."""

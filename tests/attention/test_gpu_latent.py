@@ -12,7 +12,8 @@ from paged import difference, gather, paged_logits
 from tiny_models import make_model
 
 from hotset.attention.batch import Batch, SequenceSpan
-from hotset.attention.flashinfer.latent import LatentBackend, RecordedLatents
+from hotset.attention.flashinfer.latent import LatentBackend
+from hotset.attention.flashinfer.latent_steps import RecordedLatents
 from hotset.attention.gather import GatherBackend
 from hotset.attention.inputs import Inputs
 from hotset.attention.latent import LatentWeights
@@ -35,6 +36,8 @@ WIDE = {
 # Each (context before, tokens of the step): odd lengths, block edges, one long and one split.
 DECODES = [(0, 1), (62, 1), (63, 1), (64, 1), (1000, 1), (9001, 1)]
 MIXED = [*DECODES, (0, 1 + 64), (63, 7), (777, 300)]
+# With prompts that attend to keys and values; the last in two parts.
+LONG = [*DECODES, (0, 65), (4000, 700), (63, 7), (2000, 2500)]
 BLOCK = 64
 
 
@@ -126,6 +129,26 @@ def test_attention_is_that_in_float32_at_odd_lengths(
     for seq in step.sequences:
         rows = slice(seq.start, seq.start + seq.num_tokens)
         assert difference(expected[rows], got[rows]) < bound, seq.context_len
+
+
+@pytest.mark.parametrize("num_heads", [16, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_prompts_over_keys_and_values_are_those_in_float32(
+    num_heads: int, dtype: torch.dtype
+) -> None:
+    step = Step(num_heads, LONG, dtype)
+    backend = LatentBackend(step.arena, step.layers)
+    assert backend._expands
+    assert [prompt.num_tokens for prompt in backend.long_prompts(step.batch)] == [700, 2048, 452]
+    expected = step.exact(1)
+    attention = backend.begin_step(step.batch, step.inputs())
+    got = attention.attend(1, step.query, step.rotary, step.latent)
+    bound = 1e-2 if dtype == torch.bfloat16 else 2e-3
+    for seq in step.sequences:
+        rows = slice(seq.start, seq.start + seq.num_tokens)
+        assert difference(expected[rows], got[rows].float().cpu()) < bound, seq.context_len
+    again = backend.begin_step(step.batch, step.inputs())
+    assert torch.equal(again.attend(1, step.query, step.rotary, step.latent), got)
 
 
 def test_a_step_of_several_plans_is_that_of_one() -> None:

@@ -5,14 +5,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_flashinfer import CpuLatents, FakeRecorder
+from fake_flashinfer import FakeRecorder
+from fake_latents import CpuLatents
 from paged import gather, paged_logits
 from tiny_models import LATENT_FAMILIES, make_model
 
 from hotset.attention import choice
 from hotset.attention.backend import AttentionBackend
 from hotset.attention.flashinfer import kernels
-from hotset.attention.flashinfer.kernels import LatentKernelNeed, start_kernels, why_unsupported
+from hotset.attention.flashinfer import latent as flashinfer_latent
+from hotset.attention.flashinfer import long_prompts as decisions
+from hotset.attention.flashinfer.kernels import (
+    LatentKernelNeed,
+    RaggedKernelNeed,
+    start_kernels,
+    why_unsupported,
+)
 from hotset.executor import graphs as graphs_module
 from hotset.executor.probe import inspect_model
 from hotset.memory.arena import DeviceArena
@@ -41,6 +49,58 @@ def test_a_model_computes_launched_and_recorded_what_it_does_over_gathered_rows(
         for one, other in zip(expected, got, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert [len(one._wrappers) for one in made] == [1, 4, 1]  # 29 rows in parts of 9
+
+
+@pytest.mark.parametrize("family", ["youtu", "deepseek_v2", "minicpm3"])
+@pytest.mark.parametrize("piece_tokens", [4, 7, 64])
+@pytest.mark.parametrize("most_rows", [2, 256])
+def test_long_prompts_attend_to_keys_and_values_as_over_gathered_rows(
+    family: str, piece_tokens: int, most_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs_module, "GraphRecorder", FakeRecorder)
+    monkeypatch.setattr(decisions, "_LAUNCH_OPERATIONS", -1e18)
+    monkeypatch.setattr(decisions, "PIECE_TOKENS", piece_tokens)
+    monkeypatch.setattr(decisions, "can_expand", lambda spec: True)
+    monkeypatch.setattr(decisions, "saved_operations", lambda spec, tokens, past: tokens + past)
+    model = make_model(family)
+    layout = inspect_model(model)
+    made: list[CpuLatents] = []
+
+    def make(arena: DeviceArena) -> AttentionBackend:
+        made.append(CpuLatents(arena, layout.layers, most_rows=most_rows, expands=True))
+        return made[-1]
+
+    expected = paged_logits(model, layout, gather(layout))
+    for recorded in (False, most_rows == 256 and family != "deepseek_v2"):
+        got = paged_logits(model, layout, make, recorded=recorded, compiles=False)
+        for one, other in zip(expected, got, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert all(len(backend.expanded._wrappers) > 1 for backend in made)
+
+
+def test_a_kernel_for_long_prompts_that_fails_leaves_them_absorbed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    layout = inspect_model(make_model("youtu"))
+    arena = DeviceArena(
+        layout.cache_specs,
+        num_blocks=2,
+        block_size=4,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    backend = CpuLatents(arena, layout.layers)
+    monkeypatch.setattr(flashinfer_latent, "can_expand", lambda spec: True)
+    backend._expands = None
+    assert backend.use_all_kernels(waits=False) and backend._expands is True
+
+    def fail(*parts: object, **options: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(backend.expanded, "plan", fail)
+    backend._expands = None
+    assert backend.use_all_kernels(waits=True) and backend._expands is False
+    assert "long prompts attend to latents, which is slower" in caplog.text
 
 
 def test_rows_beyond_a_recorded_step_stay_finite_and_are_not_planned() -> None:
@@ -82,7 +142,10 @@ def test_layers_with_latents_are_built_and_served_by_a_backend_of_their_own(
 
     monkeypatch.setitem(__import__("sys").modules, "flashinfer", SimpleNamespace())
     monkeypatch.setattr(kernels, "KernelBuild", list)
-    assert start_kernels(wide, torch.bfloat16, cuda) == [LatentKernelNeed(torch.bfloat16)]
+    assert start_kernels(wide, torch.bfloat16, cuda) == [
+        LatentKernelNeed(torch.bfloat16),
+        RaggedKernelNeed(torch.bfloat16, 16 + 64, 16),
+    ]
     assert start_kernels(small, torch.bfloat16, cuda) is None
 
     arena = SimpleNamespace(storage=SimpleNamespace(device=cuda))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -119,6 +119,35 @@ class LatentKernelNeed:
         return gen_batch_mla_module(self.backend, *types, RANK, ROPE_DIM, False)
 
 
+@dataclass(frozen=True, slots=True)
+class RaggedKernelNeed:
+    """What decides which module the wrapper for long prompts over latents loads.
+
+    Attributes:
+        dtype: of queries, outputs, keys and values.
+        key_dim: width of keys.
+        value_dim: width of values.
+    """
+
+    dtype: torch.dtype
+    key_dim: int
+    value_dim: int
+    backend: str = "ragged"
+
+    def module(self) -> Any:
+        """See `KernelNeed.module`; for Hopper."""
+        from flashinfer.prefill import gen_batch_prefill_module
+
+        types = (self.dtype, self.dtype, self.dtype, torch.int32)
+        return gen_batch_prefill_module(
+            "fa3", *types, self.key_dim, self.value_dim, 0, False, False, False
+        )
+
+
+# One module each.
+Need: TypeAlias = KernelNeed | LatentKernelNeed | RaggedKernelNeed
+
+
 class KernelBuild:
     """Builds modules in threads; a wrapper that plans for one before its end waits for it.
 
@@ -128,7 +157,7 @@ class KernelBuild:
         needs: one module each; all at once, as most of their files are compiled in one thread.
     """
 
-    def __init__(self, needs: Sequence[KernelNeed | LatentKernelNeed]) -> None:
+    def __init__(self, needs: Sequence[Need]) -> None:
         self._threads = {
             need: threading.Thread(target=_build, args=(need,), name="hotset-kernels", daemon=True)
             for need in dict.fromkeys(needs)
@@ -161,7 +190,13 @@ def start_kernels(
     except (ImportError, OSError, RuntimeError):
         return None  # the backend says so
     if has_latents:
-        return KernelBuild([LatentKernelNeed(layers[0].dtype)])
+        dtype, heads = layers[0].dtype, layers[0].heads
+        return KernelBuild(
+            [
+                LatentKernelNeed(dtype),
+                RaggedKernelNeed(dtype, heads.key_dim, heads.value_dim),
+            ]
+        )
     needs = []
     for layer in layers:
         for backend, stored in (("fa2", kv_dtype), ("fa3", layer.dtype)):
@@ -194,7 +229,7 @@ def use_paged_kernels(prefill: Any) -> None:
             setattr(prefill, name, _PagedOnly(made))
 
 
-def _build(need: KernelNeed | LatentKernelNeed) -> None:
+def _build(need: Need) -> None:
     try:
         need.module().build(verbose=False, need_lock=True)
     except Exception as error:  # whatever a compiler that is not there makes of it
@@ -209,6 +244,8 @@ class _PagedOnly:
 
     def __call__(self, backend: str, *arguments: Any, **options: Any) -> Any:
         spec = self.generate(backend, *arguments, **options)
+        if arguments[4:5] != arguments[5:6]:  # over ragged KV: keys and values of latents
+            return spec
         try:
             return without_unused(spec, _MASKS[backend])
         except Exception as error:  # another version's spec may be of another form

@@ -1,14 +1,15 @@
 """Attention over latents by FlashInfer, on Hopper, straight from the rows of the pool."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hotset.attention.backend import RecordableBackend, Run, StepAttention
+from hotset.attention.backend import RecordableBackend, Run
 from hotset.attention.batch import Batch, SequenceSpan
 from hotset.attention.flashinfer.build import why_not_built
+from hotset.attention.flashinfer.expanded import ExpandedPrompts
 from hotset.attention.flashinfer.kernels import KernelBuild, start_kernels
 from hotset.attention.flashinfer.latent_rows import (
     LATENT_WORKSPACE_BYTES,
@@ -18,20 +19,36 @@ from hotset.attention.flashinfer.latent_rows import (
     parts,
     scratch_rows,
 )
+from hotset.attention.flashinfer.latent_steps import (
+    LatentAttention,
+    PlannedLatents,
+    PlannedWithPrompts,
+    RecordedLatents,
+)
+from hotset.attention.flashinfer.long_prompts import (
+    LongPrompt,
+    can_expand,
+    long_prompts,
+    rows_between,
+)
 from hotset.attention.inputs import Inputs, to_device
-from hotset.attention.latent import LatentWeights
 from hotset.attention.spec import LayerAttention
 from hotset.cost.cache_spec import Latent
 from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena
 
+_log = logging.getLogger(__name__)
+
 
 class LatentBackend(RecordableBackend):
-    """Attention of one step after another, launched or recorded, all by one kernel.
+    """Attention of one step after another, launched or recorded.
 
     Queries are absorbed: they attend to latents, and their output is turned into values after. A
     plan lies in memory of the wrapper, and each step plans before it runs, so that all steps share
     one wrapper; those of more rows than a plan has room for take one wrapper per part.
+
+    Long prompts attend to keys and values of all heads where that pays, in steps that are launched;
+    until that kernel is built, and where it cannot be, they are absorbed, too.
 
     Args:
         arena: has the latents.
@@ -54,8 +71,10 @@ class LatentBackend(RecordableBackend):
         waits: bool = True,
     ) -> None:
         try:
+            from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
             from flashinfer.mla import BatchMLAPagedAttentionWrapper
 
+            from hotset.kernels.merge_states import merge_states
             from hotset.kernels.store_latent import store_latent
         except (ImportError, OSError, RuntimeError) as error:
             raise ModelError(
@@ -67,8 +86,17 @@ class LatentBackend(RecordableBackend):
         self._planned = torch.cuda.Event()
         self._kernels = kernels or start_kernels(layers, arena.storage.dtype, arena.storage.device)
         self._set_up(arena, layers, LATENT_WORKSPACE_BYTES)
+        self.expanded = ExpandedPrompts(
+            BatchPrefillWithRaggedKVCacheWrapper,
+            self._workspace,
+            layers[0],
+            merge_states,
+            block_size=arena.block_size,
+        )
+        self._expands: bool | None = None  # not known yet
         if waits:
             self.load()
+            self.use_all_kernels(waits=True)
 
     def _set_up(
         self, arena: DeviceArena, layers: Sequence[LayerAttention], workspace_bytes: int
@@ -76,7 +104,7 @@ class LatentBackend(RecordableBackend):
         spec = layers[0].cache
         assert isinstance(spec, Latent)
         self.arena, self.device = arena, arena.storage.device
-        self.rank, self.rope_dim = spec.rank, spec.rope_dim
+        self._spec, self.rank, self.rope_dim = spec, spec.rank, spec.rope_dim
         self.weights = [layer.latent for layer in layers if layer.latent is not None]
         self.caches = [cache.split([spec.rank, spec.rope_dim], dim=-1) for cache in arena.layers]
         self._asked = layers[0]
@@ -109,11 +137,50 @@ class LatentBackend(RecordableBackend):
             ) from error
 
     def use_all_kernels(self, *, waits: bool) -> bool:
-        """See `RecordableBackend`: there is one."""
+        """Attend to long prompts by their own kernel from now on, if it is built or `waits`.
+
+        Nothing has to wait for it, so the answer is True. Where it cannot be used, a warning says
+        why.
+        """
+        if self._expands is None and can_expand(self._spec):
+            if waits and self._kernels is not None:
+                self._kernels.wait("ragged")
+            if self._kernels is None or self._kernels.is_ready("ragged"):
+                self._expands = self._can_expand()
         return True
 
-    def begin_step(self, batch: Batch, inputs: Inputs) -> "LatentAttention":
+    def _can_expand(self) -> bool:
+        """Try the kernel for long prompts."""
+        asked, heads = self._asked, self._asked.heads
+        tokens = [SequenceSpan(0, 2, 2, [self.arena.num_blocks - 1])]
+        prompt = LongPrompt(slice(0, 2), 0, tokens[0].block_table)
+        query = torch.zeros(
+            asked.num_heads, 2, heads.key_dim, dtype=asked.dtype, device=self.device
+        )
+        self.wait_for_plan()
+        try:
+            [planned] = self.expanded.plan([prompt])
+            self.expanded.attend(planned, self.weights[0], self.arena.layers[0], query)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler that is not there makes of it
+            reason = why_not_built(error, torch.version.cuda)
+            _log.warning("long prompts attend to latents, which is slower: %s", reason)
+            return False
+        finally:
+            self.note_plan()
+        return True
+
+    def long_prompts(self, batch: Batch) -> list[LongPrompt]:
+        """The prompts of a step that attend to keys and values of all heads."""
+        if self._expands is None and batch.num_decodes < len(batch.sequences):
+            self.use_all_kernels(waits=False)
+        return long_prompts(batch.sequences, self._spec) if self._expands else []
+
+    def begin_step(self, batch: Batch, inputs: Inputs) -> LatentAttention:
         """See `AttentionBackend`."""
+        if prompts := self.long_prompts(batch):
+            return LatentAttention(self, inputs, self._never, self._plan_with(prompts, batch))
         step = self.plan(batch)
 
         def run(layer: int, query: torch.Tensor) -> torch.Tensor:
@@ -121,11 +188,27 @@ class LatentBackend(RecordableBackend):
 
         return LatentAttention(self, inputs, run)
 
-    def step_with(self, inputs: Inputs, run: Run) -> "LatentAttention":
+    @staticmethod
+    def _never(layer: int, query: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a step with long prompts attends by its plan")
+
+    def _plan_with(self, prompts: Sequence[LongPrompt], batch: Batch) -> PlannedWithPrompts:
+        rows = make_rows(batch.sequences)
+        slices = [
+            slice(run.start + part.start, run.start + part.stop)
+            for run in rows_between(prompts, batch.num_tokens)
+            for part in parts(run.stop - run.start, self._most_rows)
+        ]
+        self.plan_rows(rows, slices, to_device(rows.block_ids, self.device))
+        planned = self.expanded.plan(prompts)
+        self.note_plan()
+        return PlannedWithPrompts(self, slices, planned)
+
+    def step_with(self, inputs: Inputs, run: Run) -> LatentAttention:
         """See `RecordableBackend`."""
         return LatentAttention(self, inputs, run)
 
-    def plan(self, batch: Batch) -> "PlannedLatents":
+    def plan(self, batch: Batch) -> PlannedLatents:
         """See `RecordableBackend`."""
         return self._launched(make_rows(batch.sequences))
 
@@ -141,7 +224,7 @@ class LatentBackend(RecordableBackend):
 
     def record_decode(
         self, inputs: Inputs, *, block_ids: torch.Tensor, scratch_block: int
-    ) -> "RecordedLatents":
+    ) -> RecordedLatents:
         """See `RecordableBackend`."""
         return RecordedLatents(self, len(inputs.token_ids), block_ids, scratch_block, inputs)
 
@@ -152,7 +235,7 @@ class LatentBackend(RecordableBackend):
         max_num_tokens: int,
         block_ids: torch.Tensor,
         scratch_block: int,
-    ) -> "RecordedLatents":
+    ) -> RecordedLatents:
         """See `RecordableBackend`."""
         return RecordedLatents(self, max_num_tokens, block_ids, scratch_block)
 
@@ -163,7 +246,7 @@ class LatentBackend(RecordableBackend):
             self._output = self._output.new_zeros(shape)
         return self._output[:num_rows]
 
-    def _launched(self, rows: Rows) -> "PlannedLatents":
+    def _launched(self, rows: Rows) -> PlannedLatents:
         """Plan a launched step, in as many parts as it takes."""
         slices = parts(len(rows.lens), self._most_rows)
         self.plan_rows(rows, slices, to_device(rows.block_ids, self.device))
@@ -201,16 +284,17 @@ class LatentBackend(RecordableBackend):
 
         `output` is `[T, H, R]`; rows that were not planned stay as they are.
         """
+        for index, part in enumerate(slices):
+            self.attend_part(index, layer, query[part], output[part])
+
+    def attend_part(
+        self, index: int, layer: int, query: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """The same for the rows of one plan."""
         latents, rotary = self.caches[layer]
-        for wrapper, part in zip(self._wrappers, slices, strict=False):
-            asked = query[part]
-            wrapper.run(
-                asked[..., : self.rank],
-                asked[..., self.rank :],
-                latents,
-                rotary,
-                out=output[part],
-            )
+        self._wrappers[index].run(
+            query[..., : self.rank], query[..., self.rank :], latents, rotary, out=output
+        )
 
     def wait_for_plan(self) -> None:
         """Block until the last plan is on the device, which it is as soon as its step begins."""
@@ -219,116 +303,3 @@ class LatentBackend(RecordableBackend):
     def note_plan(self) -> None:
         """A plan was submitted."""
         self._planned.record()
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedLatents:
-    """The kernel of a planned step; see `PlannedStep`.
-
-    Attributes:
-        slices: the rows of each plan.
-    """
-
-    backend: LatentBackend
-    slices: list[slice]
-
-    def run(self, layer: int, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """See `PlannedStep`; `query` is absorbed, `[T, H, R + P]`, and `output` `[T, H, R]`."""
-        self.backend.attend(layer, query, output, self.slices)
-        return output
-
-
-class RecordedLatents:
-    """Attention of recorded steps of at most `num_rows` tokens, of any kind.
-
-    Implements `RecordedDecode`, with `inputs`, and `RecordedMixed`. Rows beyond a step are not
-    planned: a plan tells the kernel the rows, and has the same form for any number of them.
-
-    Args:
-        backend: has the latents.
-        num_rows: most tokens of a step.
-        block_ids: see `RecordableBackend.record_decode`.
-        scratch_block: likewise.
-        inputs: of a step of decodes.
-    """
-
-    def __init__(
-        self,
-        backend: LatentBackend,
-        num_rows: int,
-        block_ids: torch.Tensor,
-        scratch_block: int,
-        inputs: Inputs | None = None,
-    ) -> None:
-        self._backend, self._block_ids, self._scratch_block = backend, block_ids, scratch_block
-        self._output = backend.recorded_output(num_rows)
-        if inputs is not None:
-            self.attention: StepAttention = backend.step_with(inputs, self.run)
-
-    def begin(self, num_tokens: int) -> None:
-        """See `RecordedMixed`."""
-        self._plan(scratch_rows(num_tokens, self._scratch_block))
-
-    def holds(self, batch: Batch) -> bool:
-        """See `RecordedMixed`: a step that has a size fits, whatever its sequences are."""
-        return True
-
-    def plan(self, step: Batch | Sequence[SequenceSpan]) -> None:
-        """See `RecordedMixed`, or `RecordedDecode` for its sequences."""
-        sequences = step.sequences if isinstance(step, Batch) else step
-        if not sequences:
-            return self.plan_nothing()
-        self._plan(make_rows(sequences))
-
-    def plan_nothing(self) -> None:
-        """See `RecordedMixed`."""
-        self._plan(scratch_rows(1, self._scratch_block))
-
-    def _plan(self, rows: Rows) -> None:
-        used = self._block_ids[: len(rows.block_ids)]
-        used.copy_(to_device(rows.block_ids, self._backend.device))
-        self._backend.plan_rows(rows, [slice(0, len(rows.lens))], self._block_ids)
-
-    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """See `RecordedMixed`; `query` is absorbed, `[T, H, R + P]`."""
-        output = self._output[: len(query)]
-        self._backend.attend(layer, query, output, [slice(0, len(query))])
-        return output
-
-
-class LatentAttention:
-    """The attention of one step; implements `StepAttention`.
-
-    Args:
-        backend: has the latents.
-        inputs: the step's tokens.
-        run: attends once a layer's latents are stored.
-    """
-
-    def __init__(self, backend: LatentBackend, inputs: Inputs, run: Run) -> None:
-        self._backend = backend
-        self._inputs = inputs
-        self._run = run
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        """See `StepAttention`."""
-        backend, inputs = self._backend, self._inputs
-        rows = backend.arena.layers[layer]
-        backend.store_latent(value[0], key[0], rows, inputs.blocks, inputs.offsets)
-        weights = backend.weights[layer]
-        absorbed = _absorbed(weights, query)
-        latents = self._run(layer, absorbed.transpose(0, 1))[..., : backend.rank]  # [T, H, R]
-        return weights.mix(latents.transpose(0, 1)).transpose(0, 1)
-
-
-def _absorbed(weights: LatentWeights, query: torch.Tensor) -> torch.Tensor:
-    """As `LatentWeights.absorb`, without a product to be copied: `[H, T, R + P]`."""
-    num_heads, num_tokens, _ = query.shape
-    nope_dim, rank = weights.nope_dim, weights.heads.shape[-1]
-    rotary = query[..., nope_dim:]
-    absorbed = query.new_empty(num_heads, num_tokens, rank + rotary.shape[-1])
-    torch.bmm(query[..., :nope_dim], weights.keys, out=absorbed[..., :rank])
-    absorbed[..., rank:] = rotary
-    return absorbed

@@ -1,0 +1,111 @@
+"""Which prompts attend to keys and values of all heads. Imports numpy, no torch.
+
+Of H heads an absorbed query takes `2H(2R + P)` operations per token it attends to, and one that
+attends to keys and values `2H(D + D_v)`; to make these of a latent takes `2RH(N + D_v)` more, once
+per token of the context, where N is D without its rotary part. So a prompt of many tokens pays for
+it: from 171 on with DeepSeek-V3's sizes, where the second kind takes 3.4 times less per pair.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hotset.attention.batch import SequenceSpan
+from hotset.cost.cache_spec import Latent
+
+# Widths of keys and values that FlashInfer's kernel for Hopper has.
+_WIDTHS = ((128, 128), (192, 128), (256, 256))
+
+# A step with such prompts is launched, not replayed, which costs 0.16 ms per layer: by the 500
+# TFLOP/s that attention reaches.
+_LAUNCH_OPERATIONS = 80e9
+
+# Tokens of a context whose keys and values are there at once: 168 MB with DeepSeek-V3's sizes.
+PIECE_TOKENS = 2048
+# Of a step, each planned apart: those that gain the most.
+MOST_PROMPTS = 4
+
+
+class Piece(NamedTuple):
+    """Tokens of a context, from the `first` on; of a causal piece the prompt's own."""
+
+    first: int
+    num_tokens: int
+    is_causal: bool
+
+
+class LongPrompt(NamedTuple):
+    """A prompt's part of a step, at most `PIECE_TOKENS` tokens of it.
+
+    Attributes:
+        rows: of the step.
+        past: tokens before these.
+        block_table: of the whole context.
+    """
+
+    rows: slice
+    past: int
+    block_table: Sequence[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """How many."""
+        return int(self.rows.stop - self.rows.start)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """What it attends to: pieces of the same size, one smaller, and itself."""
+        found = [
+            Piece(first, min(PIECE_TOKENS, self.past - first), False)
+            for first in range(0, self.past, PIECE_TOKENS)
+        ]
+        return [*found, Piece(self.past, self.num_tokens, True)]
+
+
+def can_expand(spec: Latent) -> bool:
+    """Whether there is a kernel for the keys and values that `spec` stands for."""
+    return (spec.expanded.key_dim, spec.expanded.value_dim) in _WIDTHS
+
+
+def saved_operations(spec: Latent, num_tokens: int, past: int) -> float:
+    """Operations of a layer that a prompt of `num_tokens` after `past` saves; below 0 if none."""
+    heads = spec.expanded
+    pairs = num_tokens * past + num_tokens * (num_tokens + 1) / 2
+    narrower = 2 * spec.rank + spec.rope_dim - heads.key_dim - heads.value_dim
+    made = spec.rank * (heads.key_dim - spec.rope_dim + heads.value_dim)
+    return 2.0 * heads.num_kv_heads * (pairs * narrower - made * (past + num_tokens))
+
+
+def long_prompts(sequences: Sequence[SequenceSpan], spec: Latent) -> list[LongPrompt]:
+    """The prompts of a step that are to attend so, in flat order; none where it does not pay."""
+    if not can_expand(spec):
+        return []
+    saved = [
+        (saved_operations(spec, prompt.num_tokens, prompt.past), prompt)
+        for seq in sequences
+        if seq.num_tokens > 1
+        for prompt in _cut(seq)
+    ]
+    most = sorted(saved, key=lambda each: -each[0])[:MOST_PROMPTS]
+    most = [each for each in most if each[0] > 0]
+    if sum(operations for operations, _ in most) < _LAUNCH_OPERATIONS:
+        return []
+    return sorted((prompt for _, prompt in most), key=lambda prompt: prompt.rows.start)
+
+
+def rows_between(prompts: Sequence[LongPrompt], num_rows: int) -> list[slice]:
+    """The runs of a step's rows that belong to none of `prompts`, which are in flat order."""
+    ends = [0, *[prompt.rows.stop for prompt in prompts]]
+    starts = [*[prompt.rows.start for prompt in prompts], num_rows]
+    return [slice(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
+
+
+def _cut(seq: SequenceSpan) -> list[LongPrompt]:
+    past = seq.context_len - seq.num_tokens
+    return [
+        LongPrompt(
+            slice(seq.start + first, seq.start + min(first + PIECE_TOKENS, seq.num_tokens)),
+            past + first,
+            seq.block_table,
+        )
+        for first in range(0, seq.num_tokens, PIECE_TOKENS)
+    ]
