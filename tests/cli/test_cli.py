@@ -1,6 +1,7 @@
 """What a user sees who types something wrong: one line, a status, no traceback."""
 
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -87,6 +88,17 @@ def test_serve_names_the_port_that_is_in_use(
         port = str(taken.getsockname()[1])
         assert run(monkeypatch, "serve", "--port", port) == 1
     assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    command = [sys.executable, "-m", "hotset", "plan", "llama-3-8b"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: the output cannot be used: No space left on device\n"
 
 
 def test_an_empty_standard_input_is_refused(

@@ -68,6 +68,7 @@ def main() -> None:
     set_waiting()
     try:
         status = cli.main(prog_name="hotset", standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
@@ -79,9 +80,17 @@ def main() -> None:
     except click.Abort:
         _fail("interrupted", status=130)
     except BrokenPipeError:  # who read our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
+    except OSError as error:
+        _drop_output()
+        _fail(f"{error.filename or 'the output'} cannot be used: {error.strerror or error}")
     sys.exit(status)
+
+
+def _drop_output() -> None:
+    """What is still to be written to stdout would fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, *, status: int = 1) -> NoReturn:

@@ -25,13 +25,13 @@ from hotset.errors import ConfigError
 @click.option(
     "--disk-path",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder to measure the disk in. Default: the platform's cache folder.",
+    help="Folder to measure the disk in.  [default: the platform's cache folder]",
 )
 @click.option("--no-disk", is_flag=True, help="Leave the disk out.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Where to write the profile. Default: where --hardware this looks.",
+    help="Where to write the profile.  [default: where --hardware this looks]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the profile, nothing else.")
 def command(
