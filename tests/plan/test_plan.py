@@ -106,6 +106,21 @@ def test_more_users_never_lower_total_kv(case: tuple[Any, ...], more: int) -> No
         )
 
 
+@pytest.mark.parametrize(
+    ("hardware", "users", "context"),
+    [("a100-80gb", 398, 2000), ("gh200", 421, 2000), ("l40s", 120, 2000), ("h200", 269, 2000)],
+)
+def test_one_user_more_than_fit_leaves_the_others_where_they_are(
+    hardware: str, users: int, context: int
+) -> None:
+    all_fit, one_more = (
+        plan("deepseek-v3", hardware, users=n, context=context) for n in (users, users + 1)
+    )
+    assert (all_fit.users_resident, one_more.users_resident) == (users, users)
+    assert one_more.resident_kv_bytes == pytest.approx(all_fit.resident_kv_bytes)
+    assert one_more.host_kv_bytes > 0
+
+
 @given(CASES, st.floats(1, 500), st.floats(1, 10))
 @settings(max_examples=40, deadline=None)
 def test_faster_link_never_lowers_tokens_per_s(

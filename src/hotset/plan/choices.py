@@ -3,8 +3,9 @@
 Imports no torch.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from hotset.cost.attention import KV_BYTES
@@ -170,7 +171,8 @@ def choices(request: Request, cost: CostModel, room: Room) -> list[Choice]:
     """Every way to split HBM between experts and KV that is worth a look.
 
     For each number of users that run at once, KV takes what they need and experts the rest. The
-    numbers are all up to 64 and then 3 % apart, so the split is solved, not guessed.
+    numbers are all up to 64 and then 3 % apart, and between these those around the best one, so the
+    split is solved, not guessed.
 
     Raises:
         PlanError: no split holds one user.
@@ -180,18 +182,48 @@ def choices(request: Request, cost: CostModel, room: Room) -> list[Choice]:
     if request.expert_slots is not None:
         fixed = request.expert_slots / request.shape.num_experts
     splits = _Splits(cost, room, fixed)
-    result = []
-    for users in _grid(wanted):
+
+    @functools.cache
+    def resident(users: int) -> Choice | None:
         share = splits.share_for(room.budget - users * room.kv_rank_bytes)
         tiering = None if share is None else splits.tiering_for(share)
-        if tiering is not None:
-            result.append(_run(request, cost, room, users, tiering, "resident"))
+        if tiering is None:
+            return None
+        return _run(request, cost, room, users, tiering, "resident")
+
+    grid = _grid(wanted)
+    result = [choice for users in grid if (choice := resident(users))]
+    if result:
+        best = grid.index(max(result, key=speed).users)
+        around = grid[max(0, best - 1)], grid[min(best + 1, len(grid) - 1)]
+        result.append(_peak(resident, *around))
     # KV read over the link each step: only worth it on a fast one, and only if not all fits.
     if request.stream_kv and room.host and (not result or result[-1].users < wanted):
         result += _streaming(request, splits, wanted)
     if not result:
         raise _too_large(request, splits)
     return result
+
+
+def speed(choice: Choice) -> tuple[float, int]:
+    """By which choices are compared."""
+    return choice.tokens_per_s, choice.users
+
+
+def _peak(run: Callable[[int], Choice | None], low: int, high: int) -> Choice:
+    """The fastest from `low` to `high`, which rises up to it and falls, or does not fit, beyond."""
+
+    def rate(users: int) -> tuple[float, int]:
+        choice = run(users)
+        return speed(choice) if choice else (-1.0, -users)
+
+    while high - low > 2:
+        third = (high - low) // 3
+        left, right = low + third, high - third
+        low, high = (left, high) if rate(left) < rate(right) else (low, right)
+    found = run(max(range(low, high + 1), key=rate))
+    assert found is not None  # one of them fits
+    return found
 
 
 def _streaming(request: Request, splits: _Splits, wanted: int) -> Iterator[Choice]:
@@ -243,7 +275,7 @@ def capacity(cost: CostModel, room: Room, share: float) -> int:
     left = room.budget - staged_bytes(cost, share)
     if room.kv_rank_bytes <= 0:
         return 10**9
-    return max(0, int(left // room.kv_rank_bytes))
+    return max(0, int(left / room.kv_rank_bytes + 1e-9))  # a share of experts is rounded
 
 
 def _run(

@@ -20,6 +20,7 @@ from hotset.plan.choices import (
     choices,
     claimed_bytes,
     hot_budget,
+    speed,
     staged_bytes,
     workspace_bytes,
 )
@@ -121,7 +122,7 @@ def _plan_layout(request: Request, layout: Layout) -> Plan:
         host=hw.host_bytes * host_share,
         disk=hw.disk_bytes * max(1.0, per_host),
     )
-    choice = max(choices(request, cost, room), key=lambda c: (c.tokens_per_s, c.users))
+    choice = max(choices(request, cost, room), key=speed)
     return _finish(request, cost, room, choice, workspace)
 
 
