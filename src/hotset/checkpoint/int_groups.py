@@ -49,22 +49,17 @@ def find_weights(
         if last != codes:
             continue
         parts = [name, f"{layer}.{scales}", f"{layer}.{more}"]
+        if not form.has_zeros and parts[-1] not in stored:
+            parts.pop()
         rows, columns = shape_of(form, tensor)
         groups = 1 if form.group is None else -(-columns // form.group)
-        expected: list[tuple[int, ...]] = [
-            (rows, groups) if form.kind == "packed" else (groups, rows)
-        ]
-        if form.kind == "gptq" and parts[2] not in stored:
-            parts.pop()
-        elif form.kind == "gptq":
-            expected.append((columns,))
-        elif form.has_zeros:
-            is_packed = form.kind == "packed"
-            num_words = -(-rows // form.per_word)
-            expected.append((num_words, groups) if is_packed else (groups, num_words))
-        else:
-            parts.pop()
-        for part, shape in zip(parts[1:], expected, strict=True):
+        words = -(-rows // form.per_word)
+        expected = {
+            "awq": ((groups, rows), (groups, words)),
+            "gptq": ((groups, rows), (columns,)),
+            "packed": ((rows, groups), (words, groups)),
+        }
+        for part, shape in zip(parts[1:], expected[form.kind], strict=False):
             has = stored[part].shape if part in stored else None
             if has != shape:
                 raise ModelError(
@@ -111,12 +106,13 @@ def dequantise(
     rows, columns = values.shape
     if groups is None:
         groups = torch.arange(columns, device=values.device) // (form.group or columns)
+    groups, step = groups.long(), max(1, _PIECE_VALUES // columns)
     out = torch.empty(rows, columns, dtype=dtype, device=values.device)
-    for part in torch.arange(rows, device=values.device).split(max(1, _PIECE_VALUES // columns)):
-        zero = 2.0 ** (form.bits - 1) if zeros is None else zeros[part].float()[:, groups.long()]
-        out[part] = ((values[part].float() - zero) * factors[part].float()[:, groups.long()]).to(
-            dtype
-        )
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        piece = values[part].float()
+        piece -= 2.0 ** (form.bits - 1) if zeros is None else zeros[part].float()[:, groups]
+        out[part] = piece.mul_(factors[part].float()[:, groups])
     return out
 
 
