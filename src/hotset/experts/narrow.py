@@ -85,7 +85,7 @@ class NarrowLayout:
             )
         runs = [(shape, group if self.is_int4 else shape[1]) for shape in (up, down)]
         places, end = [], 0
-        for bytes_of in (self._run_bytes, self._scale_bytes):
+        for bytes_of in (self._run_bytes, lambda run: self.scale_dtype.itemsize):
             for shape, run in runs:
                 places.append(end)
                 num_bytes = math.prod(shape) // run * bytes_of(run)
@@ -145,9 +145,6 @@ class NarrowLayout:
 
     def _run_bytes(self, run: int) -> int:
         return run // 2 if self.is_int4 else run
-
-    def _scale_bytes(self, run: int) -> int:
-        return self.scale_dtype.itemsize
 
 
 @dataclass(slots=True)

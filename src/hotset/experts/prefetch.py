@@ -1,6 +1,7 @@
 """Experts that the next layer is likely to need, copied into its slots while this one computes."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def find_routers(model: nn.Module, layers: list[LayerExperts]) -> list[Router]:
         ConfigError: they are not where most architectures have them.
     """
     owners = {id(m.experts): m for m in model.modules() if hasattr(m, "experts")}
-    routers = []
+    routers: list[Router] = []
     for experts in layers:
         owner = owners.get(id(experts.module))
         router = next(
@@ -81,16 +82,13 @@ def find_routers(model: nn.Module, layers: list[LayerExperts]) -> list[Router]:
                 f"beside its experts as {' or '.join(_ROUTER_NAMES)}, or do not return ids; leave "
                 "it out"
             )
-        routers.append(_ids_of(router, place))
+        routers.append(partial(_ids, router, place))
     return routers
 
 
-def _ids_of(router: Any, place: int) -> Router:
-    def ids(hidden: torch.Tensor) -> torch.Tensor:
-        chosen: torch.Tensor = router(hidden)[place]
-        return chosen
-
-    return ids
+def _ids(router: Any, place: int, hidden: torch.Tensor) -> torch.Tensor:
+    chosen: torch.Tensor = router(hidden)[place]
+    return chosen
 
 
 @torch.inference_mode()

@@ -271,10 +271,11 @@ def _without(model_class: type[PreTrainedModel], unused: tuple[str, ...]) -> typ
         for path in unused:
             parent, _, name = path.rpartition(".")
             setattr(self.get_submodule(parent), name, None)
+        prefixes = tuple(f"{path}." for path in unused)
         tied = getattr(self, "all_tied_weights_keys", None)
         if isinstance(tied, dict):
             self.all_tied_weights_keys = {
-                key: of for key, of in tied.items() if not key.startswith(_prefixes(unused))
+                key: of for key, of in tied.items() if not key.startswith(prefixes)
             }
 
     # With and without the base model's name, as checkpoints have both.
@@ -288,10 +289,6 @@ def _without(model_class: type[PreTrainedModel], unused: tuple[str, ...]) -> typ
         "_keys_to_ignore_on_load_unexpected": ignored,
     }
     return type(model_class.__name__, (model_class,), namespace)
-
-
-def _prefixes(unused: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"{path}." for path in unused)
 
 
 def _config_problem(folder: Path, fields: Mapping[str, Any], error: Exception) -> str:
