@@ -1,14 +1,17 @@
 """Which layers the fused kernels compute, and where they find their weights."""
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from engines import run
 from tiny_models import HAS_POST_EXPERT_NORM, make_model
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
+from hotset.engine.build import build_engine
 from hotset.experts import compute
 from hotset.experts.compute import (
     FUSED_MOST_ROWS_PER_EXPERT,
@@ -17,7 +20,9 @@ from hotset.experts.compute import (
     is_fused,
 )
 from hotset.experts.gating import dynamic_experts, pack_experts, use_dynamic_gating
-from hotset.experts.weights import LayerExperts, experts_layers, experts_of
+from hotset.experts.weights import ATTRIBUTE, LayerExperts, experts_layers, experts_of
+from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 
 NUM_EXPERTS = 4
 
@@ -133,3 +138,14 @@ def test_a_layer_that_is_not_fused_is_computed_as_before() -> None:
         expected[token] += (row @ layer.down_proj[expert].T)[0] * weights[token, place]
     got = dynamic_experts(layer, x, ids, weights)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slots", [{}, {"expert_slots": 2}], ids=["resident", "hosted"])
+def test_an_engine_hangs_one_attribute_on_modules_of_transformers(slots: dict[str, int]) -> None:
+    model = make_model("qwen3_moe")
+    before = {id(module): set(vars(module)) for module in model.modules()}
+    loaded = LoadedModel(model, None, "tiny", "tiny", (2,), 512)
+    with contextlib.closing(build_engine(Options.of(hot_gib=0.001, **slots), loaded)) as engine:
+        run(engine, [[5, 9, 13]])
+        kept = [module for module in model.modules() if id(module) in before]
+        assert set().union(*(set(vars(each)) - before[id(each)] for each in kept)) == {ATTRIBUTE}
