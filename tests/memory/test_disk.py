@@ -33,6 +33,7 @@ from disk_helpers import (
     read,
     write,
 )
+from fakes import FakeClock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -514,13 +515,10 @@ def slab_replaced_by(tier: DiskTier, path: str, flags: int) -> Iterator[None]:
     [("/dev/full", os.O_RDWR, "disk_full"), (None, os.O_RDONLY, "disk_read_only")],
 )
 def test_writes_that_keep_failing_pause_the_tier_and_reads_go_on(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    path: str | None,
-    flags: int,
-    fault: str,
+    tmp_path: Path, path: str | None, flags: int, fault: str
 ) -> None:
-    with opened(tmp_path, 4, num_threads=1) as tier:
+    clock = FakeClock()
+    with opened(tmp_path, 4, num_threads=1, clock=clock) as tier:
         assert write(tier, b"a", 1) is OK
         with slab_replaced_by(tier, path or str(tmp_path / "blocks.slab"), flags):
             for turn in range(3):
@@ -530,8 +528,7 @@ def test_writes_that_keep_failing_pause_the_tier_and_reads_go_on(
             if flags == os.O_RDONLY:
                 assert read(tier, b"a") == content(1)
         tier.check()
-        now_s = time.monotonic
-        monkeypatch.setattr(time, "monotonic", lambda: now_s() + 11.0)
+        clock.now_s += 11.0
         assert write(tier, b"k3", 3) is OK
         assert read(tier, b"k3") == content(3)
         assert read(tier, b"a") == content(1)
