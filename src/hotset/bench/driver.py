@@ -1,6 +1,7 @@
 """Driving the engine: its steps, in the caller's thread, and a look at the tiers now and then."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,24 +24,6 @@ _IDLE_S = 0.002
 _SETTLE_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What lies where at one moment, and what was moved since the start of the run; bytes."""
-
-    t_s: float
-    device_held: int
-    device_cached: int
-    host_used: int
-    disk_used: int
-    to_device: int
-    to_host: int
-    from_disk: int
-    to_disk: int
-    running: int
-    waiting: int
-    computed_tokens: int
-
-
 class StepHook(Protocol):
     """Told of each step; see `profile.StepProfiler`."""
 
@@ -50,17 +33,22 @@ class StepHook(Protocol):
 
 
 class Watch:
-    """Samples of the tiers and of this process. Where a run is long they get further apart."""
+    """Samples of the tiers and of this process. Where a run is long they get further apart.
+
+    Attributes:
+        samples: one list per figure: `t_s`, bytes that lie somewhere, bytes and tokens that were
+            moved and computed since the start, and numbers of requests.
+    """
 
     def __init__(self, engine: Engine, start_s: float) -> None:
-        self.samples: list[Sample] = []
+        self.samples: defaultdict[str, list[float]] = defaultdict(list)
         self.peak_host_rss_bytes = 0
         self._engine = engine
         self._start_s = start_s
         self._due_s = start_s
         self._every_s = _SAMPLE_S
         self._process = psutil.Process()
-        self._moved = dict(engine.metrics.moved_bytes)
+        self._moved = engine.metrics.moved_bytes.copy()
         self._computed = engine.metrics.computed_tokens
 
     def look(self, now_s: float) -> None:
@@ -73,29 +61,27 @@ class Watch:
         """Take a sample."""
         usage, metrics = engine_usage(self._engine), self._engine.metrics
         used = [tier.used_payloads * info.payload_bytes for info, tier in usage.tiers]
-
-        def moved(direction: str) -> int:
-            return metrics.moved_bytes[direction] - self._moved.get(direction, 0)
-
-        self.samples.append(
-            Sample(
-                t_s=round(now_s - self._start_s, 3),
-                device_held=usage.device_held,
-                device_cached=usage.device_cached,
-                host_used=sum(used[:1]),
-                disk_used=sum(used[1:]),
-                to_device=moved("host>device"),
-                to_host=moved("device>host"),
-                from_disk=moved("disk>host"),
-                to_disk=moved("host>disk"),
-                running=usage.num_running,
-                waiting=usage.num_waiting,
-                computed_tokens=metrics.computed_tokens - self._computed,
-            )
-        )
+        moved = metrics.moved_bytes - self._moved
+        sample = {
+            "t_s": round(now_s - self._start_s, 3),
+            "device_held": usage.device_held,
+            "device_cached": usage.device_cached,
+            "host_used": sum(used[:1]),
+            "disk_used": sum(used[1:]),
+            "to_device": moved["host>device"],
+            "to_host": moved["device>host"],
+            "from_disk": moved["disk>host"],
+            "to_disk": moved["host>disk"],
+            "running": usage.num_running,
+            "waiting": usage.num_waiting,
+            "computed_tokens": metrics.computed_tokens - self._computed,
+        }
+        for name, value in sample.items():
+            self.samples[name].append(value)
         self.peak_host_rss_bytes = max(self.peak_host_rss_bytes, self._process.memory_info().rss)
-        if len(self.samples) > _MOST_SAMPLES:
-            del self.samples[1::2]
+        if len(self.samples["t_s"]) > _MOST_SAMPLES:
+            for values in self.samples.values():
+                del values[1::2]
             self._every_s *= 2
 
 

@@ -1,6 +1,7 @@
 """The results as one HTML page that stands alone: no script, no font, no image from elsewhere."""
 
 import json
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -138,58 +139,58 @@ def _ttft(runs: list[ArmRun], styles: dict[str, str]) -> str:
 
 
 def _over_time(run: ArmRun) -> str:
-    times, sizes = run.samples["t_s"], run.sizes
+    times, sizes, samples = run.samples["t_s"], run.sizes, run.samples
 
-    def line(name: str, column: str, style: str) -> Line:
-        points = zip(times, run.samples[column], strict=True)
-        return Line(name, [(t, value / _GB) for t, value in points], style)
+    def line(name: str, column: str, style: str, unit: float = _GB) -> Line:
+        points = [(t, value / unit) for t, value in zip(times, samples[column], strict=True)]
+        return Line(name, points, style)
 
     lines = [line("device, in use", "device_held", "weights")]
     lines.append(line("device, cached", "device_cached", "work"))
     limits = [Limit("hot tier", sizes["hot_bytes"] / _GB)]
-    if any(run.samples["host_used"]):
-        lines.append(line("host", "host_used", "kv"))
-        limits.append(Limit("host tier", sizes["host_bytes"] / _GB))
-    if any(run.samples["disk_used"]):
-        lines.append(line("disk", "disk_used", "experts"))
-        limits.append(Limit("disk tier", sizes["disk_bytes"] / _GB))
+    for tier, style in (("host", "kv"), ("disk", "experts")):
+        if any(samples[f"{tier}_used"]):
+            lines.append(line(tier, f"{tier}_used", style))
+            limits.append(Limit(f"{tier} tier", sizes[f"{tier}_bytes"] / _GB))
     top = 3 * max(max(y for _, y in one.points) for one in lines)
     limits = [limit for limit in limits if limit.value <= top]  # a far one would flatten the rest
-    parts = [
-        "<h3>Where the bytes of KV lived, GB</h3>",
-        chart(lines, limits, "seconds", "GB", label=f"KV by tier, {run.arm}"),
+    users = [
+        line(name, name, style, 1) for name, style in (("running", "weights"), ("waiting", "work"))
     ]
-    rate = sizes.get("link_bytes_per_s", {}).get("host")
-    if rate and any(run.samples["to_host"]):
-        moves = [
-            Line("to the device", rates(times, run.samples["to_device"]), "kv"),
-            Line("to the host", rates(times, run.samples["to_host"]), "weights"),
-        ]
+    return (
+        "<h3>Where the bytes of KV lived, GB</h3>"
+        + chart(lines, limits, "seconds", "GB", label=f"KV by tier, {run.arm}")
+        + _links(run)
+        + "<h3>Requests</h3>"
+        + chart(users, [], "seconds", "requests", label=f"requests, {run.arm}")
+    )
+
+
+def _links(run: ArmRun) -> str:
+    """Use of the links; empty where nothing was moved, or no rate is known."""
+    rate = run.sizes.get("link_bytes_per_s", {}).get("host")
+    if not rate or not any(run.samples["to_host"]):
+        return ""
+    moves = [
+        Line(name, rates(run.samples["t_s"], run.samples[column]), style)
         for name, column, style in (
+            ("to the device", "to_device", "kv"),
+            ("to the host", "to_host", "weights"),
             ("from disk", "from_disk", "experts"),
             ("to disk", "to_disk", "other"),
-        ):
-            if any(run.samples[column]):
-                moves.append(Line(name, rates(times, run.samples[column]), style))
-        peak = max((y for move in moves for _, y in move.points), default=0.0)
-        text = f"measured limit to the device, {rate / _GB:.1f} GB/s"
-        limits = [Limit(text, rate / _GB)] if rate / _GB <= 10 * peak else []
-        parts += [
-            "<h3>Use of the links, GB/s</h3>",
-            chart(moves, limits, "seconds", "GB/s", label=f"link use, {run.arm}"),
-            f'<p class="dim">Bytes to the device would take the link {link_busy_s(run):.2f} s of '
-            f"the {run.wall_s:.2f} s at the {rate / _GB:.1f} GB/s measured at start"
-            f"{'' if limits else ', a limit far above this chart'}.</p>",
-        ]
-    users = [
-        Line(name, [(t, float(v)) for t, v in zip(times, run.samples[name], strict=True)], style)
-        for name, style in (("running", "weights"), ("waiting", "work"))
+        )
+        if "disk" not in column or any(run.samples[column])
     ]
-    parts += [
-        "<h3>Requests</h3>",
-        chart(users, [], "seconds", "requests", label=f"requests, {run.arm}"),
-    ]
-    return "".join(parts)
+    peak = max((y for move in moves for _, y in move.points), default=0.0)
+    text = f"measured limit to the device, {rate / _GB:.1f} GB/s"
+    limits = [Limit(text, rate / _GB)] if rate / _GB <= 10 * peak else []
+    return (
+        "<h3>Use of the links, GB/s</h3>"
+        + chart(moves, limits, "seconds", "GB/s", label=f"link use, {run.arm}")
+        + f'<p class="dim">Bytes to the device would take the link {link_busy_s(run):.2f} s of '
+        f"the {run.wall_s:.2f} s at the {rate / _GB:.1f} GB/s measured at start"
+        f"{'' if limits else ', a limit far above this chart'}.</p>"
+    )
 
 
 def rates(times: list[float], totals: list[float]) -> list[tuple[float, float]]:
@@ -220,27 +221,22 @@ def _predictions(runs: list[ArmRun]) -> str:
         ("  prefill, s", "prefill_s", 2, lambda run: None),
         ("  decode, s", "decode_s", 2, lambda run: None),
     ]
-    head = "".join(
-        f"<th>{escape(run.arm)}: expected</th><th>measured</th><th>error</th>" for run in known
-    )
-    body = ""
+    head = [word for run in known for word in (f"{run.arm}: expected", "measured", "error")]
+    table = []
     for label, key, digits, measure in lines:
-        cells = ""
+        cells = []
         for run in known:
             assert run.prediction is not None
             expected, measured = run.prediction[key], measure(run)
             known_both = expected is not None and measured
-            error = f"{expected / measured - 1:+.0%}" if known_both else ""
-            cells += (
-                f"<td>{number(expected, digits)}</td><td>{number(measured, digits)}</td>"
-                f"<td>{error}</td>"
-            )
-        body += f"<tr><td>{escape(label)}</td>{cells}</tr>"
+            cells += [number(expected, digits), number(measured, digits)]
+            cells.append(f"{expected / measured - 1:+.0%}" if known_both else "")
+        table.append((label, cells))
     assert known[0].prediction is not None
     hardware = escape(known[0].prediction["hardware"])
     return (
-        f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
-        f'<p class="dim" style="margin-top:10px">By the cost model of <code>hotset plan</code> '
+        _table(head, table)
+        + f'<p class="dim" style="margin-top:10px">By the cost model of <code>hotset plan</code> '
         f"with the profile {hardware}. A tier is taken to find all again where it holds the "
         "contexts of all sessions, and nothing where it does not: they come back in the order in "
         "which they went, and the least recently used are evicted.</p>"
@@ -248,17 +244,21 @@ def _predictions(runs: list[ArmRun]) -> str:
 
 
 def _figures(result: BenchResult) -> str:
-    head = "".join(f"<th>{escape(arm)}</th>" for arm in result.arms)
-    body = "".join(
-        f"<tr><td>{escape(label)}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
-        for label, cells in rows(result)
-    )
     notes = dict.fromkeys(note for run in result.runs for note in run.notes)
     lines = [*notes, *result.asked.get("notes", [])]
     if result.verification is not None:
         lines.append(verification_line(result))
     shown = "".join(f'<p class="dim" style="margin-top:8px">{escape(line)}</p>' for line in lines)
-    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>{shown}'
+    return _table(result.arms, rows(result)) + shown
+
+
+def _table(head: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
+    def row(tag: str, label: str, cells: Sequence[str]) -> str:
+        shown = "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in (label, *cells))
+        return f"<tr>{shown}</tr>"
+
+    body = "".join(row("td", *line) for line in lines)
+    return f'<div class="scroll"><table>{row("th", "", head)}{body}</table></div>'
 
 
 def _making(result: BenchResult) -> str:

@@ -206,10 +206,6 @@ def predict(
     found below the device is fetched, or computed where that is faster. With `experts`, how many
     steps prompts and answers take is what counts: each brings experts over the link.
     """
-    by_turn: dict[int, list[tuple[int, Turn]]] = defaultdict(list)
-    for session in work.sessions:
-        for number, pair in enumerate(zip(session.prompt_lengths(), session.turns, strict=True)):
-            by_turn[session.first_turn + number].append(pair)
     machine = _Machine(
         cost,
         work,
@@ -220,22 +216,15 @@ def predict(
         max_batched_tokens,
         experts,
     )
-    times, ttft_sum, num_prompt, num_output = [], 0.0, 0, 0
-    for number, pairs in by_turn.items():
-        turns = _Turns(
-            len(pairs),
-            fmean(length for length, _ in pairs),
-            fmean(turn.known_tokens for _, turn in pairs),
-            fmean(turn.output_tokens for _, turn in pairs),
-        )
-        time = machine.time(turns)
-        is_burst = number == min(by_turn)
-        ttft_sum += turns.count * _ttft_s(
-            time.wall_s, time.prefill_s, time.running, is_burst=is_burst
-        )
-        times.append(time)
-        num_prompt += sum(length for length, _ in pairs)
-        num_output += sum(turn.output_tokens for _, turn in pairs)
+    turns = _turns_of(work)
+    times = [machine.time(one) for one in turns]
+    # The first turn is a burst: all its sessions begin at once.
+    ttft_sum = sum(
+        one.count * _ttft_s(time.wall_s, time.prefill_s, time.running, is_burst=i == 0)
+        for i, (one, time) in enumerate(zip(turns, times, strict=True))
+    )
+    num_prompt = sum(one.count * one.prompt for one in turns)
+    num_output = sum(one.count * one.output for one in turns)
     last_arrival_s = max(session.arrival_s for session in work.sessions)
     wall_s = max(sum(time.wall_s for time in times), last_arrival_s)
     return Prediction(
@@ -250,6 +239,23 @@ def predict(
         computed_tokens=sum(time.computed for time in times),
         fetched_tokens=sum(time.fetched for time in times),
     )
+
+
+def _turns_of(work: Work) -> list[_Turns]:
+    """One for each number of a turn, in order."""
+    by_turn: dict[int, list[tuple[int, Turn]]] = defaultdict(list)
+    for session in work.sessions:
+        for number, pair in enumerate(zip(session.prompt_lengths(), session.turns, strict=True)):
+            by_turn[session.first_turn + number].append(pair)
+    return [
+        _Turns(
+            len(pairs),
+            fmean(length for length, _ in pairs),
+            fmean(turn.known_tokens for _, turn in pairs),
+            fmean(turn.output_tokens for _, turn in pairs),
+        )
+        for _, pairs in sorted(by_turn.items())
+    ]
 
 
 def predict_arm(

@@ -26,7 +26,7 @@ class ArmRun:
             from them.
         sizes: bytes and tokens of the tiers, and rates measured as the engine started.
         prediction: of the cost model, see `predict`.
-        samples: see `driver.Sample`, as columns.
+        samples: see `driver.Watch`.
         outputs: tokens of each answer by (session, turn); only for comparing arms.
         records: of text, by session and turn; only for showing answers.
     """
@@ -141,14 +141,6 @@ def _means_by_turn(values: Iterable[tuple[int, float]]) -> list[float]:
     for turn, value in values:
         by_turn.setdefault(turn, []).append(value)
     return [fmean(by_turn[turn]) for turn in sorted(by_turn)]
-
-
-def columns(samples: Sequence[Any]) -> dict[str, list[float]]:
-    """Samples as one list a field, which is shorter in JSON."""
-    if not samples:
-        return {}
-    rows = [asdict(sample) for sample in samples]
-    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from hotset.bench.machine import release
 from hotset.bench.play import Play
 from hotset.bench.predict import predict_arm
 from hotset.bench.profiler import StepProfiler
-from hotset.bench.result import ArmRun, columns, observe
+from hotset.bench.result import ArmRun, observe
 from hotset.bench.workload import Spec, filler, make_work, prefix_work, warm_up
 from hotset.cost.loaded import make_cost_model
 from hotset.cost.routing import Routing, skewed_shares
@@ -163,7 +163,7 @@ class Bench:
             run.outputs.clear()
         run.tiers_ready_s, run.warm_up_s, run.prepare_s = tiers_ready_s, warm_up_s, prepare_s
         run.sizes, run.engine = sizes, counters_since(before, engine)
-        run.samples = columns(driven.watch.samples)
+        run.samples = dict(driven.watch.samples)
         run.peak_host_rss_bytes = driven.watch.peak_host_rss_bytes
         if is_cuda:
             run.peak_device_bytes = torch.cuda.max_memory_reserved()
