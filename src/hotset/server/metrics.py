@@ -29,48 +29,44 @@ _HISTOGRAMS = {
 }
 
 
-# Counters of `hotset.metrics.Metrics`: its field -> the metric's name and help.
+# Counters of `hotset.metrics.Metrics`: its field -> what it counts.
 _REQUEST_COUNTERS = {
-    "prompt_tokens": ("prompt_tokens", "Prompt tokens of accepted requests."),
-    "output_tokens": ("generation_tokens", "Tokens generated."),
-    "computed_tokens": ("computed_tokens", "Tokens that went through the model."),
-    "preemptions": ("num_preemptions", "Requests preempted."),
-    "steps": ("engine_steps", "Model steps."),
-    "step_s": ("engine_step_seconds", "Time in model steps."),
+    "prompt_tokens": "Prompt tokens of accepted requests.",
+    "output_tokens": "Tokens generated.",
+    "computed_tokens": "Tokens that went through the model.",
+    "preemptions": "Requests preempted.",
+    "steps": "Model steps.",
+    "step_s": "Time in model steps.",
 }
 _KV_COUNTERS = {
-    "forked_tokens": (
-        "forked_tokens",
-        "Prompt tokens that an output shares with another of its n outputs.",
-    ),
-    "recomputed_tokens": ("recomputed_tokens", "Tokens computed again for the same request."),
-    "spilled_blocks": ("spilled_blocks", "Blocks copied down."),
-    "fetched_blocks": ("fetched_blocks", "Blocks copied up."),
+    "forked_tokens": "Prompt tokens that an output shares with another of its n outputs.",
+    "recomputed_tokens": "Tokens computed again for the same request.",
+    "spilled_blocks": "Blocks copied down.",
+    "fetched_blocks": "Blocks copied up.",
 }
 _EXPERT_COUNTERS = {
-    "expert_hits": ("expert_hits", "Experts that were needed and had a slot."),
-    "expert_misses": ("expert_misses", "Experts that were needed and had no slot."),
-    "expert_bytes": ("expert_bytes", "Bytes of experts to the device."),
-    "expert_predicted": (
-        "expert_prefetch_predicted",
-        "Experts that a layer's router chose before the layer was there.",
-    ),
-    "expert_predicted_right": ("expert_prefetch_correct", "Of these, needed."),
-    "expert_copied_ahead": (
-        "expert_prefetch_copied",
-        "Experts copied ahead: predicted, and without a slot.",
-    ),
-    "expert_cpu_computed": (
-        "expert_cpu_computed",
-        "Experts that had no slot and that the CPU computed.",
-    ),
-    "expert_disk_reads": ("expert_disk_reads", "Experts read from disk."),
-    "expert_disk_bytes": ("expert_disk_bytes", "Bytes of experts read from disk."),
-    "expert_disk_wait_s": (
-        "expert_disk_wait_seconds",
-        "Time for which steps waited for experts on disk.",
-    ),
-    "split_moves": ("split_moves", "Times a new split between experts and KV was chosen."),
+    "expert_hits": "Experts that were needed and had a slot.",
+    "expert_misses": "Experts that were needed and had no slot.",
+    "expert_bytes": "Bytes of experts to the device.",
+    "expert_predicted": "Experts that a layer's router chose before the layer was there.",
+    "expert_predicted_right": "Of these, needed.",
+    "expert_copied_ahead": "Experts copied ahead: predicted, and without a slot.",
+    "expert_cpu_computed": "Experts that had no slot and that the CPU computed.",
+    "expert_disk_reads": "Experts read from disk.",
+    "expert_disk_bytes": "Bytes of experts read from disk.",
+    "expert_disk_wait_s": "Time for which steps waited for experts on disk.",
+    "split_moves": "Times a new split between experts and KV was chosen.",
+}
+# Fields whose metrics have other names, some of them vLLM's.
+_NAMES = {
+    "output_tokens": "generation_tokens",
+    "preemptions": "num_preemptions",
+    "steps": "engine_steps",
+    "step_s": "engine_step_seconds",
+    "expert_predicted": "expert_prefetch_predicted",
+    "expert_predicted_right": "expert_prefetch_correct",
+    "expert_copied_ahead": "expert_prefetch_copied",
+    "expert_disk_wait_s": "expert_disk_wait_seconds",
 }
 
 
@@ -107,9 +103,9 @@ class _Snapshot(Collector):
         for name, (metric, text) in _HISTOGRAMS.items():
             yield _histogram(metric, text, getattr(self._latencies, name))
 
-    def _counters(self, fields: dict[str, tuple[str, str]]) -> Iterator[Metric]:
-        for field, (name, text) in fields.items():
-            yield _counter(name, text, getattr(self._metrics, field))
+    def _counters(self, fields: dict[str, str]) -> Iterator[Metric]:
+        for name, text in fields.items():
+            yield _counter(_NAMES.get(name, name), text, getattr(self._metrics, name))
 
     def _requests(self) -> Iterator[Metric]:
         status = self._status
