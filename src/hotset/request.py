@@ -90,7 +90,7 @@ class SamplingParams:
         has_flag=False,
     )
     stop: tuple[str, ...] = option(
-        (), "Strings that end the output; they are not part of its text."
+        (), "A string that ends the output, and is no part of its text; there may be several."
     )
     stop_token_ids: tuple[int, ...] = option(
         (), "Ids that end the output, beside the model's own.", has_flag=False

@@ -83,17 +83,16 @@ def _flag(one: Option, names: Mapping[str, str]) -> Callable[[Callable[..., R]],
         kind = click.Choice(one.choices)
     elif kind is Path:
         kind = click.Path(file_okay=False, path_type=Path)
-    elif kind == tuple[str, ...]:
-        kind = str
+    is_list = one.kind == tuple[str, ...]
     otherwise = "" if one.default is not None else one.otherwise
     is_shown = one.default is not None and one.default is not False and one.default != ()
     return click.option(
         *one.flags,
         one.name,
-        type=kind,
+        type=str if is_list else kind,
         metavar=one.metavar or None,
         is_flag=one.kind is bool,
-        multiple=one.kind == tuple[str, ...],
+        multiple=is_list,
         default=one.default,
         show_default=is_shown,
         help=_with_flags(f"{one.help}  [default: {otherwise}]" if otherwise else one.help, names),

@@ -92,6 +92,9 @@ class _Parts:
 class Api:
     """The server's endpoints, an ASGI application. Loads the model once it is started.
 
+    Attributes:
+        is_loaded: whether requests are, or were, taken.
+
     Args:
         options: of the engine.
         config: of the server.
@@ -112,6 +115,7 @@ class Api:
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._parts: _Parts | None = None
+        self.is_loaded = False
         self._started_s = int(time.time())
         self._is_draining = False
         self._store = None
@@ -183,11 +187,6 @@ class Api:
         """Take no more requests; those that run go on. May be called from a signal handler."""
         self._is_draining = True
 
-    @property
-    def is_loaded(self) -> bool:
-        """Whether requests are, or were, taken."""
-        return self._parts is not None
-
     async def end_requests(self) -> None:
         """End what runs: each client gets an error that says so. What comes is refused."""
         if self._parts is not None:
@@ -236,6 +235,7 @@ class Api:
         board = StatusBoard(service)
         self._sampling = asyncio.create_task(board.run())
         self._parts = _Parts(service, admission, board, self._store, batches)
+        self.is_loaded = True
         self._on_ready(service)
 
     def _ready(self) -> _Parts:
