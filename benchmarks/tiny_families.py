@@ -67,7 +67,6 @@ _SIZES: dict[str, int] = {
             "attention_heads",
             "swa_num_attention_heads",
             "resampler_n_heads",
-            "index_n_heads",
         ),
         _HEADS,
     ),
@@ -159,6 +158,8 @@ _SIZES: dict[str, int] = {
     "laurel_rank": 8,
     "ngram_vocab_size_base": 64,
     "index_topk": 8,
+    # Fewer heads give scores of 0, and of equal scores transformers selects any.
+    "index_n_heads": 16,
     # Of towers, which only have to be built.
     "image_size": 28,
     "patch_size": 14,

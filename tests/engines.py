@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from tiny_models import make_model
 
-from hotset.cost.cache_spec import token_bytes
 from hotset.cost.expert_sizes import asked_sizes, size_experts
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
@@ -46,7 +45,9 @@ def make_engine(
     model = make_model(family, seed=seed).to(changes.get("device", "cpu"))
     if slot_bytes_of(model, HostedExperts()) is not None and "expert_gib" not in changes:
         changes.setdefault("expert_slots", experts_layers(model)[0].num_experts)
-    block_bytes = token_bytes(inspect_model(model).cache_specs, kv_bytes) * block_size
+    layout = inspect_model(model)
+    token_values = layout.bytes_per_token // layout.kv_dtype.itemsize
+    block_bytes = token_values * kv_bytes * block_size
     slot_bytes = -(-block_bytes // 4096) * 4096
     options = {
         "hot_gib": (hot_blocks + 0.5) * block_bytes / GIB,
@@ -125,9 +126,10 @@ def reference(
     max_tokens: int = 12,
     seed: int = 0,
     device: str = "cpu",
+    **changes: Any,
 ) -> list[list[int]]:
-    """What `transformers` `generate` answers, greedily, prompt by prompt."""
-    model = make_model(family, seed=seed).to(device)
+    """What `transformers` `generate` answers, greedily, prompt by prompt; of a changed model."""
+    model = make_model(family, seed=seed, **changes).to(device)
     # The only one of its implementations that knows all that architectures ask of attention.
     model.set_attn_implementation("eager")
     model.generation_config.eos_token_id = None

@@ -58,6 +58,14 @@ class Tape(TorchDispatchMode):
             work()
 
 
+def do(work: Callable[[], Any]) -> None:
+    """Do `work`, which is in place; while it is recorded, do it when it is replayed."""
+    if tapes:
+        tapes[-1].note(work)
+    else:
+        work()
+
+
 def _tensors(found: Any) -> list[torch.Tensor]:
     if isinstance(found, tuple | list):
         return [tensor for part in found for tensor in _tensors(part)]
@@ -163,10 +171,7 @@ class _Wrapper:
         def attend() -> None:
             self._attend(query, cache, out, k_scale or 1.0)
 
-        if tapes:
-            tapes[-1].note(attend)
-            return  # nothing is computed while it is recorded
-        attend()
+        do(attend)
 
     def _attend(
         self,
@@ -217,10 +222,7 @@ def _widen_kv(cache: torch.Tensor, block_ids: torch.Tensor, target: torch.Tensor
             if block >= 0:
                 target[place] = cache[block].to(target.dtype)
 
-    if tapes:
-        tapes[-1].note(widen)
-    else:
-        widen()
+    do(widen)
 
 
 class _Decode(_Wrapper):

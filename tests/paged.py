@@ -39,6 +39,7 @@ def paged_logits(
         dtype=layout.kv_dtype,
         device=model.device,
         scales=scales,
+        index_dims=layout.index_dims,
     )
     runner = ModelRunner(model, arena, make_backend(arena), max_num_seqs=4)
     if recorded:

@@ -207,6 +207,14 @@ def test_options_of_experts_are_refused_for_a_dense_model(option: dict[str, Any]
         pass
 
 
+def test_a_split_of_blocks_in_two_parts_stays_where_it_is() -> None:
+    with (
+        pytest.raises(ConfigError, match="move_split lends whole blocks"),
+        engine("deepseek_v32", hot_gib=MIB_IN_GIB, move_split=True),
+    ):
+        pass
+
+
 def test_nothing_is_predicted_by_the_rates_of_other_hardware(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

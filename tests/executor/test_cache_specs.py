@@ -1,5 +1,6 @@
 """What the planner counts per token from a config is what the engine stores for the model."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,9 +17,6 @@ from hotset.memory.arena import DeviceArena
 
 # Families that the engine refuses.
 REFUSED = {
-    "deepseek_v32",
-    "glm_moe_dsa",
-    "hy_v4",
     "longcat_flash",
     "llama4_text",
     "qwen3_next",
@@ -46,6 +44,7 @@ def test_a_token_takes_the_bytes_that_the_planner_counts(
             inspect_model(model)
         return
     layout, shape = inspect_model(model), shape_from_config(config, family)
+    shape = replace(shape, index_dtype=DTYPES[layout.kv_dtype])  # that of the model, as KV is
     planned = shape.stored_bytes_per_token(DTYPES[layout.kv_dtype])
     assert planned == shape.stored.kv_bytes_per_token(DTYPES[layout.kv_dtype])
     assert planned == layout.bytes_per_token
@@ -54,10 +53,19 @@ def test_a_token_takes_the_bytes_that_the_planner_counts(
     assert [layer.attention.stored.cache.token_values for layer in shape.layers] == [
         spec.token_values for spec in specs
     ]
+    assert [layer.attention.indexer for layer in shape.layers] == [
+        layer.indexer for layer in layout.layers
+    ]
     arena = DeviceArena(
-        specs, num_blocks=2, block_size=4, dtype=layout.kv_dtype, device=torch.device("cpu")
+        specs,
+        num_blocks=2,
+        block_size=4,
+        dtype=layout.kv_dtype,
+        device=torch.device("cpu"),
+        index_dims=layout.index_dims,
     )
-    assert arena.block_bytes == arena.storage[0].nbytes == 4 * planned
+    assert 2 * arena.block_bytes == arena.memory.nbytes == 2 * 4 * planned
+    assert sum(num_bytes for _, num_bytes in arena.runs(1)) == arena.block_bytes
 
 
 @pytest.mark.parametrize("name", bundled_models())

@@ -97,7 +97,14 @@ def test_rows_are_where_the_selected_positions_lie(lengths: list[list[int]], cou
     positions = select_positions(scores, tokens.lengths, count)
     rows = torch.full_like(positions, -7)
 
-    find_rows(positions, tokens, rows, block_size=BLOCK_SIZE, rows_per_block=3 * BLOCK_SIZE)
+    find_rows(
+        positions,
+        tokens,
+        rows,
+        block_size=BLOCK_SIZE,
+        rows_per_block=3 * BLOCK_SIZE,
+        num_blocks=NUM_BLOCKS,
+    )
 
     owners = [table for table, seen in zip(tables, lengths, strict=True) for _ in seen]
     for table, chosen, found in zip(owners, positions.tolist(), rows.tolist(), strict=True):
@@ -107,14 +114,14 @@ def test_rows_are_where_the_selected_positions_lie(lengths: list[list[int]], cou
         ]
 
 
-def test_a_position_in_a_block_that_is_not_there_has_no_row() -> None:
+def test_a_position_in_a_block_beyond_the_pool_has_no_row() -> None:
     tokens = PagedTokens(
-        *(torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in ([4, -1, 6], [0], [24]))
+        *(torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in ([4, 7, 6], [0], [24]))
     )
     positions = torch.tensor([[0, 9, 23, -1]], dtype=torch.int32, device=DEVICE)
     rows = torch.zeros_like(positions)
 
-    find_rows(positions, tokens, rows, block_size=8, rows_per_block=8)
+    find_rows(positions, tokens, rows, block_size=8, rows_per_block=8, num_blocks=7)
 
     assert rows.tolist() == [[32, -1, 55, -1]]
 

@@ -27,7 +27,7 @@ class Witness:
     def __init__(self, engine: Engine) -> None:
         assert engine.tiers is not None
         self.num_compared = 0
-        self._pool = engine.executor.runner._arena.bytes_view_tensor()
+        self._pool = engine.executor.runner._arena.storage.view(torch.uint8)
         self._hashes: dict[bytes, bytes] = {}
         self._tiers = engine.tiers
         self._spill, self._poll = self._tiers.spill, self._tiers.poll

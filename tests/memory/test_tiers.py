@@ -45,6 +45,7 @@ class Rig:
             block_size=4,
             dtype=torch.float32,
             device=torch.device(device),
+            index_dims=[0, 6],  # so that a block is in two parts
         )
         host_arena = HostArena(num_slots=host_slots, block_bytes=self.device.block_bytes)
         self.metrics = Metrics()
@@ -73,14 +74,21 @@ class Rig:
     def fill(self, block: int, seed: int) -> bytes:
         """Random bytes in `block`, returned."""
         content = np.random.default_rng(seed).bytes(self.device.block_bytes)
-        self.device.bytes_view_tensor()[block] = torch.frombuffer(
-            bytearray(content), dtype=torch.uint8
-        )
+        unread = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        for part in self.parts(block):
+            part.copy_(unread[: len(part)])
+            unread = unread[len(part) :]
         return content
+
+    def parts(self, block: int) -> list[torch.Tensor]:
+        """Where the content of `block` is, in order."""
+        memory = self.device.memory
+        runs = [(start - memory.data_ptr(), size) for start, size in self.device.runs(block)]
+        return [memory[first : first + size] for first, size in runs]
 
     def read(self, block: int) -> bytes:
         """The bytes of `block`."""
-        return self.device.bytes_view_tensor()[block].cpu().numpy().tobytes()
+        return torch.cat(self.parts(block)).cpu().numpy().tobytes()
 
     def place(self, key: bytes) -> str | None:
         """The name of the fastest tier that has `key`."""

@@ -2,22 +2,29 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
 from hotset.attention.batch import Batch, SequenceSpan
 from hotset.attention.inputs import Inputs
+from hotset.attention.sparse.indexer import Index
 
-# Layer and `[T, H, D]` queries -> `[T, H, D]`, once the layer's keys and values are stored.
-Run: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
+# Layer and `[T, H, D]` queries -> `[T, H, D]`, once the layer's keys and values are stored. Sparse
+# attention gets the layer's `Index` too.
+Run: TypeAlias = Callable[..., torch.Tensor]
 
 
 class StepAttention(Protocol):
     """Attention of all tokens of one step, layer by layer."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        index: Index | None = None,
     ) -> torch.Tensor:
         """Store a layer's new keys and values, then attend as the layer's `LayerAttention` says.
 
@@ -28,6 +35,7 @@ class StepAttention(Protocol):
             query: `[H, T, D]`.
             key: `[H_kv, T, D]`; of a layer that caches latents the rotary keys, `[1, T, P]`.
             value: `[H_kv, T, D_v]`; of a layer that caches latents these, `[1, T, R]`.
+            index: of a layer with sparse attention, its own or that of the layer it shares with.
 
         Returns:
             `[T, H, D_v]`.
@@ -87,7 +95,7 @@ class RecordedMixed(Protocol):
         """Plan a step of no sequence, which recorded steps of any size can run with."""
         ...
 
-    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+    def run(self, *asked: Any, **options: Any) -> torch.Tensor:
         """See `Run`; for as many tokens as `begin` was told."""
         ...
 

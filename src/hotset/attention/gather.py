@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from hotset.attention.batch import Batch, SequenceSpan
+from hotset.attention.grouped import grouped_query_attention
 from hotset.attention.inputs import Inputs
 from hotset.attention.latent import LatentWeights
+from hotset.attention.sparse.gathered import GatheredSelection
+from hotset.attention.sparse.indexer import Index
 from hotset.attention.spec import LayerAttention
 from hotset.linear.fp8 import FP8, to_fp8
 from hotset.memory.arena import DeviceArena
@@ -64,12 +66,32 @@ class PagedAttention:
         self._sequences = batch.sequences
         self._slots = (inputs.blocks, inputs.offsets)
         self._groups: dict[int | None, list[_Group]] = {}  # by window
+        self._selection: GatheredSelection | None = None
+        if (indexer := layers[0].indexer) is not None:
+            # Others attend to all that they see, whatever its scores.
+            count = indexer.top_k
+            self._sequences = [s for s in batch.sequences if s.context_len <= count]
+            self._selection = GatheredSelection(
+                [s for s in batch.sequences if s.context_len > count],
+                block_size=arena.block_size,
+                count=count,
+                device=arena.storage.device,
+            )
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        index: Index | None = None,
     ) -> torch.Tensor:
         """See `StepAttention`."""
         asked = self._layers[layer]
+        if asked.index_dim:
+            assert index is not None and self._selection is not None
+            self._arena.index_keys[layer][self._slots] = index.key[0]
+            self._selection.select(index, self._arena.index_keys[layer])
         if asked.latent is not None:
             return self._attend_to_latents(layer, asked.latent, query, key, value)
         keys, values = self._arena.layers[layer].unbind(1)
@@ -107,6 +129,7 @@ class PagedAttention:
         Sequences of one token attend to the latents, the others to keys and values of all heads:
         both are the same but for rounding.
         """
+        asked = self._layers[layer]
         cache = self._arena.layers[layer]  # [num_blocks, block_size, R + P]
         cache[self._slots] = torch.cat((latent[0], rotary[0]), dim=-1)
 
@@ -130,13 +153,17 @@ class PagedAttention:
                 keys,
                 values,
                 group.mask,
-                scaling=self._layers[layer].scaling,
+                scaling=asked.scaling,
                 softcap=None,
-                sinks=None,
+                sinks=asked.sinks,
             )
             out = out.transpose(0, 1).flatten(1, 2)  # [H, R * Q, R or D_v]
             out = weights.mix(out) if is_absorbed else out
             output[group.tokens] = out.transpose(0, 1)
+        if self._selection is not None:
+            self._selection.attend(
+                weights, cache, query, output, scaling=asked.scaling, sinks=asked.sinks
+            )
         return output
 
     def _store(self, cache: torch.Tensor, new: torch.Tensor, scale: float) -> None:
@@ -208,51 +235,3 @@ def _grouped(sequences: Sequence[SequenceSpan]) -> list[list[SequenceSpan]]:
     if pending:
         groups.append(pending)
     return groups
-
-
-def grouped_query_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention with H query heads over H_kv key heads, H a multiple of H_kv.
-
-    Args:
-        query: `[R, H, Q, D]`.
-        key: `[R, H_kv, S, D]`.
-        value: `[R, H_kv, S, D_v]`.
-        mask: `[R, 1, Q, S]`, dtype of `query`: 0 where a query sees a key (at least one a row),
-            -inf elsewhere.
-        scaling: factor on the scores.
-        softcap: see `LayerAttention`.
-        sinks: `[H]` or None; see `LayerAttention`.
-
-    Returns:
-        `[R, H, Q, D_v]`.
-    """
-    r, num_heads, num_queries, _ = query.shape
-    num_kv_heads = key.shape[1]
-    group = num_heads // num_kv_heads
-    folded = query.reshape(r, num_kv_heads, group * num_queries, -1)
-    mask = mask.repeat(1, 1, group, 1) if num_queries > 1 else mask
-    if softcap is None and sinks is None:
-        out = functional.scaled_dot_product_attention(
-            folded, key, value, attn_mask=mask, scale=scaling
-        )
-        return out.reshape(r, num_heads, num_queries, -1)
-    scores = torch.matmul(folded, key.transpose(-1, -2)) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = (scores + mask).float()
-    if sinks is not None:
-        column = sinks.float().view(1, num_kv_heads, group, 1)
-        column = column.expand(r, -1, -1, num_queries).reshape(r, num_kv_heads, -1, 1)
-        weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
-    else:
-        weights = torch.softmax(scores, dim=-1)
-    return torch.matmul(weights.to(value.dtype), value).reshape(r, num_heads, num_queries, -1)

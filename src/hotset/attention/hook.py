@@ -13,6 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 from hotset.attention.backend import StepAttention
 from hotset.attention.latent import latent_weights
 from hotset.attention.probe import ProbeAttention
+from hotset.attention.sparse.indexer import Index, indexer_of
 from hotset.attention.spec import LayerAttention
 from hotset.cost.cache_spec import KeysValues, StoredSpec
 from hotset.errors import ModelError
@@ -60,6 +61,7 @@ def _attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    indices: Index | None = None,
     hotset: StepAttention | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -67,7 +69,8 @@ def _attention_forward(
     if hotset is None:
         raise ModelError(f"{name} does not pass keyword arguments to its attention: not supported")
     unknown = [k for k, v in kwargs.items() if v is not None and k not in _NEUTRAL_ARGUMENTS]
-    if unknown or attention_mask is not None:
+    # Sparse attention is given a mask that says nothing: see `mask_arguments`.
+    if unknown or (attention_mask is not None and indices is None):
         what = ", ".join(unknown) or "attention_mask"
         raise ModelError(f"{name} asks its attention for {what}: not supported")
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
@@ -79,11 +82,17 @@ def _attention_forward(
         cache: StoredSpec = KeysValues(key.shape[1], key.shape[-1], value.shape[-1], sliding_window)
         weights = latent_weights(module)
         if weights is not None:
-            if (sliding_window, softcap, s_aux) != (None, None, None):
+            if sliding_window is not None or softcap is not None:
                 raise ModelError(
-                    f"{name} attends to latents with a window, softcap or sinks: not supported"
+                    f"{name} attends to latents with a window or softcap: not supported"
                 )
             cache = weights.spec(rope_dim=key.shape[-1])
-        asked = LayerAttention(cache, query.shape[1], scaling, softcap, query.dtype, s_aux, weights)
+        indexer = None if indices is None else indexer_of(module, indices)
+        if indexer is not None and weights is None:
+            raise ModelError(f"{name} selects keys and values, not latents: not supported")
+        asked = LayerAttention(
+            cache, query.shape[1], scaling, softcap, query.dtype, s_aux, weights, indexer
+        )
         hotset.note(layer, asked)
-    return hotset.attend(layer, query[0], key[0], value[0]).unsqueeze(0), None
+    output = hotset.attend(layer, query[0], key[0], value[0], indices)
+    return output.unsqueeze(0), None

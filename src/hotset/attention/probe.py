@@ -2,6 +2,7 @@
 
 import torch
 
+from hotset.attention.sparse.indexer import Index
 from hotset.attention.spec import LayerAttention
 from hotset.errors import ModelError
 
@@ -37,10 +38,16 @@ class ProbeAttention:
         self.layers[layer] = asked
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        index: Index | None = None,
     ) -> torch.Tensor:
         """Compare the rows and return zeros. See `StepAttention`."""
         rows = [tensor.transpose(0, 1) for tensor in (query, key, value)]
+        rows += [] if index is None else [tensor[0] for tensor in index]
         self.rows_are_alike = self.rows_are_alike and all(map(ends_are_alike, rows))
         if len(self.first_keys) < _FIRST_LAYERS:
             self.first_keys.append(key.clone())

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hotset.attention.latent import LatentWeights
+from hotset.cost.attention import Indexer
 from hotset.cost.cache_spec import KeysValues, Latent, StoredSpec
 
 
@@ -23,6 +24,8 @@ class LayerAttention:
             model's own weights.
         latent: what makes keys and values of latents, of the model's own weights; None where it
             caches keys and values.
+        indexer: how the tokens are selected that it attends to, None for all; with one of its own
+            it caches a key of that too.
     """
 
     cache: StoredSpec
@@ -32,8 +35,14 @@ class LayerAttention:
     dtype: torch.dtype
     sinks: torch.Tensor | None = field(default=None, compare=False)
     latent: LatentWeights | None = field(default=None, compare=False)
+    indexer: Indexer | None = None
 
     @property
     def heads(self) -> KeysValues:
         """The keys and values that are attended to, of latents those that are made of them."""
         return self.cache.expanded if isinstance(self.cache, Latent) else self.cache
+
+    @property
+    def index_dim(self) -> int:
+        """Width of the indexer's key that a token leaves in the cache; 0 for none."""
+        return 0 if self.indexer is None or self.indexer.is_shared else self.indexer.key_dim

@@ -15,6 +15,10 @@ WORKSPACE_BYTES = 2 * KERNEL_WORKSPACE_BYTES + 24 * 8 * 2**20
 # KiB per token, it holds 65,536 tokens.
 WIDENED_BYTES = 256 * 2**20
 
+# Of the scores of sparse attention, float32, one per token of a step and token of the longest
+# context: a step that has more scores some tokens after others.
+SCORES_BYTES = 256 * 2**20
+
 # Logits of a step that are for prompts' log-probabilities take at most these bytes, by device,
 # so that no prompt's are there at once: a longer part of one waits for the next step.
 _MOST_SCORED_BYTES = {"cuda": 2**28, "cpu": 2**26}
@@ -43,6 +47,7 @@ class StepWidths:
         top_k: experts of a token.
         latent: of absorbed queries and their output over all heads; 0 without latents.
         vocab: of the logits.
+        selected: tokens that a token attends to by sparse attention; 0 without it.
     """
 
     hidden: int
@@ -51,6 +56,7 @@ class StepWidths:
     top_k: int
     latent: int
     vocab: int
+    selected: int = 0
 
     @classmethod
     def of(cls, shape: ModelShape) -> "StepWidths":
@@ -66,6 +72,7 @@ class StepWidths:
                 for a, _, _ in shape.readers
             ),
             vocab=shape.vocab_size,
+            selected=max(a.indexer.top_k if a.indexer else 0 for a, _, _ in shape.readers),
         )
 
     @property
@@ -88,7 +95,8 @@ def step_bytes(
 
     Live at once: `token_values` of each token; then the logits of `max_seqs` tokens, those of
     prompts that are scored, and their float32 copy. On a GPU recorded steps have the same once
-    more, for as many tokens as they have, and logits at a fixed place.
+    more, for as many tokens as they have, and logits at a fixed place. Sparse attention has scores,
+    and of each token positions and rows.
 
     Args:
         widths: of the model.
@@ -105,4 +113,6 @@ def step_bytes(
         num_bytes += min(max_tokens, TUNINGS[device].mixed_sizes[-1]) * token_bytes
         num_bytes += 2 * min(max_seqs, max_tokens) * widths.vocab * itemsize
         num_bytes += WORKSPACE_BYTES + (WIDENED_BYTES if widens else 0)
+    if widths.selected:
+        num_bytes += SCORES_BYTES + 2 * 4 * max_tokens * widths.selected
     return num_bytes

@@ -226,6 +226,7 @@ class _Build:
                 device=self._device,
                 scales=self._kv_scales,
                 memory=None if experts is None else experts.memory,
+                index_dims=self._layout.index_dims,
             )
         return _Placed(sizes, experts, report, arena)
 
@@ -374,7 +375,7 @@ class _Build:
             "dtype": str(layout.dtype),
             "kv_dtype": f"{layout.kv_dtype} {self._kv_scales}",
             "block_size": str(sizes.block_size),
-            "shape": str(layout.cache_specs),
+            "shape": f"{layout.cache_specs} {layout.index_dims}",
         }
 
     def _report(self, placed: _Placed, measured: _Measured) -> str:

@@ -79,6 +79,7 @@ def measure_model(loaded: LoadedModel, layout: ModelLayout, options: Options) ->
         slots=slots,
         why_not_hosted=why_not_hosted(model),
         rated=rated,
+        has_index_keys=any(layout.index_dims),
     )
 
 
@@ -226,6 +227,7 @@ def _attention(asked: LayerAttention, params: Params) -> Attention:
             score_dim=cache.rank + cache.rope_dim,
             mix_dim=cache.rank,
             prefill_dims=prefill_dims,
+            indexer=asked.indexer,
         )
     return Attention(
         kind=Kind.FULL if cache.window is None else Kind.SLIDING,

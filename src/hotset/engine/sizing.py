@@ -46,6 +46,7 @@ class ModelSizes:
             hosted.
         why_not_hosted: why; empty where they can.
         rated: how fast it runs; None where no split depends on it.
+        has_index_keys: whether blocks have those of sparse attention, which lie apart.
     """
 
     device: str
@@ -61,6 +62,7 @@ class ModelSizes:
     slots: SlotBytes | None = None
     why_not_hosted: str = "it is dense"
     rated: Rated | None = None
+    has_index_keys: bool = False
 
     @property
     def block_bytes(self) -> int:
@@ -247,6 +249,11 @@ class _Solver:
     def _split(self, asked: SplitMemory, slots: SlotBytes, hot_bytes: int | None) -> SolvedSplit:
         model, schedule = self.model, self.schedule
         assert model.rated is not None and hot_bytes is not None
+        if asked.move_split and model.has_index_keys:
+            raise ConfigError(
+                "move_split lends whole blocks, and those of a model with sparse attention are in "
+                "two parts, latents and index keys; leave move_split out"
+            )
         load = expected_load(asked, schedule, self.max_len)
         kv = KVMemory(model.block_bytes, model.block_size, self.fewest_blocks)
         return split_memory(

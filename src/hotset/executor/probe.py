@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from hotset.attention.hook import IMPLEMENTATION, register
 from hotset.attention.latent import hand_over_latents, latent_weights
 from hotset.attention.probe import ProbeAttention, are_alike, ends_are_alike
+from hotset.attention.sparse.check import check_indexers
+from hotset.attention.sparse.indexer import bind_indexers, mask_arguments
 from hotset.attention.spec import LayerAttention
 from hotset.cost.cache_spec import Latent, StoredSpec, default_block_size, token_bytes
 from hotset.cost.config_sizes import context_length, largest
@@ -24,6 +26,8 @@ from hotset.linear.packed import PackedLinear
 from hotset.linear.reads import noting_reads
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# The second is what transformers 5.17 says.
+_SPARSE_LAYER_TYPES = {"indexed_attention", "deepseek_sparse_attention"}
 
 # The probe: a text of three tokens, and behind it the first again at its position.
 _TOKENS, _POSITIONS = (1, 2, 3, 1), (0, 1, 2, 0)
@@ -56,9 +60,15 @@ class ModelLayout:
         return default_block_size(self.cache_specs)
 
     @property
+    def index_dims(self) -> tuple[int, ...]:
+        """Width of the indexer's key that a token leaves in each layer; 0 for none."""
+        return tuple(layer.index_dim for layer in self.layers)
+
+    @property
     def bytes_per_token(self) -> int:
-        """KV bytes of one token over all layers."""
-        return token_bytes(self.cache_specs, self.kv_dtype.itemsize)
+        """KV bytes of one token over all layers, with its index keys."""
+        itemsize = self.kv_dtype.itemsize
+        return token_bytes(self.cache_specs, itemsize) + sum(self.index_dims) * itemsize
 
 
 def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -> ModelLayout:
@@ -80,6 +90,7 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
     config = model.config.get_text_config()
     check_decoder(model.config, name)
     _check_layer_types(config, name)
+    bind_indexers(model)
     _check_inputs(model)
     register()
     try:
@@ -89,11 +100,14 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
         raise ModelError(f"{name} does not use transformers' attention interface") from error
     use_dynamic_gating(model)
     hand_over_latents(model)
+    if model.device.type != "meta":
+        check_indexers(model)
     check_kv_dtype(model, kv_dtype)
     with noting_top_k(model) as chosen:
         probe, logits = _probe(model, _TOKENS, _POSITIONS)
     layers = _layers_of(probe, config.num_hidden_layers, name)
     _check_windows(config, layers, name)
+    _check_selections(config, layers, name)
     if not (ends_are_alike(logits) and probe.rows_are_alike):
         raise ModelError(
             f"{name} computes a token from its place in the step, not from the position it is "
@@ -121,7 +135,7 @@ def check_kv_dtype(model: PreTrainedModel, kv_dtype: torch.dtype | None) -> None
 
 def _check_layer_types(config: Any, name: str) -> None:
     layer_types = getattr(config, "layer_types", None) or []
-    if unknown := sorted(set(layer_types) - _KNOWN_LAYER_TYPES):
+    if unknown := sorted(set(layer_types) - _KNOWN_LAYER_TYPES - _SPARSE_LAYER_TYPES):
         raise ModelError(
             f"{name} has layers of type {', '.join(unknown)}: "
             f"supported are {', '.join(sorted(_KNOWN_LAYER_TYPES))}"
@@ -156,7 +170,7 @@ def _probe(
     Raises ModelError where it cannot run so.
     """
     probe = ProbeAttention()
-    inputs = {"input_ids": torch.tensor([tokens], device=model.device)}
+    inputs = {"input_ids": torch.tensor([tokens], device=model.device), **mask_arguments(model)}
     if positions is not None:
         inputs["position_ids"] = torch.tensor([positions], device=model.device)
     try:
@@ -186,6 +200,16 @@ def _check_windows(config: Any, layers: Sequence[LayerAttention], name: str) -> 
             f"{name} has sliding_window {window} in its config, by which transformers forgets "
             "tokens, but its attention has no window: answers would depend on how it is run"
         )
+
+
+def _check_selections(config: Any, layers: Sequence[LayerAttention], name: str) -> None:
+    """Raise ModelError where layers select differently, or do not although the config says so."""
+    counts = {None if layer.indexer is None else layer.indexer.top_k for layer in layers}
+    if len(counts) > 1:
+        raise ModelError(f"{name} has layers that select different numbers of tokens: {counts}")
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    if counts == {None} and (sparse := layer_types & _SPARSE_LAYER_TYPES):
+        raise ModelError(f"{name} has layers of type {sparse.pop()} but no indexer that is known")
 
 
 def _check_numbering(model: PreTrainedModel, given: ProbeAttention) -> None:
@@ -252,6 +276,7 @@ def workspace_bytes(
         top_k=largest(config, "num_experts_per_tok"),
         latent=_latent_values(layout),
         vocab=config.vocab_size,
+        selected=max(layer.indexer.top_k if layer.indexer else 0 for layer in layout.layers),
     )
     return step_bytes(
         widths,

@@ -17,6 +17,7 @@ from hotset.attention.batch import NUM_INPUTS
 from hotset.attention.hook import register
 from hotset.attention.inputs import Inputs, copy_batch
 from hotset.attention.seat_tables import SeatTables
+from hotset.attention.sparse.indexer import mask_arguments
 from hotset.errors import ModelError
 from hotset.executor.graphs import StepGraphs
 from hotset.executor.step_input import StepInput
@@ -73,6 +74,7 @@ class ModelRunner:
         self._previous = torch.zeros(max_num_seqs, dtype=torch.long, device=model.device)
         parameters = inspect.signature(model.forward).parameters
         self._selects_logits = "logits_to_keep" in parameters
+        self._mask = mask_arguments(model)
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +112,7 @@ class ModelRunner:
             rows = self._previous.new_zeros(NUM_INPUTS, _TRIAL_TOKENS)
             rows[2] = scratch_block
             inputs = Inputs(*rows.unbind())
-            attention = self._attention.step_with(inputs, lambda layer, query: query)
+            attention = self._attention.step_with(inputs, lambda layer, query, *_: query)
             with _compiling():
                 self._logits(inputs.token_ids, inputs.positions, attention, None)
 
@@ -252,6 +254,7 @@ class ModelRunner:
             position_ids=positions.unsqueeze(0),
             use_cache=False,
             hotset=attention,
+            **self._mask,
             **options,
         )
         logits: torch.Tensor = output.logits[0]

@@ -118,13 +118,14 @@ def score_paged_keys(
     )
 
 
-@triton.jit(do_not_specialize=["rows_per_block", "count"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows_per_block", "num_blocks", "count"])  # type: ignore[untyped-decorator]
 def _find_rows(  # type: ignore[no-untyped-def]
     positions,
     block_ids,
     starts,
     rows,
     rows_per_block,
+    num_blocks,
     count,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
@@ -135,8 +136,8 @@ def _find_rows(  # type: ignore[no-untyped-def]
     position = tl.load(positions + token * count + i, mask=is_one, other=-1)
     is_selected = position >= 0
     at = block_ids + tl.load(starts + token) + position // BLOCK_SIZE
-    block = tl.load(at, mask=is_selected, other=-1)
-    row = tl.where(block >= 0, block * rows_per_block + position % BLOCK_SIZE, -1)
+    block = tl.load(at, mask=is_selected, other=num_blocks)
+    row = tl.where(block < num_blocks, block * rows_per_block + position % BLOCK_SIZE, -1)
     tl.store(rows + token * count + i, row, mask=is_one)
 
 
@@ -147,6 +148,7 @@ def find_rows(
     *,
     block_size: int,
     rows_per_block: int,
+    num_blocks: int,
 ) -> None:
     """Turn positions in a sequence into rows of the pool, which a layer's first row counts from.
 
@@ -154,9 +156,10 @@ def find_rows(
         positions: `[T, K]` int32, contiguous; -1 where there is none.
         tokens: of the T tokens.
         rows: `[T, K]` int32, contiguous. Mutated: `block * rows_per_block + offset` of each
-            position; -1 where there is none, or where `tokens` has -1 for its block.
+            position; -1 where there is none, or where its block is beyond the pool.
         block_size: tokens of a block.
         rows_per_block: rows of the pool from one block to the next.
+        num_blocks: in the pool.
     """
     num_tokens, count = positions.shape
     _find_rows[(num_tokens, triton.cdiv(count, _ROWS_TILE))](
@@ -165,6 +168,7 @@ def find_rows(
         tokens.starts,
         rows,
         rows_per_block,
+        num_blocks,
         count,
         BLOCK_SIZE=block_size,
         TILE=min(_ROWS_TILE, triton.next_power_of_2(count)),

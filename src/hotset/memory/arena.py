@@ -8,12 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hotset.cost.cache_spec import KeysValues, StoredSpec, token_bytes
+from hotset.cost.cache_spec import KeysValues, StoredSpec
 from hotset.memory.disk.slab import slot_bytes_for
 
 
 class DeviceArena:
     """The device pool, block-major: a block is one contiguous run over all layers.
+
+    With index keys a block is two runs: those keys of all blocks come first, then all latents,
+    which so are rows of one width throughout. The index keys go on through the memory of latents:
+    rows there can give way to index keys of other blocks. See `kv.index_blocks`.
 
     A block has the layers one after another, of each the keys of its tokens, then the values, or
     the latents of its tokens: for equal layers the pool is
@@ -28,12 +32,17 @@ class DeviceArena:
         device: where they are.
         scales: for each layer, what its stored keys and its stored values have to be multiplied
             with; None is 1.
-        memory: uint8 on `device`, as long as the pool, to use; None is zeros of its own.
+        memory: uint8 on `device`, as long as the pool, to use; None is zeros of its own. Part of it
+            may be lent where a block is one run.
+        index_dims: for each layer, the width of the key of its indexer; None is 0 for all.
 
     Attributes:
         layers: of each layer, `[num_blocks, 2, block_size, num_kv_heads, head_dim]`; of one that
             caches latents, `[num_blocks, block_size, rank + rope_dim]`, the latent first. Other
             strides than those of the last dimension may be of any size.
+        index_keys: of each layer, `[num_blocks or more, block_size, index dim]`; beyond the blocks
+            is what lies in the memory of latents. Empty where no layer has any.
+        memory: uint8, all of the pool, for those who copy blocks by `runs`.
     """
 
     def __init__(
@@ -46,16 +55,29 @@ class DeviceArena:
         device: torch.device,
         scales: Sequence[tuple[float, float]] | None = None,
         memory: torch.Tensor | None = None,
+        index_dims: Sequence[int] | None = None,
     ) -> None:
-        self.block_bytes = block_size * token_bytes(specs, dtype.itemsize)
-        num_values = self.block_bytes // dtype.itemsize
+        index_dims = index_dims or [0] * len(specs)
+        num_values = block_size * sum(spec.token_values for spec in specs)
+        num_index_values = block_size * sum(index_dims)
+        self.block_bytes = (num_values + num_index_values) * dtype.itemsize
         # Zeros: attention may read slots of a block that were never written, under a mask, and
         # 0 * NaN would still be NaN.
         if memory is None:
-            self.storage = torch.zeros(num_blocks, num_values, dtype=dtype, device=device)
-        else:
-            self.storage = memory.view(dtype).view(num_blocks, num_values)
-        self._address = self.storage.data_ptr()
+            memory = torch.zeros(num_blocks * self.block_bytes, dtype=torch.uint8, device=device)
+        self.memory = memory
+        values = memory.view(dtype)
+        self.storage = values[num_blocks * num_index_values :].view(num_blocks, num_values)
+        self._parts = [self.storage]
+        self.index_keys: list[torch.Tensor] = []
+        if num_index_values:
+            count = len(values) // num_index_values
+            keys = values[: count * num_index_values].view(count, num_index_values)
+            self._parts.append(keys)
+            parts = keys.split([block_size * dim for dim in index_dims], dim=1)
+            shapes = [(count, block_size, dim) for dim in index_dims]
+            self.index_keys = [part.view(s) for part, s in zip(parts, shapes, strict=True)]
+        self._runs = [(part.data_ptr(), part[0].nbytes) for part in self._parts]
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.scales = [(1.0, 1.0)] * len(specs) if scales is None else list(scales)
@@ -72,25 +94,20 @@ class DeviceArena:
             start = end
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks (from, to) within the pool."""
+        """Copy whole blocks (from, to) within the pool; of those that go beyond, the index keys."""
         for source, target in copies:
-            self.storage[target].copy_(self.storage[source])
+            for part in self._parts:
+                if target < len(part):
+                    part[target].copy_(part[source])
 
     def clear_blocks(self, first: int, end: int) -> None:
         """Zeros for blocks from `first` to before `end`, for the reason above."""
-        self.storage[first:end].view(torch.uint8).zero_()
+        for part in self._parts:
+            part[first:end].view(torch.uint8).zero_()
 
     def runs(self, block: int) -> list[tuple[int, int]]:
-        """The `(address, bytes)` of a block."""
-        return [(self._address + block * self.block_bytes, self.block_bytes)]
-
-    def bytes_view_tensor(self) -> torch.Tensor:
-        """`[num_blocks, block_bytes]` uint8 view of the pool."""
-        return self.storage.view(torch.uint8)
-
-    def bytes_view(self) -> np.ndarray:
-        """`[num_blocks, block_bytes]` uint8 view of a pool in CPU memory."""
-        return self.bytes_view_tensor().numpy()
+        """The `(address, bytes)` of a block's content, one after another."""
+        return [(start + block * num_bytes, num_bytes) for start, num_bytes in self._runs]
 
 
 class HostArena:

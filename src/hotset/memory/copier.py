@@ -77,4 +77,4 @@ def make_copier(device: DeviceArena, host: HostArena) -> Copier:
     """The copier for where the pool is."""
     if device.storage.device.type == "cuda":
         return CudaCopier(device, host)
-    return ThreadCopier(device.bytes_view(), host.slots)
+    return ThreadCopier(device.memory.numpy(), host.slots)

@@ -36,7 +36,7 @@ class CudaCopier:
     """
 
     def __init__(self, device: DeviceArena, host: HostArena) -> None:
-        self._device = device.bytes_view_tensor().view(-1)
+        self._device = device.memory
         self._host = torch.from_numpy(host.slots).view(-1)
         self._tuning = TUNINGS["cuda"]
         self._copy_batch = _find_batch_copy()

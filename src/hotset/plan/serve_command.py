@@ -40,8 +40,8 @@ def why_not_served(plan: Plan) -> str:
             f"hotset serve does not run the recurrent layers of {shape.name}",
         ),
         (
-            any(a.indexer for a, _, _ in shape.readers),
-            f"hotset serve does not run the sparse attention of {shape.name}",
+            bool(shape.index_bytes_per_token) and shape.index_dtype == "fp8",
+            f"hotset serve keeps the index keys of {shape.name} in the model's dtype, not fp8",
         ),
         (
             shape.max_context is not None and context > shape.max_context,

@@ -23,6 +23,7 @@ from hotset.attention.flashinfer.tables import make_tables, most_query_tokens
 from hotset.attention.flashinfer.widened import WidenedKV
 from hotset.attention.flashinfer.wrappers import AttentionKind, WrapperMaker, Wrappers, kind_of
 from hotset.attention.inputs import Inputs, to_device
+from hotset.attention.sparse.indexer import Index
 from hotset.attention.spec import LayerAttention
 from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena
@@ -400,7 +401,12 @@ class FlashInferAttention:
         self._run = run
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        index: Index | None = None,
     ) -> torch.Tensor:
         """See `StepAttention`."""
         cache, inputs = self._backend.arena.layers[layer], self._inputs

@@ -37,6 +37,8 @@ _HEAD_DIMS = (64, 128, 256)
 
 def why_unsupported(layers: Sequence[LayerAttention], device: torch.device) -> str | None:
     """What keeps FlashInfer from running these layers on a GPU, or None where it can."""
+    if any(layer.indexer is not None for layer in layers):
+        return "sparse attention"
     if any(layer.latent is not None for layer in layers):
         if len(set(layers)) != 1:
             return "layers that attend in different ways, some over latents"

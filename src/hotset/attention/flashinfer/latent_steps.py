@@ -12,6 +12,7 @@ from hotset.attention.flashinfer.expanded import PlannedPrompt
 from hotset.attention.flashinfer.latent_rows import Rows, make_rows, scratch_rows
 from hotset.attention.inputs import Inputs, to_device
 from hotset.attention.latent import LatentWeights
+from hotset.attention.sparse.indexer import Index
 
 if TYPE_CHECKING:
     from hotset.attention.flashinfer.latent import LatentBackend
@@ -145,7 +146,12 @@ class LatentAttention:
         self._planned = planned
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        index: Index | None = None,
     ) -> torch.Tensor:
         """See `StepAttention`."""
         backend, inputs = self._backend, self._inputs

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hotset.cost.attention import Indexer
 from hotset.errors import ModelError
 
 # `[1, T, H, P]` and the cosines and sines of its positions, `[1, T, 1, P]` -> the same, rotated.
@@ -82,6 +83,24 @@ def bind_indexers(model: PreTrainedModel) -> None:
         )
     for indexer in found:
         indexer.forward = types.MethodType(_FORWARD[form], indexer)
+
+
+def indexer_of(attention: Any, index: Index) -> Indexer:
+    """How an attention of a bound model selects: by its own indexer, or as a layer before it."""
+    _, _, num_heads, width = index.query.shape
+    is_shared = getattr(attention, "indexer", None) is None
+    return Indexer(attention.config.index_topk, num_heads, width, is_shared=is_shared)
+
+
+def mask_arguments(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What the forward pass of a bound model needs beside tokens.
+
+    Its layers subscript their mask before they hand it on. One of four dimensions is handed on as
+    it is; nothing reads this one.
+    """
+    if next(indexers(model), None) is None:
+        return {}
+    return {"attention_mask": torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)}
 
 
 def _make_index(

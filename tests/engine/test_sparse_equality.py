@@ -1,0 +1,95 @@
+"""Sparse attention: the same tokens as transformers', whatever the tiers and steps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import make_prompts, reference, run
+from tiny_models import SPARSE_FAMILIES
+
+from hotset.attention.sparse import gathered
+from hotset.engine.engine import Engine
+from hotset.request import SamplingParams
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
+def test_tiers_preemptions_and_a_restart_do_not_matter(
+    family: str, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    prompts = make_prompts()  # up to 72 tokens with their answers, of which 16 are selected
+    expected = reference(family, prompts)
+    options = {"disk_mib": 8, "disk_path": tmp_path, "fetch_policy": "fetch", "host_blocks": 12}
+    engine = make_engine(family, hot_blocks=26, max_num_batched_tokens=32, **options)
+
+    def preempt_one() -> None:
+        if len(engine.scheduler.running) > 1 and engine.metrics.steps % 3 == 0:
+            engine.scheduler._preempt_last()
+
+    assert run(engine, prompts, each_step=preempt_one) == expected
+    assert run(engine, prompts) == expected
+    assert engine.metrics.preemptions > 0
+    assert sum(engine.metrics.cached_tokens[tier] for tier in ("host", "disk")) > 0
+    while engine.has_transfers:
+        engine.step()
+    engine.close()
+
+    restarted = make_engine(family, **options)
+    assert run(restarted, prompts) == expected
+    assert restarted.metrics.cached_tokens["disk"] > 50
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize("chunk", [1, 7, 512])
+def test_block_and_chunk_sizes_do_not_matter(
+    block_size: int, chunk: int, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(
+        "glm_moe_dsa", block_size=block_size, max_num_batched_tokens=chunk, max_num_seqs=4
+    )
+    assert run(engine, make_prompts()) == reference("glm_moe_dsa", make_prompts())
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_several_answers_of_a_prompt_share_its_index_keys_until_they_write(
+    overlap: bool, make_engine: MakeEngine
+) -> None:
+    prompts = make_prompts(num=1)
+    engine = make_engine("deepseek_v32", overlap=overlap)
+    engine.add_request(prompts[0], SamplingParams(max_tokens=12, ignore_eos=True, n=3))
+    answers: list[list[int]] = [[], [], []]
+    while engine.has_work:
+        for output in engine.step():
+            answers[output.index] += output.token_ids
+    assert answers == reference("deepseek_v32", prompts) * 3
+
+
+def test_intermediate_results_in_pieces_do_not_matter(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathered, "_MOST_VALUES", 2000)
+    prompts = make_prompts(num=2)
+    assert run(make_engine("hy_v4"), prompts) == reference("hy_v4", prompts)
+
+
+def test_contexts_of_no_more_than_is_selected_are_not_scored(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> torch.Tensor:
+        raise AssertionError("scored")
+
+    short = [prompt[:4] for prompt in make_prompts()]
+    engine = make_engine("deepseek_v32")
+    monkeypatch.setattr(gathered, "score_keys", refuse)
+    assert run(engine, short) == reference("deepseek_v32", short)
+    with pytest.raises(AssertionError, match="scored"):
+        run(engine, make_prompts())
+
+
+def test_what_is_selected_decides_tokens_here() -> None:
+    """Else the equality of the tests above would say nothing about selections."""
+    prompts = make_prompts()
+    assert reference("deepseek_v32", prompts) != reference("deepseek_v32", prompts, index_topk=96)

@@ -1,0 +1,71 @@
+"""Where the parts of a block with index keys lie."""
+
+import torch
+
+from hotset.cost.cache_spec import KeysValues, Latent
+from hotset.kv.index_blocks import IndexBlocks
+from hotset.kv.pool import BlockPool
+from hotset.memory.arena import DeviceArena
+
+LATENT = Latent(8, 4, KeysValues(2, 12, 8))
+
+
+def make_arena(num_blocks: int) -> DeviceArena:
+    """Three layers, of which the first and the last have index keys."""
+    return DeviceArena(
+        [LATENT] * 3,
+        num_blocks=num_blocks,
+        block_size=4,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        index_dims=[3, 0, 2],
+    )
+
+
+def test_a_block_is_its_latents_then_its_index_keys() -> None:
+    arena = make_arena(3)
+    for i, layer in enumerate(arena.layers):
+        layer[1] = i + 1
+    arena.index_keys[0][1] = 4
+    arena.index_keys[2][1] = 5
+    [latents, keys] = arena.runs(1)
+
+    start = arena.memory.data_ptr()
+    found = [
+        arena.memory[first - start : first - start + size].view(torch.float32).tolist()
+        for first, size in (latents, keys)
+    ]
+
+    assert found == [[1.0] * 48 + [2.0] * 48 + [3.0] * 48, [4.0] * 12 + [5.0] * 8]
+    assert latents[1] + keys[1] == arena.block_bytes == arena.memory.nbytes // 3
+    assert arena.memory.view(torch.float32).count_nonzero() == 144 + 20  # and nothing else
+
+
+def test_blocks_are_copied_and_cleared_in_both_parts() -> None:
+    arena = make_arena(3)
+    for tensor in (*arena.layers, *arena.index_keys):
+        tensor[0] = 7
+    arena.copy_blocks([(0, 2)])
+    arena.clear_blocks(0, 1)
+    for tensor in (*arena.layers, *arena.index_keys):
+        assert not tensor[0].any() and not tensor[1].any() and (tensor[2] == 7).all()
+
+
+def test_an_index_block_lies_within_the_latents_of_the_block_that_it_is_carved_from() -> None:
+    arena = make_arena(6)
+    pool = BlockPool(5)  # the last one is no request's
+    carve = IndexBlocks(pool, first=6, row_values=36, index_values=5)
+    index_blocks = [carve.take() for _ in range(2 * carve.fewest_per_block)]
+    carved = {block for block in range(5) if pool.ref_count(block)}
+    arena.index_keys[0][0] = 8
+    arena.index_keys[2][0] = 9
+
+    arena.copy_blocks([(0, index_block) for index_block in index_blocks])
+
+    changed = {block for block in range(6) if arena.storage[block].any()}
+    assert changed == carved
+    for index_block in index_blocks:
+        assert (arena.index_keys[0][index_block] == 8).all()
+        assert (arena.index_keys[2][index_block] == 9).all()
+    assert arena.storage.count_nonzero() == len(index_blocks) * 20
+    assert not any(keys[1:6].any() for keys in arena.index_keys)
