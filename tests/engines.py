@@ -36,13 +36,15 @@ def make_engine(
     seed: int = 0,
     overlap: bool | None = None,
     kv_bytes: int = 4,
+    model_changes: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Engine:
     """An engine over a tiny model, its tiers sized in blocks of values of `kv_bytes` bytes.
 
-    All its experts stay on the device, unless `changes` say how many. The caller closes it.
+    `model_changes` are of its config. All its experts stay on the device, unless `changes` say how
+    many. The caller closes it.
     """
-    model = make_model(family, seed=seed).to(changes.get("device", "cpu"))
+    model = make_model(family, seed=seed, **model_changes or {}).to(changes.get("device", "cpu"))
     if slot_bytes_of(model, HostedExperts()) is not None and "expert_gib" not in changes:
         changes.setdefault("expert_slots", experts_layers(model)[0].num_experts)
     layout = inspect_model(model)

@@ -62,7 +62,7 @@ def make_scheduler(
         row_tile=row_tile,
         rotation_s=rotation_s,
         ahead_tokens=ahead_tokens,
-        users_at_once=lambda wanted: wanted,
+        users_at_once=lambda wanted, context: wanted,
         step_cost=step_cost,
         clock=clock or FakeClock(),
     )

@@ -71,6 +71,17 @@ class MemoryOptions(Group):
     host_gib: float = option(
         0.0, "Host memory for KV, in GiB; 0 is none.", bounds=_TIER_SIZE, keeps_answers=True
     )
+    hot_tokens: int | None = option(
+        None,
+        "Tokens per layer that a request keeps on the device while others wait, of a model with "
+        "sparse attention; 0 is all of them.",
+        bounds=Bounds("0 (all) to 32768 tokens", 0, 2**15),
+        otherwise="twice what a step selects, where the cost model says that it pays",
+        more="Its other tokens are in host memory, and those that a step selects are fetched: more "
+        "requests run at once, and each has its answer later. With a number, requests do so "
+        "whenever others wait that would fit then.",
+        keeps_answers=True,
+    )
     disk_gib: float = option(
         0.0, "Disk space for KV, in GiB; 0 is none.", bounds=_TIER_SIZE, keeps_answers=True
     )

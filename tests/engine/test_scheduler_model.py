@@ -101,7 +101,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             row_tile=row_tile,
             rotation_s=rotation_s,
             ahead_tokens=ahead_tokens,
-            users_at_once=lambda wanted: max_num_seqs,
+            users_at_once=lambda wanted, context: max_num_seqs,
             clock=self.clock,
         )
         self.requests: list[Request] = []

@@ -135,7 +135,7 @@ def test_a_request_that_waits_has_others_turn_hot_only_where_more_are_to_run(
     first, second = make_request(PROMPT, max_tokens=9), make_request(list(range(100, 121)))
     scheduler, hot = running(fake_tiers, first, num_blocks=11, hot_blocks=1)
     most = {"users": 1}
-    scheduler._users_at_once = lambda wanted: most["users"]
+    scheduler._users_at_once = lambda wanted, context: most["users"]
     scheduler.add([second])
     run(scheduler)
     assert scheduler.waiting == [second] and not hot.num_hot

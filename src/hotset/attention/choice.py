@@ -8,6 +8,7 @@ from hotset.attention.flashinfer.backend import FlashInferBackend
 from hotset.attention.flashinfer.kernels import KernelBuild, why_unsupported
 from hotset.attention.flashinfer.latent import LatentBackend
 from hotset.attention.gather import GatherBackend
+from hotset.attention.hot_rows import HotRows
 from hotset.attention.spec import LayerAttention
 from hotset.memory.arena import DeviceArena
 
@@ -18,6 +19,7 @@ def choose_backend(
     arena: DeviceArena,
     layers: Sequence[LayerAttention],
     *,
+    hot: HotRows | None = None,
     kernels: KernelBuild | None = None,
     waits: bool = True,
 ) -> AttentionBackend:
@@ -26,14 +28,15 @@ def choose_backend(
     Args:
         arena: has the KV.
         layers: what each asks for.
+        hot: the rows of hot requests; None where none may be hot.
         kernels: FlashInfer's, being built.
         waits: until all of them are; see the backends.
     """
     if arena.storage.device.type != "cuda":
-        return GatherBackend(arena, layers)
+        return GatherBackend(arena, layers, hot)
     reason = why_unsupported(layers, arena.storage.device)
     if reason is not None:
         _log.warning("FlashInfer cannot run %s: attention by SDPA, which is slower", reason)
-        return GatherBackend(arena, layers)
+        return GatherBackend(arena, layers, hot)
     backend = FlashInferBackend if layers[0].latent is None else LatentBackend
     return backend(arena, layers, kernels=kernels, waits=waits)

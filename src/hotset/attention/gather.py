@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hotset.attention.batch import Batch, SequenceSpan
+from hotset.attention.batch import SEAT, Batch, SequenceSpan
 from hotset.attention.grouped import grouped_query_attention
+from hotset.attention.hot_rows import HotRows
 from hotset.attention.inputs import Inputs
 from hotset.attention.latent import LatentWeights
 from hotset.attention.sparse.gathered import GatheredSelection
@@ -22,13 +23,16 @@ _MAX_PADDING = 1.25
 class GatherBackend:
     """Makes a `PagedAttention` per step; implements `AttentionBackend`."""
 
-    def __init__(self, arena: DeviceArena, layers: Sequence[LayerAttention]) -> None:
+    def __init__(
+        self, arena: DeviceArena, layers: Sequence[LayerAttention], hot: HotRows | None = None
+    ) -> None:
         self._arena = arena
         self._layers = layers
+        self._hot = hot
 
     def begin_step(self, batch: Batch, inputs: Inputs) -> "PagedAttention":
         """See `AttentionBackend`."""
-        return PagedAttention(self._arena, self._layers, batch, inputs)
+        return PagedAttention(self._arena, self._layers, batch, inputs, self._hot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ class PagedAttention:
         layers: Sequence[LayerAttention],
         batch: Batch,
         inputs: Inputs,
+        hot: HotRows | None,
     ) -> None:
         self._arena = arena
         self._layers = layers
@@ -71,11 +76,17 @@ class PagedAttention:
             # Others attend to all that they see, whatever its scores.
             count = indexer.top_k
             self._sequences = [s for s in batch.sequences if s.context_len <= count]
+            selecting = [s for s in batch.sequences if s.context_len > count]
+            first = arena.layers[0]
             self._selection = GatheredSelection(
-                [s for s in batch.sequences if s.context_len > count],
+                selecting,
                 block_size=arena.block_size,
+                rows_per_block=first.stride(0) // first.stride(1),
+                num_blocks=arena.num_blocks,
                 count=count,
                 device=arena.storage.device,
+                seats=[int(batch.inputs[SEAT, s.start]) for s in selecting],
+                hot=hot,
             )
 
     def attend(
@@ -91,7 +102,7 @@ class PagedAttention:
         if asked.index_dim:
             assert index is not None and self._selection is not None
             self._arena.index_keys[layer][self._slots] = index.key[0]
-            self._selection.select(index, self._arena.index_keys[layer])
+            self._selection.select(layer, index, self._arena.index_keys[layer])
         if asked.latent is not None:
             return self._attend_to_latents(layer, asked.latent, query, key, value)
         keys, values = self._arena.layers[layer].unbind(1)
@@ -162,7 +173,7 @@ class PagedAttention:
             output[group.tokens] = out.transpose(0, 1)
         if self._selection is not None:
             self._selection.attend(
-                weights, cache, query, output, scaling=asked.scaling, sinks=asked.sinks
+                layer, weights, cache, query, output, scaling=asked.scaling, sinks=asked.sinks
             )
         return output
 

@@ -47,7 +47,8 @@ class ProbeAttention:
     ) -> torch.Tensor:
         """Compare the rows and return zeros. See `StepAttention`."""
         rows = [tensor.transpose(0, 1) for tensor in (query, key, value)]
-        rows += [] if index is None else [tensor[0] for tensor in index]
+        if index is not None:
+            rows += [tensor[0] for tensor in (index.query, index.key, index.weights)]
         self.rows_are_alike = self.rows_are_alike and all(map(ends_are_alike, rows))
         if len(self.first_keys) < _FIRST_LAYERS:
             self.first_keys.append(key.clone())

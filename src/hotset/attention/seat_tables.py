@@ -12,6 +12,8 @@ from hotset.kernels.resolve_rows import (
 )
 from hotset.kv.seats import SeatUpdates
 
+_MOST_SLOTS = 2**15
+
 
 class SeatTables:
     """What `kv.seats.Seats` decides, where kernels read it. See `LayerSeats` for the tables.
@@ -42,7 +44,8 @@ class SeatTables:
         rows_per_block: int,
         device: torch.device,
     ) -> None:
-        assert num_slots <= most_slots(), "a slot's number has 16 bits"
+        assert num_slots <= _MOST_SLOTS, "a slot's number has 16 bits"
+        self.num_seats = num_seats
         self._block_size, self._rows_per_block = block_size, rows_per_block
 
         def table(fill: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -119,11 +122,6 @@ class SeatTables:
             block_size=self._block_size,
             rows_per_block=self._rows_per_block,
         )
-
-
-def most_slots() -> int:
-    """The most slots of a seat."""
-    return 2**15
 
 
 def _start(position: int | None) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from transformers import PreTrainedModel
 
 from hotset.attention.choice import choose_backend
 from hotset.attention.flashinfer.kernels import start_kernels
+from hotset.attention.hot_rows import HotRows
 from hotset.attention.latent import hand_over_latents
+from hotset.attention.seat_tables import SeatTables
 from hotset.cgroups import available_host_bytes
 from hotset.clock import REAL_CLOCK, Clock
 from hotset.cost.expert_sizes import size_experts
@@ -22,8 +25,8 @@ from hotset.cost.tuning import TUNINGS
 from hotset.cost.workspace import most_scored_rows
 from hotset.cpu_libraries import bound_kernels, set_threads
 from hotset.engine.engine import Engine, EngineParts
-from hotset.engine.model_shape import kv_note, measure_model
-from hotset.engine.open_tiers import open_tiers
+from hotset.engine.model_shape import hot_choice, kv_note, measure_model
+from hotset.engine.open_tiers import HostMemory, open_tiers
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.sizing import FreeBytes, Sizes, solve_sizes
@@ -44,10 +47,13 @@ from hotset.experts.sizes import slot_bytes_of, why_not_hosted
 from hotset.grammar.json_bounds import JsonBounds
 from hotset.kernels.device import likely_hardware
 from hotset.kv.cache import KVCache
+from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
+from hotset.kv.seats import Seats
 from hotset.linear.fp8 import FP8
 from hotset.linear.packed import pack_linears
 from hotset.memory.arena import DeviceArena
+from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
 from hotset.model.devices import free_bytes, resolve_kv_dtype
 from hotset.model.loaded import LoadedModel
@@ -149,12 +155,16 @@ class _Placed:
     Attributes:
         experts: None where all are resident.
         experts_report: what to say of them at start; empty for nothing.
+        host: memory that steps read, as requests may be hot; None where it is taken later.
+        hot: their rows; None where none may be hot.
     """
 
     sizes: Sizes
     experts: ExpertBuffer | None
     experts_report: str
     arena: DeviceArena
+    host: HostMemory | None
+    hot: HotRows | None
 
     @property
     def scratch_block(self) -> int:
@@ -228,7 +238,28 @@ class _Build:
                 memory=None if experts is None else experts.memory,
                 index_dims=self._layout.index_dims,
             )
-        return _Placed(sizes, experts, report, arena)
+            host, hot = self._hot_rows(sizes, arena, undo)
+        return _Placed(sizes, experts, report, arena, host, hot)
+
+    def _hot_rows(
+        self, sizes: Sizes, arena: DeviceArena, undo: ExitStack
+    ) -> tuple[HostMemory | None, HotRows | None]:
+        """Host memory and tables for requests that may turn hot: recorded steps read both."""
+        if sizes.hot is None:
+            return None, None
+        host = HostMemory.take(sizes, arena)
+        undo.callback(host.copier.close)
+        tables = SeatTables(
+            num_seats=sizes.hot.num_seats,
+            num_slots=sizes.hot.num_slots,
+            num_selections=sizes.hot.sparse.index_layers,
+            max_num_tokens=sizes.max_model_len,
+            block_size=sizes.block_size,
+            rows_per_block=len(arena.layers) * sizes.block_size,
+            device=self._device,
+        )
+        slots = torch.from_numpy(host.arena.slots)
+        return host, HotRows(tables, arena, slots, self._layout.layers)
 
     @property
     def _kv_scales(self) -> tuple[tuple[float, float], ...] | None:
@@ -240,9 +271,19 @@ class _Build:
         sizes, experts, times = placed.sizes, placed.experts, self._times
         schedule = self._options.schedule
         backend = choose_backend(
-            placed.arena, self._layout.layers, kernels=self._kernels, waits=False
+            placed.arena,
+            self._layout.layers,
+            hot=placed.hot,
+            kernels=self._kernels,
+            waits=False,
         )
-        runner = ModelRunner(self._model, placed.arena, backend, max_num_seqs=schedule.max_num_seqs)
+        runner = ModelRunner(
+            self._model,
+            placed.arena,
+            backend,
+            max_num_seqs=schedule.max_num_seqs,
+            seats=None if placed.hot is None else placed.hot.tables,
+        )
         compiles = self._device.type == "cuda" and not self._options.runtime.eager
         if compiles:
             with times.phase("compile the layers"):
@@ -296,6 +337,7 @@ class _Build:
                 memory,
                 sizes,
                 placed.arena,
+                placed.host,
                 measured.rates,
                 metrics,
                 self._disk_path,
@@ -303,20 +345,7 @@ class _Build:
                 undo,
                 self._clock,
             )
-        policy = PrefixPolicy(
-            measured.rates,
-            bytes_per_token=self._layout.bytes_per_token,
-            mode=memory.fetch_policy,
-        )
-        kv = KVCache(
-            BlockPool(sizes.num_blocks, sizes.first_block),
-            block_size=sizes.block_size,
-            fingerprint=repr(fingerprint),
-            metrics=metrics,
-            tiers=tiers,
-            policy=policy if tiers is not None else None,
-            prefix_caching=memory.prefix_caching,
-        )
+        kv = self._kv_cache(sizes, tiers, measured.rates, metrics, repr(fingerprint))
         scheduler = self._scheduler(placed, kv, measured, metrics)
         mover = None
         if sizes.moving is not None:
@@ -343,6 +372,42 @@ class _Build:
             clock=self._clock,
         )
 
+    def _kv_cache(
+        self,
+        sizes: Sizes,
+        tiers: TierStack | None,
+        rates: Rates,
+        metrics: Metrics,
+        fingerprint: str,
+    ) -> KVCache:
+        memory, hot = self._options.memory, sizes.hot
+        pool = BlockPool(sizes.num_blocks, sizes.first_block)
+        policy = PrefixPolicy(
+            rates, bytes_per_token=self._layout.bytes_per_token, mode=memory.fetch_policy
+        )
+        seats = index_blocks = None
+        if hot is not None:
+            seats = Seats(
+                num_seats=hot.num_seats, num_slots=hot.num_slots, block_size=sizes.block_size
+            )
+            index_blocks = IndexBlocks(
+                pool,
+                first=sizes.num_blocks + 1,  # after the scratch block
+                row_values=hot.sparse.row_values,
+                index_values=hot.sparse.index_values,
+            )
+        return KVCache(
+            pool,
+            block_size=sizes.block_size,
+            fingerprint=fingerprint,
+            metrics=metrics,
+            tiers=tiers,
+            policy=policy if tiers is not None else None,
+            prefix_caching=memory.prefix_caching,
+            seats=seats,
+            index_blocks=index_blocks,
+        )
+
     def _scheduler(
         self, placed: _Placed, kv: KVCache, measured: _Measured, metrics: Metrics
     ) -> Scheduler:
@@ -360,9 +425,17 @@ class _Build:
             bursts=device == "cuda",
             row_tile=TUNINGS[device].row_tile,
             rotation_s=schedule.rotation_s,
+            users_at_once=self._users_at_once(placed.sizes),
             step_cost=measured.step_cost,
             clock=self._clock,
         )
+
+    def _users_at_once(self, sizes: Sizes) -> Callable[[int, float], int] | None:
+        """How many requests are to run at once where some may be hot; None where none may be."""
+        most = self._options.schedule.max_num_seqs
+        if sizes.hot is None or sizes.hot.is_asked:
+            return None if sizes.hot is None else lambda wanted, context: most
+        return hot_choice(self._loaded, self._layout, sizes, most=most)
 
     def _fingerprint(self, sizes: Sizes) -> dict[str, str]:
         """What stored blocks depend on: another value of any of these is another chain of keys."""

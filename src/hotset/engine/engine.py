@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hotset.clock import Clock
@@ -281,8 +281,10 @@ class Engine:
         if tiers is None:
             return self._start(step)
         if not self._overlaps:
+            # Before a fetch fills what was given back, from which they copy.
+            self.executor.copy_blocks(step.copies)
             tiers.flush()
-            return self._start(step)
+            return self._start(replace(step, copies=[]))
         # Copies to the device run one after another, whatever their stream: those of this step's
         # inputs go first, and the others end before the next step's come.
         started = self._start(step, when_ready=tiers.mark)

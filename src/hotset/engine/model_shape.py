@@ -17,6 +17,7 @@ from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.config_sizes import largest
 from hotset.cost.expert_steps import ExpertCost, link_of
 from hotset.cost.hardware import Hardware
+from hotset.cost.hot_set import Room, SparseCache
 from hotset.cost.layout import Layout
 from hotset.cost.params import Params
 from hotset.cost.routing import Routing
@@ -24,8 +25,9 @@ from hotset.cost.shape import Layer, ModelShape
 from hotset.cost.slot_bytes import SlotBytes
 from hotset.cost.step_time import CostModel
 from hotset.cost.tuning import TUNINGS
+from hotset.engine.hot_sizing import HotChoice, SparseSizes
 from hotset.engine.memory_split import Rated
-from hotset.engine.sizing import ModelSizes
+from hotset.engine.sizing import ModelSizes, Sizes
 from hotset.errors import ConfigError
 from hotset.executor.probe import ModelLayout, weights_bytes, workspace_bytes
 from hotset.experts.sizes import slot_bytes_of, why_not_hosted
@@ -80,6 +82,19 @@ def measure_model(loaded: LoadedModel, layout: ModelLayout, options: Options) ->
         why_not_hosted=why_not_hosted(model),
         rated=rated,
         has_index_keys=any(layout.index_dims),
+        sparse=None if (why_not_hot := layout.why_not_hot) else _sparse_sizes(layout),
+        why_not_hot=why_not_hot or "",
+    )
+
+
+def _sparse_sizes(layout: ModelLayout) -> SparseSizes:
+    indexer = layout.layers[0].indexer
+    assert indexer is not None
+    return SparseSizes(
+        selected=indexer.top_k,
+        row_values=sum(spec.token_values for spec in layout.cache_specs),
+        index_values=sum(layout.index_dims),
+        index_layers=sum(dim > 0 for dim in layout.index_dims),
     )
 
 
@@ -88,6 +103,31 @@ def _expert_cost(loaded: LoadedModel, layout: ModelLayout, slots: SlotBytes) -> 
     hardware = likely_hardware(loaded.model.device)
     cost = make_cost_model(loaded.model, layout, slots, loaded.name, hardware)
     return ExpertCost(cost, link_of(cost, cold_bytes=slots.cold_bytes), slots.plan)
+
+
+def hot_choice(
+    loaded: LoadedModel, layout: ModelLayout, sizes: Sizes, *, most: int
+) -> HotChoice | None:
+    """When requests turn hot, by the cost model; None where that does not know the model.
+
+    Args:
+        loaded: the model.
+        layout: what its layers cache; all select.
+        sizes: of an engine over it, in which requests may be hot.
+        most: requests of a step.
+    """
+    slots = slot_bytes_of(loaded.model, HostedExperts())
+    if slots is None or sizes.hot is None:
+        return None
+    hardware = likely_hardware(loaded.model.device)
+    cost = make_cost_model(loaded.model, layout, slots, loaded.name, hardware)
+    cache = SparseCache.of(cost.shape, _dtype_name(layout.kv_dtype))
+    if cache is None:
+        return None
+    room = Room(
+        float(sizes.device_blocks * sizes.block_bytes), float(sizes.host_slots * sizes.block_bytes)
+    )
+    return HotChoice(cost, cache, room, num_slots=sizes.hot.num_slots, most=most)
 
 
 def make_cost_model(

@@ -1,6 +1,7 @@
 """The tiers below the device, opened and measured."""
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from hotset.clock import Clock
@@ -11,15 +12,34 @@ from hotset.memory.copier import make_copier
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import DiskTier
 from hotset.memory.measure import measure_rates
+from hotset.memory.mover import Copier
 from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
 from hotset.option_groups import MemoryOptions
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Host memory for KV, and what copies to it and from it.
+
+    On a GPU it is being pinned in the background, its first slots are already.
+    """
+
+    arena: HostArena
+    copier: Copier
+
+    @classmethod
+    def take(cls, sizes: Sizes, device: DeviceArena) -> "HostMemory":
+        """As large as `sizes` says."""
+        arena = HostArena(num_slots=sizes.host_slots, block_bytes=sizes.block_bytes)
+        return cls(arena, make_copier(device, arena))
 
 
 def open_tiers(
     memory: MemoryOptions,
     sizes: Sizes,
     arena: DeviceArena,
+    host: HostMemory | None,
     rates: Rates,
     metrics: Metrics,
     disk_path: Path,
@@ -29,7 +49,7 @@ def open_tiers(
 ) -> TierStack | None:
     """Host memory and the slower tiers, as large as `sizes` says; None without host slots.
 
-    `undo` closes them.
+    `host` is None where host memory is yet to be taken. `undo` closes all.
 
     Raises:
         TierError: the disk tier cannot be opened.
@@ -48,11 +68,11 @@ def open_tiers(
             clock=clock,
         )
         slower.append(disk)
-    host_arena = HostArena(num_slots=sizes.host_slots, block_bytes=sizes.block_bytes)
+    host = host or HostMemory.take(sizes, arena)
     tiers = TierStack(
         arena,
-        host_arena,
-        make_copier(arena, host_arena),
+        host.arena,
+        host.copier,
         num_slots=sizes.host_slots,
         rates=rates,
         metrics=metrics,

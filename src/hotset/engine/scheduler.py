@@ -67,8 +67,8 @@ class Scheduler:
         ahead_tokens: a request is let in once it and all that run can grow by so many, or to their
             ends: what was computed or fetched for it should not be lost to preemption a few steps
             later.
-        users_at_once: of requests that run or wait, how many are to run at once, some of them hot
-            if need be; None where none may turn hot.
+        users_at_once: of requests that run or wait, with a number of tokens on average, how many
+            are to run at once, some of them hot if need be; None where none may turn hot.
         step_cost: how long steps take, so that prompts add a bounded time to one; None: no bound.
         clock: what quanta and waits are measured by.
     """
@@ -86,7 +86,7 @@ class Scheduler:
         row_tile: int = 1,
         rotation_s: float | None = None,
         ahead_tokens: int = 256,
-        users_at_once: Callable[[int], int] | None = None,
+        users_at_once: Callable[[int, float], int] | None = None,
         step_cost: StepCost | None = None,
         clock: Clock = REAL_CLOCK,
     ) -> None:
@@ -321,10 +321,11 @@ class Scheduler:
         """Have running requests give back the blocks that one lacks; whether any did."""
         if self.kv.hot is None or self._users_at_once is None:
             return False
-        num_running, tables = len(self.running), self.kv.tables
-        if num_running >= self._users_at_once(num_running + len(self.waiting)):
+        requests, tables = [*self.running, *self.waiting], self.kv.tables
+        context = sum(request.num_tokens for request in requests) / len(requests)
+        if len(self.running) >= self._users_at_once(len(requests), context):
             return False
-        needed = self._spare_for(newcomer) + tables.num_blocks_for(newcomer.num_tokens)
+        needed = self._spare_for(newcomer) + self.kv.num_blocks_missing(newcomer)
         return self.kv.hot.make_room(self.running, needed - tables.num_available)
 
     def _num_short(self, more_tokens: int) -> int:

@@ -7,6 +7,7 @@ from hotset.cost.expert_sizes import ExpertSizes, size_experts
 from hotset.cost.expert_split import KVMemory
 from hotset.cost.slot_bytes import SlotBytes
 from hotset.cost.tuning import TUNINGS
+from hotset.engine.hot_sizing import HotSizes, SparseSizes, solve_hot_sizes
 from hotset.engine.memory_split import (
     MovingSplit,
     Rated,
@@ -46,6 +47,8 @@ class ModelSizes:
             hosted.
         why_not_hosted: why; empty where they can.
         rated: how fast it runs; None where no split depends on it.
+        sparse: what it selects and caches; None where its requests cannot be hot.
+        why_not_hot: why.
         has_index_keys: whether blocks have those of sparse attention, which lie apart.
     """
 
@@ -63,6 +66,8 @@ class ModelSizes:
     why_not_hosted: str = "it is dense"
     rated: Rated | None = None
     has_index_keys: bool = False
+    sparse: SparseSizes | None = None
+    why_not_hot: str = "its layers attend to all tokens"
 
     @property
     def block_bytes(self) -> int:
@@ -94,6 +99,7 @@ class Sizes:
         experts: where they are; None where they stay as they were loaded.
         moving: how the split between experts and KV moves; None where it stays.
         split_report: what to say of the split at start; empty where there is none.
+        hot: what hot requests get; None where none may turn hot.
     """
 
     weights_bytes: int
@@ -109,6 +115,7 @@ class Sizes:
     experts: ExpertSizes | None = None
     moving: MovingSplit | None = None
     split_report: str = ""
+    hot: HotSizes | None = None
 
     @property
     def device_blocks(self) -> int:
@@ -151,6 +158,11 @@ class Sizes:
                     + (f", {total_blocks // blocks} in all tiers" if self.host_slots else "")
                 )
         lines.append("users of a context of " + "; ".join(dict.fromkeys(users)))
+        if self.hot is not None:
+            lines.append(
+                f"hot requests: {self.hot.num_slots} tokens per layer on the device, the others in "
+                "host memory, while more requests wait"
+            )
         return "\n".join(lines)
 
 
@@ -185,6 +197,10 @@ class _Solver:
         self.fewest_blocks = max(2, -(-few_tokens // model.block_size))
 
     def solve(self) -> Sizes:
+        hot = self._hot_sizes()
+        if hot is not None:  # its tables are in use with every step
+            tables = hot.table_bytes(self.max_len)
+            self.model = replace(self.model, workspace_bytes=self.model.workspace_bytes + tables)
         memory, model, experts = self.memory, self.model, None
         if isinstance(self.asked, HostedExperts):
             experts = size_experts(
@@ -221,6 +237,21 @@ class _Solver:
             experts=experts,
             moving=moving,
             split_report="" if split is None else split.report,
+            hot=hot,
+        )
+
+    def _hot_sizes(self) -> HotSizes | None:
+        """What hot requests get."""
+        model, slot_bytes = self.model, slot_bytes_for(self.model.block_bytes)
+        return solve_hot_sizes(
+            self.memory.hot_tokens,
+            model.sparse,
+            why_not=model.why_not_hot,
+            block_size=model.block_size,
+            max_num_seqs=self.schedule.max_num_seqs,
+            max_len=self.max_len,
+            host_slots=int(self.memory.host_gib * GIB) // slot_bytes,
+            slot_bytes=slot_bytes,
         )
 
     def _hot_bytes(self, experts: ExpertSizes | None) -> int | None:

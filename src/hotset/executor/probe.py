@@ -20,6 +20,7 @@ from hotset.cost.workspace import StepWidths, step_bytes
 from hotset.errors import ConfigError, HotsetError, ModelError
 from hotset.experts.gating import noting_top_k, use_dynamic_gating, without_experts
 from hotset.experts.weights import experts_layers
+from hotset.kv.index_blocks import fewest_per_block
 from hotset.libraries import first_line, quiet
 from hotset.linear.fp8 import FP8
 from hotset.linear.packed import PackedLinear
@@ -63,6 +64,19 @@ class ModelLayout:
     def index_dims(self) -> tuple[int, ...]:
         """Width of the indexer's key that a token leaves in each layer; 0 for none."""
         return tuple(layer.index_dim for layer in self.layers)
+
+    @property
+    def why_not_hot(self) -> str | None:
+        """What keeps a request from leaving tokens to host memory, or None where nothing does."""
+        if any(layer.indexer is None for layer in self.layers):
+            return "its layers attend to all tokens, as no indexer selects some"
+        row_bytes = {spec.token_values * self.kv_dtype.itemsize for spec in self.cache_specs}
+        if len(row_bytes) > 1 or min(row_bytes) % 8:
+            return "its layers store rows of different widths, or of no multiple of 8 bytes"
+        row_values = sum(spec.token_values for spec in self.cache_specs)
+        if not fewest_per_block(row_values, sum(self.index_dims)):
+            return "its index keys, which stay on the device, are as wide as its rows"
+        return None
 
     @property
     def bytes_per_token(self) -> int:

@@ -103,6 +103,12 @@ class KVCache:
         self.advance(request)
         return True
 
+    def num_blocks_missing(self, request: Request) -> int:
+        """Blocks that a request needs to be let in, beside those that the device has of it."""
+        known, _ = self._find_prefix(request)
+        num_found = sum(part.tier is None for part in known)
+        return self.tables.num_blocks_for(request.num_tokens) - num_found
+
     def look_ahead(self, requests: Sequence[Request], *, spare_blocks: int) -> None:
         """Bring what is known of requests that wait closer, ahead of their turn.
 

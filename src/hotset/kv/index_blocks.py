@@ -1,6 +1,20 @@
 """Blocks of index keys alone, carved from those of the pool. Imports no torch."""
 
+import math
+
 from hotset.kv.pool import BlockPool
+
+
+def fewest_per_block(row_values: int, index_values: int) -> int:
+    """Index blocks that any block of a pool has room for; see `IndexBlocks`."""
+    period = index_values // math.gcd(row_values, index_values)
+    return min(len(_within(block, row_values, index_values)) for block in range(period))
+
+
+def _within(block: int, row_values: int, index_values: int) -> range:
+    """The index blocks that lie in the rows of one block, counted from those of block 0."""
+    start = -(-block * row_values // index_values)
+    return range(start, (block + 1) * row_values // index_values)
 
 
 class IndexBlocks:
@@ -16,19 +30,18 @@ class IndexBlocks:
         first: the first id of an index block: the whole blocks that the device has.
         row_values: of a token in all layers.
         index_values: of the index keys of a token.
+
+    Attributes:
+        fewest_per_block: index blocks that any block of the pool has room for.
     """
 
     def __init__(self, pool: BlockPool, *, first: int, row_values: int, index_values: int) -> None:
-        assert 0 < index_values <= row_values and first >= pool.num_blocks
+        self.fewest_per_block = fewest_per_block(row_values, index_values)
+        assert self.fewest_per_block and first >= pool.num_blocks
         self._pool, self._first = pool, first
         self._row_values, self._index_values = row_values, index_values
         self._free: dict[int, list[int]] = {}  # carved block -> its index blocks that are free
         self._num_used = 0
-
-    @property
-    def fewest_per_block(self) -> int:
-        """Index blocks that any block of the pool has room for."""
-        return (self._row_values - self._index_values + 1) // self._index_values
 
     @property
     def num_used(self) -> int:
@@ -61,10 +74,8 @@ class IndexBlocks:
             self._pool.release(carved)
 
     def _within(self, block: int) -> range:
-        """The index blocks that lie in the rows of one block."""
-        start = -(-block * self._row_values // self._index_values)
-        end = (block + 1) * self._row_values // self._index_values
-        return range(self._first + start, self._first + end)
+        found = _within(block, self._row_values, self._index_values)
+        return range(self._first + found.start, self._first + found.stop)
 
     def check(self) -> None:
         """Assert that each carved block is held, and that the counts agree."""

@@ -4,6 +4,7 @@ import contextlib
 import mmap
 import threading
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -94,11 +95,21 @@ class DeviceArena:
             start = end
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks (from, to) within the pool; of those that go beyond, the index keys."""
-        for source, target in copies:
-            for part in self._parts:
-                if target < len(part):
-                    part[target].copy_(part[source])
+        """Copy blocks (from, to) within the pool, in order; to index blocks the index keys alone.
+
+        Nobody waits for it.
+        """
+        for is_whole, group in groupby(copies, lambda copy: copy[1] < self.num_blocks):
+            if is_whole:
+                for source, target in group:
+                    for part in self._parts:
+                        part[target].copy_(part[source])
+            else:
+                pairs = torch.tensor(list(group))
+                if self.storage.is_cuda:
+                    pairs = pairs.pin_memory().to(self.storage.device, non_blocking=True)
+                _, keys = self._parts
+                keys[pairs[:, 1]] = keys[pairs[:, 0]]
 
     def clear_blocks(self, first: int, end: int) -> None:
         """Zeros for blocks from `first` to before `end`, for the reason above."""

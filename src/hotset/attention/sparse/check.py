@@ -54,12 +54,12 @@ def _difference(model: PreTrainedModel, indexer: Any) -> str | None:
             .forward(indexer, hidden, residual, rotary, is_seen[None], positions[None])[0]
             .long()
         )
-        query, key, weights = (each[0] for each in indexer(hidden, residual, rotary))
+        query, key, weights, _ = indexer(hidden, residual, rotary)
     except Exception as error:  # whatever code of another version makes of it
         return f"cannot be checked: {first_line(error)}"
     finally:
         indexer.index_topk = former
-    scores = score_keys(query, weights, key).masked_fill(~is_seen, -torch.inf)
+    scores = score_keys(query[0], weights[0], key[0]).masked_fill(~is_seen, -torch.inf)
     chosen = scores.gather(1, theirs)[count:]  # the first tokens select all they see
     ours = select_positions(scores, positions + 1, count)[count:]
     least = scores[count:].gather(1, ours.long()).amin(1, keepdim=True)

@@ -6,9 +6,11 @@ import torch
 
 from hotset.attention.batch import SequenceSpan
 from hotset.attention.grouped import grouped_query_attention
+from hotset.attention.hot_rows import HotRows
 from hotset.attention.latent import LatentWeights
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.sparse.select import score_keys, select_positions
+from hotset.kernels.resolve_rows import Misses
 
 # Numbers of an intermediate result, at most: 256 MiB of float32.
 _MOST_VALUES = 2**26
@@ -20,8 +22,12 @@ class GatheredSelection:
     Args:
         sequences: of the step, those whose context is longer than what is selected.
         block_size: tokens of a block.
+        rows_per_block: numbers of a token's rows from one block to the next.
+        num_blocks: whole blocks; those of higher numbers have index keys alone.
         count: K, that are selected for a token.
         device: of the caches.
+        seats: for each sequence, its row in the tables of hot requests; -1 where it is not hot.
+        hot: the rows of hot requests; None where none may be hot.
     """
 
     def __init__(
@@ -29,23 +35,32 @@ class GatheredSelection:
         sequences: Sequence[SequenceSpan],
         *,
         block_size: int,
+        rows_per_block: int,
+        num_blocks: int,
         count: int,
         device: torch.device,
+        seats: Sequence[int],
+        hot: HotRows | None,
     ) -> None:
         self._sequences = sequences
-        self._block_size = block_size
-        self._count = count
+        self._block_size, self._rows_per_block = block_size, rows_per_block
+        self._num_blocks, self._count = num_blocks, count
+        self._hot = hot
+        self._seated = [i for i, seat in enumerate(seats) if seat >= 0]
+        self._seats = torch.tensor([seats[i] for i in self._seated], device=device)
+        self._misses: Misses | None = None
         self._tables = [torch.tensor(s.block_table, device=device) for s in sequences]
-        self._selected: list[torch.Tensor] = []  # [Q, K] for each
+        self._rows: list[torch.Tensor] = []  # [Q, K] for each
 
-    def select(self, index: Index, keys: torch.Tensor) -> None:
+    def select(self, layer: int, index: Index, keys: torch.Tensor) -> None:
         """Select for a layer, and for those after it that share its selection.
 
         Args:
+            layer: that selects.
             index: of the step's tokens.
             keys: `[num_blocks, block_size, D]` of the layer, with those of the step.
         """
-        self._selected = []
+        positions = []
         for sequence, table in zip(self._sequences, self._tables, strict=True):
             n = sequence.context_len
             own = keys[table].flatten(0, 1)[:n]
@@ -57,10 +72,27 @@ class GatheredSelection:
                 rows = slice(sequence.start + first, sequence.start + end)
                 scores = score_keys(index.query[0, rows], index.weights[0, rows], own)
                 parts.append(select_positions(scores, lengths[first:end], self._count))
-            self._selected.append(torch.cat(parts))
+            positions.append(torch.cat(parts))
+        self._rows = [self._rows_of(*each) for each in zip(positions, self._tables, strict=True)]
+        if self._seated:
+            assert self._hot is not None
+            selected, found = (
+                torch.cat([each[i] for i in self._seated]) for each in (positions, self._rows)
+            )
+            self._misses = self._hot.resolve(layer, selected, found, self._seats)
+            for i, own in zip(self._seated, found.unsqueeze(1), strict=True):
+                self._rows[i] = own
+
+    def _rows_of(self, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Numbers of the rows at `[Q, K]` positions, int32; -1 where there is none."""
+        places = positions.clamp(min=0).long()
+        blocks = table[places // self._block_size]
+        rows = blocks * self._rows_per_block + places % self._block_size
+        return rows.masked_fill_((positions < 0) | (blocks >= self._num_blocks), -1).int()
 
     def attend(
         self,
+        layer: int,
         weights: LatentWeights,
         cache: torch.Tensor,
         query: torch.Tensor,
@@ -72,6 +104,7 @@ class GatheredSelection:
         """Attend to the latents that were selected last.
 
         Args:
+            layer: that attends.
             weights: of the layer.
             cache: `[num_blocks, block_size, R + P]` of the layer, with the step's rows.
             query: `[H, T, D + P]`.
@@ -79,16 +112,17 @@ class GatheredSelection:
             scaling: factor on the scores.
             sinks: `[H]` or None; see `LayerAttention`.
         """
+        if self._misses is not None:
+            assert self._hot is not None
+            self._hot.fetch(layer, self._misses)
         rank = weights.keys.shape[-1]
         num_at_once = max(1, _MOST_VALUES // (self._count * cache.shape[-1]))
-        for sequence, table, selected in zip(
-            self._sequences, self._tables, self._selected, strict=True
-        ):
+        for sequence, found in zip(self._sequences, self._rows, strict=True):
             for first in range(0, sequence.num_tokens, num_at_once):
-                at = selected[first : first + num_at_once].long()
+                at = found[first : first + num_at_once].long()
                 rows = slice(sequence.start + first, sequence.start + first + len(at))
                 places = at.clamp(min=0)
-                keys = cache[table[places // self._block_size], places % self._block_size]
+                keys = cache[places // self._rows_per_block, places % self._rows_per_block]
                 mask = torch.zeros_like(at, dtype=query.dtype).masked_fill_(at < 0, -torch.inf)
                 out = grouped_query_attention(
                     weights.absorb(query[:, rows]).transpose(0, 1).unsqueeze(2),  # [Q, H, 1, R + P]

@@ -33,11 +33,13 @@ class Index(NamedTuple):
         query: `[1, T, H_i, D]`.
         key: `[1, T, D]`.
         weights: `[1, T, H_i]` float32, with all scales in them.
+        seats: `[T]`, see `Inputs`; what attention adds, None before.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     weights: torch.Tensor
+    seats: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,151 @@
+"""Whether requests may turn hot, with how many tokens on the device, and when. Imports no torch."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hotset.cost.hot_set import TABLE_BYTES, HotSetCost, Room, SparseCache
+from hotset.cost.selection import DrawnSelections
+from hotset.errors import ConfigError
+from hotset.units import round_up_gib
+
+if TYPE_CHECKING:
+    from hotset.cost.step_time import CostModel
+
+MOST_SLOTS = 2**15  # of a seat, as tables number them in 16 bits
+# Where the user names no number: twice what a step selects. Of trained models 35 to 50 % of a
+# selection are in the next one too, and of these slots a step then misses 470 to 854 of 2,048
+# tokens (docs/planner.md).
+_SELECTIONS = 2
+_OVERLAP = 0.4
+_CONTEXT_STEP = 1024  # contexts are told apart as far as this
+
+
+@dataclass(frozen=True, slots=True)
+class SparseSizes:
+    """What a model with sparse attention selects and caches.
+
+    Attributes:
+        selected: tokens that a step attends to, per layer.
+        row_values: numbers of a token's rows in all layers.
+        index_values: of its index keys in all layers.
+        index_layers: that select; the others take the selection of one before them.
+    """
+
+    selected: int
+    row_values: int
+    index_values: int
+    index_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class HotSizes:
+    """What hot requests get.
+
+    Attributes:
+        num_slots: tokens per request and layer that the device keeps, beside those that host memory
+            does not have yet.
+        num_seats: requests that can be hot at once.
+        sparse: what the model selects and caches.
+        is_asked: whether the user named the number: then no cost model says when it pays.
+    """
+
+    num_slots: int
+    num_seats: int
+    sparse: SparseSizes
+    is_asked: bool
+
+    def table_bytes(self, max_len: int) -> int:
+        """Of the device's tables, for contexts of at most `max_len` tokens."""
+        slots = TABLE_BYTES * self.num_slots * self.sparse.index_layers
+        return self.num_seats * (slots + 2 * self.num_slots + 3 * max_len)
+
+
+def solve_hot_sizes(
+    asked: int | None,
+    sparse: SparseSizes | None,
+    *,
+    why_not: str,
+    block_size: int,
+    max_num_seqs: int,
+    max_len: int,
+    host_slots: int,
+    slot_bytes: int,
+) -> HotSizes | None:
+    """What hot requests get; None where none may turn hot.
+
+    Args:
+        asked: tokens per layer, by the user; 0 is never, None as is best.
+        sparse: None where requests of the model cannot be hot.
+        why_not: why.
+        block_size: tokens of a block.
+        max_num_seqs: most requests of a step.
+        max_len: tokens of the longest context.
+        host_slots: blocks that host memory holds.
+        slot_bytes: of each.
+
+    Raises:
+        ConfigError: the number cannot work, with one that does.
+    """
+    if asked == 0:
+        return None
+    num_blocks = -(-max_len // block_size)
+    if asked is None:
+        if sparse is None or host_slots < num_blocks:
+            return None
+        num_slots = _whole_blocks(_SELECTIONS * sparse.selected, block_size)
+        if num_slots >= max_len or num_slots > MOST_SLOTS:
+            return None
+        return HotSizes(num_slots, max_num_seqs, sparse, is_asked=False)
+    if sparse is None:
+        raise ConfigError(f"hot_tokens is {asked}, but {why_not}; leave hot_tokens out")
+    if asked < sparse.selected:
+        raise ConfigError(
+            f"hot_tokens is {asked}, but a step attends to {sparse.selected} selected tokens per "
+            f"layer; give {sparse.selected} or more"
+        )
+    if asked >= max_len:
+        raise ConfigError(
+            f"hot_tokens is {asked}, but the longest context has {max_len} tokens, so no request "
+            "would ever be hot; give less, or leave hot_tokens out"
+        )
+    if host_slots < num_blocks:
+        raise ConfigError(
+            f"hot_tokens is {asked}, but host memory holds {host_slots * block_size} tokens and "
+            f"one context has up to {max_len}; give host_gib "
+            f"{round_up_gib(num_blocks * slot_bytes)} or more, or less max_model_len"
+        )
+    return HotSizes(_whole_blocks(asked, block_size), max_num_seqs, sparse, is_asked=True)
+
+
+def _whole_blocks(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size) * block_size
+
+
+class HotChoice:
+    """How many requests are to run at once, some of them hot where that pays.
+
+    Args:
+        cost: of steps.
+        cache: what a token takes.
+        room: in which all lies.
+        num_slots: of a hot request.
+        most: requests of a step.
+    """
+
+    def __init__(
+        self, cost: "CostModel", cache: SparseCache, room: Room, *, num_slots: int, most: int
+    ) -> None:
+        self._cost, self._cache, self._room = cost, cache, room
+        self._num_slots, self._most = num_slots, most
+        self._known: Callable[[int, int], int] = functools.lru_cache(maxsize=4096)(self._solve)
+
+    def __call__(self, wanted: int, context: float) -> int:
+        """Of `wanted` requests that run or wait, with `context` tokens on average."""
+        steps = max(1, round(context / _CONTEXT_STEP))
+        return self._known(min(wanted, self._most), steps * _CONTEXT_STEP)
+
+    def _solve(self, wanted: int, context: int) -> int:
+        cost = HotSetCost(self._cost, self._cache, DrawnSelections(_OVERLAP), context)
+        return cost.users_at_once(wanted, self._room, self._num_slots)
