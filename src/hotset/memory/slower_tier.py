@@ -12,6 +12,14 @@ _RATE_WINDOW_S = 0.25
 class SlowerTier:
     """A tier with its transfers, each of which has a payload of host memory.
 
+    Args:
+        tier: as below.
+        host: the name of host memory, for metrics.
+        block_bytes: that a payload counts for.
+        rates: to be followed.
+        metrics: to be counted in.
+        clock: what rates are measured by.
+
     Attributes:
         tier: that stores the payloads.
         reads: payloads that are being read, by the tier's transfer id.
@@ -19,14 +27,7 @@ class SlowerTier:
     """
 
     def __init__(
-        self,
-        tier: Tier,
-        *,
-        block_bytes: int,
-        host: str,
-        rates: Rates,
-        metrics: Metrics,
-        clock: Clock,
+        self, tier: Tier, host: str, block_bytes: int, rates: Rates, metrics: Metrics, clock: Clock
     ) -> None:
         self.tier = tier
         self.reads: dict[int, Payload] = {}

@@ -103,14 +103,7 @@ class TierStack:
             copier, block_runs=device.runs, slot_address=memory.address
         )
         self.slower = [
-            SlowerTier(
-                tier,
-                block_bytes=device.block_bytes,
-                host=host_info.name,
-                rates=rates,
-                metrics=metrics,
-                clock=clock,
-            )
+            SlowerTier(tier, host_info.name, device.block_bytes, rates, metrics, clock)
             for tier in slower
         ]
         self.block_bytes = device.block_bytes
