@@ -25,10 +25,10 @@ _SETTLE_S = 30.0
 
 
 class StepHook(Protocol):
-    """Told of each step; see `profile.StepProfiler`."""
+    """Told of each step; see `profiler.StepProfiler`."""
 
     def before_step(self, share_done: float) -> None:
-        """A step is about to run; so much of the work has ended."""
+        """A step is about to run; `share_done` of the requests, 0 to 1, have ended."""
         ...
 
 

@@ -19,8 +19,8 @@ class Said:
         title: of the text that the conversation is about.
         prompt: tokens of the whole conversation up to the answer.
         has_stopped: whether the model ended the answer itself.
-        gaps: for each token the log probability of the likeliest less that of the second: near 0,
-            rounding decides which is taken.
+        gaps: per token, log probability of the likeliest minus log probability of the second; near
+            0, rounding decides which is taken.
     """
 
     title: str

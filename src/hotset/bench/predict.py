@@ -199,11 +199,11 @@ def predict(
     max_batched_tokens: int,
     experts: BufferedExperts | None = None,
 ) -> Prediction:
-    """Expected figures of `work` with tiers that hold so many tokens.
+    """Expected figures of `work` with tiers of these sizes.
 
-    Sessions come back in the order in which they went, so that of least recently used tiers one
-    that holds the contexts of all finds everything again, and a smaller one nothing. What is
-    found below the device is fetched, or computed where that is faster. With `experts`, how many
+    Sessions come back in the order in which they went, and the least recently used are evicted. So
+    a tier that holds the contexts of all finds everything again, and a smaller one nothing. Tokens
+    found below the device are fetched, or computed where that is faster. With `experts`, how many
     steps prompts and answers take is what counts: each brings experts over the link.
     """
     machine = _Machine(

@@ -14,7 +14,7 @@ import torch
 
 _ROWS = 25
 _START_SHARE = 0.5  # of the requests have ended
-_START_STEPS = 500  # or so many steps were run, where few requests have ended by then
+_START_STEPS = 500  # have run, where few requests have ended by then
 
 
 class StepProfiler:

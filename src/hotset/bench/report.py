@@ -183,7 +183,7 @@ def text(result: BenchResult) -> str:
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
     ]
     if repeats > 1:
-        head.append(f"of {repeats} runs of each arm, that of median time")
+        head.append(f"each arm ran {repeats} times; the run of median time is shown")
     notes = dict.fromkeys(note for run in result.runs for note in run.notes)
     parts = [f"note: {note}" for note in notes]
     parts += [f"note: {note}" for note in result.asked.get("notes", [])]

@@ -200,11 +200,11 @@ class BenchResult:
         return next((arm for arm in ("hot", "resident") if arm in self.arms), None)
 
     def ratio(self, arm: str, to: str | None = None) -> float | None:
-        """Time of `to` over that of `arm`, of typical runs; None where one is missing.
+        """How many times as fast `arm` is as `to`, by typical runs; None where one is missing.
 
         Args:
-            arm: how many times as fast this one is.
-            to: None is `baseline`.
+            arm: the one that is compared.
+            to: what it is compared with; None is `baseline`.
         """
         to = to or self.baseline
         if to is None or not {to, arm} <= set(self.arms):

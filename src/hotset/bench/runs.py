@@ -41,8 +41,8 @@ class RunOptions:
     """How runs are made.
 
     Attributes:
-        profile_steps: profile so many steps of each run; 0 for none.
-        max_s: a run ends after so long, done or not.
+        profile_steps: number of steps to profile in each run; 0 for none.
+        max_s: a run ends after this many seconds, done or not.
         hardware: name of the profile for predictions; None chooses one.
         verify: keep the answers.
         wait_for_tiers: start the run only when all host memory is pinned.

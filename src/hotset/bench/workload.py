@@ -233,7 +233,7 @@ def make_work(
 
 
 def _drawing(seed: int, vocab_size: int) -> Callable[[int], list[int]]:
-    """Draws so many tokens, one after the other from one generator."""
+    """A function that draws a number of tokens; each call goes on where the last one ended."""
     low, high = token_range(vocab_size)
     rng = random.Random(seed)
     return lambda count: [rng.randrange(low, high) for _ in range(count)]
