@@ -60,7 +60,7 @@ def test_long_prompts_attend_to_keys_and_values_as_over_gathered_rows(
     monkeypatch.setattr(graphs_module, "GraphRecorder", FakeRecorder)
     monkeypatch.setattr(decisions, "_LAUNCH_OPERATIONS", -1e18)
     monkeypatch.setattr(decisions, "PIECE_TOKENS", piece_tokens)
-    monkeypatch.setattr(decisions, "can_expand", lambda spec: True)
+    monkeypatch.setattr(decisions, "can_expand", lambda heads: True)
     monkeypatch.setattr(decisions, "saved_operations", lambda spec, tokens, past: tokens + past)
     model = make_model(family)
     layout = inspect_model(model)
@@ -90,7 +90,7 @@ def test_a_kernel_for_long_prompts_that_fails_leaves_them_absorbed(
         device=torch.device("cpu"),
     )
     backend = CpuLatents(arena, layout.layers)
-    monkeypatch.setattr(flashinfer_latent, "can_expand", lambda spec: True)
+    monkeypatch.setattr(flashinfer_latent, "can_expand", lambda heads: True)
     backend._expands = None
     assert backend.use_all_kernels(waits=False) and backend._expands is True
 
@@ -142,10 +142,11 @@ def test_layers_with_latents_are_built_and_served_by_a_backend_of_their_own(
 
     monkeypatch.setitem(__import__("sys").modules, "flashinfer", SimpleNamespace())
     monkeypatch.setattr(kernels, "KernelBuild", list)
-    assert start_kernels(wide, torch.bfloat16, cuda) == [
-        LatentKernelNeed(torch.bfloat16),
-        RaggedKernelNeed(torch.bfloat16, 16 + 64, 16),
-    ]
+    need = LatentKernelNeed(torch.bfloat16)
+    assert start_kernels(wide, torch.bfloat16, cuda) == [need]  # no kernel has such keys
+    monkeypatch.setattr(kernels, "can_expand", lambda heads: True)
+    ragged = RaggedKernelNeed(torch.bfloat16, 16 + 64, 16)
+    assert start_kernels(wide, torch.bfloat16, cuda) == [need, ragged]
     assert start_kernels(small, torch.bfloat16, cuda) is None
 
     arena = SimpleNamespace(storage=SimpleNamespace(device=cuda))

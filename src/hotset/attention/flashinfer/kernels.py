@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import torch
 
 from hotset.attention.flashinfer.latent_rows import RANK, ROPE_DIM, why_not_planned
+from hotset.attention.flashinfer.long_prompts import can_expand
 from hotset.attention.spec import LayerAttention
 
 _log = logging.getLogger(__name__)
@@ -193,12 +194,8 @@ def start_kernels(
         return None  # the backend says so
     if has_latents:
         dtype, heads = layers[0].dtype, layers[0].heads
-        return KernelBuild(
-            [
-                LatentKernelNeed(dtype),
-                RaggedKernelNeed(dtype, heads.key_dim, heads.value_dim),
-            ]
-        )
+        ragged = RaggedKernelNeed(dtype, heads.key_dim, heads.value_dim)
+        return KernelBuild([LatentKernelNeed(dtype), *[ragged] * can_expand(heads)])
     needs = []
     for layer in layers:
         for backend, stored in (("fa2", kv_dtype), ("fa3", layer.dtype)):

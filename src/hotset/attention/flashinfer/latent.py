@@ -142,7 +142,7 @@ class LatentBackend(RecordableBackend):
         Nothing has to wait for it, so the answer is True. Where it cannot be used, a warning says
         why.
         """
-        if self._expands is None and can_expand(self._spec):
+        if self._expands is None and can_expand(self._spec.expanded):
             if waits and self._kernels is not None:
                 self._kernels.wait("ragged")
             if self._kernels is None or self._kernels.is_ready("ragged"):

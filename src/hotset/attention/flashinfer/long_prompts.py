@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from hotset.attention.batch import SequenceSpan
-from hotset.cost.cache_spec import Latent
+from hotset.cost.cache_spec import KeysValues, Latent
 
 # Widths of keys and values that FlashInfer's kernel for Hopper has.
 _WIDTHS = ((128, 128), (192, 128), (256, 256))
@@ -61,9 +61,9 @@ class LongPrompt(NamedTuple):
         return [*found, Piece(self.past, self.num_tokens, True)]
 
 
-def can_expand(spec: Latent) -> bool:
-    """Whether there is a kernel for the keys and values that `spec` stands for."""
-    return (spec.expanded.key_dim, spec.expanded.value_dim) in _WIDTHS
+def can_expand(heads: KeysValues) -> bool:
+    """Whether there is a kernel for such keys and values."""
+    return (heads.key_dim, heads.value_dim) in _WIDTHS
 
 
 def saved_operations(spec: Latent, num_tokens: int, past: int) -> float:
@@ -77,7 +77,7 @@ def saved_operations(spec: Latent, num_tokens: int, past: int) -> float:
 
 def long_prompts(sequences: Sequence[SequenceSpan], spec: Latent) -> list[LongPrompt]:
     """The prompts of a step that are to attend so, in flat order; none where it does not pay."""
-    if not can_expand(spec):
+    if not can_expand(spec.expanded):
         return []
     saved = [
         (saved_operations(spec, prompt.num_tokens, prompt.past), prompt)
