@@ -94,13 +94,7 @@ def command(
         "--list": list_names,
         "--routing": routing,
     }
-    chosen = [name for name, value in modes.items() if value]
-    if len(chosen) > 1:
-        raise PlanError(f"{chosen[0]} and {chosen[1]} do not go together; use one at a time")
-    if explain and (chosen or as_json):
-        raise PlanError(f"--explain goes with a single case, not with {[*chosen, '--json'][0]}")
-    if html and chosen:
-        raise PlanError(f"--html goes with a single case, not with {chosen[0]}")
+    _check_modes([name for name, value in modes.items() if value], explain, as_json, html)
     if routing is None and not (devices is None and replicas is None):
         raise PlanError("--devices and --replicas go with --routing FILE")
     if list_names:
@@ -121,6 +115,15 @@ def command(
             _find(options, find, as_json)
         else:
             _single(make_plan(options.request()), as_json, explain, html)
+
+
+def _check_modes(chosen: list[str], explain: bool, as_json: bool, html: Path | None) -> None:
+    if len(chosen) > 1:
+        raise PlanError(f"{chosen[0]} and {chosen[1]} do not go together; use one at a time")
+    if explain and (chosen or as_json):
+        raise PlanError(f"--explain goes with a single case, not with {[*chosen, '--json'][0]}")
+    if html and chosen:
+        raise PlanError(f"--html goes with a single case, not with {chosen[0]}")
 
 
 def _balance(path: Path, devices: int | None, replicas: int | None, as_json: bool) -> None:
