@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hotset.cost.calibration import Calibration
 from hotset.cost.catalog import load_model
-from hotset.cost.expert_split import KVMemory, Split, least_bytes, solve_split
+from hotset.cost.expert_split import KVMemory, Split, Splitter, least_bytes
 from hotset.cost.expert_steps import ExpertCost, ExpertLink, Load, link_of
 from hotset.cost.hardware import load_hardware
 from hotset.cost.layout import Layout
@@ -49,16 +49,10 @@ KV = KVMemory(16 * QWEN.shape.kv_bytes_per_token("bf16"), 16, fewest_blocks=16)
 
 
 def solve(gib: float, load: Load, plan: str = "auto", target: str = "throughput") -> Split:
-    split = solve_split(
-        int(gib * GIB),
-        cost_of(plan),
-        slots_of(plan),
-        KV,
-        load,
-        target=target,
-        max_step_tokens=8192,
-        fewest_slots=slots_of(plan).fewest,
-    )
+    slots = slots_of(plan)
+    split = Splitter(
+        int(gib * GIB), cost_of(plan), slots, KV, target, 8192, slots.fewest, NUM_EXPERTS
+    ).solve(load)
     assert split is not None
     return split
 
@@ -239,17 +233,11 @@ def test_room_for_all_experts_and_the_kv_leaves_nothing_in_host_memory() -> None
 def test_the_least_that_can_be_split_can_and_less_cannot(plan: str) -> None:
     least = least_bytes(slots_of(plan), KV, slots_of(plan).fewest)
     for total, fits in ((least, True), (least - 1, False)):
-        split = solve_split(
-            total,
-            cost_of(plan),
-            slots_of(plan),
-            KV,
-            Load(1, 64, 64),
-            target="throughput",
-            max_step_tokens=512,
-            fewest_slots=slots_of(plan).fewest,
+        slots = slots_of(plan)
+        splitter = Splitter(
+            total, cost_of(plan), slots, KV, "throughput", 512, slots.fewest, NUM_EXPERTS
         )
-        assert (split is not None) == fits
+        assert (splitter.solve(Load(1, 64, 64)) is not None) == fits
 
 
 def test_blocks_are_whole() -> None:

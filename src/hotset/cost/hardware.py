@@ -23,20 +23,19 @@ LINKS = {
     "c2c": ("NVLink-C2C", 450.0),
 }
 
-_NUMBERS = (
-    "hbm_gb",
-    "hbm_gb_per_s",
-    "peer_gb_per_s",
-    "peer_gpus",
-    "network_gb_per_s",
-    "host_link_gb_per_s",
-    "gpus_per_host_link",
-    "gpus_per_host",
-    "host_gb",
-    "host_memory_gb_per_s",
-    "disk_gb",
-    "disk_gb_per_s",
-)
+# Figures of a profile in GB, or GB/s, by the field that they fill; and those that count GPUs.
+_BYTES = {
+    "hbm_gb": "hbm_bytes",
+    "hbm_gb_per_s": "hbm_bytes_per_s",
+    "peer_gb_per_s": "peer_bytes_per_s",
+    "network_gb_per_s": "network_bytes_per_s",
+    "host_link_gb_per_s": "host_link_bytes_per_s",
+    "host_gb": "host_bytes",
+    "host_memory_gb_per_s": "host_memory_bytes_per_s",
+    "disk_gb": "disk_bytes",
+    "disk_gb_per_s": "disk_bytes_per_s",
+}
+_COUNTS = ("peer_gpus", "gpus_per_host_link", "gpus_per_host")
 _MAY_BE_ZERO = {"host_gb", "disk_gb"}
 
 
@@ -219,6 +218,41 @@ def _from_file(path: Path) -> Hardware:
     return hardware_from_json(data, str(path))
 
 
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """Reads the figures of a profile, and notes the source of each."""
+
+    origin: str
+    sources: dict[str, str]
+
+    def value(self, name: str, holder: dict[str, Any], label: str) -> Any:
+        """What a figure says, of whatever type."""
+        entry = holder.get(name)
+        if not isinstance(entry, dict) or "value" not in entry:
+            raise PlanError(
+                f'hardware profile {self.origin} lacks "{label}": {{"value", "source"}}'
+            )
+        if not isinstance(entry.get("source"), str) or not entry["source"].strip():
+            raise PlanError(f"hardware profile {self.origin}: figure {label} names no source")
+        self.sources[label] = entry["source"]
+        return entry["value"]
+
+    def number(self, name: str, holder: dict[str, Any], label: str) -> float:
+        """A number above 0, or 0 where that makes sense."""
+        value = self.value(name, holder, label)
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+        if (
+            not ok
+            or not math.isfinite(value)
+            or value < 0
+            or (not value and name not in _MAY_BE_ZERO)
+        ):
+            raise PlanError(
+                f"hardware profile {self.origin}: {label} is {value!r}; expected a number above 0"
+            )
+        return float(value)
+
+
 def hardware_from_json(data: Any, origin: str) -> Hardware:
     """Check a parsed profile and build the `Hardware` it describes.
 
@@ -228,50 +262,22 @@ def hardware_from_json(data: Any, origin: str) -> Hardware:
     figures = data.get("figures") if isinstance(data, dict) else None
     if not isinstance(figures, dict):
         raise PlanError(f"hardware profile {origin} has no 'figures'; take a bundled one as model")
-    sources: dict[str, str] = {}
-
-    def figure(name: str, holder: Any, label: str) -> Any:
-        entry = holder.get(name) if isinstance(holder, dict) else None
-        if not isinstance(entry, dict) or "value" not in entry:
-            raise PlanError(f'hardware profile {origin} lacks "{label}": {{"value", "source"}}')
-        if not isinstance(entry.get("source"), str) or not entry["source"].strip():
-            raise PlanError(f"hardware profile {origin}: figure {label} names no source")
-        sources[label] = entry["source"]
-        return entry["value"]
-
-    def number(name: str, holder: Any, label: str, zero_ok: bool = False) -> float:
-        value = figure(name, holder, label)
-        ok = isinstance(value, int | float) and not isinstance(value, bool)
-        if not ok or not math.isfinite(value) or value < 0 or (value == 0 and not zero_ok):
-            raise PlanError(
-                f"hardware profile {origin}: {label} is {value!r}; expected a number above 0"
-            )
-        return float(value)
-
-    values = {name: number(name, figures, name, name in _MAY_BE_ZERO) for name in _NUMBERS}
+    read = _Figures(origin, {})
+    sizes: dict[str, Any] = {
+        field: read.number(name, figures, name) * 1e9 for name, field in _BYTES.items()
+    }
+    sizes |= {name: max(1, int(read.number(name, figures, name))) for name in _COUNTS}
     rates = figures.get("tflops")
     if not isinstance(rates, dict) or "bf16" not in rates:
         raise PlanError(f"hardware profile {origin} lacks tflops of bf16")
-    tflops = {dtype: number(dtype, rates, f"tflops.{dtype}") for dtype in rates}
-    kernel_us = number("kernel_us", figures, "kernel_us") if "kernel_us" in figures else None
+    has_kernel = "kernel_us" in figures
     return Hardware(
         name=str(data.get("name", origin)),
         description=str(data.get("description", "")),
-        hbm_bytes=values["hbm_gb"] * 1e9,
-        hbm_bytes_per_s=values["hbm_gb_per_s"] * 1e9,
-        flops={dtype: value * 1e12 for dtype, value in tflops.items()},
-        peer_bytes_per_s=values["peer_gb_per_s"] * 1e9,
-        peer_gpus=max(1, int(values["peer_gpus"])),
-        network_bytes_per_s=values["network_gb_per_s"] * 1e9,
-        host_link=str(figure("host_link", figures, "host_link")),
-        host_link_bytes_per_s=values["host_link_gb_per_s"] * 1e9,
-        gpus_per_host_link=max(1, int(values["gpus_per_host_link"])),
-        gpus_per_host=max(1, int(values["gpus_per_host"])),
-        host_bytes=values["host_gb"] * 1e9,
-        host_memory_bytes_per_s=values["host_memory_gb_per_s"] * 1e9,
-        disk_bytes=values["disk_gb"] * 1e9,
-        disk_bytes_per_s=values["disk_gb_per_s"] * 1e9,
-        kernel_s=None if kernel_us is None else kernel_us * 1e-6,
+        flops={name: read.number(name, rates, f"tflops.{name}") * 1e12 for name in rates},
+        host_link=str(read.value("host_link", figures, "host_link")),
+        kernel_s=read.number("kernel_us", figures, "kernel_us") * 1e-6 if has_kernel else None,
         measured=bool(data.get("measured", False)),
-        sources=sources,
+        sources=read.sources,
+        **sizes,
     )

@@ -93,21 +93,10 @@ def gqa(
     q_width, kv_width = heads * head_dim, kv * head_dim
     owns = kind is not Kind.SHARED
     cache = KeysValues(kv, head_dim, head_dim, window)
-    matrix = hidden * q_width * (2 if gated else 1) + q_width * hidden
-    vector = 0
-    if owns:
-        matrix += hidden * kv_width * (2 if has_v else 1)
-    if qkv_bias:
-        vector += q_width * (2 if gated else 1)
-        vector += kv_width * (1 + has_v) if owns else 0
-    if out_bias:
-        vector += hidden
-    if qk_norm == "head":
-        vector += head_dim * (2 if owns else 1)
-    elif qk_norm == "all":
-        vector += q_width + kv_width
-    if sinks:
-        vector += heads
+    projected = q_width * (1 + gated) + kv_width * (1 + has_v) * owns
+    norms = {"head": head_dim * (1 + owns), "all": q_width + kv_width, "": 0}[qk_norm]
+    matrix = hidden * projected + q_width * hidden
+    vector = projected * qkv_bias + hidden * out_bias + norms + heads * sinks
     return Attention(
         kind=kind,
         params=Params(matrix, vector),

@@ -57,20 +57,18 @@ def bring_prefix(
     """
     link_bytes_per_s = min(rates.link_bytes_per_s[tier] for tier in tiers)
     prefill_tokens_per_s = rates.prefill_tokens_per_s
-    for name, value in (
-        ("bytes_per_token", bytes_per_token),
-        ("link_bytes_per_s", link_bytes_per_s),
-        ("prefill_tokens_per_s", prefill_tokens_per_s),
-    ):
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} is {value}; expected a finite number above 0")
-    for name, value in (
-        ("cold_tokens", cold_tokens),
-        ("queued_bytes", queued_bytes),
-        ("queued_tokens", queued_tokens),
-    ):
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name} is {value}; expected 0 or a finite number above it")
+    _check(
+        above_zero={
+            "bytes_per_token": bytes_per_token,
+            "link_bytes_per_s": link_bytes_per_s,
+            "prefill_tokens_per_s": prefill_tokens_per_s,
+        },
+        others={
+            "cold_tokens": cold_tokens,
+            "queued_bytes": queued_bytes,
+            "queued_tokens": queued_tokens,
+        },
+    )
 
     def compute_s(computed: int) -> float:
         return (queued_tokens + computed) / prefill_tokens_per_s if computed else 0.0
@@ -89,6 +87,15 @@ def bring_prefix(
         sorted({0, *inner, cold_tokens}),
         key=lambda computed: max(compute_s(computed), fetch_s(cold_tokens - computed)),
     )
+
+
+def _check(*, above_zero: dict[str, float], others: dict[str, float]) -> None:
+    for name, value in above_zero.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; expected a finite number above 0")
+    for name, value in others.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; expected 0 or a finite number above it")
 
 
 class PrefixPolicy:
