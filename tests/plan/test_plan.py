@@ -235,16 +235,16 @@ def test_reuse_lowers_ttft_only_as_far_as_the_link_allows() -> None:
     none = plan(users=8, context=8192, output=128)
     slow = plan(users=8, context=8192, output=128, reuse=0.9, link="1")
     fast = plan(users=8, context=8192, output=128, reuse=0.9)
-    assert fast.ttft_s < 0.4 * none.ttft_s
-    assert none.ttft_s >= slow.ttft_s > fast.ttft_s
-    assert slow.recomputed_tokens > fast.recomputed_tokens
+    assert fast.turn.ttft_s < 0.4 * none.turn.ttft_s
+    assert none.turn.ttft_s >= slow.turn.ttft_s > fast.turn.ttft_s
+    assert slow.turn.recomputed > fast.turn.recomputed
 
 
 def test_without_a_tier_below_the_past_of_waiting_users_is_lost() -> None:
     load = {"users": 256, "context": 8192, "output": 128, "turns": 4}
     without, with_host = plan(host_gb=0, **load), plan(host_gb=1000, **load)
     assert without.users_total == without.users_resident
-    assert with_host.found_tokens > 2 * without.found_tokens
+    assert with_host.turn.found > 2 * without.turn.found
     assert with_host.tokens_per_s > without.tokens_per_s
 
 

@@ -229,7 +229,7 @@ def _find(options: Options, text: str, as_json: bool) -> None:
         fastest = min(found, key=lambda c: c.plan.step.expected_s).plan
         raise PlanError(
             f"no layout meets {text} even for one user; the fastest, {fastest.layout}, has TTFT "
-            f"{fastest.ttft_s * 1e3:.0f} ms and TPOT {fastest.step.expected_s * 1e3:.1f} ms"
+            f"{fastest.turn.ttft_s * 1e3:.0f} ms and TPOT {fastest.step.expected_s * 1e3:.1f} ms"
         )
     if as_json:
         shown = [{"users_served": c.users, **_shown(c.plan)} for c in found]

@@ -69,6 +69,11 @@ class Turn:
     busy_s: float  # what the chip spends on it when prompts share chunks
 
     @property
+    def prefill_s(self) -> float:
+        """Of all that is computed."""
+        return self.new_s + self.again_s
+
+    @property
     def ttft_s(self) -> float:
         """Time to the first token, without queueing."""
         return max(self.load_s, self.again_s) + self.new_s

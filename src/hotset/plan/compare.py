@@ -58,7 +58,7 @@ def _ratio(name: str, plan: Plan, first: Plan) -> Ratio:
         speed=speed,
         capacity=total / speed,
         tpot=plan.step.expected_s / first.step.expected_s,
-        ttft=plan.ttft_s / first.ttft_s if first.ttft_s else 1.0,
+        ttft=plan.turn.ttft_s / first.turn.ttft_s if first.turn.ttft_s else 1.0,
     )
 
 
@@ -72,7 +72,7 @@ def rate_at(plan: Plan, users: float) -> float:
     cost, layout = plan.cost, plan.layout
     per_group = users / layout.dp
     context = plan.request.workload.decode_context
-    step = cost.decode(max(1.0, per_group), context, plan.tiering, mean_users=per_group)
+    step = cost.decode(max(1.0, per_group), context, plan.choice.tiering, mean_users=per_group)
     # Work that comes with each user: prefill of turns, and swapping.
     own_s = (plan.step.parts["prefill"] + plan.step.parts["swap"]) * users / plan.users_running
     return users / (step.expected_s + own_s)

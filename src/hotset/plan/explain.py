@@ -218,18 +218,18 @@ def _rate(plan: Plan) -> Section:
 def _ttft(plan: Plan) -> Section:
     workload = plan.request.workload
     body = [
-        f"prompt {workload.prompt_tokens:,.0f} tokens, of which {plan.found_tokens:,.0f} are found "
+        f"prompt {workload.prompt_tokens:,.0f} tokens, of which {plan.turn.found:,.0f} are found "
         "in a tier",
         "prefill = max(2 x active parameters x tokens / FLOP/s, weights / HBM) + causal "
-        f"attention + collectives + launches = {seconds(plan.prefill_s)}",
+        f"attention + collectives + launches = {seconds(plan.turn.prefill_s)}",
     ]
-    if plan.found_tokens:
+    if plan.turn.found:
         body.append(
-            f"loading {seconds(plan.load_s)} while {plan.recomputed_tokens:,} tokens are computed "
-            "again from the front: both end together"
+            f"loading {seconds(plan.turn.load_s)} while {plan.turn.recomputed:,} tokens are "
+            "computed again from the front: both end together"
         )
     body += [
-        f"TTFT = max(load, recompute) + new part = {seconds(plan.ttft_s)}",
+        f"TTFT = max(load, recompute) + new part = {seconds(plan.turn.ttft_s)}",
         f"Assumes: no queue; {plan.cost.calibration.compute_efficiency:.0%} of the nominal "
         "operations.",
     ]

@@ -87,7 +87,7 @@ def _tiles(plan: Plan) -> str:
     tiles = (
         (f"{plan.tokens_per_s:,.0f}", f"tokens/s, {plan.tokens_per_s / plan.gpus:,.0f} a GPU"),
         (seconds(plan.step.expected_s), "TPOT"),
-        (seconds(plan.ttft_s), "TTFT, no queue"),
+        (seconds(plan.turn.ttft_s), "TTFT, no queue"),
         (f"{plan.users_resident:,}", "users fit in HBM"),
         (f"{plan.users_total:,}", "users fit in all tiers"),
     )

@@ -4,6 +4,7 @@ Imports no torch.
 """
 
 import math
+from typing import NamedTuple
 
 from hotset.cost import hot_set
 from hotset.cost.hot_set import HotPlan
@@ -129,69 +130,80 @@ def _plan_layout(request: Request, layout: Layout) -> Plan:
 def _finish(
     request: Request, cost: CostModel, room: Room, choice: Choice, workspace: float
 ) -> Plan:
-    shape, hw, workload = request.shape, request.hardware, request.workload
-    layout, gpus = cost.layout, cost.layout.gpus
-    share = choice.tiering.resident_experts
-    per_group = capacity(cost, room, share)
-    users_resident = per_group * layout.dp
-    missing = (1 - share) * cost.shard.experts_bytes * gpus
-    host_experts = min(missing, room.host)
-    host_left = room.host - host_experts
-    disk_left = room.disk - (missing - host_experts)
-    kv_user = max(1.0, room.kv_user_bytes)
-    on_host, on_disk = int(host_left // kv_user), int(disk_left // kv_user)
-    held_users = min(choice.users, per_group) * layout.dp
-    resident_kv = min(workload.users, per_group * layout.dp) * room.kv_rank_bytes * layout.tp
-    if choice.mode == "stream":
-        resident_kv = (1 - choice.tiering.host_kv) * (
-            choice.running * room.kv_rank_bytes * layout.tp
-        )
-        held_users = int((1 - choice.tiering.host_kv) * choice.running)
-    parked = max(0, workload.users - held_users)
-    host_users = min(parked, on_host)
-    used_gpus = request.gpus or gpus
-    kv_bytes = shape.kv_bytes(workload.context, request.kv_dtype, hold_windows=request.free_windows)
+    hw, layout, gpus = request.hardware, cost.layout, cost.layout.gpus
+    share, used_gpus = choice.tiering.resident_experts, request.gpus or gpus
+    held = _held(request, cost, room, choice)
     mode = choice.mode
-    if mode == "resident" and workload.users > users_resident:
-        mode = "park" if on_host + on_disk else "wait"
+    if mode == "resident" and request.workload.users > held.users_resident:
+        mode = "park" if held.on_host + held.on_disk else "wait"
+    staged = staged_bytes(cost, share) - share * cost.shard.experts_bytes
+    kv_user = room.kv_user_bytes
     return Plan(
         request=request,
         layout=layout,
         gpus=used_gpus,
-        kv_bytes_per_user=kv_bytes,
-        kv_copies=(
-            room.kv_rank_bytes * layout.tp / room.kv_user_bytes if room.kv_user_bytes else 1.0
+        kv_bytes_per_user=request.shape.kv_bytes(
+            request.workload.context, request.kv_dtype, hold_windows=request.free_windows
         ),
+        kv_copies=room.kv_rank_bytes * layout.tp / kv_user if kv_user else 1.0,
         hbm_bytes=hw.hbm_bytes * used_gpus,
         resident_weights_bytes=cost.shard.dense_bytes * gpus,
         resident_experts_bytes=share * cost.shard.experts_bytes * gpus,
-        resident_kv_bytes=resident_kv,
-        workspace_bytes=(workspace + staged_bytes(cost, share) - share * cost.shard.experts_bytes)
-        * gpus,
+        resident_kv_bytes=held.resident_kv_bytes,
+        workspace_bytes=(workspace + staged) * gpus,
         reserve_bytes=(hw.hbm_bytes - claimed_bytes(request)) * gpus,
         host_bytes=room.host,
-        host_experts_bytes=host_experts,
-        host_kv_bytes=host_users * kv_user,
+        host_experts_bytes=held.host_experts_bytes,
+        host_kv_bytes=held.host_kv_bytes,
         disk_bytes=room.disk,
-        disk_kv_bytes=min(parked - host_users, on_disk) * kv_user,
-        resident_expert_share=share,
+        disk_kv_bytes=held.disk_kv_bytes,
         fits_whole=capacity(cost, room, 1.0) > 0,
-        users_resident=users_resident,
-        users_total=users_resident + on_host + on_disk,
-        users_running=choice.running,
-        streamed_kv_share=choice.tiering.host_kv,
+        users_resident=held.users_resident,
+        users_total=held.users_resident + held.on_host + held.on_disk,
         mode=mode,
-        step=choice.step,
-        ttft_s=choice.turn.ttft_s,
-        prefill_s=choice.turn.new_s + choice.turn.again_s,
-        load_s=choice.turn.load_s,
-        found_tokens=choice.turn.found,
-        recomputed_tokens=choice.turn.recomputed,
+        choice=choice,
         causes=_causes(request, cost, choice),
         cost=cost,
-        tiering=choice.tiering,
-        notes=_notes(request, cost, choice, users_resident, used_gpus),
+        notes=_notes(request, cost, choice, held.users_resident, used_gpus),
         hot_set=_hot_set(request, cost, room),
+    )
+
+
+class _Held(NamedTuple):
+    """Users and their KV by tier; users that a slower tier could hold."""
+
+    users_resident: int
+    on_host: int
+    on_disk: int
+    host_experts_bytes: float
+    resident_kv_bytes: float
+    host_kv_bytes: float
+    disk_kv_bytes: float
+
+
+def _held(request: Request, cost: CostModel, room: Room, choice: Choice) -> _Held:
+    users, layout, tiering = request.workload.users, cost.layout, choice.tiering
+    missing = (1 - tiering.resident_experts) * cost.shard.experts_bytes * layout.gpus
+    host_experts = min(missing, room.host)
+    kv_user = max(1.0, room.kv_user_bytes)
+    on_host = int((room.host - host_experts) // kv_user)
+    on_disk = int((room.disk - (missing - host_experts)) // kv_user)
+    per_group = capacity(cost, room, tiering.resident_experts)
+    fit = per_group * layout.dp
+    in_hbm, copies_of = min(choice.users, per_group) * layout.dp, float(min(users, fit))
+    if choice.mode == "stream":
+        copies_of = (1 - tiering.host_kv) * choice.running
+        in_hbm = int(copies_of)
+    parked = max(0, users - in_hbm)
+    host_users = min(parked, on_host)
+    return _Held(
+        users_resident=fit,
+        on_host=on_host,
+        on_disk=on_disk,
+        host_experts_bytes=host_experts,
+        resident_kv_bytes=copies_of * room.kv_rank_bytes * layout.tp,
+        host_kv_bytes=host_users * kv_user,
+        disk_kv_bytes=min(parked - host_users, on_disk) * kv_user,
     )
 
 

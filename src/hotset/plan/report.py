@@ -85,7 +85,7 @@ def _rates(plan: Plan) -> list[str]:
         f"Tokens/s   {plan.tokens_per_s:,.0f}, {plan.tokens_per_s / plan.gpus:,.0f} per GPU "
         f"(engines differ: {band['low']:,.0f} to {band['high']:,.0f})",
         f"TPOT       {seconds(plan.step.expected_s)}",
-        f"TTFT       {seconds(plan.ttft_s)} without queueing" + _reuse(plan),
+        f"TTFT       {seconds(plan.turn.ttft_s)} without queueing" + _reuse(plan),
     ]
     for label, (cause, gain) in zip(("Bottleneck", "Runner-up"), plan.causes, strict=False):
         lines.append(f"{label:<10} {cause}: {_gain(gain)} tokens/s without it")
@@ -118,12 +118,12 @@ def _mode(plan: Plan) -> str:
 
 
 def _reuse(plan: Plan) -> str:
-    if not plan.found_tokens:
+    if not plan.turn.found:
         return ""
-    text = f"; {plan.found_tokens:,.0f} of {plan.request.workload.prompt_tokens:,.0f} prompt tokens"
-    text += f" found, loaded in {seconds(plan.load_s)}"
-    if plan.recomputed_tokens:
-        text += f" while {plan.recomputed_tokens:,} are computed again"
+    text = f"; {plan.turn.found:,.0f} of {plan.request.workload.prompt_tokens:,.0f} prompt tokens"
+    text += f" found, loaded in {seconds(plan.turn.load_s)}"
+    if plan.turn.recomputed:
+        text += f" while {plan.turn.recomputed:,} are computed again"
     return text
 
 
@@ -167,7 +167,7 @@ def compare_table(names: list[str], plans: list[Plan], ratios: list[Ratio]) -> s
     row("users in a step", [f"{p.users_running:,}" for p in plans])
     row("experts resident", [f"{p.resident_expert_share:.0%}" for p in plans])
     row("TPOT", [seconds(p.step.expected_s) for p in plans])
-    row("TTFT", [seconds(p.ttft_s) for p in plans])
+    row("TTFT", [seconds(p.turn.ttft_s) for p in plans])
     row("tokens/s", [f"{p.tokens_per_s:,.0f}" for p in plans])
     row("tokens/s per GPU", [f"{p.tokens_per_s / p.gpus:,.0f}" for p in plans])
     row("bottleneck", [p.causes[0][0] for p in plans])
@@ -199,7 +199,7 @@ def sweep_table(field: str, points: list[SweepPoint]) -> str:
                 f"{p.users_running:,}",
                 f"{p.tokens_per_s:,.0f}",
                 seconds(p.step.expected_s),
-                seconds(p.ttft_s),
+                seconds(p.turn.ttft_s),
                 gib(p.kv_bytes_per_user * p.request.workload.users),
                 p.causes[0][0],
             )
@@ -232,7 +232,7 @@ def find_table(target: str, found: list[Candidate]) -> str:
                 f"{c.users:,}" if c.users else "misses it",
                 f"{p.tokens_per_s / p.gpus:,.0f}",
                 seconds(p.step.expected_s),
-                seconds(p.ttft_s),
+                seconds(p.turn.ttft_s),
                 f"{p.resident_expert_share:.0%}" if p.request.shape.moe_layers else "-",
                 gib(p.resident_kv_bytes),
             )

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from hotset.cost.hot_set import HotPlan
 from hotset.cost.layout import Layout
-from hotset.cost.step_time import CostModel, Step, Tiering
+from hotset.cost.step_time import CostModel, Step
 from hotset.plan import hot_set
+from hotset.plan.choices import Choice, Turn
 from hotset.plan.workload import Request
 
 
@@ -29,24 +30,40 @@ class Plan:
     host_kv_bytes: float
     disk_bytes: float
     disk_kv_bytes: float
-    resident_expert_share: float
     fits_whole: bool  # all weights and one user at least lie in HBM, if wanted
     users_resident: int
     users_total: int
-    users_running: int
-    streamed_kv_share: float
     mode: str
-    step: Step
-    ttft_s: float
-    prefill_s: float
-    load_s: float
-    found_tokens: float
-    recomputed_tokens: int
+    choice: Choice
     causes: list[tuple[str, float]]
     cost: CostModel
-    tiering: Tiering
     notes: list[str]
     hot_set: HotPlan | None = None  # of one group
+
+    @property
+    def step(self) -> Step:
+        """A step of all users that run at once."""
+        return self.choice.step
+
+    @property
+    def turn(self) -> Turn:
+        """How the prompt of a turn becomes KV."""
+        return self.choice.turn
+
+    @property
+    def users_running(self) -> int:
+        """Users in each step."""
+        return self.choice.running
+
+    @property
+    def resident_expert_share(self) -> float:
+        """Share of the experts in HBM."""
+        return self.choice.tiering.resident_experts
+
+    @property
+    def streamed_kv_share(self) -> float:
+        """Share of the running users' KV that each step reads over the link."""
+        return self.choice.tiering.host_kv
 
     @property
     def tokens_per_s(self) -> float:
@@ -98,11 +115,11 @@ class Plan:
             "tokens_per_s_per_gpu": rate / self.gpus,
             "tokens_per_s_per_user": rate / workload.users,
             "tpot_s": self.step.expected_s,
-            "ttft_s": self.ttft_s,
-            "prefill_s": self.prefill_s,
-            "load_s": self.load_s,
-            "reused_tokens": self.found_tokens,
-            "recomputed_tokens": self.recomputed_tokens,
+            "ttft_s": self.turn.ttft_s,
+            "prefill_s": self.turn.prefill_s,
+            "load_s": self.turn.load_s,
+            "reused_tokens": self.turn.found,
+            "recomputed_tokens": self.turn.recomputed,
             "band": {"low": rate * (1 - band), "high": min(most, rate * (1 + band))},
             "hot_set": hot_set.as_dict(self.hot_set, self.layout.dp),
             "notes": self.notes,

@@ -48,7 +48,7 @@ class Target:
 
     def met_by(self, plan: Plan) -> bool:
         """Whether a plan keeps it."""
-        ttft_ok = self.ttft_s is None or plan.ttft_s <= self.ttft_s
+        ttft_ok = self.ttft_s is None or plan.turn.ttft_s <= self.ttft_s
         return ttft_ok and (self.tpot_s is None or plan.step.expected_s <= self.tpot_s)
 
 
