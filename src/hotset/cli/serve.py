@@ -109,6 +109,7 @@ def command(
     host: str,
     port: int,
     keys_file: Path | None,
+    files_gib: float,
     cors_origins: tuple[str, ...],
     log_format: str,
     log_level: str,
@@ -130,6 +131,8 @@ def command(
         -d '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 30}'
     """
     _check_origins(cors_origins)
+    if not 0 < files_gib < math.inf:
+        raise ConfigError(f"files_gib is {files_gib}; expected a size above 0 GiB")
     keys = _read_keys(keys_file)
     _require_keys(host, keys)
     with _listen(host, port) as listener:  # before the seconds that imports and the model take
@@ -138,6 +141,7 @@ def command(
 
         logs.set_up(log_format, log_level)  # type: ignore[arg-type]  # click has checked it
         config = _server_config(keys, host, **given)
+        config.files_gib = files_gib
         config.limits, config.cors_origins = limits, cors_origins
         where = f"http://{_printable(listener)}"
         if dry_run:
@@ -151,7 +155,6 @@ def _server_config(
     host: str,
     *,
     files_path: Path | None,
-    files_gib: float,
     no_files: bool,
     otlp_endpoint: str | None,
 ) -> "ServerConfig":
@@ -160,15 +163,12 @@ def _server_config(
     from hotset.server.app import ServerConfig
     from hotset.server.tracing import Tracer
 
-    if not 0 < files_gib < math.inf:
-        raise ConfigError(f"files_gib is {files_gib}; expected a size above 0 GiB")
     if not no_files and files_path is None:
         files_path = Path(platformdirs.user_data_dir("hotset")) / "files"
     return ServerConfig(
         keys=keys,
         host_names=None if keys else _LOCAL_NAMES | {host.lower(), f"[{host.lower()}]"},
         files_path=None if no_files else files_path,
-        files_gib=files_gib,
         tracer=None if otlp_endpoint is None else Tracer.to_collector(otlp_endpoint),
     )
 
