@@ -1,6 +1,7 @@
 """Layers that cache latents: what they hand over, and that it stands for the keys and values."""
 
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import nn
 from hotset.attention.latent import hand_over_latents, latent_weights
 from hotset.cost.cache_spec import KeysValues, Latent
 from hotset.executor.probe import inspect_model
-from hotset.linear.fp8_linear import can_be_fp8
+from hotset.linear.fp8_linear import Fp8Linear, can_be_fp8
 from hotset.linear.reads import is_replaceable
+from hotset.model.loader import load_model
 
 WITHOUT_LATENTS = [family for family in FAMILIES if family not in LATENT_FAMILIES]
 
@@ -84,6 +86,18 @@ def test_other_models_are_left_as_they_are(family: str) -> None:
     assert not attentions(model) and not any(map(latent_weights, model.modules()))
     assert all(type(spec) is KeysValues for spec in layout.cache_specs)
     assert layout.default_block_size == 16
+
+
+def test_8_bit_weights_leave_the_layer_that_makes_keys_as_it_is(tmp_path: Path) -> None:
+    make_model("youtu").save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), device="cpu", dtype="fp8").model
+    for module in attentions(model):
+        assert type(module.kv_b_proj) is nn.Linear
+        assert type(module.o_proj) is Fp8Linear
+    layout = inspect_model(model)
+    assert layout.layers[0].latent is not None
+    assert layout.layers[0].latent.heads.dtype == torch.bfloat16
+    assert all(logits.isfinite().all() for logits in paged_logits(model, layout, gather(layout)))
 
 
 def with_bias(module: Any) -> None:

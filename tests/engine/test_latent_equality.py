@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 from engines import make_prompts, reference, run
-from tiny_models import LATENT_FAMILIES
+from tiny_models import LATENT_FAMILIES, make_model
 
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
+from hotset.executor.probe import inspect_model
+from hotset.model.loaded import LoadedModel
+from hotset.options import Options
+from hotset.units import GIB
 
 MakeEngine = Callable[..., Engine]
 
@@ -79,7 +84,15 @@ def test_what_was_stored_as_keys_and_values_is_not_found(
     assert engine.metrics.cached_tokens["disk"] == 0
 
 
+@pytest.mark.parametrize(("family", "block_size"), [("deepseek_v3", 64), ("llama", 16)])
 def test_a_block_of_latents_has_64_tokens_where_the_user_names_none(
-    make_engine: MakeEngine,
+    family: str, block_size: int
 ) -> None:
-    assert make_engine("deepseek_v3", block_size=64).sizes.block_bytes == 64 * 3 * 24 * 4
+    loaded = LoadedModel(make_model(family), None, family, family, (2,), 512)
+    options = Options.of(hot_gib=2**22 / GIB, max_model_len=96)
+    engine = build_engine(options, loaded)
+    token_bytes = inspect_model(loaded.model).bytes_per_token
+    assert engine.sizes.block_size == block_size
+    assert engine.sizes.block_bytes == block_size * token_bytes
+    assert run(engine, make_prompts()) == reference(family, make_prompts())
+    engine.close()
