@@ -127,7 +127,7 @@ def test_start_of_an_engine_has_that_note_where_latents_are_not_understood(
 ) -> None:
     engine = make_engine("deepseek_v3")
     latent = shape_from_config(make_config("deepseek_v3").to_dict(), "tiny")
-    assert latent.stored_bytes_per_token("fp32") == engine.sizes.block_bytes // 4 == 288
+    assert latent.stored.kv_bytes_per_token("fp32") == engine.sizes.block_bytes // 4 == 288
     assert "KV of all heads" not in engine.report
 
     monkeypatch.setattr("hotset.attention.latent._expands_as_expected", lambda module: False)

@@ -45,8 +45,7 @@ def test_a_token_takes_the_bytes_that_the_planner_counts(
         return
     layout, shape = inspect_model(model), shape_from_config(config, family)
     shape = replace(shape, index_dtype=DTYPES[layout.kv_dtype])  # that of the model, as KV is
-    planned = shape.stored_bytes_per_token(DTYPES[layout.kv_dtype])
-    assert planned == shape.stored.kv_bytes_per_token(DTYPES[layout.kv_dtype])
+    planned = shape.stored.kv_bytes_per_token(DTYPES[layout.kv_dtype])
     assert planned == layout.bytes_per_token
     specs = layout.cache_specs
     # The planner's layers are the engine's one by one.

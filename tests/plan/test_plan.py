@@ -398,4 +398,4 @@ def test_a_plan_of_latents_counts_what_the_engine_stores() -> None:
         model="deepseek-v3", layout="dp=8,ep=8", users="256", engine="published"
     ).request()
     assert ours.shape.layers == published.shape.layers
-    assert ours.shape.stored_bytes_per_token("bf16") == 70_272
+    assert ours.shape.stored.kv_bytes_per_token("bf16") == 70_272

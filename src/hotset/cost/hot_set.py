@@ -6,7 +6,7 @@ stay on the device, as each step reads all of them. Planner and engine ask the s
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from hotset.cost.cache_spec import Latent
@@ -147,7 +147,6 @@ class HotSetCost:
     context: float
     link_bytes_per_s: float | None = None
     prefetch: int = 0
-    _known: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def rows_bytes_per_s(self) -> float:
@@ -159,10 +158,7 @@ class HotSetCost:
 
     def misses(self, slots: int) -> float:
         """Rows per hot request, layer and step."""
-        if slots not in self._known:
-            found = self.selections.misses(self.context, self.cache.top_k, slots)
-            self._known[slots] = found
-        return self._known[slots]
+        return self.selections.misses(self.context, self.cache.top_k, slots)
 
     def step(self, users: int, num_hot: int, slots: int) -> HotStep:
         """A decode step of `users`, of which `num_hot` are hot with `slots` slots each."""

@@ -20,7 +20,7 @@ from hotset.errors import PlanError
 
 _NORMAL = NormalDist()
 _WIDTH, _POINTS = 7.0, 560  # of z: the chance beyond is 3e-12; 0.025 apart
-_HALVINGS = 60
+_HALVINGS = 32  # to nine digits
 MOST_OVERLAP = 0.98  # beyond, p(z) is steeper than the points of z resolve
 
 
@@ -55,10 +55,15 @@ class DrawnSelections:
             raise PlanError(f"a hot set of {slots} tokens does not hold a selection of {selected}")
         if slots >= context or selected >= context:
             return 0.0
-        share = selected / context
-        chances = _chances(share, correlation(share, max(share, self.overlap)))
-        stay = _bisect(lambda tau: context * _mean(chances, tau, 0) - slots, 1.0, 1e12)
-        return max(0.0, selected - context * _mean(chances, stay, 1))
+        return _misses(self.overlap, context, selected, slots)
+
+
+@lru_cache(maxsize=4096)  # an engine asks while it schedules
+def _misses(overlap: float, context: float, selected: int, slots: int) -> float:
+    share = selected / context
+    chances = _chances(share, correlation(share, max(share, overlap)))
+    stay = _bisect(lambda tau: context * _mean(chances, tau, 0) - slots, 1.0, 1e12)
+    return max(0.0, selected - context * _mean(chances, stay, 1))
 
 
 @lru_cache(maxsize=256)

@@ -7,8 +7,7 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from hotset.cost.attention import KV_BYTES, Attention, Kind
-from hotset.cost.cache_spec import token_bytes
+from hotset.cost.attention import Attention, Kind
 from hotset.cost.params import WEIGHT_BITS, Params
 from hotset.errors import PlanError
 
@@ -254,11 +253,6 @@ class ModelShape:
     def index_pair_flops(self) -> int:
         """Operations to score one token's index keys for one query, over all layers."""
         return sum(n * a.indexer.pair_flops for a, _, n in self.readers if a.indexer)
-
-    def stored_bytes_per_token(self, kv_dtype: str) -> int:
-        """Bytes that this engine stores of each token, whatever is counted here."""
-        specs = (layer.attention.stored.cache for layer in self.layers)
-        return token_bytes(specs, KV_BYTES[kv_dtype]) + self.index_bytes_per_token
 
     def kv_bytes(
         self,
