@@ -2,12 +2,16 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from engines import reference, run
 from tiny_models import SPARSE_FAMILIES
 
 from hotset.engine.engine import Engine
+from hotset.request import SamplingParams
 
 MakeEngine = Callable[..., Engine]
 SELECTED = 16  # by a step of the tiny models
@@ -69,5 +73,121 @@ def test_slots_and_block_sizes_do_not_matter(
         overlap=overlap,
     )
     assert run(engine, prompts, max_tokens=24) == answers("glm_moe_dsa", prompts)
+    assert engine.metrics.turned_hot > 0
+    assert_all_is_back(engine)
+
+
+def logits_of(engine: Engine, prompts: list[list[int]], *, turn: bool) -> list[torch.Tensor]:
+    """Logits of each step; with `turn` requests are made hot as soon as they can be."""
+    found, forward = [], engine.executor.runner.forward
+
+    def note(*args: Any) -> torch.Tensor:
+        found.append(forward(*args).clone())
+        return found[-1]
+
+    def turn_all() -> None:
+        for request in engine.scheduler.running if turn else ():
+            assert engine.kv.hot is not None
+            engine.kv.hot.turn_hot(request)
+
+    engine.executor.runner.forward = note
+    run(engine, prompts, max_tokens=30, each_step=turn_all)
+    return found
+
+
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
+def test_logits_of_hot_and_resident_requests_are_the_same_bits(
+    family: str, make_engine: MakeEngine
+) -> None:
+    prompts = long_prompts(3)
+    engines = [hot_engine(make_engine, family, hot_blocks=150, hot_tokens=20) for _ in range(2)]
+    resident, hot = (
+        logits_of(engine, prompts, turn=turn)
+        for engine, turn in zip(engines, (False, True), strict=True)
+    )
+    assert engines[1].metrics.turned_hot == 3 and not engines[0].metrics.turned_hot
+    for one, other in zip(resident, hot, strict=True):
+        assert torch.equal(one, other)
+    hits, misses, lost = engines[1].executor.runner._seats.totals.tolist()
+    assert hits > 100 and misses > 100 and not lost
+
+
+def test_a_step_that_breaks_off_costs_one_request_and_no_other_reads_its_slots(
+    make_engine: MakeEngine,
+) -> None:
+    prompts = long_prompts(4)
+    engine = hot_engine(make_engine, hot_blocks=48)
+    expected = answers("deepseek_v32", prompts)
+    hot = engine.executor.runner._attention._hot
+    gather, num_calls = hot._gather, [0]
+
+    def break_off(*args: Any) -> None:
+        num_calls[0] += 1
+        if num_calls[0] in (20, 50):  # its layer's slots are told to hold what did not come
+            raise RuntimeError("out of memory")
+        gather(*args)
+
+    hot._gather = break_off
+    outputs: dict[str, list[int]] = {}
+    failed = []
+    for prompt in prompts:
+        params = SamplingParams(max_tokens=24, ignore_eos=True)
+        outputs[engine.add_request(prompt, params)] = []
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.request_id] += output.token_ids
+            if output.error is not None:
+                failed.append(output.request_id)
+        engine.kv.check()
+    assert len(failed) == 2 and engine.metrics.turned_hot > 1
+    for (request_id, tokens), wanted in zip(outputs.items(), expected, strict=True):
+        assert request_id in failed or tokens == wanted
+    assert_all_is_back(engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_a_soak_with_aborts_and_forks_and_little_host_memory_ends_with_all_back(
+    seed: int, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    family = rng.choice(list(SPARSE_FAMILIES))
+    heads = [[rng.randrange(3, 256) for _ in range(rng.randint(8, 40))] for _ in range(6)]
+    prompts = []
+    for _ in range(40):
+        tail = [rng.randrange(3, 256) for _ in range(rng.randint(1, 24))]
+        prompts.append(rng.choice(heads) + tail)
+    made = {"model_changes": WIDE, "hot_tokens": 0}
+    expected = run(make_engine(family, hot_blocks=1000, **made), prompts)
+    engine = hot_engine(
+        make_engine,
+        family,
+        hot_blocks=rng.randint(30, 60),
+        host_blocks=rng.choice([24, 40, 200]),
+        hot_tokens=rng.choice([16, 20, 32]),
+        max_num_seqs=rng.randint(3, 12),
+        max_num_batched_tokens=rng.choice([16, 64, 512]),
+        overlap=rng.random() < 0.5,
+        fetch_policy="fetch",
+        **({"disk_mib": 4, "disk_path": tmp_path} if rng.random() < 0.5 else {}),
+    )
+    wanted, outputs, aborted = {}, {}, set()
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        params = SamplingParams(max_tokens=12, ignore_eos=True, n=rng.choice([1, 1, 1, 2]))
+        request_id = engine.add_request(prompt, params)
+        for index in range(params.n):
+            wanted[request_id, index], outputs[request_id, index] = tokens, []
+    while engine.has_work:
+        for output in engine.step():
+            assert output.error is None, output.error
+            outputs[output.request_id, output.index] += output.token_ids
+        if rng.random() < 0.03:
+            aborted.add(rng.choice(list(wanted))[0])
+            engine.abort(rng.choice(sorted(aborted)))
+        if rng.random() < 0.1 and len(engine.scheduler.running) > 1:
+            engine.scheduler._preempt_last()
+        engine.kv.check()
+    for key, tokens in wanted.items():
+        assert key[0] in aborted or outputs[key] == tokens
     assert engine.metrics.turned_hot > 0
     assert_all_is_back(engine)
