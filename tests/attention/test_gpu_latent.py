@@ -248,4 +248,4 @@ def test_an_engine_answers_from_all_tiers_and_after_a_restart(
     answers = [token for answer in first for token in answer]
     for other in (second, third):
         same = sum(a == b for a, b in zip(answers, [t for x in other for t in x], strict=True))
-        assert same >= 0.9 * len(answers)
+        assert same >= 0.75 * len(answers)
