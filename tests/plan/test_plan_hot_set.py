@@ -1,6 +1,7 @@
 """The hot set of a plan: its lines, what bounds it, and what is refused."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from click.testing import CliRunner, Result
 
 import hotset.bench
 from hotset.cli.plan import command
+from hotset.cli.serve import command as serve_command
 from hotset.errors import PlanError
 from hotset.plan.selection_file import save_selections
 
@@ -95,6 +97,19 @@ def test_recorded_selections_replace_the_overlap(tmp_path: Path) -> None:
 def test_a_plan_says_why_none_turns_hot(arguments: list[str], line: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 0 and line in result.output and "Hot set    " in result.output
+
+
+def test_the_command_serves_as_many_hot_requests_as_planned() -> None:
+    arguments = [word for word in CASE if word not in ("--index-dtype", "fp8")]
+    data = json.loads(run(*arguments, "--json").stdout)
+    words = shlex.split(data["serve"]["command"])
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    assert given["--hot-tokens"] == str(data["hot_set"]["slots"])
+    assert given["--max-num-seqs"] == str(data["hot_set"]["users"])
+    assert (given["--hot-gib"], given["--host-gib"]) == ("6", "64")
+    serve_command.make_context("serve", words[2:])  # takes it
+    few = json.loads(run(*arguments, "--users", "10", "--json").stdout)
+    assert "--hot-tokens" not in few["serve"]["command"]
 
 
 def test_a_model_without_an_indexer_says_nothing() -> None:

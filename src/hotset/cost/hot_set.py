@@ -16,6 +16,7 @@ from hotset.cost.step_time import CostModel
 TAIL_TOKENS = 128  # the block that is being filled, and one that is being copied down
 TABLE_BYTES = 6  # of a slot: its position in 4 bytes, its place in the order of use in 2
 SLOT_STEP = 64  # slots are whole blocks
+MOST_SLOTS = 2**15  # of a request, as the device's tables number them in 16 bits
 LEAST_GAIN = 0.05  # of tokens/s, for which requests turn hot
 NEXT_LAYER_RIGHT = 0.8  # share of its rows that the next layer's indexer tells on this one's input
 
@@ -274,6 +275,11 @@ class HotPlan:
         return self.hot.num_hot * self.cost.cache.resident_bytes(self.cost.context)
 
     @property
+    def pays(self) -> bool:
+        """Whether requests turn hot."""
+        return bool(self.hot.num_hot) and (self.gain is None or self.gain >= 1 + LEAST_GAIN)
+
+    @property
     def gain(self) -> float | None:
         """Tokens/s with hot requests by those without; None where none is resident."""
         return self.hot.tokens_per_s / self.resident.tokens_per_s if self.resident else None
@@ -300,6 +306,7 @@ def plan_hot_set(
     solved = slots is None
     fewest = math.ceil(cost.cache.top_k / SLOT_STEP) * SLOT_STEP
     most = math.floor(cost.context / SLOT_STEP) * SLOT_STEP - TAIL_TOKENS - SLOT_STEP
+    most = min(most, MOST_SLOTS)
     if most < (slots or fewest):
         return None
     if slots is None:

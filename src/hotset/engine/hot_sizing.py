@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hotset.cost.hot_set import TABLE_BYTES, HotSetCost, Room, SparseCache
+from hotset.cost.hot_set import MOST_SLOTS, TABLE_BYTES, HotSetCost, Room, SparseCache
 from hotset.cost.selection import DrawnSelections
 from hotset.errors import ConfigError
 from hotset.units import round_up_gib
@@ -13,7 +13,6 @@ from hotset.units import round_up_gib
 if TYPE_CHECKING:
     from hotset.cost.step_time import CostModel
 
-MOST_SLOTS = 2**15  # of a seat, as tables number them in 16 bits
 # Where the user names no number: twice what a step selects. Of trained models 35 to 50 % of a
 # selection are in the next one too, and of these slots a step then misses 470 to 854 of 2,048
 # tokens (docs/planner.md).

@@ -3,7 +3,7 @@
 Imports no torch.
 """
 
-from hotset.cost.hot_set import LEAST_GAIN, HotPlan, HotSetCost, Room, SparseCache, plan_hot_set
+from hotset.cost.hot_set import HotPlan, HotSetCost, Room, SparseCache, plan_hot_set
 from hotset.cost.selection import DrawnSelections
 from hotset.cost.step_time import CostModel
 from hotset.plan.text import seconds
@@ -54,7 +54,7 @@ def hot_set_lines(request: Request, hot: HotPlan | None, groups: int) -> list[st
     step, resident = hot.hot, hot.resident
     if resident and not step.num_hot:
         return [f"Hot set    none turns hot: {step.users * groups:,} users are resident{kept}"]
-    if hot.gain is not None and hot.gain < 1 + LEAST_GAIN:
+    if not hot.pays:
         return [
             f"Hot set    none turns hot: {step.users * groups:,} users, {step.num_hot * groups:,} "
             f"of them hot, would get {hot.gain:.2f}x the tokens/s"

@@ -91,6 +91,8 @@ def _full_kv(plan: Plan) -> int:
 
 def _arguments(plan: Plan) -> list[str]:
     request, shape = plan.request, plan.request.shape
+    hot = plan.hot_set if plan.hot_set and plan.hot_set.pays else None
+    users = hot.hot.users if hot else plan.users_running
     words = {
         "--model": model_to_serve(shape.name, shape.source),
         "--dtype": _DTYPES[shape.matrix_dtype],
@@ -98,8 +100,10 @@ def _arguments(plan: Plan) -> list[str]:
         **_device_memory(plan),
         **_slower_tiers(plan),
         "--max-model-len": str(request.workload.context),
-        "--max-num-seqs": str(min(MOST_REQUESTS, plan.users_running)),
+        "--max-num-seqs": str(min(MOST_REQUESTS, users)),
     }
+    if hot:
+        words["--hot-tokens"] = str(hot.slots)
     return [word for pair in words.items() for word in pair]
 
 
@@ -133,7 +137,7 @@ def _device_memory(plan: Plan) -> dict[str, str]:
 def _slower_tiers(plan: Plan) -> dict[str, str]:
     """Host memory and disk for KV: all that was given, else what KV takes there."""
     words = {}
-    host = plan.host_kv_bytes
+    host = max(plan.host_kv_bytes, plan.hot_set.host_bytes if plan.hot_set else 0.0)
     if plan.request.host_given:
         host = plan.host_bytes - plan.host_experts_bytes
     if host > 0:
