@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from fake_flashinfer import tapes
+from fake_flashinfer import do
 
 from hotset.attention.flashinfer.expanded import ExpandedPrompts
 from hotset.attention.flashinfer.latent import LatentBackend
@@ -56,12 +56,16 @@ class _Latents:
         rotary: torch.Tensor,
         *,
         out: torch.Tensor,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
+        return_lse_base_on_e: bool = False,
     ) -> None:
         """Attend from `[T, H, R]` and `[T, H, P]`; what is recorded reads the plan when replayed.
 
         As the kernel does, a recording keeps the place of the blocks, and of nothing else.
         """
         block_ids = self._block_ids
+        assert return_lse == return_lse_base_on_e == (lse is not None)
         assert (query.shape[1], query.shape[2], query_rotary.shape[2]) == self._shape
         assert query.stride(-1) == query_rotary.stride(-1) == latents.stride(-1) == 1
         assert latents.shape[1] == self._block_size and out.shape == query.shape
@@ -77,11 +81,10 @@ class _Latents:
                 kept_rotary = rotary[blocks].flatten(0, 1)[: lens[row]].float()
                 scores = query[first].float() @ kept.T + query_rotary[first].float() @ kept_rotary.T
                 out[first] = ((scores * self._scaling).softmax(-1) @ kept).to(out.dtype)
+                if lse is not None:
+                    lse[first] = (scores * self._scaling).logsumexp(-1)
 
-        if tapes:
-            tapes[-1].note(attend)
-            return  # nothing is computed while it is recorded
-        attend()
+        do(attend)
 
 
 class _Ragged:

@@ -152,4 +152,4 @@ def test_layers_with_latents_are_built_and_served_by_a_backend_of_their_own(
     arena = SimpleNamespace(storage=SimpleNamespace(device=cuda))
     for name in ("FlashInferBackend", "LatentBackend"):
         monkeypatch.setattr(choice, name, lambda *parts, _name=name, **options: _name)
-    assert choice.choose_backend(arena, wide) == "LatentBackend"  # type: ignore[arg-type]
+    assert choice.choose_backend(arena, wide, max_context=96) == "LatentBackend"  # type: ignore[arg-type]

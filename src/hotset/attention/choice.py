@@ -7,6 +7,7 @@ from hotset.attention.backend import AttentionBackend
 from hotset.attention.flashinfer.backend import FlashInferBackend
 from hotset.attention.flashinfer.kernels import KernelBuild, why_unsupported
 from hotset.attention.flashinfer.latent import LatentBackend
+from hotset.attention.flashinfer.sparse import SparseBackend
 from hotset.attention.gather import GatherBackend
 from hotset.attention.hot_rows import HotRows
 from hotset.attention.spec import LayerAttention
@@ -19,6 +20,7 @@ def choose_backend(
     arena: DeviceArena,
     layers: Sequence[LayerAttention],
     *,
+    max_context: int,
     hot: HotRows | None = None,
     kernels: KernelBuild | None = None,
     waits: bool = True,
@@ -28,6 +30,7 @@ def choose_backend(
     Args:
         arena: has the KV.
         layers: what each asks for.
+        max_context: most tokens of one sequence.
         hot: the rows of hot requests; None where none may be hot.
         kernels: FlashInfer's, being built.
         waits: until all of them are; see the backends.
@@ -38,5 +41,9 @@ def choose_backend(
     if reason is not None:
         _log.warning("FlashInfer cannot run %s: attention by SDPA, which is slower", reason)
         return GatherBackend(arena, layers, hot)
+    if layers[0].indexer is not None:
+        return SparseBackend(
+            arena, layers, max_context=max_context, hot=hot, kernels=kernels, waits=waits
+        )
     backend = FlashInferBackend if layers[0].latent is None else LatentBackend
     return backend(arena, layers, kernels=kernels, waits=waits)

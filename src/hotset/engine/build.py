@@ -273,6 +273,7 @@ class _Build:
         backend = choose_backend(
             placed.arena,
             self._layout.layers,
+            max_context=sizes.max_model_len,
             hot=placed.hot,
             kernels=self._kernels,
             waits=False,

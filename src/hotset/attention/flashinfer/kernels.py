@@ -34,14 +34,15 @@ _LEFT_OUT = re.compile(r"\bU (_ZN10flashinfer\w*Dispatched\w*)")
 _NOT_SUPPORTED = 801  # cudaErrorNotSupported
 _NM_TIMEOUT_S = 60
 _HEAD_DIMS = (64, 128, 256)
+_MOST_SELECTED = 2048  # by FlashInfer's selection with fixed ties
 
 
 def why_unsupported(layers: Sequence[LayerAttention], device: torch.device) -> str | None:
     """What keeps FlashInfer from running these layers on a GPU, or None where it can."""
-    if any(layer.indexer is not None for layer in layers):
-        return "sparse attention"
     if any(layer.latent is not None for layer in layers):
-        if len(set(layers)) != 1:
+        if reason := _why_not_selected(layers):
+            return reason
+        if len({replace(layer, indexer=None) for layer in layers}) != 1:
             return "layers that attend in different ways, some over latents"
         dtype = str(layers[0].dtype).removeprefix("torch.")
         return why_not_planned(layers[0].cache, dtype, torch.cuda.get_device_capability(device))
@@ -53,6 +54,17 @@ def why_unsupported(layers: Sequence[LayerAttention], device: torch.device) -> s
         key_dim, value_dim = layer.heads.key_dim, layer.heads.value_dim
         if key_dim != value_dim or key_dim not in _HEAD_DIMS:
             return f"head dimensions {key_dim} and {value_dim}"
+    return None
+
+
+def _why_not_selected(layers: Sequence[LayerAttention]) -> str | None:
+    """What keeps FlashInfer and our kernels from selecting as these layers do."""
+    for indexer in {layer.indexer for layer in layers} - {None}:
+        assert indexer is not None
+        if indexer.top_k > _MOST_SELECTED:
+            return f"a selection of {indexer.top_k} tokens"
+        if indexer.key_dim < 16 or indexer.key_dim & (indexer.key_dim - 1):
+            return f"an indexer's keys of {indexer.key_dim} numbers"
     return None
 
 
@@ -123,6 +135,19 @@ class LatentKernelNeed:
 
 
 @dataclass(frozen=True, slots=True)
+class SelectionKernelNeed:
+    """The module that selects the highest scores."""
+
+    backend: str = "fa3"
+
+    def module(self) -> Any:
+        """See `KernelNeed.module`."""
+        from flashinfer.jit.topk import gen_topk_module
+
+        return gen_topk_module()
+
+
+@dataclass(frozen=True, slots=True)
 class RaggedKernelNeed:
     """What decides which module the wrapper for long prompts over latents loads.
 
@@ -148,7 +173,7 @@ class RaggedKernelNeed:
 
 
 # One module each.
-Need: TypeAlias = KernelNeed | LatentKernelNeed | RaggedKernelNeed
+Need: TypeAlias = KernelNeed | LatentKernelNeed | SelectionKernelNeed | RaggedKernelNeed
 
 
 class KernelBuild:
@@ -194,6 +219,8 @@ def start_kernels(
         return None  # the backend says so
     if has_latents:
         dtype, heads = layers[0].dtype, layers[0].heads
+        if layers[0].indexer is not None:
+            return KernelBuild([LatentKernelNeed(dtype), SelectionKernelNeed()])
         ragged = RaggedKernelNeed(dtype, heads.key_dim, heads.value_dim)
         return KernelBuild([LatentKernelNeed(dtype), *[ragged] * can_expand(heads)])
     needs = []

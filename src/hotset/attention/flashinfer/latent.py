@@ -107,6 +107,7 @@ class LatentBackend(RecordableBackend):
         self._spec, self.rank, self.rope_dim = spec, spec.rank, spec.rope_dim
         self.weights = [layer.latent for layer in layers if layer.latent is not None]
         self.caches = [cache.split([spec.rank, spec.rope_dim], dim=-1) for cache in arena.layers]
+        self._page_size = arena.block_size
         self._asked = layers[0]
         self._most_rows = most_rows(self._asked.num_heads)
         self._workspace = torch.zeros(workspace_bytes, dtype=torch.uint8, device=self.device)
@@ -125,8 +126,7 @@ class LatentBackend(RecordableBackend):
         try:
             latent, rotary = row.split([self.rank, self.rope_dim], dim=1)
             self.store_latent(latent, rotary, self.arena.layers[0], zero + scratch_block, zero)
-            step = self._launched(scratch_rows(1, scratch_block))
-            step.run(0, query, torch.empty_like(query[..., : self.rank]))
+            self._try(query, scratch_rows(1, scratch_block))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler that is not there makes of it
@@ -135,6 +135,10 @@ class LatentBackend(RecordableBackend):
                 f"FlashInfer cannot build its attention kernels, which eager steps need too: "
                 f"{reason}"
             ) from error
+
+    def _try(self, query: torch.Tensor, rows: Rows) -> None:
+        """Attend from one absorbed query, so that its kernels are there."""
+        self._launched(rows).run(0, query, torch.empty_like(query[..., : self.rank]))
 
     def use_all_kernels(self, *, waits: bool) -> bool:
         """Attend to long prompts by their own kernel from now on, if it is built or `waits`.
@@ -269,7 +273,7 @@ class LatentBackend(RecordableBackend):
                 asked.num_heads,
                 self.rank,
                 self.rope_dim,
-                self.arena.block_size,
+                self._page_size,
                 False,  # a row is all of its sequence's queries
                 asked.scaling,
                 asked.dtype,
@@ -288,13 +292,12 @@ class LatentBackend(RecordableBackend):
             self.attend_part(index, layer, query[part], output[part])
 
     def attend_part(
-        self, index: int, layer: int, query: torch.Tensor, output: torch.Tensor
+        self, index: int, layer: int, query: torch.Tensor, output: torch.Tensor, **options: Any
     ) -> None:
-        """The same for the rows of one plan."""
+        """The same for the rows of one plan, with more options of FlashInfer's."""
         latents, rotary = self.caches[layer]
-        self._wrappers[index].run(
-            query[..., : self.rank], query[..., self.rank :], latents, rotary, out=output
-        )
+        asked, asked_rotary = query[..., : self.rank], query[..., self.rank :]
+        self._wrappers[index].run(asked, asked_rotary, latents, rotary, out=output, **options)
 
     def wait_for_plan(self) -> None:
         """Block until the last plan is on the device, which it is as soon as its step begins."""

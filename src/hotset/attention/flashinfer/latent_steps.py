@@ -161,7 +161,8 @@ class LatentAttention:
             return self._planned.attend(layer, query)
         weights = backend.weights[layer]
         absorbed = _absorbed(weights, query)
-        latents = self._run(layer, absorbed.transpose(0, 1))[..., : backend.rank]  # [T, H, R]
+        asked = () if index is None else (index,)
+        latents = self._run(layer, absorbed.transpose(0, 1), *asked)[..., : backend.rank]
         return weights.mix(latents.transpose(0, 1)).transpose(0, 1)
 
 

@@ -1,0 +1,89 @@
+"""Sparse attention as a GPU runs it, launched and recorded, over fakes of FlashInfer and graphs."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fake_flashinfer import FakeRecorder
+from fake_sparse import CpuSparse
+from paged import gather, paged_logits
+from tiny_models import SPARSE_FAMILIES, make_model
+
+from hotset.attention import choice
+from hotset.attention.flashinfer import kernels, sparse
+from hotset.attention.flashinfer.kernels import (
+    LatentKernelNeed,
+    SelectionKernelNeed,
+    start_kernels,
+    why_unsupported,
+)
+from hotset.cost.attention import Indexer
+from hotset.executor import graphs as graphs_module
+from hotset.executor.probe import inspect_model
+from hotset.memory.arena import DeviceArena
+
+# Experts on a CPU ask the host which tokens they have, which no tape replays.
+DENSE = {"mlp_layer_types": ["dense"] * 3}
+
+
+def backend_of(layout: Any, most_rows: int = 256) -> Callable[[DeviceArena], CpuSparse]:
+    return lambda arena: CpuSparse(arena, layout.layers, max_context=59, most_rows=most_rows)
+
+
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_model_computes_what_it_does_over_gathered_rows(
+    family: str, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs_module, "GraphRecorder", FakeRecorder)
+    model = make_model(family, **DENSE)
+    layout = inspect_model(model)
+    expected = paged_logits(model, layout, gather(layout))
+
+    got = paged_logits(model, layout, backend_of(layout), recorded=recorded, compiles=False)
+
+    for one, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_in_pieces_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("glm_moe_dsa", **DENSE)
+    layout = inspect_model(model)
+    expected = paged_logits(model, layout, backend_of(layout))
+    monkeypatch.setattr(sparse, "SCORES_BYTES", 4 * 60 * 7)  # scores of 7 tokens
+
+    got = paged_logits(model, layout, backend_of(layout, most_rows=5))
+
+    for one, other in zip(expected, got, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_the_kernels_cannot_select_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "why_not_planned", lambda *asked: None)
+    layers = inspect_model(make_model("glm_moe_dsa")).layers
+    device = torch.device("cuda")
+
+    def why(**changes: Any) -> str | None:
+        return why_unsupported([replace(layer, **changes) for layer in layers], device)
+
+    assert why() is None  # although the second layer takes the selection of the first
+    assert why(indexer=Indexer(4096, 8, 128)) == "a selection of 4096 tokens"
+    assert why(indexer=Indexer(16, 8, 96)) == "an indexer's keys of 96 numbers"
+    unlike = [layers[0], replace(layers[1], scaling=1.0)]
+    reason = "layers that attend in different ways, some over latents"
+    assert why_unsupported(unlike, device) == reason
+
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace())
+    monkeypatch.setattr(kernels, "KernelBuild", list)
+    assert start_kernels(layers, torch.float32, device) == [
+        LatentKernelNeed(torch.float32),
+        SelectionKernelNeed(),
+    ]
+    arena = SimpleNamespace(storage=SimpleNamespace(device=device))
+    monkeypatch.setattr(choice, "SparseBackend", lambda *parts, **options: options["max_context"])
+    assert choice.choose_backend(arena, layers, max_context=77) == 77  # type: ignore[arg-type]
