@@ -28,6 +28,7 @@ PLAIN = {
     "cpu_libraries",
     "libraries",
     "foreign_text",
+    "weight_format",
 }
 ORDER = [
     "cost",

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from hotset.checkpoint.files import Stored
-from hotset.checkpoint.quantized import narrow_weights, quant_method
-from hotset.cost.quantisation import quant_config
+from hotset.checkpoint.quantized import quant_method
+from hotset.cost.quantisation import narrow_weights, quant_config
 from hotset.errors import ModelError
 
 Block = tuple[int, int | None] | None  # rows and columns that share a scale; None is all

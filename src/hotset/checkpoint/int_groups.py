@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from hotset.checkpoint.files import Stored
-from hotset.checkpoint.quantized import IntForm
+from hotset.cost.quantisation import IntForm
 from hotset.errors import ModelError
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where each code of 32 bits is

@@ -12,7 +12,7 @@ import torch
 
 from hotset.checkpoint import fp8_blocks, int_groups, mxfp4, quantized
 from hotset.checkpoint.files import read_headers, weight_files
-from hotset.cost.quantisation import quant_config
+from hotset.cost.quantisation import int_form, quant_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class CheckpointTensors:
         shapes: dict[str, tuple[int, ...]] = {}
         folded: set[str] = set()
         form = fp8_blocks.fp8_format(folder, fields, stored)
-        integers = quantized.int_form(quant_config(fields) or {})
+        integers = int_form(quant_config(fields) or {})
         self.is_dequantised = quantized.is_dequantised(fields)
         if integers is not None:
             self._parts = int_groups.find_weights(folder, integers, stored)

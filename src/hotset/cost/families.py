@@ -30,8 +30,8 @@ from hotset.cost.family_mla import (
     longcat,
 )
 from hotset.cost.mixers import Config, Facts
-from hotset.cost.params import Params
-from hotset.cost.quantisation import modelopt_algorithm
+from hotset.cost.params import FORMATS, Params, name_of
+from hotset.cost.quantisation import modelopt_algorithm, stored_format
 from hotset.cost.shape import Layer, ModelShape
 from hotset.errors import PlanError
 
@@ -352,16 +352,12 @@ def _storage(f: Facts) -> tuple[str, dict[str, str]]:
     if quant is None:
         return _DTYPES[dtype], {}
     method = quant.get("quant_method")
-    everything = ("attention", "mlp", "expert")
-    if method == "fp8" or method == "fbgemm_fp8":
-        stored = "fp8_block" if quant.get("weight_block_size") else "fp8"
-        return _DTYPES[dtype], dict.fromkeys(everything, stored)
-    if method == "modelopt" and modelopt_algorithm(quant) == "FP8":
-        return _DTYPES[dtype], dict.fromkeys(everything, "fp8")
-    if method == "mxfp4":  # gpt-oss: experts only
-        return _DTYPES[dtype], {"expert": "mxfp4"}
-    if method in ("awq", "gptq") and quant.get("bits", quant.get("w_bit", 4)) == 4:
-        return _DTYPES[dtype], dict.fromkeys(everything, "int4")
+    stored = stored_format(quant)
+    if stored is None and method in ("awq", "gptq") and quant.get("bits", quant.get("w_bit")) == 4:
+        stored = FORMATS["int4"]
+    if stored is not None:
+        parts = ("expert",) if method == "mxfp4" else ("attention", "mlp", "expert")  # of gpt-oss
+        return _DTYPES[dtype], dict.fromkeys(parts, name_of(stored))
     name = f"modelopt's {modelopt_algorithm(quant)}" if method == "modelopt" else repr(method)
     if method is None:
         name = "without quant_method (of MLX, say)"

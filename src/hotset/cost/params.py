@@ -3,18 +3,30 @@
 import math
 from dataclasses import dataclass
 
-# Bits one matrix element takes, with the scales its format stores beside it.
-WEIGHT_BITS = {
-    "fp32": 32.0,
-    "bf16": 16.0,
-    "fp16": 16.0,
-    "fp8": 8.0,  # one scale a tensor or channel: less than 0.02 %, not counted
-    "fp8_block": 8.0 + 32 / 128**2,  # a float32 scale for 128 x 128 elements (DeepSeek-V3)
-    "int8": 8.0,
-    "mxfp4": 4.0 + 8 / 32,  # an 8-bit scale for 32 elements
-    "nvfp4": 4.0 + 8 / 16,  # an FP8 scale for 16 elements
-    "int4": 4.0 + (16 + 4) / 128,  # AWQ and GPTQ: 16-bit scale, 4-bit zero for 128 elements
+from hotset.weight_format import AWQ_128, FP8_BLOCK, FP8_ROW, INT4_128, MXFP4, WeightFormat
+
+# By the name that a user gives, how a model's matrices may be stored.
+FORMATS = {
+    "fp32": WeightFormat("float32"),
+    "bf16": WeightFormat("bfloat16"),
+    "fp16": WeightFormat("float16"),
+    "fp8": FP8_ROW,  # one scale a tensor or channel: less than 0.02 %, not counted
+    "fp8_block": FP8_BLOCK,  # DeepSeek-V3
+    "int8": WeightFormat("int8", "float32"),
+    "mxfp4": MXFP4,
+    "nvfp4": WeightFormat("e2m1", "e4m3", 1, 16),
+    "int4": AWQ_128,
+    "int4_symmetric": INT4_128,  # GPTQ, compressed-tensors
+    "int4_symmetric_32": WeightFormat("int4", "bfloat16", 1, 32),
 }
+# Bits one matrix element takes, with the scales its format stores beside it.
+WEIGHT_BITS = {name: each.bits() for name, each in FORMATS.items()}
+
+
+def name_of(stored: WeightFormat) -> str:
+    """The name of the format that takes the bits of `stored`, or nearly."""
+    alike = [name for name, each in FORMATS.items() if each.code == stored.code]
+    return min(alike, key=lambda name: abs(WEIGHT_BITS[name] - stored.bits()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,139 @@
+"""How the numbers of a matrix are stored, and what scales them. Imports no torch.
+
+The one description of narrow weights: the planner counts bytes by it, loader and tiers lay out
+memory by it, and kernels read what it names. A weight is `code * scale`, or
+`(code - zero) * scale`, in float32, rounded once to the dtype of the model, wherever it is.
+
+- e4m3: 8-bit floats. e2m1: 4-bit floats, 0 to 6 with a sign. int4: 0 to 15; 8 is subtracted where a
+  group has no zero of its own. Codes of 4 bits lie two in a byte, the lower half first.
+- Scales of e8m0 are exponents of 2 with a bias of 127, a byte each. Zeros are a byte each.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Code = Literal["float32", "bfloat16", "float16", "int8", "e4m3", "e2m1", "int4"]
+Scale = Literal["float32", "bfloat16", "float16", "e8m0", "e4m3"]
+
+ALIGN_BYTES = 128  # of planes: what a GPU reads at once
+_CODE_BITS = {
+    "float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "e4m3": 8, "e2m1": 4, "int4": 4,
+}  # fmt: skip
+_SCALE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "e8m0": 8, "e4m3": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One array of a stored matrix.
+
+    Attributes:
+        shape: in numbers of `dtype`.
+        dtype: `uint8`, or that of scales.
+        offset: byte where it begins.
+        num_bytes: of it, without what aligns the next one.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    num_bytes: int
+
+    @property
+    def end(self) -> int:
+        """The first byte that can begin the next plane."""
+        return -(-(self.offset + self.num_bytes) // ALIGN_BYTES) * ALIGN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """How a matrix of N rows (outputs) and K columns (inputs) is stored.
+
+    Attributes:
+        code: of each number.
+        scale: of each group; None where codes are the numbers.
+        rows: of a group; None is all.
+        columns: of a group; None is all.
+        has_zeros: whether a group has a zero, which is subtracted from its codes.
+    """
+
+    code: Code
+    scale: Scale | None = None
+    rows: int | None = 1
+    columns: int | None = None
+    has_zeros: bool = False
+
+    @property
+    def name(self) -> str:
+        """For people: codes and groups."""
+        if self.scale is None:
+            return self.code
+        if self.code == "e2m1" and self.scale == "e8m0" and self.columns == 32:
+            return "mxfp4"
+        what = "fp8" if self.code == "e4m3" else self.code
+        if self.rows == 1:
+            return what if self.columns is None else f"{what} in groups of {self.columns}"
+        return what if self.rows is None else f"{what} in blocks of {self.rows} x {self.columns}"
+
+    @property
+    def code_bits(self) -> int:
+        """Of one number."""
+        return _CODE_BITS[self.code]
+
+    @property
+    def group_bits(self) -> int:
+        """Of what a group has beside its codes."""
+        return (0 if self.scale is None else _SCALE_BITS[self.scale]) + 8 * self.has_zeros
+
+    def groups(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """`[..., N, K]` to the groups of each dimension; the last of one may be smaller."""
+        *others, rows, columns = shape
+        return (*others, -(-rows // (self.rows or rows)), -(-columns // (self.columns or columns)))
+
+    def planes(self, shape: tuple[int, ...], offset: int = 0) -> tuple[Plane, ...]:
+        """Codes, scales and zeros of `[..., N, K]`, one after another from `offset` on.
+
+        Raises:
+            ValueError: rows do not end with a byte.
+        """
+        *others, columns = shape
+        if columns * self.code_bits % 8:
+            raise ValueError(f"rows of {columns} numbers of {self.code_bits} bits end in a byte")
+        codes = Plane(
+            (*others, columns * self.code_bits // 8), "uint8", offset, self._code_bytes(shape)
+        )
+        planes, groups = [codes], self.groups(shape)
+        if self.scale is not None:
+            size = math.prod(groups) * _SCALE_BITS[self.scale] // 8
+            planes.append(Plane(groups, self.scale, planes[-1].end, size))
+        if self.has_zeros:
+            planes.append(Plane(groups, "uint8", planes[-1].end, math.prod(groups)))
+        return tuple(planes)
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Of all planes, without what aligns them."""
+        return self._code_bytes(shape) + math.prod(self.groups(shape)) * self.group_bits // 8
+
+    def bits(self, shape: tuple[int, ...] | None = None) -> float:
+        """Of one number with its part of the group's.
+
+        Args:
+            shape: `[..., N, K]`; None is a matrix of whole groups, large enough for the scales of
+                whole rows and matrices not to count.
+        """
+        if shape is not None:
+            return 8 * self.num_bytes(shape) / math.prod(shape)
+        if self.rows is None or self.columns is None:
+            return self.code_bits
+        return self.code_bits + self.group_bits / (self.rows * self.columns)
+
+    def _code_bytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self.code_bits // 8
+
+
+FP8_ROW = WeightFormat("e4m3", "float32")
+FP8_BLOCK = WeightFormat("e4m3", "float32", 128, 128)
+MXFP4 = WeightFormat("e2m1", "e8m0", 1, 32)
+INT4 = WeightFormat("int4", "bfloat16", 1, 64)  # what experts are rounded to
+INT4_128 = WeightFormat("int4", "bfloat16", 1, 128)
+AWQ_128 = WeightFormat("int4", "float16", 1, 128, has_zeros=True)
