@@ -74,6 +74,9 @@ class PlayedExecutor:
     def expert_counts(self) -> None:
         """See `Executor`."""
 
+    def hot_counts(self) -> None:
+        """See `Executor`."""
+
     def take_faults(self) -> Counter[str]:
         """See `Executor`."""
         return Counter()

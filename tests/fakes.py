@@ -255,6 +255,9 @@ class FakeExecutor:
     def expert_counts(self) -> None:
         pass
 
+    def hot_counts(self) -> None:
+        pass
+
     def take_faults(self) -> Counter[str]:
         return Counter()
 

@@ -2,8 +2,11 @@
 
 from collections import Counter
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 from hotset.sequence import Request
+
+HOT_ROWS = "host>slots"  # in `Metrics.moved_bytes`: rows of hot requests
 
 
 @dataclass(slots=True)
@@ -20,6 +23,14 @@ class ExpertCounts:
     expert_disk_reads: int = 0  # experts read from disk
     expert_disk_bytes: int = 0  # bytes of these
     expert_disk_wait_s: float = 0.0  # steps waited for them
+
+
+class HotCounts(NamedTuple):
+    """What steps found of the tokens that hot requests selected, over all layers that select."""
+
+    hits: int  # tokens that a slot held
+    misses: int  # and that came from host memory
+    moved_bytes: int  # of the rows of these
 
 
 @dataclass(slots=True)
@@ -40,6 +51,8 @@ class Metrics(ExpertCounts):
     preemptions: int = 0
     rotations: int = 0  # of these, ends of a turn
     turned_hot: int = 0  # requests that gave back blocks and kept the tokens used last
+    hot_hits: int = 0  # tokens that hot requests selected and had on the device, per layer
+    hot_misses: int = 0  # and that came from host memory
     spilled_blocks: int = 0
     fetched_blocks: int = 0
     moved_bytes: Counter[str] = field(default_factory=Counter)  # by direction, "device>host"
@@ -65,6 +78,11 @@ class Metrics(ExpertCounts):
         """These counts stand in place of the earlier ones."""
         for one in fields(counts):
             setattr(self, one.name, getattr(counts, one.name))
+
+    def take_hot(self, counts: HotCounts) -> None:
+        """These counts stand in place of the earlier ones."""
+        self.hot_hits, self.hot_misses = counts.hits, counts.misses
+        self.moved_bytes[HOT_ROWS] = counts.moved_bytes
 
     def found(self, request: Request, start: int, num_tokens: int, tier: str) -> None:
         """Count tokens that a request need not compute, from `start` on.

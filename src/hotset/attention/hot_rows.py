@@ -9,6 +9,7 @@ from hotset.attention.spec import LayerAttention
 from hotset.kernels.gather_rows import RowRun, gather_rows, gather_rows_reference
 from hotset.kernels.resolve_rows import Misses
 from hotset.memory.arena import DeviceArena
+from hotset.metrics import HotCounts
 
 
 class HotRows:
@@ -39,8 +40,11 @@ class HotRows:
             RowRun(i * run_bytes, row_bytes, arena.block_size, len(layers) * arena.block_size)
             for i in range(len(layers))
         ]
+        self._row_bytes = row_bytes
         selecting = [i for i, layer in enumerate(layers) if layer.index_dim]
         self._selections = {layer: number for number, layer in enumerate(selecting)}
+        ends = [*selecting[1:], len(layers)]
+        self._layers_of = [end - first for first, end in zip(selecting, ends, strict=True)]
         self._gather = gather_rows if arena.storage.is_cuda else gather_rows_reference
 
     def resolve(
@@ -48,6 +52,25 @@ class HotRows:
     ) -> Misses:
         """Complete the `rows` that a layer selected; see `SeatTables.resolve`."""
         return self.tables.resolve(self._selections[layer], positions, rows, seats)
+
+    def counts(self) -> HotCounts:
+        """What slots held and what was fetched so far; waits for the device.
+
+        Raises:
+            AssertionError: a selected token was in no memory, which is a bug: its request's tokens
+                are wrong.
+        """
+        totals = self.tables.totals.tolist()
+        assert not any(lost for _, _, lost in totals), "tokens of a hot request were lost"
+        num_rows = sum(
+            misses * num_layers
+            for (_, misses, _), num_layers in zip(totals, self._layers_of, strict=True)
+        )
+        return HotCounts(
+            sum(hits for hits, _, _ in totals),
+            sum(misses for _, misses, _ in totals),
+            num_rows * self._row_bytes,
+        )
 
     def fetch(self, layer: int, misses: Misses) -> None:
         """Bring a layer's missing rows to the device; see `gather_rows`."""

@@ -57,19 +57,21 @@ class SeatTables:
         self._token_in = table(-1, torch.int32, num_selections, num_seats, num_slots)
         self._order = table(0, torch.int16, num_selections, num_seats, num_slots)
         self._slots = torch.arange(num_slots, dtype=torch.int16, device=device)
-        self._totals = table(0, torch.int64, num_seats, 3)
+        self._totals = table(0, torch.int64, num_selections, num_seats, 3)
         rank_of = table(-1, torch.int16, num_seats, num_blocks * block_size)
         spare = table(0, torch.int16, num_seats, num_slots)
         self._layers = [
-            LayerSeats(self._host, self._slot_blocks, *own, rank_of, spare, self._totals)
-            for own in zip(self._token_in, self._order, strict=True)
+            LayerSeats(self._host, self._slot_blocks, token_in, order, rank_of, spare, totals)
+            for token_in, order, totals in zip(
+                self._token_in, self._order, self._totals, strict=True
+            )
         ]
         self._resolve = resolve_rows if device.type == "cuda" else resolve_rows_reference
 
     @property
     def totals(self) -> torch.Tensor:
-        """`[3]` int64 on the device: of all steps, tokens found in slots, fetched, and lost."""
-        return self._totals.sum(0)
+        """`[selections, 3]` int64 on the device; see `LayerSeats`, of all seats together."""
+        return self._totals.sum(1)
 
     def apply(self, updates: SeatUpdates) -> None:
         """Write what changed before a step. Nobody waits for it."""

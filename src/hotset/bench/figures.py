@@ -57,7 +57,7 @@ def _expert_sizes(engine: Engine, model: PreTrainedModel) -> dict[str, int]:
 
 def counters_since(before: Metrics, engine: Engine) -> dict[str, Any]:
     """What the engine counted since `before`, a copy of its metrics, and what follows from it."""
-    engine.count_experts()
+    engine.take_counts()
     now = engine.metrics
     found: dict[str, Any] = {}
     for one in fields(Metrics):

@@ -185,7 +185,7 @@ class Bench:
             drive(engine, prefix_work(self.work))
             hot_tokens = engine.sizes.device_blocks * engine.sizes.block_size
             drive(engine, filler(hot_tokens, length, self._vocab_size))
-        engine.count_experts()
+        engine.take_counts()
         return warm_s - begin_s, time.perf_counter() - warm_s
 
     def _drive(self, engine: Engine, arm: str, profiler: StepProfiler | None) -> Driven:

@@ -24,6 +24,7 @@ _COLORS = {
 _TIERS = {"device": "hot: device", "host": "warm: host memory", "disk": "cold: disk"}
 _USERS = {
     "m": (_HELD, "moving"),
+    "h": (_WARM, "hot"),
     "a": (_UP, "fetching"),
     "p": (_COLD, "parked"),
     "w": (_WAIT, "waiting"),
@@ -155,6 +156,9 @@ def _flows(status: Json) -> RenderableType:
     table.add_row("forked", f"{totals['forked_tokens']:,} tokens")
     table.add_row("resumed", f"{resumed:,} tokens")
     table.add_row("parked to make room", f"{totals['preemptions']:,} times")
+    if needed := totals["hot_hits"] + totals["hot_misses"]:
+        share = totals["hot_hits"] / needed
+        table.add_row("selected tokens in slots", f"{share:.1%} of {needed:,}")
     experts = totals["experts"]
     if needed := experts["hits"] + experts["misses"]:
         table.add_row("experts found in slots", f"{experts['hits'] / needed:.1%} of {needed:,}")

@@ -283,7 +283,7 @@ class _Build:
             placed.arena,
             backend,
             max_num_seqs=schedule.max_num_seqs,
-            seats=None if placed.hot is None else placed.hot.tables,
+            hot=placed.hot,
         )
         compiles = self._device.type == "cuda" and not self._options.runtime.eager
         if compiles:

@@ -237,14 +237,16 @@ class Engine:
             self._commit(started)
         outputs = self._outputs.take()
         if not self.scheduler.has_requests:
-            self.count_experts()
+            self.take_counts()
         return outputs
 
-    def count_experts(self) -> None:
-        """Bring the metrics of experts up to date; waits for the device."""
-        counts = self.executor.expert_counts()
-        if counts is not None:
-            self.metrics.take_experts(counts)
+    def take_counts(self) -> None:
+        """Bring the metrics of experts and of hot requests up to date; waits for the device."""
+        experts, hot = self.executor.expert_counts(), self.executor.hot_counts()
+        if experts is not None:
+            self.metrics.take_experts(experts)
+        if hot is not None:
+            self.metrics.take_hot(hot)
 
     def record_routing(self, recorder: "RoutingRecorder | None") -> None:
         """Tell `recorder`, which was there before this engine, of each step from now on."""

@@ -17,7 +17,7 @@ _MOST_CELLS = 1024
 # One letter per block or slot.
 FREE, CACHED, HELD, SHARED, ARRIVING, LEAVING = "fchsad"
 # One letter per user.
-MOVING, FETCHING, PARKED, WAITING = "mapw"
+MOVING, HOT, FETCHING, PARKED, WAITING = "mhapw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class EngineStatus:
     """A snapshot, taken between two steps.
 
     Attributes:
-        num_moving: requests with tokens to compute now.
+        num_moving: requests with tokens to compute now, all of whose tokens are on the device.
+        num_hot: likewise, with those on the device that were used last, and all in host memory.
         num_fetching: running requests that wait for blocks on their way up.
         num_parked: preempted ones, their KV in a slower tier.
         num_waiting: not started yet.
@@ -55,6 +56,7 @@ class EngineStatus:
     """
 
     num_moving: int
+    num_hot: int
     num_fetching: int
     num_parked: int
     num_waiting: int
@@ -95,15 +97,19 @@ def engine_usage(engine: "Engine") -> Usage:
 
 def engine_status(engine: "Engine", *, num_queued: int) -> EngineStatus:
     """Look at the engine; to be called from its thread. `num_queued` requests wait before it."""
-    engine.count_experts()
+    engine.take_counts()
     engine.kv.poll()  # an engine that idles takes no note of host memory that became ready
     scheduler = engine.scheduler
-    users = [FETCHING if request.kv.arriving else MOVING for request in scheduler.running]
+    users = [
+        FETCHING if one.kv.arriving else MOVING if one.kv.seat is None else HOT
+        for one in scheduler.running
+    ]
     users += [PARKED if request.queue.num_preemptions else WAITING for request in scheduler.waiting]
     users += [WAITING] * num_queued
     count = Counter(users)
     return EngineStatus(
         num_moving=count[MOVING],
+        num_hot=count[HOT],
         num_fetching=count[FETCHING],
         num_parked=count[PARKED],
         num_waiting=count[WAITING],

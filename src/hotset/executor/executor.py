@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from hotset.executor.step_input import StepInput, StepResult
-from hotset.metrics import ExpertCounts
+from hotset.metrics import ExpertCounts, HotCounts
 from hotset.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -77,6 +77,10 @@ class Executor(Protocol):
 
     def expert_counts(self) -> ExpertCounts | None:
         """What experts in host memory did so far; waits for the device. None: there are none."""
+        ...
+
+    def hot_counts(self) -> HotCounts | None:
+        """What hot requests found and fetched; waits for the device. None: none can be hot."""
         ...
 
     def take_faults(self) -> Counter[str]:

@@ -13,7 +13,7 @@ from hotset.executor.step_input import StepInput, StepResult
 from hotset.executor.step_timer import StepTimer
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.recorder import RoutingRecorder
-from hotset.metrics import ExpertCounts
+from hotset.metrics import ExpertCounts, HotCounts
 from hotset.request import SamplingParams
 from hotset.sequence import Kind
 
@@ -92,6 +92,10 @@ class LocalExecutor:
     def expert_counts(self) -> ExpertCounts | None:
         """See `Executor`."""
         return None if self._experts is None else self._experts.counts()
+
+    def hot_counts(self) -> HotCounts | None:
+        """See `Executor`."""
+        return self.runner.hot_counts()
 
     def take_faults(self) -> Counter[str]:
         """See `Executor`."""

@@ -15,8 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hotset.attention.backend import AttentionBackend, RecordableBackend, StepAttention
 from hotset.attention.batch import NUM_INPUTS
 from hotset.attention.hook import register
+from hotset.attention.hot_rows import HotRows
 from hotset.attention.inputs import Inputs, copy_batch
-from hotset.attention.seat_tables import SeatTables
 from hotset.attention.sparse.indexer import mask_arguments
 from hotset.errors import ModelError
 from hotset.executor.graphs import StepGraphs
@@ -24,6 +24,7 @@ from hotset.executor.step_input import StepInput
 from hotset.experts.recorder import RoutingRecorder
 from hotset.linear.merged import merge_linears
 from hotset.memory.arena import DeviceArena
+from hotset.metrics import HotCounts
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class ModelRunner:
         arena: where the KV lives.
         attention: how it is attended to.
         max_num_seqs: most requests in one step.
-        seats: the tables of hot requests, which `attention` reads; None where none may be hot.
+        hot: the rows of hot requests, which `attention` reads; None where none may be hot.
     """
 
     def __init__(
@@ -60,10 +61,10 @@ class ModelRunner:
         attention: AttentionBackend,
         *,
         max_num_seqs: int = 256,
-        seats: SeatTables | None = None,
+        hot: HotRows | None = None,
     ) -> None:
         self._model = model
-        self._seats = seats
+        self._hot = hot
         self._arena = arena
         self._attention = attention
         self._graphs: StepGraphs | None = None
@@ -193,6 +194,10 @@ class ModelRunner:
             self._graphs = None
             return True
 
+    def hot_counts(self) -> HotCounts | None:
+        """What hot requests found and fetched; waits for the device. None: none can be hot."""
+        return None if self._hot is None else self._hot.counts()
+
     @torch.inference_mode()
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy blocks of the device (from, to), before what is submitted later."""
@@ -222,8 +227,8 @@ class ModelRunner:
             self.recorder.begin_step(step.num_tokens)
         self.copy_blocks(step.copies)
         if step.seats is not None:
-            assert self._seats is not None, "a request is hot and there is no seat"
-            self._seats.apply(step.seats)
+            assert self._hot is not None, "a request is hot and there is no seat"
+            self._hot.tables.apply(step.seats)
         batch = step.batch
         if batch.has_unknown:
             assert previous is not None, "a token is unknown and no step is choosing it"

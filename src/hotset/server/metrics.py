@@ -44,6 +44,11 @@ _KV_COUNTERS = {
     "spilled_blocks": "Blocks copied down.",
     "fetched_blocks": "Blocks copied up.",
 }
+_HOT_COUNTERS = {
+    "turned_hot": "Requests that gave back blocks and kept the tokens used last.",
+    "hot_hits": "Tokens that hot requests selected, per layer, and had on the device.",
+    "hot_misses": "Likewise, that came from host memory.",
+}
 _EXPERT_COUNTERS = {
     "expert_hits": "Experts that were needed and had a slot.",
     "expert_misses": "Experts that were needed and had no slot.",
@@ -109,13 +114,16 @@ class _Snapshot(Collector):
 
     def _requests(self) -> Iterator[Metric]:
         status = self._status
-        running = status.num_moving + status.num_fetching
+        running = status.num_moving + status.num_hot + status.num_fetching
         yield _gauge("num_requests_running", "Requests in the engine's steps.", running)
         yield _gauge("num_requests_waiting", "Requests not started yet.", status.num_waiting)
         yield _gauge(
             "num_requests_parked", "Preempted, their KV in a slower tier.", status.num_parked
         )
         yield _gauge("num_requests_fetching", "Running, waiting for their KV.", status.num_fetching)
+        yield _gauge(
+            "num_requests_hot", "Running with few of their tokens on the device.", status.num_hot
+        )
         yield from self._counters(_REQUEST_COUNTERS)
         yield _labelled(
             "request_success",
@@ -160,6 +168,7 @@ class _Snapshot(Collector):
             ),
         )
         yield from self._counters(_KV_COUNTERS)
+        yield from self._counters(_HOT_COUNTERS)
 
     def _tiers(self) -> Iterator[Metric]:
         status = self._status
