@@ -136,6 +136,6 @@ def test_planner_bench_and_engine_compute_the_same_part_of_a_prefix(link: str, u
     policy = PrefixPolicy(rates, bytes_per_token=size)
     queued_tokens = 1 if users > 1 else 0  # another request waits
     computed = policy.tokens_to_compute(3600, {"host"}, queued_bytes=0, queued_tokens=queued_tokens)
-    assert planned.found_tokens == 3600
-    assert planned.recomputed_tokens == pytest.approx(computed, abs=1)
+    assert planned.turn.found == 3600
+    assert planned.turn.recomputed == pytest.approx(computed, abs=1)
     assert benched.fetched_tokens == pytest.approx(users * (3600 - computed), abs=users)

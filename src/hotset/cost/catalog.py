@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from hotset.cost.families import shape_from_config
+from hotset.cost.json_files import read_json
 from hotset.cost.quantisation import with_modelopt, without_quantisation
 from hotset.cost.shape import ModelShape
 from hotset.errors import PlanError
-from hotset.foreign_text import ForeignTextError, parse_json
+from hotset.foreign_text import parse_json
 
 _ALIASES = {
     "llama-3.1-8b": "llama-3-8b",
@@ -100,10 +101,5 @@ def _cached_config(repo_id: str) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = parse_json(path.read_bytes())
-    except OSError as error:
-        raise PlanError(f"config {path} cannot be read: {error.strerror or error}") from error
-    except ForeignTextError as error:
-        raise PlanError(f"config {path} {error}") from error
+    config: dict[str, Any] = read_json(path, "config")
     return with_modelopt(path.parent, config) if isinstance(config, dict) else config

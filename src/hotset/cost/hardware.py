@@ -11,8 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from hotset.cost.json_files import read_json
 from hotset.errors import PlanError
-from hotset.foreign_text import ForeignTextError, parse_json
+from hotset.foreign_text import parse_json
 
 # Nominal one-way rates, GB/s, of the links `--link` knows by name.
 LINKS = {
@@ -207,15 +208,7 @@ def nearest_hardware(memory_bytes_per_s: float) -> Hardware:
 
 
 def _from_file(path: Path) -> Hardware:
-    try:
-        data = parse_json(path.read_bytes())
-    except OSError as error:
-        raise PlanError(
-            f"hardware profile {path} cannot be read: {error.strerror or error}"
-        ) from error
-    except ForeignTextError as error:
-        raise PlanError(f"hardware profile {path} {error}") from error
-    return hardware_from_json(data, str(path))
+    return hardware_from_json(read_json(path, "hardware profile"), str(path))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import NormalDist, fmean
 
+from hotset.cost.json_files import read_json
 from hotset.errors import PlanError
-from hotset.foreign_text import ForeignTextError, parse_json
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,7 @@ def load_histogram(path: Path) -> Routing:
     Raises:
         PlanError: the file is not such a list.
     """
-    try:
-        counts = parse_json(path.read_bytes())
-    except OSError as error:
-        raise PlanError(
-            f"expert histogram {path} cannot be read: {error.strerror or error}"
-        ) from error
-    except ForeignTextError as error:
-        raise PlanError(f"expert histogram {path} {error}") from error
+    counts = read_json(path, "expert histogram")
     good = isinstance(counts, list) and all(
         isinstance(c, int | float) and not isinstance(c, bool) and math.isfinite(c) and c >= 0
         for c in counts
