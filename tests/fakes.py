@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from hotset.engine.step import Step
 from hotset.executor.step_input import StepInput, StepResult
@@ -18,6 +19,8 @@ from hotset.memory.tier import (
 )
 from hotset.request import SamplingParams
 from hotset.sequence import Request
+
+T = TypeVar("T")
 
 
 class FakeClock:
@@ -323,3 +326,15 @@ class FakeTier:
         transfer_id = next(self._ids)
         self._ended.append(Completion(transfer_id, key, status))
         return transfer_id
+
+
+def once(run: Callable[..., T]) -> Callable[..., T]:
+    """`run` the first time; later calls return what that one returned."""
+    found: list[T] = []
+
+    def run_once(*args: Any, **given: Any) -> T:
+        if not found:
+            found.append(run(*args, **given))
+        return found[0]
+
+    return run_once

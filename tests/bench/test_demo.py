@@ -4,6 +4,7 @@ from array import array
 import pytest
 import torch
 from click.testing import CliRunner
+from fakes import once
 from tiny_models import make_model
 from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
@@ -101,7 +102,10 @@ def test_text_is_refused_where_nothing_reads_it() -> None:
         run_bench(order, SILENT)
 
 
-def test_the_command_prints_the_table_and_says_that_tokens_are_identical() -> None:
+def test_the_command_prints_the_table_and_says_that_tokens_are_identical(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hotset.bench.demo.run_demo", once(run_demo))
     sizes = ["--users", "8", "--turns", "2", "--document-tokens", "200", "--answer-tokens", "8"]
     shown = CliRunner().invoke(cli, ["demo", *sizes], catch_exceptions=False)
     assert shown.exit_code == 0, shown.output

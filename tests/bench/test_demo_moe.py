@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from fakes import once
 from tiny_models import make_model
 from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 
@@ -97,7 +98,10 @@ def failing(load: Load) -> Load:
     return load_failing
 
 
-def test_the_command_prints_what_was_measured_and_what_to_do_next(load_tiny: Load) -> None:
+def test_the_command_prints_what_was_measured_and_what_to_do_next(
+    load_tiny: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotset.bench.demo.run_demo", once(run_demo))
     words = ["demo-moe", "--users", "3", "--answer-tokens", "8"]
     shown = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert shown.exit_code == 0, shown.output
