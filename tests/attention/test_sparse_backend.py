@@ -12,6 +12,8 @@ from fake_flashinfer import FakeRecorder
 from fake_sparse import CpuSparse
 from paged import gather, paged_logits
 from tiny_models import SPARSE_FAMILIES, make_model
+from torch._dynamo.testing import CompileCounter
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hotset.attention import choice
 from hotset.attention.flashinfer import kernels, sparse
@@ -21,6 +23,7 @@ from hotset.attention.flashinfer.kernels import (
     start_kernels,
     why_unsupported,
 )
+from hotset.attention.hook import register
 from hotset.cost.attention import Indexer
 from hotset.executor import graphs as graphs_module
 from hotset.executor.probe import inspect_model
@@ -34,8 +37,10 @@ def backend_of(layout: Any, most_rows: int = 256) -> Callable[[DeviceArena], Cpu
     return lambda arena: CpuSparse(arena, layout.layers, max_context=59, most_rows=most_rows)
 
 
-@pytest.mark.parametrize("family", SPARSE_FAMILIES)
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(
+    ("family", "recorded"),
+    [*((family, False) for family in SPARSE_FAMILIES), ("glm_moe_dsa", True), ("hy_v4", True)],
+)
 def test_a_model_computes_what_it_does_over_gathered_rows(
     family: str, recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,3 +92,28 @@ def test_what_the_kernels_cannot_select_is_said(monkeypatch: pytest.MonkeyPatch)
     arena = SimpleNamespace(storage=SimpleNamespace(device=device))
     monkeypatch.setattr(choice, "SparseBackend", lambda *parts, **options: options["max_context"])
     assert choice.choose_backend(arena, layers, max_context=77) == 77  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_the_layers_of_a_model_share_compiled_code() -> None:
+    """An `Index` goes through compiled layers, also to those that share a selection."""
+    types = ["full", "shared", "full", "full", "shared", "shared"]
+    model = make_model(
+        "glm_moe_dsa", num_hidden_layers=6, indexer_types=types, mlp_layer_types=["dense"] * 6
+    )
+    layout = inspect_model(model)
+    expected = paged_logits(model, layout, gather(layout))
+    register(traced=False)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True, backend=counter)
+
+    got = paged_logits(model, layout, gather(layout))
+
+    for one, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    # Of both kinds what is before attention and what is behind it, and the first layer, which is
+    # handed no selection, once more.
+    assert counter.frame_count <= 6

@@ -1,0 +1,233 @@
+"""Sparse attention on an NVIDIA GPU of the kind Hopper: run these there with `pytest -m gpu`."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import make_prompts, run
+from paged import difference, gather, paged_logits
+from test_gpu_latent import BLOCK, DECODES, DEVICE, MIXED, WIDE, Step
+from tiny_models import SPARSE_FAMILIES, make_model
+
+from hotset.attention.flashinfer.sparse import SparseBackend
+from hotset.attention.gather import GatherBackend
+from hotset.attention.inputs import Inputs
+from hotset.attention.latent import LatentWeights
+from hotset.attention.sparse.indexer import Index
+from hotset.attention.sparse.select import select_positions
+from hotset.cost.attention import Indexer
+from hotset.engine.engine import Engine
+from hotset.executor.probe import inspect_model
+from hotset.memory.arena import DeviceArena
+
+MakeEngine = Callable[..., Engine]
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+
+COUNT, INDEX_HEADS, INDEX_DIM, MOST_CONTEXT = 256, 64, 128, 9100
+SPARSE = {**WIDE, "index_head_dim": 128, "index_topk": 24, "mlp_layer_types": ["dense"] * 3}
+
+
+@pytest.mark.parametrize("count", [16, 256, 2048])
+@pytest.mark.parametrize("width", [2048, 4100, 36864])
+def test_flashinfer_selects_as_the_reference_does_ties_to_the_lower_position(
+    count: int, width: int
+) -> None:
+    from flashinfer import top_k_ragged_transform
+
+    torch.manual_seed(0)
+    lengths = [0, 1, 15, 16, 17, 255, 256, 257, 2047, 2048, 2049, 4096, 36863, 36864]
+    lens = torch.tensor([n for n in lengths if n <= width], dtype=torch.int32, device=DEVICE)
+    for values in (3, 50, 10_000_000):  # from ties nearly everywhere to hardly any
+        scores = torch.randint(-values, values, (len(lens), width), device=DEVICE).float()
+        got = top_k_ragged_transform(
+            scores, torch.zeros_like(lens), lens, count, deterministic=True, tie_break=1
+        )
+        assert torch.equal(got, select_positions(scores, lens, count))
+
+
+class SparseStep(Step):
+    """Two layers, of which the second takes the selection of the first.
+
+    Index values are small integers, so that scores are exact, and equal ones many.
+    """
+
+    def __init__(
+        self, num_heads: int, lengths: list[tuple[int, int]], *, has_sinks: bool = False
+    ) -> None:
+        super().__init__(num_heads, lengths, torch.bfloat16)
+        sinks = torch.randn(num_heads, device=DEVICE) if has_sinks else None
+        full = Indexer(COUNT, INDEX_HEADS, INDEX_DIM)
+        self.layers = [
+            replace(layer, indexer=replace(full, is_shared=i == 1), sinks=sinks)
+            for i, layer in enumerate(self.layers)
+        ]
+        self.arena = self.make_arena(torch.bfloat16, torch.device(DEVICE))
+        self.arena.storage.normal_()
+        self.arena.index_keys[0].copy_(self.integers(*self.arena.index_keys[0].shape))
+        self.index = Index(
+            self.integers(1, self.num_tokens, INDEX_HEADS, INDEX_DIM).bfloat16(),
+            self.integers(1, self.num_tokens, INDEX_DIM).bfloat16(),
+            self.integers(1, self.num_tokens, INDEX_HEADS) / 8,
+        )
+
+    @staticmethod
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-2, 3, shape, device=DEVICE).float()
+
+    def make_arena(self, dtype: torch.dtype, device: torch.device) -> DeviceArena:
+        return DeviceArena(
+            [layer.cache for layer in self.layers],
+            num_blocks=self.arena.num_blocks,
+            block_size=BLOCK,
+            dtype=dtype,
+            device=device,
+            index_dims=[layer.index_dim for layer in self.layers],
+        )
+
+    def attend(self, attention: Any) -> list[torch.Tensor]:
+        """What both layers attend to, one after another."""
+        given = (self.query, self.rotary, self.latent, self.index)
+        return [attention.attend(layer, *given) for layer in (0, 1)]
+
+    def exact_layers(self) -> list[torch.Tensor]:
+        """By float32 over gathered rows, on the CPU."""
+        weights = LatentWeights(self.heads.float().cpu(), nope_dim=128)
+        wide = [
+            replace(
+                one,
+                dtype=torch.float32,
+                latent=weights,
+                sinks=None if one.sinks is None else one.sinks.cpu(),
+            )
+            for one in self.layers
+        ]
+        arena = self.make_arena(torch.float32, torch.device("cpu"))
+        arena.storage.copy_(self.arena.storage)
+        arena.index_keys[0][: arena.num_blocks] = self.arena.index_keys[0][: arena.num_blocks].cpu()
+        inputs = Inputs(*(row.cpu() for row in self.inputs()))
+        attention = GatherBackend(arena, wide).begin_step(self.batch, inputs)
+        given = [part.float().cpu() for part in (self.query, self.rotary, self.latent)]
+        index = Index(*(part.float().cpu() for part in self.index[:3]))
+        return [attention.attend(layer, *given, index) for layer in (0, 1)]
+
+
+def backend_of(step: SparseStep) -> SparseBackend:
+    return SparseBackend(step.arena, step.layers, max_context=MOST_CONTEXT)
+
+
+@pytest.mark.parametrize("num_heads", [16, 64, 128])
+@pytest.mark.parametrize("lengths", [DECODES, MIXED], ids=["decodes", "mixed"])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_attention_to_what_was_selected_is_that_in_float32(
+    num_heads: int, lengths: list[tuple[int, int]], has_sinks: bool
+) -> None:
+    step = SparseStep(num_heads, lengths, has_sinks=has_sinks)
+    expected = step.exact_layers()
+
+    got = step.attend(backend_of(step).begin_step(step.batch, step.inputs()))
+
+    for one, other in zip(expected, got, strict=True):
+        for seq in step.sequences:
+            rows = slice(seq.start, seq.start + seq.num_tokens)
+            assert difference(one[rows], other[rows].float().cpu()) < 1e-2, seq.context_len
+
+
+def test_scores_in_pieces_select_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = SparseStep(64, MIXED)
+    backend = backend_of(step)
+    expected = step.attend(backend.begin_step(step.batch, step.inputs()))
+    monkeypatch.setattr(backend, "_most_scored", 100)
+    got = step.attend(backend.begin_step(step.batch, step.inputs()))
+    assert all(map(torch.equal, expected, got))
+
+
+@pytest.mark.parametrize("num_heads", [64, 128])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_replayed_attention_is_the_launched_one_bit_for_bit(
+    num_heads: int, has_sinks: bool
+) -> None:
+    step = SparseStep(num_heads, MIXED, has_sinks=has_sinks)
+    backend = backend_of(step)
+    recorded = backend.record_mixed(
+        max_num_seqs=len(MIXED),
+        max_num_tokens=step.num_tokens,
+        block_ids=torch.zeros(10_000, dtype=torch.int32, device=DEVICE),
+        scratch_block=step.scratch_block,
+    )
+    inputs = step.inputs()
+    recorded.begin(step.num_tokens)
+    attention = backend.step_with(inputs, recorded.run)
+    step.attend(attention)  # loads kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step.attend(attention)
+    for _ in range(3):
+        step.query.normal_()
+        step.index.query.copy_(step.integers(*step.index.query.shape))
+        launched = backend.begin_step(step.batch, inputs)
+        expected = [output.clone() for output in step.attend(launched)]
+        recorded.plan(step.batch)
+        graph.replay()
+        assert all(map(torch.equal, outputs, expected))
+
+
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
+def test_a_model_computes_launched_and_recorded_what_gathered_rows_give(family: str) -> None:
+    model = make_model(family, **SPARSE).to("cuda", torch.bfloat16)
+    with torch.no_grad():  # attention that is not all or nothing
+        for parameter in model.parameters():
+            parameter.mul_(0.5 if parameter.ndim > 1 else 1)
+    layout = inspect_model(model)
+    twin = deepcopy(model).float().cpu()
+    exact_layout = inspect_model(twin)
+    exact = paged_logits(twin, exact_layout, gather(exact_layout))
+    expected = paged_logits(model, layout, gather(layout))
+    for recorded in (False, True):
+        got = paged_logits(
+            model,
+            layout,
+            lambda arena: SparseBackend(arena, layout.layers, max_context=60),
+            recorded=recorded,
+        )
+        for true, one, other in zip(exact, expected, got, strict=True):
+            # A token that is selected in place of one with nearly its score counts as rounding.
+            assert difference(true.cuda(), other) <= max(5e-2, 3 * difference(true.cuda(), one))
+
+
+@pytest.mark.parametrize("tiers", [{}, {"hot_blocks": 26, "host_blocks": 300}])
+def test_an_engine_answers_from_all_tiers_and_after_a_restart(
+    tiers: dict[str, Any], make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are compared where they are clear: float16 ties break as batches differ."""
+
+    def wide_model(family: str, **changes: Any) -> Any:
+        return make_model(family, **changes, **SPARSE).to(torch.float16)
+
+    monkeypatch.setattr("engines.make_model", wide_model)
+    options = {"device": "cuda", "kv_bytes": 2, "disk_mib": 64, "disk_path": tmp_path}
+    prompts = make_prompts()
+    engine = make_engine("glm_moe_dsa", fetch_policy="fetch", **options, **tiers)
+    if tiers:
+        engine.scheduler.ahead_tokens = 1  # so that many are preempted
+    assert type(engine.executor.runner._attention) is SparseBackend
+    assert engine.executor.runner._graphs is not None
+    first = run(engine, prompts)
+    second = run(engine, prompts)
+    if tiers:
+        assert engine.metrics.preemptions > 0
+        assert engine.metrics.cached_tokens["host"] > 0
+    while engine.has_transfers:
+        engine.step()
+    engine.close()
+    restarted = make_engine("glm_moe_dsa", fetch_policy="fetch", **options, **tiers)
+    third = run(restarted, prompts)
+    assert restarted.metrics.cached_tokens["disk"] > 0
+
+    answers = [token for answer in first for token in answer]
+    for other in (second, third):
+        same = sum(a == b for a, b in zip(answers, [t for x in other for t in x], strict=True))
+        assert same >= 0.75 * len(answers)
