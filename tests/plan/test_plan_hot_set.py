@@ -112,6 +112,14 @@ def test_the_command_serves_as_many_hot_requests_as_planned() -> None:
     assert "--hot-tokens" not in few["serve"]["command"]
 
 
+def test_the_page_and_the_explanation_name_the_index_keys_and_the_hot_set(tmp_path: Path) -> None:
+    assert run(*CASE, "--html", str(tmp_path / "one.html")).exit_code == 0
+    assert "tokens per hot user and layer" in (tmp_path / "one.html").read_text("utf-8")
+    text = run(*CASE, "--explain").output
+    assert "index keys: 1,056 B a token over all layers" in text
+    assert "scoring index keys: each of 18 x 33,792 keys once" in text
+
+
 def test_a_model_without_an_indexer_says_nothing() -> None:
     result = run("llama-3-8b", "--json")
     assert json.loads(result.stdout)["hot_set"] is None

@@ -1,4 +1,25 @@
-"""Fetch a prefix from a slower tier, compute it again, or both at once: the cheapest."""
+"""Fetch a prefix from a slower tier, compute it again, or both at once: the cheapest.
+
+With `x` tokens computed and `cold_tokens - x` fetched, both at once, the prefix is ready at
+
+    max(compute(x), fetch(cold_tokens - x)), where
+    compute(x) = (queued_tokens + x) / prefill                      0 at x = 0
+    fetch(y)   = (queued_bytes + y * bytes_per_token) / link        0 at y = 0
+
+`compute` rises with x and `fetch` falls, so the best inner x is where they cross:
+
+    x = ((queued_bytes + cold_tokens * bytes_per_token) / link - queued_tokens / prefill)
+        / (bytes_per_token / link + 1 / prefill)
+
+The two end points skip one queue altogether, so they are compared with the whole numbers on
+both sides of the crossing. Equal times take the fewest computed tokens.
+
+Computed tokens take time from other requests, and a fetch does not: while others run, the
+whole prefix is fetched unless that takes longer than to compute the whole of it.
+
+Prefill is taken as linear in tokens; that a later token costs more attention is for the caller
+to put into `rates`.
+"""
 
 import math
 from collections.abc import Iterable
@@ -17,27 +38,7 @@ def bring_prefix(
     queued_bytes: float = 0.0,
     queued_tokens: float = 0.0,
 ) -> int:
-    """How many of `cold_tokens` to compute from the front while the rest is fetched from the back.
-
-    With `x` tokens computed and `cold_tokens - x` fetched, both at once, the prefix is ready at
-
-        max(compute(x), fetch(cold_tokens - x)), where
-        compute(x) = (queued_tokens + x) / prefill                      0 at x = 0
-        fetch(y)   = (queued_bytes + y * bytes_per_token) / link        0 at y = 0
-
-    `compute` rises with x and `fetch` falls, so the best inner x is where they cross:
-
-        x = ((queued_bytes + cold_tokens * bytes_per_token) / link - queued_tokens / prefill)
-            / (bytes_per_token / link + 1 / prefill)
-
-    The two end points skip one queue altogether, so they are compared with the whole numbers on
-    both sides of the crossing. Equal times take the fewest computed tokens.
-
-    Computed tokens take time from other requests, and a fetch does not: while others run, the
-    whole prefix is fetched unless that takes longer than to compute the whole of it.
-
-    Prefill is taken as linear in tokens; that a later token costs more attention is for the caller
-    to put into `rates`.
+    """How many of `cold_tokens` to compute from the front while the rest is fetched, see above.
 
     Args:
         rates: of the model's prefill, and of the tiers.

@@ -48,6 +48,8 @@ def _kv(plan: Plan) -> Section:
     request = plan.request
     shape, context, dtype = request.shape, request.workload.context, request.kv_dtype
     body = [_kv_line(attention, n, context, dtype) for attention, _, n in shape.readers]
+    if shape.index_bytes_per_token:
+        body.append(f"index keys: {shape.index_bytes_per_token:,} B a token over all layers")
     body += [
         f"a further token = {shape.kv_bytes_per_token(dtype):,} B over all layers that grow",
         f"one user of {context:,} tokens = {plan.kv_bytes_per_user:,} B = "
@@ -187,13 +189,16 @@ def _step(plan: Plan) -> Section:
 
 def _notes_on_parts(plan: Plan, users: int) -> dict[str, str]:
     """How each part of a step that is no product is computed."""
-    cost, c = plan.cost, plan.cost.calibration
+    cost, c, shape = plan.cost, plan.cost.calibration, plan.request.shape
+    context = plan.request.workload.decode_context
     link = f"{cost.link_bytes_per_s() / 1e9:.0f} GB/s"
     return {
         "all_reduce": "2 per layer, 2 (t - 1) / t of B x d x 2 B on NVLink, "
         f"{c.all_reduce_s * 1e6:.0f} us each",
         "all_to_all": "k x (dispatch + combine) per token and MoE layer, remote part, "
         f"{2 * c.all_to_all_s * 1e6:.0f} us per layer and more beyond NVLink",
+        "index": f"each of {users} x {context:,.0f} keys once, {shape.index_bytes_per_token:,} B "
+        f"and {shape.index_pair_flops:,} operations each",
         "launch": f"kernels of all layers x {cost.kernel_s * 1e6:.2f} us",
         "per_user": f"{users} users x {c.user_s * 1e6:.1f} us",
         "host_experts": "the cheaper of fetching misses and streaming all, one layer ahead, over "

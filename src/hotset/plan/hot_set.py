@@ -59,13 +59,20 @@ def hot_set_lines(request: Request, hot: HotPlan | None, groups: int) -> list[st
             f"Hot set    none turns hot: {step.users * groups:,} users, {step.num_hot * groups:,} "
             f"of them hot, would get {hot.gain:.2f}x the tokens/s"
         ]
+    head = f"{hot.slots:,} of {hot.cost.context:,.0f} tokens per hot user and layer on the device"
+    cells = _cells(request, hot, groups)
+    return ["", f"Hot set: {head}", *(f"  {name:<12} {text}" for name, text in cells)]
+
+
+def _cells(request: Request, hot: HotPlan, groups: int) -> list[tuple[str, str]]:
+    cache, step, resident = hot.cost.cache, hot.hot, hot.resident
     before, a_user, gain = "0", "", ""
     if resident:
         before, a_user = f"{resident.tokens_per_s * groups:,.0f}", f"{1 / resident.seconds:.0f} -> "
         gain = f" ({hot.gain:.1f}x)"
     fit = resident.users * groups if resident else 0
     pays = f"from {hot.break_even * groups:,} users on" if hot.break_even else "never"
-    cells = [
+    return [
         ("selected", f"{cache.top_k:,} per step and layer; {_overlap(request)}"),
         (
             "users",
@@ -91,8 +98,6 @@ def hot_set_lines(request: Request, hot: HotPlan | None, groups: int) -> list[st
             f"{1 / step.seconds:.0f}",
         ),
     ]
-    head = f"{hot.slots:,} of {hot.cost.context:,.0f} tokens per hot user and layer on the device"
-    return ["", f"Hot set: {head}", *(f"  {name:<12} {text}" for name, text in cells)]
 
 
 def _overlap(request: Request) -> str:

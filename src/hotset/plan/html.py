@@ -7,6 +7,7 @@ from hotset.cost.families import layer_summary
 from hotset.cost.step_time import CAUSES
 from hotset.errors import PlanError
 from hotset.plan.explain import explain_plan
+from hotset.plan.hot_set import hot_set_lines
 from hotset.plan.planner import make_plan
 from hotset.plan.result import Plan
 from hotset.plan.search import sweep
@@ -56,6 +57,7 @@ def page(plan: Plan) -> str:
     if workload.output:
         asked += f", answers of {workload.output:,}"
     active = f", {shape.active_params / 1e9:.2f} B a token" if shape.moe_layers else ""
+    hot = "\n".join(hot_set_lines(request, plan.hot_set, plan.layout.dp)).strip()
     notes = "".join(f"<p>{escape(note)}.</p>" for note in plan.notes)
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -67,6 +69,7 @@ def page(plan: Plan) -> str:
         _section(f"Where a step's {seconds(plan.step.expected_s)} go", _parts(plan)),
         _section("Users against context", _users_chart(plan)),
         _section("Tokens/s against users", _rate_chart(plan)),
+        _section("Hot set", f"<pre>{escape(hot)}</pre>") if hot else "",
         _section("Notes", notes) if notes else "",
         f"<section><details><summary>Every formula with its numbers</summary>"
         f"<pre>{escape(explain_plan(plan))}</pre></details></section>",
