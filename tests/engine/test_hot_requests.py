@@ -2,15 +2,24 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engines import reference, run
+from fake_sparse import CpuSparse
 from tiny_models import SPARSE_FAMILIES
 
+from hotset.attention.hot_rows import HotRows
+from hotset.attention.sparse.select import score_keys
+from hotset.cost.tuning import TUNINGS
+from hotset.engine import build
 from hotset.engine.engine import Engine
+from hotset.kernels.gather_rows import gather_rows
+from hotset.kernels.resolve_rows import resolve_rows
 from hotset.request import SamplingParams
 
 MakeEngine = Callable[..., Engine]
@@ -195,5 +204,44 @@ def test_a_soak_with_aborts_and_forks_and_little_host_memory_ends_with_all_back(
         engine.kv.check()
     for key, tokens in wanted.items():
         assert key[0] in aborted or outputs[key] == tokens
+    assert engine.metrics.turned_hot > 0
+    assert_all_is_back(engine)
+
+
+def test_a_gpus_kernels_find_and_fetch_the_same_rows(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launched in Triton's interpreter, with attention by a fake of FlashInfer."""
+
+    def choose(arena: Any, layers: Any, *, max_context: int, hot: HotRows, **_: Any) -> CpuSparse:
+        hot.tables._resolve, hot._gather = resolve_rows, gather_few
+        backend = CpuSparse(arena, layers, max_context=max_context, hot=hot)
+        backend._scoring.score_paged_keys = score
+        return backend
+
+    gather_few = partial(gather_rows, tuning=replace(TUNINGS["cuda"], gather_programs=3))
+
+    def score(query: Any, weights: Any, keys: Any, tokens: Any, scores: Any, *, count: int) -> None:
+        """As the kernel, which takes long in the interpreter."""
+        for token, (start, length) in enumerate(zip(tokens.starts, tokens.lengths, strict=True)):
+            blocks = tokens.block_ids[start : start - (-length // keys.shape[1])].long()
+            own = keys[blocks].flatten(0, 1)[:length]
+            each = query[token : token + 1], weights[token : token + 1], own
+            scores[token, :length] = score_keys(*each)[0]
+
+    monkeypatch.setattr(build, "choose_backend", choose)
+    wide = {**WIDE, "mlp_layer_types": ["dense"] * 3}
+    prompts = [prompt[:45] for prompt in long_prompts(2)]
+    engine = make_engine(
+        "glm_moe_dsa",
+        model_changes=wide,
+        host_blocks=80,
+        hot_blocks=19,
+        hot_tokens=SELECTED,
+        max_model_len=52,
+        max_num_seqs=4,
+    )
+    expected = reference("glm_moe_dsa", prompts, max_tokens=6, **wide)
+    assert run(engine, prompts, max_tokens=6) == expected
     assert engine.metrics.turned_hot > 0
     assert_all_is_back(engine)

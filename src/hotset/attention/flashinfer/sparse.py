@@ -253,10 +253,13 @@ class SparseBackend(LatentBackend):
                 rows_per_block=cache.stride(0) // cache.stride(1),
                 num_blocks=self.arena.num_blocks,
             )
-            if self._hot is not None:
+            if self._hot is not None and part.start < self._hot.tables.num_seats:
+                # Hot requests decode, and decodes come before all other tokens.
                 assert index.seats is not None
-                seats = index.seats[part]
-                step.misses.append(self._hot.resolve(layer, positions, step.rows[part], seats))
+                end = min(part.stop, self._hot.tables.num_seats)
+                first = slice(part.start, end)
+                found = positions[: end - part.start], step.rows[first], index.seats[first]
+                step.misses.append(self._hot.resolve(layer, *found))
 
 
 def _pages(cache: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,123 @@
+"""Hot requests on an NVIDIA GPU of the kind Hopper: run these there with `pytest -m gpu`."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from engines import run
+from tiny_models import SPARSE_FAMILIES, make_model
+
+from hotset.attention.flashinfer.sparse import SparseBackend
+from hotset.engine.engine import Engine
+
+MakeEngine = Callable[..., Engine]
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+
+# Widths that FlashInfer's kernels are made for; 24 tokens are selected.
+WIDE = {
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "head_dim": 64,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "index_head_dim": 128,
+    "index_topk": 24,
+    "mlp_layer_types": ["dense"] * 3,
+}
+BLOCK, SLOTS = 16, 64
+
+
+def make_wide(make_engine: MakeEngine, family: str, **changes: Any) -> Engine:
+    options = {
+        "device": "cuda",
+        "kv_bytes": 2,
+        "block_size": BLOCK,
+        "hot_tokens": SLOTS,
+        "host_blocks": 400,
+        "hot_blocks": 300,
+        "max_model_len": 640,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 512,
+        **changes,
+    }
+    engine = make_engine(family, **options)
+    assert type(engine.executor.runner._attention) is SparseBackend
+    return engine
+
+
+@pytest.fixture(autouse=True)
+def _wide_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wide_model(family: str, **changes: Any) -> Any:
+        return make_model(family, **changes, **WIDE).to(torch.bfloat16)
+
+    monkeypatch.setattr("engines.make_model", wide_model)
+
+
+def prompts_of(lengths: list[int]) -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(3, 256) for _ in range(length)] for length in lengths]
+
+
+def logits_of(engine: Engine, prompts: list[list[int]], *, turn: bool) -> list[torch.Tensor]:
+    """Logits of each step; with `turn` requests are made hot as soon as they can be."""
+    found, forward = [], engine.executor.runner.forward
+
+    def note(*args: Any) -> torch.Tensor:
+        found.append(forward(*args).clone())
+        return found[-1]
+
+    def turn_all() -> None:
+        for request in engine.scheduler.running if turn else ():
+            assert engine.kv.hot is not None
+            engine.kv.hot.turn_hot(request)
+
+    engine.executor.runner.forward = note
+    run(engine, prompts, max_tokens=100, each_step=turn_all)
+    return found
+
+
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
+@pytest.mark.parametrize("eager", [False, True])
+def test_logits_of_hot_and_resident_requests_are_the_same_bits(
+    family: str, eager: bool, make_engine: MakeEngine
+) -> None:
+    """Over 100 steps of the same batches, so that what was generated is fetched as well."""
+    prompts = prompts_of([SLOTS - 1, SLOTS, SLOTS + 1, SLOTS + BLOCK, 200, 431])
+    engines = [make_wide(make_engine, family, eager=eager) for _ in range(2)]
+    assert (engines[1].executor.runner._graphs is None) == eager
+    resident, hot = (
+        logits_of(engine, prompts, turn=turn)
+        for engine, turn in zip(engines, (False, True), strict=True)
+    )
+    assert engines[1].metrics.turned_hot == 6 and not engines[0].metrics.turned_hot
+    assert len(resident) == len(hot) > 100
+    for number, (one, other) in enumerate(zip(resident, hot, strict=True)):
+        assert torch.equal(one, other), f"step {number}"
+    engine = engines[1]
+    engine.take_counts()
+    assert engine.metrics.hot_hits > 1000 and engine.metrics.hot_misses > 1000
+    assert engine.kv.pool.num_held == 0 or engine.has_transfers
+
+
+def test_requests_turn_hot_where_memory_is_short_and_give_all_back(
+    make_engine: MakeEngine,
+) -> None:
+    """Answers are compared where they are clear: ties of bfloat16 break as batches differ."""
+    prompts = prompts_of([300, 320, 280, 333, 310, 290])
+    expected = run(make_wide(make_engine, "glm_moe_dsa", hot_tokens=0), prompts, max_tokens=40)
+    engine = make_wide(make_engine, "glm_moe_dsa", hot_blocks=64)
+    answers = run(engine, prompts, max_tokens=40)
+    assert engine.metrics.turned_hot > 1 and engine.metrics.preemptions == 0
+    pairs = [
+        pair
+        for answer, wanted in zip(answers, expected, strict=True)
+        for pair in zip(answer, wanted, strict=True)
+    ]
+    assert sum(one == other for one, other in pairs) >= 0.5 * len(pairs)
+    while engine.has_transfers:
+        engine.step()
+    engine.kv.poll()
+    engine.kv.check()
+    assert engine.kv.pool.num_held == 0
