@@ -1,7 +1,7 @@
 """`hotset plan`: where a model lives, how many users fit, what limits them and how fast it runs."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +127,6 @@ def _check_modes(chosen: list[str], explain: bool, as_json: bool, html: Path | N
 
 
 def _balance(path: Path, devices: int | None, replicas: int | None, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from hotset.cost.routing import skew_of
     from hotset.plan.balance import balance, balance_table, load_recording
 
@@ -194,7 +192,7 @@ def _compare(options: Options, values: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         shown = [{"case": name, **_shown(plan)} for name, plan in zip(cases, plans, strict=True)]
         _print_json(
-            {**_shown(plans[0]), "cases": shown, "ratios": [ratio.as_dict() for ratio in ratios]}
+            {**_shown(plans[0]), "cases": shown, "ratios": [asdict(ratio) for ratio in ratios]}
         )
     else:
         click.echo(compare_table(cases, plans, ratios))

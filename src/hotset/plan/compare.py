@@ -7,34 +7,23 @@ from hotset.plan.result import Plan
 
 @dataclass(frozen=True)
 class Ratio:
-    """One case against the first, in tokens/s per GPU. `total` is `capacity` times `speed`.
+    """One case against the first; `tokens_per_s_per_gpu` is `capacity` times `speed`.
 
     Attributes:
         case: its name.
-        total: tokens/s per GPU, over the first case's.
+        tokens_per_s_per_gpu: over the first case's.
+        capacity: what running more (or fewer) users at once gives of it.
         speed: the same if both ran the first case's number of users per GPU.
-        capacity: the rest: what running more (or fewer) users at once gives.
         tpot: time per token, over the first case's.
         ttft: time to first token, over the first case's.
     """
 
     case: str
-    total: float
-    speed: float
+    tokens_per_s_per_gpu: float
     capacity: float
+    speed: float
     tpot: float
     ttft: float
-
-    def as_dict(self) -> dict[str, object]:
-        """For `--json`."""
-        return {
-            "case": self.case,
-            "tokens_per_s_per_gpu": self.total,
-            "capacity": self.capacity,
-            "speed": self.speed,
-            "tpot": self.tpot,
-            "ttft": self.ttft,
-        }
 
 
 def compare_plans(names: list[str], plans: list[Plan]) -> list[Ratio]:
@@ -54,9 +43,9 @@ def _ratio(name: str, plan: Plan, first: Plan) -> Ratio:
     speed = same / _per_gpu(first)
     return Ratio(
         case=name,
-        total=total,
-        speed=speed,
+        tokens_per_s_per_gpu=total,
         capacity=total / speed,
+        speed=speed,
         tpot=plan.step.expected_s / first.step.expected_s,
         ttft=plan.turn.ttft_s / first.turn.ttft_s if first.turn.ttft_s else 1.0,
     )

@@ -4,7 +4,7 @@ It has no public derivation. What follows reproduces its size, and says what it 
 claim to be what its authors did.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hotset.cost.catalog import load_model
@@ -139,11 +139,11 @@ def _moe_split(h200: Hardware, data: dict[str, object]) -> list[str]:
     base, wide = (_filled(_v3(h200, 8192), layout) for layout in ("tp=8", "ep=72"))
     assert base and wide
     [split] = compare_plans(["A", "B"], [base.plan, wide.plan])
-    data["split_at_8192"] = split.as_dict()
+    data["split_at_8192"] = asdict(split)
     return [
         "3. What it is made of, at 8,192 tokens on IB",
-        f"   {split.total:.1f}x = {split.capacity:.1f}x from capacity (more users at once) times "
-        f"{split.speed:.2f}x from speed (equal users per GPU).",
+        f"   {split.tokens_per_s_per_gpu:.1f}x = {split.capacity:.1f}x from capacity (more users "
+        f"at once) times {split.speed:.2f}x from speed (equal users per GPU).",
     ]
 
 

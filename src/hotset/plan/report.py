@@ -175,7 +175,7 @@ def compare_table(names: list[str], plans: list[Plan], ratios: list[Ratio]) -> s
     text = rows(lines) + "\n"
     for ratio in ratios:
         text += (
-            f"\n{ratio.case} over {names[0]}: {ratio.total:.2f}x tokens/s per GPU = "
+            f"\n{ratio.case} over {names[0]}: {ratio.tokens_per_s_per_gpu:.2f}x tokens/s per GPU = "
             f"{ratio.capacity:.2f}x from capacity (users at once) times {ratio.speed:.2f}x from "
             f"speed (same users); TPOT {ratio.tpot:.2f}x, TTFT {ratio.ttft:.2f}x"
         )
