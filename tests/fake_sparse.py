@@ -1,21 +1,57 @@
-"""Sparse attention as a GPU runs it, on the CPU: our kernels interpreted, FlashInfer's as fakes."""
+"""Sparse attention as a GPU runs it, on the CPU: kernels are fakes that compute by PyTorch.
 
-import os
+What is recorded computes when it is replayed, from what the tensors hold then: see
+`fake_flashinfer`.
+"""
+
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from fake_flashinfer import do
 from fake_latents import _Latents, _store_latent
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-
 from hotset.attention.flashinfer.sparse import SparseBackend
 from hotset.attention.hot_rows import HotRows
-from hotset.attention.sparse.select import select_positions
+from hotset.attention.sparse.select import score_keys, select_positions
 from hotset.attention.spec import LayerAttention
-from hotset.kernels import index_scores
+from hotset.kernels.index_scores import PagedTokens
 from hotset.memory.arena import DeviceArena
+
+
+def _score_paged_keys(
+    query: torch.Tensor,
+    weights: torch.Tensor,
+    keys: torch.Tensor,
+    tokens: PagedTokens,
+    scores: torch.Tensor,
+    *,
+    count: int,
+) -> None:
+    size = keys.shape[1]
+    for i, (start, length) in enumerate(
+        zip(tokens.starts.tolist(), tokens.lengths.tolist(), strict=True)
+    ):
+        if length > count:
+            blocks = tokens.block_ids[start : start + -(-length // size)].long()
+            own = keys[blocks].flatten(0, 1)[:length]
+            scores[i, :length] = score_keys(query[i, None], weights[i, None], own)[0]
+
+
+def _find_rows(
+    positions: torch.Tensor,
+    tokens: PagedTokens,
+    rows: torch.Tensor,
+    *,
+    block_size: int,
+    rows_per_block: int,
+    num_blocks: int,
+) -> None:
+    places = positions.clamp(min=0)
+    blocks = tokens.block_ids[(tokens.starts[:, None] + places // block_size).long()]
+    found = blocks * rows_per_block + places % block_size
+    rows.copy_(found.masked_fill((positions < 0) | (blocks >= num_blocks), -1))
 
 
 def _top_k(
@@ -36,7 +72,10 @@ def _top_k(
 
 
 def _recorded(kernel: Callable[..., None]) -> Callable[..., None]:
-    return lambda *arguments, **options: do(lambda: kernel(*arguments, **options))
+    def run(*arguments: Any, **options: Any) -> None:
+        do(lambda: kernel(*arguments, **options))
+
+    return run
 
 
 class CpuSparse(SparseBackend):
@@ -52,9 +91,9 @@ class CpuSparse(SparseBackend):
         hot: HotRows | None = None,
     ) -> None:
         kernels = SimpleNamespace(
-            PagedTokens=index_scores.PagedTokens,
-            score_paged_keys=_recorded(index_scores.score_paged_keys),
-            find_rows=_recorded(index_scores.find_rows),
+            PagedTokens=PagedTokens,
+            score_paged_keys=_recorded(_score_paged_keys),
+            find_rows=_recorded(_find_rows),
         )
         self._select_with(_top_k, kernels, max_context, hot)
         self.store_latent = _store_latent
