@@ -130,7 +130,9 @@ def test_a_model_without_an_indexer_says_nothing() -> None:
     ("arguments", "message"),
     [
         (["llama-3-8b", "--tpot-ms", "40"], "--tpot-ms is given, but llama-3-8b has no indexer"),
-        (["llama-3-8b", "--selection-overlap", "0.5"], "--selection-overlap is given, but llama"),
+        (["llama-3-8b", "--selection-overlap", "0.4"], "--selection-overlap is given, but llama"),
+        (["llama-3-8b", "--selection", "one.npy"], "--selection is given, but llama-3-8b has no"),
+        (["llama-3-8b", "--index-dtype", "fp8"], "--index-dtype is given, but llama-3-8b has no"),
         (["llama-3-8b", "--row-prefetch", "1"], "--row-prefetch is given, but llama-3-8b has no"),
         ([*GLM, "--tpot-ms", "0"], "--tpot-ms is 0; expected above 0"),
         ([*GLM, "--tpot-ms", "nan"], "--tpot-ms is nan; expected a number"),

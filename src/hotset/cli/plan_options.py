@@ -23,6 +23,7 @@ from hotset.plan.workload import Request, Workload
 
 GIB = 2**30
 OVERLAPS = ("comm", "stream")
+_OF_INDEXERS = ("index_dtype", "selection", "selection_overlap", "tpot_ms", "row_prefetch")
 # `hotset serve`'s names first, then formats that can be planned and not served.
 _PLAIN = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 DTYPES = {"auto": None, **_PLAIN, **{n: n for n in ("fp8", "int8", "int4", "mxfp4", "nvfp4")}}
@@ -184,6 +185,12 @@ class Options:
             raise PlanError(f"engine is {self.engine!r}; expected one of {', '.join(CALIBRATIONS)}")
         if self.engine == "hotset" and not self.free_windows:
             shape = shape.stored
+        for name in _OF_INDEXERS:
+            if getattr(self, name) != FIELDS[name].default and not shape.index_bytes_per_token:
+                raise PlanError(
+                    f"{name} is given, but {shape.name} has no indexer that selects tokens, and so "
+                    "no hot set; leave it out"
+                )
         if self.index_dtype not in ("auto", "fp8"):
             raise PlanError(f"index_dtype is {self.index_dtype!r}; expected auto or fp8")
         histogram = self.expert_histogram

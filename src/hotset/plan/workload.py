@@ -156,18 +156,6 @@ class Request:
         if cache is not None:
             context = self.workload.decode_context
             self.selections.misses(context, cache.top_k, cache.top_k)  # refuses what cannot be
-            return
-        asked = {
-            "tpot_ms": self.tpot_s is not None,
-            "row_prefetch": bool(self.row_prefetch),
-            "selection_overlap": self.selections != DrawnSelections(),
-        }
-        for name, is_given in asked.items():
-            if is_given:
-                raise PlanError(
-                    f"{name} is given, but {self.shape.name} has no indexer that selects tokens, "
-                    "and so no hot set; leave it out"
-                )
 
     def _check_memory(self) -> None:
         if self.total_bytes is not None and self.hot_bytes is not None:
