@@ -24,7 +24,8 @@ import triton
 import hotset.kernels.gather_rows as gather
 from hotset.bench.machine import describe_machine
 from hotset.cost.tuning import TUNINGS
-from hotset.kernels.gather_rows import RowRun, gather_rows
+from hotset.kernels.gather_rows import gather_rows
+from hotset.kernels.hot_reference import RowRun
 from hotset.memory.arena import HostArena
 from hotset.memory.pin import pin, unpin
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hotset.attention.seat_tables import SeatTables
-from hotset.kernels.gather_rows import RowRun, gather_rows, gather_rows_reference
-from hotset.kernels.resolve_rows import Misses
+from hotset.kernels import hot_reference
+from hotset.kernels.gather_rows import gather_rows
+from hotset.kernels.hot_reference import Misses, RowRun
 from hotset.kv.seats import DeviceBlock, HostSlot, Seats, SlotBlock
 
 pytestmark = pytest.mark.gpu
@@ -41,7 +42,7 @@ class Side:
 
     def step(self) -> list[Misses]:
         """All layers, as a step of the model runs them."""
-        gather = gather_rows if self.memory.is_cuda else gather_rows_reference
+        gather = gather_rows if self.memory.is_cuda else hot_reference.gather
         self.rows.fill_(-1)
         listed = []
         for layer in range(NUM_LAYERS):

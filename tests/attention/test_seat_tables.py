@@ -1,6 +1,8 @@
 """Seats and slots against dictionaries: every selected row must hold its token's bytes."""
 
 import os
+import subprocess
+import sys
 from collections import OrderedDict
 from itertools import count
 
@@ -14,8 +16,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 
 from hotset.attention.seat_tables import SeatTables
-from hotset.kernels.gather_rows import RowRun, gather_rows, gather_rows_reference
-from hotset.kernels.resolve_rows import resolve_rows, resolve_rows_reference
+from hotset.kernels import hot_reference
+from hotset.kernels.gather_rows import gather_rows
+from hotset.kernels.hot_reference import RowRun
+from hotset.kernels.resolve_rows import resolve_rows
 from hotset.kv.seats import DeviceBlock, HostSlot, Seat, Seats, SlotBlock
 
 BLOCK_SIZE, NUM_LAYERS, SELECTED, NUM_SLOTS, NUM_SEATS = 4, 2, 6, 8, 3
@@ -39,7 +43,7 @@ class Hot:
 class SeatMachine(RuleBasedStateMachine):
     """Requests turn hot, select tokens, grow and end; memory is checked after each selection."""
 
-    resolve, gather = staticmethod(resolve_rows_reference), staticmethod(gather_rows_reference)
+    resolve, gather = staticmethod(hot_reference.resolve), staticmethod(hot_reference.gather)
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,3 +248,8 @@ def test_more_slots_than_a_number_of_16_bits_has_are_a_bug(num_slots: int) -> No
             rows_per_block=4,
             device=torch.device("cpu"),
         )
+
+
+def test_a_cpu_needs_no_triton() -> None:
+    code = "import sys; sys.modules['triton'] = None; import hotset.attention.choice"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -11,11 +11,9 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 
 from hotset.cost.tuning import TUNINGS  # noqa: E402
-from hotset.kernels.gather_rows import (  # noqa: E402
-    RowRun,
-    gather_rows,
-    gather_rows_reference,
-)
+from hotset.kernels import hot_reference  # noqa: E402
+from hotset.kernels.gather_rows import gather_rows  # noqa: E402
+from hotset.kernels.hot_reference import RowRun  # noqa: E402
 
 
 @pytest.mark.parametrize("num_programs", [1, 7, 64])
@@ -46,6 +44,6 @@ def test_the_listed_rows_are_copied_and_nothing_else_changes(
     lists = [one.to(DEVICE) for one in (places, rows, torch.tensor(counts, dtype=torch.int32))]
     tuning = replace(TUNINGS["cuda"], gather_programs=num_programs, gather_rows=2)
     gather_rows(source, target, *lists, run, tuning=tuning)
-    gather_rows_reference(source, also, *lists, run)
+    hot_reference.gather(source, also, *lists, run)
 
     assert torch.equal(target, expected) and torch.equal(also, expected)

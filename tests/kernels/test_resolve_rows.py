@@ -9,11 +9,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 
-from hotset.kernels.resolve_rows import (  # noqa: E402
-    LayerSeats,
-    resolve_rows,
-    resolve_rows_reference,
-)
+from hotset.kernels import hot_reference  # noqa: E402
+from hotset.kernels.hot_reference import LayerSeats  # noqa: E402
+from hotset.kernels.resolve_rows import resolve_rows  # noqa: E402
 
 BLOCK_SIZE, ROWS_PER_BLOCK = 4, 12  # of three layers
 
@@ -65,7 +63,7 @@ def test_a_layer_leaves_what_the_reference_leaves(
         rows_on_device = rows.to(DEVICE, copy=True)
         sizes = {"block_size": BLOCK_SIZE, "rows_per_block": ROWS_PER_BLOCK}
 
-        wanted = resolve_rows_reference(selection, rows, seats, expected, **sizes)
+        wanted = hot_reference.resolve(selection, rows, seats, expected, **sizes)
         misses = resolve_rows(selection.to(DEVICE), rows_on_device, seats.to(DEVICE), got, **sizes)
 
         assert torch.equal(rows_on_device.cpu(), rows)

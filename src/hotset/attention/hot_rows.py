@@ -1,13 +1,13 @@
 """The latent rows of hot requests: found in slots on the device, or brought there for a layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from hotset.attention.seat_tables import SeatTables
 from hotset.attention.spec import LayerAttention
-from hotset.kernels.gather_rows import RowRun, gather_rows, gather_rows_reference
-from hotset.kernels.resolve_rows import Misses
+from hotset.kernels import hot_reference
+from hotset.kernels.hot_reference import Misses, RowRun
 from hotset.memory.arena import DeviceArena
 from hotset.metrics import HotCounts
 
@@ -45,7 +45,11 @@ class HotRows:
         self._selections = {layer: number for number, layer in enumerate(selecting)}
         ends = [*selecting[1:], len(layers)]
         self._layers_of = [end - first for first, end in zip(selecting, ends, strict=True)]
-        self._gather = gather_rows if arena.storage.is_cuda else gather_rows_reference
+        self._gather: Callable[..., None] = hot_reference.gather
+        if arena.storage.is_cuda:
+            from hotset.kernels.gather_rows import gather_rows
+
+            self._gather = gather_rows
 
     def resolve(
         self, layer: int, positions: torch.Tensor, rows: torch.Tensor, seats: torch.Tensor

@@ -4,12 +4,8 @@ import numpy as np
 import torch
 
 from hotset.attention.inputs import to_device
-from hotset.kernels.resolve_rows import (
-    LayerSeats,
-    Misses,
-    resolve_rows,
-    resolve_rows_reference,
-)
+from hotset.kernels import hot_reference
+from hotset.kernels.hot_reference import LayerSeats, Misses
 from hotset.kv.seats import SeatUpdates
 
 _MOST_SLOTS = 2**15
@@ -66,7 +62,11 @@ class SeatTables:
                 self._token_in, self._order, self._totals, strict=True
             )
         ]
-        self._resolve = resolve_rows if device.type == "cuda" else resolve_rows_reference
+        self._resolve = hot_reference.resolve
+        if device.type == "cuda":
+            from hotset.kernels.resolve_rows import resolve_rows
+
+            self._resolve = resolve_rows
 
     @property
     def totals(self) -> torch.Tensor:

@@ -1,32 +1,11 @@
 """Copying rows of tokens from pinned host memory to the device, listed by the device."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from hotset.cost.tuning import TUNINGS, Tuning
-
-
-class RowRun(NamedTuple):
-    """Where one layer's rows are in a block on the device, and in a slot of host memory.
-
-    The rows of a block's tokens follow one another, from the layer's start in the block on.
-
-    Attributes:
-        start_bytes: where the layer starts.
-        row_bytes: of a row.
-        block_size: tokens of a block. The row at offset i of host slot s is number
-            `s * block_size + i`.
-        rows_per_block: likewise for blocks of the device, where it may be larger: rows of all
-            layers are then numbered as one.
-    """
-
-    start_bytes: int
-    row_bytes: int
-    block_size: int
-    rows_per_block: int
+from hotset.kernels.hot_reference import RowRun
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -90,7 +69,7 @@ def gather_rows(
 
     Cost: one launch; the listed rows over the link. Nothing is asked of the host, so that a CUDA
     graph can record it.
-    Reference: `gather_rows_reference`, bit-exact.
+    Reference: `hot_reference.gather`, bit-exact.
     """
     num_seats, most_listed = places.shape
     words, goals = source.view(torch.int64), target.view(torch.int64)
@@ -113,22 +92,3 @@ def gather_rows(
         WIDTH=triton.next_power_of_2(row_words),
         num_warps=4,
     )
-
-
-def gather_rows_reference(
-    source: torch.Tensor,
-    target: torch.Tensor,
-    places: torch.Tensor,
-    rows: torch.Tensor,
-    counts: torch.Tensor,
-    run: RowRun,
-) -> None:
-    """As `gather_rows`, in PyTorch's operations, which wait for the device."""
-    listed = torch.arange(places.shape[1], device=counts.device) < counts[:, None]
-    place, row = places[listed].to(source.device).long(), rows[listed].long()
-    inside = torch.arange(run.row_bytes)
-    origin = run.start_bytes + place % run.block_size * run.row_bytes
-    goal = run.start_bytes + row % run.rows_per_block * run.row_bytes
-    slots, blocks = place // run.block_size, row // run.rows_per_block
-    words = source[slots[:, None], origin[:, None] + inside.to(source.device)]
-    target[blocks[:, None], goal[:, None] + inside.to(target.device)] = words.to(target.device)

@@ -1,58 +1,12 @@
 """Where selected tokens of hot requests are on the device, and which of them must come there."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
+from hotset.kernels.hot_reference import LayerSeats, Misses
+
 _AT_ONCE = 1024  # tokens or slots that a program looks at together
-
-
-class LayerSeats(NamedTuple):
-    """What the device knows of the hot requests, for the layers that share one selection.
-
-    B = seats, S = slots of a seat, N = positions of the longest context, both multiples of the
-    block size. All are contiguous and on the device.
-
-    Attributes:
-        host: `[B, N / block size]` int32, the host slot of each of a request's blocks; -1 where it
-            has no copy there.
-        slot_blocks: `[B, S / block size]` int32, device blocks: slot s is row `s % block size` of
-            the block at `s // block size`.
-        token_in: `[B, S]` int32, the position that each slot holds; -1 for none.
-        order: `[B, S]` int16, slots from the longest unused to the last used. Mutated with
-            `token_in`.
-        rank_of: `[B, N]` int16, scratch, -1 in between.
-        spare: `[B, S]` int16, scratch.
-        totals: `[B, 3]` int64: tokens that a slot held, that had to come, and that had to come and
-            have no copy in host memory, which is a bug. Added to.
-    """
-
-    host: torch.Tensor
-    slot_blocks: torch.Tensor
-    token_in: torch.Tensor
-    order: torch.Tensor
-    rank_of: torch.Tensor
-    spare: torch.Tensor
-    totals: torch.Tensor
-
-
-class Misses(NamedTuple):
-    """Rows that must come from host memory, as `kernels/gather_rows` takes them.
-
-    T = tokens of the step, K = selected tokens.
-
-    Attributes:
-        places: `[T, K]` int32, of a row in host memory its slot times the block size, plus its
-            offset.
-        rows: `[T, K]` int32, the device rows that they go to.
-        counts: `[T]` int32, how many are listed; what follows means nothing.
-    """
-
-    places: torch.Tensor
-    rows: torch.Tensor
-    counts: torch.Tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -218,7 +172,7 @@ def resolve_rows(
     Nothing is asked of the host, so that a CUDA graph can record it.
     Source: an LRU whose order is rebuilt by stable partition, as HiSparse keeps its slots
     (sgl-project/sglang#20343).
-    Reference: `resolve_rows_reference`, bit-exact.
+    Reference: `hot_reference.resolve`, bit-exact.
     """
     num_tokens, num_selected = selection.shape
     num_slots = layer.order.shape[1]
@@ -240,49 +194,4 @@ def resolve_rows(
         AT_ONCE=_AT_ONCE,
         num_warps=8,
     )
-    return misses
-
-
-def resolve_rows_reference(
-    selection: torch.Tensor,
-    rows: torch.Tensor,
-    seats: torch.Tensor,
-    layer: LayerSeats,
-    *,
-    block_size: int,
-    rows_per_block: int,
-) -> Misses:
-    """As `resolve_rows`, in PyTorch's operations, which wait for the device."""
-    misses = Misses(
-        torch.zeros_like(selection),
-        torch.zeros_like(selection),
-        selection.new_zeros(len(selection)),
-    )
-    for token, seat in enumerate(seats.tolist()):
-        if seat < 0:
-            continue
-        positions, found, order = selection[token], rows[token], layer.order[seat].long()
-        blocks = layer.slot_blocks[seat]
-        slot_rows = blocks[order // block_size] * rows_per_block + (order % block_size).int()
-        # [S, K]: whether a slot, in order, holds a selected token that is not resident.
-        is_wanted = (positions >= 0) & (found < 0)
-        held = layer.token_in[seat][order]
-        matches = (held[:, None] == positions) & is_wanted
-        is_hit = matches.any(1)
-        ranks = matches[is_hit].int().argmax(1)
-        found[ranks] = slot_rows[is_hit]
-
-        missing = ((positions >= 0) & (found < 0)).nonzero()[:, 0]
-        unused, count = order[~is_hit], len(missing)
-        goals = slot_rows[~is_hit][:count]
-        wanted = positions[missing]
-        host = layer.host[seat][wanted // block_size]
-        layer.totals[seat] += torch.stack([is_hit.sum(), host.new_tensor(count), (host < 0).sum()])
-        found[missing] = goals
-        layer.token_in[seat][unused[:count]] = wanted
-        parts = [unused[count:], unused[:count], order[is_hit]]
-        layer.order[seat] = torch.cat(parts).to(layer.order.dtype)
-        misses.counts[token] = count
-        misses.rows[token, :count] = goals
-        misses.places[token, :count] = host.clamp_min(0) * block_size + wanted % block_size
     return misses

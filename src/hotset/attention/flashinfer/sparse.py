@@ -23,8 +23,8 @@ from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena
 
 if TYPE_CHECKING:
+    from hotset.kernels.hot_reference import Misses
     from hotset.kernels.index_scores import PagedTokens
-    from hotset.kernels.resolve_rows import Misses
 
 _LOWER_POSITION = 1  # FlashInfer's `TopKTieBreak.SMALL`
 

@@ -10,7 +10,7 @@ from hotset.attention.hot_rows import HotRows
 from hotset.attention.latent import LatentWeights
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.sparse.select import score_keys, select_positions
-from hotset.kernels.resolve_rows import Misses
+from hotset.kernels.hot_reference import Misses
 
 # Numbers of an intermediate result, at most: 256 MiB of float32.
 _MOST_VALUES = 2**26

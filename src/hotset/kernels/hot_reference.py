@@ -1,0 +1,135 @@
+"""Rows of hot requests: what their kernels take, and the same in PyTorch, which a CPU runs."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class LayerSeats(NamedTuple):
+    """What the device knows of the hot requests, for the layers that share one selection.
+
+    B = seats, S = slots of a seat, N = positions of the longest context, both multiples of the
+    block size. All are contiguous and on the device.
+
+    Attributes:
+        host: `[B, N / block size]` int32, the host slot of each of a request's blocks; -1 where it
+            has no copy there.
+        slot_blocks: `[B, S / block size]` int32, device blocks: slot s is row `s % block size` of
+            the block at `s // block size`.
+        token_in: `[B, S]` int32, the position that each slot holds; -1 for none.
+        order: `[B, S]` int16, slots from the longest unused to the last used. Mutated with
+            `token_in`.
+        rank_of: `[B, N]` int16, scratch, -1 in between.
+        spare: `[B, S]` int16, scratch.
+        totals: `[B, 3]` int64: tokens that a slot held, that had to come, and that had to come and
+            have no copy in host memory, which is a bug. Added to.
+    """
+
+    host: torch.Tensor
+    slot_blocks: torch.Tensor
+    token_in: torch.Tensor
+    order: torch.Tensor
+    rank_of: torch.Tensor
+    spare: torch.Tensor
+    totals: torch.Tensor
+
+
+class Misses(NamedTuple):
+    """Rows that must come from host memory, as `kernels/gather_rows` takes them.
+
+    T = tokens of the step, K = selected tokens.
+
+    Attributes:
+        places: `[T, K]` int32, of a row in host memory its slot times the block size, plus its
+            offset.
+        rows: `[T, K]` int32, the device rows that they go to.
+        counts: `[T]` int32, how many are listed; what follows means nothing.
+    """
+
+    places: torch.Tensor
+    rows: torch.Tensor
+    counts: torch.Tensor
+
+
+class RowRun(NamedTuple):
+    """Where one layer's rows are in a block on the device, and in a slot of host memory.
+
+    The rows of a block's tokens follow one another, from the layer's start in the block on.
+
+    Attributes:
+        start_bytes: where the layer starts.
+        row_bytes: of a row.
+        block_size: tokens of a block. The row at offset i of host slot s is number
+            `s * block_size + i`.
+        rows_per_block: likewise for blocks of the device, where it may be larger: rows of all
+            layers are then numbered as one.
+    """
+
+    start_bytes: int
+    row_bytes: int
+    block_size: int
+    rows_per_block: int
+
+
+def resolve(
+    selection: torch.Tensor,
+    rows: torch.Tensor,
+    seats: torch.Tensor,
+    layer: LayerSeats,
+    *,
+    block_size: int,
+    rows_per_block: int,
+) -> Misses:
+    """See `resolve_rows.resolve_rows`; waits for the device."""
+    misses = Misses(
+        torch.zeros_like(selection),
+        torch.zeros_like(selection),
+        selection.new_zeros(len(selection)),
+    )
+    for token, seat in enumerate(seats.tolist()):
+        if seat < 0:
+            continue
+        positions, found, order = selection[token], rows[token], layer.order[seat].long()
+        blocks = layer.slot_blocks[seat]
+        slot_rows = blocks[order // block_size] * rows_per_block + (order % block_size).int()
+        # [S, K]: whether a slot, in order, holds a selected token that is not resident.
+        is_wanted = (positions >= 0) & (found < 0)
+        held = layer.token_in[seat][order]
+        matches = (held[:, None] == positions) & is_wanted
+        is_hit = matches.any(1)
+        ranks = matches[is_hit].int().argmax(1)
+        found[ranks] = slot_rows[is_hit]
+
+        missing = ((positions >= 0) & (found < 0)).nonzero()[:, 0]
+        unused, count = order[~is_hit], len(missing)
+        goals = slot_rows[~is_hit][:count]
+        wanted = positions[missing]
+        host = layer.host[seat][wanted // block_size]
+        layer.totals[seat] += torch.stack([is_hit.sum(), host.new_tensor(count), (host < 0).sum()])
+        found[missing] = goals
+        layer.token_in[seat][unused[:count]] = wanted
+        parts = [unused[count:], unused[:count], order[is_hit]]
+        layer.order[seat] = torch.cat(parts).to(layer.order.dtype)
+        misses.counts[token] = count
+        misses.rows[token, :count] = goals
+        misses.places[token, :count] = host.clamp_min(0) * block_size + wanted % block_size
+    return misses
+
+
+def gather(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    places: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    run: RowRun,
+) -> None:
+    """See `gather_rows.gather_rows`; waits for the device."""
+    listed = torch.arange(places.shape[1], device=counts.device) < counts[:, None]
+    place, row = places[listed].to(source.device).long(), rows[listed].long()
+    inside = torch.arange(run.row_bytes)
+    origin = run.start_bytes + place % run.block_size * run.row_bytes
+    goal = run.start_bytes + row % run.rows_per_block * run.row_bytes
+    slots, blocks = place // run.block_size, row // run.rows_per_block
+    words = source[slots[:, None], origin[:, None] + inside.to(source.device)]
+    target[blocks[:, None], goal[:, None] + inside.to(target.device)] = words.to(target.device)
