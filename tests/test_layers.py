@@ -126,3 +126,10 @@ for name in {with_numpy!r}:
     assert not {HEAVY - {"numpy"}!r} & set(sys.modules), name
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_engine_and_the_library_start_without_triton() -> None:
+    """Only kernels need it, which a CPU does not run."""
+    code = "import sys; sys.modules['triton'] = None; import hotset.llm, hotset.engine.build"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
