@@ -87,9 +87,12 @@ class Work:
         self.source, self.run = source, RowRun(0, row_bytes, BLOCK_SIZE, BLOCK_SIZE)
         self.num_rows = seats * rows
         most = len(source) * BLOCK_SIZE
-        self.places = torch.randint(most, (seats, rows), dtype=torch.int32, device="cuda")
+        # Other rows with each launch, as the device keeps what it read a moment ago.
+        size = (NUM_RUNS + 1, seats, rows)
+        self.lists = torch.randint(most, size, dtype=torch.int32, device="cuda")
         if is_sorted:
-            self.places = self.places.sort(dim=1).values
+            self.lists = self.lists.sort(dim=2).values
+        self.turn = 0
         self.rows = torch.arange(self.num_rows, dtype=torch.int32, device="cuda").view(seats, rows)
         self.counts = torch.full((seats,), rows, dtype=torch.int32, device="cuda")
         num_blocks = -(-self.num_rows // BLOCK_SIZE)
@@ -98,9 +101,10 @@ class Work:
         )
 
     def launch(self, **tuning: int) -> None:
-        """Gather them once."""
+        """Gather the next list."""
+        self.turn = (self.turn + 1) % len(self.lists)
         tuned = replace(TUNINGS["cuda"], **tuning)
-        lists = (self.places, self.rows, self.counts)
+        lists = (self.lists[self.turn], self.rows, self.counts)
         gather_rows(self.source, self.target, *lists, self.run, tuning=tuned)
 
     def rate(self, call: Callable[[], None] | None = None) -> float:
@@ -122,7 +126,7 @@ class Work:
         """Every row must be the one that was asked for."""
         words = self.run.row_bytes // 8
         got = self.target.view(torch.int64).view(-1, words)[: self.num_rows]
-        first = self.places.view(-1, 1).long() * words
+        first = self.lists[self.turn].view(-1, 1).long() * words
         if not torch.equal(got, first + torch.arange(words, device="cuda")):
             raise SystemExit(f"rows of {self.run.row_bytes} bytes are not those asked for")
 
