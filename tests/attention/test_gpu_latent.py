@@ -14,6 +14,7 @@ from tiny_models import make_model
 from hotset.attention.batch import Batch, SequenceSpan
 from hotset.attention.flashinfer.latent import LatentBackend
 from hotset.attention.flashinfer.latent_steps import RecordedLatents
+from hotset.attention.flashinfer.sparse import SparseBackend
 from hotset.attention.gather import GatherBackend
 from hotset.attention.inputs import Inputs
 from hotset.attention.latent import LatentWeights
@@ -33,6 +34,7 @@ WIDE = {
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
 }
+SPARSE = {**WIDE, "index_head_dim": 128, "index_topk": 24, "mlp_layer_types": ["dense"] * 3}
 # Each (context before, tokens of the step): odd lengths, block edges, one long and one split.
 DECODES = [(0, 1), (62, 1), (63, 1), (64, 1), (1000, 1), (9001, 1)]
 MIXED = [*DECODES, (0, 1 + 64), (63, 7), (777, 300)]
@@ -216,22 +218,33 @@ def test_a_model_computes_launched_and_recorded_what_sdpa_does(family: str) -> N
             assert difference(true.cuda(), other) <= max(2e-2, 2 * difference(true.cuda(), one))
 
 
+@pytest.mark.parametrize(
+    ("family", "wide", "backend"),
+    [("youtu", WIDE, LatentBackend), ("glm_moe_dsa", SPARSE, SparseBackend)],
+    ids=["all", "selected"],
+)
 @pytest.mark.parametrize("tiers", [{}, {"hot_blocks": 26, "host_blocks": 300}])
 def test_an_engine_answers_from_all_tiers_and_after_a_restart(
-    tiers: dict[str, Any], make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    wide: dict[str, Any],
+    backend: type[LatentBackend],
+    tiers: dict[str, Any],
+    make_engine: MakeEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tokens are compared where they are clear: float16 ties break as batches differ."""
 
     def clear_model(family: str, **changes: Any) -> Any:
-        return make_model(family, **changes, **WIDE).to(torch.float16)
+        return make_model(family, **changes, **wide).to(torch.float16)
 
     monkeypatch.setattr("engines.make_model", clear_model)
     options = {"device": "cuda", "kv_bytes": 2, "disk_mib": 64, "disk_path": tmp_path}
     prompts = make_prompts()
-    engine = make_engine("youtu", fetch_policy="fetch", **options, **tiers)
+    engine = make_engine(family, fetch_policy="fetch", **options, **tiers)
     if tiers:
         engine.scheduler.ahead_tokens = 1  # so that many are preempted
-    assert type(engine.executor.runner._attention) is LatentBackend
+    assert type(engine.executor.runner._attention) is backend
     assert engine.executor.runner._graphs is not None
     first = run(engine, prompts)
     second = run(engine, prompts)
@@ -241,7 +254,7 @@ def test_an_engine_answers_from_all_tiers_and_after_a_restart(
     while engine.has_transfers:
         engine.step()
     engine.close()
-    restarted = make_engine("youtu", fetch_policy="fetch", **options, **tiers)
+    restarted = make_engine(family, fetch_policy="fetch", **options, **tiers)
     third = run(restarted, prompts)
     assert restarted.metrics.cached_tokens["disk"] > 0
 

@@ -1,16 +1,16 @@
-"""Sparse attention on an NVIDIA GPU of the kind Hopper: run these there with `pytest -m gpu`."""
+"""Sparse attention on an NVIDIA GPU of the kind Hopper: run these there with `pytest -m gpu`.
 
-from collections.abc import Callable
+An engine with it: `test_gpu_latent`.
+"""
+
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import make_prompts, run
 from paged import difference, gather, paged_logits
-from test_gpu_latent import BLOCK, DECODES, DEVICE, MIXED, WIDE, Step
+from test_gpu_latent import BLOCK, DECODES, DEVICE, MIXED, SPARSE, Step
 from tiny_models import SPARSE_FAMILIES, make_model
 
 from hotset.attention.flashinfer.sparse import SparseBackend
@@ -20,15 +20,12 @@ from hotset.attention.latent import LatentWeights
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.sparse.select import select_positions
 from hotset.cost.attention import Indexer
-from hotset.engine.engine import Engine
 from hotset.executor.probe import inspect_model
 from hotset.memory.arena import DeviceArena
 
-MakeEngine = Callable[..., Engine]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 COUNT, INDEX_HEADS, INDEX_DIM, MOST_CONTEXT = 256, 64, 128, 9100
-SPARSE = {**WIDE, "index_head_dim": 128, "index_topk": 24, "mlp_layer_types": ["dense"] * 3}
 
 
 @pytest.mark.parametrize("count", [16, 256, 2048])
@@ -196,38 +193,3 @@ def test_a_model_computes_launched_and_recorded_what_gathered_rows_give(family: 
         for true, one, other in zip(exact, expected, got, strict=True):
             # A token that is selected in place of one with nearly its score counts as rounding.
             assert difference(true.cuda(), other) <= max(5e-2, 3 * difference(true.cuda(), one))
-
-
-@pytest.mark.parametrize("tiers", [{}, {"hot_blocks": 26, "host_blocks": 300}])
-def test_an_engine_answers_from_all_tiers_and_after_a_restart(
-    tiers: dict[str, Any], make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tokens are compared where they are clear: float16 ties break as batches differ."""
-
-    def wide_model(family: str, **changes: Any) -> Any:
-        return make_model(family, **changes, **SPARSE).to(torch.float16)
-
-    monkeypatch.setattr("engines.make_model", wide_model)
-    options = {"device": "cuda", "kv_bytes": 2, "disk_mib": 64, "disk_path": tmp_path}
-    prompts = make_prompts()
-    engine = make_engine("glm_moe_dsa", fetch_policy="fetch", **options, **tiers)
-    if tiers:
-        engine.scheduler.ahead_tokens = 1  # so that many are preempted
-    assert type(engine.executor.runner._attention) is SparseBackend
-    assert engine.executor.runner._graphs is not None
-    first = run(engine, prompts)
-    second = run(engine, prompts)
-    if tiers:
-        assert engine.metrics.preemptions > 0
-        assert engine.metrics.cached_tokens["host"] > 0
-    while engine.has_transfers:
-        engine.step()
-    engine.close()
-    restarted = make_engine("glm_moe_dsa", fetch_policy="fetch", **options, **tiers)
-    third = run(restarted, prompts)
-    assert restarted.metrics.cached_tokens["disk"] > 0
-
-    answers = [token for answer in first for token in answer]
-    for other in (second, third):
-        same = sum(a == b for a, b in zip(answers, [t for x in other for t in x], strict=True))
-        assert same >= 0.75 * len(answers)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from engines import make_prompts, reference, run
-from tiny_models import LATENT_FAMILIES, make_model
+from tiny_models import LATENT_FAMILIES, SPARSE_FAMILIES, make_model
 
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
@@ -17,7 +17,7 @@ from hotset.units import GIB
 MakeEngine = Callable[..., Engine]
 
 
-@pytest.mark.parametrize("family", LATENT_FAMILIES)
+@pytest.mark.parametrize("family", [*LATENT_FAMILIES, *SPARSE_FAMILIES])
 def test_tiers_preemptions_and_a_restart_do_not_matter(
     family: str, make_engine: MakeEngine, tmp_path: Path
 ) -> None:

@@ -1,45 +1,20 @@
-"""Sparse attention: the same tokens as transformers', whatever the tiers and steps."""
+"""Sparse attention: the same tokens as transformers', whatever the steps.
+
+Over tiers, preemptions and a restart: `test_latent_equality`.
+"""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engines import make_prompts, reference, run
-from tiny_models import SPARSE_FAMILIES
 
 from hotset.attention.sparse import gathered
 from hotset.engine.engine import Engine
 from hotset.request import SamplingParams
 
 MakeEngine = Callable[..., Engine]
-
-
-@pytest.mark.parametrize("family", SPARSE_FAMILIES)
-def test_tiers_preemptions_and_a_restart_do_not_matter(
-    family: str, make_engine: MakeEngine, tmp_path: Path
-) -> None:
-    prompts = make_prompts()  # up to 72 tokens with their answers, of which 16 are selected
-    expected = reference(family, prompts)
-    options = {"disk_mib": 8, "disk_path": tmp_path, "fetch_policy": "fetch", "host_blocks": 12}
-    engine = make_engine(family, hot_blocks=26, max_num_batched_tokens=32, **options)
-
-    def preempt_one() -> None:
-        if len(engine.scheduler.running) > 1 and engine.metrics.steps % 3 == 0:
-            engine.scheduler._preempt_last()
-
-    assert run(engine, prompts, each_step=preempt_one) == expected
-    assert run(engine, prompts) == expected
-    assert engine.metrics.preemptions > 0
-    assert sum(engine.metrics.cached_tokens[tier] for tier in ("host", "disk")) > 0
-    while engine.has_transfers:
-        engine.step()
-    engine.close()
-
-    restarted = make_engine(family, **options)
-    assert run(restarted, prompts) == expected
-    assert restarted.metrics.cached_tokens["disk"] > 50
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])

@@ -12,14 +12,17 @@ from hotset.attention.batch import Batch
 from hotset.attention.flashinfer.kernels import KernelBuild
 from hotset.attention.flashinfer.latent import LatentBackend
 from hotset.attention.flashinfer.latent_rows import Rows, make_rows, parts
-from hotset.attention.flashinfer.latent_steps import LatentAttention, RecordedLatents
+from hotset.attention.flashinfer.latent_steps import (
+    LatentAttention,
+    PlannedLatents,
+    RecordedLatents,
+)
 from hotset.attention.flashinfer.long_prompts import LongPrompt
 from hotset.attention.hot_rows import HotRows
 from hotset.attention.inputs import Inputs, fill, to_device
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.spec import LayerAttention
 from hotset.cost.workspace import SCORES_BYTES
-from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena
 
 if TYPE_CHECKING:
@@ -81,17 +84,14 @@ class SparseBackend(LatentBackend):
         kernels: KernelBuild | None = None,
         waits: bool = True,
     ) -> None:
-        try:
-            from flashinfer import top_k_ragged_transform
+        super().__init__(arena, layers, kernels=kernels, waits=False)
+        from flashinfer import top_k_ragged_transform
 
-            from hotset.kernels import index_scores
-        except (ImportError, OSError, RuntimeError) as error:
-            raise ModelError(
-                f"sparse attention on an NVIDIA GPU needs flashinfer-python and triton ({error}); "
-                "pip install 'hotset[cuda]'"
-            ) from error
+        from hotset.kernels import index_scores
+
         self._select_with(top_k_ragged_transform, index_scores, max_context, hot)
-        super().__init__(arena, layers, kernels=kernels, waits=waits)
+        if waits:
+            self.load()
 
     def _select_with(self, top_k: Any, kernels: Any, max_context: int, hot: HotRows | None) -> None:
         self._top_k, self._scoring, self._hot = top_k, kernels, hot
@@ -124,6 +124,10 @@ class SparseBackend(LatentBackend):
     def long_prompts(self, batch: Batch) -> list[LongPrompt]:
         """None: no token attends to more rows than are selected."""
         return []
+
+    def plan(self, batch: Batch) -> PlannedLatents:
+        """Never: prompts are recorded too, and to attend takes the layer's `Index`."""
+        raise NotImplementedError
 
     def begin_step(self, batch: Batch, inputs: Inputs) -> "SparseAttention":
         """See `AttentionBackend`."""
