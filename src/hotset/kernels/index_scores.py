@@ -48,7 +48,6 @@ def _score(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + token)
@@ -59,7 +58,7 @@ def _score(  # type: ignore[no-untyped-def]
         q = tl.load(query + at, mask=is_head[:, None], other=0.0)
         w = tl.load(weights + token * NUM_HEADS + head, mask=is_head, other=0.0)
         block_ids += tl.load(starts + token)
-        for tile in range(tl.program_id(1), tl.cdiv(length, TILE), SPLITS):
+        for tile in range(tl.program_id(1), tl.cdiv(length, TILE), tl.num_programs(1)):
             place = tile * TILE + n
             is_seen = place < length
             block = tl.load(block_ids + place // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
@@ -95,9 +94,10 @@ def score_paged_keys(
     Reference: `hotset.attention.sparse.select.score_keys`.
     """
     num_tokens, num_heads, dim = query.shape
-    splits = triton.next_power_of_2(max(1, _PROGRAMS // num_tokens))
-    splits = min(splits, triton.next_power_of_2(triton.cdiv(scores.shape[1], _TILE)))
-    _score[(num_tokens, splits)](
+    programs_per_token = min(
+        triton.cdiv(_PROGRAMS, num_tokens), triton.cdiv(scores.shape[1], _TILE)
+    )
+    _score[(num_tokens, programs_per_token)](
         query,
         weights,
         keys,
@@ -114,7 +114,6 @@ def score_paged_keys(
         HEADS=max(16, triton.next_power_of_2(num_heads)),
         DIM=dim,
         TILE=_TILE,
-        SPLITS=splits,
     )
 
 
