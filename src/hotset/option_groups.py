@@ -285,6 +285,14 @@ class ScheduleOptions(Group):
         otherwise="the model's own",
         more="As far as the hot tier holds it.",
     )
+    tpot_ms: float | None = option(
+        None,
+        "Milliseconds per output token up to which requests turn hot, as the cost model predicts.",
+        bounds=Bounds("above 0 milliseconds", 0, is_open=True),
+        otherwise="no bound",
+        more="Of models with sparse attention: see --hot-tokens.",
+        keeps_answers=True,
+    )
     rotation_s: float | None = option(
         None,
         "Seconds after which requests give way to those without a first token; needs a host tier.",

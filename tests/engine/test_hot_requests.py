@@ -245,3 +245,15 @@ def test_a_gpus_kernels_find_and_fetch_the_same_rows(
     assert run(engine, prompts, max_tokens=6) == expected
     assert engine.metrics.turned_hot > 0
     assert_all_is_back(engine)
+
+
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
+def test_the_cost_model_says_when_requests_turn_hot(family: str, make_engine: MakeEngine) -> None:
+    engine = hot_engine(make_engine, family, hot_tokens=None, max_num_seqs=16)
+    assert engine.sizes.hot is not None and engine.sizes.hot.num_slots == 2 * SELECTED
+    choose = engine.scheduler._users_at_once
+    assert choose is not None
+    assert choose(1, 60.0) == 1 and 1 <= choose(100, 60.0) <= 16
+    prompts = long_prompts()
+    assert run(engine, prompts, max_tokens=24) == answers(family, prompts)
+    assert_all_is_back(engine)

@@ -102,3 +102,17 @@ def test_more_run_at_once_where_the_link_lets_that_pay(link_bytes_per_s: float, 
     assert choice(2, context) == 2
     got = choice(100, context)
     assert got == users if users == 2 else 2 < got <= 16
+
+
+def test_a_bound_on_steps_bounds_who_runs_and_is_refused_where_nobody_can_be_hot() -> None:
+    cache = SparseCache(num_layers=8, index_layers=8, row_bytes=1152, index_bytes=2048, top_k=2048)
+    room = Room(2.5 * cache.resident_bytes(16_384), 1e12)
+    made = {"num_slots": 4096, "most": 16, "must_pay": False}
+    free, bound = (
+        HotChoice(FakeCost(50e9), cache, room, **made, tpot_s=tpot_s)  # type: ignore[arg-type]
+        for tpot_s in (None, 0.0105)
+    )
+    assert 2 <= bound(100, 16_384) < free(100, 16_384)
+    with pytest.raises(ConfigError, match=r"tpot_ms is 50\.0, but no request may be hot here"):
+        sizes(DENSE, tpot_ms=50.0)
+    assert hot(tpot_ms=50.0).hot is not None

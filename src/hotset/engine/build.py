@@ -426,17 +426,15 @@ class _Build:
             bursts=device == "cuda",
             row_tile=TUNINGS[device].row_tile,
             rotation_s=schedule.rotation_s,
-            users_at_once=self._users_at_once(placed.sizes),
+            users_at_once=self._hot_choice(placed.sizes),
             step_cost=measured.step_cost,
             clock=self._clock,
         )
 
-    def _users_at_once(self, sizes: Sizes) -> Callable[[int, float], int] | None:
-        """How many requests are to run at once where some may be hot; None where none may be."""
-        most = self._options.schedule.max_num_seqs
-        if sizes.hot is None or sizes.hot.is_asked:
-            return None if sizes.hot is None else lambda wanted, context: most
-        return hot_choice(self._loaded, self._layout, sizes, most=most)
+    def _hot_choice(self, sizes: Sizes) -> Callable[[int, float], int] | None:
+        if sizes.hot is None:
+            return None
+        return hot_choice(self._loaded, self._layout, sizes, self._options.schedule)
 
     def _fingerprint(self, sizes: Sizes) -> dict[str, str]:
         """What stored blocks depend on: another value of any of these is another chain of keys."""

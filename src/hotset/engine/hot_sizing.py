@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 # tokens (docs/planner.md).
 _SELECTIONS = 2
 _OVERLAP = 0.4
-_CONTEXT_STEP = 1024  # contexts are told apart as far as this
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +122,7 @@ def _whole_blocks(num_tokens: int, block_size: int) -> int:
 
 
 class HotChoice:
-    """How many requests are to run at once, some of them hot where that pays.
+    """How many requests are to run at once, some of them hot.
 
     Args:
         cost: of steps.
@@ -131,20 +130,36 @@ class HotChoice:
         room: in which all lies.
         num_slots: of a hot request.
         most: requests of a step.
+        tpot_s: that a step may take; None is no bound.
+        must_pay: whether more than are resident run only where 5 % more tokens/s are predicted.
     """
 
     def __init__(
-        self, cost: "CostModel", cache: SparseCache, room: Room, *, num_slots: int, most: int
+        self,
+        cost: "CostModel",
+        cache: SparseCache,
+        room: Room,
+        *,
+        num_slots: int,
+        most: int,
+        tpot_s: float | None = None,
+        must_pay: bool = True,
     ) -> None:
         self._cost, self._cache, self._room = cost, cache, room
         self._num_slots, self._most = num_slots, most
+        self._tpot_s, self._must_pay = tpot_s, must_pay
         self._known: Callable[[int, int], int] = functools.lru_cache(maxsize=4096)(self._solve)
 
     def __call__(self, wanted: int, context: float) -> int:
         """Of `wanted` requests that run or wait, with `context` tokens on average."""
-        steps = max(1, round(context / _CONTEXT_STEP))
-        return self._known(min(wanted, self._most), steps * _CONTEXT_STEP)
+        # Contexts that differ by 6 % at most are one, so that most answers are known.
+        step = max(1, 2 ** (int(context).bit_length() - 5))
+        return self._known(min(wanted, self._most), max(1, round(context / step)) * step)
 
     def _solve(self, wanted: int, context: int) -> int:
         cost = HotSetCost(self._cost, self._cache, DrawnSelections(_OVERLAP), context)
-        return cost.users_at_once(wanted, self._room, self._num_slots)
+        asked = wanted, self._room, self._num_slots, self._tpot_s
+        if self._must_pay:
+            return cost.users_at_once(*asked)
+        step = cost.hot_step(*asked)
+        return 0 if step is None else step.users

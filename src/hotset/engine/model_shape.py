@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ from hotset.experts.weights import experts_bytes, experts_layers
 from hotset.kernels.device import gpu_name, known_hardware, likely_hardware
 from hotset.linear.packed import PackedLinear
 from hotset.model.loaded import LoadedModel
-from hotset.option_groups import HostedExperts, SplitMemory
+from hotset.option_groups import HostedExperts, ScheduleOptions, SplitMemory
 from hotset.options import Options
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8"}
@@ -106,28 +106,48 @@ def _expert_cost(loaded: LoadedModel, layout: ModelLayout, slots: SlotBytes) -> 
 
 
 def hot_choice(
-    loaded: LoadedModel, layout: ModelLayout, sizes: Sizes, *, most: int
-) -> HotChoice | None:
-    """When requests turn hot, by the cost model; None where that does not know the model.
+    loaded: LoadedModel, layout: ModelLayout, sizes: Sizes, schedule: ScheduleOptions
+) -> Callable[[int, float], int] | None:
+    """When requests turn hot: see `HotChoice`. None: never, as their steps cannot be predicted.
 
     Args:
         loaded: the model.
         layout: what its layers cache; all select.
         sizes: of an engine over it, in which requests may be hot.
-        most: requests of a step.
+        schedule: as asked.
+
+    Raises:
+        ConfigError: a bound on steps that cannot be predicted.
     """
+    hot, most = sizes.hot, schedule.max_num_seqs
+    assert hot is not None
+    if hot.is_asked and schedule.tpot_ms is None:
+        return lambda wanted, context: most
     slots = slot_bytes_of(loaded.model, HostedExperts())
-    if slots is None or sizes.hot is None:
+    cost = cache = None
+    if slots is not None:
+        hardware = likely_hardware(loaded.model.device)
+        cost = make_cost_model(loaded.model, layout, slots, loaded.name, hardware)
+        cache = SparseCache.of(cost.shape, _dtype_name(layout.kv_dtype))
+    if cost is None or cache is None:
+        if schedule.tpot_ms is not None:
+            raise ConfigError(
+                f"tpot_ms is {schedule.tpot_ms}, but the steps of {loaded.name} cannot be "
+                "predicted; leave tpot_ms out"
+            )
         return None
-    hardware = likely_hardware(loaded.model.device)
-    cost = make_cost_model(loaded.model, layout, slots, loaded.name, hardware)
-    cache = SparseCache.of(cost.shape, _dtype_name(layout.kv_dtype))
-    if cache is None:
-        return None
-    room = Room(
-        float(sizes.device_blocks * sizes.block_bytes), float(sizes.host_slots * sizes.block_bytes)
+    return HotChoice(
+        cost,
+        cache,
+        Room(
+            float(sizes.device_blocks * sizes.block_bytes),
+            float(sizes.host_slots * sizes.block_bytes),
+        ),
+        num_slots=hot.num_slots,
+        most=most,
+        tpot_s=None if schedule.tpot_ms is None else schedule.tpot_ms / 1e3,
+        must_pay=not hot.is_asked,
     )
-    return HotChoice(cost, cache, room, num_slots=sizes.hot.num_slots, most=most)
 
 
 def make_cost_model(

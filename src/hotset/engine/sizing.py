@@ -243,7 +243,7 @@ class _Solver:
     def _hot_sizes(self) -> HotSizes | None:
         """What hot requests get."""
         model, slot_bytes = self.model, slot_bytes_for(self.model.block_bytes)
-        return solve_hot_sizes(
+        hot = solve_hot_sizes(
             self.memory.hot_tokens,
             model.sparse,
             why_not=model.why_not_hot,
@@ -253,6 +253,12 @@ class _Solver:
             host_slots=int(self.memory.host_gib * GIB) // slot_bytes,
             slot_bytes=slot_bytes,
         )
+        if hot is None and self.schedule.tpot_ms is not None:
+            raise ConfigError(
+                f"tpot_ms is {self.schedule.tpot_ms}, but no request may be hot here; leave "
+                "tpot_ms out, or give host_gib to a model with sparse attention"
+            )
+        return hot
 
     def _hot_bytes(self, experts: ExpertSizes | None) -> int | None:
         """What the user gives to KV, and to experts where these share it; None: what is left."""
