@@ -82,6 +82,14 @@ class MemoryOptions(Group):
         "whenever others wait that would fit then.",
         keeps_answers=True,
     )
+    row_prefetch: int = option(
+        0,
+        "Rows of hot requests that are fetched early: 0 none, 1 those of layers that share a "
+        "selection.",
+        bounds=Bounds("0 or 1", 0, 1),
+        more="On a GPU, while the layers before them compute.",
+        keeps_answers=True,
+    )
     disk_gib: float = option(
         0.0, "Disk space for KV, in GiB; 0 is none.", bounds=_TIER_SIZE, keeps_answers=True
     )

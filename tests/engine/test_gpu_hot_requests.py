@@ -79,13 +79,14 @@ def logits_of(engine: Engine, prompts: list[list[int]], *, turn: bool) -> list[t
 
 
 @pytest.mark.parametrize("family", SPARSE_FAMILIES)
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(("eager", "row_prefetch"), [(False, 0), (True, 0), (False, 1)])
 def test_logits_of_hot_and_resident_requests_are_the_same_bits(
-    family: str, eager: bool, make_engine: MakeEngine
+    family: str, eager: bool, row_prefetch: int, make_engine: MakeEngine
 ) -> None:
     """Over 100 steps of the same batches, so that what was generated is fetched as well."""
     prompts = prompts_of([SLOTS - 1, SLOTS, SLOTS + 1, SLOTS + BLOCK, 200, 431])
-    engines = [make_wide(make_engine, family, eager=eager) for _ in range(2)]
+    options = {"eager": eager, "row_prefetch": row_prefetch}
+    engines = [make_wide(make_engine, family, **options) for _ in range(2)]
     assert (engines[1].executor.runner._graphs is None) == eager
     resident, hot = (
         logits_of(engine, prompts, turn=turn)

@@ -1,15 +1,20 @@
 """The latent rows of hot requests: found in slots on the device, or brought there for a layer."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from hotset.attention.seat_tables import SeatTables
 from hotset.attention.spec import LayerAttention
+from hotset.cost.tuning import TUNINGS, Tuning
 from hotset.kernels import hot_reference
 from hotset.kernels.hot_reference import Misses, RowRun
 from hotset.memory.arena import DeviceArena
 from hotset.metrics import HotCounts
+
+_TUNING = TUNINGS["cuda"]
+_BESIDE = replace(_TUNING, gather_programs=_TUNING.gather_programs_beside)
 
 
 class HotRows:
@@ -23,6 +28,8 @@ class HotRows:
         arena: the device's blocks.
         host: `[slots, bytes]` uint8, host memory, where a slot has what a block has.
         layers: what each asks for: all select, and store rows of one width.
+        fetches_ahead: whether the rows of layers that share a selection come while the layers
+            before them compute, on a GPU. They are the same rows.
     """
 
     def __init__(
@@ -31,6 +38,8 @@ class HotRows:
         arena: DeviceArena,
         host: torch.Tensor,
         layers: Sequence[LayerAttention],
+        *,
+        fetches_ahead: bool = False,
     ) -> None:
         self.tables = tables
         self._host, self._blocks = host, arena.storage.view(torch.uint8)
@@ -50,6 +59,9 @@ class HotRows:
             from hotset.kernels.gather_rows import gather_rows
 
             self._gather = gather_rows
+        self._ahead = None
+        if fetches_ahead and arena.storage.is_cuda:
+            self._ahead = _Ahead(arena.storage.device, len(layers))
 
     def resolve(
         self, layer: int, positions: torch.Tensor, rows: torch.Tensor, seats: torch.Tensor
@@ -76,6 +88,42 @@ class HotRows:
             num_rows * self._row_bytes,
         )
 
-    def fetch(self, layer: int, misses: Misses) -> None:
-        """Bring a layer's missing rows to the device; see `gather_rows`."""
-        self._gather(self._host, self._blocks, *misses, self._runs[layer])
+    def fetch(self, layer: int, misses: Sequence[Misses]) -> None:
+        """Bring a layer's missing rows to the device before what comes next; see `gather_rows`.
+
+        All layers that share a selection call it in turn, with the same `misses`.
+        """
+        if self._ahead is not None and layer not in self._selections:
+            self._ahead.wait_for(layer)
+            return
+        self._fetch(layer, misses)
+        if self._ahead is not None:
+            sharing = range(layer + 1, layer + self._layers_of[self._selections[layer]])
+            self._ahead.run(sharing, lambda other: self._fetch(other, misses, tuning=_BESIDE))
+
+    def _fetch(self, layer: int, misses: Sequence[Misses], **tuning: Tuning) -> None:
+        for each in misses:
+            self._gather(self._host, self._blocks, *each, self._runs[layer], **tuning)
+
+
+class _Ahead:
+    """Work for later layers, on a stream beside the one that computes. Graphs can record it."""
+
+    def __init__(self, device: torch.device, num_layers: int) -> None:
+        self._stream, self._started = torch.cuda.Stream(device), torch.cuda.Event()
+        self._done = [torch.cuda.Event() for _ in range(num_layers)]
+
+    def run(self, layers: range, work: Callable[[int], None]) -> None:
+        """Start `work` for each layer after what was submitted; each waits for its own."""
+        if not layers:
+            return
+        self._started.record()
+        self._stream.wait_event(self._started)
+        with torch.cuda.stream(self._stream):
+            for layer in layers:
+                work(layer)
+                self._done[layer].record()
+
+    def wait_for(self, layer: int) -> None:
+        """Have what is submitted next wait for a layer's work."""
+        torch.cuda.current_stream().wait_event(self._done[layer])

@@ -259,7 +259,13 @@ class _Build:
             device=self._device,
         )
         slots = torch.from_numpy(host.arena.slots)
-        return host, HotRows(tables, arena, slots, self._layout.layers)
+        return host, HotRows(
+            tables,
+            arena,
+            slots,
+            self._layout.layers,
+            fetches_ahead=self._options.memory.row_prefetch > 0,
+        )
 
     @property
     def _kv_scales(self) -> tuple[tuple[float, float], ...] | None:
@@ -434,7 +440,7 @@ class _Build:
     def _hot_choice(self, sizes: Sizes) -> Callable[[int, float], int] | None:
         if sizes.hot is None:
             return None
-        return hot_choice(self._loaded, self._layout, sizes, self._options.schedule)
+        return hot_choice(self._loaded, self._layout, sizes, self._options)
 
     def _fingerprint(self, sizes: Sizes) -> dict[str, str]:
         """What stored blocks depend on: another value of any of these is another chain of keys."""

@@ -132,6 +132,7 @@ class HotChoice:
         most: requests of a step.
         tpot_s: that a step may take; None is no bound.
         must_pay: whether more than are resident run only where 5 % more tokens/s are predicted.
+        prefetch: see `HotSetCost`.
     """
 
     def __init__(
@@ -144,10 +145,11 @@ class HotChoice:
         most: int,
         tpot_s: float | None = None,
         must_pay: bool = True,
+        prefetch: int = 0,
     ) -> None:
         self._cost, self._cache, self._room = cost, cache, room
         self._num_slots, self._most = num_slots, most
-        self._tpot_s, self._must_pay = tpot_s, must_pay
+        self._tpot_s, self._must_pay, self._prefetch = tpot_s, must_pay, prefetch
         self._known: Callable[[int, int], int] = functools.lru_cache(maxsize=4096)(self._solve)
 
     def __call__(self, wanted: int, context: float) -> int:
@@ -157,7 +159,8 @@ class HotChoice:
         return self._known(min(wanted, self._most), max(1, round(context / step)) * step)
 
     def _solve(self, wanted: int, context: int) -> int:
-        cost = HotSetCost(self._cost, self._cache, DrawnSelections(_OVERLAP), context)
+        selections = DrawnSelections(_OVERLAP)
+        cost = HotSetCost(self._cost, self._cache, selections, context, prefetch=self._prefetch)
         asked = wanted, self._room, self._num_slots, self._tpot_s
         if self._must_pay:
             return cost.users_at_once(*asked)

@@ -35,7 +35,7 @@ from hotset.experts.weights import experts_bytes, experts_layers
 from hotset.kernels.device import gpu_name, known_hardware, likely_hardware
 from hotset.linear.packed import PackedLinear
 from hotset.model.loaded import LoadedModel
-from hotset.option_groups import HostedExperts, ScheduleOptions, SplitMemory
+from hotset.option_groups import HostedExperts, SplitMemory
 from hotset.options import Options
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8"}
@@ -106,7 +106,7 @@ def _expert_cost(loaded: LoadedModel, layout: ModelLayout, slots: SlotBytes) -> 
 
 
 def hot_choice(
-    loaded: LoadedModel, layout: ModelLayout, sizes: Sizes, schedule: ScheduleOptions
+    loaded: LoadedModel, layout: ModelLayout, sizes: Sizes, options: Options
 ) -> Callable[[int, float], int] | None:
     """When requests turn hot: see `HotChoice`. None: never, as their steps cannot be predicted.
 
@@ -114,12 +114,13 @@ def hot_choice(
         loaded: the model.
         layout: what its layers cache; all select.
         sizes: of an engine over it, in which requests may be hot.
-        schedule: as asked.
+        options: the user's.
 
     Raises:
         ConfigError: a bound on steps that cannot be predicted.
     """
-    hot, most = sizes.hot, schedule.max_num_seqs
+    hot, schedule = sizes.hot, options.schedule
+    most = schedule.max_num_seqs
     assert hot is not None
     if hot.is_asked and schedule.tpot_ms is None:
         return lambda wanted, context: most
@@ -147,6 +148,7 @@ def hot_choice(
         most=most,
         tpot_s=None if schedule.tpot_ms is None else schedule.tpot_ms / 1e3,
         must_pay=not hot.is_asked,
+        prefetch=options.memory.row_prefetch,
     )
 
 

@@ -108,11 +108,10 @@ class CudaCopier:
             time.sleep(2e-5)
 
     def close(self) -> None:
-        """Wait for the copies and unpin the memory."""
+        """Wait for the copies, and for steps that read the memory, and unpin it."""
         self._is_closing = True
         self._pinner.join()
-        self._down.synchronize()
-        self._up.synchronize()
+        torch.cuda.synchronize(self._device.device)
         self._running.clear()
         for first in range(0, self.num_ready_slots, self._slots_per_chunk):
             unpin(self._arena.address(first))

@@ -208,9 +208,8 @@ class SparseBackend(LatentBackend):
         """
         if self.layers[layer].index_dim:
             self._select(step, layer, index)
-        for misses in step.misses:
-            assert self._hot is not None
-            self._hot.fetch(layer, misses)
+        if self._hot is not None:
+            self._hot.fetch(layer, step.misses)
         sinks = self.layers[layer].sinks
         for number, part in enumerate(slices):
             options = {}

@@ -114,7 +114,7 @@ class GatheredSelection:
         """
         if self._misses is not None:
             assert self._hot is not None
-            self._hot.fetch(layer, self._misses)
+            self._hot.fetch(layer, [self._misses])
         rank = weights.keys.shape[-1]
         num_at_once = max(1, _MOST_VALUES // (self._count * cache.shape[-1]))
         for sequence, found in zip(self._sequences, self._rows, strict=True):
