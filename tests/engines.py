@@ -12,6 +12,7 @@ from hotset.cost.expert_sizes import asked_sizes, size_experts
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.executor.probe import inspect_model
+from hotset.executor.simulated import Simulated
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import DiskExperts
 from hotset.experts.hosting import buffer_experts, make_buffer
@@ -37,6 +38,7 @@ def make_engine(
     overlap: bool | None = None,
     kv_bytes: int = 4,
     model_changes: dict[str, Any] | None = None,
+    simulated: Simulated | None = None,
     **changes: Any,
 ) -> Engine:
     """An engine over a tiny model, its tiers sized in blocks of values of `kv_bytes` bytes.
@@ -60,7 +62,7 @@ def make_engine(
         **changes,
     }
     loaded = LoadedModel(model, None, family, f"{family}-{seed}", (2,), 512)
-    engine = build_engine(Options.of(**options), loaded, overlap=overlap)
+    engine = build_engine(Options.of(**options), loaded, overlap=overlap, simulated=simulated)
     assert engine.sizes.device_blocks == hot_blocks
     return engine
 

@@ -14,6 +14,7 @@ from fake_latents import _Latents, _store_latent
 
 from hotset.attention.flashinfer.sparse import SparseBackend
 from hotset.attention.hot_rows import HotRows
+from hotset.attention.sparse.drawn import DrawnSelection
 from hotset.attention.sparse.select import score_keys, select_positions
 from hotset.attention.spec import LayerAttention
 from hotset.kernels.index_scores import PagedTokens
@@ -89,13 +90,14 @@ class CpuSparse(SparseBackend):
         max_context: int,
         most_rows: int = 256,
         hot: HotRows | None = None,
+        drawn: DrawnSelection | None = None,
     ) -> None:
         kernels = SimpleNamespace(
             PagedTokens=PagedTokens,
             score_paged_keys=_recorded(_score_paged_keys),
             find_rows=_recorded(_find_rows),
         )
-        self._select_with(_top_k, kernels, max_context, hot)
+        self._select_with(_top_k, kernels, max_context, hot, drawn)
         self.store_latent = _store_latent
         self._wrapper_class, self._kernels = _Latents, None
         self._set_up(arena, layers, workspace_bytes=1)

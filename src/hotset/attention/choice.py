@@ -10,6 +10,7 @@ from hotset.attention.flashinfer.latent import LatentBackend
 from hotset.attention.flashinfer.sparse import SparseBackend
 from hotset.attention.gather import GatherBackend
 from hotset.attention.hot_rows import HotRows
+from hotset.attention.sparse.drawn import DrawnSelection
 from hotset.attention.spec import LayerAttention
 from hotset.memory.arena import DeviceArena
 
@@ -22,6 +23,7 @@ def choose_backend(
     *,
     max_context: int,
     hot: HotRows | None = None,
+    drawn: DrawnSelection | None = None,
     kernels: KernelBuild | None = None,
     waits: bool = True,
 ) -> AttentionBackend:
@@ -32,18 +34,25 @@ def choose_backend(
         layers: what each asks for.
         max_context: most tokens of one sequence.
         hot: the rows of hot requests; None where none may be hot.
+        drawn: replaces the scores of indexers, for a benchmark; None keeps them.
         kernels: FlashInfer's, being built.
         waits: until all of them are; see the backends.
     """
     if arena.storage.device.type != "cuda":
-        return GatherBackend(arena, layers, hot)
+        return GatherBackend(arena, layers, hot, drawn)
     reason = why_unsupported(layers, arena.storage.device)
     if reason is not None:
         _log.warning("FlashInfer cannot run %s: attention by SDPA, which is slower", reason)
-        return GatherBackend(arena, layers, hot)
+        return GatherBackend(arena, layers, hot, drawn)
     if layers[0].indexer is not None:
         return SparseBackend(
-            arena, layers, max_context=max_context, hot=hot, kernels=kernels, waits=waits
+            arena,
+            layers,
+            max_context=max_context,
+            hot=hot,
+            drawn=drawn,
+            kernels=kernels,
+            waits=waits,
         )
     backend = FlashInferBackend if layers[0].latent is None else LatentBackend
     return backend(arena, layers, kernels=kernels, waits=waits)

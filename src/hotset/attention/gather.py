@@ -10,6 +10,7 @@ from hotset.attention.grouped import grouped_query_attention
 from hotset.attention.hot_rows import HotRows
 from hotset.attention.inputs import Inputs
 from hotset.attention.latent import LatentWeights
+from hotset.attention.sparse.drawn import DrawnSelection
 from hotset.attention.sparse.gathered import GatheredSelection
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.spec import LayerAttention
@@ -24,15 +25,19 @@ class GatherBackend:
     """Makes a `PagedAttention` per step; implements `AttentionBackend`."""
 
     def __init__(
-        self, arena: DeviceArena, layers: Sequence[LayerAttention], hot: HotRows | None = None
+        self,
+        arena: DeviceArena,
+        layers: Sequence[LayerAttention],
+        hot: HotRows | None = None,
+        drawn: DrawnSelection | None = None,
     ) -> None:
         self._arena = arena
         self._layers = layers
-        self._hot = hot
+        self._hot, self._drawn = hot, drawn
 
     def begin_step(self, batch: Batch, inputs: Inputs) -> "PagedAttention":
         """See `AttentionBackend`."""
-        return PagedAttention(self._arena, self._layers, batch, inputs, self._hot)
+        return PagedAttention(self._arena, self._layers, batch, inputs, self._hot, self._drawn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ class PagedAttention:
         batch: Batch,
         inputs: Inputs,
         hot: HotRows | None,
+        drawn: DrawnSelection | None,
     ) -> None:
         self._arena = arena
         self._layers = layers
@@ -87,6 +93,7 @@ class PagedAttention:
                 device=arena.storage.device,
                 seats=[int(batch.inputs[SEAT, s.start]) for s in selecting],
                 hot=hot,
+                drawn=drawn,
             )
 
     def attend(

@@ -35,10 +35,12 @@ from hotset.engine.start_times import StartTimes
 from hotset.engine.step import Step, StepItem
 from hotset.engine.step_cost import StepCost
 from hotset.engine.step_input import make_step_input
+from hotset.errors import ConfigError
 from hotset.executor.local import LocalExecutor
 from hotset.executor.probe import check_kv_dtype, inspect_model, weights_bytes
 from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import Sampler
+from hotset.executor.simulated import PlacingRunner, Simulated
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import ExpertSink
 from hotset.experts.gating import pack_experts
@@ -118,6 +120,7 @@ def build_engine(
     defers_recording: bool = False,
     times: StartTimes | None = None,
     clock: Clock = REAL_CLOCK,
+    simulated: Simulated | None = None,
 ) -> Engine:
     """Set up an engine over a loaded model.
 
@@ -131,12 +134,15 @@ def build_engine(
             `Engine.warm_up` does the rest.
         times: what this takes is added to it.
         clock: of waits, deadlines and rates while it runs.
+        simulated: what a benchmark puts in place of work; needs a model with sparse attention.
+            None is nothing.
 
     Raises:
         ConfigError: sizes that cannot work; `ModelError`: a model that cannot run;
             `TierError`: a disk tier that cannot be opened. Nothing is left behind.
     """
-    build = _Build(options, loaded, defers_recording, times or StartTimes(), clock)
+    times, simulated = times or StartTimes(), simulated or Simulated()
+    build = _Build(options, loaded, defers_recording, times, clock, simulated)
     with ExitStack() as undo:
         sizes = build.size()
         placed = build.place(sizes, undo, owns_model=owns_model)
@@ -192,15 +198,22 @@ class _Build:
         defers: bool,
         times: StartTimes,
         clock: Clock,
+        simulated: Simulated,
     ) -> None:
         bound_kernels()
         self._threads = set_threads(options.runtime.threads)
         self._options, self._loaded = options, loaded
         self._model, self._device = loaded.model, loaded.model.device
         self._defers, self._times, self._clock = defers, times, clock
+        self._simulated = simulated
         with times.phase("look at the layers"):
             kv_dtype = resolve_kv_dtype(options.model.kv_dtype, self._device)
             self._layout = inspect_model(self._model, kv_dtype)
+        if simulated != Simulated() and self._layout.layers[0].indexer is None:
+            raise ConfigError(
+                f"{loaded.name} has no sparse attention, whose selections and contexts could be "
+                "drawn; give a model with an indexer, such as dsa-8l"
+            )
         self._kernels = start_kernels(self._layout.layers, self._layout.kv_dtype, self._device)
         with times.phase("pack weights"):
             pack_linears(self._model)
@@ -281,10 +294,12 @@ class _Build:
             self._layout.layers,
             max_context=sizes.max_model_len,
             hot=placed.hot,
+            drawn=self._simulated.selection,
             kernels=self._kernels,
             waits=False,
         )
-        runner = ModelRunner(
+        make_runner = PlacingRunner if self._simulated.places_prompts else ModelRunner
+        runner = make_runner(
             self._model,
             placed.arena,
             backend,

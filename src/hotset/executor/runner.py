@@ -203,6 +203,13 @@ class ModelRunner:
         """Copy blocks of the device (from, to), before what is submitted later."""
         self._arena.copy_blocks(copies)
 
+    def prepare(self, step: StepInput) -> None:
+        """Do what a step asks for before anything is computed."""
+        self.copy_blocks(step.copies)
+        if step.seats is not None:
+            assert self._hot is not None, "a request is hot and there is no seat"
+            self._hot.tables.apply(step.seats)
+
     @torch.inference_mode()
     def forward(
         self,
@@ -225,10 +232,7 @@ class ModelRunner:
         """
         if self.recorder is not None:
             self.recorder.begin_step(step.num_tokens)
-        self.copy_blocks(step.copies)
-        if step.seats is not None:
-            assert self._hot is not None, "a request is hot and there is no seat"
-            self._hot.tables.apply(step.seats)
+        self.prepare(step)
         batch = step.batch
         if batch.has_unknown:
             assert previous is not None, "a token is unknown and no step is choosing it"

@@ -20,6 +20,7 @@ from hotset.attention.flashinfer.latent_steps import (
 from hotset.attention.flashinfer.long_prompts import LongPrompt
 from hotset.attention.hot_rows import HotRows
 from hotset.attention.inputs import Inputs, fill, to_device
+from hotset.attention.sparse.drawn import DrawnSelection, seeds_of
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.spec import LayerAttention
 from hotset.cost.workspace import SCORES_BYTES
@@ -67,6 +68,7 @@ class SparseBackend(LatentBackend):
         layers: what each asks for, the same but for whose selection it takes.
         max_context: most tokens of one sequence.
         hot: the rows of hot requests; None where none may be hot.
+        drawn: replaces scores, once they were computed; None keeps them.
         kernels: see `LatentBackend`.
         waits: likewise.
 
@@ -81,6 +83,7 @@ class SparseBackend(LatentBackend):
         *,
         max_context: int,
         hot: HotRows | None = None,
+        drawn: DrawnSelection | None = None,
         kernels: KernelBuild | None = None,
         waits: bool = True,
     ) -> None:
@@ -89,12 +92,19 @@ class SparseBackend(LatentBackend):
 
         from hotset.kernels import index_scores
 
-        self._select_with(top_k_ragged_transform, index_scores, max_context, hot)
+        self._select_with(top_k_ragged_transform, index_scores, max_context, hot, drawn)
         if waits:
             self.load()
 
-    def _select_with(self, top_k: Any, kernels: Any, max_context: int, hot: HotRows | None) -> None:
-        self._top_k, self._scoring, self._hot = top_k, kernels, hot
+    def _select_with(
+        self,
+        top_k: Any,
+        kernels: Any,
+        max_context: int,
+        hot: HotRows | None,
+        drawn: DrawnSelection | None,
+    ) -> None:
+        self._top_k, self._scoring, self._hot, self._drawn = top_k, kernels, hot, drawn
         self._width = -(-max_context // 4) * 4  # scores are read four at once
         self._most_scored = max(1, SCORES_BYTES // (4 * self._width))
 
@@ -240,6 +250,9 @@ class SparseBackend(LatentBackend):
             self._scoring.score_paged_keys(
                 query[part], weights[part], keys, tokens, scores[:count], count=self.count
             )
+            if self._drawn is not None:
+                seeds = seeds_of(keys, tokens.block_ids.index_select(0, tokens.starts))
+                self._drawn.replace(scores[:count], tokens.lengths, seeds, layer)
             positions = self._top_k(
                 scores[:count],
                 no_offsets[:count],

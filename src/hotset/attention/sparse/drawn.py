@@ -53,6 +53,20 @@ def drawn_scores(
     return torch.add((stays + noise).float(), 0.0)  # no negative zero
 
 
+def seeds_of(keys: torch.Tensor, first_blocks: torch.Tensor) -> torch.Tensor:
+    """A seed per token that is the same in each of its request's steps: `[T]` int32.
+
+    It is the bits of the index key of the request's first token, which stays on the device and
+    follows from what was computed alone: not from where it lies, nor from other requests.
+
+    Args:
+        keys: `[num_blocks, block_size, D]` index keys of a layer, of 4 bytes or more.
+        first_blocks: `[T]` int32 or int64, the first block of each token's request.
+    """
+    first_keys = keys[:, 0].index_select(0, first_blocks)
+    return first_keys.view(torch.int32)[:, 0].contiguous()
+
+
 @dataclass(frozen=True, slots=True)
 class DrawnSelection:
     """What replaces the scores of a benchmark's indexers.

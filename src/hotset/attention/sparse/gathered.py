@@ -8,6 +8,7 @@ from hotset.attention.batch import SequenceSpan
 from hotset.attention.grouped import grouped_query_attention
 from hotset.attention.hot_rows import HotRows
 from hotset.attention.latent import LatentWeights
+from hotset.attention.sparse.drawn import DrawnSelection, seeds_of
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.sparse.select import score_keys, select_positions
 from hotset.kernels.hot_reference import Misses
@@ -28,6 +29,7 @@ class GatheredSelection:
         device: of the caches.
         seats: for each sequence, its row in the tables of hot requests; -1 where it is not hot.
         hot: the rows of hot requests; None where none may be hot.
+        drawn: replaces scores; None keeps them.
     """
 
     def __init__(
@@ -41,11 +43,12 @@ class GatheredSelection:
         device: torch.device,
         seats: Sequence[int],
         hot: HotRows | None,
+        drawn: DrawnSelection | None,
     ) -> None:
         self._sequences = sequences
         self._block_size, self._rows_per_block = block_size, rows_per_block
         self._num_blocks, self._count = num_blocks, count
-        self._hot = hot
+        self._hot, self._drawn = hot, drawn
         self._seated = [i for i, seat in enumerate(seats) if seat >= 0]
         self._seats = torch.tensor([seats[i] for i in self._seated], device=device)
         self._misses: Misses | None = None
@@ -71,6 +74,9 @@ class GatheredSelection:
                 end = min(first + num_at_once, sequence.num_tokens)
                 rows = slice(sequence.start + first, sequence.start + end)
                 scores = score_keys(index.query[0, rows], index.weights[0, rows], own)
+                if self._drawn is not None:
+                    seeds = seeds_of(keys, table[:1].expand(end - first))
+                    self._drawn.replace(scores, lengths[first:end], seeds, layer)
                 parts.append(select_positions(scores, lengths[first:end], self._count))
             positions.append(torch.cat(parts))
         self._rows = [self._rows_of(*each) for each in zip(positions, self._tables, strict=True)]
