@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,7 @@ def test_modules_that_promise_to_import_no_torch_keep_it() -> None:
     assert "hotset.engine.engine" in with_numpy
     code = f"""
 import sys
+from collections import Counter
 for name in {names!r}:
     __import__(name)
     assert not {HEAVY!r} & set(sys.modules), name
@@ -133,3 +135,9 @@ def test_the_engine_and_the_library_start_without_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import hotset.llm, hotset.engine.build"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_modules_of_tests_have_names_of_their_own() -> None:
+    """The folders of tests are no packages, so that two modules of one name are one to pytest."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
