@@ -133,7 +133,7 @@ def test_a_request_that_waits_has_others_turn_hot_only_where_more_are_to_run(
     fake_tiers: FakeTiers,
 ) -> None:
     first, second = make_request(PROMPT, max_tokens=9), make_request(list(range(100, 121)))
-    scheduler, hot = running(fake_tiers, first, num_blocks=11, hot_blocks=1)
+    scheduler, hot = running(fake_tiers, first, num_blocks=12, hot_blocks=1)
     most = {"users": 1}
     scheduler._users_at_once = lambda wanted, context: most["users"]
     scheduler.add([second])
@@ -179,3 +179,20 @@ def test_a_hot_request_that_is_preempted_is_kept_whole_in_host_memory_and_comes_
     scheduler.kv.poll()
     assert scheduler.kv.pool.num_held == 0 and not fake_tiers.kept
     assert scheduler.metrics.recomputed_tokens == 0
+
+
+def test_who_is_let_in_leaves_hot_requests_the_room_that_they_grow_into() -> None:
+    """Else they would be preempted, as they have nothing left to give back."""
+    tiers = FakeTiers()
+    scheduler = make_scheduler(
+        tiers, num_blocks=60, budget=256, ahead_tokens=32, hot_blocks=2, max_num_seqs=16
+    )
+    for first in range(14):
+        scheduler.add([make_request([first, *range(1, 60)], max_tokens=200)])
+    most = 0
+    while scheduler.has_requests:
+        run(scheduler)
+        tiers.end_all()
+        most = max(most, len(scheduler.running))
+    assert most >= 4  # a resident one has 65 blocks at its end, and did not even fit alone
+    assert scheduler.metrics.turned_hot == 14 and scheduler.metrics.preemptions == 0

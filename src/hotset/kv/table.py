@@ -6,6 +6,8 @@ from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.sequence import Kind, Request
 
+_HOT_GROWTH = 8  # tokens that a hot request is to have room for, by those of others
+
 
 class BlockTables:
     """Takes blocks from the pool for sequences and gives them back; knows no keys and no tiers.
@@ -46,11 +48,24 @@ class BlockTables:
     def spare_for(self, newcomer: Request, running: Sequence[Request], more_tokens: int) -> int:
         """Blocks to be left when `newcomer` is let in, so that it and all that run can grow.
 
-        Each by `more_tokens`, or to its end; what those give back that end before is counted.
+        Each by `more_tokens`, or to its end; what those give back that end before is counted. Hot
+        requests by `_HOT_GROWTH` times as many, as those can give back no more for others.
         """
+        kept = 0
+        if self.index_blocks is not None:
+            hot = [one for one in running if one.kv.slot_blocks]
+            running = [one for one in running if not one.kv.slot_blocks]
+            kept = sum(self._hot_growth(one, _HOT_GROWTH * more_tokens) for one in hot)
         own = self.num_short([newcomer], more_tokens) - self.num_short([newcomer], 0)
         all_grown = self.num_short(running, more_tokens) + own
-        return min(all_grown, self._peak_short(newcomer, running, more_tokens))
+        return kept + min(all_grown, self._peak_short(newcomer, running, more_tokens))
+
+    def _hot_growth(self, request: Request, more_tokens: int) -> int:
+        """Blocks that a hot request needs to grow: for index keys, and one that is copied down."""
+        assert self.index_blocks is not None
+        num_tokens = min(request.num_tokens + more_tokens, request.max_total_tokens)
+        num_index_blocks = self.num_blocks_for(num_tokens) - request.kv.num_index_blocks
+        return 1 - (-num_index_blocks // self.index_blocks.fewest_per_block)
 
     def _peak_short(self, newcomer: Request, running: Sequence[Request], more_tokens: int) -> int:
         """The most blocks that running requests and `newcomer` lack while each grows.
@@ -62,24 +77,21 @@ class BlockTables:
         size = self.block_size
 
         def ahead_of(request: Request) -> int:
-            # A hot request gives back each block once it is copied down.
-            most = size if request.kv.slot_blocks else more_tokens
-            return min(most, request.max_total_tokens - request.num_tokens)
+            return min(more_tokens, request.max_total_tokens - request.num_tokens)
 
         # In tokens. Those that do not decode yet are taken to grow at once, and to stay.
         lacking = (newcomer.num_tokens - 1) % size + ahead_of(newcomer)
         given_back = 0
         decoding = []
         for request in running:
+            num_blocks = len(request.kv.block_table)
             ahead = ahead_of(request)
             # Of its last block it may use any part.
-            lacks = request.num_tokens + size - 1 - size * len(request.kv.block_table)
+            lacks = request.num_tokens + size - 1 - size * num_blocks
             if request.kind is Kind.PROMPT:
                 lacking += lacks + ahead
                 continue
-            # A hot request has given back blocks that others shared.
-            num_shared = 0 if request.kv.slot_blocks else request.kv.num_shared_blocks
-            gives = size * (request.kv.num_blocks - num_shared)
+            gives = size * (num_blocks - request.kv.num_shared_blocks)
             given_back += gives
             decoding.append((ahead, lacks, gives))
         most = lacking
