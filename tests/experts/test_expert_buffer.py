@@ -486,9 +486,9 @@ def test_a_budget_in_gib_is_kept_and_weights_are_not_counted_twice(
     with pytest.raises(ConfigError, match="needs"):
         make_engine("qwen3_moe", expert_gib=payload / GIB, expert_plan="cache")
     streaming = make_engine("qwen3_moe", expert_gib=18 * payload / GIB, expert_plan="stream")
-    assert streaming._experts is not None
+    assert streaming.experts is not None
     # Two slots in each of three layers, and two buffers for six experts.
-    assert streaming._experts.device_bytes == 18 * payload
+    assert streaming.experts.device_bytes == 18 * payload
 
 
 def test_a_second_engine_shares_the_host_copy() -> None:
