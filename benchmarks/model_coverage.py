@@ -32,6 +32,7 @@ import tiny_families
 import torch
 import transformers
 
+from hotset.cost.cache_spec import state_slot_bytes
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import HotsetError, ModelError
@@ -49,6 +50,7 @@ from hotset.units import GIB
 EQUAL, REFUSED, WRONG, CRASH, UNMEASURED = "equal", "refused", "wrong", "crash", "not measured"
 PROMPT_LENGTHS = (5, 27, 23, 33)
 MAX_TOKENS = 12
+_STATE_SLOTS = 6  # of four requests, and two that are reserved
 BLOCK_SIZE = 4
 TIME_LIMIT_S = 240
 START, END = "<!-- table: benchmarks/model_coverage.py -->", "<!-- end of table -->"
@@ -146,13 +148,15 @@ def run_five_ways(
 
 
 def make_engine(folder: str, *, num_blocks: int, **options: Any) -> Engine:
-    """An engine over a fresh load of the folder, with `num_blocks` blocks of KV."""
+    """An engine over a fresh load of the folder, with about `num_blocks` blocks of KV."""
     loaded: LoadedModel = load_model(folder, device="cpu", dtype="float32")
-    token_bytes = inspect_model(loaded.model).bytes_per_token
+    layout = inspect_model(loaded.model)
+    kv_bytes = (num_blocks + 0.5) * BLOCK_SIZE * layout.bytes_per_token
+    states_bytes = _STATE_SLOTS * state_slot_bytes(layout.states.values())
     if slot_bytes_of(loaded.model, HostedExperts()) is not None:
         options["expert_slots"] = experts_layers(loaded.model)[0].num_experts
     config = Options.of(
-        hot_gib=(num_blocks + 0.5) * BLOCK_SIZE * token_bytes / GIB,
+        hot_gib=(kv_bytes + states_bytes) / GIB,
         host_gib=0.0,
         disk_gib=0.0,
         block_size=BLOCK_SIZE,

@@ -198,7 +198,13 @@ _BY_TYPE = {
     },
     "full_attention": {"rope_theta": 50000.0, "rope_type": "default", "mrope_section": [2, 3, 3]},
 }
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2, "mamba_n_groups": 2}
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA | {"attn_layer_indices": [1, 3]},
+    "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
+    "granitemoehybrid": _MAMBA | {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "cohere_compass": {"text_config.rope_parameters": _BY_TYPE},
     "cohere_compass_text": {"rope_parameters": _BY_TYPE},
     "dbrx": {

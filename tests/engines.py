@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tiny_models import make_model
 
+from hotset.cost.cache_spec import state_slot_bytes
 from hotset.cost.expert_sizes import asked_sizes, size_experts
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
@@ -43,6 +44,8 @@ def make_engine(
 ) -> Engine:
     """An engine over a tiny model, its tiers sized in blocks of values of `kv_bytes` bytes.
 
+    One whose layers keep a state has memory for those of 8 requests beside.
+
     `model_changes` are of its config. All its experts stay on the device, unless `changes` say how
     many. The caller closes it.
     """
@@ -53,8 +56,10 @@ def make_engine(
     token_values = layout.bytes_per_token // layout.kv_dtype.itemsize
     block_bytes = token_values * kv_bytes * block_size
     slot_bytes = -(-block_bytes // 4096) * 4096
+    num_slots = 10 if layout.states else 0  # with two that are reserved
+    states_bytes = num_slots * state_slot_bytes(layout.states.values())
     options = {
-        "hot_gib": (hot_blocks + 0.5) * block_bytes / GIB,
+        "hot_gib": ((hot_blocks + 0.5) * block_bytes + states_bytes) / GIB,
         "host_gib": (host_blocks + 0.5) * slot_bytes / GIB if host_blocks else 0.0,
         "disk_gib": disk_mib / 1024,
         "block_size": block_size,
@@ -63,7 +68,7 @@ def make_engine(
     }
     loaded = LoadedModel(model, None, family, f"{family}-{seed}", (2,), 512)
     engine = build_engine(Options.of(**options), loaded, overlap=overlap, simulated=simulated)
-    assert engine.sizes.device_blocks == hot_blocks
+    assert layout.states or engine.sizes.device_blocks == hot_blocks
     return engine
 
 

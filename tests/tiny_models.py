@@ -113,16 +113,79 @@ SPARSE_FAMILIES: dict[str, dict[str, Any]] = {
     "hy_v4": {**_DSA, "indexer_types": ["full", "full", "shared"], "hc_mult": 2},
 }
 
+_GDN = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+}
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+}
+_MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+_MOSTLY_LINEAR = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
+_MOSTLY_CONV = ["conv", "conv", "full_attention", "conv"]
+# Those whose layers keep a state beside KV, or in its place.
+HYBRID_FAMILIES: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": _MOSTLY_CONV},
+    "lfm2_moe": {"layer_types": _MOSTLY_CONV, "num_dense_layers": 1, **_MOE},
+    "qwen3_next": {
+        "layer_types": _MOSTLY_LINEAR,
+        "shared_expert_intermediate_size": 32,
+        **_GDN,
+        **_MOE,
+    },
+    "qwen3_5_text": {"layer_types": _MOSTLY_LINEAR, **_GDN},
+    "qwen3_5_moe_text": {
+        "layer_types": _MOSTLY_LINEAR,
+        "shared_expert_intermediate_size": 32,
+        **_GDN,
+        **_MOE,
+    },
+    "olmo_hybrid": {"layer_types": _MOSTLY_LINEAR, **_GDN, "linear_num_key_heads": 4},
+    "granitemoehybrid": {
+        "layer_types": _MOSTLY_LINEAR,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 40,
+        **_MAMBA,
+    },
+    "nemotron_h": {
+        "layer_types": ["linear_attention", "mlp", "full_attention", "linear_attention", "moe"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 32,
+    },
+    "bamba": {"attn_layer_indices": [2], **_MAMBA},
+    "falcon_h1": {"mamba_d_ssm": 128, **_MAMBA},
+}
+for _changes in HYBRID_FAMILIES.values():
+    _changes.setdefault("num_hidden_layers", len(_changes.get("layer_types", _MOSTLY_CONV)))
+
 
 def make_config(family: str, **changes: Any) -> Any:
     """The transformers config of a tiny model of `family`."""
-    own = {**SPARSE_FAMILIES, **LATENT_FAMILIES, **FAMILIES}[family]
+    own = {**HYBRID_FAMILIES, **SPARSE_FAMILIES, **LATENT_FAMILIES, **FAMILIES}[family]
     values = {**_COMMON, "model_type": family, **own, **changes}
     return AutoConfig.for_model(**values)
 
 
 def make_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A tiny float32 model of `family` with random weights, large enough to vary its output."""
+    """A tiny float32 model of `family` with random weights, large enough to vary its output.
+
+    Recurrent layers remember their first tokens to the end: their decay is slow.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(make_config(family, **changes), dtype=torch.float32)
     with torch.no_grad():
@@ -131,4 +194,8 @@ def make_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel
                 parameter.normal_(0, 0.15)
             elif "sinks" in name:
                 parameter.normal_(0, 1.0)
+            elif name.endswith("A_log"):
+                parameter.uniform_(-4.5, -2.5)
+            elif name.endswith("dt_bias"):
+                parameter.zero_()
     return model.eval()

@@ -8,6 +8,9 @@ from hotset.request import FinishReason, SamplingParams
 
 # Stands last in `Request.token_ids` for the token that the device is still choosing.
 UNKNOWN_TOKEN = -1
+# Slots for state that no sequence gets: one of zeros, which a sequence without a token reads and
+# none writes, and one that rows of padding write.
+ZEROS_SLOT, PADDING_SLOT = 0, 1
 
 _ids = itertools.count()
 
@@ -96,6 +99,8 @@ class SequenceBlocks:
         high_water_tokens: the most tokens that were ever computed; more compute is recompute.
         num_sibling_tokens: leading tokens of the prompt that another of its `n` outputs has
             computed or found.
+        state_read: slot that has its state after `num_computed_tokens`; see `kv.state_slots`.
+        state_write: slot that its next step writes to.
     """
 
     num_computed_tokens: int = 0
@@ -115,6 +120,8 @@ class SequenceBlocks:
     num_cached_tokens: int = 0
     high_water_tokens: int = 0
     num_sibling_tokens: int = 0
+    state_read: int = ZEROS_SLOT
+    state_write: int = PADDING_SLOT
 
     @property
     def num_blocks(self) -> int:

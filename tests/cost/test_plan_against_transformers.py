@@ -221,7 +221,7 @@ def test_delta_net_state_has_the_size_of_the_models_own() -> None:
     config["shared_expert_intermediate_size"] = 40
     shape = shape_from_config(config, "tiny")
     mixer = build(config, "meta").model.layers[0].linear_attn
-    state = mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
-    conv = mixer.conv_dim * mixer.conv_kernel_size
+    state = (mixer.num_v_heads, mixer.head_v_dim, mixer.head_k_dim)
+    conv = (mixer.conv_dim, mixer.conv_kernel_size - 1)
     recurrent = [a.cache for a, _, _ in shape.readers if a.kind is Kind.RECURRENT]
     assert recurrent == [State(state, conv)]

@@ -78,7 +78,7 @@ def test_window_layers_stop_growing_unless_the_engine_holds_them() -> None:
 
 def test_linear_attention_keeps_a_state_of_fixed_size() -> None:
     shape = load_model("qwen3-next-80b-a3b")
-    state = 36 * (32 * 128 * 128 * 4 + (2 * 16 * 128 + 32 * 128) * 4 * 2)
+    state = 36 * (32 * 128 * 128 * 4 + (2 * 16 * 128 + 32 * 128) * 3 * 2)
     assert shape.kv_bytes(0, "bf16") == state
     assert shape.kv_bytes(1000, "bf16") == state + 1000 * 12 * 2 * 2 * 256 * 2
 

@@ -8,22 +8,18 @@ import torch
 from family_configs import FAMILIES, TINY, build
 
 from hotset.cli.plan_options import Options
-from hotset.cost.cache_spec import KeysValues, Latent
+from hotset.cost.cache_spec import KeysValues, Latent, State
 from hotset.cost.catalog import bundled_config, bundled_models
 from hotset.cost.families import shape_from_config
 from hotset.errors import ModelError
 from hotset.executor.probe import inspect_model
 from hotset.memory.arena import DeviceArena
+from hotset.memory.state_arena import StateArena
 
 # Families that the engine refuses.
 REFUSED = {
     "longcat_flash",
     "llama4_text",
-    "qwen3_next",
-    "qwen3_5_text",
-    "qwen3_5_moe_text",
-    "bamba",
-    "granitemoehybrid",
     "jamba",
     "mamba2",
 }
@@ -49,12 +45,21 @@ def test_a_token_takes_the_bytes_that_the_planner_counts(
     assert planned == layout.bytes_per_token
     specs = layout.cache_specs
     # The planner's layers are the engine's one by one.
-    assert [layer.attention.stored.cache.token_values for layer in shape.layers] == [
-        spec.token_values for spec in specs
-    ]
-    assert [layer.attention.indexer for layer in shape.layers] == [
-        layer.indexer for layer in layout.layers
-    ]
+    planned_layers = [layer.attention.stored for layer in shape.layers]
+    attending = [planned_layers[index] for index in layout.kv_layers]
+    assert [a.cache.token_values for a in attending] == [spec.token_values for spec in specs]
+    assert [a.indexer for a in attending] == [layer.indexer for layer in layout.layers]
+    # So is what they keep of a sequence beside, in 16 bits where the planner's model has these.
+    kept = {i: a.cache for i, a in enumerate(planned_layers) if isinstance(a.cache, State)}
+    assert {i: replace(spec, conv_itemsize=2) for i, spec in layout.states.items()} == kept
+    if kept:
+        narrow = inspect_model(model.to(torch.bfloat16))
+        slots = StateArena(
+            narrow.states, num_slots=1, dtype=narrow.dtype, device=torch.device("cpu")
+        )
+        assert slots.slot_bytes == shape.kv_bytes(0, "bf16")
+        views = [*slots.recurrent.values(), *slots.columns.values()]
+        assert slots.slot_bytes == sum(view.numel() * view.itemsize for view in views)
     arena = DeviceArena(
         specs,
         num_blocks=2,

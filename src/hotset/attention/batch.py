@@ -19,12 +19,16 @@ class SequenceSpan(NamedTuple):
     Attributes:
         context_len: tokens it attends to, with those of this step.
         block_table: the blocks of those, in token order.
+        state_read: slot with its state before the step, of a model that has some.
+        state_write: slot for its state after the step, which may be the same.
     """
 
     start: int
     num_tokens: int
     context_len: int
     block_table: Sequence[int]
+    state_read: int = 0
+    state_write: int = 1
 
 
 @dataclass(frozen=True, slots=True)

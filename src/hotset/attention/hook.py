@@ -68,7 +68,11 @@ def _attention_forward(
     name = type(module).__name__
     if hotset is None:
         raise ModelError(f"{name} does not pass keyword arguments to its attention: not supported")
-    unknown = [k for k, v in kwargs.items() if v is not None and k not in _NEUTRAL_ARGUMENTS]
+    unknown = [
+        k
+        for k, v in kwargs.items()
+        if v is not None and k not in _NEUTRAL_ARGUMENTS and v is not hotset
+    ]
     # Sparse attention is given a mask that says nothing: see `mask_arguments`.
     if unknown or (attention_mask is not None and indices is None):
         what = ", ".join(unknown) or "attention_mask"

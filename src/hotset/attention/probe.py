@@ -1,9 +1,14 @@
 """Attention that computes nothing and notes what each layer asks for."""
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import torch
 
+from hotset.attention.scans import Scan
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.spec import LayerAttention
+from hotset.cost.cache_spec import State
 from hotset.errors import ModelError
 
 # Layers whose keys a probe keeps. Some of them see positions; later ones may follow other experts.
@@ -17,6 +22,7 @@ class ProbeAttention:
 
     Attributes:
         layers: what each asked for, by its index.
+        states: what each keeps beside keys and values, by its index.
         rows_are_alike: whether the first and the last row were always the same; the pass is to give
             them the same token at the same position.
         first_keys: `[H_kv, T, D]` of the first few layers; of those with latents the rotary keys.
@@ -24,6 +30,7 @@ class ProbeAttention:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerAttention] = {}
+        self.states: dict[int, State] = {}
         self.rows_are_alike = True
         self.first_keys: list[torch.Tensor] = []
 
@@ -49,10 +56,38 @@ class ProbeAttention:
         rows = [tensor.transpose(0, 1) for tensor in (query, key, value)]
         if index is not None:
             rows += [tensor[0] for tensor in (index.query, index.key, index.weights)]
-        self.rows_are_alike = self.rows_are_alike and all(map(ends_are_alike, rows))
+        self._compare(rows)
         if len(self.first_keys) < _FIRST_LAYERS:
             self.first_keys.append(key.clone())
         return query.new_zeros(query.shape[1], query.shape[0], self.layers[layer].heads.value_dim)
+
+    def convolve(
+        self,
+        layer: int,
+        values: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str | None,
+    ) -> torch.Tensor:
+        """Note the columns, compare the rows and return zeros. See `MixerStep`."""
+        if layer in self.states:
+            raise ModelError(f"layer {layer} convolves twice a step: not supported")
+        self._compare([values.T])
+        channels, kernel = weight.shape
+        self.states[layer] = State((), (channels, kernel - 1), values.dtype.itemsize)
+        return torch.zeros_like(values)
+
+    def scan(self, layer: int, scan: Scan) -> torch.Tensor:
+        """Note the state, compare the rows and return zeros. See `MixerStep`."""
+        state = self.states.get(layer)
+        if state is None or state.recurrent:
+            raise ModelError(f"layer {layer} scans twice a step, or before it convolves")
+        self._compare(scan.rows)
+        self.states[layer] = replace(state, recurrent=scan.state_shape)
+        return scan.new_output().zero_()
+
+    def _compare(self, rows: Iterable[torch.Tensor]) -> None:
+        self.rows_are_alike = self.rows_are_alike and all(map(ends_are_alike, rows))
 
 
 def ends_are_alike(rows: torch.Tensor) -> bool:

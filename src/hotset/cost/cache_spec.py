@@ -6,12 +6,13 @@ cache can be cut (`num_kv_heads`) and how many tokens it keeps (`window`; None: 
 spec says the least that has to be kept; `stored` is what this engine keeps in its place.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 STATE_BYTES = 4  # recurrent state is kept in float32
-CONV_STATE_BYTES = 2
+_STATE_ALIGNMENT = 16  # of a sequence's state, so that kernels can read whole words
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,25 +87,47 @@ class State:
     """A state of fixed size per sequence: linear attention, state space, convolution.
 
     Attributes:
-        num_values: float32 numbers of recurrent state.
-        num_conv_values: 16-bit numbers of convolution state.
+        recurrent: shape of the float32 numbers of recurrent state, heads first; empty for none.
+        conv: channels of the convolution, and the columns of its input that it looks back at.
+        conv_itemsize: bytes of a number in these columns.
     """
 
-    num_values: int
-    num_conv_values: int
+    recurrent: tuple[int, ...]
+    conv: tuple[int, int]
+    conv_itemsize: int = 2
 
     num_kv_heads = 0
     window = None
     token_values = 0
 
     @property
+    def num_values(self) -> int:
+        """Numbers of recurrent state."""
+        return math.prod(self.recurrent) if self.recurrent else 0
+
+    @property
+    def conv_bytes(self) -> int:
+        """Bytes of the columns of a sequence."""
+        return math.prod(self.conv) * self.conv_itemsize
+
+    @property
+    def scanned_values(self) -> int:
+        """Numbers that a step has of a token at once.
+
+        Those that the convolution takes and gives; of each head queries, keys and values, their
+        copies and products with the decay.
+        """
+        heads, *widths = self.recurrent or (0,)
+        return 3 * self.conv[0] + 6 * heads * sum(widths)
+
+    @property
     def sequence_bytes(self) -> int:
         """Bytes of a sequence, whatever its length."""
-        return self.num_values * STATE_BYTES + self.num_conv_values * CONV_STATE_BYTES
+        return self.num_values * STATE_BYTES + self.conv_bytes
 
     @property
     def stored(self) -> "State":
-        """Itself: the engine runs no such layer so far."""
+        """Itself."""
         return self
 
 
@@ -148,13 +171,23 @@ CacheSpec: TypeAlias = KeysValues | Latent | State | Shared | NoCache
 StoredSpec: TypeAlias = KeysValues | Latent  # what the engine's arena takes
 
 # Tokens of a block where the user names none. A latent is a tenth of what keys and values of eight
-# heads take: a block of as many bytes has more tokens.
-_BLOCK_SIZE, _LATENT_BLOCK_SIZE = 16, 64
+# heads take: a block of as many bytes has more tokens. Recurrences are computed in chunks of 64.
+_BLOCK_SIZE, _LONG_BLOCK_SIZE = 16, 64
 
 
 def default_block_size(specs: Iterable[CacheSpec]) -> int:
     """Tokens of a block of a model whose layers store `specs`."""
-    return _LATENT_BLOCK_SIZE if any(isinstance(s, Latent) for s in specs) else _BLOCK_SIZE
+    return _LONG_BLOCK_SIZE if any(map(_wants_long_blocks, specs)) else _BLOCK_SIZE
+
+
+def _wants_long_blocks(spec: CacheSpec) -> bool:
+    return isinstance(spec, Latent) or (isinstance(spec, State) and bool(spec.recurrent))
+
+
+def state_slot_bytes(specs: Iterable[State]) -> int:
+    """Bytes of the state of one sequence over all layers, rounded up to whole words."""
+    num_bytes = sum(spec.sequence_bytes for spec in specs)
+    return -(-num_bytes // _STATE_ALIGNMENT) * _STATE_ALIGNMENT
 
 
 def token_bytes(specs: Iterable[CacheSpec], itemsize: int) -> int:

@@ -200,7 +200,7 @@ def gated_delta_net(f: Facts) -> Attention:
         Kind.RECURRENT,
         Params(matrix, conv_width * kernel + 2 * v_heads + v_dim),
         num_heads=v_heads,
-        cache=State(v_heads * k_dim * v_dim, conv_width * kernel),
+        cache=State((v_heads, v_dim, k_dim), (conv_width, kernel - 1)),
     )
 
 
@@ -217,6 +217,8 @@ def mamba2(
 ) -> Attention:
     """Mamba-2 mixer (Dao and Gu, 2024): a state of heads x head dim x state size."""
     hidden = f.count("hidden_size")
+    if width % heads:
+        raise PlanError(f"config has {heads} heads, which do not divide the width {width} of Mamba")
     conv_width = width + 2 * groups * state
     projected = width + conv_width + heads
     vector = conv_width * (kernel + conv_bias) + 3 * heads + width
@@ -225,7 +227,7 @@ def mamba2(
         Kind.RECURRENT,
         Params(hidden * projected + width * hidden, vector),
         num_heads=heads,
-        cache=State(width * state, conv_width * kernel),
+        cache=State((heads, width // heads, state), (conv_width, kernel - 1)),
     )
 
 
@@ -245,5 +247,5 @@ def mamba1(f: Facts) -> Attention:
         Kind.RECURRENT,
         Params(matrix, vector),
         num_heads=1,
-        cache=State(width * state, width * kernel),
+        cache=State((width, state), (width, kernel - 1)),
     )

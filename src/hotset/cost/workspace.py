@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from hotset.cost.attention import Kind
+from hotset.cost.cache_spec import State
 from hotset.cost.shape import ModelShape
 from hotset.cost.tuning import TUNINGS
 
@@ -48,6 +49,7 @@ class StepWidths:
         latent: of absorbed queries and their output over all heads; 0 without latents.
         vocab: of the logits.
         selected: tokens that a token attends to by sparse attention; 0 without it.
+        scanned: float32 numbers that a convolution and a scan make of a token; 0 without them.
     """
 
     hidden: int
@@ -57,6 +59,7 @@ class StepWidths:
     latent: int
     vocab: int
     selected: int = 0
+    scanned: int = 0
 
     @classmethod
     def of(cls, shape: ModelShape) -> "StepWidths":
@@ -73,6 +76,10 @@ class StepWidths:
             ),
             vocab=shape.vocab_size,
             selected=max(a.indexer.top_k if a.indexer else 0 for a, _, _ in shape.readers),
+            scanned=max(
+                a.cache.scanned_values if isinstance(a.cache, State) else 0
+                for a, _, _ in shape.readers
+            ),
         )
 
     @property
@@ -113,6 +120,7 @@ def step_bytes(
         num_bytes += min(max_tokens, TUNINGS[device].mixed_sizes[-1]) * token_bytes
         num_bytes += 2 * min(max_seqs, max_tokens) * widths.vocab * itemsize
         num_bytes += WORKSPACE_BYTES + (WIDENED_BYTES if widens else 0)
+    num_bytes += 4 * max_tokens * widths.scanned
     if widths.selected:
         num_bytes += SCORES_BYTES + 2 * 4 * max_tokens * widths.selected
     return num_bytes

@@ -52,9 +52,11 @@ from hotset.kv.cache import KVCache
 from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.kv.seats import Seats
+from hotset.kv.state_slots import StateSlots
 from hotset.linear.fp8 import FP8
 from hotset.linear.packed import pack_linears
 from hotset.memory.arena import DeviceArena
+from hotset.memory.state_arena import StateArena
 from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
 from hotset.model.devices import free_bytes, resolve_kv_dtype
@@ -67,6 +69,10 @@ from hotset.sequence import Request
 
 _NUM_PHASES = 8  # at most, of a start
 _LAYOUT_VERSION = "1"
+_STATE_NOTE = (
+    "layers keep a state beside KV: no prefix is found, preempted requests are computed again, and "
+    "steps are not recorded"
+)
 # Prompts whose time is taken at start.
 _TRIAL_TOKENS = (32, 256)
 
@@ -163,6 +169,7 @@ class _Placed:
         experts_report: what to say of them at start; empty for nothing.
         host: memory that steps read, as requests may be hot; None where it is taken later.
         hot: their rows; None where none may be hot.
+        states: what layers keep beside KV; None where they keep nothing.
     """
 
     sizes: Sizes
@@ -171,6 +178,7 @@ class _Placed:
     arena: DeviceArena
     host: HostMemory | None
     hot: HotRows | None
+    states: StateArena | None
 
     @property
     def scratch_block(self) -> int:
@@ -252,7 +260,20 @@ class _Build:
                 index_dims=self._layout.index_dims,
             )
             host, hot = self._hot_rows(sizes, arena, undo)
-        return _Placed(sizes, experts, report, arena, host, hot)
+            states = self._state_arena(sizes)
+        return _Placed(sizes, experts, report, arena, host, hot, states)
+
+    def _state_arena(self, sizes: Sizes) -> StateArena | None:
+        if sizes.states is None:
+            return None
+        arena = StateArena(
+            self._layout.states,
+            num_slots=sizes.states.num_all_slots,
+            dtype=self._layout.dtype,
+            device=self._device,
+        )
+        assert arena.slot_bytes == sizes.states.slot_bytes
+        return arena
 
     def _hot_rows(
         self, sizes: Sizes, arena: DeviceArena, undo: ExitStack
@@ -305,8 +326,11 @@ class _Build:
             backend,
             max_num_seqs=schedule.max_num_seqs,
             hot=placed.hot,
+            states=placed.states,
+            kv_layers=self._layout.kv_layers,
         )
-        compiles = self._device.type == "cuda" and not self._options.runtime.eager
+        is_eager = self._options.runtime.eager or placed.states is not None
+        compiles = self._device.type == "cuda" and not is_eager
         if compiles:
             with times.phase("compile the layers"):
                 runner.compile(scratch_block=placed.scratch_block)
@@ -425,9 +449,10 @@ class _Build:
             metrics=metrics,
             tiers=tiers,
             policy=policy if tiers is not None else None,
-            prefix_caching=memory.prefix_caching,
+            prefix_caching=memory.prefix_caching and sizes.states is None,
             seats=seats,
             index_blocks=index_blocks,
+            states=None if sizes.states is None else StateSlots(sizes.states.num_slots),
         )
 
     def _scheduler(
@@ -476,6 +501,8 @@ class _Build:
         lines = [sizes.report(device=self._device.type, disk_path=self._disk_path)]
         if self._device.type == "cpu":
             lines.append(f"threads that compute: {self._threads}")
+        if placed.states is not None:
+            lines.append(_STATE_NOTE)
         lines += [kv_note(self._model, self._layout), sizes.split_report, placed.experts_report]
         return "\n".join(line for line in [*lines, *measured.notes, *self._loaded.notes] if line)
 

@@ -305,16 +305,16 @@ class Engine:
             # Nobody can say before the step has run which of its requests needed the expert.
             _log.error("a step of %d requests failed: %s", len(step.items), error)
             self.metrics.faults.update(self.executor.take_faults())
-            self.kv.forget_slots()
+            self.scheduler.step_failed(step)
             for item in step.items:
                 self._finish(item.request, FinishReason.ERROR, str(error))
             return None
         except (RuntimeError, MemoryError) as error:
             # Out of memory, most likely. The youngest request of the step pays; the others'
-            # tokens are computed again in the next step, into the same places.
+            # tokens are computed again.
             _log.exception("a step of %d requests failed", len(step.items))
             self.metrics.faults["step_failed"] += 1
-            self.kv.forget_slots()
+            self.scheduler.step_failed(step)
             victim = step.items[-1].request
             self._finish(victim, FinishReason.ERROR, f"the model step failed: {error}")
             return None

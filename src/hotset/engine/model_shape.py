@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hotset.attention.spec import LayerAttention
 from hotset.cost.attention import Attention, Kind
-from hotset.cost.cache_spec import Latent
+from hotset.cost.cache_spec import Latent, NoCache, State, state_slot_bytes
 from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.config_sizes import largest
 from hotset.cost.expert_steps import ExpertCost, link_of
@@ -82,6 +82,7 @@ def measure_model(loaded: LoadedModel, layout: ModelLayout, options: Options) ->
         why_not_hosted=why_not_hosted(model),
         rated=rated,
         has_index_keys=any(layout.index_dims),
+        state_bytes=state_slot_bytes(layout.states.values()),
         sparse=None if (why_not_hot := layout.why_not_hot) else _sparse_sizes(layout),
         why_not_hot=why_not_hot or "",
     )
@@ -214,11 +215,16 @@ def shape_of(
     )
     is_fp8 = any(p.dtype == torch.float8_e4m3fn for p in model.parameters())
     layers = []
-    for index, asked in enumerate(layout.layers):
+    kv_layers = layout.kv_layers
+    for index in range(config.num_hidden_layers):
         has_experts = index in with_experts
+        attends = kv_layers.get(index)
+        state = layout.states.get(index)
         layers.append(
             Layer(
-                _attention(asked, attention[index]),
+                _attention(layout.layers[attends], attention[index])
+                if attends is not None
+                else _without_kv(state, attention[index]),
                 Params() if has_experts else others[index],
                 others[index] if has_experts else Params(),
                 expert=expert if has_experts else Params(),
@@ -275,6 +281,13 @@ def _layer_of(path: str) -> int | None:
     """The decoder layer that a path leads into; None outside of them."""
     found = _LAYER.search(f".{path}")
     return None if found is None else int(found[1])
+
+
+def _without_kv(state: State | None, params: Params) -> Attention:
+    if state is None:
+        return Attention(Kind.NONE, params, cache=NoCache())
+    num_heads = state.recurrent[0] if state.recurrent else 1
+    return Attention(Kind.RECURRENT, params, num_heads=num_heads, cache=state)
 
 
 def _attention(asked: LayerAttention, params: Params) -> Attention:

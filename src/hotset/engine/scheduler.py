@@ -195,6 +195,19 @@ class Scheduler:
         request.finish_reason = reason
         request.error = error
 
+    def step_failed(self, step: Step) -> None:
+        """Take back what requests of a step that did not run to its end cannot go on with.
+
+        Their KV is written again into the same places; a state may have gone on in some layers.
+        """
+        self.kv.forget_slots()
+        if self.kv.states is None:
+            return
+        for item in step.items:
+            if item.request.status is RequestStatus.RUNNING:
+                self.running.remove(item.request)
+                self._preempt(item.request)
+
     def _prompt_budget(self) -> int:
         """Most tokens of prompts in the next step."""
         num_decodes = self._num_decodes()
@@ -388,7 +401,7 @@ class Scheduler:
 
     def _fork(self, first: Request) -> None:
         for sibling in self._forks.pop(first.sequence_id):
-            if len(self.running) < self.max_num_seqs:
+            if len(self.running) < self.max_num_seqs and self.kv.can_fork:
                 self.kv.fork(first, sibling)
                 self._start_turn(sibling)
             else:

@@ -15,6 +15,7 @@ from hotset.engine.memory_split import (
     expected_load,
     split_memory,
 )
+from hotset.engine.state_sizing import StateSizes, solve_state_sizes
 from hotset.errors import ConfigError
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import capacity_bytes_for, payloads_within
@@ -50,6 +51,7 @@ class ModelSizes:
         sparse: what it selects and caches; None where its requests cannot be hot.
         why_not_hot: why.
         has_index_keys: whether blocks have those of sparse attention, which lie apart.
+        state_bytes: of a slot, the state of one request beside its KV; 0 for none.
     """
 
     device: str
@@ -66,6 +68,7 @@ class ModelSizes:
     why_not_hosted: str = "it is dense"
     rated: Rated | None = None
     has_index_keys: bool = False
+    state_bytes: int = 0
     sparse: SparseSizes | None = None
     why_not_hot: str = "its layers attend to all tokens"
 
@@ -100,6 +103,7 @@ class Sizes:
         moving: how the split between experts and KV moves; None where it stays.
         split_report: what to say of the split at start; empty where there is none.
         hot: what hot requests get; None where none may turn hot.
+        states: slots for state beside KV; None where the model keeps none.
     """
 
     weights_bytes: int
@@ -116,6 +120,7 @@ class Sizes:
     moving: MovingSplit | None = None
     split_report: str = ""
     hot: HotSizes | None = None
+    states: StateSizes | None = None
 
     @property
     def device_blocks(self) -> int:
@@ -137,6 +142,8 @@ class Sizes:
             ("workspace", device, self.workspace_bytes, 0),
             ("KV, hot tier", device, self.device_blocks * self.block_bytes, self.device_blocks),
         ]
+        if self.states is not None:
+            rows.append(("state", device, self.states.num_bytes, 0))
         if self.expert_bytes:
             rows.insert(1, ("expert slots", device, self.expert_bytes, 0))
         if self.host_slots:
@@ -153,8 +160,11 @@ class Sizes:
         for context in (*_REPORTED_CONTEXTS, self.max_model_len):
             if context <= self.max_model_len:
                 blocks = -(-context // self.block_size)
+                hot = self.device_blocks // blocks
+                if self.states is not None:
+                    hot = min(hot, self.states.num_slots)
                 users.append(
-                    f"{context} tokens: {self.device_blocks // blocks} hot"
+                    f"{context} tokens: {hot} hot"
                     + (f", {total_blocks // blocks} in all tiers" if self.host_slots else "")
                 )
         lines.append("users of a context of " + "; ".join(dict.fromkeys(users)))
@@ -207,6 +217,10 @@ class _Solver:
                 self.asked, model.slots, model.why_not_hosted, device=model.device
             )
         hot_bytes, split = self._hot_bytes(experts), None
+        states = self._state_sizes(hot_bytes, self._free_beside(experts).device)
+        self.state_bytes = 0 if states is None else states.num_bytes
+        if hot_bytes is not None:
+            hot_bytes -= self.state_bytes
         if isinstance(self.asked, SplitMemory) and model.slots is not None:
             split = self._split(self.asked, model.slots, hot_bytes)
             hot_bytes, experts = split.kv_bytes, split.experts
@@ -214,7 +228,8 @@ class _Solver:
         kv_bytes = self._kv_bytes(hot_bytes, free.device)
         self._check_fits(experts, kv_bytes, free.device)
         num_blocks = self._num_blocks(kv_bytes)
-        host_slots = self._host_slots(free.host - (kv_bytes if model.device == "cpu" else 0))
+        on_host = kv_bytes + self.state_bytes if model.device == "cpu" else 0
+        host_slots = self._host_slots(free.host - on_host)
         max_len = min(self.max_len, num_blocks * model.block_size)
         first_block, moving = 0, None if split is None else split.moving
         if moving is not None and experts is not None:
@@ -238,7 +253,36 @@ class _Solver:
             moving=moving,
             split_report="" if split is None else split.report,
             hot=hot,
+            states=states,
         )
+
+    def _state_sizes(self, hot_bytes: int | None, free_bytes: int) -> StateSizes | None:
+        """What the state of requests gets of the memory for KV."""
+        model, schedule = self.model, self.schedule
+        if not model.state_bytes:
+            return None
+        most_seqs = schedule.max_num_seqs
+        if hot_bytes is None:
+            hot_bytes = self._share(free_bytes - model.workspace_bytes)
+        if isinstance(self.asked, SplitMemory) and model.slots is not None:
+            # Experts have a part of it too.
+            most_seqs = int(expected_load(self.asked, schedule, self.max_len).users)
+            hot_bytes //= 2
+        return solve_state_sizes(
+            model.state_bytes,
+            hot_bytes,
+            block_bytes=model.block_bytes,
+            block_size=model.block_size,
+            fewest_blocks=self.fewest_blocks,
+            most_seqs=most_seqs,
+            max_len=self.max_len,
+            memory=self.memory,
+            given=self.given,
+        )
+
+    def _share(self, free_bytes: int) -> int:
+        """What KV gets at most where the user does not say."""
+        return int(free_bytes * TUNINGS[self.model.device].memory_share)
 
     def _hot_sizes(self) -> HotSizes | None:
         """What hot requests get."""
@@ -326,6 +370,7 @@ class _Solver:
     def _kv_bytes(self, hot_bytes: int | None, free_bytes: int) -> int:
         """What KV gets of the device: as asked, or a share of what is free."""
         model, schedule = self.model, self.schedule
+        free_bytes -= self.state_bytes
         if model.workspace_bytes >= free_bytes:
             raise ConfigError(
                 f"a step of {schedule.max_num_batched_tokens} tokens and {schedule.max_num_seqs} "
@@ -336,16 +381,18 @@ class _Solver:
         if hot_bytes is not None:
             return hot_bytes
         most_blocks = schedule.max_num_seqs * -(-self.max_len // model.block_size)
-        share = (free_bytes - model.workspace_bytes) * TUNINGS[model.device].memory_share
-        return min(int(share), most_blocks * model.block_bytes)
+        share = self._share(free_bytes - model.workspace_bytes)
+        return min(share, most_blocks * model.block_bytes)
 
     def _check_fits(self, experts: ExpertSizes | None, kv_bytes: int, free_bytes: int) -> None:
         """Raise ConfigError where there is less memory on the device than KV is to have."""
         model = self.model
-        free_bytes -= model.workspace_bytes
+        free_bytes -= model.workspace_bytes + self.state_bytes
         if kv_bytes <= free_bytes:
             return
         workspace = f"workspace ({gib_text(model.workspace_bytes)})"
+        if self.state_bytes:
+            workspace = f"state ({gib_text(self.state_bytes)}) and {workspace}"
         expert_bytes = 0 if experts is None else experts.device_bytes
         if expert_bytes and isinstance(self.asked, SplitMemory):
             free = gib_text(max(0, free_bytes + expert_bytes), up=False)
@@ -368,7 +415,7 @@ class _Solver:
         block_bytes, needed = self.model.block_bytes, self.fewest_blocks
         if kv_bytes // block_bytes >= needed:
             return kv_bytes // block_bytes
-        least_bytes = needed * block_bytes
+        least_bytes = needed * block_bytes + self.state_bytes
         if (total_gib := self.memory.total_gib) is not None:
             least_bytes += int(total_gib * GIB) - kv_bytes
         raise ConfigError(

@@ -46,7 +46,8 @@ def make_step_input(step: Step, block_size: int) -> StepInput:
             columns.append((token_ids[item.start], item.start, table[-1], offset, source, seat))
         else:
             chunks.append(_chunk(item, table, block_size))
-        sequences.append(SequenceSpan(start, num_tokens, end, table))
+        kv = request.kv
+        sequences.append(SequenceSpan(start, num_tokens, end, table, kv.state_read, kv.state_write))
         start += num_tokens
         ends[id(item)] = start
     inputs = np.concatenate(

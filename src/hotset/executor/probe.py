@@ -1,8 +1,8 @@
 """What a model asks of its attention and its memory, found out by running a few tokens."""
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,14 +10,16 @@ from transformers import PreTrainedModel
 
 from hotset.attention.hook import IMPLEMENTATION, register
 from hotset.attention.latent import hand_over_latents, latent_weights
+from hotset.attention.mixers import hook_mixers, step_keywords
 from hotset.attention.probe import ProbeAttention, are_alike, ends_are_alike
 from hotset.attention.sparse.check import check_indexers
 from hotset.attention.sparse.indexer import bind_indexers, mask_arguments
 from hotset.attention.spec import LayerAttention
-from hotset.cost.cache_spec import Latent, StoredSpec, default_block_size, token_bytes
+from hotset.cost.cache_spec import Latent, State, StoredSpec, default_block_size, token_bytes
 from hotset.cost.config_sizes import context_length, largest
 from hotset.cost.workspace import StepWidths, step_bytes
 from hotset.errors import ConfigError, HotsetError, ModelError
+from hotset.executor.state_check import NOT_ATTENDING, STATE_TYPES, check_layers, check_states
 from hotset.experts.gating import noting_top_k, use_dynamic_gating, without_experts
 from hotset.experts.weights import experts_layers
 from hotset.kv.index_blocks import fewest_per_block
@@ -39,9 +41,12 @@ class ModelLayout:
     """What each layer of a model asks of its attention, and what a token leaves in the cache.
 
     Attributes:
+        layers: those that attend, in their order.
         experts_per_token: that its routers choose; 0 where no layer has experts of transformers'
             interface.
         head_repeats: how often the model repeats each key before its attention, and so stores it.
+        indices: of `layers` in the model; None where they are all of its layers.
+        states: what layers keep of a sequence beside keys and values, by their index in the model.
     """
 
     layers: tuple[LayerAttention, ...]
@@ -49,6 +54,14 @@ class ModelLayout:
     kv_dtype: torch.dtype
     experts_per_token: int = 0
     head_repeats: int = 1
+    indices: tuple[int, ...] | None = None
+    states: Mapping[int, State] = field(default_factory=dict)
+
+    @property
+    def kv_layers(self) -> dict[int, int]:
+        """Index of a layer that attends -> which of `layers` it is."""
+        indices = range(len(self.layers)) if self.indices is None else self.indices
+        return {index: i for i, index in enumerate(indices)}
 
     @property
     def cache_specs(self) -> tuple[StoredSpec, ...]:
@@ -58,7 +71,7 @@ class ModelLayout:
     @property
     def default_block_size(self) -> int:
         """Tokens of a block where the user names none."""
-        return default_block_size(self.cache_specs)
+        return default_block_size([*self.cache_specs, *self.states.values()])
 
     @property
     def index_dims(self) -> tuple[int, ...]:
@@ -105,6 +118,7 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
     check_decoder(model.config, name)
     _check_layer_types(config, name)
     bind_indexers(model)
+    hook_mixers(model)
     _check_inputs(model)
     register()
     try:
@@ -119,23 +133,30 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
     check_kv_dtype(model, kv_dtype)
     with noting_top_k(model) as chosen:
         probe, logits = _probe(model, _TOKENS, _POSITIONS)
-    layers = _layers_of(probe, config.num_hidden_layers, name)
-    _check_windows(config, layers, name)
+    check_layers(model, list(probe.layers), probe.states)
+    indices = tuple(sorted(probe.layers))
+    layers = tuple(probe.layers[index] for index in indices)
+    _check_windows(config, probe.layers, name)
     _check_selections(config, layers, name)
     if not (ends_are_alike(logits) and probe.rows_are_alike):
         raise ModelError(
             f"{name} computes a token from its place in the step, not from the position it is "
             "given and its token alone, so several sequences cannot share a step"
         )
-    if model.device.type != "meta":
-        _check_numbering(model, probe)
-    return ModelLayout(
+    layout = ModelLayout(
         layers,
         model.dtype,
         kv_dtype or model.dtype,
         max(chosen, default=0),
         _head_repeats(probe.first_keys[0]),
+        None if indices == tuple(range(config.num_hidden_layers)) else indices,
+        probe.states,
     )
+    if model.device.type != "meta":
+        _check_numbering(model, probe)
+        if layout.states:
+            check_states(model, layout.layers, layout.kv_layers, layout.states)
+    return layout
 
 
 def check_kv_dtype(model: PreTrainedModel, kv_dtype: torch.dtype | None) -> None:
@@ -149,22 +170,17 @@ def check_kv_dtype(model: PreTrainedModel, kv_dtype: torch.dtype | None) -> None
 
 def _check_layer_types(config: Any, name: str) -> None:
     layer_types = getattr(config, "layer_types", None) or []
-    if unknown := sorted(set(layer_types) - _KNOWN_LAYER_TYPES - _SPARSE_LAYER_TYPES):
+    known = _KNOWN_LAYER_TYPES | _SPARSE_LAYER_TYPES | STATE_TYPES | NOT_ATTENDING
+    if unknown := sorted(set(layer_types) - known):
         raise ModelError(
             f"{name} has layers of type {', '.join(unknown)}: "
-            f"supported are {', '.join(sorted(_KNOWN_LAYER_TYPES))}"
+            f"supported are {', '.join(sorted(known - _SPARSE_LAYER_TYPES))}"
         )
-
-
-def _layers_of(probe: ProbeAttention, num_layers: int, name: str) -> tuple[LayerAttention, ...]:
-    """What each of a model's layers asked for, in their order; each has to have asked."""
-    missing = [layer for layer in range(num_layers) if layer not in probe.layers]
-    if missing or len(probe.layers) != num_layers:
+    if layer_types and not set(layer_types) - NOT_ATTENDING:
         raise ModelError(
-            f"{name}: {len(missing)} of {num_layers} layers (first: layer {missing[:1]}) do not "
-            "use transformers' attention interface, so their state cannot be paged"
+            f"{name} has layers of type {', '.join(sorted(set(layer_types)))} alone: at least one "
+            "layer has to attend"
         )
-    return tuple(probe.layers[i] for i in range(num_layers))
 
 
 def _head_repeats(keys: torch.Tensor) -> int:
@@ -189,7 +205,7 @@ def _probe(
         inputs["position_ids"] = torch.tensor([positions], device=model.device)
     try:
         with torch.inference_mode(), without_experts(model), noting_reads(model):
-            output = model(**inputs, use_cache=False, hotset=probe)
+            output = model(**inputs, use_cache=False, **dict.fromkeys(step_keywords(model), probe))
     except HotsetError:
         raise
     except Exception as error:
@@ -200,16 +216,17 @@ def _probe(
     return probe, output.logits[0]
 
 
-def _check_windows(config: Any, layers: Sequence[LayerAttention], name: str) -> None:
+def _check_windows(config: Any, layers: Mapping[int, LayerAttention], name: str) -> None:
     """Raise ModelError where layers attend over another window than the config says."""
     layer_types = getattr(config, "layer_types", None) or []
     for i, layer_type in enumerate(layer_types):
-        if (layer_type == "sliding_attention") != (layers[i].cache.window is not None):
+        window = layers[i].cache.window if i in layers else None
+        if (layer_type == "sliding_attention") != (window is not None):
             raise ModelError(f"{name}: layer {i} is {layer_type} but its window does not say so")
     window = getattr(config, "sliding_window", None)
     if layer_types or not isinstance(window, int) or window >= (context_length(config) or window):
         return
-    if all(layer.cache.window is None for layer in layers):
+    if all(layer.cache.window is None for layer in layers.values()):
         raise ModelError(
             f"{name} has sliding_window {window} in its config, by which transformers forgets "
             "tokens, but its attention has no window: answers would depend on how it is run"
@@ -291,6 +308,7 @@ def workspace_bytes(
         latent=_latent_values(layout),
         vocab=config.vocab_size,
         selected=max(layer.indexer.top_k if layer.indexer else 0 for layer in layout.layers),
+        scanned=max((spec.scanned_values for spec in layout.states.values()), default=0),
     )
     return step_bytes(
         widths,

@@ -17,7 +17,9 @@ from hotset.attention.batch import NUM_INPUTS
 from hotset.attention.hook import register
 from hotset.attention.hot_rows import HotRows
 from hotset.attention.inputs import Inputs, copy_batch
+from hotset.attention.mixers import step_keywords
 from hotset.attention.sparse.indexer import mask_arguments
+from hotset.attention.state_step import StateStep
 from hotset.errors import ModelError
 from hotset.executor.graphs import StepGraphs
 from hotset.executor.step_input import StepInput
@@ -25,6 +27,7 @@ from hotset.experts.recorder import RoutingRecorder
 from hotset.linear.merged import merge_linears
 from hotset.memory.arena import DeviceArena
 from hotset.metrics import HotCounts
+from hotset.memory.state_arena import StateArena
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +55,9 @@ class ModelRunner:
         attention: how it is attended to.
         max_num_seqs: most requests in one step.
         hot: the rows of hot requests, which `attention` reads; None where none may be hot.
+        states: where state lives beside KV; None where the model has none. Its steps are launched
+            as they are, neither compiled nor recorded.
+        kv_layers: index of a layer that attends -> which of those it is.
     """
 
     def __init__(
@@ -62,8 +68,11 @@ class ModelRunner:
         *,
         max_num_seqs: int = 256,
         hot: HotRows | None = None,
+        states: StateArena | None = None,
+        kv_layers: dict[int, int] | None = None,
     ) -> None:
         self._model = model
+        self._states, self._kv_layers = states, kv_layers or {}
         self._hot = hot
         self._arena = arena
         self._attention = attention
@@ -76,6 +85,7 @@ class ModelRunner:
         parameters = inspect.signature(model.forward).parameters
         self._selects_logits = "logits_to_keep" in parameters
         self._mask = mask_arguments(model)
+        self._keywords = step_keywords(model)
 
     @property
     def device(self) -> torch.device:
@@ -246,6 +256,8 @@ class ModelRunner:
         inputs, rows = copy_batch(batch, self._model.device)
         token_ids = inputs.resolve(self._previous) if batch.has_unknown else inputs.token_ids
         attention = self._attention.begin_step(batch, inputs)
+        if self._states is not None:
+            attention = StateStep(attention, self._kv_layers, self._states, batch, self.device)
         when_ready()
         return self._logits(token_ids, inputs.positions, attention, rows)
 
@@ -262,7 +274,7 @@ class ModelRunner:
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             use_cache=False,
-            hotset=attention,
+            **dict.fromkeys(self._keywords, attention),
             **self._mask,
             **options,
         )

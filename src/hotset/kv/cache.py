@@ -13,6 +13,7 @@ from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.kv.prefix import Prefixes
 from hotset.kv.seats import Seats
+from hotset.kv.state_slots import StateSlots
 from hotset.kv.table import BlockTables
 from hotset.kv.transfers import BlockTransfers, Known
 from hotset.memory.tier import Answer
@@ -41,6 +42,8 @@ class KVCache:
         prefixes: the keys of each request's blocks.
         transfers: of blocks, to and from slower tiers.
         hot: the requests that keep few of their tokens on the device; None where none may.
+        states: slots for what layers keep beside KV; None where they keep nothing. KV without that
+            state is of no use: nothing is found then, and a preempted request is computed again.
     """
 
     def __init__(
@@ -55,8 +58,9 @@ class KVCache:
         prefix_caching: bool = True,
         seats: Seats | None = None,
         index_blocks: IndexBlocks | None = None,
+        states: StateSlots | None = None,
     ) -> None:
-        self.pool = pool
+        self.pool, self.states = pool, states
         self.tables = BlockTables(pool, block_size, index_blocks)
         self.prefixes = Prefixes(fingerprint, block_size, are_shared=prefix_caching)
         self.transfers = BlockTransfers(pool, block_size, metrics, tiers, policy)
@@ -74,6 +78,8 @@ class KVCache:
         `spare_blocks`; without it nothing changes and the result is False. So it is while a tier
         cannot say yet what it has of the tokens.
         """
+        if self.states is not None and not self.states.num_available:
+            return False
         known, is_pending = self._find_prefix(request)
         if is_pending:
             return False
@@ -90,6 +96,8 @@ class KVCache:
             return False
 
         fresh = iter(self.pool.allocate(len(known) - len(shared)))
+        if self.states is not None:
+            self.states.give(request)
         request.kv.num_shared_blocks = len(shared)
         request.kv.block_table = [next(fresh) if block is None else block for block in held]
         for i, part in enumerate(known):
@@ -137,7 +145,7 @@ class KVCache:
             index = kv.num_computed_tokens // size
             if index in kv.arrived:
                 found = kv.arrived.pop(index)
-            elif self._take_over(request, index):
+            elif self.states is None and self._take_over(request, index):
                 found = ArrivedBlock(_DEVICE, size)
             else:
                 break
@@ -156,6 +164,8 @@ class KVCache:
         if start < kv.high_water_tokens:
             self._metrics.recomputed_tokens += min(end, kv.high_water_tokens) - start
         kv.high_water_tokens = max(kv.high_water_tokens, end)
+        if self.states is not None:
+            self.states.advance(request)
         first, last = start // size, end // size
         if first == last:
             return
@@ -163,6 +173,11 @@ class KVCache:
         for i in range(first, last):
             self.pool.publish(kv.block_table[i], keys[i])
             self.transfers.spill(keys[i], kv.block_table[i])
+
+    @property
+    def can_fork(self) -> bool:
+        """Whether `fork` works: a state is there after all tokens of the parent's prompt alone."""
+        return self.states is None
 
     def fork(self, parent: Request, child: Request) -> None:
         """Let `child` share the blocks of the prompt it has in common with `parent`."""
@@ -219,6 +234,8 @@ class KVCache:
 
     def _give_back(self, request: Request) -> None:
         self.tables.give_back(request)
+        if self.states is not None:
+            self.states.take_back(request)
         if self.hot is not None:
             self.hot.leave(request)
 
@@ -229,6 +246,8 @@ class KVCache:
         returns whether a tier cannot say yet what it has of the tokens after these.
         """
         known: list[Known] = []
+        if self.states is not None:
+            return known, False
         keys = self.prefixes.findable(request)
         num_asked = _KEYS_AT_ONCE
         while len(known) < len(keys):
@@ -304,5 +323,7 @@ class KVCache:
         """Assert that the pool is consistent and that loads and their waiters agree."""
         self.pool.check()
         self.transfers.check()
+        if self.states is not None:
+            self.states.pool.check()
         if self.hot is not None:
             self.hot.check()

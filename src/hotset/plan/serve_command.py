@@ -37,7 +37,8 @@ def why_not_served(plan: Plan) -> str:
         (plan.gpus > 1, f"the plan needs {plan.gpus} GPUs, and hotset serve runs on one"),
         (
             Kind.RECURRENT in kinds,
-            f"hotset serve does not run the recurrent layers of {shape.name}",
+            f"a plan does not size the state slots that serve has for the recurrent layers of "
+            f"{shape.name}",
         ),
         (
             bool(shape.index_bytes_per_token) and shape.index_dtype == "fp8",

@@ -1,0 +1,219 @@
+"""Layers that keep a state: linear attention, state space, short convolutions.
+
+Their modules ("mixers") call two functions of their Python module, a causal convolution and a scan;
+nothing else in them links tokens. `hook_mixers` replaces both, once per process, by functions that
+ask the object of the step, which travels with each forward call as the keyword argument `hotset`
+(as with attention). Without it they do what they did.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hotset.attention.scans import GatedDelta, Mamba2, Scan
+from hotset.errors import ModelError
+
+_CONV = "causal_conv1d_fn"
+# Keyword arguments that mixers hand on and that do not change the result here.
+_NEUTRAL = {"use_cache", "position_ids", "cache_position", "position_embeddings", "return_dict"}
+_NEUTRAL |= {"output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep"}
+_NEUTRAL |= {"seq_idx", "is_causal"}
+
+
+@runtime_checkable
+class MixerStep(Protocol):
+    """The mixers of all tokens of one step, layer by layer. T = tokens of the step."""
+
+    def convolve(
+        self,
+        layer: int,
+        values: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str | None,
+    ) -> torch.Tensor:
+        """A causal convolution of each channel over the tokens of each sequence.
+
+        Args:
+            layer: index of the layer.
+            values: `[C, T]`.
+            weight: `[C, kernel]`.
+            bias: `[C]`.
+            activation: of the result, by transformers' name.
+
+        Returns:
+            `[C, T]`, dtype of `values`.
+        """
+        ...
+
+    def scan(self, layer: int, scan: Scan) -> torch.Tensor:
+        """`[T, heads, values]`: the recurrence over the tokens of each sequence."""
+        ...
+
+
+class _Call(NamedTuple):
+    """What the two functions are handed: the step, and the layer that asks."""
+
+    step: MixerStep
+    layer: int
+    name: str
+
+
+def mixers(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that convolve over tokens: all that keep a state do."""
+    for module in model.modules():
+        if any(isinstance(child, nn.Conv1d) for child in module.children()):
+            yield module
+
+
+def hook_mixers(model: PreTrainedModel) -> None:
+    """Have the mixers of `model` ask the step that is handed to a forward call.
+
+    Modules that convolve otherwise, outside of a decoder say, are left alone.
+    """
+    for kind in {type(mixer) for mixer in mixers(model)}:
+        module = sys.modules[kind.__module__]
+        if not hasattr(module, _CONV) or hasattr(kind.forward, "_takes_step"):
+            continue
+        for name, make in {_CONV: _convolution, **_SCANS}.items():
+            if hasattr(module, name):
+                _replace(module, name, make)
+        kind.forward = _with_step(kind.forward)
+
+
+def step_keywords(model: PreTrainedModel) -> tuple[str, ...]:
+    """The keyword arguments by which a forward call hands its step to the layers.
+
+    In transformers 5.17 short convolutions get no other keyword than `seq_idx`.
+    """
+    forwards = (type(mixer).forward for mixer in mixers(model))
+    taken = {getattr(forward, "_takes_step", "hotset") for forward in forwards}
+    return tuple(sorted({"hotset", *taken}))
+
+
+def _with_step(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of a mixer, which says in place of the step who asks it."""
+    parameters = inspect.signature(forward).parameters.values()
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    keyword = "hotset" if takes_all else "seq_idx"
+
+    @functools.wraps(forward)
+    def hooked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        step = kwargs.get(keyword)
+        if isinstance(step, MixerStep):
+            layer: Any = self.layer_idx
+            kwargs[keyword] = _Call(step, layer, type(self).__name__)
+        return forward(self, *args, **kwargs)
+
+    hooked._takes_step = keyword  # type: ignore[attr-defined]
+    return hooked
+
+
+def _replace(module: ModuleType, name: str, make: Callable[..., Any]) -> None:
+    """Replace a function of `module` by one that asks the step where there is one."""
+    plain = getattr(module, name)
+    if hasattr(plain, "_asks_step"):
+        return
+    # transformers binds these names to other packages' kernels where they can be imported, whatever
+    # the device.
+    ask = make(inspect.unwrap(plain))
+
+    @functools.wraps(plain)
+    def asking(*args: Any, hotset: Any = None, **kwargs: Any) -> Any:
+        call = hotset if isinstance(hotset, _Call) else kwargs.get("seq_idx")
+        if not isinstance(call, _Call):
+            return plain(*args, **kwargs)
+        return ask(call, *args, **kwargs)
+
+    asking._asks_step = True  # type: ignore[attr-defined]
+    setattr(module, name, asking)
+
+
+def _check_others(call: _Call, others: dict[str, Any]) -> None:
+    """Raise ModelError for keywords of unknown meaning."""
+    if unknown := [k for k, v in others.items() if v is not None and k not in _NEUTRAL]:
+        raise ModelError(f"{call.name} asks for {', '.join(unknown)}: not supported")
+
+
+def _convolution(original: Callable[..., Any]) -> Callable[..., Any]:
+    def ask(
+        call: _Call,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        activation: str | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        _check_others(call, others)
+        values = hidden_states[0]
+        return call.step.convolve(call.layer, values, weight, bias, activation).unsqueeze(0)
+
+    return ask
+
+
+def _gated_delta(original: Callable[..., Any]) -> Callable[..., Any]:
+    def ask(
+        call: _Call,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        chunk_size: int = 64,
+        initial_state: torch.Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        _check_others(call, {**others, "initial_state": initial_state})
+        scan = GatedDelta(
+            original, query[0], key[0], value[0], g[0], beta[0], use_qk_l2norm_in_kernel
+        )
+        return call.step.scan(call.layer, scan).unsqueeze(0), None
+
+    return ask
+
+
+def _mamba2(original: Callable[..., Any]) -> Callable[..., Any]:
+    def ask(
+        call: _Call,
+        hidden_states: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        chunk_size: int,
+        D: torch.Tensor | None = None,
+        dt_bias: torch.Tensor | None = None,
+        initial_states: torch.Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+        **others: Any,
+    ) -> torch.Tensor:
+        _check_others(call, {**others, "initial_states": initial_states})
+        scan = Mamba2(
+            original,
+            hidden_states[0],
+            dt[0],
+            A,
+            B[0],
+            C[0],
+            D,
+            dt_bias,
+            dt_softplus,
+            dt_limit,
+        )
+        return call.step.scan(call.layer, scan).unsqueeze(0)
+
+    return ask
+
+
+_SCANS = {"torch_chunk_gated_delta_rule": _gated_delta, "mamba2_chunk_scan": _mamba2}

@@ -1,0 +1,213 @@
+"""Recurrences over the tokens of a layer: in chunks of a text, or one token of many sequences.
+
+Values come first in a state (`[H, V, K]`), as kernels have it. One step after another is what the
+chunk form is equal to but for rounding.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+# Chunks lie between multiples of this position, wherever a text was cut: what is computed does not
+# depend on the cuts then.
+GRID = 64
+
+
+class Scan(ABC):
+    """The recurrence of one layer over the T tokens of a step."""
+
+    @property
+    @abstractmethod
+    def state_shape(self) -> tuple[int, int, int]:
+        """Heads, values, keys."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        """What it is given of each token, `[T, ...]` each."""
+
+    @abstractmethod
+    def new_output(self) -> torch.Tensor:
+        """`[T, heads, values]`, yet to be written."""
+
+    @abstractmethod
+    def decode(self, num: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `num` tokens, each of another sequence.
+
+        Args:
+            num: R.
+            state: `[R, H, V, K]` float32, before the tokens.
+
+        Returns:
+            `[R, H, V]` output, and the state after the tokens.
+        """
+
+    @abstractmethod
+    def chunk(self, start: int, end: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `[start, end)` of one sequence, at most up to the next multiple of `GRID`.
+
+        Args:
+            start: a row of the step.
+            end: the row after the last.
+            state: `[H, V, K]` float32, before the tokens.
+
+        Returns:
+            `[end - start, H, V]` output, and the state after the tokens.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDelta(Scan):
+    """Gated delta rule (Yang et al., "Gated Delta Networks", 2024, equation 10).
+
+    Attributes:
+        original: the chunk form of transformers.
+        query: `[T, H_k, K]`.
+        key: `[T, H_k, K]`.
+        value: `[T, H, V]`, H a multiple of H_k.
+        decay: `[T, H]`, logarithm of what the state is multiplied with.
+        beta: `[T, H]`, how much of the new value replaces the old one.
+        normalises: whether queries and keys are brought to length 1.
+    """
+
+    original: Callable[..., Any]
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    decay: torch.Tensor
+    beta: torch.Tensor
+    normalises: bool
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """See `Scan`."""
+        return (*self.value.shape[1:], self.key.shape[-1])
+
+    @property
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        """See `Scan`."""
+        return (self.query, self.key, self.value, self.decay, self.beta)
+
+    def new_output(self) -> torch.Tensor:
+        """See `Scan`."""
+        return torch.empty_like(self.value, dtype=self.query.dtype)
+
+    def decode(self, num: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Scan`."""
+        query, key, value, decay, beta = (rows[:num].float() for rows in self.rows)
+        if self.normalises:
+            query, key = _of_length_1(query), _of_length_1(key)
+        repeats = value.shape[1] // key.shape[1]
+        query = query.repeat_interleave(repeats, dim=1) * query.shape[-1] ** -0.5
+        key = key.repeat_interleave(repeats, dim=1)
+        state = state * decay.exp()[..., None, None]
+        known = (state * key.unsqueeze(-2)).sum(-1)
+        change = (value - known) * beta.unsqueeze(-1)
+        state = state + change.unsqueeze(-1) * key.unsqueeze(-2)
+        output = (state * query.unsqueeze(-2)).sum(-1)
+        return output.to(self.query.dtype), state
+
+    def chunk(self, start: int, end: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Scan`."""
+        query, key, value, decay, beta = (rows[start:end].unsqueeze(0) for rows in self.rows)
+        output, after = self.original(
+            query,
+            key,
+            value,
+            g=decay,
+            beta=beta,
+            chunk_size=GRID,
+            initial_state=state.transpose(-1, -2).unsqueeze(0),
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=self.normalises,
+        )
+        return output[0], after[0].transpose(-1, -2)
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba2(Scan):
+    """State space duality (Dao and Gu, "Transformers are SSMs", 2024, section 6).
+
+    Attributes:
+        original: the chunk form of transformers.
+        value: `[T, H, V]`, x of the paper.
+        step: `[T, H]`, the time step before bias, softplus and bounds.
+        rate: `[H]`, A of the paper, negative.
+        key: `[T, G, K]`, B of the paper, H a multiple of G.
+        query: `[T, G, K]`, C of the paper.
+        skip: `[H]`, D of the paper; None for none.
+        bias: `[H]`, of the time step; None for none.
+        is_softplus: whether the time step goes through softplus.
+        bounds: of the time step.
+    """
+
+    original: Callable[..., Any]
+    value: torch.Tensor
+    step: torch.Tensor
+    rate: torch.Tensor
+    key: torch.Tensor
+    query: torch.Tensor
+    skip: torch.Tensor | None
+    bias: torch.Tensor | None
+    is_softplus: bool
+    bounds: tuple[float, float]
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """See `Scan`."""
+        return (*self.value.shape[1:], self.key.shape[-1])
+
+    @property
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        """See `Scan`."""
+        return (self.value, self.step, self.key, self.query)
+
+    def new_output(self) -> torch.Tensor:
+        """See `Scan`."""
+        return torch.empty_like(self.value, dtype=torch.float32)
+
+    def decode(self, num: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Scan`."""
+        value, key, query = (rows[:num].float() for rows in (self.value, self.key, self.query))
+        repeats = value.shape[1] // key.shape[1]
+        key, query = (rows.repeat_interleave(repeats, dim=1) for rows in (key, query))
+        step = self.step[:num]
+        if self.bias is not None:
+            step = step + self.bias.to(step.dtype)
+        if self.is_softplus:
+            step = functional.softplus(step)
+        step = step.clamp(*self.bounds).float()
+        decay = (step * self.rate.float()).exp()
+        change = (value * step.unsqueeze(-1)).unsqueeze(-1) * key.unsqueeze(-2)
+        state = state * decay[..., None, None] + change
+        output = (state * query.unsqueeze(-2)).sum(-1)
+        if self.skip is not None:
+            output = output + self.skip.unsqueeze(-1) * value
+        return output, state
+
+    def chunk(self, start: int, end: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Scan`."""
+        value, step, key, query = (rows[start:end].unsqueeze(0) for rows in self.rows)
+        output, after = self.original(
+            value,
+            step,
+            self.rate,
+            key,
+            query,
+            chunk_size=GRID,
+            D=self.skip,
+            dt_bias=self.bias,
+            initial_states=state.unsqueeze(0),
+            dt_softplus=self.is_softplus,
+            dt_limit=self.bounds,
+            return_final_states=True,
+        )
+        return output[0], after[0]
+
+
+def _of_length_1(rows: torch.Tensor) -> torch.Tensor:
+    return rows * torch.rsqrt((rows * rows).sum(-1, keepdim=True) + 1e-6)

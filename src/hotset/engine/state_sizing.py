@@ -1,0 +1,92 @@
+"""How many slots the state of requests gets of the memory for KV. Imports no torch."""
+
+from dataclasses import dataclass
+
+from hotset.errors import ConfigError
+from hotset.option_groups import MemoryOptions
+from hotset.sequence import PADDING_SLOT
+from hotset.units import GIB, gib_text, round_up_gib
+
+# What a request is taken to hold on average where its longest context is more.
+_USUAL_TOKENS = 1280
+_NUM_RESERVED = PADDING_SLOT + 1
+
+
+@dataclass(frozen=True, slots=True)
+class StateSizes:
+    """What the state of requests takes beside KV.
+
+    Attributes:
+        num_slots: requests that can run at once.
+        slot_bytes: of the state of one.
+    """
+
+    num_slots: int
+    slot_bytes: int
+
+    @property
+    def num_all_slots(self) -> int:
+        """With those that no request gets."""
+        return self.num_slots + _NUM_RESERVED
+
+    @property
+    def num_bytes(self) -> int:
+        """On the device."""
+        return self.num_all_slots * self.slot_bytes
+
+
+def solve_state_sizes(
+    slot_bytes: int,
+    hot_bytes: int,
+    *,
+    block_bytes: int,
+    block_size: int,
+    fewest_blocks: int,
+    most_seqs: int,
+    max_len: int,
+    memory: MemoryOptions,
+    given: str,
+) -> StateSizes:
+    """As many slots as requests of a usual length have KV beside, at most `most_seqs`.
+
+    Args:
+        slot_bytes: state of one request.
+        hot_bytes: for KV and state.
+        block_bytes: of a KV block.
+        block_size: its tokens.
+        fewest_blocks: that one request needs.
+        most_seqs: requests of a step.
+        max_len: longest context.
+        memory: the user's options.
+        given: the one that `hot_bytes` comes from.
+
+    Raises:
+        ConfigError: a slower tier is asked for; or not one request has room.
+    """
+    for name in ("host_gib", "disk_gib"):
+        if getattr(memory, name) > 0:
+            raise ConfigError(
+                f"{name} is {getattr(memory, name)}, but the model keeps a state beside KV, which "
+                f"does not go to host memory or disk so far; leave {name} out"
+            )
+    least_bytes = (_NUM_RESERVED + 1) * slot_bytes + fewest_blocks * block_bytes
+    if hot_bytes < least_bytes:
+        raise ConfigError(
+            f"the hot tier of {gib_text(max(0, hot_bytes), up=False)} has no room for one request: "
+            f"its state takes {slot_bytes:,} bytes, in {_NUM_RESERVED + 1} slots, and its KV "
+            f"{fewest_blocks * block_bytes:,}; give {given} "
+            f"{round_up_gib(_asked_bytes(memory, hot_bytes) + least_bytes - hot_bytes)} or more"
+        )
+    usual = -(-min(max_len, _USUAL_TOKENS) // block_size) * block_bytes
+    reserved = _NUM_RESERVED * slot_bytes
+    num_slots = min(
+        (hot_bytes - reserved) // (slot_bytes + usual),
+        (hot_bytes - reserved - fewest_blocks * block_bytes) // slot_bytes,
+        most_seqs,
+    )
+    return StateSizes(max(1, num_slots), slot_bytes)
+
+
+def _asked_bytes(memory: MemoryOptions, hot_bytes: int) -> int:
+    """What the user gives to KV and all that it shares memory with."""
+    return hot_bytes if memory.total_gib is None else int(memory.total_gib * GIB)

@@ -1,0 +1,107 @@
+"""Recurrences: one token after another, in chunks, and cut on the grid."""
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers.models.bamba import modeling_bamba
+from transformers.models.qwen3_next import modeling_qwen3_next
+
+from hotset.attention.scans import GRID, GatedDelta, Mamba2, Scan
+
+HEADS, GROUPS, VALUES, KEYS = 4, 2, 8, 16
+
+
+def gated_delta(num_tokens: int) -> Scan:
+    original = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
+    query, key = torch.randn(2, num_tokens, GROUPS, KEYS)
+    value = torch.randn(num_tokens, HEADS, VALUES)
+    decay = -torch.rand(num_tokens, HEADS) / 20
+    beta = torch.rand(num_tokens, HEADS)
+    return GatedDelta(original, query, key, value, decay, beta, normalises=True)
+
+
+def mamba2(num_tokens: int) -> Scan:
+    original = inspect.unwrap(modeling_bamba.mamba2_chunk_scan)
+    key, query = torch.randn(2, num_tokens, GROUPS, KEYS)
+    return Mamba2(
+        original,
+        torch.randn(num_tokens, HEADS, VALUES),
+        torch.randn(num_tokens, HEADS),
+        -torch.rand(HEADS) / 20,
+        key,
+        query,
+        torch.randn(HEADS),
+        torch.randn(HEADS),
+        is_softplus=True,
+        bounds=(0.1, 2.0),
+    )
+
+
+SCANS = pytest.mark.parametrize("make", [gated_delta, mamba2])
+
+
+def in_chunks(scan: Scan, ends: list[int], state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    outputs, start = [], 0
+    for end in ends:
+        output, state = scan.chunk(start, end, state)
+        outputs.append(output)
+        start = end
+    return torch.cat(outputs), state
+
+
+@SCANS
+def test_one_token_after_another_is_what_a_chunk_is(make: Callable[[int], Scan]) -> None:
+    torch.manual_seed(0)
+    scan = make(20)
+    assert scan.state_shape == (HEADS, VALUES, KEYS)
+    state = torch.randn(scan.state_shape)
+    expected, after = scan.chunk(0, 20, state)
+    for row in range(20):
+        # A step in which this token comes first, and another sequence's second.
+        rows = torch.tensor([row, 0])
+        two = _of_rows(scan, rows)
+        states = torch.stack([state, torch.randn(scan.state_shape)])
+        output, states = two.decode(2, states)
+        state = states[0]
+        torch.testing.assert_close(output[0], expected[row], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, after, rtol=1e-4, atol=1e-5)
+
+
+def _of_rows(scan: Scan, rows: torch.Tensor) -> Scan:
+    from dataclasses import fields, replace
+
+    taken = {id(each) for each in scan.rows}
+    changes = {
+        field.name: getattr(scan, field.name)[rows]
+        for field in fields(scan)  # type: ignore[arg-type]
+        if id(getattr(scan, field.name)) in taken
+    }
+    return replace(scan, **changes)  # type: ignore[type-var]
+
+
+@SCANS
+def test_the_first_tokens_still_matter_after_the_grid(make: Callable[[int], Scan]) -> None:
+    torch.manual_seed(1)
+    scan = make(150)
+    state = torch.randn(scan.state_shape)
+    ends = [GRID, 2 * GRID, 150]
+    output, _ = in_chunks(scan, ends, state)
+    other, _ = in_chunks(scan, ends, torch.zeros(scan.state_shape))
+    assert (output[2 * GRID :] - other[2 * GRID :]).abs().max() > 1e-3
+
+
+@SCANS
+def test_where_a_text_is_cut_on_the_grid_changes_no_bit(make: Callable[[int], Scan]) -> None:
+    torch.manual_seed(2)
+    scan = make(150)
+    state = torch.randn(scan.state_shape)
+    whole, after = in_chunks(scan, [GRID, 2 * GRID, 150], state)
+    first, middle = in_chunks(scan, [GRID], state)
+    kept = middle.clone(memory_format=torch.contiguous_format)
+    rest = [scan.chunk(start, end, kept) for start, end in [(GRID, 2 * GRID)]]
+    last, end_state = scan.chunk(2 * GRID, 150, rest[0][1])
+    assert torch.equal(torch.cat([first, rest[0][0], last]), whole)
+    assert torch.equal(end_state, after)
+    assert torch.equal(kept, middle)  # what is read is not written

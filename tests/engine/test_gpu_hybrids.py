@@ -1,0 +1,28 @@
+"""Models with a state beside KV, on a GPU."""
+
+from collections.abc import Callable
+
+import pytest
+from engines import make_prompts, run
+from tiny_models import HYBRID_FAMILIES
+
+from hotset.engine.engine import Engine
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+
+
+@pytest.mark.parametrize("family", HYBRID_FAMILIES)
+def test_a_gpu_answers_as_the_cpu_does_in_float32(
+    family: str, make_engine: Callable[..., Engine]
+) -> None:
+    prompts = make_prompts()
+    expected = run(make_engine(family), prompts)
+    engine = make_engine(family, device="cuda", max_num_batched_tokens=24)
+
+    def preempt_one() -> None:
+        if len(engine.scheduler.running) > 4:
+            engine.scheduler._preempt_last()
+
+    assert run(engine, prompts, each_step=preempt_one) == expected
+    assert engine.metrics.preemptions > 0
+    assert not engine.is_warming
