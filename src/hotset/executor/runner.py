@@ -26,8 +26,8 @@ from hotset.executor.step_input import StepInput
 from hotset.experts.recorder import RoutingRecorder
 from hotset.linear.merged import merge_linears
 from hotset.memory.arena import DeviceArena
-from hotset.metrics import HotCounts
 from hotset.memory.state_arena import StateArena
+from hotset.metrics import HotCounts
 
 _log = logging.getLogger(__name__)
 
