@@ -17,7 +17,7 @@ from hotset.experts import layer as expert_layer
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.gating import dynamic_experts, pack_experts
 from hotset.experts.hosting import move_to_host
-from hotset.experts.narrow import NarrowDType, NarrowLayout
+from hotset.experts.narrow import NarrowDType, rounded_layout
 from hotset.experts.prefetch import Router
 from hotset.experts.sizes import narrow_layout
 from hotset.experts.weights import IMPLEMENTATION, experts_of
@@ -118,7 +118,7 @@ def rounded(layers: list[nn.Module], cold: NarrowDType) -> list[nn.Module]:
     layers = copy.deepcopy(layers)
     for layer in layers:
         up = getattr(layer, experts_of(layer).up_name)
-        narrow = NarrowLayout(tuple(up.shape[1:]), tuple(layer.down_proj.shape[1:]), cold)
+        narrow = rounded_layout(tuple(up.shape[1:]), tuple(layer.down_proj.shape[1:]), cold)
         values = narrow.dequantise(narrow.quantise(up, layer.down_proj), up.dtype)
         for weight, value in zip((up, layer.down_proj), values, strict=True):
             weight.copy_(value)

@@ -33,7 +33,7 @@ from hotset.experts import compute, hosting
 from hotset.experts import layer as expert_layer
 from hotset.experts.gating import dynamic_experts, use_dynamic_gating
 from hotset.experts.host import ColdSource, ExpertLayout, HostExperts
-from hotset.experts.narrow import NarrowDType, NarrowLayout, relative_rms
+from hotset.experts.narrow import NarrowDType, relative_rms, rounded_layout
 from hotset.experts.prefetch import find_routers
 from hotset.experts.residency import SlotTable
 from hotset.experts.weights import experts_layers, experts_of
@@ -181,7 +181,7 @@ def test_rounding_errors_are_those_of_the_weights_and_small(
     torch.manual_seed(0)
     up, down = torch.randn(5, 96, 128), 0.01 * torch.randn(5, 128, 192)
     layout = ExpertLayout((96, 128), (128, 192), torch.float32)
-    host = HostExperts(layout, 5, NarrowLayout(layout.up, layout.down, cold))
+    host = HostExperts(layout, 5, rounded_layout(layout.up, layout.down, cold))
     host.store(up, down, torch.device("cpu"))
     errors = [got - want for got, want in zip(host.matrices(), (up, down), strict=True)]
     for error, weight in zip(errors, (up, down), strict=True):
@@ -194,7 +194,7 @@ def test_rounding_errors_are_those_of_the_weights_and_small(
 
 @pytest.mark.parametrize("cold", ["fp8", "int4"])
 def test_zeros_and_extremes_come_back_and_rounding_again_changes_nothing(cold: NarrowDType) -> None:
-    narrow = NarrowLayout((2, 64), (64, 128), cold)
+    narrow = rounded_layout((2, 64), (64, 128), cold)
     up = torch.stack([torch.zeros(64), torch.linspace(-3, 8, 64)]).unsqueeze(0)
     down = 1e-20 * torch.randn(1, 64, 128)
     once = narrow.dequantise(narrow.quantise(up, down), torch.float32)
@@ -537,7 +537,7 @@ def test_flags_without_effect_are_refused(make_engine: MakeEngine) -> None:
     ):
         Options.of(expert_slots=1, expert_cold_dtype="int3")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="rows of 20 and 64 values do not divide into groups"):
-        NarrowLayout((64, 20), (20, 64), "int4")
+        rounded_layout((64, 20), (20, 64), "int4")
 
 
 def test_routers_that_are_not_found_are_an_error_in_one_line() -> None:

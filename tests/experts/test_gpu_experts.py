@@ -20,7 +20,7 @@ from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.compute import is_fused
 from hotset.experts.gating import dynamic_experts, use_dynamic_gating
 from hotset.experts.host import HostExperts
-from hotset.experts.narrow import NarrowDType, NarrowLayout
+from hotset.experts.narrow import NarrowDType, rounded_layout
 from hotset.experts.weights import experts_of
 from hotset.memory.arena import DeviceArena
 from hotset.options import Options
@@ -67,7 +67,7 @@ def make_pair(
 def test_a_gpu_rounds_as_the_cpu_does(cold: NarrowDType) -> None:
     torch.manual_seed(0)
     up, down = torch.randn(3, 96, 128).bfloat16(), torch.randn(3, 128, 192).bfloat16()
-    narrow = NarrowLayout((96, 128), (128, 192), cold)
+    narrow = rounded_layout((96, 128), (128, 192), cold)
     here = narrow.quantise(up, down)
     there = narrow.quantise(up.cuda(), down.cuda())
     assert torch.equal(there.cpu(), here)

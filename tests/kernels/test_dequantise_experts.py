@@ -10,7 +10,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 
 from hotset.experts.host import ExpertLayout  # noqa: E402
-from hotset.experts.narrow import NarrowDType, NarrowLayout  # noqa: E402
+from hotset.experts.narrow import NarrowDType, rounded_layout  # noqa: E402
 from hotset.kernels.dequantise_experts import dequantise_experts  # noqa: E402
 
 PAIRS = [(5, 1), (0, 3), (-1, 0), (2, 2), (4, 6), (1, 0), (-1, 4)]
@@ -40,7 +40,7 @@ def test_values_are_those_of_the_reference_and_nothing_else_changes(
     beside_compute: bool,
 ) -> None:
     torch.manual_seed(0)
-    layout, narrow = ExpertLayout(up, down, wide), NarrowLayout(up, down, dtype)
+    layout, narrow = ExpertLayout(up, down, wide), rounded_layout(up, down, dtype)
     source = narrow.quantise(torch.randn(6, *up), torch.randn(6, *down))
     if DEVICE == "cpu" and wide == torch.bfloat16:
         exact = narrow.dequantise(source, torch.float32)
@@ -65,7 +65,7 @@ def test_values_are_those_of_the_reference_and_nothing_else_changes(
 
 
 def test_all_8_bit_floats_are_what_pytorch_says() -> None:
-    narrow = NarrowLayout((1, 256), (1, 256), "fp8")
+    narrow = rounded_layout((1, 256), (1, 256), "fp8")
     source = narrow.quantise(torch.ones(1, 1, 256), torch.ones(1, 1, 256))
     source[0, :256] = torch.arange(256, dtype=torch.uint8)
     source[0, [127, 255]] = 0  # the two NaN, which are never stored

@@ -30,7 +30,7 @@ Block = tuple[int, int | None] | None  # rows and columns that share a scale; No
 
 _DEFAULT_BLOCK = (128, 128)  # of transformers, where the config names none
 _PIECE_VALUES = 2**22
-_WEIGHTS = ("F8_E4M3", "F8_E5M2")
+FLOATS = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
 
 
@@ -46,7 +46,7 @@ class Fp8Format:
 
     suffix: str
     block: Block
-    dtypes: tuple[str, ...] = _WEIGHTS
+    dtypes: tuple[str, ...] = FLOATS
 
 
 def fp8_format(
@@ -69,13 +69,13 @@ def fp8_format(
         return Fp8Format("_scale", (1, None))
     if (narrow := narrow_weights(quant_config(fields) or {})) is not None:
         kind, block = narrow
-        return Fp8Format("_scale", _checked(folder, block), ("I8",) if kind == "int" else _WEIGHTS)
+        return Fp8Format("_scale", _checked(folder, block), ("I8",) if kind == "int" else FLOATS)
     return None
 
 
 def _has_one_scale_each(fields: Mapping[str, Any], stored: Mapping[str, Stored]) -> bool:
     """Whether it is of AutoFP8, whose config has the method of blocks, but names no block."""
-    narrow = [name for name, tensor in stored.items() if tensor.dtype in _WEIGHTS]
+    narrow = [name for name, tensor in stored.items() if tensor.dtype in FLOATS]
     names_block = "weight_block_size" in (quant_config(fields) or {})
     return bool(narrow) and not names_block and all(f"{name}_scale" in stored for name in narrow)
 
@@ -151,6 +151,15 @@ def dequantise(
                 spread = spread.repeat_interleave(width, 1)[:, :columns]
         out[start : start + step] = piece.mul_(spread)
     return out
+
+
+def planes(
+    weight: torch.Tensor, scales: torch.Tensor, *, block: Block
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """Codes `[N, K]` as bytes, and float32 scales of each block; see `weight_format`."""
+    factors = (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
+    num_rows = 1 if block is None else -(-len(weight) // block[0])
+    return weight.view(torch.uint8), factors.view(num_rows, -1), None
 
 
 def _check_scales(

@@ -93,16 +93,8 @@ def dequantise(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """`[N, K]` of `dtype`, computed in float32, in pieces; see above for the parts."""
-    zeros = groups = None
-    if form.kind == "awq":
-        assert more is not None
-        values, zeros = _unpacked(codes, form).t(), _unpacked(more, form).t()
-    elif form.kind == "gptq":
-        values, groups = _unpacked(codes.t(), form), more
-    else:
-        values = _unpacked(codes, form)
-        zeros = None if more is None else _unpacked(more.t(), form).t()
-    factors = scales if form.kind == "packed" else scales.t()  # [N, G]
+    values, factors, zeros = _opened(codes, scales, more, form)
+    groups = more if form.kind == "gptq" else None
     rows, columns = values.shape
     if groups is None:
         groups = torch.arange(columns, device=values.device) // (form.group or columns)
@@ -114,6 +106,39 @@ def dequantise(
         piece -= 2.0 ** (form.bits - 1) if zeros is None else zeros[part].float()[:, groups]
         out[part] = piece.mul_(factors[part].float()[:, groups])
     return out
+
+
+def planes(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    more: torch.Tensor | None = None,
+    *,
+    form: IntForm,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes `[N, K / 2]`, scales and zeros `[N, G]` of 4-bit weights; see `weight_format`.
+
+    Raises:
+        ValueError: columns of a group are apart.
+    """
+    values, factors, zeros = _opened(codes, scales, more, form)
+    if form.kind == "gptq" and more is not None:
+        columns = torch.arange(len(more))
+        if not torch.equal(more.long(), columns // (form.group or len(more))):
+            raise ValueError("columns of a group are apart (desc_act)")
+    return values[:, ::2] | values[:, 1::2] << 4, factors, zeros
+
+
+def _opened(
+    codes: torch.Tensor, scales: torch.Tensor, more: torch.Tensor | None, form: IntForm
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes `[N, K]`, a byte each; scales `[N, G]`; and zeros `[N, G]` where groups have some."""
+    if form.kind == "awq":
+        assert more is not None
+        return _unpacked(codes, form).t(), scales.t(), _unpacked(more, form).t()
+    if form.kind == "gptq":
+        return _unpacked(codes.t(), form), scales.t(), None
+    zeros = None if more is None else _unpacked(more.t(), form).t()
+    return _unpacked(codes, form), scales, zeros
 
 
 def _unpacked(words: torch.Tensor, form: IntForm) -> torch.Tensor:

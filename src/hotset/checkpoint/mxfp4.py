@@ -54,6 +54,11 @@ def shape_of(blocks: Stored) -> tuple[int, ...]:
     return experts, groups * _BLOCK, outputs
 
 
+def planes(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """Codes `[outputs, inputs / 2]` and scales of one expert, as they are; see `weight_format`."""
+    return blocks.flatten(-2), scales, None
+
+
 def dequantise(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`[experts, inputs, outputs]` of `dtype`, one expert at a time; exact in bfloat16."""
     values = torch.tensor(_VALUES, device=blocks.device)

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint as a model takes them: by name, read when asked for, dequantised."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,14 @@ import torch
 
 from hotset.checkpoint import fp8_blocks, int_groups, mxfp4, quantized
 from hotset.checkpoint.files import read_headers, weight_files
-from hotset.cost.quantisation import int_form, quant_config
+from hotset.cost.quantisation import IntForm, int_form, quant_config
+from hotset.errors import ModelError
+from hotset.weight_format import MXFP4, Scale, WeightFormat
+
+Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales, zeros
+
+_SCALES: dict[str, Scale] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_LARGEST_EXPONENT = 227  # of e8m0, 2**100: kernels multiply by more on the way
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,8 @@ class CheckpointTensors:
         folder: see above.
         stored: by name; narrow weights under the name and shape of what they are read as.
         is_dequantised: whether the checkpoint is quantised, and read here as one that is not.
+        narrow_format: how it stores the weights that it quantised, where their own bytes can be
+            kept; None where they are dequantised at any rate.
 
     Raises:
         ModelError: a file is missing or damaged, narrow weights and their scales do not fit
@@ -53,6 +62,8 @@ class CheckpointTensors:
         # By the weight's name: values, scales and what else makes it.
         self._parts: dict[str, tuple[str, ...]] = {}
         self._dequantise: Callable[..., torch.Tensor] = mxfp4.dequantise
+        self._planes: Callable[..., Planes] = mxfp4.planes
+        self.narrow_format: WeightFormat | None = None
         shapes: dict[str, tuple[int, ...]] = {}
         folded: set[str] = set()
         form = fp8_blocks.fp8_format(folder, fields, stored)
@@ -61,6 +72,8 @@ class CheckpointTensors:
         if integers is not None:
             self._parts = int_groups.find_weights(folder, integers, stored)
             self._dequantise = partial(int_groups.dequantise, form=integers)
+            self._planes = partial(int_groups.planes, form=integers)
+            self.narrow_format = self._int_format(integers, quant_config(fields) or {})
             for name, (codes, *_) in self._parts.items():
                 shapes[name] = int_groups.shape_of(integers, stored[codes])
                 folded.update(int_groups.unneeded(integers, name))
@@ -68,9 +81,13 @@ class CheckpointTensors:
             scales = fp8_blocks.pair_scales(folder, form, stored)
             self._parts = {weight: (weight, name) for weight, name in scales.items()}
             self._dequantise = partial(fp8_blocks.dequantise, block=form.block)
+            self._planes = partial(fp8_blocks.planes, block=form.block)
+            if form.dtypes == fp8_blocks.FLOATS and not self._has("F8_E5M2"):
+                self.narrow_format = WeightFormat("e4m3", "float32", *(form.block or (None, None)))
             folded.update(name for each in scales for name in fp8_blocks.input_scales(each))
         elif self.is_dequantised:
             self._parts.update(mxfp4.find_blocks(folder, stored))
+            self.narrow_format = MXFP4 if self._parts else None
             shapes = {name: mxfp4.shape_of(stored[of]) for name, (of, *_) in self._parts.items()}
         folded.update(name for parts in self._parts.values() for name in parts)
         self.stored = {name: tensor for name, tensor in stored.items() if name not in folded}
@@ -89,6 +106,11 @@ class CheckpointTensors:
         """Whether a tensor is read as plain floats."""
         return name in self._parts or self.stored[name].dtype in quantized.FLOATS
 
+    @property
+    def narrow_names(self) -> frozenset[str]:
+        """The weights that are stored in `narrow_format`."""
+        return frozenset(self._parts) if self.narrow_format is not None else frozenset()
+
     def is_zero_bias(self, name: str) -> bool:
         """Whether a tensor is a bias of zeros, as GPTQ's tools store for layers that have none."""
         if not name.endswith(".bias") or name not in self._all:
@@ -97,21 +119,17 @@ class CheckpointTensors:
             return not tensors.get_tensor(name).any()
 
     @contextlib.contextmanager
-    def open(self, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    def open(
+        self, device: torch.device, dtype: torch.dtype, *, without: Collection[str] = ()
+    ) -> Iterator[dict[str, Any]]:
         """All tensors by name, each read when it is indexed with `...`, from any thread.
 
         Args:
             device: where narrow ones are dequantised; others are on the CPU.
             dtype: of those; others are as stored.
+            without: names that are left out.
         """
-        with contextlib.ExitStack() as files:
-            opened = {
-                file: files.enter_context(safetensors.safe_open(file, "pt"))
-                for file in {tensor.file for tensor in self._all.values()}
-            }
-
-            def part(name: str) -> Any:
-                return opened[self._all[name].file].get_slice(name)
+        with self._open_parts() as part:
 
             def read(name: str) -> Any:
                 if name not in self._parts:
@@ -119,4 +137,61 @@ class CheckpointTensors:
                 parts = tuple(part(each) for each in self._parts[name])
                 return Dequantised(parts, self._dequantise, device, dtype)
 
-            yield {name: read(name) for name in self.stored}
+            yield {name: read(name) for name in self.stored if name not in without}
+
+    @contextlib.contextmanager
+    def open_narrow(self) -> Iterator[Callable[[str, int | None], Planes]]:
+        """Reads the planes of a weight of `narrow_names`, or of one of those stacked in it.
+
+        Any thread may read. What it gives raises ModelError where a number is none.
+        """
+        with self._open_parts() as part:
+
+            def read(name: str, index: int | None) -> Planes:
+                slices = (part(each) for each in self._parts[name])
+                try:
+                    planes = self._planes(*(s[...] if index is None else s[index] for s in slices))
+                except ValueError as error:
+                    raise ModelError(f"{self.folder}: {name}: {error}") from error
+                self._check_numbers(name, planes)
+                return planes
+
+            yield read
+
+    @contextlib.contextmanager
+    def _open_parts(self) -> Iterator[Callable[[str], Any]]:
+        """Slices of the stored tensors by their own names."""
+        with contextlib.ExitStack() as files:
+            opened = {
+                file: files.enter_context(safetensors.safe_open(file, "pt"))
+                for file in {tensor.file for tensor in self._all.values()}
+            }
+            yield lambda name: opened[self._all[name].file].get_slice(name)
+
+    def _check_numbers(self, name: str, planes: Planes) -> None:
+        """Refuse what is not a number: kernels would make one of it."""
+        assert self.narrow_format is not None
+        codes, scales, _ = planes
+        if self.narrow_format.scale == "e8m0":
+            is_bad = (scales > _LARGEST_EXPONENT).any()
+        else:
+            is_bad = ~scales.isfinite().all()
+        if self.narrow_format.code == "e4m3":
+            is_bad |= (codes & 127 == 127).any()
+        if is_bad:
+            raise ModelError(
+                f"{self.folder}: {name} has codes or scales that are no numbers, or beyond 2**100; "
+                "the checkpoint is damaged"
+            )
+
+    def _int_format(self, form: IntForm, config: Mapping[str, Any]) -> WeightFormat | None:
+        """Of 4-bit integers whose groups are in order, and whose scales all have one dtype."""
+        if form.kind == "gptq" and config.get("desc_act") is not False:
+            return None
+        dtypes = {self._all[scales].dtype for _, scales, *_ in self._parts.values()}
+        if form.bits != 4 or len(dtypes) != 1 or (scale := _SCALES.get(dtypes.pop())) is None:
+            return None
+        return WeightFormat("int4", scale, 1, form.group, form.has_zeros)
+
+    def _has(self, dtype: str) -> bool:
+        return any(tensor.dtype == dtype for tensor in self._all.values())

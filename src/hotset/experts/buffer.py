@@ -136,10 +136,10 @@ class ExpertBuffer:
         Returns:
             What to say of it at start.
         """
-        device, first, experts = self.device, self.layers[0], self.layers[0].experts
+        device, first = self.device, self.layers[0]
         host = first.source
         assert isinstance(host, HostExperts)
-        hidden_size = host.layout.up[0 if experts.is_transposed else 1]
+        hidden_size = host.layout.up[0 if host.layout.is_transposed else 1]
         cold = ColdExperts(
             hidden_size,
             first.top_k,

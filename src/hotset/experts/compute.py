@@ -44,7 +44,8 @@ def compute_resident(
     ids, order, ends = by_group(top_k_index.reshape(-1), experts.num_experts)
     rows = hidden_states[order // top_k]
     if weights is not None and all(map(has_grouped_kernel, weights)):
-        rows = grouped(layer, experts, rows, weights, ids, ends)
+        is_transposed = experts.is_transposed
+        rows = grouped(layer, experts, rows, weights, ids, ends, is_transposed=is_transposed)
     else:
         rows = _resident_in_turn(layer, experts, rows, ends)
     places = torch.arange(len(order), device=order.device)
@@ -131,6 +132,8 @@ def grouped(
     weights: Weights,
     ids: torch.Tensor,
     ends: torch.Tensor,
+    *,
+    is_transposed: bool,
 ) -> torch.Tensor:
     """Both products by PyTorch's grouped kernels; nothing is read by the host.
 
@@ -143,13 +146,14 @@ def grouped(
         weights: `[G, *up]` and `[G, *down]`.
         ids: `[R]` the expert of each row, for its bias.
         ends: `[G]` int32, where the rows of each group end.
+        is_transposed: whether weights are `[in, out]`.
 
     Returns:
         `[R, H]`; anything, NaN too, in rows beyond the last end.
     """
 
     def product(name: str, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        weight = weight if experts.is_transposed else weight.transpose(1, 2)  # [G, in, out]
+        weight = weight if is_transposed else weight.transpose(1, 2)  # [G, in, out]
         out: torch.Tensor = functional.grouped_mm(rows, weight, offs=ends)
         if experts.has_bias:
             out = out + getattr(layer, f"{name}_bias")[ids.clamp(max=experts.num_experts - 1)]

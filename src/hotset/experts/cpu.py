@@ -240,7 +240,7 @@ class ColdLayer:
         experts = self._experts
 
         def product(which: int, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            weight = weight.t() if experts.is_transposed else weight
+            weight = weight.t() if self._host.layout.is_transposed else weight
             return functional.linear(
                 rows, weight, self._biases[which][expert] if self._biases else None
             )

@@ -4,7 +4,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from hotset.cost.expert_sizes import with_disk
-from hotset.experts.host import Ahead, Ids, StoredExperts
-from hotset.experts.narrow import NarrowLayout
+from hotset.experts.host import Ahead, ExpertLayout, Ids, StoredExperts
 from hotset.experts.sizes import sizes_of
 from hotset.experts.slots import Slots
 from hotset.experts.store import ExpertStore
@@ -30,8 +29,7 @@ class DiskExperts:
 
     def __init__(self, store: ExpertStore, layer: int) -> None:
         self.store, self.layout, self.rows = store, store.layout, store.rows
-        self.payload_bytes = store.layout.payload_bytes
-        self.narrow: NarrowLayout | None = None  # they are stored as they are computed with
+        self.payload_bytes, self.narrow = store.payload_bytes, store.narrow
         self.layer = layer
 
     def expect(self, experts: Ids, ahead: Ahead) -> None:
@@ -55,7 +53,7 @@ class DiskExperts:
         for expert, slot in zip(experts.tolist(), places.tolist(), strict=True):
             if expert >= 0:
                 with self.store.take(self.layer, expert, until=submitted) as payload:
-                    slots.put(StoredExperts(self.layout, None, payload.unsqueeze(0)), slot)
+                    slots.put(StoredExperts(self.layout, self.narrow, payload.unsqueeze(0)), slot)
 
 
 class ExpertSink:
@@ -96,9 +94,11 @@ class ExpertSink:
         slots = sizes_of(layers, asked)
         _, host_slots = with_disk(asked, slots)
         if host_slots is not None:
+            layout, narrow = layers[0].layout, layers[0].narrow_in_file
             self.store = ExpertStore(
                 asked.expert_disk_path or default_folder(),
-                layers[0].layout,
+                layout if narrow is None else ExpertLayout.of_narrow(narrow, layout.dtype),
+                narrow=narrow,
                 num_layers=slots.num_layers,
                 num_experts=slots.num_experts,
                 num_slots=host_slots,
@@ -109,6 +109,19 @@ class ExpertSink:
         """Move the weights of one layer to the store. Raises TierError."""
         assert experts.weights is not None
         experts.host(self._write(*experts.weights))
+
+    def take_payloads(
+        self, experts: LayerExperts, fill: Callable[[int, torch.Tensor], None]
+    ) -> None:
+        """As `take`, of narrow experts that come from a checkpoint; see `write_payloads`."""
+        assert self.store is not None
+        self.store.write_payloads(self._num_taken, fill)
+        experts.host(self._taken())
+
+    @property
+    def keeps_narrow(self) -> bool:
+        """Whether experts that a checkpoint has in few bits are to be kept as they are there."""
+        return isinstance(self._asked, HostedExperts) and self._asked.expert_cold_dtype == "auto"
 
     @contextmanager
     def catch_loaded(self) -> Iterator[None]:
@@ -173,6 +186,11 @@ class ExpertSink:
     def _write(self, up: torch.Tensor, down: torch.Tensor) -> DiskExperts:
         assert self.store is not None
         self.store.write_layer(self._num_taken, up, down)
+        return self._taken()
+
+    def _taken(self) -> DiskExperts:
+        """The layer that the store has got."""
+        assert self.store is not None
         self._num_taken += 1
         _trim_heap()
         return DiskExperts(self.store, self._num_taken - 1)

@@ -27,11 +27,19 @@ class ExpertLayout:
     Attributes:
         up: shape of the first matrix.
         down: shape of the second.
+        is_transposed: whether a weight is `[in, out]`, not `[out, in]`.
     """
 
     up: tuple[int, int]
     down: tuple[int, int]
     dtype: torch.dtype
+    is_transposed: bool = False
+
+    @classmethod
+    def of_narrow(cls, narrow: NarrowLayout, dtype: torch.dtype) -> "ExpertLayout":
+        """What a checkpoint's narrow experts are computed as: `[out, in]`, as all are stored."""
+        up, down = ((math.prod(m.shape[:-1]), m.shape[-1]) for m in narrow.matrices)
+        return cls(up, down, dtype)
 
     @property
     def weight_bytes(self) -> int:

@@ -111,11 +111,9 @@ def make_buffer(
     """
     slots, num_slots = sizes.slots, sizes.num_slots
     most_slots = num_slots if region is None else region.most_slots
-    first, layout = layers[0], layers[0].layout
+    layout = layers[0].layout
     is_packed = device.type == "cpu" and layout.dtype == torch.float32 and can_pack()
-    make_slots = partial(
-        Slots, layout=layout, device=device, packed=is_packed, is_transposed=first.is_transposed
-    )
+    make_slots = partial(Slots, layout=layout, device=device, packed=is_packed)
     if device.type == "cuda":
         for experts in layers:
             experts.source.rows.pin()
@@ -208,9 +206,13 @@ def _check_disk(experts: LayerExperts, asked: HostedExperts, sizes: ExpertSizes)
 def _describe(buffer: ExpertBuffer, asked: HostedExperts) -> str:
     """One line, for the start."""
     sizes, narrow = buffer.sizes, buffer.narrow
-    held = "" if narrow is None else f" as {narrow.dtype} (RMS error {buffer.rounding_error:.2%})"
+    held = ""
     if buffer.store is not None:
         held = f" of {buffer.store.disk_bytes / GIB:.3f} on disk, {buffer.store.folder}"
+    if narrow is not None:
+        held += f" as {narrow.name}"
+        if narrow.cold_dtype != "auto":
+            held += f" (RMS error {buffer.rounding_error:.2%})"
     ahead = f", {asked.expert_prefetch} copied ahead" if asked.expert_prefetch else ""
     evicts = "" if sizes.plan == "stream" else f", {asked.expert_eviction} eviction"
     device = buffer.device.type

@@ -239,7 +239,15 @@ class LayerBuffer:
             source = order if start is None else order[(places + start) % num_rows]
             rows = hidden[source // self.top_k]
             assert slots.weights is not None
-            rows = grouped(layer, self.experts, rows, slots.weights, ids[source], offsets)
+            rows = grouped(
+                layer,
+                self.experts,
+                rows,
+                slots.weights,
+                ids[source],
+                offsets,
+                is_transposed=self.source.layout.is_transposed,
+            )
             out.index_copy_(0, torch.where(places < offsets[-1], source, num_rows), rows)
             done += size
         return out[:-1]

@@ -1,6 +1,8 @@
 """Experts in fewer bits than they are computed with, for less memory and less to move.
 
-A run of values along the last dimension of a weight, as it is stored, shares a scale:
+Either a checkpoint has them so, and its own bytes are kept (`checkpoint.narrow_experts`), or
+`expert_cold_dtype` rounds them. Then a run of values along the last dimension of a weight, as it is
+stored, shares a scale:
   fp8 -- 8-bit floats (e4m3), a float32 scale for each row, which its largest value fits.
   int4 -- -8 to 7, two in a byte, a bfloat16 scale for each group of 64 values. The scale has the
     sign that gives the value of largest magnitude -8: all 16 numbers are used, and there is no
@@ -13,23 +15,34 @@ is the same bits wherever it is computed.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from hotset.errors import ConfigError
 from hotset.memory.disk.slab import slot_bytes_for
+from hotset.option_groups import ColdDType
+from hotset.weight_format import FP8_ROW, INT4, Plane, WeightFormat
 
 NarrowDType = Literal["fp8", "int4"]
 
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
 _LEAST_SCALE = 1e-12  # of a row of zeros
-_INT4_GROUP = 64
 _LEAST_GROUP = 8
-_ALIGN_BYTES = 16  # of what the device reads at once
 _PIECE_VALUES = 2**26
+_FLOATS4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1, OCP Microscaling Formats 1.0, 5.3.3
+_DTYPES = {
+    "uint8": torch.uint8,
+    "e8m0": torch.uint8,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+Shape = tuple[int, ...]
+Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales, zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,114 +50,159 @@ class NarrowMatrix:
     """One matrix within a payload.
 
     Attributes:
-        shape: of the matrix.
-        run: values that share a scale, next to each other.
-        run_bytes: of these.
-        values_at: byte of the payload where values begin.
-        scales_at: byte where scales begin, one for each run.
+        shape: `[N, K]`, or `[2, N, K]` where a gate and what it multiplies are apart: each has
+            groups of its own then.
+        codes: where its numbers are.
+        scales: likewise.
+        zeros: None where groups have none.
     """
 
-    shape: tuple[int, int]
-    run: int
-    run_bytes: int
-    values_at: int
-    scales_at: int
-
-    @property
-    def num_runs(self) -> int:
-        """Runs of the matrix."""
-        return math.prod(self.shape) // self.run
+    shape: Shape
+    codes: Plane
+    scales: Plane
+    zeros: Plane | None
 
 
 class NarrowLayout:
-    """One expert in few bits as a run of bytes: values up and down, then scales up and down.
+    """One expert in few bits as a run of bytes: the planes of the up matrix, and of the down one.
 
     Args:
-        up: shape of the first matrix.
+        up: shape of the first matrix; see `NarrowMatrix`.
         down: shape of the second.
-        dtype: of the numbers.
+        form: of both.
+        cold_dtype: of the option that had it rounded; `auto` is as the checkpoint has it.
 
     Attributes:
-        scale_dtype: of scales.
+        name: for people.
         matrices: up and down.
+        weight_bytes: of all planes.
         payload_bytes: from one expert to the next: whole pages.
-
-    Raises:
-        ConfigError: the sizes do not divide into groups.
     """
 
-    def __init__(self, up: tuple[int, int], down: tuple[int, int], dtype: NarrowDType) -> None:
-        self.dtype = dtype
-        self.is_int4 = dtype == "int4"
-        self.scale_dtype = torch.bfloat16 if self.is_int4 else torch.float32
-        group = math.gcd(up[1], down[1], _INT4_GROUP)
-        if self.is_int4 and group < _LEAST_GROUP:
-            raise ConfigError(
-                f"expert_cold_dtype is int4, but rows of {up[1]} and {down[1]} values do not "
-                f"divide into groups of {_LEAST_GROUP} or more; expected fp8 or auto"
-            )
-        runs = [(shape, group if self.is_int4 else shape[1]) for shape in (up, down)]
-        places, end = [], 0
-        for bytes_of in (self._run_bytes, lambda run: self.scale_dtype.itemsize):
-            for shape, run in runs:
-                places.append(end)
-                num_bytes = math.prod(shape) // run * bytes_of(run)
-                end += -(-num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
-        self.matrices = tuple(
-            NarrowMatrix(shape, run, self._run_bytes(run), places[i], places[2 + i])
-            for i, (shape, run) in enumerate(runs)
-        )
+    def __init__(
+        self, up: Shape, down: Shape, form: WeightFormat, *, cold_dtype: ColdDType = "auto"
+    ) -> None:
+        self.form, self.cold_dtype = form, cold_dtype
+        self.name = form.name if cold_dtype == "auto" else cold_dtype
+        matrices, end = [], 0
+        for shape in (up, down):
+            codes, scales, *more = form.planes(shape, end)
+            matrices.append(NarrowMatrix(shape, codes, scales, more[0] if more else None))
+            end = (*more, scales)[0].end
+        self.matrices = tuple(matrices)
+        self.weight_bytes = end
         self.payload_bytes = slot_bytes_for(end)
 
     def quantise(self, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        """`[N, *up]` and `[N, *down]` of any float dtype as `[N, payload_bytes]` uint8."""
+        """`[N, *up]` and `[N, *down]` of any float dtype as `[N, payload_bytes]` uint8.
+
+        Of the formats of `rounded_layout`.
+        """
         payloads = torch.zeros(len(up), self.payload_bytes, dtype=torch.uint8, device=up.device)
         for matrix, weight in zip(self.matrices, (up, down), strict=True):
-            values, scales = self._views(payloads, matrix)
-            runs = weight.reshape(len(weight), matrix.num_runs, matrix.run).float()
-            if self.is_int4:
+            codes, scales = self.views(payloads, matrix)[:2]
+            runs = weight.reshape(*scales.shape, -1).float()
+            if self.form.code == "int4":
                 places = runs.abs().argmax(-1, keepdim=True)
-                scale = (runs.gather(-1, places) / -8).to(self.scale_dtype)
+                scale = (runs.gather(-1, places) / -8).to(scales.dtype)
                 divisor = scale.float().masked_fill(scale == 0, 1.0)
                 numbers = ((runs / divisor).round() + 8).clamp(0, 15).to(torch.uint8)
-                low, high = numbers.chunk(2, -1)
-                values.copy_(low | high << 4)
+                codes.copy_((numbers[..., ::2] | numbers[..., 1::2] << 4).view(codes.shape))
             else:
                 # Not divided: PyTorch divides by a number on the CPU, and on a GPU multiplies.
                 scale = (runs.abs().amax(-1, keepdim=True) * (1 / _FP8_MAX)).clamp(min=_LEAST_SCALE)
                 numbers = (runs / scale).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8)
-                values.copy_(numbers.view(torch.uint8))
+                codes.copy_(numbers.view(torch.uint8).view(codes.shape))
             scales.copy_(scale.squeeze(-1))
         return payloads
 
     def dequantise(self, payloads: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-        """`[N, payload_bytes]` uint8 as `[N, *up]` and `[N, *down]` of `dtype`.
+        """`[N, payload_bytes]` uint8 as the `[N, rows, columns]` matrices up and down of `dtype`.
 
-        Reference of `kernels.dequantise_experts`, bit-exact.
+        Reference of all kernels that read narrow weights, bit-exact.
         """
-        weights = []
-        for matrix in self.matrices:
-            values, scales = self._views(payloads, matrix)
-            if self.is_int4:
-                numbers = torch.cat([values & 15, values >> 4], -1).float() - 8
-            else:
-                numbers = values.view(_FP8).float()
-            weight = numbers * scales.float().unsqueeze(-1)
-            weights.append(weight.to(dtype).view(len(payloads), *matrix.shape))
-        return weights
+        return [self.widen(which, payloads, dtype) for which in (0, 1)]
 
-    def _views(
-        self, payloads: torch.Tensor, matrix: NarrowMatrix
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[N, num_runs, run_bytes]` uint8 values and `[N, num_runs]` scales, views."""
-        num_bytes = matrix.num_runs * matrix.run_bytes
-        values = payloads[:, matrix.values_at : matrix.values_at + num_bytes]
-        first = matrix.scales_at // self.scale_dtype.itemsize
-        scales = payloads.view(self.scale_dtype)[:, first : first + matrix.num_runs]
-        return values.unflatten(1, (matrix.num_runs, matrix.run_bytes)), scales
+    def widen(self, which: int, payloads: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The `[N, rows, columns]` up (0) or down (1) matrices of `[N, payload_bytes]` uint8."""
+        matrix = self.matrices[which]
+        codes, scales, zeros = self.views(payloads, matrix)
+        values = _values(self.form, codes, zeros is not None)
+        if zeros is not None:
+            values -= self._spread(zeros.float(), matrix.shape)
+        values *= self._spread(_factors(self.form, scales), matrix.shape)
+        return values.to(dtype).reshape(len(payloads), -1, matrix.shape[-1])
 
-    def _run_bytes(self, run: int) -> int:
-        return run // 2 if self.is_int4 else run
+    def views(self, payloads: torch.Tensor, matrix: NarrowMatrix) -> Planes:
+        """`[N, *plane.shape]` of each plane, views of `[N, payload_bytes]` uint8."""
+        codes, scales = (_view(payloads, plane) for plane in (matrix.codes, matrix.scales))
+        return codes, scales, None if matrix.zeros is None else _view(payloads, matrix.zeros)
+
+    def write(self, which: int, part: int, payload: torch.Tensor, planes: Planes) -> None:
+        """Put the up (0) or down (1) matrix, or a part of it, into one `[payload_bytes]` uint8."""
+        for view, plane in zip(
+            self.views(payload.unsqueeze(0), self.matrices[which]), planes, strict=True
+        ):
+            if view is not None and plane is not None:
+                (view[0, part] if view.ndim > 3 else view[0]).copy_(plane)
+
+    def _spread(self, groups: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """One number of each group as one that broadcasts to `[N, *shape]`."""
+        if self.form.rows not in (None, 1):
+            groups = groups.repeat_interleave(self.form.rows, -2)[..., : shape[-2], :]
+        if self.form.columns is not None:
+            groups = groups.repeat_interleave(self.form.columns, -1)[..., : shape[-1]]
+        return groups
+
+
+def rounded_layout(up: Shape, down: Shape, dtype: NarrowDType) -> NarrowLayout:
+    """How `expert_cold_dtype` keeps matrices of these shapes.
+
+    Raises:
+        ConfigError: the sizes do not divide into groups.
+    """
+    if dtype == "fp8":
+        return NarrowLayout(up, down, FP8_ROW, cold_dtype=dtype)
+    group = math.gcd(up[-1], down[-1], INT4.columns or 0)
+    if group < _LEAST_GROUP:
+        raise ConfigError(
+            f"expert_cold_dtype is int4, but rows of {up[-1]} and {down[-1]} values do not "
+            f"divide into groups of {_LEAST_GROUP} or more; expected fp8 or auto"
+        )
+    return NarrowLayout(up, down, replace(INT4, columns=group), cold_dtype=dtype)
+
+
+def _view(payloads: torch.Tensor, plane: Plane) -> torch.Tensor:
+    dtype = _DTYPES[plane.dtype]
+    part = payloads[:, plane.offset : plane.offset + plane.num_bytes]
+    if dtype != torch.uint8:
+        first, num = plane.offset // dtype.itemsize, plane.num_bytes // dtype.itemsize
+        part = payloads.view(dtype)[:, first : first + num]
+    view: torch.Tensor = part.unflatten(1, plane.shape)
+    return view
+
+
+def _values(form: WeightFormat, codes: torch.Tensor, has_zeros: bool) -> torch.Tensor:
+    """`[..., bytes]` codes as `[..., K]` float32, in memory of their own."""
+    if form.code == "e4m3":
+        return codes.view(_FP8).float()
+    numbers = torch.arange(16, dtype=torch.float32, device=codes.device)
+    if form.code == "e2m1":
+        floats = torch.tensor(_FLOATS4, device=codes.device)
+        numbers = torch.cat([floats, -floats])
+    elif not has_zeros:
+        numbers -= 8
+    # By the byte: both numbers of each at once.
+    pairs = torch.stack([numbers.repeat(16), numbers.repeat_interleave(16)], 1)  # [256, 2]
+    return pairs.index_select(0, codes.reshape(-1).int()).view(*codes.shape[:-1], -1)
+
+
+def _factors(form: WeightFormat, scales: torch.Tensor) -> torch.Tensor:
+    """Scales as float32; those of e8m0 by their bits, as `exp2` need not be exact."""
+    if form.scale != "e8m0":
+        return scales.float()
+    bits = scales.int() << 23
+    return bits.masked_fill(scales == 0, 1 << 22).view(torch.float32)  # 2**-127 has no exponent
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 from hotset.cost.slot_bytes import SlotBytes
 from hotset.errors import ConfigError
 from hotset.experts.gating import layers_to_gate
-from hotset.experts.narrow import NarrowLayout
+from hotset.experts.narrow import NarrowLayout, rounded_layout
 from hotset.experts.weights import LayerExperts
 from hotset.option_groups import ColdDType, HostedExperts
 
@@ -32,7 +32,7 @@ def why_not_hosted(model: PreTrainedModel) -> str:
             f"the experts of this {name} are spread over ranks, which does not go with keeping "
             "them in host memory yet"
         )
-    num_kinds = len({(each.num_experts, each.layout, each.is_transposed) for each in layers})
+    num_kinds = len({(each.num_experts, each.layout) for each in layers})
     if num_kinds > 1:
         return f"the layers of {name} have experts of {num_kinds} sizes, which are not supported"
     return ""
@@ -57,14 +57,15 @@ def sizes_of(layers: list[LayerExperts], asked: HostedExperts) -> SlotBytes:
 
 def narrow_layout(experts: LayerExperts, cold_dtype: ColdDType) -> NarrowLayout | None:
     """How host memory is to have experts, or ConfigError if it has them otherwise."""
-    layout = experts.layout
-    narrow = None if cold_dtype == "auto" else NarrowLayout(layout.up, layout.down, cold_dtype)
     if experts.hosted is not None:
         stored = experts.hosted.source.narrow
-        has = "auto" if stored is None else stored.dtype
+        has = "auto" if stored is None else stored.cold_dtype
         if has != cold_dtype:
             raise ConfigError(
                 f"expert_cold_dtype is {cold_dtype}, but the experts of this model are in host "
                 f"memory as {has} already; load it again"
             )
-    return narrow
+        return stored
+    if cold_dtype == "auto":
+        return experts.narrow_in_file
+    return rounded_layout(experts.layout.up, experts.layout.down, cold_dtype)

@@ -15,6 +15,7 @@ from hotset.cost.expert_sizes import FEWEST_HOST_SLOTS
 from hotset.errors import ExpertReadError, TierError
 from hotset.eviction import Order, policy_named
 from hotset.experts.host import ExpertLayout, HostRows
+from hotset.experts.narrow import NarrowLayout
 from hotset.memory.disk.fixed import FixedSlab
 from hotset.memory.residency import Payload, Residency, State
 from hotset.memory.tier import CompletionStatus
@@ -60,7 +61,8 @@ class ExpertStore:
 
     Args:
         folder: created where missing. One process at a time.
-        layout: of each expert.
+        layout: of each expert as it is computed with.
+        narrow: as it is stored, in fewer bits; None where that is the same.
         num_layers: L.
         num_experts: E, of each layer.
         num_slots: of host memory; `FEWEST_HOST_SLOTS` or more.
@@ -68,6 +70,7 @@ class ExpertStore:
         eviction: of host slots, a name in `eviction`.
 
     Attributes:
+        payload_bytes: of an expert as it is stored.
         rows: the host slots.
         host_bytes: of all slots.
         disk_bytes: of the file.
@@ -82,6 +85,7 @@ class ExpertStore:
         folder: Path,
         layout: ExpertLayout,
         *,
+        narrow: NarrowLayout | None = None,
         num_layers: int,
         num_experts: int,
         num_slots: int,
@@ -89,10 +93,13 @@ class ExpertStore:
         eviction: str = "least-stale",
     ) -> None:
         assert num_slots >= FEWEST_HOST_SLOTS
-        self.layout, self.num_layers, self.num_experts = layout, num_layers, num_experts
+        self.layout, self.narrow = layout, narrow
+        self.num_layers, self.num_experts = num_layers, num_experts
+        stored = narrow or layout
+        self.payload_bytes = stored.payload_bytes
         self.folder, self.num_slots = folder, num_slots
-        self.host_bytes = num_slots * layout.payload_bytes
-        self.disk_bytes = num_layers * num_experts * layout.payload_bytes
+        self.host_bytes = num_slots * self.payload_bytes
+        self.disk_bytes = num_layers * num_experts * self.payload_bytes
         self.faults: Counter[str] = Counter()
         self._keys = [[_name(i, e) for e in range(num_experts)] for i in range(num_layers)]
         self._experts = {key: (i, e) for i, ks in enumerate(self._keys) for e, key in enumerate(ks)}
@@ -101,12 +108,12 @@ class ExpertStore:
             file=FILE,
             what=f"folder {folder} for experts",
             places={key: place for place, key in enumerate(self._experts)},
-            payload_bytes=layout.payload_bytes,
+            payload_bytes=self.payload_bytes,
             num_threads=_NUM_THREADS,
             read_deadline_s=read_deadline_s,
             fault_prefix="expert_disk",
         )
-        self.rows = HostRows(num_slots, layout.weight_bytes)
+        self.rows = HostRows(num_slots, stored.weight_bytes)
         self._num_transit = max(FEWEST_HOST_SLOTS, min(_MOST_IN_TRANSIT, num_slots // 4))
         share, more = divmod(num_slots - self._num_transit, num_layers)
         self._shares = [min(num_experts, share + (i < more)) for i in range(num_layers)]
@@ -133,7 +140,7 @@ class ExpertStore:
 
     def counts(self) -> StoreCounts:
         """What it did since the start, or since `reset_counts`."""
-        read_bytes = self._num_reads * self.layout.payload_bytes
+        read_bytes = self._num_reads * self.payload_bytes
         return StoreCounts(self._host_hits, self._num_reads, read_bytes, self._wait_s)
 
     def reset_counts(self) -> None:
@@ -154,13 +161,25 @@ class ExpertStore:
             TierError: the disk failed.
         """
 
-        @torch.inference_mode()
-        def write(expert: int, payload: Payload) -> None:
-            slot = payload.slot
-            up_at, down_at = self.layout.views(self.rows.payloads[slot : slot + 1])
+        def fill(expert: int, payload: torch.Tensor) -> None:
+            up_at, down_at = self.layout.views(payload.unsqueeze(0))
             up_at[0].copy_(up[expert])
             down_at[0].copy_(down[expert])
-            self._disk.write(payload.key, self.rows.arena.view(slot))
+
+        self.write_payloads(layer, fill)
+
+    def write_payloads(self, layer: int, fill: Callable[[int, torch.Tensor], None]) -> None:
+        """As `write_layer`, of experts that `fill` puts there.
+
+        Args:
+            layer: which one.
+            fill: writes the `[payload_bytes]` uint8 of an expert, in any thread.
+        """
+
+        @torch.inference_mode()
+        def write(expert: int, payload: Payload) -> None:
+            fill(expert, self.rows.payloads[payload.slot])
+            self._disk.write(payload.key, self.rows.arena.view(payload.slot))
 
         at_once = min(_NUM_THREADS, self._num_transit)
         with ThreadPoolExecutor(at_once) as pool:

@@ -15,6 +15,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from hotset.experts.host import ColdSource, ExpertLayout, HostExperts
+from hotset.experts.narrow import NarrowLayout
 from hotset.linear.packed import PackedLinear, is_packable
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ class LayerExperts:
         is_skipped: whether experts add nothing for now, while a model is probed.
         shard: None where this rank has all experts.
         counts: None where no recorder counts.
+        narrow_in_file: how the checkpoint has the weights that are to be read in few bits, as they
+            are there; None where they are not.
     """
 
     def __init__(self, module: Experts) -> None:
@@ -124,6 +127,7 @@ class LayerExperts:
         self.is_skipped = False
         self.shard: Shard | None = None
         self.counts: LayerCounts | None = None
+        self.narrow_in_file: NarrowLayout | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerExperts":
         """Of the copy of the module that is under way; only resident experts are copied."""
@@ -159,7 +163,8 @@ class LayerExperts:
             return self.state.source.layout
         assert self.weights is not None
         up, down = self.weights
-        return ExpertLayout((up.shape[1], up.shape[2]), (down.shape[1], down.shape[2]), up.dtype)
+        up_shape, down_shape = (up.shape[1], up.shape[2]), (down.shape[1], down.shape[2])
+        return ExpertLayout(up_shape, down_shape, up.dtype, self.is_transposed)
 
     @property
     def is_gated(self) -> bool:
@@ -237,8 +242,11 @@ class LayerExperts:
         if isinstance(self.state, Hosted):
             source = self.state.source
             assert isinstance(source, HostExperts), "from disk nothing comes back"
-            up, down = source.matrices()
-            weights = up.clone(), down.clone()
+            # Matrices of a checkpoint may be kept the other way round.
+            is_turned = source.layout.is_transposed != self.is_transposed
+            up, down = (m.mT if is_turned else m for m in source.matrices())
+            as_rows = torch.contiguous_format
+            weights = up.clone(memory_format=as_rows), down.clone(memory_format=as_rows)
             source.rows.unpin()
         assert weights is not None
         for name, weight in zip(self.names, weights, strict=True):

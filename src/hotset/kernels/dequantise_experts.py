@@ -1,5 +1,6 @@
 """Copying experts of few bits from where they are into wide slots on the device."""
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -7,6 +8,7 @@ import triton
 import triton.language as tl
 
 from hotset.cost.tuning import TUNINGS
+from hotset.weight_format import WeightFormat
 
 # Narrow bytes that a program moves at a time become one or two values each, so that half of
 # `Tuning.copy_bytes` are enough to be in registers.
@@ -17,8 +19,7 @@ _MOST_WIDTH = 2048
 class _Layout(Protocol):
     """See `experts.narrow.NarrowLayout`, and `NarrowMatrix` there."""
 
-    is_int4: bool
-    scale_dtype: torch.dtype
+    form: WeightFormat
     payload_bytes: int
     matrices: tuple[Any, ...]
 
@@ -43,13 +44,15 @@ def _dequantise_matrix(  # type: ignore[no-untyped-def]
             i = start + tl.arange(0, WIDTH)
             inside = (run < NUM_RUNS)[:, None] & (i < RUN_BYTES)[None, :]
             number = tl.load(values + run[:, None] * RUN_BYTES + i[None, :], mask=inside, other=0)
-            place = target + run[:, None] * RUN + i[None, :]
-            if IS_INT4:  # the high halves of bytes are the second half of the run
+            if IS_INT4:  # two neighbours in a byte
                 low = ((number & 15).to(tl.float32) - 8.0) * scale
                 high = ((number >> 4).to(tl.float32) - 8.0) * scale
-                tl.store(place, low.to(target.dtype.element_ty), mask=inside)
-                tl.store(place + RUN // 2, high.to(target.dtype.element_ty), mask=inside)
+                both = tl.interleave(low, high).to(target.dtype.element_ty)
+                j = 2 * start + tl.arange(0, 2 * WIDTH)
+                is_real = (run < NUM_RUNS)[:, None] & (j < 2 * RUN_BYTES)[None, :]
+                tl.store(target + run[:, None] * RUN + j[None, :], both, mask=is_real)
             else:
+                place = target + run[:, None] * RUN + i[None, :]
                 # As a half float with the same exponent and mantissa, which is 2**8 too small:
                 # GPUs before Ada have no 8-bit floats.
                 bits = number.to(tl.uint16)
@@ -105,7 +108,7 @@ def dequantise_experts(
     N = copies at most. The up matrix comes first in a row of `target`, the down matrix after it.
 
     Args:
-        layout: of the rows of `source`.
+        layout: of the rows of `source`, as `experts.narrow.rounded_layout` makes them.
         source: `[E, layout.payload_bytes]` uint8, contiguous; on the device, or pinned host memory,
             which the device reads itself.
         target: `[S, V]` on the device, its rows contiguous, of the dtype of the weights. Mutated.
@@ -119,7 +122,7 @@ def dequantise_experts(
     """
     if not len(experts):
         return
-    scales = source.view(layout.scale_dtype)
+    scales = source.view(torch.bfloat16 if layout.form.code == "int4" else torch.float32)
     up, down = layout.matrices
     tuning = TUNINGS[target.device.type]
     most = tuning.copies_beside_compute if beside_compute else len(experts)
@@ -134,25 +137,28 @@ def dequantise_experts(
         SOURCE_SCALES=scales.shape[1],
         TARGET_VALUES=target.stride(0),
         DOWN_AT=up.shape[0] * up.shape[1],
-        UP=_sizes(up, layout),
-        DOWN=_sizes(down, layout),
-        IS_INT4=layout.is_int4,
+        UP=_sizes(up),
+        DOWN=_sizes(down),
+        IS_INT4=layout.form.code == "int4",
         num_warps=8,
     )
 
 
-def _sizes(matrix: Any, layout: _Layout) -> tuple[int, ...]:
+def _sizes(matrix: Any) -> tuple[int, ...]:
     """Where values and scales begin; runs, and values and bytes of one; runs and bytes of a tile.
 
     A tile has whole runs, where they are not too long, so that a scale is read once for its run.
     """
-    width = min(triton.next_power_of_2(matrix.run_bytes), _MOST_WIDTH)
+    codes, scales = matrix.codes, matrix.scales
+    num_runs = math.prod(scales.shape)
+    run_bytes = codes.num_bytes // num_runs
+    width = min(triton.next_power_of_2(run_bytes), _MOST_WIDTH)
     return (
-        matrix.values_at,
-        matrix.scales_at // layout.scale_dtype.itemsize,
-        matrix.num_runs,
-        matrix.run,
-        matrix.run_bytes,
+        codes.offset,
+        scales.offset * num_runs // scales.num_bytes,
+        num_runs,
+        math.prod(matrix.shape) // num_runs,
+        run_bytes,
         max(1, _TILE_BYTES // width),
         width,
     )

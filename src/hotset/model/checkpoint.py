@@ -4,7 +4,7 @@ import contextlib
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hotset.foreign_text import parse_json
 from hotset.libraries import first_line
 from hotset.model import weights
 from hotset.model.architecture import Architecture, find_architecture, transformers_config
+from hotset.model.narrow_experts import NarrowExperts, without_experts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
@@ -33,6 +34,7 @@ def load_folder(
     *,
     fp8: bool = False,
     experts: ExpertSink | None = None,
+    narrow: NarrowExperts | None = None,
 ) -> Any:
     """Load a folder's model.
 
@@ -48,14 +50,18 @@ def load_folder(
         fp8: store those of linear layers in 8 bits. A checkpoint that is not plain is loaded in
             `dtype`, for the caller to round.
         experts: where those go that host memory has no room for.
+        narrow: the experts whose own bytes are kept, in host memory or on disk; None where all
+            weights are plain.
 
     Raises:
         ModelError: it cannot be loaded; says why.
     """
     dtype = dtype or architecture.dtype
-    tensors = CheckpointTensors(folder, architecture.fields)
+    tensors = CheckpointTensors(folder, architecture.fields) if narrow is None else narrow.tensors
     if tensors.is_dequantised:
         _forget_quantization(architecture.config)
+    if narrow is not None:
+        return _with_narrow(narrow, architecture, device, dtype or torch.bfloat16, experts)
     model = None
     if dtype is not None and (fp8 or device.type == "cuda"):
         with _in_one_line(folder, tensors.shapes):
@@ -67,6 +73,27 @@ def load_folder(
             model = _with_transformers(tensors, architecture, device, dtype)
         if experts is not None:
             experts.finish(model)
+    return model
+
+
+def _with_narrow(
+    narrow: NarrowExperts,
+    architecture: Architecture,
+    device: torch.device,
+    dtype: torch.dtype,
+    experts: ExpertSink | None,
+) -> Any:
+    """A model whose experts go where they stay as they are stored."""
+    if experts is not None:
+        outline = architecture.outline(dtype)
+        narrow.mark(outline)
+        experts.begin(outline)
+    architecture = without_experts(architecture)
+    model = _with_transformers(narrow.tensors, architecture, device, dtype, without=narrow.names)
+    with _in_one_line(narrow.tensors.folder, narrow.tensors.shapes):
+        narrow.load(model, experts)
+    if experts is not None:
+        experts.finish(model)
     return model
 
 
@@ -125,15 +152,20 @@ def _with_transformers(
     architecture: Architecture,
     device: torch.device,
     dtype: torch.dtype | None,
+    *,
+    without: Collection[str] = (),
 ) -> Any:
-    """What `from_pretrained` makes of a folder, 8-bit blocks dequantised on their way."""
+    """What `from_pretrained` makes of a folder, 8-bit blocks dequantised on their way.
+
+    Tensors of the names `without` are left out, where there are narrow ones.
+    """
     folder = tensors.folder
     if not tensors.is_dequantised:
         return _from_pretrained(folder, architecture, device, dtype, tensors, folder=folder)
     # Not by transformers: it takes the block for what divides the rows evenly, and its kernels for
     # narrow weights are downloads.
     dtype = dtype or torch.bfloat16
-    with tensors.open(device, dtype) as reads:
+    with tensors.open(device, dtype, without=without) as reads:
         model = _from_pretrained(
             folder, architecture, device, dtype, tensors, folder=None, state_dict=reads
         )

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from hotset.checkpoint.files import kv_scales, read_config
 from hotset.checkpoint.fingerprint import fingerprint
 from hotset.checkpoint.quantized import is_dequantised
+from hotset.checkpoint.tensors import CheckpointTensors
 from hotset.cost.config_sizes import num_experts
-from hotset.cost.quantisation import quant_config
+from hotset.cost.quantisation import quant_config, stored_format
 from hotset.errors import ModelError
 from hotset.experts.disk import ExpertSink
 from hotset.experts.gating import move_but_experts
@@ -24,6 +25,7 @@ from hotset.model.devices import check_room, resolve_device, resolve_dtype
 from hotset.model.find_model import find_model
 from hotset.model.finish import closing_on_error, finish, max_model_len
 from hotset.model.loaded import LoadedModel, no_tokenizer
+from hotset.model.narrow_experts import NarrowExperts, find_narrow_experts
 
 
 def load_model(
@@ -62,6 +64,7 @@ def load_model(
     torch_dtype = resolve_dtype(dtype, target)
     source, short_name = find_model(name)
     architecture = None if source.is_file() else checkpoint.read_architecture(source)
+    narrow = None
     if architecture is not None and num_experts(architecture.config.get_text_config()) <= 1:
         experts_on_host = False
     first = torch.device("cpu") if experts_on_host else target
@@ -70,6 +73,8 @@ def load_model(
             model, tokenizer, architecture = checkpoint.load_gguf(source, first, torch_dtype)
         else:
             outline = architecture.outline(torch_dtype or architecture.dtype or torch.float32)
+            if experts_on_host and experts is not None and experts.keeps_narrow:
+                narrow = _narrow_experts(source, architecture, outline, target)
             if check is not None:
                 check(outline)
             _check_room(architecture, outline, target, short_name, dtype, experts_on_host)
@@ -78,7 +83,7 @@ def load_model(
                 raise no_tokenizer(short_name)
             fp8 = dtype == "fp8" and not experts_on_host
             model = checkpoint.load_folder(
-                source, architecture, first, torch_dtype, fp8=fp8, experts=experts
+                source, architecture, first, torch_dtype, fp8=fp8, experts=experts, narrow=narrow
             )
     if experts_on_host:
         move_but_experts(model, target)
@@ -90,8 +95,20 @@ def load_model(
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=max_model_len(model, tokenizer, short_name),
         kv_scales=kv_scales(source, model.config.get_text_config().num_hidden_layers),
-        notes=finish(model, dtype, architecture),
+        notes=(*finish(model, dtype, architecture), *_storage_notes(architecture, model, narrow)),
     )
+
+
+def _narrow_experts(
+    source: Path, architecture: Architecture, outline: PreTrainedModel, target: torch.device
+) -> NarrowExperts | None:
+    """The experts that stay as the checkpoint has them, if all can; `outline` is told so."""
+    if target.type != "cpu" or quant_config(architecture.fields) is None:
+        return None
+    narrow = find_narrow_experts(outline, CheckpointTensors(source, architecture.fields))
+    if narrow is not None:
+        narrow.mark(outline)
+    return narrow
 
 
 def _check_room(
@@ -113,6 +130,23 @@ def _check_room(
     if experts_on_host:
         num_bytes -= experts_bytes(outline)
     check_room(num_bytes, target, name, outline.dtype)
+
+
+def _storage_notes(
+    architecture: Architecture, model: PreTrainedModel, narrow: NarrowExperts | None
+) -> tuple[str, ...]:
+    """A line on what a quantised checkpoint has in few bits, and what becomes of it."""
+    if not is_dequantised(architecture.fields):
+        return ()
+    stored = stored_format(quant_config(architecture.fields) or {})
+    what = "narrow weights" if stored is None else stored.name
+    wide = str(model.dtype).removeprefix("torch.")
+    if narrow is None:
+        return (f"weights: {what} in the files, widened to {wide} as they are read",)
+    return (
+        f"weights: experts are kept as {narrow.narrow.name}, as in the files; what else is {what} "
+        f"there is widened to {wide}",
+    )
 
 
 def fingerprint_of(name: str | None, dtype: str) -> str:

@@ -1,0 +1,179 @@
+"""Experts keep the bytes of their checkpoint in host memory and on disk, and the same values."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import run
+from safetensors.torch import load_file, save_file
+from test_fp8_blocks import save_in_blocks
+from test_int_groups import AWQ, GPTQ, PACKED, awq, gptq, packed
+from test_int_groups import save as save_integers
+from tiny_models import make_model
+from tiny_tokenizer import make_backend
+from transformers import PreTrainedTokenizerFast
+
+from hotset.cost.families import shape_from_config
+from hotset.engine.build import load_engine
+from hotset.errors import ModelError
+from hotset.experts.disk import DiskExperts
+from hotset.experts.host import HostExperts
+from hotset.experts.store import ExpertStore
+from hotset.experts.weights import experts_layers
+from hotset.model.loader import load_model
+from hotset.options import Options
+from hotset.units import GIB
+
+PROMPTS = [[5, 9, 2, 7], [3, 3, 8, 1, 6, 4], [11]]
+FP8_SIZES = {"hidden_size": 192, "moe_intermediate_size": 192}  # ragged: blocks of 128 and 64
+FORMS = ["mxfp4", "fp8_block", "awq", "packed"]
+
+
+def save_mxfp4(folder: Path) -> None:
+    """A gpt-oss whose experts are random bits of MXFP4."""
+    torch.manual_seed(1)
+    make_model("gpt_oss", intermediate_size=64).save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    for name in [n for n in stored if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        num_experts, inputs, outputs = stored.pop(name).shape
+        blocks = torch.randint(0, 256, (num_experts, outputs, inputs // 32, 16))
+        stored[f"{name}_blocks"] = blocks.byte()
+        stored[f"{name}_scales"] = torch.randint(121, 125, blocks.shape[:-1]).byte()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    fields = {**config, "quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def save(form: str, folder: Path) -> None:
+    if form == "mxfp4":
+        save_mxfp4(folder)
+    elif form == "fp8_block":
+        save_in_blocks(make_model("qwen3_moe", **FP8_SIZES), folder)
+    else:
+        makers: dict[str, Any] = {
+            "awq": (awq, AWQ),
+            "gptq": (gptq, GPTQ),
+            "packed": (packed, PACKED),
+        }
+        save_integers(make_model("qwen3_moe"), folder, *makers[form])
+    PreTrainedTokenizerFast(tokenizer_object=make_backend()).save_pretrained(folder)
+
+
+def options(folder: Path, **changes: Any) -> Options:
+    sizes = {"device": "cpu", "hot_gib": 0.02, "max_model_len": 64, **changes}
+    return Options.of(model=str(folder), **sizes)
+
+
+def save_wide(folder: Path) -> None:
+    """The same model with plain weights, as it is read without tiers."""
+    wide = load_model(str(folder / "model"), device="cpu", dtype="float32")
+    wide.model.save_pretrained(folder / "wide")
+    wide.tokenizer.save_pretrained(folder / "wide")
+
+
+def answers(folder: Path, **changes: Any) -> list[list[int]]:
+    engine, _ = load_engine(options(folder, **changes))
+    try:
+        return run(engine, PROMPTS)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_host_memory_has_the_bytes_of_the_files_and_the_values_of_wide_experts(
+    form: str, tmp_path: Path
+) -> None:
+    save(form, tmp_path)
+    expected = load_model(str(tmp_path), device="cpu", dtype="float32").model
+    config = json.loads((tmp_path / "config.json").read_text())
+    engine, loaded = load_engine(options(tmp_path, expert_slots=1))
+
+    for layer, wide in zip(experts_layers(loaded.model), experts_layers(expected), strict=True):
+        source = layer.source
+        assert isinstance(source, HostExperts) and source.narrow is not None
+        assert source.rows.num_bytes == layer.num_experts * source.narrow.payload_bytes
+        assert wide.weights is not None
+        for got, weight in zip(source.matrices(), wide.weights, strict=True):
+            assert torch.equal(got.mT if wide.is_transposed else got, weight)
+    assert engine.experts is not None
+    sizes = engine.experts.sizes
+    assert engine.experts.host_bytes == sizes.num_layers * sizes.num_experts * sizes.cold_bytes
+    narrow = engine.experts.narrow
+    assert narrow is not None and f"in host memory as {narrow.name}" in engine.report
+    assert f"weights: experts are kept as {narrow.name}" in engine.report
+    num_bytes = sum(narrow.form.num_bytes(matrix.shape) for matrix in narrow.matrices)
+    planned = shape_from_config(config, "tiny")
+    if form in ("mxfp4", "packed"):  # others have sizes or groups that the planner has no row for
+        biases = 4 * planned.moe_layers[0].expert.vector
+        assert planned.expert_bytes_each - biases == num_bytes
+    assert num_bytes <= narrow.weight_bytes <= num_bytes + 6 * 128
+    engine.close()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_engine_answers_the_same_wherever_narrow_experts_are(form: str, tmp_path: Path) -> None:
+    save(form, tmp_path / "model")
+    save_wide(tmp_path)
+    expected = answers(tmp_path / "wide")
+    for changes in (
+        {"expert_slots": 2, "expert_plan": "cache"},
+        {"expert_slots": 1, "expert_plan": "stream"},
+        {},  # all moved to the device, as there is room
+    ):
+        assert answers(tmp_path / "model", **changes) == expected, changes
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "fp8_block"])
+def test_the_disk_has_narrow_experts_too_and_a_restart_answers_the_same(
+    form: str, tmp_path: Path
+) -> None:
+    save(form, tmp_path / "model")
+    save_wide(tmp_path)
+    expected = answers(tmp_path / "wide")
+    changes: dict[str, Any] = {"expert_slots": 1, "expert_disk_path": str(tmp_path / "disk")}
+    for _ in range(2):
+        engine, loaded = load_engine(
+            options(tmp_path / "model", expert_host_gib=3.5 * payload(tmp_path) / GIB, **changes)
+        )
+        source = experts_layers(loaded.model)[0].source
+        assert isinstance(source, DiskExperts) and source.narrow is not None
+        store: ExpertStore = source.store
+        assert store.payload_bytes == source.narrow.payload_bytes
+        assert store.disk_bytes == store.num_layers * store.num_experts * store.payload_bytes
+        assert run(engine, PROMPTS) == expected
+        assert f"on disk, {store.folder} as {source.narrow.name}" in engine.report
+        engine.close()
+
+
+def payload(folder: Path) -> int:
+    engine, loaded = load_engine(options(folder / "model", expert_slots=1))
+    num_bytes = experts_layers(loaded.model)[0].source.payload_bytes
+    engine.close()
+    return num_bytes
+
+
+def test_columns_of_a_group_that_are_apart_are_dequantised(tmp_path: Path) -> None:
+    save("gptq", tmp_path)
+    expected = answers(tmp_path)
+    engine, loaded = load_engine(options(tmp_path, expert_slots=1))
+    assert experts_layers(loaded.model)[0].source.narrow is None
+    assert run(engine, PROMPTS) == expected
+    engine.close()
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "fp8_block"])
+def test_what_is_no_number_is_refused_by_name(form: str, tmp_path: Path) -> None:
+    save(form, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    if form == "mxfp4":
+        name = "model.layers.1.mlp.experts.down_proj"
+        stored[f"{name}_scales"][2, 3, 0] = 255
+    else:
+        name = "model.layers.1.mlp.experts.2.up_proj.weight"
+        stored[name].view(torch.uint8)[5, 7] = 255
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"{name} has codes or scales that are no numbers"):
+        load_engine(options(tmp_path, expert_slots=1))
