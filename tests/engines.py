@@ -128,6 +128,26 @@ def run(
     return list(outputs.values())
 
 
+def logits_of(
+    engine: Engine, prompts: list[list[int]], *, max_tokens: int, turn: bool
+) -> list[torch.Tensor]:
+    """Logits of each step; with `turn` requests are made hot as soon as they can be."""
+    found, forward = [], engine.executor.runner.forward
+
+    def note(*args: Any) -> torch.Tensor:
+        found.append(forward(*args).clone())
+        return found[-1]
+
+    def turn_all() -> None:
+        for request in engine.scheduler.running if turn else ():
+            assert engine.kv.hot is not None
+            engine.kv.hot.turn_hot(request)
+
+    engine.executor.runner.forward = note
+    run(engine, prompts, max_tokens=max_tokens, each_step=turn_all)
+    return found
+
+
 def reference(
     family: str,
     prompts: list[list[int]],

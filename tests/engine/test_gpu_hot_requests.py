@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import run
+from engines import logits_of, run
 from tiny_models import SPARSE_FAMILIES, make_model
 
 from hotset.attention.flashinfer.sparse import SparseBackend
@@ -60,24 +60,6 @@ def prompts_of(lengths: list[int]) -> list[list[int]]:
     return [[rng.randrange(3, 256) for _ in range(length)] for length in lengths]
 
 
-def logits_of(engine: Engine, prompts: list[list[int]], *, turn: bool) -> list[torch.Tensor]:
-    """Logits of each step; with `turn` requests are made hot as soon as they can be."""
-    found, forward = [], engine.executor.runner.forward
-
-    def note(*args: Any) -> torch.Tensor:
-        found.append(forward(*args).clone())
-        return found[-1]
-
-    def turn_all() -> None:
-        for request in engine.scheduler.running if turn else ():
-            assert engine.kv.hot is not None
-            engine.kv.hot.turn_hot(request)
-
-    engine.executor.runner.forward = note
-    run(engine, prompts, max_tokens=100, each_step=turn_all)
-    return found
-
-
 @pytest.mark.parametrize("family", SPARSE_FAMILIES)
 @pytest.mark.parametrize(("eager", "row_prefetch"), [(False, 0), (True, 0), (False, 1)])
 def test_logits_of_hot_and_resident_requests_are_the_same_bits(
@@ -89,7 +71,7 @@ def test_logits_of_hot_and_resident_requests_are_the_same_bits(
     engines = [make_wide(make_engine, family, **options) for _ in range(2)]
     assert (engines[1].executor.runner._graphs is None) == eager
     resident, hot = (
-        logits_of(engine, prompts, turn=turn)
+        logits_of(engine, prompts, max_tokens=100, turn=turn)
         for engine, turn in zip(engines, (False, True), strict=True)
     )
     assert engines[1].metrics.turned_hot == 6 and not engines[0].metrics.turned_hot

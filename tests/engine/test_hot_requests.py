@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import reference, run
+from engines import logits_of, reference, run
 from fake_sparse import CpuSparse
 from tiny_models import SPARSE_FAMILIES
 
@@ -86,24 +86,6 @@ def test_slots_and_block_sizes_do_not_matter(
     assert_all_is_back(engine)
 
 
-def logits_of(engine: Engine, prompts: list[list[int]], *, turn: bool) -> list[torch.Tensor]:
-    """Logits of each step; with `turn` requests are made hot as soon as they can be."""
-    found, forward = [], engine.executor.runner.forward
-
-    def note(*args: Any) -> torch.Tensor:
-        found.append(forward(*args).clone())
-        return found[-1]
-
-    def turn_all() -> None:
-        for request in engine.scheduler.running if turn else ():
-            assert engine.kv.hot is not None
-            engine.kv.hot.turn_hot(request)
-
-    engine.executor.runner.forward = note
-    run(engine, prompts, max_tokens=30, each_step=turn_all)
-    return found
-
-
 @pytest.mark.parametrize("family", SPARSE_FAMILIES)
 def test_logits_of_hot_and_resident_requests_are_the_same_bits(
     family: str, make_engine: MakeEngine
@@ -111,7 +93,7 @@ def test_logits_of_hot_and_resident_requests_are_the_same_bits(
     prompts = long_prompts(3)
     engines = [hot_engine(make_engine, family, hot_blocks=150, hot_tokens=20) for _ in range(2)]
     resident, hot = (
-        logits_of(engine, prompts, turn=turn)
+        logits_of(engine, prompts, max_tokens=30, turn=turn)
         for engine, turn in zip(engines, (False, True), strict=True)
     )
     assert engines[1].metrics.turned_hot == 3 and not engines[0].metrics.turned_hot

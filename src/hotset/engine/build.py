@@ -15,7 +15,6 @@ from hotset.attention.choice import choose_backend
 from hotset.attention.flashinfer.kernels import start_kernels
 from hotset.attention.hot_rows import HotRows
 from hotset.attention.latent import hand_over_latents
-from hotset.attention.seat_tables import SeatTables
 from hotset.cgroups import available_host_bytes
 from hotset.clock import REAL_CLOCK, Clock
 from hotset.cost.expert_sizes import size_experts
@@ -25,6 +24,7 @@ from hotset.cost.tuning import TUNINGS
 from hotset.cost.workspace import most_scored_rows
 from hotset.cpu_libraries import bound_kernels, set_threads
 from hotset.engine.engine import Engine, EngineParts
+from hotset.engine.hot_setup import place_hot_rows, seats_in
 from hotset.engine.model_shape import hot_choice, kv_note, measure_model
 from hotset.engine.open_tiers import HostMemory, open_tiers
 from hotset.engine.outputs import OutputProcessor
@@ -49,9 +49,7 @@ from hotset.experts.sizes import slot_bytes_of, why_not_hosted
 from hotset.grammar.json_bounds import JsonBounds
 from hotset.kernels.device import likely_hardware
 from hotset.kv.cache import KVCache
-from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
-from hotset.kv.seats import Seats
 from hotset.kv.state_slots import StateSlots
 from hotset.linear.fp8 import FP8
 from hotset.linear.packed import pack_linears
@@ -259,7 +257,18 @@ class _Build:
                 memory=None if experts is None else experts.memory,
                 index_dims=self._layout.index_dims,
             )
-            host, hot = self._hot_rows(sizes, arena, undo)
+            host = hot = None
+            if sizes.hot is not None:
+                host = HostMemory.take(sizes, arena)
+                undo.callback(host.copier.close)
+                hot = place_hot_rows(
+                    sizes.hot,
+                    sizes,
+                    arena,
+                    host,
+                    self._layout.layers,
+                    fetches_ahead=self._options.memory.row_prefetch > 0,
+                )
             states = self._state_arena(sizes)
         return _Placed(sizes, experts, report, arena, host, hot, states)
 
@@ -274,32 +283,6 @@ class _Build:
         )
         assert arena.slot_bytes == sizes.states.slot_bytes
         return arena
-
-    def _hot_rows(
-        self, sizes: Sizes, arena: DeviceArena, undo: ExitStack
-    ) -> tuple[HostMemory | None, HotRows | None]:
-        """Host memory and tables for requests that may turn hot: recorded steps read both."""
-        if sizes.hot is None:
-            return None, None
-        host = HostMemory.take(sizes, arena)
-        undo.callback(host.copier.close)
-        tables = SeatTables(
-            num_seats=sizes.hot.num_seats,
-            num_slots=sizes.hot.num_slots,
-            num_selections=sizes.hot.sparse.index_layers,
-            max_num_tokens=sizes.max_model_len,
-            block_size=sizes.block_size,
-            rows_per_block=len(arena.layers) * sizes.block_size,
-            device=self._device,
-        )
-        slots = torch.from_numpy(host.arena.slots)
-        return host, HotRows(
-            tables,
-            arena,
-            slots,
-            self._layout.layers,
-            fetches_ahead=self._options.memory.row_prefetch > 0,
-        )
 
     @property
     def _kv_scales(self) -> tuple[tuple[float, float], ...] | None:
@@ -433,15 +416,7 @@ class _Build:
         )
         seats = index_blocks = None
         if hot is not None:
-            seats = Seats(
-                num_seats=hot.num_seats, num_slots=hot.num_slots, block_size=sizes.block_size
-            )
-            index_blocks = IndexBlocks(
-                pool,
-                first=sizes.num_blocks + 1,  # after the scratch block
-                row_values=hot.sparse.row_values,
-                index_values=hot.sparse.index_values,
-            )
+            seats, index_blocks = seats_in(pool, hot, sizes)
         return KVCache(
             pool,
             block_size=sizes.block_size,
