@@ -50,7 +50,7 @@ def make_wide(make_engine: MakeEngine, family: str, **changes: Any) -> Engine:
 @pytest.fixture(autouse=True)
 def _wide_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def wide_model(family: str, **changes: Any) -> Any:
-        return make_model(family, **changes, **WIDE).to(torch.bfloat16)
+        return make_model(family, **changes, **WIDE).to(torch.float16)
 
     monkeypatch.setattr("engines.make_model", wide_model)
 
@@ -87,18 +87,18 @@ def test_logits_of_hot_and_resident_requests_are_the_same_bits(
 def test_requests_turn_hot_where_memory_is_short_and_give_all_back(
     make_engine: MakeEngine,
 ) -> None:
-    """Answers are compared where they are clear: ties of bfloat16 break as batches differ."""
+    """Answers are compared where they are clear: ties of float16 break as batches differ."""
     prompts = prompts_of([300, 320, 280, 333, 310, 290])
-    expected = run(make_wide(make_engine, "glm_moe_dsa", hot_tokens=0), prompts, max_tokens=40)
+    expected = run(make_wide(make_engine, "glm_moe_dsa", hot_tokens=0), prompts, max_tokens=16)
     engine = make_wide(make_engine, "glm_moe_dsa", hot_blocks=64)
-    answers = run(engine, prompts, max_tokens=40)
+    answers = run(engine, prompts, max_tokens=16)
     assert engine.metrics.turned_hot > 1 and engine.metrics.preemptions == 0
     pairs = [
         pair
         for answer, wanted in zip(answers, expected, strict=True)
         for pair in zip(answer, wanted, strict=True)
     ]
-    assert sum(one == other for one, other in pairs) >= 0.5 * len(pairs)
+    assert sum(one == other for one, other in pairs) >= 0.6 * len(pairs)
     while engine.has_transfers:
         engine.step()
     engine.kv.poll()
