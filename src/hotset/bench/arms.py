@@ -27,8 +27,8 @@ from hotset.option_groups import (
 from hotset.options import OPTIONS, Options, own_options
 from hotset.units import GIB
 
-RESIDENT, EXPERTS = "resident", "experts"
-ARMS = ("hot", "host", "host+disk", RESIDENT, EXPERTS)
+RESIDENT, EXPERTS, HOT_SET = "resident", "experts", "hot-set"
+ARMS = ("hot", "host", "host+disk", RESIDENT, EXPERTS, HOT_SET)
 
 # Where no size is given: host and disk tiers over contexts.
 _HOST_PER_CONTEXTS = 1.1
@@ -68,7 +68,11 @@ def check_arms(arms: list[str], config: Options) -> None:
             f"the arm {EXPERTS} is for experts of which some are in host memory; give "
             "expert_slots, expert_gib, hot_gib or total_gib"
         )
-    others = [arm for arm in arms if arm != RESIDENT]
+    if HOT_SET in arms and not config.memory.host_gib:
+        raise ConfigError(
+            f"the arm {HOT_SET} has the tokens of hot requests in host memory; give host_gib"
+        )
+    others = [arm for arm in arms if arm not in (RESIDENT, HOT_SET)]
     reason = why_not_with_resident(config)
     if RESIDENT in arms and others and reason is not None:
         raise ConfigError(
@@ -95,7 +99,7 @@ def why_not_with_resident(config: Options) -> str | None:
 def needs_host_experts(arms: list[str], config: Options) -> bool:
     """Whether an arm may have experts in host memory, so that they are best loaded there."""
     is_bounded = isinstance(config.experts, HostedExperts)
-    return is_bounded and any(arm != RESIDENT for arm in arms)
+    return is_bounded and any(arm not in (RESIDENT, HOT_SET) for arm in arms)
 
 
 def with_all_resident(config: Options, model: PreTrainedModel) -> Options:
@@ -156,8 +160,11 @@ def options_of(
     """
     if isinstance(config.experts, HostedExperts):
         unpack_experts(model)
-    if arm == RESIDENT:
+    if arm in (RESIDENT, HOT_SET):
         config = with_all_resident(config, model)
+    if arm == HOT_SET:
+        return config.but(disk_gib=0.0, disk_path=None)
+    config = config.but(hot_tokens=None)  # requests can be hot in no other arm
     if arm in ("hot", RESIDENT, EXPERTS):
         return config.but(host_gib=0.0, disk_gib=0.0, disk_path=None)
     memory = config.memory

@@ -26,6 +26,7 @@ class Preset:
             model.
         engine: fields of `Options` other than the tiers' sizes.
         arms: what runs where no arms are named and experts are not bounded.
+        run: fields of `RunOptions`.
     """
 
     spec: Spec
@@ -36,6 +37,7 @@ class Preset:
     disk_gib: float = 0.0
     engine: dict[str, Any] = field(default_factory=dict)
     arms: tuple[str, ...] = ("hot", "host")
+    run: dict[str, Any] = field(default_factory=dict)
 
 
 _PEERS: dict[str, Any] = {
@@ -54,6 +56,19 @@ _PEERS_MOE: dict[str, Any] = {
 
 # In float32, so that the arms can be compared token by token.
 _DEMO: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_batched_tokens": 512}
+
+
+_SHAPES = Path(__file__).with_name("shapes")
+# Prompts are put in place: a step takes many of their tokens at once.
+_SPARSE: dict[str, Any] = {
+    "arms": ("resident", "hot-set"),
+    "run": {"steady_steps": 200, "selection_overlap": 0.4},
+}
+_PLACED: dict[str, Any] = {
+    "max_num_batched_tokens": 8192,
+    "max_mixed_tokens": 8192,
+    "prefix_caching": False,
+}
 
 
 def _moe(users: int, first_tokens: int, output_tokens: int, seed: int) -> Spec:
@@ -107,6 +122,30 @@ PRESETS = {
     "D16": Preset(_moe(16, 512, 256, 1008), "16 requests of 512 / 256 tokens", **_PEERS_MOE),
     "D1": Preset(_moe(1, 64, 16, 1009), "one request of 64 / 16 tokens", **_PEERS_MOE),
     "D8": Preset(_moe(8, 96, 3, 1010), "8 requests of 96 / 3 tokens", **_PEERS_MOE),
+    "S": Preset(
+        Spec("unshared", 256, 1, first_tokens=32768, output_tokens=2048, temperature=1.0),
+        "256 users with 32768 tokens each decode by sparse attention, 6 GiB of KV",
+        model=str(_SHAPES / "dsa-8l.json"),
+        hot_gib=6.0,
+        host_gib=64.0,
+        engine={**_PLACED, "max_num_seqs": 128, "max_model_len": 35840, "hot_tokens": 4096},
+        **_SPARSE,
+    ),
+    "S-small": Preset(
+        Spec("unshared", 16, 1, first_tokens=512, output_tokens=160),
+        "S in small, for a small model with sparse attention on a CPU",
+        model=str(_SHAPES / "dsa-small.json"),
+        hot_gib=0.008,
+        host_gib=0.05,
+        engine={
+            **_PLACED,
+            "device": "cpu",
+            "block_size": 16,
+            "max_model_len": 704,
+            "hot_tokens": 96,
+        },
+        **_SPARSE,
+    ),
     "A-small": Preset(
         Spec("unshared", users=16, first_tokens=64, output_tokens=32, seed=1000),
         "A512 in small, for the default model on a CPU",
@@ -126,7 +165,7 @@ PRESETS = {
     "D-small": Preset(
         _moe(16, 64, 32, 1008),
         "D16 in small, for a small Mixture of Experts on a CPU",
-        model=str(Path(__file__).with_name("shapes") / "qwen3-moe-small.json"),
+        model=str(_SHAPES / "qwen3-moe-small.json"),
         hot_gib=0.1,
         engine={"device": "cpu"},
         arms=("resident",),

@@ -27,6 +27,8 @@ class ArmRun:
         sizes: bytes and tokens of the tiers, and rates measured as the engine started.
         prediction: of the cost model, see `predict`.
         samples: see `driver.Watch`.
+        steady: figures of a steady state for each number of users, see `steady.Steady`; the run's
+            own are of the first.
         outputs: tokens of each answer by (session, turn); only for comparing arms.
         records: of text, by session and turn; only for showing answers.
     """
@@ -55,6 +57,7 @@ class ArmRun:
     samples: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     budget_report: str = ""
+    steady: list[dict[str, Any]] = field(default_factory=list)
     outputs: dict[tuple[int, int], list[int]] = field(default_factory=dict, repr=False)
     records: list[Record] = field(default_factory=list, repr=False)
 
@@ -179,7 +182,12 @@ class BenchResult:
         return list(dict.fromkeys(run.arm for run in self.runs))
 
     def time_s(self, run: ArmRun) -> float:
-        """What arms are compared by: wall time, or in an open loop the mean time of a request."""
+        """What arms are compared by: wall time, or in an open loop the mean time of a request.
+
+        In a steady state it is the wall time per token.
+        """
+        if run.steady:
+            return run.wall_s / run.output_tokens
         if not self.is_open_loop:
             return run.wall_s
         return run.latency("e2e_s", "mean") or run.wall_s
@@ -245,6 +253,9 @@ def verify(runs: Sequence[ArmRun]) -> dict[str, Any]:
                 continue
             compared += 1
             one, other = first.outputs[key], run.outputs[key]
+            if run.steady:  # broken off, each after its own number of tokens
+                shortest = min(len(one), len(other))
+                one, other = one[:shortest], other[:shortest]
             if one != other:
                 num_differing += 1
                 parted.add(session)

@@ -5,12 +5,13 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hotset.attention.sparse.drawn import DrawnSelection
 from hotset.bench.arms import options_of, with_hot_tier
 from hotset.bench.driver import Driven, drive, wait_for_host_tier
 from hotset.bench.figures import counters_since, sizes_of
@@ -19,6 +20,7 @@ from hotset.bench.play import Play
 from hotset.bench.predict import predict_arm
 from hotset.bench.profiler import StepProfiler
 from hotset.bench.result import ArmRun, observe
+from hotset.bench.steady import Steady, SteadyRun, planned_step, steady_run
 from hotset.bench.workload import Spec, filler, make_work, prefix_work, warm_up
 from hotset.cost.loaded import make_cost_model
 from hotset.cost.routing import Routing, skewed_shares
@@ -29,6 +31,7 @@ from hotset.engine.model_shape import kv_note
 from hotset.engine.status import engine_usage
 from hotset.errors import ConfigError, HotsetError, PlanError
 from hotset.executor.probe import inspect_model
+from hotset.executor.simulated import Simulated
 from hotset.experts.recorder import RoutingRecorder, write_routing
 from hotset.kernels.device import known_hardware
 from hotset.model.devices import resolve_kv_dtype
@@ -47,6 +50,12 @@ class RunOptions:
         verify: keep the answers.
         wait_for_tiers: start the run only when all host memory is pinned.
         record_routing: file for what experts the tokens of the first run went to; None for none.
+        steady_steps: how many steps are timed, of decodes alone and in a steady state, over prompts
+            that are put in place and not computed; 0 and None play all of the work. See
+            `bench.steady`.
+        steady_users: how many requests are offered for it, one number after another; empty is all.
+        selection_overlap: of what sparse attention selects in neighbouring steps, which is drawn;
+            None leaves it to the weights.
         router_skew: see `router_skew.skew_routers`; None leaves random weights as they are.
     """
 
@@ -56,6 +65,9 @@ class RunOptions:
     verify: bool = False
     wait_for_tiers: bool = True
     record_routing: Path | None = None
+    steady_steps: int | None = None
+    steady_users: tuple[int, ...] = ()
+    selection_overlap: float | None = None
     router_skew: float | None = None
 
 
@@ -130,7 +142,7 @@ class Bench:
             )
             release(self._device)
             start_s = time.perf_counter()
-            engine = build_engine(config, self._loaded)
+            engine = build_engine(config, self._loaded, simulated=self._simulated())
             started_s = time.perf_counter() - start_s
             try:
                 report = engine.report
@@ -151,6 +163,10 @@ class Bench:
             )
         sizes = sizes_of(engine, self._loaded.model, self.work)
         tiers_ready_s = wait_for_host_tier(engine) if self._options.wait_for_tiers else None
+        if self._options.steady_steps:
+            run = self._steady(engine, arm, repeat)
+            run.tiers_ready_s, run.sizes = tiers_ready_s, sizes
+            return run
         warm_up_s, prepare_s = self._prepare(engine)
         before = copy.deepcopy(engine.metrics)
         is_cuda = self._device.type == "cuda"
@@ -173,6 +189,40 @@ class Bench:
             run.notes.append(f"broken off after {driven.wall_s:.0f} s")
         if self._cost is not None:
             run.prediction = predict_arm(self._cost, self.work, engine, sizes, run.engine)
+        return run
+
+    def _simulated(self) -> Simulated:
+        """What takes the place of work with random weights."""
+        options, drawn = self._options, None
+        if (overlap := options.selection_overlap) is not None:
+            count = getattr(self._loaded.model.config.get_text_config(), "index_topk", None)
+            if count is None:
+                raise ConfigError(
+                    f"selection_overlap is {overlap}, but {self._loaded.name} selects no tokens; "
+                    "leave it out, or give a model with sparse attention, such as dsa-8l"
+                )
+            context = self.work.longest_context - self.work.sessions[0].turns[0].output_tokens // 2
+            drawn = DrawnSelection.of_overlap(overlap, context=context, count=count)
+        return Simulated(drawn, places_prompts=bool(options.steady_steps))
+
+    def _steady(self, engine: Engine, arm: str, repeat: int) -> ArmRun:
+        options, num_steps = self._options, self._options.steady_steps
+        assert num_steps
+
+        def progress(state: Callable[[], str]) -> None:
+            self._say.progress(lambda: f"{arm}: {state()}")
+
+        steady = SteadyRun(engine, self.work, progress)
+        found: list[Steady] = []
+        for offered in options.steady_users or (self.work.num_requests,):
+            one = steady.measure(offered, num_steps, most_fill_s=options.max_s)
+            overlap = options.selection_overlap
+            if self._cost is not None and overlap is not None:
+                one = replace(one, planned=planned_step(self._cost, engine, one, overlap))
+            found.append(one)
+            self._say.line("\n".join(one.lines(f"{arm}, {offered} offered")))
+        run = steady_run(arm, repeat, found, steady.outputs if options.verify else {})
+        run.engine |= {"turned_hot": engine.metrics.turned_hot}
         return run
 
     def _prepare(self, engine: Engine) -> tuple[float, float]:

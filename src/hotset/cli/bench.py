@@ -56,8 +56,8 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
 @click.option(
     "--arms",
     default=None,
-    help="Some of hot,host,host+disk,resident,experts.  [default: hot,host; resident,experts with "
-    "--expert-slots or --expert-gib; none with --against]",
+    help="Some of hot,host,host+disk,resident,experts,hot-set.  [default: the preset's; hot,host; "
+    "resident,experts with --expert-slots or --expert-gib; none with --against]",
 )
 @click.option("--repeats", type=click.IntRange(1, 100), default=1, show_default=True)
 @click.option("--against", metavar="URL", help="Send the same work to an OpenAI-compatible server.")
@@ -94,6 +94,17 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
     metavar="FILE",
     help="Write to which experts the tokens of each step of the first run went, as .npz or .json; "
     "see hotset plan --routing.",
+)
+@click.option(
+    "--steady-steps",
+    type=click.IntRange(0, 100_000),
+    help="Put prompts in place, random and not computed, and time this many decode steps once as "
+    "many requests run as will; 0 plays all of the work. For sparse attention.",
+)
+@click.option(
+    "--selection-overlap",
+    type=click.FloatRange(0, 0.98, min_open=True),
+    help="Draw what sparse attention selects: this share of it is in the next step's too.",
 )
 @click.option("--no-wait", is_flag=True, help="Start while host memory is still being pinned.")
 @click.option("--max-s", type=float, help="End each run after this many seconds, done or not.")
@@ -174,6 +185,8 @@ def _order(
     **run: Any,
 ) -> "Order":
     """What to run; `run` has fields of `RunOptions`."""
+    # What the command line leaves open is as the preset has it.
+    run |= {name: value for name, value in chosen.run.items() if run[name] is None}
     max_s, recording = run["max_s"], run["record_routing"]
     if max_s is not None and not max_s > 0:
         raise ConfigError(f"max_s is {max_s}; expected seconds above 0")

@@ -1,0 +1,91 @@
+"""The preset `S` in small: hot requests beside resident ones, in a steady state."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hotset.bench.campaign import Order, run_bench
+from hotset.bench.html import page
+from hotset.bench.presets import PRESETS
+from hotset.bench.report import text
+from hotset.bench.result import BenchResult
+from hotset.bench.runs import RunOptions, Say
+from hotset.errors import HotsetError
+from hotset.options import Options
+
+STEPS = 24
+QUIET = Say(lambda line: None, lambda make: None)
+
+
+def order(arms: list[str], run: RunOptions, **changes: Any) -> Order:
+    preset = PRESETS["S-small"]
+    sizes = {"hot_gib": preset.hot_gib, "host_gib": preset.host_gib, **preset.engine}
+    config = Options.of(**{"model": preset.model, **sizes, **changes})
+    return Order(preset.spec, config, True, arms, 1, run)
+
+
+@pytest.fixture(scope="module")
+def result() -> BenchResult:
+    run = RunOptions(steady_steps=STEPS, selection_overlap=0.4, hardware="h200", verify=True)
+    return run_bench(order(["resident", "hot-set"], run), QUIET)
+
+
+def test_more_requests_run_where_some_are_hot_and_answers_are_the_same(
+    result: BenchResult,
+) -> None:
+    resident, hot = (result.typical(arm).steady[0] for arm in ("resident", "hot-set"))
+    assert resident["users"] == 3 and resident["hot_users"] == 0 and resident["misses"] is None
+    assert hot["users"] >= 2 * resident["users"] and hot["hot_users"] > 0
+    assert hot["preemptions"] == resident["preemptions"] == 0
+    assert hot["steps"] == resident["steps"] == STEPS
+    assert result.verification is not None
+    assert result.verification["runs"][0]["compared"] == 3
+    assert result.verification["differing"] == 0
+
+
+def test_misses_and_users_are_as_planned(result: BenchResult) -> None:
+    hot = result.typical("hot-set").steady[0]
+    # Requests leave each other the room that they grow into.
+    assert 0.7 < hot["users"] / hot["planned"]["users"] <= 1
+    assert hot["misses"] == pytest.approx(hot["planned"]["misses"], rel=0.15)
+    assert hot["hit_rate"] == pytest.approx(1 - hot["misses"] / 48, rel=0.05)
+
+
+def test_a_steady_state_is_told_as_any_result(result: BenchResult) -> None:
+    assert "times as many" in result.verdict and "were planned" in result.verdict
+    assert "no preemptions" in result.verdict and result.verdict in text(result)
+    assert "hot-set" in page(result)
+    assert json.loads(json.dumps(result.as_dict()))["runs"][1]["steady"][0]["offered"] == 16
+
+
+def test_users_are_offered_in_turn() -> None:
+    run = RunOptions(steady_steps=4, steady_users=(2, 5), selection_overlap=0.5)
+    steady = run_bench(order(["hot-set"], run), QUIET).runs[0].steady
+    assert [one["offered"] for one in steady] == [2, 5]
+    assert steady[0]["users"] == 2 and steady[0]["hot_users"] == 0
+    assert steady[1]["users"] == 5 and steady[1]["hot_users"] > 0
+    assert steady[0]["planned"] is None  # of a CPU that was not measured
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"host_gib": 0.0, "hot_tokens": None}, "host_gib"),
+        ({"model": "smollm2-135m", "hot_tokens": None}, "selects no tokens"),
+    ],
+)
+def test_what_cannot_be_hot_is_refused(changes: dict[str, Any], message: str) -> None:
+    run = RunOptions(steady_steps=4, selection_overlap=0.4)
+    asked = order(["hot-set"], run, **changes)
+    with pytest.raises(HotsetError, match=message):
+        run_bench(asked, QUIET)
+
+
+def test_answers_that_end_too_soon_are_refused() -> None:
+    run = RunOptions(steady_steps=60, selection_overlap=0.4)
+    asked = order(["resident"], run)
+    asked = replace(asked, spec=replace(asked.spec, output_tokens=40))
+    with pytest.raises(HotsetError, match=r"a request ended before .* give more output_tokens"):
+        run_bench(asked, QUIET)
