@@ -334,12 +334,13 @@ class Scheduler:
         """Have running requests give back the blocks that one lacks; whether any did."""
         if self.kv.hot is None or self._users_at_once is None:
             return False
-        requests, tables = [*self.running, *self.waiting], self.kv.tables
-        context = sum(request.num_tokens for request in requests) / len(requests)
-        if len(self.running) >= self._users_at_once(len(requests), context):
+        num_running = len(self.running)
+        num_tokens = sum(one.num_tokens for one in self.running) + newcomer.num_tokens
+        wanted, context = num_running + len(self.waiting), num_tokens / (num_running + 1)
+        if num_running >= self._users_at_once(wanted, context):
             return False
         needed = self._spare_for(newcomer) + self.kv.num_blocks_missing(newcomer)
-        return self.kv.hot.make_room(self.running, needed - tables.num_available)
+        return self.kv.hot.make_room(self.running, needed - self.kv.tables.num_available)
 
     def _num_short(self, more_tokens: int) -> int:
         """Blocks the running requests lack for the tokens they have and `more_tokens` more."""
