@@ -10,7 +10,9 @@ from engines import logits_of, run
 from tiny_models import SPARSE_FAMILIES, make_model
 
 from hotset.attention.flashinfer.sparse import SparseBackend
+from hotset.attention.sparse.drawn import DrawnSelection
 from hotset.engine.engine import Engine
+from hotset.executor.simulated import Simulated
 
 MakeEngine = Callable[..., Engine]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -61,13 +63,19 @@ def prompts_of(lengths: list[int]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", SPARSE_FAMILIES)
-@pytest.mark.parametrize(("eager", "row_prefetch"), [(False, 0), (True, 0), (False, 1)])
+@pytest.mark.parametrize(
+    ("eager", "row_prefetch", "drawn"),
+    [(False, 0, False), (True, 0, False), (False, 1, False), (False, 0, True), (True, 0, True)],
+)
 def test_logits_of_hot_and_resident_requests_are_the_same_bits(
-    family: str, eager: bool, row_prefetch: int, make_engine: MakeEngine
+    family: str, eager: bool, row_prefetch: int, drawn: bool, make_engine: MakeEngine
 ) -> None:
     """Over 100 steps of the same batches, so that what was generated is fetched as well."""
     prompts = prompts_of([SLOTS - 1, SLOTS, SLOTS + 1, SLOTS + BLOCK, 200, 431])
-    options = {"eager": eager, "row_prefetch": row_prefetch}
+    options: dict[str, Any] = {"eager": eager, "row_prefetch": row_prefetch}
+    if drawn:  # as benchmarks have it
+        selection = DrawnSelection.of_overlap(0.4, context=300, count=24)
+        options["simulated"] = Simulated(selection, places_prompts=True)
     engines = [make_wide(make_engine, family, **options) for _ in range(2)]
     assert (engines[1].executor.runner._graphs is None) == eager
     resident, hot = (

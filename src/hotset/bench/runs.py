@@ -28,6 +28,7 @@ from hotset.cost.step_time import CostModel
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.model_shape import kv_note
+from hotset.engine.start_times import StartTimes
 from hotset.engine.status import engine_usage
 from hotset.errors import ConfigError, HotsetError, PlanError
 from hotset.executor.probe import inspect_model
@@ -142,10 +143,11 @@ class Bench:
             )
             release(self._device)
             start_s = time.perf_counter()
-            engine = build_engine(config, self._loaded, simulated=self._simulated())
+            times = StartTimes()
+            engine = build_engine(config, self._loaded, simulated=self._simulated(), times=times)
             started_s = time.perf_counter() - start_s
             try:
-                report = engine.report
+                report = f"{engine.report}\n{times.report()}"
                 self._say.line(f"{arm}: started in {started_s:.1f} s\n{report}")
                 run = self._measure(engine, arm, repeat)
             finally:

@@ -67,9 +67,7 @@ class PlacingRunner(ModelRunner):
             return super().forward(step, previous, when_ready)
         assert not len(batch.scored_rows), "no prompt is computed, and so none has probabilities"
         is_decode = batch.sampled_rows < num_decodes
-        logits = torch.zeros(
-            len(batch.sampled_rows), self._vocab_size, dtype=self._model.dtype, device=self.device
-        )
+        size = len(batch.sampled_rows), self._vocab_size
         if num_decodes:
             rows = batch.sampled_rows[is_decode]
             inputs = np.ascontiguousarray(batch.inputs[:, :num_decodes])
@@ -83,9 +81,11 @@ class PlacingRunner(ModelRunner):
             kinds = step.kinds[:num_decodes]
             alone = replace(step, kinds=kinds, batch=decodes, sample=SampleInput())
             computed = super().forward(alone, previous, when_ready)
+            logits = computed.new_zeros(size)
             logits[to_device(np.flatnonzero(is_decode), self.device)] = computed
         else:
             self.prepare(step)
+            logits = torch.zeros(size, dtype=self._model.dtype, device=self.device)
             when_ready()
         self._place(np.ascontiguousarray(batch.inputs[:, num_decodes:]))
         return logits
