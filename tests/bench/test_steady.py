@@ -55,9 +55,21 @@ def test_misses_and_users_are_as_planned(result: BenchResult) -> None:
 
 def test_a_steady_state_is_told_as_any_result(result: BenchResult) -> None:
     assert "times as many" in result.verdict and "were planned" in result.verdict
-    assert "no preemptions" in result.verdict and result.verdict in text(result)
+    assert "none were preempted" in result.verdict and result.verdict in text(result)
     assert "hot-set" in page(result)
     assert json.loads(json.dumps(result.as_dict()))["runs"][1]["steady"][0]["offered"] == 16
+
+
+def test_work_from_first_to_last_request_has_the_same_answers_in_both_arms() -> None:
+    run = RunOptions(selection_overlap=0.4, verify=True)
+    asked = order(["resident", "hot-set"], run)
+    asked = replace(asked, spec=replace(asked.spec, users=5, output_tokens=16))
+    result = run_bench(asked, QUIET)
+    assert result.typical("hot-set").engine["turned_hot"] > 0
+    assert result.verification is not None
+    assert result.verification["runs"][0]["compared"] == 5
+    assert result.verification["differing"] == 0
+    assert "times as many" in result.verdict and "were planned" not in result.verdict
 
 
 def test_users_are_offered_in_turn() -> None:

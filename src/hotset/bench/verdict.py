@@ -11,7 +11,7 @@ _MOST_NOISE = 0.25  # with more than that, nothing can be said
 def verdict(result: BenchResult) -> str:
     """Compare the tiered arms with `hot`, and buffered experts with resident ones."""
     tiered = [arm for arm in result.arms if arm in ("host", "host+disk")]
-    if any(run.steady for run in result.runs):
+    if "hot-set" in result.arms or any(run.steady for run in result.runs):
         return _of_hot_set(result)
     of_experts = _of_experts(result)
     if "hot" not in result.arms or not tiered:
@@ -20,23 +20,26 @@ def verdict(result: BenchResult) -> str:
 
 
 def _of_hot_set(result: BenchResult) -> str:
-    """What requests that turn hot gave in a steady state."""
+    """What requests that turn hot gave."""
     if not {"resident", "hot-set"} <= set(result.arms):
         return "No verdict: compare with --arms resident,hot-set."
     resident, hot = result.typical("resident"), result.typical("hot-set")
-    one, other = resident.steady[0], hot.steady[0]
+    if not (resident.is_complete and hot.is_complete):
+        return f"No verdict: {resident.failed + hot.failed} requests failed."
     text = (
-        f"`hot-set` made {other['output_tokens_per_s']:,.1f} tokens/s with {other['users']:.0f} "
-        f"users in a step, {other['hot_users']} of them hot, and `resident` "
-        f"{one['output_tokens_per_s']:,.1f} with {one['users']:.0f}: "
-        f"{result.ratio('hot-set', to='resident'):.2f} times as many"
+        f"`hot-set` made {hot.output_tokens_per_s:,.1f} tokens/s and `resident` "
+        f"{resident.output_tokens_per_s:,.1f}: {result.ratio('hot-set', to='resident'):.2f} times "
+        "as many"
     )
-    plans = one["planned"], other["planned"]
-    if all(plans):
-        ratio = plans[1]["tokens_per_s"] / plans[0]["tokens_per_s"]
-        text += f" ({ratio:.2f} were planned)"
-    preemptions = one["preemptions"] + other["preemptions"]
-    return f"{text}; {preemptions or 'no'} preemptions."
+    if hot.steady and resident.steady:
+        one, other = resident.steady[0], hot.steady[0]
+        if one["planned"] and other["planned"]:
+            ratio = other["planned"]["tokens_per_s"] / one["planned"]["tokens_per_s"]
+            text += f" ({ratio:.2f} were planned)"
+        text += f", with {other['users']:.0f} users in a step in place of {one['users']:.0f}"
+    preemptions = (resident.count("preemptions") or 0) + (hot.count("preemptions") or 0)
+    num_hot = hot.count("turned_hot") or 0
+    return f"{text}; {num_hot} requests turned hot, {preemptions or 'none'} were preempted."
 
 
 def _of_tiers(result: BenchResult, tiered: list[str]) -> str:

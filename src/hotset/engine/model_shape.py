@@ -175,10 +175,10 @@ def kv_note(model: PreTrainedModel, layout: ModelLayout) -> str:
 
     That is so of latents where the model's way to make keys of them is not known, as the engine
     stores keys and values then; of heads that a model repeats before its attention; and of values
-    that are narrower than keys.
+    that are narrower than keys. Index keys are no KV.
     """
     config = model.config.get_text_config()
-    stored = layout.bytes_per_token // layout.kv_dtype.itemsize
+    stored = layout.bytes_per_token // layout.kv_dtype.itemsize - sum(layout.index_dims)
     rank, rope = largest(config, "kv_lora_rank"), largest(config, "qk_rope_head_dim")
     if rank:
         needed, what = len(layout.layers) * (rank + rope), "the latent alone"
