@@ -14,8 +14,9 @@ from hotset.attention.gather import GatherBackend
 from hotset.attention.inputs import copy_batch
 from hotset.attention.spec import LayerAttention
 from hotset.cost.cache_spec import KeysValues
-from hotset.engine.build import build_engine, load_engine
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
+from hotset.engine.load import load_engine
 from hotset.engine.step import Step, StepItem
 from hotset.engine.step_input import make_step_input
 from hotset.errors import ConfigError, ModelError

@@ -16,7 +16,7 @@ from tiny_tokenizer import make_backend
 from transformers import PreTrainedTokenizerFast
 
 from hotset.cost.families import shape_from_config
-from hotset.engine.build import load_engine
+from hotset.engine.load import load_engine
 from hotset.errors import ModelError
 from hotset.experts.disk import DiskExperts
 from hotset.experts.host import HostExperts

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from hotset.cost.slot_bytes import SlotBytes
-from hotset.engine.sizing import FreeBytes, ModelSizes, Sizes, solve_sizes
+from hotset.engine.sizes import Sizes
+from hotset.engine.sizing import FreeBytes, ModelSizes, solve_sizes
 from hotset.errors import ConfigError
 from hotset.options import Options
 from hotset.units import GIB, gib_text, round_up_gib

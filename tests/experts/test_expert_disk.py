@@ -28,8 +28,9 @@ from tiny_models import make_config, make_model
 from tiny_tokenizer import make_backend
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hotset.engine.build import build_engine, load_engine
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
+from hotset.engine.load import load_engine
 from hotset.errors import ConfigError, HotsetError
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import DiskExperts, ExpertSink
@@ -309,7 +310,7 @@ import sys, threading, time
 from pathlib import Path
 from hotset.option_groups import AllResident
 from hotset.options import Options
-from hotset.engine.build import load_engine
+from hotset.engine.load import load_engine
 from hotset.request import SamplingParams
 import torch
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import transformers
 from tiny_models import make_config, make_model
 from tiny_tokenizer import make_tokenizer
 
-from hotset.engine.build import load_engine
+from hotset.engine.load import load_engine
 from hotset.errors import ConfigError, ModelError
 from hotset.executor.probe import inspect_model
 from hotset.linear.reads import is_read

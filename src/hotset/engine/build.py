@@ -1,7 +1,5 @@
-"""From options to an engine that runs: load, size, place, compile, measure, open."""
+"""From a loaded model to an engine that runs: size, place, compile, measure, open."""
 
-import functools
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -9,15 +7,12 @@ from pathlib import Path
 
 import platformdirs
 import torch
-from transformers import PreTrainedModel
 
 from hotset.attention.choice import choose_backend
 from hotset.attention.flashinfer.kernels import start_kernels
 from hotset.attention.hot_rows import HotRows
-from hotset.attention.latent import hand_over_latents
 from hotset.cgroups import available_host_bytes
 from hotset.clock import REAL_CLOCK, Clock
-from hotset.cost.expert_sizes import size_experts
 from hotset.cost.prefix import PrefixPolicy
 from hotset.cost.rates import Rates
 from hotset.cost.tuning import TUNINGS
@@ -29,29 +24,26 @@ from hotset.engine.model_shape import hot_choice, kv_note, measure_model
 from hotset.engine.open_tiers import HostMemory, open_tiers
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
-from hotset.engine.sizing import FreeBytes, Sizes, solve_sizes
+from hotset.engine.sizes import Sizes
+from hotset.engine.sizing import FreeBytes, solve_sizes
 from hotset.engine.split_mover import SplitMover
 from hotset.engine.start_times import StartTimes
-from hotset.engine.step import Step, StepItem
 from hotset.engine.step_cost import StepCost
-from hotset.engine.step_input import make_step_input
+from hotset.engine.trials import time_prompts
 from hotset.errors import ConfigError
 from hotset.executor.local import LocalExecutor
-from hotset.executor.probe import check_kv_dtype, inspect_model, weights_bytes
+from hotset.executor.probe import inspect_model
 from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import Sampler
 from hotset.executor.simulated import PlacingRunner, Simulated
 from hotset.experts.buffer import ExpertBuffer
-from hotset.experts.disk import ExpertSink
 from hotset.experts.gating import pack_experts
 from hotset.experts.hosting import buffer_experts
-from hotset.experts.sizes import slot_bytes_of, why_not_hosted
 from hotset.grammar.json_bounds import JsonBounds
 from hotset.kernels.device import likely_hardware
 from hotset.kv.cache import KVCache
 from hotset.kv.pool import BlockPool
 from hotset.kv.state_slots import StateSlots
-from hotset.linear.fp8 import FP8
 from hotset.linear.packed import pack_linears
 from hotset.memory.arena import DeviceArena
 from hotset.memory.state_arena import StateArena
@@ -59,60 +51,14 @@ from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
 from hotset.model.devices import free_bytes, resolve_kv_dtype
 from hotset.model.loaded import LoadedModel
-from hotset.model.loader import load_model
 from hotset.option_groups import HostedExperts
 from hotset.options import Options
-from hotset.request import SamplingParams
-from hotset.sequence import Request
 
-_NUM_PHASES = 8  # at most, of a start
 _LAYOUT_VERSION = "1"
 _STATE_NOTE = (
     "layers keep a state beside KV: no prefix is found, preempted requests are computed again, and "
     "steps are not recorded"
 )
-# Prompts whose time is taken at start.
-_TRIAL_TOKENS = (32, 256)
-
-
-def load_engine(options: Options) -> tuple[Engine, LoadedModel]:
-    """Load the model and set up the engine, most of its steps not yet recorded.
-
-    Raises what either raises.
-    """
-    set_threads(options.runtime.threads)
-    times = StartTimes.of_process(num_phases=_NUM_PHASES)
-    asked = options.experts
-    try:
-        with times.phase("load the model") as phase:
-            loaded = load_model(
-                options.model.model,
-                device=options.model.device,
-                dtype=options.model.dtype,
-                experts_on_host=isinstance(asked, HostedExperts),
-                experts=ExpertSink(asked, read_deadline_s=options.memory.disk_read_deadline_s),
-                check=functools.partial(_check_outline, options),
-                needs_tokenizer=True,  # texts go in or out of all that use this
-            )
-        num_bytes = weights_bytes(loaded.model)
-        phase.detail = f"{num_bytes / 1e9:.1f} GB, {num_bytes / 1e9 / phase.seconds:.1f} GB/s"
-        engine = build_engine(options, loaded, owns_model=True, defers_recording=True, times=times)
-    finally:
-        times.close()
-    engine.report += f"\n{times.report()}"
-    if engine.is_warming:
-        engine.report += "\n  serving while more steps are recorded, slower until then"
-    return engine, loaded
-
-
-def _check_outline(options: Options, outline: PreTrainedModel) -> None:
-    """Refuse options that a model cannot follow, by its outline on `meta`."""
-    if options.model.kv_dtype != "auto":
-        hand_over_latents(outline)
-        check_kv_dtype(outline, FP8)
-    if isinstance(asked := options.experts, HostedExperts):
-        slots, why_not = slot_bytes_of(outline, asked), why_not_hosted(outline)
-        size_experts(asked, slots, why_not, device=options.model.device)
 
 
 def build_engine(
@@ -344,7 +290,7 @@ class _Build:
         with self._times.phase("try steps"):
             sampler.load_kernels(self._layout.dtype)
             most_tokens = options.schedule.max_num_batched_tokens
-            trials = _time_prompts(placed.sizes, runner, most_tokens)
+            trials = time_prompts(placed.sizes, runner, most_tokens)
         num_tokens, seconds = trials[-1]
         rates = Rates.of_hardware(likely_hardware(self._device))
         rates.prefill_tokens_per_s = num_tokens / seconds
@@ -485,21 +431,3 @@ class _Build:
     def _disk_path(self) -> Path:
         default = Path(platformdirs.user_cache_dir("hotset")) / "kv"
         return self._options.memory.disk_path or default
-
-
-def _time_prompts(sizes: Sizes, runner: ModelRunner, most_in_step: int) -> list[tuple[int, float]]:
-    """Tokens and seconds of steps of one prompt: a short one and one of a usual size.
-
-    Their KV goes to the first blocks, which no request has yet.
-    """
-    trials, first = [], sizes.first_block
-    for most_tokens in _TRIAL_TOKENS:
-        num_tokens = min(most_tokens, most_in_step, sizes.max_model_len)
-        request = Request("rate", num_tokens, [0] * num_tokens, SamplingParams(), num_tokens)
-        request.kv.block_table = list(range(first, first - (-num_tokens // sizes.block_size)))
-        step = make_step_input(Step([StepItem.of(request, 0, num_tokens)]), sizes.block_size)
-        runner.forward(step).sum().item()  # the first run also allocates
-        start_s = time.perf_counter()
-        runner.forward(step).sum().item()  # waits for the device
-        trials.append((num_tokens, time.perf_counter() - start_s))
-    return trials

@@ -221,7 +221,7 @@ def _child(connection: Connection, options: Options, build: BuildEngine | None) 
     # A signal to the server's process group reaches the parent, which stops this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    from hotset.engine.build import load_engine
+    from hotset.engine.load import load_engine
     from hotset.engine.loop import EngineLoop
 
     has_started = threading.Event()

@@ -68,7 +68,7 @@ class EngineService:
         if own_process:  # nothing here imports torch then, so that the child starts at once
             self._host = EngineProcess(options, build, self._take_report)
         else:
-            from hotset.engine.build import load_engine
+            from hotset.engine.load import load_engine
             from hotset.engine.loop import EngineLoop
 
             self._host = EngineLoop(options, build or load_engine, self._take_report)
