@@ -94,8 +94,11 @@ def _line(
     step_s: float,
     misses: float | None,
     link: float,
+    no_link_tokens_per_s: float | None = None,
 ) -> str:
     rows = "" if misses is None else f"; {misses:,.0f} misses, {link / 1e9:.1f} GB/s"
+    if no_link_tokens_per_s is not None:
+        rows += f"; {no_link_tokens_per_s:,.1f} tokens/s if rows took no time"
     return (
         f"{name}: {tokens_per_s:,.1f} tokens/s; {users:.1f} users, {hot} hot; "
         f"{step_s * 1e3:.2f} ms{rows}"
@@ -280,4 +283,5 @@ def planned_step(
         "step_s": step.seconds,
         "misses": misses,
         "link": step.missed_bytes / step.seconds,
+        "no_link_tokens_per_s": step.users / step.chip_s if step.num_hot else None,
     }
