@@ -38,6 +38,7 @@ def make_engine(
     seed: int = 0,
     overlap: bool | None = None,
     kv_bytes: int = 4,
+    model_dtype: torch.dtype = torch.float32,
     model_changes: dict[str, Any] | None = None,
     simulated: Simulated | None = None,
     **changes: Any,
@@ -49,7 +50,8 @@ def make_engine(
     `model_changes` are of its config. All its experts stay on the device, unless `changes` say how
     many. The caller closes it.
     """
-    model = make_model(family, seed=seed, **model_changes or {}).to(changes.get("device", "cpu"))
+    model = make_model(family, seed=seed, **model_changes or {})
+    model = model.to(changes.get("device", "cpu"), model_dtype)
     if slot_bytes_of(model, HostedExperts()) is not None and "expert_gib" not in changes:
         changes.setdefault("expert_slots", experts_layers(model)[0].num_experts)
     layout = inspect_model(model)

@@ -52,8 +52,8 @@ class FakeDevice:
     def content(self, block: int) -> list[int | None]:
         return self.blocks.setdefault(block, [None] * self.block_size)
 
-    def compute(self, plan: Step) -> None:
-        """Check that all tokens before those of the plan are in place, and write those."""
+    def copy(self, plan: Step) -> None:
+        """Copy blocks as the plan says."""
         for source, target in plan.copies:
             self.keys[target] = list(self.keys[source])
             if target >= self.first_index_block:
@@ -61,6 +61,10 @@ class FakeDevice:
                 self.blocks[whole] = [None] * self.block_size
             else:
                 self.blocks[target] = list(self.content(source))
+
+    def compute(self, plan: Step) -> None:
+        """Check that all tokens before those of the plan are in place, and write those."""
+        self.copy(plan)
         if plan.seats is not None:
             self.seats.update({reset.seat: {} for reset in plan.seats.resets})
             for seat, index, slot in plan.seats.places:

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import InitVar, dataclass, field
 from enum import Enum, IntEnum
+from typing import NamedTuple
 
 from hotset.request import FinishReason, SamplingParams
 
@@ -65,6 +66,14 @@ class Tail:
     num_tokens: int
 
 
+class StateCut(NamedTuple):
+    """A state that a step keeps: after how many tokens, in which slot, under which key."""
+
+    position: int
+    slot: int
+    key: bytes | None
+
+
 @dataclass(frozen=True, slots=True)
 class ArrivedBlock:
     """Content that a block of a request has without being computed: from where, how much."""
@@ -101,6 +110,11 @@ class SequenceBlocks:
             computed or found.
         state_read: slot that has its state after `num_computed_tokens`; see `kv.state_slots`.
         state_write: slot that its next step writes to.
+        snapshots: positions after which its state is to be kept.
+        cuts: those within its next step.
+        num_planned: tokens of a step that was planned and is not committed, of such a model.
+        fork_slot: what is kept for those that fork.
+        has_forks: whether others are to fork where its prompt ends.
     """
 
     num_computed_tokens: int = 0
@@ -122,6 +136,11 @@ class SequenceBlocks:
     num_sibling_tokens: int = 0
     state_read: int = ZEROS_SLOT
     state_write: int = PADDING_SLOT
+    snapshots: list[int] = field(default_factory=list)
+    cuts: list[StateCut] = field(default_factory=list)
+    num_planned: int = 0
+    fork_slot: int | None = None
+    has_forks: bool = False
 
     @property
     def num_blocks(self) -> int:

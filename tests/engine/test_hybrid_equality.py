@@ -10,6 +10,7 @@ from tiny_models import HYBRID_FAMILIES
 
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
+from hotset.kv.state_slots import StateSlots
 from hotset.request import SamplingParams
 
 MakeEngine = Callable[..., Engine]
@@ -47,7 +48,7 @@ def test_chunks_do_not_matter(
 def test_a_preempted_request_is_computed_again(
     family: str, overlap: bool, make_engine: MakeEngine
 ) -> None:
-    engine = make_engine(family, max_num_batched_tokens=48, overlap=overlap)
+    engine = make_engine(family, max_num_batched_tokens=48, overlap=overlap, prefix_caching=False)
 
     def preempt_one() -> None:
         if len(engine.scheduler.running) > 1:
@@ -63,8 +64,9 @@ def test_a_preempted_request_is_computed_again(
 @pytest.mark.parametrize("family", KINDS)
 def test_more_requests_than_slots_wait_for_one(family: str, make_engine: MakeEngine) -> None:
     engine = make_engine(family, max_num_seqs=2)
-    assert engine.sizes.states is not None and engine.sizes.states.num_slots == 2
+    assert engine.sizes.states is not None and engine.sizes.states.num_seqs == 2
     engine.scheduler.max_num_seqs = 6
+    engine.kv.states = StateSlots(2)
     assert run(engine, make_prompts()) == expected(family)
 
 
@@ -183,7 +185,7 @@ def test_the_size_named_in_a_refusal_works(make_engine: MakeEngine) -> None:
         make_engine("qwen3_5_text", hot_gib=1e-6)
     least = float(str(refused.value).split("give hot_gib ")[1].split()[0])
     engine = make_engine("qwen3_5_text", hot_gib=least)
-    assert engine.sizes.states is not None and engine.sizes.states.num_slots == 1
+    assert engine.sizes.states is not None and engine.sizes.states.num_seqs == 1
     assert run(engine, make_prompts()) == expected("qwen3_5_text")
     assert f"{engine.sizes.states.num_bytes / 2**30:>9.3f}" in engine.report
-    assert "no prefix is found" in engine.report
+    assert "prefixes are found up to states" in engine.report

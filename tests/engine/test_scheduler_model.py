@@ -4,6 +4,7 @@ Tiers of any size, slow and faulty, shared prefixes, aborts, rotation and a step
 """
 
 import itertools
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -27,9 +28,10 @@ from hotset.kv.cache import KVCache
 from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.kv.seats import Seats
+from hotset.kv.state_slots import StateSlots
 from hotset.metrics import Metrics
 from hotset.request import FinishReason, SamplingParams
-from hotset.sequence import UNKNOWN_TOKEN, Request, RequestStatus
+from hotset.sequence import PADDING_SLOT, UNKNOWN_TOKEN, ZEROS_SLOT, Request, RequestStatus
 
 BLOCK = 4
 MAX_TOKENS = 40
@@ -53,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         hot_blocks=st.just(0),
         num_seats=st.just(0),
         values=st.just((1, 1)),
+        states=st.none(),
     )
     def start(
         self,
@@ -69,6 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         hot_blocks: int,
         num_seats: int,
         values: tuple[int, int],
+        states: StateSlots | None,
     ) -> None:
         self.device = FakeDevice(BLOCK, first_index_block=num_blocks + 1, values=values)
         self.tiers = FakeTiers(self.device)
@@ -91,6 +95,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix_caching=prefix_caching,
             seats=seats,
             index_blocks=index_blocks,
+            states=states,
         )
         self.scheduler = Scheduler(
             self.kv,
@@ -282,7 +287,7 @@ class HotMachine(SchedulerMachine):
     )
     def start(self, **chosen: Any) -> None:
         sizes = {"max_num_seqs": 6, "budget": 24, "mixed_budget": 24, "row_tile": 1}
-        super().start(**sizes, **chosen, ahead_tokens=4, mode="fetch")
+        super().start(**sizes, **chosen, ahead_tokens=4, mode="fetch", states=None)
 
     @rule(own=st.lists(st.integers(0, 3), min_size=16, max_size=24))
     def add_long(self, own: list[int]) -> None:
@@ -300,7 +305,101 @@ class HotMachine(SchedulerMachine):
         self.kv.hot.forget_slots()
 
 
-@pytest.mark.parametrize("machine", [SchedulerMachine, HotMachine])
+class StateMachine(SchedulerMachine):
+    """The same of a model whose layers keep a state: what a slot has is checked too."""
+
+    @initialize(
+        num_blocks=st.integers(10, 24),
+        max_num_seqs=st.integers(1, 6),
+        budget=st.integers(1, 24),
+        row_tile=st.sampled_from([1, 4]),
+        prefix_caching=st.booleans(),
+        ahead_tokens=st.sampled_from([1, 256]),
+        num_states=st.integers(1, 12),
+        grid=st.sampled_from([4, 8]),
+    )
+    def start(self, num_states: int, grid: int, **chosen: Any) -> None:
+        self.slots: dict[int, list[int] | None] = {ZEROS_SLOT: []}
+        super().start(
+            **chosen,
+            num_slots=0,
+            mixed_budget=chosen["budget"],
+            rotation_s=None,
+            mode="fetch",
+            hot_blocks=0,
+            num_seats=0,
+            values=(1, 1),
+            states=StateSlots(num_states, grid=grid),
+        )
+
+    def choose(self) -> None:
+        """What the step in flight chose, which the device knows before the host does."""
+        for request in self.in_flight:
+            if not request.is_finished:
+                request.token_ids[-1] = sum(request.token_ids[:-1]) % 7
+
+    @rule()
+    def step(self) -> None:
+        """As the engine: a step is on the device before the tokens of the last one are known."""
+        plan = self.scheduler.schedule()
+        self.choose()
+        self.device.compute(plan)
+        self.go_through_states(plan)
+        self.collect()
+        self.scheduler.commit(plan)
+        for item in plan.items:
+            if item.samples and not item.request.is_finished:
+                self.in_flight.append(item.request)
+                item.request.token_ids.append(UNKNOWN_TOKEN)
+                item.request.pending_row = 0
+
+    def go_through_states(self, plan: Step) -> None:
+        """Check that each reads the state after the tokens before, and write those it writes."""
+        written: set[int] = set()
+        for item in plan.items:
+            tokens, kv = item.request.token_ids, item.request.kv
+            assert self.slots[kv.state_read] == tokens[: item.start], "another state is read"
+            assert kv.state_read not in written, "a state is read that this step has written"
+            ends = [(cut.position, cut.slot) for cut in kv.cuts]
+            assert ends == sorted(ends, key=itemgetter(0))
+            for position, slot in (*ends, (item.start + item.num_tokens, kv.state_write)):
+                assert item.start < position <= item.start + item.num_tokens
+                assert slot not in written and slot not in (ZEROS_SLOT, PADDING_SLOT)
+                assert self.is_unheld(slot, item.request)
+                written.add(slot)
+                self.slots[slot] = tokens[:position]
+
+    def is_unheld(self, slot: int, request: Request) -> bool:
+        """Whether no other request reads or writes a slot."""
+        others = (one for one in self.scheduler.running if one is not request)
+        return all(slot not in (one.kv.state_read, one.kv.state_write) for one in others)
+
+    @rule()
+    def fail_a_step(self) -> None:
+        """As the engine where a step did not run to its end: its youngest request pays."""
+        plan = self.scheduler.schedule()
+        self.choose()
+        for item in plan.items:
+            for slot in (item.request.kv.state_write, *(cut.slot for cut in item.request.kv.cuts)):
+                self.slots[slot] = None
+        self.device.copy(plan)
+        if plan.items:
+            self.scheduler.step_failed(plan)
+            self.scheduler.finish(plan.items[-1].request, FinishReason.ERROR, "it failed")
+        self.collect()
+
+    @rule()
+    def lose_the_states(self) -> None:
+        assert self.kv.states is not None
+        self.kv.states.pool.forget_cached()
+
+    def teardown(self) -> None:
+        super().teardown()
+        if hasattr(self, "kv"):
+            assert self.kv.states is not None and self.kv.states.pool.num_held == 0
+
+
+@pytest.mark.parametrize("machine", [SchedulerMachine, HotMachine, StateMachine])
 def test_whatever_happens_every_token_attends_to_the_tokens_before_it(machine: Any) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         machine,

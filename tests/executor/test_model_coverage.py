@@ -20,7 +20,7 @@ EXPECTED = {
     "qwen3_next": (EQUAL, ""),
     "nemotron_h": (EQUAL, ""),  # layers that keep nothing, and one without attention
 }
-FINDS_NO_PREFIX = {"qwen3_next", "nemotron_h"}  # layers keep a state beside KV
+FINDS_NO_PREFIX = {"qwen3_next", "nemotron_h"}  # a state is kept each 64 tokens
 
 
 @pytest.mark.filterwarnings("ignore")  # of libraries that save, and of configs shrunk

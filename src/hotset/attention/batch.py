@@ -21,6 +21,7 @@ class SequenceSpan(NamedTuple):
         block_table: the blocks of those, in token order.
         state_read: slot with its state before the step, of a model that has some.
         state_write: slot for its state after the step, which may be the same.
+        cuts: after how many of its tokens the state goes to which further slots, in order.
     """
 
     start: int
@@ -29,6 +30,7 @@ class SequenceSpan(NamedTuple):
     block_table: Sequence[int]
     state_read: int = 0
     state_write: int = 1
+    cuts: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True, slots=True)

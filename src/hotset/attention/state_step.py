@@ -41,6 +41,8 @@ class StateStep:
         self._prompts: Sequence[SequenceSpan] = batch.sequences[batch.num_decodes :]
         self._reads = torch.tensor([s.state_read for s in decodes], device=device)
         self._writes = torch.tensor([s.state_write for s in decodes], device=device)
+        kept = [(row, slot) for row, s in enumerate(decodes) for _, slot in s.cuts]
+        self._kept = torch.tensor(kept, device=device).T if kept else None
 
     def attend(
         self,
@@ -75,12 +77,13 @@ class StateStep:
         if num:
             columns = torch.cat([pool[self._reads], values[:, :num].T.unsqueeze(-1)], dim=-1)
             output[:, :num] = run(columns).squeeze(-1).T
-            pool[self._writes] = columns[..., 1:]
+            self._write(pool, columns[..., 1:])
         for span in self._prompts:
             own = values[:, span.start : span.start + span.num_tokens]
             columns = torch.cat([pool[span.state_read], own], dim=-1)
             output[:, span.start : span.start + span.num_tokens] = run(columns.unsqueeze(0))[0]
-            pool[span.state_write] = columns[:, columns.shape[-1] - num_columns :]
+            for count, slot in (*span.cuts, (span.num_tokens, span.state_write)):
+                pool[slot] = columns[:, count : count + num_columns]
         return output
 
     def scan(self, layer: int, scan: Scan) -> torch.Tensor:
@@ -88,21 +91,31 @@ class StateStep:
         pool, num = self._arena.recurrent[layer], self._num_decodes
         output = scan.new_output()
         if num:
-            output[:num], pool[self._writes] = scan.decode(num, pool[self._reads])
+            output[:num], states = scan.decode(num, pool[self._reads])
+            self._write(pool, states)
         for span in self._prompts:
             state = pool[span.state_read]
             for start, end in _chunks(span):
                 output[start:end], state = scan.chunk(start, end, state)
+                for slot in [slot for count, slot in span.cuts if count == end - span.start]:
+                    pool[slot] = state
             pool[span.state_write] = state
         return output
 
+    def _write(self, pool: torch.Tensor, states: torch.Tensor) -> None:
+        """Write what decodes leave, `[R, ...]`, to their slots and those that keep it."""
+        pool[self._writes] = states
+        if self._kept is not None:
+            pool[self._kept[1]] = states[self._kept[0]]
+
 
 def _chunks(span: SequenceSpan) -> Iterator[tuple[int, int]]:
-    """Rows of a sequence's tokens, cut where positions are multiples of `GRID`."""
-    end = span.start + span.num_tokens
+    """Rows of a sequence's tokens, cut where positions are multiples of `GRID`, and at its cuts."""
     row, position = span.start, span.context_len - span.num_tokens
-    while row < end:
-        stop = min(end, row + GRID - position % GRID)
-        yield row, stop
-        position += stop - row
-        row = stop
+    for count in (*(count for count, _ in span.cuts), span.num_tokens):
+        end = span.start + count
+        while row < end:
+            stop = min(end, row + GRID - position % GRID)
+            yield row, stop
+            position += stop - row
+            row = stop

@@ -1,5 +1,6 @@
 """From a loaded model to an engine that runs: size, place, compile, measure, open."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import torch
 from hotset.attention.choice import choose_backend
 from hotset.attention.flashinfer.kernels import start_kernels
 from hotset.attention.hot_rows import HotRows
+from hotset.attention.scans import GRID
 from hotset.cgroups import available_host_bytes
 from hotset.clock import REAL_CLOCK, Clock
 from hotset.cost.prefix import PrefixPolicy
@@ -56,8 +58,8 @@ from hotset.options import Options
 
 _LAYOUT_VERSION = "1"
 _STATE_NOTE = (
-    "layers keep a state beside KV: no prefix is found, preempted requests are computed again, and "
-    "steps are not recorded"
+    "layers keep a state beside KV: prefixes are found up to states that were kept on the device, "
+    "a preempted request goes on from the last of these, and steps are not recorded"
 )
 
 
@@ -370,11 +372,19 @@ class _Build:
             metrics=metrics,
             tiers=tiers,
             policy=policy if tiers is not None else None,
-            prefix_caching=memory.prefix_caching and sizes.states is None,
+            prefix_caching=memory.prefix_caching,
             seats=seats,
             index_blocks=index_blocks,
-            states=None if sizes.states is None else StateSlots(sizes.states.num_slots),
+            states=self._state_slots(sizes),
         )
+
+    def _state_slots(self, sizes: Sizes) -> StateSlots | None:
+        """On the grid of scans, where blocks end too; convolutions alone have none."""
+        if sizes.states is None:
+            return None
+        has_scan = any(spec.recurrent for spec in self._layout.states.values())
+        grid = math.lcm(GRID, sizes.block_size) if has_scan else sizes.block_size
+        return StateSlots(sizes.states.num_slots, grid=grid)
 
     def _scheduler(
         self, placed: _Placed, kv: KVCache, measured: _Measured, metrics: Metrics

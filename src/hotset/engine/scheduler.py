@@ -129,6 +129,7 @@ class Scheduler:
         insort(self.waiting, first, key=_order)
         if others:
             self._forks[first.sequence_id] = others
+            first.kv.has_forks = True
 
     def schedule(self) -> Step:
         """Choose the tokens of the next step and reserve their blocks.
@@ -155,6 +156,9 @@ class Scheduler:
             spare_blocks = self._num_short(self.kv.block_size)
             self.kv.look_ahead(self.waiting[:_LOOK_AHEAD], spare_blocks=spare_blocks)
         items, hot = step.take_items(), self.kv.hot
+        if self.kv.states is not None:
+            for item in items:
+                self.kv.plan_states(item.request, item.num_tokens)
         seats = hot.take_updates() if hot is not None and items else None
         return Step(items, self.kv.tables.take_copies(), seats)
 
@@ -402,13 +406,14 @@ class Scheduler:
 
     def _fork(self, first: Request) -> None:
         for sibling in self._forks.pop(first.sequence_id):
-            if len(self.running) < self.max_num_seqs and self.kv.can_fork:
+            if len(self.running) < self.max_num_seqs and self.kv.can_fork(first):
                 self.kv.fork(first, sibling)
                 self._start_turn(sibling)
             else:
                 sibling.kv.num_cached_tokens = first.kv.num_cached_tokens
                 sibling.kv.num_sibling_tokens = sibling.prompt_len
                 insort(self.waiting, sibling, key=_order)
+        self.kv.end_fork(first)
 
 
 def _order(request: Request) -> tuple[int, float]:

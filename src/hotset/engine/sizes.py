@@ -90,12 +90,17 @@ class Sizes:
                 blocks = -(-context // self.block_size)
                 hot = self.device_blocks // blocks
                 if self.states is not None:
-                    hot = min(hot, self.states.num_slots)
+                    hot = min(hot, self.states.num_seqs)
                 users.append(
                     f"{context} tokens: {hot} hot"
                     + (f", {total_blocks // blocks} in all tiers" if self.host_slots else "")
                 )
         lines.append("users of a context of " + "; ".join(dict.fromkeys(users)))
+        if self.states is not None:
+            lines.append(
+                f"state: {self.states.num_seqs} requests at once, and {self.states.num_kept} more "
+                f"states that are kept, {self.states.slot_bytes:,} B each"
+            )
         if self.hot is not None:
             lines.append(
                 f"hot requests: {self.hot.num_slots} tokens per layer on the device, the others in "

@@ -9,6 +9,8 @@ from hotset.units import GIB, gib_text, round_up_gib
 
 # What a request is taken to hold on average where its longest context is more.
 _USUAL_TOKENS = 1280
+# Of states that are kept: one for so many requests, and at least so many.
+_SEQS_PER_KEPT, _FEWEST_KEPT = 4, 8
 _NUM_RESERVED = PADDING_SLOT + 1
 
 
@@ -17,12 +19,19 @@ class StateSizes:
     """What the state of requests takes beside KV.
 
     Attributes:
-        num_slots: requests that can run at once.
+        num_seqs: requests that are to run at once.
+        num_kept: slots beside for states that others may go on from.
         slot_bytes: of the state of one.
     """
 
-    num_slots: int
+    num_seqs: int
+    num_kept: int
     slot_bytes: int
+
+    @property
+    def num_slots(self) -> int:
+        """For requests, and what they keep."""
+        return self.num_seqs + self.num_kept
 
     @property
     def num_all_slots(self) -> int:
@@ -48,6 +57,8 @@ def solve_state_sizes(
     given: str,
 ) -> StateSizes:
     """As many slots as requests of a usual length have KV beside, at most `most_seqs`.
+
+    A quarter more, and at least some, are for states that are kept, as far as there is room.
 
     Args:
         slot_bytes: state of one request.
@@ -78,13 +89,14 @@ def solve_state_sizes(
             f"{round_up_gib(_asked_bytes(memory, hot_bytes) + least_bytes - hot_bytes)} or more"
         )
     usual = -(-min(max_len, _USUAL_TOKENS) // block_size) * block_bytes
-    reserved = _NUM_RESERVED * slot_bytes
-    num_slots = min(
-        (hot_bytes - reserved) // (slot_bytes + usual),
-        (hot_bytes - reserved - fewest_blocks * block_bytes) // slot_bytes,
-        most_seqs,
-    )
-    return StateSizes(max(1, num_slots), slot_bytes)
+    hot_bytes -= _NUM_RESERVED * slot_bytes
+    for_kv = fewest_blocks * block_bytes
+    each = slot_bytes + slot_bytes // _SEQS_PER_KEPT + usual
+    num_seqs = min(hot_bytes // each, (hot_bytes - for_kv) // slot_bytes, most_seqs)
+    num_seqs = max(1, num_seqs)
+    left = hot_bytes - num_seqs * slot_bytes - max(for_kv, num_seqs * usual)
+    kept = max(_FEWEST_KEPT, num_seqs // _SEQS_PER_KEPT)
+    return StateSizes(num_seqs, min(kept, max(0, left // slot_bytes)), slot_bytes)
 
 
 def _asked_bytes(memory: MemoryOptions, hot_bytes: int) -> int:

@@ -47,7 +47,10 @@ def make_step_input(step: Step, block_size: int) -> StepInput:
         else:
             chunks.append(_chunk(item, table, block_size))
         kv = request.kv
-        sequences.append(SequenceSpan(start, num_tokens, end, table, kv.state_read, kv.state_write))
+        cuts = [(cut.position - item.start, cut.slot) for cut in kv.cuts] if kv.cuts else ()
+        sequences.append(
+            SequenceSpan(start, num_tokens, end, table, kv.state_read, kv.state_write, cuts)
+        )
         start += num_tokens
         ends[id(item)] = start
     inputs = np.concatenate(

@@ -38,6 +38,7 @@ class StepShares:
     ) -> None:
         self._order = order
         self._tables, self._prefixes = kv.tables, kv.prefixes
+        self._grid = 0 if kv.states is None else kv.states.grid
         self._budget = budget
         self._prompt_budget = prompt_budget
         self._scored_budget = scored_budget
@@ -101,6 +102,8 @@ class StepShares:
             for request in least_urgent_first:
                 kept = self._sure if keeps_sure and request is self._oldest else 0
                 cut = min(excess, max(0, self._shares.get(request, 0) - kept))
+                if self._grid:
+                    cut -= cut % self._grid
                 if cut:
                     excess -= cut
                     self._shares[request] -= cut
@@ -134,7 +137,7 @@ class StepShares:
 
     def _leader(self, request: Request) -> Request | None:
         """Who computes the tokens that the request lacks next; None: itself."""
-        if request in self._shares:
+        if request in self._shares or self._grid:  # a state is no use before it is kept
             return None
         if self._leaders is None:
             self._leaders = self._find_leaders()
@@ -161,6 +164,8 @@ class StepShares:
         num_tokens = min(self._tables.num_runnable_tokens(request) - had, most, self._prompt_budget)
         if not request.is_scored:
             num_tokens = min(num_tokens, self._scored_budget)
+        if self._grid:
+            num_tokens = self._to_grid(request, had, num_tokens)
         if num_tokens <= 0:
             return True
         if not self._plan(request, num_tokens):
@@ -171,6 +176,18 @@ class StepShares:
             self._leaders = self._find_leaders()
         self._leaders.update(dict.fromkeys(reached, request))
         return True
+
+    def _to_grid(self, request: Request, had: int, num_tokens: int) -> int:
+        """Fewer tokens where a part of a prompt would else end off the grid of states.
+
+        So what is computed does not depend on where prompts are cut. Off the grid all the same
+        where not one line of it would be reached.
+        """
+        end = request.kv.num_computed_tokens + had + num_tokens
+        beyond = end % self._grid
+        if end == request.num_tokens or beyond >= num_tokens:
+            return num_tokens
+        return num_tokens - beyond
 
     def _plan(self, request: Request, num_tokens: int) -> bool:
         """Reserve blocks for `num_tokens` more and add them; False where there are no blocks."""

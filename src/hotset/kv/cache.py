@@ -5,13 +5,14 @@ It asks: `prefix` names blocks, `table` has them, `transfers` moves them between
 
 import secrets
 from collections.abc import Sequence
+from operator import itemgetter
 
 from hotset.cost.prefix import PrefixPolicy
 from hotset.kv.block_hash import DIGEST_BYTES
 from hotset.kv.hot_set import HotSet
 from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
-from hotset.kv.prefix import Prefixes
+from hotset.kv.prefix import LEAST_TAIL, Prefixes
 from hotset.kv.seats import Seats
 from hotset.kv.state_slots import StateSlots
 from hotset.kv.table import BlockTables
@@ -42,8 +43,8 @@ class KVCache:
         prefixes: the keys of each request's blocks.
         transfers: of blocks, to and from slower tiers.
         hot: the requests that keep few of their tokens on the device; None where none may.
-        states: slots for what layers keep beside KV; None where they keep nothing. KV without that
-            state is of no use: nothing is found then, and a preempted request is computed again.
+        states: slots for what layers keep beside KV; None where they keep nothing. KV is of use up
+            to a state that was kept: what is found ends there.
     """
 
     def __init__(
@@ -62,7 +63,13 @@ class KVCache:
     ) -> None:
         self.pool, self.states = pool, states
         self.tables = BlockTables(pool, block_size, index_blocks)
-        self.prefixes = Prefixes(fingerprint, block_size, are_shared=prefix_caching)
+        self.prefixes = Prefixes(
+            fingerprint,
+            block_size,
+            are_shared=prefix_caching,
+            # With a state at its end even a short one saves all that precedes it.
+            least_tail=LEAST_TAIL if states is None else 0,
+        )
         self.transfers = BlockTransfers(pool, block_size, metrics, tiers, policy)
         self.hot = None
         if seats is not None and index_blocks is not None:
@@ -78,7 +85,7 @@ class KVCache:
         `spare_blocks`; without it nothing changes and the result is False. So it is while a tier
         cannot say yet what it has of the tokens.
         """
-        if self.states is not None and not self.states.num_available:
+        if self.states is not None and not self.states.can_give:
             return False
         known, is_pending = self._find_prefix(request)
         if is_pending:
@@ -97,7 +104,7 @@ class KVCache:
 
         fresh = iter(self.pool.allocate(len(known) - len(shared)))
         if self.states is not None:
-            self.states.give(request)
+            self.states.give(request, keys[-1] if keys else None)
         request.kv.num_shared_blocks = len(shared)
         request.kv.block_table = [next(fresh) if block is None else block for block in held]
         for i, part in enumerate(known):
@@ -109,6 +116,7 @@ class KVCache:
         self.transfers.unkeep(request)  # its fetches hold what they read
         self._metrics.recompute_chosen_tokens += sum(computed.values())
         self.advance(request)
+        assert self.states is None or not request.kv.arrived, "KV is there without its state"
         return True
 
     def num_blocks_missing(self, request: Request) -> int:
@@ -165,6 +173,7 @@ class KVCache:
             self._metrics.recomputed_tokens += min(end, kv.high_water_tokens) - start
         kv.high_water_tokens = max(kv.high_water_tokens, end)
         if self.states is not None:
+            kv.num_planned = 0
             self.states.advance(request)
         first, last = start // size, end // size
         if first == last:
@@ -174,13 +183,45 @@ class KVCache:
             self.pool.publish(kv.block_table[i], keys[i])
             self.transfers.spill(keys[i], kv.block_table[i])
 
-    @property
-    def can_fork(self) -> bool:
-        """Whether `fork` works: a state is there after all tokens of the parent's prompt alone."""
-        return self.states is None
+    def can_fork(self, parent: Request) -> bool:
+        """Whether `fork` works for one more: a state needs a slot, and one to start from."""
+        return self.states is None or (parent.kv.fork_slot is not None and self.states.can_give)
+
+    def end_fork(self, parent: Request) -> None:
+        """All that were to fork have."""
+        parent.kv.has_forks = False
+        if self.states is not None:
+            self.states.end_fork(parent)
+
+    def plan_states(self, request: Request, num_tokens: int) -> None:
+        """Note the tokens of the next step, and say which states it is to keep on its way."""
+        kv, size = request.kv, self.block_size
+        end = kv.num_computed_tokens + num_tokens
+        assert self.states is not None
+        kv.num_planned = num_tokens
+        for position in kv.snapshots:
+            if kv.num_computed_tokens < position <= end:
+                key = self.prefixes.extend(request)[position // size - 1]
+                self.states.cut(request, position, key)
+        if kv.has_forks and kv.num_computed_tokens < request.prompt_len - 1 <= end:
+            self.states.cut(request, request.prompt_len - 1, None)
+            kv.cuts.sort(key=itemgetter(0))
+
+    def _want_snapshots(self, request: Request, num_seen: int) -> None:
+        """Have states kept where other requests are likely to go on.
+
+        At the last place on the grid that a longer prompt repeats; and, where KV of more tokens was
+        known than a state, at the last place on the grid that this request shares with others.
+        """
+        assert self.states is not None
+        grid = self.states.grid
+        places = {(request.prompt_len - 1) // grid * grid, num_seen // grid * grid}
+        request.kv.snapshots = sorted(places - {0})
 
     def fork(self, parent: Request, child: Request) -> None:
         """Let `child` share the blocks of the prompt it has in common with `parent`."""
+        if self.states is not None:
+            self.states.fork(parent, child)
         self._metrics.forked_tokens += self.tables.fork(parent, child)
 
     def can_park(self, victim: Request, running: Sequence[Request], more_tokens: int) -> bool:
@@ -214,7 +255,11 @@ class KVCache:
 
     def release(self, request: Request) -> None:
         """Take the blocks of a request that has ended; published ones stay findable."""
-        self._publish_tail(request)
+        if self.states is not None:
+            self._commit_in_flight(request)
+        tail = self._publish_tail(request)
+        if self.states is not None:
+            self._leave_state(request, tail)
         self.transfers.touch(request.kv.block_hashes)
         self.transfers.stop_waiting(request)
         self._give_back(request)
@@ -240,14 +285,23 @@ class KVCache:
             self.hot.leave(request)
 
     def _find_prefix(self, request: Request) -> tuple[list[Known], bool]:
+        """What is known somewhere of the request's leading tokens, with a state at its end.
+
+        See `_find_blocks`.
+        """
+        known, is_pending = self._find_blocks(request)
+        if self.states is not None:
+            self._want_snapshots(request, sum(part.num_tokens for part in known))
+            known = known[: self.states.num_usable([part.key for part in known])]
+        return known, is_pending
+
+    def _find_blocks(self, request: Request) -> tuple[list[Known], bool]:
         """What is known somewhere of the request's leading tokens, block by block.
 
         At least one token is always left to compute: its logits are what the step is for. Also
         returns whether a tier cannot say yet what it has of the tokens after these.
         """
         known: list[Known] = []
-        if self.states is not None:
-            return known, False
         keys = self.prefixes.findable(request)
         num_asked = _KEYS_AT_ONCE
         while len(known) < len(keys):
@@ -281,16 +335,45 @@ class KVCache:
         block = self.pool.lookup(tail.key)
         return None if block is not None and self.pool.ref_count(block) else tail
 
-    def _publish_tail(self, request: Request) -> None:
-        """Have the last block of a request that ends found, and spill it, though it is not full."""
+    def _publish_tail(self, request: Request) -> bytes | None:
+        """Have the last block of a request that ends found, and spill it, though it is not full.
+
+        Returns its key; None where there is nothing to find.
+        """
         table = request.kv.block_table
         index = min(request.kv.num_computed_tokens, request.num_known_tokens) // self.block_size
         if index >= len(table) or self.pool.is_shared(table[index]):
-            return
+            return None
         key = self.prefixes.remember_tail(request)
         if key is not None:
             self.pool.publish(table[index], key)
             self.transfers.spill(key, table[index])
+        return key
+
+    def _commit_in_flight(self, request: Request) -> None:
+        """Count the tokens of a step that was submitted before the request ended.
+
+        They are in its state: what is found of it has to end behind them.
+        """
+        num_planned = request.kv.num_planned
+        if num_planned and request.kv.num_computed_tokens + num_planned <= request.num_known_tokens:
+            self.commit(request, num_planned)
+
+    def _leave_state(self, request: Request, tail: bytes | None) -> None:
+        """Have the state of a request that ends found, where its KV is too.
+
+        Args:
+            request: that ends.
+            tail: key of its last, partial block of KV, if that can be found.
+        """
+        assert self.states is not None
+        kv = request.kv
+        if kv.num_planned or not 0 < kv.num_computed_tokens <= request.num_known_tokens:
+            return  # a token in it is not known
+        index, num_partial = divmod(kv.num_computed_tokens, self.block_size)
+        key = tail if num_partial else self.prefixes.extend(request)[index - 1]
+        if key is not None and self.prefixes.are_shared:
+            self.states.leave(request, key)
 
     def _hold(self, part: Known) -> int | None:
         """Hold the block that has this content or will have; None where there is none yet."""

@@ -8,7 +8,7 @@ from hotset.sequence import Request, Tail
 # How many last, partial blocks of ended requests are remembered, and the least filled share that is
 # worth a copy: below it recomputing is faster.
 _MOST_TAILS = 2**16
-_LEAST_TAIL = 0.25
+LEAST_TAIL = 0.25
 
 
 class Prefixes:
@@ -18,12 +18,21 @@ class Prefixes:
         fingerprint: of all that content depends on beside tokens, such as the weights.
         are_shared: whether requests find each other's content. Otherwise each has a chain of its
             own: after a preemption it finds its own blocks again, and no other request's.
+        least_tail: share of a last, partial block that has to be filled for it to be found.
     """
 
-    def __init__(self, fingerprint: str, block_size: int, *, are_shared: bool = True) -> None:
+    def __init__(
+        self,
+        fingerprint: str,
+        block_size: int,
+        *,
+        are_shared: bool = True,
+        least_tail: float = LEAST_TAIL,
+    ) -> None:
         self.fingerprint = fingerprint
         self.block_size = block_size
         self.are_shared = are_shared
+        self._fewest_in_tail = max(1, least_tail * block_size)
         # Hash of what precedes it -> tokens of the last block of a request that has ended.
         self._tails: OrderedDict[bytes, int] = OrderedDict()
 
@@ -80,7 +89,7 @@ class Prefixes:
         """
         end = min(request.kv.num_computed_tokens, request.num_known_tokens)
         index, num_tokens = divmod(end, self.block_size)
-        if not self.are_shared or num_tokens < max(1, _LEAST_TAIL * self.block_size):
+        if not self.are_shared or num_tokens < self._fewest_in_tail:
             return None
         self.extend(request)
         parent = self._parent(request, index)

@@ -1,47 +1,114 @@
-"""Which slot of the device has the state of which sequence. Knows numbers, no tensors.
+"""Which slot of the device has the state of which sequence, and which states are kept for others.
 
-Imports no torch.
+Knows numbers and keys, no tensors. Imports no torch.
 """
 
+from collections.abc import Iterable, Sequence
+
 from hotset.kv.pool import BlockPool
-from hotset.sequence import PADDING_SLOT, ZEROS_SLOT, Request
+from hotset.sequence import PADDING_SLOT, ZEROS_SLOT, Request, StateCut
 
 _FIRST = PADDING_SLOT + 1  # slots below are reserved
 
 
 class StateSlots:
-    """Gives each request that runs a slot for its state.
+    """Gives each request that runs a slot for its state, and finds states that were kept.
 
-    A request reads one slot in a step and writes to one. The first time it reads zeros; from then
-    on both are its own.
+    A request reads one slot in a step and writes to one. At first it reads zeros, or a state that
+    was kept after the tokens that it begins with; from then on both are its own. A slot that others
+    hold or can find is never written to. A state is kept in two ways: a step writes it to another
+    slot on its way (`cut`), or a request leaves its own when it ends (`leave`).
 
     Args:
         num_slots: beside the two that are reserved.
+        grid: states are kept after multiples of so many tokens, and at a request's end.
 
     Attributes:
-        pool: of the slots, without those that are reserved.
+        pool: of the slots, without those that are reserved. A state has the key of the block of KV
+            that ends where it is.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, *, grid: int = 1) -> None:
         self.pool = BlockPool(num_slots)
+        self.grid = grid
+
+    def num_usable(self, keys: Sequence[bytes]) -> int:
+        """How many of these leading blocks end where the last state is that was kept."""
+        for count in range(len(keys), 0, -1):
+            if self.pool.lookup(keys[count - 1]) is not None:
+                return count
+        return 0
 
     @property
-    def num_available(self) -> int:
-        """Slots that can be had."""
-        return self.pool.num_available
+    def can_give(self) -> bool:
+        """Whether there is a slot for one more request."""
+        return self.pool.num_available > 0
 
-    def give(self, request: Request) -> None:
-        """Let a request that has none start from zeros, in a slot of its own."""
-        assert request.kv.state_write == PADDING_SLOT, "a request has a slot already"
-        [slot] = self.pool.allocate(1)
-        request.kv.state_read, request.kv.state_write = ZEROS_SLOT, slot + _FIRST
+    def give(self, request: Request, key: bytes | None) -> None:
+        """Let a request that has no slot start from the state with this key; None: from zeros.
+
+        Where there is just one slot to be had and it has that state, the request goes on in it.
+        """
+        kv, pool = request.kv, self.pool
+        assert kv.state_write == PADDING_SLOT, "a request has a slot already"
+        slot = None if key is None else pool.acquire(key)
+        if slot is not None and key is not None and not pool.num_available:
+            pool.unpublish(slot)
+            kv.state_read = kv.state_write = slot + _FIRST
+            return
+        kv.state_read = ZEROS_SLOT if slot is None else slot + _FIRST
+        kv.state_write = pool.allocate(1)[0] + _FIRST
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Let `child` start from what was kept for it within the last step of `parent`."""
+        assert parent.kv.fork_slot is not None
+        self.pool.hold(parent.kv.fork_slot - _FIRST)
+        child.kv.state_read = parent.kv.fork_slot
+        child.kv.state_write = self.pool.allocate(1)[0] + _FIRST
+
+    def end_fork(self, request: Request) -> None:
+        """No more requests start from what was kept for them."""
+        if request.kv.fork_slot is not None:
+            self.pool.release(request.kv.fork_slot - _FIRST)
+            request.kv.fork_slot = None
+
+    def cut(self, request: Request, position: int, key: bytes | None) -> None:
+        """Have the next step keep the state after `position` tokens; not if no slot is to be had.
+
+        Under this key; None keeps it for those that fork.
+        """
+        if self.pool.num_available and (key is None or self.pool.lookup(key) is None):
+            slot = self.pool.allocate(1)[0] + _FIRST
+            request.kv.cuts.append(StateCut(position, slot, key))
 
     def advance(self, request: Request) -> None:
-        """Note that a step wrote the request's state."""
-        request.kv.state_read = request.kv.state_write
+        """Note that a step wrote the request's state, and what was to be kept."""
+        kv = request.kv
+        if kv.state_read != kv.state_write:
+            self._release([kv.state_read])
+            kv.state_read = kv.state_write
+        for cut in kv.cuts:
+            if cut.key is None:
+                kv.fork_slot = cut.slot
+            else:
+                self.pool.publish(cut.slot - _FIRST, cut.key)
+                self._release([cut.slot])
+        kv.cuts = []
+
+    def leave(self, request: Request, key: bytes) -> None:
+        """Have the state of a request that ends be found after its last token."""
+        if request.kv.state_read == request.kv.state_write != PADDING_SLOT:
+            self.pool.publish(request.kv.state_write - _FIRST, key)
 
     def take_back(self, request: Request) -> None:
-        """Take the slot of a request that does not run; its state is lost."""
-        if request.kv.state_write != PADDING_SLOT:
-            self.pool.release(request.kv.state_write - _FIRST)
-        request.kv.state_read, request.kv.state_write = ZEROS_SLOT, PADDING_SLOT
+        """Take the slots of a request that does not run; what it has not left is lost."""
+        kv = request.kv
+        self.end_fork(request)
+        self._release({kv.state_read, kv.state_write, *(cut.slot for cut in kv.cuts)})
+        kv.state_read, kv.state_write = ZEROS_SLOT, PADDING_SLOT
+        kv.cuts, kv.num_planned = [], 0
+
+    def _release(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            if slot >= _FIRST:
+                self.pool.release(slot - _FIRST)

@@ -1,0 +1,203 @@
+"""States that were kept: a hit has the logits of a cold run, bit for bit."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from engines import run
+from tiny_models import HYBRID_FAMILIES
+
+from hotset.attention.scans import GRID
+from hotset.engine.engine import Engine
+from hotset.request import SamplingParams
+
+MakeEngine = Callable[..., Engine]
+KINDS = ["lfm2", "qwen3_5_text", "bamba"]
+ROOM = {"max_model_len": 400, "hot_blocks": 600, "max_num_seqs": 4}
+TOKENS = 12
+
+
+def make_prompt(num_tokens: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 256) for _ in range(num_tokens)]
+
+
+def note_logits(engine: Engine) -> list[torch.Tensor]:
+    """The logits of each step from now on."""
+    noted: list[torch.Tensor] = []
+    runner: Any = engine.executor.runner  # type: ignore[attr-defined]
+    forward = runner.forward
+
+    def noting(*args: Any, **options: Any) -> torch.Tensor:
+        logits: torch.Tensor = forward(*args, **options)
+        if len(logits):
+            noted.append(logits.clone())
+        return logits
+
+    runner.forward = noting
+    return noted
+
+
+def found(engine: Engine) -> int:
+    return int(engine.metrics.cached_tokens.total())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", HYBRID_FAMILIES)
+def test_a_hit_on_the_grid_has_the_logits_of_a_cold_run_bit_for_bit(
+    family: str, dtype: torch.dtype, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(
+        family, **ROOM, model_dtype=dtype, max_num_batched_tokens=GRID, block_size=GRID
+    )
+    prompt = make_prompt(150)
+    cold = note_logits(engine)
+    answer = run(engine, [prompt], max_tokens=TOKENS)
+    hot = note_logits(engine)
+    assert run(engine, [prompt], max_tokens=TOKENS) == answer
+    assert found(engine) == 2 * GRID
+    assert len(cold) >= len(hot) == TOKENS
+    for one, other in zip(cold[:TOKENS], hot, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_state_that_a_step_keeps_on_its_way_changes_no_bit(
+    family: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = make_prompt(150)
+    both = []
+    for keeps in (True, False):
+        engine = make_engine(family, **ROOM)
+        assert engine.kv.states is not None
+        if not keeps:
+            monkeypatch.setattr(engine.kv, "_want_snapshots", lambda *_: None)
+        both.append(note_logits(engine))
+        run(engine, [prompt], max_tokens=4)
+        assert engine.kv.states.pool.num_cached == 1 + keeps  # with that of its end
+    assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_without_that_state_the_answer_is_another(family: str, make_engine: MakeEngine) -> None:
+    engine = make_engine(family, **ROOM, max_num_batched_tokens=GRID, block_size=GRID)
+    prompt = make_prompt(131)
+    cold = note_logits(engine)
+    run(engine, [prompt], max_tokens=1)
+    arena: Any = engine.executor.runner._states  # type: ignore[attr-defined]
+    for slots in (*arena.columns.values(), *arena.recurrent.values()):
+        slots[2:] = slots[2:].roll(1, 1)  # of other channels and heads
+    hot = note_logits(engine)
+    run(engine, [prompt], max_tokens=1)
+    assert found(engine) == 2 * GRID
+    assert not torch.allclose(cold[0], hot[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("family", KINDS)
+def test_the_next_turn_goes_on_from_the_end_of_the_last(
+    family: str, overlap: bool, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(family, **ROOM, overlap=overlap)
+    cold = make_engine(family, **ROOM, prefix_caching=False)
+    turn, num_computed = make_prompt(90), 0
+    for seed in range(3):
+        before = found(engine)
+        [answer] = run(engine, [turn], max_tokens=TOKENS)
+        assert [answer] == run(cold, [turn], max_tokens=TOKENS)
+        assert found(engine) - before == num_computed
+        # The last token was chosen and not computed.
+        num_computed = len(turn) + len(answer) - 1
+        turn = [*turn, *answer, *make_prompt(9, seed=seed + 1)]
+    assert found(cold) == 0
+
+
+def test_an_end_that_the_host_learns_of_late_is_found_behind_its_last_token(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine("qwen3_5_text", **ROOM, overlap=True)
+    cold = make_engine("qwen3_5_text", **ROOM, prefix_caching=False)
+    prompt = make_prompt(70)
+    [answer] = run(cold, [prompt], max_tokens=TOKENS)
+    stop = next(token for i, token in enumerate(answer) if i >= 3 and token not in answer[:i])
+    params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, stop_token_ids=(stop,))
+    engine.add_request(prompt, params)
+    tokens: list[int] = []
+    while engine.has_work:
+        for output in engine.step():
+            tokens += output.token_ids
+    ended = answer[: answer.index(stop) + 1]
+    assert tokens in (ended, ended[:-1])
+    turn = [*prompt, *ended, *make_prompt(7, seed=5)]
+    assert run(engine, [turn], max_tokens=TOKENS) == run(cold, [turn], max_tokens=TOKENS)
+    assert found(engine) == len(prompt) + len(ended)  # one step had gone on
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_shared_beginning_is_found_from_the_third_request_on(
+    family: str, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(family, **ROOM, block_size=GRID)
+    cold = make_engine(family, **ROOM, block_size=GRID, prefix_caching=False)
+    shared = make_prompt(2 * GRID + 10)
+    counts = []
+    for seed in range(3):
+        prompt = shared + make_prompt(GRID, seed=seed + 1)
+        assert run(engine, [prompt], max_tokens=4) == run(cold, [prompt], max_tokens=4)
+        counts.append(found(engine))
+    assert counts == [0, 0, 2 * GRID]
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_hit_is_no_longer_than_kv_nor_than_the_state(
+    family: str, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(family, **ROOM, block_size=GRID)
+    assert engine.kv.states is not None
+    prompt = make_prompt(2 * GRID + 20)
+    first = run(engine, [prompt], max_tokens=4)
+    engine.kv.states.pool.forget_cached()  # all KV is there, and no state
+    assert run(engine, [prompt], max_tokens=4) == first
+    assert found(engine) == 0
+    engine.kv.pool.forget_cached()  # all states are there, and no KV
+    assert run(engine, [prompt], max_tokens=4) == first
+    assert found(engine) == 0
+    assert run(engine, [prompt], max_tokens=4) == first
+    assert found(engine) == 2 * GRID
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_outputs_of_one_prompt_start_from_one_state(family: str, make_engine: MakeEngine) -> None:
+    engine = make_engine(family, **ROOM)
+    cold = make_engine(family, **ROOM, prefix_caching=False)
+    prompt = make_prompt(75)
+    engine.add_request(prompt, SamplingParams(max_tokens=TOKENS, ignore_eos=True, n=3))
+    outputs: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.index] += output.token_ids
+        engine.kv.check()
+    assert list(outputs.values()) == run(cold, [prompt], max_tokens=TOKENS) * 3
+    assert engine.metrics.forked_tokens == 2 * (len(prompt) - 1)
+    assert engine.metrics.recomputed_tokens == 0
+    assert engine.kv.states is not None and engine.kv.states.pool.num_held == 0
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_preempted_request_goes_on_from_its_last_state(
+    family: str, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(family, **ROOM)
+    cold = make_engine(family, **ROOM, prefix_caching=False)
+    prompts = [make_prompt(80 + 9 * seed, seed=seed) for seed in range(4)]
+
+    def preempt_one() -> None:
+        if len(engine.scheduler.running) > 1:
+            engine.scheduler._preempt_last()
+
+    answers = run(engine, prompts, max_tokens=TOKENS, each_step=preempt_one)
+    assert answers == run(cold, prompts, max_tokens=TOKENS)
+    assert engine.metrics.preemptions > 10
+    assert engine.metrics.resumed_tokens.total() > 0
