@@ -1,7 +1,7 @@
 """What a user asks of an engine, by concern; how it is given, flat; and what does not go together.
 
 From the declaration of an option come its check, its flag, its key in the TOML file and its row in
-docs/options.md. What follows from options for a model on a machine is `engine.sizes.Sizes`.
+docs/options.md. What follows from options for a model on a machine is `engine.sizing.Sizes`.
 
 Imports no torch.
 """

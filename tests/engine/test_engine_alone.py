@@ -6,7 +6,7 @@ from schedulers import BLOCK, make_scheduler
 from hotset.cost.rates import Rates
 from hotset.engine.engine import Engine, EngineParts
 from hotset.engine.outputs import OutputProcessor
-from hotset.engine.sizes import Sizes
+from hotset.engine.sizing import Sizes
 from hotset.engine.step import Step
 from hotset.engine.step_cost import StepCost
 from hotset.options import Options

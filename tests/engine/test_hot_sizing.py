@@ -8,7 +8,7 @@ from test_sizing import DENSE, sizes
 
 from hotset.cost.hot_set import Room, SparseCache
 from hotset.engine.hot_sizing import HotChoice, SparseSizes
-from hotset.engine.sizes import Sizes
+from hotset.engine.sizing import Sizes
 from hotset.errors import ConfigError
 
 # A token takes 1,024 bytes in 32 bits.

@@ -43,15 +43,16 @@ def test_tiers_preemptions_and_a_restart_do_not_matter(
     assert restarted.metrics.cached_tokens["disk"] > 50
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm_moe_dsa"])
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("chunk", [1, 7, 512])
 def test_block_and_chunk_sizes_do_not_matter(
-    block_size: int, chunk: int, make_engine: MakeEngine
+    family: str, block_size: int, chunk: int, make_engine: MakeEngine
 ) -> None:
     engine = make_engine(
-        "deepseek_v3", block_size=block_size, max_num_batched_tokens=chunk, max_num_seqs=4
+        family, block_size=block_size, max_num_batched_tokens=chunk, max_num_seqs=4
     )
-    assert run(engine, make_prompts()) == reference("deepseek_v3", make_prompts())
+    assert run(engine, make_prompts()) == reference(family, make_prompts())
 
 
 @pytest.mark.parametrize("overlap", [False, True])

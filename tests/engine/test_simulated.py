@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from engines import run
+from fake_flashinfer import FakeRecorder
 from fake_sparse import CpuSparse
 from test_hot_requests import WIDE, long_prompts
 
@@ -13,7 +14,9 @@ from hotset.attention.sparse.drawn import DrawnSelection
 from hotset.engine import build
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
+from hotset.executor import graphs
 from hotset.executor.simulated import Simulated
+from hotset.request import SamplingParams
 
 MakeEngine = Callable[..., Engine]
 DRAWN = DrawnSelection.of_overlap(0.4, context=64, count=16)
@@ -24,6 +27,16 @@ def answers(
 ) -> tuple[list[list[int]], Engine]:
     engine = make_engine(family, model_changes=WIDE, simulated=simulated, **sizes)
     return run(engine, long_prompts(), max_tokens=24), engine
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention as a GPU has it, over fakes."""
+
+    def choose(arena: Any, layers: Any, **options: Any) -> CpuSparse:
+        del options["kernels"], options["waits"]
+        return CpuSparse(arena, layers, **options)
+
+    monkeypatch.setattr(build, "choose_backend", choose)
 
 
 HOT = {"hot_blocks": 42, "host_blocks": 200, "hot_tokens": 16}
@@ -37,17 +50,35 @@ def test_hot_requests_answer_as_resident_ones_whose_selections_are_drawn(
     simulated = Simulated(DRAWN, places_prompts)
     resident, _ = answers(make_engine, simulated, hot_blocks=200)
     if has_kernels:
-
-        def choose(arena: Any, layers: Any, **options: Any) -> CpuSparse:
-            del options["kernels"], options["waits"]
-            return CpuSparse(arena, layers, **options)
-
-        monkeypatch.setattr(build, "choose_backend", choose)
+        use_kernels(monkeypatch)
     hot, engine = answers(make_engine, simulated, **HOT)
     assert hot == resident
     assert engine.metrics.turned_hot > 1 and engine.metrics.preemptions == 0
     as_computed, _ = answers(make_engine, None, hot_blocks=200)
     assert resident != as_computed
+
+
+def test_recorded_steps_draw_anew_each_time_they_are_replayed(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "pack_linears", lambda model: None)  # whose weights no tape takes
+
+    def make() -> Engine:
+        return make_engine(
+            "glm_moe_dsa",
+            model_changes={**WIDE, "mlp_layer_types": ["dense"] * 3},
+            simulated=Simulated(DRAWN, places_prompts=True),
+            max_num_seqs=6,
+        )
+
+    expected = run(make(), long_prompts(), max_tokens=24)
+    use_kernels(monkeypatch)
+    monkeypatch.setattr(graphs, "GraphRecorder", FakeRecorder)
+    engine = make()
+    runner = engine.executor.runner  # type: ignore[attr-defined]
+    runner.record(max_num_tokens=64, max_context_blocks=24, scratch_block=engine.sizes.num_blocks)
+    assert runner._graphs is not None and runner._graphs.is_complete
+    assert run(engine, long_prompts(), max_tokens=24) == expected
 
 
 def test_contexts_are_put_in_place_and_not_computed(make_engine: MakeEngine) -> None:
@@ -56,7 +87,7 @@ def test_contexts_are_put_in_place_and_not_computed(make_engine: MakeEngine) -> 
     for others in ([], [[9] * 30]):
         engine = make_engine("deepseek_v32", simulated=Simulated(places_prompts=True))
         for each in (*others, prompt):
-            engine.add_request(each, build.SamplingParams(max_tokens=2))
+            engine.add_request(each, SamplingParams(max_tokens=2))
         engine.step()
         request = engine.scheduler.running[-1]
         arena = engine.executor.runner._arena  # type: ignore[attr-defined]

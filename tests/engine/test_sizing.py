@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hotset.cost.slot_bytes import SlotBytes
-from hotset.engine.sizes import Sizes
-from hotset.engine.sizing import FreeBytes, ModelSizes, solve_sizes
+from hotset.engine.model_sizes import ModelSizes
+from hotset.engine.sizing import FreeBytes, Sizes, solve_sizes
 from hotset.errors import ConfigError
 from hotset.options import Options
 from hotset.units import GIB, gib_text, round_up_gib

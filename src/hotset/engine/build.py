@@ -26,8 +26,7 @@ from hotset.engine.model_shape import hot_choice, kv_note, measure_model
 from hotset.engine.open_tiers import HostMemory, open_tiers
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
-from hotset.engine.sizes import Sizes
-from hotset.engine.sizing import FreeBytes, solve_sizes
+from hotset.engine.sizing import FreeBytes, Sizes, solve_sizes
 from hotset.engine.split_mover import SplitMover
 from hotset.engine.start_times import StartTimes
 from hotset.engine.step_cost import StepCost

@@ -14,7 +14,7 @@ from hotset.clock import Clock
 from hotset.cost.rates import Rates
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
-from hotset.engine.sizes import Sizes
+from hotset.engine.sizing import Sizes
 from hotset.engine.step import Step
 from hotset.engine.step_cost import StepCost
 from hotset.engine.step_input import make_step_input

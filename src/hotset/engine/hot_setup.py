@@ -9,7 +9,7 @@ from hotset.attention.seat_tables import SeatTables
 from hotset.attention.spec import LayerAttention
 from hotset.engine.hot_sizing import HotSizes
 from hotset.engine.open_tiers import HostMemory
-from hotset.engine.sizes import Sizes
+from hotset.engine.sizing import Sizes
 from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.kv.seats import Seats

@@ -27,8 +27,8 @@ from hotset.cost.step_time import CostModel
 from hotset.cost.tuning import TUNINGS
 from hotset.engine.hot_sizing import HotChoice, SparseSizes
 from hotset.engine.memory_split import Rated
-from hotset.engine.sizes import Sizes
-from hotset.engine.sizing import ModelSizes
+from hotset.engine.model_sizes import ModelSizes
+from hotset.engine.sizing import Sizes
 from hotset.errors import ConfigError
 from hotset.executor.probe import ModelLayout, weights_bytes, workspace_bytes
 from hotset.experts.sizes import slot_bytes_of, why_not_hosted

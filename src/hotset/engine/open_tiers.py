@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hotset.clock import Clock
 from hotset.cost.rates import Rates
-from hotset.engine.sizes import Sizes
+from hotset.engine.sizing import Sizes
 from hotset.memory.arena import DeviceArena, HostArena
 from hotset.memory.copier import make_copier
 from hotset.memory.disk.slab import slot_bytes_for

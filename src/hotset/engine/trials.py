@@ -2,7 +2,7 @@
 
 import time
 
-from hotset.engine.sizes import Sizes
+from hotset.engine.sizing import Sizes
 from hotset.engine.step import Step, StepItem
 from hotset.engine.step_input import make_step_input
 from hotset.executor.runner import ModelRunner

@@ -10,7 +10,7 @@ import torch
 
 from hotset.attention.backend import RecordableBackend, Run
 from hotset.attention.batch import Batch, SequenceSpan
-from hotset.attention.flashinfer.build import why_not_built
+from hotset.attention.flashinfer.build import building, importing
 from hotset.attention.flashinfer.kernels import (
     KernelBuild,
     has_hopper_kernel,
@@ -63,15 +63,10 @@ class FlashInferBackend(RecordableBackend):
         kernels: KernelBuild | None = None,
         waits: bool = True,
     ) -> None:
-        try:
+        with importing():
             import flashinfer
 
             from hotset.kernels.store_kv import store_kv
-        except (ImportError, OSError, RuntimeError) as error:
-            raise ModelError(
-                f"attention on an NVIDIA GPU needs flashinfer-python and triton ({error}); "
-                "pip install 'hotset[cuda]'"
-            ) from error
         use_paged_kernels(flashinfer.prefill)
         self.store_kv = store_kv
         self.arena = arena
@@ -150,20 +145,12 @@ class FlashInferBackend(RecordableBackend):
         token = torch.zeros(
             kind.num_kv_heads, 1, kind.head_dim, dtype=kind.dtype, device=self.device
         )
-        try:
+        with building():
             self.plan_decode(self._decode, [one])
             self.plan_prefill(self._prefill, [one])
             if self._prefill_widened is not None:
                 self.plan_prefill(self._prefill_widened, [one])
             self.store_kv(token, token, cache, zero + scratch_block, zero)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a compiler that is not there makes of it
-            reason = why_not_built(error, torch.version.cuda)
-            raise ModelError(
-                f"FlashInfer cannot build its attention kernels, which eager steps need too: "
-                f"{reason}"
-            ) from error
         self.note_plan()
 
     def _make_widened(self) -> WidenedKV | None:

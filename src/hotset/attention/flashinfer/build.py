@@ -1,4 +1,4 @@
-"""Why FlashInfer's kernels cannot be built on this machine, in one line.
+"""Why FlashInfer cannot be imported or its kernels be built on this machine, in one line.
 
 FlashInfer compiles its kernels on first use, with `ninja`, the `nvcc` of a CUDA toolkit and a C++
 compiler, and keeps the result in `~/.cache/flashinfer`. Its errors name none of these well.
@@ -8,11 +8,51 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+
+from hotset.errors import ModelError
 
 _TOOLKIT = Path("/usr/local/cuda")
 _NVCC_TIMEOUT_S = 20
 _ERROR_LINE = re.compile(r"\b(fatal error|error|Error|cannot find|No space left)\b")
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Within it FlashInfer, and kernels that need Triton, are imported.
+
+    Raises:
+        ModelError: one of them is not installed, or does not load.
+    """
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ModelError(
+            f"attention on an NVIDIA GPU needs flashinfer-python and triton ({error}); "
+            "pip install 'hotset[cuda]'"
+        ) from error
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Within it FlashInfer's kernels run for the first time, which builds them.
+
+    Raises:
+        ModelError: they cannot be built, and why. Errors of memory pass.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler that is not there makes of it
+        reason = why_not_built(error, torch.version.cuda)
+        raise ModelError(
+            f"FlashInfer cannot build its attention kernels, which eager steps need too: {reason}"
+        ) from error
 
 
 def why_not_built(error: BaseException, torch_cuda: str | None) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from hotset.attention.backend import RecordableBackend, Run
 from hotset.attention.batch import Batch, SequenceSpan
-from hotset.attention.flashinfer.build import why_not_built
+from hotset.attention.flashinfer.build import building, importing, why_not_built
 from hotset.attention.flashinfer.expanded import ExpandedPrompts
 from hotset.attention.flashinfer.kernels import KernelBuild, start_kernels
 from hotset.attention.flashinfer.latent_rows import (
@@ -34,7 +34,6 @@ from hotset.attention.flashinfer.long_prompts import (
 from hotset.attention.inputs import Inputs, to_device
 from hotset.attention.spec import LayerAttention
 from hotset.cost.cache_spec import Latent
-from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena
 
 _log = logging.getLogger(__name__)
@@ -70,17 +69,12 @@ class LatentBackend(RecordableBackend):
         kernels: KernelBuild | None = None,
         waits: bool = True,
     ) -> None:
-        try:
+        with importing():
             from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
             from flashinfer.mla import BatchMLAPagedAttentionWrapper
 
             from hotset.kernels.merge_states import merge_states
             from hotset.kernels.store_latent import store_latent
-        except (ImportError, OSError, RuntimeError) as error:
-            raise ModelError(
-                f"attention on an NVIDIA GPU needs flashinfer-python and triton ({error}); "
-                "pip install 'hotset[cuda]'"
-            ) from error
         self.store_latent = store_latent
         self._wrapper_class = BatchMLAPagedAttentionWrapper
         self._planned = torch.cuda.Event()
@@ -123,18 +117,10 @@ class LatentBackend(RecordableBackend):
         asked, zero = self._asked, torch.zeros(1, dtype=torch.int64, device=self.device)
         row = torch.zeros(1, self.rank + self.rope_dim, dtype=asked.dtype, device=self.device)
         query = row.expand(asked.num_heads, -1).unsqueeze(0).contiguous()
-        try:
+        with building():
             latent, rotary = row.split([self.rank, self.rope_dim], dim=1)
             self.store_latent(latent, rotary, self.arena.layers[0], zero + scratch_block, zero)
             self._try(query, scratch_rows(1, scratch_block))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a compiler that is not there makes of it
-            reason = why_not_built(error, torch.version.cuda)
-            raise ModelError(
-                f"FlashInfer cannot build its attention kernels, which eager steps need too: "
-                f"{reason}"
-            ) from error
 
     def _try(self, query: torch.Tensor, rows: Rows) -> None:
         """Attend from one absorbed query, so that its kernels are there."""

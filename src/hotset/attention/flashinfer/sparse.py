@@ -9,6 +9,7 @@ import torch
 
 from hotset.attention.backend import Run
 from hotset.attention.batch import Batch
+from hotset.attention.flashinfer.build import importing
 from hotset.attention.flashinfer.kernels import KernelBuild
 from hotset.attention.flashinfer.latent import LatentBackend
 from hotset.attention.flashinfer.latent_rows import Rows, make_rows, parts
@@ -88,10 +89,10 @@ class SparseBackend(LatentBackend):
         waits: bool = True,
     ) -> None:
         super().__init__(arena, layers, kernels=kernels, waits=False)
-        from flashinfer import top_k_ragged_transform
+        with importing():
+            from flashinfer import top_k_ragged_transform
 
-        from hotset.kernels import index_scores
-
+            from hotset.kernels import index_scores
         self._select_with(top_k_ragged_transform, index_scores, max_context, hot, drawn)
         if waits:
             self.load()
