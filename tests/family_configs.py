@@ -112,6 +112,18 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("qwen3_next", {**HEAD, **MOE, **LINEAR, "shared_expert_intermediate_size": 40}),
     ("qwen3_5_text", {**HEAD, **LINEAR}),
+    ("lfm2", {"full_attn_idxs": [2, 5]}),
+    (
+        "lfm2",
+        {
+            "layer_types": ["conv", "conv", "full_attention"] * 2,
+            "block_multiple_of": 8,
+            "block_ffn_dim_multiplier": 1.5,
+            "conv_bias": True,
+            "conv_L_cache": 4,
+        },
+    ),
+    ("lfm2", {"full_attn_idxs": [1], "block_auto_adjust_ff_dim": False}),
     ("bamba", {**MAMBA, "attn_layer_indices": [2, 5]}),
     (
         "granitemoehybrid",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hotset.cost.family_experts import deepseek_moe, gpt_oss_moe, mixtral_moe, olmoe_moe, qwen_moe
-from hotset.cost.family_hybrids import bamba, jamba, mamba2_only, qwen3_next
+from hotset.cost.family_hybrids import bamba, jamba, lfm2, mamba2_only, qwen3_next
 from hotset.cost.family_layers import (
     Llama,
     alternating,
@@ -197,6 +197,7 @@ FAMILIES: dict[str, Family] = {
             "shared_expert_intermediate_size": 512,
         },
     ),
+    "lfm2": Family(lfm2, {"num_key_value_heads": 8}, tied=True),
     "bamba": Family(bamba, {"num_key_value_heads": 8}),
     "granitemoehybrid": Family(bamba, {"num_local_experts": 8}),
     "jamba": Family(jamba, {"num_key_value_heads": 8}),

@@ -12,9 +12,11 @@ from hotset.cost.mixers import (
     mamba1,
     mamba2,
     mlp_params,
+    short_conv,
 )
 from hotset.cost.params import Params
 from hotset.cost.shape import Layer
+from hotset.errors import PlanError
 
 _TYPES = ("full_attention", "linear_attention")
 
@@ -107,6 +109,31 @@ def jamba(f: Facts) -> list[Layer]:
         else:
             result.append(Layer(attention, mlp_params(f, f.count("intermediate_size")), norms))
     return result
+
+
+def lfm2(f: Facts) -> list[Layer]:
+    """LFM2: short convolutions with a few layers of attention between."""
+    num_layers = f.count("num_hidden_layers")
+    attending = f.get("full_attn_idxs", default=range(num_layers))
+    default = ["full_attention" if i in attending else "conv" for i in range(num_layers)]
+    if not f.get("tie_embedding", default=True):
+        raise PlanError("config has tie_embedding false; of lfm2 tied embeddings are known alone")
+    width = f.get("block_ff_dim", default=None) or f.count("intermediate_size")
+    if f.get("block_auto_adjust_ff_dim", default=True):
+        width = int(2 * width / 3)
+        if (factor := f.get("block_ffn_dim_multiplier", default=1.0)) is not None:
+            multiple = f.count("block_multiple_of", default=256)
+            width = -(-int(factor * width) // multiple) * multiple
+    conv = short_conv(
+        f,
+        kernel=f.count("conv_L_cache", default=3),
+        bias=bool(f.get("conv_bias", default=False)),
+    )
+    norms = Params(vector=2 * f.count("hidden_size"))
+    return [
+        Layer(conv if kind == "conv" else gqa(f, i, qk_norm="head"), mlp_params(f, width), norms)
+        for i, kind in enumerate(layer_types(f, ("full_attention", "conv"), default))
+    ]
 
 
 def mamba2_only(f: Facts) -> list[Layer]:

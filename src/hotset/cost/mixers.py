@@ -231,6 +231,18 @@ def mamba2(
     )
 
 
+def short_conv(f: Facts, *, kernel: int, bias: bool) -> Attention:
+    """Gated short convolution (LFM2): nothing but the last columns is kept."""
+    hidden = f.count("hidden_size")
+    vector = hidden * kernel + 5 * hidden * bias
+    return Attention(
+        Kind.RECURRENT,
+        Params(4 * hidden * hidden, vector),
+        num_heads=1,
+        cache=State((), (hidden, kernel - 1)),
+    )
+
+
 def mamba1(f: Facts) -> Attention:
     """Mamba mixer as in Jamba: a state of inner width x state size."""
     hidden, state = f.count("hidden_size"), f.count("mamba_d_state")
