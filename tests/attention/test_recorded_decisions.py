@@ -57,7 +57,8 @@ def test_a_recorded_step_of_decodes_always_has_its_size(num_decodes: int) -> Non
     spans = [SequenceSpan(i, 1, 7 * i + 1, [i]) for i in range(num_decodes)]
     rows = padded(spans, 5, SCRATCH)
     assert len(rows) == 5 and rows[:num_decodes] == spans
-    assert all(tuple(row) == (0, 1, 1, [SCRATCH]) for row in rows[num_decodes:])
+    padding = SequenceSpan(0, 1, 1, [SCRATCH])
+    assert all(row == padding for row in rows[num_decodes:])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 16, 17, 200])
