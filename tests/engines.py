@@ -95,7 +95,7 @@ def make_slots(
     """Slots for layers whose experts are in host memory or on disk."""
     asked = options.experts
     assert isinstance(asked, ExpertSlots | ExpertBudget)
-    sizes = asked_sizes(asked, sizes_of(experts, asked), device=device.type)
+    sizes = asked_sizes(asked, sizes_of(experts, asked, device), device=device.type)
     slots = sizes.slots
     if any(each.hosted and isinstance(each.hosted.source, DiskExperts) for each in experts):
         slots = replace(slots, plan="cache")

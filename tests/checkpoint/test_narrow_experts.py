@@ -27,14 +27,18 @@ from hotset.options import Options
 from hotset.units import GIB
 
 PROMPTS = [[5, 9, 2, 7], [3, 3, 8, 1, 6, 4], [11]]
-FP8_SIZES = {"hidden_size": 192, "moe_intermediate_size": 192}  # ragged: blocks of 128 and 64
+FP8_SIZES = {
+    "hidden_size": 192,
+    "moe_intermediate_size": 192,
+    "head_dim": 128,
+}  # ragged: blocks of 128 and 64
 FORMS = ["mxfp4", "fp8_block", "awq", "packed"]
 
 
 def save_mxfp4(folder: Path) -> None:
     """A gpt-oss whose experts are random bits of MXFP4."""
     torch.manual_seed(1)
-    make_model("gpt_oss", intermediate_size=64).save_pretrained(folder)
+    make_model("gpt_oss", intermediate_size=64, head_dim=128).save_pretrained(folder)
     stored = load_file(folder / "model.safetensors")
     for name in [n for n in stored if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         num_experts, inputs, outputs = stored.pop(name).shape
@@ -58,7 +62,7 @@ def save(form: str, folder: Path) -> None:
             "gptq": (gptq, GPTQ),
             "packed": (packed, PACKED),
         }
-        save_integers(make_model("qwen3_moe"), folder, *makers[form])
+        save_integers(make_model("qwen3_moe", head_dim=128), folder, *makers[form])
     PreTrainedTokenizerFast(tokenizer_object=make_backend()).save_pretrained(folder)
 
 

@@ -297,7 +297,8 @@ class _Build:
         rates.prefill_tokens_per_s = num_tokens / seconds
         experts, asked = placed.experts, options.experts
         on_cpu = asked.expert_cpu if isinstance(asked, HostedExperts) else "off"
-        if experts is not None and on_cpu != "off" and self._device.type == "cuda":
+        has_cold = experts is not None and experts.num_slots < experts.sizes.num_experts
+        if experts is not None and has_cold and on_cpu != "off" and self._device.type == "cuda":
             notes.append(experts.compute_cold_on_cpu(on_cpu, threads=options.runtime.threads))
             runner.launches = experts.launches
         return _Measured(sampler, StepCost(trials), rates, tuple(notes))

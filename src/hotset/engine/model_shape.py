@@ -19,7 +19,7 @@ from hotset.cost.expert_steps import ExpertCost, link_of
 from hotset.cost.hardware import Hardware
 from hotset.cost.hot_set import Room, SparseCache
 from hotset.cost.layout import Layout
-from hotset.cost.params import Params
+from hotset.cost.params import Params, name_of
 from hotset.cost.routing import Routing
 from hotset.cost.shape import Layer, ModelShape
 from hotset.cost.slot_bytes import SlotBytes
@@ -210,11 +210,17 @@ def shape_of(
         part = attention if "attn" in path or "attention" in path else others
         part[layer] += params
     biases = (p for p in expert_modules[0].parameters(recurse=False) if p.ndim == 2)  # `[E, n]`
-    expert = Params(
-        slots.payload_bytes // model.dtype.itemsize,
-        sum(bias.shape[1] for bias in biases),
+    hosted = experts_layers(model)[0].hosted
+    narrow = None if hosted is None else hosted.source.narrow
+    is_narrow = narrow is not None and slots.payload_bytes == narrow.payload_bytes
+    expert_bytes = (
+        experts_layers(model)[0].layout.weight_bytes if is_narrow else slots.payload_bytes
     )
+    expert = Params(expert_bytes // model.dtype.itemsize, sum(bias.shape[1] for bias in biases))
     is_fp8 = any(p.dtype == torch.float8_e4m3fn for p in model.parameters())
+    quantised = dict.fromkeys(("attention", "mlp"), "fp8") if is_fp8 else {}
+    if narrow is not None and is_narrow:
+        quantised["expert"] = name_of(narrow.form)
     layers = []
     kv_layers = layout.kv_layers
     for index in range(config.num_hidden_layers):
@@ -247,7 +253,7 @@ def shape_of(
         head=vocab if has_head else Params(),
         other=Params(rest),
         plain_dtype=_dtype_name(model.dtype),
-        quantised=dict.fromkeys(("attention", "mlp"), "fp8") if is_fp8 else {},
+        quantised=quantised,
     )
 
 

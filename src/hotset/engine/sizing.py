@@ -317,7 +317,11 @@ class _Solver:
             host -= experts.host_bytes
         if model.device == "cpu":
             if not model.expert_bytes and experts.are_resident:
-                return free  # the host copy becomes the weights
+                # The host copy becomes the weights, which may be wider.
+                slots = experts.slots
+                kept = slots.num_layers * slots.num_experts * slots.cold_bytes
+                wider = experts.device_bytes - kept
+                return FreeBytes(free.device - wider, free.host - wider)
             one = device + host - free.host
             return FreeBytes(one, one)
         return FreeBytes(device, host)

@@ -91,7 +91,7 @@ class ExpertSink:
         are_alike = len(kinds) == 1 and all(each.is_plain for each in layers)
         if not isinstance(asked, HostedExperts) or not are_alike:
             return
-        slots = sizes_of(layers, asked)
+        slots = sizes_of(layers, asked, torch.device("cpu"))  # only for bytes of the host
         _, host_slots = with_disk(asked, slots)
         if host_slots is not None:
             layout, narrow = layers[0].layout, layers[0].narrow_in_file

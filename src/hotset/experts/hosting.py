@@ -18,7 +18,7 @@ from hotset.experts.layer import LayerBuffer
 from hotset.experts.narrow import NarrowLayout
 from hotset.experts.prefetch import Prefetch, Router, find_routers
 from hotset.experts.residency import SlotTable
-from hotset.experts.sizes import narrow_layout
+from hotset.experts.sizes import narrow_layout, slots_hold
 from hotset.experts.slots import Slots
 from hotset.experts.staging import Staging
 from hotset.experts.weights import LayerExperts, can_pack, experts_layers
@@ -67,7 +67,7 @@ def buffer_experts(
         return None, ""
     layers = gated_layers(model)
     _check_disk(layers[0], asked, sizes)
-    if sizes.are_resident:
+    if sizes.are_resident and slots_hold(layers[0], _narrow_of(layers[0]), model.device) is None:
         for experts in layers:
             experts.keep(model.device)
         return None, (
@@ -111,9 +111,9 @@ def make_buffer(
     """
     slots, num_slots = sizes.slots, sizes.num_slots
     most_slots = num_slots if region is None else region.most_slots
-    layout = layers[0].layout
+    layout, narrow = layers[0].layout, slots_hold(layers[0], _narrow_of(layers[0]), device)
     is_packed = device.type == "cpu" and layout.dtype == torch.float32 and can_pack()
-    make_slots = partial(Slots, layout=layout, device=device, packed=is_packed)
+    make_slots = partial(Slots, layout=layout, device=device, packed=is_packed, narrow=narrow)
     if device.type == "cuda":
         for experts in layers:
             experts.source.rows.pin()
@@ -184,6 +184,11 @@ def _move_all(
     sink.finish(model)
     if model.device.type == "cuda":
         torch.cuda.empty_cache()  # else PyTorch keeps the memory that they leave
+
+
+def _narrow_of(experts: LayerExperts) -> NarrowLayout | None:
+    """How hosted experts are kept in fewer bits; None where they are not."""
+    return None if experts.hosted is None else experts.hosted.source.narrow
 
 
 def _check_disk(experts: LayerExperts, asked: HostedExperts, sizes: ExpertSizes) -> None:

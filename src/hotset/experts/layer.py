@@ -73,7 +73,7 @@ class LayerBuffer:
         self.experts, self.table, self.slots = experts, table, slots
         self.source = experts.source
         self._copy_s = self.source.payload_bytes / rates.expert_bytes_per_s
-        self._read_s = self.source.layout.payload_bytes / rates.memory_bytes_per_s
+        self._read_s = (slots.narrow or slots.layout).payload_bytes / rates.memory_bytes_per_s
         self._index = index
         self._staging, self._prefetch = staging, prefetch
         self._bring, self._streamed = bring, streamed
@@ -87,6 +87,8 @@ class LayerBuffer:
 
     def streams(self, num_tokens: int, top_k: int) -> bool:
         """Whether a step of `num_tokens` tokens streams."""
+        if self._staging is None:
+            return False
         if self._bring != "auto":
             return self._bring == "stream"
         slots = LayerSlots(
@@ -129,7 +131,8 @@ class LayerBuffer:
             streams = self.streams(num_tokens, self.top_k)
         if streams:
             self._streamed += self.table.num_absent
-        if is_fused(self.experts, self.slots.weights, len(wanted)):
+        is_narrow = self.slots.narrow is not None
+        if is_narrow or is_fused(self.experts, self.slots.weights, len(wanted)):
             ids = wanted.view(top_k_index.shape)
             out = self._fused(hidden_states, ids, top_k_weights, streams)
             if self.cold is not None and work is not None:
@@ -261,6 +264,7 @@ class LayerBuffer:
         caches, experts that are not its own have the address 0, and their rows are left out.
         """
         from hotset.kernels.fused_experts import fused_experts
+        from hotset.kernels.narrow_experts import narrow_experts
 
         copies: Copies = []
         if streams:
@@ -270,16 +274,14 @@ class LayerBuffer:
             keys_of, copies = self._arrange(ids.view(-1))
             table = self._addresses_of_passes(len(copies))
         up, down = table.index_select(2, keys_of[: self.table.num_experts])  # [P, E]
-
-        return fused_experts(
-            hidden.contiguous(),
-            ids.contiguous(),
-            weights.contiguous(),
-            up,
-            down,
-            self.source.layout.down[1],
-            before_pass=partial(self._fetch_pass, copies, hidden),
-        )
+        rows = hidden.contiguous(), ids.contiguous(), weights.contiguous()
+        before_pass = partial(self._fetch_pass, copies, hidden)
+        if (narrow := self.slots.narrow) is not None:
+            gate, biases = self.experts.gate, self.experts.biases
+            assert gate is not None
+            return narrow_experts(*rows, up, narrow, gate, biases=biases, before_pass=before_pass)
+        middle_size = self.source.layout.down[1]
+        return fused_experts(*rows, up, down, middle_size, before_pass=before_pass)
 
     def _addresses_of_passes(self, num_passes: int) -> torch.Tensor:
         """`[2, P, P * S + 1]`: up and down addresses in each pass, by `SlotTable.arrange`.

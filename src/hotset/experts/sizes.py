@@ -1,5 +1,6 @@
 """What slots for a model's experts take on the device, and what its layers cannot do."""
 
+import torch
 from transformers import PreTrainedModel
 
 from hotset.cost.slot_bytes import SlotBytes
@@ -7,6 +8,7 @@ from hotset.errors import ConfigError
 from hotset.experts.gating import layers_to_gate
 from hotset.experts.narrow import NarrowLayout, rounded_layout
 from hotset.experts.weights import LayerExperts
+from hotset.kernels.narrow_forms import can_read
 from hotset.option_groups import ColdDType, HostedExperts
 
 
@@ -16,7 +18,7 @@ def slot_bytes_of(model: PreTrainedModel, asked: HostedExperts) -> SlotBytes | N
     Raises:
         ConfigError: they are in host memory in other bits than asked for.
     """
-    return None if why_not_hosted(model) else sizes_of(layers_to_gate(model), asked)
+    return None if why_not_hosted(model) else sizes_of(layers_to_gate(model), asked, model.device)
 
 
 def why_not_hosted(model: PreTrainedModel) -> str:
@@ -38,21 +40,43 @@ def why_not_hosted(model: PreTrainedModel) -> str:
     return ""
 
 
-def sizes_of(layers: list[LayerExperts], asked: HostedExperts) -> SlotBytes:
-    """What slots of these layers take.
+def sizes_of(layers: list[LayerExperts], asked: HostedExperts, device: torch.device) -> SlotBytes:
+    """What slots of these layers take on `device`.
 
     Raises:
         ConfigError: they are in host memory in other bits than asked for.
     """
     first = layers[0]
     narrow = narrow_layout(first, asked.expert_cold_dtype)
+    held = slots_hold(first, narrow, device)
     return SlotBytes(
         asked.expert_plan,
         len(layers),
         first.num_experts,
-        first.layout.payload_bytes,
-        None if narrow is None else narrow.payload_bytes,
+        (held or first.layout).payload_bytes,
+        narrow.payload_bytes if narrow is not None and held is None else None,
     )
+
+
+def slots_hold(
+    experts: LayerExperts, narrow: NarrowLayout | None, device: torch.device
+) -> NarrowLayout | None:
+    """How slots have experts that are `narrow` in host memory; None is as they are computed with.
+
+    On a GPU they have those of a checkpoint in its own bytes, which kernels widen in registers. On
+    the CPU widening takes as long as 15 products of one row, so that slots have it behind them.
+
+    Args:
+        experts: of a layer.
+        narrow: None where they are wide in host memory.
+        device: with the slots; `meta` stands for a GPU.
+    """
+    if narrow is None or narrow.cold_dtype != "auto" or device.type == "cpu":
+        return None
+    is_known = experts.gate is not None and can_read(narrow.form)
+    is_able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    is_half = experts.layout.dtype in (torch.bfloat16, torch.float16)
+    return narrow if is_known and is_able and is_half else None
 
 
 def narrow_layout(experts: LayerExperts, cold_dtype: ColdDType) -> NarrowLayout | None:

@@ -42,7 +42,8 @@ class Staging:
         self._is_fixed = is_fixed
         self._order = torch.arange(num_staged, device=device)
         self._narrow: list[StoredExperts] = []
-        if is_fixed and host.narrow is not None:
+        self._buffers = [make_slots(num_staged)]
+        if is_fixed and not self._buffers[0].has_form_of(host):
             size = (num_staged, host.payload_bytes)
             self._narrow = [
                 StoredExperts(
@@ -50,9 +51,9 @@ class Staging:
                 )
                 for _ in range(2)
             ]
-            self._buffers = [make_slots(num_staged)] * 2
+            self._buffers *= 2
         else:
-            self._buffers = [make_slots(num_staged), make_slots(num_staged)]
+            self._buffers.append(make_slots(num_staged))
         # By buffer: experts and places, see `SlotTable.absent`. Kept, as the other stream reads
         # them.
         self._lists = [table.absent()] * 2

@@ -4,6 +4,7 @@
 differs between versions of transformers is read there, once.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers.integrations.moe import _default_apply_gate
 
 from hotset.experts.host import ColdSource, ExpertLayout, HostExperts
 from hotset.experts.narrow import NarrowLayout
+from hotset.kernels.narrow_forms import Gate
 from hotset.linear.packed import PackedLinear, is_packable
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ class LayerExperts:
         up_name: of the first product's weight; its bias is called `<up_name>_bias`.
         is_transposed: whether a weight is `[E, in, out]`, not `[E, out, in]`.
         has_post_norm: whether a norm follows the second product.
+        gate: what is between the products, where kernels know it; None for what they do not.
         has_silu_gate: whether an expert is `down(silu(gate) * up)` without bias and norm, each
             weight as `[out, in]`.
         masks_others: whether ids of E and more may come, whose rows add nothing.
@@ -116,13 +119,8 @@ class LayerExperts:
         is_parallel = getattr(module, "_is_expert_parallel", None)
         self.masks_others = is_parallel is not False
         self.is_spread = is_parallel is True
-        self.has_silu_gate = bool(
-            self.has_gate
-            and module.is_concatenated
-            and not (self.is_transposed or self.has_bias or self.has_post_norm)
-            and type(module)._apply_gate is _default_apply_gate
-            and type(module.act_fn) in (nn.SiLU, SiLUActivation)
-        )
+        self.gate = None if self.has_post_norm or not self.has_gate else _gate_of(module)
+        self.has_silu_gate = self.gate == Gate() and not (self.is_transposed or self.has_bias)
         self.state: State = Resident()
         self.is_skipped = False
         self.shard: Shard | None = None
@@ -147,6 +145,14 @@ class LayerExperts:
     def names(self) -> tuple[str, str]:
         """The weights' names on the module."""
         return self.up_name, "down_proj"
+
+    @property
+    def biases(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`[E, n]` of both products, on the device; None where they have none."""
+        if not self.has_bias:
+            return None
+        up, down = (getattr(self.module, f"{name}_bias") for name in self.names)
+        return up, down
 
     @property
     def weights(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -282,6 +288,18 @@ class LayerExperts:
 
     def _set(self, name: str, weight: torch.Tensor) -> None:
         setattr(self.module, name, nn.Parameter(weight, requires_grad=False))
+
+
+def _gate_of(module: Experts) -> Gate | None:
+    """What is between the products of experts with a gate; None where it is unknown."""
+    apply = type(module)._apply_gate
+    if apply is _default_apply_gate:
+        is_silu = type(module.act_fn) in (nn.SiLU, SiLUActivation)
+        return Gate() if module.is_concatenated and is_silu else None
+    gpt_oss = sys.modules.get("transformers.models.gpt_oss.modeling_gpt_oss")
+    if gpt_oss is not None and apply is gpt_oss.GptOssExperts._apply_gate:
+        return Gate(float(module.alpha), float(module.limit))
+    return None
 
 
 def experts_of(module: Experts) -> LayerExperts:

@@ -17,7 +17,8 @@ from hotset.cost.quantisation import quant_config, stored_format
 from hotset.errors import ModelError
 from hotset.experts.disk import ExpertSink
 from hotset.experts.gating import move_but_experts
-from hotset.experts.weights import experts_bytes
+from hotset.experts.sizes import slots_hold
+from hotset.experts.weights import experts_bytes, experts_layers
 from hotset.libraries import quiet
 from hotset.model import checkpoint
 from hotset.model.architecture import Architecture
@@ -103,11 +104,14 @@ def _narrow_experts(
     source: Path, architecture: Architecture, outline: PreTrainedModel, target: torch.device
 ) -> NarrowExperts | None:
     """The experts that stay as the checkpoint has them, if all can; `outline` is told so."""
-    if target.type != "cpu" or quant_config(architecture.fields) is None:
+    if quant_config(architecture.fields) is None:
         return None
     narrow = find_narrow_experts(outline, CheckpointTensors(source, architecture.fields))
-    if narrow is not None:
-        narrow.mark(outline)
+    if narrow is None:
+        return None
+    if target.type != "cpu" and not slots_hold(experts_layers(outline)[0], narrow.narrow, target):
+        return None
+    narrow.mark(outline)
     return narrow
 
 

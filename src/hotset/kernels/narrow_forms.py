@@ -1,0 +1,29 @@
+"""What kernels compute of experts in few bits. Imports no torch."""
+
+from dataclasses import dataclass
+
+from hotset.weight_format import WeightFormat
+
+CODES = {"e4m3": 0, "e2m1": 1, "int4": 2}
+_SCALES = ("float32", "bfloat16", "float16", "e8m0")
+_LEAST_GROUP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What is between the products of an expert.
+
+    `silu(gate) * up` of the first and the second half of the rows of the up matrix; or, with
+    `alpha`, gpt-oss's of even and odd rows: gate up to `limit`, up within it, and
+    `gate * sigmoid(alpha * gate) * (up + 1)`.
+    """
+
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+def can_read(form: WeightFormat) -> bool:
+    """Whether the kernels widen what is stored so."""
+    columns = form.columns
+    is_power = columns is None or (columns >= _LEAST_GROUP and columns & (columns - 1) == 0)
+    return form.code in CODES and form.scale in _SCALES and is_power
