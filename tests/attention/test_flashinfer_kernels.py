@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -115,3 +115,16 @@ def test_a_build_that_fails_is_left_to_its_first_use(monkeypatch: pytest.MonkeyP
     build = KernelBuild([NEED, NEED])
     build.wait("fa3")
     assert build.is_ready("fa3") and build.is_ready("fa2")
+
+
+@pytest.mark.parametrize("is_aot", [False, True])
+def test_a_module_that_came_built_is_not_built_again(spec: Spec, is_aot: bool) -> None:
+    class Need:
+        backend = "fa3"
+
+        def module(self) -> Spec:
+            return replace(spec, sources=[], is_aot=is_aot, name="selection")
+
+    build = KernelBuild([Need()])  # type: ignore[list-item]
+    build.wait("fa3")
+    assert bool(spec.built) != is_aot

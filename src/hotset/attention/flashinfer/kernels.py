@@ -257,7 +257,9 @@ def use_paged_kernels(prefill: Any) -> None:
 
 def _build(need: Need) -> None:
     try:
-        need.module().build(verbose=False, need_lock=True)
+        spec = need.module()
+        if not spec.is_aot:  # built before by the package `flashinfer-jit-cache`
+            spec.build(verbose=False, need_lock=True)
     except Exception as error:  # whatever a compiler that is not there makes of it
         _log.debug("FlashInfer's module for %s is left to its first use: %.300s", need, error)
 
