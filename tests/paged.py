@@ -1,6 +1,7 @@
 """Logits of a model over paged KV, with and without recorded steps."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 from transformers import PreTrainedModel
@@ -9,7 +10,7 @@ from hotset.attention.backend import AttentionBackend
 from hotset.attention.gather import GatherBackend
 from hotset.engine.step import Step, StepItem
 from hotset.engine.step_input import make_step_input
-from hotset.executor.probe import ModelLayout
+from hotset.executor.probe import ModelLayout, inspect_model
 from hotset.executor.runner import ModelRunner
 from hotset.memory.arena import DeviceArena
 from hotset.request import SamplingParams
@@ -57,6 +58,32 @@ def paged_logits(
         [StepItem.of(first, 44, 1), StepItem.of(second, 9, 1)],
     ]
     return [runner.forward(make_step_input(Step(items), 4)).float().clone() for items in steps]
+
+
+def check_on_a_gpu(
+    model: PreTrainedModel,
+    make_backend: Callable[[ModelLayout, DeviceArena], AttentionBackend],
+    most: Callable[[float], float],
+) -> None:
+    """In bfloat16 a backend computes, launched and recorded, what SDPA does in float32.
+
+    `most` bounds the difference, by that of SDPA in bfloat16.
+    """
+    model = model.to("cuda", torch.bfloat16)
+    with torch.no_grad():  # attention that is not all or nothing
+        for parameter in model.parameters():
+            parameter.mul_(0.5 if parameter.ndim > 1 else 1)
+    layout = inspect_model(model)
+    twin = deepcopy(model).float().cpu()
+    exact_layout = inspect_model(twin)
+    exact = paged_logits(twin, exact_layout, gather(exact_layout))
+    expected = paged_logits(model, layout, gather(layout))
+    for recorded in (False, True):
+        got = paged_logits(
+            model, layout, lambda arena: make_backend(layout, arena), recorded=recorded
+        )
+        for true, one, other in zip(exact, expected, got, strict=True):
+            assert difference(true.cuda(), other) <= most(difference(true.cuda(), one))
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -36,6 +36,20 @@ _MLA = {
     "v_head_dim": 16,
     "head_dim": 8,
 }
+# Widths that FlashInfer's kernels are made for; with sparse attention 24 tokens are selected.
+WIDE: dict[str, Any] = {
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "head_dim": 64,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}
+WIDE_SPARSE = {
+    **WIDE,
+    "index_head_dim": 128,
+    "index_topk": 24,
+    "mlp_layer_types": ["dense"] * 3,
+}
 _DEEPSEEK_MOE = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,

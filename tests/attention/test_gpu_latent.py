@@ -1,15 +1,14 @@
 """Latents on an NVIDIA GPU of the kind Hopper: run these there with `pytest -m gpu`."""
 
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engines import make_prompts, run
-from paged import difference, gather, paged_logits
-from tiny_models import make_model
+from paged import check_on_a_gpu, difference
+from tiny_models import WIDE, WIDE_SPARSE, make_model
 
 from hotset.attention.batch import Batch, SequenceSpan
 from hotset.attention.flashinfer.latent import LatentBackend
@@ -20,21 +19,12 @@ from hotset.attention.inputs import Inputs
 from hotset.attention.latent import LatentWeights
 from hotset.attention.spec import LayerAttention
 from hotset.engine.engine import Engine
-from hotset.executor.probe import inspect_model
 from hotset.memory.arena import DeviceArena
 
 MakeEngine = Callable[..., Engine]
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
-WIDE = {
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "head_dim": 64,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-}
-SPARSE = {**WIDE, "index_head_dim": 128, "index_topk": 24, "mlp_layer_types": ["dense"] * 3}
 # Each (context before, tokens of the step): odd lengths, block edges, one long and one split.
 DECODES = [(0, 1), (62, 1), (63, 1), (64, 1), (1000, 1), (9001, 1)]
 MIXED = [*DECODES, (0, 1 + 64), (63, 7), (777, 300)]
@@ -201,26 +191,16 @@ def test_replayed_attention_is_the_launched_one_bit_for_bit(num_heads: int) -> N
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "youtu"])
 def test_a_model_computes_launched_and_recorded_what_sdpa_does(family: str) -> None:
-    model = make_model(family, **WIDE).to("cuda", torch.bfloat16)
-    with torch.no_grad():  # attention that is not all or nothing
-        for parameter in model.parameters():
-            parameter.mul_(0.5 if parameter.ndim > 1 else 1)
-    layout = inspect_model(model)
-    twin = deepcopy(model).float().cpu()
-    exact_layout = inspect_model(twin)
-    exact = paged_logits(twin, exact_layout, gather(exact_layout))
-    expected = paged_logits(model, layout, gather(layout))
-    for recorded in (False, True):
-        got = paged_logits(
-            model, layout, lambda arena: LatentBackend(arena, layout.layers), recorded=recorded
-        )
-        for true, one, other in zip(exact, expected, got, strict=True):
-            assert difference(true.cuda(), other) <= max(2e-2, 2 * difference(true.cuda(), one))
+    check_on_a_gpu(
+        make_model(family, **WIDE),
+        lambda layout, arena: LatentBackend(arena, layout.layers),
+        lambda rounding: max(2e-2, 2 * rounding),
+    )
 
 
 @pytest.mark.parametrize(
     ("family", "wide", "backend"),
-    [("youtu", WIDE, LatentBackend), ("glm_moe_dsa", SPARSE, SparseBackend)],
+    [("youtu", WIDE, LatentBackend), ("glm_moe_dsa", WIDE_SPARSE, SparseBackend)],
     ids=["all", "selected"],
 )
 @pytest.mark.parametrize("tiers", [{}, {"hot_blocks": 26, "host_blocks": 300}])

@@ -3,15 +3,14 @@
 An engine with it: `test_gpu_latent`.
 """
 
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from paged import difference, gather, paged_logits
-from test_gpu_latent import BLOCK, DECODES, DEVICE, MIXED, SPARSE, Step
-from tiny_models import SPARSE_FAMILIES, make_model
+from paged import check_on_a_gpu, difference
+from test_gpu_latent import BLOCK, DECODES, DEVICE, MIXED, Step
+from tiny_models import SPARSE_FAMILIES, WIDE_SPARSE, make_model
 
 from hotset.attention.flashinfer.sparse import SparseBackend
 from hotset.attention.gather import GatherBackend
@@ -20,7 +19,6 @@ from hotset.attention.latent import LatentWeights
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.sparse.select import select_positions
 from hotset.cost.attention import Indexer
-from hotset.executor.probe import inspect_model
 from hotset.memory.arena import DeviceArena
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -174,22 +172,9 @@ def test_replayed_attention_is_the_launched_one_bit_for_bit(
 
 @pytest.mark.parametrize("family", SPARSE_FAMILIES)
 def test_a_model_computes_launched_and_recorded_what_gathered_rows_give(family: str) -> None:
-    model = make_model(family, **SPARSE).to("cuda", torch.bfloat16)
-    with torch.no_grad():  # attention that is not all or nothing
-        for parameter in model.parameters():
-            parameter.mul_(0.5 if parameter.ndim > 1 else 1)
-    layout = inspect_model(model)
-    twin = deepcopy(model).float().cpu()
-    exact_layout = inspect_model(twin)
-    exact = paged_logits(twin, exact_layout, gather(exact_layout))
-    expected = paged_logits(model, layout, gather(layout))
-    for recorded in (False, True):
-        got = paged_logits(
-            model,
-            layout,
-            lambda arena: SparseBackend(arena, layout.layers, max_context=60),
-            recorded=recorded,
-        )
-        for true, one, other in zip(exact, expected, got, strict=True):
-            # A token that is selected in place of one with nearly its score counts as rounding.
-            assert difference(true.cuda(), other) <= max(5e-2, 3 * difference(true.cuda(), one))
+    check_on_a_gpu(
+        make_model(family, **WIDE_SPARSE),
+        lambda layout, arena: SparseBackend(arena, layout.layers, max_context=60),
+        # A token that is selected in place of one with nearly its score counts as rounding.
+        lambda rounding: max(5e-2, 3 * rounding),
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engines import logits_of, run
-from tiny_models import SPARSE_FAMILIES, make_model
+from tiny_models import SPARSE_FAMILIES, WIDE_SPARSE, make_model
 
 from hotset.attention.flashinfer.sparse import SparseBackend
 from hotset.attention.sparse.drawn import DrawnSelection
@@ -17,17 +17,6 @@ from hotset.executor.simulated import Simulated
 MakeEngine = Callable[..., Engine]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
-# Widths that FlashInfer's kernels are made for; 24 tokens are selected.
-WIDE = {
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "head_dim": 64,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "index_head_dim": 128,
-    "index_topk": 24,
-    "mlp_layer_types": ["dense"] * 3,
-}
 BLOCK, SLOTS = 16, 64
 
 
@@ -52,7 +41,7 @@ def make_wide(make_engine: MakeEngine, family: str, **changes: Any) -> Engine:
 @pytest.fixture(autouse=True)
 def _wide_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def wide_model(family: str, **changes: Any) -> Any:
-        return make_model(family, **changes, **WIDE).to(torch.float16)
+        return make_model(family, **changes, **WIDE_SPARSE).to(torch.float16)
 
     monkeypatch.setattr("engines.make_model", wide_model)
 
