@@ -3,9 +3,10 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from tied_scores import select_lowest_of_ties
 from tiny_models import make_model
 
 from hotset.cost.cache_spec import state_slot_bytes
@@ -157,10 +158,16 @@ def reference(
     max_tokens: int = 12,
     seed: int = 0,
     device: str = "cpu",
+    ties: Literal["lowest", "any"] = "lowest",
     **changes: Any,
 ) -> list[list[int]]:
-    """What `transformers` `generate` answers, greedily, prompt by prompt; of a changed model."""
+    """What `transformers` `generate` answers, greedily, prompt by prompt; of a changed model.
+
+    `ties` says which of equal scores sparse attention selects: see `tied_scores`.
+    """
     model = make_model(family, seed=seed, **changes).to(device)
+    if ties == "lowest":
+        select_lowest_of_ties(model)
     # The only one of its implementations that knows all that architectures ask of attention.
     model.set_attn_implementation("eager")
     model.generation_config.eos_token_id = None

@@ -85,6 +85,21 @@ def test_slots_and_block_sizes_do_not_matter(
     assert_all_is_back(engine)
 
 
+@pytest.mark.parametrize("hot_blocks", [42, 200])
+@pytest.mark.parametrize(
+    ("family", "num", "seed"), [("glm_moe_dsa", 3, 0), ("deepseek_v32", 5, 2), ("hy_v4", 8, 5)]
+)
+def test_answers_are_those_of_transformers_where_scores_are_equal(
+    family: str, num: int, seed: int, hot_blocks: int, make_engine: MakeEngine
+) -> None:
+    """In one step each some of several keys that score exactly 0 are selected."""
+    prompts = long_prompts(num)[:5]
+    engine = hot_engine(make_engine, family, hot_blocks=hot_blocks, seed=seed)
+    found = run(engine, prompts, max_tokens=24)
+    assert found == reference(family, prompts, max_tokens=24, seed=seed, **WIDE)
+    assert found != reference(family, prompts, max_tokens=24, seed=seed, ties="any", **WIDE)
+
+
 @pytest.mark.parametrize("family", SPARSE_FAMILIES)
 def test_logits_of_hot_and_resident_requests_are_the_same_bits(
     family: str, make_engine: MakeEngine
