@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 from engines import make_prompts, reference, run
-from tiny_models import HYBRID_FAMILIES
+from tiny_models import HYBRID_FAMILIES, make_model
 
+from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.kv.state_slots import StateSlots
+from hotset.model.loaded import LoadedModel
+from hotset.options import Options
 from hotset.request import SamplingParams
 
 MakeEngine = Callable[..., Engine]
@@ -189,3 +192,19 @@ def test_the_size_named_in_a_refusal_works(make_engine: MakeEngine) -> None:
     assert run(engine, make_prompts()) == expected("qwen3_5_text")
     assert f"{engine.sizes.states.num_bytes / 2**30:>9.3f}" in engine.report
     assert "prefixes are found up to states" in engine.report
+
+
+def test_state_shares_a_budget_with_experts_and_the_size_named_in_a_refusal_works() -> None:
+    loaded = LoadedModel(make_model("qwen3_next"), None, "tiny", "tiny", (2,), 512)
+    sizes = {"block_size": 4, "max_model_len": 96, "max_num_seqs": 4, "max_num_batched_tokens": 24}
+    with pytest.raises(ConfigError, match="no room for one request") as refused:
+        build_engine(Options.of(total_gib=0.0011, **sizes), loaded)
+    least = float(str(refused.value).split("give total_gib ")[1].split()[0])
+    engine = build_engine(Options.of(total_gib=least, **sizes), loaded)
+    assert engine.sizes.states is not None and engine.sizes.states.num_seqs == 1
+    assert run(engine, make_prompts()) == expected("qwen3_next")
+    engine.close()
+    roomy = build_engine(Options.of(total_gib=2 * least, **sizes), loaded)
+    assert roomy.sizes.states is not None and roomy.sizes.states.num_seqs == 4
+    assert run(roomy, make_prompts()) == expected("qwen3_next")
+    roomy.close()

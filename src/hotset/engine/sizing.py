@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hotset.cost.expert_sizes import ExpertSizes, size_experts
-from hotset.cost.expert_split import KVMemory
+from hotset.cost.expert_sizes import ExpertSizes, size_experts, with_disk
+from hotset.cost.expert_split import KVMemory, least_bytes
 from hotset.cost.slot_bytes import SlotBytes
 from hotset.cost.tuning import TUNINGS
 from hotset.engine.hot_sizing import HotSizes, solve_hot_sizes
@@ -212,23 +212,29 @@ class _Solver:
         )
 
     def _state_sizes(self, hot_bytes: int | None, free_bytes: int) -> StateSizes | None:
-        """What the state of requests gets of the memory for KV."""
+        """What state gets of the memory for KV; at most half where experts share it."""
         model, schedule = self.model, self.schedule
         if not model.state_bytes:
             return None
-        most_seqs = schedule.max_num_seqs
+        most_seqs, fewest_blocks = schedule.max_num_seqs, self.fewest_blocks
         if hot_bytes is None:
             hot_bytes = self._share(free_bytes - model.workspace_bytes)
+        most_bytes = hot_bytes
         if isinstance(self.asked, SplitMemory) and model.slots is not None:
-            # Experts have a part of it too.
-            most_seqs = int(expected_load(self.asked, schedule, self.max_len).users)
-            hot_bytes //= 2
+            load = expected_load(self.asked, schedule, self.max_len)
+            slots, _ = with_disk(self.asked, model.slots)
+            kv = KVMemory(model.block_bytes, model.block_size, 0)
+            fewest_slots = max(slots.fewest, self.asked.expert_prefetch)
+            most_seqs, most_bytes = int(load.users), hot_bytes // 2
+            hot_bytes -= least_bytes(slots, kv, fewest_slots)
+            fewest_blocks = max(fewest_blocks, kv.blocks_of(load.context))
         return solve_state_sizes(
             model.state_bytes,
             hot_bytes,
+            most_bytes=most_bytes,
             block_bytes=model.block_bytes,
             block_size=model.block_size,
-            fewest_blocks=self.fewest_blocks,
+            fewest_blocks=fewest_blocks,
             most_seqs=most_seqs,
             max_len=self.max_len,
             memory=self.memory,

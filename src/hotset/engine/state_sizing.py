@@ -48,6 +48,7 @@ def solve_state_sizes(
     slot_bytes: int,
     hot_bytes: int,
     *,
+    most_bytes: int,
     block_bytes: int,
     block_size: int,
     fewest_blocks: int,
@@ -63,6 +64,7 @@ def solve_state_sizes(
     Args:
         slot_bytes: state of one request.
         hot_bytes: for KV and state.
+        most_bytes: of these, the most for states beside that of one request.
         block_bytes: of a KV block.
         block_size: its tokens.
         fewest_blocks: that one request needs.
@@ -92,11 +94,13 @@ def solve_state_sizes(
     hot_bytes -= _NUM_RESERVED * slot_bytes
     for_kv = fewest_blocks * block_bytes
     each = slot_bytes + slot_bytes // _SEQS_PER_KEPT + usual
-    num_seqs = min(hot_bytes // each, (hot_bytes - for_kv) // slot_bytes, most_seqs)
+    most = most_bytes // slot_bytes - _NUM_RESERVED
+    num_seqs = min(hot_bytes // each, (hot_bytes - for_kv) // slot_bytes, most, most_seqs)
     num_seqs = max(1, num_seqs)
     left = hot_bytes - num_seqs * slot_bytes - max(for_kv, num_seqs * usual)
     kept = max(_FEWEST_KEPT, num_seqs // _SEQS_PER_KEPT)
-    return StateSizes(num_seqs, min(kept, max(0, left // slot_bytes)), slot_bytes)
+    room = max(0, min(left // slot_bytes, most - num_seqs))
+    return StateSizes(num_seqs, min(kept, room), slot_bytes)
 
 
 def _asked_bytes(memory: MemoryOptions, hot_bytes: int) -> int:
