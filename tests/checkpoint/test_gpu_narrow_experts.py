@@ -8,7 +8,7 @@ import torch
 from engines import run
 from test_narrow_experts import FORMS, PROMPTS, options, save
 
-from hotset.engine.build import load_engine
+from hotset.engine.load import load_engine
 from hotset.experts.gating import dynamic_experts, use_dynamic_gating
 from hotset.experts.weights import experts_layers
 from hotset.kernels.narrow_forms import Gate
