@@ -91,10 +91,11 @@ def _multiply(  # type: ignore[no-untyped-def]
     g = tl.arange(0, GROUPS)[None, :, None]
     j = tl.arange(0, WIDTH // PER_BYTE)[None, None, :]
     at = start // PER_BYTE + g * (WIDTH // PER_BYTE) + j  # [1, GROUPS, bytes]
-    codes_at = (payload + PLANES[1]).to(tl.pointer_type(tl.uint8))
-    codes_at = tl.multiple_of(codes_at, 16)
-    is_real = at < K // PER_BYTE
-    codes = tl.load(codes_at + row[:, None, None] * (K // PER_BYTE) + at, mask=is_real, other=0)
+    # Without this hint, which has to be on the pointer, codes are loaded byte by byte.
+    codes_at = tl.multiple_of(payload.to(tl.pointer_type(tl.uint8)), 16) + PLANES[1]
+    codes_at += row[:, None, None] * (K // PER_BYTE) + at
+    IS_WHOLE: tl.constexpr = K % DEPTH == 0
+    codes = tl.load(codes_at, mask=IS_WHOLE | (at < K // PER_BYTE), other=0)
     group = start // GROUP + g
     index = scale_row[:, None, None] * NUM_GROUPS + group
     has_group = (group < NUM_GROUPS) & (row[:, None, None] >= 0)
@@ -105,7 +106,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         zeros = tl.load(zeros_at + index, mask=has_group, other=0).to(tl.float32)
     dtype: tl.constexpr = x_at.dtype.element_ty
     i = tl.arange(0, DEPTH // PER_BYTE)[:, None]
-    is_column = start // PER_BYTE + i < K // PER_BYTE
+    is_column = IS_WHOLE | (start // PER_BYTE + i < K // PER_BYTE)
     x_at += start // PER_BYTE + i
     x = tl.load(x_at, mask=is_column, other=0.0)
     if PER_BYTE == 1:
