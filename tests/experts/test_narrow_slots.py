@@ -6,15 +6,17 @@ import pytest
 import torch
 from engines import make_slots
 from expert_layers import HIDDEN, NUM_EXPERTS, PLAIN, computed, make_layers, routed
-from narrow_payloads import make_payloads
 from torch import nn
 
+from hotset.errors import ModelError
 from hotset.experts import hosting, sizes
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.gating import dynamic_experts
 from hotset.experts.host import ExpertLayout, HostExperts
 from hotset.experts.narrow import NarrowLayout
+from hotset.experts.narrow_check import random_payloads
 from hotset.experts.weights import experts_of
+from hotset.kernels import narrow_experts
 from hotset.memory.region import SharedRegion
 from hotset.options import Options
 from hotset.weight_format import FP8_BLOCK, MXFP4, WeightFormat
@@ -47,7 +49,7 @@ def hosted(
     for each in experts:
         layout = ExpertLayout.of_narrow(narrow, torch.float32)
         source = HostExperts(layout, NUM_EXPERTS, narrow)
-        source.payloads.copy_(make_payloads(narrow, NUM_EXPERTS))
+        source.payloads.copy_(random_payloads(narrow, NUM_EXPERTS))
         each.host(source)
     buffer = make_slots(experts, Options.of(**options), torch.device("cpu"), None, region)
     return layers, buffer
@@ -101,3 +103,10 @@ def test_their_number_can_change() -> None:
             buffer.resize(num_slots)
         for got, expected in computed(layers, whole, 4):
             assert torch.equal(got, expected)
+
+
+def test_kernels_that_compute_something_else_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = narrow_experts.narrow_experts
+    monkeypatch.setattr(narrow_experts, "narrow_experts", lambda *a, **k: compute(*a, **k) * 1.02)
+    with pytest.raises(ModelError, match=r"computed something else .* by 2.0%"):
+        hosted(FP8_BLOCK, expert_slots=2, expert_plan="cache")

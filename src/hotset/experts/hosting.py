@@ -16,6 +16,7 @@ from hotset.experts.gating import gated_layers
 from hotset.experts.host import HostExperts
 from hotset.experts.layer import LayerBuffer
 from hotset.experts.narrow import NarrowLayout
+from hotset.experts.narrow_check import check_narrow_kernels
 from hotset.experts.prefetch import Prefetch, Router, find_routers
 from hotset.experts.residency import SlotTable
 from hotset.experts.sizes import narrow_layout, slots_hold
@@ -108,12 +109,15 @@ def make_buffer(
 
     Raises:
         ConfigError: host memory cannot be pinned.
+        ModelError: kernels do not compute narrow experts right on this device.
     """
     slots, num_slots = sizes.slots, sizes.num_slots
     most_slots = num_slots if region is None else region.most_slots
     layout, narrow = layers[0].layout, slots_hold(layers[0], _narrow_of(layers[0]), device)
     is_packed = device.type == "cpu" and layout.dtype == torch.float32 and can_pack()
     make_slots = partial(Slots, layout=layout, device=device, packed=is_packed, narrow=narrow)
+    if narrow is not None:
+        check_narrow_kernels(layers[0], narrow, device)
     if device.type == "cuda":
         for experts in layers:
             experts.source.rows.pin()
