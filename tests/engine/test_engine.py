@@ -188,3 +188,18 @@ def test_a_second_engine_over_a_model_counts_its_weights_as_the_first_did(
     )
     assert second.sizes.weights_bytes == first.sizes.weights_bytes > 0
     second.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "glm_moe_dsa"])
+def test_what_is_no_number_in_one_request_does_not_reach_another(
+    family: str, make_engine: MakeEngine
+) -> None:
+    """Blocks are given on as they are, and attention reads whole blocks."""
+    engine = make_engine(family, block_size=16, hot_blocks=8)
+    model = engine.executor.runner._model
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = torch.inf
+    prompts = [[11, 12, *[7] * 60], [13, 14, *[7] * 62]]
+    clean = [list(range(20, 37)), list(range(40, 45))]
+    run(engine, prompts)
+    assert run(engine, clean) == reference(family, clean)

@@ -46,14 +46,17 @@ class _Group:
 
     Attributes:
         tokens: `[R * Q]` rows of the flat batch, R sequences of Q tokens each.
-        table: `[R * N]` block ids, padded with block 0.
+        table: `[R * N]` block ids, padded with the first of each.
         mask: `[R, 1, Q, N * block_size]`, 0 where a query sees a key and -inf elsewhere.
+        unwritten: sequences and positions beyond their contexts. What another request left in the
+            rest of a block may be no number, which a mask does not take out.
     """
 
     tokens: torch.Tensor
     num_sequences: int
     table: torch.Tensor
     mask: torch.Tensor
+    unwritten: tuple[torch.Tensor, ...]
 
 
 class PagedAttention:
@@ -157,6 +160,7 @@ class PagedAttention:
         for group in self._groups_for(None, query.dtype):
             rows = cache.index_select(0, group.table)
             rows = rows.view(group.num_sequences, -1, cache.shape[-1])  # [R, S, R + P]
+            rows[group.unwritten] = 0
             asking = query[:, group.tokens]  # [H, R * Q, D]
             is_absorbed = len(group.tokens) == group.num_sequences
             if is_absorbed:
@@ -196,7 +200,9 @@ class PagedAttention:
         if cache.dtype == FP8:
             rows = rows.view(torch.uint8)
         found = rows.index_select(0, group.table)
-        found = found.view(group.num_sequences, -1, *cache.shape[2:]).transpose(1, 2)
+        found = found.view(group.num_sequences, -1, *cache.shape[2:])
+        found[group.unwritten] = 0
+        found = found.transpose(1, 2)
         if cache.dtype == FP8:
             found = found.view(FP8).to(new.dtype)
         return found[..., : new.shape[-1]]
@@ -223,7 +229,6 @@ class PagedAttention:
             for s, first in zip(group, first_blocks, strict=True)
         ]
         width = max(len(table) for table in tables)
-        # Behind their masks are blocks of their own: nobody knows what is in others.
         table = torch.tensor([t + t[:1] * (width - len(t)) for t in tables], device=device)
         keys_at = torch.arange(width * size, device=device)
         key_position = torch.tensor(first_blocks, device=device)[:, None] * size + keys_at
@@ -237,7 +242,8 @@ class PagedAttention:
         )
         bias = torch.zeros_like(mask, dtype=dtype)
         bias.masked_fill_(~mask, -torch.inf)
-        return _Group(rows.flatten(), len(group), table.flatten(), bias.unsqueeze(1))
+        unwritten = (key_position >= context[:, None]).nonzero(as_tuple=True)
+        return _Group(rows.flatten(), len(group), table.flatten(), bias.unsqueeze(1), unwritten)
 
 
 def _grouped(sequences: Sequence[SequenceSpan]) -> list[list[SequenceSpan]]:
