@@ -216,7 +216,7 @@ class LatentBackend(RecordableBackend):
         self, inputs: Inputs, *, block_ids: torch.Tensor, scratch_block: int
     ) -> RecordedLatents:
         """See `RecordableBackend`."""
-        return RecordedLatents(self, len(inputs.token_ids), block_ids, scratch_block, inputs)
+        return self._recorded(len(inputs.token_ids), block_ids, scratch_block, inputs)
 
     def record_mixed(
         self,
@@ -227,7 +227,16 @@ class LatentBackend(RecordableBackend):
         scratch_block: int,
     ) -> RecordedLatents:
         """See `RecordableBackend`."""
-        return RecordedLatents(self, max_num_tokens, block_ids, scratch_block)
+        return self._recorded(max_num_tokens, block_ids, scratch_block)
+
+    def _recorded(
+        self,
+        num_rows: int,
+        block_ids: torch.Tensor,
+        scratch_block: int,
+        inputs: Inputs | None = None,
+    ) -> RecordedLatents:
+        return RecordedLatents(self, num_rows, block_ids, scratch_block, inputs)
 
     def recorded_output(self, num_rows: int) -> torch.Tensor:
         """`[T, H, R]` at a fixed place, finite, which all recorded steps write."""

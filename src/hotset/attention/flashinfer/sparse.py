@@ -123,8 +123,8 @@ class SparseBackend(LatentBackend):
         """Select and attend for one token, so that its kernels are there."""
         indexer = self._indexer
         zeros = query.new_zeros(1, 1, indexer.num_heads, indexer.key_dim)
-        nobody = torch.full((1,), -1, device=self.device)
-        index = Index(zeros, zeros[:, :, 0], zeros[..., 0].float(), nobody)
+        no_seat = torch.full((1,), -1, device=self.device)
+        index = Index(zeros, zeros[:, :, 0], zeros[..., 0].float(), no_seat)
         step, slices = self._launched_step(rows)
         self.run(step, slices, 0, query, torch.empty_like(query[..., : self.rank]), index)
 
@@ -154,22 +154,14 @@ class SparseBackend(LatentBackend):
         """See `RecordableBackend`."""
         return SparseAttention(self, inputs, run)
 
-    def record_decode(
-        self, inputs: Inputs, *, block_ids: torch.Tensor, scratch_block: int
-    ) -> "RecordedSparse":
-        """See `RecordableBackend`."""
-        return RecordedSparse(self, len(inputs.token_ids), block_ids, scratch_block, inputs)
-
-    def record_mixed(
+    def _recorded(
         self,
-        *,
-        max_num_seqs: int,
-        max_num_tokens: int,
+        num_rows: int,
         block_ids: torch.Tensor,
         scratch_block: int,
+        inputs: Inputs | None = None,
     ) -> "RecordedSparse":
-        """See `RecordableBackend`."""
-        return RecordedSparse(self, max_num_tokens, block_ids, scratch_block)
+        return RecordedSparse(self, num_rows, block_ids, scratch_block, inputs)
 
     def static_step(self, num_tokens: int, block_ids: torch.Tensor) -> SparseStep:
         """A step at a fixed place, of tokens that see nothing."""
@@ -189,7 +181,7 @@ class SparseBackend(LatentBackend):
         return step, slices
 
     def plan_selected(self, rows: Rows, slices: Sequence[slice], step: SparseStep) -> None:
-        """Plan that the tokens of `rows` attend to `step.rows`, as far as they see so many."""
+        """Plan that each token of `rows` attends to its part of `step.rows`, or to all it sees."""
         lens = np.minimum(rows.lens, np.int32(self.count))
         starts = rows.query_starts * np.int32(self.count)
         selected = Rows(rows.query_starts, starts, lens, rows.block_ids)
