@@ -11,7 +11,6 @@ and what its launches take. Compiling included it takes less than a minute.
 writes `.json` and `.md`.
 """
 
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import record
 import torch
+from fused_experts import measure
 
 from hotset.cost.rates import Rates
 from hotset.experts.narrow import NarrowLayout
@@ -29,7 +29,6 @@ from hotset.weight_format import FP8_BLOCK, MXFP4, WeightFormat
 
 DEVICE = torch.device("cuda")
 NUM_STEPS = 6  # of a graph, with inputs of their own
-REPLAYS = 20
 LAUNCHES_US = 4 * 3.0  # of a layer within a graph: route, up, down, sum
 
 
@@ -72,26 +71,6 @@ def make_payloads(layer: Layer) -> torch.Tensor:
         else:
             scales.fill_(120)
     return payloads
-
-
-def measure(calls: list[Callable[[], Any]]) -> float:
-    """Microseconds of a call, median of replays of all as one graph."""
-    for call in calls[:2]:
-        call()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times_us = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times_us.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return round(statistics.median(times_us), 2)
 
 
 def run(layer: Layer, num_tokens: int) -> dict[str, Any]:
