@@ -105,7 +105,7 @@ def option(
     """Declare the option that a field is; its name, type and choices are the field's.
 
     Args:
-        default: what it is where nobody gives it; `dict` for an empty one.
+        default: what it is where it is not given; `dict` for an empty one.
         help: of the flag, with the unit unless the name ends with it.
         choices: what a field of type `str` may be, where the type does not say it.
         bounds: numbers that it takes.

@@ -31,7 +31,7 @@ class ColdCost:
     layer_s: float
 
     def cpu_seconds(self, rows: float) -> float:
-        """Seconds for an expert of so many rows: on the lines between what was measured."""
+        """Seconds for an expert with `rows` rows: on the lines between what was measured."""
         points = self.cpu_s
         if rows <= points[0][0] or len(points) == 1:
             return points[0][1]

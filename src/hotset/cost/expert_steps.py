@@ -130,7 +130,7 @@ class ExpertCost:
         self.num_layers = len(cost.shape.moe_layers)
 
     def distinct(self, tokens: float) -> float:
-        """Experts of a layer that a step of so many tokens needs."""
+        """Experts of a layer that a step of `tokens` tokens needs."""
         shape = self.cost.shape
         return self.cost.routing.distinct(shape.num_experts, shape.top_k_experts, tokens)
 
@@ -161,7 +161,7 @@ class ExpertCost:
     def prompt_step(
         self, num_slots: int, tokens: float, load: Load, *, decodes: float = 0.0
     ) -> StepTime:
-        """A step of `tokens` tokens of prompts, beside so many decodes."""
+        """A step of `tokens` tokens of prompts, beside decodes."""
         cost = self.cost
         share = tokens / load.prompt_tokens
         chip_s = cost.chunk_s(tokens)

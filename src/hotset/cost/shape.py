@@ -23,7 +23,7 @@ class Layer:
         router: of an MoE layer.
         expert: one routed expert of it.
         num_experts: routed experts, 0 for a dense layer.
-        top_k_experts: of which a token uses so many.
+        top_k_experts: that a token uses.
     """
 
     attention: Attention
@@ -272,7 +272,7 @@ class ModelShape:
             context: tokens of prompt and answer so far.
             kv_dtype: key of `KV_BYTES`.
             tp: tensor-parallel ranks.
-            block_size: the context is rounded up to whole blocks of so many tokens.
+            block_size: the context is rounded up to whole blocks of this many tokens.
             hold_windows: whether the engine frees what a window has left behind; False holds every
                 token in every layer, as engines without a hybrid allocator do.
         """

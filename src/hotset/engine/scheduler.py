@@ -64,9 +64,9 @@ class Scheduler:
             with the longest quantum, if that has run `rotation_s` and produced a token; the latter
             queues up again behind all others. Only while host memory has room for its KV and some
             to spare, so that nothing is recomputed.
-        ahead_tokens: a request is let in once it and all that run can grow by so many, or to their
-            ends: what was computed or fetched for it should not be lost to preemption a few steps
-            later.
+        ahead_tokens: a request is let in once it and all that run can grow by this many tokens, or
+            to their ends: what was computed or fetched for it should not be lost to preemption a
+            few steps later.
         users_at_once: of requests that run or wait, with a number of tokens on average, how many
             are to run at once, some of them hot if need be; None where none may turn hot.
         step_cost: how long steps take, so that prompts add a bounded time to one; None: no bound.

@@ -9,7 +9,7 @@ from hotset.units import GIB, gib_text, round_up_gib
 
 # What a request is taken to hold on average where its longest context is more.
 _USUAL_TOKENS = 1280
-# Of states that are kept: one for so many requests, and at least so many.
+# Requests per state that is kept, and the fewest states kept.
 _SEQS_PER_KEPT, _FEWEST_KEPT = 4, 8
 _NUM_RESERVED = PADDING_SLOT + 1
 

@@ -105,7 +105,7 @@ class Seats:
         self._places[seat.number, index] = HostPlace(seat.number, index, slot)
 
     def leave(self, seat: Seat) -> list[DeviceBlock]:
-        """Free a seat. Returns its slots' blocks, whose content nobody can use."""
+        """Free a seat. Returns its slots' blocks, whose content is of no use."""
         del self._taken[seat.number]
         self._free.append(seat.number)
         self._withdraw(seat)

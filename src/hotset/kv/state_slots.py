@@ -21,7 +21,7 @@ class StateSlots:
 
     Args:
         num_slots: beside the two that are reserved.
-        grid: states are kept after multiples of so many tokens, and at a request's end.
+        grid: states are kept after multiples of this many tokens, and at a request's end.
 
     Attributes:
         pool: of the slots, without those that are reserved. A state has the key of the block of KV

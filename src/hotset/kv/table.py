@@ -28,7 +28,7 @@ class BlockTables:
 
     @property
     def num_available(self) -> int:
-        """Blocks that can be had: free ones, and cached ones that nobody holds."""
+        """Blocks that can be had: free ones, and cached ones that no request holds."""
         return self.pool.num_available
 
     def num_blocks_for(self, num_tokens: int) -> int:

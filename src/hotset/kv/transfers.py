@@ -249,7 +249,7 @@ class BlockTransfers:
         request.kv.resume = None
 
     def can_take(self, num_blocks: int) -> bool:
-        """Whether host memory has room for so many blocks."""
+        """Whether host memory has room for `num_blocks` blocks."""
         return self._tiers is not None and num_blocks <= self._tiers.num_evictable()
 
     def fetch_s(self, num_tokens: int) -> float:

@@ -28,7 +28,7 @@ class Payload:
         source: READING and LATE: the number of the tier that it comes from.
         wanted_by: device blocks to copy it to once it is READY.
         is_private: only its owner knows the key: it goes to no slower tier.
-        is_dropped: forgotten once it is READY and nobody pins it.
+        is_dropped: forgotten once it is READY and not pinned.
     """
 
     key: bytes
@@ -141,7 +141,7 @@ class Residency:
         self._withdraw(payload.key)
 
     def unpin(self, payload: Payload) -> None:
-        """Undo one `pin`. A READY payload that nobody pins any more counts as just used."""
+        """Undo one `pin`. A READY payload that is not pinned any more counts as just used."""
         assert payload.pins > 0, "unpinned more often than pinned"
         payload.pins -= 1
         if payload.is_ready:
@@ -156,7 +156,7 @@ class Residency:
         self._order_of(key).touch(key)
 
     def drop(self, payload: Payload) -> None:
-        """Forget a payload, at once or as soon as nobody uses it."""
+        """Forget a payload, at once or as soon as it is not in use."""
         payload.is_dropped = True
         if not payload.is_in_use:
             self._free_slot(payload)
@@ -185,7 +185,7 @@ class Residency:
         return self._payloads[victim]
 
     def forget(self, payload: Payload) -> None:
-        """Free the slot of a READY payload that nobody else has pinned."""
+        """Free the slot of a READY payload that has no other pin."""
         assert payload.is_ready and payload.pins <= 1
         self._free_slot(payload)
 

@@ -106,7 +106,7 @@ class Tier(Protocol):
     def lookup(self, keys: Sequence[bytes]) -> list[Answer]:
         """For each key, whether its payload is stored and readable now (a queued write is not).
 
-        A tier that has to ask somebody starts that, and answers PENDING until it knows.
+        A tier that asks another machine starts to, and answers PENDING until it knows.
         """
         ...
 

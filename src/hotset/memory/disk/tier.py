@@ -295,7 +295,7 @@ class DiskTier:
         return None if block is None or block.checksum is None else block
 
     def _forget(self, key: bytes, block: _Block) -> None:
-        """Find a stored block no more; its slot is free once nobody reads it."""
+        """Find a stored block no more; its slot is free once no read of it runs."""
         self._order.remove(key)
         del self._blocks[key]
         if block.num_readers == 0:
