@@ -56,7 +56,7 @@ def page(plan: Plan) -> str:
     asked = f"{workload.users:,} users of {workload.context:,} tokens"
     if workload.output:
         asked += f", answers of {workload.output:,}"
-    active = f", {shape.active_params / 1e9:.2f} B a token" if shape.moe_layers else ""
+    active = f", {shape.active_params / 1e9:.2f} B per token" if shape.moe_layers else ""
     hot = "\n".join(hot_set_lines(request, plan.hot_set, plan.layout.dp)).strip()
     notes = "".join(f"<p>{escape(note)}.</p>" for note in plan.notes)
     body = [
@@ -88,7 +88,7 @@ def _section(title: str, body: str) -> str:
 
 def _tiles(plan: Plan) -> str:
     tiles = (
-        (f"{plan.tokens_per_s:,.0f}", f"tokens/s, {plan.tokens_per_s / plan.gpus:,.0f} a GPU"),
+        (f"{plan.tokens_per_s:,.0f}", f"tokens/s, {plan.tokens_per_s / plan.gpus:,.0f} per GPU"),
         (seconds(plan.step.expected_s), "TPOT"),
         (seconds(plan.turn.ttft_s), "TTFT, no queue"),
         (f"{plan.users_resident:,}", "users fit in HBM"),
