@@ -211,15 +211,17 @@ def test_an_engine_answers_from_all_tiers_and_after_a_restart(
     tiers: dict[str, Any],
     make_engine: MakeEngine,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tokens are compared where they are clear: float16 ties break as batches differ."""
 
-    def clear_model(family: str, **changes: Any) -> Any:
-        return make_model(family, **changes, **wide).to(torch.float16)
-
-    monkeypatch.setattr("engines.make_model", clear_model)
-    options = {"device": "cuda", "kv_bytes": 2, "disk_mib": 64, "disk_path": tmp_path}
+    options: dict[str, Any] = {
+        "device": "cuda",
+        "model_dtype": torch.float16,
+        "model_changes": wide,
+        "kv_bytes": 2,
+        "disk_mib": 64,
+        "disk_path": tmp_path,
+    }
     prompts = make_prompts()
     engine = make_engine(family, fetch_policy="fetch", **options, **tiers)
     if tiers:

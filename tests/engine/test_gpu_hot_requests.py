@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engines import logits_of, run
-from tiny_models import SPARSE_FAMILIES, WIDE_SPARSE, make_model
+from tiny_models import SPARSE_FAMILIES, WIDE_SPARSE
 
 from hotset.attention.flashinfer.sparse import SparseBackend
 from hotset.attention.sparse.drawn import DrawnSelection
@@ -23,6 +23,8 @@ BLOCK, SLOTS = 16, 64
 def make_wide(make_engine: MakeEngine, family: str, **changes: Any) -> Engine:
     options = {
         "device": "cuda",
+        "model_dtype": torch.float16,
+        "model_changes": WIDE_SPARSE,
         "kv_bytes": 2,
         "block_size": BLOCK,
         "hot_tokens": SLOTS,
@@ -36,14 +38,6 @@ def make_wide(make_engine: MakeEngine, family: str, **changes: Any) -> Engine:
     engine = make_engine(family, **options)
     assert type(engine.executor.runner._attention) is SparseBackend
     return engine
-
-
-@pytest.fixture(autouse=True)
-def _wide_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wide_model(family: str, **changes: Any) -> Any:
-        return make_model(family, **changes, **WIDE_SPARSE).to(torch.float16)
-
-    monkeypatch.setattr("engines.make_model", wide_model)
 
 
 def prompts_of(lengths: list[int]) -> list[list[int]]:

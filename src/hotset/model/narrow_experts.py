@@ -94,6 +94,7 @@ class NarrowExperts:
         for (which, expert, part), (name, index) in parts.items():
             by_expert[expert].append((which, part, name, index))
 
+        @torch.inference_mode()  # a mode of each thread
         def fill(expert: int, payload: torch.Tensor) -> None:
             for which, part, name, index in by_expert[expert]:
                 self.narrow.write(which, part, payload, read(name, index))
@@ -102,7 +103,7 @@ class NarrowExperts:
             sink.take_payloads(experts, fill)
             return
         source = HostExperts(self.layout, experts.num_experts, self.narrow)
-        with torch.inference_mode(), ThreadPoolExecutor(_NUM_THREADS) as pool:
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
             list(pool.map(fill, range(experts.num_experts), source.payloads))
         experts.host(source)
 
