@@ -133,7 +133,7 @@ def link_rates(block_bytes: int, num_blocks: int = 4096) -> dict[str, float]:
         device=DEVICE,
     )
     host = HostArena(num_slots=num_blocks, block_bytes=device.block_bytes)
-    copier = CudaCopier(device, host)
+    copier = CudaCopier([device.memory], host)
     while copier.num_ready_slots < num_blocks:
         time.sleep(0.01)
     half = num_blocks // 2

@@ -135,7 +135,7 @@ class FakeTiers:
         misses = {key: Answer.PENDING if key in self.pending else Answer.MISS for key in keys}
         return [tiers.get(self.locate(key) or "", Found(misses[key])) for key in keys]
 
-    def spill(self, key: bytes, block: int, *, private: bool = False) -> bool:
+    def spill(self, key: bytes, block: int, *, slowest: int | None = None) -> bool:
         if not self.has_room or (self.num_used == self.num_slots and not self._evict()):
             return False
         self.spilling[key] = block
@@ -172,8 +172,9 @@ class FakeTiers:
     def num_evictable(self) -> int:
         return self.num_slots - self.num_used + len(self._evictable())
 
-    def drop(self, key: bytes) -> None:
-        self.stored.pop(key, None)
+    def discard(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            self.stored.pop(key, None)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         for key in keys:

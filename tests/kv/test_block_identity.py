@@ -37,8 +37,8 @@ class Witness:
     def hash_of(self, block: int) -> bytes:
         return hashlib.blake2b(self._pool[block].cpu().numpy().tobytes()).digest()
 
-    def spill(self, key: bytes, block: int, *, private: bool = False) -> bool:
-        is_spilled = self._spill(key, block, private=private)
+    def spill(self, key: bytes, block: int, *, slowest: int | None = None) -> bool:
+        is_spilled = self._spill(key, block, slowest=slowest)
         if is_spilled:  # the steps that filled it were submitted before: this waits for them
             self._hashes[key] = self.hash_of(block)
         return is_spilled

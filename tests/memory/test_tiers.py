@@ -63,7 +63,7 @@ class Rig:
         self.tiers = TierStack(
             self.device,
             host_arena,
-            make_copier(self.device, host_arena),
+            make_copier([self.device.memory], host_arena),
             num_slots=host_slots,
             rates=self.rates,
             metrics=self.metrics,
@@ -184,7 +184,7 @@ class OrderingCopier:
 def test_a_fetch_bounded_by_time_has_arrived_once_compute_waits_for_it() -> None:
     rig = Rig(host_slots=2)
     content = rig.fill(0, seed=1)
-    rig.tiers.spill(b"key", 0, private=True)
+    rig.tiers.spill(b"key", 0, slowest=0)
     rig.settle()
     rig.rates.link_bytes_per_s["host"] = 1e9
     copier = OrderingCopier(rig.tiers.mover.copier)
@@ -195,7 +195,7 @@ def test_a_fetch_bounded_by_time_has_arrived_once_compute_waits_for_it() -> None
     rig.tiers.flush(most_s=1.0)
     assert [(ended.key, ended.ok) for ended in rig.tiers.poll()] == [(b"key", True)]
     assert len(copier.ordered) == 1
-    rig.tiers.drop(b"key")
+    rig.tiers.discard([b"key"])
     # The copy still reads its host slot, and is not told of twice.
     assert rig.in_use(b"key") and rig.tiers.poll() == []
     assert rig.metrics.moved_bytes["host>device"] == 0
@@ -268,8 +268,8 @@ def test_a_private_payload_never_reaches_the_disk_and_is_forgotten_when_dropped(
 ) -> None:
     rig = Rig(host_slots=4, folder=tmp_path)
     rig.fill(0, seed=1)
-    rig.tiers.spill(b"p" * 16, 0, private=True)
-    rig.tiers.drop(b"p" * 16)  # while the copy is still to be made
+    rig.tiers.spill(b"p" * 16, 0, slowest=0)
+    rig.tiers.discard([b"p" * 16])  # while the copy is still to be made
     rig.settle()
     assert rig.place(b"p" * 16) is None
     assert rig.tiers.host.num_used == 0

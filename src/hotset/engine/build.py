@@ -47,6 +47,7 @@ from hotset.kv.pool import BlockPool
 from hotset.kv.state_slots import StateSlots
 from hotset.linear.packed import pack_linears
 from hotset.memory.arena import DeviceArena
+from hotset.memory.device_payloads import DevicePayloads
 from hotset.memory.state_arena import StateArena
 from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
@@ -115,6 +116,7 @@ class _Placed:
         host: memory that steps read, as requests may be hot; None where it is taken later.
         hot: their rows; None where none may be hot.
         states: what layers keep beside KV; None where they keep nothing.
+        payloads: what tiers copy of both.
     """
 
     sizes: Sizes
@@ -124,6 +126,7 @@ class _Placed:
     host: HostMemory | None
     hot: HotRows | None
     states: StateArena | None
+    payloads: DevicePayloads
 
     @property
     def scratch_block(self) -> int:
@@ -204,9 +207,11 @@ class _Build:
                 memory=None if experts is None else experts.memory,
                 index_dims=self._layout.index_dims,
             )
+            states = self._state_arena(sizes)
+            payloads = DevicePayloads(arena, states)
             host = hot = None
             if sizes.hot is not None:
-                host = HostMemory.take(sizes, arena)
+                host = HostMemory.take(sizes, payloads)
                 undo.callback(host.copier.close)
                 hot = place_hot_rows(
                     sizes.hot,
@@ -216,8 +221,7 @@ class _Build:
                     self._layout.layers,
                     fetches_ahead=self._options.memory.row_prefetch > 0,
                 )
-            states = self._state_arena(sizes)
-        return _Placed(sizes, experts, report, arena, host, hot, states)
+        return _Placed(sizes, experts, report, arena, host, hot, states, payloads)
 
     def _state_arena(self, sizes: Sizes) -> StateArena | None:
         if sizes.states is None:
@@ -313,7 +317,7 @@ class _Build:
             tiers = open_tiers(
                 memory,
                 sizes,
-                placed.arena,
+                placed.payloads,
                 placed.host,
                 measured.rates,
                 metrics,

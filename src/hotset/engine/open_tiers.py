@@ -7,8 +7,9 @@ from pathlib import Path
 from hotset.clock import Clock
 from hotset.cost.rates import Rates
 from hotset.engine.sizing import Sizes
-from hotset.memory.arena import DeviceArena, HostArena
+from hotset.memory.arena import HostArena
 from hotset.memory.copier import make_copier
+from hotset.memory.device_payloads import DevicePayloads
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import DiskTier
 from hotset.memory.measure import measure_rates
@@ -29,16 +30,16 @@ class HostMemory:
     copier: Copier
 
     @classmethod
-    def take(cls, sizes: Sizes, device: DeviceArena) -> "HostMemory":
+    def take(cls, sizes: Sizes, device: DevicePayloads) -> "HostMemory":
         """As large as `sizes` says."""
         arena = HostArena(num_slots=sizes.host_slots, block_bytes=sizes.block_bytes)
-        return cls(arena, make_copier(device, arena))
+        return cls(arena, make_copier(device.memories, arena))
 
 
 def open_tiers(
     memory: MemoryOptions,
     sizes: Sizes,
-    arena: DeviceArena,
+    device: DevicePayloads,
     host: HostMemory | None,
     rates: Rates,
     metrics: Metrics,
@@ -68,9 +69,9 @@ def open_tiers(
             clock=clock,
         )
         slower.append(disk)
-    host = host or HostMemory.take(sizes, arena)
+    host = host or HostMemory.take(sizes, device)
     tiers = TierStack(
-        arena,
+        device,
         host.arena,
         host.copier,
         num_slots=sizes.host_slots,

@@ -164,7 +164,7 @@ class BlockTransfers:
         tiers = self._tiers
         if tiers is None or tiers.lookup([key])[0].answer is Answer.HIT:
             return False
-        if not tiers.spill(key, block, private=private):
+        if not tiers.spill(key, block, slowest=0 if private else None):
             return False
         self._pool.hold(block)  # released when the transfer ends
         self._spilling.add(block)
@@ -245,7 +245,7 @@ class BlockTransfers:
     def drop_tail(self, request: Request) -> None:
         """Forget the last, partial block that was spilled when the request was preempted."""
         if request.kv.resume is not None and self._tiers is not None:
-            self._tiers.drop(request.kv.resume.key)
+            self._tiers.discard([request.kv.resume.key])
         request.kv.resume = None
 
     def can_take(self, num_blocks: int) -> bool:

@@ -7,19 +7,25 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from hotset.memory.arena import DeviceArena, HostArena
+from hotset.memory.arena import HostArena
 from hotset.memory.copy_runs import Run
 from hotset.memory.cuda_copier import CudaCopier
 from hotset.memory.mover import Copier
 
 
 class ThreadCopier:
-    """A `mover.Copier` of one thread. numpy copies without the GIL."""
+    """A `mover.Copier` of one thread. numpy copies without the GIL.
 
-    def __init__(self, device: np.ndarray, host: np.ndarray) -> None:
-        self._device, self._host = device.reshape(-1), host.reshape(-1)
-        self._device_start = int(device.ctypes.data)
+    Args:
+        memories: uint8, where the device's runs are.
+        host: uint8 `[num_slots, slot_bytes]`.
+    """
+
+    def __init__(self, memories: Sequence[np.ndarray], host: np.ndarray) -> None:
+        self._memories = [memory.reshape(-1) for memory in memories]
+        self._host = host.reshape(-1)
         self._host_start = int(host.ctypes.data)
         self.num_ready_slots = len(host)
         self._jobs: queue.SimpleQueue[tuple[int, list[Run], bool] | None] = queue.SimpleQueue()
@@ -61,8 +67,7 @@ class ThreadCopier:
             copy_id, runs, to_host = job
             start_s = time.perf_counter()
             for run in runs:
-                first = run.device - self._device_start
-                device = self._device[first : first + run.num_bytes]
+                device = self._find(run)
                 first = run.host - self._host_start
                 host = self._host[first : first + run.num_bytes]
                 if to_host:
@@ -72,9 +77,17 @@ class ThreadCopier:
             self._ended.append((copy_id, time.perf_counter() - start_s))
             self._something_ended.set()
 
+    def _find(self, run: Run) -> np.ndarray:
+        """The bytes of a run on the device."""
+        for memory in self._memories:
+            first = run.device - int(memory.ctypes.data)
+            if 0 <= first < len(memory):
+                return memory[first : first + run.num_bytes]
+        raise AssertionError("a run is in no memory of the device")
 
-def make_copier(device: DeviceArena, host: HostArena) -> Copier:
-    """The copier for where the pool is."""
-    if device.storage.device.type == "cuda":
-        return CudaCopier(device, host)
-    return ThreadCopier(device.memory.numpy(), host.slots)
+
+def make_copier(memories: Sequence[torch.Tensor], host: HostArena) -> Copier:
+    """The copier for where the device's memories, uint8, are."""
+    if memories[0].is_cuda:
+        return CudaCopier(memories, host)
+    return ThreadCopier([memory.numpy() for memory in memories], host.slots)

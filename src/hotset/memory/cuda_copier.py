@@ -1,4 +1,4 @@
-"""Copies between a GPU's block pool and pinned host memory, on streams of their own."""
+"""Copies between a GPU's memory and pinned host memory, on streams of their own."""
 
 import logging
 import threading
@@ -10,7 +10,7 @@ import torch
 
 from hotset.cost.tuning import TUNINGS
 from hotset.errors import ConfigError
-from hotset.memory.arena import DeviceArena, HostArena
+from hotset.memory.arena import HostArena
 from hotset.memory.copy_runs import Run, merge_runs
 from hotset.memory.pin import pin, unpin
 
@@ -31,17 +31,22 @@ class CudaCopier:
 
     Host memory is pinned chunk by chunk in a thread: `num_ready_slots` says how far it is.
 
+    Args:
+        memories: uint8 of one GPU, where its runs are.
+        host: the slots.
+
     Raises:
         ConfigError: not even the first chunk can be pinned.
     """
 
-    def __init__(self, device: DeviceArena, host: HostArena) -> None:
-        self._device = device.memory
+    def __init__(self, memories: Sequence[torch.Tensor], host: HostArena) -> None:
+        self._memories = [memory.view(-1) for memory in memories]
+        self._device = memories[0].device
         self._host = torch.from_numpy(host.slots).view(-1)
         self._tuning = TUNINGS["cuda"]
         self._copy_batch = _find_batch_copy()
-        self._down = torch.cuda.Stream(self._device.device)
-        self._up = torch.cuda.Stream(self._device.device)
+        self._down = torch.cuda.Stream(self._device)
+        self._up = torch.cuda.Stream(self._device)
         self._marked = torch.cuda.Event()
         self._running: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         self._next_id = 0
@@ -58,7 +63,7 @@ class CudaCopier:
 
     def mark(self) -> None:
         """Note the compute submitted so far, for `submit`."""
-        self._marked.record(torch.cuda.current_stream(self._device.device))
+        self._marked.record(torch.cuda.current_stream(self._device))
 
     def submit(self, runs: Sequence[Run], *, to_host: bool) -> int:
         """Start a batch after the compute submitted before the last `mark`."""
@@ -89,7 +94,7 @@ class CudaCopier:
         """Have compute submitted from here on wait for a copy on the device."""
         for running_id, _, end in self._running:
             if running_id == copy_id:
-                torch.cuda.current_stream(self._device.device).wait_event(end)
+                torch.cuda.current_stream(self._device).wait_event(end)
         return True
 
     def poll(self) -> list[tuple[int, float]]:
@@ -111,7 +116,7 @@ class CudaCopier:
         """Wait for the copies, and for steps that read the memory, and unpin it."""
         self._is_closing = True
         self._pinner.join()
-        torch.cuda.synchronize(self._device.device)
+        torch.cuda.synchronize(self._device)
         self._running.clear()
         for first in range(0, self.num_ready_slots, self._slots_per_chunk):
             unpin(self._arena.address(first))
@@ -119,8 +124,13 @@ class CudaCopier:
 
     def _copy(self, run: Run, *, to_host: bool) -> None:
         """One copy on the current stream."""
-        first = run.device - self._device.data_ptr()
-        device = self._device[first : first + run.num_bytes]
+        memory = next(
+            memory
+            for memory in self._memories
+            if 0 <= run.device - memory.data_ptr() < memory.nbytes
+        )
+        first = run.device - memory.data_ptr()
+        device = memory[first : first + run.num_bytes]
         first = run.host - self._arena.address(0)
         host = self._host[first : first + run.num_bytes]
         target, source = (host, device) if to_host else (device, host)

@@ -38,7 +38,7 @@ def _measure_slower(tiers: TierStack, number: int, num_payloads: int) -> None:
     probes = [secrets.token_bytes(16) for _ in range(num_probes)]
     for key in probes:
         payload = host.reserve(key, State.SPILLING)
-        payload.is_private = True  # to other tiers
+        payload.slowest = 0
         host.become_ready(payload)
         tiers.write(payload, number)
     _wait(tiers, slower, writes=True)

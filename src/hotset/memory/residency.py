@@ -27,7 +27,8 @@ class Payload:
             on its way, those to come.
         source: READING and LATE: the number of the tier that it comes from.
         wanted_by: device blocks to copy it to once it is READY.
-        is_private: only its owner knows the key: it goes to no slower tier.
+        slowest: the number of the slowest tier that it may go to, 0 being host memory; None is
+            all.
         is_dropped: forgotten once it is READY and not pinned.
     """
 
@@ -37,7 +38,7 @@ class Payload:
     pins: int = 0
     source: int = 0
     wanted_by: list[int] = field(default_factory=list)
-    is_private: bool = False
+    slowest: int | None = None
     is_dropped: bool = False
 
     @property

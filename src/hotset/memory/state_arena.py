@@ -24,6 +24,7 @@ class StateArena:
             by the slot.
         columns: of each layer, `[num_slots, channels, kernel - 1]`, strided by the slot.
         slot_bytes: of one slot.
+        memory: uint8 `[num_slots, slot_bytes]`, for those who copy slots.
     """
 
     def __init__(
@@ -35,17 +36,18 @@ class StateArena:
         device: torch.device,
     ) -> None:
         self.slot_bytes = state_slot_bytes(specs.values())
-        memory = torch.zeros(num_slots, self.slot_bytes, dtype=torch.uint8, device=device)
+        self.memory = torch.zeros(num_slots, self.slot_bytes, dtype=torch.uint8, device=device)
         self.recurrent: dict[int, torch.Tensor] = {}
         self.columns: dict[int, torch.Tensor] = {}
         start = 0
         for layer, spec in specs.items():
             if spec.recurrent:
                 end = start + spec.num_values * STATE_BYTES
-                values = memory[:, start:end].view(torch.float32)
+                values = self.memory[:, start:end].view(torch.float32)
                 self.recurrent[layer] = values.view(num_slots, *spec.recurrent)
                 start = end
         for layer, spec in specs.items():
             end = start + spec.conv_bytes
-            self.columns[layer] = memory[:, start:end].view(dtype).view(num_slots, *spec.conv)
+            columns = self.memory[:, start:end].view(dtype)
+            self.columns[layer] = columns.view(num_slots, *spec.conv)
             start = end

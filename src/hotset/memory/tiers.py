@@ -42,7 +42,7 @@ class HostMemory(Protocol):
 
 
 class DeviceMemory(Protocol):
-    """Memory in blocks, such as `arena.DeviceArena`."""
+    """Memory in blocks of one size, such as `device_payloads.DevicePayloads`."""
 
     block_bytes: int
 
@@ -198,11 +198,11 @@ class TierStack:
 
     # What the KV cache asks for
 
-    def spill(self, key: bytes, block: int, *, private: bool = False) -> bool:
+    def spill(self, key: bytes, block: int, *, slowest: int | None = None) -> bool:
         """Copy `block` down with the next `flush`; False where host memory has no room.
 
-        Its content must stay still until `poll` tells the end. A private payload stays in host
-        memory: only its request can ask for it.
+        Its content must stay still until `poll` tells the end. It goes to no slower tier than
+        number `slowest`, 0 being host memory; None is all of them.
         """
         payload = self.host.get(key)
         if payload is not None and payload.state is State.LATE:
@@ -212,7 +212,7 @@ class TierStack:
         except OutOfBlocksError:
             self.metrics.faults["host_full"] += 1
             return False
-        payload.is_private = private
+        payload.slowest = slowest
         self.mover.queue(payload, block, payload.slot, to_host=True)
         return True
 
@@ -269,11 +269,14 @@ class TierStack:
         assert payload is not None, "what was kept is gone"
         self.host.unpin(payload)
 
-    def drop(self, key: bytes) -> None:
-        """Forget a private payload, at once or as soon as no copy uses it."""
-        payload = self.host.get(key)
-        if payload is not None and payload.is_private:
-            self.host.drop(payload)
+    def discard(self, keys: Sequence[bytes]) -> None:
+        """Forget payloads in all tiers, at once or as soon as no copy uses them."""
+        for key in keys:
+            payload = self.host.get(key)
+            if payload is not None:
+                self.host.drop(payload)
+        for slower in self.slower:
+            slower.tier.discard(keys)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Mark payloads as just used, in the slower tiers, or in host memory where it is alone."""
@@ -383,9 +386,7 @@ class TierStack:
 
     def _cascade(self, payload: Payload, number: int) -> None:
         """Write a READY payload to the first tier from `number` on that lacks it and takes it."""
-        if payload.is_private:
-            return
-        for later, slower in enumerate(self.slower[number - 1 :], start=number):
+        for later, slower in enumerate(self.slower[: payload.slowest][number - 1 :], start=number):
             if not slower.has(payload.key) and self.write(payload, later):
                 return
 

@@ -207,7 +207,8 @@ class DiskTier:
     def discard(self, keys: Sequence[bytes]) -> None:
         """See `Tier`. Blocks for one commit to the index, so that a restart finds none of them."""
         stored = {key: block for key in keys if (block := self._stored(key)) is not None}
-        self._files.forget([block.slot for block in stored.values()])
+        if stored:
+            self._files.forget([block.slot for block in stored.values()])
         for key, block in stored.items():
             self._forget(key, block)
         for key in keys:
