@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from fake_flashinfer import do
 
-from hotset.attention.flashinfer.expanded import ExpandedPrompts
+from hotset.attention.flashinfer.expanded import ExpandedKernels, ExpandedPrompts
 from hotset.attention.flashinfer.latent import LatentBackend
 from hotset.attention.spec import LayerAttention
 from hotset.memory.arena import DeviceArena
@@ -106,17 +106,29 @@ class _Ragged:
         self._shape, self._causal, self._scaling = shape, causal, sm_scale
 
     def run(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, return_lse: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        return_lse: bool,
+    ) -> None:
         assert return_lse and (len(query), len(keys)) == self._sizes and len(values) == len(keys)
         assert (query.shape[1], keys.shape[1], keys.shape[2], values.shape[2]) == self._shape
-        assert query.is_contiguous() and keys.stride(-1) == values.stride(-1) == 1
+        assert (
+            query.is_contiguous()
+            and out.is_contiguous()
+            and keys.stride(-1) == values.stride(-1) == 1
+        )
         scores = torch.einsum("qhd,shd->qhs", query.float(), keys.float()) * self._scaling
         if self._causal:
-            behind = torch.arange(len(query))[:, None] < torch.arange(len(keys))
+            ends = torch.arange(len(query))[:, None] + len(keys) - len(query)
+            behind = ends < torch.arange(len(keys))
             scores = scores.masked_fill(behind[:, None], -torch.inf)
-        output = torch.einsum("qhs,shv->qhv", scores.softmax(-1), values.float())
-        return output.to(query.dtype), scores.logsumexp(-1) * LOG2_E
+        out.copy_(torch.einsum("qhs,shv->qhv", scores.softmax(-1), values.float()))
+        lse.copy_(scores.logsumexp(-1) * LOG2_E)
 
 
 def _merge_states(
@@ -126,6 +138,19 @@ def _merge_states(
     weights = both.softmax(0).unsqueeze(-1)
     output.copy_(output * weights[0] + other * weights[1])
     sums.copy_(both.logsumexp(0) * LOG2_E)
+
+
+def _gather_latents(
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    first: int,
+    latents: torch.Tensor,
+    made: torch.Tensor,
+) -> None:
+    rank = latents.shape[1]
+    rows = cache[block_table.long()].flatten(0, 1)[first : first + len(latents)]
+    latents.copy_(rows[:, :rank])
+    made[..., : rows.shape[1] - rank] = rows[:, None, rank:]
 
 
 def _store_latent(
@@ -144,6 +169,7 @@ class CpuLatents(LatentBackend):
     Args:
         most_rows: what a plan has room for.
         expands: whether the kernel for long prompts is there.
+        piece_tokens: most tokens of a piece.
     """
 
     def __init__(
@@ -153,13 +179,17 @@ class CpuLatents(LatentBackend):
         *,
         most_rows: int = 256,
         expands: bool = False,
+        piece_tokens: int = 64,
     ) -> None:
         self.store_latent = _store_latent
         self._wrapper_class, self._kernels = _Latents, None
         self._set_up(arena, layers, workspace_bytes=1)
         self._most_rows = most_rows
         self.expanded = ExpandedPrompts(
-            _Ragged, self._workspace, layers[0], _merge_states, block_size=arena.block_size
+            ExpandedKernels(_Ragged, _gather_latents, _merge_states),
+            self._workspace,
+            layers[0],
+            piece_tokens=piece_tokens,
         )
         self._expands = expands
 

@@ -123,15 +123,18 @@ def test_attention_is_that_in_float32_at_odd_lengths(
         assert difference(expected[rows], got[rows]) < bound, seq.context_len
 
 
-@pytest.mark.parametrize("num_heads", [16, 128])
+@pytest.mark.parametrize("num_heads", [16, 20, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("piece_tokens", [2048, 2085])
 def test_long_prompts_over_keys_and_values_are_those_in_float32(
-    num_heads: int, dtype: torch.dtype
+    num_heads: int, dtype: torch.dtype, piece_tokens: int
 ) -> None:
     step = Step(num_heads, LONG, dtype)
     backend = LatentBackend(step.arena, step.layers)
+    backend.expanded.piece_tokens = piece_tokens
     assert backend._expands
-    assert [prompt.num_tokens for prompt in backend.long_prompts(step.batch)] == [700, 2048, 452]
+    cut = [700, piece_tokens, 2500 - piece_tokens]
+    assert [prompt.num_tokens for prompt in backend.long_prompts(step.batch)] == cut
     expected = step.exact(1)
     attention = backend.begin_step(step.batch, step.inputs())
     got = attention.attend(1, step.query, step.rotary, step.latent)

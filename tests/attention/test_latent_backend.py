@@ -58,8 +58,8 @@ def test_long_prompts_attend_to_keys_and_values_as_over_gathered_rows(
     family: str, piece_tokens: int, most_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs_module, "GraphRecorder", FakeRecorder)
-    monkeypatch.setattr(decisions, "_LAUNCH_OPERATIONS", -1e18)
-    monkeypatch.setattr(decisions, "PIECE_TOKENS", piece_tokens)
+    monkeypatch.setattr(decisions, "_LAUNCH_OPERATIONS", 0.0)
+    monkeypatch.setattr(decisions, "_PROMPT_OPERATIONS", 0.0)
     monkeypatch.setattr(decisions, "can_expand", lambda heads: True)
     monkeypatch.setattr(decisions, "saved_operations", lambda spec, tokens, past: tokens + past)
     model = make_model(family)
@@ -67,7 +67,15 @@ def test_long_prompts_attend_to_keys_and_values_as_over_gathered_rows(
     made: list[CpuLatents] = []
 
     def make(arena: DeviceArena) -> AttentionBackend:
-        made.append(CpuLatents(arena, layout.layers, most_rows=most_rows, expands=True))
+        made.append(
+            CpuLatents(
+                arena,
+                layout.layers,
+                most_rows=most_rows,
+                expands=True,
+                piece_tokens=piece_tokens,
+            )
+        )
         return made[-1]
 
     expected = paged_logits(model, layout, gather(layout))

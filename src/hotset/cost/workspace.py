@@ -12,6 +12,10 @@ KERNEL_WORKSPACE_BYTES = 384 * 2**20
 # With what two dozen wrappers of recorded steps keep their plans in, 8 MiB each.
 WORKSPACE_BYTES = 2 * KERNEL_WORKSPACE_BYTES + 24 * 8 * 2**20
 
+# Of keys and values that are made of a piece of a context's latents, on a GPU. They are part of
+# `WORKSPACE_BYTES`: attention over latents takes 64 MiB of the kernels' share.
+EXPANDED_BYTES = 640 * 2**20
+
 # Of the copy in 16 bits of one layer's 8-bit KV, for prompts. Of Llama-3.1-8B, whose layers have 4
 # KiB per token, it holds 65,536 tokens.
 WIDENED_BYTES = 256 * 2**20

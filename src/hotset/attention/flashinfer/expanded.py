@@ -1,8 +1,15 @@
-"""Attention of long prompts over keys and values that are made of latents, piece by piece."""
+"""Attention of long prompts over keys and values that are made of latents, piece by piece.
+
+Of each token of a piece and each head one row is made, `[rotary key | key | value]`: a kernel
+copies the rotary keys as it gathers the latents, and one product writes the rest beside them.
+FlashInfer reads keys and values as views of the rows. So of a piece each number is written once and
+read once, and nothing is copied. Queries have their rotary part first, too: the order of numbers
+does not change a product.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,57 +19,62 @@ from hotset.attention.inputs import to_device
 from hotset.attention.latent import LatentWeights
 from hotset.attention.spec import LayerAttention
 
-# See `kernels.merge_states`.
-Merge: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
-    """A piece, the wrapper that is planned for its size, and where its rows are.
+class ExpandedKernels:
+    """What runs beside products.
 
     Attributes:
-        blocks: `[S]` int64.
-        offsets: `[S]` int64.
+        wrapper: FlashInfer's `BatchPrefillWithRaggedKVCacheWrapper`.
+        gather: `kernels.gather_latents`.
+        merge: `kernels.merge_states`.
     """
 
     wrapper: Any
-    blocks: torch.Tensor
-    offsets: torch.Tensor
+    gather: Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor, torch.Tensor], None]
+    merge: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedPrompt:
-    """A long prompt of a step, planned."""
+    """A long prompt of a step, planned.
+
+    Attributes:
+        rows: of the step.
+        block_table: `[n]` int32, of the whole context.
+        pieces: each with the wrapper that is planned for its size.
+    """
 
     rows: slice
-    pieces: list[_Planned]
+    block_table: torch.Tensor
+    pieces: list[tuple[Any, Piece]]
 
 
 class ExpandedPrompts:
     """Plans long prompts and attends to what they see.
 
-    Pieces of one size of one prompt share a plan, so that a step has three plans per prompt.
+    Pieces of one size of one prompt share a plan, and all layers do, so that a step has at most
+    three plans per prompt.
 
     Args:
-        wrapper_class: FlashInfer's `BatchPrefillWithRaggedKVCacheWrapper`.
+        kernels: see there.
         workspace: for all wrappers, which run one after another.
         asked: what each layer asks for.
-        merge: joins attention over two pieces.
-        block_size: tokens of a block.
+        piece_tokens: most tokens of a piece.
     """
 
     def __init__(
         self,
-        wrapper_class: Any,
+        kernels: ExpandedKernels,
         workspace: torch.Tensor,
         asked: LayerAttention,
-        merge: Merge,
         *,
-        block_size: int,
+        piece_tokens: int,
     ) -> None:
-        self._wrapper_class, self._workspace = wrapper_class, workspace
-        self._asked, self._merge, self._block_size = asked, merge, block_size
+        self.kernels, self.piece_tokens = kernels, piece_tokens
+        self._workspace, self._asked = workspace, asked
         self._wrappers: list[Any] = []
+        self._made: torch.Tensor | None = None  # `[S, H, D + D_v]`, for one piece after another
 
     def plan(self, prompts: Sequence[LongPrompt]) -> list[PlannedPrompt]:
         """Plan the long prompts of a step; good until the next call.
@@ -78,13 +90,14 @@ class ExpandedPrompts:
                 if kind not in wrappers:
                     wrappers[kind] = self._planned(num_used, prompt.num_tokens, piece)
                     num_used += 1
-                pieces.append(self._placed(wrappers[kind], prompt, piece))
-            planned.append(PlannedPrompt(prompt.rows, pieces))
+                pieces.append((wrappers[kind], piece))
+            blocks = to_device(np.asarray(prompt.block_table, np.int32), self._workspace.device)
+            planned.append(PlannedPrompt(prompt.rows, blocks, pieces))
         return planned
 
     def _planned(self, index: int, num_queries: int, piece: Piece) -> Any:
         if index == len(self._wrappers):
-            wrapper = self._wrapper_class(self._workspace, "NHD", backend="fa3")
+            wrapper = self.kernels.wrapper(self._workspace, "NHD", backend="fa3")
             self._wrappers.append(wrapper)
         heads, asked = self._asked.heads, self._asked
         self._wrappers[index].plan(
@@ -101,19 +114,14 @@ class ExpandedPrompts:
         )
         return self._wrappers[index]
 
-    def _placed(self, wrapper: Any, prompt: LongPrompt, piece: Piece) -> _Planned:
-        positions = np.arange(piece.first, piece.first + piece.num_tokens)
-        blocks = np.asarray(prompt.block_table, np.int64)[positions // self._block_size]
-        places = np.stack([blocks, positions % self._block_size])
-        return _Planned(wrapper, *to_device(places, self._workspace.device).unbind())
-
     def attend(
         self,
         prompt: PlannedPrompt,
         weights: LatentWeights,
         cache: torch.Tensor,
         query: torch.Tensor,
-    ) -> torch.Tensor:
+        output: torch.Tensor,
+    ) -> None:
         """Attend from the prompt's queries to a layer's rows.
 
         Args:
@@ -121,31 +129,55 @@ class ExpandedPrompts:
             weights: the layer's.
             cache: `[num_blocks, block_size, R + P]`, with the step's own rows.
             query: `[H, T, D]`.
-
-        Returns:
-            `[T, H, D_v]`.
+            output: `[T, H, D_v]`, contiguous. Mutated.
         """
-        asked = query.transpose(0, 1).contiguous()
-        output: torch.Tensor | None = None
-        sums: torch.Tensor | None = None
-        for piece in prompt.pieces:
-            keys, values = _expanded(weights, cache[piece.blocks, piece.offsets])
-            part, part_sums = piece.wrapper.run(asked, keys, values, return_lse=True)
-            if output is None or sums is None:
-                output, sums = part, part_sums
-            else:
-                self._merge(output, sums, part, part_sums)
-        assert output is not None
-        return output
+        asked = _rotary_first(query, weights.nope_dim)
+        sums = torch.empty(asked.shape[:2], dtype=torch.float32, device=query.device)
+        place, place_sums = output, sums
+        for index, (wrapper, piece) in enumerate(prompt.pieces):
+            keys, values = self.expand(piece, prompt.block_table, weights, cache)
+            if index == 1:
+                place, place_sums = torch.empty_like(output), torch.empty_like(sums)
+            wrapper.run(asked, keys, values, out=place, lse=place_sums, return_lse=True)
+            if index:
+                self.kernels.merge(output, sums, place, place_sums)
+
+    def expand(
+        self,
+        piece: Piece,
+        block_table: torch.Tensor,
+        weights: LatentWeights,
+        cache: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys `[S, H, D]`, rotary part first, and values `[S, H, D_v]`; good until the next call.
+
+        Args:
+            piece: S tokens of a context.
+            block_table: `[n]` int32, of the whole context.
+            weights: the layer's.
+            cache: as for `attend`.
+        """
+        heads = self._asked.heads
+        rank = weights.heads.shape[-1]
+        if self._made is None:
+            shape = (self.piece_tokens, heads.num_kv_heads, heads.key_dim + heads.value_dim)
+            self._made = cache.new_empty(shape)
+        made = self._made[: piece.num_tokens]
+        latents = cache.new_empty(piece.num_tokens, rank)
+        self.kernels.gather(cache, block_table, piece.first, latents, made)
+        rope_dim = heads.key_dim - weights.nope_dim
+        torch.bmm(
+            latents.expand(heads.num_kv_heads, -1, -1),
+            weights.heads.transpose(1, 2),
+            out=made[..., rope_dim:].transpose(0, 1),
+        )
+        return made[..., : heads.key_dim], made[..., heads.key_dim :]
 
 
-def _expanded(weights: LatentWeights, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys `[S, H, D]` and values `[S, H, D_v]`, as the kernel reads them, of `[S, R + P]` rows.
-
-    As `LatentWeights.expand`, in another order of dimensions.
-    """
-    num_heads, _, rank = weights.heads.shape
-    rotary = rows[:, rank:].unsqueeze(1).expand(-1, num_heads, -1)
-    heads = torch.mm(rows[:, :rank], weights.heads.flatten(0, 1).T).view(len(rows), num_heads, -1)
-    keys = torch.cat((heads[..., : weights.nope_dim], rotary), dim=-1)
-    return keys, heads[..., weights.nope_dim :]
+def _rotary_first(query: torch.Tensor, nope_dim: int) -> torch.Tensor:
+    """`[T, H, D]` of `[H, T, D]`, with the last `D - nope_dim` numbers first."""
+    num_heads, num_tokens, width = query.shape
+    asked = query.new_empty(num_tokens, num_heads, width)
+    asked[..., : width - nope_dim] = query[..., nope_dim:].transpose(0, 1)
+    asked[..., width - nope_dim :] = query[..., :nope_dim].transpose(0, 1)
+    return asked

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from hotset.attention.backend import RecordableBackend, Run
-from hotset.attention.batch import Batch, SequenceSpan
+from hotset.attention.batch import Batch
 from hotset.attention.flashinfer.build import building, importing, why_not_built
-from hotset.attention.flashinfer.expanded import ExpandedPrompts
+from hotset.attention.flashinfer.expanded import ExpandedKernels, ExpandedPrompts
 from hotset.attention.flashinfer.kernels import KernelBuild, start_kernels
 from hotset.attention.flashinfer.latent_rows import (
     LATENT_WORKSPACE_BYTES,
@@ -29,6 +29,7 @@ from hotset.attention.flashinfer.long_prompts import (
     LongPrompt,
     can_expand,
     long_prompts,
+    most_piece_tokens,
     rows_between,
 )
 from hotset.attention.inputs import Inputs, to_device
@@ -73,6 +74,7 @@ class LatentBackend(RecordableBackend):
             from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
             from flashinfer.mla import BatchMLAPagedAttentionWrapper
 
+            from hotset.kernels.gather_latents import gather_latents
             from hotset.kernels.merge_states import merge_states
             from hotset.kernels.store_latent import store_latent
         self.store_latent = store_latent
@@ -81,11 +83,10 @@ class LatentBackend(RecordableBackend):
         self._kernels = kernels or start_kernels(layers, arena.storage.dtype, arena.storage.device)
         self._set_up(arena, layers, LATENT_WORKSPACE_BYTES)
         self.expanded = ExpandedPrompts(
-            BatchPrefillWithRaggedKVCacheWrapper,
+            ExpandedKernels(BatchPrefillWithRaggedKVCacheWrapper, gather_latents, merge_states),
             self._workspace,
             layers[0],
-            merge_states,
-            block_size=arena.block_size,
+            piece_tokens=most_piece_tokens(layers[0].heads),
         )
         self._expands: bool | None = None  # not known yet
         if waits:
@@ -140,17 +141,17 @@ class LatentBackend(RecordableBackend):
         return True
 
     def _can_expand(self) -> bool:
-        """Try the kernel for long prompts."""
+        """Try the kernels for long prompts, with two pieces."""
         asked, heads = self._asked, self._asked.heads
-        tokens = [SequenceSpan(0, 2, 2, [self.arena.num_blocks - 1])]
-        prompt = LongPrompt(slice(0, 2), 0, tokens[0].block_table)
+        prompt = LongPrompt(slice(0, 1), 1, [self.arena.num_blocks - 1], 1)
         query = torch.zeros(
-            asked.num_heads, 2, heads.key_dim, dtype=asked.dtype, device=self.device
+            asked.num_heads, 1, heads.key_dim, dtype=asked.dtype, device=self.device
         )
+        output = query.new_empty(1, asked.num_heads, heads.value_dim)
         self.wait_for_plan()
         try:
             [planned] = self.expanded.plan([prompt])
-            self.expanded.attend(planned, self.weights[0], self.arena.layers[0], query)
+            self.expanded.attend(planned, self.weights[0], self.arena.layers[0], query, output)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler that is not there makes of it
@@ -165,7 +166,9 @@ class LatentBackend(RecordableBackend):
         """The prompts of a step that attend to keys and values of all heads."""
         if self._expands is None and batch.num_decodes < len(batch.sequences):
             self.use_all_kernels(waits=False)
-        return long_prompts(batch.sequences, self._spec) if self._expands else []
+        if not self._expands:
+            return []
+        return long_prompts(batch.sequences, self._spec, self.expanded.piece_tokens)
 
     def begin_step(self, batch: Batch, inputs: Inputs) -> LatentAttention:
         """See `AttentionBackend`."""

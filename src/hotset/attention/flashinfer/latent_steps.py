@@ -60,8 +60,8 @@ class PlannedWithPrompts:
             output[rows] = weights.mix(latents.transpose(0, 1)).transpose(0, 1)
         cache = backend.arena.layers[layer]
         for prompt in self.prompts:
-            found = backend.expanded.attend(prompt, weights, cache, query[:, prompt.rows])
-            output[prompt.rows] = found
+            asked, own = query[:, prompt.rows], output[prompt.rows]
+            backend.expanded.attend(prompt, weights, cache, asked, own)
         return output
 
 
