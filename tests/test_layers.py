@@ -35,6 +35,7 @@ ORDER = [
     "cost",
     "kernels",
     "linear",
+    "parallel",
     "memory",
     "kv",
     "grammar",

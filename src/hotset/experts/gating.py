@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -164,9 +164,7 @@ def dynamic_experts(
         out = experts.buffer.forward(layer, *step)
     else:
         out = compute_resident(layer, experts, *step)
-    if shard is not None:
-        distributed.all_reduce(out, group=shard.group)
-    return out
+    return out if experts.combine is None else experts.combine(out)
 
 
 def move_but_experts(model: nn.Module, device: torch.device) -> None:

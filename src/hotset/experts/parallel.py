@@ -98,10 +98,15 @@ def shard_experts(
         )
     for number, (experts, placement) in enumerate(zip(layers, placements, strict=True)):
         _check(number, experts, placement, num_ranks)
+
+    def combine(out: torch.Tensor) -> torch.Tensor:
+        distributed.all_reduce(out, group=group)
+        return out
+
     freed_bytes = 0
     for experts, placement in zip(layers, placements, strict=True):
         local_ids = LocalIds(placement, rank, model.device)
-        freed_bytes += experts.spread(Shard(local_ids, group), local_ids.experts)
+        freed_bytes += experts.spread(Shard(local_ids), local_ids.experts, combine)
     return freed_bytes
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
@@ -70,15 +70,13 @@ State: TypeAlias = Resident | Packed | Hosted
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of the experts that this rank has, whatever state they are in.
+    """The experts that this rank has, whatever state they are in; others have the others.
 
     Attributes:
         local_ids: from `[T, K]` ids of the router to the rank's own, `num_experts` for others'.
-        group: of the ranks, which sum what they computed.
     """
 
     local_ids: Callable[[torch.Tensor], torch.Tensor]
-    group: distributed.ProcessGroup | None
 
 
 class LayerExperts:
@@ -101,6 +99,7 @@ class LayerExperts:
         state: where the weights are.
         is_skipped: whether experts add nothing for now, while a model is probed.
         shard: None where this rank has all experts.
+        combine: sums over ranks what they compute; None where this one computes all.
         counts: None where no recorder counts.
         narrow_in_file: how the checkpoint has the weights that are to be read in few bits, as they
             are there; None where they are not.
@@ -124,6 +123,7 @@ class LayerExperts:
         self.state: State = Resident()
         self.is_skipped = False
         self.shard: Shard | None = None
+        self.combine: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.counts: LayerCounts | None = None
         self.narrow_in_file: NarrowLayout | None = None
 
@@ -260,8 +260,16 @@ class LayerExperts:
                 self._set(name, weight.to(device))
         self.state = Resident()
 
-    def spread(self, shard: Shard, mine: Sequence[int]) -> int:
-        """Keep this rank's experts, `mine` by their ids, and no others; returns bytes let go."""
+    def spread(
+        self,
+        shard: Shard,
+        mine: Sequence[int],
+        combine: Callable[[torch.Tensor], torch.Tensor],
+    ) -> int:
+        """Keep this rank's experts, `mine` by their ids, and no others; returns bytes let go.
+
+        `combine` is as the attribute.
+        """
         assert isinstance(self.state, Resident) and self.shard is None
         module, freed_bytes = self.module, 0
         for name, weight in list(module._parameters.items()):
@@ -272,7 +280,7 @@ class LayerExperts:
             module._parameters[name] = nn.Parameter(kept, requires_grad=weight.requires_grad)
         self.num_experts = module.num_experts = len(mine)
         self.masks_others = True
-        self.shard = shard
+        self.shard, self.combine = shard, combine
         return freed_bytes
 
     def _take_packed(self, name: str) -> list[PackedLinear]:

@@ -1,0 +1,80 @@
+"""A model of which this process' rank has its part."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hotset.errors import ModelError
+from hotset.experts.gating import layers_to_gate
+from hotset.experts.slices import slice_experts
+from hotset.experts.weights import experts_of, is_experts
+from hotset.parallel.collectives import all_reduce
+from hotset.parallel.cuts import Cut, Index, Table, find_cuts
+from hotset.parallel.group import current
+from hotset.parallel.linears import Gathered, Summed, cut_linear
+
+
+class ModelCutter:
+    """Cuts the layers of a model for this rank; does nothing in a group of one.
+
+    Args:
+        outline: the model, whole, on `meta` or not: its layers are looked at and left alone.
+        name: of the model, for messages.
+
+    Raises:
+        ConfigError, ModelError: it cannot be cut for so many ranks; see `find_cuts`.
+    """
+
+    def __init__(self, outline: Any, name: str) -> None:
+        self._rank, size = current().rank, current().size
+        self._table = Table(1, {}, {}) if size == 1 else find_cuts(outline, size, name)
+        self._name = name
+        self._vocab_size = outline.config.get_text_config().vocab_size
+        if Cut.EXPERTS in self._table.cuts.values() and not layers_to_gate(outline):
+            raise ModelError(
+                f"{name} computes its experts in its own way, which ranks cannot share; use one GPU"
+            )
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all layers stay whole."""
+        return self._table.size == 1
+
+    @torch.no_grad()
+    def cut(self, path: str, module: nn.Module) -> dict[str, Index]:
+        """Leave a module with this rank's part, in place, if it is one to be cut.
+
+        Returns:
+            By name of a parameter, which part of it is left; those of experts are not told.
+        """
+        how = self._table.cuts.get(path)
+        if how is None:
+            return {}
+        if how is Cut.EXPERTS:
+            slice_experts(experts_of(module), self._rank, self._table.size, self._name)
+            return {}
+        return cut_linear(module, self._table, path, self._rank)
+
+    def cut_all(self, model: nn.Module) -> dict[str, Index]:
+        """`cut` for every module; returns the parts by the whole name of a parameter."""
+        parts = {}
+        for path, module in list(model.named_modules()):
+            for name, part in self.cut(path, module).items():
+                parts[f"{path}.{name}"] = part
+        return parts
+
+    def join_outputs(self, model: nn.Module) -> None:
+        """Have layers that are cut give what whole ones do, by sums over ranks and the like.
+
+        The last of all changes, as paths of layers change.
+        """
+        for path, how in self._table.cuts.items():
+            module = model.get_submodule(path)
+            if how is Cut.EXPERTS:
+                assert is_experts(module)
+                experts_of(module).combine = all_reduce
+            elif how is not Cut.COLUMNS:
+                parent, _, child = path.rpartition(".")
+                joined = Summed(module) if how is Cut.ROWS else Gathered(module, self._vocab_size)
+                setattr(model.get_submodule(parent), child, joined)

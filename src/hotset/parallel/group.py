@@ -1,0 +1,134 @@
+"""The ranks of this process' model: who they are, and what they tell each other."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import distributed
+from torch._C._distributed_c10d import Store, TCPStore
+
+# Graphs hold one communicator, whose launches are all on one stream; NVLink multicast is left off
+# unless the environment asks for it, as not all machines let a process have it.
+_ENVIRONMENT = {
+    "NCCL_GRAPH_MIXING_SUPPORT": "0",
+    "NCCL_NVLS_ENABLE": "0",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    # One kind of failure is told by one rank: PyTorch's own watchdog would end the process first.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+}
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(slots=True)
+class Group:
+    """This rank, and those that it computes with.
+
+    Attributes:
+        rank: of this process, from 0 on.
+        size: how many ranks there are.
+        device: of this rank.
+        is_alone: whether collectives give back what this rank brings, see `alone`.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    is_alone: bool = False
+
+
+_ONE = Group(0, 1, torch.device("cpu"), is_alone=True)
+_current = _ONE
+
+
+def current() -> Group:
+    """The group of this process; of one rank where none was joined."""
+    return _current
+
+
+def serve_store(size: int, timeout_s: float) -> TCPStore:
+    """A place on this host where `size` ranks find each other; see its `port`."""
+    return TCPStore(
+        _LOOPBACK, 0, size, is_master=True, wait_for_workers=False, timeout=_span(timeout_s)
+    )
+
+
+def find_store(port: int, size: int, timeout_s: float) -> TCPStore:
+    """The same place, from another process."""
+    return TCPStore(_LOOPBACK, port, size, is_master=False, timeout=_span(timeout_s))
+
+
+def join(store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Group:
+    """Become one of `size` ranks on this host; returns when all have.
+
+    On a GPU collectives are NCCL's, and gloo's for what is on the CPU; else all are gloo's.
+
+    Args:
+        store: where ranks find each other.
+        rank: of this process.
+        size: of the group.
+        device: of this rank.
+        timeout_s: how long a collective on the CPU waits for the others.
+    """
+    global _current
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=_span(timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    _current = Group(rank, size, device)
+    return _current
+
+
+def leave() -> None:
+    """Undo `join`, when no rank has a collective under way."""
+    global _current
+    if _current is not _ONE:
+        distributed.destroy_process_group()
+        _current = _ONE
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it this rank runs the model by itself: sums are its own parts, shapes are right."""
+    was_alone, _current.is_alone = _current.is_alone, True
+    try:
+        yield
+    finally:
+        _current.is_alone = was_alone
+
+
+def least(values: Sequence[int]) -> list[int]:
+    """For each value the least that a rank brings; every rank has to call it."""
+    if _current.size == 1:
+        return list(values)
+    all_values = torch.tensor(values, dtype=torch.int64)
+    distributed.all_reduce(all_values, distributed.ReduceOp.MIN)
+    found: list[int] = all_values.tolist()
+    return found
+
+
+def agreed(seconds: float) -> float:
+    """What rank 0 brings, for choices that go by a stopwatch; every rank has to call it."""
+    if _current.size == 1:
+        return seconds
+    value = torch.tensor([seconds], dtype=torch.float64)
+    distributed.broadcast(value, 0)
+    return float(value)
+
+
+def _span(seconds: float) -> timedelta:
+    return timedelta(seconds=seconds)
