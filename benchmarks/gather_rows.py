@@ -84,7 +84,7 @@ class Work:
         *,
         is_sorted: bool = False,
     ) -> None:
-        self.source, self.run = source, RowRun(0, row_bytes, BLOCK_SIZE, BLOCK_SIZE)
+        self.source, self.run = source, RowRun(0, row_bytes, 1, BLOCK_SIZE, BLOCK_SIZE, 1)
         self.num_rows = seats * rows
         most = len(source) * BLOCK_SIZE
         # Other rows with each launch, as the device keeps what it read a moment ago.

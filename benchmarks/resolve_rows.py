@@ -29,7 +29,7 @@ def seated(num_seats: int, num_slots: int) -> SeatTables:
     sizes = {"num_seats": num_seats, "num_slots": num_slots, "block_size": BLOCK_SIZE}
     tables = SeatTables(
         **sizes,
-        num_selections=1,
+        rows_per_token=[1],
         max_num_tokens=CONTEXT,
         rows_per_block=BLOCK_SIZE,
         device=torch.device("cuda"),

@@ -47,11 +47,12 @@ def _find_rows(
     *,
     block_size: int,
     rows_per_block: int,
+    rows_per_token: int,
     num_blocks: int,
 ) -> None:
     places = positions.clamp(min=0)
     blocks = tokens.block_ids[(tokens.starts[:, None] + places // block_size).long()]
-    found = blocks * rows_per_block + places % block_size
+    found = blocks * rows_per_block + places % block_size * rows_per_token
     rows.copy_(found.masked_fill((positions < 0) | (blocks >= num_blocks), -1))
 
 

@@ -87,7 +87,8 @@ class MemoryOptions(Group):
         "Rows of hot requests that are fetched early: 0 none, 1 those of layers that share a "
         "selection.",
         bounds=Bounds("0 or 1", 0, 1),
-        more="On a GPU, while the layers before them compute.",
+        more="On a GPU, while the layers before them compute. With 0 they come with the rows of "
+        "the layer that selects.",
         keeps_answers=True,
     )
     disk_gib: float = option(

@@ -16,6 +16,13 @@ pytestmark = pytest.mark.gpu
 BLOCK_SIZE, NUM_LAYERS, SELECTED, NUM_SLOTS, NUM_SEATS, CONTEXT = 64, 3, 2048, 4096, 5, 9000
 ROW_BYTES = 1152
 ROWS_PER_BLOCK = NUM_LAYERS * BLOCK_SIZE
+_RUN = RowRun(0, ROW_BYTES, 1, BLOCK_SIZE, ROWS_PER_BLOCK, 1)
+_PAIR = _RUN._replace(start_bytes=BLOCK_SIZE * ROW_BYTES, rows_per_token=2)
+# Of each layer that selects: one alone, and two whose rows come one after another or at once.
+RUNS = {
+    "one by one": [[_RUN], [_PAIR, _PAIR._replace(start_bytes=_PAIR.start_bytes + ROW_BYTES)]],
+    "at once": [[_RUN], [_PAIR._replace(num_layers=2)]],
+}
 CONTEXT_BLOCKS = CONTEXT // BLOCK_SIZE + 1
 NUM_BLOCKS = NUM_SEATS * NUM_SLOTS // BLOCK_SIZE
 SIZES = {"num_seats": NUM_SEATS, "num_slots": NUM_SLOTS, "block_size": BLOCK_SIZE}
@@ -24,11 +31,11 @@ SIZES = {"num_seats": NUM_SEATS, "num_slots": NUM_SLOTS, "block_size": BLOCK_SIZ
 class Side:
     """Tables and memory on one device."""
 
-    def __init__(self, device: str, host: torch.Tensor) -> None:
-        self.host = host
+    def __init__(self, device: str, host: torch.Tensor, runs: list[list[RowRun]]) -> None:
+        self.host, self.runs = host, runs
         self.tables = SeatTables(
             **SIZES,
-            num_selections=NUM_LAYERS - 1,  # the last layer uses the selection of the one before
+            rows_per_token=[1, 2],  # the last layer uses the selection of the one before
             max_num_tokens=CONTEXT,
             rows_per_block=ROWS_PER_BLOCK,
             device=torch.device(device),
@@ -45,13 +52,11 @@ class Side:
         gather = gather_rows if self.memory.is_cuda else hot_reference.gather
         self.rows.fill_(-1)
         listed = []
-        for layer in range(NUM_LAYERS):
-            if layer < NUM_LAYERS - 1:
-                chosen = self.selection[layer], self.rows[layer], self.seats
-                listed.append(self.tables.resolve(layer, *chosen))
-            start = layer * BLOCK_SIZE * ROW_BYTES
-            run = RowRun(start, ROW_BYTES, BLOCK_SIZE, ROWS_PER_BLOCK)
-            gather(self.host, self.memory, *listed[-1], run)
+        for layer, runs in enumerate(self.runs):
+            chosen = self.selection[layer], self.rows[layer], self.seats
+            listed.append(self.tables.resolve(layer, *chosen))
+            for run in runs:
+                gather(self.host, self.memory, *listed[-1], run)
         return listed
 
 
@@ -63,12 +68,13 @@ def select(length: int, rng: torch.Generator) -> torch.Tensor:
     return torch.nn.functional.pad(chosen, (0, SELECTED - len(chosen)), value=-1)
 
 
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("length", [NUM_SLOTS - 1, NUM_SLOTS, NUM_SLOTS + 1, CONTEXT])
-def test_64_replays_leave_what_the_reference_leaves(length: int) -> None:
+def test_64_replays_leave_what_the_reference_leaves(length: int, runs: list[list[RowRun]]) -> None:
     torch.manual_seed(0)
     shape = (NUM_SEATS * CONTEXT_BLOCKS, ROWS_PER_BLOCK * ROW_BYTES + 4096)
     host = torch.randint(0, 256, shape, dtype=torch.uint8).pin_memory()
-    device, cpu = Side("cuda", host), Side("cpu", host)
+    device, cpu = Side("cuda", host, runs), Side("cpu", host, runs)
     device.step()  # loads the kernels; nobody has a seat
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

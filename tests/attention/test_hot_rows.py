@@ -12,7 +12,7 @@ from hotset.memory.arena import DeviceArena
 LATENT = Latent(6, 2, KeysValues(2, 8, 8))
 
 
-def hot_rows(index_dims: list[int]) -> tuple[HotRows, list[Any]]:
+def hot_rows(index_dims: list[int], *, ahead: bool = False) -> tuple[HotRows, list[Any]]:
     """Rows of layers of which those with a width select; and what is fetched, in order."""
     arena = DeviceArena(
         [LATENT] * len(index_dims),
@@ -24,11 +24,11 @@ def hot_rows(index_dims: list[int]) -> tuple[HotRows, list[Any]]:
     )
     totals = torch.tensor([[5, 3, 0]] * sum(dim > 0 for dim in index_dims))
     tables: Any = SimpleNamespace(totals=totals)
-    layers: Any = [SimpleNamespace(index_dim=dim) for dim in index_dims]
-    hot, fetched = HotRows(tables, arena, torch.zeros(2, 8, dtype=torch.uint8), layers), []
+    host, fetched = torch.zeros(2, 8, dtype=torch.uint8), []
+    hot = HotRows(tables, arena, host, fetches_ahead=ahead)
 
-    def gather(host: Any, blocks: Any, places: Any, rows: Any, counts: Any, run: Any) -> None:
-        fetched.append((run.start_bytes, run.row_bytes, run.rows_per_block))
+    def gather(*arguments: Any, **options: Any) -> None:
+        fetched.append((arguments[-1], len(options)))
 
     hot._gather = gather
     return hot, fetched
@@ -37,11 +37,21 @@ def hot_rows(index_dims: list[int]) -> tuple[HotRows, list[Any]]:
 MISSES: Any = (None, None, None)
 
 
-def test_each_layer_fetches_where_its_rows_are() -> None:
-    hot, fetched = hot_rows([3, 0, 3])
-    for layer in range(3):
+def attend(hot: HotRows, num_layers: int, fetched: list[Any]) -> list[int]:
+    """Have each layer fetch; how many fetches there were after each."""
+    counts = []
+    for layer in range(num_layers):
         hot.fetch(layer, [MISSES])
-    assert fetched == [(0, 32, 12), (4 * 32, 32, 12), (8 * 32, 32, 12)]
+        counts.append(len(fetched))
+    return counts
+
+
+def test_layers_that_share_a_selection_fetch_their_rows_at_once_where_they_are() -> None:
+    hot, fetched = hot_rows([3, 0, 3])
+    assert attend(hot, 3, fetched) == [1, 1, 2]
+    # Bytes of the start, bytes of a row, layers, tokens of a block, rows per block and token.
+    expected = [(0, 32, 2, 4, 12, 2), (2 * 4 * 32, 32, 1, 4, 12, 1)]
+    assert [run for run, _ in fetched] == expected
 
 
 def test_rows_of_layers_that_share_a_selection_count_as_often_as_they_are_fetched() -> None:
@@ -56,7 +66,7 @@ class FakeAhead:
         self.started: list[int] = []
         self.waited: list[int] = []
 
-    def run(self, layers: range, work: Any) -> None:
+    def run(self, layers: list[int], work: Any) -> None:
         for layer in layers:
             work(layer)
             self.started.append(layer)
@@ -67,16 +77,25 @@ class FakeAhead:
 
 
 def test_layers_that_share_a_selection_have_their_rows_fetched_with_the_first_and_wait() -> None:
-    hot, _ = hot_rows([3, 0, 0, 3, 0])
-    fetched = []
-
-    def gather(*arguments: Any, **options: Any) -> None:
-        fetched.append((arguments[-1].start_bytes // (4 * 32), len(options)))
-
-    hot._gather, hot._ahead = gather, FakeAhead()  # type: ignore[assignment]
-    for layer in range(5):
-        hot.fetch(layer, [MISSES])
-        wanted = {0: [0, 1, 2], 1: [0, 1, 2], 2: [0, 1, 2]}.get(layer, [0, 1, 2, 3, 4])
-        assert [number for number, _ in fetched] == wanted
-    assert hot._ahead.waited == [1, 2, 4]  # type: ignore[union-attr]
+    hot, fetched = hot_rows([3, 0, 0, 0, 3, 0], ahead=True)
+    hot._ahead = FakeAhead()  # type: ignore[assignment]
+    assert attend(hot, 6, fetched) == [3, 3, 3, 3, 5, 5]
+    assert hot._ahead.waited == [1, 2, 5]  # type: ignore[union-attr]
     assert [num_options for _, num_options in fetched] == [0, 1, 1, 0, 1]  # fewer programs beside
+    assert [run for run, _ in fetched] == AHEAD
+
+
+# The first layer's rows, those of the next, and then those of the next two.
+AHEAD = [
+    (0, 32, 1, 4, 24, 4),
+    (32, 32, 1, 4, 24, 4),
+    (2 * 32, 32, 2, 4, 24, 4),
+    (4 * 4 * 32, 32, 1, 4, 24, 2),
+    ((4 * 4 + 1) * 32, 32, 1, 4, 24, 2),
+]
+
+
+def test_a_cpu_fetches_ahead_in_the_same_parts_each_before_its_first_layer() -> None:
+    hot, fetched = hot_rows([3, 0, 0, 0, 3, 0], ahead=True)
+    assert attend(hot, 6, fetched) == [1, 2, 3, 3, 4, 5]
+    assert [run for run, _ in fetched] == AHEAD

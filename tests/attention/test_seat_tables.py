@@ -22,10 +22,11 @@ from hotset.kernels.hot_reference import RowRun
 from hotset.kernels.resolve_rows import resolve_rows
 from hotset.kv.seats import DeviceBlock, HostSlot, Seat, Seats, SlotBlock
 
-BLOCK_SIZE, NUM_LAYERS, SELECTED, NUM_SLOTS, NUM_SEATS = 4, 2, 6, 8, 3
+BLOCK_SIZE, SELECTED, NUM_SLOTS, NUM_SEATS = 4, 6, 8, 3
+GROUPS = (1, 2)  # layers of each selection
 MOST_TOKENS, DEVICE_BLOCKS, HOST_SLOTS = 40, 24, 40
 ROW_BYTES = 8  # one number, which tells the request, the layer and the position
-ROWS_PER_BLOCK = NUM_LAYERS * BLOCK_SIZE
+ROWS_PER_BLOCK = sum(GROUPS) * BLOCK_SIZE
 EMPTY = -1
 
 
@@ -36,7 +37,7 @@ class Hot:
         self.seat, self.number = seat, number
         self.table = table  # device blocks of its tokens; -1: in host memory alone
         self.num_tokens = len(table) * BLOCK_SIZE
-        # By layer: slot -> the position it holds, from the longest unused to the last used.
+        # By selection: slot -> the position it holds, from the longest unused to the last used.
         self.slots: list[OrderedDict[int, int]] = []
 
 
@@ -51,7 +52,7 @@ class SeatMachine(RuleBasedStateMachine):
         self.seats = Seats(**sizes)
         self.tables = SeatTables(
             **sizes,
-            num_selections=NUM_LAYERS,
+            rows_per_token=GROUPS,
             max_num_tokens=MOST_TOKENS,
             rows_per_block=ROWS_PER_BLOCK,
             device=torch.device("cpu"),
@@ -65,9 +66,14 @@ class SeatMachine(RuleBasedStateMachine):
 
     def values(self, number: int, index: int) -> torch.Tensor:
         """What block `index` of a request holds, all layers."""
-        layer, offset = torch.arange(ROWS_PER_BLOCK) // BLOCK_SIZE, torch.arange(BLOCK_SIZE)
-        position = index * BLOCK_SIZE + offset.repeat(NUM_LAYERS)
-        return number * 10_000 + layer * 1_000 + position
+        position = index * BLOCK_SIZE + torch.arange(BLOCK_SIZE)
+        rows = [self.rows_at(number, group, position).flatten() for group in range(len(GROUPS))]
+        return torch.cat(rows)
+
+    def rows_at(self, number: int, group: int, position: torch.Tensor) -> torch.Tensor:
+        """What tokens at `[T]` positions have in the layers of a group, `[T, layers]`."""
+        layers = 10 * group + torch.arange(GROUPS[group])
+        return number * 100_000 + layers * 1_000 + position[:, None]
 
     def take_block(self, number: int, index: int) -> DeviceBlock:
         block = DeviceBlock(self.free_blocks.pop())
@@ -95,7 +101,7 @@ class SeatMachine(RuleBasedStateMachine):
             self.place(hot, index)
         held = [-1] * (NUM_SLOTS - num_kept * BLOCK_SIZE)
         held += [i * BLOCK_SIZE + offset for i in kept for offset in range(BLOCK_SIZE)]
-        hot.slots = [OrderedDict(enumerate(held)) for _ in range(NUM_LAYERS)]
+        hot.slots = [OrderedDict(enumerate(held)) for _ in GROUPS]
         self.hot.append(hot)
 
     @precondition(lambda self: self.hot)
@@ -129,16 +135,16 @@ class SeatMachine(RuleBasedStateMachine):
         for hot in self.hot:
             for block in hot.seat.slot_blocks:
                 self.device[block] = EMPTY
-            hot.slots = [OrderedDict.fromkeys(range(NUM_SLOTS), -1) for _ in range(NUM_LAYERS)]
+            hot.slots = [OrderedDict.fromkeys(range(NUM_SLOTS), -1) for _ in GROUPS]
 
     @precondition(lambda self: self.hot)
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
-        """Both layers select, of some of the requests and of one that is not hot."""
+        """All that select do so, of some of the requests and of one that is not hot."""
         self.tables.apply(self.seats.take_updates())
         chosen = data.draw(st.lists(st.sampled_from(self.hot), unique=True, min_size=1))
         seats = torch.tensor([-1, *(hot.seat.number for hot in chosen)])
-        for layer in range(NUM_LAYERS):
+        for layer in range(len(GROUPS)):
             selection = torch.full((len(seats), SELECTED), -1, dtype=torch.int32)
             rows = torch.full_like(selection, -1)
             for i, hot in enumerate(chosen, 1):
@@ -149,7 +155,7 @@ class SeatMachine(RuleBasedStateMachine):
                 for k, position in enumerate(positions):
                     index, offset = divmod(position, BLOCK_SIZE)
                     if hot.table[index] >= 0:
-                        rows[i, k] = hot.table[index] * ROWS_PER_BLOCK + offset
+                        rows[i, k] = hot.table[index] * ROWS_PER_BLOCK + offset * GROUPS[layer]
             self.attend(layer, seats, chosen, selection, rows)
 
     def attend(
@@ -162,17 +168,17 @@ class SeatMachine(RuleBasedStateMachine):
     ) -> None:
         resident = rows >= 0
         misses = self.tables.resolve(layer, selection, rows, seats)
-        run = RowRun(layer * BLOCK_SIZE * ROW_BYTES, ROW_BYTES, BLOCK_SIZE, ROWS_PER_BLOCK)
+        start, count = sum(GROUPS[:layer]) * BLOCK_SIZE * ROW_BYTES, GROUPS[layer]
+        run = RowRun(start, ROW_BYTES, count, BLOCK_SIZE, ROWS_PER_BLOCK, count)
         self.gather(self.host.view(torch.uint8), self.device.view(torch.uint8), *misses, run)
         assert (rows[0] == -1).all()
         for i, hot in enumerate(chosen, 1):
             wanted = [int(p) for p in selection[i] if p >= 0]
-            count = len(wanted)
-            assert len(set(rows[i, :count].tolist())) == count, "two tokens have one row"
-            flat = self.device.view(DEVICE_BLOCKS, NUM_LAYERS, BLOCK_SIZE)[:, layer]
-            for position, row in zip(wanted, rows[i].tolist(), strict=False):
-                block, offset = divmod(row, ROWS_PER_BLOCK)
-                assert flat[block, offset] == hot.number * 10_000 + layer * 1_000 + position
+            at = rows[i, : len(wanted)]
+            assert len(set(at.tolist())) == len(wanted), "two tokens have one row"
+            flat = self.device.flatten()[start // ROW_BYTES :]
+            found = flat[at[:, None] + torch.arange(count)]
+            assert torch.equal(found, self.rows_at(hot.number, layer, torch.tensor(wanted)))
             in_slots = [p for k, p in enumerate(wanted) if not resident[i, k]]
             assert misses.counts[i] == self.use(hot.slots[layer], in_slots)
             slots = self.tables._layers[layer]
@@ -220,7 +226,7 @@ def test_what_a_seat_held_before_is_gone_when_it_is_taken_again() -> None:
     seats = Seats(**sizes)
     tables = SeatTables(
         **sizes,
-        num_selections=1,
+        rows_per_token=[1],
         max_num_tokens=8,
         rows_per_block=4,
         device=torch.device("cpu"),
@@ -242,7 +248,7 @@ def test_more_slots_than_a_number_of_16_bits_has_are_a_bug(num_slots: int) -> No
         SeatTables(
             num_seats=1,
             num_slots=num_slots,
-            num_selections=1,
+            rows_per_token=[1],
             max_num_tokens=8,
             block_size=4,
             rows_per_block=4,

@@ -9,7 +9,7 @@ import pytest
 from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.families import shape_from_config
 from hotset.cost.hardware import load_hardware
-from hotset.cost.hot_set import HotPlan, HotSetCost, Room, SparseCache, plan_hot_set
+from hotset.cost.hot_set import HotPlan, HotSetCost, Room, SparseCache, fetches, plan_hot_set
 from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
 from hotset.cost.selection import DrawnSelections
@@ -17,6 +17,7 @@ from hotset.cost.shape import ModelShape
 from hotset.cost.step_time import CostModel
 
 CONTEXT = 33_792
+GLM_5_2 = (1, 1, *[4] * 19)  # layers by the indexer that selects for them
 GIB = 2**30
 
 
@@ -52,19 +53,20 @@ def test_a_model_of_eight_layers_has_the_bytes_of_its_config() -> None:
     shape = shape_of("dsa-8l")
     assert round(shape.total_params / 1e9, 2) == 60.52
     assert round(shape.weights_bytes / 1e9, 1) == 121.0
-    assert SparseCache.of(shape, "bf16") == SparseCache(8, 8, 1152, 8 * 132, 2048)
-    assert SparseCache.of(shape_of("dsa-8l-shared"), "bf16") == SparseCache(8, 2, 1152, 264, 2048)
+    assert SparseCache.of(shape, "bf16") == SparseCache((1,) * 8, 1152, 8 * 132, 2048)
+    shared = SparseCache.of(shape_of("dsa-8l-shared"), "bf16")
+    assert shared == SparseCache((4, 4), 1152, 264, 2048)
     assert shape.kv_bytes_per_token("bf16") == 10_272
 
 
 def test_bytes_of_resident_and_hot_requests() -> None:
-    cache = SparseCache(61, 61, 1152, 61 * 132, 2048)  # DeepSeek-V3.2
+    cache = SparseCache((1,) * 61, 1152, 61 * 132, 2048)  # DeepSeek-V3.2
     assert round(cache.resident_bytes(36_864) / 1e9, 2) == 2.89
     assert round(cache.hot_bytes(36_864, 4096) / 1e9, 2) == 0.60
-    glm = SparseCache(78, 21, 1152, 21 * 132, 2048)  # GLM-5.2
+    glm = SparseCache(GLM_5_2, 1152, 21 * 132, 2048)  # GLM-5.2
     assert round(glm.resident_bytes(36_864) / 1e9, 2) == 3.41
     assert round(glm.hot_bytes(36_864, 4096) / 1e9, 2) == 0.48
-    assert glm.run_bytes == 78 * 1152 / 21
+    assert (glm.num_layers, glm.index_layers) == (78, 21)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +136,31 @@ def test_prefetch_hides_rows(overlap: float, next_layer: float, shared: float) -
 
 
 def test_short_rows_are_bound_by_their_number() -> None:
-    assert hot_cost(link_gb_per_s=None).rows_bytes_per_s == 36e6 * 1152
+    assert hot_cost(link_gb_per_s=None).rows_bytes_per_s == pytest.approx(36e6 * 1152)
     shared = hot_cost("dsa-8l-shared", link_gb_per_s=None)  # four layers' rows are one run
     assert shared.rows_bytes_per_s == pytest.approx(51.4e9, rel=0.01)
+    glm = replace(shared, cache=replace(shared.cache, groups=GLM_5_2))
+    alone, together = 2 / 36e6, 19 * 4 * 1152 / shared.rows_bytes_per_s
+    assert glm.rows_bytes_per_s == pytest.approx(78 * 1152 / (alone + together))
+
+
+def test_layers_that_share_a_selection_have_their_rows_fetched_as_one_run_or_behind_the_first() -> (
+    None
+):
+    assert fetches(range(4, 8), ahead=False) == [range(4, 8)]
+    assert fetches(range(4, 8), ahead=True) == [range(4, 5), range(5, 6), range(6, 8)]
+    assert fetches(range(3, 10), ahead=True)[-1] == range(7, 10)
+    assert fetches(range(1), ahead=True) == [range(1)]
+    once, behind = (
+        hot_cost("dsa-8l-shared", prefetch=prefetch, link_gb_per_s=None) for prefetch in (0, 1)
+    )
+    steps = [cost.step(100, 100, 4096) for cost in (once, behind)]
+    # Two of three fetches have short rows, of which the first in each group is waited for.
+    tokens = 2 * 100 * once.misses(4096)
+    assert steps[1].link_s == pytest.approx(tokens * (2 / 36e6 + 2 * 1152 / once.rows_bytes_per_s))
+    assert steps[1].link_s - steps[1].hidden_s == pytest.approx(tokens / 36e6)
+    assert steps[0].link_s < steps[1].link_s and not steps[0].hidden_s
+    assert steps[1].seconds < steps[0].seconds
 
 
 def test_slots_are_solved_for_and_best() -> None:

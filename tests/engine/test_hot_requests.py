@@ -100,12 +100,15 @@ def test_answers_are_those_of_transformers_where_scores_are_equal(
     assert found != reference(family, prompts, max_tokens=24, seed=seed, ties="any", **WIDE)
 
 
-@pytest.mark.parametrize("family", SPARSE_FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "row_prefetch"), [*((family, 0) for family in SPARSE_FAMILIES), ("glm_moe_dsa", 1)]
+)
 def test_logits_of_hot_and_resident_requests_are_the_same_bits(
-    family: str, make_engine: MakeEngine
+    family: str, row_prefetch: int, make_engine: MakeEngine
 ) -> None:
     prompts = long_prompts(3)
-    engines = [hot_engine(make_engine, family, hot_blocks=150, hot_tokens=20) for _ in range(2)]
+    options = {"hot_blocks": 150, "hot_tokens": 20, "row_prefetch": row_prefetch}
+    engines = [hot_engine(make_engine, family, **options) for _ in range(2)]
     resident, hot = (
         logits_of(engine, prompts, max_tokens=30, turn=turn)
         for engine, turn in zip(engines, (False, True), strict=True)

@@ -95,7 +95,7 @@ class FakeCost:
 
 @pytest.mark.parametrize(("link_bytes_per_s", "users"), [(50e9, 16), (1e6, 2)])
 def test_more_run_at_once_where_the_link_lets_that_pay(link_bytes_per_s: float, users: int) -> None:
-    cache = SparseCache(num_layers=8, index_layers=8, row_bytes=1152, index_bytes=2048, top_k=2048)
+    cache = SparseCache(groups=(1,) * 8, row_bytes=1152, index_bytes=2048, top_k=2048)
     context = 16_384
     room = Room(2.5 * cache.resident_bytes(context), 1e12)
     choice = HotChoice(FakeCost(link_bytes_per_s), cache, room, num_slots=4096, most=16)  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def test_more_run_at_once_where_the_link_lets_that_pay(link_bytes_per_s: float, 
 
 
 def test_a_bound_on_steps_bounds_who_runs_and_is_refused_where_nobody_can_be_hot() -> None:
-    cache = SparseCache(num_layers=8, index_layers=8, row_bytes=1152, index_bytes=2048, top_k=2048)
+    cache = SparseCache(groups=(1,) * 8, row_bytes=1152, index_bytes=2048, top_k=2048)
     room = Room(2.5 * cache.resident_bytes(16_384), 1e12)
     made = {"num_slots": 4096, "most": 16, "must_pay": False}
     free, bound = (

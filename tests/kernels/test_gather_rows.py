@@ -17,13 +17,18 @@ from hotset.kernels.hot_reference import RowRun  # noqa: E402
 
 
 @pytest.mark.parametrize("num_programs", [1, 7, 64])
-@pytest.mark.parametrize(("row_bytes", "block_size"), [(8, 4), (656, 8), (1152, 3)])
+@pytest.mark.parametrize(
+    ("row_bytes", "block_size", "side", "first", "num_layers"),
+    [(8, 4, 1, 0, 1), (656, 8, 2, 0, 2), (656, 8, 2, 1, 1), (1152, 3, 2, 0, 1)],
+)
 def test_the_listed_rows_are_copied_and_nothing_else_changes(
-    row_bytes: int, block_size: int, num_programs: int
+    row_bytes: int, block_size: int, side: int, first: int, num_layers: int, num_programs: int
 ) -> None:
     torch.manual_seed(0)
-    # The third of four layers, whose rows are numbered as one on the device.
-    run = RowRun(2 * block_size * row_bytes, row_bytes, block_size, 4 * block_size)
+    # Of four layers, whose rows are numbered as one on the device: the third, or of the last two,
+    # which lie side by side, either or both.
+    start = (2 * block_size + first) * row_bytes
+    run = RowRun(start, row_bytes, num_layers, block_size, 4 * block_size, side)
     block_bytes = 4 * block_size * row_bytes
     source = torch.randint(0, 256, (6, block_bytes + 4096), dtype=torch.uint8)
     if DEVICE == "cuda":
@@ -33,13 +38,13 @@ def test_the_listed_rows_are_copied_and_nothing_else_changes(
     counts = [0, 1, 5, 6]  # of seats that may list 6
     places = torch.randint(0, 6 * block_size, (4, 6), dtype=torch.int32)
     rows = torch.randperm(9 * block_size)[:24].view(4, 6).to(torch.int32)
-    rows = rows // block_size * run.rows_per_block + rows % block_size
+    rows = rows // block_size * run.rows_per_block + rows % block_size * side
     for seat, count in enumerate(counts):
         for place, row in zip(places[seat, :count], rows[seat, :count], strict=True):
             slot, origin = divmod(int(place), block_size)
             block, goal = divmod(int(row), run.rows_per_block)
-            wanted = source[slot, run.start_bytes + origin * row_bytes :][:row_bytes]
-            expected[block, run.start_bytes + goal * row_bytes :][:row_bytes] = wanted
+            wanted = source[slot, start + origin * side * row_bytes :][: num_layers * row_bytes]
+            expected[block, start + goal * row_bytes :][: num_layers * row_bytes] = wanted
 
     lists = [one.to(DEVICE) for one in (places, rows, torch.tensor(counts, dtype=torch.int32))]
     tuning = replace(TUNINGS["cuda"], gather_programs=num_programs, gather_rows=2)

@@ -89,8 +89,10 @@ def test_a_score_of_zero_has_no_sign() -> None:
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("count", [3, 16])
-def test_rows_are_where_the_selected_positions_lie(lengths: list[list[int]], count: int) -> None:
+@pytest.mark.parametrize(("count", "rows_per_token"), [(3, 1), (16, 3)])
+def test_rows_are_where_the_selected_positions_lie(
+    lengths: list[list[int]], count: int, rows_per_token: int
+) -> None:
     torch.manual_seed(1)
     tables, tokens = make_sequences(lengths)
     scores = torch.randn(len(tokens.lengths), 256, device=DEVICE)
@@ -103,13 +105,16 @@ def test_rows_are_where_the_selected_positions_lie(lengths: list[list[int]], cou
         rows,
         block_size=BLOCK_SIZE,
         rows_per_block=3 * BLOCK_SIZE,
+        rows_per_token=rows_per_token,
         num_blocks=NUM_BLOCKS,
     )
 
     owners = [table for table, seen in zip(tables, lengths, strict=True) for _ in seen]
     for table, chosen, found in zip(owners, positions.tolist(), rows.tolist(), strict=True):
         assert found == [
-            -1 if at < 0 else table[at // BLOCK_SIZE] * 3 * BLOCK_SIZE + at % BLOCK_SIZE
+            -1
+            if at < 0
+            else table[at // BLOCK_SIZE] * 3 * BLOCK_SIZE + at % BLOCK_SIZE * rows_per_token
             for at in chosen
         ]
 
@@ -121,7 +126,9 @@ def test_a_position_in_a_block_beyond_the_pool_has_no_row() -> None:
     positions = torch.tensor([[0, 9, 23, -1]], dtype=torch.int32, device=DEVICE)
     rows = torch.zeros_like(positions)
 
-    find_rows(positions, tokens, rows, block_size=8, rows_per_block=8, num_blocks=7)
+    find_rows(
+        positions, tokens, rows, block_size=8, rows_per_block=8, rows_per_token=1, num_blocks=7
+    )
 
     assert rows.tolist() == [[32, -1, 55, -1]]
 

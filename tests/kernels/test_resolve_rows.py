@@ -46,11 +46,11 @@ def select(num_tokens: int, num_selected: int, length: int) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("num_selected", "num_slots", "num_tokens"),
-    [(1, 4, 8), (8, 8, 64), (7, 12, 40), (20, 1100, 1200), (1030, 1032, 1600)],
+    ("num_selected", "num_slots", "num_tokens", "rows_per_token"),
+    [(1, 4, 8, 1), (8, 8, 64, 3), (7, 12, 40, 2), (20, 1100, 1200, 3), (1030, 1032, 1600, 1)],
 )
 def test_a_layer_leaves_what_the_reference_leaves(
-    num_selected: int, num_slots: int, num_tokens: int
+    num_selected: int, num_slots: int, num_tokens: int, rows_per_token: int
 ) -> None:
     torch.manual_seed(num_slots)
     expected = tables(5, num_slots, num_tokens)
@@ -61,7 +61,11 @@ def test_a_layer_leaves_what_the_reference_leaves(
         selection = torch.stack([positions for positions, _ in chosen])
         rows = torch.stack([found for _, found in chosen])
         rows_on_device = rows.to(DEVICE, copy=True)
-        sizes = {"block_size": BLOCK_SIZE, "rows_per_block": ROWS_PER_BLOCK}
+        sizes = {
+            "block_size": BLOCK_SIZE,
+            "rows_per_block": ROWS_PER_BLOCK,
+            "rows_per_token": rows_per_token,
+        }
 
         wanted = hot_reference.resolve(selection, rows, seats, expected, **sizes)
         misses = resolve_rows(selection.to(DEVICE), rows_on_device, seats.to(DEVICE), got, **sizes)
@@ -90,6 +94,7 @@ def test_a_token_without_a_copy_in_host_memory_is_counted() -> None:
         layer,
         block_size=BLOCK_SIZE,
         rows_per_block=ROWS_PER_BLOCK,
+        rows_per_token=1,
     )
 
     assert layer.totals.tolist() == [[0, 2, 1]]

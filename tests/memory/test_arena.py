@@ -5,7 +5,7 @@ import torch
 from hotset.cost.cache_spec import KeysValues, Latent
 from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
-from hotset.memory.arena import DeviceArena
+from hotset.memory.arena import DeviceArena, row_steps
 
 LATENT = Latent(8, 4, KeysValues(2, 12, 8))
 
@@ -36,9 +36,22 @@ def test_a_block_is_its_latents_then_its_index_keys() -> None:
         for first, size in (latents, keys)
     ]
 
-    assert found == [[1.0] * 48 + [2.0] * 48 + [3.0] * 48, [4.0] * 12 + [5.0] * 8]
+    # The first two layers share a selection, so that their rows of a token are side by side.
+    assert found == [([1.0] * 12 + [2.0] * 12) * 4 + [3.0] * 48, [4.0] * 12 + [5.0] * 8]
     assert latents[1] + keys[1] == arena.block_bytes == arena.memory.nbytes // 3
     assert arena.memory.view(torch.float32).count_nonzero() == 144 + 20  # and nothing else
+
+
+def test_rows_are_numbered_from_a_layers_first() -> None:
+    arena = make_arena(3)
+    assert arena.groups == [range(2), range(2, 3)]
+    rows = torch.arange(3 * 12).repeat_interleave(12).view(arena.storage.shape)
+    arena.storage.copy_(rows)
+    for layer, cache in enumerate(arena.layers):
+        per_block, per_token = row_steps(cache)
+        assert (per_block, per_token) == (12, 2 if layer < 2 else 1)
+        numbers = (cache[..., 0] - cache[0, 0, 0]).int().tolist()
+        assert numbers == [[b * 12 + i * per_token for i in range(4)] for b in range(3)]
 
 
 def test_blocks_are_copied_and_cleared_in_both_parts() -> None:

@@ -86,14 +86,10 @@ class PagedAttention:
             count = indexer.top_k
             self._sequences = [s for s in batch.sequences if s.context_len <= count]
             selecting = [s for s in batch.sequences if s.context_len > count]
-            first = arena.layers[0]
             self._selection = GatheredSelection(
                 selecting,
-                block_size=arena.block_size,
-                rows_per_block=first.stride(0) // first.stride(1),
-                num_blocks=arena.num_blocks,
+                arena=arena,
                 count=count,
-                device=arena.storage.device,
                 seats=[int(batch.inputs[SEAT, s.start]) for s in selecting],
                 hot=hot,
                 drawn=drawn,
@@ -112,7 +108,7 @@ class PagedAttention:
         if asked.index_dim:
             assert index is not None and self._selection is not None
             self._arena.index_keys[layer][self._slots] = index.key[0]
-            self._selection.select(layer, index, self._arena.index_keys[layer])
+            self._selection.select(layer, index)
         if asked.latent is not None:
             return self._attend_to_latents(layer, asked.latent, query, key, value)
         keys, values = self._arena.layers[layer].unbind(1)
@@ -184,7 +180,7 @@ class PagedAttention:
             output[group.tokens] = out.transpose(0, 1)
         if self._selection is not None:
             self._selection.attend(
-                layer, weights, cache, query, output, scaling=asked.scaling, sinks=asked.sinks
+                layer, weights, query, output, scaling=asked.scaling, sinks=asked.sinks
             )
         return output
 

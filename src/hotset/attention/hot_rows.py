@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 
 from hotset.attention.seat_tables import SeatTables
-from hotset.attention.spec import LayerAttention
+from hotset.cost.hot_set import fetches
 from hotset.cost.tuning import TUNINGS, Tuning
 from hotset.kernels import hot_reference
 from hotset.kernels.hot_reference import Misses, RowRun
-from hotset.memory.arena import DeviceArena
+from hotset.memory.arena import DeviceArena, row_steps
 from hotset.metrics import HotCounts
 
 _TUNING = TUNINGS["cuda"]
@@ -25,11 +25,11 @@ class HotRows:
 
     Args:
         tables: of the hot requests.
-        arena: the device's blocks.
+        arena: the device's blocks; each of its groups selects.
         host: `[slots, bytes]` uint8, host memory, where a slot has what a block has.
-        layers: what each asks for: all select, and store rows of one width.
         fetches_ahead: whether the rows of layers that share a selection come while the layers
-            before them compute, on a GPU. They are the same rows.
+            before them compute, on a GPU, and not all with those of the first layer. They are the
+            same rows.
     """
 
     def __init__(
@@ -37,23 +37,20 @@ class HotRows:
         tables: SeatTables,
         arena: DeviceArena,
         host: torch.Tensor,
-        layers: Sequence[LayerAttention],
         *,
         fetches_ahead: bool = False,
     ) -> None:
         self.tables = tables
         self._host, self._blocks = host, arena.storage.view(torch.uint8)
-        row_bytes = arena.layers[0].stride(1) * arena.storage.itemsize
-        run_bytes = arena.block_size * row_bytes
-        self._runs = [
-            RowRun(i * run_bytes, row_bytes, arena.block_size, len(layers) * arena.block_size)
-            for i in range(len(layers))
-        ]
-        self._row_bytes = row_bytes
-        selecting = [i for i, layer in enumerate(layers) if layer.index_dim]
-        self._selections = {layer: number for number, layer in enumerate(selecting)}
-        ends = [*selecting[1:], len(layers)]
-        self._layers_of = [end - first for first, end in zip(selecting, ends, strict=True)]
+        self._row_bytes = arena.layers[0][0, 0].nbytes
+        self._groups = {group.start: group for group in arena.groups}
+        self._selections = {layer: number for number, layer in enumerate(self._groups)}
+        # By the first of the layers whose rows come at once.
+        self._runs = {
+            layers.start: _run(arena, layers)
+            for group in arena.groups
+            for layers in fetches(group, ahead=fetches_ahead)
+        }
         self._gather: Callable[..., None] = hot_reference.gather
         if arena.storage.is_cuda:
             from hotset.kernels.gather_rows import gather_rows
@@ -61,7 +58,7 @@ class HotRows:
             self._gather = gather_rows
         self._ahead = None
         if fetches_ahead and arena.storage.is_cuda:
-            self._ahead = _Ahead(arena.storage.device, len(layers))
+            self._ahead = _Ahead(arena.storage.device, len(arena.layers))
 
     def resolve(
         self, layer: int, positions: torch.Tensor, rows: torch.Tensor, seats: torch.Tensor
@@ -79,8 +76,8 @@ class HotRows:
         totals = self.tables.totals.tolist()
         assert not any(lost for _, _, lost in totals), "tokens of a hot request were lost"
         num_rows = sum(
-            misses * num_layers
-            for (_, misses, _), num_layers in zip(totals, self._layers_of, strict=True)
+            misses * len(group)
+            for (_, misses, _), group in zip(totals, self._groups.values(), strict=True)
         )
         return HotCounts(
             sum(hits for hits, _, _ in totals),
@@ -93,17 +90,26 @@ class HotRows:
 
         All layers that share a selection call it in turn, with the same `misses`.
         """
+        if layer not in self._runs:
+            return  # they came with those of a layer before
         if self._ahead is not None and layer not in self._selections:
             self._ahead.wait_for(layer)
             return
         self._fetch(layer, misses)
         if self._ahead is not None:
-            sharing = range(layer + 1, layer + self._layers_of[self._selections[layer]])
-            self._ahead.run(sharing, lambda other: self._fetch(other, misses, tuning=_BESIDE))
+            later = [other for other in self._groups[layer][1:] if other in self._runs]
+            self._ahead.run(later, lambda other: self._fetch(other, misses, tuning=_BESIDE))
 
     def _fetch(self, layer: int, misses: Sequence[Misses], **tuning: Tuning) -> None:
         for each in misses:
             self._gather(self._host, self._blocks, *each, self._runs[layer], **tuning)
+
+
+def _run(arena: DeviceArena, layers: range) -> RowRun:
+    cache = arena.layers[layers.start]
+    start_bytes = cache.data_ptr() - arena.storage.data_ptr()
+    row_bytes = cache[0, 0].nbytes
+    return RowRun(start_bytes, row_bytes, len(layers), arena.block_size, *row_steps(cache))
 
 
 class _Ahead:
@@ -113,8 +119,8 @@ class _Ahead:
         self._stream, self._started = torch.cuda.Stream(device), torch.cuda.Event()
         self._done = [torch.cuda.Event() for _ in range(num_layers)]
 
-    def run(self, layers: range, work: Callable[[int], None]) -> None:
-        """Start `work` for each layer after what was submitted; each waits for its own."""
+    def run(self, layers: Sequence[int], work: Callable[[int], None]) -> None:
+        """Start `work` for each of these layers, in order, after what was submitted."""
         if not layers:
             return
         self._started.record()

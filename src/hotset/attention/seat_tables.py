@@ -1,5 +1,7 @@
 """The device's tables of hot requests, and the rows that a step needs of them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -19,7 +21,8 @@ class SeatTables:
     Args:
         num_seats: B.
         num_slots: S, of a seat.
-        num_selections: layers that select tokens; others use the selection of one before them.
+        rows_per_token: device rows from one token to the next, for each layer that selects tokens:
+            its own and those of the layers that use its selection.
         max_num_tokens: of a request.
         block_size: tokens of a block.
         rows_per_block: device rows from one block to the next.
@@ -34,7 +37,7 @@ class SeatTables:
         *,
         num_seats: int,
         num_slots: int,
-        num_selections: int,
+        rows_per_token: Sequence[int],
         max_num_tokens: int,
         block_size: int,
         rows_per_block: int,
@@ -43,6 +46,7 @@ class SeatTables:
         assert num_slots <= _MOST_SLOTS, "a slot's number has 16 bits"
         self.num_seats = num_seats
         self._block_size, self._rows_per_block = block_size, rows_per_block
+        self._rows_per_token, num_selections = rows_per_token, len(rows_per_token)
 
         def table(fill: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.full(shape, fill, dtype=dtype, device=device)
@@ -123,6 +127,7 @@ class SeatTables:
             self._layers[selection],
             block_size=self._block_size,
             rows_per_block=self._rows_per_block,
+            rows_per_token=self._rows_per_token[selection],
         )
 
 

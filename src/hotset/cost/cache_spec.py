@@ -7,8 +7,9 @@ spec says the least that has to be kept; `stored` is what this engine keeps in i
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 STATE_BYTES = 4  # recurrent state is kept in float32
@@ -182,6 +183,20 @@ def default_block_size(specs: Iterable[CacheSpec]) -> int:
 
 def _wants_long_blocks(spec: CacheSpec) -> bool:
     return isinstance(spec, Latent) or (isinstance(spec, State) and bool(spec.recurrent))
+
+
+def groups_of(selects: Sequence[bool]) -> list[range]:
+    """Layers whose rows of a token lie side by side in a block.
+
+    Args:
+        selects: of each layer, whether an indexer of its own selects tokens.
+
+    Returns:
+        A layer that selects and those after it that take its selection; each layer alone where none
+        selects.
+    """
+    starts = [i for i, one in enumerate(selects) if one or i == 0 or not any(selects)]
+    return [range(first, end) for first, end in pairwise([*starts, len(selects)])]
 
 
 def state_slot_bytes(specs: Iterable[State]) -> int:

@@ -7,9 +7,10 @@ stay on the device, as each step reads all of them. Planner and engine ask the s
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
-from hotset.cost.cache_spec import Latent
+from hotset.cost.cache_spec import Latent, groups_of
 from hotset.cost.shape import ModelShape
 from hotset.cost.step_time import CostModel
 
@@ -39,15 +40,13 @@ class SparseCache:
     """What a model with an indexer keeps of a token.
 
     Attributes:
-        num_layers: layers of attention.
-        index_layers: those with an indexer of their own; the others take their selections.
+        groups: layers of attention by the indexer that selects for them, see `groups_of`.
         row_bytes: of a token in one layer.
         index_bytes: of a token's index keys over all layers.
         top_k: tokens that a query selects.
     """
 
-    num_layers: int
-    index_layers: int
+    groups: tuple[int, ...]
     row_bytes: int
     index_bytes: int
     top_k: int
@@ -59,23 +58,28 @@ class SparseCache:
         indexers = [attention.indexer for attention in layers]
         if not all(indexers) or not all(isinstance(a.cache, Latent) for a in layers):
             return None
+        groups = groups_of([not one.is_shared for one in indexers if one])
         return cls(
-            num_layers=len(layers),
-            index_layers=sum(not one.is_shared for one in indexers if one),
+            groups=tuple(map(len, groups)),
             row_bytes=layers[0].token_bytes(kv_dtype),
             index_bytes=shape.index_bytes_per_token,
             top_k=max(one.top_k for one in indexers if one),
         )
 
     @property
+    def num_layers(self) -> int:
+        """Layers of attention."""
+        return sum(self.groups)
+
+    @property
+    def index_layers(self) -> int:
+        """Those with an indexer of their own; the others take their selections."""
+        return len(self.groups)
+
+    @property
     def all_rows_bytes(self) -> int:
         """A token's rows in all layers."""
         return self.num_layers * self.row_bytes
-
-    @property
-    def run_bytes(self) -> float:
-        """Bytes that lie side by side in host memory: a layer and those that take its selection."""
-        return self.all_rows_bytes / self.index_layers
 
     def resident_bytes(self, context: float) -> float:
         """Of a resident request on the device, and of a hot one in host memory."""
@@ -85,6 +89,24 @@ class SparseCache:
         """Of a hot request on the device."""
         tables = TABLE_BYTES * slots * self.index_layers
         return (slots + TAIL_TOKENS) * self.all_rows_bytes + tables + context * self.index_bytes
+
+
+def fetches(layers: range, *, ahead: bool) -> list[range]:
+    """Layers whose missing rows come at once, of those that share a selection.
+
+    Args:
+        layers: that share it. Their rows of a token lie side by side, and one run of bytes comes
+            faster than several short ones.
+        ahead: whether rows come while earlier layers compute. Then the first layer waits for its
+            own rows alone, and for each layer that has them those of one more come meanwhile.
+    """
+    if not ahead:
+        return [layers]
+    parts, done = [layers[:1]], 1
+    while done < len(layers):
+        parts.append(layers[done : 2 * done])
+        done *= 2
+    return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +159,10 @@ class HotSetCost:
         context: mean tokens of a request.
         link_bytes_per_s: at which the device gathers rows; None is what its kernels are known to
             reach with rows of this size.
-        prefetch: 0 fetches what a layer misses once it has selected; 1 fetches the rows of the
-            layers that share a selection behind the first one; 2 also those that the next layer's
-            indexer selects on this layer's input, which costs scoring all keys once more.
+        prefetch: 0 fetches what a layer and those that share its selection miss once it has
+            selected; 1 fetches the rows of the latter behind the first one; 2 also those that the
+            next layer's indexer selects on this layer's input, which costs scoring all keys once
+            more.
     """
 
     cost: CostModel
@@ -151,11 +174,28 @@ class HotSetCost:
 
     @property
     def rows_bytes_per_s(self) -> float:
-        """Rate at which missed rows come: bound by bytes, or by rows where they are short."""
+        """Rate at which missed rows come: bound by bytes, by their number where they are short."""
+        return self.cache.all_rows_bytes / sum(self._token_s)
+
+    @cached_property
+    def _fetches(self) -> list[list[range]]:
+        return [fetches(range(count), ahead=self.prefetch > 0) for count in self.cache.groups]
+
+    @cached_property
+    def _token_s(self) -> tuple[float, float]:
+        """Seconds of a missed token's rows in all layers: waited for, and fetched ahead."""
+        waited_s = ahead_s = 0.0
+        for first, *later in self._fetches:
+            waited_s += self._run_s(len(first))
+            ahead_s += sum(self._run_s(len(part)) for part in later)
+        return waited_s, ahead_s
+
+    def _run_s(self, num_layers: int) -> float:
+        num_bytes = num_layers * self.cache.row_bytes
         if self.link_bytes_per_s is not None:
-            return self.link_bytes_per_s
-        rows_per_s = self.cost.calibration.gather_rows_per_s
-        return min(self.cost.expert_bytes_per_s(), rows_per_s * self.cache.run_bytes)
+            return num_bytes / self.link_bytes_per_s
+        at_least_s = 1 / self.cost.calibration.gather_rows_per_s
+        return max(at_least_s, num_bytes / self.cost.expert_bytes_per_s())
 
     def misses(self, slots: int) -> float:
         """Rows per hot request, layer and step."""
@@ -167,20 +207,20 @@ class HotSetCost:
         chip_s = step.expected_s
         if not num_hot:
             return HotStep(users, 0, chip_s, 0.0, 0.0, 0.0)
-        # Each layer resolves and gathers: two launches, the first over the tables.
-        chip_s += 2 * self.cache.num_layers * self.cost.kernel_s
+        # A launch over the tables for each layer that selects, and one for each fetch.
+        chip_s += sum(1 + len(parts) for parts in self._fetches) * self.cost.kernel_s
         tables = 2 * TABLE_BYTES * slots * self.cache.index_layers * num_hot
         chip_s += tables / self.cost.memory_bytes_per_s
-        missed = num_hot * self.misses(slots) * self.cache.all_rows_bytes
-        link_s = missed / self.rows_bytes_per_s
-        hidden_s = 0.0
+        missed = num_hot * self.misses(slots)
+        waited_s, ahead_s = (missed * seconds for seconds in self._token_s)
+        link_s, hidden_s = waited_s + ahead_s, 0.0
         if self.prefetch == 1:
-            shared = 1 - self.cache.index_layers / self.cache.num_layers
-            hidden_s = min(link_s * shared, chip_s)
+            hidden_s = min(ahead_s, chip_s)
         elif self.prefetch == 2:
             hidden_s = NEXT_LAYER_RIGHT * min(link_s, step.parts["experts"])
             chip_s += step.parts["index"]
-        return HotStep(users, num_hot, chip_s, link_s, hidden_s, missed)
+        missed_bytes = missed * self.cache.all_rows_bytes
+        return HotStep(users, num_hot, chip_s, link_s, hidden_s, missed_bytes)
 
     def resident_users(self, room: Room) -> int:
         """Resident requests that fit."""

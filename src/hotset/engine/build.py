@@ -15,6 +15,7 @@ from hotset.attention.hot_rows import HotRows
 from hotset.attention.scans import GRID
 from hotset.cgroups import available_host_bytes
 from hotset.clock import REAL_CLOCK, Clock
+from hotset.cost.cache_spec import groups_of
 from hotset.cost.prefix import PrefixPolicy
 from hotset.cost.rates import Rates
 from hotset.cost.tuning import TUNINGS
@@ -56,7 +57,7 @@ from hotset.model.loaded import LoadedModel
 from hotset.option_groups import HostedExperts
 from hotset.options import Options
 
-_LAYOUT_VERSION = "1"
+_LAYOUT_VERSION, _SIDE_BY_SIDE_VERSION = "1", "2"
 _STATE_NOTE = (
     "layers keep a state beside KV: prefixes are found up to states that were kept on the device, "
     "a preempted request goes on from the last of these, and steps are not recorded"
@@ -218,7 +219,6 @@ class _Build:
                     sizes,
                     arena,
                     host,
-                    self._layout.layers,
                     fetches_ahead=self._options.memory.row_prefetch > 0,
                 )
         return _Placed(sizes, experts, report, arena, host, hot, states, payloads)
@@ -421,9 +421,10 @@ class _Build:
         """What stored blocks depend on: another value of any of these is another chain of keys."""
         layout, asked = self._layout, self._options.experts
         cold = asked.expert_cold_dtype if isinstance(asked, HostedExperts) else "auto"
+        is_grouped = any(len(group) > 1 for group in groups_of(list(map(bool, layout.index_dims))))
         rounded = "" if cold == "auto" else f" experts {cold}"
         return {
-            "layout": _LAYOUT_VERSION,
+            "layout": _SIDE_BY_SIDE_VERSION if is_grouped else _LAYOUT_VERSION,
             "weights": f"{self._loaded.fingerprint}{rounded}",
             "dtype": str(layout.dtype),
             "kv_dtype": f"{layout.kv_dtype} {self._kv_scales}",

@@ -1,19 +1,16 @@
 """What an engine sets up for requests that may turn hot."""
 
-from collections.abc import Sequence
-
 import torch
 
 from hotset.attention.hot_rows import HotRows
 from hotset.attention.seat_tables import SeatTables
-from hotset.attention.spec import LayerAttention
 from hotset.engine.hot_sizing import HotSizes
 from hotset.engine.open_tiers import HostMemory
 from hotset.engine.sizing import Sizes
 from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.kv.seats import Seats
-from hotset.memory.arena import DeviceArena
+from hotset.memory.arena import DeviceArena, row_steps
 
 
 def place_hot_rows(
@@ -21,7 +18,6 @@ def place_hot_rows(
     sizes: Sizes,
     arena: DeviceArena,
     host: HostMemory,
-    layers: Sequence[LayerAttention],
     *,
     fetches_ahead: bool,
 ) -> HotRows:
@@ -30,17 +26,18 @@ def place_hot_rows(
     Raises:
         torch.OutOfMemoryError: the tables do not fit there.
     """
+    rows_per_block, _ = row_steps(arena.layers[0])
     tables = SeatTables(
         num_seats=hot.num_seats,
         num_slots=hot.num_slots,
-        num_selections=hot.sparse.index_layers,
+        rows_per_token=[len(group) for group in arena.groups],
         max_num_tokens=sizes.max_model_len,
         block_size=sizes.block_size,
-        rows_per_block=len(arena.layers) * sizes.block_size,
+        rows_per_block=rows_per_block,
         device=arena.storage.device,
     )
     slots = torch.from_numpy(host.arena.slots)
-    return HotRows(tables, arena, slots, layers, fetches_ahead=fetches_ahead)
+    return HotRows(tables, arena, slots, fetches_ahead=fetches_ahead)
 
 
 def seats_in(pool: BlockPool, hot: HotSizes, sizes: Sizes) -> tuple[Seats, IndexBlocks]:

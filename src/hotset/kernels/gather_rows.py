@@ -20,8 +20,10 @@ def _gather_rows(  # type: ignore[no-untyped-def]
     SLOT_WORDS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     ROW_WORDS: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS_PER_BLOCK: tl.constexpr,
+    ROWS_PER_TOKEN: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -35,9 +37,10 @@ def _gather_rows(  # type: ignore[no-untyped-def]
         place = tl.load(places + listed + which, mask=is_listed, other=0).to(tl.int64)
         row = tl.load(rows + listed + which, mask=is_listed, other=0).to(tl.int64)
         # Strides are constants, so that the compiler knows how rows are aligned and loads 16 bytes.
-        origin = place // BLOCK_SIZE * SLOT_WORDS + place % BLOCK_SIZE * ROW_WORDS + start
+        offset = place % BLOCK_SIZE * ROWS_PER_TOKEN
+        origin = place // BLOCK_SIZE * SLOT_WORDS + offset * ROW_WORDS + start
         goal = row // ROWS_PER_BLOCK * BLOCK_WORDS + row % ROWS_PER_BLOCK * ROW_WORDS + start
-        inside = is_listed[:, None] & (i < ROW_WORDS)[None, :]
+        inside = is_listed[:, None] & (i < NUM_WORDS)[None, :]
         words = tl.load(source + origin[:, None] + i[None, :], mask=inside)
         tl.store(target + goal[:, None] + i[None, :], words, mask=inside)
 
@@ -60,11 +63,11 @@ def gather_rows(
         source: `[host slots, bytes]` uint8, contiguous; pinned host memory, which the device reads
             itself.
         target: `[device blocks, bytes]` uint8 on the device, contiguous. Mutated.
-        places: `[B, M]` int32 on the device, contiguous: numbers of rows in `source`.
-        rows: `[B, M]` int32 on the device, contiguous: numbers of rows in `target`, distinct.
+        places: `[B, M]` int32 on the device, contiguous: numbers of tokens in `source`.
+        rows: `[B, M]` int32 on the device, contiguous: their numbers in `target`, distinct.
         counts: `[B]` int32 on the device.
-        run: where the layer's rows are, and how they are numbered; its sizes in bytes are multiples
-            of 8, of 16 for loads of 16 bytes.
+        run: where their rows are, and how they are numbered; its sizes in bytes are multiples of 8,
+            of 16 for loads of 16 bytes.
         tuning: how many programs share the work.
 
     Cost: one launch; the listed rows over the link. Nothing is asked of the host, so that a CUDA
@@ -74,6 +77,7 @@ def gather_rows(
     num_seats, most_listed = places.shape
     words, goals = source.view(torch.int64), target.view(torch.int64)
     row_words = run.row_bytes // 8
+    num_words = run.num_layers * row_words
     num_programs = max(1, tuning.gather_programs // num_seats)
     _gather_rows[(num_programs, num_seats)](
         words,
@@ -86,9 +90,11 @@ def gather_rows(
         SLOT_WORDS=words.shape[1],
         BLOCK_WORDS=goals.shape[1],
         ROW_WORDS=row_words,
+        NUM_WORDS=num_words,
         BLOCK_SIZE=run.block_size,
         ROWS_PER_BLOCK=run.rows_per_block,
+        ROWS_PER_TOKEN=run.rows_per_token,
         ROWS=tuning.gather_rows,
-        WIDTH=triton.next_power_of_2(row_words),
+        WIDTH=triton.next_power_of_2(num_words),
         num_warps=4,
     )

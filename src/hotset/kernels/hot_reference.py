@@ -52,23 +52,27 @@ class Misses(NamedTuple):
 
 
 class RowRun(NamedTuple):
-    """Where one layer's rows are in a block on the device, and in a slot of host memory.
+    """Where rows that come together are in a block on the device, and in a slot of host memory.
 
-    The rows of a block's tokens follow one another, from the layer's start in the block on.
+    They are those of a token in neighbouring layers, which lie side by side.
 
     Attributes:
-        start_bytes: where the layer starts.
-        row_bytes: of a row.
-        block_size: tokens of a block. The row at offset i of host slot s is number
+        start_bytes: where the first of these layers has the row of a block's first token.
+        row_bytes: of a row in one layer.
+        num_layers: whose rows come.
+        block_size: tokens of a block. The token at offset i of host slot s is number
             `s * block_size + i`.
-        rows_per_block: likewise for blocks of the device, where it may be larger: rows of all
-            layers are then numbered as one.
+        rows_per_block: on the device rows of all layers are numbered as one: the token at offset i
+            of block b is number `b * rows_per_block + i * rows_per_token`.
+        rows_per_token: layers whose rows of a token lie side by side; all of `num_layers` do.
     """
 
     start_bytes: int
     row_bytes: int
+    num_layers: int
     block_size: int
     rows_per_block: int
+    rows_per_token: int
 
 
 def resolve(
@@ -79,6 +83,7 @@ def resolve(
     *,
     block_size: int,
     rows_per_block: int,
+    rows_per_token: int,
 ) -> Misses:
     """See `resolve_rows.resolve_rows`; waits for the device."""
     misses = Misses(
@@ -91,7 +96,8 @@ def resolve(
             continue
         positions, found, order = selection[token], rows[token], layer.order[seat].long()
         blocks = layer.slot_blocks[seat]
-        slot_rows = blocks[order // block_size] * rows_per_block + (order % block_size).int()
+        slot_rows = blocks[order // block_size] * rows_per_block
+        slot_rows += (order % block_size).int() * rows_per_token
         # [S, K]: whether a slot, in order, holds a selected token that is not resident.
         is_wanted = (positions >= 0) & (found < 0)
         held = layer.token_in[seat][order]
@@ -127,8 +133,8 @@ def gather(
     """See `gather_rows.gather_rows`; waits for the device."""
     listed = torch.arange(places.shape[1], device=counts.device) < counts[:, None]
     place, row = places[listed].to(source.device).long(), rows[listed].long()
-    inside = torch.arange(run.row_bytes)
-    origin = run.start_bytes + place % run.block_size * run.row_bytes
+    inside = torch.arange(run.num_layers * run.row_bytes)
+    origin = run.start_bytes + place % run.block_size * run.rows_per_token * run.row_bytes
     goal = run.start_bytes + row % run.rows_per_block * run.row_bytes
     slots, blocks = place // run.block_size, row // run.rows_per_block
     words = source[slots[:, None], origin[:, None] + inside.to(source.device)]

@@ -10,6 +10,7 @@ _TILE = 128  # keys of a product
 # Programs of a launch, about: a few waves on any GPU, whatever the number of tokens.
 _PROGRAMS = 2048
 _ROWS_TILE = 1024
+_SIZES = ["rows_per_block", "rows_per_token", "num_blocks", "count"]
 
 
 class PagedTokens(NamedTuple):
@@ -117,13 +118,14 @@ def score_paged_keys(
     )
 
 
-@triton.jit(do_not_specialize=["rows_per_block", "num_blocks", "count"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
 def _find_rows(  # type: ignore[no-untyped-def]
     positions,
     block_ids,
     starts,
     rows,
     rows_per_block,
+    rows_per_token,
     num_blocks,
     count,
     BLOCK_SIZE: tl.constexpr,
@@ -136,7 +138,8 @@ def _find_rows(  # type: ignore[no-untyped-def]
     is_selected = position >= 0
     at = block_ids + tl.load(starts + token) + position // BLOCK_SIZE
     block = tl.load(at, mask=is_selected, other=num_blocks)
-    row = tl.where(block < num_blocks, block * rows_per_block + position % BLOCK_SIZE, -1)
+    row = block * rows_per_block + position % BLOCK_SIZE * rows_per_token
+    row = tl.where(block < num_blocks, row, -1)
     tl.store(rows + token * count + i, row, mask=is_one)
 
 
@@ -147,6 +150,7 @@ def find_rows(
     *,
     block_size: int,
     rows_per_block: int,
+    rows_per_token: int,
     num_blocks: int,
 ) -> None:
     """Turn positions in a sequence into rows of the pool, which a layer's first row counts from.
@@ -154,10 +158,12 @@ def find_rows(
     Args:
         positions: `[T, K]` int32, contiguous; -1 where there is none.
         tokens: of the T tokens.
-        rows: `[T, K]` int32, contiguous. Mutated: `block * rows_per_block + offset` of each
-            position; -1 where there is none, or where its block is beyond the pool.
+        rows: `[T, K]` int32, contiguous. Mutated: `block * rows_per_block + offset *
+            rows_per_token` of each position; -1 where there is none, or where its block is beyond
+            the pool.
         block_size: tokens of a block.
-        rows_per_block: rows of the pool from one block to the next.
+        rows_per_block: rows of the pool from one block to the next; see `arena.row_steps`.
+        rows_per_token: likewise from one token to the next.
         num_blocks: in the pool.
     """
     num_tokens, count = positions.shape
@@ -167,6 +173,7 @@ def find_rows(
         tokens.starts,
         rows,
         rows_per_block,
+        rows_per_token,
         num_blocks,
         count,
         BLOCK_SIZE=block_size,

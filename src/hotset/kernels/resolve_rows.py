@@ -26,6 +26,7 @@ def _resolve_seat(  # type: ignore[no-untyped-def]
     num_selected,
     num_slots,
     rows_per_block,
+    rows_per_token,
     BLOCK_SIZE: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
@@ -48,7 +49,8 @@ def _resolve_seat(  # type: ignore[no-untyped-def]
         rank = tl.load(rank_of + position, mask=position >= 0, other=-1).to(tl.int32)
         is_hit = rank >= 0
         block = tl.load(slot_blocks + slot // BLOCK_SIZE, mask=is_hit, other=0)
-        tl.store(rows + rank, block * rows_per_block + slot % BLOCK_SIZE, mask=is_hit)
+        found = block * rows_per_block + slot % BLOCK_SIZE * rows_per_token
+        tl.store(rows + rank, found, mask=is_hit)
         unused = (is_slot & (rank < 0)).to(tl.int32)
         before = num_unused + tl.cumsum(unused, 0) - unused
         goal = tl.where(is_hit, num_slots - 1 - (place - before), before)
@@ -66,7 +68,7 @@ def _resolve_seat(  # type: ignore[no-untyped-def]
         rank = num_misses + tl.cumsum(miss, 0) - miss
         slot = tl.load(spare + rank, mask=is_miss, other=0).to(tl.int32)
         block = tl.load(slot_blocks + slot // BLOCK_SIZE, mask=is_miss, other=0)
-        goal = block * rows_per_block + slot % BLOCK_SIZE
+        goal = block * rows_per_block + slot % BLOCK_SIZE * rows_per_token
         host_slot = tl.load(host + position // BLOCK_SIZE, mask=is_miss, other=0)
         num_lost += tl.sum((host_slot < 0).to(tl.int32))
         place = tl.maximum(host_slot, 0) * BLOCK_SIZE + position % BLOCK_SIZE
@@ -90,7 +92,7 @@ def _resolve_seat(  # type: ignore[no-untyped-def]
     tl.store(totals + 2, tl.load(totals + 2) + num_lost)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows_per_token"])  # type: ignore[untyped-decorator]
 def _resolve_rows(  # type: ignore[no-untyped-def]
     selection,
     rows,
@@ -110,6 +112,7 @@ def _resolve_rows(  # type: ignore[no-untyped-def]
     num_blocks,
     most_tokens,
     rows_per_block,
+    rows_per_token,
     BLOCK_SIZE: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
@@ -134,6 +137,7 @@ def _resolve_rows(  # type: ignore[no-untyped-def]
             num_selected,
             num_slots,
             rows_per_block,
+            rows_per_token,
             BLOCK_SIZE,
             AT_ONCE,
         )
@@ -147,6 +151,7 @@ def resolve_rows(
     *,
     block_size: int,
     rows_per_block: int,
+    rows_per_token: int,
 ) -> Misses:
     """Find the rows of selected tokens in the slots of hot requests, in place, and choose slots.
 
@@ -162,8 +167,8 @@ def resolve_rows(
         seats: `[T]` int32 or int64: of each token's request, -1 where it is not hot. Distinct.
         layer: the tables. `token_in`, `order` and `totals` are changed.
         block_size: tokens of a block.
-        rows_per_block: device rows from one block to the next: row `block * rows_per_block + i` is
-            the block's i-th.
+        rows_per_block: device rows from one block to the next, see `RowRun`.
+        rows_per_token: likewise from one token to the next.
 
     Returns:
         The rows to gather, in the order of the selection.
@@ -190,6 +195,7 @@ def resolve_rows(
         layer.host.shape[1],
         layer.rank_of.shape[1],
         rows_per_block,
+        rows_per_token,
         BLOCK_SIZE=block_size,
         AT_ONCE=_AT_ONCE,
         num_warps=8,

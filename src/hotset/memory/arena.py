@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from hotset.cost.cache_spec import KeysValues, StoredSpec
+from hotset.cost.cache_spec import KeysValues, StoredSpec, groups_of
 from hotset.memory.disk.slab import slot_bytes_for
 
 
@@ -23,7 +23,9 @@ class DeviceArena:
     A block has the layers one after another, of each the keys of its tokens, then the values, or
     the latents of its tokens: for equal layers the pool is
     `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`, or
-    `[num_blocks, num_layers, block_size, rank + rope_dim]`.
+    `[num_blocks, num_layers, block_size, rank + rope_dim]`. Layers that share a selection have
+    their latents of a token side by side, so that these come from host memory as one run: in a
+    block such a group is `[block_size, layers of the group, rank + rope_dim]`.
 
     Args:
         specs: what each layer caches, as `CacheSpec.stored`: keys and values of one width.
@@ -41,6 +43,7 @@ class DeviceArena:
         layers: of each layer, `[num_blocks, 2, block_size, num_kv_heads, head_dim]`; of one that
             caches latents, `[num_blocks, block_size, rank + rope_dim]`, the latent first. Other
             strides than those of the last dimension may be of any size.
+        groups: layers that share a selection, the one that selects first; see `groups_of`.
         index_keys: of each layer, `[num_blocks or more, block_size, index dim]`; beyond the blocks
             is what lies in the memory of latents. Empty where no layer has any.
         memory: uint8, all of the pool, for those who copy blocks by `runs`.
@@ -82,16 +85,19 @@ class DeviceArena:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.scales = [(1.0, 1.0)] * len(specs) if scales is None else list(scales)
+        self.groups = groups_of([dim > 0 for dim in index_dims])
         self.layers: list[torch.Tensor] = []
         start = 0
-        for spec in specs:
-            end = start + block_size * spec.token_values
-            layer = self.storage[:, start:end]
+        for group in self.groups:
+            spec, count = specs[group.start], len(group)
+            end = start + block_size * count * spec.token_values
+            part = self.storage[:, start:end]
             if isinstance(spec, KeysValues):
                 shape = (num_blocks, 2, block_size, spec.num_kv_heads, spec.key_dim)
-                self.layers.append(layer.view(shape))
+                self.layers.append(part.view(shape))
             else:
-                self.layers.append(layer.view(num_blocks, block_size, spec.token_values))
+                assert all(specs[layer] == spec for layer in group)
+                self.layers += part.view(num_blocks, block_size, count, -1).unbind(2)
             start = end
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -119,6 +125,21 @@ class DeviceArena:
     def runs(self, block: int) -> list[tuple[int, int]]:
         """The `(address, bytes)` of a block's content, one after another."""
         return [(start + block * num_bytes, num_bytes) for start, num_bytes in self._runs]
+
+
+def row_steps(cache: torch.Tensor) -> tuple[int, int]:
+    """How rows of latents are numbered, from a layer's first on.
+
+    Args:
+        cache: one of `DeviceArena.layers`, `[num_blocks, block_size, rank + rope_dim]`.
+
+    Returns:
+        Rows of all layers from one block to the next, and from one token to the next in a block.
+    """
+    block_stride, token_stride, _ = cache.stride()
+    width = cache.shape[-1]
+    assert block_stride % width == 0 and token_stride % width == 0, "a block is no number of rows"
+    return block_stride // width, token_stride // width
 
 
 class HostArena:

@@ -25,7 +25,7 @@ from hotset.attention.sparse.drawn import DrawnSelection, seeds_of
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.spec import LayerAttention
 from hotset.cost.workspace import SCORES_BYTES
-from hotset.memory.arena import DeviceArena
+from hotset.memory.arena import DeviceArena, row_steps
 
 if TYPE_CHECKING:
     from hotset.kernels.hot_reference import Misses
@@ -232,7 +232,8 @@ class SparseBackend(LatentBackend):
     def _select(self, step: SparseStep, layer: int, index: Index) -> None:
         """Score the keys that each token sees, and put the rows of the highest into `step.rows`."""
         query, weights = index.query[0].contiguous(), index.weights[0].contiguous()
-        cache, keys = self.arena.layers[layer], self.arena.index_keys[layer]
+        rows_per_block, rows_per_token = row_steps(self.arena.layers[layer])
+        keys = self.arena.index_keys[layer]
         num_scored = min(len(query), self._most_scored)
         scores = weights.new_empty(num_scored, self._width)
         no_offsets = step.rows.new_zeros(num_scored)
@@ -259,7 +260,8 @@ class SparseBackend(LatentBackend):
                 tokens,
                 step.rows[part],
                 block_size=self.arena.block_size,
-                rows_per_block=cache.stride(0) // cache.stride(1),
+                rows_per_block=rows_per_block,
+                rows_per_token=rows_per_token,
                 num_blocks=self.arena.num_blocks,
             )
             if self._hot is not None and part.start < self._hot.tables.num_seats:
@@ -274,13 +276,12 @@ class SparseBackend(LatentBackend):
 def _pages(cache: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
     """A layer's latents and rotary keys, `[num_blocks, block_size, R + P]`, as pages of one row.
 
-    Each is `[N, 1, R or P]`; page `block * rows_per_block + offset` is the block's token there.
+    Each is `[N, 1, R or P]`, numbered as `row_steps` says: rows of other layers are in between.
     """
     num_blocks, block_size, width = cache.shape
-    block_stride, row_stride, _ = cache.stride()
-    assert block_stride % row_stride == 0, "a block is no whole number of rows"
-    num_rows = (num_blocks - 1) * (block_stride // row_stride) + block_size
-    rows = cache.as_strided((num_rows, 1, width), (row_stride, row_stride, 1))
+    per_block, per_token = row_steps(cache)
+    num_rows = (num_blocks - 1) * per_block + (block_size - 1) * per_token + 1
+    rows = cache.as_strided((num_rows, 1, width), (width, width, 1))
     pages: tuple[torch.Tensor, ...] = rows.split([rank, width - rank], dim=-1)
     return pages
 

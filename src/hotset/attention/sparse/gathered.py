@@ -12,6 +12,7 @@ from hotset.attention.sparse.drawn import DrawnSelection, seeds_of
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.sparse.select import score_keys, select_positions
 from hotset.kernels.hot_reference import Misses
+from hotset.memory.arena import DeviceArena, row_steps
 
 # Numbers of an intermediate result, at most: 256 MiB of float32.
 _MOST_VALUES = 2**26
@@ -22,11 +23,8 @@ class GatheredSelection:
 
     Args:
         sequences: of the step, those whose context is longer than what is selected.
-        block_size: tokens of a block.
-        rows_per_block: numbers of a token's rows from one block to the next.
-        num_blocks: whole blocks; those of higher numbers have index keys alone.
+        arena: has latents and index keys.
         count: K, that are selected for a token.
-        device: of the caches.
         seats: for each sequence, its row in the tables of hot requests; -1 where it is not hot.
         hot: the rows of hot requests; None where none may be hot.
         drawn: replaces scores; None keeps them.
@@ -36,18 +34,14 @@ class GatheredSelection:
         self,
         sequences: Sequence[SequenceSpan],
         *,
-        block_size: int,
-        rows_per_block: int,
-        num_blocks: int,
+        arena: DeviceArena,
         count: int,
-        device: torch.device,
         seats: Sequence[int],
         hot: HotRows | None,
         drawn: DrawnSelection | None,
     ) -> None:
-        self._sequences = sequences
-        self._block_size, self._rows_per_block = block_size, rows_per_block
-        self._num_blocks, self._count = num_blocks, count
+        self._sequences, self._arena, self._count = sequences, arena, count
+        device = arena.storage.device
         self._hot, self._drawn = hot, drawn
         self._seated = [i for i, seat in enumerate(seats) if seat >= 0]
         self._seats = torch.tensor([seats[i] for i in self._seated], device=device)
@@ -55,15 +49,15 @@ class GatheredSelection:
         self._tables = [torch.tensor(s.block_table, device=device) for s in sequences]
         self._rows: list[torch.Tensor] = []  # [Q, K] for each
 
-    def select(self, layer: int, index: Index, keys: torch.Tensor) -> None:
+    def select(self, layer: int, index: Index) -> None:
         """Select for a layer, and for those after it that share its selection.
 
         Args:
-            layer: that selects.
+            layer: that selects, and whose index keys of the step are stored.
             index: of the step's tokens.
-            keys: `[num_blocks, block_size, D]` of the layer, with those of the step.
         """
-        positions = []
+        keys = self._arena.index_keys[layer]  # [num_blocks or more, block_size, D]
+        steps, positions = row_steps(self._arena.layers[layer]), []
         for sequence, table in zip(self._sequences, self._tables, strict=True):
             n = sequence.context_len
             own = keys[table].flatten(0, 1)[:n]
@@ -79,7 +73,9 @@ class GatheredSelection:
                     self._drawn.replace(scores, lengths[first:end], seeds, layer)
                 parts.append(select_positions(scores, lengths[first:end], self._count))
             positions.append(torch.cat(parts))
-        self._rows = [self._rows_of(*each) for each in zip(positions, self._tables, strict=True)]
+        self._rows = [
+            self._rows_of(*each, *steps) for each in zip(positions, self._tables, strict=True)
+        ]
         if self._seated:
             assert self._hot is not None
             selected, found = (
@@ -89,18 +85,19 @@ class GatheredSelection:
             for i, own in zip(self._seated, found.unsqueeze(1), strict=True):
                 self._rows[i] = own
 
-    def _rows_of(self, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def _rows_of(
+        self, positions: torch.Tensor, table: torch.Tensor, per_block: int, per_token: int
+    ) -> torch.Tensor:
         """Numbers of the rows at `[Q, K]` positions, int32; -1 where there is none."""
-        places = positions.clamp(min=0).long()
-        blocks = table[places // self._block_size]
-        rows = blocks * self._rows_per_block + places % self._block_size
-        return rows.masked_fill_((positions < 0) | (blocks >= self._num_blocks), -1).int()
+        size, places = self._arena.block_size, positions.clamp(min=0).long()
+        blocks = table[places // size]
+        rows = blocks * per_block + places % size * per_token
+        return rows.masked_fill_((positions < 0) | (blocks >= self._arena.num_blocks), -1).int()
 
     def attend(
         self,
         layer: int,
         weights: LatentWeights,
-        cache: torch.Tensor,
         query: torch.Tensor,
         output: torch.Tensor,
         *,
@@ -110,9 +107,8 @@ class GatheredSelection:
         """Attend to the latents that were selected last.
 
         Args:
-            layer: that attends.
+            layer: that attends, and whose latents of the step are stored.
             weights: of the layer.
-            cache: `[num_blocks, block_size, R + P]` of the layer, with the step's rows.
             query: `[H, T, D + P]`.
             output: `[T, H, D_v]`. Mutated: the rows of these sequences.
             scaling: factor on the scores.
@@ -121,14 +117,15 @@ class GatheredSelection:
         if self._misses is not None:
             assert self._hot is not None
             self._hot.fetch(layer, [self._misses])
-        rank = weights.keys.shape[-1]
+        cache, rank = self._arena.layers[layer], weights.keys.shape[-1]
+        per_block, per_token = row_steps(cache)
         num_at_once = max(1, _MOST_VALUES // (self._count * cache.shape[-1]))
         for sequence, found in zip(self._sequences, self._rows, strict=True):
             for first in range(0, sequence.num_tokens, num_at_once):
                 at = found[first : first + num_at_once].long()
                 rows = slice(sequence.start + first, sequence.start + first + len(at))
                 places = at.clamp(min=0)
-                keys = cache[places // self._rows_per_block, places % self._rows_per_block]
+                keys = cache[places // per_block, places % per_block // per_token]
                 mask = torch.zeros_like(at, dtype=query.dtype).masked_fill_(at < 0, -torch.inf)
                 out = grouped_query_attention(
                     weights.absorb(query[:, rows]).transpose(0, 1).unsqueeze(2),  # [Q, H, 1, R + P]
