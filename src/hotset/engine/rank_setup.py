@@ -1,0 +1,204 @@
+"""What each rank of an engine sets up: sizes, experts, memory for KV, and the model that runs."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from hotset.attention.choice import choose_backend
+from hotset.attention.flashinfer.kernels import start_kernels
+from hotset.attention.hot_rows import HotRows
+from hotset.cgroups import available_host_bytes
+from hotset.cpu_libraries import bound_kernels, set_threads
+from hotset.engine.hot_setup import place_hot_rows
+from hotset.engine.model_shape import measure_model
+from hotset.engine.open_tiers import HostMemory
+from hotset.engine.sizing import FreeBytes, Sizes, solve_sizes
+from hotset.engine.start_times import StartTimes
+from hotset.errors import ConfigError
+from hotset.executor.probe import inspect_model
+from hotset.executor.runner import ModelRunner
+from hotset.executor.simulated import PlacingRunner, Simulated
+from hotset.experts.buffer import ExpertBuffer
+from hotset.experts.gating import pack_experts
+from hotset.experts.hosting import buffer_experts
+from hotset.linear.packed import pack_linears
+from hotset.memory.arena import DeviceArena
+from hotset.memory.device_payloads import DevicePayloads
+from hotset.memory.state_arena import StateArena
+from hotset.model.devices import free_bytes, resolve_kv_dtype
+from hotset.model.loaded import LoadedModel
+from hotset.options import Options
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Experts and KV, where they stay.
+
+    Attributes:
+        experts: None where all are resident.
+        experts_report: what to say of them at start; empty for nothing.
+        host: memory that steps read, as requests may be hot; None where it is taken later.
+        hot: their rows; None where none may be hot.
+        states: what layers keep beside KV; None where they keep nothing.
+        payloads: what tiers copy of both.
+    """
+
+    sizes: Sizes
+    experts: ExpertBuffer | None
+    experts_report: str
+    arena: DeviceArena
+    host: HostMemory | None
+    hot: HotRows | None
+    states: StateArena | None
+    payloads: DevicePayloads
+
+    @property
+    def scratch_block(self) -> int:
+        """A block of `arena` that no request gets, for rows of padding."""
+        return self.sizes.num_blocks
+
+
+class RankSetup:
+    """The phases of a rank's set-up. Each returns what it made; `undo` takes back what it leaves.
+
+    Args:
+        options: the user's.
+        loaded: the model.
+        defers: whether most steps are recorded later.
+        times: what this takes is added to it.
+        simulated: what a benchmark puts in place of work.
+
+    Raises:
+        ConfigError: options that the model cannot follow; `ModelError`: it cannot run.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        loaded: LoadedModel,
+        defers: bool,
+        times: StartTimes,
+        simulated: Simulated,
+    ) -> None:
+        bound_kernels()
+        self._threads = set_threads(options.runtime.threads)
+        self._options, self._loaded = options, loaded
+        self._model, self._device = loaded.model, loaded.model.device
+        self._defers, self._times = defers, times
+        self._simulated = simulated
+        with times.phase("look at the layers"):
+            kv_dtype = resolve_kv_dtype(options.model.kv_dtype, self._device)
+            self._layout = inspect_model(self._model, kv_dtype)
+        if simulated != Simulated() and self._layout.layers[0].indexer is None:
+            raise ConfigError(
+                f"{loaded.name} has no sparse attention, whose selections and contexts could be "
+                "drawn; give a model with an indexer, such as dsa-8l"
+            )
+        self._kernels = start_kernels(self._layout.layers, self._layout.kv_dtype, self._device)
+        with times.phase("pack weights"):
+            pack_linears(self._model)
+
+    def size(self) -> Sizes:
+        """What each part gets of the memory."""
+        free = FreeBytes(device=free_bytes(self._device), host=available_host_bytes())
+        model = measure_model(self._loaded, self._layout, self._options)
+        return solve_sizes(self._options, model, free)
+
+    def place(self, sizes: Sizes, undo: ExitStack, *, owns_model: bool) -> Placed:
+        """Experts and memory for KV.
+
+        Comes before anything else runs the model: its experts may still be where they were loaded.
+        """
+        with self._times.phase("place experts"):
+            experts, report = buffer_experts(
+                self._model,
+                self._options.experts,
+                sizes.experts,
+                region=None if sizes.moving is None else sizes.moving.region,
+                read_deadline_s=self._options.memory.disk_read_deadline_s,
+            )
+            if experts is not None:
+                undo.callback(experts.close, with_disk=owns_model)
+            pack_experts(self._model)
+        with self._times.phase("take KV memory"):
+            arena = DeviceArena(
+                self._layout.cache_specs,
+                num_blocks=sizes.num_blocks + 1,  # with the scratch block
+                block_size=sizes.block_size,
+                dtype=self._layout.kv_dtype,
+                device=self._device,
+                scales=self._kv_scales,
+                memory=None if experts is None else experts.memory,
+                index_dims=self._layout.index_dims,
+            )
+            states = self._state_arena(sizes)
+            payloads = DevicePayloads(arena, states)
+            host = hot = None
+            if sizes.hot is not None:
+                host = HostMemory.take(sizes, payloads)
+                undo.callback(host.copier.close)
+                hot = place_hot_rows(
+                    sizes.hot,
+                    sizes,
+                    arena,
+                    host,
+                    fetches_ahead=self._options.memory.row_prefetch > 0,
+                )
+        return Placed(sizes, experts, report, arena, host, hot, states, payloads)
+
+    def _state_arena(self, sizes: Sizes) -> StateArena | None:
+        if sizes.states is None:
+            return None
+        arena = StateArena(
+            self._layout.states,
+            num_slots=sizes.states.num_all_slots,
+            dtype=self._layout.dtype,
+            device=self._device,
+        )
+        assert arena.slot_bytes == sizes.states.slot_bytes
+        return arena
+
+    @property
+    def _kv_scales(self) -> tuple[tuple[float, float], ...] | None:
+        is_rounded = self._layout.kv_dtype != self._layout.dtype
+        return self._loaded.kv_scales if is_rounded else None
+
+    def compile(self, placed: Placed) -> ModelRunner:
+        """The model with its attention; on a GPU compiled, and the first steps recorded."""
+        sizes, experts, times = placed.sizes, placed.experts, self._times
+        schedule = self._options.schedule
+        backend = choose_backend(
+            placed.arena,
+            self._layout.layers,
+            max_context=sizes.max_model_len,
+            hot=placed.hot,
+            drawn=self._simulated.selection,
+            kernels=self._kernels,
+            waits=False,
+        )
+        make_runner = PlacingRunner if self._simulated.places_prompts else ModelRunner
+        runner = make_runner(
+            self._model,
+            placed.arena,
+            backend,
+            max_num_seqs=schedule.max_num_seqs,
+            hot=placed.hot,
+            states=placed.states,
+            kv_layers=self._layout.kv_layers,
+        )
+        is_eager = self._options.runtime.eager or placed.states is not None
+        compiles = self._device.type == "cuda" and not is_eager
+        if compiles:
+            with times.phase("compile the layers"):
+                runner.compile(scratch_block=placed.scratch_block)
+        with times.phase("attention kernels"):
+            runner.load_kernels(waits=not self._defers)
+        if compiles and (experts is None or experts.can_be_recorded):
+            with times.phase("record steps"):
+                runner.record(
+                    max_num_tokens=schedule.max_num_batched_tokens,
+                    max_context_blocks=-(-sizes.max_model_len // sizes.block_size),
+                    scratch_block=placed.scratch_block,
+                    before_cut=experts.join if experts is not None else None,
+                    defers=self._defers,
+                )
+        return runner
