@@ -62,6 +62,24 @@ def test_mla_is_one_latent_that_each_tensor_parallel_rank_holds() -> None:
     assert shape.kv_bytes_per_token("fp8_ds_mla") == 61 * 656
 
 
+def test_prompts_over_latents_make_keys_of_what_is_before_each_step_or_are_absorbed() -> None:
+    v3 = load_model("deepseek-v3")
+    per_layer_and_head = 61 * 128 * 2
+    pairs = 1024 * (32_768 + 512)
+    expanded = (192 + 128) * pairs + 512 * (128 + 128) * 32_768
+    flops = v3.prefill_attention_flops(1024, 32_768)
+    assert flops == per_layer_and_head * expanded
+    # In two steps the tokens of the first are made into keys and values once more.
+    more = v3.prefill_attention_flops(1024, 32_768, chunk=512) - flops
+    assert more == per_layer_and_head * 512 * (128 + 128) * (32_768 + 512)
+    few = v3.prefill_attention_flops(64, 32_768)
+    assert few == per_layer_and_head * (2 * 512 + 64) * 64 * (32_768 + 32)
+    sparse = load_model("glm-5")
+    assert sparse.prefill_attention_flops(1024, 32_768) == (
+        78 * 64 * 2 * (2 * 512 + 64) * 1024 * 2048
+    )
+
+
 def test_grouped_query_kv_is_cut_until_each_rank_has_one_head() -> None:
     shape = load_model("llama-3-8b")
     whole = shape.kv_bytes(4096, "bf16")

@@ -86,6 +86,19 @@ def test_a_model_has_the_sizes_that_the_planners_table_gives_it(family: str) -> 
     assert [layer.num_kernels for layer in got.layers] == [x.num_kernels for x in table.layers]
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize(("tokens", "past"), [(7, 0), (40, 100)])
+def test_prompts_take_the_operations_that_the_planners_table_gives_them(
+    family: str, tokens: int, past: int
+) -> None:
+    model = make_model(family)
+    got, table = shape(model), shape_from_config(model.config.to_dict(), family)
+    assert got.index_pair_flops == table.index_pair_flops
+    for chunk in (16, 64):
+        flops = got.prefill_attention_flops(tokens, past, chunk=chunk)
+        assert flops == table.prefill_attention_flops(tokens, past, chunk=chunk) > 0
+
+
 def test_layers_without_experts_are_dense_and_latents_count_as_latents() -> None:
     model = make_unknown("glm4_moe_lite")
     got = shape(model)

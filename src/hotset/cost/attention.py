@@ -67,7 +67,6 @@ class Attention:
         cache: what is kept of earlier tokens.
         score_dim: width of one query-key product as decode computes it.
         mix_dim: width of one weighted sum as decode computes it.
-        prefill_dims: score and mix width together, as prefill computes it.
         window: most tokens the layer looks at; None looks at all.
         indexer: of a sparse layer; None looks at all that `window` leaves.
     """
@@ -79,7 +78,6 @@ class Attention:
     cache: CacheSpec = field(default_factory=NoCache)
     score_dim: int = 0
     mix_dim: int = 0
-    prefill_dims: int = 0
     window: int | None = None
     indexer: Indexer | None = None
 
@@ -113,6 +111,21 @@ class Attention:
         """How many of `context` tokens this layer keeps."""
         return context if self.cache.window is None else min(context, self.cache.window)
 
+    def prefill_flops(self, new_tokens: float, past_tokens: float) -> float:
+        """Operations of causal attention for `new_tokens` of a step after `past_tokens`.
+
+        Over latents prompts attend to keys and values that are made of them, where that takes less.
+        """
+        # Token i of the new ones sees past + i tokens, at most `most_seen` of them.
+        pairs = causal_pairs(new_tokens, past_tokens)
+        if past_tokens + new_tokens > self.most_seen:
+            within = max(0.0, self.most_seen - past_tokens)
+            pairs = (past_tokens + within / 2) * within + self.most_seen * (new_tokens - within)
+        flops = 2 * pairs * self.num_heads * (self.score_dim + self.mix_dim)
+        if isinstance(self.cache, Latent) and not self.indexer:
+            flops = min(flops, self.cache.expanded_flops(pairs, past_tokens))
+        return flops + 4 * self.state_values * new_tokens
+
     @property
     def state_values(self) -> int:
         """Numbers of recurrent state that each token updates."""
@@ -121,3 +134,8 @@ class Attention:
     def shards(self, tp: int) -> int:
         """Parts that `tp` ranks cut its cache into: whole KV heads; MLA's latent stays whole."""
         return min(tp, self.cache.num_kv_heads or tp)
+
+
+def causal_pairs(new_tokens: float, past_tokens: float) -> float:
+    """Pairs of a query and a token that it may look at, of `new_tokens` after `past_tokens`."""
+    return new_tokens * (past_tokens + new_tokens / 2)

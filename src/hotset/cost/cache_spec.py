@@ -77,6 +77,21 @@ class Latent:
         """
         return self.rank + 4 * (self.rank // 128) + 2 * self.rope_dim
 
+    def absorbed_flops(self, pairs: float) -> float:
+        """Operations of all heads for `pairs` of a query and a token, over latents themselves."""
+        return 2.0 * self.expanded.num_kv_heads * (2 * self.rank + self.rope_dim) * pairs
+
+    def expanded_flops(self, pairs: float, past: float) -> float:
+        """The same over keys and values, which are made of the latents of `past` tokens as well.
+
+        Those of a step's own tokens are not counted: to make them takes the operations that absorb
+        a query and turn its output into values, so that both ways have them.
+        """
+        heads = self.expanded
+        made = self.rank * (heads.key_dim - self.rope_dim + heads.value_dim)
+        per_pair = heads.key_dim + heads.value_dim
+        return 2.0 * heads.num_kv_heads * (per_pair * pairs + made * past)
+
     @property
     def stored(self) -> "Latent":
         """Itself."""

@@ -165,7 +165,9 @@ class ExpertCost:
         cost = self.cost
         share = tokens / load.prompt_tokens
         chip_s = cost.chunk_s(tokens)
-        chip_s += share * cost.prefill_attention_s(load.prompt_tokens, load.past_tokens)
+        chip_s += share * cost.prefill_attention_s(
+            load.prompt_tokens, load.past_tokens, chunk=tokens
+        )
         if decodes:
             parts = cost.decode(decodes, load.context - load.output_tokens / 2).parts
             chip_s += parts["attention"] + parts["per_user"]

@@ -104,7 +104,6 @@ def gqa(
         cache=cache if owns else Shared(cache),
         score_dim=head_dim,
         mix_dim=head_dim,
-        prefill_dims=2 * head_dim,
         window=window,
     )
 
@@ -143,7 +142,6 @@ def mla(f: Facts, *, indexer: Indexer | None = None) -> Attention:
         cache=Latent(rank, rope, KeysValues(heads, nope + rope, v_dim)),
         score_dim=rank + rope,
         mix_dim=rank,
-        prefill_dims=2 * rank + rope if indexer else nope + rope + v_dim,
         indexer=indexer,
     )
 

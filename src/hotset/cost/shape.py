@@ -310,20 +310,21 @@ class ModelShape:
             for a, _, n in self.readers
         )
 
-    def prefill_attention_flops(self, new_tokens: float, past_tokens: float = 0.0) -> float:
-        """Operations that causal attention spends on `new_tokens` after `past_tokens`."""
-        total = 0.0
-        first, last = past_tokens, past_tokens + new_tokens
-        for a, _, n in self.readers:
-            # Token i of the new ones sees past + i tokens, at most `most_seen` of them.
-            pairs = causal_pairs(new_tokens, past_tokens)
-            if last > a.most_seen:
-                within = max(0.0, a.most_seen - first)
-                pairs = (first + within / 2) * within + a.most_seen * (new_tokens - within)
-            total += n * (
-                2 * pairs * a.num_heads * a.prefill_dims + 4 * a.state_values * new_tokens
-            )
-        return total
+    def prefill_attention_flops(
+        self, new_tokens: float, past_tokens: float = 0.0, *, chunk: float = math.inf
+    ) -> float:
+        """Operations that causal attention spends on `new_tokens` after `past_tokens`.
+
+        They are computed in steps of at most `chunk` tokens, each of which makes keys and values of
+        the latents before it once more.
+        """
+        num_steps = max(1, math.ceil(new_tokens / chunk)) if self.is_mla else 1
+        size = new_tokens / num_steps
+        return sum(
+            n * a.prefill_flops(size, past_tokens + step * size)
+            for a, _, n in self.readers
+            for step in range(num_steps)
+        )
 
     @property
     def min_kv_heads(self) -> int:
@@ -368,8 +369,3 @@ class ModelShape:
                 keepers[attention.window] = attention
             counts[attention, owner] = counts.get((attention, owner), 0) + 1
         return tuple((a, owner, n) for (a, owner), n in counts.items())
-
-
-def causal_pairs(new_tokens: float, past_tokens: float) -> float:
-    """Pairs of a query and a token that it may look at, of `new_tokens` after `past_tokens`."""
-    return new_tokens * (past_tokens + new_tokens / 2)

@@ -7,12 +7,13 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from hotset.cost.attention import causal_pairs
 from hotset.cost.calibration import Calibration
 from hotset.cost.experts import bring_experts
 from hotset.cost.hardware import Hardware
 from hotset.cost.layout import Layout, shard_model
 from hotset.cost.routing import Routing
-from hotset.cost.shape import ModelShape, causal_pairs
+from hotset.cost.shape import ModelShape
 
 PREFILL_CHUNK = 8192  # tokens that go through the chip at once
 
@@ -361,13 +362,18 @@ class CostModel:
             return 0.0
         chunks = math.ceil(sequences * new_tokens / chunk)
         tokens = sequences * new_tokens / chunks
-        attention_s = sequences * self.prefill_attention_s(new_tokens, past_tokens)
+        attention_s = sequences * self.prefill_attention_s(new_tokens, past_tokens, chunk=chunk)
         return chunks * self.chunk_s(tokens, tiering) + attention_s
 
-    def prefill_attention_s(self, new_tokens: float, past_tokens: float = 0.0) -> float:
-        """Time that causal attention takes for `new_tokens` of one sequence after `past_tokens`."""
+    def prefill_attention_s(
+        self, new_tokens: float, past_tokens: float = 0.0, *, chunk: float = PREFILL_CHUNK
+    ) -> float:
+        """Time that causal attention takes for `new_tokens` of one sequence after `past_tokens`.
+
+        They are computed at most `chunk` at once.
+        """
         c, tp = self.calibration, self.layout.tp
-        flops = self.shape.prefill_attention_flops(new_tokens, past_tokens) / tp
+        flops = self.shape.prefill_attention_flops(new_tokens, past_tokens, chunk=chunk) / tp
         pairs = causal_pairs(new_tokens, past_tokens)
         scoring_s = pairs * self.shape.index_pair_flops / self._flops("bf16", c.index_efficiency)
         return flops / self._flops("bf16", c.attention_efficiency) + scoring_s

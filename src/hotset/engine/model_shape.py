@@ -298,8 +298,7 @@ def _without_kv(state: State | None, params: Params) -> Attention:
 
 
 def _attention(asked: LayerAttention, params: Params) -> Attention:
-    cache, heads = asked.cache, asked.heads
-    prefill_dims = heads.key_dim + heads.value_dim
+    cache = asked.cache
     if isinstance(cache, Latent):
         return Attention(
             kind=Kind.MLA,
@@ -308,7 +307,6 @@ def _attention(asked: LayerAttention, params: Params) -> Attention:
             cache=cache,
             score_dim=cache.rank + cache.rope_dim,
             mix_dim=cache.rank,
-            prefill_dims=prefill_dims,
             indexer=asked.indexer,
         )
     return Attention(
@@ -318,7 +316,6 @@ def _attention(asked: LayerAttention, params: Params) -> Attention:
         cache=cache.stored,
         score_dim=cache.key_dim,
         mix_dim=cache.value_dim,
-        prefill_dims=prefill_dims,
         window=cache.window,
     )
 

@@ -83,11 +83,8 @@ def can_expand(heads: KeysValues) -> bool:
 
 def saved_operations(spec: Latent, num_tokens: int, past: int) -> float:
     """Operations of a layer that a prompt of `num_tokens` after `past` saves; below 0 if none."""
-    heads = spec.expanded
     pairs = num_tokens * past + num_tokens * (num_tokens + 1) / 2
-    narrower = 2 * spec.rank + spec.rope_dim - heads.key_dim - heads.value_dim
-    made = spec.rank * (heads.key_dim - spec.rope_dim + heads.value_dim)
-    return 2.0 * heads.num_kv_heads * (pairs * narrower - made * past)
+    return spec.absorbed_flops(pairs) - spec.expanded_flops(pairs, past)
 
 
 def long_prompts(
