@@ -1,43 +1,13 @@
 """Recurrences: one token after another, in chunks, and cut on the grid."""
 
-import inspect
 from collections.abc import Callable
 
 import pytest
 import torch
-from transformers.models.bamba import modeling_bamba
-from transformers.models.qwen3_next import modeling_qwen3_next
+from scans import HEADS, KEYS, VALUES, gated_delta, mamba2
 
-from hotset.attention.scans import GRID, GatedDelta, Mamba2, Scan
-
-HEADS, GROUPS, VALUES, KEYS = 4, 2, 8, 16
-
-
-def gated_delta(num_tokens: int) -> Scan:
-    original = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
-    query, key = torch.randn(2, num_tokens, GROUPS, KEYS)
-    value = torch.randn(num_tokens, HEADS, VALUES)
-    decay = -torch.rand(num_tokens, HEADS) / 20
-    beta = torch.rand(num_tokens, HEADS)
-    return GatedDelta(original, query, key, value, decay, beta, normalises=True)
-
-
-def mamba2(num_tokens: int) -> Scan:
-    original = inspect.unwrap(modeling_bamba.mamba2_chunk_scan)
-    key, query = torch.randn(2, num_tokens, GROUPS, KEYS)
-    return Mamba2(
-        original,
-        torch.randn(num_tokens, HEADS, VALUES),
-        torch.randn(num_tokens, HEADS),
-        -torch.rand(HEADS) / 20,
-        key,
-        query,
-        torch.randn(HEADS),
-        torch.randn(HEADS),
-        is_softplus=True,
-        bounds=(0.1, 2.0),
-    )
-
+from hotset.attention.scans import Scan
+from hotset.attention.state_tables import GRID
 
 SCANS = pytest.mark.parametrize("make", [gated_delta, mamba2])
 

@@ -9,7 +9,7 @@ import torch
 from engines import run
 from tiny_models import HYBRID_FAMILIES
 
-from hotset.attention.scans import GRID
+from hotset.attention.state_tables import GRID
 from hotset.engine.engine import Engine
 from hotset.request import SamplingParams
 

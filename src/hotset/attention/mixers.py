@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,9 +27,11 @@ _NEUTRAL |= {"output_attentions", "output_hidden_states", "output_router_logits"
 _NEUTRAL |= {"seq_idx", "is_causal"}
 
 
-@runtime_checkable
-class MixerStep(Protocol):
-    """The mixers of all tokens of one step, layer by layer. T = tokens of the step."""
+class MixerStep:
+    """The mixers of all tokens of one step, layer by layer. T = tokens of the step.
+
+    A class and no protocol, as what is compiled asks whether a step is one.
+    """
 
     def convolve(
         self,
@@ -51,19 +53,30 @@ class MixerStep(Protocol):
         Returns:
             `[C, T]`, dtype of `values`.
         """
-        ...
+        raise NotImplementedError
 
     def scan(self, layer: int, scan: Scan) -> torch.Tensor:
         """`[T, heads, values]`: the recurrence over the tokens of each sequence."""
-        ...
+        raise NotImplementedError
 
 
 class _Call(NamedTuple):
-    """What the two functions are handed: the step, and the layer that asks."""
+    """What the two functions are handed: the step, and the mixer that asks."""
 
     step: MixerStep
-    layer: int
-    name: str
+    mixer: nn.Module
+
+    @property
+    def layer(self) -> int:
+        """Index of the layer; read where nothing is compiled, as each layer has another."""
+        layer = self.mixer.layer_idx
+        assert isinstance(layer, int)
+        return layer
+
+    @property
+    def name(self) -> str:
+        """Of the mixer's class."""
+        return type(self.mixer).__name__
 
 
 def mixers(model: nn.Module) -> Iterator[nn.Module]:
@@ -108,8 +121,7 @@ def _with_step(forward: Callable[..., Any]) -> Callable[..., Any]:
     def hooked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         step = kwargs.get(keyword)
         if isinstance(step, MixerStep):
-            layer: Any = self.layer_idx
-            kwargs[keyword] = _Call(step, layer, type(self).__name__)
+            kwargs[keyword] = _Call(step, self)
         return forward(self, *args, **kwargs)
 
     hooked._takes_step = keyword  # type: ignore[attr-defined]
@@ -123,7 +135,7 @@ def _replace(module: ModuleType, name: str, make: Callable[..., Any]) -> None:
         return
     # transformers binds these names to other packages' kernels where they can be imported, whatever
     # the device.
-    ask = make(inspect.unwrap(plain))
+    ask = torch.compiler.disable(make(inspect.unwrap(plain)))
 
     @functools.wraps(plain)
     def asking(*args: Any, hotset: Any = None, **kwargs: Any) -> Any:
@@ -174,7 +186,7 @@ def _gated_delta(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[torch.Tensor, None]:
         _check_others(call, {**others, "initial_state": initial_state})
         scan = GatedDelta(
-            original, query[0], key[0], value[0], g[0], beta[0], use_qk_l2norm_in_kernel
+            query[0], key[0], value[0], g[0], beta[0], use_qk_l2norm_in_kernel, original
         )
         return call.step.scan(call.layer, scan).unsqueeze(0), None
 
@@ -200,7 +212,6 @@ def _mamba2(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> torch.Tensor:
         _check_others(call, {**others, "initial_states": initial_states})
         scan = Mamba2(
-            original,
             hidden_states[0],
             dt[0],
             A,
@@ -210,6 +221,7 @@ def _mamba2(original: Callable[..., Any]) -> Callable[..., Any]:
             dt_bias,
             dt_softplus,
             dt_limit,
+            original,
         )
         return call.step.scan(call.layer, scan).unsqueeze(0)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from hotset.attention.mixers import MixerStep
 from hotset.attention.scans import Scan
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.spec import LayerAttention
@@ -15,7 +16,7 @@ from hotset.errors import ModelError
 _FIRST_LAYERS = 4
 
 
-class ProbeAttention:
+class ProbeAttention(MixerStep):
     """Notes what each layer asks for; its result is zeros.
 
     One forward pass with it tells what has to be cached, for any architecture.

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-# Chunks lie between multiples of this position, wherever a text was cut: what is computed does not
-# depend on the cuts then.
-GRID = 64
+from hotset.attention.state_tables import GRID
+from hotset.kernels.state_inputs import DeltaTokens, Mamba2Tokens
 
 
 class Scan(ABC):
@@ -61,26 +60,14 @@ class Scan(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class GatedDelta(Scan):
+class GatedDelta(DeltaTokens, Scan):
     """Gated delta rule (Yang et al., "Gated Delta Networks", 2024, equation 10).
 
     Attributes:
         original: the chunk form of transformers.
-        query: `[T, H_k, K]`.
-        key: `[T, H_k, K]`.
-        value: `[T, H, V]`, H a multiple of H_k.
-        decay: `[T, H]`, logarithm of what the state is multiplied with.
-        beta: `[T, H]`, how much of the new value replaces the old one.
-        normalises: whether queries and keys are brought to length 1.
     """
 
     original: Callable[..., Any]
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    decay: torch.Tensor
-    beta: torch.Tensor
-    normalises: bool
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -129,32 +116,14 @@ class GatedDelta(Scan):
 
 
 @dataclass(frozen=True, slots=True)
-class Mamba2(Scan):
+class Mamba2(Mamba2Tokens, Scan):
     """State space duality (Dao and Gu, "Transformers are SSMs", 2024, section 6).
 
     Attributes:
         original: the chunk form of transformers.
-        value: `[T, H, V]`, x of the paper.
-        step: `[T, H]`, the time step before bias, softplus and bounds.
-        rate: `[H]`, A of the paper, negative.
-        key: `[T, G, K]`, B of the paper, H a multiple of G.
-        query: `[T, G, K]`, C of the paper.
-        skip: `[H]`, D of the paper; None for none.
-        bias: `[H]`, of the time step; None for none.
-        is_softplus: whether the time step goes through softplus.
-        bounds: of the time step.
     """
 
     original: Callable[..., Any]
-    value: torch.Tensor
-    step: torch.Tensor
-    rate: torch.Tensor
-    key: torch.Tensor
-    query: torch.Tensor
-    skip: torch.Tensor | None
-    bias: torch.Tensor | None
-    is_softplus: bool
-    bounds: tuple[float, float]
 
     @property
     def state_shape(self) -> tuple[int, int, int]:

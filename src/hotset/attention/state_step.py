@@ -1,6 +1,7 @@
-"""Attention and state of a step, by PyTorch's operations: any device, any dtype."""
+"""Attention and state of a step, by PyTorch's operations or by kernels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -8,41 +9,85 @@ from transformers.activations import ACT2FN
 
 from hotset.attention.backend import StepAttention
 from hotset.attention.batch import Batch, SequenceSpan
-from hotset.attention.scans import GRID, Scan
+from hotset.attention.mixers import MixerStep
+from hotset.attention.scans import Scan
 from hotset.attention.sparse.indexer import Index
+from hotset.attention.state_tables import chunks_of
 from hotset.memory.state_arena import StateArena
 
 
-class StateStep:
+def has_kernels(device: torch.device) -> bool:
+    """Whether states are computed by kernels there."""
+    return device.type == "cuda"
+
+
+class StateLayers:
+    """Makes the steps of a model whose layers keep keys and values, a state, both or neither.
+
+    Args:
+        arena: the slots.
+        kv_layers: index of a layer that attends -> which of those it is.
+        device: of the arena.
+    """
+
+    def __init__(self, arena: StateArena, kv_layers: dict[int, int], device: torch.device) -> None:
+        self._arena, self._kv_layers, self._device = arena, kv_layers, device
+
+    def begin_step(self, batch: Batch) -> "StepStates":
+        """The states of one step."""
+        if not has_kernels(self._device):
+            return TorchStates(self._arena, batch, self._device)
+        from hotset.attention.state_kernels import KernelStates
+
+        return KernelStates.of_batch(self._arena, batch, self._device)
+
+    def around(self, attention: StepAttention, states: "StepStates") -> "StateStep":
+        """All that the layers of a step ask for."""
+        return StateStep(attention, self._kv_layers, states)
+
+
+class StepStates(Protocol):
+    """What takes the tokens of one step through layers that keep a state.
+
+    The state of a sequence is read from one slot and written to another or the same, once per
+    layer.
+    """
+
+    def convolve(
+        self,
+        layer: int,
+        values: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str | None,
+    ) -> torch.Tensor:
+        """See `MixerStep`."""
+        ...
+
+    def scan(self, layer: int, scan: Scan) -> torch.Tensor:
+        """See `MixerStep`."""
+        ...
+
+    def finish(self) -> None:
+        """Do what is left once the last layer was computed."""
+        ...
+
+
+class StateStep(MixerStep):
     """One step of a model whose layers keep keys and values, a state, both or neither.
 
-    Implements `StepAttention` and `MixerStep`. The state of a sequence is read from one slot and
-    written to another or the same, once per layer. Decodes are computed together, prompts one by
-    one.
+    Implements `StepAttention` too.
 
     Args:
         attention: of the layers that attend.
         kv_layers: index of a layer that attends -> which of those it is.
-        arena: the slots.
-        batch: the step.
+        states: of the layers that keep a state.
     """
 
     def __init__(
-        self,
-        attention: StepAttention,
-        kv_layers: dict[int, int],
-        arena: StateArena,
-        batch: Batch,
-        device: torch.device,
+        self, attention: StepAttention, kv_layers: dict[int, int], states: StepStates
     ) -> None:
-        self._attention, self._kv_layers, self._arena = attention, kv_layers, arena
-        decodes = batch.sequences[: batch.num_decodes]
-        self._num_decodes = batch.num_decodes
-        self._prompts: Sequence[SequenceSpan] = batch.sequences[batch.num_decodes :]
-        self._reads = torch.tensor([s.state_read for s in decodes], device=device)
-        self._writes = torch.tensor([s.state_write for s in decodes], device=device)
-        kept = [(row, slot) for row, s in enumerate(decodes) for _, slot in s.cuts]
-        self._kept = torch.tensor(kept, device=device).T if kept else None
+        self._attention, self._kv_layers, self._states = attention, kv_layers, states
 
     def attend(
         self,
@@ -54,6 +99,41 @@ class StateStep:
     ) -> torch.Tensor:
         """See `StepAttention`."""
         return self._attention.attend(self._kv_layers[layer], query, key, value, index)
+
+    def convolve(
+        self,
+        layer: int,
+        values: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str | None,
+    ) -> torch.Tensor:
+        """See `MixerStep`."""
+        return self._states.convolve(layer, values, weight, bias, activation)
+
+    def scan(self, layer: int, scan: Scan) -> torch.Tensor:
+        """See `MixerStep`."""
+        return self._states.scan(layer, scan)
+
+
+class TorchStates:
+    """See `StepStates`: any device, any dtype. Decodes are computed together, prompts one by one.
+
+    Args:
+        arena: the slots.
+        batch: the step.
+        device: of the arena.
+    """
+
+    def __init__(self, arena: StateArena, batch: Batch, device: torch.device) -> None:
+        self._arena = arena
+        decodes = batch.sequences[: batch.num_decodes]
+        self._num_decodes = batch.num_decodes
+        self._prompts: Sequence[SequenceSpan] = batch.sequences[batch.num_decodes :]
+        self._reads = torch.tensor([s.state_read for s in decodes], device=device)
+        self._writes = torch.tensor([s.state_write for s in decodes], device=device)
+        kept = [(row, slot) for row, s in enumerate(decodes) for _, slot in s.cuts]
+        self._kept = torch.tensor(kept, device=device).T if kept else None
 
     def convolve(
         self,
@@ -95,27 +175,19 @@ class StateStep:
             self._write(pool, states)
         for span in self._prompts:
             state = pool[span.state_read]
-            for start, end in _chunks(span):
-                output[start:end], state = scan.chunk(start, end, state)
-                for slot in [slot for count, slot in span.cuts if count == end - span.start]:
+            for start, length, slot in chunks_of(span):
+                if length:
+                    end = start + length
+                    output[start:end], state = scan.chunk(start, end, state)
+                if slot >= 0:
                     pool[slot] = state
-            pool[span.state_write] = state
         return output
+
+    def finish(self) -> None:
+        """See `StepStates`: nothing is left."""
 
     def _write(self, pool: torch.Tensor, states: torch.Tensor) -> None:
         """Write what decodes leave, `[R, ...]`, to their slots and those that keep it."""
         pool[self._writes] = states
         if self._kept is not None:
             pool[self._kept[1]] = states[self._kept[0]]
-
-
-def _chunks(span: SequenceSpan) -> Iterator[tuple[int, int]]:
-    """Rows of a sequence's tokens, cut where positions are multiples of `GRID`, and at its cuts."""
-    row, position = span.start, span.context_len - span.num_tokens
-    for count in (*(count for count, _ in span.cuts), span.num_tokens):
-        end = span.start + count
-        while row < end:
-            stop = min(end, row + GRID - position % GRID)
-            yield row, stop
-            position += stop - row
-            row = stop

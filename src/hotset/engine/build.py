@@ -9,7 +9,7 @@ from pathlib import Path
 import platformdirs
 import torch
 
-from hotset.attention.scans import GRID
+from hotset.attention.state_tables import GRID
 from hotset.clock import REAL_CLOCK, Clock
 from hotset.cost.cache_spec import groups_of
 from hotset.cost.prefix import PrefixPolicy

@@ -19,7 +19,7 @@ from hotset.attention.hot_rows import HotRows
 from hotset.attention.inputs import Inputs, copy_batch
 from hotset.attention.mixers import step_keywords
 from hotset.attention.sparse.indexer import mask_arguments
-from hotset.attention.state_step import StateStep
+from hotset.attention.state_step import StateLayers
 from hotset.errors import ModelError
 from hotset.executor.graphs import StepGraphs
 from hotset.executor.step_input import StepInput
@@ -72,7 +72,10 @@ class ModelRunner:
         kv_layers: dict[int, int] | None = None,
     ) -> None:
         self._model = model
-        self._states, self._kv_layers = states, kv_layers or {}
+        self._states = states
+        self._state_layers: StateLayers | None = None
+        if states is not None:
+            self._state_layers = StateLayers(states, kv_layers or {}, model.device)
         self._hot = hot
         self._arena = arena
         self._attention = attention
@@ -256,10 +259,15 @@ class ModelRunner:
         inputs, rows = copy_batch(batch, self._model.device)
         token_ids = inputs.resolve(self._previous) if batch.has_unknown else inputs.token_ids
         attention = self._attention.begin_step(batch, inputs)
-        if self._states is not None:
-            attention = StateStep(attention, self._kv_layers, self._states, batch, self.device)
+        if self._state_layers is None:
+            when_ready()
+            return self._logits(token_ids, inputs.positions, attention, rows)
+        states = self._state_layers.begin_step(batch)
         when_ready()
-        return self._logits(token_ids, inputs.positions, attention, rows)
+        around = self._state_layers.around(attention, states)
+        logits = self._logits(token_ids, inputs.positions, around, rows)
+        states.finish()
+        return logits
 
     def _logits(
         self,

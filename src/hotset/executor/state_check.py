@@ -22,7 +22,7 @@ from hotset.attention.inputs import copy_batch
 from hotset.attention.mixers import mixers, step_keywords
 from hotset.attention.probe import are_alike
 from hotset.attention.spec import LayerAttention
-from hotset.attention.state_step import StateStep
+from hotset.attention.state_step import StateLayers
 from hotset.cost.cache_spec import State
 from hotset.errors import ModelError
 from hotset.experts.gating import without_experts
@@ -115,7 +115,7 @@ class _Trial:
         kv_layers: dict[int, int],
         states: Mapping[int, State],
     ) -> None:
-        self._model, self._kv_layers = model, kv_layers
+        self._model = model
         self._arena = DeviceArena(
             [layer.cache.stored for layer in layers],
             num_blocks=2,
@@ -124,9 +124,10 @@ class _Trial:
             device=model.device,
         )
         self._attention = GatherBackend(self._arena, layers)
-        self._states = StateArena(
+        arena = StateArena(
             states, num_slots=PADDING_SLOT + 3, dtype=model.dtype, device=model.device
         )
+        self._states = StateLayers(arena, kv_layers, model.device)
 
     @torch.inference_mode()
     def run(self, parts: Sequence[tuple[int, Sequence[int], int, int]]) -> list[torch.Tensor]:
@@ -149,7 +150,7 @@ class _Trial:
         batch = Batch(np.concatenate(columns, axis=1), none, none, spans, num_decodes, False)
         inputs, _ = copy_batch(batch, self._model.device)
         attention = self._attention.begin_step(batch, inputs)
-        step = StateStep(attention, self._kv_layers, self._states, batch, self._model.device)
+        step = self._states.around(attention, self._states.begin_step(batch))
         with without_experts(self._model):
             output = self._model(
                 input_ids=inputs.token_ids.unsqueeze(0),

@@ -1,0 +1,225 @@
+"""Kernels over slots against PyTorch's operations; Triton's interpreter where there is no GPU."""
+
+import os
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+from scans import gated_delta, mamba2  # noqa: E402
+
+from hotset.attention.batch import Batch, SequenceSpan  # noqa: E402
+from hotset.attention.scans import Scan  # noqa: E402
+from hotset.attention.state_kernels import KernelStates  # noqa: E402
+from hotset.attention.state_step import TorchStates  # noqa: E402
+from hotset.cost.cache_spec import State  # noqa: E402
+from hotset.memory.state_arena import StateArena  # noqa: E402
+
+LAYER, CHANNELS, KERNEL, SLOTS = 3, 150, 4, 20
+SCANS = pytest.mark.parametrize("make", [gated_delta, mamba2])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def spans_of(*parts: tuple[Any, ...]) -> list[SequenceSpan]:
+    """Spans of (tokens, position of the first, slot read, slot written, cuts)."""
+    spans, row = [], 0
+    for count, position, read, write, *cuts in parts:
+        spans.append(SequenceSpan(row, count, position + count, [], read, write, cuts))
+        row += count
+    return spans
+
+
+# Decodes from zeros, in place, and to another slot and one more; texts from zeros, in place, from
+# within a chunk, cut on and off the grid and at their end, and shorter than the convolution.
+MIXED = spans_of(
+    (1, 5, 0, 2),
+    (1, 70, 3, 3),
+    (1, 9, 4, 5, (1, 6)),
+    (2, 0, 0, 7),
+    (3, 63, 8, 8),
+    (150, 0, 0, 9, (64, 10), (128, 11), (149, 12)),
+    (70, 40, 13, 14, (24, 15), (70, 16)),
+)
+
+
+def batch_of(spans: list[SequenceSpan]) -> Batch:
+    none = np.empty((6, 0), np.int64)
+    num_decodes = sum(span.num_tokens == 1 for span in spans)
+    return Batch(none, none[0], none[0], spans, num_decodes, False)
+
+
+def tokens_of(spans: list[SequenceSpan]) -> int:
+    return sum(span.num_tokens for span in spans)
+
+
+def make_arena(scan: Scan, dtype: torch.dtype) -> StateArena:
+    """Slots of random numbers, but for that of zeros."""
+    spec = State(scan.state_shape, (CHANNELS, KERNEL - 1), dtype.itemsize)
+    arena = StateArena({LAYER: spec}, num_slots=SLOTS, dtype=dtype, device=DEVICE)
+    arena.recurrent[LAYER][1:] = torch.randn(SLOTS - 1, *scan.state_shape)
+    arena.columns[LAYER][1:] = torch.randn(SLOTS - 1, *spec.conv).to(dtype)
+    return arena
+
+
+def twin(arena: StateArena, scan: Scan, dtype: torch.dtype) -> StateArena:
+    other = make_arena(scan, dtype)
+    other.memory.copy_(arena.memory)
+    return other
+
+
+def cast(scan: Scan, dtype: torch.dtype) -> Scan:
+    """On the device, with queries, keys and values of `dtype`."""
+    changes: dict[str, torch.Tensor] = {}
+    for field in fields(scan):  # type: ignore[arg-type]
+        if isinstance(numbers := getattr(scan, field.name), torch.Tensor):
+            is_token = field.name in ("query", "key", "value")
+            changes[field.name] = numbers.to(DEVICE, dtype if is_token else torch.float32)
+    return replace(scan, **changes)  # type: ignore[type-var]
+
+
+def bound(dtype: torch.dtype) -> dict[str, float]:
+    # In 16 bits kernels multiply in TF32, on a GPU.
+    return {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+
+
+@SCANS
+@DTYPES
+@pytest.mark.parametrize("sizes", [{}, {"keys": 24, "values": 40, "heads": 3, "groups": 1}])
+def test_a_step_scans_as_pytorch_does_and_leaves_the_same_states(
+    make: Callable[..., Scan], dtype: torch.dtype, sizes: dict[str, int]
+) -> None:
+    torch.manual_seed(0)
+    scan = cast(make(tokens_of(MIXED), **sizes), dtype)
+    arena = make_arena(scan, dtype)
+    other = twin(arena, scan, dtype)
+    expected = TorchStates(other, batch_of(MIXED), DEVICE).scan(LAYER, scan)
+    states = KernelStates.of_batch(arena, batch_of(MIXED), DEVICE)
+    torch.testing.assert_close(states.scan(LAYER, scan), expected, **bound(dtype))
+    states.finish()
+    slots, others = arena.recurrent[LAYER], other.recurrent[LAYER]
+    torch.testing.assert_close(slots, others, **bound(dtype))
+    kept = [slot for slot in range(SLOTS) if slot not in written(MIXED)]
+    assert torch.equal(slots[kept], others[kept])
+
+
+def written(spans: list[SequenceSpan]) -> set[int]:
+    return {s.state_write for s in spans} | {slot for s in spans for _, slot in s.cuts}
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ["silu", None, "gelu"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_step_convolves_as_pytorch_does_and_leaves_the_same_columns(
+    dtype: torch.dtype, activation: str | None, has_bias: bool
+) -> None:
+    torch.manual_seed(1)
+    scan = gated_delta(1)
+    arena = make_arena(scan, dtype)
+    other = twin(arena, scan, dtype)
+    values = torch.randn(tokens_of(MIXED), 2 * CHANNELS, device=DEVICE).to(dtype)
+    values = values[:, CHANNELS:].T  # part of a projection
+    weight = torch.randn(CHANNELS, KERNEL, device=DEVICE).to(dtype)
+    bias = torch.randn(CHANNELS, device=DEVICE).to(dtype) if has_bias else None
+    asked = (LAYER, values, weight, bias, activation)
+    expected = TorchStates(other, batch_of(MIXED), DEVICE).convolve(*asked)
+    states = KernelStates.of_batch(arena, batch_of(MIXED), DEVICE)
+    found = states.convolve(*asked)
+    states.finish()
+    torch.testing.assert_close(found, expected, **bound(dtype))
+    assert found.T.is_contiguous()  # which scans want of their rows
+    assert torch.equal(arena.columns[LAYER], other.columns[LAYER])
+
+
+def steps_of(ends: list[int], slots: list[int]) -> list[SequenceSpan]:
+    """A text in steps, each in place but the first."""
+    starts = [0, *ends[:-1]]
+    return [
+        SequenceSpan(0, end - start, end, [], read, write)
+        for start, end, read, write in zip(starts, ends, [0, *slots[:-1]], slots, strict=True)
+    ]
+
+
+def run_steps(
+    arena: StateArena, scan: Scan, values: torch.Tensor, steps: list[SequenceSpan]
+) -> list[torch.Tensor]:
+    """What a text's tokens come to, step by step: of the scan, and of the convolution."""
+    found, weight = [], torch.ones(CHANNELS, KERNEL, device=DEVICE, dtype=values.dtype)
+    for span in steps:
+        own = slice(span.context_len - span.num_tokens, span.context_len)
+        states = KernelStates.of_batch(arena, batch_of([span]), DEVICE)
+        part = replace(scan, **rows_of(scan, own))  # type: ignore[type-var]
+        columns = states.convolve(LAYER, values[:, own], weight, None, "silu")
+        found.append((states.scan(LAYER, part), columns.T))
+        states.finish()
+    return [torch.cat(part) for part in zip(*found, strict=True)]
+
+
+def rows_of(scan: Scan, rows: slice) -> dict[str, torch.Tensor]:
+    taken = {id(each) for each in scan.rows}
+    named = {field.name: getattr(scan, field.name) for field in fields(scan)}  # type: ignore[arg-type]
+    return {name: each[rows] for name, each in named.items() if id(each) in taken}
+
+
+@SCANS
+@DTYPES
+def test_cuts_on_the_grid_and_other_slots_change_no_bit(
+    make: Callable[..., Scan], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(2)
+    scan = cast(make(150), dtype)
+    values = torch.randn(CHANNELS, 150, device=DEVICE).to(dtype)
+    arena = make_arena(scan, dtype)
+    whole = run_steps(arena, scan, values, steps_of([150], [2]))
+    for ends, slots in ([64, 128, 150], [3, 3, 3]), ([64, 150], [4, 5]), ([128, 150], [6, 7]):
+        cut = run_steps(arena, scan, values, steps_of(ends, slots))
+        assert all(map(torch.equal, whole, cut))
+        for pool in (arena.recurrent[LAYER], arena.columns[LAYER]):
+            assert torch.equal(pool[2], pool[slots[-1]])
+    # The same states as kept on the way.
+    span = SequenceSpan(0, 150, 150, [], 0, 8, [(64, 9), (128, 10)])
+    kept = run_steps(arena, scan, values, [span])
+    assert all(map(torch.equal, whole, kept))
+    for pool in (arena.recurrent[LAYER], arena.columns[LAYER]):
+        assert torch.equal(pool[9], pool[4]) and torch.equal(pool[10], pool[6])
+
+
+@SCANS
+def test_a_token_is_the_same_in_all_bits_alone_and_beside_others(
+    make: Callable[..., Scan],
+) -> None:
+    torch.manual_seed(3)
+    scan = cast(make(tokens_of(MIXED)), torch.float32)
+    arena = make_arena(scan, torch.float32)
+    other = twin(arena, scan, torch.float32)
+    together = KernelStates.of_batch(arena, batch_of(MIXED), DEVICE).scan(LAYER, scan)
+    for span in MIXED:
+        own = slice(span.start, span.start + span.num_tokens)
+        part = replace(scan, **rows_of(scan, own))  # type: ignore[type-var]
+        alone = KernelStates.of_batch(other, batch_of([span._replace(start=0)]), DEVICE)
+        assert torch.equal(alone.scan(LAYER, part), together[own])
+
+
+def test_equal_keys_that_are_replaced_at_once_leave_finite_states() -> None:
+    """Where the powers of what is solved for would grow beyond all digits."""
+    torch.manual_seed(4)
+    scan: Any = cast(gated_delta(128), torch.float32)
+    scan = replace(
+        scan,
+        key=scan.key[:1].expand(128, -1, -1).contiguous(),
+        decay=torch.zeros_like(scan.decay),
+        beta=torch.ones_like(scan.beta),
+    )
+    arena = make_arena(scan, torch.float32)
+    other = twin(arena, scan, torch.float32)
+    batch = batch_of(spans_of((128, 0, 0, 2)))
+    found = KernelStates.of_batch(arena, batch, DEVICE).scan(LAYER, scan)
+    torch.testing.assert_close(
+        found, TorchStates(other, batch, DEVICE).scan(LAYER, scan), rtol=1e-4, atol=1e-4
+    )
