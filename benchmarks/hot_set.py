@@ -6,6 +6,7 @@ What was measured is written after each arm, so that a run that is cut off leave
     python benchmarks/hot_set.py --out benchmarks/results/hot_set.json              # an H200
     python benchmarks/hot_set.py --arms resident,hot-set --users 8,16
     python benchmarks/hot_set.py --variant shared --row-prefetch 1
+    python benchmarks/hot_set.py --index-dtype auto              # index keys in 16 bits
     python benchmarks/hot_set.py --preset S-small --steps 20                        # a CPU
 """
 
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--fill-s", type=float, default=60.0, help="most seconds to steady state")
     parser.add_argument("--context", type=int, help="tokens of a prompt")
     parser.add_argument("--hardware", help="profile of the plan")
+    parser.add_argument("--index-dtype", choices=["auto", "fp8"])
     for name in ("hot-gib", "host-gib"):
         parser.add_argument(f"--{name}", type=float)
     for name in ("hot-tokens", "row-prefetch", "max-num-seqs"):
@@ -69,7 +71,7 @@ def main() -> None:
     if given.variant == "shared":
         model = str(Path(preset.model).with_name("dsa-8l-shared.json"))
     sizes = {"hot_gib": preset.hot_gib, "host_gib": preset.host_gib, **preset.engine}
-    names = ("hot_gib", "host_gib", "hot_tokens", "row_prefetch", "max_num_seqs")
+    names = ("hot_gib", "host_gib", "hot_tokens", "row_prefetch", "max_num_seqs", "index_dtype")
     asked = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     config = Options.of(model=model, **sizes | asked)
     spec = preset.spec

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from rounded_scores import round_index_keys
 from tied_scores import select_lowest_of_ties
 from tiny_models import make_model
 
@@ -21,6 +22,7 @@ from hotset.experts.hosting import buffer_experts, make_buffer
 from hotset.experts.prefetch import Router
 from hotset.experts.sizes import sizes_of, slot_bytes_of, why_not_hosted
 from hotset.experts.weights import LayerExperts, experts_layers
+from hotset.linear.fp8 import FP8
 from hotset.memory.region import SharedRegion
 from hotset.model.loaded import LoadedModel
 from hotset.option_groups import ExpertBudget, ExpertSlots, HostedExperts
@@ -39,7 +41,7 @@ def make_engine(
     seed: int = 0,
     overlap: bool | None = None,
     kv_bytes: int = 4,
-    model_dtype: torch.dtype = torch.float32,
+    model_dtype: torch.dtype | None = None,
     model_changes: dict[str, Any] | None = None,
     simulated: Simulated | None = None,
     **changes: Any,
@@ -48,16 +50,18 @@ def make_engine(
 
     One whose layers keep a state has memory for those of 8 requests beside.
 
-    `model_changes` are of its config. All its experts stay on the device, unless `changes` say how
-    many. The caller closes it.
+    `model_changes` are of its config; a `model_dtype` of None is its own. All its experts stay on
+    the device, unless `changes` say how many. The caller closes it.
     """
     model = make_model(family, seed=seed, **model_changes or {})
-    model = model.to(changes.get("device", "cpu"), model_dtype)
+    model = model.to(changes.get("device", "cpu"), model_dtype or model.dtype)
     if slot_bytes_of(model, HostedExperts()) is not None and "expert_gib" not in changes:
         changes.setdefault("expert_slots", experts_layers(model)[0].num_experts)
-    layout = inspect_model(model)
-    token_values = layout.bytes_per_token // layout.kv_dtype.itemsize
-    block_bytes = token_values * kv_bytes * block_size
+    layout = inspect_model(model, index_dtype=FP8 if changes.get("index_dtype") == "fp8" else None)
+    token_bytes = layout.bytes_per_token
+    if kv_bytes != layout.kv_dtype.itemsize:
+        token_bytes = token_bytes // layout.kv_dtype.itemsize * kv_bytes
+    block_bytes = token_bytes * block_size
     slot_bytes = -(-block_bytes // 4096) * 4096
     num_slots = 10 if layout.states else 0  # with two that are reserved
     states_bytes = num_slots * state_slot_bytes(layout.states.values())
@@ -159,15 +163,19 @@ def reference(
     seed: int = 0,
     device: str = "cpu",
     ties: Literal["lowest", "any"] = "lowest",
+    index_dtype: Literal["auto", "fp8"] = "auto",
     **changes: Any,
 ) -> list[list[int]]:
     """What `transformers` `generate` answers, greedily, prompt by prompt; of a changed model.
 
-    `ties` says which of equal scores sparse attention selects: see `tied_scores`.
+    `ties` says which of equal scores sparse attention selects: see `tied_scores`; `index_dtype`
+    what keys it scores: see `rounded_scores`.
     """
     model = make_model(family, seed=seed, **changes).to(device)
     if ties == "lowest":
         select_lowest_of_ties(model)
+    if index_dtype == "fp8":
+        round_index_keys(model)
     # The only one of its implementations that knows all that architectures ask of attention.
     model.set_attn_implementation("eager")
     model.generation_config.eos_token_id = None

@@ -15,6 +15,7 @@ from fake_latents import _Latents, _store_latent
 from hotset.attention.flashinfer.sparse import SparseBackend
 from hotset.attention.hot_rows import HotRows
 from hotset.attention.sparse.drawn import DrawnSelection
+from hotset.attention.sparse.rounded import store_keys, turned_query, widen_keys
 from hotset.attention.sparse.select import score_keys, select_positions
 from hotset.attention.spec import LayerAttention
 from hotset.kernels.index_scores import PagedTokens
@@ -29,6 +30,7 @@ def _score_paged_keys(
     scores: torch.Tensor,
     *,
     count: int,
+    key_scales: torch.Tensor | None = None,
 ) -> None:
     size = keys.shape[1]
     for i, (start, length) in enumerate(
@@ -36,8 +38,22 @@ def _score_paged_keys(
     ):
         if length > count:
             blocks = tokens.block_ids[start : start + -(-length // size)].long()
-            own = keys[blocks].flatten(0, 1)[:length]
+            own = keys[blocks] if key_scales is None else widen_keys(keys, key_scales, blocks)
+            own = own.flatten(0, 1)[:length]
             scores[i, :length] = score_keys(query[i, None], weights[i, None], own)[0]
+
+
+def _store_index(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    turned: torch.Tensor,
+    keys: torch.Tensor,
+    scales: torch.Tensor,
+    blocks: torch.Tensor,
+    offsets: torch.Tensor,
+) -> None:
+    store_keys(key, keys, scales, (blocks, offsets))
+    turned.copy_(turned_query(query))
 
 
 def _find_rows(
@@ -100,6 +116,7 @@ class CpuSparse(SparseBackend):
         )
         self._select_with(_top_k, kernels, max_context, hot, drawn)
         self.store_latent = _store_latent
+        self.store_index = _recorded(_store_index)
         self._wrapper_class, self._kernels = _Latents, None
         self._set_up(arena, layers, workspace_bytes=1)
         self._most_rows = most_rows

@@ -50,7 +50,7 @@ def make_scheduler(
         seats=Seats(num_seats=8, num_slots=hot_blocks * BLOCK, block_size=BLOCK)
         if hot_blocks
         else None,
-        index_blocks=IndexBlocks(pool, first=num_blocks + 1, row_values=80, index_values=10),
+        index_blocks=IndexBlocks(pool, first=num_blocks + 1, row_bytes=80, index_bytes=10),
     )
     return Scheduler(
         kv,

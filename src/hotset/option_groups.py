@@ -46,6 +46,14 @@ class ModelOptions(Group):
         "Of stored KV; auto is the dtype above, fp8 takes half of its bytes and is not exact.",
         more="fp8 is 8-bit floats (e4m3), with the scales of the checkpoint where it has some.",
     )
+    index_dtype: KVDType = option(
+        "auto",
+        "Of the index keys of a model with sparse attention; auto is the dtype above, fp8 takes "
+        "about half of its bytes and selects other tokens in part.",
+        more="fp8 is 8-bit floats (e4m3) with one float32 scale per key, after a Hadamard "
+        "transform, as DeepSeek runs its models. The engine says at start how many selected "
+        "tokens are the same.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,6 +160,11 @@ def _experts_of(values: dict[str, Any]) -> ExpertOptions:
 def _conflicts(options: Options) -> Iterator[str]:
     """What does not go together, whatever the model: the one list of it."""
     memory, experts, schedule = options.memory, options.experts, options.schedule
+    if options.model.index_dtype == "fp8" and (memory.block_size or 0) % 4:
+        yield (
+            f"block_size is {memory.block_size} and index_dtype is fp8, whose keys have their "
+            "scales behind those of their block; give a multiple of 4"
+        )
     if schedule.rotation_s is not None and memory.host_gib == 0:
         yield (
             f"rotation_s is {schedule.rotation_s} but host_gib is 0; give the host tier a size for "

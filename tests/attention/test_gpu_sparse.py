@@ -17,8 +17,10 @@ from hotset.attention.gather import GatherBackend
 from hotset.attention.inputs import Inputs
 from hotset.attention.latent import LatentWeights
 from hotset.attention.sparse.indexer import Index
+from hotset.attention.sparse.rounded import store_keys
 from hotset.attention.sparse.select import select_positions
 from hotset.cost.attention import Indexer
+from hotset.linear.fp8 import FP8
 from hotset.memory.arena import DeviceArena
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -51,9 +53,15 @@ class SparseStep(Step):
     """
 
     def __init__(
-        self, num_heads: int, lengths: list[tuple[int, int]], *, has_sinks: bool = False
+        self,
+        num_heads: int,
+        lengths: list[tuple[int, int]],
+        *,
+        has_sinks: bool = False,
+        index_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_heads, lengths, torch.bfloat16)
+        self.index_dtype = index_dtype
         sinks = torch.randn(num_heads, device=DEVICE) if has_sinks else None
         full = Indexer(COUNT, INDEX_HEADS, INDEX_DIM)
         self.layers = [
@@ -62,12 +70,23 @@ class SparseStep(Step):
         ]
         self.arena = self.make_arena(torch.bfloat16, torch.device(DEVICE))
         self.arena.storage.normal_()
-        self.arena.index_keys[0].copy_(self.integers(*self.arena.index_keys[0].shape))
+        self.fill_keys()
         self.index = Index(
             self.integers(1, self.num_tokens, INDEX_HEADS, INDEX_DIM).bfloat16(),
             self.integers(1, self.num_tokens, INDEX_DIM).bfloat16(),
             self.integers(1, self.num_tokens, INDEX_HEADS) / 8,
         )
+
+    def fill_keys(self) -> None:
+        """Those of earlier tokens; of 8 bits they are turned and rounded integers."""
+        keys, scales = self.arena.index_keys[0], self.arena.index_scales[0]
+        values = self.integers(*keys.shape)
+        if scales is None:
+            keys.copy_(values)
+            return
+        slots = torch.arange(self.arena.num_blocks * BLOCK, device=DEVICE)
+        own = values.flatten(0, 1)[: len(slots)]
+        store_keys(own, keys, scales, (slots // BLOCK, slots % BLOCK))
 
     @staticmethod
     def integers(*shape: int) -> torch.Tensor:
@@ -81,6 +100,7 @@ class SparseStep(Step):
             dtype=dtype,
             device=device,
             index_dims=[layer.index_dim for layer in self.layers],
+            index_dtype=self.index_dtype,
         )
 
     def attend(self, attention: Any) -> list[torch.Tensor]:
@@ -102,7 +122,13 @@ class SparseStep(Step):
         ]
         arena = self.make_arena(torch.float32, torch.device("cpu"))
         arena.storage.copy_(self.arena.storage)
-        arena.index_keys[0][: arena.num_blocks] = self.arena.index_keys[0][: arena.num_blocks].cpu()
+        n = arena.num_blocks
+        for own, other in (
+            (arena.index_keys[0], self.arena.index_keys[0]),
+            (arena.index_scales[0], self.arena.index_scales[0]),
+        ):
+            if own is not None and other is not None:
+                own.view(torch.uint8)[:n] = other[:n].to(own.dtype).view(torch.uint8).cpu()
         inputs = Inputs(*(row.cpu() for row in self.inputs()))
         attention = GatherBackend(arena, wide).begin_step(self.batch, inputs)
         given = [part.float().cpu() for part in (self.query, self.rotary, self.latent)]
@@ -117,10 +143,14 @@ def backend_of(step: SparseStep) -> SparseBackend:
 @pytest.mark.parametrize("num_heads", [16, 64, 128])
 @pytest.mark.parametrize("lengths", [DECODES, MIXED], ids=["decodes", "mixed"])
 @pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("index_dtype", [None, FP8])
 def test_attention_to_what_was_selected_is_that_in_float32(
-    num_heads: int, lengths: list[tuple[int, int]], has_sinks: bool
+    num_heads: int,
+    lengths: list[tuple[int, int]],
+    has_sinks: bool,
+    index_dtype: torch.dtype | None,
 ) -> None:
-    step = SparseStep(num_heads, lengths, has_sinks=has_sinks)
+    step = SparseStep(num_heads, lengths, has_sinks=has_sinks, index_dtype=index_dtype)
     expected = step.exact_layers()
 
     got = step.attend(backend_of(step).begin_step(step.batch, step.inputs()))
@@ -141,11 +171,11 @@ def test_scores_in_pieces_select_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("num_heads", [64, 128])
-@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize(("has_sinks", "index_dtype"), [(False, None), (True, None), (False, FP8)])
 def test_replayed_attention_is_the_launched_one_bit_for_bit(
-    num_heads: int, has_sinks: bool
+    num_heads: int, has_sinks: bool, index_dtype: torch.dtype | None
 ) -> None:
-    step = SparseStep(num_heads, MIXED, has_sinks=has_sinks)
+    step = SparseStep(num_heads, MIXED, has_sinks=has_sinks, index_dtype=index_dtype)
     backend = backend_of(step)
     recorded = backend.record_mixed(
         max_num_seqs=len(MIXED),

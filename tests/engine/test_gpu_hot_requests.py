@@ -47,15 +47,33 @@ def prompts_of(lengths: list[int]) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", SPARSE_FAMILIES)
 @pytest.mark.parametrize(
-    ("eager", "row_prefetch", "drawn"),
-    [(False, 0, False), (True, 0, False), (False, 1, False), (False, 0, True), (True, 0, True)],
+    ("eager", "row_prefetch", "drawn", "index_dtype"),
+    [
+        (False, 0, False, "auto"),
+        (True, 0, False, "auto"),
+        (False, 1, False, "auto"),
+        (False, 0, True, "auto"),
+        (True, 0, True, "auto"),
+        (False, 0, False, "fp8"),
+        (True, 0, False, "fp8"),
+        (False, 1, True, "fp8"),
+    ],
 )
 def test_logits_of_hot_and_resident_requests_are_the_same_bits(
-    family: str, eager: bool, row_prefetch: int, drawn: bool, make_engine: MakeEngine
+    family: str,
+    eager: bool,
+    row_prefetch: int,
+    drawn: bool,
+    index_dtype: str,
+    make_engine: MakeEngine,
 ) -> None:
     """Over 100 steps of the same batches, so that what was generated is fetched as well."""
     prompts = prompts_of([SLOTS - 1, SLOTS, SLOTS + 1, SLOTS + BLOCK, 200, 431])
-    options: dict[str, Any] = {"eager": eager, "row_prefetch": row_prefetch}
+    options: dict[str, Any] = {
+        "eager": eager,
+        "row_prefetch": row_prefetch,
+        "index_dtype": index_dtype,
+    }
     if drawn:  # as benchmarks have it
         selection = DrawnSelection.of_overlap(0.4, context=300, count=24)
         options["simulated"] = Simulated(selection, places_prompts=True)

@@ -14,7 +14,7 @@ from hotset.errors import ConfigError
 # A token takes 1,024 bytes in 32 bits.
 SPARSE = replace(
     DENSE,
-    sparse=SparseSizes(selected=64, row_values=216, index_values=40, index_layers=2),
+    sparse=SparseSizes(selected=64, row_bytes=216, index_bytes=40, index_layers=2),
     why_not_hot="",
 )
 

@@ -80,7 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.clock = FakeClock()
         seats, pool = None, BlockPool(num_blocks)
         index_blocks = IndexBlocks(
-            pool, first=num_blocks + 1, row_values=values[0], index_values=values[1]
+            pool, first=num_blocks + 1, row_bytes=values[0], index_bytes=values[1]
         )
         if hot_blocks:
             seats = Seats(num_seats=num_seats, num_slots=hot_blocks * BLOCK, block_size=BLOCK)

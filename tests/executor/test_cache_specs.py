@@ -12,7 +12,8 @@ from hotset.cost.cache_spec import KeysValues, Latent, State
 from hotset.cost.catalog import bundled_config, bundled_models
 from hotset.cost.families import shape_from_config
 from hotset.errors import ModelError
-from hotset.executor.probe import inspect_model
+from hotset.executor.probe import ModelLayout, inspect_model
+from hotset.linear.fp8 import FP8
 from hotset.memory.arena import DeviceArena
 from hotset.memory.state_arena import StateArena
 
@@ -60,15 +61,26 @@ def test_a_token_takes_the_bytes_that_the_planner_counts(
         assert slots.slot_bytes == shape.kv_bytes(0, "bf16")
         views = [*slots.recurrent.values(), *slots.columns.values()]
         assert slots.slot_bytes == sum(view.numel() * view.itemsize for view in views)
+    check_arena(layout, planned)
+    if any(layout.index_dims):
+        layout = inspect_model(model.to(torch.bfloat16), index_dtype=FP8)
+        rounded = replace(shape, index_dtype="fp8").stored
+        assert rounded.index_bytes_per_token == layout.index_bytes
+        assert rounded.kv_bytes_per_token("bf16") == layout.bytes_per_token < planned
+        check_arena(layout, layout.bytes_per_token)
+
+
+def check_arena(layout: ModelLayout, token_bytes: int) -> None:
     arena = DeviceArena(
-        specs,
+        layout.cache_specs,
         num_blocks=2,
         block_size=4,
         dtype=layout.kv_dtype,
         device=torch.device("cpu"),
         index_dims=layout.index_dims,
+        index_dtype=layout.index_dtype,
     )
-    assert 2 * arena.block_bytes == arena.memory.nbytes == 2 * 4 * planned
+    assert 2 * arena.block_bytes == arena.memory.nbytes == 2 * 4 * token_bytes
     assert sum(num_bytes for _, num_bytes in arena.runs(1)) == arena.block_bytes
 
 

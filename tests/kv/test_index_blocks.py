@@ -10,12 +10,12 @@ from hotset.kv.pool import BlockPool
 WIDTHS = [(61 * 576, 61 * 128), (78 * 576, 21 * 128), (9, 2), (7, 7), (12, 5)]
 
 
-@pytest.mark.parametrize(("row_values", "index_values"), WIDTHS)
+@pytest.mark.parametrize(("row_bytes", "index_bytes"), WIDTHS)
 def test_index_blocks_lie_within_the_rows_of_their_block_and_not_in_each_other(
-    row_values: int, index_values: int
+    row_bytes: int, index_bytes: int
 ) -> None:
     pool = BlockPool(5)
-    blocks = IndexBlocks(pool, first=6, row_values=row_values, index_values=index_values)
+    blocks = IndexBlocks(pool, first=6, row_bytes=row_bytes, index_bytes=index_bytes)
     taken = []
     while blocks.can_take:
         taken.append(blocks.take())
@@ -24,8 +24,8 @@ def test_index_blocks_lie_within_the_rows_of_their_block_and_not_in_each_other(
     with pytest.raises(OutOfBlocksError):
         blocks.take()
     for block in taken:  # the rows begin where index keys of six whole blocks end
-        start, end = ((block - 6 + i) * index_values for i in range(2))
-        assert start // row_values == (end - 1) // row_values < 5
+        start, end = ((block - 6 + i) * index_bytes for i in range(2))
+        assert start // row_bytes == (end - 1) // row_bytes < 5
     for block in random.Random(0).sample(taken, len(taken)):
         blocks.give_back(block)
         blocks.check()
@@ -34,7 +34,7 @@ def test_index_blocks_lie_within_the_rows_of_their_block_and_not_in_each_other(
 
 def test_a_block_goes_back_to_the_pool_once_none_of_it_is_in_use() -> None:
     pool = BlockPool(2)
-    blocks = IndexBlocks(pool, first=3, row_values=9, index_values=3)
+    blocks = IndexBlocks(pool, first=3, row_bytes=9, index_bytes=3)
     first, second = blocks.take(), blocks.take()
     assert pool.num_available == 1
     blocks.give_back(first)
@@ -44,7 +44,7 @@ def test_a_block_goes_back_to_the_pool_once_none_of_it_is_in_use() -> None:
 
 
 def test_an_index_block_given_back_twice_is_noticed() -> None:
-    blocks = IndexBlocks(BlockPool(1), first=1, row_values=9, index_values=3)
+    blocks = IndexBlocks(BlockPool(1), first=1, row_bytes=9, index_bytes=3)
     first, _ = blocks.take(), blocks.take()
     blocks.give_back(first)
     with pytest.raises(AssertionError, match="twice"):

@@ -54,6 +54,34 @@ def test_rows_are_numbered_from_a_layers_first() -> None:
         assert numbers == [[b * 12 + i * per_token for i in range(4)] for b in range(3)]
 
 
+def test_8_bit_index_keys_have_their_scales_behind_them() -> None:
+    arena = DeviceArena(
+        [LATENT] * 2,
+        num_blocks=3,
+        block_size=4,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        index_dims=[16, 0],
+        index_dtype=torch.float8_e4m3fn,
+    )
+    assert arena.block_bytes == 4 * (2 * 12 * 2 + 16 + 4)
+    [scales, none], [keys, empty] = arena.index_scales, arena.index_keys
+    assert scales is not None and none is None and empty.numel() == 0
+    assert keys.shape[1:] == (4, 16) and scales.shape[1:] == (4,)
+    arena.layers[0][1], arena.layers[1][1] = 1, 2
+    keys.view(torch.uint8)[1] = 3
+    scales[1] = 4
+    latents, index = (
+        arena.memory[first - arena.memory.data_ptr() :][:size] for first, size in arena.runs(1)
+    )
+    assert latents.view(torch.bfloat16).tolist() == [1.0] * 48 + [2.0] * 48
+    assert index[:64].tolist() == [3] * 64
+    assert index[64:].view(torch.float32).tolist() == [4.0] * 4
+    arena.copy_blocks([(1, 2), (1, arena.num_blocks)])  # the second into the latents of block 0
+    assert (keys.view(torch.uint8)[2:4] == 3).all() and (scales[2:4] == 4).all()
+    assert arena.layers[0][0].any() and (arena.layers[1][2] == 2).all()
+
+
 def test_blocks_are_copied_and_cleared_in_both_parts() -> None:
     arena = make_arena(3)
     for tensor in (*arena.layers, *arena.index_keys):
@@ -67,7 +95,7 @@ def test_blocks_are_copied_and_cleared_in_both_parts() -> None:
 def test_an_index_block_lies_within_the_latents_of_the_block_that_it_is_carved_from() -> None:
     arena = make_arena(6)
     pool = BlockPool(5)  # the last one is no request's
-    carve = IndexBlocks(pool, first=6, row_values=36, index_values=5)
+    carve = IndexBlocks(pool, first=6, row_bytes=36, index_bytes=5)
     index_blocks = [carve.take() for _ in range(2 * carve.fewest_per_block)]
     carved = {block for block in range(5) if pool.ref_count(block)}
     arena.index_keys[0][0] = 8

@@ -18,7 +18,7 @@ def test_index_blocks_lie_in_the_rows_of_their_block_and_in_no_other() -> None:
         index_dims=[5, 0, 0],
     )
     pool = BlockPool(3)
-    blocks = IndexBlocks(pool, first=4, row_values=3 * 6, index_values=5)
+    blocks = IndexBlocks(pool, first=4, row_bytes=3 * 6, index_bytes=5)
     assert pool.allocate(1) == [0]  # and block 3 is none of the pool's
     while blocks.can_take:
         arena.index_keys[0][blocks.take()] = 7

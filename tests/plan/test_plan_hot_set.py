@@ -99,14 +99,16 @@ def test_a_plan_says_why_none_turns_hot(arguments: list[str], line: str) -> None
     assert result.exit_code == 0 and line in result.output and "Hot set    " in result.output
 
 
-def test_the_command_serves_as_many_hot_requests_as_planned() -> None:
-    arguments = [word for word in CASE if word not in ("--index-dtype", "fp8")]
+@pytest.mark.parametrize("index_dtype", ["auto", "fp8"])
+def test_the_command_serves_as_many_hot_requests_as_planned(index_dtype: str) -> None:
+    arguments = [*CASE[:-1], index_dtype]
     data = json.loads(run(*arguments, "--json").stdout)
     words = shlex.split(data["serve"]["command"])
     given = dict(zip(words[2::2], words[3::2], strict=True))
     assert given["--hot-tokens"] == str(data["hot_set"]["slots"])
     assert given["--max-num-seqs"] == str(data["hot_set"]["users"])
     assert (given["--hot-gib"], given["--host-gib"]) == ("6", "64")
+    assert given.get("--index-dtype", "auto") == index_dtype
     serve_command.make_context("serve", words[2:])  # takes it
     few = json.loads(run(*arguments, "--users", "10", "--json").stdout)
     assert "--hot-tokens" not in few["serve"]["command"]

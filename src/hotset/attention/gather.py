@@ -13,6 +13,7 @@ from hotset.attention.latent import LatentWeights
 from hotset.attention.sparse.drawn import DrawnSelection
 from hotset.attention.sparse.gathered import GatheredSelection
 from hotset.attention.sparse.indexer import Index
+from hotset.attention.sparse.rounded import store_keys
 from hotset.attention.spec import LayerAttention
 from hotset.linear.fp8 import FP8, to_fp8
 from hotset.memory.arena import DeviceArena
@@ -107,7 +108,11 @@ class PagedAttention:
         asked = self._layers[layer]
         if asked.index_dim:
             assert index is not None and self._selection is not None
-            self._arena.index_keys[layer][self._slots] = index.key[0]
+            keys, scales = self._arena.index_keys[layer], self._arena.index_scales[layer]
+            if scales is None:
+                keys[self._slots] = index.key[0]
+            else:
+                store_keys(index.key[0], keys, scales, self._slots)
             self._selection.select(layer, index)
         if asked.latent is not None:
             return self._attend_to_latents(layer, asked.latent, query, key, value)

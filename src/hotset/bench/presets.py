@@ -128,7 +128,13 @@ PRESETS = {
         model=str(_SHAPES / "dsa-8l.json"),
         hot_gib=6.0,
         host_gib=64.0,
-        engine={**_PLACED, "max_num_seqs": 128, "max_model_len": 35840, "hot_tokens": 4096},
+        engine={
+            **_PLACED,
+            "index_dtype": "fp8",
+            "max_num_seqs": 128,
+            "max_model_len": 35840,
+            "hot_tokens": 4096,
+        },
         **_SPARSE,
     ),
     "S-small": Preset(

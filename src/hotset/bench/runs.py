@@ -108,7 +108,12 @@ class Bench:
         longest = loaded.max_model_len
         max_context = min(config.schedule.max_model_len or longest, longest)
         self.work = make_work(spec, self._vocab_size, max_context=max_context, model=loaded)
-        self._layout = inspect_model(model, resolve_kv_dtype(config.model.kv_dtype, model.device))
+        asked = config.model
+        self._layout = inspect_model(
+            model,
+            resolve_kv_dtype(asked.kv_dtype, model.device),
+            resolve_kv_dtype(asked.index_dtype, model.device, "index_dtype"),
+        )
         self._config = with_hot_tier(config, self.work, self._layout, model)
         self.notes: list[str] = []
         # Before the first engine, which may compile the model with it.
@@ -127,6 +132,7 @@ class Bench:
             "model": self._loaded.name,
             "dtype": self._dtype,
             "kv_dtype": self._config.model.kv_dtype,
+            "index_dtype": self._config.model.index_dtype,
             "device": str(self._device),
             "hot_gib": self._config.memory.hot_gib,
         }
@@ -299,6 +305,7 @@ class Bench:
                 self._dtype,
                 hardware,
                 kv_dtype=self._config.model.kv_dtype,
+                index_dtype=self._config.model.index_dtype,
             )
         except PlanError as error:
             self.notes.append(f"no prediction: {error}")

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from hotset.cost.cache_spec import CacheSpec, Latent, NoCache, Shared, State
+from hotset.cost.cache_spec import CacheSpec, Latent, NoCache, Shared, State, index_key_bytes
 from hotset.cost.params import Params
 from hotset.errors import PlanError
 
@@ -44,9 +44,7 @@ class Indexer:
 
     def key_bytes(self, dtype: str) -> int:
         """Bytes of one token's key; in fp8 with a float32 scale."""
-        if self.is_shared:
-            return 0
-        return self.key_dim * KV_BYTES[dtype] + (4 if dtype == "fp8" else 0)
+        return index_key_bytes(0 if self.is_shared else self.key_dim, KV_BYTES[dtype])
 
     @property
     def pair_flops(self) -> int:

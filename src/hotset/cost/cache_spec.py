@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TypeAlias
 
 STATE_BYTES = 4  # recurrent state is kept in float32
+_SCALE_BYTES = 4  # of an index key in 8 bits, in float32
 _STATE_ALIGNMENT = 16  # of a sequence's state, so that kernels can read whole words
 
 
@@ -218,6 +219,12 @@ def state_slot_bytes(specs: Iterable[State]) -> int:
     """Bytes of the state of one sequence over all layers, rounded up to whole words."""
     num_bytes = sum(spec.sequence_bytes for spec in specs)
     return -(-num_bytes // _STATE_ALIGNMENT) * _STATE_ALIGNMENT
+
+
+def index_key_bytes(width: int, itemsize: int) -> int:
+    """Bytes of the index key that a token leaves in a layer; 8-bit numbers share a scale."""
+    scale = _SCALE_BYTES if itemsize == 1 and width else 0
+    return width * itemsize + scale
 
 
 def token_bytes(specs: Iterable[CacheSpec], itemsize: int) -> int:

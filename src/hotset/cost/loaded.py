@@ -1,5 +1,6 @@
 """The cost model of a model that is loaded, on one device."""
 
+from dataclasses import replace
 from typing import Any
 
 from hotset.cost.calibration import CALIBRATIONS
@@ -14,7 +15,13 @@ _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8
 
 
 def make_cost_model(
-    config: dict[str, Any], name: str, dtype: str, hardware: Hardware, *, kv_dtype: str = "auto"
+    config: dict[str, Any],
+    name: str,
+    dtype: str,
+    hardware: Hardware,
+    *,
+    kv_dtype: str = "auto",
+    index_dtype: str = "auto",
 ) -> CostModel:
     """The cost model of a loaded model on one device.
 
@@ -25,6 +32,7 @@ def make_cost_model(
     if plain is None:
         raise PlanError(f"the planner does not know dtype {dtype}")
     shape = shape_from_config(config, name).with_weights(plain).stored
+    shape = replace(shape, index_dtype=index_dtype)
     kv = kv_dtype
     if kv_dtype == "auto":
         kv = "bf16" if dtype == "fp8" else plain

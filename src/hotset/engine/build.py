@@ -18,7 +18,7 @@ from hotset.cost.tuning import TUNINGS
 from hotset.cost.workspace import most_scored_rows
 from hotset.engine.engine import Engine, EngineParts
 from hotset.engine.hot_setup import seats_in
-from hotset.engine.model_shape import hot_choice, kv_note
+from hotset.engine.model_shape import hot_choice, index_note, kv_note
 from hotset.engine.open_tiers import open_tiers
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.rank_setup import Placed, RankSetup
@@ -260,13 +260,14 @@ class _Build(RankSetup):
         cold = asked.expert_cold_dtype if isinstance(asked, HostedExperts) else "auto"
         is_grouped = any(len(group) > 1 for group in groups_of(list(map(bool, layout.index_dims))))
         rounded = "" if cold == "auto" else f" experts {cold}"
+        index = "" if layout.index_dtype is None else f" {layout.index_dtype}"
         return {
             "layout": _SIDE_BY_SIDE_VERSION if is_grouped else _LAYOUT_VERSION,
             "weights": f"{self._loaded.fingerprint}{rounded}",
             "dtype": str(layout.dtype),
             "kv_dtype": f"{layout.kv_dtype} {self._kv_scales}",
             "block_size": str(sizes.block_size),
-            "shape": f"{layout.cache_specs} {layout.index_dims}",
+            "shape": f"{layout.cache_specs} {layout.index_dims}{index}",
         }
 
     def _report(self, placed: Placed, measured: _Measured) -> str:
@@ -276,7 +277,8 @@ class _Build(RankSetup):
             lines.append(f"threads that compute: {self._threads}")
         if placed.states is not None:
             lines.append(_STATE_NOTE)
-        lines += [kv_note(self._model, self._layout), sizes.split_report, placed.experts_report]
+        lines += [kv_note(self._model, self._layout), index_note(self._model, self._layout)]
+        lines += [sizes.split_report, placed.experts_report]
         return "\n".join(line for line in [*lines, *measured.notes, *self._loaded.notes] if line)
 
     @property

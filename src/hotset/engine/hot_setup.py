@@ -46,7 +46,7 @@ def seats_in(pool: BlockPool, hot: HotSizes, sizes: Sizes) -> tuple[Seats, Index
     index_blocks = IndexBlocks(
         pool,
         first=sizes.num_blocks + 1,  # after the scratch block
-        row_values=hot.sparse.row_values,
-        index_values=hot.sparse.index_values,
+        row_bytes=hot.sparse.row_bytes,
+        index_bytes=hot.sparse.index_bytes,
     )
     return seats, index_blocks

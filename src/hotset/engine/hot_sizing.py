@@ -26,14 +26,14 @@ class SparseSizes:
 
     Attributes:
         selected: tokens that a step attends to, per layer.
-        row_values: numbers of a token's rows in all layers.
-        index_values: of its index keys in all layers.
+        row_bytes: of a token in all layers.
+        index_bytes: of its index keys in all layers.
         index_layers: that select; the others take the selection of one before them.
     """
 
     selected: int
-    row_values: int
-    index_values: int
+    row_bytes: int
+    index_bytes: int
     index_layers: int
 
 

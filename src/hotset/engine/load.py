@@ -10,7 +10,7 @@ from hotset.cpu_libraries import set_threads
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.start_times import StartTimes
-from hotset.executor.probe import check_kv_dtype, weights_bytes
+from hotset.executor.probe import check_index_dtype, check_kv_dtype, weights_bytes
 from hotset.experts.disk import ExpertSink
 from hotset.experts.sizes import slot_bytes_of, why_not_hosted
 from hotset.linear.fp8 import FP8
@@ -57,6 +57,8 @@ def _check_outline(options: Options, outline: PreTrainedModel) -> None:
     if options.model.kv_dtype != "auto":
         hand_over_latents(outline)
         check_kv_dtype(outline, FP8)
+    if options.model.index_dtype != "auto":
+        check_index_dtype(outline, FP8)
     if isinstance(asked := options.experts, HostedExperts):
         slots, why_not = slot_bytes_of(outline, asked), why_not_hosted(outline)
         size_experts(asked, slots, why_not, device=options.model.device)

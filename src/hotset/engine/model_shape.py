@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hotset.attention.sparse.check import share_kept
 from hotset.attention.spec import LayerAttention
 from hotset.cost.attention import Attention, Kind
 from hotset.cost.cache_spec import Latent, NoCache, State, state_slot_bytes
@@ -94,8 +95,8 @@ def _sparse_sizes(layout: ModelLayout) -> SparseSizes:
     assert indexer is not None
     return SparseSizes(
         selected=indexer.top_k,
-        row_values=sum(spec.token_values for spec in layout.cache_specs),
-        index_values=sum(layout.index_dims),
+        row_bytes=layout.row_bytes,
+        index_bytes=layout.index_bytes,
         index_layers=sum(dim > 0 for dim in layout.index_dims),
     )
 
@@ -179,7 +180,7 @@ def kv_note(model: PreTrainedModel, layout: ModelLayout) -> str:
     that are narrower than keys. Index keys are no KV.
     """
     config = model.config.get_text_config()
-    stored = layout.bytes_per_token // layout.kv_dtype.itemsize - sum(layout.index_dims)
+    stored = layout.row_bytes // layout.kv_dtype.itemsize
     rank, rope = largest(config, "kv_lora_rank"), largest(config, "qk_rope_head_dim")
     if rank:
         needed, what = len(layout.layers) * (rank + rope), "the latent alone"
@@ -193,6 +194,16 @@ def kv_note(model: PreTrainedModel, layout: ModelLayout) -> str:
     return (
         f"KV of all heads is stored: {stored * size:,} B a token, {stored / needed:.2f} times the "
         f"{needed * size:,} B of {what}"
+    )
+
+
+def index_note(model: PreTrainedModel, layout: ModelLayout) -> str:
+    """What 8-bit index keys change; empty where keys have the model's dtype."""
+    if layout.index_dtype is None:
+        return ""
+    return (
+        f"index keys in fp8: {layout.index_bytes:,} B per token; of random tokens they select "
+        f"{share_kept(model):.1%} of those that keys in the model's dtype select"
     )
 
 
@@ -253,6 +264,7 @@ def shape_of(
         head=vocab if has_head else Params(),
         other=Params(rest),
         plain_dtype=_dtype_name(model.dtype),
+        index_dtype="auto" if layout.index_dtype is None else _dtype_name(layout.index_dtype),
         quantised=quantised,
     )
 

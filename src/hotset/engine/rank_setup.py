@@ -86,8 +86,10 @@ class RankSetup:
         self._defers, self._times = defers, times
         self._simulated = simulated
         with times.phase("look at the layers"):
-            kv_dtype = resolve_kv_dtype(options.model.kv_dtype, self._device)
-            self._layout = inspect_model(self._model, kv_dtype)
+            asked = options.model
+            kv_dtype = resolve_kv_dtype(asked.kv_dtype, self._device)
+            index_dtype = resolve_kv_dtype(asked.index_dtype, self._device, "index_dtype")
+            self._layout = inspect_model(self._model, kv_dtype, index_dtype)
         if simulated != Simulated() and self._layout.layers[0].indexer is None:
             raise ConfigError(
                 f"{loaded.name} has no sparse attention, whose selections and contexts could be "
@@ -129,6 +131,7 @@ class RankSetup:
                 scales=self._kv_scales,
                 memory=None if experts is None else experts.memory,
                 index_dims=self._layout.index_dims,
+                index_dtype=self._layout.index_dtype,
             )
             states = self._state_arena(sizes)
             payloads = DevicePayloads(arena, states)

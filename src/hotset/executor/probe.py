@@ -13,9 +13,17 @@ from hotset.attention.latent import hand_over_latents, latent_weights
 from hotset.attention.mixers import hook_mixers, step_keywords
 from hotset.attention.probe import ProbeAttention, are_alike, ends_are_alike
 from hotset.attention.sparse.check import check_indexers
-from hotset.attention.sparse.indexer import bind_indexers, mask_arguments
+from hotset.attention.sparse.indexer import bind_indexers, indexers, mask_arguments
+from hotset.attention.sparse.rounded import check_width
 from hotset.attention.spec import LayerAttention
-from hotset.cost.cache_spec import Latent, State, StoredSpec, default_block_size, token_bytes
+from hotset.cost.cache_spec import (
+    Latent,
+    State,
+    StoredSpec,
+    default_block_size,
+    index_key_bytes,
+    token_bytes,
+)
 from hotset.cost.config_sizes import context_length, largest
 from hotset.cost.workspace import StepWidths, step_bytes
 from hotset.errors import ConfigError, HotsetError, ModelError
@@ -47,6 +55,7 @@ class ModelLayout:
         head_repeats: how often the model repeats each key before its attention, and so stores it.
         indices: of `layers` in the model; None where they are all of its layers.
         states: what layers keep of a sequence beside keys and values, by their index in the model.
+        index_dtype: of the keys of indexers; None is `kv_dtype`.
     """
 
     layers: tuple[LayerAttention, ...]
@@ -56,6 +65,7 @@ class ModelLayout:
     head_repeats: int = 1
     indices: tuple[int, ...] | None = None
     states: Mapping[int, State] = field(default_factory=dict)
+    index_dtype: torch.dtype | None = None
 
     @property
     def kv_layers(self) -> dict[int, int]:
@@ -86,19 +96,32 @@ class ModelLayout:
         row_bytes = {spec.token_values * self.kv_dtype.itemsize for spec in self.cache_specs}
         if len(row_bytes) > 1 or min(row_bytes) % 8:
             return "its layers store rows of different widths, or of no multiple of 8 bytes"
-        row_values = sum(spec.token_values for spec in self.cache_specs)
-        if not fewest_per_block(row_values, sum(self.index_dims)):
+        if not fewest_per_block(self.row_bytes, self.index_bytes):
             return "its index keys, which stay on the device, are as wide as its rows"
         return None
 
     @property
+    def row_bytes(self) -> int:
+        """KV bytes of one token over all layers, without index keys."""
+        return token_bytes(self.cache_specs, self.kv_dtype.itemsize)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index keys of one token over all layers."""
+        itemsize = (self.index_dtype or self.kv_dtype).itemsize
+        return sum(index_key_bytes(dim, itemsize) for dim in self.index_dims)
+
+    @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token over all layers, with its index keys."""
-        itemsize = self.kv_dtype.itemsize
-        return token_bytes(self.cache_specs, itemsize) + sum(self.index_dims) * itemsize
+        return self.row_bytes + self.index_bytes
 
 
-def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -> ModelLayout:
+def inspect_model(
+    model: PreTrainedModel,
+    kv_dtype: torch.dtype | None = None,
+    index_dtype: torch.dtype | None = None,
+) -> ModelLayout:
     """Switch `model` to paged attention and find out what it caches, by running a few tokens.
 
     Attention over latents hands them over from then on: see `hand_over_latents`. Linear layers
@@ -108,9 +131,11 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
         model: in eval mode, on its device; its experts may be elsewhere, and are left out then. On
             `meta` its values are not looked at.
         kv_dtype: of the stored keys and values; None is the model's.
+        index_dtype: of the keys of its indexers, float8_e4m3fn; None is the model's.
 
     Raises:
-        ConfigError: `kv_dtype` is of 8 bits, and the model caches latents.
+        ConfigError: `kv_dtype` is of 8 bits, and the model caches latents; or `index_dtype` is, and
+            the model has no indexer whose keys can be rounded.
         ModelError: the model cannot run over a paged KV cache; says which part of it and why.
     """
     name = type(model).__name__
@@ -131,6 +156,7 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
     if model.device.type != "meta":
         check_indexers(model)
     check_kv_dtype(model, kv_dtype)
+    check_index_dtype(model, index_dtype)
     with noting_top_k(model) as chosen:
         probe, logits = _probe(model, _TOKENS, _POSITIONS)
     check_layers(model, list(probe.layers), probe.states)
@@ -151,6 +177,7 @@ def inspect_model(model: PreTrainedModel, kv_dtype: torch.dtype | None = None) -
         _head_repeats(probe.first_keys[0]),
         None if indices == tuple(range(config.num_hidden_layers)) else indices,
         probe.states,
+        index_dtype,
     )
     if model.device.type != "meta":
         _check_numbering(model, probe)
@@ -166,6 +193,20 @@ def check_kv_dtype(model: PreTrainedModel, kv_dtype: torch.dtype | None) -> None
             f"kv_dtype is fp8, but {type(model).__name__} caches latents (MLA), which are stored "
             "in the model's dtype alone; expected auto"
         )
+
+
+def check_index_dtype(model: PreTrainedModel, index_dtype: torch.dtype | None) -> None:
+    """Raise ConfigError where index keys of `model` are to be 8-bit floats and cannot be."""
+    if index_dtype is None:
+        return
+    widths = {indexer.head_dim for indexer in indexers(model)}
+    if not widths:
+        raise ConfigError(
+            f"index_dtype is fp8, but {type(model).__name__} has no indexer that selects tokens; "
+            "expected auto"
+        )
+    for width in widths:
+        check_width(width)
 
 
 def _check_layer_types(config: Any, name: str) -> None:

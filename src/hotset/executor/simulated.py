@@ -10,6 +10,7 @@ import torch
 from hotset.attention.batch import BLOCK, OFFSET, POSITION, SOURCE, TOKEN
 from hotset.attention.inputs import to_device
 from hotset.attention.sparse.drawn import DrawnSelection
+from hotset.attention.sparse.rounded import store_keys
 from hotset.executor.runner import ModelRunner
 from hotset.executor.step_input import SampleInput, StepInput
 from hotset.memory.arena import DeviceArena
@@ -96,7 +97,11 @@ class PlacingRunner(ModelRunner):
         blocks, offsets = tokens[BLOCK], tokens[OFFSET]
         first = tokens[TOKEN] + _POSITION_STRIDE * tokens[POSITION]
         arena = self._arena
+        scales = [*[None] * len(arena.layers), *arena.index_scales]
         for number, part in enumerate((*arena.layers, *arena.index_keys)):
             if width := part.shape[-1]:
                 rows = self._rows[(first + _LAYER_STRIDE * number) % _NUM_ROWS, :width]
-                part[blocks, offsets] = rows
+                if (of_part := scales[number]) is None:
+                    part[blocks, offsets] = rows
+                else:
+                    store_keys(rows, part, of_part, (blocks, offsets))

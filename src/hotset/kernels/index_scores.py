@@ -36,12 +36,14 @@ def _score(  # type: ignore[no-untyped-def]
     query,
     weights,
     keys,
+    key_scales,
     block_ids,
     starts,
     lengths,
     scores,
     keys_stride_block,
     keys_stride_slot,
+    scales_stride_block,
     count,
     width,
     BLOCK_SIZE: tl.constexpr,
@@ -49,6 +51,7 @@ def _score(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     TILE: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + token)
@@ -64,9 +67,12 @@ def _score(  # type: ignore[no-untyped-def]
             is_seen = place < length
             block = tl.load(block_ids + place // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
             slot = block * keys_stride_block + (place % BLOCK_SIZE) * keys_stride_slot
-            k = tl.load(keys + slot[:, None] + d[None, :], mask=is_seen[:, None], other=0.0)
-            product = tl.dot(q, tl.trans(k), input_precision="ieee")
+            k = tl.load(keys + slot[:, None] + d[None, :], mask=is_seen[:, None])
+            product = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
             score = tl.sum(tl.maximum(product, 0.0) * w[:, None], axis=0)
+            if HAS_SCALES:
+                of_block = key_scales + block * scales_stride_block
+                score *= tl.load(of_block + place % BLOCK_SIZE, mask=is_seen)
             score = tl.where(score == 0.0, 0.0, score)  # no negative zero: selection compares bits
             tl.store(scores + token * width + place, score, mask=is_seen)
 
@@ -79,17 +85,21 @@ def score_paged_keys(
     scores: torch.Tensor,
     *,
     count: int,
+    key_scales: torch.Tensor | None = None,
 ) -> None:
     """How much each token is to attend to each that it sees: `sum_h weights_h * relu(query_h . k)`.
 
     Args:
         query: `[T, H_i, D]`, contiguous; D a power of 2, 16 or more.
         weights: `[T, H_i]` float32, contiguous.
-        keys: `[num_blocks, block_size, D]`, the last dimension contiguous; dtype of `query`.
+        keys: `[num_blocks, block_size, D]`, the last dimension contiguous; dtype of `query`, or
+            float8_e4m3fn, each of which is a number of that dtype too.
         tokens: of the T tokens.
         scores: `[T, N]` float32, contiguous, N at least each length. Mutated: of tokens that see
             more than `count`, the first `length` of a row. No score is a negative zero.
         count: that are selected of each; fewer need no scores.
+        key_scales: `[num_blocks, block_size]` float32, the last dimension contiguous, above 0: what
+            a key has to be multiplied with. None is 1.
 
     Cost: 2 * H_i * D operations per token and key that it sees.
     Reference: `hotset.attention.sparse.select.score_keys`.
@@ -102,12 +112,14 @@ def score_paged_keys(
         query,
         weights,
         keys,
+        key_scales,
         tokens.block_ids,
         tokens.starts,
         tokens.lengths,
         scores,
         keys.stride(0),
         keys.stride(1),
+        0 if key_scales is None else key_scales.stride(0),
         count,
         scores.shape[1],
         BLOCK_SIZE=keys.shape[1],
@@ -115,6 +127,7 @@ def score_paged_keys(
         HEADS=max(16, triton.next_power_of_2(num_heads)),
         DIM=dim,
         TILE=_TILE,
+        HAS_SCALES=key_scales is not None,
     )
 
 

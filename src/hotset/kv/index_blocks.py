@@ -5,16 +5,16 @@ import math
 from hotset.kv.pool import BlockPool
 
 
-def fewest_per_block(row_values: int, index_values: int) -> int:
+def fewest_per_block(row_bytes: int, index_bytes: int) -> int:
     """Index blocks that any block of a pool has room for; see `IndexBlocks`."""
-    period = index_values // math.gcd(row_values, index_values)
-    return min(len(_within(block, row_values, index_values)) for block in range(period))
+    period = index_bytes // math.gcd(row_bytes, index_bytes)
+    return min(len(_within(block, row_bytes, index_bytes)) for block in range(period))
 
 
-def _within(block: int, row_values: int, index_values: int) -> range:
+def _within(block: int, row_bytes: int, index_bytes: int) -> range:
     """The index blocks that lie in the rows of one block, counted from those of block 0."""
-    start = -(-block * row_values // index_values)
-    return range(start, (block + 1) * row_values // index_values)
+    start = -(-block * row_bytes // index_bytes)
+    return range(start, (block + 1) * row_bytes // index_bytes)
 
 
 class IndexBlocks:
@@ -28,18 +28,18 @@ class IndexBlocks:
     Args:
         pool: of whole blocks.
         first: the first id of an index block: the whole blocks that the device has.
-        row_values: of a token in all layers.
-        index_values: of the index keys of a token.
+        row_bytes: of a token in all layers.
+        index_bytes: of the index keys of a token.
 
     Attributes:
         fewest_per_block: index blocks that any block of the pool has room for.
     """
 
-    def __init__(self, pool: BlockPool, *, first: int, row_values: int, index_values: int) -> None:
-        self.fewest_per_block = fewest_per_block(row_values, index_values)
+    def __init__(self, pool: BlockPool, *, first: int, row_bytes: int, index_bytes: int) -> None:
+        self.fewest_per_block = fewest_per_block(row_bytes, index_bytes)
         assert self.fewest_per_block and first >= pool.num_blocks
         self._pool, self._first = pool, first
-        self._row_values, self._index_values = row_values, index_values
+        self._row_bytes, self._index_bytes = row_bytes, index_bytes
         self._free: dict[int, list[int]] = {}  # carved block -> its index blocks that are free
         self._num_used = 0
 
@@ -64,7 +64,7 @@ class IndexBlocks:
 
     def give_back(self, block: int) -> None:
         """An index block is free."""
-        carved = (block - self._first) * self._index_values // self._row_values
+        carved = (block - self._first) * self._index_bytes // self._row_bytes
         free = self._free[carved]
         assert block not in free, f"index block {block} was given back twice"
         free.append(block)
@@ -74,7 +74,7 @@ class IndexBlocks:
             self._pool.release(carved)
 
     def _within(self, block: int) -> range:
-        found = _within(block, self._row_values, self._index_values)
+        found = _within(block, self._row_bytes, self._index_bytes)
         return range(self._first + found.start, self._first + found.stop)
 
     def check(self) -> None:

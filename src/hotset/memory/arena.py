@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from hotset.cost.cache_spec import KeysValues, StoredSpec, groups_of
+from hotset.cost.cache_spec import KeysValues, StoredSpec, groups_of, index_key_bytes
 from hotset.memory.disk.slab import slot_bytes_for
 
 
@@ -38,6 +38,7 @@ class DeviceArena:
         memory: uint8 on `device`, as long as the pool, to use; None is zeros of its own. Part of it
             may be lent where a block is one run.
         index_dims: for each layer, the width of the key of its indexer; None is 0 for all.
+        index_dtype: of these keys, `dtype` or float8_e4m3fn; None is `dtype`.
 
     Attributes:
         layers: of each layer, `[num_blocks, 2, block_size, num_kv_heads, head_dim]`; of one that
@@ -46,6 +47,9 @@ class DeviceArena:
         groups: layers that share a selection, the one that selects first; see `groups_of`.
         index_keys: of each layer, `[num_blocks or more, block_size, index dim]`; beyond the blocks
             is what lies in the memory of latents. Empty where no layer has any.
+        index_scales: of each layer, `[num_blocks or more, block_size]` float32, what the numbers of
+            an 8-bit index key have to be multiplied with; None where keys are not of 8 bits. They
+            come after the layer's keys in a block. Empty where no layer has keys.
         memory: uint8, all of the pool, for those who copy blocks by `runs`.
     """
 
@@ -60,27 +64,31 @@ class DeviceArena:
         scales: Sequence[tuple[float, float]] | None = None,
         memory: torch.Tensor | None = None,
         index_dims: Sequence[int] | None = None,
+        index_dtype: torch.dtype | None = None,
     ) -> None:
-        index_dims = index_dims or [0] * len(specs)
+        index_dims, index_dtype = index_dims or [0] * len(specs), index_dtype or dtype
         num_values = block_size * sum(spec.token_values for spec in specs)
-        num_index_values = block_size * sum(index_dims)
-        self.block_bytes = (num_values + num_index_values) * dtype.itemsize
+        key_bytes = [index_key_bytes(dim, index_dtype.itemsize) for dim in index_dims]
+        index_bytes = [block_size * each for each in key_bytes]
+        self.block_bytes = num_values * dtype.itemsize + sum(index_bytes)
         # Zeros: attention may read slots of a block that were never written, under a mask, and
         # 0 * NaN would still be NaN.
         if memory is None:
             memory = torch.zeros(num_blocks * self.block_bytes, dtype=torch.uint8, device=device)
         self.memory = memory
-        values = memory.view(dtype)
-        self.storage = values[num_blocks * num_index_values :].view(num_blocks, num_values)
+        values = memory[num_blocks * sum(index_bytes) :].view(dtype)
+        self.storage = values.view(num_blocks, num_values)
         self._parts = [self.storage]
         self.index_keys: list[torch.Tensor] = []
-        if num_index_values:
-            count = len(values) // num_index_values
-            keys = values[: count * num_index_values].view(count, num_index_values)
-            self._parts.append(keys)
-            parts = keys.split([block_size * dim for dim in index_dims], dim=1)
-            shapes = [(count, block_size, dim) for dim in index_dims]
-            self.index_keys = [part.view(s) for part, s in zip(parts, shapes, strict=True)]
+        self.index_scales: list[torch.Tensor | None] = []
+        if any(index_bytes):
+            count = len(memory) // sum(index_bytes)
+            keys = memory[: count * sum(index_bytes)].view(count, sum(index_bytes))
+            self._parts.append(keys.view(dtype))
+            for part, dim in zip(keys.split(index_bytes, dim=1), index_dims, strict=True):
+                own, own_scales = _keys_and_scales(part, (count, block_size, dim), index_dtype)
+                self.index_keys.append(own)
+                self.index_scales.append(own_scales)
         self._runs = [(part.data_ptr(), part[0].nbytes) for part in self._parts]
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -125,6 +133,16 @@ class DeviceArena:
     def runs(self, block: int) -> list[tuple[int, int]]:
         """The `(address, bytes)` of a block's content, one after another."""
         return [(start + block * num_bytes, num_bytes) for start, num_bytes in self._runs]
+
+
+def _keys_and_scales(
+    part: torch.Tensor, shape: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The index keys of a layer in `[num_blocks, bytes]` uint8, and what comes after them."""
+    _, block_size, dim = shape
+    size = block_size * dim * dtype.itemsize
+    keys = part[:, :size].view(dtype).view(shape)
+    return keys, part[:, size:].view(torch.float32) if part.shape[1] > size else None
 
 
 def row_steps(cache: torch.Tensor) -> tuple[int, int]:

@@ -43,15 +43,17 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
     return names[dtype]
 
 
-def resolve_kv_dtype(kv_dtype: str, device: torch.device) -> torch.dtype | None:
-    """What keys and values are stored in; None is the model's dtype.
+def resolve_kv_dtype(
+    kv_dtype: str, device: torch.device, option: str = "kv_dtype"
+) -> torch.dtype | None:
+    """What keys and values, or the index keys of `option`, are stored in; None: the model's dtype.
 
     Raises:
         ConfigError: the GPU has no such numbers.
     """
     if kv_dtype == "auto":
         return None
-    _require_fp8("kv_dtype", device)
+    _require_fp8(option, device)
     return FP8
 
 

@@ -41,10 +41,6 @@ def why_not_served(plan: Plan) -> str:
             f"{shape.name}",
         ),
         (
-            bool(shape.index_bytes_per_token) and shape.index_dtype == "fp8",
-            f"hotset serve keeps the index keys of {shape.name} in the model's dtype, not fp8",
-        ),
-        (
             shape.max_context is not None and context > shape.max_context,
             f"{shape.name} is made for {shape.max_context} tokens, not {context}",
         ),
@@ -98,6 +94,7 @@ def _arguments(plan: Plan) -> list[str]:
         "--model": model_to_serve(shape.name, shape.source),
         "--dtype": _DTYPES[shape.matrix_dtype],
         "--kv-dtype": "fp8" if request.kv_dtype == "fp8" else "auto",
+        **_index_dtype(plan),
         **_device_memory(plan),
         **_slower_tiers(plan),
         "--max-model-len": str(request.workload.context),
@@ -113,6 +110,13 @@ def model_to_serve(name: str, source: str) -> str:
     if hub := _HUB.match(source):
         return hub[1]
     return str(Path(name).parent) if Path(name).suffix == ".json" else name
+
+
+def _index_dtype(plan: Plan) -> dict[str, str]:
+    """Where it is not what serve takes by itself."""
+    shape = plan.request.shape
+    is_rounded = bool(shape.index_bytes_per_token) and shape.index_dtype == "fp8"
+    return {"--index-dtype": "fp8"} if is_rounded else {}
 
 
 def _device_memory(plan: Plan) -> dict[str, str]:

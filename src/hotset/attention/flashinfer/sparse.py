@@ -93,6 +93,8 @@ class SparseBackend(LatentBackend):
             from flashinfer import top_k_ragged_transform
 
             from hotset.kernels import index_scores
+            from hotset.kernels.store_index import store_index
+        self.store_index = store_index
         self._select_with(top_k_ragged_transform, index_scores, max_context, hot, drawn)
         if waits:
             self.load()
@@ -125,6 +127,8 @@ class SparseBackend(LatentBackend):
         zeros = query.new_zeros(1, 1, indexer.num_heads, indexer.key_dim)
         no_seat = torch.full((1,), -1, device=self.device)
         index = Index(zeros, zeros[:, :, 0], zeros[..., 0].float(), no_seat)
+        block = torch.full((1,), self.arena.num_blocks - 1, device=self.device)
+        index = self.store(0, index, block, torch.zeros_like(block))
         step, slices = self._launched_step(rows)
         self.run(step, slices, 0, query, torch.empty_like(query[..., : self.rank]), index)
 
@@ -229,11 +233,26 @@ class SparseBackend(LatentBackend):
         shares = torch.sigmoid(step.sums - sinks).unsqueeze(-1)
         return (output * shares).to(output.dtype)
 
+    def store(self, layer: int, index: Index, blocks: torch.Tensor, offsets: torch.Tensor) -> Index:
+        """Write a layer's index keys, `[1, T, D]`, to their places.
+
+        Returns:
+            What scores keys as they are stored.
+        """
+        keys, scales = self.arena.index_keys[layer], self.arena.index_scales[layer]
+        if scales is None:
+            keys[blocks, offsets] = index.key[0]
+            return index
+        query = index.query[0].contiguous()
+        turned = torch.empty_like(query)
+        self.store_index(query, index.key[0], turned, keys, scales, blocks, offsets)
+        return index._replace(query=turned.unsqueeze(0))
+
     def _select(self, step: SparseStep, layer: int, index: Index) -> None:
         """Score the keys that each token sees, and put the rows of the highest into `step.rows`."""
         query, weights = index.query[0].contiguous(), index.weights[0].contiguous()
         rows_per_block, rows_per_token = row_steps(self.arena.layers[layer])
-        keys = self.arena.index_keys[layer]
+        keys, key_scales = self.arena.index_keys[layer], self.arena.index_scales[layer]
         num_scored = min(len(query), self._most_scored)
         scores = weights.new_empty(num_scored, self._width)
         no_offsets = step.rows.new_zeros(num_scored)
@@ -242,7 +261,13 @@ class SparseBackend(LatentBackend):
             tokens = step.tokens.rows(part.start, part.stop)
             count = part.stop - part.start
             self._scoring.score_paged_keys(
-                query[part], weights[part], keys, tokens, scores[:count], count=self.count
+                query[part],
+                weights[part],
+                keys,
+                tokens,
+                scores[:count],
+                count=self.count,
+                key_scales=key_scales,
             )
             if self._drawn is not None:
                 seeds = seeds_of(keys, tokens.block_ids.index_select(0, tokens.starts))
@@ -304,8 +329,7 @@ class SparseAttention(LatentAttention):
         """See `StepAttention`."""
         assert index is not None
         if self._sparse.layers[layer].index_dim:
-            keys = self._sparse.arena.index_keys[layer]
-            keys[self._inputs.blocks, self._inputs.offsets] = index.key[0]
+            index = self._sparse.store(layer, index, self._inputs.blocks, self._inputs.offsets)
         seated = index._replace(seats=self._inputs.seats)
         return super().attend(layer, query, key, value, seated)
 

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hotset.attention.sparse.indexer import indexers
+from hotset.attention.sparse.rounded import round_keys, turn, turned_query
 from hotset.attention.sparse.select import score_keys, select_positions
 from hotset.errors import ModelError
 from hotset.libraries import first_line
@@ -35,26 +36,52 @@ def check_indexers(model: PreTrainedModel) -> None:
             )
 
 
-def _difference(model: PreTrainedModel, indexer: Any) -> str | None:
-    """What is wrong with our version of an indexer; None for nothing."""
-    count = min(indexer.index_topk, _MOST_SELECTED)
+@torch.inference_mode()
+def share_kept(model: PreTrainedModel) -> float:
+    """Of what indexers select among 64 random tokens, the share that 8-bit keys select as well.
+
+    Args:
+        model: it has indexers, bound by `bind_indexers`; on its device.
+    """
+    shares = []
+    for indexer in indexers(model):
+        count = min(indexer.index_topk, _MOST_SELECTED)
+        given, positions = _random_tokens(model, indexer)
+        query, key, weights, _ = indexer(*given)
+        keys, scales = round_keys(turn(key[0]))
+        rounded = keys.float() * scales.unsqueeze(-1)
+        plain, other = (
+            select_positions(score_keys(q, weights[0], k), positions + 1, count)[count:]
+            for q, k in ((query[0], key[0]), (turned_query(query[0]), rounded))
+        )
+        shares.append((plain.unsqueeze(2) == other.unsqueeze(1)).any(2).float().mean().item())
+    return sum(shares) / len(shares)
+
+
+def _random_tokens(
+    model: PreTrainedModel, indexer: Any
+) -> tuple[tuple[torch.Tensor, torch.Tensor, Any], torch.Tensor]:
+    """What an indexer is given of 64 tokens, the same each time, and their positions."""
     random = torch.Generator().manual_seed(indexer.layer_idx)
     hidden, residual = (
         torch.randn(1, _NUM_TOKENS, width, generator=random).to(model.device, model.dtype)
         for width in (indexer.hidden_size, indexer.q_lora_rank)
     )
     positions = torch.arange(_NUM_TOKENS, device=model.device)
-    is_seen = positions <= positions[:, None]
+    rotary = model.get_decoder().rotary_emb(hidden, position_ids=positions[None])
+    return (hidden, residual, rotary), positions
+
+
+def _difference(model: PreTrainedModel, indexer: Any) -> str | None:
+    """What is wrong with our version of an indexer; None for nothing."""
+    count = min(indexer.index_topk, _MOST_SELECTED)
     former = indexer.index_topk
     try:
-        rotary = model.get_decoder().rotary_emb(hidden, position_ids=positions[None])
+        given, positions = _random_tokens(model, indexer)
+        is_seen = positions <= positions[:, None]
         indexer.index_topk = count
-        theirs = (
-            type(indexer)
-            .forward(indexer, hidden, residual, rotary, is_seen[None], positions[None])[0]
-            .long()
-        )
-        query, key, weights, _ = indexer(hidden, residual, rotary)
+        theirs = type(indexer).forward(indexer, *given, is_seen[None], positions[None])[0].long()
+        query, key, weights, _ = indexer(*given)
     except Exception as error:  # whatever code of another version makes of it
         return f"cannot be checked: {first_line(error)}"
     finally:

@@ -60,10 +60,11 @@ def seeds_of(keys: torch.Tensor, first_blocks: torch.Tensor) -> torch.Tensor:
     follows from what was computed alone: not from where it lies, nor from other requests.
 
     Args:
-        keys: `[num_blocks, block_size, D]` index keys of a layer, of 4 bytes or more.
+        keys: `[num_blocks, block_size, D]` index keys of a layer, of 4 bytes or more each.
         first_blocks: `[T]` int32 or int64, the first block of each token's request.
     """
-    first_keys = keys[:, 0].index_select(0, first_blocks)
+    # As bytes: not every indexing operation knows 8-bit floats.
+    first_keys = keys[:, 0].view(torch.uint8).index_select(0, first_blocks)
     return first_keys.view(torch.int32)[:, 0].contiguous()
 
 

@@ -10,6 +10,7 @@ from hotset.attention.hot_rows import HotRows
 from hotset.attention.latent import LatentWeights
 from hotset.attention.sparse.drawn import DrawnSelection, seeds_of
 from hotset.attention.sparse.indexer import Index
+from hotset.attention.sparse.rounded import turned_query, widen_keys
 from hotset.attention.sparse.select import score_keys, select_positions
 from hotset.kernels.hot_reference import Misses
 from hotset.memory.arena import DeviceArena, row_steps
@@ -56,18 +57,21 @@ class GatheredSelection:
             layer: that selects, and whose index keys of the step are stored.
             index: of the step's tokens.
         """
-        keys = self._arena.index_keys[layer]  # [num_blocks or more, block_size, D]
+        # [num_blocks or more, block_size, D], and [num_blocks or more, block_size]
+        keys, scales = self._arena.index_keys[layer], self._arena.index_scales[layer]
+        query = index.query[0] if scales is None else turned_query(index.query[0])
         steps, positions = row_steps(self._arena.layers[layer]), []
         for sequence, table in zip(self._sequences, self._tables, strict=True):
             n = sequence.context_len
-            own = keys[table].flatten(0, 1)[:n]
+            own = keys[table] if scales is None else widen_keys(keys, scales, table)
+            own = own.flatten(0, 1)[:n]
             lengths = torch.arange(n - sequence.num_tokens + 1, n + 1, device=own.device)
             num_at_once = max(1, _MOST_VALUES // (index.query.shape[2] * n))
             parts = []
             for first in range(0, sequence.num_tokens, num_at_once):
                 end = min(first + num_at_once, sequence.num_tokens)
                 rows = slice(sequence.start + first, sequence.start + end)
-                scores = score_keys(index.query[0, rows], index.weights[0, rows], own)
+                scores = score_keys(query[rows], index.weights[0, rows], own)
                 if self._drawn is not None:
                     seeds = seeds_of(keys, table[:1].expand(end - first))
                     self._drawn.replace(scores, lengths[first:end], seeds, layer)
