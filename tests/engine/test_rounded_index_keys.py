@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 from engines import logits_of, make_prompts, reference, run
-from fake_sparse import CpuSparse
 from test_hot_requests import WIDE, assert_all_is_back, hot_engine, long_prompts
-from test_simulated import DRAWN, HOT, answers
+from test_simulated import DRAWN, HOT, answers, use_kernels
 from tiny_models import SPARSE_FAMILIES, make_model
 
-from hotset.engine import build
 from hotset.engine.engine import Engine
 from hotset.engine.load import load_engine
 from hotset.errors import ConfigError
@@ -125,15 +123,6 @@ def test_drawn_selections_are_the_same_for_hot_requests(
     hot, engine = answers(make_engine, simulated, **HOT, index_dtype="fp8")
     assert hot == resident
     assert engine.metrics.turned_hot > 1
-
-
-def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention as a GPU has it, over fakes."""
-
-    def choose(arena: Any, layers: Any, *, max_context: int, hot: Any, drawn: Any, **_: Any) -> Any:
-        return CpuSparse(arena, layers, max_context=max_context, hot=hot, drawn=drawn)
-
-    monkeypatch.setattr(build, "choose_backend", choose)
 
 
 def test_more_requests_fit_and_start_says_what_rounding_changes(make_engine: MakeEngine) -> None:
