@@ -26,7 +26,7 @@ from hotset.request import SamplingParams
 from hotset.sequence import Request, RequestStatus
 
 WARM_STEPS, STEPS = 6, 24
-_TOKENS = range(1000, 100_000)
+_TOKENS, _DRAWN = range(1000, 100_000), 1024
 
 
 def dummy(name: str) -> LoadedModel:
@@ -43,8 +43,9 @@ def step_s(engine: Engine, users: int, context: int, rng: random.Random) -> list
     """Seconds of each step of `users` requests that have about `context` tokens."""
     kv, params = engine.kv, SamplingParams(max_tokens=WARM_STEPS + STEPS, ignore_eos=True)
     half = (WARM_STEPS + STEPS) // 2
+    drawn = rng.choices(_TOKENS, k=_DRAWN)  # a draw per token of each user would take seconds
     for i in range(users):
-        tokens = rng.choices(_TOKENS, k=context - half)
+        tokens = (drawn * -(-context // _DRAWN))[: context - half]
         request = Request(
             f"{users}-{context}-{i}",
             len(tokens),

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from hotset.cost.attention import causal_pairs
+from hotset.cost.attention import Kind, causal_pairs
 from hotset.cost.calibration import Calibration
 from hotset.cost.experts import bring_experts
 from hotset.cost.hardware import Hardware
@@ -75,6 +75,7 @@ class _Work(NamedTuple):
     flops: float
     dtype: str
     efficiency: float
+    is_dense: bool = False
 
 
 class CostModel:
@@ -270,7 +271,9 @@ class CostModel:
         for name, part in work.items():
             parts[name], bounds[name] = self._seconds(part)
         parts["launch"] = self._launch_s
-        parts["per_user"] = users * self.calibration.user_s
+        c = self.calibration
+        device_s = sum(parts.values()) if c.host_is_hidden else 0.0
+        parts["per_user"] = max(0.0, users * c.user_s - device_s)
         chip_s = sum(parts.values())
         slots = self.expert_slots_read(routed)
         parts["host_experts"] = self._streamed_experts_s(slots, chip_s, tiering)
@@ -323,6 +326,7 @@ class CostModel:
                 2 * dense * tokens / self.layout.tp,
                 shape.quantised.get("mlp", shape.plain_dtype),
                 efficiency,
+                is_dense=True,
             ),
             "experts": _Work(
                 slots * self.shard.slot_bytes,
@@ -336,11 +340,17 @@ class CostModel:
         """Time that one part of a step takes, and what bounds it."""
         memory_s = work.moved_bytes / self.memory_bytes_per_s
         compute_s = work.flops / self._flops(work.dtype, work.efficiency)
-        return (memory_s, "HBM bandwidth") if memory_s >= compute_s else (compute_s, "compute")
+        bound = "HBM bandwidth" if memory_s >= compute_s else "compute"
+        if work.is_dense and not self.calibration.reading_is_hidden:
+            return math.hypot(memory_s, compute_s), bound
+        return max(memory_s, compute_s), bound
 
     @property
     def _launch_s(self) -> float:
-        kernels = sum(layer.num_kernels for layer in self.shape.layers)
+        layers = self.shape.layers
+        kernels = sum(layer.num_kernels for layer in layers)
+        over_latents = sum(layer.attention.kind is Kind.MLA for layer in layers)
+        kernels += self.calibration.latent_kernels * over_latents
         return (kernels + 4) * self.kernel_s  # embed, norm, head, sample
 
     def prefill_s(

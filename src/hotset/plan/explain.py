@@ -153,7 +153,8 @@ def _step(plan: Plan) -> Section:
     ]
     bound = plan.step.bounds.get("dense_weights", "")
     body.append(
-        f"dense weights: max(read {gb(cost.shard.dense_read_bytes)} / HBM, 2 x "
+        f"dense weights: {'max' if c.reading_is_hidden else 'hypot'}"
+        f"(read {gb(cost.shard.dense_read_bytes)} / HBM, 2 x "
         f"{(shape.matmul_params - shape.active_params + shape.dense_params) / 1e9:.2f} G x "
         f"{users} / "
         f"{layout.tp} / FLOP/s) = {seconds(parts['dense_weights'])} ({bound})"
@@ -200,7 +201,8 @@ def _notes_on_parts(plan: Plan, users: int) -> dict[str, str]:
         "index": f"each of {users} x {context:,.0f} keys once, {shape.index_bytes_per_token:,} B "
         f"and {shape.index_pair_flops:,} operations each",
         "launch": f"kernels of all layers x {cost.kernel_s * 1e6:.2f} us",
-        "per_user": f"{users} users x {c.user_s * 1e6:.1f} us",
+        "per_user": f"{users} users x {c.user_s * 1e6:.1f} us"
+        + (" less the device's time" if c.host_is_hidden else ""),
         "host_experts": "the cheaper of fetching misses and streaming all, one layer ahead, over "
         + link,
         "host_kv": f"{plan.streamed_kv_share:.0%} of KV over {link}",
