@@ -92,6 +92,11 @@ class Step:
 
 def measure(calls: Sequence[Call]) -> float:
     """Microseconds of a call, median of replays of all as one graph."""
+    return round(statistics.median(replays_us(calls)), 2)
+
+
+def replays_us(calls: Sequence[Call]) -> list[float]:
+    """Microseconds of a call in each replay of all as one graph."""
     for call in calls[:2]:
         call()  # compiles
     torch.cuda.synchronize()
@@ -107,7 +112,7 @@ def measure(calls: Sequence[Call]) -> float:
         end.record()
         end.synchronize()
         times_us.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return round(statistics.median(times_us), 2)
+    return times_us
 
 
 def compare(layer: Any, num_tokens: int) -> dict[str, Any]:

@@ -1,40 +1,58 @@
 """One layer of experts in few bits on a GPU: its products by address, and what their bytes predict.
 
-Random bits in the shapes and formats of gpt-oss-20b (MXFP4) and Qwen3-30B-A3B-FP8 (blocks), uniform
-routing, all payloads on the device. Each time is that of a call among several with other tokens and
-other experts, recorded as one CUDA graph, so that no weights are found in L2 which a model would
-have to read. The prediction is the bytes of the experts hit over the rate of the device's memory,
-and what its launches take. Compiling included it takes less than a minute.
+Random bits in the shapes and formats of published checkpoints, made on the device, uniform routing,
+all payloads on the device. Each time is that of a call among several with other tokens and other
+experts, recorded as one CUDA graph, so that no weights are found in L2 which a model would have to
+read. Beside it: the fused kernels with the same sizes in bfloat16 (`silu`, no bias), the bytes of
+the experts hit over the rate of the device's memory and what the launches take, and the target of
+the design where there is one. Compiling included, all of it takes about two minutes.
 
     python benchmarks/quant_experts.py --out benchmarks/results/quant_experts_h200
+    python benchmarks/quant_experts.py --layers gpt-oss-120b --tokens 256 --sweep --out /tmp/tiles
 
-writes `.json` and `.md`.
+writes `.json` and `.md`. `--sweep` tries tiles for both products together, the fastest first.
 """
 
+import functools
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import record
 import torch
-from fused_experts import measure
+import triton
+from fused_experts import measure, replays_us
 
 from hotset.cost.rates import Rates
+from hotset.cost.tuning import Tile, Tiles
+from hotset.experts.compute import address_table
 from hotset.experts.narrow import NarrowLayout
+from hotset.kernels import narrow_experts as kernels
 from hotset.kernels.device import likely_hardware
-from hotset.kernels.narrow_experts import narrow_experts
+from hotset.kernels.fused_experts import fused_experts
 from hotset.kernels.narrow_forms import Gate
-from hotset.weight_format import FP8_BLOCK, MXFP4, WeightFormat
+from hotset.weight_format import FP8_BLOCK, INT4_128, MXFP4, WeightFormat
 
 DEVICE = torch.device("cuda")
+SEED = 0
 NUM_STEPS = 6  # of a graph, with inputs of their own
 LAUNCHES_US = 4 * 3.0  # of a layer within a graph: route, up, down, sum
+SWEPT = [
+    Tiles(rows, tile, tile)
+    for rows in (16, 32, 64, 128)
+    for tile in (
+        Tile(64, 128, 4, 3), Tile(64, 128, 4, 4), Tile(64, 256, 4, 3), Tile(128, 128, 4, 2),
+        Tile(128, 128, 4, 3), Tile(128, 128, 4, 4), Tile(128, 256, 4, 2), Tile(128, 128, 8, 3),
+        Tile(128, 256, 8, 2), Tile(256, 128, 8, 2), Tile(256, 128, 8, 3),
+    )
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The sizes of a published model's layer."""
+    """The sizes of a published model's layer, and the design's microseconds by tokens."""
 
     name: str
     form: WeightFormat
@@ -43,89 +61,139 @@ class Layer:
     hidden: int
     middle: int
     gate: Gate
+    targets_us: tuple[tuple[int, float], ...] = ()
 
-    @property
+    @functools.cached_property
     def layout(self) -> NarrowLayout:
         """Of one expert."""
         rows = (2 * self.middle,) if self.gate.alpha else (2, self.middle)
-        up = (*rows, self.hidden)
-        return NarrowLayout(up, (self.hidden, self.middle), self.form)
+        return NarrowLayout((*rows, self.hidden), (self.hidden, self.middle), self.form)
 
 
+GPT_OSS = Gate(1.702, 7.0)
 LAYERS = [
-    Layer("gpt-oss-20b", MXFP4, 32, 4, 2880, 2880, Gate(1.702, 7.0)),
-    Layer("Qwen3-30B-A3B-FP8", FP8_BLOCK, 128, 8, 2048, 768, Gate()),
+    Layer("gpt-oss-20b", MXFP4, 32, 4, 2880, 2880, GPT_OSS),
+    Layer("gpt-oss-120b", MXFP4, 128, 4, 2880, 2880, GPT_OSS, ((1, 33), (256, 480))),
+    Layer("Qwen3-30B-A3B-FP8", FP8_BLOCK, 128, 8, 2048, 768, Gate(), ((1, 30), (256, 175))),
+    Layer("Qwen3-30B-A3B-int4", INT4_128, 128, 8, 2048, 768, Gate()),
 ]
 
 
-def make_payloads(layer: Layer) -> torch.Tensor:
-    """`[E, payload_bytes]` on the device, of random bits that are all numbers."""
-    layout = layer.layout
-    size = (layer.num_experts, layout.payload_bytes)
-    payloads = torch.randint(0, 256, size, dtype=torch.uint8, device=DEVICE)
-    for matrix in layout.matrices:
-        codes, scales, _ = layout.views(payloads, matrix)
-        if layer.form.code == "e4m3":
-            codes.masked_fill_(codes & 127 == 127, 56)
-            scales.fill_(2e-4)
-        else:
-            scales.fill_(120)
-    return payloads
+class Weights:
+    """What a layer reads, on the device: random bits that are all numbers, and the same sizes wide.
+
+    Attributes:
+        payloads: `[E, payload_bytes]` uint8.
+        table: `[E]` addresses.
+        biases: None where the layer has none.
+        wide: addresses of the matrices in bfloat16; None where they are not asked for.
+    """
+
+    def __init__(self, layer: Layer, *, with_wide: bool) -> None:
+        torch.manual_seed(SEED)
+        layout = layer.layout
+        size = (layer.num_experts, layout.payload_bytes)
+        self.payloads = torch.randint(0, 256, size, dtype=torch.uint8, device=DEVICE)
+        for matrix in layout.matrices:
+            codes, scales, _ = layout.views(self.payloads, matrix)
+            if layer.form.code == "e4m3":
+                codes.masked_fill_(codes & 127 == 127, 56)
+            scales.fill_({"e4m3": 2e-4, "e2m1": 120, "int4": 4e-3}[layer.form.code])
+        steps = layout.payload_bytes * torch.arange(layer.num_experts, device=DEVICE)
+        self.table = self.payloads.data_ptr() + steps
+        self.biases = None
+        if layer.gate.alpha:
+            up = torch.randn(layer.num_experts, 2 * layer.middle, device=DEVICE).bfloat16()
+            self.biases = up, torch.randn(layer.num_experts, layer.hidden, device=DEVICE).bfloat16()
+        self.wide = None
+        if with_wide:
+            up_size = (layer.num_experts, 2 * layer.middle, layer.hidden)
+            down_size = (layer.num_experts, layer.hidden, layer.middle)
+            make = functools.partial(torch.empty, dtype=torch.bfloat16, device=DEVICE)
+            self.matrices = [make(size).normal_(0, 0.02) for size in (up_size, down_size)]
+            self.wide = tuple(map(address_table, self.matrices))
 
 
-def run(layer: Layer, num_tokens: int) -> dict[str, Any]:
-    """One number of tokens."""
+def steps_of(layer: Layer, num_tokens: int) -> tuple[list[tuple[torch.Tensor, ...]], float]:
+    """Rows, ids and weights of each step, and the mean number of experts that are hit."""
     torch.manual_seed(num_tokens)
-    payloads, layout = make_payloads(layer), layer.layout
-    table = torch.tensor([row.data_ptr() for row in payloads], device=DEVICE)
-    biases = None
-    if layer.gate.alpha:
-        up = torch.randn(layer.num_experts, 2 * layer.middle, device=DEVICE).bfloat16()
-        biases = up, torch.randn(layer.num_experts, layer.hidden, device=DEVICE).bfloat16()
-    calls: list[Callable[[], Any]] = []
-    hit = 0
+    steps, hit = [], 0
     for _ in range(NUM_STEPS):
         x = torch.randn(num_tokens, layer.hidden, device=DEVICE).bfloat16()
-        scores = torch.rand(num_tokens, layer.num_experts, device=DEVICE)
-        ids = scores.topk(layer.top_k).indices
+        ids = torch.rand(num_tokens, layer.num_experts, device=DEVICE).topk(layer.top_k).indices
         weights = torch.full(ids.shape, 1 / layer.top_k, device=DEVICE).bfloat16()
         hit += len(ids.unique())
+        steps.append((x, ids, weights))
+    return steps, hit / NUM_STEPS
 
-        def call(x: Any = x, ids: Any = ids, weights: Any = weights) -> torch.Tensor:
-            return narrow_experts(x, ids, weights, table, layout, layer.gate, biases=biases)
 
-        assert call().isfinite().all()
-        calls.append(call)
-    took_us = measure(calls)
-    num_bytes = hit / NUM_STEPS * layout.weight_bytes
+def narrow_calls(
+    layer: Layer, weights: Weights, steps: Sequence[tuple[torch.Tensor, ...]]
+) -> list[Callable[[], torch.Tensor]]:
+    """The layer, step by step."""
+    of = weights.table, layer.layout, layer.gate
+    return [
+        functools.partial(kernels.narrow_experts, *step, *of, biases=weights.biases)
+        for step in steps
+    ]
+
+
+def run(layer: Layer, weights: Weights, num_tokens: int) -> dict[str, Any]:
+    """One number of tokens."""
+    steps, num_hit = steps_of(layer, num_tokens)
+    calls = narrow_calls(layer, weights, steps)
+    assert calls[0]().isfinite().all()
+    times_us = replays_us(calls)
+    took_us = statistics.median(times_us)
+    wide_us = None
+    if weights.wide is not None:
+        fused = functools.partial(fused_experts, middle_size=layer.middle)
+        wide_us = measure([functools.partial(fused, *step, *weights.wide) for step in steps])
+    num_bytes = num_hit * layer.layout.weight_bytes
     rate = Rates.of_hardware(likely_hardware(DEVICE)).memory_bytes_per_s
     predicted_us = num_bytes / rate * 1e6 + LAUNCHES_US
+    numbers = 3 * layer.hidden * layer.middle * num_tokens * layer.top_k
     return {
         "layer": layer.name,
         "format": layer.form.name,
         "tokens": num_tokens,
-        "us": took_us,
-        "predicted_us": round(predicted_us, 2),
-        "over_predicted": round(took_us / predicted_us, 3),
-        "gb_per_s": round(num_bytes / took_us / 1e3, 1),
-        "tflops": round(
-            6 * layer.hidden * layer.middle * num_tokens * layer.top_k / took_us / 1e6, 1
-        ),
+        **{f"us {name}": us for name, us in record.percentiles(times_us, digits=1).items()},
+        "bfloat16 us": wide_us,
+        "target us": dict(layer.targets_us).get(num_tokens),
+        "predicted us": round(predicted_us, 1),
+        "over predicted": round(took_us / predicted_us, 3),
+        "weights GB/s": round(num_bytes / took_us / 1e3, 1),
+        "TFLOP/s": round(2 * numbers / took_us / 1e6, 1),
     }
+
+
+def sweep(layer: Layer, weights: Weights, num_tokens: int) -> list[dict[str, Any]]:
+    """All tiles, the fastest first."""
+    calls = narrow_calls(layer, weights, steps_of(layer, num_tokens)[0])
+    chosen, rows = kernels.narrow_tiles_for, []
+    mean_rows = num_tokens * layer.top_k / layer.num_experts
+    for tiles in SWEPT:
+        if tiles.block_rows > max(16, 4 * mean_rows):
+            continue
+        kernels.narrow_tiles_for = lambda *_, tiles=tiles: tiles
+        try:
+            took_us = measure(calls)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        finally:
+            kernels.narrow_tiles_for = chosen
+        rows.append({"layer": layer.name, "tokens": num_tokens, "tiles": str(tiles), "us": took_us})
+    return sorted(rows, key=lambda row: row["us"])
 
 
 def as_markdown(result: dict[str, Any]) -> str:
     """A page of the results."""
-    lines = [
-        "# Experts in few bits",
-        "",
-        record.footer(result),
-        "| layer | format | tokens | us | predicted us | over it | weights GB/s | TFLOP/s |",
-        "|" + "---|" * 8,
-    ]
-    lines += [
-        "| " + " | ".join(str(value) for value in row.values()) + " |" for row in result["rows"]
-    ]
+    names = list(result["rows"][0]) if result["rows"] else []
+    lines = ["# Experts in few bits", "", record.footer(result)]
+    lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in result["rows"]:
+        cells = ("-" if value is None else str(value) for value in row.values())
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -133,16 +201,29 @@ def as_markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print and write."""
     parser = record.arguments(__doc__, out="path of the results, without suffix")
-    parser.add_argument("--tokens", default="1,16,64,256,1024", help="numbers of tokens")
+    parser.add_argument("--tokens", default="1,16,64,256", help="numbers of tokens")
+    parser.add_argument("--layers", default=",".join(layer.name for layer in LAYERS))
+    parser.add_argument("--sweep", action="store_true", help="try tiles instead of comparing")
+    parser.add_argument("--no-bf16", action="store_true", help="leave the wide layers out")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("an NVIDIA GPU is needed; this machine has none")
-    result = record.start(rows=[])
+    asked = args.layers.split(",")
+    if unknown := set(asked) - {layer.name for layer in LAYERS}:
+        sys.exit(f"no layers {sorted(unknown)}; there are {[layer.name for layer in LAYERS]}")
+    result = record.start(rows=[], seed=SEED)
     for layer in LAYERS:
+        if layer.name not in asked:
+            continue
+        weights = Weights(layer, with_wide=not (args.sweep or args.no_bf16))
         for num_tokens in map(int, args.tokens.split(",")):
-            result["rows"].append(run(layer, num_tokens))
-            print(f"{layer.name}, {num_tokens} tokens done", file=sys.stderr)
-    record.write(args.out, result, as_markdown(result))
+            rows = sweep if args.sweep else run
+            found = rows(layer, weights, num_tokens)
+            result["rows"] += found if isinstance(found, list) else [found]
+            print(f"{layer.name}, {num_tokens} tokens done", file=sys.stderr, flush=True)
+            record.write(args.out, result, as_markdown(result))
+        del weights
+        torch.cuda.empty_cache()
     print(as_markdown(result))
 
 

@@ -1,58 +1,95 @@
-"""The code that Triton makes of the fused kernels for an H200; no GPU is needed to compile it."""
+"""The code that Triton makes of experts' kernels for an H200; no GPU is needed to compile it."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 # In a process of its own, as Triton interprets kernels in this one where there is no GPU.
-PROGRAM = """
+COMPILE = """
 import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hotset.cost.tuning import TUNINGS
-from hotset.kernels.fused_experts import _gated_up, _weighted_down
 
 POINTERS = {"addresses": "*i64", "rows": "*i32", "blocks": "*i32", "num_blocks": "*i32"}
+
+def code_of(kernel, sizes, tile):
+    names = kernel.arg_names
+    pointers = {name: POINTERS.get(name, "*bf16") for name in names if name.islower()}
+    sizes = {name: sizes[name] for name in names if name.isupper()}
+    source = ASTSource(
+        kernel,
+        signature=pointers | dict.fromkeys(sizes, "constexpr"),
+        constexprs=sizes,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+    )
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
 compiled = []
+"""
+PLAIN = """
+from hotset.kernels.fused_experts import _gated_up, _weighted_down
+
 for mean_rows in map(float, sys.argv[1:]):
     tiles = TUNINGS["cuda"].tiles(int(mean_rows * 128), 128, shared_bytes=227 * 1024)
     for kernel, tile, halves in ((_gated_up, tiles.up, 2), (_weighted_down, tiles.down, 1)):
         sizes = dict(HIDDEN=2048, MIDDLE=768, TOP_K=8, BLOCK_ROWS=tiles.block_rows)
         sizes |= dict(COLUMNS=tile.columns // halves, DEPTH=tile.depth)
-        names = kernel.arg_names
-        pointers = {name: POINTERS.get(name, "*bf16") for name in names if name.islower()}
-        sizes = {name: sizes[name] for name in names if name.isupper()}
-        source = ASTSource(
-            kernel,
-            signature=pointers | dict.fromkeys(sizes, "constexpr"),
-            constexprs=sizes,
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
-        )
-        options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-        code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        code = code_of(kernel, sizes, tile)
         piece_bytes = 2 * tile.depth * (tiles.block_rows + tile.columns)
         compiled.append([piece_bytes, tile.num_warps, code.metadata.shared, code.asm["ptx"]])
 print(json.dumps(compiled))
 """
+NARROW = """
+from dataclasses import replace
+from hotset.experts.narrow import NarrowLayout
+from hotset.kernels.narrow_experts import _gated_up, _suited, _weighted_down, planes_of
+from hotset.weight_format import FP8_BLOCK, INT4_128, MXFP4
+
+FORMS = {"mxfp4": (MXFP4, 2880, 2880), "fp8": (FP8_BLOCK, 2048, 768), "int4": (INT4_128, 2048, 768)}
+form, hidden, middle = FORMS[sys.argv[1]]
+layout = NarrowLayout((2, middle, hidden), (hidden, middle), form)
+for mean_rows in map(float, sys.argv[2:]):
+    tiles = TUNINGS["cuda"].tiles(
+        int(mean_rows * 128), 128, shared_bytes=227 * 1024, narrow=True
+    )
+    sizes = dict(HIDDEN=hidden, HIDDEN_WIDTH=hidden, MIDDLE=middle, MIDDLE_WIDTH=middle, TOP_K=8)
+    sizes |= dict(BLOCK_ROWS=tiles.block_rows, SCALE_ROWS=layout.matrices[0].scales.shape[-2])
+    sizes |= dict(ALPHA=0.0, LIMIT=0.0, HAS_BIAS=False, IN_PAIRS=True)
+    for kernel, tile, matrix in zip((_gated_up, _weighted_down), (tiles.up, tiles.down),
+                                    layout.matrices):
+        tile = _suited(tile, form)
+        sizes |= dict(PLANES=planes_of(form, matrix), COLUMNS=tile.columns, DEPTH=tile.depth)
+        code = code_of(kernel, sizes, tile)
+        compiled.append([code.metadata.shared, code.asm["ptx"]])
+print(json.dumps(compiled))
+"""
 
 
-@pytest.mark.slow
-def test_weights_are_read_asynchronously_16_bytes_at_a_time() -> None:
+def run(program: str, *arguments: str) -> list[list[Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "0.1", "16", "64"],
+        [sys.executable, "-c", COMPILE + program, *arguments],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    compiled = json.loads(ran.stdout)
+    compiled: list[list[Any]] = json.loads(ran.stdout)
+    return compiled
+
+
+@pytest.mark.slow
+def test_weights_are_read_asynchronously_16_bytes_at_a_time() -> None:
+    compiled = run(PLAIN, "0.1", "16", "64")
     assert len(compiled) == 6
     for piece_bytes, num_warps, shared_bytes, code in compiled:
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", code)
@@ -61,4 +98,17 @@ def test_weights_are_read_asynchronously_16_bytes_at_a_time() -> None:
         assert len(copies) >= 2 * piece_bytes / (16 * 32 * num_warps)
         # What is left: the block, ids of its rows and their weights.
         assert len(re.findall(r"ld\.global", code)) < 40
+        assert shared_bytes <= 227 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["mxfp4", "fp8", "int4"])
+def test_narrow_weights_are_widened_in_registers(form: str) -> None:
+    """Codes are read asynchronously, and no weight passes through shared memory on its way."""
+    for shared_bytes, code in run(NARROW, form, "0.1", "8", "64"):
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", code)
+        assert copies.count("0x10") + copies.count("0x8") >= 2
+        assert "wgmma.mma_async" in code
+        # A load of matrices would be of weights: inputs are read by the product itself.
+        assert code.count("ldmatrix") < 4 and code.count("st.shared.b16") < 8
         assert shared_bytes <= 227 * 1024

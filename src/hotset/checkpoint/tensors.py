@@ -19,7 +19,9 @@ from hotset.weight_format import MXFP4, Scale, WeightFormat
 Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales, zeros
 
 _SCALES: dict[str, Scale] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_LARGEST_EXPONENT = 227  # of e8m0, 2**100: kernels multiply by more on the way
+# Kernels multiply by more on the way. Weights of a model are far below 1.
+_LARGEST_EXPONENT = 128  # of e8m0: 2
+_LARGEST_SCALE = 2.0**100
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +177,13 @@ class CheckpointTensors:
         if self.narrow_format.scale == "e8m0":
             is_bad = (scales > _LARGEST_EXPONENT).any()
         else:
-            is_bad = ~scales.isfinite().all()
+            is_bad = ~(scales.float().abs() <= _LARGEST_SCALE).all()
         if self.narrow_format.code == "e4m3":
             is_bad |= (codes & 127 == 127).any()
         if is_bad:
+            most = "2" if self.narrow_format.scale == "e8m0" else "2**100"
             raise ModelError(
-                f"{self.folder}: {name} has codes or scales that are no numbers, or beyond 2**100; "
+                f"{self.folder}: {name} has codes or scales that are no numbers, or beyond {most}; "
                 "the checkpoint is damaged"
             )
 

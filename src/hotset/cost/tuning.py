@@ -76,6 +76,8 @@ class Tuning:
         expert_tiles: tiles by the mean rows of an expert up to which they are used: tall enough
             for most experts to read their weights once, and small enough at the beginning to keep
             every processor busy.
+        narrow_tiles: likewise, of experts in few bits. By the instructions that ptxas makes of them
+            for SM90; not yet measured.
         copy_programs: programs that share the copy of one expert out of host memory.
         copy_bytes: that one of them moves at a time. 64 programs of 16 KiB fill the link.
         copies_beside_compute: experts that are copied at once beside other kernels. With 16
@@ -107,6 +109,13 @@ class Tuning:
         (40.0, _alike(64, Tile(128, 64, 4, 4))),
         (float("inf"), _alike(128, Tile(256, 64, 8, 3))),
     )
+    narrow_tiles: tuple[tuple[float, Tiles], ...] = (
+        (1.0, _alike(16, Tile(64, 128, 4, 4))),
+        (8.0, _alike(16, Tile(128, 128, 4, 3))),
+        (20.0, _alike(32, Tile(128, 128, 4, 3))),
+        (40.0, _alike(64, Tile(128, 128, 4, 3))),
+        (float("inf"), _alike(128, Tile(128, 128, 8, 3))),
+    )
     copy_programs: int = 16
     copy_bytes: int = 16 * 2**10
     copies_beside_compute: int = 4
@@ -117,7 +126,9 @@ class Tuning:
     copies_per_call: int = 64
     pin_chunk_bytes: int = 64 * 2**20
 
-    def tiles(self, num_rows: int, num_experts: int, *, shared_bytes: int) -> Tiles:
+    def tiles(
+        self, num_rows: int, num_experts: int, *, shared_bytes: int, narrow: bool = False
+    ) -> Tiles:
         """The tiles for `num_rows` rows of all experts.
 
         A function of the number of rows alone, whatever the router chose.
@@ -126,8 +137,10 @@ class Tuning:
             num_rows: of all experts together.
             num_experts: of the layer.
             shared_bytes: shared memory that a program can have.
+            narrow: whether experts are in few bits.
         """
-        tiles = next(t for most, t in self.expert_tiles if num_rows <= most * num_experts)
+        table = self.narrow_tiles if narrow else self.expert_tiles
+        tiles = next(t for most, t in table if num_rows <= most * num_experts)
         return Tiles(
             tiles.block_rows,
             up=tiles.up.fitted(tiles.block_rows, shared_bytes),

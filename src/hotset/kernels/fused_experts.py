@@ -313,11 +313,11 @@ def sum_rows(rows: torch.Tensor, ids: torch.Tensor, out: torch.Tensor, *, num_ex
 
 def tiles_for(num_rows: int, num_experts: int, device: torch.device) -> Tiles:
     """The tiles for `num_rows` rows on this device."""
-    return TUNINGS[device.type].tiles(num_rows, num_experts, shared_bytes=_shared_bytes(device))
+    return TUNINGS[device.type].tiles(num_rows, num_experts, shared_bytes=shared_bytes(device))
 
 
 @functools.cache
-def _shared_bytes(device: torch.device) -> int:
+def shared_bytes(device: torch.device) -> int:
     """Shared memory that a program can have."""
     if device.type == "cpu":  # the interpreter has none, and any amount will do
         return 2**31
