@@ -15,7 +15,7 @@ from tiny_models import SPARSE_FAMILIES
 
 from hotset.attention.hot_rows import HotRows
 from hotset.cost.tuning import TUNINGS
-from hotset.engine import build
+from hotset.engine import rank_setup
 from hotset.engine.engine import Engine
 from hotset.kernels.gather_rows import gather_rows
 from hotset.kernels.resolve_rows import resolve_rows
@@ -219,7 +219,7 @@ def test_a_gpus_kernels_find_and_fetch_the_same_rows(
 
     gather_few = partial(gather_rows, tuning=replace(TUNINGS["cuda"], gather_programs=3))
 
-    monkeypatch.setattr(build, "choose_backend", choose)
+    monkeypatch.setattr(rank_setup, "choose_backend", choose)
     wide = {**WIDE, "mlp_layer_types": ["dense"] * 3}
     prompts = [prompt[:45] for prompt in long_prompts(2)]
     engine = make_engine(

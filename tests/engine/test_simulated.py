@@ -11,7 +11,7 @@ from fake_sparse import CpuSparse
 from test_hot_requests import WIDE, long_prompts
 
 from hotset.attention.sparse.drawn import DrawnSelection
-from hotset.engine import build
+from hotset.engine import rank_setup
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.executor import graphs
@@ -36,7 +36,7 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         del options["kernels"], options["waits"]
         return CpuSparse(arena, layers, **options)
 
-    monkeypatch.setattr(build, "choose_backend", choose)
+    monkeypatch.setattr(rank_setup, "choose_backend", choose)
 
 
 HOT = {"hot_blocks": 42, "host_blocks": 200, "hot_tokens": 16}
@@ -61,7 +61,9 @@ def test_hot_requests_answer_as_resident_ones_whose_selections_are_drawn(
 def test_recorded_steps_draw_anew_each_time_they_are_replayed(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "pack_linears", lambda model: None)  # whose weights no tape takes
+    monkeypatch.setattr(
+        rank_setup, "pack_linears", lambda model: None
+    )  # whose weights no tape takes
 
     def make() -> Engine:
         return make_engine(

@@ -8,7 +8,7 @@ import pytest
 from engines import make_prompts, reference, run
 from fake_sparse import CpuSparse
 
-from hotset.engine import build
+from hotset.engine import rank_setup
 from hotset.engine.engine import Engine
 
 MakeEngine = Callable[..., Engine]
@@ -20,7 +20,7 @@ def _backend(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(arena: Any, layers: Any, *, max_context: int, hot: Any, **_: Any) -> CpuSparse:
         return CpuSparse(arena, layers, max_context=max_context, hot=hot)
 
-    monkeypatch.setattr(build, "choose_backend", choose)
+    monkeypatch.setattr(rank_setup, "choose_backend", choose)
 
 
 @pytest.mark.parametrize("family", ["glm_moe_dsa", "hy_v4"])
