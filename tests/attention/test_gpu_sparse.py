@@ -12,6 +12,7 @@ from paged import check_on_a_gpu, difference
 from test_gpu_latent import BLOCK, DECODES, DEVICE, MIXED, Step
 from tiny_models import SPARSE_FAMILIES, WIDE_SPARSE, make_model
 
+from hotset.attention.flashinfer.latent_rows import make_rows
 from hotset.attention.flashinfer.sparse import SparseBackend
 from hotset.attention.gather import GatherBackend
 from hotset.attention.inputs import Inputs
@@ -26,6 +27,8 @@ from hotset.memory.arena import DeviceArena
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 COUNT, INDEX_HEADS, INDEX_DIM, MOST_CONTEXT = 256, 64, 128, 9100
+# Each (context before, tokens of the step): decodes around COUNT, and prompts that grow past it.
+AROUND = [(254, 1), (255, 1), (256, 1), (0, 260), (250, 12)]
 
 
 @pytest.mark.parametrize("count", [16, 256, 2048])
@@ -141,7 +144,7 @@ def backend_of(step: SparseStep) -> SparseBackend:
 
 
 @pytest.mark.parametrize("num_heads", [16, 64, 128])
-@pytest.mark.parametrize("lengths", [DECODES, MIXED], ids=["decodes", "mixed"])
+@pytest.mark.parametrize("lengths", [DECODES, MIXED, AROUND], ids=["decodes", "mixed", "around"])
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("index_dtype", [None, FP8])
 def test_attention_to_what_was_selected_is_that_in_float32(
@@ -159,6 +162,25 @@ def test_attention_to_what_was_selected_is_that_in_float32(
         for seq in step.sequences:
             rows = slice(seq.start, seq.start + seq.num_tokens)
             assert difference(one[rows], other[rows].float().cpu()) < 1e-2, seq.context_len
+
+
+@pytest.mark.parametrize("lengths", [AROUND, MIXED], ids=["around", "mixed"])
+def test_each_token_lists_rows_once_and_none_beyond_its_length(
+    lengths: list[tuple[int, int]],
+) -> None:
+    step = SparseStep(64, lengths)
+    backend = backend_of(step)
+    step.attend(backend.begin_step(step.batch, step.inputs()))  # stores the step's keys
+    rows = make_rows(step.sequences)
+    launched, _ = backend._launched_step(rows)
+    launched.rows.fill_(12345)
+
+    backend._select(launched, 0, step.index)
+
+    for found, length in zip(launched.rows.tolist(), rows.lens.tolist(), strict=True):
+        kept = found[: min(length, COUNT)]
+        assert min(kept) >= 0 and len(set(kept)) == len(kept)
+        assert found[len(kept) :] == [-1] * (COUNT - len(kept))
 
 
 def test_scores_in_pieces_select_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

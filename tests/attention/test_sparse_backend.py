@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hotset.attention import choice
+from hotset.attention.batch import SequenceSpan
 from hotset.attention.flashinfer import kernels, sparse
 from hotset.attention.flashinfer.kernels import (
     LatentKernelNeed,
@@ -23,11 +24,14 @@ from hotset.attention.flashinfer.kernels import (
     start_kernels,
     why_unsupported,
 )
+from hotset.attention.flashinfer.latent_rows import make_rows
 from hotset.attention.hook import register
+from hotset.attention.sparse.indexer import Index
+from hotset.attention.sparse.select import score_keys
 from hotset.cost.attention import Indexer
 from hotset.executor import graphs as graphs_module
 from hotset.executor.probe import inspect_model
-from hotset.memory.arena import DeviceArena
+from hotset.memory.arena import DeviceArena, row_steps
 
 # Experts on a CPU ask the host which tokens they have, which no tape replays.
 DENSE = {"mlp_layer_types": ["dense"] * 3}
@@ -65,6 +69,58 @@ def test_steps_in_pieces_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 
     for one, other in zip(expected, got, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("scored_at_once", [1, 5, 1000])
+def test_each_token_lists_the_rows_of_what_it_selects_once_and_none_beyond_its_length(
+    scored_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts end around K and around blocks, of decodes and of prompts that grow past K."""
+    monkeypatch.setattr(sparse, "SCORES_BYTES", 4 * 60 * scored_at_once)
+    layout = inspect_model(make_model("glm_moe_dsa", **DENSE))
+    arena = DeviceArena(
+        layout.cache_specs,
+        num_blocks=61,
+        block_size=4,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        index_dims=layout.index_dims,
+    )
+    backend = CpuSparse(arena, layout.layers, max_context=60)
+    count = backend.count
+    rng = torch.Generator().manual_seed(0)
+    lengths = [(count + n, 1) for n in (-2, -1, 0, 1, 8)]  # tokens before, tokens of the step
+    lengths += [(0, count + 3), (count - 2, 5), (count + 7, 4)]
+    blocks = iter(torch.randperm(60, generator=rng).tolist())
+    sequences, start = [], 0
+    for past, num_tokens in lengths:
+        table = [next(blocks) for _ in range(-(-(past + num_tokens) // 4))]
+        sequences.append(SequenceSpan(start, num_tokens, past + num_tokens, table))
+        start += num_tokens
+    indexer = layout.layers[0].indexer
+    assert indexer is not None
+    heads, width = indexer.num_heads, indexer.key_dim
+    # Small integers: scores are exact, and equal ones many.
+    arena.index_keys[0].copy_(torch.randint(-1, 2, arena.index_keys[0].shape, generator=rng))
+    query = torch.randint(-1, 2, (1, start, heads, width), generator=rng).float()
+    index = Index(query, query[:, :, 0], torch.ones(1, start, heads))
+
+    step, _ = backend._launched_step(make_rows(sequences))
+    backend._select(step, 0, index)
+
+    per_block, per_token = row_steps(arena.layers[0])
+    for seq in sequences:
+        table = torch.tensor(seq.block_table)
+        keys = arena.index_keys[0][table].flatten(0, 1)
+        for i in range(seq.num_tokens):
+            token, length = seq.start + i, seq.context_len - seq.num_tokens + i + 1
+            scores = score_keys(query[0, token, None], torch.ones(1, heads), keys[:length])[0]
+            best = sorted(range(length), key=lambda at, s=scores: (-s[at], at))[:count]
+            rows = [seq.block_table[at // 4] * per_block + at % 4 * per_token for at in best]
+            found = step.rows[token].tolist()
+            kept = found[: min(length, count)]
+            assert len(set(kept)) == len(kept) and set(kept) == set(rows)
+            assert found[len(kept) :] == [-1] * (count - len(kept))
 
 
 def test_what_the_kernels_cannot_select_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
