@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 import transformers
 from transformers import modeling_gguf_pytorch_utils as transformers_gguf
@@ -54,19 +55,30 @@ _EXPERTS = re.compile(r"(blk\.\d+\.ffn_(gate|up|down)_exps)\.weight$")
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
 
-@contextlib.contextmanager
-def names_made_once() -> Iterator[None]:
-    """Within it, the names of an architecture's tensors are made once.
+class _Reader(gguf.GGUFReader):  # type: ignore[misc]  # gguf has no types
+    """Reads headers through a plain array: each slice of numpy's map of a file takes 3 us more."""
 
-    transformers asks for them anew for each module of a model, which took 7 of 7.5 s of CPU for a
-    tiny Llama of 32 layers.
+    data: Any
+
+    def _get(self, *args: Any, **options: Any) -> Any:
+        self.data = self.data.view(np.ndarray)
+        return super()._get(*args, **options)
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+    """Within it, a file's header is read once, and the names of its tensors are made once.
+
+    transformers reads the header for the config, the tokenizer and the weights, 1 s each for a
+    vocabulary of 49,152 tokens. It asks for the names anew for each module of a model, which took 7
+    of 7.5 s of CPU for a tiny Llama of 32 layers.
     """
-    make = gguf.get_tensor_name_map
-    gguf.get_tensor_name_map = functools.cache(make)
+    reader, make = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(_Reader), functools.cache(make)
     try:
         yield
     finally:
-        gguf.get_tensor_name_map = make
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, make
 
 
 class GgufFile:
@@ -86,7 +98,7 @@ class GgufFile:
             if handle.read(4) != b"GGUF":
                 raise ModelError(f"{path} is not a GGUF file: it does not start with 'GGUF'")
         try:
-            self._reader = gguf.GGUFReader(path)
+            self._reader = gguf.GGUFReader(str(path))
         except Exception as error:  # whatever a damaged file makes the library raise
             raise ModelError(
                 f"cannot load the weights of {path}: it is damaged, cut short or of a GGUF version "
@@ -121,7 +133,7 @@ class GgufFile:
                 f"transformers {transformers.__version__} reads no GGUF files; take the model's "
                 "safetensors"
             ) from error
-        if self.architecture not in GGUF_CONFIG_ARCHS:  # of these it accounts for itself
+        if not self.is_known_to_transformers:
             self._check_tensors(config)
             self._complete(config)
         return config
@@ -133,16 +145,7 @@ class GgufFile:
                 model = transformers.AutoModelForCausalLM.from_config(config)
         except Exception as error:  # whatever sizes that do not fit make the library raise
             raise self._refusal("its sizes make no model of its architecture") from error
-        # Without its parts, which would be asked in turn and know no other names.
-        whole = SimpleNamespace(
-            config=config, state_dict=model.state_dict, named_children=lambda: ()
-        )
-        processors = transformers_gguf.TENSOR_PROCESSORS
-        processor = processors.get(self.architecture, transformers_gguf.TensorProcessor)(config={})
-        try:
-            names = transformers_gguf.get_gguf_hf_weights_map(whole, processor)
-        except NotImplementedError as error:
-            raise self._refusal("its tensors have no names in transformers") from error
+        names = self.names(model)
         left = [
             tensor.name
             for tensor in self._reader.tensors
@@ -154,6 +157,40 @@ class GgufFile:
             raise self._refusal(
                 f"{len(left)} of its tensors have no place in the model, first {left[0]}"
             )
+
+    @property
+    def tensors(self) -> list[Any]:
+        """Those of the file, as gguf reads them."""
+        return list(self._reader.tensors)
+
+    @property
+    def is_known_to_transformers(self) -> bool:
+        """Whether transformers accounts for each key and tensor of the architecture itself."""
+        return self.architecture in GGUF_CONFIG_ARCHS
+
+    def processor(self, config: Any) -> Any:
+        """What transformers does to the values of tensors of the architecture."""
+        processors = transformers_gguf.TENSOR_PROCESSORS
+        kind = processors.get(self.architecture, transformers_gguf.TensorProcessor)
+        return kind(config=config.to_dict())
+
+    def names(self, model: Any) -> dict[str, str]:
+        """By the name of a tensor in a file, its name in `model`.
+
+        Raises:
+            ModelError: they have none.
+        """
+        # Without its parts, which would be asked in turn and know no other names.
+        whole = SimpleNamespace(
+            config=model.config, state_dict=model.state_dict, named_children=lambda: ()
+        )
+        try:
+            names: dict[str, str] = transformers_gguf.get_gguf_hf_weights_map(
+                whole, self.processor(model.config)
+            )
+        except NotImplementedError as error:
+            raise self._refusal("its tensors have no names in transformers") from error
+        return names
 
     def scale_rotations(self, model: Any) -> None:
         """Divide the frequencies of a model's rotations by what the file says, if it does.

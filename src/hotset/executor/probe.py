@@ -33,6 +33,7 @@ from hotset.experts.weights import experts_layers
 from hotset.kv.index_blocks import fewest_per_block
 from hotset.libraries import first_line, quiet
 from hotset.linear.fp8 import FP8
+from hotset.linear.narrow import narrow_tiles
 from hotset.linear.packed import PackedLinear
 from hotset.linear.reads import noting_reads
 
@@ -330,10 +331,11 @@ def _check_inputs(model: PreTrainedModel) -> None:
 
 
 def weights_bytes(model: PreTrainedModel) -> int:
-    """What the weights take, packed ones too."""
+    """What the weights take, packed and narrow ones too."""
+    narrow = sum(tiles.num_bytes for tiles in narrow_tiles(model))
     packed: int = sum(m.num_bytes for m in model.modules() if isinstance(m, PackedLinear))
     packed += sum(experts.num_bytes() for experts in experts_layers(model) if experts.is_packed)
-    return packed + sum(int(p.nbytes) for p in model.parameters())
+    return narrow + packed + sum(int(p.nbytes) for p in model.parameters())
 
 
 def workspace_bytes(

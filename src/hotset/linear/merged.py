@@ -8,9 +8,11 @@ from torch.nn import functional
 
 from hotset.cost.tuning import TUNINGS
 from hotset.linear.fp8_linear import Fp8Linear
+from hotset.linear.narrow import NarrowLinear
 from hotset.linear.reads import is_replaceable
+from hotset.linear.tiles import TILE_ROWS, join_tiles
 
-Linear: TypeAlias = nn.Linear | Fp8Linear
+Linear: TypeAlias = nn.Linear | Fp8Linear | NarrowLinear
 
 # Siblings that architectures of transformers apply to the same tensor.
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -71,15 +73,16 @@ class MergedLinear(nn.Module):
 def merge_linears(model: nn.Module) -> None:
     """Replace sibling linear layers by parts of one, in place, one group at a time.
 
-    A group whose layers are not plain or 8-bit linear layers of one kind is left alone. The weights
-    of one group at a time are in memory twice; none of a model on `meta`.
+    A group whose layers are not plain, 8-bit or narrow linear layers of one kind is left alone. The
+    weights of one group at a time are in memory twice; none of a model on `meta`.
     """
     for parent in list(model.modules()):
         for names in _GROUPS:
             layers = [getattr(parent, name, None) for name in names]
             plain: list[Linear] = [layer for layer in layers if is_replaceable(layer)]
             fp8: list[Linear] = [layer for layer in layers if type(layer) is Fp8Linear]
-            for linears in (plain, fp8):
+            narrow: list[Linear] = [layer for layer in layers if type(layer) is NarrowLinear]
+            for linears in (plain, fp8, narrow):
                 if len(linears) == len(names) and _are_alike(linears):
                     _merge(parent, names, linears)
 
@@ -87,15 +90,26 @@ def merge_linears(model: nn.Module) -> None:
 def _are_alike(layers: list[Linear]) -> bool:
     first = layers[0]
     return all(
-        layer.weight.shape[1] == first.weight.shape[1]
-        and layer.weight.dtype == first.weight.dtype
+        layer.in_features == first.in_features
+        and _kind(layer) == _kind(first)
         and (layer.bias is None) == (first.bias is None)
         for layer in layers
     )
 
 
-def _merge(parent: nn.Module, names: tuple[str, ...], layers: list[Linear]) -> None:
+def _kind(layer: Linear) -> object:
+    if not isinstance(layer, NarrowLinear):
+        return layer.weight.dtype
+    # A tile that is not full can be the last one only.
+    return layer.tiles.form if layer.out_features % TILE_ROWS == 0 else layer
+
+
+def _join(layers: list[Linear]) -> Linear:
     first = layers[0]
+    narrow = [layer.tiles for layer in layers if isinstance(layer, NarrowLinear)]
+    if narrow:
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        return NarrowLinear(join_tiles(narrow), torch.cat(biases) if biases else None)
     whole: Linear
     num_outputs = sum(layer.out_features for layer in layers)
     if isinstance(first, Fp8Linear):
@@ -108,6 +122,11 @@ def _merge(parent: nn.Module, names: tuple[str, ...], layers: list[Linear]) -> N
         parts = [part for layer in layers if (part := getattr(layer, name, None)) is not None]
         if parts:
             whole.register_parameter(name, nn.Parameter(torch.cat(parts), requires_grad=False))
+    return whole
+
+
+def _merge(parent: nn.Module, names: tuple[str, ...], layers: list[Linear]) -> None:
+    whole = _join(layers)
     product = _Product(len(layers))
     smallest = min(layer.out_features for layer in layers)
     tuning = TUNINGS["cuda"]  # on a CPU too, where no product is so large that it matters

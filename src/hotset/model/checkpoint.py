@@ -121,30 +121,52 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def load_gguf(
-    file: Path, device: torch.device, dtype: torch.dtype | None
-) -> tuple[Any, Any, Architecture]:
-    """Load a GGUF file's model, dequantised, and its tokenizer. Raises ModelError."""
-    # Here, as it needs parts of transformers that others do without.
-    from hotset.checkpoint.gguf_file import GgufFile, names_made_once
+    file: Path, device: torch.device, dtype: torch.dtype | None, *, narrow: bool = False
+) -> tuple[Any, Any, Architecture, str | None]:
+    """Load a GGUF file's model and its tokenizer.
 
-    header = GgufFile(file)
-    config = header.config()
-    architecture = find_architecture(config, str(file), config.to_dict())
-    # Dequantised at load: left packed, the linear layers would need kernels from the hub.
-    # The redirect is for a progress bar that heeds no setting.
-    with contextlib.redirect_stderr(io.StringIO()), names_made_once():
-        model = _from_pretrained(
-            file,
-            architecture,
-            device,
-            dtype,
-            folder=file.parent,
-            gguf_file=file.name,
-            quantization_config=transformers.GgufConfig(dequantize=True),
-        )
-    header.scale_rotations(model)
-    tokenizer = _load_tokenizer(file, file.parent, gguf_file=file.name)
-    return model, tokenizer, architecture
+    Args:
+        file: of the model.
+        device: where the weights go.
+        dtype: of what is not narrow; None is the file's.
+        narrow: keep matrices as they are in the file, where a CPU can; else they are dequantised.
+
+    Returns:
+        The model, its tokenizer, its architecture, and a line on how its weights are kept.
+
+    Raises:
+        ModelError: it cannot be loaded; says why.
+    """
+    # Here, as they need parts of transformers that others do without.
+    from hotset.checkpoint.gguf_file import GgufFile, read_once
+    from hotset.model import narrow_gguf
+
+    with read_once():
+        header = GgufFile(file)
+        config = header.config()
+        architecture = find_architecture(config, str(file), config.to_dict())
+        why_not = narrow_gguf.why_not_narrow(header, architecture) if narrow else None
+        if narrow and why_not is None:
+            with _in_one_line(file, {}):
+                model = narrow_gguf.load_narrow(header, architecture, dtype or torch.float32)
+            note: str | None = narrow_gguf.storage_note(header, model)
+        else:
+            # Dequantised at load: left packed, the linear layers would need kernels from the hub.
+            # The redirect is for a progress bar that heeds no setting.
+            with contextlib.redirect_stderr(io.StringIO()):
+                model = _from_pretrained(
+                    file,
+                    architecture,
+                    device,
+                    dtype,
+                    folder=file.parent,
+                    gguf_file=file.name,
+                    quantization_config=transformers.GgufConfig(dequantize=True),
+                )
+            note = None if why_not is None else f"weights: widened as they are read: {why_not}"
+        header.scale_rotations(model)
+        tokenizer = _load_tokenizer(file, file.parent, gguf_file=file.name)
+    return model, tokenizer, architecture, note
 
 
 def _with_transformers(

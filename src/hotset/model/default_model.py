@@ -110,7 +110,8 @@ def convert(gguf_file: Path, made: Path) -> None:
     bfloat16 is what the model was published in; the rounding is a small part of a 4-bit step.
     """
     with quiet():
-        model, tokenizer, _ = checkpoint.load_gguf(gguf_file, torch.device("cpu"), torch.bfloat16)
+        cpu = torch.device("cpu")
+        model, tokenizer, *_ = checkpoint.load_gguf(gguf_file, cpu, torch.bfloat16)
         made.mkdir()
         tied = model.config.tie_word_embeddings
         weights = {

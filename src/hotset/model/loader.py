@@ -43,7 +43,7 @@ def load_model(
 
     Args:
         name: None for the default model; a folder with `config.json` and safetensors weights;
-            a `.gguf` file, which is dequantised; or a hub id.
+            a `.gguf` file, which a CPU keeps as it is where it can; or a hub id.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (float32 on the CPU, the checkpoint's own elsewhere), `float32`,
             `bfloat16`, `float16`, or `fp8`: bfloat16, but 8-bit weights in linear layers.
@@ -65,13 +65,16 @@ def load_model(
     torch_dtype = resolve_dtype(dtype, target)
     source, short_name = find_model(name)
     architecture = None if source.is_file() else checkpoint.read_architecture(source)
-    narrow = None
+    narrow = note = None
     if architecture is not None and num_experts(architecture.config.get_text_config()) <= 1:
         experts_on_host = False
     first = torch.device("cpu") if experts_on_host else target
     with closing_on_error(experts), quiet():
         if architecture is None:
-            model, tokenizer, architecture = checkpoint.load_gguf(source, first, torch_dtype)
+            stays_narrow = target.type == "cpu" and dtype != "fp8"
+            model, tokenizer, architecture, note = checkpoint.load_gguf(
+                source, first, torch_dtype, narrow=stays_narrow
+            )
         else:
             outline = architecture.outline(torch_dtype or architecture.dtype or torch.float32)
             if experts_on_host and experts is not None and experts.keeps_narrow:
@@ -86,6 +89,7 @@ def load_model(
             model = checkpoint.load_folder(
                 source, architecture, first, torch_dtype, fp8=fp8, experts=experts, narrow=narrow
             )
+            note = _storage_note(architecture, model, narrow)
     if experts_on_host:
         move_but_experts(model, target)
     return LoadedModel(
@@ -96,7 +100,7 @@ def load_model(
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=max_model_len(model, tokenizer, short_name),
         kv_scales=kv_scales(source, model.config.get_text_config().num_hidden_layers),
-        notes=(*finish(model, dtype, architecture), *_storage_notes(architecture, model, narrow)),
+        notes=(*finish(model, dtype, architecture), *([] if note is None else [note])),
     )
 
 
@@ -136,20 +140,20 @@ def _check_room(
     check_room(num_bytes, target, name, outline.dtype)
 
 
-def _storage_notes(
+def _storage_note(
     architecture: Architecture, model: PreTrainedModel, narrow: NarrowExperts | None
-) -> tuple[str, ...]:
+) -> str | None:
     """A line on what a quantised checkpoint has in few bits, and what becomes of it."""
     if not is_dequantised(architecture.fields):
-        return ()
+        return None
     stored = stored_format(quant_config(architecture.fields) or {})
     what = "narrow weights" if stored is None else stored.name
     wide = str(model.dtype).removeprefix("torch.")
     if narrow is None:
-        return (f"weights: {what} in the files, widened to {wide} as they are read",)
+        return f"weights: {what} in the files, widened to {wide} as they are read"
     return (
         f"weights: experts are kept as {narrow.narrow.name}, as in the files; what else is {what} "
-        f"there is widened to {wide}",
+        f"there is widened to {wide}"
     )
 
 

@@ -81,10 +81,7 @@ def load_in_place(
     is_quantised = quant_config(architecture.fields) is not None and not tensors.is_dequantised
     if is_quantised or not architecture.is_inspected:
         return None
-    with accelerate.init_empty_weights():  # buffers, which are computed, are made
-        model: Any = architecture.make(dtype, attn_implementation=architecture.attention)
-    _compute_buffers(model)
-    model.tie_weights()
+    model = make_empty(architecture, dtype)
     if not _is_as_stored(model, tensors):
         return None
     _check_leftovers(model, architecture.fields, tensors)
@@ -96,6 +93,15 @@ def load_in_place(
     with tensors.open(device, dtype) as reads:
         _fill(reads, places)
     read_generation_config(model, tensors.folder)
+    return model
+
+
+def make_empty(architecture: Architecture, dtype: torch.dtype) -> Any:
+    """The model with its weights on `meta`, tied ones the same, and its buffers computed."""
+    with accelerate.init_empty_weights():  # buffers, which are computed, are made
+        model: Any = architecture.make(dtype, attn_implementation=architecture.attention)
+    _compute_buffers(model)
+    model.tie_weights()
     return model
 
 

@@ -1,0 +1,128 @@
+"""Products of float32 rows with narrow weights in tiles, on a CPU."""
+
+import ctypes
+import functools
+import importlib.util
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hotset.linear.tiles import TILE_ROWS, TileFormat, Tiles
+
+_CHECK_COLUMNS = 512
+_CHECK_BOUND = 2e-6  # of the largest output; float32 sums of 512 columns differ by 3e-7
+_MAX_ROWS_WIDE, _MAX_ROWS = 8, 2  # at once, with 32 registers of 512 bits and with others
+
+_lock = threading.Lock()
+_engines: list[Any] = []  # own the code that was compiled; addresses of it are kept for good
+
+
+def can_multiply() -> bool:
+    """Whether the package that compiles the products is installed."""
+    return importlib.util.find_spec("llvmlite") is not None
+
+
+def multiply(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+    """`x @ weight.T`: the same bits for a row, whatever rows it comes with.
+
+    Args:
+        x: `[M, K]` float32, contiguous, on the CPU.
+        tiles: the weight, `[N, K]`.
+
+    Returns:
+        `[M, N]` float32.
+    """
+    num_rows, num_columns = x.shape
+    num_tiles = tiles.codes.shape[0]
+    out = x.new_empty(num_rows, num_tiles * TILE_ROWS)
+    factors = tiles.scales if tiles.factors is None else tiles.factors
+    planes = (x, tiles.codes, tiles.scales, factors, out)
+    arguments = (ctypes.c_int64 * 9)(
+        *(plane.data_ptr() for plane in planes), num_rows, num_columns, num_tiles, 0
+    )
+    _run()(_compiled(tiles.form), ctypes.addressof(arguments), torch.get_num_threads())
+    return out if out.shape[1] == tiles.num_rows else out[:, : tiles.num_rows]
+
+
+def check(form: TileFormat) -> str | None:
+    """Compare products of random weights with float64 ones; what is wrong, or None.
+
+    Takes 0.5 s, most of it to compile. Whatever LLVM raises is what is wrong, too.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.randint(low, high, shape, dtype=dtype, generator=generator)
+
+    num_tiles, num_parts = 3, form.num_parts
+    is_packed = form.code_bits == 4
+    code_shape = (num_tiles, _CHECK_COLUMNS, TILE_ROWS * form.code_bits // 8)
+    codes = integers(0, 256, code_shape, torch.uint8)
+    scale_shape = (num_tiles, _CHECK_COLUMNS // form.span, num_parts, TILE_ROWS)
+    factor_shape = (num_tiles, _CHECK_COLUMNS // form.group, num_parts, TILE_ROWS)
+    tiles = Tiles(
+        form,
+        num_tiles * TILE_ROWS - 5,
+        codes if is_packed else codes.view(torch.int8),
+        torch.randn(scale_shape, generator=generator).half(),
+        integers(-128, 128, factor_shape, torch.int8) if form.has_factors else None,
+    )
+    x = torch.randn(21, _CHECK_COLUMNS, generator=generator)
+    expected = x.double() @ tiles.rows(torch.arange(tiles.num_rows)).double().t()
+    try:
+        products = [multiply(x[:num_rows], tiles) for num_rows in (1, 3, 21)]
+    except Exception as error:  # whatever LLVM raises
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    found = products[-1]
+    if any(not torch.equal(part, found[: len(part)]) for part in products):
+        return "products depend on the number of rows"
+    worst = ((found - expected).abs().max() / expected.abs().max()).item()
+    return None if worst < _CHECK_BOUND else f"products are wrong by {worst:.1e}"
+
+
+@functools.cache
+def _run() -> Callable[[int, int, int], None]:
+    """What runs compiled code at its arguments by some threads.
+
+    They are those that torch computes with: OpenMP's call, of the library that torch has loaded,
+    under the name that GNU's and LLVM's have. Where there is none the caller's thread computes.
+    """
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except AttributeError:
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        return lambda function, arguments, num_threads: kind(function)(arguments)
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return lambda function, arguments, num_threads: parallel(function, arguments, num_threads, 0)
+
+
+@functools.cache
+def _compiled(form: TileFormat) -> int:
+    """The address of the product for weights of a form."""
+    import llvmlite.binding as llvm  # an extra
+
+    from hotset.linear.tile_code import make_module
+
+    with _lock:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        features = llvm.get_host_cpu_features()
+        max_rows = _MAX_ROWS_WIDE if features.get("avx512f") else _MAX_ROWS
+        triple = llvm.get_process_triple()
+        module = llvm.parse_assembly(str(make_module(form, triple=triple, max_rows=max_rows)))
+        module.verify()
+        machine = llvm.Target.from_triple(triple).create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=3, jit=True
+        )
+        options = llvm.create_pipeline_tuning_options(speed_level=3)
+        llvm.create_pass_builder(machine, options).getModulePassManager().run(
+            module, llvm.create_pass_builder(machine, options)
+        )
+        engine = llvm.create_mcjit_compiler(module, machine)
+        engine.finalize_object()
+        _engines.append(engine)
+        address: int = engine.get_function_address("product")
+        return address
