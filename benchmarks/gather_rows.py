@@ -3,27 +3,28 @@
 `kernels/gather_rows` over random rows of a pool in pinned host memory. By the size of a row, of the
 pool and of a launch, then at the size of a latent row (1,152 bytes) by programs and rows under way,
 by seats, with loads of 8 bytes, over addresses in order, and beside copies down. The rows of each
-case are compared with what the pool holds. Takes about a minute, and 48 GiB of host memory.
+case are compared with what the pool holds. Beside each stands the rate that the plan takes. Takes
+about half a minute, and 48 GiB of host memory.
 
     python benchmarks/gather_rows.py --out benchmarks/results/gather_rows_h200.json
 """
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 import triton
 
 import hotset.kernels.gather_rows as gather
-from hotset.bench.machine import describe_machine
+from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.tuning import TUNINGS
+from hotset.kernels.device import likely_hardware
 from hotset.kernels.gather_rows import gather_rows
 from hotset.kernels.hot_reference import RowRun
 from hotset.memory.arena import HostArena
@@ -38,8 +39,10 @@ SEATS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROGRAMS = (132, 528, 1056, 2112, 4224)
 ROWS_AT_ONCE = (1, 2, 4, 8)
 NUM_RUNS = 20
+SPREAD = (10, 50, 90)  # percentiles of the launches
 NUM_COPIES = 8
 COPY_BYTES = 2**30
+SEED = 0
 
 
 class Pool:
@@ -107,20 +110,28 @@ class Work:
         lists = (self.lists[self.turn], self.rows, self.counts)
         gather_rows(self.source, self.target, *lists, self.run, tuning=tuned)
 
-    def rate(self, call: Callable[[], None] | None = None) -> float:
-        """GB/s of `call`, by default `launch`; the result is checked."""
+    def row(self, case: str, call: Callable[[], None] | None = None) -> dict[str, Any]:
+        """A row of the table: GB/s of `call`, by default `launch`; the result is checked."""
         call = call or self.launch
         self.target.zero_()
         call()
         self.check()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(NUM_RUNS):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(NUM_RUNS + 1)]
+        events[0].record()
+        for event in events[1:]:
             call()
-        end.record()
+            event.record()
         torch.cuda.synchronize()
-        num_bytes = NUM_RUNS * self.num_rows * self.run.row_bytes
-        return round(num_bytes / start.elapsed_time(end) / 1e6, 1)
+        num_bytes = self.num_rows * self.run.row_bytes
+        rates = [num_bytes / a.elapsed_time(b) / 1e6 for a, b in pairwise(events)]
+        return {
+            "case": case,
+            "row_bytes": self.run.row_bytes,
+            "pool_gib": round(self.source.nbytes / 2**30),
+            "rows": self.num_rows,
+            **{f"gb_per_s_{p}": v for p, v in record.percentiles(rates, of=SPREAD).items()},
+            "planned_gb_per_s": planned_gb_per_s(self.run.row_bytes),
+        }
 
     def check(self) -> None:
         """Every row must be the one that was asked for."""
@@ -131,42 +142,41 @@ class Work:
             raise SystemExit(f"rows of {self.run.row_bytes} bytes are not those asked for")
 
 
+def planned_gb_per_s(row_bytes: int) -> float:
+    """The rate that the plan takes for rows of that size."""
+    c = CALIBRATIONS["hotset"]
+    link = c.link_bytes_per_s(likely_hardware(torch.device("cuda"))) * c.gather_efficiency
+    return min(link, c.gather_rows_per_s * row_bytes) / 1e9
+
+
 def by_size(pool: Pool, pool_gib: list[int]) -> list[dict[str, Any]]:
-    """Rates by the size of a row, of the pool and of a launch."""
-    found = []
-    for row_bytes in ROW_BYTES:
-        for gib in pool_gib:
-            rates = [
-                Work(pool.view(gib, row_bytes), row_bytes, *size).rate() for size in (FEW, MANY)
-            ]
-            found.append(
-                {"row_bytes": row_bytes, "pool_gib": gib, "few": rates[0], "many": rates[1]}
-            )
-    return found
+    """By the size of a row, of the pool and of a launch."""
+    return [
+        Work(pool.view(gib, row_bytes), row_bytes, *size).row("size")
+        for row_bytes in ROW_BYTES
+        for gib in pool_gib
+        for size in (FEW, MANY)
+    ]
 
 
 def by_programs(source: torch.Tensor) -> list[dict[str, Any]]:
-    """Rates of few and of many latent rows by how they are shared out."""
-    few, many = (Work(source, LATENT, *size) for size in (FEW, MANY))
+    """Few and many latent rows by how they are shared out."""
     found = []
-    for programs in PROGRAMS:
-        for at_once in ROWS_AT_ONCE:
-            rates = [
-                work.rate(partial(work.launch, gather_programs=programs, gather_rows=at_once))
-                for work in (few, many)
-            ]
-            found.append(
-                {"programs": programs, "rows_at_once": at_once, "few": rates[0], "many": rates[1]}
-            )
+    for work in (Work(source, LATENT, *size) for size in (FEW, MANY)):
+        for programs in PROGRAMS:
+            for at_once in ROWS_AT_ONCE:
+                launch = partial(work.launch, gather_programs=programs, gather_rows=at_once)
+                case = f"{programs:,} programs, {at_once} rows at once"
+                found.append(work.row(case, launch))
     return found
 
 
 def by_seats(source: torch.Tensor) -> list[dict[str, Any]]:
-    """Rates and microseconds of a launch by its seats, and of one that finds nothing to gather."""
+    """By seats, with the microseconds of a launch that finds nothing to gather."""
     found = []
     for seats in SEATS:
         work = Work(source, LATENT, seats, FEW[1])
-        rate = work.rate()
+        row = work.row(f"{seats} seats")
         work.counts.zero_()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -177,23 +187,22 @@ def by_seats(source: torch.Tensor) -> list[dict[str, Any]]:
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        idle_us = round(start.elapsed_time(end) * 1e3 / 64, 2)
-        found.append({"seats": seats, "gb_per_s": rate, "us_without_rows": idle_us})
+        found.append(row | {"us_without_rows": start.elapsed_time(end) * 1e3 / 64})
     return found
 
 
-def with_loads_of_8_bytes(work: Work) -> float:
-    """The rate where the compiler does not know that the pool is aligned."""
+def with_loads_of_8_bytes(work: Work) -> dict[str, Any]:
+    """Where the compiler does not know that the pool is aligned."""
     kernel = gather._gather_rows
     gather._gather_rows = triton.jit(kernel.fn, do_not_specialize_on_alignment=["source"])
     try:
-        return work.rate()
+        return work.row("loads of 8 bytes")
     finally:
         gather._gather_rows = kernel
 
 
-def beside_copies_down(work: Work) -> dict[str, float]:
-    """Rates of a gather and of copies down, both at once."""
+def beside_copies_down(work: Work) -> dict[str, Any]:
+    """While copies go down, whose rate is measured too."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     side = torch.cuda.Stream()
@@ -204,13 +213,9 @@ def beside_copies_down(work: Work) -> dict[str, float]:
         for _ in range(NUM_COPIES):
             target.copy_(source, non_blocking=True)
         events[1].record(side)
-    gathered = work.rate()
-    return {
-        "gather_gb_per_s": gathered,
-        "copies_gb_per_s": round(
-            NUM_COPIES * COPY_BYTES / events[0].elapsed_time(events[1]) / 1e6, 1
-        ),
-    }
+    row = work.row("beside copies down")
+    copies = NUM_COPIES * COPY_BYTES / events[0].elapsed_time(events[1]) / 1e6
+    return row | {"copies_gb_per_s": copies}
 
 
 def huge_page_bytes() -> int:
@@ -221,43 +226,44 @@ def huge_page_bytes() -> int:
     return 0
 
 
-def measure(pool: Pool, pool_gib: list[int]) -> dict[str, Any]:
-    """All figures."""
+def measure(pool: Pool, pool_gib: list[int]) -> list[dict[str, Any]]:
+    """All rows of the table."""
     largest = pool.view(pool_gib[-1], LATENT)
     many = Work(largest, LATENT, *MANY)
     ordered = Work(largest, LATENT, *MANY, is_sorted=True)
-    return {
-        "pool": {"seconds_to_pin": pool.seconds, "huge_page_bytes": huge_page_bytes()},
-        "by_size_gb_per_s": by_size(pool, pool_gib),
-        "by_programs_gb_per_s": by_programs(largest),
-        "by_seats": by_seats(largest),
-        "many_latent_rows_gb_per_s": {
-            "random": many.rate(),
-            "sorted by address": ordered.rate(),
-            "loads of 8 bytes": with_loads_of_8_bytes(many),
-            "beside copies down": beside_copies_down(many),
-        },
-    }
+    return [
+        *by_size(pool, pool_gib),
+        *by_programs(largest),
+        *by_seats(largest),
+        many.row("random"),
+        ordered.row("sorted by address"),
+        with_loads_of_8_bytes(many),
+        beside_copies_down(many),
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser = record.arguments(__doc__)
     parser.add_argument("--pool-gib", default="1,16,40", help="sizes of the pool, ascending")
     arguments = parser.parse_args()
+    started_s = time.perf_counter()
+    torch.manual_seed(SEED)
     pool_gib = [int(size) for size in arguments.pool_gib.split(",")]
     pool = Pool(pool_gib[-1], num_threads=12)
     try:
-        record = {
-            "command": "python " + " ".join(sys.argv),
-            "machine": describe_machine(),
-            **measure(pool, pool_gib),
-        }
+        rows = measure(pool, pool_gib)
     finally:
         torch.cuda.synchronize()
         pool.close()
-    arguments.out.write_text(json.dumps(record) + "\n", "utf-8")
-    print(json.dumps({key: value for key, value in record.items() if key != "machine"}, indent=1))
+    found = record.start(
+        seed=SEED,
+        pool={"seconds_to_pin": pool.seconds, "huge_page_bytes": huge_page_bytes()},
+        seconds=round(time.perf_counter() - started_s, 1),
+        rows=rows,
+    )
+    record.write(arguments.out, found)
+    print(record.table(rows))
+    print(f"{found['seconds']} s")
 
 
 if __name__ == "__main__":

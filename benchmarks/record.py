@@ -56,6 +56,22 @@ def percentiles(
     return {f"p{p}": round(scale * float(np.percentile(values, p)), digits) for p in of}
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a table: a column for each field that any has, floats with three digits."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_cell(row.get(name)) for name in columns] for row in rows]
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def footer(record: dict[str, Any]) -> str:
     """The lines of a page that say what made it."""
     machine = record["machine"]

@@ -39,6 +39,16 @@ def test_percentiles_are_scaled_and_named() -> None:
     assert record.percentiles([2.0], of=[10], digits=1) == {"p10": 2.0}
 
 
+def test_a_table_has_a_column_for_each_field_and_short_figures() -> None:
+    rows = [{"case": "one", "rate": 41.26, "bytes": 1152}, {"case": "two", "rate": 1234.5, "us": 3}]
+    assert record.table(rows).splitlines() == [
+        "| case | rate | bytes | us |",
+        "| --- | --- | --- | --- |",
+        "| one | 41.3 | 1,152 |  |",
+        "| two | 1,234 |  | 3 |",
+    ]
+
+
 def test_each_script_has_a_line_in_the_readme() -> None:
     told = set(re.findall(r"`([\w/]+\.py)`", (BENCHMARKS / "README.md").read_text("utf-8")))
     there = {str(path.relative_to(BENCHMARKS)) for path in BENCHMARKS.rglob("*.py")}
