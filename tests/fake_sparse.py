@@ -18,6 +18,7 @@ from hotset.attention.sparse.drawn import DrawnSelection
 from hotset.attention.sparse.rounded import store_keys, turned_query, widen_keys
 from hotset.attention.sparse.select import score_keys, select_positions
 from hotset.attention.spec import LayerAttention
+from hotset.cost.cache_spec import KEYS_ALONE
 from hotset.kernels.index_scores import PagedTokens
 from hotset.memory.arena import DeviceArena
 
@@ -38,6 +39,7 @@ def _score_paged_keys(
     ):
         if length > count:
             blocks = tokens.block_ids[start : start + -(-length // size)].long()
+            blocks &= ~KEYS_ALONE
             own = keys[blocks] if key_scales is None else widen_keys(keys, key_scales, blocks)
             own = own.flatten(0, 1)[:length]
             scores[i, :length] = score_keys(query[i, None], weights[i, None], own)[0]
@@ -64,12 +66,11 @@ def _find_rows(
     block_size: int,
     rows_per_block: int,
     rows_per_token: int,
-    num_blocks: int,
 ) -> None:
     places = positions.clamp(min=0)
     blocks = tokens.block_ids[(tokens.starts[:, None] + places // block_size).long()]
     found = blocks * rows_per_block + places % block_size * rows_per_token
-    rows.copy_(found.masked_fill((positions < 0) | (blocks >= num_blocks), -1))
+    rows.copy_(found.masked_fill((positions < 0) | (blocks >= KEYS_ALONE), -1))
 
 
 def _top_k(

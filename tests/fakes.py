@@ -4,8 +4,10 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, TypeVar
 
+from hotset.cost.cache_spec import KEYS_ALONE
 from hotset.engine.step import Step
 from hotset.executor.step_input import StepInput, StepResult
 from hotset.memory.tier import (
@@ -54,13 +56,19 @@ class FakeDevice:
 
     def copy(self, plan: Step) -> None:
         """Copy blocks as the plan says."""
-        for source, target in plan.copies:
-            self.keys[target] = list(self.keys[source])
-            if target >= self.first_index_block:
-                whole = (target - self.first_index_block) * self.values[1] // self.values[0]
+        for keys_alone, group in groupby(plan.copies, lambda copy: copy[1] & KEYS_ALONE):
+            if not keys_alone:
+                for source, target in group:
+                    self.keys[target] = list(self.keys[source])
+                    self.blocks[target] = list(self.content(source))
+                continue
+            found = [(target ^ KEYS_ALONE, list(self.keys[source])) for source, target in group]
+            for number, keys in found:
+                self.keys[number] = keys
+                whole = number
+                if number >= self.first_index_block:
+                    whole = (number - self.first_index_block) * self.values[1] // self.values[0]
                 self.blocks[whole] = [None] * self.block_size
-            else:
-                self.blocks[target] = list(self.content(source))
 
     def compute(self, plan: Step) -> None:
         """Check that all tokens before those of the plan are in place, and write those."""
@@ -78,7 +86,7 @@ class FakeDevice:
                 assert block < self.first_index_block
                 self.blocks[block] = [None] * size
             for i in range(item.start):
-                keys = self.keys[request.kv.block_table[i // size]]
+                keys = self.keys[request.kv.block_table[i // size] & ~KEYS_ALONE]
                 assert keys[i % size] == request.token_ids[i], "another token's index key"
                 content = self.past(request, i // size)
                 assert content[i % size] == request.token_ids[i], "attention reads another's token"
@@ -93,7 +101,7 @@ class FakeDevice:
     def past(self, request: Request, index: int) -> list[int | None]:
         """What attention finds of a block."""
         block = request.kv.block_table[index]
-        if block < self.first_index_block:
+        if block < KEYS_ALONE:
             return self.content(block)
         assert request.kv.seat is not None and self.host is not None
         return self.host(self.seats[request.kv.seat][index])

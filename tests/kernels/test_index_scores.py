@@ -10,6 +10,7 @@ if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 
 from hotset.attention.sparse.select import score_keys, select_positions  # noqa: E402
+from hotset.cost.cache_spec import KEYS_ALONE  # noqa: E402
 from hotset.kernels.index_scores import PagedTokens, find_rows, score_paged_keys  # noqa: E402
 
 BLOCK_SIZE, NUM_BLOCKS = 8, 64
@@ -106,7 +107,6 @@ def test_rows_are_where_the_selected_positions_lie(
         block_size=BLOCK_SIZE,
         rows_per_block=3 * BLOCK_SIZE,
         rows_per_token=rows_per_token,
-        num_blocks=NUM_BLOCKS,
     )
 
     owners = [table for table, seen in zip(tables, lengths, strict=True) for _ in seen]
@@ -119,18 +119,29 @@ def test_rows_are_where_the_selected_positions_lie(
         ]
 
 
-def test_a_position_in_a_block_beyond_the_pool_has_no_row() -> None:
-    tokens = PagedTokens(
-        *(torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in ([4, 7, 6], [0], [24]))
-    )
+def test_a_position_in_a_block_with_index_keys_alone_has_no_row() -> None:
+    values = [4, 7 | KEYS_ALONE, 6], [0], [24]
+    tokens = PagedTokens(*(torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in values))
     positions = torch.tensor([[0, 9, 23, -1]], dtype=torch.int32, device=DEVICE)
     rows = torch.zeros_like(positions)
 
-    find_rows(
-        positions, tokens, rows, block_size=8, rows_per_block=8, rows_per_token=1, num_blocks=7
-    )
+    find_rows(positions, tokens, rows, block_size=8, rows_per_block=8, rows_per_token=1)
 
     assert rows.tolist() == [[32, -1, 55, -1]]
+
+
+def test_a_block_with_index_keys_alone_is_read_where_its_own_are() -> None:
+    torch.manual_seed(4)
+    _, tokens = make_sequences([[60, 61, 62]])
+    flagged = tokens._replace(block_ids=tokens.block_ids | KEYS_ALONE)
+    keys = torch.randn(NUM_BLOCKS, BLOCK_SIZE, 16, device=DEVICE)
+    query, weights = torch.randn(3, 2, 16, device=DEVICE), torch.randn(3, 2, device=DEVICE)
+    scores, same = torch.zeros(2, 3, 64, device=DEVICE)
+
+    score_paged_keys(query, weights, keys, tokens, scores, count=1)
+    score_paged_keys(query, weights, keys, flagged, same, count=1)
+
+    assert scores.any() and torch.equal(scores, same)
 
 
 def test_a_part_of_the_tokens_scores_as_all_do() -> None:

@@ -3,6 +3,7 @@
 from fakes import FakeTiers
 from schedulers import BLOCK, make_request, make_scheduler, run
 
+from hotset.cost.cache_spec import KEYS_ALONE
 from hotset.engine.scheduler import Scheduler
 from hotset.kv.hot_set import HotSet
 from hotset.request import FinishReason, SamplingParams
@@ -40,7 +41,9 @@ def test_the_newest_blocks_stay_in_place_as_slots_and_the_others_are_given_back(
     assert request.kv.slot_blocks == blocks[3:5]
     *left, last = request.kv.block_table
     assert last == blocks[5] and not any(map(scheduler.kv.tables.is_whole, left))
-    assert scheduler.kv.tables.take_copies() == list(zip(blocks[:5], left, strict=True))
+    copies = list(zip(blocks[:3], left[:3], strict=True))
+    assert scheduler.kv.tables.take_copies() == copies
+    assert left[3:] == [block | KEYS_ALONE for block in blocks[3:5]]  # where they are
     assert scheduler.kv.pool.num_available == before + 2
     [reset] = (updates := hot.take_updates()).resets
     assert [part.start for part in reset.slot_blocks] == [3 * BLOCK, 4 * BLOCK]

@@ -2,7 +2,7 @@
 
 import torch
 
-from hotset.cost.cache_spec import KeysValues, Latent
+from hotset.cost.cache_spec import KEYS_ALONE, KeysValues, Latent
 from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.memory.arena import DeviceArena, row_steps
@@ -74,10 +74,12 @@ def test_8_bit_index_keys_have_their_scales_behind_them() -> None:
     latents, index = (
         arena.memory[first - arena.memory.data_ptr() :][:size] for first, size in arena.runs(1)
     )
-    assert latents.view(torch.bfloat16).tolist() == [1.0] * 48 + [2.0] * 48
+    assert latents.view(torch.bfloat16).tolist() == ([1.0] * 12 + [2.0] * 12) * 4
     assert index[:64].tolist() == [3] * 64
     assert index[64:].view(torch.float32).tolist() == [4.0] * 4
-    arena.copy_blocks([(1, 2), (1, arena.num_blocks)])  # the second into the latents of block 0
+    arena.copy_blocks(
+        [(1, 2), (1, arena.num_blocks | KEYS_ALONE)]
+    )  # the second into the latents of block 0
     assert (keys.view(torch.uint8)[2:4] == 3).all() and (scales[2:4] == 4).all()
     assert arena.layers[0][0].any() and (arena.layers[1][2] == 2).all()
 
@@ -92,21 +94,28 @@ def test_blocks_are_copied_and_cleared_in_both_parts() -> None:
         assert not tensor[0].any() and not tensor[1].any() and (tensor[2] == 7).all()
 
 
-def test_an_index_block_lies_within_the_latents_of_the_block_that_it_is_carved_from() -> None:
+def test_an_index_block_lies_within_the_block_that_it_is_carved_from() -> None:
     arena = make_arena(6)
     pool = BlockPool(5)  # the last one is no request's
     carve = IndexBlocks(pool, first=6, row_bytes=36, index_bytes=5)
     index_blocks = [carve.take() for _ in range(2 * carve.fewest_per_block)]
+    numbers = [index_block ^ KEYS_ALONE for index_block in index_blocks]
     carved = {block for block in range(5) if pool.ref_count(block)}
-    arena.index_keys[0][0] = 8
-    arena.index_keys[2][0] = 9
+    arena.index_keys[0][5] = 1  # of a block that is not carved
+    arena.index_keys[0][4] = 8
+    arena.index_keys[2][4] = 9
 
-    arena.copy_blocks([(0, index_block) for index_block in index_blocks])
+    arena.copy_blocks([(4, index_block) for index_block in index_blocks])
 
     changed = {block for block in range(6) if arena.storage[block].any()}
     assert changed == carved
-    for index_block in index_blocks:
-        assert (arena.index_keys[0][index_block] == 8).all()
-        assert (arena.index_keys[2][index_block] == 9).all()
-    assert arena.storage.count_nonzero() == len(index_blocks) * 20
-    assert not any(keys[1:6].any() for keys in arena.index_keys)
+    for number in numbers:
+        assert (arena.index_keys[0][number] == 8).all()
+        assert (arena.index_keys[2][number] == 9).all()
+    within = [number for number in numbers if number >= 6]
+    assert arena.storage.count_nonzero() == len(within) * 20
+    own = {number for number in numbers if number < 6}
+    assert own and own <= carved
+    for block in {*range(4)} - own:
+        assert not any(keys[block].any() for keys in arena.index_keys)
+    assert (arena.index_keys[0][5] == 1).all()

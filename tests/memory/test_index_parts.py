@@ -1,6 +1,6 @@
 import torch
 
-from hotset.cost.cache_spec import KeysValues, Latent
+from hotset.cost.cache_spec import KEYS_ALONE, KeysValues, Latent
 from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.memory.arena import DeviceArena
@@ -21,10 +21,10 @@ def test_index_blocks_lie_in_the_rows_of_their_block_and_in_no_other() -> None:
     blocks = IndexBlocks(pool, first=4, row_bytes=3 * 6, index_bytes=5)
     assert pool.allocate(1) == [0]  # and block 3 is none of the pool's
     while blocks.can_take:
-        arena.index_keys[0][blocks.take()] = 7
+        arena.index_keys[0][blocks.take() ^ KEYS_ALONE] = 7
     for layer in arena.layers:
         assert not layer[[0, 3]].any()
-    assert not arena.index_keys[0][:4].any()
+    assert not arena.index_keys[0][[0, 3]].any()  # block 0's own, and block 3's
     assert all((layer[1:3] == 7).any() for layer in arena.layers)
 
 
@@ -41,7 +41,9 @@ def test_copies_to_index_blocks_take_index_keys_alone_and_their_order_counts() -
         arena.layers[0][block] = arena.layers[1][block] = 10 + block
         arena.index_keys[0][block] = arena.index_keys[1][block] = 20 + block
     index_block = 3 + 2 * 12 // 4  # the first in the rows of block 2
-    arena.copy_blocks([(2, 1), (0, index_block), (0, index_block + 1), (1, 0)])
+    numbers = index_block, index_block + 1
+    copies = [(0, number | KEYS_ALONE) for number in numbers]
+    arena.copy_blocks([(2, 1), *copies, (1, 0)])
     assert [float(arena.index_keys[i][index_block, 0, 0]) for i in (0, 1)] == [20, 20]
     assert (arena.index_keys[1][index_block + 1] == 20).all()
     assert [float(arena.index_keys[0][i, 0, 0]) for i in (0, 1, 2)] == [22, 22, 22]

@@ -43,7 +43,7 @@ def test_eight_layers_in_six_gib_give_about_three_times_the_tokens() -> None:
     found = planned(*CASE)
     assert (found["users_resident"], found["break_even_users"]) == (18, 20)
     assert found["limit"] == "HBM"
-    assert 2.85 < found["gain"] < 3.0  # rows come at 41 GB/s, not 50
+    assert 2.7 < found["gain"] < 2.85  # rows come at 41 GB/s, not 50
     assert found["link_bytes_per_s"] == pytest.approx(36e6 * 1152)
     assert found["host_bytes"] == pytest.approx(found["users_hot"] * 33_792 * 10_272)
     text = run(*CASE).output
@@ -51,11 +51,11 @@ def test_eight_layers_in_six_gib_give_about_three_times_the_tokens() -> None:
     assert "18 resident, or" in text and "overlap 0.40 (assumed;" in text
 
 
-def test_the_quoted_case_of_eight_gpus_comes_out_near_three_times() -> None:
+def test_the_quoted_case_of_eight_gpus_with_prompts_computed_on_them() -> None:
     found = planned(*GLM)
     assert found["users_resident"] == 16  # two per GPU, as SGLang ran it
     assert found["resident_tokens_per_s"] == pytest.approx(560, rel=0.1)
-    assert 2.6 < found["gain"] < 3.2
+    assert 2.1 < found["gain"] < 2.4  # 2.6 to 3 with prompts elsewhere, as the example says
 
 
 def test_latency_bounds_how_many_turn_hot() -> None:
@@ -87,7 +87,10 @@ def test_recorded_selections_replace_the_overlap(tmp_path: Path) -> None:
     ("arguments", "line"),
     [
         ([*CASE, "--users", "18"], "none turns hot: 18 users are resident"),
-        (["deepseek-v3.2", "--gpus", "8", "--hardware", "h200"], "99 of them hot, would get 0.70x"),
+        (
+            [*CASE, "--max-model-len", "5k", "--output-tokens", "1k", "--users", "5000"],
+            "of them hot, would get 0.9",
+        ),
         ([*CASE, "--tpot-ms", "1"], "none turns hot: none fits within 1 ms"),
         (
             [*CASE, "--max-model-len", "2k", "--output-tokens", "1k", "--users", "5000"],

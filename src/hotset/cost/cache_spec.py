@@ -14,6 +14,8 @@ from typing import TypeAlias
 
 STATE_BYTES = 4  # recurrent state is kept in float32
 _SCALE_BYTES = 4  # of an index key in 8 bits, in float32
+# In the number of a block whose rows are of something else: its index keys alone are meant.
+KEYS_ALONE = 1 << 30
 _STATE_ALIGNMENT = 16  # of a sequence's state, so that kernels can read whole words
 
 
@@ -230,3 +232,13 @@ def index_key_bytes(width: int, itemsize: int) -> int:
 def token_bytes(specs: Iterable[CacheSpec], itemsize: int) -> int:
     """Bytes that one token adds over all layers, its numbers `itemsize` bytes each."""
     return itemsize * sum(spec.token_values for spec in specs)
+
+
+def index_places(block: int, row_bytes: int, index_bytes: int) -> range:
+    """Where the rows of one block have room for the index keys of others.
+
+    Numbers of places for the index keys of a block, which follow each other from the rows of block
+    0 on; a place lies within one block.
+    """
+    start = -(-block * row_bytes // index_bytes)
+    return range(start, (block + 1) * row_bytes // index_bytes)

@@ -6,11 +6,11 @@ stay on the device, as each step reads all of them. Planner and engine ask the s
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-from hotset.cost.cache_spec import Latent, groups_of
+from hotset.cost.cache_spec import Latent, groups_of, index_places
 from hotset.cost.shape import ModelShape
 from hotset.cost.step_time import CostModel
 
@@ -85,10 +85,22 @@ class SparseCache:
         """Of a resident request on the device, and of a hot one in host memory."""
         return context * (self.all_rows_bytes + self.index_bytes)
 
+    @property
+    def keys_bytes(self) -> float:
+        """Device bytes per token whose rows are in host memory: its index keys, and what is lost.
+
+        They lie in blocks that hold index keys alone, in place of rows too, and none lies across
+        the end of a block.
+        """
+        period = self.index_bytes // math.gcd(self.all_rows_bytes, self.index_bytes)
+        places = [index_places(i, self.all_rows_bytes, self.index_bytes) for i in range(period)]
+        return self.resident_bytes(1) / (1 + sum(map(len, places)) / period)
+
     def hot_bytes(self, context: float, slots: int) -> float:
         """Of a hot request on the device."""
+        whole = min(context, slots + TAIL_TOKENS)
         tables = TABLE_BYTES * slots * self.index_layers
-        return (slots + TAIL_TOKENS) * self.all_rows_bytes + tables + context * self.index_bytes
+        return self.resident_bytes(whole) + tables + (context - whole) * self.keys_bytes
 
 
 def fetches(layers: range, *, ahead: bool) -> list[range]:
@@ -111,10 +123,18 @@ def fetches(layers: range, *, ahead: bool) -> list[range]:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Memory of one device for KV and index keys, and of its host for hot requests."""
+    """Memory of one device for KV and index keys, and of its host for hot requests.
+
+    Attributes:
+        device_bytes: of the device.
+        host_bytes: of the host.
+        has_prompts: whether prompts are computed there, which needs all rows of one request on the
+            device; else requests come with what another engine computed.
+    """
 
     device_bytes: float
     host_bytes: float
+    has_prompts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +250,9 @@ class HotSetCost:
         """Requests that fit with as many of them hot as host memory holds."""
         hot = self.cache.hot_bytes(self.context, slots)
         resident = self.cache.resident_bytes(self.context)
-        num_hot = min(room.host_bytes // resident, room.device_bytes // hot)
+        beside = room.device_bytes - (resident if room.has_prompts else 0.0)
+        beside = max(0.0, beside)  # the last that came has all its rows there
+        num_hot = min(room.host_bytes // resident, beside // hot)
         return int(num_hot + (room.device_bytes - num_hot * hot) // resident)
 
     def fewest_hot(self, users: int, room: Room, slots: int) -> int:
@@ -378,8 +400,8 @@ def _limit(cost: HotSetCost, room: Room, wanted: int, step: HotStep, slots: int)
         return "users"
     if step.users < cost.most_users(room, slots):
         return "TPOT"
-    in_hbm = room.device_bytes // cost.cache.hot_bytes(cost.context, slots)
-    return "HBM" if step.users >= in_hbm else "host memory"
+    roomy = replace(room, host_bytes=wanted * cost.cache.resident_bytes(cost.context))
+    return "HBM" if step.users >= cost.most_users(roomy, slots) else "host memory"
 
 
 def _break_even(cost: HotSetCost, room: Room, slots: int, users: int) -> int | None:

@@ -6,18 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
+from hotset.cost.cache_spec import KEYS_ALONE
+
 _TILE = 128  # keys of a product
 # Programs of a launch, about: a few waves on any GPU, whatever the number of tokens.
 _PROGRAMS = 2048
 _ROWS_TILE = 1024
-_SIZES = ["rows_per_block", "rows_per_token", "num_blocks", "count"]
+_SIZES = ["rows_per_block", "rows_per_token", "count"]
 
 
 class PagedTokens(NamedTuple):
     """Where each token of a step finds what precedes it; all on one device, contiguous.
 
     Attributes:
-        block_ids: int32, the blocks of all sequences one after another.
+        block_ids: int32, the blocks of all sequences one after another; of one with `KEYS_ALONE`
+            the index keys alone are of the sequence.
         starts: `[T]` int32, where the blocks of the token's sequence begin in `block_ids`.
         lengths: `[T]` int32, tokens that it sees, with itself.
     """
@@ -52,6 +55,7 @@ def _score(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     TILE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    KEYS_ALONE: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + token)
@@ -66,6 +70,7 @@ def _score(  # type: ignore[no-untyped-def]
             place = tile * TILE + n
             is_seen = place < length
             block = tl.load(block_ids + place // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
+            block &= ~KEYS_ALONE
             slot = block * keys_stride_block + (place % BLOCK_SIZE) * keys_stride_slot
             k = tl.load(keys + slot[:, None] + d[None, :], mask=is_seen[:, None])
             product = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
@@ -128,6 +133,7 @@ def score_paged_keys(
         DIM=dim,
         TILE=_TILE,
         HAS_SCALES=key_scales is not None,
+        KEYS_ALONE=KEYS_ALONE,
     )
 
 
@@ -139,10 +145,10 @@ def _find_rows(  # type: ignore[no-untyped-def]
     rows,
     rows_per_block,
     rows_per_token,
-    num_blocks,
     count,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    KEYS_ALONE: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -150,9 +156,9 @@ def _find_rows(  # type: ignore[no-untyped-def]
     position = tl.load(positions + token * count + i, mask=is_one, other=-1)
     is_selected = position >= 0
     at = block_ids + tl.load(starts + token) + position // BLOCK_SIZE
-    block = tl.load(at, mask=is_selected, other=num_blocks)
+    block = tl.load(at, mask=is_selected, other=KEYS_ALONE)
     row = block * rows_per_block + position % BLOCK_SIZE * rows_per_token
-    row = tl.where(block < num_blocks, row, -1)
+    row = tl.where(block < KEYS_ALONE, row, -1)
     tl.store(rows + token * count + i, row, mask=is_one)
 
 
@@ -164,7 +170,6 @@ def find_rows(
     block_size: int,
     rows_per_block: int,
     rows_per_token: int,
-    num_blocks: int,
 ) -> None:
     """Turn positions in a sequence into rows of the pool, which a layer's first row counts from.
 
@@ -172,12 +177,11 @@ def find_rows(
         positions: `[T, K]` int32, contiguous; -1 where there is none.
         tokens: of the T tokens.
         rows: `[T, K]` int32, contiguous. Mutated: `block * rows_per_block + offset *
-            rows_per_token` of each position; -1 where there is none, or where its block is beyond
-            the pool.
+            rows_per_token` of each position; -1 where there is none, or where its block
+            has index keys alone.
         block_size: tokens of a block.
         rows_per_block: rows of the pool from one block to the next; see `arena.row_steps`.
         rows_per_token: likewise from one token to the next.
-        num_blocks: in the pool.
     """
     num_tokens, count = positions.shape
     _find_rows[(num_tokens, triton.cdiv(count, _ROWS_TILE))](
@@ -187,8 +191,8 @@ def find_rows(
         rows,
         rows_per_block,
         rows_per_token,
-        num_blocks,
         count,
         BLOCK_SIZE=block_size,
         TILE=min(_ROWS_TILE, triton.next_power_of_2(count)),
+        KEYS_ALONE=KEYS_ALONE,
     )

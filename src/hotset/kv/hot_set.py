@@ -143,8 +143,9 @@ class HotSet:
         """Blocks that come back where `num_own` can leave: without slots, and index keys of all."""
         index_blocks = self._tables.index_blocks
         assert index_blocks is not None
-        num_carved = -(-self._num_full(request) // index_blocks.fewest_per_block)
-        return max(0, num_own - self._seats.blocks_per_seat - num_carved)
+        num_slot_blocks = self._seats.blocks_per_seat  # which keep index keys too
+        num_others = self._num_full(request) - num_slot_blocks
+        return max(0, num_own - num_slot_blocks + -num_others // index_blocks.fewest_per_block)
 
     def _num_left_at_end(self, newcomer: Request) -> int:
         """Blocks that `newcomer` leaves to host memory, and hot requests beside what they have."""
@@ -165,7 +166,7 @@ class HotSet:
         hot.staying, hot.num_seen = [], num_full
         for index in indices:
             slot = None
-            if self._tables.can_keep_index_keys(kv.block_table[index]):
+            if self._tables.can_keep_index_keys(hot.request, index):
                 slot = self._transfers.keep_slot(hot.request, index)
             if slot is None:
                 hot.staying.append(index)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from hotset.cost.cache_spec import KEYS_ALONE
 from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.sequence import Kind, Request
@@ -146,21 +147,29 @@ class BlockTables:
 
     def is_whole(self, block: int) -> bool:
         """Whether a block of a table is of the pool, not an index block."""
-        return block < self.pool.num_blocks
+        return not block & KEYS_ALONE
 
-    def can_keep_index_keys(self, block: int) -> bool:
-        """Whether there is an index block to be had once `block` is given back."""
+    def can_keep_index_keys(self, request: Request, index: int) -> bool:
+        """Whether there is an index block to be had in place of a block."""
         assert self.index_blocks is not None
-        return self.index_blocks.can_take or self.pool.ref_count(block) == 1
+        block = request.kv.block_table[index]
+        is_own = block in request.kv.slot_blocks or self.pool.ref_count(block) == 1
+        return is_own or self.index_blocks.can_take
 
     def keep_index_keys(self, request: Request, index: int) -> None:
-        """Give a request's block back to the pool, and have an index block in its place."""
+        """Give a request's block back to the pool, and have an index block in its place.
+
+        One whose rows serve as the request's slots keeps its index keys where they are.
+        """
         assert self.index_blocks is not None
         table = request.kv.block_table
-        self.pool.release(table[index])  # it may be carved itself: its own index keys stay whole
-        index_block = self.index_blocks.take()
-        self._copies.append((table[index], index_block))
-        table[index] = index_block
+        block = table[index]
+        self.pool.release(block)
+        if block in request.kv.slot_blocks:
+            table[index] = self.index_blocks.keep_own(block)
+        else:  # it may be carved itself: copies read all their sources first
+            table[index] = self.index_blocks.take()
+            self._copies.append((block, table[index]))
         request.kv.num_index_blocks += 1
 
     def take_copies(self) -> list[tuple[int, int]]:

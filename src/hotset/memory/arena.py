@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from hotset.cost.cache_spec import KeysValues, StoredSpec, groups_of, index_key_bytes
+from hotset.cost.cache_spec import KEYS_ALONE, KeysValues, StoredSpec, groups_of, index_key_bytes
 from hotset.memory.disk.slab import slot_bytes_for
 
 
@@ -113,13 +113,13 @@ class DeviceArena:
 
         Nobody waits for it.
         """
-        for is_whole, group in groupby(copies, lambda copy: copy[1] < self.num_blocks):
-            if is_whole:
+        for keys_alone, group in groupby(copies, lambda copy: copy[1] & KEYS_ALONE):
+            if not keys_alone:
                 for source, target in group:
                     for part in self._parts:
                         part[target].copy_(part[source])
             else:
-                pairs = torch.tensor(list(group))
+                pairs = torch.tensor([(source, target ^ KEYS_ALONE) for source, target in group])
                 if self.storage.is_cuda:
                     pairs = pairs.pin_memory().to(self.storage.device, non_blocking=True)
                 _, keys = self._parts

@@ -58,16 +58,19 @@ def _hot_bytes(plan: Plan, hot: HotPlan, data: dict[str, object]) -> list[str]:
     cost, context = hot.cost, hot.cost.context
     resident = cost.cache.resident_bytes(context)
     small = cost.cache.hot_bytes(context, _PUBLISHED_SLOTS)
-    users = cost.resident_users(hot.room), cost.most_users(hot.room, _PUBLISHED_SLOTS)
+    here = cost.most_users(hot.room, _PUBLISHED_SLOTS)
+    elsewhere = cost.most_users(replace(hot.room, has_prompts=False), _PUBLISHED_SLOTS)
+    users = cost.resident_users(hot.room)
     data["bytes"] = {"resident": resident, "hot": small}
-    data["users_per_gpu"] = {"resident": users[0], "hot": users[1]}
+    data["users_per_gpu"] = {"resident": users, "hot": elsewhere, "hot_and_prompts": here}
     weights = plan.cost.shard.dense_bytes + plan.cost.shard.experts_bytes
     return [
         "1. What fits one GPU",
         f"   Weights take {gb(weights)} and leave {gb(hot.room.device_bytes)} for KV.",
-        f"   A resident request of {context:,.0f} tokens takes {gb(resident)}: {users[0]} fit; "
+        f"   A resident request of {context:,.0f} tokens takes {gb(resident)}: {users} fit; "
         "SGLang ran 2.",
-        f"   A hot one takes {gb(small)}: {users[1]} fit.",
+        f"   A hot one takes {gb(small)}: {elsewhere} fit where other GPUs compute the prompts, as",
+        f"   SGLang had it; {here} where these GPUs do, which takes a resident request's room.",
     ]
 
 
@@ -93,7 +96,8 @@ def _hot_steps(hot: HotPlan, data: dict[str, object]) -> list[str]:
     for overlap in (0.35, 0.4, 0.5):
         cost = replace(hot.cost, selections=DrawnSelections(overlap))
         for slots in (_PUBLISHED_SLOTS, 2 * _PUBLISHED_SLOTS):
-            best = plan_hot_set(cost, hot.room, 32, slots=slots)
+            room = replace(hot.room, has_prompts=False)
+            best = plan_hot_set(cost, room, 32, slots=slots)
             assert best and best.gain
             found.append({"overlap": overlap, "slots": best.slots, "gain": best.gain})
             table.append(
@@ -111,7 +115,7 @@ def _hot_steps(hot: HotPlan, data: dict[str, object]) -> list[str]:
     data["steps"] = found
     rate = f"{hot.cost.rows_bytes_per_s / 1e9:.0f} GB/s"
     return [
-        "2. Steps of the node, decode alone, by overlap and by slots per layer",
+        "2. Steps of the node, prompts elsewhere, by overlap and by slots per layer",
         rows(table, "   "),
         f"   Published: over 3x. Missed rows come at {rate}, as measured on an H200. The",
         "   overlap of neighbouring selections is assumed; on DeepSeek-V3.2 it was 0.35 to 0.50.",

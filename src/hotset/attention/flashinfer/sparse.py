@@ -287,7 +287,6 @@ class SparseBackend(LatentBackend):
                 block_size=self.arena.block_size,
                 rows_per_block=rows_per_block,
                 rows_per_token=rows_per_token,
-                num_blocks=self.arena.num_blocks,
             )
             if self._hot is not None and part.start < self._hot.tables.num_seats:
                 # Hot requests decode, and decodes come before all other tokens.

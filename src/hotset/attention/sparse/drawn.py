@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hotset.cost.cache_spec import KEYS_ALONE
 from hotset.cost.selection import correlation
 
 _MASK = 0xFFFFFFFF
@@ -64,7 +65,7 @@ def seeds_of(keys: torch.Tensor, first_blocks: torch.Tensor) -> torch.Tensor:
         first_blocks: `[T]` int32 or int64, the first block of each token's request.
     """
     # As bytes: not every indexing operation knows 8-bit floats.
-    first_keys = keys[:, 0].view(torch.uint8).index_select(0, first_blocks)
+    first_keys = keys[:, 0].view(torch.uint8).index_select(0, first_blocks & ~KEYS_ALONE)
     return first_keys.view(torch.int32)[:, 0].contiguous()
 
 

@@ -12,6 +12,7 @@ from hotset.attention.sparse.drawn import DrawnSelection, seeds_of
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.sparse.rounded import turned_query, widen_keys
 from hotset.attention.sparse.select import score_keys, select_positions
+from hotset.cost.cache_spec import KEYS_ALONE
 from hotset.kernels.hot_reference import Misses
 from hotset.memory.arena import DeviceArena, row_steps
 
@@ -63,7 +64,8 @@ class GatheredSelection:
         steps, positions = row_steps(self._arena.layers[layer]), []
         for sequence, table in zip(self._sequences, self._tables, strict=True):
             n = sequence.context_len
-            own = keys[table] if scales is None else widen_keys(keys, scales, table)
+            blocks = table & ~KEYS_ALONE
+            own = keys[blocks] if scales is None else widen_keys(keys, scales, blocks)
             own = own.flatten(0, 1)[:n]
             lengths = torch.arange(n - sequence.num_tokens + 1, n + 1, device=own.device)
             num_at_once = max(1, _MOST_VALUES // (index.query.shape[2] * n))
@@ -96,7 +98,7 @@ class GatheredSelection:
         size, places = self._arena.block_size, positions.clamp(min=0).long()
         blocks = table[places // size]
         rows = blocks * per_block + places % size * per_token
-        return rows.masked_fill_((positions < 0) | (blocks >= self._arena.num_blocks), -1).int()
+        return rows.masked_fill_((positions < 0) | (blocks >= KEYS_ALONE), -1).int()
 
     def attend(
         self,
