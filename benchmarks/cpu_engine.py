@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import record
@@ -31,6 +31,8 @@ import transformers
 
 from hotset.engine.build import build_engine
 from hotset.engine.loop import run_to_end
+from hotset.model import default_model
+from hotset.model.checkpoint import load_gguf
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
 from hotset.options import Options
@@ -154,6 +156,12 @@ def serve_generate(loaded: LoadedModel) -> Serve:
     return serve
 
 
+def widened(loaded: LoadedModel) -> LoadedModel:
+    """The default model as transformers reads its file, in float32."""
+    model, *_ = load_gguf(default_model.ensure_gguf(), torch.device("cpu"), torch.float32)
+    return replace(loaded, model=model.eval())
+
+
 def make_prompts(loaded: LoadedModel, users: int, seed: int) -> list[list[int]]:
     questions = random.Random(seed).choices(QUESTIONS, k=users)
     if users <= len(QUESTIONS):
@@ -178,13 +186,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
 
-    loaded = [load_model(None, device="cpu", dtype="float32") for _ in range(3)]
-    prompts = make_prompts(loaded[0], args.users, args.seed)
-    batch_serve, stop_batch = serve_generate_batch(loaded[1], args.output_tokens)
+    loaded = load_model(None, device="cpu", dtype="float32")
+    prompts = make_prompts(loaded, args.users, args.seed)
+    batch_serve, stop_batch = serve_generate_batch(widened(loaded), args.output_tokens)
     ways: dict[str, Serve] = {
-        "hotset": serve_hotset(loaded[0], args.users),
+        "hotset": serve_hotset(loaded, args.users),
         "generate_batch": batch_serve,
-        "generate": serve_generate(loaded[2]),
+        "generate": serve_generate(widened(loaded)),
     }
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     try:
@@ -203,7 +211,7 @@ def main() -> None:
     total_tokens = args.users * args.output_tokens
     wall_s = {name: statistics.median(r.wall_s for r in of) for name, of in runs.items()}
     result = record.start(
-        model=loaded[0].name,
+        model=loaded.name,
         dtype="float32",
         seed=args.seed,
         users=args.users,

@@ -24,6 +24,7 @@ from hotset.engine.engine import Engine
 from hotset.engine.loop import run_to_end
 from hotset.engine.step import Step, StepItem
 from hotset.engine.step_input import make_step_input
+from hotset.model import default_model
 from hotset.model.loader import load_model
 from hotset.options import Options
 from hotset.request import SamplingParams
@@ -70,7 +71,8 @@ def answer(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
 
 def run(options: dict[str, Any], device: str) -> dict[str, Any]:
     config = Options.of(device=device, hot_gib=0.5, max_model_len=1024, eager=True, **options)
-    loaded = load_model(None, device=device, dtype=options["dtype"])
+    # The folder, whose weights are in bfloat16: a CPU keeps the GGUF file narrow in any dtype.
+    loaded = load_model(str(default_model.ensure()), device=device, dtype=options["dtype"])
     encoder = PromptEncoder(loaded)
     ids = [t for name in TEXTS for t in encoder.encode_text((ROOT / "docs" / name).read_text())]
     chunks = [ids[i : i + CHUNK] for i in range(0, len(ids) - CHUNK, CHUNK)]

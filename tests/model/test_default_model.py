@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from hotset.checkpoint.kept_folder import CHECKSUMS
 from hotset.errors import ModelError
+from hotset.linear.narrow import narrow_tiles
+from hotset.linear.tile_product import can_multiply
 from hotset.model import default_model
+from hotset.model.find_model import find_model
 from hotset.model.loaded import LoadedModel
-from hotset.model.loader import load_model
+from hotset.model.loader import fingerprint_of, load_model
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +196,26 @@ def test_a_cache_folder_that_cannot_be_made_is_one_line(
 
     with pytest.raises(ModelError, match="cannot keep the default model in"):
         default_model.ensure()
+
+
+def test_a_cpu_keeps_the_file_as_it_is(
+    empty_cache: Path, quick_making: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = empty_cache.with_name("smollm2-135m-instruct-gguf")
+    assert find_model(None, narrow=True) == (
+        kept / "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "smollm2-135m-instruct",
+    )
+    assert not quick_making  # nothing was converted
+    assert sorted(f.name for f in kept.iterdir()) == ["SmolLM2-135M-Instruct.Q4_1.gguf", CHECKSUMS]
+    assert find_model(None) == (empty_cache, "smollm2-135m-instruct")
+    assert len(quick_making) == 1
+
+
+@pytest.mark.skipif(not can_multiply(), reason="the extra `cpu` is not installed")
+def test_the_default_model_is_narrow_and_its_fingerprint_says_so(loaded: LoadedModel) -> None:
+    num_bytes = sum(tiles.num_bytes for tiles in narrow_tiles(loaded.model))
+    matrices, table = 106_168_320, 28_311_552  # numbers, of 5 bits and of 8.5
+    assert num_bytes == (5 * matrices + 8.5 * table) / 8
+    assert fingerprint_of(None, device="cpu", dtype="auto") == loaded.fingerprint
+    assert fingerprint_of(None, device="cpu", dtype="fp8") != loaded.fingerprint

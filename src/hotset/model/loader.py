@@ -20,6 +20,7 @@ from hotset.experts.gating import move_but_experts
 from hotset.experts.sizes import slots_hold
 from hotset.experts.weights import experts_bytes, experts_layers
 from hotset.libraries import quiet
+from hotset.linear.tile_product import can_multiply
 from hotset.model import checkpoint
 from hotset.model.architecture import Architecture
 from hotset.model.devices import check_room, resolve_device, resolve_dtype
@@ -63,7 +64,8 @@ def load_model(
     """
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
-    source, short_name = find_model(name)
+    stays_narrow = _stays_narrow(target, dtype)
+    source, short_name = find_model(name, narrow=stays_narrow and can_multiply())
     architecture = None if source.is_file() else checkpoint.read_architecture(source)
     narrow = note = None
     if architecture is not None and num_experts(architecture.config.get_text_config()) <= 1:
@@ -71,7 +73,6 @@ def load_model(
     first = torch.device("cpu") if experts_on_host else target
     with closing_on_error(experts), quiet():
         if architecture is None:
-            stays_narrow = target.type == "cpu" and dtype != "fp8"
             model, tokenizer, architecture, note = checkpoint.load_gguf(
                 source, first, torch_dtype, narrow=stays_narrow
             )
@@ -157,13 +158,20 @@ def _storage_note(
     )
 
 
-def fingerprint_of(name: str | None, dtype: str) -> str:
+def _stays_narrow(target: torch.device, dtype: str) -> bool:
+    """Whether the matrices of a GGUF file are kept as they are, where they can be."""
+    return target.type == "cpu" and dtype != "fp8"
+
+
+def fingerprint_of(name: str | None, *, device: str, dtype: str) -> str:
     """The fingerprint that `load_model` gives a model, without loading a weight.
 
     Raises:
         ModelError: the model cannot be found or read.
+        ConfigError: there is no such device.
     """
-    source, _ = find_model(name)
+    stays_narrow = _stays_narrow(resolve_device(device), dtype)
+    source, _ = find_model(name, narrow=stays_narrow and can_multiply())
     if source.is_dir():
         read_config(source)  # raises for a folder that holds no model
     return _fingerprint(source, dtype)
