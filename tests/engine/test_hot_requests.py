@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,54 +155,6 @@ def test_a_step_that_breaks_off_costs_one_request_and_no_other_reads_its_slots(
     assert len(failed) == 2 and engine.metrics.turned_hot > 1
     for (request_id, tokens), wanted in zip(outputs.items(), expected, strict=True):
         assert request_id in failed or tokens == wanted
-    assert_all_is_back(engine)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-def test_a_soak_with_aborts_and_forks_and_little_host_memory_ends_with_all_back(
-    seed: int, make_engine: MakeEngine, tmp_path: Path
-) -> None:
-    rng = random.Random(seed)
-    family = rng.choice(list(SPARSE_FAMILIES))
-    heads = [[rng.randrange(3, 256) for _ in range(rng.randint(8, 40))] for _ in range(6)]
-    prompts = []
-    for _ in range(40):
-        tail = [rng.randrange(3, 256) for _ in range(rng.randint(1, 24))]
-        prompts.append(rng.choice(heads) + tail)
-    made = {"model_changes": WIDE, "hot_tokens": 0}
-    expected = run(make_engine(family, hot_blocks=1000, **made), prompts)
-    engine = hot_engine(
-        make_engine,
-        family,
-        hot_blocks=rng.randint(30, 60),
-        host_blocks=rng.choice([24, 40, 200]),
-        hot_tokens=rng.choice([16, 20, 32]),
-        max_num_seqs=rng.randint(3, 12),
-        max_num_batched_tokens=rng.choice([16, 64, 512]),
-        overlap=rng.random() < 0.5,
-        fetch_policy="fetch",
-        **({"disk_mib": 4, "disk_path": tmp_path} if rng.random() < 0.5 else {}),
-    )
-    wanted, outputs, aborted = {}, {}, set()
-    for prompt, tokens in zip(prompts, expected, strict=True):
-        params = SamplingParams(max_tokens=12, ignore_eos=True, n=rng.choice([1, 1, 1, 2]))
-        request_id = engine.add_request(prompt, params)
-        for index in range(params.n):
-            wanted[request_id, index], outputs[request_id, index] = tokens, []
-    while engine.has_work:
-        for output in engine.step():
-            assert output.error is None, output.error
-            outputs[output.request_id, output.index] += output.token_ids
-        if rng.random() < 0.03:
-            aborted.add(rng.choice(list(wanted))[0])
-            engine.abort(rng.choice(sorted(aborted)))
-        if rng.random() < 0.1 and len(engine.scheduler.running) > 1:
-            engine.scheduler._preempt_last()
-        engine.kv.check()
-    for key, tokens in wanted.items():
-        assert key[0] in aborted or outputs[key] == tokens
-    assert engine.metrics.turned_hot > 0
     assert_all_is_back(engine)
 
 
