@@ -13,5 +13,5 @@ from hotset.engine.engine import Engine
 def test_a_soak_with_aborts_forks_faults_and_little_host_memory_ends_with_all_back(
     seed: int, make_engine: Callable[..., Engine], tmp_path: Path
 ) -> None:
-    events = soak(make_engine, seed, 36, tmp_path)
+    events = soak(make_engine, seed, 28, tmp_path)
     assert events["turned_hot"] and events["preempted"] and events["aborted"] and events["forked"]
