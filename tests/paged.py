@@ -13,6 +13,7 @@ from hotset.engine.step_input import make_step_input
 from hotset.executor.probe import ModelLayout, inspect_model
 from hotset.executor.runner import ModelRunner
 from hotset.memory.arena import DeviceArena
+from hotset.memory.state_arena import StateArena
 from hotset.request import SamplingParams
 from hotset.sequence import Request
 
@@ -42,7 +43,17 @@ def paged_logits(
         scales=scales,
         index_dims=layout.index_dims,
     )
-    runner = ModelRunner(model, arena, make_backend(arena), max_num_seqs=4)
+    states = None
+    if layout.states:
+        states = StateArena(layout.states, num_slots=4, dtype=layout.dtype, device=model.device)
+    runner = ModelRunner(
+        model,
+        arena,
+        make_backend(arena),
+        max_num_seqs=4,
+        states=states,
+        kv_layers=layout.kv_layers,
+    )
     if recorded:
         if compiles:
             runner.compile(scratch_block=40)
@@ -52,12 +63,18 @@ def paged_logits(
     first.kv.block_table = [3, 1, 2, 5, 7, 6, 9, 8, 0, 10, 11, 12]
     second = Request("b", 10, list(range(60, 70)), SamplingParams(), 60)
     second.kv.block_table = [13, 14, 15]
+    first.kv.state_write, second.kv.state_write = 2, 3
     steps = [
         [StepItem.of(second, 0, 9), StepItem.of(first, 0, 20)],
         [StepItem.of(first, 20, 24), StepItem.of(second, 9, 1)],
         [StepItem.of(first, 44, 1), StepItem.of(second, 9, 1)],
     ]
-    return [runner.forward(make_step_input(Step(items), 4)).float().clone() for items in steps]
+    logits = []
+    for items in steps:
+        logits.append(runner.forward(make_step_input(Step(items), 4)).float().clone())
+        for item in items:
+            item.request.kv.state_read = item.request.kv.state_write
+    return logits
 
 
 def check_on_a_gpu(

@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,74 +13,29 @@ if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 from scans import gated_delta, mamba2  # noqa: E402
+from slots import (  # noqa: E402
+    CHANNELS,
+    KERNEL,
+    LAYER,
+    MIXED,
+    SLOTS,
+    batch_of,
+    cast,
+    make_arena,
+    rows_of,
+    spans_of,
+    tokens_of,
+    twin,
+)
 
-from hotset.attention.batch import Batch, SequenceSpan  # noqa: E402
+from hotset.attention.batch import SequenceSpan  # noqa: E402
 from hotset.attention.scans import Scan  # noqa: E402
 from hotset.attention.state_kernels import KernelStates  # noqa: E402
 from hotset.attention.state_step import TorchStates  # noqa: E402
-from hotset.cost.cache_spec import State  # noqa: E402
 from hotset.memory.state_arena import StateArena  # noqa: E402
 
-LAYER, CHANNELS, KERNEL, SLOTS = 3, 150, 4, 20
 SCANS = pytest.mark.parametrize("make", [gated_delta, mamba2])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-
-
-def spans_of(*parts: tuple[Any, ...]) -> list[SequenceSpan]:
-    """Spans of (tokens, position of the first, slot read, slot written, cuts)."""
-    spans, row = [], 0
-    for count, position, read, write, *cuts in parts:
-        spans.append(SequenceSpan(row, count, position + count, [], read, write, cuts))
-        row += count
-    return spans
-
-
-# Decodes from zeros, in place, and to another slot and one more; texts from zeros, in place, from
-# within a chunk, cut on and off the grid and at their end, and shorter than the convolution.
-MIXED = spans_of(
-    (1, 5, 0, 2),
-    (1, 70, 3, 3),
-    (1, 9, 4, 5, (1, 6)),
-    (2, 0, 0, 7),
-    (3, 63, 8, 8),
-    (150, 0, 0, 9, (64, 10), (128, 11), (149, 12)),
-    (70, 40, 13, 14, (24, 15), (70, 16)),
-)
-
-
-def batch_of(spans: list[SequenceSpan]) -> Batch:
-    none = np.empty((6, 0), np.int64)
-    num_decodes = sum(span.num_tokens == 1 for span in spans)
-    return Batch(none, none[0], none[0], spans, num_decodes, False)
-
-
-def tokens_of(spans: list[SequenceSpan]) -> int:
-    return sum(span.num_tokens for span in spans)
-
-
-def make_arena(scan: Scan, dtype: torch.dtype) -> StateArena:
-    """Slots of random numbers, but for that of zeros."""
-    spec = State(scan.state_shape, (CHANNELS, KERNEL - 1), dtype.itemsize)
-    arena = StateArena({LAYER: spec}, num_slots=SLOTS, dtype=dtype, device=DEVICE)
-    arena.recurrent[LAYER][1:] = torch.randn(SLOTS - 1, *scan.state_shape)
-    arena.columns[LAYER][1:] = torch.randn(SLOTS - 1, *spec.conv).to(dtype)
-    return arena
-
-
-def twin(arena: StateArena, scan: Scan, dtype: torch.dtype) -> StateArena:
-    other = make_arena(scan, dtype)
-    other.memory.copy_(arena.memory)
-    return other
-
-
-def cast(scan: Scan, dtype: torch.dtype) -> Scan:
-    """On the device, with queries, keys and values of `dtype`."""
-    changes: dict[str, torch.Tensor] = {}
-    for field in fields(scan):  # type: ignore[arg-type]
-        if isinstance(numbers := getattr(scan, field.name), torch.Tensor):
-            is_token = field.name in ("query", "key", "value")
-            changes[field.name] = numbers.to(DEVICE, dtype if is_token else torch.float32)
-    return replace(scan, **changes)  # type: ignore[type-var]
 
 
 def bound(dtype: torch.dtype) -> dict[str, float]:
@@ -154,17 +108,11 @@ def run_steps(
     for span in steps:
         own = slice(span.context_len - span.num_tokens, span.context_len)
         states = KernelStates.of_batch(arena, batch_of([span]), DEVICE)
-        part = replace(scan, **rows_of(scan, own))  # type: ignore[type-var]
+        part = rows_of(scan, own)
         columns = states.convolve(LAYER, values[:, own], weight, None, "silu")
         found.append((states.scan(LAYER, part), columns.T))
         states.finish()
     return [torch.cat(part) for part in zip(*found, strict=True)]
-
-
-def rows_of(scan: Scan, rows: slice) -> dict[str, torch.Tensor]:
-    taken = {id(each) for each in scan.rows}
-    named = {field.name: getattr(scan, field.name) for field in fields(scan)}  # type: ignore[arg-type]
-    return {name: each[rows] for name, each in named.items() if id(each) in taken}
 
 
 @SCANS
@@ -201,7 +149,7 @@ def test_a_token_is_the_same_in_all_bits_alone_and_beside_others(
     together = KernelStates.of_batch(arena, batch_of(MIXED), DEVICE).scan(LAYER, scan)
     for span in MIXED:
         own = slice(span.start, span.start + span.num_tokens)
-        part = replace(scan, **rows_of(scan, own))  # type: ignore[type-var]
+        part = rows_of(scan, own)
         alone = KernelStates.of_batch(other, batch_of([span._replace(start=0)]), DEVICE)
         assert torch.equal(alone.scan(LAYER, part), together[own])
 

@@ -1,12 +1,12 @@
 """States that were kept: a hit has the logits of a cold run, bit for bit."""
 
-import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from engines import run
+from hybrid_prompts import ROOM, TOKENS, found, make_prompt, note_logits
 from tiny_models import HYBRID_FAMILIES
 
 from hotset.attention.state_tables import GRID
@@ -15,33 +15,6 @@ from hotset.request import SamplingParams
 
 MakeEngine = Callable[..., Engine]
 KINDS = ["lfm2", "qwen3_5_text", "bamba"]
-ROOM = {"max_model_len": 400, "hot_blocks": 600, "max_num_seqs": 4}
-TOKENS = 12
-
-
-def make_prompt(num_tokens: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(3, 256) for _ in range(num_tokens)]
-
-
-def note_logits(engine: Engine) -> list[torch.Tensor]:
-    """The logits of each step from now on."""
-    noted: list[torch.Tensor] = []
-    runner: Any = engine.executor.runner  # type: ignore[attr-defined]
-    forward = runner.forward
-
-    def noting(*args: Any, **options: Any) -> torch.Tensor:
-        logits: torch.Tensor = forward(*args, **options)
-        if len(logits):
-            noted.append(logits.clone())
-        return logits
-
-    runner.forward = noting
-    return noted
-
-
-def found(engine: Engine) -> int:
-    return int(engine.metrics.cached_tokens.total())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from hotset.attention.batch import Batch
-from hotset.attention.inputs import to_device
+from hotset.attention.inputs import fill, to_device
 from hotset.attention.scans import GatedDelta, Mamba2, Scan
 from hotset.attention.state_tables import NUM_COLUMNS, Array, SpanTables, TableSizes
 from hotset.kernels.chunk_state import scan_delta, scan_mamba2
@@ -51,6 +51,23 @@ class KernelStates:
         packed = to_device(tables.packed(tables.sizes), device)
         return cls(arena, packed, tables.sizes, tables.copies)
 
+    @classmethod
+    def of_padding(cls, arena: StateArena, sizes: TableSizes, device: torch.device) -> Self:
+        """Those of steps that `fill` sets, of no sequence so far."""
+        return cls(arena, to_device(SpanTables([], 0).packed(sizes), device), sizes)
+
+    def fill(self, batch: Batch) -> bool:
+        """Have what was recorded compute this step; False where it has more than there is room for.
+
+        Then nothing was changed.
+        """
+        tables = SpanTables(batch.sequences, batch.num_decodes)
+        if not self.sizes.hold(tables.sizes):
+            return False
+        fill(self._packed, tables.packed(self.sizes))
+        self._copies = tables.copies
+        return True
+
     def convolve(
         self,
         layer: int,
@@ -70,7 +87,7 @@ class KernelStates:
     def scan(self, layer: int, scan: Scan) -> torch.Tensor:
         """See `MixerStep`."""
         pool, output = self._arena.recurrent[layer], scan.new_output()
-        decode, chunks = _KERNELS[type(scan)]
+        decode, chunks = KERNELS[type(scan)]
         if self.sizes.pads:
             output.zero_()
         if self._decodes.reads.numel():
@@ -85,7 +102,7 @@ class KernelStates:
             self._arena.memory[target].copy_(self._arena.memory[source])
 
 
-_KERNELS: dict[type[Scan], tuple[Callable[..., None], Callable[..., None]]] = {
+KERNELS: dict[type[Scan], tuple[Callable[..., None], Callable[..., None]]] = {
     GatedDelta: (decode_delta, scan_delta),
     Mamba2: (decode_mamba2, scan_mamba2),
 }

@@ -1,7 +1,7 @@
 """Attention and state of a step, by PyTorch's operations or by kernels."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn import functional
@@ -12,8 +12,11 @@ from hotset.attention.batch import Batch, SequenceSpan
 from hotset.attention.mixers import MixerStep
 from hotset.attention.scans import Scan
 from hotset.attention.sparse.indexer import Index
-from hotset.attention.state_tables import chunks_of
+from hotset.attention.state_tables import TableSizes, chunks_of
 from hotset.memory.state_arena import StateArena
+
+if TYPE_CHECKING:
+    from hotset.attention.state_kernels import KernelStates
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -40,6 +43,13 @@ class StateLayers:
         from hotset.attention.state_kernels import KernelStates
 
         return KernelStates.of_batch(self._arena, batch, self._device)
+
+    def record(self, num_tokens: int, most_seqs: int, *, is_decode: bool) -> "KernelStates":
+        """The states of a recorded step of so many tokens, decodes alone or any."""
+        from hotset.attention.state_kernels import KernelStates
+
+        sizes = TableSizes.of_recorded(num_tokens, most_seqs, is_decode=is_decode)
+        return KernelStates.of_padding(self._arena, sizes, self._device)
 
     def around(self, attention: StepAttention, states: "StepStates") -> "StateStep":
         """All that the layers of a step ask for."""

@@ -46,7 +46,7 @@ from hotset.options import Options
 _LAYOUT_VERSION, _SIDE_BY_SIDE_VERSION = "1", "2"
 _STATE_NOTE = (
     "layers keep a state beside KV: prefixes are found up to states that were kept on the device, "
-    "a preempted request goes on from the last of these, and steps are not recorded"
+    "and a preempted request goes on from the last of these"
 )
 
 

@@ -188,8 +188,7 @@ class RankSetup:
             states=placed.states,
             kv_layers=self._layout.kv_layers,
         )
-        is_eager = self._options.runtime.eager or placed.states is not None
-        compiles = self._device.type == "cuda" and not is_eager
+        compiles = self._device.type == "cuda" and not self._options.runtime.eager
         if compiles:
             with times.phase("compile the layers"):
                 runner.compile(scratch_block=placed.scratch_block)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -15,10 +15,14 @@ from hotset.attention.backend import (
 )
 from hotset.attention.batch import NUM_INPUTS, Batch
 from hotset.attention.inputs import Inputs, fill
+from hotset.attention.state_step import StateLayers
 from hotset.cost.tuning import TUNINGS
 from hotset.executor.padding import Array, packed, padding_column
 from hotset.executor.recorded_sizes import RecordedStep, RecordedSteps
 from hotset.executor.recording import GraphRecorder
+
+if TYPE_CHECKING:
+    from hotset.attention.state_kernels import KernelStates
 
 # Token ids and positions (`[T]`), attention, rows (`[R]`, or None for all) -> `[R, vocab]` logits.
 Forward: TypeAlias = Callable[
@@ -62,6 +66,7 @@ class _DecodeGraph:
     static: StaticInputs
     decode: RecordedDecode
     graph: torch.cuda.CUDAGraph
+    states: "KernelStates | None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ class _MixedGraph:
     static: StaticInputs
     parts: list[torch.cuda.CUDAGraph]  # one more than `cuts`
     cuts: list[tuple[int, torch.Tensor, torch.Tensor]]  # layer, its queries, its output
+    states: "KernelStates | None"
 
 
 class StepGraphs:
@@ -88,6 +94,7 @@ class StepGraphs:
         scratch_block: a block that is never read.
         before_cut: called before the end of a recorded part, to join the copies that forked in it;
             None where nothing does.
+        states: of layers that keep some; None where none does.
         recorder: records; None makes one.
     """
 
@@ -101,11 +108,12 @@ class StepGraphs:
         max_context_blocks: int,
         scratch_block: int,
         before_cut: Callable[[], None] | None,
+        states: StateLayers | None = None,
         recorder: GraphRecorder | None = None,
     ) -> None:
         self._forward = forward
         self._before_cut = before_cut
-        self._backend = backend
+        self._backend, self._states = backend, states
         self._previous = previous
         self._scratch_block = scratch_block
         self._padding = padding_column(scratch_block)
@@ -173,10 +181,16 @@ class StepGraphs:
         )
         if step is None:
             return None
-        if step.is_decode:
-            self._run_decode(self._decodes[step.size], batch, when_ready)
+        recorded = self._decodes[step.size] if step.is_decode else self._mixed[step.size]
+        states = recorded.states
+        if states is not None and not states.fill(batch):
+            return None
+        if isinstance(recorded, _DecodeGraph):
+            self._run_decode(recorded, batch, when_ready)
         else:
-            self._run_mixed(self._mixed[step.size], batch, when_ready)
+            self._run_mixed(recorded, batch, when_ready)
+        if states is not None:
+            states.finish()
         assert self._logits is not None
         return self._logits[: len(batch.sampled_rows)]
 
@@ -212,11 +226,12 @@ class StepGraphs:
             static.inputs, block_ids=self._block_ids, scratch_block=self._scratch_block
         )
         decode.plan([])
-        self._step(static, decode.attention)  # compiles, and loads kernels
+        attention, states = self._with_states(decode.attention, size, is_decode=True)
+        self._step(static, attention)  # compiles, and loads kernels
         graphs: list[torch.cuda.CUDAGraph] = []
         with self._recorder.recording(graphs):
-            self._step(static, decode.attention)
-        return _DecodeGraph(static, decode, graphs[0])
+            self._step(static, attention)
+        return _DecodeGraph(static, decode, graphs[0], states)
 
     def _record_mixed(self, size: int) -> _MixedGraph:
         num_rows = min(size, len(self._previous))
@@ -241,10 +256,20 @@ class StepGraphs:
             self._attention.begin(size)
             run = self._attention.run
         attention = self._backend.step_with(static.inputs, run)
+        attention, states = self._with_states(attention, size, is_decode=False)
         self._step(static, attention)  # compiles, and loads kernels
         with self._recorder.recording(parts):
             self._step(static, attention)
-        return _MixedGraph(static, parts, cuts)
+        return _MixedGraph(static, parts, cuts, states)
+
+    def _with_states(
+        self, attention: StepAttention, size: int, *, is_decode: bool
+    ) -> "tuple[StepAttention, KernelStates | None]":
+        """What a step of `size` asks for besides attention."""
+        if self._states is None:
+            return attention, None
+        states = self._states.record(size, len(self._previous), is_decode=is_decode)
+        return self._states.around(attention, states), states
 
     def _make_attention(self) -> RecordedMixed:
         return self._backend.record_mixed(

@@ -55,8 +55,7 @@ class ModelRunner:
         attention: how it is attended to.
         max_num_seqs: most requests in one step.
         hot: the rows of hot requests, which `attention` reads; None where none may be hot.
-        states: where state lives beside KV; None where the model has none. Its steps are launched
-            as they are, neither compiled nor recorded.
+        states: where state lives beside KV; None where the model has none.
         kv_layers: index of a layer that attends -> which of those it is.
     """
 
@@ -127,6 +126,9 @@ class ModelRunner:
             rows[2] = scratch_block
             inputs = Inputs(*rows.unbind())
             attention = self._attention.step_with(inputs, lambda layer, query, *_: query)
+            if self._state_layers is not None:
+                states = self._state_layers.record(_TRIAL_TOKENS, _TRIAL_TOKENS, is_decode=True)
+                attention = self._state_layers.around(attention, states)
             with _compiling():
                 self._logits(inputs.token_ids, inputs.positions, attention, None)
 
@@ -171,6 +173,7 @@ class ModelRunner:
             max_context_blocks=max_context_blocks,
             scratch_block=scratch_block,
             before_cut=before_cut,
+            states=self._state_layers,
         )
         # The second size has one token, which is compiled apart.
         num_sizes = 0
