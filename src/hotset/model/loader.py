@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,32 @@ from hotset.model.find_model import find_model
 from hotset.model.finish import closing_on_error, finish, max_model_len
 from hotset.model.loaded import LoadedModel, no_tokenizer
 from hotset.model.narrow_experts import NarrowExperts, find_narrow_experts
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What `load_model` was asked for; see there.
+
+    Attributes:
+        name: short.
+        target: where the model is to run.
+        dtype: by its name.
+        torch_dtype: None for the checkpoint's own.
+    """
+
+    name: str
+    target: torch.device
+    dtype: str
+    torch_dtype: torch.dtype | None
+    experts_on_host: bool
+    experts: ExpertSink | None
+    check: Callable[[PreTrainedModel], None] | None
+    needs_tokenizer: bool
+
+    @property
+    def first_device(self) -> torch.device:
+        """Where weights are read to."""
+        return torch.device("cpu") if self.experts_on_host else self.target
 
 
 def load_model(
@@ -67,30 +94,18 @@ def load_model(
     stays_narrow = _stays_narrow(target, dtype)
     source, short_name = find_model(name, narrow=stays_narrow and can_multiply())
     architecture = None if source.is_file() else checkpoint.read_architecture(source)
-    narrow = note = None
     if architecture is not None and num_experts(architecture.config.get_text_config()) <= 1:
         experts_on_host = False
-    first = torch.device("cpu") if experts_on_host else target
+    asked = _Asked(
+        short_name, target, dtype, torch_dtype, experts_on_host, experts, check, needs_tokenizer
+    )
     with closing_on_error(experts), quiet():
         if architecture is None:
             model, tokenizer, architecture, note = checkpoint.load_gguf(
-                source, first, torch_dtype, narrow=stays_narrow
+                source, asked.first_device, torch_dtype, narrow=stays_narrow
             )
         else:
-            outline = architecture.outline(torch_dtype or architecture.dtype or torch.float32)
-            if experts_on_host and experts is not None and experts.keeps_narrow:
-                narrow = _narrow_experts(source, architecture, outline, target)
-            if check is not None:
-                check(outline)
-            _check_room(architecture, outline, target, short_name, dtype, experts_on_host)
-            tokenizer = checkpoint.load_tokenizer(source)
-            if tokenizer is None and needs_tokenizer:
-                raise no_tokenizer(short_name)
-            fp8 = dtype == "fp8" and not experts_on_host
-            model = checkpoint.load_folder(
-                source, architecture, first, torch_dtype, fp8=fp8, experts=experts, narrow=narrow
-            )
-            note = _storage_note(architecture, model, narrow)
+            model, tokenizer, note = _load_folder(source, architecture, asked)
     if experts_on_host:
         move_but_experts(model, target)
     return LoadedModel(
@@ -105,12 +120,38 @@ def load_model(
     )
 
 
+def _load_folder(
+    source: Path, architecture: Architecture, asked: _Asked
+) -> tuple[PreTrainedModel, Any, str | None]:
+    """The model of a folder, its tokenizer, and what to say of its weights."""
+    outline = architecture.outline(asked.torch_dtype or architecture.dtype or torch.float32)
+    narrow = _narrow_experts(source, architecture, outline, asked)
+    if asked.check is not None:
+        asked.check(outline)
+    _check_room(architecture, outline, asked)
+    tokenizer = checkpoint.load_tokenizer(source)
+    if tokenizer is None and asked.needs_tokenizer:
+        raise no_tokenizer(asked.name)
+    model = checkpoint.load_folder(
+        source,
+        architecture,
+        asked.first_device,
+        asked.torch_dtype,
+        fp8=asked.dtype == "fp8" and not asked.experts_on_host,
+        experts=asked.experts,
+        narrow=narrow,
+    )
+    return model, tokenizer, _storage_note(architecture, model, narrow)
+
+
 def _narrow_experts(
-    source: Path, architecture: Architecture, outline: PreTrainedModel, target: torch.device
+    source: Path, architecture: Architecture, outline: PreTrainedModel, asked: _Asked
 ) -> NarrowExperts | None:
     """The experts that stay as the checkpoint has them, if all can; `outline` is told so."""
-    if quant_config(architecture.fields) is None:
+    keeps_narrow = asked.experts is not None and asked.experts.keeps_narrow
+    if not (asked.experts_on_host and keeps_narrow) or quant_config(architecture.fields) is None:
         return None
+    target = asked.target
     narrow = find_narrow_experts(outline, CheckpointTensors(source, architecture.fields))
     if narrow is None:
         return None
@@ -123,22 +164,19 @@ def _narrow_experts(
 def _check_room(
     architecture: Architecture,
     outline: PreTrainedModel,
-    target: torch.device,
-    name: str,
-    dtype: str,
-    experts_on_host: bool,
+    asked: _Asked,
 ) -> None:
     """Refuse weights that cannot fit, before they are read; experts in host memory do not count.
 
     Those may go to disk, or have fewer bits there. With fp8, and by most quantisers, all take less.
     """
     fields = architecture.fields
-    if dtype == "fp8" or (quant_config(fields) is not None and not is_dequantised(fields)):
+    if asked.dtype == "fp8" or (quant_config(fields) is not None and not is_dequantised(fields)):
         return
     num_bytes = sum(parameter.nbytes for parameter in outline.parameters())
-    if experts_on_host:
+    if asked.experts_on_host:
         num_bytes -= experts_bytes(outline)
-    check_room(num_bytes, target, name, outline.dtype)
+    check_room(num_bytes, asked.target, asked.name, outline.dtype)
 
 
 def _storage_note(
