@@ -122,7 +122,7 @@ def test_the_page_and_the_explanation_name_the_index_keys_and_the_hot_set(tmp_pa
     assert run(*CASE, "--html", str(tmp_path / "one.html")).exit_code == 0
     assert "tokens per hot user and layer" in (tmp_path / "one.html").read_text("utf-8")
     text = run(*CASE, "--explain").output
-    assert "index keys: 1,056 B a token over all layers" in text
+    assert "index keys: 1,056 B per token over all layers" in text
     assert "scoring index keys: each of 18 x 33,792 keys once" in text
 
 

@@ -25,7 +25,7 @@ def test_explanation_fills_in_the_quoted_figures() -> None:
     text = run(
         "llama-3-70b", "--hardware", "gh200", "--gpus", "4", "--max-model-len", "128k", "--explain"
     )
-    assert "2 x 8 KV heads x 128 x 2 B = 4,096 B a token and layer" in text
+    assert "2 x 8 KV heads x 128 x 2 B = 4,096 B per token and layer" in text
     assert "a further token = 327,680 B" in text
     assert "42,949,672,960 B = 42.95 GB = 40.0 GiB" in text
     assert "450 to 64, 7.0x" in text

@@ -24,16 +24,23 @@ class PendingLogprobs:
             not read once this returns, but for what the device has queued.
         token_ids: `[N]` int64, on the device.
         num_top: how many of the likeliest tokens are wanted beside each.
+        has_ranks: whether the rank of each token is wanted, too.
     """
 
     def __init__(
-        self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: Sequence[int]
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        num_top: Sequence[int],
+        *,
+        has_ranks: bool,
     ) -> None:
-        self._num_top = num_top
+        self._num_top, self._num_ranks = num_top, int(has_ranks)
         most = min(max(num_top), logits.shape[1])
         size = max(1, _GROUP_LOGITS // logits.shape[1])
         pieces = zip(logits.split(size), token_ids.split(size), strict=True)
-        values, ids = zip(*(_score(rows, targets, most) for rows, targets in pieces), strict=True)
+        scored = [_score(rows, targets, most, has_ranks) for rows, targets in pieces]
+        values, ids = zip(*scored, strict=True)
         self._values, self._ids = HostCopy(torch.cat(values)), HostCopy(torch.cat(ids))
 
     def wait(self, token_ids: Sequence[int]) -> list[TokenLogprob]:
@@ -45,9 +52,15 @@ class PendingLogprobs:
             self._values.wait().tolist(),
             strict=True,
         )
+        first = self._num_ranks
         return [
-            TokenLogprob(token_id, logprob, tuple(zip(top[:n], others[:n], strict=True)), rank=rank)
-            for token_id, n, (rank, *top), (logprob, *others) in rows
+            TokenLogprob(
+                token_id,
+                logprob,
+                tuple(zip(ids[first : first + n], others[:n], strict=True)),
+                rank=ids[0] if first else None,
+            )
+            for token_id, n, ids, (logprob, *others) in rows
         ]
 
 
@@ -64,7 +77,7 @@ class PendingPromptLogprobs:
         self._token_ids = [token_id for span in spans for token_id in span.token_ids]
         num_top = [span.num_top for span in spans for _ in span.token_ids]
         targets = to_device(np.array(self._token_ids, np.int64), logits.device)
-        self._scored = PendingLogprobs(logits, targets, num_top)
+        self._scored = PendingLogprobs(logits, targets, num_top, has_ranks=True)
 
     def wait(self) -> list[list[TokenLogprob]]:
         """Block until they are there; those of each span, in the order of its tokens."""
@@ -73,7 +86,7 @@ class PendingPromptLogprobs:
 
 
 def _score(
-    logits: torch.Tensor, targets: torch.Tensor, num_top: int
+    logits: torch.Tensor, targets: torch.Tensor, num_top: int, has_ranks: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the targets and of the likeliest tokens.
 
@@ -81,17 +94,20 @@ def _score(
         logits: `[N, V]`, any float dtype.
         targets: `[N]` int64.
         num_top: K.
+        has_ranks: whether ranks of the targets are wanted.
 
     Returns:
-        `[N, 1 + K]` float32, the target's first; and `[N, 1 + K]` int64: the target's rank, 1 being
-        the likeliest, and the ids of the likeliest.
+        `[N, 1 + K]` float32, the target's first; and the ids of the likeliest, `[N, K]` int64, or
+        `[N, 1 + K]` behind the target's rank, 1 being the likeliest.
     """
     logits = logits.float()
     log_total = logits.logsumexp(-1, keepdim=True)  # [N, 1]
     chosen = logits.gather(1, targets[:, None])  # [N, 1]
-    rank = (logits > chosen).sum(-1, keepdim=True) + 1
-    if num_top == 0:
-        return chosen - log_total, rank
-    top = logits.topk(num_top)
-    values = torch.cat([chosen, top.values], dim=1) - log_total
-    return values, torch.cat([rank, top.indices], dim=1)
+    values, ids = chosen, targets[:, None][:, :0]
+    if num_top:
+        top = logits.topk(num_top)
+        values, ids = torch.cat([chosen, top.values], dim=1), top.indices
+    if has_ranks:
+        rank = (logits > chosen).sum(-1, keepdim=True) + 1
+        ids = torch.cat([rank, ids], dim=1)
+    return values - log_total, ids

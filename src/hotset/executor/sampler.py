@@ -237,7 +237,7 @@ class Sampler:
         scored = None
         if asking is not None and as_of_model is not None:
             num_top = [sequences[i].params.logprobs or 0 for i in with_logprobs]
-            scored = PendingLogprobs(as_of_model, chosen[asking], num_top)
+            scored = PendingLogprobs(as_of_model, chosen[asking], num_top, has_ranks=False)
 
         def end(sampled: Sampled) -> None:
             for i, matcher in matchers.items():
@@ -248,7 +248,7 @@ class Sampler:
                 places = [rows[i] for i in with_logprobs]
                 entries = scored.wait([sampled.token_ids[row] for row in places])
                 for row, entry in zip(places, entries, strict=True):
-                    sampled.logprobs[row] = entry._replace(rank=None)
+                    sampled.logprobs[row] = entry
 
         return end
 

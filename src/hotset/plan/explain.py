@@ -35,7 +35,7 @@ def _weights(plan: Plan) -> Section:
             f"one expert = {layer.expert.count:,} parameters = {shape.expert_bytes_each:,} B",
             f"experts = {len(shape.moe_layers)} layers x {shape.num_experts} x "
             f"{gb(shape.expert_bytes_each)} = {gb(shape.experts_bytes)}",
-            f"active for a token = dense {shape.dense_params:,} + {len(shape.moe_layers)} x "
+            f"active per token = dense {shape.dense_params:,} + {len(shape.moe_layers)} x "
             f"{shape.top_k_experts} experts = {shape.active_params:,}",
         ]
     body.append(
@@ -49,7 +49,7 @@ def _kv(plan: Plan) -> Section:
     shape, context, dtype = request.shape, request.workload.context, request.kv_dtype
     body = [_kv_line(attention, n, context, dtype) for attention, _, n in shape.readers]
     if shape.index_bytes_per_token:
-        body.append(f"index keys: {shape.index_bytes_per_token:,} B a token over all layers")
+        body.append(f"index keys: {shape.index_bytes_per_token:,} B per token over all layers")
     body += [
         f"a further token = {shape.kv_bytes_per_token(dtype):,} B over all layers that grow",
         f"one user of {context:,} tokens = {plan.kv_bytes_per_user:,} B = "
@@ -72,7 +72,7 @@ def _kv_line(attention: Attention, layers: int, context: int, dtype: str) -> str
     if isinstance(cache, Latent):
         return (
             f"{layers} MLA layers: latent and rotary part, {cache.rank + cache.rope_dim} wide, "
-            f"once: {each:,.0f} B a token and layer"
+            f"once: {each:,.0f} B per token and layer"
         )
     if isinstance(cache, State):
         return f"{layers} recurrent layers: {cache.sequence_bytes:,} B each, whatever the context"
@@ -82,7 +82,7 @@ def _kv_line(attention: Attention, layers: int, context: int, dtype: str) -> str
         return f"{layers} layers without attention: 0 B"
     text = (
         f"{layers} {attention.kind.value} layers: 2 x {cache.num_kv_heads} KV heads x "
-        f"{cache.key_dim} x {size:g} B = {each:,.0f} B a token and layer"
+        f"{cache.key_dim} x {size:g} B = {each:,.0f} B per token and layer"
     )
     if cache.window:
         text += f", at most {cache.window:,} of {context:,} tokens"
@@ -93,14 +93,14 @@ def _rank(plan: Plan) -> Section:
     layout, shard, shape = plan.layout, plan.cost.shard, plan.request.shape
     body = [
         f"{layout}: {layout.dp} group{'s' if layout.dp > 1 else ''} of {layout.tp} GPUs",
-        f"dense weights a GPU = ({gb(shape.dense_bytes)} - {gb(shape.replicated_bytes)} held by "
+        f"dense weights per GPU = ({gb(shape.dense_bytes)} - {gb(shape.replicated_bytes)} held by "
         f"all) / {layout.tp} + {gb(shape.replicated_bytes)} = {gb(shard.dense_bytes)}",
     ]
     if shape.moe_layers:
         how = f"ceil({shape.num_experts} / {layout.ep})" if layout.ep > 1 else "a slice of each of"
         body.append(
-            f"experts a GPU = {how} {'= ' if layout.ep > 1 else ''}{shard.expert_slots} a layer = "
-            f"{gb(shard.experts_bytes)}"
+            f"experts per GPU = {how} {'= ' if layout.ep > 1 else ''}{shard.expert_slots} per "
+            f"layer = {gb(shard.experts_bytes)}"
         )
     reason = (
         "each rank needs the whole MLA latent"
@@ -216,7 +216,7 @@ def _rate(plan: Plan) -> Section:
     rate = plan.tokens_per_s
     return "Tokens/s", [
         f"{plan.users_running:,} users / {seconds(plan.step.expected_s)} = {rate:,.1f} tokens/s, "
-        f"{rate / plan.gpus:,.1f} a GPU",
+        f"{rate / plan.gpus:,.1f} per GPU",
         *(f"without {cause}: {gain:.3g}x" for cause, gain in plan.causes[:2]),
         f"Assumes: an engine of the usual kind; they differ, so take {band:.0%} either way.",
     ]
