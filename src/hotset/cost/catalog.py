@@ -19,6 +19,7 @@ _ALIASES = {
     "llama-3-405b": "llama-3.1-405b",
     "deepseek-r1": "deepseek-v3",
     "glm-5.1": "glm-5",
+    "qwen3.6-35b-a3b": "qwen3.5-35b-a3b",
     "smollm2": "smollm2-135m",
 }
 
