@@ -57,7 +57,7 @@ class PlannedWithPrompts:
             absorbed = _absorbed(weights, query[:, rows]).transpose(0, 1)
             latents = torch.empty_like(absorbed[..., : backend.rank])
             backend.attend_part(index, layer, absorbed, latents)
-            output[rows] = weights.mix(latents.transpose(0, 1)).transpose(0, 1)
+            _mix(weights, latents, output[rows])
         cache = backend.arena.layers[layer]
         for prompt in self.prompts:
             asked, own = query[:, prompt.rows], output[prompt.rows]
@@ -163,7 +163,9 @@ class LatentAttention:
         absorbed = _absorbed(weights, query)
         asked = () if index is None else (index,)
         latents = self._run(layer, absorbed.transpose(0, 1), *asked)[..., : backend.rank]
-        return weights.mix(latents.transpose(0, 1)).transpose(0, 1)
+        output = query.new_empty(len(latents), len(query), weights.values.shape[1])
+        _mix(weights, latents, output)
+        return output
 
 
 def _absorbed(weights: LatentWeights, query: torch.Tensor) -> torch.Tensor:
@@ -175,3 +177,9 @@ def _absorbed(weights: LatentWeights, query: torch.Tensor) -> torch.Tensor:
     torch.bmm(query[..., :nope_dim], weights.keys, out=absorbed[..., :rank])
     absorbed[..., rank:] = rotary
     return absorbed
+
+
+def _mix(weights: LatentWeights, latents: torch.Tensor, output: torch.Tensor) -> None:
+    """As `LatentWeights.mix`, of `[T, H, R]` into `output`, `[T, H, D_v]`: nothing is copied."""
+    mixed = output.transpose(0, 1)
+    torch.bmm(latents.transpose(0, 1), weights.values.transpose(1, 2), out=mixed)
