@@ -97,7 +97,7 @@ class ModelLayout:
         row_bytes = {spec.token_values * self.kv_dtype.itemsize for spec in self.cache_specs}
         if len(row_bytes) > 1 or min(row_bytes) % 8:
             return "its layers store rows of different widths, or of no multiple of 8 bytes"
-        if not fewest_per_block(self.row_bytes, self.index_bytes):
+        if fewest_per_block(self.row_bytes, self.index_bytes) < 2:  # its own place alone
             return "its index keys, which stay on the device, are as wide as its rows"
         return None
 
@@ -118,6 +118,8 @@ class ModelLayout:
         return self.row_bytes + self.index_bytes
 
 
+# Eagerly: an engine before this one may have compiled the layers.
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
 def inspect_model(
     model: PreTrainedModel,
     kv_dtype: torch.dtype | None = None,
