@@ -48,6 +48,18 @@ LINEAR = {
     "linear_conv_kernel_dim": 4,
     "full_attention_interval": 3,
 }
+NEMOTRON = {
+    **HEAD,
+    "mamba_num_heads": 12,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 40,
+}
+KIMI = {"num_experts": 8, "linear_num_heads": 4, "linear_head_dim": 16}
 ONE_EACH = ["mamba", "mamba", "attention", "mamba", "mamba", "attention"]
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
@@ -124,6 +136,48 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("lfm2", {"full_attn_idxs": [1], "block_auto_adjust_ff_dim": False}),
+    (
+        "lfm2_moe",
+        {
+            **MOE,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "conv", "full_attention"] * 2,
+            "conv_bias": True,
+        },
+    ),
+    ("olmo_hybrid", {"attention_bias": True}),
+    ("olmo_hybrid", {**LINEAR, "layer_types": ["linear_attention", "full_attention"] * 3}),
+    ("falcon_h1", {**MAMBA, "mamba_d_ssm": 96, "mamba_rms_norm": True, "attention_bias": True}),
+    ("falcon_h1", {**MAMBA, "mamba_d_ssm": None, "mamba_proj_bias": True, "mlp_bias": True}),
+    ("falcon_h1", {**MAMBA, "mamba_d_ssm": 96, "projectors_bias": True}),
+    ("nemotron_h", {**NEMOTRON, "hybrid_override_pattern": "MEM*-E"}),
+    (
+        "nemotron_h",
+        {
+            **NEMOTRON,
+            "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+            "moe_latent_size": 24,
+            "mlp_bias": True,
+            "use_bias": True,
+            "use_conv_bias": False,
+        },
+    ),
+    ("kimi_linear", {**MLA, **KIMI, "q_lora_rank": None}),
+    (
+        "kimi_linear",
+        {
+            **MLA,
+            **KIMI,
+            "mlp_layer_types": ["dense", "sparse"] * 3,
+            "linear_attn_config": {
+                "full_attn_layers": [2, 6],
+                "kda_layers": [1, 3, 4, 5],
+                "head_dim": 8,
+                "num_heads": 6,
+                "short_conv_kernel_size": 3,
+            },
+        },
+    ),
     ("bamba", {**MAMBA, "attn_layer_indices": [2, 5]}),
     (
         "granitemoehybrid",

@@ -101,6 +101,64 @@ def test_linear_attention_keeps_a_state_of_fixed_size() -> None:
     assert shape.kv_bytes(1000, "bf16") == state + 1000 * 12 * 2 * 2 * 256 * 2
 
 
+_NEMOTRON_3_NANO = {
+    "model_type": "nemotron_h",
+    "layers_block_type": ["mamba", "moe"] * 23 + ["attention"] * 6,
+    "mamba_num_heads": 64,
+    "n_routed_experts": 128,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+}
+_FALCON_H1_34B = {
+    "model_type": "falcon_h1",
+    "num_hidden_layers": 72,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "mamba_d_ssm": 4096,
+    "mamba_n_heads": 32,
+    "mamba_n_groups": 2,
+}
+_LFM2_8B = {
+    "model_type": "lfm2_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "layer_types": ["conv", "conv", "full_attention", "conv"] * 6,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+_KIMI_LINEAR_48B = {
+    "model_type": "kimi_linear",
+    "num_hidden_layers": 27,
+    "num_attention_heads": 32,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "moe_intermediate_size": 1024,
+    "linear_attn_config": {"full_attn_layers": [4, 8, 12, 16, 20, 24, 27]},
+}
+
+
+@pytest.mark.parametrize(
+    ("facts", "state_bytes", "kv_bytes"),
+    [
+        (bundled_config("qwen3.5-35b-a3b")[0], 30 * (2_097_152 + 49_152), 20_480),
+        (_NEMOTRON_3_NANO, 23 * (2_097_152 + 36_864), 6_144),
+        (_FALCON_H1_34B, 72 * (4_194_304 + 30_720), 147_456),
+        (_LFM2_8B, 18 * 8_192, 12_288),
+        (_KIMI_LINEAR_48B, 20 * (2_097_152 + 73_728), 8_064),
+    ],
+    ids=["qwen3.5", "nemotron-3-nano", "falcon-h1-34b", "lfm2-8b-a1b", "kimi-linear-48b"],
+)
+def test_a_step_reads_and_writes_the_state_of_published_hybrids(
+    facts: dict[str, object], state_bytes: int, kv_bytes: int
+) -> None:
+    shape = shape_from_config({**tiny(), **facts}, "m")
+    assert (shape.state_bytes, shape.kv_bytes_per_token("bf16")) == (state_bytes, kv_bytes)
+    assert shape.kv_read_bytes(1000, "bf16") == 2 * state_bytes + 1000 * kv_bytes
+
+
 def tiny(**facts: object) -> dict[str, object]:
     return {
         "model_type": "llama",

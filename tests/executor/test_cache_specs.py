@@ -23,6 +23,7 @@ REFUSED = {
     "llama4_text",
     "jamba",
     "mamba2",
+    "kimi_linear",
 }
 HEADS = KeysValues(2, 20, 16)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -45,13 +46,15 @@ def test_a_token_takes_the_bytes_that_the_planner_counts(
     planned = shape.stored.kv_bytes_per_token(DTYPES[layout.kv_dtype])
     assert planned == layout.bytes_per_token
     specs = layout.cache_specs
-    # The planner's layers are the engine's one by one.
+    # The planner's layers are the engine's one by one; one that also attends is two of them.
     planned_layers = [layer.attention.stored for layer in shape.layers]
-    attending = [planned_layers[index] for index in layout.kv_layers]
+    parts = len(planned_layers) // model.config.num_hidden_layers
+    attending = [planned_layers[parts * (index + 1) - 1] for index in layout.kv_layers]
     assert [a.cache.token_values for a in attending] == [spec.token_values for spec in specs]
     assert [a.indexer for a in attending] == [layer.indexer for layer in layout.layers]
     # So is what they keep of a sequence beside, in 16 bits where the planner's model has these.
-    kept = {i: a.cache for i, a in enumerate(planned_layers) if isinstance(a.cache, State)}
+    states = enumerate(planned_layers[::parts])
+    kept = {i: a.cache for i, a in states if isinstance(a.cache, State)}
     assert {i: replace(spec, conv_itemsize=2) for i, spec in layout.states.items()} == kept
     if kept:
         narrow = inspect_model(model.to(torch.bfloat16))

@@ -8,7 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hotset.cost.family_experts import deepseek_moe, gpt_oss_moe, mixtral_moe, olmoe_moe, qwen_moe
-from hotset.cost.family_hybrids import bamba, jamba, lfm2, mamba2_only, qwen3_next
+from hotset.cost.family_hybrids import (
+    bamba,
+    falcon_h1,
+    jamba,
+    kimi_linear,
+    lfm2,
+    lfm2_moe,
+    mamba2_only,
+    nemotron_h,
+    olmo_hybrid,
+    qwen3_next,
+)
 from hotset.cost.family_layers import (
     Llama,
     alternating,
@@ -198,14 +209,55 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "lfm2": Family(lfm2, {"num_key_value_heads": 8}, tied=True),
+    "lfm2_moe": Family(
+        lfm2_moe,
+        {
+            "num_key_value_heads": 8,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1792,
+        },
+        tied=True,
+    ),
+    "olmo_hybrid": Family(olmo_hybrid),
     "bamba": Family(bamba, {"num_key_value_heads": 8}),
+    "falcon_h1": Family(falcon_h1, {"num_key_value_heads": 8, "mamba_d_ssm": 1024}),
+    "nemotron_h": Family(
+        nemotron_h,
+        {
+            "head_dim": 128,
+            "num_key_value_heads": 8,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 7688,
+            "moe_shared_expert_intermediate_size": 7688,
+            "mamba_num_heads": 128,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 128,
+        },
+    ),
+    "kimi_linear": Family(
+        kimi_linear,
+        {
+            "linear_num_heads": 32,
+            "linear_head_dim": 128,
+            "linear_conv_kernel_dim": 4,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "first_k_dense_replace": 1,
+        },
+    ),
     "granitemoehybrid": Family(bamba, {"num_local_experts": 8}),
     "jamba": Family(jamba, {"num_key_value_heads": 8}),
     "mamba2": Family(mamba2_only, {"n_groups": 8}),
     "nemotron-nas": Family(nemotron_nas),
 }
 # Of these defaults, the other name that transformers reads them under.
-_ALIASES = {"num_experts": "num_local_experts"}
+_ALIASES = {
+    "num_experts": "num_local_experts",
+    "n_routed_experts": "num_local_experts",
+    "num_experts_per_tok": "num_experts_per_token",
+}
 
 # Configs that wrap a text model beside a vision or audio one; its type, where it names none.
 _WRAPPERS = {

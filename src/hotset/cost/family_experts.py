@@ -10,6 +10,7 @@ from hotset.errors import PlanError
 
 # In transformers; others ignore the field.
 _OBEYS_MLP_LAYER_TYPES = {"deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "hy_v4", "axk1"}
+_OBEYS_MLP_LAYER_TYPES |= {"kimi_linear"}
 
 # In transformers, whatever first_k_dense_replace says.
 _FIRST_IS_DENSE = {"glm4_moe_lite", "hy_v4"}
@@ -76,7 +77,7 @@ def qwen_moe(f: Facts, index: int) -> Moe | None:
 
 def deepseek_moe(f: Facts, index: int) -> Moe | None:
     """DeepSeek and GLM: dense first layers, then routed and shared experts."""
-    if _is_dense(f, index):
+    if is_dense(f, index):
         return None
     width = f.count("moe_intermediate_size")
     shared_width = width * f.count("n_shared_experts", default=0, least=0)
@@ -84,7 +85,8 @@ def deepseek_moe(f: Facts, index: int) -> Moe | None:
     return moe(f, f.count("n_routed_experts"), f.count("num_experts_per_tok"), width, shared=shared)
 
 
-def _is_dense(f: Facts, index: int) -> bool:
+def is_dense(f: Facts, index: int) -> bool:
+    """Whether a layer of DeepSeek, GLM or Kimi has an MLP in place of experts."""
     types = f.get("mlp_layer_types", default=None)
     if types is not None and f.model_type in _OBEYS_MLP_LAYER_TYPES:
         num_layers = f.count("num_hidden_layers")
@@ -103,6 +105,19 @@ def _is_dense(f: Facts, index: int) -> bool:
 def deepseek_bias(f: Facts) -> bool:
     """Of dense and shared MLPs, where transformers heeds the field."""
     return f.model_type in ("deepseek_v2", "minicpm3") and bool(f.get("mlp_bias", default=False))
+
+
+def plain_moe(f: Facts, *, bias: bool) -> Moe:
+    """Nemotron: experts of two matrices, of a latent of the hidden state where the config says."""
+    hidden, latent = f.count("hidden_size"), f.get("moe_latent_size", default=None)
+    num, top_k = f.count("n_routed_experts", "num_local_experts"), f.count("num_experts_per_tok")
+    width = f.count("moe_intermediate_size")
+    shared_width = f.count("moe_shared_expert_intermediate_size")
+    shared = mlp_params(f, shared_width, gated=False, bias=bias)
+    if latent is not None:
+        shared += Params(2 * hidden * latent, (hidden + latent) * bias)
+    found = moe(f, num, top_k, width, shared=shared)
+    return found._replace(expert=Params(2 * (latent or hidden) * width))
 
 
 def gpt_oss_moe(f: Facts, index: int) -> Moe:

@@ -202,6 +202,26 @@ def gated_delta_net(f: Facts) -> Attention:
     )
 
 
+def kimi_delta(f: Facts) -> Attention:
+    """Kimi Delta Attention (arXiv 2510.26692): a decay for each channel of a head's keys."""
+    inner = f.get("linear_attn_config", default={})
+    known = {"linear_num_heads": "num_heads", "linear_head_dim": "head_dim"}
+    known["linear_conv_kernel_dim"] = "short_conv_kernel_size"
+    given = {name: inner[other] for name, other in known.items() if other in inner}
+    f = Facts({**f.config, **given}, f.model_type)
+    hidden, heads = f.count("hidden_size"), f.count("linear_num_heads")
+    dim, kernel = f.count("linear_head_dim"), f.count("linear_conv_kernel_dim")
+    width = heads * dim
+    # Queries, keys, values and output; the two gates, each through a head's width; and beta.
+    matrix = 4 * hidden * width + 2 * (hidden * dim + dim * width) + hidden * heads
+    return Attention(
+        Kind.RECURRENT,
+        Params(matrix, 3 * width * kernel + width + heads + dim),
+        num_heads=heads,
+        cache=State((heads, dim, dim), (3 * width, kernel - 1)),
+    )
+
+
 def mamba2(
     f: Facts,
     *,
@@ -211,7 +231,9 @@ def mamba2(
     groups: int,
     kernel: int,
     conv_bias: bool,
-    proj_bias: bool,
+    in_bias: bool,
+    out_bias: bool,
+    has_norm: bool = True,
 ) -> Attention:
     """Mamba-2 mixer (Dao and Gu, 2024): a state of heads x head dim x state size."""
     hidden = f.count("hidden_size")
@@ -219,8 +241,8 @@ def mamba2(
         raise PlanError(f"config has {heads} heads, which do not divide the width {width} of Mamba")
     conv_width = width + 2 * groups * state
     projected = width + conv_width + heads
-    vector = conv_width * (kernel + conv_bias) + 3 * heads + width
-    vector += (projected + hidden) if proj_bias else 0
+    vector = conv_width * (kernel + conv_bias) + 3 * heads + width * has_norm
+    vector += projected * in_bias + hidden * out_bias
     return Attention(
         Kind.RECURRENT,
         Params(hidden * projected + width * hidden, vector),

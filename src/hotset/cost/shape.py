@@ -254,6 +254,11 @@ class ModelShape:
         """Operations to score one token's index keys for one query, over all layers."""
         return sum(n * a.indexer.pair_flops for a, _, n in self.readers if a.indexer)
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of recurrent and convolutional state of one user, whatever the context."""
+        return sum(n * a.cache.sequence_bytes for a, _, n in self.readers)
+
     def kv_bytes(
         self,
         context: float,

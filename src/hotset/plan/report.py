@@ -69,12 +69,14 @@ def _heading(plan: Plan) -> list[str]:
     if workload.output:
         asked += f", answers of {workload.output:,}"
     copies = f", {plan.kv_copies:g} copies" if plan.kv_copies > 1.001 else ""
+    state = f"{gib(shape.state_bytes)} of state, read and written in each step"
     return [
         f"{shape.name} on {plan.gpus} x {request.hardware.name}, {plan.layout}, {asked}",
         f"  {shape.total_params / 1e9:.2f} B parameters{active}; {layer_summary(shape)}",
         f"  weights {gib(shape.weights_bytes)} ({shape.matrix_dtype}); KV "
         f"{shape.kv_bytes_per_token(request.kv_dtype):,} B per token, "
         f"{gib(plan.kv_bytes_per_user)} per user ({request.kv_dtype}){copies}",
+        *([f"  of a user's {gib(plan.kv_bytes_per_user)}: {state}"] if shape.state_bytes else []),
     ]
 
 

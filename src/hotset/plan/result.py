@@ -152,6 +152,7 @@ class Plan:
             "kv_bytes_per_token": shape.kv_bytes_per_token(dtype),
             "kv_bytes_per_early_token": shape.kv_bytes_per_early_token(dtype),
             "kv_bytes_per_user": self.kv_bytes_per_user,
+            "state_bytes_per_user": shape.state_bytes,
             "kv_bytes_total": self.kv_bytes_per_user * self.request.workload.users,
             "kv_copies": self.kv_copies,
         }
