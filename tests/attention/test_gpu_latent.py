@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 # Each (context before, tokens of the step): odd lengths, block edges, one long and one split.
 DECODES = [(0, 1), (62, 1), (63, 1), (64, 1), (1000, 1), (9001, 1)]
 MIXED = [*DECODES, (0, 1 + 64), (63, 7), (777, 300)]
-# With prompts that attend to keys and values; the last in two parts.
+# With prompts that attend to keys and values.
 LONG = [*DECODES, (0, 65), (4000, 700), (63, 7), (2000, 2500)]
 BLOCK = 64
 
@@ -125,7 +125,7 @@ def test_attention_is_that_in_float32_at_odd_lengths(
 
 @pytest.mark.parametrize("num_heads", [16, 20, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("piece_tokens", [2048, 2085])
+@pytest.mark.parametrize("piece_tokens", [2048, 2085, 3000, 8192])
 def test_long_prompts_over_keys_and_values_are_those_in_float32(
     num_heads: int, dtype: torch.dtype, piece_tokens: int
 ) -> None:
@@ -133,7 +133,7 @@ def test_long_prompts_over_keys_and_values_are_those_in_float32(
     backend = LatentBackend(step.arena, step.layers)
     backend.expanded.piece_tokens = piece_tokens
     assert backend._expands
-    cut = [700, piece_tokens, 2500 - piece_tokens]
+    cut = [700, *[min(piece_tokens, 2500 - first) for first in range(0, 2500, piece_tokens)]]
     assert [prompt.num_tokens for prompt in backend.long_prompts(step.batch)] == cut
     expected = step.exact(1)
     attention = backend.begin_step(step.batch, step.inputs())

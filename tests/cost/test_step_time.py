@@ -58,3 +58,15 @@ def test_layers_over_latents_have_an_engines_own_kernels() -> None:
     }
     assert more["llama-3-8b"] == 0
     assert more["deepseek-v3"] == pytest.approx(61 * ours.latent_kernels * ours.kernel_s)
+
+
+def test_a_chunk_of_a_prompt_reads_the_head_behind_the_products_of_the_layers() -> None:
+    cost = cost_of("llama-3-8b", CALIBRATIONS["published"])
+    shape, rate = cost.shape, cost.memory_bytes_per_s
+    head_s = 2 * shape.head.count / rate
+    launch_s = cost.decode(1, 0).parts["launch"]
+    few, many = cost.chunk_s(1), cost.chunk_s(4096)
+    assert few == pytest.approx(cost.shard.dense_read_bytes / rate + launch_s)
+    products_s = 2 * (shape.matmul_params - shape.head.count) * 4096
+    products_s /= 0.6 * H200.flops_for("bf16")[1]
+    assert many == pytest.approx(products_s + head_s + launch_s)

@@ -391,9 +391,14 @@ class CostModel:
     def chunk_s(self, tokens: float, tiering: Tiering | None = None) -> float:
         """Time of one step of `tokens` tokens of prompts in every group, without attention."""
         shape = self.shape
-        head = shape.head.count or shape.embedding.count  # needed for the last token only
-        work = self._weights_work(tokens, tokens, shape.matmul_params - head)
-        chip_s = self._launch_s + sum(self._seconds(part)[0] for part in work.values())
+        head = shape.head if shape.head.count else shape.embedding
+        work = self._weights_work(tokens, tokens, shape.matmul_params - head.count)
+        # For the last token alone, so that no products hide the reading of its weights.
+        head_bytes = shape.part_bytes("plain", head) / self.layout.tp
+        layers = work["dense_weights"]
+        work["dense_weights"] = layers._replace(moved_bytes=layers.moved_bytes - head_bytes)
+        chip_s = self._launch_s + head_bytes / self.memory_bytes_per_s
+        chip_s += sum(self._seconds(part)[0] for part in work.values())
         comm_s = self.all_reduce_s(tokens) + self.all_to_all_s(
             tokens / self.layout.tp, per_node=True
         )
