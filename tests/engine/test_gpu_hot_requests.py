@@ -84,7 +84,7 @@ def test_logits_of_hot_and_resident_requests_are_the_same_bits(
         for engine, turn in zip(engines, (False, True), strict=True)
     )
     assert engines[1].metrics.turned_hot == 6 and not engines[0].metrics.turned_hot
-    assert len(resident) == len(hot) > 100
+    assert len(resident) == len(hot) >= 100
     for number, (one, other) in enumerate(zip(resident, hot, strict=True)):
         assert torch.equal(one, other), f"step {number}"
     engine = engines[1]

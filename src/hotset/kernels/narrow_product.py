@@ -8,7 +8,8 @@ those of 4-bit codes lie in it (`in_order`), as a byte has two columns.
 
 On a GPU four bytes are opened at a time, by PTX that puts two weights into the halves of a register
 (`IN_PAIRS`): Triton's own operations take 10 instructions per weight, and these 3 to 6, where 4 are
-time for at the rate of the memory. Elsewhere the same values come from the operations.
+time for at the rate of the memory. Elsewhere the same values come from the operations. Which four
+codes of a thread are opened together is up to the compiler, so each comes with its own scale.
 """
 
 from typing import Any
@@ -39,11 +40,11 @@ _E2M1 = tl.constexpr("""
     and.b32 t, u, 0x000F000F;
     mul.lo.u32 t, t, 0x1040;
     and.b32 t, t, 0x81C081C0;
-    fma.rn.bf16x2 $1, t, $5, none;
+    fma.rn.bf16x2 $1, t, $6, none;
     and.b32 t, u, 0x00F000F0;
     mul.lo.u32 t, t, 0x0104;
     and.b32 t, t, 0x81C081C0;
-    fma.rn.bf16x2 $3, t, $5, none;
+    fma.rn.bf16x2 $3, t, $6, none;
 }
 """)
 # The bits of 128 + n, or of 1024 + n as a half float, less what zero has there: exact. The product
@@ -55,20 +56,20 @@ _INT4 = """
     mov.b32 one, ONE;
     prmt.b32 u, $4, 0, 0x4140;
     lop3.b32 t, u, 0x000F000F, BASE, 0xEA;
-    fma.rn.TYPE t, t, one, $9;
+    fma.rn.TYPE t, t, one, $7;
     fma.rn.TYPE $0, t, $5, none;
     shr.u32 u, u, 4;
     lop3.b32 t, u, 0x000F000F, BASE, 0xEA;
-    fma.rn.TYPE t, t, one, $9;
+    fma.rn.TYPE t, t, one, $7;
     fma.rn.TYPE $2, t, $5, none;
     prmt.b32 u, $4, 0, 0x4342;
     lop3.b32 t, u, 0x000F000F, BASE, 0xEA;
-    fma.rn.TYPE t, t, one, $9;
-    fma.rn.TYPE $1, t, $5, none;
+    fma.rn.TYPE t, t, one, $8;
+    fma.rn.TYPE $1, t, $6, none;
     shr.u32 u, u, 4;
     lop3.b32 t, u, 0x000F000F, BASE, 0xEA;
-    fma.rn.TYPE t, t, one, $9;
-    fma.rn.TYPE $3, t, $5, none;
+    fma.rn.TYPE t, t, one, $8;
+    fma.rn.TYPE $3, t, $6, none;
 }
 """
 
@@ -219,33 +220,27 @@ def _widen(  # type: ignore[no-untyped-def]
                 high -= zero.to(tl.float32)
             low, high = (low * factor).to(dtype), (high * factor).to(dtype)
         elif PLANES[0] == 1:  # a scale is 2 at most; with 2**126 it is a bfloat16 too
-            pair = _twice((scale.to(tl.int32) + 126) << 7)
+            factor = ((scale.to(tl.int32) + 126) << 7).to(tl.int16)
             low, high = tl.inline_asm_elementwise(
-                _E2M1, "=r,=r,=r,=r,r,r,r,r,r", [codes, pair],
+                _E2M1, "=r,=r,=r,=r,r,r,r", [codes, factor],
                 dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
             )  # fmt: skip
         elif dtype == tl.bfloat16:
-            pair = _twice(scale.to(tl.uint16, bitcast=True))
-            minus = _twice(zero.to(tl.int32) | 0xC300)
+            factor = scale.to(tl.int16, bitcast=True)
+            minus = (zero.to(tl.int32) | 0xC300).to(tl.int16)
             low, high = tl.inline_asm_elementwise(
-                _INT4_BFLOAT16, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r", [codes, pair, minus],
+                _INT4_BFLOAT16, "=r,=r,=r,=r,r,r,r,r,r", [codes, factor, minus],
                 dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
             )  # fmt: skip
         else:
-            pair = _twice(scale.to(tl.uint16, bitcast=True))
-            minus = _twice(zero.to(tl.int32) | 0xE400)
+            factor = scale.to(tl.int16, bitcast=True)
+            minus = (zero.to(tl.int32) | 0xE400).to(tl.int16)
             low, high = tl.inline_asm_elementwise(
-                _INT4_FLOAT16, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r", [codes, pair, minus],
+                _INT4_FLOAT16, "=r,=r,=r,=r,r,r,r,r,r", [codes, factor, minus],
                 dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
             )  # fmt: skip
         weight = tl.join(low, high)
     return weight
-
-
-@triton.jit
-def _twice(bits):  # type: ignore[no-untyped-def]
-    """16 bits in both halves of 32."""
-    return bits.to(tl.int32) * 0x10001
 
 
 @triton.jit  # type: ignore[untyped-decorator]
