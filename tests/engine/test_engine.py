@@ -201,5 +201,10 @@ def test_what_is_no_number_in_one_request_does_not_reach_another(
         model.get_input_embeddings().weight[7] = torch.inf
     prompts = [[11, 12, *[7] * 60], [13, 14, *[7] * 62]]
     clean = [list(range(20, 37)), list(range(40, 45))]
-    run(engine, prompts)
+    for prompt in prompts:
+        engine.add_request(prompt, SamplingParams(max_tokens=12))
+    failed = []
+    while engine.has_work:
+        failed += [output.error for output in engine.step()]
+    assert len(failed) == 2 and all(failed)  # by name: see `test_not_finite`
     assert run(engine, clean) == reference(family, clean)

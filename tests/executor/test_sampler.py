@@ -382,3 +382,48 @@ def test_a_token_is_that_of_the_running_sum(vocab_size: int) -> None:
     assert torch.equal(found[2:], expected[2:])
     assert found[0] == weights[0].nonzero()[0] and found[1] == weights[1].nonzero()[-1]
     _invert(torch.full((1, vocab_size), torch.nan), uniform[:1])  # whatever it is, it is a token
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=1.0, seed=1),
+        SamplingParams(temperature=1.0, top_p=0.9),
+        SamplingParams(logprobs=2, repetition_penalty=1.5),
+    ],
+    ids=["greedy", "drawn", "nucleus", "changed"],
+)
+def test_rows_without_a_largest_number_are_named_and_their_tokens_are_in_the_vocabulary(
+    params: SamplingParams, dtype: torch.dtype
+) -> None:
+    logits = make_logits(6).to(dtype)
+    logits[1] = torch.nan
+    logits[2, 7] = torch.nan
+    logits[3, 299] = torch.inf
+    logits[4] = -torch.inf
+    logits[5, 3] = -torch.inf  # a token that the model rules out is no fault
+    requests = [make_request(params) for _ in range(6)]
+    sampled = sample(Sampler(VOCAB, "cpu"), logits, requests)
+    sound = sample(Sampler(VOCAB, "cpu"), logits[[0, 5]], [make_request(params) for _ in "ab"])
+
+    assert sampled.not_finite == {requests[row].sequence_id for row in (1, 2, 3, 4)}
+    assert all(0 <= token < VOCAB for token in sampled.token_ids)
+    if params.temperature == 0 or params.seed is not None:
+        assert [sampled.token_ids[row] for row in (0, 5)] == sound.token_ids
+    assert not sound.not_finite
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_on_a_gpu_rows_without_a_largest_number_are_named_too(temperature: float) -> None:
+    logits = make_logits(4).to("cuda", torch.bfloat16)
+    logits[1] = torch.nan
+    logits[2, 5] = torch.inf
+    params = [SamplingParams(temperature=t) for t in (temperature, temperature, temperature, 0.0)]
+    requests = [make_request(each) for each in params]
+    sampled = sample(Sampler(VOCAB, "cuda"), logits, requests)
+    assert sampled.not_finite == {requests[row].sequence_id for row in (1, 2)}
+    assert all(0 <= token < VOCAB for token in sampled.token_ids)
+    assert sampled.token_ids[3] == int(logits[3].argmax())

@@ -16,7 +16,7 @@ def draw(
     logits: torch.Tensor, temperatures: torch.Tensor, shares: torch.Tensor, rows: torch.Tensor
 ) -> torch.Tensor:
     token_ids = torch.full((len(logits),), -1, device=DEVICE)
-    draw_tokens(logits, rows, temperatures, shares, token_ids)
+    draw_tokens(logits, logits.amax(-1), rows, temperatures, shares, token_ids)
     return token_ids
 
 

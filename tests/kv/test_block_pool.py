@@ -153,3 +153,20 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
 TestBlockPoolMachine = BlockPoolMachine.TestCase
 TestBlockPoolMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_discarded_content_is_not_found_and_a_cached_block_is_free() -> None:
+    pool = BlockPool(num_blocks=3)
+    held, cached = pool.allocate(2)
+    pool.publish(held, b"held")
+    pool.publish(cached, b"cached")
+    pool.release(cached)
+
+    for key in (b"held", b"cached", b"unknown"):
+        pool.discard(key)
+        pool.check()
+
+    assert pool.acquire(b"held") is None and pool.acquire(b"cached") is None
+    assert (pool.num_held, pool.num_cached, pool.num_free) == (1, 0, 2)
+    pool.release(held)
+    assert pool.num_free == 3

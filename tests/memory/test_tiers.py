@@ -276,6 +276,28 @@ def test_a_private_payload_never_reaches_the_disk_and_is_forgotten_when_dropped(
     rig.tiers.close()
 
 
+@pytest.mark.parametrize("is_on_its_way", [False, True])
+def test_what_is_discarded_is_found_in_no_tier_even_if_it_was_on_its_way_down(
+    is_on_its_way: bool, tmp_path: Path
+) -> None:
+    rig = Rig(host_slots=2, folder=tmp_path)
+    rig.fill(0, seed=1)
+    assert rig.tiers.spill(b"key", 0)
+    if not is_on_its_way:
+        rig.settle()
+        assert rig.place(b"key") == "host"
+    rig.tiers.discard([b"key", b"unknown"])
+    assert rig.place(b"key") is None
+    assert not is_on_its_way or not rig.tiers.spill(b"key", 0)  # its slot is still being filled
+    rig.settle()
+    assert rig.place(b"key") is None and rig.tiers.host.num_free == 2
+    rig.fill(0, seed=2)
+    assert rig.tiers.spill(b"key", 0)  # what is sound is stored
+    rig.settle()
+    assert rig.place(b"key") == "host"
+    rig.tiers.close()
+
+
 def test_what_is_kept_is_not_evicted_until_nobody_keeps_it() -> None:
     rig = Rig(host_slots=3)
     content = rig.fill(0, seed=1)

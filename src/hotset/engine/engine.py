@@ -38,6 +38,10 @@ _IDLE_WAIT_S = 0.05
 # step's inputs are copied behind them, by the same engine of the device.
 _LINK_SHARE = 0.8
 _RECENT_STEPS = 4
+_NOT_FINITE = (
+    "the model's logits for the next token are NaN or infinite, so no token can be chosen; nothing "
+    "of the request is kept"
+)
 # A step of mostly prefill, with at least this many tokens of it, tells the prefill rate.
 _PREFILL_STEP_TOKENS = 32
 
@@ -347,6 +351,11 @@ class Engine:
                 continue
             request.token_ids[-1] = token_id
             request.pending_row = None
+            if request.sequence_id in result.not_finite:
+                _log.error("logits of request %s are not finite", request.request_id)
+                self.metrics.faults["not_finite"] += 1
+                self._finish(request, FinishReason.ERROR, _NOT_FINITE, keeps_kv=False)
+                continue
             self.metrics.output_tokens += request.params.max_tokens != 0
             reason = self._outputs.append(request, token_id, logprob)
             error = result.errors.get(request.sequence_id)
@@ -366,10 +375,17 @@ class Engine:
         if prompt_tokens >= _PREFILL_STEP_TOKENS and 2 * prompt_tokens >= num_tokens:
             self.rates.observe_prefill(num_tokens, seconds)
 
-    def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        error: str | None = None,
+        *,
+        keeps_kv: bool = True,
+    ) -> None:
         if request.is_finished:
             return
-        self.scheduler.finish(request, reason, error)
+        self.scheduler.finish(request, reason, error, keeps_kv=keeps_kv)
         self.executor.release(request.sequence_id)
         self._outputs.finish(request, reason, error)
         self.metrics.requests_finished[reason.value] += 1

@@ -174,8 +174,18 @@ class Scheduler:
             if item.samples and item.request.sequence_id in self._forks:
                 self._fork(item.request)
 
-    def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        """End a request in whatever state it is and free its blocks."""
+    def finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        error: str | None = None,
+        *,
+        keeps_kv: bool = True,
+    ) -> None:
+        """End a request in whatever state it is and free its blocks.
+
+        Without `keeps_kv` no other request finds what it stored.
+        """
         if request.is_finished:
             return
         if request.status is RequestStatus.RUNNING:
@@ -194,7 +204,10 @@ class Scheduler:
             )
             siblings[0].num_scored_tokens = None if request.num_scored_tokens is None else 0
             self.add(siblings)
-        self.kv.release(request)
+        if keeps_kv:
+            self.kv.release(request)
+        else:
+            self.kv.discard(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.error = error

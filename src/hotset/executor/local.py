@@ -138,4 +138,5 @@ class PendingStep:
             sampled.errors,
             prompt_logprobs,
             self._timer.seconds(),
+            sampled.not_finite,
         )

@@ -1,5 +1,6 @@
 """Choose the next token of each request from its logits."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ _GROUP_LOGITS = 2**25
 # A token is found among pieces of the vocabulary of this size, then within one. Most vocabularies
 # are whole multiples of it.
 _PIECE_LOGITS = 128
+_TOKEN_BYTES = 8  # of a token id on the device
 
 
 @dataclass(slots=True)
@@ -41,34 +43,69 @@ class Sampled:
         logprobs: None for requests that ask for none.
         errors: sequence id -> one line, for requests whose grammar failed (it grew too complex).
             Their tokens mean nothing.
+        not_finite: ids of the sequences whose logits have no largest number. Their tokens mean
+            nothing, too.
     """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob | None]
     errors: dict[int, str] = field(default_factory=dict)
+    not_finite: set[int] = field(default_factory=set)
 
 
 class PendingTokens:
     """Tokens being chosen on the device; what `Sampler.submit` returns.
 
     Attributes:
-        token_ids: `[R]` int64 on the device, for the next step to read without the host.
+        token_ids: `[R]` int64 on the device, for the next step to read without the host. Each is
+            in the vocabulary, whatever the logits.
     """
 
     def __init__(
-        self, token_ids: torch.Tensor, endings: list[Callable[[Sampled], None]], num_rows: int
+        self,
+        chosen: "_Chosen",
+        endings: list[Callable[[Sampled], None]],
+        sequences: Sequence[Sampling],
     ) -> None:
-        self.token_ids = token_ids
-        self._endings = endings
-        self._num_rows = num_rows
-        self._on_host = HostCopy(token_ids)
+        self.token_ids = chosen.token_ids
+        self._endings, self._sequences = endings, sequences
+        self._dtype = chosen.tops.dtype
+        self._on_host = HostCopy(chosen.memory)
 
     def wait(self) -> Sampled:
         """Block until the tokens are there; what only the host can do with them is done then."""
-        sampled = Sampled(self._on_host.wait().tolist(), [None] * self._num_rows)
+        token_ids, tops = _split(self._on_host.wait(), len(self._sequences), self._dtype)
+        sampled = Sampled(token_ids.tolist(), [None] * len(self._sequences))
+        if not math.isfinite(float(tops.sum())):  # as with any NaN or infinity among them
+            rows = tops.isfinite().logical_not().nonzero().flatten().tolist()
+            sampled.not_finite = {self._sequences[row].sequence_id for row in rows}
         for end in self._endings:
             end(sampled)
         return sampled
+
+
+class _Chosen:
+    """What is chosen for R rows, in one piece of memory, so that it is copied at once.
+
+    Attributes:
+        memory: uint8.
+        token_ids: `[R]` int64.
+        tops: `[R]`, the largest logit of each; NaN where one is.
+    """
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        num_rows = len(logits)
+        size = num_rows * (_TOKEN_BYTES + logits.itemsize)
+        self.memory = torch.empty(size, dtype=torch.uint8, device=logits.device)
+        self.token_ids, self.tops = _split(self.memory, num_rows, logits.dtype)
+
+
+def _split(
+    memory: torch.Tensor, num_rows: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and largest logits in the memory of `_Chosen`."""
+    end = num_rows * _TOKEN_BYTES
+    return memory[:end].view(torch.int64), memory[end:].view(dtype)
 
 
 class Sampler:
@@ -132,9 +169,9 @@ class Sampler:
         """Compile what draws from logits of `dtype` on a GPU, so that no request waits for it."""
         if self._has_kernel:
             logits = torch.zeros(1, self.vocab_size, dtype=dtype, device=self._device)
-            token_ids = torch.zeros(1, dtype=torch.int64, device=self._device)
-            one = np.ones(1, np.float32)
-            self._run_kernel(logits, np.zeros(1, np.int64), one, np.zeros(1), token_ids)
+            chosen, one = _Chosen(logits), np.ones(1, np.float32)
+            torch.amax(logits, -1, out=chosen.tops)
+            self._run_kernel(logits, np.zeros(1, np.int64), one, np.zeros(1), chosen)
 
     def submit(self, logits: torch.Tensor, sample: SampleInput) -> PendingTokens:
         """Start choosing one token for each row; the host does not wait for the device.
@@ -158,19 +195,20 @@ class Sampler:
             for row, sequence in enumerate(sequences)
             if not is_plain[row] or sequence.params.temperature >= MIN_TEMPERATURE
         ]
+        chosen = _Chosen(logits)
         if len(rows) < len(sequences):
-            token_ids = logits.argmax(-1)  # [R]
+            torch.max(logits, -1, out=(chosen.tops, chosen.token_ids))
         else:
-            token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+            torch.amax(logits, -1, out=chosen.tops)
         if self._has_kernel:
             drawn = [row for row in rows if is_plain[row] and _takes_all(sequences[row].params)]
-            self._draw_from_all(logits, sequences, drawn, token_ids)
+            self._draw_from_all(logits, sequences, drawn, chosen)
             rows = sorted(set(rows) - set(drawn))
         group = max(1, _GROUP_LOGITS // logits.shape[1])
         for start in range(0, len(rows), group):
             some = rows[start : start + group]
-            endings.append(self._submit_rows(logits, sample, some, token_ids))
-        return PendingTokens(token_ids, endings, len(sequences))
+            endings.append(self._submit_rows(logits, sample, some, chosen.token_ids))
+        return PendingTokens(chosen, endings, sequences)
 
     def release(self, sequence_id: int) -> None:
         """Forget a sequence that has ended. Unknown ids are fine."""
@@ -183,15 +221,15 @@ class Sampler:
         logits: torch.Tensor,
         sequences: Sequence[Sampling],
         rows: list[int],
-        token_ids: torch.Tensor,
+        chosen: _Chosen,
     ) -> None:
-        """Draw the tokens of `rows` as `_draw` does, into `token_ids`, by kernels of their own."""
+        """Draw the tokens of `rows` as `_draw` does, by kernels of their own."""
         if not rows:
             return
         drawing = [sequences[row] for row in rows]
         temperatures = np.array([one.params.temperature for one in drawing], np.float32)
         shares = np.array([self._generator(one).random() for one in drawing])
-        self._run_kernel(logits, np.array(rows), temperatures, shares, token_ids)
+        self._run_kernel(logits, np.array(rows), temperatures, shares, chosen)
 
     def _run_kernel(
         self,
@@ -199,12 +237,12 @@ class Sampler:
         rows: Array,
         temperatures: Array,
         shares: Array,
-        token_ids: torch.Tensor,
+        chosen: _Chosen,
     ) -> None:
         from hotset.kernels.draw_tokens import draw_tokens
 
         on_device = [self._tensor(values) for values in (rows, temperatures, shares)]
-        draw_tokens(logits, on_device[0], on_device[1], on_device[2], token_ids)
+        draw_tokens(logits, chosen.tops, on_device[0], on_device[1], on_device[2], chosen.token_ids)
 
     def _submit_rows(
         self,
@@ -241,6 +279,8 @@ class Sampler:
 
         def end(sampled: Sampled) -> None:
             for i, matcher in matchers.items():
+                if sequences[i].sequence_id in sampled.not_finite:
+                    continue  # its token is none that the grammar allows
                 matcher.consume_token(sampled.token_ids[rows[i]])
                 if matcher.error is not None:
                     sampled.errors[sequences[i].sequence_id] = matcher.error

@@ -1,6 +1,6 @@
 """A step as a message to what runs it, and what comes back. Imports numpy, no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from hotset.attention.batch import Batch
@@ -87,6 +87,8 @@ class StepResult:
             of those mean nothing.
         prompt_logprobs: for each of `StepInput.scored`, in the order of its tokens.
         seconds: how long the device took.
+        not_finite: ids of the sequences whose logits are NaN or infinite. Their tokens mean
+            nothing, and neither may what was stored of them.
     """
 
     token_ids: Sequence[int]
@@ -94,3 +96,4 @@ class StepResult:
     errors: dict[int, str]
     prompt_logprobs: Sequence[list[TokenLogprob]]
     seconds: float
+    not_finite: Collection[int] = ()

@@ -1,6 +1,6 @@
-"""A token for each row of logits, drawn by its probability, in three launches.
+"""A token for each row of logits, drawn by its probability, in two launches.
 
-They read a row twice: for its largest logit, and for the weights of its pieces.
+Of a row whose largest logit is known they read the weights of its pieces, and one piece again.
 """
 
 import torch
@@ -84,6 +84,7 @@ def _find(  # type: ignore[no-untyped-def]
 
 def draw_tokens(
     logits: torch.Tensor,
+    tops: torch.Tensor,
     rows: torch.Tensor,
     temperatures: torch.Tensor,
     shares: torch.Tensor,
@@ -96,6 +97,7 @@ def draw_tokens(
 
     Args:
         logits: `[R, V]`, any float dtype, rows contiguous.
+        tops: `[R]`, contiguous, the largest logit of each row.
         rows: `[N]` int64.
         temperatures: `[N]` float32, above 0.
         shares: `[N]` float64, at least 0 and below 1: of the sum of all weights, how much is
@@ -108,7 +110,6 @@ def draw_tokens(
     assert logits.stride(1) == 1
     vocab_size, num_draws = logits.shape[1], len(rows)
     num_pieces = triton.cdiv(vocab_size, _PIECE)
-    tops = logits.amax(-1)
     sums = torch.empty(num_draws, num_pieces, dtype=torch.float32, device=logits.device)
     row_stride = logits.stride(0)
     _add_pieces[(num_draws, triton.cdiv(num_pieces, _PIECES_A_PROGRAM))](

@@ -261,6 +261,21 @@ class KVCache:
         if self.states is not None:
             self._leave_state(request, tail)
         self.transfers.touch(request.kv.block_hashes)
+        self._let_go(request)
+
+    def discard(self, request: Request) -> None:
+        """Take the blocks of a request whose KV is no use: none of it is found again, anywhere.
+
+        Nor is what it shares with others, as nobody can say which block made it so.
+        """
+        self._let_go(request)
+        keys = self.prefixes.extend(request)
+        self.transfers.discard(keys)
+        if self.states is not None:
+            for key in keys:
+                self.states.pool.discard(key)
+
+    def _let_go(self, request: Request) -> None:
         self.transfers.stop_waiting(request)
         self._give_back(request)
         self.transfers.unkeep(request)

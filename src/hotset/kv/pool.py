@@ -116,15 +116,11 @@ class BlockPool:
         assert self._ref_count[block] > 0, f"block {block} released more often than held"
         self._ref_count[block] -= 1
         if self._ref_count[block] == 0:
-            if block < self._last:
-                self._forget(block)
-                insort(self._near, block)
-            elif block in self._hash_of:
+            if block >= self._last and block in self._hash_of:
                 self._cached.admit(block)
-            elif self._has_boundary:
-                insort(self._free, block)
             else:
-                self._free.append(block)
+                self._forget(block)
+                self._become_free(block)
 
     def publish(self, block: int, key: bytes) -> None:
         """Make the complete content of held `block` findable by `key`.
@@ -140,6 +136,14 @@ class BlockPool:
         """Have held `block` found no more: it will be written to."""
         assert self._ref_count[block] > 0, f"block {block} unpublished but not held"
         self._forget(block)
+
+    def discard(self, key: bytes) -> None:
+        """Have content found no more, if there is any: a cached block that has it becomes free."""
+        block = self._block_of.get(key)
+        if block is not None:
+            self._forget(block)
+            if not self._ref_count[block]:
+                self._become_free(block)
 
     def forget_cached(self) -> None:
         """Drop the content of every cached block; they become free."""
@@ -174,6 +178,14 @@ class BlockPool:
         self._free[:0] = range(first, self.first)
         self.first = first
         self.hand_out_last(first)
+
+    def _become_free(self, block: int) -> None:
+        if block < self._last:
+            insort(self._near, block)
+        elif self._has_boundary:
+            insort(self._free, block)
+        else:
+            self._free.append(block)
 
     def _next(self) -> int:
         if self._free:

@@ -248,6 +248,13 @@ class BlockTransfers:
             self._tiers.discard([request.kv.resume.key])
         request.kv.resume = None
 
+    def discard(self, keys: Sequence[bytes]) -> None:
+        """Have content found no more, on the device or in a tier."""
+        for key in keys:
+            self._pool.discard(key)
+        if self._tiers is not None:
+            self._tiers.discard(keys)
+
     def can_take(self, num_blocks: int) -> bool:
         """Whether host memory has room for `num_blocks` blocks."""
         return self._tiers is not None and num_blocks <= self._tiers.num_evictable()

@@ -145,7 +145,7 @@ class TierStack:
         payload = self.host.get(key)
         if payload is None:
             return None
-        if payload.state is State.LATE:
+        if payload.state is State.LATE or payload.is_dropped:
             return _MISS
         is_read = payload.state is State.READING
         return Found(Answer.HIT, self.infos[payload.source if is_read else 0])
@@ -205,7 +205,7 @@ class TierStack:
         number `slowest`, 0 being host memory; None is all of them.
         """
         payload = self.host.get(key)
-        if payload is not None and payload.state is State.LATE:
+        if payload is not None and (payload.state is State.LATE or payload.is_dropped):
             return False
         try:
             payload = self.host.reserve(key, State.SPILLING)
@@ -274,6 +274,7 @@ class TierStack:
         for key in keys:
             payload = self.host.get(key)
             if payload is not None:
+                payload.slowest = 0  # what is still on its way down ends there
                 self.host.drop(payload)
         for slower in self.slower:
             slower.tier.discard(keys)
