@@ -10,7 +10,7 @@ from test_narrow_experts import FORMS, PROMPTS, options, save
 
 from hotset.engine.load import load_engine
 from hotset.experts.gating import dynamic_experts, use_dynamic_gating
-from hotset.experts.weights import experts_layers
+from hotset.experts.weights import Narrow, experts_layers
 from hotset.kernels.narrow_forms import Gate
 from hotset.model.loader import load_model
 
@@ -19,14 +19,17 @@ GPU = {"device": "cuda", "dtype": "bfloat16"}
 
 
 def answers(folder: Path, **changes: Any) -> list[list[int]]:
-    """In steps of one request and of all; slots and host memory have the payloads of the files."""
+    """In steps of one request and of all; the payloads of the files are wherever experts are."""
     engine, loaded = load_engine(options(folder, **GPU, **changes))
     try:
-        assert engine.experts is not None
-        for layer in engine.experts.layers:
-            narrow = layer.slots.narrow
-            assert narrow is not None and layer.slots.payloads is not None
-            assert layer.slots.payloads.shape[1] == narrow.payload_bytes
+        for layer in experts_layers(loaded.model):
+            narrow = layer.narrow
+            assert narrow is not None
+            if engine.experts is None:  # none in host memory
+                assert isinstance(layer.state, Narrow) and layer.state.payloads.is_cuda
+            else:
+                assert layer.buffer.slots.payloads is not None
+                assert layer.buffer.slots.payloads.shape[1] == narrow.payload_bytes
         gate = experts_layers(loaded.model)[0].gate
         assert gate is not None and bool(gate.alpha) == (
             loaded.model.config.model_type == "gpt_oss"
@@ -40,8 +43,9 @@ def answers(folder: Path, **changes: Any) -> list[list[int]]:
 @pytest.mark.parametrize("form", FORMS)
 def test_answers_do_not_depend_on_where_narrow_experts_are(form: str, tmp_path: Path) -> None:
     save(form, tmp_path / "model")
-    expected = answers(tmp_path / "model")  # all in slots
+    expected = answers(tmp_path / "model", resident=True)  # as they come from the files
     for changes in (
+        {},  # all in host memory first, and then on the device
         {"expert_slots": 2, "expert_plan": "cache"},
         {"expert_slots": 1, "expert_plan": "stream"},
         {"expert_slots": 2},
@@ -53,8 +57,9 @@ def test_answers_do_not_depend_on_where_narrow_experts_are(form: str, tmp_path: 
 @torch.inference_mode()
 def test_layers_compute_what_widened_ones_do(form: str, tmp_path: Path) -> None:
     save(form, tmp_path)
-    wide = load_model(str(tmp_path), device="cuda", dtype="bfloat16").model
+    wide = load_model(str(tmp_path), device="cpu", dtype="bfloat16").model.to("cuda")
     use_dynamic_gating(wide)
+    assert experts_layers(wide)[0].narrow is None
     engine, loaded = load_engine(options(tmp_path, **GPU, expert_slots=2))
     for one, other in zip(experts_layers(loaded.model), experts_layers(wide), strict=True):
         x = torch.randn(9, loaded.model.config.hidden_size, device="cuda").bfloat16()

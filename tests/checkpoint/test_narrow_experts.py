@@ -18,13 +18,18 @@ from transformers import PreTrainedTokenizerFast
 from hotset.cost.families import shape_from_config
 from hotset.engine.load import load_engine
 from hotset.errors import ModelError
+from hotset.executor.probe import weights_bytes
+from hotset.experts import hosting, sizes
 from hotset.experts.disk import DiskExperts
 from hotset.experts.host import HostExperts
 from hotset.experts.store import ExpertStore
-from hotset.experts.weights import experts_layers
+from hotset.experts.weights import Narrow, experts_layers
+from hotset.model import loader
+from hotset.model.dummy import load_dummy
 from hotset.model.loader import load_model
 from hotset.options import Options
 from hotset.units import GIB
+from hotset.weight_format import MXFP4
 
 PROMPTS = [[5, 9, 2, 7], [3, 3, 8, 1, 6, 4], [11]]
 FP8_SIZES = {
@@ -66,9 +71,10 @@ def save(form: str, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=make_backend()).save_pretrained(folder)
 
 
-def options(folder: Path, **changes: Any) -> Options:
-    sizes = {"device": "cpu", "hot_gib": 0.02, "max_model_len": 64, **changes}
-    return Options.of(model=str(folder), **sizes)
+def options(folder: Path, *, resident: bool = False, **changes: Any) -> Options:
+    """With a budget for KV and experts; or, `resident`, none."""
+    sizes = {"device": "cpu", "max_model_len": 64, **changes}
+    return Options.of(model=str(folder), **({} if resident else {"hot_gib": 0.02}), **sizes)
 
 
 def save_wide(folder: Path) -> None:
@@ -181,3 +187,43 @@ def test_what_is_no_number_is_refused_by_name(form: str, tmp_path: Path) -> None
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=f"{name} has codes or scales that are no numbers"):
         load_engine(options(tmp_path, expert_slots=1))
+
+
+@pytest.mark.slow
+def test_experts_that_all_stay_on_the_device_keep_the_bytes_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: kernels widen them, here in Triton's interpreter."""
+    save("mxfp4", tmp_path / "model")
+    save_wide(tmp_path)
+    few: dict[str, Any] = {"max_num_batched_tokens": 8, "max_num_seqs": 2, "resident": True}
+    prompts = PROMPTS[:1]
+    engine, _ = load_engine(options(tmp_path / "wide", **few))
+    expected = run(engine, prompts, max_tokens=3)
+    engine.close()
+    monkeypatch.setattr(hosting, "check_narrow_kernels", lambda *_: None)  # it is tried elsewhere
+    for module in (hosting, loader, sizes):
+        monkeypatch.setattr(module, "slots_hold", lambda experts, narrow, device: narrow)
+    engine, loaded = load_engine(options(tmp_path / "model", **few))
+    layers = experts_layers(loaded.model)
+    for each in layers:
+        assert isinstance(each.state, Narrow) and each.weights is None and each.hosted is None
+    assert engine.experts is None
+    num_bytes = sum(each.num_bytes() for each in layers)
+    assert engine.sizes.weights_bytes == weights_bytes(loaded.model) > num_bytes
+    assert "layers resident as mxfp4" in engine.report
+    assert run(engine, prompts, max_tokens=3) == expected
+    engine.close()
+
+
+def test_random_experts_have_the_format_of_the_config(tmp_path: Path) -> None:
+    save_mxfp4(tmp_path)
+    made = load_dummy(str(tmp_path), device="cpu", dtype="float32", experts_on_host=True).model
+    for experts in experts_layers(made):
+        source = experts.source
+        assert isinstance(source, HostExperts) and source.narrow is not None
+        assert source.narrow.form == MXFP4
+        for matrix in source.matrices():
+            assert 0.01 < float(matrix.std()) < 0.04
+    wide = load_dummy(str(tmp_path), device="cpu", dtype="float32").model
+    assert all(experts.narrow is None for experts in experts_layers(wide))

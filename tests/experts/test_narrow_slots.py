@@ -14,8 +14,8 @@ from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.gating import dynamic_experts
 from hotset.experts.host import ExpertLayout, HostExperts
 from hotset.experts.narrow import NarrowLayout
-from hotset.experts.narrow_check import random_payloads
-from hotset.experts.weights import experts_of
+from hotset.experts.random_payloads import random_payloads
+from hotset.experts.weights import Narrow, Shard, experts_of
 from hotset.kernels import narrow_experts
 from hotset.memory.region import SharedRegion
 from hotset.options import Options
@@ -49,7 +49,7 @@ def hosted(
     for each in experts:
         layout = ExpertLayout.of_narrow(narrow, torch.float32)
         source = HostExperts(layout, NUM_EXPERTS, narrow)
-        source.payloads.copy_(random_payloads(narrow, NUM_EXPERTS))
+        source.payloads.copy_(random_payloads(narrow, NUM_EXPERTS, std=0.1))
         each.host(source)
     buffer = make_slots(experts, Options.of(**options), torch.device("cpu"), None, region)
     return layers, buffer
@@ -90,6 +90,41 @@ def test_they_compute_what_wide_experts_do(form: WeightFormat) -> None:
         getattr(wide, name).copy_(weight)
     expected = dynamic_experts(wide, x, ids, weights)
     torch.testing.assert_close(dynamic_experts(layers[0], x, ids, weights), expected)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+@torch.inference_mode()
+def test_all_on_the_device_give_the_bits_of_slots_there_and_back(form: WeightFormat) -> None:
+    layers, _ = hosted(form, expert_slots=2)
+    whole, others = hosted(form, expert_slots=2)
+    payloads = [layer.source.payloads.clone() for layer in others.layers]  # type: ignore[attr-defined]
+    others.close()
+    for experts, payload in zip(map(experts_of, whole), payloads, strict=True):
+        experts.keep(torch.device("cpu"), narrow=True)
+        assert isinstance(experts.state, Narrow) and experts.hosted is None
+        assert torch.equal(experts.state.payloads, payload)
+        assert experts.num_bytes() == payload.nbytes and experts.narrow == experts.narrow_in_file
+    for num_tokens in (1, 9):
+        for layer, other in zip(layers, whole, strict=True):
+            step = routed(num_tokens)
+            assert torch.equal(dynamic_experts(other, *step), dynamic_experts(layer, *step))
+    for experts, payload in zip(map(experts_of, whole), payloads, strict=True):
+        hosting.move_to_host(experts, experts.narrow, torch.device("cpu"))
+        assert isinstance(experts.source, HostExperts) and experts.num_bytes() == 0
+        assert torch.equal(experts.source.payloads, payload)
+
+
+@torch.inference_mode()
+def test_a_rank_keeps_its_part_of_narrow_experts() -> None:
+    layers, buffer = hosted(FP8_BLOCK, expert_slots=2)
+    buffer.close()
+    experts = experts_of(layers[0])
+    experts.keep(torch.device("cpu"), narrow=True)
+    assert isinstance(experts.state, Narrow)
+    whole = experts.state.payloads
+    freed_bytes = experts.spread(Shard(lambda ids: ids), [1, 4], lambda out: out)
+    assert torch.equal(experts.state.payloads, whole[[1, 4]])
+    assert freed_bytes >= whole[:4].nbytes and experts.num_experts == 2
 
 
 @torch.inference_mode()

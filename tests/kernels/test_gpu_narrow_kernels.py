@@ -7,7 +7,7 @@ import torch
 from test_narrow_kernels import GPT_OSS, SILU, activate, layout_of
 
 from hotset.experts.narrow import NarrowLayout
-from hotset.experts.narrow_check import random_payloads
+from hotset.experts.random_payloads import random_payloads
 from hotset.kernels import narrow_experts as kernels
 from hotset.kernels.narrow_forms import Gate
 from hotset.weight_format import FP8_BLOCK, FP8_ROW, INT4, INT4_128, MXFP4, WeightFormat
@@ -36,7 +36,7 @@ def payloads_of(name: str) -> tuple[NarrowLayout, torch.Tensor, torch.Tensor]:
     form, gate, hidden, middle, _ = LAYERS[name]
     layout = layout_of(form, gate, hidden, middle)
     generator = torch.Generator().manual_seed(0)
-    payloads = random_payloads(layout, NUM_EXPERTS, generator).cuda()
+    payloads = random_payloads(layout, NUM_EXPERTS, std=0.1, generator=generator).cuda()
     steps = layout.payload_bytes * torch.arange(NUM_EXPERTS, device="cuda")
     return layout, payloads, payloads.data_ptr() + steps
 

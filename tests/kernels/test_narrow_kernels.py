@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from hotset.experts.narrow import NarrowLayout
-from hotset.experts.narrow_check import random_payloads
+from hotset.experts.random_payloads import random_payloads
 from hotset.kernels.narrow_experts import narrow_experts
 from hotset.kernels.narrow_forms import Gate, can_read
 from hotset.weight_format import FP8_BLOCK, FP8_ROW, INT4, MXFP4, WeightFormat
@@ -53,7 +53,7 @@ def test_narrow_experts_compute_what_their_widened_matrices_give(
     gate = GPT_OSS if form.rows == 1 and form.code == "e2m1" else SILU
     layout = layout_of(form, gate, hidden, middle)
     assert can_read(form)
-    payloads = random_payloads(layout, NUM_EXPERTS).to(DEVICE)
+    payloads = random_payloads(layout, NUM_EXPERTS, std=0.1).to(DEVICE)
     up, down = layout.dequantise(payloads, DTYPE)
     biases = torch.randn(NUM_EXPERTS, 2 * middle), torch.randn(NUM_EXPERTS, hidden)
     biases = tuple(bias.to(DEVICE, DTYPE) for bias in biases)  # type: ignore[assignment]
@@ -82,7 +82,7 @@ def test_weights_are_widened_to_the_bits_of_the_reference(form: WeightFormat) ->
     """All 256 bytes and many scales: a row with a single one picks a column of the down matrix."""
     hidden, middle = 128, 32
     layout = layout_of(form, GPT_OSS, hidden, middle)
-    payloads = random_payloads(layout, 1).to(DEVICE)
+    payloads = random_payloads(layout, 1, std=0.1).to(DEVICE)
     codes, _, zeros = layout.views(payloads, layout.matrices[0])
     codes.zero_()  # e2m1 and e4m3 zeros: the biases alone decide the middle
     if zeros is not None:
@@ -113,7 +113,7 @@ def test_weights_are_widened_to_the_bits_of_the_reference(form: WeightFormat) ->
 
 def test_passes_leave_out_experts_without_an_address() -> None:
     layout = layout_of(MXFP4, SILU, 64, 32)
-    payloads = random_payloads(layout, NUM_EXPERTS).to(DEVICE)
+    payloads = random_payloads(layout, NUM_EXPERTS, std=0.1).to(DEVICE)
     table = addresses_of(payloads)
     x = torch.randn(5, 64, device=DEVICE).to(DTYPE)
     ids = torch.rand(5, NUM_EXPERTS, device=DEVICE).topk(2).indices

@@ -221,8 +221,7 @@ def shape_of(
         part = attention if "attn" in path or "attention" in path else others
         part[layer] += params
     biases = (p for p in expert_modules[0].parameters(recurse=False) if p.ndim == 2)  # `[E, n]`
-    hosted = experts_layers(model)[0].hosted
-    narrow = None if hosted is None else hosted.source.narrow
+    narrow = experts_layers(model)[0].narrow
     is_narrow = narrow is not None and slots.payload_bytes == narrow.payload_bytes
     expert_bytes = (
         experts_layers(model)[0].layout.weight_bytes if is_narrow else slots.payload_bytes

@@ -333,10 +333,10 @@ def _check_inputs(model: PreTrainedModel) -> None:
 
 
 def weights_bytes(model: PreTrainedModel) -> int:
-    """What the weights take, packed and narrow ones too."""
+    """What the weights take, packed and narrow ones too, but not those of hosted experts."""
     narrow = sum(tiles.num_bytes for tiles in narrow_tiles(model))
     packed: int = sum(m.num_bytes for m in model.modules() if isinstance(m, PackedLinear))
-    packed += sum(experts.num_bytes() for experts in experts_layers(model) if experts.is_packed)
+    packed += sum(each.num_bytes() for each in experts_layers(model) if each.weights is None)
     return narrow + packed + sum(int(p.nbytes) for p in model.parameters())
 
 

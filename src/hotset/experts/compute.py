@@ -12,7 +12,9 @@ import torch
 from torch.nn import functional
 
 from hotset.cost.tuning import TUNINGS
-from hotset.experts.weights import Experts, LayerExperts, Packed
+from hotset.experts.narrow import LAYOUTS
+from hotset.experts.weights import Experts, LayerExperts, Narrow, Packed
+from hotset.kernels.narrow_forms import Gate
 
 FUSED_MOST_ROWS_PER_EXPERT = TUNINGS["cuda"].fused_rows_per_expert
 
@@ -35,8 +37,10 @@ def compute_resident(
 ) -> torch.Tensor:
     """As `dynamic_experts`, of experts that are all here: resident or packed."""
     num_tokens, top_k = top_k_index.shape
-    weights = stacked(layer, experts)
     out: torch.Tensor
+    if isinstance(experts.state, Narrow):
+        return _compute_narrow(experts, experts.state, hidden_states, top_k_index, top_k_weights)
+    weights = stacked(layer, experts)
     if is_fused(experts, weights, num_tokens * top_k):
         assert weights is not None
         out = resident_experts(hidden_states, top_k_index, top_k_weights, *weights)
@@ -51,6 +55,22 @@ def compute_resident(
     places = torch.arange(len(order), device=order.device)
     back = torch.empty_like(order).scatter_(0, order, places)
     return weighted_sum(layer, experts, rows[back], top_k_index, top_k_weights, hidden_states.dtype)
+
+
+def _compute_narrow(
+    experts: LayerExperts,
+    state: Narrow,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    assert experts.gate is not None
+    up_bias, down_bias = experts.biases or (None, None)
+    out: torch.Tensor = narrow_resident_experts(
+        *(hidden_states, top_k_index, top_k_weights, state.payloads, up_bias, down_bias),
+        *(state.narrow.key, experts.gate.alpha, experts.gate.limit),
+    )
+    return out
 
 
 def stacked(layer: Experts, experts: LayerExperts) -> Weights | None:
@@ -285,6 +305,55 @@ def resident_experts(
 
 @resident_experts.register_fake
 def _(hidden: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    return hidden.new_empty(hidden.shape)
+
+
+@torch.library.custom_op("hotset::narrow_resident_experts", mutates_args=())
+def narrow_resident_experts(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    payloads: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    layout: str,
+    alpha: float,
+    limit: float,
+) -> torch.Tensor:
+    """`narrow_experts` with all experts of a layer, as one operation for the compiler.
+
+    T = tokens, K = experts of a token, E = experts, H = hidden size, I = middle size.
+
+    Args:
+        hidden: `[T, H]`.
+        ids: `[T, K]` integer; those of E and more add nothing.
+        weights: `[T, K]`.
+        payloads: `[E, payload_bytes]` uint8.
+        up_bias: `[E, 2 * I]`; None where the layer has no biases.
+        down_bias: `[E, H]`; likewise.
+        layout: of a payload, its key in `LAYOUTS`.
+        alpha: see `Gate`.
+        limit: likewise.
+
+    Returns:
+        `[T, H]`, dtype of `hidden`.
+    """
+    from hotset.kernels.narrow_experts import narrow_experts
+
+    biases = None if up_bias is None or down_bias is None else (up_bias, down_bias)
+    return narrow_experts(
+        hidden.contiguous(),
+        ids.contiguous(),
+        weights.contiguous(),
+        address_table(payloads),
+        LAYOUTS[layout],
+        Gate(alpha, limit),
+        biases=biases,
+    )
+
+
+@narrow_resident_experts.register_fake
+def _(hidden: torch.Tensor, *others: object) -> torch.Tensor:
     return hidden.new_empty(hidden.shape)
 
 

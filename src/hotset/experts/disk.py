@@ -18,7 +18,7 @@ from hotset.experts.host import Ahead, ExpertLayout, Ids, StoredExperts
 from hotset.experts.sizes import sizes_of
 from hotset.experts.slots import Slots
 from hotset.experts.store import ExpertStore
-from hotset.experts.weights import LayerExperts, experts_layers, experts_of, is_experts
+from hotset.experts.weights import LayerExperts, Narrow, experts_layers, experts_of, is_experts
 from hotset.option_groups import ExpertOptions, HostedExperts
 
 _NO_ASYNC_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers
@@ -107,6 +107,14 @@ class ExpertSink:
 
     def take(self, experts: LayerExperts) -> None:
         """Move the weights of one layer to the store. Raises TierError."""
+        if isinstance(experts.state, Narrow):
+            payloads = experts.state.payloads
+
+            def fill(expert: int, payload: torch.Tensor) -> None:
+                payload.copy_(payloads[expert])
+
+            self.take_payloads(experts, fill)
+            return
         assert experts.weights is not None
         experts.host(self._write(*experts.weights))
 

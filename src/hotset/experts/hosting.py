@@ -22,7 +22,7 @@ from hotset.experts.residency import SlotTable
 from hotset.experts.sizes import narrow_layout, slots_hold
 from hotset.experts.slots import Slots
 from hotset.experts.staging import Staging
-from hotset.experts.weights import LayerExperts, can_pack, experts_layers
+from hotset.experts.weights import LayerExperts, Narrow, can_pack, experts_layers
 from hotset.kernels.device import likely_hardware
 from hotset.memory.region import SharedRegion
 from hotset.option_groups import ExpertOptions, HostedExperts
@@ -65,13 +65,14 @@ def buffer_experts(
                 "the experts of this model are in host memory already; load it again, or give "
                 "expert_slots or expert_gib"
             )
-        return None, ""
+        return None, _check_resident(model)
     layers = gated_layers(model)
     _check_disk(layers[0], asked, sizes)
-    if sizes.are_resident and slots_hold(layers[0], _narrow_of(layers[0]), model.device) is None:
+    if sizes.are_resident:
+        is_narrow = slots_hold(layers[0], layers[0].narrow, model.device) is not None
         for experts in layers:
-            experts.keep(model.device)
-        return None, (
+            experts.keep(model.device, narrow=is_narrow)
+        return None, _check_resident(model) or (
             f"experts: all {sizes.num_slots} of each of {len(layers)} layers resident, "
             f"{sizes.device_bytes / GIB:.3f} GiB on the {model.device.type}; nothing is buffered"
         )
@@ -87,13 +88,35 @@ def buffer_experts(
     return buffer, _describe(buffer, asked)
 
 
+def _check_resident(model: PreTrainedModel) -> str:
+    """Try the kernels of narrow experts that are all on the device; what to say of them at start.
+
+    Raises:
+        ModelError: they compute something else than they should.
+    """
+    layers = [each for each in experts_layers(model) if isinstance(each.state, Narrow)]
+    if not layers:
+        return ""
+    narrow = layers[0].narrow
+    assert narrow is not None
+    check_narrow_kernels(layers[0], narrow, model.device)
+    num_bytes = sum(each.num_bytes() for each in layers)
+    return (
+        f"experts: all {layers[0].num_experts} of each of {len(layers)} layers resident as "
+        f"{narrow.name}, {num_bytes / GIB:.3f} GiB on the {model.device.type}; nothing is buffered"
+    )
+
+
 def move_to_host(experts: LayerExperts, narrow: NarrowLayout | None, device: torch.device) -> None:
     """Move the experts of a layer to host memory; rounded on `device`, if to fewer bits."""
     is_pinned = device.type == "cuda"
     source = HostExperts(experts.layout, experts.num_experts, narrow, pinned=is_pinned)
-    assert experts.weights is not None
     with torch.inference_mode():
-        source.store(*experts.weights, device)
+        if isinstance(experts.state, Narrow):
+            source.payloads.copy_(experts.state.payloads)
+        else:
+            assert experts.weights is not None
+            source.store(*experts.weights, device)
     experts.host(source)
 
 
@@ -113,7 +136,7 @@ def make_buffer(
     """
     slots, num_slots = sizes.slots, sizes.num_slots
     most_slots = num_slots if region is None else region.most_slots
-    layout, narrow = layers[0].layout, slots_hold(layers[0], _narrow_of(layers[0]), device)
+    layout, narrow = layers[0].layout, slots_hold(layers[0], layers[0].narrow, device)
     is_packed = device.type == "cpu" and layout.dtype == torch.float32 and can_pack()
     make_slots = partial(Slots, layout=layout, device=device, packed=is_packed, narrow=narrow)
     if narrow is not None:
@@ -188,11 +211,6 @@ def _move_all(
     sink.finish(model)
     if model.device.type == "cuda":
         torch.cuda.empty_cache()  # else PyTorch keeps the memory that they leave
-
-
-def _narrow_of(experts: LayerExperts) -> NarrowLayout | None:
-    """How hosted experts are kept in fewer bits; None where they are not."""
-    return None if experts.hosted is None else experts.hosted.source.narrow
 
 
 def _check_disk(experts: LayerExperts, asked: HostedExperts, sizes: ExpertSizes) -> None:

@@ -41,6 +41,9 @@ _DTYPES = {
     "float16": torch.float16,
 }
 
+# All layouts of this process, for operations that get strings and tensors alone.
+LAYOUTS: "dict[str, NarrowLayout]" = {}
+
 Shape = tuple[int, ...]
 Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales, zeros
 
@@ -74,6 +77,7 @@ class NarrowLayout:
 
     Attributes:
         name: for people.
+        key: in `LAYOUTS`; equal for equal layouts.
         matrices: up and down.
         weight_bytes: of all planes.
         payload_bytes: from one expert to the next: whole pages.
@@ -92,6 +96,8 @@ class NarrowLayout:
         self.matrices = tuple(matrices)
         self.weight_bytes = end
         self.payload_bytes = slot_bytes_for(end)
+        self.key = f"{form} {up} {down} {cold_dtype}"
+        LAYOUTS[self.key] = self
 
     def quantise(self, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         """`[N, *up]` and `[N, *down]` of any float dtype as `[N, payload_bytes]` uint8.

@@ -5,31 +5,12 @@ import torch
 from hotset.errors import ModelError
 from hotset.experts.compute import gate
 from hotset.experts.narrow import NarrowLayout
+from hotset.experts.random_payloads import random_payloads
 from hotset.experts.weights import LayerExperts
 
 _NUM_EXPERTS = 2
 _NUM_TOKENS = (1, 48)  # of small tiles and of larger ones
 _MOST_ERROR = 1e-2  # of the norm; rounding to 16 bits gives a third of it
-
-
-def random_payloads(
-    layout: NarrowLayout, num_experts: int, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """`[num_experts, payload_bytes]` uint8 on the CPU: random bits, all of them numbers."""
-    payloads = torch.zeros(num_experts, layout.payload_bytes, dtype=torch.uint8)
-    for matrix in layout.matrices:
-        codes, scales, zeros = layout.views(payloads, matrix)
-        codes.random_(0, 256, generator=generator)
-        if layout.form.code == "e4m3":
-            codes.masked_fill_(codes & 127 == 127, 56)
-        if layout.form.scale == "e8m0":
-            scales.random_(117, 125, generator=generator)
-        else:
-            most = 2e-3 if layout.form.code == "e4m3" else 0.03
-            scales.copy_(torch.rand(scales.shape, generator=generator) * most)
-        if zeros is not None:
-            zeros.random_(0, 16, generator=generator)
-    return payloads
 
 
 @torch.inference_mode()
@@ -49,7 +30,7 @@ def check_narrow_kernels(experts: LayerExperts, layout: NarrowLayout, device: to
     assert experts.gate is not None
     dtype = experts.layout.dtype
     generator = torch.Generator().manual_seed(0)
-    payloads = random_payloads(layout, _NUM_EXPERTS, generator).to(device)
+    payloads = random_payloads(layout, _NUM_EXPERTS, std=0.1, generator=generator).to(device)
     addresses = payloads.data_ptr() + layout.payload_bytes * torch.arange(_NUM_EXPERTS)
     biases = experts.biases
     if biases is not None:

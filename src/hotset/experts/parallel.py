@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hotset.errors import ConfigError
 from hotset.experts.gating import gated_layers
 from hotset.experts.placement import Placement, in_order
-from hotset.experts.weights import LayerExperts, Resident, Shard
+from hotset.experts.weights import LayerExperts, Narrow, Resident, Shard
 
 
 class LocalIds:
@@ -83,7 +83,7 @@ def shard_experts(
         experts.is_spread
         or experts.shard is not None
         or experts.counts is not None
-        or not isinstance(experts.state, Resident)
+        or not isinstance(experts.state, Resident | Narrow)
         for experts in layers
     ):
         raise ConfigError(

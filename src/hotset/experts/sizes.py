@@ -81,13 +81,14 @@ def slots_hold(
 
 def narrow_layout(experts: LayerExperts, cold_dtype: ColdDType) -> NarrowLayout | None:
     """How host memory is to have experts, or ConfigError if it has them otherwise."""
-    if experts.hosted is not None:
-        stored = experts.hosted.source.narrow
+    if experts.hosted is not None or experts.narrow is not None:
+        stored = experts.narrow
         has = "auto" if stored is None else stored.cold_dtype
         if has != cold_dtype:
+            where = "on the device" if experts.hosted is None else "in host memory"
             raise ConfigError(
-                f"expert_cold_dtype is {cold_dtype}, but the experts of this model are in host "
-                f"memory as {has} already; load it again"
+                f"expert_cold_dtype is {cold_dtype}, but the experts of this model are {where} "
+                f"as {has} already; load it again"
             )
         return stored
     if cold_dtype == "auto":

@@ -7,7 +7,7 @@ differs between versions of transformers is read there, once.
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -52,6 +52,21 @@ class Packed:
     down: list[PackedLinear]
 
 
+@dataclass(frozen=True, eq=False)
+class Narrow:
+    """Weights are on the device in few bits, which kernels widen; the module has none.
+
+    Attributes:
+        layout: of an expert as it is computed with.
+        narrow: as it is stored.
+        payloads: `[E, payload_bytes]` uint8.
+    """
+
+    layout: ExpertLayout
+    narrow: NarrowLayout
+    payloads: torch.Tensor
+
+
 @dataclass(eq=False)
 class Hosted:
     """Weights are in host memory or on disk; the module has none.
@@ -65,7 +80,7 @@ class Hosted:
     buffer: "LayerBuffer | None" = None
 
 
-State: TypeAlias = Resident | Packed | Hosted
+State: TypeAlias = Resident | Packed | Narrow | Hosted
 
 
 @dataclass(frozen=True)
@@ -82,9 +97,10 @@ class Shard:
 class LayerExperts:
     """The experts of one layer: their sizes, read from its module once, and where they are.
 
-    The state goes from resident to packed and back, and from resident to hosted and back. A bug
-    that wants another way fails an assertion. A rank's shard is of experts in any state; that it is
-    never of hosted ones is checked where experts are hosted, and where they are spread.
+    The state goes from resident to packed and back, from resident to hosted and back, from resident
+    to narrow, and from narrow to hosted and back. A bug that wants another way fails an assertion.
+    A rank's shard is of experts in any state; that it is never of hosted ones is checked where
+    experts are hosted, and where they are spread.
 
     Attributes:
         num_experts: E, of this rank.
@@ -163,7 +179,7 @@ class LayerExperts:
     @property
     def layout(self) -> ExpertLayout:
         """Of one expert as it is computed with, wherever the weights are."""
-        if isinstance(self.state, Packed):
+        if isinstance(self.state, Packed | Narrow):
             return self.state.layout
         if isinstance(self.state, Hosted):
             return self.state.source.layout
@@ -194,6 +210,13 @@ class LayerExperts:
         return isinstance(self.state, Packed)
 
     @property
+    def narrow(self) -> NarrowLayout | None:
+        """How the weights are stored in few bits; None where they are not."""
+        if isinstance(self.state, Hosted):
+            return self.state.source.narrow
+        return self.state.narrow if isinstance(self.state, Narrow) else None
+
+    @property
     def source(self) -> ColdSource:
         """Where all of the hosted experts are."""
         assert isinstance(self.state, Hosted)
@@ -214,7 +237,9 @@ class LayerExperts:
                 if device in (None, torch.device("cpu"))
                 else 0
             )
-        weights = self.weights or ()
+        weights: Sequence[torch.Tensor] = self.weights or ()
+        if isinstance(self.state, Narrow):
+            weights = [self.state.payloads]
         return sum(weight.nbytes for weight in weights if device in (None, weight.device))
 
     def pack(self) -> None:
@@ -235,19 +260,34 @@ class LayerExperts:
 
     def host(self, source: ColdSource) -> None:
         """Leave the weights, which `source` has, to it."""
-        assert isinstance(self.state, Resident)
+        assert isinstance(self.state, Resident | Narrow)
         for name in self.names:
             setattr(self.module, name, None)
         self.state = Hosted(source)
 
-    def keep(self, device: torch.device) -> None:
-        """Have all weights on the device, from wherever they are; packed ones stay packed."""
-        if isinstance(self.state, Packed):
+    def hold(self, state: Narrow) -> None:
+        """Have all weights on the device, in few bits."""
+        assert isinstance(self.state, Resident | Hosted)
+        for name in self.names:
+            setattr(self.module, name, None)
+        self.state, self.narrow_in_file = state, state.narrow
+
+    def keep(self, device: torch.device, *, narrow: bool) -> None:
+        """Have all weights on the device, from wherever they are; packed ones stay packed.
+
+        With `narrow` those of host memory stay as they are there.
+        """
+        if isinstance(self.state, Packed | Narrow):
             return
         weights = self.weights
         if isinstance(self.state, Hosted):
             source = self.state.source
             assert isinstance(source, HostExperts), "from disk nothing comes back"
+            if narrow:
+                assert source.narrow is not None
+                self.hold(Narrow(source.layout, source.narrow, source.payloads.to(device)))
+                source.rows.unpin()
+                return
             # Matrices of a checkpoint may be kept the other way round.
             is_turned = source.layout.is_transposed != self.is_transposed
             up, down = (m.mT if is_turned else m for m in source.matrices())
@@ -270,8 +310,13 @@ class LayerExperts:
 
         `combine` is as the attribute.
         """
-        assert isinstance(self.state, Resident) and self.shard is None
+        assert isinstance(self.state, Resident | Narrow) and self.shard is None
         module, freed_bytes = self.module, 0
+        if isinstance(self.state, Narrow):
+            payloads = self.state.payloads
+            kept = payloads[torch.tensor(mine, device=payloads.device)]
+            freed_bytes = payloads.nbytes - kept.nbytes
+            self.state = replace(self.state, payloads=kept)
         for name, weight in list(module._parameters.items()):
             if weight is None or weight.shape[:1] != (self.num_experts,):
                 continue

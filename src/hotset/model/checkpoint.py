@@ -50,8 +50,7 @@ def load_folder(
         fp8: store those of linear layers in 8 bits. A checkpoint that is not plain is loaded in
             `dtype`, for the caller to round.
         experts: where those go that host memory has no room for.
-        narrow: the experts whose own bytes are kept, in host memory or on disk; None where all
-            weights are plain.
+        narrow: the experts whose own bytes are kept; None where all weights are plain.
 
     Raises:
         ModelError: it cannot be loaded; says why.

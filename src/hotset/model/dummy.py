@@ -10,16 +10,32 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from hotset.cost.catalog import find_config
+from hotset.cost.quantisation import quant_config, stored_format
 from hotset.errors import ModelError, PlanError
 from hotset.experts.disk import ExpertSink
 from hotset.experts.gating import move_but_experts
+from hotset.experts.host import ExpertLayout
+from hotset.experts.hosting import move_to_host
+from hotset.experts.narrow import NarrowLayout
+from hotset.experts.random_payloads import random_payloads
 from hotset.experts.router_skew import skew_routers
-from hotset.experts.weights import experts_bytes, experts_of, is_experts
+from hotset.experts.sizes import slots_hold, why_not_hosted
+from hotset.experts.weights import (
+    LayerExperts,
+    Narrow,
+    experts_bytes,
+    experts_layers,
+    experts_of,
+    is_experts,
+)
 from hotset.libraries import first_line, quiet
 from hotset.model.architecture import Architecture, find_architecture, known_fields
 from hotset.model.devices import check_room, resolve_device, resolve_dtype
 from hotset.model.finish import closing_on_error, finish, max_model_len
 from hotset.model.loaded import LoadedModel
+from hotset.model.narrow_experts import narrow_layout_of
+
+_STD = 0.02  # of random weights in few bits, as transformers initialises others
 
 
 def load_dummy(
@@ -35,7 +51,9 @@ def load_dummy(
     """A model of a known shape with random weights and no tokenizer, for benchmarks.
 
     Each weight is made on the device in its dtype, so none is in memory twice. Initial values
-    follow transformers' rules for training, and equal seeds give equal weights.
+    follow transformers' rules for training, and equal seeds give equal weights. Experts that the
+    config has in few bits are random bits in that format, where `load_model` would keep them so;
+    what else it has in few bits is made in the dtype.
 
     Args:
         name: a bundled name of `hotset plan`, a folder with `config.json`, such a file, or the id
@@ -59,13 +77,21 @@ def load_dummy(
     architecture, short_name = _architecture_of(name)
     torch_dtype = torch_dtype or architecture.dtype or torch.bfloat16
     shape = architecture.outline(torch_dtype)
+    narrow = _narrow_of(architecture, shape, target, experts_on_host, experts)
     devices = [target] if target.type == "cuda" else []
     with closing_on_error(experts):
-        _check_room(shape, target, short_name, experts_on_host=experts_on_host, experts=experts)
+        _check_room(
+            shape, target, short_name, narrow, experts_on_host=experts_on_host, experts=experts
+        )
         with quiet(), torch.random.fork_rng(devices), torch.device(target):
             torch.manual_seed(seed)
             model = _make(
-                architecture, torch_dtype, target, experts_on_host=experts_on_host, experts=experts
+                architecture,
+                torch_dtype,
+                target,
+                narrow,
+                experts_on_host=experts_on_host,
+                experts=experts,
             )
     if router_skew is not None:
         skew_routers(model, router_skew, seed=seed)
@@ -100,17 +126,45 @@ def _architecture_of(name: str) -> tuple[Architecture, str]:
     return find_architecture(config, source, fields), short_name
 
 
+def _narrow_of(
+    architecture: Architecture,
+    shape: PreTrainedModel,
+    target: torch.device,
+    experts_on_host: bool,
+    experts: ExpertSink | None,
+) -> NarrowLayout | None:
+    """How experts are in few bits, as `load_model` would keep them; `shape` is told so."""
+    form = stored_format(quant_config(architecture.fields) or {})
+    keeps = not experts_on_host or experts is None or experts.keeps_narrow
+    if form is None or not keeps or why_not_hosted(shape):
+        return None
+    layers = experts_layers(shape)
+    narrow = narrow_layout_of(layers[0], form)
+    on_cpu = experts_on_host and target.type == "cpu"  # which widens what it has in slots
+    if narrow is None or not (on_cpu or slots_hold(layers[0], narrow, target)):
+        return None
+    for each in layers:
+        each.narrow_in_file = narrow
+    return narrow
+
+
 def _check_room(
     shape: PreTrainedModel,
     target: torch.device,
     name: str,
+    narrow: NarrowLayout | None,
     *,
     experts_on_host: bool,
     experts: ExpertSink | None,
 ) -> None:
     """Refuse weights that fit neither on the device nor, of experts, into host memory."""
     weights_bytes = sum(parameter.nbytes for parameter in shape.parameters())
-    host_bytes = experts_bytes(shape) if experts_on_host else 0
+    all_bytes = experts_bytes(shape)
+    if narrow is not None:
+        weights_bytes -= all_bytes
+        all_bytes = narrow.payload_bytes * sum(each.num_experts for each in experts_layers(shape))
+        weights_bytes += all_bytes
+    host_bytes = all_bytes if experts_on_host else 0
     if experts_on_host and experts is not None:
         experts.begin(shape)
         if experts.store is not None:
@@ -126,6 +180,7 @@ def _make(
     architecture: Architecture,
     dtype: torch.dtype,
     device: torch.device,
+    narrow: NarrowLayout | None,
     *,
     experts_on_host: bool,
     experts: ExpertSink | None,
@@ -139,6 +194,14 @@ def _make(
         # In the order of transformers' `initialize_weights`.
         for child in module.children():
             make(child, child if isinstance(child, PreTrainedModel) else owner)
+        if narrow is not None and is_experts(module):
+            layer = experts_of(module)
+            _make_narrow(layer, narrow, device)
+            if to_disk is not None:
+                to_disk.take(layer)
+            elif experts_on_host:
+                move_to_host(layer, narrow, device)
+            return
         for name, weight in module._parameters.items():
             if weight is not None:
                 empty = torch.empty_like(weight, device=device)
@@ -158,3 +221,14 @@ def _make(
         move_but_experts(model, device)  # biases and the like
     model.tie_weights()
     return model
+
+
+def _make_narrow(experts: LayerExperts, narrow: NarrowLayout, device: torch.device) -> None:
+    """Random experts of a layer on the device, in few bits; biases are zeros."""
+    layout = ExpertLayout.of_narrow(narrow, experts.layout.dtype)
+    payloads = random_payloads(narrow, experts.num_experts, std=_STD, device=device)
+    experts.hold(Narrow(layout, narrow, payloads))
+    parameters = experts.module._parameters
+    for name, bias in parameters.items():
+        if bias is not None:
+            parameters[name] = torch.nn.Parameter(torch.zeros_like(bias, device=device))

@@ -18,7 +18,7 @@ from hotset.cost.quantisation import quant_config, stored_format
 from hotset.errors import ModelError
 from hotset.experts.disk import ExpertSink
 from hotset.experts.gating import move_but_experts
-from hotset.experts.sizes import slots_hold
+from hotset.experts.sizes import slots_hold, why_not_hosted
 from hotset.experts.weights import experts_bytes, experts_layers
 from hotset.libraries import quiet
 from hotset.linear.tile_product import can_multiply
@@ -128,7 +128,7 @@ def _load_folder(
     narrow = _narrow_experts(source, architecture, outline, asked)
     if asked.check is not None:
         asked.check(outline)
-    _check_room(architecture, outline, asked)
+    _check_room(architecture, outline, asked, narrow)
     tokenizer = checkpoint.load_tokenizer(source)
     if tokenizer is None and asked.needs_tokenizer:
         raise no_tokenizer(asked.name)
@@ -148,14 +148,16 @@ def _narrow_experts(
     source: Path, architecture: Architecture, outline: PreTrainedModel, asked: _Asked
 ) -> NarrowExperts | None:
     """The experts that stay as the checkpoint has them, if all can; `outline` is told so."""
-    keeps_narrow = asked.experts is not None and asked.experts.keeps_narrow
-    if not (asked.experts_on_host and keeps_narrow) or quant_config(architecture.fields) is None:
+    on_host, experts = asked.experts_on_host, asked.experts
+    is_rounded = on_host and not (experts is not None and experts.keeps_narrow)
+    if is_rounded or quant_config(architecture.fields) is None or why_not_hosted(outline):
         return None
-    target = asked.target
-    narrow = find_narrow_experts(outline, CheckpointTensors(source, architecture.fields))
+    tensors = CheckpointTensors(source, architecture.fields)
+    narrow = find_narrow_experts(outline, tensors, None if on_host else asked.target)
     if narrow is None:
         return None
-    if target.type != "cpu" and not slots_hold(experts_layers(outline)[0], narrow.narrow, target):
+    on_cpu = on_host and asked.target.type == "cpu"  # which widens what it has in slots
+    if not on_cpu and not slots_hold(experts_layers(outline)[0], narrow.narrow, asked.target):
         return None
     narrow.mark(outline)
     return narrow
@@ -165,6 +167,7 @@ def _check_room(
     architecture: Architecture,
     outline: PreTrainedModel,
     asked: _Asked,
+    narrow: NarrowExperts | None,
 ) -> None:
     """Refuse weights that cannot fit, before they are read; experts in host memory do not count.
 
@@ -174,8 +177,10 @@ def _check_room(
     if asked.dtype == "fp8" or (quant_config(fields) is not None and not is_dequantised(fields)):
         return
     num_bytes = sum(parameter.nbytes for parameter in outline.parameters())
-    if asked.experts_on_host:
+    if asked.experts_on_host or narrow is not None:
         num_bytes -= experts_bytes(outline)
+    if narrow is not None and not asked.experts_on_host:
+        num_bytes += narrow.num_bytes(outline)
     check_room(num_bytes, asked.target, asked.name, outline.dtype)
 
 

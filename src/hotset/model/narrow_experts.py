@@ -1,4 +1,4 @@
-"""Experts that a checkpoint has in few bits: their own bytes, from files to host memory or disk.
+"""Experts that a checkpoint has in few bits: their own bytes, from files to where they are kept.
 
 Neither the model nor the loader ever has them wider: the model is made without their weights, and
 what reads the others leaves theirs out.
@@ -20,8 +20,15 @@ from hotset.checkpoint.tensors import CheckpointTensors
 from hotset.experts.disk import ExpertSink
 from hotset.experts.host import ExpertLayout, HostExperts
 from hotset.experts.narrow import NarrowLayout, Planes
-from hotset.experts.weights import LayerExperts, experts_layers, experts_of, is_experts
+from hotset.experts.weights import (
+    LayerExperts,
+    Narrow,
+    experts_layers,
+    experts_of,
+    is_experts,
+)
 from hotset.model.architecture import Architecture
+from hotset.weight_format import WeightFormat
 
 _NUM_THREADS = 4
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -42,6 +49,8 @@ class _Place:
     part: int
 
 
+# Writes the `[payload_bytes]` uint8 of an expert, in any thread.
+Fill = Callable[[int, torch.Tensor], None]
 # Of one layer: which weight (0 is up, 1 is down), expert and part -> tensor and place in it.
 _Parts = dict[tuple[int, int, int], tuple[str, int | None]]
 
@@ -55,17 +64,24 @@ class NarrowExperts:
         layout: of an expert as it is computed with.
         narrow: as it is stored.
         parts: by the path of its module, the parts of each layer.
+        device: where they are all kept; None is host memory, or disk below it.
     """
 
     tensors: CheckpointTensors
     layout: ExpertLayout
     narrow: NarrowLayout
     parts: Mapping[str, _Parts]
+    device: torch.device | None
 
     @property
     def names(self) -> frozenset[str]:
         """All weights of these experts."""
         return frozenset(name for parts in self.parts.values() for name, _ in parts.values())
+
+    def num_bytes(self, outline: PreTrainedModel) -> int:
+        """Of the payloads of all experts of a model."""
+        num_experts = sum(experts.num_experts for experts in experts_layers(outline))
+        return num_experts * self.narrow.payload_bytes
 
     def mark(self, outline: PreTrainedModel) -> None:
         """Say on a model without memory how its experts come."""
@@ -73,23 +89,32 @@ class NarrowExperts:
             experts.narrow_in_file = self.narrow
 
     def load(self, model: PreTrainedModel, sink: ExpertSink | None) -> None:
-        """Read them, layer by layer, to where `sink` has room, or to host memory.
+        """Read them, layer by layer; those of host memory to where `sink` has room, if to a disk.
 
         Raises:
             ModelError: a number is none; TierError: the disk failed.
         """
+        staged = None
+        if self.device is not None:
+            num_experts = experts_layers(model)[0].num_experts
+            staged = torch.zeros(num_experts, self.narrow.payload_bytes, dtype=torch.uint8)
         with self.tensors.open_narrow() as read:
             for path, parts in self.parts.items():
                 experts = experts_of(model.get_submodule(path))
-                self._load_layer(experts, parts, read, sink)
+                fill = self._fill(parts, read)
+                if staged is not None:
+                    _fill_all(fill, staged)
+                    payloads = staged.to(self.device, copy=True)
+                    experts.hold(Narrow(self.layout, self.narrow, payloads))
+                elif sink is not None and sink.store is not None:
+                    sink.take_payloads(experts, fill)
+                else:
+                    source = HostExperts(self.layout, experts.num_experts, self.narrow)
+                    _fill_all(fill, source.payloads)
+                    experts.host(source)
 
-    def _load_layer(
-        self,
-        experts: LayerExperts,
-        parts: _Parts,
-        read: Callable[[str, int | None], Planes],
-        sink: ExpertSink | None,
-    ) -> None:
+    def _fill(self, parts: _Parts, read: Callable[[str, int | None], Planes]) -> Fill:
+        """Writes the payload of an expert of a layer."""
         by_expert: dict[int, list[tuple[int, int, str, int | None]]] = defaultdict(list)
         for (which, expert, part), (name, index) in parts.items():
             by_expert[expert].append((which, part, name, index))
@@ -99,17 +124,16 @@ class NarrowExperts:
             for which, part, name, index in by_expert[expert]:
                 self.narrow.write(which, part, payload, read(name, index))
 
-        if sink is not None and sink.store is not None:
-            sink.take_payloads(experts, fill)
-            return
-        source = HostExperts(self.layout, experts.num_experts, self.narrow)
-        with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            list(pool.map(fill, range(experts.num_experts), source.payloads))
-        experts.host(source)
+        return fill
+
+
+def _fill_all(fill: Fill, payloads: torch.Tensor) -> None:
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        list(pool.map(fill, range(len(payloads)), payloads))
 
 
 def find_narrow_experts(
-    outline: PreTrainedModel, tensors: CheckpointTensors
+    outline: PreTrainedModel, tensors: CheckpointTensors, device: torch.device | None
 ) -> NarrowExperts | None:
     """The experts of a checkpoint, where all of all layers are stored in one narrow format.
 
@@ -119,6 +143,7 @@ def find_narrow_experts(
     Args:
         outline: the model on `meta`.
         tensors: of the checkpoint.
+        device: see `NarrowExperts`.
     """
     layers = {path: experts_of(m) for path, m in outline.named_modules() if is_experts(m)}
     kinds = {(each.num_experts, each.layout) for each in layers.values()}
@@ -126,14 +151,11 @@ def find_narrow_experts(
         return None
     first = next(iter(layers.values()))
     is_stacked = tensors.narrow_format.code == "e2m1"
-    up, down = (_as_rows(shape, first.layout) for shape in (first.layout.up, first.layout.down))
-    num_parts = 2 if first.has_gate and not is_stacked else 1
-    if num_parts == 2:
-        up = (2, up[0] // 2, up[1])
-    try:
-        narrow = NarrowLayout(up, down, tensors.narrow_format)
-    except ValueError:  # rows end within a byte
+    narrow = narrow_layout_of(first, tensors.narrow_format)
+    if narrow is None:
         return None
+    up, down = (matrix.shape for matrix in narrow.matrices)
+    num_parts = 2 if len(up) == 3 else 1
     mapping = get_model_conversion_mapping(outline)
     found: dict[str, _Parts] = {path: {} for path in layers}
     names = {
@@ -158,7 +180,28 @@ def find_narrow_experts(
     if any(len(parts) != num_expected for parts in found.values()):
         return None
     layout = ExpertLayout.of_narrow(narrow, first.layout.dtype)
-    return NarrowExperts(tensors, layout, narrow, found)
+    return NarrowExperts(tensors, layout, narrow, found, device)
+
+
+def narrow_layout_of(experts: LayerExperts, form: WeightFormat) -> NarrowLayout | None:
+    """How an expert lies where a checkpoint has its matrices in `form`.
+
+    Gate and up are apart, as most checkpoints have them; those in MXFP4 are stacked as the model
+    has them. None where rows end within a byte.
+
+    Args:
+        experts: of a layer of a model on `meta`.
+        form: of both matrices.
+    """
+    up, down = (
+        _as_rows(shape, experts.layout) for shape in (experts.layout.up, experts.layout.down)
+    )
+    if experts.has_gate and form.code != "e2m1":
+        up = (2, up[0] // 2, up[1])
+    try:
+        return NarrowLayout(up, down, form)
+    except ValueError:
+        return None
 
 
 def without_experts(architecture: Architecture) -> Architecture:
