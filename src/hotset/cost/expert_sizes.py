@@ -175,6 +175,11 @@ def _without_effect(asked: HostedExperts, sizes: ExpertSizes, device: str) -> It
                 f"{name} is {value}, which does nothing while all experts are on the device, as "
                 "they are here; leave it out, or give them less memory"
             )
+        if isinstance(asked, SplitMemory) and asked.move_split:
+            yield (
+                "move_split does nothing while all experts are on the device, as they are here; "
+                "leave it out, or give less memory"
+            )
     if asked.expert_prefetch > sizes.num_slots:
         yield (
             f"expert_prefetch is {asked.expert_prefetch}, but a layer keeps {sizes.num_slots} "

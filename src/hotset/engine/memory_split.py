@@ -110,11 +110,12 @@ def split_memory(
             f"plan {slots.plan} and KV for one request of {load.context:.0f} tokens take "
             f"{gib_text(least)}; give at least {gib_text(least - hot_bytes)} more"
         )
+    sizes = checked_sizes(asked, ExpertSizes(slots, split.num_slots, host_slots), device=device)
     moving = None
     if asked.move_split:
         split, moving = _let_move(split, load, splitter, slots, has_longest=has_longest)
         slots = replace(slots, fewest_ever=moving.region.fewest_slots)
-    sizes = checked_sizes(asked, ExpertSizes(slots, split.num_slots, host_slots), device=device)
+        sizes = replace(sizes, slots=slots, num_slots=split.num_slots)
     report = f"{_report(asked, split, load, cost, moving)}\n{_prediction(split, cost, rated)}"
     return SolvedSplit(sizes, split.kv_bytes, moving, report)
 
@@ -122,7 +123,7 @@ def split_memory(
 def _let_move(
     split: Split, load: Load, splitter: Splitter, slots: SlotBytes, *, has_longest: bool
 ) -> tuple[Split, MovingSplit]:
-    """Bounds for a split that moves, around one that does not.
+    """Bounds for a split that moves, around one that does not and leaves some experts out.
 
     Steps are recorded with the passes that the fewest slots need, so these are half of what is best
     at start. The most leave one context of `max_model_len` and one expert in host memory; where
@@ -132,11 +133,6 @@ def _let_move(
         the best split of these, whose staging buffers have room for the experts beside the fewest
         slots; and how it can move.
     """
-    if split.num_slots == slots.num_experts:
-        raise ConfigError(
-            "move_split does nothing while all experts are on the device, as they are here; leave "
-            "it out, or give less memory"
-        )
     fewest = max(splitter.fewest_slots, split.num_slots // 2)
     most = slots.num_experts - 1
     if not has_longest:
