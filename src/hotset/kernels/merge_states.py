@@ -34,6 +34,7 @@ def _merge_states(  # type: ignore[no-untyped-def]
     b = tl.load(other + places, mask=inside).to(tl.float32)
     merged = (a * weight[:, None] + b * other_weight[:, None]) / total[:, None]
     tl.store(output + places, merged.to(output.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # each warp has loaded the sums that are overwritten here
     tl.store(sums + row, largest + tl.log2(total), mask=is_row)
 
 
