@@ -54,6 +54,11 @@ class FakeDevice:
     def content(self, block: int) -> list[int | None]:
         return self.blocks.setdefault(block, [None] * self.block_size)
 
+    def fill(self, block: int, content: list[int | None] | None) -> None:
+        """What came to a block; None where it did not come."""
+        self.blocks[block] = [None] * self.block_size if content is None else list(content)
+        self.keys[block] = list(self.blocks[block])
+
     def copy(self, plan: Step) -> None:
         """Copy blocks as the plan says."""
         for keys_alone, group in groupby(plan.copies, lambda copy: copy[1] & KEYS_ALONE):
@@ -127,6 +132,7 @@ class FakeTiers:
         self.stored: dict[bytes, str] = {}
         self.payloads: dict[bytes, list[int | None]] = {}
         self.spilling: dict[bytes, int] = {}
+        self.discarded: set[bytes] = set()  # of these
         self.fetching: list[tuple[bytes, int]] = []
         self.ended: list[EndedTransfer] = []
         self.has_room = True
@@ -183,6 +189,8 @@ class FakeTiers:
     def discard(self, keys: Sequence[bytes]) -> None:
         for key in keys:
             self.stored.pop(key, None)
+            if key in self.spilling:
+                self.discarded.add(key)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         for key in keys:
@@ -200,7 +208,9 @@ class FakeTiers:
 
     def end_spill(self, key: bytes) -> None:
         block = self.spilling.pop(key)
-        self.stored[key] = "host"
+        if key not in self.discarded:
+            self.stored[key] = "host"
+        self.discarded.discard(key)
         if self.device is not None:
             self.payloads[key] = list(self.device.content(block))
         self.ended.append(EndedTransfer(key, block, is_fetch=False, ok=True))
@@ -210,9 +220,7 @@ class FakeTiers:
         if self.device is not None:
             if key in self.spilling:  # the fetch waits for it
                 self.end_spill(key)
-            unread: list[int | None] = [None] * self.device.block_size
-            self.device.blocks[block] = list(self.payloads[key]) if ok else unread
-            self.device.keys[block] = list(self.device.blocks[block])
+            self.device.fill(block, self.payloads[key] if ok else None)
         self.ended.append(EndedTransfer(key, block, is_fetch=True, ok=ok))
 
     def end_all(self) -> None:

@@ -55,6 +55,11 @@ class Metrics(ExpertCounts):
     hot_misses: int = 0  # and that came from host memory
     spilled_blocks: int = 0
     fetched_blocks: int = 0
+    state_hits: Counter[str] = field(default_factory=Counter)  # by tier, states gone on from
+    spilled_states: int = 0
+    fetched_states: int = 0
+    dropped_states: int = 0  # left the device before their turn to be spilled came
+    stateless_tokens: int = 0  # their KV was found and no state behind them: of no use
     moved_bytes: Counter[str] = field(default_factory=Counter)  # by direction, "device>host"
     expert_rounding_error: float = 0.0  # relative RMS of experts' weights; fixed at start
     split_moves: int = 0  # times that another split between experts and KV was aimed at

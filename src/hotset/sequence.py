@@ -65,6 +65,10 @@ class Tail:
     index: int
     num_tokens: int
 
+    def end(self, block_size: int) -> int:
+        """Tokens up to its end."""
+        return self.index * block_size + self.num_tokens
+
 
 class StateCut(NamedTuple):
     """A state that a step keeps: after how many tokens, in which slot, under which key."""
@@ -72,6 +76,44 @@ class StateCut(NamedTuple):
     position: int
     slot: int
     key: bytes | None
+
+
+class KeptState(NamedTuple):
+    """A state that a request has left or come from: after how many tokens, under which key.
+
+    Attributes:
+        slowest: the number of the slowest tier that it is to be in; -1 for none.
+    """
+
+    num_tokens: int
+    key: bytes
+    slowest: int
+
+
+class ParkedState(NamedTuple):
+    """A state that a preempted request has left for itself alone."""
+
+    num_tokens: int
+    key: bytes
+
+
+@dataclass(slots=True)
+class AwaitedState:
+    """The state that a request was let in to go on from, while it or KV before it is on its way.
+
+    Attributes:
+        num_tokens: after which it is.
+        tier: that had it.
+        is_arriving: whether it is still on its way.
+        is_own: whether the request had parked it.
+        has_failed: whether it did not come.
+    """
+
+    num_tokens: int
+    tier: str
+    is_arriving: bool
+    is_own: bool
+    has_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +157,10 @@ class SequenceBlocks:
         num_planned: tokens of a step that was planned and is not committed, of such a model.
         fork_slot: what is kept for those that fork.
         has_forks: whether others are to fork where its prompt ends.
+        kept_states: those that others find too, which it has left or come from.
+        parked: its own, as long as it was preempted.
+        awaited: what it is to go on from, before its first step.
+        most_found: no state from there on is looked for, as one did not come; None is no bound.
     """
 
     num_computed_tokens: int = 0
@@ -141,6 +187,10 @@ class SequenceBlocks:
     num_planned: int = 0
     fork_slot: int | None = None
     has_forks: bool = False
+    kept_states: list[KeptState] = field(default_factory=list)
+    parked: ParkedState | None = None
+    awaited: AwaitedState | None = None
+    most_found: int | None = None
 
     @property
     def num_blocks(self) -> int:

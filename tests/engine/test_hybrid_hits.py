@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from engines import run
-from hybrid_prompts import ROOM, TOKENS, found, make_prompt, note_logits
+from hybrid_prompts import KINDS, ROOM, TOKENS, found, make_prompt, note_logits
 from tiny_models import HYBRID_FAMILIES
 
 from hotset.attention.state_tables import GRID
@@ -14,7 +14,6 @@ from hotset.engine.engine import Engine
 from hotset.request import SamplingParams
 
 MakeEngine = Callable[..., Engine]
-KINDS = ["lfm2", "qwen3_5_text", "bamba"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,10 +45,10 @@ def test_a_state_that_a_step_keeps_on_its_way_changes_no_bit(
         engine = make_engine(family, **ROOM)
         assert engine.kv.states is not None
         if not keeps:
-            monkeypatch.setattr(engine.kv, "_want_snapshots", lambda *_: None)
+            monkeypatch.setattr(engine.kv.states, "_want", lambda *_: None)
         both.append(note_logits(engine))
         run(engine, [prompt], max_tokens=4)
-        assert engine.kv.states.pool.num_cached == 1 + keeps  # with that of its end
+        assert engine.kv.states.slots.pool.num_cached == 1 + keeps  # with that of its end
     assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
 
 
@@ -131,7 +130,7 @@ def test_a_hit_is_no_longer_than_kv_nor_than_the_state(
     assert engine.kv.states is not None
     prompt = make_prompt(2 * GRID + 20)
     first = run(engine, [prompt], max_tokens=4)
-    engine.kv.states.pool.forget_cached()  # all KV is there, and no state
+    engine.kv.states.slots.pool.forget_cached()  # all KV is there, and no state
     assert run(engine, [prompt], max_tokens=4) == first
     assert found(engine) == 0
     engine.kv.pool.forget_cached()  # all states are there, and no KV
@@ -155,7 +154,7 @@ def test_outputs_of_one_prompt_start_from_one_state(family: str, make_engine: Ma
     assert list(outputs.values()) == run(cold, [prompt], max_tokens=TOKENS) * 3
     assert engine.metrics.forked_tokens == 2 * (len(prompt) - 1)
     assert engine.metrics.recomputed_tokens == 0
-    assert engine.kv.states is not None and engine.kv.states.pool.num_held == 0
+    assert engine.kv.states is not None and engine.kv.states.slots.pool.num_held == 0
 
 
 @pytest.mark.parametrize("family", KINDS)

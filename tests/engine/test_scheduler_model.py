@@ -4,6 +4,7 @@ Tiers of any size, slow and faulty, shared prefixes, aborts, rotation and a step
 """
 
 import itertools
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
@@ -29,6 +30,7 @@ from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.kv.seats import Seats
 from hotset.kv.state_slots import StateSlots
+from hotset.memory.state_pieces import StatePieces
 from hotset.metrics import Metrics
 from hotset.request import FinishReason, SamplingParams
 from hotset.sequence import PADDING_SLOT, UNKNOWN_TOKEN, ZEROS_SLOT, Request, RequestStatus
@@ -56,6 +58,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_seats=st.just(0),
         values=st.just((1, 1)),
         states=st.none(),
+        pieces=st.none(),
     )
     def start(
         self,
@@ -73,8 +76,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_seats: int,
         values: tuple[int, int],
         states: StateSlots | None,
+        pieces: StatePieces | None,
     ) -> None:
-        self.device = FakeDevice(BLOCK, first_index_block=num_blocks + 1, values=values)
+        self.device = self.make_device(num_blocks, values)
         self.tiers = FakeTiers(self.device)
         self.tiers.num_slots = num_slots
         self.clock = FakeClock()
@@ -84,7 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         if hot_blocks:
             seats = Seats(num_seats=num_seats, num_slots=hot_blocks * BLOCK, block_size=BLOCK)
-        rates, metrics = Rates(1.0, {"host": 100.0}), Metrics()
+        rates, metrics = Rates(1.0, {"host": 100.0, "disk": 50.0}), Metrics()
         self.kv = KVCache(
             pool,
             block_size=BLOCK,
@@ -96,6 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             seats=seats,
             index_blocks=index_blocks,
             states=states,
+            pieces=pieces,
         )
         self.scheduler = Scheduler(
             self.kv,
@@ -113,6 +118,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.families: list[list[Request]] = []
         self.in_flight: list[Request] = []
         self.ids = itertools.count()
+
+    def make_device(self, num_blocks: int, values: tuple[int, int]) -> FakeDevice:
+        return FakeDevice(BLOCK, first_index_block=num_blocks + 1, values=values)
 
     @rule(
         prefix=st.sampled_from(PREFIXES),
@@ -287,7 +295,7 @@ class HotMachine(SchedulerMachine):
     )
     def start(self, **chosen: Any) -> None:
         sizes = {"max_num_seqs": 6, "budget": 24, "mixed_budget": 24, "row_tile": 1}
-        super().start(**sizes, **chosen, ahead_tokens=4, mode="fetch", states=None)
+        super().start(**sizes, **chosen, ahead_tokens=4, mode="fetch", states=None, pieces=None)
 
     @rule(own=st.lists(st.integers(0, 3), min_size=16, max_size=24))
     def add_long(self, own: list[int]) -> None:
@@ -305,6 +313,34 @@ class HotMachine(SchedulerMachine):
         self.kv.hot.forget_slots()
 
 
+@dataclass
+class StateDevice(FakeDevice):
+    """With slots of states, of which each piece is the tokens that the state is after."""
+
+    pieces: StatePieces = field(default_factory=lambda: StatePieces(0, 1, 1))
+    slots: dict[int, list[list[int] | None]] = field(default_factory=dict)
+
+    def write(self, slot: int, tokens: list[int] | None) -> None:
+        self.slots[slot] = [tokens] * self.pieces.per_state
+
+    def read(self, slot: int) -> list[int] | None:
+        first, *others = self.slots[slot]
+        return first if all(other == first for other in others) else None
+
+    def content(self, block: int) -> Any:
+        if block < self.pieces.first:
+            return super().content(block)
+        slot, piece = divmod(block - self.pieces.first, self.pieces.per_state)
+        return self.slots[slot][piece] or []
+
+    def fill(self, block: int, content: Any) -> None:
+        if block < self.pieces.first:
+            super().fill(block, content)
+            return
+        slot, piece = divmod(block - self.pieces.first, self.pieces.per_state)
+        self.slots.setdefault(slot, [None] * self.pieces.per_state)[piece] = content
+
+
 class StateMachine(SchedulerMachine):
     """The same of a model whose layers keep a state: what a slot has is checked too."""
 
@@ -315,22 +351,32 @@ class StateMachine(SchedulerMachine):
         row_tile=st.sampled_from([1, 4]),
         prefix_caching=st.booleans(),
         ahead_tokens=st.sampled_from([1, 256]),
+        num_slots=st.sampled_from([0, 8, 30, 200]),
+        rotation_s=st.sampled_from([None, None, 1.0]),
+        mode=st.sampled_from(["fetch", "fetch", "auto", "recompute"]),
         num_states=st.integers(1, 12),
+        num_pieces=st.integers(1, 3),
         grid=st.sampled_from([4, 8]),
+        keeps_below=st.sampled_from([True, True, False]),
     )
-    def start(self, num_states: int, grid: int, **chosen: Any) -> None:
-        self.slots: dict[int, list[int] | None] = {ZEROS_SLOT: []}
+    def start(
+        self, num_states: int, num_pieces: int, grid: int, keeps_below: bool, **chosen: Any
+    ) -> None:
+        self.pieces = StatePieces(chosen["num_blocks"] + 1, num_pieces, 1)
         super().start(
             **chosen,
-            num_slots=0,
             mixed_budget=chosen["budget"],
-            rotation_s=None,
-            mode="fetch",
             hot_blocks=0,
             num_seats=0,
             values=(1, 1),
             states=StateSlots(num_states, grid=grid),
+            pieces=self.pieces if keeps_below else None,
         )
+
+    def make_device(self, num_blocks: int, values: tuple[int, int]) -> FakeDevice:
+        self.states = StateDevice(BLOCK, first_index_block=num_blocks + 1, pieces=self.pieces)
+        self.states.write(ZEROS_SLOT, [])
+        return self.states
 
     def choose(self) -> None:
         """What the step in flight chose, which the device knows before the host does."""
@@ -341,6 +387,8 @@ class StateMachine(SchedulerMachine):
     @rule()
     def step(self) -> None:
         """As the engine: a step is on the device before the tokens of the last one are known."""
+        self.kv.poll()
+        self.clock.now_s += 0.1
         plan = self.scheduler.schedule()
         self.choose()
         self.device.compute(plan)
@@ -358,7 +406,7 @@ class StateMachine(SchedulerMachine):
         written: set[int] = set()
         for item in plan.items:
             tokens, kv = item.request.token_ids, item.request.kv
-            assert self.slots[kv.state_read] == tokens[: item.start], "another state is read"
+            assert self.states.read(kv.state_read) == tokens[: item.start], "another state is read"
             assert kv.state_read not in written, "a state is read that this step has written"
             ends = [(cut.position, cut.slot) for cut in kv.cuts]
             assert ends == sorted(ends, key=itemgetter(0))
@@ -367,7 +415,7 @@ class StateMachine(SchedulerMachine):
                 assert slot not in written and slot not in (ZEROS_SLOT, PADDING_SLOT)
                 assert self.is_unheld(slot, item.request)
                 written.add(slot)
-                self.slots[slot] = tokens[:position]
+                self.states.write(slot, tokens[:position])
 
     def is_unheld(self, slot: int, request: Request) -> bool:
         """Whether no other request reads or writes a slot."""
@@ -381,7 +429,7 @@ class StateMachine(SchedulerMachine):
         self.choose()
         for item in plan.items:
             for slot in (item.request.kv.state_write, *(cut.slot for cut in item.request.kv.cuts)):
-                self.slots[slot] = None
+                self.states.write(slot, None)
         self.device.copy(plan)
         if plan.items:
             self.scheduler.step_failed(plan)
@@ -391,12 +439,46 @@ class StateMachine(SchedulerMachine):
     @rule()
     def lose_the_states(self) -> None:
         assert self.kv.states is not None
-        self.kv.states.pool.forget_cached()
+        self.kv.states.slots.pool.forget_cached()
+
+    @rule(is_all=st.booleans())
+    def leave_the_device(self, is_all: bool) -> None:
+        for _ in range(8):
+            self.step()
+            self.tiers.end_all()
+        self.lose_the_states()
+        if is_all:
+            self.kv.pool.forget_cached()
+
+    @rule(which=st.integers(0, 100), lost=st.lists(st.sampled_from([0, -1]), max_size=3))
+    def come_back(self, which: int, lost: list[int]) -> None:
+        """What a request that has ended left comes back for the next turn, or not all of it."""
+        self.leave_the_device(is_all=True)
+        self.go_on(which, more=[1, 2])
+        self.step()
+        for index in lost:
+            if self.tiers.fetching:
+                self.tiers.end_fetch(index, ok=False)
+        self.tiers.end_all()
+        self.step()
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule()
+    def preempt_the_last(self) -> None:
+        """While nothing is in flight, as between two steps."""
+        self.collect()
+        if self.scheduler.running:
+            self.scheduler._preempt_last()
 
     def teardown(self) -> None:
         super().teardown()
         if hasattr(self, "kv"):
-            assert self.kv.states is not None and self.kv.states.pool.num_held == 0
+            assert self.kv.states is not None
+            while self.kv.states._due or self.tiers.spilling:
+                self.tiers.end_all()
+                self.kv.poll()
+            assert self.kv.states.slots.pool.num_held == 0
+            assert not any(request.kv.parked for request in self.requests)
 
 
 @pytest.mark.parametrize("machine", [SchedulerMachine, HotMachine, StateMachine])

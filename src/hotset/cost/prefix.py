@@ -22,8 +22,8 @@ to put into `rates`.
 """
 
 import math
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
 
 from hotset.cost.rates import Rates
 
@@ -99,18 +99,44 @@ def _check(*, above_zero: dict[str, float], others: dict[str, float]) -> None:
             raise ValueError(f"{name} is {value}; expected 0 or a finite number above it")
 
 
+class StatePlace(NamedTuple):
+    """A place in a prefix where a state is known, so that a request can go on there.
+
+    Attributes:
+        num_tokens: before it.
+        cold_tokens: of these, those whose KV is in slower tiers.
+        is_cold: whether the state is.
+        tiers: the names of these tiers.
+    """
+
+    num_tokens: int
+    cold_tokens: int
+    is_cold: bool
+    tiers: set[str]
+
+
 class PrefixPolicy:
-    """`bring_prefix` for the requests of one engine, or what its user chose in its place."""
+    """`bring_prefix` for the requests of one engine, or what its user chose in its place.
+
+    Args:
+        rates: of this machine.
+        bytes_per_token: of KV.
+        state_bytes: of a request beside its KV. A prefix with a state is fetched as a whole, up to
+            a place where one was kept: none of it can be computed meanwhile.
+        mode: "auto" is as said above.
+    """
 
     def __init__(
         self,
         rates: Rates,
         *,
         bytes_per_token: int,
+        state_bytes: int = 0,
         mode: Literal["auto", "fetch", "recompute"] = "auto",
     ) -> None:
         self.rates = rates
         self.bytes_per_token = bytes_per_token
+        self.state_bytes = state_bytes
         self.mode = mode
 
     def tokens_to_compute(
@@ -134,6 +160,39 @@ class PrefixPolicy:
             queued_tokens=queued_tokens,
         )
 
+    def place_to_start(
+        self, places: Sequence[StatePlace], *, queued_bytes: int, queued_tokens: int
+    ) -> int:
+        """The place from which a request is at its end soonest, as its index.
+
+        Args:
+            places: the deepest first, down to that of no tokens.
+            queued_bytes: that come to the device before.
+            queued_tokens: of other requests, which are computed meanwhile.
+        """
+        if self.mode == "fetch":
+            return 0
+        if self.mode == "recompute":
+            return next(i for i, place in enumerate(places) if not place.tiers)
+        queued_s = queued_tokens / self.rates.prefill_tokens_per_s
+
+        def seconds(place: StatePlace) -> float:
+            """Until the tokens before the deepest place are there."""
+            num_bytes = place.cold_tokens * self.bytes_per_token + place.is_cold * self.state_bytes
+            rates = (self.rates.link_bytes_per_s[tier] for tier in place.tiers)
+            fetch_s = (queued_bytes + num_bytes) / min(rates) if place.tiers else 0.0
+            left = places[0].num_tokens - place.num_tokens
+            return max(fetch_s, queued_s) + left / self.rates.prefill_tokens_per_s
+
+        return min(range(len(places)), key=lambda i: seconds(places[i]))
+
+    def is_worth_state(self, num_tokens: int, tier: str) -> bool:
+        """Whether a state `num_tokens` behind another is fetched sooner than these are computed."""
+        if self.mode != "auto":
+            return self.mode == "fetch"
+        return self.fetch_s(num_tokens, tier) < num_tokens / self.rates.prefill_tokens_per_s
+
     def fetch_s(self, num_tokens: int, tier: str) -> float:
-        """Seconds to fetch `num_tokens` from `tier` when nothing else is fetched."""
-        return num_tokens * self.bytes_per_token / self.rates.link_bytes_per_s[tier]
+        """Seconds to fetch `num_tokens` and a state from `tier` when nothing else is fetched."""
+        num_bytes = num_tokens * self.bytes_per_token + self.state_bytes
+        return num_bytes / self.rates.link_bytes_per_s[tier]

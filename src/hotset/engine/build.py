@@ -45,8 +45,8 @@ from hotset.options import Options
 
 _LAYOUT_VERSION, _SIDE_BY_SIDE_VERSION = "1", "2"
 _STATE_NOTE = (
-    "layers keep a state beside KV: prefixes are found up to states that were kept on the device, "
-    "and a preempted request goes on from the last of these"
+    "layers keep a state beside KV: prefixes are found up to states that were kept, and a "
+    "preempted request without a state in host memory goes on from the last of these"
 )
 
 
@@ -163,7 +163,7 @@ class _Build(RankSetup):
                 undo,
                 self._clock,
             )
-        kv = self._kv_cache(sizes, tiers, measured.rates, metrics, repr(fingerprint))
+        kv = self._kv_cache(placed, tiers, measured.rates, metrics, repr(fingerprint))
         scheduler = self._scheduler(placed, kv, measured, metrics)
         mover = None
         if sizes.moving is not None:
@@ -192,16 +192,20 @@ class _Build(RankSetup):
 
     def _kv_cache(
         self,
-        sizes: Sizes,
+        placed: Placed,
         tiers: TierStack | None,
         rates: Rates,
         metrics: Metrics,
         fingerprint: str,
     ) -> KVCache:
-        memory, hot = self._options.memory, sizes.hot
+        sizes, memory = placed.sizes, self._options.memory
+        hot, states = sizes.hot, sizes.states
         pool = BlockPool(sizes.num_blocks, sizes.first_block)
         policy = PrefixPolicy(
-            rates, bytes_per_token=self._layout.bytes_per_token, mode=memory.fetch_policy
+            rates,
+            bytes_per_token=self._layout.bytes_per_token,
+            state_bytes=0 if states is None else states.slot_bytes,
+            mode=memory.fetch_policy,
         )
         seats = index_blocks = None
         if hot is not None:
@@ -217,6 +221,7 @@ class _Build(RankSetup):
             seats=seats,
             index_blocks=index_blocks,
             states=self._state_slots(sizes),
+            pieces=placed.payloads.pieces if states and states.go_down(sizes.host_slots) else None,
         )
 
     def _state_slots(self, sizes: Sizes) -> StateSlots | None:
@@ -267,7 +272,7 @@ class _Build(RankSetup):
             "dtype": str(layout.dtype),
             "kv_dtype": f"{layout.kv_dtype} {self._kv_scales}",
             "block_size": str(sizes.block_size),
-            "shape": f"{layout.cache_specs} {layout.index_dims}{index}",
+            "shape": f"{layout.cache_specs} {layout.index_dims}{index}{layout.states or ''}",
         }
 
     def _report(self, placed: Placed, measured: _Measured) -> str:

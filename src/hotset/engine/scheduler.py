@@ -158,7 +158,7 @@ class Scheduler:
         items, hot = step.take_items(), self.kv.hot
         if self.kv.states is not None:
             for item in items:
-                self.kv.plan_states(item.request, item.num_tokens)
+                self.kv.states.plan(item.request, item.num_tokens)
         seats = hot.take_updates() if hot is not None and items else None
         return Step(items, self.kv.tables.take_copies(), seats)
 
@@ -223,7 +223,7 @@ class Scheduler:
         for item in step.items:
             if item.request.status is RequestStatus.RUNNING:
                 self.running.remove(item.request)
-                self._preempt(item.request)
+                self._preempt(item.request, has_state=False)
 
     def _prompt_budget(self) -> int:
         """Most tokens of prompts in the next step."""
@@ -268,7 +268,10 @@ class Scheduler:
                 continue  # preempted below, for an earlier one
             if request.is_complete:
                 continue  # its last token is being chosen
-            self.kv.advance(request)
+            if not self.kv.advance(request):
+                self.running.remove(request)
+                self._send_back(request)
+                continue
             # Blocks that only a spill still holds come free by themselves: wait for those.
             while not step.plan_next(request) and self.kv.transfers.num_blocks_after_spills == 0:
                 if self.kv.hot is not None and self.kv.hot.make_room(self.running, 1):
@@ -410,10 +413,13 @@ class Scheduler:
         self._preempt(victim)
         return victim
 
-    def _preempt(self, victim: Request) -> None:
-        self.kv.preempt(victim)
+    def _preempt(self, victim: Request, *, has_state: bool = True) -> None:
         self.metrics.preemptions += 1
         victim.queue.num_preemptions += 1
+        self._send_back(victim, has_state=has_state)
+
+    def _send_back(self, victim: Request, *, has_state: bool = True) -> None:
+        self.kv.preempt(victim, has_state=has_state)
         victim.status = RequestStatus.WAITING
         insort(self.waiting, victim, key=_order)
 

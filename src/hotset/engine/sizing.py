@@ -106,23 +106,21 @@ class Sizes:
             lines.append(f"{what:<16}{num_bytes / GIB:>9.3f}{counts}  {where}")
         users = []
         # Payloads in host memory are on the disk too.
-        total_blocks = self.device_blocks + max(self.host_slots, disk_slots)
+        below = max(self.host_slots, disk_slots)
         for context in (*_REPORTED_CONTEXTS, self.max_model_len):
             if context <= self.max_model_len:
                 blocks = -(-context // self.block_size)
-                hot = self.device_blocks // blocks
+                hot, in_all = self.device_blocks // blocks, (self.device_blocks + below) // blocks
                 if self.states is not None:
                     hot = min(hot, self.states.num_seqs)
+                    in_all = hot + below // (blocks + self.states.num_payloads)
                 users.append(
                     f"{context} tokens: {hot} hot"
-                    + (f", {total_blocks // blocks} in all tiers" if self.host_slots else "")
+                    + (f", {in_all} in all tiers" if self.host_slots else "")
                 )
         lines.append("users of a context of " + "; ".join(dict.fromkeys(users)))
         if self.states is not None:
-            lines.append(
-                f"state: {self.states.num_seqs} requests at once, and {self.states.num_kept} more "
-                f"states that are kept, {self.states.slot_bytes:,} B each"
-            )
+            lines.append(self.states.report(self.host_slots))
         if self.hot is not None:
             lines.append(
                 f"hot requests: {self.hot.num_slots} tokens per layer on the device, the others in "

@@ -22,11 +22,13 @@ class StateSizes:
         num_seqs: requests that are to run at once.
         num_kept: slots beside for states that others may go on from.
         slot_bytes: of the state of one.
+        num_payloads: that one takes in slower tiers.
     """
 
     num_seqs: int
     num_kept: int
     slot_bytes: int
+    num_payloads: int
 
     @property
     def num_slots(self) -> int:
@@ -42,6 +44,25 @@ class StateSizes:
     def num_bytes(self) -> int:
         """On the device."""
         return self.num_all_slots * self.slot_bytes
+
+    def go_down(self, host_slots: int) -> bool:
+        """Whether states go to slower tiers: host memory has to hold two, as one comes and goes."""
+        return host_slots >= 2 * self.num_payloads
+
+    def report(self, host_slots: int) -> str:
+        """The line shown at start."""
+        line = (
+            f"state: {self.num_seqs} requests at once, and {self.num_kept} more states that are "
+            f"kept, {self.slot_bytes:,} B each"
+        )
+        if not host_slots:
+            return line
+        if self.go_down(host_slots):
+            return f"{line}, {self.num_payloads} blocks each in host memory and on disk"
+        return (
+            f"{line}; none goes to host memory, which has {host_slots} blocks and takes states "
+            f"from {2 * self.num_payloads} on"
+        )
 
 
 def solve_state_sizes(
@@ -74,14 +95,8 @@ def solve_state_sizes(
         given: the one that `hot_bytes` comes from.
 
     Raises:
-        ConfigError: a slower tier is asked for; or not one request has room.
+        ConfigError: not one request has room.
     """
-    for name in ("host_gib", "disk_gib"):
-        if getattr(memory, name) > 0:
-            raise ConfigError(
-                f"{name} is {getattr(memory, name)}, but the model keeps a state beside KV, which "
-                f"does not go to host memory or disk so far; leave {name} out"
-            )
     least_bytes = (_NUM_RESERVED + 1) * slot_bytes + fewest_blocks * block_bytes
     if hot_bytes < least_bytes:
         raise ConfigError(
@@ -100,7 +115,7 @@ def solve_state_sizes(
     left = hot_bytes - num_seqs * slot_bytes - max(for_kv, num_seqs * usual)
     kept = max(_FEWEST_KEPT, num_seqs // _SEQS_PER_KEPT)
     room = max(0, min(left // slot_bytes, most - num_seqs))
-    return StateSizes(num_seqs, min(kept, room), slot_bytes)
+    return StateSizes(num_seqs, min(kept, room), slot_bytes, -(-slot_bytes // block_bytes))
 
 
 def _asked_bytes(memory: MemoryOptions, hot_bytes: int) -> int:

@@ -38,7 +38,7 @@ class StepShares:
     ) -> None:
         self._order = order
         self._tables, self._prefixes = kv.tables, kv.prefixes
-        self._grid = 0 if kv.states is None else kv.states.grid
+        self._grid = 0 if kv.states is None else kv.states.slots.grid
         self._budget = budget
         self._prompt_budget = prompt_budget
         self._scored_budget = scored_budget

@@ -5,7 +5,6 @@ It asks: `prefix` names blocks, `table` has them, `transfers` moves them between
 
 import secrets
 from collections.abc import Sequence
-from operator import itemgetter
 
 from hotset.cost.prefix import PrefixPolicy
 from hotset.kv.block_hash import DIGEST_BYTES
@@ -15,8 +14,11 @@ from hotset.kv.pool import BlockPool
 from hotset.kv.prefix import LEAST_TAIL, Prefixes
 from hotset.kv.seats import Seats
 from hotset.kv.state_slots import StateSlots
+from hotset.kv.state_transfers import StateTransfers
+from hotset.kv.states import Start, States
 from hotset.kv.table import BlockTables
 from hotset.kv.transfers import BlockTransfers, Known
+from hotset.memory.state_pieces import StatePieces
 from hotset.memory.tier import Answer
 from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
@@ -43,8 +45,8 @@ class KVCache:
         prefixes: the keys of each request's blocks.
         transfers: of blocks, to and from slower tiers.
         hot: the requests that keep few of their tokens on the device; None where none may.
-        states: slots for what layers keep beside KV; None where they keep nothing. KV is of use up
-            to a state that was kept: what is found ends there.
+        states: of what layers keep beside KV; None where they keep nothing. KV is of use up to a
+            state that was kept: what is found ends there.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class KVCache:
         seats: Seats | None = None,
         index_blocks: IndexBlocks | None = None,
         states: StateSlots | None = None,
+        pieces: StatePieces | None = None,
     ) -> None:
-        self.pool, self.states = pool, states
+        self.pool = pool
         self.tables = BlockTables(pool, block_size, index_blocks)
         self.prefixes = Prefixes(
             fingerprint,
@@ -74,8 +77,15 @@ class KVCache:
         self.hot = None
         if seats is not None and index_blocks is not None:
             self.hot = HotSet(seats, self.tables, self.transfers, metrics)
+        self.states = None
+        if states is not None:
+            transfers = None
+            if tiers is not None and pieces is not None:
+                transfers = StateTransfers(states, pieces, tiers, metrics)
+            worth = None if transfers is None else policy
+            self.states = States(states, self.prefixes, metrics, transfers, worth)
         self.block_size = block_size
-        self._metrics = metrics
+        self._metrics, self._tiers = metrics, tiers
 
     def admit(self, request: Request, *, spare_blocks: int, queued_tokens: int) -> bool:
         """Find what is known of the request's tokens and give it blocks for that.
@@ -85,13 +95,20 @@ class KVCache:
         `spare_blocks`; without it nothing changes and the result is False. So it is while a tier
         cannot say yet what it has of the tokens.
         """
-        if self.states is not None and not self.states.can_give:
+        if self.states is not None and not self.states.slots.can_give:
             return False
         known, is_pending = self._find_prefix(request)
         if is_pending:
             return False
-        keys = [part.key for part in known]
-        computed = self.transfers.cheaper_computed(known, queued_tokens)
+        keys, computed = [part.key for part in known], dict[bytes, int]()
+        start, num_seen = None, sum(part.num_tokens for part in known)
+        if self.states is None:
+            computed = self.transfers.cheaper_computed(known, queued_tokens)
+        else:
+            start = self._find_start(request, known, queued_tokens)
+            if start is None:
+                return False
+            known, keys = known[: start.num_blocks], keys[: start.num_blocks]
         while known and known[-1].key in computed:
             known.pop()
         held = [None if part.key in computed else self._hold(part) for part in known]
@@ -103,8 +120,9 @@ class KVCache:
             return False
 
         fresh = iter(self.pool.allocate(len(known) - len(shared)))
-        if self.states is not None:
-            self.states.give(request, keys[-1] if keys else None)
+        if self.states is not None and start is not None:
+            self.states.begin(request, start, num_seen)
+            keys = self.states.with_pieces(request, keys)
         request.kv.num_shared_blocks = len(shared)
         request.kv.block_table = [next(fresh) if block is None else block for block in held]
         for i, part in enumerate(known):
@@ -116,8 +134,13 @@ class KVCache:
         self.transfers.unkeep(request)  # its fetches hold what they read
         self._metrics.recompute_chosen_tokens += sum(computed.values())
         self.advance(request)
-        assert self.states is None or not request.kv.arrived, "KV is there without its state"
         return True
+
+    def _find_start(self, request: Request, known: list[Known], queued_tokens: int) -> Start | None:
+        """Where a request goes on; None while a tier cannot say what it has."""
+        assert self.states is not None
+        queued_bytes = 0 if self._tiers is None else self._tiers.queued_fetch_bytes()
+        return self.states.find(request, known, queued_bytes, queued_tokens)
 
     def num_blocks_missing(self, request: Request) -> int:
         """Blocks that a request needs to be let in, beside those that the device has of it."""
@@ -140,15 +163,32 @@ class KVCache:
             if kv.was_fetched or (kv.was_staged and not room):
                 continue
             known, is_pending = self._find_prefix(request)
+            if self.states is not None:
+                start = self._find_start(request, known, 0)
+                if start is None:
+                    continue
+                known = known[: start.num_blocks]
+                self.states.bring_closer(start)
             ahead = [part for part in known if kv.resume is None or part.key != kv.resume.key]
             kv.was_staged = not is_pending
             kv.was_fetched = self.transfers.bring_closer(ahead, room) and not is_pending
 
-    def advance(self, request: Request) -> None:
-        """Move the request past the content that is there already."""
+    def advance(self, request: Request) -> bool:
+        """Move the request past the content that is there already.
+
+        False where some of what it was to go on from will not come: it has to be let in again.
+        """
         if request.kind is not Kind.PROMPT:
-            return  # at least one token is left to compute
+            return True  # at least one token is left to compute
         kv, size = request.kv, self.block_size
+        awaited = kv.awaited
+        if awaited is not None:
+            if kv.arriving or awaited.is_arriving:
+                return True
+            num_arrived = sum(found.num_tokens for found in kv.arrived.values())
+            if awaited.has_failed or num_arrived != awaited.num_tokens:
+                kv.most_found = awaited.num_tokens
+                return False
         while kv.num_computed_tokens % size == 0:
             index = kv.num_computed_tokens // size
             if index in kv.arrived:
@@ -160,6 +200,10 @@ class KVCache:
             self._metrics.found(request, kv.num_computed_tokens, found.num_tokens, found.tier)
             kv.num_computed_tokens += found.num_tokens
         kv.high_water_tokens = max(kv.high_water_tokens, kv.num_computed_tokens)
+        if awaited is not None and self.states is not None:
+            self.states.went_on(request)
+            self.transfers.drop_tail(request)
+        return True
 
     def commit(self, request: Request, num_accepted: int) -> None:
         """The next `num_accepted` tokens have their KV: publish and spill what became full.
@@ -173,8 +217,7 @@ class KVCache:
             self._metrics.recomputed_tokens += min(end, kv.high_water_tokens) - start
         kv.high_water_tokens = max(kv.high_water_tokens, end)
         if self.states is not None:
-            kv.num_planned = 0
-            self.states.advance(request)
+            self.states.commit(request)
         first, last = start // size, end // size
         if first == last:
             return
@@ -185,43 +228,20 @@ class KVCache:
 
     def can_fork(self, parent: Request) -> bool:
         """Whether `fork` works for one more: a state needs a slot, and one to start from."""
-        return self.states is None or (parent.kv.fork_slot is not None and self.states.can_give)
+        if self.states is None:
+            return True
+        return parent.kv.fork_slot is not None and self.states.slots.can_give
 
     def end_fork(self, parent: Request) -> None:
         """All that were to fork have."""
         parent.kv.has_forks = False
         if self.states is not None:
-            self.states.end_fork(parent)
-
-    def plan_states(self, request: Request, num_tokens: int) -> None:
-        """Note the tokens of the next step, and say which states it is to keep on its way."""
-        kv, size = request.kv, self.block_size
-        end = kv.num_computed_tokens + num_tokens
-        assert self.states is not None
-        kv.num_planned = num_tokens
-        for position in kv.snapshots:
-            if kv.num_computed_tokens < position <= end:
-                key = self.prefixes.extend(request)[position // size - 1]
-                self.states.cut(request, position, key)
-        if kv.has_forks and kv.num_computed_tokens < request.prompt_len - 1 <= end:
-            self.states.cut(request, request.prompt_len - 1, None)
-            kv.cuts.sort(key=itemgetter(0))
-
-    def _want_snapshots(self, request: Request, num_seen: int) -> None:
-        """Have states kept where other requests are likely to go on.
-
-        At the last place on the grid that a longer prompt repeats; and, where KV of more tokens was
-        known than a state, at the last place on the grid that this request shares with others.
-        """
-        assert self.states is not None
-        grid = self.states.grid
-        places = {(request.prompt_len - 1) // grid * grid, num_seen // grid * grid}
-        request.kv.snapshots = sorted(places - {0})
+            self.states.slots.end_fork(parent)
 
     def fork(self, parent: Request, child: Request) -> None:
         """Let `child` share the blocks of the prompt it has in common with `parent`."""
         if self.states is not None:
-            self.states.fork(parent, child)
+            self.states.slots.fork(parent, child)
         self._metrics.forked_tokens += self.tables.fork(parent, child)
 
     def can_park(self, victim: Request, running: Sequence[Request], more_tokens: int) -> bool:
@@ -232,23 +252,32 @@ class KVCache:
         row, and some slots are always being written to.
         """
         reserve = 3 * sum(self.tables.num_over(running, more_tokens))
+        if self.states is not None:
+            reserve += self.states.num_pieces
         return self.transfers.can_take(len(victim.kv.block_table) + reserve)
 
-    def preempt(self, request: Request) -> None:
-        """Take the request's blocks; spill what no tier has yet, its last partial block too."""
+    def preempt(self, request: Request, *, has_state: bool = True) -> None:
+        """Take the request's blocks; spill what no tier has yet, its last partial block too.
+
+        And the state after its tokens, unless it is not known: not `has_state`.
+        """
         kv, size = request.kv, self.block_size
         num_full, num_partial = divmod(kv.num_computed_tokens, size)
-        tail = kv.resume
-        if tail is not None and kv.num_computed_tokens >= tail.index * size + tail.num_tokens:
-            self.transfers.drop_tail(request)  # computed past it
+        is_waiting = kv.awaited is not None and not kv.awaited.has_failed
+        if kv.resume is not None and not is_waiting:
+            is_past = kv.num_computed_tokens >= kv.resume.end(size)
+            if is_past or self.states is not None:
+                self.transfers.drop_tail(request)
         for i in range(num_full):
             if self.tables.is_whole(kv.block_table[i]):
                 self.transfers.spill(kv.block_hashes[i], kv.block_table[i])
-        if num_partial and kv.resume is None:
+        if num_partial and kv.resume is None and has_state:
             key = secrets.token_bytes(DIGEST_BYTES)
             if self.transfers.spill(key, kv.block_table[num_full], private=True):
                 kv.resume = Tail(key, num_full, num_partial)
-        self.transfers.keep(request)
+        if self.states is not None and not is_waiting and has_state:
+            self.states.park(request)
+        self.transfers.keep(request, () if self.states is None else self.states.parked(request))
         kv.was_staged = kv.was_fetched = False
         self.transfers.stop_waiting(request)
         self._give_back(request)
@@ -258,9 +287,11 @@ class KVCache:
         if self.states is not None:
             self._commit_in_flight(request)
         tail = self._publish_tail(request)
+        used = request.kv.block_hashes
         if self.states is not None:
-            self._leave_state(request, tail)
-        self.transfers.touch(request.kv.block_hashes)
+            self.states.leave(request, tail)
+            used = self.states.with_pieces(request, used if tail is None else [*used, tail])
+        self.transfers.touch(used)
         self._let_go(request)
 
     def discard(self, request: Request) -> None:
@@ -272,18 +303,25 @@ class KVCache:
         keys = self.prefixes.extend(request)
         self.transfers.discard(keys)
         if self.states is not None:
-            for key in keys:
-                self.states.pool.discard(key)
+            self.states.discard(keys)
 
     def _let_go(self, request: Request) -> None:
         self.transfers.stop_waiting(request)
         self._give_back(request)
         self.transfers.unkeep(request)
         self.transfers.drop_tail(request)
+        if self.states is not None:
+            self.states.forget(request)
 
     def poll(self) -> None:
-        """Take note of the transfers that ended."""
-        self.transfers.poll()
+        """Take note of the transfers that ended, and start copies of states whose turn it is."""
+        for ended in () if self._tiers is None else self._tiers.poll():
+            if self.states is not None and self.states.is_piece(ended.block):
+                self.states.end_transfer(ended)
+            else:
+                self.transfers.end(ended)
+        if self.states is not None:
+            self.states.spill_due()
         if self.hot is not None:
             self.hot.settle()
 
@@ -300,17 +338,6 @@ class KVCache:
             self.hot.leave(request)
 
     def _find_prefix(self, request: Request) -> tuple[list[Known], bool]:
-        """What is known somewhere of the request's leading tokens, with a state at its end.
-
-        See `_find_blocks`.
-        """
-        known, is_pending = self._find_blocks(request)
-        if self.states is not None:
-            self._want_snapshots(request, sum(part.num_tokens for part in known))
-            known = known[: self.states.num_usable([part.key for part in known])]
-        return known, is_pending
-
-    def _find_blocks(self, request: Request) -> tuple[list[Known], bool]:
         """What is known somewhere of the request's leading tokens, block by block.
 
         At least one token is always left to compute: its logits are what the step is for. Also
@@ -374,22 +401,6 @@ class KVCache:
         if num_planned and request.kv.num_computed_tokens + num_planned <= request.num_known_tokens:
             self.commit(request, num_planned)
 
-    def _leave_state(self, request: Request, tail: bytes | None) -> None:
-        """Have the state of a request that ends found, where its KV is too.
-
-        Args:
-            request: that ends.
-            tail: key of its last, partial block of KV, if that can be found.
-        """
-        assert self.states is not None
-        kv = request.kv
-        if kv.num_planned or not 0 < kv.num_computed_tokens <= request.num_known_tokens:
-            return  # a token in it is not known
-        index, num_partial = divmod(kv.num_computed_tokens, self.block_size)
-        key = tail if num_partial else self.prefixes.extend(request)[index - 1]
-        if key is not None and self.prefixes.are_shared:
-            self.states.leave(request, key)
-
     def _hold(self, part: Known) -> int | None:
         """Hold the block that has this content or will have; None where there is none yet."""
         if part.tier is not None:
@@ -422,6 +433,6 @@ class KVCache:
         self.pool.check()
         self.transfers.check()
         if self.states is not None:
-            self.states.pool.check()
+            self.states.check()
         if self.hot is not None:
             self.hot.check()

@@ -3,7 +3,7 @@
 Knows numbers and keys, no tensors. Imports no torch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from hotset.kv.pool import BlockPool
 from hotset.sequence import PADDING_SLOT, ZEROS_SLOT, Request, StateCut
@@ -32,13 +32,6 @@ class StateSlots:
         self.pool = BlockPool(num_slots)
         self.grid = grid
 
-    def num_usable(self, keys: Sequence[bytes]) -> int:
-        """How many of these leading blocks end where the last state is that was kept."""
-        for count in range(len(keys), 0, -1):
-            if self.pool.lookup(keys[count - 1]) is not None:
-                return count
-        return 0
-
     @property
     def can_give(self) -> bool:
         """Whether there is a slot for one more request."""
@@ -57,19 +50,54 @@ class StateSlots:
             kv.state_read = kv.state_write = slot + _FIRST
             return
         kv.state_read = ZEROS_SLOT if slot is None else slot + _FIRST
-        kv.state_write = pool.allocate(1)[0] + _FIRST
+        kv.state_write = self.take()
+
+    def take(self) -> int:
+        """A slot that is held once, for a state that comes from elsewhere."""
+        return self.pool.allocate(1)[0] + _FIRST
+
+    def start_from(self, request: Request, slot: int, *, is_found: bool) -> None:
+        """Let a request that has no slot start from the state that comes to `slot`.
+
+        Where others will find it, the request goes on in a slot of its own.
+        """
+        assert request.kv.state_write == PADDING_SLOT, "a request has a slot already"
+        self.hold(slot)
+        request.kv.state_read = slot
+        request.kv.state_write = self.take() if is_found else slot
+
+    def find(self, key: bytes) -> int | None:
+        """The slot of a state that was kept."""
+        slot = self.pool.lookup(key)
+        return None if slot is None else slot + _FIRST
+
+    def is_held(self, slot: int) -> bool:
+        """Whether a request or a transfer holds a slot."""
+        return self.pool.ref_count(slot - _FIRST) > 0
+
+    def hold(self, slot: int) -> None:
+        """Add a holder to a slot that is held or findable."""
+        self.pool.hold(slot - _FIRST)
+
+    def release(self, slot: int) -> None:
+        """One holder less."""
+        self.pool.release(slot - _FIRST)
+
+    def publish(self, slot: int, key: bytes) -> None:
+        """Have the state of a held slot found."""
+        self.pool.publish(slot - _FIRST, key)
 
     def fork(self, parent: Request, child: Request) -> None:
         """Let `child` start from what was kept for it within the last step of `parent`."""
         assert parent.kv.fork_slot is not None
-        self.pool.hold(parent.kv.fork_slot - _FIRST)
+        self.hold(parent.kv.fork_slot)
         child.kv.state_read = parent.kv.fork_slot
-        child.kv.state_write = self.pool.allocate(1)[0] + _FIRST
+        child.kv.state_write = self.take()
 
     def end_fork(self, request: Request) -> None:
         """No more requests start from what was kept for them."""
         if request.kv.fork_slot is not None:
-            self.pool.release(request.kv.fork_slot - _FIRST)
+            self.release(request.kv.fork_slot)
             request.kv.fork_slot = None
 
     def cut(self, request: Request, position: int, key: bytes | None) -> None:
@@ -78,8 +106,7 @@ class StateSlots:
         Under this key; None keeps it for those that fork.
         """
         if self.pool.num_available and (key is None or self.pool.lookup(key) is None):
-            slot = self.pool.allocate(1)[0] + _FIRST
-            request.kv.cuts.append(StateCut(position, slot, key))
+            request.kv.cuts.append(StateCut(position, self.take(), key))
 
     def advance(self, request: Request) -> None:
         """Note that a step wrote the request's state, and what was to be kept."""
@@ -91,14 +118,16 @@ class StateSlots:
             if cut.key is None:
                 kv.fork_slot = cut.slot
             else:
-                self.pool.publish(cut.slot - _FIRST, cut.key)
+                self.publish(cut.slot, cut.key)
                 self._release([cut.slot])
         kv.cuts = []
 
-    def leave(self, request: Request, key: bytes) -> None:
-        """Have the state of a request that ends be found after its last token."""
-        if request.kv.state_read == request.kv.state_write != PADDING_SLOT:
-            self.pool.publish(request.kv.state_write - _FIRST, key)
+    def leave(self, request: Request, key: bytes) -> bool:
+        """Have the state of a request that ends found after its last token; whether it has one."""
+        has_state = request.kv.state_read == request.kv.state_write != PADDING_SLOT
+        if has_state:
+            self.publish(request.kv.state_write, key)
+        return has_state
 
     def take_back(self, request: Request) -> None:
         """Take the slots of a request that does not run; what it has not left is lost."""
@@ -111,4 +140,4 @@ class StateSlots:
     def _release(self, slots: Iterable[int]) -> None:
         for slot in slots:
             if slot >= _FIRST:
-                self.pool.release(slot - _FIRST)
+                self.release(slot)

@@ -115,6 +115,8 @@ class BlockTables:
     def num_runnable_tokens(self, request: Request) -> int:
         """Tokens the request can compute before it meets content that is there or arriving."""
         limit, kv = request.num_tokens, request.kv
+        if kv.awaited is not None:
+            return 0
         if kv.arriving or kv.arrived:
             limit = min(limit, min((*kv.arriving, *kv.arrived)) * self.block_size)
         return limit - kv.num_computed_tokens

@@ -171,14 +171,13 @@ class BlockTransfers:
         self._metrics.spilled_blocks += 1
         return True
 
-    def poll(self) -> None:
-        """Take note of the transfers that ended."""
-        for ended in self._tiers.poll() if self._tiers is not None else ():
-            if ended.is_fetch:
-                self._end_fetch(ended)
-            else:
-                self._spilling.discard(ended.block)
-            self._pool.release(ended.block)
+    def end(self, ended: EndedTransfer) -> None:
+        """Take note of the transfer of a block that ended."""
+        if ended.is_fetch:
+            self._end_fetch(ended)
+        else:
+            self._spilling.discard(ended.block)
+        self._pool.release(ended.block)
 
     def _end_fetch(self, ended: EndedTransfer) -> None:
         loading = self._loading.pop(ended.key)
@@ -186,7 +185,8 @@ class BlockTransfers:
             del request.kv.arriving[index]
             if ended.ok:
                 request.kv.arrived[index] = ArrivedBlock(loading.tier.name, loading.num_tokens)
-            if request.kv.resume is not None and request.kv.resume.key == ended.key:
+            resume = request.kv.resume
+            if resume is not None and resume.key == ended.key and request.kv.awaited is None:
                 self.drop_tail(request)
         if not ended.ok:
             return
@@ -204,11 +204,14 @@ class BlockTransfers:
         if self._tiers is not None:
             self._tiers.touch(keys[::-1])
 
-    def keep(self, request: Request) -> None:
-        """Keep in host memory what a request that is preempted has there, fetched yet or not."""
+    def keep(self, request: Request, more: Sequence[bytes] = ()) -> None:
+        """Keep in host memory what a request that is preempted has there, fetched yet or not.
+
+        And `more`, the keys of what is its own beside KV.
+        """
         if self._tiers is not None:
             tails = [] if request.kv.resume is None else [request.kv.resume.key]
-            keys, former = [*request.kv.block_hashes, *tails], request.kv.kept
+            keys, former = [*request.kv.block_hashes, *tails, *more], request.kv.kept
             request.kv.kept = [key for key in keys if self._tiers.keep(key)]
             for key in former:  # of a hot request
                 self._tiers.unkeep(key)
