@@ -5,6 +5,7 @@ a plan that does not fit, or a buffer that another plan has overwritten, shows. 
 operations that are recorded and runs them again over the same tensors.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -160,6 +161,8 @@ class _Wrapper:
         *,
         out: torch.Tensor,
         k_scale: float | None,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
     ) -> None:
         """Attend from `[T, H, D]` to `out`; what is recorded reads the plan when replayed.
 
@@ -167,9 +170,10 @@ class _Wrapper:
         """
         assert len(query) == self._num_queries, f"{len(query)} queries, {self._num_queries} planned"
         assert out.shape == query.shape
+        assert return_lse == (lse is not None) and (lse is None or lse.shape == query.shape[:2])
 
         def attend() -> None:
-            self._attend(query, cache, out, k_scale or 1.0)
+            self._attend(query, cache, out, k_scale or 1.0, lse)
 
         do(attend)
 
@@ -179,6 +183,7 @@ class _Wrapper:
         cache: tuple[torch.Tensor, torch.Tensor],
         out: torch.Tensor,
         k_scale: float,
+        lse: torch.Tensor | None,
     ) -> None:
         queries, starts, block_ids, last_lens = (table.tolist() for table in self._tables)
         for i, last_len in enumerate(last_lens):
@@ -188,9 +193,14 @@ class _Wrapper:
             blocks = block_ids[starts[i] : starts[i + 1]]
             context = (len(blocks) - 1) * self._block_size + last_len
             keys, values = (_rows(part, blocks)[:context] for part in cache)
-            out[first:end] = self._one(query[first:end], keys * k_scale, values).to(out.dtype)
+            attended, sums = self._one(query[first:end], keys * k_scale, values)
+            out[first:end] = attended.to(out.dtype)
+            if lse is not None:
+                lse[first:end] = sums
 
-    def _one(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def _one(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         group = query.shape[1] // keys.shape[1]
         keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))  # [S, H, D]
         scores = torch.einsum("qhd,shd->hqs", query.float(), keys) * self._options["sm_scale"]
@@ -203,8 +213,9 @@ class _Wrapper:
             is_seen &= behind >= 0
         if (window := self._options["window_left"]) >= 0:
             is_seen &= behind <= window
-        weights = scores.masked_fill(~is_seen, -torch.inf).softmax(dim=-1)
-        return torch.einsum("hqs,shd->qhd", weights, values)
+        scores = scores.masked_fill(~is_seen, -torch.inf)
+        sums = scores.logsumexp(-1).t() / math.log(2)
+        return torch.einsum("hqs,shd->qhd", scores.softmax(-1), values), sums
 
 
 def _rows(cache: torch.Tensor, blocks: list[int]) -> torch.Tensor:
@@ -275,6 +286,18 @@ def _store_kv(
         part[blocks, offsets] = new.transpose(0, 1)
 
 
+def _leave_to_sinks(
+    output: torch.Tensor,
+    sums: torch.Tensor,
+    sinks: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    scale: float,
+) -> None:
+    share = torch.sigmoid(sums * math.log(2) - sinks.float()).unsqueeze(-1)
+    target.copy_((output.float() * share * scale).to(output.dtype))
+
+
 class CpuFlashInfer(FlashInferBackend):
     """`FlashInferBackend` over fakes, with all kernels built.
 
@@ -300,11 +323,12 @@ class CpuFlashInfer(FlashInferBackend):
             BatchDecodeWithPagedKVCacheWrapper=_decode,
             BatchPrefillWithPagedKVCacheWrapper=_Prefill,
         )
-        self.store_kv = _store_kv
+        self.store_kv, self.leave_to_sinks = _store_kv, _leave_to_sinks
         self.arena, self.device = arena, arena.storage.device
         self.kinds = [kind_of(layer) for layer in layers]
         self.caches = [layer.unbind(1) for layer in arena.layers]
         self.value_scales = [value_scale for _, value_scale in arena.scales]
+        self.sinks = [layer.sinks for layer in layers]
         kinds = list(dict.fromkeys(self.kinds))
         self.make = WrapperMaker(library, kinds, self.device, workspace_bytes=1)
         self._decode, self._prefill = self.make.decodes(), self.make.prompts("auto")

@@ -42,7 +42,7 @@ def test_greedy_tokens_are_those_of_transformers(
         assert engine.metrics.cached_tokens["host"] > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-mha", "mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "llama-mha", "mistral", "gemma2", "gpt_oss"])
 def test_flashinfer_attends_as_sdpa_does(family: str) -> None:
     model = make_model(family, head_dim=128).to("cuda", torch.bfloat16)
     layout = inspect_model(model)
@@ -58,7 +58,7 @@ def test_flashinfer_attends_as_sdpa_does(family: str) -> None:
             assert difference(one, other) < 2e-2  # bfloat16 rounding
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_recorded_steps_compute_what_launched_ones_do(family: str) -> None:
     model = make_model(family, head_dim=128).to("cuda", torch.bfloat16)
     layout = inspect_model(model)

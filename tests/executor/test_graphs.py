@@ -1,6 +1,7 @@
 """Recorded steps on the CPU: FlashInfer and CUDA graphs are fakes, the rest is what a GPU runs."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,20 @@ def _tapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs_module, "GraphRecorder", FakeRecorder)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "has_sinks"),
+    [("llama", False), ("mistral", False), ("gemma2", False), ("mistral", True)],
+)
 @pytest.mark.parametrize("records_prompts", [False, True])
 def test_a_model_computes_launched_and_recorded_what_it_does_over_gathered_blocks(
-    family: str, records_prompts: bool
+    family: str, has_sinks: bool, records_prompts: bool
 ) -> None:
     model = make_model(family)
     layout = inspect_model(model)
+    if has_sinks:
+        sinks = [torch.randn(layer.num_heads) for layer in layout.layers]
+        layers = map(lambda layer, own: replace(layer, sinks=own), layout.layers, sinks)
+        layout = replace(layout, layers=tuple(layers))
 
     def backend(arena: DeviceArena) -> AttentionBackend:
         return CpuFlashInfer(arena, layout.layers, records_prompts=records_prompts)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -29,6 +29,9 @@ from hotset.errors import ModelError
 from hotset.memory.arena import DeviceArena
 
 _log = logging.getLogger(__name__)
+
+# Queries, outputs, and what scores sum to where a layer has sinks; of the same tokens.
+Rows: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 class FlashInferBackend(RecordableBackend):
@@ -66,15 +69,17 @@ class FlashInferBackend(RecordableBackend):
         with importing():
             import flashinfer
 
+            from hotset.kernels.leave_to_sinks import leave_to_sinks
             from hotset.kernels.store_kv import store_kv
         use_paged_kernels(flashinfer.prefill)
-        self.store_kv = store_kv
+        self.store_kv, self.leave_to_sinks = store_kv, leave_to_sinks
         self.arena = arena
         self.device = arena.storage.device
         self.kinds = [kind_of(layer) for layer in layers]
         # keys and values of each layer, [num_blocks, block_size, H_kv, D]
         self.caches = [layer.unbind(1) for layer in arena.layers]
         self.value_scales = [value_scale for _, value_scale in arena.scales]
+        self.sinks = [layer.sinks for layer in layers]
         self._beside = torch.cuda.Stream(self.device)
         self._forked, self._joined = torch.cuda.Event(), torch.cuda.Event()
         self._widened: WidenedKV | None = None
@@ -186,19 +191,47 @@ class FlashInferBackend(RecordableBackend):
         return LaunchedStep(self, self._decode, prompts, n, batch.num_tokens)
 
     def attend(
-        self, wrappers: Wrappers, layer: int, query: torch.Tensor, output: torch.Tensor
+        self,
+        wrappers: Wrappers,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        sums: torch.Tensor | None,
     ) -> None:
         """Run a layer's kernel as `wrappers` are planned, from `query` to `output`, `[T, H, D]`.
 
-        The result is still to be multiplied by the layer's `value_scales`: FlashInfer would do that
-        to all rows of `output`, also those that another kernel fills meanwhile.
+        `sums` is as `make_sums` gives it, of the same rows. `finish` is to follow: FlashInfer would
+        scale all rows of `output`, also those that another kernel fills meanwhile.
         """
         widened = wrappers.widened
         cache = self.caches[layer] if widened is None else widened.widen(layer)
         key_scale = self.arena.scales[layer][0]
         wrappers.by_kind[self.kinds[layer]].run(
-            query, cache, out=output, k_scale=None if key_scale == 1 else key_scale
+            query,
+            cache,
+            out=output,
+            k_scale=None if key_scale == 1 else key_scale,
+            **({} if sums is None else {"lse": sums, "return_lse": True}),
         )
+
+    def make_sums(self, layer: int, query: torch.Tensor) -> torch.Tensor | None:
+        """`[T, H]` for the logarithms of what scores sum to, where a layer has sinks; else None."""
+        if self.sinks[layer] is None:
+            return None
+        return query.new_empty(query.shape[:2], dtype=torch.float32)
+
+    def finish(
+        self, layer: int, output: torch.Tensor, sums: torch.Tensor | None, *, in_place: bool
+    ) -> torch.Tensor:
+        """What a layer attends to, of what `attend` gave: with its scale and its sinks."""
+        sinks, scale = self.sinks[layer], self.value_scales[layer]
+        if sinks is None or sums is None:
+            if scale == 1:
+                return output
+            return output.mul_(scale) if in_place else output * scale
+        target = output if in_place else torch.empty_like(output)
+        self.leave_to_sinks(output, sums, sinks, target, scale=scale)
+        return target
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -359,18 +392,24 @@ class LaunchedStep:
         """See `PlannedStep`; `query` is contiguous, and None makes an output."""
         output = torch.empty_like(query) if output is None else output
         backend, n, end = self.backend, self.num_decodes, self.num_tokens
+        rows = query[:end], output[:end], backend.make_sums(layer, query[:end])
+        decodes, prompts = _cut(rows, slice(0, n)), _cut(rows, slice(n, end))
         if n == 0:
-            backend.attend(self.prompts, layer, query[:end], output[:end])
+            backend.attend(self.prompts, layer, *rows)
         elif n == end:
-            backend.attend(self.decode, layer, query[:n], output[:n])
+            backend.attend(self.decode, layer, *rows)
         else:
             with backend.beside():
-                backend.attend(self.prompts, layer, query[n:end], output[n:end])
-            backend.attend(self.decode, layer, query[:n], output[:n])
+                backend.attend(self.prompts, layer, *prompts)
+            backend.attend(self.decode, layer, *decodes)
             backend.join()
-        if backend.value_scales[layer] != 1:
-            output[:end].mul_(backend.value_scales[layer])
+        backend.finish(layer, *rows[1:], in_place=True)
         return output
+
+
+def _cut(rows: Rows, part: slice) -> Rows:
+    query, output, sums = rows
+    return query[part], output[part], None if sums is None else sums[part]
 
 
 class FlashInferAttention:

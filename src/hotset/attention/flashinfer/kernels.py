@@ -49,8 +49,6 @@ def why_unsupported(layers: Sequence[LayerAttention], device: torch.device) -> s
     for layer in layers:
         if layer.dtype not in (torch.float16, torch.bfloat16):
             return f"queries of {layer.dtype}"
-        if layer.sinks is not None:
-            return "attention sinks"
         key_dim, value_dim = layer.heads.key_dim, layer.heads.value_dim
         if key_dim != value_dim or key_dim not in _HEAD_DIMS:
             return f"head dimensions {key_dim} and {value_dim}"

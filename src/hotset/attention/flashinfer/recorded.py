@@ -40,11 +40,9 @@ class StaticDecode:
         backend.note_plan()
 
     def _run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        output = torch.empty_like(query)
-        self._backend.attend(self._wrappers, layer, query, output)
-        if self._backend.value_scales[layer] != 1:
-            output.mul_(self._backend.value_scales[layer])
-        return output
+        output, sums = torch.empty_like(query), self._backend.make_sums(layer, query)
+        self._backend.attend(self._wrappers, layer, query, output, sums)
+        return self._backend.finish(layer, output, sums, in_place=True)
 
 
 class StaticMixed:
@@ -83,6 +81,11 @@ class StaticMixed:
                 device=backend.device,
             )
             for kind in dict.fromkeys(backend.kinds)
+        }
+        # Likewise, what scores sum to in layers with sinks.
+        self._sums = {
+            kind: torch.zeros(output.shape[:2], device=backend.device)
+            for kind, output in self._outputs.items()
         }
         self._decode = backend.make.recorded_mixed(self.num_seqs, block_ids, is_prompts=False)
         # No context is longer than S sequences have, but what a step is recorded with may be.
@@ -129,11 +132,14 @@ class StaticMixed:
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """See `RecordedMixed`."""
         backend = self._backend
-        output = self._outputs[backend.kinds[layer]][: len(query)]
+        kind = backend.kinds[layer]
+        output = self._outputs[kind][: len(query)]
+        sums = None if backend.sinks[layer] is None else self._sums[kind][: len(query)]
         with backend.beside():
-            backend.attend(self._prompts, layer, query, output)
+            backend.attend(self._prompts, layer, query, output, sums)
         n = min(self.num_seqs, len(query))
-        backend.attend(self._decode, layer, query[:n], output[:n])
+        decodes = None if sums is None else sums[:n]
+        backend.attend(self._decode, layer, query[:n], output[:n], decodes)
         backend.join()
-        scale = backend.value_scales[layer]
-        return output if scale == 1 else output * scale  # rows that idle would grow in place
+        # Rows that idle would grow in place.
+        return backend.finish(layer, output, sums, in_place=False)
