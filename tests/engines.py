@@ -9,6 +9,7 @@ import torch
 from rounded_scores import round_index_keys
 from tied_scores import select_lowest_of_ties
 from tiny_models import make_model
+from transformers import PreTrainedModel
 
 from hotset.cost.cache_spec import state_slot_bytes
 from hotset.cost.expert_sizes import asked_sizes, size_experts
@@ -55,6 +56,33 @@ def make_engine(
     """
     model = make_model(family, seed=seed, **model_changes or {})
     model = model.to(changes.get("device", "cpu"), model_dtype or model.dtype)
+    options = sizes_in_blocks(
+        model,
+        hot_blocks=hot_blocks,
+        host_blocks=host_blocks,
+        disk_mib=disk_mib,
+        block_size=block_size,
+        kv_bytes=kv_bytes,
+        **changes,
+    )
+    loaded = LoadedModel(model, None, family, f"{family}-{seed}", (2,), 512)
+    engine = build_engine(Options.of(**options), loaded, overlap=overlap, simulated=simulated)
+    assert engine.sizes.states is not None or engine.sizes.device_blocks == hot_blocks
+    return engine
+
+
+def sizes_in_blocks(
+    model: PreTrainedModel,
+    *,
+    hot_blocks: int = 200,
+    host_blocks: int = 0,
+    disk_mib: float = 0.0,
+    block_size: int = 4,
+    kv_bytes: int = 4,
+    num_ranks: int = 1,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Options that give each rank so many blocks; see `make_engine`."""
     if slot_bytes_of(model, HostedExperts()) is not None and "expert_gib" not in changes:
         changes.setdefault("expert_slots", experts_layers(model)[0].num_experts)
     layout = inspect_model(model, index_dtype=FP8 if changes.get("index_dtype") == "fp8" else None)
@@ -62,10 +90,10 @@ def make_engine(
     if kv_bytes != layout.kv_dtype.itemsize:
         token_bytes = token_bytes // layout.kv_dtype.itemsize * kv_bytes
     block_bytes = token_bytes * block_size
-    slot_bytes = -(-block_bytes // 4096) * 4096
+    slot_bytes = -(-block_bytes // 4096) * 4096 * num_ranks
     num_slots = 10 if layout.states else 0  # with two that are reserved
     states_bytes = num_slots * state_slot_bytes(layout.states.values())
-    options = {
+    return {
         "hot_gib": ((hot_blocks + 0.5) * block_bytes + states_bytes) / GIB,
         "host_gib": (host_blocks + 0.5) * slot_bytes / GIB if host_blocks else 0.0,
         "disk_gib": disk_mib / 1024,
@@ -73,10 +101,6 @@ def make_engine(
         "max_model_len": 96,
         **changes,
     }
-    loaded = LoadedModel(model, None, family, f"{family}-{seed}", (2,), 512)
-    engine = build_engine(Options.of(**options), loaded, overlap=overlap, simulated=simulated)
-    assert layout.states or engine.sizes.device_blocks == hot_blocks
-    return engine
 
 
 def give_slots(

@@ -45,6 +45,7 @@ ORDER = [
     "attention",
     "executor",
     "model",
+    "ranks",
     "text",
     "engine",
     "llm",

@@ -163,7 +163,7 @@ def test_every_option_is_declared_once_with_help_and_its_unit() -> None:
         is_number = option.kind in (int, float) and option.name != "seed"
         words = f"{option.name} {option.help}".lower()
         units = ("gib", "_s ", "tokens", "num_seqs", "experts", "requests", "digits", "characters")
-        others = ("items", "levels", "threads", "seconds")
+        others = ("items", "levels", "threads", "seconds", "gpus")
         assert not is_number or any(unit in words for unit in (*units, *others)), option.name
         assert is_number or option.bounds is None
 

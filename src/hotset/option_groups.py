@@ -351,6 +351,26 @@ class FormOptions(Group):
 
 
 @dataclass(frozen=True, slots=True)
+class LayoutOptions(Group):
+    """How a model is spread over the GPUs of this machine."""
+
+    tp: int = option(
+        1,
+        "GPUs that compute each layer together, each with a part of its weights and KV.",
+        bounds=_COUNT,
+        more="hot_gib and total_gib are for each GPU; host_gib, disk_gib and expert_gib's host "
+        "copies are for all together. With the device cpu it is processes, for tests.",
+        keeps_answers=True,
+    )
+    step_timeout_s: float = option(
+        60.0,
+        "With several GPUs, a step that takes longer ends the engine, and the server starts anew.",
+        bounds=_SECONDS,
+        keeps_answers=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class RuntimeOptions(Group):
     """How the process computes."""
 

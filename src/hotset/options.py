@@ -20,6 +20,7 @@ from hotset.option_groups import (
     ExpertSlots,
     FormOptions,
     HostedExperts,
+    LayoutOptions,
     MemoryOptions,
     ModelOptions,
     RuntimeOptions,
@@ -46,6 +47,7 @@ class Options:
     experts: ExpertOptions
     schedule: ScheduleOptions
     forms: FormOptions
+    layout: LayoutOptions
     runtime: RuntimeOptions
 
     def __post_init__(self) -> None:
@@ -75,6 +77,7 @@ class Options:
             experts=_experts_of(values),
             schedule=_made(ScheduleOptions, values),
             forms=_made(FormOptions, values),
+            layout=_made(LayoutOptions, values),
             runtime=_made(RuntimeOptions, values),
         )
 
@@ -99,6 +102,7 @@ GROUPS: dict[str, type[Group]] = {
     "Experts elsewhere": HostedExperts,
     "Steps": ScheduleOptions,
     "Structured output": FormOptions,
+    "Several GPUs": LayoutOptions,
     "Process": RuntimeOptions,
 }
 
@@ -185,6 +189,8 @@ def _conflicts(options: Options) -> Iterator[str]:
         yield "hot_gib or total_gib and SplitMemory go together; make options with Options.of"
     if isinstance(experts, HostedExperts):
         yield from _conflicts_of_experts(experts)
+    if options.layout.tp > 1:
+        yield from _conflicts_of_ranks(options)
 
 
 def _conflicts_of_experts(experts: HostedExperts) -> Iterator[str]:
@@ -213,6 +219,20 @@ def _conflicts_of_experts(experts: HostedExperts) -> Iterator[str]:
                     f"move_split is given, but {name} {value} needs the same number of resident "
                     "experts throughout; leave one of them out"
                 )
+
+
+def _conflicts_of_ranks(options: Options) -> Iterator[str]:
+    """What works with one GPU alone."""
+    given = options.flat()
+    for name in ("expert_cpu", "expert_host_gib", "move_split", "hot_tokens", "row_prefetch"):
+        if (value := given[name]) not in (OPTIONS[name].default, 0):
+            yield (
+                f"{name} is {_shown(value)}, which works with one GPU; leave it out, or leave tp "
+                "out"
+            )
+    device = options.model.device
+    if device not in ("auto", "cpu", "cuda"):
+        yield f"device is {device!r}, but tp={options.layout.tp} takes the first GPUs; give cuda"
 
 
 def _shown(value: Any) -> str:

@@ -22,6 +22,7 @@ class SequenceSpan(NamedTuple):
         state_read: slot with its state before the step, of a model that has some.
         state_write: slot for its state after the step, which may be the same.
         cuts: after how many of its tokens the state goes to which further slots, in order.
+        sequence_id: whose; -1 where no sequence goes on after the step.
     """
 
     start: int
@@ -31,6 +32,7 @@ class SequenceSpan(NamedTuple):
     state_read: int = 0
     state_write: int = 1
     cuts: Sequence[tuple[int, int]] = ()
+    sequence_id: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import platformdirs
 import torch
 
 from hotset.attention.state_tables import GRID
@@ -19,7 +17,7 @@ from hotset.cost.workspace import most_scored_rows
 from hotset.engine.engine import Engine, EngineParts
 from hotset.engine.hot_setup import seats_in
 from hotset.engine.model_shape import hot_choice, index_note, kv_note
-from hotset.engine.open_tiers import open_tiers
+from hotset.engine.open_tiers import HostMemory, open_tiers
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.rank_setup import Placed, RankSetup
 from hotset.engine.scheduler import Scheduler
@@ -27,7 +25,7 @@ from hotset.engine.sizing import Sizes
 from hotset.engine.split_mover import SplitMover
 from hotset.engine.start_times import StartTimes
 from hotset.engine.step_cost import StepCost
-from hotset.engine.trials import time_prompts
+from hotset.executor.executor import Executor
 from hotset.executor.local import LocalExecutor
 from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import Sampler
@@ -37,11 +35,21 @@ from hotset.kernels.device import likely_hardware
 from hotset.kv.cache import KVCache
 from hotset.kv.pool import BlockPool
 from hotset.kv.state_slots import StateSlots
+from hotset.memory.disk.slab import slot_bytes_for
+from hotset.memory.disk.tier import payloads_within
 from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.option_groups import HostedExperts
 from hotset.options import Options
+from hotset.parallel.group import current
+from hotset.ranks.copier import RanksCopier
+from hotset.ranks.disk import RanksDisk
+from hotset.ranks.driver import Ranks
+from hotset.ranks.executor import RankedExecutor
+from hotset.ranks.facts import machine_facts
+from hotset.ranks.rank import Rank
+from hotset.ranks.slab_files import RankSlab
 
 _LAYOUT_VERSION, _SIDE_BY_SIDE_VERSION = "1", "2"
 _STATE_NOTE = (
@@ -81,16 +89,64 @@ def build_engine(
             `TierError`: a disk tier that cannot be opened. Nothing is left behind.
     """
     times, simulated = times or StartTimes(), simulated or Simulated()
-    build = _Build(options, loaded, defers_recording, times, clock, simulated)
     with ExitStack() as undo:
-        sizes = build.size()
-        placed = build.place(sizes, undo, owns_model=owns_model)
-        runner = build.compile(placed)
-        measured = build.measure(placed, runner)
-        executor = LocalExecutor(runner, measured.sampler, placed.experts, owns_model=owns_model)
+
+        def set_up() -> tuple[_Build, Placed, ModelRunner, _Measured]:
+            build = _Build(options, loaded, defers_recording, times, clock, simulated)
+            placed = build.place(build.size(), undo, owns_model=owns_model)
+            runner = build.compile(placed)
+            return build, placed, runner, build.measure(placed, runner)
+
+        ranks: Ranks | None = loaded.ranks
+        if ranks is None:
+            build, placed, runner, measured = set_up()
+        else:
+            arguments = (options, defers_recording, simulated)
+            build, placed, runner, measured = ranks.build(build_rank, arguments, set_up)
+        local = LocalExecutor(runner, measured.sampler, placed.experts, owns_model=owns_model)
+        executor: Executor = local
+        if ranks is not None:
+            undo.callback(ranks.end)
+            ranks.check_facts({**machine_facts(), **build.facts(placed)})
+            executor = RankedExecutor(local, ranks, owns_ranks=owns_model)
         parts = build.open(placed, executor, measured, undo)
         undo.pop_all()
     return Engine(parts if overlap is None else replace(parts, overlaps=overlap))
+
+
+def build_rank(
+    loaded: LoadedModel, options: Options, defers_recording: bool, simulated: Simulated
+) -> Rank:
+    """Set up another rank than the driver's, at the same time as `build_engine` its own.
+
+    Raises what that raises.
+    """
+    setup = RankSetup(options, loaded, defers_recording, StartTimes(), simulated)
+    with ExitStack() as undo:
+        sizes = setup.size()
+        placed = setup.place(sizes, undo, owns_model=False)
+        runner = setup.compile(placed)
+        setup.try_steps(placed, runner)
+        host = slab = None
+        if sizes.host_slots:
+            host = HostMemory.take(sizes, placed.payloads)
+            undo.callback(host.copier.close)
+        if sizes.disk_bytes:
+            slot_bytes = slot_bytes_for(sizes.block_bytes)
+            num_slots = payloads_within(sizes.disk_bytes, slot_bytes)
+            slab = RankSlab(setup.disk_path, slot_bytes=slot_bytes, num_slots=num_slots)
+        if placed.experts is not None:
+            placed.experts.reset_counts()
+        undo.pop_all()
+    return Rank(
+        runner,
+        placed.arena,
+        placed.experts,
+        None if host is None else host.arena,
+        None if host is None else host.copier,
+        slab,
+        setup.facts(placed),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +187,7 @@ class _Build(RankSetup):
         )
         with self._times.phase("try steps"):
             sampler.load_kernels(self._layout.dtype)
-            most_tokens = options.schedule.max_num_batched_tokens
-            trials = time_prompts(placed.sizes, runner, most_tokens)
+            trials = self.try_steps(placed, runner)
         num_tokens, seconds = trials[-1]
         rates = Rates.of_hardware(likely_hardware(self._device))
         rates.prefill_tokens_per_s = num_tokens / seconds
@@ -145,23 +200,27 @@ class _Build(RankSetup):
         return _Measured(sampler, StepCost(trials), rates, tuple(notes))
 
     def open(
-        self, placed: Placed, executor: LocalExecutor, measured: _Measured, undo: ExitStack
+        self, placed: Placed, executor: Executor, measured: _Measured, undo: ExitStack
     ) -> EngineParts:
         """Tiers, scheduler, and what is told at start."""
         sizes, experts, metrics = placed.sizes, placed.experts, Metrics()
         memory, fingerprint = self._options.memory, self._fingerprint(sizes)
         with self._times.phase("open tiers"):
+            host, peers = placed.host, None
+            if isinstance(executor, RankedExecutor):
+                host, peers = self._join_ranks(placed, executor)
             tiers = open_tiers(
                 memory,
                 sizes,
                 placed.payloads,
-                placed.host,
+                host,
                 measured.rates,
                 metrics,
-                self._disk_path,
+                self.disk_path,
                 fingerprint,
                 undo,
                 self._clock,
+                peers,
             )
         kv = self._kv_cache(placed, tiers, measured.rates, metrics, repr(fingerprint))
         scheduler = self._scheduler(placed, kv, measured, metrics)
@@ -189,6 +248,21 @@ class _Build(RankSetup):
             mover=mover,
             clock=self._clock,
         )
+
+    def _join_ranks(
+        self, placed: Placed, executor: RankedExecutor
+    ) -> tuple[HostMemory | None, RanksDisk | None]:
+        """Host memory and disks of all ranks as one; None where none is asked for."""
+        ranks: Ranks = self._loaded.ranks
+        if placed.sizes.host_slots == 0:
+            ranks.listen([executor.take])
+            return None, None
+        host = HostMemory.take(placed.sizes, placed.payloads)
+        copier = RanksCopier(host.copier, ranks, placed.arena, host.arena)
+        disk = RanksDisk(ranks, host.arena)
+        ranks.listen([executor.take, copier.take, disk.take])
+        copier.wait_ready()
+        return HostMemory(host.arena, copier), disk
 
     def _kv_cache(
         self,
@@ -266,7 +340,9 @@ class _Build(RankSetup):
         is_grouped = any(len(group) > 1 for group in groups_of(list(map(bool, layout.index_dims))))
         rounded = "" if cold == "auto" else f" experts {cold}"
         index = "" if layout.index_dtype is None else f" {layout.index_dtype}"
+        num_ranks = current().size
         return {
+            **({} if num_ranks == 1 else {"ranks": str(num_ranks)}),
             "layout": _SIDE_BY_SIDE_VERSION if is_grouped else _LAYOUT_VERSION,
             "weights": f"{self._loaded.fingerprint}{rounded}",
             "dtype": str(layout.dtype),
@@ -277,16 +353,14 @@ class _Build(RankSetup):
 
     def _report(self, placed: Placed, measured: _Measured) -> str:
         sizes = placed.sizes
-        lines = [sizes.report(device=self._device.type, disk_path=self._disk_path)]
+        lines = [sizes.report(device=self._device.type, disk_path=self.disk_path)]
         if self._device.type == "cpu":
             lines.append(f"threads that compute: {self._threads}")
         if placed.states is not None:
             lines.append(_STATE_NOTE)
+        if (num_ranks := current().size) > 1:
+            lines.append(f"tp={num_ranks}: what is told here is of each of {num_ranks} ranks")
+            lines.append(self._ranks_note)
         lines += [kv_note(self._model, self._layout), index_note(self._model, self._layout)]
         lines += [sizes.split_report, placed.experts_report]
         return "\n".join(line for line in [*lines, *measured.notes, *self._loaded.notes] if line)
-
-    @property
-    def _disk_path(self) -> Path:
-        default = Path(platformdirs.user_cache_dir("hotset")) / "kv"
-        return self._options.memory.disk_path or default

@@ -258,9 +258,11 @@ class Engine:
 
     def close(self) -> None:
         """End the transfers and close the tiers."""
-        self.executor.close()
-        if self.tiers is not None:
-            self.tiers.close()
+        try:
+            if self.tiers is not None:
+                self.tiers.close()
+        finally:
+            self.executor.close()
 
     def _prepare(self, num_queued: int) -> None:
         """Between two steps: take note of what ended, and move what follows the load."""

@@ -1,6 +1,9 @@
 """From options to a loaded model and the engine that runs it."""
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -14,10 +17,12 @@ from hotset.executor.probe import check_index_dtype, check_kv_dtype, weights_byt
 from hotset.experts.disk import ExpertSink
 from hotset.experts.sizes import slot_bytes_of, why_not_hosted
 from hotset.linear.fp8 import FP8
+from hotset.model.devices import resolve_device
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
 from hotset.option_groups import HostedExperts
 from hotset.options import Options
+from hotset.ranks.driver import Ranks
 
 _NUM_PHASES = 8  # at most, of a start
 
@@ -29,27 +34,57 @@ def load_engine(options: Options) -> tuple[Engine, LoadedModel]:
     """
     set_threads(options.runtime.threads)
     times = StartTimes.of_process(num_phases=_NUM_PHASES)
-    asked = options.experts
     try:
         with times.phase("load the model") as phase:
-            loaded = load_model(
-                options.model.model,
-                device=options.model.device,
-                dtype=options.model.dtype,
-                experts_on_host=isinstance(asked, HostedExperts),
-                experts=ExpertSink(asked, read_deadline_s=options.memory.disk_read_deadline_s),
-                check=functools.partial(_check_outline, options),
-                needs_tokenizer=True,  # texts go in or out of all that use this
-            )
+            loaded = load_on_ranks(options, _load, options)
         num_bytes = weights_bytes(loaded.model)
         phase.detail = f"{num_bytes / 1e9:.1f} GB, {num_bytes / 1e9 / phase.seconds:.1f} GB/s"
-        engine = build_engine(options, loaded, owns_model=True, defers_recording=True, times=times)
+        try:
+            engine = build_engine(
+                options, loaded, owns_model=True, defers_recording=True, times=times
+            )
+        except BaseException:
+            if loaded.ranks is not None:
+                loaded.ranks.close()
+            raise
     finally:
         times.close()
     engine.report += f"\n{times.report()}"
     if engine.is_warming:
         engine.report += "\n  serving while more steps are recorded, slower until then"
     return engine, loaded
+
+
+def load_on_ranks(
+    options: Options, load: Callable[..., LoadedModel], *arguments: Any
+) -> LoadedModel:
+    """Call `load`, found by its name, here and on the other ranks that options ask for.
+
+    Raises what that raises, and what `Ranks` does; no other rank is left then.
+    """
+    tp = options.layout.tp
+    if tp == 1:
+        return load(*arguments)
+    device = resolve_device(options.model.device).type
+    ranks = Ranks(tp, device, step_timeout_s=options.layout.step_timeout_s)
+    try:
+        return replace(ranks.load(load, *arguments), ranks=ranks)
+    except BaseException:
+        ranks.close()
+        raise
+
+
+def _load(options: Options) -> LoadedModel:
+    asked = options.experts
+    return load_model(
+        options.model.model,
+        device=options.model.device,
+        dtype=options.model.dtype,
+        experts_on_host=isinstance(asked, HostedExperts),
+        experts=ExpertSink(asked, read_deadline_s=options.memory.disk_read_deadline_s),
+        check=functools.partial(_check_outline, options),
+        needs_tokenizer=True,  # texts go in or out of all that use this
+    )
 
 
 def _check_outline(options: Options, outline: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from hotset.engine.sizing import Sizes
 from hotset.memory.arena import HostArena
 from hotset.memory.copier import make_copier
 from hotset.memory.device_payloads import DevicePayloads
+from hotset.memory.disk.block_files import Peers
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import DiskTier
 from hotset.memory.measure import measure_rates
@@ -47,10 +48,12 @@ def open_tiers(
     fingerprint: dict[str, str],
     undo: ExitStack,
     clock: Clock,
+    peers: Peers | None = None,
 ) -> TierStack | None:
     """Host memory and the slower tiers, as large as `sizes` says; None without host slots.
 
-    `host` is None where host memory is yet to be taken. `undo` closes all.
+    `host` is None where host memory is yet to be taken; `peers` have other parts of blocks on disk.
+    `undo` closes all.
 
     Raises:
         TierError: the disk tier cannot be opened.
@@ -67,6 +70,7 @@ def open_tiers(
             read_deadline_s=memory.disk_read_deadline_s,
             write_queue_s=memory.disk_write_queue_s,
             clock=clock,
+            peers=peers,
         )
         slower.append(disk)
     host = host or HostMemory.take(sizes, device)

@@ -2,6 +2,9 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
 
 from hotset.attention.choice import choose_backend
 from hotset.attention.flashinfer.kernels import start_kernels
@@ -13,6 +16,7 @@ from hotset.engine.model_shape import measure_model
 from hotset.engine.open_tiers import HostMemory
 from hotset.engine.sizing import FreeBytes, Sizes, solve_sizes
 from hotset.engine.start_times import StartTimes
+from hotset.engine.trials import time_prompts
 from hotset.errors import ConfigError
 from hotset.executor.probe import inspect_model
 from hotset.executor.runner import ModelRunner
@@ -27,6 +31,8 @@ from hotset.memory.state_arena import StateArena
 from hotset.model.devices import free_bytes, resolve_kv_dtype
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
+from hotset.parallel.collectives import use_symmetric_memory
+from hotset.parallel.group import current, least
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,7 @@ class RankSetup:
         simulated: Simulated,
     ) -> None:
         bound_kernels()
+        self._ranks_note = use_symmetric_memory()  # whose memory is no longer free then
         self._threads = set_threads(options.runtime.threads)
         self._options, self._loaded = options, loaded
         self._model, self._device = loaded.model, loaded.model.device
@@ -90,6 +97,7 @@ class RankSetup:
             kv_dtype = resolve_kv_dtype(asked.kv_dtype, self._device)
             index_dtype = resolve_kv_dtype(asked.index_dtype, self._device, "index_dtype")
             self._layout = inspect_model(self._model, kv_dtype, index_dtype)
+        self._check_ranks(loaded.name)
         if simulated != Simulated() and self._layout.layers[0].indexer is None:
             raise ConfigError(
                 f"{loaded.name} has no sparse attention, whose selections and contexts could be "
@@ -99,11 +107,29 @@ class RankSetup:
         with times.phase("pack weights"):
             pack_linears(self._model)
 
+    def _check_ranks(self, name: str) -> None:
+        """Raise ConfigError where several ranks cannot run what one can."""
+        if current().size == 1:
+            return
+        why = None
+        if self._layout.states:
+            why = "keep a state beside KV"
+        elif self._layout.layers[0].indexer is not None:
+            why = "select what they attend to"
+        if why is not None:
+            raise ConfigError(
+                f"the layers of {name} {why}, which several GPUs cannot do yet; leave tp out"
+            )
+
     def size(self) -> Sizes:
-        """What each part gets of the memory."""
-        free = FreeBytes(device=free_bytes(self._device), host=available_host_bytes())
+        """What each part gets of the memory: on all ranks the same."""
+        size = current().size
+        device, host = least([free_bytes(self._device), available_host_bytes()])
+        host //= size
+        if self._device.type == "cpu":
+            device //= size
         model = measure_model(self._loaded, self._layout, self._options)
-        return solve_sizes(self._options, model, free)
+        return solve_sizes(self._options, model, FreeBytes(device, host))
 
     def place(self, sizes: Sizes, undo: ExitStack, *, owns_model: bool) -> Placed:
         """Experts and memory for KV.
@@ -193,7 +219,8 @@ class RankSetup:
             with times.phase("compile the layers"):
                 runner.compile(scratch_block=placed.scratch_block)
         with times.phase("attention kernels"):
-            runner.load_kernels(waits=not self._defers)
+            # Ranks that wait for their kernels at other times would record at other times.
+            runner.load_kernels(waits=not self._defers or current().size > 1)
         if compiles and (experts is None or experts.can_be_recorded):
             with times.phase("record steps"):
                 runner.record(
@@ -204,3 +231,27 @@ class RankSetup:
                     defers=self._defers,
                 )
         return runner
+
+    def try_steps(self, placed: Placed, runner: ModelRunner) -> list[tuple[int, float]]:
+        """Tokens and seconds of steps that are run to take their time; see `time_prompts`."""
+        most_tokens = self._options.schedule.max_num_batched_tokens
+        return time_prompts(placed.sizes, runner, most_tokens)
+
+    def facts(self, placed: Placed) -> dict[str, str]:
+        """What has to be the same on all ranks."""
+        sizes = placed.sizes
+        return {
+            "weights": self._loaded.fingerprint,
+            "KV of a layer": str(self._layout.cache_specs),
+            "blocks": f"{sizes.num_blocks} of {sizes.block_bytes} B",
+            "host slots": str(sizes.host_slots),
+            "experts on the device": str(placed.experts and placed.experts.num_slots),
+        }
+
+    @property
+    def disk_path(self) -> Path:
+        """The folder of this rank's part of the disk tier."""
+        default = Path(platformdirs.user_cache_dir("hotset")) / "kv"
+        folder = self._options.memory.disk_path or default
+        rank, size = current().rank, current().size
+        return folder if size == 1 else folder / f"rank-{rank}-of-{size}"

@@ -135,7 +135,7 @@ def solve_sizes(options: Options, model: ModelSizes, free: FreeBytes) -> Sizes:
     Args:
         options: the user's.
         model: loaded; its experts may still be elsewhere than they are to be.
-        free: with the model loaded.
+        free: with the model loaded; to this rank, where there are several.
 
     Raises:
         ConfigError: a size that cannot work, with the smallest or largest one that can; or an
@@ -150,6 +150,7 @@ class _Solver:
     def __init__(self, options: Options, model: ModelSizes, free: FreeBytes) -> None:
         self.memory, self.asked, self.schedule = options.memory, options.experts, options.schedule
         self.model, self.free = model, free
+        self.num_ranks = options.layout.tp
         # What the user gives to KV and workspace, weights or experts, by its name.
         self.given = "hot_gib" if self.memory.total_gib is None else "total_gib"
         self.given_gib: float | None = getattr(self.memory, self.given)
@@ -197,7 +198,7 @@ class _Solver:
             num_blocks=num_blocks,
             first_block=first_block,
             host_slots=host_slots,
-            disk_bytes=int(memory.disk_gib * GIB),
+            disk_bytes=self._part(memory.disk_gib),
             max_model_len=max_len,
             max_mixed_tokens=self._mixed_tokens(
                 is_hosted=experts is not None and not experts.are_resident
@@ -239,6 +240,10 @@ class _Solver:
             given=self.given,
         )
 
+    def _part(self, gib: float) -> int:
+        """What this rank has of memory of the host, or of a disk, that is given to all together."""
+        return int(gib * GIB) // self.num_ranks
+
     def _share(self, free_bytes: int) -> int:
         """What KV gets at most where the user does not say."""
         return int(free_bytes * TUNINGS[self.model.device].memory_share)
@@ -253,7 +258,7 @@ class _Solver:
             block_size=model.block_size,
             max_num_seqs=self.schedule.max_num_seqs,
             max_len=self.max_len,
-            host_slots=int(self.memory.host_gib * GIB) // slot_bytes,
+            host_slots=self._part(self.memory.host_gib) // slot_bytes,
             slot_bytes=slot_bytes,
         )
         if hot is None and self.schedule.tpot_ms is not None:
@@ -390,18 +395,19 @@ class _Solver:
     def _host_slots(self, free_bytes: int) -> int:
         """Payloads in host memory, for the host tier and to stage a disk."""
         memory, slot_bytes = self.memory, slot_bytes_for(self.model.block_bytes)
-        host_slots = int(memory.host_gib * GIB) // slot_bytes
+        host_slots = self._part(memory.host_gib) // slot_bytes
         if memory.host_gib > 0 and host_slots < 1:
             raise ConfigError(
                 f"host_gib {memory.host_gib} holds no KV block of {slot_bytes} bytes; give "
-                f"{round_up_gib(slot_bytes)} or more, or 0 for no host tier"
+                f"{round_up_gib(self.num_ranks * slot_bytes)} or more, or 0 for no host tier"
             )
         if memory.disk_gib > 0:
             host_slots = max(host_slots, _STAGING_SLOTS)
-            if payloads_within(int(memory.disk_gib * GIB), slot_bytes) < 1:
+            if payloads_within(self._part(memory.disk_gib), slot_bytes) < 1:
+                least = capacity_bytes_for(1, slot_bytes)
                 raise ConfigError(
                     f"disk_gib {memory.disk_gib} holds no KV block of {slot_bytes} bytes beside "
-                    f"its index; give {round_up_gib(capacity_bytes_for(1, slot_bytes))} or more, "
+                    f"its index; give {round_up_gib(self.num_ranks * least)} or more, "
                     "or 0 for no disk tier"
                 )
         if host_slots * slot_bytes > free_bytes:

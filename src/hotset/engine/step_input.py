@@ -49,7 +49,16 @@ def make_step_input(step: Step, block_size: int) -> StepInput:
         kv = request.kv
         cuts = [(cut.position - item.start, cut.slot) for cut in kv.cuts] if kv.cuts else ()
         sequences.append(
-            SequenceSpan(start, num_tokens, end, table, kv.state_read, kv.state_write, cuts)
+            SequenceSpan(
+                start,
+                num_tokens,
+                end,
+                table,
+                kv.state_read,
+                kv.state_write,
+                cuts,
+                request.sequence_id,
+            )
         )
         start += num_tokens
         ends[id(item)] = start

@@ -20,6 +20,7 @@ from hotset.cost.tuning import TUNINGS
 from hotset.executor.padding import Array, packed, padding_column
 from hotset.executor.recorded_sizes import RecordedStep, RecordedSteps
 from hotset.executor.recording import GraphRecorder
+from hotset.parallel.group import agreed
 
 if TYPE_CHECKING:
     from hotset.attention.state_kernels import KernelStates
@@ -167,7 +168,9 @@ class StepGraphs:
             graphs = mixed.parts
             if self._attention is not None:
                 self._attention.plan_nothing()
-        return self._recorder.seconds(graphs) if self._before_cut is None else float(step.size)
+        if self._before_cut is not None:
+            return float(step.size)
+        return agreed(self._recorder.seconds(graphs))  # or ranks would run steps of other sizes
 
     def run(self, batch: Batch, when_ready: Callable[[], None]) -> torch.Tensor | None:
         """Compute a step; `when_ready` is called when its inputs and plan were submitted.

@@ -26,6 +26,9 @@ class LocalExecutor:
         sampler: chooses tokens from them.
         experts: those in host memory or on disk; None where all stay on the device.
         owns_model: whether the model is used by this alone, so that its experts on disk go with it.
+
+    Attributes:
+        chosen: `[R]` tokens that the last step chooses, on the device; None where it chooses none.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class LocalExecutor:
         self.runner, self.sampler = runner, sampler
         self._experts = experts
         self._owns_model = owns_model
-        self._chosen: torch.Tensor | None = None  # what the last step chooses, on the device
+        self.chosen: torch.Tensor | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -59,7 +62,7 @@ class LocalExecutor:
         self, step: StepInput, when_ready: Callable[[], None] = lambda: None
     ) -> "PendingStep":
         """See `Executor`. Drafts are refused, as nothing here compares them with the model."""
-        previous, self._chosen = self._chosen, None
+        previous, self.chosen = self.chosen, None
         if step.kinds and step.kinds[-1] is Kind.VERIFY:
             raise NotImplementedError(
                 "the step has an item of kind VERIFY; this executor runs DECODE and PROMPT"
@@ -70,7 +73,7 @@ class LocalExecutor:
         tokens = scored = None
         if num_rows:
             tokens = self.sampler.submit(logits[:num_rows], step.sample)
-            self._chosen = tokens.token_ids
+            self.chosen = tokens.token_ids
         if step.scored:
             scored = PendingPromptLogprobs(step.scored, logits[num_rows:])
         timer.stop()

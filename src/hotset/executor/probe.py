@@ -36,6 +36,7 @@ from hotset.linear.fp8 import FP8
 from hotset.linear.narrow import narrow_tiles
 from hotset.linear.packed import PackedLinear
 from hotset.linear.reads import noting_reads
+from hotset.parallel.group import alone
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # The second is what transformers 5.17 says.
@@ -248,7 +249,7 @@ def _probe(
     if positions is not None:
         inputs["position_ids"] = torch.tensor([positions], device=model.device)
     try:
-        with torch.inference_mode(), without_experts(model), noting_reads(model):
+        with alone(), torch.inference_mode(), without_experts(model), noting_reads(model):
             output = model(**inputs, use_cache=False, **dict.fromkeys(step_keywords(model), probe))
     except HotsetError:
         raise

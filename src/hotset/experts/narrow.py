@@ -14,7 +14,7 @@ is the same bits wherever it is computed.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -45,6 +45,7 @@ _DTYPES = {
 LAYOUTS: "dict[str, NarrowLayout]" = {}
 
 Shape = tuple[int, ...]
+Largest = Callable[[torch.Tensor], torch.Tensor]
 Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales, zeros
 
 
@@ -74,6 +75,8 @@ class NarrowLayout:
         down: shape of the second.
         form: of both.
         cold_dtype: of the option that had it rounded; `auto` is as the checkpoint has it.
+        largest: from the largest numbers of parts of rows of the down matrix, `[N, rows, 1]`, those
+            of the whole rows, of which other ranks have the other parts; None where they are whole.
 
     Attributes:
         name: for people.
@@ -84,9 +87,16 @@ class NarrowLayout:
     """
 
     def __init__(
-        self, up: Shape, down: Shape, form: WeightFormat, *, cold_dtype: ColdDType = "auto"
+        self,
+        up: Shape,
+        down: Shape,
+        form: WeightFormat,
+        *,
+        cold_dtype: ColdDType = "auto",
+        largest: Largest | None = None,
     ) -> None:
         self.form, self.cold_dtype = form, cold_dtype
+        self._largest = largest
         self.name = form.name if cold_dtype == "auto" else cold_dtype
         matrices, end = [], 0
         for shape in (up, down):
@@ -116,7 +126,10 @@ class NarrowLayout:
                 codes.copy_((numbers[..., ::2] | numbers[..., 1::2] << 4).view(codes.shape))
             else:
                 # Not divided: PyTorch divides by a number on the CPU, and on a GPU multiplies.
-                scale = (runs.abs().amax(-1, keepdim=True) * (1 / _FP8_MAX)).clamp(min=_LEAST_SCALE)
+                most = runs.abs().amax(-1, keepdim=True)
+                if self._largest is not None and matrix is self.matrices[1]:
+                    most = self._largest(most)
+                scale = (most * (1 / _FP8_MAX)).clamp(min=_LEAST_SCALE)
                 numbers = (runs / scale).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8)
                 codes.copy_(numbers.view(torch.uint8).view(codes.shape))
             scales.copy_(scale.squeeze(-1))
@@ -161,14 +174,16 @@ class NarrowLayout:
         return groups
 
 
-def rounded_layout(up: Shape, down: Shape, dtype: NarrowDType) -> NarrowLayout:
-    """How `expert_cold_dtype` keeps matrices of these shapes.
+def rounded_layout(
+    up: Shape, down: Shape, dtype: NarrowDType, *, largest: Largest | None = None
+) -> NarrowLayout:
+    """How `expert_cold_dtype` keeps matrices of these shapes; `largest` as `NarrowLayout` has it.
 
     Raises:
         ConfigError: the sizes do not divide into groups.
     """
     if dtype == "fp8":
-        return NarrowLayout(up, down, FP8_ROW, cold_dtype=dtype)
+        return NarrowLayout(up, down, FP8_ROW, cold_dtype=dtype, largest=largest)
     group = math.gcd(up[-1], down[-1], INT4.columns or 0)
     if group < _LEAST_GROUP:
         raise ConfigError(

@@ -10,6 +10,7 @@ from hotset.experts.narrow import NarrowLayout, rounded_layout
 from hotset.experts.weights import LayerExperts
 from hotset.kernels.narrow_forms import can_read
 from hotset.option_groups import ColdDType, HostedExperts
+from hotset.parallel.collectives import largest
 
 
 def slot_bytes_of(model: PreTrainedModel, asked: HostedExperts) -> SlotBytes | None:
@@ -93,4 +94,7 @@ def narrow_layout(experts: LayerExperts, cold_dtype: ColdDType) -> NarrowLayout 
         return stored
     if cold_dtype == "auto":
         return experts.narrow_in_file
-    return rounded_layout(experts.layout.up, experts.layout.down, cold_dtype)
+    layout = experts.layout
+    return rounded_layout(
+        layout.up, layout.down, cold_dtype, largest=largest if experts.is_sliced else None
+    )

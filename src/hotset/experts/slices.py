@@ -47,6 +47,7 @@ def slice_experts(experts: LayerExperts, rank: int, size: int, name: str) -> Non
     for parameter, values in sliced.items():
         kept = values.clone(memory_format=torch.contiguous_format)
         module._parameters[parameter] = nn.Parameter(kept, requires_grad=False)
+    experts.is_sliced = True
 
 
 def _up(experts: LayerExperts, weight: torch.Tensor, part: slice, dim: int) -> torch.Tensor:

@@ -113,6 +113,7 @@ class LayerExperts:
         masks_others: whether ids of E and more may come, whose rows add nothing.
         is_spread: whether transformers itself has spread the experts over ranks.
         state: where the weights are.
+        is_sliced: whether this rank has a part of each expert.
         is_skipped: whether experts add nothing for now, while a model is probed.
         shard: None where this rank has all experts.
         combine: sums over ranks what they compute; None where this one computes all.
@@ -137,6 +138,7 @@ class LayerExperts:
         self.gate = None if self.has_post_norm or not self.has_gate else _gate_of(module)
         self.has_silu_gate = self.gate == Gate() and not (self.is_transposed or self.has_bias)
         self.state: State = Resident()
+        self.is_sliced = False
         self.is_skipped = False
         self.shard: Shard | None = None
         self.combine: Callable[[torch.Tensor], torch.Tensor] | None = None

@@ -8,6 +8,7 @@ from hotset.linear.reads import is_replaceable
 
 _MULTIPLE = 16  # of both sizes of a weight, for the product
 _PIECE_VALUES = 2**20
+_ALL = slice(None)
 _LEAST_SCALE = 1e-12  # of a row of zeros
 _ROUTER_NAMES = ("gate", "router", "layer")  # as architectures with experts name theirs
 
@@ -53,19 +54,20 @@ class Fp8Linear(nn.Module):
             self.bias = nn.Parameter(bias, requires_grad=False)
 
     @torch.no_grad()
-    def set_rows(self, rows: slice, weight: torch.Tensor) -> None:
+    def set_rows(self, rows: slice, weight: torch.Tensor, columns: slice = _ALL) -> None:
         """Round `[rows, in]` weights of any float dtype on this layer's device into their place.
 
-        In pieces, as float32 copies of a whole weight would take four times its bytes.
+        In pieces, as float32 copies of a whole weight would take four times its bytes. Where the
+        layer has some `columns` of a weight only, rows are scaled as the whole ones are.
         """
-        num_rows = max(1, _PIECE_VALUES // self.in_features)
+        num_rows = max(1, _PIECE_VALUES // weight.shape[1])
         places = zip(
             self.weight[rows].split(num_rows), self.scale[rows].split(num_rows), strict=True
         )
         for (to, to_scale), piece in zip(places, weight.split(num_rows), strict=True):
             scale = row_scales(piece)
             to_scale.copy_(scale)
-            to.copy_(to_fp8(piece, scale))
+            to.copy_(to_fp8(piece, scale)[:, columns])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""

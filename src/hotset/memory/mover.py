@@ -10,13 +10,12 @@ T = TypeVar("T")
 
 
 class Copier(Protocol):
-    """Copies runs of bytes between the device and host memory, beside the model's steps.
+    """Copies runs of bytes between the device and host memory, beside the model's steps."""
 
-    Attributes:
-        num_ready_slots: how many leading host slots can be used; may grow.
-    """
-
-    num_ready_slots: int
+    @property
+    def num_ready_slots(self) -> int:
+        """How many leading host slots can be used; may grow."""
+        ...
 
     def mark(self) -> None:
         """Note the compute submitted so far, for `submit`."""

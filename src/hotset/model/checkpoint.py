@@ -21,6 +21,7 @@ from hotset.foreign_text import parse_json
 from hotset.libraries import first_line
 from hotset.model import weights
 from hotset.model.architecture import Architecture, find_architecture, transformers_config
+from hotset.model.cut_model import ModelCutter
 from hotset.model.narrow_experts import NarrowExperts, without_experts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -35,6 +36,8 @@ def load_folder(
     fp8: bool = False,
     experts: ExpertSink | None = None,
     narrow: NarrowExperts | None = None,
+    cutter: ModelCutter | None = None,
+    in_place: torch.device | None = None,
 ) -> Any:
     """Load a folder's model.
 
@@ -45,26 +48,31 @@ def load_folder(
     Args:
         folder: of the checkpoint.
         architecture: as `read_architecture` gives it.
-        device: where the weights go.
+        device: where the weights go that are not read in place.
         dtype: of the weights; None is the checkpoint's.
         fp8: store those of linear layers in 8 bits. A checkpoint that is not plain is loaded in
             `dtype`, for the caller to round.
         experts: where those go that host memory has no room for.
         narrow: the experts whose own bytes are kept; None where all weights are plain.
+        cutter: leaves layers that are read in place with this rank's part; None cuts nothing.
+        in_place: where weights go that are read in place; on the CPU none but those of `fp8` are.
+            None is `device`.
 
     Raises:
         ModelError: it cannot be loaded; says why.
     """
-    dtype = dtype or architecture.dtype
+    dtype, in_place = dtype or architecture.dtype, in_place or device
     tensors = CheckpointTensors(folder, architecture.fields) if narrow is None else narrow.tensors
     if tensors.is_dequantised:
         _forget_quantization(architecture.config)
     if narrow is not None:
         return _with_narrow(narrow, architecture, device, dtype or torch.bfloat16, experts)
     model = None
-    if dtype is not None and (fp8 or device.type == "cuda"):
+    if dtype is not None and (fp8 or in_place.type == "cuda"):
         with _in_one_line(folder, tensors.shapes):
-            model = weights.load_in_place(architecture, tensors, device, dtype, fp8=fp8)
+            model = weights.load_in_place(
+                architecture, tensors, in_place, dtype, fp8=fp8, cutter=cutter
+            )
     if model is None:
         if experts is not None:
             _begin(experts, architecture, dtype)

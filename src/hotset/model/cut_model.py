@@ -1,5 +1,6 @@
 """A model of which this process' rank has its part."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class ModelCutter:
         self._rank, size = current().rank, current().size
         self._table = Table(1, {}, {}) if size == 1 else find_cuts(outline, size, name)
         self._name = name
+        self._cut: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._vocab_size = outline.config.get_text_config().vocab_size
         if Cut.EXPERTS in self._table.cuts.values() and not layers_to_gate(outline):
             raise ModelError(
@@ -43,13 +45,13 @@ class ModelCutter:
 
     @torch.no_grad()
     def cut(self, path: str, module: nn.Module) -> dict[str, Index]:
-        """Leave a module with this rank's part, in place, if it is one to be cut.
+        """Leave a module with this rank's part, in place, if it is one to be cut; not the head.
 
         Returns:
             By name of a parameter, which part of it is left; those of experts are not told.
         """
         how = self._table.cuts.get(path)
-        if how is None:
+        if how is None or how is Cut.HEAD:
             return {}
         if how is Cut.EXPERTS:
             slice_experts(experts_of(module), self._rank, self._table.size, self._name)
@@ -57,18 +59,37 @@ class ModelCutter:
         return cut_linear(module, self._table, path, self._rank)
 
     def cut_all(self, model: nn.Module) -> dict[str, Index]:
-        """`cut` for every module; returns the parts by the whole name of a parameter."""
-        parts = {}
+        """`cut` for every module; returns the parts by the whole name of a parameter.
+
+        A model that was cut stays as it is.
+        """
+        parts: dict[str, Index] = {}
+        if model in self._cut:
+            return parts
+        self._cut.add(model)
         for path, module in list(model.named_modules()):
             for name, part in self.cut(path, module).items():
                 parts[f"{path}.{name}"] = part
         return parts
 
+    @torch.no_grad()
+    def cut_head(self, model: Any) -> None:
+        """Leave the head with this rank's columns, in place."""
+        for path, how in self._table.cuts.items():
+            if how is Cut.HEAD:
+                head, embedding = model.get_submodule(path), model.get_input_embeddings()
+                shared = embedding.weight if head.weight is embedding.weight else None
+                (columns,) = cut_linear(head, self._table, path, self._rank)["weight"]
+                if shared is not None:  # in the same memory, as before
+                    head.weight = nn.Parameter(shared[columns], requires_grad=False)
+
     def join_outputs(self, model: nn.Module) -> None:
         """Have layers that are cut give what whole ones do, by sums over ranks and the like.
 
-        The last of all changes, as paths of layers change.
+        Cuts the head, whose weight may be an embedding's; that stays whole. The last of all
+        changes, as paths of layers change.
         """
+        self.cut_head(model)
         for path, how in self._table.cuts.items():
             module = model.get_submodule(path)
             if how is Cut.EXPERTS:

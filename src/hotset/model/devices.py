@@ -5,10 +5,11 @@ import torch
 from hotset.cgroups import available_host_bytes
 from hotset.errors import ConfigError, ModelError
 from hotset.linear.fp8 import FP8
+from hotset.parallel.group import current
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device this machine has."""
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device this machine has: this rank's."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -17,6 +18,8 @@ def resolve_device(device: str) -> torch.device:
         raise ConfigError(f"device is {device!r}; expected auto, cpu or cuda") from None
     if target.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {device!r}; expected auto, cpu or cuda")
+    if target.type == "cuda" and current().size > 1:
+        return current().device
     if target.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError("device is 'cuda' but torch finds no NVIDIA GPU here; use cpu")

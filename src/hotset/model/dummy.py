@@ -30,10 +30,12 @@ from hotset.experts.weights import (
 )
 from hotset.libraries import first_line, quiet
 from hotset.model.architecture import Architecture, find_architecture, known_fields
+from hotset.model.cut_model import ModelCutter
 from hotset.model.devices import check_room, resolve_device, resolve_dtype
 from hotset.model.finish import closing_on_error, finish, max_model_len
 from hotset.model.loaded import LoadedModel
 from hotset.model.narrow_experts import narrow_layout_of
+from hotset.parallel.group import current
 
 _STD = 0.02  # of random weights in few bits, as transformers initialises others
 
@@ -77,7 +79,11 @@ def load_dummy(
     architecture, short_name = _architecture_of(name)
     torch_dtype = torch_dtype or architecture.dtype or torch.bfloat16
     shape = architecture.outline(torch_dtype)
-    narrow = _narrow_of(architecture, shape, target, experts_on_host, experts)
+    narrow = None
+    if current().size == 1:  # else what is narrow is made wide, and cut
+        narrow = _narrow_of(architecture, shape, target, experts_on_host, experts)
+    cutter = ModelCutter(shape, short_name)
+    cutter.cut_all(shape)
     devices = [target] if target.type == "cuda" else []
     with closing_on_error(experts):
         _check_room(
@@ -90,12 +96,14 @@ def load_dummy(
                 torch_dtype,
                 target,
                 narrow,
+                cutter,
                 experts_on_host=experts_on_host,
                 experts=experts,
             )
     if router_skew is not None:
         skew_routers(model, router_skew, seed=seed)
     notes = finish(model, dtype, architecture)
+    cutter.join_outputs(model)
     made_of = [architecture.fields, dtype, str(model.dtype), seed, router_skew]
     content = json.dumps(made_of, sort_keys=True, default=str).encode()
     return LoadedModel(
@@ -181,19 +189,24 @@ def _make(
     dtype: torch.dtype,
     device: torch.device,
     narrow: NarrowLayout | None,
+    cutter: ModelCutter,
     *,
     experts_on_host: bool,
     experts: ExpertSink | None,
 ) -> Any:
-    """What `from_config` makes; with experts on the host, one layer's at a time on the device."""
+    """What `from_config` makes; with experts on the host, one layer's at a time on the device.
+
+    Weights are drawn whole, so that any number of ranks has parts of the same ones.
+    """
     with accelerate.init_empty_weights(include_buffers=False):
         model: Any = architecture.make(dtype)
     to_disk = experts if experts is not None and experts.store is not None else None
 
-    def make(module: torch.nn.Module, owner: PreTrainedModel) -> None:
+    def make(path: str, module: torch.nn.Module, owner: PreTrainedModel) -> None:
         # In the order of transformers' `initialize_weights`.
-        for child in module.children():
-            make(child, child if isinstance(child, PreTrainedModel) else owner)
+        for name, child in module.named_children():
+            child_owner = child if isinstance(child, PreTrainedModel) else owner
+            make(f"{path}.{name}" if path else name, child, child_owner)
         if narrow is not None and is_experts(module):
             layer = experts_of(module)
             _make_narrow(layer, narrow, device)
@@ -208,13 +221,14 @@ def _make(
                 module._parameters[name] = torch.nn.Parameter(empty)
         module._is_hf_initialized = False  # type: ignore[assignment]
         owner._initialize_weights(module)
+        cutter.cut(path, module)
         if to_disk is not None and is_experts(module):
             to_disk.take(experts_of(module))
         elif experts_on_host and is_experts(module):
             module._apply(lambda tensor: tensor.to("cpu"), recurse=False)
 
     with torch.no_grad():
-        make(model, model)
+        make("", model, model)
     if to_disk is not None:
         to_disk.finish(model)
     if experts_on_host:

@@ -20,6 +20,8 @@ class LoadedModel:
         kv_scales: for each layer, what keys and values divided by fit 8-bit floats best; None where
             the checkpoint does not say.
         notes: lines for the user: the parts of the checkpoint that are not loaded or served.
+        ranks: the other processes that have parts of the model, see `ranks.driver.Ranks`; None
+            where this one has all of it.
     """
 
     model: Any
@@ -30,6 +32,7 @@ class LoadedModel:
     max_model_len: int
     kv_scales: tuple[tuple[float, float], ...] | None = None
     notes: tuple[str, ...] = ()
+    ranks: Any = None
 
     def require_tokenizer(self) -> Any:
         """Return the tokenizer, or raise ModelError where there is none."""

@@ -24,11 +24,13 @@ from hotset.libraries import quiet
 from hotset.linear.tile_product import can_multiply
 from hotset.model import checkpoint
 from hotset.model.architecture import Architecture
+from hotset.model.cut_model import ModelCutter
 from hotset.model.devices import check_room, resolve_device, resolve_dtype
 from hotset.model.find_model import find_model
 from hotset.model.finish import closing_on_error, finish, max_model_len
 from hotset.model.loaded import LoadedModel, no_tokenizer
 from hotset.model.narrow_experts import NarrowExperts, find_narrow_experts
+from hotset.parallel.group import current
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,9 @@ class _Asked:
 
     @property
     def first_device(self) -> torch.device:
-        """Where weights are read to."""
-        return torch.device("cpu") if self.experts_on_host else self.target
+        """Where weights are read to that are not read in place; parts are left of whole ones."""
+        is_whole = current().size > 1
+        return torch.device("cpu") if self.experts_on_host or is_whole else self.target
 
 
 def load_model(
@@ -91,7 +94,7 @@ def load_model(
     """
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
-    stays_narrow = _stays_narrow(target, dtype)
+    stays_narrow = _stays_narrow(target, dtype) and current().size == 1
     source, short_name = find_model(name, narrow=stays_narrow and can_multiply())
     architecture = None if source.is_file() else checkpoint.read_architecture(source)
     if architecture is not None and num_experts(architecture.config.get_text_config()) <= 1:
@@ -104,10 +107,18 @@ def load_model(
             model, tokenizer, architecture, note = checkpoint.load_gguf(
                 source, asked.first_device, torch_dtype, narrow=stays_narrow
             )
+            cutter = ModelCutter(model, short_name)
         else:
-            model, tokenizer, note = _load_folder(source, architecture, asked)
+            outline = architecture.outline(torch_dtype or architecture.dtype or torch.float32)
+            cutter = ModelCutter(outline, short_name)
+            model, tokenizer, note = _load_folder(source, architecture, outline, cutter, asked)
     if experts_on_host:
         move_but_experts(model, target)
+    notes = finish(model, dtype, architecture)
+    cutter.cut_all(model)
+    if model.device != target:  # whole weights were read to the CPU
+        model.to(target)
+    cutter.join_outputs(model)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -116,16 +127,20 @@ def load_model(
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=max_model_len(model, tokenizer, short_name),
         kv_scales=kv_scales(source, model.config.get_text_config().num_hidden_layers),
-        notes=(*finish(model, dtype, architecture), *([] if note is None else [note])),
+        notes=(*notes, *([] if note is None else [note])),
     )
 
 
 def _load_folder(
-    source: Path, architecture: Architecture, asked: _Asked
+    source: Path,
+    architecture: Architecture,
+    outline: PreTrainedModel,
+    cutter: ModelCutter,
+    asked: _Asked,
 ) -> tuple[PreTrainedModel, Any, str | None]:
     """The model of a folder, its tokenizer, and what to say of its weights."""
-    outline = architecture.outline(asked.torch_dtype or architecture.dtype or torch.float32)
-    narrow = _narrow_experts(source, architecture, outline, asked)
+    narrow = _narrow_experts(source, architecture, outline, asked) if cutter.is_idle else None
+    cutter.cut_all(outline)
     if asked.check is not None:
         asked.check(outline)
     _check_room(architecture, outline, asked, narrow)
@@ -140,6 +155,8 @@ def _load_folder(
         fp8=asked.dtype == "fp8" and not asked.experts_on_host,
         experts=asked.experts,
         narrow=narrow,
+        cutter=cutter,
+        in_place=asked.first_device if asked.experts_on_host else asked.target,
     )
     return model, tokenizer, _storage_note(architecture, model, narrow)
 

@@ -27,26 +27,37 @@ from hotset.errors import ModelError
 from hotset.linear.fp8_linear import Fp8Linear, quantize_linears
 from hotset.linear.merged import MergedLinear, merge_linears
 from hotset.model.architecture import Architecture
+from hotset.model.cut_model import ModelCutter
+from hotset.parallel.cuts import Index
 
 _NUM_THREADS = 4  # each holds one tensor; they wait for the disk and the link
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a tensor of a checkpoint belongs: a parameter or buffer, or rows of it."""
+    """Where a tensor of a checkpoint belongs: a parameter or buffer, or rows of it.
+
+    Attributes:
+        part: of the tensor, that this rank has.
+    """
 
     module: nn.Module
     name: str
     rows: slice | None
+    part: Index
 
     @torch.no_grad()
-    def write(self, tensor: torch.Tensor) -> None:
+    def fill(self, tensor: Any) -> None:
+        """Read the part of a tensor of the file into its place."""
         target = getattr(self.module, self.name)
-        tensor = tensor.to(target.device)
+        rows, columns = self.part[:1] or (slice(None),), self.part[1:]
         if isinstance(self.module, Fp8Linear) and self.name == "weight":
-            self.module.set_rows(self.rows or slice(None), tensor)
+            # Whole rows, as these have scales.
+            weight = tensor[rows].to(target.device)
+            self.module.set_rows(self.rows or slice(None), weight, *columns)
         else:
-            (target if self.rows is None else target[self.rows]).copy_(tensor)
+            part = tensor[self.part or ...].to(target.device)
+            (target if self.rows is None else target[self.rows]).copy_(part)
 
 
 def load_in_place(
@@ -56,6 +67,7 @@ def load_in_place(
     dtype: torch.dtype,
     *,
     fp8: bool,
+    cutter: ModelCutter | None = None,
 ) -> Any | None:
     """Make the model of `architecture` on `device`, its sibling layers merged.
 
@@ -67,6 +79,7 @@ def load_in_place(
         device: where the weights go.
         dtype: of what is not 8-bit.
         fp8: store the weights of linear layers in 8 bits; see `fp8_linear.can_be_fp8`.
+        cutter: leaves layers with this rank's part, which alone is read; None cuts nothing.
 
     Returns:
         The model; None where the tensors of the files are not those of the model as they are:
@@ -85,11 +98,12 @@ def load_in_place(
     if not _is_as_stored(model, tensors):
         return None
     _check_leftovers(model, architecture.fields, tensors)
+    parts = {} if cutter is None else cutter.cut_all(model)
     if fp8:
         quantize_linears(model)
     merge_linears(model)
     _allocate(model, device)
-    places = _places(model)
+    places = _places(model, parts)
     with tensors.open(device, dtype) as reads:
         _fill(reads, places)
     read_generation_config(model, tensors.folder)
@@ -182,8 +196,8 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def _places(model: nn.Module) -> dict[str, _Place]:
-    """The place of each tensor by the name it has in a checkpoint."""
+def _places(model: nn.Module, parts: Mapping[str, Index]) -> dict[str, _Place]:
+    """The place of each tensor by the name it has in a checkpoint, and which part goes there."""
     places = {}
     wholes = {id(module.whole) for module in model.modules() if isinstance(module, MergedLinear)}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -194,7 +208,8 @@ def _places(model: nn.Module) -> dict[str, _Place]:
             owner, rows = module.whole, module.columns
         for name in (*owner._parameters, *owner._buffers):
             if getattr(owner, name) is not None and name not in owner._non_persistent_buffers_set:
-                places[f"{path}.{name}" if path else name] = _Place(owner, name, rows)
+                whole = f"{path}.{name}" if path else name
+                places[whole] = _Place(owner, name, rows, parts.get(whole, ()))
     return places
 
 
@@ -202,7 +217,7 @@ def _fill(reads: Mapping[str, Any], places: Mapping[str, _Place]) -> None:
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
 
         def move(name: str) -> None:
-            places[name].write(reads[name][...])
+            places[name].fill(reads[name])
 
         for _ in pool.map(move, [name for name in reads if name in places]):
             pass

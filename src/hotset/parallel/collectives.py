@@ -23,6 +23,9 @@ _ONE_SHOT_BYTES = 256 * 2**10
 _MOST_BYTES = 16 * 2**20
 _ALIGNMENT = 16
 
+# PyTorch 2.13 has another name for it, and warns of the older one.
+_all_gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
+
 _symmetric: "SymmetricMemory | None" = None
 
 
@@ -132,18 +135,30 @@ def gather_columns(x: torch.Tensor, num_columns: int) -> torch.Tensor:
     """
     group = current()
     piece = -(-num_columns // group.size)
-    x = functional.pad(x, (0, piece - x.shape[-1])).contiguous()
-    if group.is_alone:
-        return x.repeat(*[1] * (x.ndim - 1), group.size)[..., :num_columns].contiguous()
-    pieces = x.new_empty(group.size, *x.shape)
-    distributed.all_gather_into_tensor(pieces, x)
-    side_by_side = pieces.movedim(0, -2).flatten(-2)  # a copy
-    return side_by_side[..., :num_columns].contiguous()
+    rows = functional.pad(x, (0, piece - x.shape[-1])).flatten(0, -2).contiguous()
+    pieces = (
+        rows.repeat(group.size, 1)
+        if group.is_alone
+        else rows.new_empty(group.size * len(rows), piece)
+    )
+    if not group.is_alone and len(rows):
+        _all_gather(pieces, rows)
+    side_by_side = pieces.view(group.size, len(rows), piece).transpose(0, 1)
+    side_by_side = side_by_side.reshape(len(rows), group.size * piece)  # a copy
+    return side_by_side[:, :num_columns].reshape(*x.shape[:-1], num_columns)
 
 
 @gather_columns.register_fake
 def _(x: torch.Tensor, num_columns: int) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], num_columns)
+
+
+def largest(x: torch.Tensor) -> torch.Tensor:
+    """For each number the largest that a rank brings."""
+    out = x.contiguous().clone()
+    if not current().is_alone:
+        distributed.all_reduce(out, distributed.ReduceOp.MAX)
+    return out
 
 
 def broadcast(tensor: torch.Tensor) -> None:

@@ -93,12 +93,12 @@ def join(store: Store, rank: int, size: int, device: torch.device, timeout_s: fl
     return _current
 
 
-def leave() -> None:
-    """Undo `join`, when no rank has a collective under way."""
+def leave(*, is_orderly: bool = True) -> None:
+    """Undo `join`, when no rank has a collective under way; or just forget the group."""
     global _current
-    if _current is not _ONE:
+    if _current is not _ONE and is_orderly:
         distributed.destroy_process_group()
-        _current = _ONE
+    _current = _ONE
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from hotset.clock import Clock
 from hotset.memory.disk.folder import opening
@@ -25,6 +26,22 @@ _KIND_BY_ERRNO = {
 }
 
 
+class Peers(Protocol):
+    """The other parts of each block, which other ranks write to slots of the same number.
+
+    What is returned has to be called, and waits for them: from the checksum of the part here it
+    makes that of all parts, or raises OSError.
+    """
+
+    def write(self, slot: int, key: bytes, payload: memoryview) -> Callable[[int], int]:
+        """Start writing the parts whose host slot is that of `payload`."""
+        ...
+
+    def read(self, slot: int, key: bytes, into: memoryview) -> Callable[[int], int]:
+        """Start reading them."""
+        ...
+
+
 class BlockFiles:
     """Blocks in slots, found again after a restart. Safe from any thread; all calls block.
 
@@ -36,6 +53,7 @@ class BlockFiles:
     Args:
         folder, payload_bytes, fingerprint, clock: see `DiskTier`.
         num_slots: of the slab.
+        peers: have other parts of each block; None where all is here.
 
     Attributes:
         rows: of the index, by slot: what is stored.
@@ -54,7 +72,9 @@ class BlockFiles:
         payload_bytes: int,
         fingerprint: Mapping[str, str],
         clock: Clock,
+        peers: Peers | None = None,
     ) -> None:
+        self._peers = peers
         slot_bytes = slot_bytes_for(payload_bytes)
         identity = {
             "format": _FORMAT,
@@ -95,8 +115,15 @@ class BlockFiles:
         """
         try:
             self._clear_row(job.slot, queued_slots)
-            job.checksum = checksum(job.key, job.buffer)
-            self.slab.write(job.slot, job.buffer)
+            others = None
+            if self._peers is not None:
+                others = self._peers.write(job.slot, job.key, job.buffer)
+            try:
+                job.checksum = checksum(job.key, job.buffer)
+                self.slab.write(job.slot, job.buffer)
+            finally:
+                if others:  # which use their buffers until then
+                    job.checksum = others(job.checksum)
         except IndexFault:
             return False  # the index counts it
         except OSError as error:
@@ -120,7 +147,10 @@ class BlockFiles:
 
     def read(self, job: Job) -> bool:
         """Read a block from its slot, and compare it with its checksum; whether that went well."""
-        fault = self.slab.read_checked(job.slot, job.buffer, job.key, job.checksum)
+        others = None
+        if self._peers is not None:
+            others = self._peers.read(job.slot, job.key, job.buffer)
+        fault = self.slab.read_checked(job.slot, job.buffer, job.key, job.checksum, others)
         if fault is None:
             return True
         job.faults.append(f"disk_{fault}")

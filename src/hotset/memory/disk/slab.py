@@ -127,18 +127,33 @@ class Slab:
                 raise EOFError(f"the slab ends inside slot {slot}")
             done += count
 
-    def read_checked(self, slot: int, into: memoryview, key: bytes, expected: int) -> str | None:
+    def read_checked(
+        self,
+        slot: int,
+        into: memoryview,
+        key: bytes,
+        expected: int,
+        others: Callable[[int], int] | None = None,
+    ) -> str | None:
         """Read one slot, and compare it with its checksum; returns what went wrong.
 
-        That is `truncated`, `io_error` or `corrupt`.
+        That is `truncated`, `io_error` or `corrupt`. `others` makes of the checksum found here that
+        of more parts of the block; see `block_files.Peers`.
         """
+        fault, found = None, 0
         try:
             self.read(slot, into)
+            found = checksum(key, into)
         except EOFError:
-            return "truncated"
+            fault = "truncated"
         except OSError:
-            return "io_error"
-        return None if checksum(key, into) == expected else "corrupt"
+            fault = "io_error"
+        if others is not None:  # also after a fault: they use their buffers until then
+            try:
+                found = others(found)
+            except OSError:
+                fault = fault or "io_error"
+        return fault or (None if found == expected else "corrupt")
 
     def _transfer(self, call: _Call, buffer: memoryview, offset: int) -> int:
         if self.direct_io and self._direct_fd is not None:

@@ -10,7 +10,7 @@ from hotset.clock import REAL_CLOCK, Clock
 from hotset.errors import TierError
 from hotset.eviction import Order, policy_named
 from hotset.memory.disk import index as disk_index
-from hotset.memory.disk.block_files import BlockFiles
+from hotset.memory.disk.block_files import BlockFiles, Peers
 from hotset.memory.disk.io_queue import IoQueue, Job, Mailbox
 from hotset.memory.disk.slab import SLOT_ALIGN_BYTES, slot_bytes_for
 from hotset.memory.tier import Answer, Completion, CompletionStatus, TierInfo, TierUsage
@@ -84,6 +84,7 @@ class DiskTier:
         num_threads: for reads, and as many again for writes.
         eviction: the name of a policy in `eviction`.
         clock: of deadlines, pauses and the pace of writes.
+        peers: have other parts of each block; None where all is here.
 
     Attributes:
         slot_bytes: length of every buffer given to `submit_*`: `payload_bytes` in whole pages.
@@ -107,6 +108,7 @@ class DiskTier:
         num_threads: int = 2,
         eviction: str = "lru",
         clock: Clock = REAL_CLOCK,
+        peers: Peers | None = None,
     ) -> None:
         self.payload_bytes, self.slot_bytes = payload_bytes, slot_bytes_for(payload_bytes)
         self.capacity_payloads = num_slots = payloads_within(capacity_bytes, payload_bytes)
@@ -118,7 +120,12 @@ class DiskTier:
         self.info = TierInfo("disk", num_slots, self.slot_bytes)
         self._clock = clock
         self._files = files = BlockFiles(
-            folder, num_slots, payload_bytes=payload_bytes, fingerprint=fingerprint, clock=clock
+            folder,
+            num_slots,
+            payload_bytes=payload_bytes,
+            fingerprint=fingerprint,
+            clock=clock,
+            peers=peers,
         )
         self.reclaimed, self._faults = files.reclaimed, files.faults
         # Rows come in order of writing; of two for a key the later counts.

@@ -1,0 +1,1 @@
+"""Several processes as one engine: the driver schedules, and each rank replays what it is sent."""

@@ -1,0 +1,119 @@
+"""A copier of several ranks: each copies its part of a block to its part of a host slot."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from hotset.errors import EngineError
+from hotset.memory.arena import DeviceArena, HostArena
+from hotset.memory.copy_runs import Run
+from hotset.memory.mover import Copier
+from hotset.ranks.driver import Ranks
+from hotset.ranks.log import Op, command
+from hotset.ranks.messages import Copied, RankReport
+
+_LOOK_EVERY_S = 0.1
+
+
+class RanksCopier:
+    """See `mover.Copier`. A copy has ended once it has on all ranks, and took what the slowest did.
+
+    Runs are sent as places from the start of each memory, which are the same on all ranks.
+
+    Args:
+        local: rank 0's.
+        ranks: the others.
+        device: rank 0's memory of blocks, of the same size on all.
+        host: rank 0's host slots, likewise.
+    """
+
+    def __init__(self, local: Copier, ranks: Ranks, device: DeviceArena, host: HostArena) -> None:
+        self._local, self._ranks = local, ranks
+        self._device, self._host = device, host
+        self._changed = threading.Condition()
+        self._open: dict[int, dict[int, float]] = {}  # by id, seconds by rank; by _changed
+        self._ready = dict.fromkeys(range(1, ranks.size), 0)  # slots by rank; by _changed
+
+    @property
+    def num_ready_slots(self) -> int:
+        """Of the rank that has the fewest."""
+        return min(self._local.num_ready_slots, *self._ready.values())
+
+    def wait_ready(self) -> None:
+        """Block until all ranks have some host slots.
+
+        Raises:
+            EngineError: a rank has failed.
+        """
+        with self._ranks.waiting():
+            while not self.num_ready_slots:
+                with self._changed:
+                    self._changed.wait(_LOOK_EVERY_S)
+                if self._ranks.failure is not None:
+                    raise EngineError(self._ranks.failure)
+
+    def mark(self) -> None:
+        """See `mover.Copier`. Within a step the other ranks do so by themselves."""
+        if not self._ranks.is_in_step:
+            self._ranks.send(command(Op.MARK))
+        self._local.mark()
+
+    def submit(self, runs: Sequence[Run], *, to_host: bool) -> int:
+        """See `mover.Copier`."""
+        copy_id = self._local.submit(runs, to_host=to_host)
+        with self._changed:
+            self._open[copy_id] = {}
+        start = (self._device.memory.data_ptr(), self._host.address(0), 0)
+        places = np.array(runs, np.int64).reshape(-1, 3) - np.array(start, np.int64)
+        self._ranks.send(command(Op.COPY, (copy_id, to_host), places))
+        return copy_id
+
+    def order(self, copy_id: int) -> bool:
+        """See `mover.Copier`. Each device waits for its own copy."""
+        can_wait = self._local.order(copy_id)
+        if can_wait:
+            self._ranks.send(command(Op.ORDER, [copy_id]))
+        return can_wait
+
+    def poll(self) -> list[tuple[int, float]]:
+        """See `mover.Copier`."""
+        with self._changed:
+            self._note(0, self._local.poll())
+            ended = [
+                (copy_id, max(seconds.values()))
+                for copy_id, seconds in self._open.items()
+                if len(seconds) == self._ranks.size
+            ]
+            for copy_id, _ in ended:
+                del self._open[copy_id]
+        return ended
+
+    def wait(self, timeout_s: float) -> None:
+        """See `mover.Copier`."""
+        deadline_s = time.monotonic() + timeout_s
+        if any(0 not in seconds for seconds in list(self._open.values())):
+            self._local.wait(timeout_s)
+        with self._changed:
+            self._note(0, self._local.poll())
+            self._changed.wait_for(
+                lambda: any(len(s) == self._ranks.size for s in self._open.values()),
+                max(0.0, deadline_s - time.monotonic()),
+            )
+
+    def close(self) -> None:
+        """See `mover.Copier`. The other ranks close theirs when the engine ends."""
+        self._local.close()
+
+    def take(self, rank: int, report: RankReport) -> None:
+        """Take note of what ended on another rank."""
+        if isinstance(report, Copied):
+            with self._changed:
+                self._ready[rank] = report.num_ready_slots
+                self._note(rank, report.ended)
+                self._changed.notify_all()
+
+    def _note(self, rank: int, ended: list[tuple[int, float]]) -> None:
+        for copy_id, seconds in ended:
+            self._open[copy_id][rank] = seconds

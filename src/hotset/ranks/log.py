@@ -1,0 +1,150 @@
+"""The log of what the driver calls: flat arrays of whole numbers, as they are sent.
+
+A message is one command after another, each its number, its length and as many int64. Blocks and
+host slots have the same numbers on all ranks. The block table of a sequence is sent once, and then
+what it grew by: each side keeps the same tables.
+
+Imports numpy, no torch.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hotset.attention.batch import NUM_INPUTS, Batch, SequenceSpan
+from hotset.executor.step_input import SampleInput, StepInput
+
+Array = npt.NDArray[np.int64]
+
+
+class Op(IntEnum):
+    """What a rank does next."""
+
+    STEP = 1  # compute it; see `StepWriter.step`
+    COPY_BLOCKS = 2  # of the device: from, to
+    RELEASE = 3  # the tables of these sequences
+    MARK = 4  # note the compute submitted so far
+    COPY = 5  # between device and host: id, whether to the host, runs
+    ORDER = 6  # have compute wait for a copy: its id
+    WARM_UP = 7  # do the next piece of it
+    COUNT = 8  # report what experts did: a number that comes back
+    WRITE = 9  # a host slot to disk: id, host slot, slot on disk, key
+    READ = 10  # a slot on disk to a host slot, likewise
+    END = 11  # nothing more of this engine
+
+
+def command(op: Op, *parts: Iterable[int] | Array) -> Array:
+    """One command."""
+    arrays = [np.asarray(part, np.int64).reshape(-1) for part in parts]
+    length = sum(map(len, arrays))
+    return np.concatenate([np.array([op, length], np.int64), *arrays])
+
+
+def commands(message: bytes) -> Iterator[tuple[Op, Array]]:
+    """The commands of a message, in order."""
+    numbers = np.frombuffer(message, np.int64)
+    while len(numbers):
+        end = 2 + int(numbers[1])
+        yield Op(int(numbers[0])), numbers[2:end]
+        numbers = numbers[end:]
+
+
+class StepWriter:
+    """Makes the commands of steps."""
+
+    def __init__(self) -> None:
+        self._tables: dict[int, Sequence[int]] = {}  # as the ranks have them
+
+    def step(self, step: StepInput) -> Array:
+        """A step without how its tokens are chosen, which rank 0 does.
+
+        Raises:
+            NotImplementedError: it has what is not sent: seats of hot requests, or states.
+        """
+        batch = step.batch
+        if step.seats is not None or any(span.cuts for span in batch.sequences):
+            raise NotImplementedError("hot requests and states are not sent to other ranks")
+        spans, new = [], list[int]()
+        for span in batch.sequences:
+            table = span.block_table
+            known = self._tables.get(span.sequence_id, ())
+            kept = len(known) if table[: len(known)] == known else 0
+            spans.append(
+                (span.sequence_id, span.start, span.num_tokens, span.context_len, kept, len(table))
+            )
+            new += table[kept:]
+            self._tables[span.sequence_id] = table
+        counts = (
+            batch.num_tokens,
+            len(batch.sampled_rows),
+            len(batch.scored_rows),
+            len(spans),
+            len(step.copies),
+            batch.num_decodes,
+            batch.has_unknown,
+        )
+        return command(
+            Op.STEP,
+            counts,
+            batch.inputs,
+            batch.sampled_rows,
+            batch.scored_rows,
+            np.array(spans, np.int64),
+            np.array(step.copies, np.int64),
+            new,
+        )
+
+    def release(self, sequence_ids: Sequence[int]) -> Array:
+        """Forget the tables of sequences that have ended."""
+        for sequence_id in sequence_ids:
+            self._tables.pop(sequence_id, None)
+        return command(Op.RELEASE, sequence_ids)
+
+
+class StepReader:
+    """Reads the commands that a `StepWriter` made, all of them and in order."""
+
+    def __init__(self) -> None:
+        self._tables: dict[int, list[int]] = {}
+
+    def step(self, numbers: Array) -> StepInput:
+        """The step of a `STEP`; its tables are valid until the next one is read."""
+        counts, numbers = numbers[:7].tolist(), numbers[7:]
+        num_tokens, num_sampled, num_scored, num_spans, num_copies, num_decodes, unknown = counts
+        sizes = [NUM_INPUTS * num_tokens, num_sampled, num_scored, 6 * num_spans, 2 * num_copies]
+        inputs, sampled, scored, spans, copies, new = np.split(numbers, np.cumsum(sizes))
+        sequences, start = [], 0
+        for row in spans.reshape(-1, 6).tolist():
+            sequence_id, first, count, context_len, kept, length = row
+            table = self._tables.setdefault(sequence_id, [])
+            del table[kept:]
+            end = start + length - kept
+            table += new[start:end].tolist()
+            start = end
+            sequences.append(
+                SequenceSpan(first, count, context_len, table, sequence_id=sequence_id)
+            )
+        batch = Batch(
+            inputs.reshape(NUM_INPUTS, -1), sampled, scored, sequences, num_decodes, bool(unknown)
+        )
+        pairs: list[Any] = copies.reshape(-1, 2).tolist()
+        return StepInput((), batch, SampleInput(), copies=[(a, b) for a, b in pairs])
+
+    def release(self, numbers: Array) -> None:
+        """Read a `RELEASE`."""
+        for sequence_id in numbers.tolist():
+            self._tables.pop(sequence_id, None)
+
+
+def key_numbers(key: bytes) -> Array:
+    """A key as whole numbers, its length first."""
+    padded = key + bytes(-len(key) % 8)
+    return np.concatenate([np.array([len(key)], np.int64), np.frombuffer(padded, np.int64)])
+
+
+def key_of(numbers: Array) -> bytes:
+    """The key of `key_numbers`."""
+    return numbers[1:].tobytes()[: int(numbers[0])]

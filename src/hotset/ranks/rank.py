@@ -1,0 +1,156 @@
+"""What a rank runs steps with, and how it replays the commands of the driver."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from hotset.executor.runner import ModelRunner
+from hotset.experts.buffer import ExpertBuffer
+from hotset.memory.arena import DeviceArena, HostArena
+from hotset.memory.copy_runs import Run
+from hotset.memory.mover import Copier
+from hotset.parallel.collectives import broadcast
+from hotset.ranks.log import Array, Op, StepReader, commands, key_of
+from hotset.ranks.messages import Copied, Counted, RankReport, Stepped
+from hotset.ranks.slab_files import RankSlab
+
+_DISK_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """A rank that is ready to replay.
+
+    Attributes:
+        runner: of this rank's part of the model.
+        arena: this rank's part of each block.
+        experts: this rank's slices; None where they stay on the device as they were loaded.
+        host, copier: this rank's part of each host slot; None where there is no host memory.
+        slab: and of each slot on disk; None where there is none.
+        facts: that have to be equal on all ranks.
+    """
+
+    runner: ModelRunner
+    arena: DeviceArena
+    experts: ExpertBuffer | None
+    host: HostArena | None
+    copier: Copier | None
+    slab: RankSlab | None
+    facts: dict[str, str]
+
+
+class Replay:
+    """Replays commands on a rank.
+
+    Args:
+        rank: that runs them.
+        report: sends a report to the driver; any thread calls it.
+    """
+
+    def __init__(self, rank: Rank, report: Callable[[RankReport], None]) -> None:
+        self._rank, self._report = rank, report
+        self._reader = StepReader()
+        self._chosen: torch.Tensor | None = None  # what the last step chose, on the device
+        self._num_steps = 0
+        self._copies: dict[int, int] = {}  # by the copier's id, the driver's
+        self._num_ready = -1
+        self._disk = ThreadPoolExecutor(_DISK_THREADS, "rank-disk")
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether copies are under way, or host memory is still being taken; see `poll`."""
+        copier, host = self._rank.copier, self._rank.host
+        if copier is None or host is None:
+            return False
+        return bool(self._copies) or copier.num_ready_slots < len(host.slots)
+
+    def poll(self) -> None:
+        """Report copies that have ended."""
+        copier = self._rank.copier
+        if copier is None:
+            return
+        ended = [(self._copies.pop(copy_id), s) for copy_id, s in copier.poll()]
+        if ended or copier.num_ready_slots != self._num_ready:
+            self._num_ready = copier.num_ready_slots
+            self._report(Copied(ended, self._num_ready))
+
+    def run(self, message: bytes) -> bool:
+        """Run the commands of a message; returns False at the end."""
+        for op, numbers in commands(message):
+            if op is Op.END:
+                self._close()
+                return False
+            self._run(op, numbers)
+        return True
+
+    def _run(self, op: Op, numbers: Array) -> None:
+        rank, copier = self._rank, self._rank.copier
+        if op is Op.STEP:
+            self._step(numbers)
+        elif op is Op.COPY_BLOCKS:
+            rank.runner.copy_blocks([(a, b) for a, b in numbers.reshape(-1, 2).tolist()])
+        elif op is Op.RELEASE:
+            self._reader.release(numbers)
+        elif op is Op.WARM_UP:
+            warm_up(rank.runner, rank.experts)
+        elif op is Op.COUNT:
+            counts = None if rank.experts is None else rank.experts.counts()
+            self._report(Counted(int(numbers[0]), counts))
+        elif op in (Op.WRITE, Op.READ):
+            assert rank.slab is not None and rank.host is not None
+            number, host_slot, slot = numbers[:3].tolist()
+            key, view = key_of(numbers[3:]), rank.host.view(host_slot)
+            move = rank.slab.write if op is Op.WRITE else rank.slab.read
+            self._disk.submit(lambda: self._report(move(number, slot, key, view)))
+        else:
+            assert copier is not None
+            if op is Op.MARK:
+                copier.mark()
+            elif op is Op.COPY:
+                self._copy(copier, numbers)
+            else:
+                assert op is Op.ORDER
+                theirs = {ours: own for own, ours in self._copies.items()}
+                if (copy_id := theirs.get(int(numbers[0]))) is not None:
+                    copier.order(copy_id)
+
+    def _step(self, numbers: Array) -> None:
+        """Compute a step, and get the tokens that rank 0 chooses."""
+        step, runner = self._reader.step(numbers), self._rank.runner
+        copier = self._rank.copier
+        previous, self._chosen = self._chosen, None
+        runner.forward(step, previous, when_ready=copier.mark if copier else lambda: None)
+        if num_rows := len(step.batch.sampled_rows):
+            self._chosen = torch.empty(num_rows, dtype=torch.int64, device=runner.device)
+            broadcast(self._chosen)
+        self._num_steps += 1
+        self._report(Stepped(self._num_steps))
+
+    def _copy(self, copier: Copier, numbers: Array) -> None:
+        assert self._rank.host is not None
+        copy_id, to_host = numbers[:2].tolist()
+        device, host = self._rank.arena.memory.data_ptr(), self._rank.host.address(0)
+        runs = [
+            Run(device + d, host + h, size) for d, h, size in numbers[2:].reshape(-1, 3).tolist()
+        ]
+        self._copies[copier.submit(runs, to_host=bool(to_host))] = copy_id
+
+    def _close(self) -> None:
+        rank = self._rank
+        self._disk.shutdown()
+        if rank.copier is not None:
+            rank.copier.close()
+        if rank.slab is not None:
+            rank.slab.close()
+        if rank.experts is not None:
+            rank.experts.close()
+
+
+def warm_up(runner: ModelRunner, experts: ExpertBuffer | None) -> bool:
+    """Do the next piece of what makes steps faster; see `ModelRunner.warm_up`."""
+    if experts is None:
+        return runner.warm_up()
+    with experts.while_recording():
+        return runner.warm_up()
