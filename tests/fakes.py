@@ -69,11 +69,15 @@ class FakeDevice:
                 continue
             found = [(target ^ KEYS_ALONE, list(self.keys[source])) for source, target in group]
             for number, keys in found:
-                self.keys[number] = keys
-                whole = number
-                if number >= self.first_index_block:
-                    whole = (number - self.first_index_block) * self.values[1] // self.values[0]
-                self.blocks[whole] = [None] * self.block_size
+                self.write_keys(number, keys)
+
+    def write_keys(self, number: int, keys: list[int | None]) -> None:
+        """Write an index block, which lies in a whole one."""
+        self.keys[number] = list(keys)
+        whole = number
+        if number >= self.first_index_block:
+            whole = (number - self.first_index_block) * self.values[1] // self.values[0]
+        self.blocks[whole] = [None] * self.block_size
 
     def compute(self, plan: Step) -> None:
         """Check that all tokens before those of the plan are in place, and write those."""
@@ -220,6 +224,10 @@ class FakeTiers:
         if self.device is not None:
             if key in self.spilling:  # the fetch waits for it
                 self.end_spill(key)
+            if block & KEYS_ALONE:  # of what is kept, so that it comes
+                self.device.write_keys(block ^ KEYS_ALONE, self.payloads[key])
+                self.ended.append(EndedTransfer(key, block, is_fetch=True, ok=True))
+                return
             self.device.fill(block, self.payloads[key] if ok else None)
         self.ended.append(EndedTransfer(key, block, is_fetch=True, ok=ok))
 

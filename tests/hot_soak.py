@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,12 +17,21 @@ from tiny_models import SPARSE_FAMILIES
 from hotset.engine.engine import Engine
 from hotset.errors import OutOfBlocksError
 from hotset.request import FinishReason, SamplingParams
+from hotset.sequence import Request
 
 MAX_TOKENS = 20
 WIDE = {"kv_lora_rank": 72}  # rows are five times as wide as index keys
 # What a run is for; one of many requests has each of them.
 EVENTS = (
-    *("turned_hot", "preempted_hot", "preempted", "aborted", "forked", "mixed_steps"),
+    *(
+        "turned_hot",
+        "preempted_hot",
+        "gone_on_hot",
+        "preempted",
+        "aborted",
+        "forked",
+        "mixed_steps",
+    ),
     *("host_full", "step_failed", "disk_io_error", "disk_corrupt", "disk_full"),
     *("found in device", "found in host", "found in disk"),
 )
@@ -93,8 +103,18 @@ class _Soak:
         self._outputs: dict[tuple[str, int], list[int]] = {}
         self._reasons: dict[tuple[str, int], FinishReason] = {}
         self._events: Counter[str] = Counter()
+        self._hot: Any = engine.kv.hot
 
     def run(self) -> Counter[str]:
+        with patch.object(self._hot, "go_on", partial(self._go_on, self._hot.go_on)):
+            return self._run()
+
+    def _go_on(self, go_on: Callable[..., bool], request: Request) -> bool:
+        did = go_on(request)
+        self._events["gone_on_hot"] += did
+        return did
+
+    def _run(self) -> Counter[str]:
         engine, rng = self._engine, self._rng
         while self._pending or engine.has_work:
             self._add(rng.choice([0, 0, 1, 2, 8]))

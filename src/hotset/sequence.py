@@ -141,6 +141,7 @@ class SequenceBlocks:
             `num_computed_tokens`.
         num_shared_blocks: of `block_table`, those that others had too when it was let in.
         resume: where the last partial block was spilled at preemption.
+        was_hot: whether it was hot when it was preempted.
         kept: keys of payloads that stay in host memory until the preempted request is back.
         fetched: indices into `block_table` of full blocks that were fetched for it before.
         was_staged: whether what the disk has of it was asked for ahead of its turn.
@@ -173,6 +174,7 @@ class SequenceBlocks:
     arrived: dict[int, ArrivedBlock] = field(default_factory=dict)
     num_shared_blocks: int = 0
     resume: Tail | None = None
+    was_hot: bool = False
     kept: list[bytes] = field(default_factory=list)
     fetched: set[int] = field(default_factory=set)
     was_staged: bool = False

@@ -11,8 +11,10 @@ from tiny_models import SPARSE_FAMILIES, WIDE_SPARSE
 
 from hotset.attention.flashinfer.sparse import SparseBackend
 from hotset.attention.sparse.drawn import DrawnSelection
+from hotset.cost.cache_spec import KEYS_ALONE
 from hotset.engine.engine import Engine
 from hotset.executor.simulated import Simulated
+from hotset.request import SamplingParams
 
 MakeEngine = Callable[..., Engine]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -113,3 +115,40 @@ def test_requests_turn_hot_where_memory_is_short_and_give_all_back(
     engine.kv.poll()
     engine.kv.check()
     assert engine.kv.pool.num_held == 0
+
+
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
+def test_index_keys_of_a_request_that_goes_on_hot_are_those_that_it_had(
+    family: str, make_engine: MakeEngine
+) -> None:
+    [prompt] = prompts_of([300])
+    engine = make_wide(make_engine, family)
+    arena, hot = engine.executor.runner._arena, engine.kv.hot  # type: ignore[attr-defined]
+    assert hot is not None
+    engine.add_request(prompt, SamplingParams(max_tokens=60, ignore_eos=True))
+
+    def step_until(is_so: Callable[[], bool]) -> None:
+        for _ in range(500):
+            engine.step()
+            if is_so():
+                return
+        raise AssertionError("it never was")
+
+    step_until(lambda: any(map(hot.turn_hot, engine.scheduler.running)))
+    [request] = engine.scheduler.running
+    step_until(lambda: request.num_output_tokens == 30)
+    num_full = request.kv.num_computed_tokens // BLOCK
+    step_until(lambda: request.kv.num_index_blocks >= num_full)
+
+    def index_keys() -> list[torch.Tensor]:
+        numbers = [block & ~KEYS_ALONE for block in request.kv.block_table[:num_full]]
+        keys = (part for part in arena.index_keys if part.numel())
+        return [part.view(torch.uint8)[numbers].cpu() for part in keys]
+
+    before, table = index_keys(), request.kv.block_table[:num_full]
+    engine.scheduler._preempt_last()
+    step_until(lambda: request.kv.seat is not None and request.kv.num_computed_tokens > 300)
+    assert request.kv.block_table[:num_full] != table
+    assert all(map(torch.equal, index_keys(), before)) and any(keys.any() for keys in before)
+    step_until(lambda: not engine.has_work)
+    assert len(request.output_ids) == 60 and request.error is None

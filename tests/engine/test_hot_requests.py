@@ -19,6 +19,7 @@ from hotset.engine.engine import Engine
 from hotset.kernels.gather_rows import gather_rows
 from hotset.kernels.resolve_rows import resolve_rows
 from hotset.request import SamplingParams
+from hotset.sequence import Kind, Request
 
 MakeEngine = Callable[..., Engine]
 SELECTED = 16  # by a step of the tiny models
@@ -41,6 +42,10 @@ def hot_engine(make_engine: MakeEngine, family: str = "deepseek_v32", **changes:
 
 def answers(family: str, prompts: list[list[int]]) -> list[list[int]]:
     return reference(family, prompts, max_tokens=24, **WIDE)
+
+
+def arena_of(engine: Engine) -> Any:
+    return engine.executor.runner._arena  # type: ignore[attr-defined]
 
 
 def assert_all_is_back(engine: Engine) -> None:
@@ -118,7 +123,7 @@ def test_logits_of_hot_and_resident_requests_are_the_same_bits(
     engine = engines[1]
     engine.take_counts()
     assert engine.metrics.hot_hits > 100 and engine.metrics.hot_misses > 100
-    num_layers = len(engine.executor.runner._arena.layers)
+    num_layers = len(arena_of(engine).layers)
     num_selections = len(engine.executor.runner._hot._selections)
     rows = engine.metrics.moved_bytes["host>slots"] / (80 * 4)
     assert engine.metrics.hot_misses * num_layers / num_selections * 0.8 < rows
@@ -198,3 +203,61 @@ def test_the_cost_model_says_when_requests_turn_hot(family: str, make_engine: Ma
     prompts = long_prompts()
     assert run(engine, prompts, max_tokens=24) == answers(family, prompts)
     assert_all_is_back(engine)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
+def test_a_request_preempted_at_every_step_goes_on_hot_and_answers_the_same(
+    family: str, overlap: bool, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while its index keys are on their way."""
+    prompts = long_prompts(3)
+    engine = hot_engine(make_engine, family, hot_blocks=90, overlap=overlap)
+    hot = engine.kv.hot
+    assert hot is not None and engine.tiers is not None
+    turned, rng, gone_on = set(), random.Random(0), []
+    go_on = hot.go_on
+    monkeypatch.setattr(hot, "go_on", lambda one: go_on(one) and not gone_on.append(one))
+
+    def preempt() -> None:
+        """One that has its next token to compute, and now and then one in midst of its arrival."""
+        for request in engine.scheduler.running:
+            if request.sequence_id not in turned and hot.turn_hot(request):
+                turned.add(request.sequence_id)
+        seated = [one for one in engine.scheduler.running if one.kv.seat is not None]
+        done = [one for one in seated if one.kind is Kind.DECODE and not one.is_complete]
+        arriving = [one for one in seated if one.kv.arriving and rng.random() < 0.2]
+        for victim in [*done[:1], *arriving[:1]]:
+            engine.scheduler.running.remove(victim)
+            engine.scheduler._preempt(victim)
+
+    found = run(engine, prompts, max_tokens=24, each_step=preempt)
+    assert found == answers(family, prompts)
+    assert len(turned) == 3 and len(gone_on) > 40
+    assert_all_is_back(engine)
+
+
+def test_a_request_that_goes_on_hot_brings_up_its_index_keys_and_last_block_alone(
+    make_engine: MakeEngine,
+) -> None:
+    prompts = long_prompts()[:1]
+    engine = hot_engine(make_engine, hot_blocks=60)
+    preempted: list[Request] = []
+
+    def preempt_once() -> None:
+        if engine.scheduler.running and not preempted:
+            [request] = engine.scheduler.running
+            assert engine.kv.hot is not None
+            if request.kv.seat is None:
+                engine.kv.hot.turn_hot(request)
+            elif request.kv.num_computed_tokens % 4 == 2:
+                preempted.append(engine.scheduler._preempt_last())
+
+    found = run(engine, prompts, max_tokens=24, each_step=preempt_once)
+    assert found == answers("deepseek_v32", prompts)
+    [request] = preempted
+    num_full = (len(prompts[0]) + 24) // 4
+    [*_, (_, _, index_bytes)], arena = arena_of(engine).runs(0), arena_of(engine)
+    moved = engine.metrics.moved_bytes["host>device"] - arena.block_bytes  # of the last one
+    assert 0 < moved <= num_full * index_bytes < num_full * arena.block_bytes / 5
+    assert request.kv.was_hot and engine.metrics.recomputed_tokens == 0

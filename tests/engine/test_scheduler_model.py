@@ -312,6 +312,16 @@ class HotMachine(SchedulerMachine):
     def fail(self) -> None:
         self.kv.hot.forget_slots()
 
+    @precondition(lambda self: getattr(self, "kv", None) and self.kv.hot.num_hot)
+    @rule(which=st.integers(0, 3))
+    def preempt_hot(self, which: int) -> None:
+        """It goes on hot later, or resident where host memory lacks some of it."""
+        hot = [one for one in self.scheduler.running if one.kv.seat is not None]
+        victim = hot[which % len(hot)]
+        if not victim.is_complete:
+            self.scheduler.running.remove(victim)
+            self.scheduler._preempt(victim)
+
 
 @dataclass
 class StateDevice(FakeDevice):

@@ -84,7 +84,7 @@ def check_arena(layout: ModelLayout, token_bytes: int) -> None:
         index_dtype=layout.index_dtype,
     )
     assert 2 * arena.block_bytes == arena.memory.nbytes == 2 * 4 * token_bytes
-    assert sum(num_bytes for _, num_bytes in arena.runs(1)) == arena.block_bytes
+    assert sum(num_bytes for _, _, num_bytes in arena.runs(1)) == arena.block_bytes
 
 
 @pytest.mark.parametrize("name", bundled_models())

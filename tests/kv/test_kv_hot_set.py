@@ -1,5 +1,6 @@
 """Requests that turn hot: who may, what stays on the device, and what host memory keeps for it."""
 
+import pytest
 from fakes import FakeTiers
 from schedulers import BLOCK, make_request, make_scheduler, run
 
@@ -199,3 +200,107 @@ def test_who_is_let_in_leaves_hot_requests_the_room_that_they_grow_into() -> Non
         most = max(most, len(scheduler.running))
     assert most >= 4  # a resident one has 65 blocks at its end, and did not even fit alone
     assert scheduler.metrics.turned_hot == 14 and scheduler.metrics.preemptions == 0
+
+
+def preempted(tiers: FakeTiers, num_blocks: int = 30) -> tuple[Scheduler, HotSet, Request]:
+    """A hot request that was preempted within its seventh block, with all of it in host memory."""
+    request = make_request(PROMPT, max_tokens=12)
+    scheduler, hot = running(tiers, request, num_blocks=num_blocks)
+    hot.turn_hot(request)
+    while request.kv.num_computed_tokens < 6 * BLOCK + 1:
+        run(scheduler)
+        tiers.end_all()
+        scheduler.kv.poll()
+    hot.take_updates()
+    scheduler._preempt_last()
+    assert request.kv.seat is None and not request.kv.block_table and request.kv.was_hot
+    tiers.end_all()
+    scheduler.kv.poll()
+    return scheduler, hot, request
+
+
+def test_a_preempted_request_goes_on_hot_with_empty_slots_and_brings_up_index_keys_alone(
+    fake_tiers: FakeTiers,
+) -> None:
+    scheduler, hot, request = preempted(fake_tiers)
+    tail = request.kv.resume
+    assert tail is not None
+
+    run(scheduler)
+
+    kv = request.kv
+    assert kv.seat is not None and kv.num_index_blocks == 6 and len(kv.block_table) == 7
+    assert [block for _, block in fake_tiers.fetching] == kv.block_table
+    assert [key for key, _ in fake_tiers.fetching] == [*kv.block_hashes[:6], tail.key]
+    assert scheduler.kv.tables.num_runnable_tokens(request) == 0
+    [reset] = (updates := hot.take_updates()).resets
+    assert [part.start for part in reset.slot_blocks] == [None, None]
+    assert [place.block_index for place in updates.places] == list(range(6))
+    assert set(fake_tiers.kept) == set(kv.block_hashes[:6])
+    scheduler.kv.check()
+
+    fake_tiers.end_all()
+    scheduler.kv.poll()
+    run(scheduler)
+    assert kv.num_computed_tokens == request.num_tokens - 1 > 6 * BLOCK
+    assert kv.resume is None and scheduler.metrics.recomputed_tokens == 0
+    scheduler.kv.check()
+
+
+def test_who_ends_while_index_keys_come_leaves_their_places_once_they_came(
+    fake_tiers: FakeTiers,
+) -> None:
+    scheduler, _, request = preempted(fake_tiers)
+    run(scheduler)
+    fake_tiers.end_fetch()
+    scheduler.kv.poll()
+
+    scheduler.finish(request, FinishReason.ABORT)
+
+    index_blocks = scheduler.kv.tables.index_blocks
+    assert index_blocks is not None and index_blocks.num_used == 5
+    scheduler.kv.check()
+    fake_tiers.end_all()
+    scheduler.kv.poll()
+    scheduler.kv.check()
+    assert scheduler.kv.pool.num_held == 0 and index_blocks.num_used == 0
+    assert not fake_tiers.kept
+
+
+def test_a_preempted_request_is_resident_where_host_memory_lacks_some_of_it_or_it_saves_nothing(
+    fake_tiers: FakeTiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, hot, request = preempted(fake_tiers)
+    assert hot.blocks_to_go_on(request) is not None
+    monkeypatch.setattr(hot._seats, "blocks_per_seat", 6)  # of 7 blocks
+    assert hot.blocks_to_go_on(request) is None
+    monkeypatch.undo()
+    key = request.kv.kept.pop(2)
+    fake_tiers.unkeep(key)
+    assert hot.blocks_to_go_on(request) is None
+    run(scheduler)
+    fake_tiers.end_all()
+    scheduler.kv.poll()
+    run(scheduler)
+    assert request.kv.seat is None and request.kv.num_computed_tokens == request.num_tokens - 1
+    assert all(map(scheduler.kv.tables.is_whole, request.kv.block_table))
+
+
+def test_a_preempted_request_waits_for_the_copies_and_the_blocks_with_which_it_goes_on_hot(
+    fake_tiers: FakeTiers,
+) -> None:
+    scheduler, hot, request = preempted(fake_tiers)
+    needed = hot.blocks_to_go_on(request)
+    assert needed is not None
+    key = request.kv.block_hashes[4]
+    fake_tiers.spilling[key] = fake_tiers.slots[key]  # as if its copy had not ended
+    del fake_tiers.stored[key]
+    assert not scheduler.kv.admit(request, spare_blocks=0, queued_tokens=0)
+    del fake_tiers.spilling[key]
+    fake_tiers.stored[key] = "host"
+    taken = scheduler.kv.pool.allocate(scheduler.kv.pool.num_available - needed + 1)
+    assert not scheduler.kv.admit(request, spare_blocks=0, queued_tokens=0)
+    scheduler.kv.pool.release(taken.pop())
+    assert not scheduler.kv.admit(request, spare_blocks=1, queued_tokens=0)
+    assert scheduler.kv.admit(request, spare_blocks=0, queued_tokens=0)
+    assert request.kv.seat is not None and scheduler.kv.pool.num_available == 0

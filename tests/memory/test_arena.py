@@ -33,12 +33,13 @@ def test_a_block_is_its_latents_then_its_index_keys() -> None:
     start = arena.memory.data_ptr()
     found = [
         arena.memory[first - start : first - start + size].view(torch.float32).tolist()
-        for first, size in (latents, keys)
+        for first, _, size in (latents, keys)
     ]
 
     # The first two layers share a selection, so that their rows of a token are side by side.
     assert found == [([1.0] * 12 + [2.0] * 12) * 4 + [3.0] * 48, [4.0] * 12 + [5.0] * 8]
-    assert latents[1] + keys[1] == arena.block_bytes == arena.memory.nbytes // 3
+    assert latents[2] + keys[2] == arena.block_bytes == arena.memory.nbytes // 3
+    assert (latents[1], keys[1]) == (0, latents[2])  # in its payload
     assert arena.memory.view(torch.float32).count_nonzero() == 144 + 20  # and nothing else
 
 
@@ -72,7 +73,7 @@ def test_8_bit_index_keys_have_their_scales_behind_them() -> None:
     keys.view(torch.uint8)[1] = 3
     scales[1] = 4
     latents, index = (
-        arena.memory[first - arena.memory.data_ptr() :][:size] for first, size in arena.runs(1)
+        arena.memory[first - arena.memory.data_ptr() :][:size] for first, _, size in arena.runs(1)
     )
     assert latents.view(torch.bfloat16).tolist() == ([1.0] * 12 + [2.0] * 12) * 4
     assert index[:64].tolist() == [3] * 64
@@ -119,3 +120,11 @@ def test_an_index_block_lies_within_the_block_that_it_is_carved_from() -> None:
     for block in {*range(4)} - own:
         assert not any(keys[block].any() for keys in arena.index_keys)
     assert (arena.index_keys[0][5] == 1).all()
+
+
+def test_of_an_index_block_the_index_keys_of_a_payload_come_up_alone() -> None:
+    arena = make_arena(3)
+    block = arena.num_blocks | KEYS_ALONE
+    [(latents, keys), [index]] = arena.runs(1), arena.runs(block)
+    assert index[1:] == keys[1:] and latents[1:] == (0, keys[1])
+    assert index[0] == keys[0] + (arena.num_blocks - 1) * keys[2]

@@ -58,6 +58,7 @@ def test_without_index_keys_a_block_is_one_run() -> None:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    [(address, num_bytes)] = arena.runs(1)
+    [(address, place, num_bytes)] = arena.runs(1)
+    assert place == 0
     assert num_bytes == arena.block_bytes == 2 * 2 * 2 * 4 * 4
     assert address == arena.memory.data_ptr() + num_bytes

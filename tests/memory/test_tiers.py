@@ -83,7 +83,7 @@ class Rig:
     def parts(self, block: int) -> list[torch.Tensor]:
         """Where the content of `block` is, in order."""
         memory = self.device.memory
-        runs = [(start - memory.data_ptr(), size) for start, size in self.device.runs(block)]
+        runs = [(start - memory.data_ptr(), size) for start, _, size in self.device.runs(block)]
         return [memory[first : first + size] for first, size in runs]
 
     def read(self, block: int) -> bytes:

@@ -73,7 +73,7 @@ class KVCache:
             # With a state at its end even a short one saves all that precedes it.
             least_tail=LEAST_TAIL if states is None else 0,
         )
-        self.transfers = BlockTransfers(pool, block_size, metrics, tiers, policy)
+        self.transfers = BlockTransfers(pool, block_size, metrics, tiers, policy, index_blocks)
         self.hot = None
         if seats is not None and index_blocks is not None:
             self.hot = HotSet(seats, self.tables, self.transfers, metrics)
@@ -90,13 +90,18 @@ class KVCache:
     def admit(self, request: Request, *, spare_blocks: int, queued_tokens: int) -> bool:
         """Find what is known of the request's tokens and give it blocks for that.
 
-        Blocks in the device pool are shared; of blocks in slower tiers, the policy has
-        some computed and the rest fetched. Needs room for all the request's tokens so far, plus
+        Blocks in the device pool are shared; of blocks in slower tiers, the policy has some
+        computed and the rest fetched. Needs room for all the request's tokens so far, plus
         `spare_blocks`; without it nothing changes and the result is False. So it is while a tier
-        cannot say yet what it has of the tokens.
+        cannot say yet what it has of the tokens. A request that was hot is so again, if it can.
         """
         if self.states is not None and not self.states.slots.can_give:
             return False
+        if self.hot is not None:
+            num_blocks = self.hot.blocks_to_go_on(request)
+            if num_blocks is not None:
+                fits = num_blocks + spare_blocks <= self.pool.num_available
+                return fits and self.hot.go_on(request)
         known, is_pending = self._find_prefix(request)
         if is_pending:
             return False
@@ -144,6 +149,8 @@ class KVCache:
 
     def num_blocks_missing(self, request: Request) -> int:
         """Blocks that a request needs to be let in, beside those that the device has of it."""
+        if self.hot is not None and (num := self.hot.blocks_to_go_on(request)) is not None:
+            return num
         known, _ = self._find_prefix(request)
         num_found = sum(part.tier is None for part in known)
         return self.tables.num_blocks_for(request.num_tokens) - num_found
@@ -162,6 +169,8 @@ class KVCache:
             room, kv = self.transfers.room_ahead(spare_blocks), request.kv
             if kv.was_fetched or (kv.was_staged and not room):
                 continue
+            if self.hot is not None and self.hot.blocks_to_go_on(request) is not None:
+                continue  # host memory has all of it, and the device is to have little
             known, is_pending = self._find_prefix(request)
             if self.states is not None:
                 start = self._find_start(request, known, 0)
@@ -279,6 +288,7 @@ class KVCache:
             self.states.park(request)
         self.transfers.keep(request, () if self.states is None else self.states.parked(request))
         kv.was_staged = kv.was_fetched = False
+        kv.was_hot = kv.seat is not None
         self.transfers.stop_waiting(request)
         self._give_back(request)
 
@@ -384,7 +394,9 @@ class KVCache:
         """
         table = request.kv.block_table
         index = min(request.kv.num_computed_tokens, request.num_known_tokens) // self.block_size
-        if index >= len(table) or self.pool.is_shared(table[index]):
+        if index >= len(table) or not self.tables.is_whole(table[index]):
+            return None
+        if self.pool.is_shared(table[index]):
             return None
         key = self.prefixes.remember_tail(request)
         if key is not None:

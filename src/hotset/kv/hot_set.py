@@ -34,7 +34,8 @@ class _Hot:
 class HotSet:
     """Turns requests hot, and lets go of their blocks as host memory has copies.
 
-    A request is hot from `turn_hot` to `leave`. Meanwhile what it has in host memory is kept there.
+    A request is hot from `turn_hot` to `leave`, and again from `go_on` on if it was preempted.
+    Meanwhile what it has in host memory is kept there.
     A shared block is given back like others: those that share it go on as before.
 
     Args:
@@ -113,6 +114,58 @@ class HotSet:
         self._metrics.turned_hot += 1
         return num_freed
 
+    def blocks_to_go_on(self, request: Request) -> int | None:
+        """Blocks of the pool with which a preempted request goes on as a hot one.
+
+        None where it cannot: it was not hot, there is no seat, host memory does not keep all of it
+        and room for the rest, or it would take as many as a resident one.
+        """
+        kv, index_blocks = request.kv, self._tables.index_blocks
+        if not kv.was_hot or not self._seats.num_free:
+            return None
+        assert index_blocks is not None
+        num_full, num_partial = divmod(request.num_tokens - 1, self._tables.block_size)
+        keys = kv.block_hashes[:num_full]
+        if num_partial:
+            tail = kv.resume
+            if tail is None or (tail.index, tail.num_tokens) != (num_full, num_partial):
+                return None
+            keys.append(tail.key)
+        if len(keys) < num_full + bool(num_partial) or not set(keys).issubset(kv.kept):
+            return None
+        if not self._transfers.can_take(self._num_left_at_end(request) - num_full):
+            return None
+        num_lacking = max(0, num_full - index_blocks.num_free)
+        num_carved = -(-num_lacking // index_blocks.fewest_per_block)
+        num_blocks = self._seats.blocks_per_seat + num_carved + bool(num_partial)
+        return num_blocks if num_blocks < len(keys) else None
+
+    def go_on(self, request: Request) -> bool:
+        """Have a preempted request, with room for `blocks_to_go_on`, go on as a hot one.
+
+        Its slots are empty. Of its full blocks index keys alone come to the device. False, with
+        nothing changed, while copies to host memory are under way.
+        """
+        kv, index_blocks, pool = request.kv, self._tables.index_blocks, self._tables.pool
+        assert index_blocks is not None
+        num_full, num_partial = divmod(request.num_tokens - 1, self._tables.block_size)
+        slots = list(map(self._transfers.host_slot, kv.block_hashes[:num_full]))
+        if None in slots:
+            return False
+        kv.slot_blocks = pool.allocate(self._seats.blocks_per_seat)
+        empty = [SlotBlock(DeviceBlock(block), None) for block in kv.slot_blocks]
+        seat = self._seats.take(empty)
+        kv.seat, kv.num_shared_blocks = seat.number, 0
+        kv.block_table, kv.num_index_blocks = [index_blocks.take() for _ in slots], num_full
+        for index, slot in enumerate(slots):
+            assert slot is not None
+            self._seats.place(seat, index, HostSlot(slot))
+            self._transfers.bring_index_keys(request, index)
+        if num_partial:
+            self._transfers.bring_tail(request)
+        self._hot[request.sequence_id] = _Hot(request, seat, [], num_full)
+        return True
+
     def settle(self) -> None:
         """Let go of what was copied down since the last call; what was not is asked for again."""
         for hot in self._hot.values():
@@ -182,9 +235,8 @@ class HotSet:
         index_blocks = self._tables.index_blocks
         assert index_blocks is not None
         index_blocks.check()
-        assert index_blocks.num_used == sum(
-            hot.request.kv.num_index_blocks for hot in self._hot.values()
-        )
+        num_own = sum(hot.request.kv.num_index_blocks for hot in self._hot.values())
+        assert index_blocks.num_used == num_own + self._transfers.num_index_blocks_left
         assert self._seats.num_taken == len(self._hot)
         for hot in self._hot.values():
             kv, seat = hot.request.kv, hot.seat

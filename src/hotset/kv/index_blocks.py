@@ -47,6 +47,11 @@ class IndexBlocks:
         return self._num_used
 
     @property
+    def num_free(self) -> int:
+        """Index blocks that no block has to be carved for."""
+        return sum(len(self._carved[block]) for block in self._open)
+
+    @property
     def can_take(self) -> bool:
         """Whether there is an index block to be had."""
         return bool(self._open) or self._pool.num_available > 0

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hotset.cost.prefix import PrefixPolicy
+from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.memory.tier import Answer, EndedTransfer, Found, TierInfo
 from hotset.memory.tiers import TierStack
@@ -45,6 +46,7 @@ class BlockTransfers:
     Args:
         tiers: None where all that is not on the device has to be computed.
         policy: when to compute what a tier has; given if `tiers` is.
+        index_blocks: see `BlockTables`.
     """
 
     def __init__(
@@ -54,13 +56,21 @@ class BlockTransfers:
         metrics: Metrics,
         tiers: TierStack | None,
         policy: PrefixPolicy | None,
+        index_blocks: IndexBlocks | None = None,
     ) -> None:
         assert (tiers is None) == (policy is None), "tiers need a policy and a policy tiers"
         self.policy = policy
         self._pool, self._block_size, self._metrics = pool, block_size, metrics
-        self._tiers = tiers
+        self._tiers, self._index_blocks = tiers, index_blocks
         self._loading: dict[bytes, _Loading] = {}
+        # Index blocks on their way up, and who waits; None: it is to be given back.
+        self._bringing: dict[int, tuple[Request, int] | None] = {}
         self._spilling: set[int] = set()
+
+    @property
+    def num_index_blocks_left(self) -> int:
+        """Index blocks that only a transfer has: who waited is gone."""
+        return sum(waiter is None for waiter in self._bringing.values())
 
     @property
     def num_blocks_after_spills(self) -> int:
@@ -116,11 +126,32 @@ class BlockTransfers:
         request.kv.arriving[index] = part.key
 
     def stop_waiting(self, request: Request) -> None:
-        """Forget what is there or on its way for the request; the loads go on."""
-        for index, key in request.kv.arriving.items():
-            self._loading[key].waiters.remove((request, index))
-        request.kv.arriving.clear()
-        request.kv.arrived.clear()
+        """Forget what is there or on its way for the request, which gives back its blocks.
+
+        The loads go on. Its index blocks that are on their way up are its own no longer.
+        """
+        kv = request.kv
+        left = {kv.block_table[i] for i in kv.arriving} & self._bringing.keys()
+        for index, key in kv.arriving.items():
+            if kv.block_table[index] not in left:
+                self._loading[key].waiters.remove((request, index))
+        if left:
+            self._bringing.update(dict.fromkeys(left))
+            kv.block_table = [block for block in kv.block_table if block not in left]
+            kv.num_index_blocks -= len(left)
+        kv.arriving.clear()
+        kv.arrived.clear()
+
+    def bring_index_keys(self, request: Request, index: int) -> None:
+        """Bring the index keys of a block that host memory keeps to the request's index block.
+
+        `request.kv` notes their arrival.
+        """
+        assert self._tiers is not None
+        key, block = request.kv.block_hashes[index], request.kv.block_table[index]
+        self._bringing[block] = (request, index)
+        request.kv.arriving[index] = key
+        self._tiers.fetch(key, block)
 
     def most_ahead(self) -> int | None:
         """Blocks that may be brought closer for requests that wait; None: nothing is fetched."""
@@ -173,11 +204,25 @@ class BlockTransfers:
 
     def end(self, ended: EndedTransfer) -> None:
         """Take note of the transfer of a block that ended."""
+        if ended.block in self._bringing:
+            self._end_bringing(ended)
+            return
         if ended.is_fetch:
             self._end_fetch(ended)
         else:
             self._spilling.discard(ended.block)
         self._pool.release(ended.block)
+
+    def _end_bringing(self, ended: EndedTransfer) -> None:
+        assert self._tiers is not None and self._index_blocks is not None
+        assert ended.ok, "what host memory keeps did not come"
+        waiter = self._bringing.pop(ended.block)
+        if waiter is None:
+            self._index_blocks.give_back(ended.block)
+            return
+        request, index = waiter
+        del request.kv.arriving[index]
+        request.kv.arrived[index] = ArrivedBlock(self._tiers.infos[0].name, self._block_size)
 
     def _end_fetch(self, ended: EndedTransfer) -> None:
         loading = self._loading.pop(ended.key)
@@ -215,6 +260,23 @@ class BlockTransfers:
             request.kv.kept = [key for key in keys if self._tiers.keep(key)]
             for key in former:  # of a hot request
                 self._tiers.unkeep(key)
+
+    def bring_tail(self, request: Request) -> None:
+        """Bring what was spilled of a preempted request's last, partial block, as `wait_for`.
+
+        To a block that is appended to its table: where it is coming already, to that one.
+        """
+        tail = request.kv.resume
+        assert tail is not None and self._tiers is not None
+        block = self.loading_block(tail.key)
+        if block is None:
+            [block] = self._pool.allocate(1)
+        else:
+            self._pool.hold(block)
+        request.kv.block_table.append(block)
+        self.wait_for(request, tail.index, Known(tail.key, self._tiers.infos[0], tail.num_tokens))
+        request.kv.kept.remove(tail.key)  # its fetch holds it
+        self._tiers.unkeep(tail.key)
 
     def host_slot(self, key: bytes) -> int | None:
         """The slot of host memory with a whole copy; None where there is none."""
@@ -270,6 +332,10 @@ class BlockTransfers:
 
     def check(self) -> None:
         """Assert that loads and their waiters agree."""
+        for block, waiter in self._bringing.items():
+            if waiter is not None:
+                request, index = waiter
+                assert request.kv.block_table[index] == block and index in request.kv.arriving
         for key, loading in self._loading.items():
             assert self._pool.ref_count(loading.block) >= 1, "a loading block is not held"
             for request, index in loading.waiters:

@@ -4,7 +4,7 @@ import contextlib
 import mmap
 import threading
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import numpy as np
 import torch
@@ -89,7 +89,12 @@ class DeviceArena:
                 own, own_scales = _keys_and_scales(part, (count, block_size, dim), index_dtype)
                 self.index_keys.append(own)
                 self.index_scales.append(own_scales)
-        self._runs = [(part.data_ptr(), part[0].nbytes) for part in self._parts]
+        sizes = [part[0].nbytes for part in self._parts]
+        ends = accumulate(sizes)
+        self._runs = [
+            (part.data_ptr(), end - size, size)
+            for part, size, end in zip(self._parts, sizes, ends, strict=True)
+        ]
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.scales = [(1.0, 1.0)] * len(specs) if scales is None else list(scales)
@@ -130,9 +135,14 @@ class DeviceArena:
         for part in self._parts:
             part[first:end].view(torch.uint8).zero_()
 
-    def runs(self, block: int) -> list[tuple[int, int]]:
-        """The `(address, bytes)` of a block's content, one after another."""
-        return [(start + block * num_bytes, num_bytes) for start, num_bytes in self._runs]
+    def runs(self, block: int) -> list[tuple[int, int, int]]:
+        """The `(address, place in its payload, bytes)` of a block's content.
+
+        Of an index block that is the index keys alone.
+        """
+        runs = self._runs[1:] if block & KEYS_ALONE else self._runs
+        number = block & ~KEYS_ALONE
+        return [(start + number * size, place, size) for start, place, size in runs]
 
 
 def _keys_and_scales(

@@ -27,9 +27,9 @@ class DevicePayloads:
             self.memories.append(states.memory)
             self.pieces = StatePieces(arena.num_blocks, states.slot_bytes, arena.block_bytes)
 
-    def runs(self, number: int) -> list[tuple[int, int]]:
-        """The `(address, bytes)` of a block's or a piece's content, one after another."""
+    def runs(self, number: int) -> list[tuple[int, int, int]]:
+        """The `(address, place in its payload, bytes)` of a block's or a piece's content."""
         if self.pieces is None or number < self.pieces.first:
             return self._arena.runs(number)
         start, num_bytes = self.pieces.span(number)
-        return [(self.memories[-1].data_ptr() + start, num_bytes)]
+        return [(self.memories[-1].data_ptr() + start, 0, num_bytes)]

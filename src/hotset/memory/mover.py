@@ -59,11 +59,13 @@ class Batch(Generic[T]):
     """Moves that were submitted together, all in one direction.
 
     Attributes:
+        num_bytes: of all moves.
         is_brief: whether it is to end before the step that it was submitted beside.
         has_arrived: whether its fetches were reported.
     """
 
     moves: list[Move[T]]
+    num_bytes: int
     to_host: bool
     is_brief: bool
     has_arrived: bool = False
@@ -76,8 +78,7 @@ class Mover(Generic[T]):
 
     Args:
         copier: does the copies.
-        block_runs: the `(address, bytes)` that make up a block; they fill its slot one after
-            another.
+        block_runs: the `(address, place in its slot, bytes)` that make up a block.
         slot_address: of a host slot.
 
     Attributes:
@@ -88,7 +89,7 @@ class Mover(Generic[T]):
         self,
         copier: Copier,
         *,
-        block_runs: Callable[[int], Iterable[tuple[int, int]]],
+        block_runs: Callable[[int], Iterable[tuple[int, int, int]]],
         slot_address: Callable[[int], int],
     ) -> None:
         self.copier = copier
@@ -151,14 +152,15 @@ class Mover(Generic[T]):
             return
         moves = queued[:count]
         del queued[:count]
-        copy_id = self.copier.submit(self._runs(moves), to_host=to_host)
-        self._batches[copy_id] = Batch(moves, to_host, is_brief)
+        runs = self._runs(moves)
+        copy_id = self.copier.submit(runs, to_host=to_host)
+        num_bytes = sum(run.num_bytes for run in runs)
+        self._batches[copy_id] = Batch(moves, num_bytes, to_host, is_brief)
 
     def _runs(self, moves: Sequence[Move[T] | Move[None]]) -> list[Run]:
         runs = []
         for move in moves:
             host = self._slot_address(move.slot)
-            for device, num_bytes in self._block_runs(move.block):
-                runs.append(Run(device, host, num_bytes))
-                host += num_bytes
+            for device, place, num_bytes in self._block_runs(move.block):
+                runs.append(Run(device, host + place, num_bytes))
         return runs

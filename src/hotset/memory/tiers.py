@@ -46,8 +46,8 @@ class DeviceMemory(Protocol):
 
     block_bytes: int
 
-    def runs(self, block: int) -> Iterable[tuple[int, int]]:
-        """The `(address, bytes)` of a block."""
+    def runs(self, block: int) -> Iterable[tuple[int, int, int]]:
+        """The `(address, place in its payload, bytes)` of a block."""
         ...
 
 
@@ -405,7 +405,7 @@ class TierStack:
 
     def _end_batch(self, batch: Batch[Payload], seconds: float) -> None:
         host = self.infos[0].name
-        num_bytes = len(batch.moves) * self.block_bytes
+        num_bytes = batch.num_bytes
         if batch.to_host:
             self.metrics.moved_bytes[f"device>{host}"] += num_bytes
             for move in batch.moves:
