@@ -12,7 +12,7 @@ from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import load_hardware
 from hotset.cost.layout import Layout
-from hotset.cost.prefix import PrefixPolicy, bring_prefix
+from hotset.cost.prefix import PrefixPolicy, StatePlace, bring_prefix
 from hotset.cost.rates import Rates
 from hotset.cost.routing import Routing
 from hotset.cost.step_time import CostModel
@@ -89,6 +89,44 @@ def test_the_slowest_tier_counts_for_all() -> None:
         for tiers in ({"disk"}, {"host", "disk"}, {"host"})
     )
     assert disk == both > host
+
+
+# 1,000 tokens/s computed; 100 tokens/s of 10 bytes, or a state of 5,000 bytes in 5 s, fetched.
+STATE_RATES = Rates(1000.0, {"host": 1000.0, "disk": 100.0})
+NOTHING = StatePlace(0, 0, False, set())
+
+
+def test_a_request_starts_where_it_is_at_its_end_soonest() -> None:
+    policy = PrefixPolicy(STATE_RATES, bytes_per_token=10, state_bytes=5000)
+
+    def chosen(*places: StatePlace, queued_bytes: int = 0, queued_tokens: int = 0) -> int:
+        queued = {"queued_bytes": queued_bytes, "queued_tokens": queued_tokens}
+        return policy.place_to_start([*places, NOTHING], **queued)
+
+    far, near = (StatePlace(n, 0, True, {"host"}) for n in (6000, 4000))
+    assert chosen(far) == 0  # 5 s to fetch a state and 6 s to compute
+    assert chosen(near) == 1  # 4 s to compute
+    assert chosen(far, queued_bytes=1001) == 1  # 6.001 s to fetch
+    assert chosen(near, queued_tokens=1001) == 0  # the fetch takes no time from others
+    cold = StatePlace(6000, 200, True, {"host"})
+    assert chosen(cold) == 1  # 7 s with the KV of 200 tokens
+    assert chosen(cold, StatePlace(5000, 0, False, set())) == 1  # 1 s: the device has it
+    assert chosen(StatePlace(6000, 0, True, {"host", "disk"})) == 1  # 50 s from disk
+
+
+def test_modes_say_where_a_request_starts() -> None:
+    places = [StatePlace(9, 0, True, {"disk"}), StatePlace(8, 0, False, set()), NOTHING]
+    for mode, expected in (("fetch", 0), ("recompute", 1)):
+        policy = PrefixPolicy(STATE_RATES, bytes_per_token=10, state_bytes=5000, mode=mode)
+        assert policy.place_to_start(places, queued_bytes=0, queued_tokens=0) == expected
+        assert policy.is_worth_state(1, "disk") == (mode == "fetch")
+
+
+def test_a_state_is_worth_a_copy_from_as_many_tokens_on_as_take_longer_to_compute() -> None:
+    policy = PrefixPolicy(STATE_RATES, bytes_per_token=0, state_bytes=5000)
+    assert policy.fetch_s(0, "host") == 5.0
+    assert not policy.is_worth_state(5000, "host") and policy.is_worth_state(5001, "host")
+    assert not policy.is_worth_state(50_000, "disk") and policy.is_worth_state(50_001, "disk")
 
 
 @pytest.mark.parametrize("wrong", ["link_bytes_per_s", "prefill_tokens_per_s", "bytes_per_token"])
