@@ -9,6 +9,7 @@ same requests.
     python benchmarks/gpu_moe_suite.py --cases total --cold-dtype fp8 --out FILE
     python benchmarks/gpu_moe_suite.py --cases evictions --router-skew 0.45 --out FILE
     python benchmarks/gpu_moe_suite.py --cases sweep --out FILE
+    python benchmarks/gpu_moe_suite.py --cases total --only D256 --quantisation fp8 --out FILE
 
 Hit rates need no GPU, and a smaller model has them too:
 
@@ -20,6 +21,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import narrow_models
 import record
 
 from hotset.bench.presets import PRESETS
@@ -135,6 +137,7 @@ def line(case: Case, run: ArmRun) -> str:
 def main() -> None:
     parser = record.arguments(__doc__)
     parser.add_argument("--model", default="qwen3-30b-a3b")
+    parser.add_argument("--quantisation", choices=list(narrow_models.QUANTISATIONS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--mixed-tokens", type=int)
     parser.add_argument("--cases", default="resident,total")
@@ -158,7 +161,10 @@ def main() -> None:
     cases = [case for case in cases if case.name.startswith(only)]
     start_s = time.perf_counter()
     loaded = load_dummy(
-        arguments.model, device=arguments.device, dtype="auto", router_skew=arguments.router_skew
+        narrow_models.config_file(arguments.model, arguments.quantisation),
+        device=arguments.device,
+        dtype="auto",
+        router_skew=arguments.router_skew,
     )
     print(f"weights made in {time.perf_counter() - start_s:.1f} s", flush=True)
     base = Options.of(
@@ -166,7 +172,7 @@ def main() -> None:
         max_mixed_tokens=arguments.mixed_tokens,
         max_model_len=MAX_MODEL_LEN,
     )
-    found = record.start(model=arguments.model, runs={})
+    found = record.start(model=arguments.model, quantisation=arguments.quantisation, runs={})
     answers: dict[Spec, dict[tuple[int, int], list[int]]] = {}
     for case in cases:
         if case.arm == "experts":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -75,6 +76,14 @@ def paged_logits(
         for item in items:
             item.request.kv.state_read = item.request.kv.state_write
     return logits
+
+
+def with_sinks(layout: ModelLayout, device: str = "cpu") -> ModelLayout:
+    """The same with random sinks in each layer."""
+    layers = [
+        replace(layer, sinks=torch.randn(layer.num_heads, device=device)) for layer in layout.layers
+    ]
+    return replace(layout, layers=tuple(layers))
 
 
 def check_on_a_gpu(

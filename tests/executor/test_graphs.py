@@ -1,7 +1,6 @@
 """Recorded steps on the CPU: FlashInfer and CUDA graphs are fakes, the rest is what a GPU runs."""
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from fake_flashinfer import CpuFlashInfer, FakeRecorder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged import gather, paged_logits
+from paged import gather, paged_logits, with_sinks
 from tiny_models import make_model
 
 from hotset.attention.backend import AttentionBackend
@@ -44,9 +43,7 @@ def test_a_model_computes_launched_and_recorded_what_it_does_over_gathered_block
     model = make_model(family)
     layout = inspect_model(model)
     if has_sinks:
-        sinks = [torch.randn(layer.num_heads) for layer in layout.layers]
-        layers = map(lambda layer, own: replace(layer, sinks=own), layout.layers, sinks)
-        layout = replace(layout, layers=tuple(layers))
+        layout = with_sinks(layout)
 
     def backend(arena: DeviceArena) -> AttentionBackend:
         return CpuFlashInfer(arena, layout.layers, records_prompts=records_prompts)

@@ -115,6 +115,16 @@ def test_all_on_the_device_give_the_bits_of_slots_there_and_back(form: WeightFor
 
 
 @torch.inference_mode()
+def test_the_compiler_takes_a_layer_of_narrow_experts_as_one_operation() -> None:
+    layers, buffer = hosted(MXFP4, expert_slots=2)
+    buffer.close()
+    experts_of(layers[0]).keep(torch.device("cpu"), narrow=True)
+    step = routed(3)
+    compiled = torch.compile(dynamic_experts, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(layers[0], *step), dynamic_experts(layers[0], *step))
+
+
+@torch.inference_mode()
 def test_a_rank_keeps_its_part_of_narrow_experts() -> None:
     layers, buffer = hosted(FP8_BLOCK, expert_slots=2)
     buffer.close()

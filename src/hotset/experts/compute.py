@@ -39,7 +39,8 @@ def compute_resident(
     num_tokens, top_k = top_k_index.shape
     out: torch.Tensor
     if isinstance(experts.state, Narrow):
-        return _compute_narrow(experts, experts.state, hidden_states, top_k_index, top_k_weights)
+        step = hidden_states, top_k_index, top_k_weights
+        return _compute_narrow(layer, experts, experts.state, *step)
     weights = stacked(layer, experts)
     if is_fused(experts, weights, num_tokens * top_k):
         assert weights is not None
@@ -58,6 +59,7 @@ def compute_resident(
 
 
 def _compute_narrow(
+    layer: Experts,
     experts: LayerExperts,
     state: Narrow,
     hidden_states: torch.Tensor,
@@ -65,7 +67,9 @@ def _compute_narrow(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     assert experts.gate is not None
-    up_bias, down_bias = experts.biases or (None, None)
+    up_bias = down_bias = None
+    if experts.has_bias:
+        up_bias, down_bias = (getattr(layer, f"{name}_bias") for name in experts.names)
     out: torch.Tensor = narrow_resident_experts(
         *(hidden_states, top_k_index, top_k_weights, state.payloads, up_bias, down_bias),
         *(state.narrow.key, experts.gate.alpha, experts.gate.limit),
