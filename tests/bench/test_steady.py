@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hotset.bench.campaign import Order, run_bench
@@ -12,8 +14,10 @@ from hotset.bench.presets import PRESETS
 from hotset.bench.report import text
 from hotset.bench.result import BenchResult
 from hotset.bench.runs import RunOptions, Say
+from hotset.cost.selection import DrawnSelections
 from hotset.errors import HotsetError
 from hotset.options import Options
+from hotset.plan.selection_file import load_selections
 
 STEPS = 24
 QUIET = Say(lambda line: None, lambda make: None)
@@ -100,4 +104,46 @@ def test_answers_that_end_too_soon_are_refused() -> None:
     asked = order(["resident"], run)
     asked = replace(asked, spec=replace(asked.spec, output_tokens=40))
     with pytest.raises(HotsetError, match=r"a request ended before .* give more output_tokens"):
+        run_bench(asked, QUIET)
+
+
+@pytest.mark.parametrize("steady_steps", [0, 20])
+def test_what_is_selected_is_recorded_and_replayed_by_a_plan(
+    steady_steps: int, tmp_path: Path
+) -> None:
+    path, lines = tmp_path / "selection.npz", []
+    run = RunOptions(
+        steady_steps=steady_steps,
+        steady_users=(3,) if steady_steps else (),
+        selection_overlap=0.4,
+        record_selection=path,
+    )
+    asked = order(["hot-set"], run)
+    if not steady_steps:
+        asked = replace(asked, spec=replace(asked.spec, users=3, output_tokens=20))
+    result = run_bench(asked, Say(lines.append, lambda make: None))
+
+    recorded = load_selections(path)
+    assert len(recorded.requests) == 3
+    for positions in recorded.requests:
+        steps, layers, selected = positions.shape
+        assert steps >= 19 and (layers, selected) == (3, 48)
+        ends = positions.max((1, 2))
+        assert (np.diff(positions, axis=2) > 0).all() and positions.min() >= 0
+        assert ends.max() < 512 + 160 and len(set(ends.tolist())) > 1
+    # Of so few steps, drawn to overlap by 0.4.
+    assert all(0.3 < each < 0.5 for each in recorded.layer_overlaps)
+    planned = DrawnSelections(0.4).misses(540, 48, 96)
+    assert recorded.misses(540, 48, 96) == pytest.approx(planned, rel=0.25)
+    [line] = [line for line in lines if "selections per layer, of 3 requests" in line]
+    assert str(path) in line and f"overlap {recorded.overlap:.2f}, by layer" in line
+    assert any("selections were recorded" in note for note in result.asked["notes"])
+
+
+def test_selections_of_a_model_that_attends_to_all_tokens_cannot_be_recorded(
+    tmp_path: Path,
+) -> None:
+    run = RunOptions(record_selection=tmp_path / "x.npz")
+    asked = order(["resident"], run, model="smollm2-135m", hot_tokens=None)
+    with pytest.raises(HotsetError, match=r"record_selection is .* selects no tokens"):
         run_bench(asked, QUIET)

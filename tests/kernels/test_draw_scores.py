@@ -54,7 +54,7 @@ def test_selections_overlap_and_miss_as_planned(overlap: float) -> None:
         )
         assert abs(scores.mean()) < 0.05 and abs(scores.std() - 1) < 0.02
         positions.append(select_positions(scores, length, count).numpy())
-    recorded = RecordedSelections(Path("drawn"), np.stack(positions))
+    recorded = RecordedSelections(Path("drawn"), (np.stack(positions),))
     assert recorded.overlap == pytest.approx(overlap, abs=0.015)
     for slots in (512, 1024, 1536):
         planned = DrawnSelections(overlap).misses(context, count, slots)

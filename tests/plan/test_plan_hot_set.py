@@ -73,14 +73,16 @@ def test_prefetch_and_overlap_raise_the_gain() -> None:
 
 
 def test_recorded_selections_replace_the_overlap(tmp_path: Path) -> None:
-    path = tmp_path / "one.npy"
+    path = tmp_path / "one.npz"
     positions = np.tile(np.arange(2048, dtype=np.int32), (8, 1, 1))
     positions[1::2] += 1024
-    save_selections(path, positions)
+    save_selections(path, [positions], {})
     found = planned(*CASE, "--selection", str(path))
-    assert found["overlap"] == 0.5
+    assert found["overlap"] == 0.5 and found["overlap_by_layer"] == [0.5]
     assert found["slots"] == 3072 and found["misses"] == 0
-    assert "overlap 0.50 (recorded)" in run(*CASE, "--selection", str(path)).output
+    text = run(*CASE, "--selection", str(path)).output
+    assert "overlap 0.50 (recorded; 0.40 is assumed without a file)" in text
+    assert "by layer     0.50\n" in text
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hotset.attention.latent import LatentWeights
 from hotset.attention.sparse.drawn import DrawnSelection
 from hotset.attention.sparse.gathered import GatheredSelection
 from hotset.attention.sparse.indexer import Index
+from hotset.attention.sparse.recorder import SelectionRecorder
 from hotset.attention.sparse.rounded import store_keys
 from hotset.attention.spec import LayerAttention
 from hotset.linear.fp8 import FP8, to_fp8
@@ -35,10 +36,12 @@ class GatherBackend:
         self._arena = arena
         self._layers = layers
         self._hot, self._drawn = hot, drawn
+        self.recorder: SelectionRecorder | None = None
 
     def begin_step(self, batch: Batch, inputs: Inputs) -> "PagedAttention":
         """See `AttentionBackend`."""
-        return PagedAttention(self._arena, self._layers, batch, inputs, self._hot, self._drawn)
+        noted = self._hot, self._drawn, self.recorder
+        return PagedAttention(self._arena, self._layers, batch, inputs, *noted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class PagedAttention:
         inputs: Inputs,
         hot: HotRows | None,
         drawn: DrawnSelection | None,
+        recorder: SelectionRecorder | None,
     ) -> None:
         self._arena = arena
         self._layers = layers
@@ -94,6 +98,7 @@ class PagedAttention:
                 seats=[int(batch.inputs[SEAT, s.start]) for s in selecting],
                 hot=hot,
                 drawn=drawn,
+                recorder=recorder,
             )
 
     def attend(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hotset.attention.sparse.drawn import DrawnSelection
+from hotset.attention.sparse.recorder import SelectionRecorder
 from hotset.bench.arms import options_of, with_hot_tier
 from hotset.bench.driver import Driven, drive, wait_for_host_tier
 from hotset.bench.figures import counters_since, sizes_of
@@ -38,6 +39,7 @@ from hotset.kernels.device import known_hardware
 from hotset.model.devices import resolve_kv_dtype
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
+from hotset.plan.selection_file import load_selections, save_selections
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class RunOptions:
         verify: keep the answers.
         wait_for_tiers: start the run only when all host memory is pinned.
         record_routing: file for what experts the tokens of the first run went to; None for none.
+        record_selection: file for what tokens decodes of the first run selected; None for none.
         steady_steps: how many steps are timed, of decodes alone and in a steady state, over prompts
             that are put in place and not computed; 0 and None play all of the work. See
             `bench.steady`.
@@ -66,6 +69,7 @@ class RunOptions:
     verify: bool = False
     wait_for_tiers: bool = True
     record_routing: Path | None = None
+    record_selection: Path | None = None
     steady_steps: int | None = None
     steady_users: tuple[int, ...] = ()
     selection_overlap: float | None = None
@@ -118,6 +122,7 @@ class Bench:
         self.notes: list[str] = []
         # Before the first engine, which may compile the model with it.
         self._recorder = RoutingRecorder(model) if options.record_routing is not None else None
+        self._selections = self._selection_recorder()
         self._cost = self._cost_model()
 
     @property
@@ -172,7 +177,8 @@ class Bench:
         sizes = sizes_of(engine, self._loaded.model, self.work)
         tiers_ready_s = wait_for_host_tier(engine) if self._options.wait_for_tiers else None
         if self._options.steady_steps:
-            run = self._steady(engine, arm, repeat)
+            with self._selection_recorded(arm):
+                run = self._steady(engine, arm, repeat)
             run.tiers_ready_s, run.sizes = tiers_ready_s, sizes
             return run
         warm_up_s, prepare_s = self._prepare(engine)
@@ -180,7 +186,8 @@ class Bench:
         is_cuda = self._device.type == "cuda"
         if is_cuda:
             torch.cuda.reset_peak_memory_stats()
-        with self._profiled(arm) as profiler, self._routing_recorded(engine, arm), _frozen():
+        recorded = self._routing_recorded(engine, arm), self._selection_recorded(arm)
+        with self._profiled(arm) as profiler, recorded[0], recorded[1], _frozen():
             driven = self._drive(engine, arm, profiler)
         run = observe(arm, repeat, driven.play, driven.wall_s, is_complete=driven.is_complete)
         if not self._options.verify:
@@ -200,7 +207,7 @@ class Bench:
         return run
 
     def _simulated(self) -> Simulated:
-        """What takes the place of work with random weights."""
+        """What takes the place of work with random weights, and notes what is selected."""
         options, drawn = self._options, None
         if (overlap := options.selection_overlap) is not None:
             count = getattr(self._loaded.model.config.get_text_config(), "index_topk", None)
@@ -211,7 +218,7 @@ class Bench:
                 )
             context = self.work.longest_context - self.work.sessions[0].turns[0].output_tokens // 2
             drawn = DrawnSelection.of_overlap(overlap, context=context, count=count)
-        return Simulated(drawn, places_prompts=bool(options.steady_steps))
+        return Simulated(drawn, bool(options.steady_steps), self._selections)
 
     def _steady(self, engine: Engine, arm: str, repeat: int) -> ArmRun:
         options, num_steps = self._options, self._options.steady_steps
@@ -287,6 +294,39 @@ class Bench:
         num_steps = write_routing(path, recorder, about)
         self._say.line(f"{arm}: routing of {num_steps} steps in {path}")
         self.notes.append(f"routing was counted, in {path}: each step took a little longer")
+
+    def _selection_recorder(self) -> SelectionRecorder | None:
+        """One for the first run, if that was asked for."""
+        if (path := self._options.record_selection) is None:
+            return None
+        if self._layout.layers[0].indexer is None:
+            raise ConfigError(
+                f"record_selection is {path}, but {self._loaded.name} selects no tokens; leave it "
+                "out, or give a model with sparse attention"
+            )
+        rows = self._config.schedule.max_num_seqs
+        return SelectionRecorder(self._layout.layers, num_rows=rows, device=self._device)
+
+    @contextmanager
+    def _selection_recorded(self, arm: str) -> Iterator[None]:
+        """Record what the first run selects, if that was asked for."""
+        recorder, self._selections = self._selections, None
+        path = self._options.record_selection
+        if recorder is None or path is None:
+            yield
+            return
+        recorder.is_on = True
+        yield
+        requests = recorder.requests()
+        save_selections(path, requests, self.facts() | {"workload": self.work.title, "arm": arm})
+        found = load_selections(path)
+        overlaps = " ".join(f"{each:.2f}" for each in found.layer_overlaps)
+        num_steps = sum(map(len, found.requests))
+        self._say.line(
+            f"{arm}: {num_steps} selections per layer, of {len(found.requests)} requests, in "
+            f"{path}; overlap {found.overlap:.2f}, by layer {overlaps}"
+        )
+        self.notes.append(f"selections were recorded, in {path}: each step took longer")
 
     def _cost_model(self) -> CostModel | None:
         """None, with a note, where nothing can be predicted."""

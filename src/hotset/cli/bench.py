@@ -96,6 +96,13 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
     "see hotset plan --routing.",
 )
 @click.option(
+    "--record-selection",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write which tokens decodes of the first run selected, layer by layer, as .npz; see "
+    "hotset plan --selection. For sparse attention.",
+)
+@click.option(
     "--steady-steps",
     type=click.IntRange(0, 100_000),
     help="Put prompts in place, random and not computed, and time this many decode steps once as "
@@ -146,7 +153,7 @@ def command(
     """
     chosen = _choose(workload, file, preset, figures)
     options, dummy_weights = _with_preset(options, chosen, dummy_weights)
-    check_writable(out, html, given["record_routing"])
+    check_writable(out, html, given["record_routing"], given["record_selection"])
     from hotset.bench.campaign import run_bench
 
     def keep(result: "BenchResult") -> None:
@@ -187,11 +194,13 @@ def _order(
     """What to run; `run` has fields of `RunOptions`."""
     # What the command line leaves open is as the preset has it.
     run |= {name: value for name, value in chosen.run.items() if run[name] is None}
-    max_s, recording = run["max_s"], run["record_routing"]
+    max_s, recording, selection = run["max_s"], run["record_routing"], run["record_selection"]
     if max_s is not None and not max_s > 0:
         raise ConfigError(f"max_s is {max_s}; expected seconds above 0")
     if recording is not None and recording.suffix not in (".npz", ".json"):
         raise ConfigError(f"record_routing is {recording}; expected a .npz or .json file")
+    if selection is not None and selection.suffix != ".npz":
+        raise ConfigError(f"record_selection is {selection}; expected a .npz file")
     from hotset.bench.arms import parse_arms
     from hotset.bench.campaign import Order, Target
     from hotset.bench.runs import RunOptions

@@ -101,9 +101,16 @@ def build_engine(
         if ranks is None:
             build, placed, runner, measured = set_up()
         else:
-            arguments = (options, defers_recording, simulated)
+            # What is selected is noted here, and is the same on all of them.
+            arguments = (options, defers_recording, replace(simulated, recorder=None))
             build, placed, runner, measured = ranks.build(build_rank, arguments, set_up)
-        local = LocalExecutor(runner, measured.sampler, placed.experts, owns_model=owns_model)
+        local = LocalExecutor(
+            runner,
+            measured.sampler,
+            placed.experts,
+            owns_model=owns_model,
+            selections=simulated.recorder,
+        )
         executor: Executor = local
         if ranks is not None:
             undo.callback(ranks.end)

@@ -8,6 +8,8 @@ import platformdirs
 
 from hotset.attention.choice import choose_backend
 from hotset.attention.flashinfer.kernels import start_kernels
+from hotset.attention.flashinfer.sparse import SparseBackend
+from hotset.attention.gather import GatherBackend
 from hotset.attention.hot_rows import HotRows
 from hotset.cgroups import available_host_bytes
 from hotset.cpu_libraries import bound_kernels, set_threads
@@ -204,6 +206,9 @@ class RankSetup:
             kernels=self._kernels,
             waits=False,
         )
+        if (recorder := self._simulated.recorder) is not None:
+            assert isinstance(backend, GatherBackend | SparseBackend)
+            backend.recorder = recorder
         make_runner = PlacingRunner if self._simulated.places_prompts else ModelRunner
         runner = make_runner(
             self._model,

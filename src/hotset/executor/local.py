@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
+from hotset.attention.sparse.recorder import SelectionRecorder
 from hotset.executor.logprobs import PendingPromptLogprobs
 from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import PendingTokens, Sampled, Sampler
@@ -26,6 +27,7 @@ class LocalExecutor:
         sampler: chooses tokens from them.
         experts: those in host memory or on disk; None where all stay on the device.
         owns_model: whether the model is used by this alone, so that its experts on disk go with it.
+        selections: what is told of each step that has run; None for nothing.
 
     Attributes:
         chosen: `[R]` tokens that the last step chooses, on the device; None where it chooses none.
@@ -38,10 +40,11 @@ class LocalExecutor:
         experts: ExpertBuffer | None = None,
         *,
         owns_model: bool = False,
+        selections: SelectionRecorder | None = None,
     ) -> None:
         self.runner, self.sampler = runner, sampler
         self._experts = experts
-        self._owns_model = owns_model
+        self._owns_model, self._selections = owns_model, selections
         self.chosen: torch.Tensor | None = None
 
     @property
@@ -69,6 +72,9 @@ class LocalExecutor:
             )
         timer = StepTimer(self.runner.device)
         logits = self.runner.forward(step, previous, when_ready)  # [R + P, vocab]
+        if self._selections is not None:
+            ids = [sequence.sequence_id for sequence in step.sample.sequences]
+            self._selections.end_step(step.batch, ids)
         num_rows = len(step.sample.sequences)
         tokens = scored = None
         if num_rows:

@@ -1,4 +1,4 @@
-"""What a benchmark with random weights puts in place of work: selections, and contexts."""
+"""What a benchmark has its own way with: selections, and contexts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +10,7 @@ import torch
 from hotset.attention.batch import BLOCK, OFFSET, POSITION, SOURCE, TOKEN
 from hotset.attention.inputs import to_device
 from hotset.attention.sparse.drawn import DrawnSelection
+from hotset.attention.sparse.recorder import SelectionRecorder
 from hotset.attention.sparse.rounded import store_keys
 from hotset.executor.runner import ModelRunner
 from hotset.executor.step_input import SampleInput, StepInput
@@ -27,10 +28,12 @@ class Simulated:
         selection: replaces what indexers score; None keeps it.
         places_prompts: whether prompts are not computed: random rows are put in their place, as a
             decode instance gets those of another.
+        recorder: notes what decodes select; None notes nothing.
     """
 
     selection: DrawnSelection | None = None
     places_prompts: bool = False
+    recorder: SelectionRecorder | None = None
 
 
 class PlacingRunner(ModelRunner):

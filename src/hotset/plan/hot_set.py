@@ -74,6 +74,7 @@ def _cells(request: Request, hot: HotPlan, groups: int) -> list[tuple[str, str]]
     pays = f"from {hot.break_even * groups:,} users on" if hot.break_even else "never"
     return [
         ("selected", f"{cache.top_k:,} per step and layer; {_overlap(request)}"),
+        *_by_layer(request),
         (
             "users",
             f"{fit:,} resident, or {step.users * groups:,} with {step.num_hot * groups:,} "
@@ -104,7 +105,14 @@ def _overlap(request: Request) -> str:
     selections = request.selections
     if isinstance(selections, DrawnSelections):
         return f"overlap {selections.overlap:.2f} (assumed; --selection-overlap, --selection)"
-    return f"overlap {selections.overlap:.2f} (recorded)"
+    assumed = DrawnSelections().overlap
+    return f"overlap {selections.overlap:.2f} (recorded; {assumed:.2f} is assumed without a file)"
+
+
+def _by_layer(request: Request) -> list[tuple[str, str]]:
+    """The overlap of each layer that selects, where it was recorded."""
+    overlaps = getattr(request.selections, "layer_overlaps", ())
+    return [("by layer", " ".join(f"{each:.2f}" for each in overlaps))] if overlaps else []
 
 
 def as_dict(hot: HotPlan | None, groups: int) -> dict[str, object] | None:
@@ -117,6 +125,7 @@ def as_dict(hot: HotPlan | None, groups: int) -> dict[str, object] | None:
         "selected_tokens": hot.cost.cache.top_k,
         "context_tokens": hot.cost.context,
         "overlap": hot.cost.selections.overlap,
+        "overlap_by_layer": list(getattr(hot.cost.selections, "layer_overlaps", ())),
         "users_resident": resident.users * groups if resident else 0,
         "users": step.users * groups,
         "users_hot": step.num_hot * groups,

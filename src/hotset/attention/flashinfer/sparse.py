@@ -23,6 +23,7 @@ from hotset.attention.hot_rows import HotRows
 from hotset.attention.inputs import Inputs, fill, to_device
 from hotset.attention.sparse.drawn import DrawnSelection, seeds_of
 from hotset.attention.sparse.indexer import Index
+from hotset.attention.sparse.recorder import SelectionRecorder
 from hotset.attention.spec import LayerAttention
 from hotset.cost.workspace import SCORES_BYTES
 from hotset.memory.arena import DeviceArena, row_steps
@@ -108,6 +109,7 @@ class SparseBackend(LatentBackend):
         drawn: DrawnSelection | None,
     ) -> None:
         self._top_k, self._scoring, self._hot, self._drawn = top_k, kernels, hot, drawn
+        self.recorder: SelectionRecorder | None = None
         self._width = -(-max_context // 4) * 4  # scores are read four at once
         self._most_scored = max(1, SCORES_BYTES // (4 * self._width))
 
@@ -280,6 +282,8 @@ class SparseBackend(LatentBackend):
                 deterministic=True,
                 tie_break=_LOWER_POSITION,
             )
+            if self.recorder is not None:
+                self.recorder.note(layer, positions, part.start)
             self._scoring.find_rows(
                 positions,
                 tokens,

@@ -10,6 +10,7 @@ from hotset.attention.hot_rows import HotRows
 from hotset.attention.latent import LatentWeights
 from hotset.attention.sparse.drawn import DrawnSelection, seeds_of
 from hotset.attention.sparse.indexer import Index
+from hotset.attention.sparse.recorder import SelectionRecorder
 from hotset.attention.sparse.rounded import turned_query, widen_keys
 from hotset.attention.sparse.select import score_keys, select_positions
 from hotset.cost.cache_spec import KEYS_ALONE
@@ -30,6 +31,7 @@ class GatheredSelection:
         seats: for each sequence, its row in the tables of hot requests; -1 where it is not hot.
         hot: the rows of hot requests; None where none may be hot.
         drawn: replaces scores; None keeps them.
+        recorder: notes what decodes select; None notes nothing.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class GatheredSelection:
         seats: Sequence[int],
         hot: HotRows | None,
         drawn: DrawnSelection | None,
+        recorder: SelectionRecorder | None,
     ) -> None:
         self._sequences, self._arena, self._count = sequences, arena, count
         device = arena.storage.device
-        self._hot, self._drawn = hot, drawn
+        self._hot, self._drawn, self._recorder = hot, drawn, recorder
         self._seated = [i for i, seat in enumerate(seats) if seat >= 0]
         self._seats = torch.tensor([seats[i] for i in self._seated], device=device)
         self._misses: Misses | None = None
@@ -79,6 +82,8 @@ class GatheredSelection:
                     self._drawn.replace(scores, lengths[first:end], seeds, layer)
                 parts.append(select_positions(scores, lengths[first:end], self._count))
             positions.append(torch.cat(parts))
+            if self._recorder is not None:
+                self._recorder.note(layer, positions[-1], sequence.start)
         self._rows = [
             self._rows_of(*each, *steps) for each in zip(positions, self._tables, strict=True)
         ]
