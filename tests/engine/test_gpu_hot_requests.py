@@ -4,15 +4,18 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import logits_of, run
-from tiny_models import SPARSE_FAMILIES, WIDE_SPARSE
+from tiny_models import SPARSE_FAMILIES, WIDE_SPARSE, make_model
 
 from hotset.attention.flashinfer.sparse import SparseBackend
 from hotset.attention.sparse.drawn import DrawnSelection
+from hotset.attention.sparse.recorder import SelectionRecorder
 from hotset.cost.cache_spec import KEYS_ALONE
 from hotset.engine.engine import Engine
+from hotset.executor.probe import inspect_model
 from hotset.executor.simulated import Simulated
 from hotset.request import SamplingParams
 
@@ -93,6 +96,27 @@ def test_logits_of_hot_and_resident_requests_are_the_same_bits(
     engine.take_counts()
     assert engine.metrics.hot_hits > 1000 and engine.metrics.hot_misses > 1000
     assert engine.kv.pool.num_held == 0 or engine.has_transfers
+
+
+def test_what_is_selected_is_noted_in_recorded_steps_as_in_launched_ones(
+    make_engine: MakeEngine,
+) -> None:
+    """Selections are drawn, and contexts placed, so that no rounding changes them."""
+    drawn = DrawnSelection.of_overlap(0.4, context=300, count=24)
+    layers = inspect_model(make_model("glm_moe_dsa", **WIDE_SPARSE)).layers
+    noted = []
+    for eager in (True, False):
+        recorder = SelectionRecorder(layers, num_rows=8, device=torch.device("cuda"))
+        simulated = Simulated(drawn, places_prompts=True, recorder=recorder)
+        engine = make_wide(make_engine, "glm_moe_dsa", eager=eager, simulated=simulated)
+        assert (engine.executor.runner._graphs is None) == eager
+        recorder.is_on = True
+        run(engine, prompts_of([20, 200, 431]), max_tokens=40)
+        noted.append(recorder.requests())
+    assert [len(each) for each in noted[0]] == [39, 39, 35]
+    for one, other in zip(*noted, strict=True):
+        assert (one == other).all()
+        assert (np.diff(one, axis=2) > 0).all() and one.min() >= 0
 
 
 def test_requests_turn_hot_where_memory_is_short_and_give_all_back(
