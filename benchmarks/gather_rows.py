@@ -2,15 +2,16 @@
 
 `kernels/gather_rows` over random rows of a pool in pinned host memory. By the size of a row, of the
 pool and of a launch, then at the size of a latent row (1,152 bytes) by programs and rows under way,
-by seats, with loads of 8 bytes, over addresses in order, and beside copies down. The rows of each
+by seats, with loads of 8 bytes, over addresses in order, and beside copies down. The rows of four
+layers that share a selection are brought in both layouts, at once and in parts. The rows of each
 case are compared with what the pool holds. Beside each stands the rate that the plan takes. Takes
-about half a minute, and 48 GiB of host memory.
+about a minute, and 48 GiB of host memory.
 
     python benchmarks/gather_rows.py --out benchmarks/results/gather_rows_h200.json
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -81,13 +82,17 @@ class Work:
     def __init__(
         self,
         source: torch.Tensor,
-        row_bytes: int,
+        runs: int | Sequence[RowRun],
         seats: int,
         rows: int,
         *,
         is_sorted: bool = False,
     ) -> None:
-        self.source, self.run = source, RowRun(0, row_bytes, 1, BLOCK_SIZE, BLOCK_SIZE, 1)
+        """`runs` are brought one after another; a number is the bytes of a row that fills one."""
+        if isinstance(runs, int):
+            runs = [RowRun(0, runs, 1, BLOCK_SIZE, BLOCK_SIZE, 1)]
+        self.source, self.runs = source, runs
+        self.token_bytes = sum(run.num_layers * run.row_bytes for run in runs)
         self.num_rows = seats * rows
         most = len(source) * BLOCK_SIZE
         # Other rows with each launch, as the device keeps what it read a moment ago.
@@ -96,19 +101,20 @@ class Work:
         if is_sorted:
             self.lists = self.lists.sort(dim=2).values
         self.turn = 0
-        self.rows = torch.arange(self.num_rows, dtype=torch.int32, device="cuda").view(seats, rows)
+        tokens = torch.arange(self.num_rows, dtype=torch.int32, device="cuda").view(seats, rows)
+        block, offset = tokens // BLOCK_SIZE, tokens % BLOCK_SIZE
+        self.rows = block * runs[0].rows_per_block + offset * runs[0].rows_per_token
         self.counts = torch.full((seats,), rows, dtype=torch.int32, device="cuda")
         num_blocks = -(-self.num_rows // BLOCK_SIZE)
-        self.target = torch.empty(
-            num_blocks, BLOCK_SIZE * row_bytes, dtype=torch.uint8, device="cuda"
-        )
+        self.target = torch.empty(num_blocks, source.shape[1], dtype=torch.uint8, device="cuda")
 
     def launch(self, **tuning: int) -> None:
         """Gather the next list."""
         self.turn = (self.turn + 1) % len(self.lists)
         tuned = replace(TUNINGS["cuda"], **tuning)
         lists = (self.lists[self.turn], self.rows, self.counts)
-        gather_rows(self.source, self.target, *lists, self.run, tuning=tuned)
+        for run in self.runs:
+            gather_rows(self.source, self.target, *lists, run, tuning=tuned)
 
     def row(self, case: str, call: Callable[[], None] | None = None) -> dict[str, Any]:
         """A row of the table: GB/s of `call`, by default `launch`; the result is checked."""
@@ -122,31 +128,42 @@ class Work:
             call()
             event.record()
         torch.cuda.synchronize()
-        num_bytes = self.num_rows * self.run.row_bytes
+        num_bytes = self.num_rows * self.token_bytes
+        planned_s = sum(planned_s_per_token(run.num_layers * run.row_bytes) for run in self.runs)
         rates = [num_bytes / a.elapsed_time(b) / 1e6 for a, b in pairwise(events)]
         return {
             "case": case,
-            "row_bytes": self.run.row_bytes,
+            "row_bytes": self.token_bytes,
             "pool_gib": round(self.source.nbytes / 2**30),
             "rows": self.num_rows,
             **{f"gb_per_s_{p}": v for p, v in record.percentiles(rates, of=SPREAD).items()},
-            "planned_gb_per_s": planned_gb_per_s(self.run.row_bytes),
+            "planned_gb_per_s": self.token_bytes / planned_s / 1e9,
         }
 
     def check(self) -> None:
         """Every row must be the one that was asked for."""
-        words = self.run.row_bytes // 8
-        got = self.target.view(torch.int64).view(-1, words)[: self.num_rows]
-        first = self.lists[self.turn].view(-1, 1).long() * words
-        if not torch.equal(got, first + torch.arange(words, device="cuda")):
-            raise SystemExit(f"rows of {self.run.row_bytes} bytes are not those asked for")
+        places = self.lists[self.turn].view(-1, 1).long()
+        goals = torch.arange(self.num_rows, device="cuda").unsqueeze(1)
+        block_words = self.target.shape[1] // 8
+        got = self.target.view(torch.int64).flatten()
+        for run in self.runs:
+            token_words = run.rows_per_token * run.row_bytes // 8
+            inside = torch.arange(run.num_layers * run.row_bytes // 8, device="cuda")
+            first, goal = (
+                run.start_bytes // 8
+                + at // BLOCK_SIZE * block_words
+                + at % BLOCK_SIZE * token_words
+                for at in (places, goals)
+            )
+            if not torch.equal(got[goal + inside], first + inside):
+                raise SystemExit(f"rows of {run} are not those asked for")
 
 
-def planned_gb_per_s(row_bytes: int) -> float:
-    """The rate that the plan takes for rows of that size."""
+def planned_s_per_token(run_bytes: int) -> float:
+    """Seconds that the plan takes for a run of that many bytes."""
     c = CALIBRATIONS["hotset"]
     link = c.link_bytes_per_s(likely_hardware(torch.device("cuda"))) * c.gather_efficiency
-    return min(link, c.gather_rows_per_s * row_bytes) / 1e9
+    return max(run_bytes / link, 1 / c.gather_rows_per_s)
 
 
 def by_size(pool: Pool, pool_gib: list[int]) -> list[dict[str, Any]]:
@@ -188,6 +205,29 @@ def by_seats(source: torch.Tensor) -> list[dict[str, Any]]:
         end.record()
         torch.cuda.synchronize()
         found.append(row | {"us_without_rows": start.elapsed_time(end) * 1e3 / 64})
+    return found
+
+
+def by_layers(source: torch.Tensor) -> list[dict[str, Any]]:
+    """The rows of four layers that share a selection, brought in as many launches as parts."""
+    side = RowRun(0, LATENT, 1, BLOCK_SIZE, 4 * BLOCK_SIZE, 4)
+    apart = [
+        side._replace(start_bytes=layer * BLOCK_SIZE * LATENT, rows_per_token=1)
+        for layer in range(4)
+    ]
+    found = [Work(source, apart, *MANY).row("4 layers, one after another")]
+    for parts in ([4], [1, 3], [1, 1, 2], [1, 1, 1, 1]):
+        firsts = [sum(parts[:i]) for i in range(len(parts))]
+        runs = [
+            side._replace(start_bytes=first * LATENT, num_layers=count)
+            for first, count in zip(firsts, parts, strict=True)
+        ]
+        work = Work(source, runs, *MANY)
+        name = "4 layers side by side, parts of " + ", ".join(map(str, parts))
+        found.append(work.row(name))
+        beside = TUNINGS["cuda"].gather_programs_beside
+        launch = partial(work.launch, gather_programs=beside)
+        found.append(work.row(f"{name}, {beside} programs", launch))
     return found
 
 
@@ -235,6 +275,7 @@ def measure(pool: Pool, pool_gib: list[int]) -> list[dict[str, Any]]:
         *by_size(pool, pool_gib),
         *by_programs(largest),
         *by_seats(largest),
+        *by_layers(pool.view(pool_gib[-1], 4 * LATENT)),
         many.row("random"),
         ordered.row("sorted by address"),
         with_loads_of_8_bytes(many),
