@@ -3,14 +3,17 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from engines import sizes_in_blocks
 from tiny_models import make_model
 
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
+from hotset.engine.load import load_on_ranks
 from hotset.model.cut_model import ModelCutter
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
+from hotset.parallel.group import current
 from hotset.ranks.driver import Ranks
 
 
@@ -39,3 +42,25 @@ def make_ranked_engine(
     loaded = replace(ranks.load(load_tiny, family, seed, model_changes or {}), ranks=ranks)
     options = sizes_in_blocks(loaded.model, num_ranks=ranks.size, **changes)
     return build_engine(Options.of(tp=ranks.size, **options), loaded, overlap=overlap)
+
+
+BAD_TOKEN = 99  # on rank 1
+
+
+def load_failing(family: str) -> LoadedModel:
+    """`load_tiny`, but rank 1 raises where a step has `BAD_TOKEN`."""
+    loaded = load_tiny(family, 0, {})
+
+    def fail(embedding: Any, args: tuple[torch.Tensor]) -> None:
+        if current().rank == 1 and bool((args[0] == BAD_TOKEN).any()):
+            raise ValueError(f"token {BAD_TOKEN} was met")
+
+    loaded.model.get_input_embeddings().register_forward_pre_hook(fail)
+    return loaded
+
+
+def build_failing(options: Options) -> tuple[Engine, LoadedModel]:
+    """For a process of its own."""
+    torch.set_num_threads(1)
+    loaded = load_on_ranks(options, load_failing, "llama")
+    return build_engine(options, loaded, owns_model=True), loaded

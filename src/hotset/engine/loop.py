@@ -18,7 +18,7 @@ from hotset.engine.fair_queue import FairQueue
 from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
 from hotset.engine.status import EngineStatus, engine_status
 from hotset.engine.urgency import MUCH_LONGER
-from hotset.errors import OverloadedError, RequestError
+from hotset.errors import EngineError, OverloadedError, RequestError
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
@@ -215,7 +215,10 @@ class EngineLoop:
             self._serve(engine)
         except BaseException as error:  # SystemExit too: readers wait for a last report
             _log.exception("the engine has failed")
-            failure = " ".join(f"the engine has failed: {type(error).__name__}: {error}".split())
+            failure = f"the engine has failed: {type(error).__name__}: {error}"
+            if isinstance(error, EngineError):  # a rank's, which says all there is
+                failure = str(error)
+            failure = " ".join(failure.split())
             self._on_report(Report(self._clock.now(), failure=failure))
         else:
             with contextlib.suppress(Exception):

@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 _METRICS_EVERY_S = 0.25
 _CLOSE_S = 30.0
+# How long a process that ends by itself tries to say why.
+_LAST_WORD_S = 1.0
 # How often a child that starts looks whether its parent is still there.
 _LOOK_EVERY_S = 0.5
 
@@ -223,10 +225,24 @@ def _child(connection: Connection, options: Options, build: BuildEngine | None) 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from hotset.engine.load import load_engine
     from hotset.engine.loop import EngineLoop
+    from hotset.ranks import driver
 
-    has_started = threading.Event()
+    has_started, is_ready = threading.Event(), threading.Event()
     threading.Thread(target=_end_with_parent, args=(connection, has_started), daemon=True).start()
     outgoing: queue.SimpleQueue[Report | _Accepted | None] = queue.SimpleQueue()
+
+    def end(line: str) -> None:
+        """Report that another rank has failed; threads here may wait for it for ever."""
+        if is_ready.is_set():
+            outgoing.put(Report(REAL_CLOCK.now(), failure=line))
+            outgoing.put(None)
+            sender.join(_LAST_WORD_S)
+        else:
+            with contextlib.suppress(OSError):
+                connection.send(("refused", EngineError(line)))
+        os._exit(1)
+
+    driver.on_failure = end
     try:
         loop = EngineLoop(options, build or load_engine, outgoing.put)
     except HotsetError as error:
@@ -237,9 +253,10 @@ def _child(connection: Connection, options: Options, build: BuildEngine | None) 
     gc.freeze()
     has_started.set()
     # The parent needs the tokenizer and the names; the weights stay here.
-    connection.send(("ready", replace(loop.model, model=None), loop.info))
+    connection.send(("ready", replace(loop.model, model=None, ranks=None), loop.info))
     sender = threading.Thread(target=_send_all, args=(connection, outgoing, loop), daemon=True)
     sender.start()
+    is_ready.set()
 
     def submit(number: int, submit: Submit) -> None:
         error: Exception | None = None

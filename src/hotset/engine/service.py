@@ -12,13 +12,15 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 from hotset.clock import REAL_CLOCK
 from hotset.engine.latency import Latencies, RequestClock
 from hotset.engine.messages import BuildEngine, EngineHost, Report, Submit
 from hotset.engine.process import EngineProcess
+from hotset.engine.restarts import Restarts
 from hotset.engine.status import EngineStatus
-from hotset.errors import EngineError, RequestError
+from hotset.errors import EngineError, HotsetError, RequestError
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
@@ -40,7 +42,8 @@ class EngineService:
         options: what to load and how.
         build: makes the engine; raises a HotsetError where it cannot. None is `load_engine`.
         own_process: run it in a process of its own, so that nothing that Python does here can
-            delay a step; otherwise in a thread. `build` must then be importable by name.
+            delay a step; otherwise in a thread. `build` must then be importable by name. An engine
+            of several ranks has a process in any case, and starts again when a rank has failed.
 
     Raises:
         HotsetError: the engine cannot be built; nothing is left running.
@@ -65,8 +68,14 @@ class EngineService:
         self._ids = itertools.count()
         self._pid = os.getpid()
         self._host: EngineHost
-        if own_process:  # nothing here imports torch then, so that the child starts at once
-            self._host = EngineProcess(options, build, self._take_report)
+        has_ranks = options.layout.tp > 1
+        self._restarts = Restarts() if has_ranks else None
+        self._is_restarting = False  # guarded by _lock
+        self._close_event = threading.Event()
+        # Nothing here imports torch then, so that the child starts at once.
+        if own_process or has_ranks:
+            self._start = partial(EngineProcess, options, build, self._take_report)
+            self._host = self._start()
         else:
             from hotset.engine.load import load_engine
             from hotset.engine.loop import EngineLoop
@@ -207,6 +216,7 @@ class EngineService:
             return
         with self._lock:
             self._is_closing = True
+        self._close_event.set()
         self._host.close()
         self._end_all(FinishReason.ABORT, None)
         atexit.unregister(self.close)
@@ -256,8 +266,33 @@ class EngineService:
             _log.info("%s", note)
         if report.failure is not None:
             with self._lock:
-                self._failure = report.failure
-            self._end_all(FinishReason.ERROR, report.failure)
+                self._failure = self._failure or report.failure  # the first says why
+                starts = self._restarts is not None and not self._is_restarting
+                self._is_restarting = self._is_restarting or starts
+            self._end_all(FinishReason.ERROR, self._failure)
+            if starts:
+                threading.Thread(target=self._restart, name="hotset-restart", daemon=True).start()
+
+    def _restart(self) -> None:
+        """Start the engine again, in a thread of its own, until it serves or has failed often."""
+        assert self._restarts is not None
+        self._host.close()
+        while (delay_s := self._restarts.next_delay_s()) is not None:
+            _log.error("%s; starting again in %g s", self._failure, delay_s)
+            if self._close_event.wait(delay_s):
+                return
+            try:
+                host = self._start()
+            except HotsetError as error:
+                self._failure = str(error)
+                continue
+            with self._lock:
+                self._host, self._is_restarting, self._failure = host, False, None
+                is_closing = self._is_closing
+            if is_closing:
+                host.close()
+            return
+        _log.error("%s; it has failed too often to be started again", self._failure)
 
     def _deliver(self, outputs: Iterable[RequestOutput], time_s: float) -> None:
         # One call into an event loop for all its readers: each wakes the loop's thread.

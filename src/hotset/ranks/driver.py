@@ -100,7 +100,7 @@ class Ranks:
         where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         try:
             with self._naming():
-                group.join(store, 0, size, where, step_timeout_s)
+                group.join(store, 0, size, where, START_TIMEOUT_S)
         except BaseException:
             self.close()
             raise

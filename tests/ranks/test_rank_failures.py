@@ -1,0 +1,103 @@
+"""A rank that ends, raises or hangs: requests end with a line that names it, and all start again."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engines import make_prompts, reference
+from rank_engines import BAD_TOKEN, build_failing
+
+from hotset.engine.completion import gather
+from hotset.engine.restarts import Restarts
+from hotset.engine.service import EngineService
+from hotset.errors import EngineError
+from hotset.options import Options
+from hotset.request import SamplingParams
+
+LONG = SamplingParams(max_tokens=400, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[EngineService]:
+    options = Options.of(tp=2, device="cpu", hot_gib=0.01, max_model_len=500, step_timeout_s=2.0)
+    service = EngineService(options, build=build_failing)
+    yield service
+    children = ranks_of(service)
+    service.close()
+    assert not any(is_running(pid) for pid in children)
+
+
+def ranks_of(service: EngineService) -> list[int]:
+    """Ids of the engine's process and of the other rank's."""
+    engine = service._host._process.pid
+    children = Path(f"/proc/{engine}/task").glob("*/children")
+    return [engine, *(int(pid) for file in children for pid in file.read_text().split())]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: object, most_s: float) -> None:
+    deadline_s = time.monotonic() + most_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen"
+        time.sleep(0.02)
+
+
+def check_serves(service: EngineService) -> None:
+    """Wait for the next start, and compare an answer."""
+    wait_until(lambda: service.healthy, 120.0)
+    prompt = make_prompts()[0]
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    [answer] = gather(service.submit(prompt, params), 1)
+    assert answer.error is None
+    assert [list(answer.token_ids)] == reference("llama", [prompt])
+
+
+@pytest.mark.parametrize("fault", ["killed", "raises", "hangs"])
+def test_every_request_ends_with_a_line_that_names_the_rank(
+    fault: str, service: EngineService
+) -> None:
+    service._restarts = Restarts()  # each fault counts for itself
+    check_serves(service)
+    before = ranks_of(service)
+    assert len(before) == 2
+    streams = [service.submit(prompt, LONG) for prompt in make_prompts()[:3]]
+    next(iter(streams[0]))  # they run
+    streams = [service.submit(prompt, LONG) for prompt in make_prompts()[:3]]
+    if fault == "raises":
+        streams.append(service.submit([5, BAD_TOKEN, 7], LONG))
+    else:
+        os.kill(before[1], signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+    ended = [gather(stream, 1)[0] for stream in streams]
+    expected = {
+        "killed": "rank 1: its process has been ended by signal 9 (Killed)",
+        "raises": f"rank 1: ValueError: token {BAD_TOKEN} was met",
+        "hangs": "rank 1: no step has ended for 2 seconds",
+    }
+    assert {one.error for one in ended} == {expected[fault]}
+    with pytest.raises(EngineError, match="rank 1: "):
+        service.submit([5], LONG)
+    check_serves(service)
+    assert not any(is_running(pid) for pid in before)
+
+
+def test_starts_are_few_and_far_between() -> None:
+    class Now:
+        now_s = 0.0
+
+        def now(self) -> float:
+            return self.now_s
+
+    clock = Now()
+    restarts = Restarts(clock)
+    assert [restarts.next_delay_s() for _ in range(4)] == [1.0, 2.0, 4.0, None]
+    clock.now_s = 605.0
+    assert restarts.next_delay_s() is not None
