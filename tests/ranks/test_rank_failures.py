@@ -1,4 +1,4 @@
-"""A rank that ends, raises or hangs: requests end with a line that names it, and all start again."""
+"""A rank that ends, raises or hangs: requests end with a line that names it; all start again."""
 
 import os
 import signal
