@@ -4,6 +4,7 @@ import inspect
 
 import torch
 from transformers.models.bamba import modeling_bamba
+from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from hotset.attention.scans import GatedDelta, Mamba2
@@ -24,6 +25,24 @@ def gated_delta(
     query, key = torch.randn(2, num_tokens, groups, keys)
     value = torch.randn(num_tokens, heads, values)
     decay = -torch.rand(num_tokens, heads) / 20
+    beta = torch.rand(num_tokens, heads)
+    return GatedDelta(query, key, value, decay, beta, True, original)
+
+
+def kimi_delta(
+    num_tokens: int,
+    *,
+    heads: int = HEADS,
+    groups: int = HEADS,
+    values: int = VALUES,
+    keys: int = KEYS,
+) -> GatedDelta:
+    """Kimi Delta Attention over so many tokens: the decays of some keys are fast."""
+    original = inspect.unwrap(modeling_kimi_linear.chunk_kimi_delta_attention)
+    query, key = torch.randn(2, num_tokens, heads, keys)
+    value = torch.randn(num_tokens, heads, values)
+    decay = -torch.rand(num_tokens, heads, keys) / 20
+    decay[..., ::5] *= 100
     beta = torch.rand(num_tokens, heads)
     return GatedDelta(query, key, value, decay, beta, True, original)
 

@@ -183,6 +183,16 @@ HYBRID_FAMILIES: dict[str, dict[str, Any]] = {
     },
     "bamba": {"attn_layer_indices": [2], **_MAMBA},
     "falcon_h1": {"mamba_d_ssm": 128, **_MAMBA},
+    "kimi_linear": {
+        **_MLA,
+        "q_lora_rank": None,
+        "layer_types": _MOSTLY_LINEAR,
+        "linear_num_heads": 4,
+        "linear_head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+    },
 }
 for _changes in HYBRID_FAMILIES.values():
     _changes.setdefault("num_hidden_layers", len(_changes.get("layer_types", _MOSTLY_CONV)))

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scans import HEADS, KEYS, VALUES, gated_delta, mamba2
+from scans import HEADS, KEYS, VALUES, gated_delta, kimi_delta, mamba2
 
 from hotset.attention.scans import Scan
 from hotset.attention.state_tables import GRID
 
-SCANS = pytest.mark.parametrize("make", [gated_delta, mamba2])
+SCANS = pytest.mark.parametrize("make", [gated_delta, kimi_delta, mamba2])
 
 
 def in_chunks(scan: Scan, ends: list[int], state: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -9,10 +9,11 @@ import torch
 from engines import make_prompts, run
 from hybrid_prompts import ROOM, TOKENS, found, make_prompt, note_logits
 from paged import difference, gather, paged_logits
-from tiny_models import HYBRID_FAMILIES, make_model
+from tiny_models import HYBRID_FAMILIES, WIDE, make_model
 
 from hotset.attention import state_step
-from hotset.attention.flashinfer.backend import FlashInferBackend
+from hotset.attention.backend import AttentionBackend, RecordableBackend
+from hotset.attention.choice import choose_backend
 from hotset.attention.state_tables import GRID
 from hotset.engine.engine import Engine
 from hotset.executor.probe import inspect_model
@@ -25,6 +26,7 @@ RECORDED: dict[str, dict[str, Any]] = {
     "qwen3_next": {"head_dim": 128},
     "falcon_h1": {"head_dim": 128},
     "lfm2": {"hidden_size": 512},
+    "kimi_linear": WIDE,
 }
 
 
@@ -71,8 +73,10 @@ def test_in_bfloat16_kernels_compute_launched_and_recorded_what_pytorch_does_in_
         patched.setattr(state_step, "has_kernels", lambda device: False)
         expected = paged_logits(model, layout, gather(layout))
 
-    def backend(arena: DeviceArena) -> FlashInferBackend:
-        return FlashInferBackend(arena, layout.layers)
+    def backend(arena: DeviceArena) -> AttentionBackend:
+        found = choose_backend(arena, layout.layers, max_context=60)
+        assert isinstance(found, RecordableBackend)
+        return found
 
     for recorded in (False, True):
         got = paged_logits(model, layout, backend, recorded=recorded)

@@ -23,7 +23,6 @@ REFUSED = {
     "llama4_text",
     "jamba",
     "mamba2",
-    "kimi_linear",
 }
 HEADS = KeysValues(2, 20, 16)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}

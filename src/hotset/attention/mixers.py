@@ -228,4 +228,8 @@ def _mamba2(original: Callable[..., Any]) -> Callable[..., Any]:
     return ask
 
 
-_SCANS = {"torch_chunk_gated_delta_rule": _gated_delta, "mamba2_chunk_scan": _mamba2}
+_SCANS = {
+    "torch_chunk_gated_delta_rule": _gated_delta,
+    "chunk_kimi_delta_attention": _gated_delta,
+    "mamba2_chunk_scan": _mamba2,
+}

@@ -63,6 +63,8 @@ class Scan(ABC):
 class GatedDelta(DeltaTokens, Scan):
     """Gated delta rule (Yang et al., "Gated Delta Networks", 2024, equation 10).
 
+    With a decay of its own for each key that is Kimi Delta Attention (arXiv 2510.26692).
+
     Attributes:
         original: the chunk form of transformers.
     """
@@ -91,7 +93,8 @@ class GatedDelta(DeltaTokens, Scan):
         repeats = value.shape[1] // key.shape[1]
         query = query.repeat_interleave(repeats, dim=1) * query.shape[-1] ** -0.5
         key = key.repeat_interleave(repeats, dim=1)
-        state = state * decay.exp()[..., None, None]
+        decay = decay if decay.ndim == 3 else decay.unsqueeze(-1)  # of keys, or of a head
+        state = state * decay.exp().unsqueeze(-2)
         known = (state * key.unsqueeze(-2)).sum(-1)
         change = (value - known) * beta.unsqueeze(-1)
         state = state + change.unsqueeze(-1) * key.unsqueeze(-2)

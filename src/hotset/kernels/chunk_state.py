@@ -11,152 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-from hotset.kernels.decode_state import time_step
+from hotset.kernels.chunk_pairs import (
+    load_rows,
+    of_length_1,
+    pair_delta,
+    pair_kimi,
+    pair_mamba2,
+    sum_decays,
+)
 from hotset.kernels.state_inputs import DeltaTokens, Mamba2Tokens, StepTables
 
 CHUNK = 64  # tokens
 _PART = 16  # rows of a chunk that are solved one after another
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_rows(rows, start, length, stride, at, KEYS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`[64, WIDTH]` float32 of a chunk's rows, zeros beyond it."""
-    i, k = tl.arange(0, 64), tl.arange(0, WIDTH)
-    place = (start + i)[:, None] * stride + at + k[None, :]
-    inside = (i < length)[:, None] & (k < KEYS)[None, :]
-    return tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _of_length_1(rows):  # type: ignore[no-untyped-def]
-    return rows * tl.rsqrt(tl.sum(rows * rows, 1) + 1e-6)[:, None]
-
-
-@triton.jit
-def _fade(sums):  # type: ignore[no-untyped-def]
-    """`[64, 64]`: what is left at a row of what a row before it, or itself, left; 0 for later."""
-    i = tl.arange(0, 64)
-    is_past = i[:, None] >= i[None, :]
-    between = tl.where(is_past, sums[:, None] - sums[None, :], 0.0)
-    return tl.where(is_past, tl.exp(between), 0.0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _inverse(lower, PART: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The inverse of 1 + `lower`, `[64, 64]`, zero from the diagonal on.
-
-    Row by row within parts of the diagonal, all parts at once; those are then joined by a series,
-    which ends as what is left of `lower` is nilpotent.
-    """
-    i = tl.arange(0, 64)
-    is_own = (i // PART)[:, None] == (i // PART)[None, :]
-    own = tl.where(is_own, -lower, 0.0)
-    for step in range(1, PART):
-        is_row = (i % PART == step)[:, None] & is_own
-        row = tl.sum(tl.where(is_row, own, 0.0), 0)  # of each part, side by side
-        row += tl.sum(row[:, None] * own, 0)
-        own = tl.where(is_row, row[None, :], own)
-    own += tl.where(i[:, None] == i[None, :], 1.0, 0.0)
-    rest = tl.dot(own, tl.where(is_own, 0.0, lower), input_precision="tf32x3")
-    once = tl.dot(rest, own, input_precision="tf32x3")
-    even = own + tl.dot(rest, once, input_precision="tf32x3")
-    return even - tl.dot(rest, even, input_precision="tf32x3")
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _pair_delta(  # type: ignore[no-untyped-def]
-    query,
-    key,
-    decay,
-    beta,
-    sums,
-    mix,
-    solved,
-    starts,
-    lengths,
-    query_stride,
-    key_stride,
-    decay_stride,
-    beta_stride,
-    scale,
-    HEADS: tl.constexpr,
-    REPEATS: tl.constexpr,
-    KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PART: tl.constexpr,
-    NORMALISES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    chunk, head = tl.program_id(0), tl.program_id(1)
-    length = tl.load(lengths + chunk)
-    if length > 0:
-        start = tl.load(starts + chunk).to(tl.int64)
-        i = tl.arange(0, 64)
-        rows, inside = start + i, i < length
-        at = head // REPEATS * KEYS
-        q = _load_rows(query, start, length, query_stride, at, KEYS, WIDTH)
-        x = _load_rows(key, start, length, key_stride, at, KEYS, WIDTH)
-        if NORMALISES:
-            q, x = _of_length_1(q), _of_length_1(x)
-        q *= scale
-        gone = tl.load(decay + rows * decay_stride + head, mask=inside, other=0.0)
-        gone = tl.cumsum(gone.to(tl.float32), 0)
-        tl.store(sums + rows * HEADS + head, gone, mask=inside)
-        fade = _fade(gone)
-        b = tl.load(beta + rows * beta_stride + head, mask=inside, other=0.0).to(tl.float32)
-        place = (rows * HEADS + head)[:, None] * 64 + i[None, :]
-        pairs = tl.dot(q, tl.trans(x), input_precision=PRECISION) * fade
-        tl.store(mix + place, pairs, mask=inside[:, None])
-        lower = tl.dot(x, tl.trans(x), input_precision=PRECISION) * fade * b[:, None]
-        lower = tl.where(i[:, None] > i[None, :], lower, 0.0)
-        found = _inverse(lower, PART) * b[None, :]
-        tl.store(solved + place, found, mask=inside[:, None])
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _pair_mamba2(  # type: ignore[no-untyped-def]
-    query,
-    key,
-    steps,
-    rate,
-    bias,
-    sums,
-    weights,
-    mix,
-    starts,
-    lengths,
-    query_stride,
-    key_stride,
-    steps_stride,
-    low,
-    high,
-    HEADS: tl.constexpr,
-    REPEATS: tl.constexpr,
-    KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    chunk, head = tl.program_id(0), tl.program_id(1)
-    length = tl.load(lengths + chunk)
-    if length > 0:
-        start = tl.load(starts + chunk).to(tl.int64)
-        i = tl.arange(0, 64)
-        rows, inside = start + i, i < length
-        at = head // REPEATS * KEYS
-        q = _load_rows(query, start, length, query_stride, at, KEYS, WIDTH)
-        x = _load_rows(key, start, length, key_stride, at, KEYS, WIDTH)
-        places = tl.where(inside, rows, start) * steps_stride + head
-        step = time_step(steps, bias, places, head, low, high, HAS_BIAS, SOFTPLUS)
-        step = tl.where(inside, step, 0.0)
-        gone = tl.cumsum(step * tl.load(rate + head).to(tl.float32), 0)
-        tl.store(sums + rows * HEADS + head, gone, mask=inside)
-        tl.store(weights + rows * HEADS + head, step, mask=inside)
-        # Columns by the time step, so that values can be taken as they are.
-        pairs = tl.dot(q, tl.trans(x), input_precision=PRECISION) * _fade(gone) * step[None, :]
-        place = (rows * HEADS + head)[:, None] * 64 + i[None, :]
-        tl.store(mix + place, pairs, mask=inside[:, None])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -189,6 +55,7 @@ def _scan(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
     IS_DELTA: tl.constexpr,
+    PER_KEY: tl.constexpr,
     NORMALISES: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -207,35 +74,40 @@ def _scan(  # type: ignore[no-untyped-def]
         for chunk in range(first, end):
             start, length = tl.load(starts + chunk).to(tl.int64), tl.load(lengths + chunk)
             rows, inside = start + i, i < length
-            q = _load_rows(query, start, length, query_stride, at, KEYS, WIDTH)
-            x = _load_rows(key, start, length, key_stride, at, KEYS, WIDTH)
+            if PER_KEY:
+                gone = load_rows(sums, start, length, HEADS * KEYS, head * KEYS, KEYS, WIDTH)
+            else:
+                gone = tl.load(sums + rows * HEADS + head, mask=inside, other=0.0)[:, None]
+            last = tl.sum(tl.where((i == length - 1)[:, None], gone, 0.0), 0)
+            # Keys are done with before queries are loaded: there are registers for one of them.
+            x = load_rows(key, start, length, key_stride, at, KEYS, WIDTH)
             if NORMALISES:
-                q, x = _of_length_1(q), _of_length_1(x)
-            q *= scale
-            gone = tl.load(sums + rows * HEADS + head, mask=inside, other=0.0)
-            last = tl.sum(tl.where(i == length - 1, gone, 0.0), 0)
+                x = of_length_1(x)
             places = rows[:, None] * value_stride + head * VALUES + v[None, :]
             is_value = inside[:, None] & (v < VALUES)[None, :]
             new = tl.load(value + places, mask=is_value, other=0.0).to(tl.float32)
-            place = (rows * HEADS + head)[:, None] * 64 + i[None, :]
+            written, place = new, (rows * HEADS + head)[:, None] * 64 + i[None, :]
             if IS_DELTA:
                 solve = tl.load(solved + place, mask=inside[:, None], other=0.0)
-                known = tl.dot(x, state, input_precision=PRECISION)
-                change = new - tl.exp(gone)[:, None] * known
-                new = tl.dot(solve, change, input_precision=PRECISION)
-            found = tl.exp(gone)[:, None] * tl.dot(q, state, input_precision=PRECISION)
+                known = tl.dot(x * tl.exp(gone), state, input_precision=PRECISION)
+                new = tl.dot(solve, new - known, input_precision=PRECISION)
+                written = new
+            else:
+                written *= tl.load(weights + rows * HEADS + head, mask=inside, other=0.0)[:, None]
+            x *= tl.exp(last[None, :] - gone)
+            change = tl.dot(tl.trans(x), written, input_precision=PRECISION)
+            q = load_rows(query, start, length, query_stride, at, KEYS, WIDTH)
+            if NORMALISES:
+                q = of_length_1(q)
+            q *= scale * tl.exp(gone)
+            found = tl.dot(q, state, input_precision=PRECISION)
             pairs = tl.load(mix + place, mask=inside[:, None], other=0.0)
             found += tl.dot(pairs, new, input_precision=PRECISION)
-            left = tl.exp(last - gone)
-            if not IS_DELTA:
-                if HAS_SKIP:
-                    found += tl.load(skip + head).to(tl.float32) * new
-                left *= tl.load(weights + rows * HEADS + head, mask=inside, other=0.0)
-            tl.store(
-                output + (rows * HEADS + head)[:, None] * VALUES + v[None, :], found, mask=is_value
-            )
-            new *= left[:, None]
-            state = state * tl.exp(last) + tl.dot(tl.trans(x), new, input_precision=PRECISION)
+            if HAS_SKIP:
+                found += tl.load(skip + head).to(tl.float32) * new
+            place = (rows * HEADS + head)[:, None] * VALUES + v[None, :]
+            tl.store(output + place, found, mask=is_value)
+            state = state * tl.exp(last)[:, None] + change
             write = tl.load(writes + chunk).to(tl.int64)
             if write >= 0:
                 tl.store(pool + write * SLOT + inner, state, mask=is_number)
@@ -259,28 +131,13 @@ def scan_delta(
     Reference: `attention.scans.GatedDelta.chunk`, equal up to rounding.
     Source: Yang et al., "Gated Delta Networks", 2024, section 3.3.
     """
-    sizes = _sizes(tokens.key, tokens.value, pool)
-    sums, mix, solved = _new(output), _new(output, CHUNK), _new(output, CHUNK)
-    scale = tokens.key.shape[2] ** -0.5
-    _pair_delta[(len(tables.chunks.starts), sizes["HEADS"])](
-        tokens.query,
-        tokens.key,
-        tokens.decay,
-        tokens.beta,
-        sums,
-        mix,
-        solved,
-        tables.chunks.starts,
-        tables.chunks.lengths,
-        tokens.query.stride(0),
-        tokens.key.stride(0),
-        tokens.decay.stride(0),
-        tokens.beta.stride(0),
-        scale,
-        PART=_PART,
-        NORMALISES=tokens.normalises,
-        **_of_keys(sizes),
+    sizes, per_key = _sizes(tokens.key, tokens.value, pool), tokens.decay.dim() == 3
+    sums = torch.empty_like(
+        tokens.decay, dtype=torch.float32, memory_format=torch.contiguous_format
     )
+    mix, solved = _new(output, CHUNK), _new(output, CHUNK)
+    scale = tokens.key.shape[2] ** -0.5
+    _pair(tokens, sums, mix, solved, tables, sizes)
     _scan[_grid(sizes, tables)](
         tokens.query,
         tokens.key,
@@ -299,11 +156,34 @@ def scan_delta(
         tokens.value.stride(0),
         scale,
         IS_DELTA=True,
+        PER_KEY=per_key,
         NORMALISES=tokens.normalises,
         HAS_SKIP=False,
         num_stages=1,
         **sizes,
     )
+
+
+def _pair(
+    tokens: DeltaTokens,
+    sums: torch.Tensor,
+    mix: torch.Tensor,
+    solved: torch.Tensor,
+    tables: StepTables,
+    sizes: dict[str, Any],
+) -> None:
+    """Compute what tokens of a chunk are to each other, and the sums of their decays."""
+    chunks, grid = tables.chunks, (len(tables.chunks.starts), sizes["HEADS"])
+    strides = (tokens.query.stride(0), tokens.key.stride(0), tokens.beta.stride(0))
+    scale, rows = tokens.key.shape[2] ** -0.5, (chunks.starts, chunks.lengths)
+    options = {"PART": _PART, "NORMALISES": tokens.normalises, **_of_keys(sizes)}
+    given = (tokens.query, tokens.key, tokens.beta, sums, mix, solved, *rows, *strides, scale)
+    if tokens.decay.dim() == 2:
+        pair_delta[grid](*given, tokens.decay, tokens.decay.stride(0), **options)
+        return
+    widths = {name: sizes[name] for name in ("HEADS", "KEYS", "WIDTH")}
+    sum_decays[grid](tokens.decay, sums, *rows, tokens.decay.stride(0), **widths)
+    pair_kimi[grid](*given, **options)
 
 
 def scan_mamba2(
@@ -318,7 +198,7 @@ def scan_mamba2(
     """
     sizes = _sizes(tokens.key, tokens.value, pool)
     sums, weights, mix = _new(output), _new(output), _new(output, CHUNK)
-    _pair_mamba2[(len(tables.chunks.starts), sizes["HEADS"])](
+    pair_mamba2[(len(tables.chunks.starts), sizes["HEADS"])](
         tokens.query,
         tokens.key,
         tokens.step,
@@ -355,6 +235,7 @@ def scan_mamba2(
         tokens.value.stride(0),
         1.0,
         IS_DELTA=False,
+        PER_KEY=False,
         NORMALISES=False,
         HAS_SKIP=tokens.skip is not None,
         num_stages=1,

@@ -56,6 +56,7 @@ def _delta(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
     NORMALISES: tl.constexpr,
+    PER_KEY: tl.constexpr,
     PADDING: tl.constexpr,
 ):
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
@@ -75,7 +76,12 @@ def _delta(  # type: ignore[no-untyped-def]
             q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6)
             x *= tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
         q *= scale
-        state *= tl.exp(tl.load(decay + row * decay_stride + head).to(tl.float32))
+        if PER_KEY:
+            place = row * decay_stride + head * KEYS + k
+            gone = tl.load(decay + place, mask=k < KEYS, other=0.0).to(tl.float32)
+            state *= tl.exp(gone)[None, :]
+        else:
+            state *= tl.exp(tl.load(decay + row * decay_stride + head).to(tl.float32))
         known = tl.sum(state * x[None, :], 1)
         change = new.to(tl.float32) - known
         change *= tl.load(beta + row * beta_stride + head).to(tl.float32)
@@ -176,6 +182,7 @@ def decode_delta(
         tokens.beta.stride(0),
         tokens.key.shape[2] ** -0.5,
         NORMALISES=tokens.normalises,
+        PER_KEY=tokens.decay.dim() == 3,
         **sizes,
     )
 

@@ -18,7 +18,8 @@ class DeltaTokens:
         query: `[T, G, K]`.
         key: `[T, G, K]`.
         value: `[T, H, V]`.
-        decay: `[T, H]`, logarithm of what the state is multiplied with.
+        decay: `[T, H]`, logarithm of what the state is multiplied with, or `[T, H, K]`, where it is
+            another for each key.
         beta: `[T, H]`, how much of the new value replaces the old one.
         normalises: whether queries and keys are brought to length 1.
     """
