@@ -161,6 +161,11 @@ def test_layers_that_share_a_selection_have_their_rows_fetched_as_one_run_or_beh
     assert steps[1].link_s - steps[1].hidden_s == pytest.approx(tokens / 36e6)
     assert steps[0].link_s < steps[1].link_s and not steps[0].hidden_s
     assert steps[1].seconds < steps[0].seconds
+    # Of the first fetches 80 % come ahead as well, while the experts of a layer before compute.
+    guessing = hot_cost("dsa-8l-shared", prefetch=2, link_gb_per_s=None)
+    step = guessing.step(100, 100, 4096)
+    assert step.link_s == steps[1].link_s and step.chip_s > steps[1].chip_s
+    assert step.link_s - step.hidden_s == pytest.approx(0.2 * tokens / 36e6)
 
 
 def test_slots_are_solved_for_and_best() -> None:

@@ -234,10 +234,10 @@ class HotSetCost:
         missed = num_hot * self.misses(slots)
         waited_s, ahead_s = (missed * seconds for seconds in self._token_s)
         link_s, hidden_s = waited_s + ahead_s, 0.0
-        if self.prefetch == 1:
+        if self.prefetch:
             hidden_s = min(ahead_s, chip_s)
-        elif self.prefetch == 2:
-            hidden_s = NEXT_LAYER_RIGHT * min(link_s, step.parts["experts"])
+        if self.prefetch == 2:
+            hidden_s += NEXT_LAYER_RIGHT * min(waited_s, max(0.0, step.parts["experts"] - hidden_s))
             chip_s += step.parts["index"]
         missed_bytes = missed * self.cache.all_rows_bytes
         return HotStep(users, num_hot, chip_s, link_s, hidden_s, missed_bytes)
