@@ -40,8 +40,8 @@ def hot_engine(make_engine: MakeEngine, family: str = "deepseek_v32", **changes:
     return make_engine(family, model_changes=WIDE, **options)
 
 
-def answers(family: str, prompts: list[list[int]]) -> list[list[int]]:
-    return reference(family, prompts, max_tokens=24, **WIDE)
+def answers(family: str, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    return reference(family, prompts, max_tokens=24, **WIDE, **options)
 
 
 def arena_of(engine: Engine) -> Any:
@@ -206,13 +206,21 @@ def test_the_cost_model_says_when_requests_turn_hot(family: str, make_engine: Ma
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("family", SPARSE_FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "index_dtype"),
+    [*((family, "auto") for family in SPARSE_FAMILIES), ("deepseek_v32", "fp8")],
+)
 def test_a_request_preempted_at_every_step_goes_on_hot_and_answers_the_same(
-    family: str, overlap: bool, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    index_dtype: str,
+    overlap: bool,
+    make_engine: MakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also while its index keys are on their way."""
     prompts = long_prompts(3)
-    engine = hot_engine(make_engine, family, hot_blocks=90, overlap=overlap)
+    options = {"index_dtype": index_dtype, "overlap": overlap}
+    engine = hot_engine(make_engine, family, hot_blocks=90, **options)
     hot = engine.kv.hot
     assert hot is not None and engine.tiers is not None
     turned, rng, gone_on = set(), random.Random(0), []
@@ -232,7 +240,7 @@ def test_a_request_preempted_at_every_step_goes_on_hot_and_answers_the_same(
             engine.scheduler._preempt(victim)
 
     found = run(engine, prompts, max_tokens=24, each_step=preempt)
-    assert found == answers(family, prompts)
+    assert found == answers(family, prompts, index_dtype=index_dtype)
     assert len(turned) == 3 and len(gone_on) > 40
     assert_all_is_back(engine)
 
