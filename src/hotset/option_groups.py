@@ -54,6 +54,14 @@ class ModelOptions(Group):
         "transform, as DeepSeek runs its models. The engine says at start how many selected "
         "tokens are the same.",
     )
+    allow_widening: bool = option(
+        False,
+        "Widen experts that a checkpoint has in few bits and that cannot stay so, instead of "
+        "refusing the model.",
+        more="They take two to four times the memory then. It is for a GPU and for experts in host "
+        "memory: a CPU that keeps all experts widens them in any case.",
+        keeps_answers=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)

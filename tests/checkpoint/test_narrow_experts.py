@@ -1,6 +1,7 @@
 """Experts keep the bytes of their checkpoint in host memory and on disk, and the same values."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,8 @@ def payload(folder: Path) -> int:
 
 def test_columns_of_a_group_that_are_apart_are_dequantised(tmp_path: Path) -> None:
     save("gptq", tmp_path)
-    expected = answers(tmp_path)
-    engine, loaded = load_engine(options(tmp_path, expert_slots=1))
+    expected = answers(tmp_path, allow_widening=True)
+    engine, loaded = load_engine(options(tmp_path, expert_slots=1, allow_widening=True))
     assert experts_layers(loaded.model)[0].source.narrow is None
     assert run(engine, PROMPTS) == expected
     engine.close()
@@ -227,3 +228,20 @@ def test_random_experts_have_the_format_of_the_config(tmp_path: Path) -> None:
             assert 0.01 < float(matrix.std()) < 0.04
     wide = load_dummy(str(tmp_path), device="cpu", dtype="float32").model
     assert all(experts.narrow is None for experts in experts_layers(wide))
+
+
+def test_experts_that_cannot_stay_narrow_are_widened_only_where_that_is_allowed(
+    tmp_path: Path,
+) -> None:
+    save("gptq", tmp_path)  # with `desc_act`: its columns are in another order
+    changes: dict[str, Any] = {"expert_slots": 2}
+    with pytest.raises(ModelError) as error:
+        load_engine(options(tmp_path, **changes))
+    said = str(error.value)
+    assert re.search(r"such as model\.layers\.0\.mlp\.experts\.0\.\S+ with [\d,]+ bytes", said)
+    assert "only read to be widened" in said and "give allow_widening" in said
+    engine, _ = load_engine(options(tmp_path, **changes, allow_widening=True))
+    assert "widened to float32 as they are read" in engine.report
+    engine.close()
+    alone, _ = load_engine(options(tmp_path, resident=True))  # a CPU alone widens all there are
+    alone.close()

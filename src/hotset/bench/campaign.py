@@ -159,7 +159,8 @@ def _load(order: Order, say: Say) -> LoadedModel:
         name = config.model.model or _DUMMY_MODEL
         loaded = load_dummy(name, router_skew=order.options.router_skew, **where)
     else:
-        loaded = load_model(config.model.model, **where)
+        allowed = config.model.allow_widening
+        loaded = load_model(config.model.model, **where, allow_widening=allowed)
     kind = "random weights" if order.dummy_weights else "weights"
     say.line(
         f"{loaded.name}: {kind}, {loaded.model.dtype} on {loaded.model.device}, "

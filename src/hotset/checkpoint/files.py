@@ -36,6 +36,12 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its numbers."""
+        bits = re.search(r"\d+", self.dtype)  # `BOOL` alone has none
+        return math.prod(self.shape) * (8 if bits is None else int(bits[0])) // 8
+
 
 def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
     """What safetensors files hold, by name; reads no weight.

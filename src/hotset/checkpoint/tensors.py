@@ -113,6 +113,14 @@ class CheckpointTensors:
         """The weights that are stored in `narrow_format`."""
         return frozenset(self._parts) if self.narrow_format is not None else frozenset()
 
+    @property
+    def dequantised_bytes(self) -> dict[str, int]:
+        """What each weight of several tensors takes in the files."""
+        return {
+            name: sum(self._all[part].num_bytes for part in parts)
+            for name, parts in self._parts.items()
+        }
+
     def is_zero_bias(self, name: str) -> bool:
         """Whether a tensor is a bias of zeros, as GPTQ's tools store for layers that have none."""
         if not name.endswith(".bias") or name not in self._all:

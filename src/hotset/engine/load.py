@@ -84,6 +84,7 @@ def _load(options: Options) -> LoadedModel:
         experts=ExpertSink(asked, read_deadline_s=options.memory.disk_read_deadline_s),
         check=functools.partial(_check_outline, options),
         needs_tokenizer=True,  # texts go in or out of all that use this
+        allow_widening=options.model.allow_widening,
     )
 
 

@@ -52,6 +52,7 @@ class _Asked:
     experts: ExpertSink | None
     check: Callable[[PreTrainedModel], None] | None
     needs_tokenizer: bool
+    allow_widening: bool
 
     @property
     def first_device(self) -> torch.device:
@@ -69,6 +70,7 @@ def load_model(
     experts: ExpertSink | None = None,
     check: Callable[[PreTrainedModel], None] | None = None,
     needs_tokenizer: bool = False,
+    allow_widening: bool = False,
 ) -> LoadedModel:
     """Load a model for inference. Prints to stderr only what is downloaded or converted.
 
@@ -85,6 +87,8 @@ def load_model(
         check: gets the model on `meta`, before a weight is read, and raises where it does not fit
             what the caller has in mind. Not called for a GGUF file.
         needs_tokenizer: refuse a model without one, before a weight is read.
+        allow_widening: widen experts that a checkpoint has in few bits where they cannot stay so on
+            a GPU or in host memory, instead of refusing the model.
 
     Raises:
         ModelError: the model cannot be found, read or run, or does not fit into free memory.
@@ -100,7 +104,8 @@ def load_model(
     if architecture is not None and num_experts(architecture.config.get_text_config()) <= 1:
         experts_on_host = False
     asked = _Asked(
-        short_name, target, dtype, torch_dtype, experts_on_host, experts, check, needs_tokenizer
+        *(short_name, target, dtype, torch_dtype, experts_on_host, experts),
+        *(check, needs_tokenizer, allow_widening),
     )
     with closing_on_error(experts), quiet():
         if architecture is None:
@@ -139,7 +144,7 @@ def _load_folder(
     asked: _Asked,
 ) -> tuple[PreTrainedModel, Any, str | None]:
     """The model of a folder, its tokenizer, and what to say of its weights."""
-    narrow = _narrow_experts(source, architecture, outline, asked) if cutter.is_idle else None
+    narrow = _narrow_experts(source, architecture, outline, cutter, asked)
     cutter.cut_all(outline)
     if asked.check is not None:
         asked.check(outline)
@@ -162,22 +167,66 @@ def _load_folder(
 
 
 def _narrow_experts(
-    source: Path, architecture: Architecture, outline: PreTrainedModel, asked: _Asked
+    source: Path,
+    architecture: Architecture,
+    outline: PreTrainedModel,
+    cutter: ModelCutter,
+    asked: _Asked,
 ) -> NarrowExperts | None:
-    """The experts that stay as the checkpoint has them, if all can; `outline` is told so."""
+    """The experts that stay as the checkpoint has them; `outline` is told so.
+
+    None where it has none in few bits, or they are to be rounded otherwise or widened.
+
+    Raises:
+        ModelError: they would be widened, and that is not allowed.
+    """
     on_host, experts = asked.experts_on_host, asked.experts
     is_rounded = on_host and not (experts is not None and experts.keeps_narrow)
-    if is_rounded or quant_config(architecture.fields) is None or why_not_hosted(outline):
+    if is_rounded or quant_config(architecture.fields) is None:
         return None
     tensors = CheckpointTensors(source, architecture.fields)
-    narrow = find_narrow_experts(outline, tensors, None if on_host else asked.target)
+    stored = {n: size for n, size in tensors.dequantised_bytes.items() if ".experts." in n}
+    if not stored:
+        return None
+    narrow, why_not = None, why_not_hosted(outline)
+    if not cutter.is_idle:
+        why_not = "each of several GPUs has a part of every expert"
+    if not why_not:
+        narrow = find_narrow_experts(outline, tensors, None if on_host else asked.target)
+        why_not = _why_not_kept(tensors, narrow, outline, asked)
+    if narrow is not None and not why_not:
+        narrow.mark(outline)
+        return narrow
+    on_cpu_alone = asked.target.type == "cpu" and not on_host  # where all are widened
+    if asked.allow_widening or on_cpu_alone:
+        return None
+    name, size = next(iter(sorted(stored.items())))
+    wide = str(outline.dtype).removeprefix("torch.")
+    raise ModelError(
+        f"{asked.name}: experts, such as {name} with {size:,} bytes in the files, cannot stay as "
+        f"they are there: {why_not}; in {wide} all of them take {experts_bytes(outline) / 1e9:.2f} "
+        f"GB in place of {sum(stored.values()) / 1e9:.2f}; give allow_widening for that, or "
+        "another checkpoint"
+    )
+
+
+def _why_not_kept(
+    tensors: CheckpointTensors,
+    narrow: NarrowExperts | None,
+    outline: PreTrainedModel,
+    asked: _Asked,
+) -> str:
+    """What keeps experts from staying as they are stored; empty where nothing does."""
+    if tensors.narrow_format is None:
+        return "their numbers are stored in a form that is only read to be widened"
     if narrow is None:
-        return None
-    on_cpu = on_host and asked.target.type == "cpu"  # which widens what it has in slots
+        return "layers differ in it, or have their values in another order than the model"
+    on_cpu = (
+        asked.experts_on_host and asked.target.type == "cpu"
+    )  # which widens what it has in slots
     if not on_cpu and not slots_hold(experts_layers(outline)[0], narrow.narrow, asked.target):
-        return None
-    narrow.mark(outline)
-    return narrow
+        return f"no kernel computes this model's experts in {narrow.narrow.name} on {asked.target}"
+    return ""
 
 
 def _check_room(
