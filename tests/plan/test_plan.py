@@ -270,7 +270,7 @@ def test_layouts_shard_all_weights_and_no_more_than_they_must() -> None:
         shard = shard_model(shape, layout)
         held = shard.dense_bytes * layout.gpus + shard.experts_bytes * layout.gpus
         assert held >= shape.weights_bytes
-        copies = layout.gpus / (layout.ep if layout.ep > 1 else layout.tp)
+        copies = layout.gpus / layout.expert_gpus
         assert shard.experts_bytes * layout.gpus == pytest.approx(shape.experts_bytes * copies)
 
 

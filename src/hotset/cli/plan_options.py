@@ -13,7 +13,7 @@ from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import LINKS, load_hardware
 from hotset.cost.hot_set import Misses
-from hotset.cost.layout import parse_layout
+from hotset.cost.layout import WORDS, parse_layout
 from hotset.cost.routing import Routing, load_histogram
 from hotset.cost.selection import DrawnSelections
 from hotset.errors import PlanError
@@ -58,7 +58,12 @@ class Options:
         metavar="NAME|FILE|this",
     )
     gpus: int | None = option(None, "GPUs to use.", otherwise="those of the layout, or the fewest")
-    layout: str | None = option(None, "For example tp=8, dp=8,ep=8 or ep=72.", metavar="SIZES")
+    layout: str | None = option(
+        None,
+        "For example tp=8, dp=8,ep=8 or dp=2,es=2: tp shares attention, dp has groups of users, ep "
+        "spreads experts whole and es cuts each.",
+        metavar="SIZES",
+    )
     users: str = option("256", "Users who want tokens at the same time.", metavar="N")
     context: str = option(
         "4k",
@@ -268,7 +273,7 @@ def options_of_case(base: Options, case: str) -> Options:
         key, _, value = (p.strip() for p in part.partition("="))
         key = key.lower().lstrip("-").replace("_", "-")
         one = _IN_CASES.get(key)
-        if key in ("tp", "dp", "ep"):
+        if key in WORDS:
             layout.append(f"{key}={value}")
         elif not value and key in LINKS:
             changes["link"] = key
@@ -279,8 +284,8 @@ def options_of_case(base: Options, case: str) -> Options:
                 raise PlanError(f"--compare {case!r}: {key} is {value!r}, not a number") from None
         else:
             raise PlanError(
-                f"--compare {case!r}: {part!r} is not a part of a case; use tp, dp, ep, a link "
-                f"({', '.join(LINKS)}), or {', '.join(_IN_CASES)}"
+                f"--compare {case!r}: {part!r} is not a part of a case; use "
+                f"{', '.join(WORDS)}, a link ({', '.join(LINKS)}), or {', '.join(_IN_CASES)}"
             )
     if layout:
         changes["layout"] = ",".join(layout)

@@ -19,6 +19,7 @@ class Calibration:
         user_s: time a step spends on each sequence: sampling, scheduling, answering.
         host_is_hidden: whether a step's time per sequence runs beside the device, so that a step
             takes the longer of both.
+        has_whole_embedding: whether each tensor-parallel rank holds all input embeddings.
         reading_is_hidden: whether dense products take the longer of reading their weights and
             computing; otherwise the root of the sum of both squares, as rows of a product cost time
             before compute bounds it.
@@ -32,7 +33,8 @@ class Calibration:
             4-KiB pages: address translation bounds them. Measured on an H200, see
             `benchmarks/gather_rows.py`.
         wire_efficiency: share of the nominal NVLink or network rate.
-        all_reduce_s: latency of one all-reduce inside an NVLink domain.
+        all_reduce_s: latency of one all-reduce, all-gather or reduce-scatter inside an NVLink
+            domain, where the profile has no times of them.
         all_to_all_s: latency of one dispatch or combine.
         hop_s: added to either beyond the domain.
         probe_memory: share of the *measured* HBM rate, for profiles of `hotset probe`.
@@ -45,6 +47,7 @@ class Calibration:
     latent_kernels: int = 0
     user_s: float = 21.8e-6
     host_is_hidden: bool = False
+    has_whole_embedding: bool = False
     reading_is_hidden: bool = True
     compute_efficiency: float = 0.6
     attention_efficiency: float = 0.6
@@ -68,11 +71,14 @@ class Calibration:
     def link_bytes_per_s(self, hardware: Hardware, *, num_gpus: int = 1) -> float:
         """One-way rate from host memory to one of `num_gpus` GPUs of a host that all use theirs.
 
-        The least of its share of the link and its share of what the host's memory delivers.
+        The least of its share of the link and what all were measured to reach together; where they
+        were not, its share of what the host's memory delivers.
         """
         link = hardware.host_link_bytes_per_s / min(hardware.gpus_per_host_link, num_gpus)
         reached = 1.0 if hardware.measured else self.link_efficiency
-        return min(link * reached, hardware.host_memory_bytes_per_s / num_gpus)
+        measured = hardware.together.get(num_gpus)
+        shared = measured.link_bytes_per_s if measured else None
+        return min(link * reached, shared or hardware.host_memory_bytes_per_s / num_gpus)
 
 
 # By engine. The kernels over latents and the time per sequence of hotset are fitted on steps that
@@ -80,6 +86,10 @@ class Calibration:
 CALIBRATIONS = {
     "published": Calibration(),
     "hotset": Calibration(
-        latent_kernels=6, user_s=12.3e-6, host_is_hidden=True, reading_is_hidden=False
+        latent_kernels=6,
+        user_s=12.3e-6,
+        host_is_hidden=True,
+        has_whole_embedding=True,
+        reading_is_hidden=False,
     ),
 }

@@ -14,8 +14,8 @@ class ExpertLink:
     """What comes over the link, how fast, and how often it need not.
 
     Attributes:
-        cold_bytes: of one expert of one layer, as host memory holds it: fewer than on the device
-            where its copy is narrower.
+        cold_bytes: of what a GPU has of one expert of one layer, as host memory holds it: fewer
+            than on the device where its copy is narrower.
         gather_bytes_per_s: of experts that the device itself reads: those of the plan *cache*, and
             those that *auto* streams.
         copy_bytes_per_s: by the copy engine, for the plan *stream*.
@@ -31,9 +31,16 @@ class ExpertLink:
 def link_of(
     cost: CostModel, *, cold_bytes: float | None = None, hit_rate: float | None = None
 ) -> ExpertLink:
-    """The link of the hardware of `cost`; host copies are as wide as the experts by default."""
+    """The link of a GPU of `cost`; host copies are as wide as the experts by default.
+
+    Args:
+        cost: of a layout, whose GPUs all use their links at once.
+        cold_bytes: as `ExpertLink` has it.
+        hit_rate: as `ExpertLink` has it.
+    """
+    own_bytes = cost.shape.expert_bytes_each / cost.layout.es
     return ExpertLink(
-        cold_bytes=cost.shape.expert_bytes_each if cold_bytes is None else cold_bytes,
+        cold_bytes=own_bytes if cold_bytes is None else cold_bytes,
         gather_bytes_per_s=cost.expert_bytes_per_s(),
         copy_bytes_per_s=cost.link_bytes_per_s(),
         hit_rate=hit_rate,
@@ -113,26 +120,26 @@ class Served:
 
 
 class ExpertCost:
-    """Times of one MoE model on one GPU with its experts in two places.
+    """Times of one MoE model with its experts in two places.
 
     Args:
-        cost: the model with all experts on the device, in a layout of one GPU.
+        cost: the model with all experts on the device, in a layout of one group. Slots are those
+            of one of its GPUs.
         link: to the others.
         plan: `cache`, `stream`, or `auto` for whichever is faster for a step.
     """
 
     def __init__(self, cost: CostModel, link: ExpertLink, plan: str = "auto") -> None:
-        assert cost.layout.gpus == 1 and cost.shape.moe_layers
+        assert cost.layout.dp == 1 and cost.shape.moe_layers
         self.cost = cost
         self.link = link
         self.plan = plan
-        self.num_experts = cost.shape.num_experts
+        self.num_experts = cost.shard.expert_slots
         self.num_layers = len(cost.shape.moe_layers)
 
     def distinct(self, tokens: float) -> float:
-        """Experts of a layer that a step of `tokens` tokens needs."""
-        shape = self.cost.shape
-        return self.cost.routing.distinct(shape.num_experts, shape.top_k_experts, tokens)
+        """Experts of a layer that a step of `tokens` tokens needs on the busiest GPU."""
+        return self.cost.expert_slots_read(tokens)
 
     def step(self, num_slots: int, tokens: float, chip_s: float) -> StepTime:
         """A step of `tokens` tokens that takes `chip_s` with all experts on the device."""

@@ -23,12 +23,20 @@ class Moe(NamedTuple):
     expert: Params
     num_experts: int
     top_k: int
+    width: int
     shared: Params = Params()
 
     def layer(self, attention: Attention, norms: Params) -> Layer:
         """A layer with these experts."""
         return Layer(
-            attention, self.shared, norms, self.router, self.expert, self.num_experts, self.top_k
+            attention,
+            self.shared,
+            norms,
+            self.router,
+            self.expert,
+            self.num_experts,
+            self.top_k,
+            self.width,
         )
 
 
@@ -37,7 +45,7 @@ def moe(f: Facts, num: int, top_k: int, width: int, *, shared: Params | None = N
     if top_k > num:
         raise PlanError(f"config routes each token to {top_k} of {num} experts")
     router = Params(f.count("hidden_size") * num)
-    return Moe(router, mlp_params(f, width), num, top_k, shared or Params())
+    return Moe(router, mlp_params(f, width), num, top_k, width, shared or Params())
 
 
 def mixtral_moe(f: Facts, index: int) -> Moe:

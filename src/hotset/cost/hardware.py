@@ -6,12 +6,13 @@ A profile is a JSON file. Each figure carries its source, and each rate is for o
 import difflib
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from hotset.cost.json_files import read_json
+from hotset.cost.together import Together, together_from_json
 from hotset.errors import PlanError
 from hotset.foreign_text import parse_json
 
@@ -64,6 +65,7 @@ class Hardware:
         kernel_s: measured time of one small kernel in a graph, None to use the calibrated one.
         measured: whether `hotset probe` measured the rates (then they are reached, not nominal).
         sources: where each figure comes from.
+        together: by a number of GPUs, what they were measured to reach together.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Hardware:
     kernel_s: float | None
     measured: bool
     sources: dict[str, str]
+    together: dict[int, Together] = field(default_factory=dict)
 
     def flops_for(self, dtype: str) -> tuple[str, float]:
         """The dtype that weights of `dtype` are multiplied in here, and its operations/s.
@@ -116,8 +119,13 @@ class Hardware:
             name = f"link of {gb_per_s:g} GB/s"
         if not (0 < gb_per_s <= 1e5):
             raise PlanError(f"link {link!r} is not a rate; expected above 0 and up to 100000 GB/s")
-        sources = {**self.sources, "host_link_gb_per_s": "given"}
-        return replace(self, host_link=name, host_link_bytes_per_s=gb_per_s * 1e9, sources=sources)
+        return replace(
+            self,
+            host_link=name,
+            host_link_bytes_per_s=gb_per_s * 1e9,
+            sources={**self.sources, "host_link_gb_per_s": "given"},
+            together={n: replace(t, link_bytes_per_s=None) for n, t in self.together.items()},
+        )
 
     def with_tiers(self, *, host_gib: float | None, disk_gib: float | None) -> "Hardware":
         """The same with other sizes of host memory and disk, for each host; None keeps one."""
@@ -272,5 +280,6 @@ def hardware_from_json(data: Any, origin: str) -> Hardware:
         kernel_s=read.number("kernel_us", figures, "kernel_us") * 1e-6 if has_kernel else None,
         measured=bool(data.get("measured", False)),
         sources=read.sources,
+        together=together_from_json(data.get("together", {}), origin),
         **sizes,
     )

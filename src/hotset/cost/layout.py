@@ -1,26 +1,36 @@
 """How a model is spread over GPUs: tensor, data and expert parallelism."""
 
+import math
 import re
 from dataclasses import dataclass
 
+from hotset.cost.params import FORMATS
 from hotset.cost.shape import ModelShape
 from hotset.errors import PlanError
+
+WORDS = ("tp", "dp", "ep", "es")
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`tp` x `dp` GPUs.
+    """`tp` x `dp` GPUs, of which `ep` x `es` share each set of routed experts.
 
     Attributes:
         tp: GPUs that share each attention head set and dense matrix.
         dp: groups of `tp` GPUs, each with its own users and its own copy of the dense weights.
-        ep: GPUs over which the routed experts are spread whole; 1 splits each expert over the
-            `tp` GPUs of a group instead.
+        ep: GPUs over which the routed experts are spread whole.
+        es: GPUs over which each expert is cut along its middle. 0 becomes `tp` where `ep` is 1,
+            else 1.
     """
 
     tp: int = 1
     dp: int = 1
     ep: int = 1
+    es: int = 0
+
+    def __post_init__(self) -> None:
+        if self.es == 0:
+            object.__setattr__(self, "es", self.tp if self.ep == 1 else 1)
 
     @property
     def gpus(self) -> int:
@@ -28,19 +38,26 @@ class Layout:
         return self.tp * self.dp
 
     @property
+    def expert_gpus(self) -> int:
+        """GPUs that hold one set of experts together."""
+        return self.ep * self.es
+
+    @property
     def groups_per_expert_set(self) -> int:
         """Data-parallel groups whose tokens meet in one set of experts."""
-        return max(1, self.ep // self.tp)
+        return max(1, self.expert_gpus // self.tp)
 
     def __str__(self) -> str:
-        parts = [f"tp={self.tp}"] if self.tp > 1 or (self.dp == 1 and self.ep == 1) else []
+        is_one = self.dp == 1 and self.expert_gpus == 1
+        parts = [f"tp={self.tp}"] if self.tp > 1 or is_one else []
         parts += [f"dp={self.dp}"] if self.dp > 1 else []
         parts += [f"ep={self.ep}"] if self.ep > 1 else []
+        parts += [f"es={self.es}"] if self.es != Layout(self.tp, self.dp, self.ep).es else []
         return ",".join(parts)
 
 
 def parse_layout(text: str) -> Layout:
-    """Read `tp=8`, `dp=8,ep=8`, `tp=2,dp=4,ep=8` or `ep=72` (which is `dp=72,ep=72`).
+    """Read `tp=8`, `dp=8,ep=8`, `dp=2,es=2` or `ep=72` (which is `dp=72,ep=72`).
 
     Raises:
         PlanError: it says something else.
@@ -51,18 +68,18 @@ def parse_layout(text: str) -> Layout:
         if not match:
             raise PlanError(f"layout {text!r} has {part!r}; expected for example tp=2,dp=4,ep=8")
         key, size = match[1].lower(), int(match[2])
-        if key not in ("tp", "dp", "ep"):
+        if key not in WORDS:
             raise PlanError(
-                f"layout {text!r} asks for {key}, which is not planned; use tp, dp and ep"
+                f"layout {text!r} asks for {key}, which is not planned; use {', '.join(WORDS)}"
             )
         if key in sizes:
             raise PlanError(f"layout {text!r} gives {key} twice")
         if not 1 <= size <= 100_000:
             raise PlanError(f"layout {text!r}: {key} is {size}; expected 1 or more")
         sizes[key] = size
-    tp, ep = sizes.get("tp", 1), sizes.get("ep", 1)
-    dp = sizes.get("dp", max(1, ep // tp))
-    return Layout(tp, dp, ep)
+    tp, ep, es = sizes.get("tp", 1), sizes.get("ep", 1), sizes.get("es", 0)
+    dp = sizes.get("dp", max(1, ep * max(1, es) // tp))
+    return Layout(tp, dp, ep, es)
 
 
 def check_layout(layout: Layout, shape: ModelShape, gpus: int | None) -> None:
@@ -85,14 +102,22 @@ def check_layout(layout: Layout, shape: ModelShape, gpus: int | None) -> None:
             f"tp={layout.tp} neither divides the {kv_heads} KV heads of {shape.name} nor is a "
             f"multiple of them"
         )
-    if layout.ep == 1:
-        return
+    if layout != Layout(layout.tp, layout.dp):
+        _check_experts(layout, shape)
+    if shape.moe_layers:
+        _check_slices(layout, shape)
+
+
+def _check_experts(layout: Layout, shape: ModelShape) -> None:
+    """That experts can be spread as a layout says."""
     if not shape.moe_layers:
-        raise PlanError(f"ep={layout.ep} spreads experts, and {shape.name} has none; use tp and dp")
-    if layout.ep % layout.tp or layout.gpus % layout.ep:
+        word = f"ep={layout.ep}" if layout.ep > 1 else f"es={layout.es}"
+        raise PlanError(f"{word} spreads experts, and {shape.name} has none; use tp and dp")
+    if layout.expert_gpus % layout.tp or layout.gpus % layout.expert_gpus:
+        what = f"ep={layout.ep}" + (f" x es={layout.es}" if layout.es > 1 else "")
         raise PlanError(
-            f"ep={layout.ep} must be a multiple of tp={layout.tp} and divide the "
-            f"{layout.gpus} GPUs of {layout}"
+            f"{what} must be a multiple of tp={layout.tp} and divide the {layout.gpus} GPUs of "
+            f"{layout}"
         )
     if layout.ep > 8 * shape.num_experts:
         raise PlanError(
@@ -101,14 +126,39 @@ def check_layout(layout: Layout, shape: ModelShape, gpus: int | None) -> None:
         )
 
 
+def _check_slices(layout: Layout, shape: ModelShape) -> None:
+    """That each expert can be cut into `es` slices, along groups that share a scale."""
+    width = math.gcd(*(layer.expert_width for layer in shape.moe_layers))
+    if width % layout.es:
+        raise PlanError(
+            f"{layout.es} slices do not divide the width {width} of the experts of {shape.name}; "
+            f"use ep={layout.es}, which spreads them whole"
+        )
+    stored, slice_width = FORMATS[shape.expert_dtype], width // layout.es
+    group = stored.columns or 1
+    if stored.code == "int4" and slice_width % group:
+        fitting = math.gcd(width // group, layout.es) if width % group == 0 else 1
+        raise PlanError(
+            f"{shape.expert_dtype} has groups of {group} and {layout.es} slices of the experts of "
+            f"{shape.name} are {slice_width} wide; use fp8, or "
+            f"ep={layout.es // fitting},es={fitting}"
+        )
+
+
 def candidate_layouts(shape: ModelShape, gpus: int) -> list[Layout]:
-    """Every layout of exactly `gpus` GPUs that can hold this model, simple ones first."""
-    result = []
+    """Every layout of exactly `gpus` GPUs that can hold this model, simple ones first.
+
+    Each way to cut experts over all GPUs, over 8 and over one group, whole or in slices.
+    """
+    result: list[Layout] = []
     for tp in (t for t in range(1, gpus + 1) if gpus % t == 0):
         dp = gpus // tp
-        sizes = {1, gpus, *((8,) if gpus % 8 == 0 else ())} if shape.moe_layers else {1}
-        for ep in sorted(sizes):
-            layout = Layout(tp, dp, ep)
+        layouts = [Layout(tp, dp)]
+        if shape.moe_layers:
+            sizes = sorted({gpus, *((8,) if gpus % 8 == 0 else ())} - {1})
+            layouts += [Layout(tp, dp, ep) for ep in sizes]
+            layouts += [Layout(tp, dp, es=es) for es in sizes]
+        for layout in layouts:
             try:
                 check_layout(layout, shape, gpus)
             except PlanError:
@@ -137,20 +187,24 @@ class Shard:
     experts_bytes: float
 
 
-def shard_model(shape: ModelShape, layout: Layout) -> Shard:
-    """Cut a model for a layout."""
+def shard_model(shape: ModelShape, layout: Layout, *, has_whole_embedding: bool = False) -> Shard:
+    """Cut a model for a layout, with all input embeddings on each rank or a part of them."""
     tp, ep = layout.tp, layout.ep
     replicated = shape.replicated_bytes
     dense = (shape.dense_bytes - replicated) / tp + replicated
-    embedding = shape.embedding_bytes if shape.head.count else 0
+    embedding = shape.embedding_bytes / tp
+    if has_whole_embedding:
+        # A tied head reads its part of the embeddings out of a copy of its own.
+        tied = 0.0 if shape.head.count or tp == 1 else shape.embedding_bytes / tp
+        dense += shape.embedding_bytes - embedding + tied
+        embedding = shape.embedding_bytes
     per_expert_bytes = sum(shape.layer_expert_bytes(layer) for layer in shape.moe_layers)
-    if ep > 1:
-        slots, slot_bytes = -(-shape.num_experts // ep), float(per_expert_bytes)
-    else:
-        slots, slot_bytes = shape.num_experts, per_expert_bytes / tp
+    slots = -(-shape.num_experts // ep)
+    slot_bytes = per_expert_bytes / layout.es
+    is_read = not shape.head.count  # by the head
     return Shard(
         dense_bytes=dense,
-        dense_read_bytes=dense - embedding / tp,
+        dense_read_bytes=dense - (0.0 if is_read and tp == 1 else embedding),
         expert_slots=slots,
         slot_bytes=slot_bytes,
         experts_bytes=slots * slot_bytes,

@@ -43,11 +43,20 @@ class Routing:
         """Expert slots that `tokens` tokens reach on the busiest of `ranks` ranks.
 
         Experts lie in order, as many on each rank; where they do not divide, spare slots hold
-        copies, which counts them as reached like the others.
+        copies, which counts them as reached like the others. Uniform routing reaches more on one
+        rank than on another by chance: the largest of `ranks` normal variables whose sum is fixed.
         """
         slots = math.ceil(num_experts / ranks)
         if not self.shares:
-            return slots * reach(top_k / num_experts, tokens)
+            share = reach(top_k / num_experts, tokens)
+            spread = math.sqrt(slots * share * (1 - share))
+            # Blom's value for the largest of normal variables; for two it is exact.
+            largest = (
+                math.sqrt(1 / math.pi)
+                if ranks == 2
+                else NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
+            )
+            return min(slots, slots * share + spread * largest if ranks > 1 else slots * share)
         reached = [reach(top_k * share, tokens) for share in self.shares]
         return max(sum(reached[i : i + slots]) for i in range(0, num_experts, slots))
 

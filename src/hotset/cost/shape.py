@@ -24,6 +24,7 @@ class Layer:
         expert: one routed expert of it.
         num_experts: routed experts, 0 for a dense layer.
         top_k_experts: that a token uses.
+        expert_width: of a routed expert's middle.
     """
 
     attention: Attention
@@ -33,6 +34,7 @@ class Layer:
     expert: Params = field(default_factory=Params)
     num_experts: int = 0
     top_k_experts: int = 0
+    expert_width: int = 0
 
     @property
     def dense(self) -> Params:

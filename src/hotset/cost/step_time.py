@@ -14,6 +14,7 @@ from hotset.cost.hardware import Hardware
 from hotset.cost.layout import Layout, shard_model
 from hotset.cost.routing import Routing
 from hotset.cost.shape import ModelShape
+from hotset.cost.wire import Wire
 
 PREFILL_CHUNK = 8192  # tokens that go through the chip at once
 
@@ -23,7 +24,7 @@ CAUSES = {
     "attention": "attention over KV",
     "index": "scoring index keys",
     "all_reduce": "all-reduce",
-    "all_to_all": "all-to-all",
+    "all_to_all": "tokens to experts and back",
     "launch": "kernel launches",
     "per_user": "sampling and scheduling",
     "host_experts": "experts over the host link",
@@ -112,7 +113,8 @@ class CostModel:
         self.calibration = calibration
         self.routing = routing
         self.overlap = overlap
-        self.shard = shard_model(shape, layout)
+        self.wire = Wire(hardware, calibration)
+        self.shard = shard_model(shape, layout, has_whole_embedding=calibration.has_whole_embedding)
 
     # -- rates --------------------------------------------------------------------------------
 
@@ -140,10 +142,11 @@ class CostModel:
 
     def link_bytes_per_s(self, *, nominal: bool = False) -> float:
         """One-way rate from host memory to one GPU while all GPUs of the host use theirs."""
-        calibration = self.calibration
+        calibration, hardware = self.calibration, self.hardware
         if nominal:
             calibration = replace(calibration, link_efficiency=1.0)
-        return calibration.link_bytes_per_s(self.hardware, num_gpus=self.gpus_on_host)
+            hardware = replace(hardware, together={})
+        return calibration.link_bytes_per_s(hardware, num_gpus=self.gpus_on_host)
 
     def expert_bytes_per_s(self) -> float:
         """The same where kernels of the GPU copy experts."""
@@ -156,58 +159,39 @@ class CostModel:
     # -- collectives --------------------------------------------------------------------------
 
     def all_reduce_s(self, tokens: float) -> float:
-        """Two all-reduces a layer over the tensor-parallel ranks, one where experts are spread.
+        """Two all-reduces a layer over the tensor-parallel ranks.
 
-        A ring over d ranks moves 2 (d - 1) / d of the message over each link. Beyond an NVLink
-        domain it is done inside each first, then between them by all GPUs at once, each with its
-        own port and its share of the message.
+        One where tokens of several groups meet in the experts.
         """
-        tp, shape, hw, c = self.layout.tp, self.shape, self.hardware, self.calibration
-        if tp == 1:
-            return 0.0
+        tp, shape = self.layout.tp, self.shape
         count = 2 * len(shape.layers)
-        if self.layout.ep > 1:
+        if self.layout.groups_per_expert_set > 1:
             count -= len(shape.moe_layers)
-        message = tokens * shape.hidden_size * 2
-        inside = min(tp, hw.peer_gpus)
-        domains = tp / inside
-        wire_s = 2 * (inside - 1) / inside * message / hw.peer_bytes_per_s
-        latency_s = c.all_reduce_s
-        if domains > 1:
-            share = message / inside
-            wire_s += 2 * (domains - 1) / domains * share / hw.network_bytes_per_s
-            latency_s += c.hop_s
-        return count * (wire_s / c.wire_efficiency + latency_s)
+        return count * self.wire.all_reduce_s(tp, tokens * shape.hidden_size * 2)
+
+    def logits_s(self, users: float) -> float:
+        """To put together the logits, of which each tensor-parallel rank has some columns."""
+        tp = self.layout.tp
+        return self.wire.all_gather_s(tp, users * self.shape.vocab_size / tp * 2)
 
     def all_to_all_s(self, tokens: float, *, per_node: bool) -> float:
-        """Dispatch and combine of each MoE layer for `tokens` tokens of each rank.
+        """To bring `tokens` tokens of each rank to the experts of each MoE layer and back.
 
-        A token travels to each of its top-k experts on another rank: out at 8 bits where experts
-        are 8-bit or less, back at 16. `per_node` sends it once to each remote host and spreads it
-        there, as prefill kernels do; the low-latency kernels of decode do not.
+        Where groups share slices of experts, and inside a domain of up to top-k ranks, all tokens
+        are gathered and the sums are scattered; else each travels to its own experts.
         """
-        ep, shape, hw, c = self.layout.ep, self.shape, self.hardware, self.calibration
-        if ep == 1:
+        layout, shape, hw = self.layout, self.shape, self.hardware
+        ranks = layout.expert_gpus
+        if layout.groups_per_expert_set == 1:
             return 0.0
-        narrow = shape.expert_dtype not in ("bf16", "fp16", "fp32")
-        token_bytes = shape.hidden_size * (1 if narrow else 2) + shape.hidden_size * 2
-        domain = min(ep, hw.peer_gpus)
-        copies = float(shape.top_k_experts)
-        near = copies * (domain - 1) / ep
-        far = copies * (ep - domain) / ep
-        if per_node and far:
-            nodes = ep / domain
-            if shape.expert_groups:
-                nodes = min(nodes, float(shape.expert_groups[1]))
-            reached = nodes * (1 - (1 - 1 / nodes) ** copies)
-            far = reached * (1 - domain / ep)
-        wire_s = max(
-            near * token_bytes / (hw.peer_bytes_per_s * c.wire_efficiency),
-            far * token_bytes / (hw.network_bytes_per_s * c.wire_efficiency),
-        )
-        latency_s = 2 * (c.all_to_all_s + (c.hop_s if far else 0.0))
-        imbalance = self.routing.imbalance(shape.num_experts, ep)
-        return len(shape.moe_layers) * (tokens * wire_s * imbalance + latency_s)
+        if layout.es > 1 or ranks <= min(shape.top_k_experts, hw.peer_gpus):
+            rank_bytes = tokens * shape.hidden_size * 2
+            each_s = self.wire.all_gather_s(ranks, rank_bytes)
+            each_s += self.wire.reduce_scatter_s(ranks, rank_bytes)
+        else:
+            imbalance = self.routing.imbalance(shape.num_experts, layout.ep)
+            each_s = self.wire.all_to_all_s(shape, layout.ep, tokens * imbalance, per_node=per_node)
+        return len(shape.moe_layers) * each_s
 
     # -- experts ------------------------------------------------------------------------------
 
@@ -216,9 +200,9 @@ class CostModel:
         shape, layout = self.shape, self.layout
         if not shape.moe_layers:
             return 0.0
-        if layout.ep == 1:
-            return self.routing.distinct(shape.num_experts, shape.top_k_experts, tokens)
         routed = tokens * layout.groups_per_expert_set
+        if layout.ep == 1:
+            return self.routing.distinct(shape.num_experts, shape.top_k_experts, routed)
         return self.routing.distinct_on_rank(
             shape.num_experts, shape.top_k_experts, routed, layout.ep
         )
@@ -282,7 +266,7 @@ class CostModel:
         parts["host_kv"] = host_kv_bytes / self.link_bytes_per_s()
         if "stream" in self.overlap:
             parts["host_kv"] = max(0.0, parts["host_kv"] - chip_s)
-        parts["all_reduce"] = self.all_reduce_s(users)
+        parts["all_reduce"] = self.all_reduce_s(users) + self.logits_s(users)
         parts["all_to_all"] = self.all_to_all_s(users / self.layout.tp, per_node=False)
         if "comm" in self.overlap:
             for name in ("all_reduce", "all_to_all"):

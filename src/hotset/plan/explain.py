@@ -194,10 +194,10 @@ def _notes_on_parts(plan: Plan, users: int) -> dict[str, str]:
     context = plan.request.workload.decode_context
     link = f"{cost.link_bytes_per_s() / 1e9:.0f} GB/s"
     return {
-        "all_reduce": "2 per layer, 2 (t - 1) / t of B x d x 2 B on NVLink, "
-        f"{c.all_reduce_s * 1e6:.0f} us each",
-        "all_to_all": "k x (dispatch + combine) per token and MoE layer, remote part, "
-        f"{2 * c.all_to_all_s * 1e6:.0f} us per layer and more beyond NVLink",
+        "all_reduce": _all_reduce_note(plan, users),
+        "all_to_all": "each MoE layer gathers the rows of all groups and scatters the sums, or "
+        "beyond k ranks sends k x (dispatch + combine) per token in "
+        f"{2 * c.all_to_all_s * 1e6:.0f} us and more",
         "index": f"each of {users} x {context:,.0f} keys once, {shape.index_bytes_per_token:,} B "
         f"and {shape.index_pair_flops:,} operations each",
         "launch": f"kernels of all layers x {cost.kernel_s * 1e6:.2f} us",
@@ -209,6 +209,17 @@ def _notes_on_parts(plan: Plan, users: int) -> dict[str, str]:
         "swap": "what the link needs for parked users beyond the rest of the step",
         "prefill": "each running user starts a turn every --output-tokens steps",
     }
+
+
+def _all_reduce_note(plan: Plan, users: int) -> str:
+    cost, tp = plan.cost, plan.layout.tp
+    message = users * cost.shape.hidden_size * 2
+    each_s = cost.wire.all_reduce_s(tp, message)
+    how = "measured" if tp in cost.hardware.together else "a ring over NVLink"
+    return (
+        f"2 per layer of B x d x 2 B = {gb(message)}, {seconds(each_s)} each ({how}), and the "
+        f"logits {seconds(cost.logits_s(users))}"
+    )
 
 
 def _rate(plan: Plan) -> Section:
