@@ -78,7 +78,9 @@ class LLM:
         # The engine's thread would keep a forgotten model in memory, as in a notebook's cell.
         self._finalizer = weakref.finalize(self, self.service.close)
         try:
-            self._encoder = PromptEncoder(self.service.model)
+            self._encoder = PromptEncoder(
+                self.service.model, finds_repeats=self.service.keeps_states
+            )
         except BaseException:
             self.close()
             raise
@@ -179,15 +181,17 @@ class LLM:
         self.service.raise_unless_healthy()  # a tokenizer in a fork has a word of its own to say
         _check_type(prompt)
         token_ids: Sequence[int]
+        repeated: Sequence[int] = ()
         if isinstance(prompt, str):
             token_ids = self._encoder.encode_text(prompt)
         elif not prompt:
             raise RequestError(f"the prompt is empty; {_A_PROMPT}")
         elif _is_chat(prompt):
-            token_ids = self._encoder.encode_chat(prompt)  # type: ignore[arg-type]
+            token_ids = chat = self._encoder.encode_chat(prompt)  # type: ignore[arg-type]
+            repeated = chat.repeated
         else:
             token_ids = [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
-        return self.service.submit(token_ids, params)
+        return self.service.submit(token_ids, params, snapshot_at=repeated)
 
     def _raise_error_of(self, output: RequestOutput, stream: OutputStream) -> None:
         if output.finish_reason is FinishReason.ABORT:

@@ -1,6 +1,7 @@
 """One sequence being generated, as scheduler, KV cache and executor note it. Imports no torch."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from enum import Enum, IntEnum
 from typing import NamedTuple
@@ -234,6 +235,8 @@ class Request:
         sampling: what the executor knows of it, and knows it by.
         pending_row: while the device is still choosing the last token, its row among the tokens
             of the step that chooses it; `token_ids` then ends with `UNKNOWN_TOKEN`.
+        snapshot_at: how many of its first tokens other prompts are likely to repeat: a state is to
+            be kept there.
         num_scored_tokens: leading tokens whose logits were taken for the log-probabilities of the
             prompt; None where this request has not to bring any.
     """
@@ -248,6 +251,7 @@ class Request:
     priority: int = 0
     tenant: str = ""
     arrival_s: InitVar[float] = 0.0
+    snapshot_at: Sequence[int] = ()
     sampling: Sampling = field(init=False)
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None

@@ -173,3 +173,24 @@ def test_a_preempted_request_goes_on_from_its_last_state(
     assert answers == run(cold, prompts, max_tokens=TOKENS)
     assert engine.metrics.preemptions > 10
     assert engine.metrics.resumed_tokens.total() > 0
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_place_that_the_server_names_is_found_by_the_second_request(
+    family: str, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(family, **ROOM, block_size=GRID)
+    cold = make_engine(family, **ROOM, block_size=GRID, prefix_caching=False)
+    shared, counts = make_prompt(2 * GRID + 10), []
+    for seed in range(3):
+        prompt = shared + make_prompt(GRID, seed=seed + 1)
+        expected = run(cold, [prompt], max_tokens=4)
+        params = SamplingParams(max_tokens=4, ignore_eos=True)
+        engine.add_request(prompt, params, snapshot_at=[len(shared), len(prompt) - 3])
+        tokens: list[int] = []
+        while engine.has_work:
+            for output in engine.step():
+                tokens += output.token_ids
+        assert [tokens] == expected
+        counts.append(found(engine))
+    assert counts == [0, 2 * GRID, 4 * GRID]

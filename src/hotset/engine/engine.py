@@ -178,12 +178,14 @@ class Engine:
         priority: int = 0,
         tenant: str = "",
         request_id: str | None = None,
+        snapshot_at: Sequence[int] = (),
         is_valid: bool = False,
     ) -> str:
         """Queue a prompt; its outputs carry the returned id.
 
         Requests with another `salt` cannot find each other's blocks. Those of one `tenant` share
-        what each tenant gets of the steps. `is_valid` says that `validate` let it through before.
+        what each tenant gets of the steps. `snapshot_at` are numbers of leading tokens that other
+        prompts are likely to repeat. `is_valid` says that `validate` let it through before.
 
         Raises:
             RequestError: the request can never be served; nothing was queued.
@@ -211,6 +213,7 @@ class Engine:
                 num_scored_tokens=None if params.prompt_logprobs is None or i else 0,
                 tenant=tenant,
                 arrival_s=now_s,
+                snapshot_at=snapshot_at,
             )
             for i in range(params.n)
         ]

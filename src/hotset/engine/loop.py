@@ -139,7 +139,9 @@ class EngineLoop:
             self._request_close()
             raise
         engine = self._engine
-        self.info = EngineInfo(engine.options, engine.max_model_len, engine.report)
+        self.info = EngineInfo(
+            engine.options, engine.max_model_len, engine.report, engine.kv.states is not None
+        )
 
     @property
     def is_alive(self) -> bool:
@@ -317,6 +319,7 @@ class EngineLoop:
                     priority=submit.priority,
                     tenant=submit.tenant,
                     request_id=submit.request_id,
+                    snapshot_at=submit.snapshot_at,
                     is_valid=True,
                 )
             except RequestError as error:

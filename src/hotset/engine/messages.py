@@ -28,6 +28,7 @@ class Submit:
     tenant: str = ""
     timeout_s: float | None = None
     queue_limit: int | None = None
+    snapshot_at: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -53,11 +54,16 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What does not change while an engine runs."""
+    """What does not change while an engine runs.
+
+    Attributes:
+        keeps_states: whether prefixes are found up to states that were kept.
+    """
 
     options: Options
     max_model_len: int
     report: str
+    keeps_states: bool
 
 
 class EngineHost(Protocol):

@@ -111,6 +111,11 @@ class EngineService:
         return self._host.info.max_model_len
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether prefixes are found up to states that were kept, so that prompts name places."""
+        return self._host.info.keeps_states
+
+    @property
     def options(self) -> Options:
         """What the engine was built with."""
         return self._host.info.options
@@ -131,6 +136,7 @@ class EngineService:
         tenant: str = "",
         timeout_s: float | None = None,
         queue_limit: int | None = None,
+        snapshot_at: Sequence[int] = (),
     ) -> "OutputStream":
         """Queue a prompt and return the stream of its outputs. Does not wait for a step.
 
@@ -143,6 +149,7 @@ class EngineService:
             tenant: whom it is from; tenants are served in fair order.
             timeout_s: when this has passed the outputs end as aborted, `error` saying so.
             queue_limit: most requests, of all tenants, that may wait.
+            snapshot_at: numbers of leading tokens that other prompts are likely to repeat.
 
         Raises:
             RequestError: the request can never be served; nothing was queued.
@@ -172,6 +179,7 @@ class EngineService:
                     tenant=tenant,
                     timeout_s=timeout_s,
                     queue_limit=queue_limit,
+                    snapshot_at=snapshot_at,
                 )
             )
         except BaseException:

@@ -214,12 +214,12 @@ class States:
     def _want(self, request: Request, num_seen: int) -> None:
         """Have states kept where other requests are likely to go on.
 
-        At the last place on the grid that a longer prompt repeats; and, where KV of more tokens was
-        known than a state, at the last place on the grid that this request shares with others.
+        At the last lines of the grid before the prompt's end, before what the server knows to be
+        repeated, and before the end of what was known, where that is more than a state was.
         """
         grid = self.slots.grid
-        places = {(request.prompt_len - 1) // grid * grid, num_seen // grid * grid}
-        request.kv.snapshots = sorted(places - {0})
+        places = {request.prompt_len - 1, num_seen, *request.snapshot_at}
+        request.kv.snapshots = sorted({place // grid * grid for place in places} - {0})
 
     def plan(self, request: Request, num_tokens: int) -> None:
         """Note the tokens of the next step, and say which states it is to keep on its way."""

@@ -13,6 +13,7 @@ from hotset.server.limits import Limits
 from hotset.server.responses import Writer, make_writers
 from hotset.server.schemas import GenerationRequest
 from hotset.text.prompt import PromptEncoder
+from hotset.text.repeats import ChatPrompt
 
 BATCH_PRIORITY = 1  # after requests that a client waits for
 
@@ -101,6 +102,7 @@ class Admission:
                         tenant=tenant.name,
                         timeout_s=timeout_s,
                         queue_limit=None if is_batch else limits.max_queue,
+                        snapshot_at=token_ids.repeated if isinstance(token_ids, ChatPrompt) else (),
                     )
                 )
             writers = make_writers(body, self.encoder, request_id, prompts)

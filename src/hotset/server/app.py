@@ -217,7 +217,7 @@ class Api:
         def build() -> tuple[EngineService, PromptEncoder]:
             service = EngineService(self._options, own_process=self._config.own_process)
             try:
-                return service, PromptEncoder(service.model)
+                return service, PromptEncoder(service.model, finds_repeats=service.keeps_states)
             except BaseException:
                 service.close()
                 raise

@@ -163,7 +163,8 @@ class Batch:
         identity = identity or RunIdentity.of_model(service.model, service.options)
         self.check_run(identity)
         if submit is None:
-            admission = Admission(service, PromptEncoder(service.model), UNLIMITED)
+            encoder = PromptEncoder(service.model, finds_repeats=service.keeps_states)
+            admission = Admission(service, encoder, UNLIMITED)
             submit = functools.partial(admission.submit, tenant=Tenant(), is_batch=True)
         summary = BatchSummary(skipped=self.num_done)
         seen: set[str] = set()

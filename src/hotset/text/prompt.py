@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from hotset.errors import RequestError
 from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.model.loaded import LoadedModel
+from hotset.text.repeats import ChatPrompt, find_repeats
 from hotset.text.token_text import TokenBytes, TokenDecoder
 from hotset.text.tool_calls import HERMES_END, HERMES_START, MARKERS
 
@@ -34,6 +35,10 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 class PromptEncoder:
     """Encodes text and chats for one model. May be used from any thread.
 
+    Args:
+        model: that it is for.
+        finds_repeats: whether to say how much of a chat later ones repeat.
+
     Attributes:
         tokens: the bytes and name of each token.
         end_ids: of the tokens that end an answer.
@@ -43,7 +48,7 @@ class PromptEncoder:
         ModelError: the model has no tokenizer.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, *, finds_repeats: bool = False) -> None:
         self._tokenizer = model.require_tokenizer()
         # The tokenizer object sets these on each call, which other threads' calls would see.
         self._backend = self._tokenizer.backend_tokenizer
@@ -51,6 +56,7 @@ class PromptEncoder:
         self._backend.no_padding()
         self.tokens = TokenBytes(self._backend)
         self.end_ids = frozenset(model.eos_token_ids)
+        self._finds_repeats = finds_repeats
         self._template = str(self._tokenizer.chat_template or "")
         self.no_template: str | None = None
         if not self._template:
@@ -82,7 +88,7 @@ class PromptEncoder:
         template_options: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-    ) -> list[int]:
+    ) -> ChatPrompt:
         """Encode a conversation with the model's chat template, up to where it would answer.
 
         Args:
@@ -130,10 +136,17 @@ class PromptEncoder:
             written = _cut_calls_as_text(plain)
             if written == plain:
                 raise
-            text = self._render(written, options)
+            plain = written
+            text = self._render(plain, options)
         # The template has written the special tokens already.
-        ids: list[int] = self._backend.encode(_utf8(text), add_special_tokens=False).ids
-        return ids
+        encoding = self._backend.encode(_utf8(text), add_special_tokens=False)
+        prompt = ChatPrompt(encoding.ids)
+        if self._finds_repeats and add_generation_prompt:
+            options["add_generation_prompt"] = False
+            prompt.repeated = find_repeats(
+                plain, text, encoding, lambda messages: self._render(messages, options)
+            )
+        return prompt
 
     def _drops_plain_texts(self) -> bool:
         """Whether the template takes texts only as parts of a list, as many processors' do."""
