@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from hotset.attention.scans import GatedDelta, Mamba2, Scan
 from hotset.errors import ModelError
+from hotset.kernels.state_inputs import in_rows
 
 _CONV = "causal_conv1d_fn"
 # Keyword arguments that mixers hand on and that do not change the result here.
@@ -186,7 +187,13 @@ def _gated_delta(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[torch.Tensor, None]:
         _check_others(call, {**others, "initial_state": initial_state})
         scan = GatedDelta(
-            query[0], key[0], value[0], g[0], beta[0], use_qk_l2norm_in_kernel, original
+            in_rows(query[0]),
+            in_rows(key[0]),
+            in_rows(value[0]),
+            in_rows(g[0]),
+            in_rows(beta[0]),
+            use_qk_l2norm_in_kernel,
+            original,
         )
         return call.step.scan(call.layer, scan).unsqueeze(0), None
 
@@ -212,11 +219,11 @@ def _mamba2(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> torch.Tensor:
         _check_others(call, {**others, "initial_states": initial_states})
         scan = Mamba2(
-            hidden_states[0],
-            dt[0],
+            in_rows(hidden_states[0]),
+            in_rows(dt[0]),
             A,
-            B[0],
-            C[0],
+            in_rows(B[0]),
+            in_rows(C[0]),
             D,
             dt_bias,
             dt_softplus,

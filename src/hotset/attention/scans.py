@@ -83,7 +83,7 @@ class GatedDelta(DeltaTokens, Scan):
 
     def new_output(self) -> torch.Tensor:
         """See `Scan`."""
-        return torch.empty_like(self.value, dtype=self.query.dtype)
+        return self.value.new_empty(self.value.shape, dtype=self.query.dtype)
 
     def decode(self, num: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Scan`."""
@@ -140,7 +140,7 @@ class Mamba2(Mamba2Tokens, Scan):
 
     def new_output(self) -> torch.Tensor:
         """See `Scan`."""
-        return torch.empty_like(self.value, dtype=torch.float32)
+        return self.value.new_empty(self.value.shape, dtype=torch.float32)
 
     def decode(self, num: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Scan`."""

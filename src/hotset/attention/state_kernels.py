@@ -88,8 +88,8 @@ class KernelStates:
         """See `MixerStep`."""
         pool, output = self._arena.recurrent[layer], scan.new_output()
         decode, chunks = KERNELS[type(scan)]
-        if self.sizes.pads:
-            output.zero_()
+        if self.sizes.pads and self.sizes.decodes < self.sizes.tokens:
+            output.zero_()  # beyond those that decode
         if self._decodes.reads.numel():
             decode(scan, output, pool, self._decodes)
         if self.sizes.sequences:

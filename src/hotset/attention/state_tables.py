@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.attention.batch import SequenceSpan
-from hotset.sequence import PADDING_SLOT, ZEROS_SLOT
+from hotset.sequence import IN_CHUNKS, NO_SEQUENCE, ZEROS_SLOT
 
 Array = npt.NDArray[Any]
 
@@ -84,7 +84,7 @@ class SpanTables:
     def __init__(self, spans: Sequence[SequenceSpan], num_decodes: int) -> None:
         decodes, prompts = spans[:num_decodes], spans[num_decodes:]
         num_tokens = num_decodes + sum(span.num_tokens for span in prompts)
-        self._rows = np.full((NUM_COLUMNS, num_tokens), -1, np.int32)
+        self._rows = np.full((NUM_COLUMNS, num_tokens), IN_CHUNKS, np.int32)
         self._rows[0, :num_decodes] = [span.state_read for span in decodes]
         self._rows[1, :num_decodes] = [span.state_write for span in decodes]
         self._rows[2, :num_decodes] = 0
@@ -105,14 +105,14 @@ class SpanTables:
     def packed(self, sizes: TableSizes) -> Array:
         """The columns of all tables one after another, int32.
 
-        Tokens beyond the step's read zeros and write padding; chunks and sequences beyond are none.
+        Tokens beyond the step's read zeros and write nothing; chunks and sequences beyond are none.
         """
         values = np.zeros(sum(sizes.parts), np.int32)
         rows, chunks, sequences = (
             part.reshape(NUM_COLUMNS, -1) for part in np.split(values, np.cumsum(sizes.parts)[:-1])
         )
         rows[:, : self.sizes.tokens] = self._rows
-        rows[:, self.sizes.tokens :] = [[ZEROS_SLOT], [PADDING_SLOT], [0]]
+        rows[:, self.sizes.tokens :] = [[ZEROS_SLOT], [NO_SEQUENCE], [0]]
         chunks[:, : self.sizes.chunks] = self._chunks
         chunks[2, self.sizes.chunks :] = -1
         sequences[:, : self.sizes.sequences] = self._sequences

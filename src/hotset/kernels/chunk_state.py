@@ -212,7 +212,7 @@ def scan_mamba2(
         tokens.query.stride(0),
         tokens.key.stride(0),
         tokens.step.stride(0),
-        *tokens.bounds,
+        *map(float, tokens.bounds),
         HAS_BIAS=tokens.bias is not None,
         SOFTPLUS=tokens.is_softplus,
         **_of_keys(sizes),

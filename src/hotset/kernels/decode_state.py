@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from hotset.kernels.state_inputs import DeltaTokens, Mamba2Tokens, RowTable
-from hotset.sequence import PADDING_SLOT
+from hotset.sequence import NO_SEQUENCE
 
 _TILE_NUMBERS = 4096  # of a state, that one program has in registers
 
@@ -57,13 +57,15 @@ def _delta(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     NORMALISES: tl.constexpr,
     PER_KEY: tl.constexpr,
-    PADDING: tl.constexpr,
+    NO_SEQUENCE: tl.constexpr,
 ):
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     v, k = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, WIDTH)
     write = tl.load(writes + row).to(tl.int64)
     target = output + (row * HEADS + head) * VALUES + v
-    if write > PADDING:
+    if write == NO_SEQUENCE:
+        tl.store(target, tl.zeros([TILE], tl.float32), mask=v < VALUES)
+    if write >= 0:
         inner = head * VALUES * KEYS + v[:, None] * KEYS + k[None, :]
         inside = (v < VALUES)[:, None] & (k < KEYS)[None, :]
         read = tl.load(reads + row).to(tl.int64)
@@ -119,13 +121,15 @@ def _mamba2(  # type: ignore[no-untyped-def]
     HAS_SKIP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    PADDING: tl.constexpr,
+    NO_SEQUENCE: tl.constexpr,
 ):
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     v, k = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, WIDTH)
     write = tl.load(writes + row).to(tl.int64)
     target = output + (row * HEADS + head) * VALUES + v
-    if write > PADDING:
+    if write == NO_SEQUENCE:
+        tl.store(target, tl.zeros([TILE], tl.float32), mask=v < VALUES)
+    if write >= 0:
         inner = head * VALUES * KEYS + v[:, None] * KEYS + k[None, :]
         inside = (v < VALUES)[:, None] & (k < KEYS)[None, :]
         read = tl.load(reads + row).to(tl.int64)
@@ -152,8 +156,8 @@ def decode_delta(
 ) -> None:
     """Take sequences of one token through the gated delta rule, from one slot to another or itself.
 
-    Rows that write to the padding slot, and those of longer sequences, are left alone. Nothing is
-    asked of the host.
+    Rows of no sequence have an output of zeros; those of longer sequences are left alone. Nothing
+    is asked of the host.
 
     Args:
         tokens: of the step.
@@ -211,7 +215,7 @@ def decode_mamba2(
         tokens.step.stride(0),
         tokens.key.stride(0),
         tokens.query.stride(0),
-        *tokens.bounds,
+        *map(float, tokens.bounds),
         HAS_SKIP=tokens.skip is not None,
         HAS_BIAS=tokens.bias is not None,
         SOFTPLUS=tokens.is_softplus,
@@ -237,5 +241,5 @@ def _sizes(key: torch.Tensor, pool: torch.Tensor) -> dict[str, int]:
         "KEYS": keys,
         "TILE": tile,
         "WIDTH": width,
-        "PADDING": PADDING_SLOT,
+        "NO_SEQUENCE": NO_SEQUENCE,
     }

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class DeltaTokens:
-    """Of the gated delta rule; all but tokens contiguous.
+    """Of the gated delta rule; of each tensor all but tokens is contiguous, see `in_rows`.
 
     Attributes:
         query: `[T, G, K]`.
@@ -34,7 +34,7 @@ class DeltaTokens:
 
 @dataclass(frozen=True, slots=True)
 class Mamba2Tokens:
-    """Of Mamba-2; all but tokens contiguous.
+    """Of Mamba-2; of each tensor all but tokens is contiguous, see `in_rows`.
 
     Attributes:
         value: `[T, H, V]`, x of the paper.
@@ -64,7 +64,8 @@ class RowTable(NamedTuple):
 
     Attributes:
         reads: the slot that its sequence reads.
-        writes: the slot that a sequence of this one token writes; -1 for tokens of longer ones.
+        writes: the slot that a sequence of this one token writes; `IN_CHUNKS` for tokens of longer
+            ones, `NO_SEQUENCE` for rows of none.
         before: how many tokens of its sequence come before it in this step.
     """
 
@@ -107,3 +108,8 @@ class StepTables(NamedTuple):
     rows: RowTable
     chunks: ChunkTable
     sequences: SequenceTable
+
+
+def in_rows(numbers: torch.Tensor) -> torch.Tensor:
+    """`[T, ...]` with all but tokens contiguous: itself, or a copy."""
+    return numbers if numbers[0].is_contiguous() else numbers.contiguous()
