@@ -93,7 +93,8 @@ def test_any_keys_are_rounded_as_the_reference_does_on_a_gpu(num_tokens: int) ->
 
     store_index(query, key, turned, keys, scales, places // SIZE, places % SIZE)
 
-    found = widen_keys(keys, scales, places // SIZE)[range(num_tokens), places % SIZE]
+    found = widen_keys(keys, scales, places // SIZE)
+    found = found[torch.arange(num_tokens, device=DEVICE), places % SIZE]
     exact = turn(key)
     largest = exact.abs().amax(1, keepdim=True)
     assert bool((scales.flatten()[places].unsqueeze(1) * 448 >= largest * (1 - 1e-6)).all())
@@ -110,7 +111,7 @@ def test_scores_of_rounded_keys_are_those_of_the_reference(
     torch.manual_seed(0)
     _, keys, scales = make_cache(dim)
     places = torch.arange(BLOCKS * SIZE, device=DEVICE)
-    key = torch.randn(len(places), dim, device=DEVICE)
+    key = torch.randn(len(places), dim, device=DEVICE) / 8
     store_keys(key, keys, scales, (places // SIZE, places % SIZE))
     values = (torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in ([5, 2, 3], [0], [11]))
     tokens = PagedTokens(*values)
