@@ -255,8 +255,12 @@ def main() -> None:
         prefix_caching=False,
         **({"expert_gib": arguments.expert_gib} if is_hosted else {}),
     )
-    engine = build_engine(options, loaded)
+    # Kernels of prompts that take a minute to compile are not waited for; decodes do without.
+    engine = build_engine(options, loaded, defers_recording=True)
     say(f"engine built: {engine.report}")
+    while engine.is_warming and engine.warm_up():
+        pass
+    say("decode steps recorded")
     hardware = likely_hardware(torch.device(arguments.device))
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     cost = make_cost_model(fields, name, dtype, hardware)
@@ -274,6 +278,7 @@ def main() -> None:
         kv_bytes_per_token=engine.sizes.block_bytes // engine.sizes.block_size,
         kernels=state_kernels(engine, cost, users, lengths),
         decodes=decodes(engine, cost, tiering, users, contexts),
+        has_all_kernels=not engine.is_warming or engine.warm_up(),
         prompts=prompts(engine, cost, tiering, lengths),
     )
     engine.close()
