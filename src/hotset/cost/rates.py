@@ -26,10 +26,13 @@ class Rates:
     expert_bytes_per_s: float = 0.0
 
     @classmethod
-    def of_hardware(cls, hardware: Hardware) -> Self:
-        """What this engine is known to reach there, before anything was measured."""
+    def of_hardware(cls, hardware: Hardware, *, num_gpus: int = 1) -> Self:
+        """What this engine is known to reach there, before anything was measured.
+
+        On each of `num_gpus` GPUs of a host, which all use their links.
+        """
         calibration = CALIBRATIONS["hotset"]
-        link_bytes_per_s = calibration.link_bytes_per_s(hardware)
+        link_bytes_per_s = calibration.link_bytes_per_s(hardware, num_gpus=num_gpus)
         return cls(
             prefill_tokens_per_s=0.0,
             link_bytes_per_s={},

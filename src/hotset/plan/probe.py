@@ -29,29 +29,35 @@ SHARE_S = 0.4  # time each figure may take, beside its first run
 Profile = dict[str, Any]
 
 
-def probe(device: str, disk_path: Path | None) -> Profile:
+def probe(device: str, disk_path: Path | None, *, gpus: int = 1) -> Profile:
     """Measure and return a profile that `hardware_from_json` reads.
 
     Args:
         device: `cpu` or `cuda`; `auto` takes a GPU if there is one.
         disk_path: folder in which a temporary file of 256 MiB is written and read; None leaves
             the disk out.
+        gpus: up to how many are measured together, in processes of their own.
 
     Raises:
-        ConfigError: there is no such device, or the folder cannot be written.
+        ConfigError: there is no such device, there are fewer GPUs, or the folder cannot be written.
     """
     import torch
+
+    from hotset.plan import probe_ranks
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device is usable here; run 'hotset probe --device cpu'")
+    probe_ranks.check_gpus(device, gpus)
     set_threads(None)  # as the engine computes
     started = time.perf_counter()
     disk = None if disk_path is None else _disk_bytes_per_s(disk_path)
     profile = _cuda() if device == "cuda" else _cpu()
     if disk:
         profile["figures"]["disk_gb_per_s"] = _figure(disk / 1e9, "4 MiB reads, 4 at a time")
+    if gpus > 1:
+        profile["together"] = probe_ranks.probe_ranks(device, gpus)
     profile["measured"] = True
     profile["probe_s"] = round(time.perf_counter() - started, 1)
     return profile

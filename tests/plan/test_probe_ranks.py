@@ -1,0 +1,107 @@
+"""Several GPUs measured together, with processes on the CPU in their place."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hotset.cli.probe import command
+from hotset.cost.hardware import hardware_from_json, load_hardware
+from hotset.cost.rates import Rates
+from hotset.cost.together import together_from_json
+from hotset.errors import ConfigError
+from hotset.plan import probe as probes
+from hotset.plan import probe_ranks as ranks
+from hotset.plan.rank_times import Effort
+
+LITTLE = Effort(sizes=(4096, 65_536), copy_bytes=2**20, figure_s=0.01)
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, object]:
+    return ranks.probe_ranks("cpu", 2, LITTLE)
+
+
+def test_two_ranks_measure_links_and_collectives_that_a_plan_reads(
+    measured: dict[str, object],
+) -> None:
+    assert list(measured) == ["2"] and json.loads(json.dumps(measured)) == measured
+    [together] = together_from_json(measured, "probe").values()
+    assert together.link_bytes_per_s and together.source.startswith("hotset probe: 2 ranks")
+    for points in (together.all_reduce, together.all_gather, together.reduce_scatter):
+        assert [size for size, _ in points] == [4096, 65_536]
+        assert all(seconds > 0 for _, seconds in points)
+    links = measured["2"]["links_gb_per_s"]  # type: ignore[index]
+    for way in ("up", "down", "both"):
+        assert len(links[way]["alone"]) == len(links[way]["together"]) == 2
+    slowest = min(min(links[way]["together"]) for way in ("up", "down"))
+    assert together.link_bytes_per_s == pytest.approx(slowest * 1e9)
+    assert multiprocessing.active_children() == []
+
+
+def test_the_engine_takes_the_rate_that_all_links_have_together(
+    measured: dict[str, object],
+) -> None:
+    chips = load_hardware("h200")
+    alone, both, four = (
+        Rates.of_hardware(chips, num_gpus=gpus).expert_bytes_per_s for gpus in (1, 2, 4)
+    )
+    assert both / alone == pytest.approx(53.9 / (64 * 0.86)) and four == alone
+
+
+def test_an_error_of_a_rank_is_one_line_that_names_it_and_leaves_no_process() -> None:
+    with pytest.raises(ConfigError, match=r"2 GPUs failed on rank [01]: .") as failed:
+        ranks.probe_ranks("cpu", 2, Effort(sizes=(-2,), copy_bytes=1024, figure_s=0.01))
+    assert "\n" not in str(failed.value)
+    assert multiprocessing.active_children() == []
+
+
+def test_ranks_that_take_too_long_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "TIMEOUT_S", 0.5)  # less than a process takes to start
+    with pytest.raises(ConfigError, match="took over 0 s and was ended; probe fewer"):
+        ranks.probe_ranks("cpu", 2, LITTLE)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "line"),
+    [
+        ("cpu", 17, "gpus is 17; expected 1 to 16 processes on a CPU"),
+        ("cpu", 0, "gpus is 0; expected 1 to 16 processes on a CPU"),
+        ("cuda", 2, "gpus is 2, and this machine has 1; expected 1 to 1"),
+    ],
+)
+def test_more_gpus_than_there_are_is_one_line(
+    device: str, gpus: int, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks.torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError) as refused:
+        ranks.check_gpus(device, gpus)
+    assert str(refused.value) == line
+
+
+def test_the_command_writes_a_profile_of_both_and_shows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: dict[str, object]
+) -> None:
+    monkeypatch.setattr(probes, "SHARE_S", 0.01)
+    asked: list[tuple[str, int]] = []
+
+    def stored(device: str, gpus: int) -> dict[str, object]:
+        asked.append((device, gpus))
+        return measured
+
+    monkeypatch.setattr(ranks, "probe_ranks", stored)
+    path = tmp_path / "mine.json"
+    words = ["--device", "cpu", "--no-disk", "--gpus", "2", "--output", str(path)]
+    shown = CliRunner().invoke(command, words, catch_exceptions=False).output
+    assert asked == [("cpu", 2)]
+    chips = hardware_from_json(json.loads(path.read_text()), "mine")
+    assert chips.together == together_from_json(measured, "mine")
+    for line in ("2 at once: host links, GB/s", "2 at once: collectives, us by size"):
+        assert line in shown
+    table = shown[shown.index("collectives, us") :]
+    assert all(word in table for word in ("all-reduce", "all-gather", "reduce-scatter", "64 KiB"))
+    [failed] = [CliRunner().invoke(command, ["--device", "cpu", "--gpus", "99", "--no-disk"])]
+    assert "--gpus is 99; expected 1 to 16" in str(failed.exception)
