@@ -55,7 +55,7 @@ def step_s(engine: Engine, users: int, context: int, rng: random.Random) -> list
         )
         request.kv.block_table = kv.pool.allocate(kv.tables.num_blocks_for(len(tokens)))
         if kv.states is not None:
-            kv.states.give(request, None)
+            kv.states.slots.give(request, None)
         request.kv.num_computed_tokens = len(tokens) - 1
         request.status = RequestStatus.RUNNING
         engine._requests[request.request_id] = [request]

@@ -258,7 +258,7 @@ def main() -> None:
     # Kernels of prompts that take a minute to compile are not waited for; decodes do without.
     engine = build_engine(options, loaded, defers_recording=True)
     say(f"engine built: {engine.report}")
-    while engine.is_warming and engine.warm_up():
+    while engine.is_warming and engine.warm_up()[0]:
         pass
     say("decode steps recorded")
     hardware = likely_hardware(torch.device(arguments.device))
@@ -278,7 +278,7 @@ def main() -> None:
         kv_bytes_per_token=engine.sizes.block_bytes // engine.sizes.block_size,
         kernels=state_kernels(engine, cost, users, lengths),
         decodes=decodes(engine, cost, tiering, users, contexts),
-        has_all_kernels=not engine.is_warming or engine.warm_up(),
+        has_all_kernels=not engine.is_warming or engine.warm_up()[0],
         prompts=prompts(engine, cost, tiering, lengths),
     )
     engine.close()
