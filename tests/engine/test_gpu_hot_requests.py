@@ -72,8 +72,6 @@ def test_logits_of_hot_and_resident_requests_are_the_same_bits(
     index_dtype: str,
     make_engine: MakeEngine,
 ) -> None:
-    """Over 100 steps of the same batches, so that what was generated is fetched as well."""
-    prompts = prompts_of([SLOTS - 1, SLOTS, SLOTS + 1, SLOTS + BLOCK, 200, 431])
     options: dict[str, Any] = {
         "eager": eager,
         "row_prefetch": row_prefetch,
@@ -82,8 +80,28 @@ def test_logits_of_hot_and_resident_requests_are_the_same_bits(
     if drawn:  # as benchmarks have it
         selection = DrawnSelection.of_overlap(0.4, context=300, count=24)
         options["simulated"] = Simulated(selection, places_prompts=True)
+    assert_same_bits(make_engine, family, **options)
+
+
+@pytest.mark.parametrize("row_prefetch", [0, 1])
+def test_rows_of_layers_that_share_a_selection_come_at_once_or_in_parts(
+    row_prefetch: int, make_engine: MakeEngine
+) -> None:
+    """Of six layers four share a selection, then two."""
+    changes = {
+        **WIDE_SPARSE,
+        "num_hidden_layers": 6,
+        "indexer_types": ["full", "shared", "shared", "shared", "full", "shared"],
+        "mlp_layer_types": ["dense"] * 6,
+    }
+    assert_same_bits(make_engine, "glm_moe_dsa", row_prefetch=row_prefetch, model_changes=changes)
+
+
+def assert_same_bits(make_engine: MakeEngine, family: str, **options: Any) -> None:
+    """Over 100 steps of the same batches, so that what was generated is fetched as well."""
+    prompts = prompts_of([SLOTS - 1, SLOTS, SLOTS + 1, SLOTS + BLOCK, 200, 431])
     engines = [make_wide(make_engine, family, **options) for _ in range(2)]
-    assert (engines[1].executor.runner._graphs is None) == eager
+    assert (engines[1].executor.runner._graphs is None) == options.get("eager", False)
     resident, hot = (
         logits_of(engine, prompts, max_tokens=100, turn=turn)
         for engine, turn in zip(engines, (False, True), strict=True)

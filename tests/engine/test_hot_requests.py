@@ -36,8 +36,8 @@ def long_prompts(num: int = 5) -> list[list[int]]:
 
 def hot_engine(make_engine: MakeEngine, family: str = "deepseek_v32", **changes: object) -> Engine:
     """An engine with room for about two resident requests and a half."""
-    options = {"hot_blocks": 42, "host_blocks": 200, "hot_tokens": SELECTED, **changes}
-    return make_engine(family, model_changes=WIDE, **options)
+    options = {"hot_blocks": 42, "host_blocks": 200, "hot_tokens": SELECTED, "model_changes": WIDE}
+    return make_engine(family, **(options | changes))
 
 
 def answers(family: str, prompts: list[list[int]], **options: Any) -> list[list[int]]:
@@ -104,14 +104,28 @@ def test_answers_are_those_of_transformers_where_scores_are_equal(
     assert found != reference(family, prompts, max_tokens=24, seed=seed, ties="any", **WIDE)
 
 
+# Of six layers four share a selection, then two: rows of several layers come at once.
+SHARED = {
+    "num_hidden_layers": 6,
+    "indexer_types": ["full", "shared", "shared", "shared", "full", "shared"],
+    "mlp_layer_types": ["dense"] * 6,
+}
+
+
 @pytest.mark.parametrize(
-    ("family", "row_prefetch"), [*((family, 0) for family in SPARSE_FAMILIES), ("glm_moe_dsa", 1)]
+    ("family", "changes", "row_prefetch"),
+    [
+        *((family, {}, 0) for family in SPARSE_FAMILIES),
+        ("glm_moe_dsa", SHARED, 0),
+        ("glm_moe_dsa", SHARED, 1),
+    ],
 )
 def test_logits_of_hot_and_resident_requests_are_the_same_bits(
-    family: str, row_prefetch: int, make_engine: MakeEngine
+    family: str, changes: dict[str, Any], row_prefetch: int, make_engine: MakeEngine
 ) -> None:
     prompts = long_prompts(3)
-    options = {"hot_blocks": 150, "hot_tokens": 20, "row_prefetch": row_prefetch}
+    options: dict[str, Any] = {"hot_blocks": 150, "hot_tokens": 20, "row_prefetch": row_prefetch}
+    options["model_changes"] = WIDE | changes
     engines = [hot_engine(make_engine, family, **options) for _ in range(2)]
     resident, hot = (
         logits_of(engine, prompts, max_tokens=30, turn=turn)
