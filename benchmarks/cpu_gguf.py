@@ -230,8 +230,8 @@ def make_page(result: dict[str, Any]) -> str:
     return f"""# A GGUF file on a CPU
 
 {result["file"]}, {result["threads"]} threads, prompts of {result["prompt_tokens"]} random tokens,
-{result["output_tokens"]} tokens each, greedy; the least of {result["repeats"]} runs. The reference is
-the widened model where it ran, else the narrow one.
+{result["output_tokens"]} tokens each, greedy; the least of {result["repeats"]} runs. The reference
+is the widened model where it ran, else the narrow one.
 
 {record.table(rows)}
 

@@ -122,7 +122,7 @@ def planes(
     """
     values, factors, zeros = _opened(codes, scales, more, form)
     if form.kind == "gptq" and more is not None:
-        columns = torch.arange(len(more))
+        columns = torch.arange(len(more), device=more.device)
         if not torch.equal(more.long(), columns // (form.group or len(more))):
             raise ValueError("columns of a group are apart (desc_act)")
     return values[:, ::2] | values[:, 1::2] << 4, factors, zeros

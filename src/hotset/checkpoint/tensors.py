@@ -150,17 +150,21 @@ class CheckpointTensors:
             yield {name: read(name) for name in self.stored if name not in without}
 
     @contextlib.contextmanager
-    def open_narrow(self) -> Iterator[Callable[[str, int | None], Planes]]:
+    def open_narrow(
+        self, device: torch.device | None = None
+    ) -> Iterator[Callable[[str, int | None], Planes]]:
         """Reads the planes of a weight of `narrow_names`, or of one of those stacked in it.
 
-        Any thread may read. What it gives raises ModelError where a number is none.
+        They are made on `device`, by default on the CPU. Any thread may read. What it gives raises
+        ModelError where a number is none.
         """
         with self._open_parts() as part:
 
             def read(name: str, index: int | None) -> Planes:
                 slices = (part(each) for each in self._parts[name])
+                stored = (s[...] if index is None else s[index] for s in slices)
                 try:
-                    planes = self._planes(*(s[...] if index is None else s[index] for s in slices))
+                    planes = self._planes(*(each.to(device or "cpu") for each in stored))
                 except ValueError as error:
                     raise ModelError(f"{self.folder}: {name}: {error}") from error
                 self._check_numbers(name, planes)

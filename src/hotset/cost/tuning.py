@@ -78,6 +78,9 @@ class Tuning:
             every processor busy.
         narrow_tiles: likewise, of experts in few bits. By the instructions that ptxas makes of them
             for SM90; not yet measured.
+        narrow_rows: rows up to which products widen a linear layer's weight in registers. Of more
+            it is widened once, which costs 1.1 ps a weight, and multiplied by PyTorch; not yet
+            measured.
         copy_programs: programs that share the copy of one expert out of host memory.
         copy_bytes: that one of them moves at a time. 64 programs of 16 KiB fill the link.
         copies_beside_compute: experts that are copied at once beside other kernels. With 16
@@ -116,6 +119,7 @@ class Tuning:
         (40.0, _alike(64, Tile(128, 128, 4, 3))),
         (float("inf"), _alike(128, Tile(128, 128, 8, 3))),
     )
+    narrow_rows: int = 64
     copy_programs: int = 16
     copy_bytes: int = 16 * 2**10
     copies_beside_compute: int = 4

@@ -291,6 +291,9 @@ def _dense_params(
                 continue
             seen.add(id(parameter))
             count = math.prod(parameter.shape)
+            if parameter.dtype == torch.uint8:  # bytes of a weight in few bits
+                yield f"{path}.{name}", Params(count // model.dtype.itemsize)
+                continue
             params = Params(count) if parameter.ndim > 1 else Params(vector=count)
             yield f"{path}.{name}", params
 

@@ -35,6 +35,7 @@ from hotset.libraries import first_line, quiet
 from hotset.linear.fp8 import FP8
 from hotset.linear.narrow import narrow_tiles
 from hotset.linear.packed import PackedLinear
+from hotset.linear.quant_linear import widened_bytes
 from hotset.linear.reads import noting_reads
 from hotset.parallel.group import alone
 
@@ -344,7 +345,7 @@ def weights_bytes(model: PreTrainedModel) -> int:
 def workspace_bytes(
     model: PreTrainedModel, layout: ModelLayout, *, max_tokens: int, max_seqs: int
 ) -> int:
-    """What a step takes at most beside weights and KV, see `step_bytes`."""
+    """What a step takes at most beside weights and KV, see `step_bytes`; one widened weight too."""
     config = model.config.get_text_config()
     widths = StepWidths(
         hidden=largest(config, "hidden_size"),
@@ -356,7 +357,7 @@ def workspace_bytes(
         selected=max(layer.indexer.top_k if layer.indexer else 0 for layer in layout.layers),
         scanned=max((spec.scanned_values for spec in layout.states.values()), default=0),
     )
-    return step_bytes(
+    return widened_bytes(model) + step_bytes(
         widths,
         model.dtype.itemsize,
         device=model.device.type,

@@ -9,10 +9,11 @@ from torch.nn import functional
 from hotset.cost.tuning import TUNINGS
 from hotset.linear.fp8_linear import Fp8Linear
 from hotset.linear.narrow import NarrowLinear
+from hotset.linear.quant_linear import QuantLinear, QuantMatrix
 from hotset.linear.reads import is_replaceable
 from hotset.linear.tiles import TILE_ROWS, join_tiles
 
-Linear: TypeAlias = nn.Linear | Fp8Linear | NarrowLinear
+Linear: TypeAlias = nn.Linear | Fp8Linear | NarrowLinear | QuantLinear
 
 # Siblings that architectures of transformers apply to the same tensor.
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -73,8 +74,9 @@ class MergedLinear(nn.Module):
 def merge_linears(model: nn.Module) -> None:
     """Replace sibling linear layers by parts of one, in place, one group at a time.
 
-    A group whose layers are not plain, 8-bit or narrow linear layers of one kind is left alone. The
-    weights of one group at a time are in memory twice; none of a model on `meta`.
+    A group whose layers are not plain, 8-bit or narrow linear layers of one kind is left alone, and
+    so are those of `QuantLinear` that have values. The weights of one group at a time are in memory
+    twice; none of a model on `meta`.
     """
     for parent in list(model.modules()):
         for names in _GROUPS:
@@ -82,7 +84,8 @@ def merge_linears(model: nn.Module) -> None:
             plain: list[Linear] = [layer for layer in layers if is_replaceable(layer)]
             fp8: list[Linear] = [layer for layer in layers if type(layer) is Fp8Linear]
             narrow: list[Linear] = [layer for layer in layers if type(layer) is NarrowLinear]
-            for linears in (plain, fp8, narrow):
+            quant: list[Linear] = [layer for layer in layers if type(layer) is QuantLinear]
+            for linears in (plain, fp8, narrow, quant):
                 if len(linears) == len(names) and _are_alike(linears):
                     _merge(parent, names, linears)
 
@@ -98,6 +101,11 @@ def _are_alike(layers: list[Linear]) -> bool:
 
 
 def _kind(layer: Linear) -> object:
+    if isinstance(layer, QuantLinear):  # groups of rows end with a layer
+        form = layer.matrix.form
+        return (
+            form if layer.payload.is_meta and not layer.out_features % (form.rows or 1) else layer
+        )
     if not isinstance(layer, NarrowLinear):
         return layer.weight.dtype
     # A tile that is not full can be the last one only.
@@ -112,6 +120,10 @@ def _join(layers: list[Linear]) -> Linear:
         return NarrowLinear(join_tiles(narrow), torch.cat(biases) if biases else None)
     whole: Linear
     num_outputs = sum(layer.out_features for layer in layers)
+    if isinstance(first, QuantLinear):
+        matrix = QuantMatrix.of(first.matrix.form, (num_outputs, first.in_features))
+        bias_dtype = None if first.bias is None else first.bias.dtype
+        return QuantLinear(matrix, bias_dtype=bias_dtype, device=torch.device("meta"))
     if isinstance(first, Fp8Linear):
         whole = Fp8Linear(
             first.in_features, num_outputs, bias_dtype=None, device=torch.device("meta")

@@ -30,7 +30,9 @@ from hotset.model.find_model import find_model
 from hotset.model.finish import closing_on_error, finish, max_model_len
 from hotset.model.loaded import LoadedModel, no_tokenizer
 from hotset.model.narrow_experts import NarrowExperts, find_narrow_experts
+from hotset.model.narrow_linears import narrow_bytes
 from hotset.parallel.group import current
+from hotset.units import GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +244,8 @@ def _check_room(
     fields = architecture.fields
     if asked.dtype == "fp8" or (quant_config(fields) is not None and not is_dequantised(fields)):
         return
+    if asked.target.type == "cuda" and is_dequantised(fields) and narrow is None:
+        return  # linear layers may stay in few bits
     num_bytes = sum(parameter.nbytes for parameter in outline.parameters())
     if asked.experts_on_host or narrow is not None:
         num_bytes -= experts_bytes(outline)
@@ -259,6 +263,11 @@ def _storage_note(
     stored = stored_format(quant_config(architecture.fields) or {})
     what = "narrow weights" if stored is None else stored.name
     wide = str(model.dtype).removeprefix("torch.")
+    if kept := narrow_bytes(model):
+        return (
+            f"weights: linear layers are kept as {what}, as in the files, {kept / GIB:.2f} GiB; "
+            f"other {what} there is widened to {wide}"
+        )
     if narrow is None:
         return f"weights: {what} in the files, widened to {wide} as they are read"
     return (

@@ -28,6 +28,7 @@ from hotset.linear.fp8_linear import Fp8Linear, quantize_linears
 from hotset.linear.merged import MergedLinear, merge_linears
 from hotset.model.architecture import Architecture
 from hotset.model.cut_model import ModelCutter
+from hotset.model.narrow_linears import fill_linears, narrow_form, replace_linears
 from hotset.parallel.cuts import Index
 
 _NUM_THREADS = 4  # each holds one tensor; they wait for the disk and the link
@@ -99,13 +100,19 @@ def load_in_place(
         return None
     _check_leftovers(model, architecture.fields, tensors)
     parts = {} if cutter is None else cutter.cut_all(model)
+    is_whole = cutter is None or cutter.is_idle
+    form = narrow_form(tensors, device, dtype) if is_whole and not fp8 else None
+    kept = [] if form is None else replace_linears(model, form, tensors.narrow_names)
     if fp8:
         quantize_linears(model)
     merge_linears(model)
     _allocate(model, device)
     places = _places(model, parts)
-    with tensors.open(device, dtype) as reads:
+    with tensors.open(device, dtype, without=kept) as reads:
         _fill(reads, places)
+    if kept:
+        with tensors.open_narrow(device) as read:
+            fill_linears(model, kept, read)
     read_generation_config(model, tensors.folder)
     return model
 

@@ -1,0 +1,147 @@
+"""A linear layer of a weight in few bits: products that widen in registers, or one widened copy.
+
+The planes of a weight (`weight_format`) lie in one run of bytes, as those of an expert do, and are
+read by `narrow_product`.
+"""
+
+from typing import Protocol
+
+import torch
+import triton
+import triton.language as tl
+
+from hotset.cost.tuning import TUNINGS
+from hotset.kernels.fused_experts import shared_bytes
+from hotset.kernels.narrow_experts import _in_runs, _opens_in_pairs, _suited, planes_of
+from hotset.kernels.narrow_product import _scales, _widen, _zeros, narrow_product
+from hotset.weight_format import Plane, WeightFormat
+
+_WIDEN_ROWS, _WIDEN_BYTES = 32, 64  # of codes, which a program widens
+
+
+class Matrix(Protocol):
+    """See `linear.quant_linear.QuantMatrix`."""
+
+    @property
+    def form(self) -> WeightFormat: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, int]: ...  # noqa: D102
+    @property
+    def codes(self) -> Plane: ...  # noqa: D102
+    @property
+    def scales(self) -> Plane: ...  # noqa: D102
+    @property
+    def zeros(self) -> Plane | None: ...  # noqa: D102
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _linear(  # type: ignore[no-untyped-def]
+    x,
+    payload,
+    out,
+    num_rows,
+    PLANES: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    X_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
+):
+    place = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = place < num_rows
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    real = tl.minimum(column, N - 1)
+    x_at = x + tl.where(inside, place, 0).to(tl.int64)[None, :] * X_WIDTH
+    sums = narrow_product(
+        payload.to(tl.int64),
+        real,
+        real // PLANES[6],
+        x_at,
+        PLANES,
+        K,
+        BLOCK_ROWS,
+        COLUMNS,
+        DEPTH,
+        IN_PAIRS,
+    )
+    out_at = out + place.to(tl.int64)[None, :] * N + column[:, None]
+    tl.store(out_at, sums.to(out.dtype.element_ty), mask=inside[None, :] & (column < N)[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _widen_matrix(  # type: ignore[no-untyped-def]
+    payload,
+    out,
+    PLANES: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    address = payload.to(tl.int64)
+    PER_BYTE: tl.constexpr = 1 if PLANES[0] == 0 else 2
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None, None]  # as `_widen` has it
+    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)[None, None, None, :]
+    mask = (row < N) & (byte < K // PER_BYTE)
+    codes_at = address.to(tl.pointer_type(tl.uint8)) + PLANES[1]
+    codes = tl.load(codes_at + row.to(tl.int64) * (K // PER_BYTE) + byte, mask=mask, other=0)
+    num_groups: tl.constexpr = (K + PLANES[4] - 1) // PLANES[4]
+    group = row // PLANES[6] * num_groups + byte * PER_BYTE // PLANES[4]
+    scale = _scales(address, group, mask, PLANES)
+    zero = _zeros(address, group, mask, PLANES)
+    weight = _widen(codes, scale, zero, PLANES, out.dtype.element_ty, False)
+    if PER_BYTE == 1:
+        tl.store(out + row.to(tl.int64) * K + byte, weight, mask=mask)
+    else:
+        weight = tl.reshape(weight, [ROWS, 2 * BYTES])
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tl.program_id(1) * BYTES * 2 + tl.arange(0, 2 * BYTES)[None, :]
+        tl.store(out + row.to(tl.int64) * K + column, weight, mask=(row < N) & (column < K))
+
+
+def narrow_linear(x: torch.Tensor, payload: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """`x @ weight.T`, the weight widened in registers.
+
+    Args:
+        x: `[T, K]` bfloat16 or float16, contiguous.
+        payload: uint8, the planes of the weight; a multiple of 128 is where it begins.
+        matrix: `[N, K]`, in a format that `narrow_forms.can_read`.
+
+    Returns:
+        `[T, N]`, dtype of `x`. A weight is widened to it, sums are in float32.
+
+    Cost: the payload is read once for each tile of rows.
+    Reference: `linear.quant_linear.QuantMatrix.widened`, bit-exact in the weights.
+    """
+    num_rows, (num_outputs, num_columns) = len(x), matrix.shape
+    out = x.new_empty(num_rows, num_outputs)
+    if not num_rows:
+        return out
+    tiles = TUNINGS[x.device.type].tiles(
+        num_rows, 1, shared_bytes=shared_bytes(x.device), narrow=True
+    )
+    tile = _suited(tiles.up, matrix.form)
+    source = _in_runs(x) if matrix.form.code_bits == 4 else x
+    grid = (triton.cdiv(num_outputs, tile.columns), triton.cdiv(num_rows, tiles.block_rows))
+    _linear[grid](
+        source, payload, out, num_rows, PLANES=planes_of(matrix.form, matrix), N=num_outputs,
+        K=num_columns, X_WIDTH=source.shape[1], BLOCK_ROWS=tiles.block_rows, COLUMNS=tile.columns,
+        DEPTH=tile.depth, IN_PAIRS=_opens_in_pairs(matrix.form, x), num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def widen_matrix(payload: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """`[N, K]` of `dtype`; see `narrow_linear` for the arguments and the reference."""
+    num_rows, num_columns = matrix.shape
+    out = torch.empty(num_rows, num_columns, dtype=dtype, device=payload.device)
+    num_bytes = num_columns * matrix.form.code_bits // 8
+    grid = (triton.cdiv(num_rows, _WIDEN_ROWS), triton.cdiv(num_bytes, _WIDEN_BYTES))
+    _widen_matrix[grid](
+        payload, out, PLANES=planes_of(matrix.form, matrix), N=num_rows, K=num_columns,
+        ROWS=_WIDEN_ROWS, BYTES=_WIDEN_BYTES,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,228 @@
+"""Linear layers whose weights stay in few bits on a GPU, as the checkpoint has them.
+
+Few rows are multiplied with weights that are widened in registers; for many rows the weight is
+widened once, into memory of the step, and PyTorch computes the product. Both widen a weight to the
+same number.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hotset.cost.tuning import TUNINGS
+from hotset.weight_format import Plane, WeightFormat
+
+_DTYPES = {
+    "uint8": torch.uint8,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "e8m0": torch.uint8,
+}
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_CHECK_SHAPE = (384, 512)
+_CHECK_ROWS = (3, 48)
+_MOST_ERROR = 1e-2  # of the norm; rounding to 16 bits gives a third of it
+
+Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales, zeros
+_matrices: dict[str, "QuantMatrix"] = {}  # by key: operations of the compiler take strings
+
+
+@dataclass(frozen=True, slots=True)
+class QuantMatrix:
+    """A weight in few bits as one run of bytes.
+
+    Attributes:
+        form: how it is stored; with rows of a group.
+        shape: `[N, K]`.
+        codes: where its numbers are.
+        scales: likewise.
+        zeros: None where groups have none.
+    """
+
+    form: WeightFormat
+    shape: tuple[int, int]
+    codes: Plane
+    scales: Plane
+    zeros: Plane | None
+
+    @staticmethod
+    def of(form: WeightFormat, shape: tuple[int, int]) -> "QuantMatrix":
+        """The layout of a weight; ValueError where a row does not end with a byte."""
+        codes, scales, *more = form.planes(shape)
+        matrix = QuantMatrix(form, shape, codes, scales, more[0] if more else None)
+        return _matrices.setdefault(matrix.key, matrix)
+
+    @property
+    def key(self) -> str:
+        """Equal for equal layouts."""
+        return f"{self.form} {self.shape}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all planes, with what aligns them."""
+        return (self.zeros or self.scales).end
+
+    def views(self, payload: torch.Tensor) -> Planes:
+        """Codes, scales and zeros in `[num_bytes]` uint8."""
+        codes, scales = _view(payload, self.codes), _view(payload, self.scales)
+        return codes, scales, None if self.zeros is None else _view(payload, self.zeros)
+
+    def widened(self, payload: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`[N, K]` of `dtype`: the reference of all kernels that read it, bit-exact."""
+        codes, scales, zeros = self.views(payload)
+        values = _values(self.form, codes)
+        if zeros is not None:
+            values -= self._spread(zeros.float())
+        elif self.form.code == "int4":
+            values -= 8
+        exponents = scales.to(torch.int32) if self.form.scale == "e8m0" else None
+        factors = scales.float() if exponents is None else (exponents.float() - 127).exp2()
+        return (values * self._spread(factors)).to(dtype)
+
+    def _spread(self, groups: torch.Tensor) -> torch.Tensor:
+        num_rows, num_columns = self.shape
+        groups = groups.repeat_interleave(self.form.rows or num_rows, 0)[:num_rows]
+        return groups.repeat_interleave(self.form.columns or num_columns, 1)[:, :num_columns]
+
+
+def _view(payload: torch.Tensor, plane: Plane) -> torch.Tensor:
+    part = payload[plane.offset : plane.offset + plane.num_bytes]
+    return part.view(_DTYPES[plane.dtype]).view(plane.shape)
+
+
+def _values(form: WeightFormat, codes: torch.Tensor) -> torch.Tensor:
+    """Codes as float32, `[N, K]`."""
+    if form.code == "e4m3":
+        return codes.view(torch.float8_e4m3fn).float()
+    numbers = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+    if form.code == "int4":
+        return numbers.float()
+    values = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=codes.device)
+    return values.gather(0, numbers.long().flatten()).view(numbers.shape)
+
+
+class QuantLinear(nn.Module):
+    """What `nn.Linear` computes, from a weight in few bits.
+
+    Args:
+        matrix: how the weight lies in memory.
+        bias_dtype: None is no bias.
+        device: of the weight, whose values are not set.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, matrix: QuantMatrix, *, bias_dtype: torch.dtype | None, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = matrix.shape
+        self.matrix = matrix
+        payload = torch.empty(matrix.num_bytes, dtype=torch.uint8, device=device)
+        self.payload = nn.Parameter(payload, requires_grad=False)
+        self.register_parameter("bias", None)
+        if bias_dtype is not None:
+            bias = torch.empty(self.out_features, dtype=bias_dtype, device=device)
+            self.bias = nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`[out, in]` float32, in memory of its own."""
+        return self.matrix.widened(self.payload, torch.float32)
+
+    @torch.no_grad()
+    def set_rows(self, rows: slice, planes: Planes) -> None:
+        """Put planes of some rows into their place; they begin and end with a group."""
+        first = rows.start or 0
+        last = self.out_features if rows.stop is None else rows.stop
+        group = self.matrix.form.rows or self.out_features
+        for view, plane in zip(self.matrix.views(self.payload), planes, strict=True):
+            if view is None or plane is None:
+                continue
+            if len(view) == self.out_features:
+                view[first:last].copy_(plane)
+            else:
+                view[first // group : -(-last // group)].copy_(plane)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`."""
+        rows = x.reshape(-1, self.in_features)
+        out: torch.Tensor = quant_product(rows, self.payload, self.matrix.key)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+@torch.library.custom_op("hotset::quant_product", mutates_args=())
+def quant_product(x: torch.Tensor, payload: torch.Tensor, matrix: str) -> torch.Tensor:
+    """The product of `[T, K]` with a weight in few bits, as one operation for the compiler.
+
+    Args:
+        x: bfloat16 or float16.
+        payload: of the weight.
+        matrix: its layout, a key of a `QuantMatrix`.
+
+    Returns:
+        `[T, N]`, dtype of `x`. The number of rows chooses the kernel.
+    """
+    layout = _matrices[matrix]
+    if x.device.type == "cpu":
+        return functional.linear(x, layout.widened(payload, x.dtype))
+    from hotset.kernels.narrow_linear import narrow_linear, widen_matrix  # needs Triton
+
+    if len(x) <= TUNINGS[x.device.type].narrow_rows:
+        return narrow_linear(x.contiguous(), payload, layout)
+    return functional.linear(x, widen_matrix(payload, layout, x.dtype))
+
+
+@quant_product.register_fake
+def _(x: torch.Tensor, payload: torch.Tensor, matrix: str) -> torch.Tensor:
+    return x.new_empty(len(x), _matrices[matrix].shape[0])
+
+
+@torch.inference_mode()
+def check(form: WeightFormat, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Have the kernels multiply random weights, and compare; what is wrong, or None.
+
+    Whatever a compiler that is missing makes Triton raise is what is wrong, too.
+    """
+    matrix = QuantMatrix.of(form, _CHECK_SHAPE)
+    generator = torch.Generator().manual_seed(0)
+    payload = random_payload(matrix, generator).to(device)
+    wide = matrix.widened(payload, dtype).float()
+    try:
+        for num_rows in (*_CHECK_ROWS, 2 * TUNINGS["cuda"].narrow_rows):
+            x = torch.randn(num_rows, _CHECK_SHAPE[1], generator=generator).to(device, dtype)
+            expected = x.float() @ wide.t()
+            found = quant_product(x, payload, matrix.key).float()
+            error = float((found - expected).norm() / expected.norm())
+            if not error <= _MOST_ERROR:
+                return f"products of {num_rows} rows are wrong by {error:.1%}"
+    except Exception as error:  # whatever a compiler raises
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def widened_bytes(model: nn.Module) -> int:
+    """Of the largest weight in few bits, widened to 16 bits for a product of many rows."""
+    layers = (module for module in model.modules() if isinstance(module, QuantLinear))
+    return max((2 * layer.in_features * layer.out_features for layer in layers), default=0)
+
+
+def random_payload(matrix: QuantMatrix, generator: torch.Generator) -> torch.Tensor:
+    """`[num_bytes]` uint8 on the CPU: random bits, all of them numbers."""
+    payload = torch.zeros(matrix.num_bytes, dtype=torch.uint8)
+    codes, scales, zeros = matrix.views(payload)
+    codes.random_(0, 256, generator=generator)
+    if matrix.form.code == "e4m3":
+        codes.masked_fill_(codes & 127 == 127, 56)
+    if matrix.form.scale == "e8m0":
+        scales.random_(117, 125, generator=generator)
+    else:
+        scales.copy_(torch.rand(scales.shape, generator=generator) * 0.02 + 1e-3)
+    if zeros is not None:
+        zeros.random_(0, 16, generator=generator)
+    return payload

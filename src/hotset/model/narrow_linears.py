@@ -1,0 +1,93 @@
+"""Linear layers of a quantised checkpoint whose weights stay as the files have them, on a GPU."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from hotset.checkpoint.tensors import CheckpointTensors, Planes
+from hotset.kernels.narrow_forms import can_read
+from hotset.linear import quant_linear
+from hotset.linear.merged import MergedLinear
+from hotset.linear.quant_linear import QuantLinear, QuantMatrix
+from hotset.linear.reads import is_replaceable
+from hotset.weight_format import WeightFormat
+
+_COLUMNS = 32  # rows of a weight begin where a processor reads at once
+_NUM_THREADS = 4  # each holds one weight; they wait for the disk and the link
+
+_log = logging.getLogger(__name__)
+
+
+def narrow_form(
+    tensors: CheckpointTensors, device: torch.device, dtype: torch.dtype
+) -> WeightFormat | None:
+    """How linear layers stay on `device`, after a trial of their products; None is not at all."""
+    form = tensors.narrow_format
+    if form is None or device.type != "cuda" or dtype == torch.float32:
+        return None
+    # One scale of a whole weight stands in each row, so that weights can be merged.
+    form = replace(form, rows=form.rows or 1)
+    if not can_read(form):
+        return None
+    if (problem := quant_linear.check(form, dtype, device)) is not None:
+        _log.warning("weights in %s are widened, as this GPU's %s", form.name, problem)
+        return None
+    return form
+
+
+@torch.no_grad()
+def replace_linears(model: nn.Module, form: WeightFormat, names: Collection[str]) -> list[str]:
+    """Replace linear layers of a model on `meta` by ones in few bits, in place.
+
+    Args:
+        model: made of plain layers.
+        form: of the weights.
+        names: of the weights that are stored in it.
+
+    Returns:
+        The names of the weights that layers were made for; others are to be widened.
+    """
+    holders = Counter(
+        id(parameter) for module in model.modules() for parameter in module._parameters.values()
+    )
+    replaced = []
+    for path, layer in list(model.named_modules()):
+        name = f"{path}.weight"
+        is_own = is_replaceable(layer) and holders[id(layer.weight)] == 1
+        if name not in names or not is_own or layer.in_features % _COLUMNS:
+            continue
+        matrix = QuantMatrix.of(form, (layer.out_features, layer.in_features))
+        bias_dtype = None if layer.bias is None else layer.bias.dtype
+        parent, _, child = path.rpartition(".")
+        narrow = QuantLinear(matrix, bias_dtype=bias_dtype, device=layer.weight.device)
+        setattr(model.get_submodule(parent), child, narrow)
+        replaced.append(name)
+    return replaced
+
+
+def fill_linears(
+    model: nn.Module, names: Collection[str], read: Callable[[str, int | None], Planes]
+) -> None:
+    """Read the weights `names` into the layers, which may be merged by now."""
+
+    def move(name: str) -> None:
+        found = model.get_submodule(name.removesuffix(".weight"))
+        is_part = isinstance(found, MergedLinear)
+        layer, rows = (found.whole, found.columns) if is_part else (found, slice(None))
+        assert isinstance(layer, QuantLinear) and isinstance(rows, slice)
+        layer.set_rows(rows, read(name, None))
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        for _ in pool.map(move, names):
+            pass
+
+
+def narrow_bytes(model: nn.Module) -> int:
+    """What the layers that stay in few bits take."""
+    layers = {id(module): module for module in model.modules() if isinstance(module, QuantLinear)}
+    return sum(layer.payload.nbytes for layer in layers.values())

@@ -1,0 +1,114 @@
+"""Linear layers that stay in few bits on an NVIDIA GPU: run with `pytest -m gpu`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import run
+from test_fp8_blocks import save_in_blocks
+from test_int_groups import FORMS, save
+from tiny_models import make_model
+
+from hotset.engine.load import load_engine
+from hotset.linear.quant_linear import (
+    QuantLinear,
+    QuantMatrix,
+    check,
+    quant_product,
+    random_payload,
+)
+from hotset.model.loader import load_model
+from hotset.model.narrow_linears import narrow_bytes
+from hotset.options import Options
+from hotset.weight_format import AWQ_128, FP8_BLOCK, FP8_ROW, INT4_128, MXFP4, WeightFormat
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+ALL = [
+    FP8_ROW,
+    FP8_BLOCK,
+    INT4_128,
+    AWQ_128,
+    MXFP4,
+    WeightFormat("int4", "float16", 1, 32, has_zeros=True),
+]
+PROMPTS = [list(range(3, 3 + n)) for n in (5, 40, 90)]
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+
+
+@pytest.mark.parametrize("form", ALL, ids=lambda form: f"{form.name} {form.scale}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_pass_their_trial(form: WeightFormat, dtype: torch.dtype) -> None:
+    assert check(form, dtype, torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("form", ALL, ids=lambda form: f"{form.name} {form.scale}")
+@pytest.mark.parametrize("num_rows", [1, 64, 65, 512])
+@torch.inference_mode()
+def test_products_of_large_layers_are_those_of_the_widened_weight(
+    form: WeightFormat, num_rows: int
+) -> None:
+    matrix = QuantMatrix.of(form, (6144, 4096))
+    payload = random_payload(matrix, torch.Generator().manual_seed(0)).cuda()
+    x = torch.randn(num_rows, 4096, device="cuda").bfloat16()
+    expected = x.float() @ matrix.widened(payload, torch.bfloat16).float().t()
+    found = quant_product(x, payload, matrix.key).float()
+    assert (found - expected).norm() < 5e-3 * expected.norm()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = quant_product(x, payload, matrix.key)
+    graph.replay()
+    assert torch.equal(recorded.float(), found)
+
+
+def write(form: str, folder: Path) -> None:
+    model = make_model("llama", **SIZES)
+    if form == "blocks":
+        save_in_blocks(model, folder)
+    else:
+        make, config = next(each for each in FORMS if each[0].__name__ == form)
+        save(model, folder, make, config)
+
+
+@pytest.mark.parametrize("form", ["awq", "packed", "float_rows", "float_whole", "blocks"])
+def test_a_model_in_few_bits_answers_as_the_widened_one(form: str, tmp_path: Path) -> None:
+    write(form, tmp_path)
+    wide = load_model(str(tmp_path), device="cpu", dtype="bfloat16").model.to("cuda")
+    loaded = load_model(str(tmp_path), device="cuda", dtype="bfloat16")
+    narrow = loaded.model
+    assert any(isinstance(module, QuantLinear) for module in narrow.modules())
+    assert (
+        0
+        < narrow_bytes(narrow)
+        < 0.75
+        * sum(
+            2 * layer.weight.numel()
+            for name, layer in wide.named_modules()
+            if name.endswith("proj")
+        )
+    )
+    assert any("linear layers are kept as" in note for note in loaded.notes)
+    ids = torch.arange(3, 90, device="cuda").unsqueeze(0)
+    with torch.inference_mode():
+        for tokens in (ids, ids[:, :7]):
+            one, two = narrow(tokens, use_cache=False).logits, wide(tokens, use_cache=False).logits
+            assert (one - two).float().norm() < 3e-2 * two.float().norm()
+
+
+@pytest.mark.parametrize("form", ["awq", "blocks"])
+def test_recorded_steps_answer_as_launched_ones(form: str, tmp_path: Path) -> None:
+    write(form, tmp_path)
+
+    def answers(**changes: Any) -> list[list[int]]:
+        options = Options.of(
+            model=str(tmp_path), device="cuda", dtype="bfloat16", hot_gib=0.1, max_num_seqs=4,
+            **changes,
+        )  # fmt: skip
+        engine, loaded = load_engine(options)
+        try:
+            assert narrow_bytes(loaded.model) > 0
+            return run(engine, PROMPTS)
+        finally:
+            engine.close()
+
+    assert answers() == answers(eager=True)

@@ -1,0 +1,143 @@
+"""Linear layers of quantised checkpoints that stay in few bits: the widened model's, merged."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_fp8_blocks import expected_model, logits, save_in_blocks
+from test_int_groups import FORMS, Tensors, save
+from tiny_models import make_model
+
+from hotset.checkpoint.tensors import CheckpointTensors
+from hotset.errors import ModelError
+from hotset.linear import quant_linear
+from hotset.linear.merged import MergedLinear
+from hotset.linear.quant_linear import QuantLinear, QuantMatrix
+from hotset.model import checkpoint, narrow_linears, weights
+from hotset.model.narrow_linears import narrow_bytes, narrow_form
+from hotset.weight_format import AWQ_128, FP8_BLOCK, INT4_128
+
+CPU = torch.device("cpu")
+KEPT = [form for form in FORMS if form[0].__name__ in ("awq", "packed", "packed_with_zeros")]
+KEPT += [form for form in FORMS if form[0].__name__ in ("float_rows", "float_whole")]
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have layers stay in few bits without a GPU: the CPU widens them in each product."""
+
+    def form_of(tensors: CheckpointTensors, *_: Any) -> Any:
+        form = tensors.narrow_format
+        return None if form is None else replace(form, rows=form.rows or 1)
+
+    monkeypatch.setattr(weights, "narrow_form", form_of)
+
+
+def load(folder: Path) -> Any:
+    architecture = checkpoint.read_architecture(folder)
+    tensors = CheckpointTensors(folder, architecture.fields)
+    architecture.config.__dict__.pop("quantization_config", None)
+    model = weights.load_in_place(architecture, tensors, CPU, torch.float32, fp8=False)
+    assert model is not None
+    return model.eval()
+
+
+def check(model: Any, expected: Any, num_merged: int) -> None:
+    assert sum(isinstance(module, MergedLinear) for module in model.modules()) == num_merged
+    for path, layer in expected.named_modules():
+        if not path.endswith("proj"):
+            continue
+        narrow = model.get_submodule(path)
+        if isinstance(narrow, MergedLinear):
+            assert isinstance(narrow.whole, QuantLinear)
+            weight = narrow.whole.weight[narrow.columns]
+        else:
+            assert isinstance(narrow, QuantLinear)
+            weight = narrow.weight
+        assert torch.equal(weight, layer.weight), path
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("make", "config"), KEPT, ids=[make.__name__ for make, _ in KEPT])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_weights_stay_as_the_files_have_them(
+    make: Callable[..., tuple[Tensors, torch.Tensor]],
+    config: dict[str, Any],
+    family: str,
+    tmp_path: Path,
+    on_a_gpu: None,
+) -> None:
+    expected = expected_model(tmp_path, save(make_model(family), tmp_path, make, config))
+    model = load(tmp_path)
+    num_layers = model.config.num_hidden_layers
+    check(model, expected, num_merged=5 * num_layers)
+    stored = load_file(tmp_path / "model.safetensors")
+    codes = ("qweight", "weight_packed")
+    num_bytes = sum(t.nbytes for name, t in stored.items() if name.endswith(codes))
+    num_bytes += sum(t.nbytes for t in stored.values() if t.dtype == torch.float8_e4m3fn)
+    assert num_bytes < narrow_bytes(model) < 1.4 * num_bytes  # groups of 32 have large scales
+
+
+@pytest.mark.parametrize(
+    ("sizes", "merged_per_layer"),
+    [({"hidden_size": 256, "intermediate_size": 512, "head_dim": 128}, 5),
+     ({"hidden_size": 192, "intermediate_size": 320, "head_dim": 32}, 0)],
+)  # fmt: skip
+def test_blocks_are_merged_where_they_end_with_a_layer(
+    sizes: dict[str, int], merged_per_layer: int, tmp_path: Path, on_a_gpu: None
+) -> None:
+    model = make_model("llama", **sizes, num_key_value_heads=2, num_attention_heads=2)
+    expected = expected_model(tmp_path, save_in_blocks(model, tmp_path))
+    loaded = load(tmp_path)
+    check(loaded, expected, merged_per_layer * loaded.config.num_hidden_layers)
+
+
+def test_a_number_that_is_none_is_refused(tmp_path: Path, on_a_gpu: None) -> None:
+    def spoilt(layer: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        stored, wide = KEPT[0][0](layer, weight)
+        stored[f"{layer}.scales"][0, 0] = torch.inf
+        return stored, wide
+
+    save(make_model("llama"), tmp_path, spoilt, KEPT[0][1])
+    with pytest.raises(ModelError, match=r"q_proj\.weight|proj\.weight has codes or scales"):
+        load(tmp_path)
+
+
+def test_layers_stay_wide_without_a_gpu_and_in_float32(tmp_path: Path) -> None:
+    save(make_model("llama"), tmp_path, *KEPT[0])
+    architecture = checkpoint.read_architecture(tmp_path)
+    tensors = CheckpointTensors(tmp_path, architecture.fields)
+    assert tensors.narrow_format is not None
+    assert narrow_form(tensors, CPU, torch.bfloat16) is None
+    assert narrow_form(tensors, torch.device("cuda"), torch.float32) is None
+    assert narrow_bytes(load(tmp_path)) == 0
+
+
+def test_kernels_that_fail_their_trial_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(make_model("llama"), tmp_path, *KEPT[0])
+    tensors = CheckpointTensors(tmp_path, checkpoint.read_architecture(tmp_path).fields)
+    monkeypatch.setattr(narrow_linears.quant_linear, "check", lambda *_: "products are wrong by 9%")
+    assert narrow_form(tensors, torch.device("cuda"), torch.bfloat16) is None
+    assert "are widened, as this GPU's products are wrong by 9%" in caplog.text
+
+
+@pytest.mark.parametrize("form", [FP8_BLOCK, INT4_128, AWQ_128], ids=lambda form: form.name)
+def test_the_trial_finds_products_that_are_wrong(
+    form: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert quant_linear.check(form, torch.bfloat16, CPU) is None
+    right = QuantMatrix.widened
+    calls: list[None] = []
+
+    def wrong(self: QuantMatrix, payload: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        calls.append(None)
+        return right(self, payload, dtype) * (1 if len(calls) == 1 else 1.02)
+
+    monkeypatch.setattr(QuantMatrix, "widened", wrong)
+    assert "are wrong by 2.0%" in str(quant_linear.check(form, torch.bfloat16, CPU))

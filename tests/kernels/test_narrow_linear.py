@@ -1,0 +1,36 @@
+"""Linear layers in few bits, in Triton's interpreter where there is no GPU."""
+
+import pytest
+import torch
+
+from hotset.kernels.narrow_linear import narrow_linear, widen_matrix
+from hotset.linear.quant_linear import QuantMatrix, random_payload
+from hotset.weight_format import AWQ_128, FP8_BLOCK, FP8_ROW, INT4_128, MXFP4, WeightFormat
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter multiplies the bits of bfloat16 as integers.
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+FORMS = [
+    FP8_ROW,
+    FP8_BLOCK,
+    MXFP4,
+    INT4_128,
+    AWQ_128,
+    WeightFormat("int4", "float16", 1, 32, has_zeros=True),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.name} {form.scale}")
+@pytest.mark.parametrize("shape", [(96, 256), (200, 320)])  # the latter ends within blocks
+def test_both_ways_have_the_weights_of_the_reference(
+    form: WeightFormat, shape: tuple[int, int]
+) -> None:
+    matrix = QuantMatrix.of(form, shape)
+    payload = random_payload(matrix, torch.Generator().manual_seed(0)).to(DEVICE)
+    expected = matrix.widened(payload, DTYPE)
+    assert torch.equal(widen_matrix(payload, matrix, DTYPE), expected)
+    for num_rows in (1, 21):
+        x = torch.randn(num_rows, shape[1], device=DEVICE).to(DTYPE)
+        product = narrow_linear(x, payload, matrix)
+        torch.testing.assert_close(product, x @ expected.t(), rtol=1e-2, atol=1e-2)
+    assert narrow_linear(x[:0], payload, matrix).shape == (0, shape[0])
