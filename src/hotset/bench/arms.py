@@ -170,7 +170,8 @@ def options_of(
     memory = config.memory
     block_size = memory.block_size or layout.default_block_size
     block_bytes = layout.bytes_per_token * block_size
-    slot_bytes = slot_bytes_for(block_bytes)
+    of_rank, num_ranks = slot_bytes_for(block_bytes), config.layout.tp
+    slot_bytes = num_ranks * of_rank
     blocks = -(-work.kv_tokens // block_size)
     if work.prefixes and memory.hot_gib is not None:  # what pushes them out goes down too
         blocks += 2 * int(memory.hot_gib * GIB / block_bytes)
@@ -182,7 +183,7 @@ def options_of(
     if arm == "host":
         return config.but(host_gib=host_gib, disk_gib=0.0, disk_path=None)
     num_payloads = int(blocks * _DISK_PER_CONTEXTS) + 1
-    disk_gib = memory.disk_gib or (capacity_bytes_for(num_payloads, slot_bytes) + 1) / GIB
+    disk_gib = memory.disk_gib or num_ranks * (capacity_bytes_for(num_payloads, of_rank) + 1) / GIB
     parent = memory.disk_path
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)

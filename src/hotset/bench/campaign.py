@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from hotset.bench.runs import Bench, RunOptions, Say, describe_error
 from hotset.bench.verdict import verdict
 from hotset.bench.workload import TEXTS, Spec, Work, make_work
 from hotset.cpu_libraries import set_threads
+from hotset.engine.load import load_on_ranks
 from hotset.errors import ConfigError, EngineError
 from hotset.experts.disk import ExpertSink
 from hotset.model.dummy import load_dummy
@@ -75,10 +77,20 @@ def run_bench(
             f"the workload `{order.spec.workload}` is text, which no server is sent; give another "
             "workload, or leave out against"
         )
+    with ExitStack() as stack:
+        return _run_bench(order, say, keep, stack)
+
+
+def _run_bench(
+    order: Order, say: Say, keep: Callable[[BenchResult], None], stack: ExitStack
+) -> BenchResult:
     bench = client = None
     run_of: dict[str, Callable[[str, int], ArmRun]] = {}
     if order.arms:
-        bench = Bench(order.spec, order.config, _load(order, say), order.options, say)
+        loaded = _load(order, say)
+        if loaded.ranks is not None:
+            stack.callback(loaded.ranks.close)
+        bench = Bench(order.spec, order.config, loaded, order.options, say)
         run_of = dict.fromkeys(order.arms, bench.run)
         work = bench.work
     if (target := order.target) is not None:
@@ -149,24 +161,31 @@ def _load(order: Order, say: Say) -> LoadedModel:
     config = order.config
     start_s = time.perf_counter()
     set_threads(config.runtime.threads)
-    where: dict[str, Any] = {
-        "device": config.model.device,
-        "dtype": config.model.dtype,
-        "experts_on_host": needs_host_experts(order.arms, config),
-        "experts": ExpertSink(config.experts, read_deadline_s=config.memory.disk_read_deadline_s),
-    }
-    if order.dummy_weights:
-        name = config.model.model or _DUMMY_MODEL
-        loaded = load_dummy(name, router_skew=order.options.router_skew, **where)
-    else:
-        allowed = config.model.allow_widening
-        loaded = load_model(config.model.model, **where, allow_widening=allowed)
+    on_host = needs_host_experts(order.arms, config)
+    skew = order.options.router_skew
+    loaded = load_on_ranks(config, load_part, config, order.dummy_weights, skew, on_host)
     kind = "random weights" if order.dummy_weights else "weights"
     say.line(
         f"{loaded.name}: {kind}, {loaded.model.dtype} on {loaded.model.device}, "
         f"in {time.perf_counter() - start_s:.1f} s"
     )
     return loaded
+
+
+def load_part(
+    config: Options, dummy_weights: bool, router_skew: float | None, experts_on_host: bool
+) -> LoadedModel:
+    """What one rank has of the model that is measured; other ranks find this by its name."""
+    where: dict[str, Any] = {
+        "device": config.model.device,
+        "dtype": config.model.dtype,
+        "experts_on_host": experts_on_host,
+        "experts": ExpertSink(config.experts, read_deadline_s=config.memory.disk_read_deadline_s),
+    }
+    if dummy_weights:
+        return load_dummy(config.model.model or _DUMMY_MODEL, router_skew=router_skew, **where)
+    allowed = config.model.allow_widening
+    return load_model(config.model.model, **where, allow_widening=allowed)
 
 
 def _asked(order: Order, bench: Bench | None, client: Server | None) -> dict[str, Any]:

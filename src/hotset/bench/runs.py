@@ -331,6 +331,9 @@ class Bench:
     def _cost_model(self) -> CostModel | None:
         """None, with a note, where nothing can be predicted."""
         model = self._loaded.model
+        if (tp := self._config.layout.tp) > 1:
+            self.notes.append(f"no prediction: of tp={tp} only `hotset plan` makes some")
+            return None
         hardware = known_hardware(model.device, self._options.hardware)
         if hardware is None:
             self.notes.append(

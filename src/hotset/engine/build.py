@@ -30,6 +30,7 @@ from hotset.executor.local import LocalExecutor
 from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import Sampler
 from hotset.executor.simulated import Simulated
+from hotset.experts.gating import unpack_experts
 from hotset.grammar.json_bounds import JsonBounds
 from hotset.kernels.device import likely_hardware
 from hotset.kv.cache import KVCache
@@ -128,6 +129,8 @@ def build_rank(
 
     Raises what that raises.
     """
+    if isinstance(options.experts, HostedExperts):
+        unpack_experts(loaded.model)  # as an engine before may have packed them
     setup = RankSetup(options, loaded, defers_recording, StartTimes(), simulated)
     with ExitStack() as undo:
         sizes = setup.size()

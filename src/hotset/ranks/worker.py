@@ -1,5 +1,6 @@
 """The process of a rank that is not the driver's: it does what it is told until the driver ends."""
 
+import gc
 import os
 import pickle
 import queue
@@ -69,6 +70,9 @@ class _Worker:
                 self.report(Done({**machine_facts(), **rank.facts}))
                 self._replay(rank)
                 del rank
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()  # for the next engine
             else:
                 loaded = call.function(*call.arguments)
             self.report(Done(machine_facts()))

@@ -1,0 +1,67 @@
+"""From a folder to answers and a benchmark over two ranks, as users start them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tiny_models import make_model
+from tiny_tokenizer import make_tokenizer
+
+from hotset import LLM, SamplingParams
+from hotset.cli import cli
+from hotset.errors import ConfigError, ModelError
+from hotset.options import Options
+
+PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
+PROMPTS = [[5, 6, 7, 8], [9] * 20]
+
+
+def save(folder: Path, family: str, **changes: object) -> str:
+    make_model(family, **changes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def answers(model: str, **options: object) -> list[tuple[int, ...]]:
+    with LLM(model, device="cpu", max_model_len=64, **options) as llm:
+        return [tuple(one.token_ids) for one in llm.generate(PROMPTS, PARAMS)]
+
+
+def test_an_llm_of_two_ranks_answers_as_one_of_one(tmp_path: Path) -> None:
+    vocabulary = {"vocab_size": len(make_tokenizer()) + 3}
+    model = save(tmp_path, "mixtral", **vocabulary)
+    assert answers(model, tp=2) == answers(model)
+
+
+def test_what_cannot_be_spread_is_refused_in_one_line(tmp_path: Path) -> None:
+    model = save(tmp_path, "gpt_oss", vocab_size=len(make_tokenizer()))
+    with pytest.raises(ModelError, match="has no tensor-parallel plan in transformers"):
+        answers(model, tp=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"expert_slots": 2, "expert_cpu": "on"}, "expert_cpu is 'on', which works with one GPU"),
+        ({"hot_gib": 1.0, "move_split": True}, "move_split is True, which works with one GPU"),
+        ({"hot_tokens": 64}, "hot_tokens is 64, which works with one GPU"),
+        ({"device": "cuda:1"}, "device is 'cuda:1', but tp=2 takes the first GPUs; give cuda"),
+    ],
+)
+def test_options_of_one_gpu_are_refused(options: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Options.of(tp=2, **options)
+
+
+def test_the_benchmark_runs_over_two_ranks_and_verifies_its_arms(tmp_path: Path) -> None:
+    config = make_model("llama").config
+    config.save_pretrained(tmp_path)
+    out = tmp_path / "result.json"
+    asked = "--users 4 --turns 3 --first-tokens 32 --new-tokens 16 --output-tokens 4 --verify"
+    command = ["bench", "multiturn", "--model", str(tmp_path), "--dummy-weights", "--device", "cpu"]
+    command += [*asked.split(), "--arms", "hot,host+disk", "--tp", "2", "--out", str(out)]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0, result.output
+    assert "verified against hot: host+disk differs in 0 of 12 answers" in result.output
+    assert {run["arm"] for run in json.loads(out.read_text())["runs"]} == {"hot", "host+disk"}
