@@ -1,6 +1,6 @@
 """Workloads by name, with the model and the sizes of a published comparison: a row of data each."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,8 @@ def _moe(users: int, first_tokens: int, output_tokens: int, seed: int) -> Spec:
     )
 
 
+_C6 = Spec("multiturn", 256, 6, first_tokens=896, new_tokens=128, output_tokens=64, seed=1004)
+
 # Prompts are uniform random ids of `random.Random(1000 + index)`, in this order.
 PRESETS = {
     "A512": Preset(
@@ -107,10 +109,18 @@ PRESETS = {
         **_PEERS,
     ),
     "C6": Preset(
-        Spec("multiturn", 256, 6, first_tokens=896, new_tokens=128, output_tokens=64, seed=1004),
+        _C6,
         "256 users, 6 turns, 16 GiB of KV",
         hot_gib=16.0,
         **_PEERS,
+    ),
+    "H6": Preset(
+        replace(_C6, temperature=1.0),
+        "C6 of a hybrid: 256 users, 6 turns, 16 GiB of KV and state, all experts resident",
+        model="qwen3.5-35b-a3b",
+        hot_gib=16.0,
+        host_gib=64.0,
+        engine={**_PEERS["engine"], "expert_slots": 256},
     ),
     "D256": Preset(
         _moe(256, 512, 256, 1005),
