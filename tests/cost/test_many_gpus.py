@@ -114,8 +114,8 @@ def test_layouts_have_words_for_slices_and_keep_their_meaning_without() -> None:
     found = candidate_layouts(load_model("qwen3-30b-a3b"), 2)
     assert [str(layout) for layout in found] == [
         "dp=2",
-        "dp=2,ep=2",
         "dp=2,es=2",
+        "dp=2,ep=2",
         "tp=2",
         "tp=2,ep=2",
     ]
@@ -131,6 +131,15 @@ def test_layouts_have_words_for_slices_and_keep_their_meaning_without() -> None:
             "llama-3-8b", None, "tp=3",
             "tp=3 does not divide the 32 attention heads of llama-3-8b; possible: 1, 2, 4, 8, 16, "
             "32",
+        ),
+        (
+            "smollm2-135m", None, "tp=2",
+            "tp=2 does not divide the 9 attention heads of smollm2-135m; possible: 1, 3, 9",
+        ),
+        (
+            "llama-4-scout", None, "tp=5",
+            "tp=5 neither divides the 8 KV heads of llama-4-scout nor is a multiple of them; "
+            "possible: 1, 2, 4, 8, 40",
         ),
         (
             "qwen3-30b-a3b", "int4", "tp=8",

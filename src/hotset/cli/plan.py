@@ -20,6 +20,7 @@ from hotset.errors import PlanError
 from hotset.plan.planner import make_plan
 from hotset.plan.result import Plan
 from hotset.plan.serve_command import as_dict as serve_as_dict
+from hotset.plan.workload import Request
 
 EXAMPLES = ("moe-7.8x", "offload-3x")
 
@@ -114,7 +115,7 @@ def command(
         elif find:
             _find(options, find, as_json)
         else:
-            _single(make_plan(options.request()), as_json, explain, html)
+            _one(options.request(), as_json, explain, html)
 
 
 def _check_modes(chosen: list[str], explain: bool, as_json: bool, html: Path | None) -> None:
@@ -159,7 +160,26 @@ def _shown(plan: Plan) -> dict[str, object]:
     return {**plan.as_dict(), "serve": serve_as_dict(plan)}
 
 
-def _single(plan: Plan, as_json: bool, explain: bool, html: Path | None) -> None:
+def _one(request: Request, as_json: bool, explain: bool, html: Path | None) -> None:
+    """A single case; of GPUs without a layout the best one, after the three best."""
+    if request.layout is not None or request.gpus in (None, 1):
+        _single(make_plan(request), as_json, explain, html)
+        return
+    from hotset.plan.layouts import layouts_dict, layouts_table, rank_layouts
+
+    plans = rank_layouts(request)
+    if not (as_json or explain):
+        click.echo(f"{layouts_table(plans)}\n")
+    _single(plans[0], as_json, explain, html, layouts_dict(plans))
+
+
+def _single(
+    plan: Plan,
+    as_json: bool,
+    explain: bool,
+    html: Path | None,
+    beside: dict[str, object] | None = None,
+) -> None:
     if html:
         from hotset.plan.html import page
 
@@ -169,7 +189,7 @@ def _single(plan: Plan, as_json: bool, explain: bool, html: Path | None) -> None
             raise PlanError(f"--html {html} cannot be written: {error.strerror}") from error
         click.echo(f"wrote {html}", err=True)
     if as_json:
-        _print_json(_shown(plan))
+        _print_json({**_shown(plan), **(beside or {})})
     elif explain:
         from hotset.plan.explain import explain_plan
 

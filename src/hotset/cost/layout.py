@@ -89,23 +89,34 @@ def check_layout(layout: Layout, shape: ModelShape, gpus: int | None) -> None:
             f"layout {layout} needs {layout.gpus} GPUs and {gpus} are given; "
             f"raise --gpus or shrink the layout"
         )
-    for heads in shape.num_heads:
-        if heads % layout.tp:
-            fitting = [t for t in range(1, heads + 1) if all(h % t == 0 for h in shape.num_heads)]
-            raise PlanError(
-                f"tp={layout.tp} does not divide the {heads} attention heads of {shape.name}; "
-                f"possible: {', '.join(map(str, fitting))}"
-            )
-    kv_heads = shape.min_kv_heads
-    if not shape.is_mla and kv_heads % layout.tp and layout.tp % kv_heads:
-        raise PlanError(
-            f"tp={layout.tp} neither divides the {kv_heads} KV heads of {shape.name} nor is a "
-            f"multiple of them"
-        )
+    _check_heads(layout.tp, shape)
     if layout != Layout(layout.tp, layout.dp):
         _check_experts(layout, shape)
     if shape.moe_layers:
         _check_slices(layout, shape)
+
+
+def _check_heads(tp: int, shape: ModelShape) -> None:
+    """That `tp` GPUs can share the heads: of KV whole ones, or several GPUs the same one."""
+    kv_heads = 0 if shape.is_mla else shape.min_kv_heads
+
+    def is_fit(ranks: int) -> bool:
+        shares_kv = not kv_heads or kv_heads % ranks == 0 or ranks % kv_heads == 0
+        return shares_kv and all(heads % ranks == 0 for heads in shape.num_heads)
+
+    if is_fit(tp):
+        return
+    fitting = [ranks for ranks in range(1, max(shape.num_heads) + 1) if is_fit(ranks)]
+    possible = f"possible: {', '.join(map(str, fitting))}"
+    for heads in shape.num_heads:
+        if heads % tp:
+            raise PlanError(
+                f"tp={tp} does not divide the {heads} attention heads of {shape.name}; {possible}"
+            )
+    raise PlanError(
+        f"tp={tp} neither divides the {kv_heads} KV heads of {shape.name} nor is a multiple of "
+        f"them; {possible}"
+    )
 
 
 def _check_experts(layout: Layout, shape: ModelShape) -> None:
@@ -156,8 +167,8 @@ def candidate_layouts(shape: ModelShape, gpus: int) -> list[Layout]:
         layouts = [Layout(tp, dp)]
         if shape.moe_layers:
             sizes = sorted({gpus, *((8,) if gpus % 8 == 0 else ())} - {1})
-            layouts += [Layout(tp, dp, ep) for ep in sizes]
             layouts += [Layout(tp, dp, es=es) for es in sizes]
+            layouts += [Layout(tp, dp, ep) for ep in sizes]
         for layout in layouts:
             try:
                 check_layout(layout, shape, gpus)

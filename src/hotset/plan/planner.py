@@ -27,7 +27,10 @@ from hotset.plan.choices import (
 )
 from hotset.plan.hot_set import find_hot_set
 from hotset.plan.result import Plan
+from hotset.plan.text import seconds
 from hotset.plan.workload import Request
+
+_MOST_WITHOUT_NVLINK = 64e9  # bytes/s, of PCIe 5 x16
 
 
 def make_plan(request: Request) -> Plan:
@@ -224,12 +227,12 @@ def _causes(request: Request, cost: CostModel, choice: Choice) -> list[tuple[str
     """
     total = choice.step.expected_s
     gains: dict[str, float] = {}
-    for name, seconds in choice.step.parts.items():
-        if seconds <= 0:
+    for name, part_s in choice.step.parts.items():
+        if part_s <= 0:
             continue
         bound = choice.step.bounds.get(name)
         label = CAUSES[name] + (f" ({bound})" if bound else "")
-        gains[label] = total / (total - seconds) if seconds < total else math.inf
+        gains[label] = total / (total - part_s) if part_s < total else math.inf
     if choice.running < request.workload.users or choice.tiering != Tiering():
         dp = cost.layout.dp
         users = -(-request.workload.users // dp)
@@ -265,8 +268,15 @@ def _notes(
         notes.append(f"{slots * layout.ep - shape.num_experts} spare expert slots hold copies")
     if layout.ep > 1 and not request.routing.shares:
         notes.append("routing is taken as uniform; a measured histogram lowers tokens/s")
+    hw = request.hardware
+    comm_s = choice.step.parts["all_reduce"] + choice.step.parts["all_to_all"]
+    if comm_s and hw.peer_bytes_per_s <= _MOST_WITHOUT_NVLINK:
+        notes.append(
+            f"GPUs of {hw.name} have no NVLink: what they exchange takes {seconds(comm_s)} of each "
+            f"step of {seconds(choice.step.expected_s)}"
+        )
     dtype = shape.matrix_dtype
-    used, _ = request.hardware.flops_for(dtype)
+    used, _ = hw.flops_for(dtype)
     if WEIGHT_BITS[dtype] < 16 and used == "bf16":
-        notes.append(f"{request.hardware.name} multiplies {dtype} weights in bf16")
+        notes.append(f"{hw.name} multiplies {dtype} weights in bf16")
     return notes

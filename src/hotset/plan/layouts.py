@@ -1,0 +1,115 @@
+"""Every layout of a number of GPUs, best first, and why the first one wins. Imports no torch."""
+
+from dataclasses import replace
+
+from hotset.cost.layout import candidate_layouts
+from hotset.cost.step_time import CAUSES
+from hotset.errors import PlanError
+from hotset.plan.compare import compare_plans
+from hotset.plan.planner import make_plan
+from hotset.plan.result import Plan
+from hotset.plan.serve_command import why_not_served
+from hotset.plan.text import gib, rows, seconds
+from hotset.plan.workload import Request
+
+MOST_SHOWN = 3
+_EQUAL = 0.995  # of the tokens/s of the best: less is within what the model may be off
+
+
+def rank_layouts(request: Request) -> list[Plan]:
+    """A plan for each layout of the GPUs given that holds the model, most tokens/s first.
+
+    Of equal ones the simpler comes first.
+
+    Raises:
+        PlanError: none does.
+    """
+    assert request.gpus is not None
+    plans, first_error = [], None
+    for layout in candidate_layouts(request.shape, request.gpus):
+        try:
+            plans.append(make_plan(replace(request, layout=layout)))
+        except PlanError as error:
+            first_error = first_error or error
+    if not plans:
+        raise first_error or PlanError(
+            f"no layout of {request.gpus} GPUs fits {request.shape.name}"
+        )
+    return sorted(plans, key=lambda plan: -plan.tokens_per_s)
+
+
+def layouts_table(plans: list[Plan]) -> str:
+    """The three best layouts, and one line that says why the first is the best."""
+    first = plans[0]
+    table = [("", "tokens/s", "TPOT", "users in HBM", "HBM per GPU", "served", "most time")]
+    for plan in plans[:MOST_SHOWN]:
+        table.append(
+            (
+                str(plan.layout),
+                f"{plan.tokens_per_s:,.0f}",
+                seconds(plan.step.expected_s),
+                f"{plan.users_resident:,}",
+                gib(_used_bytes(plan)),
+                "no" if why_not_served(plan) else "yes",
+                CAUSES[_slowest(plan)],
+            )
+        )
+    title = f"Layouts of {first.gpus} x {first.request.hardware.name}, best first"
+    return f"{title}\n{rows(table, '  ')}\nWhy: {why_best(plans)}"
+
+
+def layouts_dict(plans: list[Plan]) -> dict[str, object]:
+    """For `--json`: the same."""
+    return {
+        "layouts": [
+            {
+                "layout": str(plan.layout),
+                "tokens_per_s": plan.tokens_per_s,
+                "tpot_s": plan.step.expected_s,
+                "users_resident": plan.users_resident,
+                "hbm_bytes_per_gpu": round(_used_bytes(plan)),
+                "why_not_served": why_not_served(plan) or None,
+                "most_time": CAUSES[_slowest(plan)],
+            }
+            for plan in plans[:MOST_SHOWN]
+        ],
+        "why": why_best(plans),
+    }
+
+
+def why_best(plans: list[Plan]) -> str:
+    """What the first layout has before the next slower one."""
+    first, *others = plans
+    if not others:
+        return f"{first.layout} is the only layout of {first.gpus} GPUs that holds the model"
+    slower = [plan for plan in others if plan.tokens_per_s < _EQUAL * first.tokens_per_s]
+    reason = _why(first, slower[0]) if slower else ""
+    if slower and slower[0] is others[0]:
+        return reason
+    return f"{first.layout} and {others[0].layout} are equally fast" + (reason and f"; {reason}")
+
+
+def _why(first: Plan, slower: Plan) -> str:
+    """More users at once, or which part of a step."""
+    [ratio] = compare_plans(["", ""], [slower, first])
+    if ratio.capacity > max(1.0, ratio.speed):
+        return (
+            f"{first.layout} runs {first.users_running:,} users at once, {slower.layout} "
+            f"{slower.users_running:,}"
+        )
+    parts, slower_parts = first.step.parts, slower.step.parts
+    cause = max(parts, key=lambda name: slower_parts[name] - parts[name])
+    return (
+        f"{first.layout} takes {seconds(first.step.expected_s)} per step, {seconds(parts[cause])} "
+        f"of them {CAUSES[cause]}; {slower.layout} takes {seconds(slower.step.expected_s)}, "
+        f"{seconds(slower_parts[cause])} of them for that"
+    )
+
+
+def _slowest(plan: Plan) -> str:
+    return max(plan.step.parts, key=lambda name: plan.step.parts[name])
+
+
+def _used_bytes(plan: Plan) -> float:
+    """HBM of each GPU that weights, experts, KV and workspace take."""
+    return (plan.hbm_bytes - plan.free_bytes - plan.reserve_bytes) / plan.gpus
