@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from engines import sizes_in_blocks
 from tiny_models import make_model
+from torch import distributed
 
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
@@ -13,16 +14,20 @@ from hotset.engine.load import load_on_ranks
 from hotset.model.cut_model import ModelCutter
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
+from hotset.parallel.collectives import all_reduce, gather_columns, use_symmetric_memory
 from hotset.parallel.group import current
 from hotset.ranks.driver import Ranks
 
 
-def load_tiny(family: str, seed: int, changes: dict[str, Any]) -> LoadedModel:
+def load_tiny(
+    family: str, seed: int, changes: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> LoadedModel:
     """This rank's part of a tiny model."""
     model = make_model(family, seed=seed, **changes)
     cutter = ModelCutter(model, family)
     cutter.cut_all(model)
     cutter.join_outputs(model)
+    model.to(current().device, dtype)
     return LoadedModel(model, None, family, f"{family}-{seed}", (2,), 512)
 
 
@@ -33,13 +38,15 @@ def make_ranked_engine(
     seed: int = 0,
     overlap: bool | None = None,
     model_changes: dict[str, Any] | None = None,
+    model_dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> Engine:
     """As `engines.make_engine`, of several ranks, which are left for other engines.
 
     Sizes are in blocks of each rank.
     """
-    loaded = replace(ranks.load(load_tiny, family, seed, model_changes or {}), ranks=ranks)
+    loaded = ranks.load(load_tiny, family, seed, model_changes or {}, model_dtype)
+    loaded = replace(loaded, ranks=ranks)
     options = sizes_in_blocks(loaded.model, num_ranks=ranks.size, **changes)
     return build_engine(Options.of(tp=ranks.size, **options), loaded, overlap=overlap)
 
@@ -64,3 +71,27 @@ def build_failing(options: Options) -> tuple[Engine, LoadedModel]:
     torch.set_num_threads(1)
     loaded = load_on_ranks(options, load_failing, "llama")
     return build_engine(options, loaded, owns_model=True), loaded
+
+
+def check_collectives() -> str:
+    """Sums and pieces of all sizes, launched and recorded; every rank runs it."""
+    note, rank = use_symmetric_memory(), current().rank
+    device = current().device
+    for num_rows in (1, 3, 64, 1000, 4096, 9000):
+        x = (torch.arange(num_rows * 4096, device=device) % 7 + rank).bfloat16().view(num_rows, -1)
+        expected = (torch.arange(num_rows * 4096, device=device) % 7 * 2 + 1).view(num_rows, -1)
+        assert torch.equal(all_reduce(x).long(), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            summed = all_reduce(x)
+            pieces = gather_columns(x[:, :100], 199)
+        for _ in range(3):
+            summed.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(summed.long(), expected)
+        others = x - rank + 1 - rank
+        left, right = (x, others) if rank == 0 else (others, x)
+        assert torch.equal(pieces, torch.cat([left[:, :100], right[:, :99]], 1))
+    distributed.barrier()
+    return note

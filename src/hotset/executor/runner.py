@@ -24,10 +24,12 @@ from hotset.errors import ModelError
 from hotset.executor.graphs import StepGraphs
 from hotset.executor.step_input import StepInput
 from hotset.experts.recorder import RoutingRecorder
+from hotset.libraries import first_line
 from hotset.linear.merged import merge_linears
 from hotset.memory.arena import DeviceArena
 from hotset.memory.state_arena import StateArena
 from hotset.metrics import HotCounts
+from hotset.parallel.group import current
 
 _log = logging.getLogger(__name__)
 
@@ -205,6 +207,10 @@ class ModelRunner:
             with _compiling():
                 return self._graphs.record_next()
         except RuntimeError as error:
+            if current().size > 1:  # a rank that launches would run steps of other sizes
+                raise ModelError(
+                    f"steps cannot be recorded ({first_line(error)}); try again with eager"
+                ) from error
             # A layer that asks the host while it runs, as loops over experts do.
             _log.warning("steps run without CUDA graphs, which is slower: %s", error)
             self._graphs = None

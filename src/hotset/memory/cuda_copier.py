@@ -155,6 +155,7 @@ class CudaCopier:
         self.num_ready_slots = last
 
     def _pin_rest(self) -> None:
+        torch.cuda.set_device(self._device)  # of this thread, whose own would be the first
         try:
             while self.num_ready_slots < self._num_slots and not self._is_closing:
                 self._pin_next_chunk()

@@ -123,7 +123,7 @@ def load_model(
         move_but_experts(model, target)
     notes = finish(model, dtype, architecture)
     cutter.cut_all(model)
-    if model.device != target:  # whole weights were read to the CPU
+    if not cutter.is_idle and model.device != target:  # whole weights were read to the CPU
         model.to(target)
     cutter.join_outputs(model)
     return LoadedModel(

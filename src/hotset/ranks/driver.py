@@ -191,13 +191,13 @@ class Ranks:
             self.is_in_step = False
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Within it rank 0 may wait for the others, and no longer than a step may take.
+    def waiting(self, most_s: float | None = None) -> Iterator[None]:
+        """Within it rank 0 may wait for the others, `most_s` or as long as a step may take.
 
         Raises:
             EngineError: a rank has failed, this one or another.
         """
-        self._due_s = time.monotonic() + self._step_timeout_s
+        self._due_s = time.monotonic() + (most_s or self._step_timeout_s)
         try:
             with self._naming():
                 yield

@@ -9,7 +9,7 @@ from hotset.executor.step_input import StepInput, StepResult
 from hotset.experts.recorder import RoutingRecorder
 from hotset.metrics import ExpertCounts, HotCounts
 from hotset.parallel.collectives import broadcast
-from hotset.ranks.driver import Ranks
+from hotset.ranks.driver import START_TIMEOUT_S, Ranks
 from hotset.ranks.log import Op, StepWriter, command
 from hotset.ranks.messages import Counted, RankReport
 from hotset.request import SamplingParams
@@ -73,7 +73,7 @@ class RankedExecutor:
     def warm_up(self) -> bool:
         """See `Executor`."""
         self._ranks.send(command(Op.WARM_UP))
-        with self._ranks.waiting():
+        with self._ranks.waiting(START_TIMEOUT_S):  # layers may be compiled
             return self.local.warm_up()
 
     def expert_counts(self) -> ExpertCounts | None:
