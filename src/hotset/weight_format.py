@@ -7,6 +7,7 @@ memory by it, and kernels read what it names. A weight is `code * scale`, or
 - e4m3: 8-bit floats. e2m1: 4-bit floats, 0 to 6 with a sign. int4: 0 to 15; 8 is subtracted where a
   group has no zero of its own. Codes of 4 bits lie two in a byte, the lower half first.
 - Scales of e8m0 are exponents of 2 with a bias of 127, a byte each. Zeros are a byte each.
+- Scales of rows are float32. They multiply what a row sums to: no weight is rounded by them.
 """
 
 import math
@@ -55,6 +56,7 @@ class WeightFormat:
         rows: of a group; None is all.
         columns: of a group; None is all.
         has_zeros: whether a group has a zero, which is subtracted from its codes.
+        has_row_scales: whether a row has a scale beside those of its groups.
     """
 
     code: Code
@@ -62,6 +64,7 @@ class WeightFormat:
     rows: int | None = 1
     columns: int | None = None
     has_zeros: bool = False
+    has_row_scales: bool = False
 
     @property
     def name(self) -> str:
@@ -70,6 +73,8 @@ class WeightFormat:
             return self.code
         if self.code == "e2m1" and self.scale == "e8m0" and self.columns == 32:
             return "mxfp4"
+        if self.code == "e2m1" and self.scale == "e4m3" and self.columns == 16:
+            return "nvfp4"
         what = "fp8" if self.code == "e4m3" else self.code
         if self.rows == 1:
             return what if self.columns is None else f"{what} in groups of {self.columns}"
@@ -91,7 +96,9 @@ class WeightFormat:
         return (*others, -(-rows // (self.rows or rows)), -(-columns // (self.columns or columns)))
 
     def planes(self, shape: tuple[int, ...], offset: int = 0) -> tuple[Plane, ...]:
-        """Codes, scales and zeros of `[..., N, K]`, one after another from `offset` on.
+        """Codes, scales, zeros and scales of rows of `[..., N, K]`, one after another.
+
+        The first begins at `offset`.
 
         Raises:
             ValueError: rows do not end with a byte.
@@ -108,11 +115,14 @@ class WeightFormat:
             planes.append(Plane(groups, self.scale, planes[-1].end, size))
         if self.has_zeros:
             planes.append(Plane(groups, "uint8", planes[-1].end, math.prod(groups)))
+        if self.has_row_scales:
+            planes.append(Plane(shape[:-1], "float32", planes[-1].end, 4 * math.prod(shape[:-1])))
         return tuple(planes)
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """Of all planes, without what aligns them."""
-        return self._code_bytes(shape) + math.prod(self.groups(shape)) * self.group_bits // 8
+        num_bytes = self._code_bytes(shape) + math.prod(self.groups(shape)) * self.group_bits // 8
+        return num_bytes + 4 * math.prod(shape[:-1]) * self.has_row_scales
 
     def bits(self, shape: tuple[int, ...] | None = None) -> float:
         """Of one number with its part of the group's.
@@ -134,6 +144,7 @@ class WeightFormat:
 FP8_ROW = WeightFormat("e4m3", "float32")
 FP8_BLOCK = WeightFormat("e4m3", "float32", 128, 128)
 MXFP4 = WeightFormat("e2m1", "e8m0", 1, 32)
+NVFP4 = WeightFormat("e2m1", "e4m3", 1, 16, has_row_scales=True)
 INT4 = WeightFormat("int4", "bfloat16", 1, 64)  # what experts are rounded to
 INT4_128 = WeightFormat("int4", "bfloat16", 1, 128)
 AWQ_128 = WeightFormat("int4", "float16", 1, 128, has_zeros=True)

@@ -176,8 +176,8 @@ def test_autofp8_has_one_scale_for_each_weight_and_its_own_name_for_those_of_kv(
 
 def test_other_algorithms_of_modelopt_are_refused_by_name(folder: Path) -> None:
     file = folder / "hf_quant_config.json"
-    file.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
-    assert "NVIDIA ModelOpt quantised by 'NVFP4'" in refusal(folder)
+    file.write_text(json.dumps({"quantization": {"quant_algo": "W4A8_AWQ"}}))
+    assert "NVIDIA ModelOpt quantised by 'W4A8_AWQ'" in refusal(folder)
     file.write_text("{")
     assert "hf_quant_config.json, which is damaged" in refusal(folder)
     edit_config(folder, quantization_config={"quant_method": "modelopt_fp4"})

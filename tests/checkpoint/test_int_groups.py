@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 from test_fp8_blocks import expected_model, is_narrow, logits
 from tiny_models import make_model
 
+from hotset.checkpoint import nvfp4 as nvfp4_reader
 from hotset.errors import ModelError
+from hotset.experts.narrow import NarrowLayout
 from hotset.model import checkpoint
 from hotset.model.loader import load_model
+from hotset.weight_format import NVFP4
 
 GROUP = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -118,6 +121,35 @@ def int_rows(layer: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return narrow(torch.int8, 1, layer, weight)
 
 
+def nvfp4(layer: str, weight: torch.Tensor, *, is_packed: bool) -> tuple[Tensors, torch.Tensor]:
+    """Random bits, with a factor of the layer's own."""
+    rows, columns = weight.shape
+    codes = torch.randint(0, 256, (rows, columns // 2)).byte()
+    scales = (1 + 15 * torch.rand(rows, columns // 16)).to(torch.float8_e4m3fn)
+    factor = torch.rand(1) * 1e-2 + 1e-3
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    values = torch.cat([values, -values])
+    numbers = torch.stack([values[(codes & 15).int()], values[(codes >> 4).int()]], -1).flatten(1)
+    wide = numbers * scales.float().repeat_interleave(16, -1)
+    if is_packed:
+        whole = 1 / factor
+        stored = {"weight_packed": codes, "weight_scale": scales, "weight_global_scale": whole}
+        more, wide = {"input_global_scale": torch.ones(1)}, wide * (1 / whole)
+    else:
+        whole = factor.reshape(())
+        stored = {"weight": codes, "weight_scale": scales, "weight_scale_2": whole}
+        more, wide = {"input_scale": torch.ones(())}, wide * whole
+    return {f"{layer}.{name}": part for name, part in (stored | more).items()}, wide
+
+
+def nvfp4_packed(layer: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    return nvfp4(layer, weight, is_packed=True)
+
+
+def nvfp4_modelopt(layer: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    return nvfp4(layer, weight, is_packed=False)
+
+
 def wide(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     groups = torch.arange(codes.shape[1]) // GROUP
     return (codes - zeros[:, groups]).float() * scales[:, groups].float()
@@ -132,6 +164,10 @@ def compressed(form: str, kind: str, strategy: str, bits: int, **more: Any) -> d
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": True}
 PACKED = compressed("pack-quantized", "int", "group", 4, group_size=GROUP)
+NVFP4_PACKED = compressed("nvfp4-pack-quantized", "float", "tensor_group", 4, group_size=16)
+NVFP4_MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+FLOAT_ROWS = compressed("float-quantized", "float", "channel", 8)
+FLOAT_WHOLE = compressed("float-quantized", "float", "tensor", 8)
 FORMS: list[tuple[Callable[..., tuple[Tensors, torch.Tensor]], dict[str, Any]]] = [
     (awq, AWQ),
     (gptq, GPTQ),
@@ -141,8 +177,10 @@ FORMS: list[tuple[Callable[..., tuple[Tensors, torch.Tensor]], dict[str, Any]]] 
         packed_with_zeros,
         compressed("pack-quantized", "int", "group", 4, group_size=GROUP, symmetric=False),
     ),
-    (float_rows, compressed("float-quantized", "float", "channel", 8)),
-    (float_whole, compressed("float-quantized", "float", "tensor", 8)),
+    (float_rows, FLOAT_ROWS),
+    (float_whole, FLOAT_WHOLE),
+    (nvfp4_packed, NVFP4_PACKED),
+    (nvfp4_modelopt, NVFP4_MODELOPT),
     (int_rows, compressed("int-quantized", "int", "channel", 8)),
 ]
 
@@ -222,7 +260,7 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(tmp_path: Path) -> None:
         {**PACKED, "transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
         {**PACKED, "sparsity_config": {"format": "sparse-24-bitmask"}},
         compressed("pack-quantized", "int", "group", 4, group_size=GROUP, actorder="group"),
-        compressed("nvfp4-pack-quantized", "float", "tensor_group", 4),
+        compressed("nvfp4-pack-quantized", "float", "tensor_group", 4, group_size=32),
         compressed("int-quantized", "int", "channel", 8, symmetric=False),
     ],
     ids=str,
@@ -234,4 +272,33 @@ def test_other_forms_are_left_to_their_package(
     make_model("llama").save_pretrained(tmp_path)
     edit_config(tmp_path, quantization_config=config)
     with pytest.raises(ModelError, match="need the package"):
+        load_model(str(tmp_path), device="cpu", dtype="float32")
+
+
+def test_nvfp4_is_read_as_its_specification_says() -> None:
+    """Golden values: all codes, under the scales 1.5 and 2**-9, and a factor that is not 1."""
+    codes = torch.arange(16).byte()
+    packed = torch.cat([codes[::2] | codes[1::2] << 4] * 2).view(1, 16)
+    scales = torch.tensor([[0x3C, 0x01]], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    numbers = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    numbers += [-number for number in numbers]
+    expected = torch.tensor([[n * 1.5 * 0.25 for n in numbers] + [n * 2**-11 for n in numbers]])
+    for kind, factor in (("modelopt", 0.25), ("packed", 4.0)):
+        parts = packed, scales, torch.tensor(factor)
+        got = nvfp4_reader.dequantise(*parts, kind=kind, dtype=torch.float32)
+        assert torch.equal(got, expected)
+        layout = NarrowLayout((1, 1, 32), (1, 32), NVFP4)
+        payload = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
+        for which in (0, 1):
+            layout.write(which, 0, payload, nvfp4_reader.planes(*parts, kind=kind))
+        for matrix in layout.dequantise(payload.unsqueeze(0), torch.float32):
+            assert torch.equal(matrix[0], expected)
+
+
+def test_nvfp4_without_its_factor_is_refused_by_name(tmp_path: Path) -> None:
+    save(make_model("llama"), tmp_path, nvfp4_modelopt, NVFP4_MODELOPT)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight_scale_2"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj\.weight_scale_2 is missing, expected F32"):
         load_model(str(tmp_path), device="cpu", dtype="float32")

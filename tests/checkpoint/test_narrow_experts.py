@@ -10,7 +10,22 @@ import torch
 from engines import run
 from safetensors.torch import load_file, save_file
 from test_fp8_blocks import save_in_blocks
-from test_int_groups import AWQ, GPTQ, PACKED, awq, gptq, packed
+from test_int_groups import (
+    AWQ,
+    FLOAT_ROWS,
+    FLOAT_WHOLE,
+    GPTQ,
+    NVFP4_MODELOPT,
+    NVFP4_PACKED,
+    PACKED,
+    awq,
+    float_rows,
+    float_whole,
+    gptq,
+    nvfp4_modelopt,
+    nvfp4_packed,
+    packed,
+)  # fmt: skip
 from test_int_groups import save as save_integers
 from tiny_models import make_model
 from tiny_tokenizer import make_backend
@@ -38,7 +53,7 @@ FP8_SIZES = {
     "moe_intermediate_size": 192,
     "head_dim": 128,
 }  # ragged: blocks of 128 and 64
-FORMS = ["mxfp4", "fp8_block", "awq", "packed"]
+FORMS = ["mxfp4", "fp8_block", "fp8_rows", "fp8_whole", "awq", "packed", "nvfp4", "nvfp4_packed"]
 
 
 def save_mxfp4(folder: Path) -> None:
@@ -67,6 +82,10 @@ def save(form: str, folder: Path) -> None:
             "awq": (awq, AWQ),
             "gptq": (gptq, GPTQ),
             "packed": (packed, PACKED),
+            "fp8_rows": (float_rows, FLOAT_ROWS),
+            "fp8_whole": (float_whole, FLOAT_WHOLE),
+            "nvfp4": (nvfp4_modelopt, NVFP4_MODELOPT),
+            "nvfp4_packed": (nvfp4_packed, NVFP4_PACKED),
         }
         save_integers(make_model("qwen3_moe", head_dim=128), folder, *makers[form])
     PreTrainedTokenizerFast(tokenizer_object=make_backend()).save_pretrained(folder)

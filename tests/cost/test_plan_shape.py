@@ -261,7 +261,9 @@ def test_what_only_modelopt_tells_of_counts_and_weights_may_be_given(tmp_path: P
     quantise(None)  # of KV alone
     assert load_model(str(tmp_path)).dense_bytes == wide.dense_bytes
     quantise("NVFP4")
-    with pytest.raises(PlanError, match="modelopt's NVFP4 is not known; name the weights"):
+    assert load_model(str(tmp_path)).dense_bytes < narrow.dense_bytes
+    quantise("W4A8_AWQ")
+    with pytest.raises(PlanError, match="modelopt's W4A8_AWQ is not known; name the weights"):
         load_model(str(tmp_path))
     assert load_model(str(tmp_path), "fp8").dense_bytes == narrow.dense_bytes
 

@@ -51,9 +51,10 @@ NARROW = """
 from dataclasses import replace
 from hotset.experts.narrow import NarrowLayout
 from hotset.kernels.narrow_experts import _gated_up, _suited, _weighted_down, planes_of
-from hotset.weight_format import FP8_BLOCK, INT4_128, MXFP4
+from hotset.weight_format import FP8_BLOCK, INT4_128, MXFP4, NVFP4
 
-FORMS = {"mxfp4": (MXFP4, 2880, 2880), "fp8": (FP8_BLOCK, 2048, 768), "int4": (INT4_128, 2048, 768)}
+FORMS = {"mxfp4": (MXFP4, 2880, 2880), "fp8": (FP8_BLOCK, 2048, 768), "int4": (INT4_128, 2048, 768),
+         "nvfp4": (NVFP4, 2048, 768)}
 form, hidden, middle = FORMS[sys.argv[1]]
 layout = NarrowLayout((2, middle, hidden), (hidden, middle), form)
 for mean_rows in map(float, sys.argv[2:]):
@@ -102,7 +103,7 @@ def test_weights_are_read_asynchronously_16_bytes_at_a_time() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["mxfp4", "fp8", "int4"])
+@pytest.mark.parametrize("form", ["mxfp4", "fp8", "int4", "nvfp4"])
 def test_narrow_weights_are_widened_in_registers(form: str) -> None:
     """Codes are read asynchronously, and no weight passes through shared memory on its way."""
     for shared_bytes, code in run(NARROW, form, "0.1", "8", "64"):

@@ -10,7 +10,7 @@ from hotset.experts.narrow import NarrowLayout
 from hotset.experts.random_payloads import random_payloads
 from hotset.kernels import narrow_experts as kernels
 from hotset.kernels.narrow_forms import Gate
-from hotset.weight_format import FP8_BLOCK, FP8_ROW, INT4, INT4_128, MXFP4, WeightFormat
+from hotset.weight_format import FP8_BLOCK, FP8_ROW, INT4, INT4_128, MXFP4, NVFP4, WeightFormat
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 NUM_EXPERTS, TOP_K = 16, 4
@@ -18,6 +18,7 @@ Layer = tuple[WeightFormat, Gate, int, int, torch.dtype]
 LAYERS: dict[str, Layer] = {
     "mxfp4": (MXFP4, GPT_OSS, 2880, 2880, torch.bfloat16),
     "mxfp4 half": (MXFP4, GPT_OSS, 2880, 2880, torch.float16),
+    "nvfp4": (NVFP4, SILU, 2048, 768, torch.bfloat16),
     "fp8 blocks": (FP8_BLOCK, SILU, 2048, 768, torch.bfloat16),
     "fp8 blocks, ragged": (FP8_BLOCK, SILU, 2048, 1408, torch.bfloat16),
     "fp8 rows": (FP8_ROW, SILU, 2048, 768, torch.bfloat16),

@@ -8,13 +8,14 @@ from hotset.experts.narrow import NarrowLayout
 from hotset.experts.random_payloads import random_payloads
 from hotset.kernels.narrow_experts import narrow_experts
 from hotset.kernels.narrow_forms import Gate, can_read
-from hotset.weight_format import FP8_BLOCK, FP8_ROW, INT4, MXFP4, WeightFormat
+from hotset.weight_format import FP8_BLOCK, FP8_ROW, INT4, MXFP4, NVFP4, WeightFormat
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 FORMS = [
     MXFP4,
+    NVFP4,
     FP8_BLOCK,
     FP8_ROW,
     INT4,
@@ -50,7 +51,7 @@ def layout_of(form: WeightFormat, gate: Gate, hidden: int, middle: int) -> Narro
 def test_narrow_experts_compute_what_their_widened_matrices_give(
     form: WeightFormat, hidden: int, middle: int, num_tokens: int
 ) -> None:
-    gate = GPT_OSS if form.rows == 1 and form.code == "e2m1" else SILU
+    gate = GPT_OSS if form == MXFP4 else SILU
     layout = layout_of(form, gate, hidden, middle)
     assert can_read(form)
     payloads = random_payloads(layout, NUM_EXPERTS, std=0.1).to(DEVICE)

@@ -93,16 +93,23 @@ def widened(form: WeightFormat, scale: float, dtype: torch.dtype, zero: int = 8)
     return layout.widen(0, payloads, dtype)[0][:, : 8 // form.code_bits]
 
 
-def check_pairs(got: torch.Tensor, expected: torch.Tensor) -> None:
-    low, high = expected[:, :1].expand(-1, 4), expected[:, 1:].expand(-1, 4)
+def check_pairs(got: torch.Tensor, expected: list[torch.Tensor]) -> None:
+    """`[256, 8]`: four low codes and four high ones, of the scales of `expected`."""
+    low, high = (torch.stack([each[:, part] for each in expected], 1) for part in (0, 1))
     assert torch.equal(got.view(torch.int16), torch.cat([low, high], 1).view(torch.int16))
+
+
+def halves(bits: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four numbers of 16 bits in two registers."""
+    return torch.tensor(bits[0] | bits[1] << 16), torch.tensor(bits[2] | bits[3] << 16)
 
 
 @pytest.mark.parametrize("exponent", range(129))
 def test_e2m1_opens_to_the_bits_of_the_reference_with_all_scales(exponent: int) -> None:
-    pair = torch.tensor((exponent + 126 << 7) * 0x10001)
-    got = opened(narrow_product._E2M1.value, 4, torch.bfloat16, **{"5": pair})
-    check_pairs(got, widened(MXFP4, exponent, torch.bfloat16))
+    exponents = [exponent, 128 - exponent, exponent // 2, 64]
+    first, second = halves([each + 126 << 7 for each in exponents])
+    got = opened(narrow_product._E2M1.value, 4, torch.bfloat16, **{"5": first, "6": second})
+    check_pairs(got, [widened(MXFP4, each, torch.bfloat16) for each in exponents])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -112,15 +119,18 @@ def test_int4_opens_to_the_bits_of_the_reference(dtype: torch.dtype, zero: int) 
     text = narrow_product._INT4_FLOAT16 if is_half else narrow_product._INT4_BFLOAT16
     name = str(dtype).removeprefix("torch.")
     form = WeightFormat("int4", name, 1, 32, has_zeros=True)  # type: ignore[arg-type]
-    minus = torch.tensor((zero | (0xE400 if is_half else 0xC300)) * 0x10001)
-    for scale in (0.0, 1.0, -0.01171875, 3.1415, 1e-6, 0.000976, 7.1e-5, 1000.0):
-        exact = torch.tensor(scale, dtype=dtype)
-        bits = int(exact.view(torch.int16)) & 0xFFFF
-        pair = torch.tensor(bits * 0x10001)
-        got = opened(text.value, 4, dtype, **{"5": pair, "9": minus})
-        expected = widened(form, float(exact), dtype, zero)
-        # Zeros may differ in their sign, which no sum tells.
-        check_pairs(got + 0.0, expected + 0.0)
+    zeros = [zero, 15 - zero, 8, 0]
+    minus = halves([each | (0xE400 if is_half else 0xC300) for each in zeros])
+    for chosen in ((0.0, 1.0, -0.01171875, 3.1415), (1e-6, 0.000976, 7.1e-5, 1000.0)):
+        exact = torch.tensor(chosen, dtype=dtype)
+        scales = halves([bits & 0xFFFF for bits in exact.view(torch.int16).tolist()])
+        registers = dict(zip("5678", (*scales, *minus), strict=True))
+        got = opened(text.value, 4, dtype, **registers)
+        expected = [
+            widened(form, float(scale), dtype, each) + 0.0
+            for scale, each in zip(exact, zeros, strict=True)
+        ]
+        check_pairs(got + 0.0, expected)  # zeros may differ in their sign, which no sum tells
 
 
 def test_e4m3_opens_to_its_value_over_256() -> None:

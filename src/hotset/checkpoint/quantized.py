@@ -10,7 +10,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from hotset.checkpoint.files import Stored
 from hotset.checkpoint.leftovers import is_harmless
-from hotset.cost.quantisation import int_form, modelopt_algorithm, narrow_weights, quant_config
+from hotset.cost.quantisation import (
+    int_form,
+    modelopt_algorithm,
+    narrow_weights,
+    nvfp4_kind,
+    quant_config,
+)
 from hotset.errors import ModelError
 
 # Dtypes, in safetensors' words, of plain weights, and of indices and masks. All others are narrow
@@ -30,7 +36,7 @@ _PACKAGES: dict[str, dict[str, str]] = {
     "hqq": {"hqq": "hqq"},
     "aqlm": {"aqlm": "aqlm"},
 }
-_DEQUANTISED = {"fp8", "mxfp8", "fbgemm_fp8", "mxfp4"}  # beside ModelOpt's FP8
+_DEQUANTISED = {"fp8", "mxfp8", "fbgemm_fp8", "mxfp4"}  # beside ModelOpt's
 _TAKE = "take the model's unquantised weights, a checkpoint in FP8 blocks, or a GGUF file"
 
 
@@ -68,11 +74,11 @@ def check_config(folder: Path, fields: Mapping[str, Any]) -> None:
     if config is None or method is None:
         return
     if method.startswith("modelopt"):
-        if (algorithm := modelopt_algorithm(config)) == "FP8":
+        if (algorithm := modelopt_algorithm(config)) in ("FP8", "NVFP4"):
             return
         raise ModelError(
             f"{folder} holds weights that NVIDIA ModelOpt quantised by {algorithm!r}; of its "
-            f"algorithms hotset reads 'FP8': {_TAKE}"
+            f"algorithms hotset reads 'FP8' and 'NVFP4': {_TAKE}"
         )
     if not method:
         raise ModelError(
@@ -101,6 +107,7 @@ def is_dequantised(fields: Mapping[str, Any]) -> bool:
         or method.startswith("modelopt")
         or int_form(config) is not None
         or narrow_weights(config) is not None
+        or nvfp4_kind(config) is not None
     )
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import safetensors
 import torch
 
-from hotset.checkpoint import fp8_blocks, int_groups, mxfp4, quantized
+from hotset.checkpoint import fp8_blocks, int_groups, mxfp4, nvfp4, quantized
 from hotset.checkpoint.files import read_headers, weight_files
-from hotset.cost.quantisation import IntForm, int_form, quant_config
+from hotset.cost.quantisation import IntForm, int_form, nvfp4_kind, quant_config
 from hotset.errors import ModelError
-from hotset.weight_format import MXFP4, Scale, WeightFormat
+from hotset.weight_format import MXFP4, NVFP4, Scale, WeightFormat
 
-Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales, zeros
+# Codes, scales, and zeros of groups or scales of rows.
+Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 _SCALES: dict[str, Scale] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Kernels multiply by more on the way. Weights of a model are far below 1.
@@ -68,7 +69,8 @@ class CheckpointTensors:
         self.narrow_format: WeightFormat | None = None
         shapes: dict[str, tuple[int, ...]] = {}
         folded: set[str] = set()
-        form = fp8_blocks.fp8_format(folder, fields, stored)
+        kind = nvfp4_kind(quant_config(fields) or {})
+        form = None if kind else fp8_blocks.fp8_format(folder, fields, stored)
         integers = int_form(quant_config(fields) or {})
         self.is_dequantised = quantized.is_dequantised(fields)
         if integers is not None:
@@ -79,6 +81,14 @@ class CheckpointTensors:
             for name, (codes, *_) in self._parts.items():
                 shapes[name] = int_groups.shape_of(integers, stored[codes])
                 folded.update(int_groups.unneeded(integers, name))
+        elif kind is not None:
+            self._parts = nvfp4.find_weights(folder, kind, stored)
+            self._dequantise = partial(nvfp4.dequantise, kind=kind)
+            self._planes = partial(nvfp4.planes, kind=kind)
+            self.narrow_format = NVFP4
+            for name, (codes, *_) in self._parts.items():
+                shapes[name] = nvfp4.shape_of(stored[codes])
+                folded.add(nvfp4.unneeded(kind, name))
         elif form is not None:
             scales = fp8_blocks.pair_scales(folder, form, stored)
             self._parts = {weight: (weight, name) for weight, name in scales.items()}
@@ -185,13 +195,15 @@ class CheckpointTensors:
     def _check_numbers(self, name: str, planes: Planes) -> None:
         """Refuse what is not a number: kernels would make one of it."""
         assert self.narrow_format is not None
-        codes, scales, _ = planes
+        codes, scales, more = planes
         if self.narrow_format.scale == "e8m0":
             is_bad = (scales > _LARGEST_EXPONENT).any()
         else:
             is_bad = ~(scales.float().abs() <= _LARGEST_SCALE).all()
         if self.narrow_format.code == "e4m3":
             is_bad |= (codes & 127 == 127).any()
+        if more is not None and self.narrow_format.has_row_scales:
+            is_bad |= ~(more.abs() <= _LARGEST_SCALE).all()
         if is_bad:
             most = "2" if self.narrow_format.scale == "e8m0" else "2**100"
             raise ModelError(

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from hotset.foreign_text import parse_json
-from hotset.weight_format import FP8_ROW, MXFP4, WeightFormat
+from hotset.weight_format import FP8_ROW, MXFP4, NVFP4, WeightFormat
 
 MODELOPT_FILE = "hf_quant_config.json"  # of NVIDIA ModelOpt; config.json need not name it
 
@@ -65,6 +65,8 @@ def stored_format(config: Mapping[str, Any]) -> WeightFormat | None:
         return FP8_ROW
     if method == "mxfp4":
         return MXFP4
+    if nvfp4_kind(config) is not None:
+        return NVFP4
     if (form := int_form(config)) is not None:
         scale: Literal["bfloat16", "float16"] = "bfloat16" if form.kind == "packed" else "float16"
         code: Literal["int4", "int8"] = "int4" if form.bits == 4 else "int8"
@@ -74,6 +76,24 @@ def stored_format(config: Mapping[str, Any]) -> WeightFormat | None:
         rows, columns = block or (None, None)
         return WeightFormat("e4m3" if kind == "float" else "int8", "float32", rows, columns)
     return None
+
+
+Nvfp4Kind: TypeAlias = Literal["modelopt", "packed"]
+
+
+def nvfp4_kind(config: Mapping[str, Any]) -> Nvfp4Kind | None:
+    """Whose names NVFP4 weights have; None where they are not stored so.
+
+    Args:
+        config: the `quantization_config`.
+    """
+    if str(config.get("quant_method")).startswith("modelopt"):
+        return "modelopt" if modelopt_algorithm(config) == "NVFP4" else None
+    weights = _compressed(config) or {}
+    is_packed = weights.get("format") == "nvfp4-pack-quantized" and weights.get("type") == "float"
+    is_grouped = weights.get("num_bits") == 4 and weights.get("group_size", 16) == 16
+    is_known = weights.get("strategy") == "tensor_group" and weights.get("symmetric", True)
+    return "packed" if is_packed and is_grouped and is_known else None
 
 
 @dataclass(frozen=True, slots=True)

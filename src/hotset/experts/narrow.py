@@ -36,6 +36,7 @@ _FLOATS4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1, OCP Microscaling Fo
 _DTYPES = {
     "uint8": torch.uint8,
     "e8m0": torch.uint8,
+    "e4m3": _FP8,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -46,7 +47,8 @@ LAYOUTS: "dict[str, NarrowLayout]" = {}
 
 Shape = tuple[int, ...]
 Largest = Callable[[torch.Tensor], torch.Tensor]
-Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales, zeros
+# Codes, scales, and zeros of groups or scales of rows.
+Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +60,13 @@ class NarrowMatrix:
             groups of its own then.
         codes: where its numbers are.
         scales: likewise.
-        zeros: None where groups have none.
+        more: zeros of groups, or scales of rows; None where there are neither.
     """
 
     shape: Shape
     codes: Plane
     scales: Plane
-    zeros: Plane | None
+    more: Plane | None
 
 
 class NarrowLayout:
@@ -145,25 +147,27 @@ class NarrowLayout:
     def widen(self, which: int, payloads: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The `[N, rows, columns]` up (0) or down (1) matrices of `[N, payload_bytes]` uint8."""
         matrix = self.matrices[which]
-        codes, scales, zeros = self.views(payloads, matrix)
-        values = _values(self.form, codes, zeros is not None)
-        if zeros is not None:
-            values -= self._spread(zeros.float(), matrix.shape)
+        codes, scales, more = self.views(payloads, matrix)
+        values = _values(self.form, codes, self.form.has_zeros)
+        if more is not None and self.form.has_zeros:
+            values -= self._spread(more.float(), matrix.shape)
         values *= self._spread(_factors(self.form, scales), matrix.shape)
+        if more is not None and self.form.has_row_scales:
+            values *= more.unsqueeze(-1)
         return values.to(dtype).reshape(len(payloads), -1, matrix.shape[-1])
 
     def views(self, payloads: torch.Tensor, matrix: NarrowMatrix) -> Planes:
         """`[N, *plane.shape]` of each plane, views of `[N, payload_bytes]` uint8."""
         codes, scales = (_view(payloads, plane) for plane in (matrix.codes, matrix.scales))
-        return codes, scales, None if matrix.zeros is None else _view(payloads, matrix.zeros)
+        return codes, scales, None if matrix.more is None else _view(payloads, matrix.more)
 
     def write(self, which: int, part: int, payload: torch.Tensor, planes: Planes) -> None:
         """Put the up (0) or down (1) matrix, or a part of it, into one `[payload_bytes]` uint8."""
-        for view, plane in zip(
-            self.views(payload.unsqueeze(0), self.matrices[which]), planes, strict=True
-        ):
+        matrix = self.matrices[which]
+        has_parts = len(matrix.shape) == 3
+        for view, plane in zip(self.views(payload.unsqueeze(0), matrix), planes, strict=True):
             if view is not None and plane is not None:
-                (view[0, part] if view.ndim > 3 else view[0]).copy_(plane)
+                (view[0, part] if has_parts else view[0]).copy_(plane)
 
     def _spread(self, groups: torch.Tensor, shape: Shape) -> torch.Tensor:
         """One number of each group as one that broadcasts to `[N, *shape]`."""

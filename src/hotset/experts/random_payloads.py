@@ -9,6 +9,7 @@ from hotset.weight_format import Code
 
 # Root mean square of the numbers that all codes stand for; of e4m3 without what are none.
 _CODE_RMS: dict[Code, float] = {"e4m3": 125.5, "e2m1": 2.93, "int4": 4.64}
+_GROUP_SCALE = 8.0  # where rows have scales too
 _SPREAD = 0.5  # scales are within this part of their mean
 
 
@@ -33,7 +34,7 @@ def random_payloads(
     payloads = torch.zeros(size, dtype=torch.uint8, device=device)
     scale = std / _CODE_RMS[layout.form.code]
     for matrix in layout.matrices:
-        codes, scales, zeros = layout.views(payloads, matrix)
+        codes, scales, more = layout.views(payloads, matrix)
         codes.random_(0, 256, generator=generator)
         if layout.form.code == "e4m3":
             codes.masked_fill_(codes & 127 == 127, 56)
@@ -41,9 +42,12 @@ def random_payloads(
             exponent = 127 + round(math.log2(scale))
             scales.random_(exponent - 1, exponent + 2, generator=generator)
         else:
+            mean = _GROUP_SCALE if layout.form.has_row_scales else scale
             drawn = torch.empty(scales.shape, device=device)
-            drawn.uniform_((1 - _SPREAD) * scale, (1 + _SPREAD) * scale, generator=generator)
+            drawn.uniform_((1 - _SPREAD) * mean, (1 + _SPREAD) * mean, generator=generator)
             scales.copy_(drawn)
-        if zeros is not None:
-            zeros.random_(0, 16, generator=generator)
+        if more is not None and layout.form.has_zeros:
+            more.random_(0, 16, generator=generator)
+        elif more is not None:
+            more.fill_(scale / _GROUP_SCALE)
     return payloads

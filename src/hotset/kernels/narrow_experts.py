@@ -21,7 +21,7 @@ from hotset.kernels.narrow_forms import CODES, Gate
 from hotset.kernels.narrow_product import RUN_COLUMNS, in_order, narrow_product
 from hotset.weight_format import WeightFormat
 
-_SCALES = {"float32": 0, "bfloat16": 1, "float16": 2, "e8m0": 3}
+_SCALES = {"float32": 0, "bfloat16": 1, "float16": 2, "e8m0": 3, "e4m3": 4}
 
 
 class Layout(Protocol):
@@ -222,12 +222,12 @@ def narrow_experts(
 
 
 def planes_of(form: WeightFormat, matrix: Any) -> tuple[Any, ...]:
-    """Code; where codes, scales and zeros begin; columns of a group, kind of scales, rows."""
-    zeros = -1 if matrix.zeros is None else matrix.zeros.offset
+    """Code; where codes, scales and what is more begin; a group's columns; kind of scales; rows."""
+    more = -1 if matrix.more is None else matrix.more.offset
     group = form.columns or triton.next_power_of_2(matrix.shape[-1])
     rows = form.rows or matrix.shape[-2]
     scale = _SCALES[str(form.scale)]
-    return CODES[form.code], matrix.codes.offset, matrix.scales.offset, zeros, group, scale, rows
+    return CODES[form.code], matrix.codes.offset, matrix.scales.offset, more, group, scale, rows
 
 
 def _scale_rows(up: Any, middle_size: int) -> int:
@@ -254,7 +254,7 @@ def _opens_in_pairs(form: WeightFormat, hidden: torch.Tensor) -> bool:
     if hidden.device.type != "cuda":
         return False
     if form.code == "e2m1":
-        return form.scale == "e8m0" and hidden.dtype == torch.bfloat16
+        return hidden.dtype == torch.bfloat16
     return form.code == "e4m3" or f"torch.{form.scale}" == str(hidden.dtype)
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from hotset.weight_format import WeightFormat
 
 CODES = {"e4m3": 0, "e2m1": 1, "int4": 2}
-_SCALES = ("float32", "bfloat16", "float16", "e8m0")
-_LEAST_GROUP = 32
+_SCALES = ("float32", "bfloat16", "float16", "e8m0", "e4m3")
+_LEAST_GROUP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,4 +26,8 @@ def can_read(form: WeightFormat) -> bool:
     """Whether the kernels widen what is stored so."""
     columns = form.columns
     is_power = columns is None or (columns >= _LEAST_GROUP and columns & (columns - 1) == 0)
-    return form.code in CODES and form.scale in _SCALES and is_power
+    # Scales of 8-bit floats come with those of rows, which take back what is left out of them.
+    fits = (form.scale == "e4m3") == form.has_row_scales and (
+        form.code == "e2m1" or not form.has_row_scales
+    )
+    return form.code in CODES and form.scale in _SCALES and is_power and fits

@@ -168,6 +168,9 @@ def narrow_product(  # type: ignore[no-untyped-def]
             weight = tl.reshape(weight, [COLUMNS, DEPTH // RUN, 4, 2, 2, 2, 2])
             weight = tl.permute(weight, [0, 1, 6, 3, 4, 2, 5])
         sums = tl.dot(tl.reshape(weight, [COLUMNS, DEPTH]), x, sums)
+    if PLANES[5] == 4:  # scales of rows
+        rows_at = (payload + PLANES[3]).to(tl.pointer_type(tl.float32))
+        sums *= (tl.load(rows_at + scale_row) * 256.0)[:, None]
     return sums
 
 
@@ -189,7 +192,7 @@ def _scales(payload, index, mask, PLANES: tl.constexpr):  # type: ignore[no-unty
 @triton.jit  # type: ignore[untyped-decorator]
 def _zeros(payload, index, mask, PLANES: tl.constexpr):  # type: ignore[no-untyped-def]
     """What is subtracted from 4-bit integers of groups."""
-    if PLANES[3] >= 0:
+    if PLANES[0] == 2 and PLANES[3] >= 0:
         zeros_at = (payload + PLANES[3]).to(tl.pointer_type(tl.uint8))
         zero = tl.load(zeros_at + index, mask=mask, other=0)
     else:
@@ -220,7 +223,11 @@ def _widen(  # type: ignore[no-untyped-def]
                 high -= zero.to(tl.float32)
             low, high = (low * factor).to(dtype), (high * factor).to(dtype)
         elif PLANES[0] == 1:  # a scale is 2 at most; with 2**126 it is a bfloat16 too
-            factor = ((scale.to(tl.int32) + 126) << 7).to(tl.int16)
+            if PLANES[5] == 3:
+                factor = ((scale.to(tl.int32) + 126) << 7).to(tl.int16)
+            else:
+                wide = (_open(scale, 0) * 2.0**126).to(tl.bfloat16)
+                factor = wide.to(tl.int16, bitcast=True)
             low, high = tl.inline_asm_elementwise(
                 _E2M1, "=r,=r,=r,=r,r,r,r", [codes, factor],
                 dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
@@ -249,6 +256,8 @@ def _factors(scale, PLANES: tl.constexpr):  # type: ignore[no-untyped-def]
     if PLANES[5] == 3:  # an exponent; that of 2**-127 has bits of its own
         bits = scale.to(tl.int32) << 23
         factor = tl.where(bits == 0, 0x400000, bits).to(tl.float32, bitcast=True)
+    elif PLANES[5] == 4:  # over 256, which sums take back
+        factor = _open(scale, 0)
     else:
         factor = scale.to(tl.float32)
     if PLANES[0] == 0:

@@ -28,7 +28,7 @@ from hotset.experts.weights import (
     is_experts,
 )
 from hotset.model.architecture import Architecture
-from hotset.weight_format import WeightFormat
+from hotset.weight_format import MXFP4, WeightFormat
 
 _NUM_THREADS = 4
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -150,7 +150,7 @@ def find_narrow_experts(
     if tensors.narrow_format is None or len(kinds) != 1:
         return None
     first = next(iter(layers.values()))
-    is_stacked = tensors.narrow_format.code == "e2m1"
+    is_stacked = tensors.narrow_format == MXFP4
     narrow = narrow_layout_of(first, tensors.narrow_format)
     if narrow is None:
         return None
@@ -196,7 +196,7 @@ def narrow_layout_of(experts: LayerExperts, form: WeightFormat) -> NarrowLayout 
     up, down = (
         _as_rows(shape, experts.layout) for shape in (experts.layout.up, experts.layout.down)
     )
-    if experts.has_gate and form.code != "e2m1":
+    if experts.has_gate and form != MXFP4:
         up = (2, up[0] // 2, up[1])
     try:
         return NarrowLayout(up, down, form)
