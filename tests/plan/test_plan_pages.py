@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from hotset.cli.plan import command
 from hotset.cost.hardware import hardware_from_json, load_hardware, probe_path
+from hotset.plan import expert_links
 from hotset.plan.example_moe import moe_example
 from hotset.plan.example_offload import offload_example
 
@@ -44,6 +45,37 @@ def test_moe_example_reaches_and_misses_its_figure() -> None:
     assert figures["one_node_8_users"] < 1
     assert all(7 < entry["ratio"] < 11 for entry in figures["kv_on_host"])
     assert "When it is not so" in text
+
+
+def test_moe_example_names_three_ways_and_what_was_measured_beside_the_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(expert_links, "_FILE", str(tmp_path / "none.json"))
+    text, data = moe_example()
+    titles = re.findall(r"^\d\. .*$", text, re.MULTILINE)
+    assert [title[:12] for title in titles] == [
+        "1. Experts o", "2. KV copies", "3. KV that d", "4. When it i",
+    ]  # fmt: skip
+    rows: Any = data["expert_links"]
+    assert [row["measured_2"] for row in rows] == [None] * 6 and text.count("not measured") == 6
+    served, step = rows[0]["ratio"], rows[1]["ratio"]
+    assert served["8"] == pytest.approx(7.98, abs=0.02) and step["8"] == pytest.approx(
+        7.16, abs=0.03
+    )
+    assert min(served["2"], step["2"]) >= 1.9
+    shared: Any = data["expert_links_shared"]
+    assert all(ratio < 5 for ratio in shared.values())
+    assert max(map(len, text.splitlines())) <= 100
+
+    file = tmp_path / "rows.json"
+    name = rows[0]["row"]
+    times = [{"row": name, "gpus": gpus, "measured_s": s} for gpus, s in ((1, 32.6), (2, 17.0))]
+    file.write_text(json.dumps({"rows": [*times, {"row": name, "gpus": 4, "measured_s": None}]}))
+    monkeypatch.setattr(expert_links, "_FILE", str(file))
+    text, data = moe_example()
+    rows = data["expert_links"]
+    assert rows[0]["measured_2"] == pytest.approx(32.6 / 17.0) and rows[1]["measured_2"] is None
+    assert "1.92x\n" in text and text.count("not measured") == 5
 
 
 def test_offload_example_says_what_three_times_needs_and_when_it_loses() -> None:
