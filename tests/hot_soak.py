@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from engines import run
 from tiny_models import SPARSE_FAMILIES
 
 from hotset.engine.engine import Engine
 from hotset.errors import OutOfBlocksError
+from hotset.executor.sampler import PendingTokens
+from hotset.executor.step_input import SampleInput
 from hotset.request import FinishReason, SamplingParams
 from hotset.sequence import Request
 
@@ -32,7 +35,7 @@ EVENTS = (
         "forked",
         "mixed_steps",
     ),
-    *("host_full", "step_failed", "disk_io_error", "disk_corrupt", "disk_full"),
+    *("host_full", "step_failed", "not_finite", "disk_io_error", "disk_corrupt", "disk_full"),
     *("found in device", "found in host", "found in disk"),
 )
 
@@ -42,7 +45,8 @@ def soak(
 ) -> Counter[str]:
     """Run requests to their ends; every answer must be a resident engine's, and all come back.
 
-    Answers of requests that were aborted, or that a failed step ended, must be its beginning.
+    Answers of requests that were aborted, that a failed step ended, or whose logits were NaN, must
+    be its beginning. With some seeds index keys have 8 bits.
 
     Args:
         make_engine: `engines.make_engine`, whose engines the caller closes.
@@ -56,12 +60,12 @@ def soak(
     rng = random.Random(seed)
     family = rng.choice(list(SPARSE_FAMILIES))
     prompts = make_prompts(rng, num_requests)
-    resident = make_engine(family, hot_blocks=1000, hot_tokens=0, model_changes=WIDE, seed=seed)
+    same = {"model_changes": WIDE, "seed": seed, "index_dtype": "fp8" if seed % 3 == 2 else "auto"}
+    resident = make_engine(family, hot_blocks=1000, hot_tokens=0, **same)
     expected = run(resident, prompts, max_tokens=MAX_TOKENS)
     engine = make_engine(
         family,
-        model_changes=WIDE,
-        seed=seed,
+        **same,
         hot_blocks=rng.randint(40, 60),
         host_blocks=rng.choice([30, 60, 120]),  # one context takes up to 21
         hot_tokens=rng.choice([16, 20, 32]),
@@ -73,7 +77,12 @@ def soak(
         disk_mib=3,
         disk_path=folder,
     )
-    with faults_of_disk(rng), faults_of_host_memory(engine, rng), faults_of_fetches(engine, rng):
+    with (
+        faults_of_disk(rng),
+        faults_of_host_memory(engine, rng),
+        faults_of_fetches(engine, rng),
+        faults_of_logits(engine, seed),
+    ):
         return _Soak(engine, rng, prompts, expected).run()
 
 
@@ -258,4 +267,22 @@ def faults_of_fetches(engine: Engine, rng: random.Random) -> Iterator[None]:
         gather(*args, **options)
 
     with patch.object(hot, "_gather", break_off):
+        yield
+
+
+@contextmanager
+def faults_of_logits(engine: Engine, seed: int) -> Iterator[None]:
+    """Now and then one request's are NaN."""
+    sampler: Any = engine.executor.sampler  # type: ignore[attr-defined]
+    chance, submit = random.Random(seed), sampler.submit
+
+    def poison(logits: torch.Tensor, sample: SampleInput) -> PendingTokens:
+        rows = [row for row in range(len(logits)) if chance.random() < 0.004]
+        if rows:
+            logits = logits.clone()
+            logits[rows] = torch.nan
+        pending: PendingTokens = submit(logits, sample)
+        return pending
+
+    with patch.object(sampler, "submit", poison):
         yield
