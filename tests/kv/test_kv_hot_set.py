@@ -252,10 +252,14 @@ def test_who_ends_while_index_keys_come_leaves_their_places_once_they_came(
 ) -> None:
     scheduler, _, request = preempted(fake_tiers)
     run(scheduler)
+    pool, slots = scheduler.kv.pool, list(request.kv.slot_blocks)
+    assert request.kv.block_table[:2] == [block | KEYS_ALONE for block in slots]
     fake_tiers.end_fetch()
     scheduler.kv.poll()
 
     scheduler.finish(request, FinishReason.ABORT)
+
+    assert [pool.ref_count(block) for block in slots] == [0, 1]  # the other is to be written to
 
     index_blocks = scheduler.kv.tables.index_blocks
     assert index_blocks is not None and index_blocks.num_used == 5

@@ -135,9 +135,10 @@ class HotSet:
             return None
         if not self._transfers.can_take(self._num_left_at_end(request) - num_full):
             return None
-        num_lacking = max(0, num_full - index_blocks.num_free)
+        num_slot_blocks = self._seats.blocks_per_seat  # which keep index keys too
+        num_lacking = max(0, num_full - num_slot_blocks - index_blocks.num_free)
         num_carved = -(-num_lacking // index_blocks.fewest_per_block)
-        num_blocks = self._seats.blocks_per_seat + num_carved + bool(num_partial)
+        num_blocks = num_slot_blocks + num_carved + bool(num_partial)
         return num_blocks if num_blocks < len(keys) else None
 
     def go_on(self, request: Request) -> bool:
@@ -156,7 +157,9 @@ class HotSet:
         empty = [SlotBlock(DeviceBlock(block), None) for block in kv.slot_blocks]
         seat = self._seats.take(empty)
         kv.seat, kv.num_shared_blocks = seat.number, 0
-        kv.block_table, kv.num_index_blocks = [index_blocks.take() for _ in slots], num_full
+        kv.block_table = list(map(index_blocks.keep_own, kv.slot_blocks))
+        kv.block_table += [index_blocks.take() for _ in slots[len(kv.slot_blocks) :]]
+        kv.num_index_blocks = num_full
         for index, slot in enumerate(slots):
             assert slot is not None
             self._seats.place(seat, index, HostSlot(slot))

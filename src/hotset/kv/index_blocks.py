@@ -80,6 +80,11 @@ class IndexBlocks:
         self._num_used += 1
         return block | KEYS_ALONE
 
+    def own_block(self, block: int) -> int | None:
+        """The block that keeps its own index keys as this index block; None for a carved one."""
+        number = block ^ KEYS_ALONE
+        return number if number in self._own else None
+
     def give_back(self, block: int) -> None:
         """An index block is free."""
         self._num_used -= 1

@@ -137,6 +137,10 @@ class BlockTransfers:
                 self._loading[key].waiters.remove((request, index))
         if left:
             self._bringing.update(dict.fromkeys(left))
+            assert self._index_blocks is not None
+            for own in map(self._index_blocks.own_block, left):
+                if own is not None:  # a slot of the request, to be written until then
+                    self._pool.hold(own)
             kv.block_table = [block for block in kv.block_table if block not in left]
             kv.num_index_blocks -= len(left)
         kv.arriving.clear()
@@ -218,7 +222,10 @@ class BlockTransfers:
         assert ended.ok, "what host memory keeps did not come"
         waiter = self._bringing.pop(ended.block)
         if waiter is None:
+            own = self._index_blocks.own_block(ended.block)
             self._index_blocks.give_back(ended.block)
+            if own is not None:
+                self._pool.release(own)
             return
         request, index = waiter
         del request.kv.arriving[index]
