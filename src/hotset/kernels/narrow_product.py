@@ -139,12 +139,11 @@ def narrow_product(  # type: ignore[no-untyped-def]
     IS_WHOLE: tl.constexpr = K % DEPTH == 0
     dtype: tl.constexpr = x_at.dtype.element_ty
     g = tl.arange(0, DEPTH // WIDTH)[None, :, None, None]
-    unit = tl.arange(0, WIDTH // UNIT)[None, None, :, None]
-    j = tl.arange(0, UNIT // PER_BYTE)[None, None, None, :]
-    byte = g * (WIDTH // PER_BYTE) + unit * (UNIT // PER_BYTE) + j
-    # Without this hint, which has to be on the pointer, codes are loaded byte by byte.
+    byte = tl.arange(0, DEPTH // PER_BYTE)[None, :]
+    # Without this hint, which has to be on the pointer, codes are loaded byte by byte; and with
+    # more than two dimensions neighbours of a warp would load from a row each.
     codes_at = tl.multiple_of(payload.to(tl.pointer_type(tl.uint8)), 16) + PLANES[1]
-    codes_at += row[:, None, None, None] * (K // PER_BYTE) + byte
+    codes_at += row[:, None] * (K // PER_BYTE) + byte
     first_group = scale_row[:, None, None, None] * NUM_GROUPS + g
     i = tl.arange(0, DEPTH)[:, None]
     if PER_BYTE == 1:
@@ -156,6 +155,7 @@ def narrow_product(  # type: ignore[no-untyped-def]
         x = tl.load(x_at + start, mask=is_input, other=0.0)
         is_code = IS_WHOLE | (start // PER_BYTE + byte < K // PER_BYTE)
         codes = tl.load(codes_at + start // PER_BYTE, mask=is_code, other=0)
+        codes = tl.reshape(codes, [COLUMNS, DEPTH // WIDTH, WIDTH // UNIT, UNIT // PER_BYTE])
         is_group = IS_WHOLE | (start // GROUP + g < NUM_GROUPS)
         group = first_group + start // GROUP
         scale = _scales(payload, group, is_group, PLANES)
