@@ -196,6 +196,11 @@ class FakeTiers:
             if key in self.spilling:
                 self.discarded.add(key)
 
+    def demote(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            if key in self.stored:
+                self.stored = {key: self.stored.pop(key), **self.stored}
+
     def touch(self, keys: Sequence[bytes]) -> None:
         for key in keys:
             if key in self.stored:

@@ -194,3 +194,24 @@ def test_a_place_that_the_server_names_is_found_by_the_second_request(
         assert [tokens] == expected
         counts.append(found(engine))
     assert counts == [0, 2 * GRID, 4 * GRID]
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_state_that_its_own_chat_has_passed_goes_before_older_ones_of_others(
+    is_named: bool, make_engine: MakeEngine
+) -> None:
+    engine = make_engine("qwen3_5_text", **ROOM, block_size=GRID)
+    assert engine.kv.states is not None
+    run(engine, [make_prompt(100, seed=5)], max_tokens=4)
+    turn = make_prompt(2 * GRID + 2)
+    run(engine, [turn], max_tokens=4)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    places = [2 * GRID] if is_named else []
+    engine.add_request([*turn[:-1], *make_prompt(70, seed=2)], params, snapshot_at=places)
+    while engine.has_work:
+        engine.step()
+    assert found(engine) == 2 * GRID
+    pool, [used] = engine.kv.states.slots.pool, engine.kv.states._used
+    pool.allocate(pool.num_free)
+    pool.allocate(1)  # the first to go
+    assert (pool.lookup(used) is not None) is is_named

@@ -145,6 +145,12 @@ class BlockPool:
             if not self._ref_count[block]:
                 self._become_free(block)
 
+    def demote(self, key: bytes) -> None:
+        """Evict a cached block first; one that is held or not there stays as it is."""
+        block = self._block_of.get(key)
+        if block is not None:
+            self._cached.demote(block)
+
     def forget_cached(self) -> None:
         """Drop the content of every cached block; they become free."""
         while len(self._cached):

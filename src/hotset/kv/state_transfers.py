@@ -146,6 +146,10 @@ class StateTransfers:
         self._metrics.spilled_states += bool(missing)
         return True
 
+    def demote(self, key: bytes) -> None:
+        """Have a state leave host memory before others."""
+        self._tiers.demote(self.keys(key))
+
     def discard(self, key: bytes) -> None:
         """Forget a state in the tiers."""
         self._tiers.discard(self.keys(key))

@@ -25,7 +25,7 @@ _MISS = Found(Answer.MISS)
 # Places that a request may go on from which are compared, and that are looked for at once.
 _MOST_PLACES = 3
 _AT_ONCE = 64
-# States of which is remembered how slow a tier they went to.
+# States of which is remembered how slow a tier they went to, or how often they were used.
 _MOST_NOTED = 2**16
 # Of all slots, those that may be on their way down beside the running requests'.
 _SPILLING_PART = 4
@@ -89,6 +89,7 @@ class States:
         self._transfers, self._policy = transfers, policy
         self._due: OrderedDict[bytes, int] = OrderedDict()  # to go down -> to which tier at most
         self._noted: OrderedDict[bytes, int] = OrderedDict()  # likewise, those that did
+        self._used: OrderedDict[bytes, int] = OrderedDict()  # -> requests that went on from it
 
     # Where a request goes on
 
@@ -201,6 +202,8 @@ class States:
         assert awaited is not None and kv.num_computed_tokens == awaited.num_tokens
         if not awaited.is_own:
             self._metrics.state_hits[awaited.tier] += 1
+            key = kv.kept_states[0].key
+            _note(self._used, key, self._used.get(key, 0) + 1)
         self._drop_parked(request)
 
     def bring_closer(self, start: Start) -> None:
@@ -257,6 +260,21 @@ class States:
         key = tail if num_partial else self._prefixes.extend(request)[index - 1]
         if key is not None and self._prefixes.are_shared and self.slots.leave(request, key):
             self._offer(request, kv.num_computed_tokens, key)
+        self._demote_start(request)
+
+    def _demote_start(self, request: Request) -> None:
+        """Have the state that no other request has gone on from go first, as there is a newer one.
+
+        Not where the server says that other prompts repeat what is before it.
+        """
+        kept = request.kv.kept_states
+        if len(kept) < 2 or self._used.get(kept[0].key) != 1:
+            return
+        grid = self.slots.grid
+        if kept[0].num_tokens not in {place // grid * grid for place in request.snapshot_at}:
+            self.slots.pool.demote(kept[0].key)
+            if self._transfers is not None:
+                self._transfers.demote(kept[0].key)
 
     def take_back(self, request: Request) -> None:
         """Take the slots of a request that does not run; what it has not left is lost."""
@@ -301,9 +319,7 @@ class States:
             if slot is None:
                 self._metrics.dropped_states += 1
             elif transfers.spill(key, slot, slowest=slowest):
-                self._noted[key] = slowest
-                if len(self._noted) > _MOST_NOTED:
-                    self._noted.popitem(last=False)
+                _note(self._noted, key, slowest)
 
     def park(self, request: Request) -> None:
         """Leave the state of a request that is preempted where the request finds it again."""
@@ -368,3 +384,10 @@ class States:
         self.slots.pool.check()
         if self._transfers is not None:
             self._transfers.check()
+
+
+def _note(noted: OrderedDict[bytes, int], key: bytes, number: int) -> None:
+    noted[key] = number
+    noted.move_to_end(key)
+    if len(noted) > _MOST_NOTED:
+        noted.popitem(last=False)

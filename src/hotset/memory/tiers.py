@@ -287,6 +287,11 @@ class TierStack:
             for key in keys:
                 self.host.touch(key)
 
+    def demote(self, keys: Sequence[bytes]) -> None:
+        """Have payloads leave host memory first that may be evicted."""
+        for key in keys:
+            self.host.demote(key)
+
     # The engine's step
 
     @property
