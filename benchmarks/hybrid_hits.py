@@ -121,22 +121,26 @@ def run_turn(
     engine: Engine, encoder: PromptEncoder, chats: Chats, num_output: int, *, named: bool
 ) -> dict[str, int]:
     """A turn of each conversation, all at once."""
-    prompts, params = {}, SamplingParams(max_tokens=num_output, ignore_eos=True)
+    prompts, attainable = {}, {}
+    params = SamplingParams(max_tokens=num_output, ignore_eos=True)
     counts = {"prompt": 0, "attainable": 0, "found": 0}
     for number, messages in enumerate(chats.messages):
         messages.append({"role": "user", "content": chats.text(40, 160)})
         prompt = encoder.encode_chat(messages)
         places = prompt.repeated if named else ()
-        prompts[engine.add_request(list(prompt), params, snapshot_at=places)] = number, prompt
+        request_id = engine.add_request(list(prompt), params, snapshot_at=places)
+        prompts[request_id] = number, prompt
+        attainable[request_id] = chats.attainable(prompt)
         counts["prompt"] += len(prompt)
-        counts["attainable"] += chats.attainable(prompt)
+    counts["attainable"] = sum(attainable.values())
     outputs: dict[str, list[int]] = {request_id: [] for request_id in prompts}
-    found = engine.metrics.cached_tokens.total()
     while engine.has_work:
         for output in engine.step():
             assert output.error is None, output.error
             outputs[output.request_id] += output.token_ids
-    counts["found"] = engine.metrics.cached_tokens.total() - found
+            if output.finish_reason is not None:  # some find what others of this turn had computed
+                found = min(output.cached_tokens, attainable[output.request_id])
+                counts["found"] += found
     for request_id, (number, prompt) in prompts.items():
         ids = outputs[request_id]
         chats.seen.append(np.array([*prompt, *ids[:-1]]))
@@ -201,10 +205,13 @@ def main() -> None:
             "# Prefix hits of a model with a state beside KV",
             "",
             f"A tiny Qwen3.5 in float32. {args.users} conversations of {args.turns} turns share "
-            f"{args.systems} system messages; a turn has 40 to 160 words and "
-            f"{args.output_tokens} tokens of output, half of them reasoning. *Attainable* is a",
-            "token of a prompt that begins as an earlier one with its output did; *share* is found "
-            "tokens of these. *named*: the server names where prompts are likely to be repeated.",
+            f"{args.systems} system messages; a turn has 40 to 160 words and",
+            f"{args.output_tokens} tokens of output, half of them reasoning. A token is "
+            "*attainable* where its prompt begins as one of an",
+            "earlier turn with its output did; *share* is the part of these that was found. "
+            "*named*: the server names where prompts are likely",
+            "to be repeated. States that were staged from disk ahead of their turn are counted as "
+            "from host memory.",
             "",
             record.table(rows),
             "",

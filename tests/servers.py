@@ -29,10 +29,10 @@ KEY = "sk-alice-0123456789"
 CHAT = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0, "max_tokens": 6}
 
 
-def build(config: Options, context: int = 512) -> tuple[Engine, LoadedModel]:
+def build(config: Options, context: int = 512, family: str = "llama") -> tuple[Engine, LoadedModel]:
     """An engine over a tiny random model, instead of `config.model.model`."""
     torch.set_num_threads(1)
-    model = make_model("llama", vocab_size=VOCAB_SIZE, max_position_embeddings=context)
+    model = make_model(family, vocab_size=VOCAB_SIZE, max_position_embeddings=context)
     loaded = LoadedModel(model, make_tokenizer(), "tiny", "tiny", (EOS_TOKEN_ID,), context)
     return build_engine(config, loaded), loaded
 
@@ -65,13 +65,18 @@ def running_server(
     drain_s: int = 1,
     own_process: bool = False,
     context: int = 512,
+    family: str = "llama",
 ) -> Iterator[RunningServer]:
     """Serve until the block ends."""
     made: list[EngineService] = []
 
     def make(config: Options, **_: Any) -> EngineService:
         made.append(
-            EngineService(config, build=partial(build, context=context), own_process=own_process)
+            EngineService(
+                config,
+                build=partial(build, context=context, family=family),
+                own_process=own_process,
+            )
         )
         return made[0]
 

@@ -135,6 +135,30 @@ def test_the_dashboard_and_the_docs_name_metrics_that_there_are(server: RunningS
     assert len(named) > 20 and named <= there, named - there
 
 
+def test_chats_of_a_model_with_a_state_share_their_system_message_and_the_views_show_it() -> None:
+    system = {"role": "system", "content": "Once upon a time there was a model " * 20}
+    options = Options.of(hot_gib=0.004, host_gib=0.01, max_num_seqs=4, fetch_policy="fetch")
+    with running_server(options, family="qwen3_5_text") as server, server.openai() as client:
+        cached = []
+        for text in ("where is the cat?", "and the dog?"):
+            chat = [system, {"role": "user", "content": text}]
+            answer = client.chat.completions.create(model="tiny", messages=chat, max_tokens=3)
+            details = answer.usage and answer.usage.prompt_tokens_details
+            cached.append(details and details.cached_tokens)
+        assert cached[0] == 0 and cached[1] is not None and cached[1] >= 128
+        assert server.service.keeps_states
+        wait_for(lambda: server.service.metrics.spilled_states > 0)
+        with server.http() as http:
+            states = http.get("/status.json").json()["engine"]["states"]
+            text = http.get("/metrics").text
+        assert states["num_kept"] >= 2 and states["slot_bytes"] > 0
+        wait_for(lambda: fetch(server.url, None)["engine"]["states"]["below"].get("host", 0) > 0)
+        for line in ('state_hits_total{tier="device"} 1.0', "stateless_tokens_total 0.0"):
+            assert f"hotset:{line}" in text
+        shown = CliRunner().invoke(command, ["--url", server.url, "--once"])
+        assert "states found" in shown.output and "1 device" in shown.output
+
+
 def test_the_page_shows_all_of_the_status_and_nothing_else(server: RunningServer) -> None:
     with server.http(headers={"authorization": f"Bearer {KEY}"}) as http:
         status = http.get("/status.json").json()

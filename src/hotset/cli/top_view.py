@@ -155,6 +155,10 @@ def _flows(status: Json) -> RenderableType:
     table.add_row("prefix hits", f"{found:,} of {totals['prompt_tokens']:,}")
     table.add_row("forked", f"{totals['forked_tokens']:,} tokens")
     table.add_row("resumed", f"{resumed:,} tokens")
+    if status["engine"]["states"] is not None:
+        hits = ", ".join(f"{count:,} {tier}" for tier, count in totals["state_hits"].items())
+        table.add_row("states found", hits or "0")
+        table.add_row("KV without state", f"{totals['stateless_tokens']:,} tokens")
     table.add_row("parked to make room", f"{totals['preemptions']:,} times")
     if needed := totals["hot_hits"] + totals["hot_misses"]:
         share = totals["hot_hits"] / needed

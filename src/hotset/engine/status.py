@@ -42,6 +42,25 @@ class TierStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class StateStatus:
+    """The states of requests, of a model whose layers keep one beside KV.
+
+    Attributes:
+        slot_bytes: of one.
+        num_slots: on the device.
+        num_held: of these, in use by requests and copies.
+        num_kept: of the others, those with a state that can be found.
+        below: by tier, how many of the last 1,024 states that went down it has.
+    """
+
+    slot_bytes: int
+    num_slots: int
+    num_held: int
+    num_kept: int
+    below: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """A snapshot, taken between two steps.
 
@@ -53,6 +72,7 @@ class EngineStatus:
         num_waiting: not started yet.
         users: one letter per request, in the order in which they run, at most 1,024.
         link_bytes_per_s: by tier, the rate its payloads reach the device with, as measured.
+        states: None where layers keep none.
     """
 
     num_moving: int
@@ -64,6 +84,7 @@ class EngineStatus:
     tiers: tuple[TierStatus, ...]
     link_bytes_per_s: dict[str, float]
     prefill_tokens_per_s: float
+    states: StateStatus | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +138,17 @@ def engine_status(engine: "Engine", *, num_queued: int) -> EngineStatus:
         tiers=tuple(_tiers(engine)),
         link_bytes_per_s=dict(engine.rates.link_bytes_per_s),
         prefill_tokens_per_s=engine.rates.prefill_tokens_per_s,
+        states=_states(engine),
+    )
+
+
+def _states(engine: "Engine") -> StateStatus | None:
+    sizes, states = engine.sizes.states, engine.kv.states
+    if sizes is None or states is None:
+        return None
+    pool = states.slots.pool
+    return StateStatus(
+        sizes.slot_bytes, pool.num_blocks, pool.num_held, pool.num_cached, states.num_below()
     )
 
 

@@ -71,11 +71,14 @@ class StateTransfers:
 
     def lookup(self, keys: Sequence[bytes]) -> list[Found]:
         """What the tiers have of each state: a HIT is in the slowest tier that has a piece."""
-        firsts = self._tiers.lookup([piece_key(key, 0) for key in keys])
         return [
             self._whole(key) if first.answer is Answer.HIT else first
-            for key, first in zip(keys, firsts, strict=True)
+            for key, first in zip(keys, self.first_pieces(keys), strict=True)
         ]
+
+    def first_pieces(self, keys: Sequence[bytes]) -> list[Found]:
+        """What the tiers have of the first piece of each state: without it there is none."""
+        return self._tiers.lookup([piece_key(key, 0) for key in keys])
 
     def _whole(self, key: bytes) -> Found:
         found = self._tiers.lookup(self.keys(key))

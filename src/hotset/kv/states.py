@@ -4,9 +4,9 @@ Imports no torch.
 """
 
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ _MOST_PLACES = 3
 _AT_ONCE = 64
 # States of which is remembered how slow a tier they went to, or how often they were used.
 _MOST_NOTED = 2**16
+_MOST_SHOWN = 1024
 # Of all slots, those that may be on their way down beside the running requests'.
 _SPILLING_PART = 4
 
@@ -378,6 +379,14 @@ class States:
             return list(keys)
         kept = {one.key: self._transfers.keys(one.key) for one in request.kv.kept_states}
         return [each for key in keys for each in (key, *kept.get(key, ()))]
+
+    def num_below(self) -> dict[str, int]:
+        """By tier, how many of the last states that went down it has."""
+        if self._transfers is None:
+            return {}
+        newest = list(islice(reversed(self._noted), _MOST_SHOWN))
+        found = [one.tier.name for one in self._transfers.first_pieces(newest) if one.tier]
+        return dict(Counter(found))
 
     def check(self) -> None:
         """Assert that slots and transfers are consistent."""

@@ -44,6 +44,12 @@ _KV_COUNTERS = {
     "spilled_blocks": "Blocks copied down.",
     "fetched_blocks": "Blocks copied up.",
 }
+_STATE_COUNTERS = {
+    "spilled_states": "States of requests copied down.",
+    "fetched_states": "States copied up.",
+    "dropped_states": "States that left the device before they were copied down.",
+    "stateless_tokens": "Tokens whose KV was found, to no use for want of a state.",
+}
 _HOT_COUNTERS = {
     "turned_hot": "Requests that gave back blocks and kept the tokens used last.",
     "hot_hits": "Tokens that hot requests selected, per layer, and had on the device.",
@@ -169,6 +175,13 @@ class _Snapshot(Collector):
         )
         yield from self._counters(_KV_COUNTERS)
         yield from self._counters(_HOT_COUNTERS)
+        yield _labelled(
+            "state_hits",
+            "States that requests went on from, by tier.",
+            ("tier",),
+            _by_one(metrics.state_hits),
+        )
+        yield from self._counters(_STATE_COUNTERS)
 
     def _tiers(self) -> Iterator[Metric]:
         status = self._status
@@ -184,6 +197,7 @@ class _Snapshot(Collector):
             for tier in status.tiers:
                 gauge.add_metric([tier.name], getattr(tier, name))
             yield gauge
+        yield from self._states()
         yield _labelled(
             "moved_bytes",
             "Bytes moved between tiers.",
@@ -196,6 +210,20 @@ class _Snapshot(Collector):
         for name, rate in status.link_bytes_per_s.items():
             link.add_metric([name], rate)
         yield link
+
+    def _states(self) -> Iterator[Metric]:
+        states = self._status.states
+        size, counts = 0, {"device": 0}
+        if states is not None:
+            size = states.num_slots * states.slot_bytes
+            counts = {"device": states.num_kept, **states.below}
+        yield _gauge("state_bytes", "Of slots for states on the device.", size)
+        kept = GaugeMetricFamily(
+            "hotset:kept_states", "States that can be found, by tier.", labels=["tier"]
+        )
+        for tier, count in counts.items():
+            kept.add_metric([tier], count)
+        yield kept
 
     def _experts(self) -> Iterator[Metric]:
         metrics = self._metrics
