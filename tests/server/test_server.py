@@ -3,18 +3,22 @@
 import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import torch
 from click.testing import CliRunner
 from servers import CHAT, KEY, RunningServer, running_server, wait_for
 
 import hotset
 from hotset.cli.serve import command as serve_command
 from hotset.errors import ConfigError
+from hotset.executor.sampler import PendingTokens, Sampler
+from hotset.executor.step_input import SampleInput
 from hotset.server.app import ServerConfig
 from hotset.server.keys import Keys, Tenant
 
@@ -522,3 +526,35 @@ def test_the_http_client_sees_no_trace_of_a_bug(
     assert response.status_code == 500
     assert "secret" not in response.text and "Traceback" not in response.text
     assert response.headers["x-request-id"] in response.json()["error"]["message"]
+
+
+def test_an_answer_whose_logits_are_no_numbers_is_an_error_and_its_neighbour_goes_on(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = Sampler.submit
+
+    def poison(self: Sampler, logits: torch.Tensor, sample: SampleInput) -> PendingTokens:
+        """The third token of each request that draws."""
+        rows = [
+            row
+            for row, (one, num) in enumerate(zip(sample.sequences, sample.num_outputs, strict=True))
+            if one.params.temperature and num == 2
+        ]
+        logits = logits.clone()
+        logits[rows] = torch.nan
+        return submit(self, logits, sample)
+
+    body = {**CHAT, "ignore_eos": True}
+    with server.http() as http, ThreadPoolExecutor() as pool:
+        wanted = http.post("/v1/chat/completions", json=body).json()["choices"]
+        monkeypatch.setattr(Sampler, "submit", poison)
+        neighbour = pool.submit(http.post, "/v1/chat/completions", json=body)
+        whole = http.post("/v1/chat/completions", json={**body, "temperature": 1})
+        stream = http.post("/v1/chat/completions", json={**body, "temperature": 1, "stream": True})
+        assert neighbour.result().json()["choices"] == wanted
+    assert whole.status_code == 500
+    error = whole.json()["error"]
+    assert error["code"] == "step_failed" and "NaN or infinite" in error["message"]
+    *parts, last = stream.text.strip().split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"] == error
+    assert parts  # what came before
