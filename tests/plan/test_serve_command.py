@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from family_configs import build
 
 from hotset.cli.plan import command as plan_command
 from hotset.cli.serve import command as serve_command
+from hotset.cost.catalog import bundled_config, bundled_models
 from hotset.options import OPTIONS, Options
+from hotset.parallel.cuts import find_cuts
 from hotset.plan.serve_command import model_to_serve
 
 
@@ -31,6 +34,8 @@ def parsed_by_serve(command: str) -> dict[str, Any]:
 
 H200 = ("--hardware", "h200", "--gpus", "1")
 MOE = ("qwen3-30b-a3b", *H200, "--users", "64", "--max-model-len", "2k")
+TP = ("--hardware", "h200", "--layout", "tp=2")
+TWO = ("qwen3-30b-a3b", *TP, "--users", "64", "--max-model-len", "2k")
 CASES = {
     "dense": (("llama-3-8b", *H200, "--users", "8"), {"expert_slots": None, "host_gib": 0.0}),
     "dense, fp8": (
@@ -44,6 +49,24 @@ CASES = {
     "host and disk tiers": (
         ("llama-3-8b", *H200, "--total-gib", "32", "--host-gib", "64", "--disk-gib", "100"),
         {"total_gib": 32.0, "host_gib": 64.0, "disk_gib": 100.0},
+    ),
+    "two GPUs": (
+        (
+            "llama-3-70b",
+            "--hardware",
+            "h200",
+            "--layout",
+            "tp=2",
+            "--users",
+            "8",
+            "--host-gib",
+            "64",
+        ),
+        {"tp": 2, "host_gib": 64.0},
+    ),
+    "experts in slots of two GPUs": (
+        (*TWO, "--total-gib", "20"),
+        {"tp": 2, "total_gib": 20.0, "host_gib": 0.0},
     ),
     "all experts": ((*MOE,), {"expert_slots": None, "hot_gib": None}),
     "experts in slots": ((*MOE, "--total-gib", "40"), {"total_gib": 40.0, "host_gib": 0.0}),
@@ -88,8 +111,23 @@ def test_hot_gib_of_a_plan_that_splits_it_is_kv_alone_beside_its_slots() -> None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("llama-3-70b", "--hardware", "h200"), "needs 2 GPUs"),
-        (("deepseek-v3", "--hardware", "h200", "--dtype", "bfloat16"), "GPUs"),
+        (
+            ("llama-3-70b", "--hardware", "h200", "--layout", "dp=2,tp=2"),
+            "by tp alone, not as tp=2,dp=2 over 4 GPUs",
+        ),
+        (("deepseek-v3", "--hardware", "h200", "--dtype", "bfloat16", "--gpus", "8"), "GPUs"),
+        (
+            ("deepseek-v3", "--hardware", "h200", "--layout", "tp=8", "--users", "8"),
+            "keeps the attention of deepseek-v3 whole on each GPU",
+        ),
+        (
+            ("gpt-oss-20b", "--hardware", "h200", "--layout", "tp=2", "--dtype", "bfloat16"),
+            "gpt-oss-20b has no tensor-parallel plan in transformers",
+        ),
+        (
+            (*TWO, "--total-gib", "9", "--host-gib", "20", "--disk-gib", "64"),
+            "keeps experts on disk with one GPU alone",
+        ),
         (("qwen3-next-80b-a3b", *H200, "--users", "2"), "recurrent layers"),
         (("llama-3-8b", *H200, "--dtype", "int4"), "no int4 weights"),
         (("llama-3-8b", *H200, "--kv-dtype", "int8"), "not int8"),
@@ -114,8 +152,8 @@ def test_a_plan_that_serve_cannot_run_says_why_in_one_line(
 def test_the_table_ends_with_the_command_or_the_reason() -> None:
     shown = CliRunner().invoke(plan_command, ["llama-3-8b", *H200]).output
     assert shown.splitlines()[-1].startswith("  hotset serve --model meta-llama/Llama-3.1-8B ")
-    shown = CliRunner().invoke(plan_command, ["llama-3-8b", "--gpus", "2"]).output
-    assert "no command to run it: the plan needs 2 GPUs" in shown
+    shown = CliRunner().invoke(plan_command, ["llama-3-8b", "--layout", "dp=2"]).output
+    assert "no command to run it: hotset serve spreads a model by tp alone" in shown
 
 
 def test_the_model_to_serve_is_a_hub_id_or_the_folder_of_a_config() -> None:
@@ -123,3 +161,14 @@ def test_the_model_to_serve_is_a_hub_id_or_the_folder_of_a_config() -> None:
     assert model_to_serve("qwen3-8b", source) == "Qwen/Qwen3-8B"
     assert model_to_serve("models/mine/config.json", "models/mine/config.json") == "models/mine"
     assert model_to_serve("org/model", "hub cache: /a/config.json") == "org/model"
+
+
+@pytest.mark.parametrize("name", bundled_models())
+def test_a_model_whose_plan_of_two_gpus_has_a_command_is_one_that_ranks_can_cut(name: str) -> None:
+    tp = 3 if name.startswith("smollm2") else 2
+    words = (name, "--hardware", "b200", "--layout", f"tp={tp}", "--dtype", "bfloat16")
+    result = CliRunner().invoke(plan_command, [*words, "--users", "1", "--json"])
+    if result.exception or not json.loads(result.output)["serve"]["command"]:
+        return
+    table = find_cuts(build(bundled_config(name)[0], "meta"), tp, name)
+    assert any("self_attn" in path for path in table.cuts)

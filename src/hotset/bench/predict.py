@@ -120,7 +120,7 @@ class _Machine:
     def time(self, turns: _Turns) -> _TurnTime:
         """How long a turn takes."""
         cost, count, output = self.cost, turns.count, turns.output
-        bytes_per_token = cost.shape.kv_bytes_per_token(cost.kv_dtype)
+        bytes_per_token = cost.shape.kv_bytes_per_token(cost.kv_dtype, tp=cost.layout.tp)
         found, cold, link = self._find(turns)
         again = self._compute_again(cold, count, bytes_per_token, link)
         new = turns.prompt - found + again

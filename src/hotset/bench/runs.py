@@ -331,9 +331,6 @@ class Bench:
     def _cost_model(self) -> CostModel | None:
         """None, with a note, where nothing can be predicted."""
         model = self._loaded.model
-        if (tp := self._config.layout.tp) > 1:
-            self.notes.append(f"no prediction: of tp={tp} only `hotset plan` makes some")
-            return None
         hardware = known_hardware(model.device, self._options.hardware)
         if hardware is None:
             self.notes.append(
@@ -349,6 +346,7 @@ class Bench:
                 hardware,
                 kv_dtype=self._config.model.kv_dtype,
                 index_dtype=self._config.model.index_dtype,
+                tp=self._config.layout.tp,
             )
         except PlanError as error:
             self.notes.append(f"no prediction: {error}")

@@ -1,4 +1,4 @@
-"""The cost model of a model that is loaded, on one device."""
+"""The cost model of a model that is loaded, on one device or on several."""
 
 from dataclasses import replace
 from typing import Any
@@ -22,8 +22,9 @@ def make_cost_model(
     *,
     kv_dtype: str = "auto",
     index_dtype: str = "auto",
+    tp: int = 1,
 ) -> CostModel:
-    """The cost model of a loaded model on one device.
+    """The cost model of a loaded model on one device, or on `tp`.
 
     Raises:
         PlanError: the planner does not know such a model.
@@ -36,4 +37,4 @@ def make_cost_model(
     kv = kv_dtype
     if kv_dtype == "auto":
         kv = "bf16" if dtype == "fp8" else plain
-    return CostModel(shape, hardware, Layout(tp=1), kv, CALIBRATIONS["hotset"], Routing())
+    return CostModel(shape, hardware, Layout(tp), kv, CALIBRATIONS["hotset"], Routing())

@@ -235,9 +235,16 @@ class ModelShape:
 
     # -- KV -----------------------------------------------------------------------------------
 
-    def kv_bytes_per_token(self, kv_dtype: str) -> int:
-        """Bytes each further token adds for one user once every window is full."""
-        grow = sum(n * a.token_bytes(kv_dtype) for a, _, n in self.readers if not a.cache.window)
+    def kv_bytes_per_token(self, kv_dtype: str, *, tp: int = 1) -> int:
+        """Bytes each further token adds for one user once every window is full.
+
+        On each of `tp` ranks; of all keys and values with one.
+        """
+        grow = sum(
+            n * a.token_bytes(kv_dtype) // a.shards(tp)
+            for a, _, n in self.readers
+            if not a.cache.window
+        )
         return grow + self.index_bytes_per_token
 
     def kv_bytes_per_early_token(self, kv_dtype: str) -> int:

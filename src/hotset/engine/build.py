@@ -199,7 +199,7 @@ class _Build(RankSetup):
             sampler.load_kernels(self._layout.dtype)
             trials = self.try_steps(placed, runner)
         num_tokens, seconds = trials[-1]
-        rates = Rates.of_hardware(likely_hardware(self._device))
+        rates = Rates.of_hardware(likely_hardware(self._device), num_gpus=current().size)
         rates.prefill_tokens_per_s = num_tokens / seconds
         experts, asked = placed.experts, options.experts
         on_cpu = asked.expert_cpu if isinstance(asked, HostedExperts) else "off"

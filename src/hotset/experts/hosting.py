@@ -26,6 +26,7 @@ from hotset.experts.weights import LayerExperts, Narrow, can_pack, experts_layer
 from hotset.kernels.device import likely_hardware
 from hotset.memory.region import SharedRegion
 from hotset.option_groups import ExpertOptions, HostedExperts
+from hotset.parallel.group import current
 from hotset.units import GIB
 
 
@@ -165,7 +166,7 @@ def make_buffer(
     views: Sequence[torch.Tensor | None] = [None] * len(layers)
     if region is not None and not is_packed:
         memory, views = _shared_memory(region, len(layers), device)
-    rates = Rates.of_hardware(likely_hardware(device))
+    rates = Rates.of_hardware(likely_hardware(device), num_gpus=current().size)
     make = partial(LayerBuffer, staging=staging, prefetch=prefetch, bring=slots.plan, rates=rates)
     parts = zip(layers, tables, views, counts, strict=True)
     buffers = [

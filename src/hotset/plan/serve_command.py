@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from hotset.cost.attention import Kind
+from hotset.cost.layout import Layout
 from hotset.plan.choices import staged_bytes
 from hotset.plan.result import Plan
 
@@ -13,6 +14,9 @@ MOST_REQUESTS = 2**20  # `--max-num-seqs` takes no more
 
 _HUB = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "fp8"}
+# In transformers: nothing is cut by tp, or all but the attention.
+_NO_TP_PLAN = ("gpt_oss",)
+_WHOLE_ATTENTION = ("olmoe", "olmo2", "olmo3", "flex_olmo")
 _OWN_EXPERTS = ("llama4", "dbrx", "jetmoe")  # computed by the model's own code, all resident
 
 
@@ -34,7 +38,23 @@ def why_not_served(plan: Plan) -> str:
     stored = shape.matrix_dtype
     # (what is planned and not served, what to say of it)
     reasons = (
-        (plan.gpus > 1, f"the plan needs {plan.gpus} GPUs, and hotset serve runs on one"),
+        (
+            plan.layout != Layout(plan.gpus),
+            f"hotset serve spreads a model by tp alone, not as {plan.layout} over {plan.gpus} GPUs",
+        ),
+        (
+            plan.gpus > 1 and shape.model_type in _NO_TP_PLAN,
+            f"{shape.name} has no tensor-parallel plan in transformers: plan --gpus 1",
+        ),
+        (
+            plan.gpus > 1 and (shape.is_mla or shape.model_type in _WHOLE_ATTENTION),
+            f"hotset serve keeps the attention of {shape.name} whole on each GPU, and a plan "
+            "counts it as cut",
+        ),
+        (
+            plan.gpus > 1 and _experts_on_disk(plan) > 0,
+            "hotset serve keeps experts on disk with one GPU alone: plan more --host-gib",
+        ),
         (
             Kind.RECURRENT in kinds,
             f"a plan does not size the state slots that serve has for the recurrent layers of "
@@ -93,6 +113,7 @@ def _arguments(plan: Plan) -> list[str]:
     words = {
         "--model": model_to_serve(shape.name, shape.source),
         "--dtype": _DTYPES[shape.matrix_dtype],
+        **({"--tp": str(plan.gpus)} if plan.gpus > 1 else {}),
         "--kv-dtype": "fp8" if request.kv_dtype == "fp8" else "auto",
         **_index_dtype(plan),
         **_device_memory(plan),
@@ -147,13 +168,18 @@ def _slower_tiers(plan: Plan) -> dict[str, str]:
         host = plan.host_bytes - plan.host_experts_bytes
     if host > 0:
         words["--host-gib"] = _gib(host)
-    missing = (1 - plan.resident_expert_share) * plan.cost.shard.experts_bytes
-    on_disk = max(0.0, missing - plan.host_experts_bytes)
+    on_disk = _experts_on_disk(plan)
     if on_disk > 0:
         words["--expert-host-gib"] = _gib(plan.host_experts_bytes)
     if plan.disk_bytes > on_disk:
         words["--disk-gib"] = _gib(plan.disk_bytes - on_disk)
     return words
+
+
+def _experts_on_disk(plan: Plan) -> float:
+    """Bytes of experts that neither GPUs nor host memory hold."""
+    missing = (1 - plan.resident_expert_share) * plan.cost.shard.experts_bytes * plan.layout.gpus
+    return max(0.0, missing - plan.host_experts_bytes)
 
 
 def _gib(num_bytes: float) -> str:
