@@ -45,7 +45,7 @@ def load_engine(options: Options) -> tuple[Engine, LoadedModel]:
             )
         except BaseException:
             if loaded.ranks is not None:
-                loaded.ranks.close()
+                loaded.ranks.close(is_orderly=False)
             raise
     finally:
         times.close()
@@ -70,7 +70,7 @@ def load_on_ranks(
     try:
         return replace(ranks.load(load, *arguments), ranks=ranks)
     except BaseException:
-        ranks.close()
+        ranks.close(is_orderly=False)
         raise
 
 

@@ -72,6 +72,9 @@ class EngineProcess:
     ) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share locks and CUDA
         self._on_report = on_report
+        self._name = "the engine's process"
+        if options.layout.tp > 1:
+            self._name = "rank 0: its process"
         self._connection, theirs = context.Pipe()
         self._send_lock = threading.Lock()
         self._lock = threading.Lock()
@@ -91,7 +94,7 @@ class EngineProcess:
             kind, *answer = self._connection.recv()
         except EOFError:
             self._process.join()
-            raise EngineError(f"the engine's process has {self._how_it_ended()}") from None
+            raise EngineError(f"{self._name} has {self._how_it_ended()}") from None
         except BaseException:  # Ctrl-C
             self._process.kill()  # it ignores SIGTERM, and this process would wait for its end
             raise
@@ -171,7 +174,7 @@ class EngineProcess:
             self._has_ended = True
             pending, self._pending = list(self._pending.values()), {}
             is_failure = not self._is_closed
-        failure = fault or f"the engine's process has {self._how_it_ended()}"
+        failure = fault or f"{self._name} has {self._how_it_ended()}"
         for answer in pending:
             answer.set_exception(EngineError(failure if is_failure else "the engine was closed"))
         if is_failure:

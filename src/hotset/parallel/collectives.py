@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 _ONE_SHOT_BYTES = 256 * 2**10
 _MOST_BYTES = 16 * 2**20
 _ALIGNMENT = 16
+_THROUGH_SYMMETRIC = "sums over ranks: symmetric memory up to 16 MiB, NCCL beyond"
 
 # PyTorch 2.13 has another name for it, and warns of the older one.
 _all_gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
@@ -72,10 +73,11 @@ def use_symmetric_memory() -> str:
         A line that says what sums go through; empty on a CPU and with one rank.
     """
     global _symmetric
-    _symmetric = None
     group = current()
     if group.size == 1 or group.device.type != "cuda":
         return ""
+    if _symmetric is not None:  # of an engine before
+        return _THROUGH_SYMMETRIC
     found, reason = None, "another rank cannot"
     try:
         found = SymmetricMemory(group, _MOST_BYTES)
@@ -85,7 +87,7 @@ def use_symmetric_memory() -> str:
         assert found is not None
         if least([_is_right(found, group)])[0]:
             _symmetric = found
-            return "sums over ranks: symmetric memory up to 16 MiB, NCCL beyond"
+            return _THROUGH_SYMMETRIC
         reason = "its sums differ from NCCL's"
     _log.warning("sums over ranks go through NCCL: no symmetric memory (%s)", reason)
     return f"sums over ranks: NCCL ({reason})"

@@ -102,7 +102,7 @@ class Ranks:
             with self._naming():
                 group.join(store, 0, size, where, START_TIMEOUT_S)
         except BaseException:
-            self.close()
+            self.close(is_orderly=False)
             raise
 
     # At start
@@ -229,8 +229,11 @@ class Ranks:
                 self.failure = self.failure or " ".join(line.split())
             raise EngineError(self.failure) from error
 
-    def close(self) -> None:
-        """End the other ranks and leave the group; idempotent."""
+    def close(self, *, is_orderly: bool = True) -> None:
+        """End the other ranks and leave the group; idempotent.
+
+        Not orderly where another rank may have ended already: leaving would wait for it.
+        """
         with self._changed:
             if self._is_closing:
                 return
@@ -241,7 +244,7 @@ class Ranks:
                 connection.send_bytes(b"")
         deadline_s = time.monotonic() + _END_S
         with contextlib.suppress(Exception):
-            group.leave(is_orderly=self.failure is None)
+            group.leave(is_orderly=is_orderly and self.failure is None)
         for process in self._processes.values():
             try:
                 process.wait(max(0.0, deadline_s - time.monotonic()))

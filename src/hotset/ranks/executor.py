@@ -1,5 +1,6 @@
 """An executor of several ranks: what this process runs, the others run too."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -30,7 +31,9 @@ class RankedExecutor:
         self.local, self._ranks, self._owns_ranks = local, ranks, owns_ranks
         self._writer = StepWriter()
         self._released: list[int] = []
-        self._counts: dict[int, ExpertCounts | None] = {}  # rank 0's, by the number of a COUNT
+        self._lock = threading.Lock()
+        # What experts did on each rank, by the number of a COUNT; by _lock.
+        self._counts: dict[int, dict[int, ExpertCounts]] = {}
         self._number = 0
 
     @property
@@ -81,18 +84,29 @@ class RankedExecutor:
         self._number += 1
         self._ranks.send(command(Op.COUNT, [self._number]))
         with self._ranks.waiting():
-            counts = self._counts[self._number] = self.local.expert_counts()
+            counts = self.local.expert_counts()
+        self._compare(0, self._number, counts)
         return counts
 
     def take(self, rank: int, report: RankReport) -> None:
-        """Compare what the experts of another rank did; all route alike, or outputs are wrong."""
-        if not isinstance(report, Counted):
+        """Take note of what the experts of another rank did."""
+        if isinstance(report, Counted):
+            self._compare(rank, report.number, report.counts)
+
+    def _compare(self, rank: int, number: int, counts: ExpertCounts | None) -> None:
+        """End the engine where a rank used other experts: all route alike, or outputs are wrong."""
+        if counts is None:
             return
-        ours, theirs = self._counts.get(report.number), report.counts
-        if ours is None or theirs is None:
-            return
-        used = [(one.expert_hits, one.expert_misses) for one in (ours, theirs)]
-        if used[0] != used[1]:
+        with self._lock:
+            by_rank = self._counts.setdefault(number, {})
+            by_rank[rank] = counts
+            if len(by_rank) < self._ranks.size:
+                return
+            del self._counts[number]
+        for rank in range(1, self._ranks.size):
+            used = [(one.expert_hits, one.expert_misses) for one in (by_rank[0], by_rank[rank])]
+            if used[0] == used[1]:
+                continue
             self._ranks.fail(
                 rank,
                 "it used other experts than rank 0: {1[0]:,} hits and {1[1]:,} misses, rank 0 "
