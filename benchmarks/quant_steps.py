@@ -1,7 +1,8 @@
 """Whole steps of Mixtures of Experts in few bits on one GPU, beside what the planner says of them.
 
 Random weights in the real formats, made on the device in seconds; the engine's own steps, prompts
-and decodes, by the number of users. One case per call, each of less than 200 s:
+and decodes, by the number of users. One case per call, each of less than 200 s once FlashInfer's
+kernels are compiled, which the first call may need minutes for:
 
     python benchmarks/quant_steps.py --case gpt-oss-120b --out FILE
     python benchmarks/quant_steps.py --case gpt-oss-120b-40 --out FILE
@@ -15,7 +16,8 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,10 +29,12 @@ from hotset.bench.machine import release
 from hotset.bench.steady import SteadyRun
 from hotset.bench.workload import Spec, make_work
 from hotset.cost.expert_steps import ExpertCost, Load, link_of
+from hotset.cost.tuning import TUNINGS
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.loop import settle
 from hotset.engine.model_shape import make_cost_model
+from hotset.engine.start_times import Phase, StartTimes
 from hotset.executor.probe import inspect_model
 from hotset.experts.sizes import slot_bytes_of
 from hotset.kernels.device import likely_hardware
@@ -44,6 +48,7 @@ SEED = 0
 FIRST_TOKENS, STEPS, MARGIN = 64, 48, 64  # of prompts; timed; and of answers beside them
 PROMPT_TOKENS, NUM_PROMPTS = 8192, 4  # the first one warms up
 MAX_STEP_TOKENS = 8192
+MIXED_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,17 @@ CASES = {
     "qwen3-fp8-16": Case(QWEN, "fp8", 16, users=(1, 4, 16), targets_ms={16: 214}),
     "qwen3-int4-16": Case(QWEN, "int4", 16, users=(1, 4, 16), targets_ms={16: 27}),
 }
+
+
+class SpokenTimes(StartTimes):
+    """Prints each phase of a start when it ends, as kernels may be compiled for minutes."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Phase]:
+        """See `StartTimes`."""
+        with super().phase(name) as phase:
+            yield phase
+        print(f"{name}: {phase.seconds:.1f} s", flush=True)
 
 
 class Planned:
@@ -195,9 +211,13 @@ def run(case: Case, *, eviction: str, router_skew: float | None) -> dict[str, An
         experts_on_host=case.total_gib is not None,
     )
     made_s = time.perf_counter() - start_s
-    engine = build_engine(case.options(eviction), loaded)
+    print(f"weights: {made_s:.1f} s", flush=True)
+    # No others are recorded, which would take most of the time.
+    tuning = replace(TUNINGS["cuda"], decode_sizes=case.users, mixed_sizes=(MIXED_TOKENS,))
+    TUNINGS["cuda"] = tuning
+    engine = build_engine(case.options(eviction), loaded, times=SpokenTimes())
     ready_s = time.perf_counter() - start_s
-    print(f"weights in {made_s:.1f} s, ready after {ready_s:.1f} s\n{engine.report}", flush=True)
+    print(f"ready after {ready_s:.1f} s\n{engine.report}", flush=True)
     try:
         planned = Planned(loaded, engine)
         vocab_size = loaded.model.config.get_text_config().vocab_size
