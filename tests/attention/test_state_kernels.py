@@ -38,9 +38,12 @@ SCANS = pytest.mark.parametrize("make", [gated_delta, kimi_delta, mamba2])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-def bound(dtype: torch.dtype) -> dict[str, float]:
+def check_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """Up to the rounding of sums as large as the largest number."""
     # In 16 bits kernels multiply in TF32, on a GPU.
-    return {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    rtol, part = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 3e-3)
+    atol = part * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
 @SCANS
@@ -55,10 +58,10 @@ def test_a_step_scans_as_pytorch_does_and_leaves_the_same_states(
     other = twin(arena, scan, dtype)
     expected = TorchStates(other, batch_of(MIXED), DEVICE).scan(LAYER, scan)
     states = KernelStates.of_batch(arena, batch_of(MIXED), DEVICE)
-    torch.testing.assert_close(states.scan(LAYER, scan), expected, **bound(dtype))
+    check_close(states.scan(LAYER, scan), expected, dtype)
     states.finish()
     slots, others = arena.recurrent[LAYER], other.recurrent[LAYER]
-    torch.testing.assert_close(slots, others, **bound(dtype))
+    check_close(slots, others, dtype)
     kept = [slot for slot in range(SLOTS) if slot not in written(MIXED)]
     assert torch.equal(slots[kept], others[kept])
 
@@ -86,7 +89,7 @@ def test_a_step_convolves_as_pytorch_does_and_leaves_the_same_columns(
     states = KernelStates.of_batch(arena, batch_of(MIXED), DEVICE)
     found = states.convolve(*asked)
     states.finish()
-    torch.testing.assert_close(found, expected, **bound(dtype))
+    check_close(found, expected, dtype)
     assert found.T.is_contiguous()  # which scans want of their rows
     assert torch.equal(arena.columns[LAYER], other.columns[LAYER])
 
@@ -168,6 +171,5 @@ def test_equal_keys_that_are_replaced_at_once_leave_finite_states() -> None:
     other = twin(arena, scan, torch.float32)
     batch = batch_of(spans_of((128, 0, 0, 2)))
     found = KernelStates.of_batch(arena, batch, DEVICE).scan(LAYER, scan)
-    torch.testing.assert_close(
-        found, TorchStates(other, batch, DEVICE).scan(LAYER, scan), rtol=1e-4, atol=1e-4
-    )
+    expected = TorchStates(other, batch, DEVICE).scan(LAYER, scan)
+    check_close(found, expected, torch.float32)

@@ -25,7 +25,7 @@ RECORDED: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"head_dim": 128},
     "qwen3_next": {"head_dim": 128},
     "falcon_h1": {"head_dim": 128},
-    "lfm2": {"hidden_size": 512},
+    "lfm2": {"head_dim": 128},
     "kimi_linear": WIDE,
 }
 # Without experts, which a rounding may change the choice of.

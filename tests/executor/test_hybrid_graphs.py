@@ -22,6 +22,10 @@ from hotset.executor import graphs as graphs_module
 from hotset.executor.probe import inspect_model
 from hotset.memory.arena import DeviceArena
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels are compiled for the GPU: see test_gpu_hybrids.py"
+)
+
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
