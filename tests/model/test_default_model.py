@@ -12,7 +12,7 @@ import torch
 from hotset.checkpoint.kept_folder import CHECKSUMS
 from hotset.errors import ModelError
 from hotset.linear.narrow import narrow_tiles
-from hotset.linear.tile_product import can_multiply
+from hotset.linear.native import can_compile
 from hotset.model import default_model
 from hotset.model.find_model import find_model
 from hotset.model.loaded import LoadedModel
@@ -212,7 +212,7 @@ def test_a_cpu_keeps_the_file_as_it_is(
     assert len(quick_making) == 1
 
 
-@pytest.mark.skipif(not can_multiply(), reason="the extra `cpu` is not installed")
+@pytest.mark.skipif(not can_compile(), reason="the extra `cpu` is not installed")
 def test_the_default_model_is_narrow_and_its_fingerprint_says_so(loaded: LoadedModel) -> None:
     num_bytes = sum(tiles.num_bytes for tiles in narrow_tiles(loaded.model))
     matrices, table = 106_168_320, 28_311_552  # numbers, of 5 bits and of 8.5

@@ -15,7 +15,7 @@ from torch import nn
 from hotset.checkpoint.gguf_file import GgufFile
 from hotset.errors import ModelError
 from hotset.executor.probe import weights_bytes
-from hotset.linear import tile_product
+from hotset.linear import native, tile_product
 from hotset.linear.merged import MergedLinear
 from hotset.linear.narrow import NarrowEmbedding, NarrowLinear, narrow_tiles
 from hotset.model.checkpoint import load_gguf
@@ -106,10 +106,10 @@ def test_what_cannot_stay_narrow_is_widened_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "model.gguf", "llama", "Q4_1")
-    monkeypatch.setattr(tile_product, "can_multiply", lambda: False)
+    monkeypatch.setattr(native, "can_compile", lambda: False)
     loaded = load_model(str(path), device="cpu", dtype="auto")
     assert any("widened as they are read: the package llvmlite" in n for n in loaded.notes)
-    monkeypatch.setattr(tile_product, "can_multiply", lambda: True)
+    monkeypatch.setattr(native, "can_compile", lambda: True)
     monkeypatch.setattr(tile_product, "check", lambda form: "products are wrong by 1")
     loaded = load_model(str(path), device="cpu", dtype="auto")
     assert any("Q4_1 are not right (products are wrong by 1)" in n for n in loaded.notes)

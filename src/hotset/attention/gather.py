@@ -10,6 +10,7 @@ from hotset.attention.grouped import grouped_query_attention
 from hotset.attention.hot_rows import HotRows
 from hotset.attention.inputs import Inputs
 from hotset.attention.latent import LatentWeights
+from hotset.attention.paged_decodes import PagedDecodes, can_attend, shape_of
 from hotset.attention.sparse.drawn import DrawnSelection
 from hotset.attention.sparse.gathered import GatheredSelection
 from hotset.attention.sparse.indexer import Index
@@ -66,7 +67,8 @@ class _Group:
 class PagedAttention:
     """Attention of one step over gathered blocks by PyTorch's SDPA: any device, any dtype.
 
-    Decodes of similar context length share one call; a prefill chunk has one of its own. Query
+    Decodes in float32 on a CPU read blocks in place, where LLVM is there (`paged_decodes`). Others
+    of similar context length share one call; a prefill chunk has one of its own. Query
     heads that share a KV head are folded into the query length, so keys are never expanded.
     """
 
@@ -84,7 +86,9 @@ class PagedAttention:
         self._layers = layers
         self._sequences = batch.sequences
         self._slots = (inputs.blocks, inputs.offsets)
-        self._groups: dict[int | None, list[_Group]] = {}  # by window
+        # By window, and whether decodes are in them.
+        self._groups: dict[tuple[int | None, bool], list[_Group]] = {}
+        self._decodes: dict[int | None, PagedDecodes | None] = {}  # by window
         self._selection: GatheredSelection | None = None
         if (indexer := layers[0].indexer) is not None:
             # Others attend to all that they see, whatever its scores.
@@ -128,7 +132,10 @@ class PagedAttention:
 
         num_heads, num_tokens, query_dim = query.shape
         output = query.new_empty(num_tokens, num_heads, value.shape[-1])
-        for group in self._groups_for(asked.heads.window, query.dtype):
+        window, is_read_in_place = asked.heads.window, _can_read_in_place(asked, query, keys, value)
+        if is_read_in_place and (decodes := self._decodes_for(window)) is not None:
+            decodes.attend(query, keys, values, output, asked.scaling)
+        for group in self._groups_for(window, query.dtype, with_decodes=not is_read_in_place):
             rows = query[:, group.tokens].view(num_heads, group.num_sequences, -1, query_dim)
             out = grouped_query_attention(
                 rows.transpose(0, 1),  # [R, H, Q, D]
@@ -213,12 +220,23 @@ class PagedAttention:
             found = found.view(FP8).to(new.dtype)
         return found[..., : new.shape[-1]]
 
-    def _groups_for(self, window: int | None, dtype: torch.dtype) -> list[_Group]:
-        if window not in self._groups:
-            self._groups[window] = [
-                self._make_group(group, window, dtype) for group in _grouped(self._sequences)
+    def _groups_for(
+        self, window: int | None, dtype: torch.dtype, *, with_decodes: bool = True
+    ) -> list[_Group]:
+        key = window, with_decodes
+        if key not in self._groups:
+            sequences = [s for s in self._sequences if with_decodes or s.num_tokens > 1]
+            self._groups[key] = [
+                self._make_group(group, window, dtype) for group in _grouped(sequences)
             ]
-        return self._groups[window]
+        return self._groups[key]
+
+    def _decodes_for(self, window: int | None) -> PagedDecodes | None:
+        if window not in self._decodes:
+            decodes = [s for s in self._sequences if s.num_tokens == 1]
+            size = self._arena.block_size
+            self._decodes[window] = PagedDecodes(decodes, window, size) if decodes else None
+        return self._decodes[window]
 
     def _make_group(
         self, group: Sequence[SequenceSpan], window: int | None, dtype: torch.dtype
@@ -250,6 +268,16 @@ class PagedAttention:
         bias.masked_fill_(~mask, -torch.inf)
         unwritten = (key_position >= context[:, None]).nonzero(as_tuple=True)
         return _Group(rows.flatten(), len(group), table.flatten(), bias.unsqueeze(1), unwritten)
+
+
+def _can_read_in_place(
+    asked: LayerAttention, query: torch.Tensor, keys: torch.Tensor, value: torch.Tensor
+) -> bool:
+    """Whether decodes attend without gathered copies: float32 on a CPU, with nothing special."""
+    is_plain = asked.softcap is None and asked.sinks is None and query.stride(-1) == 1
+    is_float = query.dtype == keys.dtype == torch.float32
+    is_here = query.device.type == "cpu"
+    return is_here and is_plain and is_float and can_attend(shape_of(query, keys, value.shape[-1]))
 
 
 def _grouped(sequences: Sequence[SequenceSpan]) -> list[list[SequenceSpan]]:

@@ -14,36 +14,36 @@ the number of rows, tiles and threads: the same row gives the same bits in any s
 Threads take a tile each, from a common counter, until none is left.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 
-from hotset.linear.tiles import HALF_ROWS, TILE_ROWS, TileFormat
+from hotset.linear.native_code import (
+    ADDRESS,
+    BYTES,
+    FLOAT,
+    FLOATS,
+    I1,
+    I64,
+    INTS,
+    LANES,
+    ZEROS,
+    Value,
+    Writer,
+    number,
+)
+from hotset.linear.tiles import TILE_ROWS, TileFormat
 
 # What a call gets, each 8 bytes: addresses, then numbers; the counter is written.
 ARGUMENTS = ("x", "codes", "scales", "factors", "out", "rows", "columns", "tiles", "counter")
 FEW_ROWS = 8
 BLOCK_COLUMNS = 256
 
-_I1, _I8, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
-_FLOAT, _VOID, _ADDRESS = ir.FloatType(), ir.VoidType(), ir.PointerType()
-_LANES = HALF_ROWS  # a vector has half of a tile's rows
-_BYTES = ir.VectorType(_I8, _LANES)
-_INTS = ir.VectorType(_I32, _LANES)
-_HALVES = ir.VectorType(ir.HalfType(), _LANES)
-_FLOATS = ir.VectorType(_FLOAT, _LANES)
-_FLOATS_BYTES = 4 * _LANES
-_ZEROS = ir.Constant(_FLOATS, [0.0] * _LANES)
+_HALVES = ir.VectorType(ir.HalfType(), LANES)
+_FLOATS_BYTES = 4 * LANES
 
-Value = Any  # of llvmlite, which has no types
 Pair = list[Value]  # vectors of the lower and the upper half of a tile's rows
-
-
-def _number(value: int) -> Value:
-    return ir.Constant(_I64, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,85 +55,15 @@ class _Planes:
     factors: Value
 
 
-class _Writer:
-    """Writes one function; `b` is llvmlite's builder at its end."""
-
-    def __init__(self, module: ir.Module, name: str, types: list[Any]) -> None:
-        self.function = ir.Function(module, ir.FunctionType(_VOID, types), name)
-        self.arguments = self.function.args
-        self.b = ir.IRBuilder(self.function.append_basic_block())
-        name = f"llvm.fma.v{_LANES}f32"
-        self._fma = module.globals.get(name) or ir.Function(
-            module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), name
-        )
-
-    def at(self, address: Value, *offsets: Value | int) -> Value:
-        """`address` and the sum of `offsets`, in bytes."""
-        for offset in offsets:
-            value = _number(offset) if isinstance(offset, int) else offset
-            address = self.b.gep(address, [value], source_etype=_I8)
-        return address
-
-    def times(self, value: Value, factor: int) -> Value:
-        return self.b.mul(value, _number(factor))
-
-    def load(self, kind: Any, address: Value, *offsets: Value | int) -> Value:
-        return self.b.load(self.at(address, *offsets), align=1, typ=kind)
-
-    def store(self, value: Value, address: Value, *offsets: Value | int) -> None:
-        self.b.store(value, self.at(address, *offsets), align=4)
-
-    def fma(self, x: Value, y: Value, z: Value) -> Value:
-        return self.b.call(self._fma, [x, y, z])
-
-    def spread(self, number: Value) -> Value:
-        """A vector with `number` in each lane."""
-        none = ir.Constant(_FLOATS, ir.Undefined)
-        first = self.b.insert_element(none, number, ir.Constant(_I32, 0))
-        return self.b.shuffle_vector(first, none, ir.Constant(_INTS, [0] * _LANES))
-
-    @contextmanager
-    def loop(
-        self, start: Value, stop: Value, step: int, carried: list[Value]
-    ) -> Iterator[tuple[Value, list[Value]]]:
-        """For each index: yields it and the carried values, which the body replaces in place.
-
-        After the loop the list holds what they are then.
-        """
-        b, before = self.b, self.b.block
-        head, body, after = (self.function.append_basic_block() for _ in range(3))
-        b.branch(head)
-        b.position_at_end(head)
-        index, phis = b.phi(_I64), [b.phi(value.type) for value in carried]
-        b.cbranch(b.icmp_signed("<", index, stop), body, after)
-        b.position_at_end(body)
-        values = list(phis)
-        yield index, values
-        following = b.add(index, _number(step))
-        pairs = [(index, start, following), *zip(phis, carried, values, strict=True)]
-        for phi, first, later in pairs:
-            phi.add_incoming(first, before)
-            phi.add_incoming(later, b.block)
-        b.branch(head)
-        b.position_at_end(after)
-        values[:] = phis
-
-    def end(self) -> Value:
-        self.b.ret_void()
-        return self.function
-
-
-def make_module(form: TileFormat, *, triple: str, max_rows: int) -> ir.Module:
+def make_module(form: TileFormat, *, max_rows: int) -> ir.Module:
     """The function `product` for weights of one form.
 
     Args:
         form: of the weights.
-        triple: of the machine, in LLVM's word.
         max_rows: rows that are computed at once, a power of 2; what the processor has registers
             for: two for each row, three to widen.
     """
     module = ir.Module("hotset")
-    module.triple = triple
     counts = [1]
     while counts[-1] < max_rows:
         counts.append(2 * counts[-1])
@@ -145,50 +75,48 @@ def make_module(form: TileFormat, *, triple: str, max_rows: int) -> ir.Module:
     return module
 
 
-def _pairs(w: _Writer, kind: Any, plane: Value, index: Value, num_parts: int) -> list[Pair]:
+def _pairs(w: Writer, kind: Any, plane: Value, index: Value, num_parts: int) -> list[Pair]:
     """The parts of a span or a group as they are stored, `num_parts` pairs of vectors."""
     size = 2 if kind is _HALVES else 1
     begin = w.times(index, num_parts * TILE_ROWS * size)
     return [
-        [w.load(kind, plane, begin, (part * TILE_ROWS + half * _LANES) * size) for half in range(2)]
+        [w.load(kind, plane, begin, (part * TILE_ROWS + half * LANES) * size) for half in range(2)]
         for part in range(num_parts)
     ]
 
 
-def _group(w: _Writer, form: TileFormat, planes: _Planes, group: Value) -> list[Pair]:
+def _group(w: Writer, form: TileFormat, planes: _Planes, group: Value) -> list[Pair]:
     """Scale and minimum of a group, in float32: `form.num_parts` pairs of vectors."""
-    span = w.b.udiv(group, _number(form.span // form.group))
+    span = w.b.udiv(group, number(form.span // form.group))
     parts = [
-        [w.b.fpext(vector, _FLOATS) for vector in pair]
+        [w.b.fpext(vector, FLOATS) for vector in pair]
         for pair in _pairs(w, _HALVES, planes.scales, span, form.num_parts)
     ]
     if not form.has_factors:
         return parts
-    factors = _pairs(w, _BYTES, planes.factors, group, form.num_parts)
+    factors = _pairs(w, BYTES, planes.factors, group, form.num_parts)
     return [
         [
-            w.b.fmul(vector, w.b.sitofp(w.b.sext(factor, _INTS), _FLOATS))
+            w.b.fmul(vector, w.b.sitofp(w.b.sext(factor, INTS), FLOATS))
             for vector, factor in zip(*pairs, strict=True)
         ]
         for pairs in zip(parts, factors, strict=True)
     ]
 
 
-def _column(
-    w: _Writer, form: TileFormat, planes: _Planes, column: Value, parts: list[Pair]
-) -> Pair:
+def _column(w: Writer, form: TileFormat, planes: _Planes, column: Value, parts: list[Pair]) -> Pair:
     """The weights of one column, a pair of vectors."""
     if form.code_bits == 4:
-        both = w.load(_BYTES, planes.codes, w.times(column, _LANES))
-        low = w.b.and_(both, ir.Constant(_BYTES, [15] * _LANES))
-        high = w.b.lshr(both, ir.Constant(_BYTES, [4] * _LANES))
-        codes = [w.b.uitofp(w.b.zext(code, _INTS), _FLOATS) for code in (low, high)]
+        both = w.load(BYTES, planes.codes, w.times(column, LANES))
+        low = w.b.and_(both, ir.Constant(BYTES, [15] * LANES))
+        high = w.b.lshr(both, ir.Constant(BYTES, [4] * LANES))
+        codes = [w.b.uitofp(w.b.zext(code, INTS), FLOATS) for code in (low, high)]
     else:
         begin = w.times(column, TILE_ROWS)
-        stored = [w.load(_BYTES, planes.codes, begin, half * _LANES) for half in range(2)]
-        codes = [w.b.sitofp(w.b.sext(code, _INTS), _FLOATS) for code in stored]
+        stored = [w.load(BYTES, planes.codes, begin, half * LANES) for half in range(2)]
+        codes = [w.b.sitofp(w.b.sext(code, INTS), FLOATS) for code in stored]
     if form.middle:
-        middle = ir.Constant(_FLOATS, [float(form.middle)] * _LANES)
+        middle = ir.Constant(FLOATS, [float(form.middle)] * LANES)
         codes = [w.b.fsub(code, middle) for code in codes]
     if form.has_minimum:
         return [w.fma(code, *part) for code, *part in zip(codes, *parts, strict=True)]
@@ -196,38 +124,38 @@ def _column(
 
 
 def _add_products(
-    w: _Writer, sums: list[Value], weights: Pair, inputs: list[Value], column: Value
+    w: Writer, sums: list[Value], weights: Pair, inputs: list[Value], column: Value
 ) -> None:
     """Add a column's products to the sums of each row, in place; two vectors per row."""
     for row, address in enumerate(inputs):
-        x = w.spread(w.load(_FLOAT, address, w.times(column, 4)))
+        x = w.spread(w.load(FLOAT, address, w.times(column, 4)))
         for half in range(2):
             place = 2 * row + half
             sums[place] = w.fma(x, weights[half], sums[place])
 
 
-def _row_addresses(w: _Writer, first: Value, stride: Value, count: int) -> list[Value]:
+def _row_addresses(w: Writer, first: Value, stride: Value, count: int) -> list[Value]:
     return [w.at(first, w.times(stride, row)) for row in range(count)]
 
 
-def _store_sums(w: _Writer, sums: list[Value], outputs: list[Value]) -> None:
+def _store_sums(w: Writer, sums: list[Value], outputs: list[Value]) -> None:
     for place, value in enumerate(sums):
         w.store(value, outputs[place // 2], place % 2 * _FLOATS_BYTES)
 
 
 def _fused(module: ir.Module, form: TileFormat, count: int) -> Value:
     """A tile's outputs of `count` rows, widening in registers. Strides are in bytes."""
-    kinds = [_ADDRESS, _I64, _ADDRESS, _ADDRESS, _ADDRESS, _I64, _ADDRESS, _I64]
-    w = _Writer(module, f"fused_{count}", kinds)
+    kinds = [ADDRESS, I64, ADDRESS, ADDRESS, ADDRESS, I64, ADDRESS, I64]
+    w = Writer(module, f"fused_{count}", kinds)
     w.function.linkage = "internal"
     x, x_stride, codes, scales, factors, num_groups, out, out_stride = w.arguments
     planes = _Planes(codes, scales, factors)
     inputs = _row_addresses(w, x, x_stride, count)
-    sums = [_ZEROS] * (2 * count)
-    with w.loop(_number(0), num_groups, 1, sums) as (group, group_sums):
+    sums = [ZEROS] * (2 * count)
+    with w.loop(number(0), num_groups, 1, sums) as (group, group_sums):
         parts = _group(w, form, planes, group)
         begin = w.times(group, form.group)
-        with w.loop(_number(0), _number(form.group), 1, group_sums) as (offset, sums):
+        with w.loop(number(0), number(form.group), 1, group_sums) as (offset, sums):
             column = w.b.add(begin, offset)
             weights = _column(w, form, planes, column, parts)
             _add_products(w, sums, weights, inputs, column)
@@ -238,15 +166,15 @@ def _fused(module: ir.Module, form: TileFormat, count: int) -> Value:
 
 def _open_block(module: ir.Module, form: TileFormat) -> Value:
     """Some groups of a tile to float32 `[columns, 32]`."""
-    kinds = [_ADDRESS, _ADDRESS, _ADDRESS, _I64, _ADDRESS]
-    w = _Writer(module, "open_block", kinds)
+    kinds = [ADDRESS, ADDRESS, ADDRESS, I64, ADDRESS]
+    w = Writer(module, "open_block", kinds)
     w.function.linkage = "internal"
     codes, scales, factors, num_groups, wide = w.arguments
     planes = _Planes(codes, scales, factors)
-    with w.loop(_number(0), num_groups, 1, []) as (group, _):
+    with w.loop(number(0), num_groups, 1, []) as (group, _):
         parts = _group(w, form, planes, group)
         begin = w.times(group, form.group)
-        with w.loop(_number(0), _number(form.group), 1, []) as (offset, _):
+        with w.loop(number(0), number(form.group), 1, []) as (offset, _):
             column = w.b.add(begin, offset)
             weights = _column(w, form, planes, column, parts)
             for half, vector in enumerate(weights):
@@ -256,8 +184,8 @@ def _open_block(module: ir.Module, form: TileFormat) -> Value:
 
 def _summed(module: ir.Module, count: int) -> Value:
     """Add the products of `count` rows with widened columns to a tile's outputs."""
-    kinds = [_ADDRESS, _I64, _ADDRESS, _I64, _ADDRESS, _I64, _I1]
-    w = _Writer(module, f"summed_{count}", kinds)
+    kinds = [ADDRESS, I64, ADDRESS, I64, ADDRESS, I64, I1]
+    w = Writer(module, f"summed_{count}", kinds)
     w.function.linkage = "internal"
     x, x_stride, wide, num_columns, out, out_stride, is_first = w.arguments
     inputs = _row_addresses(w, x, x_stride, count)
@@ -266,19 +194,19 @@ def _summed(module: ir.Module, count: int) -> Value:
     with w.b.if_then(w.b.not_(is_first)):
         inside = w.b.block
         loaded = [
-            w.load(_FLOATS, address, half * _FLOATS_BYTES)
+            w.load(FLOATS, address, half * _FLOATS_BYTES)
             for address in outputs
             for half in range(2)
         ]
     sums = []
     for value in loaded:
-        phi = w.b.phi(_FLOATS)
-        phi.add_incoming(_ZEROS, before)
+        phi = w.b.phi(FLOATS)
+        phi.add_incoming(ZEROS, before)
         phi.add_incoming(value, inside)
         sums.append(phi)
-    with w.loop(_number(0), num_columns, 1, sums) as (column, sums):
+    with w.loop(number(0), num_columns, 1, sums) as (column, sums):
         begin = w.times(column, 2 * _FLOATS_BYTES)
-        weights = [w.load(_FLOATS, wide, begin, half * _FLOATS_BYTES) for half in range(2)]
+        weights = [w.load(FLOATS, wide, begin, half * _FLOATS_BYTES) for half in range(2)]
         _add_products(w, sums, weights, inputs, column)
     _store_sums(w, sums, outputs)
     return w.end()
@@ -292,23 +220,23 @@ def _product(
     summed: dict[int, Value],
 ) -> None:
     """`product(address of the arguments)`: tiles from the counter until none is left."""
-    w = _Writer(module, "product", [_ADDRESS])
+    w = Writer(module, "product", [ADDRESS])
     (arguments,) = w.arguments
     given = {
-        name: w.b.load(w.at(arguments, 8 * place), align=8, typ=_ADDRESS if place < 5 else _I64)
+        name: w.b.load(w.at(arguments, 8 * place), align=8, typ=ADDRESS if place < 5 else I64)
         for place, name in enumerate(ARGUMENTS[:-1])
     }
     counter = w.at(arguments, 8 * (len(ARGUMENTS) - 1))
-    wide = w.b.alloca(ir.ArrayType(_FLOAT, BLOCK_COLUMNS * TILE_ROWS))
+    wide = w.b.alloca(ir.ArrayType(FLOAT, BLOCK_COLUMNS * TILE_ROWS))
     wide.align = 64
     head, body, after = (w.function.append_basic_block() for _ in range(3))
     w.b.branch(head)
     w.b.position_at_end(head)
-    tile = w.b.atomic_rmw("add", counter, _number(1), "monotonic")
+    tile = w.b.atomic_rmw("add", counter, number(1), "monotonic")
     w.b.cbranch(w.b.icmp_signed("<", tile, given["tiles"]), body, after)
     w.b.position_at_end(body)
     planes = _tile_planes(w, form, given, tile)
-    is_few = w.b.icmp_signed("<=", given["rows"], _number(FEW_ROWS))
+    is_few = w.b.icmp_signed("<=", given["rows"], number(FEW_ROWS))
     with w.b.if_else(is_few) as (few, many):
         with few:
             _few_rows(w, form, given, planes, tile, fused)
@@ -319,7 +247,7 @@ def _product(
     w.end()
 
 
-def _tile_planes(w: _Writer, form: TileFormat, given: dict[str, Value], tile: Value) -> _Planes:
+def _tile_planes(w: Writer, form: TileFormat, given: dict[str, Value], tile: Value) -> _Planes:
     """Where a tile's parts begin."""
     columns = given["columns"]
     sizes = _column_bytes(w, form, columns)
@@ -331,10 +259,10 @@ def _tile_planes(w: _Writer, form: TileFormat, given: dict[str, Value], tile: Va
     )
 
 
-def _column_bytes(w: _Writer, form: TileFormat, columns: Value) -> list[Value]:
+def _column_bytes(w: Writer, form: TileFormat, columns: Value) -> list[Value]:
     """Bytes of a tile's codes, scales and factors of some columns, whole spans."""
-    spans = w.b.udiv(columns, _number(form.span))
-    groups = w.b.udiv(columns, _number(form.group))
+    spans = w.b.udiv(columns, number(form.span))
+    groups = w.b.udiv(columns, number(form.group))
     factor_bytes = form.num_parts * TILE_ROWS if form.has_factors else 0
     return [
         w.times(columns, TILE_ROWS * form.code_bits // 8),
@@ -343,18 +271,18 @@ def _column_bytes(w: _Writer, form: TileFormat, columns: Value) -> list[Value]:
     ]
 
 
-def _by_counts(w: _Writer, rows: Value, functions: dict[int, Value], call: Any) -> None:
+def _by_counts(w: Writer, rows: Value, functions: dict[int, Value], call: Any) -> None:
     """Call the functions for all rows, as many at once as there is a function for."""
-    start = _number(0)
+    start = number(0)
     for count in sorted(functions, reverse=True):
-        stop = w.b.sub(rows, _number(count - 1))
+        stop = w.b.sub(rows, number(count - 1))
         with w.loop(start, stop, count, []) as (row, _):
             call(functions[count], row)
         start = row
 
 
 def _few_rows(
-    w: _Writer,
+    w: Writer,
     form: TileFormat,
     given: dict[str, Value],
     planes: _Planes,
@@ -364,7 +292,7 @@ def _few_rows(
     x_stride = w.times(given["columns"], 4)
     out_stride = w.times(given["tiles"], 4 * TILE_ROWS)
     out = w.at(given["out"], w.times(tile, 4 * TILE_ROWS))
-    num_groups = w.b.udiv(given["columns"], _number(form.group))
+    num_groups = w.b.udiv(given["columns"], number(form.group))
 
     def call(function: Value, row: Value) -> None:
         x = w.at(given["x"], w.b.mul(row, x_stride))
@@ -376,7 +304,7 @@ def _few_rows(
 
 
 def _many_rows(
-    w: _Writer,
+    w: Writer,
     form: TileFormat,
     given: dict[str, Value],
     planes: _Planes,
@@ -388,16 +316,16 @@ def _many_rows(
     x_stride = w.times(given["columns"], 4)
     out_stride = w.times(given["tiles"], 4 * TILE_ROWS)
     out = w.at(given["out"], w.times(tile, 4 * TILE_ROWS))
-    with w.loop(_number(0), given["columns"], BLOCK_COLUMNS, []) as (begin, _):
+    with w.loop(number(0), given["columns"], BLOCK_COLUMNS, []) as (begin, _):
         left = w.b.sub(given["columns"], begin)
-        is_last = w.b.icmp_signed("<", left, _number(BLOCK_COLUMNS))
-        num_columns = w.b.select(is_last, left, _number(BLOCK_COLUMNS))
+        is_last = w.b.icmp_signed("<", left, number(BLOCK_COLUMNS))
+        num_columns = w.b.select(is_last, left, number(BLOCK_COLUMNS))
         offsets = _column_bytes(w, form, begin)
         addresses = (planes.codes, planes.scales, planes.factors)
         parts = [w.at(plane, offset) for plane, offset in zip(addresses, offsets, strict=True)]
-        num_groups = w.b.udiv(num_columns, _number(form.group))
+        num_groups = w.b.udiv(num_columns, number(form.group))
         w.b.call(open_block, [*parts, num_groups, wide])
-        is_first = w.b.icmp_signed("==", begin, _number(0))
+        is_first = w.b.icmp_signed("==", begin, number(0))
 
         def call(function: Value, row: Value) -> None:
             x = w.at(given["x"], w.b.mul(row, x_stride), w.times(begin, 4))

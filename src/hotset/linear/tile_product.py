@@ -2,26 +2,15 @@
 
 import ctypes
 import functools
-import importlib.util
-import threading
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from hotset.linear import native
 from hotset.linear.tiles import TILE_ROWS, TileFormat, Tiles
 
 _CHECK_COLUMNS = 512
 _CHECK_BOUND = 2e-6  # of the largest output; float32 sums of 512 columns differ by 3e-7
 _MAX_ROWS_WIDE, _MAX_ROWS = 8, 2  # at once, with 32 registers of 512 bits and with others
-
-_lock = threading.Lock()
-_engines: list[Any] = []  # own the code that was compiled; addresses of it are kept for good
-
-
-def can_multiply() -> bool:
-    """Whether the package that compiles the products is installed."""
-    return importlib.util.find_spec("llvmlite") is not None
 
 
 def multiply(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
@@ -42,7 +31,7 @@ def multiply(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
     arguments = (ctypes.c_int64 * 9)(
         *(plane.data_ptr() for plane in planes), num_rows, num_columns, num_tiles, 0
     )
-    _run()(_compiled(tiles.form), ctypes.addressof(arguments), torch.get_num_threads())
+    native.run(_compiled(tiles.form), arguments)
     return out if out.shape[1] == tiles.num_rows else out[:, : tiles.num_rows]
 
 
@@ -83,46 +72,9 @@ def check(form: TileFormat) -> str | None:
 
 
 @functools.cache
-def _run() -> Callable[[int, int, int], None]:
-    """What runs compiled code at its arguments by some threads.
-
-    They are those that torch computes with: OpenMP's call, of the library that torch has loaded,
-    under the name that GNU's and LLVM's have. Where there is none the caller's thread computes.
-    """
-    try:
-        parallel = ctypes.CDLL(None).GOMP_parallel
-    except AttributeError:
-        kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-        return lambda function, arguments, num_threads: kind(function)(arguments)
-    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    parallel.restype = None
-    return lambda function, arguments, num_threads: parallel(function, arguments, num_threads, 0)
-
-
-@functools.cache
 def _compiled(form: TileFormat) -> int:
     """The address of the product for weights of a form."""
-    import llvmlite.binding as llvm  # an extra
+    from hotset.linear.tile_code import make_module  # needs the extra
 
-    from hotset.linear.tile_code import make_module
-
-    with _lock:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        features = llvm.get_host_cpu_features()
-        max_rows = _MAX_ROWS_WIDE if features.get("avx512f") else _MAX_ROWS
-        triple = llvm.get_process_triple()
-        module = llvm.parse_assembly(str(make_module(form, triple=triple, max_rows=max_rows)))
-        module.verify()
-        machine = llvm.Target.from_triple(triple).create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=3, jit=True
-        )
-        options = llvm.create_pipeline_tuning_options(speed_level=3)
-        llvm.create_pass_builder(machine, options).getModulePassManager().run(
-            module, llvm.create_pass_builder(machine, options)
-        )
-        engine = llvm.create_mcjit_compiler(module, machine)
-        engine.finalize_object()
-        _engines.append(engine)
-        address: int = engine.get_function_address("product")
-        return address
+    max_rows = _MAX_ROWS_WIDE if native.has_wide_registers() else _MAX_ROWS
+    return native.compile_function(make_module(form, max_rows=max_rows), "product")

@@ -21,7 +21,7 @@ from hotset.experts.gating import move_but_experts
 from hotset.experts.sizes import slots_hold, why_not_hosted
 from hotset.experts.weights import experts_bytes, experts_layers
 from hotset.libraries import quiet
-from hotset.linear.tile_product import can_multiply
+from hotset.linear.native import can_compile
 from hotset.model import checkpoint
 from hotset.model.architecture import Architecture
 from hotset.model.cut_model import ModelCutter
@@ -101,7 +101,7 @@ def load_model(
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
     stays_narrow = _stays_narrow(target, dtype) and current().size == 1
-    source, short_name = find_model(name, narrow=stays_narrow and can_multiply())
+    source, short_name = find_model(name, narrow=stays_narrow and can_compile())
     architecture = None if source.is_file() else checkpoint.read_architecture(source)
     if architecture is not None and num_experts(architecture.config.get_text_config()) <= 1:
         experts_on_host = False
@@ -289,7 +289,7 @@ def fingerprint_of(name: str | None, *, device: str, dtype: str) -> str:
         ConfigError: there is no such device.
     """
     stays_narrow = _stays_narrow(resolve_device(device), dtype)
-    source, _ = find_model(name, narrow=stays_narrow and can_multiply())
+    source, _ = find_model(name, narrow=stays_narrow and can_compile())
     if source.is_dir():
         read_config(source)  # raises for a folder that holds no model
     return _fingerprint(source, dtype)

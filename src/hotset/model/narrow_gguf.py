@@ -13,7 +13,7 @@ from hotset.checkpoint.gguf_blocks import FORMS, tiles_of
 from hotset.checkpoint.gguf_file import ROPE_FACTORS, GgufFile
 from hotset.cost.config_sizes import num_experts
 from hotset.errors import ModelError
-from hotset.linear import tile_product
+from hotset.linear import native, tile_product
 from hotset.linear.merged import merge_linears
 from hotset.linear.narrow import NarrowEmbedding, NarrowLinear, narrow_tiles
 from hotset.linear.reads import is_replaceable
@@ -41,7 +41,7 @@ def why_not_narrow(header: GgufFile, architecture: Architecture) -> str | None:
     known = type(header.processor(architecture.config)) in _BY_ROWS
     if header.is_known_to_transformers or not known or not architecture.is_inspected:
         return f"the architecture {header.architecture!r} is not read that way"
-    if not tile_product.can_multiply():
+    if not native.can_compile():
         return "the package llvmlite is not installed (pip install 'hotset[cpu]')"
     for kind in sorted(kinds & FORMS.keys()):
         if (problem := tile_product.check(FORMS[kind])) is not None:
