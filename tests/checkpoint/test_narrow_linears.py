@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from hotset.linear.merged import MergedLinear
 from hotset.linear.quant_linear import QuantLinear, QuantMatrix
 from hotset.model import checkpoint, narrow_linears, weights
 from hotset.model.narrow_linears import narrow_bytes, narrow_form
-from hotset.weight_format import AWQ_128, FP8_BLOCK, INT4_128
+from hotset.weight_format import AWQ_128, FP8_BLOCK, INT4_128, NVFP4
 
 CPU = torch.device("cpu")
 KEPT = [form for form in FORMS if form[0].__name__ in ("awq", "packed", "packed_with_zeros")]
@@ -141,3 +142,8 @@ def test_the_trial_finds_products_that_are_wrong(
 
     monkeypatch.setattr(QuantMatrix, "widened", wrong)
     assert "are wrong by 2.0%" in str(quant_linear.check(form, torch.bfloat16, CPU))
+
+
+def test_linear_layers_with_scales_of_rows_are_widened_on_a_gpu() -> None:
+    tensors = SimpleNamespace(narrow_format=NVFP4)
+    assert narrow_form(tensors, torch.device("cuda"), torch.bfloat16) is None  # type: ignore[arg-type]
