@@ -1,8 +1,8 @@
 """Texts through a layer's recurrence, in chunks of 64 tokens, over states in their slots.
 
-Two launches. What the tokens of a chunk are to each other is computed for all chunks at once; then
-each head of a sequence goes from chunk to chunk with its state in registers. A chunk's result
-depends on its tokens and the state before it alone.
+Two launches, three where each key has a decay of its own. What the tokens of a chunk are to each
+other is computed for all chunks at once; then each head of a sequence goes from chunk to chunk with
+its state in registers. A chunk's result depends on its tokens and the state before it alone.
 """
 
 from typing import Any
@@ -136,7 +136,6 @@ def scan_delta(
         tokens.decay, dtype=torch.float32, memory_format=torch.contiguous_format
     )
     mix, solved = _new(output, CHUNK), _new(output, CHUNK)
-    scale = tokens.key.shape[2] ** -0.5
     _pair(tokens, sums, mix, solved, tables, sizes)
     _scan[_grid(sizes, tables)](
         tokens.query,
@@ -154,7 +153,7 @@ def scan_delta(
         tokens.query.stride(0),
         tokens.key.stride(0),
         tokens.value.stride(0),
-        scale,
+        tokens.key.shape[2] ** -0.5,
         IS_DELTA=True,
         PER_KEY=per_key,
         NORMALISES=tokens.normalises,

@@ -9,7 +9,8 @@ from hotset.kernels.state_inputs import StepTables
 _ROWS, _CHANNELS = 8, 128  # of one program
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Steps of any number of tokens run the same code.
+@triton.jit(do_not_specialize=["num_tokens"])  # type: ignore[untyped-decorator]
 def _convolve(  # type: ignore[no-untyped-def]
     values,
     weight,
