@@ -1,5 +1,6 @@
 """Two ranks answer what one does, token for token, whatever the tiers, chunks and preemptions."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from engines import make_prompts, reference, run
 
 from hotset.engine.engine import Engine
 from hotset.metrics import Metrics
+from hotset.request import SamplingParams
 
 MakeEngine = Callable[..., Engine]
 RunOne = Callable[..., tuple[list[list[int]], Metrics]]
@@ -89,10 +91,42 @@ def test_a_preemption_before_every_step_does_not_matter(
     assert engine.metrics.preemptions > 10
 
 
-def test_seeded_draws_are_those_of_one_rank(make_ranked: MakeEngine, run_one: RunOne) -> None:
-    params = {"temperature": 0.8, "seed": 3, "top_p": 0.9}
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.8, "seed": 3, "top_p": 0.9},
+        {"presence_penalty": 0.5, "logit_bias": {7: 3.0}},
+        {"prompt_logprobs": 1, "logprobs": 1},
+    ],
+    ids=lambda params: "-".join(params),
+)
+def test_tokens_are_chosen_as_on_one_rank(
+    params: dict[str, Any], make_ranked: MakeEngine, run_one: RunOne
+) -> None:
     wanted, _ = run_one(params=params)
-    assert run(make_ranked(), make_prompts(), **params) == wanted
+    assert run(make_ranked(overlap=True), make_prompts(), **params) == wanted
+
+
+def test_requests_that_come_and_go_leave_nothing(make_ranked: MakeEngine) -> None:
+    engine = make_ranked(hot_blocks=26, host_blocks=60, max_num_batched_tokens=32, overlap=True)
+    rng = random.Random(0)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    open_ids: set[str] = set()
+    for _ in range(200):
+        if rng.random() < 0.4:
+            prompt = rng.choices(range(3, 256), k=rng.randint(1, 60))
+            open_ids.add(engine.add_request(prompt, params))
+        if open_ids and rng.random() < 0.15:
+            engine.abort(rng.choice(sorted(open_ids)))
+        for output in engine.step():
+            assert output.error is None
+            if output.finish_reason is not None:
+                open_ids.discard(output.request_id)
+        engine.kv.check()
+    while engine.has_work or engine.has_transfers:
+        engine.step()
+    assert engine.metrics.requests_finished.total() > 20
+    assert engine.kv.pool.num_held == 0
 
 
 def test_a_restart_of_as_many_ranks_answers_from_disk(

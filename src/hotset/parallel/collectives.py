@@ -51,8 +51,13 @@ class SymmetricMemory:
         self._buffer = symmetric.empty(num_bytes, dtype=torch.uint8, device=group.device)
         symmetric.rendezvous(self._buffer, self._name)
 
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether the kernels sum tensors of this dtype and size."""
+        fits = 0 < x.nbytes <= len(self._buffer) and x.nbytes % _ALIGNMENT == 0
+        return fits and x.dtype in (torch.float32, torch.bfloat16)
+
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in memory of its own, of a contiguous tensor that it fits."""
+        """The sum over all ranks, in memory of its own, of a contiguous tensor that it takes."""
         part = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
         if x.nbytes <= _ONE_SHOT_BYTES:
             out: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(
@@ -114,13 +119,12 @@ def _is_right(memory: SymmetricMemory, group: Group) -> bool:
 @torch.library.custom_op("hotset::all_reduce", mutates_args=())
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks of what each brings, in memory of its own; the same bits on all."""
-    if current().is_alone:
-        return x.clone()
     x = x.contiguous()
-    if _symmetric is not None and x.nbytes <= _MOST_BYTES and x.nbytes % _ALIGNMENT == 0 < x.nbytes:
+    if not current().is_alone and _symmetric is not None and _symmetric.takes(x):
         return _symmetric.sum(x)
     out = x.clone()
-    distributed.all_reduce(out)
+    if not current().is_alone:
+        distributed.all_reduce(out)
     return out
 
 
