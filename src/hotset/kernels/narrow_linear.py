@@ -31,7 +31,7 @@ class Matrix(Protocol):
     @property
     def scales(self) -> Plane: ...  # noqa: D102
     @property
-    def zeros(self) -> Plane | None: ...  # noqa: D102
+    def more(self) -> Plane | None: ...  # noqa: D102
 
 
 @triton.jit  # type: ignore[untyped-decorator]

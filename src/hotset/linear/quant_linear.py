@@ -39,14 +39,14 @@ class QuantMatrix:
         shape: `[N, K]`.
         codes: where its numbers are.
         scales: likewise.
-        zeros: None where groups have none.
+        more: zeros of groups; None where they have none.
     """
 
     form: WeightFormat
     shape: tuple[int, int]
     codes: Plane
     scales: Plane
-    zeros: Plane | None
+    more: Plane | None
 
     @staticmethod
     def of(form: WeightFormat, shape: tuple[int, int]) -> "QuantMatrix":
@@ -63,12 +63,12 @@ class QuantMatrix:
     @property
     def num_bytes(self) -> int:
         """Of all planes, with what aligns them."""
-        return (self.zeros or self.scales).end
+        return (self.more or self.scales).end
 
     def views(self, payload: torch.Tensor) -> Planes:
         """Codes, scales and zeros in `[num_bytes]` uint8."""
         codes, scales = _view(payload, self.codes), _view(payload, self.scales)
-        return codes, scales, None if self.zeros is None else _view(payload, self.zeros)
+        return codes, scales, None if self.more is None else _view(payload, self.more)
 
     def widened(self, payload: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`[N, K]` of `dtype`: the reference of all kernels that read it, bit-exact."""
