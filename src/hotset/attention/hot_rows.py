@@ -116,7 +116,9 @@ class _Ahead:
     """Work for later layers, on a stream beside the one that computes. Graphs can record it."""
 
     def __init__(self, device: torch.device, num_layers: int) -> None:
-        self._stream, self._started = torch.cuda.Stream(device), torch.cuda.Event()
+        # Ahead of the kernels that compute, whose programs would be done before the first row came.
+        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._started = torch.cuda.Event()
         self._done = [torch.cuda.Event() for _ in range(num_layers)]
 
     def run(self, layers: Sequence[int], work: Callable[[int], None]) -> None:
