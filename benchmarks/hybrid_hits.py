@@ -111,7 +111,7 @@ class Chats:
 
 def make_chats(seed: int, users: int, systems: int) -> Chats:
     chats = Chats(random.Random(seed), [])
-    texts = [chats.text(150, 400) for _ in range(systems)]
+    texts = [chats.text(300, 800) for _ in range(systems)]
     for user in range(users):
         chats.messages.append([{"role": "system", "content": texts[user % systems]}])
     return chats
@@ -125,7 +125,7 @@ def run_turn(
     params = SamplingParams(max_tokens=num_output, ignore_eos=True)
     counts = {"prompt": 0, "attainable": 0, "found": 0}
     for number, messages in enumerate(chats.messages):
-        messages.append({"role": "user", "content": chats.text(40, 160)})
+        messages.append({"role": "user", "content": chats.text(100, 400)})
         prompt = encoder.encode_chat(messages)
         places = prompt.repeated if named else ()
         request_id = engine.add_request(list(prompt), params, snapshot_at=places)
@@ -186,9 +186,9 @@ def run_case(args: argparse.Namespace, template: str, place: str, named: bool) -
 
 def main() -> None:
     parser = record.arguments(__doc__, out="path of the results, without suffix")
-    parser.add_argument("--users", type=int, default=12)
+    parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--systems", type=int, default=3, help="system messages that they share")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--output-tokens", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -205,7 +205,7 @@ def main() -> None:
             "# Prefix hits of a model with a state beside KV",
             "",
             f"A tiny Qwen3.5 in float32. {args.users} conversations of {args.turns} turns share "
-            f"{args.systems} system messages; a turn has 40 to 160 words and",
+            f"{args.systems} system messages; a turn has 100 to 400 words and",
             f"{args.output_tokens} tokens of output, half of them reasoning. A token is "
             "*attainable* where its prompt begins as one of an",
             "earlier turn with its output did; *share* is the part of these that was found. "

@@ -58,7 +58,7 @@ class Metrics(ExpertCounts):
     state_hits: Counter[str] = field(default_factory=Counter)  # by tier, states gone on from
     spilled_states: int = 0
     fetched_states: int = 0
-    dropped_states: int = 0  # left the device before their turn to be spilled came
+    dropped_states: int = 0  # had no slot, or left it before their turn to be spilled came
     stateless_tokens: int = 0  # their KV was found and no state behind them: of no use
     moved_bytes: Counter[str] = field(default_factory=Counter)  # by direction, "device>host"
     expert_rounding_error: float = 0.0  # relative RMS of experts' weights; fixed at start

@@ -166,6 +166,7 @@ class KVCache:
             if num_left is None or num_left < 0:
                 break
             num_left -= self.tables.num_blocks_for(request.num_tokens)
+            num_left -= 0 if self.states is None else self.states.num_pieces
             room, kv = self.transfers.room_ahead(spare_blocks), request.kv
             if kv.was_fetched or (kv.was_staged and not room):
                 continue

@@ -100,13 +100,17 @@ class StateSlots:
             self.release(request.kv.fork_slot)
             request.kv.fork_slot = None
 
-    def cut(self, request: Request, position: int, key: bytes | None) -> None:
-        """Have the next step keep the state after `position` tokens; not if no slot is to be had.
+    def cut(self, request: Request, position: int, key: bytes | None) -> bool:
+        """Have the next step keep the state after `position` tokens, unless there is one already.
 
-        Under this key; None keeps it for those that fork.
+        Under this key; None keeps it for those that fork. False where no slot is to be had.
         """
-        if self.pool.num_available and (key is None or self.pool.lookup(key) is None):
-            request.kv.cuts.append(StateCut(position, self.take(), key))
+        if key is not None and self.pool.lookup(key) is not None:
+            return True
+        if not self.pool.num_available:
+            return False
+        request.kv.cuts.append(StateCut(position, self.take(), key))
+        return True
 
     def advance(self, request: Request) -> None:
         """Note that a step wrote the request's state, and what was to be kept."""

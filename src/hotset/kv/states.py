@@ -233,7 +233,7 @@ class States:
         for position in kv.snapshots:
             if kv.num_computed_tokens < position <= end:
                 key = self._prefixes.extend(request)[position // self._prefixes.block_size - 1]
-                self.slots.cut(request, position, key)
+                self._metrics.dropped_states += not self.slots.cut(request, position, key)
         if kv.has_forks and kv.num_computed_tokens < request.prompt_len - 1 <= end:
             self.slots.cut(request, request.prompt_len - 1, None)
             kv.cuts.sort(key=itemgetter(0))

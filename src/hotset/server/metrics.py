@@ -47,7 +47,7 @@ _KV_COUNTERS = {
 _STATE_COUNTERS = {
     "spilled_states": "States of requests copied down.",
     "fetched_states": "States copied up.",
-    "dropped_states": "States that left the device before they were copied down.",
+    "dropped_states": "States without a slot, or that left it before they were copied down.",
     "stateless_tokens": "Tokens whose KV was found, to no use for want of a state.",
 }
 _HOT_COUNTERS = {
