@@ -35,7 +35,7 @@ from hotset.engine.engine import Engine
 from hotset.engine.loop import settle
 from hotset.engine.model_shape import make_cost_model
 from hotset.engine.start_times import Phase, StartTimes
-from hotset.executor.probe import inspect_model
+from hotset.executor.probe import ModelLayout, inspect_model
 from hotset.experts.sizes import slot_bytes_of
 from hotset.kernels.device import likely_hardware
 from hotset.model.dummy import load_dummy
@@ -123,12 +123,11 @@ class SpokenTimes(StartTimes):
 class Planned:
     """What the planner says of an engine's steps."""
 
-    def __init__(self, loaded: LoadedModel, engine: Engine) -> None:
+    def __init__(self, loaded: LoadedModel, layout: ModelLayout, engine: Engine) -> None:
         model = loaded.model
         slots = slot_bytes_of(model, HostedExperts())
         assert slots is not None
         hardware = likely_hardware(model.device)
-        layout = inspect_model(model)
         cost = make_cost_model(model, layout, slots, loaded.name, hardware)
         self._cost = ExpertCost(cost, link_of(cost, cold_bytes=slots.cold_bytes))
         self._num_slots = slots.num_experts if engine.experts is None else engine.experts.num_slots
@@ -215,11 +214,12 @@ def run(case: Case, *, eviction: str, router_skew: float | None) -> dict[str, An
     # No others are recorded, which would take most of the time.
     tuning = replace(TUNINGS["cuda"], decode_sizes=case.users, mixed_sizes=(MIXED_TOKENS,))
     TUNINGS["cuda"] = tuning
+    layout = inspect_model(loaded.model)  # it runs the model, which is not compiled yet
     engine = build_engine(case.options(eviction), loaded, times=SpokenTimes())
     ready_s = time.perf_counter() - start_s
     print(f"ready after {ready_s:.1f} s\n{engine.report}", flush=True)
     try:
-        planned = Planned(loaded, engine)
+        planned = Planned(loaded, layout, engine)
         vocab_size = loaded.model.config.get_text_config().vocab_size
         prompt = prompt_row(engine, case, planned, vocab_size)
         print(prompt, flush=True)
