@@ -245,7 +245,11 @@ def main() -> None:
     TUNINGS["cuda"] = replace(TUNINGS["cuda"], decode_sizes=tuple(users), mixed_sizes=(16,))
     fields, name, loaded = load(arguments)
     say("weights made")
-    is_hosted = arguments.experts == "host"
+    # Memory for KV is not shared with experts: all are resident, or those that fit into theirs.
+    experts = {"expert_gib": arguments.expert_gib}
+    if arguments.experts == "resident":
+        num_experts = fields.get("num_experts")
+        experts = {} if num_experts is None else {"expert_slots": num_experts}
     options = Options.of(
         device=arguments.device,
         hot_gib=arguments.hot_gib,
@@ -253,7 +257,7 @@ def main() -> None:
         max_num_batched_tokens=max(lengths),
         max_model_len=max(*lengths, max(contexts) + STEPS) + 64,
         prefix_caching=False,
-        **({"expert_gib": arguments.expert_gib} if is_hosted else {}),
+        **experts,
     )
     # Kernels of prompts that take a minute to compile are not waited for; decodes do without.
     engine = build_engine(options, loaded, defers_recording=True)
@@ -264,8 +268,8 @@ def main() -> None:
     hardware = likely_hardware(torch.device(arguments.device))
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     cost = make_cost_model(fields, name, dtype, hardware)
-    experts = engine.executor._experts
-    resident = 1.0 if experts is None else experts.num_slots / experts.sizes.num_experts
+    buffer = engine.executor._experts
+    resident = 1.0 if buffer is None else buffer.num_slots / buffer.sizes.num_experts
     tiering = Tiering(resident_experts=resident)
     found = record.start(
         model=name,
