@@ -28,11 +28,14 @@ def damage(slab: Path, rng: random.Random) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("family", ["llama", "lfm2", "bamba"])  # the others keep a state
 def test_a_soak_of_256_requests_with_aborts_priorities_and_faults_ends_as_it_began(
-    seed: int, make_engine: MakeEngine, tmp_path: Path
+    family: str, seed: int, make_engine: MakeEngine, tmp_path: Path
 ) -> None:
     rng = random.Random(seed)
     engine = make_engine(
+        family,
+        block_size=16 if family == "bamba" else 4,
         hot_blocks=80,
         host_blocks=60,
         disk_mib=6,
@@ -44,7 +47,8 @@ def test_a_soak_of_256_requests_with_aborts_priorities_and_faults_ends_as_it_beg
         max_num_batched_tokens=128,
     )
     engine.scheduler.ahead_tokens = 1  # so that many are preempted
-    starts = [[rng.randrange(3, 256) for _ in range(30)] for _ in range(12)]
+    num_shared = 66 if family == "bamba" else 30  # its states are kept after 64 tokens
+    starts = [[rng.randrange(3, 256) for _ in range(num_shared)] for _ in range(12)]
     prompts = [
         rng.choice(starts) + [rng.randrange(3, 256) for _ in range(rng.randint(1, 20))]
         for _ in range(NUM_REQUESTS)
@@ -75,12 +79,17 @@ def test_a_soak_of_256_requests_with_aborts_priorities_and_faults_ends_as_it_beg
             damage(tmp_path / "blocks.slab", rng)
         if rng.random() < 0.05:
             engine.kv.pool.forget_cached()
-    while engine.has_transfers:
+            if engine.kv.states is not None:
+                engine.kv.states.slots.pool.forget_cached()
+    while engine.has_transfers or (engine.kv.states is not None and engine.kv.states._due):
         engine.step()
     engine.step()
 
     engine.kv.check()
     assert engine.kv.pool.num_held == 0
+    if engine.kv.states is not None:
+        assert engine.kv.states.slots.pool.num_held == 0
+        assert engine.metrics.state_hits["host"] > 0 and engine.metrics.state_hits["disk"] > 0
     assert engine.tiers is not None
     engine.tiers.check()
     assert engine.tiers.host.num_evictable == engine.tiers.host.num_slots  # nothing is kept
@@ -94,5 +103,5 @@ def test_a_soak_of_256_requests_with_aborts_priorities_and_faults_ends_as_it_beg
     assert engine.metrics.faults.total() > 0
     sample = rng.sample(done, 40)
     assert [tokens[i] for i in sample] == reference(
-        "llama", [prompts[i] for i in sample], max_tokens=8
+        family, [prompts[i] for i in sample], max_tokens=8
     )
