@@ -5,6 +5,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from hotset.cli.probe import command
@@ -105,3 +106,15 @@ def test_the_command_writes_a_profile_of_both_and_shows_them(
     assert all(word in table for word in ("all-reduce", "all-gather", "reduce-scatter", "64 KiB"))
     [failed] = [CliRunner().invoke(command, ["--device", "cpu", "--gpus", "99", "--no-disk"])]
     assert "--gpus is 99; expected 1 to 16" in str(failed.exception)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_are_measured_with_links_peers_and_both_sums() -> None:
+    found = ranks.probe_ranks("cuda", 2, Effort(sizes=(4096, 2**20), figure_s=0.05))["2"]
+    [together] = together_from_json({"2": found}, "probe").values()
+    assert together.link_bytes_per_s and together.link_bytes_per_s > 1e9
+    assert len(found["peer_copies_gb_per_s"]["together"]) == 2
+    for name in ("all_reduce_us", "nccl_all_reduce_us", "all_gather_us", "reduce_scatter_us"):
+        assert all(us > 0 for us in found[name].values())
+    assert multiprocessing.active_children() == []
