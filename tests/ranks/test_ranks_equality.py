@@ -162,4 +162,5 @@ def test_experts_in_host_memory_do_not_matter(
     wanted, _ = run_one(family, expert_slots=2, **changes, **wide)
     engine = make_ranked(family, expert_slots=2, **changes, **wide)
     assert run(engine, prompts) == wanted
-    assert engine.metrics.expert_misses > 0 or changes.get("expert_plan") == "stream"
+    engine.take_counts()
+    assert engine.metrics.expert_bytes > 0  # in whichever way a step brings them
