@@ -96,7 +96,7 @@ class Chats:
     seen: list[np.ndarray] = field(default_factory=list)
 
     def text(self, low: int, high: int) -> str:
-        """So many words."""
+        """Random words."""
         return " ".join(self.rng.choices(WORDS, k=self.rng.randint(low, high)))
 
     def attainable(self, prompt: list[int]) -> int:

@@ -97,7 +97,7 @@ def decode_steps(tp: int) -> Iterator[dict[str, Any]]:
 
 
 def expert_options(tp: int, slots: int) -> Options:
-    """So many experts of a layer on the device, all others in host memory."""
+    """`expert_slots` experts of a layer on the device, all others in host memory."""
     return Options.of(
         tp=tp,
         model=EXPERTS,

@@ -82,7 +82,7 @@ def sizes_in_blocks(
     num_ranks: int = 1,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Options that give each rank so many blocks; see `make_engine`."""
+    """Options that give each rank this number of blocks; see `make_engine`."""
     if slot_bytes_of(model, HostedExperts()) is not None and "expert_gib" not in changes:
         changes.setdefault("expert_slots", experts_layers(model)[0].num_experts)
     layout = inspect_model(model, index_dtype=FP8 if changes.get("index_dtype") == "fp8" else None)

@@ -20,7 +20,7 @@ def gated_delta(
     values: int = VALUES,
     keys: int = KEYS,
 ) -> GatedDelta:
-    """The gated delta rule over so many tokens."""
+    """The gated delta rule over `num_tokens`."""
     original = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
     query, key = torch.randn(2, num_tokens, groups, keys)
     value = torch.randn(num_tokens, heads, values)
@@ -37,7 +37,7 @@ def kimi_delta(
     values: int = VALUES,
     keys: int = KEYS,
 ) -> GatedDelta:
-    """Kimi Delta Attention over so many tokens: the decays of some keys are fast."""
+    """Kimi Delta Attention over `num_tokens`: the decays of some keys are fast."""
     original = inspect.unwrap(modeling_kimi_linear.chunk_kimi_delta_attention)
     query, key = torch.randn(2, num_tokens, heads, keys)
     value = torch.randn(num_tokens, heads, values)
@@ -55,7 +55,7 @@ def mamba2(
     values: int = VALUES,
     keys: int = KEYS,
 ) -> Mamba2:
-    """Mamba-2 over so many tokens."""
+    """Mamba-2 over `num_tokens`."""
     original = inspect.unwrap(modeling_bamba.mamba2_chunk_scan)
     key, query = torch.randn(2, num_tokens, groups, keys)
     return Mamba2(

@@ -48,7 +48,7 @@ def tokens_of(spans: list[SequenceSpan]) -> int:
 
 
 def make_arena(scan: Scan, dtype: torch.dtype) -> StateArena:
-    """Slots of random numbers, but for that of zeros."""
+    """Slots of random numbers, but for the slot of zeros."""
     spec = State(scan.state_shape, (CHANNELS, KERNEL - 1), dtype.itemsize)
     arena = StateArena({LAYER: spec}, num_slots=SLOTS, dtype=dtype, device=DEVICE)
     arena.recurrent[LAYER][1:] = torch.randn(SLOTS - 1, *scan.state_shape)

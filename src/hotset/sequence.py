@@ -13,8 +13,8 @@ UNKNOWN_TOKEN = -1
 # Slots for state that no sequence gets: one of zeros, which a sequence without a token reads and
 # none writes, and one that rows of padding write.
 ZEROS_SLOT, PADDING_SLOT = 0, 1
-# What rows of a step write in place of a slot: those of several tokens of a sequence, whose state
-# is written chunk by chunk, and those of no sequence.
+# In place of a slot that a row of a step writes: the row is one of several of a sequence, whose
+# state is written chunk by chunk, or the row is of no sequence.
 IN_CHUNKS, NO_SEQUENCE = -1, -2
 
 _ids = itertools.count()

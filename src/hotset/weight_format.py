@@ -56,7 +56,7 @@ class WeightFormat:
         rows: of a group; None is all.
         columns: of a group; None is all.
         has_zeros: whether a group has a zero, which is subtracted from its codes.
-        has_row_scales: whether a row has a scale beside those of its groups.
+        has_row_scales: whether a row has a scale beside its groups' scales.
     """
 
     code: Code

@@ -1,4 +1,4 @@
-"""Decodes that read paged KV in place on a CPU: those of softmax, whoever shares the step."""
+"""Decodes that read paged KV in place on a CPU: those of softmax, whatever shares the step."""
 
 import pytest
 import torch

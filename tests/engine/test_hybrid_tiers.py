@@ -159,7 +159,7 @@ def plant(engine: Engine, source: list[int], target: list[int]) -> None:
 
 
 def in_host(engine: Engine, num_tokens: int) -> list[int]:
-    """Slots of host memory with the pieces of the state after so many tokens of the prompt."""
+    """Slots of host memory with the pieces of the state after `num_tokens` of the prompt."""
     assert engine.kv.states is not None and engine.kv.states._transfers is not None
     assert engine.tiers is not None
     key = engine.kv.prefixes.extend(make_request(PROMPT))[num_tokens // GRID - 1]

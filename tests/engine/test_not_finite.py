@@ -30,7 +30,7 @@ def embedding_of(engine: Engine) -> torch.Tensor:
 
 
 def healthy(num: int = 4) -> list[list[int]]:
-    """Prompts without the token; nobody generates it in the few tokens asked for."""
+    """Prompts without the token; no request generates it in the few tokens asked for."""
     return [[token % POISON for token in prompt] for prompt in make_prompts(num=num)]
 
 

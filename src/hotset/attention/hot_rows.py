@@ -28,8 +28,8 @@ class HotRows:
         arena: the device's blocks; each of its groups selects.
         host: `[slots, bytes]` uint8, host memory, where a slot has what a block has.
         fetches_ahead: whether the rows of layers that share a selection come while the layers
-            before them compute, on a GPU, and not all with those of the first layer. They are the
-            same rows.
+            before them compute, on a GPU, and not all with the rows of the first
+            layer. They are the same rows.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class HotRows:
         All layers that share a selection call it in turn, with the same `misses`.
         """
         if layer not in self._runs:
-            return  # they came with those of a layer before
+            return  # they came with the rows of a layer before
         if self._ahead is not None and layer not in self._selections:
             self._ahead.wait_for(layer)
             return

@@ -46,14 +46,14 @@ class KernelStates:
 
     @classmethod
     def of_batch(cls, arena: StateArena, batch: Batch, device: torch.device) -> Self:
-        """Those of one step."""
+        """The states of one step."""
         tables = SpanTables(batch.sequences, batch.num_decodes)
         packed = to_device(tables.packed(tables.sizes), device)
         return cls(arena, packed, tables.sizes, tables.copies)
 
     @classmethod
     def of_padding(cls, arena: StateArena, sizes: TableSizes, device: torch.device) -> Self:
-        """Those of steps that `fill` sets, of no sequence so far."""
+        """The states of steps that `fill` sets, of no sequence so far."""
         return cls(arena, to_device(SpanTables([], 0).packed(sizes), device), sizes)
 
     def fill(self, batch: Batch) -> bool:

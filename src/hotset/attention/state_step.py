@@ -45,7 +45,7 @@ class StateLayers:
         return KernelStates.of_batch(self._arena, batch, self._device)
 
     def record(self, num_tokens: int, most_seqs: int, *, is_decode: bool) -> "KernelStates":
-        """The states of a recorded step of so many tokens, decodes alone or any."""
+        """The states of a recorded step of `num_tokens`, decodes alone or any."""
         from hotset.attention.state_kernels import KernelStates
 
         sizes = TableSizes.of_recorded(num_tokens, most_seqs, is_decode=is_decode)

@@ -28,11 +28,11 @@ class TableSizes:
     """How long the tables of a step are.
 
     Attributes:
-        decodes: the sequences of one token are among as many leading tokens.
+        decodes: number of leading tokens that have all sequences of one token.
         tokens: T of `RowTable`.
         chunks: C of `ChunkTable`.
         sequences: S of `SequenceTable`.
-        pads: whether there may be tokens behind those of sequences.
+        pads: whether tokens of padding may follow the tokens of sequences.
     """
 
     decodes: int
@@ -43,7 +43,7 @@ class TableSizes:
 
     @classmethod
     def of_recorded(cls, num_tokens: int, most_seqs: int, *, is_decode: bool) -> "TableSizes":
-        """Those of a recorded step; steps that need longer ones are launched."""
+        """The sizes of a recorded step; steps that need larger ones are launched."""
         if is_decode:
             return cls(num_tokens, num_tokens, 0, 0, pads=True)
         prompts = min(_MOST_PROMPTS, num_tokens // 2)

@@ -160,7 +160,7 @@ class GgufFile:
 
     @property
     def tensors(self) -> list[Any]:
-        """Those of the file, as gguf reads them."""
+        """The tensors of the file, as gguf reads them."""
         return list(self._reader.tensors)
 
     @property

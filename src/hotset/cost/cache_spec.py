@@ -87,7 +87,7 @@ class Latent:
     def expanded_flops(self, pairs: float, past: float) -> float:
         """The same over keys and values, which are made of the latents of `past` tokens as well.
 
-        Those of a step's own tokens are not counted: to make them takes the operations that absorb
+        Rows of a step's own tokens are not counted: to make them takes the operations that absorb
         a query and turn its output into values, so that both ways have them.
         """
         heads = self.expanded

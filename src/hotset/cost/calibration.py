@@ -15,7 +15,7 @@ class Calibration:
     Attributes:
         memory_efficiency: share of the nominal HBM rate that decode kernels reach.
         kernel_s: time each kernel of a graph costs beside its bytes: launch, ramp and tail.
-        latent_kernels: kernels of a layer over latents beside those of engines that fuse more.
+        latent_kernels: kernels of a layer over latents that engines which fuse more do not have.
         user_s: time a step spends on each sequence: sampling, scheduling, answering.
         host_is_hidden: whether a step's time per sequence runs beside the device, so that a step
             takes the longer of both.

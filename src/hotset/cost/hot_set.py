@@ -110,7 +110,7 @@ def fetches(layers: range, *, ahead: bool) -> list[range]:
         layers: that share it. Their rows of a token lie side by side, and one run of bytes comes
             faster than several short ones.
         ahead: whether rows come while earlier layers compute. Then the first layer waits for its
-            own rows alone, and for each layer that has them those of one more come meanwhile.
+            own rows alone; while a layer that has its rows computes, the rows of one more come.
     """
     if not ahead:
         return [layers]

@@ -166,7 +166,7 @@ class PrefixPolicy:
         """The place from which a request is at its end soonest, as its index.
 
         Args:
-            places: the deepest first, down to that of no tokens.
+            places: the deepest first, the place of no tokens last.
             queued_bytes: that come to the device before.
             queued_tokens: of other requests, which are computed meanwhile.
         """

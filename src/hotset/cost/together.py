@@ -35,7 +35,7 @@ class Together:
 
 
 def seconds_at(points: Sequence[Point], num_bytes: float) -> float:
-    """Time of `num_bytes` on the lines between what was measured; at least that of the smallest."""
+    """Time of `num_bytes` on the lines between measured points, and at least the first one's."""
     first_bytes, first_s = points[0]
     if num_bytes <= first_bytes or len(points) == 1:
         return first_s * max(1.0, num_bytes / first_bytes)

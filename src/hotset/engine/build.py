@@ -76,8 +76,8 @@ def build_engine(
         options: the user's.
         loaded: the model.
         overlap: whether steps overlap; None is on a GPU only.
-        owns_model: whether nobody else uses the model, so that its experts on disk go with the
-            engine.
+        owns_model: whether the engine alone uses the model, so that its experts on disk go with
+            the engine.
         defers_recording: whether to be ready before all steps are recorded, and all kernels built:
             `Engine.warm_up` does the rest.
         times: what this takes is added to it.
@@ -170,7 +170,7 @@ class _Measured:
 
 
 class _Build(RankSetup):
-    """The phases of an engine's set-up, after those of its rank."""
+    """The phases of an engine's set-up, after its rank's."""
 
     def __init__(
         self,

@@ -335,7 +335,7 @@ def _check_inputs(model: PreTrainedModel) -> None:
 
 
 def weights_bytes(model: PreTrainedModel) -> int:
-    """What the weights take, packed and narrow ones too, but not those of hosted experts."""
+    """Bytes of the weights, packed and narrow ones too, without hosted experts."""
     narrow = sum(tiles.num_bytes for tiles in narrow_tiles(model))
     packed: int = sum(m.num_bytes for m in model.modules() if isinstance(m, PackedLinear))
     packed += sum(each.num_bytes() for each in experts_layers(model) if each.weights is None)

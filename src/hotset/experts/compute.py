@@ -287,7 +287,7 @@ def resident_experts(
 
     Args:
         hidden: `[T, H]`.
-        ids: `[T, K]` integer; those of E and more add nothing.
+        ids: `[T, K]` integer; ids from E on add nothing.
         weights: `[T, K]`.
         up: `[E, 2 * I, H]`, dtype of `hidden`, contiguous.
         down: `[E, H, I]`, likewise.
@@ -330,7 +330,7 @@ def narrow_resident_experts(
 
     Args:
         hidden: `[T, H]`.
-        ids: `[T, K]` integer; those of E and more add nothing.
+        ids: `[T, K]` integer; ids from E on add nothing.
         weights: `[T, K]`.
         payloads: `[E, payload_bytes]` uint8.
         up_bias: `[E, 2 * I]`; None where the layer has no biases.

@@ -277,7 +277,7 @@ class LayerExperts:
     def keep(self, device: torch.device, *, narrow: bool) -> None:
         """Have all weights on the device, from wherever they are; packed ones stay packed.
 
-        With `narrow` those of host memory stay as they are there.
+        With `narrow` experts of host memory stay as they are there.
         """
         if isinstance(self.state, Packed | Narrow):
             return

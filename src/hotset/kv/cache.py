@@ -308,7 +308,7 @@ class KVCache:
     def discard(self, request: Request) -> None:
         """Take the blocks of a request whose KV is no use: none of it is found again, anywhere.
 
-        Nor is what it shares with others, as nobody can say which block made it so.
+        Nor is what it shares with others, as it is not known which block is wrong.
         """
         self._let_go(request)
         keys = self.prefixes.extend(request)

@@ -37,7 +37,7 @@ class IndexBlocks:
         self._pool, self._first = pool, first
         self._row_bytes, self._index_bytes = row_bytes, index_bytes
         self._carved: dict[int, set[int]] = {}  # block -> its index blocks that are free
-        self._open: dict[int, None] = {}  # those of them that have any, first carved first
+        self._open: dict[int, None] = {}  # carved blocks with a free part, first carved first
         self._own: set[int] = set()  # blocks not carved whose own index keys are an index block
         self._num_used = 0
 
@@ -73,7 +73,7 @@ class IndexBlocks:
     def keep_own(self, block: int) -> int:
         """The index block that a block's own index keys are, while its rows serve as slots.
 
-        Whoever holds the block holds it for as long as the index block is not given back.
+        The block stays held until the index block is given back.
         """
         assert block < self._first and block not in self._carved and block not in self._own
         self._own.add(block)

@@ -129,7 +129,7 @@ class StateTransfers:
 
         Args:
             key: that it gets.
-            slot: nobody writes to it until the copy has ended.
+            slot: not written to until the copy has ended.
             slowest: the number of the slowest tier that it goes to.
         """
         keys = self.keys(key)

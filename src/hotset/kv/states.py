@@ -374,7 +374,7 @@ class States:
         return self._transfers.keys(request.kv.parked.key)
 
     def with_pieces(self, request: Request, keys: Iterable[bytes]) -> list[bytes]:
-        """Keys of blocks, each followed by those of the state after it, if the request kept it."""
+        """Keys of blocks, each followed by the pieces' keys of a state kept after it."""
         if self._transfers is None:
             return list(keys)
         kept = {one.key: self._transfers.keys(one.key) for one in request.kv.kept_states}

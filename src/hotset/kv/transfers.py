@@ -63,13 +63,13 @@ class BlockTransfers:
         self._pool, self._block_size, self._metrics = pool, block_size, metrics
         self._tiers, self._index_blocks = tiers, index_blocks
         self._loading: dict[bytes, _Loading] = {}
-        # Index blocks on their way up, and who waits; None: it is to be given back.
+        # Index blocks on their way up, and the request that waits; None: to be given back.
         self._bringing: dict[int, tuple[Request, int] | None] = {}
         self._spilling: set[int] = set()
 
     @property
     def num_index_blocks_left(self) -> int:
-        """Index blocks that only a transfer has: who waited is gone."""
+        """Index blocks that only a transfer has, as the request that waited is gone."""
         return sum(waiter is None for waiter in self._bringing.values())
 
     @property

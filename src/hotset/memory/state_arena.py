@@ -24,7 +24,7 @@ class StateArena:
             by the slot.
         columns: of each layer, `[num_slots, channels, kernel - 1]`, strided by the slot.
         slot_bytes: of one slot.
-        memory: uint8 `[num_slots, slot_bytes]`, for those who copy slots.
+        memory: uint8 `[num_slots, slot_bytes]`, by which slots are copied.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ def load_folder(
         experts: where those go that host memory has no room for.
         narrow: the experts whose own bytes are kept; None where all weights are plain.
         cutter: leaves layers that are read in place with this rank's part; None cuts nothing.
-        in_place: where weights go that are read in place; on the CPU none but those of `fp8` are.
+        in_place: where weights go that are read in place; on the CPU only weights of `fp8` are.
             None is `device`.
 
     Raises:

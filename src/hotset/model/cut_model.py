@@ -24,7 +24,7 @@ class ModelCutter:
         name: of the model, for messages.
 
     Raises:
-        ConfigError, ModelError: it cannot be cut for so many ranks; see `find_cuts`.
+        ConfigError, ModelError: it cannot be cut for this number of ranks; see `find_cuts`.
     """
 
     def __init__(self, outline: Any, name: str) -> None:
@@ -48,7 +48,7 @@ class ModelCutter:
         """Leave a module with this rank's part, in place, if it is one to be cut; not the head.
 
         Returns:
-            By name of a parameter, which part of it is left; those of experts are not told.
+            By name of a parameter, which part of it is left; parameters of experts have no entry.
         """
         how = self._table.cuts.get(path)
         if how is None or how is Cut.HEAD:

@@ -89,7 +89,7 @@ class NarrowExperts:
             experts.narrow_in_file = self.narrow
 
     def load(self, model: PreTrainedModel, sink: ExpertSink | None) -> None:
-        """Read them, layer by layer; those of host memory to where `sink` has room, if to a disk.
+        """Read them, layer by layer; hosted ones to where `sink` has room, if to a disk.
 
         Raises:
             ModelError: a number is none; TierError: the disk failed.

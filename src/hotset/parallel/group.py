@@ -1,4 +1,4 @@
-"""The ranks of this process' model: who they are, and what they tell each other."""
+"""The ranks of this process' model: their numbers, and what they tell each other."""
 
 import contextlib
 import os

@@ -43,7 +43,7 @@ def cut_linear(layer: nn.Module, table: Table, path: str, rank: int) -> dict[str
 
 
 class Summed(nn.Module):
-    """A layer of which each rank has some rows: their outputs add up to that of the whole."""
+    """A layer of which each rank has some rows: their outputs add up to the whole's."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ _GRACE_S = 2.0
 
 
 def check_gpus(device: str, gpus: int) -> None:
-    """Raise ConfigError where there are not so many GPUs."""
+    """Raise ConfigError where there are fewer GPUs than asked for."""
     if device == "cpu":
         if not 1 <= gpus <= _MOST_PROCESSES:
             raise ConfigError(f"gpus is {gpus}; expected 1 to {_MOST_PROCESSES} processes on a CPU")

@@ -157,7 +157,7 @@ class _Figures:
     # -- collectives --------------------------------------------------------------------------
 
     def _times(self, prepare: Callable[[int], Run]) -> dict[str, float]:
-        """Microseconds of a collective by bytes; those of the rank that waits longest."""
+        """Microseconds of a collective by bytes, of the rank that waits longest."""
         return {
             str(size): float(f"{max(self._of_all(self._seconds(prepare(size)))) * 1e6:.4g}")
             for size in self._effort.sizes

@@ -33,7 +33,7 @@ Taker: TypeAlias = Callable[[int, RankReport], None]
 
 _log = logging.getLogger(__name__)
 
-# How long ranks may take to start, load and compile; nobody waits for a collective meanwhile.
+# How long ranks may take to start, load and compile; no rank waits for a collective meanwhile.
 START_TIMEOUT_S = 1800.0
 # How long the driver's own error may wait for the one of another rank that caused it.
 _CAUSE_S = 1.0
@@ -152,20 +152,19 @@ class Ranks:
         return result
 
     def _wait_done(self, expected: dict[int, int]) -> None:
+        def late() -> list[int]:
+            return [rank for rank, count in expected.items() if len(self._done[rank]) < count]
+
         with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self.failure is not None
-                    or all(len(self._done[rank]) >= count for rank, count in expected.items())
-                ),
-                START_TIMEOUT_S,
-            )
+            self._changed.wait_for(lambda: self.failure is not None or not late(), START_TIMEOUT_S)
             if self.failure is not None:
                 raise EngineError(self.failure)
+            if ranks := late():
+                raise EngineError(f"rank {ranks[0]}: no answer for {START_TIMEOUT_S:g} seconds")
 
     # While it serves
 
-    def listen(self, takers: Sequence["Taker"]) -> None:
+    def listen(self, takers: Sequence[Taker]) -> None:
         """Have these take each report, with its rank, from threads of this; those so far too."""
         with self._changed:
             self._takers = list(takers)
@@ -263,7 +262,7 @@ class Ranks:
                 try:
                     connection.send_bytes(message)
                 except OSError:
-                    self._fail(rank, self._how_it_ended(rank))
+                    self.fail(rank, self._how_it_ended(rank))
 
     # In threads of their own
 
@@ -274,10 +273,10 @@ class Ranks:
                 report: RankReport = pickle.loads(connection.recv_bytes())
             except (EOFError, OSError):
                 if not self._is_closing:
-                    self._fail(rank, self._how_it_ended(rank))
+                    self.fail(rank, self._how_it_ended(rank))
                 return
             if isinstance(report, Failed):
-                self._fail(rank, report.line)
+                self.fail(rank, report.line)
                 return
             with self._changed:
                 if isinstance(report, Done):
@@ -299,15 +298,12 @@ class Ranks:
             if due_s is None or time.monotonic() < due_s or not self._is_serving:
                 continue
             late = [rank for rank, count in self._num_stepped.items() if count < self._num_steps]
-            self._fail(
+            self.fail(
                 late[0] if late else 0, f"no step has ended for {self._step_timeout_s:g} seconds"
             )
 
     def fail(self, rank: int, line: str) -> None:
-        """Take a rank for failed; while it serves, the process ends."""
-        self._fail(rank, line)
-
-    def _fail(self, rank: int, line: str) -> None:
+        """Take a rank for failed; while it serves, the process ends. Any thread may call it."""
         with self._changed:
             if self._is_closing or self.failure is not None:
                 return

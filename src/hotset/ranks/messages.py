@@ -9,7 +9,7 @@ from hotset.metrics import ExpertCounts
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The first message to a rank: who it is, and where it finds the others.
+    """The first message to a rank: its number, and where it finds the others.
 
     Attributes:
         path: for its imports.

@@ -47,7 +47,7 @@ def find_repeats(
 
 
 def _other_chat(messages: Messages) -> Messages:
-    """The chat with another first message after those of the system."""
+    """The chat with another first message after the system's messages."""
     first = next((i for i, one in enumerate(messages) if one["role"] != "system"), None)
     if first is None:
         return ()

@@ -29,8 +29,8 @@ _KIND_BY_ERRNO = {
 class Peers(Protocol):
     """The other parts of each block, which other ranks write to slots of the same number.
 
-    What is returned has to be called, and waits for them: from the checksum of the part here it
-    makes that of all parts, or raises OSError.
+    Each method returns a function, to be called with the checksum of the part here. It waits for
+    the other ranks and returns the checksum of all parts, or raises OSError.
     """
 
     def write(self, slot: int, key: bytes, payload: memoryview) -> Callable[[int], int]:
