@@ -267,7 +267,7 @@ def test_whatever_ends_the_engines_thread_ends_the_streams(kind: type[BaseExcept
 def test_readers_of_an_engine_that_is_gone_without_a_word_are_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hotset.engine.service._LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("hotset.engine.output_stream._LOOK_EVERY_S", 0.05)
     service = EngineService(Options.of(hot_gib=0.01), build=build)
     streams = [service.submit([5, 6], SHORT) for _ in range(2)]
     for stream in streams:

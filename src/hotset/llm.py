@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from hotset.engine.completion import Completion, gather
-from hotset.engine.service import EngineService, OutputStream
+from hotset.engine.output_stream import OutputStream
+from hotset.engine.service import EngineService
 from hotset.errors import ConfigError, EngineError, RequestError
 from hotset.options import OPTIONS, Options
 from hotset.request import FinishReason, RequestOutput, SamplingParams

@@ -120,7 +120,7 @@ class WeightFormat:
         return tuple(planes)
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
-        """Of all planes, without what aligns them."""
+        """Bytes of all planes, without what aligns them."""
         num_bytes = self._code_bytes(shape) + math.prod(self.groups(shape)) * self.group_bits // 8
         return num_bytes + 4 * math.prod(shape[:-1]) * self.has_row_scales
 

@@ -296,7 +296,7 @@ class Bench:
         self.notes.append(f"routing was counted, in {path}: each step took a little longer")
 
     def _selection_recorder(self) -> SelectionRecorder | None:
-        """One for the first run, if that was asked for."""
+        """What notes the selections of the first run, if that was asked for."""
         if (path := self._options.record_selection) is None:
             return None
         if self._layout.layers[0].indexer is None:

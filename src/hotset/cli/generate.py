@@ -18,7 +18,8 @@ from hotset.options import Options
 from hotset.request import SamplingParams, TextForm
 
 if TYPE_CHECKING:
-    from hotset.engine.service import EngineService, OutputStream
+    from hotset.engine.output_stream import OutputStream
+    from hotset.engine.service import EngineService
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

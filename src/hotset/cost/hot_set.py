@@ -73,7 +73,7 @@ class SparseCache:
 
     @property
     def index_layers(self) -> int:
-        """Those with an indexer of their own; the others take their selections."""
+        """Layers with an indexer of their own; the others take their selections."""
         return len(self.groups)
 
     @property

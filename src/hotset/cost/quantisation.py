@@ -82,7 +82,7 @@ Nvfp4Kind: TypeAlias = Literal["modelopt", "packed"]
 
 
 def nvfp4_kind(config: Mapping[str, Any]) -> Nvfp4Kind | None:
-    """Whose names NVFP4 weights have; None where they are not stored so.
+    """The naming of NVFP4 weights in the files; None where none are stored so.
 
     Args:
         config: the `quantization_config`.

@@ -260,6 +260,21 @@ def _child(connection: Connection, options: Options, build: BuildEngine | None) 
     sender = threading.Thread(target=_send_all, args=(connection, outgoing, loop), daemon=True)
     sender.start()
     is_ready.set()
+    _take_messages(connection, loop, outgoing)
+    loop.close()
+    outgoing.put(None)
+    sender.join(_CLOSE_S)
+    # All is closed. Triton's library would list what it leaks while the interpreter shuts down.
+    atexit._run_exitfuncs()
+    os._exit(0)
+
+
+def _take_messages(
+    connection: Connection,
+    loop: "EngineLoop",
+    outgoing: "queue.SimpleQueue[Report | _Accepted | None]",
+) -> None:
+    """Do what the parent asks for, until it closes the engine."""
 
     def submit(number: int, submit: Submit) -> None:
         error: Exception | None = None
@@ -288,12 +303,6 @@ def _child(connection: Connection, options: Options, build: BuildEngine | None) 
                 loop.abort(*rest)
             else:
                 loop.look(*rest)
-    loop.close()
-    outgoing.put(None)
-    sender.join(_CLOSE_S)
-    # All is closed. Triton's library would list what it leaks while the interpreter shuts down.
-    atexit._run_exitfuncs()
-    os._exit(0)
 
 
 def _end_with_parent(connection: Connection, has_started: threading.Event) -> None:

@@ -10,13 +10,14 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
 from hotset.clock import REAL_CLOCK
 from hotset.engine.latency import Latencies, RequestClock
 from hotset.engine.messages import BuildEngine, EngineHost, Report, Submit
+from hotset.engine.output_stream import OutputStream
 from hotset.engine.process import EngineProcess
 from hotset.engine.restarts import Restarts
 from hotset.engine.status import EngineStatus
@@ -27,9 +28,6 @@ from hotset.options import Options
 from hotset.request import FinishReason, RequestOutput, SamplingParams
 
 _log = logging.getLogger(__name__)
-
-# How often a reader that waits looks whether there still is an engine to wait for.
-_LOOK_EVERY_S = 2.0
 
 
 class EngineService:
@@ -137,7 +135,7 @@ class EngineService:
         timeout_s: float | None = None,
         queue_limit: int | None = None,
         snapshot_at: Sequence[int] = (),
-    ) -> "OutputStream":
+    ) -> OutputStream:
         """Queue a prompt and return the stream of its outputs. Does not wait for a step.
 
         Args:
@@ -228,6 +226,10 @@ class EngineService:
         self._host.close()
         self._end_all(FinishReason.ABORT, None)
         atexit.unregister(self.close)
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request, if it runs; see `OutputStream.abort`."""
+        self._host.abort(request_id)
 
     def look_for_engine(self) -> None:
         """End open requests if the engine is gone without a last word.
@@ -322,137 +324,6 @@ class EngineService:
         for loop, events in to_wake.items():
             with contextlib.suppress(RuntimeError):  # the readers' loop is closed
                 loop.call_soon_threadsafe(_set_all, events)
-
-
-class OutputStream:
-    """The outputs of one request, in order, for one reader: a thread or a task.
-
-    Iterate it, with `for` or `async for`; the last output of each of the `n` indices has a
-    finish reason. Leaving the iteration early (break, an exception, a cancelled task) aborts the
-    request. Outputs wait here for a slow reader, joined to one for each index; the engine never
-    waits.
-    """
-
-    def __init__(
-        self, service: EngineService, request_id: str, n: int, clock: RequestClock
-    ) -> None:
-        self.request_id = request_id
-        self.clock = clock
-        self._service = service
-        self._condition = threading.Condition()
-        self._is_aborted = False
-        self._outputs: dict[int, RequestOutput] = {}  # by index; not read yet
-        self._unfinished = set(range(n))
-        self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
-
-    @property
-    def is_aborted(self) -> bool:
-        """Whether its reader stopped it. Any other end as aborted is the engine's doing."""
-        return self._is_aborted
-
-    @property
-    def is_over(self) -> bool:
-        """Whether every index has its last output, be it read or not."""
-        return not self._unfinished
-
-    def abort(self) -> None:
-        """Stop the request; the iteration ends soon after. Ended ones are left alone."""
-        if self._service.is_forked:
-            return
-        with self._condition:
-            if self._is_aborted or not self._unfinished:
-                return
-            self._is_aborted = True
-        self._service._host.abort(self.request_id)
-
-    def __iter__(self) -> Generator[RequestOutput, None, None]:
-        try:
-            while True:
-                outputs = self._wait()
-                if not outputs:
-                    return
-                yield from outputs
-        finally:
-            self.abort()
-
-    def _wait(self) -> list[RequestOutput]:
-        """The unread outputs, once there are some; empty at the end."""
-        while True:
-            if self._service.is_forked:
-                self._service.raise_unless_healthy()
-            with self._condition:
-                if not self._outputs and self._unfinished:
-                    self._condition.wait(_LOOK_EVERY_S)
-                if self._outputs or not self._unfinished:
-                    outputs, self._outputs = self._outputs, {}
-                    return list(outputs.values())
-            self._service.look_for_engine()
-
-    async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
-        if self._service.is_forked:
-            self._service.raise_unless_healthy()
-        event = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        timer: asyncio.TimerHandle
-
-        def wake() -> None:
-            nonlocal timer
-            event.set()
-            timer = loop.call_later(_LOOK_EVERY_S, wake)
-
-        timer = loop.call_later(_LOOK_EVERY_S, wake)
-        with self._condition:
-            self._reader = (loop, event)
-        try:
-            while True:
-                with self._condition:
-                    event.clear()
-                    outputs, self._outputs = self._outputs, {}
-                    is_over = not self._unfinished
-                for output in outputs.values():
-                    yield output
-                if is_over:
-                    return
-                if not outputs:
-                    self._service.look_for_engine()
-                    await event.wait()
-        finally:
-            timer.cancel()
-            self.abort()
-
-    # What follows is called by the service.
-
-    def put(
-        self, output: RequestOutput
-    ) -> "tuple[asyncio.AbstractEventLoop, asyncio.Event] | None":
-        """Hand over an output; returns the reading task's loop and what to set in it."""
-        with self._condition:
-            unread = self._outputs.get(output.index)
-            self._outputs[output.index] = output if unread is None else _join(unread, output)
-            if output.finish_reason is not None:
-                self._unfinished.discard(output.index)
-            self._condition.notify()
-            return self._reader
-
-    def end(self, reason: FinishReason, error: str | None) -> None:
-        """End every index that has not ended."""
-        for index in sorted(self._unfinished):
-            reader = self.put(RequestOutput(self.request_id, index, "", (), reason, error))
-            if reader is not None:
-                with contextlib.suppress(RuntimeError):  # the reader's loop is closed
-                    reader[0].call_soon_threadsafe(reader[1].set)
-
-
-def _join(first: RequestOutput, second: RequestOutput) -> RequestOutput:
-    """Two outputs of one index, one after the other, as one."""
-    return second._replace(
-        text=first.text + second.text,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=first.logprobs + second.logprobs,
-        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
-        prompt_tokens=max(first.prompt_tokens, second.prompt_tokens),
-        cached_tokens=max(first.cached_tokens, second.cached_tokens),
-    )
 
 
 def _set_all(events: list[asyncio.Event]) -> None:

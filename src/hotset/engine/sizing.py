@@ -241,7 +241,7 @@ class _Solver:
         )
 
     def _part(self, gib: float) -> int:
-        """What this rank has of memory of the host, or of a disk, that is given to all together."""
+        """This rank's bytes of host memory or disk that all ranks share."""
         return int(gib * GIB) // self.num_ranks
 
     def _share(self, free_bytes: int) -> int:

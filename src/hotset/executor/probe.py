@@ -147,17 +147,7 @@ def inspect_model(
     config = model.config.get_text_config()
     check_decoder(model.config, name)
     _check_layer_types(config, name)
-    bind_indexers(model)
-    hook_mixers(model)
-    _check_inputs(model)
-    register()
-    try:
-        with quiet():  # a config may name parts that were not loaded
-            model.set_attn_implementation(IMPLEMENTATION)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{name} does not use transformers' attention interface") from error
-    use_dynamic_gating(model)
-    hand_over_latents(model)
+    _hook(model, name)
     if model.device.type != "meta":
         check_indexers(model)
     check_kv_dtype(model, kv_dtype)
@@ -309,6 +299,21 @@ def check_decoder(config: Any, name: str) -> None:
     """Raise ModelError for the config of an encoder-decoder, or of a part of one."""
     if config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder: only decoders are supported")
+
+
+def _hook(model: PreTrainedModel, name: str) -> None:
+    """Have the model's layers call ours; raise ModelError where they cannot."""
+    bind_indexers(model)
+    hook_mixers(model)
+    _check_inputs(model)
+    register()
+    try:
+        with quiet():  # a config may name parts that were not loaded
+            model.set_attn_implementation(IMPLEMENTATION)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{name} does not use transformers' attention interface") from error
+    use_dynamic_gating(model)
+    hand_over_latents(model)
 
 
 def _check_inputs(model: PreTrainedModel) -> None:

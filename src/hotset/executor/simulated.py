@@ -1,4 +1,4 @@
-"""What a benchmark has its own way with: selections, and contexts."""
+"""What a benchmark puts in place of a model's work: selections, and contexts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

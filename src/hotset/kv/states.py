@@ -22,13 +22,13 @@ from hotset.sequence import AwaitedState, KeptState, ParkedState, Request
 
 _ON_DEVICE = Found(Answer.HIT)
 _MISS = Found(Answer.MISS)
-# Places that a request may go on from which are compared, and that are looked for at once.
+# Places to go on from that are compared for a request, and keys that are looked up together.
 _MOST_PLACES = 3
 _AT_ONCE = 64
-# States of which is remembered how slow a tier they went to, or how often they were used.
+# States whose slowest tier, or number of uses, is remembered; those of them counted in a status.
 _MOST_NOTED = 2**16
 _MOST_SHOWN = 1024
-# Of all slots, those that may be on their way down beside the running requests'.
+# One in this number of slots may be on its way down at a time.
 _SPILLING_PART = 4
 
 

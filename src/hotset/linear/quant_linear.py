@@ -62,7 +62,7 @@ class QuantMatrix:
 
     @property
     def num_bytes(self) -> int:
-        """Of all planes, with what aligns them."""
+        """Bytes of all planes, with what aligns them."""
         return (self.more or self.scales).end
 
     def views(self, payload: torch.Tensor) -> Planes:
@@ -207,7 +207,7 @@ def check(form: WeightFormat, dtype: torch.dtype, device: torch.device) -> str |
 
 
 def widened_bytes(model: nn.Module) -> int:
-    """Of the largest weight in few bits, widened to 16 bits for a product of many rows."""
+    """Bytes of the largest weight in few bits, widened to 16 bits for a product of many rows."""
     layers = (module for module in model.modules() if isinstance(module, QuantLinear))
     return max((2 * layer.in_features * layer.out_features for layer in layers), default=0)
 

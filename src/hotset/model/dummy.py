@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ from hotset.model.narrow_experts import narrow_layout_of
 from hotset.parallel.group import current
 
 _STD = 0.02  # of random weights in few bits, as transformers initialises others
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where weights go; see `load_dummy`."""
+
+    target: torch.device
+    experts_on_host: bool
+    experts: ExpertSink | None
 
 
 def load_dummy(
@@ -79,42 +89,35 @@ def load_dummy(
     architecture, short_name = _architecture_of(name)
     torch_dtype = torch_dtype or architecture.dtype or torch.bfloat16
     shape = architecture.outline(torch_dtype)
-    narrow = None
-    if current().size == 1:  # else what is narrow is made wide, and cut
-        narrow = _narrow_of(architecture, shape, target, experts_on_host, experts)
+    places = _Places(target, experts_on_host, experts)
+    narrow = _narrow_of(architecture, shape, places)
     cutter = ModelCutter(shape, short_name)
     cutter.cut_all(shape)
     devices = [target] if target.type == "cuda" else []
     with closing_on_error(experts):
-        _check_room(
-            shape, target, short_name, narrow, experts_on_host=experts_on_host, experts=experts
-        )
+        _check_room(shape, short_name, narrow, places)
         with quiet(), torch.random.fork_rng(devices), torch.device(target):
             torch.manual_seed(seed)
-            model = _make(
-                architecture,
-                torch_dtype,
-                target,
-                narrow,
-                cutter,
-                experts_on_host=experts_on_host,
-                experts=experts,
-            )
+            model = _make(architecture, torch_dtype, narrow, cutter, places)
     if router_skew is not None:
         skew_routers(model, router_skew, seed=seed)
     notes = finish(model, dtype, architecture)
     cutter.join_outputs(model)
     made_of = [architecture.fields, dtype, str(model.dtype), seed, router_skew]
-    content = json.dumps(made_of, sort_keys=True, default=str).encode()
     return LoadedModel(
         model=model,
         tokenizer=None,
         name=short_name,
-        fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest(),
+        fingerprint=_fingerprint(made_of),
         eos_token_ids=(),
         max_model_len=max_model_len(model, None, short_name),
         notes=notes,
     )
+
+
+def _fingerprint(made_of: list[Any]) -> str:
+    content = json.dumps(made_of, sort_keys=True, default=str).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _architecture_of(name: str) -> tuple[Architecture, str]:
@@ -135,21 +138,21 @@ def _architecture_of(name: str) -> tuple[Architecture, str]:
 
 
 def _narrow_of(
-    architecture: Architecture,
-    shape: PreTrainedModel,
-    target: torch.device,
-    experts_on_host: bool,
-    experts: ExpertSink | None,
+    architecture: Architecture, shape: PreTrainedModel, places: _Places
 ) -> NarrowLayout | None:
     """How experts are in few bits, as `load_model` would keep them; `shape` is told so."""
+    if current().size > 1:
+        return None  # what is narrow is made wide, and cut
     form = stored_format(quant_config(architecture.fields) or {})
-    keeps = not experts_on_host or experts is None or experts.keeps_narrow
+    experts = places.experts
+    keeps = not places.experts_on_host or experts is None or experts.keeps_narrow
     if form is None or not keeps or why_not_hosted(shape):
         return None
     layers = experts_layers(shape)
     narrow = narrow_layout_of(layers[0], form)
-    on_cpu = experts_on_host and target.type == "cpu"  # which widens what it has in slots
-    if narrow is None or not (on_cpu or slots_hold(layers[0], narrow, target)):
+    # A CPU widens what it has in slots.
+    on_cpu = places.experts_on_host and places.target.type == "cpu"
+    if narrow is None or not (on_cpu or slots_hold(layers[0], narrow, places.target)):
         return None
     for each in layers:
         each.narrow_in_file = narrow
@@ -157,23 +160,18 @@ def _narrow_of(
 
 
 def _check_room(
-    shape: PreTrainedModel,
-    target: torch.device,
-    name: str,
-    narrow: NarrowLayout | None,
-    *,
-    experts_on_host: bool,
-    experts: ExpertSink | None,
+    shape: PreTrainedModel, name: str, narrow: NarrowLayout | None, places: _Places
 ) -> None:
     """Refuse weights that fit neither on the device nor, of experts, into host memory."""
+    target, experts = places.target, places.experts
     weights_bytes = sum(parameter.nbytes for parameter in shape.parameters())
     all_bytes = experts_bytes(shape)
     if narrow is not None:
         weights_bytes -= all_bytes
         all_bytes = narrow.payload_bytes * sum(each.num_experts for each in experts_layers(shape))
         weights_bytes += all_bytes
-    host_bytes = all_bytes if experts_on_host else 0
-    if experts_on_host and experts is not None:
+    host_bytes = all_bytes if places.experts_on_host else 0
+    if places.experts_on_host and experts is not None:
         experts.begin(shape)
         if experts.store is not None:
             weights_bytes -= host_bytes - experts.store.host_bytes
@@ -187,17 +185,15 @@ def _check_room(
 def _make(
     architecture: Architecture,
     dtype: torch.dtype,
-    device: torch.device,
     narrow: NarrowLayout | None,
     cutter: ModelCutter,
-    *,
-    experts_on_host: bool,
-    experts: ExpertSink | None,
+    places: _Places,
 ) -> Any:
     """What `from_config` makes; with experts on the host, one layer's at a time on the device.
 
     Weights are drawn whole, so that any number of ranks has parts of the same ones.
     """
+    device, experts_on_host, experts = places.target, places.experts_on_host, places.experts
     with accelerate.init_empty_weights(include_buffers=False):
         model: Any = architecture.make(dtype)
     to_disk = experts if experts is not None and experts.store is not None else None

@@ -122,10 +122,7 @@ def load_model(
     if experts_on_host:
         move_but_experts(model, target)
     notes = finish(model, dtype, architecture)
-    cutter.cut_all(model)
-    if not cutter.is_idle and model.device != target:  # whole weights were read to the CPU
-        model.to(target)
-    cutter.join_outputs(model)
+    _cut_whole(model, cutter, target)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -136,6 +133,14 @@ def load_model(
         kv_scales=kv_scales(source, model.config.get_text_config().num_hidden_layers),
         notes=(*notes, *([] if note is None else [note])),
     )
+
+
+def _cut_whole(model: PreTrainedModel, cutter: ModelCutter, target: torch.device) -> None:
+    """Leave what was read whole with this rank's part, on its device."""
+    cutter.cut_all(model)
+    if not cutter.is_idle and model.device != target:  # whole weights were read to the CPU
+        model.to(target)
+    cutter.join_outputs(model)
 
 
 def _load_folder(

@@ -141,7 +141,7 @@ def _together(hardware: Hardware) -> str:
 
 
 def _shared(hardware: Hardware, data: dict[str, object]) -> list[str]:
-    """What is left of it where links or memory are shared."""
+    """The factor that is left where links or memory are shared."""
     row = ROWS[0]
     one_s = row.predict(1, hardware)
     cases = {

@@ -78,7 +78,7 @@ def layouts_dict(plans: list[Plan]) -> dict[str, object]:
 
 
 def why_best(plans: list[Plan]) -> str:
-    """What the first layout has before the next slower one."""
+    """Why the first layout is faster than the second one."""
     first, *others = plans
     if not others:
         return f"{first.layout} is the only layout of {first.gpus} GPUs that holds the model"

@@ -38,23 +38,7 @@ def why_not_served(plan: Plan) -> str:
     stored = shape.matrix_dtype
     # (what is planned and not served, what to say of it)
     reasons = (
-        (
-            plan.layout != Layout(plan.gpus),
-            f"hotset serve spreads a model by tp alone, not as {plan.layout} over {plan.gpus} GPUs",
-        ),
-        (
-            plan.gpus > 1 and shape.model_type in _NO_TP_PLAN,
-            f"{shape.name} has no tensor-parallel plan in transformers: plan --gpus 1",
-        ),
-        (
-            plan.gpus > 1 and (shape.is_mla or shape.model_type in _WHOLE_ATTENTION),
-            f"hotset serve keeps the attention of {shape.name} whole on each GPU, and a plan "
-            "counts it as cut",
-        ),
-        (
-            plan.gpus > 1 and _experts_on_disk(plan) > 0,
-            "hotset serve keeps experts on disk with one GPU alone: plan more --host-gib",
-        ),
+        *_why_not_on_several(plan),
         (
             Kind.RECURRENT in kinds,
             f"a plan does not size the state slots that serve has for the recurrent layers of "
@@ -94,6 +78,32 @@ def why_not_served(plan: Plan) -> str:
         ),
     )
     return next((reason for is_so, reason in reasons if is_so), "")
+
+
+def _why_not_on_several(plan: Plan) -> list[tuple[bool, str]]:
+    """What of a plan for several GPUs is not served, and what to say of it."""
+    if plan.gpus == 1:
+        return []
+    shape = plan.request.shape
+    return [
+        (
+            plan.layout != Layout(plan.gpus),
+            f"hotset serve spreads a model by tp alone, not as {plan.layout} over {plan.gpus} GPUs",
+        ),
+        (
+            shape.model_type in _NO_TP_PLAN,
+            f"{shape.name} has no tensor-parallel plan in transformers: plan --gpus 1",
+        ),
+        (
+            shape.is_mla or shape.model_type in _WHOLE_ATTENTION,
+            f"hotset serve keeps the attention of {shape.name} whole on each GPU, and a plan "
+            "counts it as cut",
+        ),
+        (
+            _experts_on_disk(plan) > 0,
+            "hotset serve keeps experts on disk with one GPU alone: plan more --host-gib",
+        ),
+    ]
 
 
 def _wide(stored: str) -> str:

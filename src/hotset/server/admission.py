@@ -4,7 +4,8 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hotset.engine.service import EngineService, OutputStream
+from hotset.engine.output_stream import OutputStream
+from hotset.engine.service import EngineService
 from hotset.errors import RequestError
 from hotset.request import SamplingParams
 from hotset.server.errors import ApiError

@@ -111,11 +111,7 @@ class PromptEncoder:
         if not messages:
             raise RequestError("the chat has no messages; expected at least one", param="messages")
         plain = _join_developer([_plain_message(one, i) for i, one in enumerate(messages)])
-        options = dict(template_options or {})
-        if reserved := sorted(options.keys() & self._reserved):
-            raise RequestError(
-                f"chat_template_kwargs cannot set {reserved[0]!r}", param="chat_template_kwargs"
-            )
+        options = self._checked(template_options or {})
         options["add_generation_prompt"] = add_generation_prompt
         if continue_final_message:
             if not plain[-1]["content"].strip() or plain[-1].get("tool_calls"):
@@ -130,9 +126,8 @@ class PromptEncoder:
             plain = _without_tools(_cut_calls_as_text(plain), tools)
         try:
             text = self._render(plain, options)
-        except (
-            RequestError
-        ):  # it may read the arguments of calls as objects, which cut ones are not
+        except RequestError:
+            # It may read the arguments of calls as objects, which cut ones are not.
             written = _cut_calls_as_text(plain)
             if written == plain:
                 raise
@@ -147,6 +142,14 @@ class PromptEncoder:
                 plain, text, encoding, lambda messages: self._render(messages, options)
             )
         return prompt
+
+    def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of a request's variables of the template; none may be one that is set here."""
+        if reserved := sorted(options.keys() & self._reserved):
+            raise RequestError(
+                f"chat_template_kwargs cannot set {reserved[0]!r}", param="chat_template_kwargs"
+            )
+        return dict(options)
 
     def _drops_plain_texts(self) -> bool:
         """Whether the template takes texts only as parts of a list, as many processors' do."""
