@@ -46,7 +46,7 @@ class StateSizes:
         return self.num_all_slots * self.slot_bytes
 
     def go_down(self, host_slots: int) -> bool:
-        """Whether states go to slower tiers: host memory has to hold two, one coming and one going."""
+        """Whether states go to slower tiers: host memory has to hold two at once."""
         return host_slots >= 2 * self.num_payloads
 
     def report(self, host_slots: int) -> str:

@@ -228,7 +228,7 @@ def _grid(sizes: dict[str, int], rows: RowTable) -> tuple[int, int, int]:
 
 
 def _sizes(key: torch.Tensor, pool: torch.Tensor) -> dict[str, int]:
-    """Constants of a launch. Strides are constants, so that states are loaded 16 bytes at a time."""
+    """Constants of a launch. Strides are among them, so that 16 bytes are loaded at a time."""
     _, heads, values, keys = pool.shape
     assert pool[0].is_contiguous()
     width = triton.next_power_of_2(keys)
