@@ -59,6 +59,7 @@ def test_help_names_the_command_and_succeeds(
         (["generate", "--stop", "", "hi"], 1, "--stop is ('',); expected non-empty strings"),
         (["bench", "unshared", "--rate", "0"], 1, "--rate is 0.0; expected requests a second"),
         (["bench", "unshared", "--sessions", "0"], 1, "--sessions is 0; expected 1 or more"),
+        (["bench", "--preset", "S-small", "--steady-steps", "200"], 1, "answers of 160 tokens end"),
         (["plan", "llama-3-8b", "--max-model-len", "0"], 1, "--max-model-len is '0'; expected"),
         (["plan", "llama-3-8b", "--output-tokens", "4k"], 1, "--output-tokens is 4096, which in"),
         (["plan", "llama-3-8b", "--hot-gib", "nan"], 1, "--hot-gib is nan; expected a number"),

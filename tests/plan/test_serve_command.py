@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 from family_configs import build
 
+from hotset.bench.presets import PRESETS
 from hotset.cli.plan import command as plan_command
 from hotset.cli.serve import command as serve_command
 from hotset.cost.catalog import bundled_config, bundled_models
@@ -134,6 +135,7 @@ def test_hot_gib_of_a_plan_that_splits_it_is_kv_alone_beside_its_slots() -> None
         ((*MOE, "--dtype", "fp8"), "experts in bfloat16"),
         (("gpt-oss-20b", *H200), "no mxfp4 weights"),
         (("gemma-3-27b", *H200, "--free-windows"), "--free-windows"),
+        ((str(PRESETS["S-small"].model), *H200), "a shape without weights"),
         (("llama-3-8b", *H200, "--users", "1", "--max-model-len", "256k"), "131072 tokens"),
         (
             (*MOE, "--total-gib", "24", "--stream-kv", "--link", "c2c", "--expert-slots", "16"),

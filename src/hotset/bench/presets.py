@@ -60,10 +60,6 @@ _DEMO: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_batched_t
 
 _SHAPES = Path(__file__).with_name("shapes")
 # Prompts are put in place: a step takes many of their tokens at once.
-_SPARSE: dict[str, Any] = {
-    "arms": ("resident", "hot-set"),
-    "run": {"steady_steps": 200, "selection_overlap": 0.4},
-}
 _PLACED: dict[str, Any] = {
     "max_num_batched_tokens": 8192,
     "max_mixed_tokens": 8192,
@@ -138,6 +134,7 @@ PRESETS = {
         model=str(_SHAPES / "dsa-8l.json"),
         hot_gib=6.0,
         host_gib=64.0,
+        run={"steady_steps": 200, "selection_overlap": 0.4},
         engine={
             **_PLACED,
             "index_dtype": "fp8",
@@ -145,7 +142,7 @@ PRESETS = {
             "max_model_len": 35840,
             "hot_tokens": 4096,
         },
-        **_SPARSE,
+        arms=("resident", "hot-set"),
     ),
     "S-small": Preset(
         Spec("unshared", 16, 1, first_tokens=512, output_tokens=160),
@@ -153,6 +150,7 @@ PRESETS = {
         model=str(_SHAPES / "dsa-small.json"),
         hot_gib=0.008,
         host_gib=0.05,
+        run={"steady_steps": 60, "selection_overlap": 0.4},
         engine={
             **_PLACED,
             "device": "cpu",
@@ -160,7 +158,7 @@ PRESETS = {
             "max_model_len": 704,
             "hot_tokens": 96,
         },
-        **_SPARSE,
+        arms=("resident", "hot-set"),
     ),
     "A-small": Preset(
         Spec("unshared", users=16, first_tokens=64, output_tokens=32, seed=1000),

@@ -201,6 +201,11 @@ def _order(
         raise ConfigError(f"record_routing is {recording}; expected a .npz or .json file")
     if selection is not None and selection.suffix != ".npz":
         raise ConfigError(f"record_selection is {selection}; expected a .npz file")
+    if (steps := run["steady_steps"]) and steps >= chosen.spec.output_tokens:
+        raise ConfigError(
+            f"steady_steps is {steps}, but answers of {chosen.spec.output_tokens} tokens end "
+            f"before; give fewer, or more output_tokens"
+        )
     from hotset.bench.arms import parse_arms
     from hotset.bench.campaign import Order, Target
     from hotset.bench.runs import RunOptions

@@ -38,6 +38,10 @@ def why_not_served(plan: Plan) -> str:
     stored = shape.matrix_dtype
     # (what is planned and not served, what to say of it)
     reasons = (
+        (
+            Path(shape.name).suffix == ".json" and Path(shape.name).name != "config.json",
+            f"{shape.name} is a shape without weights, which hotset bench runs with random ones",
+        ),
         *_why_not_on_several(plan),
         (
             Kind.RECURRENT in kinds,

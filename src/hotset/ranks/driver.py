@@ -35,8 +35,10 @@ _log = logging.getLogger(__name__)
 
 # How long ranks may take to start, load and compile; no rank waits for a collective meanwhile.
 START_TIMEOUT_S = 1800.0
-# How long the driver's own error may wait for the one of another rank that caused it.
+# How long the driver's own error may wait for the one of another rank that caused it, and a rank's
+# error for the end of another one's process.
 _CAUSE_S = 1.0
+_ENDED_S = 0.25
 # How long a rank may take to end by itself.
 _END_S = 5.0
 _LOOK_EVERY_S = 0.1
@@ -276,6 +278,8 @@ class Ranks:
                     self.fail(rank, self._how_it_ended(rank))
                 return
             if isinstance(report, Failed):
+                with self._changed:  # a collective fails because another rank has ended
+                    self._changed.wait_for(lambda: self.failure is not None, _ENDED_S)
                 self.fail(rank, report.line)
                 return
             with self._changed:
