@@ -1,10 +1,13 @@
 """A rank that ends, raises or hangs: requests end with a line that names it; all start again."""
 
 import os
+import queue
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from engines import make_prompts, reference
@@ -15,6 +18,9 @@ from hotset.engine.restarts import Restarts
 from hotset.engine.service import EngineService
 from hotset.errors import EngineError
 from hotset.options import Options
+from hotset.ranks.log import Op, command, key_numbers
+from hotset.ranks.messages import Failed, Moved, RankReport
+from hotset.ranks.rank import Replay
 from hotset.request import SamplingParams
 
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
@@ -89,6 +95,19 @@ def test_every_request_ends_with_a_line_that_names_the_rank(
         service.submit([5], LONG)
     check_serves(service)
     wait_until(lambda: not any(is_running(pid) for pid in before), 10.0)
+
+
+def test_a_thread_that_moves_blocks_to_disk_answers_whatever_it_raises() -> None:
+    class Slab:
+        def write(self, *_: object) -> Moved:
+            raise ValueError("no such slot")
+
+    reports: queue.SimpleQueue[RankReport] = queue.SimpleQueue()
+    host = SimpleNamespace(view=lambda slot: memoryview(b""))
+    rank: Any = SimpleNamespace(slab=Slab(), host=host, copier=None, experts=None)
+    replay = Replay(rank, reports.put)
+    replay.run(command(Op.WRITE, (1, 0, 0), key_numbers(b"key")).tobytes())
+    assert reports.get(timeout=60) == Failed("ValueError: no such slot")
 
 
 def test_starts_are_few_and_far_between() -> None:

@@ -84,9 +84,14 @@ class Moved(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """The rank ends now, and this line says why."""
+    """The rank can do no more, and this line says why."""
 
     line: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failed":
+        """Of what it raised."""
+        return cls(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 RankReport = Done | Stepped | Copied | Counted | Moved | Failed

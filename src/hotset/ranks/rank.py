@@ -13,7 +13,7 @@ from hotset.memory.copy_runs import Run
 from hotset.memory.mover import Copier
 from hotset.parallel.collectives import broadcast
 from hotset.ranks.log import Array, Op, StepReader, commands, key_of
-from hotset.ranks.messages import Copied, Counted, RankReport, Stepped
+from hotset.ranks.messages import Copied, Counted, Failed, Moved, RankReport, Stepped
 from hotset.ranks.slab_files import RankSlab
 
 _DISK_THREADS = 4
@@ -103,7 +103,7 @@ class Replay:
             number, host_slot, slot = numbers[:3].tolist()
             key, view = key_of(numbers[3:]), rank.host.view(host_slot)
             move = rank.slab.write if op is Op.WRITE else rank.slab.read
-            self._disk.submit(lambda: self._report(move(number, slot, key, view)))
+            self._disk.submit(self._move, lambda: move(number, slot, key, view))
         else:
             assert copier is not None
             if op is Op.MARK:
@@ -127,6 +127,14 @@ class Replay:
             broadcast(self._chosen)
         self._num_steps += 1
         self._report(Stepped(self._num_steps))
+
+    def _move(self, move: Callable[[], Moved]) -> None:
+        report: RankReport
+        try:
+            report = move()
+        except Exception as error:  # a bug, as the driver waits for an answer
+            report = Failed.of(error)
+        self._report(report)
 
     def _copy(self, copier: Copier, numbers: Array) -> None:
         assert self._rank.host is not None

@@ -30,8 +30,7 @@ def main(fd: int) -> None:
     try:
         worker.serve()
     except BaseException as error:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        worker.report(Failed(line))
+        worker.report(Failed.of(error))
     # Without what Python does at its end: others may wait inside a collective.
     os._exit(0)
 
