@@ -10,6 +10,7 @@ from torch import nn
 from transformers.models.bamba import modeling_bamba
 
 from hotset.errors import ModelError
+from hotset.executor import state_check
 from hotset.executor.probe import inspect_model
 
 KINDS = ["lfm2", "qwen3_5_text", "bamba"]
@@ -84,6 +85,14 @@ def test_a_state_outside_of_the_two_functions_is_found_by_a_trial(family: str) -
     setattr(mixer, name, _Remembering(getattr(mixer, name)))
     with pytest.raises(ModelError, match="answers otherwise where a text is cut"):
         inspect_model(model)
+
+
+def test_states_of_layers_that_a_trial_cannot_look_at_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(state_check, "GradientCheckpointingLayer", nn.Conv3d)
+    with pytest.raises(ModelError, match="outside of layers of transformers' own kind"):
+        inspect_model(make_model("lfm2"))
 
 
 def test_a_convolution_that_is_not_hooked_is_refused() -> None:

@@ -98,6 +98,11 @@ def check_states(
     """
     trial = _Trial(model, layers, kv_layers, states)
     whole = trial.run([(0, _TEXT, 0, len(_TEXT))])
+    if len(whole) < len(states):
+        raise ModelError(
+            f"{type(model).__name__} keeps states outside of layers of transformers' own kind "
+            "(GradientCheckpointingLayer), where they cannot be tried: not supported"
+        )
     other = trial.run([(1, _OTHER, 0, len(_OTHER))])
     for cut in (
         ((0, len(_OTHER) - 1), (0, _CUT)),
