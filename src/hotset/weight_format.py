@@ -18,6 +18,8 @@ Code = Literal["float32", "bfloat16", "float16", "int8", "e4m3", "e2m1", "int4"]
 Scale = Literal["float32", "bfloat16", "float16", "e8m0", "e4m3"]
 
 ALIGN_BYTES = 128  # of planes: what a GPU reads at once
+# Numbers of the e2m1 codes 0 to 7; 8 to 15 have a minus. OCP Microscaling Formats 1.0, 5.3.3.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _CODE_BITS = {
     "float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "e4m3": 8, "e2m1": 4, "int4": 4,
 }  # fmt: skip

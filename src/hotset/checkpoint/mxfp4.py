@@ -13,8 +13,8 @@ import torch
 
 from hotset.checkpoint.files import Stored
 from hotset.errors import ModelError
+from hotset.weight_format import E2M1
 
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BLOCK = 32
 _BYTES = _BLOCK // 2
 
@@ -61,7 +61,7 @@ def planes(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, to
 
 def dequantise(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`[experts, inputs, outputs]` of `dtype`, one expert at a time; exact in bfloat16."""
-    values = torch.tensor(_VALUES, device=blocks.device)
+    values = torch.tensor(E2M1, device=blocks.device)
     values = torch.cat((values, -values))
     experts, outputs, groups, _ = blocks.shape
     out = torch.empty(experts, groups * _BLOCK, outputs, dtype=dtype, device=blocks.device)

@@ -20,8 +20,8 @@ import torch
 from hotset.checkpoint.files import Stored
 from hotset.cost.quantisation import Nvfp4Kind
 from hotset.errors import ModelError
+from hotset.weight_format import E2M1
 
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _GROUP = 16
 _PIECE_VALUES = 2**22
 # By kind: codes, scales, and what makes the factor; and what is not needed.
@@ -87,7 +87,7 @@ def dequantise(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """`[N, K]` of `dtype`, computed in float32, in pieces."""
-    values = torch.tensor(_VALUES, device=codes.device)
+    values = torch.tensor(E2M1, device=codes.device)
     values = torch.cat((values, -values))
     rows, columns = len(codes), 2 * codes.shape[1]
     step, times = max(1, _PIECE_VALUES // columns), _factor(factor, kind)

@@ -82,8 +82,7 @@ def build_engine(
             `Engine.warm_up` does the rest.
         times: what this takes is added to it.
         clock: of waits, deadlines and rates while it runs.
-        simulated: what a benchmark puts in place of work; needs a model with sparse attention.
-            None is nothing.
+        simulated: what a benchmark puts in place of work, with sparse attention; None is nothing.
 
     Raises:
         ConfigError: sizes that cannot work; `ModelError`: a model that cannot run;

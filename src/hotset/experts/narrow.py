@@ -23,7 +23,7 @@ import torch
 from hotset.errors import ConfigError
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.option_groups import ColdDType
-from hotset.weight_format import FP8_ROW, INT4, Plane, WeightFormat
+from hotset.weight_format import E2M1, FP8_ROW, INT4, Plane, WeightFormat
 
 NarrowDType = Literal["fp8", "int4"]
 
@@ -32,7 +32,6 @@ _FP8_MAX = 448.0
 _LEAST_SCALE = 1e-12  # of a row of zeros
 _LEAST_GROUP = 8
 _PIECE_VALUES = 2**26
-_FLOATS4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1, OCP Microscaling Formats 1.0, 5.3.3
 _DTYPES = {
     "uint8": torch.uint8,
     "e8m0": torch.uint8,
@@ -213,7 +212,7 @@ def _values(form: WeightFormat, codes: torch.Tensor, has_zeros: bool) -> torch.T
         return codes.view(_FP8).float()
     numbers = torch.arange(16, dtype=torch.float32, device=codes.device)
     if form.code == "e2m1":
-        floats = torch.tensor(_FLOATS4, device=codes.device)
+        floats = torch.tensor(E2M1, device=codes.device)
         numbers = torch.cat([floats, -floats])
     elif not has_zeros:
         numbers -= 8

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from hotset.cost.tuning import TUNINGS
-from hotset.weight_format import Plane, WeightFormat
+from hotset.weight_format import E2M1, Plane, WeightFormat
 
 _DTYPES = {
     "uint8": torch.uint8,
@@ -21,7 +21,6 @@ _DTYPES = {
     "float16": torch.float16,
     "e8m0": torch.uint8,
 }
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _CHECK_SHAPE = (384, 512)
 _CHECK_ROWS = (3, 48)
 _MOST_ERROR = 1e-2  # of the norm; rounding to 16 bits gives a third of it
@@ -100,7 +99,7 @@ def _values(form: WeightFormat, codes: torch.Tensor) -> torch.Tensor:
     numbers = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
     if form.code == "int4":
         return numbers.float()
-    values = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=codes.device)
+    values = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
     return values.gather(0, numbers.long().flatten()).view(numbers.shape)
 
 

@@ -85,9 +85,9 @@ def load_dummy(
         TierError: as for `load_model`.
     """
     target = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, target)
+    asked_dtype = resolve_dtype(dtype, target)
     architecture, short_name = _architecture_of(name)
-    torch_dtype = torch_dtype or architecture.dtype or torch.bfloat16
+    torch_dtype = asked_dtype or architecture.dtype or torch.bfloat16
     shape = architecture.outline(torch_dtype)
     places = _Places(target, experts_on_host, experts)
     narrow = _narrow_of(architecture, shape, places)
@@ -103,19 +103,18 @@ def load_dummy(
         skew_routers(model, router_skew, seed=seed)
     notes = finish(model, dtype, architecture)
     cutter.join_outputs(model)
-    made_of = [architecture.fields, dtype, str(model.dtype), seed, router_skew]
     return LoadedModel(
         model=model,
         tokenizer=None,
         name=short_name,
-        fingerprint=_fingerprint(made_of),
+        fingerprint=_fingerprint(architecture.fields, dtype, str(model.dtype), seed, router_skew),
         eos_token_ids=(),
         max_model_len=max_model_len(model, None, short_name),
         notes=notes,
     )
 
 
-def _fingerprint(made_of: list[Any]) -> str:
+def _fingerprint(*made_of: object) -> str:
     content = json.dumps(made_of, sort_keys=True, default=str).encode()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 

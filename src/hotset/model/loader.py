@@ -105,10 +105,8 @@ def load_model(
     architecture = None if source.is_file() else checkpoint.read_architecture(source)
     if architecture is not None and num_experts(architecture.config.get_text_config()) <= 1:
         experts_on_host = False
-    asked = _Asked(
-        *(short_name, target, dtype, torch_dtype, experts_on_host, experts),
-        *(check, needs_tokenizer, allow_widening),
-    )
+    where = (target, dtype, torch_dtype, experts_on_host, experts)
+    asked = _Asked(short_name, *where, check, needs_tokenizer, allow_widening)
     with closing_on_error(experts), quiet():
         if architecture is None:
             model, tokenizer, architecture, note = checkpoint.load_gguf(
@@ -116,9 +114,7 @@ def load_model(
             )
             cutter = ModelCutter(model, short_name)
         else:
-            outline = architecture.outline(torch_dtype or architecture.dtype or torch.float32)
-            cutter = ModelCutter(outline, short_name)
-            model, tokenizer, note = _load_folder(source, architecture, outline, cutter, asked)
+            model, tokenizer, note, cutter = _load_folder(source, architecture, asked)
     if experts_on_host:
         move_but_experts(model, target)
     notes = finish(model, dtype, architecture)
@@ -144,13 +140,11 @@ def _cut_whole(model: PreTrainedModel, cutter: ModelCutter, target: torch.device
 
 
 def _load_folder(
-    source: Path,
-    architecture: Architecture,
-    outline: PreTrainedModel,
-    cutter: ModelCutter,
-    asked: _Asked,
-) -> tuple[PreTrainedModel, Any, str | None]:
-    """The model of a folder, its tokenizer, and what to say of its weights."""
+    source: Path, architecture: Architecture, asked: _Asked
+) -> tuple[PreTrainedModel, Any, str | None, ModelCutter]:
+    """The model of a folder, its tokenizer, what to say of its weights, and what cut it."""
+    outline = architecture.outline(asked.torch_dtype or architecture.dtype or torch.float32)
+    cutter = ModelCutter(outline, asked.name)
     narrow = _narrow_experts(source, architecture, outline, cutter, asked)
     cutter.cut_all(outline)
     if asked.check is not None:
@@ -170,7 +164,7 @@ def _load_folder(
         cutter=cutter,
         in_place=asked.first_device if asked.experts_on_host else asked.target,
     )
-    return model, tokenizer, _storage_note(architecture, model, narrow)
+    return model, tokenizer, _storage_note(architecture, model, narrow), cutter
 
 
 def _narrow_experts(
@@ -228,9 +222,8 @@ def _why_not_kept(
         return "their numbers are stored in a form that is only read to be widened"
     if narrow is None:
         return "layers differ in it, or have their values in another order than the model"
-    on_cpu = (
-        asked.experts_on_host and asked.target.type == "cpu"
-    )  # which widens what it has in slots
+    # A CPU widens what it has in slots.
+    on_cpu = asked.experts_on_host and asked.target.type == "cpu"
     if not on_cpu and not slots_hold(experts_layers(outline)[0], narrow.narrow, asked.target):
         return f"no kernel computes this model's experts in {narrow.narrow.name} on {asked.target}"
     return ""

@@ -114,11 +114,7 @@ class PromptEncoder:
         options = self._checked(template_options or {})
         options["add_generation_prompt"] = add_generation_prompt
         if continue_final_message:
-            if not plain[-1]["content"].strip() or plain[-1].get("tool_calls"):
-                raise RequestError(
-                    "continue_final_message is true and the last message has no text to go on from",
-                    param="continue_final_message",
-                )
+            _check_can_continue(plain[-1])
             options["continue_final_message"] = True
         if "tools" in self._template:
             options["tools"] = list(tools) or None
@@ -255,6 +251,14 @@ def _part_text(part: object, where: str) -> str:
 
 def _as_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
+
+
+def _check_can_continue(last: Message) -> None:
+    if not last["content"].strip() or last.get("tool_calls"):
+        raise RequestError(
+            "continue_final_message is true and the last message has no text to go on from",
+            param="continue_final_message",
+        )
 
 
 def _join_developer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
