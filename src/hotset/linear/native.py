@@ -3,11 +3,14 @@
 import ctypes
 import functools
 import importlib.util
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+_log = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _engines: list[Any] = []  # own the code that was compiled; addresses of it are kept for good
@@ -64,11 +67,13 @@ def _runner() -> Callable[[int, int, int], None]:
     """What runs compiled code at its arguments by some threads.
 
     They are those that torch computes with: OpenMP's call, of the library that torch has loaded,
-    under the name that GNU's and LLVM's have. Where there is none the caller's thread computes.
+    under the name that GNU's and LLVM's have. Where there is none the caller's thread computes, and
+    a warning says so.
     """
     try:
         parallel = ctypes.CDLL(None).GOMP_parallel
     except AttributeError:
+        _log.warning("compiled products run on one thread: torch has loaded no OpenMP")
         kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
         return lambda function, arguments, num_threads: kind(function)(arguments)
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]

@@ -25,7 +25,7 @@ _ALIGNMENT = 16
 _THROUGH_SYMMETRIC = "sums over ranks: symmetric memory up to 16 MiB, NCCL beyond"
 
 # PyTorch 2.13 has another name for it, and warns of the older one.
-_all_gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
+all_gather_pieces = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
 
 _symmetric: "SymmetricMemory | None" = None
 
@@ -148,7 +148,7 @@ def gather_columns(x: torch.Tensor, num_columns: int) -> torch.Tensor:
         else rows.new_empty(group.size * len(rows), piece)
     )
     if not group.is_alone and len(rows):
-        _all_gather(pieces, rows)
+        all_gather_pieces(pieces, rows)
     side_by_side = pieces.view(group.size, len(rows), piece).transpose(0, 1)
     side_by_side = side_by_side.reshape(len(rows), group.size * piece)  # a copy
     return side_by_side[:, :num_columns].reshape(*x.shape[:-1], num_columns)

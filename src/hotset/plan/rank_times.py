@@ -20,8 +20,7 @@ KIB, MIB = 2**10, 2**20
 _PER_GRAPH = 20  # calls that are recorded together, as steps have them
 _LEAST_CALLS, _MOST_CALLS = 3, 50
 
-# PyTorch 2.13 has other names for them, and warns of the older ones.
-_all_gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
+# PyTorch 2.13 has another name for it, and warns of the older one.
 _reduce_scatter = getattr(distributed, "reduce_scatter_single", distributed.reduce_scatter_tensor)
 
 Run = Callable[[], object]
@@ -170,7 +169,7 @@ class _Figures:
     def _all_gather(self, num_bytes: int) -> Run:
         x = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=self._group.device)
         out = x.new_zeros(self._group.size * len(x))
-        return lambda: _all_gather(out, x)
+        return lambda: collectives.all_gather_pieces(out, x)
 
     def _reduce_scatter(self, num_bytes: int) -> Run:
         out = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=self._group.device)
