@@ -36,6 +36,11 @@ from hotset.memory.state_arena import StateArena  # noqa: E402
 
 SCANS = pytest.mark.parametrize("make", [gated_delta, kimi_delta, mamba2])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+ODD = {"keys": 24, "values": 40, "heads": 3, "groups": 1}
+# The interpreter is slow, and multiplies both dtypes in one way.
+SIZES = [(torch.float32, ODD), (torch.bfloat16, {})]
+if DEVICE.type == "cuda":
+    SIZES += [(torch.float32, {}), (torch.bfloat16, ODD)]
 
 
 def check_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -47,8 +52,7 @@ def check_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype)
 
 
 @SCANS
-@DTYPES
-@pytest.mark.parametrize("sizes", [{}, {"keys": 24, "values": 40, "heads": 3, "groups": 1}])
+@pytest.mark.parametrize(("dtype", "sizes"), SIZES)
 def test_a_step_scans_as_pytorch_does_and_leaves_the_same_states(
     make: Callable[..., Scan], dtype: torch.dtype, sizes: dict[str, int]
 ) -> None:
@@ -119,7 +123,7 @@ def run_steps(
 
 
 @SCANS
-@DTYPES
+@pytest.mark.parametrize("dtype", sorted({dtype for dtype, _ in SIZES[1:]}, key=str))
 def test_cuts_on_the_grid_and_other_slots_change_no_bit(
     make: Callable[..., Scan], dtype: torch.dtype
 ) -> None:
