@@ -287,6 +287,7 @@ def run(*arguments: str) -> Result:
     ("arguments", "words"),
     [
         (["llama-9"], "near it: llama"),
+        (["llama-3-8b", "--example", "moe-7.8x"], "--example takes no MODEL"),
         (["llama-3-8b", "--hardware", "h100-xsm"], "near it: h100-sxm"),
         (["llama-3-8b", "--layout", "tp=3"], "does not divide the 32 attention heads"),
         (["llama-3-8b", "--gpus", "4", "--layout", "tp=8"], "needs 8 GPUs and 4 are given"),

@@ -103,6 +103,8 @@ def command(
     elif routing is not None:
         _balance(routing, devices, replicas, as_json)
     elif example:
+        if model is not None:
+            raise PlanError(f"--example takes no MODEL, and {model} was given; leave it out")
         _example(example, as_json)
     elif model is None:
         raise PlanError("no MODEL given; try 'hotset plan llama-3-8b' or 'hotset plan --list'")

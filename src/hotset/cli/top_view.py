@@ -82,7 +82,7 @@ def _memory(tiers: list[Json], width: int, most_lines: int) -> RenderableType:
     parts: list[RenderableType] = []
     for tier in tiers:
         used, capacity, size = tier["used"], tier["capacity"], tier["block_bytes"]
-        head = Table.grid(expand=True)
+        head = Table.grid(expand=True, padding=(0, 1))
         head.add_column()
         head.add_column(justify="right")
         head.add_row(

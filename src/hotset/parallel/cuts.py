@@ -203,8 +203,11 @@ def _check_sizes(
             count = heads.get(path, module.out_features)
             is_shared = path.endswith(_SOME_HEADS) and path in heads and size % count == 0
             if count % size and not is_shared:
-                raise ConfigError(f"tp={size} does not divide the {count} columns of {path}")
+                raise ConfigError(
+                    f"tp={size} does not divide the {count} columns of {path}; give less"
+                )
         elif cut is Cut.ROWS and module.in_features % size:
             raise ConfigError(
-                f"tp={size} does not divide the {module.in_features} rows of {path} of {name}"
+                f"tp={size} does not divide the {module.in_features} rows of {path} of {name}; "
+                "give less"
             )
