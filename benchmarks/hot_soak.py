@@ -2,7 +2,7 @@
 
 Each seed chooses a family, sizes and what happens: aborts, forks, preemption, a full host memory,
 faults of the disk, fetches that fail. It ends with an error where an answer is not a resident
-engine's, or where a block, slot, seat or index block does not come back. See `tests/hot_soak.py`.
+engine's, or where a block, slot, seat or index block does not come back: `tests/sparse_soak.py`.
 
     python benchmarks/hot_soak.py --requests 256 --seeds 8 --out benchmarks/results/hot_soak.json
 """
@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from engines import make_engine
-from hot_soak import EVENTS, soak
+from sparse_soak import EVENTS, soak
 
 
 def run(seed: int, num_requests: int) -> dict[str, Any]:

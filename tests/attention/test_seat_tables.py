@@ -218,7 +218,7 @@ TestSeatMachine = SeatMachine.TestCase
 TestSeatMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 if not torch.cuda.is_available():  # tensors of the CPU
     TestKernelSeatMachine = KernelSeatMachine.TestCase
-    TestKernelSeatMachine.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
+    TestKernelSeatMachine.settings = settings(max_examples=4, stateful_step_count=15, deadline=None)
 
 
 def test_what_a_seat_held_before_is_gone_when_it_is_taken_again() -> None:

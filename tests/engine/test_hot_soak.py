@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hot_soak import soak
+from sparse_soak import soak
 
 from hotset.engine.engine import Engine
 

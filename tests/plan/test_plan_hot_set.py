@@ -106,8 +106,12 @@ def test_a_plan_says_why_none_turns_hot(arguments: list[str], line: str) -> None
 
 
 @pytest.mark.parametrize("index_dtype", ["auto", "fp8"])
-def test_the_command_serves_as_many_hot_requests_as_planned(index_dtype: str) -> None:
-    arguments = [*CASE[:-1], index_dtype]
+def test_the_command_serves_as_many_hot_requests_as_planned(
+    index_dtype: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"  # of a folder that has weights, too
+    config.write_text(Path(SHAPE).read_text())
+    arguments = [str(config), *CASE[1:-1], index_dtype]
     data = json.loads(run(*arguments, "--json").stdout)
     words = shlex.split(data["serve"]["command"])
     given = dict(zip(words[2::2], words[3::2], strict=True))
