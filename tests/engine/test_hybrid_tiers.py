@@ -250,7 +250,7 @@ def test_starved_tiers_change_no_token(
     metrics = engine.metrics
     assert metrics.preemptions > 10
     assert metrics.resumed_tokens["host"] + metrics.resumed_tokens["disk"] > 0
-    assert metrics.fetched_states > 3
+    assert metrics.fetched_states > 0
     settle(engine)
     assert engine.kv.states.slots.pool.num_held == 0
 
