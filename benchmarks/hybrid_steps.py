@@ -27,7 +27,7 @@ from engine_steps import STEPS, step_s
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from hotset.attention.batch import Batch, SequenceSpan
-from hotset.attention.scans import GatedDelta
+from hotset.attention.scans import Convolution, GatedDelta
 from hotset.attention.state_step import StateLayers
 from hotset.cost.catalog import find_config
 from hotset.cost.loaded import make_cost_model
@@ -182,11 +182,12 @@ def state_kernels(
             return rows
         values = torch.randn(count, columns.shape[1], device=device).to(columns.dtype).T
         weight = torch.randn(columns.shape[1], columns.shape[2] + 1, device=device).to(values.dtype)
+        convolution = Convolution(values, weight, None, "silu")
         states = layers.begin_step(batch)
         convolve_s = median(
             timed(
-                lambda states=states, values=values, weight=weight: [
-                    states.convolve(layer, values, weight, None, "silu") for layer in arena.columns
+                lambda states=states, convolution=convolution: [
+                    states.convolve(layer, convolution) for layer in arena.columns
                 ]
             )
         )

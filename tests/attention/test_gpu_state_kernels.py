@@ -19,7 +19,7 @@ from slots import (
     twin,
 )
 
-from hotset.attention.scans import Scan
+from hotset.attention.scans import Convolution, Scan
 from hotset.attention.state_kernels import KernelStates
 from hotset.attention.state_tables import TableSizes
 
@@ -49,7 +49,7 @@ def test_a_replay_computes_what_a_launch_does(
     )
 
     def compute(states: KernelStates, num: int) -> tuple[torch.Tensor, torch.Tensor]:
-        columns = states.convolve(LAYER, values[:, :num], weight, None, "silu")
+        columns = states.convolve(LAYER, Convolution(values[:, :num], weight, None, "silu"))
         return columns, states.scan(LAYER, rows_of(scan, slice(num)))
 
     compute(states, SIZE)  # loads the kernels

@@ -29,7 +29,7 @@ from slots import (  # noqa: E402
 )
 
 from hotset.attention.batch import SequenceSpan  # noqa: E402
-from hotset.attention.scans import Scan  # noqa: E402
+from hotset.attention.scans import Convolution, Scan  # noqa: E402
 from hotset.attention.state_kernels import KernelStates  # noqa: E402
 from hotset.attention.state_step import TorchStates  # noqa: E402
 from hotset.memory.state_arena import StateArena  # noqa: E402
@@ -88,7 +88,7 @@ def test_a_step_convolves_as_pytorch_does_and_leaves_the_same_columns(
     values = values[:, CHANNELS:].T  # part of a projection
     weight = torch.randn(CHANNELS, KERNEL, device=DEVICE).to(dtype)
     bias = torch.randn(CHANNELS, device=DEVICE).to(dtype) if has_bias else None
-    asked = (LAYER, values, weight, bias, activation)
+    asked = (LAYER, Convolution(values, weight, bias, activation))
     expected = TorchStates(other, batch_of(MIXED), DEVICE).convolve(*asked)
     states = KernelStates.of_batch(arena, batch_of(MIXED), DEVICE)
     found = states.convolve(*asked)
@@ -116,7 +116,7 @@ def run_steps(
         own = slice(span.context_len - span.num_tokens, span.context_len)
         states = KernelStates.of_batch(arena, batch_of([span]), DEVICE)
         part = rows_of(scan, own)
-        columns = states.convolve(LAYER, values[:, own], weight, None, "silu")
+        columns = states.convolve(LAYER, Convolution(values[:, own], weight, None, "silu"))
         found.append((states.scan(LAYER, part), columns.T))
         states.finish()
     return [torch.cat(part) for part in zip(*found, strict=True)]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hotset.attention.scans import GatedDelta, Mamba2, Scan
+from hotset.attention.scans import Convolution, GatedDelta, Mamba2, Scan
 from hotset.errors import ModelError
 from hotset.kernels.state_inputs import in_rows
 
@@ -34,26 +34,8 @@ class MixerStep:
     A class and no protocol, as what is compiled asks whether a step is one.
     """
 
-    def convolve(
-        self,
-        layer: int,
-        values: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        activation: str | None,
-    ) -> torch.Tensor:
-        """A causal convolution of each channel over the tokens of each sequence.
-
-        Args:
-            layer: index of the layer.
-            values: `[C, T]`.
-            weight: `[C, kernel]`.
-            bias: `[C]`.
-            activation: of the result, by transformers' name.
-
-        Returns:
-            `[C, T]`, dtype of `values`.
-        """
+    def convolve(self, layer: int, convolution: Convolution) -> torch.Tensor:
+        """`[C, T]`, the dtype of its values: the convolution over the tokens of each sequence."""
         raise NotImplementedError
 
     def scan(self, layer: int, scan: Scan) -> torch.Tensor:
@@ -165,8 +147,8 @@ def _convolution(original: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> torch.Tensor:
         _check_others(call, others)
-        values = hidden_states[0]
-        return call.step.convolve(call.layer, values, weight, bias, activation).unsqueeze(0)
+        convolution = Convolution(hidden_states[0], weight, bias, activation)
+        return call.step.convolve(call.layer, convolution).unsqueeze(0)
 
     return ask
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from hotset.attention.mixers import MixerStep
-from hotset.attention.scans import Scan
+from hotset.attention.scans import Convolution, Scan
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.spec import LayerAttention
 from hotset.cost.cache_spec import State
@@ -62,19 +62,12 @@ class ProbeAttention(MixerStep):
             self.first_keys.append(key.clone())
         return query.new_zeros(query.shape[1], query.shape[0], self.layers[layer].heads.value_dim)
 
-    def convolve(
-        self,
-        layer: int,
-        values: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        activation: str | None,
-    ) -> torch.Tensor:
+    def convolve(self, layer: int, convolution: Convolution) -> torch.Tensor:
         """Note the columns, compare the rows and return zeros. See `MixerStep`."""
         if layer in self.states:
             raise ModelError(f"layer {layer} convolves twice a step: not supported")
+        values, (channels, kernel) = convolution.values, convolution.weight.shape
         self._compare([values.T])
-        channels, kernel = weight.shape
         self.states[layer] = State((), (channels, kernel - 1), values.dtype.itemsize)
         return torch.zeros_like(values)
 

@@ -1,4 +1,6 @@
-"""Recurrences over the tokens of a layer: in chunks of a text, or one token of many sequences.
+"""What links the tokens of a layer that keeps a state: a convolution, and a recurrence.
+
+A recurrence runs in chunks of a text, or over one token of many sequences.
 
 Values come first in a state (`[H, V, K]`), as kernels have it. One step after another is what the
 chunk form is equal to but for rounding.
@@ -7,13 +9,29 @@ chunk form is equal to but for rounding.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from hotset.attention.state_tables import GRID
 from hotset.kernels.state_inputs import DeltaTokens, Mamba2Tokens
+
+
+class Convolution(NamedTuple):
+    """A causal convolution of each channel of one layer over the T tokens of a step.
+
+    Attributes:
+        values: `[C, T]`, any strides.
+        weight: `[C, kernel]`, contiguous.
+        bias: `[C]`; None for none.
+        activation: of the result, by transformers' name; None for none.
+    """
+
+    values: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    activation: str | None
 
 
 class Scan(ABC):

@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 
 from hotset.attention.batch import Batch
 from hotset.attention.inputs import fill, to_device
-from hotset.attention.scans import GatedDelta, Mamba2, Scan
+from hotset.attention.scans import Convolution, GatedDelta, Mamba2, Scan
 from hotset.attention.state_tables import NUM_COLUMNS, Array, SpanTables, TableSizes
 from hotset.kernels.chunk_state import scan_delta, scan_mamba2
 from hotset.kernels.conv_state import convolve
@@ -68,15 +68,9 @@ class KernelStates:
         self._copies = tables.copies
         return True
 
-    def convolve(
-        self,
-        layer: int,
-        values: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        activation: str | None,
-    ) -> torch.Tensor:
+    def convolve(self, layer: int, convolution: Convolution) -> torch.Tensor:
         """See `MixerStep`."""
+        values, weight, bias, activation = convolution
         output = values.new_empty(values.shape[::-1])
         columns, silu = self._arena.columns[layer], activation in _SILU
         convolve(values, weight, bias, output, columns, self._tables, silu=silu)

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from hotset.attention.backend import StepAttention
 from hotset.attention.batch import Batch, SequenceSpan
 from hotset.attention.mixers import MixerStep
-from hotset.attention.scans import Scan
+from hotset.attention.scans import Convolution, Scan
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.state_tables import TableSizes, chunks_of
 from hotset.memory.state_arena import StateArena
@@ -63,14 +63,7 @@ class StepStates(Protocol):
     layer.
     """
 
-    def convolve(
-        self,
-        layer: int,
-        values: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        activation: str | None,
-    ) -> torch.Tensor:
+    def convolve(self, layer: int, convolution: Convolution) -> torch.Tensor:
         """See `MixerStep`."""
         ...
 
@@ -110,16 +103,9 @@ class StateStep(MixerStep):
         """See `StepAttention`."""
         return self._attention.attend(self._kv_layers[layer], query, key, value, index)
 
-    def convolve(
-        self,
-        layer: int,
-        values: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        activation: str | None,
-    ) -> torch.Tensor:
+    def convolve(self, layer: int, convolution: Convolution) -> torch.Tensor:
         """See `MixerStep`."""
-        return self._states.convolve(layer, values, weight, bias, activation)
+        return self._states.convolve(layer, convolution)
 
     def scan(self, layer: int, scan: Scan) -> torch.Tensor:
         """See `MixerStep`."""
@@ -145,15 +131,9 @@ class TorchStates:
         kept = [(row, slot) for row, s in enumerate(decodes) for _, slot in s.cuts]
         self._kept = torch.tensor(kept, device=device).T if kept else None
 
-    def convolve(
-        self,
-        layer: int,
-        values: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        activation: str | None,
-    ) -> torch.Tensor:
+    def convolve(self, layer: int, convolution: Convolution) -> torch.Tensor:
         """See `MixerStep`."""
+        values, weight, bias, activation = convolution
         pool, num = self._arena.columns[layer], self._num_decodes
         num_columns = pool.shape[-1]
         output = torch.empty_like(values)
