@@ -187,12 +187,15 @@ def test_an_engine_that_keeps_embeddings_whole_holds_them_on_each_rank_and_reads
     tied = load_model("smollm2-135m")
     alone = shard_model(tied, Layout(), has_whole_embedding=True)
     assert alone.dense_bytes == alone.dense_read_bytes == tied.dense_bytes
+    cut = shard_model(tied, Layout(3))  # whose head reads its part of the embeddings
+    assert cut.dense_read_bytes == cut.dense_bytes
     shared = shard_model(tied, Layout(3), has_whole_embedding=True)
     assert shared.dense_bytes == pytest.approx(
         (tied.dense_bytes - tied.replicated_bytes) / 3
         + tied.replicated_bytes
         + tied.embedding_bytes
     )
+    assert shared.dense_read_bytes == pytest.approx(cut.dense_read_bytes)
 
 
 def test_what_was_measured_together_stands_before_what_one_gpu_says() -> None:

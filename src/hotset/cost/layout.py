@@ -203,19 +203,17 @@ def shard_model(shape: ModelShape, layout: Layout, *, has_whole_embedding: bool 
     tp, ep = layout.tp, layout.ep
     replicated = shape.replicated_bytes
     dense = (shape.dense_bytes - replicated) / tp + replicated
-    embedding = shape.embedding_bytes / tp
-    if has_whole_embedding:
-        # A tied head reads its part of the embeddings out of a copy of its own.
-        tied = 0.0 if shape.head.count or tp == 1 else shape.embedding_bytes / tp
-        dense += shape.embedding_bytes - embedding + tied
-        embedding = shape.embedding_bytes
+    # A tied head reads its part of the embeddings; where they are whole, out of a copy of its own.
+    unread = shape.embedding_bytes / tp if shape.head.count else 0.0
+    if has_whole_embedding and tp > 1:
+        dense += shape.embedding_bytes - unread
+        unread = shape.embedding_bytes
     per_expert_bytes = sum(shape.layer_expert_bytes(layer) for layer in shape.moe_layers)
     slots = -(-shape.num_experts // ep)
     slot_bytes = per_expert_bytes / layout.es
-    is_read = not shape.head.count  # by the head
     return Shard(
         dense_bytes=dense,
-        dense_read_bytes=dense - (0.0 if is_read and tp == 1 else embedding),
+        dense_read_bytes=dense - unread,
         expert_slots=slots,
         slot_bytes=slot_bytes,
         experts_bytes=slots * slot_bytes,
