@@ -35,7 +35,7 @@ class Misses(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SparseCache:
     """What a model with an indexer keeps of a token.
 
@@ -85,7 +85,7 @@ class SparseCache:
         """Of a resident request on the device, and of a hot one in host memory."""
         return context * (self.all_rows_bytes + self.index_bytes)
 
-    @property
+    @cached_property
     def keys_bytes(self) -> float:
         """Device bytes per token whose rows are in host memory: its index keys, and what is lost.
 
