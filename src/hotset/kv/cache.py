@@ -1,6 +1,7 @@
 """The KV of sequences on the device: what is found instead of computed, and what is written.
 
-It asks: `prefix` names blocks, `table` has them, `transfers` moves them between tiers.
+It asks: `prefix` names blocks, `prefix_search` finds them, `table` has them, `transfers` moves
+them between tiers.
 """
 
 import secrets
@@ -12,6 +13,7 @@ from hotset.kv.hot_set import HotSet
 from hotset.kv.index_blocks import IndexBlocks
 from hotset.kv.pool import BlockPool
 from hotset.kv.prefix import LEAST_TAIL, Prefixes
+from hotset.kv.prefix_search import PrefixSearch
 from hotset.kv.seats import Seats
 from hotset.kv.state_slots import StateSlots
 from hotset.kv.state_transfers import StateTransfers
@@ -19,13 +21,9 @@ from hotset.kv.states import Start, States
 from hotset.kv.table import BlockTables
 from hotset.kv.transfers import BlockTransfers, Known
 from hotset.memory.state_pieces import StatePieces
-from hotset.memory.tier import Answer
 from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
 from hotset.sequence import ArrivedBlock, Kind, Request, Tail
-
-# Keys of a prefix that tiers are asked for at first; twice as many each time that all are there.
-_KEYS_AT_ONCE = 32
 
 _DEVICE = "device"  # as `TierInfo.name`, for metrics
 
@@ -74,6 +72,7 @@ class KVCache:
             least_tail=LEAST_TAIL if states is None else 0,
         )
         self.transfers = BlockTransfers(pool, block_size, metrics, tiers, policy, index_blocks)
+        self._search = PrefixSearch(pool, self.prefixes, self.transfers)
         self.hot = None
         if seats is not None and index_blocks is not None:
             self.hot = HotSet(seats, self.tables, self.transfers, metrics)
@@ -102,7 +101,7 @@ class KVCache:
             if num_blocks is not None:
                 fits = num_blocks + spare_blocks <= self.pool.num_available
                 return fits and self.hot.go_on(request)
-        known, is_pending = self._find_prefix(request)
+        known, is_pending = self._search.find(request)
         if is_pending:
             return False
         keys, computed = [part.key for part in known], dict[bytes, int]()
@@ -116,7 +115,7 @@ class KVCache:
             known, keys = known[: start.num_blocks], keys[: start.num_blocks]
         while known and known[-1].key in computed:
             known.pop()
-        held = [None if part.key in computed else self._hold(part) for part in known]
+        held = [None if part.key in computed else self._search.hold(part) for part in known]
         shared = [block for block in held if block is not None]
         num_missing = self.tables.num_blocks_for(request.num_tokens) - len(shared)
         if num_missing + spare_blocks > self.pool.num_available:
@@ -151,7 +150,7 @@ class KVCache:
         """Blocks that a request needs to be let in, beside those that the device has of it."""
         if self.hot is not None and (num := self.hot.blocks_to_go_on(request)) is not None:
             return num
-        known, _ = self._find_prefix(request)
+        known, _ = self._search.find(request)
         num_found = sum(part.tier is None for part in known)
         return self.tables.num_blocks_for(request.num_tokens) - num_found
 
@@ -172,7 +171,7 @@ class KVCache:
                 continue
             if self.hot is not None and self.hot.blocks_to_go_on(request) is not None:
                 continue  # host memory has all of it, and the device is to have little
-            known, is_pending = self._find_prefix(request)
+            known, is_pending = self._search.find(request)
             if self.states is not None:
                 start = self._find_start(request, known, 0)
                 if start is None:
@@ -348,46 +347,6 @@ class KVCache:
         if self.hot is not None:
             self.hot.leave(request)
 
-    def _find_prefix(self, request: Request) -> tuple[list[Known], bool]:
-        """What is known somewhere of the request's leading tokens, block by block.
-
-        At least one token is always left to compute: its logits are what the step is for. Also
-        returns whether a tier cannot say yet what it has of the tokens after these.
-        """
-        known: list[Known] = []
-        keys = self.prefixes.findable(request)
-        num_asked = _KEYS_AT_ONCE
-        while len(known) < len(keys):
-            asked = keys[len(known) : len(known) + num_asked]
-            for key, found in zip(asked, self.transfers.lookup(asked), strict=True):
-                if found.answer is not Answer.HIT:
-                    break
-                known.append(Known(key, found.tier, self.block_size))
-            else:
-                num_asked *= 2
-                continue
-            if found.answer is Answer.PENDING:
-                return known, True
-            break
-        tail = request.kv.resume or self._unused_tail(request, len(known))
-        if tail is None or tail.index != len(known):
-            return known, False
-        [found] = self.transfers.lookup([tail.key])
-        if found.answer is Answer.HIT:
-            known.append(Known(tail.key, found.tier, tail.num_tokens))
-        return known, found.answer is Answer.PENDING
-
-    def _unused_tail(self, request: Request, index: int) -> Tail | None:
-        """What a request that has ended left where block `index` begins.
-
-        None where another request has it: both would write to it, each to a copy of its own.
-        """
-        tail = self.prefixes.tail_at(request, index)
-        if tail is None or self.transfers.loading_block(tail.key) is not None:
-            return None
-        block = self.pool.lookup(tail.key)
-        return None if block is not None and self.pool.ref_count(block) else tail
-
     def _publish_tail(self, request: Request) -> bytes | None:
         """Have the last block of a request that ends found, and spill it, though it is not full.
 
@@ -413,19 +372,6 @@ class KVCache:
         num_planned = request.kv.num_planned
         if num_planned and request.kv.num_computed_tokens + num_planned <= request.num_known_tokens:
             self.commit(request, num_planned)
-
-    def _hold(self, part: Known) -> int | None:
-        """Hold the block that has this content or will have; None where there is none yet."""
-        if part.tier is not None:
-            block = self.transfers.loading_block(part.key)
-            if block is not None:
-                self.pool.hold(block)
-            return block
-        # A block that will be written to is found by no other request from here on.
-        is_full = part.num_tokens == self.block_size
-        block = self.pool.acquire(part.key) if is_full else self.pool.claim(part.key)
-        assert block is not None, "a block vanished between lookup and acquire"
-        return block
 
     def _take_over(self, request: Request, index: int) -> bool:
         """Use the block of another request that has computed the next one, `index`, meanwhile."""
