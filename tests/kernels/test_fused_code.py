@@ -50,7 +50,8 @@ print(json.dumps(compiled))
 NARROW = """
 from dataclasses import replace
 from hotset.experts.narrow import NarrowLayout
-from hotset.kernels.narrow_experts import _gated_up, _suited, _weighted_down, planes_of
+from hotset.kernels.narrow_experts import _gated_up, _weighted_down
+from hotset.kernels.narrow_launch import _suited, planes_of
 from hotset.weight_format import FP8_BLOCK, INT4_128, MXFP4, NVFP4
 
 FORMS = {"mxfp4": (MXFP4, 2880, 2880), "fp8": (FP8_BLOCK, 2048, 768), "int4": (INT4_128, 2048, 768),

@@ -141,9 +141,9 @@ def test_e4m3_opens_to_its_value_over_256() -> None:
 
 
 def test_inputs_lie_in_the_order_of_the_columns() -> None:
-    from hotset.kernels.narrow_experts import _in_runs
+    from hotset.kernels.narrow_launch import in_runs
 
-    got = _in_runs(torch.arange(2 * 160.0).view(2, 160))
+    got = in_runs(torch.arange(2 * 160.0).view(2, 160))
     assert got.shape == (2, 192) and int((got[1] == 0).sum()) == 32
     places = [in_order_of(column) for column in range(160)]
     assert torch.equal(got[:, places], torch.arange(2 * 160.0).view(2, 160))

@@ -18,7 +18,7 @@ _SUM_COLUMNS = 1024
 
 
 @triton.jit
-def _load_block(block):  # type: ignore[no-untyped-def]
+def load_block(block):  # type: ignore[no-untyped-def]
     """Expert, first place and end of a block; anything if there is no such block."""
     return tl.load(block), tl.load(block + 1), tl.load(block + 2)
 
@@ -41,7 +41,7 @@ def _gated_up(  # type: ignore[no-untyped-def]
     # Programs of one block, and then those of one expert, follow each other: they meet in L2.
     num_tiles: tl.constexpr = (MIDDLE + COLUMNS - 1) // COLUMNS
     block = tl.program_id(0) // num_tiles
-    expert, first, end = _load_block(blocks + 3 * block)
+    expert, first, end = load_block(blocks + 3 * block)
     if block >= tl.load(num_blocks):
         return
     place = first + tl.arange(0, BLOCK_ROWS)
@@ -95,7 +95,7 @@ def _weighted_down(  # type: ignore[no-untyped-def]
 ):
     num_tiles: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
     block = tl.program_id(0) // num_tiles
-    expert, first, end = _load_block(blocks + 3 * block)
+    expert, first, end = load_block(blocks + 3 * block)
     if block >= tl.load(num_blocks):
         return
     place = first + tl.arange(0, BLOCK_ROWS)

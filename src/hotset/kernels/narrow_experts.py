@@ -6,22 +6,24 @@ registers.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional
 
-from hotset.cost.tuning import TUNINGS, Tile, Tiles
 from hotset.kernels.expert_routing import route_rows
-from hotset.kernels.fused_experts import _load_block, shared_bytes, sum_rows
-from hotset.kernels.narrow_forms import CODES, Gate
-from hotset.kernels.narrow_product import RUN_COLUMNS, in_order, narrow_product
+from hotset.kernels.fused_experts import load_block, sum_rows
+from hotset.kernels.narrow_forms import Gate
+from hotset.kernels.narrow_launch import (
+    in_runs,
+    narrow_tiles_for,
+    opens_in_pairs,
+    planes_of,
+    whole_runs,
+)
+from hotset.kernels.narrow_product import in_order, narrow_product
 from hotset.weight_format import WeightFormat
-
-_SCALES = {"float32": 0, "bfloat16": 1, "float16": 2, "e8m0": 3, "e4m3": 4}
 
 
 class Layout(Protocol):
@@ -58,7 +60,7 @@ def _gated_up(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr = COLUMNS // 2
     num_tiles: tl.constexpr = (MIDDLE + HALF - 1) // HALF
     block = tl.program_id(0) // num_tiles
-    expert, first, end = _load_block(blocks + 3 * block)
+    expert, first, end = load_block(blocks + 3 * block)
     if block >= tl.load(num_blocks):
         return
     payload = tl.load(addresses + expert)
@@ -120,7 +122,7 @@ def _weighted_down(  # type: ignore[no-untyped-def]
 ):
     num_tiles: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
     block = tl.program_id(0) // num_tiles
-    expert, first, end = _load_block(blocks + 3 * block)
+    expert, first, end = load_block(blocks + 3 * block)
     if block >= tl.load(num_blocks):
         return
     payload = tl.load(addresses + expert)
@@ -188,8 +190,8 @@ def narrow_experts(
     middle_size = down.shape[-1]
     tiles = narrow_tiles_for(ids.numel(), num_experts, layout.form, hidden.device)
     routing = route_rows(ids.view(-1), num_experts, tiles.block_rows)
-    source = _in_runs(hidden) if layout.form.code_bits == 4 else hidden
-    middle_width = _padded(middle_size) if layout.form.code_bits == 4 else middle_size
+    source = in_runs(hidden) if layout.form.code_bits == 4 else hidden
+    middle_width = whole_runs(middle_size) if layout.form.code_bits == 4 else middle_size
     make = hidden.new_empty if middle_width == middle_size else hidden.new_zeros
     middle = make(num_tokens * top_k, middle_width)
     rows = hidden.new_empty(num_tokens * top_k, hidden_size)
@@ -200,7 +202,7 @@ def narrow_experts(
     shared = {
         "HIDDEN": hidden_size, "MIDDLE": middle_size, "MIDDLE_WIDTH": middle_width,
         "BLOCK_ROWS": tiles.block_rows, "HAS_BIAS": biases is not None,
-        "IN_PAIRS": _opens_in_pairs(layout.form, hidden),
+        "IN_PAIRS": opens_in_pairs(layout.form, hidden),
     }  # fmt: skip
     for number, payloads in enumerate(by_pass):
         before_pass(number)
@@ -221,59 +223,6 @@ def narrow_experts(
     return out
 
 
-def planes_of(form: WeightFormat, matrix: Any) -> tuple[Any, ...]:
-    """Code; where codes, scales and what is more begin; a group's columns; kind of scales; rows."""
-    more = -1 if matrix.more is None else matrix.more.offset
-    group = form.columns or triton.next_power_of_2(matrix.shape[-1])
-    rows = form.rows or matrix.shape[-2]
-    scale = _SCALES[str(form.scale)]
-    return CODES[form.code], matrix.codes.offset, matrix.scales.offset, more, group, scale, rows
-
-
 def _scale_rows(up: Any, middle_size: int) -> int:
     """Rows of scales before those of what the gate multiplies."""
     return int(up.scales.shape[-2]) if len(up.shape) == 3 else middle_size
-
-
-def _padded(columns: int) -> int:
-    """Whole runs."""
-    return -(-columns // RUN_COLUMNS) * RUN_COLUMNS
-
-
-def _in_runs(hidden: torch.Tensor) -> torch.Tensor:
-    """`[T, H]` to `[T, whole runs]`, each in the order of `in_order`; zeros at the end."""
-    num_tokens, size = hidden.shape
-    if size != _padded(size):
-        hidden = functional.pad(hidden, (0, _padded(size) - size))
-    runs = hidden.view(num_tokens, -1, 4, 2, 2, 2, 2).permute(0, 1, 6, 3, 4, 2, 5)
-    return runs.reshape(num_tokens, -1)
-
-
-def _opens_in_pairs(form: WeightFormat, hidden: torch.Tensor) -> bool:
-    """Whether codes are opened by PTX, and not by Triton's operations."""
-    if hidden.device.type != "cuda":
-        return False
-    if form.code == "e2m1":
-        return hidden.dtype == torch.bfloat16
-    return form.code == "e4m3" or f"torch.{form.scale}" == str(hidden.dtype)
-
-
-def narrow_tiles_for(
-    num_rows: int, num_experts: int, form: WeightFormat, device: torch.device
-) -> Tiles:
-    """The tiles for `num_rows` rows of experts in `form` on this device."""
-    tiles = TUNINGS[device.type].tiles(
-        num_rows, num_experts, shared_bytes=shared_bytes(device), narrow=True
-    )
-    return replace(tiles, up=_suited(tiles.up, form), down=_suited(tiles.down, form))
-
-
-def _suited(tile: Tile, form: WeightFormat) -> Tile:
-    """With 8 warps, where each column of a tile has one scale of 16 bits.
-
-    With fewer threads than two per scale Triton 3.6 has widened weights pass through shared memory.
-    """
-    is_wide = form.columns is None or form.columns >= tile.depth
-    if is_wide and form.scale in ("bfloat16", "float16") and tile.columns >= 32 * tile.num_warps:
-        return replace(tile, num_warps=8)
-    return tile

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from hotset.weight_format import WeightFormat
 
+# Numbers by which kernels know them.
 CODES = {"e4m3": 0, "e2m1": 1, "int4": 2}
-_SCALES = ("float32", "bfloat16", "float16", "e8m0", "e4m3")
+SCALES = {"float32": 0, "bfloat16": 1, "float16": 2, "e8m0": 3, "e4m3": 4}
 _LEAST_GROUP = 16
 
 
@@ -30,4 +31,4 @@ def can_read(form: WeightFormat) -> bool:
     fits = (form.scale == "e4m3") == form.has_row_scales and (
         form.code == "e2m1" or not form.has_row_scales
     )
-    return form.code in CODES and form.scale in _SCALES and is_power and fits
+    return form.code in CODES and form.scale in SCALES and is_power and fits

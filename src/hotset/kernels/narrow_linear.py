@@ -10,10 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hotset.cost.tuning import TUNINGS
-from hotset.kernels.fused_experts import shared_bytes
-from hotset.kernels.narrow_experts import _in_runs, _opens_in_pairs, _suited, planes_of
-from hotset.kernels.narrow_product import _scales, _widen, _zeros, narrow_product
+from hotset.kernels.narrow_launch import in_runs, narrow_tiles_for, opens_in_pairs, planes_of
+from hotset.kernels.narrow_product import load_scales, load_zeros, narrow_product, widen
 from hotset.weight_format import Plane, WeightFormat
 
 _WIDEN_ROWS, _WIDEN_BYTES = 32, 64  # of codes, which a program widens
@@ -82,16 +80,16 @@ def _widen_matrix(  # type: ignore[no-untyped-def]
 ):
     address = payload.to(tl.int64)
     PER_BYTE: tl.constexpr = 1 if PLANES[0] == 0 else 2
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None, None]  # as `_widen` has it
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None, None]  # as `widen` has it
     byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)[None, None, None, :]
     mask = (row < N) & (byte < K // PER_BYTE)
     codes_at = address.to(tl.pointer_type(tl.uint8)) + PLANES[1]
     codes = tl.load(codes_at + row.to(tl.int64) * (K // PER_BYTE) + byte, mask=mask, other=0)
     num_groups: tl.constexpr = (K + PLANES[4] - 1) // PLANES[4]
     group = row // PLANES[6] * num_groups + byte * PER_BYTE // PLANES[4]
-    scale = _scales(address, group, mask, PLANES)
-    zero = _zeros(address, group, mask, PLANES)
-    weight = _widen(codes, scale, zero, PLANES, out.dtype.element_ty, False)
+    scale = load_scales(address, group, mask, PLANES)
+    zero = load_zeros(address, group, mask, PLANES)
+    weight = widen(codes, scale, zero, PLANES, out.dtype.element_ty, False)
     if PER_BYTE == 1:
         tl.store(out + row.to(tl.int64) * K + byte, weight, mask=mask)
     else:
@@ -119,16 +117,14 @@ def narrow_linear(x: torch.Tensor, payload: torch.Tensor, matrix: Matrix) -> tor
     out = x.new_empty(num_rows, num_outputs)
     if not num_rows:
         return out
-    tiles = TUNINGS[x.device.type].tiles(
-        num_rows, 1, shared_bytes=shared_bytes(x.device), narrow=True
-    )
-    tile = _suited(tiles.up, matrix.form)
-    source = _in_runs(x) if matrix.form.code_bits == 4 else x
+    tiles = narrow_tiles_for(num_rows, 1, matrix.form, x.device)
+    tile = tiles.up
+    source = in_runs(x) if matrix.form.code_bits == 4 else x
     grid = (triton.cdiv(num_outputs, tile.columns), triton.cdiv(num_rows, tiles.block_rows))
     _linear[grid](
         source, payload, out, num_rows, PLANES=planes_of(matrix.form, matrix), N=num_outputs,
         K=num_columns, X_WIDTH=source.shape[1], BLOCK_ROWS=tiles.block_rows, COLUMNS=tile.columns,
-        DEPTH=tile.depth, IN_PAIRS=_opens_in_pairs(matrix.form, x), num_warps=tile.num_warps,
+        DEPTH=tile.depth, IN_PAIRS=opens_in_pairs(matrix.form, x), num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
     return out

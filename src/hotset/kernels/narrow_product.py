@@ -124,7 +124,7 @@ def narrow_product(  # type: ignore[no-untyped-def]
         row: `[COLUMNS]` rows of the matrix.
         scale_row: `[COLUMNS]` their rows among the scales.
         x_at: `[1, BLOCK_ROWS]` pointers to rows of inputs.
-        PLANES: see `narrow_experts.planes_of`.
+        PLANES: see `narrow_launch.planes_of`.
         K: columns of the matrix.
         BLOCK_ROWS: of inputs.
         COLUMNS: of the output.
@@ -158,9 +158,9 @@ def narrow_product(  # type: ignore[no-untyped-def]
         codes = tl.reshape(codes, [COLUMNS, DEPTH // WIDTH, WIDTH // UNIT, UNIT // PER_BYTE])
         is_group = IS_WHOLE | (start // GROUP + g < NUM_GROUPS)
         group = first_group + start // GROUP
-        scale = _scales(payload, group, is_group, PLANES)
-        zero = _zeros(payload, group, is_group, PLANES)
-        weight = _widen(codes, scale, zero, PLANES, dtype, IN_PAIRS)
+        scale = load_scales(payload, group, is_group, PLANES)
+        zero = load_zeros(payload, group, is_group, PLANES)
+        weight = widen(codes, scale, zero, PLANES, dtype, IN_PAIRS)
         if PER_BYTE == 1:
             weight = tl.reshape(weight, [COLUMNS, DEPTH // RUN, 4, 4, 2, 2])
             weight = tl.permute(weight, [0, 1, 3, 4, 2, 5])
@@ -175,7 +175,7 @@ def narrow_product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _scales(payload, index, mask, PLANES: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_scales(payload, index, mask, PLANES: tl.constexpr):  # type: ignore[no-untyped-def]
     """Scales of groups as they are stored; 0 of those that are not there."""
     at = payload + PLANES[2]
     if PLANES[5] == 0:
@@ -190,7 +190,7 @@ def _scales(payload, index, mask, PLANES: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _zeros(payload, index, mask, PLANES: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_zeros(payload, index, mask, PLANES: tl.constexpr):  # type: ignore[no-untyped-def]
     """What is subtracted from 4-bit integers of groups."""
     if PLANES[0] == 2 and PLANES[3] >= 0:
         zeros_at = (payload + PLANES[3]).to(tl.pointer_type(tl.uint8))
@@ -201,7 +201,7 @@ def _zeros(payload, index, mask, PLANES: tl.constexpr):  # type: ignore[no-untyp
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _widen(  # type: ignore[no-untyped-def]
+def widen(  # type: ignore[no-untyped-def]
     codes, scale, zero, PLANES: tl.constexpr, dtype: tl.constexpr, IN_PAIRS: tl.constexpr
 ):
     """`[..., bytes]` codes to weights of `dtype`: `[..., bytes]`; of 4 bits `[..., bytes, 2]`."""
