@@ -24,13 +24,7 @@ from hotset.bench.runs import Bench, RunOptions, Say, describe_error
 from hotset.model.dummy import load_dummy
 from hotset.options import Options
 
-_START_S = time.perf_counter()
 _STATE_S = 5.0
-
-
-def say(text: str) -> None:
-    """Print a line with the seconds since the start."""
-    print(f"[{time.perf_counter() - _START_S:6.1f} s] {text}", flush=True)
 
 
 def make_say() -> Say:
@@ -41,9 +35,9 @@ def make_say() -> Say:
         nonlocal last_s
         if time.perf_counter() - last_s > _STATE_S:
             last_s = time.perf_counter()
-            say(state())
+            record.say(state())
 
-    return Say(say, progress)
+    return Say(record.say, progress)
 
 
 def main() -> None:
@@ -80,7 +74,7 @@ def main() -> None:
     arms = parse_arms(given.arms)
     check_arms(arms, config)
     loaded = load_dummy(model, device=config.model.device, dtype=config.model.dtype)
-    say(f"{loaded.name}: random weights on {loaded.model.device}")
+    record.say(f"{loaded.name}: random weights on {loaded.model.device}")
     found = record.start(
         model=loaded.name, workload=spec.as_dict(), options=sizes | asked, seed=spec.seed, runs=[]
     )
@@ -97,11 +91,11 @@ def main() -> None:
             try:
                 run = bench.run(arm, 0)
             except Exception as error:  # the other arms' figures are worth keeping
-                say(f"{arm}, overlap {overlap}: failed: {describe_error(error)}")
+                record.say(f"{arm}, overlap {overlap}: failed: {describe_error(error)}")
                 found["runs"].append({"arm": arm, "overlap": overlap, "error": str(error)})
             else:
                 kept = {"start_s": run.start_s, "tiers_ready_s": run.tiers_ready_s}
-                say(f"{arm}, overlap {overlap}: done")
+                record.say(f"{arm}, overlap {overlap}: done")
                 found["runs"].append({"arm": arm, "overlap": overlap, **kept, "steady": run.steady})
             record.write(given.out, found)
         print_ratio(found["runs"], overlap)
@@ -120,7 +114,7 @@ def print_ratio(runs: list[dict[str, Any]], overlap: float) -> None:
         if hot["planned"] and resident["planned"]:
             plans = [one["planned"]["tokens_per_s"] for one in (hot, resident)]
             line += f", {plans[0] / plans[1]:.3f} planned"
-        say(line)
+        record.say(line)
 
 
 if __name__ == "__main__":

@@ -43,13 +43,7 @@ from hotset.options import Options
 from hotset.request import SamplingParams
 from hotset.sequence import PADDING_SLOT, Request
 
-_START_S = time.perf_counter()
 SEED, REPEATS = 0, 10
-
-
-def say(text: str) -> None:
-    """Print a line with the seconds since the start."""
-    print(f"[{time.perf_counter() - _START_S:5.1f} s] {text}", flush=True)
 
 
 def timed(run: Callable[[], object], repeats: int = REPEATS) -> list[float]:
@@ -105,7 +99,7 @@ def decodes(
         for count in users:
             needed = count * (context + STEPS + engine.sizes.block_size)
             if needed > room or count > engine.sizes.states.num_seqs:
-                say(f"{count} users, {context:,} tokens: no room")
+                record.say(f"{count} users, {context:,} tokens: no room")
                 continue
             parts = moved_s(cost, count, context, tiering)
             planned = cost.decode(count, context, tiering)
@@ -117,7 +111,7 @@ def decodes(
                 step_s(engine, count, context, rng), bytes_s, planned.expected_s
             )
             rows.append(row)
-            say(
+            record.say(
                 f"{count:3} users, {context:6,} tokens: {row['step_s'] * 1e3:6.2f} ms (p90 "
                 f"{row['p90'] * 1e3:.2f}), {row['over_bytes']:.2f} times its bytes' "
                 f"{bytes_s * 1e3:.2f}, planned {planned.expected_s * 1e3:.2f} ({row['error']:+.0%})"
@@ -138,7 +132,7 @@ def prompts(
         planned_s = cost.prefill_s(num_tokens, tiering=tiering)
         row = {"tokens": num_tokens, "step_s": median(seconds), "planned_s": planned_s}
         rows.append(row | record.percentiles(seconds, digits=6))
-        say(
+        record.say(
             f"a prompt of {num_tokens:,} tokens: {row['step_s'] * 1e3:.2f} ms, planned "
             f"{planned_s * 1e3:.2f}, {num_tokens / row['step_s']:,.0f} tokens/s"
         )
@@ -202,7 +196,7 @@ def state_kernels(
         row = {"kind": kind, "count": count, "convolve_s": convolve_s, "scan_s": scan_s}
         row["bytes_s"] = 2 * (count if is_decode else 1) * arena.slot_bytes / rate
         rows.append(row)
-        say(
+        record.say(
             f"state layers, {count:,} {kind}: convolutions {convolve_s * 1e3:.2f} ms, scans "
             f"{scan_s * 1e3:.2f}, states' bytes {row['bytes_s'] * 1e3:.2f}"
         )
@@ -245,7 +239,7 @@ def main() -> None:
     )
     TUNINGS["cuda"] = replace(TUNINGS["cuda"], decode_sizes=tuple(users), mixed_sizes=(16,))
     fields, name, loaded = load(arguments)
-    say("weights made")
+    record.say("weights made")
     # Memory for KV is not shared with experts: all are resident, or those that fit into theirs.
     experts = {"expert_gib": arguments.expert_gib}
     if arguments.experts == "resident":
@@ -262,10 +256,10 @@ def main() -> None:
     )
     # Kernels of prompts that take a minute to compile are not waited for; decodes do without.
     engine = build_engine(options, loaded, defers_recording=True)
-    say(f"engine built: {engine.report}")
+    record.say(f"engine built: {engine.report}")
     while engine.is_warming and engine.warm_up()[0]:
         pass
-    say("decode steps recorded")
+    record.say("decode steps recorded")
     hardware = likely_hardware(torch.device(arguments.device))
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     cost = make_cost_model(fields, name, dtype, hardware)
@@ -287,7 +281,7 @@ def main() -> None:
         prompts=prompts(engine, cost, tiering, lengths),
     )
     engine.close()
-    record.write(arguments.out, found | {"seconds": round(time.perf_counter() - _START_S, 1)})
+    record.write(arguments.out, found | {"seconds": record.seconds()})
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ from hotset.options import Options
 from hotset.request import SamplingParams
 from hotset.sequence import Request
 
-_START_S = time.perf_counter()
 NUM_LAYERS, REPEATS, SEED = 4, 20, 0
 CHANGES = {
     "num_hidden_layers": NUM_LAYERS,
@@ -55,11 +54,6 @@ CHANGES = {
 SPARSE = Path(hotset.bench.__file__).with_name("shapes") / "dsa-8l.json"
 PROMPTS = ((256, 0), (1024, 0), (1024, 8192), (1024, 32768))
 CLOSE = 0.1  # of the plan
-
-
-def say(text: str) -> None:
-    """Print a line with the seconds since the start."""
-    print(f"[{time.perf_counter() - _START_S:5.1f} s] {text}", flush=True)
 
 
 def load(fields: dict[str, Any]) -> LoadedModel:
@@ -146,7 +140,7 @@ def decodes(
             if not is_sparse:
                 row["attention_s"] = kernel_s(engine, count, context)
             rows.append(row)
-            say(
+            record.say(
                 f"{count:3} users, {context:6,} tokens: {row['step_s'] * 1e3:6.2f} ms, planned "
                 f"{planned.expected_s * 1e3:6.2f} ({row['error']:+4.0%}); forward alone "
                 f"{row['forward_s'] * 1e3:6.2f}; attention "
@@ -219,7 +213,7 @@ def prompts(engine: Engine, cost: CostModel) -> list[dict[str, Any]]:
         row["launched_s"] = median(device_s(lambda step=step: runner.forward(step), REPEATS))
         row["parts_s"] = parts.take(REPEATS + 1)
         row["planned_parts_s"] = prompt_parts(cost, backend, row["tokens"], row["past"])
-        say(
+        record.say(
             f"{row['tokens']:5,} tokens after {row['past']:6,}: {row['step_s'] * 1e3:.2f} ms, "
             f"planned {row['planned_s'] * 1e3:.2f} ({row['error']:+.0%}); launched "
             f"{row['launched_s'] * 1e3:.2f}, submitted in {row['host_s'] * 1e3:.2f}"
@@ -227,7 +221,7 @@ def prompts(engine: Engine, cost: CostModel) -> list[dict[str, Any]]:
         for name, part_s in row["parts_s"].items():
             planned_s = row["planned_parts_s"].get(name)
             beside = "" if planned_s is None else f", planned {planned_s * 1e3:.2f}"
-            say(f"    {name}: {part_s * 1e3:.2f} ms{beside}")
+            record.say(f"    {name}: {part_s * 1e3:.2f} ms{beside}")
     runner.launches = replays
     return rows
 
@@ -257,10 +251,10 @@ def main() -> None:
         hot_gib=arguments.hot_gib, max_num_batched_tokens=1024, prefix_caching=False
     )
     loaded = load(fields)
-    say("weights made")
+    record.say("weights made")
     engine = build_engine(options, loaded)
     fill(engine)
-    say(f"engine built: {engine.report}")
+    record.say(f"engine built: {engine.report}")
     hardware = likely_hardware(torch.device("cuda"))
     cost = make_cost_model(fields, name, "bfloat16", hardware)
     users, contexts = (list(map(int, x.split(","))) for x in (arguments.users, arguments.contexts))
@@ -273,13 +267,13 @@ def main() -> None:
         hardware=hardware.name,
         seed=SEED,
         kv_bytes_per_token=engine.sizes.block_bytes // engine.sizes.block_size,
-        seconds=round(time.perf_counter() - _START_S, 1),
+        seconds=record.seconds(),
         decodes=decode_rows,
         prompts=prompt_rows,
         summary={"decodes": summary(decode_rows), "prompts": summary(prompt_rows)},
     )
     for kind, counts in found["summary"].items():
-        say(
+        record.say(
             f"{kind}: {counts['within_10_percent']} of {counts['rows']} within {CLOSE:.0%} of the "
             f"plan, largest difference {counts['largest']:+.0%}"
         )

@@ -8,6 +8,7 @@ import argparse
 import json
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,18 @@ from typing import Any
 import numpy as np
 
 from hotset.bench.machine import describe_machine
+
+_START_S = time.perf_counter()
+
+
+def seconds() -> float:
+    """Since the script began, with one decimal."""
+    return round(time.perf_counter() - _START_S, 1)
+
+
+def say(text: str) -> None:
+    """Print a line with the seconds since the script began."""
+    print(f"[{seconds():6.1f} s] {text}", flush=True)
 
 
 def arguments(doc: str, *, out: str = "file of the results") -> argparse.ArgumentParser:
