@@ -10,9 +10,10 @@ from hotset.cost.catalog import load_model
 from hotset.cost.expert_steps import ExpertCost, Load, link_of
 from hotset.cost.hardware import Hardware, load_hardware
 from hotset.cost.layout import Layout, candidate_layouts, check_layout, parse_layout, shard_model
+from hotset.cost.points import seconds_at
 from hotset.cost.routing import Routing
 from hotset.cost.step_time import CostModel
-from hotset.cost.together import Together, seconds_at, together_from_json
+from hotset.cost.together import Together, together_from_json
 from hotset.cost.wire import Wire
 from hotset.errors import PlanError
 

@@ -4,11 +4,11 @@ The link and the CPU work at the same time, so that some experts are copied whil
 the others; what that gains has to pay for a step that the host takes part in.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hotset.cost.experts import bring_experts
+from hotset.cost.points import Point, seconds_at
 from hotset.cost.routing import Routing
 
 # Steps of more tokens are never slowed by a host that takes part in them: each cold expert has
@@ -27,18 +27,13 @@ class ColdCost:
     """
 
     copy_s: float
-    cpu_s: tuple[tuple[int, float], ...]
+    cpu_s: tuple[Point, ...]
     layer_s: float
 
     def cpu_seconds(self, rows: float) -> float:
-        """Seconds for an expert with `rows` rows: on the lines between what was measured."""
+        """Seconds for an expert with `rows` rows, as `seconds_at`; one point stands for all."""
         points = self.cpu_s
-        if rows <= points[0][0] or len(points) == 1:
-            return points[0][1]
-        for (low, low_s), (high, high_s) in itertools.pairwise(points):
-            if rows <= high or (high, high_s) == points[-1]:
-                return low_s + (high_s - low_s) * (rows - low) / (high - low)
-        raise AssertionError("points do not ascend")
+        return points[0][1] if len(points) == 1 else seconds_at(points, rows)
 
     def num_copied(self, rows: Sequence[int]) -> int:
         """How many of the cold experts are copied, the others computed, to be done soonest.

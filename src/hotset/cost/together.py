@@ -3,16 +3,13 @@
 Imports no torch.
 """
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hotset.cost.points import Point
 from hotset.errors import PlanError
 
 _COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
-
-Point = tuple[int, float]  # bytes and seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +29,6 @@ class Together:
     all_reduce: tuple[Point, ...] = ()
     all_gather: tuple[Point, ...] = ()
     reduce_scatter: tuple[Point, ...] = ()
-
-
-def seconds_at(points: Sequence[Point], num_bytes: float) -> float:
-    """Time of `num_bytes` on the lines between measured points, and at least the first one's."""
-    first_bytes, first_s = points[0]
-    if num_bytes <= first_bytes or len(points) == 1:
-        return first_s * max(1.0, num_bytes / first_bytes)
-    for (low, low_s), (high, high_s) in itertools.pairwise(points):
-        if num_bytes <= high or (high, high_s) == points[-1]:
-            return low_s + (high_s - low_s) * (num_bytes - low) / (high - low)
-    raise AssertionError("points do not ascend")
 
 
 def together_from_json(data: Any, origin: str) -> dict[int, Together]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from hotset.cost.calibration import Calibration
 from hotset.cost.hardware import Hardware
+from hotset.cost.points import Point, seconds_at
 from hotset.cost.shape import ModelShape
-from hotset.cost.together import Point, seconds_at
 
 
 @dataclass(frozen=True, slots=True)
