@@ -10,8 +10,8 @@ from hotset.cost.catalog import load_model
 from hotset.cost.hardware import load_hardware
 from hotset.cost.layout import parse_layout
 from hotset.errors import PlanError
-from hotset.plan.layouts import rank_layouts, why_best
-from hotset.plan.planner import make_plan
+from hotset.plan.layouts import why_best
+from hotset.plan.planner import make_plan, rank_layouts
 from hotset.plan.workload import Request, Workload
 
 EXPERTS = ["qwen3-30b-a3b", "--hardware", "h200", "--users", "16", "--max-model-len", "1k"]

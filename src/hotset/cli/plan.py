@@ -17,7 +17,7 @@ from hotset.cli.plan_options import (
     split_cases,
 )
 from hotset.errors import PlanError
-from hotset.plan.planner import make_plan
+from hotset.plan.planner import make_plan, rank_layouts
 from hotset.plan.result import Plan
 from hotset.plan.serve_command import as_dict as serve_as_dict
 from hotset.plan.workload import Request
@@ -167,7 +167,7 @@ def _one(request: Request, as_json: bool, explain: bool, html: Path | None) -> N
     if request.layout is not None or request.gpus in (None, 1):
         _single(make_plan(request), as_json, explain, html)
         return
-    from hotset.plan.layouts import layouts_dict, layouts_table, rank_layouts
+    from hotset.plan.layouts import layouts_dict, layouts_table
 
     plans = rank_layouts(request)
     if not (as_json or explain):

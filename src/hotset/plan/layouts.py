@@ -1,41 +1,13 @@
-"""Every layout of a number of GPUs, best first, and why the first one wins. Imports no torch."""
+"""The best layouts of a number of GPUs, and why the first one wins. Imports no torch."""
 
-from dataclasses import replace
-
-from hotset.cost.layout import candidate_layouts
 from hotset.cost.step_time import CAUSES
-from hotset.errors import PlanError
 from hotset.plan.compare import compare_plans
-from hotset.plan.planner import make_plan
 from hotset.plan.result import Plan
 from hotset.plan.serve_command import why_not_served
 from hotset.plan.text import gib, rows, seconds
-from hotset.plan.workload import Request
 
 MOST_SHOWN = 3
 _EQUAL = 0.995  # of the tokens/s of the best: less is within what the model may be off
-
-
-def rank_layouts(request: Request) -> list[Plan]:
-    """A plan for each layout of the GPUs given that holds the model, most tokens/s first.
-
-    Of equal ones the simpler comes first.
-
-    Raises:
-        PlanError: none does.
-    """
-    assert request.gpus is not None
-    plans, first_error = [], None
-    for layout in candidate_layouts(request.shape, request.gpus):
-        try:
-            plans.append(make_plan(replace(request, layout=layout)))
-        except PlanError as error:
-            first_error = first_error or error
-    if not plans:
-        raise first_error or PlanError(
-            f"no layout of {request.gpus} GPUs fits {request.shape.name}"
-        )
-    return sorted(plans, key=lambda plan: -plan.tokens_per_s)
 
 
 def layouts_table(plans: list[Plan]) -> str:

@@ -52,7 +52,7 @@ def make_plan(request: Request) -> Plan:
         try:
             check_layout(simple, request.shape, request.gpus)
         except PlanError:
-            return _best_of(request, candidate_layouts(request.shape, request.gpus))
+            return rank_layouts(request)[0]
         return _plan_layout(request, simple)
     sizes = [2**n for n in range(8) if 2**n <= max(1, request.hardware.peer_gpus)]
     tiered, first_error = None, None
@@ -78,16 +78,26 @@ def make_plan(request: Request) -> Plan:
     )
 
 
-def _best_of(request: Request, layouts: list[Layout]) -> Plan:
+def rank_layouts(request: Request) -> list[Plan]:
+    """A plan for each layout of the GPUs given that holds the model, most tokens/s first.
+
+    Of equal ones the simpler comes first.
+
+    Raises:
+        PlanError: none does.
+    """
+    assert request.gpus is not None
     plans, first_error = [], None
-    for layout in layouts:
+    for layout in candidate_layouts(request.shape, request.gpus):
         try:
             plans.append(_plan_layout(request, layout))
         except PlanError as error:
             first_error = first_error or error
-    if plans:
-        return max(plans, key=lambda plan: plan.tokens_per_s)
-    raise first_error or PlanError(f"no layout of {request.gpus} GPUs fits {request.shape.name}")
+    if not plans:
+        raise first_error or PlanError(
+            f"no layout of {request.gpus} GPUs fits {request.shape.name}"
+        )
+    return sorted(plans, key=lambda plan: -plan.tokens_per_s)
 
 
 def _plan_layout(request: Request, layout: Layout) -> Plan:
