@@ -133,12 +133,7 @@ def lfm2(f: Facts) -> list[Layer]:
         if (factor := f.get("block_ffn_dim_multiplier", default=1.0)) is not None:
             multiple = f.count("block_multiple_of", default=256)
             width = -(-int(factor * width) // multiple) * multiple
-    conv = short_conv(
-        f,
-        kernel=f.count("conv_L_cache", default=3),
-        bias=bool(f.get("conv_bias", default=False)),
-    )
-    norms = Params(vector=2 * f.count("hidden_size"))
+    conv, norms = short_conv(f), Params(vector=2 * f.count("hidden_size"))
     return [
         Layer(conv if kind == "conv" else gqa(f, i, qk_norm="head"), mlp_params(f, width), norms)
         for i, kind in enumerate(layer_types(f, ("full_attention", "conv"), default))
@@ -149,12 +144,7 @@ def lfm2_moe(f: Facts) -> list[Layer]:
     """LFM2 with experts in all but the first layers."""
     if not f.get("tie_embedding", default=True):
         raise PlanError("config has tie_embedding false; of lfm2_moe tied embeddings are known")
-    conv = short_conv(
-        f,
-        kernel=f.count("conv_L_cache", default=3),
-        bias=bool(f.get("conv_bias", default=False)),
-    )
-    norms = Params(vector=2 * f.count("hidden_size"))
+    conv, norms = short_conv(f), Params(vector=2 * f.count("hidden_size"))
     num_dense = f.count("num_dense_layers", default=2, least=0)
     layers = []
     for index, kind in enumerate(layer_types(f, ("full_attention", "conv"))):

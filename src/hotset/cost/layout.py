@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hotset.cost.params import FORMATS
@@ -96,17 +97,24 @@ def check_layout(layout: Layout, shape: ModelShape, gpus: int | None) -> None:
         _check_slices(layout, shape)
 
 
+def shares_heads(tp: int, num_heads: Iterable[int], num_kv_heads: int) -> bool:
+    """Whether `tp` GPUs can share heads: of KV whole ones, or several GPUs the same one.
+
+    Args:
+        tp: number of GPUs.
+        num_heads: of attention, of all layers.
+        num_kv_heads: 0 for KV that each GPU has whole.
+    """
+    shares_kv = not num_kv_heads or num_kv_heads % tp == 0 or tp % num_kv_heads == 0
+    return shares_kv and all(heads % tp == 0 for heads in num_heads)
+
+
 def _check_heads(tp: int, shape: ModelShape) -> None:
-    """That `tp` GPUs can share the heads: of KV whole ones, or several GPUs the same one."""
     kv_heads = 0 if shape.is_mla else shape.min_kv_heads
-
-    def is_fit(ranks: int) -> bool:
-        shares_kv = not kv_heads or kv_heads % ranks == 0 or ranks % kv_heads == 0
-        return shares_kv and all(heads % ranks == 0 for heads in shape.num_heads)
-
-    if is_fit(tp):
+    if shares_heads(tp, shape.num_heads, kv_heads):
         return
-    fitting = [ranks for ranks in range(1, max(shape.num_heads) + 1) if is_fit(ranks)]
+    most = max(shape.num_heads)
+    fitting = [n for n in range(1, most + 1) if shares_heads(n, shape.num_heads, kv_heads)]
     possible = f"possible: {', '.join(map(str, fitting))}"
     for heads in shape.num_heads:
         if heads % tp:

@@ -251,10 +251,10 @@ def mamba2(
     )
 
 
-def short_conv(f: Facts, *, kernel: int, bias: bool) -> Attention:
+def short_conv(f: Facts) -> Attention:
     """Gated short convolution (LFM2): nothing but the last columns is kept."""
-    hidden = f.count("hidden_size")
-    vector = hidden * kernel + 5 * hidden * bias
+    hidden, kernel = f.count("hidden_size"), f.count("conv_L_cache", default=3)
+    vector = hidden * kernel + 5 * hidden * bool(f.get("conv_bias", default=False))
     return Attention(
         Kind.RECURRENT,
         Params(4 * hidden * hidden, vector),

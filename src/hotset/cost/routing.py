@@ -56,7 +56,7 @@ class Routing:
                 if ranks == 2
                 else NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
             )
-            return min(slots, slots * share + spread * largest if ranks > 1 else slots * share)
+            return min(slots, slots * share + spread * largest)
         reached = [reach(top_k * share, tokens) for share in self.shares]
         return max(sum(reached[i : i + slots]) for i in range(0, num_experts, slots))
 

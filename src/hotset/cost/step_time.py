@@ -201,8 +201,6 @@ class CostModel:
         if not shape.moe_layers:
             return 0.0
         routed = tokens * layout.groups_per_expert_set
-        if layout.ep == 1:
-            return self.routing.distinct(shape.num_experts, shape.top_k_experts, routed)
         return self.routing.distinct_on_rank(
             shape.num_experts, shape.top_k_experts, routed, layout.ep
         )

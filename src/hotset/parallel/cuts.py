@@ -15,6 +15,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from hotset.cost.layout import shares_heads
 from hotset.errors import ConfigError, ModelError
 
 Index = tuple[slice, ...]
@@ -122,13 +123,9 @@ def check_heads(config: Any, size: int, name: str) -> None:
     """Raise ConfigError where `size` ranks cannot share the attention heads of a config."""
     num_heads: int = config.num_attention_heads
     num_kv_heads: int = getattr(config, "num_key_value_heads", None) or num_heads
-
-    def divides(ranks: int) -> bool:
-        shares_kv = num_kv_heads % ranks == 0 or ranks % num_kv_heads == 0
-        return shares_kv and bool(num_heads % ranks == 0)
-
-    if not divides(size):
-        fitting = [ranks for ranks in range(1, num_heads + 1) if divides(ranks)]
+    if not shares_heads(size, [num_heads], num_kv_heads):
+        sizes = range(1, num_heads + 1)
+        fitting = [ranks for ranks in sizes if shares_heads(ranks, [num_heads], num_kv_heads)]
         raise ConfigError(
             f"tp={size} does not divide the {num_heads} attention heads and {num_kv_heads} KV "
             f"heads of {name}; possible: {', '.join(map(str, fitting))}"
