@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import record
 import torch
 import triton
+from device_parts import device_s
 
 import hotset.kernels.gather_rows as gather
 from hotset.cost.calibration import CALIBRATIONS
@@ -96,7 +96,7 @@ class Work:
         self.num_rows = seats * rows
         most = len(source) * BLOCK_SIZE
         # Other rows with each launch, as the device keeps what it read a moment ago.
-        size = (NUM_RUNS + 1, seats, rows)
+        size = (NUM_RUNS + 2, seats, rows)
         self.lists = torch.randint(most, size, dtype=torch.int32, device="cuda")
         if is_sorted:
             self.lists = self.lists.sort(dim=2).values
@@ -122,15 +122,10 @@ class Work:
         self.target.zero_()
         call()
         self.check()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(NUM_RUNS + 1)]
-        events[0].record()
-        for event in events[1:]:
-            call()
-            event.record()
-        torch.cuda.synchronize()
+        seconds = device_s(call, NUM_RUNS)
         num_bytes = self.num_rows * self.token_bytes
         planned_s = sum(planned_s_per_token(run.num_layers * run.row_bytes) for run in self.runs)
-        rates = [num_bytes / a.elapsed_time(b) / 1e6 for a, b in pairwise(events)]
+        rates = [num_bytes / each / 1e9 for each in seconds]
         return {
             "case": case,
             "row_bytes": self.token_bytes,
