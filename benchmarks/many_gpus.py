@@ -34,7 +34,7 @@ from hotset.cost.hardware import Hardware, load_hardware
 from hotset.cost.together import together_from_json
 from hotset.engine.load import load_on_ranks
 from hotset.errors import HotsetError, PlanError
-from hotset.options import OPTIONS, Options
+from hotset.options import Options
 from hotset.plan.probe_ranks import probe_ranks
 from hotset.plan.rank_times import Effort
 
@@ -191,8 +191,6 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--together", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if "tp" not in OPTIONS:
-        sys.exit("this hotset has no option tp, so that nothing runs on several GPUs")
     counts = [int(count) for count in arguments.gpus.split(",")]
     size = Size.small() if arguments.device == "cpu" else Size.full()
     if arguments.job:

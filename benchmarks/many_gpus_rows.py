@@ -20,8 +20,8 @@ from hotset.errors import PlanError
 from hotset.plan import expert_links
 from hotset.plan.planner import make_plan
 from hotset.plan.workload import Request, Workload
+from hotset.units import GIB
 
-GIB = 2**30
 MAX_STEP_TOKENS = 8192
 _MOE_TOKEN_BYTES, _MOE_KV_HEADS = 98_304, 4  # of Qwen3-30B-A3B in bfloat16
 _SHAPES = Path(__file__).parents[1] / "src" / "hotset" / "bench" / "shapes"
