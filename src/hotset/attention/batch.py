@@ -34,6 +34,19 @@ class SequenceSpan(NamedTuple):
     cuts: Sequence[tuple[int, int]] = ()
     sequence_id: int = -1
 
+    def visible(self, window: int | None, block_size: int) -> tuple[int, list[int]]:
+        """The first position that its first token sees, and the blocks from that one on.
+
+        Args:
+            window: tokens that a token sees, itself the last; None is all.
+            block_size: tokens of a block.
+        """
+        first = 0
+        if window is not None:
+            first = max(0, self.context_len - self.num_tokens - window + 1)
+        end = -(-self.context_len // block_size)
+        return first, list(self.block_table[first // block_size : end])
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

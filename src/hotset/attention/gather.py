@@ -244,17 +244,11 @@ class PagedAttention:
         size, device = self._arena.block_size, self._arena.storage.device
         num_queries = group[0].num_tokens
         context = torch.tensor([s.context_len for s in group], device=device)
-        first_visible = [
-            0 if window is None else max(0, s.context_len - num_queries - window + 1) for s in group
-        ]
-        first_blocks = [position // size for position in first_visible]
-        tables = [
-            list(s.block_table[first : -(-s.context_len // size)])
-            for s, first in zip(group, first_blocks, strict=True)
-        ]
+        firsts, tables = zip(*(s.visible(window, size) for s in group), strict=True)
         width = max(len(table) for table in tables)
         table = torch.tensor([t + t[:1] * (width - len(t)) for t in tables], device=device)
         keys_at = torch.arange(width * size, device=device)
+        first_blocks = [first // size for first in firsts]
         key_position = torch.tensor(first_blocks, device=device)[:, None] * size + keys_at
         query_position = context[:, None] - num_queries + torch.arange(num_queries, device=device)
         distance = query_position[:, :, None] - key_position[:, None, :]  # [R, Q, N * size]

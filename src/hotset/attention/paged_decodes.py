@@ -57,20 +57,13 @@ class PagedDecodes:
     def __init__(
         self, sequences: Sequence[SequenceSpan], window: int | None, block_size: int
     ) -> None:
-        firsts = [0 if window is None else max(0, s.context_len - window) for s in sequences]
-        first_blocks = [first // block_size for first in firsts]
-        tables = [
-            list(s.block_table[first : -(-s.context_len // block_size)])
-            for s, first in zip(sequences, first_blocks, strict=True)
-        ]
+        firsts, tables = zip(*(s.visible(window, block_size) for s in sequences), strict=True)
         self._width = max(len(table) for table in tables)
         self._tables = torch.tensor([t + [0] * (self._width - len(t)) for t in tables])
-        before = [block * block_size for block in first_blocks]
-        pairs = zip(firsts, before, strict=True)
-        self._starts = torch.tensor([first - skipped for first, skipped in pairs])
-        self._ends = torch.tensor(
-            [s.context_len - skipped for s, skipped in zip(sequences, before, strict=True)]
-        )
+        # From the first position of a table on.
+        self._starts = torch.tensor(firsts) % block_size
+        unseen = torch.tensor(firsts) - self._starts
+        self._ends = torch.tensor([s.context_len for s in sequences]) - unseen
         self.rows = torch.tensor([s.start for s in sequences])
 
     def attend(
