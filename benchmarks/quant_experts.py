@@ -95,7 +95,7 @@ class Weights:
         size = (layer.num_experts, layout.payload_bytes)
         self.payloads = torch.randint(0, 256, size, dtype=torch.uint8, device=DEVICE)
         for matrix in layout.matrices:
-            codes, scales, _ = layout.views(self.payloads, matrix)
+            codes, scales, _ = matrix.views(self.payloads)
             if layer.form.code == "e4m3":
                 codes.masked_fill_(codes & 127 == 127, 56)
             scales.fill_({"e4m3": 2e-4, "e2m1": 120, "int4": 4e-3}[layer.form.code])

@@ -21,7 +21,8 @@ from fused_experts import measure
 from hotset.cost.rates import Rates
 from hotset.kernels.device import likely_hardware
 from hotset.kernels.narrow_linear import narrow_linear, widen_matrix
-from hotset.linear.quant_linear import QuantMatrix, check, quant_product, random_payload
+from hotset.linear.narrow_matrix import NarrowMatrix
+from hotset.linear.quant_linear import check, key_of, quant_matrix, quant_product, random_payload
 from hotset.weight_format import AWQ_128, FP8_BLOCK, FP8_ROW, INT4_128
 
 DEVICE, SEED = torch.device("cuda"), 0
@@ -31,17 +32,17 @@ L2_BYTES = 128e6  # of codes that a graph reads at least
 MOST_COPIES = 8
 
 
-def widen_then_multiply(x: torch.Tensor, payload: torch.Tensor, matrix: QuantMatrix) -> Any:
+def widen_then_multiply(x: torch.Tensor, payload: torch.Tensor, matrix: NarrowMatrix) -> Any:
     """The way of many rows."""
     return torch.nn.functional.linear(x, widen_matrix(payload, matrix, x.dtype))
 
 
 def run(shape: str, form: str, num_rows: int) -> dict[str, Any]:
     """Microseconds of each way."""
-    matrix = QuantMatrix.of(FORMS[form], SHAPES[shape])
+    matrix = quant_matrix(FORMS[form], SHAPES[shape])
     generator = torch.Generator().manual_seed(SEED)
     one = random_payload(matrix, generator).to(DEVICE)
-    copies = min(MOST_COPIES, 1 + int(L2_BYTES // matrix.num_bytes))
+    copies = min(MOST_COPIES, 1 + int(L2_BYTES // matrix.end))
     payloads = [one.clone() for _ in range(copies)]
     wide = [matrix.widened(one, torch.bfloat16) for _ in range(copies)]
     x = torch.randn(num_rows, SHAPES[shape][1], device=DEVICE).bfloat16()
@@ -50,9 +51,9 @@ def run(shape: str, form: str, num_rows: int) -> dict[str, Any]:
         return measure([functools.partial(function, x, weight, *more) for weight in weights])
 
     plain_us = times(torch.nn.functional.linear, wide)
-    chosen_us = times(quant_product, payloads, matrix.key)
+    chosen_us = times(quant_product, payloads, key_of(matrix))
     rate = Rates.of_hardware(likely_hardware(DEVICE)).memory_bytes_per_s
-    floor_us = matrix.num_bytes / rate * 1e6
+    floor_us = matrix.end / rate * 1e6
     return {
         "product": shape,
         "format": form,

@@ -13,8 +13,9 @@ from tiny_models import make_model
 from hotset.engine.load import load_engine
 from hotset.linear.quant_linear import (
     QuantLinear,
-    QuantMatrix,
     check,
+    key_of,
+    quant_matrix,
     quant_product,
     random_payload,
 )
@@ -48,15 +49,15 @@ def test_kernels_pass_their_trial(form: WeightFormat, dtype: torch.dtype) -> Non
 def test_products_of_large_layers_are_those_of_the_widened_weight(
     form: WeightFormat, num_rows: int
 ) -> None:
-    matrix = QuantMatrix.of(form, (6144, 4096))
+    matrix = quant_matrix(form, (6144, 4096))
     payload = random_payload(matrix, torch.Generator().manual_seed(0)).cuda()
     x = torch.randn(num_rows, 4096, device="cuda").bfloat16()
     expected = x.float() @ matrix.widened(payload, torch.bfloat16).float().t()
-    found = quant_product(x, payload, matrix.key).float()
+    found = quant_product(x, payload, key_of(matrix)).float()
     assert (found - expected).norm() < 5e-3 * expected.norm()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        recorded = quant_product(x, payload, matrix.key)
+        recorded = quant_product(x, payload, key_of(matrix))
     graph.replay()
     assert torch.equal(recorded.float(), found)
 

@@ -17,7 +17,8 @@ from hotset.checkpoint.tensors import CheckpointTensors
 from hotset.errors import ModelError
 from hotset.linear import quant_linear
 from hotset.linear.merged import MergedLinear
-from hotset.linear.quant_linear import QuantLinear, QuantMatrix
+from hotset.linear.narrow_matrix import NarrowMatrix
+from hotset.linear.quant_linear import QuantLinear
 from hotset.model import checkpoint, narrow_linears, weights
 from hotset.model.narrow_linears import narrow_bytes, narrow_form
 from hotset.weight_format import AWQ_128, FP8_BLOCK, INT4_128, NVFP4
@@ -133,14 +134,14 @@ def test_the_trial_finds_products_that_are_wrong(
     form: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert quant_linear.check(form, torch.bfloat16, CPU) is None
-    right = QuantMatrix.widened
+    right = NarrowMatrix.widened
     calls: list[None] = []
 
-    def wrong(self: QuantMatrix, payload: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def wrong(self: NarrowMatrix, payload: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         calls.append(None)
         return right(self, payload, dtype) * (1 if len(calls) == 1 else 1.02)
 
-    monkeypatch.setattr(QuantMatrix, "widened", wrong)
+    monkeypatch.setattr(NarrowMatrix, "widened", wrong)
     assert "are wrong by 2.0%" in str(quant_linear.check(form, torch.bfloat16, CPU))
 
 

@@ -84,13 +84,13 @@ def test_weights_are_widened_to_the_bits_of_the_reference(form: WeightFormat) ->
     hidden, middle = 128, 32
     layout = layout_of(form, GPT_OSS, hidden, middle)
     payloads = random_payloads(layout, 1, std=0.1).to(DEVICE)
-    codes, _, zeros = layout.views(payloads, layout.matrices[0])
+    codes, _, zeros = layout.matrices[0].views(payloads)
     codes.zero_()  # e2m1 and e4m3 zeros: the biases alone decide the middle
     if zeros is not None:
         zeros.zero_()
     elif form.code == "int4":
         codes.fill_(0x88)
-    codes = layout.views(payloads, layout.matrices[1])[0]
+    codes = layout.matrices[1].views(payloads)[0]
     all_bytes = torch.arange(codes.numel(), device=DEVICE).remainder(256).byte().view(codes.shape)
     if form.code == "e4m3":
         all_bytes = all_bytes.masked_fill(all_bytes & 127 == 127, 56)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hotset.kernels.narrow_linear import narrow_linear, widen_matrix
-from hotset.linear.quant_linear import QuantMatrix, random_payload
+from hotset.linear.quant_linear import quant_matrix, random_payload
 from hotset.weight_format import AWQ_128, FP8_BLOCK, FP8_ROW, INT4_128, MXFP4, WeightFormat
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,7 +25,7 @@ FORMS = [
 def test_both_ways_have_the_weights_of_the_reference(
     form: WeightFormat, shape: tuple[int, int]
 ) -> None:
-    matrix = QuantMatrix.of(form, shape)
+    matrix = quant_matrix(form, shape)
     payload = random_payload(matrix, torch.Generator().manual_seed(0)).to(DEVICE)
     expected = matrix.widened(payload, DTYPE)
     assert torch.equal(widen_matrix(payload, matrix, DTYPE), expected)

@@ -82,7 +82,7 @@ def widened(form: WeightFormat, scale: float, dtype: torch.dtype, zero: int = 8)
     """`[256, 2]` or `[256, 1]` by the reference."""
     layout = NarrowLayout((256, 64), (64, 64), form)
     payloads = torch.zeros(1, layout.payload_bytes, dtype=torch.uint8)
-    codes, scales, zeros = layout.views(payloads, layout.matrices[0])
+    codes, scales, zeros = layout.matrices[0].views(payloads)
     codes.copy_(ALL_BYTES.byte().view(1, 256, 1).expand(codes.shape))
     if form.scale == "e8m0":
         scales.fill_(int(scale))

@@ -14,10 +14,8 @@ from hotset.checkpoint import fp8_blocks, int_groups, mxfp4, nvfp4, quantized
 from hotset.checkpoint.files import read_headers, weight_files
 from hotset.cost.quantisation import IntForm, int_form, nvfp4_kind, quant_config
 from hotset.errors import ModelError
+from hotset.linear.narrow_matrix import Planes
 from hotset.weight_format import MXFP4, NVFP4, Scale, WeightFormat
-
-# Codes, scales, and zeros of groups or scales of rows.
-Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 _SCALES: dict[str, Scale] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Kernels multiply by more on the way. Weights of a model are far below 1.

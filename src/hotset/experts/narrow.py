@@ -21,9 +21,10 @@ from typing import Literal
 import torch
 
 from hotset.errors import ConfigError
+from hotset.linear.narrow_matrix import NarrowMatrix, Planes
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.option_groups import ColdDType
-from hotset.weight_format import E2M1, FP8_ROW, INT4, Plane, WeightFormat
+from hotset.weight_format import FP8_ROW, INT4, WeightFormat
 
 NarrowDType = Literal["fp8", "int4"]
 
@@ -32,40 +33,12 @@ _FP8_MAX = 448.0
 _LEAST_SCALE = 1e-12  # of a row of zeros
 _LEAST_GROUP = 8
 _PIECE_VALUES = 2**26
-_DTYPES = {
-    "uint8": torch.uint8,
-    "e8m0": torch.uint8,
-    "e4m3": _FP8,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 # All layouts of this process, for operations that get strings and tensors alone.
 LAYOUTS: "dict[str, NarrowLayout]" = {}
 
 Shape = tuple[int, ...]
 Largest = Callable[[torch.Tensor], torch.Tensor]
-# Codes, scales, and zeros of groups or scales of rows.
-Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-
-
-@dataclass(frozen=True, slots=True)
-class NarrowMatrix:
-    """One matrix within a payload.
-
-    Attributes:
-        shape: `[N, K]`, or `[2, N, K]` where a gate and what it multiplies are apart: each has
-            groups of its own then.
-        codes: where its numbers are.
-        scales: likewise.
-        more: zeros of groups, or scales of rows; None where there are neither.
-    """
-
-    shape: Shape
-    codes: Plane
-    scales: Plane
-    more: Plane | None
 
 
 class NarrowLayout:
@@ -99,14 +72,10 @@ class NarrowLayout:
         self.form, self.cold_dtype = form, cold_dtype
         self._largest = largest
         self.name = form.name if cold_dtype == "auto" else cold_dtype
-        matrices, end = [], 0
-        for shape in (up, down):
-            codes, scales, *more = form.planes(shape, end)
-            matrices.append(NarrowMatrix(shape, codes, scales, more[0] if more else None))
-            end = (*more, scales)[0].end
-        self.matrices = tuple(matrices)
-        self.weight_bytes = end
-        self.payload_bytes = slot_bytes_for(end)
+        first = NarrowMatrix.of(form, up)
+        self.matrices = first, NarrowMatrix.of(form, down, first.end)
+        self.weight_bytes = self.matrices[1].end
+        self.payload_bytes = slot_bytes_for(self.weight_bytes)
         self.key = f"{form} {up} {down} {cold_dtype}"
         LAYOUTS[self.key] = self
 
@@ -117,7 +86,7 @@ class NarrowLayout:
         """
         payloads = torch.zeros(len(up), self.payload_bytes, dtype=torch.uint8, device=up.device)
         for matrix, weight in zip(self.matrices, (up, down), strict=True):
-            codes, scales = self.views(payloads, matrix)[:2]
+            codes, scales, _ = matrix.views(payloads)
             runs = weight.reshape(*scales.shape, -1).float()
             if self.form.code == "int4":
                 places = runs.abs().argmax(-1, keepdim=True)
@@ -137,44 +106,22 @@ class NarrowLayout:
         return payloads
 
     def dequantise(self, payloads: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-        """`[N, payload_bytes]` uint8 as the `[N, rows, columns]` matrices up and down of `dtype`.
-
-        Reference of all kernels that read narrow weights, bit-exact.
-        """
+        """`[N, payload_bytes]` uint8 as `[N, rows, columns]` up and down, by `widen`."""
         return [self.widen(which, payloads, dtype) for which in (0, 1)]
 
     def widen(self, which: int, payloads: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The `[N, rows, columns]` up (0) or down (1) matrices of `[N, payload_bytes]` uint8."""
         matrix = self.matrices[which]
-        codes, scales, more = self.views(payloads, matrix)
-        values = _values(self.form, codes, self.form.has_zeros)
-        if more is not None and self.form.has_zeros:
-            values -= self._spread(more.float(), matrix.shape)
-        values *= self._spread(_factors(self.form, scales), matrix.shape)
-        if more is not None and self.form.has_row_scales:
-            values *= more.unsqueeze(-1)
-        return values.to(dtype).reshape(len(payloads), -1, matrix.shape[-1])
-
-    def views(self, payloads: torch.Tensor, matrix: NarrowMatrix) -> Planes:
-        """`[N, *plane.shape]` of each plane, views of `[N, payload_bytes]` uint8."""
-        codes, scales = (_view(payloads, plane) for plane in (matrix.codes, matrix.scales))
-        return codes, scales, None if matrix.more is None else _view(payloads, matrix.more)
+        wide = matrix.widened(payloads, dtype)
+        return wide.reshape(len(payloads), -1, matrix.shape[-1])
 
     def write(self, which: int, part: int, payload: torch.Tensor, planes: Planes) -> None:
         """Put the up (0) or down (1) matrix, or a part of it, into one `[payload_bytes]` uint8."""
         matrix = self.matrices[which]
         has_parts = len(matrix.shape) == 3
-        for view, plane in zip(self.views(payload.unsqueeze(0), matrix), planes, strict=True):
+        for view, plane in zip(matrix.views(payload), planes, strict=True):
             if view is not None and plane is not None:
-                (view[0, part] if has_parts else view[0]).copy_(plane)
-
-    def _spread(self, groups: torch.Tensor, shape: Shape) -> torch.Tensor:
-        """One number of each group as one that broadcasts to `[N, *shape]`."""
-        if self.form.rows not in (None, 1):
-            groups = groups.repeat_interleave(self.form.rows, -2)[..., : shape[-2], :]
-        if self.form.columns is not None:
-            groups = groups.repeat_interleave(self.form.columns, -1)[..., : shape[-1]]
-        return groups
+                (view[part] if has_parts else view).copy_(plane)
 
 
 def rounded_layout(
@@ -194,39 +141,6 @@ def rounded_layout(
             f"divide into groups of {_LEAST_GROUP} or more; expected fp8 or auto"
         )
     return NarrowLayout(up, down, replace(INT4, columns=group), cold_dtype=dtype)
-
-
-def _view(payloads: torch.Tensor, plane: Plane) -> torch.Tensor:
-    dtype = _DTYPES[plane.dtype]
-    part = payloads[:, plane.offset : plane.offset + plane.num_bytes]
-    if dtype != torch.uint8:
-        first, num = plane.offset // dtype.itemsize, plane.num_bytes // dtype.itemsize
-        part = payloads.view(dtype)[:, first : first + num]
-    view: torch.Tensor = part.unflatten(1, plane.shape)
-    return view
-
-
-def _values(form: WeightFormat, codes: torch.Tensor, has_zeros: bool) -> torch.Tensor:
-    """`[..., bytes]` codes as `[..., K]` float32, in memory of their own."""
-    if form.code == "e4m3":
-        return codes.view(_FP8).float()
-    numbers = torch.arange(16, dtype=torch.float32, device=codes.device)
-    if form.code == "e2m1":
-        floats = torch.tensor(E2M1, device=codes.device)
-        numbers = torch.cat([floats, -floats])
-    elif not has_zeros:
-        numbers -= 8
-    # By the byte: both numbers of each at once.
-    pairs = torch.stack([numbers.repeat(16), numbers.repeat_interleave(16)], 1)  # [256, 2]
-    return pairs.index_select(0, codes.reshape(-1).int()).view(*codes.shape[:-1], -1)
-
-
-def _factors(form: WeightFormat, scales: torch.Tensor) -> torch.Tensor:
-    """Scales as float32; those of e8m0 by their bits, as `exp2` need not be exact."""
-    if form.scale != "e8m0":
-        return scales.float()
-    bits = scales.int() << 23
-    return bits.masked_fill(scales == 0, 1 << 22).view(torch.float32)  # 2**-127 has no exponent
 
 
 @dataclass(slots=True)

@@ -34,7 +34,7 @@ def random_payloads(
     payloads = torch.zeros(size, dtype=torch.uint8, device=device)
     scale = std / _CODE_RMS[layout.form.code]
     for matrix in layout.matrices:
-        codes, scales, more = layout.views(payloads, matrix)
+        codes, scales, more = matrix.views(payloads)
         codes.random_(0, 256, generator=generator)
         if layout.form.code == "e4m3":
             codes.masked_fill_(codes & 127 == 127, 56)

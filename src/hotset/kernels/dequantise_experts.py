@@ -17,7 +17,7 @@ _MOST_WIDTH = 2048
 
 
 class _Layout(Protocol):
-    """See `experts.narrow.NarrowLayout`, and `NarrowMatrix` there."""
+    """See `experts.narrow.NarrowLayout`, and `linear.narrow_matrix.NarrowMatrix`."""
 
     form: WeightFormat
     payload_bytes: int

@@ -27,7 +27,7 @@ from hotset.weight_format import WeightFormat
 
 
 class Layout(Protocol):
-    """See `experts.narrow.NarrowLayout`, and `NarrowMatrix` there."""
+    """See `experts.narrow.NarrowLayout`, and `linear.narrow_matrix.NarrowMatrix`."""
 
     form: WeightFormat
     matrices: tuple[Any, ...]

@@ -18,12 +18,12 @@ _WIDEN_ROWS, _WIDEN_BYTES = 32, 64  # of codes, which a program widens
 
 
 class Matrix(Protocol):
-    """See `linear.quant_linear.QuantMatrix`."""
+    """See `linear.narrow_matrix.NarrowMatrix`."""
 
     @property
     def form(self) -> WeightFormat: ...  # noqa: D102
     @property
-    def shape(self) -> tuple[int, int]: ...  # noqa: D102
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
     @property
     def codes(self) -> Plane: ...  # noqa: D102
     @property
@@ -111,7 +111,7 @@ def narrow_linear(x: torch.Tensor, payload: torch.Tensor, matrix: Matrix) -> tor
         `[T, N]`, dtype of `x`. A weight is widened to it, sums are in float32.
 
     Cost: the payload is read once for each tile of rows.
-    Reference: `linear.quant_linear.QuantMatrix.widened`, bit-exact in the weights.
+    Reference: `linear.narrow_matrix.NarrowMatrix.widened`, bit-exact in the weights.
     """
     num_rows, (num_outputs, num_columns) = len(x), matrix.shape
     out = x.new_empty(num_rows, num_outputs)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from hotset.cost.tuning import TUNINGS
 from hotset.linear.fp8_linear import Fp8Linear
 from hotset.linear.narrow import NarrowLinear
-from hotset.linear.quant_linear import QuantLinear, QuantMatrix
+from hotset.linear.quant_linear import QuantLinear, quant_matrix
 from hotset.linear.reads import is_replaceable
 from hotset.linear.tiles import TILE_ROWS, join_tiles
 
@@ -121,7 +121,7 @@ def _join(layers: list[Linear]) -> Linear:
     whole: Linear
     num_outputs = sum(layer.out_features for layer in layers)
     if isinstance(first, QuantLinear):
-        matrix = QuantMatrix.of(first.matrix.form, (num_outputs, first.in_features))
+        matrix = quant_matrix(first.matrix.form, (num_outputs, first.in_features))
         bias_dtype = None if first.bias is None else first.bias.dtype
         return QuantLinear(matrix, bias_dtype=bias_dtype, device=torch.device("meta"))
     if isinstance(first, Fp8Linear):

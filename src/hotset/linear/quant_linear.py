@@ -5,109 +5,37 @@ widened once, into memory of the step, and PyTorch computes the product. Both wi
 same number.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from torch.nn import functional
 
 from hotset.cost.tuning import TUNINGS
-from hotset.weight_format import E2M1, Plane, WeightFormat
+from hotset.linear.narrow_matrix import NarrowMatrix, Planes
+from hotset.weight_format import WeightFormat
 
-_DTYPES = {
-    "uint8": torch.uint8,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "e8m0": torch.uint8,
-}
 _CHECK_SHAPE = (384, 512)
 _CHECK_ROWS = (3, 48)
 _MOST_ERROR = 1e-2  # of the norm; rounding to 16 bits gives a third of it
 
-Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales, zeros
-_matrices: dict[str, "QuantMatrix"] = {}  # by key: operations of the compiler take strings
+_matrices: dict[str, NarrowMatrix] = {}  # by key: operations of the compiler take strings
 
 
-@dataclass(frozen=True, slots=True)
-class QuantMatrix:
-    """A weight in few bits as one run of bytes.
-
-    Attributes:
-        form: how it is stored; with rows of a group.
-        shape: `[N, K]`.
-        codes: where its numbers are.
-        scales: likewise.
-        more: zeros of groups; None where they have none.
-    """
-
-    form: WeightFormat
-    shape: tuple[int, int]
-    codes: Plane
-    scales: Plane
-    more: Plane | None
-
-    @staticmethod
-    def of(form: WeightFormat, shape: tuple[int, int]) -> "QuantMatrix":
-        """The layout of a weight; ValueError where a row does not end with a byte."""
-        codes, scales, *more = form.planes(shape)
-        matrix = QuantMatrix(form, shape, codes, scales, more[0] if more else None)
-        return _matrices.setdefault(matrix.key, matrix)
-
-    @property
-    def key(self) -> str:
-        """Equal for equal layouts."""
-        return f"{self.form} {self.shape}"
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all planes, with what aligns them."""
-        return (self.more or self.scales).end
-
-    def views(self, payload: torch.Tensor) -> Planes:
-        """Codes, scales and zeros in `[num_bytes]` uint8."""
-        codes, scales = _view(payload, self.codes), _view(payload, self.scales)
-        return codes, scales, None if self.more is None else _view(payload, self.more)
-
-    def widened(self, payload: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`[N, K]` of `dtype`: the reference of all kernels that read it, bit-exact."""
-        codes, scales, zeros = self.views(payload)
-        values = _values(self.form, codes)
-        if zeros is not None:
-            values -= self._spread(zeros.float())
-        elif self.form.code == "int4":
-            values -= 8
-        exponents = scales.to(torch.int32) if self.form.scale == "e8m0" else None
-        factors = scales.float() if exponents is None else (exponents.float() - 127).exp2()
-        return (values * self._spread(factors)).to(dtype)
-
-    def _spread(self, groups: torch.Tensor) -> torch.Tensor:
-        num_rows, num_columns = self.shape
-        groups = groups.repeat_interleave(self.form.rows or num_rows, 0)[:num_rows]
-        return groups.repeat_interleave(self.form.columns or num_columns, 1)[:, :num_columns]
+def quant_matrix(form: WeightFormat, shape: tuple[int, int]) -> NarrowMatrix:
+    """The layout of a weight, for `quant_product`; ValueError as `NarrowMatrix.of` says."""
+    matrix = NarrowMatrix.of(form, shape)
+    return _matrices.setdefault(key_of(matrix), matrix)
 
 
-def _view(payload: torch.Tensor, plane: Plane) -> torch.Tensor:
-    part = payload[plane.offset : plane.offset + plane.num_bytes]
-    return part.view(_DTYPES[plane.dtype]).view(plane.shape)
-
-
-def _values(form: WeightFormat, codes: torch.Tensor) -> torch.Tensor:
-    """Codes as float32, `[N, K]`."""
-    if form.code == "e4m3":
-        return codes.view(torch.float8_e4m3fn).float()
-    numbers = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-    if form.code == "int4":
-        return numbers.float()
-    values = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
-    return values.gather(0, numbers.long().flatten()).view(numbers.shape)
+def key_of(matrix: NarrowMatrix) -> str:
+    """What `quant_product` knows a layout by."""
+    return f"{matrix.form} {matrix.shape}"
 
 
 class QuantLinear(nn.Module):
     """What `nn.Linear` computes, from a weight in few bits.
 
     Args:
-        matrix: how the weight lies in memory.
+        matrix: how the weight lies in memory, as `quant_matrix` gives it.
         bias_dtype: None is no bias.
         device: of the weight, whose values are not set.
     """
@@ -115,12 +43,12 @@ class QuantLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, matrix: QuantMatrix, *, bias_dtype: torch.dtype | None, device: torch.device
+        self, matrix: NarrowMatrix, *, bias_dtype: torch.dtype | None, device: torch.device
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.shape
-        self.matrix = matrix
-        payload = torch.empty(matrix.num_bytes, dtype=torch.uint8, device=device)
+        self.matrix, self._key = matrix, key_of(matrix)
+        payload = torch.empty(matrix.end, dtype=torch.uint8, device=device)
         self.payload = nn.Parameter(payload, requires_grad=False)
         self.register_parameter("bias", None)
         if bias_dtype is not None:
@@ -149,7 +77,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
         rows = x.reshape(-1, self.in_features)
-        out: torch.Tensor = quant_product(rows, self.payload, self.matrix.key)
+        out: torch.Tensor = quant_product(rows, self.payload, self._key)
         if self.bias is not None:
             out = out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
@@ -162,7 +90,7 @@ def quant_product(x: torch.Tensor, payload: torch.Tensor, matrix: str) -> torch.
     Args:
         x: bfloat16 or float16.
         payload: of the weight.
-        matrix: its layout, a key of a `QuantMatrix`.
+        matrix: its layout, by `key_of`.
 
     Returns:
         `[T, N]`, dtype of `x`. The number of rows chooses the kernel.
@@ -188,7 +116,7 @@ def check(form: WeightFormat, dtype: torch.dtype, device: torch.device) -> str |
 
     Whatever a compiler that is missing makes Triton raise is what is wrong, too.
     """
-    matrix = QuantMatrix.of(form, _CHECK_SHAPE)
+    matrix = quant_matrix(form, _CHECK_SHAPE)
     generator = torch.Generator().manual_seed(0)
     payload = random_payload(matrix, generator).to(device)
     wide = matrix.widened(payload, dtype).float()
@@ -196,7 +124,7 @@ def check(form: WeightFormat, dtype: torch.dtype, device: torch.device) -> str |
         for num_rows in (*_CHECK_ROWS, 2 * TUNINGS["cuda"].narrow_rows):
             x = torch.randn(num_rows, _CHECK_SHAPE[1], generator=generator).to(device, dtype)
             expected = x.float() @ wide.t()
-            found = quant_product(x, payload, matrix.key).float()
+            found = quant_product(x, payload, key_of(matrix)).float()
             error = float((found - expected).norm() / expected.norm())
             if not error <= _MOST_ERROR:
                 return f"products of {num_rows} rows are wrong by {error:.1%}"
@@ -211,9 +139,9 @@ def widened_bytes(model: nn.Module) -> int:
     return max((2 * layer.in_features * layer.out_features for layer in layers), default=0)
 
 
-def random_payload(matrix: QuantMatrix, generator: torch.Generator) -> torch.Tensor:
-    """`[num_bytes]` uint8 on the CPU: random bits, all of them numbers."""
-    payload = torch.zeros(matrix.num_bytes, dtype=torch.uint8)
+def random_payload(matrix: NarrowMatrix, generator: torch.Generator) -> torch.Tensor:
+    """`[end]` uint8 on the CPU: random bits, all of them numbers."""
+    payload = torch.zeros(matrix.end, dtype=torch.uint8)
     codes, scales, zeros = matrix.views(payload)
     codes.random_(0, 256, generator=generator)
     if matrix.form.code == "e4m3":

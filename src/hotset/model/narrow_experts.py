@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter
 from hotset.checkpoint.tensors import CheckpointTensors
 from hotset.experts.disk import ExpertSink
 from hotset.experts.host import ExpertLayout, HostExperts
-from hotset.experts.narrow import NarrowLayout, Planes
+from hotset.experts.narrow import NarrowLayout
 from hotset.experts.weights import (
     LayerExperts,
     Narrow,
@@ -27,6 +27,7 @@ from hotset.experts.weights import (
     experts_of,
     is_experts,
 )
+from hotset.linear.narrow_matrix import Planes
 from hotset.model.architecture import Architecture
 from hotset.weight_format import MXFP4, WeightFormat
 

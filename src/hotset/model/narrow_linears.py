@@ -9,11 +9,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from hotset.checkpoint.tensors import CheckpointTensors, Planes
+from hotset.checkpoint.tensors import CheckpointTensors
 from hotset.kernels.narrow_forms import can_read
 from hotset.linear import quant_linear
 from hotset.linear.merged import MergedLinear
-from hotset.linear.quant_linear import QuantLinear, QuantMatrix
+from hotset.linear.narrow_matrix import Planes
+from hotset.linear.quant_linear import QuantLinear, quant_matrix
 from hotset.linear.reads import is_replaceable
 from hotset.weight_format import WeightFormat
 
@@ -61,7 +62,7 @@ def replace_linears(model: nn.Module, form: WeightFormat, names: Collection[str]
         is_own = is_replaceable(layer) and holders[id(layer.weight)] == 1
         if name not in names or not is_own or layer.in_features % _COLUMNS:
             continue
-        matrix = QuantMatrix.of(form, (layer.out_features, layer.in_features))
+        matrix = quant_matrix(form, (layer.out_features, layer.in_features))
         bias_dtype = None if layer.bias is None else layer.bias.dtype
         parent, _, child = path.rpartition(".")
         narrow = QuantLinear(matrix, bias_dtype=bias_dtype, device=layer.weight.device)
