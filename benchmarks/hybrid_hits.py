@@ -34,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
+from hotset.engine.loop import run_to_end, settle
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
 from hotset.request import SamplingParams
@@ -46,6 +47,7 @@ TAIL = "{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<assistant
 REASONING = "{% if m.role == 'assistant' %}<think>{{ m.reasoning_content }}</think>{% endif %}"
 TEMPLATES = {"drops": HEAD + TAIL, "keeps": HEAD + REASONING + TAIL}
 MAX_LEN = 4096
+TRANSFERS_S = 60.0
 
 
 def make_tokenizer(template: str) -> PreTrainedTokenizerFast:
@@ -134,13 +136,11 @@ def run_turn(
         counts["prompt"] += len(prompt)
     counts["attainable"] = sum(attainable.values())
     outputs: dict[str, list[int]] = {request_id: [] for request_id in prompts}
-    while engine.has_work:
-        for output in engine.step():
-            assert output.error is None, output.error
-            outputs[output.request_id] += output.token_ids
-            if output.finish_reason is not None:  # some find what others of this turn had computed
-                found = min(output.cached_tokens, attainable[output.request_id])
-                counts["found"] += found
+    for output in run_to_end(engine):
+        assert output.error is None, output.error
+        outputs[output.request_id] += output.token_ids
+        if output.finish_reason is not None:  # some find what others of this turn had computed
+            counts["found"] += min(output.cached_tokens, attainable[output.request_id])
     for request_id, (number, prompt) in prompts.items():
         ids = outputs[request_id]
         chats.seen.append(np.array([*prompt, *ids[:-1]]))
@@ -167,8 +167,8 @@ def run_case(args: argparse.Namespace, template: str, place: str, named: bool) -
                 engine.close()
                 engine = build_engine(Options.of(**sizes, threads=1), loaded)
             turns.append(run_turn(engine, encoder, chats, args.output_tokens, named=named))
-            while engine.has_transfers:  # a restart finds what was written
-                engine.step()
+            settle(engine, TRANSFERS_S)  # a restart finds what was written
+            assert not engine.has_transfers
             hits += engine.metrics.state_hits
             engine.metrics.state_hits.clear()
         row = {

@@ -186,15 +186,9 @@ def sweep(layer: Layer, weights: Weights, num_tokens: int) -> list[dict[str, Any
     return sorted(rows, key=lambda row: row["us"])
 
 
-def as_markdown(result: dict[str, Any]) -> str:
+def as_page(result: dict[str, Any]) -> str:
     """A page of the results."""
-    names = list(result["rows"][0]) if result["rows"] else []
-    lines = ["# Experts in few bits", "", record.footer(result)]
-    lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for row in result["rows"]:
-        cells = ("-" if value is None else str(value) for value in row.values())
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return f"# Experts in few bits\n\n{record.table(result['rows'])}\n\n{record.footer(result)}"
 
 
 @torch.inference_mode()
@@ -221,10 +215,10 @@ def main() -> None:
             found = rows(layer, weights, num_tokens)
             result["rows"] += found if isinstance(found, list) else [found]
             print(f"{layer.name}, {num_tokens} tokens done", file=sys.stderr, flush=True)
-            record.write(args.out, result, as_markdown(result))
+            record.write(args.out, result, as_page(result))
         del weights
         torch.cuda.empty_cache()
-    print(as_markdown(result))
+    print(as_page(result))
 
 
 if __name__ == "__main__":
