@@ -255,6 +255,19 @@ def test_the_next_turn_finds_the_last_partial_block_of_the_one_before(
     scheduler.kv.check()
 
 
+def test_a_request_without_room_leaves_the_partial_block_to_be_found() -> None:
+    scheduler = make_scheduler(num_blocks=6)
+    first = make_request(list(range(8)), max_tokens=4)
+    scheduler.add([first])
+    while scheduler.has_requests:
+        run(scheduler)
+    turn = [*first.token_ids, 50, 51]
+    long = make_request([*turn, *range(60, 60 + 3 * BLOCK)], max_tokens=1)
+    assert not scheduler.kv.admit(long, spare_blocks=0, queued_tokens=0)
+    scheduler.kv.check()
+    assert first_step(scheduler, make_request(turn, max_tokens=1)) == [(11, 3)]
+
+
 def test_a_partial_block_is_recomputed_where_it_is_lost() -> None:
     scheduler = make_scheduler()
     first = make_request(list(range(8)), max_tokens=4)

@@ -123,6 +123,8 @@ class KVCache:
                 self.pool.release(block)
             return False
 
+        if (tail := self._search.tail_block(known)) is not None:
+            self.pool.unpublish(tail)  # no other request finds what will be written to
         fresh = iter(self.pool.allocate(len(known) - len(shared)))
         if self.states is not None and start is not None:
             self.states.begin(request, start, num_seen)

@@ -98,14 +98,6 @@ class BlockPool:
             self.hold(block)
         return block
 
-    def claim(self, key: bytes) -> int | None:
-        """As `acquire`, and the block is not found from here on: it will be written to."""
-        block = self.acquire(key)
-        if block is not None:
-            assert self._ref_count[block] == 1, f"block {block} is held by others"
-            self._forget(block)
-        return block
-
     def hold(self, block: int) -> None:
         """Add a reference to a held or cached block."""
         self._cached.hold(block)

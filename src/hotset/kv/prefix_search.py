@@ -1,5 +1,7 @@
 """What is known of the tokens that a request begins with: on the device, and in slower tiers."""
 
+from collections.abc import Sequence
+
 from hotset.kv.pool import BlockPool
 from hotset.kv.prefix import Prefixes
 from hotset.kv.transfers import BlockTransfers, Known
@@ -62,6 +64,13 @@ class PrefixSearch:
         block = self._pool.lookup(tail.key)
         return None if block is not None and self._pool.ref_count(block) else tail
 
+    def tail_block(self, known: Sequence[Known]) -> int | None:
+        """The block of a last, partial part that the device has: the request will write to it."""
+        if not known or known[-1].tier is not None:
+            return None
+        is_full = known[-1].num_tokens == self._prefixes.block_size
+        return None if is_full else self._pool.lookup(known[-1].key)
+
     def hold(self, part: Known) -> int | None:
         """Hold the block that has this content or will have; None where there is none yet."""
         if part.tier is not None:
@@ -69,8 +78,6 @@ class PrefixSearch:
             if block is not None:
                 self._pool.hold(block)
             return block
-        # A block that will be written to is found by no other request from here on.
-        is_full = part.num_tokens == self._prefixes.block_size
-        block = self._pool.acquire(part.key) if is_full else self._pool.claim(part.key)
+        block = self._pool.acquire(part.key)
         assert block is not None, "a block vanished between lookup and acquire"
         return block
