@@ -67,12 +67,13 @@ def test_without_that_state_the_answer_is_another(family: str, make_engine: Make
     assert not torch.allclose(cold[0], hot[0], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("host_blocks", [0, 600])
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("family", KINDS)
 def test_the_next_turn_goes_on_from_the_end_of_the_last(
-    family: str, overlap: bool, make_engine: MakeEngine
+    family: str, overlap: bool, host_blocks: int, make_engine: MakeEngine
 ) -> None:
-    engine = make_engine(family, **ROOM, overlap=overlap)
+    engine = make_engine(family, **ROOM, overlap=overlap, host_blocks=host_blocks)
     cold = make_engine(family, **ROOM, prefix_caching=False)
     turn, num_computed = make_prompt(90), 0
     for seed in range(3):

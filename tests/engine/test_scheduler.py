@@ -255,6 +255,30 @@ def test_the_next_turn_finds_the_last_partial_block_of_the_one_before(
     scheduler.kv.check()
 
 
+def test_the_next_turn_finds_the_last_partial_block_while_it_is_copied_down(
+    fake_tiers: FakeTiers,
+) -> None:
+    scheduler = make_scheduler(fake_tiers)
+    first = make_request(list(range(8)), max_tokens=4)
+    scheduler.add([first])
+    while scheduler.has_requests:
+        run(scheduler)
+    [*_, block] = fake_tiers.spilling.values()
+    turn = make_request([*first.token_ids, 50, 51], max_tokens=2)
+    scheduler.add([turn])
+    plan = run(scheduler)
+    assert tokens_of(plan) == [(11, 3)]
+    [(source, own)] = plan.copies  # the copy down reads its block until it has ended
+    assert source == block and turn.kv.block_table[2] == own != block
+    fake_tiers.end_all()
+    while scheduler.has_requests:
+        run(scheduler)
+    scheduler.kv.check()
+    fake_tiers.end_all()
+    scheduler.kv.poll()
+    assert scheduler.kv.pool.num_held == 0
+
+
 def test_a_request_without_room_leaves_the_partial_block_to_be_found() -> None:
     scheduler = make_scheduler(num_blocks=6)
     first = make_request(list(range(8)), max_tokens=4)

@@ -115,9 +115,10 @@ class KVCache:
             known, keys = known[: start.num_blocks], keys[: start.num_blocks]
         while known and known[-1].key in computed:
             known.pop()
+        num_copied = self._search.num_copied(known)
         held = [None if part.key in computed else self._search.hold(part) for part in known]
         shared = [block for block in held if block is not None]
-        num_missing = self.tables.num_blocks_for(request.num_tokens) - len(shared)
+        num_missing = self.tables.num_blocks_for(request.num_tokens) - len(shared) + num_copied
         if num_missing + spare_blocks > self.pool.num_available:
             for block in shared:
                 self.pool.release(block)
@@ -154,7 +155,8 @@ class KVCache:
             return num
         known, _ = self._search.find(request)
         num_found = sum(part.tier is None for part in known)
-        return self.tables.num_blocks_for(request.num_tokens) - num_found
+        num_copied = self._search.num_copied(known)
+        return self.tables.num_blocks_for(request.num_tokens) - num_found + num_copied
 
     def look_ahead(self, requests: Sequence[Request], *, spare_blocks: int) -> None:
         """Bring what is known of requests that wait closer, ahead of their turn.

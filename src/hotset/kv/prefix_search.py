@@ -62,7 +62,8 @@ class PrefixSearch:
         if tail is None or self._transfers.loading_block(tail.key) is not None:
             return None
         block = self._pool.lookup(tail.key)
-        return None if block is not None and self._pool.ref_count(block) else tail
+        is_unused = block is None or self._transfers.is_held_by_spills_alone(block)
+        return tail if is_unused else None
 
     def tail_block(self, known: Sequence[Known]) -> int | None:
         """The block of a last, partial part that the device has: the request will write to it."""
@@ -70,6 +71,14 @@ class PrefixSearch:
             return None
         is_full = known[-1].num_tokens == self._prefixes.block_size
         return None if is_full else self._pool.lookup(known[-1].key)
+
+    def num_copied(self, known: Sequence[Known]) -> int:
+        """Blocks of these, not held yet, that the request goes on in a copy of.
+
+        The last, partial one is that while its copy down reads it.
+        """
+        tail = self.tail_block(known)
+        return 0 if tail is None else min(1, self._pool.ref_count(tail))
 
     def hold(self, part: Known) -> int | None:
         """Hold the block that has this content or will have; None where there is none yet."""

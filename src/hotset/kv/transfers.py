@@ -1,5 +1,6 @@
 """Blocks on their way between the device and slower tiers, and which requests wait for them."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -65,7 +66,7 @@ class BlockTransfers:
         self._loading: dict[bytes, _Loading] = {}
         # Index blocks on their way up, and the request that waits; None: to be given back.
         self._bringing: dict[int, tuple[Request, int] | None] = {}
-        self._spilling: set[int] = set()
+        self._spilling: Counter[int] = Counter()  # copies of a block that are under way
 
     @property
     def num_index_blocks_left(self) -> int:
@@ -75,7 +76,11 @@ class BlockTransfers:
     @property
     def num_blocks_after_spills(self) -> int:
         """Blocks that only a spill under way holds."""
-        return sum(self._pool.ref_count(block) == 1 for block in self._spilling)
+        return sum(map(self.is_held_by_spills_alone, self._spilling))
+
+    def is_held_by_spills_alone(self, block: int) -> bool:
+        """Whether all that hold a block, if any do, are spills under way."""
+        return self._pool.ref_count(block) == self._spilling[block]
 
     def moving_blocks(self) -> tuple[set[int], set[int]]:
         """Device blocks whose content is on its way up, and those being copied down."""
@@ -202,7 +207,7 @@ class BlockTransfers:
         if not tiers.spill(key, block, slowest=0 if private else None):
             return False
         self._pool.hold(block)  # released when the transfer ends
-        self._spilling.add(block)
+        self._spilling[block] += 1
         self._metrics.spilled_blocks += 1
         return True
 
@@ -214,7 +219,9 @@ class BlockTransfers:
         if ended.is_fetch:
             self._end_fetch(ended)
         else:
-            self._spilling.discard(ended.block)
+            self._spilling[ended.block] -= 1
+            if not self._spilling[ended.block]:
+                del self._spilling[ended.block]
         self._pool.release(ended.block)
 
     def _end_bringing(self, ended: EndedTransfer) -> None:
