@@ -25,6 +25,7 @@ from hotset.checkpoint.files import Stored
 from hotset.checkpoint.quantized import quant_method
 from hotset.cost.quantisation import narrow_weights, quant_config
 from hotset.errors import ModelError
+from hotset.linear.narrow_matrix import open_scales
 
 Block = tuple[int, int | None] | None  # rows and columns that share a scale; None is all
 
@@ -128,7 +129,7 @@ def dequantise(
         block: rows and columns that share a scale.
         dtype: of the result.
     """
-    factors = (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
+    factors = open_scales(scales)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if weight.ndim > 2:  # one expert at a time
         each = factors.reshape(1).expand(len(weight)) if factors.numel() == 1 else factors
@@ -157,7 +158,7 @@ def planes(
     weight: torch.Tensor, scales: torch.Tensor, *, block: Block
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Codes `[N, K]` as bytes, and float32 scales of each block; see `weight_format`."""
-    factors = (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
+    factors = open_scales(scales)
     num_rows = 1 if block is None else -(-len(weight) // block[0])
     return weight.view(torch.uint8), factors.view(num_rows, -1), None
 

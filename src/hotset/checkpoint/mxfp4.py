@@ -13,7 +13,8 @@ import torch
 
 from hotset.checkpoint.files import Stored
 from hotset.errors import ModelError
-from hotset.weight_format import E2M1
+from hotset.linear.narrow_matrix import open_codes, open_scales
+from hotset.weight_format import MXFP4
 
 _BLOCK = 32
 _BYTES = _BLOCK // 2
@@ -61,12 +62,10 @@ def planes(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, to
 
 def dequantise(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`[experts, inputs, outputs]` of `dtype`, one expert at a time; exact in bfloat16."""
-    values = torch.tensor(E2M1, device=blocks.device)
-    values = torch.cat((values, -values))
     experts, outputs, groups, _ = blocks.shape
     out = torch.empty(experts, groups * _BLOCK, outputs, dtype=dtype, device=blocks.device)
     for weight, packed, exponents in zip(out, blocks, scales, strict=True):
-        indices = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)  # [outputs, groups, 32]
-        wide = values[indices.int()] * (exponents.float() - 127).exp2()[..., None]
-        weight.copy_(wide.flatten(-2).t())
+        values = open_codes(MXFP4, packed)  # [outputs, groups, 32]
+        values *= open_scales(exponents)[..., None]
+        weight.copy_(values.flatten(-2).t())
     return out

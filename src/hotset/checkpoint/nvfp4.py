@@ -20,7 +20,8 @@ import torch
 from hotset.checkpoint.files import Stored
 from hotset.cost.quantisation import Nvfp4Kind
 from hotset.errors import ModelError
-from hotset.weight_format import E2M1
+from hotset.linear.narrow_matrix import open_codes
+from hotset.weight_format import NVFP4
 
 _GROUP = 16
 _PIECE_VALUES = 2**22
@@ -87,14 +88,11 @@ def dequantise(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """`[N, K]` of `dtype`, computed in float32, in pieces."""
-    values = torch.tensor(E2M1, device=codes.device)
-    values = torch.cat((values, -values))
     rows, columns = len(codes), 2 * codes.shape[1]
     step, times = max(1, _PIECE_VALUES // columns), _factor(factor, kind)
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     for start in range(0, rows, step):
-        packed = codes[start : start + step]
-        piece = values[torch.stack((packed & 15, packed >> 4), -1).flatten(-2).int()]
+        piece = open_codes(NVFP4, codes[start : start + step])
         piece *= scales[start : start + step].float().repeat_interleave(_GROUP, -1)
         out[start : start + step] = piece.mul_(times)
     return out
