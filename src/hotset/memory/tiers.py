@@ -8,6 +8,7 @@ from hotset.cost.rates import Rates
 from hotset.errors import OutOfBlocksError
 from hotset.eviction import policy_named
 from hotset.memory.mover import Batch, Copier, Mover
+from hotset.memory.pending import PendingKeys
 from hotset.memory.residency import Payload, Residency, State
 from hotset.memory.slower_tier import SlowerTier
 from hotset.memory.tier import (
@@ -21,8 +22,6 @@ from hotset.memory.tier import (
 )
 from hotset.metrics import Metrics
 
-# How long a tier may leave a key PENDING. After that, the key counts as not there.
-_MOST_PENDING_S = 0.25
 _MISS = Found(Answer.MISS)
 _PENDING = Found(Answer.PENDING)
 
@@ -110,8 +109,7 @@ class TierStack:
         self.rates = rates
         self.metrics = metrics
         self._memory = memory
-        self._clock = clock
-        self._pending_since_s: dict[bytes, float] = {}
+        self._pending = PendingKeys(clock)
         self._ended: list[EndedTransfer] = []
         self._num_fetching = 0
         self._grow()
@@ -136,8 +134,8 @@ class TierStack:
                     found[i] = _PENDING
         for i, one in enumerate(found):
             if one is not _PENDING:
-                self._pending_since_s.pop(keys[i], None)
-            elif not self._may_pend(keys[i]):
+                self._pending.end(keys[i])
+            elif not self._pending.may_wait(keys[i]):
                 found[i] = _MISS
         return [one or _MISS for one in found]
 
@@ -149,28 +147,6 @@ class TierStack:
             return _MISS
         is_read = payload.state is State.READING
         return Found(Answer.HIT, self.infos[payload.source if is_read else 0])
-
-    def _may_pend(self, key: bytes) -> bool:
-        now_s = self._clock.now()
-        if key not in self._pending_since_s:
-            self._forget_pending(now_s)
-        return now_s - self._pending_since_s.setdefault(key, now_s) < _MOST_PENDING_S
-
-    def _forget_pending(self, now_s: float) -> None:
-        """Forget keys that have been pending for so long that they are asked for anew."""
-        self._pending_since_s = {
-            key: since_s
-            for key, since_s in self._pending_since_s.items()
-            if now_s - since_s < 10 * _MOST_PENDING_S
-        }
-
-    @property
-    def _is_pending(self) -> bool:
-        """Whether a key may still be waited for."""
-        if not self._pending_since_s:
-            return False
-        newest_s = max(self._pending_since_s.values())
-        return self._clock.now() - newest_s < _MOST_PENDING_S
 
     def usage(self) -> list[TierUsage]:
         """What each of `infos` holds now."""
@@ -301,7 +277,7 @@ class TierStack:
             self.mover.is_busy
             or bool(self._ended)
             or any(slower.is_busy for slower in self.slower)
-            or self._is_pending
+            or self._pending.any_left
         )
 
     def mark(self) -> None:
