@@ -92,7 +92,7 @@ def build_engine(
     with ExitStack() as undo:
 
         def set_up() -> tuple[_Build, Placed, ModelRunner, _Measured]:
-            build = _Build(options, loaded, defers_recording, times, clock, simulated)
+            build = _Build(options, loaded, defers_recording, times, simulated)
             placed = build.place(build.size(), undo, owns_model=owns_model)
             runner = build.compile(placed)
             return build, placed, runner, build.measure(placed, runner)
@@ -116,7 +116,7 @@ def build_engine(
             undo.callback(ranks.end)
             ranks.check_facts({**machine_facts(), **build.facts(placed)})
             executor = RankedExecutor(local, ranks, owns_ranks=owns_model)
-        parts = build.open(placed, executor, measured, undo)
+        parts = build.open(placed, executor, measured, clock, undo)
         undo.pop_all()
     return Engine(parts if overlap is None else replace(parts, overlaps=overlap))
 
@@ -171,18 +171,6 @@ class _Measured:
 class _Build(RankSetup):
     """The phases of an engine's set-up, after its rank's."""
 
-    def __init__(
-        self,
-        options: Options,
-        loaded: LoadedModel,
-        defers: bool,
-        times: StartTimes,
-        clock: Clock,
-        simulated: Simulated,
-    ) -> None:
-        super().__init__(options, loaded, defers, times, simulated)
-        self._clock = clock
-
     def measure(self, placed: Placed, runner: ModelRunner) -> _Measured:
         """How long steps take here, and where the CPU is to compute experts."""
         options, loaded, notes = self._options, self._loaded, []
@@ -209,7 +197,12 @@ class _Build(RankSetup):
         return _Measured(sampler, StepCost(trials), rates, tuple(notes))
 
     def open(
-        self, placed: Placed, executor: Executor, measured: _Measured, undo: ExitStack
+        self,
+        placed: Placed,
+        executor: Executor,
+        measured: _Measured,
+        clock: Clock,
+        undo: ExitStack,
     ) -> EngineParts:
         """Tiers, scheduler, and what is told at start."""
         sizes, experts, metrics = placed.sizes, placed.experts, Metrics()
@@ -228,15 +221,15 @@ class _Build(RankSetup):
                 self.disk_path,
                 fingerprint,
                 undo,
-                self._clock,
+                clock,
                 peers,
             )
         kv = self._kv_cache(placed, tiers, measured.rates, metrics, repr(fingerprint))
-        scheduler = self._scheduler(placed, kv, measured, metrics)
+        scheduler = self._scheduler(placed, kv, measured, metrics, clock)
         mover = None
         if sizes.moving is not None:
             assert experts is not None
-            mover = SplitMover(sizes.moving, experts, placed.arena, kv.pool, scheduler, self._clock)
+            mover = SplitMover(sizes.moving, experts, placed.arena, kv.pool, scheduler, clock)
         if experts is not None:
             experts.reset_counts()  # those of the trials above
             metrics.expert_rounding_error = experts.rounding_error
@@ -255,7 +248,7 @@ class _Build(RankSetup):
             experts=experts,
             tiers=tiers,
             mover=mover,
-            clock=self._clock,
+            clock=clock,
         )
 
     def _join_ranks(
@@ -316,7 +309,7 @@ class _Build(RankSetup):
         return StateSlots(sizes.states.num_slots, grid=grid)
 
     def _scheduler(
-        self, placed: Placed, kv: KVCache, measured: _Measured, metrics: Metrics
+        self, placed: Placed, kv: KVCache, measured: _Measured, metrics: Metrics, clock: Clock
     ) -> Scheduler:
         schedule, device = self._options.schedule, self._device.type
         return Scheduler(
@@ -334,7 +327,7 @@ class _Build(RankSetup):
             rotation_s=schedule.rotation_s,
             users_at_once=self._hot_choice(placed.sizes),
             step_cost=measured.step_cost,
-            clock=self._clock,
+            clock=clock,
         )
 
     def _hot_choice(self, sizes: Sizes) -> Callable[[int, float], int] | None:
