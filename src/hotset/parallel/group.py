@@ -61,7 +61,7 @@ def find_store(port: int, size: int, timeout_s: float) -> TCPStore:
     return TCPStore(_LOOPBACK, port, size, is_master=False, timeout=_span(timeout_s))
 
 
-def join(store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Group:
+def join(store: Store, rank: int, size: int, device: str, timeout_s: float) -> Group:
     """Become one of `size` ranks on this host; returns when all have.
 
     On a GPU collectives are NCCL's, and gloo's for what is on the CPU; else all are gloo's.
@@ -70,26 +70,26 @@ def join(store: Store, rank: int, size: int, device: torch.device, timeout_s: fl
         store: where ranks find each other.
         rank: of this process.
         size: of the group.
-        device: of this rank.
+        device: `cpu` or `cuda`; the GPU's number is the rank.
         timeout_s: how long a collective on the CPU waits for the others.
     """
     global _current
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    backend, own = "gloo", torch.device("cpu")
+    if device == "cuda":
+        backend, own = "cpu:gloo,cuda:nccl", torch.device("cuda", rank)
+        torch.cuda.set_device(own)
     distributed.init_process_group(
         backend,
         store=store,
         rank=rank,
         world_size=size,
         timeout=_span(timeout_s),
-        device_id=device if device.type == "cuda" else None,
+        device_id=own if device == "cuda" else None,
     )
-    _current = Group(rank, size, device)
+    _current = Group(rank, size, own)
     return _current
 
 

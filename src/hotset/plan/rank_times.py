@@ -46,8 +46,7 @@ def measure(
 ) -> None:
     """Be one of `count` ranks; rank 0 sends the figures of all through `to`."""
     torch.set_num_threads(1)
-    own = torch.device(device, rank) if device == "cuda" else torch.device(device)
-    group = join(find_store(port, count, timeout_s), rank, count, own, timeout_s)
+    group = join(find_store(port, count, timeout_s), rank, count, device, timeout_s)
     figures = _Figures(group, effort).all()
     if rank == 0:
         to.send(figures)

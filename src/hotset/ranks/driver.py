@@ -99,10 +99,9 @@ class Ranks:
         self._threads.append(threading.Thread(target=self._watch, name="rank-watch", daemon=True))
         for thread in self._threads:
             thread.start()
-        where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         try:
             with self._naming():
-                group.join(store, 0, size, where, START_TIMEOUT_S)
+                group.join(store, 0, size, device, START_TIMEOUT_S)
         except BaseException:
             self.close(is_orderly=False)
             raise

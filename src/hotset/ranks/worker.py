@@ -56,11 +56,8 @@ class _Worker:
         start: Start = pickle.loads(self._inbox.get())
         sys.path[:] = start.path
         torch.set_num_threads(max(1, usable_cpus() // start.size))  # ranks share the cores
-        device = torch.device("cpu")
-        if start.device == "cuda":
-            device = torch.device("cuda", start.rank)
         store = group.find_store(start.port, start.size, start.timeout_s)
-        group.join(store, start.rank, start.size, device, start.timeout_s)
+        group.join(store, start.rank, start.size, start.device, start.timeout_s)
         loaded = None
         while message := self._inbox.get():
             call: Call = pickle.loads(message)
@@ -70,7 +67,7 @@ class _Worker:
                 self._replay(rank)
                 del rank
                 gc.collect()
-                if device.type == "cuda":
+                if start.device == "cuda":
                     torch.cuda.empty_cache()  # for the next engine
             else:
                 loaded = call.function(*call.arguments)
