@@ -46,7 +46,7 @@ def probe_ranks(device: str, gpus: int, effort: Effort | None = None) -> dict[st
         ConfigError: there are fewer GPUs, or a process ended with an error or took too long.
     """
     check_gpus(device, gpus)
-    counts = sorted({*(2**n for n in range(1, gpus.bit_length()) if 2**n <= gpus), gpus} - {1})
+    counts = sorted({*(2**n for n in range(1, gpus.bit_length())), gpus} - {1})
     return {str(count): _probe(device, count, effort or Effort()) for count in counts}
 
 

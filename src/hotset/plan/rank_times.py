@@ -3,6 +3,7 @@
 All ranks make the same calls in the same order: how often each is repeated is rank 0's choice.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -98,18 +99,11 @@ class _Figures:
                 with torch.cuda.stream(down):
                     host[1].copy_(device[1], non_blocking=True)
 
-        found = {}
-        for name, ways in (("up", ("up",)), ("down", ("down",)), ("both", ("up", "down"))):
-            moved = size * len(ways)
-            alone = 0.0
-            for turn in range(self._group.size):
-                distributed.barrier()
-                if turn == self._group.rank:
-                    alone = self._rate(lambda w=ways: copy(w), moved)  # type: ignore[misc]
-            distributed.barrier()
-            together = self._rate(lambda w=ways: copy(w), moved)  # type: ignore[misc]
-            found[name] = {"alone": self._of_all(alone), "together": self._of_all(together)}
-        return found
+        by_way = {"up": ("up",), "down": ("down",), "both": ("up", "down")}
+        return {
+            name: self._rates(functools.partial(copy, ways), size * len(ways))
+            for name, ways in by_way.items()
+        }
 
     def _peer_copies(self) -> dict[str, list[float]]:
         """GB/s from each rank's GPU to the next one's: one at a time, and all at once."""
@@ -119,13 +113,17 @@ class _Figures:
         after = torch.device("cuda", (self._group.rank + 1) % self._group.size)
         source = torch.zeros(size, dtype=torch.uint8, device=self._group.device)
         target = torch.zeros_like(source, device=after)
+        return self._rates(lambda: target.copy_(source, non_blocking=True), size)
+
+    def _rates(self, run: Run, num_bytes: int) -> dict[str, list[float]]:
+        """GB/s of each rank: while the others wait, and of all at once."""
         alone = 0.0
         for turn in range(self._group.size):
             distributed.barrier()
             if turn == self._group.rank:
-                alone = self._rate(lambda: target.copy_(source, non_blocking=True), size)
+                alone = self._rate(run, num_bytes)
         distributed.barrier()
-        together = self._rate(lambda: target.copy_(source, non_blocking=True), size)
+        together = self._rate(run, num_bytes)
         return {"alone": self._of_all(alone), "together": self._of_all(together)}
 
     def _rate(self, run: Run, num_bytes: int) -> float:
