@@ -225,8 +225,7 @@ class Ranks:
         except Exception as error:
             with self._changed:  # a collective fails because another rank has
                 self._changed.wait_for(lambda: self.failure is not None, _CAUSE_S)
-                line = f"rank 0: {type(error).__name__}: {error}"
-                self.failure = self.failure or " ".join(line.split())
+                self.failure = self.failure or f"rank 0: {Failed.of(error).line}"
             raise EngineError(self.failure) from error
 
     def close(self, *, is_orderly: bool = True) -> None:
