@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hotset.executor.local import warm_up
 from hotset.executor.runner import ModelRunner
 from hotset.experts.buffer import ExpertBuffer
 from hotset.memory.arena import DeviceArena, HostArena
@@ -154,11 +155,3 @@ class Replay:
             rank.slab.close()
         if rank.experts is not None:
             rank.experts.close()
-
-
-def warm_up(runner: ModelRunner, experts: ExpertBuffer | None) -> bool:
-    """Do the next piece of what makes steps faster; see `ModelRunner.warm_up`."""
-    if experts is None:
-        return runner.warm_up()
-    with experts.while_recording():
-        return runner.warm_up()
