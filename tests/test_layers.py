@@ -121,7 +121,6 @@ def test_modules_that_promise_to_import_no_torch_keep_it() -> None:
     assert "hotset.engine.engine" in with_numpy
     code = f"""
 import sys
-from collections import Counter
 for name in {names!r}:
     __import__(name)
     assert not {HEAVY!r} & set(sys.modules), name
