@@ -299,6 +299,24 @@ def show(rows: list[Row]) -> None:
     print()
 
 
+def show_engine(paths: list[Path]) -> dict[str, float]:
+    """Print what was fitted on this engine's steps, and the steps; the summary of those left."""
+    own, rows = engine_rows(paths)
+    print()
+    for name in ("latent_kernels", "user_s"):
+        fitted, ships = getattr(own, name), getattr(CALIBRATIONS["hotset"], name)
+        print(f"{name} of this engine: fitted {fitted:.3g}, shipped {ships:.3g}")
+    print()
+    show(rows)
+    found = summary([row for row in rows if not row.fitted])
+    print(
+        f"this engine: {found['rows']} rows not fitted, mean absolute error "
+        f"{found['mean_absolute_error']:.1%}, mean signed {found['mean_signed_error']:+.1%}, "
+        f"largest {found['largest']:+.0%}"
+    )
+    return found
+
+
 def main() -> None:
     parser = record.arguments(__doc__)
     parser.add_argument(
@@ -326,21 +344,7 @@ def main() -> None:
     for entry in ranked:
         print(f"{entry['what']}: {'right' if entry['ranked_right'] else 'WRONG'}", end="; ")
         print(", ".join(f"{k} {v:.3g}" for k, v in entry["predicted"].items()))  # type: ignore[attr-defined]
-    engine: dict[str, object] = {}
-    if arguments.measured:
-        own, ours = engine_rows(arguments.measured)
-        print()
-        for name in ("latent_kernels", "user_s"):
-            fitted_here, ships = getattr(own, name), getattr(CALIBRATIONS["hotset"], name)
-            print(f"{name} of this engine: fitted {fitted_here:.3g}, shipped {ships:.3g}")
-        print()
-        show(ours)
-        engine = summary([row for row in ours if not row.fitted])
-        print(
-            f"this engine: {engine['rows']} rows not fitted, mean absolute error "
-            f"{engine['mean_absolute_error']:.1%}, mean signed {engine['mean_signed_error']:+.1%}, "
-            f"largest {engine['largest']:+.0%}"
-        )
+    engine = show_engine(arguments.measured) if arguments.measured else {}
     constants = {n: getattr(c, n) for n in ("memory_efficiency", "kernel_s", "user_s")}
     found = record.start(
         fitted_constants=constants,
