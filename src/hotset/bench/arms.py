@@ -29,6 +29,7 @@ from hotset.units import GIB
 
 RESIDENT, EXPERTS, HOT_SET = "resident", "experts", "hot-set"
 ARMS = ("hot", "host", "host+disk", RESIDENT, EXPERTS, HOT_SET)
+_ALL_EXPERTS = (RESIDENT, HOT_SET)  # have all on the device, whatever the options say
 
 # Where no size is given: host and disk tiers over contexts.
 _HOST_PER_CONTEXTS = 1.1
@@ -72,7 +73,7 @@ def check_arms(arms: list[str], config: Options) -> None:
         raise ConfigError(
             f"the arm {HOT_SET} has the tokens of hot requests in host memory; give host_gib"
         )
-    others = [arm for arm in arms if arm not in (RESIDENT, HOT_SET)]
+    others = [arm for arm in arms if arm not in _ALL_EXPERTS]
     reason = why_not_with_resident(config)
     if RESIDENT in arms and others and reason is not None:
         raise ConfigError(
@@ -99,7 +100,7 @@ def why_not_with_resident(config: Options) -> str | None:
 def needs_host_experts(arms: list[str], config: Options) -> bool:
     """Whether an arm may have experts in host memory, so that they are best loaded there."""
     is_bounded = isinstance(config.experts, HostedExperts)
-    return is_bounded and any(arm not in (RESIDENT, HOT_SET) for arm in arms)
+    return is_bounded and any(arm not in _ALL_EXPERTS for arm in arms)
 
 
 def with_all_resident(config: Options, model: PreTrainedModel) -> Options:
@@ -160,7 +161,7 @@ def options_of(
     """
     if isinstance(config.experts, HostedExperts):
         unpack_experts(model)
-    if arm in (RESIDENT, HOT_SET):
+    if arm in _ALL_EXPERTS:
         config = with_all_resident(config, model)
     if arm == HOT_SET:
         return config.but(disk_gib=0.0, disk_path=None)

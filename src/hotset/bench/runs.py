@@ -186,8 +186,12 @@ class Bench:
         is_cuda = self._device.type == "cuda"
         if is_cuda:
             torch.cuda.reset_peak_memory_stats()
-        recorded = self._routing_recorded(engine, arm), self._selection_recorded(arm)
-        with self._profiled(arm) as profiler, recorded[0], recorded[1], _frozen():
+        with (
+            self._profiled(arm) as profiler,
+            self._routing_recorded(engine, arm),
+            self._selection_recorded(arm),
+            _frozen(),
+        ):
             driven = self._drive(engine, arm, profiler)
         run = observe(arm, repeat, driven.play, driven.wall_s, is_complete=driven.is_complete)
         if not self._options.verify:
