@@ -42,6 +42,9 @@ class MixerStep:
         """`[T, heads, values]`: the recurrence over the tokens of each sequence."""
         raise NotImplementedError
 
+    def finish(self) -> None:
+        """Do what is left once the last layer was computed, if anything."""
+
 
 class _Call(NamedTuple):
     """What the two functions are handed: the step, and the mixer that asks."""

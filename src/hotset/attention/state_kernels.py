@@ -8,6 +8,7 @@ from transformers.activations import ACT2FN
 
 from hotset.attention.batch import Batch
 from hotset.attention.inputs import fill, to_device
+from hotset.attention.mixers import MixerStep
 from hotset.attention.scans import Convolution, GatedDelta, Mamba2, Scan
 from hotset.attention.state_tables import NUM_COLUMNS, Array, SpanTables, TableSizes
 from hotset.kernels.chunk_state import scan_delta, scan_mamba2
@@ -19,8 +20,8 @@ from hotset.memory.state_arena import StateArena
 _SILU = ("silu", "swish")
 
 
-class KernelStates:
-    """See `StepStates`. What is recorded reads the tables when it is replayed.
+class KernelStates(MixerStep):
+    """As `TorchStates`. What is recorded reads the tables when it is replayed.
 
     Args:
         arena: the slots.
@@ -91,7 +92,7 @@ class KernelStates:
         return output
 
     def finish(self) -> None:
-        """See `StepStates`: copies states that go to one more slot, each at once."""
+        """See `MixerStep`: copies states that go to one more slot, each at once."""
         for source, target in self._copies if self._copies is not None else ():
             self._arena.memory[target].copy_(self._arena.memory[source])
 

@@ -1,7 +1,7 @@
 """Attention and state of a step, by PyTorch's operations or by kernels."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
@@ -36,7 +36,7 @@ class StateLayers:
     def __init__(self, arena: StateArena, kv_layers: dict[int, int], device: torch.device) -> None:
         self._arena, self._kv_layers, self._device = arena, kv_layers, device
 
-    def begin_step(self, batch: Batch) -> "StepStates":
+    def begin_step(self, batch: Batch) -> MixerStep:
         """The states of one step."""
         if not has_kernels(self._device):
             return TorchStates(self._arena, batch, self._device)
@@ -51,29 +51,9 @@ class StateLayers:
         sizes = TableSizes.of_recorded(num_tokens, most_seqs, is_decode=is_decode)
         return KernelStates.of_padding(self._arena, sizes, self._device)
 
-    def around(self, attention: StepAttention, states: "StepStates") -> "StateStep":
+    def around(self, attention: StepAttention, states: MixerStep) -> "StateStep":
         """All that the layers of a step ask for."""
         return StateStep(attention, self._kv_layers, states)
-
-
-class StepStates(Protocol):
-    """What takes the tokens of one step through layers that keep a state.
-
-    The state of a sequence is read from one slot and written to another or the same, once per
-    layer.
-    """
-
-    def convolve(self, layer: int, convolution: Convolution) -> torch.Tensor:
-        """See `MixerStep`."""
-        ...
-
-    def scan(self, layer: int, scan: Scan) -> torch.Tensor:
-        """See `MixerStep`."""
-        ...
-
-    def finish(self) -> None:
-        """Do what is left once the last layer was computed."""
-        ...
 
 
 class StateStep(MixerStep):
@@ -88,7 +68,7 @@ class StateStep(MixerStep):
     """
 
     def __init__(
-        self, attention: StepAttention, kv_layers: dict[int, int], states: StepStates
+        self, attention: StepAttention, kv_layers: dict[int, int], states: MixerStep
     ) -> None:
         self._attention, self._kv_layers, self._states = attention, kv_layers, states
 
@@ -111,9 +91,16 @@ class StateStep(MixerStep):
         """See `MixerStep`."""
         return self._states.scan(layer, scan)
 
+    def finish(self) -> None:
+        """See `MixerStep`."""
+        self._states.finish()
 
-class TorchStates:
-    """See `StepStates`: any device, any dtype. Decodes are computed together, prompts one by one.
+
+class TorchStates(MixerStep):
+    """On any device, in any dtype. Decodes are computed together, prompts one by one.
+
+    The state of a sequence is read from one slot and written to another or the same, once per
+    layer.
 
     Args:
         arena: the slots.
@@ -172,9 +159,6 @@ class TorchStates:
                 if slot >= 0:
                     pool[slot] = state
         return output
-
-    def finish(self) -> None:
-        """See `StepStates`: nothing is left."""
 
     def _write(self, pool: torch.Tensor, states: torch.Tensor) -> None:
         """Write what decodes leave, `[R, ...]`, to their slots and those that keep it."""

@@ -271,11 +271,10 @@ class ModelRunner:
         if self._state_layers is None:
             when_ready()
             return self._logits(token_ids, inputs.positions, attention, rows)
-        states = self._state_layers.begin_step(batch)
+        around = self._state_layers.around(attention, self._state_layers.begin_step(batch))
         when_ready()
-        around = self._state_layers.around(attention, states)
         logits = self._logits(token_ids, inputs.positions, around, rows)
-        states.finish()
+        around.finish()
         return logits
 
     def _logits(
