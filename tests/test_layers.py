@@ -48,6 +48,7 @@ ORDER = [
     "ranks",
     "text",
     "engine",
+    "fleet",
     "llm",
     "server",
     "bench",

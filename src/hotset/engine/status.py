@@ -173,7 +173,7 @@ def _tiers(engine: "Engine") -> list[TierStatus]:
             pool.num_usable,
             pool.num_held + pool.num_cached,
             sizes.block_bytes,
-            "".join(device_state(block) for block in _sample(range(pool.first, pool.num_blocks))),
+            "".join(device_state(block) for block in sample(range(pool.first, pool.num_blocks))),
             pool.num_usable,
         )
     ]
@@ -193,12 +193,12 @@ def _tiers(engine: "Engine") -> list[TierStatus]:
 
 def _cells(usage: TierUsage) -> str:
     if usage.states is not None:
-        return "".join(_sample(usage.states))
+        return "".join(sample(usage.states))
     num_cells = min(_MOST_CELLS, usage.capacity_payloads)
     num_used = -(-usage.used_payloads * num_cells // max(1, usage.capacity_payloads))
     return CACHED * num_used + FREE * (num_cells - num_used)
 
 
-def _sample(values: Sequence[T]) -> Sequence[T]:
+def sample(values: Sequence[T]) -> Sequence[T]:
     """At most `_MOST_CELLS` of the values, at equal distances."""
     return values[:: -(-len(values) // _MOST_CELLS)] if values else values

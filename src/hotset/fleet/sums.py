@@ -1,0 +1,83 @@
+"""Counters and snapshots of several engines as those of one."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+
+from hotset.engine.status import EngineStatus, StateStatus, TierStatus, sample
+from hotset.metrics import Metrics
+
+# What is fixed at the start and the same for all replicas of a model: no sum.
+_LARGEST = {"expert_rounding_error"}
+
+
+def sum_metrics(parts: Iterable[Metrics]) -> Metrics:
+    """Counters of all of them together, in a new object."""
+    total = Metrics()
+    for part in parts:
+        for one in fields(Metrics):
+            mine, theirs = getattr(total, one.name), getattr(part, one.name)
+            if isinstance(mine, Counter):
+                mine.update(dict(theirs))  # a copy: the part may change meanwhile
+            elif one.name in _LARGEST:
+                setattr(total, one.name, max(mine, theirs))
+            else:
+                setattr(total, one.name, mine + theirs)
+    return total
+
+
+def merge_engines(parts: Sequence[EngineStatus]) -> EngineStatus:
+    """Users, tiers and rates of all of them together.
+
+    Tiers of a name are one where their blocks have the same size. `cells` and `users` have at most
+    1,024 letters again, at equal distances.
+    """
+    tiers: dict[tuple[str, int], list[TierStatus]] = {}
+    for part in parts:
+        for tier in part.tiers:
+            tiers.setdefault((tier.name, tier.block_bytes), []).append(tier)
+    links: Counter[str] = Counter()
+    for part in parts:
+        links.update(part.link_bytes_per_s)
+
+    def total(of: Callable[[EngineStatus], int]) -> int:
+        return sum(map(of, parts))
+
+    return EngineStatus(
+        num_moving=total(lambda one: one.num_moving),
+        num_hot=total(lambda one: one.num_hot),
+        num_fetching=total(lambda one: one.num_fetching),
+        num_parked=total(lambda one: one.num_parked),
+        num_waiting=total(lambda one: one.num_waiting),
+        users="".join(sample("".join(part.users for part in parts))),
+        tiers=tuple(_one_tier(same) for same in tiers.values()),
+        link_bytes_per_s=dict(links),
+        prefill_tokens_per_s=sum(part.prefill_tokens_per_s for part in parts),
+        states=_one_state([part.states for part in parts if part.states is not None]),
+    )
+
+
+def _one_tier(parts: Sequence[TierStatus]) -> TierStatus:
+    return TierStatus(
+        name=parts[0].name,
+        capacity=sum(part.capacity for part in parts),
+        used=sum(part.used for part in parts),
+        block_bytes=parts[0].block_bytes,
+        cells="".join(sample("".join(part.cells for part in parts))),
+        planned=sum(part.planned for part in parts),
+    )
+
+
+def _one_state(parts: Sequence[StateStatus]) -> StateStatus | None:
+    if not parts:
+        return None
+    below: Counter[str] = Counter()
+    for part in parts:
+        below.update(part.below)
+    return StateStatus(
+        slot_bytes=max(part.slot_bytes for part in parts),
+        num_slots=sum(part.num_slots for part in parts),
+        num_held=sum(part.num_held for part in parts),
+        num_kept=sum(part.num_kept for part in parts),
+        below=dict(below),
+    )
