@@ -49,6 +49,10 @@ class EngineError(HotsetError):
     """The engine has failed or was closed. It serves no more requests."""
 
 
+class DrainingError(EngineError):
+    """The engine takes no more requests, as it is about to end. Nothing was queued."""
+
+
 class OverloadedError(HotsetError):
     """More is asked for than may wait. Nothing was queued; the same request may work later.
 

@@ -1,6 +1,6 @@
 """What users ask for and what comes back: plain data. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, NamedTuple
@@ -188,13 +188,33 @@ class SamplingParams:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """An output that goes on from tokens that an engine has chosen before.
+
+    Attributes:
+        index: which of the `n` outputs of its request it is.
+        token_ids: of the output so far, all that were delivered; may be empty. Its next
+            `RequestOutput` has the text, tokens and log-probabilities that follow.
+    """
+
+    index: int
+    token_ids: Sequence[int] = ()
+
+
 class FinishReason(Enum):
-    """Why a request ended; the values are the OpenAI API's where it has one."""
+    """Why a request ended; the values are the OpenAI API's where it has one.
+
+    MOVED is no end for the user: the engine drains, and the output is to go on elsewhere from the
+    tokens that were delivered (`Resumed`). Text that was held back, as a stop string may begin
+    with it, comes from there.
+    """
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    MOVED = "moved"
 
 
 class TokenLogprob(NamedTuple):

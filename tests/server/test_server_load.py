@@ -22,7 +22,7 @@ from servers import CHAT, KEY, build, running_server, wait_for
 from hotset.cli.serve import command
 from hotset.engine import service as service_module
 from hotset.engine.service import EngineService
-from hotset.errors import OverloadedError
+from hotset.errors import DrainingError, OverloadedError
 from hotset.options import Options
 from hotset.request import SamplingParams
 from hotset.server.app import ServerConfig
@@ -211,6 +211,9 @@ def test_an_engine_process_that_is_killed_ends_every_stream_with_the_reason() ->
         for call in (server.service.close, server.service.submit([5], SamplingParams()).abort):
             assert in_a_fork(call) == "returned"  # and the engine goes on
         stream = server.service.submit([5, 6], SamplingParams(max_tokens=500, ignore_eos=True))
+        server.service._host.drain(3600.0)  # by then it is gone
+        with pytest.raises(DrainingError, match="about to end"):
+            server.service.submit([5], SamplingParams())
         engine.kill()
         *_, last = list(stream)
         assert last.error is not None and "signal 9" in last.error

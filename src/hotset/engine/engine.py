@@ -225,10 +225,10 @@ class Engine:
         self.scheduler.add(requests)
         return request_id
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request (all its `n` outputs); its blocks are free when this returns."""
         for request in list(self._requests.get(request_id, ())):
-            self._finish(request, FinishReason.ABORT)
+            self._finish(request, reason)
 
     def step(self, *, num_queued: int = 0) -> list[RequestOutput]:
         """Run one model step and return the outputs it produced, streamed or final.

@@ -4,6 +4,7 @@ import contextlib
 import heapq
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from hotset.engine.fair_queue import FairQueue
 from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
 from hotset.engine.status import EngineStatus, engine_status
 from hotset.engine.urgency import MUCH_LONGER
-from hotset.errors import EngineError, OverloadedError, RequestError
+from hotset.errors import DrainingError, EngineError, OverloadedError, RequestError
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
@@ -89,6 +90,11 @@ class _Look:
     look_id: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Drain:
+    drain_s: float
+
+
 class EngineLoop:
     """Runs an engine in one background thread.
 
@@ -115,14 +121,16 @@ class EngineLoop:
     ) -> None:
         self._on_report, self._clock = on_report, clock
         self._wake = threading.Condition()
-        self._inbox: deque[Submit | _Abort | _Look] = deque()  # guarded by _wake
+        self._inbox: deque[Submit | _Abort | _Look | _Drain] = deque()  # guarded by _wake
         self._num_queued = 0  # requests the engine has not got; guarded by _wake
         self._is_closing = False  # guarded by _wake
+        self._is_draining = False  # guarded by _wake
         # What follows is used by the engine thread alone.
         self._entries: dict[str, _Entry] = {}
         self._queue: FairQueue[_Entry] = FairQueue()
         self._not_started: set[str] = set()  # of those the engine has
         self._deadlines: list[tuple[float, int, _Entry]] = []  # a heap
+        self._moves_at_s = math.inf  # when those that are left end as moved
         self._numbers = itertools.count()
         self._finished_s: deque[float] = deque(maxlen=1024)
         self._outbox = _Outbox()
@@ -157,6 +165,8 @@ class EngineLoop:
         """See `EngineHost`."""
         self._engine.validate(submit.token_ids, submit.params)
         with self._wake:
+            if self._is_draining:
+                raise DrainingError("the engine takes no more requests: it is about to end")
             if submit.queue_limit is not None and self._num_queued >= submit.queue_limit:
                 raise OverloadedError(
                     f"{self._num_queued} requests wait already; try again later",
@@ -173,6 +183,13 @@ class EngineLoop:
     def look(self, look_id: int) -> None:
         """See `EngineHost`."""
         self._send(_Look(look_id))
+
+    def drain(self, drain_s: float) -> None:
+        """See `EngineHost`."""
+        with self._wake:
+            self._is_draining = True
+            self._inbox.append(_Drain(drain_s))
+            self._wake.notify()
 
     def close(self) -> None:
         """See `EngineHost`."""
@@ -255,6 +272,8 @@ class EngineLoop:
                 self._enqueue(message)
             elif isinstance(message, _Abort):
                 self._drop(engine, message.request_id)
+            elif isinstance(message, _Drain):
+                self._moves_at_s = min(self._moves_at_s, self._clock.now() + message.drain_s)
             else:
                 self._look_at(engine, message.look_id)
         self._expire(engine)
@@ -337,7 +356,13 @@ class EngineLoop:
                 self._not_started.discard(request.request_id)
                 self._outbox.started.append(request.request_id)
 
-    def _drop(self, engine: Engine, request_id: str, error: str | None = None) -> None:
+    def _drop(
+        self,
+        engine: Engine,
+        request_id: str,
+        reason: FinishReason = FinishReason.ABORT,
+        error: str | None = None,
+    ) -> None:
         entry = self._entries.get(request_id)
         if entry is None:
             return
@@ -345,14 +370,17 @@ class EngineLoop:
             with self._wake:
                 self._num_queued -= 1
         else:
-            engine.abort(request_id)
-        self._end(entry, FinishReason.ABORT, error)
+            engine.abort(request_id, reason)
+        self._end(entry, reason, error)
 
     def _expire(self, engine: Engine) -> None:
         while self._deadlines and self._deadlines[0][0] <= self._clock.now():
             submit = heapq.heappop(self._deadlines)[2].submit
             error = f"the request was not done within its {submit.timeout_s:g} s"
-            self._drop(engine, submit.request_id, error)
+            self._drop(engine, submit.request_id, error=error)
+        if self._clock.now() >= self._moves_at_s:
+            for request_id in list(self._entries):
+                self._drop(engine, request_id, FinishReason.MOVED)
 
     def _end(self, entry: _Entry, reason: FinishReason, error: str | None) -> None:
         """End a request's outputs that have not ended."""

@@ -8,7 +8,7 @@ from hotset.engine.status import EngineStatus
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
-from hotset.request import RequestOutput, SamplingParams
+from hotset.request import RequestOutput, Resumed, SamplingParams
 
 if TYPE_CHECKING:
     from hotset.engine.engine import Engine
@@ -18,7 +18,12 @@ BuildEngine = Callable[[Options], tuple["Engine", LoadedModel]]
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A request for the loop; see `EngineService.submit`."""
+    """A request for the loop; see `EngineService.submit`.
+
+    Attributes:
+        resumed: outputs that go on from what was delivered of them; there are no others of this
+            request then. Empty for a new request.
+    """
 
     request_id: str
     token_ids: Sequence[int]
@@ -29,6 +34,7 @@ class Submit:
     timeout_s: float | None = None
     queue_limit: int | None = None
     snapshot_at: Sequence[int] = ()
+    resumed: Sequence[Resumed] = ()
 
 
 @dataclass(slots=True)
@@ -89,7 +95,11 @@ class EngineHost(Protocol):
         ...
 
     def submit(self, submit: Submit) -> None:
-        """Queue a request. Raises RequestError or OverloadedError: nothing was queued."""
+        """Queue a request.
+
+        Raises:
+            RequestError, OverloadedError, DrainingError: nothing was queued.
+        """
         ...
 
     def abort(self, request_id: str) -> None:
@@ -98,6 +108,15 @@ class EngineHost(Protocol):
 
     def look(self, look_id: int) -> None:
         """Have a coming report bring a snapshot."""
+        ...
+
+    def drain(self, drain_s: float) -> None:
+        """Take no more requests, and end those that are open in `drain_s` seconds as moved.
+
+        Each of their outputs that has not ended by then gets a last one, with
+        `FinishReason.MOVED`; what it had before is all there is of it. The engine itself goes on,
+        so that what its tiers write can end. The earliest of several calls counts.
+        """
         ...
 
     def close(self) -> None:

@@ -37,7 +37,8 @@ _LAST_WORD_S = 1.0
 # How often a child that starts looks whether its parent is still there.
 _LOOK_EVERY_S = 0.5
 
-# From the parent: ("submit", number, Submit), ("abort", id), ("look", id) or ("close",).
+# From the parent: ("submit", number, Submit), ("abort", id), ("look", id), ("drain", s) or
+# ("close",).
 # To the parent: ("ready", model, info) or ("refused", error) once; then lists of reports and of
 # (number, None or error) for submits, with the counters where they have changed.
 _Message = tuple[Any, ...]
@@ -140,6 +141,10 @@ class EngineProcess:
     def look(self, look_id: int) -> None:
         """See `EngineHost`."""
         self._send(("look", look_id))
+
+    def drain(self, drain_s: float) -> None:
+        """See `EngineHost`."""
+        self._send(("drain", drain_s))
 
     def close(self) -> None:
         """See `EngineHost`."""
@@ -301,6 +306,8 @@ def _take_messages(
                 pool.submit(submit, *rest)
             elif kind == "abort":
                 loop.abort(*rest)
+            elif kind == "drain":
+                loop.drain(*rest)
             else:
                 loop.look(*rest)
 
