@@ -53,6 +53,7 @@ class Metrics(ExpertCounts):
     turned_hot: int = 0  # requests that gave back blocks and kept the tokens used last
     hot_hits: int = 0  # tokens that hot requests selected and had on the device, per layer
     hot_misses: int = 0  # and that came from host memory
+    freed_blocks: int = 0  # of the device, given back by requests that ended
     spilled_blocks: int = 0
     fetched_blocks: int = 0
     state_hits: Counter[str] = field(default_factory=Counter)  # by tier, states gone on from

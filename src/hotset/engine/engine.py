@@ -108,7 +108,7 @@ class Engine:
         self.kv = parts.scheduler.kv
         self.metrics = self.scheduler.metrics
         self.executor, self._outputs, self._clock = parts.executor, parts.outputs, parts.clock
-        self._step_cost = parts.step_cost
+        self.step_cost = parts.step_cost
         self.tiers, self.experts, self._mover = parts.tiers, parts.experts, parts.mover
         self._overlaps = parts.overlaps
         self._in_flight: _StepInFlight | None = None
@@ -376,7 +376,7 @@ class Engine:
         self.metrics.step_s += seconds
         self._recent_step_s.append(seconds)
         self.metrics.computed_tokens += num_tokens
-        self._step_cost.observe(prompt_tokens, seconds)
+        self.step_cost.observe(prompt_tokens, seconds)
         if prompt_tokens >= _PREFILL_STEP_TOKENS and 2 * prompt_tokens >= num_tokens:
             self.rates.observe_prefill(num_tokens, seconds)
 

@@ -16,10 +16,12 @@ from functools import partial
 from hotset.clock import REAL_CLOCK, Clock
 from hotset.engine.engine import Engine
 from hotset.engine.fair_queue import FairQueue
-from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
+from hotset.engine.following import Following
+from hotset.engine.messages import BuildEngine, EngineInfo, Load, Report, Submit
 from hotset.engine.status import EngineStatus, engine_status
 from hotset.engine.urgency import MUCH_LONGER
 from hotset.errors import DrainingError, EngineError, OverloadedError, RequestError
+from hotset.memory.journal import JournalPart
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
@@ -95,6 +97,11 @@ class _Drain:
     drain_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Follow:
+    is_on: bool
+
+
 class EngineLoop:
     """Runs an engine in one background thread.
 
@@ -121,7 +128,7 @@ class EngineLoop:
     ) -> None:
         self._on_report, self._clock = on_report, clock
         self._wake = threading.Condition()
-        self._inbox: deque[Submit | _Abort | _Look | _Drain] = deque()  # guarded by _wake
+        self._inbox: deque[Submit | _Abort | _Look | _Drain | _Follow] = deque()  # by _wake
         self._num_queued = 0  # requests the engine has not got; guarded by _wake
         self._is_closing = False  # guarded by _wake
         self._is_draining = False  # guarded by _wake
@@ -148,7 +155,13 @@ class EngineLoop:
             raise
         engine = self._engine
         self.info = EngineInfo(
-            engine.options, engine.max_model_len, engine.report, engine.kv.states is not None
+            engine.options,
+            engine.max_model_len,
+            engine.report,
+            engine.kv.states is not None,
+            engine.kv.prefixes.fingerprint,
+            engine.kv.block_size,
+            engine.sizes.block_bytes // engine.kv.block_size,
         )
 
     @property
@@ -191,13 +204,17 @@ class EngineLoop:
             self._inbox.append(_Drain(drain_s))
             self._wake.notify()
 
+    def follow(self, is_on: bool) -> None:
+        """See `EngineHost`."""
+        self._send(_Follow(is_on))
+
     def close(self) -> None:
         """See `EngineHost`."""
         self._request_close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _send(self, message: _Abort | _Look) -> None:
+    def _send(self, message: _Abort | _Look | _Follow) -> None:
         with self._wake:
             self._inbox.append(message)
             self._wake.notify()
@@ -229,6 +246,7 @@ class EngineLoop:
         except BaseException as error:
             ready.set_exception(error)
             return
+        self._following = Following(engine, self._clock)
         ready.set_result((engine, model))
         try:
             self._serve(engine)
@@ -254,6 +272,7 @@ class EngineLoop:
             self._take(outputs)
             if engine.is_warming:
                 self._warm_up(engine)
+            self._outbox.journal, self._outbox.load = self._following.news(len(self._entries))
             if not self._outbox.is_empty:
                 self._on_report(self._outbox.take(self._clock.now()))
 
@@ -274,6 +293,8 @@ class EngineLoop:
                 self._drop(engine, message.request_id)
             elif isinstance(message, _Drain):
                 self._moves_at_s = min(self._moves_at_s, self._clock.now() + message.drain_s)
+            elif isinstance(message, _Follow):
+                self._following.follow(message.is_on)
             else:
                 self._look_at(engine, message.look_id)
         self._expire(engine)
@@ -295,11 +316,12 @@ class EngineLoop:
         """How long to wait for a message when no request is there; None is until one comes."""
         if engine.is_warming:
             return 0.0 if self._did_warm_up else _KERNEL_CHECK_S
-        return _TRANSFER_CHECK_S if engine.has_transfers else None
+        return self._following.wait_s(_TRANSFER_CHECK_S if engine.has_transfers else None)
 
     def _enqueue(self, submit: Submit) -> None:
         entry = _Entry(submit, set(range(submit.params.n)))
         self._entries[submit.request_id] = entry
+        self._following.arrive(submit)
         size = len(submit.token_ids)
         self._queue.push(submit.tenant, submit.priority, entry, size=size)
         if submit.timeout_s is not None:
@@ -354,6 +376,7 @@ class EngineLoop:
         for request in engine.scheduler.running:
             if request.request_id in self._not_started:
                 self._not_started.discard(request.request_id)
+                self._following.start(request.request_id)
                 self._outbox.started.append(request.request_id)
 
     def _drop(
@@ -405,6 +428,7 @@ class EngineLoop:
     def _forget(self, request_id: str) -> None:
         del self._entries[request_id]
         self._not_started.discard(request_id)
+        self._following.start(request_id)
 
     def _look_at(self, engine: Engine, look_id: int) -> None:
         try:
@@ -423,12 +447,16 @@ class _Outbox:
     started: list[str] = field(default_factory=list)
     looks: list[tuple[int, EngineStatus | str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    journal: JournalPart | None = None
+    load: Load | None = None
 
     @property
     def is_empty(self) -> bool:
-        return not (self.outputs or self.started or self.looks or self.notes)
+        lists = self.outputs or self.started or self.looks or self.notes
+        return not lists and self.journal is None and self.load is None
 
     def take(self, time_s: float) -> Report:
         report = Report(time_s, self.outputs, self.started, self.looks, self.notes)
+        report.journal, report.load = self.journal, self.load
         self.outputs, self.started, self.looks, self.notes = [], [], [], []
         return report

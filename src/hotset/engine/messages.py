@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from hotset.engine.status import EngineStatus
+from hotset.memory.journal import JournalPart
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
@@ -23,6 +24,7 @@ class Submit:
     Attributes:
         resumed: outputs that go on from what was delivered of them; there are no others of this
             request then. Empty for a new request.
+        expected_tokens: of the prompt, those that its router expects to be computed; None is all.
     """
 
     request_id: str
@@ -35,6 +37,36 @@ class Submit:
     queue_limit: int | None = None
     snapshot_at: Sequence[int] = ()
     resumed: Sequence[Resumed] = ()
+    expected_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy an engine is, between two steps.
+
+    Attributes:
+        queued_tokens: of prompts, yet to be computed; of those that wait, as many as was expected.
+        spare_blocks: blocks of the device that can be had, less those that the requests here are
+            sure to need. Below 0 where requests wait for blocks.
+        usable_blocks: blocks of the device in all.
+        queued_bytes: on their way to the device from slower tiers.
+        num_open: requests that have not ended.
+        step_s: mean of the last steps; 0 before the first.
+        prefill_tokens_per_s, link_bytes_per_s: as in `Rates`.
+        prefilled_tokens: of prompts, computed since the start.
+        freed_blocks: that requests have given back at their ends since the start.
+    """
+
+    queued_tokens: int
+    spare_blocks: int
+    usable_blocks: int
+    queued_bytes: int
+    num_open: int
+    step_s: float
+    prefill_tokens_per_s: float
+    link_bytes_per_s: dict[str, float]
+    prefilled_tokens: int
+    freed_blocks: int
 
 
 @dataclass(slots=True)
@@ -48,6 +80,7 @@ class Report:
         looks: snapshots by the id they were asked for with; or why there is none.
         notes: lines for the log.
         failure: one line; the engine serves no more, and this is the last report.
+        journal, load: while somebody follows the engine; see `EngineHost.follow`.
     """
 
     time_s: float
@@ -56,6 +89,8 @@ class Report:
     looks: Sequence[tuple[int, EngineStatus | str]] = ()
     notes: Sequence[str] = ()
     failure: str | None = None
+    journal: JournalPart | None = None
+    load: Load | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +99,18 @@ class EngineInfo:
 
     Attributes:
         keeps_states: whether prefixes are found up to states that were kept.
+        fingerprint: of all that blocks depend on beside tokens; keys of blocks start with it.
+        block_size: tokens of a block.
+        kv_bytes_per_token: over all layers.
     """
 
     options: Options
     max_model_len: int
     report: str
     keeps_states: bool
+    fingerprint: str
+    block_size: int
+    kv_bytes_per_token: int
 
 
 class EngineHost(Protocol):
@@ -117,6 +158,10 @@ class EngineHost(Protocol):
         `FinishReason.MOVED`; what it had before is all there is of it. The engine itself goes on,
         so that what its tiers write can end. The earliest of several calls counts.
         """
+        ...
+
+    def follow(self, is_on: bool) -> None:
+        """Have reports bring the load, and the journal from a new snapshot on; or no more of it."""
         ...
 
     def close(self) -> None:

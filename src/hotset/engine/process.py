@@ -37,8 +37,8 @@ _LAST_WORD_S = 1.0
 # How often a child that starts looks whether its parent is still there.
 _LOOK_EVERY_S = 0.5
 
-# From the parent: ("submit", number, Submit), ("abort", id), ("look", id), ("drain", s) or
-# ("close",).
+# From the parent: ("submit", number, Submit), ("abort", id), ("look", id), ("drain", s),
+# ("follow", whether) or ("close",).
 # To the parent: ("ready", model, info) or ("refused", error) once; then lists of reports and of
 # (number, None or error) for submits, with the counters where they have changed.
 _Message = tuple[Any, ...]
@@ -145,6 +145,10 @@ class EngineProcess:
     def drain(self, drain_s: float) -> None:
         """See `EngineHost`."""
         self._send(("drain", drain_s))
+
+    def follow(self, is_on: bool) -> None:
+        """See `EngineHost`."""
+        self._send(("follow", is_on))
 
     def close(self) -> None:
         """See `EngineHost`."""
@@ -308,6 +312,8 @@ def _take_messages(
                 loop.abort(*rest)
             elif kind == "drain":
                 loop.drain(*rest)
+            elif kind == "follow":
+                loop.follow(*rest)
             else:
                 loop.look(*rest)
 

@@ -306,6 +306,7 @@ class KVCache:
             self.states.leave(request, tail)
             used = self.states.with_pieces(request, used if tail is None else [*used, tail])
         self.transfers.touch(used)
+        self._metrics.freed_blocks += len(request.kv.block_table)
         self._let_go(request)
 
     def discard(self, request: Request) -> None:

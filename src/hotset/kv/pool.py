@@ -4,6 +4,7 @@ from bisect import insort
 
 from hotset.errors import OutOfBlocksError
 from hotset.eviction import Order, policy_named
+from hotset.memory.journal import OnChange
 
 
 class BlockPool:
@@ -23,6 +24,9 @@ class BlockPool:
         num_blocks: ids are below it.
         first: the lowest id in the pool at first; 0 for a pool without a boundary.
         eviction: the name of a policy in `eviction`.
+
+    Attributes:
+        on_change: see `journal.Source`.
     """
 
     def __init__(self, num_blocks: int, first: int = 0, *, eviction: str = "lru") -> None:
@@ -38,6 +42,7 @@ class BlockPool:
         self._ref_count = [0] * num_blocks
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
+        self.on_change: OnChange | None = None
 
     @property
     def num_available(self) -> int:
@@ -123,6 +128,8 @@ class BlockPool:
         if key not in self._block_of and block not in self._hash_of:
             self._block_of[key] = block
             self._hash_of[block] = key
+            if self.on_change is not None:
+                self.on_change(key, True)
 
     def unpublish(self, block: int) -> None:
         """Have held `block` found no more: it will be written to."""
@@ -201,6 +208,16 @@ class BlockPool:
         if key is not None:
             del self._block_of[key]
             self._cached.remove(block)
+            if self.on_change is not None:
+                self.on_change(key, False)
+
+    def keys(self) -> list[bytes]:
+        """See `journal.Source`."""
+        return list(self._block_of)
+
+    def has(self, key: bytes) -> bool:
+        """See `journal.Source`."""
+        return key in self._block_of
 
     def check(self) -> None:
         """Assert the invariants of the class docstring."""

@@ -6,6 +6,7 @@ from enum import Enum
 
 from hotset.errors import OutOfBlocksError
 from hotset.eviction import Order
+from hotset.memory.journal import OnChange
 
 
 class State(Enum):
@@ -51,6 +52,11 @@ class Payload:
         """Whether its slot is being filled, or read."""
         return self.pins > 0 or not self.is_ready
 
+    @property
+    def is_findable(self) -> bool:
+        """Whether other requests may find it: it is there, and not of one request alone."""
+        return self.is_ready and not self.is_dropped and self.slowest != 0
+
 
 class Residency:
     """Payloads in slots. Each slot is free, of one payload, or detached; READY ones are evicted.
@@ -59,6 +65,9 @@ class Residency:
         num_slots: at first.
         order_of: of a key, the order that says when its payload goes: one for all, or one for each
             group of keys. Empty at first.
+
+    Attributes:
+        on_change: see `journal.Source`.
     """
 
     def __init__(self, num_slots: int, order_of: Callable[[bytes], Order[bytes]]) -> None:
@@ -68,6 +77,7 @@ class Residency:
         self._detached: set[int] = set()
         self._order_of = order_of
         self._num_idle = 0
+        self.on_change: OnChange | None = None
 
     def grow(self, num_slots: int) -> None:
         """There is memory for `num_slots` now, at least as many as before."""
@@ -128,6 +138,8 @@ class Residency:
         payload.state = State.READY
         payload.pins += len(blocks)
         self._settle(payload)
+        if self.on_change is not None and payload.is_findable:
+            self.on_change(payload.key, True)
         return blocks
 
     def abandon(self, payload: Payload) -> list[int]:
@@ -158,6 +170,8 @@ class Residency:
 
     def drop(self, payload: Payload) -> None:
         """Forget a payload, at once or as soon as it is not in use."""
+        if self.on_change is not None and payload.is_findable:
+            self.on_change(payload.key, False)
         payload.is_dropped = True
         if not payload.is_in_use:
             self._free_slot(payload)
@@ -214,7 +228,18 @@ class Residency:
             self._num_idle -= 1
             self._order_of(key).hold(key)
 
+    def keys(self) -> list[bytes]:
+        """See `journal.Source`."""
+        return [key for key, payload in self._payloads.items() if payload.is_findable]
+
+    def has(self, key: bytes) -> bool:
+        """See `journal.Source`."""
+        payload = self._payloads.get(key)
+        return payload is not None and payload.is_findable
+
     def _free_slot(self, payload: Payload) -> None:
+        if self.on_change is not None and payload.is_findable:
+            self.on_change(payload.key, False)
         self._withdraw(payload.key)
         self._order_of(payload.key).remove(payload.key)
         del self._payloads[payload.key]

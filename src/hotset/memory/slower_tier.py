@@ -2,6 +2,7 @@
 
 from hotset.clock import Clock
 from hotset.cost.rates import Rates
+from hotset.memory.journal import OnChange
 from hotset.memory.residency import Payload
 from hotset.memory.tier import Answer, Completion, CompletionStatus, Tier
 from hotset.metrics import Metrics
@@ -48,6 +49,19 @@ class SlowerTier:
     def has(self, key: bytes) -> bool:
         """Whether it says at once that it has a payload."""
         return self.tier.lookup([key])[0] is Answer.HIT
+
+    def keys(self) -> list[bytes]:
+        """See `journal.Source`."""
+        return self.tier.newest_keys(self.tier.info.capacity_payloads)
+
+    @property
+    def on_change(self) -> OnChange | None:
+        """See `journal.Source`."""
+        return self.tier.on_change
+
+    @on_change.setter
+    def on_change(self, on_change: OnChange | None) -> None:
+        self.tier.on_change = on_change
 
     def read(self, payload: Payload, into: memoryview) -> None:
         """Start reading a payload into its slot."""

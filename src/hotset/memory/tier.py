@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from hotset.memory.journal import OnChange
+
 
 @dataclass(frozen=True, slots=True)
 class TierInfo:
@@ -99,9 +101,13 @@ class Tier(Protocol):
     `submit_read` start a copy, `poll` reports the ended ones. A buffer given to a submit must
     stay unchanged (write) or untouched (read) until `poll` reports OK or FAILED for its id.
     A fault is a FAILED completion and a counter, never an exception.
+
+    Attributes:
+        on_change: see `journal.Source`.
     """
 
     info: TierInfo
+    on_change: OnChange | None
 
     def lookup(self, keys: Sequence[bytes]) -> list[Answer]:
         """For each key, whether its payload is stored and readable now (a queued write is not).

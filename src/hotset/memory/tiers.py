@@ -7,6 +7,7 @@ from hotset.clock import REAL_CLOCK, Clock
 from hotset.cost.rates import Rates
 from hotset.errors import OutOfBlocksError
 from hotset.eviction import policy_named
+from hotset.memory.journal import Source
 from hotset.memory.mover import Batch, Copier, Mover
 from hotset.memory.pending import PendingKeys
 from hotset.memory.residency import Payload, Residency, State
@@ -148,6 +149,11 @@ class TierStack:
         is_read = payload.state is State.READING
         return Found(Answer.HIT, self.infos[payload.source if is_read else 0])
 
+    def sources(self) -> dict[str, Source]:
+        """The tiers by their names, for a journal."""
+        slower = {slower.tier.info.name: slower for slower in self.slower}
+        return {self.infos[0].name: self.host, **slower}
+
     def usage(self) -> list[TierUsage]:
         """What each of `infos` holds now."""
         host = TierUsage(self.host.num_used, self.host.num_slots, {}, self.host.states())
@@ -250,8 +256,8 @@ class TierStack:
         for key in keys:
             payload = self.host.get(key)
             if payload is not None:
-                payload.slowest = 0  # what is still on its way down ends there
                 self.host.drop(payload)
+                payload.slowest = 0  # what is still on its way down ends there
         for slower in self.slower:
             slower.tier.discard(keys)
 

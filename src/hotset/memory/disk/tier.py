@@ -13,6 +13,7 @@ from hotset.memory.disk import index as disk_index
 from hotset.memory.disk.block_files import BlockFiles, Peers
 from hotset.memory.disk.io_queue import IoQueue, Job, Mailbox
 from hotset.memory.disk.slab import SLOT_ALIGN_BYTES, slot_bytes_for
+from hotset.memory.journal import OnChange
 from hotset.memory.tier import Answer, Completion, CompletionStatus, TierInfo, TierUsage
 
 _FIXED_BYTES = disk_index.BASE_BYTES + SLOT_ALIGN_BYTES  # the lock file takes a page
@@ -90,6 +91,7 @@ class DiskTier:
         slot_bytes: length of every buffer given to `submit_*`: `payload_bytes` in whole pages.
         capacity_payloads: how many fit.
         reclaimed: why blocks found at open were thrown away, or None.
+        on_change: see `journal.Source`.
 
     Raises:
         TierError: too small, no space, in use, or not writable. Blocks that were there still are,
@@ -118,6 +120,7 @@ class DiskTier:
                 f"give at least {capacity_bytes_for(1, payload_bytes)}"
             )
         self.info = TierInfo("disk", num_slots, self.slot_bytes)
+        self.on_change: OnChange | None = None
         self._clock = clock
         self._files = files = BlockFiles(
             folder,
@@ -295,7 +298,10 @@ class DiskTier:
         if self._free:
             return self._free.popleft()
         key = self._order.victim(lambda key: self._blocks[key].num_readers > 0)
-        return None if key is None else self._blocks.pop(key).slot
+        if key is None:
+            return None
+        self._tell(key, is_there=False)
+        return self._blocks.pop(key).slot
 
     def _stored(self, key: bytes) -> _Block | None:
         """The block of a key, where it can be read."""
@@ -305,9 +311,14 @@ class DiskTier:
     def _forget(self, key: bytes, block: _Block) -> None:
         """Find a stored block no more; its slot is free once no read of it runs."""
         self._order.remove(key)
+        self._tell(key, is_there=False)
         del self._blocks[key]
         if block.num_readers == 0:
             self._free.append(block.slot)
+
+    def _tell(self, key: bytes, *, is_there: bool) -> None:
+        if self.on_change is not None:
+            self.on_change(key, is_there)
 
     def _new_job(self, key: bytes, slot: int, buffer: memoryview) -> Job:
         self._next_id += 1
@@ -338,6 +349,7 @@ class DiskTier:
         if job.ok and block.is_wanted:
             block.checksum = job.checksum
             self._order.admit(job.key)
+            self._tell(job.key, is_there=True)
         else:
             if job.ok:
                 self._files.forget([job.slot])

@@ -1,0 +1,92 @@
+"""What those who follow an engine are told beside outputs: its journal and its load.
+
+Imports no torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from hotset.clock import Clock
+from hotset.engine.messages import Load, Submit
+from hotset.memory.journal import Journal, JournalPart
+
+if TYPE_CHECKING:
+    from hotset.engine.engine import Engine
+
+_LOAD_EVERY_S = 0.1
+
+
+class Following:
+    """Parts of reports that are there only while somebody follows the engine.
+
+    Used by the engine's thread alone.
+
+    Args:
+        engine: as it is between two steps.
+        clock: says when the load is due again.
+    """
+
+    def __init__(self, engine: "Engine", clock: Clock) -> None:
+        self._engine, self._clock = engine, clock
+        below = {} if engine.tiers is None else engine.tiers.sources()
+        self._journal = Journal({"device": engine.kv.pool, **below})
+        self._waiting: dict[str, Submit] = {}  # by the request's id
+        self._num_waiting_tokens = self._num_expected_tokens = 0  # of the prompts of these
+        self._is_on = False
+        self._load: Load | None = None  # that was told last
+        self._due_s = 0.0
+
+    def follow(self, is_on: bool) -> None:
+        """See `EngineHost.follow`."""
+        self._is_on, self._load = is_on, None
+        self._journal.follow(is_on)
+
+    def arrive(self, submit: Submit) -> None:
+        """A request waits for its first step."""
+        self._waiting[submit.request_id] = submit
+        self._count(submit, 1)
+
+    def start(self, request_id: str) -> None:
+        """A request waits no longer, if it did."""
+        submit = self._waiting.pop(request_id, None)
+        if submit is not None:
+            self._count(submit, -1)
+
+    def _count(self, submit: Submit, sign: int) -> None:
+        num_tokens, expected = len(submit.token_ids), submit.expected_tokens
+        self._num_waiting_tokens += sign * num_tokens
+        self._num_expected_tokens += sign * (num_tokens if expected is None else expected)
+
+    def wait_s(self, most_s: float | None) -> float | None:
+        """How long an engine without requests may wait, `most_s` at most, before there is more."""
+        return 0.0 if self._journal.has_news else most_s
+
+    def news(self, num_open: int) -> tuple[JournalPart | None, Load | None]:
+        """What is to be told now, when `num_open` requests have not ended."""
+        if not self._is_on:
+            return None, None
+        load = None
+        if self._clock.now() >= self._due_s or not num_open:
+            load = self._load_now(num_open)
+            if load == self._load:
+                load = None
+            else:
+                self._load, self._due_s = load, self._clock.now() + _LOAD_EVERY_S
+        return self._journal.take(), load
+
+    def _load_now(self, num_open: int) -> Load:
+        engine = self._engine
+        scheduler, kv = engine.scheduler, engine.kv
+        left = (one.prompt_len - one.kv.num_computed_tokens for one in scheduler.running)
+        needed = scheduler.num_blocks_ahead + -(-self._num_waiting_tokens // kv.block_size)
+        return Load(
+            queued_tokens=self._num_expected_tokens + sum(num for num in left if num > 0),
+            spare_blocks=kv.pool.num_available - needed,
+            usable_blocks=kv.pool.num_usable,
+            queued_bytes=0 if engine.tiers is None else engine.tiers.queued_fetch_bytes(),
+            num_open=num_open,
+            step_s=engine.step_cost.base_s,
+            prefill_tokens_per_s=engine.rates.prefill_tokens_per_s,
+            link_bytes_per_s=dict(engine.rates.link_bytes_per_s),
+            prefilled_tokens=engine.metrics.prefilled_tokens,
+            freed_blocks=engine.metrics.freed_blocks,
+        )
