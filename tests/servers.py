@@ -5,13 +5,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import httpx
 import openai
-import pytest
 import torch
 import uvicorn
 from tiny_models import make_model
@@ -20,9 +20,9 @@ from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.service import EngineService
+from hotset.engine.stream_service import StreamService
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
-from hotset.server import app as app_module
 from hotset.server.app import Api, ServerConfig
 
 KEY = "sk-alice-0123456789"
@@ -43,7 +43,7 @@ class RunningServer:
 
     port: int
     api: Api
-    service: EngineService
+    service: StreamService
     stop: Callable[[], None]
 
     @property
@@ -63,55 +63,49 @@ def running_server(
     server_config: ServerConfig | None = None,
     *,
     drain_s: int = 1,
+    start: Callable[[], StreamService] | None = None,
     own_process: bool = False,
     context: int = 512,
     family: str = "llama",
 ) -> Iterator[RunningServer]:
-    """Serve until the block ends."""
-    made: list[EngineService] = []
-
-    def make(config: Options, **_: Any) -> EngineService:
-        made.append(
-            EngineService(
-                config,
-                build=partial(build, context=context, family=family),
-                own_process=own_process,
-            )
+    """Serve what `start` returns until the block ends; None is an engine over a tiny model."""
+    ready: Future[StreamService] = Future()
+    start = start or partial(
+        EngineService,
+        config or Options.of(hot_gib=0.01),
+        build=partial(build, context=context, family=family),
+        own_process=own_process,
+    )
+    api = Api(
+        start,
+        server_config or ServerConfig(),
+        on_ready=ready.set_result,
+        on_failure=ready.set_exception,
+    )
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            api,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=drain_s,
         )
-        return made[0]
+    )
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app_module, "EngineService", make)
-        ready = threading.Event()
-        api = Api(
-            config or Options.of(hot_gib=0.01),
-            server_config or ServerConfig(),
-            on_ready=lambda _: ready.set(),
-        )
-        listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                api,
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=drain_s,
-            )
-        )
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
+    def stop() -> None:
+        api.drain()
+        server.should_exit = True
+        thread.join(60)
 
-        def stop() -> None:
-            api.drain()
-            server.should_exit = True
-            thread.join(60)
-
-        try:
-            assert ready.wait(60)
-            yield RunningServer(listener.getsockname()[1], api, made[0], stop)
-        finally:
-            stop()
-            listener.close()
+    try:
+        service = ready.result(60)
+        yield RunningServer(listener.getsockname()[1], api, service, stop)
+    finally:
+        stop()
+        listener.close()
 
 
 def wait_for(condition: Callable[[], Any]) -> None:

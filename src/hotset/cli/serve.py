@@ -1,5 +1,6 @@
 """`hotset serve`: the OpenAI-compatible HTTP server."""
 
+import functools
 import ipaddress
 import math
 import os
@@ -137,6 +138,7 @@ def command(
     _require_keys(host, keys)
     with _listen(host, port) as listener:  # before the seconds that imports and the model take
         from hotset.cli import serving
+        from hotset.engine.service import EngineService
         from hotset.server import logs
 
         logs.set_up(log_format, log_level)  # type: ignore[arg-type]  # click has checked it
@@ -147,7 +149,9 @@ def command(
         if dry_run:
             serving.dry_run(options, where)
         else:
-            serving.serve(options, config, listener, where, drain_s)
+            # In a process of its own, where HTTP cannot delay its steps.
+            start = functools.partial(EngineService, options, own_process=True)
+            serving.serve(start, config, listener, where, drain_s)
 
 
 def _server_config(

@@ -7,12 +7,14 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import click
 import uvicorn
 
-from hotset.engine import service as services
+from hotset.engine.service import EngineService
+from hotset.engine.stream_service import StreamService
 from hotset.errors import HotsetError
 from hotset.options import Options
 from hotset.server.app import Api, ServerConfig
@@ -24,22 +26,26 @@ _CUT_OFF_S = 5
 
 def dry_run(options: Options, where: str) -> None:
     """Set everything up, print what went where, and give it all back."""
-    with contextlib.closing(services.EngineService(options)) as service:
+    with contextlib.closing(EngineService(options)) as service:
         _warn_of_no_template(service)
         click.echo(f"{service.report}\nwould serve {service.model.name} at {where}/v1")
 
 
 def serve(
-    options: Options, config: ServerConfig, listener: socket.socket, where: str, drain_s: int
+    start: Callable[[], StreamService],
+    config: ServerConfig,
+    listener: socket.socket,
+    where: str,
+    drain_s: int,
 ) -> None:
-    """Serve until a signal ends it.
+    """Serve what `start` returns until a signal ends it.
 
     Raises:
-        HotsetError: the model cannot be loaded. SystemExit: the server cannot start.
+        HotsetError: of `start`. SystemExit: the server cannot start.
     """
     failures: list[HotsetError] = []
 
-    def on_ready(service: services.EngineService) -> None:
+    def on_ready(service: StreamService) -> None:
         _warn_of_no_template(service)
         click.echo(f"{service.report}\nserving {service.model.name} at {where}/v1", err=True)
         click.echo(f"status page {where}/, API {where}/docs, metrics {where}/metrics", err=True)
@@ -48,7 +54,7 @@ def serve(
         failures.append(error)
         server.should_exit = True
 
-    api = Api(options, config, on_ready=on_ready, on_failure=on_failure)
+    api = Api(start, config, on_ready=on_ready, on_failure=on_failure)
     server = _Server(api, where, drain_s)
     _raise_file_limit()
     server.run(sockets=[listener])
@@ -112,7 +118,7 @@ class _Server(uvicorn.Server):
         await self._api.end_requests()
 
 
-def _warn_of_no_template(service: services.EngineService) -> None:
+def _warn_of_no_template(service: StreamService) -> None:
     message = PromptEncoder(service.model).no_template
     if message is not None:
         click.echo(f"warning: {message}; chats are answered with 400", err=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hotset.engine.output_stream import OutputStream
-from hotset.engine.service import EngineService
+from hotset.engine.stream_service import StreamService
 from hotset.errors import RequestError
 from hotset.request import SamplingParams
 from hotset.server.errors import ApiError
@@ -44,7 +44,7 @@ class Admission:
         limits: of a request.
     """
 
-    def __init__(self, service: EngineService, encoder: PromptEncoder, limits: Limits) -> None:
+    def __init__(self, service: StreamService, encoder: PromptEncoder, limits: Limits) -> None:
         self.service = service
         self.encoder = encoder
         self.limits = limits

@@ -16,9 +16,8 @@ from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hotset import __version__
-from hotset.engine.service import EngineService
+from hotset.engine.stream_service import StreamService
 from hotset.errors import EngineError, HotsetError
-from hotset.options import Options
 from hotset.server import metrics, openapi
 from hotset.server.admission import Admission
 from hotset.server.batches import BatchRunner
@@ -55,7 +54,7 @@ _PAGE_HEADERS = {
 
 @dataclass(slots=True)
 class ServerConfig:
-    """How requests are taken; `Options` says how they are computed.
+    """How requests are taken.
 
     Attributes:
         keys: who may ask; without keys every client may.
@@ -65,7 +64,6 @@ class ServerConfig:
         files_gib: most that one tenant's files may take.
         tracer: gets a span of each request; None is no traces.
         cors_origins: of pages that browsers may let use the server; `*` is any page.
-        own_process: run the engine in a process of its own, where HTTP cannot delay its steps.
     """
 
     keys: Keys = field(default_factory=Keys)
@@ -75,14 +73,13 @@ class ServerConfig:
     files_gib: float = 4.0
     tracer: Tracer | None = None
     cors_origins: Collection[str] = ()
-    own_process: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
     """What answers requests once the model is loaded."""
 
-    service: EngineService
+    service: StreamService
     admission: Admission
     board: StatusBoard
     store: FileStore | None
@@ -96,21 +93,21 @@ class Api:
         is_loaded: whether requests are, or were, taken.
 
     Args:
-        options: of the engine.
+        start: returns what serves requests, once it does; called in a thread. Raises HotsetError.
         config: of the server.
         on_ready: called in the event loop when requests are served.
-        on_failure: called in the event loop when the model cannot be loaded.
+        on_failure: called in the event loop when `start` has raised.
     """
 
     def __init__(
         self,
-        options: Options,
+        start: Callable[[], StreamService],
         config: ServerConfig,
         *,
-        on_ready: Callable[[EngineService], None] = lambda service: None,
+        on_ready: Callable[[StreamService], None] = lambda service: None,
         on_failure: Callable[[HotsetError], None] = lambda error: None,
     ) -> None:
-        self._options = options
+        self._start = start
         self._config = config
         self._on_ready = on_ready
         self._on_failure = on_failure
@@ -214,8 +211,8 @@ class Api:
             await asyncio.to_thread(self._config.tracer.close)
 
     async def _load(self) -> None:
-        def build() -> tuple[EngineService, PromptEncoder]:
-            service = EngineService(self._options, own_process=self._config.own_process)
+        def build() -> tuple[StreamService, PromptEncoder]:
+            service = self._start()
             try:
                 return service, PromptEncoder(service.model, finds_repeats=service.keeps_states)
             except BaseException:

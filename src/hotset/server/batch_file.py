@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hotset.engine.completion import gather
-from hotset.engine.service import EngineService
+from hotset.engine.stream_service import StreamService
 from hotset.errors import ConfigError, EngineError, HotsetError, RequestError
 from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.request import FinishReason
@@ -135,7 +135,7 @@ class Batch:
 
     def run(
         self,
-        service: EngineService,
+        service: StreamService,
         *,
         window: int,
         identity: RunIdentity | None = None,
@@ -193,7 +193,7 @@ class Batch:
                     pending.admitted.abort()
         return summary
 
-    def _finish(self, pending: _Pending, service: EngineService, summary: BatchSummary) -> None:
+    def _finish(self, pending: _Pending, service: StreamService, summary: BatchSummary) -> None:
         """Wait for a line's answer and write it."""
         record = pending.record
         if record is None:
@@ -335,7 +335,7 @@ def _submit(pending: _Pending, submit: Callable[[GenerationRequest], Admitted]) 
         pending.record = _request_error(pending.custom_id, ApiError(500, "internal error"))
 
 
-def _answer(pending: _Pending, service: EngineService) -> Json:
+def _answer(pending: _Pending, service: StreamService) -> Json:
     """Wait for a line's outputs; returns its record."""
     admitted = pending.admitted
     assert admitted is not None

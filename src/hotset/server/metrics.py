@@ -11,8 +11,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from hotset.engine.latency import Histogram
-from hotset.engine.service import EngineService
 from hotset.engine.status import EngineStatus
+from hotset.engine.stream_service import StreamService
 from hotset.server.gate import HttpCounts
 
 _HISTOGRAMS = {
@@ -82,7 +82,7 @@ _NAMES = {
 
 
 def exposition(
-    service: EngineService, status: EngineStatus, http: HttpCounts, accept: str
+    service: StreamService, status: EngineStatus, http: HttpCounts, accept: str
 ) -> tuple[bytes, str]:
     """The page and its content type, in the format that `accept` asks for."""
     registry = CollectorRegistry()
@@ -93,7 +93,7 @@ def exposition(
 
 
 class _Snapshot(Collector):
-    def __init__(self, service: EngineService, status: EngineStatus, http: HttpCounts) -> None:
+    def __init__(self, service: StreamService, status: EngineStatus, http: HttpCounts) -> None:
         self._latencies = service.latencies
         self._metrics = service.metrics
         self._status = status

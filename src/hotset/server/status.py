@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hotset import __version__
-from hotset.engine.service import EngineService
 from hotset.engine.status import EngineStatus
+from hotset.engine.stream_service import StreamService
 from hotset.errors import EngineError
 from hotset.metrics import Metrics
 from hotset.server.body import Json
@@ -44,7 +44,7 @@ class _Sample:
 class StatusBoard:
     """Samples the counters once a second, and looks at the engine when a client asks."""
 
-    def __init__(self, service: EngineService) -> None:
+    def __init__(self, service: StreamService) -> None:
         self._service = service
         self._samples: deque[_Sample] = deque([self._sample()], maxlen=_HISTORY_S + 1)
         self._start_s = time.time()
