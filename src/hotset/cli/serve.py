@@ -147,9 +147,8 @@ def command(
         config.limits, config.cors_origins = limits, cors_origins
         where = f"http://{_printable(listener)}"
         if dry_run:
-            serving.dry_run(options, where)
-        else:
-            # In a process of its own, where HTTP cannot delay its steps.
+            serving.dry_run(functools.partial(EngineService, options), where)
+        else:  # in a process of its own, where HTTP cannot delay its steps
             start = functools.partial(EngineService, options, own_process=True)
             serving.serve(start, config, listener, where, drain_s)
 

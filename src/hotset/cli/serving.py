@@ -13,10 +13,8 @@ from typing import Any
 import click
 import uvicorn
 
-from hotset.engine.service import EngineService
 from hotset.engine.stream_service import StreamService
 from hotset.errors import HotsetError
-from hotset.options import Options
 from hotset.server.app import Api, ServerConfig
 from hotset.text.prompt import PromptEncoder
 
@@ -24,9 +22,9 @@ _KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its own connections
 _CUT_OFF_S = 5
 
 
-def dry_run(options: Options, where: str) -> None:
+def dry_run(start: Callable[[], StreamService], where: str) -> None:
     """Set everything up, print what went where, and give it all back."""
-    with contextlib.closing(EngineService(options)) as service:
+    with contextlib.closing(start()) as service:
         _warn_of_no_template(service)
         click.echo(f"{service.report}\nwould serve {service.model.name} at {where}/v1")
 
