@@ -24,6 +24,7 @@ PLAIN = {
     "options",
     "units",
     "errors",
+    "secret",
     "metrics",
     "cgroups",
     "cpu_libraries",

@@ -81,6 +81,7 @@ class Report:
         notes: lines for the log.
         failure: one line; the engine serves no more, and this is the last report.
         journal, load: while somebody follows the engine; see `EngineHost.follow`.
+        is_draining: the engine takes no more requests, see `EngineHost.drain`.
     """
 
     time_s: float
@@ -91,6 +92,7 @@ class Report:
     failure: str | None = None
     journal: JournalPart | None = None
     load: Load | None = None
+    is_draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,168 @@
+"""A front and a replica with a real link between them, over an engine in a thread."""
+
+import contextlib
+import queue
+from collections.abc import Iterator
+
+import pytest
+from servers import build, wait_for
+
+from hotset.engine.loop import EngineLoop
+from hotset.engine.messages import Report, Submit
+from hotset.engine.status import EngineStatus
+from hotset.errors import EngineError, OverloadedError, RequestError
+from hotset.fleet.address import Address
+from hotset.fleet.link_host import LinkHost
+from hotset.fleet.listener import Listener
+from hotset.options import Options
+from hotset.request import FinishReason, RequestOutput, SamplingParams
+
+SECRET = b"0123456789abcdef"
+SHORT = SamplingParams(max_tokens=8, ignore_eos=True)
+LONG = SamplingParams(max_tokens=400, ignore_eos=True)
+
+
+class Replica:
+    """A listener over an engine of its own."""
+
+    def __init__(self, address: Address) -> None:
+        self.listener = Listener(address, SECRET, replica_id="r1")
+        self.address = str(self.listener.address)
+        self.host = EngineLoop(Options.of(hot_gib=0.01), build, self.listener.take_report)
+        self.listener.serve(self.host)
+
+    def close(self) -> None:
+        self.listener.close()
+        self.host.close()
+
+
+class Front:
+    """A link, and what it reports."""
+
+    def __init__(self, address: str, secret: bytes = SECRET) -> None:
+        self.reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self.host = LinkHost(address, secret, self.reports.put)
+
+    def outputs(self, *request_ids: str) -> list[RequestOutput]:
+        """All until the last of each request."""
+        found: list[RequestOutput] = []
+        left = set(request_ids)
+        while left:
+            report = self.reports.get(timeout=30)
+            assert report.failure is None
+            found += report.outputs
+            left -= {one.request_id for one in report.outputs if one.finish_reason is not None}
+        return found
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    with contextlib.closing(Replica(Address(path=str(tmp_path_factory.mktemp("r") / "s")))) as made:
+        yield made
+
+
+@pytest.fixture
+def front(replica: Replica) -> Iterator[Front]:
+    front = Front(replica.address)
+    yield front
+    front.host.close()
+
+
+def text_of(outputs: list[RequestOutput]) -> str:
+    return "".join(one.text for one in outputs)
+
+
+def is_idle(replica: Replica) -> bool:
+    return not replica.listener._routes and not replica.host._entries
+
+
+def test_a_request_goes_over_the_link_and_its_outputs_come_back(front: Front) -> None:
+    front.host.submit(Submit("a", [5, 6, 7], SHORT))
+    outputs = front.outputs("a")
+    assert sum(len(one.token_ids) for one in outputs) == 8
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    assert front.host.model.name == "tiny"
+    assert front.host.replica_id == "r1"
+    assert front.host.info.max_model_len == 512
+    wait_for(lambda: front.host.metrics.output_tokens >= 8)
+
+
+def test_two_fronts_may_use_the_same_request_id_and_each_gets_its_own(
+    replica: Replica, front: Front
+) -> None:
+    other = Front(replica.address)
+    front.host.submit(Submit("a", [5, 6, 7], SHORT))
+    other.host.submit(Submit("a", [9, 8], SamplingParams(max_tokens=3, ignore_eos=True)))
+    assert sum(len(one.token_ids) for one in front.outputs("a")) == 8
+    assert sum(len(one.token_ids) for one in other.outputs("a")) == 3
+    other.host.close()
+
+
+def test_a_request_is_forgotten_once_all_of_its_outputs_have_ended(
+    replica: Replica, front: Front
+) -> None:
+    params = SamplingParams(max_tokens=6, n=3, seed=1, temperature=1.0, ignore_eos=True)
+    front.host.submit(Submit("a", [5, 6, 7], params))
+    outputs: list[RequestOutput] = []
+    while len([one for one in outputs if one.finish_reason]) < 3:
+        outputs += front.outputs("a")
+    assert {one.index for one in outputs if one.finish_reason} == {0, 1, 2}
+    wait_for(lambda: is_idle(replica))
+
+
+@pytest.mark.parametrize(
+    ("submit", "kind", "said"),
+    [
+        (Submit("a", [5] * 600, SHORT), RequestError, "512"),
+        (Submit("a", [5], SHORT, queue_limit=0), OverloadedError, "try again later"),
+        (Submit("a", [2**70], SHORT), RequestError, "64 bits"),
+        (Submit("a", [5], SamplingParams(seed=2**70)), RequestError, "64 bits"),
+        (Submit("a", [5], SamplingParams(stop=("\ud800",))), RequestError, "surrogate"),
+    ],
+)
+def test_a_refused_request_raises_what_the_engine_raised(
+    front: Front, submit: Submit, kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        front.host.submit(submit)
+
+
+def test_a_request_id_that_is_in_use_is_refused(front: Front) -> None:
+    front.host.submit(Submit("a", [5, 6, 7], LONG))
+    with pytest.raises(RequestError, match="request id 'a' is in use"):
+        front.host.submit(Submit("a", [5, 6, 7], SHORT))
+    front.host.abort("a")
+    assert front.outputs("a")[-1].finish_reason is FinishReason.ABORT
+
+
+def test_a_front_sees_the_engine(front: Front) -> None:
+    front.host.look(17)
+    while not (looks := front.reports.get(timeout=30).looks):
+        pass
+    [(number, seen)] = looks
+    assert number == 17
+    assert isinstance(seen, EngineStatus)
+    assert seen.tiers[0].name == "device"
+
+
+@pytest.mark.parametrize("how", ["close", "break"])
+def test_requests_end_with_their_link_and_others_go_on(
+    replica: Replica, front: Front, how: str
+) -> None:
+    other = Front(replica.address)
+    other.host.submit(Submit("a", [5, 6, 7], LONG))
+    front.host.submit(Submit("a", [5, 6], LONG))
+    if how == "close":
+        other.host.close()
+    else:
+        other.host._thread.call(other.host._link.abort)
+        while (failure := other.reports.get(timeout=30).failure) is None:
+            pass
+        assert (
+            failure == "the link to replica r1 has ended: the other side has closed the connection"
+        )
+        wait_for(lambda: not other.host.is_alive)
+    with pytest.raises(EngineError, match="link"):
+        other.host.submit(Submit("b", [5], SHORT))
+    assert sum(len(one.token_ids) for one in front.outputs("a")) == 400
+    wait_for(lambda: is_idle(replica))
