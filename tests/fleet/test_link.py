@@ -3,6 +3,7 @@
 import contextlib
 import queue
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from servers import build, wait_for
@@ -10,7 +11,7 @@ from servers import build, wait_for
 from hotset.engine.loop import EngineLoop
 from hotset.engine.messages import Report, Submit
 from hotset.engine.status import EngineStatus
-from hotset.errors import EngineError, OverloadedError, RequestError
+from hotset.errors import DrainingError, EngineError, OverloadedError, RequestError
 from hotset.fleet.address import Address
 from hotset.fleet.link_host import LinkHost
 from hotset.fleet.listener import Listener
@@ -166,3 +167,41 @@ def test_requests_end_with_their_link_and_others_go_on(
         other.host.submit(Submit("b", [5], SHORT))
     assert sum(len(one.token_ids) for one in front.outputs("a")) == 400
     wait_for(lambda: is_idle(replica))
+
+
+def test_a_front_that_follows_gets_the_load_and_the_journal_until_it_leaves(
+    replica: Replica, front: Front
+) -> None:
+    other = Front(replica.address)
+    front.host.follow(True)
+    front.host.submit(Submit("a", [5] * 40, SHORT))
+    other.host.submit(Submit("b", [6] * 40, SHORT))
+    seen: list[Report] = []
+    while not any(report.journal is not None and report.journal.ends for report in seen):
+        seen.append(front.reports.get(timeout=30))
+    while not any(report.load is not None for report in seen):
+        seen.append(front.reports.get(timeout=30))
+    other.outputs("b")
+    other.host.close()
+    front.host.close()
+    wait_for(lambda: not replica.listener._followers)
+
+
+def test_a_replica_that_drains_says_so_and_takes_no_more(tmp_path: Path) -> None:
+    replica = Replica(Address(path=str(tmp_path / "s")))
+    front = Front(replica.address)
+    front.host.submit(Submit("a", [5, 6, 7], LONG))
+    replica.listener.drain(0.0)
+    reports = []
+    while not any(one.outputs and one.outputs[-1].finish_reason for one in reports):
+        reports.append(front.reports.get(timeout=30))
+    assert any(report.is_draining for report in reports)
+    assert reports[-1].outputs[-1].finish_reason is FinishReason.MOVED
+    with pytest.raises(DrainingError):
+        front.host.submit(Submit("b", [5], SHORT))
+    late = Front(replica.address)
+    assert late.reports.get(timeout=30).is_draining
+    for one in (front, late):
+        one.host.close()
+    replica.close()
+    assert not Path(replica.address).exists()
