@@ -2,6 +2,10 @@
 
 import json
 import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +60,25 @@ def test_an_error_of_a_rank_is_one_line_that_names_it_and_leaves_no_process() ->
     with pytest.raises(ConfigError, match=r"2 GPUs failed on rank [01]: .") as failed:
         ranks.probe_ranks("cpu", 2, Effort(sizes=(-2,), copy_bytes=1024, figure_s=0.01))
     assert "\n" not in str(failed.value)
+    assert multiprocessing.active_children() == []
+
+
+class _Abort(tuple[int, ...]):
+    """Sizes that end the process that goes through them, as an error of C++ in a thread does."""
+
+    def __iter__(self) -> Iterator[int]:
+        print("a first line\nterminate called: a last line\n", file=sys.stderr, flush=True)
+        os.abort()
+
+
+def test_a_rank_that_a_signal_ends_is_named_with_the_last_line_of_its_stderr(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(ConfigError) as failed:
+        ranks.probe_ranks("cpu", 2, Effort(sizes=_Abort(), copy_bytes=1024, figure_s=0.01))
+    line = r"the probe of 2 GPUs failed on rank [01]: .* signal SIGABRT: terminate called: a last l"
+    assert re.match(line, str(failed.value)) and "\n" not in str(failed.value)
+    assert "a first line" in capfd.readouterr().err  # all of it is there to read
     assert multiprocessing.active_children() == []
 
 

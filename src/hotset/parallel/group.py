@@ -1,6 +1,7 @@
 """The ranks of this process' model: their numbers, and what they tell each other."""
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ def join(store: Store, rank: int, size: int, device: str, timeout_s: float) -> G
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # Imported after, its functions would hold the group as a default, and so its threads, for good.
+    importlib.import_module("torch.distributed.nn.functional")
     backend, own = "gloo", torch.device("cpu")
     if device == "cuda":
         backend, own = "cpu:gloo,cuda:nccl", torch.device("cuda", rank)

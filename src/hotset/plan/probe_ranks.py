@@ -4,8 +4,11 @@ A process per GPU, as the engine has them. Everything is bounded in time, and no
 """
 
 import multiprocessing
+import sys
+import tempfile
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,10 +54,28 @@ def probe_ranks(device: str, gpus: int, effort: Effort | None = None) -> dict[st
 
 
 def _probe(device: str, count: int, effort: Effort) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="hotset-probe-") as folder:
+        errors = f"{folder}/stderr-"
+        try:
+            return _measured(device, count, effort, errors)
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            cause = str(error).strip().splitlines()[-1]
+            if isinstance(error, ProcessExitedException):
+                cause += _last_line(f"{errors}{error.error_index}")
+            raise ConfigError(
+                f"the probe of {count} GPUs failed on rank {error.error_index}: {cause}"
+            ) from error
+        finally:
+            for path in sorted(Path(folder).iterdir()):
+                sys.stderr.write(path.read_text(errors="replace"))
+
+
+def _measured(device: str, count: int, effort: Effort, errors: str) -> dict[str, Any]:
+    """What rank 0 sends; the files `errors` and a rank get what that rank writes to stderr."""
     deadline = time.monotonic() + TIMEOUT_S
     store = serve_store(count, TIMEOUT_S)
     receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    arguments = (device, count, store.port, TIMEOUT_S, effort, sender)
+    arguments = (device, count, store.port, TIMEOUT_S, effort, sender, errors)
     ranks = start(measure, arguments, nprocs=count, join=False, daemon=True)
     assert ranks is not None
     sender.close()
@@ -66,16 +87,20 @@ def _probe(device: str, count: int, effort: Effort) -> dict[str, Any]:
                     "fewer with --gpus, or see whether another process uses them"
                 )
         return _answer(receiver, count)
-    except (ProcessRaisedException, ProcessExitedException) as error:
-        cause = str(error).strip().splitlines()[-1]
-        raise ConfigError(
-            f"the probe of {count} GPUs failed on rank {error.error_index}: {cause}"
-        ) from error
     finally:
         for process in ranks.processes:
             process.kill()
             process.join()
         receiver.close()
+
+
+def _last_line(path: str) -> str:
+    """The last line that a rank wrote to stderr, behind a colon; empty where it wrote none."""
+    try:
+        lines = Path(path).read_text(errors="replace").split("\n")
+    except FileNotFoundError:
+        return ""
+    return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
 
 
 def _answer(receiver: Connection, count: int) -> dict[str, Any]:

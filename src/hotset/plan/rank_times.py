@@ -4,7 +4,9 @@ All ranks make the same calls in the same order: how often each is repeated is r
 """
 
 import functools
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +17,12 @@ import torch
 from torch import distributed
 
 from hotset.parallel import collectives
-from hotset.parallel.group import Group, agreed, find_store, join, leave
+from hotset.parallel.group import Group, agreed, find_store, join
 
 KIB, MIB = 2**10, 2**20
 _PER_GRAPH = 20  # calls that are recorded together, as steps have them
 _LEAST_CALLS, _MOST_CALLS = 3, 50
+_SENT = "figures are sent"
 
 # PyTorch 2.13 has another name for it, and warns of the older one.
 _reduce_scatter = getattr(distributed, "reduce_scatter_single", distributed.reduce_scatter_tensor)
@@ -43,15 +46,30 @@ class Effort:
 
 
 def measure(
-    rank: int, device: str, count: int, port: int, timeout_s: float, effort: Effort, to: Connection
+    rank: int,
+    device: str,
+    count: int,
+    port: int,
+    timeout_s: float,
+    effort: Effort,
+    to: Connection,
+    errors: str,
 ) -> None:
-    """Be one of `count` ranks; rank 0 sends the figures of all through `to`."""
+    """Be one of `count` ranks; rank 0 sends the figures of all through `to`. Never returns.
+
+    What it writes to stderr goes to the file `errors`, with the rank behind its name.
+    """
+    os.dup2(os.open(f"{errors}{rank}", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
     torch.set_num_threads(1)
-    group = join(find_store(port, count, timeout_s), rank, count, device, timeout_s)
+    store = find_store(port, count, timeout_s)
+    group = join(store, rank, count, device, timeout_s)
     figures = _Figures(group, effort).all()
     if rank == 0:
         to.send(figures)
-    leave()
+        store.set(_SENT, "")
+    store.wait([_SENT])  # a rank that ends earlier would break collectives of the others
+    # Without what Python does at its end, which aborts where a thread of gloo lets go of a tensor.
+    os._exit(0)
 
 
 class _Figures:
