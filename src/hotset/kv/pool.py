@@ -211,7 +211,7 @@ class BlockPool:
             if self.on_change is not None:
                 self.on_change(key, False)
 
-    def keys(self) -> list[bytes]:
+    def all_keys(self) -> list[bytes]:
         """See `journal.Source`."""
         return list(self._block_of)
 

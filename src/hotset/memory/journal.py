@@ -69,7 +69,7 @@ class Source(Protocol):
 
     on_change: OnChange | None
 
-    def keys(self) -> list[bytes]:
+    def all_keys(self) -> list[bytes]:
         """Keys of all content that is found here."""
         ...
 
@@ -125,7 +125,7 @@ class Journal:
         begins = self._left is None and self._is_asked
         if begins:
             self._is_asked = False
-            self._left = [(number, source, source.keys()) for number, source in self._sources]
+            self._left = [(number, source, source.all_keys()) for number, source in self._sources]
         if self._left is None:
             return JournalPart(first, changes)
         content = self._content(self._left)

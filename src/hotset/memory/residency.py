@@ -228,7 +228,7 @@ class Residency:
             self._num_idle -= 1
             self._order_of(key).hold(key)
 
-    def keys(self) -> list[bytes]:
+    def all_keys(self) -> list[bytes]:
         """See `journal.Source`."""
         return [key for key, payload in self._payloads.items() if payload.is_findable]
 

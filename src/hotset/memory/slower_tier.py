@@ -50,7 +50,7 @@ class SlowerTier:
         """Whether it says at once that it has a payload."""
         return self.tier.lookup([key])[0] is Answer.HIT
 
-    def keys(self) -> list[bytes]:
+    def all_keys(self) -> list[bytes]:
         """See `journal.Source`."""
         return self.tier.newest_keys(self.tier.info.capacity_payloads)
 
