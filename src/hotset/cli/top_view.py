@@ -9,6 +9,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from hotset.cli.top_fleet import fleet_lines, fleet_panel
+from hotset.cli.top_text import short_bytes, short_seconds
+
 Json = dict[str, Any]
 
 _BLOCK = "■"
@@ -21,7 +24,12 @@ _COLORS = {
     "host": {"f": _FREE, "c": _WARM, "h": _DOWN, "a": _UP},
     "disk": {"f": _FREE, "c": _COLD},
 }
-_TIERS = {"device": "hot: device", "host": "warm: host memory", "disk": "cold: disk"}
+_TIERS = {
+    "device": "hot: device",
+    "host": "warm: host memory",
+    "disk": "cold: disk",
+    "remote": "shared store",
+}
 _USERS = {
     "m": (_HELD, "moving"),
     "h": (_WARM, "hot"),
@@ -47,8 +55,14 @@ def view(status: Json, width: int, height: int | None = None) -> RenderableType:
     width = max(_LEAST_WIDTH, width)
     left = width * 3 // 5
     # What is left of the height beside the other panels goes to the maps, line by line.
-    tiers = status["engine"]["tiers"]
-    map_lines = 6 if height is None else max(1, (height - 12 - 2 * len(tiers)) // len(tiers))
+    tiers, fleet = status["engine"]["tiers"], status["fleet"]
+    parts: list[RenderableType] = [_head(status, width)]
+    if fleet is not None:
+        parts.append(fleet_panel(fleet, width))
+        height = height and height - fleet_lines(fleet)
+    map_lines = 6
+    if height is not None and tiers:
+        map_lines = max(1, (height - 12 - 2 * len(tiers)) // len(tiers))
     grid = Table.grid(padding=(0, 1), expand=True)
     grid.add_column(width=left)
     grid.add_column()
@@ -56,7 +70,7 @@ def view(status: Json, width: int, height: int | None = None) -> RenderableType:
         _memory(tiers, left - 4, map_lines),
         Group(_users(status, width - left - 6), _latency(status), _flows(status)),
     )
-    return Group(_head(status, width), grid)
+    return Group(*parts, grid)
 
 
 def failed(message: str) -> RenderableType:
@@ -88,8 +102,8 @@ def _memory(tiers: list[Json], width: int, most_lines: int) -> RenderableType:
         head.add_row(
             Text(_TIERS.get(str(tier["name"]), str(tier["name"])), style="bold"),
             Text(
-                f"{used:,} of {capacity:,} blocks, {_bytes(used * size)} of "
-                f"{_bytes(capacity * size)}",
+                f"{used:,} of {capacity:,} blocks, {short_bytes(used * size)} of "
+                f"{short_bytes(capacity * size)}",
                 style="dim",
             ),
         )
@@ -135,7 +149,7 @@ def _latency(status: Json) -> RenderableType:
         ("request", "e2e"),
     ):
         values = status["latency_s"][key]
-        table.add_row(label, *(_seconds(values[name]) for name in ("p50", "p90", "p99")))
+        table.add_row(label, *(short_seconds(values[name]) for name in ("p50", "p90", "p99")))
     return Panel(table, title="latency", title_align="left")
 
 
@@ -147,8 +161,8 @@ def _flows(status: Json) -> RenderableType:
     slowest_first = [tier["name"] for tier in status["engine"]["tiers"]][::-1]
     for way, rate in sorted(status["rates"]["moved_bytes_per_s"].items()):
         slow = next((name for name in slowest_first if name in way), "")
-        limit = f" of {_bytes(limits[slow])}/s" if slow in limits else ""
-        table.add_row(way.replace(">", " → "), f"{_bytes(rate)}/s{limit}")
+        limit = f" of {short_bytes(limits[slow])}/s" if slow in limits else ""
+        table.add_row(way.replace(">", " → "), f"{short_bytes(rate)}/s{limit}")
     table.add_row("fetched / recomputed", f"{totals['fetched_tokens']:,} / "
         f"{totals['recompute_chosen_tokens'] + totals['recomputed_tokens']:,} tokens")  # fmt: skip
     found, resumed = (sum(totals[name].values()) for name in ("cached_tokens", "resumed_tokens"))
@@ -178,19 +192,6 @@ def _sparks(values: list[float], width: int) -> str:
     values = values[-width:] if width else []
     top = max(values, default=0) or 1
     return "".join(_SPARKS[round(value / top * (len(_SPARKS) - 1))] for value in values)
-
-
-def _bytes(count: float) -> str:
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{1e3 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
 def _span(seconds: int) -> str:

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol, runtime_checkable
 
 from hotset.engine.latency import Histogram
 from hotset.engine.status import EngineStatus
@@ -124,7 +125,7 @@ class FleetStatus:
 
     Attributes:
         route: how it chooses among replicas (`--route`).
-        replicas: those it has, then those that were lost in the last minutes.
+        replicas: those it has, then those that were lost in the last minutes, if none has their id.
         counts: live ones: they change while one reads.
     """
 
@@ -132,3 +133,12 @@ class FleetStatus:
     route: str
     replicas: tuple[ReplicaStatus, ...]
     counts: FleetCounts
+
+
+@runtime_checkable
+class HasFleet(Protocol):
+    """What serves requests by several replicas."""
+
+    def fleet(self) -> FleetStatus:
+        """What is known of them now; at once, and from any thread."""
+        ...

@@ -300,9 +300,13 @@ class Api:
 
     async def _metrics(self, request: Request) -> Response:
         parts = self._ready()
-        status = await parts.board.look()
-        accept = request.headers.get("accept", "")
-        content, kind = metrics.exposition(parts.service, status, self.gate.counts, accept)
+        content, kind = metrics.exposition(
+            await parts.board.engines(),
+            parts.service.latencies,
+            self.gate.counts,
+            parts.board.fleet(),
+            request.headers.get("accept", ""),
+        )
         return Response(content, headers={"Content-Type": kind})
 
     async def _status(self, request: Request) -> Response:

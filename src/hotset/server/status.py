@@ -1,6 +1,7 @@
 """What the status page and `hotset top` show: the engine now, and its last minutes."""
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections import deque
@@ -11,8 +12,12 @@ from hotset import __version__
 from hotset.engine.status import EngineStatus
 from hotset.engine.stream_service import StreamService
 from hotset.errors import EngineError
+from hotset.fleet.status import FleetStatus, HasFleet, ReplicaState
+from hotset.fleet.sums import merge_engines
 from hotset.metrics import Metrics
 from hotset.server.body import Json
+from hotset.server.engine_metrics import EngineFigures
+from hotset.server.fleet_status import fleet_body
 
 _HISTORY_S = 300
 _RATE_OVER_S = 5
@@ -31,7 +36,7 @@ _EXPERTS = ("hits", "misses", "bytes", "predicted", "predicted_right", "copied_a
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Sample:
-    """The engine's counters at one moment."""
+    """Counters at one moment; `by_replica` are output tokens."""
 
     time_s: float
     output_tokens: int
@@ -39,6 +44,7 @@ class _Sample:
     prompt_tokens: int
     moved_bytes: Mapping[str, int]
     num_open: int
+    by_replica: Mapping[str, int]
 
 
 class StatusBoard:
@@ -58,8 +64,39 @@ class StatusBoard:
             await asyncio.sleep(1.0)
             self._samples.append(self._sample())
 
+    def fleet(self) -> FleetStatus | None:
+        """The replicas; None where there is one engine."""
+        return self._service.fleet() if isinstance(self._service, HasFleet) else None
+
+    async def engines(self) -> list[EngineFigures]:
+        """The engine, or each replica, for a scrape. Raises EngineError."""
+        status, fleet = await self.look(), self.fleet()
+        if fleet is None:
+            return [EngineFigures((), self._service.metrics, status)]
+        return [
+            EngineFigures(
+                (one.replica_id,),
+                one.metrics,
+                None if one.state is ReplicaState.LOST else one.engine,
+            )
+            for one in fleet.replicas
+        ]
+
     async def look(self) -> EngineStatus:
-        """The engine as of now, or as of its last answer. Raises EngineError."""
+        """The engine as of now, or as of its last answer; of a fleet, all replicas together.
+
+        Raises:
+            EngineError: there is no answer. A fleet has one even without replicas.
+        """
+        fleet = self.fleet()
+        if fleet is None:
+            return await self._look_at_service()
+        with contextlib.suppress(EngineError):
+            await self._look_at_service()
+        seen = [one.engine for one in fleet.replicas if one.state is not ReplicaState.LOST]
+        return merge_engines([one for one in seen if one is not None])
+
+    async def _look_at_service(self) -> EngineStatus:
         now_s = time.monotonic()
         if self._look is None and now_s - self._looked_s > _LOOK_EVERY_S:
             self._looked_s = now_s
@@ -93,6 +130,7 @@ class StatusBoard:
             "version": __version__,
             "uptime_s": round(time.time() - self._start_s),
             "engine": dataclasses.asdict(engine),
+            "fleet": self._fleet_body(now, before, seconds),
             "rates": {
                 "output_tokens_per_s": (now.output_tokens - before.output_tokens) / seconds,
                 "computed_tokens_per_s": (now.computed_tokens - before.computed_tokens) / seconds,
@@ -107,6 +145,17 @@ class StatusBoard:
             "totals": _totals(metrics),
             "history": self._history(),
         }
+
+    def _fleet_body(self, now: _Sample, before: _Sample, seconds: float) -> Json | None:
+        fleet = self.fleet()
+        if fleet is None:
+            return None
+        # A replica that has started again counts from zero.
+        rates = {
+            replica: max(0, count - before.by_replica.get(replica, count)) / seconds
+            for replica, count in now.by_replica.items()
+        }
+        return fleet_body(fleet, rates)
 
     def _before(self, now: _Sample) -> _Sample:
         """The newest sample that is old enough for a steady rate, or the oldest."""
@@ -128,7 +177,8 @@ class StatusBoard:
         }
 
     def _sample(self) -> _Sample:
-        metrics = self._service.metrics
+        metrics, fleet = self._service.metrics, self.fleet()
+        replicas = () if fleet is None else fleet.replicas
         return _Sample(
             time.monotonic(),
             metrics.output_tokens,
@@ -136,6 +186,7 @@ class StatusBoard:
             metrics.prompt_tokens,
             dict(metrics.moved_bytes),
             self._service.num_open,
+            {one.replica_id: one.metrics.output_tokens for one in replicas},
         )
 
 

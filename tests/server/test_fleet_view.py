@@ -1,0 +1,151 @@
+"""What a person sees of a fleet: the status page, `hotset top`, and metrics."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from fleet_views import fleet_of
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from servers import build, running_server
+
+from hotset.cli.top import command, fetch
+from hotset.cli.top_view import view
+from hotset.engine.service import EngineService
+from hotset.fleet.status import FleetStatus
+from hotset.options import Options
+
+Show = Callable[[FleetStatus], None]
+
+
+class Front(EngineService):
+    """An engine that says that it is a fleet."""
+
+    def __init__(self) -> None:
+        self.fleets = [fleet_of(1)]
+        super().__init__(Options.of(hot_gib=0.01), build=build)
+
+    def fleet(self) -> FleetStatus:
+        return self.fleets[-1]
+
+
+@pytest.fixture(scope="module")
+def shown() -> Iterator[tuple[str, Show]]:
+    """A front's address, and what sets the fleet that it is to have."""
+    with running_server(start=Front) as server:
+        assert isinstance(server.service, Front)
+        yield server.url, server.service.fleets.append
+
+
+@contextmanager
+def getting(url: str) -> Iterator[Callable[[str], httpx.Response]]:
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
+        yield http.get
+
+
+@pytest.mark.parametrize(
+    "fleet",
+    [
+        fleet_of(1, tiers=("device",)),
+        fleet_of(2, num_lost=1),
+        fleet_of(17, num_draining=1, num_lost=2, tiers=("device", "host", "disk", "remote")),
+        fleet_of(0, num_lost=1),
+    ],
+    ids=["one", "three", "twenty", "all lost"],
+)
+def test_top_shows_every_replica_and_is_no_wider_than_the_terminal(
+    shown: tuple[str, Show], fleet: FleetStatus
+) -> None:
+    url, show = shown
+    show(fleet)
+    status = fetch(url, None)
+    for width in (80, 120, 160):
+        console = Console(width=width)
+        with console.capture() as captured:
+            console.print(view(status, width, 60))
+        text = captured.get()
+        assert max(map(len, text.splitlines())) <= width
+        for one in fleet.replicas:
+            assert f"● {one.replica_id}" in text
+            assert not one.why or f"{one.replica_id}: the link ended" in text
+    once = CliRunner().invoke(command, ["--url", url, "--once"])
+    assert once.exit_code == 0 and "routed by cost" in once.output
+
+
+def test_the_status_of_a_fleet_is_the_sum_of_its_live_replicas_and_names_the_lost(
+    shown: tuple[str, Show],
+) -> None:
+    url, show = shown
+    fleet = fleet_of(2, num_lost=1)
+    show(fleet)
+    status = fetch(url, None)
+    first, second, lost = status["fleet"]["replicas"]
+    engines = [one.engine for one in fleet.replicas[:2]]
+    assert status["engine"]["num_moving"] == sum(one.num_moving for one in engines if one)
+    assert (
+        status["engine"]["tiers"][0]["used"]
+        == first["tiers"][0]["used"] + (second["tiers"][0]["used"])
+    )
+    assert (lost["state"], first["state"]) == ("lost", "serving") and lost["why"]
+    assert first["routed"] == {"prefix": 400, "load": 100, "retry": 25, "resume": 6}
+    assert status["fleet"]["routed"]["prefix"] == 400 + 437 + 474
+    assert status["fleet"]["given_up"] == {"poisoned": 1}
+    assert status["fleet"]["pause_s"] == {"p50": 0.2, "p99": 5.3}
+
+
+def test_the_page_shows_all_of_a_fleet_and_nothing_else(shown: tuple[str, Show]) -> None:
+    url, show = shown
+    show(fleet_of(2, num_lost=1))
+    fleet = fetch(url, None)["fleet"]
+    with getting(url) as get:
+        page = get("/").text
+    replica = fleet["replicas"][0]
+    for key in [*fleet, *replica, *replica["tiers"][0]]:
+        assert re.search(rf"\b{key}\b", page), f"{key} is not shown"
+    for name, part in (("f", fleet), ("r", replica)):
+        for key in re.findall(rf"\b{name}\.([a-z_]+)\b(?!\()", page):
+            assert key in part, f"there is no {name}.{key}"
+    for why in fleet["routed"]:
+        assert re.search(rf"\b{why}: \[", page), why
+
+
+def test_metrics_have_the_replica_of_each_engine_and_what_was_done_with_requests(
+    shown: tuple[str, Show],
+) -> None:
+    url, show = shown
+    show(fleet_of(2, num_lost=1))
+    with getting(url) as get:
+        families = text_string_to_metric_families(get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+
+    def values(name: str, *labels: str) -> dict[tuple[str, ...], float]:
+        return {
+            tuple(sample.labels[label] for label in labels): sample.value
+            for sample in samples
+            if sample.name == name
+        }
+
+    tokens = values("hotset:generation_tokens_total", "replica")
+    assert tokens == {("replica-0",): 20_000, ("replica-1",): 20_700, ("replica-2",): 21_400}
+    # What a lost replica holds is not known, and what it has done is.
+    held = values("hotset:tier_used_blocks", "replica", "tier")
+    assert {replica for replica, _ in held} == {"replica-0", "replica-1"}
+    states = values("hotset:fleet_replicas", "state")
+    assert states["serving",] == 2 and states["lost",] == 1 and states["draining",] == 0
+    routed = values("hotset:fleet_routed_total", "replica", "why")
+    assert routed["replica-1", "load"] == 109
+    assert values("hotset:fleet_resumed_total", "why") == {("lost",): 11, ("drained",): 5}
+    assert values("hotset:fleet_pause_seconds_count")[()] == 4
+    assert values("hotset:fleet_found_tokens_total")[()] == 391_500
+
+
+def test_one_engine_has_no_fleet_and_no_label_of_a_replica() -> None:
+    with running_server() as server:
+        assert fetch(server.url, None)["fleet"] is None
+        with getting(server.url) as get:
+            text = get("/metrics").text
+    assert "hotset:fleet_" not in text and "replica=" not in text
+    assert "\nhotset:engine_steps_total 0.0" in text
