@@ -234,6 +234,10 @@ class TokenLogprob(NamedTuple):
     rank: int | None = None
 
 
+# What an output's `code` may be: a program's name for an error that is no failed step.
+NOT_AVAILABLE, POISONED = "not_available", "request_poisoned"
+
+
 class RequestOutput(NamedTuple):
     """What one step added to one request. A tuple: thousands per second go through a pipe.
 
@@ -243,6 +247,7 @@ class RequestOutput(NamedTuple):
         token_ids: the tokens that are new.
         finish_reason: None while the request goes on; this is the last output otherwise.
         error: one line, where `finish_reason` is ERROR.
+        code: of such an error, None where a step has failed; see `NOT_AVAILABLE`.
         prompt_logprobs: of all tokens of the prompt but the first, where they were asked for; in
             the first output of all `n`, which is of index 0 unless that one failed.
     """
@@ -257,3 +262,4 @@ class RequestOutput(NamedTuple):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    code: str | None = None

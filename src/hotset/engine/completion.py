@@ -22,7 +22,7 @@ class Completion:
     Attributes:
         index: which of the `n` outputs for the prompt this is.
         finish_reason: `stop`, `length`, `abort` or `error`; None while it is incomplete.
-        error: one line, where the finish reason is `error`.
+        error: one line, where the finish reason is `error`; `code` as of its last output.
         logprobs: one entry per token where they were asked for, otherwise empty.
         prompt_logprobs: one entry per token of the prompt but the first, where asked for.
     """
@@ -36,6 +36,7 @@ class Completion:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    code: str | None = None
 
     def add(self, output: RequestOutput) -> None:
         """Take in what one step added."""
@@ -47,7 +48,7 @@ class Completion:
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
         if output.finish_reason is not None:
             self.finish_reason = output.finish_reason.value
-            self.error = output.error
+            self.error, self.code = output.error, output.code
 
     @property
     def failed(self) -> bool:

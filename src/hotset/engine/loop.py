@@ -299,6 +299,8 @@ class EngineLoop:
                 self._look_at(engine, message.look_id)
         self._expire(engine)
         self._hand_over(engine)
+        if self._outbox.taken:  # a request may end the process in its first step
+            self._on_report(self._outbox.take(self._clock.now()))
         return len(self._queue)
 
     def _warm_up(self, engine: Engine) -> None:
@@ -368,6 +370,7 @@ class EngineLoop:
             else:
                 self._queue.charge(submit.tenant, prompt_tokens=len(submit.token_ids))
                 self._not_started.add(submit.request_id)
+                self._outbox.taken.append(submit.request_id)
 
     def _note_started(self, engine: Engine) -> None:
         """Queueing ends with the first step that a request is part of."""
@@ -445,6 +448,7 @@ class _Outbox:
 
     outputs: list[RequestOutput] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
+    taken: list[str] = field(default_factory=list)
     looks: list[tuple[int, EngineStatus | str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     journal: JournalPart | None = None
@@ -452,11 +456,11 @@ class _Outbox:
 
     @property
     def is_empty(self) -> bool:
-        lists = self.outputs or self.started or self.looks or self.notes
+        lists = self.outputs or self.started or self.taken or self.looks or self.notes
         return not lists and self.journal is None and self.load is None
 
     def take(self, time_s: float) -> Report:
-        report = Report(time_s, self.outputs, self.started, self.looks, self.notes)
+        report = Report(time_s, self.outputs, self.started, self.taken, self.looks, self.notes)
         report.journal, report.load = self.journal, self.load
-        self.outputs, self.started, self.looks, self.notes = [], [], [], []
+        self.outputs, self.started, self.taken, self.looks, self.notes = [], [], [], [], []
         return report

@@ -77,6 +77,7 @@ class Report:
         time_s: of `time.monotonic`, which all processes of a machine share.
         outputs: of the requests; each of a request's outputs has a last one, whatever happens.
         started: ids of the requests that were part of a step for the first time.
+        taken: ids of the requests that the next steps may have; reported before such a step.
         looks: snapshots by the id they were asked for with; or why there is none.
         notes: lines for the log.
         failure: one line; the engine serves no more, and this is the last report.
@@ -87,6 +88,7 @@ class Report:
     time_s: float
     outputs: Sequence[RequestOutput] = ()
     started: Sequence[str] = ()
+    taken: Sequence[str] = ()
     looks: Sequence[tuple[int, EngineStatus | str]] = ()
     notes: Sequence[str] = ()
     failure: str | None = None

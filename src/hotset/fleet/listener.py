@@ -255,7 +255,7 @@ class Listener:
         for note in report.notes:
             _log.info("%s", note)
         shares: dict[_Front, _Share] = {}
-        common = replace(report, outputs=(), started=(), looks=(), notes=())
+        common = replace(report, outputs=(), started=(), taken=(), looks=(), notes=())
         if common != Report(report.time_s):
             is_for_all = common.failure is not None or common.is_draining
             told = self._fronts if is_for_all else self._followers
@@ -268,15 +268,23 @@ class Listener:
                 route.num_unfinished -= 1
                 if not route.num_unfinished:
                     del self._routes[output.request_id]
-        for engine_id in report.started:
-            if (route := self._routes.get(engine_id)) is not None:
-                shares.setdefault(route.front, _Share()).started.append(route.request_id)
+        for name in ("started", "taken"):
+            for engine_id in getattr(report, name):
+                if (route := self._routes.get(engine_id)) is not None:
+                    share = shares.setdefault(route.front, _Share())
+                    getattr(share, name).append(route.request_id)
         for number, seen in report.looks:
             front, look_id = self._looks.pop(number)
             shares.setdefault(front, _Share()).looks.append((look_id, seen))
         for front, share in shares.items():
             front.report(
-                replace(common, outputs=share.outputs, started=share.started, looks=share.looks)
+                replace(
+                    common,
+                    outputs=share.outputs,
+                    started=share.started,
+                    taken=share.taken,
+                    looks=share.looks,
+                )
             )
 
     def _note_drain(self) -> None:
@@ -298,6 +306,7 @@ class _Share:
 
     outputs: list[RequestOutput] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
+    taken: list[str] = field(default_factory=list)
     looks: list[tuple[int, EngineStatus | str]] = field(default_factory=list)
 
 

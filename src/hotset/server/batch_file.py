@@ -345,7 +345,7 @@ def _answer(pending: _Pending, service: StreamService) -> Json:
         reason = FinishReason(one.finish_reason)
         if reason is FinishReason.ABORT and one.error is None:
             raise EngineError("the engine was closed")
-        error = ended_early(reason, one.error)
+        error = ended_early(reason, one.error, one.code)
         if error is not None:
             service.raise_unless_healthy()  # then it is no fault of the line's
             return _request_error(pending.custom_id, error)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hotset.errors import EngineError, HotsetError, OverloadedError, RequestError
-from hotset.request import FinishReason
+from hotset.request import NOT_AVAILABLE, FinishReason
 
 
 class ApiError(HotsetError):
@@ -85,11 +85,15 @@ def too_large(what: str, most_bytes: int) -> ApiError:
     return ApiError(413, message, code="request_too_large")
 
 
-def ended_early(reason: FinishReason, error: str | None) -> ApiError | None:
+def ended_early(
+    reason: FinishReason, error: str | None, code: str | None = None
+) -> ApiError | None:
     """The error for an output that did not come to its end; None where it did."""
     if reason is FinishReason.ERROR:
         message = error or "the model step failed"
-        return ApiError(500, message, kind="server_error", code="step_failed")
+        if code == NOT_AVAILABLE:
+            return as_api_error(EngineError(message))
+        return ApiError(500, message, kind="server_error", code=code or "step_failed")
     if reason is FinishReason.ABORT and error is not None:
         return ApiError(504, error, kind="timeout_error", code="request_timeout")
     if reason is FinishReason.ABORT:

@@ -140,9 +140,10 @@ async def _merge(admitted: Admitted) -> AsyncIterator[tuple[int, RequestOutput]]
 
 def _raise_failure(completions: list[Completion], admission: Admission) -> None:
     for one in completions:
-        error = ended_early(FinishReason(one.finish_reason), one.error)
+        error = ended_early(FinishReason(one.finish_reason), one.error, one.code)
         if error is not None:
-            admission.service.raise_unless_healthy()
+            if one.code is None:
+                admission.service.raise_unless_healthy()
             raise error
 
 
@@ -169,7 +170,7 @@ async def _events(tally: _Tally, form: Form) -> AsyncIterator[str]:
     yield form.begin()
     async for index, output in tally.read():
         if output.finish_reason is not None:
-            error = ended_early(output.finish_reason, output.error)
+            error = ended_early(output.finish_reason, output.error, output.code)
             if error is not None:
                 yield form.failure(error)
                 return
