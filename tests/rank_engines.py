@@ -54,9 +54,9 @@ def make_ranked_engine(
 BAD_TOKEN = 99  # on rank 1
 
 
-def load_failing(family: str) -> LoadedModel:
+def load_failing(family: str, changes: dict[str, Any] | None = None) -> LoadedModel:
     """`load_tiny`, but rank 1 raises where a step has `BAD_TOKEN`."""
-    loaded = load_tiny(family, 0, {})
+    loaded = load_tiny(family, 0, changes or {})
 
     def fail(embedding: Any, args: tuple[torch.Tensor]) -> None:
         if current().rank == 1 and bool((args[0] == BAD_TOKEN).any()):
@@ -70,6 +70,14 @@ def build_failing(options: Options) -> tuple[Engine, LoadedModel]:
     """For a process of its own."""
     torch.set_num_threads(1)
     loaded = load_on_ranks(options, load_failing, "llama")
+    return build_engine(options, loaded, owns_model=True), loaded
+
+
+def build_failing_wide(options: Options) -> tuple[Engine, LoadedModel]:
+    """`build_failing` with 8 heads, for up to 8 ranks."""
+    torch.set_num_threads(1)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    loaded = load_on_ranks(options, load_failing, "llama", heads)
     return build_engine(options, loaded, owns_model=True), loaded
 
 
