@@ -12,29 +12,16 @@ from typing import Any
 
 import httpx
 import openai
-import torch
 import uvicorn
-from tiny_models import make_model
-from tiny_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, make_tokenizer
+from tiny_engine import build
 
-from hotset.engine.build import build_engine
-from hotset.engine.engine import Engine
 from hotset.engine.service import EngineService
 from hotset.engine.stream_service import StreamService
-from hotset.model.loaded import LoadedModel
 from hotset.options import Options
 from hotset.server.app import Api, ServerConfig
 
 KEY = "sk-alice-0123456789"
 CHAT = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0, "max_tokens": 6}
-
-
-def build(config: Options, context: int = 512, family: str = "llama") -> tuple[Engine, LoadedModel]:
-    """An engine over a tiny random model, instead of `config.model.model`."""
-    torch.set_num_threads(1)
-    model = make_model(family, vocab_size=VOCAB_SIZE, max_position_embeddings=context)
-    loaded = LoadedModel(model, make_tokenizer(), "tiny", "tiny", (EOS_TOKEN_ID,), context)
-    return build_engine(config, loaded), loaded
 
 
 @dataclass

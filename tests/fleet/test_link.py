@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from servers import build, wait_for
+from servers import wait_for
+from tiny_engine import build
 
 from hotset.engine.loop import EngineLoop
 from hotset.engine.messages import Report, Submit

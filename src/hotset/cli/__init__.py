@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "Stream text for prompts given on the command line.",
     "plan": "Show where a model would live, how many users fit and how fast it should run.",
     "probe": "Measure the memory and links of this machine.",
+    "replica": "Run one engine of a fleet, for the fronts that serve its API.",
     "serve": "Serve the OpenAI-compatible HTTP API.",
     "top": "Show what a running server does, in the terminal.",
 }

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hotset.cli.config_file import config_flag
 from hotset.cli.options import Command, engine_options, flags
 from hotset.errors import ConfigError
-from hotset.foreign_text import ForeignTextError, parse_toml
 from hotset.option_fields import options_of
-from hotset.options import OPTIONS, Options
+from hotset.options import Options
 from hotset.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -27,42 +27,8 @@ _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 _BACKLOG = 2048
 
 
-def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
-    """Let the flags a TOML file names be the defaults of those on the command line."""
-    if path is None:
-        return
-    try:
-        values: dict[str, Any] = parse_toml(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except ForeignTextError as error:
-        raise ConfigError(f"{path} {error}") from error
-    known = {param.name for param in ctx.command.params} - {"config_file", "dry_run"}
-    lists = {one.name for one in ctx.command.params if getattr(one, "multiple", False)}
-    named = {name.replace("-", "_"): value for name, value in values.items()}
-    for name, value in named.items():
-        if name not in known:
-            raise ConfigError(f"{path}: there is no option {name!r}; see hotset serve --help")
-        if isinstance(value, dict | list) and not (name in lists and isinstance(value, list)):
-            raise ConfigError(f"{path}: {name} is a {type(value).__name__}; expected one value")
-        if name in OPTIONS:
-            try:
-                OPTIONS[name].check(value)
-            except ConfigError as error:
-                raise ConfigError(f"{path}: {error}") from error
-    ctx.default_map = {**(ctx.default_map or {}), **named}
-
-
 @click.command(cls=Command)
-@click.option(
-    "--config",
-    "config_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    is_eager=True,
-    expose_value=False,
-    callback=_read_config,
-    help="TOML file with any of these options, such as `port = 8000`; flags given here win.",
-)
+@config_flag
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 is any free."

@@ -59,6 +59,7 @@ class LinkHost:
         self._is_closed = False  # by _lock
         self._numbers = itertools.count()
         self._metrics = Metrics()
+        self._has_failed = False  # the engine, as its last report says
         self._is_over = threading.Event()
         self._thread = link_thread()
         self._link, welcome = self._thread.wait(self._open(secret, tls))
@@ -171,7 +172,7 @@ class LinkHost:
             pending, self._pending = list(self._pending.values()), {}
         for answer in pending:
             answer.set_exception(EngineError(self._ended))
-        if not is_closed:
+        if not is_closed and not self._has_failed:
             with contextlib.suppress(Exception):
                 self._on_report(Report(REAL_CLOCK.now(), failure=failure))
         self._is_over.set()
@@ -192,4 +193,5 @@ class LinkHost:
         now_s = REAL_CLOCK.now()
         for report in batch.reports:
             report.time_s = now_s
+            self._has_failed = self._has_failed or report.failure is not None
             self._on_report(report)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from hotset.clock import REAL_CLOCK
-from hotset.engine.messages import EngineHost, Report, Submit
+from hotset.engine.messages import EngineHost, Load, Report, Submit
 from hotset.engine.status import EngineStatus
 from hotset.errors import RequestError
 from hotset.fleet import wire
@@ -46,6 +46,10 @@ class Listener:
 
     Raises:
         ConfigError: the address cannot be used.
+
+    Attributes:
+        address: where it listens, its port known.
+        load: of the engine, as of a moment ago; None before the first.
     """
 
     def __init__(
@@ -58,12 +62,13 @@ class Listener:
     ) -> None:
         self._socket = address.listen()
         self.address = bound(self._socket)
-        self._secret, self._replica_id, self._tls = secret, replica_id, tls
+        self._secret, self.replica_id, self._tls = secret, replica_id, tls
         self._thread = link_thread()
         # Compiling a JSON schema may take long, and an abort should not wait for it.
         self._submits = ThreadPoolExecutor(4, "hotset-submit")
         self._others = ThreadPoolExecutor(1, "hotset-abort")
         self._is_closed = False
+        self.load: Load | None = None
         # What follows is used in the thread of links alone.
         self._num_unproven = 0
         self._is_draining = False
@@ -90,6 +95,12 @@ class Listener:
         self._host = host
         self._model, self._info = model_data(host.model), wire.info_data(host.info)
         self._thread.wait(self._listen())
+        host.follow(True)  # for `load`
+
+    @property
+    def num_open(self) -> int:
+        """Requests of fronts that have not ended."""
+        return len(self._routes)
 
     def drain(self, drain_s: float) -> None:
         """Have the engine drain, see `EngineHost.drain`, and tell all fronts."""
@@ -183,12 +194,11 @@ class Listener:
         model = self._model
         if model.tokenizer_digest in hello.tokenizers:
             model = msgspec.structs.replace(model, tokenizer=None)
-        link.send(wire.encode(wire.Welcome(version, self._replica_id, model, self._info)))
+        link.send(wire.encode(wire.Welcome(version, self.replica_id, model, self._info)))
 
     def _drop(self, front: "_Front") -> None:
         self._fronts.discard(front)
-        if front in self._followers:
-            self._follow(front, False)
+        self._followers.discard(front)
         front.link.abort()
         for engine_id in [one for one, route in self._routes.items() if route.front is front]:
             del self._routes[engine_id]
@@ -216,8 +226,8 @@ class Listener:
     def _follow(self, front: "_Front", is_on: bool) -> None:
         """A snapshot that one front asks for goes to all that follow."""
         (self._followers.add if is_on else self._followers.discard)(front)
-        if is_on or not self._followers:
-            self._others.submit(self._host.follow, is_on)
+        if is_on:
+            self._others.submit(self._host.follow, True)
 
     def _take_submit(self, front: "_Front", message: wire.Submitted) -> None:
         try:
@@ -252,6 +262,7 @@ class Listener:
 
     def _share(self, report: Report) -> None:
         """Give each front what is its own of a report."""
+        self.load = report.load or self.load
         for note in report.notes:
             _log.info("%s", note)
         shares: dict[_Front, _Share] = {}
