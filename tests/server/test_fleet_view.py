@@ -1,8 +1,10 @@
 """What a person sees of a fleet: the status page, `hotset top`, and metrics."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -149,3 +151,39 @@ def test_one_engine_has_no_fleet_and_no_label_of_a_replica() -> None:
             text = get("/metrics").text
     assert "hotset:fleet_" not in text and "replica=" not in text
     assert "\nhotset:engine_steps_total 0.0" in text
+
+
+def test_panels_of_the_dashboard_name_metrics_and_labels_of_a_fleet(
+    shown: tuple[str, Show],
+) -> None:
+    url, show = shown
+    show(fleet_of(2, num_lost=1))
+    with getting(url) as get:
+        text = get("/metrics").text
+    labels: dict[str, set[str]] = {}
+    for name, given in re.findall(r"^hotset:(\w+?)(?:\{(.*)\})? ", text, re.MULTILINE):
+        labels.setdefault(name, set()).update(re.findall(r'(\w+)="', given))
+    dashboard = json.loads((Path(__file__).parents[2] / "docs/grafana.json").read_text())
+    panels = {panel["title"]: panel for panel in dashboard["panels"]}
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    asked = [
+        query["expr"]
+        for panel in panels.values()
+        if panel["gridPos"]["y"] >= panels["Fleet"]["gridPos"]["y"]
+        for query in panel.get("targets", ())
+    ]
+    assert len(asked) > 12
+    for query in asked:
+        for name in re.findall(r"hotset:(\w+)", query):
+            assert name in labels, name
+            for wanted in re.findall(r"by \((\w+)\)", query):
+                assert wanted in labels[name], query
+
+
+def test_status_and_metrics_are_there_when_no_replica_is(shown: tuple[str, Show]) -> None:
+    url, show = shown
+    show(fleet_of(0, num_lost=2))
+    status = fetch(url, None)
+    assert status["engine"]["tiers"] == [] and len(status["fleet"]["replicas"]) == 2
+    with getting(url) as get:
+        assert 'hotset:fleet_replicas{state="lost"} 2.0' in get("/metrics").text

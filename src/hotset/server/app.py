@@ -235,14 +235,19 @@ class Api:
         self.is_loaded = True
         self._on_ready(service)
 
-    def _ready(self) -> _Parts:
-        """The parts, once loaded; raises EngineError before that and after a failure."""
+    def _loaded(self) -> _Parts:
+        """The parts, once there is something to look at; raises EngineError before that."""
         if self._is_draining:
             raise EngineError("the server is shutting down")
         if self._parts is None:
             raise EngineError("the model is still being loaded; try again soon")
-        self._parts.service.raise_unless_healthy()
         return self._parts
+
+    def _ready(self) -> _Parts:
+        """The parts, once loaded; raises EngineError before that and after a failure."""
+        parts = self._loaded()
+        parts.service.raise_unless_healthy()
+        return parts
 
     # Generation.
 
@@ -299,7 +304,7 @@ class Api:
         return JSONResponse({"version": __version__})
 
     async def _metrics(self, request: Request) -> Response:
-        parts = self._ready()
+        parts = self._loaded()
         content, kind = metrics.exposition(
             await parts.board.engines(),
             parts.service.latencies,
@@ -310,7 +315,7 @@ class Api:
         return Response(content, headers={"Content-Type": kind})
 
     async def _status(self, request: Request) -> Response:
-        parts = self._ready()
+        parts = self._loaded()  # a fleet shows what became of its replicas when none is left
         return JSONResponse(await parts.board.body())
 
     async def _openapi(self, request: Request) -> Response:

@@ -97,6 +97,7 @@ class StatusBoard:
         return merge_engines([one for one in seen if one is not None])
 
     async def _look_at_service(self) -> EngineStatus:
+        self._service.raise_unless_healthy()
         now_s = time.monotonic()
         if self._look is None and now_s - self._looked_s > _LOOK_EVERY_S:
             self._looked_s = now_s
