@@ -12,13 +12,15 @@ from click.testing import CliRunner
 from fleet_views import fleet_of
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
-from servers import build, running_server
+from servers import build, running_server, wait_for
 
 from hotset.cli.top import command, fetch
 from hotset.cli.top_view import view
 from hotset.engine.service import EngineService
+from hotset.fleet.front_pages import FrontPages
 from hotset.fleet.status import FleetStatus
 from hotset.options import Options
+from hotset.server.app import ServerConfig
 
 Show = Callable[[FleetStatus], None]
 
@@ -144,6 +146,29 @@ def test_metrics_have_the_replica_of_each_engine_and_what_was_done_with_requests
     assert values("hotset:fleet_found_tokens_total")[()] == 391_500
 
 
+def test_a_front_shows_what_all_fronts_on_its_port_did(tmp_path: Path) -> None:
+    config = ServerConfig(fronts_path=tmp_path / "fronts")
+    other = FrontPages(tmp_path / "fronts", "front-9")
+    with running_server(server_config=config, start=Front) as server, getting(server.url) as get:
+        page = tmp_path / "fronts/front-0.json"
+        wait_for(page.exists)
+        alone = fetch(server.url, None)["fleet"]
+        text = page.read_text().replace("front-0", "front-9").replace('"load": 100', '"turn": 7')
+        other.write(json.loads(text))
+        both = fetch(server.url, None)["fleet"]
+        samples = get("/metrics").text
+    assert (alone["num_fronts"], both["num_fronts"]) == (1, 2)
+    assert both["routed"] == {"prefix": 800, "load": 100, "turn": 7, "retry": 50, "resume": 12}
+    assert both["replicas"][0]["routed"] == both["routed"]
+    assert both["found_tokens"] == 2 * alone["found_tokens"]
+    for front in ("front-0", "front-9"):
+        label = f'front="{front}"'
+        assert f"hotset:fleet_found_tokens_total{{{label}}} 391500.0" in samples
+        assert f'hotset:time_to_first_token_seconds_bucket{{{label},le="+Inf"}} 0.0' in samples
+    assert samples.count("# TYPE hotset:fleet_routed_total counter") == 1
+    assert samples.count("# TYPE hotset:engine_steps_total counter") == 1
+
+
 def test_one_engine_has_no_fleet_and_no_label_of_a_replica() -> None:
     with running_server() as server:
         assert fetch(server.url, None)["fleet"] is None
@@ -186,4 +211,4 @@ def test_status_and_metrics_are_there_when_no_replica_is(shown: tuple[str, Show]
     status = fetch(url, None)
     assert status["engine"]["tiers"] == [] and len(status["fleet"]["replicas"]) == 2
     with getting(url) as get:
-        assert 'hotset:fleet_replicas{state="lost"} 2.0' in get("/metrics").text
+        assert 'hotset:fleet_replicas{front="front-0",state="lost"} 2.0' in get("/metrics").text

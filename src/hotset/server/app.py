@@ -64,6 +64,7 @@ class ServerConfig:
         files_gib: most that one tenant's files may take.
         tracer: gets a span of each request; None is no traces.
         cors_origins: of pages that browsers may let use the server; `*` is any page.
+        fronts_path: folder in which fronts that share a port tell each other what they did.
     """
 
     keys: Keys = field(default_factory=Keys)
@@ -73,6 +74,7 @@ class ServerConfig:
     files_gib: float = 4.0
     tracer: Tracer | None = None
     cors_origins: Collection[str] = ()
+    fronts_path: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,7 @@ class Api:
         if self._store is not None:
             batches = BatchRunner(self._store, admission)
             batches.resume()
-        board = StatusBoard(service)
+        board = StatusBoard(service, self.gate.counts, self._config.fronts_path)
         self._sampling = asyncio.create_task(board.run())
         self._parts = _Parts(service, admission, board, self._store, batches)
         self.is_loaded = True
@@ -305,13 +307,8 @@ class Api:
 
     async def _metrics(self, request: Request) -> Response:
         parts = self._loaded()
-        content, kind = metrics.exposition(
-            await parts.board.engines(),
-            parts.service.latencies,
-            self.gate.counts,
-            parts.board.fleet(),
-            request.headers.get("accept", ""),
-        )
+        board, accept = parts.board, request.headers.get("accept", "")
+        content, kind = metrics.exposition(await board.engines(), board.own_metrics(), accept)
         return Response(content, headers={"Content-Type": kind})
 
     async def _status(self, request: Request) -> Response:

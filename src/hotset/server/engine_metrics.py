@@ -78,11 +78,11 @@ class EngineFigures:
 
 
 class EngineFamilies(Collector):
-    """What engines count and hold; `labels` are the names of theirs."""
+    """What engines count and hold."""
 
-    def __init__(self, engines: Sequence[EngineFigures], labels: tuple[str, ...]) -> None:
+    def __init__(self, engines: Sequence[EngineFigures]) -> None:
         self._engines = engines
-        self._labels = labels
+        self._labels = ("replica",) if any(one.labels for one in engines) else ()
 
     def collect(self) -> Iterator[Metric]:
         """All of it, as of now."""

@@ -1,9 +1,9 @@
 """The replicas of a fleet, and where requests went, as JSON for the status page."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from hotset.fleet.status import FleetCounts, FleetStatus, ReplicaStatus, Why
+from hotset.fleet.status import FleetCounts, FleetStatus, ReplicaStatus
 from hotset.server.body import Json
 
 _NUMBERS = (
@@ -14,34 +14,56 @@ _BY_REASON = ("retried", "resumed", "given_up", "lost")
 _USERS = ("moving", "hot", "fetching", "parked", "waiting")
 
 
-def fleet_body(fleet: FleetStatus, rates: Mapping[str, float]) -> Json:
-    """`rates` are output tokens/s by replica."""
-    counts = fleet.counts
-    by_replica: dict[str, Counter[Why]] = {}
-    for (replica_id, why), count in dict(counts.routed).items():
-        by_replica.setdefault(replica_id, Counter())[why] += count
+def fleet_body(fleet: FleetStatus, rates: Mapping[str, float], others: Sequence[Json]) -> Json:
+    """The replicas as this front sees them, and what all fronts did.
+
+    `rates` are output tokens/s by replica, `others` the `counts_body` of each other front.
+    """
+    counts = counts_body(fleet.counts)
+    for other in others:
+        counts = _add(counts, other)
+    by_replica = counts.pop("routed")
+    total: Counter[str] = Counter()
+    for routed in by_replica.values():
+        total.update(routed)
+    p50, p99 = fleet.counts.pause.percentiles(0.5, 0.99)
     return {
         "front_id": fleet.front_id,
+        "num_fronts": 1 + len(others),
         "route": fleet.route,
         "replicas": [
-            _replica(one, rates.get(one.replica_id, 0.0), by_replica.get(one.replica_id, Counter()))
+            _replica(one, rates.get(one.replica_id, 0.0), by_replica.get(one.replica_id, {}))
             for one in fleet.replicas
         ],
-        **_counts(counts, sum(by_replica.values(), Counter())),
-    }
-
-
-def _counts(counts: FleetCounts, routed: Mapping[Why, int]) -> Json:
-    p50, p99 = counts.pause.percentiles(0.5, 0.99)
-    return {
-        "routed": dict(routed),
-        **{name: dict(getattr(counts, name)) for name in _BY_REASON},
-        **{name: getattr(counts, name) for name in _NUMBERS},
+        "routed": dict(total),
+        **counts,
         "pause_s": {"p50": p50, "p99": p99},
     }
 
 
-def _replica(one: ReplicaStatus, rate: float, routed: Mapping[Why, int]) -> Json:
+def counts_body(counts: FleetCounts) -> Json:
+    """Numbers by name, in part by reason; `routed` by replica and reason."""
+    routed: dict[str, dict[str, int]] = {}
+    for (replica_id, why), count in dict(counts.routed).items():
+        routed.setdefault(replica_id, {})[why] = count
+    return {
+        "routed": routed,
+        **{name: dict(getattr(counts, name)) for name in _BY_REASON},
+        **{name: getattr(counts, name) for name in _NUMBERS},
+    }
+
+
+def _add(one: Json, other: Json) -> Json:
+    """Numbers of the same name together, at any depth."""
+    return {
+        name: _add(one.get(name, {}), other.get(name, {}))
+        if isinstance(one.get(name, other.get(name)), dict)
+        else one.get(name, 0) + other.get(name, 0)
+        for name in {**one, **other}
+    }
+
+
+def _replica(one: ReplicaStatus, rate: float, routed: Mapping[str, int]) -> Json:
     engine = one.engine
     users = {name: 0 if engine is None else getattr(engine, f"num_{name}") for name in _USERS}
     return {

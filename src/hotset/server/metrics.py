@@ -1,11 +1,12 @@
 """`/metrics` for Prometheus: vLLM's names, with `hotset:` before them, and what tiers add."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import choose_encoder, generate_latest
 from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from hotset.engine.latency import Latencies
@@ -29,25 +30,59 @@ _HISTOGRAMS = {
 }
 
 
-def exposition(
-    engines: Sequence[EngineFigures],
-    latencies: Latencies,
-    http: HttpCounts,
-    fleet: FleetStatus | None,
-    accept: str,
-) -> tuple[bytes, str]:
-    """The page and its content type, in the format that `accept` asks for."""
+def exposition(engines: Sequence[EngineFigures], own: Collector, accept: str) -> tuple[bytes, str]:
+    """The page and its content type, in the format that `accept` asks for.
+
+    `own` is what the process that speaks HTTP counts, or what all fronts do.
+    """
     registry = CollectorRegistry()
-    registry.register(_Server(latencies, http))
-    registry.register(EngineFamilies(engines, () if fleet is None else ("replica",)))
-    if fleet is not None:
-        registry.register(FleetFamilies(fleet))
+    registry.register(own)
+    registry.register(EngineFamilies(engines))
     ProcessCollector(registry=registry)
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 
 
-class _Server(Collector):
+def front_text(latencies: Latencies, http: HttpCounts, fleet: FleetStatus) -> str:
+    """What a front counts, each metric with its id as the label `front`."""
+    registry = CollectorRegistry()
+    registry.register(_OfFront(fleet.front_id, ServerFamilies(latencies, http)))
+    registry.register(_OfFront(fleet.front_id, FleetFamilies(fleet)))
+    return generate_latest(registry).decode()
+
+
+class _OfFront(Collector):
+    def __init__(self, front_id: str, families: Collector) -> None:
+        self._front_id = front_id
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._families.collect():
+            family.samples = [
+                sample._replace(labels={"front": self._front_id, **sample.labels})
+                for sample in family.samples
+            ]
+            yield family
+
+
+class FrontsFamilies(Collector):
+    """Of several fronts: their `front_text`, with the samples of a family in one place."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+
+    def collect(self) -> Iterable[Metric]:
+        """All of it, as of the texts."""
+        families: dict[str, Metric] = {}
+        for text in self._texts:
+            for family in text_string_to_metric_families(text):
+                known = families.setdefault(family.name, family)
+                if known is not family:
+                    known.samples += family.samples
+        return families.values()
+
+
+class ServerFamilies(Collector):
     """What the process that speaks HTTP counts."""
 
     def __init__(self, latencies: Latencies, http: HttpCounts) -> None:

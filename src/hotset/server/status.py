@@ -6,18 +6,24 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from prometheus_client.registry import Collector
 
 from hotset import __version__
 from hotset.engine.status import EngineStatus
 from hotset.engine.stream_service import StreamService
 from hotset.errors import EngineError
+from hotset.fleet.front_pages import FrontPages
 from hotset.fleet.status import FleetStatus, HasFleet, ReplicaState
 from hotset.fleet.sums import merge_engines
 from hotset.metrics import Metrics
 from hotset.server.body import Json
 from hotset.server.engine_metrics import EngineFigures
-from hotset.server.fleet_status import fleet_body
+from hotset.server.fleet_status import counts_body, fleet_body
+from hotset.server.gate import HttpCounts
+from hotset.server.metrics import FrontsFamilies, ServerFamilies, front_text
 
 _HISTORY_S = 300
 _RATE_OVER_S = 5
@@ -48,10 +54,22 @@ class _Sample:
 
 
 class StatusBoard:
-    """Samples the counters once a second, and looks at the engine when a client asks."""
+    """Samples the counters once a second, and looks at the engine when a client asks.
 
-    def __init__(self, service: StreamService) -> None:
+    Args:
+        service: has the engine, or a fleet.
+        http: what the server has answered.
+        fronts_path: folder in which a front shows the others its counts; None where it has none.
+    """
+
+    def __init__(
+        self, service: StreamService, http: HttpCounts, fronts_path: Path | None = None
+    ) -> None:
         self._service = service
+        self._http = http
+        self._pages: FrontPages | None = None
+        if fronts_path is not None and (fleet := self.fleet()) is not None:
+            self._pages = FrontPages(fronts_path, fleet.front_id)
         self._samples: deque[_Sample] = deque([self._sample()], maxlen=_HISTORY_S + 1)
         self._start_s = time.time()
         self._looked_s = 0.0
@@ -59,14 +77,40 @@ class StatusBoard:
         self._seen: EngineStatus | None = None
 
     async def run(self) -> None:
-        """Sample for ever."""
-        while True:
-            await asyncio.sleep(1.0)
-            self._samples.append(self._sample())
+        """Sample until cancelled, and tell other fronts."""
+        try:
+            while True:
+                await asyncio.sleep(1.0)
+                self._samples.append(self._sample())
+                if self._pages is not None:
+                    with contextlib.suppress(OSError):  # then others do without for a while
+                        await asyncio.to_thread(self._pages.write, self._page())
+        finally:
+            if self._pages is not None:
+                self._pages.close()
 
     def fleet(self) -> FleetStatus | None:
         """The replicas; None where there is one engine."""
         return self._service.fleet() if isinstance(self._service, HasFleet) else None
+
+    def own_metrics(self) -> Collector:
+        """What this process counts; of a fleet, what all fronts do."""
+        fleet = self.fleet()
+        if fleet is None:
+            return ServerFamilies(self._service.latencies, self._http)
+        own = front_text(self._service.latencies, self._http, fleet)
+        return FrontsFamilies([own, *(page["metrics"] for page in self._other_pages())])
+
+    def _page(self) -> Json:
+        fleet = self.fleet()
+        assert fleet is not None
+        return {
+            "counts": counts_body(fleet.counts),
+            "metrics": front_text(self._service.latencies, self._http, fleet),
+        }
+
+    def _other_pages(self) -> list[Json]:
+        return [] if self._pages is None else self._pages.others()
 
     async def engines(self) -> list[EngineFigures]:
         """The engine, or each replica, for a scrape. Raises EngineError."""
@@ -156,7 +200,7 @@ class StatusBoard:
             replica: max(0, count - before.by_replica.get(replica, count)) / seconds
             for replica, count in now.by_replica.items()
         }
-        return fleet_body(fleet, rates)
+        return fleet_body(fleet, rates, [page["counts"] for page in self._other_pages()])
 
     def _before(self, now: _Sample) -> _Sample:
         """The newest sample that is old enough for a steady rate, or the oldest."""
