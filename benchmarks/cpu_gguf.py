@@ -198,8 +198,8 @@ def logit_difference(file: str, num_tokens: int, seed: int) -> dict[str, float]:
     from hotset.model.checkpoint import load_gguf
 
     models = [
-        load_gguf(Path(file), torch.device("cpu"), torch.float32, narrow=narrow)[0].eval()
-        for narrow in (True, False)
+        load_gguf(Path(file), torch.device("cpu"), torch.float32, why_wide=why)[0].eval()
+        for why in (None, "")
     ]
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(100, 40_000, (1, num_tokens), generator=generator)

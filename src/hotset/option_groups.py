@@ -56,10 +56,10 @@ class ModelOptions(Group):
     )
     allow_widening: bool = option(
         False,
-        "Widen experts that a checkpoint has in few bits and that cannot stay so, instead of "
-        "refusing the model.",
-        more="They take two to four times the memory then. It is for a GPU and for experts in host "
-        "memory: a CPU that keeps all experts widens them in any case.",
+        "Widen experts, and all weights of a GGUF file, that a checkpoint has in few bits and that "
+        "cannot stay so, instead of refusing the model.",
+        more="They take two to four times the memory then. It is for GPUs, for `--tp`, and for "
+        "experts in host memory: a CPU alone widens what it keeps itself in any case.",
         keeps_answers=True,
     )
 

@@ -18,8 +18,10 @@ from hotset.executor.probe import weights_bytes
 from hotset.linear import native, tile_product
 from hotset.linear.merged import MergedLinear
 from hotset.linear.narrow import NarrowEmbedding, NarrowLinear, narrow_tiles
+from hotset.model import loader
 from hotset.model.checkpoint import load_gguf
 from hotset.model.loader import load_model
+from hotset.parallel import group
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(3, 30).unsqueeze(0)
@@ -117,6 +119,46 @@ def test_what_cannot_stay_narrow_is_widened_and_said(
     experts = write(tmp_path / "experts.gguf", "qwen3_moe", "Q4_1", norm_topk_prob=True)
     loaded = load_model(str(experts), device="cpu", dtype="auto")
     assert any("it has experts" in note for note in loaded.notes)
+
+
+@pytest.mark.parametrize("where", ["a GPU", "two ranks"])
+def test_a_gpu_and_several_ranks_refuse_to_widen_unless_they_are_told_to(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "model.gguf", "llama", "Q4_1")
+    first = next(t for t in GgufFile(path).tensors if t.tensor_type.name == "Q4_1")
+    if where == "two ranks":
+        monkeypatch.setattr(group, "_current", group.Group(1, 2, CPU, is_alone=True))
+        why = "each of several ranks has a part of every matrix"
+    else:
+        monkeypatch.setattr(loader, "resolve_device", lambda name: torch.device("cuda"))
+        why = "no kernel of a GPU reads the blocks of GGUF"
+    with pytest.raises(ModelError) as refused:
+        load_model(str(path), device="auto", dtype="auto")
+    named = f"weights, such as {first.name} with {first.n_bytes:,} bytes in the file, cannot stay"
+    assert named in str(refused.value) and "\n" not in str(refused.value)
+    assert f"{why}; give allow_widening to widen all 0.00 GB" in str(refused.value)
+
+    monkeypatch.setattr(loader, "resolve_device", lambda name: CPU)  # where a GPU would have them
+    _, _, _, note = load_gguf(path, CPU, torch.float32, why_wide=why)
+    assert note is not None and note.startswith("weights: Q4_1 (0.00 GiB) in the file, widened")
+    assert note.endswith(why)
+    if where == "two ranks":
+        loaded = load_model(str(path), device="cpu", dtype="auto", allow_widening=True)
+        assert note in loaded.notes
+
+
+def test_a_file_without_narrow_weights_is_read_anywhere_without_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf", "llama", "F16")
+    for why, allowed in (("a GPU", False), (None, True)):
+        *_, note = load_gguf(path, CPU, torch.float32, why_wide=why, allow_widening=allowed)
+        assert note is None
+
+
+def test_weights_that_are_rounded_otherwise_are_not_refused_but_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf", "llama", "Q4_1")
+    loaded = load_model(str(path), device="cpu", dtype="fp8")
+    assert any("widened as they are read: they are rounded to fp8" in n for n in loaded.notes)
 
 
 @needs_products

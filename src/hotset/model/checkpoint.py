@@ -128,7 +128,12 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def load_gguf(
-    file: Path, device: torch.device, dtype: torch.dtype | None, *, narrow: bool = False
+    file: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    why_wide: str | None = "",
+    allow_widening: bool = True,
 ) -> tuple[Any, Any, Architecture, str | None]:
     """Load a GGUF file's model and its tokenizer.
 
@@ -136,13 +141,15 @@ def load_gguf(
         file: of the model.
         device: where the weights go.
         dtype: of what is not narrow; None is the file's.
-        narrow: keep matrices as they are in the file, where a CPU can; else they are dequantised.
+        why_wide: why all matrices are dequantised; None keeps them as in the file, where a CPU can.
+        allow_widening: of matrices in few bits, for that reason.
 
     Returns:
-        The model, its tokenizer, its architecture, and a line on how its weights are kept.
+        The model, its tokenizer, its architecture, and a line on how its weights are kept; None
+        where the file has none in few bits.
 
     Raises:
-        ModelError: it cannot be loaded; says why.
+        ModelError: it cannot be loaded, or would be widened, which is not allowed; says why.
     """
     # Here, as they need parts of transformers that others do without.
     from hotset.checkpoint.gguf_file import GgufFile, read_once
@@ -152,8 +159,11 @@ def load_gguf(
         header = GgufFile(file)
         config = header.config()
         architecture = find_architecture(config, str(file), config.to_dict())
-        why_not = narrow_gguf.why_not_narrow(header, architecture) if narrow else None
-        if narrow and why_not is None:
+        if why_wide is not None and not allow_widening:
+            narrow_gguf.check_plain(header, why_wide)
+        if why_wide is None:
+            why_wide = narrow_gguf.why_not_narrow(header, architecture)
+        if why_wide is None:
             with _in_one_line(file, {}):
                 model = narrow_gguf.load_narrow(header, architecture, dtype or torch.float32)
             note: str | None = narrow_gguf.storage_note(header, model)
@@ -170,7 +180,7 @@ def load_gguf(
                     gguf_file=file.name,
                     quantization_config=transformers.GgufConfig(dequantize=True),
                 )
-            note = None if why_not is None else f"weights: widened as they are read: {why_not}"
+            note = narrow_gguf.widening_note(header, why_wide)
         header.scale_rotations(model)
         tokenizer = _load_tokenizer(file, file.parent, gguf_file=file.name)
     return model, tokenizer, architecture, note

@@ -89,8 +89,9 @@ def load_model(
         check: gets the model on `meta`, before a weight is read, and raises where it does not fit
             what the caller has in mind. Not called for a GGUF file.
         needs_tokenizer: refuse a model without one, before a weight is read.
-        allow_widening: widen experts that a checkpoint has in few bits where they cannot stay so on
-            a GPU or in host memory, instead of refusing the model.
+        allow_widening: widen experts, and matrices of a GGUF file, that a checkpoint has in few
+            bits and that cannot stay so, instead of refusing the model. Without it a CPU of one
+            rank widens them too, but not experts in host memory of other files.
 
     Raises:
         ModelError: the model cannot be found, read or run, or does not fit into free memory.
@@ -100,8 +101,8 @@ def load_model(
     """
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
-    stays_narrow = _stays_narrow(target, dtype) and current().size == 1
-    source, short_name = find_model(name, narrow=stays_narrow and can_compile())
+    why_wide = _why_gguf_is_wide(target, dtype)
+    source, short_name = find_model(name, narrow=why_wide is None and can_compile())
     architecture = None if source.is_file() else checkpoint.read_architecture(source)
     if architecture is not None and num_experts(architecture.config.get_text_config()) <= 1:
         experts_on_host = False
@@ -110,7 +111,11 @@ def load_model(
     with closing_on_error(experts), quiet():
         if architecture is None:
             model, tokenizer, architecture, note = checkpoint.load_gguf(
-                source, asked.first_device, torch_dtype, narrow=stays_narrow
+                source,
+                asked.first_device,
+                torch_dtype,
+                why_wide=why_wide,
+                allow_widening=allow_widening or dtype == "fp8",
             )
             cutter = ModelCutter(model, short_name)
         else:
@@ -274,9 +279,15 @@ def _storage_note(
     )
 
 
-def _stays_narrow(target: torch.device, dtype: str) -> bool:
-    """Whether the matrices of a GGUF file are kept as they are, where they can be."""
-    return target.type == "cpu" and dtype != "fp8"
+def _why_gguf_is_wide(target: torch.device, dtype: str) -> str | None:
+    """Why the matrices of a GGUF file are widened; None where they are kept, if they can be."""
+    if dtype == "fp8":
+        return "they are rounded to fp8"
+    if target.type == "cuda":
+        return "no kernel of a GPU reads the blocks of GGUF"
+    if current().size > 1:
+        return "each of several ranks has a part of every matrix"
+    return None
 
 
 def fingerprint_of(name: str | None, *, device: str, dtype: str) -> str:
@@ -286,8 +297,8 @@ def fingerprint_of(name: str | None, *, device: str, dtype: str) -> str:
         ModelError: the model cannot be found or read.
         ConfigError: there is no such device.
     """
-    stays_narrow = _stays_narrow(resolve_device(device), dtype)
-    source, _ = find_model(name, narrow=stays_narrow and can_compile())
+    why_wide = _why_gguf_is_wide(resolve_device(device), dtype)
+    source, _ = find_model(name, narrow=why_wide is None and can_compile())
     if source.is_dir():
         read_config(source)  # raises for a folder that holds no model
     return _fingerprint(source, dtype)

@@ -85,18 +85,51 @@ def load_narrow(header: GgufFile, architecture: Architecture, dtype: torch.dtype
 
 def storage_note(header: GgufFile, model: nn.Module) -> str:
     """A line on what stays as the file has it, and what is widened."""
-    by_kind: dict[str, int] = defaultdict(int)
-    for tensor in header.tensors:
-        by_kind[tensor.tensor_type.name] += tensor.n_bytes
+    by_kind = _in_few_bits(header)
     kept = sum(tiles.num_bytes for tiles in narrow_tiles(model)) / GIB
     names = ", ".join(sorted(by_kind.keys() & FORMS.keys()))
     line = f"weights: {names} kept as in the file, {kept:.2f} GiB"
-    wide = {kind: size for kind, size in by_kind.items() if kind not in FORMS.keys() | _PLAIN}
+    wide = {kind: size for kind, size in by_kind.items() if kind not in FORMS}
     if wide:
         line += "; widened: " + ", ".join(
             f"{kind} ({size / GIB:.2f} GiB in the file)" for kind, size in sorted(wide.items())
         )
     return line
+
+
+def widening_note(header: GgufFile, why: str) -> str | None:
+    """A line on what is widened as it is read, and why; None where nothing is in few bits."""
+    by_kind = _in_few_bits(header)
+    if not by_kind:
+        return None
+    kinds = ", ".join(f"{kind} ({size / GIB:.2f} GiB)" for kind, size in sorted(by_kind.items()))
+    return f"weights: {kinds} in the file, widened as they are read: {why}"
+
+
+def check_plain(header: GgufFile, why: str) -> None:
+    """Refuse a file with weights in few bits, which would be widened.
+
+    Raises:
+        ModelError: it has some; names the first and its bytes.
+    """
+    by_kind = _in_few_bits(header)
+    if not by_kind:
+        return
+    first = next(t for t in header.tensors if t.tensor_type.name in by_kind)
+    raise ModelError(
+        f"{header.path}: weights, such as {first.name} with {first.n_bytes:,} bytes in the file, "
+        f"cannot stay as they are there: {why}; give allow_widening to widen all "
+        f"{sum(by_kind.values()) / 1e9:.2f} GB of them, or another checkpoint"
+    )
+
+
+def _in_few_bits(header: GgufFile) -> dict[str, int]:
+    """Bytes of the file's tensors by their type, of types of few bits."""
+    by_kind: dict[str, int] = defaultdict(int)
+    for tensor in header.tensors:
+        if tensor.tensor_type.name not in _PLAIN:
+            by_kind[tensor.tensor_type.name] += tensor.n_bytes
+    return by_kind
 
 
 def _is_tied(model: Any) -> bool:
