@@ -12,7 +12,7 @@ from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import load_hardware
 from hotset.cost.layout import Layout
-from hotset.cost.prefix import PrefixPolicy, StatePlace, bring_prefix
+from hotset.cost.prefix import Mode, PrefixPolicy, StatePlace, split_prefix
 from hotset.cost.rates import Rates
 from hotset.cost.routing import Routing
 from hotset.cost.step_time import CostModel
@@ -47,7 +47,7 @@ def test_a_prefix_is_ready_as_early_as_by_the_best_of_all_splits(
     def ready(x: int) -> float:
         return max(compute(x), fetch(cold - x))
 
-    chosen = bring_prefix(
+    chosen, ready_s = split_prefix(
         Rates(rate, {"host": link}),
         cold,
         ["host"],
@@ -57,6 +57,7 @@ def test_a_prefix_is_ready_as_early_as_by_the_best_of_all_splits(
         queued_tokens=waiting,
     )
     assert 0 <= chosen <= cold
+    assert ready_s == ready(chosen)
     if others_run and fetch(cold) <= compute(cold):
         assert chosen == 0
         return
@@ -69,14 +70,14 @@ def test_a_longer_queue_on_the_link_never_computes_less(
     cold: int, size: float, link: float, queue: float, rate: float, factor: float
 ) -> None:
     def chosen(queued_bytes: float) -> int:
-        return bring_prefix(
+        return split_prefix(
             Rates(rate, {"host": link}),
             cold,
             ["host"],
             bytes_per_token=size,
             others_run=False,
             queued_bytes=queued_bytes,
-        )
+        ).computed_tokens
 
     assert chosen(queue) <= chosen(queue * factor) + 1  # a tie may round to either side
 
@@ -85,7 +86,7 @@ def test_the_slowest_tier_counts_for_all() -> None:
     rates = Rates(1e4, {"host": 1e9, "disk": 1e7})
     policy = PrefixPolicy(rates, bytes_per_token=100_000)
     disk, both, host = (
-        policy.tokens_to_compute(1000, tiers, queued_bytes=0, queued_tokens=0)
+        policy.split(1000, tiers, queued_bytes=0, queued_tokens=0).computed_tokens
         for tiers in ({"disk"}, {"host", "disk"}, {"host"})
     )
     assert disk == both > host
@@ -136,7 +137,7 @@ def test_a_prefix_needs_rates_above_zero(wrong: str, value: float) -> None:
     given = {**good, wrong: value}
     rates = Rates(given["prefill_tokens_per_s"], {"host": given["link_bytes_per_s"]})
     with pytest.raises(ValueError, match=wrong):
-        bring_prefix(rates, 8, ["host"], bytes_per_token=given["bytes_per_token"], others_run=False)
+        split_prefix(rates, 8, ["host"], bytes_per_token=given["bytes_per_token"], others_run=False)
 
 
 @pytest.mark.parametrize("link", ["1", "3", "10", "pcie5"])
@@ -173,7 +174,16 @@ def test_planner_bench_and_engine_compute_the_same_part_of_a_prefix(link: str, u
     rates = Rates(3600 / cost.prefill_s(3600), {"host": cost.link_bytes_per_s()})
     policy = PrefixPolicy(rates, bytes_per_token=size)
     queued_tokens = 1 if users > 1 else 0  # another request waits
-    computed = policy.tokens_to_compute(3600, {"host"}, queued_bytes=0, queued_tokens=queued_tokens)
+    split = policy.split(3600, {"host"}, queued_bytes=0, queued_tokens=queued_tokens)
+    computed = split.computed_tokens
     assert planned.turn.found == 3600
     assert planned.turn.recomputed == pytest.approx(computed, abs=1)
     assert benched.fetched_tokens == pytest.approx(users * (3600 - computed), abs=users)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("fetch", (0, 2.0)), ("recompute", (1000, 0.11))])
+def test_what_the_user_chose_takes_the_time_that_it_takes(
+    mode: Mode, expected: tuple[int, float]
+) -> None:
+    policy = PrefixPolicy(Rates(1e4, {"disk": 1e6}), bytes_per_token=2000, mode=mode)
+    assert policy.split(1000, {"disk"}, queued_bytes=0, queued_tokens=100) == expected

@@ -7,7 +7,7 @@ from typing import Any
 
 from hotset.bench.workload import Turn, Work
 from hotset.cost.expert_steps import ExpertCost, Load, link_of
-from hotset.cost.prefix import bring_prefix
+from hotset.cost.prefix import split_prefix
 from hotset.cost.rates import Rates
 from hotset.cost.step_time import PREFILL_CHUNK, CostModel
 from hotset.engine.engine import Engine
@@ -161,13 +161,13 @@ class _Machine:
             all_s = self.experts.prefill_s(cold, self.max_batched_tokens)
         else:
             all_s = self.cost.prefill_s(cold)
-        return bring_prefix(
+        return split_prefix(
             Rates(cold / all_s, {"below": link}),
             cold,
             ["below"],
             bytes_per_token=bytes_per_token,
             others_run=count > 1,
-        )
+        ).computed_tokens
 
     def _compute(self, turns: _Turns, new: float) -> tuple[float, float, float]:
         """Sessions that run at once; seconds for `new` tokens of all prompts and for answers."""

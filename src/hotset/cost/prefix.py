@@ -27,8 +27,22 @@ from typing import Literal, NamedTuple
 
 from hotset.cost.rates import Rates
 
+Mode = Literal["auto", "fetch", "recompute"]
 
-def bring_prefix(
+
+class Split(NamedTuple):
+    """How a prefix that lies in slower tiers comes to the device.
+
+    Attributes:
+        computed_tokens: of its front; the rest is fetched meanwhile. 0 to fetch all.
+        ready_s: until all of it is there.
+    """
+
+    computed_tokens: int
+    ready_s: float
+
+
+def split_prefix(
     rates: Rates,
     cold_tokens: int,
     tiers: Iterable[str],
@@ -37,7 +51,8 @@ def bring_prefix(
     others_run: bool,
     queued_bytes: float = 0.0,
     queued_tokens: float = 0.0,
-) -> int:
+    mode: Mode = "auto",
+) -> Split:
     """How many of `cold_tokens` to compute from the front while the rest is fetched, see above.
 
     Args:
@@ -48,9 +63,7 @@ def bring_prefix(
         others_run: whether other requests wait for the device's time.
         queued_bytes: already queued on the link ahead of this fetch.
         queued_tokens: already queued for prefill ahead of this prefix.
-
-    Returns:
-        0 to fetch all, `cold_tokens` to compute all, or the meeting point between.
+        mode: "fetch" fetches and "recompute" computes all, whatever that takes.
 
     Raises:
         ValueError: a rate or `bytes_per_token` is not positive, or another figure is negative
@@ -78,16 +91,19 @@ def bring_prefix(
         queued = queued_bytes + fetched * bytes_per_token
         return queued / link_bytes_per_s if fetched else 0.0
 
+    def split(computed: int) -> Split:
+        return Split(computed, max(compute_s(computed), fetch_s(cold_tokens - computed)))
+
+    if mode != "auto":
+        return split(0 if mode == "fetch" else cold_tokens)
     if others_run and fetch_s(cold_tokens) <= compute_s(cold_tokens):
-        return 0
+        return split(0)
     lead_s = (queued_bytes + cold_tokens * bytes_per_token) / link_bytes_per_s
     lead_s -= queued_tokens / prefill_tokens_per_s
     crossing = lead_s / (bytes_per_token / link_bytes_per_s + 1 / prefill_tokens_per_s)
     inner = (min(max(f(crossing), 0), cold_tokens) for f in (math.floor, math.ceil))
-    return min(
-        sorted({0, *inner, cold_tokens}),
-        key=lambda computed: max(compute_s(computed), fetch_s(cold_tokens - computed)),
-    )
+    splits = map(split, sorted({0, *inner, cold_tokens}))
+    return min(splits, key=lambda one: one.ready_s)
 
 
 def _check(*, above_zero: dict[str, float], others: dict[str, float]) -> None:
@@ -116,7 +132,7 @@ class StatePlace(NamedTuple):
 
 
 class PrefixPolicy:
-    """`bring_prefix` for the requests of one engine, or what its user chose in its place.
+    """`split_prefix` for the requests of one engine, or what its user chose in its place.
 
     Args:
         rates: of this machine.
@@ -132,25 +148,18 @@ class PrefixPolicy:
         *,
         bytes_per_token: int,
         state_bytes: int = 0,
-        mode: Literal["auto", "fetch", "recompute"] = "auto",
+        mode: Mode = "auto",
     ) -> None:
         self.rates = rates
         self.bytes_per_token = bytes_per_token
         self.state_bytes = state_bytes
         self.mode = mode
 
-    def tokens_to_compute(
+    def split(
         self, cold_tokens: int, tiers: set[str], *, queued_bytes: int, queued_tokens: int
-    ) -> int:
-        """Of `cold_tokens` found in `tiers`, how many to compute from the front.
-
-        The rest is fetched meanwhile. Queued tokens are those of other requests.
-        """
-        if self.mode == "fetch":
-            return 0
-        if self.mode == "recompute":
-            return cold_tokens
-        return bring_prefix(
+    ) -> Split:
+        """How `cold_tokens` found in `tiers` come to the device; queued tokens are of others."""
+        return split_prefix(
             self.rates,
             cold_tokens,
             tiers,
@@ -158,6 +167,7 @@ class PrefixPolicy:
             others_run=queued_tokens > 0,
             queued_bytes=queued_bytes,
             queued_tokens=queued_tokens,
+            mode=self.mode,
         )
 
     def place_to_start(

@@ -110,13 +110,13 @@ class BlockTransfers:
         if not cold:
             return {}
         assert self._tiers is not None and self.policy is not None
-        num_tokens = self.policy.tokens_to_compute(
+        split = self.policy.split(
             len(cold) * self._block_size,
             {part.tier.name for part in cold if part.tier is not None},
             queued_bytes=self._tiers.queued_fetch_bytes(),
             queued_tokens=queued_tokens,
         )
-        chosen = cold[: num_tokens // self._block_size]
+        chosen = cold[: split.computed_tokens // self._block_size]
         return {part.key: part.num_tokens for part in chosen}
 
     def wait_for(self, request: Request, index: int, part: Known) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from hotset.cost.attention import KV_BYTES
 from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.layout import Layout
-from hotset.cost.prefix import bring_prefix
+from hotset.cost.prefix import split_prefix
 from hotset.cost.rates import Rates
 from hotset.cost.step_time import PREFILL_CHUNK, CostModel, Step, Tiering
 from hotset.cost.tuning import TUNINGS
@@ -331,13 +331,13 @@ def _turn(request: Request, cost: CostModel, room: Room, resident: int, tiering:
         bytes_per_token = early / workload.prompt_tokens
         below = min(1.0, on_host / max(1, on_host + on_disk, workload.users - resident))
         byte_s = below / cost.link_bytes_per_s() + (1 - below) / cost.disk_bytes_per_s()
-        again = bring_prefix(
+        again = split_prefix(
             Rates(prefill_rate, {"below": 1 / byte_s}),
             cold,
             ["below"],
             bytes_per_token=bytes_per_token,
             others_run=workload.users > 1,
-        )
+        ).computed_tokens
         load_s = (cold - again) * bytes_per_token * byte_s
     else:
         again, load_s = 0, 0.0
