@@ -10,13 +10,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from hotset.errors import OutOfBlocksError
 from hotset.eviction import policy_named
 from hotset.fleet import index as module
-from hotset.fleet.index import ReplicaIndex, tier_bits
+from hotset.fleet.index import BITS, ReplicaIndex
 from hotset.kv.pool import BlockPool
 from hotset.memory import journal
 from hotset.memory.journal import TIERS, Journal, JournalPart, OnChange, Source
 from hotset.memory.residency import Residency, State
 
-DEVICE, HOST, DISK = (tier_bits([name]) for name in ("device", "host", "disk"))
+DEVICE, HOST, DISK = (BITS[name] for name in ("device", "host", "disk"))
 NUMBERS = st.integers(0, 11)
 
 

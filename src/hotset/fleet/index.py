@@ -12,9 +12,8 @@ _NEIGHBOURS = 4
 _MOST_GUESSED = 2**18  # keys
 
 
-def tier_bits(names: Sequence[str]) -> int:
-    """The tiers of these names as `ReplicaIndex` takes them; names that it does not know are 0."""
-    return sum(1 << TIERS.index(name) for name in names if name in TIERS)
+BITS = {name: 1 << number for number, name in enumerate(TIERS)}
+"""Tiers by name, as `ReplicaIndex` takes them; they add up."""
 
 
 class ReplicaIndex:

@@ -1,0 +1,214 @@
+"""When a replica would bring the first token of a prompt, by what it last told of itself."""
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hotset.cost.prefix import Split, split_prefix
+from hotset.cost.rates import Rates
+from hotset.engine.messages import EngineInfo, Load
+from hotset.fleet.index import BITS, ReplicaIndex
+from hotset.memory.journal import TIERS
+
+_WINDOW_S = 10.0  # for rates of what a replica did
+_LEAST_WINDOW_S = 1.0
+# A load that comes less than this after a request was sent may not count it yet.
+_ON_ITS_WAY_S = 0.05
+_MOST_BLOCK_WAIT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a request would meet at a replica.
+
+    Attributes:
+        found_tokens: of its prompt, those that some tier has.
+        computed_tokens: those that are computed there.
+        queued_tokens: of prompts ahead of it.
+        queued_s: until these are computed, and blocks are free for it.
+        ready_s: from then on, until its prompt is computed or fetched.
+        rate: of prompts, in tokens/s.
+        step_s: of the step that brings its first token.
+    """
+
+    found_tokens: int
+    computed_tokens: int
+    queued_tokens: int
+    queued_s: float
+    ready_s: float
+    rate: float
+    step_s: float = 0.0
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds to its first token."""
+        return self.queued_s + self.ready_s + self.step_s
+
+    def cost_s(self, weight: float) -> float:
+        """Its own wait, and `weight` times what it adds to the wait of those behind it."""
+        return self.ttft_s + weight * self.computed_tokens / self.rate
+
+
+# Of a replica that has told none yet, as it has just joined.
+_NO_LOAD = Load(
+    queued_tokens=0,
+    spare_blocks=2**31,
+    usable_blocks=0,
+    queued_bytes=0,
+    num_open=0,
+    step_s=0.0,
+    prefill_tokens_per_s=0.0,
+    link_bytes_per_s={},
+    prefilled_tokens=0,
+    freed_blocks=0,
+)
+
+
+class _Sent(NamedTuple):
+    """A request that the last load may not count."""
+
+    at_s: float
+    num_tokens: int
+    num_blocks: int
+
+
+class _Progress(NamedTuple):
+    """Counters of a load."""
+
+    at_s: float
+    prefilled_tokens: int
+    freed_blocks: int
+
+
+class Outlook:
+    """What a front knows of one replica. Any thread may call it.
+
+    Args:
+        info: of the replica.
+
+    Attributes:
+        index: where its blocks are.
+    """
+
+    def __init__(self, info: EngineInfo) -> None:
+        memory = info.options.memory
+        self.index = ReplicaIndex()
+        self.fingerprint, self.block_size = info.fingerprint, info.block_size
+        self.shares_prefixes = memory.prefix_caching
+        self._bytes_per_token, self._mode = info.kv_bytes_per_token, memory.fetch_policy
+        self._lock = threading.Lock()
+        self._load: Load | None = None  # by _lock, as all that follows
+        self._sent: deque[_Sent] = deque()
+        self._progress: deque[_Progress] = deque()
+
+    def take(self, load: Load, now_s: float) -> None:
+        """Take in a load, which counts what was sent a moment before it came."""
+        with self._lock:
+            self._load = load
+            while self._sent and self._sent[0].at_s < now_s - _ON_ITS_WAY_S:
+                self._sent.popleft()
+            self._progress.append(_Progress(now_s, load.prefilled_tokens, load.freed_blocks))
+            self._trim(now_s)
+
+    def send(self, num_prompt_tokens: int, estimate: Estimate, now_s: float) -> None:
+        """A request goes there."""
+        num_blocks = -(-num_prompt_tokens // self.block_size)
+        with self._lock:
+            self._sent.append(_Sent(now_s, estimate.computed_tokens, num_blocks))
+
+    def prefill(self, now_s: float) -> tuple[float, float]:
+        """Tokens/s of prompts that it computed of late, and that it can compute; 0 if not known."""
+        with self._lock:
+            if self._load is None:
+                return 0.0, 0.0
+            return self._per_s(now_s)[0], self._load.prefill_tokens_per_s
+
+    def estimate(
+        self,
+        keys: Sequence[bytes],
+        num_tokens: int,
+        now_s: float,
+        *,
+        in_remote: int,
+        other_rate: float,
+    ) -> Estimate:
+        """What a prompt of `num_tokens` whose full blocks have these keys would meet now.
+
+        Args:
+            keys: without that of a block with the last token, which is always computed.
+            num_tokens: of the prompt.
+            now_s: by the clock of `take` and `send`.
+            in_remote: leading blocks that a store has which all replicas may read.
+            other_rate: tokens/s of prompts that is taken where the replica has told none.
+        """
+        with self._lock:
+            load, sent = self._load or _NO_LOAD, list(self._sent)
+            freed_per_s = self._per_s(now_s)[1]
+        rate = load.prefill_tokens_per_s or other_rate
+        queued_tokens = load.queued_tokens + sum(one.num_tokens for one in sent)
+        num_blocks = -(-num_tokens // self.block_size) + sum(one.num_blocks for one in sent)
+        found_tokens, split = self._bring(keys, load, rate, in_remote)
+        left = num_tokens - found_tokens
+        wait_s = _block_wait_s(num_blocks - load.spare_blocks, freed_per_s)
+        return Estimate(
+            found_tokens=found_tokens,
+            computed_tokens=left + split.computed_tokens,
+            queued_tokens=queued_tokens,
+            queued_s=queued_tokens / rate + wait_s,
+            ready_s=split.ready_s + left / rate,
+            rate=rate,
+            step_s=load.step_s,
+        )
+
+    def _bring(
+        self, keys: Sequence[bytes], load: Load, rate: float, in_remote: int
+    ) -> tuple[int, Split]:
+        """Tokens that are found, and how those that are in slower tiers come to the device."""
+        bits, tiers = BITS[TIERS[0]], list[str]()
+        num_blocks = on_device = self.index.prefix(keys, bits)
+        for name in TIERS[1:]:
+            if name not in load.link_bytes_per_s:
+                continue
+            bits |= BITS[name]
+            longer = self.index.prefix(keys, bits, first=num_blocks)
+            if name == "remote":
+                longer = max(longer, in_remote)
+            if longer > num_blocks:
+                tiers.append(name)
+                num_blocks = longer
+        split = Split(0, 0.0)
+        if tiers:
+            split = split_prefix(
+                Rates(rate, load.link_bytes_per_s),
+                (num_blocks - on_device) * self.block_size,
+                tiers,
+                bytes_per_token=self._bytes_per_token,
+                others_run=load.num_open > 0,
+                queued_bytes=load.queued_bytes,
+                mode=self._mode,
+            )
+        return num_blocks * self.block_size, split
+
+    def _trim(self, now_s: float) -> None:
+        while len(self._progress) > 1 and self._progress[1].at_s <= now_s - _WINDOW_S:
+            self._progress.popleft()
+
+    def _per_s(self, now_s: float) -> tuple[float, float]:
+        """Tokens of prompts computed per second, and blocks given back, of late."""
+        self._trim(now_s)
+        if not self._progress:
+            return 0.0, 0.0
+        first, last = self._progress[0], self._progress[-1]
+        seconds = min(max(now_s - first.at_s, _LEAST_WINDOW_S), _WINDOW_S)
+        return (
+            (last.prefilled_tokens - first.prefilled_tokens) / seconds,
+            (last.freed_blocks - first.freed_blocks) / seconds,
+        )
+
+
+def _block_wait_s(num_short: int, freed_per_s: float) -> float:
+    if num_short <= 0:
+        return 0.0
+    return min(_MOST_BLOCK_WAIT_S, num_short / max(freed_per_s, 1e-9))

@@ -1,0 +1,238 @@
+"""Routes that know where blocks are: by the cost of a request, or by its longest prefix."""
+
+import logging
+import random
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from hotset.clock import REAL_CLOCK, Clock
+from hotset.engine.messages import EngineHost, Report, Submit
+from hotset.fleet.index import BITS
+from hotset.fleet.outlook import Estimate, Outlook
+from hotset.fleet.route import Choice, Random, RoundRobin, Route
+from hotset.fleet.status import Why
+from hotset.kv.block_hash import block_hash, root_hash
+
+_log = logging.getLogger(__name__)
+
+# Costs that differ by less are as good as equal: they rest on loads that are 0.1 s old.
+_AS_GOOD = 1.05
+_MOST_WEIGHT = 5.0
+_UNKNOWN_RATE = 1000.0  # tokens/s of prompts, where no replica has told its own
+# A snapshot is asked for where predictions are wrong by more than this part of the prompts' tokens,
+# over prompts of at least that many tokens.
+_MOST_ERROR = 0.1
+_ERROR_TOKENS = 20_000
+_ASK_AGAIN_S = 10.0
+
+
+@dataclass(eq=False, slots=True)
+class _Member:
+    """A replica of the fleet, and how well it was predicted since the last snapshot."""
+
+    host: EngineHost
+    outlook: Outlook
+    asked_s: float
+    prompt_tokens: int = 0
+    wrong_tokens: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """A replica, and what a request would meet there."""
+
+    replica_id: str
+    outlook: Outlook
+    estimate: Estimate
+
+
+class KnowingRoute(ABC):
+    """Follows the journals and loads of replicas. See `Route`.
+
+    Args:
+        clock: what the age of loads is told by.
+        seed: of choices among replicas that are as good; None draws one.
+
+    Attributes:
+        num_snapshots: that were asked for, as changes were lost or predictions were wrong.
+    """
+
+    name: str
+
+    def __init__(self, clock: Clock = REAL_CLOCK, seed: int | None = None) -> None:
+        self.num_snapshots = 0
+        self._clock, self._random = clock, random.Random(seed)
+        self._members: dict[str, _Member] = {}  # replaced, never changed: read without a lock
+        self._lock = threading.Lock()
+
+    def join(self, replica_id: str, host: EngineHost) -> None:
+        """See `Route`."""
+        member = _Member(host, Outlook(host.info), self._clock.now())
+        with self._lock:
+            self._members = {**self._members, replica_id: member}
+        host.follow(True)
+
+    def leave(self, replica_id: str) -> None:
+        """See `Route`."""
+        with self._lock:
+            self._members = {k: v for k, v in self._members.items() if k != replica_id}
+
+    def take(self, replica_id: str, report: Report) -> None:
+        """See `Route`."""
+        member = self._members.get(replica_id)
+        if member is None:
+            return
+        if report.load is not None:
+            member.outlook.take(report.load, self._clock.now())
+        if report.journal is not None:
+            try:
+                is_lost = member.outlook.index.take(report.journal)
+            except ValueError as error:
+                _log.error("replica %s: %s; asking for a snapshot", replica_id, error)
+                is_lost = True
+            if is_lost:
+                self._ask(member)
+
+    def choose(self, submit: Submit, replica_ids: Sequence[str]) -> Choice:
+        """See `Route`."""
+        members, now_s = self._members, self._clock.now()
+        known = [(one, members[one].outlook) for one in replica_ids if one in members]
+        if not known:
+            return Choice(self._random.choice(replica_ids), Why.RANDOM)
+        rates = [rate for _, outlook in known if (rate := outlook.prefill(now_s)[1])]
+        other_rate = sum(rates) / len(rates) if rates else _UNKNOWN_RATE
+        keys = _Keys(submit)
+        outlooks = [member.outlook for member in members.values()]
+        in_remote = max(one.index.prefix(keys.of(one), BITS["remote"]) for one in outlooks)
+        num_tokens = len(keys.token_ids)
+        offers = [
+            _Offer(
+                replica_id,
+                outlook,
+                outlook.estimate(
+                    keys.of(outlook), num_tokens, now_s, in_remote=in_remote, other_rate=other_rate
+                ),
+            )
+            for replica_id, outlook in known
+        ]
+        chosen = self._best(offers, now_s)
+        chosen.outlook.send(num_tokens, chosen.estimate, now_s)
+        chosen.outlook.index.guess(keys.of(chosen.outlook))
+        most = max(offer.estimate.found_tokens for offer in offers)
+        least = min(offer.estimate.found_tokens for offer in offers)
+        has_most = least < chosen.estimate.found_tokens == most
+        return Choice(
+            chosen.replica_id,
+            Why.PREFIX if has_most else Why.LOAD,
+            chosen.estimate.computed_tokens,
+            chosen.estimate.ttft_s,
+        )
+
+    def found(self, choice: Choice, submit: Submit, cached_tokens: int, ttft_s: float) -> None:
+        """See `Route`. Asks for a snapshot where too many predictions were wrong."""
+        member = self._members.get(choice.replica_id)
+        if member is None or choice.expected_tokens is None:
+            return
+        expected = len(submit.token_ids) - choice.expected_tokens
+        with member.lock:
+            member.prompt_tokens += len(submit.token_ids)
+            member.wrong_tokens += abs(expected - cached_tokens)
+            if member.prompt_tokens < _ERROR_TOKENS:
+                return
+            is_wrong = member.wrong_tokens > _MOST_ERROR * member.prompt_tokens
+            member.prompt_tokens = member.wrong_tokens = 0
+        if is_wrong and self._clock.now() - member.asked_s >= _ASK_AGAIN_S:
+            member.outlook.index.doubt()
+            self._ask(member)
+
+    def _ask(self, member: _Member) -> None:
+        self.num_snapshots += 1
+        member.asked_s = self._clock.now()
+        member.host.follow(True)
+
+    @abstractmethod
+    def _best(self, offers: Sequence[_Offer], now_s: float) -> _Offer:
+        """The one to take."""
+
+    def _less_loaded(self, offers: Sequence[_Offer]) -> _Offer:
+        """Of two of these at random, the one where fewer tokens are queued.
+
+        Source: Mitzenmacher, "The power of two choices in randomized load balancing", 2001.
+        """
+        two = self._random.sample(list(offers), min(2, len(offers)))
+        return min(two, key=lambda offer: offer.estimate.queued_tokens)
+
+
+class CostRoute(KnowingRoute):
+    """The replica where a request costs least: its own time to the first token, and others'.
+
+    What it has computed delays those who queue behind it: the busier the fleet, the more of them
+    there are, by the law of queues. So its computing time counts once for itself and
+    `busy / (1 - busy)` times, 5 at most, for others.
+    """
+
+    name = "cost"
+
+    def _best(self, offers: Sequence[_Offer], now_s: float) -> _Offer:
+        weight = self._weight(now_s)
+        costs = [offer.estimate.cost_s(weight) for offer in offers]
+        most = min(costs) * _AS_GOOD
+        return self._less_loaded(
+            [offer for offer, cost in zip(offers, costs, strict=True) if cost <= most]
+        )
+
+    def _weight(self, now_s: float) -> float:
+        """How many others wait for the time that a request takes."""
+        figures = [member.outlook.prefill(now_s) for member in self._members.values()]
+        rate = sum(can for _, can in figures)
+        busy = sum(did for did, _ in figures) / rate if rate else 0.0
+        return _MOST_WEIGHT if busy >= 1.0 else min(_MOST_WEIGHT, busy / (1.0 - busy))
+
+
+class PrefixRoute(KnowingRoute):
+    """The replica that has most of the prompt, however much waits there; of equal ones any."""
+
+    name = "prefix"
+
+    def _best(self, offers: Sequence[_Offer], now_s: float) -> _Offer:
+        most = max(offer.estimate.found_tokens for offer in offers)
+        return self._less_loaded([one for one in offers if one.estimate.found_tokens == most])
+
+
+class _Keys:
+    """Keys of a prompt's full blocks, made once for replicas that have the same.
+
+    Attributes:
+        token_ids: of the prompt, and of the answer so far where one alone goes on.
+    """
+
+    def __init__(self, submit: Submit) -> None:
+        self._salt = submit.salt
+        self._is_computed_whole = submit.params.prompt_logprobs is not None
+        answer = submit.resumed[0].token_ids if len(submit.resumed) == 1 else ()
+        self.token_ids = [*submit.token_ids, *answer]
+        self._made: dict[tuple[str, int], list[bytes]] = {}
+
+    def of(self, outlook: Outlook) -> list[bytes]:
+        """As the engine of a replica makes them; none where nothing is looked for there."""
+        if not outlook.shares_prefixes or self._is_computed_whole:
+            return []
+        kind = (outlook.fingerprint, outlook.block_size)
+        if kind not in self._made:
+            self._made[kind] = self._make(*kind)
+        return self._made[kind]
+
+    def _make(self, fingerprint: str, size: int) -> list[bytes]:
+        key, keys = root_hash(fingerprint, self._salt), []
+        for start in range(0, len(self.token_ids) - size, size):  # one is left to compute
+            key = block_hash(key, self.token_ids[start : start + size])
+            keys.append(key)
+        return keys
+
+
+ROUTES: dict[str, Callable[[], Route]] = {
+    route.name: route for route in (CostRoute, PrefixRoute, RoundRobin, Random)
+}
