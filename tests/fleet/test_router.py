@@ -1,11 +1,15 @@
 """Where requests go, by what replicas tell: the worked examples of the cost, ties, and faults."""
 
 import random
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 from fakes import FakeClock
+from fleets import fleet
 
+from hotset.engine.completion import gather
 from hotset.engine.messages import EngineInfo, Load, Report, Submit
 from hotset.fleet.outlook import Estimate, Outlook
 from hotset.fleet.route import Choice
@@ -97,6 +101,14 @@ class Fleet:
 
 def prompt(length: int = PROMPT) -> list[int]:
     return random.Random(3).choices(range(1000), k=length)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(4000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it did not happen")
 
 
 def lost(journal: JournalPart) -> JournalPart:
@@ -296,3 +308,30 @@ def test_replicas_come_and_go() -> None:
 def test_routes_have_the_names_of_the_option() -> None:
     assert list(ROUTES) == ["cost", "prefix", "round-robin", "random"]
     assert all(make().name == name for name, make in ROUTES.items())
+
+
+def test_a_front_sends_what_follows_to_where_its_prefix_is() -> None:
+    """Real engines: what the route predicts of a conversation's turns is what they find."""
+    route = CostRoute(seed=0)
+    with fleet(2, route) as front:
+        members = route._members.values()
+        wait_for(lambda: all(one.outlook.index.is_exact for one in members))
+        went = set()
+        texts = [[3 + number, *range(5, 44)] for number in range(2)]
+        for turn in range(3):
+            for number, text in enumerate(texts):
+                before = dict(front.service.fleet().counts.routed)
+                stream = front.service.submit(text, SamplingParams(max_tokens=10, ignore_eos=True))
+                texts[number] = [*text, *gather(stream, 1)[0].token_ids, 5]
+                now = front.service.fleet().counts.routed
+                [(replica_id, why)] = [one for one in now if now[one] != before.get(one, 0)]
+                went.add((number, replica_id))
+                assert turn == 0 or why is Why.PREFIX
+                wait_for(lambda: all(one.outlook._load.num_open == 0 for one in members))
+        counts = front.service.fleet().counts
+        assert len(went) == 2  # each conversation stayed where it began
+        assert counts.num_predicted == 6 and counts.snapshots == 0
+        assert counts.predicted_tokens == counts.found_tokens > 0
+        assert counts.real_ttft_s > 0 and counts.predicted_ttft_s > 0
+        front.service.close()
+        front.check()

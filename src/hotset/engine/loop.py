@@ -463,4 +463,5 @@ class _Outbox:
         report = Report(time_s, self.outputs, self.started, self.taken, self.looks, self.notes)
         report.journal, report.load = self.journal, self.load
         self.outputs, self.started, self.taken, self.looks, self.notes = [], [], [], [], []
+        self.journal = self.load = None
         return report

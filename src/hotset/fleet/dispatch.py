@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 from hotset.clock import Clock
@@ -257,6 +258,7 @@ class Dispatcher:
                 if flight.is_over or replica is None or replica not in self.serving:
                     continue
                 flight.choice = choice
+                flight.sent = replace(submit, expected_tokens=choice.expected_tokens)
                 replica.flights[submit.request_id] = flight
                 flight.replica = replica
                 self.counts.routed[replica.replica_id, _why(flight, choice, candidates)] += 1
@@ -340,6 +342,7 @@ class Dispatcher:
             replica.load = report.load
         if report.journal is not None or report.load is not None:
             self._route.take(replica.replica_id, report)
+            self.counts.snapshots = self._route.num_snapshots
         found: list[tuple[Choice, Submit, int, float]] = []
         with self._lock:
             for attempt_id in report.taken:
@@ -376,6 +379,7 @@ class Dispatcher:
         if not flight.has_begun and output.token_ids and flight.choice is not None:
             waited_s = now_s - flight.sent_s
             found.append((flight.choice, flight.sent, output.cached_tokens, waited_s))
+            self._count(*found[-1])
         delivered = flight.accept(output, replica.fingerprint, now_s)
         if flight.is_over:
             self._forget(flight)
@@ -384,6 +388,15 @@ class Dispatcher:
             flight.replica = None
             self._move(flight, Moved.DRAINED)
         return delivered
+
+    def _count(self, choice: Choice, submit: Submit, cached_tokens: int, ttft_s: float) -> None:
+        if choice.expected_tokens is None:
+            return
+        self.counts.num_predicted += 1
+        self.counts.predicted_tokens += len(submit.token_ids) - choice.expected_tokens
+        self.counts.found_tokens += cached_tokens
+        self.counts.predicted_ttft_s += choice.expected_ttft_s
+        self.counts.real_ttft_s += ttft_s
 
     def _drain(self, replica: Replica) -> None:
         """A replica takes no more requests, and is about to give up those that it has."""

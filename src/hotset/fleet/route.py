@@ -31,9 +31,11 @@ class Route(Protocol):
 
     Attributes:
         name: as `--route` has it.
+        num_snapshots: snapshots of a replica's blocks that were asked for since the start.
     """
 
     name: str
+    num_snapshots: int
 
     def join(self, replica_id: str, host: EngineHost) -> None:
         """A replica serves from now on. Must not call `host.submit`."""
@@ -61,6 +63,8 @@ class Route(Protocol):
 
 class BlindRoute:
     """The hooks of a route that looks at nothing."""
+
+    num_snapshots = 0
 
     def join(self, replica_id: str, host: EngineHost) -> None:
         """See `Route`."""
