@@ -12,6 +12,7 @@ from servers import CHAT, KEY, RunningServer, running_server, wait_for
 
 from hotset.engine.completion import Completion
 from hotset.errors import EngineError, HotsetError, OverloadedError, RequestError
+from hotset.fleet.allowance import KeyLimits
 from hotset.request import FinishReason, RequestOutput
 from hotset.server.admission import Admitted
 from hotset.server.app import ServerConfig
@@ -246,7 +247,7 @@ def test_a_request_that_cannot_be_served_is_refused_in_anthropics_shape(
 
 def test_keys_limits_and_a_full_queue_have_anthropics_types() -> None:
     keys = Keys()
-    keys.add(KEY, Tenant("alice", max_concurrent=1))
+    keys.add(KEY, Tenant("alice", KeyLimits(max_concurrent=1)))
     config = ServerConfig(keys=keys, limits=Limits(max_queue=1))
     with (
         running_server(server_config=config, context=4096) as server,

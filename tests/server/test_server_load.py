@@ -23,9 +23,11 @@ from hotset.cli.serve import command
 from hotset.engine import service as service_module
 from hotset.engine.service import EngineService
 from hotset.errors import DrainingError, OverloadedError
+from hotset.fleet.allowance import KeyLimits
 from hotset.options import Options
 from hotset.request import SamplingParams
 from hotset.server.app import ServerConfig
+from hotset.server.errors import ApiError
 from hotset.server.keys import Keys, Tenant
 from hotset.server.limits import Limits
 
@@ -378,13 +380,16 @@ def test_an_allowance_refills_with_time(monkeypatch: pytest.MonkeyPatch) -> None
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     keys = Keys()
-    from hotset.server.keys import Bucket
-
-    keys.add(KEY, Tenant("a", tokens=Bucket(60)))
+    keys.add(KEY, Tenant("a", KeyLimits(tokens_per_minute=60)))
     tenant: Any = keys.find(KEY)
     with tenant.request():
         tenant.charge(90)
-    assert tenant.tokens.wait_s() == pytest.approx(31)
+    with (
+        pytest.raises(ApiError, match="used its tokens of this minute") as refused,
+        tenant.request(),
+    ):
+        pass
+    assert refused.value.headers == {"Retry-After": "31"}
     now += 31.5
     with tenant.request():
         pass

@@ -36,6 +36,9 @@ class KeyLimits:
         return self.max_concurrent // num_fronts + (rank < self.max_concurrent % num_fronts)
 
 
+NO_LIMITS = KeyLimits()
+
+
 class Bucket:
     """An allowance that refills steadily, up to a minute's worth; it may be overdrawn.
 
@@ -131,7 +134,7 @@ class KeyShare:
     @property
     def has_limits(self) -> bool:
         """Whether a request can be refused here."""
-        return self._limits != KeyLimits()
+        return self._limits != NO_LIMITS
 
     def refusal(self) -> Refusal | None:
         """Why no request may begin now; None where one may."""

@@ -44,6 +44,7 @@ async def generate(
     facts: Facts = request.scope["facts"]
     facts["model"] = admission.service.model.name
     admission.check_model(body.model)
+    await tenant.ready()
     with contextlib.ExitStack() as stack:
         stack.enter_context(tenant.request())
         # Encoding a long prompt or compiling a schema would hold up the other clients.

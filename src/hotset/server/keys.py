@@ -4,12 +4,12 @@ import contextlib
 import hashlib
 import hmac
 import re
-import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hotset.errors import ConfigError
+from hotset.fleet.allowance import NO_LIMITS, KeyLimits, KeyShare, Kind
 from hotset.foreign_text import ForeignTextError, parse_toml
 from hotset.server.errors import ApiError, too_many
 
@@ -19,68 +19,53 @@ _LEAST_KEY_LENGTH = 16
 _LIMITS = ("max_concurrent", "requests_per_minute", "tokens_per_minute")
 
 
-class Bucket:
-    """A minute's allowance that refills steadily: a token bucket that may be overdrawn."""
-
-    def __init__(self, per_minute: int) -> None:
-        self._per_s = per_minute / 60
-        self._most = float(per_minute)
-        self._left = float(per_minute)
-        self._at_s = time.monotonic()
-
-    def wait_s(self) -> float:
-        """Seconds until something is left; 0 is now."""
-        now_s = time.monotonic()
-        self._left = min(self._most, self._left + (now_s - self._at_s) * self._per_s)
-        self._at_s = now_s
-        return 0.0 if self._left > 0 else (1 - self._left) / self._per_s
-
-    def take(self, amount: float) -> None:
-        """Use some of it, more than is left too."""
-        self._left -= amount
-
-
 @dataclass(slots=True)
 class Tenant:
     """Who holds a key. The event loop's thread alone uses it.
 
     Attributes:
         name: for logs, metrics and the folder of its files; empty where there are no keys.
-        max_concurrent: most requests at once; None is no limit.
-        requests, tokens: allowances; tokens are charged once a request has ended.
+        limits: of the key.
+        share: what of them may be used here; tokens are charged once a request has ended.
+        get_more: of a front: waits for the desk, which may give more; see `ready`.
     """
 
     name: str = ""
-    max_concurrent: int | None = None
-    requests: Bucket | None = None
-    tokens: Bucket | None = None
-    num_open: int = field(default=0, init=False)
+    limits: KeyLimits = NO_LIMITS
+    share: KeyShare = field(init=False)
+    get_more: Callable[[KeyShare], Awaitable[None]] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.share = KeyShare(self.limits)
 
     def salt(self, cache_salt: str) -> bytes:
         """Keeps cached prefixes apart: of tenants, and within one tenant by `cache_salt`."""
         own = f"key:{self.name}\0" if self.name else ""
         return (own + cache_salt).encode("utf-8", "surrogatepass")
 
+    async def ready(self) -> None:
+        """Before a request that would be refused: have the desk give more, if it may."""
+        if self.get_more is not None and self.share.refusal() is not None:
+            await self.get_more(self.share)
+
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
         """Hold one of the tenant's places. Raises ApiError (429) where a limit is reached."""
-        if self.max_concurrent is not None and self.num_open >= self.max_concurrent:
-            raise too_many(f"this key has {self.num_open} requests open, its limit", 1)
-        for bucket, what in ((self.requests, "requests"), (self.tokens, "tokens")):
-            if bucket is not None and (wait_s := bucket.wait_s()) > 0:
-                raise too_many(f"this key has used its {what} of this minute", wait_s)
-        if self.requests is not None:
-            self.requests.take(1)
-        self.num_open += 1
+        refusal = self.share.refusal()
+        if refusal is not None and refusal.kind is Kind.PLACES:
+            message = f"this key has {self.limits.max_concurrent} requests open, its limit"
+            raise too_many(message, refusal.wait_s)
+        if refusal is not None:
+            raise too_many(f"this key has used its {refusal.kind} of this minute", refusal.wait_s)
+        self.share.open()
         try:
             yield
         finally:
-            self.num_open -= 1
+            self.share.close()
 
     def charge(self, num_tokens: int) -> None:
         """Count the tokens of a request that has ended."""
-        if self.tokens is not None:
-            self.tokens.take(num_tokens)
+        self.share.charge(num_tokens)
 
 
 class Keys:
@@ -104,6 +89,11 @@ class Keys:
                 f"{_LEAST_KEY_LENGTH} printable ASCII characters"
             )
         self._add_digest(hashlib.sha256(key.encode()).digest(), tenant)
+
+    @property
+    def tenants(self) -> list[Tenant]:
+        """Who holds a key."""
+        return [tenant for _, tenant in self._tenants]
 
     def find(self, key: str) -> Tenant:
         """The tenant of a key; takes as long for a wrong key as for a right one.
@@ -165,13 +155,7 @@ class Keys:
             value = table.get(limit, 1)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{where}: {limit} is {value!r}; expected a number from 1 on")
-        requests, tokens = table.get("requests_per_minute"), table.get("tokens_per_minute")
-        tenant = Tenant(
-            name,
-            table.get("max_concurrent"),
-            None if requests is None else Bucket(requests),
-            None if tokens is None else Bucket(tokens),
-        )
+        tenant = Tenant(name, KeyLimits(**{limit: table.get(limit) for limit in _LIMITS}))
         key, digest = table.get("key"), table.get("sha256")
         if (key is None) == (digest is None) or not isinstance(key or digest, str):
             raise ConfigError(f"{where} needs either a key or its sha256, as a string")
@@ -191,7 +175,7 @@ class Keys:
             raise ConfigError(
                 f"{where}: {name!r} cannot name a key; expected letters, digits, '_', '.' or '-'"
             )
-        if any(tenant.name == name for _, tenant in self._tenants):
+        if any(tenant.name == name for tenant in self.tenants):
             raise ConfigError(f"{where}: there are two keys named {name!r}")
         return name
 
