@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import uvicorn
+from starlette.types import ASGIApp
 from tiny_engine import build
 
 from hotset.engine.service import EngineService
@@ -54,8 +55,13 @@ def running_server(
     own_process: bool = False,
     context: int = 512,
     family: str = "llama",
+    entry: Callable[[Api], ASGIApp] = lambda api: api,
+    listener: socket.socket | None = None,
 ) -> Iterator[RunningServer]:
-    """Serve what `start` returns until the block ends; None is an engine over a tiny model."""
+    """Serve what `start` returns until the block ends; None is an engine over a tiny model.
+
+    `entry` makes of the Api what answers, at `listener` or a port of its own.
+    """
     ready: Future[StreamService] = Future()
     start = start or partial(
         EngineService,
@@ -69,10 +75,10 @@ def running_server(
         on_ready=ready.set_result,
         on_failure=ready.set_exception,
     )
-    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    listener = listener or socket.create_server(("127.0.0.1", 0), backlog=2048)
     server = uvicorn.Server(
         uvicorn.Config(
-            api,
+            entry(api),
             lifespan="on",
             log_config=None,
             access_log=False,
@@ -89,7 +95,8 @@ def running_server(
 
     try:
         service = ready.result(60)
-        yield RunningServer(listener.getsockname()[1], api, service, stop)
+        name = listener.getsockname()
+        yield RunningServer(0 if isinstance(name, str) else name[1], api, service, stop)
     finally:
         stop()
         listener.close()

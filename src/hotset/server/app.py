@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -22,6 +23,7 @@ from hotset.server import metrics, openapi
 from hotset.server.admission import Admission
 from hotset.server.batches import BatchRunner
 from hotset.server.body import Json
+from hotset.server.desk import Desk
 from hotset.server.errors import not_found
 from hotset.server.files import FileStore
 from hotset.server.files_api import FilesApi
@@ -44,6 +46,7 @@ from hotset.server.status import StatusBoard
 from hotset.server.tracing import Tracer
 from hotset.text.prompt import PromptEncoder
 
+_SHUTTING_DOWN = "the server is shutting down"
 _EXPOSED_HEADERS = ["x-request-id", "retry-after", WARNING_HEADER]
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
@@ -65,6 +68,7 @@ class ServerConfig:
         tracer: gets a span of each request; None is no traces.
         cors_origins: of pages that browsers may let use the server; `*` is any page.
         fronts_path: folder in which fronts that share a port tell each other what they did.
+        desk: has files, batches and limits of keys in place of this server.
     """
 
     keys: Keys = field(default_factory=Keys)
@@ -75,6 +79,7 @@ class ServerConfig:
     tracer: Tracer | None = None
     cors_origins: Collection[str] = ()
     fronts_path: Path | None = None
+    desk: Desk | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +134,7 @@ class Api:
             *self._of_models(),
             *responses.endpoints,
             *messages.endpoints,
-            *files.endpoints,
+            *(files.endpoints if config.desk is None else self._passed_on(files.endpoints)),
             *self._of_server(),
         ]
         self._router = Router(
@@ -162,6 +167,19 @@ class Api:
         yield Endpoint("GET", "/v1/models", self._models, "List the model", "models")
         path = "/v1/models/{model:path}"
         yield Endpoint("GET", path, self._model, "Describe the model", "models")
+
+    def _passed_on(self, endpoints: Sequence[Endpoint]) -> Iterator[Endpoint]:
+        """Endpoints that the desk answers, whether or not there is a replica."""
+        desk = self._config.desk
+        assert desk is not None
+
+        async def pass_on(request: Request) -> Response:
+            if self._is_draining:
+                raise EngineError(_SHUTTING_DOWN)
+            return await desk.pass_on(request)
+
+        for one in endpoints:
+            yield dataclasses.replace(one, handler=pass_on)
 
     def _of_server(self) -> Iterator[Endpoint]:
         for path, handler, summary, body in (
@@ -198,7 +216,9 @@ class Api:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: object) -> AsyncIterator[None]:
         loading = asyncio.create_task(self._load())
-        yield
+        desk = self._config.desk
+        async with desk.running(self._config.keys.tenants) if desk else contextlib.nullcontext():
+            yield
         await loading  # a thread cannot be stopped on its way
         parts, self._parts = self._parts, None
         if parts is not None:
@@ -240,7 +260,7 @@ class Api:
     def _loaded(self) -> _Parts:
         """The parts, once there is something to look at; raises EngineError before that."""
         if self._is_draining:
-            raise EngineError("the server is shutting down")
+            raise EngineError(_SHUTTING_DOWN)
         if self._parts is None:
             raise EngineError("the model is still being loaded; try again soon")
         return self._parts

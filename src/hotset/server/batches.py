@@ -1,6 +1,7 @@
 """Batches over HTTP: files of requests, answered after requests that a client waits for."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import threading
@@ -23,6 +24,7 @@ _AT_ONCE = 2
 _OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 _TIMES = ("in_progress_at", "completed_at", "failed_at", "cancelling_at", "cancelled_at")
 _SAVE_EVERY_S = 1.0
+_AGAIN_S, _AGAIN_AT_MOST_S = 1.0, 60.0  # until a batch looks again for an engine that was gone
 
 
 class BatchRunner:
@@ -42,7 +44,11 @@ class BatchRunner:
         self._places = asyncio.Semaphore(_AT_ONCE)
         self._stops: dict[str, threading.Event] = {}  # of the batches that are not done
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_closing = False
+        self._closing = asyncio.Event()
+
+    @property
+    def _is_closing(self) -> bool:
+        return self._closing.is_set()
 
     def resume(self) -> None:
         """Go on with the batches that are not done."""
@@ -92,7 +98,7 @@ class BatchRunner:
 
     async def close(self) -> None:
         """Stop what runs; a later start goes on with it."""
-        self._is_closing = True
+        self._closing.set()
         for stop in self._stops.values():
             stop.set()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -108,10 +114,7 @@ class BatchRunner:
     async def _run(self, tenant: str, entry: Json, stop: threading.Event) -> None:
         try:
             async with self._places:
-                if not self._is_closing:
-                    await asyncio.to_thread(self._run_one, tenant, entry, stop)
-        except EngineError:
-            pass  # it stopped, or failed and said so: the batch goes on with the next start
+                await self._run_to_end(tenant, entry, stop)
         except (HotsetError, OSError) as error:
             self._fail(tenant, entry, str(error))
         except Exception:
@@ -119,6 +122,22 @@ class BatchRunner:
             self._fail(tenant, entry, "internal error")
         finally:
             self._stops.pop(entry["id"], None)
+
+    async def _run_to_end(self, tenant: str, entry: Json, stop: threading.Event) -> None:
+        """Go on where the engine, or the last replica, was gone for a while."""
+        again_s = _AGAIN_S
+        while not self._is_closing:
+            num_done = entry["request_counts"]["completed"]
+            try:
+                return await asyncio.to_thread(self._run_one, tenant, entry, stop)
+            except EngineError as error:
+                if self._is_closing:
+                    return  # it goes on with the next start
+                has_moved = entry["request_counts"]["completed"] > num_done
+                again_s = _AGAIN_S if has_moved else min(2 * again_s, _AGAIN_AT_MOST_S)
+                _log.warning("batch %s waits %g s: %s", entry["id"], again_s, error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), again_s)
 
     def _run_one(self, tenant: str, entry: Json, stop: threading.Event) -> None:
         """Runs in a thread."""

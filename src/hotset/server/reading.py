@@ -34,6 +34,14 @@ async def read_json(request: Request, most: int) -> Any:
     Raises:
         ApiError: it is longer (413); RequestError: it is no JSON.
     """
+    try:
+        return parse_json(await read_bytes(request, most), check_unicode=True)
+    except ForeignTextError as error:
+        raise RequestError(f"the body {error}", code="invalid_json") from error
+
+
+async def read_bytes(request: Request, most: int) -> bytearray:
+    """The body. Raises ApiError (413): it is longer than `most` bytes."""
     too_long = too_large("body", most)
     if int(request.headers.get("content-length") or 0) > most:
         raise too_long
@@ -42,10 +50,7 @@ async def read_json(request: Request, most: int) -> Any:
         content += chunk
         if len(content) > most:
             raise too_long
-    try:
-        return parse_json(content, check_unicode=True)
-    except ForeignTextError as error:
-        raise RequestError(f"the body {error}", code="invalid_json") from error
+    return content
 
 
 def bounded(receive: Receive, most: int) -> Receive:
