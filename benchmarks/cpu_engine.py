@@ -30,7 +30,7 @@ import torch
 import transformers
 
 from hotset.engine.build import build_engine
-from hotset.engine.loop import run_to_end
+from hotset.engine.run import run_to_end
 from hotset.model import default_model
 from hotset.model.checkpoint import load_gguf
 from hotset.model.loaded import LoadedModel

@@ -37,7 +37,7 @@ def hotset_side(file: str, threads: int, users: int, *, narrow: bool) -> Serve:
     from dataclasses import replace
 
     from hotset.engine.build import build_engine  # before torch, for how its threads wait
-    from hotset.engine.loop import run_to_end
+    from hotset.engine.run import run_to_end
     from hotset.model.checkpoint import load_gguf
     from hotset.model.loader import load_model
     from hotset.options import Options

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hotset.cost.catalog import bundled_config
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
-from hotset.engine.loop import run_steps
+from hotset.engine.run import run_steps
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
 from hotset.request import SamplingParams

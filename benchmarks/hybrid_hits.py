@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
-from hotset.engine.loop import run_to_end, settle
+from hotset.engine.run import run_to_end, settle
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
 from hotset.request import SamplingParams

@@ -61,7 +61,7 @@ class PlayedExecutor:
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """See `Executor`."""
 
-    def validate(self, params: SamplingParams) -> None:
+    def validate(self, params: SamplingParams, answers: Sequence[Sequence[int]] = ()) -> None:
         """See `Executor`."""
 
     def release(self, sequence_id: int) -> None:

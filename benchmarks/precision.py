@@ -21,7 +21,7 @@ from cpu_engine import QUESTIONS
 from hotset.attention.inputs import copy_batch
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
-from hotset.engine.loop import run_to_end
+from hotset.engine.run import run_to_end
 from hotset.engine.step import Step, StepItem
 from hotset.engine.step_input import make_step_input
 from hotset.model import default_model

@@ -36,7 +36,7 @@ def measure(family: str, num_lengths: int, threads: int) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hotset.engine.build import build_engine
-    from hotset.engine.loop import run_to_end
+    from hotset.engine.run import run_to_end
     from hotset.model.loaded import LoadedModel
     from hotset.options import Options
     from hotset.request import SamplingParams

@@ -32,8 +32,8 @@ from hotset.cost.expert_steps import ExpertCost, Load, link_of
 from hotset.cost.tuning import TUNINGS
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
-from hotset.engine.loop import settle
 from hotset.engine.model_shape import make_cost_model
+from hotset.engine.run import settle
 from hotset.engine.start_times import Phase, StartTimes
 from hotset.executor.probe import ModelLayout, inspect_model
 from hotset.experts.sizes import slot_bytes_of

@@ -153,7 +153,7 @@ async def all_streams(port: int, users: int, tokens: int) -> dict[str, float]:
 def run_engine(args: argparse.Namespace) -> None:
     """The engine alone; a process of its own. Prints its seconds for each line it reads."""
     from hotset.engine.build import build_engine
-    from hotset.engine.loop import run_to_end
+    from hotset.engine.run import run_to_end
     from hotset.model.loader import load_model
     from hotset.options import Options
     from hotset.request import SamplingParams

@@ -33,7 +33,7 @@ from hotset.cost.step_time import CostModel
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.load import load_on_ranks
-from hotset.engine.loop import run_to_end
+from hotset.engine.run import run_to_end
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
 from hotset.request import SamplingParams

@@ -280,7 +280,7 @@ class FakeExecutor:
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         self.copies += copies
 
-    def validate(self, params: SamplingParams) -> None:
+    def validate(self, params: SamplingParams, answers: Sequence[Sequence[int]] = ()) -> None:
         pass
 
     def release(self, sequence_id: int) -> None:

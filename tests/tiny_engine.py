@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def build(
-    config: Options, context: int = 512, family: str = "llama"
+    config: Options, context: int = 512, family: str = "llama", overlap: bool | None = None
 ) -> tuple["Engine", LoadedModel]:
     """An engine over a tiny random model, instead of `config.model.model`."""
     import torch
@@ -22,4 +22,4 @@ def build(
     torch.set_num_threads(1)
     model = make_model(family, vocab_size=VOCAB_SIZE, max_position_embeddings=context)
     loaded = LoadedModel(model, make_tokenizer(), "tiny", "tiny", (EOS_TOKEN_ID,), context)
-    return build_engine(config, loaded), loaded
+    return build_engine(config, loaded, overlap=overlap), loaded

@@ -46,7 +46,9 @@ class Metrics(ExpertCounts):
     recomputed_tokens: int = 0  # of these, computed before for the same request
     cached_tokens: Counter[str] = field(default_factory=Counter)  # prefix hits by tier, see `found`
     forked_tokens: int = 0  # of prompts, computed by another of their `n` outputs
-    resumed_tokens: Counter[str] = field(default_factory=Counter)  # by tier, after a preemption
+    resumed_tokens: Counter[str] = field(
+        default_factory=Counter
+    )  # by tier, after a preemption or a move
     recompute_chosen_tokens: int = 0  # found in a colder tier, cheaper to compute
     preemptions: int = 0
     rotations: int = 0  # of these, ends of a turn

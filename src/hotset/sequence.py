@@ -46,11 +46,13 @@ class Sampling:
         uses_logits_alone: whether nothing but `min_tokens` changes the logits, and only the
             token is asked for.
         counts_tokens: whether penalties count its tokens.
+        resumed: tokens that were chosen of it before, by another engine.
     """
 
     sequence_id: int
     index: int
     params: SamplingParams
+    resumed: Sequence[int] = ()
     uses_logits_alone: bool = field(init=False)
     counts_tokens: bool = field(init=False)
 
@@ -266,7 +268,7 @@ class Request:
 
     def __post_init__(self, arrival_s: float) -> None:
         self.queue.since_s = arrival_s
-        self.sampling = Sampling(next(_ids), self.index, self.params)
+        self.sampling = Sampling(next(_ids), self.index, self.params, self.output_ids)
 
     @property
     def sequence_id(self) -> int:

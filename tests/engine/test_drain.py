@@ -3,7 +3,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import pytest
-from servers import build, wait_for
+from servers import wait_for
+from tiny_engine import build
 
 from hotset.engine.loop import EngineLoop
 from hotset.engine.messages import Report, Submit

@@ -141,7 +141,7 @@ def test_a_schema_is_refused_where_it_could_never_end() -> None:
 def test_a_grammar_that_fails_on_the_way_is_reported_for_its_request() -> None:
     sampler = make_sampler()
     request = Request("r", 1, [5], SamplingParams(json_schema=PERSON), 100)
-    matcher = sampler._matcher(request)
+    matcher = sampler._matcher(request.sampling)
     matcher.consume_token(TOKENIZER.encode("cat")[0])  # puts it into its error state
     sampled = sample(sampler, torch.zeros(1, VOCAB_SIZE), [request])
 
@@ -218,7 +218,7 @@ def test_a_form_cannot_be_asked_for_beside_a_schema() -> None:
 def test_an_output_that_ends_before_it_is_complete_is_an_error() -> None:
     sampler = make_sampler()
     request = Request("r", 1, [5], SamplingParams(json_schema=PERSON), 100)
-    matcher = sampler._matcher(request)
+    matcher = sampler._matcher(request.sampling)
     matcher.consume_token(TOKENIZER.encode("{")[0])
     matcher.consume_token(EOS_TOKEN_ID)
 

@@ -11,7 +11,7 @@ import psutil
 from hotset.bench.play import Due, Play, Record
 from hotset.bench.workload import Work
 from hotset.engine.engine import Engine
-from hotset.engine.loop import run_steps, settle
+from hotset.engine.run import run_steps, settle
 from hotset.engine.status import engine_usage
 from hotset.errors import EngineError
 from hotset.request import FinishReason, RequestOutput, SamplingParams

@@ -16,7 +16,7 @@ from hotset.cost.hot_set import HotSetCost, HotStep, Room, SparseCache, plan_hot
 from hotset.cost.selection import DrawnSelections
 from hotset.cost.step_time import CostModel
 from hotset.engine.engine import Engine
-from hotset.engine.loop import settle
+from hotset.engine.run import settle
 from hotset.engine.status import engine_usage
 from hotset.errors import EngineError
 from hotset.metrics import HOT_ROWS

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from hotset.clock import Clock
 from hotset.cost.rates import Rates
+from hotset.engine.arrivals import check_tokens, make_requests
+from hotset.engine.messages import Submit
 from hotset.engine.outputs import OutputProcessor
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.sizing import Sizes
@@ -22,7 +24,7 @@ from hotset.errors import ExpertReadError, RequestError
 from hotset.executor.executor import Executor, Pending
 from hotset.executor.step_input import StepInput
 from hotset.options import Options
-from hotset.request import FinishReason, RequestOutput, SamplingParams
+from hotset.request import FinishReason, RequestOutput, Resumed, SamplingParams
 from hotset.sequence import UNKNOWN_TOKEN, Request
 
 if TYPE_CHECKING:
@@ -149,29 +151,27 @@ class Engine:
         """Whether copies between tiers are under way; `step` takes note of their end."""
         return self.tiers is not None and self.tiers.is_busy
 
-    def validate(self, token_ids: Sequence[int], params: SamplingParams) -> None:
+    def validate(
+        self, token_ids: Sequence[int], params: SamplingParams, resumed: Sequence[Resumed] = ()
+    ) -> None:
         """Check a request without queueing it. May be called from any thread.
 
         Raises:
             RequestError: the request can never be served.
         """
-        if not token_ids:
-            raise RequestError("the prompt is empty; expected at least one token", param="prompt")
-        vocab_size = self.executor.vocab_size
-        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            raise RequestError(f"a prompt token id is not in [0, {vocab_size})", param="prompt")
-        if len(token_ids) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens; the longest context is "
-                f"{self.max_model_len} with at least one left to generate",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        self.executor.validate(params)
+        check_tokens(
+            token_ids,
+            params,
+            resumed,
+            vocab_size=self.executor.vocab_size,
+            max_model_len=self.max_model_len,
+        )
+        self._outputs.check(token_ids, params, resumed)
+        self.executor.validate(params, [one.token_ids for one in resumed])
 
     def add_request(
         self,
-        token_ids: list[int],
+        token_ids: Sequence[int],
         params: SamplingParams,
         *,
         salt: bytes = b"",
@@ -179,51 +179,50 @@ class Engine:
         tenant: str = "",
         request_id: str | None = None,
         snapshot_at: Sequence[int] = (),
-        is_valid: bool = False,
+        resumed: Sequence[Resumed] = (),
     ) -> str:
-        """Queue a prompt; its outputs carry the returned id.
-
-        Requests with another `salt` cannot find each other's blocks. Those of one `tenant` share
-        what each tenant gets of the steps. `snapshot_at` are numbers of leading tokens that other
-        prompts are likely to repeat. `is_valid` says that `validate` let it through before.
+        """Check and queue a prompt; its outputs carry the returned id. See `Submit`.
 
         Raises:
             RequestError: the request can never be served; nothing was queued.
         """
-        if not is_valid:
-            self.validate(token_ids, params)
-        request_id = request_id or f"request-{next(self._ids)}"
+        self.validate(token_ids, params, resumed)
+        submit = Submit(
+            request_id or f"request-{next(self._ids)}",
+            token_ids,
+            params,
+            salt=salt,
+            priority=priority,
+            tenant=tenant,
+            snapshot_at=snapshot_at,
+            resumed=resumed,
+        )
+        self.add(submit)
+        return submit.request_id
+
+    def add(self, submit: Submit) -> None:
+        """Queue a request that `validate` let through.
+
+        Requests with another salt cannot find each other's blocks. Those of one tenant share what
+        each tenant gets of the steps.
+
+        Raises:
+            RequestError: its id cannot be used; nothing was queued.
+        """
+        request_id = submit.request_id
         if "#" in request_id or request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use or has a '#' in it")
-        max_total = self.max_model_len
-        if params.max_tokens is not None:
-            # Where none is wanted, one is chosen nevertheless, as part of the prompt's last step.
-            max_total = min(max_total, len(token_ids) + max(1, params.max_tokens))
-        now_s = self._clock.now()
-        requests = [
-            Request(
-                request_id=request_id,
-                prompt_len=len(token_ids),
-                token_ids=list(token_ids),
-                params=params,
-                max_total_tokens=max_total,
-                index=i,
-                salt=salt,
-                priority=priority,
-                num_scored_tokens=None if params.prompt_logprobs is None or i else 0,
-                tenant=tenant,
-                arrival_s=now_s,
-                snapshot_at=snapshot_at,
-            )
-            for i in range(params.n)
-        ]
-        self._requests[request_id] = list(requests)
+        groups = make_requests(
+            submit, max_model_len=self.max_model_len, arrival_s=self._clock.now()
+        )
+        self._requests[request_id] = requests = [one for group in groups for one in group]
         for request in requests:
-            self._num_host_bound += _is_host_bound(params)
+            self._num_host_bound += _is_host_bound(request.params)
             self._outputs.add(request)
-        self.metrics.prompt_tokens += len(token_ids)
-        self.scheduler.add(requests)
-        return request_id
+        if not submit.resumed:
+            self.metrics.prompt_tokens += len(submit.token_ids)
+        for group in groups:
+            self.scheduler.add(group)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request (all its `n` outputs); its blocks are free when this returns."""

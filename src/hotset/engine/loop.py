@@ -6,9 +6,8 @@ import itertools
 import logging
 import math
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ from hotset.engine.engine import Engine
 from hotset.engine.fair_queue import FairQueue
 from hotset.engine.following import Following
 from hotset.engine.messages import BuildEngine, EngineInfo, Load, Report, Submit
+from hotset.engine.run import run_steps, settle
 from hotset.engine.status import EngineStatus, engine_status
 from hotset.engine.urgency import MUCH_LONGER
 from hotset.errors import DrainingError, EngineError, OverloadedError, RequestError
@@ -39,39 +39,6 @@ _AHEAD = 8
 _KERNEL_CHECK_S = 0.1
 _RATE_WINDOW_S = 30.0
 _MOST_RETRY_AFTER_S = 60
-
-
-def run_steps(engine: Engine, feed: Callable[[], int | None]) -> Iterator[list[RequestOutput]]:
-    """The loop around an engine's steps: yields what each of them put out.
-
-    Args:
-        engine: stepped while it has requests, or copies between tiers that run.
-        feed: called before each step. Queues what is due, waits where there is nothing to do, and
-            returns how many more requests wait for this engine elsewhere; None ends the loop.
-    """
-    while (num_queued := feed()) is not None:
-        has_step = engine.has_work or engine.has_transfers
-        yield engine.step(num_queued=num_queued) if has_step else []
-
-
-def run_to_end(engine: Engine) -> Iterator[RequestOutput]:
-    """All outputs of the requests that the engine has, until none is left."""
-    for outputs in run_steps(engine, lambda: 0 if engine.has_work else None):
-        yield from outputs
-
-
-def settle(engine: Engine, timeout_s: float, clock: Clock = REAL_CLOCK) -> None:
-    """Let what was aborted, and copies between tiers, end for at most `timeout_s` seconds."""
-    deadline_s = clock.now() + timeout_s
-
-    def feed() -> int | None:
-        if not engine.has_work:
-            time.sleep(0.001)
-        is_busy = engine.has_work or engine.has_transfers
-        return 0 if is_busy and clock.now() < deadline_s else None
-
-    for _ in run_steps(engine, feed):
-        pass
 
 
 @dataclass(eq=False, slots=True)
@@ -176,11 +143,12 @@ class EngineLoop:
 
     def submit(self, submit: Submit) -> None:
         """See `EngineHost`."""
-        self._engine.validate(submit.token_ids, submit.params)
+        self._engine.validate(submit.token_ids, submit.params, submit.resumed)
         with self._wake:
             if self._is_draining:
                 raise DrainingError("the engine takes no more requests: it is about to end")
-            if submit.queue_limit is not None and self._num_queued >= submit.queue_limit:
+            limit = None if submit.resumed else submit.queue_limit
+            if limit is not None and self._num_queued >= limit:
                 raise OverloadedError(
                     f"{self._num_queued} requests wait already; try again later",
                     self._retry_after_s(),
@@ -201,8 +169,7 @@ class EngineLoop:
         """See `EngineHost`."""
         with self._wake:
             self._is_draining = True
-            self._inbox.append(_Drain(drain_s))
-            self._wake.notify()
+        self._send(_Drain(drain_s))
 
     def follow(self, is_on: bool) -> None:
         """See `EngineHost`."""
@@ -214,7 +181,7 @@ class EngineLoop:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _send(self, message: _Abort | _Look | _Follow) -> None:
+    def _send(self, message: _Abort | _Look | _Follow | _Drain) -> None:
         with self._wake:
             self._inbox.append(message)
             self._wake.notify()
@@ -288,11 +255,12 @@ class EngineLoop:
             self._inbox.clear()
         for message in messages:
             if isinstance(message, Submit):
-                self._enqueue(message)
+                self._enqueue(engine, message)
             elif isinstance(message, _Abort):
                 self._drop(engine, message.request_id)
             elif isinstance(message, _Drain):
                 self._moves_at_s = min(self._moves_at_s, self._clock.now() + message.drain_s)
+                self._outbox.is_draining = True
             elif isinstance(message, _Follow):
                 self._following.follow(message.is_on)
             else:
@@ -320,15 +288,18 @@ class EngineLoop:
             return 0.0 if self._did_warm_up else _KERNEL_CHECK_S
         return self._following.wait_s(_TRANSFER_CHECK_S if engine.has_transfers else None)
 
-    def _enqueue(self, submit: Submit) -> None:
-        entry = _Entry(submit, set(range(submit.params.n)))
-        self._entries[submit.request_id] = entry
+    def _enqueue(self, engine: Engine, submit: Submit) -> None:
+        indices = {one.index for one in submit.resumed} or set(range(submit.params.n))
+        entry = self._entries[submit.request_id] = _Entry(submit, indices)
         self._following.arrive(submit)
-        size = len(submit.token_ids)
-        self._queue.push(submit.tenant, submit.priority, entry, size=size)
         if submit.timeout_s is not None:
             deadline_s = self._clock.now() + submit.timeout_s
             heapq.heappush(self._deadlines, (deadline_s, next(self._numbers), entry))
+        if submit.resumed:  # its user waits in the middle of an answer
+            self._begin(engine, entry)
+        else:
+            size = len(submit.token_ids)
+            self._queue.push(submit.tenant, submit.priority, entry, size=size)
 
     def _hand_over(self, engine: Engine) -> None:
         """Give the engine what it may start soon: about a step's worth of prompts.
@@ -350,27 +321,23 @@ class EngineLoop:
             if len(before) >= ahead and sum(before) >= schedule.max_num_batched_tokens:
                 return
             entry = self._queue.pop()
-            submit = entry.submit
-            with self._wake:
-                self._num_queued -= 1
-            fresh.append(len(submit.token_ids))
-            try:
-                engine.add_request(
-                    list(submit.token_ids),
-                    submit.params,
-                    salt=submit.salt,
-                    priority=submit.priority,
-                    tenant=submit.tenant,
-                    request_id=submit.request_id,
-                    snapshot_at=submit.snapshot_at,
-                    is_valid=True,
-                )
-            except RequestError as error:
-                self._end(entry, FinishReason.ERROR, str(error))
-            else:
-                self._queue.charge(submit.tenant, prompt_tokens=len(submit.token_ids))
-                self._not_started.add(submit.request_id)
-                self._outbox.taken.append(submit.request_id)
+            num_tokens = len(entry.submit.token_ids)
+            fresh.append(num_tokens)
+            if self._begin(engine, entry):
+                self._queue.charge(entry.submit.tenant, prompt_tokens=num_tokens)
+
+    def _begin(self, engine: Engine, entry: _Entry) -> bool:
+        """Give a request to the engine; returns whether it takes it."""
+        with self._wake:
+            self._num_queued -= 1
+        try:
+            engine.add(entry.submit)
+        except RequestError as error:
+            self._end(entry, FinishReason.ERROR, str(error))
+            return False
+        self._not_started.add(entry.submit.request_id)
+        self._outbox.taken.append(entry.submit.request_id)
+        return True
 
     def _note_started(self, engine: Engine) -> None:
         """Queueing ends with the first step that a request is part of."""
@@ -453,15 +420,18 @@ class _Outbox:
     notes: list[str] = field(default_factory=list)
     journal: JournalPart | None = None
     load: Load | None = None
+    is_draining: bool = False  # since now
 
     @property
     def is_empty(self) -> bool:
         lists = self.outputs or self.started or self.taken or self.looks or self.notes
-        return not lists and self.journal is None and self.load is None
+        is_silent = self.journal is None and self.load is None and not self.is_draining
+        return not lists and is_silent
 
     def take(self, time_s: float) -> Report:
         report = Report(time_s, self.outputs, self.started, self.taken, self.looks, self.notes)
         report.journal, report.load = self.journal, self.load
+        report.is_draining, self.is_draining = self.is_draining, False
         self.outputs, self.started, self.taken, self.looks, self.notes = [], [], [], [], []
         self.journal = self.load = None
         return report

@@ -82,7 +82,7 @@ class Report:
         notes: lines for the log.
         failure: one line; the engine serves no more, and this is the last report.
         journal, load: while somebody follows the engine; see `EngineHost.follow`.
-        is_draining: the engine takes no more requests, see `EngineHost.drain`.
+        is_draining: the engine takes no more requests from now on; told once.
     """
 
     time_s: float

@@ -1,18 +1,15 @@
-"""From tokens to text: incremental decoding, stop strings, and the end of a request."""
+"""What steps put out of all running requests, and the end of each. Imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from hotset.errors import ModelError
-from hotset.request import FinishReason, RequestOutput, TokenLogprob
+from hotset.engine.output_text import OutputText
+from hotset.errors import ModelError, RequestError
+from hotset.request import FinishReason, RequestOutput, Resumed, SamplingParams, TokenLogprob
 from hotset.sequence import Request
-from hotset.text.token_text import TokenDecoder
-
-# The last tokens of the prompt let the decoder see that the output does not start a sentence:
-# some tokenizers would drop its first space.
-_CONTEXT_TOKENS = 8
 
 
 class OutputProcessor:
@@ -44,15 +41,32 @@ class OutputProcessor:
         """Whether `take` has anything to return."""
         return bool(self._changed)
 
+    def check(
+        self, prompt_ids: Sequence[int], params: SamplingParams, resumed: Sequence[Resumed]
+    ) -> None:
+        """Check that outputs can go on from their tokens. May be called from any thread.
+
+        Raises:
+            RequestError: one is over with them.
+        """
+        for one in resumed:
+            text = self._begin(prompt_ids, params)
+            for number, token_id in enumerate(one.token_ids, 1):
+                text.append(token_id)
+                if text.is_over:
+                    raise RequestError(
+                        f"output {one.index} cannot go on from its {len(one.token_ids)} tokens: it "
+                        f"ends with token {number} of them",
+                        param="resumed",
+                    )
+
     def add(self, request: Request) -> None:
-        """Start an output."""
-        decoder = None
-        if self._tokenizer is not None:
-            context = request.token_ids[: request.prompt_len][-_CONTEXT_TOKENS:]
-            decoder = TokenDecoder(
-                self._tokenizer, context, skip_special=request.params.skip_special_tokens
-            )
-        self._sequences[request.sequence_id] = _Sequence(request, decoder)
+        """Start an output; one that is resumed gives out what follows its tokens so far."""
+        text = self._begin(request.token_ids[: request.prompt_len], request.params)
+        for token_id in request.output_ids:
+            text.append(token_id)
+        text.take()
+        self._sequences[request.sequence_id] = _Sequence(request, text)
 
     def score(self, sequence_id: int, logprobs: list[TokenLogprob]) -> None:
         """Take in log-probabilities of the next tokens of the prompt. Ended ones are left alone."""
@@ -69,22 +83,15 @@ class OutputProcessor:
             Why the request has ended with it; None while it goes on.
         """
         sequence = self._sequences[request.sequence_id]
-        params = request.params
-        if params.max_tokens == 0:  # the prompt was all that was wanted
+        if request.params.max_tokens == 0:  # the prompt was all that was wanted
             self.finish(request, FinishReason.LENGTH)
             return sequence.finish_reason
-        is_stop_token = token_id in params.stop_token_ids or (
-            token_id in self._eos_token_ids and not params.ignore_eos
-        )
         sequence.token_ids.append(token_id)
-        if is_stop_token and not params.include_stop_str_in_output:
-            offset = sequence.end
-        else:
-            offset = sequence.feed(token_id)
+        offset = sequence.text.append(token_id)
         if logprob is not None:
             sequence.logprobs.append(logprob._replace(text_offset=offset))
         self._changed[request.sequence_id] = sequence
-        if is_stop_token or sequence.is_stopped:
+        if sequence.text.is_over:
             self.finish(request, FinishReason.STOP)
         elif request.num_tokens >= request.max_total_tokens:
             self.finish(request, FinishReason.LENGTH)
@@ -95,9 +102,10 @@ class OutputProcessor:
         sequence = self._sequences.pop(request.sequence_id, None)
         if sequence is None:
             return
-        sequence.flush()
+        if reason is not FinishReason.MOVED:
+            sequence.text.flush()
         # The last bytes of a text may complete a stop string.
-        ended = FinishReason.STOP if sequence.is_stopped else reason
+        ended = FinishReason.STOP if sequence.text.is_stopped else reason
         sequence.finish_reason = reason if reason is FinishReason.ERROR else ended
         sequence.error = error
         self._changed[request.sequence_id] = sequence
@@ -108,49 +116,27 @@ class OutputProcessor:
         self._changed.clear()
         return outputs
 
+    def _begin(self, prompt_ids: Sequence[int], params: SamplingParams) -> OutputText:
+        return OutputText(self._tokenizer, prompt_ids, params, self._eos_token_ids)
+
 
 @dataclass(eq=False, slots=True)
 class _Sequence:
-    """One output as it grows: `text`, `token_ids` and `logprobs` are what was not taken yet."""
+    """One output as it grows; its tokens and log-probabilities are what was not taken yet."""
 
     request: Request
-    decoder: TokenDecoder | None
-    text: str = ""
-    held: str = ""  # may be the start of a stop string
+    text: OutputText
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    is_stopped: bool = False  # by a stop string
     finish_reason: FinishReason | None = None
     error: str | None = None
-
-    @property
-    def end(self) -> int:
-        """The length of the text so far, with what is held back."""
-        return 0 if self.decoder is None else self.decoder.end
-
-    def feed(self, token_id: int) -> int:
-        """Take in a token; returns where in the text it begins."""
-        if self.decoder is None:
-            return 0
-        if self.request.params.logprobs is None:
-            self._extend(self.decoder.feed(token_id))
-            return 0
-        text, offset = self.decoder.feed_at(token_id)
-        self._extend(text)
-        return offset
-
-    def flush(self) -> None:
-        if self.decoder is not None and not self.is_stopped:
-            self._extend(self.decoder.flush())
-        self.text += self.held
-        self.held = ""
 
     def take(self) -> RequestOutput:
         output = RequestOutput(
             request_id=self.request.request_id,
             index=self.request.index,
-            text=self.text,
+            text=self.text.take(),
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
             error=self.error,
@@ -159,36 +145,7 @@ class _Sequence:
             prompt_tokens=self.request.prompt_len,
             cached_tokens=self.request.kv.num_cached_tokens,
         )
-        self.text = ""
         self.token_ids.clear()
         self.logprobs.clear()
         self.prompt_logprobs.clear()
         return output
-
-    def _extend(self, new: str) -> None:
-        """Add text up to the first stop string; hold back what may become one."""
-        params = self.request.params
-        stop = params.stop
-        if not stop or self.request.num_output_tokens <= params.min_tokens:
-            self.text += new
-            return
-        held = self.held + new
-        found = [(at, len(s)) for s in stop if (at := held.find(s)) >= 0]
-        if found:
-            self.is_stopped = True
-            at, length = min(found)
-            self.text += held[: at + length if params.include_stop_str_in_output else at]
-            self.held = ""
-            return
-        keep = len(held) - _possible_start(held, stop)
-        self.text += held[:keep]
-        self.held = held[keep:]
-
-
-def _possible_start(text: str, stop: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that a stop string could go on from."""
-    for length in range(min(len(text), max(map(len, stop)) - 1), 0, -1):
-        end = text[-length:]
-        if any(s.startswith(end) for s in stop):
-            return length
-    return 0

@@ -33,11 +33,15 @@ class Executor(Protocol):
         """Whether `warm_up` has something to do, now or later."""
         ...
 
-    def validate(self, params: SamplingParams) -> None:
+    def validate(self, params: SamplingParams, answers: Sequence[Sequence[int]] = ()) -> None:
         """Check what needs the model to be checked. May be called from any thread.
 
+        Args:
+            params: of a request.
+            answers: tokens that outputs of it are to go on from.
+
         Raises:
-            RequestError: a request with these parameters can never be served.
+            RequestError: such a request can never be served.
         """
         ...
 

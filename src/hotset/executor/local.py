@@ -57,9 +57,9 @@ class LocalExecutor:
         """See `Executor`."""
         return self.runner.is_warming
 
-    def validate(self, params: SamplingParams) -> None:
+    def validate(self, params: SamplingParams, answers: Sequence[Sequence[int]] = ()) -> None:
         """See `Executor`."""
-        self.sampler.validate(params)
+        self.sampler.validate(params, answers)
 
     def submit(
         self, step: StepInput, when_ready: Callable[[], None] = lambda: None

@@ -151,11 +151,15 @@ class Sampler:
         self._changes = LogitChanges(vocab_size, self._device, eos_token_ids)
         self._matchers: dict[int, OutputMatcher] = {}
 
-    def validate(self, params: SamplingParams) -> None:
+    def validate(self, params: SamplingParams, answers: Sequence[Sequence[int]] = ()) -> None:
         """Check what needs the model to be checked. May be called from any thread.
 
+        Args:
+            params: of a request.
+            answers: tokens that outputs of it are to go on from.
+
         Raises:
-            RequestError: a request with these parameters can never be served.
+            RequestError: such a request can never be served.
         """
         if params.stop and self._tokenizer is None:
             raise RequestError(
@@ -163,7 +167,7 @@ class Sampler:
             )
         self._changes.validate(params)
         if params.has_form:
-            self._grammars.check(params)
+            self._grammars.check(params, answers)
 
     def load_kernels(self, dtype: torch.dtype) -> None:
         """Compile what draws from logits of `dtype` on a GPU, so that no request waits for it."""
@@ -319,12 +323,14 @@ class Sampler:
             else:
                 name = f"seeded {sequence.params.seed} {sequence.index}"
             generator = self._generators[sequence.sequence_id] = random.Random(name)
+            for _ in sequence.resumed:
+                generator.random()  # that chose it
         return generator
 
     def _matcher(self, sequence: Sampling) -> OutputMatcher:
         matcher = self._matchers.get(sequence.sequence_id)
         if matcher is None:
-            matcher = self._grammars.matcher(sequence.params)
+            matcher = self._grammars.matcher(sequence.params, sequence.resumed)
             self._matchers[sequence.sequence_id] = matcher
         return matcher
 

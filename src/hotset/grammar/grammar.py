@@ -99,20 +99,25 @@ class Grammars:
         self._lock = threading.Lock()
         self._compile = functools.lru_cache(_CACHED_FORMS)(self._compile_uncached)
 
-    def check(self, params: SamplingParams) -> None:
-        """Raise RequestError where no output can have the form that `params` ask for."""
+    def check(self, params: SamplingParams, answers: Sequence[Sequence[int]] = ()) -> None:
+        """Raise RequestError where no output can have the form that `params` ask for.
+
+        Or where none of that form begins with the tokens of one of `answers`.
+        """
         if params.ignore_eos:
             raise RequestError(
                 f"ignore_eos cannot be used with {_kind(params)}: the output must end",
                 param="ignore_eos",
             )
-        self.matcher(params)
+        for token_ids in answers or [()]:
+            self.matcher(params, token_ids)
 
-    def matcher(self, params: SamplingParams) -> OutputMatcher:
-        """A fresh matcher of the form that `params` ask for.
+    def matcher(self, params: SamplingParams, token_ids: Sequence[int] = ()) -> OutputMatcher:
+        """A matcher of the form that `params` ask for, of an output that has `token_ids` already.
 
         Raises:
-            RequestError: the form is wrong, too complex or uses what is not supported.
+            RequestError: the form is wrong, too complex or uses what is not supported; or it does
+                not allow these tokens.
         """
         if params.text_form is not None:
             source = params.text_form.source
@@ -120,7 +125,15 @@ class Grammars:
             source = _dumps(params.json_schema)
         # deep_copy of one object from two threads at once would raise.
         with self._lock:
-            return self._compile(_kind(params), source).copy()
+            matcher = self._compile(_kind(params), source).copy()
+        for token_id in token_ids:
+            matcher.consume_token(token_id)
+        if matcher.error is not None:
+            raise RequestError(
+                f"an output cannot go on from its {len(token_ids)} tokens: {matcher.error}",
+                param="resumed",
+            )
+        return matcher
 
     def mask(self, logits: torch.Tensor, matchers: dict[int, OutputMatcher]) -> None:
         """Set the logits of all tokens that may not come next to -inf, in place.

@@ -46,9 +46,9 @@ class RankedExecutor:
         """See `Executor`."""
         return self.local.is_warming
 
-    def validate(self, params: SamplingParams) -> None:
+    def validate(self, params: SamplingParams, answers: Sequence[Sequence[int]] = ()) -> None:
         """See `Executor`."""
-        self.local.validate(params)
+        self.local.validate(params, answers)
 
     def submit(
         self, step: StepInput, when_ready: Callable[[], None] = lambda: None
