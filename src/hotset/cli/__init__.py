@@ -20,6 +20,7 @@ COMMANDS = {
     "batch": "Run an OpenAI batch file through the engine.",
     "demo": "Show what the tiers are for: the same work with and without them.",
     "demo-moe": "Show what expert buffering is: a quarter of the experts, the same answers.",
+    "front": "Serve the HTTP API by the replicas of a fleet.",
     "generate": "Stream text for prompts given on the command line.",
     "plan": "Show where a model would live, how many users fit and how fast it should run.",
     "probe": "Measure the memory and links of this machine.",

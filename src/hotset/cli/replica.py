@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from hotset.cli.config_file import config_flag
+from hotset.cli.fleet_flags import directory_flag, find_fleet, secret_flag
 from hotset.cli.options import Command, engine_options
 from hotset.errors import ConfigError
 from hotset.options import Options
@@ -13,11 +14,8 @@ from hotset.options import Options
 
 @click.command(cls=Command)
 @config_flag
-@click.option(
-    "--directory",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder where fronts look for replicas.  [default: one of this user, on this machine]",
-)
+@directory_flag
+@secret_flag
 @click.option(
     "--id",
     "replica_id",
@@ -29,12 +27,6 @@ from hotset.options import Options
     metavar="ADDRESS",
     help="HOST:PORT, where port 0 is any free, or the path of a Unix socket.  [default: a socket "
     "in the directory]",
-)
-@click.option(
-    "--secret-file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="File with the fleet secret, the same for all replicas and fronts.  [default: one in the "
-    "directory, made on first use]",
 )
 @click.option(
     "--drain-s",
@@ -83,16 +75,12 @@ def command(
     """
     from hotset.cli import running_replica
     from hotset.fleet.address import Address
-    from hotset.fleet.directory import default_folder, make_private
     from hotset.fleet.listener import Listener
-    from hotset.secret import own_secret, read_secret
     from hotset.server import logs
 
     replica_id = f"replica-{os.getpid()}" if replica_id is None else _checked_id(replica_id)
-    folder = directory or default_folder()
-    make_private(folder)
+    folder, secret = find_fleet(directory, secret_file)
     address = Address.of(listen or str(folder.resolve() / f"{replica_id}.sock"))
-    secret = own_secret(folder) if secret_file is None else read_secret(secret_file)
     tls = running_replica.server_tls(tls_cert, tls_key)
     logs.set_up(log_format, log_level)  # type: ignore[arg-type]  # click has checked it
     # Before the seconds that the model takes.

@@ -13,9 +13,10 @@ from typing import Any
 import click
 import uvicorn
 
+from hotset.cli.server_flags import OpenServer
 from hotset.engine.stream_service import StreamService
 from hotset.errors import HotsetError
-from hotset.server.app import Api, ServerConfig
+from hotset.server.app import Api
 from hotset.text.prompt import PromptEncoder
 
 _KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its own connections
@@ -31,17 +32,17 @@ def dry_run(start: Callable[[], StreamService], where: str) -> None:
 
 def serve(
     start: Callable[[], StreamService],
-    config: ServerConfig,
-    listener: socket.socket,
-    where: str,
+    opened: OpenServer,
     drain_s: int,
+    until: str = "loading the model",
 ) -> None:
-    """Serve what `start` returns until a signal ends it.
+    """Serve what `start` returns until a signal ends it; `until` says what it does.
 
     Raises:
         HotsetError: of `start`. SystemExit: the server cannot start.
     """
     failures: list[HotsetError] = []
+    where = opened.where
 
     def on_ready(service: StreamService) -> None:
         _warn_of_no_template(service)
@@ -52,10 +53,10 @@ def serve(
         failures.append(error)
         server.should_exit = True
 
-    api = Api(start, config, on_ready=on_ready, on_failure=on_failure)
-    server = _Server(api, where, drain_s)
+    api = Api(start, opened.config, on_ready=on_ready, on_failure=on_failure)
+    server = _Server(api, where, drain_s, until)
     _raise_file_limit()
-    server.run(sockets=[listener])
+    server.run(sockets=[opened.listener])
     if failures:
         raise failures[0]
     if not server.started:
@@ -65,7 +66,7 @@ def serve(
 class _Server(uvicorn.Server):
     """Takes no more requests after the first signal; a second one ends those that run."""
 
-    def __init__(self, api: Api, where: str, drain_s: int) -> None:
+    def __init__(self, api: Api, where: str, drain_s: int, until: str) -> None:
         super().__init__(
             uvicorn.Config(
                 api,
@@ -79,7 +80,7 @@ class _Server(uvicorn.Server):
             )
         )
         self._api = api
-        self._where = where
+        self._where, self._until = where, until
         self._drain_s = drain_s
         self._is_urgent = False
 
@@ -99,7 +100,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn. From here on signals come to `handle_exit`."""
-        click.echo(f"listening at {self._where}; loading the model", err=True)
+        click.echo(f"listening at {self._where}; {self._until}", err=True)
         await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -207,9 +207,8 @@ class Dispatcher:
         refusal: HotsetError = EngineError(NO_REPLICA)
         tried: set[Replica] = set()
         while (replica := self._depart(flight, tried)) is not None:
-            submit = flight.sent
             try:
-                replica.host.submit(submit)
+                replica.host.submit(flight.sent)
             except (EngineError, OverloadedError) as error:
                 if not isinstance(refusal, OverloadedError):  # which says when to try again
                     refusal = error
@@ -225,7 +224,7 @@ class Dispatcher:
                     break
         if flight.is_over:  # it was aborted, or has ended meanwhile
             if replica is not None:
-                replica.host.abort(submit.request_id)
+                replica.host.abort(flight.sent.request_id)
         elif replica is None:
             raise refusal
 

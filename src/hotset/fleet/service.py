@@ -48,12 +48,17 @@ class FleetService(StreamService):
         self._dispatcher = Dispatcher(
             route, self._deliver, self._note_started, wait_s=wait_s, clock=clock
         )
+        self._closed = threading.Event()
         self._close_at_exit()
 
     def add(self, replica_id: str, connect: Connect, *, address: str = "") -> None:
         """See `Dispatcher.add`."""
         self.raise_if_closed()
         self._dispatcher.add(replica_id, connect, address=address)
+
+    def wait_closed(self, timeout_s: float) -> bool:
+        """Wait for `close` to be called; returns whether it was."""
+        return self._closed.wait(timeout_s)
 
     @property
     def replica_ids(self) -> frozenset[str]:
@@ -161,4 +166,5 @@ class FleetService(StreamService):
         self._dispatcher.submit(submit)
 
     def _stop(self) -> None:
+        self._closed.set()
         self._dispatcher.close()

@@ -1,0 +1,229 @@
+"""How a server is reached and by whom: flags of `hotset serve` and of what serves a fleet."""
+
+import contextlib
+import functools
+import ipaddress
+import math
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hotset.cli.options import flags
+from hotset.errors import ConfigError
+from hotset.option_fields import options_of
+from hotset.server.limits import Limits
+
+if TYPE_CHECKING:
+    from hotset.server.app import ServerConfig
+    from hotset.server.keys import Keys
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
+_LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+_BACKLOG = 2048
+
+_FLAGS = (
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+    click.option(
+        "--port",
+        type=click.IntRange(0, 65535),
+        default=8000,
+        show_default=True,
+        help="0 is any free.",
+    ),
+    click.option(
+        "--api-keys",
+        "keys_file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="TOML file with a table for each key: see docs/server.md. "
+        "HOTSET_API_KEYS=NAME:KEY,... adds some.  [default: no keys, which only a local address "
+        "may have]",
+    ),
+    click.option(
+        "--files-path",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder for uploaded files and batches.  [default: in the platform's data folder]",
+    ),
+    click.option(
+        "--files-gib", type=float, default=4.0, show_default=True, help="Most a key may keep."
+    ),
+    click.option("--no-files", is_flag=True, help="Offer neither /v1/files nor /v1/batches."),
+    click.option(
+        "--drain-s",
+        type=click.IntRange(0),
+        default=30,
+        show_default=True,
+        help="How long requests may go on after SIGTERM or Ctrl-C; a second one ends them.",
+    ),
+    click.option(
+        "--cors-origin",
+        "cors_origins",
+        multiple=True,
+        metavar="ORIGIN",
+        help="Let pages of this origin, such as https://chat.example.org, use the server from a "
+        "browser; * is any page. May be given several times.  [default: none]",
+    ),
+    click.option("--log-format", type=click.Choice(["text", "json"]), default="text"),
+    click.option(
+        "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info"
+    ),
+    click.option("--otlp-endpoint", help="Send traces to this OTLP/HTTP address.  [default: none]"),
+    flags("limits", options_of(Limits), Limits),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFlags:
+    """The values of the flags, as they were given."""
+
+    host: str
+    port: int
+    keys_file: Path | None
+    files_path: Path | None
+    files_gib: float
+    no_files: bool
+    drain_s: int
+    cors_origins: tuple[str, ...]
+    log_format: str
+    log_level: str
+    otlp_endpoint: str | None
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class OpenServer:
+    """What a server starts with.
+
+    Attributes:
+        listener: its socket; nothing answers there yet.
+        where: its address, as clients write it.
+    """
+
+    config: "ServerConfig"
+    listener: socket.socket
+    where: str
+
+
+def server_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flags; the command gets their values as `server`."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **given: Any) -> Any:
+        values = {one.name: given.pop(one.name) for one in fields(ServerFlags)}
+        return command(*args, server=ServerFlags(**values), **given)
+
+    wrapped: Callable[..., Any] = wrapper
+    for flag in reversed(_FLAGS):
+        wrapped = flag(wrapped)
+    return wrapped
+
+
+@contextlib.contextmanager
+def listening(server: ServerFlags, *, shares_port: bool = False) -> Iterator[OpenServer]:
+    """Listen, and set up logs, before the seconds that imports and a model take.
+
+    Args:
+        server: what was asked for.
+        shares_port: with other servers of this user, each of which gets some of the connections.
+
+    Raises:
+        ConfigError: a flag's value cannot be used; nothing listens.
+    """
+    _check_origins(server.cors_origins)
+    if not 0 < server.files_gib < math.inf:
+        raise ConfigError(f"files_gib is {server.files_gib}; expected a size above 0 GiB")
+    keys = _read_keys(server.keys_file)
+    _require_keys(server.host, keys)
+    with _listen(server.host, server.port, shares_port=shares_port) as listener:
+        from hotset.server import logs
+
+        logs.set_up(server.log_format, server.log_level)  # type: ignore[arg-type]  # click has checked it
+        yield OpenServer(_config(server, keys), listener, f"http://{_printable(listener)}")
+
+
+def _config(server: ServerFlags, keys: "Keys") -> "ServerConfig":
+    import platformdirs
+
+    from hotset.server.app import ServerConfig
+    from hotset.server.tracing import Tracer
+
+    host, files_path = server.host.lower(), server.files_path
+    if files_path is None:
+        files_path = Path(platformdirs.user_data_dir("hotset")) / "files"
+    collector = server.otlp_endpoint
+    return ServerConfig(
+        keys=keys,
+        host_names=None if keys else _LOCAL_NAMES | {host, f"[{host}]"},
+        limits=server.limits,
+        files_path=None if server.no_files else files_path,
+        files_gib=server.files_gib,
+        tracer=None if collector is None else Tracer.to_collector(collector),
+        cors_origins=server.cors_origins,
+    )
+
+
+def _read_keys(keys_file: Path | None) -> "Keys":
+    from hotset.server.keys import ENVIRONMENT, Keys
+
+    keys = Keys()
+    if keys_file is not None:
+        keys.read_file(keys_file)
+    # The engine's process has no more use for it, nor has anything it starts.
+    keys.read_text(os.environ.pop(ENVIRONMENT, ""))
+    return keys
+
+
+def _check_origins(origins: tuple[str, ...]) -> None:
+    """An origin is what browsers send: a scheme, a host and a port if it is not the usual one."""
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"--cors-origin {origin!r} is no origin; expected SCHEME://HOST[:PORT] without a "
+                "path, such as https://chat.example.org, or *"
+            )
+
+
+def _require_keys(host: str, keys: "Keys") -> None:
+    """Anybody who can reach the server may use it, unless there are keys."""
+    if keys or host.lower() == "localhost":
+        return
+    try:
+        if ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+            return
+    except ValueError:
+        pass  # a name: it may be anything
+    raise ConfigError(
+        f"host {host} can be reached from other machines, which needs API keys; give --api-keys "
+        "FILE or HOTSET_API_KEYS=NAME:KEY, or listen on 127.0.0.1"
+    )
+
+
+def _listen(host: str, port: int, *, shares_port: bool) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shares_port:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind((host, port))
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {reason}; choose another --host or --port"
+        ) from error
+    return listener
+
+
+def _printable(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
