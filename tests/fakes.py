@@ -148,7 +148,7 @@ class FakeTiers:
     def locate(self, key: bytes) -> str | None:
         return "host" if key in self.spilling else self.stored.get(key)
 
-    def lookup(self, keys: Sequence[bytes]) -> list[Found]:
+    def lookup(self, keys: Sequence[bytes], *, may_ask: bool = True) -> list[Found]:
         tiers = {info.name: Found(Answer.HIT, info) for info in self.infos}
         misses = {key: Answer.PENDING if key in self.pending else Answer.MISS for key in keys}
         return [tiers.get(self.locate(key) or "", Found(misses[key])) for key in keys]
@@ -201,7 +201,7 @@ class FakeTiers:
             if key in self.stored:
                 self.stored = {key: self.stored.pop(key), **self.stored}
 
-    def touch(self, keys: Sequence[bytes]) -> None:
+    def touch(self, keys: Sequence[bytes], *, came_back: bool = False) -> None:
         for key in keys:
             if key in self.stored:
                 self.stored[key] = self.stored.pop(key)
@@ -305,24 +305,24 @@ class FakeExecutor:
 class FakeTier:
     """A slower tier in a dictionary. Transfers end at the next `poll`, writes fail if it `is_full`.
 
-    While `is_asking`, it has no answer on any key.
+    While `is_asking`, it has no answer on any key. If it `declines`, it takes what was used alone.
     """
 
     def __init__(self, name: str, payload_bytes: int) -> None:
         self.info = TierInfo(name, 100, payload_bytes)
         self.stored: dict[bytes, bytes] = {}
-        self.is_full = self.is_asking = False
+        self.is_full = self.is_asking = self.declines = False
         self.touched: list[bytes] = []
         self._ended: list[Completion] = []
         self._ids = itertools.count()
 
-    def lookup(self, keys: Sequence[bytes]) -> list[Answer]:
-        if self.is_asking:
+    def lookup(self, keys: Sequence[bytes], *, may_ask: bool = True) -> list[Answer]:
+        if self.is_asking and may_ask:
             return [Answer.PENDING] * len(keys)
         return [Answer.HIT if key in self.stored else Answer.MISS for key in keys]
 
-    def submit_write(self, key: bytes, payload: memoryview) -> int | None:
-        if self.is_full:
+    def submit_write(self, key: bytes, payload: memoryview, *, must: bool = False) -> int | None:
+        if self.is_full or (self.declines and not must):
             return None
         self.stored[key] = bytes(payload)
         return self._end(key, CompletionStatus.OK)
@@ -333,8 +333,9 @@ class FakeTier:
         into[:] = self.stored[key]
         return self._end(key, CompletionStatus.OK)
 
-    def touch(self, keys: Sequence[bytes]) -> None:
+    def touch(self, keys: Sequence[bytes], *, came_back: bool = False) -> Sequence[bytes]:
         self.touched += keys
+        return [key for key in reversed(keys) if key not in self.stored] if self.declines else ()
 
     def newest_keys(self, limit: int) -> list[bytes]:
         return list(self.stored)[::-1][:limit]

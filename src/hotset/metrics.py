@@ -64,6 +64,7 @@ class Metrics(ExpertCounts):
     dropped_states: int = 0  # had no slot, or left it before their turn to be spilled came
     stateless_tokens: int = 0  # their KV was found and no state behind them: of no use
     moved_bytes: Counter[str] = field(default_factory=Counter)  # by direction, "device>host"
+    tier_bytes: Counter[str] = field(default_factory=Counter)  # "remote first_read", "declined"
     expert_rounding_error: float = 0.0  # relative RMS of experts' weights; fixed at start
     split_moves: int = 0  # times that another split between experts and KV was aimed at
     split_expert_bytes: int = 0  # of experts by the split, now; 0 where it does not move

@@ -130,6 +130,38 @@ class MemoryOptions(Group):
         has_flag=False,
         keeps_answers=True,
     )
+    remote: tuple[str, ...] = option(
+        (),
+        "A store that replicas share KV blocks in: redis://[user:password@]host:port or "
+        "unix:///path; several times for several stores.",
+        more="Any server of the Redis protocol whose memory has a bound (`maxmemory`, with "
+        "`allkeys-lru`).",
+        otherwise="no store",
+        metavar="URL",
+        keeps_answers=True,
+    )
+    remote_secret_file: Path | None = option(
+        None,
+        "File with the secret by which blocks in a store are sealed.",
+        more="Replicas of another secret find none of them, and believe none of theirs.",
+        keeps_answers=True,
+    )
+    remote_encrypt: bool = option(
+        False, "Encrypt blocks that go to a store; they are sealed in any case.", keeps_answers=True
+    )
+    remote_share: Literal["same", "any"] = option(
+        "same",
+        "With which replicas to share blocks: those that round numbers the same way, or any.",
+        more="With `any`, blocks of another kind of GPU or another version of PyTorch are used "
+        "too, and answers are the same but for rounding.",
+        keeps_answers=True,
+    )
+    remote_writer: str | None = option(
+        None,
+        "Name under which blocks are written to a store, by which they can be revoked.",
+        otherwise="the host's name and the process's number",
+        keeps_answers=True,
+    )
     block_size: int | None = option(
         None,
         "Tokens a KV block holds.",

@@ -181,6 +181,7 @@ def _conflicts(options: Options) -> Iterator[str]:
             f"disk_path is {str(memory.disk_path)!r} but disk_gib is 0; give disk_gib a size, or "
             "leave disk_path out"
         )
+    yield from _conflicts_of_stores(memory)
     has_budget = memory.hot_gib is not None or memory.total_gib is not None
     if (
         isinstance(experts, SplitMemory) > has_budget
@@ -191,6 +192,23 @@ def _conflicts(options: Options) -> Iterator[str]:
         yield from _conflicts_of_experts(experts)
     if options.layout.tp > 1:
         yield from _conflicts_of_ranks(options)
+
+
+def _conflicts_of_stores(memory: MemoryOptions) -> Iterator[str]:
+    if memory.remote and memory.remote_secret_file is None:
+        yield (
+            f"remote is {', '.join(map(_without_password, memory.remote))}, and blocks in a store "
+            "are sealed by a secret; give remote_secret_file, such as one made by: "
+            "openssl rand -hex 32"
+        )
+    if not memory.remote:
+        for one in own_options(MemoryOptions):
+            value = getattr(memory, one.name)
+            if one.name.startswith("remote_") and value != one.default:
+                yield (
+                    f"{one.name} is {_shown(value)}, which does nothing without a store; give "
+                    "remote, or leave it out"
+                )
 
 
 def _conflicts_of_experts(experts: HostedExperts) -> Iterator[str]:
@@ -224,7 +242,14 @@ def _conflicts_of_experts(experts: HostedExperts) -> Iterator[str]:
 def _conflicts_of_ranks(options: Options) -> Iterator[str]:
     """What works with one GPU alone."""
     given = options.flat()
-    for name in ("expert_cpu", "expert_host_gib", "move_split", "hot_tokens", "row_prefetch"):
+    for name in (
+        "expert_cpu",
+        "expert_host_gib",
+        "move_split",
+        "hot_tokens",
+        "row_prefetch",
+        "remote",
+    ):
         if (value := given[name]) not in (OPTIONS[name].default, 0):
             yield (
                 f"{name} is {_shown(value)}, which works with one GPU; leave it out, or leave tp "
@@ -235,5 +260,12 @@ def _conflicts_of_ranks(options: Options) -> Iterator[str]:
         yield f"device is {device!r}, but tp={options.layout.tp} takes the first GPUs; give cuda"
 
 
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_without_password, value))
     return repr(str(value) if isinstance(value, Path) else value)

@@ -533,3 +533,78 @@ def test_a_key_is_pending_for_a_bounded_time_and_then_missing() -> None:
     far.is_asking = False  # the answer comes too late, and is used from then on
     assert rig.place(b"b") == "far" and not rig.tiers.is_busy
     rig.tiers.close()
+
+
+def test_what_a_tier_declined_is_written_to_it_once_it_was_used() -> None:
+    picky = FakeTier("picky", 8192)
+    picky.declines = True
+    rig = Rig(host_slots=8, slower=[picky])
+    keys = [bytes([number]) * 16 for number in range(3)]
+    contents = [rig.fill(block, seed=block) for block in range(3)]
+    for block, key in enumerate(keys):
+        assert rig.tiers.spill(key, block)
+    rig.settle()
+    assert not picky.stored
+    last = b"last" * 4
+    assert rig.tiers.spill(last, 3)
+    rig.tiers.touch([last, *keys[1::-1]], came_back=True)  # one is still on its way down
+    rig.settle()
+    assert set(picky.stored) == {*keys[:2], last}
+    assert [picky.stored[key][: len(contents[0])] for key in keys[:2]] == contents[:2]
+    rig.tiers.close()
+
+
+def test_a_drain_writes_all_but_what_is_of_use_here_alone() -> None:
+    picky = FakeTier("picky", 8192)
+    picky.declines = True
+    rig = Rig(host_slots=8, slower=[picky])
+    keys = [bytes([number]) * 16 for number in range(4)]
+    for block, key in enumerate(keys):
+        rig.fill(block, seed=block)
+        rig.tiers.spill(key, block, slowest=0 if key == keys[3] else None)
+    rig.settle()
+    rig.tiers.begin_drain(keys[1:2])
+    assert rig.tiers.num_to_drain == 3
+    rig.settle()
+    assert rig.tiers.num_to_drain == 0
+    assert list(picky.stored) == [keys[1], keys[2], keys[0]]  # then what was used last
+    rig.tiers.close()
+
+
+def test_a_drain_ends_when_the_tier_takes_nothing() -> None:
+    full = FakeTier("full", 8192)
+    full.is_full = True
+    rig = Rig(host_slots=8, slower=[full])
+    for block in range(4):
+        rig.tiers.spill(bytes([block]) * 16, block)
+    rig.settle()
+    rig.tiers.begin_drain()
+    rig.settle()
+    assert rig.tiers.num_to_drain == 0 and not full.stored
+    rig.tiers.close()
+
+
+def test_a_tier_is_asked_elsewhere_for_what_requests_need_alone() -> None:
+    far = FakeTier("far", 8192)
+    far.is_asking = True
+    rig = Rig(host_slots=2, slower=[far])
+    assert [one.answer for one in rig.tiers.lookup([bytes(16)], may_ask=False)] == [Answer.MISS]
+    assert not rig.tiers.is_busy
+    assert [one.answer for one in rig.tiers.lookup([bytes(16)])] == [Answer.PENDING]
+    rig.tiers.close()
+
+
+def test_host_memory_keeps_what_is_used_where_a_slower_tier_lacks_it() -> None:
+    picky = FakeTier("picky", 8192)
+    picky.declines = True
+    rig = Rig(host_slots=2, slower=[picky])
+    for block in range(2):
+        rig.tiers.spill(bytes([block]) * 16, block)
+        rig.settle()
+    picky.is_full = True
+    rig.tiers.touch([bytes(16)])
+    rig.settle()
+    rig.tiers.spill(bytes([2]) * 16, 2)
+    rig.settle()
+    assert rig.place(bytes(16)) == "host" and rig.place(bytes([1]) * 16) is None
+    rig.tiers.close()

@@ -30,9 +30,10 @@ def _read(ctx: click.Context, param: click.Parameter, path: Path | None) -> None
             raise ConfigError(f"{path}: {name} is a {type(value).__name__}; expected one value")
         if name in OPTIONS:
             try:
-                OPTIONS[name].check(value)
+                taken = OPTIONS[name].check(value)
             except ConfigError as error:
                 raise ConfigError(f"{path}: {error}") from error
+            named[name] = taken if name in lists else value
     ctx.default_map = {**(ctx.default_map or {}), **named}
 
 

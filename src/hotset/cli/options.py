@@ -82,7 +82,8 @@ def _flag(one: Option, names: Mapping[str, str]) -> Callable[[Callable[..., R]],
     if one.choices:
         kind = click.Choice(one.choices)
     elif kind is Path:
-        kind = click.Path(file_okay=False, path_type=Path)
+        is_file = one.name.endswith("_file")
+        kind = click.Path(file_okay=is_file, dir_okay=not is_file, path_type=Path)
     is_list = one.kind == tuple[str, ...]
     otherwise = "" if one.default is not None else one.otherwise
     is_shown = one.default is not None and one.default is not False and one.default != ()

@@ -1,9 +1,11 @@
 """From a loaded model to an engine that runs: size, place, compile, measure, open."""
 
 import math
+import platform
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 
 import torch
 
@@ -53,6 +55,7 @@ from hotset.ranks.rank import Rank
 from hotset.ranks.slab_files import RankSlab
 
 _LAYOUT_VERSION, _SIDE_BY_SIDE_VERSION = "1", "2"
+_FLASHINFER = "flashinfer-python"
 _STATE_NOTE = (
     "layers keep a state beside KV: prefixes are found up to states that were kept, and a "
     "preempted request without a state in host memory goes on from the last of these"
@@ -220,6 +223,7 @@ class _Build(RankSetup):
                 metrics,
                 self.disk_path,
                 fingerprint,
+                self._numerics(),
                 undo,
                 clock,
                 peers,
@@ -352,6 +356,15 @@ class _Build(RankSetup):
             "block_size": str(sizes.block_size),
             "shape": f"{layout.cache_specs} {layout.index_dims}{index}{layout.states or ''}",
         }
+
+    def _numerics(self) -> str:
+        """What the last bits of computed numbers depend on: blocks of others may differ in them."""
+        where = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {self._threads}"
+        if self._device.type == "cuda":
+            kernels = "SDPA" if self._kernels is None else f"FlashInfer {version(_FLASHINFER)}"
+            eager = " eager" if self._options.runtime.eager else ""
+            where = f"{torch.cuda.get_device_name(self._device)} {kernels}{eager}"
+        return f"{where} torch {torch.__version__} tp {current().size}"
 
     def _report(self, placed: Placed, measured: _Measured) -> str:
         sizes = placed.sizes

@@ -1,5 +1,8 @@
 """The tiers below the device, opened and measured."""
 
+import logging
+import os
+import socket
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +10,7 @@ from pathlib import Path
 from hotset.clock import Clock
 from hotset.cost.rates import Rates
 from hotset.engine.sizing import Sizes
+from hotset.errors import ConfigError
 from hotset.memory.arena import HostArena
 from hotset.memory.copier import make_copier
 from hotset.memory.device_payloads import DevicePayloads
@@ -15,9 +19,14 @@ from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import DiskTier
 from hotset.memory.measure import measure_rates
 from hotset.memory.mover import Copier
+from hotset.memory.tier import Tier
 from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
 from hotset.option_groups import MemoryOptions
+from hotset.secret import read_secret
+
+_WRITING_PART = 8  # of host memory is at most what is on its way to stores
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,7 @@ def open_tiers(
     metrics: Metrics,
     disk_path: Path,
     fingerprint: dict[str, str],
+    numerics: str,
     undo: ExitStack,
     clock: Clock,
     peers: Peers | None = None,
@@ -53,14 +63,15 @@ def open_tiers(
     """Host memory and the slower tiers, as large as `sizes` says; None without host slots.
 
     `host` is None where host memory is yet to be taken; `peers` have other parts of blocks on disk.
-    `undo` closes all.
+    Blocks depend on `fingerprint`, and their last bits on `numerics`. `undo` closes all.
 
     Raises:
-        TierError: the disk tier cannot be opened.
+        ConfigError: the address of a store, or the file of its secret, cannot be used;
+            `TierError`: the disk tier or a store cannot.
     """
     if sizes.host_slots == 0:
         return None
-    slower = []
+    slower: list[Tier] = []
     if sizes.disk_bytes:
         disk = DiskTier(
             disk_path,
@@ -73,6 +84,9 @@ def open_tiers(
             peers=peers,
         )
         slower.append(disk)
+    if memory.remote:
+        shared = fingerprint if memory.remote_share == "any" else {**fingerprint, "on": numerics}
+        slower.append(_open_stores(memory, sizes, repr(shared), undo, clock))
     host = host or HostMemory.take(sizes, device)
     tiers = TierStack(
         device,
@@ -87,3 +101,34 @@ def open_tiers(
     undo.callback(tiers.close)
     measure_rates(tiers, num_blocks=min(16, sizes.device_blocks, tiers.host.num_slots))
     return tiers
+
+
+def _open_stores(
+    memory: MemoryOptions, sizes: Sizes, fingerprint: str, undo: ExitStack, clock: Clock
+) -> Tier:
+    """The remote tier; raises ConfigError or TierError where it cannot work as it is asked for."""
+    try:
+        from hotset.memory.remote.resp import Address
+        from hotset.memory.remote.seal import Seal
+        from hotset.memory.remote.tier import RemoteTier
+    except ImportError as error:
+        raise ConfigError(
+            f"remote needs a package that is missing ({error}); run: pip install 'hotset[fleet]'"
+        ) from error
+    assert memory.remote_secret_file is not None
+    tier = RemoteTier(
+        [Address.of(url) for url in memory.remote],
+        Seal(
+            read_secret(memory.remote_secret_file),
+            fingerprint,
+            memory.remote_writer or f"{socket.gethostname()}-{os.getpid()}",
+            encrypts=memory.remote_encrypt,
+        ),
+        payload_bytes=slot_bytes_for(sizes.block_bytes),
+        most_writes=sizes.host_slots // _WRITING_PART,
+        clock=clock,
+    )
+    undo.callback(tier.close)
+    for note in tier.notes:
+        _log.warning(note)
+    return tier

@@ -23,7 +23,7 @@ from hotset.option_groups import ExpertBudget, HostedExperts, SplitMemory
 from hotset.options import Options
 from hotset.units import GIB, gib_text, round_up_gib
 
-# Host slots a disk tier needs below a device without a host tier, to pass payloads through.
+# Host slots that tiers below a device without a host tier need, to pass payloads through.
 _STAGING_SLOTS = 64
 _REPORTED_CONTEXTS = (1024, 4096, 16384, 65536)
 
@@ -45,7 +45,8 @@ class Sizes:
         workspace_bytes: an estimate of what the largest step takes beside weights and KV.
         num_blocks: KV blocks that the device has addresses for.
         first_block: the first of them that no expert slot has the memory of.
-        host_slots: payloads in host memory; more than `host_gib` asks for only to stage a disk.
+        host_slots: payloads in host memory; more than `host_gib` asks for only to stage a disk or
+            a store.
         disk_bytes: size bound of the disk tier.
         max_model_len: longest context one request can have.
         max_mixed_tokens: most tokens of a step of prompts beside decodes.
@@ -401,15 +402,15 @@ class _Solver:
                 f"host_gib {memory.host_gib} holds no KV block of {slot_bytes} bytes; give "
                 f"{round_up_gib(self.num_ranks * slot_bytes)} or more, or 0 for no host tier"
             )
-        if memory.disk_gib > 0:
+        if memory.disk_gib > 0 or memory.remote:
             host_slots = max(host_slots, _STAGING_SLOTS)
-            if payloads_within(self._part(memory.disk_gib), slot_bytes) < 1:
-                least = capacity_bytes_for(1, slot_bytes)
-                raise ConfigError(
-                    f"disk_gib {memory.disk_gib} holds no KV block of {slot_bytes} bytes beside "
-                    f"its index; give {round_up_gib(self.num_ranks * least)} or more, "
-                    "or 0 for no disk tier"
-                )
+        if memory.disk_gib > 0 and payloads_within(self._part(memory.disk_gib), slot_bytes) < 1:
+            least = capacity_bytes_for(1, slot_bytes)
+            raise ConfigError(
+                f"disk_gib {memory.disk_gib} holds no KV block of {slot_bytes} bytes beside "
+                f"its index; give {round_up_gib(self.num_ranks * least)} or more, "
+                "or 0 for no disk tier"
+            )
         if host_slots * slot_bytes > free_bytes:
             raise ConfigError(
                 f"the host tier would take {host_slots * slot_bytes / GIB:.3f} GiB but "

@@ -137,7 +137,7 @@ class KVCache:
                 request.kv.arrived[i] = ArrivedBlock(_DEVICE, part.num_tokens)
             elif part.key not in computed:
                 self.transfers.wait_for(request, i, part)
-        self.transfers.touch(keys)
+        self.transfers.touch(keys, came_back=not request.queue.num_preemptions)
         self.transfers.unkeep(request)  # its fetches hold what they read
         self._metrics.recompute_chosen_tokens += sum(computed.values())
         self.advance(request)

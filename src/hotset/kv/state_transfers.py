@@ -69,19 +69,20 @@ class StateTransfers:
         """Keys of the pieces of a state."""
         return [piece_key(key, i) for i in range(self._pieces.per_state)]
 
-    def lookup(self, keys: Sequence[bytes]) -> list[Found]:
+    def lookup(self, keys: Sequence[bytes], *, may_ask: bool = True) -> list[Found]:
         """What the tiers have of each state: a HIT is in the slowest tier that has a piece."""
+        firsts = self.first_pieces(keys, may_ask=may_ask)
         return [
-            self._whole(key) if first.answer is Answer.HIT else first
-            for key, first in zip(keys, self.first_pieces(keys), strict=True)
+            self._whole(key, may_ask) if first.answer is Answer.HIT else first
+            for key, first in zip(keys, firsts, strict=True)
         ]
 
-    def first_pieces(self, keys: Sequence[bytes]) -> list[Found]:
+    def first_pieces(self, keys: Sequence[bytes], *, may_ask: bool = True) -> list[Found]:
         """What the tiers have of the first piece of each state: without it there is none."""
-        return self._tiers.lookup([piece_key(key, 0) for key in keys])
+        return self._tiers.lookup([piece_key(key, 0) for key in keys], may_ask=may_ask)
 
-    def _whole(self, key: bytes) -> Found:
-        found = self._tiers.lookup(self.keys(key))
+    def _whole(self, key: bytes, may_ask: bool) -> Found:
+        found = self._tiers.lookup(self.keys(key), may_ask=may_ask)
         for answer in (Answer.MISS, Answer.PENDING):
             if any(one.answer is answer for one in found):
                 return Found(answer)
@@ -133,11 +134,10 @@ class StateTransfers:
             slowest: the number of the slowest tier that it goes to.
         """
         keys = self.keys(key)
+        known = self._tiers.lookup(keys, may_ask=False)
         missing = [
             (piece, number)
-            for piece, number, found in zip(
-                keys, self._pieces.of_slot(slot), self._tiers.lookup(keys), strict=True
-            )
+            for piece, number, found in zip(keys, self._pieces.of_slot(slot), known, strict=True)
             if found.answer is not Answer.HIT
         ]
         for count, (piece, number) in enumerate(missing):

@@ -191,7 +191,7 @@ class States:
             return -1
         if start.tier is not None:
             return self._noted.get(start.key, self._transfers.number_of(start.tier))
-        [found] = self._transfers.lookup([start.key])
+        [found] = self._transfers.lookup([start.key], may_ask=False)
         if found.answer is not Answer.HIT:
             return self._due.get(start.key, -1)
         return self._noted.get(start.key, self._transfers.number_of(found.tier))
@@ -385,7 +385,8 @@ class States:
         if self._transfers is None:
             return {}
         newest = list(islice(reversed(self._noted), _MOST_SHOWN))
-        found = [one.tier.name for one in self._transfers.first_pieces(newest) if one.tier]
+        pieces = self._transfers.first_pieces(newest, may_ask=False)
+        found = [one.tier.name for one in pieces if one.tier]
         return dict(Counter(found))
 
     def check(self) -> None:

@@ -202,7 +202,7 @@ class BlockTransfers:
     def spill(self, key: bytes, block: int, *, private: bool = False) -> bool:
         """Copy a block down; False where a tier has its content, or host memory no room."""
         tiers = self._tiers
-        if tiers is None or tiers.lookup([key])[0].answer is Answer.HIT:
+        if tiers is None or tiers.lookup([key], may_ask=False)[0].answer is Answer.HIT:
             return False
         if not tiers.spill(key, block, slowest=0 if private else None):
             return False
@@ -258,10 +258,13 @@ class BlockTransfers:
             for request, index in loading.waiters:
                 request.kv.fetched.add(index)
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """Note that payloads of a chain were used: its tail is evicted before its head."""
-        if self._tiers is not None:
-            self._tiers.touch(keys[::-1])
+    def touch(self, keys: Sequence[bytes], *, came_back: bool = False) -> None:
+        """Note that payloads of a chain were used: its tail is evicted before its head.
+
+        `came_back`: by a later request than the one that made them.
+        """
+        if self._tiers is not None and keys:
+            self._tiers.touch(keys[::-1], came_back=came_back)
 
     def keep(self, request: Request, more: Sequence[bytes] = ()) -> None:
         """Keep in host memory what a request that is preempted has there, fetched yet or not.

@@ -23,8 +23,11 @@ def measure_rates(tiers: TierStack, *, num_blocks: int) -> None:
     seconds = tiers.mover.time_copies(num_blocks, to_host=False)
     tiers.rates.observe_link(tiers.infos[0].name, num_blocks * tiers.block_bytes, seconds)
     moved_bytes = tiers.metrics.moved_bytes.copy()
-    for number in range(1, len(tiers.infos)):
-        _measure_slower(tiers, number, num_blocks)
+    for number, info in enumerate(tiers.infos[1:], start=1):
+        if info.measured_bytes_per_s is not None:
+            tiers.rates.observe_link(info.name, int(info.measured_bytes_per_s), 1.0)
+        else:
+            _measure_slower(tiers, number, num_blocks)
     tiers.metrics.moved_bytes = moved_bytes  # of requests only
 
 

@@ -245,6 +245,13 @@ class Residency:
         del self._payloads[payload.key]
         self._free.append(payload.slot)
 
+    def by_use(self) -> list[Payload]:
+        """All payloads: those that are in use, then the others, the next to go last."""
+        in_use = [payload for payload in self._payloads.values() if payload.is_in_use]
+        orders = {id(order): order for order in map(self._order_of, self._payloads)}.values()
+        idle = [self._payloads[key] for order in orders for key in order]
+        return [*in_use, *reversed(idle)]
+
     def filling(self) -> set[bytes]:
         """Keys whose payload is on its way."""
         return {key for key, payload in self._payloads.items() if not payload.is_ready}

@@ -1,5 +1,7 @@
 """What is under way between host memory and one slower tier, and how fast. Imports no torch."""
 
+from collections.abc import Iterable
+
 from hotset.clock import Clock
 from hotset.cost.rates import Rates
 from hotset.memory.journal import OnChange
@@ -8,6 +10,7 @@ from hotset.memory.tier import Answer, Completion, CompletionStatus, Tier
 from hotset.metrics import Metrics
 
 _RATE_WINDOW_S = 0.25
+_MOST_OWED = 1 << 16
 
 
 class SlowerTier:
@@ -25,6 +28,7 @@ class SlowerTier:
         tier: that stores the payloads.
         reads: payloads that are being read, by the tier's transfer id.
         writes: payloads that are being written, likewise.
+        owed: keys of payloads that are to be written to it, first those that were first owed.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class SlowerTier:
         self.tier = tier
         self.reads: dict[int, Payload] = {}
         self.writes: dict[int, Payload] = {}
+        self.owed: dict[bytes, None] = {}
         self._block_bytes = block_bytes
         self._host = host
         self._rates = rates
@@ -43,12 +48,18 @@ class SlowerTier:
 
     @property
     def is_busy(self) -> bool:
-        """Whether reads or writes are under way."""
-        return bool(self.reads or self.writes)
+        """Whether reads or writes are under way, or to come."""
+        return bool(self.reads or self.writes or self.owed)
 
     def has(self, key: bytes) -> bool:
         """Whether it says at once that it has a payload."""
-        return self.tier.lookup([key])[0] is Answer.HIT
+        return self.tier.lookup([key], may_ask=False)[0] is Answer.HIT
+
+    def owe(self, keys: Iterable[bytes]) -> None:
+        """Have payloads written as soon as they are in host memory; the last owed may be left."""
+        self.owed.update(dict.fromkeys(keys))
+        while len(self.owed) > _MOST_OWED:
+            self.owed.popitem()
 
     def all_keys(self) -> list[bytes]:
         """See `journal.Source`."""
@@ -72,7 +83,9 @@ class SlowerTier:
 
     def write(self, payload: Payload, content: memoryview) -> bool:
         """Start writing a payload from its slot; False where the tier drops it."""
-        transfer_id = self.tier.submit_write(payload.key, content)
+        must = payload.key in self.owed
+        self.owed.pop(payload.key, None)
+        transfer_id = self.tier.submit_write(payload.key, content, must=must)
         if transfer_id is None:
             return False
         self.writes[transfer_id] = payload
@@ -91,8 +104,11 @@ class SlowerTier:
             if completion.status is CompletionStatus.OK:
                 self._count(is_read)
             ended.append((payload, completion, is_read))
-        for kind, count in self.tier.usage().faults.items():
+        usage = self.tier.usage()
+        for kind, count in usage.faults.items():
             self._metrics.faults[kind] = count
+        for what, num_bytes in usage.byte_counts.items():
+            self._metrics.tier_bytes[f"{self.tier.info.name} {what}"] = num_bytes
         return ended
 
     def _count(self, is_read: bool) -> None:

@@ -18,12 +18,14 @@ class TierInfo:
         payload_bytes: that one of them takes.
         feeds_device: whether copies to the device start here; from others a payload comes here
             first.
+        measured_bytes_per_s: how fast payloads are read, where the tier has measured that itself.
     """
 
     name: str
     capacity_payloads: int
     payload_bytes: int
     feeds_device: bool = False
+    measured_bytes_per_s: float | None = None
 
     @property
     def capacity_bytes(self) -> int:
@@ -76,12 +78,14 @@ class TierUsage:
     Attributes:
         capacity_payloads: how many it can hold now.
         states: one letter for each place, where it knows them: see `Residency.states`.
+        byte_counts: bytes since it was opened, by what became of them; see `Metrics.tier_bytes`.
     """
 
     used_payloads: int
     capacity_payloads: int
     faults: dict[str, int]
     states: str | None = None
+    byte_counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +113,19 @@ class Tier(Protocol):
     info: TierInfo
     on_change: OnChange | None
 
-    def lookup(self, keys: Sequence[bytes]) -> list[Answer]:
+    def lookup(self, keys: Sequence[bytes], *, may_ask: bool = True) -> list[Answer]:
         """For each key, whether its payload is stored and readable now (a queued write is not).
 
-        A tier that asks another machine starts to, and answers PENDING until it knows.
+        A tier that asks another machine starts to, and answers PENDING until it knows; where it
+        may not ask, what it does not know is a MISS.
         """
         ...
 
-    def submit_write(self, key: bytes, payload: memoryview) -> int | None:
+    def submit_write(self, key: bytes, payload: memoryview, *, must: bool = False) -> int | None:
         """Start storing `payload`; returns a transfer id, or None where the write was dropped.
 
-        A write is dropped (and counted) when the queue is full or the tier is unusable.
+        A write is dropped (and counted) when the queue is full or the tier is unusable, and, unless
+        it `must` be, where the payload is not worth it.
         The oldest payloads are evicted as needed; the size bound is never passed.
         """
         ...
@@ -128,8 +134,12 @@ class Tier(Protocol):
         """Start reading the payload of `key` into `into`; returns a transfer id."""
         ...
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """Mark `keys` as just used, so that they are evicted last."""
+    def touch(self, keys: Sequence[bytes], *, came_back: bool = False) -> Sequence[bytes]:
+        """Mark `keys` as just used, so that they are evicted last.
+
+        They are of one conversation, its last one first; `came_back`: a later request found them.
+        Returns those that it declined when they were new and takes now: see `submit_write`, `must`.
+        """
         ...
 
     def newest_keys(self, limit: int) -> list[bytes]:

@@ -23,6 +23,8 @@ from hotset.memory.tier import (
 )
 from hotset.metrics import Metrics
 
+# Of host memory, what is being written at most of what is owed to a tier; and payloads.
+_WRITING_PART, _MOST_WRITING = 8, 64
 _MISS = Found(Answer.MISS)
 _PENDING = Found(Answer.PENDING)
 
@@ -117,17 +119,18 @@ class TierStack:
 
     # Where payloads are
 
-    def lookup(self, keys: Sequence[bytes]) -> list[Found]:
+    def lookup(self, keys: Sequence[bytes], *, may_ask: bool = True) -> list[Found]:
         """Which tier has each payload, or will have shortly.
 
         PENDING is answered for a bounded time: ask again then, and MISS takes its place at last.
+        Where they may not ask elsewhere, tiers do not answer it.
         """
         found = [self._in_host(key) for key in keys]
         for info, slower in zip(self.infos[1:], self.slower, strict=True):
             asked = [i for i, one in enumerate(found) if one is None or one is _PENDING]
             if not asked:
                 break
-            answers = slower.tier.lookup([keys[i] for i in asked])
+            answers = slower.tier.lookup([keys[i] for i in asked], may_ask=may_ask)
             for i, answer in zip(asked, answers, strict=True):
                 if answer is Answer.HIT:
                     found[i] = Found(Answer.HIT, info)
@@ -261,18 +264,40 @@ class TierStack:
         for slower in self.slower:
             slower.tier.discard(keys)
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """Mark payloads as just used, in the slower tiers, or in host memory where it is alone."""
+    def touch(self, keys: Sequence[bytes], *, came_back: bool = False) -> None:
+        """Mark payloads as just used, in the slower tiers, or in host memory where it is alone.
+
+        They are of one conversation, its last one first; `came_back`: a later request found them.
+        """
         for slower in self.slower:
-            slower.tier.touch(keys)
-        if not self.slower:
-            for key in keys:
-                self.host.touch(key)
+            slower.owe(slower.tier.touch(keys, came_back=came_back))
+        alone = keys
+        for slower in self.slower:
+            answers = slower.tier.lookup(alone, may_ask=False)
+            alone = [key for key, one in zip(alone, answers, strict=True) if one is not Answer.HIT]
+        for key in alone:
+            self.host.touch(key)
 
     def demote(self, keys: Sequence[bytes]) -> None:
         """Have payloads leave host memory first that may be evicted."""
         for key in keys:
             self.host.demote(key)
+
+    def begin_drain(self, first: Sequence[bytes] = ()) -> None:
+        """Have the slowest tier get all that host memory has, as the process ends soon.
+
+        With `poll`, until `num_to_drain` is 0: `first`, then what was used last. Nothing that may
+        not go there: see `spill`.
+        """
+        if self.slower:
+            number = len(self.slower)
+            ours = [p.key for p in self.host.by_use() if p.slowest is None or p.slowest >= number]
+            self.slower[-1].owe([*first, *ours])
+
+    @property
+    def num_to_drain(self) -> int:
+        """Payloads that are still to be written to the slowest tier."""
+        return len(self.slower[-1].owed) + len(self.slower[-1].writes) if self.slower else 0
 
     # The engine's step
 
@@ -323,7 +348,7 @@ class TierStack:
 
     def wait(self, timeout_s: float) -> None:
         """Block until something may have ended, or `timeout_s` has passed."""
-        busy = [slower for slower in self.slower if slower.is_busy] or self.slower
+        busy = [slower for slower in self.slower if slower.is_busy] or self.slower[-1:]
         if self.mover.is_copying or not busy:
             self.mover.copier.wait(timeout_s)
         else:
@@ -371,6 +396,22 @@ class TierStack:
                     self._become_ready(payload)
                 else:
                     self._fail(payload.key, self.host.abandon(payload))
+            if slower.owed:
+                self._pay(slower, number)
+
+    def _pay(self, slower: SlowerTier, number: int) -> None:
+        """Write what is owed to a tier, with a part of host memory at once."""
+        most = max(1, min(_MOST_WRITING, self.host.num_slots // _WRITING_PART))
+        for key in list(slower.owed):
+            if len(slower.writes) >= most:
+                return
+            payload = self.host.get(key)
+            if payload is not None and payload.state is State.SPILLING:
+                continue  # once it has come, see `_cascade`
+            if payload is None or not payload.is_ready or slower.has(key):
+                del slower.owed[key]
+            else:
+                self.write(payload, number)  # or it is dropped
 
     def _cascade(self, payload: Payload, number: int) -> None:
         """Write a READY payload to the first tier from `number` on that lacks it and takes it."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from hotset.clock import REAL_CLOCK
 from hotset.memory.disk.folder import opening
-from hotset.memory.disk.io_queue import IoQueue, Job, Mailbox
+from hotset.memory.disk.io_queue import IoQueue, Job
 from hotset.memory.disk.slab import Slab, checksum
+from hotset.memory.mailbox import Mailbox
 from hotset.memory.tier import Completion, CompletionStatus, TierInfo
 
 
@@ -57,7 +58,7 @@ class FixedSlab:
         self._sums: dict[bytes, int] = {}
         self._fault_prefix = fault_prefix
         self._next_id = 0
-        self._mailbox = Mailbox()
+        self._mailbox = Mailbox[Job]()
         self._queue = IoQueue(
             f"{fault_prefix}-read",
             num_threads=num_threads,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hotset.clock import REAL_CLOCK, Clock
+from hotset.memory.mailbox import Mailbox
 
 
 @dataclass(eq=False, slots=True)
@@ -21,32 +22,6 @@ class Job:
     ok: bool = False
     service_s: float = 0.0
     faults: list[str] = field(default_factory=list)
-
-
-class Mailbox:
-    """Ended jobs on their way from the workers to the thread that polls."""
-
-    def __init__(self) -> None:
-        self._jobs: deque[Job] = deque()
-        self._filled = threading.Condition()
-
-    def put(self, job: Job) -> None:
-        """Hand in an ended job."""
-        with self._filled:
-            self._jobs.append(job)
-            self._filled.notify_all()
-
-    def take(self) -> list[Job]:
-        """All jobs ended since the last call, in the order they ended."""
-        with self._filled:
-            jobs = list(self._jobs)
-            self._jobs.clear()
-        return jobs
-
-    def wait(self, timeout_s: float) -> None:
-        """Block until there is something to take, or for `timeout_s`."""
-        with self._filled:
-            self._filled.wait_for(lambda: bool(self._jobs), timeout_s)
 
 
 class IoQueue:
@@ -73,7 +48,7 @@ class IoQueue:
         limit_s: float,
         expired_fault: str,
         run: Callable[[Job], bool],
-        mailbox: Mailbox,
+        mailbox: Mailbox[Job],
         idle: Callable[[], None] | None = None,
         clock: Clock = REAL_CLOCK,
     ) -> None:

@@ -11,9 +11,10 @@ from hotset.errors import TierError
 from hotset.eviction import Order, policy_named
 from hotset.memory.disk import index as disk_index
 from hotset.memory.disk.block_files import BlockFiles, Peers
-from hotset.memory.disk.io_queue import IoQueue, Job, Mailbox
+from hotset.memory.disk.io_queue import IoQueue, Job
 from hotset.memory.disk.slab import SLOT_ALIGN_BYTES, slot_bytes_for
 from hotset.memory.journal import OnChange
+from hotset.memory.mailbox import Mailbox
 from hotset.memory.tier import Answer, Completion, CompletionStatus, TierInfo, TierUsage
 
 _FIXED_BYTES = disk_index.BASE_BYTES + SLOT_ALIGN_BYTES  # the lock file takes a page
@@ -147,7 +148,7 @@ class DiskTier:
         self._num_failures = 0  # writes failed in a row
         self._paused_until_s = 0.0
         self._closed = False
-        self._mailbox = Mailbox()
+        self._mailbox = Mailbox[Job]()
         queue = partial(IoQueue, num_threads=num_threads, mailbox=self._mailbox, clock=clock)
         self._writes: IoQueue = queue(
             "disk-write",
@@ -167,11 +168,11 @@ class DiskTier:
 
     # Called by the engine
 
-    def lookup(self, keys: Sequence[bytes]) -> list[Answer]:
+    def lookup(self, keys: Sequence[bytes], *, may_ask: bool = True) -> list[Answer]:
         """See `Tier`. Never PENDING."""
         return [Answer.HIT if self._stored(key) else Answer.MISS for key in keys]
 
-    def submit_write(self, key: bytes, payload: memoryview) -> int | None:
+    def submit_write(self, key: bytes, payload: memoryview, *, must: bool = False) -> int | None:
         """See `Tier`. `payload` is `slot_bytes` long; page-aligned, or direct I/O ends."""
         assert payload.nbytes == self.slot_bytes, (payload.nbytes, self.slot_bytes)
         if (block := self._blocks.get(key)) is not None:
@@ -205,10 +206,11 @@ class DiskTier:
         self._reads.submit(job)
         return job.transfer_id
 
-    def touch(self, keys: Sequence[bytes]) -> None:
+    def touch(self, keys: Sequence[bytes], *, came_back: bool = False) -> Sequence[bytes]:
         """See `Tier`."""
         for key in keys:
             self._order.touch(key)
+        return ()
 
     def newest_keys(self, limit: int) -> list[bytes]:
         """See `Tier`."""

@@ -1,0 +1,1 @@
+"""Payloads in stores that several machines share, over the Redis protocol. Imports no torch."""
