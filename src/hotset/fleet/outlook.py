@@ -8,14 +8,16 @@ from typing import NamedTuple
 
 from hotset.cost.prefix import Split, split_prefix
 from hotset.cost.rates import Rates
-from hotset.engine.messages import EngineInfo, Load
+from hotset.engine.messages import EngineInfo, Load, Submit
 from hotset.fleet.index import BITS, ReplicaIndex
 from hotset.memory.journal import TIERS
 
 _WINDOW_S = 10.0  # for rates of what a replica did
 _LEAST_WINDOW_S = 1.0
-# A load that comes less than this after a request was sent may not count it yet.
+# A load that comes less than this after a request was sent may not count it yet. Where none comes,
+# as the replica has nothing to tell, it refused the request.
 _ON_ITS_WAY_S = 0.05
+_MOST_UNHEARD_S = 5.0
 _MOST_BLOCK_WAIT_S = 60.0
 
 
@@ -100,23 +102,31 @@ class Outlook:
         self._bytes_per_token, self._mode = info.kv_bytes_per_token, memory.fetch_policy
         self._lock = threading.Lock()
         self._load: Load | None = None  # by _lock, as all that follows
-        self._sent: deque[_Sent] = deque()
+        self._sent: dict[str, _Sent] = {}  # by the id of the request
         self._progress: deque[_Progress] = deque()
 
     def take(self, load: Load, now_s: float) -> None:
         """Take in a load, which counts what was sent a moment before it came."""
         with self._lock:
             self._load = load
-            while self._sent and self._sent[0].at_s < now_s - _ON_ITS_WAY_S:
-                self._sent.popleft()
+            self._forget_sent(now_s - _ON_ITS_WAY_S)
             self._progress.append(_Progress(now_s, load.prefilled_tokens, load.freed_blocks))
             self._trim(now_s)
 
-    def send(self, num_prompt_tokens: int, estimate: Estimate, now_s: float) -> None:
+    def send(self, submit: Submit, estimate: Estimate, now_s: float) -> None:
         """A request goes there."""
-        num_blocks = -(-num_prompt_tokens // self.block_size)
+        num_blocks = -(-len(submit.token_ids) // self.block_size)
         with self._lock:
-            self._sent.append(_Sent(now_s, estimate.computed_tokens, num_blocks))
+            self._sent[submit.request_id] = _Sent(now_s, estimate.computed_tokens, num_blocks)
+
+    def begin(self, request_id: str) -> None:
+        """The first token of a request has come: its prompt is no longer queued."""
+        with self._lock:
+            self._sent.pop(request_id, None)
+
+    def _forget_sent(self, before_s: float) -> None:
+        for request_id in [one for one, sent in self._sent.items() if sent.at_s < before_s]:
+            del self._sent[request_id]
 
     def prefill(self, now_s: float) -> tuple[float, float]:
         """Tokens/s of prompts that it computed of late, and that it can compute; 0 if not known."""
@@ -144,7 +154,8 @@ class Outlook:
             other_rate: tokens/s of prompts that is taken where the replica has told none.
         """
         with self._lock:
-            load, sent = self._load or _NO_LOAD, list(self._sent)
+            self._forget_sent(now_s - _MOST_UNHEARD_S)
+            load, sent = self._load or _NO_LOAD, list(self._sent.values())
             freed_per_s = self._per_s(now_s)[1]
         rate = load.prefill_tokens_per_s or other_rate
         queued_tokens = load.queued_tokens + sum(one.num_tokens for one in sent)

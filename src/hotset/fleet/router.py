@@ -119,7 +119,7 @@ class KnowingRoute(ABC):
             for replica_id, outlook in known
         ]
         chosen = self._best(offers, now_s)
-        chosen.outlook.send(num_tokens, chosen.estimate, now_s)
+        chosen.outlook.send(submit, chosen.estimate, now_s)
         chosen.outlook.index.guess(keys.of(chosen.outlook))
         most = max(offer.estimate.found_tokens for offer in offers)
         least = min(offer.estimate.found_tokens for offer in offers)
@@ -136,6 +136,7 @@ class KnowingRoute(ABC):
         member = self._members.get(choice.replica_id)
         if member is None or choice.expected_tokens is None:
             return
+        member.outlook.begin(submit.request_id)
         expected = len(submit.token_ids) - choice.expected_tokens
         with member.lock:
             member.prompt_tokens += len(submit.token_ids)
