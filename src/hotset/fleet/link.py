@@ -1,10 +1,9 @@
-"""A connection between a front and a replica: proof of the secret, frames, beats.
+"""An open connection between a front and a replica: frames and beats.
 
-A frame is 4 bytes of length, the highest first, and that number of bytes. Both sides prove that
-they have the fleet secret before either says anything else: what comes before is random numbers
-and what only the secret's holder can compute from them.
+A frame is 4 bytes of length, the highest first, the message, and 16 bytes that only who has the
+key can make of the message and its place in the connection. A beat is an empty message.
 
-Without TLS whoever is on the way can read and change what follows.
+Without TLS whoever is on the way can read messages, and change none.
 
 Imports no torch.
 """
@@ -12,13 +11,13 @@ Imports no torch.
 import asyncio
 import hmac
 import logging
-import secrets
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import uvloop
 
+from hotset.fleet.proof import Keys, LinkError, exactly
 from hotset.fleet.wire import MOST_BYTES
 
 _log = logging.getLogger(__name__)
@@ -28,61 +27,9 @@ T = TypeVar("T")
 HANDSHAKE_S = 5.0  # most that connecting, proofs and greetings may take
 BEAT_S = 1.0
 MOST_SILENT_BEATS = 5
-_NONCE_BYTES = 32
-_PROOF_BYTES = 32
 _LENGTH_BYTES = 4
+_TAG_BYTES = 16
 _READ_BYTES = 2**18
-
-
-class LinkError(Exception):
-    """A link that cannot be opened or goes on no more; one line."""
-
-
-def _proof(secret: bytes, side: bytes, first: bytes, second: bytes) -> bytes:
-    return hmac.digest(secret, b"hotset link " + side + b"\0" + first + second, "sha256")
-
-
-async def prove_replica(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes
-) -> None:
-    """The replica's side of the proofs; the front's comes first, so that others learn nothing.
-
-    Raises:
-        LinkError: the front has another secret, or none.
-    """
-    nonce = secrets.token_bytes(_NONCE_BYTES)
-    writer.write(nonce)
-    theirs = await _exactly(reader, _NONCE_BYTES)
-    proof = await _exactly(reader, _PROOF_BYTES)
-    if not hmac.compare_digest(proof, _proof(secret, b"front", nonce, theirs)):
-        raise LinkError("the other side has another fleet secret, or none")
-    writer.write(_proof(secret, b"replica", nonce, theirs))
-
-
-async def prove_front(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes
-) -> None:
-    """The front's side of the proofs.
-
-    Raises:
-        LinkError: the replica has another secret, or none.
-    """
-    theirs = await _exactly(reader, _NONCE_BYTES)
-    nonce = secrets.token_bytes(_NONCE_BYTES)
-    writer.write(nonce + _proof(secret, b"front", theirs, nonce))
-    try:
-        proof = await _exactly(reader, _PROOF_BYTES)
-    except LinkError:
-        raise LinkError("it takes no proof of ours; is the fleet secret the same there?") from None
-    if not hmac.compare_digest(proof, _proof(secret, b"replica", theirs, nonce)):
-        raise LinkError("it has another fleet secret, or none")
-
-
-async def _exactly(reader: asyncio.StreamReader, num_bytes: int) -> bytes:
-    try:
-        return await reader.readexactly(num_bytes)
-    except (asyncio.IncompleteReadError, OSError):
-        raise LinkError("the other side has closed the connection") from None
 
 
 class Link:
@@ -90,20 +37,24 @@ class Link:
 
     Args:
         reader: of the connection, likewise `writer`.
+        keys: which both sides have proved.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, keys: Keys
+    ) -> None:
         self._reader, self._writer = reader, writer
+        self._outgoing, self._incoming = _Tags(keys.ours), _Tags(keys.theirs)
         self._num_written = 0
         self._silent_beats = 0  # ended since bytes came
         self._stuck_beats = 0  # ended since bytes left, while some wait
 
-    def send(self, payload: bytes) -> None:
-        """Write a frame. Does not wait; `drained` does."""
-        if len(payload) > MOST_BYTES:
-            raise LinkError(f"a message has {len(payload)} bytes; a link takes {MOST_BYTES}")
-        self._num_written += _LENGTH_BYTES + len(payload)
-        self._writer.writelines((len(payload).to_bytes(_LENGTH_BYTES, "big"), payload))
+    def send(self, message: bytes) -> None:
+        """Write a frame. Does not wait; `drained` does. Raises LinkError where it is too big."""
+        _check_length(len(message), MOST_BYTES)
+        length = len(message).to_bytes(_LENGTH_BYTES, "big")
+        self._num_written += _LENGTH_BYTES + len(message) + _TAG_BYTES
+        self._writer.writelines((length, message, self._outgoing.next(message)))
 
     async def drained(self) -> None:
         """Wait until the other side has taken most of what was sent. Raises LinkError."""
@@ -113,21 +64,21 @@ class Link:
             raise LinkError("the other side has closed the connection") from None
 
     async def receive(self, most_bytes: int) -> bytes:
-        """The next frame, which is no beat; for greetings, before `run`. Raises LinkError."""
-        length = int.from_bytes(await _exactly(self._reader, _LENGTH_BYTES), "big")
+        """The next message; for greetings, before `run`. Raises LinkError."""
+        length = int.from_bytes(await exactly(self._reader, _LENGTH_BYTES), "big")
         _check_length(length, most_bytes)
-        return await _exactly(self._reader, length)
+        return self._incoming.checked(await exactly(self._reader, length + _TAG_BYTES))
 
-    async def run(self, on_frame: Callable[[bytes], None]) -> None:
+    async def run(self, on_message: Callable[[bytes], None]) -> None:
         """Receive, and beat, until the link ends.
 
         Args:
-            on_frame: gets each frame; what it raises ends the link.
+            on_message: gets each message but beats; what it raises ends the link.
 
         Raises:
             LinkError: the link has ended, and why.
         """
-        await together(self._beat(), self._receive(on_frame))
+        await together(self._beat(), self._receive(on_message))
 
     def close(self) -> None:
         """Close the connection; what was sent may still arrive. Idempotent."""
@@ -137,7 +88,7 @@ class Link:
         """Close the connection at once. Idempotent."""
         self._writer.transport.abort()
 
-    async def _receive(self, on_frame: Callable[[bytes], None]) -> None:
+    async def _receive(self, on_message: Callable[[bytes], None]) -> None:
         buffer = bytearray()
         while True:
             try:
@@ -152,11 +103,12 @@ class Link:
             while len(buffer) - start >= _LENGTH_BYTES:
                 length = int.from_bytes(buffer[start : start + _LENGTH_BYTES], "big")
                 _check_length(length, MOST_BYTES)
-                end = start + _LENGTH_BYTES + length
+                end = start + _LENGTH_BYTES + length + _TAG_BYTES
                 if len(buffer) < end:
                     break
-                if length:  # or it is a beat
-                    on_frame(bytes(buffer[start + _LENGTH_BYTES : end]))
+                message = self._incoming.checked(bytes(buffer[start + _LENGTH_BYTES : end]))
+                if message:
+                    on_message(message)
                 start = end
             del buffer[:start]
 
@@ -191,9 +143,30 @@ async def together(*coroutines: Coroutine[Any, Any, None]) -> None:
             task.cancel()
 
 
+class _Tags:
+    """Makes and checks what ends the frames of one direction."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._number = 0
+
+    def next(self, message: bytes) -> bytes:
+        """The tag of the next message."""
+        self._number += 1
+        numbered = self._number.to_bytes(8, "big") + message
+        return hmac.digest(self._key, numbered, "sha256")[:_TAG_BYTES]
+
+    def checked(self, data: bytes) -> bytes:
+        """The message of the next frame, without its tag. Raises LinkError."""
+        message = data[:-_TAG_BYTES]
+        if not hmac.compare_digest(data[-_TAG_BYTES:], self.next(message)):
+            raise LinkError("a message was changed on its way")
+        return message
+
+
 def _check_length(length: int, most_bytes: int) -> None:
     if length > most_bytes:
-        raise LinkError(f"a frame has {length} bytes; expected at most {most_bytes}")
+        raise LinkError(f"a message has {length} bytes; expected at most {most_bytes}")
 
 
 class LinkThread:

@@ -14,7 +14,8 @@ from hotset.engine.messages import Report, Submit
 from hotset.errors import EngineError, ModelError, OverloadedError
 from hotset.fleet import wire
 from hotset.fleet.address import Address
-from hotset.fleet.link import HANDSHAKE_S, Link, LinkError, link_thread, prove_front
+from hotset.fleet.link import HANDSHAKE_S, Link, link_thread
+from hotset.fleet.proof import LinkError, prove_front
 from hotset.fleet.tokenizer_data import known_tokenizers, loaded_model
 from hotset.metrics import Metrics
 
@@ -139,8 +140,7 @@ class LinkHost:
         try:
             async with asyncio.timeout(HANDSHAKE_S):
                 reader, writer = await self._address.connect(tls)
-                await prove_front(reader, writer, secret)
-                link = Link(reader, writer)
+                link = Link(reader, writer, await prove_front(reader, writer, secret))
                 link.send(wire.encode(wire.Hello(list(wire.VERSIONS), known_tokenizers())))
                 greeting = wire.read_greeting(await link.receive(wire.MOST_BYTES))
                 if isinstance(greeting, wire.Refused):

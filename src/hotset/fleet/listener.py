@@ -17,7 +17,8 @@ from hotset.engine.status import EngineStatus
 from hotset.errors import RequestError
 from hotset.fleet import wire
 from hotset.fleet.address import Address, bound
-from hotset.fleet.link import HANDSHAKE_S, Link, LinkError, link_thread, prove_replica, together
+from hotset.fleet.link import HANDSHAKE_S, Link, link_thread, together
+from hotset.fleet.proof import LinkError, prove_replica
 from hotset.fleet.tokenizer_data import model_data
 from hotset.metrics import Metrics
 from hotset.request import RequestOutput
@@ -150,19 +151,18 @@ class Listener:
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """What each connection runs, to its end."""
-        link = Link(reader, writer)
         peer = writer.get_extra_info("peername") or "a local process"
         self._num_unproven += 1
         try:
             if self._num_unproven > _MOST_UNPROVEN:
                 raise LinkError(f"{_MOST_UNPROVEN} connections have proved nothing yet")
             async with asyncio.timeout(HANDSHAKE_S):
-                await prove_replica(reader, writer, self._secret)
+                link = Link(reader, writer, await prove_replica(reader, writer, self._secret))
                 await self._welcome(link)
         except (TimeoutError, LinkError, wire.WireError) as error:
             reason = str(error) or f"it took more than {HANDSHAKE_S:g} s"
             _log.warning("no link to %s: %s", peer, reason)
-            link.abort()
+            writer.transport.abort()
             return
         finally:
             self._num_unproven -= 1
