@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -42,7 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Compute in one thread: the models are tiny, and the machine may be shared."""
+    """Compute in one thread: the models are tiny, and the machine may be shared.
+
+    Collections leave out what imports have made: going through it takes 0.3 s each time.
+    """
+    gc.freeze()
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(1)
 

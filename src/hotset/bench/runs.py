@@ -41,6 +41,8 @@ from hotset.model.loaded import LoadedModel
 from hotset.options import Options
 from hotset.plan.selection_file import load_selections, save_selections
 
+_NEVER = 1_000_000  # collections of middle-aged objects before one of all
+
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
@@ -190,7 +192,7 @@ class Bench:
             self._profiled(arm) as profiler,
             self._routing_recorded(engine, arm),
             self._selection_recorded(arm),
-            _frozen(),
+            _without_full_collections(),
         ):
             driven = self._drive(engine, arm, profiler)
         run = observe(arm, repeat, driven.play, driven.wall_s, is_complete=driven.is_complete)
@@ -365,14 +367,14 @@ class Bench:
 
 
 @contextmanager
-def _frozen() -> Iterator[None]:
+def _without_full_collections() -> Iterator[None]:
     """As in the server, collections leave model and workload alone."""
-    gc.collect()
-    gc.freeze()
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, _NEVER)
     try:
         yield
     finally:
-        gc.unfreeze()
+        gc.set_threshold(young, middle, old)
 
 
 def _progress(arm: str, engine: Engine, play: Play, now_s: float) -> str:
