@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": "Run the same work with and without tiers and say whether tiering paid.",
     "bench moe-gating": "Compare dynamic gating of experts with static gating.",
     "batch": "Run an OpenAI batch file through the engine.",
+    "desk": "Keep files, run batches and lease limits of keys for the fronts of a fleet.",
     "demo": "Show what the tiers are for: the same work with and without them.",
     "demo-moe": "Show what expert buffering is: a quarter of the experts, the same answers.",
     "front": "Serve the HTTP API by the replicas of a fleet.",

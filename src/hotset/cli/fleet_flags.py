@@ -1,8 +1,12 @@
 """Where the members of a fleet find each other: flags of its commands."""
 
+import ssl
 from pathlib import Path
 
 import click
+
+from hotset.errors import ConfigError
+from hotset.fleet.router import ROUTES
 
 directory_flag = click.option(
     "--directory",
@@ -15,6 +19,39 @@ secret_flag = click.option(
     help="File with the fleet secret, the same for all replicas and fronts.  [default: one in the "
     "directory, made on first use]",
 )
+tls_ca_flag = click.option(
+    "--tls-ca",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Certificates (PEM) of who signs those of replicas and desk: links use TLS.  [default: "
+    "none]",
+)
+route_flag = click.option(
+    "--route",
+    type=click.Choice(list(ROUTES)),
+    default=next(iter(ROUTES)),
+    show_default=True,
+    help="How a request's replica is chosen.",
+)
+fronts_flag = click.option(
+    "--fronts",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="How many fronts the fleet has; each has its part of the limits of keys where the desk "
+    "does not answer.",
+)
+
+
+def client_tls(authorities: Path) -> ssl.SSLContext:
+    """How to check certificates. Raises ConfigError: the file cannot be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_verify_locations(authorities)
+    except OSError as error:  # SSLError too
+        reason = getattr(error, "reason", None) or error.strerror
+        raise ConfigError(f"tls_ca {authorities} cannot be used: {reason}") from error
+    return context
 
 
 def find_fleet(directory: Path | None, secret_file: Path | None) -> tuple[Path, bytes]:

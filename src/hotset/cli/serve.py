@@ -12,7 +12,7 @@ from hotset.options import Options
 
 @click.command(cls=Command)
 @config_flag
-@server_flags
+@server_flags()
 @click.option("--dry-run", is_flag=True, help="Set everything up, print what went where, and exit.")
 @engine_options
 def command(server: ServerFlags, dry_run: bool, options: Options) -> None:

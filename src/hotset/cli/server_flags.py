@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import click
 
 from hotset.cli.options import flags
 from hotset.errors import ConfigError
+from hotset.fleet.address import Address, bound
 from hotset.option_fields import options_of
 from hotset.server.limits import Limits
 
@@ -27,16 +28,19 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 _BACKLOG = 2048
 
-_FLAGS = (
-    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
-    click.option(
+# By the name of the parameter.
+_FLAGS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "host": click.option(
+        "--host", default="127.0.0.1", show_default=True, help="Address to listen on."
+    ),
+    "port": click.option(
         "--port",
         type=click.IntRange(0, 65535),
         default=8000,
         show_default=True,
         help="0 is any free.",
     ),
-    click.option(
+    "keys_file": click.option(
         "--api-keys",
         "keys_file",
         type=click.Path(dir_okay=False, path_type=Path),
@@ -44,23 +48,25 @@ _FLAGS = (
         "HOTSET_API_KEYS=NAME:KEY,... adds some.  [default: no keys, which only a local address "
         "may have]",
     ),
-    click.option(
+    "files_path": click.option(
         "--files-path",
         type=click.Path(file_okay=False, path_type=Path),
         help="Folder for uploaded files and batches.  [default: in the platform's data folder]",
     ),
-    click.option(
+    "files_gib": click.option(
         "--files-gib", type=float, default=4.0, show_default=True, help="Most a key may keep."
     ),
-    click.option("--no-files", is_flag=True, help="Offer neither /v1/files nor /v1/batches."),
-    click.option(
+    "no_files": click.option(
+        "--no-files", is_flag=True, help="Offer neither /v1/files nor /v1/batches."
+    ),
+    "drain_s": click.option(
         "--drain-s",
         type=click.IntRange(0),
         default=30,
         show_default=True,
         help="How long requests may go on after SIGTERM or Ctrl-C; a second one ends them.",
     ),
-    click.option(
+    "cors_origins": click.option(
         "--cors-origin",
         "cors_origins",
         multiple=True,
@@ -68,31 +74,33 @@ _FLAGS = (
         help="Let pages of this origin, such as https://chat.example.org, use the server from a "
         "browser; * is any page. May be given several times.  [default: none]",
     ),
-    click.option("--log-format", type=click.Choice(["text", "json"]), default="text"),
-    click.option(
+    "log_format": click.option("--log-format", type=click.Choice(["text", "json"]), default="text"),
+    "log_level": click.option(
         "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info"
     ),
-    click.option("--otlp-endpoint", help="Send traces to this OTLP/HTTP address.  [default: none]"),
-    flags("limits", options_of(Limits), Limits),
-)
+    "otlp_endpoint": click.option(
+        "--otlp-endpoint", help="Send traces to this OTLP/HTTP address.  [default: none]"
+    ),
+    "limits": flags("limits", options_of(Limits), Limits),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ServerFlags:
-    """The values of the flags, as they were given."""
+    """The values of the flags, as they were given; of those that a command has."""
 
-    host: str
-    port: int
     keys_file: Path | None
     files_path: Path | None
     files_gib: float
-    no_files: bool
     drain_s: int
-    cors_origins: tuple[str, ...]
     log_format: str
     log_level: str
     otlp_endpoint: str | None
     limits: Limits
+    host: str = "127.0.0.1"
+    port: int = 0
+    no_files: bool = False
+    cors_origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,27 +117,34 @@ class OpenServer:
     where: str
 
 
-def server_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the flags; the command gets their values as `server`."""
+def server_flags(*left_out: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the flags, but for some; the command gets their values as `server`."""
+    names = [name for name in _FLAGS if name not in left_out]
 
-    @functools.wraps(command)
-    def wrapper(*args: Any, **given: Any) -> Any:
-        values = {one.name: given.pop(one.name) for one in fields(ServerFlags)}
-        return command(*args, server=ServerFlags(**values), **given)
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def wrapper(*args: Any, **given: Any) -> Any:
+            values = {name: given.pop(name) for name in names}
+            return command(*args, server=ServerFlags(**values), **given)
 
-    wrapped: Callable[..., Any] = wrapper
-    for flag in reversed(_FLAGS):
-        wrapped = flag(wrapped)
-    return wrapped
+        wrapped: Callable[..., Any] = wrapper
+        for name in reversed(names):
+            wrapped = _FLAGS[name](wrapped)
+        return wrapped
+
+    return decorate
 
 
 @contextlib.contextmanager
-def listening(server: ServerFlags, *, shares_port: bool = False) -> Iterator[OpenServer]:
+def listening(
+    server: ServerFlags, *, shares_port: bool = False, address: Address | None = None
+) -> Iterator[OpenServer]:
     """Listen, and set up logs, before the seconds that imports and a model take.
 
     Args:
         server: what was asked for.
         shares_port: with other servers of this user, each of which gets some of the connections.
+        address: where, in place of host and port.
 
     Raises:
         ConfigError: a flag's value cannot be used; nothing listens.
@@ -138,12 +153,21 @@ def listening(server: ServerFlags, *, shares_port: bool = False) -> Iterator[Ope
     if not 0 < server.files_gib < math.inf:
         raise ConfigError(f"files_gib is {server.files_gib}; expected a size above 0 GiB")
     keys = _read_keys(server.keys_file)
-    _require_keys(server.host, keys)
-    with _listen(server.host, server.port, shares_port=shares_port) as listener:
+    if address is None:
+        address = Address(host=server.host, port=server.port)
+        listener = _listen(server.host, server.port, shares_port=shares_port)
+    else:
+        listener = address.listen()
+    with listener:
+        if address.host is not None:
+            _require_keys(address.host, keys)
         from hotset.server import logs
 
         logs.set_up(server.log_format, server.log_level)  # type: ignore[arg-type]  # click has checked it
-        yield OpenServer(_config(server, keys), listener, f"http://{_printable(listener)}")
+        where = str(bound(listener))
+        if address.host is not None:
+            where = f"http://{where}"
+        yield OpenServer(_config(server, keys), listener, where)
 
 
 def _config(server: ServerFlags, keys: "Keys") -> "ServerConfig":
@@ -222,8 +246,3 @@ def _listen(host: str, port: int, *, shares_port: bool) -> socket.socket:
             f"cannot listen on {host} port {port}: {reason}; choose another --host or --port"
         ) from error
     return listener
-
-
-def _printable(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

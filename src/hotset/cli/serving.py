@@ -8,10 +8,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 import uvicorn
+from starlette.types import ASGIApp
 
 from hotset.cli.server_flags import OpenServer
 from hotset.engine.stream_service import StreamService
@@ -35,8 +37,18 @@ def serve(
     opened: OpenServer,
     drain_s: int,
     until: str = "loading the model",
+    entry: Callable[[Api], ASGIApp] = lambda api: api,
+    certificate: tuple[Path, Path | None] | None = None,
 ) -> None:
-    """Serve what `start` returns until a signal ends it; `until` says what it does.
+    """Serve what `start` returns until a signal ends it.
+
+    Args:
+        start: takes a while, in which `until` says what it does.
+        opened: where, and for whom.
+        drain_s: how long requests may go on after the signal.
+        until: see `start`.
+        entry: makes of the Api what answers.
+        certificate: for TLS: files of the chain and of the key, which may be in the former.
 
     Raises:
         HotsetError: of `start`. SystemExit: the server cannot start.
@@ -54,7 +66,7 @@ def serve(
         server.should_exit = True
 
     api = Api(start, opened.config, on_ready=on_ready, on_failure=on_failure)
-    server = _Server(api, where, drain_s, until)
+    server = _Server(api, where, drain_s, until, entry(api), certificate)
     _raise_file_limit()
     server.run(sockets=[opened.listener])
     if failures:
@@ -66,15 +78,26 @@ def serve(
 class _Server(uvicorn.Server):
     """Takes no more requests after the first signal; a second one ends those that run."""
 
-    def __init__(self, api: Api, where: str, drain_s: int, until: str) -> None:
+    def __init__(
+        self,
+        api: Api,
+        where: str,
+        drain_s: int,
+        until: str,
+        entry: ASGIApp,
+        certificate: tuple[Path, Path | None] | None,
+    ) -> None:
+        chain, key = certificate or (None, None)
         super().__init__(
             uvicorn.Config(
-                api,
+                entry,
                 lifespan="on",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=_KEEP_ALIVE_S,
+                ssl_certfile=chain,
+                ssl_keyfile=key,
                 # For connections whose client reads nothing: requests are ended before.
                 timeout_graceful_shutdown=drain_s + _CUT_OFF_S,
             )
