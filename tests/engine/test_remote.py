@@ -1,6 +1,7 @@
 """Engines that share blocks through a store answer as one that is alone, bit for bit."""
 
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,12 +14,16 @@ from engines import make_prompts, run
 from hybrid_prompts import TOKENS, note_logits
 from stores import SECRET, FakeStore, needs_redis, redis_server
 from test_hybrid_tiers import PROMPT, SIZES, assert_equal
+from tiny_engine import build
 from tiny_models import HYBRID_FAMILIES
 
 from hotset.attention.state_tables import GRID
 from hotset.engine.build import _Build
 from hotset.engine.engine import Engine
+from hotset.engine.loop import EngineLoop
+from hotset.engine.messages import Report, Submit
 from hotset.errors import ConfigError, TierError
+from hotset.options import Options
 from hotset.request import SamplingParams
 
 MakeEngine = Callable[..., Engine]
@@ -93,6 +98,34 @@ def test_what_one_engine_left_in_a_store_another_one_finds(
     assert other.metrics.moved_bytes["remote>host"] > 0
     assert other.metrics.tier_bytes["remote first_read"] > 0
     assert not other.metrics.faults.total()
+
+
+def test_a_drained_engine_leaves_its_conversations_to_the_others(
+    store: FakeStore, secret: Path, make_engine: MakeEngine
+) -> None:
+    shared = {**HOST, "remote": store.url, "remote_secret_file": secret}
+    options = make_engine(**shared).options
+    before, after = drained(options), drained(options)
+    assert before[0] == after[0] and after[1] > before[1] == 0
+
+
+def drained(options: Options) -> tuple[list[int], int]:
+    """What an engine answers before it is drained, and the tokens that it found in the store."""
+    ended, token_ids = threading.Event(), list[int]()
+
+    def take(report: Report) -> None:
+        for output in report.outputs:
+            token_ids.extend(output.token_ids)
+            if output.finish_reason is not None:
+                ended.set()
+
+    loop = EngineLoop(options, build, take)
+    loop.submit(Submit("one", PROMPTS[1], SamplingParams(max_tokens=4, ignore_eos=True)))
+    assert ended.wait(20)
+    num_found = loop.metrics.cached_tokens["remote"]
+    loop.drain(0.0)
+    loop.close()
+    return token_ids, num_found
 
 
 @pytest.mark.parametrize("family", HYBRID_FAMILIES)

@@ -151,6 +151,11 @@ class Engine:
         """Whether copies between tiers are under way; `step` takes note of their end."""
         return self.tiers is not None and self.tiers.is_busy
 
+    def drain_tiers(self) -> None:
+        """Have what host memory has written to the slowest tier, by the steps from here on."""
+        if self.tiers is not None:
+            self.tiers.begin_drain()
+
     def validate(
         self, token_ids: Sequence[int], params: SamplingParams, resumed: Sequence[Resumed] = ()
     ) -> None:

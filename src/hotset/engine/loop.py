@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 _TRANSFER_CHECK_S = 0.05
 # At the end, how long copies between tiers may take to arrive where a restart finds them.
 _SETTLE_S = 5.0
+# The same of an engine that was drained: what host memory has goes to the slowest tier.
+_DRAIN_S = 60.0
 # Requests handed to the engine before it has room, so that it can stage their blocks.
 _AHEAD = 8
 # How often to look whether kernels that are being compiled are there.
@@ -228,7 +230,9 @@ class EngineLoop:
             with contextlib.suppress(Exception):
                 for request_id in list(self._entries):
                     engine.abort(request_id)
-                settle(engine, _SETTLE_S, self._clock)
+                if self._is_draining:
+                    engine.drain_tiers()
+                settle(engine, _DRAIN_S if self._is_draining else _SETTLE_S, self._clock)
         finally:
             with contextlib.suppress(Exception):
                 engine.close()
@@ -261,6 +265,7 @@ class EngineLoop:
             elif isinstance(message, _Drain):
                 self._moves_at_s = min(self._moves_at_s, self._clock.now() + message.drain_s)
                 self._outbox.is_draining = True
+                engine.drain_tiers()
             elif isinstance(message, _Follow):
                 self._following.follow(message.is_on)
             else:

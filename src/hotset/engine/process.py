@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 _METRICS_EVERY_S = 0.25
 _CLOSE_S = 30.0
+_DRAINED_CLOSE_S = 90.0  # its tiers have a minute, see `EngineLoop`
 # How long a process that ends by itself tries to say why.
 _LAST_WORD_S = 1.0
 # How often a child that starts looks whether its parent is still there.
@@ -82,6 +83,7 @@ class EngineProcess:
         self._pending: dict[int, Future[None]] = {}  # submits without an answer; by _lock
         self._number = 0  # of the last submit; by _lock
         self._is_closed = False  # by _lock
+        self._was_drained = False
         self._has_ended = False  # by _lock
         self._metrics = Metrics()
         self._process = context.Process(
@@ -144,6 +146,7 @@ class EngineProcess:
 
     def drain(self, drain_s: float) -> None:
         """See `EngineHost`."""
+        self._was_drained = True
         self._send(("drain", drain_s))
 
     def follow(self, is_on: bool) -> None:
@@ -158,7 +161,7 @@ class EngineProcess:
             self._send(("close",))
         if threading.current_thread() is self._thread:
             return
-        self._process.join(_CLOSE_S)
+        self._process.join(_DRAINED_CLOSE_S if self._was_drained else _CLOSE_S)
         if self._process.is_alive():  # stuck in a driver or on a disk
             self._process.kill()
             self._process.join()

@@ -1,0 +1,107 @@
+"""A store for the replicas of one machine: a server of the Redis protocol."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hotset.errors import TierError
+from hotset.memory.remote.resp import Address, Connection, StoreError
+
+_PROGRAMS = ("valkey-server", "redis-server")
+_START_S, _STOP_S = 10.0, 5.0
+_LEAST_BYTES = 16 * 2**20
+# Becomes the program of its arguments, which ends when the thread that started it does: Linux
+# keeps the signal that a process asks for (PR_SET_PDEATHSIG is 1) when it becomes another program.
+_BOUND = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@dataclass(eq=False, slots=True)
+class LocalStore:
+    """A server that runs. It ends with `close`, or with the thread that started it.
+
+    Attributes:
+        url: for the option `remote`.
+        program: what runs.
+    """
+
+    url: str
+    program: str
+    _process: "subprocess.Popen[bytes]"
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End it; what it stored is gone. Idempotent."""
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def start_store(folder: Path, num_bytes: int) -> LocalStore | None:
+    """Start a store that this user's processes on this machine can reach, and nobody else.
+
+    It listens at a Unix socket in `folder`, at no port; takes at most `num_bytes`, evicting what
+    was used longest ago; and writes nothing to disk but its log.
+
+    Args:
+        folder: exists, and is the user's alone.
+        num_bytes: 16 MiB or more.
+
+    Returns:
+        The store; None where neither valkey-server nor redis-server is installed.
+
+    Raises:
+        TierError: it does not start, or `num_bytes` is too few.
+    """
+    program = next(filter(None, map(shutil.which, _PROGRAMS)), None)
+    if program is None:
+        return None
+    if num_bytes < _LEAST_BYTES:
+        raise TierError(
+            f"a store of {num_bytes} bytes is too small; expected {_LEAST_BYTES} or more"
+        )
+    path, log = folder.resolve() / "store.sock", folder / "store.log"
+    path.unlink(missing_ok=True)
+    words = ["--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700", "--save", ""]
+    words += ["--appendonly", "no", "--dir", str(path.parent), "--loglevel", "warning"]
+    words += ["--maxmemory", str(num_bytes), "--maxmemory-policy", "allkeys-lru"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _BOUND, str(os.getpid()), program, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C is for the process that started it
+        )
+    store = LocalStore(f"unix://{path}", Path(program).name, process)
+    until_s = time.monotonic() + _START_S
+    while not _answers(store, until_s):
+        if not store.is_alive or time.monotonic() > until_s:
+            store.close()
+            said = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            raise TierError(f"{program} did not start: {said or 'it said nothing'}")
+        time.sleep(0.01)
+    return store
+
+
+def _answers(store: LocalStore, until_s: float) -> bool:
+    try:
+        Connection(Address.of(store.url), until_s).close()
+    except StoreError:
+        return False
+    return True

@@ -1,0 +1,68 @@
+"""The store of one machine: bounded, reached by its user alone, gone with who started it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from stores import needs_redis, read, remote, write
+
+from hotset.errors import TierError
+from hotset.fleet.store import start_store
+from hotset.memory.tier import CompletionStatus
+
+
+@needs_redis
+def test_a_store_shares_payloads_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    store = start_store(tmp_path, 32 * 2**20)
+    assert store is not None and store.is_alive
+    process = psutil.Process(store._process.pid)
+    assert not process.net_connections("inet")
+    socket = tmp_path / "store.sock"
+    assert socket.stat().st_mode & 0o077 == 0
+    tier = remote(store.url)
+    assert write(tier, 1).status is CompletionStatus.OK
+    assert read(tier, 1)[0].status is CompletionStatus.OK
+    assert 1000 < tier.info.capacity_payloads < 32 * 2**20 // 8192
+    tier.close()
+    store.close()
+    assert not store.is_alive
+    assert {path.name for path in tmp_path.iterdir()} <= {"store.log"}
+    store.close()
+
+
+@needs_redis
+def test_a_store_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    code = f"""
+import os
+from pathlib import Path
+from hotset.fleet.store import start_store
+print(start_store(Path({str(tmp_path)!r}), 2**24)._process.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    pid, until_s = int(done.stdout), time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+
+
+def test_without_a_server_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert start_store(tmp_path, 2**30) is None
+
+
+def test_a_server_that_does_not_start_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "redis-server"
+    program.write_text("#!/bin/sh\necho starting\necho no memory is left\nexit 1\n")
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr("hotset.fleet.store._PROGRAMS", ("redis-server",))
+    with pytest.raises(TierError, match="did not start: no memory is left"):
+        start_store(tmp_path, 2**30)
+    with pytest.raises(TierError, match="expected 16777216 or more"):
+        start_store(tmp_path, 5)
