@@ -53,7 +53,8 @@ def replica_of(
         prompt_tokens=90_000 + 1000 * number,
         output_tokens=20_000 + 700 * number,
         cached_tokens=Counter(device=20_000, host=9_000 + 500 * number),
-        moved_bytes=Counter({"device>host": 10**9 * (number + 1)}),
+        moved_bytes=Counter({"device>host": 10**9 * (number + 1), "host>remote": 10**8}),
+        tier_bytes=Counter({"remote first_read": 10**7, "remote declined": 10**9}),
     )
     return ReplicaStatus(
         replica_id=f"replica-{number}",

@@ -1,7 +1,7 @@
 """Several engines, seen as one."""
 
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from hotset.engine.status import EngineStatus, StateStatus, TierStatus
 from hotset.fleet.sums import merge_engines, sum_metrics
@@ -48,3 +48,12 @@ def test_blocks_of_two_sizes_are_not_added_and_a_large_map_keeps_its_proportions
     many = merge_engines([engine("h" * 1024), engine("f" * 3072)]).tiers[0]
     assert len(many.cells) == 1024 and many.cells.count("h") == 256
     assert (many.capacity, many.used) == (4096, 1024)
+
+
+def test_a_store_that_replicas_share_is_there_once() -> None:
+    views = [
+        replace(engine("h"), tiers=(TierStatus("remote", 100, used, 8, "c", 100),))
+        for used in (40, 60)
+    ]
+    [store] = merge_engines(views).tiers
+    assert (store.capacity, store.used) == (100, 60)

@@ -137,6 +137,9 @@ def test_metrics_have_the_replica_of_each_engine_and_what_was_done_with_requests
     # What a lost replica holds is not known, and what it has done is.
     held = values("hotset:tier_used_blocks", "replica", "tier")
     assert {replica for replica, _ in held} == {"replica-0", "replica-1"}
+    kept = values("hotset:tier_bytes_total", "replica", "tier", "what")
+    assert kept["replica-1", "remote", "first_read"] == 10**7
+    assert values("hotset:moved_bytes_total", "source", "target")["host", "remote"] == 10**8
     states = values("hotset:fleet_replicas", "state")
     assert states["serving",] == 2 and states["lost",] == 1 and states["draining",] == 0
     routed = values("hotset:fleet_routed_total", "replica", "why")

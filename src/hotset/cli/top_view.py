@@ -169,6 +169,12 @@ def _flows(status: Json) -> RenderableType:
     table.add_row("prefix hits", f"{found:,} of {totals['prompt_tokens']:,}")
     table.add_row("forked", f"{totals['forked_tokens']:,} tokens")
     table.add_row("resumed", f"{resumed:,} tokens")
+    moved = totals["moved_bytes"]
+    if written := moved.get("host>remote", 0):
+        unread = max(0, written - totals["tier_bytes"].get("remote first_read", 0))
+        read = moved.get("remote>host", 0)
+        table.add_row("shared store: written, read", f"{short_bytes(written)}, {short_bytes(read)}")
+        table.add_row("written and not read yet", f"{short_bytes(unread)}, {unread / written:.0%}")
     if status["engine"]["states"] is not None:
         hits = ", ".join(f"{count:,} {tier}" for tier, count in totals["state_hits"].items())
         table.add_row("states found", hits or "0")

@@ -26,10 +26,15 @@ def sum_metrics(parts: Iterable[Metrics]) -> Metrics:
     return total
 
 
+# Tiers that all replicas share: each of them tells the size of the whole.
+_SHARED = {"remote"}
+
+
 def merge_engines(parts: Sequence[EngineStatus]) -> EngineStatus:
     """Users, tiers and rates of all of them together.
 
-    Tiers of a name are one where their blocks have the same size. `cells` and `users` have at most
+    Tiers of a name are one where their blocks have the same size; of a shared store the largest
+    view counts, as all replicas see the same. `cells` and `users` have at most
     1,024 letters again, at equal distances.
     """
     tiers: dict[tuple[str, int], list[TierStatus]] = {}
@@ -58,6 +63,8 @@ def merge_engines(parts: Sequence[EngineStatus]) -> EngineStatus:
 
 
 def _one_tier(parts: Sequence[TierStatus]) -> TierStatus:
+    if parts[0].name in _SHARED:
+        return max(parts, key=lambda part: (part.capacity, part.used))
     return TierStatus(
         name=parts[0].name,
         capacity=sum(part.capacity for part in parts),

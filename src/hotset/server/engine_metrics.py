@@ -1,5 +1,6 @@
 """The metrics of engines, each with the label of its replica where there are several."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -110,12 +111,12 @@ class EngineFamilies(Collector):
         labels: tuple[str, ...],
         values: Callable[[Metrics], Mapping[str, float]],
     ) -> Metric:
-        """A counter with labels of its own; keys of `values` have a `>` between two of them."""
+        """A counter with labels of its own; keys have one of `> ` between two of them."""
         family = CounterMetricFamily(f"hotset:{name}", text, labels=(*self._labels, *labels))
         for engine in self._engines:
             # Of a copy: the engine's thread may add a key meanwhile.
             for key, value in dict(values(engine.metrics)).items():
-                keys = key.split(">", len(labels) - 1)
+                keys = [key] if len(labels) == 1 else re.split("[> ]", key, maxsplit=1)
                 family.add_metric((*engine.labels, *keys), value)
         return family
 
@@ -228,6 +229,12 @@ class EngineFamilies(Collector):
             "Bytes moved between tiers.",
             ("source", "target"),
             lambda one: one.moved_bytes,
+        )
+        yield self._split(
+            "tier_bytes",
+            "Bytes of a tier by what became of them: read for the first time, or declined.",
+            ("tier", "what"),
+            lambda one: one.tier_bytes,
         )
         yield self._by_tier(
             "link_bytes_per_second",
