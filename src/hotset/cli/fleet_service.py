@@ -1,5 +1,6 @@
 """The replicas of a fleet as a service, for what answers HTTP over them."""
 
+import os
 import ssl
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def connect_fleet(
     folder: Path, secret: bytes, tls: ssl.SSLContext | None, route: str
 ) -> FleetService:
     """A service that has its first replica."""
-    service = FleetService(ROUTES[route]())
+    service = FleetService(ROUTES[route](), front_id=f"front-{os.getpid()}")
     try:
         Watcher(service, Directory(folder), secret, tls).wait()
     except BaseException:
