@@ -1,20 +1,27 @@
 """A front over replicas in threads of this process, which die and drain when a test says so."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from servers import build
 
 from hotset.engine.loop import EngineLoop
 from hotset.engine.messages import BuildEngine, Report, Submit
+from hotset.fleet.address import Address
+from hotset.fleet.directory import Entry, Registration
+from hotset.fleet.listener import Listener
 from hotset.fleet.route import RoundRobin, Route
 from hotset.fleet.service import FleetService
+from hotset.fleet.wire import VERSIONS
 from hotset.metrics import Metrics
 from hotset.options import Options
 from hotset.request import FinishReason, RequestOutput
+from hotset.secret import own_secret
 
 OnReport = Callable[[Report], None]
 
@@ -56,13 +63,15 @@ class Mortal:
     def metrics(self) -> Metrics:
         return self.loop.metrics
 
-    def cut(self) -> None:
-        """The front hears no more of it."""
+    def cut(self, *, aborts: bool = False) -> None:
+        """The front hears no more of it; with `aborts` it ends its requests, as links do."""
         with self._lock:
             if self._is_cut:
                 return
             self._is_cut = True
         self._on_report(Report(0.0, failure="the link was cut"))
+        for request_id in list(self.loop._entries) if aborts else ():
+            self.loop.abort(request_id)
 
     def hold(self) -> None:
         """It accepts requests from now on, and does nothing with them."""
@@ -118,6 +127,29 @@ def fleet(num: int, route: Route | None = None, **options: Any) -> Iterator[Flee
         for _ in range(num):
             made.add()
         yield made
+
+
+class LinkedReplica:
+    """A replica with an entry and a listener, over an engine in a thread."""
+
+    def __init__(self, folder: Path, replica_id: str, options: Options | None = None) -> None:
+        self.secret = own_secret(folder)
+        address = Address(path=str(folder / f"{replica_id}.sock"))
+        self.listener = Listener(address, self.secret, replica_id=replica_id)
+        options = options or Options.of(hot_gib=0.01)
+        self.host = EngineLoop(options, build, self.listener.take_report)
+        self.listener.serve(self.host)
+        at = str(self.listener.address)
+        info, model = self.host.info, self.host.model
+        entry = Entry(
+            replica_id, at, os.getpid(), model.name, model.fingerprint, info.fingerprint, VERSIONS
+        )
+        self.registration = Registration(folder, entry)
+
+    def close(self) -> None:
+        self.registration.close()
+        self.listener.close()
+        self.host.close()
 
 
 class Moving:

@@ -312,8 +312,7 @@ class Dispatcher:
             why = GivenUp.TIMEOUT
         self.counts.given_up[why] += 1
         if why is GivenUp.TIMEOUT:
-            error = f"the request was not done within its {flight.asked.timeout_s:g} s"
-            self._end(flight, FinishReason.ABORT, error)
+            self._end(flight, FinishReason.ABORT, flight.too_late)
         elif why is GivenUp.POISONED:
             error = "two replicas ended while this request ran on them; it is not tried on others"
             self._end(flight, FinishReason.ERROR, error, POISONED)
@@ -412,6 +411,7 @@ class Dispatcher:
             if replica.state is ReplicaState.LOST:
                 return
             was_there = self._replicas.get(replica.replica_id) is replica
+            is_end = replica.state is ReplicaState.DRAINING and not replica.flights
             replica.turn(ReplicaState.LOST, now_s, why)
             if not was_there:
                 return
@@ -419,7 +419,7 @@ class Dispatcher:
             self._note_serving()
             self._lost.append(replica)
             self._lost_metrics = sum_metrics([self._lost_metrics, replica.host.metrics])
-            self.counts.lost[Moved.LOST] += 1
+            self.counts.lost[Moved.LOST] += not is_end
             flights, replica.flights = list(replica.flights.values()), {}
             for flight in flights:
                 flight.replica = None
@@ -428,7 +428,8 @@ class Dispatcher:
                     self._move(flight, Moved.LOST)
                 else:
                     self._give_up(flight, verdict, now_s)
-        _log.warning("replica %s is lost: %s", replica.replica_id, why)
+        level = logging.INFO if is_end else logging.WARNING
+        _log.log(level, "replica %s is gone: %s", replica.replica_id, why)
         self._route.leave(replica.replica_id)
         replica.looks.fail(why)
         with contextlib.suppress(RuntimeError):  # all is closed

@@ -89,6 +89,11 @@ class Flight:
         """Whether something of its answer was delivered."""
         return self.fingerprint is not None
 
+    @property
+    def too_late(self) -> str:
+        """What is said where the deadline has passed."""
+        return f"the request was not done within its {self.asked.timeout_s:g} s"
+
     def depart(self, now_s: float) -> Submit:
         """The message for the next replica."""
         self.attempt += 1
@@ -129,6 +134,8 @@ class Flight:
         if output.prompt_logprobs:
             self._has_prompt_logprobs = True
         reason = output.finish_reason
+        if reason is FinishReason.ABORT and output.error is not None:
+            output = output._replace(error=self.too_late)  # of all attempts
         if reason is FinishReason.MOVED:
             self._moved.add(output.index)
             reason = None

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from hotset.clock import REAL_CLOCK
-from hotset.errors import EngineError, HotsetError
+from hotset.errors import HotsetError
 from hotset.fleet.directory import Directory, Entry
 from hotset.fleet.link_host import LinkHost
 from hotset.fleet.service import FleetService
@@ -88,9 +88,9 @@ class Watcher:
                 address=entry.address,
             )
         except HotsetError as error:
+            level = logging.WARNING if one.delay_s == _FIRST_DELAY_S else logging.DEBUG
             one.due_s = REAL_CLOCK.now() + one.delay_s
             one.delay_s = min(_MOST_DELAY_S, 2 * one.delay_s)
-            level = logging.INFO if isinstance(error, EngineError) else logging.ERROR
             _log.log(level, "replica %s is not connected: %s", entry.replica_id, error)
         else:
             _log.info("replica %s is connected, at %s", entry.replica_id, entry.address)
