@@ -4,7 +4,7 @@
 """
 
 import random
-import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ from fleets import Fleet, Mortal, fleet
 from servers import wait_for
 
 from hotset.engine.completion import Completion, gather
-from hotset.request import NOT_AVAILABLE, POISONED, SamplingParams
+from hotset.request import NOT_AVAILABLE, POISONED, RequestOutput, SamplingParams
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
 KINDS: list[dict[str, Any]] = [
@@ -31,9 +31,16 @@ def asked(i: int) -> tuple[list[int], SamplingParams]:
     return [5 + i, 6, 7, 8], SamplingParams(**kind)
 
 
-def read(front: Fleet, i: int) -> list[Completion]:
+def read(front: Fleet, i: int, came: list[int]) -> list[Completion]:
+    """A stream to its end; notes how many tokens came when."""
     prompt, params = asked(i)
-    return gather(front.service.submit(prompt, params, request_id=f"s{i}"), params.n)
+
+    def outputs() -> Iterator[RequestOutput]:
+        for output in front.service.submit(prompt, params, request_id=f"s{i}"):
+            came.append(len(output.token_ids))
+            yield output
+
+    return gather(outputs(), params.n)
 
 
 def assert_same(got: Completion, whole: Completion) -> None:
@@ -54,11 +61,14 @@ def assert_same(got: Completion, whole: Completion) -> None:
 def test_streams_outlive_replicas_that_die_and_drain_at_random_points(seed: int) -> None:
     rng, num = random.Random(seed), 8
     with fleet(1) as one:
-        wholes = [read(one, i) for i in range(num)]
+        wholes = [read(one, i, []) for i in range(num)]
     with fleet(3) as front, ThreadPoolExecutor(num) as readers:
-        reading = [readers.submit(read, front, i) for i in range(num)]
-        for dies in (True, False, True, False):
-            time.sleep(rng.random() * 0.2)
+        came: list[int] = []
+        reading = [readers.submit(read, front, i, came) for i in range(num)]
+        num_tokens = sum(len(one.token_ids) for whole in wholes for one in whole)
+        moments = sorted(rng.randrange(num_tokens // 2) for _ in range(4))
+        for moment, dies in zip(moments, (True, False, True, False), strict=True):
+            wait_for(lambda moment=moment: sum(came) >= moment)
             serving = [one.host for one in front.service._dispatcher.serving]
             front.add()
             host = rng.choice(serving)
