@@ -215,3 +215,20 @@ def test_status_and_metrics_are_there_when_no_replica_is(shown: tuple[str, Show]
     assert status["engine"]["tiers"] == [] and len(status["fleet"]["replicas"]) == 2
     with getting(url) as get:
         assert 'hotset:fleet_replicas{front="front-0",state="lost"} 2.0' in get("/metrics").text
+
+
+def test_the_page_on_fleets_names_metrics_and_labels_that_there_are(
+    shown: tuple[str, Show],
+) -> None:
+    url, show = shown
+    show(fleet_of(2, num_lost=1))
+    with getting(url) as get:
+        text = get("/metrics").text
+    page = (Path(__file__).parents[2] / "docs/fleet.md").read_text()
+    there = set(re.findall(r"^# TYPE hotset:(\w+)", text, re.MULTILINE))
+    rows = re.findall(r"^\| (`hotset:fleet_.*?) \|", page, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(?:hotset:)?(fleet_\w+)", row)}
+    assert named == {name for name in there if name.startswith("fleet_")}
+    for name, labels in re.findall(r"`(?:hotset:)?(fleet_\w+)\{(.*?)\}", page):
+        for label in re.findall(r"\w+", labels.split("=")[0]):
+            assert re.search(rf'hotset:{name}{{.*{label}="', text), (name, label)
