@@ -429,3 +429,18 @@ class RuntimeOptions(Group):
         keeps_answers=True,
     )
     seed: int = option(0, "Of requests that sample and bring no seed.", has_flag=False)
+    kv_events: str | None = option(
+        None,
+        "Publish where KV blocks are, as vLLM does, for routers that read its events: the address "
+        "to bind by ZMQ, such as tcp://127.0.0.1:5557.",
+        more="Needs the extra `events`. Events have the tokens of all prompts, and whoever can "
+        "connect reads them: bind no address of an open network.",
+        otherwise="off",
+        metavar="ADDRESS",
+        keeps_answers=True,
+    )
+    kv_events_topic: str = option(
+        "",
+        "Topic of these events; llm-d reads a replica's name and a model's out of kv@NAME@MODEL.",
+        keeps_answers=True,
+    )

@@ -182,6 +182,7 @@ def _conflicts(options: Options) -> Iterator[str]:
             "leave disk_path out"
         )
     yield from _conflicts_of_stores(memory)
+    yield from _conflicts_of_events(options.runtime)
     has_budget = memory.hot_gib is not None or memory.total_gib is not None
     if (
         isinstance(experts, SplitMemory) > has_budget
@@ -209,6 +210,20 @@ def _conflicts_of_stores(memory: MemoryOptions) -> Iterator[str]:
                     f"{one.name} is {_shown(value)}, which does nothing without a store; give "
                     "remote, or leave it out"
                 )
+
+
+def _conflicts_of_events(runtime: RuntimeOptions) -> Iterator[str]:
+    address = runtime.kv_events
+    if address is not None and not address.startswith(("tcp://", "ipc://")):
+        yield (
+            f"kv_events is {_shown(address)}; expected tcp://HOST:PORT or ipc://PATH, such as "
+            "tcp://127.0.0.1:5557"
+        )
+    if address is None and runtime.kv_events_topic:
+        yield (
+            f"kv_events_topic is {_shown(runtime.kv_events_topic)}, which does nothing without "
+            "events; give kv_events, or leave it out"
+        )
 
 
 def _conflicts_of_experts(experts: HostedExperts) -> Iterator[str]:

@@ -149,8 +149,8 @@ def test_a_fixed_threshold_is_the_case_of_one_weight() -> None:
     """llm-d leaves a warm endpoint at 14 s of queue: for 65,000 warm tokens that is 3.4."""
     rate, warm_tokens, queued = 20_480.0, 65_000, 286_720
     saved_s = warm_tokens / rate
-    warm = Estimate(warm_tokens, 0, queued, queued / rate, 0.0, rate)
-    cold = Estimate(0, warm_tokens, 0, 0.0, saved_s, rate)
+    warm = Estimate(warm_tokens, 0, queued, 1, queued / rate, 0.0, rate)
+    cold = Estimate(0, warm_tokens, 0, 1, 0.0, saved_s, rate)
     assert queued / rate == 14.0 and saved_s == pytest.approx(3.17, abs=0.005)
     assert warm.cost_s(3.4) > cold.cost_s(3.4)
     assert warm.cost_s(3.42) < cold.cost_s(3.42)
@@ -222,14 +222,23 @@ def test_a_replica_without_free_blocks_is_left_alone() -> None:
     assert fleet.choose(prompt(400)).replica_id == "b"
 
 
-def test_prefix_takes_the_longest_whatever_waits_there() -> None:
-    fleet = Fleet(PrefixRoute, "abc")
-    fleet.route._members["b"].outlook.index.doubt()
-    fleet.journal("b", snapshot(keys_of(prompt())[:10]))
-    fleet.tell("b", queued_tokens=10**7)
-    choice = fleet.choose(prompt())
-    assert (choice.replica_id, choice.why) == ("b", Why.PREFIX)
-    assert choice.expected_tokens == PROMPT - 10 * BLOCK
+def test_prefix_follows_a_long_match_until_requests_crowd_there() -> None:
+    def chosen(warm_blocks: int, num_open: int) -> str:
+        fleet = Fleet(PrefixRoute, "")
+        for name in "abc":
+            fleet.hosts[name] = Host(info())
+            fleet.route.join(name, fleet.hosts[name])  # type: ignore[arg-type]
+            keys = keys_of(prompt())[: warm_blocks if name == "b" else 0]
+            num = num_open if name == "b" else 40
+            fleet.tell(name, snapshot(keys), num_open=num, queued_tokens=num)
+        choice = fleet.choose(prompt())
+        assert (choice.replica_id == "b") == (choice.why is Why.PREFIX)
+        return choice.replica_id
+
+    assert chosen(1000, 104) == "b"
+    assert chosen(1000, 105) != "b"  # 65 more, and 1.5 times as many
+    assert chosen(440, 200) != "b"
+    assert chosen(440, 80) != "b"  # 3,520 of 12,035 tokens are below 30 %, and more waits there
 
 
 def test_keys_are_those_of_the_callers_salt_and_the_replicas_model() -> None:

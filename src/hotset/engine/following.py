@@ -6,6 +6,7 @@ Imports no torch.
 from typing import TYPE_CHECKING
 
 from hotset.clock import Clock
+from hotset.engine.kv_events import EventPublisher, KvEvents
 from hotset.engine.messages import Load, Submit
 from hotset.memory.journal import Journal, JournalPart
 
@@ -16,13 +17,16 @@ _LOAD_EVERY_S = 0.1
 
 
 class Following:
-    """Parts of reports that are there only while somebody follows the engine.
+    """Parts of reports that are there only while somebody follows the engine, and events.
 
     Used by the engine's thread alone.
 
     Args:
         engine: as it is between two steps.
         clock: says when the load is due again.
+
+    Raises:
+        ConfigError: events are asked for and cannot be published.
     """
 
     def __init__(self, engine: "Engine", clock: Clock) -> None:
@@ -34,11 +38,23 @@ class Following:
         self._is_on = False
         self._load: Load | None = None  # that was told last
         self._due_s = 0.0
+        self._events: KvEvents | None = None
+        runtime = engine.options.runtime
+        if runtime.kv_events is not None:
+            self._publisher = EventPublisher(runtime.kv_events, runtime.kv_events_topic)
+            self._events = KvEvents(engine.kv.block_size)
+            engine.kv.prefixes.on_name = self._events.name
+            self._journal.follow(True)
 
     def follow(self, is_on: bool) -> None:
         """See `EngineHost.follow`."""
         self._is_on, self._load = is_on, None
-        self._journal.follow(is_on)
+        self._journal.follow(is_on or self._events is not None)
+
+    def close(self) -> None:
+        """Send the events that wait, and end."""
+        if self._events is not None:
+            self._publisher.close()
 
     def arrive(self, submit: Submit) -> None:
         """A request waits for its first step."""
@@ -62,16 +78,22 @@ class Following:
 
     def news(self, num_open: int) -> tuple[JournalPart | None, Load | None]:
         """What is to be told now, when `num_open` requests have not ended."""
+        journal, load = self._journal.take(), None
+        if journal is not None and self._events is not None:
+            events, is_lost = self._events.take(journal)
+            if is_lost:
+                self._journal.follow(True)
+            if events:
+                self._publisher.publish(events)
         if not self._is_on:
             return None, None
-        load = None
         if self._clock.now() >= self._due_s or not num_open:
             load = self._load_now(num_open)
             if load == self._load:
                 load = None
             else:
                 self._load, self._due_s = load, self._clock.now() + _LOAD_EVERY_S
-        return self._journal.take(), load
+        return journal, load
 
     def _load_now(self, num_open: int) -> Load:
         engine = self._engine

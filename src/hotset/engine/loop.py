@@ -212,10 +212,13 @@ class EngineLoop:
     ) -> None:
         try:
             engine, model = build(options)
+            with contextlib.ExitStack() as undo:
+                undo.callback(engine.close)
+                self._following = Following(engine, self._clock)
+                undo.pop_all()
         except BaseException as error:
             ready.set_exception(error)
             return
-        self._following = Following(engine, self._clock)
         ready.set_result((engine, model))
         try:
             self._serve(engine)
@@ -234,6 +237,8 @@ class EngineLoop:
                     engine.drain_tiers()
                 settle(engine, _DRAIN_S if self._is_draining else _SETTLE_S, self._clock)
         finally:
+            with contextlib.suppress(Exception):
+                self._following.close()
             with contextlib.suppress(Exception):
                 engine.close()
 

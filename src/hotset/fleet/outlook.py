@@ -29,6 +29,7 @@ class Estimate:
         found_tokens: of its prompt, those that some tier has.
         computed_tokens: those that are computed there.
         queued_tokens: of prompts ahead of it.
+        num_open: requests there.
         queued_s: until these are computed, and blocks are free for it.
         ready_s: from then on, until its prompt is computed or fetched.
         rate: of prompts, in tokens/s.
@@ -38,6 +39,7 @@ class Estimate:
     found_tokens: int
     computed_tokens: int
     queued_tokens: int
+    num_open: int
     queued_s: float
     ready_s: float
     rate: float
@@ -167,6 +169,7 @@ class Outlook:
             found_tokens=found_tokens,
             computed_tokens=left + split.computed_tokens,
             queued_tokens=queued_tokens,
+            num_open=load.num_open + len(sent),
             queued_s=queued_tokens / rate + wait_s,
             ready_s=split.ready_s + left / rate,
             rate=rate,

@@ -20,6 +20,10 @@ _log = logging.getLogger(__name__)
 # Costs that differ by less are as good as equal: they rest on loads that are 0.1 s old.
 _AS_GOOD = 1.05
 _MOST_WEIGHT = 5.0
+# Of `PrefixRoute`: a match is worth following above this part of the prompt, and a replica is
+# crowded with so many more requests than another, and so many times as many.
+_LEAST_MATCH = 0.3
+_CROWDED_BY, _CROWDED_TIMES = 64, 1.5
 _UNKNOWN_RATE = 1000.0  # tokens/s of prompts, where no replica has told its own
 # A snapshot is asked for where predictions are wrong by more than this part of the prompts' tokens,
 # over prompts of at least that many tokens.
@@ -118,7 +122,7 @@ class KnowingRoute(ABC):
             )
             for replica_id, outlook in known
         ]
-        chosen = self._best(offers, now_s)
+        chosen = self._best(offers, num_tokens, now_s)
         chosen.outlook.send(submit, chosen.estimate, now_s)
         chosen.outlook.index.guess(keys.of(chosen.outlook))
         most = max(offer.estimate.found_tokens for offer in offers)
@@ -155,7 +159,7 @@ class KnowingRoute(ABC):
         member.host.follow(True)
 
     @abstractmethod
-    def _best(self, offers: Sequence[_Offer], now_s: float) -> _Offer:
+    def _best(self, offers: Sequence[_Offer], num_tokens: int, now_s: float) -> _Offer:
         """The one to take."""
 
     def _less_loaded(self, offers: Sequence[_Offer]) -> _Offer:
@@ -177,7 +181,7 @@ class CostRoute(KnowingRoute):
 
     name = "cost"
 
-    def _best(self, offers: Sequence[_Offer], now_s: float) -> _Offer:
+    def _best(self, offers: Sequence[_Offer], num_tokens: int, now_s: float) -> _Offer:
         weight = self._weight(now_s)
         costs = [offer.estimate.cost_s(weight) for offer in offers]
         most = min(costs) * _AS_GOOD
@@ -194,13 +198,22 @@ class CostRoute(KnowingRoute):
 
 
 class PrefixRoute(KnowingRoute):
-    """The replica that has most of the prompt, however much waits there; of equal ones any."""
+    """The replica that has most of the prompt, unless that is little or requests crowd there.
+
+    Source of the rule and of its figures: the cache-aware policy of SGLang's router.
+    """
 
     name = "prefix"
 
-    def _best(self, offers: Sequence[_Offer], now_s: float) -> _Offer:
-        most = max(offer.estimate.found_tokens for offer in offers)
-        return self._less_loaded([one for one in offers if one.estimate.found_tokens == most])
+    def _best(self, offers: Sequence[_Offer], num_tokens: int, now_s: float) -> _Offer:
+        num_open = [offer.estimate.num_open for offer in offers]
+        least, most = min(num_open), max(num_open)
+        if most - least > _CROWDED_BY and most > _CROWDED_TIMES * least:
+            return next(offer for offer in offers if offer.estimate.num_open == least)
+        longest = max(offer.estimate.found_tokens for offer in offers)
+        if longest <= _LEAST_MATCH * num_tokens:
+            return self._less_loaded(offers)
+        return self._less_loaded([one for one in offers if one.estimate.found_tokens == longest])
 
 
 class _Keys:

@@ -1,6 +1,7 @@
 """Keys of what sequences begin with: a chain of full blocks, and a last, partial one."""
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 from hotset.kv.block_hash import block_hash, root_hash
 from hotset.sequence import Request, Tail
@@ -10,9 +11,15 @@ from hotset.sequence import Request, Tail
 _MOST_TAILS = 2**16
 LEAST_TAIL = 0.25
 
+OnName = Callable[[bytes, bytes | None, Sequence[int], bytes], None]
+
 
 class Prefixes:
     """Names the blocks of sequences by their tokens; knows neither blocks nor tiers.
+
+    Attributes:
+        on_name: is told the key of each full block that is named, the key before it (None: it is
+            the first), its tokens and its salt.
 
     Args:
         fingerprint: of all that content depends on beside tokens, such as the weights.
@@ -35,15 +42,22 @@ class Prefixes:
         self._fewest_in_tail = max(1, least_tail * block_size)
         # Hash of what precedes it -> tokens of the last block of a request that has ended.
         self._tails: OrderedDict[bytes, int] = OrderedDict()
+        self.on_name: OnName | None = None
 
     def extend(self, request: Request) -> list[bytes]:
         """Keys of the request's full blocks, all whose tokens are known."""
         hashes, size = request.kv.block_hashes, self.block_size
         if hashes or request.num_known_tokens >= size:
-            parent = self._parent(request, len(hashes))
+            num_named = len(hashes)
+            parent = self._parent(request, num_named)
             for start in range(len(hashes) * size, request.num_known_tokens - size + 1, size):
                 parent = block_hash(parent, request.token_ids[start : start + size])
                 hashes.append(parent)
+            if self.on_name is not None:
+                for i in range(num_named, len(hashes)):
+                    tokens = request.token_ids[i * size : (i + 1) * size]
+                    before = hashes[i - 1] if i else None
+                    self.on_name(hashes[i], before, tokens, request.salt)
         return hashes
 
     def findable(self, request: Request) -> list[bytes]:
