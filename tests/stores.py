@@ -15,6 +15,7 @@ import pytest
 
 from hotset.memory.remote.resp import Address
 from hotset.memory.remote.seal import Seal
+from hotset.memory.remote.shared import SharedTier
 from hotset.memory.remote.tier import RemoteTier
 from hotset.memory.tier import Answer, Completion, CompletionStatus
 
@@ -166,7 +167,7 @@ def content(number: int) -> bytearray:
     return bytearray(number.to_bytes(8, "big") * (PAYLOAD_BYTES // 8))
 
 
-def ended(tier: RemoteTier, transfer_id: int, timeout_s: float = 5.0) -> Completion:
+def ended(tier: SharedTier, transfer_id: int, timeout_s: float = 5.0) -> Completion:
     """How a transfer ends at last."""
     until_s = time.monotonic() + timeout_s
     while time.monotonic() < until_s:
@@ -184,12 +185,12 @@ def write(tier: RemoteTier, number: int) -> Completion:
     return ended(tier, transfer_id)
 
 
-def read(tier: RemoteTier, number: int) -> tuple[Completion, bytearray]:
+def read(tier: SharedTier, number: int) -> tuple[Completion, bytearray]:
     into = bytearray(PAYLOAD_BYTES)
     return ended(tier, tier.submit_read(key(number), memoryview(into))), into
 
 
-def answer(tier: RemoteTier, number: int) -> Answer:
+def answer(tier: SharedTier, number: int) -> Answer:
     """What a tier says of a key once it knows."""
     while (found := tier.lookup([key(number)])[0]) is Answer.PENDING:
         tier.wait(0.05)

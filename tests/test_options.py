@@ -142,10 +142,13 @@ def test_what_sizes_the_experts_decides_on_their_options(
         ({"target": "latency"}, "target is 'latency', which does nothing without memory to split"),
         (
             {"remote": "redis://me:word@host:1"},
-            "remote is redis://host:1, and blocks in a store are sealed by a secret; give "
+            "remote is redis://host:1, and blocks that leave are sealed by a secret; give "
             "remote_secret_file",
         ),
-        ({"remote_encrypt": True}, "remote_encrypt is True, which does nothing without a store"),
+        (
+            {"remote_encrypt": True},
+            "remote_encrypt is True, which does nothing without a store or peers",
+        ),
         (
             {"remote": "unix:///s?password=word", "remote_secret_file": "a", "tp": 2},
             "remote is unix:///s, which works with one GPU",

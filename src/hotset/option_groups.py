@@ -142,12 +142,21 @@ class MemoryOptions(Group):
     )
     remote_secret_file: Path | None = option(
         None,
-        "File with the secret by which blocks in a store are sealed.",
+        "File with the secret by which blocks that go to a store or to peers are sealed.",
         more="Replicas of another secret find none of them, and believe none of theirs.",
         keeps_answers=True,
     )
+    peer_url: str | None = option(
+        None,
+        "Where other replicas may fetch blocks from this one's host memory, and that it may fetch "
+        "theirs: unix:///path or redis://host:port.",
+        otherwise="nowhere",
+        more="It asks those that a request names. They have the same secret, and at most a quarter "
+        "of a core's time goes to them.",
+        keeps_answers=True,
+    )
     remote_encrypt: bool = option(
-        False, "Encrypt blocks that go to a store; they are sealed in any case.", keeps_answers=True
+        False, "Encrypt blocks that leave; they are sealed in any case.", keeps_answers=True
     )
     remote_share: Literal["same", "any"] = option(
         "same",

@@ -196,19 +196,19 @@ def _conflicts(options: Options) -> Iterator[str]:
 
 
 def _conflicts_of_stores(memory: MemoryOptions) -> Iterator[str]:
-    if memory.remote and memory.remote_secret_file is None:
-        yield (
-            f"remote is {', '.join(map(_without_password, memory.remote))}, and blocks in a store "
-            "are sealed by a secret; give remote_secret_file, such as one made by: "
-            "openssl rand -hex 32"
-        )
-    if not memory.remote:
+    for name, where in (("remote", memory.remote), ("peer_url", memory.peer_url)):
+        if where and memory.remote_secret_file is None:
+            yield (
+                f"{name} is {_shown(where)}, and blocks that leave are sealed by a secret; give "
+                "remote_secret_file, such as one made by: openssl rand -hex 32"
+            )
+    if not memory.remote and memory.peer_url is None:
         for one in own_options(MemoryOptions):
             value = getattr(memory, one.name)
             if one.name.startswith("remote_") and value != one.default:
                 yield (
-                    f"{one.name} is {_shown(value)}, which does nothing without a store; give "
-                    "remote, or leave it out"
+                    f"{one.name} is {_shown(value)}, which does nothing without a store or peers; "
+                    "give remote or peer_url, or leave it out"
                 )
 
 
@@ -264,6 +264,7 @@ def _conflicts_of_ranks(options: Options) -> Iterator[str]:
         "hot_tokens",
         "row_prefetch",
         "remote",
+        "peer_url",
     ):
         if (value := given[name]) not in (OPTIONS[name].default, 0):
             yield (

@@ -270,3 +270,35 @@ def test_without_a_host_tier_payloads_pass_through_a_few_slots(
             engine.tiers.host.discard(key)  # type: ignore[union-attr]
         assert run(engine, PROMPTS) == expected
         assert engine.metrics.cached_tokens["remote"] > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_an_engine_fetches_from_a_peer_that_a_request_names_and_answers_the_same(
+    family: str, secret: Path, tmp_path: Path, make_engine: MakeEngine
+) -> None:
+    def make(name: str) -> tuple[Engine, str]:
+        url = f"unix://{tmp_path / name}"
+        return make_engine(family, **HOST, peer_url=url, remote_secret_file=secret), url
+
+    (one, peer), (other, _) = make("one"), make("other")
+    expected = run(one, PROMPTS)
+    settle(one)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    for number, prompt in enumerate(PROMPTS):
+        other.add(Submit(f"r{number}", prompt, params, peer=peer))
+    found: dict[str, list[int]] = {f"r{number}": [] for number in range(len(PROMPTS))}
+    while other.has_work:
+        for output in other.step():
+            found[output.request_id] += output.token_ids
+    assert list(found.values()) == expected
+    assert other.metrics.cached_tokens["peer"] > 0 and other.metrics.moved_bytes["peer>host"] > 0
+    assert not other.metrics.faults.total()
+
+
+def test_peers_of_a_model_with_states_are_refused(
+    secret: Path, tmp_path: Path, make_engine: MakeEngine
+) -> None:
+    with pytest.raises(ConfigError, match="keep a state peers have the KV alone"):
+        make_engine(
+            "qwen3_next", **SIZES, peer_url=f"unix://{tmp_path / 'a'}", remote_secret_file=secret
+        )

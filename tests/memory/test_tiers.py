@@ -608,3 +608,28 @@ def test_host_memory_keeps_what_is_used_where_a_slower_tier_lacks_it() -> None:
     rig.settle()
     assert rig.place(bytes(16)) == "host" and rig.place(bytes([1]) * 16) is None
     rig.tiers.close()
+
+
+def test_a_payload_is_copied_out_whole_or_not_at_all() -> None:
+    rig = Rig(host_slots=1)
+    content = rig.fill(0, seed=1)
+    key, other = b"k" * 16, b"o" * 16
+    rig.tiers.spill(key, 0)
+    rig.settle()
+    into = bytearray(rig.tiers.infos[0].payload_bytes)
+    assert rig.tiers.copy_out(key, memoryview(into)) and into.startswith(content)
+    assert not rig.tiers.copy_out(other, memoryview(into))
+
+    def view(slot: int) -> memoryview:
+        """In the middle of the copy the slot is given to another payload."""
+        rig.fill(1, seed=2)
+        rig.tiers.spill(other, 1)
+        rig.settle()
+        return memory_view(slot)
+
+    memory_view = rig.tiers._memory.view
+    rig.tiers._memory.view = view  # type: ignore[method-assign]
+    assert not rig.tiers.copy_out(key, memoryview(into))
+    rig.tiers._memory.view = memory_view  # type: ignore[method-assign]
+    assert rig.tiers.copy_out(other, memoryview(into)) and not into.startswith(content)
+    rig.tiers.close()

@@ -227,6 +227,8 @@ class Engine:
         if not submit.resumed:
             self.metrics.prompt_tokens += len(submit.token_ids)
         for group in groups:
+            if submit.peer is not None:
+                self.kv.expect(group[0], submit.peer)
             self.scheduler.add(group)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:

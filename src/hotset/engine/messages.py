@@ -25,6 +25,7 @@ class Submit:
         resumed: outputs that go on from what was delivered of them; there are no others of this
             request then. Empty for a new request.
         expected_tokens: of the prompt, those that its router expects to be computed; None is all.
+        peer: the `peer_url` of a replica that is said to have what the prompt begins with.
     """
 
     request_id: str
@@ -38,6 +39,7 @@ class Submit:
     snapshot_at: Sequence[int] = ()
     resumed: Sequence[Resumed] = ()
     expected_tokens: int | None = None
+    peer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

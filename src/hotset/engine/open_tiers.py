@@ -84,9 +84,11 @@ def open_tiers(
             peers=peers,
         )
         slower.append(disk)
-    if memory.remote:
-        shared = fingerprint if memory.remote_share == "any" else {**fingerprint, "on": numerics}
-        slower.append(_open_stores(memory, sizes, repr(shared), undo, clock))
+    shared = None
+    if memory.remote or memory.peer_url:
+        on = {} if memory.remote_share == "any" else {"on": numerics}
+        shared = _Shared(memory, sizes, repr({**fingerprint, **on}), undo, clock)
+        slower += shared.tiers
     host = host or HostMemory.take(sizes, device)
     tiers = TierStack(
         device,
@@ -99,36 +101,80 @@ def open_tiers(
         clock=clock,
     )
     undo.callback(tiers.close)
+    if shared is not None:
+        shared.serve(tiers)
     measure_rates(tiers, num_blocks=min(16, sizes.device_blocks, tiers.host.num_slots))
     return tiers
 
 
-def _open_stores(
-    memory: MemoryOptions, sizes: Sizes, fingerprint: str, undo: ExitStack, clock: Clock
-) -> Tier:
-    """The remote tier; raises ConfigError or TierError where it cannot work as it is asked for."""
-    try:
-        from hotset.memory.remote.resp import Address
-        from hotset.memory.remote.seal import Seal
-        from hotset.memory.remote.tier import RemoteTier
-    except ImportError as error:
-        raise ConfigError(
-            f"remote needs a package that is missing ({error}); run: pip install 'hotset[fleet]'"
-        ) from error
-    assert memory.remote_secret_file is not None
-    tier = RemoteTier(
-        [Address.of(url) for url in memory.remote],
-        Seal(
+class _Shared:
+    """Tiers that other replicas share: host memory of peers, then stores.
+
+    Raises ConfigError or TierError where they cannot work as they are asked for.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryOptions,
+        sizes: Sizes,
+        fingerprint: str,
+        undo: ExitStack,
+        clock: Clock,
+    ) -> None:
+        try:
+            from hotset.memory.remote.peers import PeerTier
+            from hotset.memory.remote.resp import Address
+            from hotset.memory.remote.seal import Seal
+            from hotset.memory.remote.tier import RemoteTier
+        except ImportError as error:
+            raise ConfigError(
+                f"blocks cannot be shared without a package that is missing ({error}); run: "
+                "pip install 'hotset[fleet]'"
+            ) from error
+        assert memory.remote_secret_file is not None
+        self._seal = Seal(
             read_secret(memory.remote_secret_file),
             fingerprint,
             memory.remote_writer or f"{socket.gethostname()}-{os.getpid()}",
             encrypts=memory.remote_encrypt,
-        ),
-        payload_bytes=slot_bytes_for(sizes.block_bytes),
-        most_writes=sizes.host_slots // _WRITING_PART,
-        clock=clock,
-    )
-    undo.callback(tier.close)
-    for note in tier.notes:
-        _log.warning(note)
-    return tier
+        )
+        self._payload_bytes = slot_bytes_for(sizes.block_bytes)
+        self._url, self._peers = memory.peer_url, None
+        self.tiers: list[Tier] = []
+        if memory.peer_url is not None:
+            if sizes.states is not None:
+                raise ConfigError(
+                    f"peer_url is {memory.peer_url}, and of a model whose layers keep a state "
+                    "peers have the KV alone; leave it out, and give remote"
+                )
+            self._peers = PeerTier(self._seal, payload_bytes=self._payload_bytes, clock=clock)
+            undo.callback(self._peers.close)
+            self.tiers.append(self._peers)
+        if memory.remote:
+            stores = RemoteTier(
+                [Address.of(url) for url in memory.remote],
+                self._seal,
+                payload_bytes=self._payload_bytes,
+                most_writes=sizes.host_slots // _WRITING_PART,
+                clock=clock,
+            )
+            undo.callback(stores.close)
+            self.tiers.append(stores)
+            for note in stores.notes:
+                _log.warning(note)
+
+    def serve(self, tiers: TierStack) -> None:
+        """Have peers find what host memory has, and requests name peers."""
+        if self._peers is None or self._url is None:
+            return
+        from hotset.memory.remote.peer_server import PeerServer
+
+        self._peers.server = PeerServer(
+            self._url,
+            self._seal,
+            payload_bytes=self._payload_bytes,
+            has=tiers.host.has,
+            copy_out=tiers.copy_out,
+            is_busy=lambda: tiers.queued_fetch_bytes() > 0,
+        )
+        tiers.expect = self._peers.expect

@@ -402,7 +402,7 @@ class _Solver:
                 f"host_gib {memory.host_gib} holds no KV block of {slot_bytes} bytes; give "
                 f"{round_up_gib(self.num_ranks * slot_bytes)} or more, or 0 for no host tier"
             )
-        if memory.disk_gib > 0 or memory.remote:
+        if memory.disk_gib > 0 or memory.remote or memory.peer_url:
             host_slots = max(host_slots, _STAGING_SLOTS)
         if memory.disk_gib > 0 and payloads_within(self._part(memory.disk_gib), slot_bytes) < 1:
             least = capacity_bytes_for(1, slot_bytes)

@@ -86,6 +86,11 @@ class KVCache:
         self.block_size = block_size
         self._metrics, self._tiers = metrics, tiers
 
+    def expect(self, request: Request, url: str) -> None:
+        """Another replica is said to have what a request begins with; see `TierStack.expect`."""
+        if self._tiers is not None and self._tiers.expect is not None:
+            self._tiers.expect(self.prefixes.findable(request), url)
+
     def admit(self, request: Request, *, spare_blocks: int, queued_tokens: int) -> bool:
         """Find what is known of the request's tokens and give it blocks for that.
 

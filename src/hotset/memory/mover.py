@@ -9,6 +9,30 @@ from hotset.memory.copy_runs import Run
 T = TypeVar("T")
 
 
+class HostMemory(Protocol):
+    """Memory in slots, such as `arena.HostArena`."""
+
+    slot_bytes: int
+
+    def view(self, slot: int) -> memoryview:
+        """The bytes of one slot."""
+        ...
+
+    def address(self, slot: int) -> int:
+        """Where a slot starts."""
+        ...
+
+
+class DeviceMemory(Protocol):
+    """Memory in blocks of one size, such as `device_payloads.DevicePayloads`."""
+
+    block_bytes: int
+
+    def runs(self, block: int) -> Iterable[tuple[int, int, int]]:
+        """The `(address, place in its payload, bytes)` of a block."""
+        ...
+
+
 class Copier(Protocol):
     """Copies runs of bytes between the device and host memory, beside the model's steps."""
 

@@ -1,14 +1,14 @@
 """The tiers below the device, fastest first, as one thing. Imports no torch."""
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 from hotset.clock import REAL_CLOCK, Clock
 from hotset.cost.rates import Rates
 from hotset.errors import OutOfBlocksError
 from hotset.eviction import policy_named
 from hotset.memory.journal import Source
-from hotset.memory.mover import Batch, Copier, Mover
+from hotset.memory.mover import Batch, Copier, DeviceMemory, HostMemory, Mover
 from hotset.memory.pending import PendingKeys
 from hotset.memory.residency import Payload, Residency, State
 from hotset.memory.slower_tier import SlowerTier
@@ -25,32 +25,9 @@ from hotset.metrics import Metrics
 
 # Of host memory, what is being written at most of what is owed to a tier; and payloads.
 _WRITING_PART, _MOST_WRITING = 8, 64
+_TURN_S = 0.001  # for so long each of several tiers is waited for
 _MISS = Found(Answer.MISS)
 _PENDING = Found(Answer.PENDING)
-
-
-class HostMemory(Protocol):
-    """Memory in slots, such as `arena.HostArena`."""
-
-    slot_bytes: int
-
-    def view(self, slot: int) -> memoryview:
-        """The bytes of one slot."""
-        ...
-
-    def address(self, slot: int) -> int:
-        """Where a slot starts."""
-        ...
-
-
-class DeviceMemory(Protocol):
-    """Memory in blocks of one size, such as `device_payloads.DevicePayloads`."""
-
-    block_bytes: int
-
-    def runs(self, block: int) -> Iterable[tuple[int, int, int]]:
-        """The `(address, place in its payload, bytes)` of a block."""
-        ...
 
 
 class TierStack:
@@ -82,6 +59,8 @@ class TierStack:
         mover: copies between device and host memory.
         slower: the other tiers with their transfers, fastest first.
         infos: a row for each tier, fastest first: host memory, then `slower`.
+        expect: to be told of keys that another replica, at a URL, is said to have; None where none
+            is asked.
     """
 
     def __init__(
@@ -108,6 +87,7 @@ class TierStack:
             SlowerTier(tier, host_info.name, device.block_bytes, rates, metrics, clock)
             for tier in slower
         ]
+        self.expect: Callable[[Sequence[bytes], str], None] | None = None
         self.block_bytes = device.block_bytes
         self.rates = rates
         self.metrics = metrics
@@ -248,6 +228,18 @@ class TierStack:
         payload = self.host.get(key)
         return payload.slot if payload is not None and payload.is_ready else None
 
+    def copy_out(self, key: bytes, into: memoryview) -> bool:
+        """Copy the payload of `key` out of host memory; False where it is not there whole.
+
+        From any thread: a slot gets other content only after the record of its payload is gone, so
+        one that is there before and after the copy had it all the while.
+        """
+        payload = self.host.get(key)
+        if payload is None or not payload.is_ready:
+            return False
+        into[:] = self._memory.view(payload.slot)
+        return self.host.get(key) is payload and not payload.is_dropped
+
     def unkeep(self, key: bytes) -> None:
         """Undo one `keep`."""
         payload = self.host.get(key)
@@ -348,11 +340,12 @@ class TierStack:
 
     def wait(self, timeout_s: float) -> None:
         """Block until something may have ended, or `timeout_s` has passed."""
-        busy = [slower for slower in self.slower if slower.is_busy] or self.slower[-1:]
+        busy = [slower for slower in self.slower if slower.is_busy] or self.slower
         if self.mover.is_copying or not busy:
             self.mover.copier.wait(timeout_s)
-        else:
-            busy[0].tier.wait(timeout_s)
+            return
+        for slower in busy:
+            slower.tier.wait(timeout_s if len(busy) == 1 else min(_TURN_S, timeout_s))
 
     def close(self) -> None:
         """End the copies, then the slower tiers."""
@@ -402,7 +395,7 @@ class TierStack:
     def _pay(self, slower: SlowerTier, number: int) -> None:
         """Write what is owed to a tier, with a part of host memory at once."""
         most = max(1, min(_MOST_WRITING, self.host.num_slots // _WRITING_PART))
-        for key in list(slower.owed):
+        for key in list(islice(slower.owed, 4 * most)):
             if len(slower.writes) >= most:
                 return
             payload = self.host.get(key)

@@ -102,6 +102,9 @@ class Lane(Generic[T]):
             if is_due:
                 due_s = time.monotonic() + REFRESH_S
             try:
+                if connection is not None and not connection.is_usable:  # idle for too long
+                    connection.close()
+                    connection = None
                 if connection is None:
                     connection = self._connect()
                 elif is_due and self._refresh is not None:

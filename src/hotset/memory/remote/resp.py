@@ -222,6 +222,18 @@ class Connection:
         if end != b"\r\n":
             raise StoreError("protocol", "a payload is longer than its reply said")
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether the other end is there and has said nothing unasked. Does not wait."""
+        try:
+            self._socket.setblocking(False)
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return self._start == self._end
+        except OSError:
+            pass
+        return False
+
     def close(self) -> None:
         """End the connection."""
         self._socket.close()

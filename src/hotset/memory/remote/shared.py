@@ -13,7 +13,7 @@ from hotset.memory.remote.store import Event, Question, Store, Transfer
 from hotset.memory.tier import Answer, Completion, CompletionStatus, TierInfo, TierUsage
 
 _MOST_KNOWN = 1 << 18
-_THERE_S, _MISSING_S = 600.0, 1.0  # for so long an answer counts
+_MISSING_S = 1.0  # for so long it counts that something is missing
 _ANSWER_S = 0.1  # a store that takes longer for an answer has none
 
 
@@ -34,6 +34,7 @@ class SharedTier(ABC):
     """
 
     info: TierInfo
+    _there_s = 600.0  # for so long it counts that something is there
 
     def __init__(self, name: str, payload_bytes: int, clock: Clock) -> None:
         self.on_change: OnChange | None = None
@@ -144,7 +145,7 @@ class SharedTier(ABC):
             self._note(key, bool(question.found) and question.found[i])
 
     def _note(self, key: bytes, is_there: bool) -> None:
-        until_s = self._clock.now() + (_THERE_S if is_there else _MISSING_S)
+        until_s = self._clock.now() + (self._there_s if is_there else _MISSING_S)
         was_there, _ = self._known.get(key, (False, 0.0))
         if is_there is not was_there and self.on_change is not None:
             self.on_change(key, is_there)

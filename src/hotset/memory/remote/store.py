@@ -153,6 +153,8 @@ class Store:
             breaker=self.breaker,
             faults=self.faults,
         )
+        if self._is_peer:
+            return None
         self._writes = Lane(
             "store-write",
             self._connect,
@@ -187,8 +189,10 @@ class Store:
     def close(self) -> None:
         """Drop what is queued, and wait 2 seconds at most for what runs."""
         deadline_s = time.monotonic() + _CLOSE_S
-        for lane in (self._asks, self._reads, self._writes):
-            lane.close(deadline_s)
+        self._asks.close(deadline_s)
+        self._reads.close(deadline_s)
+        if not self._is_peer:
+            self._writes.close(deadline_s)
 
     # Connections
 
