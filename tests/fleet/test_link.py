@@ -78,8 +78,7 @@ def test_a_request_is_forgotten_once_all_of_its_outputs_have_ended(
     [
         (Submit("a", [5] * 600, SHORT), RequestError, "512"),
         (Submit("a", [5], SHORT, queue_limit=0), OverloadedError, "try again later"),
-        (Submit("a", [2**70], SHORT), RequestError, "64 bits"),
-        (Submit("a", [5], SamplingParams(seed=2**70)), RequestError, "64 bits"),
+        (Submit("a", [2**70], SHORT), RequestError, "token"),
         (Submit("a", [5], SamplingParams(stop=("\ud800",))), RequestError, "surrogate"),
     ],
 )

@@ -87,7 +87,8 @@ def test_a_submit_comes_as_it_was_sent() -> None:
     )
     form = SamplingParams(text_form=TextForm("regex", "a+"), max_tokens=None)
     schema = SamplingParams(json_schema={"type": "object", "properties": {"é": {"enum": [None]}}})
-    for one in (params, form, schema):
+    large = SamplingParams(seed=2**99, json_schema={"maximum": 10**30}, logit_bias={3: 0.1 + 0.2})
+    for one in (params, form, schema, large):
         submit = Submit(
             "a#1", range(5), one, b"\x00\xff", 2, "alice", 1.5, 7, [2], [Resumed(1, [3])]
         )

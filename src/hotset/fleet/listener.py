@@ -104,9 +104,8 @@ class Listener:
         return len(self._routes)
 
     def drain(self, drain_s: float) -> None:
-        """Have the engine drain, see `EngineHost.drain`, and tell all fronts."""
+        """Have the engine drain, see `EngineHost.drain`; a report tells all fronts."""
         self._host.drain(drain_s)
-        self._thread.call(self._note_drain)
 
     def close(self) -> None:
         """Take no more fronts, end all links and wait for that. Idempotent."""
@@ -215,7 +214,7 @@ class Listener:
                 route.is_aborted = True
                 self._others.submit(self._host.abort, engine_id)
         elif isinstance(message, wire.Drain):
-            self._others.submit(self.drain, message.drain_s)
+            self._others.submit(self._host.drain, message.drain_s)
         elif isinstance(message, wire.Follow):
             self._follow(front, message.is_on)
         else:
@@ -263,6 +262,7 @@ class Listener:
     def _share(self, report: Report) -> None:
         """Give each front what is its own of a report."""
         self.load = report.load or self.load
+        self._is_draining = self._is_draining or report.is_draining
         for note in report.notes:
             _log.info("%s", note)
         shares: dict[_Front, _Share] = {}
@@ -297,10 +297,6 @@ class Listener:
                     looks=share.looks,
                 )
             )
-
-    def _note_drain(self) -> None:
-        self._is_draining = True
-        self._share(Report(REAL_CLOCK.now(), is_draining=True))
 
     async def _tick(self) -> None:
         """Send counters: soon after outputs, and each second at least."""

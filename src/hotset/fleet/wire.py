@@ -6,7 +6,6 @@ as maps, so that a field with a default may be missing on either side, and named
 Imports no torch.
 """
 
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -104,15 +103,17 @@ class Refused(msgspec.Struct, tag="refused"):
     reason: str
 
 
-class Submitted(msgspec.Struct, tag="submit"):
+class Submitted(msgspec.Struct, tag="submit", omit_defaults=True):
     """A submit; its answer has the same number.
 
     Attributes:
         submit: a `Submit`, encoded on its own, so that one that cannot be read is refused alone.
+        is_json: it has a number beyond 64 bits, such as a seed, which msgpack does not take.
     """
 
     number: int
-    submit: msgspec.Raw
+    submit: bytes
+    is_json: bool = False
 
 
 class Abort(msgspec.Struct, tag="abort"):
@@ -183,6 +184,7 @@ _hello = msgspec.msgpack.Decoder(Hello)
 _greeting = msgspec.msgpack.Decoder(Welcome | Refused)
 _front_message: msgspec.msgpack.Decoder[FrontMessage] = msgspec.msgpack.Decoder(FrontMessage)
 _submit = msgspec.msgpack.Decoder(Submit)
+_json_submit = msgspec.json.Decoder(Submit)
 _batch = msgspec.msgpack.Decoder(Batch, dec_hook=_made)
 # The options are flat.
 _info = msgspec.defstruct(
@@ -196,7 +198,7 @@ def encode(message: Hello | Welcome | Refused | FrontMessage | Batch) -> bytes:
     return _encoder.encode(message)
 
 
-def _read(decoder: msgspec.msgpack.Decoder[T], data: bytes | memoryview | msgspec.Raw) -> T:
+def _read(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
     try:
         return decoder.decode(data)
     except (msgspec.DecodeError, HotsetError, RecursionError) as error:
@@ -224,15 +226,13 @@ def read_batch(data: bytes) -> Batch:
 
 
 def submitted(number: int, submit: Submit) -> Submitted:
-    """Raises RequestError where the request has something that msgpack cannot."""
+    """Raises RequestError where the request has a text that is none."""
+    plain = replace(submit, token_ids=list(submit.token_ids))
     try:
-        plain = replace(submit, token_ids=array("q", submit.token_ids).tolist())
-        return Submitted(number, msgspec.Raw(_encoder.encode(plain)))
-    except OverflowError:
-        raise RequestError(
-            "the request has a number beyond 64 bits, in its tokens, its seed or its schema; a "
-            "fleet takes smaller ones"
-        ) from None
+        try:
+            return Submitted(number, _encoder.encode(plain))
+        except OverflowError:
+            return Submitted(number, msgspec.json.encode(plain), is_json=True)
     except UnicodeEncodeError:
         raise RequestError(
             "the request has a text with half a surrogate pair, which is no character; leave it out"
@@ -241,8 +241,9 @@ def submitted(number: int, submit: Submit) -> Submitted:
 
 def read_submit(message: Submitted) -> Submit:
     """Raises RequestError where it is none, or is one that cannot be served."""
+    decoder = _json_submit if message.is_json else _submit
     try:
-        return _submit.decode(message.submit)
+        return decoder.decode(message.submit)
     except (msgspec.DecodeError, RecursionError) as error:
         raise RequestError(f"the request cannot be read: {error}") from None
 
