@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--talks", type=int, default=16)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: exit(1))
+    signal.signal(signal.SIGTERM, lambda *_: exit(1))  # all that was started ends with this
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = small_model(folder / "model", layers=8, hidden=512)

@@ -9,6 +9,7 @@ requests go to one and the other, and the difference of each pair is taken.
 
 import argparse
 import asyncio
+import signal
 import statistics
 import tempfile
 from pathlib import Path
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=60)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: exit(1))  # all that was started ends with this
     with tempfile.TemporaryDirectory() as folder:
         model = small_model(Path(folder) / "model")
         flags = ["--model", str(model), "--hot-gib", "0.5", "--max-num-seqs", str(args.users)]
