@@ -57,6 +57,16 @@ def test_an_entry_that_nobody_writes_any_more_is_of_a_replica_that_has_ended(
     assert not path.exists() and not socket.exists()
 
 
+def test_the_socket_of_a_successor_that_loads_for_long_is_not_swept_away(tmp_path: Path) -> None:
+    now_s = time.time()
+    for name, entry_age_s, socket_age_s in (("killed", 90, 95), ("again", 90, 80)):
+        for suffix, age_s in ((".json", entry_age_s), (".sock", socket_age_s)):
+            (tmp_path / f"{name}{suffix}").write_bytes(b"{}")
+            os.utime(tmp_path / f"{name}{suffix}", (now_s - age_s, now_s - age_s))
+    Registration(tmp_path, entry("other")).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["again.sock"]
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{}", b"[" * 60000, b"\xff\x00", b'{"replica_id": "r9"}', msgspec.json.encode(entry())],

@@ -186,11 +186,17 @@ def _read(path: Path) -> Entry | None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what replicas that were killed have left, and the sockets beside it."""
+    """Remove what replicas that were killed have left, and the sockets beside it.
+
+    A socket that is newer than the entry is of a successor, which may still be loading its model.
+    """
     for path in (*folder.glob(f"*{_SUFFIX}"), *folder.glob(".entry-*")):
         try:
-            if time.time() - path.stat().st_mtime > _SWEEP_S:
+            written_s = path.stat().st_mtime
+            if time.time() - written_s > _SWEEP_S:
                 path.unlink()
-                path.with_suffix(".sock").unlink(missing_ok=True)
+                socket = path.with_suffix(".sock")
+                if socket.stat().st_mtime < written_s:
+                    socket.unlink()
         except OSError:
             continue  # another process was faster
