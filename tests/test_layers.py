@@ -29,7 +29,6 @@ PLAIN = {
     "cgroups",
     "cpu_libraries",
     "libraries",
-    "garbage",
     "foreign_text",
     "weight_format",
 }

@@ -21,6 +21,7 @@ COMMANDS = {
     "desk": "Keep files, run batches and lease limits of keys for the fronts of a fleet.",
     "demo": "Show what the tiers are for: the same work with and without them.",
     "demo-moe": "Show what expert buffering is: a quarter of the experts, the same answers.",
+    "fleet": "Serve a model by several replicas on this machine.",
     "front": "Serve the HTTP API by the replicas of a fleet.",
     "generate": "Stream text for prompts given on the command line.",
     "plan": "Show where a model would live, how many users fit and how fast it should run.",

@@ -43,7 +43,7 @@ from hotset.fleet.address import Address
 )
 @tls_ca_flag
 @route_flag
-@server_flags("host", "port", "no_files", "cors_origins")
+@server_flags("host", "port", "cors_origins")
 def command(
     server: ServerFlags,
     directory: Path | None,
@@ -86,4 +86,5 @@ def command(
             until="waiting for replicas",
             entry=lambda api: DeskEntry(api, ledger, secret),
             certificate=None if tls_cert is None else (tls_cert, tls_key),
+            is_desk=True,
         )

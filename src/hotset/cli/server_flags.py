@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 _BACKLOG = 2048
 
+# Names of parameters that are not as those of their flags.
+_FLAG_NAMES = {"keys_file": "--api-keys", "cors_origins": "--cors-origin"}
 # By the name of the parameter.
 _FLAGS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "host": click.option(
@@ -149,9 +151,7 @@ def listening(
     Raises:
         ConfigError: a flag's value cannot be used; nothing listens.
     """
-    _check_origins(server.cors_origins)
-    if not 0 < server.files_gib < math.inf:
-        raise ConfigError(f"files_gib is {server.files_gib}; expected a size above 0 GiB")
+    _check(server)
     keys = _read_keys(server.keys_file)
     if address is None:
         address = Address(host=server.host, port=server.port)
@@ -168,6 +168,44 @@ def listening(
         if address.host is not None:
             where = f"http://{where}"
         yield OpenServer(_config(server, keys), listener, where)
+
+
+@contextlib.contextmanager
+def held_port(server: ServerFlags) -> Iterator[ServerFlags]:
+    """Keep a port for other processes of this user that share it; the flags with its number.
+
+    Raises:
+        ConfigError: a flag's value cannot be used.
+    """
+    from hotset.server.keys import ENVIRONMENT
+
+    _check(server)
+    text = os.environ.get(ENVIRONMENT)
+    _require_keys(server.host, _read_keys(server.keys_file))
+    if text is not None:
+        os.environ[ENVIRONMENT] = text
+    with _bind(server.host, server.port, shares_port=True) as held:
+        yield replace(server, port=held.getsockname()[1])
+
+
+def server_argv(server: ServerFlags, *left_out: str) -> list[str]:
+    """The flags on the command line of another process, but for some."""
+    argv = []
+    for one in fields(ServerFlags):
+        value = getattr(server, one.name)
+        flag = _FLAG_NAMES.get(one.name, f"--{one.name.replace('_', '-')}")
+        if one.name in left_out or one.name == "limits" or value is None or value is False:
+            continue
+        if value is True:
+            argv.append(flag)
+            continue
+        for part in value if isinstance(value, tuple) else (value,):
+            argv += [flag, str(part)]
+    for limit in options_of(Limits):
+        value = getattr(server.limits, limit.name)
+        if value != limit.default:
+            argv += [limit.flags[0], str(value)]
+    return argv
 
 
 def _config(server: ServerFlags, keys: "Keys") -> "ServerConfig":
@@ -202,9 +240,14 @@ def _read_keys(keys_file: Path | None) -> "Keys":
     return keys
 
 
-def _check_origins(origins: tuple[str, ...]) -> None:
-    """An origin is what browsers send: a scheme, a host and a port if it is not the usual one."""
-    for origin in origins:
+def _check(server: ServerFlags) -> None:
+    """Raise ConfigError where a flag's value cannot be used.
+
+    An origin is what browsers send: a scheme, a host and a port if it is not the usual one.
+    """
+    if not 0 < server.files_gib < math.inf:
+        raise ConfigError(f"files_gib is {server.files_gib}; expected a size above 0 GiB")
+    for origin in server.cors_origins:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise ConfigError(
                 f"--cors-origin {origin!r} is no origin; expected SCHEME://HOST[:PORT] without a "
@@ -228,6 +271,12 @@ def _require_keys(host: str, keys: "Keys") -> None:
 
 
 def _listen(host: str, port: int, *, shares_port: bool) -> socket.socket:
+    listener = _bind(host, port, shares_port=shares_port)
+    listener.listen(_BACKLOG)
+    return listener
+
+
+def _bind(host: str, port: int, *, shares_port: bool) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -236,7 +285,6 @@ def _listen(host: str, port: int, *, shares_port: bool) -> socket.socket:
             if shares_port:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind((host, port))
-            listener.listen(_BACKLOG)
         except OSError:
             listener.close()
             raise

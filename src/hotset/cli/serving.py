@@ -39,6 +39,7 @@ def serve(
     until: str = "loading the model",
     entry: Callable[[Api], ASGIApp] = lambda api: api,
     certificate: tuple[Path, Path | None] | None = None,
+    is_desk: bool = False,
 ) -> None:
     """Serve what `start` returns until a signal ends it.
 
@@ -49,6 +50,7 @@ def serve(
         until: see `start`.
         entry: makes of the Api what answers.
         certificate: for TLS: files of the chain and of the key, which may be in the former.
+        is_desk: fronts come to it, not users.
 
     Raises:
         HotsetError: of `start`. SystemExit: the server cannot start.
@@ -58,6 +60,9 @@ def serve(
 
     def on_ready(service: StreamService) -> None:
         _warn_of_no_template(service)
+        if is_desk:
+            click.echo(f"files and batches at {where}", err=True)
+            return
         click.echo(f"{service.report}\nserving {service.model.name} at {where}/v1", err=True)
         click.echo(f"status page {where}/, API {where}/docs, metrics {where}/metrics", err=True)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Self
 
 from hotset.clock import REAL_CLOCK, Clock
-from hotset.engine.messages import Load
 from hotset.option_fields import Bounds, Group, option
 
 _BUSY = 0.7  # of a replica's prefill rate, for what arrives; queues grow without bound towards 1
+_COUNT = Bounds("1 or more", 1)
 _FULL = 0.85  # of its KV blocks, so that decodes have room to grow
 
 
@@ -28,10 +28,13 @@ class Need:
     kv_share: float
 
     @classmethod
-    def of(cls, load: Load) -> Self:
-        """As a replica's load says it."""
-        free = load.spare_blocks / load.usable_blocks if load.usable_blocks else 1.0
-        return cls(load.queued_tokens, load.prefill_tokens_per_s, min(1.0, max(0.0, 1 - free)))
+    def of(cls, load: Mapping[str, float]) -> Self:
+        """From the numbers of a replica's `Load`, by name."""
+        usable = load["usable_blocks"]
+        free = load["spare_blocks"] / usable if usable else 1.0
+        return cls(
+            load["queued_tokens"], load["prefill_tokens_per_s"], min(1.0, max(0.0, 1 - free))
+        )
 
     @property
     def wait_s(self) -> float:
@@ -43,8 +46,10 @@ class Need:
 class ScalingOptions(Group):
     """Between how many replicas a fleet grows and shrinks, and when."""
 
-    min_replicas: int = option(1, "Fewest replicas.", bounds=Bounds("1 or more", 1))
-    max_replicas: int = option(1, "Most replicas.", bounds=Bounds("1 or more", 1))
+    replicas: int = option(1, "Replicas of the engine, the fewest.", bounds=_COUNT)
+    max_replicas: int | None = option(
+        None, "Most replicas, for as long as work waits.", bounds=_COUNT, otherwise="--replicas"
+    )
     wait_target_s: float = option(
         2.0,
         "Seconds of prefill that may wait on each replica before there is another one.",
@@ -60,6 +65,11 @@ class ScalingOptions(Group):
         "Seconds for which one replica fewer would have done before it goes.",
         bounds=Bounds("0 or more seconds", 0),
     )
+
+    @property
+    def most(self) -> int:
+        """Replicas at most."""
+        return max(self.replicas, self.max_replicas or 0)
 
 
 def replicas_needed(
@@ -92,13 +102,13 @@ class Scaler:
     def __init__(self, told: ScalingOptions, *, clock: Clock = REAL_CLOCK) -> None:
         self._told = told
         self._clock = clock
-        self.target = told.min_replicas
+        self.target = told.replicas
         self._spare_since_s: float | None = None
 
     def follow(self, needed: int) -> int:
         """Take note of what is needed now; returns the target."""
         now_s = self._clock.now()
-        needed = min(max(needed, self._told.min_replicas), self._told.max_replicas)
+        needed = min(max(needed, self._told.replicas), self._told.most)
         if needed >= self.target:
             self.target, self._spare_since_s = needed, None
         elif self._spare_since_s is None:
@@ -136,7 +146,7 @@ class Arrivals:
 
     @property
     def per_s(self) -> float:
-        """Mean of the last minute, or of the time since the start."""
+        """Mean of the last minute; too little before there was one."""
         return self._mean(0.0)
 
     @property
@@ -149,6 +159,5 @@ class Arrivals:
 
     def _mean(self, ago_s: float) -> float:
         end_s = self._clock.now() - ago_s
-        span_s = min(self._SPAN_S, end_s - self._start_s)
         tokens = sum(came for at_s, came in self._came if end_s - self._SPAN_S < at_s <= end_s)
-        return tokens / span_s if span_s > 0 else 0.0
+        return tokens / self._SPAN_S

@@ -56,7 +56,7 @@ def set_up(form: LogFormat, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for chatty in ("uvicorn.error", "urllib3", "asyncio", "python_multipart.multipart"):
+    for chatty in ("uvicorn.error", "urllib3", "asyncio", "httpx", "python_multipart.multipart"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # FlashInfer's has a handler and a form of its own, and from 0.7 on tells of each build.
     os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "warning")

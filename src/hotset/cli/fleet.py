@@ -1,0 +1,76 @@
+"""`hotset fleet`: replicas, fronts and all that joins them, on one machine."""
+
+from pathlib import Path
+
+import click
+
+from hotset.cli.config_file import config_flag
+from hotset.cli.fleet_flags import directory_flag, find_fleet, route_flag
+from hotset.cli.options import Command, engine_options, flags
+from hotset.cli.server_flags import ServerFlags, held_port, server_flags
+from hotset.errors import ConfigError
+from hotset.fleet.local_ray import require_ray
+from hotset.fleet.scaling import ScalingOptions
+from hotset.option_fields import options_of
+from hotset.options import Options
+
+
+@click.command(cls=Command)
+@config_flag
+@flags("scaling", options_of(ScalingOptions), ScalingOptions)
+@click.option(
+    "--fronts",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Processes that answer HTTP, on one port.",
+)
+@click.option(
+    "--shared-gib",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="Memory of a store that replicas share KV blocks by, in GiB; 0 is none. It needs "
+    "valkey-server or redis-server.",
+)
+@click.option(
+    "--gpus",
+    type=click.IntRange(0),
+    help="GPUs of each replica.  [default: one per rank where there are any, unless the device is "
+    "cpu]",
+)
+@directory_flag
+@route_flag
+@server_flags()
+@engine_options
+def command(
+    scaling: ScalingOptions,
+    fronts: int,
+    shared_gib: float,
+    gpus: int | None,
+    directory: Path | None,
+    route: str,
+    server: ServerFlags,
+    options: Options,
+) -> None:
+    r"""Serve one model by several replicas on this machine, with the API of `hotset serve`.
+
+    Ray starts the replicas, watches them and replaces those that end; the streams of such a one go
+    on at another. SIGTERM or Ctrl-C lets requests end; SIGHUP starts all replicas again, one by
+    one, with the weights that the model's folder has then.
+
+    \b
+    Example:
+      hotset fleet --replicas 2 --hot-gib 4 --port 8000
+    """
+    require_ray()
+    if options.memory.remote and shared_gib:
+        raise ConfigError(
+            f"remote is {', '.join(options.memory.remote)} and shared_gib is {shared_gib:g}; give "
+            "shared_gib 0, or leave remote out"
+        )
+    folder, _ = find_fleet(directory, None)
+    with held_port(server) as held:
+        from hotset.cli.running_fleet import Fleet, FleetFlags
+
+        Fleet(folder, FleetFlags(options, scaling, fronts, shared_gib, gpus, route, held)).run()

@@ -1,0 +1,115 @@
+"""`hotset fleet`: what it starts, what it starts again, and that it leaves nothing.
+
+Ray is started once, for the tests that stand in one order. What takes longer, such as many kills
+under streams, is in benchmarks/fleet_lifecycle.py.
+"""
+
+import contextlib
+import importlib.util
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from click.testing import CliRunner
+from running_fleet import RunningFleet, wait_long
+from servers import CHAT
+
+from hotset.cli.fleet import command
+from hotset.errors import ConfigError
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
+    running = RunningFleet(tmp_path_factory.mktemp("fleet"))
+    with contextlib.closing(running):
+        running.wait_ready()
+        yield running
+
+
+@needs_ray
+@pytest.mark.slow
+def test_two_replicas_answer_behind_two_fronts_on_one_port(fleet: RunningFleet) -> None:
+    assert [fleet.chat() for _ in range(6)] == [200] * 6
+    assert len(fleet.of("-m hotset front")) == 2 and len(fleet.replicas()) == 2
+    assert httpx.get(f"{fleet.url}/v1/files").json()["data"] == []  # of the desk
+    status = httpx.get(f"{fleet.url}/status.json").json()
+    assert len(status["fleet"]["replicas"]) == 2
+    assert (fleet.folder / "f").stat().st_mode & 0o077 == 0
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_head_that_is_killed_starts_again_and_no_replica_notices(fleet: RunningFleet) -> None:
+    pids = {one.pid for one in fleet.replicas()}
+    [head] = [one for one in fleet.of("ray.scripts.scripts start") if "--head" in one.cmdline()]
+    [gcs] = fleet.of("gcs_server")
+    head.kill()
+    wait_long(lambda: not gcs.is_running() or gcs.status() == psutil.STATUS_ZOMBIE)
+    assert fleet.chat() == 200
+    wait_long(lambda: fleet.of("gcs_server"))
+    wait_long(lambda: fleet.of("ray::ServeController"))
+    assert fleet.chat() == 200
+    assert {one.pid for one in fleet.replicas()} == pids
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_killed_replica_is_replaced_while_the_other_serves(fleet: RunningFleet) -> None:
+    victim, other = fleet.replicas()
+    victim.kill()
+    assert [fleet.chat() for _ in range(4)] == [200] * 4
+
+    def is_replaced() -> bool:
+        pids = {one.pid for one in fleet.replicas()}
+        return len(pids) == 2 and victim.pid not in pids and other.pid in pids
+
+    wait_long(is_replaced)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_sigterm_lets_requests_end_and_leaves_nothing(fleet: RunningFleet) -> None:
+    left = fleet.all()
+    body = {**CHAT, "max_tokens": 60, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{fleet.url}/v1/chat/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        fleet.process.send_signal(signal.SIGTERM)
+        assert list(lines)[-2:] == ["data: [DONE]", ""]
+    assert fleet.process.wait(60) == 0, fleet.text()
+    psutil.wait_procs(left, timeout=10)
+    assert [one for one in left if one.is_running()] == []
+    assert sorted(os.listdir(fleet.folder / "f")) == ["fleet.lock", "fronts", "secret"]
+
+
+def test_without_ray_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = CliRunner().invoke(command, ["--directory", str(tmp_path)])
+    assert isinstance(result.exception, ConfigError)
+    assert "pip install 'hotset[fleet]'" in str(result.exception)
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--host", "0.0.0.0"], "needs API keys"),
+        (["--replicas", "0"], "--replicas is 0; expected 1 or more"),
+        (["--files-gib", "0"], "files-gib is 0.0"),
+        (["--remote", "redis://h:1", "--remote-secret-file", "s"], "give --shared-gib 0, or leave"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    flags: list[str], says: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(command, ["--directory", str(tmp_path / "f"), *flags])
+    assert isinstance(result.exception, ConfigError)
+    assert says in str(result.exception)
