@@ -39,13 +39,18 @@ def redis_server(*more: str, maxmemory: str = "64mb") -> Iterator[str]:
             stdout=subprocess.DEVNULL,
         )
         try:
-            while not path.exists():
-                assert server.poll() is None, "redis-server has ended"
-                time.sleep(0.005)
+            until(lambda: takes_connections(path))
             yield f"unix://{path}"
         finally:
             server.kill()
             server.wait()
+
+
+def takes_connections(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as tried, suppress(OSError):
+        tried.connect(str(path))
+        return True
+    return False
 
 
 class FakeStore:
@@ -196,3 +201,11 @@ def answer(tier: SharedTier, number: int) -> Answer:
         tier.wait(0.05)
         tier.poll()
     return found
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Wait for what a thread does."""
+    end_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end_s, "it does not come"
+        time.sleep(0.002)

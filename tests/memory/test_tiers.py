@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -632,4 +633,20 @@ def test_a_payload_is_copied_out_whole_or_not_at_all() -> None:
     assert not rig.tiers.copy_out(key, memoryview(into))
     rig.tiers._memory.view = memory_view  # type: ignore[method-assign]
     assert rig.tiers.copy_out(other, memoryview(into)) and not into.startswith(content)
+    rig.tiers.close()
+
+
+def test_a_rate_that_a_tier_measures_itself_is_followed() -> None:
+    far = FakeTier("far", 8192)
+    far.info = replace(far.info, measured_bytes_per_s=5e6)
+    rig = Rig(host_slots=2, slower=[far])
+    measure_rates(rig.tiers, num_blocks=1)
+    assert rig.rates.link_bytes_per_s["far"] == 5e6 and not far.stored
+    rig.rates.link_bytes_per_s["far"] = 1.0  # as it was slow once
+    rig.tiers.poll()
+    assert rig.rates.link_bytes_per_s["far"] == 1.0
+    usage = replace(far.usage(), measured_bytes_per_s=7e6)
+    far.usage = lambda: usage  # type: ignore[method-assign]
+    rig.tiers.poll()
+    assert rig.rates.link_bytes_per_s["far"] == 7e6
     rig.tiers.close()

@@ -45,6 +45,7 @@ class SlowerTier:
         self._clock = clock
         self._window_start_s = 0.0
         self._window_bytes = 0
+        self._measured_bytes_per_s = tier.info.measured_bytes_per_s
 
     @property
     def is_busy(self) -> bool:
@@ -107,6 +108,10 @@ class SlowerTier:
         usage = self.tier.usage()
         for kind, count in usage.faults.items():
             self._metrics.faults[kind] = count
+        rate = usage.measured_bytes_per_s
+        if rate is not None and rate != self._measured_bytes_per_s:
+            self._rates.link_bytes_per_s[self.tier.info.name] = rate
+            self._measured_bytes_per_s = rate
         for what, num_bytes in usage.byte_counts.items():
             self._metrics.tier_bytes[f"{self.tier.info.name} {what}"] = num_bytes
         return ended

@@ -79,6 +79,7 @@ class TierUsage:
         capacity_payloads: how many it can hold now.
         states: one letter for each place, where it knows them: see `Residency.states`.
         byte_counts: bytes since it was opened, by what became of them; see `Metrics.tier_bytes`.
+        measured_bytes_per_s: how fast payloads are read, where the tier measures that itself.
     """
 
     used_payloads: int
@@ -86,6 +87,7 @@ class TierUsage:
     faults: dict[str, int]
     states: str | None = None
     byte_counts: dict[str, int] = field(default_factory=dict)
+    measured_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from stores import FakeStore, answer, content, key, read, remote, seal, write
+from stores import FakeStore, answer, content, key, read, remote, seal, until, write
 
 from hotset.memory.tier import Answer, CompletionStatus
 
@@ -61,6 +61,7 @@ class RemoteMachine(RuleBasedStateMachine):
             assert found == content(number)
         else:
             assert answer(self.tiers[which], number) is Answer.MISS
+            until(lambda: self.name(number) not in self.store.values)  # what is wrong is deleted
 
     @rule(number=KEYS, which=st.booleans())
     def ask(self, number: int, which: bool) -> None:

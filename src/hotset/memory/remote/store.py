@@ -30,6 +30,7 @@ _AT_ONCE = 8  # payloads in flight on a connection
 _QUESTIONS_AT_ONCE = 64
 _MEASURE_S = 2.0
 _MEASURED_PAYLOADS = 8
+_MEASURE_EVERY_S = 60.0
 _CLOSE_S = 2.0
 _ASSUMED_RATE = 100e6  # bytes/s of a store that could not be measured
 _SMOOTHING = 0.2  # weight of the newest observation in a running mean
@@ -86,7 +87,8 @@ class Store:
         faults: of connections, by kind.
         most_bytes, used_bytes: of its memory, as it said last.
         first_read_bytes: of payloads read that nobody had read before.
-        read_bytes_per_s, write_bytes_per_s: as measured.
+        read_bytes_per_s, write_bytes_per_s: of the last transfers.
+        measured_bytes_per_s: of reads, as measured while nothing else was read.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class Store:
         self.faults: Counter[str] = Counter()
         self.most_bytes = self.used_bytes = self.first_read_bytes = 0
         self.read_bytes_per_s = self.write_bytes_per_s = _ASSUMED_RATE
+        self.measured_bytes_per_s = _ASSUMED_RATE
+        self._measured_s, self._num_read = -_MEASURE_EVERY_S, 0
         self._seal, self._payload_bytes, self._mailbox = seal, payload_bytes, mailbox
         self._is_peer = is_peer
         self._scratch = memoryview(bytearray(payload_bytes if not is_peer else 0))
@@ -206,8 +210,16 @@ class Store:
         return connection
 
     def _refresh(self, connection: Connection) -> None:
+        """Look again, and measure a store that nothing was read from for a while.
+
+        Or one that was slow once, or not there at the start, would be taken for slow for ever.
+        """
         connection.deadline_s = time.monotonic() + _ASK_S
         self._look(connection)
+        num_read, self._num_read = self._num_read, 0
+        is_due = time.monotonic() > self._measured_s + _MEASURE_EVERY_S
+        if is_due and not num_read and not self._is_peer:
+            self._measure(connection)
 
     def _look(self, connection: Connection) -> None:
         """How much memory the store has, and whose payloads are not to be used."""
@@ -238,7 +250,7 @@ class Store:
         keys = [secrets.token_bytes(16) for _ in range(_MEASURED_PAYLOADS)]
         buffer = memoryview(bytearray(self._payload_bytes))
         ends_s = connection.deadline_s = time.monotonic() + _MEASURE_S
-        rates = []
+        rates, first_read_bytes = [], self.first_read_bytes
         for run in (self._send_all, self._receive_all):
             transfers = deque(Transfer(_FORGETS, key, buffer, ends_s) for key in keys)
             ended, started_s = list(transfers), time.monotonic()
@@ -247,9 +259,11 @@ class Store:
             rates.append(num_good * self._payload_bytes / (time.monotonic() - started_s))
         for name in self._seal.names(keys):
             self._reply_to(connection, "DEL", name, b"read:" + name)
-        self.first_read_bytes = 0
+        self.first_read_bytes, self._num_read = first_read_bytes, 0
         if all(rates):
             self.write_bytes_per_s, self.read_bytes_per_s = rates
+            self.measured_bytes_per_s = self.read_bytes_per_s
+            self._measured_s = time.monotonic()
 
     @staticmethod
     def _reply_to(connection: Connection, *words: bytes | str | int) -> Reply | RefusedError:
@@ -306,6 +320,7 @@ class Store:
             elif fault not in ("missing", "refused"):
                 bad.append(name)
         if good:
+            self._num_read += len(good)
             rate = len(good) * self._payload_bytes / (time.monotonic() - started_s)
             self.read_bytes_per_s += _SMOOTHING * (rate - self.read_bytes_per_s)
         if not self._is_peer:

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from hotset.clock import REAL_CLOCK, Clock
 from hotset.memory.remote.admission import Admission
@@ -70,7 +71,7 @@ class RemoteTier(SharedTier):
             "remote",
             sum(store.most_bytes // store.value_bytes for store in stores),
             payload_bytes,
-            measured_bytes_per_s=sum(store.read_bytes_per_s for store in stores),
+            measured_bytes_per_s=sum(store.measured_bytes_per_s for store in stores),
         )
 
     def _stores(self) -> Iterable[Store]:
@@ -125,10 +126,13 @@ class RemoteTier(SharedTier):
 
     def usage(self) -> TierUsage:
         """See `Tier`."""
-        usage = super().usage()
-        usage.byte_counts["first_read"] = sum(one.first_read_bytes for one in self._stores())
-        usage.byte_counts["declined"] = self._admission.declined_bytes
-        return usage
+        stores = self._by_name.values()
+        counts = {
+            "first_read": sum(store.first_read_bytes for store in stores),
+            "declined": self._admission.declined_bytes,
+        }
+        rate = sum(store.measured_bytes_per_s for store in stores)
+        return replace(super().usage(), byte_counts=counts, measured_bytes_per_s=rate)
 
     def _has(self, key: bytes) -> bool:
         known = self._known.get(key)
