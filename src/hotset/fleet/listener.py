@@ -8,6 +8,7 @@ import os
 import ssl
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import msgspec
 
@@ -394,5 +395,7 @@ class _Route:
 
     def output(self, output: RequestOutput) -> RequestOutput:
         """An output with the front's own id of the request, and an error that can be encoded."""
-        own = RequestOutput._make((self.request_id, *output[1:]))
-        return own if own.error is None else own._replace(error=wire.printable(own.error))
+        if output.error is not None:
+            output = output._replace(error=wire.printable(output.error))
+        # A plain tuple is encoded alike, and made in a tenth of the time.
+        return cast(RequestOutput, (self.request_id, *output[1:]))
