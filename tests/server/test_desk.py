@@ -18,6 +18,8 @@ from hotset.options import Options
 from hotset.server.app import ServerConfig
 from hotset.server.desk import Desk, DeskEntry
 from hotset.server.keys import Keys
+from hotset.server.limits import Limits
+from hotset.server.response_store import ResponseStore
 
 SECRET = b"a secret of the whole fleet"
 BOB = "sk-bob-0123456789"
@@ -46,7 +48,7 @@ def running_desk(tmp_path: Path, keys_file: Path, num_fronts: int = 1) -> Iterat
     with running_server(
         Options.of(hot_gib=0.01, max_num_seqs=2),  # so that a batch is written line by line
         server_config=ServerConfig(keys=keys, files_path=tmp_path / "files"),
-        entry=lambda api: DeskEntry(api, ledger, SECRET),
+        entry=lambda api: DeskEntry(api, ledger, ResponseStore.of(Limits()), SECRET),
         listener=Address(path=str(tmp_path / "desk.sock")).listen(),
     ) as desk:
         yield desk
@@ -166,3 +168,31 @@ def test_the_desk_takes_no_broken_asks(tmp_path: Path, keys_file: Path) -> None:
         answer = http.post("/leases", content=body, headers=headers)
         assert (answer.status_code, "same number" in answer.text) == (400, True)
         assert http.post("/leases", content=body).status_code == 401
+
+
+def test_a_response_that_one_front_stores_is_found_by_the_other_and_for_its_key_only(
+    tmp_path: Path, keys_file: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        desk = stack.enter_context(running_desk(tmp_path, keys_file, num_fronts=2))
+        one, other = (
+            stack.enter_context(running_front(tmp_path, keys_file, rank=rank, num_fronts=2))
+            for rank in range(2)
+        )
+        ask = {"model": "tiny", "input": "the cat", "max_output_tokens": 4, "store": True}
+        first = one.openai().responses.create(**ask)
+        assert first.store is True
+        assert other.openai().responses.retrieve(first.id) == first
+        streamed = [*other.openai().responses.create(**ask, stream=True)][-1].response
+        assert streamed.store is True
+        second = one.openai().responses.create(**ask, previous_response_id=streamed.id)
+        assert second.previous_response_id == streamed.id
+        with pytest.raises(openai.NotFoundError, match="store is true"):
+            other.openai(BOB).responses.retrieve(first.id)
+        other.openai().responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError, match="store is true"):
+            one.openai().responses.retrieve(first.id)
+        desk.stop()
+        with pytest.raises(openai.InternalServerError, match="the desk of this fleet"):
+            one.openai().responses.retrieve(second.id)
+        assert one.openai().responses.create(**ask).store is False

@@ -1,5 +1,6 @@
 """The OpenAI Responses API, by the official client and by what a coding agent sends."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,19 +196,23 @@ def test_the_oldest_of_too_many_are_dropped(client: openai.OpenAI) -> None:
 
 
 def test_the_store_is_bounded_in_bytes() -> None:
-    store = ResponseStore(max_count=100, max_bytes=1000)
-    texts = {f"resp_{i}": "x" * 300 for i in range(5)}
-    assert all(store.put("a", {"id": name, "output": text}, []) for name, text in texts.items())
-    assert store.put("b", {"id": "resp_0"}, [])
-    assert not store.put("a", {"id": "resp_9"}, [{"text": "x" * 1000}])
-    for name in ("resp_0", "resp_1", "resp_9"):
-        with pytest.raises(ApiError, match="there is no response"):
-            store.get("a", name)
-    assert [store.get("a", f"resp_{i}").response["id"] for i in (2, 3, 4)]
-    assert store.get("b", "resp_0")
-    store.delete("a", "resp_3")
-    assert store.put("a", {"id": "resp_5", "output": "x" * 300}, [])
-    assert store.get("a", "resp_2")  # there was room
+    async def main() -> None:
+        store = ResponseStore(max_count=100, max_bytes=1000)
+        for i in range(5):
+            assert await store.put("a", {"id": f"resp_{i}", "output": "x" * 300}, [])
+        assert await store.put("b", {"id": "resp_0"}, [])
+        assert not await store.put("a", {"id": "resp_9"}, [{"text": "x" * 1000}])
+        for name in ("resp_0", "resp_1", "resp_9"):
+            with pytest.raises(ApiError, match="there is no response"):
+                await store.get("a", name)
+        names = ["resp_2", "resp_3", "resp_4"]
+        assert [(await store.get("a", name)).response["id"] for name in names] == names
+        assert await store.get("b", "resp_0")
+        await store.delete("a", "resp_3")
+        assert await store.put("a", {"id": "resp_5", "output": "x" * 300}, [])
+        assert await store.get("a", "resp_2")  # there was room
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(
@@ -357,11 +362,18 @@ def test_text_and_calls_are_items_of_their_own_and_arguments_stream() -> None:
     stored: list[Json] = []
     chat = parse_body(ChatRequest, {"messages": []})
     admitted = Admitted(chat, "1", 3, [], [Chunks(list(deltas))])
-    body = parse_body(ResponsesRequest, {"input": "a", "store": True})
-    form = ResponsesForm(body, lambda response: stored.append(response) or True, admitted, "tiny")
+    body = parse_body(ResponsesRequest, {"input": "a", "store": True, "stream": True})
+
+    async def keep(response: Json) -> bool:
+        stored.append(response)
+        return True
+
+    form = ResponsesForm(body, keep, admitted, "tiny")
     output = RequestOutput("1", 0, "", (), None)
     text = form.begin() + "".join(form.step(0, output) for _ in deltas)
-    text += form.end([Completion(finish_reason="stop", prompt_tokens=3)])
+    ended = [Completion(finish_reason="stop", prompt_tokens=3)]
+    asyncio.run(form.settle(ended))
+    text += form.end(ended)
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
     args = "function_call_arguments"
     assert [

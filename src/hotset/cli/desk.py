@@ -55,11 +55,11 @@ def command(
     tls_ca: Path | None,
     route: str,
 ) -> None:
-    r"""Keep files, run batches and lease limits of keys, for all fronts of a fleet.
+    r"""Keep files and stored responses, run batches and lease limits, for all fronts of a fleet.
 
     Fronts are told where it is by --desk, and pass requests for files and batches on to it. Without
     it chats go on, and each front gives keys its part of their limits. Started again, it goes on
-    with its batches behind the last line that was written.
+    with its batches behind the last line that was written, and without the stored responses.
 
     \b
     Example:
@@ -76,15 +76,17 @@ def command(
         from hotset.cli.fleet_service import connect_fleet
         from hotset.fleet.leases import Ledger
         from hotset.server.desk import DeskEntry
+        from hotset.server.response_store import ResponseStore
 
         limits = {one.name: one.limits for one in opened.config.keys.tenants}
         ledger = Ledger(limits, num_fronts=fronts)
+        responses = ResponseStore.of(opened.config.limits)
         serving.serve(
             lambda: connect_fleet(folder, secret, tls, route),
             opened,
             server.drain_s,
             until="waiting for replicas",
-            entry=lambda api: DeskEntry(api, ledger, secret),
+            entry=lambda api: DeskEntry(api, ledger, responses, secret),
             certificate=None if tls_cert is None else (tls_cert, tls_key),
             is_desk=True,
         )

@@ -34,6 +34,7 @@ from hotset.server.limits import Limits
 from hotset.server.messages_api import MessagesApi
 from hotset.server.openapi import PLAIN_TEXT, STREAMED, Endpoint
 from hotset.server.reading import read_body, tenant_of
+from hotset.server.response_store import ResponseStore
 from hotset.server.responses_api import ResponsesApi
 from hotset.server.schemas import (
     ChatRequest,
@@ -68,7 +69,7 @@ class ServerConfig:
         tracer: gets a span of each request; None is no traces.
         cors_origins: of pages that browsers may let use the server; `*` is any page.
         fronts_path: folder in which fronts that share a port tell each other what they did.
-        desk: has files, batches and limits of keys in place of this server.
+        desk: has files, batches, stored responses and limits of keys in place of this server.
     """
 
     keys: Keys = field(default_factory=Keys)
@@ -129,7 +130,8 @@ class Api:
             )
         files = FilesApi(self._files, config.limits)
         messages = MessagesApi(lambda: self._ready().admission)
-        responses = ResponsesApi(lambda: self._ready().admission, config.limits)
+        kept = config.desk or ResponseStore.of(config.limits)
+        responses = ResponsesApi(lambda: self._ready().admission, kept)
         self._endpoints = [
             *self._of_models(),
             *responses.endpoints,

@@ -1,7 +1,8 @@
-"""The desk of a fleet: one process has the files, the batches and the limits of keys.
+"""The desk of a fleet: one process has files, batches, stored responses and the limits of keys.
 
 `DeskEntry` is the desk's side, `Desk` a front's: it passes requests for files and batches on as
-they came, with the client's key, and asks for leases of limits.
+they came, with the client's key, and asks for leases of limits. Responses that are stored go to the
+desk too, so that each front finds those of the others.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import hmac
 import logging
 import ssl
 from collections.abc import AsyncIterator, Sequence
+from typing import Literal
 
 import httpx
 import msgspec
@@ -24,16 +26,24 @@ from hotset.fleet.address import Address
 from hotset.fleet.allowance import KeyShare
 from hotset.fleet.leases import ASK_EVERY_S, Answer, Ask, FrontLeases, Ledger
 from hotset.server import logs
+from hotset.server.body import Json
+from hotset.server.errors import ApiError, not_found
 from hotset.server.keys import Tenant
 from hotset.server.reading import read_bytes
+from hotset.server.response_store import ResponseStore, StoredResponse
 
 _log = logging.getLogger(__name__)
 
-_LEASES = "/leases"
+_LEASES, _RESPONSES = "/leases", "/stored-responses"
 _ANSWER_S = 1.0  # a desk that answers later counts as gone
 _AGAIN_S = 0.1  # how soon a key that got nothing may ask again
+_STORE_S = 10.0  # a large response, at most
 _READ_S = 600.0  # of a large file, between two parts
 _MOST_ASK_BYTES = 4 << 20
+_NO_ANSWER = (
+    "the desk of this fleet, which has files, batches and stored responses, does not answer; try "
+    "again soon"
+)
 _PASSED_ON = ("authorization", "x-api-key", "content-type", "content-length", "accept")
 _PASSED_BACK = ("content-type", "content-length", "content-disposition", "retry-after", "etag")
 
@@ -43,37 +53,77 @@ def desk_token(secret: bytes) -> str:
     return hmac.new(secret, b"hotset desk", hashlib.sha256).hexdigest()
 
 
+class _Asked(msgspec.Struct):
+    """What a front asks for a response of a tenant whose key it has checked."""
+
+    do: Literal["put", "get", "delete"]
+    tenant: str
+    response_id: str
+    response: Json = {}
+    items: list[Json] = []
+
+
+class _Found(msgspec.Struct):
+    """What the desk has of it."""
+
+    response: Json = {}
+    items: list[Json] = []
+    is_stored: bool = False
+
+
 class DeskEntry:
-    """The desk's ASGI application: leases for fronts, and all that `api` answers.
+    """The desk's ASGI application: what fronts ask for, and all that `api` answers.
 
     Args:
         api: has files and batches.
         ledger: has the limits of all keys.
+        responses: that fronts store.
         secret: the fleet's.
     """
 
-    def __init__(self, api: ASGIApp, ledger: Ledger, secret: bytes) -> None:
+    def __init__(
+        self, api: ASGIApp, ledger: Ledger, responses: ResponseStore, secret: bytes
+    ) -> None:
         self._api = api
-        self._ledger = ledger
+        self._ledger, self._responses = ledger, responses
         self._authorization = f"Bearer {desk_token(secret)}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        if scope["type"] == "http" and scope["path"] == _LEASES:
-            await (await self._lease(Request(scope, receive)))(scope, receive, send)
-        else:
+        answers = {_LEASES: self._lease, _RESPONSES: self._response}
+        answer = answers.get(scope["path"]) if scope["type"] == "http" else None
+        if answer is None:
             await self._api(scope, receive, send)
-
-    async def _lease(self, request: Request) -> Response:
+            return
+        request = Request(scope, receive)
         given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), self._authorization.encode()):
-            return Response("the fleet secret is another one", 401)
-        try:
-            body = await read_bytes(request, _MOST_ASK_BYTES)
-            answer = self._ledger.answer(msgspec.json.decode(body, type=Ask))
-        except (RequestError, msgspec.MsgspecError) as error:
-            return Response(str(error), 400)
-        return Response(msgspec.json.encode(answer), media_type="application/json")
+        response = Response("the fleet secret is another one", 401)
+        if hmac.compare_digest(given.encode(), self._authorization.encode()):
+            try:
+                response = Response(await answer(request), media_type="application/json")
+            except ApiError as error:
+                response = Response(str(error), error.status)
+            except (RequestError, msgspec.MsgspecError) as error:
+                response = Response(str(error), 400)
+        await response(scope, receive, send)
+
+    async def _lease(self, request: Request) -> bytes:
+        body = await read_bytes(request, _MOST_ASK_BYTES)
+        return msgspec.json.encode(self._ledger.answer(msgspec.json.decode(body, type=Ask)))
+
+    async def _response(self, request: Request) -> bytes:
+        """Store, find or delete one."""
+        body = await read_bytes(request, self._responses.most_frame_bytes)
+        asked = msgspec.json.decode(body, type=_Asked)
+        found = _Found()
+        if asked.do == "put":
+            found.is_stored = await self._responses.put(asked.tenant, asked.response, asked.items)
+        elif asked.do == "delete":
+            await self._responses.delete(asked.tenant, asked.response_id)
+        else:
+            one = await self._responses.get(asked.tenant, asked.response_id)
+            found = _Found(one.response, one.items, is_stored=True)
+        return msgspec.json.encode(found)
 
 
 class Desk:
@@ -98,7 +148,7 @@ class Desk:
     ) -> None:
         self._address = address
         self._rank, self._num_fronts = rank, num_fronts
-        self._token = desk_token(secret)
+        self._headers = {"authorization": f"Bearer {desk_token(secret)}", "host": "localhost"}
         where = "localhost" if address.host is None else str(address)
         self._http = httpx.AsyncClient(
             base_url=f"{'http' if tls is None else 'https'}://{where}",
@@ -156,12 +206,42 @@ class Desk:
         try:
             answer = await self._http.send(asked, stream=True)
         except httpx.TransportError as error:
-            raise EngineError(
-                "the desk of this fleet, which has files and batches, does not answer; try again "
-                "soon"
-            ) from error
+            raise EngineError(_NO_ANSWER) from error
         kept = {name: answer.headers[name] for name in _PASSED_BACK if name in answer.headers}
         return StreamingResponse(_parts_of(answer), answer.status_code, kept)
+
+    async def put(self, tenant: str, response: Json, items: list[Json]) -> bool:
+        """See `KeptResponses`."""
+        asked = _Asked("put", tenant, response["id"], response, items)
+        try:
+            return (await self._find(asked)).is_stored
+        except (ApiError, EngineError) as error:
+            _log.warning("a response is not stored: %s", error)
+            return False
+
+    async def get(self, tenant: str, response_id: str) -> StoredResponse:
+        """See `KeptResponses`."""
+        found = await self._find(_Asked("get", tenant, response_id))
+        return StoredResponse(found.response, found.items)
+
+    async def delete(self, tenant: str, response_id: str) -> None:
+        """See `KeptResponses`."""
+        await self._find(_Asked("delete", tenant, response_id))
+
+    async def _find(self, asked: _Asked) -> _Found:
+        """Raises ApiError (404): there is none; EngineError: the desk does not answer."""
+        content = msgspec.json.encode(asked)
+        try:
+            answer = await self._http.post(
+                _RESPONSES, content=content, headers=self._headers, timeout=_STORE_S
+            )
+            if answer.status_code == 404:
+                raise not_found(answer.text)
+            if answer.status_code != 200:
+                raise EngineError(f"the desk of this fleet has refused: {answer.text[:500]}")
+            return msgspec.json.decode(answer.content, type=_Found)
+        except (httpx.HTTPError, msgspec.MsgspecError) as error:
+            raise EngineError(_NO_ANSWER) from error
 
     async def _ask_on(self) -> None:
         while True:
@@ -174,10 +254,11 @@ class Desk:
 
     async def _ask(self) -> None:
         """Ask once; `_asking` is held."""
-        headers = {"authorization": f"Bearer {self._token}", "host": "localhost"}
         ask = msgspec.json.encode(self._leases.ask())
         try:
-            answer = await self._http.post(_LEASES, content=ask, headers=headers, timeout=_ANSWER_S)
+            answer = await self._http.post(
+                _LEASES, content=ask, headers=self._headers, timeout=_ANSWER_S
+            )
             if answer.status_code != 200:
                 raise EngineError(answer.text[:500])
             self._leases.take(msgspec.json.decode(answer.content, type=Answer))

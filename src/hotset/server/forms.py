@@ -36,6 +36,10 @@ class Form(Protocol):
 
     keep_alive: str
 
+    async def settle(self, completions: Sequence[Completion]) -> None:
+        """Do what `whole` or `end`, which comes next, tells of. Raises nothing."""
+        ...
+
     def whole(self, completions: Sequence[Completion]) -> Json:
         """The body of a whole answer; `completions` are `n` for each prompt, in order."""
         ...
@@ -81,6 +85,9 @@ class CompletionForm:
         has_usage = self._body.stream_options.include_usage
         self._end = '],"usage":null}\n\n' if has_usage else "]}\n\n"
         self._num_tokens: Counter[int] = Counter()  # by index
+
+    async def settle(self, completions: Sequence[Completion]) -> None:
+        """See `Form`."""
 
     def whole(self, completions: Sequence[Completion]) -> Json:
         """See `Form`."""

@@ -63,6 +63,7 @@ async def generate(
             return _EventStream(tally, form, admitted, stack.pop_all(), headers)
         await _unless_disconnected(request, tally.read_all())
         _raise_failure(tally.completions, admission)
+        await form.settle(tally.completions)
         if body.num_prompt_logprobs() is None:
             return JSONResponse(form.whole(tally.completions), headers=headers)
         # These can take seconds to write, in which other clients' streams go on.
@@ -176,6 +177,7 @@ async def _events(tally: _Tally, form: Form) -> AsyncIterator[str]:
                 yield form.failure(error)
                 return
         yield form.step(index, output)
+    await form.settle(tally.completions)
     yield form.end(tally.completions)
 
 

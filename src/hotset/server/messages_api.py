@@ -86,6 +86,9 @@ class MessagesForm:
         self._open: str | None = None  # the block that is being sent: "text", or a call's index
         self._has_calls = False
 
+    async def settle(self, completions: Sequence[Completion]) -> None:
+        """See `Form`."""
+
     def whole(self, completions: Sequence[Completion]) -> Json:
         """See `Form`."""
         [completion] = completions

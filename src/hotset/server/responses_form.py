@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from hotset.engine.completion import Completion
 from hotset.request import FinishReason, RequestOutput
@@ -21,7 +21,7 @@ class ResponsesForm:
 
     Args:
         body: what was asked.
-        on_end: takes the finished response, to store it; returns whether it did.
+        keep: stores the finished response; returns whether it did. None: it is not asked for.
         admitted: the chat.
         model: its name.
     """
@@ -31,12 +31,12 @@ class ResponsesForm:
     def __init__(
         self,
         body: ResponsesRequest,
-        on_end: Callable[[Json], bool] | None,
+        keep: Callable[[Json], Awaitable[bool]] | None,
         admitted: Admitted,
         model: str,
     ) -> None:
         self._body = body
-        self._on_end = on_end
+        self._keep = keep
         self._admitted = admitted
         self._model = model
         self._created_s = int(time.time())
@@ -45,14 +45,24 @@ class ResponsesForm:
         self._item: Json | None = None  # the one that grows
         self._call_index: int | None = None  # of the call that it is
         self._logprobs: list[Json] = []  # of tokens whose text is still to come
+        self._finished: Json = {}  # once it is settled
+        self._last_events = ""
+
+    async def settle(self, completions: Sequence[Completion]) -> None:
+        """See `Form`: end the response, and store it where that is asked for."""
+        if not self._body.stream:
+            entry = self._admitted.writers[0].whole(completions[0])
+            message = entry["message"]
+            calls = [{"index": i, **one} for i, one in enumerate(message.get("tool_calls", ()))]
+            self._take({**entry, "delta": {"content": message["content"], "tool_calls": calls}})
+        self._last_events, self._finished = self._finish(completions)
+        if self._keep is not None:
+            self._finished["store"] = True
+            self._finished["store"] = await self._keep(self._finished)
 
     def whole(self, completions: Sequence[Completion]) -> Json:
         """See `Form`."""
-        entry = self._admitted.writers[0].whole(completions[0])
-        message = entry["message"]
-        calls = [{"index": i, **one} for i, one in enumerate(message.get("tool_calls", ()))]
-        self._take({**entry, "delta": {"content": message["content"], "tool_calls": calls}})
-        return self._finish(completions)[1]
+        return self._finished
 
     def begin(self) -> str:
         """See `Form`."""
@@ -67,8 +77,8 @@ class ResponsesForm:
 
     def end(self, completions: Sequence[Completion]) -> str:
         """See `Form`."""
-        events, response = self._finish(completions)
-        return events + self._event(response["status"], response=response)
+        response = self._finished
+        return self._last_events + self._event(response["status"], response=response)
 
     def failure(self, error: ApiError) -> str:
         """See `Form`."""
@@ -95,9 +105,6 @@ class ResponsesForm:
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["total_tokens"],
         }
-        if self._on_end is not None:
-            response["store"] = True
-            response["store"] = self._on_end(response)
         return events, response
 
     def _take(self, choice: Json) -> str:
