@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from fleets import Fleet, Moving, fleet
+from links import SECRET, Replica
 from moved_answers import KINDS, PROMPT, assert_same
 from servers import RunningServer, running_server, wait_for
-from test_link import SECRET, Replica
 
 from hotset.engine.completion import Completion, gather
 from hotset.fleet.address import Address

@@ -564,7 +564,8 @@ def test_a_drain_writes_all_but_what_is_of_use_here_alone() -> None:
         rig.fill(block, seed=block)
         rig.tiers.spill(key, block, slowest=0 if key == keys[3] else None)
     rig.settle()
-    rig.tiers.begin_drain(keys[1:2])
+    rig.tiers.begin_drain(keys[:1])
+    rig.tiers.begin_drain(keys[1:2])  # which go first now
     assert rig.tiers.num_to_drain == 3
     rig.settle()
     assert rig.tiers.num_to_drain == 0

@@ -148,13 +148,18 @@ class Engine:
 
     @property
     def has_transfers(self) -> bool:
-        """Whether copies between tiers are under way; `step` takes note of their end."""
-        return self.tiers is not None and self.tiers.is_busy
+        """Whether copies between tiers are under way or due; `step` takes note of their end."""
+        return self.kv.has_transfers
 
     def drain_tiers(self) -> None:
-        """Have what host memory has written to the slowest tier, by the steps from here on."""
+        """Have what host memory has written to the slowest tier, by the steps from here on.
+
+        First what the requests that are here have computed: these are about to move, and look for
+        it elsewhere.
+        """
         if self.tiers is not None:
-            self.tiers.begin_drain()
+            requests = [*self.scheduler.running, *self.scheduler.waiting]
+            self.tiers.begin_drain([key for one in requests for key in self.kv.keys(one)])
 
     def validate(
         self, token_ids: Sequence[int], params: SamplingParams, resumed: Sequence[Resumed] = ()

@@ -233,14 +233,22 @@ class EngineLoop:
             with contextlib.suppress(Exception):
                 for request_id in list(self._entries):
                     engine.abort(request_id)
+                settle(engine, _SETTLE_S, self._clock)
                 if self._is_draining:
-                    engine.drain_tiers()
-                settle(engine, _DRAIN_S if self._is_draining else _SETTLE_S, self._clock)
+                    self._end_drain(engine)
         finally:
             with contextlib.suppress(Exception):
                 self._following.close()
             with contextlib.suppress(Exception):
                 engine.close()
+
+    def _end_drain(self, engine: Engine) -> None:
+        """Write what requests left at their ends, too, such as states."""
+        engine.drain_tiers()
+        settle(engine, _DRAIN_S, self._clock)
+        if engine.tiers is not None and (num := engine.tiers.num_to_drain):
+            note = f"{num} KV blocks were not written in time; others compute them again"
+            self._on_report(Report(self._clock.now(), notes=[note]))
 
     def _serve(self, engine: Engine) -> None:
         for outputs in run_steps(engine, partial(self._feed, engine)):
@@ -381,7 +389,8 @@ class EngineLoop:
             submit = heapq.heappop(self._deadlines)[2].submit
             error = f"the request was not done within its {submit.timeout_s:g} s"
             self._drop(engine, submit.request_id, error=error)
-        if self._clock.now() >= self._moves_at_s:
+        if self._entries and self._clock.now() >= self._moves_at_s:
+            engine.drain_tiers()
             for request_id in list(self._entries):
                 self._drop(engine, request_id, FinishReason.MOVED)
 

@@ -333,6 +333,18 @@ class KVCache:
         if self.states is not None:
             self.states.forget(request)
 
+    @property
+    def has_transfers(self) -> bool:
+        """Whether copies between tiers are under way, or states wait for their turn to be."""
+        if self._tiers is None:
+            return False
+        return self._tiers.is_busy or (self.states is not None and self.states.has_due)
+
+    def keys(self, request: Request) -> list[bytes]:
+        """Of the request's full blocks, as far as computed, and of states after them."""
+        keys = request.kv.block_hashes
+        return keys if self.states is None else self.states.with_pieces(request, keys)
+
     def poll(self) -> None:
         """Take note of the transfers that ended, and start copies of states whose turn it is."""
         for ended in () if self._tiers is None else self._tiers.poll():

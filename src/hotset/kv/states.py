@@ -308,6 +308,11 @@ class States:
                 return number - 1
         return len(infos) - 1
 
+    @property
+    def has_due(self) -> bool:
+        """Whether states that were kept wait for their turn to go down."""
+        return bool(self._due)
+
     def spill_due(self) -> None:
         """Start copies of states that were kept and are still there, some at a time."""
         transfers = self._transfers

@@ -279,11 +279,12 @@ class TierStack:
         """Have the slowest tier get all that host memory has, as the process ends soon.
 
         With `poll`, until `num_to_drain` is 0: `first`, then what was used last. Nothing that may
-        not go there: see `spill`.
+        not go there: see `spill`. May be called again, for another order.
         """
         if self.slower:
             number = len(self.slower)
             ours = [p.key for p in self.host.by_use() if p.slowest is None or p.slowest >= number]
+            self.slower[-1].owed.clear()
             self.slower[-1].owe([*first, *ours])
 
     @property
