@@ -118,7 +118,7 @@ def main() -> None:
             processes.wait_for_replicas("replica-0")
             ports["fleet"] = processes.start_front()
             turns = loads(args, processes, ports)
-            firsts = [asyncio.run(ttfts(ports, words, args.pairs)) for words in (8, 1000)]
+            firsts = [asyncio.run(ttfts(ports, words, args.pairs)) for words in (8, 200)]
     median = {name: round(statistics.median(t[name] for t in turns), 2) for name in turns[0]}
     shown = {"users": args.users, "tokens": args.tokens, "turns": args.turns}
     result = record.start(**shown, load=turns, load_median=median, ttft=firsts)

@@ -138,6 +138,12 @@ async def run_case(
     }
 
 
+def losses(log: Path) -> list[str]:
+    """The lines in which the front says that it has lost a replica, and why."""
+    lines = log.read_text("utf-8").splitlines()
+    return [line.partition(" warning ")[2] for line in lines if " is gone: " in line]
+
+
 def page(result: dict[str, Any]) -> str:
     """The results as Markdown."""
     return (
@@ -166,6 +172,7 @@ def main() -> None:
     cases = [one for one in CASES if one is CASES[0] or (args.only or "") in one.name]
     rows: list[dict[str, Any]] = []
     expected: list[list[int]] = []
+    num_lost = 0
     with tempfile.TemporaryDirectory() as folder, links(2) as network:
         model = small_model(Path(folder) / "model", layers=8, hidden=512)
         flags = ["--model", str(model), "--hot-gib", "0.5", "--max-model-len", "2048"]
@@ -179,6 +186,8 @@ def main() -> None:
             asyncio.run(wait_until_all_serve(port, len(network)))
             for case in cases:
                 rows.append(asyncio.run(run_case(port, network, case, args, expected)))
+                lost = losses(Path(folder) / "front.log")
+                rows[-1]["why lost"], num_lost = "; ".join(lost[num_lost:]) or None, len(lost)
                 record.say(str(rows[-1]))
                 result = record.start(users=args.users, tokens=args.tokens, cases=rows)
                 record.write(args.out, result, page(result))

@@ -1,6 +1,8 @@
 """A front and a replica with a real link between them, over an engine in a thread."""
 
+import asyncio
 import contextlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from hotset.engine.messages import Report, Submit
 from hotset.engine.status import EngineStatus
 from hotset.errors import DrainingError, EngineError, OverloadedError, RequestError
 from hotset.fleet.address import Address
+from hotset.fleet.link import Link
+from hotset.fleet.proof import Keys
 from hotset.request import FinishReason, RequestOutput, SamplingParams
 
 SHORT = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -166,3 +170,21 @@ def test_a_replica_that_drains_says_so_and_takes_no_more(tmp_path: Path) -> None
         one.host.close()
     replica.close()
     assert not Path(replica.address).exists()
+
+
+def test_what_a_tcp_link_loses_is_sent_again_each_second() -> None:
+    async def times() -> list[int]:
+        server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            Link(reader, writer, Keys(b"a" * 32, b"b" * 32))
+            connection = writer.get_extra_info("socket")
+            found = [connection.getsockopt(socket.IPPROTO_TCP, one) for one in (16, 44)]
+            writer.close()
+            await writer.wait_closed()
+            return found
+
+    if not Path("/proc/sys/net/ipv4/tcp_rto_max_ms").exists():
+        pytest.skip("needs Linux 6.15 or newer")
+    assert asyncio.run(times()) == [1, 1000]
