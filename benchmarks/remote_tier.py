@@ -47,7 +47,8 @@ from hotset.request import SamplingParams
 from hotset.units import GIB
 
 SIZES = {"192 KiB": 192 * 2**10, "720 KiB": 720 * 2**10, "2 MiB": 2 * 2**20}
-RATE_BYTES = 256 * 2**20
+RATE_BYTES, RATE_REPEATS = 256 * 2**20, 3
+IN_FLIGHT = 32
 SETTLE_S = 60.0
 
 
@@ -162,8 +163,8 @@ def measure_engines(args: argparse.Namespace) -> list[dict[str, Any]]:
             "repeats": len(values),
             "wall_s": round(statistics.median(values), 3),
             "cpu_s": round(statistics.median(cpu[turn, name]), 3),
-            "wall / without": round(ratio(values, wall[turn, "without"]), 3),
-            "cpu / without": round(ratio(cpu[turn, name], cpu[turn, "without"]), 3),
+            **ratios("wall", values, wall[turn, "without"]),
+            **ratios("cpu", cpu[turn, name], cpu[turn, "without"]),
         }
         for (turn, name), values in wall.items()
     ]
@@ -187,9 +188,11 @@ def sharing(
             note("shared", name, wall_s, cpu_s)
 
 
-def ratio(values: list[float], base: list[float]) -> float:
-    """The median of what each repeat took beside the same repeat of another engine."""
-    return statistics.median(one / other for one, other in zip(values, base, strict=True))
+def ratios(what: str, values: list[float], base: list[float]) -> dict[str, float]:
+    """What each repeat took, divided by what the same repeat took without a store."""
+    each = [one / other for one, other in zip(values, base, strict=True)]
+    found = record.percentiles(each, of=(25, 50, 75), digits=3)
+    return {f"{what} / without, {name}": value for name, value in found.items()}
 
 
 def prompt_of(draw: random.Random, num_tokens: int) -> list[int]:
@@ -239,7 +242,7 @@ def measure_rates(args: argparse.Namespace) -> list[dict[str, Any]]:
         for size, payload_bytes in SIZES.items():
             for encrypts in (False, True):
                 with server() as (url, pid):
-                    found = [rate(url, pid, payload_bytes, encrypts) for _ in range(args.repeats)]
+                    found = [rate(url, pid, payload_bytes, encrypts) for _ in range(RATE_REPEATS)]
                 row = {"way": way, "payload": size, "sealed by": "GCM" if encrypts else "GMAC"}
                 for name in found[0]:
                     row[name] = round(statistics.median(one[name] for one in found), 3)
@@ -260,7 +263,7 @@ def rate(url: str, pid: int, payload_bytes: int, encrypts: bool) -> dict[str, fl
         before, cpu_s, start_s = times.user + times.system, time.process_time(), time.perf_counter()
         num_ended, left = 0, list(zip(keys, buffers, strict=True))
         while num_ended < num:
-            while left:
+            while left and num - len(left) - num_ended < IN_FLIGHT:
                 key, buffer = left[-1]
                 if way == "GET":
                     tier.submit_read(key, buffer)
@@ -312,13 +315,13 @@ def main() -> None:
     parser = record.arguments(__doc__, out="beginning of the results' names")
     parser.add_argument("--only", choices=["engine", "rates", "waste"])
     parser.add_argument("--model", help="folder or hub id; the default model where left out")
-    parser.add_argument("--users", type=int, default=4)
-    parser.add_argument("--prompt-tokens", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--users", type=int, default=2)
+    parser.add_argument("--prompt-tokens", type=int, default=160)
+    parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--hot-gib", type=float, default=0.25)
     parser.add_argument("--host-gib", type=float, default=0.25)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     measured = {"engine": measure_engines, "rates": measure_rates, "waste": measure_waste}
@@ -329,7 +332,7 @@ def main() -> None:
             result[name] = measure(args)
             page += f"\n## {name}\n\n{record.table(result[name])}\n"
             print(record.table(result[name]), flush=True)
-    record.write(args.out, result, page + "\n" + record.footer(result) + "\n")
+            record.write(args.out, result, page + "\n" + record.footer(result) + "\n")
 
 
 if __name__ == "__main__":
