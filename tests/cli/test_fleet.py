@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 from running_fleet import RunningFleet, wait_long
 from servers import CHAT
 
+from hotset.cli import desk, front
 from hotset.cli.fleet import command
 from hotset.errors import ConfigError
 
@@ -111,5 +113,22 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     flags: list[str], says: str, tmp_path: Path
 ) -> None:
     result = CliRunner().invoke(command, ["--directory", str(tmp_path / "f"), *flags])
+    assert isinstance(result.exception, ConfigError)
+    assert says in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("other", "flags", "says"),
+    [
+        (front, ["--rank", "2", "--fronts", "2"], "--rank is 2 and there are 2 fronts"),
+        (front, ["--desk", "nowhere"], "address 'nowhere' is none; expected HOST:PORT"),
+        (desk, ["--listen", "0.0.0.0:0"], "needs API keys"),
+        (desk, ["--tls-key", "key.pem"], "--tls-key is given without --tls-cert"),
+    ],
+)
+def test_fronts_and_desks_refuse_what_cannot_work(
+    other: Any, flags: list[str], says: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(other.command, ["--directory", str(tmp_path / "f"), *flags])
     assert isinstance(result.exception, ConfigError)
     assert says in str(result.exception)

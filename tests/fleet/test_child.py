@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from hotset.cli.options import engine_options
-from hotset.errors import EngineError
+from hotset.errors import ConfigError, EngineError
 from hotset.fleet.child import Child, hotset_argv
 from hotset.fleet.log_tail import LogTail
 from hotset.options import Options
@@ -104,6 +104,8 @@ def test_options_on_the_command_line_are_read_as_they_were() -> None:
     assert argv[:4] == [sys.executable, "-m", "hotset", "replica"]
     command(argv[4:], standalone_mode=False)
     assert seen == [options]
+    with pytest.raises(ConfigError, match="seed is 7, and has no flag of `hotset replica`"):
+        hotset_argv("replica", Options.of(seed=7))
 
 
 def test_a_tail_copies_whole_lines_of_logs_that_come_grow_and_are_emptied(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hotset.errors import EngineError
+from hotset.errors import ConfigError, EngineError
 from hotset.options import OPTIONS, Options
 
 _MOST_LOG_BYTES = 16 << 20
@@ -20,14 +20,19 @@ def hotset_argv(command: str, options: Options | None = None, **flags: object) -
     Args:
         command: its name.
         options: of an engine.
-        flags: values by name; False, None and empty ones are left out, True stands alone.
+        flags: values by name; False and None are left out, True stands alone.
+
+    Raises:
+        ConfigError: an option that has no flag is not as by default.
     """
     argv = [sys.executable, "-m", "hotset", command]
     given = {} if options is None else options.flat()
     for name, value in given.items():
         one = OPTIONS[name]
-        if value == one.default or not one.flags:
+        if value == one.default:
             continue
+        if not one.flags:
+            raise ConfigError(f"{name} is {value!r}, and has no flag of `hotset {command}`")
         for part in value if isinstance(value, tuple) else (value,):
             if part is True:
                 argv.append(one.flags[0].partition("/")[0])
