@@ -48,6 +48,7 @@ for mean_rows in map(float, sys.argv[1:]):
 print(json.dumps(compiled))
 """
 NARROW = """
+import itertools
 from dataclasses import replace
 from hotset.experts.narrow import NarrowLayout
 from hotset.kernels.narrow_experts import _gated_up, _weighted_down
@@ -56,9 +57,9 @@ from hotset.weight_format import FP8_BLOCK, INT4_128, MXFP4, NVFP4
 
 FORMS = {"mxfp4": (MXFP4, 2880, 2880), "fp8": (FP8_BLOCK, 2048, 768), "int4": (INT4_128, 2048, 768),
          "nvfp4": (NVFP4, 2048, 768)}
-form, hidden, middle = FORMS[sys.argv[1]]
-layout = NarrowLayout((2, middle, hidden), (hidden, middle), form)
-for mean_rows in map(float, sys.argv[2:]):
+for name, mean_rows in itertools.product(FORMS, map(float, sys.argv[1:])):
+    form, hidden, middle = FORMS[name]
+    layout = NarrowLayout((2, middle, hidden), (hidden, middle), form)
     tiles = TUNINGS["cuda"].tiles(
         int(mean_rows * 128), 128, shared_bytes=227 * 1024, narrow=True
     )
@@ -70,7 +71,7 @@ for mean_rows in map(float, sys.argv[2:]):
         tile = _suited(tile, form)
         sizes |= dict(PLANES=planes_of(form, matrix), COLUMNS=tile.columns, DEPTH=tile.depth)
         code = code_of(kernel, sizes, tile)
-        compiled.append([code.metadata.shared, code.asm["ptx"]])
+        compiled.append([name, code.metadata.shared, code.asm["ptx"]])
 print(json.dumps(compiled))
 """
 
@@ -103,11 +104,19 @@ def test_weights_are_read_asynchronously_16_bytes_at_a_time() -> None:
         assert shared_bytes <= 227 * 1024
 
 
+@pytest.fixture(scope="module")
+def narrow() -> list[list[Any]]:
+    """Form, shared bytes and code of each kernel."""
+    return run(NARROW, "0.1", "8", "64")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["mxfp4", "fp8", "int4", "nvfp4"])
-def test_narrow_weights_are_widened_in_registers(form: str) -> None:
+def test_narrow_weights_are_widened_in_registers(form: str, narrow: list[list[Any]]) -> None:
     """Codes are read asynchronously, and no weight passes through shared memory on its way."""
-    for shared_bytes, code in run(NARROW, form, "0.1", "8", "64"):
+    of_form = [(shared_bytes, code) for name, shared_bytes, code in narrow if name == form]
+    assert len(of_form) == 6
+    for shared_bytes, code in of_form:
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", code)
         assert copies.count("0x10") >= 2 and "0x8" not in copies  # inputs of 8-bit codes: 0x4
         assert "wgmma.mma_async" in code
