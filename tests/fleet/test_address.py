@@ -15,12 +15,18 @@ from hotset.fleet.address import Address, bound
         ("[::1]:7000", Address(host="::1", port=7000)),
         ("gpu-7.example:0", Address(host="gpu-7.example", port=0)),
         ("/run/hotset/r1.sock", Address(path="/run/hotset/r1.sock")),
-        ("./r1.sock", Address(path="./r1.sock")),
     ],
 )
 def test_an_address_is_read_and_written(text: str, expected: Address) -> None:
     assert Address.of(text) == expected
     assert str(expected) == text
+
+
+def test_a_path_is_that_of_a_file_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Address.of("./r1.sock") == Address(path=str(tmp_path / "r1.sock"))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +56,14 @@ def test_a_file_in_place_of_a_socket_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot listen"):
         Address(path=str(path)).listen()
     assert path.read_text() == "mine"
+
+
+def test_others_connect_to_a_name_and_not_to_all_addresses() -> None:
+    name = socket.gethostname()
+    assert Address.of("0.0.0.0:7000").for_others() == Address(host=name, port=7000)
+    assert Address.of("[::]:7000").for_others() == Address(host=name, port=7000)
+    for text in ("127.0.0.1:7000", "/run/r1.sock"):
+        assert Address.of(text).for_others() == Address.of(text)
 
 
 def test_a_port_of_0_is_any_free_one() -> None:

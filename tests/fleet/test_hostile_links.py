@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from links import SECRET, Front, Replica
 
-from hotset.engine.messages import Submit
+from hotset.engine.messages import EngineInfo, Submit
 from hotset.errors import EngineError
 from hotset.fleet import link as link_module
 from hotset.fleet import link_host, listener, wire
 from hotset.fleet.address import Address, bound
 from hotset.fleet.link import Link
 from hotset.fleet.proof import LinkError, prove_front, prove_replica
+from hotset.options import Options
 from hotset.request import SamplingParams
 
 FEW = settings(
@@ -381,6 +382,26 @@ def test_a_replica_that_greets_wrongly_is_not_used(
 ) -> None:
     with contextlib.closing(FakeReplica(act)) as fake, pytest.raises(EngineError, match=said):
         Front(fake.address)
+
+
+async def _garbage_later(link: Link) -> None:
+    info = wire.info_data(EngineInfo(Options.of(), 512, "", True, "f", 16, 64))
+    link.send(wire.encode(wire.Welcome(1, "r1", wire.ModelData("tiny", "f", (1,), 10), info)))
+    link.send(b"\xc1")
+    with contextlib.suppress(LinkError):
+        await next_message(link)
+
+
+def test_a_replica_that_later_sends_what_is_no_message_is_left_with_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with contextlib.closing(FakeReplica(_garbage_later)) as fake:
+        front = Front(fake.address)
+        failure = front.reports.get(timeout=30).failure
+        assert failure is not None
+        assert failure.startswith("the link to replica r1 has ended: MessagePack data is malformed")
+        front.host.close()
+    assert not caplog.records
 
 
 def test_a_replica_that_says_nothing_is_left_after_a_while(

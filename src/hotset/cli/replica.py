@@ -25,8 +25,8 @@ from hotset.options import Options
 @click.option(
     "--listen",
     metavar="ADDRESS",
-    help="HOST:PORT, where port 0 is any free, or the path of a Unix socket.  [default: a socket "
-    "in the directory]",
+    help="HOST:PORT, where port 0 is any free, or the path of a Unix socket. Fronts are told this "
+    "machine's name for 0.0.0.0.  [default: a socket in the directory]",
 )
 @click.option(
     "--drain-s",

@@ -112,7 +112,7 @@ def _entry(host: EngineHost, listener: Listener) -> Entry:
     blocks = hashlib.blake2b(host.info.fingerprint.encode(), digest_size=8)
     return Entry(
         listener.replica_id,
-        str(listener.address),
+        str(listener.address.for_others()),
         os.getpid(),
         host.model.name,
         host.model.fingerprint,

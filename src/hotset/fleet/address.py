@@ -5,7 +5,7 @@ import contextlib
 import os
 import socket
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -29,12 +29,13 @@ class Address:
 
     @classmethod
     def of(cls, text: str) -> Self:
-        """Read `HOST:PORT`, `[HOST]:PORT` or a path, which has a `/`.
+        """Read `HOST:PORT`, `[HOST]:PORT` or a path, which has a `/` and becomes absolute.
 
         Raises:
             ConfigError: it is none of them.
         """
         if "/" in text:
+            text = os.path.abspath(text)
             if len(os.fsencode(text)) > _MOST_PATH_BYTES:
                 raise ConfigError(
                     f"address {text} has more than {_MOST_PATH_BYTES} bytes, which a Unix socket "
@@ -55,6 +56,15 @@ class Address:
         if self.host is None:
             return self.path
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def for_others(self) -> Self:
+        """What to connect to, from other machines too, where something listens here.
+
+        A socket of all addresses of a machine is called by the machine's name.
+        """
+        if self.host in ("0.0.0.0", "::"):
+            return replace(self, host=socket.gethostname())
+        return self
 
     def listen(self) -> socket.socket:
         """Bind a socket; a Unix socket is the user's alone, and may lie where an old one does.

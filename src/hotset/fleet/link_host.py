@@ -160,7 +160,7 @@ class LinkHost:
     async def _run(self) -> None:
         try:
             await self._link.run(self._take)
-        except LinkError as error:
+        except (LinkError, wire.WireError) as error:
             failure = f"the link to {self._name} has ended: {error}"
         except Exception as error:
             _log.exception("a message of a replica cannot be taken")

@@ -140,14 +140,14 @@ class Listener:
             self._server.close()
             self._ticking.cancel()
         for front in self._fronts:
-            front.send()
-            front.link.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_S):
-                while self._fronts:
-                    await asyncio.sleep(0.01)
-        for front in self._fronts:
-            front.link.abort()
+            front.send_rest()
+        for end in (Link.close, Link.abort):  # of who takes nothing, too
+            for front in self._fronts:
+                end(front.link)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_S):
+                    while self._fronts:
+                        await asyncio.sleep(0.01)
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """What each connection runs, to its end."""
@@ -366,11 +366,16 @@ class _Front:
         """
         while True:
             await self._news.wait()
-            self.send()
+            self._send()
             await self.link.drained()
 
-    def send(self) -> None:
-        """Send a batch now; the rest is left if there is more than a batch takes."""
+    def send_rest(self) -> None:
+        """Send all that is there now, before the link is closed."""
+        while self._news.is_set():
+            self._send()
+
+    def _send(self) -> None:
+        """Send a batch; the rest is left if there is more than a batch takes."""
         batch = wire.Batch(self._reports[:_MOST_REPORTS], self._answers, self._metrics)
         self._reports, self._answers = self._reports[_MOST_REPORTS:], []
         self._metrics = None
