@@ -29,6 +29,7 @@ PLAIN = {
     "cgroups",
     "cpu_libraries",
     "libraries",
+    "garbage",
     "foreign_text",
     "weight_format",
 }

@@ -11,7 +11,7 @@ from fleets import fleet
 
 from hotset.engine.completion import gather
 from hotset.engine.messages import EngineInfo, Load, Report, Submit
-from hotset.fleet.outlook import Estimate, Outlook
+from hotset.fleet.outlook import Estimate, Outlook, Speed, mean_speed
 from hotset.fleet.route import Choice
 from hotset.fleet.router import ROUTES, CostRoute, KnowingRoute, PrefixRoute
 from hotset.fleet.status import Why
@@ -123,7 +123,7 @@ def estimates(queued: int) -> tuple[Estimate, Estimate]:
     warm.index.take(snapshot(keys[: WARM // BLOCK], HOST))
     warm.take(replace(LOAD, queued_tokens=queued), 0.0)
     cold.take(LOAD, 0.0)
-    rest = {"in_remote": 0, "other_rate": 1.0}
+    rest = {"in_remote": 0, "others": mean_speed([warm.speed(), cold.speed()])}
     return warm.estimate(keys, PROMPT, 0.0, **rest), cold.estimate(keys, PROMPT, 0.0, **rest)
 
 
@@ -356,3 +356,24 @@ def test_a_front_sends_what_follows_to_where_its_prefix_is() -> None:
         assert counts.real_ttft_s > 0 and counts.predicted_ttft_s > 0
         front.service.close()
         front.check()
+
+
+def test_a_replica_that_has_hardly_been_measured_gets_its_share() -> None:
+    """Equal machines: one has got faster by its requests, the other still has its first figure."""
+    fleet = Fleet(CostRoute)
+    fleet.tell("a", prefill_tokens_per_s=3_000.0, step_s=0.03)
+    fleet.tell("b", prefill_tokens_per_s=52_000.0, step_s=0.005, prefilled_tokens=5_000)
+    chosen = [fleet.choose([number] * 100).replica_id for number in range(12)]
+    assert 4 <= chosen.count("a") <= 8
+
+    fleet.clock.now_s = 10.0  # it is slower indeed
+    fleet.tell("a", prefill_tokens_per_s=3_000.0, step_s=0.03, prefilled_tokens=500_000)
+    fleet.tell("b", prefill_tokens_per_s=52_000.0, step_s=0.005, prefilled_tokens=500_000)
+    chosen = [fleet.choose([50 + number] * 100).replica_id for number in range(12)]
+    assert chosen.count("a") < 3
+
+
+def test_a_mean_speed_counts_each_by_its_tokens() -> None:
+    assert mean_speed([]).rate == 1000.0
+    speeds = [Speed(0, 0.0, 0.0), Speed(100, 30.0, 0.1), Speed(300, 50.0, 0.3)]
+    assert mean_speed(speeds) == pytest.approx((400, 45.0, 0.25))

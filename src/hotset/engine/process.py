@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hotset.clock import REAL_CLOCK
 from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
 from hotset.errors import EngineError, HotsetError
+from hotset.garbage import importing
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
@@ -238,9 +239,10 @@ def _child(connection: Connection, options: Options, build: BuildEngine | None) 
     # A signal to the server's process group reaches the parent, which stops this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    from hotset.engine.load import load_engine
-    from hotset.engine.loop import EngineLoop
-    from hotset.ranks import driver
+    with importing():
+        from hotset.engine.load import load_engine
+        from hotset.engine.loop import EngineLoop
+        from hotset.ranks import driver
 
     has_started, is_ready = threading.Event(), threading.Event()
     threading.Thread(target=_end_with_parent, args=(connection, has_started), daemon=True).start()

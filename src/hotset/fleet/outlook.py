@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +68,45 @@ _NO_LOAD = Load(
     prefilled_tokens=0,
     freed_blocks=0,
 )
+
+
+class Speed(NamedTuple):
+    """How fast a replica computes.
+
+    Attributes:
+        num_tokens: of prompts, by which it was measured.
+        rate: of prompts, in tokens/s.
+        step_s: of a step without prompts.
+    """
+
+    num_tokens: float
+    rate: float
+    step_s: float
+
+    def mixed(self, other: "Speed", num_tokens: float) -> "Speed":
+        """This one, and the other as if that had been measured by `num_tokens` tokens."""
+        total = self.num_tokens + num_tokens
+        share = num_tokens / total
+        return Speed(
+            total,
+            self.rate + share * (other.rate - self.rate),
+            self.step_s + share * (other.step_s - self.step_s),
+        )
+
+
+# A replica that has computed fewer tokens counts mostly as fast as the others: if its first steps
+# were slow, it would get no requests to show more by.
+_TRUSTED_TOKENS = 20_000
+_UNKNOWN = Speed(0, 1000.0, 0.0)
+
+
+def mean_speed(speeds: Iterable[Speed]) -> Speed:
+    """Of replicas, each counted by its tokens; a guess where none has been measured."""
+    mean = _UNKNOWN
+    for speed in speeds:
+        if speed.num_tokens:
+            mean = mean.mixed(speed, speed.num_tokens)
+    return mean
 
 
 class _Sent(NamedTuple):
@@ -137,6 +176,10 @@ class Outlook:
                 return 0.0, 0.0
             return self._per_s(now_s)[0], self._load.prefill_tokens_per_s
 
+    def speed(self) -> Speed:
+        """As it was told last."""
+        return _speed_of(self._load or _NO_LOAD)
+
     def estimate(
         self,
         keys: Sequence[bytes],
@@ -144,7 +187,7 @@ class Outlook:
         now_s: float,
         *,
         in_remote: int,
-        other_rate: float,
+        others: Speed,
     ) -> Estimate:
         """What a prompt of `num_tokens` whose full blocks have these keys would meet now.
 
@@ -153,13 +196,14 @@ class Outlook:
             num_tokens: of the prompt.
             now_s: by the clock of `take` and `send`.
             in_remote: leading blocks that a store has which all replicas may read.
-            other_rate: tokens/s of prompts that is taken where the replica has told none.
+            others: the mean speed of all replicas.
         """
         with self._lock:
             self._forget_sent(now_s - _MOST_UNHEARD_S)
             load, sent = self._load or _NO_LOAD, list(self._sent.values())
             freed_per_s = self._per_s(now_s)[1]
-        rate = load.prefill_tokens_per_s or other_rate
+        speed = _speed_of(load).mixed(others, _TRUSTED_TOKENS)
+        rate = speed.rate
         queued_tokens = load.queued_tokens + sum(one.num_tokens for one in sent)
         num_blocks = -(-num_tokens // self.block_size) + sum(one.num_blocks for one in sent)
         found_tokens, split = self._bring(keys, load, rate, in_remote)
@@ -173,7 +217,7 @@ class Outlook:
             queued_s=queued_tokens / rate + wait_s,
             ready_s=split.ready_s + left / rate,
             rate=rate,
-            step_s=load.step_s,
+            step_s=speed.step_s,
         )
 
     def _bring(
@@ -220,6 +264,12 @@ class Outlook:
             (last.prefilled_tokens - first.prefilled_tokens) / seconds,
             (last.freed_blocks - first.freed_blocks) / seconds,
         )
+
+
+def _speed_of(load: Load) -> Speed:
+    # One token more than were computed: the trials at its start.
+    num_tokens = 1 + load.prefilled_tokens if load.prefill_tokens_per_s else 0
+    return Speed(num_tokens, load.prefill_tokens_per_s, load.step_s)
 
 
 def _block_wait_s(num_short: int, freed_per_s: float) -> float:

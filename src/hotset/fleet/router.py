@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from hotset.clock import REAL_CLOCK, Clock
 from hotset.engine.messages import EngineHost, Report, Submit
 from hotset.fleet.index import BITS
-from hotset.fleet.outlook import Estimate, Outlook
+from hotset.fleet.outlook import Estimate, Outlook, mean_speed
 from hotset.fleet.route import Choice, Random, RoundRobin, Route
 from hotset.fleet.status import Why
 from hotset.kv.block_hash import block_hash, root_hash
@@ -24,7 +24,6 @@ _MOST_WEIGHT = 5.0
 # crowded with so many more requests than another, and so many times as many.
 _LEAST_MATCH = 0.3
 _CROWDED_BY, _CROWDED_TIMES = 64, 1.5
-_UNKNOWN_RATE = 1000.0  # tokens/s of prompts, where no replica has told its own
 # A snapshot is asked for where predictions are wrong by more than this part of the prompts' tokens,
 # over prompts of at least that many tokens.
 _MOST_ERROR = 0.1
@@ -106,10 +105,9 @@ class KnowingRoute(ABC):
         known = [(one, members[one].outlook) for one in replica_ids if one in members]
         if not known:
             return Choice(self._random.choice(replica_ids), Why.RANDOM)
-        rates = [rate for _, outlook in known if (rate := outlook.prefill(now_s)[1])]
-        other_rate = sum(rates) / len(rates) if rates else _UNKNOWN_RATE
         keys = _Keys(submit)
         outlooks = [member.outlook for member in members.values()]
+        others = mean_speed([outlook.speed() for outlook in outlooks])
         in_remote = max(one.index.prefix(keys.of(one), BITS["remote"]) for one in outlooks)
         num_tokens = len(keys.token_ids)
         offers = [
@@ -117,7 +115,7 @@ class KnowingRoute(ABC):
                 replica_id,
                 outlook,
                 outlook.estimate(
-                    keys.of(outlook), num_tokens, now_s, in_remote=in_remote, other_rate=other_rate
+                    keys.of(outlook), num_tokens, now_s, in_remote=in_remote, others=others
                 ),
             )
             for replica_id, outlook in known

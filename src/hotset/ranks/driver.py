@@ -42,6 +42,12 @@ _ENDED_S = 0.25
 # How long a rank may take to end by itself.
 _END_S = 5.0
 _LOOK_EVERY_S = 0.1
+_WORKER = """
+from hotset.garbage import importing
+with importing():
+    from hotset.ranks.worker import main
+main({})
+"""
 
 
 def _exit(line: str) -> None:
@@ -349,7 +355,7 @@ def _check_gpus(size: int, device: str) -> None:
 def _spawn(start: Start) -> tuple["subprocess.Popen[bytes]", Connection]:
     """A process that is a rank, and the connection to it."""
     ours, theirs = Pipe()
-    code = f"from hotset.ranks.worker import main; main({theirs.fileno()})"
+    code = _WORKER.format(theirs.fileno())
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, start.path))}
     process = subprocess.Popen(
         [sys.executable, "-c", code],

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from hotset.cgroups import usable_cpus
+from hotset.garbage import importing
 from hotset.parallel import group
 from hotset.parallel.collectives import forget_symmetric_memory
 from hotset.ranks.facts import machine_facts
@@ -60,7 +61,8 @@ class _Worker:
         group.join(store, start.rank, start.size, start.device, start.timeout_s)
         loaded = None
         while message := self._inbox.get():
-            call: Call = pickle.loads(message)
+            with importing():  # what loads a model; from the next call on it is left alone too
+                call: Call = pickle.loads(message)
             if call.is_build:
                 rank: Rank = call.function(loaded, *call.arguments)
                 self.report(Done({**machine_facts(), **rank.facts}))
