@@ -260,7 +260,7 @@ def main() -> None:
         drained = drains(args, folder, flags)
         killed = kills(args, folder, flags)
     shown = {"users": args.users, "tokens": args.tokens, "conversations": args.talks}
-    result = record.start(**shown, kill=killed, drain=drained)
+    result = record.start(seed=0, **shown, kill=killed, drain=drained)
     record.write(args.out, result, page(result))
     print(page(result))
 

@@ -121,7 +121,7 @@ def main() -> None:
             firsts = [asyncio.run(ttfts(ports, words, args.pairs)) for words in (8, 200)]
     median = {name: round(statistics.median(t[name] for t in turns), 2) for name in turns[0]}
     shown = {"users": args.users, "tokens": args.tokens, "turns": args.turns}
-    result = record.start(**shown, load=turns, load_median=median, ttft=firsts)
+    result = record.start(seed=0, **shown, load=turns, load_median=median, ttft=firsts)
     record.write(args.out, result, page(result))
     print(page(result))
 

@@ -189,7 +189,7 @@ def main() -> None:
                 lost = losses(Path(folder) / "front.log")
                 rows[-1]["why lost"], num_lost = "; ".join(lost[num_lost:]) or None, len(lost)
                 record.say(str(rows[-1]))
-                result = record.start(users=args.users, tokens=args.tokens, cases=rows)
+                result = record.start(seed=0, users=args.users, tokens=args.tokens, cases=rows)
                 record.write(args.out, result, page(result))
     print(page(result))
 
