@@ -2,11 +2,14 @@
 
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from family_configs import build
+from tiny_models import HYBRID_FAMILIES, make_config
+from transformers import JambaConfig
 
 from hotset.bench.presets import PRESETS
 from hotset.cli.plan import command as plan_command
@@ -79,6 +82,14 @@ CASES = {
         (*MOE, "--expert-slots", "0", "--hot-gib", "6"),
         {"expert_slots": 0, "expert_plan": "stream"},
     ),
+    "a state beside KV": (
+        ("qwen3.5-35b-a3b", *H200, "--users", "8"),
+        {"expert_slots": None, "hot_gib": None, "host_gib": 0.0},
+    ),
+    "a state in the host tier too, and experts in slots": (
+        ("qwen3-next-80b-a3b", *H200, "--users", "2", "--total-gib", "60", "--host-gib", "150"),
+        {"total_gib": 60.0},
+    ),
     "experts on disk": (
         (*MOE, "--total-gib", "24", "--host-gib", "20", "--disk-gib", "64"),
         {"total_gib": 24.0, "expert_host_gib": 20.0, "host_gib": 0.0},
@@ -98,7 +109,8 @@ def test_the_command_of_a_plan_is_accepted_as_it_stands(
     assert options["max_model_len"] == data["context_tokens"]
     share = data["resident"]["expert_share"]
     if share < 1:
-        assert options["expert_slots"] == int(share * 128 + 1e-6)
+        num_experts = 512 if arguments[0].startswith("qwen3-next") else 128
+        assert options["expert_slots"] == int(share * num_experts + 1e-6)
 
 
 def test_hot_gib_of_a_plan_that_splits_it_is_kv_alone_beside_its_slots() -> None:
@@ -129,7 +141,14 @@ def test_hot_gib_of_a_plan_that_splits_it_is_kv_alone_beside_its_slots() -> None
             (*TWO, "--total-gib", "9", "--host-gib", "20", "--disk-gib", "64"),
             "keeps experts on disk with one GPU alone",
         ),
-        (("qwen3-next-80b-a3b", *H200, "--users", "2"), "recurrent layers"),
+        (
+            ("qwen3-next-80b-a3b", *TP, "--users", "2"),
+            "runs the recurrent layers of qwen3-next-80b-a3b with one GPU alone",
+        ),
+        (
+            ("qwen3.5-35b-a3b", *H200, "--users", "1", "--hot-gib", "0.15", "--expert-slots", "9"),
+            "three states of qwen3.5-35b-a3b on the device",
+        ),
         (("llama-3-8b", *H200, "--dtype", "int4"), "no int4 weights"),
         (("llama-3-8b", *H200, "--kv-dtype", "int8"), "not int8"),
         ((*MOE, "--dtype", "fp8"), "experts in bfloat16"),
@@ -149,6 +168,24 @@ def test_a_plan_that_serve_cannot_run_says_why_in_one_line(
     serve = planned(*arguments)["serve"]
     assert serve["command"] is None
     assert words in serve["why_not"] and "\n" not in serve["why_not"]
+
+
+@pytest.mark.parametrize("family", sorted(HYBRID_FAMILIES))
+def test_a_plan_of_every_family_that_keeps_a_state_has_a_command(
+    family: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(make_config(family, dtype="bfloat16").to_dict()))
+    data = planned(str(file), *H200, "--users", "4", "--max-model-len", "256")
+    assert data["serve"]["why_not"] is None and data["state_bytes_per_user"] > 0
+    assert parsed_by_serve(data["serve"]["command"])["model"] == str(tmp_path)
+
+
+def test_states_of_other_kinds_have_no_command(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(JambaConfig(dtype="bfloat16").to_dict()))
+    serve = planned(str(file), *H200, "--users", "4", "--max-model-len", "256")["serve"]
+    assert serve["command"] is None and "does not run recurrent layers" in serve["why_not"]
 
 
 def test_the_table_ends_with_the_command_or_the_reason() -> None:

@@ -17,6 +17,8 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "fp8
 # In transformers: nothing is cut by tp, or all but the attention.
 _NO_TP_PLAN = ("gpt_oss",)
 _WHOLE_ATTENTION = ("olmoe", "olmo2", "olmo3", "flex_olmo")
+_OTHER_STATES = ("jamba", "mamba2")  # the first Mamba's; no layer that attends
+_LEAST_STATES = 3  # two that no request gets, see `StateSizes`
 _OWN_EXPERTS = ("llama4", "dbrx", "jetmoe")  # computed by the model's own code, all resident
 
 
@@ -33,7 +35,6 @@ def as_dict(plan: Plan) -> dict[str, object]:
 def why_not_served(plan: Plan) -> str:
     """Why `hotset serve` cannot run the plan, in one line; empty where it can."""
     request, shape = plan.request, plan.request.shape
-    kinds = {layer.attention.kind for layer in shape.layers}
     context = request.workload.context
     stored = shape.matrix_dtype
     # (what is planned and not served, what to say of it)
@@ -44,9 +45,13 @@ def why_not_served(plan: Plan) -> str:
         ),
         *_why_not_on_several(plan),
         (
-            Kind.RECURRENT in kinds,
-            f"a plan does not size the state slots that serve has for the recurrent layers of "
-            f"{shape.name}",
+            shape.model_type in _OTHER_STATES,
+            f"hotset serve does not run recurrent layers as {shape.name} has them",
+        ),
+        (
+            0 < _kv_given(plan) < _LEAST_STATES * shape.state_bytes,
+            f"hotset serve has three states of {shape.name} on the device for one request: plan "
+            "more --hot-gib",
         ),
         (
             shape.max_context is not None and context > shape.max_context,
@@ -97,6 +102,11 @@ def _why_not_on_several(plan: Plan) -> list[tuple[bool, str]]:
         (
             shape.model_type in _NO_TP_PLAN,
             f"{shape.name} has no tensor-parallel plan in transformers: plan --gpus 1",
+        ),
+        (
+            any(layer.attention.kind == Kind.RECURRENT for layer in shape.layers),
+            f"hotset serve runs the recurrent layers of {shape.name} with one GPU alone: plan "
+            "--gpus 1",
         ),
         (
             shape.is_mla or shape.model_type in _WHOLE_ATTENTION,
@@ -163,15 +173,20 @@ def _device_memory(plan: Plan) -> dict[str, str]:
     if request.total_bytes is not None:
         words["--total-gib"] = _gib(request.total_bytes)
     if request.hot_bytes is not None:
-        kv_bytes = request.hot_bytes
-        if is_buffered and request.expert_slots is None:  # beside slots it is for KV alone
-            kv_bytes -= staged_bytes(plan.cost, share)
-        words["--hot-gib"] = _gib(kv_bytes)
+        words["--hot-gib"] = _gib(_kv_given(plan))
     if is_buffered:
         words["--expert-slots"] = str(slots)
         if slots == 0:
             words["--expert-plan"] = "stream"
     return words
+
+
+def _kv_given(plan: Plan) -> float:
+    """What of `--hot-gib` is for KV and state; 0 where it is not given."""
+    request, share = plan.request, plan.resident_expert_share
+    if request.hot_bytes is None or request.expert_slots is not None or share == 1:
+        return request.hot_bytes or 0.0
+    return request.hot_bytes - staged_bytes(plan.cost, share)  # beside slots it is for KV alone
 
 
 def _slower_tiers(plan: Plan) -> dict[str, str]:
