@@ -9,19 +9,19 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from hotset.clock import REAL_CLOCK, Clock
 from hotset.engine.engine import Engine
 from hotset.engine.fair_queue import FairQueue
 from hotset.engine.following import Following
-from hotset.engine.messages import BuildEngine, EngineInfo, Load, Report, Submit
+from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
+from hotset.engine.outbox import Outbox
 from hotset.engine.run import run_steps, settle
 from hotset.engine.status import EngineStatus, engine_status
 from hotset.engine.urgency import MUCH_LONGER
 from hotset.errors import DrainingError, EngineError, OverloadedError, RequestError
-from hotset.memory.journal import JournalPart
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
@@ -109,7 +109,7 @@ class EngineLoop:
         self._moves_at_s = math.inf  # when those that are left end as moved
         self._numbers = itertools.count()
         self._finished_s: deque[float] = deque(maxlen=1024)
-        self._outbox = _Outbox()
+        self._outbox = Outbox()
         self._did_warm_up = True
         self._warm_up_due_s = 0.0
         ready: Future[tuple[Engine, LoadedModel]] = Future()
@@ -426,31 +426,3 @@ class EngineLoop:
             _log.exception("the engine cannot be looked at")
             seen = f"the engine cannot be looked at: {error}"
         self._outbox.looks.append((look_id, seen))
-
-
-@dataclass(slots=True)
-class _Outbox:
-    """What the next report will have."""
-
-    outputs: list[RequestOutput] = field(default_factory=list)
-    started: list[str] = field(default_factory=list)
-    taken: list[str] = field(default_factory=list)
-    looks: list[tuple[int, EngineStatus | str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    journal: JournalPart | None = None
-    load: Load | None = None
-    is_draining: bool = False  # since now
-
-    @property
-    def is_empty(self) -> bool:
-        lists = self.outputs or self.started or self.taken or self.looks or self.notes
-        is_silent = self.journal is None and self.load is None and not self.is_draining
-        return not lists and is_silent
-
-    def take(self, time_s: float) -> Report:
-        report = Report(time_s, self.outputs, self.started, self.taken, self.looks, self.notes)
-        report.journal, report.load = self.journal, self.load
-        report.is_draining, self.is_draining = self.is_draining, False
-        self.outputs, self.started, self.taken, self.looks, self.notes = [], [], [], [], []
-        self.journal = self.load = None
-        return report

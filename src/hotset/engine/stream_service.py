@@ -155,27 +155,18 @@ class StreamService(ABC):
             request_id = f"hotset-{next(self._ids)}"
         elif "#" in request_id:
             raise RequestError(f"request id {request_id!r} has a '#' in it")
-        clock = RequestClock(self.latencies, REAL_CLOCK.now())
-        stream = OutputStream(self, request_id, params.n, clock)
+        who = (salt, priority, tenant)
+        submit = Submit(request_id, token_ids, params, *who, timeout_s, queue_limit, snapshot_at)
+        stream = OutputStream(
+            self, request_id, params.n, RequestClock(self.latencies, REAL_CLOCK.now())
+        )
         with self._lock:
             self.raise_unless_healthy()
             if request_id in self._streams:
                 raise RequestError(f"request id {request_id!r} is in use")
             self._streams[request_id] = stream
         try:
-            self._send(
-                Submit(
-                    request_id,
-                    token_ids,
-                    params,
-                    salt=salt,
-                    priority=priority,
-                    tenant=tenant,
-                    timeout_s=timeout_s,
-                    queue_limit=queue_limit,
-                    snapshot_at=snapshot_at,
-                )
-            )
+            self._send(submit)
         except BaseException:
             with self._lock:
                 self._streams.pop(request_id, None)

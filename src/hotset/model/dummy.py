@@ -1,7 +1,9 @@
 """A model of a known shape with random weights, for benchmarks."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +95,9 @@ def load_dummy(
     narrow = _narrow_of(architecture, shape, places)
     cutter = ModelCutter(shape, short_name)
     cutter.cut_all(shape)
-    devices = [target] if target.type == "cuda" else []
     with closing_on_error(experts):
         _check_room(shape, short_name, narrow, places)
-        with quiet(), torch.random.fork_rng(devices), torch.device(target):
-            torch.manual_seed(seed)
+        with quiet(), _drawing(target, seed):
             model = _make(architecture, torch_dtype, narrow, cutter, places)
     if router_skew is not None:
         skew_routers(model, router_skew, seed=seed)
@@ -112,6 +112,15 @@ def load_dummy(
         max_model_len=max_model_len(model, None, short_name),
         notes=notes,
     )
+
+
+@contextlib.contextmanager
+def _drawing(device: torch.device, seed: int) -> Iterator[None]:
+    """Tensors are made on the device, and random ones follow from `seed`, in the block alone."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), device:
+        torch.manual_seed(seed)
+        yield
 
 
 def _fingerprint(*made_of: object) -> str:

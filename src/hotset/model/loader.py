@@ -109,19 +109,7 @@ def load_model(
     where = (target, dtype, torch_dtype, experts_on_host, experts)
     asked = _Asked(short_name, *where, check, needs_tokenizer, allow_widening)
     with closing_on_error(experts), quiet():
-        if architecture is None:
-            model, tokenizer, architecture, note = checkpoint.load_gguf(
-                source,
-                asked.first_device,
-                torch_dtype,
-                why_wide=why_wide,
-                allow_widening=allow_widening or dtype == "fp8",
-            )
-            cutter = ModelCutter(model, short_name)
-        else:
-            model, tokenizer, note, cutter = _load_folder(source, architecture, asked)
-    if experts_on_host:
-        move_but_experts(model, target)
+        model, tokenizer, architecture, note, cutter = _read(source, architecture, asked, why_wide)
     notes = finish(model, dtype, architecture)
     _cut_whole(model, cutter, target)
     return LoadedModel(
@@ -142,6 +130,29 @@ def _cut_whole(model: PreTrainedModel, cutter: ModelCutter, target: torch.device
     if not cutter.is_idle and model.device != target:  # whole weights were read to the CPU
         model.to(target)
     cutter.join_outputs(model)
+
+
+def _read(
+    source: Path, architecture: Architecture | None, asked: _Asked, why_wide: str | None
+) -> tuple[PreTrainedModel, Any, Architecture, str | None, ModelCutter]:
+    """The model, its tokenizer, what it is, what to say of its weights, and what cuts it.
+
+    Of a folder of this architecture, or of a GGUF file, where that is None.
+    """
+    if architecture is None:
+        model, tokenizer, architecture, note = checkpoint.load_gguf(
+            source,
+            asked.first_device,
+            asked.torch_dtype,
+            why_wide=why_wide,
+            allow_widening=asked.allow_widening or asked.dtype == "fp8",
+        )
+        cutter = ModelCutter(model, asked.name)
+    else:
+        model, tokenizer, note, cutter = _load_folder(source, architecture, asked)
+    if asked.experts_on_host:
+        move_but_experts(model, asked.target)
+    return model, tokenizer, architecture, note, cutter
 
 
 def _load_folder(
