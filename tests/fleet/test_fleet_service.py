@@ -10,6 +10,7 @@ from servers import build, wait_for
 
 from hotset.engine.completion import Completion, gather
 from hotset.engine.engine import Engine
+from hotset.engine.messages import Submit
 from hotset.errors import EngineError, OverloadedError, RequestError
 from hotset.fleet.status import GivenUp, Moved, Why
 from hotset.model.loaded import LoadedModel
@@ -141,6 +142,26 @@ def test_a_request_waits_for_a_replica_that_comes_back_and_not_for_ever() -> Non
         [completion] = read(stream)
         assert completion.finish_reason == "error" and completion.code == NOT_AVAILABLE
         assert front.service.fleet().counts.given_up == {GivenUp.NO_REPLICA: 1}
+
+
+def test_a_request_that_no_replica_takes_again_does_not_wait_for_ever(two: Fleet) -> None:
+    def refuse(submit: Submit) -> None:
+        raise EngineError("not now")
+
+    stream = two.service.submit([5, 6], LONG)
+    host = holder(two)
+    [other] = [one for one in two.hosts if one is not host]
+    other.submit = refuse
+    two.service._dispatcher._wait_s = 0.3
+    host.cut()
+    for _ in range(100):  # as readers do, more often
+        two.service.look_for_engine()
+        time.sleep(0.01)
+        if not two.service._dispatcher._flights:
+            break
+    [completion] = read(stream)
+    assert completion.finish_reason == "error" and completion.code == NOT_AVAILABLE
+    assert other.is_alive and two.service.healthy
 
 
 def test_an_answer_never_goes_on_with_another_model(two: Fleet) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -68,7 +69,7 @@ class Dispatcher:
         self._lock = threading.Lock()
         self._replicas: dict[str, Replica] = {}
         self._flights: dict[str, Flight] = {}
-        self._waiting: dict[Flight, float] = {}  # for a replica; until when
+        self._waiting: set[Flight] = set()  # for a replica
         self._lost: deque[Replica] = deque(maxlen=_MOST_LOST)
         self._lost_metrics = Metrics()
         self._is_closing = False
@@ -78,8 +79,8 @@ class Dispatcher:
     def metrics(self) -> Metrics:
         """Of all replicas, those that were lost included."""
         with self._lock:
-            hosts = [replica.host for replica in self._replicas.values()]
-            return sum_metrics([self._lost_metrics, *(host.metrics for host in hosts)])
+            found = [self._lost_metrics, *(one.host.metrics for one in self._replicas.values())]
+        return sum_metrics(found)
 
     @property
     def replicas(self) -> list[Replica]:
@@ -118,7 +119,7 @@ class Dispatcher:
                 self._replicas[replica_id] = replica
                 self.first = self.first or host
                 self._note_serving()
-                waiting, self._waiting = list(self._waiting), {}
+                waiting, self._waiting = self._waiting, set()
         if why:
             host.close()
             raise EngineError(why)
@@ -163,12 +164,12 @@ class Dispatcher:
             return
         now_s = self._clock.now()
         with self._lock:
-            for flight, until_s in list(self._waiting.items()):
-                if until_s <= now_s:
+            for flight in list(self._waiting):
+                if flight.wait_until_s <= now_s:
                     why = GivenUp.FINGERPRINT if self.serving else GivenUp.NO_REPLICA
                     self._give_up(flight, why, now_s)
                 elif self._candidates(flight, set()):
-                    del self._waiting[flight]
+                    self._waiting.discard(flight)
                     self._movers.submit(self._place_again, flight)
 
     def close(self) -> None:
@@ -270,6 +271,7 @@ class Dispatcher:
                 flight.was_accepted = True
                 return False
             flight.was_accepted, flight.is_placing = True, False
+            flight.wait_until_s = math.inf
             return True
 
     def _leave(self, flight: Flight, replica: Replica) -> None:
@@ -301,10 +303,10 @@ class Dispatcher:
     def _wait(self, flight: Flight) -> None:
         if flight.is_over or self._is_closing:
             return
-        until_s = self._clock.now() + self._wait_s
+        flight.wait_until_s = min(flight.wait_until_s, self._clock.now() + self._wait_s)
         if flight.deadline_s is not None:
-            until_s = min(until_s, flight.deadline_s)
-        self._waiting[flight] = until_s
+            flight.wait_until_s = min(flight.wait_until_s, flight.deadline_s)
+        self._waiting.add(flight)
 
     def _give_up(self, flight: Flight, why: GivenUp, now_s: float) -> None:
         """End a request that has left a replica and cannot go on."""
@@ -327,7 +329,7 @@ class Dispatcher:
 
     def _forget(self, flight: Flight) -> None:
         self._flights.pop(flight.asked.request_id, None)
-        self._waiting.pop(flight, None)
+        self._waiting.discard(flight)
         replica, flight.replica = flight.replica, None
         if replica is not None:
             replica.flights.pop(flight.sent.request_id, None)

@@ -1,5 +1,6 @@
 """One request of a front, from replica to replica: what was delivered of it, and its losses."""
 
+import math
 import random
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -44,6 +45,7 @@ class Flight:
         lost_on: replicas that died with it.
         is_placing: a thread looks for a replica, or it waits for one. `must_move` tells the thread
             that it has left a replica meanwhile.
+        wait_until_s: when it ends if no replica takes it before.
         was_accepted: by a replica, so that it ends with an output and not with an exception.
         last_s: when its last tokens came; 0 before.
         is_paused: it has left a replica in the middle of its answer, and no token has come since.
@@ -61,6 +63,7 @@ class Flight:
     lost_on: set[str] = field(default_factory=set)
     is_placing: bool = True
     must_move: bool = False
+    wait_until_s: float = math.inf
     was_accepted: bool = False
     last_s: float = 0.0
     is_paused: bool = False

@@ -116,6 +116,8 @@ class FleetService(StreamService):
         replicas = self._dispatcher.replicas
         looks = [replica.looks.ask(replica.host) for replica in replicas]
         merged: Future[EngineStatus] = Future()
+        if not looks:
+            merged.set_exception(EngineError(NO_REPLICA))
         lock, left = threading.Lock(), set(range(len(looks)))
 
         def note(i: int, look: "Future[EngineStatus]") -> None:
