@@ -9,11 +9,14 @@ The capacity is that of round robin: requests per second where all are there at 
 routes get the same requests at the same times, `--loads` times as fast as that.
 
     python benchmarks/fleet_routing.py --trace TRACE --out benchmarks/results/fleet_routing
+
+With `--capacity` that of an earlier run is taken, and its rows of other loads and routes are kept.
 """
 
 import gc
 import heapq
 import itertools
+import json
 import tempfile
 import time
 from collections import Counter, deque
@@ -276,6 +279,16 @@ def attainable(sessions: list[Session]) -> float:
     return sum(turn.known_tokens for one in sessions for turn in one.turns) / tokens
 
 
+def kept_rows(out: Path | None, found: dict[str, Any], again: set[tuple[float, str]]) -> list[Any]:
+    """Rows of an earlier run of the same requests that are not made again."""
+    if out is None or not out.with_suffix(".json").exists():
+        return []
+    old = json.loads(out.with_suffix(".json").read_text())
+    if any(old[name] != found[name] for name in ("requests", "replicas", "capacity_per_s")):
+        return []
+    return [run for run in old["runs"] if (run["load"], run["route"]) not in again]
+
+
 def page(found: dict[str, Any]) -> str:
     """The results as text."""
     rows = [
@@ -322,7 +335,6 @@ def main() -> None:
         replicas=num,
         seed=0,
         attainable_share=round(attainable(sessions), 4),
-        runs=[],
     )
     capacity = arguments.capacity
     if capacity is None:
@@ -331,12 +343,15 @@ def main() -> None:
         record.say(f"capacity {together}")
     found["capacity_per_s"] = capacity
     trace_s = sessions[-1].arrival_s - sessions[0].arrival_s
-    for load in map(float, arguments.loads.split(",")):
+    loads, routes = [*map(float, arguments.loads.split(","))], arguments.routes.split(",")
+    found["runs"] = kept_rows(arguments.out, found, {*itertools.product(loads, routes)})
+    for load in loads:
         scale = len(sessions) / (load * capacity) / trace_s
         times_s = [(one.arrival_s - sessions[0].arrival_s) * scale for one in sessions]
-        for name in arguments.routes.split(","):
+        for name in routes:
             figures = {"load": load, **play(name, sessions, times_s, loaded, num)}
-            found["runs"].append(figures)
+            found["runs"].append({**figures, "commit": found["commit"]})
+            found["runs"].sort(key=lambda run: (run["load"], [*ROUTES].index(run["route"])))
             record.say(str(figures))
             record.write(arguments.out, found, page(found))
 

@@ -39,6 +39,7 @@ class Metrics(ExpertCounts):
 
     steps: int = 0
     step_s: float = 0.0
+    prompt_step_s: float = 0.0  # of these, in steps with tokens of prompts
     requests_finished: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     output_tokens: int = 0

@@ -84,6 +84,7 @@ def test_the_load_counts_what_waits_and_what_runs() -> None:
     _, load = following.news(0)  # at once, as nothing more may come for long
     assert load is not None and (load.queued_tokens, load.num_open) == (0, 0)
     assert load.prefilled_tokens >= 19 and load.freed_blocks == 8
+    assert 0 < load.prompt_step_s < engine.metrics.step_s
     assert following.news(0)[1] is None  # it is the same
     engine.close()
 

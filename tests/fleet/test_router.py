@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from fakes import FakeClock
@@ -34,11 +35,12 @@ LOAD = Load(
     prefill_tokens_per_s=RATE,
     link_bytes_per_s={"host": LINK},
     prefilled_tokens=0,
+    prompt_step_s=0.0,
     freed_blocks=0,
 )
 
 
-def info(fingerprint: str = "model", block_size: int = BLOCK, **options: object) -> EngineInfo:
+def info(fingerprint: str = "model", block_size: int = BLOCK, **options: Any) -> EngineInfo:
     options = Options.of(**options)
     return EngineInfo(options, 10**6, "", False, fingerprint, block_size, KV_BYTES)
 
@@ -71,7 +73,7 @@ def snapshot(keys: list[bytes], code: int = DEVICE, first: int = 0) -> JournalPa
 class Fleet:
     """A route with replicas that tell what a test has them tell."""
 
-    def __init__(self, route: type[KnowingRoute], names: str = "ab", **options: object) -> None:
+    def __init__(self, route: type[KnowingRoute], names: str = "ab", **options: Any) -> None:
         self.clock, self.num_sent = FakeClock(), 0
         self.route = route(self.clock, seed=0)
         self.hosts = {name: Host(info(**options)) for name in names}
@@ -79,8 +81,8 @@ class Fleet:
             self.route.join(name, host)  # type: ignore[arg-type]
             self.tell(name, snapshot([]))
 
-    def tell(self, name: str, journal: JournalPart | None = None, **load: object) -> None:
-        self.route.take(name, Report(0.0, journal=journal, load=replace(LOAD, **load)))
+    def tell(self, name: str, journal: JournalPart | None = None, **changes: Any) -> None:
+        self.route.take(name, Report(0.0, journal=journal, load=replace(LOAD, **changes)))
 
     def journal(self, name: str, part: JournalPart) -> None:
         self.route.take(name, Report(0.0, journal=part))
@@ -90,11 +92,11 @@ class Fleet:
         self.clock.now_s += 20.0
         for done in (0.0, share):
             for name in self.hosts:
-                self.tell(name, prefilled_tokens=int(done * RATE * 10))
+                self.tell(name, prompt_step_s=done * 10)
             self.clock.now_s += 10.0
         self.clock.now_s -= 10.0
 
-    def choose(self, token_ids: list[int], names: str | None = None, **submit: object) -> Choice:
+    def choose(self, token_ids: list[int], names: str | None = None, **submit: Any) -> Choice:
         self.num_sent += 1
         one = Submit(f"id-{self.num_sent}", token_ids, SamplingParams(), **submit)  # type: ignore
         return self.route.choose(one, list(names or self.hosts))
@@ -170,7 +172,7 @@ def test_the_busier_the_fleet_the_longer_a_warm_replica_is_kept(
     for queued, expected in ((stays, ("a", Why.PREFIX)), (leaves, ("b", Why.LOAD))):
         fleet.busy(busy)
         for name, num in (("a", queued), ("b", 0)):
-            fleet.tell(name, queued_tokens=num, prefilled_tokens=int(busy * RATE * 10))
+            fleet.tell(name, queued_tokens=num, prompt_step_s=busy * 10)
         choice = fleet.choose(prompt())
         assert (choice.replica_id, choice.why) == expected
         computed = PROMPT - WARM if expected[0] == "a" else PROMPT

@@ -385,6 +385,8 @@ class Engine:
         num_tokens, prompt_tokens = step.num_tokens, step.num_prompt_tokens
         self.metrics.steps += 1
         self.metrics.step_s += seconds
+        if prompt_tokens:
+            self.metrics.prompt_step_s += seconds
         self._recent_step_s.append(seconds)
         self.metrics.computed_tokens += num_tokens
         self.step_cost.observe(prompt_tokens, seconds)

@@ -110,5 +110,6 @@ class Following:
             prefill_tokens_per_s=engine.rates.prefill_tokens_per_s,
             link_bytes_per_s=dict(engine.rates.link_bytes_per_s),
             prefilled_tokens=engine.metrics.prefilled_tokens,
+            prompt_step_s=engine.metrics.prompt_step_s,
             freed_blocks=engine.metrics.freed_blocks,
         )

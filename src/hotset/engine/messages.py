@@ -56,6 +56,7 @@ class Load:
         step_s: mean of the last steps; 0 before the first.
         prefill_tokens_per_s, link_bytes_per_s: as in `Rates`.
         prefilled_tokens: of prompts, computed since the start.
+        prompt_step_s: of steps with tokens of prompts, since the start.
         freed_blocks: that requests have given back at their ends since the start.
     """
 
@@ -68,6 +69,7 @@ class Load:
     prefill_tokens_per_s: float
     link_bytes_per_s: dict[str, float]
     prefilled_tokens: int
+    prompt_step_s: float
     freed_blocks: int
 
 

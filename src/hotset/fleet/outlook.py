@@ -66,6 +66,7 @@ _NO_LOAD = Load(
     prefill_tokens_per_s=0.0,
     link_bytes_per_s={},
     prefilled_tokens=0,
+    prompt_step_s=0.0,
     freed_blocks=0,
 )
 
@@ -121,7 +122,7 @@ class _Progress(NamedTuple):
     """Counters of a load."""
 
     at_s: float
-    prefilled_tokens: int
+    prompt_step_s: float
     freed_blocks: int
 
 
@@ -151,7 +152,7 @@ class Outlook:
         with self._lock:
             self._load = load
             self._forget_sent(now_s - _ON_ITS_WAY_S)
-            self._progress.append(_Progress(now_s, load.prefilled_tokens, load.freed_blocks))
+            self._progress.append(_Progress(now_s, load.prompt_step_s, load.freed_blocks))
             self._trim(now_s)
 
     def send(self, submit: Submit, estimate: Estimate, now_s: float) -> None:
@@ -169,12 +170,10 @@ class Outlook:
         for request_id in [one for one, sent in self._sent.items() if sent.at_s < before_s]:
             del self._sent[request_id]
 
-    def prefill(self, now_s: float) -> tuple[float, float]:
-        """Tokens/s of prompts that it computed of late, and that it can compute; 0 if not known."""
+    def busy_share(self, now_s: float) -> float:
+        """Of the last seconds, the share in which it computed prompts."""
         with self._lock:
-            if self._load is None:
-                return 0.0, 0.0
-            return self._per_s(now_s)[0], self._load.prefill_tokens_per_s
+            return self._per_s(now_s)[0]
 
     def speed(self) -> Speed:
         """As it was told last."""
@@ -204,14 +203,15 @@ class Outlook:
             freed_per_s = self._per_s(now_s)[1]
         speed = _speed_of(load).mixed(others, _TRUSTED_TOKENS)
         rate = speed.rate
-        queued_tokens = load.queued_tokens + sum(one.num_tokens for one in sent)
         num_blocks = -(-num_tokens // self.block_size) + sum(one.num_blocks for one in sent)
         found_tokens, split = self._bring(keys, load, rate, in_remote)
         left = num_tokens - found_tokens
+        computed_tokens = left + split.computed_tokens
+        queued_tokens = load.queued_tokens + sum(one.num_tokens for one in sent)
         wait_s = _block_wait_s(num_blocks - load.spare_blocks, freed_per_s)
         return Estimate(
             found_tokens=found_tokens,
-            computed_tokens=left + split.computed_tokens,
+            computed_tokens=computed_tokens,
             queued_tokens=queued_tokens,
             num_open=load.num_open + len(sent),
             queued_s=queued_tokens / rate + wait_s,
@@ -254,14 +254,14 @@ class Outlook:
             self._progress.popleft()
 
     def _per_s(self, now_s: float) -> tuple[float, float]:
-        """Tokens of prompts computed per second, and blocks given back, of late."""
+        """Seconds per second in which prompts were computed, and blocks given back, of late."""
         self._trim(now_s)
         if not self._progress:
             return 0.0, 0.0
         first, last = self._progress[0], self._progress[-1]
         seconds = min(max(now_s - first.at_s, _LEAST_WINDOW_S), _WINDOW_S)
         return (
-            (last.prefilled_tokens - first.prefilled_tokens) / seconds,
+            (last.prompt_step_s - first.prompt_step_s) / seconds,
             (last.freed_blocks - first.freed_blocks) / seconds,
         )
 

@@ -189,9 +189,8 @@ class CostRoute(KnowingRoute):
 
     def _weight(self, now_s: float) -> float:
         """How many others wait for the time that a request takes."""
-        figures = [member.outlook.prefill(now_s) for member in self._members.values()]
-        rate = sum(can for _, can in figures)
-        busy = sum(did for did, _ in figures) / rate if rate else 0.0
+        shares = [member.outlook.busy_share(now_s) for member in self._members.values()]
+        busy = sum(shares) / len(shares)
         return _MOST_WEIGHT if busy >= 1.0 else min(_MOST_WEIGHT, busy / (1.0 - busy))
 
 
