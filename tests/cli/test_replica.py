@@ -1,6 +1,8 @@
 import contextlib
 import queue
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,12 +34,33 @@ def replica(folder: Path) -> Iterator[ReplicaProcess]:
         yield made
 
 
+_FRONT = """
+import sys
+from pathlib import Path
+from hotset.fleet.link_host import LinkHost
+from hotset.fleet.service import FleetService
+from hotset.secret import read_secret
+host = LinkHost(sys.argv[1], read_secret(Path(sys.argv[2])), print)
+assert host.model.require_tokenizer().chat_template
+host.close()
+sys.exit("torch" in sys.modules)
+"""
+
+
+def check_that_only_the_engine_loads_torch(folder: Path, replica: ReplicaProcess) -> None:
+    maps = psutil.Process(replica.process.pid).memory_maps()
+    assert not [one.path for one in maps if "torch" in one.path]
+    command = [sys.executable, "-c", _FRONT, replica.address, str(folder / "secret")]
+    subprocess.run(command, check=True, timeout=60)
+
+
 def test_a_replica_serves_fronts_and_at_sigterm_its_requests_move(
     folder: Path, replica: ReplicaProcess
 ) -> None:
     [entry] = Directory(folder).entries()
     assert (entry.replica_id, entry.model, entry.pid) == ("r1", "tiny", replica.process.pid)
     assert entry.address == replica.address == str(folder / "r1.sock")
+    check_that_only_the_engine_loads_torch(folder, replica)
     reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
     host = LinkHost(entry.address, own_secret(folder), reports.put)
     host.submit(Submit("a", [5, 6], LONG))
