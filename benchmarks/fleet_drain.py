@@ -82,6 +82,7 @@ def kills(args: argparse.Namespace, folder: Path, flags: list[str]) -> dict[str,
                         a.token_ids == b.token_ids for a, b in zip(answers, expected, strict=True)
                     ),
                     "resumed": moved,
+                    "tie_gaps": asyncio.run(tie_gaps(port, texts, answers, expected)),
                     "errors": sorted({one.error for one in answers if one.error}),
                 }
             )
@@ -95,6 +96,30 @@ def kills(args: argparse.Namespace, folder: Path, flags: list[str]) -> dict[str,
         "client_pause_s": record.percentiles(client_pauses_s, digits=3),
         "undisturbed_gap_s": record.percentiles([a.longest_gap_s for a in expected], digits=3),
     }
+
+
+async def tie_gaps(
+    port: int, texts: list[str], answers: list[Answer], expected: list[Answer]
+) -> list[float]:
+    """Of answers that differ: how far apart the logits of the two tokens are, where they part.
+
+    Rounding depends on who else is in a batch, so that one of two equal tokens may be either.
+    """
+    gaps = []
+    async with httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=120
+    ) as http:
+        for text, answer, other in zip(texts, answers, expected, strict=True):
+            pairs = enumerate(zip(answer.token_ids, other.token_ids, strict=False))
+            place = next((i for i, (a, b) in pairs if a != b), None)
+            if place is None:
+                continue
+            prompt = (await http.post("/tokenize", json={"prompt": text})).json()["tokens"]
+            body = {"prompt": prompt + other.token_ids[:place], "max_tokens": 1, "logprobs": 2}
+            told = (await http.post("/v1/completions", json=body | {"temperature": 0})).json()
+            likely = sorted(told["choices"][0]["logprobs"]["top_logprobs"][0].values())
+            gaps.append(likely[-1] - likely[-2])
+    return gaps
 
 
 def gap_over(answer: Answer, moment_s: float) -> float:
@@ -226,12 +251,14 @@ def page(result: dict[str, Any]) -> str:
     answers = len(kill["rounds"]) * result["users"]
     well = sum(one["ended_well"] for one in kill["rounds"])
     same = sum(one["same_tokens"] for one in kill["rounds"])
+    gaps = [gap for one in kill["rounds"] for gap in one["tie_gaps"]]
+    others = f" Where the others part, two tokens were {max(gaps):.1e} apart." if gaps else ""
     return (
         "# A replica is killed, and a replica drains\n\n"
         f"**Kill.** {result['users']} streams of {result['tokens']} tokens over two replicas, one "
         f"of which gets SIGKILL after a second, {len(kill['rounds'])} times: {well} of {answers} "
         f"streams ended well, {same} with the tokens of an undisturbed run, {moved} went on at the "
-        "other replica.\n\n"
+        f"other replica.{others}\n\n"
         f"- pause of these as the front saw it: p50 {kill['pause_s']['p50']:.2f} s, p99 "
         f"{kill['pause_s']['p99']:.2f} s\n"
         f"- as clients saw it: p50 {kill['client_pause_s']['p50']:.2f} s, p99 "

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from servers import build, running_server, wait_for
 from hotset.cli.top import command, fetch
 from hotset.cli.top_view import view
 from hotset.engine.service import EngineService
+from hotset.engine.status import EngineStatus
 from hotset.fleet.front_pages import FrontPages
 from hotset.fleet.status import FleetStatus
 from hotset.options import Options
@@ -170,6 +172,20 @@ def test_a_front_shows_what_all_fronts_on_its_port_did(tmp_path: Path) -> None:
         assert f'hotset:time_to_first_token_seconds_bucket{{{label},le="+Inf"}} 0.0' in samples
     assert samples.count("# TYPE hotset:fleet_routed_total counter") == 1
     assert samples.count("# TYPE hotset:engine_steps_total counter") == 1
+
+
+def test_a_status_shows_what_its_own_look_has_found() -> None:
+    class Looking(Front):
+        def status(self) -> "Future[EngineStatus]":
+            self.fleets.append(fleet_of(3))  # replicas have told of themselves
+            return super().status()
+
+    with running_server(start=Looking) as server:
+        status = fetch(server.url, None)
+    assert status["engine"]["num_moving"] == sum(
+        one["users"]["moving"] for one in status["fleet"]["replicas"]
+    )
+    assert len(status["fleet"]["replicas"]) == 3
 
 
 def test_one_engine_has_no_fleet_and_no_label_of_a_replica() -> None:

@@ -132,11 +132,12 @@ class StatusBoard:
         Raises:
             EngineError: there is no answer. A fleet has one even without replicas.
         """
-        fleet = self.fleet()
-        if fleet is None:
+        if self.fleet() is None:
             return await self._look_at_service()
         with contextlib.suppress(EngineError):
             await self._look_at_service()
+        fleet = self.fleet()  # with what this look has brought
+        assert fleet is not None
         seen = [one.engine for one in fleet.replicas if one.state is not ReplicaState.LOST]
         return merge_engines([one for one in seen if one is not None])
 
