@@ -7,8 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from stores import needs_redis, read, remote, write
+from click.testing import CliRunner
+from stores import needs_redis, read, remote, seal, write
 
+from hotset.cli.fleet_revoke import command
 from hotset.errors import TierError
 from hotset.fleet.store import start_store
 from hotset.memory.tier import CompletionStatus
@@ -31,6 +33,29 @@ def test_a_store_shares_payloads_and_leaves_nothing_behind(tmp_path: Path) -> No
     assert not store.is_alive
     assert {path.name for path in tmp_path.iterdir()} <= {"store.log"}
     store.close()
+
+
+@needs_redis
+def test_a_writer_is_revoked_in_the_store_of_a_directory(tmp_path: Path) -> None:
+    store = start_store(tmp_path, 2**24)
+    assert store is not None
+    tier, other = remote(store.url), remote(store.url, by=seal(writer="another"))
+    write(tier, 1)
+    write(other, 2)
+    done = CliRunner().invoke(command, ["another", "--directory", str(tmp_path)])
+    assert done.output == f"{tmp_path / 'store.sock'}: blocks of another are not used any more\n"
+    tier.close()
+    tier = remote(store.url)
+    assert [read(tier, number)[0].fault for number in (1, 2)] == [None, "revoked"]
+    tier.close()
+    other.close()
+    store.close()
+
+
+def test_revoking_where_there_is_no_store_is_one_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(command, ["another", "--directory", str(tmp_path)])
+    assert isinstance(done.exception, TierError)
+    assert str(done.exception).startswith(f"the store {tmp_path / 'store.sock'} cannot be told: ")
 
 
 @needs_redis

@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": "Show what the tiers are for: the same work with and without them.",
     "demo-moe": "Show what expert buffering is: a quarter of the experts, the same answers.",
     "fleet": "Serve a model by several replicas on this machine.",
+    "fleet revoke": "Have no replica use what one of them wrote to the stores.",
     "front": "Serve the HTTP API by the replicas of a fleet.",
     "generate": "Stream text for prompts given on the command line.",
     "plan": "Show where a model would live, how many users fit and how fast it should run.",

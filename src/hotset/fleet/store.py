@@ -52,6 +52,11 @@ class LocalStore:
             self._process.wait()
 
 
+def socket_of(folder: Path) -> Path:
+    """Where the store of a folder listens."""
+    return folder.resolve() / "store.sock"
+
+
 def start_store(folder: Path, num_bytes: int) -> LocalStore | None:
     """Start a store that this user's processes on this machine can reach, and nobody else.
 
@@ -75,7 +80,7 @@ def start_store(folder: Path, num_bytes: int) -> LocalStore | None:
         raise TierError(
             f"a store of {num_bytes} bytes is too small; expected {_LEAST_BYTES} or more"
         )
-    path, log = folder.resolve() / "store.sock", folder / "store.log"
+    path, log = socket_of(folder), folder / "store.log"
     path.unlink(missing_ok=True)
     words = ["--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700", "--save", ""]
     words += ["--appendonly", "no", "--dir", str(path.parent), "--loglevel", "warning"]
