@@ -49,6 +49,7 @@ def test_an_application_asks_for_a_gpu_per_rank_on_one_node_and_time_to_drain() 
     assert two._deployment_config.graceful_shutdown_timeout_s >= 7 + 65
     cpu = deployment(model="m", device="cpu", max_replicas=4)
     assert cpu._replica_config.placement_group_bundles is None
+    assert cpu._replica_config.resource_dict["CPU"] == 1  # none of a head's, which has none
     scaling = cpu._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
     policy = scaling.policy.get_policy()(**scaling.policy.policy_kwargs)

@@ -1,6 +1,7 @@
 """`hotset front`: the HTTP API over the replicas of a fleet."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import click
@@ -19,6 +20,8 @@ from hotset.cli.options import Command
 from hotset.cli.server_flags import ServerFlags, listening, server_flags
 from hotset.errors import ConfigError
 from hotset.fleet.address import Address
+
+_FIRST_REPLICA_S = 10.0
 
 
 @click.command(cls=Command)
@@ -90,9 +93,8 @@ def command(
                 tls=None if address.host is None else tls,
             )
         opened.config.fronts_path = folder / "fronts"
-        serving.serve(
-            lambda: connect_fleet(folder, secret, tls, route),
-            opened,
-            server.drain_s,
-            until="waiting for replicas",
-        )
+        with ThreadPoolExecutor(1) as pool:
+            service = pool.submit(connect_fleet, folder, secret, tls, route)
+            if reuse_port:  # another front may serve, which answers more than 503
+                wait([service], _FIRST_REPLICA_S)
+            serving.serve(service.result, opened, server.drain_s, until="waiting for replicas")

@@ -155,7 +155,9 @@ def listening(
     keys = _read_keys(server.keys_file)
     if address is None:
         address = Address(host=server.host, port=server.port)
-        listener = _listen(server.host, server.port, shares_port=shares_port)
+        listener = _bind(server.host, server.port, shares_port=shares_port)
+        if not shares_port:  # or the others would get no connections meanwhile
+            listener.listen(_BACKLOG)
     else:
         listener = address.listen()
     with listener:
@@ -268,12 +270,6 @@ def _require_keys(host: str, keys: "Keys") -> None:
         f"host {host} can be reached from other machines, which needs API keys; give --api-keys "
         "FILE or HOTSET_API_KEYS=NAME:KEY, or listen on 127.0.0.1"
     )
-
-
-def _listen(host: str, port: int, *, shares_port: bool) -> socket.socket:
-    listener = _bind(host, port, shares_port=shares_port)
-    listener.listen(_BACKLOG)
-    return listener
 
 
 def _bind(host: str, port: int, *, shares_port: bool) -> socket.socket:

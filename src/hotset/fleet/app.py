@@ -103,7 +103,8 @@ def build(args: dict[str, Any]) -> Any:
     deployment = serve.deployment(
         ReplicaActor,
         name="replica",
-        ray_actor_options={"num_cpus": 0, "num_gpus": gpus},
+        # A head has no CPUs to give, so that no replica is placed there, and ends with it.
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         health_check_period_s=_HEALTH_EVERY_S,
         graceful_shutdown_timeout_s=told.drain_s + _LEAVE_S + _SERVE_S,
         max_constructor_retry_count=3,
