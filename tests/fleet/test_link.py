@@ -13,6 +13,7 @@ from servers import wait_for
 from hotset.engine.messages import Report, Submit
 from hotset.engine.status import EngineStatus
 from hotset.errors import DrainingError, EngineError, OverloadedError, RequestError
+from hotset.fleet import wire
 from hotset.fleet.address import Address
 from hotset.fleet.link import Link
 from hotset.fleet.proof import Keys
@@ -91,6 +92,14 @@ def test_a_refused_request_raises_what_the_engine_raised(
 ) -> None:
     with pytest.raises(kind, match=said):
         front.host.submit(submit)
+
+
+def test_a_request_beyond_what_a_link_takes_is_refused_before_it_is_sent(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "MOST_BYTES", 4096)
+    with pytest.raises(RequestError, match=r"has \d+ bytes on a link; expected at most 4096"):
+        front.host.submit(Submit("a", [5] * 5000, SHORT))
 
 
 def test_a_request_id_that_is_in_use_is_refused(front: Front) -> None:

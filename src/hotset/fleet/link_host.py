@@ -11,7 +11,7 @@ from concurrent.futures import Future
 
 from hotset.clock import REAL_CLOCK
 from hotset.engine.messages import Report, Submit
-from hotset.errors import EngineError, ModelError, OverloadedError
+from hotset.errors import EngineError, ModelError, RequestError
 from hotset.fleet import wire
 from hotset.fleet.address import Address
 from hotset.fleet.link import HANDSHAKE_S, Link, link_thread
@@ -97,8 +97,8 @@ class LinkHost:
         number = next(self._numbers)
         frame = wire.encode(wire.submitted(number, submit))
         if len(frame) > wire.MOST_BYTES:
-            raise OverloadedError(
-                f"the request has {len(frame)} bytes, beyond what a link takes", 1
+            raise RequestError(
+                f"the request has {len(frame)} bytes on a link; expected at most {wire.MOST_BYTES}"
             )
         answer: Future[None] = Future()
         with self._lock:
