@@ -1,7 +1,10 @@
 """An engine over a tiny model; a process that hands `build` on to another one needs no torch."""
 
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hotset.errors import ConfigError
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
 
@@ -23,3 +26,11 @@ def build(
     model = make_model(family, vocab_size=VOCAB_SIZE, max_position_embeddings=context)
     loaded = LoadedModel(model, make_tokenizer(), "tiny", "tiny", (EOS_TOKEN_ID,), context)
     return build_engine(config, loaded, overlap=overlap), loaded
+
+
+def build_for_long(config: Options) -> tuple["Engine", LoadedModel]:
+    """Make the file `config.model.model`, and never come to an end."""
+    assert config.model.model is not None
+    Path(config.model.model).touch()
+    time.sleep(300)
+    raise ConfigError("too late")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import build
+from tiny_engine import build, build_for_long
 
 from hotset.engine.completion import gather
 from hotset.engine.engine import Engine
@@ -149,13 +149,6 @@ def test_an_engine_that_cannot_be_built_raises_in_the_constructor() -> None:
 
     with pytest.raises(ConfigError, match="too small"):
         EngineService(Options.of(), build=refuse)
-
-
-def build_for_long(config: Options) -> tuple[Engine, LoadedModel]:
-    assert config.model.model is not None
-    Path(config.model.model).touch()
-    time.sleep(300)
-    raise ConfigError("too late")
 
 
 def test_ctrl_c_ends_an_engine_that_starts_at_once(

@@ -23,7 +23,10 @@ from hotset.model.loader import load_model
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A complete checkpoint of a tiny llama."""
-    path = tmp_path / "tiny-llama"
+    return save_tiny(tmp_path / "tiny-llama")
+
+
+def save_tiny(path: Path) -> Path:
     make_model("llama", vocab_size=512).save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path
@@ -224,26 +227,29 @@ def test_devices_and_dtypes_that_are_not_there_are_refused(folder: Path) -> None
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """As much of a hub as a download needs; serves one folder as `tests/tiny`."""
+    """As much of a hub as a download needs; `tests/NAME` is the folder NAME of `root`."""
 
-    folder: Path
+    root: Path
 
     def do_GET(self) -> None:
         sha = "a" * 40
         route = self.path.split("?")[0]
-        file = self.folder / route.rsplit("/", 1)[-1]
-        if route.startswith("/api/models/tests/gated"):
+        is_api, _, path = route.partition("/tests/")
+        name, _, rest = path.partition("/")
+        folder = self.root / name
+        file = folder / rest.rsplit("/", 1)[-1]
+        if name == "gated":
             self._answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        elif not route.startswith(("/api/models/tests/tiny", "/tests/tiny/")):
+        elif not name or not folder.is_dir():
             self._answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif route.startswith("/api/models/tests/tiny/tree/"):
+        elif is_api and rest.startswith("tree/"):
             entries = [
                 {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
-                for f in self.folder.iterdir()
+                for f in folder.iterdir()
             ]
             self._answer(200, json.dumps(entries).encode())
-        elif route.startswith("/api/models/tests/tiny/"):
-            info = {"id": "tests/tiny", "sha": sha, "siblings": []}
+        elif is_api:
+            info = {"id": f"tests/{name}", "sha": sha, "siblings": []}
             self._answer(200, json.dumps(info).encode())
         elif file.is_file():
             self._answer(200, file.read_bytes(), {"ETag": f'"{file.name}"', "X-Repo-Commit": sha})
@@ -264,18 +270,28 @@ class _Hub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub_environment(folder: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a process whose hub is a local server with one model."""
+@pytest.fixture(scope="module")
+def hub_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a process whose hub is a local server.
+
+    It has a model, one whose config is refused, and an adapter.
+    """
+    root = tmp_path_factory.mktemp("hub") / "tests"
+    save_tiny(root / "tiny")
+    shutil.copytree(root / "tiny", root / "refused")
+    MambaConfig(num_hidden_layers=2).save_pretrained(root / "refused")
+    shutil.copytree(root / "tiny", root / "adapter")
+    (root / "adapter/config.json").unlink()
+    (root / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "tests/base"}')
     server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), type("Hub", (_Hub,), {"folder": folder}), bind_and_activate=True
+        ("127.0.0.1", 0), type("Hub", (_Hub,), {"root": root}), bind_and_activate=True
     )
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield {
         **os.environ,
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
-        "HF_HOME": str(tmp_path / "hub-cache"),
+        "HF_HOME": str(root.with_name("cache")),
         "HF_HUB_DISABLE_XET": "1",
     }
     server.shutdown()
@@ -311,17 +327,28 @@ def load_each(
     return run.stdout.splitlines(), run.stderr.splitlines()
 
 
+@pytest.fixture(scope="module")
+def loaded_of_hub(
+    hub_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, str], list[str]]:
+    """The line of each name that one process loads, and what it says to stderr."""
+    names = ["tests/tiny", "tests/gated", "tests/missing", "tiny-lama", "a b", "tests/refused"]
+    names.append("tests/adapter")
+    cwd = tmp_path_factory.mktemp("folders")
+    (cwd / "tiny-llama").mkdir()
+    lines, messages = load_each(hub_environment, *names, cwd=cwd)
+    return dict(zip(names, lines, strict=True)), messages
+
+
 def test_hub_models_download_and_each_way_to_fail_is_one_line(
-    hub_environment: dict[str, str], folder: Path
+    hub_environment: dict[str, str], loaded_of_hub: tuple[dict[str, str], list[str]]
 ) -> None:
-    names = ("tests/tiny", "tests/gated", "tests/missing", "tiny-lama", "a b")
-    lines, messages = load_each(hub_environment, *names, cwd=folder.parent)
-    assert lines[0] == "loaded tests/tiny 512 True"
-    assert lines[1].startswith("refused model tests/gated is gated: accept its terms")
-    assert lines[2].startswith("refused model 'tests/missing' is neither")
-    assert "did you mean tiny-llama?" in lines[3]
-    assert "cannot be a hub id" in lines[4]
-    assert len(lines) == 5
+    line_of, messages = loaded_of_hub
+    assert line_of["tests/tiny"] == "loaded tests/tiny 512 True"
+    assert line_of["tests/gated"].startswith("refused model tests/gated is gated: accept its terms")
+    assert line_of["tests/missing"].startswith("refused model 'tests/missing' is neither")
+    assert "did you mean tiny-llama?" in line_of["tiny-lama"]
+    assert "cannot be a hub id" in line_of["a b"]
     assert [m for m in messages if not m.startswith("hotset: downloading tests/tiny")] == []
 
     offline = {**hub_environment, "HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -332,24 +359,21 @@ def test_hub_models_download_and_each_way_to_fail_is_one_line(
 
 
 def test_a_hub_model_that_its_config_refuses_is_not_downloaded(
-    hub_environment: dict[str, str], folder: Path
+    hub_environment: dict[str, str], loaded_of_hub: tuple[dict[str, str], list[str]]
 ) -> None:
-    MambaConfig(num_hidden_layers=2).save_pretrained(folder)
-    [line], messages = load_each(hub_environment, "tests/tiny")
+    line = loaded_of_hub[0]["tests/refused"]
     assert line.startswith("refused MambaForCausalLM has layers of type linear_attention")
-    assert messages == []
-    names = {path.name for path in Path(hub_environment["HF_HOME"]).rglob("*")}
+    cache = Path(hub_environment["HF_HOME"]) / "hub/models--tests--refused"
+    names = {path.name for path in cache.rglob("*")}
     assert "config.json" in names
     assert not any(name.endswith(".safetensors") for name in names)
 
 
 def test_an_adapter_on_the_hub_is_named_as_one(
-    hub_environment: dict[str, str], folder: Path
+    loaded_of_hub: tuple[dict[str, str], list[str]],
 ) -> None:
-    (folder / "config.json").unlink()
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "tests/base"}')
-    [line], _ = load_each(hub_environment, "tests/tiny")
-    assert "tests/tiny has no config.json: it is a LoRA adapter of tests/base" in line
+    line = loaded_of_hub[0]["tests/adapter"]
+    assert "tests/adapter has no config.json: it is a LoRA adapter of tests/base" in line
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(

@@ -227,10 +227,10 @@ def test_an_engine_process_that_is_killed_ends_every_stream_with_the_reason() ->
 SERVE = """
 import functools, sys
 sys.path.insert(0, {tests!r})
-import servers
+import tiny_engine
 from hotset.engine import service
 from hotset.server import app
-app.EngineService = functools.partial(service.EngineService, build=servers.build)
+app.EngineService = functools.partial(service.EngineService, build=tiny_engine.build)
 service.EngineService = app.EngineService
 from hotset.cli import main
 main()
