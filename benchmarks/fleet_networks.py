@@ -128,7 +128,7 @@ async def run_case(
         "same tokens": sum(equal),
         "gone on elsewhere": grown(before, after, "resumed"),
         "submitted again": grown(before, after, "retried"),
-        "links lost": grown(before, after, "lost"),
+        "links lost": after["lost"] - before["lost"],
         "late outputs dropped": after["late_outputs"] - before["late_outputs"],
         "wall, s": round(wall_s, 2),
         "first token p50, s": round(sorted(a.ttft_s for a in well)[len(well) // 2], 3),

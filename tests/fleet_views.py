@@ -91,8 +91,8 @@ def fleet_of(
         for place, reason in enumerate((Why.PREFIX, Why.LOAD, Why.RETRY, Why.RESUME)):
             counts.routed[one.replica_id, reason] = (400 + 37 * i) // 4**place
     if num_lost:
-        counts.lost[Moved.LOST] = num_lost
-        counts.retried.update({Moved.LOST: 4, Moved.REFUSED: 1})
+        counts.lost = num_lost
+        counts.retried.update({Moved.LOST: 4, Moved.DRAINED: 1})
         counts.resumed.update({Moved.LOST: 11, Moved.DRAINED: 5})
         counts.given_up[GivenUp.POISONED] = 1
         for pause_s in (0.12, 0.2, 0.4, 5.3):

@@ -16,7 +16,6 @@ _STATES = {
     "serving": "green3",
     "draining": "orange1",
     "connecting": "grey62",
-    "silent": "gold1",
     "lost": "red",
 }
 _NUM_LINES = 7  # of the panel, beside those of replicas
@@ -93,7 +92,6 @@ def _moves(fleet: Json) -> Text:
         ("again before the first token", "retried"),
         ("  went on elsewhere", "resumed"),
         ("  ended with an error", "given_up"),
-        ("  lost", "lost"),
     ):
         text.append(f"{label}: ").append(_counts(fleet[key]) or "0", style="default")
     pause = fleet["pause_s"]
@@ -101,7 +99,9 @@ def _moves(fleet: Json) -> Text:
         text.append("  pause p50, p99: ").append(
             f"{short_seconds(pause['p50'])}, {short_seconds(pause['p99'])}", style="default"
         )
-    return text.append("  drains: ").append(f"{fleet['drains']:,}", style="default")
+    for name in ("lost", "drains"):
+        text.append(f"  {name}: ").append(f"{fleet[name]:,}", style="default")
+    return text
 
 
 def _share(part: float, of: float) -> str:

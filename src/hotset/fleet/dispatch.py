@@ -421,7 +421,7 @@ class Dispatcher:
             self._note_serving()
             self._lost.append(replica)
             self._lost_metrics = sum_metrics([self._lost_metrics, replica.host.metrics])
-            self.counts.lost[Moved.LOST] += not is_end
+            self.counts.lost += not is_end
             flights, replica.flights = list(replica.flights.values()), {}
             for flight in flights:
                 flight.replica = None

@@ -19,8 +19,7 @@ class ReplicaState(StrEnum):
     CONNECTING = "connecting"  # in the directory; its link is not up yet
     SERVING = "serving"
     DRAINING = "draining"  # ends what it has, and takes nothing new
-    SILENT = "silent"  # its link is up, and its heartbeat is overdue
-    LOST = "lost"  # its link has ended, or was silent for too long
+    LOST = "lost"  # its link has ended, or was silent for 5 s
 
 
 class Why(StrEnum):
@@ -38,10 +37,8 @@ class Why(StrEnum):
 class Moved(StrEnum):
     """Why a request left a replica before its end."""
 
-    LOST = "lost"  # the link has ended
-    SILENT = "silent"  # no heartbeat for too long
-    DRAINED = "drained"  # the replica said so
-    REFUSED = "refused"  # the replica did not take it
+    LOST = "lost"  # the replica was lost
+    DRAINED = "drained"  # it gave the request up
 
 
 class GivenUp(StrEnum):
@@ -63,7 +60,7 @@ class FleetCounts:
         retried: requests that were submitted again before their first token.
         resumed: outputs that go on at another replica, from the token after their last one.
         given_up: requests that ended with an error after they had left a replica.
-        lost: replicas by what ended them (`Moved.LOST`, `Moved.SILENT`).
+        lost: replicas that were lost.
         drains: replicas that began to drain.
         late_outputs: outputs that were dropped: of a replica that the request had left.
         predicted_tokens: tokens of prompts that the router expected to be found.
@@ -79,7 +76,7 @@ class FleetCounts:
     retried: Counter[Moved] = field(default_factory=Counter)
     resumed: Counter[Moved] = field(default_factory=Counter)
     given_up: Counter[GivenUp] = field(default_factory=Counter)
-    lost: Counter[Moved] = field(default_factory=Counter)
+    lost: int = 0
     drains: int = 0
     late_outputs: int = 0
     predicted_tokens: int = 0

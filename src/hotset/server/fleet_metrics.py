@@ -14,7 +14,7 @@ _COUNTERS = {
     "retried": ("retried", "Requests submitted again before their first token.", "why"),
     "resumed": ("resumed", "Outputs that went on at another replica.", "why"),
     "given_up": ("given_up", "Requests that left a replica and ended with an error.", "why"),
-    "lost": ("replicas_lost", "Replicas whose link ended or was silent.", "why"),
+    "lost": ("replicas_lost", "Replicas whose link ended or was silent.", None),
     "drains": ("drains", "Replicas that began to drain.", None),
     "late_outputs": ("late_outputs", "Outputs dropped: of a replica that a request left.", None),
     "num_predicted": ("predicted_requests", "Requests the router made a prediction for.", None),
