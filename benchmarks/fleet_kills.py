@@ -268,16 +268,12 @@ def page(result: dict[str, Any]) -> str:
     """The results as Markdown."""
     rows = [{"requests": kind, **counts} for kind, counts in result["verdicts"].items()]
     happened = Counter(one["event"] for one in result["events"])
-    moves = [
-        {
-            "front": name,
-            "outputs resumed": sum(one["resumed"].values()),
-            "submitted again": sum(one["retried"].values()),
-            **{f"pause {share}, s": f"{one['pause_s'][share]:.2f}" for share in ("p50", "p99")},
-        }
+    counts = result["fleet"][0]  # of all fronts that share the directory
+    pauses = "; ".join(
+        f"{name} p50 {one['pause_s']['p50']:.2f} s, p99 {one['pause_s']['p99']:.2f} s"
         for name, one in zip(FRONTS, result["fleet"], strict=True)
         if one["pause_s"]["p50"] is not None
-    ]
+    )
     errors = "".join(f"- {count} x `{error}`\n" for error, count in result["errors"].items())
     return (
         "# Kills and stops under streams\n\n"
@@ -287,8 +283,9 @@ def page(result: dict[str, Any]) -> str:
         "*same* where it has the tokens and the text of an undisturbed run, *error* where it "
         "begins as that and ends with an error event, *cut* where its front was killed. "
         f"{result['refused']} requests were refused, as their front was not there.\n\n"
-        f"{record.table(rows)}\n\nWhat the fronts counted, each since it started:\n\n"
-        f"{record.table(moves)}\n\nErrors that clients were told:\n\n{errors or '- none'}\n\n"
+        f"{record.table(rows)}\n\n{sum(counts['resumed'].values())} requests went on in the middle of "
+        f"their answer, {sum(counts['retried'].values())} were submitted again before it. Pauses of "
+        f"the first, as each front saw them since it started: {pauses or 'none'}.\n\nErrors that clients were told:\n\n{errors or '- none'}\n\n"
         f"Blocks held at the end: {result['held_blocks']}.\n\n{record.footer(result)}"
     )
 
