@@ -283,9 +283,10 @@ def page(result: dict[str, Any]) -> str:
         "*same* where it has the tokens and the text of an undisturbed run, *error* where it "
         "begins as that and ends with an error event, *cut* where its front was killed. "
         f"{result['refused']} requests were refused, as their front was not there.\n\n"
-        f"{record.table(rows)}\n\n{sum(counts['resumed'].values())} requests went on in the middle of "
-        f"their answer, {sum(counts['retried'].values())} were submitted again before it. Pauses of "
-        f"the first, as each front saw them since it started: {pauses or 'none'}.\n\nErrors that clients were told:\n\n{errors or '- none'}\n\n"
+        f"{record.table(rows)}\n\n"
+        f"{sum(counts['resumed'].values())} requests went on in the middle of their answer, "
+        f"{sum(counts['retried'].values())} were submitted again before it. Pauses of the first, "
+        f"as each front saw them since it started: {pauses or 'none'}.\n\nErrors that clients were told:\n\n{errors or '- none'}\n\n"
         f"Blocks held at the end: {result['held_blocks']}.\n\n{record.footer(result)}"
     )
 
