@@ -286,7 +286,8 @@ def page(result: dict[str, Any]) -> str:
         f"{record.table(rows)}\n\n"
         f"{sum(counts['resumed'].values())} requests went on in the middle of their answer, "
         f"{sum(counts['retried'].values())} were submitted again before it. Pauses of the first, "
-        f"as each front saw them since it started: {pauses or 'none'}.\n\nErrors that clients were told:\n\n{errors or '- none'}\n\n"
+        f"as each front saw them since it started: {pauses or 'none'}.\n\n"
+        f"Errors that clients were told:\n\n{errors or '- none'}\n\n"
         f"Blocks held at the end: {result['held_blocks']}.\n\n{record.footer(result)}"
     )
 
