@@ -136,7 +136,7 @@ def events(fleet: RunningFleet) -> dict[str, Callable[[], Callable[[], bool]]]:
         "kill -9 Serve's controller": lambda: kill_one_of(fleet, "ray::ServeController"),
         "kill -9 Ray's head": lambda: kill_one_of(fleet, "gcs/gcs_server"),
         "start all replicas again (SIGHUP)": lambda: start_again(fleet),
-        "kill -9 the node with all replicas": lambda: kill_one_of(
+        "kill -9 what started the node of the replicas": lambda: kill_one_of(
             fleet, "ray.scripts.scripts start --node-ip-address=127.0.0.2 --address"
         ),
     }
@@ -177,7 +177,7 @@ def end_by(fleet: RunningFleet, number: signal.Signals) -> dict[str, Any]:
     status = fleet.process.wait(120)
     end_s = time.monotonic() - start_s
     _, left = psutil.wait_procs(all_of_it, timeout=10)
-    names = [" ".join(one.cmdline())[:80] for one in left if one.is_running()]
+    names = [" ".join(one.cmdline())[:80].strip() for one in left if one.is_running()]
     return {
         "signal": number.name,
         "processes": len(all_of_it),
