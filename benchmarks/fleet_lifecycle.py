@@ -117,6 +117,17 @@ def kill_one_of(fleet: RunningFleet, *words: str) -> Callable[[], bool]:
     return is_back
 
 
+def kill_node(fleet: RunningFleet) -> Callable[[], bool]:
+    """Kill Ray's node where the replicas run, and so all of them."""
+    before = fleet.replicas()
+    [node] = [one for one in before[0].parents() if "raylet" in one.name()]
+    node.kill()
+    pids = {one.pid for one in before}
+    return lambda: (
+        len(fleet.replicas()) == 2 and pids.isdisjoint(one.pid for one in fleet.replicas())
+    )
+
+
 def start_again(fleet: RunningFleet) -> Callable[[], bool]:
     """All replicas, one by one."""
     before = {one.pid for one in fleet.replicas()}
@@ -136,9 +147,7 @@ def events(fleet: RunningFleet) -> dict[str, Callable[[], Callable[[], bool]]]:
         "kill -9 Serve's controller": lambda: kill_one_of(fleet, "ray::ServeController"),
         "kill -9 Ray's head": lambda: kill_one_of(fleet, "gcs/gcs_server"),
         "start all replicas again (SIGHUP)": lambda: start_again(fleet),
-        "kill -9 what started the node of the replicas": lambda: kill_one_of(
-            fleet, "ray.scripts.scripts start --node-ip-address=127.0.0.2 --address"
-        ),
+        "kill -9 the node with all replicas": lambda: kill_node(fleet),
     }
 
 
