@@ -1,6 +1,7 @@
 """A front over replicas: what it does when they die, drain, refuse and come back."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -172,12 +173,11 @@ def test_an_answer_never_goes_on_with_another_model(two: Fleet) -> None:
     stream = two.service.submit([5, 6], LONG)
     reader = iter(stream)
     next(reader)
-    two.service._dispatcher._wait_s = 0.0
+    two.service._dispatcher._wait_s = math.inf  # and does not wait for it either
     two.hosts[0].cut()
-    wait_for(lambda: two.service._dispatcher._waiting)
-    two.service.look_for_engine()
     last = list(reader)[-1]
     assert last.error == "the replica that had this request has ended, and no other has its model"
+    assert last.code == NOT_AVAILABLE
     assert two.service.fleet().counts.given_up == {GivenUp.FINGERPRINT: 1}
 
 
@@ -208,6 +208,15 @@ def test_a_deadline_counts_from_the_first_submit(two: Fleet) -> None:
     assert completion.finish_reason == "abort"
     assert completion.error == "the request was not done within its 0.05 s"
     assert two.service.fleet().counts.given_up == {GivenUp.TIMEOUT: 1}
+
+
+def test_closing_ends_streams_before_replicas_have_heard_of_it(two: Fleet) -> None:
+    stream = two.service.submit([5, 6], LONG)
+    ended: list[str | None] = []
+    holder(two).close = lambda: ended.append(read(stream)[0].finish_reason)  # type: ignore[method-assign]
+    two.service.close()
+    assert ended == ["abort"]
+    assert not two.service._dispatcher._flights
 
 
 def test_closing_ends_streams_and_a_task_sees_it(two: Fleet) -> None:

@@ -41,7 +41,8 @@ class Dispatcher:
         route: chooses among the replicas that may take a request.
         deliver: takes outputs of requests; called with a lock, one call at a time.
         note_started: takes ids of requests that are part of a step for the first time; likewise.
-        wait_s: how long a request that has left a replica waits for one that may take it.
+        wait_s: how long a request that has left a replica waits for one that may take it. An answer
+            that has begun does not wait where all that serve have another model.
         clock: what times are told by.
 
     Attributes:
@@ -173,11 +174,12 @@ class Dispatcher:
                     self._movers.submit(self._place_again, flight)
 
     def close(self) -> None:
-        """Close all hosts and wait for that. Requests that are open get no more outputs."""
+        """End open requests as aborted, at once, then close all hosts and wait for that."""
         with self._lock:
             self._is_closing = True
             replicas = list(self._replicas.values())
-            self._waiting.clear()
+            for flight in list(self._flights.values()):
+                self._end(flight, FinishReason.ABORT, None)
         with ThreadPoolExecutor(max(1, len(replicas)), "hotset-close") as closers:
             list(closers.map(lambda replica: replica.host.close(), replicas))
         self._movers.shutdown(cancel_futures=True)
@@ -303,7 +305,12 @@ class Dispatcher:
     def _wait(self, flight: Flight) -> None:
         if flight.is_over or self._is_closing:
             return
-        flight.wait_until_s = min(flight.wait_until_s, self._clock.now() + self._wait_s)
+        now_s = self._clock.now()
+        has_just_left = flight.wait_until_s == math.inf
+        if has_just_left and self.serving and not self._candidates(flight, set()):
+            self._give_up(flight, GivenUp.FINGERPRINT, now_s)
+            return
+        flight.wait_until_s = min(flight.wait_until_s, now_s + self._wait_s)
         if flight.deadline_s is not None:
             flight.wait_until_s = min(flight.wait_until_s, flight.deadline_s)
         self._waiting.add(flight)
