@@ -18,17 +18,20 @@ import pytest
 from click.testing import CliRunner
 from running_fleet import RunningFleet, wait_long
 from servers import CHAT
+from tiny_models import make_config
 
 from hotset.cli import desk, front
 from hotset.cli.fleet import command
+from hotset.cli.running_fleet import _can_be_peers
 from hotset.errors import ConfigError
+from hotset.options import Options
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
 
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
-    running = RunningFleet(tmp_path_factory.mktemp("fleet"))
+    running = RunningFleet(tmp_path_factory.mktemp("fleet"), "--host-gib", "0.01")
     with contextlib.closing(running):
         running.wait_ready()
         yield running
@@ -43,6 +46,7 @@ def test_two_replicas_answer_behind_two_fronts_on_one_port(fleet: RunningFleet) 
     status = httpx.get(f"{fleet.url}/status.json").json()
     assert len(status["fleet"]["replicas"]) == 2
     assert (fleet.folder / "f").stat().st_mode & 0o077 == 0
+    assert len([path for path in (fleet.folder / "f").glob("*.peer") if path.is_socket()]) == 2
 
 
 @needs_ray
@@ -90,6 +94,19 @@ def test_sigterm_lets_requests_end_and_leaves_nothing(fleet: RunningFleet) -> No
     assert sorted(os.listdir(fleet.folder / "f")) == ["fleet.lock", "fronts", "secret"]
 
 
+def test_replicas_are_peers_where_model_and_options_allow_it(tmp_path: Path) -> None:
+    for family in ("llama", "qwen3_next"):
+        make_config(family).save_pretrained(tmp_path / family)
+    llama, states = str(tmp_path / "llama"), str(tmp_path / "qwen3_next")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF\x00\xff")
+    assert _can_be_peers(Options.of(model=llama, host_gib=1))
+    assert _can_be_peers(Options.of(host_gib=1))  # the default model
+    assert not _can_be_peers(Options.of(model=llama))
+    assert not _can_be_peers(Options.of(model=llama, host_gib=1, tp=2))
+    for name in (states, str(tmp_path / "a.gguf"), "nobody/knows-it"):
+        assert not _can_be_peers(Options.of(model=name, host_gib=1))
+
+
 def test_without_ray_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -106,6 +123,7 @@ def test_without_ray_it_says_what_to_install(
         (["--host", "0.0.0.0"], "needs API keys"),
         (["--replicas", "0"], "--replicas is 0; expected 1 or more"),
         (["--files-gib", "0"], "files-gib is 0.0"),
+        (["--peer-url", "unix:///a", "--remote-secret-file", "s"], "fetch from each other without"),
         (["--remote", "redis://h:1", "--remote-secret-file", "s"], "give --shared-gib 0, or leave"),
     ],
 )

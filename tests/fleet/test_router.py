@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,7 +96,9 @@ class Fleet:
             self.clock.now_s += 10.0
         self.clock.now_s -= 10.0
 
-    def choose(self, token_ids: list[int], names: str | None = None, **submit: Any) -> Choice:
+    def choose(
+        self, token_ids: list[int], names: Sequence[str] | None = None, **submit: Any
+    ) -> Choice:
         self.num_sent += 1
         one = Submit(f"id-{self.num_sent}", token_ids, SamplingParams(), **submit)  # type: ignore
         return self.route.choose(one, list(names or self.hosts))
@@ -279,6 +281,55 @@ def test_what_a_store_has_is_found_from_every_replica_that_reads_it() -> None:
         fleet.tell(name, snapshot(keys, REMOTE), link_bytes_per_s=links)
     assert fleet.choose(prompt(), "b").expected_tokens == PROMPT - 8000
     assert fleet.choose(prompt(), "c").expected_tokens == PROMPT
+
+
+def with_peers(route: type[KnowingRoute], **there: tuple[int, int, str]) -> Fleet:
+    """Replicas by name: blocks of the prompt, the tier they are in, and the fingerprint."""
+    fleet = Fleet(route, "")
+    for name, (num_blocks, tier, fingerprint) in there.items():
+        told = info(fingerprint, peer_url=f"unix:///{name}", remote_secret_file="secret")
+        fleet.hosts[name] = Host(told)
+        fleet.route.join(name, fleet.hosts[name])  # type: ignore[arg-type]
+        fleet.tell(name, snapshot(keys_of(prompt(), fingerprint)[:num_blocks], tier))
+    return fleet
+
+
+def test_a_request_names_the_peer_whose_host_memory_has_more_of_it_than_its_replica() -> None:
+    fleet = with_peers(
+        CostRoute,
+        warm=(1000, HOST, "model"),
+        some=(400, HOST, "model"),
+        other=(1400, HOST, "another"),
+        device=(1200, DEVICE, "model"),
+    )
+    fleet.hosts["mute"] = Host(info())
+    fleet.route.join("mute", fleet.hosts["mute"])  # type: ignore[arg-type]
+    fleet.tell("mute", snapshot(keys_of(prompt()), HOST))  # nobody can fetch there
+    peers = {name: fleet.choose(prompt(), [name]).peer for name in fleet.hosts}
+    nothing = dict.fromkeys(["warm", "other", "device", "mute"])
+    assert peers == {"some": "unix:///warm", **nothing}
+    assert fleet.choose(prompt(), ["some"], salt=b"salt").peer is None
+    fleet.route.leave("warm")
+    assert fleet.choose(prompt(), ["some"]).peer is None
+
+
+@pytest.mark.parametrize(("rate", "computed"), [(None, 12_035), (1e6, 12_035), (50e9, 4_035)])
+def test_what_a_peer_has_counts_at_the_rate_of_peers(rate: float | None, computed: int) -> None:
+    fleet = with_peers(CostRoute, warm=(1000, HOST, "model"), cold=(0, HOST, "model"))
+    links = {"host": LINK} | ({} if rate is None else {"peer": rate})
+    fleet.tell("cold", link_bytes_per_s=links)
+    choice = fleet.choose(prompt(), ["cold"])
+    assert choice.peer == "unix:///warm"
+    assert choice.expected_tokens == pytest.approx(computed, abs=50)
+
+
+def test_what_a_peer_has_makes_no_replica_one_that_has_the_prefix() -> None:
+    fleet = with_peers(PrefixRoute, warm=(1000, HOST, "model"), cold=(0, HOST, "model"))
+    for name in fleet.hosts:
+        fleet.tell(name, link_bytes_per_s={"host": LINK, "peer": LINK})
+    for _ in range(8):
+        choice = fleet.choose(prompt())
+        assert (choice.replica_id, choice.why, choice.peer) == ("warm", Why.PREFIX, None)
 
 
 def test_lost_changes_and_wrong_predictions_ask_for_a_snapshot() -> None:

@@ -69,6 +69,11 @@ def command(
             f"remote is {', '.join(options.memory.remote)} and shared_gib is {shared_gib:g}; give "
             "shared_gib 0, or leave remote out"
         )
+    if (peer_url := options.memory.peer_url) is not None:
+        raise ConfigError(
+            f"peer_url is {peer_url}, and each replica needs one of its own; leave it out: where "
+            "the model and its options allow it, replicas fetch from each other without it"
+        )
     folder, _ = find_fleet(directory, None)
     with held_port(server) as held:
         from hotset.cli.running_fleet import Fleet, FleetFlags

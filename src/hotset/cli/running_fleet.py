@@ -19,7 +19,8 @@ import click
 import psutil
 
 from hotset.cli.server_flags import ServerFlags, server_argv
-from hotset.errors import ConfigError, EngineError
+from hotset.cost.catalog import load_model
+from hotset.errors import ConfigError, EngineError, PlanError
 from hotset.fleet.app import REPLICA
 from hotset.fleet.child import Child, hotset_argv
 from hotset.fleet.directory import Directory
@@ -197,6 +198,7 @@ class Fleet:
             **scaling,
             "directory": str(self._folder),
             "drain_s": told.server.drain_s,
+            "peers": _can_be_peers(told.options),
             "gpus": self._gpus(),
             "threads": self._threads(),
             "generation": self._generation,
@@ -264,6 +266,20 @@ class Fleet:
                 if self._signals.get(timeout=_LOOK_EVERY_S) != signal.SIGHUP:
                     for child in servers:
                         child.send(signal.SIGTERM)
+
+
+def _can_be_peers(options: Options) -> bool:
+    """Whether replicas can fetch from each other: not with several ranks, nor states beside KV.
+
+    A model whose config is not here, or is not known, may keep such states.
+    """
+    if not options.memory.host_gib or options.layout.tp > 1:
+        return False
+    name = options.model.model
+    try:
+        return name is None or not load_model(name).state_bytes
+    except PlanError:
+        return False
 
 
 @contextlib.contextmanager

@@ -52,6 +52,11 @@ class ReplicaOptions(Group):
     max_surge_percent: int = option(
         0, "Replicas that a rolling upgrade may have on top, as a share; needs spare GPUs."
     )
+    peers: bool = option(
+        False,
+        "Replicas fetch from each other's host memory, by sockets in the directory: those of one "
+        "machine.",
+    )
     threads: int | None = option(None, "OMP_NUM_THREADS of a replica.", otherwise="all cores")
     generation: int = option(0, "Another number starts all replicas again, one by one.")
 
@@ -149,6 +154,10 @@ class ReplicaActor:
             argv += ["--listen", f"{util.get_node_ip_address()}:{told.listen_port}"]
         if "--remote" in argv:
             argv += ["--remote-writer", self._id]
+        if told.peers:
+            argv += ["--peer-url", f"unix://{folder.resolve() / self._id}.peer"]
+            if "--remote-secret-file" not in argv:
+                argv += ["--remote-secret-file", told.secret_file or str(folder / "secret")]
         self._child = Child(self._id, argv, self._log, env=_environment(told.threads))
         while self._entry() is None:
             if not self._child.is_alive:

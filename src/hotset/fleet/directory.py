@@ -195,8 +195,8 @@ def _sweep(folder: Path) -> None:
             written_s = path.stat().st_mtime
             if time.time() - written_s > _SWEEP_S:
                 path.unlink()
-                socket = path.with_suffix(".sock")
-                if socket.stat().st_mtime < written_s:
-                    socket.unlink()
+                for socket in (path.with_suffix(".sock"), path.with_suffix(".peer")):
+                    if socket.exists() and socket.stat().st_mtime < written_s:
+                        socket.unlink()
         except OSError:
             continue  # another process was faster

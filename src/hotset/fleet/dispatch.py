@@ -260,7 +260,9 @@ class Dispatcher:
                 if flight.is_over or replica is None or replica not in self.serving:
                     continue
                 flight.choice = choice
-                flight.sent = replace(submit, expected_tokens=choice.expected_tokens)
+                flight.sent = replace(
+                    submit, expected_tokens=choice.expected_tokens, peer=choice.peer
+                )
                 replica.flights[submit.request_id] = flight
                 flight.replica = replica
                 self.counts.routed[replica.replica_id, _why(flight, choice, candidates)] += 1

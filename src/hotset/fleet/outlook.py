@@ -26,7 +26,7 @@ class Estimate:
     """What a request would meet at a replica.
 
     Attributes:
-        found_tokens: of its prompt, those that some tier has.
+        found_tokens: of its prompt, those that some tier there has, or the store.
         computed_tokens: those that are computed there.
         queued_tokens: of prompts ahead of it.
         num_open: requests there.
@@ -134,13 +134,14 @@ class Outlook:
 
     Attributes:
         index: where its blocks are.
+        peer_url: where other replicas may fetch from its host memory; None: nowhere.
     """
 
     def __init__(self, info: EngineInfo) -> None:
         memory = info.options.memory
         self.index = ReplicaIndex()
         self.fingerprint, self.block_size = info.fingerprint, info.block_size
-        self.shares_prefixes = memory.prefix_caching
+        self.shares_prefixes, self.peer_url = memory.prefix_caching, memory.peer_url
         self._bytes_per_token, self._mode = info.kv_bytes_per_token, memory.fetch_policy
         self._lock = threading.Lock()
         self._load: Load | None = None  # by _lock, as all that follows
@@ -186,6 +187,7 @@ class Outlook:
         now_s: float,
         *,
         in_remote: int,
+        at_peer: int = 0,
         others: Speed,
     ) -> Estimate:
         """What a prompt of `num_tokens` whose full blocks have these keys would meet now.
@@ -195,6 +197,7 @@ class Outlook:
             num_tokens: of the prompt.
             now_s: by the clock of `take` and `send`.
             in_remote: leading blocks that a store has which all replicas may read.
+            at_peer: leading blocks that one other replica has in host memory.
             others: the mean speed of all replicas.
         """
         with self._lock:
@@ -204,8 +207,8 @@ class Outlook:
         speed = _speed_of(load).mixed(others, _TRUSTED_TOKENS)
         rate = speed.rate
         num_blocks = -(-num_tokens // self.block_size) + sum(one.num_blocks for one in sent)
-        found_tokens, split = self._bring(keys, load, rate, in_remote)
-        left = num_tokens - found_tokens
+        found_tokens, brought_tokens, split = self._bring(keys, load, rate, in_remote, at_peer)
+        left = num_tokens - brought_tokens
         computed_tokens = left + split.computed_tokens
         queued_tokens = load.queued_tokens + sum(one.num_tokens for one in sent)
         wait_s = _block_wait_s(num_blocks - load.spare_blocks, freed_per_s)
@@ -221,9 +224,9 @@ class Outlook:
         )
 
     def _bring(
-        self, keys: Sequence[bytes], load: Load, rate: float, in_remote: int
-    ) -> tuple[int, Split]:
-        """Tokens that are found, and how those that are in slower tiers come to the device."""
+        self, keys: Sequence[bytes], load: Load, rate: float, in_remote: int, at_peer: int
+    ) -> tuple[int, int, Split]:
+        """Tokens that are found, the same with those of a peer, and how they come to the device."""
         bits, tiers = BITS[TIERS[0]], list[str]()
         num_blocks = on_device = self.index.prefix(keys, bits)
         for name in TIERS[1:]:
@@ -236,6 +239,10 @@ class Outlook:
             if longer > num_blocks:
                 tiers.append(name)
                 num_blocks = longer
+        num_found = num_blocks
+        if at_peer > num_blocks and "peer" in load.link_bytes_per_s:
+            tiers.append("peer")
+            num_blocks = at_peer
         split = Split(0, 0.0)
         if tiers:
             split = split_prefix(
@@ -247,7 +254,7 @@ class Outlook:
                 queued_bytes=load.queued_bytes,
                 mode=self._mode,
             )
-        return num_blocks * self.block_size, split
+        return num_found * self.block_size, num_blocks * self.block_size, split
 
     def _trim(self, now_s: float) -> None:
         while len(self._progress) > 1 and self._progress[1].at_s <= now_s - _WINDOW_S:

@@ -18,12 +18,14 @@ class Choice:
         expected_tokens: of the prompt, those that are expected to be computed there; None: it was
             not asked.
         expected_ttft_s: when its first token is expected.
+        peer: see `Submit`.
     """
 
     replica_id: str
     why: Why
     expected_tokens: int | None = None
     expected_ttft_s: float = 0.0
+    peer: str | None = None
 
 
 class Route(Protocol):

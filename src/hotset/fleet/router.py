@@ -45,11 +45,12 @@ class _Member:
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """A replica, and what a request would meet there."""
+    """A replica, what a request would meet there, and where more of its prompt is, if anywhere."""
 
     replica_id: str
     outlook: Outlook
     estimate: Estimate
+    peer: str | None
 
 
 class KnowingRoute(ABC):
@@ -110,16 +111,20 @@ class KnowingRoute(ABC):
         others = mean_speed([outlook.speed() for outlook in outlooks])
         in_remote = max(one.index.prefix(keys.of(one), BITS["remote"]) for one in outlooks)
         num_tokens = len(keys.token_ids)
-        offers = [
-            _Offer(
-                replica_id,
-                outlook,
-                outlook.estimate(
-                    keys.of(outlook), num_tokens, now_s, in_remote=in_remote, others=others
-                ),
+        peers = _Peers(keys, outlooks)
+        offers = []
+        for replica_id, outlook in known:
+            at_peer, peer = peers.of(outlook)
+            estimate = outlook.estimate(
+                keys.of(outlook),
+                num_tokens,
+                now_s,
+                in_remote=in_remote,
+                at_peer=at_peer,
+                others=others,
             )
-            for replica_id, outlook in known
-        ]
+            is_more = at_peer * outlook.block_size > estimate.found_tokens
+            offers.append(_Offer(replica_id, outlook, estimate, peer if is_more else None))
         chosen = self._best(offers, num_tokens, now_s)
         chosen.outlook.send(submit, chosen.estimate, now_s)
         chosen.outlook.index.guess(keys.of(chosen.outlook))
@@ -131,6 +136,7 @@ class KnowingRoute(ABC):
             Why.PREFIX if has_most else Why.LOAD,
             chosen.estimate.computed_tokens,
             chosen.estimate.ttft_s,
+            chosen.peer,
         )
 
     def found(self, choice: Choice, submit: Submit, cached_tokens: int, ttft_s: float) -> None:
@@ -242,6 +248,25 @@ class _Keys:
             key = block_hash(key, self.token_ids[start : start + size])
             keys.append(key)
         return keys
+
+
+class _Peers:
+    """Replicas that others may fetch from, by how much of a prompt they have in host memory."""
+
+    def __init__(self, keys: _Keys, outlooks: Sequence[Outlook]) -> None:
+        self._keys = keys
+        found = [
+            (one.index.prefix(keys.of(one), BITS["host"]), one) for one in outlooks if one.peer_url
+        ]
+        self._most_first = sorted(found, key=lambda pair: -pair[0])
+
+    def of(self, outlook: Outlook) -> tuple[int, str | None]:
+        """Leading blocks that another one has which makes the same keys, and its URL."""
+        keys = self._keys.of(outlook)
+        for num_blocks, one in self._most_first:
+            if num_blocks and one is not outlook and self._keys.of(one) is keys:
+                return num_blocks, one.peer_url
+        return 0, None
 
 
 ROUTES: dict[str, Callable[[], Route]] = {
