@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,14 @@ from hotset.request import FinishReason, RequestOutput
 from hotset.secret import own_secret
 
 OnReport = Callable[[Report], None]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(4000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it did not happen")
 
 
 class Mortal:

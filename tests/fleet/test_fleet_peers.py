@@ -1,11 +1,10 @@
 """A replica finds what it lacks in the host memory of the one that the router names."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from fleets import fleet
+from fleets import fleet, wait_for
 
 from hotset.engine.completion import gather
 from hotset.engine.messages import Submit
@@ -21,14 +20,6 @@ class ToColdest(CostRoute):
 
     def _best(self, offers: Sequence[_Offer], num_tokens: int, now_s: float) -> _Offer:
         return min(offers, key=lambda offer: offer.estimate.found_tokens)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(4000):
-        if condition():
-            return
-        time.sleep(0.005)
-    raise AssertionError("it did not happen")
 
 
 def test_a_cold_replica_fetches_from_the_peer_that_is_named_and_answers_the_same(

@@ -1,14 +1,13 @@
 """Where requests go, by what replicas tell: the worked examples of the cost, ties, and faults."""
 
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 from fakes import FakeClock
-from fleets import fleet
+from fleets import fleet, wait_for
 
 from hotset.engine.completion import gather
 from hotset.engine.messages import EngineInfo, Load, Report, Submit
@@ -106,14 +105,6 @@ class Fleet:
 
 def prompt(length: int = PROMPT) -> list[int]:
     return random.Random(3).choices(range(1000), k=length)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(4000):
-        if condition():
-            return
-        time.sleep(0.005)
-    raise AssertionError("it did not happen")
 
 
 def lost(journal: JournalPart) -> JournalPart:
