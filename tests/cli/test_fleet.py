@@ -22,8 +22,9 @@ from tiny_models import make_config
 
 from hotset.cli import desk, front
 from hotset.cli.fleet import command
-from hotset.cli.running_fleet import _can_be_peers
+from hotset.cli.running_fleet import Fleet, FleetFlags, _can_be_peers
 from hotset.errors import ConfigError
+from hotset.fleet.scaling import ScalingOptions
 from hotset.options import Options
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
@@ -105,6 +106,17 @@ def test_replicas_are_peers_where_model_and_options_allow_it(tmp_path: Path) -> 
     assert not _can_be_peers(Options.of(model=llama, host_gib=1, tp=2))
     for name in (states, str(tmp_path / "a.gguf"), "nobody/knows-it"):
         assert not _can_be_peers(Options.of(model=name, host_gib=1))
+
+
+def test_ranks_have_no_store_and_are_told_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server: Any = None  # which the store is not asked of
+    told = FleetFlags(Options.of(tp=2), ScalingOptions(), 1, 1.0, None, "cost", server)
+    assert Fleet(tmp_path, told)._start_store() is None
+    assert (
+        "share no KV blocks: a store takes those of one GPU, and tp is 2" in capsys.readouterr().err
+    )
 
 
 def test_without_ray_it_says_what_to_install(

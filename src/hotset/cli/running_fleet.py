@@ -132,15 +132,16 @@ class Fleet:
             (self._folder / name).unlink(missing_ok=True)
 
     def _start_store(self) -> LocalStore | None:
-        gib = self._told.shared_gib
+        gib, tp = self._told.shared_gib, self._told.options.layout.tp
         if not gib:
             return None
-        store = start_store(self._folder, int(gib * GIB))
+        store, why = None, "neither valkey-server nor redis-server is installed"
+        if tp > 1:
+            why = f"a store takes those of one GPU, and tp is {tp}"
+        else:
+            store = start_store(self._folder, int(gib * GIB))
         if store is None:
-            click.echo(
-                "replicas share no KV blocks: neither valkey-server nor redis-server is installed",
-                err=True,
-            )
+            click.echo(f"replicas share no KV blocks: {why}", err=True)
         return store
 
     def _start_servers(self) -> None:
