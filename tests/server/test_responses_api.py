@@ -278,14 +278,13 @@ def test_what_cannot_be_done_is_refused_by_its_name(
 def test_a_client_that_goes_away_ends_its_request(
     server: RunningServer, client: openai.OpenAI
 ) -> None:
-    finished = server.service.metrics.requests_finished
-    aborted = finished["abort"]
+    aborted = server.service.metrics.requests_finished["abort"]
     form: Any = {"format": {"type": "json_schema", "name": "long", "schema": {"minLength": 9000}}}
     form["format"]["schema"]["type"] = "string"
     ask = {**ASK, "max_output_tokens": 3900}
     with client.responses.stream(**ask, text=form) as stream:
         next(event for event in stream if event.type == "response.output_text.delta")  # it runs
-    wait_for(lambda: finished["abort"] == aborted + 1)
+    wait_for(lambda: server.service.metrics.requests_finished["abort"] == aborted + 1)
 
 
 # The shape of what Codex sends, with texts of our own.

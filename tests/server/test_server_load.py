@@ -85,9 +85,8 @@ def test_a_reader_that_does_not_read_holds_up_nobody() -> None:
         slow.connect(("127.0.0.1", server.port))
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
         slow.sendall(head % len(body) + body)
-        finished = server.service.metrics.requests_finished
         # It reads nothing, and yet the engine comes to the end of its request ...
-        wait_for(lambda: finished["length"] == 1)
+        wait_for(lambda: server.service.metrics.requests_finished["length"] == 1)
         with server.http() as http:
             assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
         # ... and what it did not read is there when it does.
