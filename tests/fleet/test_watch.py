@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ from hotset.errors import EngineError
 from hotset.fleet.directory import Directory, make_private
 from hotset.fleet.route import RoundRobin
 from hotset.fleet.service import FleetService
+from hotset.fleet.status import Moved
 from hotset.fleet.watch import Watcher
 from hotset.request import SamplingParams
 
@@ -84,6 +86,33 @@ def test_a_link_that_breaks_is_made_again_and_no_token_is_lost(
     assert token_ids == whole.token_ids
     wait_for(lambda: not replica.host._entries)
     assert replica.host._engine.kv.pool.num_held == 0
+
+
+def test_a_replica_that_says_nothing_is_counted_as_silent_and_its_stream_goes_on(
+    folder: Path, stack: contextlib.ExitStack
+) -> None:
+    replicas = [
+        stack.enter_context(contextlib.closing(LinkedReplica(folder, name))) for name in "ab"
+    ]
+    service = stack.enter_context(contextlib.closing(watched(folder, replicas[0].secret)))
+    wait_for(lambda: service.replica_ids == {"a", "b"})
+    [whole] = gather(service.submit([5, 6], LONG), 1)
+    reader = iter(service.submit([5, 6], LONG))
+    token_ids = list(next(reader).token_ids)
+    [at] = [one for one in service._dispatcher.replicas if one.flights]
+    [front] = replicas["ab".index(at.replica_id)].listener._fronts
+    front.link.send = lambda message: None  # type: ignore[method-assign]
+    link: Any = at.host
+    counts = service.fleet().counts
+
+    def is_silent() -> int:
+        link._link._silent_beats = 5  # the seconds until then have passed
+        return counts.silent
+
+    wait_for(is_silent)
+    token_ids += [i for output in reader for i in output.token_ids]
+    assert token_ids == whole.token_ids
+    assert counts.lost == counts.silent == 1 and counts.resumed == {Moved.SILENT: 1}
 
 
 def test_a_front_with_another_secret_gets_no_replica(

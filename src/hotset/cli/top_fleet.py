@@ -99,7 +99,7 @@ def _moves(fleet: Json) -> Text:
         text.append("  pause p50, p99: ").append(
             f"{short_seconds(pause['p50'])}, {short_seconds(pause['p99'])}", style="default"
         )
-    for name in ("lost", "drains"):
+    for name in ("lost", "silent", "drains"):
         text.append(f"  {name}: ").append(f"{fleet[name]:,}", style="default")
     return text
 

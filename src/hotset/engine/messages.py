@@ -85,6 +85,7 @@ class Report:
         looks: snapshots by the id they were asked for with; or why there is none.
         notes: lines for the log.
         failure: one line; the engine serves no more, and this is the last report.
+        is_silent: the failure is that nothing has been heard of the engine for a while.
         journal, load: while somebody follows the engine; see `EngineHost.follow`.
         is_draining: the engine takes no more requests from now on; told once.
     """
@@ -99,6 +100,7 @@ class Report:
     journal: JournalPart | None = None
     load: Load | None = None
     is_draining: bool = False
+    is_silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

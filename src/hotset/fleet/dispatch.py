@@ -369,7 +369,7 @@ class Dispatcher:
         if report.is_draining:
             self._drain(replica)
         if report.failure is not None:
-            self._lose(replica, report.failure)
+            self._lose(replica, report.failure, Moved.SILENT if report.is_silent else Moved.LOST)
 
     def _accept(
         self,
@@ -415,7 +415,7 @@ class Dispatcher:
                 self.counts.drains += 1
                 self._note_serving()
 
-    def _lose(self, replica: Replica, why: str) -> None:
+    def _lose(self, replica: Replica, why: str, moved: Moved = Moved.LOST) -> None:
         """A replica has died: what it had goes on elsewhere."""
         now_s = self._clock.now()
         with self._lock:
@@ -431,12 +431,13 @@ class Dispatcher:
             self._lost.append(replica)
             self._lost_metrics = sum_metrics([self._lost_metrics, replica.host.metrics])
             self.counts.lost += not is_end
+            self.counts.silent += moved is Moved.SILENT and not is_end
             flights, replica.flights = list(replica.flights.values()), {}
             for flight in flights:
                 flight.replica = None
                 verdict = flight.lose(replica.replica_id)
                 if verdict is None:
-                    self._move(flight, Moved.LOST)
+                    self._move(flight, moved)
                 else:
                     self._give_up(flight, verdict, now_s)
         level = logging.INFO if is_end else logging.WARNING

@@ -36,6 +36,10 @@ _READ_BYTES = 2**18
 _TCP_THIN_LINEAR_TIMEOUTS, _TCP_RTO_MAX_MS = 16, 44
 
 
+class SilentError(LinkError):
+    """The other side has sent, or taken, nothing for a while."""
+
+
 class Link:
     """Frames over a connection; used in one event loop.
 
@@ -81,7 +85,7 @@ class Link:
             on_message: gets each message but beats; what it raises ends the link.
 
         Raises:
-            LinkError: the link has ended, and why.
+            LinkError: the link has ended, and why; SilentError where the other side is silent.
         """
         await together(self._beat(), self._receive(on_message))
 
@@ -133,7 +137,7 @@ class Link:
             if max(self._silent_beats, self._stuck_beats) > MOST_SILENT_BEATS:
                 seconds = MOST_SILENT_BEATS * BEAT_S
                 what = "sent" if self._silent_beats > MOST_SILENT_BEATS else "taken"
-                raise LinkError(f"the other side has {what} nothing for {seconds:g} s")
+                raise SilentError(f"the other side has {what} nothing for {seconds:g} s")
             if not waiting:
                 self.send(b"")
 

@@ -14,7 +14,7 @@ from hotset.engine.messages import Report, Submit
 from hotset.errors import EngineError, ModelError, RequestError
 from hotset.fleet import wire
 from hotset.fleet.address import Address
-from hotset.fleet.link import HANDSHAKE_S, Link, link_thread
+from hotset.fleet.link import HANDSHAKE_S, Link, SilentError, link_thread
 from hotset.fleet.proof import LinkError, prove_front
 from hotset.fleet.tokenizer_data import known_tokenizers, loaded_model
 from hotset.metrics import Metrics
@@ -158,10 +158,12 @@ class LinkHost:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
+        is_silent = False
         try:
             await self._link.run(self._take)
         except (LinkError, wire.WireError) as error:
             failure = f"the link to {self._name} has ended: {error}"
+            is_silent = isinstance(error, SilentError)
         except Exception as error:
             _log.exception("a message of a replica cannot be taken")
             failure = f"messages of {self._name} cannot be taken: {error}"
@@ -174,7 +176,8 @@ class LinkHost:
             answer.set_exception(EngineError(self._ended))
         if not is_closed and not self._has_failed:
             with contextlib.suppress(Exception):
-                self._on_report(Report(REAL_CLOCK.now(), failure=failure))
+                now_s = REAL_CLOCK.now()
+                self._on_report(Report(now_s, failure=failure, is_silent=is_silent))
         self._is_over.set()
 
     def _take(self, frame: bytes) -> None:

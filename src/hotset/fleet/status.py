@@ -37,7 +37,8 @@ class Why(StrEnum):
 class Moved(StrEnum):
     """Why a request left a replica before its end."""
 
-    LOST = "lost"  # the replica was lost
+    LOST = "lost"  # the replica has ended, or its link
+    SILENT = "silent"  # nothing was heard of the replica for 5 s
     DRAINED = "drained"  # it gave the request up
 
 
@@ -61,6 +62,7 @@ class FleetCounts:
         resumed: outputs that go on at another replica, from the token after their last one.
         given_up: requests that ended with an error after they had left a replica.
         lost: replicas that were lost.
+        silent: of these, those of which nothing was heard for 5 s.
         drains: replicas that began to drain.
         late_outputs: outputs that were dropped: of a replica that the request had left.
         predicted_tokens: tokens of prompts that the router expected to be found.
@@ -77,6 +79,7 @@ class FleetCounts:
     resumed: Counter[Moved] = field(default_factory=Counter)
     given_up: Counter[GivenUp] = field(default_factory=Counter)
     lost: int = 0
+    silent: int = 0
     drains: int = 0
     late_outputs: int = 0
     predicted_tokens: int = 0

@@ -15,6 +15,7 @@ _COUNTERS = {
     "resumed": ("resumed", "Outputs that went on at another replica.", "why"),
     "given_up": ("given_up", "Requests that left a replica and ended with an error.", "why"),
     "lost": ("replicas_lost", "Replicas whose link ended or was silent.", None),
+    "silent": ("replicas_silent", "Of these, replicas that said nothing for 5 s.", None),
     "drains": ("drains", "Replicas that began to drain.", None),
     "late_outputs": ("late_outputs", "Outputs dropped: of a replica that a request left.", None),
     "num_predicted": ("predicted_requests", "Requests the router made a prediction for.", None),

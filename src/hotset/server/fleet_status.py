@@ -7,8 +7,8 @@ from hotset.fleet.status import FleetCounts, FleetStatus, ReplicaStatus
 from hotset.server.body import Json
 
 _NUMBERS = (
-    *("lost", "drains", "late_outputs", "num_predicted", "predicted_tokens", "found_tokens"),
-    *("predicted_ttft_s", "real_ttft_s", "snapshots"),
+    *("lost", "silent", "drains", "late_outputs", "num_predicted", "predicted_tokens"),
+    *("found_tokens", "predicted_ttft_s", "real_ttft_s", "snapshots"),
 )
 _BY_REASON = ("retried", "resumed", "given_up")
 _USERS = ("moving", "hot", "fetching", "parked", "waiting")
