@@ -122,7 +122,9 @@ class Fleet:
         """Nothing is open, and no replica holds a block, whatever it died of."""
         dispatcher = self.service._dispatcher
         assert not self.service._streams and not dispatcher._flights and not dispatcher._waiting
-        assert not any(replica.flights for replica in [*dispatcher.replicas, *dispatcher.lost])
+        assert not any(
+            replica.flights for replica in [*dispatcher.roster.connected, *dispatcher.roster.lost]
+        )
         for host in self.hosts:
             pool = host.loop._engine.kv.pool
             assert pool.num_held == 0

@@ -69,7 +69,7 @@ def test_streams_outlive_replicas_that_die_and_drain_at_random_points(seed: int)
         moments = sorted(rng.randrange(num_tokens // 2) for _ in range(4))
         for moment, dies in zip(moments, (True, False, True, False), strict=True):
             wait_for(lambda moment=moment: sum(came) >= moment)
-            serving = [one.host for one in front.service._dispatcher.serving]
+            serving = [one.host for one in front.service._dispatcher.roster.serving]
             front.add()
             host = rng.choice(serving)
             assert isinstance(host, Mortal)

@@ -27,7 +27,7 @@ def answer(front: Fleet, params: SamplingParams = SHORT) -> Completion:
 
 def holder(front: Fleet) -> Mortal:
     """The replica that has the only request."""
-    [place] = [one for one in front.service._dispatcher.replicas if one.flights]
+    [place] = [one for one in front.service._dispatcher.roster.connected if one.flights]
     return place.host  # type: ignore[return-value]
 
 

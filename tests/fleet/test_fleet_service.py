@@ -41,7 +41,7 @@ def answer(
 
 def holder(front: Fleet) -> Mortal:
     """The replica that has the only request."""
-    [place] = [one for one in front.service._dispatcher.replicas if one.flights]
+    [place] = [one for one in front.service._dispatcher.roster.connected if one.flights]
     return place.host  # type: ignore[return-value]
 
 
@@ -82,9 +82,9 @@ def test_a_request_without_a_token_is_submitted_again_three_times() -> None:
             host.hold()
         stream = front.service.submit([5, 6], SHORT)
         for number in range(4):
-            wait_for(lambda: any(one.flights for one in front.service._dispatcher.replicas))
+            wait_for(lambda: any(one.flights for one in front.service._dispatcher.roster.connected))
             host = holder(front)
-            assert len(front.service._dispatcher.replicas) == 5 - number
+            assert len(front.service._dispatcher.roster.connected) == 5 - number
             host.cut()
         [completion] = read(stream)
         assert completion.finish_reason == "error" and completion.code == NOT_AVAILABLE
@@ -166,7 +166,7 @@ def test_a_request_that_no_replica_takes_again_does_not_wait_for_ever(two: Fleet
 
 
 def test_an_answer_never_goes_on_with_another_model(two: Fleet) -> None:
-    other = two.service._dispatcher.replicas[1].host
+    other = two.service._dispatcher.roster.connected[1].host
     other.info = type(other.info)(
         **{name: getattr(other.info, name) for name in other.info.__slots__} | {"fingerprint": "x"}
     )

@@ -45,6 +45,7 @@ BODIES: dict[str, dict[str, Any]] = {
         },
     },
     "tool": {**CHAT, "max_tokens": 60, "tools": [TOOL], "tool_choice": "required"},
+    "deadline": {**CHAT, "max_tokens": 480, "ignore_eos": True, "timeout_s": 0.02},
     "too long": {**CHAT, "max_tokens": 10**6},
     "no such model": {**CHAT, "model": "other"},
     "no schema": {

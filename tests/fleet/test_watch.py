@@ -99,7 +99,7 @@ def test_a_replica_that_says_nothing_is_counted_as_silent_and_its_stream_goes_on
     [whole] = gather(service.submit([5, 6], LONG), 1)
     reader = iter(service.submit([5, 6], LONG))
     token_ids = list(next(reader).token_ids)
-    [at] = [one for one in service._dispatcher.replicas if one.flights]
+    [at] = [one for one in service._dispatcher.roster.connected if one.flights]
     [front] = replicas["ab".index(at.replica_id)].listener._fronts
     front.link.send = lambda message: None  # type: ignore[method-assign]
     link: Any = at.host

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,6 +14,7 @@ from hotset.engine.messages import EngineHost, Report, Submit
 from hotset.errors import DrainingError, EngineError, HotsetError, OverloadedError, RequestError
 from hotset.fleet.flight import Flight, with_seed
 from hotset.fleet.replica import Replica
+from hotset.fleet.roster import Roster
 from hotset.fleet.route import Choice, Route
 from hotset.fleet.status import FleetCounts, GivenUp, Moved, ReplicaState, Why
 from hotset.fleet.sums import sum_metrics
@@ -24,7 +24,6 @@ from hotset.request import NOT_AVAILABLE, POISONED, FinishReason, RequestOutput
 _log = logging.getLogger(__name__)
 
 _MOVERS = 8  # threads that submit again
-_MOST_LOST = 64  # replicas that are remembered
 NO_REPLICA = "no replica is there that takes requests; try again soon"
 
 Connect = Callable[[Callable[[Report], None]], EngineHost]
@@ -47,8 +46,7 @@ class Dispatcher:
 
     Attributes:
         counts: live ones: they change while one reads.
-        serving: replicas that take requests; replaced, never changed.
-        first: the host of the first replica that ever was here.
+        roster: the replicas.
     """
 
     def __init__(
@@ -61,18 +59,14 @@ class Dispatcher:
         clock: Clock,
     ) -> None:
         self.counts = FleetCounts()
-        self.serving: tuple[Replica, ...] = ()
-        self.first: EngineHost | None = None
+        self.roster = Roster()
         self._route, self._wait_s, self._clock = route, wait_s, clock
         self._deliver, self._note_started = deliver, note_started
-        # Guards all that follows, and flights. No host is called with it, as that may wait for a
-        # report, but for `metrics`.
+        # Guards all that follows, flights, and changes of the roster. No host is called with it, as
+        # that may wait for a report, but for `metrics`.
         self._lock = threading.Lock()
-        self._replicas: dict[str, Replica] = {}
         self._flights: dict[str, Flight] = {}
         self._waiting: set[Flight] = set()  # for a replica
-        self._lost: deque[Replica] = deque(maxlen=_MOST_LOST)
-        self._lost_metrics = Metrics()
         self._is_closing = False
         self._movers = ThreadPoolExecutor(_MOVERS, "hotset-mover")
 
@@ -80,20 +74,8 @@ class Dispatcher:
     def metrics(self) -> Metrics:
         """Of all replicas, those that were lost included."""
         with self._lock:
-            found = [self._lost_metrics, *(one.host.metrics for one in self._replicas.values())]
+            found = self.roster.counted
         return sum_metrics(found)
-
-    @property
-    def replicas(self) -> list[Replica]:
-        """Those that are connected."""
-        with self._lock:
-            return list(self._replicas.values())
-
-    @property
-    def lost(self) -> list[Replica]:
-        """Those that were lost, the last one first."""
-        with self._lock:
-            return list(reversed(self._lost))
 
     def add(self, replica_id: str, connect: Connect, *, address: str = "") -> None:
         """Connect to a replica and send it requests from now on.
@@ -110,16 +92,12 @@ class Dispatcher:
         host = replica.host = connect(partial(self._take_report, replica))
         with self._lock:
             why = replica.why
-            if replica_id in self._replicas:
+            if replica_id in self.roster.ids:
                 why = f"there is a replica {replica_id!r} already"
             elif self._is_closing:
                 why = "the engine was closed"
             if not why:
-                if replica.state is ReplicaState.CONNECTING:  # it may have said that it drains
-                    replica.turn(ReplicaState.SERVING, self._clock.now())
-                self._replicas[replica_id] = replica
-                self.first = self.first or host
-                self._note_serving()
+                self.roster.join(replica, self._clock.now())
                 waiting, self._waiting = self._waiting, set()
         if why:
             host.close()
@@ -158,7 +136,7 @@ class Dispatcher:
 
     def tend(self) -> None:
         """Look after replicas that ended without a word, and requests that wait for one."""
-        for replica in self.serving:
+        for replica in self.roster.serving:
             if not replica.host.is_alive:
                 self._lose(replica, "it has ended without a word")
         if not self._waiting:
@@ -167,7 +145,7 @@ class Dispatcher:
         with self._lock:
             for flight in list(self._waiting):
                 if flight.wait_until_s <= now_s:
-                    why = GivenUp.FINGERPRINT if self.serving else GivenUp.NO_REPLICA
+                    why = GivenUp.FINGERPRINT if self.roster.serving else GivenUp.NO_REPLICA
                     self._give_up(flight, why, now_s)
                 elif self._candidates(flight, set()):
                     self._waiting.discard(flight)
@@ -177,7 +155,7 @@ class Dispatcher:
         """End open requests as aborted, at once, then close all hosts and wait for that."""
         with self._lock:
             self._is_closing = True
-            replicas = list(self._replicas.values())
+            replicas = self.roster.connected
             for flight in list(self._flights.values()):
                 self._end(flight, FinishReason.ABORT, None)
         with ThreadPoolExecutor(max(1, len(replicas)), "hotset-close") as closers:
@@ -235,7 +213,7 @@ class Dispatcher:
         """Replicas that may take a request, best those that have not been lost with it."""
         found = [
             replica
-            for replica in self.serving
+            for replica in self.roster.serving
             if replica not in tried and flight.fingerprint in (None, replica.fingerprint)
         ]
         return [one for one in found if one.replica_id not in flight.lost_on] or found
@@ -256,8 +234,8 @@ class Dispatcher:
                 submit = flight.depart(now_s)
             choice = self._route.choose(submit, [one.replica_id for one in candidates])
             with self._lock:
-                replica = self._replicas.get(choice.replica_id)
-                if flight.is_over or replica is None or replica not in self.serving:
+                replica = next(one for one in candidates if one.replica_id == choice.replica_id)
+                if flight.is_over or replica not in self.roster.serving:
                     continue
                 flight.choice = choice
                 flight.sent = replace(
@@ -286,11 +264,6 @@ class Dispatcher:
 
     # What follows is called with the lock.
 
-    def _note_serving(self) -> None:
-        self.serving = tuple(
-            replica for replica in self._replicas.values() if replica.state is ReplicaState.SERVING
-        )
-
     def _move(self, flight: Flight, why: Moved) -> None:
         """Have a request that has left its replica go on at another."""
         if flight.has_begun:
@@ -309,7 +282,7 @@ class Dispatcher:
             return
         now_s = self._clock.now()
         has_just_left = flight.wait_until_s == math.inf
-        if has_just_left and self.serving and not self._candidates(flight, set()):
+        if has_just_left and self.roster.serving and not self._candidates(flight, set()):
             self._give_up(flight, GivenUp.FINGERPRINT, now_s)
             return
         flight.wait_until_s = min(flight.wait_until_s, now_s + self._wait_s)
@@ -410,10 +383,7 @@ class Dispatcher:
     def _drain(self, replica: Replica) -> None:
         """A replica takes no more requests, and is about to give up those that it has."""
         with self._lock:
-            if replica.state in (ReplicaState.CONNECTING, ReplicaState.SERVING):
-                replica.turn(ReplicaState.DRAINING, self._clock.now())
-                self.counts.drains += 1
-                self._note_serving()
+            self.counts.drains += self.roster.drain(replica, self._clock.now())
 
     def _lose(self, replica: Replica, why: str, moved: Moved = Moved.LOST) -> None:
         """A replica has died: what it had goes on elsewhere."""
@@ -421,15 +391,9 @@ class Dispatcher:
         with self._lock:
             if replica.state is ReplicaState.LOST:
                 return
-            was_there = self._replicas.get(replica.replica_id) is replica
             is_end = replica.state is ReplicaState.DRAINING and not replica.flights
-            replica.turn(ReplicaState.LOST, now_s, why)
-            if not was_there:
+            if not self.roster.lose(replica, why, now_s):
                 return
-            del self._replicas[replica.replica_id]
-            self._note_serving()
-            self._lost.append(replica)
-            self._lost_metrics = sum_metrics([self._lost_metrics, replica.host.metrics])
             self.counts.lost += not is_end
             self.counts.silent += moved is Moved.SILENT and not is_end
             flights, replica.flights = list(replica.flights.values()), {}

@@ -63,7 +63,7 @@ class FleetService(StreamService):
     @property
     def replica_ids(self) -> frozenset[str]:
         """Of the replicas that are connected."""
-        return frozenset(one.replica_id for one in self._dispatcher.replicas)
+        return self._dispatcher.roster.ids
 
     @property
     def model(self) -> LoadedModel:
@@ -83,7 +83,7 @@ class FleetService(StreamService):
     @property
     def max_model_len(self) -> int:
         """See `StreamService`: what all replicas take."""
-        hosts = [replica.host for replica in self._dispatcher.serving] or [self._any_host()]
+        hosts = [replica.host for replica in self._dispatcher.roster.serving] or [self._any_host()]
         return min(host.info.max_model_len for host in hosts)
 
     @property
@@ -91,7 +91,7 @@ class FleetService(StreamService):
         """See `StreamService`: of each replica."""
         return "\n".join(
             f"replica {replica.replica_id}:\n{replica.host.info.report}"
-            for replica in self._dispatcher.serving
+            for replica in self._dispatcher.roster.serving
         )
 
     @property
@@ -102,18 +102,18 @@ class FleetService(StreamService):
     def fleet(self) -> FleetStatus:
         """What is known of all replicas, at once."""
         now_s = self._clock.now()
-        dispatcher = self._dispatcher
-        shown = {one.replica_id: one for one in dispatcher.replicas}
-        for one in dispatcher.lost:
+        roster = self._dispatcher.roster
+        shown = {one.replica_id: one for one in roster.connected}
+        for one in roster.lost:
             if one.since_s > now_s - _SHOW_LOST_S:
                 shown.setdefault(one.replica_id, one)
         statuses = tuple(one.status(now_s) for one in shown.values())
-        return FleetStatus(self._front_id, self._route.name, statuses, dispatcher.counts)
+        return FleetStatus(self._front_id, self._route.name, statuses, self._dispatcher.counts)
 
     def status(self) -> "Future[EngineStatus]":
         """See `StreamService`: of all replicas that answer, as one."""
         self.raise_unless_healthy()
-        replicas = self._dispatcher.replicas
+        replicas = self._dispatcher.roster.connected
         looks = [replica.looks.ask(replica.host) for replica in replicas]
         merged: Future[EngineStatus] = Future()
         if not looks:
@@ -142,7 +142,7 @@ class FleetService(StreamService):
     def raise_unless_healthy(self) -> None:
         """See `StreamService`."""
         self.raise_if_closed()
-        if not self._dispatcher.serving:
+        if not self._dispatcher.roster.serving:
             raise EngineError(NO_REPLICA)
 
     def raise_if_closed(self) -> None:
@@ -160,9 +160,10 @@ class FleetService(StreamService):
         self._dispatcher.tend()
 
     def _any_host(self) -> EngineHost:
-        if self._dispatcher.first is None:
+        first = self._dispatcher.roster.first
+        if first is None:
             raise EngineError(NO_REPLICA)
-        return self._dispatcher.first
+        return first
 
     def _send(self, submit: Submit) -> None:
         self._dispatcher.submit(submit)
