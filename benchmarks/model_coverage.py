@@ -37,12 +37,12 @@ from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import HotsetError, ModelError
 from hotset.executor.probe import inspect_model
+from hotset.expert_options import HostedExperts
 from hotset.experts.sizes import slot_bytes_of
 from hotset.experts.weights import experts_layers
 from hotset.model.architecture import find_architecture
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
-from hotset.option_groups import HostedExperts
 from hotset.options import Options
 from hotset.request import SamplingParams
 from hotset.units import GIB

@@ -36,11 +36,11 @@ from hotset.engine.model_shape import make_cost_model
 from hotset.engine.run import settle
 from hotset.engine.start_times import Phase, StartTimes
 from hotset.executor.probe import ModelLayout, inspect_model
+from hotset.expert_options import HostedExperts
 from hotset.experts.sizes import slot_bytes_of
 from hotset.kernels.device import likely_hardware
 from hotset.model.dummy import load_dummy
 from hotset.model.loaded import LoadedModel
-from hotset.option_groups import HostedExperts
 from hotset.options import Options
 from hotset.request import SamplingParams
 

@@ -19,6 +19,7 @@ from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.executor.probe import inspect_model
 from hotset.executor.simulated import Simulated
+from hotset.expert_options import ExpertBudget, ExpertSlots, HostedExperts
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import DiskExperts
 from hotset.experts.hosting import buffer_experts, make_buffer
@@ -28,7 +29,6 @@ from hotset.experts.weights import LayerExperts, experts_layers
 from hotset.linear.fp8 import FP8
 from hotset.memory.region import SharedRegion
 from hotset.model.loaded import LoadedModel
-from hotset.option_groups import ExpertBudget, ExpertSlots, HostedExperts
 from hotset.options import Options
 from hotset.request import SamplingParams
 from hotset.units import GIB

@@ -20,6 +20,7 @@ PLAIN = {
     "clock",
     "eviction",
     "option_fields",
+    "expert_options",
     "option_groups",
     "options",
     "units",

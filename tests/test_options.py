@@ -17,15 +17,9 @@ from hotset.cli.options import as_typed
 from hotset.cli.serve import command
 from hotset.errors import ConfigError
 from hotset.eviction import POLICIES
+from hotset.expert_options import AllResident, ExpertBudget, ExpertSlots, HostedExperts, SplitMemory
 from hotset.option_fields import Option
-from hotset.option_groups import (
-    AllResident,
-    ExpertBudget,
-    ExpertSlots,
-    HostedExperts,
-    MemoryOptions,
-    SplitMemory,
-)
+from hotset.option_groups import MemoryOptions
 from hotset.options import GROUPS, OPTIONS, Options, own_options
 
 FIELDS = list(OPTIONS)

@@ -7,6 +7,7 @@ import functools
 import math
 import numbers
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -31,6 +32,10 @@ class Bounds:
         """Whether a number is among them; no NaN is."""
         is_enough = self.least < value if self.is_open else self.least <= value
         return bool(is_enough and value <= self.most)
+
+
+COUNT = Bounds("1 or more", 1)
+SIZE = Bounds("a size above 0 GiB", 0, sys.float_info.max, is_open=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hotset.eviction import POLICIES
-from hotset.option_fields import Bounds, Group, option
+from hotset.option_fields import COUNT, SIZE, Bounds, Group, option
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 KVDType = Literal["auto", "fp8"]
-Plan = Literal["auto", "cache", "stream"]
-ColdDType = Literal["auto", "fp8", "int4"]
 
-_COUNT = Bounds("1 or more", 1)
-_SIZE = Bounds("a size above 0 GiB", 0, sys.float_info.max, is_open=True)
 _TIER_SIZE = Bounds("0 (none) or a size in GiB", 0, sys.float_info.max)
 _SECONDS = Bounds("above 0 seconds", 0, is_open=True)
 
@@ -72,7 +67,7 @@ class MemoryOptions(Group):
         None,
         "KV memory beside the chip, in GiB; of an MoE model KV and experts together, unless "
         "expert_slots or expert_gib sizes those.",
-        bounds=_SIZE,
+        bounds=SIZE,
         otherwise="what the weights leave",
         keeps_answers=True,
     )
@@ -80,7 +75,7 @@ class MemoryOptions(Group):
         None,
         "All memory to use beside the chip, in GiB: weights, experts, KV and workspace. Instead "
         "of hot_gib.",
-        bounds=_SIZE,
+        bounds=SIZE,
         more="Split between KV and experts as hot_gib is.",
         keeps_answers=True,
     )
@@ -189,134 +184,6 @@ class MemoryOptions(Group):
 
 
 @dataclass(frozen=True, slots=True)
-class AllResident(Group):
-    """All experts stay on the device; so it is with models that have none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostedExperts(Group):
-    """How experts that are not on the device are kept, and how they come there."""
-
-    expert_host_gib: float | None = option(
-        None,
-        "Host memory for experts, in GiB, the others on disk.",
-        bounds=_SIZE,
-        otherwise="what they take",
-        keeps_answers=True,
-    )
-    expert_disk_path: Path | None = option(
-        None,
-        "Folder for experts on disk.",
-        otherwise="in the platform's cache folder",
-        keeps_answers=True,
-    )
-    expert_plan: Plan = option(
-        "auto",
-        "How other experts come: those a step needs, or all, ahead of it; auto by its tokens.",
-        more="`cache` copies those that a step needs into slots, `stream` all of them while the "
-        "layer before computes; `auto` is the way that is expected to take less time for the "
-        "tokens of the step. With experts on disk it is `cache`.",
-        keeps_answers=True,
-    )
-    expert_cpu: Literal["off", "auto", "on"] = option(
-        "off",
-        "On a GPU, have the CPU compute experts in host memory in small steps; auto where it is "
-        "faster. Rounds otherwise than the GPU.",
-        more="`auto` goes by what is measured at start. Output depends on what is resident then, "
-        "as far as rounding goes.",
-        keeps_answers=True,
-    )
-    expert_eviction: str = option(
-        "lru", "Which expert makes room for another.", choices=tuple(POLICIES), keeps_answers=True
-    )
-    expert_cold_dtype: ColdDType = option(
-        "auto",
-        "Of experts in host memory; auto is their own, the others have fewer bytes to move and are "
-        "not exact.",
-        more="`fp8` and `int4` take about a half and a quarter of the bytes of bfloat16. All "
-        "experts have the values that come back from there, so what is on the device does not "
-        "change the output.",
-    )
-    expert_prefetch: int = option(
-        0,
-        "Experts of the next layer to copy while one computes, by its router's guess; 0 is none.",
-        bounds=Bounds("0 (none) or more experts of a layer", 0),
-        more="In steps that cache. It helps where the link would be idle: a wrong guess costs a "
-        "copy.",
-        keeps_answers=True,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertSlots(HostedExperts):
-    """Each layer keeps this number of experts on the device."""
-
-    expert_slots: int = option(
-        None,
-        "Experts of a layer to keep beside the chip, the others in host memory.",
-        bounds=Bounds("1 or more, or 0 with the expert_plan stream", 0),
-        otherwise="all",
-        keeps_answers=True,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertBudget(HostedExperts):
-    """Experts get this part of the device's memory."""
-
-    expert_gib: float = option(
-        None,
-        "The same by size: memory for experts beside the chip, in GiB.",
-        bounds=_SIZE,
-        keeps_answers=True,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SplitMemory(HostedExperts):
-    """KV and experts share `hot_gib`, or what `total_gib` leaves, as the cost model says."""
-
-    target: Literal["throughput", "latency"] = option(
-        "throughput",
-        "What the split between KV and experts is best for.",
-        more="`throughput` is the most tokens/s of users that queue for ever, `latency` the "
-        "shortest step that all of them decode in.",
-        keeps_answers=True,
-    )
-    expected_users: int | None = option(
-        None,
-        "Requests at once that the split is for.",
-        bounds=_COUNT,
-        otherwise="max_num_seqs; 8 for latency",
-        keeps_answers=True,
-    )
-    expected_prompt_tokens: int | None = option(
-        None,
-        "Their prompts, in tokens.",
-        bounds=_COUNT,
-        otherwise="1024",
-        more="Four fifths of a shorter longest context.",
-        keeps_answers=True,
-    )
-    expected_output_tokens: int | None = option(
-        None,
-        "Their answers, in tokens.",
-        bounds=_COUNT,
-        otherwise="256",
-        more="A fifth of a shorter longest context.",
-        keeps_answers=True,
-    )
-    move_split: bool = option(
-        False,
-        "Have the split between KV and experts follow the load while the engine runs.",
-        keeps_answers=True,
-    )
-
-
-ExpertOptions = AllResident | ExpertSlots | ExpertBudget | SplitMemory
-
-
-@dataclass(frozen=True, slots=True)
 class ScheduleOptions(Group):
     """What a step takes, and whose turn it is."""
 
@@ -329,14 +196,14 @@ class ScheduleOptions(Group):
     max_num_batched_tokens: int = option(
         2048,
         "Most tokens in one step.",
-        bounds=_COUNT,
+        bounds=COUNT,
         more="Of prompts and decodes together.",
         keeps_answers=True,
     )
     max_mixed_tokens: int | None = option(
         None,
         "Most tokens in a step of prompts beside decodes.",
-        bounds=_COUNT,
+        bounds=COUNT,
         otherwise="256 on a CPU, 1024 on a GPU, more there for a Mixture of Experts or with "
         "rotation_s; in any case about what takes 0.25 s",
         more="A long prompt would hold up the decodes. On a GPU a Mixture of Experts gets 512 rows "
@@ -387,15 +254,15 @@ class FormOptions(Group):
     json_max_string: int | None = option(
         None,
         "Most characters in a string of structured output.",
-        bounds=_COUNT,
+        bounds=COUNT,
         otherwise="no bound",
         more="To the end of the token that reaches it.",
     )
     json_max_items: int | None = option(
-        None, "Most items in an array of structured output.", bounds=_COUNT, otherwise="no bound"
+        None, "Most items in an array of structured output.", bounds=COUNT, otherwise="no bound"
     )
     json_max_depth: int | None = option(
-        None, "Most levels of nesting in structured output.", bounds=_COUNT, otherwise="no bound"
+        None, "Most levels of nesting in structured output.", bounds=COUNT, otherwise="no bound"
     )
 
 
@@ -406,7 +273,7 @@ class LayoutOptions(Group):
     tp: int = option(
         1,
         "GPUs that compute each layer together, each with a part of its weights and KV.",
-        bounds=_COUNT,
+        bounds=COUNT,
         more="hot_gib and total_gib are for each GPU; host_gib, disk_gib and expert_gib's host "
         "copies are for all together. With the device cpu it is processes, for tests.",
         keeps_answers=True,
@@ -432,7 +299,7 @@ class RuntimeOptions(Group):
     threads: int | None = option(
         None,
         "CPU threads that compute.",
-        bounds=_COUNT,
+        bounds=COUNT,
         otherwise="as many as affinity and a container's quota allow",
         more="It holds for the process.",
         keeps_answers=True,

@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from hotset.errors import ConfigError
-from hotset.option_fields import Group, Option, options_of
-from hotset.option_groups import (
+from hotset.expert_options import (
     AllResident,
     ExpertBudget,
     ExpertOptions,
     ExpertSlots,
-    FormOptions,
     HostedExperts,
+    SplitMemory,
+)
+from hotset.option_fields import Group, Option, options_of
+from hotset.option_groups import (
+    FormOptions,
     LayoutOptions,
     MemoryOptions,
     ModelOptions,
     RuntimeOptions,
     ScheduleOptions,
-    SplitMemory,
 )
 
 T = TypeVar("T")

@@ -19,11 +19,11 @@ from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.errors import ConfigError
 from hotset.executor.probe import inspect_model, weights_bytes
+from hotset.expert_options import HostedExperts, SplitMemory
 from hotset.experts.sizes import slot_bytes_of
 from hotset.experts.weights import Resident, experts_bytes, experts_layers
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
-from hotset.option_groups import HostedExperts, SplitMemory
 from hotset.options import Options
 from hotset.units import GIB
 

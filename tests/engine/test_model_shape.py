@@ -17,9 +17,9 @@ from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.model_shape import kv_note, shape_of
 from hotset.executor.probe import inspect_model
+from hotset.expert_options import HostedExperts
 from hotset.experts.sizes import slot_bytes_of
 from hotset.model.loaded import LoadedModel
-from hotset.option_groups import HostedExperts
 from hotset.options import Options
 from hotset.units import GIB
 

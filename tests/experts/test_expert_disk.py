@@ -32,6 +32,7 @@ from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.load import load_engine
 from hotset.errors import ConfigError, HotsetError
+from hotset.expert_options import AllResident
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import DiskExperts, ExpertSink
 from hotset.experts.gating import use_dynamic_gating
@@ -39,7 +40,6 @@ from hotset.experts.store import FILE, ExpertStore
 from hotset.experts.weights import experts_layers, experts_of
 from hotset.model.dummy import load_dummy
 from hotset.model.loader import load_model
-from hotset.option_groups import AllResident
 from hotset.options import Options
 from hotset.request import FinishReason, SamplingParams
 from hotset.units import GIB
@@ -308,7 +308,7 @@ def test_flags_that_cannot_work_are_refused_in_one_line(
 MEMORY_PROBE = """
 import sys, threading, time
 from pathlib import Path
-from hotset.option_groups import AllResident
+from hotset.expert_options import AllResident
 from hotset.options import Options
 from hotset.engine.load import load_engine
 from hotset.request import SamplingParams

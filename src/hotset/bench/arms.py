@@ -12,18 +12,12 @@ from hotset.bench.workload import Work
 from hotset.cgroups import available_host_bytes
 from hotset.errors import ConfigError
 from hotset.executor.probe import ModelLayout
+from hotset.expert_options import AllResident, ExpertBudget, ExpertSlots, HostedExperts, SplitMemory
 from hotset.experts.gating import unpack_experts
 from hotset.experts.sizes import slot_bytes_of
 from hotset.experts.weights import experts_layers
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import capacity_bytes_for
-from hotset.option_groups import (
-    AllResident,
-    ExpertBudget,
-    ExpertSlots,
-    HostedExperts,
-    SplitMemory,
-)
 from hotset.options import OPTIONS, Options, own_options
 from hotset.units import GIB
 

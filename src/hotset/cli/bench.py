@@ -20,8 +20,8 @@ from hotset.cli.options import (
 )
 from hotset.cli.progress import make_say
 from hotset.errors import ConfigError
+from hotset.expert_options import ExpertBudget, ExpertSlots
 from hotset.option_fields import options_of
-from hotset.option_groups import ExpertBudget, ExpertSlots
 from hotset.options import Options
 
 if TYPE_CHECKING:

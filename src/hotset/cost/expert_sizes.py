@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from hotset.cost.slot_bytes import SlotBytes, count_slots
 from hotset.errors import ConfigError
-from hotset.option_groups import ExpertBudget, ExpertSlots, HostedExperts, SplitMemory
+from hotset.expert_options import ExpertBudget, ExpertSlots, HostedExperts, SplitMemory
 from hotset.options import OPTIONS, own_options
 from hotset.units import GIB, round_up_gib
 

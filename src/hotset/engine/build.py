@@ -32,6 +32,7 @@ from hotset.executor.local import LocalExecutor
 from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import Sampler
 from hotset.executor.simulated import Simulated
+from hotset.expert_options import HostedExperts
 from hotset.experts.gating import unpack_experts
 from hotset.grammar.json_bounds import JsonBounds
 from hotset.kernels.device import likely_hardware
@@ -43,7 +44,6 @@ from hotset.memory.disk.tier import payloads_within
 from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
-from hotset.option_groups import HostedExperts
 from hotset.options import Options
 from hotset.parallel.group import current
 from hotset.ranks.copier import RanksCopier

@@ -14,13 +14,13 @@ from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.start_times import StartTimes
 from hotset.executor.probe import check_index_dtype, check_kv_dtype, weights_bytes
+from hotset.expert_options import HostedExperts
 from hotset.experts.disk import ExpertSink
 from hotset.experts.sizes import slot_bytes_of, why_not_hosted
 from hotset.linear.fp8 import FP8
 from hotset.model.devices import resolve_device
 from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
-from hotset.option_groups import HostedExperts
 from hotset.options import Options
 from hotset.ranks.driver import Ranks
 

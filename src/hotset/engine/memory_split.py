@@ -8,8 +8,9 @@ from hotset.cost.expert_split import KVMemory, Split, Splitter, least_bytes
 from hotset.cost.expert_steps import ExpertCost, Load
 from hotset.cost.slot_bytes import SlotBytes
 from hotset.errors import ConfigError
+from hotset.expert_options import SplitMemory
 from hotset.memory.region import SharedRegion
-from hotset.option_groups import ScheduleOptions, SplitMemory
+from hotset.option_groups import ScheduleOptions
 from hotset.units import gib_text
 
 # What requests are like where the user does not say: a prompt and its answer, and how many of them

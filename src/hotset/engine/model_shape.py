@@ -32,12 +32,12 @@ from hotset.engine.model_sizes import ModelSizes
 from hotset.engine.sizing import Sizes
 from hotset.errors import ConfigError
 from hotset.executor.probe import ModelLayout, weights_bytes, workspace_bytes
+from hotset.expert_options import HostedExperts, SplitMemory
 from hotset.experts.sizes import slot_bytes_of, why_not_hosted
 from hotset.experts.weights import experts_bytes, experts_layers
 from hotset.kernels.device import gpu_name, known_hardware, likely_hardware
 from hotset.linear.packed import PackedLinear
 from hotset.model.loaded import LoadedModel
-from hotset.option_groups import HostedExperts, SplitMemory
 from hotset.options import Options
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8"}

@@ -17,9 +17,9 @@ from hotset.engine.memory_split import (
 from hotset.engine.model_sizes import ModelSizes
 from hotset.engine.state_sizing import StateSizes, solve_state_sizes
 from hotset.errors import ConfigError
+from hotset.expert_options import ExpertBudget, HostedExperts, SplitMemory
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import capacity_bytes_for, payloads_within
-from hotset.option_groups import ExpertBudget, HostedExperts, SplitMemory
 from hotset.options import Options
 from hotset.units import GIB, gib_text, round_up_gib
 

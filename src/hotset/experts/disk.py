@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from hotset.cost.expert_sizes import with_disk
+from hotset.expert_options import ExpertOptions, HostedExperts
 from hotset.experts.host import Ahead, ExpertLayout, Ids, StoredExperts
 from hotset.experts.sizes import sizes_of
 from hotset.experts.slots import Slots
 from hotset.experts.store import ExpertStore
 from hotset.experts.weights import LayerExperts, Narrow, experts_layers, experts_of, is_experts
-from hotset.option_groups import ExpertOptions, HostedExperts
 
 _NO_ASYNC_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers
 

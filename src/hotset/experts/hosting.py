@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hotset.cost.expert_sizes import ExpertSizes
 from hotset.cost.rates import Rates
 from hotset.errors import ConfigError
+from hotset.expert_options import ExpertOptions, HostedExperts
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.disk import DiskExperts, ExpertSink
 from hotset.experts.gating import gated_layers
@@ -25,7 +26,6 @@ from hotset.experts.staging import Staging
 from hotset.experts.weights import LayerExperts, Narrow, can_pack, experts_layers
 from hotset.kernels.device import likely_hardware
 from hotset.memory.region import SharedRegion
-from hotset.option_groups import ExpertOptions, HostedExperts
 from hotset.parallel.group import current
 from hotset.units import GIB
 

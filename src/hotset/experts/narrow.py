@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 
 from hotset.errors import ConfigError
+from hotset.expert_options import ColdDType
 from hotset.linear.narrow_matrix import NarrowMatrix, Planes
 from hotset.memory.disk.slab import slot_bytes_for
-from hotset.option_groups import ColdDType
 from hotset.weight_format import FP8_ROW, INT4, WeightFormat
 
 NarrowDType = Literal["fp8", "int4"]

@@ -5,11 +5,11 @@ from transformers import PreTrainedModel
 
 from hotset.cost.slot_bytes import SlotBytes
 from hotset.errors import ConfigError
+from hotset.expert_options import ColdDType, HostedExperts
 from hotset.experts.gating import layers_to_gate
 from hotset.experts.narrow import NarrowLayout, rounded_layout
 from hotset.experts.weights import LayerExperts
 from hotset.kernels.narrow_forms import can_read
-from hotset.option_groups import ColdDType, HostedExperts
 from hotset.parallel.collectives import largest
 
 
