@@ -16,9 +16,11 @@ from servers import CHAT, KEY, RunningServer, running_server, wait_for
 
 import hotset
 from hotset.cli.serve import command as serve_command
+from hotset.engine.output_stream import OutputStream
 from hotset.errors import ConfigError
 from hotset.executor.sampler import PendingTokens, Sampler
 from hotset.executor.step_input import SampleInput
+from hotset.request import RequestOutput
 from hotset.server.app import ServerConfig
 from hotset.server.keys import Keys, Tenant
 
@@ -544,17 +546,32 @@ def test_an_answer_whose_logits_are_no_numbers_is_an_error_and_its_neighbour_goe
         logits[rows] = torch.nan
         return submit(self, logits, sample)
 
+    put = OutputStream.put
+
+    def wake_at_the_end(self: OutputStream, output: RequestOutput) -> Any:
+        """All outputs wait for their reader, joined to one."""
+        reader = put(self, output)
+        return None if output.finish_reason is None else reader
+
     body = {**CHAT, "ignore_eos": True}
     with server.http() as http, ThreadPoolExecutor() as pool:
         wanted = http.post("/v1/chat/completions", json=body).json()["choices"]
         monkeypatch.setattr(Sampler, "submit", poison)
         neighbour = pool.submit(http.post, "/v1/chat/completions", json=body)
-        whole = http.post("/v1/chat/completions", json={**body, "temperature": 1})
-        stream = http.post("/v1/chat/completions", json={**body, "temperature": 1, "stream": True})
+        drawn = {**body, "temperature": 1, "seed": 3}
+        whole = http.post("/v1/chat/completions", json=drawn)
         assert neighbour.result().json()["choices"] == wanted
+        stream = http.post("/v1/chat/completions", json={**drawn, "stream": True})
+        monkeypatch.setattr(OutputStream, "put", wake_at_the_end)
+        slow = http.post("/v1/chat/completions", json={**drawn, "stream": True})
     assert whole.status_code == 500
     error = whole.json()["error"]
     assert error["code"] == "step_failed" and "NaN or infinite" in error["message"]
-    *parts, last = stream.text.strip().split("\n\n")
-    assert json.loads(last.removeprefix("data: "))["error"] == error
-    assert parts  # what came before
+    texts = []
+    for answer in (stream, slow):
+        *parts, last = (json.loads(one[6:]) for one in answer.text.strip().split("\n\n"))
+        assert last["error"] == error
+        choices = [part["choices"][0] for part in parts]
+        assert all(choice["finish_reason"] is None for choice in choices)
+        texts.append("".join(choice["delta"].get("content", "") for choice in choices))
+    assert texts[0] == texts[1] != ""  # what came before

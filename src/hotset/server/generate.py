@@ -174,6 +174,8 @@ async def _events(tally: _Tally, form: Form) -> AsyncIterator[str]:
         if output.finish_reason is not None:
             error = ended_early(output.finish_reason, output.error, output.code)
             if error is not None:
+                if output.token_ids:  # outputs of a slow reader are joined
+                    yield form.step(index, output._replace(finish_reason=None))
                 yield form.failure(error)
                 return
         yield form.step(index, output)
