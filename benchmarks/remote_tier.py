@@ -5,8 +5,8 @@
 It needs `redis-server`.
 
 - `engine`: conversations of two turns by engines without a store, with one, and with one that
-  answers nothing (SIGSTOP), by turns: seconds, and CPU seconds of all threads, which other work
-  on the machine changes less. Each repeat has prompts of its own. `shared` is a first turn whose
+  answers nothing (SIGSTOP), by turns: steps, seconds, and CPU seconds of all threads, which other
+  work on the machine changes less. Each repeat has prompts of its own. `shared` is a first turn whose
   blocks another engine has left in the store, against the same turn computed.
 - `rates`: payloads written and read, sealed or encrypted, by Unix socket and by TCP, with the CPU
   seconds that client and server take.
@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import record
@@ -111,27 +111,34 @@ class Engines:
         return engine
 
 
-def timed(engine: Engine, prompts: list[list[int]], num_tokens: int) -> tuple[Any, float, float]:
-    """Answers of all prompts at once, wall seconds, and CPU seconds of all threads."""
+class Cost(NamedTuple):
+    """What a turn took, CPU seconds being of all threads."""
+
+    wall_s: float
+    cpu_s: float
+    steps: int
+
+
+def timed(engine: Engine, prompts: list[list[int]], num_tokens: int) -> tuple[Any, Cost]:
+    """Answers of all prompts at once, and what they took."""
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     ids = [engine.add_request(prompt, params) for prompt in prompts]
     answers: dict[str, list[int]] = {one: [] for one in ids}
-    start_s, start_cpu_s = time.perf_counter(), time.process_time()
+    start_s, start_cpu_s, before = time.perf_counter(), time.process_time(), engine.metrics.steps
     for output in run_to_end(engine):
         answers[output.request_id] += output.token_ids
-    return list(answers.values()), time.perf_counter() - start_s, time.process_time() - start_cpu_s
+    wall_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
+    return list(answers.values()), Cost(wall_s, cpu_s, engine.metrics.steps - before)
 
 
 def measure_engines(args: argparse.Namespace) -> list[dict[str, Any]]:
     draw = random.Random(args.seed)
     with ExitStack() as undo:
         engines = Engines(args, undo)
-        wall: dict[tuple[str, str], list[float]] = {}
-        cpu: dict[tuple[str, str], list[float]] = {}
+        costs: dict[tuple[str, str], list[Cost]] = {}
 
-        def note(turn: str, name: str, wall_s: float, cpu_s: float) -> None:
-            wall.setdefault((turn, name), []).append(wall_s)
-            cpu.setdefault((turn, name), []).append(cpu_s)
+        def note(turn: str, name: str, cost: Cost) -> None:
+            costs.setdefault((turn, name), []).append(cost)
 
         for repeat in range(args.repeats + 1):
             firsts = [prompt_of(draw, args.prompt_tokens) for _ in range(args.users)]
@@ -145,11 +152,11 @@ def measure_engines(args: argparse.Namespace) -> list[dict[str, Any]]:
                     if turn == "second":
                         answered = zip(firsts, expected["first"], more, strict=True)
                         prompts = [one + answer + rest for one, answer, rest in answered]
-                    answers, wall_s, cpu_s = timed(engines.by_name[name], prompts, args.tokens)
+                    answers, cost = timed(engines.by_name[name], prompts, args.tokens)
                     assert expected.setdefault(turn, answers) == answers, "another answer"
                     settle(engines.by_name[name], SETTLE_S)
                     if repeat:  # the first one warms up
-                        note(turn, name, wall_s, cpu_s)
+                        note(turn, name, cost)
             record.say(f"repeat {repeat}")
             if repeat:
                 sharing(args, engines, firsts, expected["first"], note)
@@ -160,13 +167,14 @@ def measure_engines(args: argparse.Namespace) -> list[dict[str, Any]]:
         {
             "turn": turn,
             "engine": name,
-            "repeats": len(values),
-            "wall_s": round(statistics.median(values), 3),
-            "cpu_s": round(statistics.median(cpu[turn, name]), 3),
-            **ratios("wall", values, wall[turn, "without"]),
-            **ratios("cpu", cpu[turn, name], cpu[turn, "without"]),
+            "repeats": len(each),
+            "steps": round(statistics.mean(cost.steps for cost in each), 1),
+            "wall_s": round(statistics.median(cost.wall_s for cost in each), 3),
+            "cpu_s": round(statistics.median(cost.cpu_s for cost in each), 3),
+            **ratios("wall_s", each, costs[turn, "without"]),
+            **ratios("cpu_s", each, costs[turn, "without"]),
         }
-        for (turn, name), values in wall.items()
+        for (turn, name), each in costs.items()
     ]
 
 
@@ -182,15 +190,16 @@ def sharing(
             engines.undo, outer = undo, engines.undo
             fresh = engines.make(**given)
             engines.undo = outer
-            answers, wall_s, cpu_s = timed(fresh, prompts, args.tokens)
+            answers, cost = timed(fresh, prompts, args.tokens)
             assert answers == expected, "another answer"
             assert not given or fresh.metrics.cached_tokens["remote"], "nothing was found"
-            note("shared", name, wall_s, cpu_s)
+            note("shared", name, cost)
 
 
-def ratios(what: str, values: list[float], base: list[float]) -> dict[str, float]:
+def ratios(what: str, costs: list[Cost], base: list[Cost]) -> dict[str, float]:
     """What each repeat took, divided by what the same repeat took without a store."""
-    each = [one / other for one, other in zip(values, base, strict=True)]
+    pairs = zip(costs, base, strict=True)
+    each = [getattr(one, what) / getattr(other, what) for one, other in pairs]
     found = record.percentiles(each, of=(25, 50, 75), digits=3)
     return {f"{what} / without, {name}": value for name, value in found.items()}
 

@@ -128,6 +128,7 @@ class FakeTiers:
     """
 
     infos = (HOST, DISK)
+    may_think = False
 
     def __init__(self, device: FakeDevice | None = None) -> None:
         self.device = device
@@ -148,7 +149,9 @@ class FakeTiers:
     def locate(self, key: bytes) -> str | None:
         return "host" if key in self.spilling else self.stored.get(key)
 
-    def lookup(self, keys: Sequence[bytes], *, may_ask: bool = True) -> list[Found]:
+    def lookup(
+        self, keys: Sequence[bytes], *, may_ask: bool = True, saved_s: float = 0.0
+    ) -> list[Found]:
         tiers = {info.name: Found(Answer.HIT, info) for info in self.infos}
         misses = {key: Answer.PENDING if key in self.pending else Answer.MISS for key in keys}
         return [tiers.get(self.locate(key) or "", Found(misses[key])) for key in keys]
@@ -309,7 +312,7 @@ class FakeTier:
     """
 
     def __init__(self, name: str, payload_bytes: int) -> None:
-        self.info = TierInfo(name, 100, payload_bytes)
+        self.info = TierInfo(name, 100, payload_bytes, patience=1.0)
         self.stored: dict[bytes, bytes] = {}
         self.is_full = self.is_asking = self.declines = False
         self.touched: list[bytes] = []

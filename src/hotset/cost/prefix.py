@@ -170,6 +170,13 @@ class PrefixPolicy:
             mode=self.mode,
         )
 
+    def saved_s(self, num_tokens: int) -> float:
+        """Seconds that `num_tokens` save at most that are found in a tier, as far as is known."""
+        if self.mode != "auto":
+            return math.inf if self.mode == "fetch" else 0.0
+        rate = self.rates.prefill_tokens_per_s
+        return num_tokens / rate if rate > 0 else math.inf
+
     def place_to_start(
         self, places: Sequence[StatePlace], *, queued_bytes: int, queued_tokens: int
     ) -> int:

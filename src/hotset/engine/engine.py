@@ -283,6 +283,7 @@ class Engine:
         if self._num_host_bound:
             self._collect()  # the next step needs the last one's tokens on the host
         self.kv.poll()
+        self.kv.asking.wait()
         if self._mover is not None:
             self._mover.step(num_queued=num_queued)
 

@@ -130,6 +130,8 @@ class Scheduler:
         if others:
             self._forks[first.sequence_id] = others
             first.kv.has_forks = True
+        if len(self.waiting) + len(self.running) <= self.max_num_seqs:
+            self.kv.asking.add(first)
 
     def schedule(self) -> Step:
         """Choose the tokens of the next step and reserve their blocks.

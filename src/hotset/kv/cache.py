@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Sequence
 
 from hotset.cost.prefix import PrefixPolicy
+from hotset.kv.asking import Asking
 from hotset.kv.block_hash import DIGEST_BYTES
 from hotset.kv.hot_set import HotSet
 from hotset.kv.index_blocks import IndexBlocks
@@ -45,6 +46,7 @@ class KVCache:
         hot: the requests that keep few of their tokens on the device; None where none may.
         states: of what layers keep beside KV; None where they keep nothing. KV is of use up to a
             state that was kept: what is found ends there.
+        asking: the requests of which tiers are still to say what they have.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class KVCache:
             self.states = States(states, self.prefixes, metrics, transfers, worth)
         self.block_size = block_size
         self._metrics, self._tiers = metrics, tiers
+        self.asking = Asking(tiers, self._is_open)
 
     def expect(self, request: Request, url: str) -> None:
         """Another replica is said to have what a request begins with; see `TierStack.expect`."""
@@ -147,6 +150,13 @@ class KVCache:
         self._metrics.recompute_chosen_tokens += sum(computed.values())
         self.advance(request)
         return True
+
+    def _is_open(self, request: Request) -> bool:
+        """Whether a tier cannot say yet what it has of a request."""
+        known, is_pending = self._search.find(request)
+        if is_pending or self.states is None:
+            return is_pending
+        return self._find_start(request, known, 0) is None
 
     def _find_start(self, request: Request, known: list[Known], queued_tokens: int) -> Start | None:
         """Where a request goes on; None while a tier cannot say what it has."""

@@ -35,7 +35,9 @@ class PrefixSearch:
         num_asked = _KEYS_AT_ONCE
         while len(known) < len(keys):
             asked = keys[len(known) : len(known) + num_asked]
-            for key, found in zip(asked, self._transfers.lookup(asked), strict=True):
+            num_left = (len(keys) - len(known)) * self._prefixes.block_size
+            answers = self._transfers.lookup(asked, num_left)
+            for key, found in zip(asked, answers, strict=True):
                 if found.answer is not Answer.HIT:
                     break
                 known.append(Known(key, found.tier, self._prefixes.block_size))
@@ -48,7 +50,7 @@ class PrefixSearch:
         tail = request.kv.resume or self._unused_tail(request, len(known))
         if tail is None or tail.index != len(known):
             return known, False
-        [found] = self._transfers.lookup([tail.key])
+        [found] = self._transfers.lookup([tail.key], tail.num_tokens)
         if found.answer is Answer.HIT:
             known.append(Known(tail.key, found.tier, tail.num_tokens))
         return known, found.answer is Answer.PENDING

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from hotset.kv.block_hash import piece_key
 from hotset.kv.state_slots import StateSlots
@@ -69,20 +70,25 @@ class StateTransfers:
         """Keys of the pieces of a state."""
         return [piece_key(key, i) for i in range(self._pieces.per_state)]
 
-    def lookup(self, keys: Sequence[bytes], *, may_ask: bool = True) -> list[Found]:
+    def lookup(
+        self, keys: Sequence[bytes], *, may_ask: bool = True, saved_s: float = inf
+    ) -> list[Found]:
         """What the tiers have of each state: a HIT is in the slowest tier that has a piece."""
-        firsts = self.first_pieces(keys, may_ask=may_ask)
+        firsts = self.first_pieces(keys, may_ask=may_ask, saved_s=saved_s)
         return [
-            self._whole(key, may_ask) if first.answer is Answer.HIT else first
+            self._whole(key, may_ask, saved_s) if first.answer is Answer.HIT else first
             for key, first in zip(keys, firsts, strict=True)
         ]
 
-    def first_pieces(self, keys: Sequence[bytes], *, may_ask: bool = True) -> list[Found]:
+    def first_pieces(
+        self, keys: Sequence[bytes], *, may_ask: bool = True, saved_s: float = inf
+    ) -> list[Found]:
         """What the tiers have of the first piece of each state: without it there is none."""
-        return self._tiers.lookup([piece_key(key, 0) for key in keys], may_ask=may_ask)
+        firsts = [piece_key(key, 0) for key in keys]
+        return self._tiers.lookup(firsts, may_ask=may_ask, saved_s=saved_s)
 
-    def _whole(self, key: bytes, may_ask: bool) -> Found:
-        found = self._tiers.lookup(self.keys(key), may_ask=may_ask)
+    def _whole(self, key: bytes, may_ask: bool, saved_s: float) -> Found:
+        found = self._tiers.lookup(self.keys(key), may_ask=may_ask, saved_s=saved_s)
         for answer in (Answer.MISS, Answer.PENDING):
             if any(one.answer is answer for one in found):
                 return Found(answer)

@@ -133,7 +133,7 @@ class States:
                 asked.append((count, known[count - 1].key, False))
         for first in range(0, len(asked), _AT_ONCE):
             batch = asked[first : first + _AT_ONCE]
-            answers = self._lookup([key for _, key, _ in batch])
+            answers = self._lookup([key for _, key, _ in batch], ends[-1])
             for (count, key, is_own), found in zip(batch, answers, strict=True):
                 if found.answer is Answer.PENDING:
                     return None
@@ -143,11 +143,13 @@ class States:
                         return starts
         return starts
 
-    def _lookup(self, keys: Sequence[bytes]) -> list[Found]:
+    def _lookup(self, keys: Sequence[bytes], num_tokens: int) -> list[Found]:
+        """What is known of states, without which `num_tokens` have to be computed."""
         found = {key: _ON_DEVICE for key in keys if self.slots.pool.lookup(key) is not None}
         elsewhere = [key for key in keys if key not in found]
-        if self._transfers is not None and elsewhere:
-            answers = self._transfers.lookup(elsewhere)
+        if self._transfers is not None and self._policy is not None and elsewhere:
+            saved_s = self._policy.saved_s(num_tokens)
+            answers = self._transfers.lookup(elsewhere, saved_s=saved_s)
             found.update(zip(elsewhere, answers, strict=True))
         return [found.get(key, _MISS) for key in keys]
 

@@ -90,8 +90,11 @@ class BlockTransfers:
         """The block that the content of `key` is on its way to."""
         return self._loading[key].block if key in self._loading else None
 
-    def lookup(self, keys: Sequence[bytes]) -> list[Found]:
-        """What is known of each key; a HIT without a tier is on the device."""
+    def lookup(self, keys: Sequence[bytes], num_tokens: int) -> list[Found]:
+        """What is known of each key; a HIT without a tier is on the device.
+
+        Without these, `num_tokens` have to be computed: see `TierStack.lookup`.
+        """
         found: list[Found | None] = [None] * len(keys)
         for i, key in enumerate(keys):
             if self._pool.lookup(key) is not None:
@@ -99,9 +102,10 @@ class BlockTransfers:
             elif key in self._loading:
                 found[i] = Found(Answer.HIT, self._loading[key].tier)
         elsewhere = [key for key, one in zip(keys, found, strict=True) if one is None]
-        if self._tiers is None or not elsewhere:
+        if self._tiers is None or self.policy is None or not elsewhere:
             return [one or _MISS for one in found]
-        answers = iter(self._tiers.lookup(elsewhere))
+        saved_s = self.policy.saved_s(num_tokens)
+        answers = iter(self._tiers.lookup(elsewhere, saved_s=saved_s))
         return [next(answers) if one is None else one for one in found]
 
     def cheaper_computed(self, known: Sequence[Known], queued_tokens: int) -> dict[bytes, int]:

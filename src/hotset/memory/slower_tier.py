@@ -1,16 +1,19 @@
 """What is under way between host memory and one slower tier, and how fast. Imports no torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from hotset.clock import Clock
 from hotset.cost.rates import Rates
 from hotset.memory.journal import OnChange
-from hotset.memory.residency import Payload
+from hotset.memory.residency import Payload, Residency, State
 from hotset.memory.tier import Answer, Completion, CompletionStatus, Tier
 from hotset.metrics import Metrics
 
 _RATE_WINDOW_S = 0.25
 _MOST_OWED = 1 << 16
+# Of host memory, what is being written at most of what is owed to a tier; and payloads.
+_WRITING_PART, _MOST_WRITING = 8, 64
 
 
 class SlowerTier:
@@ -61,6 +64,23 @@ class SlowerTier:
         self.owed.update(dict.fromkeys(keys))
         while len(self.owed) > _MOST_OWED:
             self.owed.popitem()
+
+    def due(self, host: Residency) -> Iterator[Payload]:
+        """READY payloads that are owed and to be written now: with a part of host memory at once.
+
+        Forgets what is not there, and what the tier has.
+        """
+        most = max(1, min(_MOST_WRITING, host.num_slots // _WRITING_PART))
+        for key in list(islice(self.owed, 4 * most)):
+            if len(self.writes) >= most:
+                return
+            payload = host.get(key)
+            if payload is not None and payload.state is State.SPILLING:
+                continue  # once it has come, see `TierStack`
+            if payload is None or not payload.is_ready or self.has(key):
+                del self.owed[key]
+            else:
+                yield payload
 
     def all_keys(self) -> list[bytes]:
         """See `journal.Source`."""

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from hotset.memory.journal import OnChange
 
+PATIENCE = 0.02  # with a tier that may well not have what it is asked for
+
 
 @dataclass(frozen=True, slots=True)
 class TierInfo:
@@ -19,6 +21,8 @@ class TierInfo:
         feeds_device: whether copies to the device start here; from others a payload comes here
             first.
         measured_bytes_per_s: how fast payloads are read, where the tier has measured that itself.
+        patience: how long it may think about what it has, as a part of the time that it takes to
+            do without: as likely as it is to have it, about. None: it says at once what it has.
     """
 
     name: str
@@ -26,6 +30,7 @@ class TierInfo:
     payload_bytes: int
     feeds_device: bool = False
     measured_bytes_per_s: float | None = None
+    patience: float | None = None
 
     @property
     def capacity_bytes(self) -> int:

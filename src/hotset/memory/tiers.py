@@ -1,15 +1,16 @@
 """The tiers below the device, fastest first, as one thing. Imports no torch."""
 
+import time
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from math import inf
 
 from hotset.clock import REAL_CLOCK, Clock
 from hotset.cost.rates import Rates
 from hotset.errors import OutOfBlocksError
 from hotset.eviction import policy_named
+from hotset.memory.answers import Answers, wait_for_one
 from hotset.memory.journal import Source
 from hotset.memory.mover import Batch, Copier, DeviceMemory, HostMemory, Mover
-from hotset.memory.pending import PendingKeys
 from hotset.memory.residency import Payload, Residency, State
 from hotset.memory.slower_tier import SlowerTier
 from hotset.memory.tier import (
@@ -22,12 +23,6 @@ from hotset.memory.tier import (
     TierUsage,
 )
 from hotset.metrics import Metrics
-
-# Of host memory, what is being written at most of what is owed to a tier; and payloads.
-_WRITING_PART, _MOST_WRITING = 8, 64
-_TURN_S = 0.001  # for so long each of several tiers is waited for
-_MISS = Found(Answer.MISS)
-_PENDING = Found(Answer.PENDING)
 
 
 class TierStack:
@@ -59,6 +54,7 @@ class TierStack:
         mover: copies between device and host memory.
         slower: the other tiers with their transfers, fastest first.
         infos: a row for each tier, fastest first: host memory, then `slower`.
+        may_think: whether a tier may answer PENDING.
         expect: to be told of keys that another replica, at a URL, is said to have; None where none
             is asked.
     """
@@ -78,6 +74,7 @@ class TierStack:
     ) -> None:
         host_info = TierInfo("host", num_slots, memory.slot_bytes, feeds_device=True)
         self.infos = [host_info, *(tier.info for tier in slower)]
+        self.may_think = any(info.patience is not None for info in self.infos)
         order = policy_named(eviction).order()
         self.host = Residency(0, lambda key: order)
         self.mover: Mover[Payload] = Mover(
@@ -92,45 +89,24 @@ class TierStack:
         self.rates = rates
         self.metrics = metrics
         self._memory = memory
-        self._pending = PendingKeys(clock)
+        self._answers = Answers(self.host, self.infos, self.slower, clock)
         self._ended: list[EndedTransfer] = []
         self._num_fetching = 0
         self._grow()
 
     # Where payloads are
 
-    def lookup(self, keys: Sequence[bytes], *, may_ask: bool = True) -> list[Found]:
+    def lookup(
+        self, keys: Sequence[bytes], *, may_ask: bool = True, saved_s: float = inf
+    ) -> list[Found]:
         """Which tier has each payload, or will have shortly.
 
         PENDING is answered for a bounded time: ask again then, and MISS takes its place at last.
-        Where they may not ask elsewhere, tiers do not answer it.
+        That is as long as the tier's `patience` says of `saved_s`, which it takes to do without
+        these payloads, and at most 0.25 seconds. Where they may not ask elsewhere, tiers do not
+        answer PENDING.
         """
-        found = [self._in_host(key) for key in keys]
-        for info, slower in zip(self.infos[1:], self.slower, strict=True):
-            asked = [i for i, one in enumerate(found) if one is None or one is _PENDING]
-            if not asked:
-                break
-            answers = slower.tier.lookup([keys[i] for i in asked], may_ask=may_ask)
-            for i, answer in zip(asked, answers, strict=True):
-                if answer is Answer.HIT:
-                    found[i] = Found(Answer.HIT, info)
-                elif answer is Answer.PENDING:
-                    found[i] = _PENDING
-        for i, one in enumerate(found):
-            if one is not _PENDING:
-                self._pending.end(keys[i])
-            elif not self._pending.may_wait(keys[i]):
-                found[i] = _MISS
-        return [one or _MISS for one in found]
-
-    def _in_host(self, key: bytes) -> Found | None:
-        payload = self.host.get(key)
-        if payload is None:
-            return None
-        if payload.state is State.LATE or payload.is_dropped:
-            return _MISS
-        is_read = payload.state is State.READING
-        return Found(Answer.HIT, self.infos[payload.source if is_read else 0])
+        return self._answers.lookup(keys, may_ask=may_ask, saved_s=saved_s)
 
     def sources(self) -> dict[str, Source]:
         """The tiers by their names, for a journal."""
@@ -301,7 +277,7 @@ class TierStack:
             self.mover.is_busy
             or bool(self._ended)
             or any(slower.is_busy for slower in self.slower)
-            or self._pending.any_left
+            or self._answers.any_left
         )
 
     def mark(self) -> None:
@@ -331,6 +307,7 @@ class TierStack:
         on can wait for them on the device.
         """
         self._grow()
+        self._answers.begin_round()
         self.poll_slower()
         for batch, seconds in self.mover.poll():
             self._end_batch(batch, seconds)
@@ -340,13 +317,24 @@ class TierStack:
         return ended
 
     def wait(self, timeout_s: float) -> None:
-        """Block until something may have ended, or `timeout_s` has passed."""
-        busy = [slower for slower in self.slower if slower.is_busy] or self.slower
+        """Block until something may have ended or be answered, or `timeout_s` has passed."""
+        timeout_s = min(timeout_s, self._answers.left_s)
+        is_thinking = self._answers.is_thinking
+        busy = [one for one in self.slower if one.is_busy or is_thinking(one)] or self.slower
         if self.mover.is_copying or not busy:
             self.mover.copier.wait(timeout_s)
             return
-        for slower in busy:
-            slower.tier.wait(timeout_s if len(busy) == 1 else min(_TURN_S, timeout_s))
+        wait_for_one(busy, timeout_s)
+
+    def await_answers(self, are_open: Callable[[], bool], most_s: float) -> None:
+        """Block until nothing is PENDING of what `are_open` looks up, or `most_s` has passed."""
+        until_s = time.monotonic() + most_s
+        while True:
+            self._answers.begin_round()
+            if not are_open() or (left_s := until_s - time.monotonic()) <= 0:
+                return
+            self._answers.wait(min(left_s, self._answers.left_s))
+            self.poll_slower()
 
     def close(self) -> None:
         """End the copies, then the slower tiers."""
@@ -390,21 +378,7 @@ class TierStack:
                     self._become_ready(payload)
                 else:
                     self._fail(payload.key, self.host.abandon(payload))
-            if slower.owed:
-                self._pay(slower, number)
-
-    def _pay(self, slower: SlowerTier, number: int) -> None:
-        """Write what is owed to a tier, with a part of host memory at once."""
-        most = max(1, min(_MOST_WRITING, self.host.num_slots // _WRITING_PART))
-        for key in list(islice(slower.owed, 4 * most)):
-            if len(slower.writes) >= most:
-                return
-            payload = self.host.get(key)
-            if payload is not None and payload.state is State.SPILLING:
-                continue  # once it has come, see `_cascade`
-            if payload is None or not payload.is_ready or slower.has(key):
-                del slower.owed[key]
-            else:
+            for payload in slower.due(self.host):
                 self.write(payload, number)  # or it is dropped
 
     def _cascade(self, payload: Payload, number: int) -> None:

@@ -44,7 +44,13 @@ class PeerTier(SharedTier):
         self.server: PeerServer | None = None
         self._by_url: dict[str, Store] = {}
         self._expected: OrderedDict[bytes, Store] = OrderedDict()
-        self.info = TierInfo("peer", 0, payload_bytes, measured_bytes_per_s=_ASSUMED_RATE)
+        self.info = TierInfo(
+            "peer",
+            0,
+            payload_bytes,
+            measured_bytes_per_s=_ASSUMED_RATE,
+            patience=1.0,  # asked for what it is said to have
+        )
 
     def expect(self, keys: Sequence[bytes], url: str) -> None:
         """A peer is said to have the payloads of `keys`. A URL that is none is left alone."""

@@ -12,7 +12,7 @@ from hotset.memory.remote.resp import Address
 from hotset.memory.remote.seal import Seal
 from hotset.memory.remote.shared import SharedTier
 from hotset.memory.remote.store import Store, Transfer
-from hotset.memory.tier import TierInfo, TierUsage
+from hotset.memory.tier import PATIENCE, TierInfo, TierUsage
 
 _MOST_WRITES = 64
 _WRITE_WAIT_S = 2.0  # the longest that a write waits for its turn
@@ -72,6 +72,7 @@ class RemoteTier(SharedTier):
             sum(store.most_bytes // store.value_bytes for store in stores),
             payload_bytes,
             measured_bytes_per_s=sum(store.measured_bytes_per_s for store in stores),
+            patience=PATIENCE,
         )
 
     def _stores(self) -> Iterable[Store]:
