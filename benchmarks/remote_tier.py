@@ -6,8 +6,8 @@ It needs `redis-server`.
 
 - `engine`: conversations of two turns by engines without a store, with one, and with one that
   answers nothing (SIGSTOP), by turns: steps, seconds, and CPU seconds of all threads, which other
-  work on the machine changes less. Each repeat has prompts of its own. `shared` is a first turn whose
-  blocks another engine has left in the store, against the same turn computed.
+  work on the machine changes less. Each repeat has prompts of its own. `shared` is a first turn
+  whose blocks another engine has left in the store, against the same turn computed.
 - `rates`: payloads written and read, sealed or encrypted, by Unix socket and by TCP, with the CPU
   seconds that client and server take.
 - `waste`: an hour of conversations that never come back, by a clock that is played.

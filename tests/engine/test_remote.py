@@ -100,6 +100,30 @@ def test_what_one_engine_left_in_a_store_another_one_finds(
     assert not other.metrics.faults.total()
 
 
+def test_requests_that_come_together_start_in_one_step_whenever_the_store_answers(
+    store: FakeStore, secret: Path, make_engine: MakeEngine
+) -> None:
+    alone = make_engine()
+    engine = make_engine(**HOST, remote=store.url, remote_secret_file=secret)
+    assert engine.tiers is not None
+    assert run(engine, PROMPTS) == run(alone, PROMPTS)
+    settle(engine)
+    engine.tiers.rates.prefill_tokens_per_s = 0.1  # so that the store has time
+    steps: list[int] = []
+    for one in (alone, engine):
+        before = one.metrics.steps
+        for prompt in PROMPTS[:2]:  # known as far as 20 tokens
+            one.add_request(
+                [*prompt[:20], *range(40)], SamplingParams(max_tokens=4, ignore_eos=True)
+            )
+        one.step()
+        assert len(one.scheduler.running) == 2
+        while one.has_work:
+            one.step()
+        steps.append(one.metrics.steps - before)
+    assert steps[0] == steps[1]
+
+
 def test_a_drained_engine_leaves_its_conversations_to_the_others(
     store: FakeStore, secret: Path, make_engine: MakeEngine
 ) -> None:

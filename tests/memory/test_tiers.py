@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -533,6 +534,46 @@ def test_a_key_is_pending_for_a_bounded_time_and_then_missing() -> None:
     assert [found.answer for found in rig.tiers.lookup([b"b"])] == [Answer.MISS]
     far.is_asking = False  # the answer comes too late, and is used from then on
     assert rig.place(b"b") == "far" and not rig.tiers.is_busy
+    rig.tiers.close()
+
+
+def test_a_tier_may_think_for_its_part_of_what_its_payloads_save() -> None:
+    clock = FakeClock()
+    rig, (near, far) = with_fakes(clock)
+    assert rig.tiers.may_think
+    rig.tiers.infos[1:] = [replace(near.info, patience=None), replace(far.info, patience=0.125)]
+    far.is_asking = True
+
+    def answer(saved_s: float) -> Answer:
+        return rig.tiers.lookup([b"a"], saved_s=saved_s)[0].answer
+
+    assert answer(0.0) is Answer.MISS  # it would be computed in any case
+    assert answer(1.0) is Answer.PENDING
+    clock.now_s += 0.125
+    assert answer(1.0) is Answer.MISS
+    assert answer(1.5) is Answer.PENDING  # another request gains more by it
+    clock.now_s += 0.125
+    assert answer(inf) is Answer.MISS
+    rig.tiers.close()
+
+
+def test_answers_are_awaited_until_all_is_said_or_the_time_is_over() -> None:
+    rig, (_, far) = with_fakes(FakeClock())
+    far.stored[b"a"] = bytes(4096)
+    far.is_asking = True
+    looks: list[Answer] = []
+
+    def is_open() -> bool:
+        looks.append(rig.tiers.lookup([b"a"])[0].answer)
+        far.is_asking = len(looks) < 3
+        return looks[-1] is Answer.PENDING
+
+    rig.tiers.await_answers(is_open, 60.0)
+    assert looks == [Answer.PENDING] * 3 + [Answer.HIT]
+    far.is_asking = True
+    rig.tiers.await_answers(lambda: True, 0.001)  # it says nothing
+    rig.tiers.await_answers(is_open, 0.0)
+    assert looks[4:] == [Answer.PENDING]
     rig.tiers.close()
 
 
