@@ -1,4 +1,4 @@
-"""Writes docs/options.md from the declarations of `option_groups.py`."""
+"""Writes docs/options.md from the declarations of `option_groups.py` and `expert_options.py`."""
 
 from pathlib import Path
 
@@ -9,10 +9,11 @@ PAGE = Path(__file__).parents[1] / "docs/options.md"
 INTRODUCTION = """\
 # Options of the engine
 
-Made by `scripts/make_options_page.py` from `option_groups.py`. An option has one name in three
-places: `--hot-gib 8` on the command line, `hot-gib = 8` or `hot_gib = 8` in the TOML file of
-`hotset serve --config FILE`, and `hot_gib=8` in Python, for `LLM(...)` and `Options.of(...)`. All
-three take and refuse the same values. An option marked "Python only" has no flag.
+Made by `scripts/make_options_page.py` from `option_groups.py` and `expert_options.py`. An option
+has one name in three places: `--hot-gib 8` on the command line, `hot-gib = 8` or `hot_gib = 8` in
+the TOML file of `hotset serve --config FILE`, and `hot_gib=8` in Python, for `LLM(...)` and
+`Options.of(...)`. All three take and refuse the same values. An option marked "Python only" has
+no flag.
 """
 
 
