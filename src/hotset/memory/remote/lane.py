@@ -112,17 +112,19 @@ class Lane(Generic[T]):
                 self._run(connection, jobs)
                 self._breaker.answered()
             except Exception as error:  # a thread that died would leave its callers waiting
-                self._note(error)
+                fault = self._note(error)
                 if connection is not None:
                     connection.close()
                     connection = None
-                self._give_up(jobs, error.fault if isinstance(error, StoreError) else "error")
+                self._give_up(jobs, fault)
         if connection is not None:
             connection.close()
 
-    def _note(self, error: Exception) -> None:
+    def _note(self, error: Exception) -> str:
+        """Count a fault; returns its kind."""
         fault = error.fault if isinstance(error, StoreError) else "error"
         if fault == "error":
             _log.error("a transfer to a store failed", exc_info=error)
         self._faults[fault] += 1
         self._breaker.failed(at_once=fault in _LASTING)
+        return fault
