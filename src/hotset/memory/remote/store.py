@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from hotset.errors import TierError
@@ -147,28 +147,28 @@ class Store:
             breaker=self.breaker,
             faults=self.faults,
         )
-        self._reads = Lane(
-            "store-read",
-            self._connect,
-            self._receive_all,
-            self._fail,
-            most=_AT_ONCE,
-            num_threads=2,
-            breaker=self.breaker,
-            faults=self.faults,
-        )
-        if self._is_peer:
-            return None
-        self._writes = Lane(
-            "store-write",
-            self._connect,
-            self._send_all,
-            self._fail,
-            most=_AT_ONCE,
-            breaker=self.breaker,
-            faults=self.faults,
-        )
+        self._reads = self._transfer_lane("store-read", self._receive_all, num_threads=2)
+        if not self._is_peer:
+            self._writes = self._transfer_lane("store-write", self._send_all)
         return why
+
+    def _transfer_lane(
+        self,
+        name: str,
+        run: Callable[[Connection, deque[Transfer]], None],
+        *,
+        num_threads: int = 1,
+    ) -> Lane[Transfer]:
+        return Lane(
+            name,
+            self._connect,
+            run,
+            self._fail,
+            most=_AT_ONCE,
+            num_threads=num_threads,
+            breaker=self.breaker,
+            faults=self.faults,
+        )
 
     def ask(self, question: Question) -> None:
         """Find out whether it has payloads."""
