@@ -309,8 +309,8 @@ class RuntimeOptions(Group):
         None,
         "Publish where KV blocks are, as vLLM does, for routers that read its events: the address "
         "to bind by ZMQ, such as tcp://127.0.0.1:5557.",
-        more="Needs the extra `events`. Events have the tokens of all prompts, and whoever can "
-        "connect reads them: bind no address of an open network.",
+        more="Needs the extra `events`. Events have the tokens of all prompts, and each process "
+        "that can connect reads them: bind no address of an open network.",
         otherwise="off",
         metavar="ADDRESS",
         keeps_answers=True,

@@ -65,8 +65,8 @@ def command(
 ) -> None:
     r"""Run one engine of a fleet: no HTTP, but links to fronts, which `hotset front` runs.
 
-    Fronts and replicas prove to each other that they have the fleet secret. Without TLS, whoever is
-    on the way between them can read prompts and answers.
+    Fronts and replicas prove to each other that they have the fleet secret. Without TLS, a
+    machine on the way between them can read prompts and answers.
 
     \b
     Example:

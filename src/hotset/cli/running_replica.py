@@ -122,7 +122,7 @@ def _entry(host: EngineHost, listener: Listener) -> Entry:
 
 
 def _numbers(load: Load | None) -> dict[str, float]:
-    """What of a load is a number."""
+    """The fields of a load that are numbers."""
     if load is None:
         return {}
     found = {one.name: getattr(load, one.name) for one in dataclasses.fields(load)}

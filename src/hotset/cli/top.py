@@ -24,7 +24,9 @@ _TIMEOUT_S = 10.0
 @click.option("--once", is_flag=True, help="Print it once and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print it once as one JSON object.")
 def command(url: str, api_key: str | None, every_s: float, once: bool, as_json: bool) -> None:
-    r"""Show users, tokens, latencies and the memory map of a running `hotset serve`.
+    r"""Show users, tokens, latencies and the memory map of `hotset serve` or `hotset fleet`.
+
+    Of a fleet it shows each replica too.
 
     \b
     Example:

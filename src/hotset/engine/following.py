@@ -17,7 +17,7 @@ _LOAD_EVERY_S = 0.1
 
 
 class Following:
-    """Parts of reports that are there only while somebody follows the engine, and events.
+    """Parts of reports that are there only while a front follows the engine, and events.
 
     Used by the engine's thread alone.
 

@@ -184,8 +184,8 @@ class EventPublisher:
     Where it cannot keep up batches are dropped, and their numbers are missing.
 
     Args:
-        address: to bind, `tcp://HOST:PORT` or `ipc://PATH`. Whoever can connect sees the tokens
-            of all prompts.
+        address: to bind, `tcp://HOST:PORT` or `ipc://PATH`. Each process that can connect
+            sees the tokens of all prompts.
         topic: that subscribers choose by.
 
     Raises:

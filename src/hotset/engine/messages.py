@@ -86,8 +86,8 @@ class Report:
         notes: lines for the log.
         failure: one line; the engine serves no more, and this is the last report.
         is_silent: the failure is that nothing has been heard of the engine for a while.
-        journal, load: while somebody follows the engine; see `EngineHost.follow`.
-        is_draining: the engine takes no more requests from now on; told once.
+        journal, load: while a front follows the engine; see `EngineHost.follow`.
+        is_draining: the engine takes no more requests; told once.
     """
 
     time_s: float

@@ -2,7 +2,7 @@
 
     python -m hotset.fleet.deploy ADDRESS ARGUMENTS.json
 
-Whoever stays connected to Ray ends 60 s after its head does, so this is a process of its own.
+A process that stays connected to Ray ends 60 s after its head does, so this is one of its own.
 """
 
 import sys

@@ -15,7 +15,7 @@ _LIVES_S = 10.0
 
 
 class FrontPages:
-    """Fronts share a port, so whoever asks one is to hear of all.
+    """Fronts share a port, so a client that asks one is to hear of all.
 
     A front writes its page again and again; one that is older than 10 s is of a front that is gone.
     For any thread.

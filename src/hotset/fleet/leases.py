@@ -21,7 +21,7 @@ ASK_EVERY_S = 1.0
 SILENT_S = 3.0
 # After that it still has requests of its lease open, for so long.
 _PLACES_KEPT_S = 60.0
-_AHEAD = 2  # a front may use so many times what it used in the last second
+_AHEAD = 2  # how many times what it used in the last second a front may use
 
 
 class RateAsk(msgspec.Struct, frozen=True):

@@ -3,7 +3,7 @@
 A frame is 4 bytes of length, the highest first, the message, and 16 bytes that only who has the
 key can make of the message and its place in the connection. A beat is an empty message.
 
-Without TLS whoever is on the way can read messages, and change none.
+Without TLS a machine on the way can read messages, and change none.
 
 Imports no torch.
 """
@@ -222,7 +222,7 @@ class LinkThread:
 
 
 def _log_in_a_line(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Whoever connects may make a TLS handshake fail, which is worth no more."""
+    """Any client may make a TLS handshake fail, which is worth no more than a line."""
     error = context.get("exception")
     _log.warning("a connection has failed: %s: %s", context["message"], error)
 

@@ -310,7 +310,7 @@ class Listener:
 
 @dataclass(slots=True)
 class _Share:
-    """What of a report is one front's."""
+    """The part of a report that is for one front."""
 
     outputs: list[RequestOutput] = field(default_factory=list)
     started: list[str] = field(default_factory=list)

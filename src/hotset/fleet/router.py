@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 _AS_GOOD = 1.05
 _MOST_WEIGHT = 5.0
 # Of `PrefixRoute`: a match is worth following above this part of the prompt, and a replica is
-# crowded with so many more requests than another, and so many times as many.
+# crowded with this many more requests than another, and this many times as many.
 _LEAST_MATCH = 0.3
 _CROWDED_BY, _CROWDED_TIMES = 64, 1.5
 # A snapshot is asked for where predictions are wrong by more than this part of the prompts' tokens,

@@ -90,7 +90,7 @@ def why_not_served(plan: Plan) -> str:
 
 
 def _why_not_on_several(plan: Plan) -> list[tuple[bool, str]]:
-    """What of a plan for several GPUs is not served, and what to say of it."""
+    """The parts of a plan for several GPUs that are not served, and what to say of each."""
     if plan.gpus == 1:
         return []
     shape = plan.request.shape
@@ -182,7 +182,7 @@ def _device_memory(plan: Plan) -> dict[str, str]:
 
 
 def _kv_given(plan: Plan) -> float:
-    """What of `--hot-gib` is for KV and state; 0 where it is not given."""
+    """The part of `--hot-gib` for KV and state; 0 where it is not given."""
     request, share = plan.request, plan.resident_expert_share
     if request.hot_bytes is None or request.expert_slots is not None or share == 1:
         return request.hot_bytes or 0.0

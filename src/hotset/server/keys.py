@@ -26,7 +26,7 @@ class Tenant:
     Attributes:
         name: for logs, metrics and the folder of its files; empty where there are no keys.
         limits: of the key.
-        share: what of them may be used here; tokens are charged once a request has ended.
+        share: the part of them that may be used here; tokens are charged once a request has ended.
         get_more: of a front: waits for the desk, which may give more; see `ready`.
     """
 
