@@ -194,11 +194,13 @@ class Dispatcher:
                 if not isinstance(refusal, OverloadedError):  # which says when to try again
                     refusal = error
                 tried.add(replica)
-                self._leave(flight, replica)
+                with self._lock:
+                    self._leave(flight)
                 if isinstance(error, DrainingError):
                     self._drain(replica)
             except BaseException:
-                self._leave(flight, replica)
+                with self._lock:
+                    self._leave(flight)
                 raise
             else:
                 if self._arrive(flight):
@@ -256,13 +258,13 @@ class Dispatcher:
             flight.wait_until_s = math.inf
             return True
 
-    def _leave(self, flight: Flight, replica: Replica) -> None:
-        """A replica has refused the request."""
-        with self._lock:
-            replica.flights.pop(flight.sent.request_id, None)
-            flight.replica = None
-
     # What follows is called with the lock.
+
+    def _leave(self, flight: Flight) -> None:
+        """Its replica no longer has the request."""
+        replica, flight.replica = flight.replica, None
+        if replica is not None:
+            replica.flights.pop(flight.sent.request_id, None)
 
     def _move(self, flight: Flight, why: Moved) -> None:
         """Have a request that has left its replica go on at another."""
@@ -312,9 +314,7 @@ class Dispatcher:
     def _forget(self, flight: Flight) -> None:
         self._flights.pop(flight.asked.request_id, None)
         self._waiting.discard(flight)
-        replica, flight.replica = flight.replica, None
-        if replica is not None:
-            replica.flights.pop(flight.sent.request_id, None)
+        self._leave(flight)
 
     # What follows is called from one thread for each replica, by its host.
 
@@ -366,8 +366,7 @@ class Dispatcher:
         if flight.is_over:
             self._forget(flight)
         elif flight.has_left:
-            replica.flights.pop(output.request_id, None)
-            flight.replica = None
+            self._leave(flight)
             self._move(flight, Moved.DRAINED)
         return delivered
 
