@@ -1,32 +1,22 @@
 """A store for the replicas of one machine: a server of the Redis protocol."""
 
-import os
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from hotset.errors import TierError
+from hotset.fleet.child import Child
 from hotset.memory.remote.resp import Address, Connection, StoreError
 
 _PROGRAMS = ("valkey-server", "redis-server")
 _START_S, _STOP_S = 10.0, 5.0
 _LEAST_BYTES = 16 * 2**20
-# Becomes the program of its arguments, which ends when the thread that started it does: Linux
-# keeps the signal that a process asks for (PR_SET_PDEATHSIG is 1) when it becomes another program.
-_BOUND = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 @dataclass(eq=False, slots=True)
 class LocalStore:
-    """A server that runs. It ends with `close`, or with the thread that started it.
+    """A server that runs. It ends with `close`, or with the process that started it.
 
     Attributes:
         url: for the option `remote`.
@@ -35,21 +25,16 @@ class LocalStore:
 
     url: str
     program: str
-    _process: "subprocess.Popen[bytes]"
+    _process: Child
 
     @property
     def is_alive(self) -> bool:
         """Whether it still runs."""
-        return self._process.poll() is None
+        return self._process.is_alive
 
     def close(self) -> None:
         """End it; what it stored is gone. Idempotent."""
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.end(_STOP_S)
 
 
 def socket_of(folder: Path) -> Path:
@@ -85,14 +70,8 @@ def start_store(folder: Path, num_bytes: int) -> LocalStore | None:
     words = ["--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700", "--save", ""]
     words += ["--appendonly", "no", "--dir", str(path.parent), "--loglevel", "warning"]
     words += ["--maxmemory", str(num_bytes), "--maxmemory-policy", "allkeys-lru"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _BOUND, str(os.getpid()), program, *words],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # Ctrl-C is for the process that started it
-        )
+    log.unlink(missing_ok=True)
+    process = Child("the store", [program, *words], log)
     store = LocalStore(f"unix://{path}", Path(program).name, process)
     until_s = time.monotonic() + _START_S
     while not _answers(store, until_s):
