@@ -52,6 +52,11 @@ def getting(url: str) -> Iterator[Callable[[str], httpx.Response]]:
         yield http.get
 
 
+def metrics_of(url: str) -> str:
+    with getting(url) as get:
+        return get("/metrics").text
+
+
 @pytest.mark.parametrize(
     "fleet",
     [
@@ -123,9 +128,8 @@ def test_metrics_have_the_replica_of_each_engine_and_what_was_done_with_requests
 ) -> None:
     url, show = shown
     show(fleet_of(2, num_lost=1))
-    with getting(url) as get:
-        families = text_string_to_metric_families(get("/metrics").text)
-        samples = [sample for family in families for sample in family.samples]
+    families = text_string_to_metric_families(metrics_of(url))
+    samples = [sample for family in families for sample in family.samples]
 
     def values(name: str, *labels: str) -> dict[tuple[str, ...], float]:
         return {
@@ -191,8 +195,7 @@ def test_a_status_shows_what_its_own_look_has_found() -> None:
 def test_one_engine_has_no_fleet_and_no_label_of_a_replica() -> None:
     with running_server() as server:
         assert fetch(server.url, None)["fleet"] is None
-        with getting(server.url) as get:
-            text = get("/metrics").text
+        text = metrics_of(server.url)
     assert "hotset:fleet_" not in text and "replica=" not in text
     assert "\nhotset:engine_steps_total 0.0" in text
 
@@ -202,8 +205,7 @@ def test_panels_of_the_dashboard_name_metrics_and_labels_of_a_fleet(
 ) -> None:
     url, show = shown
     show(fleet_of(2, num_lost=1))
-    with getting(url) as get:
-        text = get("/metrics").text
+    text = metrics_of(url)
     labels: dict[str, set[str]] = {}
     for name, given in re.findall(r"^hotset:(\w+?)(?:\{(.*)\})? ", text, re.MULTILINE):
         labels.setdefault(name, set()).update(re.findall(r'(\w+)="', given))
@@ -229,8 +231,7 @@ def test_status_and_metrics_are_there_when_no_replica_is(shown: tuple[str, Show]
     show(fleet_of(0, num_lost=2))
     status = fetch(url, None)
     assert status["engine"]["tiers"] == [] and len(status["fleet"]["replicas"]) == 2
-    with getting(url) as get:
-        assert 'hotset:fleet_replicas{front="front-0",state="lost"} 2.0' in get("/metrics").text
+    assert 'hotset:fleet_replicas{front="front-0",state="lost"} 2.0' in metrics_of(url)
 
 
 def test_the_page_on_fleets_names_metrics_and_labels_that_there_are(
@@ -238,8 +239,7 @@ def test_the_page_on_fleets_names_metrics_and_labels_that_there_are(
 ) -> None:
     url, show = shown
     show(fleet_of(2, num_lost=1))
-    with getting(url) as get:
-        text = get("/metrics").text
+    text = metrics_of(url)
     page = (Path(__file__).parents[2] / "docs/fleet.md").read_text()
     there = set(re.findall(r"^# TYPE hotset:(\w+)", text, re.MULTILINE))
     rows = re.findall(r"^\| (`hotset:fleet_.*?) \|", page, re.MULTILINE)
