@@ -25,9 +25,14 @@ class KeyLimits:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
 
-    def per_minute(self, kind: Kind) -> int | None:
-        """The limit of a rate."""
-        return self.requests_per_minute if kind is Kind.REQUESTS else self.tokens_per_minute
+    @property
+    def per_minute(self) -> dict[Kind, int]:
+        """Of the rates that have a limit."""
+        limits = {
+            Kind.REQUESTS: self.requests_per_minute,
+            Kind.TOKENS: self.tokens_per_minute,
+        }
+        return {kind: limit for kind, limit in limits.items() if limit is not None}
 
     def places_of(self, rank: int, num_fronts: int) -> int | None:
         """The places of one front of several: all of them together have as many as one alone."""
@@ -122,11 +127,11 @@ class KeyShare:
         self._clock = clock
         self.num_open = 0
         self.places = limits.places_of(rank, num_fronts)
-        self.buckets: dict[Kind, Bucket] = {}
-        for kind in (Kind.REQUESTS, Kind.TOKENS):
-            if (per_minute := limits.per_minute(kind)) is not None:
-                now_s = clock.now()
-                self.buckets[kind] = Bucket(per_minute, part=1 / num_fronts, now_s=now_s)
+        now_s = clock.now()
+        self.buckets = {
+            kind: Bucket(limit, part=1 / num_fronts, now_s=now_s)
+            for kind, limit in limits.per_minute.items()
+        }
         self.used = {Kind.PLACES: 0, Kind.REQUESTS: 0, Kind.TOKENS: 0}
         self.is_leased = False
         self._wait_s: dict[Kind, float] = {}  # as the desk said, where it gave nothing

@@ -161,10 +161,10 @@ class _Account:
     def __init__(self, limits: KeyLimits, now_s: float) -> None:
         self.limits = limits
         self.held: dict[int, int] = {}  # places by front, as each said or was given last
-        self.pools: dict[Kind, Bucket] = {}
-        for kind in (Kind.REQUESTS, Kind.TOKENS):
-            if (per_minute := limits.per_minute(kind)) is not None:
-                self.pools[kind] = Bucket(per_minute, part=0.0, level=0.0, now_s=now_s)
+        self.pools = {
+            kind: Bucket(limit, part=0.0, level=0.0, now_s=now_s)
+            for kind, limit in limits.per_minute.items()
+        }
 
     def set_part(self, part: float, now_s: float) -> None:
         for pool in self.pools.values():
