@@ -1,7 +1,7 @@
 """Counters and snapshots of several engines as those of one."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 from hotset.engine.status import EngineStatus, StateStatus, TierStatus, sample
@@ -45,15 +45,12 @@ def merge_engines(parts: Sequence[EngineStatus]) -> EngineStatus:
     for part in parts:
         links.update(part.link_bytes_per_s)
 
-    def total(of: Callable[[EngineStatus], int]) -> int:
-        return sum(map(of, parts))
-
     return EngineStatus(
-        num_moving=total(lambda one: one.num_moving),
-        num_hot=total(lambda one: one.num_hot),
-        num_fetching=total(lambda one: one.num_fetching),
-        num_parked=total(lambda one: one.num_parked),
-        num_waiting=total(lambda one: one.num_waiting),
+        num_moving=sum(part.num_moving for part in parts),
+        num_hot=sum(part.num_hot for part in parts),
+        num_fetching=sum(part.num_fetching for part in parts),
+        num_parked=sum(part.num_parked for part in parts),
+        num_waiting=sum(part.num_waiting for part in parts),
         users="".join(sample("".join(part.users for part in parts))),
         tiers=tuple(_one_tier(same) for same in tiers.values()),
         link_bytes_per_s=dict(links),
