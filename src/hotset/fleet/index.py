@@ -77,7 +77,7 @@ class ReplicaIndex:
             if len(self._tiers) > _MOST_GUESSED:  # the older half is forgotten
                 self._tiers = dict(islice(self._tiers.items(), _MOST_GUESSED // 2, None))
             for key in keys:
-                self._tiers[key] = self._tiers.get(key, 0) | 1
+                self._tiers[key] = self._tiers.get(key, 0) | BITS[TIERS[0]]
 
     def prefix(self, keys: Sequence[bytes], bits: int, *, first: int = 0) -> int:
         """How many of the leading `keys` are in one of the tiers of `bits`, by bisection.
