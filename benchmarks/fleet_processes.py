@@ -110,10 +110,6 @@ class Processes:
         self._wait_for_health(name, port)
         return port
 
-    def send(self, name: str, number: signal.Signals) -> None:
-        """A signal to a process; to what it started in a namespace, where it is one."""
-        self.running[name].send_signal(number)
-
     def end(self, name: str) -> int:
         """SIGTERM, and wait; returns the exit status."""
         process = self.running.pop(name)
