@@ -14,6 +14,7 @@ from hotset.cli.fleet_flags import (
     route_flag,
     secret_flag,
     tls_ca_flag,
+    tls_key_flag,
 )
 from hotset.cli.options import Command
 from hotset.cli.server_flags import ServerFlags, listening, server_flags
@@ -36,11 +37,7 @@ from hotset.fleet.address import Address
     type=click.Path(dir_okay=False, path_type=Path),
     help="Certificate of the desk (PEM, with those above it): fronts use TLS.  [default: none]",
 )
-@click.option(
-    "--tls-key",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Its private key (PEM).  [default: in the file of the certificate]",
-)
+@tls_key_flag
 @tls_ca_flag
 @route_flag
 @server_flags("host", "port", "cors_origins")

@@ -25,6 +25,11 @@ tls_ca_flag = click.option(
     help="Certificates (PEM) of who signs those of replicas and desk: links use TLS.  [default: "
     "none]",
 )
+tls_key_flag = click.option(
+    "--tls-key",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Its private key (PEM).  [default: in the file of the certificate]",
+)
 route_flag = click.option(
     "--route",
     type=click.Choice(list(ROUTES)),

@@ -6,8 +6,9 @@ from pathlib import Path
 import click
 
 from hotset.cli.config_file import config_flag
-from hotset.cli.fleet_flags import directory_flag, find_fleet, secret_flag
+from hotset.cli.fleet_flags import directory_flag, find_fleet, secret_flag, tls_key_flag
 from hotset.cli.options import Command, engine_options
+from hotset.cli.server_flags import log_format_flag, log_level_flag
 from hotset.errors import ConfigError
 from hotset.options import Options
 
@@ -41,15 +42,9 @@ from hotset.options import Options
     type=click.Path(dir_okay=False, path_type=Path),
     help="Certificate of this replica (PEM, with those above it): links use TLS.  [default: none]",
 )
-@click.option(
-    "--tls-key",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Its private key (PEM).  [default: in the file of the certificate]",
-)
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
-@click.option(
-    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info"
-)
+@tls_key_flag
+@log_format_flag
+@log_level_flag
 @engine_options
 def command(
     directory: Path | None,

@@ -28,6 +28,10 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 _BACKLOG = 2048
 
+log_format_flag = click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
+log_level_flag = click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info"
+)
 # Names of parameters that are not as those of their flags.
 _FLAG_NAMES = {"keys_file": "--api-keys", "cors_origins": "--cors-origin"}
 # By the name of the parameter.
@@ -76,10 +80,8 @@ _FLAGS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
         help="Let pages of this origin, such as https://chat.example.org, use the server from a "
         "browser; * is any page. May be given several times.  [default: none]",
     ),
-    "log_format": click.option("--log-format", type=click.Choice(["text", "json"]), default="text"),
-    "log_level": click.option(
-        "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info"
-    ),
+    "log_format": log_format_flag,
+    "log_level": log_level_flag,
     "otlp_endpoint": click.option(
         "--otlp-endpoint", help="Send traces to this OTLP/HTTP address.  [default: none]"
     ),
