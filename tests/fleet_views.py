@@ -63,7 +63,6 @@ def replica_of(
         since_s=3.5 + 60 * number,
         why=why,
         fingerprint="5f2a90c1",
-        version="0.1.0",
         num_open=4 + number % 3,
         queued_tokens=1200 * (number % 4),
         metrics=metrics,

@@ -48,7 +48,6 @@ class Replica:
             since_s=now_s - self.since_s,
             why=self.why,
             fingerprint=self.fingerprint,
-            version="",
             num_open=len(self.flights),
             queued_tokens=0 if self.load is None else self.load.queued_tokens,
             metrics=self.host.metrics,

@@ -112,7 +112,6 @@ class ReplicaStatus:
     since_s: float
     why: str
     fingerprint: str
-    version: str
     num_open: int
     queued_tokens: int
     metrics: Metrics

@@ -73,7 +73,6 @@ def _replica(one: ReplicaStatus, rate: float, routed: Mapping[str, int]) -> Json
         "since_s": round(one.since_s, 1),
         "why": one.why,
         "fingerprint": one.fingerprint,
-        "version": one.version,
         "num_open": one.num_open,
         "queued_tokens": one.queued_tokens,
         "output_tokens_per_s": rate,
