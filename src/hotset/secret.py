@@ -13,7 +13,6 @@ from pathlib import Path
 from hotset.errors import ConfigError
 
 _LEAST_BYTES, _MOST_BYTES = 16, 4096
-_NAME = "secret"
 
 
 def read_secret(path: Path) -> bytes:
@@ -40,6 +39,11 @@ def read_secret(path: Path) -> bytes:
     return secret
 
 
+def secret_of(folder: Path) -> Path:
+    """The file of the secret in a folder."""
+    return folder / "secret"
+
+
 def own_secret(folder: Path) -> bytes:
     """The secret that all fleet processes of a user share; the first of them makes it.
 
@@ -49,7 +53,7 @@ def own_secret(folder: Path) -> bytes:
     Raises:
         ConfigError: it cannot be made or read.
     """
-    path = folder / _NAME
+    path = secret_of(folder)
     if not path.exists():
         try:
             _make(path)

@@ -29,6 +29,7 @@ from hotset.fleet.log_tail import LogTail
 from hotset.fleet.scaling import ScalingOptions
 from hotset.fleet.store import LocalStore, start_store
 from hotset.options import Options
+from hotset.secret import secret_of
 from hotset.units import GIB
 
 _LOOK_EVERY_S = 0.2
@@ -186,7 +187,7 @@ class Fleet:
         options = told.options
         if self._store is not None:
             options = options.but(
-                remote=(self._store.url,), remote_secret_file=self._folder / "secret"
+                remote=(self._store.url,), remote_secret_file=secret_of(self._folder)
             )
         given = {
             name: value if isinstance(value, int | float | tuple | str) else str(value)

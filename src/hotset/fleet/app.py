@@ -19,6 +19,7 @@ from hotset.fleet.directory import Directory, Entry, default_folder, make_privat
 from hotset.fleet.scaling import Arrivals, Need, Scaler, ScalingOptions, replicas_needed
 from hotset.option_fields import Group, option, options_of
 from hotset.options import Options
+from hotset.secret import secret_of
 
 # After the time that requests have: they move, blocks go to the shared store, the engine closes.
 _LEAVE_S = 2 + 60 + 5
@@ -157,7 +158,7 @@ class ReplicaActor:
         if told.peers:
             argv += ["--peer-url", f"unix://{folder.resolve() / self._id}.peer"]
             if "--remote-secret-file" not in argv:
-                argv += ["--remote-secret-file", told.secret_file or str(folder / "secret")]
+                argv += ["--remote-secret-file", told.secret_file or str(secret_of(folder))]
         self._child = Child(self._id, argv, self._log, env=_environment(told.threads))
         while self._entry() is None:
             if not self._child.is_alive:
