@@ -13,10 +13,11 @@ from hotset.bench.workload import Spec, make_work
 from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import Hardware
-from hotset.cost.layout import Layout, check_layout
+from hotset.cost.layout import check_layout
 from hotset.cost.routing import Routing
 from hotset.cost.step_time import CostModel
 from hotset.errors import PlanError
+from hotset.layout import Layout
 from hotset.plan import expert_links
 from hotset.plan.planner import make_plan
 from hotset.plan.workload import Request, Workload

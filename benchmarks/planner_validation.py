@@ -21,10 +21,10 @@ from hotset.cost.calibration import CALIBRATIONS, Calibration
 from hotset.cost.catalog import bundled_config, load_model
 from hotset.cost.families import shape_from_config
 from hotset.cost.hardware import Hardware, load_hardware
-from hotset.cost.layout import Layout, parse_layout
 from hotset.cost.routing import Routing
 from hotset.cost.shape import ModelShape
 from hotset.cost.step_time import CostModel
+from hotset.layout import Layout, parse_layout
 from hotset.plan.planner import make_plan
 from hotset.plan.workload import Request, Workload
 

@@ -27,13 +27,13 @@ from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.catalog import load_model
 from hotset.cost.expert_steps import ExpertCost, Load, link_of
 from hotset.cost.hardware import load_hardware
-from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
 from hotset.cost.step_time import CostModel
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.load import load_on_ranks
 from hotset.engine.run import run_to_end
+from hotset.layout import Layout
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
 from hotset.request import SamplingParams

@@ -32,6 +32,7 @@ PLAIN = {
     "libraries",
     "garbage",
     "foreign_text",
+    "layout",
     "weight_format",
 }
 ORDER = [

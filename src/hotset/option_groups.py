@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hotset.layout import Layout
 from hotset.option_fields import COUNT, SIZE, Bounds, Group, option
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
@@ -284,6 +285,11 @@ class LayoutOptions(Group):
         bounds=_SECONDS,
         keeps_answers=True,
     )
+
+    @property
+    def spread(self) -> Layout:
+        """The same as planners have it."""
+        return Layout(tp=self.tp)
 
 
 @dataclass(frozen=True, slots=True)

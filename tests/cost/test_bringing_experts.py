@@ -14,10 +14,10 @@ from hotset.cost.cold_experts import MOST_TOKENS, ColdCost
 from hotset.cost.expert_steps import ExpertCost, link_of
 from hotset.cost.experts import LayerSlots, bring_experts, streams_from
 from hotset.cost.hardware import bundled_hardware, load_hardware, nearest_hardware
-from hotset.cost.layout import Layout
 from hotset.cost.rates import Rates
 from hotset.cost.routing import Routing, reach
 from hotset.cost.step_time import CostModel, Tiering
+from hotset.layout import Layout
 
 SECONDS = st.floats(1e-7, 1e-2)
 EXPERTS = st.floats(0, 256)

@@ -12,10 +12,10 @@ from hotset.cost.catalog import load_model
 from hotset.cost.expert_split import KVMemory, Split, Splitter, least_bytes
 from hotset.cost.expert_steps import ExpertCost, ExpertLink, Load, link_of
 from hotset.cost.hardware import load_hardware
-from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
 from hotset.cost.slot_bytes import SlotBytes
 from hotset.cost.step_time import CostModel
+from hotset.layout import Layout
 
 GIB = 2**30
 PLANS = ["auto", "cache", "stream"]

@@ -10,11 +10,11 @@ from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.families import shape_from_config
 from hotset.cost.hardware import load_hardware
 from hotset.cost.hot_set import HotPlan, HotSetCost, Room, SparseCache, fetches, plan_hot_set
-from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
 from hotset.cost.selection import DrawnSelections
 from hotset.cost.shape import ModelShape
 from hotset.cost.step_time import CostModel
+from hotset.layout import Layout
 
 CONTEXT = 33_792
 GLM_5_2 = (1, 1, *[4] * 19)  # layers by the indexer that selects for them

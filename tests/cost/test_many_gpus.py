@@ -9,13 +9,14 @@ from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.catalog import load_model
 from hotset.cost.expert_steps import ExpertCost, Load, link_of
 from hotset.cost.hardware import Hardware, load_hardware
-from hotset.cost.layout import Layout, candidate_layouts, check_layout, parse_layout, shard_model
+from hotset.cost.layout import candidate_layouts, check_layout, shard_model
 from hotset.cost.points import seconds_at
 from hotset.cost.routing import Routing
 from hotset.cost.step_time import CostModel
 from hotset.cost.together import Together, together_from_json
 from hotset.cost.wire import Wire
 from hotset.errors import PlanError
+from hotset.layout import Layout, parse_layout
 
 H200, OURS = load_hardware("h200"), CALIBRATIONS["hotset"]
 

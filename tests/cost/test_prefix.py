@@ -11,11 +11,11 @@ from hotset.bench.workload import Spec, make_work
 from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import load_hardware
-from hotset.cost.layout import Layout
 from hotset.cost.prefix import Mode, PrefixPolicy, StatePlace, split_prefix
 from hotset.cost.rates import Rates
 from hotset.cost.routing import Routing
 from hotset.cost.step_time import CostModel
+from hotset.layout import Layout
 from hotset.plan.planner import make_plan
 from hotset.plan.workload import Request, Workload
 

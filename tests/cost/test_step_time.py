@@ -8,9 +8,9 @@ import pytest
 from hotset.cost.calibration import CALIBRATIONS, Calibration
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import load_hardware
-from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
 from hotset.cost.step_time import CostModel
+from hotset.layout import Layout
 
 H200 = load_hardware("h200")
 

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from hotset.cli.plan import command
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import load_hardware
-from hotset.cost.layout import parse_layout
 from hotset.errors import PlanError
+from hotset.layout import parse_layout
 from hotset.plan.layouts import why_best
 from hotset.plan.planner import make_plan, rank_layouts
 from hotset.plan.workload import Request, Workload

@@ -15,10 +15,11 @@ from hotset.cli.plan_options import Options
 from hotset.cost.calibration import Calibration
 from hotset.cost.catalog import bundled_models, load_model
 from hotset.cost.hardware import bundled_hardware, hardware_from_json, load_hardware
-from hotset.cost.layout import Layout, candidate_layouts, parse_layout, shard_model
+from hotset.cost.layout import candidate_layouts, shard_model
 from hotset.cost.routing import Routing
 from hotset.cost.step_time import CostModel, Tiering
 from hotset.errors import PlanError
+from hotset.layout import Layout, parse_layout
 from hotset.plan.compare import compare_plans, rate_at
 from hotset.plan.planner import make_plan
 from hotset.plan.result import Plan

@@ -165,7 +165,7 @@ def options_of(
     memory = config.memory
     block_size = memory.block_size or layout.default_block_size
     block_bytes = layout.bytes_per_token * block_size
-    of_rank, num_ranks = slot_bytes_for(block_bytes), config.layout.tp
+    of_rank, num_ranks = slot_bytes_for(block_bytes), config.layout.spread.gpus
     slot_bytes = num_ranks * of_rank
     blocks = -(-work.kv_tokens // block_size)
     if work.prefixes and memory.hot_gib is not None:  # what pushes them out goes down too

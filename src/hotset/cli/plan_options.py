@@ -13,10 +13,10 @@ from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import LINKS, load_hardware
 from hotset.cost.hot_set import Misses
-from hotset.cost.layout import WORDS, parse_layout
 from hotset.cost.routing import Routing, load_histogram
 from hotset.cost.selection import DrawnSelections
 from hotset.errors import PlanError
+from hotset.layout import WORDS, parse_layout
 from hotset.option_fields import option, options_of
 from hotset.plan.search import Target
 from hotset.plan.workload import Request, Workload

@@ -6,10 +6,10 @@ from typing import Any
 from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.families import shape_from_config
 from hotset.cost.hardware import Hardware
-from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
 from hotset.cost.step_time import CostModel
 from hotset.errors import PlanError
+from hotset.layout import Layout
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
 

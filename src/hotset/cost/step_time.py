@@ -11,10 +11,11 @@ from hotset.cost.attention import Kind, causal_pairs
 from hotset.cost.calibration import Calibration
 from hotset.cost.experts import bring_experts
 from hotset.cost.hardware import Hardware
-from hotset.cost.layout import Layout, shard_model
+from hotset.cost.layout import shard_model
 from hotset.cost.routing import Routing
 from hotset.cost.shape import ModelShape
 from hotset.cost.wire import Wire
+from hotset.layout import Layout
 
 PREFILL_CHUNK = 8192  # tokens that go through the chip at once
 

@@ -19,7 +19,6 @@ from hotset.cost.config_sizes import largest
 from hotset.cost.expert_steps import ExpertCost, link_of
 from hotset.cost.hardware import Hardware
 from hotset.cost.hot_set import Room, SparseCache
-from hotset.cost.layout import Layout
 from hotset.cost.params import Params, name_of
 from hotset.cost.routing import Routing
 from hotset.cost.shape import Layer, ModelShape
@@ -36,6 +35,7 @@ from hotset.expert_options import HostedExperts, SplitMemory
 from hotset.experts.sizes import slot_bytes_of, why_not_hosted
 from hotset.experts.weights import experts_bytes, experts_layers
 from hotset.kernels.device import gpu_name, known_hardware, likely_hardware
+from hotset.layout import Layout
 from hotset.linear.packed import PackedLinear
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options

@@ -151,7 +151,7 @@ class _Solver:
     def __init__(self, options: Options, model: ModelSizes, free: FreeBytes) -> None:
         self.memory, self.asked, self.schedule = options.memory, options.experts, options.schedule
         self.model, self.free = model, free
-        self.num_ranks = options.layout.tp
+        self.num_ranks = options.layout.spread.gpus
         # What the user gives to KV and workspace, weights or experts, by its name.
         self.given = "hot_gib" if self.memory.total_gib is None else "total_gib"
         self.given_gib: float | None = getattr(self.memory, self.given)

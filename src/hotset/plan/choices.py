@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 from hotset.cost.attention import KV_BYTES
 from hotset.cost.calibration import CALIBRATIONS
-from hotset.cost.layout import Layout
 from hotset.cost.prefix import split_prefix
 from hotset.cost.rates import Rates
 from hotset.cost.step_time import PREFILL_CHUNK, CostModel, Step, Tiering
 from hotset.cost.tuning import TUNINGS
 from hotset.cost.workspace import StepWidths, step_bytes
 from hotset.errors import PlanError
+from hotset.layout import Layout
 from hotset.options import OPTIONS
 from hotset.plan.workload import Request
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import Hardware, load_hardware
-from hotset.cost.layout import parse_layout
 from hotset.cost.step_time import Tiering
 from hotset.errors import PlanError
+from hotset.layout import parse_layout
 from hotset.plan.compare import compare_plans
 from hotset.plan.expert_links import links_lines
 from hotset.plan.planner import make_plan

@@ -12,8 +12,8 @@ from functools import partial
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import Hardware, load_hardware
 from hotset.cost.hot_set import HotPlan, plan_hot_set
-from hotset.cost.layout import parse_layout
 from hotset.cost.selection import DrawnSelections
+from hotset.layout import parse_layout
 from hotset.plan.compare import rate_at
 from hotset.plan.planner import make_plan
 from hotset.plan.result import Plan

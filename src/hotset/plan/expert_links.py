@@ -11,10 +11,10 @@ from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.catalog import load_model
 from hotset.cost.expert_steps import ExpertCost, Load, link_of
 from hotset.cost.hardware import Hardware
-from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
 from hotset.cost.step_time import CostModel
 from hotset.foreign_text import parse_json
+from hotset.layout import Layout
 from hotset.plan.text import rows
 from hotset.weight_format import FP8_ROW, INT4, WeightFormat
 

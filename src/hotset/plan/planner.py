@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from hotset.cost import hot_set
 from hotset.cost.hot_set import HotPlan
-from hotset.cost.layout import Layout, candidate_layouts, check_layout
+from hotset.cost.layout import candidate_layouts, check_layout
 from hotset.cost.params import WEIGHT_BITS
 from hotset.cost.step_time import CAUSES, CostModel, Tiering
 from hotset.errors import PlanError
+from hotset.layout import Layout
 from hotset.plan.choices import (
     BLOCK_SIZE,
     GIB,

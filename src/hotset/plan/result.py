@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from hotset.cost.hot_set import HotPlan
-from hotset.cost.layout import Layout
 from hotset.cost.step_time import CostModel, Step
+from hotset.layout import Layout
 from hotset.plan import hot_set
 from hotset.plan.choices import Choice, Turn
 from hotset.plan.workload import Request

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from hotset.cost.attention import Kind
-from hotset.cost.layout import Layout
+from hotset.layout import Layout
 from hotset.plan.choices import staged_bytes
 from hotset.plan.result import Plan
 

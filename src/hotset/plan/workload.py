@@ -6,11 +6,11 @@ from hotset.cost.attention import KV_BYTES
 from hotset.cost.calibration import Calibration
 from hotset.cost.hardware import Hardware
 from hotset.cost.hot_set import Misses, SparseCache
-from hotset.cost.layout import Layout
 from hotset.cost.routing import Routing
 from hotset.cost.selection import DrawnSelections
 from hotset.cost.shape import ModelShape
 from hotset.errors import PlanError
+from hotset.layout import Layout
 
 
 @dataclass(frozen=True)
