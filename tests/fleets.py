@@ -72,13 +72,13 @@ class Mortal:
     def metrics(self) -> Metrics:
         return self.loop.metrics
 
-    def cut(self, *, aborts: bool = False) -> None:
+    def cut(self, *, aborts: bool = False, is_silent: bool = False) -> None:
         """The front hears no more of it; with `aborts` it ends its requests, as links do."""
         with self._lock:
             if self._is_cut:
                 return
             self._is_cut = True
-        self._on_report(Report(0.0, failure="the link was cut"))
+        self._on_report(Report(0.0, failure="the link was cut", is_silent=is_silent))
         for request_id in list(self.loop._entries) if aborts else ():
             self.loop.abort(request_id)
 

@@ -57,6 +57,11 @@ def test_requests_take_turns_on_replicas_and_their_counters_add_up(two: Fleet) -
     two.check()
 
 
+def test_a_status_has_all_snapshots_that_were_asked_for_by_then(two: Fleet) -> None:
+    two.service._route.num_snapshots = 3
+    assert two.service.fleet().counts.snapshots == 3
+
+
 def test_what_all_replicas_refuse_is_refused_at_once(two: Fleet) -> None:
     with pytest.raises(RequestError, match="empty"):
         two.service.submit([], SHORT)
@@ -123,6 +128,24 @@ def test_a_request_that_ends_two_replicas_is_not_tried_on_a_third() -> None:
         ended = [read(stream)[0] for stream in others]
         assert [one.finish_reason for one in ended].count("length") >= 2
         assert front.service.fleet().counts.given_up[GivenUp.POISONED] >= 1
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_request_is_poisonous_where_two_replicas_died_not_where_they_fell_silent(
+    is_silent: bool,
+) -> None:
+    with fleet(3) as front:
+        stream = front.service.submit([5, 6], LONG)
+        completion, num_losses = Completion(), 0
+        for output in stream:
+            if output.token_ids and num_losses < 2:
+                holder(front).cut(is_silent=is_silent)
+                num_losses += 1
+            completion.add(output)
+        assert completion.code == (None if is_silent else POISONED)
+        assert completion.finish_reason == ("length" if is_silent else "error")
+        given_up = front.service.fleet().counts.given_up
+        assert given_up == ({} if is_silent else {GivenUp.POISONED: 1})
 
 
 def test_a_request_waits_for_a_replica_that_comes_back_and_not_for_ever() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from links import Front, Replica
 
-from hotset.cli.running_replica import server_tls
+from hotset.cli.fleet_flags import server_tls
 from hotset.engine.messages import Submit
 from hotset.errors import ConfigError, EngineError
 from hotset.fleet.address import Address

@@ -13,12 +13,12 @@ from hotset.cli.fleet_flags import (
     fronts_flag,
     route_flag,
     secret_flag,
+    server_tls,
     tls_ca_flag,
     tls_key_flag,
 )
 from hotset.cli.options import Command
 from hotset.cli.server_flags import ServerFlags, listening, server_flags
-from hotset.errors import ConfigError
 from hotset.fleet.address import Address
 
 
@@ -66,8 +66,7 @@ def command(
     folder, secret = find_fleet(directory, secret_file)
     address = Address.of(listen or str(folder.resolve() / "desk.sock"))
     tls: ssl.SSLContext | None = None if tls_ca is None else client_tls(tls_ca)
-    if tls_cert is None and tls_key is not None:
-        raise ConfigError("tls_key is given without tls_cert; give both, or neither")
+    server_tls(tls_cert, tls_key)  # which raises where they cannot be used
     with listening(server, address=address) as opened:
         from hotset.cli import serving
         from hotset.cli.fleet_service import connect_fleet

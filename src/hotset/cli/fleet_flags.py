@@ -59,6 +59,26 @@ def client_tls(authorities: Path) -> ssl.SSLContext:
     return context
 
 
+def server_tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """What a listener needs for TLS; None where there is no certificate.
+
+    Raises:
+        ConfigError: the files cannot be used, or there is a key alone.
+    """
+    if cert is None:
+        if key is not None:
+            raise ConfigError("tls_key is given without tls_cert; give both, or neither")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_cert_chain(cert, key, password="")  # or OpenSSL would ask for it
+    except OSError as error:  # SSLError too
+        reason = getattr(error, "reason", None) or error.strerror
+        raise ConfigError(f"tls_cert {cert} cannot be used with its key: {reason}") from error
+    return context
+
+
 def find_fleet(directory: Path | None, secret_file: Path | None) -> tuple[Path, bytes]:
     """The folder of a fleet, which is made if it is not there, and its secret.
 

@@ -6,7 +6,13 @@ from pathlib import Path
 import click
 
 from hotset.cli.config_file import config_flag
-from hotset.cli.fleet_flags import directory_flag, find_fleet, secret_flag, tls_key_flag
+from hotset.cli.fleet_flags import (
+    directory_flag,
+    find_fleet,
+    secret_flag,
+    server_tls,
+    tls_key_flag,
+)
 from hotset.cli.options import Command, engine_options
 from hotset.cli.server_flags import log_format_flag, log_level_flag
 from hotset.errors import ConfigError
@@ -76,7 +82,7 @@ def command(
     replica_id = f"replica-{os.getpid()}" if replica_id is None else _checked_id(replica_id)
     folder, secret = find_fleet(directory, secret_file)
     address = Address.of(listen or str(folder.resolve() / f"{replica_id}.sock"))
-    tls = running_replica.server_tls(tls_cert, tls_key)
+    tls = server_tls(tls_cert, tls_key)
     logs.set_up(log_format, log_level)  # type: ignore[arg-type]  # click has checked it
     # Before the seconds that the model takes.
     listener = Listener(address, secret, replica_id=replica_id, tls=tls)

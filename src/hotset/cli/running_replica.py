@@ -6,7 +6,6 @@ import hashlib
 import os
 import queue
 import signal
-import ssl
 import time
 from pathlib import Path
 from types import FrameType
@@ -15,7 +14,7 @@ import click
 
 from hotset.engine.messages import EngineHost, Load, Report
 from hotset.engine.process import EngineProcess
-from hotset.errors import ConfigError, EngineError
+from hotset.errors import EngineError
 from hotset.fleet.directory import Entry, Registration
 from hotset.fleet.listener import Listener
 from hotset.fleet.wire import VERSIONS
@@ -24,26 +23,6 @@ from hotset.options import Options
 _LOAD_EVERY_S = 1.0
 # After the time that requests have: until the last of them is told to its front.
 _MOVE_S = 2.0
-
-
-def server_tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    """What a listener needs for TLS; None where there is no certificate.
-
-    Raises:
-        ConfigError: the files cannot be used, or there is a key alone.
-    """
-    if cert is None:
-        if key is not None:
-            raise ConfigError("tls_key is given without tls_cert; give both, or neither")
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    try:
-        context.load_cert_chain(cert, key, password="")  # or OpenSSL would ask for it
-    except OSError as error:  # SSLError too
-        reason = getattr(error, "reason", None) or error.strerror
-        raise ConfigError(f"tls_cert {cert} cannot be used with its key: {reason}") from error
-    return context
 
 
 def run(options: Options, listener: Listener, folder: Path, drain_s: float) -> None:

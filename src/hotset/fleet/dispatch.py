@@ -324,7 +324,6 @@ class Dispatcher:
             replica.load = report.load
         if report.journal is not None or report.load is not None:
             self._route.take(replica.replica_id, report)
-            self.counts.snapshots = self._route.num_snapshots
         found: list[tuple[Choice, Submit, int, float]] = []
         with self._lock:
             for attempt_id in report.taken:
@@ -398,7 +397,7 @@ class Dispatcher:
             flights, replica.flights = list(replica.flights.values()), {}
             for flight in flights:
                 flight.replica = None
-                verdict = flight.lose(replica.replica_id)
+                verdict = flight.lose(replica.replica_id, has_died=moved is Moved.LOST)
                 if verdict is None:
                     self._move(flight, moved)
                 else:

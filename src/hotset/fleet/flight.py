@@ -42,7 +42,7 @@ class Flight:
         attempt: the last one; 0 before the first.
         replica: where it is.
         sent: the last message, at `sent_s`, and `choice` why it went there.
-        lost_on: replicas that died with it.
+        lost_on: replicas that were lost with it.
         is_placing: a thread looks for a replica, or it waits for one. `must_move` tells the thread
             that it has left a replica meanwhile.
         wait_until_s: when it ends if no replica takes it before.
@@ -70,7 +70,7 @@ class Flight:
     _is_running: bool = False  # a step may have it
     _moved: set[int] = field(default_factory=set)  # outputs that have left the replica
     _num_losses: int = 0
-    _num_losses_running: int = 0
+    _num_deaths: int = 0  # of replicas while it was running there
     _has_prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
@@ -150,12 +150,16 @@ class Flight:
             return None
         return output._replace(request_id=self.asked.request_id, finish_reason=reason)
 
-    def lose(self, replica_id: str) -> GivenUp | None:
-        """Its replica has died; returns why it is not submitted again, if it is not."""
+    def lose(self, replica_id: str, *, has_died: bool) -> GivenUp | None:
+        """Its replica is lost; returns why it is not submitted again, if it is not.
+
+        A replica of which nothing is heard may be well: only one that `has_died` says something of
+        the request.
+        """
         self.lost_on.add(replica_id)
         self._num_losses += 1
-        self._num_losses_running += self._is_running
-        if self._num_losses_running >= _POISON:
+        self._num_deaths += self._is_running and has_died
+        if self._num_deaths >= _POISON:
             return GivenUp.POISONED
         most = _MOST_RESUMES if self.has_begun else _MOST_RETRIES
         return GivenUp.RETRIES if self._num_losses > most else None

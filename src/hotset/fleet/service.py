@@ -108,7 +108,9 @@ class FleetService(StreamService):
             if one.since_s > now_s - _SHOW_LOST_S:
                 shown.setdefault(one.replica_id, one)
         statuses = tuple(one.status(now_s) for one in shown.values())
-        return FleetStatus(self._front_id, self._route.name, statuses, self._dispatcher.counts)
+        counts = self._dispatcher.counts
+        counts.snapshots = self._route.num_snapshots
+        return FleetStatus(self._front_id, self._route.name, statuses, counts)
 
     def status(self) -> "Future[EngineStatus]":
         """See `StreamService`: of all replicas that answer, as one."""
