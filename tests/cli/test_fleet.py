@@ -6,10 +6,12 @@ under streams, is in benchmarks/fleet_lifecycle.py.
 
 import contextlib
 import importlib.util
+import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -24,6 +26,7 @@ from hotset.cli import desk, front
 from hotset.cli.fleet import command
 from hotset.cli.running_fleet import Fleet, FleetFlags, _can_be_peers
 from hotset.errors import ConfigError
+from hotset.fleet.child import Child
 from hotset.fleet.scaling import ScalingOptions
 from hotset.options import Options
 
@@ -117,6 +120,36 @@ def test_ranks_have_no_store_and_are_told_so(
     assert (
         "share no KV blocks: a store takes those of one GPU, and tp is 2" in capsys.readouterr().err
     )
+
+
+def test_a_sighup_while_replicas_start_is_done_afterwards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server: Any = SimpleNamespace(drain_s=5)
+    told = FleetFlags(Options.of(), ScalingOptions(), 1, 0.0, None, "cost", server)
+    fleet = Fleet(tmp_path, told)
+    generations = []
+
+    class Ray:
+        """Starts replicas in half a second."""
+
+        address = "here"
+
+        def deploy(self, path: Path) -> Child:
+            generations.append(json.loads(path.read_text())["generation"])
+            if generations[-1]:
+                fleet._signals.put(signal.SIGTERM)
+            return Child("a deployment", ["sleep", "0.5"], tmp_path / "log")
+
+    fleet._ray, fleet._store = Ray(), None  # type: ignore[assignment]
+    fleet._deploy()
+    for _ in range(2):  # once is enough for both
+        fleet._signals.put(signal.SIGHUP)
+    fleet._watch()
+    assert generations == [0, 1]
+    said = capsys.readouterr().err
+    assert "all replicas start again after the change under way" in said
+    assert said.index("replicas serve") < said.index("starting all replicas again, one by one")
 
 
 def test_without_ray_it_says_what_to_install(

@@ -95,6 +95,7 @@ class Fleet:
         self._kept: dict[str, _Kept] = {}
         self._generation = 0
         self._deployment: Child | None = None
+        self._is_renewal_due = False
 
     def run(self) -> None:
         """Serve until a signal ends it.
@@ -178,6 +179,8 @@ class Fleet:
         return True
 
     def _deploy(self) -> None:
+        """Have Ray start the replicas, or start them again where the generation is another one."""
+        self._is_renewal_due = False
         path = self._folder / "deployment.json"
         path.write_text(json.dumps(self._arguments()))
         self._deployment = self._ray.deploy(path)
@@ -233,6 +236,10 @@ class Fleet:
             if self._deployment is not None and not self._deployment.is_alive:
                 self._look_at_deployment(self._deployment)
                 self._deployment = None
+            if self._is_renewal_due and self._deployment is None:
+                self._generation += 1
+                click.echo("starting all replicas again, one by one", err=True)
+                self._deploy()
             time.sleep(_LOOK_EVERY_S)
 
     def _look_at_deployment(self, deployment: Child) -> None:
@@ -244,14 +251,16 @@ class Fleet:
             click.echo(f"the change is not complete: {deployment.how_it_ended}", err=True)
 
     def _is_signalled(self) -> bool:
-        """Whether to stop. SIGHUP has the replicas start again, one by one."""
+        """Whether to stop. SIGHUP has the replicas start again once those that start have done so.
+
+        Replicas that start when it comes may have read their weights already.
+        """
         with contextlib.suppress(queue.Empty):
             if self._signals.get_nowait() != signal.SIGHUP:
                 return True
-            if self._deployment is None:
-                self._generation += 1
-                click.echo("starting all replicas again, one by one", err=True)
-                self._deploy()
+            if self._deployment is not None:
+                click.echo("all replicas start again after the change under way", err=True)
+            self._is_renewal_due = True
         return False
 
     def _stop_servers(self) -> None:
