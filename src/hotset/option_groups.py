@@ -271,6 +271,14 @@ class FormOptions(Group):
 class LayoutOptions(Group):
     """How a model is spread over the GPUs of this machine."""
 
+    gpus: int | None = option(
+        None,
+        "GPUs of one engine. Without tp the cost model chooses how they share the model, and start "
+        "prints the three best layouts.",
+        bounds=COUNT,
+        otherwise="those of tp",
+        keeps_answers=True,
+    )
     tp: int = option(
         1,
         "GPUs that compute each layer together, each with a part of its weights and KV.",
@@ -288,8 +296,13 @@ class LayoutOptions(Group):
 
     @property
     def spread(self) -> Layout:
-        """The same as planners have it."""
+        """The same as planners have it; of one GPU where it is yet to be chosen."""
         return Layout(tp=self.tp)
+
+    @property
+    def num_gpus(self) -> int:
+        """Of the engine, and of its ranks."""
+        return max(self.spread.gpus, self.gpus or 1)
 
 
 @dataclass(frozen=True, slots=True)

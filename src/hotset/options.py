@@ -193,7 +193,7 @@ def _conflicts(options: Options) -> Iterator[str]:
         yield "hot_gib or total_gib and SplitMemory go together; make options with Options.of"
     if isinstance(experts, HostedExperts):
         yield from _conflicts_of_experts(experts)
-    if options.layout.tp > 1:
+    if options.layout.num_gpus > 1:
         yield from _conflicts_of_ranks(options)
 
 
@@ -257,8 +257,14 @@ def _conflicts_of_experts(experts: HostedExperts) -> Iterator[str]:
 
 
 def _conflicts_of_ranks(options: Options) -> Iterator[str]:
-    """What works with one GPU alone."""
-    given = options.flat()
+    """What works with one GPU alone, and a number of GPUs that is not the layout's."""
+    given, layout = options.flat(), options.layout
+    word = "gpus" if layout.spread.gpus == 1 else "tp"
+    if word != "gpus" and layout.gpus not in (None, layout.spread.gpus):
+        yield (
+            f"gpus is {layout.gpus}, and {layout.spread} takes {layout.spread.gpus}; give one of "
+            "them"
+        )
     for name in (
         "expert_cpu",
         "expert_host_gib",
@@ -270,12 +276,12 @@ def _conflicts_of_ranks(options: Options) -> Iterator[str]:
     ):
         if (value := given[name]) not in (OPTIONS[name].default, 0):
             yield (
-                f"{name} is {_shown(value)}, which works with one GPU; leave it out, or leave tp "
-                "out"
+                f"{name} is {_shown(value)}, which works with one GPU; leave it out, or leave "
+                f"{word} out"
             )
     device = options.model.device
     if device not in ("auto", "cpu", "cuda"):
-        yield f"device is {device!r}, but tp={options.layout.tp} takes the first GPUs; give cuda"
+        yield f"device is {device!r}, but {word}={layout.num_gpus} takes the first GPUs; give cuda"
 
 
 def _without_password(url: str) -> str:

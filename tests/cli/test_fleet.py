@@ -115,10 +115,11 @@ def test_ranks_have_no_store_and_are_told_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server: Any = None  # which the store is not asked of
-    told = FleetFlags(Options.of(tp=2), ScalingOptions(), 1, 1.0, None, "cost", server)
+    told = FleetFlags(Options.of(tp=2), ScalingOptions(), 1, 1.0, "cost", server)
     assert Fleet(tmp_path, told)._start_store() is None
     assert (
-        "share no KV blocks: a store takes those of one GPU, and tp is 2" in capsys.readouterr().err
+        "share no KV blocks: a store takes those of one GPU, and each replica has 2"
+        in capsys.readouterr().err
     )
 
 

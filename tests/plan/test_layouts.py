@@ -61,7 +61,7 @@ def test_the_line_says_what_the_first_has_before_the_next() -> None:
     assert "users at once, " in more
 
 
-def test_gpus_that_hold_no_layout_say_why_the_first_does_not() -> None:
+def test_gpus_that_hold_no_layout_say_why_the_last_does_not() -> None:
     request = Request(
         load_model("llama-3.1-405b"), load_hardware("rtx-4090"), Workload(users=1), gpus=2
     )

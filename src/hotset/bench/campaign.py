@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from hotset.bench.result import ArmRun, BenchResult, Failure, verify
 from hotset.bench.runs import Bench, RunOptions, Say, describe_error
 from hotset.bench.verdict import verdict
 from hotset.bench.workload import TEXTS, Spec, Work, make_work
+from hotset.cost.catalog import find_config
 from hotset.cpu_libraries import set_threads
+from hotset.engine.layout_choice import choose_layout, stored_config
 from hotset.engine.load import load_on_ranks
 from hotset.errors import ConfigError, EngineError
 from hotset.experts.disk import ExpertSink
@@ -87,6 +89,7 @@ def _run_bench(
     bench = client = None
     run_of: dict[str, Callable[[str, int], ArmRun]] = {}
     if order.arms:
+        order = _with_layout(order, say)
         loaded = _load(order, say)
         if loaded.ranks is not None:
             stack.callback(loaded.ranks.close)
@@ -155,6 +158,19 @@ def _conclude(result: BenchResult, *, verified: bool) -> None:
     compared = [run for run in result.runs if run.outputs]
     if verified and compared:
         result.verification = verify(compared)
+
+
+def _with_layout(order: Order, say: Say) -> Order:
+    """The order with a layout where it has GPUs alone."""
+
+    def shape_config(options: Options) -> tuple[dict[str, Any], str]:
+        return find_config(options.model.model or _DUMMY_MODEL)[:2]
+
+    read = shape_config if order.dummy_weights else stored_config
+    config, chosen = choose_layout(order.config, read)
+    if chosen:
+        say.line(chosen)
+    return replace(order, config=config)
 
 
 def _load(order: Order, say: Say) -> LoadedModel:

@@ -33,12 +33,6 @@ from hotset.options import Options
     help="Memory of a store that replicas share KV blocks by, in GiB; 0 is none. It needs "
     "valkey-server or redis-server.",
 )
-@click.option(
-    "--gpus",
-    type=click.IntRange(0),
-    help="GPUs of each replica.  [default: one per rank where there are any, unless the device is "
-    "cpu]",
-)
 @directory_flag
 @route_flag
 @server_flags()
@@ -47,7 +41,6 @@ def command(
     scaling: ScalingOptions,
     fronts: int,
     shared_gib: float,
-    gpus: int | None,
     directory: Path | None,
     route: str,
     server: ServerFlags,
@@ -78,4 +71,4 @@ def command(
     with held_port(server) as held:
         from hotset.cli.running_fleet import Fleet, FleetFlags
 
-        Fleet(folder, FleetFlags(options, scaling, fronts, shared_gib, gpus, route, held)).run()
+        Fleet(folder, FleetFlags(options, scaling, fronts, shared_gib, route, held)).run()

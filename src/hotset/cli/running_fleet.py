@@ -48,7 +48,6 @@ class FleetFlags:
     scaling: ScalingOptions
     fronts: int
     shared_gib: float
-    gpus: int | None
     route: str
     server: ServerFlags
 
@@ -134,12 +133,12 @@ class Fleet:
             (self._folder / name).unlink(missing_ok=True)
 
     def _start_store(self) -> LocalStore | None:
-        gib, tp = self._told.shared_gib, self._told.options.layout.tp
+        gib, gpus = self._told.shared_gib, self._told.options.layout.num_gpus
         if not gib:
             return None
         store, why = None, "neither valkey-server nor redis-server is installed"
-        if tp > 1:
-            why = f"a store takes those of one GPU, and tp is {tp}"
+        if gpus > 1:
+            why = f"a store takes those of one GPU, and each replica has {gpus}"
         else:
             store = start_store(self._folder, int(gib * GIB))
         if store is None:
@@ -186,8 +185,9 @@ class Fleet:
         self._deployment = self._ray.deploy(path)
 
     def _arguments(self) -> dict[str, object]:
-        told = self._told
-        options = told.options
+        told, options = self._told, self._told.options
+        if not self._has_gpus:  # a replica would find none, and Ray has none to give
+            options = options.but(device="cpu")
         if self._store is not None:
             options = options.but(
                 remote=(self._store.url,), remote_secret_file=secret_of(self._folder)
@@ -204,23 +204,19 @@ class Fleet:
             "directory": str(self._folder),
             "drain_s": told.server.drain_s,
             "peers": _can_be_peers(told.options),
-            "gpus": self._gpus(),
             "threads": self._threads(),
             "generation": self._generation,
         }
 
-    def _gpus(self) -> int:
-        if self._told.gpus is not None:
-            return self._told.gpus
-        options = self._told.options
-        has_gpu = Path("/dev/nvidiactl").exists() and options.model.device != "cpu"
-        return options.layout.tp if has_gpu else 0
+    @property
+    def _has_gpus(self) -> bool:
+        return Path("/dev/nvidiactl").exists() and self._told.options.model.device != "cpu"
 
     def _threads(self) -> int | None:
         """Of one replica: what the user says, or its part of the cores where it computes there."""
         if (text := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
             return int(text)
-        if self._gpus():
+        if self._has_gpus:
             return None
         return max(1, len(os.sched_getaffinity(0)) // self._told.scaling.most)
 
@@ -284,7 +280,7 @@ def _can_be_peers(options: Options) -> bool:
 
     A model whose config is not here, or is not known, may keep such states.
     """
-    if not options.memory.host_gib or options.layout.tp > 1:
+    if not options.memory.host_gib or options.layout.num_gpus > 1:
         return False
     name = options.model.model
     try:

@@ -12,6 +12,7 @@ from hotset.cost.expert_sizes import size_experts
 from hotset.cpu_libraries import set_threads
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
+from hotset.engine.layout_choice import choose_layout
 from hotset.engine.start_times import StartTimes
 from hotset.executor.probe import check_index_dtype, check_kv_dtype, weights_bytes
 from hotset.expert_options import HostedExperts
@@ -33,6 +34,7 @@ def load_engine(options: Options) -> tuple[Engine, LoadedModel]:
     Raises what either raises.
     """
     set_threads(options.runtime.threads)
+    options, chosen = choose_layout(options)
     times = StartTimes.of_process(num_phases=_NUM_PHASES)
     try:
         with times.phase("load the model") as phase:
@@ -49,6 +51,8 @@ def load_engine(options: Options) -> tuple[Engine, LoadedModel]:
             raise
     finally:
         times.close()
+    if chosen:
+        engine.report = f"{chosen}\n{engine.report}"
     engine.report += f"\n{times.report()}"
     if engine.is_warming:
         engine.report += "\n  serving while more steps are recorded, slower until then"

@@ -76,7 +76,7 @@ class EngineProcess:
         context = multiprocessing.get_context("spawn")  # a fork would share locks and CUDA
         self._on_report = on_report
         self._name = "the engine's process"
-        if options.layout.tp > 1:
+        if options.layout.num_gpus > 1:
             self._name = "rank 0: its process"
         self._connection, theirs = context.Pipe()
         self._send_lock = threading.Lock()

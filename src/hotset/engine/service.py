@@ -47,7 +47,7 @@ class EngineService(StreamService):
         super().__init__()
         self._looks = Looks()
         self._host: EngineHost
-        has_ranks = options.layout.tp > 1
+        has_ranks = options.layout.num_gpus > 1
         self._restarts = Restarts() if has_ranks else None
         self._is_restarting = False  # guarded by _lock
         self._close_event = threading.Event()

@@ -47,9 +47,6 @@ class ReplicaOptions(Group):
     tls_cert: str | None = option(None, "Certificate of the replicas (PEM).", otherwise="none")
     tls_key: str | None = option(None, "Its private key (PEM).", otherwise="in that file")
     drain_s: int = option(30, "Seconds that requests may go on when a replica leaves.")
-    gpus: int | None = option(
-        None, "GPUs of a replica.", otherwise="one per rank, none where the device is cpu"
-    )
     max_surge_percent: int = option(
         0, "Replicas that a rolling upgrade may have on top, as a share; needs spare GPUs."
     )
@@ -94,9 +91,7 @@ def build(args: dict[str, Any]) -> Any:
     for name in ("secret_file", "tls_cert", "tls_key"):
         if (value := getattr(told, name)) is not None:
             argv += [f"--{name.replace('_', '-')}", value]
-    gpus = told.gpus
-    if gpus is None:
-        gpus = 0 if options.model.device == "cpu" else options.layout.tp
+    gpus = 0 if options.model.device == "cpu" else options.layout.num_gpus
     more: dict[str, Any] = {"num_replicas": scaling.replicas}
     if scaling.most > scaling.replicas:
         more = {"autoscaling_config": _autoscaling(scaling)}

@@ -1,9 +1,12 @@
 """The best layouts of a number of GPUs, and why the first one wins. Imports no torch."""
 
+from collections.abc import Callable
+
 from hotset.cost.step_time import CAUSES
+from hotset.layout import Layout
 from hotset.plan.compare import compare_plans
 from hotset.plan.result import Plan
-from hotset.plan.serve_command import why_not_served
+from hotset.plan.serve_command import why_not_run, why_not_served
 from hotset.plan.text import gib, rows, seconds
 
 MOST_SHOWN = 3
@@ -12,8 +15,41 @@ _EQUAL = 0.995  # of the tokens/s of the best: less is within what the model may
 
 def layouts_table(plans: list[Plan]) -> str:
     """The three best layouts, and one line that says why the first is the best."""
+    return f"{_table(plans, 'served', why_not_served)}\nWhy: {why_best(plans)}"
+
+
+def runnable(plans: list[Plan]) -> list[Plan]:
+    """Those that the engine can run."""
+    return [plan for plan in plans if not why_not_run(plan)]
+
+
+def choice_text(plans: list[Plan]) -> str:
+    """The three best layouts for an engine, and which of them it takes and why."""
+    found, best = runnable(plans), plans[0]
+    table = _table(plans, "runs", why_not_run)
+    if not found:
+        return f"{table}\nnone: {why_not_run(best)}"
+    first, workload = found[0], best.request.workload
+    why = f"the only layout of {first.gpus} GPUs that this engine runs here"
+    if len(found) > 1:
+        why = why_best(found)
+    lines = [
+        table,
+        f"takes {first.layout} for {workload.users:,} users of {workload.context:,} tokens: {why}",
+    ]
+    if first.tokens_per_s < _EQUAL * best.tokens_per_s:
+        ratio = best.tokens_per_s / first.tokens_per_s
+        how = "which this engine cannot run yet"
+        if best.layout == Layout(best.layout.tp, best.layout.dp):
+            one = f" --tp {best.layout.tp}" if best.layout.tp > 1 else ""
+            how = f"as separate engines: hotset fleet --replicas {best.layout.dp}{one}"
+        lines.append(f"{best.layout} should give {ratio:.2f} times the tokens/s, {how}")
+    return "\n".join(lines)
+
+
+def _table(plans: list[Plan], word: str, why_not: Callable[[Plan], str]) -> str:
     first = plans[0]
-    table = [("", "tokens/s", "TPOT", "users in HBM", "HBM per GPU", "served", "most time")]
+    table = [("", "tokens/s", "TPOT", "users in HBM", "HBM per GPU", word, "most time")]
     for plan in plans[:MOST_SHOWN]:
         table.append(
             (
@@ -22,12 +58,12 @@ def layouts_table(plans: list[Plan]) -> str:
                 seconds(plan.step.expected_s),
                 f"{plan.users_resident:,}",
                 gib(_used_bytes(plan)),
-                "no" if why_not_served(plan) else "yes",
+                "no" if why_not(plan) else "yes",
                 CAUSES[_slowest(plan)],
             )
         )
     title = f"Layouts of {first.gpus} x {first.request.hardware.name}, best first"
-    return f"{title}\n{rows(table, '  ')}\nWhy: {why_best(plans)}"
+    return f"{title}\n{rows(table, '  ')}"
 
 
 def layouts_dict(plans: list[Plan]) -> dict[str, object]:

@@ -85,19 +85,17 @@ def rank_layouts(request: Request) -> list[Plan]:
     Of equal ones the simpler comes first.
 
     Raises:
-        PlanError: none does.
+        PlanError: none does; why the last one, which cuts most, does not.
     """
     assert request.gpus is not None
-    plans, first_error = [], None
+    plans, last_error = [], None
     for layout in candidate_layouts(request.shape, request.gpus):
         try:
             plans.append(_plan_layout(request, layout))
         except PlanError as error:
-            first_error = first_error or error
+            last_error = error
     if not plans:
-        raise first_error or PlanError(
-            f"no layout of {request.gpus} GPUs fits {request.shape.name}"
-        )
+        raise last_error or PlanError(f"no layout of {request.gpus} GPUs fits {request.shape.name}")
     return sorted(plans, key=lambda plan: -plan.tokens_per_s)
 
 

@@ -43,7 +43,12 @@ def why_not_served(plan: Plan) -> str:
             Path(shape.name).suffix == ".json" and Path(shape.name).name != "config.json",
             f"{shape.name} is a shape without weights, which hotset bench runs with random ones",
         ),
-        *_why_not_on_several(plan),
+        (bool(why_not_run(plan)), why_not_run(plan)),
+        (
+            plan.layout.tp > 1 and (shape.is_mla or shape.model_type in _WHOLE_ATTENTION),
+            f"hotset serve keeps the attention of {shape.name} whole on each GPU, and a plan "
+            "counts it as cut",
+        ),
         (
             shape.model_type in _OTHER_STATES,
             f"hotset serve does not run recurrent layers as {shape.name} has them",
@@ -89,12 +94,12 @@ def why_not_served(plan: Plan) -> str:
     return next((reason for is_so, reason in reasons if is_so), "")
 
 
-def _why_not_on_several(plan: Plan) -> list[tuple[bool, str]]:
-    """The parts of a plan for several GPUs that are not served, and what to say of each."""
+def why_not_run(plan: Plan) -> str:
+    """Why the engine cannot spread this model over several GPUs as planned; empty where it can."""
     if plan.gpus == 1:
-        return []
+        return ""
     shape = plan.request.shape
-    return [
+    reasons = (
         (
             plan.layout != Layout(plan.gpus),
             f"hotset serve spreads a model by tp alone, not as {plan.layout} over {plan.gpus} GPUs",
@@ -109,15 +114,11 @@ def _why_not_on_several(plan: Plan) -> list[tuple[bool, str]]:
             "--gpus 1",
         ),
         (
-            shape.is_mla or shape.model_type in _WHOLE_ATTENTION,
-            f"hotset serve keeps the attention of {shape.name} whole on each GPU, and a plan "
-            "counts it as cut",
-        ),
-        (
             _experts_on_disk(plan) > 0,
             "hotset serve keeps experts on disk with one GPU alone: plan more --host-gib",
         ),
-    ]
+    )
+    return next((reason for is_so, reason in reasons if is_so), "")
 
 
 def _wide(stored: str) -> str:
