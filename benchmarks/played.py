@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hotset.engine.build import build_engine
-from hotset.engine.engine import Engine, EngineParts
+from hotset.engine.engine import Engine
+from hotset.engine.lane import Lane
 from hotset.engine.outputs import OutputProcessor
+from hotset.engine.parts import EngineParts
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.step_cost import StepCost
 from hotset.executor.step_input import StepInput, StepResult
@@ -49,16 +51,17 @@ class PlayedExecutor:
         self.seconds: list[float] = []
         self.clock, self._step_s = clock, step_s
 
-    def submit(self, step: StepInput, when_ready: Callable[[], None]) -> PlayedStep:
+    def submit(self, steps: Sequence[StepInput], when_ready: Callable[[], None]) -> PlayedStep:
         """See `Executor`."""
         when_ready()
+        [step] = steps
         seconds = self._step_s(step)
         self.clock.now_s += seconds
         self.seconds.append(seconds)
         num_rows = len(step.sample.sequences)
         return PlayedStep(StepResult([0] * num_rows, [None] * num_rows, {}, [], seconds))
 
-    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+    def copy_blocks(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:
         """See `Executor`."""
 
     def validate(self, params: SamplingParams, answers: Sequence[Sequence[int]] = ()) -> None:
@@ -149,11 +152,10 @@ def make_engine(
         overlaps=False,
         executor=executor,
         outputs=OutputProcessor(None, ()),
-        scheduler=scheduler,
+        lanes=[Lane(scheduler, real.tiers)],
         rates=real.rates,
         step_cost=step_cost,
         experts=None,
-        tiers=real.tiers,
         mover=None,
         clock=clock,
     )

@@ -267,21 +267,22 @@ class FakeExecutor:
     is_warming = False
 
     def __init__(self) -> None:
-        self.steps: list[StepInput] = []
+        self.submitted: list[Sequence[StepInput]] = []  # of each step, those of all lanes
         self.released: list[int] = []
         self.copies: list[tuple[int, int]] = []  # that no step made
 
-    def submit(self, step: StepInput, when_ready: Callable[[], None]) -> "FakeExecutor":
+    def submit(self, steps: Sequence[StepInput], when_ready: Callable[[], None]) -> "FakeExecutor":
         when_ready()
-        self.steps.append(step)
+        self.submitted.append(steps)
         return self
 
     def wait(self) -> StepResult:
-        token_ids = [10 + num_outputs for num_outputs in self.steps[-1].sample.num_outputs]
+        counts = (count for step in self.submitted[-1] for count in step.sample.num_outputs)
+        token_ids = [10 + num_outputs for num_outputs in counts]
         return StepResult(token_ids, [None] * len(token_ids), {}, [], 0.01)
 
-    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        self.copies += copies
+    def copy_blocks(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:
+        self.copies += copies[0]
 
     def validate(self, params: SamplingParams, answers: Sequence[Sequence[int]] = ()) -> None:
         pass

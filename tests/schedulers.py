@@ -36,9 +36,10 @@ def make_scheduler(
     hot_blocks: int = 0,
     step_cost: StepCost | None = None,
     clock: FakeClock | None = None,
+    metrics: Metrics | None = None,
 ) -> Scheduler:
     rates = Rates(1.0, {"host": 1.0, "disk": 1.0})
-    metrics, pool = Metrics(), BlockPool(num_blocks)
+    metrics, pool = metrics or Metrics(), BlockPool(num_blocks)
     kv = KVCache(
         pool,
         block_size=BLOCK,

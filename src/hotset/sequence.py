@@ -236,6 +236,7 @@ class Request:
         index: which of the `n` outputs this is.
         priority: lower runs first; equal ones first come, first served.
         tenant: whose it is; the prompts of one share what one gets.
+        lane: number of the engine's lane that has it.
         arrival_s: when it came, by the engine's clock.
         sampling: what the executor knows of it, and knows it by.
         pending_row: while the device is still choosing the last token, its row among the tokens
@@ -257,6 +258,7 @@ class Request:
     tenant: str = ""
     arrival_s: InitVar[float] = 0.0
     snapshot_at: Sequence[int] = ()
+    lane: int = 0
     sampling: Sampling = field(init=False)
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None

@@ -1,7 +1,7 @@
 """A step is a message: a copy of it that was sent computes the same."""
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -39,11 +39,12 @@ def test_a_step_that_was_pickled_computes_what_the_step_does(
     submit = engine.executor.submit
     kinds = set()
 
-    def send(step: StepInput, when_ready: Callable[[], None]) -> Any:
+    def send(steps: Sequence[StepInput], when_ready: Callable[[], None]) -> Any:
+        [step] = steps
         message = pickle.dumps(step)
         assert b"hotset.sequence Request" not in message and b"KVCache" not in message
         kinds.update(step.kinds)
-        return submit(pickle.loads(message), when_ready)
+        return submit([pickle.loads(message)], when_ready)
 
     monkeypatch.setattr(engine.executor, "submit", send)
     assert answers(engine) == expected
@@ -68,4 +69,4 @@ def test_drafts_are_refused_by_name(make_engine: MakeEngine) -> None:
     request.kv.block_table = [0]
     step = make_step_input(Step([StepItem(request, 0, 3, Kind.VERIFY)]), 4)
     with pytest.raises(NotImplementedError, match="VERIFY"):
-        engine.executor.submit(step, lambda: None)
+        engine.executor.submit([step], lambda: None)

@@ -16,11 +16,13 @@ from hotset.cost.prefix import PrefixPolicy
 from hotset.cost.rates import Rates
 from hotset.cost.tuning import TUNINGS
 from hotset.cost.workspace import most_scored_rows
-from hotset.engine.engine import Engine, EngineParts
+from hotset.engine.engine import Engine
 from hotset.engine.hot_setup import seats_in
+from hotset.engine.lane import Lane
 from hotset.engine.model_shape import hot_choice, index_note, kv_note
 from hotset.engine.open_tiers import HostMemory, open_tiers
 from hotset.engine.outputs import OutputProcessor
+from hotset.engine.parts import EngineParts
 from hotset.engine.rank_setup import Placed, RankSetup
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.sizing import Sizes
@@ -246,11 +248,10 @@ class _Build(RankSetup):
             overlaps=self._device.type == "cuda",
             executor=executor,
             outputs=OutputProcessor(self._loaded.tokenizer, self._loaded.eos_token_ids),
-            scheduler=scheduler,
+            lanes=[Lane(scheduler, tiers)],
             rates=measured.rates,
             step_cost=measured.step_cost,
             experts=experts,
-            tiers=tiers,
             mover=mover,
             clock=clock,
         )

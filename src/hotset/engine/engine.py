@@ -10,32 +10,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hotset.clock import Clock
-from hotset.cost.rates import Rates
 from hotset.engine.arrivals import check_tokens, make_requests
+from hotset.engine.lane import choose_lane
 from hotset.engine.messages import Submit
-from hotset.engine.outputs import OutputProcessor
+from hotset.engine.parts import EngineParts
 from hotset.engine.scheduler import Scheduler
-from hotset.engine.sizing import Sizes
 from hotset.engine.step import Step
-from hotset.engine.step_cost import StepCost
 from hotset.engine.step_input import make_step_input
 from hotset.errors import ExpertReadError, RequestError
-from hotset.executor.executor import Executor, Pending
+from hotset.executor.executor import Pending
 from hotset.executor.step_input import StepInput
-from hotset.options import Options
+from hotset.kv.cache import KVCache
 from hotset.request import FinishReason, RequestOutput, Resumed, SamplingParams
 from hotset.sequence import UNKNOWN_TOKEN, Request
 
 if TYPE_CHECKING:
-    from hotset.engine.split_mover import SplitMover
-    from hotset.experts.buffer import ExpertBuffer
     from hotset.experts.recorder import RoutingRecorder
     from hotset.memory.tiers import TierStack
 
 _log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.05
+_SHARED_WAIT_S = 0.001  # where another lane's transfer may end first
 # Fetches that are submitted beside a step take at most this part of the time of one: the next
 # step's inputs are copied behind them, by the same engine of the device.
 _LINK_SHARE = 0.8
@@ -49,43 +45,12 @@ _PREFILL_STEP_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class EngineParts:
-    """What an engine runs with, all of it ready. Made by `engine.build`.
-
-    Attributes:
-        options: as the user asked.
-        sizes: what they come to here.
-        report: what went where, to be told at start.
-        overlaps: whether one step is prepared while the last one runs.
-        executor: runs the steps.
-        experts: None where all stay on the device as they were loaded.
-        tiers: below the device's KV; None where there are none.
-        mover: None where the split between experts and KV stays.
-        clock: of the scheduler too.
-    """
-
-    options: Options
-    sizes: Sizes
-    report: str
-    overlaps: bool
-    executor: Executor
-    outputs: OutputProcessor
-    scheduler: Scheduler
-    rates: Rates
-    step_cost: StepCost
-    experts: "ExpertBuffer | None"
-    tiers: "TierStack | None"
-    mover: "SplitMover | None"
-    clock: Clock
-
-
-@dataclass(frozen=True, slots=True)
 class _StepInFlight:
-    """A step that was submitted; `requests` are those whose next token it chooses, in order."""
+    """A step that was submitted, of each lane; it chooses the next tokens of `requests`."""
 
-    step: Step
+    steps: Sequence[Step]
     requests: list[Request]
-    message: StepInput
+    messages: Sequence[StepInput]
     pending: Pending
 
 
@@ -100,18 +65,18 @@ class Engine:
         parts: what it runs with; it closes them.
 
     Attributes:
-        tiers, experts: see `EngineParts`.
+        lanes, experts: see `EngineParts`.
     """
 
     def __init__(self, parts: EngineParts) -> None:
         self.options, self.sizes, self.report = parts.options, parts.sizes, parts.report
         self.max_model_len = parts.sizes.max_model_len
-        self.scheduler, self.rates = parts.scheduler, parts.rates
-        self.kv = parts.scheduler.kv
+        self.lanes, self.rates = parts.lanes, parts.rates
         self.metrics = self.scheduler.metrics
         self.executor, self._outputs, self._clock = parts.executor, parts.outputs, parts.clock
         self.step_cost = parts.step_cost
-        self.tiers, self.experts, self._mover = parts.tiers, parts.experts, parts.mover
+        self.experts, self._mover = parts.experts, parts.mover
+        self._tiers = [lane.tiers for lane in self.lanes if lane.tiers is not None]
         self._overlaps = parts.overlaps
         self._in_flight: _StepInFlight | None = None
         self._recent_step_s: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -119,6 +84,21 @@ class Engine:
         self._requests: dict[str, list[Request]] = {}  # those of `n` that have not ended
         self._ids = itertools.count()
         self._warm_up_start_s = parts.clock.now()
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Of the first lane, which most engines have alone."""
+        return self.lanes[0].scheduler
+
+    @property
+    def kv(self) -> KVCache:
+        """Of the first lane."""
+        return self.lanes[0].kv
+
+    @property
+    def tiers(self) -> "TierStack | None":
+        """Of the first lane."""
+        return self.lanes[0].tiers
 
     @property
     def is_warming(self) -> bool:
@@ -144,12 +124,16 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do: requests, or outputs that were not taken."""
-        return self.scheduler.has_requests or self._outputs.has_outputs
+        return self._has_requests or self._outputs.has_outputs
 
     @property
     def has_transfers(self) -> bool:
         """Whether copies between tiers are under way or due; `step` takes note of their end."""
-        return self.kv.has_transfers
+        return any(lane.kv.has_transfers for lane in self.lanes)
+
+    @property
+    def _has_requests(self) -> bool:
+        return any(lane.scheduler.has_requests for lane in self.lanes)
 
     def drain_tiers(self) -> None:
         """Have what host memory has written to the slowest tier, by the steps from here on.
@@ -157,9 +141,10 @@ class Engine:
         First what the requests that are here have computed: these are about to move, and look for
         it elsewhere.
         """
-        if self.tiers is not None:
-            requests = [*self.scheduler.running, *self.scheduler.waiting]
-            self.tiers.begin_drain([key for one in requests for key in self.kv.keys(one)])
+        for lane in self.lanes:
+            if lane.tiers is not None:
+                requests = [*lane.scheduler.running, *lane.scheduler.waiting]
+                lane.tiers.begin_drain([key for one in requests for key in lane.kv.keys(one)])
 
     def validate(
         self, token_ids: Sequence[int], params: SamplingParams, resumed: Sequence[Resumed] = ()
@@ -232,9 +217,12 @@ class Engine:
         if not submit.resumed:
             self.metrics.prompt_tokens += len(submit.token_ids)
         for group in groups:
+            number = choose_lane(self.lanes, group[0])
+            for request in group:
+                request.lane = number
             if submit.peer is not None:
-                self.kv.expect(group[0], submit.peer)
-            self.scheduler.add(group)
+                self.lanes[number].kv.expect(group[0], submit.peer)
+            self.lanes[number].scheduler.add(group)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request (all its `n` outputs); its blocks are free when this returns."""
@@ -248,13 +236,14 @@ class Engine:
         wait elsewhere for this engine.
         """
         self._prepare(num_queued)
-        step = self.scheduler.schedule()  # which requests, how many tokens each
-        started = self._submit(step)  # on the device, with the copies between tiers beside it
+        # By lane, which requests, and how many tokens of each.
+        steps = [lane.scheduler.schedule() for lane in self.lanes]
+        started = self._submit(steps)  # on the device, with the copies between tiers beside it
         self._collect()  # the tokens of the step before, while this one runs
         if started is not None:
             self._commit(started)
         outputs = self._outputs.take()
-        if not self.scheduler.has_requests:
+        if not self._has_requests:
             self.take_counts()
         return outputs
 
@@ -273,8 +262,8 @@ class Engine:
     def close(self) -> None:
         """End the transfers and close the tiers."""
         try:
-            if self.tiers is not None:
-                self.tiers.close()
+            for tiers in self._tiers:
+                tiers.close()
         finally:
             self.executor.close()
 
@@ -282,69 +271,83 @@ class Engine:
         """Between two steps: take note of what ended, and move what follows the load."""
         if self._num_host_bound:
             self._collect()  # the next step needs the last one's tokens on the host
-        self.kv.poll()
-        self.kv.asking.wait()
+        for lane in self.lanes:
+            lane.kv.poll()
+            lane.kv.asking.wait()
         if self._mover is not None:
             self._mover.step(num_queued=num_queued)
 
-    def _submit(self, step: Step) -> _StepInFlight | None:
-        """Start a step, and the spills and fetches asked for so far beside it.
+    def _submit(self, steps: Sequence[Step]) -> _StepInFlight | None:
+        """Start a step of each lane, and the spills and fetches asked for so far beside it.
 
         None where there is nothing to compute, or where it failed.
         """
-        tiers = self.tiers
-        if not step.items:
-            if step.copies:  # of blocks that were given back, and may be filled from now on
-                self.executor.copy_blocks(step.copies)
-            if tiers is not None:
+        copies = [step.copies for step in steps]
+        if not any(step.items for step in steps):
+            if any(copies):  # of blocks that were given back, and may be filled from now on
+                self.executor.copy_blocks(copies)
+            for tiers in self._tiers:
                 tiers.flush()
-            if self._in_flight is None and self.scheduler.has_requests:
+            if self._in_flight is None and self._has_requests:
                 self._wait_for_tiers()
             return None
-        if tiers is None:
-            return self._start(step)
+        if not self._tiers:
+            return self._start(steps)
         if not self._overlaps:
             # Before a fetch fills what was given back, from which they copy.
-            self.executor.copy_blocks(step.copies)
-            tiers.flush()
-            return self._start(replace(step, copies=[]))
+            self.executor.copy_blocks(copies)
+            for tiers in self._tiers:
+                tiers.flush()
+            return self._start([replace(step, copies=[]) for step in steps])
         # Copies to the device run one after another, whatever their stream: those of this step's
         # inputs go first, and the others end before the next step's come.
-        started = self._start(step, when_ready=tiers.mark)
+        started = self._start(steps, when_ready=self._mark)
         most_s = _LINK_SHARE * min(self._recent_step_s, default=0.0)
-        tiers.flush(after_mark=started is not None, most_s=most_s)
+        for tiers in self._tiers:
+            tiers.flush(after_mark=started is not None, most_s=most_s)
         return started
 
+    def _mark(self) -> None:
+        for tiers in self._tiers:
+            tiers.mark()
+
     def _start(
-        self, step: Step, when_ready: Callable[[], None] = lambda: None
+        self, steps: Sequence[Step], when_ready: Callable[[], None] = lambda: None
     ) -> _StepInFlight | None:
         """Hand a step to the executor; None where it failed. See `Executor.submit`."""
-        message = make_step_input(step, self.kv.block_size)
+        messages = [make_step_input(step, self.sizes.block_size) for step in steps]
+        items = [item for step in steps for item in step.items]
         try:
-            pending = self.executor.submit(message, when_ready)
+            pending = self.executor.submit(messages, when_ready)
         except ExpertReadError as error:
             # Nobody can say before the step has run which of its requests needed the expert.
-            _log.error("a step of %d requests failed: %s", len(step.items), error)
+            _log.error("a step of %d requests failed: %s", len(items), error)
             self.metrics.faults.update(self.executor.take_faults())
-            self.scheduler.step_failed(step)
-            for item in step.items:
+            self._take_back(steps)
+            for item in items:
                 self._finish(item.request, FinishReason.ERROR, str(error))
             return None
         except (RuntimeError, MemoryError) as error:
             # Out of memory, most likely. The youngest request of the step pays; the others'
             # tokens are computed again.
-            _log.exception("a step of %d requests failed", len(step.items))
+            _log.exception("a step of %d requests failed", len(items))
             self.metrics.faults["step_failed"] += 1
-            self.scheduler.step_failed(step)
-            victim = step.items[-1].request
+            self._take_back(steps)
+            victim = items[-1].request
             self._finish(victim, FinishReason.ERROR, f"the model step failed: {error}")
             return None
-        requests = [item.request for item in step.items if item.samples]
-        return _StepInFlight(step, requests, message, pending)
+        return _StepInFlight(
+            steps, [item.request for item in items if item.samples], messages, pending
+        )
+
+    def _take_back(self, steps: Sequence[Step]) -> None:
+        for lane, step in zip(self.lanes, steps, strict=True):
+            lane.scheduler.step_failed(step)
 
     def _commit(self, started: _StepInFlight) -> None:
         """Take the step's KV as written: what reads it is submitted later."""
-        self.scheduler.commit(started.step)
+        for lane, step in zip(self.lanes, started.steps, strict=True):
+            lane.scheduler.commit(step)
         for row, request in enumerate(started.requests):
             if not request.is_finished:
                 request.token_ids.append(UNKNOWN_TOKEN)
@@ -359,7 +362,8 @@ class Engine:
         if ended is None:
             return
         result = ended.pending.wait()
-        for scored, logprobs in zip(ended.message.scored, result.prompt_logprobs, strict=True):
+        of_prompts = [one for message in ended.messages for one in message.scored]
+        for scored, logprobs in zip(of_prompts, result.prompt_logprobs, strict=True):
             self._outputs.score(scored.sequence_id, logprobs)
         for request, token_id, logprob in zip(
             ended.requests, result.token_ids, result.logprobs, strict=True
@@ -380,16 +384,18 @@ class Engine:
                 self._finish(request, FinishReason.ERROR, error)
             elif reason is not None:
                 self._finish(request, reason)
-        self._observe(ended.message, result.seconds)
+        self._observe(ended.messages, result.seconds)
 
-    def _observe(self, step: StepInput, seconds: float) -> None:
-        num_tokens, prompt_tokens = step.num_tokens, step.num_prompt_tokens
+    def _observe(self, messages: Sequence[StepInput], seconds: float) -> None:
+        # The others wait for the lane that has the most.
+        num_tokens = max(one.num_tokens for one in messages)
+        prompt_tokens = max(one.num_prompt_tokens for one in messages)
         self.metrics.steps += 1
         self.metrics.step_s += seconds
         if prompt_tokens:
             self.metrics.prompt_step_s += seconds
         self._recent_step_s.append(seconds)
-        self.metrics.computed_tokens += num_tokens
+        self.metrics.computed_tokens += sum(one.num_tokens for one in messages)
         self.step_cost.observe(prompt_tokens, seconds)
         if prompt_tokens >= _PREFILL_STEP_TOKENS and 2 * prompt_tokens >= num_tokens:
             self.rates.observe_prefill(num_tokens, seconds)
@@ -404,7 +410,7 @@ class Engine:
     ) -> None:
         if request.is_finished:
             return
-        self.scheduler.finish(request, reason, error, keeps_kv=keeps_kv)
+        self.lanes[request.lane].scheduler.finish(request, reason, error, keeps_kv=keeps_kv)
         self.executor.release(request.sequence_id)
         self._outputs.finish(request, reason, error)
         self.metrics.requests_finished[reason.value] += 1
@@ -416,16 +422,17 @@ class Engine:
 
     def _wait_for_tiers(self) -> None:
         """Wait for a transfer: no request can go on before. Without one, it is a bug of ours."""
-        if self.tiers is not None and self.tiers.is_busy:
-            self.tiers.wait(_IDLE_WAIT_S)
+        if busy := [tiers for tiers in self._tiers if tiers.is_busy]:
+            busy[0].wait(_IDLE_WAIT_S if len(busy) == 1 else _SHARED_WAIT_S)
             return
-        assert not self.scheduler.running, "running requests wait for nothing"
-        request = self.scheduler.waiting[0]
-        blocks = self.kv.tables.num_blocks_for(request.num_tokens)
+        lane = next(lane for lane in self.lanes if lane.scheduler.has_requests)
+        assert not lane.scheduler.running, "running requests wait for nothing"
+        request, tables = lane.scheduler.waiting[0], lane.kv.tables
+        blocks = tables.num_blocks_for(request.num_tokens)
         self._finish(
             request,
             FinishReason.ERROR,
-            f"{blocks} KV blocks are needed and {self.kv.tables.num_available} can be had",
+            f"{blocks} KV blocks are needed and {tables.num_available} can be had",
         )
 
 

@@ -97,14 +97,18 @@ class Following:
 
     def _load_now(self, num_open: int) -> Load:
         engine = self._engine
-        scheduler, kv = engine.scheduler, engine.kv
-        left = (one.prompt_len - one.kv.num_computed_tokens for one in scheduler.running)
-        needed = scheduler.num_blocks_ahead + -(-self._num_waiting_tokens // kv.block_size)
+        schedulers = [lane.scheduler for lane in engine.lanes]
+        pools = [lane.kv.pool for lane in engine.lanes]
+        running = (one for scheduler in schedulers for one in scheduler.running)
+        left = (one.prompt_len - one.kv.num_computed_tokens for one in running)
+        needed = sum(scheduler.num_blocks_ahead for scheduler in schedulers)
+        needed += -(-self._num_waiting_tokens // engine.kv.block_size)
+        stacks = [lane.tiers for lane in engine.lanes if lane.tiers is not None]
         return Load(
             queued_tokens=self._num_expected_tokens + sum(num for num in left if num > 0),
-            spare_blocks=kv.pool.num_available - needed,
-            usable_blocks=kv.pool.num_usable,
-            queued_bytes=0 if engine.tiers is None else engine.tiers.queued_fetch_bytes(),
+            spare_blocks=sum(pool.num_available for pool in pools) - needed,
+            usable_blocks=sum(pool.num_usable for pool in pools),
+            queued_bytes=sum(tiers.queued_fetch_bytes() for tiers in stacks),
             num_open=num_open,
             step_s=engine.step_cost.base_s,
             prefill_tokens_per_s=engine.rates.prefill_tokens_per_s,

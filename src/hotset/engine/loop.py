@@ -246,7 +246,7 @@ class EngineLoop:
         """Write what requests left at their ends, too, such as states."""
         engine.drain_tiers()
         settle(engine, _DRAIN_S, self._clock)
-        if engine.tiers is not None and (num := engine.tiers.num_to_drain):
+        if num := sum(lane.tiers.num_to_drain for lane in engine.lanes if lane.tiers is not None):
             note = f"{num} KV blocks were not written in time; others compute them again"
             self._on_report(Report(self._clock.now(), notes=[note]))
 
@@ -327,9 +327,8 @@ class EngineLoop:
         if not len(self._queue):
             return
         # Preempted requests wait for memory; their number says nothing about new ones.
-        fresh = [
-            one.num_tokens for one in engine.scheduler.waiting if not one.queue.num_preemptions
-        ]
+        waiting = (one for lane in engine.lanes for one in lane.scheduler.waiting)
+        fresh = [one.num_tokens for one in waiting if not one.queue.num_preemptions]
         schedule = engine.options.schedule
         # Where users take turns, the engine gives one to each that it knows of.
         ahead = _AHEAD if schedule.rotation_s is None else schedule.max_num_seqs
@@ -361,7 +360,7 @@ class EngineLoop:
         """Queueing ends with the first step that a request is part of."""
         if not self._not_started:
             return
-        for request in engine.scheduler.running:
+        for request in (one for lane in engine.lanes for one in lane.scheduler.running):
             if request.request_id in self._not_started:
                 self._not_started.discard(request.request_id)
                 self._following.start(request.request_id)

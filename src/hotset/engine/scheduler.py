@@ -116,6 +116,12 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     @property
+    def num_tokens(self) -> int:
+        """Of all requests that are not finished, computed or not."""
+        forks = (one for others in self._forks.values() for one in others)
+        return sum(one.num_tokens for one in (*self.waiting, *self.running, *forks))
+
+    @property
     def num_blocks_ahead(self) -> int:
         """Blocks that running requests lack to grow as far as those let in are sure to."""
         return self._num_short(self.ahead_tokens)

@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from hotset.kv.cache import KVCache
 from hotset.memory.tier import TierInfo, TierUsage
 
 if TYPE_CHECKING:
@@ -106,26 +107,61 @@ class Usage:
 
 def engine_usage(engine: "Engine") -> Usage:
     """Look at the engine; to be called from its thread."""
-    scheduler, pool, tiers = engine.scheduler, engine.kv.pool, engine.tiers
+    schedulers = [lane.scheduler for lane in engine.lanes]
+    pools = [lane.kv.pool for lane in engine.lanes]
+    stacks = [lane.tiers for lane in engine.lanes if lane.tiers is not None]
+    by_lane = [list(zip(tiers.infos, tiers.usage(), strict=True)) for tiers in stacks]
     return Usage(
-        len(scheduler.running),
-        len(scheduler.waiting),
-        pool.num_held * engine.sizes.block_bytes,
-        pool.num_cached * engine.sizes.block_bytes,
-        () if tiers is None else tuple(zip(tiers.infos, tiers.usage(), strict=True)),
+        sum(len(scheduler.running) for scheduler in schedulers),
+        sum(len(scheduler.waiting) for scheduler in schedulers),
+        sum(pool.num_held for pool in pools) * engine.sizes.block_bytes,
+        sum(pool.num_cached for pool in pools) * engine.sizes.block_bytes,
+        tuple(_together(parts) for parts in zip(*by_lane, strict=True)),
     )
+
+
+def _together(parts: Sequence[tuple[TierInfo, TierUsage]]) -> tuple[TierInfo, TierUsage]:
+    """One tier of all lanes."""
+    (info, first), *others = parts
+    if not others:
+        return info, first
+    usages = [usage for _, usage in parts]
+    has_states = all(usage.states is not None for usage in usages)
+    return (
+        replace(info, capacity_payloads=sum(one.capacity_payloads for one, _ in parts)),
+        TierUsage(
+            sum(usage.used_payloads for usage in usages),
+            sum(usage.capacity_payloads for usage in usages),
+            _summed([usage.faults for usage in usages]),
+            "".join(usage.states or "" for usage in usages) if has_states else None,
+            _summed([usage.byte_counts for usage in usages]),
+        ),
+    )
+
+
+def _summed(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+    total = Counter[str]()
+    for each in counts:
+        total.update(each)
+    return dict(total)
 
 
 def engine_status(engine: "Engine", *, num_queued: int) -> EngineStatus:
     """Look at the engine; to be called from its thread. `num_queued` requests wait before it."""
     engine.take_counts()
-    engine.kv.poll()  # an engine that idles takes no note of host memory that became ready
-    scheduler = engine.scheduler
+    for lane in engine.lanes:
+        lane.kv.poll()  # an engine that idles takes no note of host memory that became ready
+    schedulers = [lane.scheduler for lane in engine.lanes]
     users = [
         FETCHING if one.kv.arriving else MOVING if one.kv.seat is None else HOT
+        for scheduler in schedulers
         for one in scheduler.running
     ]
-    users += [PARKED if request.queue.num_preemptions else WAITING for request in scheduler.waiting]
+    users += [
+        PARKED if request.queue.num_preemptions else WAITING
+        for scheduler in schedulers
+        for request in scheduler.waiting
+    ]
     users += [WAITING] * num_queued
     count = Counter(users)
     return EngineStatus(
@@ -153,28 +189,16 @@ def _states(engine: "Engine") -> StateStatus | None:
 
 
 def _tiers(engine: "Engine") -> list[TierStatus]:
-    sizes, kv = engine.sizes, engine.kv
-    pool = kv.pool
-    arriving, leaving = kv.transfers.moving_blocks()
-
-    def device_state(block: int) -> str:
-        if block in arriving:
-            return ARRIVING
-        if block in leaving:
-            return LEAVING
-        held = pool.ref_count(block)
-        if held:
-            return HELD if held == 1 else SHARED
-        return CACHED if pool.is_shared(block) else FREE
-
+    pools = [lane.kv.pool for lane in engine.lanes]
+    num_usable = sum(pool.num_usable for pool in pools)
     found = [
         TierStatus(
             "device",
-            pool.num_usable,
-            pool.num_held + pool.num_cached,
-            sizes.block_bytes,
-            "".join(device_state(block) for block in sample(range(pool.first, pool.num_blocks))),
-            pool.num_usable,
+            num_usable,
+            sum(pool.num_held + pool.num_cached for pool in pools),
+            engine.sizes.block_bytes,
+            _device_cells([lane.kv for lane in engine.lanes]),
+            num_usable,
         )
     ]
     for info, usage in engine_usage(engine).tiers:
@@ -189,6 +213,25 @@ def _tiers(engine: "Engine") -> list[TierStatus]:
             )
         )
     return found
+
+
+def _device_cells(caches: Sequence[KVCache]) -> str:
+    """The blocks of one lane after another's."""
+    distance = -(-sum(kv.pool.num_usable for kv in caches) // _MOST_CELLS)
+    cells = []
+    for kv in caches:
+        pool = kv.pool
+        arriving, leaving = kv.transfers.moving_blocks()
+        for block in range(pool.first, pool.num_blocks, max(1, distance)):
+            if block in arriving:
+                cells.append(ARRIVING)
+            elif block in leaving:
+                cells.append(LEAVING)
+            elif held := pool.ref_count(block):
+                cells.append(HELD if held == 1 else SHARED)
+            else:
+                cells.append(CACHED if pool.is_shared(block) else FREE)
+    return "".join(cells)
 
 
 def _cells(usage: TierUsage) -> str:

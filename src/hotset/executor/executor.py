@@ -45,15 +45,15 @@ class Executor(Protocol):
         """
         ...
 
-    def submit(self, step: StepInput, when_ready: Callable[[], None]) -> Pending:
-        """Start a step; the host does not wait for the device.
+    def submit(self, steps: Sequence[StepInput], when_ready: Callable[[], None]) -> Pending:
+        """Start a step of each lane, all at once; the host does not wait for the device.
 
         Tokens that the host does not know are those that the last step submitted chooses. Requests
         with penalties or a grammar need their tokens on the host: wait for one step's before the
         next is submitted.
 
         Args:
-            step: what to compute.
+            steps: what to compute, by lane. Results are in this order, too.
             when_ready: called once all that the step copies to the device was submitted, and
                 before what it computes is.
 
@@ -63,8 +63,8 @@ class Executor(Protocol):
         """
         ...
 
-    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks of the device (from, to) where no step does, before what comes later."""
+    def copy_blocks(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """Copy blocks (from, to) of each lane, where no step does and before what comes later."""
         ...
 
     def release(self, sequence_id: int) -> None:

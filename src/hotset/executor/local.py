@@ -20,7 +20,7 @@ from hotset.sequence import Kind
 
 
 class LocalExecutor:
-    """See `Executor`.
+    """See `Executor`; of one lane.
 
     Args:
         runner: computes logits.
@@ -62,9 +62,10 @@ class LocalExecutor:
         self.sampler.validate(params, answers)
 
     def submit(
-        self, step: StepInput, when_ready: Callable[[], None] = lambda: None
+        self, steps: Sequence[StepInput], when_ready: Callable[[], None] = lambda: None
     ) -> "PendingStep":
         """See `Executor`. Drafts are refused, as nothing here compares them with the model."""
+        [step] = steps
         previous, self.chosen = self.chosen, None
         if step.kinds and step.kinds[-1] is Kind.VERIFY:
             raise NotImplementedError(
@@ -85,9 +86,9 @@ class LocalExecutor:
         timer.stop()
         return PendingStep(tokens, scored, timer)
 
-    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+    def copy_blocks(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:
         """See `Executor`."""
-        self.runner.copy_blocks(copies)
+        self.runner.copy_blocks(copies[0])
 
     def release(self, sequence_id: int) -> None:
         """See `Executor`."""

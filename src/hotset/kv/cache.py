@@ -164,6 +164,11 @@ class KVCache:
         queued_bytes = 0 if self._tiers is None else self._tiers.queued_fetch_bytes()
         return self.states.find(request, known, queued_bytes, queued_tokens)
 
+    def num_found_tokens(self, request: Request) -> int:
+        """Leading tokens of a request that are known here, on the device or in a slower tier."""
+        known, _ = self._search.find(request)
+        return sum(part.num_tokens for part in known)
+
     def num_blocks_missing(self, request: Request) -> int:
         """Blocks that a request needs to be let in, beside those that the device has of it."""
         if self.hot is not None and (num := self.hot.blocks_to_go_on(request)) is not None:

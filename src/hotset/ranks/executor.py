@@ -51,21 +51,22 @@ class RankedExecutor:
         self.local.validate(params, answers)
 
     def submit(
-        self, step: StepInput, when_ready: Callable[[], None] = lambda: None
+        self, steps: Sequence[StepInput], when_ready: Callable[[], None] = lambda: None
     ) -> "RankedStep":
         """See `Executor`."""
+        [step] = steps
         released, self._released = self._released, []
         commands = [self._writer.release(released)] if released else []
         with self._ranks.step([*commands, self._writer.step(step)]):
-            pending = self.local.submit(step, when_ready)
+            pending = self.local.submit(steps, when_ready)
             if self.local.chosen is not None:
                 broadcast(self.local.chosen)
         return RankedStep(pending, self._ranks)
 
-    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+    def copy_blocks(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:
         """See `Executor`."""
-        if copies:
-            self._ranks.send(command(Op.COPY_BLOCKS, *copies))
+        if copies[0]:
+            self._ranks.send(command(Op.COPY_BLOCKS, *copies[0]))
             self.local.copy_blocks(copies)
 
     def release(self, sequence_id: int) -> None:
