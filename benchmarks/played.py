@@ -149,6 +149,7 @@ def make_engine(
         options=options,
         sizes=real.sizes,
         report=real.report,
+        numerics=real.numerics,
         overlaps=False,
         executor=executor,
         outputs=OutputProcessor(None, ()),

@@ -35,6 +35,7 @@ def make_engine(executor: FakeExecutor, *, num_lanes: int = 1) -> Engine:
     parts = EngineParts(
         options=Options.of(),
         sizes=sizes,
+        numerics="",
         report="",
         overlaps=False,
         executor=executor,  # type: ignore[arg-type]

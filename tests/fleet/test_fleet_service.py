@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 from fleets import Fleet, Mortal, fleet
@@ -188,20 +189,41 @@ def test_a_request_that_no_replica_takes_again_does_not_wait_for_ever(two: Fleet
     assert other.is_alive and two.service.healthy
 
 
-def test_an_answer_never_goes_on_with_another_model(two: Fleet) -> None:
+@pytest.mark.parametrize(
+    ("change", "why", "says"),
+    [
+        ({"fingerprint": "x"}, GivenUp.FINGERPRINT, "no other has its model"),
+        (
+            {"numerics": "x"},
+            GivenUp.NUMERICS,
+            "the others with its model round numbers in another way: their device or kernels are "
+            "not the same",
+        ),
+    ],
+)
+def test_an_answer_never_goes_on_at_a_replica_of_another_kind(
+    two: Fleet, change: dict[str, str], why: GivenUp, says: str
+) -> None:
     other = two.service._dispatcher.roster.connected[1].host
-    other.info = type(other.info)(
-        **{name: getattr(other.info, name) for name in other.info.__slots__} | {"fingerprint": "x"}
-    )
+    other.info = replace(other.info, **change)
     stream = two.service.submit([5, 6], LONG)
     reader = iter(stream)
     next(reader)
     two.service._dispatcher._wait_s = math.inf  # and does not wait for it either
     two.hosts[0].cut()
     last = list(reader)[-1]
-    assert last.error == "the replica that had this request has ended, and no other has its model"
+    assert last.error == f"the replica that had this request has ended, and {says}"
     assert last.code == NOT_AVAILABLE
-    assert two.service.fleet().counts.given_up == {GivenUp.FINGERPRINT: 1}
+    assert two.service.fleet().counts.given_up == {why: 1}
+
+
+def test_a_request_that_has_not_begun_goes_on_at_a_replica_of_another_kind(two: Fleet) -> None:
+    for host in two.hosts:
+        host.info = replace(host.info, numerics=f"of {id(host)}")
+    two.hosts[0].hold()
+    stream = two.service.submit([5, 6], SHORT)
+    two.hosts[0].cut()
+    assert read(stream)[0].finish_reason == "length"
 
 
 def test_a_request_that_is_aborted_ends_on_its_replica(two: Fleet) -> None:

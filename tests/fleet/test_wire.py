@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -133,11 +135,13 @@ def test_a_bug_is_an_engine_error_of_one_line_that_can_be_sent() -> None:
     ],
 )
 def test_a_description_of_an_engine_comes_as_it_was_sent(given_options: dict[str, object]) -> None:
-    info = EngineInfo(Options.of(**given_options), 512, "report", True, "f", 16, 64)
+    info = EngineInfo(Options.of(**given_options), 512, "report", True, "f", 16, 64, "H200")
     sent = msgspec.msgpack.decode(msgspec.msgpack.encode(wire.info_data(info)))
     assert wire.read_info(sent) == info
     newer = {**sent, "something": 1, "options": {**sent["options"], "something": 2}}
     assert wire.read_info(newer) == info
+    del sent["numerics"]  # of a replica that does not tell
+    assert wire.read_info(sent) == replace(info, numerics="")
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ def _on_signals(handler: "signal._HANDLER") -> None:
 
 
 def _entry(host: EngineHost, listener: Listener) -> Entry:
-    blocks = hashlib.blake2b(host.info.fingerprint.encode(), digest_size=8)
+    made_of = f"{host.info.fingerprint} {host.info.numerics}"
+    blocks = hashlib.blake2b(made_of.encode(), digest_size=8)
     return Entry(
         listener.replica_id,
         str(listener.address.for_others()),

@@ -212,6 +212,7 @@ class _Build(RankSetup):
         """Tiers, scheduler, and what is told at start."""
         sizes, experts, metrics = placed.sizes, placed.experts, Metrics()
         memory, fingerprint = self._options.memory, self._fingerprint(sizes)
+        numerics = self._numerics()
         with self._times.phase("open tiers"):
             host, peers = placed.host, None
             if isinstance(executor, RankedExecutor):
@@ -225,7 +226,7 @@ class _Build(RankSetup):
                 metrics,
                 self.disk_path,
                 fingerprint,
-                self._numerics(),
+                numerics,
                 undo,
                 clock,
                 peers,
@@ -245,6 +246,7 @@ class _Build(RankSetup):
             options=self._options,
             sizes=sizes,
             report=self._report(placed, measured),
+            numerics=numerics,
             overlaps=self._device.type == "cuda",
             executor=executor,
             outputs=OutputProcessor(self._loaded.tokenizer, self._loaded.eos_token_ids),

@@ -65,12 +65,12 @@ class Engine:
         parts: what it runs with; it closes them.
 
     Attributes:
-        lanes, experts: see `EngineParts`.
+        numerics, lanes, experts: see `EngineParts`.
     """
 
     def __init__(self, parts: EngineParts) -> None:
         self.options, self.sizes, self.report = parts.options, parts.sizes, parts.report
-        self.max_model_len = parts.sizes.max_model_len
+        self.numerics, self.max_model_len = parts.numerics, parts.sizes.max_model_len
         self.lanes, self.rates = parts.lanes, parts.rates
         self.metrics = self.scheduler.metrics
         self.executor, self._outputs, self._clock = parts.executor, parts.outputs, parts.clock

@@ -131,6 +131,7 @@ class EngineLoop:
             engine.kv.prefixes.fingerprint,
             engine.kv.block_size,
             engine.sizes.block_bytes // engine.kv.block_size,
+            engine.numerics,
         )
 
     @property

@@ -112,6 +112,8 @@ class EngineInfo:
         fingerprint: of all that blocks depend on beside tokens; keys of blocks start with it.
         block_size: tokens of a block.
         kv_bytes_per_token: over all layers.
+        numerics: what the last bits of what it computes depend on, beside the fingerprint: device,
+            kernels and their versions.
     """
 
     options: Options
@@ -121,6 +123,7 @@ class EngineInfo:
     fingerprint: str
     block_size: int
     kv_bytes_per_token: int
+    numerics: str = ""
 
 
 class EngineHost(Protocol):

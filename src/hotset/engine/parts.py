@@ -26,6 +26,7 @@ class EngineParts:
         options: as the user asked.
         sizes: what they come to here.
         report: what went where, to be told at start.
+        numerics: what the last bits of what steps compute depend on, beside the weights.
         overlaps: whether one step is prepared while the last one runs.
         executor: runs the steps.
         lanes: have the requests, all with the same `metrics`.
@@ -37,6 +38,7 @@ class EngineParts:
     options: Options
     sizes: Sizes
     report: str
+    numerics: str
     overlaps: bool
     executor: Executor
     outputs: OutputProcessor

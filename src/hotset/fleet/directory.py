@@ -34,8 +34,8 @@ class Entry(msgspec.Struct, frozen=True):
         pid: of the process, on its machine.
         model: its name.
         fingerprint: of the weights, as `LoadedModel` has it.
-        numerics: of all that KV blocks depend on beside tokens, shortened; equal where they can be
-            exchanged.
+        numerics: of all that KV blocks and answers depend on beside tokens, shortened; equal where
+            they can be exchanged.
         wire_versions: that its link speaks.
         is_draining: it takes no more requests.
         load: numbers of `engine.messages.Load` by name; empty before the first.

@@ -145,8 +145,7 @@ class Dispatcher:
         with self._lock:
             for flight in list(self._waiting):
                 if flight.wait_until_s <= now_s:
-                    why = GivenUp.FINGERPRINT if self.roster.serving else GivenUp.NO_REPLICA
-                    self._give_up(flight, why, now_s)
+                    self._give_up(flight, self._why_none(flight), now_s)
                 elif self._candidates(flight, set()):
                     self._waiting.discard(flight)
                     self._movers.submit(self._place_again, flight)
@@ -216,7 +215,7 @@ class Dispatcher:
         found = [
             replica
             for replica in self.roster.serving
-            if replica not in tried and flight.fingerprint in (None, replica.fingerprint)
+            if replica not in tried and flight.kind in (None, replica.kind)
         ]
         return [one for one in found if one.replica_id not in flight.lost_on] or found
 
@@ -283,14 +282,23 @@ class Dispatcher:
         if flight.is_over or self._is_closing:
             return
         now_s = self._clock.now()
-        has_just_left = flight.wait_until_s == math.inf
-        if has_just_left and self.roster.serving and not self._candidates(flight, set()):
-            self._give_up(flight, GivenUp.FINGERPRINT, now_s)
+        has_just_left, why = flight.wait_until_s == math.inf, self._why_none(flight)
+        if has_just_left and why is not GivenUp.NO_REPLICA:
+            self._give_up(flight, why, now_s)
             return
         flight.wait_until_s = min(flight.wait_until_s, now_s + self._wait_s)
         if flight.deadline_s is not None:
             flight.wait_until_s = min(flight.wait_until_s, flight.deadline_s)
         self._waiting.add(flight)
+
+    def _why_none(self, flight: Flight) -> GivenUp:
+        """Why no replica takes a request that has left another."""
+        serving = self.roster.serving
+        if flight.kind is None or not serving or self._candidates(flight, set()):
+            return GivenUp.NO_REPLICA
+        if any(one.kind.fingerprint == flight.kind.fingerprint for one in serving):
+            return GivenUp.NUMERICS
+        return GivenUp.FINGERPRINT
 
     def _give_up(self, flight: Flight, why: GivenUp, now_s: float) -> None:
         """End a request that has left a replica and cannot go on."""
@@ -361,7 +369,7 @@ class Dispatcher:
             waited_s = now_s - flight.sent_s
             found.append((flight.choice, flight.sent, output.cached_tokens, waited_s))
             self._count(*found[-1])
-        delivered = flight.accept(output, replica.fingerprint, now_s)
+        delivered = flight.accept(output, replica.kind, now_s)
         if flight.is_over:
             self._forget(flight)
         elif flight.has_left:
@@ -414,6 +422,8 @@ _WHY_LOST = {
     GivenUp.RETRIES: "the replicas that had this request ended one after the other",
     GivenUp.NO_REPLICA: "the replica that had this request has ended, and no other has come",
     GivenUp.FINGERPRINT: "the replica that had this request has ended, and no other has its model",
+    GivenUp.NUMERICS: "the replica that had this request has ended, and the others with its model "
+    "round numbers in another way: their device or kernels are not the same",
 }
 
 

@@ -3,7 +3,7 @@
 import math
 import random
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hotset.engine.messages import Submit
 from hotset.fleet.route import Choice
@@ -27,6 +27,17 @@ def with_seed(submit: Submit) -> Submit:
     return replace(submit, params=replace(params, seed=random.getrandbits(53)))
 
 
+class Kind(NamedTuple):
+    """What the tokens of an answer depend on beside its request.
+
+    Attributes:
+        fingerprint, numerics: see `EngineInfo`.
+    """
+
+    fingerprint: str
+    numerics: str
+
+
 @dataclass(eq=False, slots=True)
 class Flight:
     """A request that has not ended.
@@ -38,7 +49,7 @@ class Flight:
         asked: as it came.
         deadline_s: when it must have ended.
         token_ids: what was delivered, of each output that has not ended.
-        fingerprint: of the replica that began the answer; None before the first token.
+        kind: of the replica that began the answer; None before the first token.
         attempt: the last one; 0 before the first.
         replica: where it is.
         sent: the last message, at `sent_s`, and `choice` why it went there.
@@ -54,7 +65,7 @@ class Flight:
     asked: Submit
     deadline_s: float | None
     token_ids: dict[int, list[int]] = field(init=False)
-    fingerprint: str | None = None
+    kind: Kind | None = None
     attempt: int = 0
     replica: "Replica | None" = None
     sent: Submit = field(init=False)
@@ -90,7 +101,7 @@ class Flight:
     @property
     def has_begun(self) -> bool:
         """Whether something of its answer was delivered."""
-        return self.fingerprint is not None
+        return self.kind is not None
 
     @property
     def too_late(self) -> str:
@@ -125,7 +136,7 @@ class Flight:
         """A step may have the request from now on."""
         self._is_running = True
 
-    def accept(self, output: RequestOutput, fingerprint: str, now_s: float) -> RequestOutput | None:
+    def accept(self, output: RequestOutput, kind: Kind, now_s: float) -> RequestOutput | None:
         """Take an output of the present attempt; returns what to deliver of it."""
         ids = self.token_ids.get(output.index)
         if ids is None:
@@ -145,7 +156,7 @@ class Flight:
         elif reason is not None:
             del self.token_ids[output.index]
         if output.token_ids or output.prompt_logprobs or reason is not None:
-            self.fingerprint = fingerprint
+            self.kind = kind
         elif not output.text:
             return None
         return output._replace(request_id=self.asked.request_id, finish_reason=reason)

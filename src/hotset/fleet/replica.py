@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from hotset.engine.looks import Looks
 from hotset.engine.messages import EngineHost, Load
 from hotset.engine.status import EngineStatus
-from hotset.fleet.flight import Flight
+from hotset.fleet.flight import Flight, Kind
 from hotset.fleet.status import ReplicaState, ReplicaStatus
 
 
@@ -31,9 +31,10 @@ class Replica:
     load: Load | None = None
 
     @property
-    def fingerprint(self) -> str:
+    def kind(self) -> Kind:
         """What its answers depend on; an answer that has begun goes on with the same only."""
-        return self.host.info.fingerprint
+        info = self.host.info
+        return Kind(info.fingerprint, info.numerics)
 
     def turn(self, state: ReplicaState, now_s: float, why: str = "") -> None:
         """Change the state."""
@@ -47,7 +48,7 @@ class Replica:
             state=self.state,
             since_s=now_s - self.since_s,
             why=self.why,
-            fingerprint=self.fingerprint,
+            fingerprint=self.kind.fingerprint,
             num_open=len(self.flights),
             queued_tokens=0 if self.load is None else self.load.queued_tokens,
             metrics=self.host.metrics,

@@ -49,6 +49,7 @@ class GivenUp(StrEnum):
     RETRIES = "retries"  # submitted again as often as is allowed
     NO_REPLICA = "no_replica"  # none is left that may take it
     FINGERPRINT = "fingerprint"  # none is left with the model that began the answer
+    NUMERICS = "numerics"  # those with that model round numbers in another way
     TIMEOUT = "timeout"
 
 

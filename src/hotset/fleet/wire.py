@@ -8,7 +8,7 @@ Imports no torch.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -186,10 +186,15 @@ _front_message: msgspec.msgpack.Decoder[FrontMessage] = msgspec.msgpack.Decoder(
 _submit = msgspec.msgpack.Decoder(Submit)
 _json_submit = msgspec.json.Decoder(Submit)
 _batch = msgspec.msgpack.Decoder(Batch, dec_hook=_made)
+_DEFAULTS = {one.name: one.default for one in fields(EngineInfo)}
 # The options are flat.
 _info = msgspec.defstruct(
     "_Info",
-    [(name, kind) for name, kind in get_type_hints(EngineInfo).items() if kind is not Options],
+    [
+        (name, kind) if (default := _DEFAULTS[name]) is MISSING else (name, kind, default)
+        for name, kind in get_type_hints(EngineInfo).items()
+        if kind is not Options
+    ],
 )
 
 
