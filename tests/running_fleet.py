@@ -30,7 +30,7 @@ class RunningFleet:
 
     def __init__(self, folder: Path, *more: str) -> None:
         self.folder = folder
-        model = folder / "model"
+        model = self.model = folder / "model"
         make_model("llama", vocab_size=VOCAB_SIZE).save_pretrained(model)
         make_tokenizer().save_pretrained(model)
         self.said = folder / "said"
@@ -76,8 +76,10 @@ class RunningFleet:
         return self.of("-m hotset replica")
 
     def chat(self) -> int:
-        answer = httpx.post(f"{self.url}/v1/chat/completions", json=CHAT, timeout=60)
-        return answer.status_code
+        return self.ask().status_code
+
+    def ask(self, **fields: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/chat/completions", json={**CHAT, **fields}, timeout=60)
 
     def close(self) -> None:
         """Kill what is left of it."""

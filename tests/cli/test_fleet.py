@@ -20,7 +20,8 @@ import pytest
 from click.testing import CliRunner
 from running_fleet import RunningFleet, wait_long
 from servers import CHAT
-from tiny_models import make_config
+from tiny_models import make_config, make_model
+from tiny_tokenizer import VOCAB_SIZE
 
 from hotset.cli import desk, front
 from hotset.cli.fleet import command
@@ -80,6 +81,33 @@ def test_a_killed_replica_is_replaced_while_the_other_serves(fleet: RunningFleet
         return len(pids) == 2 and victim.pid not in pids and other.pid in pids
 
     wait_long(is_replaced)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_sighup_brings_other_weights_and_no_answer_is_of_both(fleet: RunningFleet) -> None:
+    def answer() -> str:
+        found = fleet.ask(max_tokens=60, ignore_eos=True, temperature=0)
+        assert found.status_code == 200, found.text
+        return str(found.json()["choices"][0]["message"]["content"])
+
+    old, before = answer(), {one.pid for one in fleet.replicas()}
+    other = fleet.folder / "other"
+    make_model("llama", vocab_size=VOCAB_SIZE, seed=1).save_pretrained(other)
+    for path in other.iterdir():  # a file that a replica may have open is not written to
+        path.replace(fleet.model / path.name)
+    fleet.process.send_signal(signal.SIGHUP)
+    answers = []
+
+    def is_renewed() -> bool:
+        answers.append(answer())
+        return before.isdisjoint(one.pid for one in fleet.replicas()) and answers[-1] != old
+
+    wait_long(is_renewed)
+    wait_long(lambda: len(fleet.replicas()) == 2)
+    new = answers[-1]
+    assert set(answers) == {old, new} and new != old
+    assert {answer() for _ in range(6)} == {new}
 
 
 @needs_ray
