@@ -5,22 +5,26 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_config, make_model
-from transformers import AutoModelForCausalLM
+from tiny_models import FAMILIES as DENSE_AND_MOE
+from tiny_models import HYBRID_FAMILIES, LATENT_FAMILIES, SPARSE_FAMILIES, make_config, make_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotset.errors import ConfigError, ModelError
+from hotset.executor.probe import inspect_model
 from hotset.experts.weights import experts_layers
 from hotset.model.cut_model import ModelCutter
 from hotset.parallel import group
 from hotset.parallel.cuts import Cut, find_cuts
+from hotset.parallel.parts import Part, Units, share
 
-FAMILIES = ["llama", "llama-mha", "llama-mqa", "mistral", "qwen3", "gemma2", "gemma3_text"]
-EXPERTS = ["mixtral", "qwen3_moe", "olmoe"]
+FAMILIES = sorted(
+    {*DENSE_AND_MOE, *LATENT_FAMILIES, *SPARSE_FAMILIES, *HYBRID_FAMILIES} - {"longcat_flash"}
+)
 
 
 def cut_for(
     monkeypatch: pytest.MonkeyPatch, model: Any, rank: int, size: int
-) -> tuple[Any, dict[str, tuple[slice, ...]]]:
+) -> tuple[Any, dict[str, Part]]:
     """A copy of `model` with one rank's part, and which parts those are."""
     monkeypatch.setattr(group, "_current", group.Group(rank, size, torch.device("cpu"), True))
     cut = copy.deepcopy(model)
@@ -31,7 +35,7 @@ def cut_for(
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_parts_put_together_are_the_whole(
     family: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,31 +44,93 @@ def test_parts_put_together_are_the_whole(
     for rank in range(size):
         cut, parts = cut_for(monkeypatch, whole, rank, size)
         for name, weight in cut.named_parameters():
-            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            if ".experts." in name:
                 continue
-            part = parts.get(name, (slice(None),))
-            if name == "lm_head.weight":  # in equal pieces, the last one shorter
-                piece = -(-257 // size)
-                part = (slice(rank * piece, (rank + 1) * piece),)
-            place = found[name][part]
-            assert place.isnan().all() or torch.equal(place, weight)  # a KV head on two ranks
-            place.copy_(weight)
+            part = parts.get(name)
+            if name == "lm_head.weight" and weight.shape != found[name].shape:
+                piece = -(-257 // size)  # in equal pieces, the last one shorter
+                part = Part(0, (slice(rank * piece, rank * piece + len(weight)),))
+            _place(found[name], part, weight)
         for before, after in zip(experts_layers(whole), experts_layers(cut), strict=True):
             _join_experts(found, whole, before, after, rank, size)
     for name, weight in whole.named_parameters():
         assert torch.equal(found[name], weight), name
 
 
+def _place(whole: torch.Tensor, part: Part | None, weight: torch.Tensor) -> None:
+    """Put a rank's part into its place; a KV head may be on two ranks."""
+    if part is None:
+        part = Part(0, (slice(0, len(whole)),))
+    pieces = weight.split([each.stop - each.start for each in part.slices], part.dim)
+    for each, piece in zip(part.slices, pieces, strict=True):
+        place = whole[(slice(None),) * part.dim + (each,)]
+        assert place.isnan().all() or torch.equal(place, piece)
+        place.copy_(piece)
+
+
 def _join_experts(found: dict[str, Any], whole: Any, before: Any, after: Any, *at: int) -> None:
+    """Put a rank's slices of experts into their places."""
     rank, size = at
     path = next(path for path, m in whole.named_modules() if m is before.module)
-    up, down = after.weights
-    middle = before.weights[1].shape[2]
+    middle = before.weights[1].shape[1 if before.is_transposed else 2]
     mine = slice(rank * middle // size, (rank + 1) * middle // size)
-    found[f"{path}.down_proj"][:, :, mine] = down
-    gate, up = up.chunk(2, 1)
-    found[f"{path}.gate_up_proj"][:, :middle][:, mine] = gate
-    found[f"{path}.gate_up_proj"][:, middle:][:, mine] = up
+    gate = (mine,)
+    if before.has_gate and before.module.is_concatenated:
+        gate = (mine, slice(middle + mine.start, middle + mine.stop))
+    elif before.has_gate:
+        gate = (slice(2 * mine.start, 2 * mine.stop),)
+    up_dim, down_dim = (2, 1) if before.is_transposed else (1, 2)
+    up, down = after.weights
+    _place(found[f"{path}.{before.up_name}"], Part(up_dim, gate), up)
+    _place(found[f"{path}.down_proj"], Part(down_dim, (mine,)), down)
+    if before.biases is not None:
+        up_bias, down_bias = after.biases
+        _place(found[f"{path}.{before.up_name}_bias"], Part(1, gate), up_bias)
+        if rank == 0:
+            _place(found[f"{path}.down_proj_bias"], None, down_bias)
+        assert rank == 0 or not down_bias.any()
+
+
+@pytest.mark.parametrize(
+    "family", ["lfm2", "qwen3_next", "qwen3_5_text", "olmo_hybrid", "nemotron_h", "falcon_h1"]
+)
+def test_each_rank_has_a_part_of_each_state(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_model(family)
+    states = inspect_model(copy.deepcopy(whole)).states
+    cut, _ = cut_for(monkeypatch, whole, 1, 2)
+    parts = inspect_model(cut).states
+    assert parts.keys() == states.keys()
+    for layer, state in states.items():
+        part = parts[layer]
+        assert 2 * part.num_values == state.num_values
+        assert 2 * part.conv_bytes == state.conv_bytes
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("bamba", {"mamba_n_groups": 1}),  # whose norm is over all heads
+        ("qwen3_next", {"linear_num_key_heads": 1}),
+        ("kimi_linear", {}),
+    ],
+)
+def test_a_mixer_that_cannot_be_cut_is_whole_on_each_rank(
+    family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_model(family, **changes)
+    cut, parts = cut_for(monkeypatch, whole, 1, 2)
+    theirs = dict(whole.named_parameters())
+    mixers = [path for path, module in whole.named_modules() if hasattr(module, "conv1d")]
+    assert mixers
+    for name, weight in cut.named_parameters():
+        if name.startswith(tuple(f"{path}." for path in mixers)):
+            assert name not in parts and torch.equal(weight, theirs[name])
+
+
+def test_units_are_shared_out_one_layout_after_another() -> None:
+    layout = (Units(4, 3), Units(1, 2), Units(2))
+    assert share(layout, 0, 2) == (slice(0, 6), slice(12, 14), slice(14, 15))
+    assert share(layout, 1, 2) == (slice(6, 12), slice(12, 14), slice(15, 16))
 
 
 def test_a_tied_head_is_cut_and_its_embedding_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +146,17 @@ def test_attention_whose_norms_see_all_heads_stays_whole() -> None:
 
 
 def test_a_model_without_a_plan_is_refused() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = AutoConfig.for_model("stablelm", **sizes, num_key_value_heads=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ModelError, match="tiny has no tensor-parallel plan in transformers"):
-        find_cuts(make_model("gpt_oss"), 2, "tiny")
+        find_cuts(model, 2, "tiny")
+
+
+def test_experts_that_add_what_came_in_are_refused() -> None:
+    with pytest.raises(ModelError, match="has 'moe_identity_expert' for model"):
+        find_cuts(make_model("longcat_flash"), 2, "tiny")
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:

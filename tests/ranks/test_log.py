@@ -18,7 +18,7 @@ STEPS = st.lists(
 
 def make_step(tables: dict[int, list[int]], number: int) -> StepInput:
     spans = [
-        SequenceSpan(i, 1, 10 + number, table, sequence_id=sequence_id)
+        SequenceSpan(i, 1, 10 + number, table, number, i + 2, [(i, number)] * (i % 3), sequence_id)
         for i, (sequence_id, table) in enumerate(tables.items())
     ]
     inputs = np.arange(NUM_INPUTS * len(spans)).reshape(NUM_INPUTS, -1) + number

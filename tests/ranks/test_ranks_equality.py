@@ -35,7 +35,11 @@ def expected() -> list[list[int]]:
         "mixtral",
         "qwen3_moe",
         "olmoe",
+        "granitemoe",
+        "gpt_oss",
+        "deepseek_v2",
         "deepseek_v3",
+        "minicpm3",
     ],
 )
 def test_each_architecture_answers_as_transformers_does(

@@ -154,7 +154,7 @@ def build_rank(
         undo.pop_all()
     return Rank(
         runner,
-        placed.arena,
+        placed.payloads,
         placed.experts,
         None if host is None else host.arena,
         None if host is None else host.copier,
@@ -267,7 +267,7 @@ class _Build(RankSetup):
             ranks.listen([executor.take])
             return None, None
         host = HostMemory.take(placed.sizes, placed.payloads)
-        copier = RanksCopier(host.copier, ranks, placed.arena, host.arena)
+        copier = RanksCopier(host.copier, ranks, placed.payloads, host.arena)
         disk = RanksDisk(ranks, host.arena)
         ranks.listen([executor.take, copier.take, disk.take])
         copier.wait_ready()

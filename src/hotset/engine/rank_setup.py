@@ -113,14 +113,10 @@ class RankSetup:
         """Raise ConfigError where several ranks cannot run what one can."""
         if current().size == 1:
             return
-        why = None
-        if self._layout.states:
-            why = "keep a state beside KV"
-        elif self._layout.layers[0].indexer is not None:
-            why = "select what they attend to"
-        if why is not None:
+        if self._layout.layers[0].indexer is not None:
             raise ConfigError(
-                f"the layers of {name} {why}, which several GPUs cannot do yet; leave tp out"
+                f"the layers of {name} select what they attend to, which several GPUs cannot do "
+                "yet; leave tp out"
             )
 
     def size(self) -> Sizes:
@@ -249,6 +245,7 @@ class RankSetup:
             "weights": self._loaded.fingerprint,
             "KV of a layer": str(self._layout.cache_specs),
             "blocks": f"{sizes.num_blocks} of {sizes.block_bytes} B",
+            "states": str(sizes.states),
             "host slots": str(sizes.host_slots),
             "experts on the device": str(placed.experts and placed.experts.num_slots),
         }

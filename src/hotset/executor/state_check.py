@@ -30,6 +30,7 @@ from hotset.errors import ModelError
 from hotset.experts.gating import without_experts
 from hotset.memory.arena import DeviceArena
 from hotset.memory.state_arena import StateArena
+from hotset.parallel.group import alone
 from hotset.sequence import PADDING_SLOT, ZEROS_SLOT
 
 # Types of layers that keep a state, and of those that do not attend.
@@ -229,7 +230,7 @@ class _Trial:
         inputs, _ = copy_batch(batch, self._model.device)
         attention = self._attention.begin_step(batch, inputs)
         step = self._states.around(attention, self._states.begin_step(batch))
-        with without_experts(self._model), _noting_layers(self._model, given) as noted:
+        with alone(), without_experts(self._model), _noting_layers(self._model, given) as noted:
             self._model(
                 input_ids=inputs.token_ids.unsqueeze(0),
                 position_ids=inputs.positions.unsqueeze(0),

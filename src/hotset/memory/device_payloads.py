@@ -1,5 +1,10 @@
 """What tiers copy from the device and to it: blocks of KV, and pieces of states."""
 
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
 from hotset.memory.arena import DeviceArena
 from hotset.memory.state_arena import StateArena
 from hotset.memory.state_pieces import StatePieces
@@ -33,3 +38,35 @@ class DevicePayloads:
             return self._arena.runs(number)
         start, num_bytes = self.pieces.span(number)
         return [(self.memories[-1].data_ptr() + start, 0, num_bytes)]
+
+    def places(self, runs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Runs with places that are the same on all ranks, one memory after another.
+
+        Args:
+            runs: `[N, 3]`: an address here, a place in host memory, and bytes.
+
+        Returns:
+            `[M, 3]`: N, and more where one goes on from one memory to another beside it.
+        """
+        parts = []
+        for start, first, num_bytes in self._spans():
+            begin = np.maximum(runs[:, 0], start)
+            size = np.minimum(runs[:, 0] + runs[:, 2], start + num_bytes) - begin
+            part = np.stack([begin - start + first, runs[:, 1] + begin - runs[:, 0], size], 1)
+            parts.append(part[size > 0])
+        return np.concatenate(parts)
+
+    def addresses(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The addresses here of what `places` made of those of another rank."""
+        addresses = np.empty_like(places)
+        for start, first, num_bytes in self._spans():
+            is_here = (places >= first) & (places < first + num_bytes)
+            addresses[is_here] = places[is_here] - first + start
+        return addresses
+
+    def _spans(self) -> Iterator[tuple[int, int, int]]:
+        """The address, the first place and the bytes of each memory."""
+        first = 0
+        for memory in self.memories:
+            yield memory.data_ptr(), first, memory.nbytes
+            first += memory.nbytes

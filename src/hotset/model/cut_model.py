@@ -11,9 +11,10 @@ from hotset.experts.gating import layers_to_gate
 from hotset.experts.slices import slice_experts
 from hotset.experts.weights import experts_of, is_experts
 from hotset.parallel.collectives import all_reduce
-from hotset.parallel.cuts import Cut, Index, Table, find_cuts
+from hotset.parallel.cuts import Cut, Table, find_cuts
 from hotset.parallel.group import current
-from hotset.parallel.linears import Gathered, Summed, cut_linear
+from hotset.parallel.linears import Gathered, Summed, cut_module
+from hotset.parallel.parts import Part
 
 
 class ModelCutter:
@@ -29,7 +30,7 @@ class ModelCutter:
 
     def __init__(self, outline: Any, name: str) -> None:
         self._rank, size = current().rank, current().size
-        self._table = Table(1, {}, {}) if size == 1 else find_cuts(outline, size, name)
+        self._table = Table(1) if size == 1 else find_cuts(outline, size, name)
         self._name = name
         self._cut: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._vocab_size = outline.config.get_text_config().vocab_size
@@ -44,7 +45,7 @@ class ModelCutter:
         return self._table.size == 1
 
     @torch.no_grad()
-    def cut(self, path: str, module: nn.Module) -> dict[str, Index]:
+    def cut(self, path: str, module: nn.Module) -> dict[str, Part]:
         """Leave a module with this rank's part, in place, if it is one to be cut; not the head.
 
         Returns:
@@ -56,14 +57,14 @@ class ModelCutter:
         if how is Cut.EXPERTS:
             slice_experts(experts_of(module), self._rank, self._table.size, self._name)
             return {}
-        return cut_linear(module, self._table, path, self._rank)
+        return cut_module(module, self._table, path, self._rank)
 
-    def cut_all(self, model: nn.Module) -> dict[str, Index]:
+    def cut_all(self, model: nn.Module) -> dict[str, Part]:
         """`cut` for every module; returns the parts by the whole name of a parameter.
 
         A model that was cut stays as it is.
         """
-        parts: dict[str, Index] = {}
+        parts: dict[str, Part] = {}
         if model in self._cut:
             return parts
         self._cut.add(model)
@@ -79,9 +80,9 @@ class ModelCutter:
             if how is Cut.HEAD:
                 head, embedding = model.get_submodule(path), model.get_input_embeddings()
                 shared = embedding.weight if head.weight is embedding.weight else None
-                (columns,) = cut_linear(head, self._table, path, self._rank)["weight"]
+                part = cut_module(head, self._table, path, self._rank)["weight"]
                 if shared is not None:  # in the same memory, as before
-                    head.weight = nn.Parameter(shared[columns], requires_grad=False)
+                    head.weight = nn.Parameter(part.of(shared), requires_grad=False)
 
     def join_outputs(self, model: nn.Module) -> None:
         """Have layers that are cut give what whole ones do, by sums over ranks and the like.
@@ -95,7 +96,7 @@ class ModelCutter:
             if how is Cut.EXPERTS:
                 assert is_experts(module)
                 experts_of(module).combine = all_reduce
-            elif how is not Cut.COLUMNS:
+            elif how in (Cut.ROWS, Cut.HEAD):
                 parent, _, child = path.rpartition(".")
                 joined = Summed(module) if how is Cut.ROWS else Gathered(module, self._vocab_size)
                 setattr(model.get_submodule(parent), child, joined)

@@ -29,7 +29,7 @@ from hotset.linear.merged import MergedLinear, merge_linears
 from hotset.model.architecture import Architecture
 from hotset.model.cut_model import ModelCutter
 from hotset.model.narrow_linears import fill_linears, narrow_form, replace_linears
-from hotset.parallel.cuts import Index
+from hotset.parallel.parts import Part
 
 _NUM_THREADS = 4  # each holds one tensor; they wait for the disk and the link
 
@@ -39,26 +39,33 @@ class _Place:
     """Where a tensor of a checkpoint belongs: a parameter or buffer, or rows of it.
 
     Attributes:
-        part: of the tensor, that this rank has.
+        part: of the tensor, that this rank has; None is all.
     """
 
     module: nn.Module
     name: str
     rows: slice | None
-    part: Index
+    part: Part | None
 
     @torch.no_grad()
     def fill(self, tensor: Any) -> None:
         """Read the part of a tensor of the file into its place."""
         target = getattr(self.module, self.name)
-        rows, columns = self.part[:1] or (slice(None),), self.part[1:]
+        rows, part = self.rows or slice(None), self.part
         if isinstance(self.module, Fp8Linear) and self.name == "weight":
-            # Whole rows, as these have scales.
-            weight = tensor[rows].to(target.device)
-            self.module.set_rows(self.rows or slice(None), weight, *columns)
+            if part is None or part.dim == 0:
+                self.module.set_rows(rows, _read(tensor, part).to(target.device))
+            else:  # whole rows, as these have scales
+                self.module.set_rows(rows, tensor[...].to(target.device), *part.slices)
         else:
-            part = tensor[self.part or ...].to(target.device)
-            (target if self.rows is None else target[self.rows]).copy_(part)
+            part_read = _read(tensor, part).to(target.device)
+            (target if self.rows is None else target[self.rows]).copy_(part_read)
+
+
+def _read(tensor: Any, part: Part | None) -> torch.Tensor:
+    """A part of a tensor of a file, or all of it."""
+    read: torch.Tensor = tensor[...] if part is None else part.of(tensor)
+    return read
 
 
 def load_in_place(
@@ -203,7 +210,7 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def _places(model: nn.Module, parts: Mapping[str, Index]) -> dict[str, _Place]:
+def _places(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, _Place]:
     """The place of each tensor by the name it has in a checkpoint, and which part goes there."""
     places = {}
     wholes = {id(module.whole) for module in model.modules() if isinstance(module, MergedLinear)}
@@ -216,7 +223,7 @@ def _places(model: nn.Module, parts: Mapping[str, Index]) -> dict[str, _Place]:
         for name in (*owner._parameters, *owner._buffers):
             if getattr(owner, name) is not None and name not in owner._non_persistent_buffers_set:
                 whole = f"{path}.{name}" if path else name
-                places[whole] = _Place(owner, name, rows, parts.get(whole, ()))
+                places[whole] = _Place(owner, name, rows, parts.get(whole))
     return places
 
 

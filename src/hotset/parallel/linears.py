@@ -1,58 +1,70 @@
 """Linear layers of which a rank has some columns or rows."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from hotset.parallel.collectives import all_reduce, gather_columns
-from hotset.parallel.cuts import Cut, Index, Table
-
-_ALL = slice(None)
+from hotset.parallel.cuts import Cut, Table
+from hotset.parallel.parts import Part, share
 
 
 @torch.no_grad()
-def cut_linear(layer: nn.Module, table: Table, path: str, rank: int) -> dict[str, Index]:
-    """Leave a layer with the part of one rank, in place; on `meta` too.
+def cut_module(module: Any, table: Table, path: str, rank: int) -> dict[str, Part]:
+    """Leave a module with the part of one rank, in place; on `meta` too.
 
-    A bias beside rows is rank 0's alone, as the outputs are summed.
+    A bias beside rows stays whole, for `Summed`.
 
     Args:
-        layer: plain or 8-bit, whole.
+        module: whole; a linear layer, plain or 8-bit, or one whose own parameters are cut.
         table: that says how it is cut.
-        path: of the layer there.
+        path: of the module there.
         rank: whose part it becomes.
 
     Returns:
         By name of a parameter, which part of it is left.
     """
-    assert isinstance(layer.out_features, int) and isinstance(layer.in_features, int)
     if table.cuts[path] is Cut.ROWS:
-        rows = table.rows(layer.in_features, rank)
-        parts: dict[str, Index] = {"weight": (_ALL, rows)}
-        layer.in_features = rows.stop - rows.start
-        if rank:
-            layer.register_parameter("bias", None)
+        part = Part(1, (table.rows(module.in_features, rank),))
+        parts = {"weight": part}
+        module.in_features = part.length
     else:
-        columns = table.columns(path, layer.out_features, rank)
-        parts = dict.fromkeys(layer._parameters, (columns,))
-        layer.out_features = columns.stop - columns.start
+        own = [weight for weight in module._parameters.values() if weight is not None]
+        part = Part(0, table.columns(path, len(own[0]) if own else 0, rank))
+        parts = {name: part for name, weight in module._parameters.items() if weight is not None}
+        if hasattr(module, "out_features"):
+            module.out_features = part.length
     for name, part in parts.items():
-        whole = layer._parameters[name]
-        if whole is not None:
-            layer._parameters[name] = nn.Parameter(whole[part].clone(), requires_grad=False)
+        whole = module._parameters[name]
+        module._parameters[name] = nn.Parameter(part.of(whole).clone(), requires_grad=False)
+    for name, layout in table.attributes.get(path, {}).items():
+        setattr(module, name, Part(0, share(layout, rank, table.size)).length)
+    for name, layout in table.buffers.get(path, {}).items():
+        buffer = module._buffers[name]
+        module._buffers[name] = Part(buffer.ndim - 1, share(layout, rank, table.size)).of(buffer)
     return parts
 
 
 class Summed(nn.Module):
-    """A layer of which each rank has some rows: their outputs add up to the whole's."""
+    """A layer of which each rank has some rows: their outputs add up to the whole's.
 
-    def __init__(self, part: nn.Module) -> None:
+    Args:
+        part: of this rank, whose bias is taken from it.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, part: Any) -> None:
         super().__init__()
         self.part = part
+        self.register_parameter("bias", part.bias)
+        part.bias = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., a rank's rows]` to `[..., out]`."""
         out: torch.Tensor = all_reduce(self.part(x))
-        return out
+        return out if self.bias is None else out + self.bias
 
 
 class Gathered(nn.Module):

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from hotset.errors import EngineError
-from hotset.memory.arena import DeviceArena, HostArena
+from hotset.memory.arena import HostArena
 from hotset.memory.copy_runs import Run
+from hotset.memory.device_payloads import DevicePayloads
 from hotset.memory.mover import Copier
 from hotset.ranks.driver import Ranks
 from hotset.ranks.log import Op, command
@@ -20,16 +21,19 @@ _LOOK_EVERY_S = 0.1
 class RanksCopier:
     """See `mover.Copier`. A copy has ended once it has on all ranks, and took what the slowest did.
 
-    Runs are sent as places from the start of each memory, which are the same on all ranks.
+    Runs are sent as places in the device's memories and from the start of host memory, which are
+    the same on all ranks.
 
     Args:
         local: rank 0's.
         ranks: the others.
-        device: rank 0's memory of blocks, of the same size on all.
+        device: rank 0's blocks and states, of the same size on all.
         host: rank 0's host slots, likewise.
     """
 
-    def __init__(self, local: Copier, ranks: Ranks, device: DeviceArena, host: HostArena) -> None:
+    def __init__(
+        self, local: Copier, ranks: Ranks, device: DevicePayloads, host: HostArena
+    ) -> None:
         self._local, self._ranks = local, ranks
         self._device, self._host = device, host
         self._changed = threading.Condition()
@@ -65,8 +69,8 @@ class RanksCopier:
         copy_id = self._local.submit(runs, to_host=to_host)
         with self._changed:
             self._open[copy_id] = {}
-        start = (self._device.memory.data_ptr(), self._host.address(0), 0)
-        places = np.array(runs, np.int64).reshape(-1, 3) - np.array(start, np.int64)
+        places = self._device.places(np.array(runs, np.int64).reshape(-1, 3))
+        places[:, 1] -= self._host.address(0)
         self._ranks.send(command(Op.COPY, (copy_id, to_host), places))
         return copy_id
 

@@ -9,7 +9,7 @@ Imports numpy, no torch.
 
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
-from typing import Any
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from hotset.attention.batch import NUM_INPUTS, Batch, SequenceSpan
 from hotset.executor.step_input import SampleInput, StepInput
 
 Array = npt.NDArray[np.int64]
+
+_SPAN = 9  # numbers of a sequence in a step
 
 
 class Op(IntEnum):
@@ -62,26 +64,28 @@ class StepWriter:
         """A step without how its tokens are chosen, which rank 0 does.
 
         Raises:
-            NotImplementedError: it has what is not sent: seats of hot requests, or states.
+            NotImplementedError: it has seats of hot requests, which are not sent.
         """
         batch = step.batch
-        if step.seats is not None or any(span.cuts for span in batch.sequences):
-            raise NotImplementedError("hot requests and states are not sent to other ranks")
-        spans, new = [], list[int]()
+        if step.seats is not None:
+            raise NotImplementedError("hot requests are not sent to other ranks")
+        spans, new, cuts = [], list[int](), list[tuple[int, int]]()
         for span in batch.sequences:
             table = span.block_table
             known = self._tables.get(span.sequence_id, ())
             kept = len(known) if table[: len(known)] == known else 0
-            spans.append(
-                (span.sequence_id, span.start, span.num_tokens, span.context_len, kept, len(table))
-            )
+            states = (span.state_read, span.state_write, len(span.cuts))
+            tokens = (span.start, span.num_tokens, span.context_len)
+            spans.append((span.sequence_id, *tokens, kept, len(table), *states))
             new += table[kept:]
+            cuts += span.cuts
             self._tables[span.sequence_id] = table
         counts = (
             batch.num_tokens,
             len(batch.sampled_rows),
             len(batch.scored_rows),
             len(spans),
+            len(cuts),
             len(step.copies),
             batch.num_decodes,
             batch.has_unknown,
@@ -93,6 +97,7 @@ class StepWriter:
             batch.sampled_rows,
             batch.scored_rows,
             np.array(spans, np.int64),
+            np.array(cuts, np.int64),
             np.array(step.copies, np.int64),
             new,
         )
@@ -104,6 +109,10 @@ class StepWriter:
         return command(Op.RELEASE, sequence_ids)
 
 
+def _pairs(numbers: Array) -> list[tuple[int, int]]:
+    return [(first, second) for first, second in numbers.reshape(-1, 2).tolist()]
+
+
 class StepReader:
     """Reads the commands that a `StepWriter` made, all of them and in order."""
 
@@ -112,26 +121,27 @@ class StepReader:
 
     def step(self, numbers: Array) -> StepInput:
         """The step of a `STEP`; its tables are valid until the next one is read."""
-        counts, numbers = numbers[:7].tolist(), numbers[7:]
-        num_tokens, num_sampled, num_scored, num_spans, num_copies, num_decodes, unknown = counts
-        sizes = [NUM_INPUTS * num_tokens, num_sampled, num_scored, 6 * num_spans, 2 * num_copies]
-        inputs, sampled, scored, spans, copies, new = np.split(numbers, np.cumsum(sizes))
+        counts, numbers = numbers[:8].tolist(), numbers[8:]
+        num_tokens, num_sampled, num_scored, num_spans, num_cuts, num_copies, *flags = counts
+        num_decodes, unknown = flags
+        sizes = [NUM_INPUTS * num_tokens, num_sampled, num_scored]
+        sizes += [_SPAN * num_spans, 2 * num_cuts, 2 * num_copies]
+        inputs, sampled, scored, spans, cuts, copies, new = np.split(numbers, np.cumsum(sizes))
         sequences, start = [], 0
-        for row in spans.reshape(-1, 6).tolist():
-            sequence_id, first, count, context_len, kept, length = row
+        left = iter(_pairs(cuts))
+        for row in spans.reshape(-1, _SPAN).tolist():
+            sequence_id, first, count, context_len, kept, length, read, write, cut_count = row
             table = self._tables.setdefault(sequence_id, [])
             del table[kept:]
             end = start + length - kept
             table += new[start:end].tolist()
             start = end
-            sequences.append(
-                SequenceSpan(first, count, context_len, table, sequence_id=sequence_id)
-            )
+            tokens, states = (first, count, context_len), list(islice(left, cut_count))
+            sequences.append(SequenceSpan(*tokens, table, read, write, states, sequence_id))
         batch = Batch(
             inputs.reshape(NUM_INPUTS, -1), sampled, scored, sequences, num_decodes, bool(unknown)
         )
-        pairs: list[Any] = copies.reshape(-1, 2).tolist()
-        return StepInput((), batch, SampleInput(), copies=[(a, b) for a, b in pairs])
+        return StepInput((), batch, SampleInput(), copies=_pairs(copies))
 
     def release(self, numbers: Array) -> None:
         """Read a `RELEASE`."""

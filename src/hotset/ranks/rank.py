@@ -9,8 +9,9 @@ import torch
 from hotset.executor.local import warm_up
 from hotset.executor.runner import ModelRunner
 from hotset.experts.buffer import ExpertBuffer
-from hotset.memory.arena import DeviceArena, HostArena
+from hotset.memory.arena import HostArena
 from hotset.memory.copy_runs import Run
+from hotset.memory.device_payloads import DevicePayloads
 from hotset.memory.mover import Copier
 from hotset.parallel.collectives import broadcast
 from hotset.ranks.log import Array, Op, StepReader, commands, key_of
@@ -26,7 +27,7 @@ class Rank:
 
     Attributes:
         runner: of this rank's part of the model.
-        arena: this rank's part of each block.
+        payloads: this rank's part of each block, and of each state.
         experts: this rank's slices; None where they stay on the device as they were loaded.
         host, copier: this rank's part of each host slot; None where there is no host memory.
         slab: and of each slot on disk; None where there is none.
@@ -34,7 +35,7 @@ class Rank:
     """
 
     runner: ModelRunner
-    arena: DeviceArena
+    payloads: DevicePayloads
     experts: ExpertBuffer | None
     host: HostArena | None
     copier: Copier | None
@@ -140,10 +141,10 @@ class Replay:
     def _copy(self, copier: Copier, numbers: Array) -> None:
         assert self._rank.host is not None
         copy_id, to_host = numbers[:2].tolist()
-        device, host = self._rank.arena.memory.data_ptr(), self._rank.host.address(0)
-        runs = [
-            Run(device + d, host + h, size) for d, h, size in numbers[2:].reshape(-1, 3).tolist()
-        ]
+        places = numbers[2:].reshape(-1, 3).copy()
+        places[:, 0] = self._rank.payloads.addresses(places[:, 0])
+        places[:, 1] += self._rank.host.address(0)
+        runs = [Run(*run) for run in places.tolist()]
         self._copies[copier.submit(runs, to_host=bool(to_host))] = copy_id
 
     def _close(self) -> None:
