@@ -2,10 +2,10 @@
 
 `kernels/gather_rows` over random rows of a pool in pinned host memory. By the size of a row, of the
 pool and of a launch, then at the size of a latent row (1,152 bytes) by programs and rows under way,
-by seats, with loads of 8 bytes, over addresses in order, and beside copies down. The rows of four
-layers that share a selection are brought in both layouts, at once and in parts. The rows of each
-case are compared with what the pool holds. Beside each stands the rate that the plan takes. Takes
-about a minute, and 48 GiB of host memory.
+by seats, with loads of 8 bytes, over addresses in order, beside copies down, and beside experts.
+The rows of four layers that share a selection are brought in both layouts, at once and in parts.
+The rows of each case are compared with what the pool holds. Beside each stands the rate that the
+plan takes. Takes about a minute, and 48 GiB of host memory.
 
     python benchmarks/gather_rows.py --out benchmarks/results/gather_rows_h200.json
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import record
@@ -25,6 +26,7 @@ from device_parts import device_s
 import hotset.kernels.gather_rows as gather
 from hotset.cost.calibration import CALIBRATIONS
 from hotset.cost.tuning import TUNINGS
+from hotset.experts.compute import resident_experts
 from hotset.kernels.device import likely_hardware
 from hotset.kernels.gather_rows import gather_rows
 from hotset.kernels.hot_reference import RowRun
@@ -39,6 +41,8 @@ FEW, MANY = (8, 719), (86, 719)  # seats and rows of each: 719 of 2,048 miss at 
 SEATS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROGRAMS = (132, 528, 1056, 2112, 4224)
 ROWS_AT_ONCE = (1, 2, 4, 8)
+BESIDE = ((132, 4), (64, 8), (32, 8), (32, 16), (16, 8), (16, 16), (8, 16))  # programs, rows
+EXPERTS = (256, 7168, 512)  # number, hidden and middle size
 NUM_RUNS = 20
 SPREAD = (10, 50, 90)  # percentiles of the launches
 NUM_COPIES = 8
@@ -211,6 +215,7 @@ def by_layers(source: torch.Tensor) -> list[dict[str, Any]]:
         for layer in range(4)
     ]
     found = [Work(source, apart, *MANY).row("4 layers, one after another")]
+    beside = TUNINGS["cuda"]
     for parts in ([4], [1, 3], [1, 1, 2], [1, 1, 1, 1]):
         firsts = [sum(parts[:i]) for i in range(len(parts))]
         runs = [
@@ -220,9 +225,10 @@ def by_layers(source: torch.Tensor) -> list[dict[str, Any]]:
         work = Work(source, runs, *MANY)
         name = "4 layers side by side, parts of " + ", ".join(map(str, parts))
         found.append(work.row(name))
-        beside = TUNINGS["cuda"].gather_programs_beside
-        launch = partial(work.launch, gather_programs=beside)
-        found.append(work.row(f"{name}, {beside} programs", launch))
+        few = {"gather_programs": beside.gather_programs_beside}
+        few["gather_rows"] = beside.gather_rows_beside
+        launch = partial(work.launch, **few)
+        found.append(work.row(f"{name}, {few['gather_programs']} programs", launch))
     return found
 
 
@@ -253,6 +259,42 @@ def beside_copies_down(work: Work) -> dict[str, Any]:
     return row | {"copies_gb_per_s": copies}
 
 
+def beside_experts(work: Work) -> list[dict[str, Any]]:
+    """While the experts of 128 tokens are computed, by how the rows are shared out.
+
+    The experts' seconds alone and beside the rows stand in each row, and those of both together.
+    """
+    options = {"dtype": torch.bfloat16, "device": "cuda"}
+    num_experts, hidden_size, middle_size = EXPERTS
+    up = torch.randn(num_experts, 2 * middle_size, hidden_size, **options)
+    down = torch.randn(num_experts, hidden_size, middle_size, **options)
+    hidden = torch.randn(128, hidden_size, **options)
+    ids = torch.rand(128, num_experts, device="cuda").topk(8).indices
+    weights = torch.rand(128, 8, device="cuda")
+    compute = partial(resident_experts, hidden, ids, weights, up, down)
+    side = torch.cuda.Stream(priority=-1)
+
+    def both(**tuning: int) -> None:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work.launch(**tuning)
+        for _ in range(2):  # together longer than the rows take
+            compute()
+        torch.cuda.current_stream().wait_stream(side)
+
+    found = []
+    alone_s = 2 * median(device_s(compute, NUM_RUNS))
+    for programs, at_once in BESIDE:
+        tuning = {"gather_programs": programs, "gather_rows": at_once}
+        row = work.row(
+            f"{programs} programs, {at_once} rows at once", partial(work.launch, **tuning)
+        )
+        row["case"] += ", experts beside them"
+        together_s = median(device_s(partial(both, **tuning), NUM_RUNS))
+        found.append(row | {"experts_ms": alone_s * 1e3, "both_ms": together_s * 1e3})
+    return found
+
+
 def huge_page_bytes() -> int:
     """Bytes of this process in huge pages."""
     for line in Path("/proc/self/smaps_rollup").read_text("utf-8").splitlines():
@@ -261,10 +303,12 @@ def huge_page_bytes() -> int:
     return 0
 
 
-def measure(pool: Pool, pool_gib: list[int]) -> list[dict[str, Any]]:
-    """All rows of the table."""
+def measure(pool: Pool, pool_gib: list[int], *, only_beside: bool) -> list[dict[str, Any]]:
+    """All rows of the table, or those beside experts."""
     largest = pool.view(pool_gib[-1], LATENT)
     many = Work(largest, LATENT, *MANY)
+    if only_beside:
+        return beside_experts(many)
     ordered = Work(largest, LATENT, *MANY, is_sorted=True)
     return [
         *by_size(pool, pool_gib),
@@ -275,19 +319,21 @@ def measure(pool: Pool, pool_gib: list[int]) -> list[dict[str, Any]]:
         ordered.row("sorted by address"),
         with_loads_of_8_bytes(many),
         beside_copies_down(many),
+        *beside_experts(many),
     ]
 
 
 def main() -> None:
     parser = record.arguments(__doc__)
     parser.add_argument("--pool-gib", default="1,16,40", help="sizes of the pool, ascending")
+    parser.add_argument("--only-beside", action="store_true", help="rows beside experts alone")
     arguments = parser.parse_args()
     started_s = time.perf_counter()
     torch.manual_seed(SEED)
     pool_gib = [int(size) for size in arguments.pool_gib.split(",")]
     pool = Pool(pool_gib[-1], num_threads=12)
     try:
-        rows = measure(pool, pool_gib)
+        rows = measure(pool, pool_gib, only_beside=arguments.only_beside)
     finally:
         torch.cuda.synchronize()
         pool.close()

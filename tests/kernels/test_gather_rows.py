@@ -16,7 +16,7 @@ from hotset.kernels.gather_rows import gather_rows  # noqa: E402
 from hotset.kernels.hot_reference import RowRun  # noqa: E402
 
 
-@pytest.mark.parametrize("num_programs", [1, 7, 64])
+@pytest.mark.parametrize("num_programs", [1, 3, 7, 64])
 @pytest.mark.parametrize(
     ("row_bytes", "block_size", "side", "first", "num_layers"),
     [(8, 4, 1, 0, 1), (656, 8, 2, 0, 2), (656, 8, 2, 1, 1), (1152, 3, 2, 0, 1)],

@@ -14,7 +14,11 @@ from hotset.memory.arena import DeviceArena, row_steps
 from hotset.metrics import HotCounts
 
 _TUNING = TUNINGS["cuda"]
-_BESIDE = replace(_TUNING, gather_programs=_TUNING.gather_programs_beside)
+_BESIDE = replace(
+    _TUNING,
+    gather_programs=_TUNING.gather_programs_beside,
+    gather_rows=_TUNING.gather_rows_beside,
+)
 
 
 class HotRows:

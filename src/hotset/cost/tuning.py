@@ -86,8 +86,10 @@ class Tuning:
         copies_beside_compute: experts that are copied at once beside other kernels. With 16
             programs each they take an eighth of the threads of half of the processors.
         gather_programs: programs that gather rows from host memory for all users of a step.
-        gather_programs_beside: likewise beside other kernels: one per processor.
-        gather_rows: rows that one of them has under way.
+        gather_rows: rows that one of them has under way, one per warp; a power of two.
+        gather_programs_beside: likewise beside other kernels, which get no processor that one is
+            on: a product of Hopper's takes all registers of its processor.
+        gather_rows_beside: likewise, so that a few processors keep the link busy.
         launched_layer_s: what a layer costs more in a step that is launched, not replayed: a step
             of 32 layers takes 16.2 ms in place of 11.0 (docs/decisions.md).
         copies_per_call: copies that are submitted to the driver at once. It takes 1 to 2 us to
@@ -124,8 +126,9 @@ class Tuning:
     copy_bytes: int = 16 * 2**10
     copies_beside_compute: int = 4
     gather_programs: int = 1056
-    gather_programs_beside: int = 132
     gather_rows: int = 4
+    gather_programs_beside: int = 16
+    gather_rows_beside: int = 16
     launched_layer_s: float = 0.16e-3
     copies_per_call: int = 64
     pin_chunk_bytes: int = 64 * 2**20
