@@ -15,6 +15,7 @@ from torch import nn
 from hotset.checkpoint.gguf_file import GgufFile
 from hotset.errors import ModelError
 from hotset.executor.probe import weights_bytes
+from hotset.layout import Layout
 from hotset.linear import native, tile_product
 from hotset.linear.merged import MergedLinear
 from hotset.linear.narrow import NarrowEmbedding, NarrowLinear, narrow_tiles
@@ -128,7 +129,7 @@ def test_a_gpu_and_several_ranks_refuse_to_widen_unless_they_are_told_to(
     path = write(tmp_path / "model.gguf", "llama", "Q4_1")
     first = next(t for t in GgufFile(path).tensors if t.tensor_type.name == "Q4_1")
     if where == "two ranks":
-        monkeypatch.setattr(group, "_current", group.Group(1, 2, CPU, is_alone=True))
+        monkeypatch.setattr(group, "_current", group.Group(1, Layout(2), CPU, is_alone=True))
         why = "each of several ranks has a part of every matrix"
     else:
         monkeypatch.setattr(loader, "resolve_device", lambda name: torch.device("cuda"))

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hotset.errors import ConfigError, ModelError
 from hotset.executor.probe import inspect_model
 from hotset.experts.weights import experts_layers
+from hotset.layout import Layout
 from hotset.model.cut_model import ModelCutter
 from hotset.parallel import group
 from hotset.parallel.cuts import Cut, find_cuts
@@ -26,7 +27,9 @@ def cut_for(
     monkeypatch: pytest.MonkeyPatch, model: Any, rank: int, size: int
 ) -> tuple[Any, dict[str, Part]]:
     """A copy of `model` with one rank's part, and which parts those are."""
-    monkeypatch.setattr(group, "_current", group.Group(rank, size, torch.device("cpu"), True))
+    monkeypatch.setattr(
+        group, "_current", group.Group(rank, Layout(size), torch.device("cpu"), True)
+    )
     cut = copy.deepcopy(model)
     cutter = ModelCutter(model, "tiny")
     parts = cutter.cut_all(cut)

@@ -9,6 +9,7 @@ import torch
 from tiny_models import make_model
 
 from hotset.checkpoint.tensors import CheckpointTensors
+from hotset.layout import Layout
 from hotset.linear.fp8_linear import Fp8Linear, quantize_linears
 from hotset.linear.merged import MergedLinear, merge_linears
 from hotset.model import checkpoint, weights
@@ -27,7 +28,7 @@ def test_each_rank_reads_its_part(
     sizes = {"hidden_size": 64, "intermediate_size": 96, "attention_bias": True}
     whole = make_model(family, **sizes)
     whole.save_pretrained(tmp_path)
-    monkeypatch.setattr(group, "_current", group.Group(rank, 2, CPU, True))
+    monkeypatch.setattr(group, "_current", group.Group(rank, Layout(2), CPU, True))
     made_by = checkpoint.read_architecture(tmp_path)
     tensors = CheckpointTensors(tmp_path, made_by.fields)
     cutter = ModelCutter(whole, family)

@@ -8,6 +8,7 @@ import pytest
 import rank_engines
 
 from hotset.engine.engine import Engine
+from hotset.layout import Layout
 from hotset.metrics import Metrics
 from hotset.parallel import group
 from hotset.ranks.driver import Ranks
@@ -18,7 +19,7 @@ MakeEngine = Callable[..., Engine]
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Ranks]:
     """Two ranks on the CPU; this process is one of them."""
-    ranks = Ranks(2, "cpu", step_timeout_s=60.0)
+    ranks = Ranks(Layout(2), "cpu", step_timeout_s=60.0)
     yield ranks
     ranks.close()
 

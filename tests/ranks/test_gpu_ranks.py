@@ -9,6 +9,7 @@ from engines import make_prompts, reference, run
 from rank_engines import check_collectives
 
 from hotset.engine.engine import Engine
+from hotset.layout import Layout
 from hotset.metrics import Metrics
 from hotset.ranks.driver import Ranks
 from hotset.request import SamplingParams
@@ -26,7 +27,7 @@ WIDE = {"head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 2}
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Ranks]:
     """Two ranks on GPUs, in place of those on a CPU."""
-    ranks = Ranks(2, "cuda", step_timeout_s=120.0)
+    ranks = Ranks(Layout(2), "cuda", step_timeout_s=120.0)
     yield ranks
     ranks.close()
 

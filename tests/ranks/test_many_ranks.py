@@ -17,6 +17,7 @@ from hotset.engine.completion import gather
 from hotset.engine.engine import Engine
 from hotset.engine.service import EngineService
 from hotset.errors import EngineError
+from hotset.layout import Layout
 from hotset.options import Options
 from hotset.ranks.driver import Ranks
 
@@ -35,7 +36,7 @@ STARVED = {"hot_blocks": 26, "host_blocks": 300, "max_num_batched_tokens": 32}
 
 @pytest.fixture(scope="module", params=[4, 8])
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    ranks = Ranks(request.param, "cpu", step_timeout_s=120.0)
+    ranks = Ranks(Layout(request.param), "cpu", step_timeout_s=120.0)
     yield ranks
     ranks.close()
 

@@ -66,11 +66,11 @@ def load_on_ranks(
 
     Raises what that raises, and what `Ranks` does; no other rank is left then.
     """
-    size = options.layout.spread.gpus
-    if size == 1:
+    layout = options.layout.spread
+    if layout.gpus == 1:
         return load(*arguments)
     device = resolve_device(options.model.device).type
-    ranks = Ranks(size, device, step_timeout_s=options.layout.step_timeout_s)
+    ranks = Ranks(layout, device, step_timeout_s=options.layout.step_timeout_s)
     try:
         return replace(ranks.load(load, *arguments), ranks=ranks)
     except BaseException:

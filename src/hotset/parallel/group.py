@@ -11,6 +11,8 @@ import torch
 from torch import distributed
 from torch._C._distributed_c10d import Store, TCPStore
 
+from hotset.layout import Layout
+
 # Graphs hold one communicator, whose launches are all on one stream; NVLink multicast is left off
 # unless the environment asks for it, as not all machines let a process have it.
 _ENVIRONMENT = {
@@ -30,18 +32,23 @@ class Group:
 
     Attributes:
         rank: of this process, from 0 on.
-        size: how many ranks there are.
+        layout: how these ranks share a model.
         device: of this rank.
         is_alone: whether collectives give back what this rank brings, see `alone`.
     """
 
     rank: int
-    size: int
+    layout: Layout
     device: torch.device
     is_alone: bool = False
 
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self.layout.gpus
 
-_ONE = Group(0, 1, torch.device("cpu"), is_alone=True)
+
+_ONE = Group(0, Layout(), torch.device("cpu"), is_alone=True)
 _current = _ONE
 
 
@@ -62,15 +69,15 @@ def find_store(port: int, size: int, timeout_s: float) -> TCPStore:
     return TCPStore(_LOOPBACK, port, size, is_master=False, timeout=_span(timeout_s))
 
 
-def join(store: Store, rank: int, size: int, device: str, timeout_s: float) -> Group:
-    """Become one of `size` ranks on this host; returns when all have.
+def join(store: Store, rank: int, layout: Layout, device: str, timeout_s: float) -> Group:
+    """Become one of the ranks of a layout, on this host; returns when all have.
 
     On a GPU collectives are NCCL's, and gloo's for what is on the CPU; else all are gloo's.
 
     Args:
         store: where ranks find each other.
         rank: of this process.
-        size: of the group.
+        layout: of all ranks.
         device: `cpu` or `cuda`; the GPU's number is the rank.
         timeout_s: how long a collective on the CPU waits for the others.
     """
@@ -88,11 +95,11 @@ def join(store: Store, rank: int, size: int, device: str, timeout_s: float) -> G
         backend,
         store=store,
         rank=rank,
-        world_size=size,
+        world_size=layout.gpus,
         timeout=_span(timeout_s),
         device_id=own if device == "cuda" else None,
     )
-    _current = Group(rank, size, own)
+    _current = Group(rank, layout, own)
     return _current
 
 

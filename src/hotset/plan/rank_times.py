@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from hotset.layout import Layout
 from hotset.parallel import collectives
 from hotset.parallel.group import Group, agreed, find_store, join
 
@@ -62,7 +63,7 @@ def measure(
     os.dup2(os.open(f"{errors}{rank}", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
     torch.set_num_threads(1)
     store = find_store(port, count, timeout_s)
-    group = join(store, rank, count, device, timeout_s)
+    group = join(store, rank, Layout(tp=count), device, timeout_s)
     figures = _Figures(group, effort).all()
     if rank == 0:
         to.send(figures)

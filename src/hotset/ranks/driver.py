@@ -22,6 +22,7 @@ import torch
 
 from hotset.cgroups import usable_cpus
 from hotset.errors import ConfigError, EngineError, HotsetError
+from hotset.layout import Layout
 from hotset.parallel import group
 from hotset.parallel.collectives import forget_symmetric_memory
 from hotset.ranks.facts import first_difference
@@ -64,7 +65,7 @@ class Ranks:
     """The processes of ranks 1 to N - 1 on this host; this process is rank 0.
 
     Args:
-        size: N.
+        layout: how N ranks share a model.
         device: `cpu` or `cuda`; a GPU for each rank.
         step_timeout_s: how long a step may take on any rank.
 
@@ -77,9 +78,10 @@ class Ranks:
         EngineError: a rank has ended while it started.
     """
 
-    def __init__(self, size: int, device: str, *, step_timeout_s: float) -> None:
-        _check_gpus(size, device)
-        self.size, self._step_timeout_s = size, step_timeout_s
+    def __init__(self, layout: Layout, device: str, *, step_timeout_s: float) -> None:
+        _check_gpus(layout, device)
+        self.size, self._step_timeout_s = layout.gpus, step_timeout_s
+        size = self.size
         self.failure: str | None = None
         self._takers: list[Taker] = []
         self._early: list[tuple[int, RankReport]] = []  # before there were takers; by _changed
@@ -96,7 +98,7 @@ class Ranks:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._connections: dict[int, Connection] = {}
         for rank in self._done:
-            start = Start(tuple(sys.path), rank, size, device, store.port, START_TIMEOUT_S)
+            start = Start(tuple(sys.path), rank, layout, device, store.port, START_TIMEOUT_S)
             self._processes[rank], self._connections[rank] = _spawn(start)
         self._threads = [
             threading.Thread(target=self._receive, args=(rank,), name=f"rank-{rank}", daemon=True)
@@ -107,7 +109,7 @@ class Ranks:
             thread.start()
         try:
             with self._naming():
-                group.join(store, 0, size, device, START_TIMEOUT_S)
+                group.join(store, 0, layout, device, START_TIMEOUT_S)
         except BaseException:
             self.close(is_orderly=False)
             raise
@@ -346,10 +348,12 @@ class Ranks:
         return f"its process has ended with status {code}"
 
 
-def _check_gpus(size: int, device: str) -> None:
-    count = torch.cuda.device_count() if device == "cuda" else size
-    if count < size:
-        raise ConfigError(f"tp={size} needs {size} GPUs and this machine has {count}; give less")
+def _check_gpus(layout: Layout, device: str) -> None:
+    count = torch.cuda.device_count() if device == "cuda" else layout.gpus
+    if count < layout.gpus:
+        raise ConfigError(
+            f"{layout} needs {layout.gpus} GPUs and this machine has {count}; give less"
+        )
 
 
 def _spawn(start: Start) -> tuple["subprocess.Popen[bytes]", Connection]:

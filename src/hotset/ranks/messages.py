@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from hotset.layout import Layout
 from hotset.metrics import ExpertCounts
 
 
@@ -20,7 +21,7 @@ class Start:
 
     path: tuple[str, ...]
     rank: int
-    size: int
+    layout: Layout
     device: str
     port: int
     timeout_s: float

@@ -56,9 +56,9 @@ class _Worker:
         """Join the group, load a model, and replay the steps of one engine after another."""
         start: Start = pickle.loads(self._inbox.get())
         sys.path[:] = start.path
-        torch.set_num_threads(max(1, usable_cpus() // start.size))  # ranks share the cores
-        store = group.find_store(start.port, start.size, start.timeout_s)
-        group.join(store, start.rank, start.size, start.device, start.timeout_s)
+        torch.set_num_threads(max(1, usable_cpus() // start.layout.gpus))  # ranks share the cores
+        store = group.find_store(start.port, start.layout.gpus, start.timeout_s)
+        group.join(store, start.rank, start.layout, start.device, start.timeout_s)
         loaded = None
         while message := self._inbox.get():
             with importing():  # what loads a model; from the next call on it is left alone too
