@@ -8,46 +8,39 @@ the experts hit over the rate of the device's memory and what the launches take,
 the design where there is one. Compiling included, all of it takes about two minutes.
 
     python benchmarks/quant_experts.py --out benchmarks/results/quant_experts_h200
-    python benchmarks/quant_experts.py --layers gpt-oss-120b --tokens 256 --sweep --out /tmp/tiles
+    python benchmarks/quant_experts.py --sweep --tokens 1,256 --out /tmp/tiles
 
-writes `.json` and `.md`. `--sweep` tries tiles for both products together, the fastest first.
+writes `.json` and `.md`. `--sweep` tries tiles for each product (`quant_tiles.py`), the fastest
+first, and takes about 90 s on 16 CPUs.
 """
 
 import functools
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import quant_tiles
 import record
 import torch
-import triton
 from fused_experts import measure, replays_us
 
 from hotset.cost.rates import Rates
-from hotset.cost.tuning import Tile, Tiles
+from hotset.cost.tuning import Tiles
 from hotset.experts.compute import address_table
 from hotset.experts.narrow import NarrowLayout
 from hotset.kernels import narrow_experts as kernels
 from hotset.kernels.device import likely_hardware
 from hotset.kernels.fused_experts import fused_experts
 from hotset.kernels.narrow_forms import Gate
+from hotset.kernels.narrow_launch import kind_of
 from hotset.weight_format import FP8_BLOCK, INT4_128, MXFP4, WeightFormat
 
 DEVICE = torch.device("cuda")
 SEED = 0
 NUM_STEPS = 6  # of a graph, with inputs of their own
 LAUNCHES_US = 4 * 3.0  # of a layer within a graph: route, up, down, sum
-SWEPT = [
-    Tiles(rows, tile, tile)
-    for rows in (16, 32, 64, 128)
-    for tile in (
-        Tile(64, 128, 4, 3), Tile(64, 128, 4, 4), Tile(64, 256, 4, 3), Tile(128, 128, 4, 2),
-        Tile(128, 128, 4, 3), Tile(128, 128, 4, 4), Tile(128, 256, 4, 2), Tile(128, 128, 8, 3),
-        Tile(128, 256, 8, 2), Tile(256, 128, 8, 2), Tile(256, 128, 8, 3),
-    )
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,8 +68,12 @@ LAYERS = [
     Layer("gpt-oss-20b", MXFP4, 32, 4, 2880, 2880, GPT_OSS),
     Layer("gpt-oss-120b", MXFP4, 128, 4, 2880, 2880, GPT_OSS, ((1, 33), (256, 480))),
     Layer("Qwen3-30B-A3B-FP8", FP8_BLOCK, 128, 8, 2048, 768, Gate(), ((1, 30), (256, 175))),
+    Layer(
+        "Qwen3-30B-A3B-FP8x8", replace(FP8_BLOCK, input_bits=8), 128, 8, 2048, 768,
+        Gate(), ((1, 30), (256, 175), (8192, 1000)),
+    ),
     Layer("Qwen3-30B-A3B-int4", INT4_128, 128, 8, 2048, 768, Gate()),
-]
+]  # fmt: skip
 
 
 class Weights:
@@ -167,23 +164,44 @@ def run(layer: Layer, weights: Weights, num_tokens: int) -> dict[str, Any]:
     }
 
 
-def sweep(layer: Layer, weights: Weights, num_tokens: int) -> list[dict[str, Any]]:
-    """All tiles, the fastest first."""
-    calls = narrow_calls(layer, weights, steps_of(layer, num_tokens)[0])
-    chosen, rows = kernels.narrow_tiles_for, []
-    mean_rows = num_tokens * layer.top_k / layer.num_experts
-    for tiles in SWEPT:
-        if tiles.block_rows > max(16, 4 * mean_rows):
-            continue
-        kernels.narrow_tiles_for = lambda *_, tiles=tiles: tiles
-        try:
-            took_us = measure(calls)
-        except triton.runtime.errors.OutOfResources:
-            continue
-        finally:
-            kernels.narrow_tiles_for = chosen
-        rows.append({"layer": layer.name, "tokens": num_tokens, "tiles": str(tiles), "us": took_us})
-    return sorted(rows, key=lambda row: row["us"])
+def made_for(layer: Layer) -> tuple[Weights, tuple[torch.Tensor, ...]]:
+    """Weights and the inputs of one step, for `quant_tiles.compile_tiles`."""
+    return Weights(layer, with_wide=False), steps_of(layer, 2)[0][0]
+
+
+def swept(layers: Sequence[Layer], tokens: Sequence[int]) -> list[tuple[Layer, int, list[Tiles]]]:
+    """What is tried."""
+    return [
+        (layer, num_tokens, quant_tiles.candidates(kind_of(layer.form), mean_rows))
+        for layer in layers
+        for num_tokens in tokens
+        for mean_rows in [num_tokens * layer.top_k / layer.num_experts]
+    ]
+
+
+def sweep(layers: Sequence[Layer], tokens: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+    """All tiles of each layer and number of tokens, the fastest first."""
+    tried = swept(layers, tokens)
+    jobs = {(layer.name, tiles): (layer, tiles) for layer, _, each in tried for tiles in each}
+    quant_tiles.compile_all(list(jobs.values()), made_for)
+    for layer in layers:
+        weights = Weights(layer, with_wide=False)
+        yield quant_tiles.reads(layer, weights)
+        for each, num_tokens, all_tiles in tried:
+            if each is layer:
+                steps = steps_of(layer, num_tokens)[0]
+                yield quant_tiles.sweep(layer, weights, steps, all_tiles)
+        del weights
+        torch.cuda.empty_cache()
+
+
+def best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The three fastest of each product and number of rows."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("layer", "tokens", "product", "block rows"))
+        found.setdefault(key, []).append(row)
+    return [row for each in found.values() for row in each[: 3 if each[0]["tokens"] else None]]
 
 
 def as_page(result: dict[str, Any]) -> str:
@@ -206,14 +224,18 @@ def main() -> None:
     if unknown := set(asked) - {layer.name for layer in LAYERS}:
         sys.exit(f"no layers {sorted(unknown)}; there are {[layer.name for layer in LAYERS]}")
     result = record.start(rows=[], seed=SEED)
-    for layer in LAYERS:
-        if layer.name not in asked:
-            continue
-        weights = Weights(layer, with_wide=not (args.sweep or args.no_bf16))
-        for num_tokens in map(int, args.tokens.split(",")):
-            rows = sweep if args.sweep else run
-            found = rows(layer, weights, num_tokens)
-            result["rows"] += found if isinstance(found, list) else [found]
+    layers = [layer for layer in LAYERS if layer.name in asked]
+    tokens = list(map(int, args.tokens.split(",")))
+    if args.sweep:
+        for found in sweep(layers, tokens):
+            result["rows"] += found
+            record.write(args.out, result, as_page({**result, "rows": best(result["rows"])}))
+        print(as_page({**result, "rows": best(result["rows"])}))
+        return
+    for layer in layers:
+        weights = Weights(layer, with_wide=not args.no_bf16)
+        for num_tokens in tokens:
+            result["rows"].append(run(layer, weights, num_tokens))
             print(f"{layer.name}, {num_tokens} tokens done", file=sys.stderr, flush=True)
             record.write(args.out, result, as_page(result))
         del weights

@@ -59,6 +59,8 @@ class WeightFormat:
         columns: of a group; None is all.
         has_zeros: whether a group has a zero, which is subtracted from its codes.
         has_row_scales: whether a row has a scale beside its groups' scales.
+        input_bits: of what the matrix is multiplied with: 16 is as it comes; 8 rounds it in each
+            product, with a scale for each token and the columns of a group.
     """
 
     code: Code
@@ -67,10 +69,15 @@ class WeightFormat:
     columns: int | None = None
     has_zeros: bool = False
     has_row_scales: bool = False
+    input_bits: Literal[16, 8] = 16
 
     @property
     def name(self) -> str:
         """For people: codes and groups."""
+        return self._name + (" with 8-bit inputs" if self.input_bits == 8 else "")
+
+    @property
+    def _name(self) -> str:
         if self.scale is None:
             return self.code
         if self.code == "e2m1" and self.scale == "e8m0" and self.columns == 32:

@@ -22,6 +22,9 @@ POINTERS = {"addresses": "*i64", "rows": "*i32", "blocks": "*i32", "num_blocks":
 def code_of(kernel, sizes, tile):
     names = kernel.arg_names
     pointers = {name: POINTERS.get(name, "*bf16") for name in names if name.islower()}
+    if sizes.get("NUM_SCALES"):
+        pointers |= {names[0]: "*fp8e4nv"}
+        pointers |= {name: "*fp32" for name in names if name.endswith("_scales")}
     sizes = {name: sizes[name] for name in names if name.isupper()}
     source = ASTSource(
         kernel,
@@ -52,24 +55,24 @@ import itertools
 from dataclasses import replace
 from hotset.experts.narrow import NarrowLayout
 from hotset.kernels.narrow_experts import _gated_up, _weighted_down
-from hotset.kernels.narrow_launch import _suited, planes_of
+from hotset.kernels.narrow_launch import kind_of, planes_of
 from hotset.weight_format import FP8_BLOCK, INT4_128, MXFP4, NVFP4
 
 FORMS = {"mxfp4": (MXFP4, 2880, 2880), "fp8": (FP8_BLOCK, 2048, 768), "int4": (INT4_128, 2048, 768),
-         "nvfp4": (NVFP4, 2048, 768)}
+         "nvfp4": (NVFP4, 2048, 768), "fp8 x 8": (replace(FP8_BLOCK, input_bits=8), 2048, 768)}
 for name, mean_rows in itertools.product(FORMS, map(float, sys.argv[1:])):
     form, hidden, middle = FORMS[name]
     layout = NarrowLayout((2, middle, hidden), (hidden, middle), form)
     tiles = TUNINGS["cuda"].tiles(
-        int(mean_rows * 128), 128, shared_bytes=227 * 1024, narrow=True
+        int(mean_rows * 128), 128, shared_bytes=227 * 1024, kind=kind_of(form)
     )
     sizes = dict(HIDDEN=hidden, HIDDEN_WIDTH=hidden, MIDDLE=middle, MIDDLE_WIDTH=middle, TOP_K=8)
     sizes |= dict(BLOCK_ROWS=tiles.block_rows, SCALE_ROWS=layout.matrices[0].scales.shape[-2])
     sizes |= dict(ALPHA=0.0, LIMIT=0.0, HAS_BIAS=False, IN_PAIRS=True)
     for kernel, tile, matrix in zip((_gated_up, _weighted_down), (tiles.up, tiles.down),
                                     layout.matrices):
-        tile = _suited(tile, form)
         sizes |= dict(PLANES=planes_of(form, matrix), COLUMNS=tile.columns, DEPTH=tile.depth)
+        sizes |= dict(NUM_SCALES=matrix.shape[-1] // 128 if form.input_bits == 8 else 0)
         code = code_of(kernel, sizes, tile)
         compiled.append([name, code.metadata.shared, code.asm["ptx"]])
 print(json.dumps(compiled))
@@ -122,4 +125,15 @@ def test_narrow_weights_are_widened_in_registers(form: str, narrow: list[list[An
         assert "wgmma.mma_async" in code
         # A load of matrices would be of weights: inputs are read by the product itself.
         assert code.count("ldmatrix") < 4 and code.count("st.shared.b16") < 8
+        assert shared_bytes <= 227 * 1024
+
+
+@pytest.mark.slow
+def test_8_bit_weights_go_to_the_tensor_cores_as_they_are(narrow: list[list[Any]]) -> None:
+    of_form = [(shared_bytes, code) for name, shared_bytes, code in narrow if name == "fp8 x 8"]
+    assert len(of_form) == 6
+    for shared_bytes, code in of_form:
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", code)
+        assert set(copies) == {"0x10"}
+        assert "e4m3.e4m3" in code and "ldmatrix" not in code and "cvt.rn.f16x2.e4m3" not in code
         assert shared_bytes <= 227 * 1024

@@ -4,7 +4,8 @@ A new GPU is tuned by a row in `TUNINGS`; what a profile of `cost/hardware` says
 here. `benchmarks/fused_experts.py` and `benchmarks/gpu_suite.py` measure most of them.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,13 @@ class Tile:
     num_warps: int
     num_stages: int
 
-    def fitted(self, block_rows: int, shared_bytes: int) -> "Tile":
-        """The largest part of it that fits into `shared_bytes`, for numbers of 16 bits."""
+    def fitted(
+        self, block_rows: int, shared_bytes: int, weight_bits: int = 16, input_bits: int = 16
+    ) -> "Tile":
+        """The largest part of it that fits into `shared_bytes`."""
         tile = self
-        while 2 * tile.depth * (block_rows + tile.columns) * tile.num_stages > shared_bytes:
+        bits = block_rows * input_bits + tile.columns * weight_bits
+        while tile.depth * bits * tile.num_stages > 8 * shared_bytes:
             if tile.num_stages > 2:
                 tile = replace(tile, num_stages=tile.num_stages - 1)
             else:
@@ -49,8 +53,49 @@ class Tiles:
     down: Tile
 
 
+@dataclass(frozen=True)
+class NarrowTiles:
+    """The tiles of experts and linear layers in few bits.
+
+    Attributes:
+        weight_bits: of a code.
+        input_bits: of what it is multiplied with.
+        by_rows: as `Tuning.expert_tiles`.
+    """
+
+    weight_bits: int
+    input_bits: int
+    by_rows: tuple[tuple[float, Tiles], ...]
+
+
 def _alike(block_rows: int, tile: Tile) -> Tiles:
     return Tiles(block_rows, up=tile, down=tile)
+
+
+# By the instructions that ptxas makes of them for SM90; `benchmarks/quant_experts.py --sweep` tries
+# others.
+_WIDENED = (
+    (1.0, _alike(16, Tile(64, 128, 4, 4))),
+    (8.0, _alike(16, Tile(128, 128, 4, 3))),
+    (20.0, _alike(32, Tile(128, 128, 4, 3))),
+    (40.0, _alike(64, Tile(128, 128, 4, 3))),
+    (float("inf"), _alike(128, Tile(128, 128, 8, 3))),
+)
+NARROW_TILES = {
+    "e2m1": NarrowTiles(4, 16, _WIDENED),
+    "int4": NarrowTiles(4, 16, _WIDENED),
+    "e4m3": NarrowTiles(8, 16, _WIDENED),
+    "e4m3 x 8": NarrowTiles(
+        8, 8,
+        (
+            (1.0, _alike(16, Tile(64, 128, 4, 5))),
+            (8.0, _alike(16, Tile(128, 128, 4, 4))),
+            (20.0, _alike(32, Tile(128, 128, 4, 4))),
+            (40.0, _alike(64, Tile(128, 128, 4, 4))),
+            (float("inf"), _alike(128, Tile(128, 128, 8, 4))),
+        ),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,8 +121,7 @@ class Tuning:
         expert_tiles: tiles by the mean rows of an expert up to which they are used: tall enough
             for most experts to read their weights once, and small enough at the beginning to keep
             every processor busy.
-        narrow_tiles: likewise, of experts in few bits. By the instructions that ptxas makes of them
-            for SM90; not yet measured.
+        narrow_tiles: likewise, of weights in few bits, by `kernels.narrow_launch.kind_of`.
         narrow_rows: rows up to which products widen a linear layer's weight in registers. Of more
             it is widened once, which costs 1.1 ps a weight, and multiplied by PyTorch; not yet
             measured.
@@ -114,13 +158,7 @@ class Tuning:
         (40.0, _alike(64, Tile(128, 64, 4, 4))),
         (float("inf"), _alike(128, Tile(256, 64, 8, 3))),
     )
-    narrow_tiles: tuple[tuple[float, Tiles], ...] = (
-        (1.0, _alike(16, Tile(64, 128, 4, 4))),
-        (8.0, _alike(16, Tile(128, 128, 4, 3))),
-        (20.0, _alike(32, Tile(128, 128, 4, 3))),
-        (40.0, _alike(64, Tile(128, 128, 4, 3))),
-        (float("inf"), _alike(128, Tile(128, 128, 8, 3))),
-    )
+    narrow_tiles: Mapping[str, NarrowTiles] = field(default_factory=lambda: NARROW_TILES)
     narrow_rows: int = 64
     copy_programs: int = 16
     copy_bytes: int = 16 * 2**10
@@ -134,7 +172,7 @@ class Tuning:
     pin_chunk_bytes: int = 64 * 2**20
 
     def tiles(
-        self, num_rows: int, num_experts: int, *, shared_bytes: int, narrow: bool = False
+        self, num_rows: int, num_experts: int, *, shared_bytes: int, kind: str | None = None
     ) -> Tiles:
         """The tiles for `num_rows` rows of all experts.
 
@@ -144,14 +182,17 @@ class Tuning:
             num_rows: of all experts together.
             num_experts: of the layer.
             shared_bytes: shared memory that a program can have.
-            narrow: whether experts are in few bits.
+            kind: of weights in few bits, as `narrow_tiles` has it; None is 16 bits.
         """
-        table = self.narrow_tiles if narrow else self.expert_tiles
+        table, bits = self.expert_tiles, (16, 16)
+        if kind is not None:
+            narrow = self.narrow_tiles[kind]
+            table, bits = narrow.by_rows, (narrow.weight_bits, narrow.input_bits)
         tiles = next(t for most, t in table if num_rows <= most * num_experts)
         return Tiles(
             tiles.block_rows,
-            up=tiles.up.fitted(tiles.block_rows, shared_bytes),
-            down=tiles.down.fitted(tiles.block_rows, shared_bytes),
+            up=tiles.up.fitted(tiles.block_rows, shared_bytes, *bits),
+            down=tiles.down.fitted(tiles.block_rows, shared_bytes, *bits),
         )
 
 

@@ -2,17 +2,20 @@
 
 As `fused_experts`, but an expert is one address, where its payload begins, and the planes of both
 matrices lie at fixed distances from it (`weight_format`). `narrow_product` widens codes in
-registers.
+registers, or inputs are rounded to 8 bits too (`eight_bit`).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import triton
 import triton.language as tl
 
-from hotset.kernels.expert_routing import route_rows
+from hotset.cost.tuning import Tiles
+from hotset.kernels.eight_bit import eight_bit_product, round_rows
+from hotset.kernels.expert_routing import Routing, route_rows
 from hotset.kernels.fused_experts import load_block, sum_rows
 from hotset.kernels.narrow_forms import Gate
 from hotset.kernels.narrow_launch import (
@@ -41,6 +44,7 @@ def _gated_up(  # type: ignore[no-untyped-def]
     blocks,
     num_blocks,
     biases,
+    hidden_scales,
     out,
     PLANES: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -56,6 +60,7 @@ def _gated_up(  # type: ignore[no-untyped-def]
     IN_PAIRS: tl.constexpr,
     HIDDEN_WIDTH: tl.constexpr,
     MIDDLE_WIDTH: tl.constexpr,
+    NUM_SCALES: tl.constexpr,
 ):
     HALF: tl.constexpr = COLUMNS // 2
     num_tiles: tl.constexpr = (MIDDLE + HALF - 1) // HALF
@@ -79,9 +84,15 @@ def _gated_up(  # type: ignore[no-untyped-def]
         row = real + both % 2 * MIDDLE
         scale_row = real // PLANES[6] + both % 2 * SCALE_ROWS
     x_at = hidden + token.to(tl.int64)[None, :] * HIDDEN_WIDTH
-    sums = narrow_product(
-        payload, row, scale_row, x_at, PLANES, HIDDEN, BLOCK_ROWS, COLUMNS, DEPTH, IN_PAIRS
-    )
+    if NUM_SCALES:
+        scales_at = hidden_scales + token * NUM_SCALES
+        sums = eight_bit_product(
+            payload, row, scale_row, x_at, scales_at, PLANES, HIDDEN, BLOCK_ROWS, COLUMNS, DEPTH
+        )
+    else:
+        sums = narrow_product(
+            payload, row, scale_row, x_at, PLANES, HIDDEN, BLOCK_ROWS, COLUMNS, DEPTH, IN_PAIRS
+        )
     if HAS_BIAS:
         sums += tl.load(biases + expert * (2 * MIDDLE) + row).to(tl.float32)[:, None]
     gate, up = tl.split(tl.permute(tl.reshape(sums, [HALF, 2, BLOCK_ROWS]), [0, 2, 1]))
@@ -109,6 +120,7 @@ def _weighted_down(  # type: ignore[no-untyped-def]
     num_blocks,
     biases,
     row_weights,
+    middle_scales,
     out,
     PLANES: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -119,6 +131,7 @@ def _weighted_down(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     IN_PAIRS: tl.constexpr,
     MIDDLE_WIDTH: tl.constexpr,
+    NUM_SCALES: tl.constexpr,
 ):
     num_tiles: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
     block = tl.program_id(0) // num_tiles
@@ -136,9 +149,16 @@ def _weighted_down(  # type: ignore[no-untyped-def]
     # Places beyond the block's are other blocks' or none's: computed as the first, not stored.
     source = tl.where(inside, place, first)
     x_at = middle + source.to(tl.int64)[None, :] * MIDDLE_WIDTH
-    sums = narrow_product(
-        payload, real, real // PLANES[6], x_at, PLANES, MIDDLE, BLOCK_ROWS, COLUMNS, DEPTH, IN_PAIRS
-    )
+    scale_row = real // PLANES[6]
+    if NUM_SCALES:
+        scales_at = middle_scales + source * NUM_SCALES
+        sums = eight_bit_product(
+            payload, real, scale_row, x_at, scales_at, PLANES, MIDDLE, BLOCK_ROWS, COLUMNS, DEPTH
+        )
+    else:
+        sums = narrow_product(
+            payload, real, scale_row, x_at, PLANES, MIDDLE, BLOCK_ROWS, COLUMNS, DEPTH, IN_PAIRS
+        )
     if HAS_BIAS:
         sums += tl.load(biases + expert * HIDDEN + real).to(tl.float32)[:, None]
     sums *= tl.load(row_weights + row, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -175,8 +195,9 @@ def narrow_experts(
         before_pass: called before each pass is submitted, with its number.
 
     Returns:
-        `[T, H]`, dtype of `hidden`. A weight is widened to it as `NarrowLayout.dequantise` does;
-        the middle and each weighted row are rounded to it; all else is in float32. A token's values
+        `[T, H]`, dtype of `hidden`. Weights in small groups are widened to it as
+        `NarrowLayout.dequantise` does; scales of large groups multiply sums, and round no weight.
+        The middle and each weighted row are rounded to it; all else is in float32. A token's values
         depend on its own row, ids and weights and on the tiles, which T * K and E choose.
 
     Cost: the payloads of experts that got rows are read once. Launches of fixed shape; nothing is
@@ -185,42 +206,141 @@ def narrow_experts(
     """
     num_tokens, top_k = ids.shape
     by_pass = addresses.view(-1, addresses.shape[-1])
-    num_experts, hidden_size = by_pass.shape[1], hidden.shape[1]
-    up, down = layout.matrices
-    middle_size = down.shape[-1]
+    num_experts = by_pass.shape[1]
     tiles = narrow_tiles_for(ids.numel(), num_experts, layout.form, hidden.device)
     routing = route_rows(ids.view(-1), num_experts, tiles.block_rows)
-    source = in_runs(hidden) if layout.form.code_bits == 4 else hidden
-    middle_width = whole_runs(middle_size) if layout.form.code_bits == 4 else middle_size
-    make = hidden.new_empty if middle_width == middle_size else hidden.new_zeros
-    middle = make(num_tokens * top_k, middle_width)
-    rows = hidden.new_empty(num_tokens * top_k, hidden_size)
+    source = as_inputs(hidden, layout.form)
+    middle = empty_middle(hidden, ids.numel(), layout)
+    rows = hidden.new_empty(num_tokens * top_k, hidden.shape[1])
     out = torch.empty_like(hidden)
     if not len(routing.blocks):
         return out
-    of_up, of_down = (hidden, hidden) if biases is None else biases
-    shared = {
-        "HIDDEN": hidden_size, "MIDDLE": middle_size, "MIDDLE_WIDTH": middle_width,
-        "BLOCK_ROWS": tiles.block_rows, "HAS_BIAS": biases is not None,
-        "IN_PAIRS": opens_in_pairs(layout.form, hidden),
-    }  # fmt: skip
+    of_up, of_down = biases or (None, None)
     for number, payloads in enumerate(by_pass):
         before_pass(number)
-        _gated_up[(len(routing.blocks) * triton.cdiv(middle_size, tiles.up.columns // 2),)](
-            source, payloads, routing.rows, routing.blocks, routing.num_blocks, of_up, middle,
-            PLANES=planes_of(layout.form, up), HIDDEN_WIDTH=source.shape[1], TOP_K=top_k,
-            SCALE_ROWS=_scale_rows(up, middle_size), ALPHA=gate.alpha, LIMIT=gate.limit,
-            COLUMNS=tiles.up.columns, DEPTH=tiles.up.depth,
-            num_warps=tiles.up.num_warps, num_stages=tiles.up.num_stages, **shared,
-        )  # fmt: skip
-        _weighted_down[(len(routing.blocks) * triton.cdiv(hidden_size, tiles.down.columns),)](
-            middle, payloads, routing.rows, routing.blocks, routing.num_blocks, of_down, weights,
-            rows, PLANES=planes_of(layout.form, down),
-            COLUMNS=tiles.down.columns, DEPTH=tiles.down.depth,
-            num_warps=tiles.down.num_warps, num_stages=tiles.down.num_stages, **shared,
+        gated_up(source, routing, payloads, layout, gate, of_up, middle, top_k=top_k, tiles=tiles)
+        weighted_down(
+            middle_inputs(middle, layout.form), routing, payloads, layout, of_down, weights, rows,
+            tiles=tiles,
         )  # fmt: skip
     sum_rows(rows, ids, out, num_experts=num_experts)
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Rows as a product reads them.
+
+    Attributes:
+        values: `[R, width]`, in the order of its columns; or 8-bit floats.
+        scales: `[R, groups]` float32 of 8-bit floats.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor | None
+
+    @property
+    def num_scales(self) -> int:
+        """Of a row."""
+        return 0 if self.scales is None else self.scales.shape[1]
+
+
+def as_inputs(x: torch.Tensor, form: WeightFormat) -> Inputs:
+    """`[R, K]` floats for a product with a weight in `form`."""
+    if form.input_bits == 8:
+        return Inputs(*round_rows(x, form.columns))
+    return Inputs(in_runs(x) if form.code_bits == 4 else x, None)
+
+
+def empty_middle(hidden: torch.Tensor, num_rows: int, layout: Layout) -> torch.Tensor:
+    """What `gated_up` writes: `[R, width]`, dtype of `hidden`; zeros where it has no columns."""
+    size = layout.matrices[1].shape[-1]
+    width = whole_runs(size) if layout.form.code_bits == 4 else size
+    make = hidden.new_empty if width == size else hidden.new_zeros
+    return make(num_rows, width)
+
+
+def middle_inputs(middle: torch.Tensor, form: WeightFormat) -> Inputs:
+    """What `gated_up` wrote, for `weighted_down`: of 4-bit codes it is in their order."""
+    if form.input_bits == 8:
+        return as_inputs(middle, form)
+    return Inputs(middle, None)
+
+
+def gated_up(
+    source: Inputs,
+    routing: Routing,
+    payloads: torch.Tensor,
+    layout: Layout,
+    gate: Gate,
+    biases: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    top_k: int,
+    tiles: Tiles,
+) -> None:
+    """Write what is between the products, of each row, to its place among the sorted rows.
+
+    Args:
+        source: of the tokens; see `as_inputs`.
+        routing: of the T * K rows, in blocks of `tiles.block_rows`; at least one.
+        payloads: `[E]` addresses; see `narrow_experts`.
+        layout: likewise.
+        gate: likewise.
+        biases: `[E, 2 * I]`, or None.
+        out: see `empty_middle`. Mutated.
+        top_k: K.
+        tiles: of the program.
+    """
+    up, down = layout.matrices
+    hidden_size, middle_size, tile = up.shape[-1], down.shape[-1], tiles.up
+    _gated_up[(len(routing.blocks) * triton.cdiv(middle_size, tile.columns // 2),)](
+        source.values, payloads, routing.rows, routing.blocks, routing.num_blocks,
+        out if biases is None else biases, out if source.scales is None else source.scales, out,
+        PLANES=planes_of(layout.form, up), HIDDEN=hidden_size, MIDDLE=middle_size, TOP_K=top_k,
+        BLOCK_ROWS=tiles.block_rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        SCALE_ROWS=_scale_rows(up, middle_size), ALPHA=gate.alpha, LIMIT=gate.limit,
+        HAS_BIAS=biases is not None, IN_PAIRS=opens_in_pairs(layout.form, out, tile),
+        HIDDEN_WIDTH=source.values.shape[1], MIDDLE_WIDTH=out.shape[1],
+        NUM_SCALES=source.num_scales, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def weighted_down(
+    middle: Inputs,
+    routing: Routing,
+    payloads: torch.Tensor,
+    layout: Layout,
+    biases: torch.Tensor | None,
+    weights: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    tiles: Tiles,
+) -> None:
+    """Write the output of each row, times its weight, to where the row is in the batch.
+
+    Args:
+        middle: see `middle_inputs`.
+        routing: as for `gated_up`.
+        payloads: likewise.
+        layout: likewise.
+        biases: `[E, H]`, or None.
+        weights: `[T, K]`.
+        out: `[T * K, H]`. Mutated.
+        tiles: as for `gated_up`.
+    """
+    down, tile = layout.matrices[1], tiles.down
+    hidden_size, middle_size = down.shape
+    _weighted_down[(len(routing.blocks) * triton.cdiv(hidden_size, tile.columns),)](
+        middle.values, payloads, routing.rows, routing.blocks, routing.num_blocks,
+        out if biases is None else biases, weights,
+        out if middle.scales is None else middle.scales, out,
+        PLANES=planes_of(layout.form, down), HIDDEN=hidden_size, MIDDLE=middle_size,
+        BLOCK_ROWS=tiles.block_rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        HAS_BIAS=biases is not None, IN_PAIRS=opens_in_pairs(layout.form, out, tile),
+        MIDDLE_WIDTH=middle.values.shape[1], NUM_SCALES=middle.num_scales,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
 
 
 def _scale_rows(up: Any, middle_size: int) -> int:

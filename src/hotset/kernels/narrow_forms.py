@@ -8,6 +8,7 @@ from hotset.weight_format import WeightFormat
 CODES = {"e4m3": 0, "e2m1": 1, "int4": 2}
 SCALES = {"float32": 0, "bfloat16": 1, "float16": 2, "e8m0": 3, "e4m3": 4}
 _LEAST_GROUP = 16
+LEAST_ROUNDED_GROUP = 64  # columns of 8-bit weights and inputs that are multiplied at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,4 +32,12 @@ def can_read(form: WeightFormat) -> bool:
     fits = (form.scale == "e4m3") == form.has_row_scales and (
         form.code == "e2m1" or not form.has_row_scales
     )
-    return form.code in CODES and form.scale in SCALES and is_power and fits
+    return form.code in CODES and form.scale in SCALES and is_power and fits and _can_round(form)
+
+
+def _can_round(form: WeightFormat) -> bool:
+    """Whether inputs stay as they come, or the kernels multiply rounded ones."""
+    if form.input_bits == 16:
+        return True
+    is_wide = form.columns is None or form.columns >= LEAST_ROUNDED_GROUP
+    return form.code == "e4m3" and form.scale == "float32" and is_wide

@@ -37,13 +37,14 @@ def in_runs(hidden: torch.Tensor) -> torch.Tensor:
     return runs.reshape(num_tokens, -1)
 
 
-def opens_in_pairs(form: WeightFormat, hidden: torch.Tensor) -> bool:
+def opens_in_pairs(form: WeightFormat, hidden: torch.Tensor, tile: Tile) -> bool:
     """Whether codes are opened by PTX, and not by Triton's operations."""
     if hidden.device.type != "cuda":
         return False
     if form.code == "e2m1":
         return hidden.dtype == torch.bfloat16
-    return form.code == "e4m3" or f"torch.{form.scale}" == str(hidden.dtype)
+    is_shared = form.columns is None or form.columns >= tile.depth
+    return is_shared or form.code == "e4m3" or f"torch.{form.scale}" == str(hidden.dtype)
 
 
 def narrow_tiles_for(
@@ -51,17 +52,15 @@ def narrow_tiles_for(
 ) -> Tiles:
     """The tiles for `num_rows` rows of experts in `form` on this device; a linear layer is one."""
     tiles = TUNINGS[device.type].tiles(
-        num_rows, num_experts, shared_bytes=shared_bytes(device), narrow=True
+        num_rows, num_experts, shared_bytes=shared_bytes(device), kind=kind_of(form)
     )
-    return replace(tiles, up=_suited(tiles.up, form), down=_suited(tiles.down, form))
+    if form.input_bits == 16 or form.columns is None:
+        return tiles
+    depth = form.columns  # no more than one scale
+    up = replace(tiles.up, depth=min(depth, tiles.up.depth))
+    return replace(tiles, up=up, down=replace(tiles.down, depth=min(depth, tiles.down.depth)))
 
 
-def _suited(tile: Tile, form: WeightFormat) -> Tile:
-    """With 8 warps, where each column of a tile has one scale of 16 bits.
-
-    With fewer threads than two per scale Triton 3.6 has widened weights pass through shared memory.
-    """
-    is_wide = form.columns is None or form.columns >= tile.depth
-    if is_wide and form.scale in ("bfloat16", "float16") and tile.columns >= 32 * tile.num_warps:
-        return replace(tile, num_warps=8)
-    return tile
+def kind_of(form: WeightFormat) -> str:
+    """What a `Tuning` knows the tiles of a format by."""
+    return f"{form.code} x 8" if form.input_bits == 8 else form.code

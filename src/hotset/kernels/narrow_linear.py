@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from hotset.kernels.narrow_codes import load_scales, load_zeros, widen
 from hotset.kernels.narrow_launch import in_runs, narrow_tiles_for, opens_in_pairs, planes_of
-from hotset.kernels.narrow_product import load_scales, load_zeros, narrow_product, widen
+from hotset.kernels.narrow_product import narrow_product
 from hotset.weight_format import Plane, WeightFormat
 
 _WIDEN_ROWS, _WIDEN_BYTES = 32, 64  # of codes, which a program widens
@@ -108,7 +109,7 @@ def narrow_linear(x: torch.Tensor, payload: torch.Tensor, matrix: Matrix) -> tor
         matrix: `[N, K]`, in a format that `narrow_forms.can_read`.
 
     Returns:
-        `[T, N]`, dtype of `x`. A weight is widened to it, sums are in float32.
+        `[T, N]`, dtype of `x`. Sums are in float32; see `narrow_product` for what is rounded.
 
     Cost: the payload is read once for each tile of rows.
     Reference: `linear.narrow_matrix.NarrowMatrix.widened`, bit-exact in the weights.
@@ -124,7 +125,7 @@ def narrow_linear(x: torch.Tensor, payload: torch.Tensor, matrix: Matrix) -> tor
     _linear[grid](
         source, payload, out, num_rows, PLANES=planes_of(matrix.form, matrix), N=num_outputs,
         K=num_columns, X_WIDTH=source.shape[1], BLOCK_ROWS=tiles.block_rows, COLUMNS=tile.columns,
-        DEPTH=tile.depth, IN_PAIRS=opens_in_pairs(matrix.form, x), num_warps=tile.num_warps,
+        DEPTH=tile.depth, IN_PAIRS=opens_in_pairs(matrix.form, x, tile), num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
     return out

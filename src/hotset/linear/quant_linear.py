@@ -1,8 +1,8 @@
 """Linear layers whose weights stay in few bits on a GPU, as the checkpoint has them.
 
 Few rows are multiplied with weights that are widened in registers; for many rows the weight is
-widened once, into memory of the step, and PyTorch computes the product. Both widen a weight to the
-same number.
+widened once, into memory of the step, and PyTorch computes the product. The former multiplies sums
+by scales of large groups, so that no weight is rounded; the latter widens to the nearest number.
 """
 
 import torch

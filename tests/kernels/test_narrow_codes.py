@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hotset.experts.narrow import NarrowLayout
-from hotset.kernels import narrow_product
+from hotset.kernels import narrow_codes
 from hotset.weight_format import MXFP4, WeightFormat
 
 ALL_BYTES = torch.arange(256)
@@ -108,7 +108,7 @@ def halves(bits: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_e2m1_opens_to_the_bits_of_the_reference_with_all_scales(exponent: int) -> None:
     exponents = [exponent, 128 - exponent, exponent // 2, 64]
     first, second = halves([each + 126 << 7 for each in exponents])
-    got = opened(narrow_product._E2M1.value, 4, torch.bfloat16, **{"5": first, "6": second})
+    got = opened(narrow_codes._E2M1.value, 4, torch.bfloat16, **{"5": first, "6": second})
     check_pairs(got, [widened(MXFP4, each, torch.bfloat16) for each in exponents])
 
 
@@ -116,7 +116,7 @@ def test_e2m1_opens_to_the_bits_of_the_reference_with_all_scales(exponent: int) 
 @pytest.mark.parametrize("zero", range(16))
 def test_int4_opens_to_the_bits_of_the_reference(dtype: torch.dtype, zero: int) -> None:
     is_half = dtype == torch.float16
-    text = narrow_product._INT4_FLOAT16 if is_half else narrow_product._INT4_BFLOAT16
+    text = narrow_codes._INT4_FLOAT16 if is_half else narrow_codes._INT4_BFLOAT16
     name = str(dtype).removeprefix("torch.")
     form = WeightFormat("int4", name, 1, 32, has_zeros=True)  # type: ignore[arg-type]
     zeros = [zero, 15 - zero, 8, 0]
@@ -134,10 +134,33 @@ def test_int4_opens_to_the_bits_of_the_reference(dtype: torch.dtype, zero: int) 
 
 
 def test_e4m3_opens_to_its_value_over_256() -> None:
-    got = opened(narrow_product._E4M3.value, 2, torch.float16)
+    got = opened(narrow_codes._E4M3.value, 2, torch.float16)
     is_number = ALL_BYTES & 127 != 127
     values = ALL_BYTES.byte().view(torch.float8_e4m3fn).float()[is_number]
     assert torch.equal(got.float()[is_number] * 256, values.unsqueeze(1).expand(-1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_e4m3_opens_to_its_value(dtype: torch.dtype) -> None:
+    is_half = dtype == torch.float16
+    text = narrow_codes._CODES8_FLOAT16 if is_half else narrow_codes._CODES8_BFLOAT16
+    got = opened(text.value, 2, dtype)
+    is_number = ALL_BYTES & 127 != 127
+    values = ALL_BYTES.byte().view(torch.float8_e4m3fn).float()[is_number]
+    assert torch.equal(got.float()[is_number], values.unsqueeze(1).expand(-1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("zero", range(16))
+def test_int4_opens_to_its_code_less_the_zero(dtype: torch.dtype, zero: int) -> None:
+    is_half = dtype == torch.float16
+    text = narrow_codes._CODES4_FLOAT16 if is_half else narrow_codes._CODES4_BFLOAT16
+    zeros = [zero, 15 - zero, 8, 0]
+    minus = halves([each | (0xE400 if is_half else 0xC300) for each in zeros])
+    got = opened(text.value, 4, dtype, **dict(zip("56", minus, strict=True)))
+    codes = torch.stack([ALL_BYTES & 15, ALL_BYTES >> 4], 1).unsqueeze(2)  # [256, 2, 1]
+    expected = (codes - torch.tensor(zeros)).flatten(1)
+    assert torch.equal(got.float(), expected.float())
 
 
 def test_inputs_lie_in_the_order_of_the_columns() -> None:
