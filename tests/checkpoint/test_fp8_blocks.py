@@ -19,7 +19,7 @@ from hotset.checkpoint.fp8_blocks import dequantise
 from hotset.errors import ModelError
 from hotset.experts.disk import DiskExperts, ExpertSink
 from hotset.experts.gating import use_dynamic_gating
-from hotset.experts.weights import experts_layers
+from hotset.experts.weights import Narrow, experts_layers, experts_of
 from hotset.linear.merged import MergedLinear
 from hotset.model import checkpoint
 from hotset.model.loader import load_model
@@ -152,8 +152,12 @@ def test_blocks_are_dequantised_on_a_gpu(family: str, tmp_path: Path) -> None:
         layer, rows = model.get_submodule(path), slice(None)
         if isinstance(layer, MergedLinear):
             layer, rows = layer.whole, layer.columns
-        found = getattr(layer, last)[rows]
-        assert found.is_cuda and torch.equal(found.cpu().to(tensor.dtype), tensor), name
+        found = getattr(layer, last)
+        if found is None:  # experts, which stay in 8 bits
+            state = experts_of(layer).state
+            assert isinstance(state, Narrow) and state.payloads.is_cuda
+            found = state.narrow.widen(int(last == "down_proj"), state.payloads, tensor.dtype)
+        assert found.is_cuda and torch.equal(found[rows].cpu().to(tensor.dtype), tensor), name
 
 
 def test_one_scale_for_a_weight_and_inputs_that_were_scaled(tmp_path: Path) -> None:

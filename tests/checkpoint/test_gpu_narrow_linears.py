@@ -9,6 +9,7 @@ from engines import run
 from test_fp8_blocks import save_in_blocks
 from test_int_groups import FORMS, save
 from tiny_models import make_model
+from tiny_tokenizer import make_tokenizer
 
 from hotset.engine.load import load_engine
 from hotset.linear.quant_linear import (
@@ -99,6 +100,7 @@ def test_a_model_in_few_bits_answers_as_the_widened_one(form: str, tmp_path: Pat
 @pytest.mark.parametrize("form", ["awq", "blocks"])
 def test_recorded_steps_answer_as_launched_ones(form: str, tmp_path: Path) -> None:
     write(form, tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
 
     def answers(**changes: Any) -> list[list[int]]:
         options = Options.of(
