@@ -1,8 +1,9 @@
 """Steps of a model that keeps a state beside KV, beside the bytes that they must move.
 
-Weights are random, and made on the device. Decode steps are the engine's own, with its scheduler
-and sampler; prompts are one step each. Kernels of the state layers are timed alone, too. No more
-sizes of steps are recorded than are timed, so that a run takes two minutes.
+Weights are random, made on the device, and use all experts alike. Decode steps are the engine's
+own, with its scheduler and sampler; prompts are one step each. Kernels of the state layers are
+timed alone, too. No more sizes of steps are recorded than are timed, so that a run takes two
+minutes.
 
     python benchmarks/hybrid_steps.py --out benchmarks/results/hybrid_steps_h200.json   # an H200
     python benchmarks/hybrid_steps.py --experts host --users 1,16,64 --out FILE
@@ -37,6 +38,8 @@ from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.step import Step, StepItem
 from hotset.engine.step_input import make_step_input
+from hotset.experts.router_skew import skew_routers
+from hotset.experts.weights import experts_layers
 from hotset.kernels.device import likely_hardware
 from hotset.model.dummy import load_dummy
 from hotset.options import Options
@@ -218,6 +221,8 @@ def load(arguments: Any) -> tuple[dict[str, Any], str, Any]:
             seed=SEED,
             experts_on_host=arguments.experts == "host",
         )
+    if experts_layers(loaded.model) and not fields.get("tie_word_embeddings"):
+        skew_routers(loaded.model, 0.0, seed=SEED)
     return fields, name, loaded
 
 
