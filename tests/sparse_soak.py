@@ -69,7 +69,7 @@ def soak(
         hot_blocks=rng.randint(40, 60),
         host_blocks=rng.choice([30, 60, 120]),  # one context takes up to 21
         hot_tokens=rng.choice([16, 20, 32]),
-        row_prefetch=rng.randint(0, 1),
+        row_prefetch=rng.randint(0, 2),
         max_num_seqs=rng.randint(4, 12),
         max_num_batched_tokens=rng.choice([16, 64, 512]),
         overlap=rng.random() < 0.5,
@@ -194,6 +194,7 @@ class _Soak:
             forked=metrics.forked_tokens,
             hot_hits=metrics.hot_hits,
             hot_misses=metrics.hot_misses,
+            hot_guessed=metrics.hot_guessed,
         )
         self._events += metrics.faults
         for tier, num_tokens in metrics.cached_tokens.items():

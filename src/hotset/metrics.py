@@ -30,7 +30,9 @@ class HotCounts(NamedTuple):
 
     hits: int  # tokens that a slot held
     misses: int  # and that came from host memory
-    moved_bytes: int  # of the rows of these
+    guessed: int  # tokens that came ahead, as the next layer was guessed to select them
+    guessed_right: int  # of these, that it selected: they are among the hits
+    moved_bytes: int  # of the rows of misses, and of those that came ahead
 
 
 @dataclass(slots=True)
@@ -56,6 +58,8 @@ class Metrics(ExpertCounts):
     turned_hot: int = 0  # requests that gave back blocks and kept the tokens used last
     hot_hits: int = 0  # tokens that hot requests selected and had on the device, per layer
     hot_misses: int = 0  # and that came from host memory
+    hot_guessed: int = 0  # tokens that came ahead, as the next layer was guessed to select them
+    hot_guessed_right: int = 0  # of these, selected: they are among the hits
     freed_blocks: int = 0  # of the device, given back by requests that ended
     spilled_blocks: int = 0
     fetched_blocks: int = 0
@@ -92,6 +96,7 @@ class Metrics(ExpertCounts):
     def take_hot(self, counts: HotCounts) -> None:
         """These counts stand in place of the earlier ones."""
         self.hot_hits, self.hot_misses = counts.hits, counts.misses
+        self.hot_guessed, self.hot_guessed_right = counts.guessed, counts.guessed_right
         self.moved_bytes[HOT_ROWS] = counts.moved_bytes
 
     def found(self, request: Request, start: int, num_tokens: int, tier: str) -> None:

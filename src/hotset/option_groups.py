@@ -97,10 +97,11 @@ class MemoryOptions(Group):
     row_prefetch: int = option(
         0,
         "Rows of hot requests that are fetched early: 0 none, 1 those of layers that share a "
-        "selection.",
-        bounds=Bounds("0 or 1", 0, 1),
+        "selection, 2 also those that the next layer is guessed to select.",
+        bounds=Bounds("0 to 2", 0, 2),
         more="On a GPU, while the layers before them compute. With 0 they come with the rows of "
-        "the layer that selects.",
+        "the layer that selects. The guess is the next layer's own indexer on this layer's input; "
+        "what it gets wrong is fetched when the layer selects, so that no answer changes.",
         keeps_answers=True,
     )
     disk_gib: float = option(

@@ -8,7 +8,7 @@ import torch
 from hotset.attention.seat_tables import SeatTables
 from hotset.kernels import hot_reference
 from hotset.kernels.gather_rows import gather_rows
-from hotset.kernels.hot_reference import Misses, RowRun
+from hotset.kernels.hot_reference import Misses, RowRun, Total
 from hotset.kv.seats import DeviceBlock, HostSlot, Seats, SlotBlock
 
 pytestmark = pytest.mark.gpu
@@ -43,7 +43,7 @@ class Side:
         shape = (NUM_BLOCKS, ROWS_PER_BLOCK * ROW_BYTES)
         self.memory = torch.zeros(shape, dtype=torch.uint8, device=device)
         self.seats = torch.full((NUM_SEATS + 1,), -1, device=device)  # one row is of padding
-        shape = (NUM_LAYERS - 1, NUM_SEATS + 1, SELECTED)
+        shape = (2, NUM_LAYERS - 1, NUM_SEATS + 1, SELECTED)  # guessed, and selected
         self.selection = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.rows = torch.full_like(self.selection, -1)
 
@@ -53,10 +53,11 @@ class Side:
         self.rows.fill_(-1)
         listed = []
         for layer, runs in enumerate(self.runs):
-            chosen = self.selection[layer], self.rows[layer], self.seats
-            listed.append(self.tables.resolve(layer, *chosen))
-            for run in runs:
-                gather(self.host, self.memory, *listed[-1], run)
+            for number, is_guess in enumerate((True, False)):
+                chosen = self.selection[number, layer], self.rows[number, layer], self.seats
+                listed.append(self.tables.resolve(layer, *chosen, is_guess=is_guess))
+                for run in runs:
+                    gather(self.host, self.memory, *listed[-1], run)
         return listed
 
 
@@ -102,18 +103,22 @@ def test_64_replays_leave_what_the_reference_leaves(length: int, runs: list[list
             side.seats.copy_(torch.tensor(numbers))
         for layer in range(NUM_LAYERS - 1):
             for row in range(len(running)):
-                chosen = select(length, rng)
-                device.selection[layer, row], cpu.selection[layer, row] = chosen, chosen
+                chosen = torch.stack([select(length, rng) for _ in range(2)])
+                device.selection[:, layer, row] = chosen.to(device.selection.device)
+                cpu.selection[:, layer, row] = chosen
 
         graph.replay()
         cpu.step()
 
         used = slice(len(running))
-        assert torch.equal(device.rows[:, used].cpu(), cpu.rows[:, used])
+        assert torch.equal(device.rows[:, :, used].cpu(), cpu.rows[:, :, used])
         for got, expected in zip(device.tables._layers, cpu.tables._layers, strict=True):
             for seat in taken:
                 assert torch.equal(got.token_in[seat.number].cpu(), expected.token_in[seat.number])
                 assert torch.equal(got.order[seat.number].cpu(), expected.order[seat.number])
         assert torch.equal(device.memory.cpu(), cpu.memory)
         assert torch.equal(device.tables.totals.cpu(), cpu.tables.totals)
-    assert not device.tables.totals[:, 2].any()
+    totals = device.tables.totals
+    assert not totals[:, Total.LOST].any()
+    if length == CONTEXT:  # slots hold no more than a part of it
+        assert totals[:, Total.GUESSED_RIGHT].all()

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from hotset.attention.hot_rows import HotRows
@@ -22,8 +23,8 @@ def hot_rows(index_dims: list[int], *, ahead: bool = False) -> tuple[HotRows, li
         device=torch.device("cpu"),
         index_dims=index_dims,
     )
-    totals = torch.tensor([[5, 3, 0]] * sum(dim > 0 for dim in index_dims))
-    tables: Any = SimpleNamespace(totals=totals)
+    totals = torch.tensor([[5, 3, 0, 4, 2]] * sum(dim > 0 for dim in index_dims))
+    tables: Any = SimpleNamespace(totals=totals, num_seats=2, resolve=lambda *_, **__: MISSES)
     host, fetched = torch.zeros(2, 8, dtype=torch.uint8), []
     hot = HotRows(tables, arena, host, fetches_ahead=ahead)
 
@@ -41,6 +42,8 @@ def attend(hot: HotRows, num_layers: int, fetched: list[Any]) -> list[int]:
     """Have each layer fetch; how many fetches there were after each."""
     counts = []
     for layer in range(num_layers):
+        if layer in hot._selections:
+            hot.begin(layer, [MISSES])
         hot.fetch(layer, [MISSES])
         counts.append(len(fetched))
     return counts
@@ -56,7 +59,7 @@ def test_layers_that_share_a_selection_fetch_their_rows_at_once_where_they_are()
 
 def test_rows_of_layers_that_share_a_selection_count_as_often_as_they_are_fetched() -> None:
     hot, _ = hot_rows([3, 0, 3, 0, 0])
-    assert hot.counts() == (10, 6, 3 * 32 * 2 + 3 * 32 * 3)
+    assert hot.counts() == (10, 6, 8, 4, (3 + 4) * 32 * 2 + (3 + 4) * 32 * 3)
 
 
 class FakeAhead:
@@ -80,7 +83,7 @@ def test_layers_that_share_a_selection_have_their_rows_fetched_with_the_first_an
     hot, fetched = hot_rows([3, 0, 0, 0, 3, 0], ahead=True)
     hot._ahead = FakeAhead()  # type: ignore[assignment]
     assert attend(hot, 6, fetched) == [3, 3, 3, 3, 5, 5]
-    assert hot._ahead.waited == [1, 2, 5]  # type: ignore[union-attr]
+    assert hot._ahead.waited == [0, 1, 2, 4, 5]  # type: ignore[union-attr]
     assert [num_options for _, num_options in fetched] == [0, 1, 1, 0, 1]  # fewer programs beside
     assert [run for run, _ in fetched] == AHEAD
 
@@ -99,3 +102,24 @@ def test_a_cpu_fetches_ahead_in_the_same_parts_each_before_its_first_layer() -> 
     hot, fetched = hot_rows([3, 0, 0, 0, 3, 0], ahead=True)
     assert attend(hot, 6, fetched) == [1, 2, 3, 3, 4, 5]
     assert [run for run, _ in fetched] == AHEAD
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_rows_that_are_guessed_are_all_those_of_the_layers_and_come_before_the_selected_ones(
+    beside: bool,
+) -> None:
+    hot, fetched = hot_rows([3, 0, 0, 0, 3, 0], ahead=True)
+    if beside:
+        hot._ahead = FakeAhead()  # type: ignore[assignment]
+    hot.begin(0, [MISSES])
+    hot.fetch(0, [MISSES])
+    fetched.clear()
+    guess: Any = (None, None, None)
+    hot.guess(0, [guess, guess])  # of two parts of a step
+    assert [run for run, _ in fetched] == [AHEAD[3], AHEAD[3], AHEAD[4], AHEAD[4]]
+    if beside:  # fewer programs, and nothing waits but the layer itself
+        assert all(num_options == 1 for _, num_options in fetched)
+        assert hot._ahead.waited == [0]  # type: ignore[union-attr]
+    hot.begin(4, [MISSES])
+    hot.fetch(4, [MISSES])
+    assert fetched[4] == (AHEAD[3], 0)

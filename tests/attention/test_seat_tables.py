@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from itertools import count
 
 import pytest
@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 from hotset.attention.seat_tables import SeatTables
 from hotset.kernels import hot_reference
 from hotset.kernels.gather_rows import gather_rows
-from hotset.kernels.hot_reference import RowRun
+from hotset.kernels.hot_reference import RowRun, Total
 from hotset.kernels.resolve_rows import resolve_rows
 from hotset.kv.seats import DeviceBlock, HostSlot, Seat, Seats, SlotBlock
 
@@ -39,6 +39,8 @@ class Hot:
         self.num_tokens = len(table) * BLOCK_SIZE
         # By selection: slot -> the position it holds, from the longest unused to the last used.
         self.slots: list[OrderedDict[int, int]] = []
+        # By selection: positions that came for the last guess, until the layer selects.
+        self.guessed: list[set[int]] = [set() for _ in GROUPS]
 
 
 class SeatMachine(RuleBasedStateMachine):
@@ -136,27 +138,42 @@ class SeatMachine(RuleBasedStateMachine):
             for block in hot.seat.slot_blocks:
                 self.device[block] = EMPTY
             hot.slots = [OrderedDict.fromkeys(range(NUM_SLOTS), -1) for _ in GROUPS]
+            hot.guessed = [set() for _ in GROUPS]
 
     @precondition(lambda self: self.hot)
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
-        """All that select do so, of some of the requests and of one that is not hot."""
+        """All that select do so, of some of the requests and of one that is not hot.
+
+        Before that, what a layer will select may be guessed: of what it selects, and of other
+        tokens. Then the step may break off.
+        """
         self.tables.apply(self.seats.take_updates())
         chosen = data.draw(st.lists(st.sampled_from(self.hot), unique=True, min_size=1))
         seats = torch.tensor([-1, *(hot.seat.number for hot in chosen)])
         for layer in range(len(GROUPS)):
-            selection = torch.full((len(seats), SELECTED), -1, dtype=torch.int32)
-            rows = torch.full_like(selection, -1)
-            for i, hot in enumerate(chosen, 1):
-                positions = data.draw(
-                    st.lists(st.integers(0, hot.num_tokens - 1), unique=True, max_size=SELECTED)
-                )
-                selection[i, : len(positions)] = torch.tensor(positions, dtype=torch.int32)
-                for k, position in enumerate(positions):
-                    index, offset = divmod(position, BLOCK_SIZE)
-                    if hot.table[index] >= 0:
-                        rows[i, k] = hot.table[index] * ROWS_PER_BLOCK + offset * GROUPS[layer]
-            self.attend(layer, seats, chosen, selection, rows)
+            if data.draw(st.booleans()):
+                self.attend(layer, seats, chosen, *self.draw(data, layer, chosen), is_guess=True)
+                if data.draw(st.integers(0, 4)) == 0:
+                    return self.fail()
+            self.attend(layer, seats, chosen, *self.draw(data, layer, chosen))
+
+    def draw(
+        self, data: st.DataObject, layer: int, chosen: list[Hot]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer selects or is guessed to, and the rows of what is resident."""
+        selection = torch.full((1 + len(chosen), SELECTED), -1, dtype=torch.int32)
+        rows = torch.full_like(selection, -1)
+        for i, hot in enumerate(chosen, 1):
+            positions = data.draw(
+                st.lists(st.integers(0, hot.num_tokens - 1), unique=True, max_size=SELECTED)
+            )
+            selection[i, : len(positions)] = torch.tensor(positions, dtype=torch.int32)
+            for k, position in enumerate(positions):
+                index, offset = divmod(position, BLOCK_SIZE)
+                if hot.table[index] >= 0:
+                    rows[i, k] = hot.table[index] * ROWS_PER_BLOCK + offset * GROUPS[layer]
+        return selection, rows
 
     def attend(
         self,
@@ -165,9 +182,11 @@ class SeatMachine(RuleBasedStateMachine):
         chosen: list[Hot],
         selection: torch.Tensor,
         rows: torch.Tensor,
+        is_guess: bool = False,
     ) -> None:
-        resident = rows >= 0
-        misses = self.tables.resolve(layer, selection, rows, seats)
+        resident, totals = rows >= 0, self.tables.totals[layer]
+        misses = self.tables.resolve(layer, selection, rows, seats, is_guess=is_guess)
+        counted = Counter[Total]()
         start, count = sum(GROUPS[:layer]) * BLOCK_SIZE * ROW_BYTES, GROUPS[layer]
         run = RowRun(start, ROW_BYTES, count, BLOCK_SIZE, ROWS_PER_BLOCK, count)
         self.gather(self.host.view(torch.uint8), self.device.view(torch.uint8), *misses, run)
@@ -180,15 +199,26 @@ class SeatMachine(RuleBasedStateMachine):
             found = flat[at[:, None] + torch.arange(count)]
             assert torch.equal(found, self.rows_at(hot.number, layer, torch.tensor(wanted)))
             in_slots = [p for k, p in enumerate(wanted) if not resident[i, k]]
-            assert misses.counts[i] == self.use(hot.slots[layer], in_slots)
+            missing = self.use(hot.slots[layer], in_slots)
+            assert misses.counts[i] == len(missing)
+            if is_guess:
+                hot.guessed[layer] = missing
+                counted += Counter({Total.GUESSED: len(missing)})
+            else:
+                num_hits = len(in_slots) - len(missing)
+                right = hot.guessed[layer] & set(in_slots) - missing
+                counted += Counter({Total.HIT: num_hits, Total.MISSED: len(missing)})
+                counted += Counter({Total.GUESSED_RIGHT: len(right)})
+                hot.guessed[layer] = set()
             slots = self.tables._layers[layer]
             order = slots.order[hot.seat.number].tolist()
             assert order == list(hot.slots[layer])
             held = slots.token_in[hot.seat.number].tolist()
             assert held == [hot.slots[layer][slot] for slot in range(NUM_SLOTS)]
+        assert (self.tables.totals[layer] - totals).tolist() == [counted[each] for each in Total]
 
-    def use(self, slots: OrderedDict[int, int], wanted: list[int]) -> int:
-        """What a dictionary makes of it; returns how many were not there."""
+    def use(self, slots: OrderedDict[int, int], wanted: list[int]) -> set[int]:
+        """What a dictionary makes of it; returns those that were not there."""
         hits = [slot for slot, position in slots.items() if position in wanted]
         missing = [p for p in wanted if p not in slots.values()]
         unused = [slot for slot in slots if slot not in hits]
@@ -197,7 +227,7 @@ class SeatMachine(RuleBasedStateMachine):
             slots.move_to_end(slot)
         for slot in hits:
             slots.move_to_end(slot)
-        return len(missing)
+        return set(missing)
 
     @invariant()
     def nothing_is_lost(self) -> None:

@@ -62,6 +62,11 @@ def prompts_of(lengths: list[int]) -> list[list[int]]:
         (False, 0, False, "fp8"),
         (True, 0, False, "fp8"),
         (False, 1, True, "fp8"),
+        (False, 2, False, "auto"),
+        (True, 2, False, "auto"),
+        (False, 2, True, "auto"),
+        (False, 2, False, "fp8"),
+        (True, 2, True, "fp8"),
     ],
 )
 def test_logits_of_hot_and_resident_requests_are_the_same_bits(
@@ -83,7 +88,7 @@ def test_logits_of_hot_and_resident_requests_are_the_same_bits(
     assert_same_bits(make_engine, family, **options)
 
 
-@pytest.mark.parametrize("row_prefetch", [0, 1])
+@pytest.mark.parametrize("row_prefetch", [0, 1, 2])
 def test_rows_of_layers_that_share_a_selection_come_at_once_or_in_parts(
     row_prefetch: int, make_engine: MakeEngine
 ) -> None:
@@ -113,6 +118,7 @@ def assert_same_bits(make_engine: MakeEngine, family: str, **options: Any) -> No
     engine = engines[1]
     engine.take_counts()
     assert engine.metrics.hot_hits > 1000 and engine.metrics.hot_misses > 1000
+    assert (engine.metrics.hot_guessed_right > 100) == (options.get("row_prefetch") == 2)
     assert engine.kv.pool.num_held == 0 or engine.has_transfers
 
 

@@ -13,6 +13,7 @@ from fake_sparse import CpuSparse
 from tiny_models import SPARSE_FAMILIES
 
 from hotset.attention.hot_rows import HotRows
+from hotset.attention.sparse.gathered import GatheredSelection
 from hotset.cost.tuning import TUNINGS
 from hotset.engine import rank_setup
 from hotset.engine.engine import Engine
@@ -118,6 +119,8 @@ SHARED = {
         *((family, {}, 0) for family in SPARSE_FAMILIES),
         ("glm_moe_dsa", SHARED, 0),
         ("glm_moe_dsa", SHARED, 1),
+        *((family, {}, 2) for family in SPARSE_FAMILIES),
+        ("glm_moe_dsa", SHARED, 2),
     ],
 )
 def test_logits_of_hot_and_resident_requests_are_the_same_bits(
@@ -137,11 +140,12 @@ def test_logits_of_hot_and_resident_requests_are_the_same_bits(
     engine = engines[1]
     engine.take_counts()
     assert engine.metrics.hot_hits > 100 and engine.metrics.hot_misses > 100
-    num_layers = len(arena_of(engine).layers)
+    metrics, num_layers = engine.metrics, len(arena_of(engine).layers)
     num_selections = len(engine.executor.runner._hot._selections)
-    rows = engine.metrics.moved_bytes["host>slots"] / (80 * 4)
-    assert engine.metrics.hot_misses * num_layers / num_selections * 0.8 < rows
-    assert rows < engine.metrics.hot_misses * num_layers / num_selections * 1.2
+    assert (0 < metrics.hot_guessed_right < metrics.hot_guessed) == (row_prefetch == 2)
+    rows = metrics.moved_bytes["host>slots"] / (80 * 4)
+    expected = (metrics.hot_misses + metrics.hot_guessed) * num_layers / num_selections
+    assert expected * 0.8 < rows < expected * 1.2
 
 
 def test_a_step_that_breaks_off_costs_one_request_and_no_other_reads_its_slots(
@@ -177,9 +181,57 @@ def test_a_step_that_breaks_off_costs_one_request_and_no_other_reads_its_slots(
     assert_all_is_back(engine)
 
 
+@pytest.mark.parametrize("guessed", ["nothing", "all that is wrong", "any token"])
+def test_a_wrong_guess_changes_no_bit_and_costs_rows_alone(
+    guessed: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is guessed is replaced by the worst of a step's tokens, by random ones, or by none."""
+    rng = torch.Generator().manual_seed(0)
+    choose, misses = GatheredSelection._highest, {}
+
+    def replaced(self: Any, *asked: Any, is_guess: bool = False) -> torch.Tensor:
+        found = choose(self, *asked, is_guess=is_guess)
+        if not is_guess:
+            return found
+        length = int(asked[-1])
+        others = torch.tensor(sorted(set(range(length)) - set(found[0].tolist())))
+        others = others[torch.randperm(len(others), generator=rng)]
+        kinds = {
+            "nothing": torch.full((SELECTED,), -1),
+            "all that is wrong": others[:SELECTED],
+            "any token": torch.randperm(length, generator=rng)[:SELECTED],
+        }
+        return kinds[guessed].int().unsqueeze(0)
+
+    monkeypatch.setattr(GatheredSelection, "_highest", replaced)
+    prompts, logits = long_prompts(3), {}
+    for row_prefetch in (0, 2):
+        options = {"hot_blocks": 150, "hot_tokens": 20, "row_prefetch": row_prefetch}
+        engine = hot_engine(make_engine, **options)
+        logits[row_prefetch] = logits_of(engine, prompts, max_tokens=30, turn=True)
+        engine.take_counts()
+        misses[row_prefetch] = engine.metrics.hot_misses
+    assert all(map(torch.equal, logits[0], logits[2])) and len(logits[0]) == len(logits[2])
+    assert (misses[2] == misses[0]) == (guessed == "nothing")
+    assert (engine.metrics.hot_guessed == 0) == (guessed == "nothing")
+
+
+def test_what_is_guessed_right_is_not_waited_for(make_engine: MakeEngine) -> None:
+    prompts, misses = long_prompts(3), {}
+    for row_prefetch in (0, 2):
+        options = {"hot_blocks": 150, "hot_tokens": 20, "row_prefetch": row_prefetch}
+        engine = hot_engine(make_engine, **options)
+        logits_of(engine, prompts, max_tokens=30, turn=True)
+        engine.take_counts()
+        misses[row_prefetch] = engine.metrics.hot_misses
+    # With random weights a layer adds more to the stream than it had, and most guesses are wrong.
+    assert misses[2] < misses[0] and engine.metrics.hot_guessed_right > 100
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they are compiled: test_gpu_hot_requests.py")
+@pytest.mark.parametrize("row_prefetch", [0, 2])
 def test_a_gpus_kernels_find_and_fetch_the_same_rows(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+    row_prefetch: int, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Launched in Triton's interpreter, with attention by a fake of FlashInfer."""
 
@@ -200,10 +252,13 @@ def test_a_gpus_kernels_find_and_fetch_the_same_rows(
         hot_tokens=SELECTED,
         max_model_len=52,
         max_num_seqs=4,
+        row_prefetch=row_prefetch,
     )
     expected = reference("glm_moe_dsa", prompts, max_tokens=6, **wide)
     assert run(engine, prompts, max_tokens=6) == expected
+    engine.take_counts()
     assert engine.metrics.turned_hot > 0
+    assert (engine.metrics.hot_guessed_right > 0) == (row_prefetch == 2)
     assert_all_is_back(engine)
 
 

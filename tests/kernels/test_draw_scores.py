@@ -17,13 +17,15 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize("width", [1, 511, 512, 1300])
-def test_the_kernel_draws_what_the_reference_draws(width: int) -> None:
+@pytest.mark.parametrize("guess", [None, 0.8])
+def test_the_kernel_draws_what_the_reference_draws(width: int, guess: float | None) -> None:
     lengths = torch.tensor([width, 3, max(1, width - 1)], dtype=torch.int32, device=DEVICE)
     lengths = lengths.clamp(max=width)
     seeds = torch.tensor([-5, 2**31 - 1, 0], dtype=torch.int32, device=DEVICE)
     scores = torch.full((3, width), NAN, device=DEVICE)
-    draw_scores(scores, lengths, seeds, layer=7, count=4, correlation=0.7)
-    expected = drawn_scores(width, lengths, seeds, layer=7, correlation=0.7)
+    asked = {"layer": 7, "correlation": 0.7, "guess_correlation": guess}
+    draw_scores(scores, lengths, seeds, count=4, **asked)
+    expected = drawn_scores(width, lengths, seeds, **asked)
     for row, length in enumerate(lengths.tolist()):
         drawn = length if length > 4 else 0  # fewer need no scores
         torch.testing.assert_close(scores[row, :drawn], expected[row, :drawn], rtol=2e-5, atol=2e-5)
@@ -59,6 +61,22 @@ def test_selections_overlap_and_miss_as_planned(overlap: float) -> None:
     for slots in (512, 1024, 1536):
         planned = DrawnSelections(overlap).misses(context, count, slots)
         assert recorded.misses(context, count, slots) == pytest.approx(planned, abs=0.02 * count)
+
+
+@pytest.mark.parametrize("guessed", [0.5, 0.8])
+def test_a_guess_has_the_share_of_a_selection_that_was_asked_for(guessed: float) -> None:
+    context, count, shares = 8192, 512, []
+    drawn = DrawnSelection.of_overlap(0.4, context=context, count=count, guessed=guessed)
+    for step in range(10):
+        length, seeds = torch.tensor([context + step], dtype=torch.int32), torch.tensor([9])
+        selections = []
+        for is_guess in (False, True):
+            scores = torch.zeros(1, context + step)
+            seen = length - int(is_guess)  # a guess is made before the token's own key is there
+            drawn.replace(scores, seen, seeds, 3, is_guess=is_guess)
+            selections.append(set(select_positions(scores, seen, count)[0].tolist()))
+        shares.append(len(set.intersection(*selections)) / count)
+    assert sum(shares) / len(shares) == pytest.approx(guessed, abs=0.02)
 
 
 def test_scores_are_replaced_in_place() -> None:

@@ -124,7 +124,11 @@ class PagedAttention:
                 store_keys(index.key[0], keys, scales, self._slots)
             self._selection.select(layer, index)
         if asked.latent is not None:
-            return self._attend_to_latents(layer, asked.latent, query, key, value)
+            output = self._attend_to_latents(layer, asked.latent, query, key, value)
+            if asked.index_dim and index is not None and index.guess is not None:
+                assert self._selection is not None
+                self._selection.guess(layer, index.guess)
+            return output
         keys, values = self._arena.layers[layer].unbind(1)
         key_scale, value_scale = self._arena.scales[layer]
         self._store(keys, key, key_scale)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -9,7 +10,7 @@ from hotset.attention.seat_tables import SeatTables
 from hotset.cost.hot_set import fetches
 from hotset.cost.tuning import TUNINGS, Tuning
 from hotset.kernels import hot_reference
-from hotset.kernels.hot_reference import Misses, RowRun
+from hotset.kernels.hot_reference import Misses, RowRun, Total
 from hotset.memory.arena import DeviceArena, row_steps
 from hotset.metrics import HotCounts
 
@@ -24,8 +25,9 @@ _BESIDE = replace(
 class HotRows:
     """Finds and fetches rows within a step, with nothing asked of the host.
 
-    A layer that selects calls `resolve`; that layer, and each that shares its selection, calls
-    `fetch` with what was missing before it attends.
+    A layer that selects calls `resolve`, then `begin` with what was missing. That layer, and each
+    that shares its selection, calls `fetch` before it attends. `guess` fetches for a later layer
+    that selects; whatever it fetched, `resolve` finds what that layer selects.
 
     Args:
         tables: of the hot requests.
@@ -34,6 +36,9 @@ class HotRows:
         fetches_ahead: whether the rows of layers that share a selection come while the layers
             before them compute, on a GPU, and not all with the rows of the first
             layer. They are the same rows.
+
+    Attributes:
+        num_seats: requests that can be hot at once.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class HotRows:
         *,
         fetches_ahead: bool = False,
     ) -> None:
-        self.tables = tables
+        self.tables, self.num_seats = tables, tables.num_seats
         self._host, self._blocks = host, arena.storage.view(torch.uint8)
         self._row_bytes = arena.layers[0][0, 0].nbytes
         self._groups = {group.start: group for group in arena.groups}
@@ -55,6 +60,11 @@ class HotRows:
             for group in arena.groups
             for layers in fetches(group, ahead=fetches_ahead)
         }
+        self._starts = {
+            first: [layer for layer in group if layer in self._runs]
+            for first, group in self._groups.items()
+        }
+        self._guessed: list[Misses] = []  # kept while the stream beside reads it
         self._gather: Callable[..., None] = hot_reference.gather
         if arena.storage.is_cuda:
             from hotset.kernels.gather_rows import gather_rows
@@ -70,6 +80,10 @@ class HotRows:
         """Complete the `rows` that a layer selected; see `SeatTables.resolve`."""
         return self.tables.resolve(self._selections[layer], positions, rows, seats)
 
+    def next_layer(self, layer: int) -> int:
+        """The next layer that selects after one that does."""
+        return self._groups[layer].stop
+
     def counts(self) -> HotCounts:
         """What slots held and what was fetched so far; waits for the device.
 
@@ -78,31 +92,71 @@ class HotRows:
                 are wrong.
         """
         totals = self.tables.totals.tolist()
-        assert not any(lost for _, _, lost in totals), "tokens of a hot request were lost"
+        assert not any(each[Total.LOST] for each in totals), "tokens of a hot request were lost"
         num_rows = sum(
-            misses * len(group)
-            for (_, misses, _), group in zip(totals, self._groups.values(), strict=True)
+            (each[Total.MISSED] + each[Total.GUESSED]) * len(group)
+            for each, group in zip(totals, self._groups.values(), strict=True)
         )
+        sums = [sum(column) for column in zip(*totals, strict=True)]
         return HotCounts(
-            sum(hits for hits, _, _ in totals),
-            sum(misses for _, misses, _ in totals),
-            num_rows * self._row_bytes,
+            hits=sums[Total.HIT],
+            misses=sums[Total.MISSED],
+            guessed=sums[Total.GUESSED],
+            guessed_right=sums[Total.GUESSED_RIGHT],
+            moved_bytes=num_rows * self._row_bytes,
         )
 
+    def begin(self, layer: int, misses: Sequence[Misses]) -> None:
+        """Have the missing rows of a layer that selected come, and those of layers that share them.
+
+        Only where they come on a stream beside: else `fetch` brings them.
+
+        Args:
+            layer: that selected.
+            misses: to be kept until the last of these layers called `fetch`.
+        """
+        if self._ahead is not None:
+            self._ahead.run(self._starts[layer], partial(self._fetch_beside, misses, own=layer))
+
     def fetch(self, layer: int, misses: Sequence[Misses]) -> None:
-        """Bring a layer's missing rows to the device before what comes next; see `gather_rows`.
+        """Have a layer's missing rows on the device before what comes next; see `gather_rows`.
 
         All layers that share a selection call it in turn, with the same `misses`.
         """
         if layer not in self._runs:
             return  # they came with the rows of a layer before
-        if self._ahead is not None and layer not in self._selections:
-            self._ahead.wait_for(layer)
-            return
-        self._fetch(layer, misses)
         if self._ahead is not None:
-            later = [other for other in self._groups[layer][1:] if other in self._runs]
-            self._ahead.run(later, lambda other: self._fetch(other, misses, tuning=_BESIDE))
+            self._ahead.wait_for(layer)
+        else:
+            self._fetch(layer, misses)
+
+    def guess(
+        self, layer: int, chosen: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Fetch what the next layer that selects is guessed to, and what its slots do not hold.
+
+        To be called after `fetch` of the layer that selected last, once in a step. The rows are
+        there when `fetch` of the next one has brought what it did select.
+
+        Args:
+            layer: that selected last.
+            chosen: for some of the step's tokens each, positions, rows and seats as
+                `SeatTables.resolve` takes them. The rows are mutated.
+        """
+        layer = self.next_layer(layer)
+        number = self._selections[layer]
+        missing = [self.tables.resolve(number, *each, is_guess=True) for each in chosen]
+        if self._ahead is None:
+            for start in self._starts[layer]:
+                self._fetch(start, missing)
+            return
+        self._ahead.run(self._starts[layer], partial(self._fetch_beside, missing, own=None))
+        # What the stream beside read before has been waited for since.
+        self._guessed = missing
+
+    def _fetch_beside(self, misses: Sequence[Misses], layer: int, *, own: int | None) -> None:
+        """Fetch while other kernels run, unless they wait: for the rows of `own`."""
+        self._fetch(layer, misses, **({} if layer == own else {"tuning": _BESIDE}))
 
     def _fetch(self, layer: int, misses: Sequence[Misses], **tuning: Tuning) -> None:
         for each in misses:
@@ -127,8 +181,6 @@ class _Ahead:
 
     def run(self, layers: Sequence[int], work: Callable[[int], None]) -> None:
         """Start `work` for each of these layers, in order, after what was submitted."""
-        if not layers:
-            return
         self._started.record()
         self._stream.wait_event(self._started)
         with torch.cuda.stream(self._stream):

@@ -7,7 +7,7 @@ import torch
 
 from hotset.attention.inputs import to_device
 from hotset.kernels import hot_reference
-from hotset.kernels.hot_reference import LayerSeats, Misses
+from hotset.kernels.hot_reference import LayerSeats, Misses, Total
 from hotset.kv.seats import SeatUpdates
 
 _MOST_SLOTS = 2**15
@@ -57,13 +57,14 @@ class SeatTables:
         self._token_in = table(-1, torch.int32, num_selections, num_seats, num_slots)
         self._order = table(0, torch.int16, num_selections, num_seats, num_slots)
         self._slots = torch.arange(num_slots, dtype=torch.int16, device=device)
-        self._totals = table(0, torch.int64, num_selections, num_seats, 3)
+        self._ahead = table(0, torch.int32, num_selections, num_seats, 2)
+        self._totals = table(0, torch.int64, num_selections, num_seats, len(Total))
         rank_of = table(-1, torch.int16, num_seats, num_blocks * block_size)
         spare = table(0, torch.int16, num_seats, num_slots)
         self._layers = [
-            LayerSeats(self._host, self._slot_blocks, token_in, order, rank_of, spare, totals)
-            for token_in, order, totals in zip(
-                self._token_in, self._order, self._totals, strict=True
+            LayerSeats(self._host, self._slot_blocks, token_in, order, rank_of, spare, *counted)
+            for token_in, order, *counted in zip(
+                self._token_in, self._order, self._ahead, self._totals, strict=True
             )
         ]
         self._resolve = hot_reference.resolve
@@ -74,7 +75,7 @@ class SeatTables:
 
     @property
     def totals(self) -> torch.Tensor:
-        """`[selections, 3]` int64 on the device; see `LayerSeats`, of all seats together."""
+        """`[selections, 5]` int64 on the device; see `Total`, of all seats together."""
         return self._totals.sum(1)
 
     def apply(self, updates: SeatUpdates) -> None:
@@ -108,9 +109,16 @@ class SeatTables:
         self._slot_blocks[seats] = blocks.int()
         self._token_in[:, seats] = positions.flatten(1).int()
         self._order[:, seats] = self._slots
+        self._ahead[:, seats] = 0
 
     def resolve(
-        self, selection: int, positions: torch.Tensor, rows: torch.Tensor, seats: torch.Tensor
+        self,
+        selection: int,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        seats: torch.Tensor,
+        *,
+        is_guess: bool = False,
     ) -> Misses:
         """Complete the `rows` of hot requests, in place; see `resolve_rows`.
 
@@ -119,6 +127,7 @@ class SeatTables:
             positions: `[T, K]` int32, what it selected.
             rows: `[T, K]` int32, where that is resident.
             seats: `[T]`, of each token's request; -1 where it is not hot.
+            is_guess: whether it is what the layer is guessed to select.
         """
         return self._resolve(
             positions,
@@ -128,6 +137,7 @@ class SeatTables:
             block_size=self._block_size,
             rows_per_block=self._rows_per_block,
             rows_per_token=self._rows_per_token[selection],
+            is_guess=is_guess,
         )
 
 

@@ -21,6 +21,7 @@ from hotset.errors import PlanError
 _NORMAL = NormalDist()
 _WIDTH, _POINTS = 7.0, 560  # of z: the chance beyond is 3e-12; 0.025 apart
 _HALVINGS = 32  # to nine digits
+GUESSED = 0.8  # of a selection, by its indexer on the input of the layer that selected before
 MOST_OVERLAP = 0.98  # beyond, p(z) is steeper than the points of z resolve
 
 

@@ -11,6 +11,7 @@ from hotset.attention.flashinfer.kernels import start_kernels
 from hotset.attention.flashinfer.sparse import SparseBackend
 from hotset.attention.gather import GatherBackend
 from hotset.attention.hot_rows import HotRows
+from hotset.attention.sparse.indexer import bind_guesses
 from hotset.cgroups import available_host_bytes
 from hotset.cpu_libraries import bound_kernels, set_threads
 from hotset.engine.hot_setup import place_hot_rows
@@ -206,6 +207,9 @@ class RankSetup:
             assert isinstance(backend, GatherBackend | SparseBackend)
             backend.recorder = recorder
         make_runner = PlacingRunner if self._simulated.places_prompts else ModelRunner
+        # Another engine may have had the same model guess.
+        guesses = placed.hot is not None and self._options.memory.row_prefetch == 2
+        bind_guesses(self._model, schedule.max_num_seqs if guesses else None)
         runner = make_runner(
             self._model,
             placed.arena,

@@ -36,8 +36,11 @@ def _draw(  # type: ignore[no-untyped-def]
     width,
     stays,
     noise,
+    guess,
+    error,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
+    IS_GUESS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + token)
@@ -45,11 +48,15 @@ def _draw(  # type: ignore[no-untyped-def]
         # Vectors throughout: products of numbers wrap around, which only those of vectors may.
         zeros = tl.zeros([TILE], tl.uint32)
         key = _mix(_mix(zeros + tl.load(seeds + token).to(tl.uint32)) + layer.to(tl.uint32))
-        step = _mix(key + length.to(tl.uint32))
+        seen = length + 1 if IS_GUESS else length
+        step = _mix(key + seen.to(tl.uint32))
+        wrong = _mix(step + 1)
         for tile in range(tl.program_id(1), tl.cdiv(length, TILE), SPLITS):
             place = tile * TILE + tl.arange(0, TILE)
             at = place.to(tl.uint32)
             score = stays * _normal(key ^ _mix(at)) + noise * _normal(step ^ _mix(at))
+            if IS_GUESS:
+                score = guess * score + error * _normal(wrong ^ _mix(at))
             score = tl.where(score == 0.0, 0.0, score)  # no negative zero: selection compares bits
             tl.store(scores + token * width + place, score, mask=place < length)
 
@@ -62,6 +69,7 @@ def draw_scores(
     layer: int,
     count: int,
     correlation: float,
+    guess_correlation: float | None = None,
 ) -> None:
     """Overwrite scores by `sqrt(c) * a(seed, layer, position) + sqrt(1 - c) * noise(..., length)`.
 
@@ -76,11 +84,15 @@ def draw_scores(
         layer: any number of the layer, 0 or more.
         count: that are selected of each; fewer need no scores.
         correlation: c, of `hotset.cost.selection.correlation`.
+        guess_correlation: of a guess of the scores with them, which is drawn in their place from
+            the same numbers and as many others; `lengths` are then without the token itself. None
+            draws the scores.
 
     Cost: some 60 integer operations per score; 4 bytes of HBM traffic.
     Reference: `hotset.attention.sparse.drawn.drawn_scores`, equal up to rounding.
     """
     num_tokens, width = scores.shape
+    guess = 1.0 if guess_correlation is None else guess_correlation
     splits = triton.next_power_of_2(max(1, _PROGRAMS // num_tokens))
     splits = min(splits, triton.next_power_of_2(triton.cdiv(width, _TILE)))
     _draw[(num_tokens, splits)](
@@ -92,6 +104,9 @@ def draw_scores(
         width,
         correlation**0.5,
         (1 - correlation) ** 0.5,
+        guess,
+        (1 - guess**2) ** 0.5,
         TILE=_TILE,
         SPLITS=splits,
+        IS_GUESS=guess_correlation is not None,
     )

@@ -1,5 +1,6 @@
 """Rows of hot requests: what their kernels take, and the same in PyTorch, which a CPU runs."""
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ class LayerSeats(NamedTuple):
             `token_in`.
         rank_of: `[B, N]` int16, scratch, -1 in between.
         spare: `[B, S]` int16, scratch.
-        totals: `[B, 3]` int64: tokens that a slot held, that had to come, and that had to come and
-            have no copy in host memory, which is a bug. Added to.
+        ahead: `[B, 2]` int32, of the slots that a guess filled the first place in `order` and the
+            one after the last; equal for none. The next selection ends it. Mutated.
+        totals: `[B, 5]` int64, see `Total`. Added to.
     """
 
     host: torch.Tensor
@@ -31,7 +33,23 @@ class LayerSeats(NamedTuple):
     order: torch.Tensor
     rank_of: torch.Tensor
     spare: torch.Tensor
+    ahead: torch.Tensor
     totals: torch.Tensor
+
+
+class Total(IntEnum):
+    """What is counted of the tokens of a seat."""
+
+    HIT = 0
+    """Selected, and a slot held it."""
+    MISSED = 1
+    """Selected, and no slot held it."""
+    LOST = 2
+    """Had to come and has no copy in host memory, which is a bug."""
+    GUESSED = 3
+    """Guessed, and no slot held it: it came ahead of the selection."""
+    GUESSED_RIGHT = 4
+    """Of these, selected next: one of the hits."""
 
 
 class Misses(NamedTuple):
@@ -84,6 +102,7 @@ def resolve(
     block_size: int,
     rows_per_block: int,
     rows_per_token: int,
+    is_guess: bool = False,
 ) -> Misses:
     """See `resolve_rows.resolve_rows`; waits for the device."""
     misses = Misses(
@@ -111,7 +130,14 @@ def resolve(
         goals = slot_rows[~is_hit][:count]
         wanted = positions[missing]
         host = layer.host[seat][wanted // block_size]
-        layer.totals[seat] += torch.stack([is_hit.sum(), host.new_tensor(count), (host < 0).sum()])
+        totals, (first, end) = layer.totals[seat], layer.ahead[seat].tolist()
+        totals[Total.LOST] += (host < 0).sum()
+        totals[Total.GUESSED if is_guess else Total.MISSED] += count
+        if not is_guess:
+            totals[Total.HIT] += is_hit.sum()
+            totals[Total.GUESSED_RIGHT] += is_hit[first:end].sum()
+        num_rest = len(unused) - count
+        layer.ahead[seat] = host.new_tensor([num_rest, num_rest + count] if is_guess else [0, 0])
         found[missing] = goals
         layer.token_in[seat][unused[:count]] = wanted
         parts = [unused[count:], unused[:count], order[is_hit]]

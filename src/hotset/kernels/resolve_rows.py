@@ -22,6 +22,7 @@ def _resolve_seat(  # type: ignore[no-untyped-def]
     order,
     rank_of,
     spare,
+    ahead,
     totals,
     num_selected,
     num_slots,
@@ -29,6 +30,7 @@ def _resolve_seat(  # type: ignore[no-untyped-def]
     rows_per_token,
     BLOCK_SIZE: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    IS_GUESS: tl.constexpr,
 ):
     # One program, whose threads tell each other through memory: barriers order that.
     i = tl.arange(0, AT_ONCE)
@@ -41,6 +43,8 @@ def _resolve_seat(  # type: ignore[no-untyped-def]
     # Slots that stay unused go to the front of `spare`, in order; those of hits to its end,
     # backwards.
     num_unused = 0
+    num_guessed = 0
+    guessed_first, guessed_end = tl.load(ahead), tl.load(ahead + 1)
     for first in range(0, num_slots, AT_ONCE):
         place = first + i
         is_slot = place < num_slots
@@ -56,6 +60,8 @@ def _resolve_seat(  # type: ignore[no-untyped-def]
         goal = tl.where(is_hit, num_slots - 1 - (place - before), before)
         tl.store(spare + goal, slot.to(tl.int16), mask=is_slot)
         num_unused += tl.sum(unused)
+        is_guessed = is_hit & (place >= guessed_first) & (place < guessed_end)
+        num_guessed += tl.sum(is_guessed.to(tl.int32))
     tl.debug_barrier()
     num_misses = 0
     num_lost = 0
@@ -87,9 +93,17 @@ def _resolve_seat(  # type: ignore[no-untyped-def]
         slot = tl.load(spare + at, mask=place < num_slots, other=0)
         tl.store(order + place, slot, mask=place < num_slots)
     tl.store(count, num_misses)
-    tl.store(totals, tl.load(totals) + num_slots - num_unused)
-    tl.store(totals + 1, tl.load(totals + 1) + num_misses)
     tl.store(totals + 2, tl.load(totals + 2) + num_lost)
+    if IS_GUESS:
+        tl.store(ahead, num_rest)
+        tl.store(ahead + 1, num_unused)
+        tl.store(totals + 3, tl.load(totals + 3) + num_misses)
+    else:
+        tl.store(ahead, 0)
+        tl.store(ahead + 1, 0)
+        tl.store(totals, tl.load(totals) + num_slots - num_unused)
+        tl.store(totals + 1, tl.load(totals + 1) + num_misses)
+        tl.store(totals + 4, tl.load(totals + 4) + num_guessed)
 
 
 @triton.jit(do_not_specialize=["rows_per_token"])  # type: ignore[untyped-decorator]
@@ -106,6 +120,7 @@ def _resolve_rows(  # type: ignore[no-untyped-def]
     order,
     rank_of,
     spare,
+    ahead,
     totals,
     num_selected,
     num_slots,
@@ -115,6 +130,7 @@ def _resolve_rows(  # type: ignore[no-untyped-def]
     rows_per_token,
     BLOCK_SIZE: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    IS_GUESS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     seat = tl.load(seats + token).to(tl.int64)
@@ -133,13 +149,15 @@ def _resolve_rows(  # type: ignore[no-untyped-def]
             order + seat * num_slots,
             rank_of + seat * most_tokens,
             spare + seat * num_slots,
-            totals + seat * 3,
+            ahead + seat * 2,
+            totals + seat * 5,
             num_selected,
             num_slots,
             rows_per_block,
             rows_per_token,
             BLOCK_SIZE,
             AT_ONCE,
+            IS_GUESS,
         )
 
 
@@ -152,6 +170,7 @@ def resolve_rows(
     block_size: int,
     rows_per_block: int,
     rows_per_token: int,
+    is_guess: bool = False,
 ) -> Misses:
     """Find the rows of selected tokens in the slots of hot requests, in place, and choose slots.
 
@@ -160,15 +179,20 @@ def resolve_rows(
     slots of this step's misses follow the unused ones, then those of its hits. That is exact LRU,
     without a sort.
 
+    A guess of what a layer will select is resolved likewise, so that the missing rows can come
+    ahead. The selection is resolved after it, whatever was guessed: a wrong guess has taken slots
+    and bytes, and changes no row that is attended to.
+
     Args:
         selection: `[T, K]` int32, contiguous: positions, distinct, -1 for none.
         rows: `[T, K]` int32, contiguous: the device row of each, -1 where it is not resident. The
             rows of hot requests are completed.
         seats: `[T]` int32 or int64: of each token's request, -1 where it is not hot. Distinct.
-        layer: the tables. `token_in`, `order` and `totals` are changed.
+        layer: the tables. `token_in`, `order`, `ahead` and `totals` are changed.
         block_size: tokens of a block.
         rows_per_block: device rows from one block to the next, see `RowRun`.
         rows_per_token: likewise from one token to the next.
+        is_guess: whether `selection` is guessed; its hits and misses are counted apart.
 
     Returns:
         The rows to gather, in the order of the selection.
@@ -198,6 +222,7 @@ def resolve_rows(
         rows_per_token,
         BLOCK_SIZE=block_size,
         AT_ONCE=_AT_ONCE,
+        IS_GUESS=is_guess,
         num_warps=8,
     )
     return misses

@@ -6,7 +6,14 @@ from tiny_models import make_model
 
 from hotset.attention.sparse import indexer as indexer_module
 from hotset.attention.sparse.check import check_indexers
-from hotset.attention.sparse.indexer import FORMS, bind_indexers, indexers
+from hotset.attention.sparse.indexer import (
+    FORMS,
+    Index,
+    NextLayer,
+    bind_guesses,
+    bind_indexers,
+    indexers,
+)
 from hotset.errors import ModelError
 
 FAMILIES = tuple(FORMS)
@@ -90,3 +97,54 @@ def test_an_index_has_the_documented_shapes(dtype: torch.dtype) -> None:
     assert index.query.dtype == index.key.dtype == dtype
     assert index.weights.shape == (1, 5, heads)
     assert index.weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_next_indexer_is_asked_about_the_residual_stream_as_its_own_layer_norms_it(
+    family: str,
+) -> None:
+    """So a guess is what it would have selected with this layer's input."""
+    model = make_model(family)
+    bind_indexers(model)
+    layers = [one for one in model.model.layers if one.self_attn.indexer is not None]
+    here, there = layers[:2]
+    for norm in (here.input_layernorm, there.input_layernorm):
+        norm.weight.data = torch.rand_like(norm.weight) + 0.5
+    stream = torch.randn(1, 7, model.config.hidden_size)
+    positions = model.model.rotary_emb(stream, position_ids=torch.arange(7)[None])
+
+    def asked(layer: torch.nn.Module) -> Index:
+        hidden, attention = layer.input_layernorm(stream), layer.self_attn
+        residual = attention.q_a_layernorm(attention.q_a_proj(hidden))
+        index: Index = attention.indexer(hidden, residual, positions)
+        return index
+
+    assert asked(here).guess is None
+    bind_guesses(model, 5)
+    guess, expected = asked(here).guess, asked(there)
+    assert guess is not None
+    torch.testing.assert_close(guess.query, expected.query[:, :5], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guess.weights, expected.weights[:, :5], rtol=1e-4, atol=1e-5)
+    assert [asked(layer).guess is None for layer in layers] == [*[False] * (len(layers) - 1), True]
+    bind_guesses(model, None)
+    assert asked(here).guess is None
+
+
+def test_what_keeps_selections_from_being_guessed_is_said_and_none_is() -> None:
+    model = make_model("deepseek_v32")
+    bind_indexers(model)
+    del model.model.layers[2].self_attn.q_a_layernorm
+
+    with pytest.raises(ModelError, match=r"DeepseekV32.*q_a_layernorm.*; give row_prefetch 1 or"):
+        bind_guesses(model, 5)
+
+    assert all(indexer.next_layer is None for indexer in indexers(model))
+
+
+def test_a_weight_of_a_norm_that_is_zero_tells_nothing_of_the_stream() -> None:
+    model = make_model("deepseek_v32")
+    bind_indexers(model)
+    here, there = model.model.layers[:2]
+    here.input_layernorm.weight.data[3] = 0.0
+    hidden, _ = NextLayer(here, there, 4).inputs(torch.ones(1, 2, model.config.hidden_size))
+    assert hidden.isfinite().all() and (hidden[..., 3] == 0).all() and (hidden[..., 4] == 1).all()

@@ -1,6 +1,6 @@
 """Sparse attention over latents by FlashInfer: it attends to the rows that an indexer selected."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from hotset.attention.inputs import Inputs, fill, to_device
 from hotset.attention.sparse.drawn import DrawnSelection, seeds_of
 from hotset.attention.sparse.indexer import Index
 from hotset.attention.sparse.recorder import SelectionRecorder
+from hotset.attention.sparse.rounded import turned_query
 from hotset.attention.spec import LayerAttention
 from hotset.cost.workspace import SCORES_BYTES
 from hotset.memory.arena import DeviceArena, row_steps
@@ -120,6 +121,10 @@ class SparseBackend(LatentBackend):
         indexer = layers[0].indexer
         assert indexer is not None
         self.layers, self.count, self._indexer = layers, indexer.top_k, indexer
+        if any(scales is not None for scales in arena.index_scales):
+            # What `store_index` does to a query: numbers that any dtype has, for one product.
+            unit = torch.eye(indexer.key_dim, device=self.device)
+            self._turn = turned_query(unit).to(layers[0].dtype)
         self._page_size = 1
         self.caches = [_pages(cache, self.rank) for cache in arena.layers]
 
@@ -215,10 +220,16 @@ class SparseBackend(LatentBackend):
         Returns:
             `[T, H, R]`, weighted sums of latents.
         """
+        hot, guessed = self._hot, []
         if self.layers[layer].index_dim:
             self._select(step, layer, index)
-        if self._hot is not None:
-            self._hot.fetch(layer, step.misses)
+            if hot is not None:
+                hot.begin(layer, step.misses)
+                guessed = self._guess(step, layer, index)
+        if hot is not None:
+            hot.fetch(layer, step.misses)
+            if guessed:
+                hot.guess(layer, guessed)
         sinks = self.layers[layer].sinks
         for number, part in enumerate(slices):
             options = {}
@@ -253,52 +264,98 @@ class SparseBackend(LatentBackend):
     def _select(self, step: SparseStep, layer: int, index: Index) -> None:
         """Score the keys that each token sees, and put the rows of the highest into `step.rows`."""
         query, weights = index.query[0].contiguous(), index.weights[0].contiguous()
-        rows_per_block, rows_per_token = row_steps(self.arena.layers[layer])
-        keys, key_scales = self.arena.index_keys[layer], self.arena.index_scales[layer]
-        num_scored = min(len(query), self._most_scored)
-        scores = weights.new_empty(num_scored, self._width)
-        no_offsets = step.rows.new_zeros(num_scored)
         step.misses.clear()
-        for part in parts(len(query), num_scored):
+        for part, scores in self._parts(len(query)):
             tokens = step.tokens.rows(part.start, part.stop)
-            count = part.stop - part.start
-            self._scoring.score_paged_keys(
-                query[part],
-                weights[part],
-                keys,
-                tokens,
-                scores[:count],
-                count=self.count,
-                key_scales=key_scales,
-            )
-            if self._drawn is not None:
-                seeds = seeds_of(keys, tokens.block_ids.index_select(0, tokens.starts))
-                self._drawn.replace(scores[:count], tokens.lengths, seeds, layer)
-            positions = self._top_k(
-                scores[:count],
-                no_offsets[:count],
-                tokens.lengths,
-                self.count,
-                deterministic=True,
-                tie_break=_LOWER_POSITION,
-            )
+            positions = self._highest(scores, layer, query[part], weights[part], tokens)
             if self.recorder is not None:
                 self.recorder.note(layer, positions, part.start)
-            self._scoring.find_rows(
-                positions,
-                tokens,
-                step.rows[part],
-                block_size=self.arena.block_size,
-                rows_per_block=rows_per_block,
-                rows_per_token=rows_per_token,
-            )
-            if self._hot is not None and part.start < self._hot.tables.num_seats:
+            self._find_rows(layer, positions, tokens, step.rows[part])
+            if self._hot is not None and part.start < self._hot.num_seats:
                 # Hot requests decode, and decodes come before all other tokens.
                 assert index.seats is not None
-                end = min(part.stop, self._hot.tables.num_seats)
+                end = min(part.stop, self._hot.num_seats)
                 first = slice(part.start, end)
                 found = positions[: end - part.start], step.rows[first], index.seats[first]
                 step.misses.append(self._hot.resolve(layer, *found))
+
+    def _guess(
+        self, step: SparseStep, layer: int, index: Index
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """What hot requests are guessed to select next: positions, rows and seats of some each."""
+        guess, seats, found = index.guess, index.seats, []
+        if guess is None:
+            return []
+        assert seats is not None and self._hot is not None
+        ahead = self._hot.next_layer(layer)
+        query, weights = guess.query[0].contiguous(), guess.weights[0].contiguous()
+        if self.arena.index_scales[ahead] is not None:
+            query = query @ self._turn
+        for part, scores in self._parts(len(query)):
+            seated, tokens = seats[part], step.tokens.rows(part.start, part.stop)
+            # A token's own key is not there yet, and its row is resident. No other request guesses.
+            lengths = torch.where(seated >= 0, tokens.lengths - 1, 0)
+            tokens = tokens._replace(lengths=lengths)
+            asked = query[part], weights[part], tokens
+            positions = self._highest(scores, ahead, *asked, is_guess=True)
+            rows = torch.empty_like(positions)
+            self._find_rows(ahead, positions, tokens, rows)
+            found.append((positions, rows, seated))
+        return found
+
+    def _parts(self, num_tokens: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Tokens that are scored at once, and `[T, N]` float32 for their scores."""
+        num_scored = min(num_tokens, self._most_scored)
+        scores = torch.empty(num_scored, self._width, device=self.device)
+        for part in parts(num_tokens, num_scored):
+            yield part, scores[: part.stop - part.start]
+
+    def _highest(
+        self,
+        scores: torch.Tensor,
+        layer: int,
+        query: torch.Tensor,
+        weights: torch.Tensor,
+        tokens: "PagedTokens",
+        *,
+        is_guess: bool = False,
+    ) -> torch.Tensor:
+        """The positions of a layer's highest scores, `[T, K]` int32; `scores` are overwritten."""
+        keys = self.arena.index_keys[layer]
+        self._scoring.score_paged_keys(
+            query,
+            weights,
+            keys,
+            tokens,
+            scores,
+            count=self.count,
+            key_scales=self.arena.index_scales[layer],
+        )
+        if self._drawn is not None:
+            seeds = seeds_of(keys, tokens.block_ids.index_select(0, tokens.starts))
+            self._drawn.replace(scores, tokens.lengths, seeds, layer, is_guess=is_guess)
+        positions: torch.Tensor = self._top_k(
+            scores,
+            torch.zeros_like(tokens.lengths),
+            tokens.lengths,
+            self.count,
+            deterministic=True,
+            tie_break=_LOWER_POSITION,
+        )
+        return positions
+
+    def _find_rows(
+        self, layer: int, positions: torch.Tensor, tokens: "PagedTokens", rows: torch.Tensor
+    ) -> None:
+        rows_per_block, rows_per_token = row_steps(self.arena.layers[layer])
+        self._scoring.find_rows(
+            positions,
+            tokens,
+            rows,
+            block_size=self.arena.block_size,
+            rows_per_block=rows_per_block,
+            rows_per_token=rows_per_token,
+        )
 
 
 def _pages(cache: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:

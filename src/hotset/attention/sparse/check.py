@@ -47,7 +47,7 @@ def share_kept(model: PreTrainedModel) -> float:
     for indexer in indexers(model):
         count = min(indexer.index_topk, _MOST_SELECTED)
         given, positions = _random_tokens(model, indexer)
-        query, key, weights, _ = indexer(*given)
+        query, key, weights, *_ = indexer(*given)
         keys, scales = round_keys(turn(key[0]))
         rounded = keys.float() * scales.unsqueeze(-1)
         plain, other = (
@@ -81,7 +81,7 @@ def _difference(model: PreTrainedModel, indexer: Any) -> str | None:
         is_seen = positions <= positions[:, None]
         indexer.index_topk = count
         theirs = type(indexer).forward(indexer, *given, is_seen[None], positions[None])[0].long()
-        query, key, weights, _ = indexer(*given)
+        query, key, weights, *_ = indexer(*given)
     except Exception as error:  # whatever code of another version makes of it
         return f"cannot be checked: {first_line(error)}"
     finally:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hotset.cost.cache_spec import KEYS_ALONE
-from hotset.cost.selection import correlation
+from hotset.cost.selection import GUESSED, correlation
 
 _MASK = 0xFFFFFFFF
 
@@ -36,6 +36,7 @@ def drawn_scores(
     *,
     layer: int,
     correlation: float,
+    guess_correlation: float | None = None,
 ) -> torch.Tensor:
     """The reference of `kernels.draw_scores`: `[T, num_keys]` float32, of all positions.
 
@@ -45,13 +46,20 @@ def drawn_scores(
         seeds: `[T]` integers, one per request.
         layer: any number of the layer, 0 or more.
         correlation: of the scores of one position in two steps.
+        guess_correlation: of a guess of these scores with them, which is drawn in their place;
+            `lengths` are then without the token itself. None draws the scores.
     """
+    seen = lengths if guess_correlation is None else lengths + 1
     places = _mix(torch.arange(num_keys, device=lengths.device))
     key = _mix((_mix(seeds.long() & _MASK) + layer) & _MASK)
-    step = _mix((key + lengths.long()) & _MASK)
+    step = _mix((key + seen.long()) & _MASK)
     stays = correlation**0.5 * _normal(key[:, None] ^ places)
     noise = (1 - correlation) ** 0.5 * _normal(step[:, None] ^ places)
-    return torch.add((stays + noise).float(), 0.0)  # no negative zero
+    scores = (stays + noise).float()
+    if guess_correlation is not None:
+        error = _normal(_mix((step + 1) & _MASK)[:, None] ^ places).float()
+        scores = guess_correlation * scores + (1 - guess_correlation**2) ** 0.5 * error
+    return torch.add(scores, 0.0)  # no negative zero
 
 
 def seeds_of(keys: torch.Tensor, first_blocks: torch.Tensor) -> torch.Tensor:
@@ -76,19 +84,33 @@ class DrawnSelection:
     Attributes:
         count: K, tokens that a query selects.
         correlation: of the scores of one position in two steps.
+        guess_correlation: of the scores of a layer with a guess of them.
     """
 
     count: int
     correlation: float
+    guess_correlation: float
 
     @classmethod
-    def of_overlap(cls, overlap: float, *, context: int, count: int) -> "DrawnSelection":
-        """Selections that overlap by `overlap`, of contexts of about this many tokens."""
+    def of_overlap(
+        cls, overlap: float, *, context: int, count: int, guessed: float = GUESSED
+    ) -> "DrawnSelection":
+        """Selections that overlap by `overlap`, of contexts of about this many tokens.
+
+        A guess of a selection has `guessed` of it.
+        """
         share = count / context
-        return cls(count, correlation(share, max(share, overlap)))
+        drawn = (correlation(share, max(share, each)) for each in (overlap, guessed))
+        return cls(count, *drawn)
 
     def replace(
-        self, scores: torch.Tensor, lengths: torch.Tensor, seeds: torch.Tensor, layer: int
+        self,
+        scores: torch.Tensor,
+        lengths: torch.Tensor,
+        seeds: torch.Tensor,
+        layer: int,
+        *,
+        is_guess: bool = False,
     ) -> None:
         """Overwrite the scores of a layer, after they were computed; see `draw_scores`.
 
@@ -97,7 +119,9 @@ class DrawnSelection:
             lengths: `[T]` int32.
             seeds: `[T]` int32; the same for a request in each step, layer and run.
             layer: its number.
+            is_guess: whether they are a guess of the scores, of tokens before each alone.
         """
+        guess_correlation = self.guess_correlation if is_guess else None
         if scores.is_cuda:
             from hotset.kernels.draw_scores import draw_scores
 
@@ -108,9 +132,15 @@ class DrawnSelection:
                 layer=layer,
                 count=self.count,
                 correlation=self.correlation,
+                guess_correlation=guess_correlation,
             )
             return
         drawn = drawn_scores(
-            scores.shape[1], lengths, seeds, layer=layer, correlation=self.correlation
+            scores.shape[1],
+            lengths,
+            seeds,
+            layer=layer,
+            correlation=self.correlation,
+            guess_correlation=guess_correlation,
         )
         scores.copy_(drawn)

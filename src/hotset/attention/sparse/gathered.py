@@ -9,7 +9,7 @@ from hotset.attention.grouped import grouped_query_attention
 from hotset.attention.hot_rows import HotRows
 from hotset.attention.latent import LatentWeights
 from hotset.attention.sparse.drawn import DrawnSelection, seeds_of
-from hotset.attention.sparse.indexer import Index
+from hotset.attention.sparse.indexer import Guess, Index
 from hotset.attention.sparse.recorder import SelectionRecorder
 from hotset.attention.sparse.rounded import turned_query, widen_keys
 from hotset.attention.sparse.select import score_keys, select_positions
@@ -61,31 +61,17 @@ class GatheredSelection:
             layer: that selects, and whose index keys of the step are stored.
             index: of the step's tokens.
         """
-        # [num_blocks or more, block_size, D], and [num_blocks or more, block_size]
-        keys, scales = self._arena.index_keys[layer], self._arena.index_scales[layer]
-        query = index.query[0] if scales is None else turned_query(index.query[0])
-        steps, positions = row_steps(self._arena.layers[layer]), []
+        query, weights, positions = index.query[0], index.weights[0], []
         for sequence, table in zip(self._sequences, self._tables, strict=True):
             n = sequence.context_len
-            blocks = table & ~KEYS_ALONE
-            own = keys[blocks] if scales is None else widen_keys(keys, scales, blocks)
-            own = own.flatten(0, 1)[:n]
-            lengths = torch.arange(n - sequence.num_tokens + 1, n + 1, device=own.device)
-            num_at_once = max(1, _MOST_VALUES // (index.query.shape[2] * n))
-            parts = []
-            for first in range(0, sequence.num_tokens, num_at_once):
-                end = min(first + num_at_once, sequence.num_tokens)
-                rows = slice(sequence.start + first, sequence.start + end)
-                scores = score_keys(query[rows], index.weights[0, rows], own)
-                if self._drawn is not None:
-                    seeds = seeds_of(keys, table[:1].expand(end - first))
-                    self._drawn.replace(scores, lengths[first:end], seeds, layer)
-                parts.append(select_positions(scores, lengths[first:end], self._count))
-            positions.append(torch.cat(parts))
+            lengths = torch.arange(n - sequence.num_tokens + 1, n + 1, device=query.device)
+            rows = slice(sequence.start, sequence.start + sequence.num_tokens)
+            asked = query[rows], weights[rows], lengths
+            positions.append(self._highest(layer, table, *asked))
             if self._recorder is not None:
                 self._recorder.note(layer, positions[-1], sequence.start)
         self._rows = [
-            self._rows_of(*each, *steps) for each in zip(positions, self._tables, strict=True)
+            self._rows_of(layer, *each) for each in zip(positions, self._tables, strict=True)
         ]
         if self._seated:
             assert self._hot is not None
@@ -95,11 +81,69 @@ class GatheredSelection:
             self._misses = self._hot.resolve(layer, selected, found, self._seats)
             for i, own in zip(self._seated, found.unsqueeze(1), strict=True):
                 self._rows[i] = own
+            self._hot.begin(layer, [self._misses])
 
-    def _rows_of(
-        self, positions: torch.Tensor, table: torch.Tensor, per_block: int, per_token: int
+    def guess(self, layer: int, guess: Guess) -> None:
+        """Fetch what hot requests are guessed to select next, after `attend` of a layer.
+
+        Args:
+            layer: that selected last.
+            guess: of the step's first tokens, with those of all hot requests.
+        """
+        if not self._seated:
+            return
+        assert self._hot is not None
+        ahead, positions, rows = self._hot.next_layer(layer), [], []
+        for i in self._seated:
+            sequence, table = self._sequences[i], self._tables[i]
+            token = slice(sequence.start, sequence.start + 1)
+            # The token's own key is not there yet, and its row is resident.
+            before = torch.tensor([sequence.context_len - 1], device=guess.query.device)
+            asked = guess.query[0, token], guess.weights[0, token], before
+            positions.append(self._highest(ahead, table, *asked, is_guess=True))
+            rows.append(self._rows_of(ahead, positions[-1], table))
+        self._hot.guess(layer, [(torch.cat(positions), torch.cat(rows), self._seats)])
+
+    def _highest(
+        self,
+        layer: int,
+        table: torch.Tensor,
+        query: torch.Tensor,
+        weights: torch.Tensor,
+        lengths: torch.Tensor,
+        *,
+        is_guess: bool = False,
     ) -> torch.Tensor:
-        """Numbers of the rows at `[Q, K]` positions, int32; -1 where there is none."""
+        """The positions of a layer's highest scores in a sequence, `[Q, K]` int32.
+
+        Args:
+            layer: that has the index keys.
+            table: blocks of the sequence.
+            query: `[Q, H_i, D]`.
+            weights: `[Q, H_i]`.
+            lengths: `[Q]`, leading keys that each scores, ascending.
+            is_guess: see `DrawnSelection.replace`.
+        """
+        # [num_blocks or more, block_size, D], and [num_blocks or more, block_size]
+        keys, scales = self._arena.index_keys[layer], self._arena.index_scales[layer]
+        query = query if scales is None else turned_query(query)
+        blocks, num_keys = table & ~KEYS_ALONE, int(lengths[-1])
+        own = keys[blocks] if scales is None else widen_keys(keys, scales, blocks)
+        own = own.flatten(0, 1)[:num_keys]
+        num_at_once = max(1, _MOST_VALUES // (query.shape[1] * num_keys))
+        found = []
+        for first in range(0, len(query), num_at_once):
+            rows = slice(first, first + num_at_once)
+            scores = score_keys(query[rows], weights[rows], own)
+            if self._drawn is not None:
+                seeds = seeds_of(keys, table[:1].expand(len(scores)))
+                self._drawn.replace(scores, lengths[rows], seeds, layer, is_guess=is_guess)
+            found.append(select_positions(scores, lengths[rows], self._count))
+        return torch.cat(found)
+
+    def _rows_of(self, layer: int, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Numbers of a layer's rows at `[Q, K]` positions, int32; -1 where there is none."""
+        per_block, per_token = row_steps(self._arena.layers[layer])
         size, places = self._arena.block_size, positions.clamp(min=0).long()
         blocks = table[places // size]
         rows = blocks * per_block + places % size * per_token

@@ -10,6 +10,7 @@ Source: DeepSeek-V3.2-Exp, section 2.1, equation 1.
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -23,6 +24,18 @@ from hotset.errors import ModelError
 Rotate: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class Guess(NamedTuple):
+    """What the next indexer makes of the input of the layer before it; T = the first tokens.
+
+    Attributes:
+        query: `[1, T, H_i, D]`, see `Index`.
+        weights: `[1, T, H_i]` float32, likewise.
+    """
+
+    query: torch.Tensor
+    weights: torch.Tensor
+
+
 class Index(NamedTuple):
     """What an indexer makes of a step's tokens; T tokens, H_i heads, D wide.
 
@@ -34,12 +47,14 @@ class Index(NamedTuple):
         key: `[1, T, D]`.
         weights: `[1, T, H_i]` float32, with all scales in them.
         seats: `[T]`, see `Inputs`; what attention adds, None before.
+        guess: of what the next layer with an indexer will select; None where none is made.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     weights: torch.Tensor
     seats: torch.Tensor | None = None
+    guess: Guess | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +100,69 @@ def bind_indexers(model: PreTrainedModel) -> None:
         )
     for indexer in found:
         indexer.forward = types.MethodType(_FORWARD[form], indexer)
+        indexer.next_layer = None
+
+
+def bind_guesses(model: PreTrainedModel, most_tokens: int | None) -> None:
+    """Have each indexer of a bound model add a `Guess` to its `Index`, but for the last one.
+
+    Args:
+        model: whose layers are guessed for; one without indexers stays as it is.
+        most_tokens: the first of a step that are guessed for; None has no indexer guess.
+
+    Raises:
+        ModelError: its layers are not built as those of the families known; none guesses.
+    """
+    for indexer in indexers(model):
+        indexer.next_layer = None
+    if most_tokens is None:
+        return
+    selecting = [
+        layer
+        for layer in model.get_decoder().layers
+        if getattr(layer.self_attn, "indexer", None) is not None
+    ]
+    try:
+        ahead = [NextLayer(*pair, most_tokens) for pair in pairwise(selecting)]
+    except AttributeError as error:
+        raise ModelError(
+            f"the layers of {type(model).__name__} are built otherwise than was expected "
+            f"({error}), so that no selection can be guessed; give row_prefetch 1 or less"
+        ) from error
+    for layer, one in zip(selecting, ahead, strict=False):
+        layer.self_attn.indexer.next_layer = one
+
+
+class NextLayer:
+    """The next layer that selects, which is asked about the input of one before it.
+
+    The residual stream changes little from layer to layer, so most of the answer is right. What
+    an indexer is given is that stream as its own layer norms it: the weight of that norm is
+    exchanged for the next layer's.
+
+    Args:
+        here: a decoder layer with an indexer.
+        there: the next one.
+        most_tokens: the first of a step that are asked about.
+
+    Attributes:
+        indexer: of the next layer.
+    """
+
+    def __init__(self, here: Any, there: Any, most_tokens: int) -> None:
+        self.indexer: Any = there.self_attn.indexer
+        self._attention, self._most_tokens = there.self_attn, most_tokens
+        for name in ("q_a_proj", "q_a_layernorm"):
+            getattr(self._attention, name)
+        norm, other = (layer.input_layernorm.weight.detach() for layer in (here, there))
+        ratio = other.float() / norm.float()
+        self._ratio = torch.where(norm == 0, 0.0, ratio).to(norm.dtype)
+
+    def inputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What its indexer is given, `[1, T, ...]`, for the normed input of the layer `here`."""
+        hidden = hidden[:, : self._most_tokens] * self._ratio
+        attention = self._attention
+        return hidden, attention.q_a_layernorm(attention.q_a_proj(hidden))
 
 
 def indexer_of(attention: Any, index: Index) -> Indexer:
@@ -115,21 +193,37 @@ def _make_index(
 ) -> Index:
     rotary = indexer.qk_rope_head_dim
     cos, sin = (each.unsqueeze(2) for each in position_embeddings)
-    query = indexer.wq_b(query_residual).unflatten(-1, (-1, indexer.head_dim))
-    norm = indexer.k_norm  # of some families in float32
-    key = norm(indexer.wk(hidden).to(norm.weight.dtype)).to(hidden.dtype).unsqueeze(2)
-    turned = []
-    for each in (query, key):  # [1, T, H_i or 1, D]
+
+    def turned(each: torch.Tensor) -> torch.Tensor:  # [1, T, H_i or 1, D]
+        num_tokens = each.shape[1]
+        cosines, sines = cos[:, :num_tokens], sin[:, :num_tokens]
         if rotates_last:
             kept, last = each[..., :-rotary], each[..., -rotary:]
-            turned.append(torch.cat([kept, rotate(last, cos, sin)], dim=-1))
-        else:
-            first, kept = each[..., :rotary], each[..., rotary:]
-            turned.append(torch.cat([rotate(first, cos, sin), kept], dim=-1))
+            return torch.cat([kept, rotate(last, cosines, sines)], dim=-1)
+        first, kept = each[..., :rotary], each[..., rotary:]
+        return torch.cat([rotate(first, cosines, sines), kept], dim=-1)
+
+    norm = indexer.k_norm  # of some families in float32
+    key = norm(indexer.wk(hidden).to(norm.weight.dtype)).to(hidden.dtype).unsqueeze(2)
+    query, weights = turned(_queries(indexer, query_residual)), _weights(indexer, hidden)
+    guess = None
+    if (ahead := indexer.next_layer) is not None:
+        theirs, residual = ahead.inputs(hidden)
+        query_ahead = turned(_queries(ahead.indexer, residual))
+        guess = Guess(query_ahead, _weights(ahead.indexer, theirs))
+    return Index(query, turned(key).squeeze(2), weights, guess=guess)
+
+
+def _queries(indexer: Any, residual: torch.Tensor) -> torch.Tensor:
+    queries: torch.Tensor = indexer.wq_b(residual).unflatten(-1, (-1, indexer.head_dim))
+    return queries
+
+
+def _weights(indexer: Any, hidden: torch.Tensor) -> torch.Tensor:
     projection = indexer.weights_proj  # of some models in float32
     weights = projection(hidden.to(projection.weight.dtype)).float()
-    scale = indexer.n_heads**-0.5 * indexer.softmax_scale
-    return Index(turned[0], turned[1].squeeze(2), weights * scale)
+    scaled: torch.Tensor = weights * (indexer.n_heads**-0.5 * indexer.softmax_scale)
+    return scaled
 
 
 def _turn_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
