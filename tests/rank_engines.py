@@ -8,6 +8,7 @@ from engines import sizes_in_blocks
 from tiny_models import make_model
 from torch import distributed
 
+from hotset.engine import load
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.load import load_on_ranks
@@ -49,6 +50,16 @@ def make_ranked_engine(
     loaded = replace(loaded, ranks=ranks)
     options = sizes_in_blocks(loaded.model, num_ranks=ranks.size, **changes)
     return build_engine(Options.of(tp=ranks.size, **options), loaded, overlap=overlap)
+
+
+def make_folder_engine(ranks: Ranks, options: Options) -> Engine:
+    """An engine of several ranks over a checkpoint, as `load_engine` makes one."""
+    return build_engine(options, replace(ranks.load(load_folder, options), ranks=ranks))
+
+
+def load_folder(options: Options) -> LoadedModel:
+    """This rank's part of a checkpoint."""
+    return load._load(options)
 
 
 BAD_TOKEN = 99  # on rank 1

@@ -1,5 +1,6 @@
 """Linear layers of quantised checkpoints that stay in few bits: the widened model's, merged."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,9 @@ from hotset.linear.merged import MergedLinear
 from hotset.linear.narrow_matrix import NarrowMatrix
 from hotset.linear.quant_linear import QuantLinear
 from hotset.model import checkpoint, narrow_linears, weights
+from hotset.model.cut_model import ModelCutter
 from hotset.model.narrow_linears import narrow_bytes, narrow_form
+from hotset.parallel import group
 from hotset.weight_format import AWQ_128, FP8_BLOCK, INT4_128, NVFP4
 
 CPU = torch.device("cpu")
@@ -39,11 +42,13 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "narrow_form", form_of)
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, cutter: ModelCutter | None = None) -> Any:
     architecture = checkpoint.read_architecture(folder)
     tensors = CheckpointTensors(folder, architecture.fields)
     architecture.config.__dict__.pop("quantization_config", None)
-    model = weights.load_in_place(architecture, tensors, CPU, torch.float32, fp8=False)
+    model = weights.load_in_place(
+        architecture, tensors, CPU, torch.float32, fp8=False, cutter=cutter
+    )
     assert model is not None
     return model.eval()
 
@@ -96,6 +101,41 @@ def test_blocks_are_merged_where_they_end_with_a_layer(
     expected = expected_model(tmp_path, save_in_blocks(model, tmp_path))
     loaded = load(tmp_path)
     check(loaded, expected, merged_per_layer * loaded.config.num_hidden_layers)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "form", ["blocks", *KEPT], ids=lambda form: getattr(form[0], "__name__", form)
+)
+def test_a_rank_keeps_its_part_as_the_files_have_it(
+    form: Any, rank: int, tmp_path: Path, on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128}
+    if form == "blocks":
+        wide = save_in_blocks(make_model("llama", **sizes), tmp_path)
+    else:
+        wide = save(make_model("llama", intermediate_size=128), tmp_path, *form)
+    whole = expected_model(tmp_path, wide)
+    monkeypatch.setattr(group, "_current", group.Group(rank, 2, CPU, True))
+    cutter = ModelCutter(whole, "tiny")
+    expected = copy.deepcopy(whole)
+    cutter.cut_all(expected)
+    model = load(tmp_path, cutter)
+    check(model, expected, num_merged=5 * model.config.num_hidden_layers)
+
+
+def test_blocks_that_end_within_a_part_are_widened(
+    tmp_path: Path, on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 128, "head_dim": 128}
+    whole = expected_model(tmp_path, save_in_blocks(make_model("llama", **sizes), tmp_path))
+    monkeypatch.setattr(group, "_current", group.Group(1, 2, CPU, True))
+    model = load(tmp_path, ModelCutter(whole, "tiny"))
+    kept = {path.rpartition(".")[2] for path, m in model.named_modules() if type(m) is QuantLinear}
+    assert kept == {"whole", "o_proj"}
+    for layer, expected in zip(model.model.layers, whole.model.layers, strict=True):
+        weight = layer.mlp.down_proj.weight
+        assert torch.equal(weight, expected.mlp.down_proj.weight[:, 64:])
 
 
 def test_a_number_that_is_none_is_refused(tmp_path: Path, on_a_gpu: None) -> None:

@@ -8,8 +8,8 @@ from torch import nn
 
 from hotset.errors import ModelError
 from hotset.experts.gating import layers_to_gate
-from hotset.experts.slices import slice_experts
-from hotset.experts.weights import experts_of, is_experts
+from hotset.experts.slices import ExpertSlice, slice_experts
+from hotset.experts.weights import LayerExperts, experts_of, is_experts
 from hotset.parallel.collectives import all_reduce
 from hotset.parallel.cuts import Cut, Table, find_cuts
 from hotset.parallel.group import current
@@ -43,6 +43,22 @@ class ModelCutter:
     def is_idle(self) -> bool:
         """Whether all layers stay whole."""
         return self._table.size == 1
+
+    @property
+    def head_weights(self) -> frozenset[str]:
+        """Names of weights that are cut by `join_outputs`, once they are read."""
+        cuts = self._table.cuts.items()
+        return frozenset(f"{path}.weight" for path, how in cuts if how is Cut.HEAD)
+
+    def slice_of(self, experts: LayerExperts) -> ExpertSlice | None:
+        """This rank's part of the experts of a layer, which are whole; None in a group of one.
+
+        Raises:
+            ConfigError, ModelError: they cannot be cut.
+        """
+        if self.is_idle:
+            return None
+        return ExpertSlice.of(experts, self._rank, self._table.size, self._name)
 
     @torch.no_grad()
     def cut(self, path: str, module: nn.Module) -> dict[str, Part]:

@@ -23,6 +23,7 @@ from hotset.experts.narrow import NarrowLayout
 from hotset.experts.random_payloads import random_payloads
 from hotset.experts.router_skew import skew_routers
 from hotset.experts.sizes import slots_hold, why_not_hosted
+from hotset.experts.slices import ExpertSlice
 from hotset.experts.weights import (
     LayerExperts,
     Narrow,
@@ -38,7 +39,6 @@ from hotset.model.devices import check_room, resolve_device, resolve_dtype
 from hotset.model.finish import closing_on_error, finish, max_model_len
 from hotset.model.loaded import LoadedModel
 from hotset.model.narrow_experts import narrow_layout_of
-from hotset.parallel.group import current
 
 _STD = 0.02  # of random weights in few bits, as transformers initialises others
 
@@ -50,6 +50,21 @@ class _Places:
     target: torch.device
     experts_on_host: bool
     experts: ExpertSink | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Narrow:
+    """How experts are in few bits.
+
+    Attributes:
+        drawn: whole ones.
+        slice: the part of each that this rank has; None is all.
+        kept: what it keeps.
+    """
+
+    drawn: NarrowLayout
+    slice: ExpertSlice | None
+    kept: NarrowLayout
 
 
 def load_dummy(
@@ -92,8 +107,8 @@ def load_dummy(
     torch_dtype = asked_dtype or architecture.dtype or torch.bfloat16
     shape = architecture.outline(torch_dtype)
     places = _Places(target, experts_on_host, experts)
-    narrow = _narrow_of(architecture, shape, places)
     cutter = ModelCutter(shape, short_name)
+    narrow = _narrow_of(architecture, shape, places, cutter)
     cutter.cut_all(shape)
     with closing_on_error(experts):
         _check_room(shape, short_name, narrow, places)
@@ -146,37 +161,38 @@ def _architecture_of(name: str) -> tuple[Architecture, str]:
 
 
 def _narrow_of(
-    architecture: Architecture, shape: PreTrainedModel, places: _Places
-) -> NarrowLayout | None:
+    architecture: Architecture, shape: PreTrainedModel, places: _Places, cutter: ModelCutter
+) -> _Narrow | None:
     """How experts are in few bits, as `load_model` would keep them; `shape` is told so."""
-    if current().size > 1:
-        return None  # what is narrow is made wide, and cut
     form = stored_format(quant_config(architecture.fields) or {})
     experts = places.experts
     keeps = not places.experts_on_host or experts is None or experts.keeps_narrow
     if form is None or not keeps or why_not_hosted(shape):
         return None
     layers = experts_layers(shape)
-    narrow = narrow_layout_of(layers[0], form)
+    drawn, part = narrow_layout_of(layers[0], form), cutter.slice_of(layers[0])
+    narrow = drawn if drawn is None or part is None else part.narrow(drawn)
     # A CPU widens what it has in slots.
     on_cpu = places.experts_on_host and places.target.type == "cpu"
-    if narrow is None or not (on_cpu or slots_hold(layers[0], narrow, places.target)):
+    if drawn is None or narrow is None:
+        return None
+    if not on_cpu and not slots_hold(layers[0], narrow, places.target):
         return None
     for each in layers:
         each.narrow_in_file = narrow
-    return narrow
+    return _Narrow(drawn, part, narrow)
 
 
-def _check_room(
-    shape: PreTrainedModel, name: str, narrow: NarrowLayout | None, places: _Places
-) -> None:
+def _check_room(shape: PreTrainedModel, name: str, narrow: _Narrow | None, places: _Places) -> None:
     """Refuse weights that fit neither on the device nor, of experts, into host memory."""
     target, experts = places.target, places.experts
     weights_bytes = sum(parameter.nbytes for parameter in shape.parameters())
     all_bytes = experts_bytes(shape)
     if narrow is not None:
         weights_bytes -= all_bytes
-        all_bytes = narrow.payload_bytes * sum(each.num_experts for each in experts_layers(shape))
+        all_bytes = narrow.kept.payload_bytes * sum(
+            each.num_experts for each in experts_layers(shape)
+        )
         weights_bytes += all_bytes
     host_bytes = all_bytes if places.experts_on_host else 0
     if places.experts_on_host and experts is not None:
@@ -193,7 +209,7 @@ def _check_room(
 def _make(
     architecture: Architecture,
     dtype: torch.dtype,
-    narrow: NarrowLayout | None,
+    narrow: _Narrow | None,
     cutter: ModelCutter,
     places: _Places,
 ) -> Any:
@@ -214,10 +230,11 @@ def _make(
         if narrow is not None and is_experts(module):
             layer = experts_of(module)
             _make_narrow(layer, narrow, device)
+            cutter.cut(path, module)
             if to_disk is not None:
                 to_disk.take(layer)
             elif experts_on_host:
-                move_to_host(layer, narrow, device)
+                move_to_host(layer, narrow.kept, device)
             return
         for name, weight in module._parameters.items():
             if weight is not None:
@@ -241,11 +258,13 @@ def _make(
     return model
 
 
-def _make_narrow(experts: LayerExperts, narrow: NarrowLayout, device: torch.device) -> None:
+def _make_narrow(experts: LayerExperts, narrow: _Narrow, device: torch.device) -> None:
     """Random experts of a layer on the device, in few bits; biases are zeros."""
-    layout = ExpertLayout.of_narrow(narrow, experts.layout.dtype)
-    payloads = random_payloads(narrow, experts.num_experts, std=_STD, device=device)
-    experts.hold(Narrow(layout, narrow, payloads))
+    layout = ExpertLayout.of_narrow(narrow.kept, experts.layout.dtype)
+    payloads = random_payloads(narrow.drawn, experts.num_experts, std=_STD, device=device)
+    if narrow.slice is not None:
+        payloads = narrow.slice.payloads(narrow.drawn, narrow.kept, payloads)
+    experts.hold(Narrow(layout, narrow.kept, payloads))
     parameters = experts.module._parameters
     for name, bias in parameters.items():
         if bias is not None:

@@ -206,10 +206,9 @@ def _narrow_experts(
     if not stored:
         return None
     narrow, why_not = None, why_not_hosted(outline)
-    if not cutter.is_idle:
-        why_not = "each of several GPUs has a part of every expert"
     if not why_not:
-        narrow = find_narrow_experts(outline, tensors, None if on_host else asked.target)
+        place = None if on_host else asked.target
+        narrow = find_narrow_experts(outline, tensors, place, cutter.slice_of)
         why_not = _why_not_kept(tensors, narrow, outline, asked)
     if narrow is not None and not why_not:
         narrow.mark(outline)
@@ -237,7 +236,10 @@ def _why_not_kept(
     if tensors.narrow_format is None:
         return "their numbers are stored in a form that is only read to be widened"
     if narrow is None:
-        return "layers differ in it, or have their values in another order than the model"
+        return (
+            "layers differ in it, have their values in another order than the model, or slices of "
+            "several GPUs end within a byte"
+        )
     # A CPU widens what it has in slots.
     on_cpu = asked.experts_on_host and asked.target.type == "cpu"
     if not on_cpu and not slots_hold(experts_layers(outline)[0], narrow.narrow, asked.target):

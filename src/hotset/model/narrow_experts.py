@@ -20,6 +20,7 @@ from hotset.checkpoint.tensors import CheckpointTensors
 from hotset.experts.disk import ExpertSink
 from hotset.experts.host import ExpertLayout, HostExperts
 from hotset.experts.narrow import NarrowLayout
+from hotset.experts.slices import ExpertSlice
 from hotset.experts.weights import (
     LayerExperts,
     Narrow,
@@ -62,13 +63,17 @@ class NarrowExperts:
 
     Attributes:
         tensors: of the checkpoint.
-        layout: of an expert as it is computed with.
-        narrow: as it is stored.
+        stored: how an expert lies in the files.
+        slice: which part of each expert this rank has; None is all.
+        layout: of an expert, or its slice, as it is computed with.
+        narrow: as it is kept.
         parts: by the path of its module, the parts of each layer.
         device: where they are all kept; None is host memory, or disk below it.
     """
 
     tensors: CheckpointTensors
+    stored: NarrowLayout
+    slice: ExpertSlice | None
     layout: ExpertLayout
     narrow: NarrowLayout
     parts: Mapping[str, _Parts]
@@ -123,7 +128,10 @@ class NarrowExperts:
         @torch.inference_mode()  # a mode of each thread
         def fill(expert: int, payload: torch.Tensor) -> None:
             for which, part, name, index in by_expert[expert]:
-                self.narrow.write(which, part, payload, read(name, index))
+                planes = read(name, index)
+                if self.slice is not None:
+                    planes = self.slice.cut(self.stored, self.narrow, which, planes)
+                self.narrow.write(which, part, payload, planes)
 
         return fill
 
@@ -134,17 +142,21 @@ def _fill_all(fill: Fill, payloads: torch.Tensor) -> None:
 
 
 def find_narrow_experts(
-    outline: PreTrainedModel, tensors: CheckpointTensors, device: torch.device | None
+    outline: PreTrainedModel,
+    tensors: CheckpointTensors,
+    device: torch.device | None,
+    slice_of: Callable[[LayerExperts], ExpertSlice | None] = lambda experts: None,
 ) -> NarrowExperts | None:
     """The experts of a checkpoint, where all of all layers are stored in one narrow format.
 
-    None where there are none, layers differ, or the files have them in a way that moves values:
-    those are dequantised while they are read.
+    None where there are none, layers differ, slices end within a byte, or the files have them in a
+    way that moves values: those are dequantised while they are read.
 
     Args:
         outline: the model on `meta`.
         tensors: of the checkpoint.
         device: see `NarrowExperts`.
+        slice_of: a layer's experts, which are whole -> the part of each that this rank has.
     """
     layers = {path: experts_of(m) for path, m in outline.named_modules() if is_experts(m)}
     kinds = {(each.num_experts, each.layout) for each in layers.values()}
@@ -180,8 +192,12 @@ def find_narrow_experts(
     num_expected = first.num_experts * (num_parts + 1)
     if any(len(parts) != num_expected for parts in found.values()):
         return None
-    layout = ExpertLayout.of_narrow(narrow, first.layout.dtype)
-    return NarrowExperts(tensors, layout, narrow, found, device)
+    part = slice_of(first)
+    kept = narrow if part is None else part.narrow(narrow)
+    if kept is None:
+        return None
+    layout = ExpertLayout.of_narrow(kept, first.layout.dtype)
+    return NarrowExperts(tensors, narrow, part, layout, kept, found, device)
 
 
 def narrow_layout_of(experts: LayerExperts, form: WeightFormat) -> NarrowLayout | None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -16,6 +16,8 @@ from hotset.linear.merged import MergedLinear
 from hotset.linear.narrow_matrix import Planes
 from hotset.linear.quant_linear import QuantLinear, quant_matrix
 from hotset.linear.reads import is_replaceable
+from hotset.parallel.narrow_parts import can_cut, cut_planes
+from hotset.parallel.parts import Part
 from hotset.weight_format import WeightFormat
 
 _COLUMNS = 32  # rows of a weight begin where a processor reads at once
@@ -42,13 +44,19 @@ def narrow_form(
 
 
 @torch.no_grad()
-def replace_linears(model: nn.Module, form: WeightFormat, names: Collection[str]) -> list[str]:
+def replace_linears(
+    model: nn.Module,
+    form: WeightFormat,
+    shapes: Mapping[str, tuple[int, ...]],
+    parts: Mapping[str, Part],
+) -> list[str]:
     """Replace linear layers of a model on `meta` by ones in few bits, in place.
 
     Args:
-        model: made of plain layers.
+        model: made of plain layers, cut for this rank.
         form: of the weights.
-        names: of the weights that are stored in it.
+        shapes: of the weights that are stored in it, by name.
+        parts: by name, what this rank has of a weight; all where there is none.
 
     Returns:
         The names of the weights that layers were made for; others are to be widened.
@@ -60,7 +68,10 @@ def replace_linears(model: nn.Module, form: WeightFormat, names: Collection[str]
     for path, layer in list(model.named_modules()):
         name = f"{path}.weight"
         is_own = is_replaceable(layer) and holders[id(layer.weight)] == 1
-        if name not in names or not is_own or layer.in_features % _COLUMNS:
+        if name not in shapes or not is_own or layer.in_features % _COLUMNS:
+            continue
+        part = parts.get(name)
+        if part is not None and not can_cut(form, shapes[name][part.dim], part):
             continue
         matrix = quant_matrix(form, (layer.out_features, layer.in_features))
         bias_dtype = None if layer.bias is None else layer.bias.dtype
@@ -72,16 +83,22 @@ def replace_linears(model: nn.Module, form: WeightFormat, names: Collection[str]
 
 
 def fill_linears(
-    model: nn.Module, names: Collection[str], read: Callable[[str, int | None], Planes]
+    model: nn.Module,
+    names: Collection[str],
+    read: Callable[[str, int | None], Planes],
+    parts: Mapping[str, Part],
 ) -> None:
-    """Read the weights `names` into the layers, which may be merged by now."""
+    """Read the weights `names`, or `parts` of them, into the layers, which may be merged by now."""
 
     def move(name: str) -> None:
         found = model.get_submodule(name.removesuffix(".weight"))
         is_part = isinstance(found, MergedLinear)
         layer, rows = (found.whole, found.columns) if is_part else (found, slice(None))
         assert isinstance(layer, QuantLinear) and isinstance(rows, slice)
-        layer.set_rows(rows, read(name, None))
+        planes, part = read(name, None), parts.get(name)
+        if part is not None:
+            planes = cut_planes(planes, layer.matrix.form, layer.matrix.form, part)
+        layer.set_rows(rows, planes)
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         for _ in pool.map(move, names):

@@ -107,9 +107,13 @@ def load_in_place(
         return None
     _check_leftovers(model, architecture.fields, tensors)
     parts = {} if cutter is None else cutter.cut_all(model)
-    is_whole = cutter is None or cutter.is_idle
-    form = narrow_form(tensors, device, dtype) if is_whole and not fp8 else None
-    kept = [] if form is None else replace_linears(model, form, tensors.narrow_names)
+    form = None if fp8 else narrow_form(tensors, device, dtype)
+    kept: list[str] = []
+    if form is not None:
+        narrow, shapes = tensors.narrow_names, tensors.shapes
+        if cutter is not None:
+            narrow -= cutter.head_weights
+        kept = replace_linears(model, form, {name: shapes[name] for name in narrow}, parts)
     if fp8:
         quantize_linears(model)
     merge_linears(model)
@@ -119,7 +123,7 @@ def load_in_place(
         _fill(reads, places)
     if kept:
         with tensors.open_narrow(device) as read:
-            fill_linears(model, kept, read)
+            fill_linears(model, kept, read, parts)
     read_generation_config(model, tensors.folder)
     return model
 

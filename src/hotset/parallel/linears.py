@@ -17,7 +17,8 @@ def cut_module(module: Any, table: Table, path: str, rank: int) -> dict[str, Par
     A bias beside rows stays whole, for `Summed`.
 
     Args:
-        module: whole; a linear layer, plain or 8-bit, or one whose own parameters are cut.
+        module: whole; a linear layer, plain or 8-bit, or one whose own parameters are cut along
+            their first dimension.
         table: that says how it is cut.
         path: of the module there.
         rank: whose part it becomes.
