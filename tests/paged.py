@@ -33,12 +33,17 @@ def paged_logits(
     can_record: bool = True,
     compiles: bool = True,
     scales: list[tuple[float, float]] | None = None,
+    block_size: int = 4,
+    as_rows: bool = False,
 ) -> list[torch.Tensor]:
-    """Logits of steps of all kinds: prefill, chunks beside decodes, decodes."""
+    """Logits of steps of all kinds: prefill, chunks beside decodes, decodes.
+
+    With `as_rows` by compiled code of a CPU.
+    """
     arena = DeviceArena(
         layout.cache_specs,
         num_blocks=41,
-        block_size=4,
+        block_size=block_size,
         dtype=layout.kv_dtype,
         device=model.device,
         scales=scales,
@@ -60,6 +65,9 @@ def paged_logits(
             runner.compile(scratch_block=40)
         runner.record(max_num_tokens=64, max_context_blocks=15, scratch_block=40)
         assert (runner._graphs is not None) == can_record
+    if as_rows:
+        runner.compile_rows(layout, scratch_block=40)
+        assert runner._program is not None
     first = Request("a", 45, list(range(3, 48)), SamplingParams(), 60)
     first.kv.block_table = [3, 1, 2, 5, 7, 6, 9, 8, 0, 10, 11, 12]
     second = Request("b", 10, list(range(60, 70)), SamplingParams(), 60)
@@ -72,7 +80,7 @@ def paged_logits(
     ]
     logits = []
     for items in steps:
-        logits.append(runner.forward(make_step_input(Step(items), 4)).float().clone())
+        logits.append(runner.forward(make_step_input(Step(items), block_size)).float().clone())
         for item in items:
             item.request.kv.state_read = item.request.kv.state_write
     return logits

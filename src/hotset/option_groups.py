@@ -312,8 +312,8 @@ class RuntimeOptions(Group):
 
     eager: bool = option(
         False,
-        "On a GPU, do not compile the model: slower, but starts sooner.",
-        more="Without `torch.compile` and CUDA graphs.",
+        "Do not compile the model: slower, but starts sooner.",
+        more="On a GPU without `torch.compile` and CUDA graphs.",
         keeps_answers=True,
     )
     threads: int | None = option(

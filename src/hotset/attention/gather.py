@@ -272,7 +272,7 @@ def _can_read_in_place(
     asked: LayerAttention, query: torch.Tensor, keys: torch.Tensor, value: torch.Tensor
 ) -> bool:
     """Whether decodes attend without gathered copies: float32 on a CPU, with nothing special."""
-    is_plain = asked.softcap is None and asked.sinks is None and query.stride(-1) == 1
+    is_plain = asked.is_plain and query.stride(-1) == 1
     is_float = query.dtype == keys.dtype == torch.float32
     is_here = query.device.type == "cpu"
     return is_here and is_plain and is_float and can_attend(shape_of(query, keys, value.shape[-1]))

@@ -8,14 +8,13 @@ far are carried from block to block (online softmax: Milakov and Gimelshein, arX
 
 from llvmlite import ir
 
-from hotset.attention.paged_decodes import ADDRESSES, NUMBERS, PagedShape
+from hotset.attention.paged_decodes import ADDRESSES, ARGUMENTS, PagedShape
 from hotset.linear.native_code import (
     ADDRESS,
     FLOAT,
     FLOATS,
     I32,
     I64,
-    INTS,
     LANES,
     ZEROS,
     Value,
@@ -25,12 +24,6 @@ from hotset.linear.native_code import (
 
 _MOST_QUERIES = 4  # query heads at once: what registers hold of their sums
 _VECTOR_BYTES = 4 * LANES
-_LEAST = -87.0  # of what e is raised to: 1e-38
-# e**x is 2**(x / ln 2): of the fraction, which is from -1/2 to 1/2, by Taylor's series.
-_SERIES = (
-    1.540353e-4, 1.333355815e-3, 9.618129108e-3, 5.550410866e-2, 2.402265070e-1, 6.931471806e-1,
-)  # fmt: skip
-_REASSOCIATED = ("reassoc",)  # sums of a vector's lanes, in an order that is fixed when compiled
 
 
 def make_module(shape: PagedShape) -> ir.Module:
@@ -38,12 +31,12 @@ def make_module(shape: PagedShape) -> ir.Module:
     module = ir.Module("hotset")
     w = Writer(module, "attend", [ADDRESS])
     (arguments,) = w.arguments
-    names = (*ADDRESSES, *NUMBERS[:-1])
     given = {
         name: w.load(ADDRESS if name in ADDRESSES else I64, arguments, 8 * place)
-        for place, name in enumerate(names)
+        for place, name in enumerate(ARGUMENTS)
+        if name != "counter"
     }
-    counter = w.at(arguments, 8 * len(names))
+    counter = w.at(arguments, 8 * ARGUMENTS.index("counter"))
     scores = w.b.alloca(ir.ArrayType(FLOAT, _MOST_QUERIES * shape.block_size))
     scores.align = 64
     # An address of any type: llvmlite keeps what memory on the stack was made for.
@@ -63,24 +56,6 @@ def make_module(shape: PagedShape) -> ir.Module:
     w.b.position_at_end(after)
     w.end()
     return module
-
-
-def _exp(w: Writer, x: Value) -> Value:
-    """The exponential of a vector, each 0 or less, to 2e-7 of it."""
-
-    def constant(value: float) -> Value:
-        return ir.Constant(FLOATS, [value] * LANES)
-
-    least = constant(_LEAST)
-    x = w.b.select(w.b.fcmp_ordered("<", x, least), least, x)
-    scaled = w.b.fmul(x, constant(1.4426950408889634))
-    whole = w.intrinsic(f"llvm.rint.v{LANES}f32", FLOATS, [scaled])
-    fraction = w.b.fsub(scaled, whole)
-    power = constant(_SERIES[0])
-    for term in (*_SERIES[1:], 1.0):
-        power = w.fma(power, fraction, constant(term))
-    exponent = w.b.shl(w.b.fptosi(whole, INTS), ir.Constant(INTS, [23] * LANES))
-    return w.b.bitcast(w.b.add(w.b.bitcast(power, INTS), exponent), FLOATS)
 
 
 class _Heads:
@@ -167,16 +142,8 @@ class _Heads:
                 products = w.b.fmul(vectors[0], key[0])
                 for one, other in zip(vectors[1:], key[1:], strict=True):
                     products = w.fma(one, other, products)
-                score = self._sum(products)
+                score = w.sum(products)
                 w.store(score, self._place(query, w.times(token, 4)))
-
-    def _sum(self, vector: Value) -> Value:
-        return self.w.intrinsic(
-            f"llvm.vector.reduce.fadd.v{LANES}f32",
-            FLOAT,
-            [ir.Constant(FLOAT, 0.0), vector],
-            fastmath=_REASSOCIATED,
-        )
 
     def _largest(self, vectors: list[Value]) -> Value:
         b, most = self.w.b, vectors[0]
@@ -194,13 +161,13 @@ class _Heads:
             before = state[query]
             most = w.b.select(w.b.fcmp_ordered(">", here, before), here, before)
             spread = w.spread(most)
-            shrunk = _exp(w, w.b.fsub(w.spread(before), spread))
+            shrunk = w.exp(w.b.fsub(w.spread(before), spread))
             factor = w.b.extract_element(shrunk, ir.Constant(I32, 0))
             total = w.b.fmul(state[count + query], factor)
             for i, vector in enumerate(vectors):
-                weights = _exp(w, w.b.fsub(vector, spread))
+                weights = w.exp(w.b.fsub(vector, spread))
                 w.store(weights, self._place(query, i * _VECTOR_BYTES))
-                total = w.b.fadd(total, self._sum(weights))
+                total = w.b.fadd(total, w.sum(weights))
             state[query], state[count + query] = most, total
             for i in range(num_vectors):
                 place = 2 * count + query * num_vectors + i

@@ -11,15 +11,17 @@ import torch
 from hotset.attention.batch import SequenceSpan
 from hotset.linear import native
 
-# What a call gets, each 8 bytes: addresses, then numbers; strides are in bytes. The counter is
-# written, `scaling` is the address of a float32.
-ADDRESSES = ("query", "keys", "values", "rows", "tables", "starts", "ends", "scaling", "out")
-NUMBERS = (
-    "num_sequences", "num_heads", "width", "query_head", "query_row", "block", "token", "head",
-    "out_row", "out_head", "counter",
+# What a call gets, each 8 bytes: those of the step, then those of a layer. The counter is written,
+# `scaling` is the address of a float32 as others of `ADDRESSES` are, strides are in bytes.
+ADDRESSES = {
+    "rows", "tables", "starts", "ends", "query", "keys", "values", "out", "scaling",
+}  # fmt: skip
+ARGUMENTS = (
+    "num_sequences", "counter", "rows", "tables", "starts", "ends", "width",
+    "query", "keys", "values", "out", "scaling", "num_heads", "query_head", "query_row", "block",
+    "token", "head", "out_row", "out_head",
 )  # fmt: skip
 _MULTIPLE = 16  # numbers of a vector
-_NUM_ARGUMENTS = len(ADDRESSES) + len(NUMBERS)
 _CHECK_BOUND = 1e-5
 
 _log = logging.getLogger(__name__)
@@ -83,23 +85,34 @@ class PagedDecodes:
             output: `[T, H, D_v]`, written.
             scaling: factor on the scores.
         """
-        shape = shape_of(query, keys, output.shape[-1])
         factor = ctypes.c_float(scaling)
-        tensors = (query, keys, values, self.rows, self._tables, self._starts, self._ends)
-        strides = (
-            query.stride(0), query.stride(1), *keys.stride()[:3], output.stride(0), output.stride(1)
-        )  # fmt: skip
-        arguments = (ctypes.c_int64 * _NUM_ARGUMENTS)(
-            *(tensor.data_ptr() for tensor in tensors),
-            ctypes.addressof(factor),
-            output.data_ptr(),
-            len(self.rows),
-            keys.shape[2],
-            self._width,
-            *(4 * stride for stride in strides),
-            0,
-        )
-        native.run(_compiled(shape), arguments)
+        given = self.arguments() + layer_arguments(query, keys, values, output, factor)
+        shape = shape_of(query, keys, output.shape[-1])
+        native.run(compiled(shape), (ctypes.c_int64 * len(given))(*given))
+
+    def arguments(self) -> list[int]:
+        """The first of `ARGUMENTS`, good as long as this is there."""
+        tensors = (self.rows, self._tables, self._starts, self._ends)
+        return [len(self.rows), 0, *(tensor.data_ptr() for tensor in tensors), self._width]
+
+
+def layer_arguments(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    output: torch.Tensor,
+    scaling: ctypes.c_float,
+) -> list[int]:
+    """The rest of `ARGUMENTS`; see `PagedDecodes.attend`."""
+    strides = (
+        query.stride(0), query.stride(1), *keys.stride()[:3], output.stride(0), output.stride(1)
+    )  # fmt: skip
+    return [
+        *(tensor.data_ptr() for tensor in (query, keys, values, output)),
+        ctypes.addressof(scaling),
+        keys.shape[2],
+        *(4 * stride for stride in strides),
+    ]
 
 
 def shape_of(query: torch.Tensor, keys: torch.Tensor, value_dim: int) -> PagedShape:
@@ -150,7 +163,8 @@ def _trial(shape: PagedShape) -> float:
 
 
 @functools.cache
-def _compiled(shape: PagedShape) -> int:
+def compiled(shape: PagedShape) -> int:
+    """The address of the code for a shape."""
     from hotset.attention.paged_code import make_module
 
     return native.compile_function(make_module(shape), "attend")

@@ -46,3 +46,13 @@ class LayerAttention:
     def index_dim(self) -> int:
         """Width of the indexer's key that a token leaves in the cache; 0 for none."""
         return 0 if self.indexer is None or self.indexer.is_shared else self.indexer.key_dim
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it attends to all keys in its window, by a softmax of scaled scores."""
+        return (
+            self.latent is None
+            and self.indexer is None
+            and self.softcap is None
+            and self.sinks is None
+        )

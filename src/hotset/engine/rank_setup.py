@@ -223,6 +223,9 @@ class RankSetup:
         if compiles:
             with times.phase("compile the layers"):
                 runner.compile(scratch_block=placed.scratch_block)
+        elif not self._options.runtime.eager and current().size == 1:
+            with times.phase("compile the layers"):
+                runner.compile_rows(self._layout, placed.scratch_block)
         with times.phase("attention kernels"):
             # Ranks that wait for their kernels at other times would record at other times.
             runner.load_kernels(waits=not self._defers or current().size > 1)

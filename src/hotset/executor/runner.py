@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hotset.attention.backend import AttentionBackend, RecordableBackend, StepAttention
 from hotset.attention.batch import NUM_INPUTS
+from hotset.attention.gather import GatherBackend
 from hotset.attention.hook import register
 from hotset.attention.hot_rows import HotRows
 from hotset.attention.inputs import Inputs, copy_batch
@@ -22,6 +23,9 @@ from hotset.attention.sparse.indexer import mask_arguments
 from hotset.attention.state_step import StateLayers
 from hotset.errors import ModelError
 from hotset.executor.graphs import StepGraphs
+from hotset.executor.probe import ModelLayout
+from hotset.executor.rows.program import RowProgram
+from hotset.executor.rows.trial import make_program
 from hotset.executor.step_input import StepInput
 from hotset.experts.recorder import RoutingRecorder
 from hotset.libraries import first_line
@@ -73,6 +77,7 @@ class ModelRunner:
         kv_layers: dict[int, int] | None = None,
     ) -> None:
         self._model = model
+        self._device: torch.device = model.device
         self._states = states
         self._state_layers: StateLayers | None = None
         if states is not None:
@@ -81,6 +86,7 @@ class ModelRunner:
         self._arena = arena
         self._attention = attention
         self._graphs: StepGraphs | None = None
+        self._program: RowProgram | None = None
         self.recorder: RoutingRecorder | None = None
         # By the number of tokens, whether a step is launched although it is recorded.
         self.launches: Callable[[int], bool] = lambda num_tokens: False
@@ -94,8 +100,7 @@ class ModelRunner:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        device: torch.device = self._model.device
-        return device
+        return self._device
 
     @torch.inference_mode()
     def compile(self, scratch_block: int) -> None:
@@ -133,6 +138,25 @@ class ModelRunner:
                 attention = self._state_layers.around(attention, states)
             with _compiling():
                 self._logits(inputs.token_ids, inputs.positions, attention, None)
+
+    @torch.inference_mode()
+    def compile_rows(self, layout: ModelLayout, scratch_block: int) -> None:
+        """Compile steps of a model with narrow weights on a CPU, where that works.
+
+        Args:
+            layout: of the model.
+            scratch_block: a block of the arena that no request gets; written.
+        """
+        has_more = self._hot is not None or layout.states or layout.indices is not None
+        if isinstance(self._attention, GatherBackend) and not has_more:
+            self._program = make_program(
+                self._model,
+                self._arena,
+                layout.layers,
+                self._attention,
+                self._logits,
+                scratch_block,
+            )
 
     def load_kernels(self, *, waits: bool) -> None:
         """Wait for the attention kernels that any step needs, or for all.
@@ -265,9 +289,12 @@ class ModelRunner:
             logits = self._graphs.run(batch, when_ready)
             if logits is not None:
                 return logits
-        inputs, rows = copy_batch(batch, self._model.device)
+        inputs, rows = copy_batch(batch, self._device)
         token_ids = inputs.resolve(self._previous) if batch.has_unknown else inputs.token_ids
         attention = self._attention.begin_step(batch, inputs)
+        if self._program is not None:
+            when_ready()
+            return self._program.logits(batch, inputs, token_ids, attention, rows)
         if self._state_layers is None:
             when_ready()
             return self._logits(token_ids, inputs.positions, attention, rows)

@@ -63,19 +63,27 @@ def run(function: int, arguments: Any) -> None:
 
 
 @functools.cache
-def _runner() -> Callable[[int, int, int], None]:
-    """What runs compiled code at its arguments by some threads.
+def parallel() -> Any:
+    """OpenMP's call, which runs code in the threads that torch computes with.
 
-    They are those that torch computes with: OpenMP's call, of the library that torch has loaded,
-    under the name that GNU's and LLVM's have. Where there is none the caller's thread computes, and
-    a warning says so.
+    It is of the library that torch has loaded, under the name that GNU's and LLVM's have. None
+    where there is none; a warning says that the caller's thread computes then.
     """
     try:
-        parallel = ctypes.CDLL(None).GOMP_parallel
+        found = ctypes.CDLL(None).GOMP_parallel
     except AttributeError:
         _log.warning("compiled products run on one thread: torch has loaded no OpenMP")
+        return None
+    found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    found.restype = None
+    return found
+
+
+@functools.cache
+def _runner() -> Callable[[int, int, int], None]:
+    """What runs compiled code at its arguments by some threads."""
+    start = parallel()
+    if start is None:
         kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
         return lambda function, arguments, num_threads: kind(function)(arguments)
-    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    parallel.restype = None
-    return lambda function, arguments, num_threads: parallel(function, arguments, num_threads, 0)
+    return lambda function, arguments, num_threads: start(function, arguments, num_threads, 0)

@@ -16,6 +16,15 @@ ZEROS = ir.Constant(FLOATS, [0.0] * LANES)
 
 Value = Any  # of llvmlite, which has no types
 
+# e**x is 2**(x / ln 2): of the fraction, which is from -1/2 to 1/2, by Taylor's series. Results
+# from 1e-38 to 1e38.
+_LEAST, _MOST = -87.0, 88.0
+_SERIES = (
+    1.540353e-4, 1.333355815e-3, 9.618129108e-3, 5.550410866e-2, 2.402265070e-1, 6.931471806e-1,
+)  # fmt: skip
+_ROUNDER = 1.5 * 2**23  # added to a small float, its last bits are the nearest whole number
+_REASSOCIATED = ("reassoc",)  # sums of a vector's lanes, in an order that is fixed when compiled
+
 
 def number(value: int) -> Value:
     """A constant of 64 bits."""
@@ -51,8 +60,47 @@ class Writer:
         self.b.store(value, self.at(address, *offsets), align=4)
 
     def fma(self, x: Value, y: Value, z: Value) -> Value:
-        """`x * y + z` of vectors, rounded once."""
-        return self.intrinsic(f"llvm.fma.v{LANES}f32", FLOATS, [x, y, z])
+        """`x * y + z`, of vectors or of floats, rounded once."""
+        return self.intrinsic(f"llvm.fma.{_suffix(x)}", x.type, [x, y, z])
+
+    def sqrt(self, x: Value) -> Value:
+        """Of a vector or a float."""
+        return self.intrinsic(f"llvm.sqrt.{_suffix(x)}", x.type, [x])
+
+    def exp(self, x: Value) -> Value:
+        """The exponential of a vector or a float, to 2e-7 of it, from 1e-38 to 1e38; NaN of NaN."""
+        b = self.b
+        kind, ints = x.type, INTS if x.type == FLOATS else I32
+
+        def constant(value: float) -> Value:
+            return ir.Constant(kind, [value] * LANES if kind == FLOATS else value)
+
+        least, most = constant(_LEAST), constant(_MOST)
+        x = b.select(b.fcmp_ordered("<", x, least), least, x)
+        x = b.select(b.fcmp_ordered(">", x, most), most, x)
+        scaled = b.fmul(x, constant(1.4426950408889634))
+        rounded = b.fadd(scaled, constant(_ROUNDER))
+        fraction = b.fsub(scaled, b.fsub(rounded, constant(_ROUNDER)))
+        power = constant(_SERIES[0])
+        for term in (*_SERIES[1:], 1.0):
+            power = self.fma(power, fraction, constant(term))
+        shift = ir.Constant(ints, [23] * LANES if kind == FLOATS else 23)
+        exponent = b.shl(b.bitcast(rounded, ints), shift)
+        value = b.bitcast(b.add(b.bitcast(power, ints), exponent), kind)
+        return b.fadd(value, b.fsub(x, x))  # the bits of a NaN are not kept by whole numbers
+
+    def sum(self, vector: Value) -> Value:
+        """Of a vector's lanes."""
+        return self.intrinsic(
+            f"llvm.vector.reduce.fadd.v{LANES}f32",
+            FLOAT,
+            [ir.Constant(FLOAT, 0.0), vector],
+            fastmath=_REASSOCIATED,
+        )
+
+    def external(self, name: str, arguments: list[Value]) -> Value:
+        """What a function of the C library makes of floats."""
+        return self.intrinsic(name, FLOAT, arguments)
 
     def intrinsic(
         self, name: str, result: Any, arguments: list[Value], *, fastmath: tuple[str, ...] = ()
@@ -100,3 +148,8 @@ class Writer:
         """Return from the function; it."""
         self.b.ret_void()
         return self.function
+
+
+def _suffix(value: Value) -> str:
+    """How the name of an intrinsic ends, for the type of `value`."""
+    return f"v{LANES}f32" if value.type == FLOATS else "f32"

@@ -35,8 +35,9 @@ from hotset.linear.native_code import (
 )
 from hotset.linear.tiles import TILE_ROWS, TileFormat
 
-# What a call gets, each 8 bytes: addresses, then numbers; the counter is written.
-ARGUMENTS = ("x", "codes", "scales", "factors", "out", "rows", "columns", "tiles", "counter")
+# What a call gets, each 8 bytes; the counter is written. Those of `ADDRESSES` are such.
+ARGUMENTS = ("rows", "counter", "x", "codes", "scales", "factors", "out", "columns", "tiles")
+ADDRESSES = {"x", "codes", "scales", "factors", "out"}
 FEW_ROWS = 8
 BLOCK_COLUMNS = 256
 
@@ -223,10 +224,13 @@ def _product(
     w = Writer(module, "product", [ADDRESS])
     (arguments,) = w.arguments
     given = {
-        name: w.b.load(w.at(arguments, 8 * place), align=8, typ=ADDRESS if place < 5 else I64)
-        for place, name in enumerate(ARGUMENTS[:-1])
+        name: w.b.load(
+            w.at(arguments, 8 * place), align=8, typ=ADDRESS if name in ADDRESSES else I64
+        )
+        for place, name in enumerate(ARGUMENTS)
+        if name != "counter"
     }
-    counter = w.at(arguments, 8 * (len(ARGUMENTS) - 1))
+    counter = w.at(arguments, 8 * ARGUMENTS.index("counter"))
     wide = w.b.alloca(ir.ArrayType(FLOAT, BLOCK_COLUMNS * TILE_ROWS))
     wide.align = 64
     head, body, after = (w.function.append_basic_block() for _ in range(3))

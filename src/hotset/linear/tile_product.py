@@ -23,16 +23,20 @@ def multiply(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
     Returns:
         `[M, N]` float32.
     """
-    num_rows, num_columns = x.shape
-    num_tiles = tiles.codes.shape[0]
-    out = x.new_empty(num_rows, num_tiles * TILE_ROWS)
-    factors = tiles.scales if tiles.factors is None else tiles.factors
-    planes = (x, tiles.codes, tiles.scales, factors, out)
-    arguments = (ctypes.c_int64 * 9)(
-        *(plane.data_ptr() for plane in planes), num_rows, num_columns, num_tiles, 0
-    )
-    native.run(_compiled(tiles.form), arguments)
+    out = x.new_empty(len(x), tiles.codes.shape[0] * TILE_ROWS)
+    given = arguments(tiles, len(x), x.data_ptr(), out.data_ptr())
+    native.run(compiled(tiles.form), (ctypes.c_int64 * len(given))(*given))
     return out if out.shape[1] == tiles.num_rows else out[:, : tiles.num_rows]
+
+
+def arguments(tiles: Tiles, num_rows: int, x: int, out: int) -> list[int]:
+    """What the product of a weight is called with, as `tile_code.ARGUMENTS`; `x`, `out`: addresses.
+
+    `out` has a row of whole tiles for each row of `x`.
+    """
+    factors = tiles.scales if tiles.factors is None else tiles.factors
+    planes = [plane.data_ptr() for plane in (tiles.codes, tiles.scales, factors)]
+    return [num_rows, 0, x, *planes, out, tiles.num_columns, tiles.codes.shape[0]]
 
 
 def check(form: TileFormat) -> str | None:
@@ -72,7 +76,7 @@ def check(form: TileFormat) -> str | None:
 
 
 @functools.cache
-def _compiled(form: TileFormat) -> int:
+def compiled(form: TileFormat) -> int:
     """The address of the product for weights of a form."""
     from hotset.linear.tile_code import make_module  # needs the extra
 
