@@ -7,8 +7,8 @@ import torch
 
 from hotset.engine.engine import Engine
 
-# One of each kind of state: short convolutions alone, gated delta rule, Mamba-2.
-KINDS = ["lfm2", "qwen3_5_text", "bamba"]
+# One of each kind of state: short convolutions alone, gated delta rule, Mamba-2, Mamba-1.
+KINDS = ["lfm2", "qwen3_5_text", "bamba", "jamba"]
 ROOM = {"max_model_len": 400, "hot_blocks": 600, "max_num_seqs": 4}
 TOKENS = 12
 

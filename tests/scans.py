@@ -7,7 +7,7 @@ from transformers.models.bamba import modeling_bamba
 from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from hotset.attention.scans import GatedDelta, Mamba2
+from hotset.attention.scans import GatedDelta, Mamba1, Mamba2
 
 HEADS, GROUPS, VALUES, KEYS = 4, 2, 8, 16
 
@@ -70,3 +70,19 @@ def mamba2(
         bounds=(0.1, 2.0),
         original=original,
     )
+
+
+def mamba1(
+    num_tokens: int,
+    *,
+    heads: int = HEADS,
+    groups: int = GROUPS,
+    values: int = VALUES,
+    keys: int = KEYS,
+) -> Mamba1:
+    """Mamba-1 over `num_tokens`: it has no heads."""
+    value, step, gate = torch.randn(3, num_tokens, values)
+    key, query = torch.randn(2, num_tokens, keys)
+    rate = -torch.rand(values, keys) / 20
+    skip, bias = torch.randn(2, values)
+    return Mamba1(value, step, rate, key, query, gate, skip, bias, is_softplus=True)

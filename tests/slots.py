@@ -63,11 +63,11 @@ def twin(arena: StateArena, scan: Scan, dtype: torch.dtype) -> StateArena:
 
 
 def cast(scan: Scan, dtype: torch.dtype) -> Scan:
-    """On the device, with queries, keys and values of `dtype`."""
+    """On the device, with queries, keys, values and gates of `dtype`."""
     changes: dict[str, torch.Tensor] = {}
     for field in fields(scan):  # type: ignore[arg-type]
         if isinstance(numbers := getattr(scan, field.name), torch.Tensor):
-            is_token = field.name in ("query", "key", "value")
+            is_token = field.name in ("query", "key", "value", "gate")
             changes[field.name] = numbers.to(DEVICE, dtype if is_token else torch.float32)
     return replace(scan, **changes)  # type: ignore[type-var]
 

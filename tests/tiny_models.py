@@ -193,6 +193,16 @@ HYBRID_FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 32,
     },
+    "jamba": {
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_dt_rank": 8,
+    },
 }
 for _changes in HYBRID_FAMILIES.values():
     _changes.setdefault("num_hidden_layers", len(_changes.get("layer_types", _MOSTLY_CONV)))
@@ -214,12 +224,12 @@ def make_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel
     model = AutoModelForCausalLM.from_config(make_config(family, **changes), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
+            if name.endswith("A_log"):
+                parameter.uniform_(-4.5, -2.5)
+            elif parameter.ndim > 1:
                 parameter.normal_(0, 0.15)
             elif "sinks" in name:
                 parameter.normal_(0, 1.0)
-            elif name.endswith("A_log"):
-                parameter.uniform_(-4.5, -2.5)
-            elif name.endswith("dt_bias"):
+            elif name.endswith(("dt_bias", "dt_proj.bias")):
                 parameter.zero_()
     return model.eval()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scans import gated_delta, kimi_delta, mamba2
+from scans import gated_delta, kimi_delta, mamba1, mamba2
 from slots import (
     CHANNELS,
     KERNEL,
@@ -34,7 +34,7 @@ STEPS = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [gated_delta, kimi_delta, mamba2])
+@pytest.mark.parametrize("make", [gated_delta, kimi_delta, mamba1, mamba2])
 def test_a_replay_computes_what_a_launch_does(
     make: Callable[[int], Scan], dtype: torch.dtype
 ) -> None:

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from hybrid_prompts import KINDS
 from tiny_models import HYBRID_FAMILIES, make_model
 from torch import nn
 from transformers.models.bamba import modeling_bamba
+from transformers.models.jamba import modeling_jamba
 
 from hotset.errors import ModelError
 from hotset.executor import state_check
 from hotset.executor.probe import inspect_model
-
-KINDS = ["lfm2", "qwen3_5_text", "bamba"]
 
 
 @pytest.mark.parametrize("family", HYBRID_FAMILIES)
@@ -54,8 +54,9 @@ def test_a_layer_that_does_not_hand_on_its_keywords_is_refused(family: str) -> N
     forward = mixer.forward
 
     @functools.wraps(forward)
-    def forgetful(*args: Any, hotset: Any = None, seq_idx: Any = None, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        lost = ("hotset", "seq_idx", "attention_mask")
+        return forward(*args, **{k: v for k, v in kwargs.items() if k not in lost})
 
     mixer.forward = forgetful
     with pytest.raises(ModelError, match=r"of type \w+ that keep a state .* \(first: layer 0\)"):
@@ -109,4 +110,19 @@ def test_a_scan_that_is_asked_for_more_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(modeling_bamba, "mamba2_chunk_scan", scan)
     monkeypatch.setattr(scan.func, "_asks_step", True)
     with pytest.raises(ModelError, match="BambaMixer asks for seq_lens"):
+        inspect_model(model)
+
+
+def test_a_scan_of_something_else_than_was_convolved_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model("jamba")
+    inspect_model(model)
+    scan = modeling_jamba.mamba_selective_scan
+
+    def other(values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return scan(values.clone(), *args, **kwargs)
+
+    monkeypatch.setattr(modeling_jamba, "mamba_selective_scan", other)
+    with pytest.raises(ModelError, match="JambaMambaMixer scans something else than"):
         inspect_model(model)

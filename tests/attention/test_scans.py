@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scans import HEADS, KEYS, VALUES, gated_delta, kimi_delta, mamba2
+from scans import HEADS, KEYS, VALUES, gated_delta, kimi_delta, mamba1, mamba2
 
 from hotset.attention.scans import Scan
 from hotset.attention.state_tables import GRID
 
-SCANS = pytest.mark.parametrize("make", [gated_delta, kimi_delta, mamba2])
+SCANS = pytest.mark.parametrize("make", [gated_delta, kimi_delta, mamba1, mamba2])
 
 
 def in_chunks(scan: Scan, ends: list[int], state: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -25,7 +25,7 @@ def in_chunks(scan: Scan, ends: list[int], state: torch.Tensor) -> tuple[torch.T
 def test_one_token_after_another_is_what_a_chunk_is(make: Callable[[int], Scan]) -> None:
     torch.manual_seed(0)
     scan = make(20)
-    assert scan.state_shape == (HEADS, VALUES, KEYS)
+    assert scan.state_shape == (1 if make is mamba1 else HEADS, VALUES, KEYS)
     state = torch.randn(scan.state_shape)
     expected, after = scan.chunk(0, 20, state)
     for row in range(20):

@@ -12,7 +12,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
-from scans import gated_delta, kimi_delta, mamba2  # noqa: E402
+from scans import gated_delta, kimi_delta, mamba1, mamba2  # noqa: E402
 from slots import (  # noqa: E402
     CHANNELS,
     KERNEL,
@@ -34,7 +34,7 @@ from hotset.attention.state_kernels import KernelStates  # noqa: E402
 from hotset.attention.state_step import TorchStates  # noqa: E402
 from hotset.memory.state_arena import StateArena  # noqa: E402
 
-SCANS = pytest.mark.parametrize("make", [gated_delta, kimi_delta, mamba2])
+SCANS = pytest.mark.parametrize("make", [gated_delta, kimi_delta, mamba1, mamba2])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 ODD = {"keys": 24, "values": 40, "heads": 3, "groups": 1}
 # The interpreter is slow, and multiplies both dtypes in one way.

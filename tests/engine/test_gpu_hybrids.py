@@ -27,11 +27,13 @@ RECORDED: dict[str, dict[str, Any]] = {
     "falcon_h1": {"head_dim": 128},
     "lfm2": {"head_dim": 128},
     "kimi_linear": WIDE,
+    "jamba": {"head_dim": 128},
 }
 # Without experts, which a rounding may change the choice of.
 DENSE: dict[str, dict[str, Any]] = {
     "qwen3_next": {"mlp_only_layers": [0, 1, 2, 3]},
     "kimi_linear": {"mlp_layer_types": ["dense"] * 4},
+    "jamba": {"num_experts": 1},
 }
 
 

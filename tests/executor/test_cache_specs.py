@@ -21,7 +21,6 @@ from hotset.memory.state_arena import StateArena
 REFUSED = {
     "longcat_flash",
     "llama4_text",
-    "jamba",
     "mamba2",
 }
 HEADS = KeysValues(2, 20, 16)

@@ -45,23 +45,21 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "layer_types", "records_prompts"),
+    ("family", "changes", "records_prompts"),
     [
-        ("lfm2", ["conv"], False),
-        ("qwen3_5_text", ["linear_attention"], True),
-        ("falcon_h1", None, False),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, False),
+        ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"]}, True),
+        ("falcon_h1", {"num_hidden_layers": 1}, False),  # of both kinds at once
+        ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}, False),
     ],
 )
 def test_a_hybrid_computes_launched_and_recorded_what_pytorch_does(
     family: str,
-    layer_types: list[str] | None,
+    changes: dict[str, Any],
     records_prompts: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    changes: dict[str, Any] = {"num_hidden_layers": 1}  # of both kinds at once
-    if layer_types:
-        changes = {"num_hidden_layers": 2, "layer_types": [*layer_types, "full_attention"]}
-    model = make_model(family, **changes)
+    model = make_model(family, **{"num_hidden_layers": 2, **changes})
     layout = inspect_model(model)  # also tries the kernels
     with monkeypatch.context() as patched:
         patched.setattr(state_step, "has_kernels", lambda device: False)

@@ -16,11 +16,12 @@ EXPECTED = {
     "marian": (REFUSED, "takes no position_ids"),
     "kosmos-2.5": (REFUSED, "numbers the positions"),
     "blip": (REFUSED, "it needs pixel_values"),
-    "jamba": (REFUSED, "layers of type linear_attention"),
+    "falcon_mamba": (REFUSED, "layers of type linear_attention alone"),
+    "jamba": (EQUAL, ""),  # scans that get no keyword
     "qwen3_next": (EQUAL, ""),
     "nemotron_h": (EQUAL, ""),  # layers that keep nothing, and one without attention
 }
-FINDS_NO_PREFIX = {"qwen3_next", "nemotron_h"}  # a state is kept each 64 tokens
+FINDS_NO_PREFIX = {"jamba", "qwen3_next", "nemotron_h"}  # a state is kept each 64 tokens
 
 
 @pytest.mark.filterwarnings("ignore")  # of libraries that save, and of configs shrunk

@@ -15,7 +15,7 @@ import json
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hotset.kernels import chunk_pairs, chunk_state, conv_state, decode_state
+from hotset.kernels import chunk_pairs, chunk_state, conv_state, decode_state, selective_state
 
 TYPES = dict.fromkeys(("decay", "sums", "mix", "solved", "weights", "pool"), "*fp32")
 TYPES |= dict.fromkeys(("rate", "skip", "bias"), "*fp32") | {"scale": "fp32"}
@@ -27,16 +27,21 @@ DELTA |= dict(NORMALISES=True, NO_SEQUENCE=-2, PRECISION="tf32", PART=16, PER_KE
 DELTA |= dict(IS_DELTA=True, HAS_SKIP=False, HAS_BIAS=True, SOFTPLUS=True)
 KIMI = DELTA | dict(REPEATS=1, PER_KEY=True)
 MAMBA = DELTA | dict(HEADS=64, REPEATS=8, VALUES=64, IS_DELTA=False, HAS_SKIP=True)
+JAMBA = dict(SLOT=19316736, VALUES=8192, KEYS=16, WIDTH=16, PART=16, HAS_GATE=True, HAS_SKIP=True)
+JAMBA |= dict(HAS_BIAS=True, SOFTPLUS=True, NO_SEQUENCE=-2)
+JAMBA_DECODE, JAMBA_SCAN = JAMBA | dict(TILE=128), JAMBA | dict(TILE=32, num_warps=1)
 CONV = dict(SLOT=19316736, KERNEL=4, HAS_BIAS=True, SILU=True, ROWS=8, WIDTH=128)
 CASES = [
     (decode_state._delta, DELTA), (decode_state._delta, KIMI), (decode_state._mamba2, MAMBA),
     (chunk_pairs.pair_delta, DELTA), (chunk_pairs.sum_decays, KIMI), (chunk_pairs.pair_kimi, KIMI),
     (chunk_pairs.pair_mamba2, MAMBA), (chunk_state._scan, DELTA), (chunk_state._scan, KIMI),
     (chunk_state._scan, MAMBA), (conv_state._convolve, CONV), (conv_state._keep_columns, CONV),
+    (selective_state._selective_decode, JAMBA_DECODE),
+    (selective_state._selective_scan, JAMBA_SCAN),
 ]
 compiled = []
 for kernel, sizes in CASES:
-    names = kernel.arg_names
+    names, num_warps = kernel.arg_names, sizes.get("num_warps", 4)
     sizes = {name: sizes[name] for name in names if name.isupper()}
     is_number = lambda name: name.endswith("_stride") or name.startswith("num_")
     types = {n: TYPES.get(n, "i32" if is_number(n) else "*bf16") for n in names}
@@ -50,7 +55,7 @@ for kernel, sizes in CASES:
             if name not in sizes and types[name] != "fp32"
         },
     )
-    options = dict(num_warps=4, num_stages=1)
+    options = dict(num_warps=num_warps, num_stages=1)
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     compiled.append([kernel.fn.__name__, code.metadata.shared, code.asm["ptx"]])
 print(json.dumps(compiled))
@@ -66,7 +71,7 @@ def test_kernels_over_states_compile_and_decodes_read_16_bytes_at_a_time() -> No
     )
     assert ran.returncode == 0, ran.stderr
     compiled = json.loads(ran.stdout)
-    assert len(compiled) == 12
+    assert len(compiled) == 14
     for name, shared_bytes, code in compiled:
         assert shared_bytes <= 227 * 1024
         if name in ("_delta", "_mamba2"):

@@ -25,7 +25,6 @@ from hotset.text.prompt import PromptEncoder
 
 REFUSED = {
     "mamba2": "layers of type linear_attention",
-    "jamba": "layers of type linear_attention",
     "llama4_text": "layers of type chunked_attention",
     "bart": "is an encoder-decoder",
     "t5": "is an encoder-decoder",

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from family_configs import build
 from tiny_models import HYBRID_FAMILIES, make_config
-from transformers import JambaConfig
+from transformers import Mamba2Config
 
 from hotset.bench.presets import PRESETS
 from hotset.cli.plan import command as plan_command
@@ -183,7 +183,7 @@ def test_a_plan_of_every_family_that_keeps_a_state_has_a_command(
 
 def test_states_of_other_kinds_have_no_command(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(JambaConfig(dtype="bfloat16").to_dict()))
+    file.write_text(json.dumps(Mamba2Config(dtype="bfloat16").to_dict()))
     serve = planned(str(file), *H200, "--users", "4", "--max-model-len", "256")["serve"]
     assert serve["command"] is None and "does not run recurrent layers" in serve["why_not"]
 

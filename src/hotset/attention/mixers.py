@@ -4,11 +4,15 @@ Their modules ("mixers") call two functions of their Python module, a causal con
 nothing else in them links tokens. `hook_mixers` replaces both, once per process, by functions that
 ask the object of the step, which travels with each forward call as the keyword argument `hotset`
 (as with attention). Without it they do what they did.
+
+Mixers of Mamba-1 hand no keyword to their scan, and get none from their layer. There the step takes
+the place of the mask, and a scan is of the mixer that convolved what it scans.
 """
 
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,11 +21,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hotset.attention.scans import Convolution, GatedDelta, Mamba2, Scan
+from hotset.attention.scans import Convolution, GatedDelta, Mamba1, Mamba2, Scan
 from hotset.errors import ModelError
 from hotset.kernels.state_inputs import in_rows
 
-_CONV = "causal_conv1d_fn"
+_CONV, _SELECTIVE = "causal_conv1d_fn", "mamba_selective_scan"
 # Keyword arguments that mixers hand on and that do not change the result here.
 _NEUTRAL = {"use_cache", "position_ids", "cache_position", "position_embeddings", "return_dict"}
 _NEUTRAL |= {"output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep"}
@@ -77,9 +81,19 @@ def hook_mixers(model: PreTrainedModel) -> None:
 
     Modules that convolve otherwise, outside of a decoder say, are left alone.
     """
-    for kind in {type(mixer) for mixer in mixers(model)}:
+    kinds = {type(mixer) for mixer in mixers(model)}
+    selective = {kind for kind in kinds if hasattr(sys.modules[kind.__module__], _SELECTIVE)}
+    for module in model.modules():
+        if not selective.isdisjoint(map(type, module.children())):
+            _hand_on_as_mask(type(module))
+    for kind in kinds:
         module = sys.modules[kind.__module__]
         if not hasattr(module, _CONV) or hasattr(kind.forward, "_takes_step"):
+            continue
+        if kind in selective:
+            _replace(module, _CONV, _noted_convolution)
+            _replace_selective(module)
+            kind.forward = _with_mask(kind.forward)
             continue
         for name, make in {_CONV: _convolution, **_SCANS}.items():
             if hasattr(module, name):
@@ -114,6 +128,37 @@ def _with_step(forward: Callable[..., Any]) -> Callable[..., Any]:
     return hooked
 
 
+def _hand_on_as_mask(kind: type[nn.Module]) -> None:
+    """Have layers of `kind` hand their mixer the step as its mask: they hand it no keyword."""
+    forward = kind.forward
+    if hasattr(forward, "_hands_on"):
+        return
+
+    @functools.wraps(forward)
+    def hooked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        step = kwargs.get("hotset")
+        if isinstance(step, MixerStep):
+            kwargs["attention_mask"] = step
+        return forward(self, *args, **kwargs)
+
+    hooked._hands_on = True  # type: ignore[attr-defined]
+    kind.forward = hooked
+
+
+def _with_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """As `_with_step`, of mixers that get the step as their mask."""
+
+    @functools.wraps(forward)
+    def hooked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        step = kwargs.get("attention_mask")
+        if isinstance(step, MixerStep):
+            kwargs |= {"attention_mask": None, "hotset": _Call(step, self)}
+        return forward(self, *args, **kwargs)
+
+    hooked._takes_step = "hotset"  # type: ignore[attr-defined]
+    return hooked
+
+
 def _replace(module: ModuleType, name: str, make: Callable[..., Any]) -> None:
     """Replace a function of `module` by one that asks the step where there is one."""
     plain = getattr(module, name)
@@ -132,6 +177,32 @@ def _replace(module: ModuleType, name: str, make: Callable[..., Any]) -> None:
 
     asking._asks_step = True  # type: ignore[attr-defined]
     setattr(module, name, asking)
+
+
+class _Convolved(threading.local):
+    """What the thread's last mixer of Mamba-1 made of its convolution, until it scans."""
+
+    last: tuple[_Call, torch.Tensor] | None = None
+
+    def take(self) -> tuple[_Call, torch.Tensor] | None:
+        """Who convolved last, and what came of it; None where that was without a step."""
+        last, self.last = self.last, None
+        return last
+
+
+_convolved = _Convolved()
+
+
+def _replace_selective(module: ModuleType) -> None:
+    """As `_replace`, of scans that get no keyword."""
+    plain = getattr(module, _SELECTIVE)
+
+    @functools.wraps(plain)
+    def asking(*args: Any, **kwargs: Any) -> Any:
+        last = _convolved.take()
+        return plain(*args, **kwargs) if last is None else _scan_selectively(*last, *args, **kwargs)
+
+    setattr(module, _SELECTIVE, torch.compiler.disable(asking))
 
 
 def _check_others(call: _Call, others: dict[str, Any]) -> None:
@@ -154,6 +225,52 @@ def _convolution(original: Callable[..., Any]) -> Callable[..., Any]:
         return call.step.convolve(call.layer, convolution).unsqueeze(0)
 
     return ask
+
+
+def _noted_convolution(original: Callable[..., Any]) -> Callable[..., Any]:
+    convolve = _convolution(original)
+
+    def ask(call: _Call, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = convolve(call, *args, **kwargs)
+        _convolved.last = call, output
+        return output
+
+    return ask
+
+
+def _scan_selectively(
+    call: _Call,
+    convolved: torch.Tensor,
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    use_mambapy: bool = False,
+    use_associative_scan: bool = False,
+    **others: Any,
+) -> torch.Tensor:
+    """Ask the step of the mixer that convolved: all but tokens last, `[1, V, T]`, as its caller."""
+    _check_others(call, {**others, "return_last_state": return_last_state or None})
+    if hidden_states.untyped_storage().data_ptr() != convolved.untyped_storage().data_ptr():
+        raise ModelError(f"{call.name} scans something else than what it convolved: not supported")
+    scan = Mamba1(
+        in_rows(hidden_states[0].T),
+        in_rows(dt[0].T),
+        A,
+        in_rows(B[0].T),
+        in_rows(C[0].T),
+        None if z is None else in_rows(z[0].T),
+        D,
+        delta_bias,
+        delta_softplus,
+    )
+    return call.step.scan(call.layer, scan).transpose(0, 1).transpose(1, 2)
 
 
 def _gated_delta(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from hotset.attention.state_tables import GRID
-from hotset.kernels.state_inputs import DeltaTokens, Mamba2Tokens
+from hotset.kernels.state_inputs import DeltaTokens, Mamba1Tokens, Mamba2Tokens
 
 
 class Convolution(NamedTuple):
@@ -197,6 +197,63 @@ class Mamba2(Mamba2Tokens, Scan):
             return_final_states=True,
         )
         return output[0], after[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba1(Mamba1Tokens, Scan):
+    """Selective scan (Gu and Dao, "Mamba", 2023, section 3.2), token by token in float32.
+
+    A state is one head's, and so are the output's values.
+    """
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """See `Scan`."""
+        return (1, *self.rate.shape)
+
+    @property
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        """See `Scan`."""
+        rows = (self.value, self.step, self.key, self.query)
+        return rows if self.gate is None else (*rows, self.gate)
+
+    def new_output(self) -> torch.Tensor:
+        """See `Scan`."""
+        return self.value.new_empty((len(self.value), 1, len(self.rate)), dtype=torch.float32)
+
+    def decode(self, num: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Scan`."""
+        decay, change = self._of_tokens(slice(num))
+        state = state * decay + change
+        return self._output(slice(num), state), state
+
+    def chunk(self, start: int, end: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Scan`."""
+        states = []
+        for decay, change in zip(*self._of_tokens(slice(start, end)), strict=True):
+            state = state * decay + change
+            states.append(state)
+        return self._output(slice(start, end), torch.stack(states)), state
+
+    def _of_tokens(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[R, 1, V, K]` each: what the state is multiplied with, and what is added to it."""
+        step = self.step[rows].float()
+        if self.bias is not None:
+            step = step + self.bias.float()
+        if self.is_softplus:
+            step = functional.softplus(step)
+        decay = (step.unsqueeze(-1) * self.rate.float()).exp()
+        change = (step * self.value[rows].float()).unsqueeze(-1) * self.key[rows, None].float()
+        return decay.unsqueeze(1), change.unsqueeze(1)
+
+    def _output(self, rows: slice, states: torch.Tensor) -> torch.Tensor:
+        """`[R, 1, V]` of the `[R, 1, V, K]` states after the tokens."""
+        output = (states * self.query[rows, None, None].float()).sum(-1)
+        if self.skip is not None:
+            output = output + (self.skip.float() * self.value[rows].float()).unsqueeze(1)
+        if self.gate is not None:
+            output = output * functional.silu(self.gate[rows].float()).unsqueeze(1)
+        return output
 
 
 def _of_length_1(rows: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,12 @@ from transformers.activations import ACT2FN
 from hotset.attention.batch import Batch
 from hotset.attention.inputs import fill, to_device
 from hotset.attention.mixers import MixerStep
-from hotset.attention.scans import Convolution, GatedDelta, Mamba2, Scan
+from hotset.attention.scans import Convolution, GatedDelta, Mamba1, Mamba2, Scan
 from hotset.attention.state_tables import NUM_COLUMNS, Array, SpanTables, TableSizes
 from hotset.kernels.chunk_state import scan_delta, scan_mamba2
 from hotset.kernels.conv_state import convolve
 from hotset.kernels.decode_state import decode_delta, decode_mamba2
+from hotset.kernels.selective_state import decode_mamba1, scan_mamba1
 from hotset.kernels.state_inputs import ChunkTable, RowTable, SequenceTable, StepTables
 from hotset.memory.state_arena import StateArena
 
@@ -99,5 +100,6 @@ class KernelStates(MixerStep):
 
 KERNELS: dict[type[Scan], tuple[Callable[..., None], Callable[..., None]]] = {
     GatedDelta: (decode_delta, scan_delta),
+    Mamba1: (decode_mamba1, scan_mamba1),
     Mamba2: (decode_mamba2, scan_mamba2),
 }

@@ -265,9 +265,9 @@ def short_conv(f: Facts) -> Attention:
 
 def mamba1(f: Facts) -> Attention:
     """Mamba mixer as in Jamba: a state of inner width x state size."""
-    hidden, state = f.count("hidden_size"), f.count("mamba_d_state")
-    kernel, rank = f.count("mamba_d_conv"), f.get("mamba_dt_rank", default="auto")
-    width = f.count("mamba_expand") * hidden
+    hidden, state = f.count("hidden_size"), f.count("mamba_d_state", default=16)
+    kernel, rank = f.count("mamba_d_conv", default=4), f.get("mamba_dt_rank", default="auto")
+    width = f.count("mamba_expand", default=2) * hidden
     if rank == "auto":
         rank = -(-hidden // 16)
     matrix = hidden * 2 * width + width * (rank + 2 * state) + rank * width + width * hidden
@@ -279,5 +279,5 @@ def mamba1(f: Facts) -> Attention:
         Kind.RECURRENT,
         Params(matrix, vector),
         num_heads=1,
-        cache=State((width, state), (width, kernel - 1)),
+        cache=State((1, width, state), (width, kernel - 1)),
     )

@@ -59,6 +59,33 @@ class Mamba2Tokens:
     bounds: tuple[float, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Mamba1Tokens:
+    """Of Mamba-1, each value of which decays by steps of its own; see `in_rows`.
+
+    Attributes:
+        value: `[T, V]`, x of the paper.
+        step: `[T, V]`, the time step before bias and softplus.
+        rate: `[V, K]`, A of the paper, negative; contiguous.
+        key: `[T, K]`, B of the paper.
+        query: `[T, K]`, C of the paper.
+        gate: `[T, V]`, whose SiLU the output is multiplied with; None for none.
+        skip: `[V]`, D of the paper; None for none.
+        bias: `[V]`, of the time step; None for none.
+        is_softplus: whether the time step goes through softplus.
+    """
+
+    value: torch.Tensor
+    step: torch.Tensor
+    rate: torch.Tensor
+    key: torch.Tensor
+    query: torch.Tensor
+    gate: torch.Tensor | None
+    skip: torch.Tensor | None
+    bias: torch.Tensor | None
+    is_softplus: bool
+
+
 class RowTable(NamedTuple):
     """Of each token of a step, `[T]` int32. No two sequences write one slot, or read and write one.
 

@@ -17,7 +17,7 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "fp8
 # In transformers: nothing is cut by tp, or all but the attention.
 _NO_TP_PLAN = ("gpt_oss",)
 _WHOLE_ATTENTION = ("olmoe", "olmo2", "olmo3", "flex_olmo")
-_OTHER_STATES = ("jamba", "mamba2")  # the first Mamba's; no layer that attends
+_STATES_ALONE = ("mamba2",)  # no layer attends
 _LEAST_STATES = 3  # two that no request gets, see `StateSizes`
 _OWN_EXPERTS = ("llama4", "dbrx", "jetmoe")  # computed by the model's own code, all resident
 
@@ -50,7 +50,7 @@ def why_not_served(plan: Plan) -> str:
             "counts it as cut",
         ),
         (
-            shape.model_type in _OTHER_STATES,
+            shape.model_type in _STATES_ALONE,
             f"hotset serve does not run recurrent layers as {shape.name} has them",
         ),
         (
