@@ -45,7 +45,8 @@ def step_s(engine: Engine, users: int, context: int, rng: random.Random) -> list
     half = (WARM_STEPS + STEPS) // 2
     drawn = rng.choices(_TOKENS, k=_DRAWN)  # a draw per token of each user would take seconds
     for i in range(users):
-        tokens = (drawn * -(-context // _DRAWN))[: context - half]
+        first = rng.randrange(_DRAWN)  # else all users go on with one token, and its experts
+        tokens = (drawn * -(-(first + context) // _DRAWN))[first : first + context - half]
         request = Request(
             f"{users}-{context}-{i}",
             len(tokens),

@@ -120,9 +120,13 @@ class ModelRunner:
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         register(traced=False)
         merge_linears(self._model)
-        # To round a long row to 8 bits takes its largest number: one kernel for both, not three
-        # that compute the row again.
-        options = {"split_reductions": False} if self._model.device.type == "cuda" else {}
+        # Rounded where PyTorch rounds: what is compiled together depends on where experts are, and
+        # answers must not.
+        options = {"emulate_precision_casts": True}
+        if self._model.device.type == "cuda":
+            # To round a long row to 8 bits takes its largest number: one kernel for both, not three
+            # that compute the row again.
+            options["split_reductions"] = False
         for module in self._model.modules():
             # Another engine may have compiled the same model.
             if isinstance(module, GradientCheckpointingLayer) and not module._compiled_call_impl:
