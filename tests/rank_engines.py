@@ -8,6 +8,7 @@ from engines import sizes_in_blocks
 from tiny_models import make_model
 from torch import distributed
 
+from hotset.attention.sparse.indexer import indexers
 from hotset.engine import load
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
@@ -47,6 +48,13 @@ def make_ranked_engine(
     Sizes are in blocks of each rank.
     """
     loaded = ranks.load(load_tiny, family, seed, model_changes or {}, model_dtype)
+    return engine_over(ranks, loaded, overlap=overlap, **changes)
+
+
+def engine_over(
+    ranks: Ranks, loaded: LoadedModel, *, overlap: bool | None = None, **changes: Any
+) -> Engine:
+    """An engine over a model whose parts these ranks have loaded."""
     loaded = replace(loaded, ranks=ranks)
     options = sizes_in_blocks(loaded.model, num_ranks=ranks.size, **changes)
     return build_engine(Options.of(tp=ranks.size, **options), loaded, overlap=overlap)
@@ -60,6 +68,16 @@ def make_folder_engine(ranks: Ranks, options: Options) -> Engine:
 def load_folder(options: Options) -> LoadedModel:
     """This rank's part of a checkpoint."""
     return load._load(options)
+
+
+def load_otherwise_selecting(family: str) -> LoadedModel:
+    """`load_tiny`, but the indexers of rank 1 have other weights."""
+    loaded = load_tiny(family, 0, {})
+    if current().rank == 1:
+        with torch.no_grad():
+            for indexer in indexers(loaded.model):
+                indexer.weights_proj.weight.neg_()
+    return loaded
 
 
 BAD_TOKEN = 99  # on rank 1

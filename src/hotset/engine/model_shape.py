@@ -39,6 +39,7 @@ from hotset.layout import Layout
 from hotset.linear.packed import PackedLinear
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
+from hotset.parallel.group import current
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8"}
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
@@ -53,6 +54,9 @@ def measure_model(loaded: LoadedModel, layout: ModelLayout, options: Options) ->
     """
     model, asked = loaded.model, options.experts
     device, layers = model.device, experts_layers(model)
+    why_not_hot = layout.why_not_hot
+    if why_not_hot is None and current().size > 1:
+        why_not_hot = "its rows are on several GPUs"
     if device.type not in TUNINGS:
         raise ConfigError(f"device {device.type!r} is not supported; expected cpu or cuda")
     slots = slot_bytes_of(model, asked) if isinstance(asked, HostedExperts) else None
@@ -85,7 +89,7 @@ def measure_model(loaded: LoadedModel, layout: ModelLayout, options: Options) ->
         rated=rated,
         has_index_keys=any(layout.index_dims),
         state_bytes=state_slot_bytes(layout.states.values()),
-        sparse=None if (why_not_hot := layout.why_not_hot) else _sparse_sizes(layout),
+        sparse=None if why_not_hot else _sparse_sizes(layout),
         why_not_hot=why_not_hot or "",
     )
 

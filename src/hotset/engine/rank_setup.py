@@ -100,7 +100,6 @@ class RankSetup:
             kv_dtype = resolve_kv_dtype(asked.kv_dtype, self._device)
             index_dtype = resolve_kv_dtype(asked.index_dtype, self._device, "index_dtype")
             self._layout = inspect_model(self._model, kv_dtype, index_dtype)
-        self._check_ranks(loaded.name)
         if simulated != Simulated() and self._layout.layers[0].indexer is None:
             raise ConfigError(
                 f"{loaded.name} has no sparse attention, whose selections and contexts could be "
@@ -109,16 +108,6 @@ class RankSetup:
         self._kernels = start_kernels(self._layout.layers, self._layout.kv_dtype, self._device)
         with times.phase("pack weights"):
             pack_linears(self._model)
-
-    def _check_ranks(self, name: str) -> None:
-        """Raise ConfigError where several ranks cannot run what one can."""
-        if current().size == 1:
-            return
-        if self._layout.layers[0].indexer is not None:
-            raise ConfigError(
-                f"the layers of {name} select what they attend to, which several GPUs cannot do "
-                "yet; leave tp out"
-            )
 
     def size(self) -> Sizes:
         """What each part gets of the memory: on all ranks the same."""

@@ -69,12 +69,17 @@ class Summed(nn.Module):
 
 
 class Gathered(nn.Module):
-    """The layer that makes logits, of which each rank has some columns: all ranks get all."""
+    """The layer that makes logits, of which each rank has some columns: all ranks get all.
 
-    def __init__(self, part: nn.Module, num_columns: int) -> None:
+    Attributes:
+        weight: `[0]`, for model code that asks for its dtype; whatever computes with it fails.
+    """
+
+    def __init__(self, part: Any, num_columns: int) -> None:
         super().__init__()
         self.part = part
         self._num_columns = num_columns
+        self.register_buffer("weight", part.weight.new_empty(0), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., columns of all ranks]`."""

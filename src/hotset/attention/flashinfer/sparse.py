@@ -28,6 +28,7 @@ from hotset.attention.sparse.rounded import turned_query
 from hotset.attention.spec import LayerAttention
 from hotset.cost.workspace import SCORES_BYTES
 from hotset.memory.arena import DeviceArena, row_steps
+from hotset.parallel.collectives import broadcast
 
 if TYPE_CHECKING:
     from hotset.kernels.hot_reference import Misses
@@ -320,7 +321,10 @@ class SparseBackend(LatentBackend):
         *,
         is_guess: bool = False,
     ) -> torch.Tensor:
-        """The positions of a layer's highest scores, `[T, K]` int32; `scores` are overwritten."""
+        """The positions of a layer's highest scores, `[T, K]` int32; `scores` are overwritten.
+
+        Ranks that compute a layer together take rank 0's.
+        """
         keys = self.arena.index_keys[layer]
         self._scoring.score_paged_keys(
             query,
@@ -342,6 +346,7 @@ class SparseBackend(LatentBackend):
             deterministic=True,
             tie_break=_LOWER_POSITION,
         )
+        broadcast(positions)
         return positions
 
     def _find_rows(

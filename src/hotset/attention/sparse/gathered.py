@@ -16,6 +16,7 @@ from hotset.attention.sparse.select import score_keys, select_positions
 from hotset.cost.cache_spec import KEYS_ALONE
 from hotset.kernels.hot_reference import Misses
 from hotset.memory.arena import DeviceArena, row_steps
+from hotset.parallel.collectives import broadcast
 
 # Numbers of an intermediate result, at most: 256 MiB of float32.
 _MOST_VALUES = 2**26
@@ -116,6 +117,8 @@ class GatheredSelection:
     ) -> torch.Tensor:
         """The positions of a layer's highest scores in a sequence, `[Q, K]` int32.
 
+        Ranks that compute a layer together take rank 0's.
+
         Args:
             layer: that has the index keys.
             table: blocks of the sequence.
@@ -139,7 +142,9 @@ class GatheredSelection:
                 seeds = seeds_of(keys, table[:1].expand(len(scores)))
                 self._drawn.replace(scores, lengths[rows], seeds, layer, is_guess=is_guess)
             found.append(select_positions(scores, lengths[rows], self._count))
-        return torch.cat(found)
+        positions = torch.cat(found)
+        broadcast(positions)
+        return positions
 
     def _rows_of(self, layer: int, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Numbers of a layer's rows at `[Q, K]` positions, int32; -1 where there is none."""
