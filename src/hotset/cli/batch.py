@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hotset.cli.options import Command, engine_options
+from hotset.cli.options import Command, engine_options, runs_on_ranks
 from hotset.options import Options
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as one JSON object.")
 @engine_options
+@runs_on_ranks
 def command(
     source: Path, results: Path, window: int | None, as_json: bool, options: Options
 ) -> None:

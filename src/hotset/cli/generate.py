@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hotset.cli.options import Command, engine_options, flags
+from hotset.cli.options import Command, engine_options, flags, runs_on_ranks
 from hotset.errors import ConfigError, RequestError
 from hotset.foreign_text import ForeignTextError, parse_json
 from hotset.option_fields import options_of
@@ -48,6 +48,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 @click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
 @flags("sampling", options_of(SamplingParams), dict)
 @engine_options
+@runs_on_ranks
 def command(
     words: tuple[str, ...],
     raw: bool,

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from hotset.errors import ConfigError, HotsetError
 from hotset.option_fields import Option
 from hotset.options import OPTIONS, Options
+from hotset.ranks.torchrun import is_other_rank
 
 R = TypeVar("R")
 
@@ -69,6 +70,20 @@ def flags(
 
 
 engine_options = flags("options", OPTIONS.values(), Options.of)
+
+
+def runs_on_ranks(command: Callable[..., R]) -> Callable[..., R]:
+    """Where torchrun has started other ranks than the driver's, be one in place of the command."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, options: Options, **given: Any) -> R:
+        if is_other_rank(options.layout.num_gpus):
+            from hotset.ranks.worker import serve_driver  # imports torch: not for --help
+
+            serve_driver()
+        return command(*args, options=options, **given)
+
+    return wrapper
 
 
 def given_only(**values: Any) -> dict[str, Any]:

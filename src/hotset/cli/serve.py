@@ -5,7 +5,7 @@ import functools
 import click
 
 from hotset.cli.config_file import config_flag
-from hotset.cli.options import Command, engine_options
+from hotset.cli.options import Command, engine_options, runs_on_ranks
 from hotset.cli.server_flags import ServerFlags, listening, server_flags
 from hotset.options import Options
 
@@ -15,6 +15,7 @@ from hotset.options import Options
 @server_flags()
 @click.option("--dry-run", is_flag=True, help="Set everything up, print what went where, and exit.")
 @engine_options
+@runs_on_ranks
 def command(server: ServerFlags, dry_run: bool, options: Options) -> None:
     r"""Serve the OpenAI-compatible HTTP API, with a status page at / and the API at /docs.
 

@@ -17,7 +17,8 @@ from starlette.types import ASGIApp
 
 from hotset.cli.server_flags import OpenServer
 from hotset.engine.stream_service import StreamService
-from hotset.errors import HotsetError
+from hotset.errors import EngineError, HotsetError
+from hotset.ranks.torchrun import place
 from hotset.server.app import Api
 from hotset.text.prompt import PromptEncoder
 
@@ -59,6 +60,8 @@ def serve(
     where = opened.where
 
     def on_ready(service: StreamService) -> None:
+        if place() is not None:
+            server.watched = service
         _warn_of_no_template(service)
         if is_desk:
             click.echo(f"files and batches at {where}", err=True)
@@ -71,7 +74,7 @@ def serve(
         server.should_exit = True
 
     api = Api(start, opened.config, on_ready=on_ready, on_failure=on_failure)
-    server = _Server(api, where, drain_s, until, entry(api), certificate)
+    server = _Server(api, where, drain_s, until, entry(api), certificate, on_failure)
     _raise_file_limit()
     server.run(sockets=[opened.listener])
     if failures:
@@ -81,7 +84,13 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """Takes no more requests after the first signal; a second one ends those that run."""
+    """Takes no more requests after the first signal; a second one ends those that run.
+
+    Attributes:
+        watched: whose end is the server's too, as torchrun starts all ranks again; None for none.
+    """
+
+    watched: StreamService | None = None
 
     def __init__(
         self,
@@ -91,6 +100,7 @@ class _Server(uvicorn.Server):
         until: str,
         entry: ASGIApp,
         certificate: tuple[Path, Path | None] | None,
+        on_failure: Callable[[HotsetError], None],
     ) -> None:
         chain, key = certificate or (None, None)
         super().__init__(
@@ -110,6 +120,7 @@ class _Server(uvicorn.Server):
         self._api = api
         self._where, self._until = where, until
         self._drain_s = drain_s
+        self._on_failure = on_failure
         self._is_urgent = False
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -125,6 +136,15 @@ class _Server(uvicorn.Server):
             self._is_urgent = True
             return
         super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """See uvicorn: ten times a second."""
+        if self.watched is not None and not self.should_exit:
+            try:
+                self.watched.raise_unless_healthy()
+            except EngineError as error:
+                self._on_failure(error)
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn. From here on signals come to `handle_exit`."""

@@ -14,6 +14,7 @@ from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
 from hotset.engine.layout_choice import choose_layout
 from hotset.engine.start_times import StartTimes
+from hotset.errors import ConfigError
 from hotset.executor.probe import check_index_dtype, check_kv_dtype, weights_bytes
 from hotset.expert_options import HostedExperts
 from hotset.experts.disk import ExpertSink
@@ -24,6 +25,7 @@ from hotset.model.loaded import LoadedModel
 from hotset.model.loader import load_model
 from hotset.options import Options
 from hotset.ranks.driver import Ranks
+from hotset.ranks.torchrun import is_other_rank
 
 _NUM_PHASES = 8  # at most, of a start
 
@@ -69,6 +71,11 @@ def load_on_ranks(
     layout = options.layout.spread
     if layout.gpus == 1:
         return load(*arguments)
+    if is_other_rank(layout.gpus):
+        raise ConfigError(
+            "torchrun has made this process another rank than 0, which runs no engine of its own; "
+            "start hotset serve, generate or batch with torchrun"
+        )
     device = resolve_device(options.model.device).type
     ranks = Ranks(layout, device, step_timeout_s=options.layout.step_timeout_s)
     try:

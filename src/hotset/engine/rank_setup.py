@@ -111,11 +111,9 @@ class RankSetup:
 
     def size(self) -> Sizes:
         """What each part gets of the memory: on all ranks the same."""
-        size = current().size
-        device, host = least([free_bytes(self._device), available_host_bytes()])
-        host //= size
-        if self._device.type == "cpu":
-            device //= size
+        of_host = available_host_bytes() // current().num_local
+        free = of_host if self._device.type == "cpu" else free_bytes(self._device)
+        device, host = least([free, of_host])
         model = measure_model(self._loaded, self._layout, self._options)
         return solve_sizes(self._options, model, FreeBytes(device, host))
 

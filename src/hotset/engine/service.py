@@ -18,6 +18,7 @@ from hotset.errors import HotsetError
 from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
+from hotset.ranks.torchrun import place
 from hotset.request import FinishReason
 
 _log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class EngineService(StreamService):
         self._looks = Looks()
         self._host: EngineHost
         has_ranks = options.layout.num_gpus > 1
-        self._restarts = Restarts() if has_ranks else None
+        # Ranks that torchrun has started are torchrun's to start again.
+        self._restarts = Restarts() if has_ranks and place() is None else None
         self._is_restarting = False  # guarded by _lock
         self._close_event = threading.Event()
         # Nothing here imports torch then, so that the child starts at once.

@@ -81,6 +81,8 @@ def use_symmetric_memory() -> str:
     group = current()
     if group.size == 1 or group.device.type != "cuda":
         return ""
+    if group.num_hosts > 1:
+        return "sums over ranks: NCCL, as they are on several hosts"
     if _symmetric is not None:  # of an engine before
         return _THROUGH_SYMMETRIC
     found, reason = None, "another rank cannot"

@@ -9,7 +9,8 @@ from datetime import timedelta
 
 import torch
 from torch import distributed
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from hotset.layout import Layout
 
@@ -35,12 +36,19 @@ class Group:
         layout: how these ranks share a model.
         device: of this rank.
         is_alone: whether collectives give back what this rank brings, see `alone`.
+        num_hosts: that ranks are on, each with as many of them.
     """
 
     rank: int
     layout: Layout
     device: torch.device
     is_alone: bool = False
+    num_hosts: int = 1
+
+    @property
+    def num_local(self) -> int:
+        """Ranks that share this host."""
+        return self.size // self.num_hosts
 
     @property
     def size(self) -> int:
@@ -69,8 +77,27 @@ def find_store(port: int, size: int, timeout_s: float) -> TCPStore:
     return TCPStore(_LOOPBACK, port, size, is_master=False, timeout=_span(timeout_s))
 
 
-def join(store: Store, rank: int, layout: Layout, device: str, timeout_s: float) -> Group:
-    """Become one of the ranks of a layout, on this host; returns when all have.
+def torchrun_store(timeout_s: float, attempt: str = "") -> Store:
+    """The place where ranks that torchrun has started find each other.
+
+    torchrun keeps it when it starts them again; what `attempt` has is its own.
+    """
+    store: Store = next(rendezvous("env://", timeout=_span(timeout_s)))[0]
+    return PrefixStore(attempt, store) if attempt else store
+
+
+def join(
+    store: Store,
+    rank: int,
+    layout: Layout,
+    device: str,
+    timeout_s: float,
+    *,
+    local_rank: int | None = None,
+    num_hosts: int = 1,
+    is_on_loopback: bool = True,
+) -> Group:
+    """Become one of the ranks of a layout; returns when all have.
 
     On a GPU collectives are NCCL's, and gloo's for what is on the CPU; else all are gloo's.
 
@@ -78,18 +105,25 @@ def join(store: Store, rank: int, layout: Layout, device: str, timeout_s: float)
         store: where ranks find each other.
         rank: of this process.
         layout: of all ranks.
-        device: `cpu` or `cuda`; the GPU's number is the rank.
+        device: `cpu` or `cuda`.
         timeout_s: how long a collective on the CPU waits for the others.
+        local_rank: the number of the GPU; None is the rank.
+        num_hosts: that the ranks are on.
+        is_on_loopback: whether ranks reach each other without a network.
     """
     global _current
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if is_on_loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # Imported after, its functions would hold the group as a default, and so its threads, for good.
     importlib.import_module("torch.distributed.nn.functional")
     backend, own = "gloo", torch.device("cpu")
     if device == "cuda":
-        backend, own = "cpu:gloo,cuda:nccl", torch.device("cuda", rank)
+        backend, own = (
+            "cpu:gloo,cuda:nccl",
+            torch.device("cuda", rank if local_rank is None else local_rank),
+        )
         torch.cuda.set_device(own)
     distributed.init_process_group(
         backend,
@@ -99,7 +133,7 @@ def join(store: Store, rank: int, layout: Layout, device: str, timeout_s: float)
         timeout=_span(timeout_s),
         device_id=own if device == "cuda" else None,
     )
-    _current = Group(rank, layout, own)
+    _current = Group(rank, layout, own, num_hosts=num_hosts)
     return _current
 
 

@@ -8,34 +8,28 @@ import contextlib
 import logging
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from hotset.cgroups import usable_cpus
 from hotset.errors import ConfigError, EngineError, HotsetError
 from hotset.layout import Layout
 from hotset.parallel import group
 from hotset.parallel.collectives import forget_symmetric_memory
 from hotset.ranks.facts import first_difference
 from hotset.ranks.log import Array, Op, command
-from hotset.ranks.messages import Call, Done, Failed, RankReport, Start, Stepped
+from hotset.ranks.messages import START_TIMEOUT_S, Call, Done, Failed, RankReport, Stepped
+from hotset.ranks.peers import join_group, meet_peers, start_peers
+from hotset.ranks.torchrun import Place, place
 
 T = TypeVar("T")
 Taker: TypeAlias = Callable[[int, RankReport], None]
 
 _log = logging.getLogger(__name__)
 
-# How long ranks may take to start, load and compile; no rank waits for a collective meanwhile.
-START_TIMEOUT_S = 1800.0
 # How long the driver's own error may wait for the one of another rank that caused it, and a rank's
 # error for the end of another one's process.
 _CAUSE_S = 1.0
@@ -43,12 +37,6 @@ _ENDED_S = 0.25
 # How long a rank may take to end by itself.
 _END_S = 5.0
 _LOOK_EVERY_S = 0.1
-_WORKER = """
-from hotset.garbage import importing
-with importing():
-    from hotset.ranks.worker import main
-main({})
-"""
 
 
 def _exit(line: str) -> None:
@@ -62,7 +50,9 @@ on_failure: Callable[[str], None] = _exit
 
 
 class Ranks:
-    """The processes of ranks 1 to N - 1 on this host; this process is rank 0.
+    """The processes of ranks 1 to N - 1; this process is rank 0.
+
+    They are started on this host, or torchrun has started them on any.
 
     Args:
         layout: how N ranks share a model.
@@ -79,27 +69,24 @@ class Ranks:
     """
 
     def __init__(self, layout: Layout, device: str, *, step_timeout_s: float) -> None:
-        _check_gpus(layout, device)
+        here = place()
+        _check_gpus(layout, device, here)
         self.size, self._step_timeout_s = layout.gpus, step_timeout_s
-        size = self.size
         self.failure: str | None = None
         self._takers: list[Taker] = []
         self._early: list[tuple[int, RankReport]] = []  # before there were takers; by _changed
         self._changed = threading.Condition()
-        self._done: dict[int, list[dict[str, str]]] = {rank: [] for rank in range(1, size)}
+        self._done: dict[int, list[dict[str, str]]] = {rank: [] for rank in range(1, layout.gpus)}
         self._num_stepped = dict.fromkeys(self._done, 0)
         self._num_steps = 0
         self._due_s: float | None = None  # of the step that the driver waits for
         self.is_in_step = False
         self._is_serving = self._is_closing = False
         self._send_lock = threading.Lock()
-        torch.set_num_threads(max(1, usable_cpus() // size))  # ranks share the cores
-        store = group.serve_store(size, START_TIMEOUT_S)
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._connections: dict[int, Connection] = {}
-        for rank in self._done:
-            start = Start(tuple(sys.path), rank, layout, device, store.port, START_TIMEOUT_S)
-            self._processes[rank], self._connections[rank] = _spawn(start)
+        if here is None:
+            store, self._peers = start_peers(layout, device, START_TIMEOUT_S)
+        else:
+            store, self._peers = meet_peers(layout, here, device, START_TIMEOUT_S)
         self._threads = [
             threading.Thread(target=self._receive, args=(rank,), name=f"rank-{rank}", daemon=True)
             for rank in self._done
@@ -109,7 +96,7 @@ class Ranks:
             thread.start()
         try:
             with self._naming():
-                group.join(store, 0, layout, device, START_TIMEOUT_S)
+                join_group(store, 0, layout, device, START_TIMEOUT_S, here)
         except BaseException:
             self.close(is_orderly=False)
             raise
@@ -246,42 +233,38 @@ class Ranks:
                 return
             self._is_closing = True
         forget_symmetric_memory()
-        for connection in self._connections.values():
+        for peer in self._peers.values():
             with contextlib.suppress(OSError):
-                connection.send_bytes(b"")
+                peer.connection.send_bytes(b"")
         deadline_s = time.monotonic() + _END_S
         with contextlib.suppress(Exception):
             group.leave(is_orderly=is_orderly and self.failure is None)
-        for process in self._processes.values():
-            try:
-                process.wait(max(0.0, deadline_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for peer in self._peers.values():
+            peer.end(max(0.0, deadline_s - time.monotonic()))
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
-        for connection in self._connections.values():
-            connection.close()
+        for peer in self._peers.values():
+            peer.connection.close()
 
     def _send(self, message: bytes) -> None:
         with self._send_lock:
-            for rank, connection in self._connections.items():
+            for rank, peer in self._peers.items():
                 try:
-                    connection.send_bytes(message)
+                    peer.connection.send_bytes(message)
                 except OSError:
-                    self.fail(rank, self._how_it_ended(rank))
+                    self.fail(rank, peer.how_it_ended())
 
     # In threads of their own
 
     def _receive(self, rank: int) -> None:
-        connection = self._connections[rank]
+        peer = self._peers[rank]
         while True:
             try:
-                report: RankReport = pickle.loads(connection.recv_bytes())
+                report: RankReport = pickle.loads(peer.connection.recv_bytes())
             except (EOFError, OSError):
                 if not self._is_closing:
-                    self.fail(rank, self._how_it_ended(rank))
+                    self.fail(rank, peer.how_it_ended())
                 return
             if isinstance(report, Failed):
                 with self._changed:  # a collective fails because another rank has ended
@@ -335,38 +318,21 @@ class Ranks:
             on_failure(line)
 
     def _kill(self) -> None:
-        for process in self._processes.values():
-            process.kill()
-
-    def _how_it_ended(self, rank: int) -> str:
-        try:
-            code = self._processes[rank].wait(_CAUSE_S)
-        except subprocess.TimeoutExpired:
-            return "its process has closed its connection"
-        if code < 0:
-            return f"its process has been ended by signal {-code} ({signal.strsignal(-code)})"
-        return f"its process has ended with status {code}"
+        for peer in self._peers.values():
+            peer.kill()
 
 
-def _check_gpus(layout: Layout, device: str) -> None:
-    count = torch.cuda.device_count() if device == "cuda" else layout.gpus
-    if count < layout.gpus:
+def _check_gpus(layout: Layout, device: str, here: Place | None) -> None:
+    if device != "cuda":
+        return
+    count = torch.cuda.device_count()
+    if here is None and count < layout.gpus:
         raise ConfigError(
-            f"{layout} needs {layout.gpus} GPUs and this machine has {count}; give less"
+            f"{layout} needs {layout.gpus} GPUs and this machine has {count}; give less, or start "
+            "the others with torchrun"
         )
-
-
-def _spawn(start: Start) -> tuple["subprocess.Popen[bytes]", Connection]:
-    """A process that is a rank, and the connection to it."""
-    ours, theirs = Pipe()
-    code = _WORKER.format(theirs.fileno())
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, start.path))}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        pass_fds=[theirs.fileno()],
-        stdin=subprocess.DEVNULL,
-        env=environment,
-    )
-    theirs.close()
-    ours.send_bytes(pickle.dumps(start))
-    return process, ours
+    if here is not None and count < here.num_local:
+        raise ConfigError(
+            f"torchrun started {here.num_local} processes on this host, which has {count} GPUs; "
+            f"give --nproc-per-node {count} or less"
+        )

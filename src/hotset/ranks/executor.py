@@ -10,9 +10,9 @@ from hotset.executor.step_input import StepInput, StepResult
 from hotset.experts.recorder import RoutingRecorder
 from hotset.metrics import ExpertCounts, HotCounts
 from hotset.parallel.collectives import broadcast
-from hotset.ranks.driver import START_TIMEOUT_S, Ranks
+from hotset.ranks.driver import Ranks
 from hotset.ranks.log import Op, StepWriter, command
-from hotset.ranks.messages import Counted, RankReport
+from hotset.ranks.messages import START_TIMEOUT_S, Counted, RankReport
 from hotset.request import SamplingParams
 
 

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 from hotset.layout import Layout
 from hotset.metrics import ExpertCounts
 
+# How long ranks may take to start, load and compile; no rank waits for a collective meanwhile.
+START_TIMEOUT_S = 1800.0
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -14,8 +17,9 @@ class Start:
 
     Attributes:
         path: for its imports.
-        device: `cpu` or `cuda`; the GPU's number is the rank.
-        port: of the place where ranks find each other, on this host.
+        device: `cpu` or `cuda`.
+        port: of the place where ranks find each other, on this host; 0 where torchrun has one.
+        attempt: what keys in torchrun's begin with: it has those of earlier starts too.
         timeout_s: how long it waits for them.
     """
 
@@ -24,6 +28,7 @@ class Start:
     layout: Layout
     device: str
     port: int
+    attempt: str
     timeout_s: float
 
 

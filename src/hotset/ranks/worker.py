@@ -8,37 +8,53 @@ import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 import torch
 
-from hotset.cgroups import usable_cpus
 from hotset.garbage import importing
 from hotset.parallel import group
 from hotset.parallel.collectives import forget_symmetric_memory
 from hotset.ranks.facts import machine_facts
-from hotset.ranks.messages import Call, Done, Failed, RankReport, Start
+from hotset.ranks.messages import START_TIMEOUT_S, Call, Done, Failed, RankReport, Start
+from hotset.ranks.peers import join_group
 from hotset.ranks.rank import Rank, Replay
+from hotset.ranks.torchrun import Place, find_driver, place
 
 _POLL_S = 5e-4  # while copies are under way
 
 
-def main(fd: int) -> None:
+def main(fd: int) -> NoReturn:
     """Be the rank that the other end of a pipe says; never returns."""
-    # A signal to the server's process group reaches the driver, which ends this process.
+    _serve(Connection(fd), None)
+
+
+def serve_driver() -> NoReturn:
+    """Be the rank that torchrun's environment says; never returns."""
+    here = place()
+    assert here is not None
+    store = group.torchrun_store(START_TIMEOUT_S)
+    _serve(find_driver(store, here, START_TIMEOUT_S), here)
+
+
+def _serve(connection: Connection, here: Place | None) -> NoReturn:
+    # A signal to the server's process group, or of torchrun to all ranks, reaches the driver, which
+    # ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    worker = _Worker(Connection(fd))
+    worker, status = _Worker(connection, here), 0
     try:
         worker.serve()
     except BaseException as error:
         worker.report(Failed.of(error))
+        status = 1
     # Without what Python does at its end: others may wait inside a collective.
-    os._exit(0)
+    os._exit(status)
 
 
 class _Worker:
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, here: Place | None) -> None:
+        self._connection, self._here = connection, here
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._receive, daemon=True).start()
@@ -55,10 +71,12 @@ class _Worker:
     def serve(self) -> None:
         """Join the group, load a model, and replay the steps of one engine after another."""
         start: Start = pickle.loads(self._inbox.get())
-        sys.path[:] = start.path
-        torch.set_num_threads(max(1, usable_cpus() // start.layout.gpus))  # ranks share the cores
-        store = group.find_store(start.port, start.layout.gpus, start.timeout_s)
-        group.join(store, start.rank, start.layout, start.device, start.timeout_s)
+        if start.attempt:
+            store = group.torchrun_store(start.timeout_s, start.attempt)
+        else:
+            sys.path[:] = start.path
+            store = group.find_store(start.port, start.layout.gpus, start.timeout_s)
+        join_group(store, start.rank, start.layout, start.device, start.timeout_s, self._here)
         loaded = None
         while message := self._inbox.get():
             with importing():  # what loads a model; from the next call on it is left alone too
