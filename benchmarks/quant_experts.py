@@ -1,4 +1,4 @@
-"""One layer of experts in few bits on a GPU: its products by address, and what their bytes predict.
+r"""A layer of experts in few bits on a GPU: its products by address, and what their bytes predict.
 
 Random bits in the shapes and formats of published checkpoints, made on the device, uniform routing,
 all payloads on the device. Each time is that of a call among several with other tokens and other
@@ -8,7 +8,8 @@ the experts hit over the rate of the device's memory and what the launches take,
 the design where there is one. Compiling included, all of it takes about two minutes.
 
     python benchmarks/quant_experts.py --out benchmarks/results/quant_experts_h200
-    python benchmarks/quant_experts.py --sweep --tokens 1,256 --out /tmp/tiles
+    python benchmarks/quant_experts.py --sweep --tokens 1,256 --out /tmp/tiles \
+        --layers gpt-oss-120b,Qwen3-30B-A3B-FP8,Qwen3-30B-A3B-FP8x8,Qwen3-30B-A3B-int4
 
 writes `.json` and `.md`. `--sweep` tries tiles for each product (`quant_tiles.py`), the fastest
 first, and takes about 90 s on 16 CPUs.

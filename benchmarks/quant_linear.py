@@ -3,7 +3,8 @@
 The four products of a layer of Llama-3.1-8B with random bits, over row counts. Each time is of one
 product among several with weights of their own, recorded as one CUDA graph, so that no weights are
 found in L2 which a model would have to read. `in registers` widens them there, `widened` once per
-call, and `chosen` is what a model's layer runs. Takes about two minutes.
+call, and `chosen` is what a model's layer runs. `x_8` has inputs in 8 bits: `in registers` is our
+kernel then, and `chosen` PyTorch's product for many rows. Takes about three minutes.
 
     python benchmarks/quant_linear.py --out benchmarks/results/quant_linear_h200
 
@@ -12,6 +13,7 @@ writes `.json` and `.md`. `--trial` only compares the products with widened weig
 
 import functools
 import sys
+from dataclasses import replace
 from typing import Any
 
 import record
@@ -27,7 +29,14 @@ from hotset.weight_format import AWQ_128, FP8_BLOCK, FP8_ROW, INT4_128
 
 DEVICE, SEED = torch.device("cuda"), 0
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-FORMS = {"fp8": FP8_ROW, "fp8_block": FP8_BLOCK, "int4": INT4_128, "awq": AWQ_128}
+FORMS = {
+    "fp8": FP8_ROW,
+    "fp8_block": FP8_BLOCK,
+    "fp8_x_8": replace(FP8_ROW, input_bits=8),
+    "fp8_block_x_8": replace(FP8_BLOCK, input_bits=8),
+    "int4": INT4_128,
+    "awq": AWQ_128,
+}
 L2_BYTES = 128e6  # of codes that a graph reads at least
 MOST_COPIES = 8
 

@@ -24,12 +24,12 @@ from hotset.cost.tuning import Tile, Tiles
 from hotset.kernels.expert_routing import route_rows
 from hotset.kernels.fused_experts import sum_rows
 from hotset.kernels.narrow_experts import (
-    as_inputs,
     empty_middle,
     gated_up,
     middle_inputs,
     weighted_down,
 )
+from hotset.kernels.narrow_launch import as_inputs
 
 WIDE = [  # 4-bit codes: 64 bytes of a row are 128 columns
     Tile(64, 128, 4, 4), Tile(64, 128, 4, 6), Tile(64, 256, 4, 3), Tile(64, 256, 4, 4),

@@ -13,6 +13,7 @@ from hotset.option_fields import COUNT, SIZE, Bounds, Group, option
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 KVDType = Literal["auto", "fp8"]
+Activations = Literal["16", "8"]
 
 _TIER_SIZE = Bounds("0 (none) or a size in GiB", 0, sys.float_info.max)
 _SECONDS = Bounds("above 0 seconds", 0, is_open=True)
@@ -49,6 +50,13 @@ class ModelOptions(Group):
         more="fp8 is 8-bit floats (e4m3) with one float32 scale per key, after a Hadamard "
         "transform, as DeepSeek runs its models. The engine says at start how many selected "
         "tokens are the same.",
+    )
+    activations: Activations = option(
+        "16",
+        "Bits of what weights in 8-bit floats are multiplied with: 8 rounds it in each product, "
+        "which is faster for prompts and not exact.",
+        more="For checkpoints in FP8 on one GPU of compute capability 8.9 or more. An input has a "
+        "scale per token and block of columns, as the checkpoint's weights have.",
     )
     allow_widening: bool = option(
         False,

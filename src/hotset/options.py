@@ -171,6 +171,15 @@ def _conflicts(options: Options) -> Iterator[str]:
             f"block_size is {memory.block_size} and index_dtype is fp8, whose keys have their "
             "scales behind those of their block; give a multiple of 4"
         )
+    if (
+        options.model.activations == "8"
+        and isinstance(experts, HostedExperts)
+        and experts.expert_cpu != "off"
+    ):
+        yield (
+            f"activations is 8 and expert_cpu is {experts.expert_cpu}: the CPU multiplies with 16 "
+            "bits, and output would depend on which computes an expert; leave one of them out"
+        )
     if schedule.rotation_s is not None and memory.host_gib == 0:
         yield (
             f"rotation_s is {schedule.rotation_s} but host_gib is 0; give the host tier a size for "

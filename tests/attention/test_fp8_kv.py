@@ -23,7 +23,7 @@ from hotset.errors import ConfigError, ModelError
 from hotset.executor.probe import inspect_model
 from hotset.linear.fp8 import FP8, to_fp8
 from hotset.memory.arena import DeviceArena
-from hotset.model.devices import resolve_dtype, resolve_kv_dtype
+from hotset.model.devices import check_rounded_inputs, resolve_dtype, resolve_kv_dtype
 from hotset.model.loader import load_model
 from hotset.options import Options
 from hotset.request import SamplingParams
@@ -138,7 +138,18 @@ def test_a_gpu_without_8_bit_floats_is_refused(monkeypatch: pytest.MonkeyPatch) 
         resolve_kv_dtype("fp8", torch.device("cuda"))
     with pytest.raises(ConfigError, match="dtype is fp8, which NVIDIA A100 does not"):
         resolve_dtype("fp8", torch.device("cuda"))
+    with pytest.raises(ConfigError, match="activations is 8, which NVIDIA A100 does not"):
+        check_rounded_inputs(torch.device("cuda"), "auto")
     assert resolve_kv_dtype("auto", torch.device("cuda")) is None
+
+
+def test_inputs_in_8_bits_are_refused_where_no_kernel_rounds_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="activations is 8, but device is cpu"):
+        load_model(str(tmp_path), device="cpu", dtype="auto", activations="8")
+    with pytest.raises(ConfigError, match="activations is 8, but dtype is fp8"):
+        check_rounded_inputs(torch.device("cuda"), "fp8")
+    with pytest.raises(ConfigError, match="activations is 8 and expert_cpu is auto"):
+        Options.of(activations="8", expert_cpu="auto", expert_slots=4)
 
 
 def test_latents_are_not_rounded_and_say_so_before_weights_are_read(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Linear layers that stay in few bits on an NVIDIA GPU: run with `pytest -m gpu`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from tiny_models import make_model
 from tiny_tokenizer import make_tokenizer
 
 from hotset.engine.load import load_engine
+from hotset.linear import quant_linear
+from hotset.linear.eight_bit import reference_product
 from hotset.linear.quant_linear import (
     QuantLinear,
     check,
@@ -33,6 +36,8 @@ ALL = [
     AWQ_128,
     MXFP4,
     WeightFormat("int4", "float16", 1, 32, has_zeros=True),
+    replace(FP8_ROW, input_bits=8),
+    replace(FP8_BLOCK, input_bits=8),
 ]
 PROMPTS = [list(range(3, 3 + n)) for n in (5, 40, 90)]
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
@@ -53,7 +58,8 @@ def test_products_of_large_layers_are_those_of_the_widened_weight(
     matrix = quant_matrix(form, (6144, 4096))
     payload = random_payload(matrix, torch.Generator().manual_seed(0)).cuda()
     x = torch.randn(num_rows, 4096, device="cuda").bfloat16()
-    expected = x.float() @ matrix.widened(payload, torch.bfloat16).float().t()
+    check(form, torch.bfloat16, x.device)  # tries PyTorch's product of inputs in 8 bits
+    expected = reference_product(x, payload, matrix)
     found = quant_product(x, payload, key_of(matrix)).float()
     assert (found - expected).norm() < 5e-3 * expected.norm()
     graph = torch.cuda.CUDAGraph()
@@ -61,6 +67,13 @@ def test_products_of_large_layers_are_those_of_the_widened_weight(
         recorded = quant_product(x, payload, key_of(matrix))
     graph.replay()
     assert torch.equal(recorded.float(), found)
+
+
+@pytest.mark.parametrize("form", ALL[-2:], ids=lambda form: form.name)
+def test_pytorch_multiplies_many_rows_of_8_bits_on_hopper(form: WeightFormat) -> None:
+    assert check(form, torch.bfloat16, torch.device("cuda")) is None
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert form in quant_linear._scaled
 
 
 def write(form: str, folder: Path) -> None:
@@ -115,3 +128,21 @@ def test_recorded_steps_answer_as_launched_ones(form: str, tmp_path: Path) -> No
             engine.close()
 
     assert answers() == answers(eager=True)
+
+
+@pytest.mark.parametrize("form", ["float_rows", "blocks"])
+def test_a_model_with_inputs_in_8_bits_answers_the_same_in_any_batch(
+    form: str, tmp_path: Path
+) -> None:
+    write(form, tmp_path)
+    options = Options.of(model=str(tmp_path), device="cuda", dtype="bfloat16", activations="8",
+                         hot_gib=0.05, max_model_len=128)  # fmt: skip
+    engine, loaded = load_engine(options)
+    try:
+        assert "inputs in 8 bits" in str(loaded.notes)
+        assert loaded.fingerprint != load_model(
+            str(tmp_path), device="cuda", dtype="bfloat16"
+        ).fingerprint  # fmt: skip
+        assert run(engine, PROMPTS) == run(engine, PROMPTS)
+    finally:
+        engine.close()

@@ -1,11 +1,12 @@
 """Linear layers of quantised checkpoints that stay in few bits: the widened model's, merged."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,12 +18,13 @@ from tiny_models import make_model
 from hotset.checkpoint.tensors import CheckpointTensors
 from hotset.errors import ModelError
 from hotset.linear import quant_linear
+from hotset.linear.eight_bit import reference_product
 from hotset.linear.merged import MergedLinear
 from hotset.linear.narrow_matrix import NarrowMatrix
 from hotset.linear.quant_linear import QuantLinear
 from hotset.model import checkpoint, narrow_linears, weights
 from hotset.model.cut_model import ModelCutter
-from hotset.model.narrow_linears import narrow_bytes, narrow_form
+from hotset.model.narrow_linears import narrow_bytes, narrow_form, rounds_inputs
 from hotset.parallel import group
 from hotset.weight_format import AWQ_128, FP8_BLOCK, INT4_128, NVFP4
 
@@ -42,9 +44,11 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "narrow_form", form_of)
 
 
-def load(folder: Path, cutter: ModelCutter | None = None) -> Any:
+def load(
+    folder: Path, cutter: ModelCutter | None = None, *, input_bits: Literal[16, 8] = 16
+) -> Any:
     architecture = checkpoint.read_architecture(folder)
-    tensors = CheckpointTensors(folder, architecture.fields)
+    tensors = CheckpointTensors(folder, architecture.fields, input_bits=input_bits)
     architecture.config.__dict__.pop("quantization_config", None)
     model = weights.load_in_place(
         architecture, tensors, CPU, torch.float32, fp8=False, cutter=cutter
@@ -138,6 +142,44 @@ def test_blocks_that_end_within_a_part_are_widened(
         assert torch.equal(weight, expected.mlp.down_proj.weight[:, 64:])
 
 
+@pytest.mark.parametrize("save_as", ["blocks", "rows"])
+def test_inputs_are_rounded_where_that_is_asked_for(
+    save_as: str, tmp_path: Path, on_a_gpu: None
+) -> None:
+    model = make_model("llama", hidden_size=256, intermediate_size=512, head_dim=128,
+                       num_key_value_heads=2, num_attention_heads=2)  # fmt: skip
+    if save_as == "blocks":
+        save_in_blocks(model, tmp_path)
+    else:
+        save(model, tmp_path, *next(form for form in FORMS if form[0].__name__ == "float_rows"))
+    exact, rounded = load(tmp_path), load(tmp_path, input_bits=8)
+    assert rounds_inputs(rounded) and not rounds_inputs(exact)
+    assert narrow_bytes(rounded) == narrow_bytes(exact)
+    layers = [module for module in rounded.modules() if isinstance(module, QuantLinear)]
+    x = torch.randn(5, 256)
+    expected = reference_product(x, layers[0].payload, layers[0].matrix)
+    assert torch.equal(layers[0](x), expected)
+    error = (expected - x @ layers[0].weight.t()).norm() / expected.norm()
+    assert 1e-3 < error < 0.05  # 3 bits of mantissa, and no more than that
+    assert not torch.equal(logits(rounded), logits(exact))
+
+
+def test_inputs_of_other_weights_are_not_rounded(tmp_path: Path) -> None:
+    save(make_model("llama"), tmp_path, *KEPT[0])
+    with pytest.raises(ModelError, match="activations is 8, for weights in 8-bit floats, and its"):
+        load(tmp_path, input_bits=8)
+
+
+def test_scales_of_inputs_that_are_powers_of_2_are_refused(tmp_path: Path) -> None:
+    save_in_blocks(make_model("llama"), tmp_path)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    fields["quantization_config"]["scale_fmt"] = "ue8m0"
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ModelError, match="powers of 2"):
+        load(tmp_path, input_bits=8)
+
+
 def test_a_number_that_is_none_is_refused(tmp_path: Path, on_a_gpu: None) -> None:
     def spoilt(layer: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         stored, wide = KEPT[0][0](layer, weight)
@@ -182,7 +224,7 @@ def test_the_trial_finds_products_that_are_wrong(
         return right(self, payload, dtype) * (1 if len(calls) == 1 else 1.02)
 
     monkeypatch.setattr(NarrowMatrix, "widened", wrong)
-    assert "are wrong by 2.0%" in str(quant_linear.check(form, torch.bfloat16, CPU))
+    assert "are wrong by 2." in str(quant_linear.check(form, torch.bfloat16, CPU))
 
 
 def test_linear_layers_with_scales_of_rows_are_widened_on_a_gpu() -> None:

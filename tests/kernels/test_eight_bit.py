@@ -7,11 +7,13 @@ import torch
 from test_narrow_kernels import DEVICE, DTYPE, NUM_EXPERTS, activate, addresses_of, layout_of
 
 from hotset.experts.random_payloads import random_payloads
-from hotset.kernels import narrow_experts as narrow_experts_module
+from hotset.kernels import narrow_launch
 from hotset.kernels.eight_bit import round_rows
 from hotset.kernels.narrow_experts import narrow_experts
 from hotset.kernels.narrow_forms import Gate, can_read
-from hotset.linear.eight_bit import eight_bit_product, rounded_rows
+from hotset.kernels.narrow_linear import narrow_linear
+from hotset.linear.eight_bit import reference_product, rounded_rows
+from hotset.linear.quant_linear import quant_matrix, random_payload
 from hotset.weight_format import FP8_BLOCK, FP8_ROW, INT4_128, WeightFormat
 
 # Interpreted, blocks of 128 take long; those of 64 are cut and merged in the same way.
@@ -26,7 +28,7 @@ FORMS = [
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter forgets to carry where it rounds to 8 bits."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(narrow_experts_module, "round_rows", rounded_rows)
+        monkeypatch.setattr(narrow_launch, "round_rows", rounded_rows)
 
 
 @pytest.mark.parametrize("group", [64, 128, None])
@@ -66,13 +68,25 @@ def test_experts_multiply_rounded_rows(
         payload = payloads[ids[token, k]]
         up, down = layout.matrices
         row = x[token : token + 1]
-        rows = torch.cat([eight_bit_product(row, payload, up, part) for part in (0, 1)], 1)
+        rows = reference_product(row, payload, up)
         rows = activate(rows, gate).to(DTYPE)
-        rows = eight_bit_product(rows, payload, down)
+        rows = reference_product(rows, payload, down)
         expected[token] += (rows[0] * weights[token, k].float()).to(DTYPE).float()
     error = (got.float() - expected).norm() / expected.norm()
     # A middle that differs by the order of sums is rounded to another code now and then.
     assert error < (1e-2 if torch.float32 != DTYPE else 2e-3)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+@pytest.mark.parametrize("shape", [(96, 128), (200, 160)])  # the latter ends in parts of blocks
+def test_linear_layers_multiply_rounded_rows(form: WeightFormat, shape: tuple[int, int]) -> None:
+    matrix = quant_matrix(form, shape)
+    payload = random_payload(matrix, torch.Generator().manual_seed(0)).to(DEVICE)
+    for num_rows in (1, 21):
+        x = torch.randn(num_rows, shape[1], device=DEVICE).to(DTYPE)
+        expected = reference_product(x, payload, matrix)
+        got = narrow_linear(x, payload, matrix)
+        torch.testing.assert_close(got.float(), expected, rtol=1e-2, atol=1e-3)
 
 
 def test_a_token_has_the_same_bits_in_any_batch_and_pass() -> None:

@@ -9,7 +9,7 @@ from test_narrow_kernels import activate, layout_of
 from hotset.experts.random_payloads import random_payloads
 from hotset.kernels.narrow_experts import narrow_experts
 from hotset.kernels.narrow_forms import Gate
-from hotset.linear.eight_bit import eight_bit_product
+from hotset.linear.eight_bit import reference_product
 from hotset.weight_format import FP8_BLOCK, FP8_ROW, WeightFormat
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -38,9 +38,9 @@ def test_experts_compute_what_the_reference_does(
     up, down = layout.matrices
     for expert in range(NUM_EXPERTS):
         tokens, places = (ids == expert).nonzero(as_tuple=True)
-        both = [eight_bit_product(x[tokens], payloads[expert], up, part) for part in (0, 1)]
-        rows = activate(torch.cat(both, 1), Gate()).bfloat16()
-        rows = eight_bit_product(rows, payloads[expert], down)
+        rows = reference_product(x[tokens], payloads[expert], up)
+        rows = activate(rows, Gate()).bfloat16()
+        rows = reference_product(rows, payloads[expert], down)
         expected.index_add_(0, tokens, rows * weights[tokens, places].float().unsqueeze(1))
     error = (got.float() - expected).norm() / expected.norm()
     assert error < 1e-2

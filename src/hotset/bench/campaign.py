@@ -200,8 +200,12 @@ def load_part(
     }
     if dummy_weights:
         return load_dummy(config.model.model or _DUMMY_MODEL, router_skew=router_skew, **where)
-    allowed = config.model.allow_widening
-    return load_model(config.model.model, **where, allow_widening=allowed)
+    return load_model(
+        config.model.model,
+        **where,
+        allow_widening=config.model.allow_widening,
+        activations=config.model.activations,
+    )
 
 
 def _asked(order: Order, bench: Bench | None, client: Server | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import torch
@@ -14,6 +14,7 @@ from hotset.checkpoint import fp8_blocks, int_groups, mxfp4, nvfp4, quantized
 from hotset.checkpoint.files import read_headers, weight_files
 from hotset.cost.quantisation import IntForm, int_form, nvfp4_kind, quant_config
 from hotset.errors import ModelError
+from hotset.kernels.narrow_forms import can_read
 from hotset.linear.narrow_matrix import Planes
 from hotset.weight_format import MXFP4, NVFP4, Scale, WeightFormat
 
@@ -44,6 +45,7 @@ class CheckpointTensors:
     Args:
         folder: of the checkpoint, whose headers are read.
         fields: of its config.json.
+        input_bits: of what weights that stay narrow are multiplied with; see `WeightFormat`.
 
     Attributes:
         folder: see above.
@@ -54,10 +56,12 @@ class CheckpointTensors:
 
     Raises:
         ModelError: a file is missing or damaged, narrow weights and their scales do not fit
-            together, or there are narrow tensors that are none of them.
+            together, there are narrow tensors that are none of them, or inputs cannot be in 8 bits.
     """
 
-    def __init__(self, folder: Path, fields: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, fields: Mapping[str, Any], *, input_bits: Literal[16, 8] = 16
+    ) -> None:
         self.folder = folder
         self._all = stored = read_headers(weight_files(folder))
         # By the weight's name: values, scales and what else makes it.
@@ -106,6 +110,8 @@ class CheckpointTensors:
         for name, (first, *_) in self._parts.items():
             shape = shapes.get(name, stored[first].shape)
             self.stored[name] = replace(stored[first], shape=shape)
+        if input_bits == 8:
+            self.narrow_format = self._with_rounded_inputs(quant_config(fields) or {})
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -208,6 +214,28 @@ class CheckpointTensors:
                 f"{self.folder}: {name} has codes or scales that are no numbers, or beyond {most}; "
                 "the checkpoint is damaged"
             )
+
+    def _with_rounded_inputs(self, config: Mapping[str, Any]) -> WeightFormat:
+        """`narrow_format`, whose products round their inputs."""
+        if self.narrow_format is None or self.narrow_format.code != "e4m3":
+            name = "none in few bits" if self.narrow_format is None else self.narrow_format.name
+            raise ModelError(
+                f"{self.folder}: activations is 8, for weights in 8-bit floats, and its weights "
+                f"are {name}; leave activations out, or take a checkpoint in FP8"
+            )
+        if config.get("scale_fmt") == "ue8m0":
+            raise ModelError(
+                f"{self.folder}: activations is 8, and config.json asks for scales of inputs that "
+                "are powers of 2 (scale_fmt ue8m0), which hotset does not round to; leave "
+                "activations out"
+            )
+        form = replace(self.narrow_format, input_bits=8)
+        if not can_read(form):
+            raise ModelError(
+                f"{self.folder}: activations is 8, and no kernel multiplies {form.name}; leave "
+                "activations out"
+            )
+        return form
 
     def _int_format(self, form: IntForm, config: Mapping[str, Any]) -> WeightFormat | None:
         """Of 4-bit integers whose groups are in order, and whose scales all have one dtype."""

@@ -59,7 +59,12 @@ def command(
     try:
         if batch.num_done:  # a model in vain takes minutes to load
             asked = options.model
-            fingerprint = fingerprint_of(asked.model, device=asked.device, dtype=asked.dtype)
+            fingerprint = fingerprint_of(
+                asked.model,
+                device=asked.device,
+                dtype=asked.dtype,
+                activations=asked.activations,
+            )
             batch.check_run(RunIdentity.of(fingerprint, options))
             console.print(f"{batch.num_done} of {batch.num_lines} lines are there already")
         if batch.num_done == batch.num_lines:  # then no model is needed

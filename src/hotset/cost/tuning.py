@@ -125,6 +125,8 @@ class Tuning:
         narrow_rows: rows up to which products widen a linear layer's weight in registers. Of more
             it is widened once, which costs 1.1 ps a weight, and multiplied by PyTorch; not yet
             measured.
+        scaled_rows: rows from which PyTorch multiplies 8-bit weights and inputs, where it can; not
+            yet measured.
         copy_programs: programs that share the copy of one expert out of host memory.
         copy_bytes: that one of them moves at a time. 64 programs of 16 KiB fill the link.
         copies_beside_compute: experts that are copied at once beside other kernels. With 16
@@ -160,6 +162,7 @@ class Tuning:
     )
     narrow_tiles: Mapping[str, NarrowTiles] = field(default_factory=lambda: NARROW_TILES)
     narrow_rows: int = 64
+    scaled_rows: int = 256
     copy_programs: int = 16
     copy_bytes: int = 16 * 2**10
     copies_beside_compute: int = 4

@@ -96,6 +96,7 @@ def _load(options: Options) -> LoadedModel:
         check=functools.partial(_check_outline, options),
         needs_tokenizer=True,  # texts go in or out of all that use this
         allow_widening=options.model.allow_widening,
+        activations=options.model.activations,
     )
 
 

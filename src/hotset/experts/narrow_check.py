@@ -7,6 +7,7 @@ from hotset.experts.compute import gate
 from hotset.experts.narrow import NarrowLayout
 from hotset.experts.random_payloads import random_payloads
 from hotset.experts.weights import LayerExperts
+from hotset.linear.eight_bit import reference_product
 
 _NUM_EXPERTS = 2
 _NUM_TOKENS = (1, 48)  # of small tiles and of larger ones
@@ -35,17 +36,18 @@ def check_narrow_kernels(experts: LayerExperts, layout: NarrowLayout, device: to
     biases = experts.biases
     if biases is not None:
         biases = biases[0][:_NUM_EXPERTS].contiguous(), biases[1][:_NUM_EXPERTS].contiguous()
-    matrices = layout.dequantise(payloads, dtype)
+    up, down = layout.matrices
     for num_tokens in _NUM_TOKENS:
         hidden = torch.randn(num_tokens, layout.matrices[0].shape[-1], generator=generator)
         hidden = hidden.to(device, dtype)
         weights = torch.rand(num_tokens, _NUM_EXPERTS, generator=generator).to(device, dtype)
         expected = torch.zeros(hidden.shape, device=device)
-        for number, (up, down) in enumerate(zip(*matrices, strict=True)):
-            rows = hidden.float() @ up.float().t()
+        for number, payload in enumerate(payloads):
+            rows = reference_product(hidden, payload, up)
             if biases is not None:
                 rows += biases[0][number].float()
-            rows = gate(experts.module, experts, rows).to(dtype).float() @ down.float().t()
+            rows = gate(experts.module, experts, rows).to(dtype)
+            rows = reference_product(rows, payload, down)
             if biases is not None:
                 rows += biases[1][number].float()
             expected += rows * weights[:, number : number + 1].float()

@@ -6,7 +6,6 @@ registers, or inputs are rounded to 8 bits too (`eight_bit`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,12 +13,13 @@ import triton
 import triton.language as tl
 
 from hotset.cost.tuning import Tiles
-from hotset.kernels.eight_bit import eight_bit_product, round_rows
+from hotset.kernels.eight_bit import eight_bit_product
 from hotset.kernels.expert_routing import Routing, route_rows
 from hotset.kernels.fused_experts import load_block, sum_rows
 from hotset.kernels.narrow_forms import Gate
 from hotset.kernels.narrow_launch import (
-    in_runs,
+    Inputs,
+    as_inputs,
     narrow_tiles_for,
     opens_in_pairs,
     planes_of,
@@ -225,31 +225,6 @@ def narrow_experts(
         )  # fmt: skip
     sum_rows(rows, ids, out, num_experts=num_experts)
     return out
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """Rows as a product reads them.
-
-    Attributes:
-        values: `[R, width]`, in the order of its columns; or 8-bit floats.
-        scales: `[R, groups]` float32 of 8-bit floats.
-    """
-
-    values: torch.Tensor
-    scales: torch.Tensor | None
-
-    @property
-    def num_scales(self) -> int:
-        """Of a row."""
-        return 0 if self.scales is None else self.scales.shape[1]
-
-
-def as_inputs(x: torch.Tensor, form: WeightFormat) -> Inputs:
-    """`[R, K]` floats for a product with a weight in `form`."""
-    if form.input_bits == 8:
-        return Inputs(*round_rows(x, form.columns))
-    return Inputs(in_runs(x) if form.code_bits == 4 else x, None)
 
 
 def empty_middle(hidden: torch.Tensor, num_rows: int, layout: Layout) -> torch.Tensor:

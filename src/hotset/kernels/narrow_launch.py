@@ -1,6 +1,6 @@
 """What launches of kernels over narrow weights are given beside their addresses."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ import triton
 from torch.nn import functional
 
 from hotset.cost.tuning import TUNINGS, Tile, Tiles
+from hotset.kernels.eight_bit import round_rows
 from hotset.kernels.fused_experts import shared_bytes
 from hotset.kernels.narrow_forms import CODES, SCALES
 from hotset.kernels.narrow_product import RUN_COLUMNS
@@ -35,6 +36,31 @@ def in_runs(hidden: torch.Tensor) -> torch.Tensor:
         hidden = functional.pad(hidden, (0, whole_runs(size) - size))
     runs = hidden.view(num_tokens, -1, 4, 2, 2, 2, 2).permute(0, 1, 6, 3, 4, 2, 5)
     return runs.reshape(num_tokens, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Rows as a product reads them.
+
+    Attributes:
+        values: `[R, width]`, in the order of its columns; or 8-bit floats.
+        scales: `[R, groups]` float32 of 8-bit floats.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor | None
+
+    @property
+    def num_scales(self) -> int:
+        """Of a row."""
+        return 0 if self.scales is None else self.scales.shape[1]
+
+
+def as_inputs(x: torch.Tensor, form: WeightFormat) -> Inputs:
+    """`[R, K]` floats for a product with a weight in `form`."""
+    if form.input_bits == 8:
+        return Inputs(*round_rows(x, form.columns))
+    return Inputs(in_runs(x) if form.code_bits == 4 else x, None)
 
 
 def opens_in_pairs(form: WeightFormat, hidden: torch.Tensor, tile: Tile) -> bool:

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from hotset.kernels.eight_bit import eight_bit_product
 from hotset.kernels.narrow_codes import load_scales, load_zeros, widen
-from hotset.kernels.narrow_launch import in_runs, narrow_tiles_for, opens_in_pairs, planes_of
+from hotset.kernels.narrow_launch import as_inputs, narrow_tiles_for, opens_in_pairs, planes_of
 from hotset.kernels.narrow_product import narrow_product
 from hotset.weight_format import Plane, WeightFormat
 
@@ -37,6 +38,7 @@ class Matrix(Protocol):
 def _linear(  # type: ignore[no-untyped-def]
     x,
     payload,
+    x_scales,
     out,
     num_rows,
     PLANES: tl.constexpr,
@@ -47,24 +49,24 @@ def _linear(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     IN_PAIRS: tl.constexpr,
+    NUM_SCALES: tl.constexpr,
 ):
     place = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = place < num_rows
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     real = tl.minimum(column, N - 1)
-    x_at = x + tl.where(inside, place, 0).to(tl.int64)[None, :] * X_WIDTH
-    sums = narrow_product(
-        payload.to(tl.int64),
-        real,
-        real // PLANES[6],
-        x_at,
-        PLANES,
-        K,
-        BLOCK_ROWS,
-        COLUMNS,
-        DEPTH,
-        IN_PAIRS,
-    )
+    source = tl.where(inside, place, 0).to(tl.int64)
+    x_at = x + source[None, :] * X_WIDTH
+    address, scale_row = payload.to(tl.int64), real // PLANES[6]
+    if NUM_SCALES:
+        scales_at = x_scales + source * NUM_SCALES
+        sums = eight_bit_product(
+            address, real, scale_row, x_at, scales_at, PLANES, K, BLOCK_ROWS, COLUMNS, DEPTH
+        )
+    else:
+        sums = narrow_product(
+            address, real, scale_row, x_at, PLANES, K, BLOCK_ROWS, COLUMNS, DEPTH, IN_PAIRS
+        )
     out_at = out + place.to(tl.int64)[None, :] * N + column[:, None]
     tl.store(out_at, sums.to(out.dtype.element_ty), mask=inside[None, :] & (column < N)[:, None])
 
@@ -101,7 +103,7 @@ def _widen_matrix(  # type: ignore[no-untyped-def]
 
 
 def narrow_linear(x: torch.Tensor, payload: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    """`x @ weight.T`, the weight widened in registers.
+    """`x @ weight.T`, the weight widened in registers, or both in 8 bits.
 
     Args:
         x: `[T, K]` bfloat16 or float16, contiguous.
@@ -120,13 +122,14 @@ def narrow_linear(x: torch.Tensor, payload: torch.Tensor, matrix: Matrix) -> tor
         return out
     tiles = narrow_tiles_for(num_rows, 1, matrix.form, x.device)
     tile = tiles.up
-    source = in_runs(x) if matrix.form.code_bits == 4 else x
+    source = as_inputs(x, matrix.form)
     grid = (triton.cdiv(num_outputs, tile.columns), triton.cdiv(num_rows, tiles.block_rows))
     _linear[grid](
-        source, payload, out, num_rows, PLANES=planes_of(matrix.form, matrix), N=num_outputs,
-        K=num_columns, X_WIDTH=source.shape[1], BLOCK_ROWS=tiles.block_rows, COLUMNS=tile.columns,
-        DEPTH=tile.depth, IN_PAIRS=opens_in_pairs(matrix.form, x, tile), num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        source.values, payload, out if source.scales is None else source.scales, out, num_rows,
+        PLANES=planes_of(matrix.form, matrix), N=num_outputs, K=num_columns,
+        X_WIDTH=source.values.shape[1], BLOCK_ROWS=tiles.block_rows, COLUMNS=tile.columns,
+        DEPTH=tile.depth, IN_PAIRS=opens_in_pairs(matrix.form, x, tile),
+        NUM_SCALES=source.num_scales, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
 

@@ -1,4 +1,4 @@
-"""Inputs in 8-bit floats, and products with them, as PyTorch computes them on any device."""
+"""Inputs in 8-bit floats, and products of narrow weights, as PyTorch has them on any device."""
 
 import torch
 from torch.nn import functional
@@ -23,26 +23,26 @@ def rounded_rows(x: torch.Tensor, group: int | None) -> tuple[torch.Tensor, torc
     return to_fp8(padded, scales.unsqueeze(-1)).flatten(1)[:, :num_columns].contiguous(), scales
 
 
-def eight_bit_product(
-    x: torch.Tensor, payload: torch.Tensor, matrix: NarrowMatrix, part: int | None = None
-) -> torch.Tensor:
-    """`[T, N]` float32 of `[T, K]` floats, which are rounded, and a weight of 8-bit floats.
+def reference_product(x: torch.Tensor, payload: torch.Tensor, matrix: NarrowMatrix) -> torch.Tensor:
+    """`[T, N]` float32 of `[T, K]` floats and a weight, whose format says what is rounded.
 
-    Reference of `kernels.eight_bit`, up to the order of sums within a group.
+    Reference of all kernels that multiply narrow weights: of inputs in 8 bits up to the order of
+    sums within a group, of others up to the rounding of weights.
 
     Args:
-        x: see above.
+        x: bfloat16, float16 or float32.
         payload: of the weight.
-        matrix: `[N, K]`, or `[2, N, K]`.
-        part: of the latter.
+        matrix: `[N, K]`; or `[2, N, K]` for the two of `2 * N` rows.
     """
     form = matrix.form
+    if form.input_bits == 16:
+        return x.float() @ matrix.widened(payload, x.dtype).float().flatten(0, -2).t()
     codes, scales, _ = matrix.views(payload)
-    if part is not None:
-        codes, scales = codes[part], scales[part]
-    weight, factors = open_codes(form, codes), open_scales(scales)
+    factors = open_scales(scales)
     if form.rows not in (None, 1):
-        factors = factors.repeat_interleave(form.rows, 0)[: len(weight)]
+        factors = factors.repeat_interleave(form.rows, -2)[..., : matrix.shape[-2], :]
+    factors = factors.expand(*matrix.shape[:-1], -1).flatten(0, -2)  # [N, groups]
+    weight = open_codes(form, codes).flatten(0, -2)
     rounded, x_scales = rounded_rows(x, form.columns)
     width = form.columns or x.shape[1]
     out = torch.zeros(len(x), len(weight), device=x.device)

@@ -3,13 +3,20 @@
 Few rows are multiplied with weights that are widened in registers; for many rows the weight is
 widened once, into memory of the step, and PyTorch computes the product. The former multiplies sums
 by scales of large groups, so that no weight is rounded; the latter widens to the nearest number.
+
+With inputs in 8 bits (`WeightFormat.input_bits`) no weight is widened: few rows are multiplied by a
+kernel of ours, and many by PyTorch's.
 """
+
+import logging
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from hotset.cost.tuning import TUNINGS
+from hotset.linear import scaled_mm
+from hotset.linear.eight_bit import reference_product
 from hotset.linear.narrow_matrix import NarrowMatrix, Planes
 from hotset.weight_format import WeightFormat
 
@@ -18,6 +25,9 @@ _CHECK_ROWS = (3, 48)
 _MOST_ERROR = 1e-2  # of the norm; rounding to 16 bits gives a third of it
 
 _matrices: dict[str, NarrowMatrix] = {}  # by key: operations of the compiler take strings
+_scaled: set[WeightFormat] = set()  # whose products by PyTorch were tried, and are right
+
+_log = logging.getLogger(__name__)
 
 
 def quant_matrix(form: WeightFormat, shape: tuple[int, int]) -> NarrowMatrix:
@@ -97,12 +107,30 @@ def quant_product(x: torch.Tensor, payload: torch.Tensor, matrix: str) -> torch.
     """
     layout = _matrices[matrix]
     if x.device.type == "cpu":
-        return functional.linear(x, layout.widened(payload, x.dtype))
+        return _on_cpu(x, payload, layout)
+    if layout.form.input_bits == 8:
+        return _rounded_product(x.contiguous(), payload, layout)
     from hotset.kernels.narrow_linear import narrow_linear, widen_matrix  # needs Triton
 
     if len(x) <= TUNINGS[x.device.type].narrow_rows:
         return narrow_linear(x.contiguous(), payload, layout)
     return functional.linear(x, widen_matrix(payload, layout, x.dtype))
+
+
+def _on_cpu(x: torch.Tensor, payload: torch.Tensor, layout: NarrowMatrix) -> torch.Tensor:
+    if layout.form.input_bits == 8:
+        return reference_product(x, payload, layout).to(x.dtype)
+    return functional.linear(x, layout.widened(payload, x.dtype))
+
+
+def _rounded_product(x: torch.Tensor, payload: torch.Tensor, layout: NarrowMatrix) -> torch.Tensor:
+    from hotset.kernels.eight_bit import round_rows
+    from hotset.kernels.narrow_linear import narrow_linear
+
+    is_many = len(x) >= TUNINGS[x.device.type].scaled_rows
+    if is_many and layout.form in _scaled and scaled_mm.takes(layout, x.dtype):
+        return scaled_mm.scaled_product(*round_rows(x, layout.form.columns), payload, layout)
+    return narrow_linear(x, payload, layout)
 
 
 @quant_product.register_fake
@@ -119,23 +147,41 @@ def check(form: WeightFormat, dtype: torch.dtype, device: torch.device) -> str |
     matrix = quant_matrix(form, _CHECK_SHAPE)
     generator = torch.Generator().manual_seed(0)
     payload = random_payload(matrix, generator).to(device)
-    wide = matrix.widened(payload, dtype).float()
-    try:
-        for num_rows in (*_CHECK_ROWS, 2 * TUNINGS["cuda"].narrow_rows):
-            x = torch.randn(num_rows, _CHECK_SHAPE[1], generator=generator).to(device, dtype)
-            expected = x.float() @ wide.t()
-            found = quant_product(x, payload, key_of(matrix)).float()
-            error = float((found - expected).norm() / expected.norm())
-            if not error <= _MOST_ERROR:
-                return f"products of {num_rows} rows are wrong by {error:.1%}"
-    except Exception as error:  # whatever a compiler raises
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+    tuning = TUNINGS["cuda"]
+    if scaled_mm.takes(matrix, dtype) and device.type == "cuda":
+        _scaled.add(form)
+        if (problem := _try(matrix, payload, dtype, 2 * tuning.scaled_rows)) is not None:
+            _log.warning("PyTorch's %s here; other kernels take their place", problem)
+            _scaled.remove(form)
+    for num_rows in (*_CHECK_ROWS, 2 * tuning.narrow_rows):
+        if (problem := _try(matrix, payload, dtype, num_rows)) is not None:
+            return problem
     return None
+
+
+def _try(
+    matrix: NarrowMatrix, payload: torch.Tensor, dtype: torch.dtype, num_rows: int
+) -> str | None:
+    """What is wrong with a product of `num_rows` random rows, or None."""
+    generator = torch.Generator().manual_seed(num_rows)
+    x = torch.randn(num_rows, matrix.shape[1], generator=generator).to(payload.device, dtype)
+    expected = reference_product(x, payload, matrix)
+    try:
+        found = quant_product(x, payload, key_of(matrix)).float()
+        wrong_by = float((found - expected).norm() / expected.norm())
+    except Exception as error:  # whatever a compiler raises
+        return f"products fail with {type(error).__name__}: {error}".splitlines()[0]
+    is_right = wrong_by <= _MOST_ERROR
+    return None if is_right else f"products of {num_rows} rows are wrong by {wrong_by:.1%}"
 
 
 def widened_bytes(model: nn.Module) -> int:
     """Bytes of the largest weight in few bits, widened to 16 bits for a product of many rows."""
-    layers = (module for module in model.modules() if isinstance(module, QuantLinear))
+    layers = (
+        module
+        for module in model.modules()
+        if isinstance(module, QuantLinear) and module.matrix.form.input_bits == 16
+    )
     return max((2 * layer.in_features * layer.out_features for layer in layers), default=0)
 
 

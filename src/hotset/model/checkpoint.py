@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -38,6 +38,7 @@ def load_folder(
     narrow: NarrowExperts | None = None,
     cutter: ModelCutter | None = None,
     in_place: torch.device | None = None,
+    input_bits: Literal[16, 8] = 16,
 ) -> Any:
     """Load a folder's model.
 
@@ -57,12 +58,17 @@ def load_folder(
         cutter: leaves layers that are read in place with this rank's part; None cuts nothing.
         in_place: where weights go that are read in place; on the CPU only weights of `fp8` are.
             None is `device`.
+        input_bits: see `CheckpointTensors`.
 
     Raises:
         ModelError: it cannot be loaded; says why.
     """
     dtype, in_place = dtype or architecture.dtype, in_place or device
-    tensors = CheckpointTensors(folder, architecture.fields) if narrow is None else narrow.tensors
+    tensors = (
+        CheckpointTensors(folder, architecture.fields, input_bits=input_bits)
+        if narrow is None
+        else narrow.tensors
+    )
     if tensors.is_dequantised:
         _forget_quantization(architecture.config)
     if narrow is not None:

@@ -42,7 +42,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
     if dtype not in names:
         raise ConfigError(f"dtype is {dtype!r}; expected auto, {', '.join(names)}")
     if dtype == "fp8":
-        _require_fp8("dtype", device)
+        _require_fp8("dtype is fp8", device)
     return names[dtype]
 
 
@@ -56,14 +56,32 @@ def resolve_kv_dtype(
     """
     if kv_dtype == "auto":
         return None
-    _require_fp8(option, device)
+    _require_fp8(f"{option} is fp8", device)
     return FP8
 
 
-def _require_fp8(option: str, device: torch.device) -> None:
+def check_rounded_inputs(device: torch.device, dtype: str) -> None:
+    """Refuse to round what weights are multiplied with where no kernel does.
+
+    Raises:
+        ConfigError: says where.
+    """
+    problem = None
+    if device.type != "cuda":
+        problem = f"device is {device.type}, which multiplies with 16 bits or more"
+    elif current().size > 1:
+        problem = "each of several GPUs has a part of every weight"
+    elif dtype in ("fp8", "float32"):
+        problem = f"dtype is {dtype}, which does not keep a checkpoint's weights"
+    if problem is not None:
+        raise ConfigError(f"activations is 8, but {problem}; leave activations out")
+    _require_fp8("activations is 8", device)
+
+
+def _require_fp8(asked: str, device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(
-            f"{option} is fp8, which {torch.cuda.get_device_name(device)} does not compute with; "
+            f"{asked}, which {torch.cuda.get_device_name(device)} does not compute with; "
             "expected a GPU of compute capability 8.9 (Ada, Hopper) or more: leave it out"
         )
 

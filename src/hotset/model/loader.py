@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -25,12 +25,18 @@ from hotset.linear.native import can_compile
 from hotset.model import checkpoint
 from hotset.model.architecture import Architecture
 from hotset.model.cut_model import ModelCutter
-from hotset.model.devices import check_room, resolve_device, resolve_dtype
+from hotset.model.devices import (
+    check_room,
+    check_rounded_inputs,
+    resolve_device,
+    resolve_dtype,
+)
 from hotset.model.find_model import find_model
 from hotset.model.finish import closing_on_error, finish, max_model_len
 from hotset.model.loaded import LoadedModel, no_tokenizer
 from hotset.model.narrow_experts import NarrowExperts, find_narrow_experts
-from hotset.model.narrow_linears import narrow_bytes
+from hotset.model.narrow_linears import narrow_bytes, rounds_inputs
+from hotset.option_groups import Activations
 from hotset.parallel.group import current
 from hotset.units import GIB
 
@@ -55,6 +61,7 @@ class _Asked:
     check: Callable[[PreTrainedModel], None] | None
     needs_tokenizer: bool
     allow_widening: bool
+    input_bits: Literal[16, 8]
 
     @property
     def first_device(self) -> torch.device:
@@ -73,6 +80,7 @@ def load_model(
     check: Callable[[PreTrainedModel], None] | None = None,
     needs_tokenizer: bool = False,
     allow_widening: bool = False,
+    activations: Activations = "16",
 ) -> LoadedModel:
     """Load a model for inference. Prints to stderr only what is downloaded or converted.
 
@@ -92,6 +100,7 @@ def load_model(
         allow_widening: widen experts, and matrices of a GGUF file, that a checkpoint has in few
             bits and that cannot stay so, instead of refusing the model. Without it a CPU of one
             rank widens them too, but not experts in host memory of other files.
+        activations: `8` rounds what weights in 8-bit floats are multiplied with.
 
     Raises:
         ModelError: the model cannot be found, read or run, or does not fit into free memory.
@@ -101,13 +110,16 @@ def load_model(
     """
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
+    if activations == "8":
+        check_rounded_inputs(target, dtype)
     why_wide = _why_gguf_is_wide(target, dtype)
     source, short_name = find_model(name, narrow=why_wide is None and can_compile())
     architecture = None if source.is_file() else checkpoint.read_architecture(source)
     if architecture is not None and num_experts(architecture.config.get_text_config()) <= 1:
         experts_on_host = False
     where = (target, dtype, torch_dtype, experts_on_host, experts)
-    asked = _Asked(short_name, *where, check, needs_tokenizer, allow_widening)
+    bits: Literal[16, 8] = 8 if activations == "8" else 16
+    asked = _Asked(short_name, *where, check, needs_tokenizer, allow_widening, bits)
     with closing_on_error(experts), quiet():
         model, tokenizer, architecture, note, cutter = _read(source, architecture, asked, why_wide)
     notes = finish(model, dtype, architecture)
@@ -116,7 +128,7 @@ def load_model(
         model=model,
         tokenizer=tokenizer,
         name=short_name,
-        fingerprint=_fingerprint(source, dtype),
+        fingerprint=_fingerprint(source, dtype, activations),
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=max_model_len(model, tokenizer, short_name),
         kv_scales=kv_scales(source, model.config.get_text_config().num_hidden_layers),
@@ -140,6 +152,8 @@ def _read(
     Of a folder of this architecture, or of a GGUF file, where that is None.
     """
     if architecture is None:
+        if asked.input_bits == 8:
+            raise _not_rounded(asked.name)
         model, tokenizer, architecture, note = checkpoint.load_gguf(
             source,
             asked.first_device,
@@ -179,7 +193,10 @@ def _load_folder(
         narrow=narrow,
         cutter=cutter,
         in_place=asked.first_device if asked.experts_on_host else asked.target,
+        input_bits=asked.input_bits,
     )
+    if asked.input_bits == 8 and narrow is None and not narrow_bytes(model):
+        raise _not_rounded(asked.name)
     return model, tokenizer, _storage_note(architecture, model, narrow), cutter
 
 
@@ -201,7 +218,7 @@ def _narrow_experts(
     is_rounded = on_host and not (experts is not None and experts.keeps_narrow)
     if is_rounded or quant_config(architecture.fields) is None:
         return None
-    tensors = CheckpointTensors(source, architecture.fields)
+    tensors = CheckpointTensors(source, architecture.fields, input_bits=asked.input_bits)
     stored = {n: size for n, size in tensors.dequantised_bytes.items() if ".experts." in n}
     if not stored:
         return None
@@ -281,8 +298,9 @@ def _storage_note(
     wide = str(model.dtype).removeprefix("torch.")
     if kept := narrow_bytes(model):
         return (
-            f"weights: linear layers are kept as {what}, as in the files, {kept / GIB:.2f} GiB; "
-            f"other {what} there is widened to {wide}"
+            f"weights: linear layers are kept as {what}, as in the files, {kept / GIB:.2f} GiB"
+            f"{rounds_inputs(model) * ', and multiplied with inputs in 8 bits'}; other {what} "
+            f"there is widened to {wide}"
         )
     if narrow is None:
         return f"weights: {what} in the files, widened to {wide} as they are read"
@@ -303,7 +321,16 @@ def _why_gguf_is_wide(target: torch.device, dtype: str) -> str | None:
     return None
 
 
-def fingerprint_of(name: str | None, *, device: str, dtype: str) -> str:
+def _not_rounded(name: str) -> ModelError:
+    return ModelError(
+        f"{name}: activations is 8, but none of its weights stay as 8-bit floats of a checkpoint "
+        "in FP8, whose inputs could be rounded; leave activations out"
+    )
+
+
+def fingerprint_of(
+    name: str | None, *, device: str, dtype: str, activations: Activations = "16"
+) -> str:
     """The fingerprint that `load_model` gives a model, without loading a weight.
 
     Raises:
@@ -314,15 +341,16 @@ def fingerprint_of(name: str | None, *, device: str, dtype: str) -> str:
     source, _ = find_model(name, narrow=why_wide is None and can_compile())
     if source.is_dir():
         read_config(source)  # raises for a folder that holds no model
-    return _fingerprint(source, dtype)
+    return _fingerprint(source, dtype, activations)
 
 
-def _fingerprint(source: Path, dtype: str) -> str:
-    """Of the weights as they are used."""
-    stored = fingerprint(source)
-    if dtype != "fp8":
-        return stored
-    return hashlib.blake2b(f"{stored} fp8".encode(), digest_size=16).hexdigest()
+def _fingerprint(source: Path, dtype: str, activations: Activations) -> str:
+    """Of the weights as they are used, and of what is rounded to use them."""
+    made = fingerprint(source)
+    rounded = [" fp8"] * (dtype == "fp8") + [" inputs fp8"] * (activations == "8")
+    for each in rounded:
+        made = hashlib.blake2b(f"{made}{each}".encode(), digest_size=16).hexdigest()
+    return made
 
 
 def _eos_token_ids(model: Any, tokenizer: Any | None) -> tuple[int, ...]:

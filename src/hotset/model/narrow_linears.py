@@ -109,3 +109,9 @@ def narrow_bytes(model: nn.Module) -> int:
     """What the layers that stay in few bits take."""
     layers = {id(module): module for module in model.modules() if isinstance(module, QuantLinear)}
     return sum(layer.payload.nbytes for layer in layers.values())
+
+
+def rounds_inputs(model: nn.Module) -> bool:
+    """Whether those layers are multiplied with inputs in 8 bits."""
+    layers = (module for module in model.modules() if isinstance(module, QuantLinear))
+    return any(layer.matrix.form.input_bits == 8 for layer in layers)
