@@ -196,13 +196,18 @@ def sweep(layers: Sequence[Layer], tokens: Sequence[int]) -> Iterator[list[dict[
         torch.cuda.empty_cache()
 
 
-def best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The three fastest of each product and number of rows."""
+def best(rows: Sequence[dict[str, Any]]) -> str:
+    """The three fastest tiles of each product, a line each, short enough for a log's end."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("layer", "tokens", "product", "block rows"))
+        key = tuple(row[name] for name in ("layer", "tokens", "product"))
         found.setdefault(key, []).append(row)
-    return [row for each in found.values() for row in each[: 3 if each[0]["tokens"] else None]]
+    return "\n".join(
+        f"{row['layer']} {row['tokens']} {row['product']}: {row['us']} us, "
+        f"{row['weights GB/s']} GB/s, {row['block rows']} rows, {row['tile']}"
+        for each in found.values()
+        for row in each[: 3 if each[0]["tokens"] else None]
+    )
 
 
 def as_page(result: dict[str, Any]) -> str:
@@ -230,8 +235,8 @@ def main() -> None:
     if args.sweep:
         for found in sweep(layers, tokens):
             result["rows"] += found
-            record.write(args.out, result, as_page({**result, "rows": best(result["rows"])}))
-        print(as_page({**result, "rows": best(result["rows"])}))
+            record.write(args.out, result, as_page(result))
+        print(best(result["rows"]))
         return
     for layer in layers:
         weights = Weights(layer, with_wide=not args.no_bf16)

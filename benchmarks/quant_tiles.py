@@ -108,6 +108,11 @@ def candidates(kind: str, mean_rows: float) -> list[Tiles]:
     ]
 
 
+def in_short(tile: Tile) -> str:
+    """As it is written down in a `Tuning`."""
+    return f"Tile({tile.columns}, {tile.depth}, {tile.num_warps}, {tile.num_stages})"
+
+
 def compile_tiles(layer: Any, tiles: Tiles, make: Any) -> None:
     """Launch both products once, of two experts; what does not fit is left to the sweep to skip.
 
@@ -160,7 +165,7 @@ def sweep(layer: Any, weights: Any, steps: Sequence[Any], all_tiles: Sequence[Ti
             rows.append(
                 {
                     "layer": layer.name, "tokens": len(products[0].x), "product": name,
-                    "block rows": tiles.block_rows, "tile": str(tiles.up), "us": took_us,
+                    "block rows": tiles.block_rows, "tile": in_short(tiles.up), "us": took_us,
                     "weights GB/s": round(num_hit * matrix.codes.num_bytes / took_us / 1e3),
                 }
             )  # fmt: skip

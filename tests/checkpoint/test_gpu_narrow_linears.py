@@ -107,7 +107,8 @@ def test_a_model_in_few_bits_answers_as_the_widened_one(form: str, tmp_path: Pat
     with torch.inference_mode():
         for tokens in (ids, ids[:, :7]):
             one, two = narrow(tokens, use_cache=False).logits, wide(tokens, use_cache=False).logits
-            assert (one - two).float().norm() < 3e-2 * two.float().norm()
+            # Those of the wide one are rounded, where scales are of rows or of the whole weight.
+            assert (one - two).float().norm() < 5e-2 * two.float().norm()
 
 
 @pytest.mark.parametrize("form", ["awq", "blocks"])

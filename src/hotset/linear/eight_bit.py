@@ -18,7 +18,8 @@ def rounded_rows(x: torch.Tensor, group: int | None) -> tuple[torch.Tensor, torc
     """
     num_rows, num_columns = x.shape
     width = group or num_columns
-    padded = functional.pad(x.float(), (0, -num_columns % width)).view(num_rows, -1, width)
+    padded = functional.pad(x.float(), (0, -num_columns % width))
+    padded = padded.view(num_rows, -(-num_columns // width), width)
     scales = (padded.abs().amax(-1) * (1 / FP8_MAX)).clamp(min=_LEAST_SCALE)
     return to_fp8(padded, scales.unsqueeze(-1)).flatten(1)[:, :num_columns].contiguous(), scales
 
