@@ -16,6 +16,7 @@ from test_int_groups import FORMS, Tensors, save
 from tiny_models import make_model
 
 from hotset.checkpoint.tensors import CheckpointTensors
+from hotset.cost.layout import Layout
 from hotset.errors import ModelError
 from hotset.linear import quant_linear
 from hotset.linear.eight_bit import reference_product
@@ -120,7 +121,7 @@ def test_a_rank_keeps_its_part_as_the_files_have_it(
     else:
         wide = save(make_model("llama", intermediate_size=128), tmp_path, *form)
     whole = expected_model(tmp_path, wide)
-    monkeypatch.setattr(group, "_current", group.Group(rank, 2, CPU, True))
+    monkeypatch.setattr(group, "_current", group.Group(rank, Layout(2), CPU, True))
     cutter = ModelCutter(whole, "tiny")
     expected = copy.deepcopy(whole)
     cutter.cut_all(expected)
@@ -133,7 +134,7 @@ def test_blocks_that_end_within_a_part_are_widened(
 ) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 128, "head_dim": 128}
     whole = expected_model(tmp_path, save_in_blocks(make_model("llama", **sizes), tmp_path))
-    monkeypatch.setattr(group, "_current", group.Group(1, 2, CPU, True))
+    monkeypatch.setattr(group, "_current", group.Group(1, Layout(2), CPU, True))
     model = load(tmp_path, ModelCutter(whole, "tiny"))
     kept = {path.rpartition(".")[2] for path, m in model.named_modules() if type(m) is QuantLinear}
     assert kept == {"whole", "o_proj"}

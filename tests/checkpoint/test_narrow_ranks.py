@@ -11,6 +11,7 @@ from engines import run
 from rank_engines import load_folder, make_folder_engine
 from test_narrow_experts import FORMS, PROMPTS, save
 
+from hotset.cost.layout import Layout
 from hotset.engine.load import load_engine
 from hotset.errors import ModelError
 from hotset.experts.host import HostExperts
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Ranks]:
-    ranks = Ranks(2, "cpu", step_timeout_s=60.0)
+    ranks = Ranks(Layout(2), "cpu", step_timeout_s=60.0)
     yield ranks
     ranks.close()
 
@@ -84,7 +85,7 @@ def test_a_slice_that_ends_within_a_byte_is_refused(
 ) -> None:
     save("mxfp4", tmp_path)
     monkeypatch.setattr(ExpertSlice, "narrow", lambda *_: None)
-    monkeypatch.setattr(group, "_current", group.Group(0, 2, CPU, True))
+    monkeypatch.setattr(group, "_current", group.Group(0, Layout(2), CPU, True))
     words = "experts, such as .* cannot stay as they are there: .* end within a byte; .* give "
     with pytest.raises(ModelError, match=words):
         load_folder(options(tmp_path, tp=2))
@@ -101,7 +102,7 @@ def test_random_experts_in_few_bits_are_slices_of_those_of_one_rank(
 
     monkeypatch.setattr(dummy, "slots_hold", hold)
     models = []
-    for of in (group._ONE, group.Group(rank, 2, CPU, True)):
+    for of in (group._ONE, group.Group(rank, Layout(2), CPU, True)):
         with monkeypatch.context() as patch:
             patch.setattr(group, "_current", of)
             models.append(load_dummy(str(tmp_path), device="cpu", dtype="bfloat16").model)
