@@ -6,6 +6,7 @@ What was measured is written after each arm, so that a run that is cut off leave
     python benchmarks/hot_set.py --out benchmarks/results/hot_set.json              # an H200
     python benchmarks/hot_set.py --arms resident,hot-set --users 8,16
     python benchmarks/hot_set.py --variant shared --row-prefetch 1
+    python benchmarks/hot_set.py --row-prefetch 2 --guessed 0.8  # the next layer's rows come ahead
     python benchmarks/hot_set.py --index-dtype auto              # index keys in 16 bits
     python benchmarks/hot_set.py --preset S-small --steps 20                        # a CPU
 """
@@ -21,6 +22,7 @@ import record
 from hotset.bench.arms import check_arms, parse_arms
 from hotset.bench.presets import PRESETS
 from hotset.bench.runs import Bench, RunOptions, Say, describe_error
+from hotset.cost.selection import GUESSED
 from hotset.model.dummy import load_dummy
 from hotset.options import Options
 
@@ -48,6 +50,7 @@ def main() -> None:
     # The arm that takes longer comes first, as a run may be cut off.
     parser.add_argument("--arms", default="hot-set,resident")
     parser.add_argument("--overlaps", default="0.40", help="of neighbouring selections: 0.35,0.50")
+    parser.add_argument("--guessed", type=float, default=GUESSED, help="share of a selection")
     parser.add_argument("--users", default="", help="numbers offered, one after another: 8,16")
     parser.add_argument("--steps", type=int, default=150, help="that are timed")
     parser.add_argument("--fill-s", type=float, default=60.0, help="most seconds to steady state")
@@ -82,6 +85,7 @@ def main() -> None:
         RunOptions,
         max_s=given.fill_s,
         hardware=given.hardware,
+        selection_guessed=given.guessed,
         steady_steps=given.steps,
         steady_users=tuple(map(int, filter(None, given.users.split(",")))),
     )
@@ -96,6 +100,7 @@ def main() -> None:
             else:
                 kept = {"start_s": run.start_s, "tiers_ready_s": run.tiers_ready_s}
                 record.say(f"{arm}, overlap {overlap}: done")
+                kept |= {"guessed": given.guessed} if given.row_prefetch == 2 else {}
                 found["runs"].append({"arm": arm, "overlap": overlap, **kept, "steady": run.steady})
             record.write(given.out, found)
         print_ratio(found["runs"], overlap)

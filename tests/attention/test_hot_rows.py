@@ -105,7 +105,7 @@ def test_a_cpu_fetches_ahead_in_the_same_parts_each_before_its_first_layer() -> 
 
 
 @pytest.mark.parametrize("beside", [False, True])
-def test_rows_that_are_guessed_are_all_those_of_the_layers_and_come_before_the_selected_ones(
+def test_rows_that_are_guessed_come_ahead_and_those_of_layers_that_share_them_after_the_selection(
     beside: bool,
 ) -> None:
     hot, fetched = hot_rows([3, 0, 0, 0, 3, 0], ahead=True)
@@ -116,10 +116,13 @@ def test_rows_that_are_guessed_are_all_those_of_the_layers_and_come_before_the_s
     fetched.clear()
     guess: Any = (None, None, None)
     hot.guess(0, [guess, guess])  # of two parts of a step
-    assert [run for run, _ in fetched] == [AHEAD[3], AHEAD[3], AHEAD[4], AHEAD[4]]
-    if beside:  # fewer programs, and nothing waits but the layer itself
-        assert all(num_options == 1 for _, num_options in fetched)
+    fewer = int(beside)  # programs, while other kernels run
+    assert fetched == [(AHEAD[3], fewer)] * 2
+    if beside:
         assert hot._ahead.waited == [0]  # type: ignore[union-attr]
     hot.begin(4, [MISSES])
-    hot.fetch(4, [MISSES])
-    assert fetched[4] == (AHEAD[3], 0)
+    for layer in (4, 5):
+        hot.fetch(layer, [MISSES])
+    assert fetched[2:] == [(AHEAD[3], 0), *[(AHEAD[4], fewer)] * 3]
+    fetched.clear()
+    assert attend(hot, 4, fetched)[-1] == 3  # nothing was guessed for these

@@ -57,6 +57,29 @@ def test_misses_and_users_are_as_planned(result: BenchResult) -> None:
     assert hot["hit_rate"] == pytest.approx(1 - hot["misses"] / 48, rel=0.05)
 
 
+def test_guesses_are_as_planned_and_change_no_answer() -> None:
+    run = RunOptions(
+        steady_steps=STEPS,
+        selection_overlap=0.4,
+        selection_guessed=0.7,
+        hardware="h200",
+        verify=True,
+    )
+    lines: list[str] = []
+    say = Say(lines.append, lambda make: None)
+    result = run_bench(order(["resident", "hot-set"], run, row_prefetch=2), say)
+    assert result.verification is not None
+    assert result.verification["runs"][0]["compared"] == 3
+    assert result.verification["differing"] == 0
+    hot = result.typical("hot-set").steady[0]
+    for name in ("misses", "guessed", "guessed_right"):
+        assert hot[name] == pytest.approx(hot["planned"][name], rel=0.2), name
+    assert 0 < hot["guessed_right"] < hot["guessed"]
+    assert any(
+        f"{hot['guessed']:,.0f} guessed, {hot['guessed_right']:,.0f} right" in x for x in lines
+    )
+
+
 def test_a_steady_state_is_told_as_any_result(result: BenchResult) -> None:
     assert "times as many" in result.verdict and "were planned" in result.verdict
     assert "none were preempted" in result.verdict and result.verdict in text(result)

@@ -73,6 +73,46 @@ def test_misses_are_those_of_a_simulated_lru_within_one_percent_of_a_selection(
 
 
 @pytest.mark.parametrize(
+    ("overlap", "slots", "right"), [(0.35, 2048, 0.8), (0.5, 2048, 0.8), (0.4, 3072, 0.5)]
+)
+def test_what_is_guessed_is_that_of_a_simulated_lru_within_two_percent_of_a_selection(
+    overlap: float, slots: int, right: float
+) -> None:
+    context, selected, steps = 16_384, 1024, 40
+    share, random = selected / context, np.random.default_rng(0)
+    c, rho = (correlation(share, each) for each in (overlap, right))
+    stays = math.sqrt(c) * random.standard_normal(context)
+    order = np.arange(slots)  # positions in slots, from the longest unused
+    found = []
+
+    def use(chosen: np.ndarray) -> np.ndarray:
+        """Those that no slot had."""
+        nonlocal order
+        missing = np.setdiff1d(chosen, order)
+        rest = order[~np.isin(order, chosen)][len(missing) :]
+        order = np.concatenate([rest, missing, np.intersect1d(order, chosen)])
+        return missing
+
+    for _ in range(steps):
+        scores = stays + math.sqrt(1 - c) * random.standard_normal(context)
+        error = math.sqrt(1 - rho**2) * random.standard_normal(context)
+        guess, chosen = (
+            np.argpartition(-each, selected)[:selected] for each in (rho * scores + error, scores)
+        )
+        ahead = use(guess)
+        found.append((len(ahead), len(np.intersect1d(ahead, chosen)), len(use(chosen))))
+    measured = np.mean(found[steps // 2 :], axis=0)
+    planned = DrawnSelections(overlap).guesses(context, selected, slots, right)
+    assert planned == pytest.approx(tuple(measured), abs=0.02 * selected)
+
+
+def test_a_share_that_no_guess_has_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"selection that is guessed is 1; expected above 0 and at"):
+        DrawnSelections(0.4).guesses(CONTEXT, SELECTED, 4096, 1.0)
+    assert DrawnSelections(0.4).guesses(4096, SELECTED, 4096, 0.8) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
     ("overlap", "slots", "message"),
     [
         (0.4, 2047, "hot set of 2047 tokens does not hold a selection of 2048"),

@@ -105,6 +105,7 @@ def test_answers_are_those_of_transformers_where_scores_are_equal(
     assert found != reference(family, prompts, max_tokens=24, seed=seed, ties="any", **WIDE)
 
 
+DENSE = {"mlp_layer_types": ["dense"] * 3}
 # Of six layers four share a selection, then two: rows of several layers come at once.
 SHARED = {
     "num_hidden_layers": 6,
@@ -119,7 +120,8 @@ SHARED = {
         *((family, {}, 0) for family in SPARSE_FAMILIES),
         ("glm_moe_dsa", SHARED, 0),
         ("glm_moe_dsa", SHARED, 1),
-        *((family, {}, 2) for family in SPARSE_FAMILIES),
+        *((family, {}, 2) for family in SPARSE_FAMILIES if family != "hy_v4"),
+        ("hy_v4", DENSE, 2),  # its only layer with experts comes last
         ("glm_moe_dsa", SHARED, 2),
     ],
 )
@@ -185,9 +187,9 @@ def test_a_step_that_breaks_off_costs_one_request_and_no_other_reads_its_slots(
 def test_a_wrong_guess_changes_no_bit_and_costs_rows_alone(
     guessed: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is guessed is replaced by the worst of a step's tokens, by random ones, or by none."""
+    """A guess is replaced by none, by tokens that are not in it, or by random ones."""
     rng = torch.Generator().manual_seed(0)
-    choose, misses = GatheredSelection._highest, {}
+    choose = GatheredSelection._highest
 
     def replaced(self: Any, *asked: Any, is_guess: bool = False) -> torch.Tensor:
         found = choose(self, *asked, is_guess=is_guess)
@@ -209,10 +211,9 @@ def test_a_wrong_guess_changes_no_bit_and_costs_rows_alone(
         options = {"hot_blocks": 150, "hot_tokens": 20, "row_prefetch": row_prefetch}
         engine = hot_engine(make_engine, **options)
         logits[row_prefetch] = logits_of(engine, prompts, max_tokens=30, turn=True)
-        engine.take_counts()
-        misses[row_prefetch] = engine.metrics.hot_misses
+    engine.take_counts()
     assert all(map(torch.equal, logits[0], logits[2])) and len(logits[0]) == len(logits[2])
-    assert (misses[2] == misses[0]) == (guessed == "nothing")
+    assert engine.metrics.hot_misses > 1000
     assert (engine.metrics.hot_guessed == 0) == (guessed == "nothing")
 
 
@@ -220,12 +221,12 @@ def test_what_is_guessed_right_is_not_waited_for(make_engine: MakeEngine) -> Non
     prompts, misses = long_prompts(3), {}
     for row_prefetch in (0, 2):
         options = {"hot_blocks": 150, "hot_tokens": 20, "row_prefetch": row_prefetch}
+        options["model_changes"] = WIDE | DENSE  # all layers but the first are guessed for
         engine = hot_engine(make_engine, **options)
         logits_of(engine, prompts, max_tokens=30, turn=True)
         engine.take_counts()
         misses[row_prefetch] = engine.metrics.hot_misses
-    # With random weights a layer adds more to the stream than it had, and most guesses are wrong.
-    assert misses[2] < misses[0] and engine.metrics.hot_guessed_right > 100
+    assert misses[2] < 0.95 * misses[0] and engine.metrics.hot_guessed_right > 100
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they are compiled: test_gpu_hot_requests.py")

@@ -72,6 +72,18 @@ def test_prefetch_and_overlap_raise_the_gain() -> None:
     assert gains == sorted(gains)
 
 
+def test_a_plan_says_what_comes_ahead() -> None:
+    found = planned(*CASE, "--row-prefetch", "2")
+    assert 0 < found["guessed_right"] < found["guessed"]
+    assert (
+        f"{found['guessed']:,.0f} more, guessed, of which"
+        in run(*CASE, "--row-prefetch", "2").output
+    )
+    assert "ahead" not in run(*CASE).output
+    worse = planned(*CASE, "--row-prefetch", "2", "--selection-guessed", "0.5")
+    assert worse["gain"] < found["gain"]
+
+
 def test_recorded_selections_replace_the_overlap(tmp_path: Path) -> None:
     path = tmp_path / "one.npz"
     positions = np.tile(np.arange(2048, dtype=np.int32), (8, 1, 1))
@@ -111,14 +123,14 @@ def test_the_command_serves_as_many_hot_requests_as_planned(
 ) -> None:
     config = tmp_path / "config.json"  # of a folder that has weights, too
     config.write_text(Path(SHAPE).read_text())
-    arguments = [str(config), *CASE[1:-1], index_dtype]
+    arguments = [str(config), *CASE[1:-1], index_dtype, "--row-prefetch", "2"]
     data = json.loads(run(*arguments, "--json").stdout)
     words = shlex.split(data["serve"]["command"])
     given = dict(zip(words[2::2], words[3::2], strict=True))
     assert given["--hot-tokens"] == str(data["hot_set"]["slots"])
     assert given["--max-num-seqs"] == str(data["hot_set"]["users"])
     assert (given["--hot-gib"], given["--host-gib"]) == ("6", "64")
-    assert given.get("--index-dtype", "auto") == index_dtype
+    assert given.get("--index-dtype", "auto") == index_dtype and given["--row-prefetch"] == "2"
     serve_command.make_context("serve", words[2:])  # takes it
     few = json.loads(run(*arguments, "--users", "10", "--json").stdout)
     assert "--hot-tokens" not in few["serve"]["command"]
@@ -150,6 +162,8 @@ def test_a_model_without_an_indexer_says_nothing() -> None:
         ([*GLM, "--tpot-ms", "nan"], "--tpot-ms is nan; expected a number"),
         ([*GLM, "--row-prefetch", "3"], "--row-prefetch is 3; expected 0, 1 or 2"),
         ([*GLM, "--selection-overlap", "1.5"], "overlap of selections is 1.5; expected above 0"),
+        (["llama-3-8b", "--selection-guessed", "0.5"], "--selection-guessed is given, but llama"),
+        ([*GLM, "--selection-guessed", "1"], "--selection-guessed is 1; expected above 0 and at"),
         ([*GLM, "--selection", "nowhere.npy"], "selection file nowhere.npy cannot be read"),
         ([*GLM, "--selection", "x", "--selection-overlap", "0.4"], "are both given"),
         ([*GLM, "--index-dtype", "int8"], "--index-dtype is 'int8'; expected auto or fp8"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hotset.cost.selection import DrawnSelections
 from hotset.errors import ConfigError, PlanError
 from hotset.plan.selection_file import RecordedSelections, load_selections, save_selections
 
@@ -60,6 +61,16 @@ def test_overlap_is_that_of_neighbouring_steps() -> None:
     assert recorded.misses(100, 8, 8) == 2
     assert recorded.misses(100, 8, 10) == 0
     assert recorded.misses(10, 8, 10) == 0
+
+
+def test_guesses_are_those_of_drawn_selections_for_as_many_misses() -> None:
+    recorded = RecordedSelections(Path("x"), (record(),))
+    drawn = DrawnSelections(recorded.overlap)
+    found, theirs = (each.guesses(CONTEXT, SELECTED, 96, 0.8) for each in (recorded, drawn))
+    ratio = recorded.misses(CONTEXT, SELECTED, 96) / drawn.misses(CONTEXT, SELECTED, 96)
+    assert found == pytest.approx([ratio * rows for rows in theirs]) and min(found) > 0
+    moving = np.arange(80, dtype=np.int32).reshape(10, 1, 8)  # nothing is selected twice
+    assert RecordedSelections(Path("x"), (moving,)).guesses(80, 8, 16, 0.8).guessed >= 0
 
 
 def test_tokens_that_were_generated_meanwhile_are_not_fetched() -> None:

@@ -64,7 +64,9 @@ class HotRows:
             first: [layer for layer in group if layer in self._runs]
             for first, group in self._groups.items()
         }
-        self._guessed: list[Misses] = []  # kept while the stream beside reads it
+        self._first = {layer: first for first, starts in self._starts.items() for layer in starts}
+        # What is missing of a guess, for the rows of the layers that share the selection, too.
+        self._guessed: dict[int, list[Misses]] = {}
         self._gather: Callable[..., None] = hot_reference.gather
         if arena.storage.is_cuda:
             from hotset.kernels.gather_rows import gather_rows
@@ -116,7 +118,7 @@ class HotRows:
             misses: to be kept until the last of these layers called `fetch`.
         """
         if self._ahead is not None:
-            self._ahead.run(self._starts[layer], partial(self._fetch_beside, misses, own=layer))
+            self._ahead.run(self._starts[layer], partial(self._fetch, misses, first=layer))
 
     def fetch(self, layer: int, misses: Sequence[Misses]) -> None:
         """Have a layer's missing rows on the device before what comes next; see `gather_rows`.
@@ -128,7 +130,7 @@ class HotRows:
         if self._ahead is not None:
             self._ahead.wait_for(layer)
         else:
-            self._fetch(layer, misses)
+            self._fetch(misses, layer, first=self._first[layer])
 
     def guess(
         self, layer: int, chosen: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -136,29 +138,37 @@ class HotRows:
         """Fetch what the next layer that selects is guessed to, and what its slots do not hold.
 
         To be called after `fetch` of the layer that selected last, once in a step. The rows are
-        there when `fetch` of the next one has brought what it did select.
+        there when `fetch` of the next one has brought what it did select; those of the layers that
+        share its selection come with what these lack.
 
         Args:
             layer: that selected last.
             chosen: for some of the step's tokens each, positions, rows and seats as
                 `SeatTables.resolve` takes them. The rows are mutated.
         """
-        layer = self.next_layer(layer)
-        number = self._selections[layer]
+        ahead = self.next_layer(layer)
+        number = self._selections[ahead]
         missing = [self.tables.resolve(number, *each, is_guess=True) for each in chosen]
         if self._ahead is None:
-            for start in self._starts[layer]:
-                self._fetch(start, missing)
-            return
-        self._ahead.run(self._starts[layer], partial(self._fetch_beside, missing, own=None))
-        # What the stream beside read before has been waited for since.
-        self._guessed = missing
+            self._gather_run(missing, ahead)
+        else:
+            self._ahead.run([ahead], partial(self._gather_run, missing, tuning=_BESIDE))
+        # Who read what it replaces, in the step before, has been waited for since.
+        self._guessed[ahead] = missing
 
-    def _fetch_beside(self, misses: Sequence[Misses], layer: int, *, own: int | None) -> None:
-        """Fetch while other kernels run, unless they wait: for the rows of `own`."""
-        self._fetch(layer, misses, **({} if layer == own else {"tuning": _BESIDE}))
+    def _fetch(self, misses: Sequence[Misses], layer: int, *, first: int) -> None:
+        """Fetch rows of a layer that lacks them as the one that selected, `first`, does.
 
-    def _fetch(self, layer: int, misses: Sequence[Misses], **tuning: Tuning) -> None:
+        Those of other layers come while kernels run, and with them what was guessed.
+        """
+        if layer == first:
+            self._gather_run(misses, layer)
+        else:
+            # A slot of a guess may have been taken for what was selected, which comes after it.
+            lists = [*self._guessed.get(first, ()), *misses]
+            self._gather_run(lists, layer, **({} if self._ahead is None else {"tuning": _BESIDE}))
+
+    def _gather_run(self, misses: Sequence[Misses], layer: int, **tuning: Tuning) -> None:
         for each in misses:
             self._gather(self._host, self._blocks, *each, self._runs[layer], **tuning)
 

@@ -25,6 +25,7 @@ from hotset.bench.steady import Steady, SteadyRun, planned_step, steady_run
 from hotset.bench.workload import Spec, filler, make_work, prefix_work, warm_up
 from hotset.cost.loaded import make_cost_model
 from hotset.cost.routing import Routing, skewed_shares
+from hotset.cost.selection import GUESSED
 from hotset.cost.step_time import CostModel
 from hotset.engine.build import build_engine
 from hotset.engine.engine import Engine
@@ -62,6 +63,7 @@ class RunOptions:
         steady_users: how many requests are offered for it, one number after another; empty is all.
         selection_overlap: of what sparse attention selects in neighbouring steps, which is drawn;
             None leaves it to the weights.
+        selection_guessed: of a selection that is drawn, the share that its guess has.
         router_skew: see `router_skew.skew_routers`; None leaves random weights as they are.
     """
 
@@ -75,6 +77,7 @@ class RunOptions:
     steady_steps: int | None = None
     steady_users: tuple[int, ...] = ()
     selection_overlap: float | None = None
+    selection_guessed: float = GUESSED
     router_skew: float | None = None
 
 
@@ -223,7 +226,9 @@ class Bench:
                     "leave it out, or give a model with sparse attention, such as dsa-8l"
                 )
             context = self.work.longest_context - self.work.sessions[0].turns[0].output_tokens // 2
-            drawn = DrawnSelection.of_overlap(overlap, context=context, count=count)
+            drawn = DrawnSelection.of_overlap(
+                overlap, context=context, count=count, guessed=options.selection_guessed
+            )
         return Simulated(drawn, bool(options.steady_steps), self._selections)
 
     def _steady(self, engine: Engine, arm: str, repeat: int) -> ArmRun:
@@ -237,9 +242,10 @@ class Bench:
         found: list[Steady] = []
         for offered in options.steady_users or (self.work.num_requests,):
             one = steady.measure(offered, num_steps, most_fill_s=options.max_s)
-            overlap = options.selection_overlap
+            overlap, guessed = options.selection_overlap, options.selection_guessed
             if self._cost is not None and overlap is not None:
-                one = replace(one, planned=planned_step(self._cost, engine, one, overlap))
+                planned = planned_step(self._cost, engine, one, overlap, guessed)
+                one = replace(one, planned=planned)
             found.append(one)
             self._say.line("\n".join(one.lines(f"{arm}, {offered} offered")))
         run = steady_run(arm, repeat, found, steady.outputs if options.verify else {})

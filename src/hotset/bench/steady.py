@@ -12,14 +12,15 @@ import numpy as np
 
 from hotset.bench.result import ArmRun
 from hotset.bench.workload import Work
-from hotset.cost.hot_set import HotSetCost, HotStep, Room, SparseCache, plan_hot_set
-from hotset.cost.selection import DrawnSelections
+from hotset.cost.hot_plan import plan_hot_set
+from hotset.cost.hot_set import HotSetCost, HotStep, Room, SparseCache
+from hotset.cost.selection import DrawnSelections, Guesses
 from hotset.cost.step_time import CostModel
 from hotset.engine.engine import Engine
 from hotset.engine.run import settle
 from hotset.engine.status import engine_usage
 from hotset.errors import EngineError
-from hotset.metrics import HOT_ROWS
+from hotset.metrics import HOT_ROWS, HotCounts, Metrics
 from hotset.request import SamplingParams
 
 _STILL_STEPS = 24  # in a row without a change: what was asked of tiers has come by then
@@ -39,6 +40,8 @@ class Steady:
         step_s: p50 and p90 of single ones.
         misses: rows per hot request, selecting layer and step; None where none is hot.
         hit_rate: share of what hot requests selected that slots held; likewise None.
+        guessed: likewise of `misses`, rows that came ahead as they were guessed.
+        guessed_right: of these, selected then.
         link_bytes_per_s: of their rows, over all of the time.
         preemptions: from the first request on.
         fill_s: from the first request to the steady state.
@@ -57,6 +60,8 @@ class Steady:
     link_bytes_per_s: float
     preemptions: int
     fill_s: float
+    guessed: float | None = None
+    guessed_right: float | None = None
     planned: dict[str, Any] | None = None
 
     @property
@@ -77,6 +82,8 @@ class Steady:
             hot=self.hot_users,
             step_s=self.wall_s / self.steps,
             misses=self.misses,
+            guessed=self.guessed,
+            guessed_right=self.guessed_right,
             link=self.link_bytes_per_s,
         )
         more = f"  ({self.preemptions} preemptions, {self.fill_s:.1f} s to fill)"
@@ -94,9 +101,14 @@ def _line(
     step_s: float,
     misses: float | None,
     link: float,
+    guessed: float | None,
+    guessed_right: float | None,
     no_link_tokens_per_s: float | None = None,
 ) -> str:
-    rows = "" if misses is None else f"; {misses:,.0f} misses, {link / 1e9:.1f} GB/s"
+    rows = ""
+    if misses is not None:
+        ahead = f"{guessed:,.0f} guessed, {guessed_right:,.0f} right, " if guessed else ""
+        rows = f"; {misses:,.0f} misses, {ahead}{link / 1e9:.1f} GB/s"
     if no_link_tokens_per_s is not None:
         rows += f"; {no_link_tokens_per_s:,.1f} tokens/s if rows took no time"
     return (
@@ -149,15 +161,15 @@ class SteadyRun:
         engine.take_counts()
         first_s = time.perf_counter()
         fill_s = first_s - start_s
-        tokens, hits, misses = metrics.output_tokens, metrics.hot_hits, metrics.hot_misses
-        moved = metrics.moved_bytes[HOT_ROWS]
+        tokens, before = metrics.output_tokens, _counts(metrics)
         ends = [first_s]
         for _ in range(num_steps):
             self._step()
             ends.append(time.perf_counter())
         engine.take_counts()
         wall_s = time.perf_counter() - first_s
-        selected = metrics.hot_hits - hits + metrics.hot_misses - misses
+        counts = HotCounts(*(n - m for n, m in zip(_counts(metrics), before, strict=True)))
+        selected = counts.hits + counts.misses
         hot_users = 0 if engine.kv.hot is None else engine.kv.hot.num_hot
         selections = hot_users * num_steps * _selecting_layers(engine)
         running = engine.scheduler.running
@@ -170,9 +182,11 @@ class SteadyRun:
             steps=num_steps,
             wall_s=wall_s,
             step_s={"p50": float(step_s[0]), "p90": float(step_s[1])},
-            misses=(metrics.hot_misses - misses) / selections if selected else None,
-            hit_rate=(metrics.hot_hits - hits) / selected if selected else None,
-            link_bytes_per_s=(metrics.moved_bytes[HOT_ROWS] - moved) / wall_s,
+            misses=counts.misses / selections if selected else None,
+            hit_rate=counts.hits / selected if selected else None,
+            guessed=counts.guessed / selections if selected else None,
+            guessed_right=counts.guessed_right / selections if selected else None,
+            link_bytes_per_s=counts.moved_bytes / wall_s,
             preemptions=metrics.preemptions - preemptions,
             fill_s=fill_s,
         )
@@ -243,13 +257,24 @@ def steady_run(arm: str, repeat: int, found: list[Steady], outputs: dict[int, li
     )
 
 
+def _counts(metrics: Metrics) -> HotCounts:
+    """What hot requests found and fetched so far."""
+    return HotCounts(
+        metrics.hot_hits,
+        metrics.hot_misses,
+        metrics.hot_guessed,
+        metrics.hot_guessed_right,
+        metrics.moved_bytes[HOT_ROWS],
+    )
+
+
 def _selecting_layers(engine: Engine) -> int:
     hot = engine.sizes.hot
     return 0 if hot is None else hot.sparse.index_layers
 
 
 def planned_step(
-    cost: CostModel, engine: Engine, steady: Steady, overlap: float
+    cost: CostModel, engine: Engine, steady: Steady, overlap: float, guessed: float
 ) -> dict[str, Any] | None:
     """What the planner says of the engine's memory and the load: arguments of a line.
 
@@ -266,14 +291,15 @@ def planned_step(
         DrawnSelections(overlap),
         steady.context,
         prefetch=engine.options.memory.row_prefetch,
+        right=guessed,
     )
     step: HotStep | None = hot.resident_step(steady.offered, room)
-    misses = None
+    rows: Guesses | None = None
     if sizes.hot is not None:
         slots = sizes.hot.num_slots
         plan = plan_hot_set(hot, room, steady.offered, slots=slots)
         if plan is not None and plan.hot.num_hot:
-            step, misses = plan.hot, hot.misses(slots)
+            step, rows = plan.hot, plan.rows
     if step is None:
         return None
     return {
@@ -281,7 +307,9 @@ def planned_step(
         "users": step.users,
         "hot": step.num_hot,
         "step_s": step.seconds,
-        "misses": misses,
+        "misses": rows and rows.missed,
+        "guessed": rows and rows.guessed,
+        "guessed_right": rows and rows.right,
         "link": step.missed_bytes / step.seconds,
         "no_link_tokens_per_s": step.users / step.chip_s if step.num_hot else None,
     }

@@ -19,6 +19,7 @@ from hotset.cli.options import (
     given_only,
 )
 from hotset.cli.progress import make_say
+from hotset.cost.selection import GUESSED
 from hotset.errors import ConfigError
 from hotset.expert_options import ExpertBudget, ExpertSlots
 from hotset.option_fields import options_of
@@ -112,6 +113,14 @@ def _list_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
     "--selection-overlap",
     type=click.FloatRange(0, 0.98, min_open=True),
     help="Draw what sparse attention selects: this share of it is in the next step's too.",
+)
+@click.option(
+    "--selection-guessed",
+    type=click.FloatRange(0, 0.98, min_open=True),
+    default=GUESSED,
+    show_default=True,
+    help="With --selection-overlap: draw what --row-prefetch 2 guesses, too; this share of what a "
+    "layer selects is in its guess.",
 )
 @click.option("--no-wait", is_flag=True, help="Start while host memory is still being pinned.")
 @click.option("--max-s", type=float, help="End each run after this many seconds, done or not.")

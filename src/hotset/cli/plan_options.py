@@ -14,7 +14,7 @@ from hotset.cost.catalog import load_model
 from hotset.cost.hardware import LINKS, load_hardware
 from hotset.cost.hot_set import Misses
 from hotset.cost.routing import Routing, load_histogram
-from hotset.cost.selection import DrawnSelections
+from hotset.cost.selection import GUESSED, DrawnSelections
 from hotset.errors import PlanError
 from hotset.layout import WORDS, parse_layout
 from hotset.option_fields import option, options_of
@@ -23,7 +23,10 @@ from hotset.plan.workload import Request, Workload
 
 GIB = 2**30
 OVERLAPS = ("comm", "stream")
-_OF_INDEXERS = ("index_dtype", "selection", "selection_overlap", "tpot_ms", "row_prefetch")
+_OF_INDEXERS = (
+    *("index_dtype", "selection", "selection_overlap", "selection_guessed", "tpot_ms"),
+    "row_prefetch",
+)
 # `hotset serve`'s names first, then formats that can be planned and not served.
 _PLAIN = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 DTYPES = {"auto": None, **_PLAIN, **{n: n for n in ("fp8", "int8", "int4", "mxfp4", "nvfp4")}}
@@ -138,6 +141,11 @@ class Options:
         "selection, 2 the next layer's too.",
         metavar="0|1|2",
     )
+    selection_guessed: float = option(
+        GUESSED,
+        "With row_prefetch 2: share of a selection, 0 to 1, that is guessed a layer ahead.",
+        metavar="SHARE",
+    )
     link: str | None = option(
         None, "Host link: pcie3 to pcie6, c2c, or GB/s one way.", metavar="NAME|GB/s"
     )
@@ -218,6 +226,7 @@ class Options:
             selections=self._selections(),
             tpot_s=None if self.tpot_ms is None else self.tpot_ms / 1e3,
             row_prefetch=self.row_prefetch,
+            selection_guessed=self.selection_guessed,
         )
 
     def _selections(self) -> Misses:

@@ -183,6 +183,9 @@ def _flows(status: Json) -> RenderableType:
     if needed := totals["hot_hits"] + totals["hot_misses"]:
         share = totals["hot_hits"] / needed
         table.add_row("selected tokens in slots", f"{share:.1%} of {needed:,}")
+    if guessed := totals["hot_guessed"]:
+        right = totals["hot_guessed_right"] / guessed
+        table.add_row("tokens that came ahead: right", f"{right:.1%} of {guessed:,}")
     experts = totals["experts"]
     if needed := experts["hits"] + experts["misses"]:
         table.add_row("experts found in slots", f"{experts['hits'] / needed:.1%} of {needed:,}")

@@ -6,11 +6,13 @@ stay on the device, as each step reads all of them. Planner and engine ask the s
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 from hotset.cost.cache_spec import Latent, groups_of, index_places
+from hotset.cost.selection import GUESSED, Guesses
 from hotset.cost.shape import ModelShape
 from hotset.cost.step_time import CostModel
 
@@ -19,7 +21,7 @@ TABLE_BYTES = 6  # of a slot: its position in 4 bytes, its place in the order of
 SLOT_STEP = 64  # slots are whole blocks
 MOST_SLOTS = 2**15  # of a request, as the device's tables number them in 16 bits
 LEAST_GAIN = 0.05  # of tokens/s, for which requests turn hot
-NEXT_LAYER_RIGHT = 0.8  # share of its rows that the next layer's indexer tells on this one's input
+_GUESS_KERNELS = 12  # of a layer that guesses: projections, scores, and what finds their rows
 
 
 class Misses(Protocol):
@@ -32,6 +34,10 @@ class Misses(Protocol):
 
     def misses(self, context: float, selected: int, slots: int) -> float:
         """Rows per layer, of `selected` among `context`, with `slots` of them on the device."""
+        ...
+
+    def guesses(self, context: float, selected: int, slots: int, right: float) -> Guesses:
+        """The same of a layer that is guessed for, by guesses that have `right` of a selection."""
         ...
 
 
@@ -121,6 +127,16 @@ def fetches(layers: range, *, ahead: bool) -> list[range]:
     return parts
 
 
+def guesses_between(with_experts: Sequence[bool], has_experts: bool) -> bool:
+    """Whether the next selection is guessed: the rows that come ahead take longer than a dense MLP.
+
+    Args:
+        with_experts: of the layers from one that selects to the next that does, which have experts.
+        has_experts: whether any layer of the model has; else all are guessed for.
+    """
+    return any(with_experts) or not has_experts
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
     """Memory of one device for KV and index keys, and of its host for hot requests.
@@ -183,6 +199,7 @@ class HotSetCost:
             selected; 1 fetches the rows of the latter behind the first one; 2 also those that the
             next layer's indexer selects on this layer's input, which costs scoring all keys once
             more.
+        right: share of a selection that such a guess has.
     """
 
     cost: CostModel
@@ -191,24 +208,46 @@ class HotSetCost:
     context: float
     link_bytes_per_s: float | None = None
     prefetch: int = 0
+    right: float = GUESSED
 
     @property
     def rows_bytes_per_s(self) -> float:
         """Rate at which missed rows come: bound by bytes, by their number where they are short."""
-        return self.cache.all_rows_bytes / sum(self._token_s)
+        return self.cache.all_rows_bytes / sum(map(sum, self._token_s))
 
     @cached_property
     def _fetches(self) -> list[list[range]]:
         return [fetches(range(count), ahead=self.prefetch > 0) for count in self.cache.groups]
 
     @cached_property
-    def _token_s(self) -> tuple[float, float]:
-        """Seconds of a missed token's rows in all layers: waited for, and fetched ahead."""
-        waited_s = ahead_s = 0.0
-        for first, *later in self._fetches:
-            waited_s += self._run_s(len(first))
-            ahead_s += sum(self._run_s(len(part)) for part in later)
-        return waited_s, ahead_s
+    def _token_s(self) -> list[tuple[float, float]]:
+        """Seconds of a missed token's rows, by group of layers: of the first run, of the others."""
+        return [
+            (self._run_s(len(first)), sum(self._run_s(len(part)) for part in later))
+            for first, *later in self._fetches
+        ]
+
+    @cached_property
+    def _guessed(self) -> list[float | None]:
+        """By group of layers, the share of all experts that compute while a guess for it comes.
+
+        None where none is made: for the first group, and see `guesses_between`.
+        """
+        found: list[float | None] = [None] * self.cache.index_layers
+        if self.prefetch < 2:
+            return found
+        with_experts = [layer.num_experts > 0 for layer in self.cost.shape.layers]
+        total, start = sum(with_experts), 0
+        for group, size in enumerate(self.cache.groups[:-1]):
+            before = with_experts[start : start + size]
+            if guesses_between(before, total > 0):
+                found[group + 1] = sum(before) / max(1, total)
+            start += size
+        return found
+
+    @property
+    def _num_guessed(self) -> int:
+        return sum(share is not None for share in self._guessed)
 
     def _run_s(self, num_layers: int) -> float:
         num_bytes = num_layers * self.cache.row_bytes
@@ -217,9 +256,18 @@ class HotSetCost:
         at_least_s = 1 / self.cost.calibration.gather_rows_per_s
         return max(at_least_s, num_bytes / self.cost.expert_bytes_per_s())
 
-    def misses(self, slots: int) -> float:
-        """Rows per hot request, layer and step."""
-        return self.selections.misses(self.context, self.cache.top_k, slots)
+    def rows(self, slots: int) -> Guesses:
+        """Per hot request and step, mean over the layers that select."""
+        first, others = self._rows(slots)
+        share = self._num_guessed / self.cache.index_layers
+        mean = [one + share * (other - one) for one, other in zip(first, others, strict=True)]
+        return Guesses(*mean)
+
+    def _rows(self, slots: int) -> tuple[Guesses, Guesses]:
+        """Of a layer that is not guessed for, and of the others."""
+        asked = self.context, self.cache.top_k, slots
+        first = Guesses(0.0, 0.0, self.selections.misses(*asked))
+        return first, self.selections.guesses(*asked, self.right) if self._num_guessed else first
 
     def step(self, users: int, num_hot: int, slots: int) -> HotStep:
         """A decode step of `users`, of which `num_hot` are hot with `slots` slots each."""
@@ -231,16 +279,29 @@ class HotSetCost:
         chip_s += sum(1 + len(parts) for parts in self._fetches) * self.cost.kernel_s
         tables = 2 * TABLE_BYTES * slots * self.cache.index_layers * num_hot
         chip_s += tables / self.cost.memory_bytes_per_s
-        missed = num_hot * self.misses(slots)
-        waited_s, ahead_s = (missed * seconds for seconds in self._token_s)
-        link_s, hidden_s = waited_s + ahead_s, 0.0
-        if self.prefetch:
-            hidden_s = min(ahead_s, chip_s)
-        if self.prefetch == 2:
-            hidden_s += NEXT_LAYER_RIGHT * min(waited_s, max(0.0, step.parts["experts"] - hidden_s))
-            chip_s += step.parts["index"]
-        missed_bytes = missed * self.cache.all_rows_bytes
-        return HotStep(users, num_hot, chip_s, link_s, hidden_s, missed_bytes)
+        if guessed := self._num_guessed:
+            # Guesses score the keys of hot requests once more, and are resolved and fetched too.
+            chip_s += guessed / self.cache.index_layers * step.parts["index"] * num_hot / users
+            chip_s += guessed * (_GUESS_KERNELS + len(self._fetches[-1])) * self.cost.kernel_s
+        waited_s = behind_s = tokens = 0.0
+        ahead: list[tuple[float, float]] = []  # seconds of a guess, and its share of the experts
+        others = self._rows(slots)
+        for rows_s, size, share in zip(
+            self._token_s, self.cache.groups, self._guessed, strict=True
+        ):
+            rows = others[share is not None]
+            waited_s += num_hot * rows.missed * rows_s[0]
+            behind_s += num_hot * (rows.missed + rows.guessed) * rows_s[1]
+            ahead.append((num_hot * rows.guessed * rows_s[0], share or 0.0))
+            tokens += num_hot * (rows.missed + rows.guessed) * size
+        # What layers lack that share a selection comes while any work is done, a guess while the
+        # experts of the layers before compute.
+        hidden_s = min(behind_s, chip_s)
+        if guessed:
+            experts_s = max(0.0, step.parts["experts"] - hidden_s)
+            hidden_s += sum(min(seconds, share * experts_s) for seconds, share in ahead)
+        link_s = waited_s + behind_s + sum(seconds for seconds, _ in ahead)
+        return HotStep(users, num_hot, chip_s, link_s, hidden_s, tokens * self.cache.row_bytes)
 
     def resident_users(self, room: Room) -> int:
         """Resident requests that fit."""
@@ -302,111 +363,3 @@ class HotSetCost:
 
 def _pays(resident: HotStep, hot: HotStep) -> bool:
     return hot.tokens_per_s >= (1 + LEAST_GAIN) * resident.tokens_per_s
-
-
-@dataclass(frozen=True)
-class HotPlan:
-    """The best number of slots for a load, and what it serves.
-
-    Attributes:
-        cost: of steps.
-        room: in which all lies.
-        slots: per hot request and layer.
-        resident: the step without hot requests; None where not even one resident request fits.
-        hot: the step with them.
-        limit: what bounds its users: `HBM`, `host memory`, `users` or `TPOT`.
-        break_even: requests that run or wait from which on some turn hot; None if none ever do.
-    """
-
-    cost: HotSetCost
-    room: Room
-    slots: int
-    resident: HotStep | None
-    hot: HotStep
-    limit: str
-    break_even: int | None
-
-    @property
-    def misses(self) -> float:
-        """Rows per hot request, layer and step."""
-        return self.cost.misses(self.slots)
-
-    @property
-    def host_bytes(self) -> float:
-        """What hot requests have in host memory."""
-        return self.hot.num_hot * self.cost.cache.resident_bytes(self.cost.context)
-
-    @property
-    def pays(self) -> bool:
-        """Whether requests turn hot."""
-        return bool(self.hot.num_hot) and (self.gain is None or self.gain >= 1 + LEAST_GAIN)
-
-    @property
-    def gain(self) -> float | None:
-        """Tokens/s with hot requests by those without; None where none is resident."""
-        return self.hot.tokens_per_s / self.resident.tokens_per_s if self.resident else None
-
-
-def plan_hot_set(
-    cost: HotSetCost,
-    room: Room,
-    wanted: int,
-    *,
-    tpot_s: float | None = None,
-    slots: int | None = None,
-) -> HotPlan | None:
-    """The slots with which `wanted` requests get most tokens per second; fewest of equal ones.
-
-    None where no hot request fits or is smaller than a resident one, or none keeps `tpot_s`. With
-    `slots` they are not solved for.
-    """
-
-    def rate(candidate: int) -> tuple[float, int]:
-        step = cost.hot_step(wanted, room, candidate, tpot_s)
-        return (step.tokens_per_s if step else 0.0, -candidate)
-
-    solved = slots is None
-    fewest = math.ceil(cost.cache.top_k / SLOT_STEP) * SLOT_STEP
-    most = math.floor(cost.context / SLOT_STEP) * SLOT_STEP - TAIL_TOKENS - SLOT_STEP
-    most = min(most, MOST_SLOTS)
-    if most < (slots or fewest):
-        return None
-    if slots is None:
-        coarse = 8 * SLOT_STEP
-        near = max(range(fewest, most + 1, coarse), key=rate)
-        around = range(max(fewest, near - coarse), min(most, near + coarse) + 1, SLOT_STEP)
-        slots = max(around, key=rate)
-    step = cost.hot_step(wanted, room, slots, tpot_s)
-    if step is None:
-        return None
-    limit = _limit(cost, room, wanted, step, slots)
-    if solved and tpot_s is not None and limit == "HBM":  # more slots, as more users were too slow
-        free = plan_hot_set(cost, room, wanted)
-        limit = limit if free is None or free.slots == slots else "TPOT"
-    return HotPlan(
-        cost=cost,
-        room=room,
-        slots=slots,
-        resident=cost.resident_step(wanted, room),
-        hot=step,
-        limit=limit,
-        break_even=_break_even(cost, room, slots, step.users),
-    )
-
-
-def _limit(cost: HotSetCost, room: Room, wanted: int, step: HotStep, slots: int) -> str:
-    """What keeps a step from having more users."""
-    if step.users == wanted:
-        return "users"
-    if step.users < cost.most_users(room, slots):
-        return "TPOT"
-    roomy = replace(room, host_bytes=wanted * cost.cache.resident_bytes(cost.context))
-    return "HBM" if step.users >= cost.most_users(roomy, slots) else "host memory"
-
-
-def _break_even(cost: HotSetCost, room: Room, slots: int, users: int) -> int | None:
-    """The fewest requests, of at most `users`, of which some turn hot."""
-    fit = cost.resident_users(room)
-    return next(
-        (n for n in range(fit + 1, users + 1) if cost.users_at_once(n, room, slots) > fit), None
-    )

@@ -11,7 +11,7 @@ from functools import partial
 
 from hotset.cost.catalog import load_model
 from hotset.cost.hardware import Hardware, load_hardware
-from hotset.cost.hot_set import HotPlan, plan_hot_set
+from hotset.cost.hot_plan import HotPlan, plan_hot_set
 from hotset.cost.selection import DrawnSelections
 from hotset.layout import parse_layout
 from hotset.plan.compare import rate_at
@@ -105,7 +105,7 @@ def _hot_steps(hot: HotPlan, data: dict[str, object]) -> list[str]:
                     f"{overlap:.2f}",
                     f"{best.slots:,}",
                     f"{8 * best.hot.users}",
-                    f"{best.misses:,.0f}",
+                    f"{best.rows.missed:,.0f}",
                     seconds(best.hot.seconds),
                     seconds(best.hot.link_s),
                     f"{8 * best.hot.tokens_per_s:,.0f}",

@@ -3,7 +3,8 @@
 Imports no torch.
 """
 
-from hotset.cost.hot_set import HotPlan, HotSetCost, Room, SparseCache, plan_hot_set
+from hotset.cost.hot_plan import HotPlan, plan_hot_set
+from hotset.cost.hot_set import HotSetCost, Room, SparseCache
 from hotset.cost.selection import DrawnSelections
 from hotset.cost.step_time import CostModel
 from hotset.plan.text import seconds
@@ -29,6 +30,7 @@ def find_hot_set(request: Request, cost: CostModel, room: Room) -> HotPlan | Non
         request.selections,
         request.workload.decode_context,
         prefetch=request.row_prefetch,
+        right=request.selection_guessed,
     )
     wanted = -(-request.workload.users // cost.layout.dp)
     return plan_hot_set(hot, room, wanted, tpot_s=request.tpot_s)
@@ -66,6 +68,7 @@ def hot_set_lines(request: Request, hot: HotPlan | None, groups: int) -> list[st
 
 def _cells(request: Request, hot: HotPlan, groups: int) -> list[tuple[str, str]]:
     cache, step, resident = hot.cost.cache, hot.hot, hot.resident
+    missed = hot.rows.missed
     before, a_user, gain = "0", "", ""
     if resident:
         before, a_user = f"{resident.tokens_per_s * groups:,.0f}", f"{1 / resident.seconds:.0f} -> "
@@ -84,10 +87,11 @@ def _cells(request: Request, hot: HotPlan, groups: int) -> list[tuple[str, str]]
         ("host memory", f"{hot.host_bytes * groups / 1e9:.1f} GB"),
         (
             "misses",
-            f"{hot.misses:,.0f} per hot user and layer (hits "
-            f"{1 - hot.misses / cache.top_k:.0%}): {step.missed_bytes / 1e9:.2f} GB per GPU at "
+            f"{missed:,.0f} per hot user and layer (hits {1 - missed / cache.top_k:.0%}): "
+            f"{step.missed_bytes / 1e9:.2f} GB per GPU at "
             f"{hot.cost.rows_bytes_per_s / 1e9:.0f} GB/s",
         ),
+        *_ahead(hot),
         (
             "step",
             f"{seconds(step.seconds)}, of which {seconds(step.link_s - step.hidden_s)} wait "
@@ -107,6 +111,18 @@ def _overlap(request: Request) -> str:
         return f"overlap {selections.overlap:.2f} (assumed; --selection-overlap, --selection)"
     assumed = DrawnSelections().overlap
     return f"overlap {selections.overlap:.2f} (recorded; {assumed:.2f} is assumed without a file)"
+
+
+def _ahead(hot: HotPlan) -> list[tuple[str, str]]:
+    """What comes before it is selected, where layers are guessed for."""
+    rows = hot.rows
+    if not rows.guessed:
+        return []
+    text = (
+        f"{rows.guessed:,.0f} more, guessed, of which {rows.right:,.0f} are selected; a guess has "
+        f"{hot.cost.right:.0%} of a selection (assumed; --selection-guessed)"
+    )
+    return [("ahead", text)]
 
 
 def _by_layer(request: Request) -> list[tuple[str, str]]:
@@ -132,7 +148,9 @@ def as_dict(hot: HotPlan | None, groups: int) -> dict[str, object] | None:
         "host_bytes": hot.host_bytes * groups,
         "limit": hot.limit,
         "break_even_users": hot.break_even * groups if hot.break_even else None,
-        "misses": hot.misses,
+        "misses": hot.rows.missed,
+        "guessed": hot.rows.guessed,
+        "guessed_right": hot.rows.right,
         "missed_bytes": step.missed_bytes,
         "link_bytes_per_s": hot.cost.rows_bytes_per_s,
         "step_s": step.seconds,

@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 from hotset.cost import hot_set
-from hotset.cost.hot_set import HotPlan
+from hotset.cost.hot_plan import HotPlan
 from hotset.cost.layout import candidate_layouts, check_layout
 from hotset.cost.params import WEIGHT_BITS
 from hotset.cost.step_time import CAUSES, CostModel, Tiering

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hotset.cost.hot_set import HotPlan
+from hotset.cost.hot_plan import HotPlan
 from hotset.cost.step_time import CostModel, Step
 from hotset.layout import Layout
 from hotset.plan import hot_set

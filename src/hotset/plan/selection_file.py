@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hotset.cost.selection import MOST_OVERLAP, DrawnSelections, Guesses
 from hotset.errors import ConfigError, PlanError
 
 FEWEST_STEPS, MOST_STEPS = 8, 512  # of a request; of more the last ones are replayed
@@ -100,6 +101,19 @@ class RecordedSelections:
         distances, samples = self._distances
         hits = int(np.searchsorted(distances, slots))
         return (len(distances) - hits) / samples
+
+    def guesses(self, context: float, selected: int, slots: int, right: float) -> Guesses:
+        """See `DrawnSelections.guesses`, by whose misses these are scaled: a file has no guesses.
+
+        Raises:
+            PlanError: see `misses`.
+        """
+        misses = self.misses(context, selected, slots)
+        drawn = DrawnSelections(min(self.overlap or 1 / selected, MOST_OVERLAP))
+        if not (theirs := drawn.misses(context, selected, slots)):
+            return Guesses(misses, right * misses, (1 - right) * misses)
+        found = drawn.guesses(context, selected, slots, right)
+        return Guesses(*(rows * misses / theirs for rows in found))
 
     @cached_property
     def _distances(self) -> tuple[NDArray[np.float64], int]:

@@ -148,6 +148,8 @@ def _arguments(plan: Plan) -> list[str]:
     }
     if hot:
         words["--hot-tokens"] = str(hot.slots)
+        if request.row_prefetch:
+            words["--row-prefetch"] = str(request.row_prefetch)
     return [word for pair in words.items() for word in pair]
 
 

@@ -7,7 +7,7 @@ from hotset.cost.calibration import Calibration
 from hotset.cost.hardware import Hardware
 from hotset.cost.hot_set import Misses, SparseCache
 from hotset.cost.routing import Routing
-from hotset.cost.selection import DrawnSelections
+from hotset.cost.selection import GUESSED, DrawnSelections, check_share
 from hotset.cost.shape import ModelShape
 from hotset.errors import PlanError
 from hotset.layout import Layout
@@ -104,6 +104,7 @@ class Request:
         selections: of a sparse model: how many rows of a hot request are missed.
         tpot_s: longest step with hot requests; None is any.
         row_prefetch: which missed rows come early, see `HotSetCost`.
+        selection_guessed: share of a selection that a guess of it has.
     """
 
     shape: ModelShape
@@ -124,6 +125,7 @@ class Request:
     selections: Misses = field(default_factory=DrawnSelections)
     tpot_s: float | None = None
     row_prefetch: int = 0
+    selection_guessed: float = GUESSED
 
     def __post_init__(self) -> None:
         if self.kv_dtype not in KV_BYTES:
@@ -152,6 +154,7 @@ class Request:
             raise PlanError(f"tpot_ms is {self.tpot_s * 1e3:g}; expected above 0")
         if not 0 <= self.row_prefetch <= 2:
             raise PlanError(f"row_prefetch is {self.row_prefetch}; expected 0, 1 or 2")
+        check_share(self.selection_guessed, "selection_guessed")
         cache = SparseCache.of(self.shape, self.kv_dtype)
         if cache is not None:
             context = self.workload.decode_context

@@ -37,6 +37,8 @@ _HOT_COUNTERS = {
     "turned_hot": "Requests that gave back blocks and kept the tokens used last.",
     "hot_hits": "Tokens that hot requests selected, per layer, and had on the device.",
     "hot_misses": "Likewise, that came from host memory.",
+    "hot_guessed": "Tokens that came ahead, as a layer was guessed to select them.",
+    "hot_guessed_right": "Of these, selected: they are among the hits.",
 }
 _EXPERT_COUNTERS = {
     "expert_hits": "Experts that were needed and had a slot.",

@@ -34,7 +34,8 @@ _SHARES, _AT = ("p50", "p90", "p99"), (0.5, 0.9, 0.99)
 _TOTALS = (
     *("prompt_tokens", "output_tokens", "prefilled_tokens", "cached_tokens", "forked_tokens"),
     *("resumed_tokens", "fetched_tokens", "recomputed_tokens", "recompute_chosen_tokens"),
-    *("preemptions", "turned_hot", "hot_hits", "hot_misses", "moved_bytes", "tier_bytes"),
+    *("preemptions", "turned_hot", "hot_hits", "hot_misses", "hot_guessed", "hot_guessed_right"),
+    *("moved_bytes", "tier_bytes"),
     *("state_hits", "spilled_states", "fetched_states", "dropped_states", "stateless_tokens"),
 )
 _EXPERTS = ("hits", "misses", "bytes", "predicted", "predicted_right", "copied_ahead")

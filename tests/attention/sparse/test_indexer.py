@@ -104,7 +104,7 @@ def test_the_next_indexer_is_asked_about_the_residual_stream_as_its_own_layer_no
     family: str,
 ) -> None:
     """So a guess is what it would have selected with this layer's input."""
-    model = make_model(family)
+    model = make_model(family, mlp_layer_types=["dense"] * 3)
     bind_indexers(model)
     layers = [one for one in model.model.layers if one.self_attn.indexer is not None]
     here, there = layers[:2]
@@ -128,6 +128,30 @@ def test_the_next_indexer_is_asked_about_the_residual_stream_as_its_own_layer_no
     assert [asked(layer).guess is None for layer in layers] == [*[False] * (len(layers) - 1), True]
     bind_guesses(model, None)
     assert asked(here).guess is None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "types", "guessing"),
+    [
+        ("ddd", "FFF", [True, True, False]),
+        ("dss", "FFF", [False, True, False]),
+        ("ssd", "FFF", [True, True, False]),
+        ("dsd", "FSF", [True, False]),
+        ("dds", "FSF", [False, False]),
+    ],
+)
+def test_a_guess_is_made_where_experts_compute_before_the_next_layer_that_selects(
+    kinds: str, types: str, guessing: list[bool]
+) -> None:
+    """Or where no layer has any."""
+    model = make_model(
+        "glm_moe_dsa",
+        mlp_layer_types=[{"d": "dense", "s": "sparse"}[kind] for kind in kinds],
+        indexer_types=[{"F": "full", "S": "shared"}[kind] for kind in types],
+    )
+    bind_indexers(model)
+    bind_guesses(model, 5)
+    assert [indexer.next_layer is not None for indexer in indexers(model)] == guessing
 
 
 def test_what_keeps_selections_from_being_guessed_is_said_and_none_is() -> None:

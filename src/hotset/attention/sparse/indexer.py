@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hotset.cost.attention import Indexer
+from hotset.cost.hot_set import guesses_between
 from hotset.errors import ModelError
 
 # `[1, T, H, P]` and the cosines and sines of its positions, `[1, T, 1, P]` -> the same, rotated.
@@ -104,7 +105,9 @@ def bind_indexers(model: PreTrainedModel) -> None:
 
 
 def bind_guesses(model: PreTrainedModel, most_tokens: int | None) -> None:
-    """Have each indexer of a bound model add a `Guess` to its `Index`, but for the last one.
+    """Have indexers of a bound model add a `Guess` to their `Index`.
+
+    Not the last one, nor one behind which no experts compute: see `guesses_between`.
 
     Args:
         model: whose layers are guessed for; one without indexers stays as it is.
@@ -117,20 +120,23 @@ def bind_guesses(model: PreTrainedModel, most_tokens: int | None) -> None:
         indexer.next_layer = None
     if most_tokens is None:
         return
-    selecting = [
-        layer
-        for layer in model.get_decoder().layers
-        if getattr(layer.self_attn, "indexer", None) is not None
+    layers = model.get_decoder().layers
+    with_experts = [hasattr(layer.mlp, "experts") for layer in layers]
+    selecting = [i for i, layer in enumerate(layers) if hasattr(layer.self_attn.indexer, "wq_b")]
+    pairs = [
+        pair
+        for pair in pairwise(selecting)
+        if guesses_between(with_experts[slice(*pair)], any(with_experts))
     ]
     try:
-        ahead = [NextLayer(*pair, most_tokens) for pair in pairwise(selecting)]
+        ahead = {i: NextLayer(layers[i], layers[other], most_tokens) for i, other in pairs}
     except AttributeError as error:
         raise ModelError(
             f"the layers of {type(model).__name__} are built otherwise than was expected "
             f"({error}), so that no selection can be guessed; give row_prefetch 1 or less"
         ) from error
-    for layer, one in zip(selecting, ahead, strict=False):
-        layer.self_attn.indexer.next_layer = one
+    for i, one in ahead.items():
+        layers[i].self_attn.indexer.next_layer = one
 
 
 class NextLayer:
