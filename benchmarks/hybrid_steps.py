@@ -47,6 +47,7 @@ from hotset.request import SamplingParams
 from hotset.sequence import PADDING_SLOT, Request
 
 SEED, REPEATS = 0, 10
+TOKENS = range(1000, 100_000)
 
 
 def timed(run: Callable[[], object], repeats: int = REPEATS) -> list[float]:
@@ -126,9 +127,10 @@ def prompts(
     engine: Engine, cost: CostModel, tiering: Tiering, lengths: list[int]
 ) -> list[dict[str, Any]]:
     """A row per prompt, each one step."""
-    rows, size = [], engine.sizes.block_size
+    rows, size, rng = [], engine.sizes.block_size, random.Random(SEED)
     for num_tokens in lengths:
-        request = Request("prompt", num_tokens, [1000] * num_tokens, SamplingParams(), num_tokens)
+        tokens = rng.choices(TOKENS, k=num_tokens)  # of one token all go to the same experts
+        request = Request("prompt", num_tokens, tokens, SamplingParams(), num_tokens)
         request.kv.block_table = list(range(-(-num_tokens // size)))
         step = make_step_input(Step([StepItem.of(request, 0, num_tokens)]), size)
         seconds = timed(lambda step=step: engine.executor.runner.forward(step), 5)

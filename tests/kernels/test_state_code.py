@@ -30,7 +30,7 @@ MAMBA = DELTA | dict(HEADS=64, REPEATS=8, VALUES=64, IS_DELTA=False, HAS_SKIP=Tr
 JAMBA = dict(SLOT=19316736, VALUES=8192, KEYS=16, WIDTH=16, PART=16, HAS_GATE=True, HAS_SKIP=True)
 JAMBA |= dict(HAS_BIAS=True, SOFTPLUS=True, NO_SEQUENCE=-2)
 JAMBA_DECODE, JAMBA_SCAN = JAMBA | dict(TILE=128), JAMBA | dict(TILE=32, num_warps=1)
-CONV = dict(SLOT=19316736, KERNEL=4, HAS_BIAS=True, SILU=True, ROWS=8, WIDTH=128)
+CONV = dict(CHUNKS=16, SLOT=19316736, KERNEL=4, HAS_BIAS=True, SILU=True, ROWS=8, WIDTH=128)
 CASES = [
     (decode_state._delta, DELTA), (decode_state._delta, KIMI), (decode_state._mamba2, MAMBA),
     (chunk_pairs.pair_delta, DELTA), (chunk_pairs.sum_decays, KIMI), (chunk_pairs.pair_kimi, KIMI),

@@ -7,6 +7,32 @@ import triton.language as tl
 from hotset.kernels.state_inputs import StepTables
 
 _ROWS, _CHANNELS = 8, 128  # of one program
+_CHUNKS = 16  # of a sequence that are looked at together, whether they write
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _factors(  # type: ignore[no-untyped-def]
+    values,
+    columns,
+    t,
+    c,
+    inside,
+    read,
+    seen,
+    row_stride,
+    channel_stride,
+    TAP: tl.constexpr,
+    SLOT: tl.constexpr,
+    KERNEL: tl.constexpr,
+):
+    """`[ROWS, WIDTH]`: what a tap meets of each token: another of the step, or a kept column."""
+    back = KERNEL - 1 - TAP
+    is_here, is_kept = (seen >= back)[:, None], (seen < back)[:, None]
+    place = (t - back)[:, None] * row_stride + c[None, :] * channel_stride
+    here = tl.load(values + place, mask=inside & is_here, other=0.0)
+    place = (read * SLOT + TAP + seen)[:, None] + c[None, :] * (KERNEL - 1)
+    kept = tl.load(columns + place, mask=inside & is_kept, other=0.0)
+    return tl.where(is_here, here, kept)
 
 
 # Steps of any number of tokens run the same code.
@@ -42,17 +68,40 @@ def _convolve(  # type: ignore[no-untyped-def]
     if HAS_BIAS:
         found += tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)[None, :]
     for tap in tl.static_range(KERNEL):
-        back = KERNEL - 1 - tap
-        is_here, is_kept = (seen >= back)[:, None], (seen < back)[:, None]
-        place = (t - back)[:, None] * row_stride + c[None, :] * channel_stride
-        here = tl.load(values + place, mask=inside & is_here, other=0.0)
-        place = (read * SLOT + tap + seen)[:, None] + c[None, :] * (KERNEL - 1)
-        kept = tl.load(columns + place, mask=inside & is_kept, other=0.0)
-        x = tl.where(is_here, here, kept)
+        x = _factors(
+            values,
+            columns,
+            t,
+            c,
+            inside,
+            read,
+            seen,
+            row_stride,
+            channel_stride,
+            tap,
+            SLOT,
+            KERNEL,
+        )
         w = tl.load(weight + c * KERNEL + tap, mask=is_channel, other=0.0)
         found += x.to(tl.float32) * w.to(tl.float32)[None, :]
-        if tap > 0:  # the sequence of one token moves on: its column before this one was read
-            tl.debug_barrier()
+    # Sequences of one token move on. Rows of prompts do not wait for their barriers.
+    if tl.max(write, 0) >= 0:
+        for tap in tl.static_range(1, KERNEL):
+            x = _factors(
+                values,
+                columns,
+                t,
+                c,
+                inside,
+                read,
+                seen,
+                row_stride,
+                channel_stride,
+                tap,
+                SLOT,
+                KERNEL,
+            )
+            tl.debug_barrier()  # the column before this one was read
             place = (write * SLOT + tap - 1)[:, None] + c[None, :] * (KERNEL - 1)
             tl.store(columns + place, x, mask=inside & (write >= 0)[:, None])
     if SILU:
@@ -76,28 +125,35 @@ def _keep_columns(  # type: ignore[no-untyped-def]
     SLOT: tl.constexpr,
     KERNEL: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     sequence = tl.program_id(1)
     first, end = tl.load(firsts + sequence), tl.load(ends + sequence)
     read = tl.load(reads + sequence).to(tl.int64) * SLOT
     start = tl.load(starts + first).to(tl.int64)
-    for chunk in range(first, end):
-        write = tl.load(writes + chunk).to(tl.int64)
-        if write >= 0:
-            after = tl.load(starts + chunk).to(tl.int64) + tl.load(lengths + chunk)
-            for column in tl.static_range(KERNEL - 1):
-                row = after - (KERNEL - 1) + column
-                is_here = c < tl.where(row >= start, num_channels, 0)
-                is_kept = c < tl.where(row >= start, 0, num_channels)
-                place = row * row_stride + c * channel_stride
-                here = tl.load(values + place, mask=is_here, other=0.0)
-                # Where the slot is the same, this column of it is behind the one written.
-                place = read + c * (KERNEL - 1) + (KERNEL - 1 + row - start)
-                kept = tl.load(columns + place, mask=is_kept, other=0.0)
-                tl.debug_barrier()
-                place = write * SLOT + c * (KERNEL - 1) + column
-                tl.store(columns + place, tl.where(is_here, here, kept), mask=c < num_channels)
+    # Most chunks write nothing: those are passed by several at a time.
+    for few in range(first, end, CHUNKS):
+        chunks = few + tl.arange(0, CHUNKS)
+        slots = tl.load(writes + chunks, mask=chunks < end, other=-1)
+        if tl.max(slots, 0) >= 0:
+            for chunk in range(few, tl.minimum(few + CHUNKS, end)):
+                write = tl.load(writes + chunk).to(tl.int64)
+                if write >= 0:
+                    after = tl.load(starts + chunk).to(tl.int64) + tl.load(lengths + chunk)
+                    for column in tl.static_range(KERNEL - 1):
+                        row = after - (KERNEL - 1) + column
+                        is_here = c < tl.where(row >= start, num_channels, 0)
+                        is_kept = c < tl.where(row >= start, 0, num_channels)
+                        place = row * row_stride + c * channel_stride
+                        here = tl.load(values + place, mask=is_here, other=0.0)
+                        # Where the slot is the same, this column is behind the one written.
+                        place = read + c * (KERNEL - 1) + (KERNEL - 1 + row - start)
+                        kept = tl.load(columns + place, mask=is_kept, other=0.0)
+                        tl.debug_barrier()
+                        place = write * SLOT + c * (KERNEL - 1) + column
+                        x = tl.where(is_here, here, kept)
+                        tl.store(columns + place, x, mask=c < num_channels)
 
 
 def convolve(
@@ -163,4 +219,5 @@ def convolve(
             SLOT=columns.stride(0),
             KERNEL=kernel,
             WIDTH=_CHANNELS,
+            CHUNKS=_CHUNKS,
         )
