@@ -5,7 +5,7 @@ import torch
 
 from hotset.kernels.narrow_linear import narrow_linear, widen_matrix
 from hotset.linear.quant_linear import quant_matrix, random_payload
-from hotset.weight_format import AWQ_128, FP8_BLOCK, FP8_ROW, INT4_128, MXFP4, WeightFormat
+from hotset.weight_format import AWQ_128, FP8_BLOCK, FP8_ROW, INT4_128, MXFP4, NVFP4, WeightFormat
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
@@ -14,6 +14,7 @@ FORMS = [
     FP8_ROW,
     FP8_BLOCK,
     MXFP4,
+    NVFP4,
     INT4_128,
     AWQ_128,
     WeightFormat("int4", "float16", 1, 32, has_zeros=True),

@@ -92,7 +92,13 @@ def _widen_matrix(  # type: ignore[no-untyped-def]
     group = row // PLANES[6] * num_groups + byte * PER_BYTE // PLANES[4]
     scale = load_scales(address, group, mask, PLANES)
     zero = load_zeros(address, group, mask, PLANES)
-    weight = widen(codes, scale, zero, PLANES, out.dtype.element_ty, False)
+    if PLANES[5] == 4:  # scales of rows, and what `widen` leaves out of the others
+        weight = widen(codes, scale, zero, PLANES, tl.float32, False)
+        rows_at = (address + PLANES[3]).to(tl.pointer_type(tl.float32))
+        weight *= tl.load(rows_at + row, mask=row < N, other=0.0)[:, :, :, :, None] * 256.0
+        weight = weight.to(out.dtype.element_ty)
+    else:
+        weight = widen(codes, scale, zero, PLANES, out.dtype.element_ty, False)
     if PER_BYTE == 1:
         tl.store(out + row.to(tl.int64) * K + byte, weight, mask=mask)
     else:

@@ -188,7 +188,7 @@ def widened_bytes(model: nn.Module) -> int:
 def random_payload(matrix: NarrowMatrix, generator: torch.Generator) -> torch.Tensor:
     """`[end]` uint8 on the CPU: random bits, all of them numbers."""
     payload = torch.zeros(matrix.end, dtype=torch.uint8)
-    codes, scales, zeros = matrix.views(payload)
+    codes, scales, more = matrix.views(payload)
     codes.random_(0, 256, generator=generator)
     if matrix.form.code == "e4m3":
         codes.masked_fill_(codes & 127 == 127, 56)
@@ -196,6 +196,8 @@ def random_payload(matrix: NarrowMatrix, generator: torch.Generator) -> torch.Te
         scales.random_(117, 125, generator=generator)
     else:
         scales.copy_(torch.rand(scales.shape, generator=generator) * 0.02 + 1e-3)
-    if zeros is not None:
-        zeros.random_(0, 16, generator=generator)
+    if more is not None and matrix.form.has_zeros:
+        more.random_(0, 16, generator=generator)
+    elif more is not None:
+        more.copy_(torch.rand(more.shape, generator=generator) + 0.5)
     return payload

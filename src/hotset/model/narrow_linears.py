@@ -35,7 +35,7 @@ def narrow_form(
         return None
     # One scale of a whole weight stands in each row, so that weights can be merged.
     form = replace(form, rows=form.rows or 1)
-    if form.has_row_scales or not can_read(form):  # NVFP4's products are of experts alone
+    if not can_read(form):
         return None
     if (problem := quant_linear.check(form, dtype, device)) is not None:
         _log.warning("weights in %s are widened, as this GPU's %s", form.name, problem)
