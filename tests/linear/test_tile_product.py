@@ -30,9 +30,9 @@ def make_weight(form: TileFormat, num_rows: int, num_columns: int = 512, seed: i
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_row_has_the_same_product_in_any_step(name: str, num_threads: int) -> None:
-    tiles = make_weight(FORMS[name], 77)  # the last tile is not full
+    tiles = make_weight(FORMS[name], 150)  # three tiles, two more, and the last one is not full
     x = torch.randn(37, 512)
-    wide = tiles.rows(torch.arange(77))
+    wide = tiles.rows(torch.arange(150))
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:

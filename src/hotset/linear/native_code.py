@@ -112,6 +112,17 @@ class Writer:
         )
         return self.b.call(function, arguments, fastmath=fastmath)
 
+    def prefetch(self, address: Value, *offsets: Value | int) -> None:
+        """Have the processor bring what is there nearer; any address will do."""
+        kinds = [ir.Constant(I32, value) for value in (0, 3, 1)]  # to read, to stay, data
+        self.intrinsic("llvm.prefetch.p0", VOID, [self.at(address, *offsets), *kinds])
+
+    def field(self, words: Value, first: int, count: int) -> Value:
+        """Bits of a vector of words: `count` from the bit `first` on."""
+        moved = self.b.lshr(words, ir.Constant(INTS, [first] * LANES)) if first else words
+        mask = (1 << count) - 1
+        return self.b.and_(moved, ir.Constant(INTS, [mask] * LANES))
+
     def spread(self, value: Value) -> Value:
         """A vector with a float in each lane."""
         none = ir.Constant(FLOATS, ir.Undefined)

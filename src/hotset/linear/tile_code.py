@@ -11,10 +11,12 @@ the number of rows, tiles and threads: the same row gives the same bits in any s
 - Up to `FEW_ROWS` rows: codes are widened in registers and used there.
 - More: `BLOCK_COLUMNS` columns of a tile are widened once, for all rows, into 32 KiB of the stack.
 
-Threads take a tile each, from a common counter, until none is left.
+What is read next is asked for ahead of its use: a processor guesses it too late, as each tile is
+short. Threads take a tile each, from a common counter, until none is left; three for a single row.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from llvmlite import ir
@@ -33,7 +35,7 @@ from hotset.linear.native_code import (
     Writer,
     number,
 )
-from hotset.linear.tiles import TILE_ROWS, TileFormat
+from hotset.linear.tiles import TILE_ROWS, WORD_COLUMNS, TileFormat
 
 # What a call gets, each 8 bytes; the counter is written. Those of `ADDRESSES` are such.
 ARGUMENTS = ("rows", "counter", "x", "codes", "scales", "factors", "out", "columns", "tiles")
@@ -43,36 +45,61 @@ BLOCK_COLUMNS = 256
 
 _HALVES = ir.VectorType(ir.HalfType(), LANES)
 _FLOATS_BYTES = 4 * LANES
+_LINE_BYTES = 64  # that a processor fetches at once
 
 Pair = list[Value]  # vectors of the lower and the upper half of a tile's rows
 
 
 @dataclass(frozen=True, slots=True)
 class _Planes:
-    """Where the parts of a tile begin: values that are addresses."""
+    """Where the parts of a tile begin, and how far ahead what is read later: addresses, bytes."""
 
     codes: Value
     scales: Value
     factors: Value
+    codes_ahead: Value
+    scales_ahead: Value
 
 
-def make_module(form: TileFormat, *, max_rows: int) -> ir.Module:
+@dataclass(frozen=True, slots=True)
+class _Functions:
+    """What a product consists of.
+
+    Attributes:
+        fused: by the number of rows, outputs of a tile, widened in registers.
+        together: those of several tiles for one row.
+        open_block: widens columns of a tile.
+        summed: by the number of rows, adds the products with widened columns.
+    """
+
+    fused: dict[int, Value]
+    together: Value
+    open_block: Value
+    summed: dict[int, Value]
+
+
+def make_module(form: TileFormat, *, max_rows: int, tiles_at_once: int) -> ir.Module:
     """The function `product` for weights of one form.
 
     Args:
         form: of the weights.
         max_rows: rows that are computed at once, a power of 2; what the processor has registers
             for: two for each row, three to widen.
+        tiles_at_once: tiles that are computed at once for a row that is alone, likewise: six
+            registers for each.
     """
     module = ir.Module("hotset")
     counts = [1]
     while counts[-1] < max_rows:
         counts.append(2 * counts[-1])
     few = [count for count in counts if count <= max(1, max_rows // 2)]
-    fused = {count: _fused(module, form, count) for count in few}
-    open_block = _open_block(module, form)
-    summed = {count: _summed(module, count) for count in counts}
-    _product(module, form, fused, open_block, summed)
+    functions = _Functions(
+        {count: _fused(module, form, count, 1) for count in few},
+        _fused(module, form, 1, tiles_at_once),
+        _open_block(module, form),
+        {count: _summed(module, count) for count in counts},
+    )
+    _product(module, form, functions, tiles_at_once)
     return module
 
 
@@ -89,6 +116,7 @@ def _pairs(w: Writer, kind: Any, plane: Value, index: Value, num_parts: int) -> 
 def _group(w: Writer, form: TileFormat, planes: _Planes, group: Value) -> list[Pair]:
     """Scale and minimum of a group, in float32: `form.num_parts` pairs of vectors."""
     span = w.b.udiv(group, number(form.span // form.group))
+    w.prefetch(planes.scales, w.times(span, form.num_parts * TILE_ROWS * 2), planes.scales_ahead)
     parts = [
         [w.b.fpext(vector, FLOATS) for vector in pair]
         for pair in _pairs(w, _HALVES, planes.scales, span, form.num_parts)
@@ -105,17 +133,25 @@ def _group(w: Writer, form: TileFormat, planes: _Planes, group: Value) -> list[P
     ]
 
 
-def _column(w: Writer, form: TileFormat, planes: _Planes, column: Value, parts: list[Pair]) -> Pair:
-    """The weights of one column, a pair of vectors."""
+def _columns(
+    w: Writer, form: TileFormat, planes: _Planes, first: Value, parts: list[Pair]
+) -> list[Pair]:
+    """The weights of columns that are stored together, a pair of vectors each."""
+    begin = w.times(first, TILE_ROWS * form.code_bits // 8)
+    for line in range(0, form.columns_together * TILE_ROWS * form.code_bits // 8, _LINE_BYTES):
+        w.prefetch(planes.codes, begin, planes.codes_ahead, line)
     if form.code_bits == 4:
-        both = w.load(BYTES, planes.codes, w.times(column, LANES))
-        low = w.b.and_(both, ir.Constant(BYTES, [15] * LANES))
-        high = w.b.lshr(both, ir.Constant(BYTES, [4] * LANES))
-        codes = [w.b.uitofp(w.b.zext(code, INTS), FLOATS) for code in (low, high)]
+        words = [w.load(INTS, planes.codes, begin, half * _FLOATS_BYTES) for half in range(2)]
+        columns = [[w.field(word, 4 * place, 4) for word in words] for place in range(WORD_COLUMNS)]
+        codes = [[w.b.uitofp(code, FLOATS) for code in pair] for pair in columns]
     else:
-        begin = w.times(column, TILE_ROWS)
         stored = [w.load(BYTES, planes.codes, begin, half * LANES) for half in range(2)]
-        codes = [w.b.sitofp(w.b.sext(code, INTS), FLOATS) for code in stored]
+        codes = [[w.b.sitofp(w.b.sext(code, INTS), FLOATS) for code in stored]]
+    return [_weights(w, form, pair, parts) for pair in codes]
+
+
+def _weights(w: Writer, form: TileFormat, codes: Pair, parts: list[Pair]) -> Pair:
+    """Of a column's codes, as floats."""
     if form.middle:
         middle = ir.Constant(FLOATS, [float(form.middle)] * LANES)
         codes = [w.b.fsub(code, middle) for code in codes]
@@ -144,24 +180,52 @@ def _store_sums(w: Writer, sums: list[Value], outputs: list[Value]) -> None:
         w.store(value, outputs[place // 2], place % 2 * _FLOATS_BYTES)
 
 
-def _fused(module: ir.Module, form: TileFormat, count: int) -> Value:
-    """A tile's outputs of `count` rows, widening in registers. Strides are in bytes."""
+def _fused(module: ir.Module, form: TileFormat, count: int, num_tiles: int) -> Value:
+    """Outputs of `count` rows for some tiles, widening in registers. Strides are in bytes.
+
+    Planes of tiles lie one behind another. A row's sum waits for itself in each column: sums of
+    several tiles are added to meanwhile.
+    """
     kinds = [ADDRESS, I64, ADDRESS, ADDRESS, ADDRESS, I64, ADDRESS, I64]
-    w = Writer(module, f"fused_{count}", kinds)
+    w = Writer(module, f"fused_{count}_{num_tiles}", kinds)
     w.function.linkage = "internal"
-    x, x_stride, codes, scales, factors, num_groups, out, out_stride = w.arguments
-    planes = _Planes(codes, scales, factors)
+    x, x_stride, *addresses, num_groups, out, out_stride = w.arguments
+    tile_bytes = _column_bytes(w, form, w.times(num_groups, form.group))
+    ahead = [w.times(size, num_tiles) for size in tile_bytes[:2]]  # the same of the next tiles
+    tiles = [
+        _Planes(
+            *(
+                w.at(address, w.times(size, tile))
+                for address, size in zip(addresses, tile_bytes, strict=True)
+            ),
+            *ahead,
+        )
+        for tile in range(num_tiles)
+    ]
     inputs = _row_addresses(w, x, x_stride, count)
-    sums = [ZEROS] * (2 * count)
+    width = 2 * count
+    sums = [ZEROS] * (width * num_tiles)
     with w.loop(number(0), num_groups, 1, sums) as (group, group_sums):
-        parts = _group(w, form, planes, group)
+        parts = [_group(w, form, planes, group) for planes in tiles]
         begin = w.times(group, form.group)
-        with w.loop(number(0), number(form.group), 1, group_sums) as (offset, sums):
-            column = w.b.add(begin, offset)
-            weights = _column(w, form, planes, column, parts)
-            _add_products(w, sums, weights, inputs, column)
+        step = form.columns_together
+        with w.loop(number(0), number(form.group), step, group_sums) as (offset, sums):
+            first = w.b.add(begin, offset)
+            columns = [
+                _columns(w, form, planes, first, own)
+                for planes, own in zip(tiles, parts, strict=True)
+            ]
+            for place in range(step):
+                column = w.b.add(first, number(place))
+                for tile in range(num_tiles):
+                    own = sums[tile * width : (tile + 1) * width]
+                    _add_products(w, own, columns[tile][place], inputs, column)
+                    sums[tile * width : (tile + 1) * width] = own
         group_sums[:] = sums
-    _store_sums(w, group_sums, _row_addresses(w, out, out_stride, count))
+    for tile in range(num_tiles):
+        own = group_sums[tile * width : (tile + 1) * width]
+        to = w.at(out, tile * 4 * TILE_ROWS)
+        _store_sums(w, own, _row_addresses(w, to, out_stride, count))
     return w.end()
 
 
@@ -171,15 +235,17 @@ def _open_block(module: ir.Module, form: TileFormat) -> Value:
     w = Writer(module, "open_block", kinds)
     w.function.linkage = "internal"
     codes, scales, factors, num_groups, wide = w.arguments
-    planes = _Planes(codes, scales, factors)
+    ahead = _column_bytes(w, form, number(BLOCK_COLUMNS))[:2]
+    planes = _Planes(codes, scales, factors, *ahead)
     with w.loop(number(0), num_groups, 1, []) as (group, _):
         parts = _group(w, form, planes, group)
         begin = w.times(group, form.group)
-        with w.loop(number(0), number(form.group), 1, []) as (offset, _):
-            column = w.b.add(begin, offset)
-            weights = _column(w, form, planes, column, parts)
-            for half, vector in enumerate(weights):
-                w.store(vector, wide, w.times(column, 2 * _FLOATS_BYTES), half * _FLOATS_BYTES)
+        with w.loop(number(0), number(form.group), form.columns_together, []) as (offset, _):
+            first = w.b.add(begin, offset)
+            to = w.at(wide, w.times(first, 2 * _FLOATS_BYTES))
+            columns = _columns(w, form, planes, first, parts)
+            for place, vector in enumerate(chain.from_iterable(columns)):
+                w.store(vector, to, place * _FLOATS_BYTES)
     return w.end()
 
 
@@ -214,13 +280,12 @@ def _summed(module: ir.Module, count: int) -> Value:
 
 
 def _product(
-    module: ir.Module,
-    form: TileFormat,
-    fused: dict[int, Value],
-    open_block: Value,
-    summed: dict[int, Value],
+    module: ir.Module, form: TileFormat, functions: _Functions, tiles_at_once: int
 ) -> None:
-    """`product(address of the arguments)`: tiles from the counter until none is left."""
+    """`product(address of the arguments)`: tiles from the counter until none is left.
+
+    A row that is alone takes `tiles_at_once`, where there are as many.
+    """
     w = Writer(module, "product", [ADDRESS])
     (arguments,) = w.arguments
     given = {
@@ -233,34 +298,54 @@ def _product(
     counter = w.at(arguments, 8 * ARGUMENTS.index("counter"))
     wide = w.b.alloca(ir.ArrayType(FLOAT, BLOCK_COLUMNS * TILE_ROWS))
     wide.align = 64
+    is_alone = w.b.icmp_signed("==", given["rows"], number(1))
+    unit = w.b.select(is_alone, number(tiles_at_once), number(1))
     head, body, after = (w.function.append_basic_block() for _ in range(3))
     w.b.branch(head)
     w.b.position_at_end(head)
-    tile = w.b.atomic_rmw("add", counter, number(1), "monotonic")
-    w.b.cbranch(w.b.icmp_signed("<", tile, given["tiles"]), body, after)
+    begin = w.b.atomic_rmw("add", counter, unit, "monotonic")
+    w.b.cbranch(w.b.icmp_signed("<", begin, given["tiles"]), body, after)
     w.b.position_at_end(body)
-    planes = _tile_planes(w, form, given, tile)
-    is_few = w.b.icmp_signed("<=", given["rows"], number(FEW_ROWS))
-    with w.b.if_else(is_few) as (few, many):
-        with few:
-            _few_rows(w, form, given, planes, tile, fused)
-        with many:
-            _many_rows(w, form, given, planes, tile, wide, open_block, summed)
+    end = w.b.add(begin, unit)
+    is_whole = w.b.icmp_signed("<=", end, given["tiles"])
+    with w.b.if_else(w.b.and_(is_alone, is_whole)) as (together, apart):
+        with together:
+            planes = _tile_planes(w, form, given, begin)
+            _few_rows(w, form, given, planes, begin, {1: functions.together})
+        with apart:
+            stop = w.b.select(is_whole, end, given["tiles"])
+            with w.loop(begin, stop, 1, []) as (tile, _):
+                _tile(w, form, given, tile, wide, functions)
     w.b.branch(head)
     w.b.position_at_end(after)
     w.end()
 
 
-def _tile_planes(w: Writer, form: TileFormat, given: dict[str, Value], tile: Value) -> _Planes:
-    """Where a tile's parts begin."""
-    columns = given["columns"]
-    sizes = _column_bytes(w, form, columns)
-    return _Planes(
-        *(
-            w.at(given[name], w.b.mul(tile, size))
-            for name, size in zip(("codes", "scales", "factors"), sizes, strict=True)
-        )
-    )
+def _tile(
+    w: Writer,
+    form: TileFormat,
+    given: dict[str, Value],
+    tile: Value,
+    wide: Value,
+    functions: _Functions,
+) -> None:
+    """All rows of one tile."""
+    planes = _tile_planes(w, form, given, tile)
+    is_few = w.b.icmp_signed("<=", given["rows"], number(FEW_ROWS))
+    with w.b.if_else(is_few) as (few, many):
+        with few:
+            _few_rows(w, form, given, planes, tile, functions.fused)
+        with many:
+            _many_rows(w, form, given, planes, tile, wide, functions)
+
+
+def _tile_planes(w: Writer, form: TileFormat, given: dict[str, Value], tile: Value) -> list[Value]:
+    """Where a tile's codes, scales and factors begin."""
+    sizes = _column_bytes(w, form, given["columns"])
+    return [
+        w.at(given[name], w.b.mul(tile, size))
+        for name, size in zip(("codes", "scales", "factors"), sizes, strict=True)
+    ]
 
 
 def _column_bytes(w: Writer, form: TileFormat, columns: Value) -> list[Value]:
@@ -289,7 +374,7 @@ def _few_rows(
     w: Writer,
     form: TileFormat,
     given: dict[str, Value],
-    planes: _Planes,
+    planes: list[Value],
     tile: Value,
     fused: dict[int, Value],
 ) -> None:
@@ -301,8 +386,7 @@ def _few_rows(
     def call(function: Value, row: Value) -> None:
         x = w.at(given["x"], w.b.mul(row, x_stride))
         to = w.at(out, w.b.mul(row, out_stride))
-        parts = (planes.codes, planes.scales, planes.factors)
-        w.b.call(function, [x, x_stride, *parts, num_groups, to, out_stride])
+        w.b.call(function, [x, x_stride, *planes, num_groups, to, out_stride])
 
     _by_counts(w, given["rows"], fused, call)
 
@@ -311,11 +395,10 @@ def _many_rows(
     w: Writer,
     form: TileFormat,
     given: dict[str, Value],
-    planes: _Planes,
+    planes: list[Value],
     tile: Value,
     wide: Value,
-    open_block: Value,
-    summed: dict[int, Value],
+    functions: _Functions,
 ) -> None:
     x_stride = w.times(given["columns"], 4)
     out_stride = w.times(given["tiles"], 4 * TILE_ROWS)
@@ -325,10 +408,9 @@ def _many_rows(
         is_last = w.b.icmp_signed("<", left, number(BLOCK_COLUMNS))
         num_columns = w.b.select(is_last, left, number(BLOCK_COLUMNS))
         offsets = _column_bytes(w, form, begin)
-        addresses = (planes.codes, planes.scales, planes.factors)
-        parts = [w.at(plane, offset) for plane, offset in zip(addresses, offsets, strict=True)]
+        parts = [w.at(plane, offset) for plane, offset in zip(planes, offsets, strict=True)]
         num_groups = w.b.udiv(num_columns, number(form.group))
-        w.b.call(open_block, [*parts, num_groups, wide])
+        w.b.call(functions.open_block, [*parts, num_groups, wide])
         is_first = w.b.icmp_signed("==", begin, number(0))
 
         def call(function: Value, row: Value) -> None:
@@ -336,4 +418,4 @@ def _many_rows(
             to = w.at(out, w.b.mul(row, out_stride))
             w.b.call(function, [x, x_stride, wide, num_columns, to, out_stride, is_first])
 
-        _by_counts(w, given["rows"], summed, call)
+        _by_counts(w, given["rows"], functions.summed, call)

@@ -10,7 +10,8 @@ from hotset.linear.tiles import TILE_ROWS, TileFormat, Tiles
 
 _CHECK_COLUMNS = 512
 _CHECK_BOUND = 2e-6  # of the largest output; float32 sums of 512 columns differ by 3e-7
-_MAX_ROWS_WIDE, _MAX_ROWS = 8, 2  # at once, with 32 registers of 512 bits and with others
+# Rows at once, and tiles of a row that is alone: with 32 registers of 512 bits, and with others.
+_AT_ONCE_WIDE, _AT_ONCE = (8, 3), (2, 1)
 
 
 def multiply(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
@@ -49,16 +50,18 @@ def check(form: TileFormat) -> str | None:
     def integers(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.randint(low, high, shape, dtype=dtype, generator=generator)
 
-    num_tiles, num_parts = 3, form.num_parts
-    is_packed = form.code_bits == 4
-    code_shape = (num_tiles, _CHECK_COLUMNS, TILE_ROWS * form.code_bits // 8)
-    codes = integers(0, 256, code_shape, torch.uint8)
+    num_tiles, num_parts = 5, form.num_parts  # three at once, and two
+    code_shape = (num_tiles, _CHECK_COLUMNS // form.columns_together, TILE_ROWS)
+    if form.code_bits == 4:
+        codes = integers(-(2**31), 2**31, code_shape, torch.int32)
+    else:
+        codes = integers(-128, 128, code_shape, torch.int8)
     scale_shape = (num_tiles, _CHECK_COLUMNS // form.span, num_parts, TILE_ROWS)
     factor_shape = (num_tiles, _CHECK_COLUMNS // form.group, num_parts, TILE_ROWS)
     tiles = Tiles(
         form,
         num_tiles * TILE_ROWS - 5,
-        codes if is_packed else codes.view(torch.int8),
+        codes,
         torch.randn(scale_shape, generator=generator).half(),
         integers(-128, 128, factor_shape, torch.int8) if form.has_factors else None,
     )
@@ -80,5 +83,6 @@ def compiled(form: TileFormat) -> int:
     """The address of the product for weights of a form."""
     from hotset.linear.tile_code import make_module  # needs the extra
 
-    max_rows = _MAX_ROWS_WIDE if native.has_wide_registers() else _MAX_ROWS
-    return native.compile_function(make_module(form, max_rows=max_rows), "product")
+    max_rows, num_tiles = _AT_ONCE_WIDE if native.has_wide_registers() else _AT_ONCE
+    module = make_module(form, max_rows=max_rows, tiles_at_once=num_tiles)
+    return native.compile_function(module, "product")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 TILE_ROWS = 32
-HALF_ROWS = TILE_ROWS // 2
+WORD_COLUMNS = 8  # codes of 4 bits in a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,11 @@ class TileFormat:
         return 1 + self.has_minimum
 
     @property
+    def columns_together(self) -> int:
+        """Columns whose codes are in the same words."""
+        return WORD_COLUMNS if self.code_bits == 4 else 1
+
+    @property
     def bits(self) -> float:
         """Of one weight, with its part of the group's and the span's."""
         factor_bits = 8 / self.group if self.has_factors else 0.0
@@ -57,8 +62,8 @@ class Tiles:
     Attributes:
         form: how its numbers are stored.
         num_rows: N. The rows that fill the last tile are zeros.
-        codes: `[T, K, 16]` uint8 for 4 bits: byte j has the codes of row j, in its lower half, and
-            of row 16 + j; `[T, K, 32]` int8 for 8 bits.
+        codes: `[T, K / 8, 32]` int32 for 4 bits: a word has the codes of 8 columns of a row, the
+            first in its lowest bits; `[T, K, 32]` int8 for 8 bits.
         scales: `[T, K / span, P, 32]` float16.
         factors: `[T, K / group, P, 32]` int8, or None.
     """
@@ -72,7 +77,7 @@ class Tiles:
     @property
     def num_columns(self) -> int:
         """K."""
-        return self.codes.shape[1]
+        return self.scales.shape[1] * self.form.span
 
     @property
     def num_bytes(self) -> int:
@@ -83,16 +88,16 @@ class Tiles:
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """The weights of some rows, `[R]` int64 from 0 to N - 1, as float32 `[R, K]`."""
         form, tile, row = self.form, indices // TILE_ROWS, indices % TILE_ROWS
+        codes = self.codes[tile, :, row]
         if form.code_bits == 4:
-            both = self.codes[tile, :, row % HALF_ROWS]
-            codes = torch.where(row[:, None] < HALF_ROWS, both & 15, both >> 4).float()
-        else:
-            codes = self.codes[tile, :, row].float()
+            pairs = codes.view(torch.uint8)  # the lowest bits first
+            codes = torch.stack([pairs & 15, pairs >> 4], dim=-1)
         parts = self.scales[tile, :, :, row].float()  # [R, K / span, P]
         parts = parts.repeat_interleave(form.span // form.group, dim=1)
         if self.factors is not None:
             parts = parts * self.factors[tile, :, :, row].float()
-        grouped = codes.sub_(form.middle).view(len(indices), -1, form.group) * parts[..., :1]
+        grouped = codes.float().sub_(form.middle).view(len(indices), -1, form.group)
+        grouped *= parts[..., :1]
         if form.has_minimum:
             grouped += parts[..., 1:]
         return grouped.view(len(indices), -1)
@@ -109,13 +114,12 @@ def make_tiles(
         scales: `[N, K / span, P]` float16.
         factors: `[N, K / group, P]` int8, or None.
     """
-    tiled = _tiled(codes)
     if form.code_bits == 4:
-        tiled = tiled[:, :HALF_ROWS] | (tiled[:, HALF_ROWS:] << 4)
+        codes = (codes[:, ::2] | (codes[:, 1::2] << 4)).view(torch.int32)
     return Tiles(
         form,
         codes.shape[0],
-        tiled.movedim(1, -1).contiguous(),
+        _tiled(codes).movedim(1, -1).contiguous(),
         _tiled(scales).movedim(1, -1).contiguous(),
         None if factors is None else _tiled(factors).movedim(1, -1).contiguous(),
     )
