@@ -11,28 +11,17 @@ _CHUNKS = 16  # of a sequence that are looked at together, whether they write
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _factors(  # type: ignore[no-untyped-def]
-    values,
-    columns,
-    t,
-    c,
-    inside,
-    read,
-    seen,
-    row_stride,
-    channel_stride,
-    TAP: tl.constexpr,
-    SLOT: tl.constexpr,
-    KERNEL: tl.constexpr,
+def _column(  # type: ignore[no-untyped-def]
+    x_at, kept_at, rows, places, seen, inside, back, is_near, KERNEL: tl.constexpr
 ):
-    """`[ROWS, WIDTH]`: what a tap meets of each token: another of the step, or a kept column."""
-    back = KERNEL - 1 - TAP
-    is_here, is_kept = (seen >= back)[:, None], (seen < back)[:, None]
-    place = (t - back)[:, None] * row_stride + c[None, :] * channel_stride
-    here = tl.load(values + place, mask=inside & is_here, other=0.0)
-    place = (read * SLOT + TAP + seen)[:, None] + c[None, :] * (KERNEL - 1)
-    kept = tl.load(columns + place, mask=inside & is_kept, other=0.0)
-    return tl.where(is_here, here, kept)
+    """What a tap meets that is `back` tokens before: one of this step, or a column of the slot."""
+    is_here = (seen >= back)[:, None]
+    x = tl.load(x_at[None, :] + rows[:, None], mask=inside & is_here, other=0.0)
+    if is_near:
+        places += KERNEL - 1 - back + seen
+        kept = tl.load(kept_at[None, :] + places[:, None], mask=inside & ~is_here, other=0.0)
+        x = tl.where(is_here, x, kept)
+    return x
 
 
 # Steps of any number of tokens run the same code.
@@ -67,43 +56,22 @@ def _convolve(  # type: ignore[no-untyped-def]
     found = tl.zeros([ROWS, WIDTH], tl.float32)
     if HAS_BIAS:
         found += tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    is_near = tl.min(tl.where(is_token, seen, KERNEL), 0) < KERNEL - 1  # some meet a slot
+    x_at, kept_at = values + c * channel_stride, columns + c * (KERNEL - 1)
     for tap in tl.static_range(KERNEL):
-        x = _factors(
-            values,
-            columns,
-            t,
-            c,
-            inside,
-            read,
-            seen,
-            row_stride,
-            channel_stride,
-            tap,
-            SLOT,
-            KERNEL,
-        )
+        back = KERNEL - 1 - tap
+        rows = (t - back) * row_stride
+        x = _column(x_at, kept_at, rows, read * SLOT, seen, inside, back, is_near, KERNEL)
         w = tl.load(weight + c * KERNEL + tap, mask=is_channel, other=0.0)
         found += x.to(tl.float32) * w.to(tl.float32)[None, :]
-    # Sequences of one token move on. Rows of prompts do not wait for their barriers.
-    if tl.max(write, 0) >= 0:
+    if tl.max(write, 0) >= 0:  # the sequence of one token moves on, once its columns were read
+        is_kept = inside & (write >= 0)[:, None]
         for tap in tl.static_range(1, KERNEL):
-            x = _factors(
-                values,
-                columns,
-                t,
-                c,
-                inside,
-                read,
-                seen,
-                row_stride,
-                channel_stride,
-                tap,
-                SLOT,
-                KERNEL,
-            )
-            tl.debug_barrier()  # the column before this one was read
-            place = (write * SLOT + tap - 1)[:, None] + c[None, :] * (KERNEL - 1)
-            tl.store(columns + place, x, mask=inside & (write >= 0)[:, None])
+            back = KERNEL - 1 - tap
+            rows = (t - back) * row_stride
+            x = _column(x_at, kept_at, rows, read * SLOT, seen, is_kept, back, is_near, KERNEL)
+            tl.debug_barrier()
+            tl.store(kept_at[None, :] + (write * SLOT + tap - 1)[:, None], x, mask=is_kept)
     if SILU:
         found = found / (1.0 + tl.exp(-found))
     tl.store(output + t[:, None] * num_channels + c[None, :], found, mask=inside)
