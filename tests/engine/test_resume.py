@@ -1,5 +1,6 @@
 """An answer that moves to another engine after each token is the answer of one engine."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
@@ -17,6 +18,9 @@ from tiny_tokenizer import EOS_TOKEN_ID
 
 from hotset.engine.completion import Completion
 from hotset.engine.engine import Engine
+from hotset.engine.loop import EngineLoop
+from hotset.engine.messages import Report, Submit
+from hotset.engine.output_text import OutputText
 from hotset.engine.run import run_to_end
 from hotset.errors import RequestError
 from hotset.options import Options
@@ -226,3 +230,32 @@ def test_tokens_that_no_output_can_go_on_from_are_refused(
     with pytest.raises(RequestError, match=reason):
         engine.add_request(PROMPT, replace(GREEDY, **changes), resumed=resumed)
     assert not engine.has_work
+
+
+def test_tokens_of_an_answer_so_far_are_decoded_once_and_not_beside_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fed: list[tuple[int, str]] = []
+    append = OutputText.append
+
+    def note(self: OutputText, token_id: int) -> int:
+        fed.append((token_id, threading.current_thread().name))
+        return append(self, token_id)
+
+    monkeypatch.setattr(OutputText, "append", note)
+    done = threading.Event()
+
+    def take(report: Report) -> None:
+        if any(output.finish_reason is not None for output in report.outputs):
+            done.set()
+
+    loop = EngineLoop(Options.of(hot_gib=0.002, block_size=4), build, take)
+    try:
+        params = SamplingParams(max_tokens=9, ignore_eos=True)
+        loop.submit(Submit("a", PROMPT, params, resumed=[Resumed(0, (30, 31, 32))]))
+        assert done.wait(60)
+    finally:
+        loop.close()
+    here = threading.current_thread().name
+    assert fed[:3] == [(30, here), (31, here), (32, here)]
+    assert [name for _, name in fed[3:]] == ["hotset-engine"] * 6

@@ -6,13 +6,14 @@ Imports numpy, no torch.
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hotset.engine.arrivals import check_tokens, make_requests
 from hotset.engine.lane import choose_lane
 from hotset.engine.messages import Submit
+from hotset.engine.output_text import OutputText
 from hotset.engine.parts import EngineParts
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.step import Step
@@ -148,8 +149,11 @@ class Engine:
 
     def validate(
         self, token_ids: Sequence[int], params: SamplingParams, resumed: Sequence[Resumed] = ()
-    ) -> None:
+    ) -> dict[int, OutputText]:
         """Check a request without queueing it. May be called from any thread.
+
+        Returns:
+            The texts of outputs that go on, by their indices, for `add`.
 
         Raises:
             RequestError: the request can never be served.
@@ -161,8 +165,9 @@ class Engine:
             vocab_size=self.executor.vocab_size,
             max_model_len=self.max_model_len,
         )
-        self._outputs.check(token_ids, params, resumed)
+        texts = self._outputs.resume(token_ids, params, resumed)
         self.executor.validate(params, [one.token_ids for one in resumed])
+        return texts
 
     def add_request(
         self,
@@ -181,7 +186,7 @@ class Engine:
         Raises:
             RequestError: the request can never be served; nothing was queued.
         """
-        self.validate(token_ids, params, resumed)
+        texts = self.validate(token_ids, params, resumed)
         submit = Submit(
             request_id or f"request-{next(self._ids)}",
             token_ids,
@@ -192,11 +197,11 @@ class Engine:
             snapshot_at=snapshot_at,
             resumed=resumed,
         )
-        self.add(submit)
+        self.add(submit, texts)
         return submit.request_id
 
-    def add(self, submit: Submit) -> None:
-        """Queue a request that `validate` let through.
+    def add(self, submit: Submit, texts: Mapping[int, OutputText]) -> None:
+        """Queue a request that `validate` let through and returned `texts` of.
 
         Requests with another salt cannot find each other's blocks. Those of one tenant share what
         each tenant gets of the steps.
@@ -213,7 +218,7 @@ class Engine:
         self._requests[request_id] = requests = [one for group in groups for one in group]
         for request in requests:
             self._num_host_bound += _is_host_bound(request.params)
-            self._outputs.add(request)
+            self._outputs.add(request, texts.get(request.index))
         if not submit.resumed:
             self.metrics.prompt_tokens += len(submit.token_ids)
         for group in groups:

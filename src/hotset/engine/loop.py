@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from hotset.engine.fair_queue import FairQueue
 from hotset.engine.following import Following
 from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
 from hotset.engine.outbox import Outbox
+from hotset.engine.output_text import OutputText
 from hotset.engine.run import run_steps, settle
 from hotset.engine.status import EngineStatus, engine_status
 from hotset.engine.urgency import MUCH_LONGER
@@ -49,6 +50,7 @@ class _Entry:
 
     submit: Submit
     unfinished: set[int]  # output indices
+    texts: Mapping[int, OutputText]  # of those that go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class EngineLoop:
     ) -> None:
         self._on_report, self._clock = on_report, clock
         self._wake = threading.Condition()
-        self._inbox: deque[Submit | _Abort | _Look | _Drain | _Follow] = deque()  # by _wake
+        self._inbox: deque[_Entry | _Abort | _Look | _Drain | _Follow] = deque()  # by _wake
         self._num_queued = 0  # requests the engine has not got; guarded by _wake
         self._is_closing = False  # guarded by _wake
         self._is_draining = False  # guarded by _wake
@@ -146,7 +148,9 @@ class EngineLoop:
 
     def submit(self, submit: Submit) -> None:
         """See `EngineHost`."""
-        self._engine.validate(submit.token_ids, submit.params, submit.resumed)
+        texts = self._engine.validate(submit.token_ids, submit.params, submit.resumed)
+        indices = {one.index for one in submit.resumed} or set(range(submit.params.n))
+        entry = _Entry(submit, indices, texts)
         with self._wake:
             if self._is_draining:
                 raise DrainingError("the engine takes no more requests: it is about to end")
@@ -157,7 +161,7 @@ class EngineLoop:
                     self._retry_after_s(),
                 )
             self._num_queued += 1
-            self._inbox.append(submit)
+            self._inbox.append(entry)
             self._wake.notify()
 
     def abort(self, request_id: str) -> None:
@@ -272,7 +276,7 @@ class EngineLoop:
             messages = list(self._inbox)
             self._inbox.clear()
         for message in messages:
-            if isinstance(message, Submit):
+            if isinstance(message, _Entry):
                 self._enqueue(engine, message)
             elif isinstance(message, _Abort):
                 self._drop(engine, message.request_id)
@@ -307,9 +311,9 @@ class EngineLoop:
             return 0.0 if self._did_warm_up else _KERNEL_CHECK_S
         return self._following.wait_s(_TRANSFER_CHECK_S if engine.has_transfers else None)
 
-    def _enqueue(self, engine: Engine, submit: Submit) -> None:
-        indices = {one.index for one in submit.resumed} or set(range(submit.params.n))
-        entry = self._entries[submit.request_id] = _Entry(submit, indices)
+    def _enqueue(self, engine: Engine, entry: _Entry) -> None:
+        submit = entry.submit
+        self._entries[submit.request_id] = entry
         self._following.arrive(submit)
         if submit.timeout_s is not None:
             deadline_s = self._clock.now() + submit.timeout_s
@@ -349,7 +353,7 @@ class EngineLoop:
         with self._wake:
             self._num_queued -= 1
         try:
-            engine.add(entry.submit)
+            engine.add(entry.submit, entry.texts)
         except RequestError as error:
             self._end(entry, FinishReason.ERROR, str(error))
             return False

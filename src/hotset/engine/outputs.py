@@ -41,16 +41,20 @@ class OutputProcessor:
         """Whether `take` has anything to return."""
         return bool(self._changed)
 
-    def check(
+    def resume(
         self, prompt_ids: Sequence[int], params: SamplingParams, resumed: Sequence[Resumed]
-    ) -> None:
-        """Check that outputs can go on from their tokens. May be called from any thread.
+    ) -> dict[int, OutputText]:
+        """The texts of outputs that go on from their tokens. May be called from any thread.
+
+        Returns:
+            By the outputs' indices, for `add`; a text gives out what follows these tokens.
 
         Raises:
             RequestError: one is over with them.
         """
+        texts = {}
         for one in resumed:
-            text = self._begin(prompt_ids, params)
+            text = texts[one.index] = self._begin(prompt_ids, params)
             for number, token_id in enumerate(one.token_ids, 1):
                 text.append(token_id)
                 if text.is_over:
@@ -59,13 +63,13 @@ class OutputProcessor:
                         f"ends with token {number} of them",
                         param="resumed",
                     )
+            text.take()
+        return texts
 
-    def add(self, request: Request) -> None:
-        """Start an output; one that is resumed gives out what follows its tokens so far."""
-        text = self._begin(request.token_ids[: request.prompt_len], request.params)
-        for token_id in request.output_ids:
-            text.append(token_id)
-        text.take()
+    def add(self, request: Request, text: OutputText | None = None) -> None:
+        """Start an output; one that goes on has its `text`, see `resume`."""
+        if text is None:
+            text = self._begin(request.token_ids, request.params)
         self._sequences[request.sequence_id] = _Sequence(request, text)
 
     def score(self, sequence_id: int, logprobs: list[TokenLogprob]) -> None:
