@@ -1,6 +1,7 @@
 """How prompts share steps: short ones soon, equal ones in order, long ones always."""
 
 import itertools
+import random
 
 import pytest
 from hypothesis import example, given, settings
@@ -9,7 +10,7 @@ from schedulers import make_request, make_scheduler, run, tokens_of
 
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.step import Step
-from hotset.engine.step_cost import StepCost
+from hotset.engine.step_cost import StepCost, context_cost
 from hotset.request import FinishReason
 from hotset.sequence import Request, RequestStatus
 
@@ -366,6 +367,22 @@ def test_the_cost_of_a_token_follows_a_machine_that_others_use_too() -> None:
         cost.observe(32, 0.03 + 32 * 0.001)
         cost.observe(0, 0.03)
     assert cost.most_tokens(0.25, least=32) >= 192
+
+
+def test_what_attention_takes_is_learned_from_long_prompts_and_kept_while_all_are_short() -> None:
+    cost = context_cost()
+    assert (cost.base, cost.slope) == (0.0, 0.0)
+
+    def seconds(context: float) -> float:
+        return 2e-5 * (1 + context / 12_500)
+
+    for context in range(0, 100_000, 1000):
+        cost.observe(context, seconds(context))
+    rng = random.Random(0)
+    for _ in range(500):
+        context = rng.uniform(500, 1500)
+        cost.observe(context, seconds(context) * rng.uniform(0.8, 1.25))
+    assert cost.base + 50_000 * cost.slope == pytest.approx(seconds(50_000), rel=0.3)
 
 
 @given(st.lists(st.tuples(st.integers(0, 4096), st.floats(0, 100)), max_size=60))

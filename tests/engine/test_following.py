@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from engines import make_engine, run
 from fakes import FakeClock
 from servers import build
@@ -12,10 +13,12 @@ from servers import build
 from hotset.engine.engine import Engine
 from hotset.engine.following import Following
 from hotset.engine.loop import EngineLoop
-from hotset.engine.messages import Report, Submit
+from hotset.engine.messages import Queued, Report, Submit
 from hotset.memory.journal import TIERS, Journal, rows_of
 from hotset.options import Options
 from hotset.request import SamplingParams
+
+_NONE = Queued(0, 0, 0)
 
 
 def actual(engine: Engine) -> set[tuple[bytes, int]]:
@@ -72,6 +75,8 @@ def test_the_load_counts_what_waits_and_what_runs() -> None:
     following.follow(True)
     _, load = following.news(2)
     assert load is not None and (load.queued_tokens, load.num_open) == (12, 2)
+    # 3 tokens behind 17 others, and 9 from the first on.
+    assert load.queue == (_NONE, _NONE, Queued(1, 3, 55), _NONE, Queued(1, 9, 40))
     assert (load.usable_blocks, load.spare_blocks) == (40, 40 - 8)  # of 4 tokens
     following.start("a")
     assert following.news(2)[1] is None  # not due
@@ -84,8 +89,33 @@ def test_the_load_counts_what_waits_and_what_runs() -> None:
     _, load = following.news(0)  # at once, as nothing more may come for long
     assert load is not None and (load.queued_tokens, load.num_open) == (0, 0)
     assert load.prefilled_tokens >= 19 and load.freed_blocks == 8
+    assert set(load.queue) == {_NONE}
     assert 0 < load.prompt_step_s < engine.metrics.step_s
     assert following.news(0)[1] is None  # it is the same
+    engine.close()
+
+
+def test_the_load_tells_what_a_token_takes_by_those_before_it() -> None:
+    engine = make_engine(hot_blocks=40)
+    following = Following(engine, FakeClock())
+    following.follow(True)
+    _, load = following.news(0)
+    assert load is not None and (load.token_s, load.pair_s) == (0.0, 0.0)  # not known yet
+    for context in range(0, 100_000, 1000):
+        engine.context_cost.observe(context, 2e-5 * (1 + context / 12_500))
+    _, load = following.news(0)
+    assert load is not None and load.token_s == pytest.approx(2e-5, rel=0.01)
+    assert load.pair_s == pytest.approx(2e-5 / 12_500, rel=0.01)
+    engine.close()
+
+
+def test_steps_of_prompts_tell_how_many_tokens_are_before_theirs() -> None:
+    engine = make_engine(hot_blocks=40, max_num_batched_tokens=45)
+    seen: list[tuple[float, float]] = []
+    engine.context_cost.observe = lambda x, y: seen.append((x, y))  # type: ignore[method-assign]
+    run(engine, [[5 + i for i in range(90)]], max_tokens=3)
+    assert [x for x, _ in seen] == [22.5, 67.5]  # tokens 0 to 44 and 45 to 89; no decodes
+    assert all(y > 0 for _, y in seen)
     engine.close()
 
 

@@ -1,159 +1,42 @@
-"""Where requests go, by what replicas tell: the worked examples of the cost, ties, and faults."""
+"""Where requests go, by what replicas tell: costs, ties, and faults."""
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
-from fakes import FakeClock
 from fleets import fleet, wait_for
+from routed import (
+    BLOCK,
+    DEVICE,
+    HOST,
+    LINK,
+    PROMPT,
+    RATE,
+    REMOTE,
+    WARM,
+    Fleet,
+    Host,
+    info,
+    keys_of,
+    prompt,
+    snapshot,
+)
 
 from hotset.engine.completion import gather
-from hotset.engine.messages import EngineInfo, Load, Report, Submit
-from hotset.fleet.outlook import Estimate, Outlook, Speed, mean_speed
+from hotset.engine.messages import Submit
 from hotset.fleet.route import Choice
 from hotset.fleet.router import ROUTES, CostRoute, KnowingRoute, PrefixRoute
 from hotset.fleet.status import Why
-from hotset.kv.block_hash import block_hash, root_hash
 from hotset.memory.journal import JournalPart
-from hotset.options import Options
 from hotset.request import Resumed, SamplingParams
-
-# Llama-3.1-8B on one H200, over a link of 50 GB/s.
-RATE, KV_BYTES, LINK = 35_000.0, 131_072, 50e9
-PROMPT, WARM, BLOCK = 12_035, 11_000, 8
-DEVICE, HOST, REMOTE = 1, 3, 7  # codes of what is there
-LOAD = Load(
-    queued_tokens=0,
-    spare_blocks=2**30,
-    usable_blocks=2**30,
-    queued_bytes=0,
-    num_open=1,
-    step_s=0.0,
-    prefill_tokens_per_s=RATE,
-    link_bytes_per_s={"host": LINK},
-    prefilled_tokens=0,
-    prompt_step_s=0.0,
-    freed_blocks=0,
-)
-
-
-def info(fingerprint: str = "model", block_size: int = BLOCK, **options: Any) -> EngineInfo:
-    options = Options.of(**options)
-    return EngineInfo(options, 10**6, "", False, fingerprint, block_size, KV_BYTES)
-
-
-@dataclass
-class Host:
-    """What a route asks of a host."""
-
-    info: EngineInfo
-    num_follows: int = 0
-
-    def follow(self, is_on: bool) -> None:
-        assert is_on
-        self.num_follows += 1
-
-
-def keys_of(token_ids: list[int], fingerprint: str = "model", salt: bytes = b"") -> list[bytes]:
-    key, keys = root_hash(fingerprint, salt), []
-    for start in range(0, len(token_ids) - BLOCK + 1, BLOCK):
-        key = block_hash(key, token_ids[start : start + BLOCK])
-        keys.append(key)
-    return keys
-
-
-def snapshot(keys: list[bytes], code: int = DEVICE, first: int = 0) -> JournalPart:
-    content = b"".join(key + bytes([code]) for key in keys)
-    return JournalPart(first, b"", content, begins=True, ends=True)
-
-
-class Fleet:
-    """A route with replicas that tell what a test has them tell."""
-
-    def __init__(self, route: type[KnowingRoute], names: str = "ab", **options: Any) -> None:
-        self.clock, self.num_sent = FakeClock(), 0
-        self.route = route(self.clock, seed=0)
-        self.hosts = {name: Host(info(**options)) for name in names}
-        for name, host in self.hosts.items():
-            self.route.join(name, host)  # type: ignore[arg-type]
-            self.tell(name, snapshot([]))
-
-    def tell(self, name: str, journal: JournalPart | None = None, **changes: Any) -> None:
-        self.route.take(name, Report(0.0, journal=journal, load=replace(LOAD, **changes)))
-
-    def journal(self, name: str, part: JournalPart) -> None:
-        self.route.take(name, Report(0.0, journal=part))
-
-    def busy(self, share: float) -> None:
-        """All replicas have computed for this share of the last ten seconds."""
-        self.clock.now_s += 20.0
-        for done in (0.0, share):
-            for name in self.hosts:
-                self.tell(name, prompt_step_s=done * 10)
-            self.clock.now_s += 10.0
-        self.clock.now_s -= 10.0
-
-    def choose(
-        self, token_ids: list[int], names: Sequence[str] | None = None, **submit: Any
-    ) -> Choice:
-        self.num_sent += 1
-        one = Submit(f"id-{self.num_sent}", token_ids, SamplingParams(), **submit)  # type: ignore
-        return self.route.choose(one, list(names or self.hosts))
-
-
-def prompt(length: int = PROMPT) -> list[int]:
-    return random.Random(3).choices(range(1000), k=length)
 
 
 def lost(journal: JournalPart) -> JournalPart:
     return replace(journal, first=journal.first + 5)
 
 
-def estimates(queued: int) -> tuple[Estimate, Estimate]:
-    """Of the example: a replica with 11,000 tokens in host memory, and a cold one."""
-    keys = keys_of(prompt())
-    warm, cold = Outlook(info()), Outlook(info())
-    warm.index.take(snapshot(keys[: WARM // BLOCK], HOST))
-    warm.take(replace(LOAD, queued_tokens=queued), 0.0)
-    cold.take(LOAD, 0.0)
-    rest = {"in_remote": 0, "others": mean_speed([warm.speed(), cold.speed()])}
-    return warm.estimate(keys, PROMPT, 0.0, **rest), cold.estimate(keys, PROMPT, 0.0, **rest)
-
-
-def test_a_warm_replica_is_predicted_as_the_design_has_it() -> None:
-    warm, cold = estimates(0)
-    assert (warm.found_tokens, warm.computed_tokens) == (WARM, PROMPT - WARM)
-    assert (cold.found_tokens, cold.computed_tokens) == (0, PROMPT)
-    assert warm.ttft_s == pytest.approx(0.058, abs=0.0005)
-    assert cold.ttft_s == pytest.approx(0.344, abs=0.0005)
-
-
-@pytest.mark.parametrize(("weight", "limit"), [(0.0, 9_991), (1.0, 20_991), (5.0, 64_991)])
-def test_a_warm_replica_is_left_when_that_many_tokens_queue_there(
-    weight: float, limit: int
-) -> None:
-    warm, cold = estimates(limit - 2)
-    assert warm.cost_s(weight) < cold.cost_s(weight)
-    warm, cold = estimates(limit + 2)
-    assert warm.cost_s(weight) > cold.cost_s(weight)
-
-
-def test_a_fixed_threshold_is_the_case_of_one_weight() -> None:
-    """llm-d leaves a warm endpoint at 14 s of queue: for 65,000 warm tokens that is 3.4."""
-    rate, warm_tokens, queued = 20_480.0, 65_000, 286_720
-    saved_s = warm_tokens / rate
-    warm = Estimate(warm_tokens, 0, queued, 1, queued / rate, 0.0, rate)
-    cold = Estimate(0, warm_tokens, 0, 1, 0.0, saved_s, rate)
-    assert queued / rate == 14.0 and saved_s == pytest.approx(3.17, abs=0.005)
-    assert warm.cost_s(3.4) > cold.cost_s(3.4)
-    assert warm.cost_s(3.42) < cold.cost_s(3.42)
-
-
 @pytest.mark.parametrize(
     ("busy", "stays", "leaves"),
-    [(0.0, 9_000, 10_800), (0.5, 19_000, 22_500), (0.95, 61_000, 69_000)],
+    [(0.0, 16_300, 16_500), (0.5, 27_900, 28_100), (0.95, 74_300, 74_500)],
 )
 def test_the_busier_the_fleet_the_longer_a_warm_replica_is_kept(
     busy: float, stays: int, leaves: int
@@ -171,6 +54,22 @@ def test_the_busier_the_fleet_the_longer_a_warm_replica_is_kept(
         computed = PROMPT - WARM if expected[0] == "a" else PROMPT
         assert choice.expected_tokens == computed
         assert choice.expected_ttft_s >= computed / RATE
+
+
+def test_what_is_found_again_is_kept_the_longer_the_more_of_it_there_is() -> None:
+    def kept(found: int) -> bool:
+        """With 14,000 tokens where the conversation is, after prompts of which so many were."""
+        fleet = Fleet(CostRoute)
+        fleet.journal("a", snapshot(keys_of(prompt())[: WARM // BLOCK], HOST))
+        fleet.route._members["a"].outlook.index.doubt()
+        fleet.journal("a", snapshot(keys_of(prompt())[: WARM // BLOCK], HOST))
+        for number in range(100):
+            submit = Submit(f"before-{number}", prompt(10_000), SamplingParams())
+            fleet.route.found(Choice("b", Why.LOAD), submit, found, 0.1)
+        fleet.tell("a", queued_tokens=14_000)
+        return fleet.choose(prompt()).replica_id == "a"
+
+    assert not kept(0) and kept(5_000) and kept(9_999)
 
 
 def test_what_was_sent_since_the_last_load_counts() -> None:
@@ -415,9 +314,3 @@ def test_a_replica_that_has_hardly_been_measured_gets_its_share() -> None:
     fleet.tell("b", prefill_tokens_per_s=52_000.0, step_s=0.005, prefilled_tokens=500_000)
     chosen = [fleet.choose([50 + number] * 100).replica_id for number in range(12)]
     assert chosen.count("a") < 3
-
-
-def test_a_mean_speed_counts_each_by_its_tokens() -> None:
-    assert mean_speed([]).rate == 1000.0
-    speeds = [Speed(0, 0.0, 0.0), Speed(100, 30.0, 0.1), Speed(300, 50.0, 0.3)]
-    assert mean_speed(speeds) == pytest.approx((400, 45.0, 0.25))

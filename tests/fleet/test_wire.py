@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hotset.engine.messages import EngineInfo, Load, Report, Submit
+from hotset.engine.messages import EngineInfo, Load, Queued, Report, Submit
 from hotset.engine.status import EngineStatus, StateStatus, TierStatus
 from hotset.errors import (
     ConfigError,
@@ -60,7 +60,8 @@ def test_all_that_a_report_may_have_comes_as_it_was_sent() -> None:
         1, 2, 3, 4, 5, "mw", (TierStatus("device", 9, 3, 64, "fc", 9),), {"host": 1e9}, 5e4,
         StateStatus(1, 2, 3, 4, {"host": 5}),
     )  # fmt: skip
-    load = Load(1, -2, 3, 4, 5, 0.5, 6e4, {"host": 2.0}, 7, 0.25, 8)
+    queue = [Queued(0, 0, 0), Queued(2, 3, 4)]
+    load = Load(1, -2, 3, 4, 5, 0.5, 6e4, {"host": 2.0}, 7, 0.25, 8, queue, 2e-5, 1e-9)
     journal = JournalPart(3, b"x" * 17, b"", True, True)
     report = Report(
         1.5,

@@ -17,6 +17,7 @@ from hotset.engine.output_text import OutputText
 from hotset.engine.parts import EngineParts
 from hotset.engine.scheduler import Scheduler
 from hotset.engine.step import Step
+from hotset.engine.step_cost import context_cost
 from hotset.engine.step_input import make_step_input
 from hotset.errors import ExpertReadError, RequestError
 from hotset.executor.executor import Pending
@@ -67,6 +68,7 @@ class Engine:
 
     Attributes:
         numerics, lanes, experts: see `EngineParts`.
+        context_cost: what a token of a prompt takes, by the number of tokens before it.
     """
 
     def __init__(self, parts: EngineParts) -> None:
@@ -75,7 +77,7 @@ class Engine:
         self.lanes, self.rates = parts.lanes, parts.rates
         self.metrics = self.scheduler.metrics
         self.executor, self._outputs, self._clock = parts.executor, parts.outputs, parts.clock
-        self.step_cost = parts.step_cost
+        self.step_cost, self.context_cost = parts.step_cost, context_cost()
         self.experts, self._mover = parts.experts, parts.mover
         self._tiers = [lane.tiers for lane in self.lanes if lane.tiers is not None]
         self._overlaps = parts.overlaps
@@ -404,6 +406,8 @@ class Engine:
         self.step_cost.observe(prompt_tokens, seconds)
         if prompt_tokens >= _PREFILL_STEP_TOKENS and 2 * prompt_tokens >= num_tokens:
             self.rates.observe_prefill(num_tokens, seconds)
+            largest = max(messages, key=lambda one: one.num_tokens)
+            self.context_cost.observe(largest.mean_context, seconds / num_tokens)
 
     def _finish(
         self,

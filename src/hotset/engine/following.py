@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hotset.clock import Clock
 from hotset.engine.kv_events import EventPublisher, KvEvents
-from hotset.engine.messages import Load, Submit
+from hotset.engine.messages import Load, Queued, Submit, num_pairs, size_class
 from hotset.memory.journal import Journal, JournalPart
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class Following:
         below = {} if engine.tiers is None else engine.tiers.sources()
         self._journal = Journal({"device": engine.kv.pool, **below})
         self._waiting: dict[str, Submit] = {}  # by the request's id
-        self._num_waiting_tokens = self._num_expected_tokens = 0  # of the prompts of these
+        self._num_waiting_tokens = 0  # of the prompts of these
+        self._queue: tuple[Queued, ...] = ()  # what is to be computed of them
         self._is_on = False
         self._load: Load | None = None  # that was told last
         self._due_s = 0.0
@@ -70,7 +71,8 @@ class Following:
     def _count(self, submit: Submit, sign: int) -> None:
         num_tokens, expected = len(submit.token_ids), submit.expected_tokens
         self._num_waiting_tokens += sign * num_tokens
-        self._num_expected_tokens += sign * (num_tokens if expected is None else expected)
+        left = num_tokens if expected is None else expected
+        self._queue = _with(self._queue, left, num_tokens, sign)
 
     def wait_s(self, most_s: float | None) -> float | None:
         """How long an engine without requests may wait, `most_s` at most, before there is more."""
@@ -100,12 +102,16 @@ class Following:
         schedulers = [lane.scheduler for lane in engine.lanes]
         pools = [lane.kv.pool for lane in engine.lanes]
         running = (one for scheduler in schedulers for one in scheduler.running)
-        left = (one.prompt_len - one.kv.num_computed_tokens for one in running)
+        queue = self._queue
+        for one in running:
+            left = one.prompt_len - one.kv.num_computed_tokens
+            if left > 0:
+                queue = _with(queue, left, one.prompt_len)
         needed = sum(scheduler.num_blocks_ahead for scheduler in schedulers)
         needed += -(-self._num_waiting_tokens // engine.kv.block_size)
         stacks = [lane.tiers for lane in engine.lanes if lane.tiers is not None]
         return Load(
-            queued_tokens=self._num_expected_tokens + sum(num for num in left if num > 0),
+            queued_tokens=sum(one.num_tokens for one in queue),
             spare_blocks=sum(pool.num_available for pool in pools) - needed,
             usable_blocks=sum(pool.num_usable for pool in pools),
             queued_bytes=sum(tiers.queued_fetch_bytes() for tiers in stacks),
@@ -116,4 +122,22 @@ class Following:
             prefilled_tokens=engine.metrics.prefilled_tokens,
             prompt_step_s=engine.metrics.prompt_step_s,
             freed_blocks=engine.metrics.freed_blocks,
+            queue=queue,
+            token_s=engine.context_cost.base,
+            pair_s=engine.context_cost.slope,
         )
+
+
+def _with(
+    queue: tuple[Queued, ...], left: int, num_tokens: int, sign: int = 1
+) -> tuple[Queued, ...]:
+    """A queue with a prompt of `num_tokens` more, the last `left` of which are to be computed.
+
+    Or without it, where `sign` is -1.
+    """
+    number = size_class(left)
+    queue += (Queued(0, 0, 0),) * (number + 1 - len(queue))
+    pairs = num_pairs(num_tokens - left, num_tokens)
+    was = queue[number]
+    now = Queued(was[0] + sign, was[1] + sign * left, was[2] + sign * pairs)
+    return (*queue[:number], now, *queue[number + 1 :])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from hotset.engine.status import EngineStatus
 from hotset.memory.journal import JournalPart
@@ -42,9 +42,35 @@ class Submit:
     peer: str | None = None
 
 
+class Queued(NamedTuple):
+    """Prompts of about one size that are yet to be computed, or what is left of them.
+
+    Attributes:
+        num_prompts: of these.
+        num_tokens: that are left.
+        num_pairs: of a token that is left and one before it.
+    """
+
+    num_prompts: int
+    num_tokens: int
+    num_pairs: int
+
+
+def size_class(num_tokens: int) -> int:
+    """The power of two that a prompt with so many tokens left has at most."""
+    return max(0, num_tokens - 1).bit_length()
+
+
+def num_pairs(first: int, last: int) -> int:
+    """Pairs of a token from `first` on, `last` being the next behind, and one before it."""
+    return (last * last - first * first) // 2
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """How busy an engine is, between two steps.
+
+    What it did not tell before has a default, for one that does not.
 
     Attributes:
         queued_tokens: of prompts, yet to be computed; of those that wait, as many as was expected.
@@ -58,6 +84,9 @@ class Load:
         prefilled_tokens: of prompts, computed since the start.
         prompt_step_s: of steps with tokens of prompts, since the start.
         freed_blocks: that requests have given back at their ends since the start.
+        queue: the prompts of `queued_tokens` by `size_class`, from class 0 on.
+        token_s: seconds per token of a prompt where none is before it; 0 before the first.
+        pair_s: seconds on top for each token before it.
     """
 
     queued_tokens: int
@@ -71,6 +100,9 @@ class Load:
     prefilled_tokens: int
     prompt_step_s: float
     freed_blocks: int
+    queue: Sequence[Queued] = ()
+    token_s: float = 0.0
+    pair_s: float = 0.0
 
 
 @dataclass(slots=True)

@@ -75,6 +75,13 @@ class StepInput:
         """Of these, those that are not of decodes."""
         return self.batch.num_tokens - self.batch.num_decodes
 
+    @property
+    def mean_context(self) -> float:
+        """Tokens before a token of these, on average; there is one at least."""
+        prompts = self.batch.sequences[self.batch.num_decodes :]
+        pairs = sum(one.num_tokens * (one.context_len - one.num_tokens / 2) for one in prompts)
+        return pairs / self.num_prompt_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:

@@ -2,13 +2,13 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from hotset.cost.prefix import Split, split_prefix
 from hotset.cost.rates import Rates
-from hotset.engine.messages import EngineInfo, Load, Submit
+from hotset.engine.messages import EngineInfo, Load, Queued, Submit, num_pairs, size_class
 from hotset.fleet.index import BITS, ReplicaIndex
 from hotset.memory.journal import TIERS
 
@@ -19,6 +19,8 @@ _LEAST_WINDOW_S = 1.0
 _ON_ITS_WAY_S = 0.05
 _MOST_UNHEARD_S = 5.0
 _MOST_BLOCK_WAIT_S = 60.0
+# Tokens of the oldest prompt for each of those that go before it; see `engine.step_shares`.
+_SURE_SHARE = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +30,12 @@ class Estimate:
     Attributes:
         found_tokens: of its prompt, those that some tier there has, or the store.
         computed_tokens: those that are computed there.
-        queued_tokens: of prompts ahead of it.
+        queued_tokens: of all prompts that are to be computed there.
         num_open: requests there.
-        queued_s: until these are computed, and blocks are free for it.
+        queued_s: until those ahead of it are computed, and blocks are free for it.
         ready_s: from then on, until its prompt is computed or fetched.
-        rate: of prompts, in tokens/s.
+        computed_s: what computing its part of the prompt takes, by itself.
+        num_behind: prompts there that wait while it is computed, as they are longer.
         step_s: of the step that brings its first token.
     """
 
@@ -42,7 +45,8 @@ class Estimate:
     num_open: int
     queued_s: float
     ready_s: float
-    rate: float
+    computed_s: float
+    num_behind: int = 0
     step_s: float = 0.0
 
     @property
@@ -51,8 +55,8 @@ class Estimate:
         return self.queued_s + self.ready_s + self.step_s
 
     def cost_s(self, weight: float) -> float:
-        """Its own wait, and `weight` times what it adds to the wait of those behind it."""
-        return self.ttft_s + weight * self.computed_tokens / self.rate
+        """Its own wait, and what it adds to the wait of others: those behind it, and `weight`."""
+        return self.ttft_s + (self.num_behind + weight) * self.computed_s
 
 
 # Of a replica that has told none yet, as it has just joined.
@@ -76,13 +80,19 @@ class Speed(NamedTuple):
 
     Attributes:
         num_tokens: of prompts, by which it was measured.
-        rate: of prompts, in tokens/s.
+        token_s: per token of a prompt with none before it.
         step_s: of a step without prompts.
+        pair_s: per token of a prompt and token before it.
     """
 
     num_tokens: float
-    rate: float
+    token_s: float
     step_s: float
+    pair_s: float = 0.0
+
+    def seconds(self, num_tokens: int, pairs: int) -> float:
+        """To compute tokens of prompts; see `num_pairs`."""
+        return num_tokens * self.token_s + pairs * self.pair_s
 
     def mixed(self, other: "Speed", num_tokens: float) -> "Speed":
         """This one, and the other as if that had been measured by `num_tokens` tokens."""
@@ -90,15 +100,14 @@ class Speed(NamedTuple):
         share = num_tokens / total
         return Speed(
             total,
-            self.rate + share * (other.rate - self.rate),
-            self.step_s + share * (other.step_s - self.step_s),
+            *(one + share * (two - one) for one, two in zip(self[1:], other[1:], strict=True)),
         )
 
 
 # A replica that has computed fewer tokens counts mostly as fast as the others: if its first steps
 # were slow, it would get no requests to show more by.
 _TRUSTED_TOKENS = 20_000
-_UNKNOWN = Speed(0, 1000.0, 0.0)
+_UNKNOWN = Speed(0, 0.001, 0.0)
 
 
 def mean_speed(speeds: Iterable[Speed]) -> Speed:
@@ -114,7 +123,7 @@ class _Sent(NamedTuple):
     """A request that the last load may not count."""
 
     at_s: float
-    num_tokens: int
+    queued: Queued
     num_blocks: int
 
 
@@ -158,9 +167,11 @@ class Outlook:
 
     def send(self, submit: Submit, estimate: Estimate, now_s: float) -> None:
         """A request goes there."""
-        num_blocks = -(-len(submit.token_ids) // self.block_size)
+        num_tokens, left = len(submit.token_ids), estimate.computed_tokens
+        queued = Queued(1, left, num_pairs(max(0, num_tokens - left), num_tokens))
+        num_blocks = -(-num_tokens // self.block_size)
         with self._lock:
-            self._sent[submit.request_id] = _Sent(now_s, estimate.computed_tokens, num_blocks)
+            self._sent[submit.request_id] = _Sent(now_s, queued, num_blocks)
 
     def begin(self, request_id: str) -> None:
         """The first token of a request has come: its prompt is no longer queued."""
@@ -205,26 +216,38 @@ class Outlook:
             load, sent = self._load or _NO_LOAD, list(self._sent.values())
             freed_per_s = self._per_s(now_s)[1]
         speed = _speed_of(load).mixed(others, _TRUSTED_TOKENS)
-        rate = speed.rate
         num_blocks = -(-num_tokens // self.block_size) + sum(one.num_blocks for one in sent)
-        found_tokens, brought_tokens, split = self._bring(keys, load, rate, in_remote, at_peer)
+        found_tokens, brought_tokens, split = self._bring(keys, load, speed, in_remote, at_peer)
         left = num_tokens - brought_tokens
+        left_s = speed.seconds(left, num_pairs(brought_tokens, num_tokens))
         computed_tokens = left + split.computed_tokens
-        queued_tokens = load.queued_tokens + sum(one.num_tokens for one in sent)
+        queue = [
+            *_classes(load),
+            *((size_class(one.queued.num_tokens), one.queued) for one in sent),
+        ]
+        number = size_class(computed_tokens)
+        ahead = _sum(one for size, one in queue if size <= number)
+        behind = _sum(one for size, one in queue if size > number)
+        ahead_s = speed.seconds(ahead.num_tokens, ahead.num_pairs)
+        if behind.num_tokens:
+            # While these wait, the oldest of them has its part of each step.
+            part = (ahead.num_tokens + computed_tokens) * _SURE_SHARE / behind.num_tokens
+            ahead_s += min(1.0, part) * speed.seconds(behind.num_tokens, behind.num_pairs)
         wait_s = _block_wait_s(num_blocks - load.spare_blocks, freed_per_s)
         return Estimate(
             found_tokens=found_tokens,
             computed_tokens=computed_tokens,
-            queued_tokens=queued_tokens,
+            queued_tokens=sum(one.num_tokens for _, one in queue),
             num_open=load.num_open + len(sent),
-            queued_s=queued_tokens / rate + wait_s,
-            ready_s=split.ready_s + left / rate,
-            rate=rate,
+            queued_s=ahead_s + wait_s,
+            ready_s=split.ready_s + left_s,
+            computed_s=split.computed_tokens * speed.token_s + left_s,
+            num_behind=behind.num_prompts,
             step_s=speed.step_s,
         )
 
     def _bring(
-        self, keys: Sequence[bytes], load: Load, rate: float, in_remote: int, at_peer: int
+        self, keys: Sequence[bytes], load: Load, speed: Speed, in_remote: int, at_peer: int
     ) -> tuple[int, int, Split]:
         """Tokens that are found, the same with those of a peer, and how they come to the device."""
         bits, tiers = BITS[TIERS[0]], list[str]()
@@ -245,9 +268,11 @@ class Outlook:
             num_blocks = at_peer
         split = Split(0, 0.0)
         if tiers:
+            first, last = on_device * self.block_size, num_blocks * self.block_size
+            seconds = speed.seconds(last - first, num_pairs(first, last))
             split = split_prefix(
-                Rates(rate, load.link_bytes_per_s),
-                (num_blocks - on_device) * self.block_size,
+                Rates((last - first) / seconds, load.link_bytes_per_s),
+                last - first,
                 tiers,
                 bytes_per_token=self._bytes_per_token,
                 others_run=load.num_open > 0,
@@ -274,9 +299,22 @@ class Outlook:
 
 
 def _speed_of(load: Load) -> Speed:
+    if not load.prefill_tokens_per_s:
+        return Speed(0, 0.0, load.step_s)
     # One token more than were computed: the trials at its start.
-    num_tokens = 1 + load.prefilled_tokens if load.prefill_tokens_per_s else 0
-    return Speed(num_tokens, load.prefill_tokens_per_s, load.step_s)
+    num_tokens, token_s = 1 + load.prefilled_tokens, load.token_s or 1 / load.prefill_tokens_per_s
+    return Speed(num_tokens, token_s, load.step_s, load.pair_s)
+
+
+def _sum(queue: Iterable[Queued]) -> Queued:
+    return Queued(*map(sum, zip(Queued(0, 0, 0), *queue, strict=True)))
+
+
+def _classes(load: Load) -> Iterator[tuple[int, Queued]]:
+    """What is queued, by its class; what a load does not tell of counts as small."""
+    yield from enumerate(load.queue)
+    rest = load.queued_tokens - sum(one.num_tokens for one in load.queue)
+    yield 0, Queued(0, max(0, rest), 0)
 
 
 def _block_wait_s(num_short: int, freed_per_s: float) -> float:

@@ -20,6 +20,9 @@ _log = logging.getLogger(__name__)
 # Costs that differ by less are as good as equal: they rest on loads that are 0.1 s old.
 _AS_GOOD = 1.05
 _MOST_WEIGHT = 5.0
+# How many times a token that was computed is found again, before it was seen: over so many tokens.
+# A conversation trace has 0.5. Beyond the most, older requests count half.
+_PRIOR_FOUND, _PRIOR_TOKENS, _MOST_TOKENS = 0.5, 100_000.0, 20_000_000
 # Of `PrefixRoute`: a match is worth following above this part of the prompt, and a replica is
 # crowded with this many more requests than another, and this many times as many.
 _LEAST_MATCH = 0.3
@@ -167,7 +170,7 @@ class KnowingRoute(ABC):
         """The one to take."""
 
     def _less_loaded(self, offers: Sequence[_Offer]) -> _Offer:
-        """Of two of these at random, the one where fewer tokens are queued.
+        """Of two of these at random, the one where fewer tokens wait.
 
         Source: Mitzenmacher, "The power of two choices in randomized load balancing", 2001.
         """
@@ -178,23 +181,42 @@ class KnowingRoute(ABC):
 class CostRoute(KnowingRoute):
     """The replica where a request costs least: its own time to the first token, and others'.
 
-    What it has computed delays those who queue behind it: the busier the fleet, the more of them
-    there are, by the law of queues. So its computing time counts once for itself and
-    `busy / (1 - busy)` times, 5 at most, for others.
+    The time that it takes to compute delays others. Those that wait there and are longer are
+    counted. Those that come are the more the busier the fleet is, by the law of queues: by
+    `busy / (1 - busy)`, 5 at most. And blocks that are computed although another replica has them
+    take the place of others, which are computed again where they would have been found: as many
+    times as a computed token was found again of late, 1 at most.
     """
 
     name = "cost"
 
+    def __init__(self, clock: Clock = REAL_CLOCK, seed: int | None = None) -> None:
+        super().__init__(clock, seed)
+        self._computed_tokens, self._found_tokens = _PRIOR_TOKENS, _PRIOR_TOKENS * _PRIOR_FOUND
+
+    def found(self, choice: Choice, submit: Submit, cached_tokens: int, ttft_s: float) -> None:
+        """See `Route`. Follows how often what was computed is found again."""
+        super().found(choice, submit, cached_tokens, ttft_s)
+        with self._lock:
+            self._computed_tokens += len(submit.token_ids) - cached_tokens
+            self._found_tokens += cached_tokens
+            if self._computed_tokens + self._found_tokens > _MOST_TOKENS:
+                self._computed_tokens /= 2
+                self._found_tokens /= 2
+
     def _best(self, offers: Sequence[_Offer], num_tokens: int, now_s: float) -> _Offer:
-        weight = self._weight(now_s)
+        weight = self._num_coming(now_s) + min(1.0, self._found_tokens / self._computed_tokens)
         costs = [offer.estimate.cost_s(weight) for offer in offers]
-        most = min(costs) * _AS_GOOD
+        most = _AS_GOOD * min(costs)
+        near = [offer for offer, cost in zip(offers, costs, strict=True) if cost <= most]
+        # A conversation stays where it is unless it gains by more.
+        fewest = min(offer.estimate.computed_tokens for offer in near)
         return self._less_loaded(
-            [offer for offer, cost in zip(offers, costs, strict=True) if cost <= most]
+            [offer for offer in near if offer.estimate.computed_tokens == fewest]
         )
 
-    def _weight(self, now_s: float) -> float:
-        """How many others wait for the time that a request takes."""
+    def _num_coming(self, now_s: float) -> float:
+        """How many that are yet to come will wait for the time that a request takes."""
         shares = [member.outlook.busy_share(now_s) for member in self._members.values()]
         busy = sum(shares) / len(shares)
         return _MOST_WEIGHT if busy >= 1.0 else min(_MOST_WEIGHT, busy / (1.0 - busy))
