@@ -203,6 +203,25 @@ def test_a_request_names_the_peer_whose_host_memory_has_more_of_it_than_its_repl
     assert fleet.choose(prompt(), ["some"]).peer is None
 
 
+@pytest.mark.parametrize("share", ["same", "any"])
+def test_blocks_of_others_count_where_these_round_numbers_in_the_same_way(share: str) -> None:
+    fleet = Fleet(CostRoute, "")
+    for name in "ab":
+        told = info(peer_url=f"unix:///{name}", remote_secret_file="s", remote_share=share)
+        fleet.hosts[name] = Host(replace(told, numerics=name))
+        fleet.route.join(name, fleet.hosts[name])  # type: ignore[arg-type]
+    links = {"host": LINK, "remote": LINK}
+    for code in (HOST, REMOTE):
+        fleet.tell("a", snapshot(keys_of(prompt())[:1000], code), link_bytes_per_s=links)
+        fleet.tell("b", snapshot([]), link_bytes_per_s=links)
+        choice = fleet.choose(prompt(), "b")
+        is_shared = share == "any"
+        assert choice.peer == ("unix:///a" if is_shared and code == HOST else None)
+        found = 8000 if is_shared and code == REMOTE else 0
+        assert choice.expected_tokens == PROMPT - found
+        fleet.route._members["a"].outlook.index.doubt()
+
+
 @pytest.mark.parametrize(("rate", "computed"), [(None, 12_035), (1e6, 12_035), (50e9, 4_035)])
 def test_what_a_peer_has_counts_at_the_rate_of_peers(rate: float | None, computed: int) -> None:
     fleet = with_peers(CostRoute, warm=(1000, HOST, "model"), cold=(0, HOST, "model"))

@@ -143,6 +143,7 @@ class Outlook:
 
     Attributes:
         index: where its blocks are.
+        blocks: what they depend on; replicas of which that is equal read each other's.
         peer_url: where other replicas may fetch from its host memory; None: nowhere.
     """
 
@@ -150,6 +151,8 @@ class Outlook:
         memory = info.options.memory
         self.index = ReplicaIndex()
         self.fingerprint, self.block_size = info.fingerprint, info.block_size
+        numerics = "" if memory.remote_share == "any" else info.numerics
+        self.blocks = (info.fingerprint, numerics)
         self.shares_prefixes, self.peer_url = memory.prefix_caching, memory.peer_url
         self._bytes_per_token, self._mode = info.kv_bytes_per_token, memory.fetch_policy
         self._lock = threading.Lock()

@@ -112,7 +112,10 @@ class KnowingRoute(ABC):
         keys = _Keys(submit)
         outlooks = [member.outlook for member in members.values()]
         others = mean_speed([outlook.speed() for outlook in outlooks])
-        in_remote = max(one.index.prefix(keys.of(one), BITS["remote"]) for one in outlooks)
+        in_remote: dict[tuple[str, str], int] = {}
+        for one in outlooks:
+            there = one.index.prefix(keys.of(one), BITS["remote"])
+            in_remote[one.blocks] = max(there, in_remote.get(one.blocks, 0))
         num_tokens = len(keys.token_ids)
         peers = _Peers(keys, outlooks)
         offers = []
@@ -122,7 +125,7 @@ class KnowingRoute(ABC):
                 keys.of(outlook),
                 num_tokens,
                 now_s,
-                in_remote=in_remote,
+                in_remote=in_remote[outlook.blocks],
                 at_peer=at_peer,
                 others=others,
             )
@@ -283,10 +286,9 @@ class _Peers:
         self._most_first = sorted(found, key=lambda pair: -pair[0])
 
     def of(self, outlook: Outlook) -> tuple[int, str | None]:
-        """Leading blocks that another one has which makes the same keys, and its URL."""
-        keys = self._keys.of(outlook)
+        """Leading blocks that another one has which makes the same blocks, and its URL."""
         for num_blocks, one in self._most_first:
-            if num_blocks and one is not outlook and self._keys.of(one) is keys:
+            if num_blocks and one is not outlook and one.blocks == outlook.blocks:
                 return num_blocks, one.peer_url
         return 0, None
 
