@@ -309,7 +309,7 @@ def test_an_engine_fetches_from_a_peer_that_a_request_names_and_answers_the_same
     settle(one)
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     for number, prompt in enumerate(PROMPTS):
-        other.add(Submit(f"r{number}", prompt, params, peer=peer))
+        other.add(Submit(f"r{number}", prompt, params, peer=peer), {})
     found: dict[str, list[int]] = {f"r{number}": [] for number in range(len(PROMPTS))}
     while other.has_work:
         for output in other.step():

@@ -596,6 +596,40 @@ def test_what_a_tier_declined_is_written_to_it_once_it_was_used() -> None:
     rig.tiers.close()
 
 
+def test_what_is_owed_waits_for_a_moment_without_requests_but_not_for_long() -> None:
+    picky, clock = FakeTier("picky", 8192), FakeClock()
+    picky.declines = True
+    rig = Rig(host_slots=16, slower=[picky], clock=clock)
+    first, second, third = (bytes([number]) * 16 for number in range(3))
+    for block, key in enumerate((first, second, third)):
+        rig.fill(block, seed=block)
+        assert rig.tiers.spill(key, block)
+    rig.settle()
+    rig.tiers.is_idle = False
+
+    def written() -> list[bytes]:
+        rig.tiers.poll()
+        rig.tiers.poll()
+        return list(picky.stored)
+
+    rig.tiers.touch([first], came_back=True)
+    assert written() == []
+    rig.tiers.is_idle = True
+    assert written() == [first]
+    rig.tiers.is_idle = False
+    rig.tiers.touch([second], came_back=True)
+    clock.now_s += 9.0
+    rig.tiers.touch([second], came_back=True)  # which does not begin anew
+    assert written() == [first]
+    clock.now_s += 1.0
+    assert written() == [first, second]
+    rig.tiers.touch([third], came_back=True)
+    rig.tiers.begin_drain()  # as the process ends, whoever waits
+    assert written() == [first, second, third]
+    rig.settle()
+    rig.tiers.close()
+
+
 def test_a_drain_writes_all_but_what_is_of_use_here_alone() -> None:
     picky = FakeTier("picky", 8192)
     picky.declines = True

@@ -278,6 +278,8 @@ class Engine:
         """Between two steps: take note of what ended, and move what follows the load."""
         if self._num_host_bound:
             self._collect()  # the next step needs the last one's tokens on the host
+        for tiers in self._tiers:
+            tiers.is_idle = not self._has_requests
         for lane in self.lanes:
             lane.kv.poll()
             lane.kv.asking.wait()

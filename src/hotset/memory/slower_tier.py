@@ -12,6 +12,8 @@ from hotset.metrics import Metrics
 
 _RATE_WINDOW_S = 0.25
 _MOST_OWED = 1 << 16
+# What is owed waits for a moment without requests for at most so long: writing takes time from them.
+_OWED_WAIT_S = 10.0
 # Of host memory, what is being written at most of what is owed to a tier; and payloads.
 _WRITING_PART, _MOST_WRITING = 8, 64
 
@@ -31,7 +33,8 @@ class SlowerTier:
         tier: that stores the payloads.
         reads: payloads that are being read, by the tier's transfer id.
         writes: payloads that are being written, likewise.
-        owed: keys of payloads that are to be written to it, first those that were first owed.
+        owed: keys of payloads that are to be written to it, first those that were first owed, each
+            with the time from which it is written beside requests too.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class SlowerTier:
         self.tier = tier
         self.reads: dict[int, Payload] = {}
         self.writes: dict[int, Payload] = {}
-        self.owed: dict[bytes, None] = {}
+        self.owed: dict[bytes, float] = {}
         self._block_bytes = block_bytes
         self._host = host
         self._rates = rates
@@ -59,20 +62,26 @@ class SlowerTier:
         """Whether it says at once that it has a payload."""
         return self.tier.lookup([key], may_ask=False)[0] is Answer.HIT
 
-    def owe(self, keys: Iterable[bytes]) -> None:
-        """Have payloads written as soon as they are in host memory; the last owed may be left."""
-        self.owed.update(dict.fromkeys(keys))
+    def owe(self, keys: Iterable[bytes], *, at_once: bool = False) -> None:
+        """Have payloads written once they are in host memory; the last owed may be left.
+
+        When no request runs or some time has passed, unless `at_once`.
+        """
+        due_s = 0.0 if at_once else self._clock.now() + _OWED_WAIT_S
+        for key in keys:
+            self.owed.setdefault(key, due_s)
         while len(self.owed) > _MOST_OWED:
             self.owed.popitem()
 
-    def due(self, host: Residency) -> Iterator[Payload]:
+    def due(self, host: Residency, *, is_idle: bool) -> Iterator[Payload]:
         """READY payloads that are owed and to be written now: with a part of host memory at once.
 
         Forgets what is not there, and what the tier has.
         """
         most = max(1, min(_MOST_WRITING, host.num_slots // _WRITING_PART))
-        for key in list(islice(self.owed, 4 * most)):
-            if len(self.writes) >= most:
+        now_s = self._clock.now()
+        for key, due_s in list(islice(self.owed.items(), 4 * most)):
+            if len(self.writes) >= most or not (is_idle or due_s <= now_s):
                 return
             payload = host.get(key)
             if payload is not None and payload.state is State.SPILLING:

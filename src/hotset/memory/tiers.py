@@ -55,6 +55,7 @@ class TierStack:
         slower: the other tiers with their transfers, fastest first.
         infos: a row for each tier, fastest first: host memory, then `slower`.
         may_think: whether a tier may answer PENDING.
+        is_idle: whether no request waits for what is done here; set by who has them.
         expect: to be told of keys that another replica, at a URL, is said to have; None where none
             is asked.
     """
@@ -84,6 +85,7 @@ class TierStack:
             SlowerTier(tier, host_info.name, device.block_bytes, rates, metrics, clock)
             for tier in slower
         ]
+        self.is_idle = True
         self.expect: Callable[[Sequence[bytes], str], None] | None = None
         self.block_bytes = device.block_bytes
         self.rates = rates
@@ -261,7 +263,7 @@ class TierStack:
             number = len(self.slower)
             ours = [p.key for p in self.host.by_use() if p.slowest is None or p.slowest >= number]
             self.slower[-1].owed.clear()
-            self.slower[-1].owe([*first, *ours])
+            self.slower[-1].owe([*first, *ours], at_once=True)
 
     @property
     def num_to_drain(self) -> int:
@@ -378,7 +380,7 @@ class TierStack:
                     self._become_ready(payload)
                 else:
                     self._fail(payload.key, self.host.abandon(payload))
-            for payload in slower.due(self.host):
+            for payload in slower.due(self.host, is_idle=self.is_idle):
                 self.write(payload, number)  # or it is dropped
 
     def _cascade(self, payload: Payload, number: int) -> None:
