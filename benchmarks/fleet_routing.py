@@ -279,12 +279,15 @@ def attainable(sessions: list[Session]) -> float:
     return sum(turn.known_tokens for one in sessions for turn in one.turns) / tokens
 
 
+_SAME = ("requests", "first", "replicas", "capacity_per_s")
+
+
 def kept_rows(out: Path | None, found: dict[str, Any], again: set[tuple[float, str]]) -> list[Any]:
     """Rows of an earlier run of the same requests that are not made again."""
     if out is None or not out.with_suffix(".json").exists():
         return []
     old = json.loads(out.with_suffix(".json").read_text())
-    if any(old[name] != found[name] for name in ("requests", "replicas", "capacity_per_s")):
+    if any(old[name] != found[name] for name in _SAME):
         return []
     return [run for run in old["runs"] if (run["load"], run["route"]) not in again]
 
@@ -307,12 +310,13 @@ def page(found: dict[str, Any]) -> str:
     ]
     return (
         f"# Routes over {found['replicas']} replicas\n\n"
-        f"The first {found['requests']:,} requests of Mooncake's conversation trace, lengths as "
-        "they are, blocks of\n512 tokens, played on the engine's own scheduler with step times of "
-        "Llama-3.1-8B on an H200;\nnothing is computed, and copies to and from host memory take no "
-        f"time. {DEVICE_BLOCKS:,} blocks on the\ndevice and {HOST_BLOCKS:,} in host memory per "
-        f"replica. Round robin's capacity is {found['capacity_per_s']} requests/s.\nOne cache "
-        f"without a bound would find {found['attainable_share']:.1%} of the prompts' tokens.\n\n"
+        f"{found['requests']:,} requests of Mooncake's conversation trace, from number "
+        f"{found['first']:,} on, lengths as they are,\nblocks of 512 tokens, played on the "
+        "engine's own scheduler with step times of Llama-3.1-8B on\nan H200; nothing is computed, and "
+        f"copies to and from host memory take no time. {DEVICE_BLOCKS:,} blocks\non the device and "
+        f"{HOST_BLOCKS:,} in host memory per replica. Round robin's capacity is "
+        f"{found['capacity_per_s']}\nrequests/s. One cache without a bound would find "
+        f"{found['attainable_share']:.1%} of the prompts' tokens.\n\n"
         f"{record.table(rows)}\n\n{record.footer(found)}"
     )
 
@@ -320,7 +324,8 @@ def page(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = record.arguments(__doc__)
     parser.add_argument("--trace", type=Path, required=True, help="Mooncake's conversation trace.")
-    parser.add_argument("--requests", type=int, default=4000, help="Of its beginning.")
+    parser.add_argument("--requests", type=int, default=4000, help="Of the trace.")
+    parser.add_argument("--first", type=int, default=0, help="Number of the first one.")
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--loads", default="0.7,0.9", help="Parts of the capacity.")
     parser.add_argument("--routes", default=",".join(ROUTES))
@@ -328,10 +333,11 @@ def main() -> None:
     arguments = parser.parse_args()
     spec = Spec("trace", trace=arguments.trace, seed=0)
     work = trace_work(spec, VOCAB_SIZE, max_context=MAX_TOKENS)
-    sessions = list(work.sessions[: arguments.requests])
+    sessions = list(work.sessions[arguments.first :][: arguments.requests])
     loaded, num = make_model(), arguments.replicas
     found = record.start(
         requests=len(sessions),
+        first=arguments.first,
         replicas=num,
         seed=0,
         attainable_share=round(attainable(sessions), 4),

@@ -18,7 +18,7 @@ from hotset.kv.block_hash import block_hash, root_hash
 _log = logging.getLogger(__name__)
 
 # Costs that differ by less are as good as equal: they rest on loads that are 0.1 s old.
-_AS_GOOD = 1.05
+_AS_GOOD = 1.1
 _MOST_WEIGHT = 5.0
 # How many times a token that was computed is found again, before it was seen: over so many tokens.
 # A conversation trace has 0.5. Beyond the most, older requests count half.
