@@ -82,7 +82,7 @@ class Engines:
             "with": self.make(remote=self.url),
             "hung": self.make(remote=hung.url),
         }
-        server = psutil.Process(hung._process.pid)
+        server = psutil.Process(hung.process.pid)
         server.suspend()
         undo.callback(server.resume)
 
@@ -240,7 +240,7 @@ def unix_server() -> Iterator[tuple[str, int]]:
         store = start_store(Path(folder), 2 * GIB)
         assert store is not None, "redis-server is not installed"
         try:
-            yield store.url, store._process.pid
+            yield store.url, store.process.pid
         finally:
             store.close()
 

@@ -20,7 +20,7 @@ from hotset.memory.tier import CompletionStatus
 def test_a_store_shares_payloads_and_leaves_nothing_behind(tmp_path: Path) -> None:
     store = start_store(tmp_path, 32 * 2**20)
     assert store is not None and store.is_alive
-    process = psutil.Process(store._process.pid)
+    process = psutil.Process(store.process.pid)
     assert not process.net_connections("inet")
     socket = tmp_path / "store.sock"
     assert socket.stat().st_mode & 0o077 == 0
@@ -64,7 +64,7 @@ def test_a_store_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
 import os
 from pathlib import Path
 from hotset.fleet.store import start_store
-print(start_store(Path({str(tmp_path)!r}), 2**24)._process.pid, flush=True)
+print(start_store(Path({str(tmp_path)!r}), 2**24).process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)

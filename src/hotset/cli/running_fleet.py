@@ -53,11 +53,11 @@ class FleetFlags:
 
 
 class _Kept:
-    """A process that starts again when it has ended."""
+    """A process that starts again when it has ended; `child` is it, where it runs already."""
 
-    def __init__(self, make: Callable[[], Child]) -> None:
+    def __init__(self, make: Callable[[], Child], child: Child | None = None) -> None:
         self._make = make
-        self.child = make()
+        self.child = child or make()
         self._start_s = time.monotonic()
         self._due_s: float | None = None
         self._delay_s = _FIRST_DELAY_S
@@ -119,6 +119,7 @@ class Fleet:
             store = self._start_store()
             if store is not None:
                 stack.callback(store.close)
+                self._kept["store"] = _Kept(store.launch, store.process)
             self._start_servers()
             if self._start_replicas(LocalRay(ray_folder, self._logs), store):
                 self._watch()

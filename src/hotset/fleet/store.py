@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,20 +22,22 @@ class LocalStore:
     Attributes:
         url: for the option `remote`.
         program: what runs.
+        launch: starts it again, empty, where it has ended; it answers soon.
     """
 
     url: str
     program: str
-    _process: Child
+    launch: Callable[[], Child]
+    process: Child
 
     @property
     def is_alive(self) -> bool:
         """Whether it still runs."""
-        return self._process.is_alive
+        return self.process.is_alive
 
     def close(self) -> None:
         """End it; what it stored is gone. Idempotent."""
-        self._process.end(_STOP_S)
+        self.process.end(_STOP_S)
 
 
 def socket_of(folder: Path) -> Path:
@@ -66,13 +69,16 @@ def start_store(folder: Path, num_bytes: int) -> LocalStore | None:
             f"a store of {num_bytes} bytes is too small; expected {_LEAST_BYTES} or more"
         )
     path, log = socket_of(folder), folder / "store.log"
-    path.unlink(missing_ok=True)
     words = ["--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700", "--save", ""]
     words += ["--appendonly", "no", "--dir", str(path.parent), "--loglevel", "warning"]
     words += ["--maxmemory", str(num_bytes), "--maxmemory-policy", "allkeys-lru"]
     log.unlink(missing_ok=True)
-    process = Child("the store", [program, *words], log)
-    store = LocalStore(f"unix://{path}", Path(program).name, process)
+
+    def launch() -> Child:
+        path.unlink(missing_ok=True)
+        return Child("the store", [program, *words], log)
+
+    store = LocalStore(f"unix://{path}", Path(program).name, launch, launch())
     until_s = time.monotonic() + _START_S
     while not _answers(store, until_s):
         if not store.is_alive or time.monotonic() > until_s:

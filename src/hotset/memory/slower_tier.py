@@ -12,7 +12,7 @@ from hotset.metrics import Metrics
 
 _RATE_WINDOW_S = 0.25
 _MOST_OWED = 1 << 16
-# What is owed waits for a moment without requests for at most so long: writing takes time from them.
+# What is owed waits so long at most for a moment without requests, from which writing takes time.
 _OWED_WAIT_S = 10.0
 # Of host memory, what is being written at most of what is owed to a tier; and payloads.
 _WRITING_PART, _MOST_WRITING = 8, 64
