@@ -188,7 +188,8 @@ class CostRoute(KnowingRoute):
     counted. Those that come are the more the busier the fleet is, by the law of queues: by
     `busy / (1 - busy)`, 5 at most. And blocks that are computed although another replica has them
     take the place of others, which are computed again where they would have been found: as many
-    times as a computed token was found again of late, 1 at most.
+    times as a computed token was found again of late, 1 at most. Of costs that are as good the one
+    where least is computed is taken, so that a conversation does not move for nothing.
     """
 
     name = "cost"
