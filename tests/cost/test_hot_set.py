@@ -124,7 +124,7 @@ def test_more_memory_or_a_slower_link_leaves_less_to_gain(
 
 @pytest.mark.parametrize(
     ("overlap", "next_layer", "shared"),
-    [(0.35, 3.03, 4.9), (0.40, 3.11, 5.0), (0.50, 3.29, 5.2)],
+    [(0.35, 3.08, 4.23), (0.40, 3.17, 4.43), (0.50, 3.36, 4.86)],
 )
 def test_prefetch_hides_rows(overlap: float, next_layer: float, shared: float) -> None:
     assert planned(hot_cost(overlap=overlap, prefetch=2)).gain == pytest.approx(
@@ -159,8 +159,11 @@ def test_layers_that_share_a_selection_have_their_rows_fetched_as_one_run_or_beh
     # Two of three fetches have short rows, of which the first in each group is waited for.
     tokens = 2 * 100 * once.rows(4096).missed
     assert steps[1].link_s == pytest.approx(tokens * (2 / 36e6 + 2 * 1152 / once.rows_bytes_per_s))
-    assert steps[1].link_s - steps[1].hidden_s == pytest.approx(tokens / 36e6)
-    assert steps[0].link_s < steps[1].link_s and not steps[0].hidden_s
+    waited_s = [step.link_s - step.hidden_s for step in steps]
+    assert waited_s[0] == pytest.approx(steps[0].link_s)
+    # Of the first group the last layer alone has experts: the others hide next to nothing.
+    assert tokens / 36e6 + 0.2 * steps[1].link_s < waited_s[1] < 0.6 * steps[1].link_s
+    assert steps[0].link_s < steps[1].link_s
     assert steps[1].seconds < steps[0].seconds
     # The second group is guessed for: what is wrong comes for all of its layers.
     guessing = hot_cost("dsa-8l-shared", prefetch=2, link_gb_per_s=None)
@@ -168,7 +171,8 @@ def test_layers_that_share_a_selection_have_their_rows_fetched_as_one_run_or_beh
     assert 2 * rows.missed - tokens / 200 == pytest.approx(240, rel=0.01)
     assert step.chip_s > steps[1].chip_s
     assert step.missed_bytes == pytest.approx(200 * (rows.missed + rows.guessed) * 4 * 1152)
-    assert step.link_s - step.hidden_s == pytest.approx(200 * rows.missed / 36e6)
+    saved = (tokens - 200 * rows.missed) / 36e6
+    assert waited_s[1] - (step.link_s - step.hidden_s) == pytest.approx(saved, rel=0.2)
 
 
 def test_a_guess_hides_behind_the_experts_that_compute_before_its_layer() -> None:
@@ -180,11 +184,13 @@ def test_a_guess_hides_behind_the_experts_that_compute_before_its_layer() -> Non
     assert rows.missed == pytest.approx((guesses.missed + misses) / 2)
     assert rows.right < rows.guessed
     step = cost.step(80, 80, 4096)
-    assert step.hidden_s == pytest.approx(4 * 80 * guesses.guessed * 1152 / 50e9)
-    # A slow link is never hidden for longer than experts compute.
-    slow = hot_cost(prefetch=2, link_gb_per_s=5)
-    experts_s = slow.cost.decode(80, CONTEXT).parts["experts"]
-    assert slow.step(80, 80, 4096).hidden_s == pytest.approx(experts_s * 4 / 5)
+    ahead_s = 4 * 80 * guesses.guessed * 1152 / 50e9
+    # Scores of a guess hide rows of the layer that makes it, too.
+    assert ahead_s < step.hidden_s < 1.2 * ahead_s
+    # A slow link is never hidden for longer than the layers compute that guess.
+    slow = hot_cost(prefetch=2, link_gb_per_s=5).step(80, 80, 4096)
+    experts_s = cost.cost.decode(80, CONTEXT).parts["experts"] * 4 / 5
+    assert experts_s < slow.hidden_s < 1.2 * experts_s < slow.link_s
     assert replace(cost, right=0.5).rows(4096).missed > rows.missed
     assert hot_cost("dsa-8l-shared", prefetch=1).rows(4096).guessed == 0
 

@@ -1,12 +1,16 @@
 """What hot requests get, and when they pay. Needs no torch."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from test_sizing import DENSE, sizes
 
+from hotset.cost.attention import Attention, Kind
 from hotset.cost.hot_set import Room, SparseCache
+from hotset.cost.params import Params
+from hotset.cost.shape import Layer
 from hotset.engine.hot_sizing import HotChoice, SparseSizes
 from hotset.engine.sizing import Sizes
 from hotset.errors import ConfigError
@@ -81,6 +85,7 @@ class FakeCost:
 
     memory_bytes_per_s = 1e12
     kernel_s = 1e-6
+    shape = SimpleNamespace(layers=[Layer(Attention(Kind.MLA), mlp=Params(1))] * 8)
 
     def __init__(self, link_bytes_per_s: float) -> None:
         self._link = link_bytes_per_s

@@ -75,10 +75,8 @@ def test_prefetch_and_overlap_raise_the_gain() -> None:
 def test_a_plan_says_what_comes_ahead() -> None:
     found = planned(*CASE, "--row-prefetch", "2")
     assert 0 < found["guessed_right"] < found["guessed"]
-    assert (
-        f"{found['guessed']:,.0f} more, guessed, of which"
-        in run(*CASE, "--row-prefetch", "2").output
-    )
+    text = run(*CASE, "--row-prefetch", "2").output
+    assert f"{found['guessed']:,.0f} more, guessed, {found['guessed_right']:,.0f} of them" in text
     assert "ahead" not in run(*CASE).output
     worse = planned(*CASE, "--row-prefetch", "2", "--selection-guessed", "0.5")
     assert worse["gain"] < found["gain"]

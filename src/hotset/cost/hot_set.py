@@ -12,16 +12,17 @@ from functools import cached_property
 from typing import Protocol
 
 from hotset.cost.cache_spec import Latent, groups_of, index_places
+from hotset.cost.row_link import GroupRows, waiting_s
 from hotset.cost.selection import GUESSED, Guesses
 from hotset.cost.shape import ModelShape
-from hotset.cost.step_time import CostModel
+from hotset.cost.step_time import CostModel, Step
 
 TAIL_TOKENS = 128  # the block that is being filled, and one that is being copied down
 TABLE_BYTES = 6  # of a slot: its position in 4 bytes, its place in the order of use in 2
 SLOT_STEP = 64  # slots are whole blocks
 MOST_SLOTS = 2**15  # of a request, as the device's tables number them in 16 bits
 LEAST_GAIN = 0.05  # of tokens/s, for which requests turn hot
-_GUESS_KERNELS = 12  # of a layer that guesses: projections, scores, and what finds their rows
+_GUESS_KERNELS = 14  # of a layer that guesses: projections, scores, and what finds their rows
 
 
 class Misses(Protocol):
@@ -228,26 +229,17 @@ class HotSetCost:
         ]
 
     @cached_property
-    def _guessed(self) -> list[float | None]:
-        """By group of layers, the share of all experts that compute while a guess for it comes.
-
-        None where none is made: for the first group, and see `guesses_between`.
-        """
-        found: list[float | None] = [None] * self.cache.index_layers
+    def _guesses(self) -> list[bool]:
+        """By group of layers, whether the next group's selection is guessed."""
         if self.prefetch < 2:
-            return found
+            return [False] * self.cache.index_layers
         with_experts = [layer.num_experts > 0 for layer in self.cost.shape.layers]
-        total, start = sum(with_experts), 0
-        for group, size in enumerate(self.cache.groups[:-1]):
-            before = with_experts[start : start + size]
-            if guesses_between(before, total > 0):
-                found[group + 1] = sum(before) / max(1, total)
+        found, start = [], 0
+        for size in self.cache.groups:
+            between = with_experts[start : start + size]
+            found.append(guesses_between(between, any(with_experts)))
             start += size
-        return found
-
-    @property
-    def _num_guessed(self) -> int:
-        return sum(share is not None for share in self._guessed)
+        return [*found[:-1], False]
 
     def _run_s(self, num_layers: int) -> float:
         num_bytes = num_layers * self.cache.row_bytes
@@ -258,50 +250,78 @@ class HotSetCost:
 
     def rows(self, slots: int) -> Guesses:
         """Per hot request and step, mean over the layers that select."""
-        first, others = self._rows(slots)
-        share = self._num_guessed / self.cache.index_layers
-        mean = [one + share * (other - one) for one, other in zip(first, others, strict=True)]
+        plain, guessed = self._rows(slots)
+        share = sum(self._guesses) / self.cache.index_layers
+        mean = [one + share * (other - one) for one, other in zip(plain, guessed, strict=True)]
         return Guesses(*mean)
 
     def _rows(self, slots: int) -> tuple[Guesses, Guesses]:
-        """Of a layer that is not guessed for, and of the others."""
+        """Of a layer that is not guessed for, and of one that is."""
         asked = self.context, self.cache.top_k, slots
-        first = Guesses(0.0, 0.0, self.selections.misses(*asked))
-        return first, self.selections.guesses(*asked, self.right) if self._num_guessed else first
+        plain = Guesses(0.0, 0.0, self.selections.misses(*asked))
+        return plain, self.selections.guesses(*asked, self.right) if any(self._guesses) else plain
 
     def step(self, users: int, num_hot: int, slots: int) -> HotStep:
         """A decode step of `users`, of which `num_hot` are hot with `slots` slots each."""
         step = self.cost.decode(users, self.context)
-        chip_s = step.expected_s
         if not num_hot:
-            return HotStep(users, 0, chip_s, 0.0, 0.0, 0.0)
+            return HotStep(users, 0, step.expected_s, 0.0, 0.0, 0.0)
         # A launch over the tables for each layer that selects, and one for each fetch.
-        chip_s += sum(1 + len(parts) for parts in self._fetches) * self.cost.kernel_s
+        more_s = sum(1 + len(parts) for parts in self._fetches) * self.cost.kernel_s
         tables = 2 * TABLE_BYTES * slots * self.cache.index_layers * num_hot
-        chip_s += tables / self.cost.memory_bytes_per_s
-        if guessed := self._num_guessed:
-            # Guesses score the keys of hot requests once more, and are resolved and fetched too.
-            chip_s += guessed / self.cache.index_layers * step.parts["index"] * num_hot / users
-            chip_s += guessed * (_GUESS_KERNELS + len(self._fetches[-1])) * self.cost.kernel_s
-        waited_s = behind_s = tokens = 0.0
-        ahead: list[tuple[float, float]] = []  # seconds of a guess, and its share of the experts
-        others = self._rows(slots)
-        for rows_s, size, share in zip(
-            self._token_s, self.cache.groups, self._guessed, strict=True
-        ):
-            rows = others[share is not None]
-            waited_s += num_hot * rows.missed * rows_s[0]
-            behind_s += num_hot * (rows.missed + rows.guessed) * rows_s[1]
-            ahead.append((num_hot * rows.guessed * rows_s[0], share or 0.0))
-            tokens += num_hot * (rows.missed + rows.guessed) * size
-        # What layers lack that share a selection comes while any work is done, a guess while the
-        # experts of the layers before compute.
-        hidden_s = min(behind_s, chip_s)
-        if guessed:
-            experts_s = max(0.0, step.parts["experts"] - hidden_s)
-            hidden_s += sum(min(seconds, share * experts_s) for seconds, share in ahead)
-        link_s = waited_s + behind_s + sum(seconds for seconds, _ in ahead)
-        return HotStep(users, num_hot, chip_s, link_s, hidden_s, tokens * self.cache.row_bytes)
+        more_s += tables / self.cost.memory_bytes_per_s
+        # Guesses score the keys of hot requests once more.
+        scoring_s = step.parts.get("index", 0.0) / self.cache.index_layers * num_hot / users
+        scoring_s += _GUESS_KERNELS * self.cost.kernel_s
+        groups = self._groups(self._layers_s(step, more_s), scoring_s, num_hot, slots)
+        link_s = sum(group.link_s for group in groups)
+        chip_s = step.expected_s + more_s + sum(group.scoring_s for group in groups)
+        plain, guessed = self._rows(slots)
+        tokens = sum(
+            size * (plain.missed if not is_guessed else guessed.missed + guessed.guessed)
+            for size, is_guessed in zip(
+                self.cache.groups, [False, *self._guesses[:-1]], strict=True
+            )
+        )
+        missed_bytes = num_hot * tokens * self.cache.row_bytes
+        hidden_s = max(0.0, link_s - waiting_s(groups))
+        return HotStep(users, num_hot, chip_s, link_s, hidden_s, missed_bytes)
+
+    def _groups(
+        self, layers_s: list[float], scoring_s: float, num_hot: int, slots: int
+    ) -> list[GroupRows]:
+        """What each group of layers computes, a guess in `scoring_s`, and asks of the link."""
+        rows, found = self._rows(slots), []
+        start, is_guessed = 0, False
+        for parts, guesses in zip(self._fetches, self._guesses, strict=True):
+            own, ahead = rows[is_guessed], rows[1].guessed if guesses else 0.0
+            first, *later = (num_hot * self._run_s(len(part)) for part in parts)
+            behind = zip(parts[1:], later, strict=True)
+            end = start + parts[-1].stop
+            group = GroupRows(
+                layers_s[start:end],
+                own.missed * first,
+                {part.start: (own.missed + own.guessed) * run_s for part, run_s in behind},
+                scoring_s if guesses else 0.0,
+                ahead * num_hot * self._run_s(1),
+            )
+            found.append(group)
+            start, is_guessed = end, guesses
+        return found
+
+    def _layers_s(self, step: Step, more_s: float) -> list[float]:
+        """Seconds of a step by layer: by its experts and its dense weights, the rest evenly."""
+        layers = self.cost.shape.layers
+        experts_s, dense_s = (step.parts.get(name, 0.0) for name in ("experts", "dense_weights"))
+        rest_s = (step.expected_s + more_s - experts_s - dense_s) / len(layers)
+        num_experts = sum(layer.num_experts for layer in layers)
+        dense = sum(layer.dense.count for layer in layers)
+        return [
+            experts_s * layer.num_experts / max(1, num_experts)
+            + dense_s * layer.dense.count / dense
+            + rest_s
+            for layer in layers
+        ]
 
     def resident_users(self, room: Room) -> int:
         """Resident requests that fit."""

@@ -119,7 +119,7 @@ def _ahead(hot: HotPlan) -> list[tuple[str, str]]:
     if not rows.guessed:
         return []
     text = (
-        f"{rows.guessed:,.0f} more, guessed, of which {rows.right:,.0f} are selected; a guess has "
+        f"{rows.guessed:,.0f} more, guessed, {rows.right:,.0f} of them right; a guess has "
         f"{hot.cost.right:.0%} of a selection (assumed; --selection-guessed)"
     )
     return [("ahead", text)]
