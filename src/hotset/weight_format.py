@@ -6,15 +6,16 @@ memory by it, and kernels read what it names. A weight is `code * scale`, or
 
 - e4m3: 8-bit floats. e2m1: 4-bit floats, 0 to 6 with a sign. int4: 0 to 15; 8 is subtracted where a
   group has no zero of its own. Codes of 4 bits lie two in a byte, the lower half first.
+- int8: -128 to 127. table4: 4 bits, which of 16 float32 numbers that lie behind the scales.
 - Scales of e8m0 are exponents of 2 with a bias of 127, a byte each. Zeros are a byte each.
 - Scales of rows are float32. They multiply what a row sums to: no weight is rounded by them.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-Code = Literal["float32", "bfloat16", "float16", "int8", "e4m3", "e2m1", "int4"]
+Code = Literal["float32", "bfloat16", "float16", "int8", "e4m3", "e2m1", "int4", "table4"]
 Scale = Literal["float32", "bfloat16", "float16", "e8m0", "e4m3"]
 
 ALIGN_BYTES = 128  # of planes: what a GPU reads at once
@@ -22,7 +23,9 @@ ALIGN_BYTES = 128  # of planes: what a GPU reads at once
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _CODE_BITS = {
     "float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "e4m3": 8, "e2m1": 4, "int4": 4,
+    "table4": 4,
 }  # fmt: skip
+TABLE_NUMBERS = 16
 _SCALE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "e8m0": 8, "e4m3": 8}
 
 
@@ -59,6 +62,10 @@ class WeightFormat:
         columns: of a group; None is all.
         has_zeros: whether a group has a zero, which is subtracted from its codes.
         has_row_scales: whether a row has a scale beside its groups' scales.
+        span: columns that share a scale where each group has a factor of 8 bits for it (signed), a
+            multiple of `columns`; None is one scale per group. Of GGUF's k-quants.
+        has_minimum: whether a group has a number that is added to its weights, stored beside the
+            scale, and beside the factor where there is one; codes of int4 are 0 to 15 then.
         input_bits: of what the matrix is multiplied with: 16 is as it comes; 8 rounds it in each
             product, with a scale for each token and the columns of a group.
     """
@@ -69,6 +76,8 @@ class WeightFormat:
     columns: int | None = None
     has_zeros: bool = False
     has_row_scales: bool = False
+    span: int | None = None
+    has_minimum: bool = False
     input_bits: Literal[16, 8] = 16
 
     @property
@@ -97,7 +106,15 @@ class WeightFormat:
     @property
     def group_bits(self) -> int:
         """Of what a group has beside its codes."""
-        return (0 if self.scale is None else _SCALE_BITS[self.scale]) + 8 * self.has_zeros
+        scale_bits = 0 if self.scale is None else _SCALE_BITS[self.scale]
+        if self.span is not None and self.columns is not None:
+            return self.num_parts * (8 + scale_bits * self.columns // self.span)
+        return self.num_parts * scale_bits + 8 * self.has_zeros
+
+    @property
+    def num_parts(self) -> int:
+        """Numbers of a scale: itself, and a minimum."""
+        return 1 + self.has_minimum
 
     def groups(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """`[..., N, K]` to the groups of each dimension; the last of one may be smaller."""
@@ -119,9 +136,17 @@ class WeightFormat:
             (*others, columns * self.code_bits // 8), "uint8", offset, self._code_bytes(shape)
         )
         planes, groups = [codes], self.groups(shape)
+        parts = (self.num_parts,) if self.has_minimum or self.span is not None else ()
         if self.scale is not None:
-            size = math.prod(groups) * _SCALE_BITS[self.scale] // 8
-            planes.append(Plane(groups, self.scale, planes[-1].end, size))
+            scales = self._scale_groups(shape) + parts
+            size = math.prod(scales) * _SCALE_BITS[self.scale] // 8
+            planes.append(Plane(scales, self.scale, planes[-1].end, size))
+        if self.span is not None:
+            factors = groups + parts
+            planes.append(Plane(factors, "int8", planes[-1].end, math.prod(factors)))
+        if self.code == "table4":
+            size = 4 * TABLE_NUMBERS
+            planes.append(Plane((TABLE_NUMBERS,), "float32", planes[-1].end, size))
         if self.has_zeros:
             planes.append(Plane(groups, "uint8", planes[-1].end, math.prod(groups)))
         if self.has_row_scales:
@@ -130,7 +155,11 @@ class WeightFormat:
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of all planes, without what aligns them."""
-        num_bytes = self._code_bytes(shape) + math.prod(self.groups(shape)) * self.group_bits // 8
+        groups = math.prod(self.groups(shape))
+        scales = math.prod(self._scale_groups(shape)) if self.scale is not None else 0
+        num_bytes = self._code_bytes(shape) + 4 * TABLE_NUMBERS * (self.code == "table4")
+        num_bytes += scales * self.num_parts * _SCALE_BITS.get(str(self.scale), 0) // 8
+        num_bytes += groups * (self.has_zeros + self.num_parts * (self.span is not None))
         return num_bytes + 4 * math.prod(shape[:-1]) * self.has_row_scales
 
     def bits(self, shape: tuple[int, ...] | None = None) -> float:
@@ -146,8 +175,16 @@ class WeightFormat:
             return self.code_bits
         return self.code_bits + self.group_bits / (self.rows * self.columns)
 
+    def _scale_groups(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """How many scales there are of each dimension."""
+        return self.groups(shape) if self.span is None else _wider(self).groups(shape)
+
     def _code_bytes(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) * self.code_bits // 8
+
+
+def _wider(form: WeightFormat) -> WeightFormat:
+    return replace(form, columns=form.span, span=None)
 
 
 FP8_ROW = WeightFormat("e4m3", "float32")

@@ -6,7 +6,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from hotset.checkpoint.gguf_blocks import FORMS, tiles_of
+from hotset.checkpoint.gguf_blocks import FORMS, planes_of, tiles_of, weight_format
+from hotset.kernels.narrow_forms import can_read
+from hotset.kernels.narrow_linear import narrow_linear, widen_matrix
+from hotset.linear.quant_linear import QuantLinear, quant_matrix
 
 
 def random_blocks(kind: GGMLQuantizationType, num_rows: int, num_columns: int) -> np.ndarray:
@@ -35,6 +38,28 @@ def test_rows_are_what_the_file_says_bit_for_bit(name: str) -> None:
     assert torch.equal(tiles.rows(torch.arange(70)), expected)
     assert torch.equal(tiles.rows(torch.tensor([69, 3, 3])), expected[[69, 3, 3]])
     assert tiles.num_bytes == tiles.form.bits / 8 * 96 * 512  # with the rows that fill it
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_planes_of_a_gpu_hold_what_the_file_says_bit_for_bit(name: str) -> None:
+    kind = GGMLQuantizationType[name]
+    data = random_blocks(kind, 70, 512)
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
+    form = weight_format(name)
+    layer = QuantLinear(quant_matrix(form, (70, 512)), bias_dtype=None, device=torch.device("cpu"))
+
+    layer.set_rows(slice(None), planes_of(data, kind, order))
+
+    expected = torch.from_numpy(gguf.dequantize(data, kind))[order]
+    assert can_read(form)
+    assert torch.equal(layer.weight, expected)
+    assert form.num_bytes((70, 512)) == FORMS[name].bits / 8 * 70 * 512
+    for dtype in (torch.float32, torch.float16):
+        widened = widen_matrix(layer.payload, layer.matrix, dtype)
+        assert torch.equal(widened, expected.to(dtype))
+    x = torch.randn(3, 512)
+    product = narrow_linear(x, layer.payload, layer.matrix)
+    torch.testing.assert_close(product, x @ expected.t(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_bits_of_forms_are_those_of_files_but_for_opened_codes() -> None:

@@ -34,6 +34,8 @@ class Registers:
             return s[0]
         if name == "and":
             return s[0] & s[1]
+        if name == "xor":
+            return s[0] ^ s[1]
         if name == "shr":
             return s[0] >> s[1]
         if name == "mul":
@@ -43,9 +45,9 @@ class Registers:
             return (s[0] & s[1]) | s[2]
         if name == "prmt":
             chosen = [int(s[2]) >> 4 * i & 15 for i in range(4)]
-            assert max(chosen) < 8 and s[1] == 0
-            picked = [(s[0] >> 8 * c & 255 if c < 4 else 0 * s[0]) << 8 * i
-                      for i, c in enumerate(chosen)]  # fmt: skip
+            assert max(chosen) < 8
+            both = [s[c // 4] >> 8 * (c % 4) & 255 for c in chosen]
+            picked = [(each + 0 * s[0]) << 8 * i for i, each in enumerate(both)]
             return picked[0] | picked[1] | picked[2] | picked[3]
         assert name == "fma"
         dtype = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}[kind]
@@ -161,6 +163,12 @@ def test_int4_opens_to_its_code_less_the_zero(dtype: torch.dtype, zero: int) -> 
     codes = torch.stack([ALL_BYTES & 15, ALL_BYTES >> 4], 1).unsqueeze(2)  # [256, 2, 1]
     expected = (codes - torch.tensor(zeros)).flatten(1)
     assert torch.equal(got.float(), expected.float())
+
+
+def test_int8_opens_to_its_value() -> None:
+    got = opened(narrow_codes._INT8.value, 2, torch.float16)
+    values = ALL_BYTES.byte().view(torch.int8).float()
+    assert torch.equal(got.float(), values.unsqueeze(1).expand(-1, 4))
 
 
 def test_inputs_lie_in_the_order_of_the_columns() -> None:

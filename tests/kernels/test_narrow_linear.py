@@ -10,6 +10,14 @@ from hotset.weight_format import AWQ_128, FP8_BLOCK, FP8_ROW, INT4_128, MXFP4, N
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+GGUF = {
+    "Q4_0": WeightFormat("int4", "float16", 1, 32),
+    "Q4_1": WeightFormat("int4", "float16", 1, 32, has_minimum=True),
+    "Q8_0": WeightFormat("int8", "float16", 1, 32),
+    "Q4_K": WeightFormat("int4", "float16", 1, 32, span=256, has_minimum=True),
+    "Q5_K": WeightFormat("int8", "float16", 1, 32, span=256, has_minimum=True),
+    "Q6_K": WeightFormat("int8", "float16", 1, 16, span=256),
+}
 FORMS = [
     FP8_ROW,
     FP8_BLOCK,
@@ -18,6 +26,9 @@ FORMS = [
     INT4_128,
     AWQ_128,
     WeightFormat("int4", "float16", 1, 32, has_zeros=True),
+    *GGUF.values(),
+    WeightFormat("table4", "float32", 1, 64),
+    WeightFormat("int8", "bfloat16", 1, None),
 ]
 
 
@@ -26,6 +37,8 @@ FORMS = [
 def test_both_ways_have_the_weights_of_the_reference(
     form: WeightFormat, shape: tuple[int, int]
 ) -> None:
+    if form.span is not None:
+        shape = shape[0], shape[1] // form.span * form.span
     matrix = quant_matrix(form, shape)
     payload = random_payload(matrix, torch.Generator().manual_seed(0)).to(DEVICE)
     expected = matrix.widened(payload, DTYPE)

@@ -1,4 +1,6 @@
-"""Matrices of a GGUF file in tiles, without loss: codes, scales and factors stay as they are.
+"""Matrices of a GGUF file without loss, in tiles of a CPU or in planes of a GPU.
+
+Codes, scales and factors stay as they are.
 
 A type that is not listed is widened by `gguf.dequantize`. Codes of 5 and 6 bits and those that
 are places in a table (IQ4) are opened to 8 bits, which is exact and wider than the file.
@@ -14,7 +16,9 @@ from gguf import GGMLQuantizationType
 from gguf.quants import IQ4_NL, Q4_K
 from numpy.typing import NDArray
 
+from hotset.linear.narrow_matrix import Planes
 from hotset.linear.tiles import TileFormat, Tiles, make_tiles
+from hotset.weight_format import WeightFormat
 
 Bytes = NDArray[np.uint8]
 # Codes, scales and minima, their factors; each of a block, by rows and blocks.
@@ -33,6 +37,30 @@ FORMS = {
 }
 
 
+def weight_format(kind: str) -> WeightFormat:
+    """How a GPU has matrices of a type of `FORMS`."""
+    form = FORMS[kind]
+    return WeightFormat(
+        "int4" if form.code_bits == 4 else "int8",
+        "float16",
+        1,
+        form.group,
+        span=form.span if form.has_factors else None,
+        has_minimum=form.has_minimum,
+    )
+
+
+def planes_of(data: Bytes, kind: GGMLQuantizationType, order: torch.Tensor | None = None) -> Planes:
+    """The planes of a matrix in `weight_format`, on the CPU; arguments as for `tiles_of`."""
+    form = FORMS[kind.name]
+    codes, scales, factors = _opened(data, kind, order)
+    if form.code_bits == 4:
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+    if not form.has_factors and not form.has_minimum:
+        scales = scales.squeeze(-1)
+    return codes.view(torch.uint8), scales, factors
+
+
 def tiles_of(data: Bytes, kind: GGMLQuantizationType, order: torch.Tensor | None = None) -> Tiles:
     """Put a matrix into tiles.
 
@@ -41,6 +69,13 @@ def tiles_of(data: Bytes, kind: GGMLQuantizationType, order: torch.Tensor | None
         kind: its type, one of `FORMS`.
         order: the row of the file that is each row of the result; None is the same.
     """
+    return make_tiles(FORMS[kind.name], *_opened(data, kind, order))
+
+
+def _opened(
+    data: Bytes, kind: GGMLQuantizationType, order: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes `[N, K]`, scales `[N, K / span, P]` and factors `[N, K / group, P]`."""
     form = FORMS[kind.name]
     block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
     blocks = np.ascontiguousarray(data).reshape(data.shape[0], -1, block_bytes)
@@ -51,8 +86,7 @@ def tiles_of(data: Bytes, kind: GGMLQuantizationType, order: torch.Tensor | None
     parts = [np.ascontiguousarray(part).view(np.float16)[..., 0] for part in scales]
     if form.has_minimum and form.has_factors:
         parts[1] = -parts[1]  # k-quants subtract it
-    return make_tiles(
-        form,
+    return (
         torch.from_numpy(codes.astype(code_type, copy=False).reshape(len(blocks), -1)),
         torch.from_numpy(np.stack(parts, axis=-1)),
         _factors(factors, len(blocks)) if factors else None,

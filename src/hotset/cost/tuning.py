@@ -84,6 +84,8 @@ _WIDENED = (
 NARROW_TILES = {
     "e2m1": NarrowTiles(4, 16, _WIDENED),
     "int4": NarrowTiles(4, 16, _WIDENED),
+    "int8": NarrowTiles(8, 16, _WIDENED),
+    "table4": NarrowTiles(4, 16, _WIDENED),
     "e4m3": NarrowTiles(8, 16, _WIDENED),
     "e4m3 x 8": NarrowTiles(
         8, 8,

@@ -121,13 +121,53 @@ def _codes8(type_: str, shift: str, factor: str) -> Any:
 
 
 _E4M3 = tl.constexpr(_E4M3_TEXT.replace("SHIFT", "1"))
+# The bits of 1024 + 128 + n as a half float, less what zero has there: exact.
+_INT8 = tl.constexpr("""
+{
+    .reg .b32 u, t, high, one, minus;
+    mov.b32 high, 0x64646464;
+    mov.b32 one, 0x3C003C00;
+    mov.b32 minus, 0xE480E480;
+    xor.b32 u, $2, 0x80808080;
+    prmt.b32 t, u, high, 0x5140;
+    fma.rn.f16x2 $0, t, one, minus;
+    prmt.b32 t, u, high, 0x5342;
+    fma.rn.f16x2 $1, t, one, minus;
+}
+""")
 _CODES8_BFLOAT16 = _codes8("bf16x2", "4", "0x7B807B80")  # 2**120
 _CODES8_FLOAT16 = _codes8("f16x2", "1", "0x5C005C00")  # 2**8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def load_scales(payload, index, mask, PLANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scales of groups as they are stored; 0 of those that are not there."""
+    """Scales of groups as they are stored; 0 of those that are not there.
+
+    In float32, where they have factors or minima.
+    """
+    if PLANES[7] != 0 or PLANES[8] == 2:
+        scale = _load_part(payload, index, mask, 0, PLANES)
+    else:
+        scale = tl.load(_scales_at(payload, PLANES) + index, mask=mask, other=0)
+    return scale
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_part(payload, index, mask, PART: tl.constexpr, PLANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scales (0) or minima (1) of groups, times their factors."""
+    if PLANES[7] != 0:
+        at = _scales_at(payload, PLANES) + index // PLANES[7] * PLANES[8] + PART
+        factors_at = (payload + PLANES[3]).to(tl.pointer_type(tl.int8)) + index * PLANES[8] + PART
+        number = tl.load(at, mask=mask, other=0).to(tl.float32)
+        number *= tl.load(factors_at, mask=mask, other=0).to(tl.float32)
+    else:
+        at = _scales_at(payload, PLANES) + index * PLANES[8] + PART
+        number = tl.load(at, mask=mask, other=0).to(tl.float32)
+    return number
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scales_at(payload, PLANES: tl.constexpr):  # type: ignore[no-untyped-def]
     at = payload + PLANES[2]
     if PLANES[5] == 0:
         at = at.to(tl.pointer_type(tl.float32))
@@ -137,13 +177,15 @@ def load_scales(payload, index, mask, PLANES: tl.constexpr):  # type: ignore[no-
         at = at.to(tl.pointer_type(tl.float16))
     else:
         at = at.to(tl.pointer_type(tl.uint8))
-    return tl.load(at + index, mask=mask, other=0)
+    return at
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def load_zeros(payload, index, mask, PLANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What is subtracted from 4-bit integers of groups."""
-    if PLANES[0] == 2 and PLANES[3] >= 0:
+    """What is subtracted from 4-bit integers of groups; or minima, which are added to weights."""
+    if PLANES[8] == 2:
+        zero = _load_part(payload, index, mask, 1, PLANES)
+    elif PLANES[0] == 2 and PLANES[3] >= 0 and PLANES[7] == 0:
         zeros_at = (payload + PLANES[3]).to(tl.pointer_type(tl.uint8))
         zero = tl.load(zeros_at + index, mask=mask, other=0)
     else:
@@ -153,10 +195,35 @@ def load_zeros(payload, index, mask, PLANES: tl.constexpr):  # type: ignore[no-u
 
 @triton.jit  # type: ignore[untyped-decorator]
 def widen(  # type: ignore[no-untyped-def]
-    codes, scale, zero, PLANES: tl.constexpr, dtype: tl.constexpr, IN_PAIRS: tl.constexpr
+    payload, codes, scale, zero, PLANES: tl.constexpr, dtype: tl.constexpr, IN_PAIRS: tl.constexpr
 ):
     """`[..., bytes]` codes to weights of `dtype`: `[..., bytes]`; of 4 bits `[..., bytes, 2]`."""
-    if PLANES[0] == 0:
+    # The scales that PTX multiplies by.
+    IS_SAME: tl.constexpr = (PLANES[5] == 1 and dtype == tl.bfloat16) or (
+        PLANES[5] == 2 and dtype == tl.float16
+    )
+    IS_INT4: tl.constexpr = PLANES[0] == 2 and IN_PAIRS and not IS_SAME
+    if PLANES[0] == 3 or PLANES[7] != 0 or PLANES[8] == 2 or IS_INT4:
+        middle = zero
+        if PLANES[8] == 2:
+            middle = tl.full([1, 1, 1, 1], 0, tl.uint8)
+        weight = open_exactly(codes, middle, PLANES, dtype, IN_PAIRS).to(tl.float32)
+        if PLANES[0] == 3:
+            weight *= scale.to(tl.float32)
+        else:
+            weight *= scale.to(tl.float32)[:, :, :, :, None]
+        if PLANES[8] == 2 and PLANES[0] == 3:
+            weight += zero
+        elif PLANES[8] == 2:
+            weight += zero[:, :, :, :, None]
+        weight = weight.to(dtype)
+    elif PLANES[0] == 4:
+        table_at = (payload + PLANES[3]).to(tl.pointer_type(tl.float32))
+        factor = scale.to(tl.float32)
+        low = tl.load(table_at + (codes & 15).to(tl.int32)) * factor
+        high = tl.load(table_at + (codes >> 4).to(tl.int32)) * factor
+        weight = tl.join(low.to(dtype), high.to(dtype))
+    elif PLANES[0] == 0:
         if IN_PAIRS:
             half = tl.inline_asm_elementwise(
                 _E4M3, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
@@ -206,7 +273,14 @@ def open_exactly(  # type: ignore[no-untyped-def]
     codes, zero, PLANES: tl.constexpr, dtype: tl.constexpr, IN_PAIRS: tl.constexpr
 ):
     """As `widen`, but without scales: codes less zeros are numbers of `dtype`."""
-    if PLANES[0] == 0:
+    if PLANES[0] == 3:
+        if IN_PAIRS:
+            weight = tl.inline_asm_elementwise(
+                _INT8, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+            ).to(dtype)
+        else:
+            weight = codes.to(tl.int8, bitcast=True).to(dtype)
+    elif PLANES[0] == 0:
         if not IN_PAIRS:
             weight = (_open(codes, 0) * 256.0).to(dtype)
         elif dtype == tl.bfloat16:

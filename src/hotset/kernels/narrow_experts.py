@@ -104,7 +104,7 @@ def _gated_up(  # type: ignore[no-untyped-def]
         middle = gate * tl.sigmoid(gate) * up
     column = first_column + tl.arange(0, HALF)
     column_at = column
-    if PLANES[0] != 0:  # as the next product reads them
+    if PLANES[0] != 0 and PLANES[0] != 3:  # 4 bits: as the next product reads them
         column_at = in_order(column)
     out_at = out + place.to(tl.int64)[None, :] * MIDDLE_WIDTH + column_at[:, None]
     is_real = inside[None, :] & (column < MIDDLE)[:, None]
@@ -275,7 +275,7 @@ def gated_up(
         PLANES=planes_of(layout.form, up), HIDDEN=hidden_size, MIDDLE=middle_size, TOP_K=top_k,
         BLOCK_ROWS=tiles.block_rows, COLUMNS=tile.columns, DEPTH=tile.depth,
         SCALE_ROWS=_scale_rows(up, middle_size), ALPHA=gate.alpha, LIMIT=gate.limit,
-        HAS_BIAS=biases is not None, IN_PAIRS=opens_in_pairs(layout.form, out, tile),
+        HAS_BIAS=biases is not None, IN_PAIRS=opens_in_pairs(layout.form, out),
         HIDDEN_WIDTH=source.values.shape[1], MIDDLE_WIDTH=out.shape[1],
         NUM_SCALES=source.num_scales, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -312,7 +312,7 @@ def weighted_down(
         out if middle.scales is None else middle.scales, out,
         PLANES=planes_of(layout.form, down), HIDDEN=hidden_size, MIDDLE=middle_size,
         BLOCK_ROWS=tiles.block_rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-        HAS_BIAS=biases is not None, IN_PAIRS=opens_in_pairs(layout.form, out, tile),
+        HAS_BIAS=biases is not None, IN_PAIRS=opens_in_pairs(layout.form, out),
         MIDDLE_WIDTH=middle.values.shape[1], NUM_SCALES=middle.num_scales,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hotset.weight_format import WeightFormat
 
 # Numbers by which kernels know them.
-CODES = {"e4m3": 0, "e2m1": 1, "int4": 2}
+CODES = {"e4m3": 0, "e2m1": 1, "int4": 2, "int8": 3, "table4": 4}
 SCALES = {"float32": 0, "bfloat16": 1, "float16": 2, "e8m0": 3, "e4m3": 4}
 _LEAST_GROUP = 16
 LEAST_ROUNDED_GROUP = 64  # columns of 8-bit weights and inputs that are multiplied at once
@@ -32,7 +32,10 @@ def can_read(form: WeightFormat) -> bool:
     fits = (form.scale == "e4m3") == form.has_row_scales and (
         form.code == "e2m1" or not form.has_row_scales
     )
-    return form.code in CODES and form.scale in SCALES and is_power and fits and _can_round(form)
+    if form.span is not None or form.has_minimum:
+        fits &= form.code in ("int4", "int8") and form.scale == "float16" and form.rows == 1
+    is_known = form.code in CODES and form.scale in SCALES
+    return is_known and is_power and fits and _can_round(form)
 
 
 def _can_round(form: WeightFormat) -> bool:

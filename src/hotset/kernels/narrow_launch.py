@@ -7,7 +7,7 @@ import torch
 import triton
 from torch.nn import functional
 
-from hotset.cost.tuning import TUNINGS, Tile, Tiles
+from hotset.cost.tuning import TUNINGS, Tiles
 from hotset.kernels.eight_bit import round_rows
 from hotset.kernels.fused_experts import shared_bytes
 from hotset.kernels.narrow_forms import CODES, SCALES
@@ -16,12 +16,18 @@ from hotset.weight_format import WeightFormat
 
 
 def planes_of(form: WeightFormat, matrix: Any) -> tuple[Any, ...]:
-    """Code; where codes, scales and what is more begin; a group's columns; kind of scales; rows."""
+    """What kernels know a matrix by.
+
+    Its code; where codes, scales and what is more begin; a group's columns; the kind of its scales;
+    its rows; groups that share a scale, 0 where they have no factors; parts of a scale.
+    """
     more = -1 if matrix.more is None else matrix.more.offset
     group = form.columns or triton.next_power_of_2(matrix.shape[-1])
     rows = form.rows or matrix.shape[-2]
     scale = SCALES[str(form.scale)]
-    return CODES[form.code], matrix.codes.offset, matrix.scales.offset, more, group, scale, rows
+    shared = 0 if form.span is None else form.span // group
+    places = matrix.codes.offset, matrix.scales.offset, more
+    return CODES[form.code], *places, group, scale, rows, shared, form.num_parts
 
 
 def whole_runs(columns: int) -> int:
@@ -63,14 +69,9 @@ def as_inputs(x: torch.Tensor, form: WeightFormat) -> Inputs:
     return Inputs(in_runs(x) if form.code_bits == 4 else x, None)
 
 
-def opens_in_pairs(form: WeightFormat, hidden: torch.Tensor, tile: Tile) -> bool:
+def opens_in_pairs(form: WeightFormat, hidden: torch.Tensor) -> bool:
     """Whether codes are opened by PTX, and not by Triton's operations."""
-    if hidden.device.type != "cuda":
-        return False
-    if form.code == "e2m1":
-        return hidden.dtype == torch.bfloat16
-    is_shared = form.columns is None or form.columns >= tile.depth
-    return is_shared or form.code == "e4m3" or f"torch.{form.scale}" == str(hidden.dtype)
+    return hidden.device.type == "cuda" and (form.code != "e2m1" or hidden.dtype == torch.bfloat16)
 
 
 def narrow_tiles_for(

@@ -82,7 +82,7 @@ def _widen_matrix(  # type: ignore[no-untyped-def]
     BYTES: tl.constexpr,
 ):
     address = payload.to(tl.int64)
-    PER_BYTE: tl.constexpr = 1 if PLANES[0] == 0 else 2
+    PER_BYTE: tl.constexpr = 1 if PLANES[0] == 0 or PLANES[0] == 3 else 2
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None, None]  # as `widen` has it
     byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)[None, None, None, :]
     mask = (row < N) & (byte < K // PER_BYTE)
@@ -93,12 +93,12 @@ def _widen_matrix(  # type: ignore[no-untyped-def]
     scale = load_scales(address, group, mask, PLANES)
     zero = load_zeros(address, group, mask, PLANES)
     if PLANES[5] == 4:  # scales of rows, and what `widen` leaves out of the others
-        weight = widen(codes, scale, zero, PLANES, tl.float32, False)
+        weight = widen(address, codes, scale, zero, PLANES, tl.float32, False)
         rows_at = (address + PLANES[3]).to(tl.pointer_type(tl.float32))
         weight *= tl.load(rows_at + row, mask=row < N, other=0.0)[:, :, :, :, None] * 256.0
         weight = weight.to(out.dtype.element_ty)
     else:
-        weight = widen(codes, scale, zero, PLANES, out.dtype.element_ty, False)
+        weight = widen(address, codes, scale, zero, PLANES, out.dtype.element_ty, False)
     if PER_BYTE == 1:
         tl.store(out + row.to(tl.int64) * K + byte, weight, mask=mask)
     else:
@@ -134,7 +134,7 @@ def narrow_linear(x: torch.Tensor, payload: torch.Tensor, matrix: Matrix) -> tor
         source.values, payload, out if source.scales is None else source.scales, out, num_rows,
         PLANES=planes_of(matrix.form, matrix), N=num_outputs, K=num_columns,
         X_WIDTH=source.values.shape[1], BLOCK_ROWS=tiles.block_rows, COLUMNS=tile.columns,
-        DEPTH=tile.depth, IN_PAIRS=opens_in_pairs(matrix.form, x, tile),
+        DEPTH=tile.depth, IN_PAIRS=opens_in_pairs(matrix.form, x),
         NUM_SCALES=source.num_scales, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out

@@ -6,7 +6,7 @@ tile are taken in another order, by which a thread's codes are neighbours in mem
 columns is 4 units of 16, and thread t has unit t. Inputs of 8-bit codes are read in that order;
 those of 4-bit codes lie in it (`in_order`), as a byte has two columns.
 
-Where all columns of a tile share the scale of their group (8-bit floats and 4-bit integers in large
+Where all columns of a tile share the scale of their group (8-bit floats and integers in large
 groups), codes are multiplied as they are, which is exact, and scales multiply the float32 sums of
 each tile. Others are widened with their scales (`narrow_codes`).
 """
@@ -56,12 +56,14 @@ def narrow_product(  # type: ignore[no-untyped-def]
         IN_PAIRS: see above.
     """
     GROUP: tl.constexpr = PLANES[4]
-    PER_BYTE: tl.constexpr = 1 if PLANES[0] == 0 else 2
+    PER_BYTE: tl.constexpr = 1 if PLANES[0] == 0 or PLANES[0] == 3 else 2
     WIDTH: tl.constexpr = GROUP if GROUP < DEPTH else DEPTH  # columns of a tile with one scale
     NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
     NUM_INPUTS: tl.constexpr = K if PER_BYTE == 1 else (K + RUN - 1) // RUN * RUN
     IS_WHOLE: tl.constexpr = K % DEPTH == 0
-    IS_SHARED: tl.constexpr = PLANES[0] != 1 and GROUP >= DEPTH
+    HAS_PARTS: tl.constexpr = PLANES[7] != 0 or PLANES[8] == 2
+    IS_NUMBER: tl.constexpr = PLANES[0] != 1 and PLANES[0] != 4
+    IS_SHARED: tl.constexpr = IS_NUMBER and not HAS_PARTS and GROUP >= DEPTH
     dtype: tl.constexpr = x_at.dtype.element_ty
     g = tl.arange(0, DEPTH // WIDTH)[None, :, None, None]
     byte = tl.arange(0, DEPTH // PER_BYTE)[None, :]
@@ -91,7 +93,7 @@ def narrow_product(  # type: ignore[no-untyped-def]
             group = (start + DEPTH) // GROUP
             next_scale = load_scales(payload, first_group + group, group + g < NUM_GROUPS, PLANES)
             next_zero = load_zeros(payload, first_group + group, group + g < NUM_GROUPS, PLANES)
-            weight = widen(codes, scale, zero, PLANES, dtype, IN_PAIRS)
+            weight = widen(payload, codes, scale, zero, PLANES, dtype, IN_PAIRS)
             scale, zero = next_scale, next_zero
         if PER_BYTE == 1:
             weight = tl.reshape(weight, [COLUMNS, DEPTH // RUN, 4, 4, 2, 2])

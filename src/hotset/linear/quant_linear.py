@@ -70,19 +70,9 @@ class QuantLinear(nn.Module):
         """`[out, in]` float32, in memory of its own."""
         return self.matrix.widened(self.payload, torch.float32)
 
-    @torch.no_grad()
     def set_rows(self, rows: slice, planes: Planes) -> None:
         """Put planes of some rows into their place; they begin and end with a group."""
-        first = rows.start or 0
-        last = self.out_features if rows.stop is None else rows.stop
-        group = self.matrix.form.rows or self.out_features
-        for view, plane in zip(self.matrix.views(self.payload), planes, strict=True):
-            if view is None or plane is None:
-                continue
-            if len(view) == self.out_features:
-                view[first:last].copy_(plane)
-            else:
-                view[first // group : -(-last // group)].copy_(plane)
+        _set_rows(self.matrix, self.payload, rows, planes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
@@ -91,6 +81,56 @@ class QuantLinear(nn.Module):
         if self.bias is not None:
             out = out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
+
+
+class QuantEmbedding(nn.Module):
+    """What `nn.Embedding` computes, from a table in few bits whose groups are of rows.
+
+    Attributes:
+        matrix: how the table lies in memory.
+        payload: the table, which the layer that makes logits may share.
+        dtype: of the output.
+    """
+
+    def __init__(self, matrix: NarrowMatrix, dtype: torch.dtype, *, device: torch.device) -> None:
+        super().__init__()
+        self.matrix, self.dtype = matrix, dtype
+        payload = torch.empty(matrix.end, dtype=torch.uint8, device=device)
+        self.payload = nn.Parameter(payload, requires_grad=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`[tokens, width]`, in memory of its own."""
+        return self.matrix.widened(self.payload, self.dtype)
+
+    def set_rows(self, rows: slice, planes: Planes) -> None:
+        """As `QuantLinear.set_rows`."""
+        _set_rows(self.matrix, self.payload, rows, planes)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """`[...]` ids to `[..., width]`."""
+        ids = token_ids.reshape(-1)
+        codes, scales, more = self.matrix.views(self.payload)
+        rows = codes[ids], scales[ids], None if more is None else more[ids]
+        return self.matrix.widen(rows, self.dtype).view(*token_ids.shape, -1)
+
+
+@torch.no_grad()
+def _set_rows(matrix: NarrowMatrix, payload: torch.Tensor, rows: slice, planes: Planes) -> None:
+    """Put planes of some rows into their place; they begin and end with a group."""
+    num_rows = matrix.shape[0]
+    first = rows.start or 0
+    last = num_rows if rows.stop is None else rows.stop
+    group = matrix.form.rows or num_rows
+    for view, plane in zip(matrix.views(payload), planes, strict=True):
+        if view is None or plane is None:
+            continue
+        if view.ndim == 1 and matrix.form.code == "table4":  # one table of all rows
+            view.copy_(plane)
+        elif len(view) == num_rows:
+            view[first:last].copy_(plane)
+        else:
+            view[first // group : -(-last // group)].copy_(plane)
 
 
 @torch.library.custom_op("hotset::quant_product", mutates_args=())
@@ -196,8 +236,10 @@ def random_payload(matrix: NarrowMatrix, generator: torch.Generator) -> torch.Te
         scales.random_(117, 125, generator=generator)
     else:
         scales.copy_(torch.rand(scales.shape, generator=generator) * 0.02 + 1e-3)
-    if more is not None and matrix.form.has_zeros:
+    if more is not None and (matrix.form.has_zeros or more.dtype == torch.int8):
         more.random_(0, 16, generator=generator)
+    elif more is not None and matrix.form.code == "table4":
+        more.copy_(torch.linspace(-1, 1, len(more)))
     elif more is not None:
         more.copy_(torch.rand(more.shape, generator=generator) + 0.5)
     return payload

@@ -140,6 +140,7 @@ def load_gguf(
     *,
     why_wide: str | None = "",
     allow_widening: bool = True,
+    on_gpu: bool = False,
 ) -> tuple[Any, Any, Architecture, str | None]:
     """Load a GGUF file's model and its tokenizer.
 
@@ -149,6 +150,7 @@ def load_gguf(
         dtype: of what is not narrow; None is the file's.
         why_wide: why all matrices are dequantised; None keeps them as in the file, where a CPU can.
         allow_widening: of matrices in few bits, for that reason.
+        on_gpu: whether `device` is a GPU, or weights go on to one.
 
     Returns:
         The model, its tokenizer, its architecture, and a line on how its weights are kept; None
@@ -159,19 +161,27 @@ def load_gguf(
     """
     # Here, as they need parts of transformers that others do without.
     from hotset.checkpoint.gguf_file import GgufFile, read_once
-    from hotset.model import narrow_gguf
+    from hotset.model import gpu_gguf, narrow_gguf
 
     with read_once():
         header = GgufFile(file)
         config = header.config()
         architecture = find_architecture(config, str(file), config.to_dict())
+        narrow_dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+        if why_wide is None and on_gpu:
+            why_wide = gpu_gguf.why_not_narrow(header, architecture, device, narrow_dtype)
         if why_wide is not None and not allow_widening:
             narrow_gguf.check_plain(header, why_wide)
-        if why_wide is None:
+        if why_wide is None and not on_gpu:
             why_wide = narrow_gguf.why_not_narrow(header, architecture)
         if why_wide is None:
             with _in_one_line(file, {}):
-                model = narrow_gguf.load_narrow(header, architecture, dtype or torch.float32)
+                if on_gpu:
+                    model = gpu_gguf.load_narrow(
+                        header, architecture, device, narrow_dtype, allow_widening=allow_widening
+                    )
+                else:
+                    model = narrow_gguf.load_narrow(header, architecture, narrow_dtype)
             note: str | None = narrow_gguf.storage_note(header, model)
         else:
             # Dequantised at load: left packed, the linear layers would need kernels from the hub.

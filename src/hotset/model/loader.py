@@ -113,7 +113,7 @@ def load_model(
     if activations == "8":
         check_rounded_inputs(target, dtype)
     why_wide = _why_gguf_is_wide(target, dtype)
-    source, short_name = find_model(name, narrow=why_wide is None and can_compile())
+    source, short_name = find_model(name, narrow=_prefers_gguf(target, why_wide))
     architecture = None if source.is_file() else checkpoint.read_architecture(source)
     if architecture is not None and num_experts(architecture.config.get_text_config()) <= 1:
         experts_on_host = False
@@ -160,6 +160,7 @@ def _read(
             asked.torch_dtype,
             why_wide=why_wide,
             allow_widening=asked.allow_widening or asked.dtype == "fp8",
+            on_gpu=asked.target.type == "cuda",
         )
         cutter = ModelCutter(model, asked.name)
     else:
@@ -314,11 +315,14 @@ def _why_gguf_is_wide(target: torch.device, dtype: str) -> str | None:
     """Why the matrices of a GGUF file are widened; None where they are kept, if they can be."""
     if dtype == "fp8":
         return "they are rounded to fp8"
-    if target.type == "cuda":
-        return "no kernel of a GPU reads the blocks of GGUF"
     if current().size > 1:
         return "each of several ranks has a part of every matrix"
     return None
+
+
+def _prefers_gguf(target: torch.device, why_wide: str | None) -> bool:
+    """Whether a model that is there in both forms is read from its GGUF file."""
+    return target.type == "cpu" and why_wide is None and can_compile()
 
 
 def _not_rounded(name: str) -> ModelError:
@@ -337,8 +341,8 @@ def fingerprint_of(
         ModelError: the model cannot be found or read.
         ConfigError: there is no such device.
     """
-    why_wide = _why_gguf_is_wide(resolve_device(device), dtype)
-    source, _ = find_model(name, narrow=why_wide is None and can_compile())
+    target = resolve_device(device)
+    source, _ = find_model(name, narrow=_prefers_gguf(target, _why_gguf_is_wide(target, dtype)))
     if source.is_dir():
         read_config(source)  # raises for a folder that holds no model
     return _fingerprint(source, dtype, activations)

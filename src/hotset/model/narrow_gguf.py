@@ -1,6 +1,7 @@
 """GGUF models whose matrices stay as the file has them, on a CPU."""
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import gguf
@@ -18,6 +19,7 @@ from hotset.linear.merged import merge_linears
 from hotset.linear.narrow import NarrowEmbedding, NarrowLinear, narrow_tiles
 from hotset.linear.reads import is_replaceable
 from hotset.model.architecture import Architecture
+from hotset.model.narrow_linears import narrow_bytes
 from hotset.model.weights import make_empty
 from hotset.units import GIB
 
@@ -32,7 +34,19 @@ _PLAIN = {"F32", "F16", "BF16"}
 
 
 def why_not_narrow(header: GgufFile, architecture: Architecture) -> str | None:
-    """Why a file's matrices are widened; None where they can stay as they are."""
+    """Why a file's matrices are widened on a CPU; None where they can stay as they are."""
+    if (problem := why_not_read(header, architecture)) is not None:
+        return problem
+    if not native.can_compile():
+        return "the package llvmlite is not installed (pip install 'hotset[cpu]')"
+    for kind in sorted({tensor.tensor_type.name for tensor in header.tensors} & FORMS.keys()):
+        if (problem := tile_product.check(FORMS[kind])) is not None:
+            return f"this processor's products with {kind} are not right ({problem})"
+    return None
+
+
+def why_not_read(header: GgufFile, architecture: Architecture) -> str | None:
+    """Why a file's matrices are widened on any device; None where its rows are the model's."""
     kinds = {tensor.tensor_type.name for tensor in header.tensors}
     if not kinds & FORMS.keys():
         return f"of its types ({', '.join(sorted(kinds))}) none is kept"
@@ -41,11 +55,6 @@ def why_not_narrow(header: GgufFile, architecture: Architecture) -> str | None:
     known = type(header.processor(architecture.config)) in _BY_ROWS
     if header.is_known_to_transformers or not known or not architecture.is_inspected:
         return f"the architecture {header.architecture!r} is not read that way"
-    if not native.can_compile():
-        return "the package llvmlite is not installed (pip install 'hotset[cpu]')"
-    for kind in sorted(kinds & FORMS.keys()):
-        if (problem := tile_product.check(FORMS[kind])) is not None:
-            return f"this processor's products with {kind} are not right ({problem})"
     return None
 
 
@@ -63,7 +72,7 @@ def load_narrow(header: GgufFile, architecture: Architecture, dtype: torch.dtype
         ModelError: the file lacks a tensor, or has one of another shape; names it.
     """
     model = make_empty(architecture, dtype)
-    is_tied = _is_tied(model)
+    tied = is_tied(model)
     names = header.names(model)
     processor = header.processor(architecture.config)
     places = {}
@@ -72,9 +81,9 @@ def load_narrow(header: GgufFile, architecture: Architecture, dtype: torch.dtype
             path, _, name = names[tensor.name].rpartition(".")
             places[tensor.name] = (tensor, path, name)
     for tensor, path, name in sorted(places.values(), key=lambda place: place[2] != "weight"):
-        _check_shape(header, model, path, name, tensor)
+        check_shape(header, model, path, name, tensor)
         _put(model, path, name, tensor, processor, dtype)
-    if is_tied:
+    if tied:
         _tie(model, next(t for t in header.tensors if t.name == "token_embd.weight"))
     for name, value in model.state_dict().items():
         if value.is_meta:
@@ -86,7 +95,7 @@ def load_narrow(header: GgufFile, architecture: Architecture, dtype: torch.dtype
 def storage_note(header: GgufFile, model: nn.Module) -> str:
     """A line on what stays as the file has it, and what is widened."""
     by_kind = _in_few_bits(header)
-    kept = sum(tiles.num_bytes for tiles in narrow_tiles(model)) / GIB
+    kept = (sum(tiles.num_bytes for tiles in narrow_tiles(model)) + narrow_bytes(model)) / GIB
     names = ", ".join(sorted(by_kind.keys() & FORMS.keys()))
     line = f"weights: {names} kept as in the file, {kept:.2f} GiB"
     wide = {kind: size for kind, size in by_kind.items() if kind not in FORMS}
@@ -106,20 +115,29 @@ def widening_note(header: GgufFile, why: str) -> str | None:
     return f"weights: {kinds} in the file, widened as they are read: {why}"
 
 
-def check_plain(header: GgufFile, why: str) -> None:
+def check_plain(header: GgufFile, why: str, kept: Collection[str] = ()) -> None:
     """Refuse a file with weights in few bits, which would be widened.
+
+    Args:
+        header: of the file.
+        why: they would be.
+        kept: names of tensors that are not.
 
     Raises:
         ModelError: it has some; names the first and its bytes.
     """
-    by_kind = _in_few_bits(header)
-    if not by_kind:
+    wide = [
+        tensor
+        for tensor in header.tensors
+        if tensor.tensor_type.name not in _PLAIN and tensor.name not in kept
+    ]
+    if not wide:
         return
-    first = next(t for t in header.tensors if t.tensor_type.name in by_kind)
+    first = wide[0]
     raise ModelError(
         f"{header.path}: weights, such as {first.name} with {first.n_bytes:,} bytes in the file, "
         f"cannot stay as they are there: {why}; give allow_widening to widen all "
-        f"{sum(by_kind.values()) / 1e9:.2f} GB of them, or another checkpoint"
+        f"{sum(tensor.n_bytes for tensor in wide) / 1e9:.2f} GB of them, or another checkpoint"
     )
 
 
@@ -132,12 +150,14 @@ def _in_few_bits(header: GgufFile) -> dict[str, int]:
     return by_kind
 
 
-def _is_tied(model: Any) -> bool:
+def is_tied(model: Any) -> bool:
+    """Whether embeddings and the layer that makes logits share a table."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def _check_shape(header: GgufFile, model: Any, path: str, name: str, tensor: Any) -> None:
+def check_shape(header: GgufFile, model: Any, path: str, name: str, tensor: Any) -> None:
+    """Refuse a tensor of another shape than the model's; ModelError names it."""
     module = model.get_submodule(path)
     # Of a layer that is narrow by now, what is left to come is its bias.
     expected = [module.out_features] if name == "bias" else list(getattr(module, name).shape)
@@ -155,11 +175,11 @@ def _put(model: Any, path: str, name: str, tensor: Any, processor: Any, dtype: t
     parent, _, child = path.rpartition(".")
     is_narrow = name == "weight" and tensor.tensor_type.name in FORMS
     if is_narrow and is_replaceable(module):
-        tiles = tiles_of(tensor.data, tensor.tensor_type, _order(tensor, processor))
+        tiles = tiles_of(tensor.data, tensor.tensor_type, order_of(tensor, processor))
         bias = None if module.bias is None else module.bias.detach()
         setattr(model.get_submodule(parent), child, NarrowLinear(tiles, bias))
     elif is_narrow and type(module) is nn.Embedding:
-        tiles = tiles_of(tensor.data, tensor.tensor_type, _order(tensor, processor))
+        tiles = tiles_of(tensor.data, tensor.tensor_type, order_of(tensor, processor))
         setattr(model.get_submodule(parent), child, NarrowEmbedding(tiles, dtype))
     else:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -171,7 +191,7 @@ def _put(model: Any, path: str, name: str, tensor: Any, processor: Any, dtype: t
             setattr(module, name, nn.Parameter(wide, requires_grad=False))
 
 
-def _order(tensor: Any, processor: Any) -> torch.Tensor | None:
+def order_of(tensor: Any, processor: Any) -> torch.Tensor | None:
     """The row of the file that is each row of the model's matrix; None is the same."""
     same = np.arange(int(tensor.shape[1]))
     order = processor.process(weights=same[:, None], name=tensor.name).weights[:, 0]

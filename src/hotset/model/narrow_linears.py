@@ -14,7 +14,7 @@ from hotset.kernels.narrow_forms import can_read
 from hotset.linear import quant_linear
 from hotset.linear.merged import MergedLinear
 from hotset.linear.narrow_matrix import Planes
-from hotset.linear.quant_linear import QuantLinear, quant_matrix
+from hotset.linear.quant_linear import QuantEmbedding, QuantLinear, quant_matrix
 from hotset.linear.reads import is_replaceable
 from hotset.parallel.narrow_parts import can_cut, cut_planes
 from hotset.parallel.parts import Part
@@ -106,9 +106,10 @@ def fill_linears(
 
 
 def narrow_bytes(model: nn.Module) -> int:
-    """What the layers that stay in few bits take."""
-    layers = {id(module): module for module in model.modules() if isinstance(module, QuantLinear)}
-    return sum(layer.payload.nbytes for layer in layers.values())
+    """What the layers and embeddings that stay in few bits take."""
+    kinds = (QuantLinear, QuantEmbedding)
+    payloads = {m.payload for m in model.modules() if isinstance(m, kinds)}  # some share one
+    return sum(payload.nbytes for payload in payloads)
 
 
 def rounds_inputs(model: nn.Module) -> bool:

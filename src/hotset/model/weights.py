@@ -35,7 +35,7 @@ _NUM_THREADS = 4  # each holds one tensor; they wait for the disk and the link
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """Where a tensor of a checkpoint belongs: a parameter or buffer, or rows of it.
 
     Attributes:
@@ -117,8 +117,8 @@ def load_in_place(
     if fp8:
         quantize_linears(model)
     merge_linears(model)
-    _allocate(model, device)
-    places = _places(model, parts)
+    allocate(model, device)
+    places = places_of(model, parts)
     with tensors.open(device, dtype, without=kept) as reads:
         _fill(reads, places)
     if kept:
@@ -199,7 +199,7 @@ def _check_leftovers(model: Any, fields: Mapping[str, Any], tensors: CheckpointT
         raise ModelError(f"{tensors.folder} does not fit its config: {problem}")
 
 
-def _allocate(model: nn.Module, device: torch.device) -> None:
+def allocate(model: nn.Module, device: torch.device) -> None:
     """Give each parameter its memory, tied ones the same; move the buffers."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -214,7 +214,7 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def _places(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, _Place]:
+def places_of(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Place]:
     """The place of each tensor by the name it has in a checkpoint, and which part goes there."""
     places = {}
     wholes = {id(module.whole) for module in model.modules() if isinstance(module, MergedLinear)}
@@ -227,11 +227,11 @@ def _places(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, _Place]:
         for name in (*owner._parameters, *owner._buffers):
             if getattr(owner, name) is not None and name not in owner._non_persistent_buffers_set:
                 whole = f"{path}.{name}" if path else name
-                places[whole] = _Place(owner, name, rows, parts.get(whole))
+                places[whole] = Place(owner, name, rows, parts.get(whole))
     return places
 
 
-def _fill(reads: Mapping[str, Any], places: Mapping[str, _Place]) -> None:
+def _fill(reads: Mapping[str, Any], places: Mapping[str, Place]) -> None:
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
 
         def move(name: str) -> None:
