@@ -228,7 +228,7 @@ class Outlook:
             *_classes(load),
             *((size_class(one.queued.num_tokens), one.queued) for one in sent),
         ]
-        number = size_class(computed_tokens)
+        number = size_class(computed_tokens)  # of about one size, who came first goes first
         ahead = _sum(one for size, one in queue if size <= number)
         behind = _sum(one for size, one in queue if size > number)
         ahead_s = speed.seconds(ahead.num_tokens, ahead.num_pairs)
