@@ -1,29 +1,40 @@
-"""Replicas and fronts are killed and stopped under streams of every kind; each answer is checked.
+"""Processes of a fleet are killed and stopped under streams of every kind; each answer is checked.
 
     python benchmarks/fleet_kills.py --out benchmarks/results/fleet_kills
 
-Clients stream the same requests again and again over two fronts and three replicas. At random
-moments a replica or a front gets SIGKILL and is started again as a supervisor does, or a replica
-gets SIGSTOP: for 3 s, after which it goes on, or for 30 s, within which its requests move and
-after which what it says is too late. Each answer must be the tokens and the text of an undisturbed
-run, or begin as that does and end with an error that says why. At the end no block is held.
+Clients stream the same requests again and again over the port of `hotset fleet`: three tiny
+replicas, two fronts, a desk and a store, which it starts again where they end. At random moments
+one of its processes gets SIGKILL, or a replica gets SIGSTOP: for 3 s, after which it goes on, or
+for 30 s, within which its requests move and after which what it says is too late. Every other event
+is a replica that is killed. Each answer must be the tokens and the text of an undisturbed run, or
+begin as that does and end with an error that says why. At the end no block is held. It needs Ray
+and a server of the Redis protocol.
 """
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import json
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import record
-from fleet_processes import Processes, prompts, small_model, status_of
+from fleet_processes import prompts, status_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from running_fleet import RunningFleet
 
 SCHEMA = {
     "type": "object",
@@ -41,9 +52,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "stop strings": {"temperature": 1.0, "seed": 3, "stop": ["qqq", "the end"], "min_tokens": 30},
     "schema": {"response_format": FORM, "ignore_eos": False, "temperature": 1.0, "seed": 8},
 }
-REPLICAS = ("replica-0", "replica-1", "replica-2")
-FRONTS = ("front-0", "front-1")
-EVENTS = ("replica killed", "replica killed", "front killed", "stopped 3 s", "stopped 30 s")
+REPLICAS = 3
+# What is killed -> words of its command line, and how many there are.
+PROCESSES = {
+    "a replica": ("-m hotset replica", REPLICAS),
+    "a front": ("-m hotset front", 2),
+    "the store": ("redis-server", 1),
+    "the desk": ("-m hotset desk", 1),
+    "Serve's controller": ("ray::ServeController", 1),
+    "Ray's head": ("gcs/gcs_server", 1),
+}
+STOPPED_S = {"a replica, stopped for 3 s": 3.0, "a replica, stopped for 30 s": 30.0}
+OTHERS = [name for name in (*PROCESSES, *STOPPED_S) if name != "a replica"]
 VERDICTS = ("same", "error", "cut", "WRONG")
 READY_TIMEOUT_S = 200.0
 
@@ -127,9 +147,9 @@ def take(answer: Answer, data: bytes) -> None:
 class Clients:
     """Users that ask the same again and again, and what came of it."""
 
-    def __init__(self, ports: dict[str, int], args: argparse.Namespace) -> None:
-        self._ports, self._tokens = ports, args.tokens
-        texts, kinds = prompts(args.users, 20), list(KINDS)
+    def __init__(self, port: int, args: argparse.Namespace) -> None:
+        self._port, self._tokens = port, args.tokens
+        texts, kinds = prompts(args.users, 10), list(KINDS)
         self._asked = [(text, kinds[i % len(kinds)]) for i, text in enumerate(texts)]
         self._wholes: list[Answer] = []
         self._is_over = False
@@ -139,16 +159,15 @@ class Clients:
 
     async def learn(self) -> None:
         """The answers of an undisturbed run."""
-        port = self._ports[FRONTS[0]]
         self._wholes = await asyncio.gather(
-            *(ask(port, text, kind, self._tokens) for text, kind in self._asked)
+            *(ask(self._port, text, kind, self._tokens) for text, kind in self._asked)
         )
         for whole in self._wholes:
             if not whole.is_over or whole.error:
                 raise SystemExit(f"an undisturbed stream failed: {whole.error}")
 
     async def run(self) -> None:
-        """All users until `stop`, each at one of the fronts."""
+        """All users until `stop`."""
         await asyncio.gather(*(self._run(i) for i in range(len(self._asked))))
 
     def stop(self) -> None:
@@ -159,7 +178,7 @@ class Clients:
         text, kind = self._asked[i]
         while not self._is_over:
             self.num_open += 1
-            answer = await ask(self._ports[FRONTS[i % 2]], text, kind, self._tokens)
+            answer = await ask(self._port, text, kind, self._tokens)
             self.num_open -= 1
             if answer.is_refused or (answer.is_cut and not answer.token_ids):
                 self.num_refused += 1  # its front is not there, or has no replica yet
@@ -174,69 +193,55 @@ class Clients:
                 await asyncio.sleep(0.5)
 
 
-async def all_serve(ports: dict[str, int]) -> None:
-    """Until each front has a link to each replica."""
-    until_s = time.monotonic() + READY_TIMEOUT_S
-    for port in ports.values():
-        while True:
-            try:
-                found = (await status_of(port))["fleet"]["replicas"]
-                if sum(one["state"] == "serving" for one in found) == len(REPLICAS):
-                    break
-            except (httpx.HTTPError, KeyError, ValueError):
-                found = "no answer"
-            if time.monotonic() > until_s:
-                raise SystemExit(f"not all replicas serve: {found}")
-            await asyncio.sleep(0.2)
+async def be_whole(fleet: RunningFleet, port: int) -> None:
+    """Until all processes are there, and fronts have a link to each replica."""
+    until_s, num_well = time.monotonic() + READY_TIMEOUT_S, 0
+    while num_well < 6:  # each is told by any of the fronts
+        found: object = {name: len(fleet.of(words)) for name, (words, _) in PROCESSES.items()}
+        if found == {name: count for name, (_, count) in PROCESSES.items()}:
+            with contextlib.suppress(httpx.HTTPError, KeyError, ValueError):
+                found = [one["state"] for one in (await status_of(port))["fleet"]["replicas"]]
+        is_well = isinstance(found, list) and found.count("serving") == REPLICAS
+        num_well = num_well + 1 if is_well else 0
+        if time.monotonic() > until_s:
+            raise SystemExit(f"the fleet is not whole again: {found}\n{fleet.text()[-2000:]}")
+        await asyncio.sleep(0.2)
 
 
-async def disturb(
-    processes: Processes, ports: dict[str, int], event: str, rng: random.Random
-) -> str:
-    """Let one thing happen; returns to what. The fleet is whole again then."""
-    name = rng.choice(FRONTS if event == "front killed" else REPLICAS)
-    process = processes.running[name]
-    if event.startswith("stopped"):
-        process.send_signal(signal.SIGSTOP)
-        await asyncio.sleep(float(event.split()[1]))
-        process.send_signal(signal.SIGCONT)
-        return name
-    process.kill()
-    await asyncio.to_thread(process.wait)
-    if name in REPLICAS:
-        processes.start_replica(name)
-    else:
-        del processes.running[name]
-        words = ["front", "--directory", str(processes.directory), "--port", str(ports[name])]
-        processes.start(name, *words, "--no-files", "--route", "round-robin")
-    return name
+async def disturb(fleet: RunningFleet, event: str, rng: random.Random) -> None:
+    """Let one thing happen."""
+    if event in STOPPED_S:
+        one = rng.choice(fleet.replicas())
+        one.suspend()
+        await asyncio.sleep(STOPPED_S[event])
+        with contextlib.suppress(psutil.NoSuchProcess):  # Serve has replaced it
+            one.resume()
+        return
+    words, _ = PROCESSES[event]
+    rng.choice(fleet.of(words)).kill()
 
 
-async def campaign(processes: Processes, args: argparse.Namespace) -> dict[str, Any]:
+async def campaign(fleet: RunningFleet, args: argparse.Namespace) -> dict[str, Any]:
     """All events, one after the other, under load."""
-    rng = random.Random(args.seed)
-    for name in REPLICAS:
-        processes.start_replica(name)
-    await asyncio.to_thread(processes.wait_for_replicas, *REPLICAS)
-    ports = {
-        name: await asyncio.to_thread(processes.start_front, name, "--route", "round-robin")
-        for name in FRONTS
-    }
-    await all_serve(ports)
-    clients = Clients(ports, args)
+    rng, port = random.Random(args.seed), urlsplit(fleet.url).port
+    assert port is not None
+    await be_whole(fleet, port)
+    clients = Clients(port, args)
     await clients.learn()
     running = asyncio.create_task(clients.run())
-    events: list[dict[str, Any]] = []
+    others, events = itertools.cycle(OTHERS), list[dict[str, Any]]()
     for number in range(args.events):
         await asyncio.sleep(rng.uniform(0.5, 4.0))
-        event, num_open = EVENTS[number % len(EVENTS)], clients.num_open
-        name = await disturb(processes, ports, event, rng)
-        await all_serve(ports)
-        events.append({"event": event, "of": name, "open streams": num_open})
+        event, num_open = next(others) if number % 2 else "a replica", clients.num_open
+        start_s = time.monotonic()
+        await disturb(fleet, event, rng)
+        await be_whole(fleet, port)
+        whole_s = round(time.monotonic() - start_s, 1)
+        events.append({"event": event, "open streams": num_open, "whole_s": whole_s})
         record.say(f"{events[-1]} {dict(clients.verdicts)}")
     clients.stop()
     await running
-    statuses = [await status_of(port) for port in ports.values()]
+    told = (await status_of(port))["fleet"]
     return {
         "events": events,
         "verdicts": {
@@ -245,11 +250,8 @@ async def campaign(processes: Processes, args: argparse.Namespace) -> dict[str, 
         },
         "refused": clients.num_refused,
         "errors": dict(clients.errors),
-        "fleet": [
-            {name: one["fleet"][name] for name in ("resumed", "retried", "given_up", "pause_s")}
-            for one in statuses
-        ],
-        "held_blocks": await held_blocks(next(iter(ports.values()))),
+        "fleet": {name: told[name] for name in ("resumed", "retried", "given_up", "pause_s")},
+        "held_blocks": await held_blocks(port),
     }
 
 
@@ -267,26 +269,34 @@ async def held_blocks(port: int) -> int:
 def page(result: dict[str, Any]) -> str:
     """The results as Markdown."""
     rows = [{"requests": kind, **counts} for kind, counts in result["verdicts"].items()]
-    happened = Counter(one["event"] for one in result["events"])
-    counts = result["fleet"][0]  # of all fronts that share the directory
-    pauses = "; ".join(
-        f"{name} p50 {one['pause_s']['p50']:.2f} s, p99 {one['pause_s']['p99']:.2f} s"
-        for name, one in zip(FRONTS, result["fleet"], strict=True)
-        if one["pause_s"]["p50"] is not None
+    happened: dict[str, list[float]] = defaultdict(list)
+    for one in result["events"]:
+        happened[one["event"]].append(one["whole_s"])
+    events = [
+        {
+            "killed": name,
+            "times": len(each),
+            "whole again after s, p50": sorted(each)[len(each) // 2],
+        }
+        for name, each in happened.items()
+    ]
+    counts = result["fleet"]
+    pauses = ", ".join(
+        f"{name} {value:.2f} s" for name, value in counts["pause_s"].items() if value is not None
     )
     errors = "".join(f"- {count} x `{error}`\n" for error, count in result["errors"].items())
     return (
         "# Kills and stops under streams\n\n"
         f"{result['users']} clients stream {result['tokens']} tokens each, again and again, over "
-        f"two fronts and three replicas of one machine. Events: "
-        f"{', '.join(f'{count} x {event}' for event, count in happened.items())}. A stream is "
+        f"`hotset fleet` with {REPLICAS} replicas, 2 fronts, a desk and a store. A stream is "
         "*same* where it has the tokens and the text of an undisturbed run, *error* where it "
         "begins as that and ends with an error event, *cut* where its front was killed. "
-        f"{result['refused']} requests were refused, as their front was not there.\n\n"
-        f"{record.table(rows)}\n\n"
-        f"{sum(counts['resumed'].values())} requests went on in the middle of their answer, "
-        f"{sum(counts['retried'].values())} were submitted again before it. Pauses of the first, "
-        f"as each front saw them since it started: {pauses or 'none'}.\n\n"
+        f"{result['refused']} requests were refused, as no front was there.\n\n"
+        f"{record.table(events)}\n\n{record.table(rows)}\n\n"
+        f"{sum(counts['resumed'].values())} outputs went on in the middle of their answer, "
+        f"{sum(counts['retried'].values())} requests were submitted again before it, as the fronts "
+        f"that were there at the end had counted. Pauses of the first, as one of them saw them: "
+        f"{pauses or 'none'}.\n\n"
         f"Errors that clients were told:\n\n{errors or '- none'}\n\n"
         f"Blocks held at the end: {result['held_blocks']}.\n\n{record.footer(result)}"
     )
@@ -296,15 +306,17 @@ def main() -> None:
     parser = record.arguments(__doc__ or "", out="results, without suffix")
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=150)
-    parser.add_argument("--events", type=int, default=20)
+    parser.add_argument("--events", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: exit(1))
     with tempfile.TemporaryDirectory() as name:
-        model = small_model(Path(name) / "model")
-        flags = ["--model", str(model), "--hot-gib", "0.1", "--max-model-len", "1024"]
-        with Processes(Path(name), flags) as processes:
-            found = asyncio.run(campaign(processes, args))
+        flags = ("--host-gib", "0.02", "--shared-gib", "0.1", "--route", "round-robin")
+        flags += ("--log-level", "warning")
+        fleet = RunningFleet(Path(name), *flags, num_replicas=REPLICAS)
+        with contextlib.closing(fleet):
+            fleet.wait_ready()
+            found = asyncio.run(campaign(fleet, args))
     result = record.start(users=args.users, tokens=args.tokens, seed=args.seed, **found)
     record.write(args.out, result, page(result))
     print(page(result))

@@ -26,16 +26,24 @@ def wait_long(condition: Callable[[], Any]) -> None:
 
 
 class RunningFleet:
-    """A fleet of two tiny replicas in a process."""
+    """A fleet of tiny replicas in a process, two of them unless said otherwise."""
 
-    def __init__(self, folder: Path, *more: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *more: str, num_replicas: int = 2) -> None:
+        self.folder, self.num_replicas = folder, num_replicas
         model = self.model = folder / "model"
         make_model("llama", vocab_size=VOCAB_SIZE).save_pretrained(model)
         make_tokenizer().save_pretrained(model)
         self.said = folder / "said"
         folder.mkdir(exist_ok=True)
-        argv = ["fleet", "--replicas", "2", "--directory", str(folder / "f"), "--port", "0"]
+        argv = [
+            "fleet",
+            "--replicas",
+            str(num_replicas),
+            "--directory",
+            str(folder / "f"),
+            "--port",
+            "0",
+        ]
         argv += ["--model", str(model), "--hot-gib", "0.01", "--shared-gib", "0"]
         argv += ["--device", "cpu", "--files-path", str(folder / "files"), *more]
         with self.said.open("wb") as said:
@@ -50,7 +58,7 @@ class RunningFleet:
         def is_ready() -> bool:
             assert self.process.poll() is None, self.text()
             return (
-                "2 replicas serve" in self.text()
+                f"{self.num_replicas} replicas serve" in self.text()
                 and self.text().count("status page") == 2
                 and "files and batches at" in self.text()
             )
