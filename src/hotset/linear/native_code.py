@@ -11,6 +11,7 @@ I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 FLOAT, VOID, ADDRESS = ir.FloatType(), ir.VoidType(), ir.PointerType()
 BYTES = ir.VectorType(I8, LANES)
 INTS = ir.VectorType(I32, LANES)
+LONGS = ir.VectorType(I64, LANES)
 FLOATS = ir.VectorType(FLOAT, LANES)
 ZEROS = ir.Constant(FLOATS, [0.0] * LANES)
 
@@ -124,10 +125,21 @@ class Writer:
         return self.b.and_(moved, ir.Constant(INTS, [mask] * LANES))
 
     def spread(self, value: Value) -> Value:
-        """A vector with a float in each lane."""
-        none = ir.Constant(FLOATS, ir.Undefined)
+        """A vector with a number in each lane."""
+        none = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
         first = self.b.insert_element(none, value, ir.Constant(I32, 0))
         return self.b.shuffle_vector(first, none, ir.Constant(INTS, [0] * LANES))
+
+    def folded(self, one: Value, other: Value, period: int) -> Value:
+        """Sums of lanes `period` apart: of the first vector where lane // period is even.
+
+        Of vectors whose lanes i, i + 2 * period, ... are to be added, `LANES / 2 / period` times.
+        """
+        lanes = [i % period + i // (2 * period) * 2 * period for i in range(LANES)]
+        odd = [lane + LANES if i // period % 2 else lane for i, lane in enumerate(lanes)]
+        left, right = odd, [lane + period for lane in odd]
+        masks = (ir.Constant(INTS, mask) for mask in (left, right))
+        return self.b.fadd(*(self.b.shuffle_vector(one, other, mask) for mask in masks))
 
     @contextmanager
     def loop(
