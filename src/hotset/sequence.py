@@ -122,6 +122,13 @@ class AwaitedState:
     has_failed: bool = False
 
 
+class Followed(NamedTuple):
+    """The request that computes what another begins with, and after how many tokens its state."""
+
+    leader: "Request"
+    position: int
+
+
 @dataclass(frozen=True, slots=True)
 class ArrivedBlock:
     """Content that a block of a request has without being computed: from where, how much."""
@@ -168,6 +175,7 @@ class SequenceBlocks:
         parked: its own, as long as it was preempted.
         awaited: what it is to go on from, before its first step.
         most_found: no state from there on is looked for, as one did not come; None is no bound.
+        followed: whose state it waits for, or did, before it was let in; see `kv.leaders`.
     """
 
     num_computed_tokens: int = 0
@@ -199,6 +207,7 @@ class SequenceBlocks:
     parked: ParkedState | None = None
     awaited: AwaitedState | None = None
     most_found: int | None = None
+    followed: Followed | None = None
 
     @property
     def num_blocks(self) -> int:

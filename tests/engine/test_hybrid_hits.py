@@ -14,6 +14,7 @@ from hotset.engine.engine import Engine
 from hotset.request import SamplingParams
 
 MakeEngine = Callable[..., Engine]
+GREEDY = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,6 +122,60 @@ def test_a_shared_beginning_is_found_from_the_third_request_on(
         assert run(engine, [prompt], max_tokens=4) == run(cold, [prompt], max_tokens=4)
         counts.append(found(engine))
     assert counts == [0, 0, 2 * GRID]
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [GRID, 512])
+@pytest.mark.parametrize("family", KINDS)
+def test_of_requests_that_begin_alike_at_once_one_computes_what_they_share(
+    family: str, max_num_batched_tokens: int, make_engine: MakeEngine
+) -> None:
+    sizes = {**ROOM, "block_size": GRID, "max_num_batched_tokens": max_num_batched_tokens}
+    engine = make_engine(family, **sizes)
+    cold = make_engine(family, **ROOM, block_size=GRID, prefix_caching=False)
+    shared = make_prompt(2 * GRID + 10)
+    prompts = [shared + make_prompt(20 + seed, seed=seed + 1) for seed in range(3)]
+    other = make_prompt(30, seed=9)
+    requests = [engine.add_request(each, GREEDY) for each in [*prompts, other]]
+    outputs: dict[str, list[int]] = {one: [] for one in requests}
+    started = None
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.request_id] += output.token_ids
+        engine.kv.check()
+        started = started or [one.request_id for one in engine.scheduler.running]
+    assert started == [requests[0], requests[3]]  # nobody waits behind those that wait
+    assert list(outputs.values()) == run(cold, [*prompts, other], max_tokens=TOKENS)
+    assert found(engine) == 2 * 2 * GRID
+
+
+@pytest.mark.parametrize("how", ["aborted", "preempted", "without a slot"])
+def test_what_a_request_waits_for_need_not_come(
+    how: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine("bamba", **ROOM, block_size=GRID, max_num_batched_tokens=GRID)
+    cold = make_engine("bamba", **ROOM, block_size=GRID, prefix_caching=False)
+    shared = make_prompt(2 * GRID + 10)
+    prompts = [shared + make_prompt(20 + seed, seed=seed + 1) for seed in range(2)]
+    first, second = (engine.add_request(each, GREEDY) for each in prompts)
+    engine.step()
+    [waiting] = engine.scheduler.waiting
+    assert waiting.request_id == second and engine.kv.is_following(waiting)
+    if how == "aborted":
+        engine.abort(first)
+    elif how == "preempted":
+        engine.scheduler._preempt_last()
+    else:
+        assert engine.kv.states is not None
+        monkeypatch.setattr(engine.kv.states.slots, "cut", lambda *_: False)
+    outputs: dict[str, list[int]] = {first: [], second: []}
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.request_id] += output.token_ids
+        engine.kv.check()
+    expected = run(cold, prompts, max_tokens=TOKENS)
+    assert outputs[second] == expected[1]
+    assert outputs[first] == ([] if how == "aborted" else expected[0])
+    assert not engine.kv.is_following(waiting)
 
 
 @pytest.mark.parametrize("family", KINDS)

@@ -382,6 +382,8 @@ class StateMachine(SchedulerMachine):
             states=StateSlots(num_states, grid=grid),
             pieces=self.pieces if keeps_below else None,
         )
+        assert self.kv.states is not None
+        self.kv.states.leaders.fewest_tokens = 4
 
     def make_device(self, num_blocks: int, values: tuple[int, int]) -> FakeDevice:
         self.states = StateDevice(BLOCK, first_index_block=num_blocks + 1, pieces=self.pieces)

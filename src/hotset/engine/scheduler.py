@@ -310,7 +310,7 @@ class Scheduler:
                     break
                 if not self._may_overtake(request, blocked):
                     continue
-            if self._admit(request, queued_tokens):
+            if not self.kv.is_following(request) and self._admit(request, queued_tokens):
                 self.waiting.remove(request)
                 self._start_turn(request)
                 if self.kv.tables.num_runnable_tokens(request) > 1:
@@ -320,6 +320,8 @@ class Scheduler:
                 queued_tokens += request.num_uncomputed_tokens
                 if blocked is not None:
                     self._num_overtaking += request.num_tokens
+            elif self.kv.is_following(request):
+                continue  # others may have room
             elif blocked is None:
                 self._blocked = request
                 if request is not was_blocked:
@@ -393,6 +395,8 @@ class Scheduler:
             if num_tokens >= self.max_num_batched_tokens:
                 return
             if waiting.num_output_tokens > 0 or now_s - waiting.queue.since_s < rotation_s:
+                continue
+            if self.kv.is_following(waiting):
                 continue
             victim = self._oldest_turn(waiting, now_s, rotation_s)
             if victim is None or not self.kv.can_park(victim, self.running, 2 * self.ahead_tokens):

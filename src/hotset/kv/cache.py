@@ -100,7 +100,8 @@ class KVCache:
         Blocks in the device pool are shared; of blocks in slower tiers, the policy has some
         computed and the rest fetched. Needs room for all the request's tokens so far, plus
         `spare_blocks`; without it nothing changes and the result is False. So it is while a tier
-        cannot say yet what it has of the tokens. A request that was hot is so again, if it can.
+        cannot say yet what it has of the tokens, and for one that is to follow another from now
+        on: see `is_following`. A request that was hot is so again, if it can.
         """
         if self.states is not None and not self.states.slots.can_give:
             return False
@@ -118,7 +119,7 @@ class KVCache:
             computed = self.transfers.cheaper_computed(known, queued_tokens)
         else:
             start = self._find_start(request, known, queued_tokens)
-            if start is None:
+            if start is None or self.states.leaders.follow(request, start.num_tokens):
                 return False
             known, keys = known[: start.num_blocks], keys[: start.num_blocks]
         while known and known[-1].key in computed:
@@ -150,6 +151,10 @@ class KVCache:
         self._metrics.recompute_chosen_tokens += sum(computed.values())
         self.advance(request)
         return True
+
+    def is_following(self, request: Request) -> bool:
+        """Whether a request waits for a state that another one computes; see `Leaders`."""
+        return self.states is not None and self.states.leaders.is_following(request)
 
     def _is_open(self, request: Request) -> bool:
         """Whether a tier cannot say yet what it has of a request."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from hotset.cost.prefix import PrefixPolicy, StatePlace
 from hotset.kv.block_hash import DIGEST_BYTES
+from hotset.kv.leaders import Leaders
 from hotset.kv.prefix import Prefixes
 from hotset.kv.state_slots import StateSlots
 from hotset.kv.state_transfers import StateTransfers
@@ -74,6 +75,7 @@ class States:
 
     Attributes:
         slots: as given.
+        leaders: whose states others wait for.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class States:
         policy: PrefixPolicy | None,
     ) -> None:
         assert (transfers is None) == (policy is None)
-        self.slots = slots
+        self.slots, self.leaders = slots, Leaders(prefixes, slots)
         self._prefixes, self._metrics = prefixes, metrics
         self._transfers, self._policy = transfers, policy
         self._due: OrderedDict[bytes, int] = OrderedDict()  # to go down -> to which tier at most
@@ -168,6 +170,7 @@ class States:
         """
         kv = request.kv
         self._want(request, num_seen)
+        self.leaders.add(request)
         self._metrics.stateless_tokens += start.num_lost
         self._metrics.recompute_chosen_tokens += start.num_chosen
         if not start.is_own:
@@ -284,6 +287,7 @@ class States:
         if self._transfers is not None:
             self._transfers.stop_waiting(request)
         request.kv.awaited = None
+        self.leaders.drop(request)
         self.slots.take_back(request)
 
     # What goes to slower tiers
