@@ -36,6 +36,28 @@ def test_a_store_shares_payloads_and_leaves_nothing_behind(tmp_path: Path) -> No
 
 
 @needs_redis
+def test_a_store_that_was_killed_starts_again_empty_and_at_the_same_place(tmp_path: Path) -> None:
+    store = start_store(tmp_path, 32 * 2**20)
+    assert store is not None
+    tier = remote(store.url)
+    assert write(tier, 1).status is CompletionStatus.OK
+    tier.close()
+    psutil.Process(store.process.pid).kill()
+    assert store.process.wait(10)
+    again = store.launch()
+    until_s, tier = time.monotonic() + 10, remote(store.url)
+    while tier.notes:  # it does not answer yet
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+        tier.close()
+        tier = remote(store.url)
+    assert read(tier, 1)[0].fault == "missing"
+    assert write(tier, 2).status is CompletionStatus.OK
+    tier.close()
+    again.end(5.0)
+
+
+@needs_redis
 def test_a_writer_is_revoked_in_the_store_of_a_directory(tmp_path: Path) -> None:
     store = start_store(tmp_path, 2**24)
     assert store is not None
