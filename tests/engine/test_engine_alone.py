@@ -1,8 +1,10 @@
 """The engine over an executor that computes nothing: no model, no torch."""
 
+import numpy as np
 from fakes import FakeClock, FakeExecutor
 from schedulers import BLOCK, make_scheduler
 
+from hotset.attention.batch import Batch, SequenceSpan
 from hotset.cost.rates import Rates
 from hotset.engine.engine import Engine
 from hotset.engine.lane import Lane
@@ -11,6 +13,7 @@ from hotset.engine.parts import EngineParts
 from hotset.engine.sizing import Sizes
 from hotset.engine.step import Step
 from hotset.engine.step_cost import StepCost
+from hotset.executor.step_input import SampleInput, StepInput
 from hotset.metrics import Metrics
 from hotset.options import Options
 from hotset.request import FinishReason, SamplingParams
@@ -130,3 +133,17 @@ def test_outputs_of_one_request_share_a_lane_and_can_be_ended() -> None:
     run(engine)
     assert engine.metrics.forked_tokens > 0
     assert [lane.kv.pool.num_held for lane in engine.lanes] == [0, 0]
+
+
+def test_what_attention_takes_is_told_by_the_lane_with_the_most_tokens_of_prompts() -> None:
+    def message(num_decodes: int, *prompts: SequenceSpan) -> StepInput:
+        nothing = np.empty(0, np.int64)
+        spans = [SequenceSpan(i, 1, 9, []) for i in range(num_decodes)] + [*prompts]
+        inputs = np.zeros((6, sum(one.num_tokens for one in spans)), np.int64)
+        batch = Batch(inputs, nothing, nothing, spans, num_decodes, False)
+        return StepInput([], batch, SampleInput())
+
+    engine = make_engine(FakeExecutor(), num_lanes=2)
+    engine._observe([message(90), message(3, SequenceSpan(3, 80, 1000, []))], 0.9)
+    assert (engine.context_cost.base, engine.context_cost.slope) == (0.01, 0.0)
+    assert engine.context_cost._x == 1000 - 80 / 2

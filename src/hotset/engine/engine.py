@@ -408,7 +408,7 @@ class Engine:
         self.step_cost.observe(prompt_tokens, seconds)
         if prompt_tokens >= _PREFILL_STEP_TOKENS and 2 * prompt_tokens >= num_tokens:
             self.rates.observe_prefill(num_tokens, seconds)
-            largest = max(messages, key=lambda one: one.num_tokens)
+            largest = max(messages, key=lambda one: one.num_prompt_tokens)
             self.context_cost.observe(largest.mean_context, seconds / num_tokens)
 
     def _finish(
