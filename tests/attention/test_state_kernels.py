@@ -12,6 +12,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
+from exact_scans import exactly  # noqa: E402
 from scans import gated_delta, kimi_delta, mamba1, mamba2  # noqa: E402
 from slots import (  # noqa: E402
     CHANNELS,
@@ -70,6 +71,24 @@ def test_a_step_scans_as_pytorch_does_and_leaves_the_same_states(
     check_close(slots, others, dtype)
     kept = [slot for slot in range(SLOTS) if slot not in written(MIXED)]
     assert torch.equal(slots[kept], others[kept])
+
+
+@SCANS
+@DTYPES
+def test_a_scan_is_as_exact_as_its_numbers(make: Callable[..., Scan], dtype: torch.dtype) -> None:
+    """By the size of all errors together. In 16 bits outputs are rounded, and products in TF32."""
+    torch.manual_seed(5)
+    scan = cast(make(150, **FEW), dtype)
+    arena = make_arena(scan, dtype)
+    expected, state = exactly(scan, arena.recurrent[LAYER][2])
+    spans = spans_of((149, 0, 2, 3)), spans_of((1, 149, 3, 3))  # a text, and a token behind it
+    outputs = []
+    for rows, part in zip((slice(149), slice(149, 150)), spans, strict=True):
+        states = KernelStates.of_batch(arena, batch_of(part), DEVICE)
+        outputs.append(states.scan(LAYER, rows_of(scan, rows)))
+    most = 1e-5 if dtype == torch.float32 else 2**-7
+    for found, exact in ((torch.cat(outputs), expected), (arena.recurrent[LAYER][3], state)):
+        assert (found.double() - exact).norm() <= most * exact.norm()
 
 
 def written(spans: list[SequenceSpan]) -> set[int]:

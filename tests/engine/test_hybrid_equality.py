@@ -168,6 +168,38 @@ def test_the_state_of_another_prompt_changes_the_answer(
     assert changed > len(make_prompts()) * (1 if family == "lfm2" else 8)
 
 
+def scores(engine: Engine, prompts: list[list[int]], *, preempts: bool = False) -> torch.Tensor:
+    """Log-probabilities of all tokens of prompts but their first, prompt by prompt."""
+    params = SamplingParams(max_tokens=1, ignore_eos=True, prompt_logprobs=1)
+    found = {engine.add_request(prompt, params): list[float]() for prompt in prompts}
+    while engine.has_work:
+        if preempts and len(engine.scheduler.running) > 1:
+            engine.scheduler._preempt_last()
+        for output in engine.step():
+            found[output.request_id] += [one.logprob for one in output.prompt_logprobs]
+    assert [len(each) for each in found.values()] == [len(prompt) - 1 for prompt in prompts]
+    return torch.tensor([score for each in found.values() for score in each])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("family", KINDS)
+def test_under_load_bfloat16_is_as_near_to_float32_as_alone(
+    family: str, device: str, make_engine: MakeEngine
+) -> None:
+    prompts = [prompt for prompt in make_prompts() if len(prompt) > 1]
+    changes = {"num_experts": 1} if family == "jamba" else {}  # roundings choose other experts
+    exact = scores(make_engine(family, model_changes=changes), prompts)
+    rounded = {"model_dtype": torch.bfloat16, "kv_bytes": 2, "device": device, "eager": True}
+    engine = make_engine(family, model_changes=changes, **rounded)
+    alone = torch.cat([scores(engine, [prompt]) for prompt in prompts])
+    engine = make_engine(family, model_changes=changes, max_num_batched_tokens=24, **rounded)
+    loaded = scores(engine, prompts, preempts=True)
+    assert engine.metrics.preemptions > 4
+    error = float((alone - exact).norm())
+    assert 0 < error < 0.1 * float(exact.norm())
+    assert float((loaded - exact).norm()) < 1.5 * error
+
+
 def test_too_little_memory_is_refused(make_engine: MakeEngine) -> None:
     with pytest.raises(ConfigError, match=r"no room for one request: its state takes .* give hot"):
         make_engine("bamba", hot_gib=1e-6)
