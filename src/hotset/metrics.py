@@ -25,6 +25,29 @@ class ExpertCounts:
     expert_disk_wait_s: float = 0.0  # steps waited for them
 
 
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """What a rank has of the memory.
+
+    Attributes:
+        host: the name of its machine.
+        device: its name.
+        used_bytes: of the device, by whoever; of a CPU, by this rank.
+        total_bytes: of the device.
+        host_bytes: of host memory for KV and experts; pinned where the device is a GPU.
+        disk_bytes: most that it may write to disk.
+        link_bytes_per_s: at which its KV comes from host memory, as measured; 0 before any did.
+    """
+
+    host: str
+    device: str
+    used_bytes: int
+    total_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    link_bytes_per_s: float = 0.0
+
+
 class HotCounts(NamedTuple):
     """What steps found of the tokens that hot requests selected, over all layers that select."""
 

@@ -48,6 +48,7 @@ def make_engine(executor: FakeExecutor, *, num_lanes: int = 1) -> Engine:
         step_cost=StepCost([(1, 0.01), (8, 0.02)]),
         experts=None,
         mover=None,
+        memory=tuple,
         clock=clock,
     )
     return Engine(parts)

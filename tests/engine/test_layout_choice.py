@@ -86,7 +86,6 @@ def test_memory_that_is_given_decides_what_a_layout_holds() -> None:
             {"gpus": 3},
             "tp=3 does not divide the 32 attention heads of llama-3-8b; possible: 1, 2, 4, 8",
         ),
-        ("gpt-oss-120b", {"gpus": 2}, "gpt-oss-120b has no tensor-parallel plan in transformers"),
         ("llama-3-8b", {"gpus": 4, "tp": 2}, "gpus is 4, and tp=2 takes 2; give one of them"),
         ("llama-3-8b", {"gpus": 2, "row_prefetch": 1}, "leave gpus out"),
     ],

@@ -54,6 +54,11 @@ CASES = {
         ("llama-3-8b", *H200, "--total-gib", "32", "--host-gib", "64", "--disk-gib", "100"),
         {"total_gib": 32.0, "host_gib": 64.0, "disk_gib": 100.0},
     ),
+    "two GPUs, a plan of the engine's own": (
+        ("gpt-oss-20b", *TP, "--dtype", "bfloat16"),
+        {"tp": 2, "expert_slots": None},
+    ),
+    "two GPUs, states": (("qwen3-next-80b-a3b", *TP, "--users", "2"), {"tp": 2}),
     "two GPUs": (
         (
             "llama-3-70b",
@@ -130,20 +135,12 @@ def test_hot_gib_of_a_plan_that_splits_it_is_kv_alone_beside_its_slots() -> None
         ),
         (("deepseek-v3", "--hardware", "h200", "--dtype", "bfloat16", "--gpus", "8"), "GPUs"),
         (
-            ("deepseek-v3", "--hardware", "h200", "--layout", "tp=8", "--users", "8"),
-            "keeps the attention of deepseek-v3 whole on each GPU",
-        ),
-        (
-            ("gpt-oss-20b", "--hardware", "h200", "--layout", "tp=2", "--dtype", "bfloat16"),
-            "gpt-oss-20b has no tensor-parallel plan in transformers",
+            ("olmoe-1b-7b", *TP, "--users", "8"),
+            "keeps the attention of olmoe-1b-7b whole on each GPU",
         ),
         (
             (*TWO, "--total-gib", "9", "--host-gib", "20", "--disk-gib", "64"),
             "keeps experts on disk with one GPU alone",
-        ),
-        (
-            ("qwen3-next-80b-a3b", *TP, "--users", "2"),
-            "runs the recurrent layers of qwen3-next-80b-a3b with one GPU alone",
         ),
         (
             ("qwen3.5-35b-a3b", *H200, "--users", "1", "--hot-gib", "0.15", "--expert-slots", "9"),

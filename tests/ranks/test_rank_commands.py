@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 from tiny_models import make_model
 from tiny_tokenizer import make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotset import LLM, SamplingParams
 from hotset.cli import cli
@@ -35,9 +36,14 @@ def test_an_llm_of_two_ranks_answers_as_one_of_one(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_spread_is_refused_in_one_line(tmp_path: Path) -> None:
-    model = save(tmp_path, "gpt_oss", vocab_size=len(make_tokenizer()))
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "max_position_embeddings"), 64)
+    config = AutoConfig.for_model(
+        "stablelm", vocab_size=len(make_tokenizer()), num_hidden_layers=1, **sizes
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="has no tensor-parallel plan in transformers"):
-        answers(model, tp=2)
+        answers(str(tmp_path), tp=2)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ _LEGEND = [
     (_FREE, "free"),
 ]
 _LEAST_WIDTH = 60
+_RANK_LINES = 3  # of their panel, beside one per rank
 
 
 def view(status: Json, width: int, height: int | None = None) -> RenderableType:
@@ -60,6 +61,9 @@ def view(status: Json, width: int, height: int | None = None) -> RenderableType:
     if fleet is not None:
         parts.append(fleet_panel(fleet, width))
         height = height and height - fleet_lines(fleet)
+    if len(ranks := status["engine"]["ranks"]) > 1:
+        parts.append(_ranks(ranks))
+        height = height and height - len(ranks) - _RANK_LINES
     map_lines = 6
     if height is not None and tiers:
         map_lines = max(1, (height - 12 - 2 * len(tiers)) // len(tiers))
@@ -125,6 +129,25 @@ def _cells(states: str, colors: dict[str, str], width: int, most_lines: int) -> 
         if (start // each + 1) % width == 0:
             text.append("\n")
     return text
+
+
+def _ranks(ranks: list[Json]) -> RenderableType:
+    """What each rank has of the memory, and its link."""
+    table = Table(box=None, expand=True, pad_edge=False, header_style="dim")
+    table.add_column("rank")
+    for name in ("device", "device memory", "host memory", "disk at most", "link"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, one in enumerate(ranks):
+        rate = one["link_bytes_per_s"]
+        table.add_row(
+            str(number),
+            f"{one['device']} on {one['host']}",
+            f"{short_bytes(one['used_bytes'])} of {short_bytes(one['total_bytes'])}",
+            short_bytes(one["host_bytes"]),
+            short_bytes(one["disk_bytes"]),
+            f"{short_bytes(rate)}/s" if rate else "-",
+        )
+    return Panel(table, title="ranks", title_align="left")
 
 
 def _users(status: Json, width: int) -> RenderableType:

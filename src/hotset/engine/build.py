@@ -53,6 +53,7 @@ from hotset.ranks.disk import RanksDisk
 from hotset.ranks.driver import Ranks
 from hotset.ranks.executor import RankedExecutor
 from hotset.ranks.facts import machine_facts
+from hotset.ranks.memory import RanksMemory, ranks_table
 from hotset.ranks.rank import Rank
 from hotset.ranks.slab_files import RankSlab
 
@@ -160,6 +161,7 @@ def build_rank(
         None if host is None else host.copier,
         slab,
         setup.facts(placed),
+        setup.meter(sizes),
     )
 
 
@@ -214,9 +216,9 @@ class _Build(RankSetup):
         memory, fingerprint = self._options.memory, self._fingerprint(sizes)
         numerics = self._numerics()
         with self._times.phase("open tiers"):
-            host, peers = placed.host, None
+            host, peers, ranks_memory = placed.host, None, RanksMemory(self.meter(sizes))
             if isinstance(executor, RankedExecutor):
-                host, peers = self._join_ranks(placed, executor)
+                host, peers = self._join_ranks(placed, executor, ranks_memory)
             tiers = open_tiers(
                 memory,
                 sizes,
@@ -245,7 +247,8 @@ class _Build(RankSetup):
         return EngineParts(
             options=self._options,
             sizes=sizes,
-            report=self._report(placed, measured),
+            report=self._report(placed, measured, ranks_memory),
+            memory=ranks_memory.read,
             numerics=numerics,
             overlaps=self._device.type == "cuda",
             executor=executor,
@@ -259,17 +262,17 @@ class _Build(RankSetup):
         )
 
     def _join_ranks(
-        self, placed: Placed, executor: RankedExecutor
+        self, placed: Placed, executor: RankedExecutor, memory: RanksMemory
     ) -> tuple[HostMemory | None, RanksDisk | None]:
         """Host memory and disks of all ranks as one; None where none is asked for."""
         ranks: Ranks = self._loaded.ranks
         if placed.sizes.host_slots == 0:
-            ranks.listen([executor.take])
+            ranks.listen([executor.take, memory.take])
             return None, None
         host = HostMemory.take(placed.sizes, placed.payloads)
-        copier = RanksCopier(host.copier, ranks, placed.payloads, host.arena)
+        copier = RanksCopier(host.copier, ranks, placed.payloads, host.arena, memory)
         disk = RanksDisk(ranks, host.arena)
-        ranks.listen([executor.take, copier.take, disk.take])
+        ranks.listen([executor.take, memory.take, copier.take, disk.take])
         copier.wait_ready()
         return HostMemory(host.arena, copier), disk
 
@@ -369,7 +372,7 @@ class _Build(RankSetup):
             where = f"{torch.cuda.get_device_name(self._device)} {kernels}{eager}"
         return f"{where} torch {torch.__version__} tp {current().size}"
 
-    def _report(self, placed: Placed, measured: _Measured) -> str:
+    def _report(self, placed: Placed, measured: _Measured, memory: RanksMemory) -> str:
         sizes = placed.sizes
         lines = [sizes.report(device=self._device.type, disk_path=self.disk_path)]
         if self._device.type == "cpu":
@@ -378,6 +381,7 @@ class _Build(RankSetup):
             lines.append(_STATE_NOTE)
         if (num_ranks := current().size) > 1:
             lines.append(f"tp={num_ranks}: what is told here is of each of {num_ranks} ranks")
+            lines.append(ranks_table(memory.read()))
             lines.append(self._ranks_note)
         lines += [kv_note(self._model, self._layout), index_note(self._model, self._layout)]
         lines += [sizes.split_report, placed.experts_report]

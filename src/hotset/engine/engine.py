@@ -67,7 +67,7 @@ class Engine:
         parts: what it runs with; it closes them.
 
     Attributes:
-        numerics, lanes, experts: see `EngineParts`.
+        numerics, lanes, experts, memory: see `EngineParts`.
         context_cost: what a token of a prompt takes, by the number of tokens before it.
     """
 
@@ -78,6 +78,7 @@ class Engine:
         self.metrics = self.scheduler.metrics
         self.executor, self._outputs, self._clock = parts.executor, parts.outputs, parts.clock
         self.step_cost, self.context_cost = parts.step_cost, context_cost()
+        self.memory = parts.memory
         self.experts, self._mover = parts.experts, parts.mover
         self._tiers = [lane.tiers for lane in self.lanes if lane.tiers is not None]
         self._overlaps = parts.overlaps

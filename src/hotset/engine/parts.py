@@ -1,6 +1,6 @@
 """What an engine runs with. Imports numpy, no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from hotset.engine.outputs import OutputProcessor
 from hotset.engine.sizing import Sizes
 from hotset.engine.step_cost import StepCost
 from hotset.executor.executor import Executor
+from hotset.metrics import RankMemory
 from hotset.options import Options
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class EngineParts:
         lanes: have the requests, all with the same `metrics`.
         experts: None where all stay on the device as they were loaded.
         mover: None where the split between experts and KV stays.
+        memory: gives what each rank has of the memory, as it said last.
         clock: of the schedulers too.
     """
 
@@ -47,4 +49,5 @@ class EngineParts:
     step_cost: StepCost
     experts: "ExpertBuffer | None"
     mover: "SplitMover | None"
+    memory: Callable[[], Sequence[RankMemory]]
     clock: Clock

@@ -30,12 +30,14 @@ from hotset.experts.hosting import buffer_experts
 from hotset.linear.packed import pack_linears
 from hotset.memory.arena import DeviceArena
 from hotset.memory.device_payloads import DevicePayloads
+from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.state_arena import StateArena
 from hotset.model.devices import free_bytes, resolve_kv_dtype
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
 from hotset.parallel.collectives import use_symmetric_memory
 from hotset.parallel.group import current, least
+from hotset.ranks.memory import Meter
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +245,12 @@ class RankSetup:
             "host slots": str(sizes.host_slots),
             "experts on the device": str(placed.experts and placed.experts.num_slots),
         }
+
+    def meter(self, sizes: Sizes) -> Meter:
+        """Of what this rank has of the memory."""
+        kv_bytes = sizes.host_slots * slot_bytes_for(sizes.block_bytes)
+        expert_bytes = 0 if sizes.experts is None else sizes.experts.host_bytes
+        return Meter(self._device, kv_bytes + expert_bytes, sizes.disk_bytes)
 
     @property
     def disk_path(self) -> Path:

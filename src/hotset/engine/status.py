@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from hotset.kv.cache import KVCache
 from hotset.memory.tier import TierInfo, TierUsage
+from hotset.metrics import RankMemory
 
 if TYPE_CHECKING:
     from hotset.engine.engine import Engine
@@ -74,6 +75,7 @@ class EngineStatus:
         users: one letter per request, in the order in which they run, at most 1,024.
         link_bytes_per_s: by tier, the rate its payloads reach the device with, as measured.
         states: None where layers keep none.
+        ranks: what each one has of the memory, rank 0 first.
     """
 
     num_moving: int
@@ -86,6 +88,7 @@ class EngineStatus:
     link_bytes_per_s: dict[str, float]
     prefill_tokens_per_s: float
     states: StateStatus | None
+    ranks: tuple[RankMemory, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +178,17 @@ def engine_status(engine: "Engine", *, num_queued: int) -> EngineStatus:
         link_bytes_per_s=dict(engine.rates.link_bytes_per_s),
         prefill_tokens_per_s=engine.rates.prefill_tokens_per_s,
         states=_states(engine),
+        ranks=_ranks(engine),
     )
+
+
+def _ranks(engine: "Engine") -> tuple[RankMemory, ...]:
+    """As they said last; the link of one rank alone is the engine's."""
+    found = tuple(engine.memory())
+    if len(found) > 1:
+        return found
+    rate = engine.rates.link_bytes_per_s.get("host", 0.0)
+    return tuple(replace(one, link_bytes_per_s=rate) for one in found)
 
 
 def _states(engine: "Engine") -> StateStatus | None:

@@ -4,7 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-from hotset.cost.attention import Kind
 from hotset.layout import Layout
 from hotset.plan.choices import staged_bytes
 from hotset.plan.result import Plan
@@ -14,8 +13,7 @@ MOST_REQUESTS = 2**20  # `--max-num-seqs` takes no more
 
 _HUB = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "fp8"}
-# In transformers: nothing is cut by tp, or all but the attention.
-_NO_TP_PLAN = ("gpt_oss",)
+# In transformers: all but the attention is cut by tp.
 _WHOLE_ATTENTION = ("olmoe", "olmo2", "olmo3", "flex_olmo")
 _STATES_ALONE = ("mamba2",)  # no layer attends
 _LEAST_STATES = 3  # two that no request gets, see `StateSizes`
@@ -45,7 +43,7 @@ def why_not_served(plan: Plan) -> str:
         ),
         (bool(why_not_run(plan)), why_not_run(plan)),
         (
-            plan.layout.tp > 1 and (shape.is_mla or shape.model_type in _WHOLE_ATTENTION),
+            plan.layout.tp > 1 and shape.model_type in _WHOLE_ATTENTION,
             f"hotset serve keeps the attention of {shape.name} whole on each GPU, and a plan "
             "counts it as cut",
         ),
@@ -98,20 +96,10 @@ def why_not_run(plan: Plan) -> str:
     """Why the engine cannot spread this model over several GPUs as planned; empty where it can."""
     if plan.gpus == 1:
         return ""
-    shape = plan.request.shape
     reasons = (
         (
             plan.layout != Layout(plan.gpus),
             f"hotset serve spreads a model by tp alone, not as {plan.layout} over {plan.gpus} GPUs",
-        ),
-        (
-            shape.model_type in _NO_TP_PLAN,
-            f"{shape.name} has no tensor-parallel plan in transformers: plan --gpus 1",
-        ),
-        (
-            any(layer.attention.kind == Kind.RECURRENT for layer in shape.layers),
-            f"hotset serve runs the recurrent layers of {shape.name} with one GPU alone: plan "
-            "--gpus 1",
         ),
         (
             _experts_on_disk(plan) > 0,

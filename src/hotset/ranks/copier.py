@@ -13,6 +13,7 @@ from hotset.memory.device_payloads import DevicePayloads
 from hotset.memory.mover import Copier
 from hotset.ranks.driver import Ranks
 from hotset.ranks.log import Op, command
+from hotset.ranks.memory import RanksMemory
 from hotset.ranks.messages import Copied, RankReport
 
 _LOOK_EVERY_S = 0.1
@@ -29,13 +30,20 @@ class RanksCopier:
         ranks: the others.
         device: rank 0's blocks and states, of the same size on all.
         host: rank 0's host slots, likewise.
+        memory: is told of each copy to the device.
     """
 
     def __init__(
-        self, local: Copier, ranks: Ranks, device: DevicePayloads, host: HostArena
+        self,
+        local: Copier,
+        ranks: Ranks,
+        device: DevicePayloads,
+        host: HostArena,
+        memory: RanksMemory,
     ) -> None:
         self._local, self._ranks = local, ranks
-        self._device, self._host = device, host
+        self._device, self._host, self._memory = device, host, memory
+        self._up_bytes: dict[int, int] = {}  # by id, of copies to the device; by _changed
         self._changed = threading.Condition()
         self._open: dict[int, dict[int, float]] = {}  # by id, seconds by rank; by _changed
         self._ready = dict.fromkeys(range(1, ranks.size), 0)  # slots by rank; by _changed
@@ -69,6 +77,8 @@ class RanksCopier:
         copy_id = self._local.submit(runs, to_host=to_host)
         with self._changed:
             self._open[copy_id] = {}
+            if not to_host:
+                self._up_bytes[copy_id] = sum(run.num_bytes for run in runs)
         places = self._device.places(np.array(runs, np.int64).reshape(-1, 3))
         places[:, 1] -= self._host.address(0)
         self._ranks.send(command(Op.COPY, (copy_id, to_host), places))
@@ -92,6 +102,7 @@ class RanksCopier:
             ]
             for copy_id, _ in ended:
                 del self._open[copy_id]
+                self._up_bytes.pop(copy_id, None)
         return ended
 
     def wait(self, timeout_s: float) -> None:
@@ -121,3 +132,5 @@ class RanksCopier:
     def _note(self, rank: int, ended: list[tuple[int, float]]) -> None:
         for copy_id, seconds in ended:
             self._open[copy_id][rank] = seconds
+            if num_bytes := self._up_bytes.get(copy_id):
+                self._memory.note_copy(rank, num_bytes, seconds)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hotset.layout import Layout
-from hotset.metrics import ExpertCounts
+from hotset.metrics import ExpertCounts, RankMemory
 
 # How long ranks may take to start, load and compile; no rank waits for a collective meanwhile.
 START_TIMEOUT_S = 1800.0
@@ -69,6 +69,12 @@ class Copied(NamedTuple):
     num_ready_slots: int
 
 
+class Held(NamedTuple):
+    """What the rank has of the memory, after it was built and with each `Counted`."""
+
+    memory: RankMemory
+
+
 class Counted(NamedTuple):
     """What experts did up to a `COUNT` of this number."""
 
@@ -100,4 +106,4 @@ class Failed(NamedTuple):
         return cls(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
-RankReport = Done | Stepped | Copied | Counted | Moved | Failed
+RankReport = Done | Stepped | Copied | Held | Counted | Moved | Failed

@@ -15,7 +15,8 @@ from hotset.memory.device_payloads import DevicePayloads
 from hotset.memory.mover import Copier
 from hotset.parallel.collectives import broadcast
 from hotset.ranks.log import Array, Op, StepReader, commands, key_of
-from hotset.ranks.messages import Copied, Counted, Failed, Moved, RankReport, Stepped
+from hotset.ranks.memory import Meter
+from hotset.ranks.messages import Copied, Counted, Failed, Held, Moved, RankReport, Stepped
 from hotset.ranks.slab_files import RankSlab
 
 _DISK_THREADS = 4
@@ -32,6 +33,7 @@ class Rank:
         host, copier: this rank's part of each host slot; None where there is no host memory.
         slab: and of each slot on disk; None where there is none.
         facts: that have to be equal on all ranks.
+        meter: of its memory.
     """
 
     runner: ModelRunner
@@ -41,6 +43,7 @@ class Rank:
     copier: Copier | None
     slab: RankSlab | None
     facts: dict[str, str]
+    meter: Meter
 
 
 class Replay:
@@ -100,6 +103,7 @@ class Replay:
         elif op is Op.COUNT:
             counts = None if rank.experts is None else rank.experts.counts()
             self._report(Counted(int(numbers[0]), counts))
+            self._report(Held(rank.meter.read()))
         elif op in (Op.WRITE, Op.READ):
             assert rank.slab is not None and rank.host is not None
             number, host_slot, slot = numbers[:3].tolist()

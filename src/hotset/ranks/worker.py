@@ -16,7 +16,7 @@ from hotset.garbage import importing
 from hotset.parallel import group
 from hotset.parallel.collectives import forget_symmetric_memory
 from hotset.ranks.facts import machine_facts
-from hotset.ranks.messages import START_TIMEOUT_S, Call, Done, Failed, RankReport, Start
+from hotset.ranks.messages import START_TIMEOUT_S, Call, Done, Failed, Held, RankReport, Start
 from hotset.ranks.peers import join_group
 from hotset.ranks.rank import Rank, Replay
 from hotset.ranks.torchrun import Place, find_driver, place
@@ -83,6 +83,7 @@ class _Worker:
                 call: Call = pickle.loads(message)
             if call.is_build:
                 rank: Rank = call.function(loaded, *call.arguments)
+                self.report(Held(rank.meter.read()))
                 self.report(Done({**machine_facts(), **rank.facts}))
                 self._replay(rank)
                 del rank

@@ -53,6 +53,17 @@ _EXPERT_COUNTERS = {
     "expert_disk_wait_s": "Time for which steps waited for experts on disk.",
     "split_moves": "Times a new split between experts and KV was chosen.",
 }
+# Of each rank: the metric's name -> a field of `RankMemory`, and what it is.
+_RANK_GAUGES = {
+    "rank_device_used_bytes": ("used_bytes", "Memory of a rank's device in use."),
+    "rank_device_bytes": ("total_bytes", "Memory of a rank's device."),
+    "rank_host_bytes": ("host_bytes", "Host memory of a rank for KV and experts."),
+    "rank_disk_bytes": ("disk_bytes", "Most that a rank may write to disk."),
+    "rank_link_bytes_per_second": (
+        "link_bytes_per_s",
+        "Measured rate of a rank's KV from host memory; 0 before any came.",
+    ),
+}
 # Fields whose metrics have other names, some of them vLLM's.
 _NAMES = {
     "output_tokens": "generation_tokens",
@@ -92,6 +103,7 @@ class EngineFamilies(Collector):
         yield from self._requests()
         yield from self._prefixes()
         yield from self._tiers()
+        yield from self._ranks()
         yield from self._experts()
         text = "What went wrong and was dealt with, by kind."
         yield self._split("faults", text, ("kind",), lambda one: one.faults)
@@ -243,6 +255,14 @@ class EngineFamilies(Collector):
             "Measured rate to the device.",
             lambda one: one.link_bytes_per_s,
         )
+
+    def _ranks(self) -> Iterator[Metric]:
+        for name, (field, text) in _RANK_GAUGES.items():
+            family = GaugeMetricFamily(f"hotset:{name}", text, labels=(*self._labels, "rank"))
+            for engine in self._engines:
+                for rank, one in enumerate(() if engine.status is None else engine.status.ranks):
+                    family.add_metric((*engine.labels, str(rank)), getattr(one, field))
+            yield family
 
     def _experts(self) -> Iterator[Metric]:
         yield from self._counters(_EXPERT_COUNTERS)
