@@ -245,3 +245,20 @@ def test_a_profile_with_other_figures_of_several_gpus_is_refused(
 ) -> None:
     with pytest.raises(PlanError, match=words):
         together_from_json(together, "mine")
+
+
+def test_sums_without_nvlink_are_told_with_what_they_take() -> None:
+    def note(name: str, *, has_peers: bool = True) -> str:
+        wire = Wire(load_hardware(name), CALIBRATIONS["hotset"])
+        return wire.slow_note(2, 256, (32, 4096), has_peers=has_peers)
+
+    assert note("h200") == ""
+    slow = note("l40s")
+    assert slow.startswith(
+        "warning: GPUs of l40s have no NVLink: sums over 2 ranks go through NCCL"
+    )
+    assert slow.endswith(" ms of a step of 256 requests")
+    away = note("h200", has_peers=False)
+    assert "do not reach each other's memory" in away
+    took = float(away.split("about ")[1].split()[0])
+    assert 2 < took < 10  # 64 sums of 2 MiB at 64 GB/s are 2.1 ms

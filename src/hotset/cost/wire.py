@@ -4,12 +4,14 @@ Imports no torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hotset.cost.calibration import Calibration
 from hotset.cost.hardware import Hardware
 from hotset.cost.points import Point, seconds_at
 from hotset.cost.shape import ModelShape
+
+MOST_WITHOUT_NVLINK = 64e9  # bytes/s, of PCIe 5 x16
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,28 @@ class Wire:
             far * token_bytes / (hw.network_bytes_per_s * c.wire_efficiency),
         )
         return tokens * wire_s + 2 * (c.all_to_all_s + (c.hop_s if far else 0.0))
+
+    def slow_note(self, ranks: int, rows: int, shape: tuple[int, int], *, has_peers: bool) -> str:
+        """What sums of a step take where GPUs have no NVLink between them; empty where they have.
+
+        Args:
+            ranks: that share each layer.
+            rows: of the step.
+            shape: of the model: its layers, and its hidden size.
+            has_peers: whether each GPU reaches the memory of the others.
+        """
+        hw = self.hardware
+        if has_peers and hw.peer_bytes_per_s > MOST_WITHOUT_NVLINK:
+            return ""
+        rate = min(hw.peer_bytes_per_s, MOST_WITHOUT_NVLINK)
+        wire = replace(self, hardware=replace(hw, peer_bytes_per_s=rate, together={}))
+        num_layers, hidden = shape
+        step_s = 2 * num_layers * wire.all_reduce_s(ranks, rows * hidden * 2)
+        why = "have no NVLink" if has_peers else "do not reach each other's memory"
+        return (
+            f"warning: GPUs of {hw.name} {why}: sums over {ranks} ranks go through NCCL over PCIe "
+            f"and take about {step_s * 1e3:.1f} ms of a step of {rows} requests"
+        )
 
     def _measured(self, name: str, ranks: int) -> Sequence[Point]:
         together = self.hardware.together.get(ranks)

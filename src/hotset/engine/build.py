@@ -382,7 +382,7 @@ class _Build(RankSetup):
         if (num_ranks := current().size) > 1:
             lines.append(f"tp={num_ranks}: what is told here is of each of {num_ranks} ranks")
             lines.append(ranks_table(memory.read()))
-            lines.append(self._ranks_note)
+            lines += [self._ranks_note, self._link_note()]
         lines += [kv_note(self._model, self._layout), index_note(self._model, self._layout)]
         lines += [sizes.split_report, placed.experts_report]
         return "\n".join(line for line in [*lines, *measured.notes, *self._loaded.notes] if line)

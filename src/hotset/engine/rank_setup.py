@@ -13,6 +13,8 @@ from hotset.attention.gather import GatherBackend
 from hotset.attention.hot_rows import HotRows
 from hotset.attention.sparse.indexer import bind_guesses
 from hotset.cgroups import available_host_bytes
+from hotset.cost.calibration import CALIBRATIONS
+from hotset.cost.wire import Wire
 from hotset.cpu_libraries import bound_kernels, set_threads
 from hotset.engine.hot_setup import place_hot_rows
 from hotset.engine.model_shape import measure_model
@@ -27,6 +29,7 @@ from hotset.executor.simulated import PlacingRunner, Simulated
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.gating import pack_experts
 from hotset.experts.hosting import buffer_experts
+from hotset.kernels.device import likely_hardware
 from hotset.linear.packed import pack_linears
 from hotset.memory.arena import DeviceArena
 from hotset.memory.device_payloads import DevicePayloads
@@ -36,7 +39,7 @@ from hotset.model.devices import free_bytes, resolve_kv_dtype
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
 from hotset.parallel.collectives import use_symmetric_memory
-from hotset.parallel.group import current, least
+from hotset.parallel.group import current, has_peers, least
 from hotset.ranks.memory import Meter
 
 
@@ -245,6 +248,18 @@ class RankSetup:
             "host slots": str(sizes.host_slots),
             "experts on the device": str(placed.experts and placed.experts.num_slots),
         }
+
+    def _link_note(self) -> str:
+        """What it costs that GPUs have no NVLink; empty where they have, and on a CPU."""
+        config = self._model.config.get_text_config()
+        if self._device.type != "cuda":
+            return ""
+        return Wire(likely_hardware(self._device), CALIBRATIONS["hotset"]).slow_note(
+            current().size,
+            self._options.schedule.max_num_seqs,
+            (config.num_hidden_layers, config.hidden_size),
+            has_peers=has_peers(),
+        )
 
     def meter(self, sizes: Sizes) -> Meter:
         """Of what this rank has of the memory."""

@@ -1,5 +1,7 @@
 """What slots for a model's experts take on the device, and what its layers cannot do."""
 
+import math
+
 import torch
 from transformers import PreTrainedModel
 
@@ -11,6 +13,8 @@ from hotset.experts.narrow import NarrowLayout, rounded_layout
 from hotset.experts.weights import LayerExperts
 from hotset.kernels.narrow_forms import can_read
 from hotset.parallel.collectives import largest
+from hotset.parallel.group import current
+from hotset.weight_format import INT4
 
 
 def slot_bytes_of(model: PreTrainedModel, asked: HostedExperts) -> SlotBytes | None:
@@ -80,6 +84,20 @@ def slots_hold(
     return narrow if is_known and is_able and is_half else None
 
 
+def _check_groups(experts: LayerExperts) -> None:
+    """Raise ConfigError where a slice of an expert would have other scales than the whole one."""
+    layout, slices = experts.layout, current().layout.es
+    rows = (layout.down[-1], layout.up[-1])
+    cut, whole_row = reversed(rows) if layout.is_transposed else rows
+    width = cut if experts.is_sliced else cut // slices
+    group = math.gcd(width * slices, whole_row, INT4.columns or 0)
+    if width % group:
+        raise ConfigError(
+            f"expert_cold_dtype int4 has groups of {group} and {slices} slices of the experts of "
+            f"this model are {width} wide; use fp8, or fewer GPUs"
+        )
+
+
 def narrow_layout(experts: LayerExperts, cold_dtype: ColdDType) -> NarrowLayout | None:
     """How host memory is to have experts, or ConfigError if it has them otherwise."""
     if experts.hosted is not None or experts.narrow is not None:
@@ -95,6 +113,8 @@ def narrow_layout(experts: LayerExperts, cold_dtype: ColdDType) -> NarrowLayout 
     if cold_dtype == "auto":
         return experts.narrow_in_file
     layout = experts.layout
+    if cold_dtype == "int4":
+        _check_groups(experts)
     return rounded_layout(
         layout.up, layout.down, cold_dtype, largest=largest if experts.is_sliced else None
     )

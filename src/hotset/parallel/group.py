@@ -145,6 +145,15 @@ def leave(*, is_orderly: bool = True) -> None:
     _current = _ONE
 
 
+def has_peers() -> bool:
+    """Whether the GPUs of this host's ranks reach each other's memory; on a CPU they all do."""
+    own = _current.device
+    if own.type != "cuda":
+        return True
+    others = (one for one in range(_current.num_local) if one != own.index)
+    return all(torch.cuda.can_device_access_peer(own, one) for one in others)
+
+
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Within it this rank runs the model by itself: sums are its own parts, shapes are right."""

@@ -11,6 +11,7 @@ from hotset.cost.hot_plan import HotPlan
 from hotset.cost.layout import candidate_layouts, check_layout
 from hotset.cost.params import WEIGHT_BITS
 from hotset.cost.step_time import CAUSES, CostModel, Tiering
+from hotset.cost.wire import MOST_WITHOUT_NVLINK
 from hotset.errors import PlanError
 from hotset.layout import Layout
 from hotset.plan.choices import (
@@ -30,8 +31,6 @@ from hotset.plan.hot_set import find_hot_set
 from hotset.plan.result import Plan
 from hotset.plan.text import seconds
 from hotset.plan.workload import Request
-
-_MOST_WITHOUT_NVLINK = 64e9  # bytes/s, of PCIe 5 x16
 
 
 def make_plan(request: Request) -> Plan:
@@ -279,7 +278,7 @@ def _notes(
         notes.append("routing is taken as uniform; a measured histogram lowers tokens/s")
     hw = request.hardware
     comm_s = choice.step.parts["all_reduce"] + choice.step.parts["all_to_all"]
-    if comm_s and hw.peer_bytes_per_s <= _MOST_WITHOUT_NVLINK:
+    if comm_s and hw.peer_bytes_per_s <= MOST_WITHOUT_NVLINK:
         notes.append(
             f"GPUs of {hw.name} have no NVLink: what they exchange takes {seconds(comm_s)} of each "
             f"step of {seconds(choice.step.expected_s)}"
