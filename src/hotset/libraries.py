@@ -7,15 +7,21 @@ from collections.abc import Iterator
 import huggingface_hub
 import transformers
 
+_MOST_CHARACTERS = 400  # transformers lists all that it knows
+
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message that says anything, and what it announces."""
+    """The first line of an error's message that says anything, and what it announces.
+
+    What is longer than 400 characters is cut.
+    """
     if isinstance(error, KeyError):  # its message is the key alone
         return f"there is no {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]}..."
 
 
 @contextlib.contextmanager

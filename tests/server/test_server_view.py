@@ -160,6 +160,41 @@ def test_chats_of_a_model_with_a_state_share_their_system_message_and_the_views_
         assert "states found" in shown.output and "1 device" in shown.output
 
 
+def test_the_views_show_hot_requests_what_they_found_and_what_came_over_the_link() -> None:
+    options = Options.of(
+        hot_gib=0.0003,
+        host_gib=0.01,
+        block_size=4,
+        max_num_seqs=8,
+        max_model_len=160,
+        hot_tokens=16,
+        row_prefetch=2,
+    )
+    params = SamplingParams(max_tokens=90, ignore_eos=True)
+    with running_server(options, family="deepseek_v32") as server:
+        streams = [server.service.submit([5 + i, 6, 7] * 20, params) for i in range(6)]
+        wait_for(lambda: fetch(server.url, None)["totals"]["hot_guessed_right"] > 0)
+        status = fetch(server.url, None)
+        assert status["engine"]["num_hot"] > 0 and "h" in status["engine"]["users"]
+        with server.http() as http:
+            text = http.get("/metrics").text
+        wide = {"COLUMNS": "160"}
+        shown = CliRunner(env=wide).invoke(command, ["--url", server.url, "--once"])
+        for stream in streams:
+            stream.abort()
+    assert re.search(r"^hotset:num_requests_hot [1-9]", text, re.MULTILINE)
+    for name in ("turned_hot", "hot_hits", "hot_misses", "hot_guessed", "hot_guessed_right"):
+        assert re.search(rf"^hotset:{name}_total [1-9]", text, re.MULTILINE), name
+    assert re.search(r'^hotset:moved_bytes_total{.*"host".*"slots".*} [1-9]', text, re.MULTILINE)
+    for line in (
+        " hot",
+        "host → slots",
+        "selected tokens in slots",
+        "tokens that came ahead: right",
+    ):
+        assert line in shown.output
+
+
 def test_the_page_shows_all_of_the_status_and_nothing_else(server: RunningServer) -> None:
     with server.http(headers={"authorization": f"Bearer {KEY}"}) as http:
         status = http.get("/status.json").json()
