@@ -40,7 +40,7 @@ from hotset.linear.tiles import TILE_ROWS, WORD_COLUMNS, TileFormat
 # What a call gets, each 8 bytes; the counter is written. Those of `ADDRESSES` are such.
 ARGUMENTS = ("rows", "counter", "x", "codes", "scales", "factors", "out", "columns", "tiles")
 ADDRESSES = {"x", "codes", "scales", "factors", "out"}
-FEW_ROWS = 8
+FEW_ROWS = 16
 BLOCK_COLUMNS = 256
 
 _HALVES = ir.VectorType(ir.HalfType(), LANES)
@@ -78,29 +78,32 @@ class _Functions:
     summed: dict[int, Value]
 
 
-def make_module(form: TileFormat, *, max_rows: int, tiles_at_once: int) -> ir.Module:
+def make_module(
+    form: TileFormat, *, fused_rows: int, summed_rows: int, tiles_at_once: int
+) -> ir.Module:
     """The function `product` for weights of one form.
 
     Args:
         form: of the weights.
-        max_rows: rows that are computed at once, a power of 2; what the processor has registers
-            for: two for each row, three to widen.
-        tiles_at_once: tiles that are computed at once for a row that is alone, likewise: six
-            registers for each.
+        fused_rows: rows that are computed at once from codes, a power of 2. The processor should
+            have registers for them: two for each row, and eight to widen.
+        summed_rows: likewise from widened columns: two for each row, and three.
+        tiles_at_once: tiles that are computed at once for a row that is alone: six for each.
     """
     module = ir.Module("hotset")
-    counts = [1]
-    while counts[-1] < max_rows:
-        counts.append(2 * counts[-1])
-    few = [count for count in counts if count <= max(1, max_rows // 2)]
     functions = _Functions(
-        {count: _fused(module, form, count, 1) for count in few},
+        {count: _fused(module, form, count, 1) for count in _powers(fused_rows)},
         _fused(module, form, 1, tiles_at_once),
         _open_block(module, form),
-        {count: _summed(module, count) for count in counts},
+        {count: _summed(module, count) for count in _powers(summed_rows)},
     )
     _product(module, form, functions, tiles_at_once)
     return module
+
+
+def _powers(most: int) -> list[int]:
+    """Powers of 2 from 1 to `most`."""
+    return [1 << i for i in range(most.bit_length())]
 
 
 def _pairs(w: Writer, kind: Any, plane: Value, index: Value, num_parts: int) -> list[Pair]:

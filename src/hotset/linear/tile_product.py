@@ -10,8 +10,9 @@ from hotset.linear.tiles import TILE_ROWS, TileFormat, Tiles
 
 _CHECK_COLUMNS = 512
 _CHECK_BOUND = 2e-6  # of the largest output; float32 sums of 512 columns differ by 3e-7
-# Rows at once, and tiles of a row that is alone: with 32 registers of 512 bits, and with others.
-_AT_ONCE_WIDE, _AT_ONCE = (8, 3), (2, 1)
+# What is computed at once with 32 registers of 512 bits, and with others.
+_AT_ONCE_WIDE = {"fused_rows": 8, "summed_rows": 8, "tiles_at_once": 3}
+_AT_ONCE = {"fused_rows": 1, "summed_rows": 2, "tiles_at_once": 1}
 
 
 def multiply(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
@@ -83,6 +84,6 @@ def compiled(form: TileFormat) -> int:
     """The address of the product for weights of a form."""
     from hotset.linear.tile_code import make_module  # needs the extra
 
-    max_rows, num_tiles = _AT_ONCE_WIDE if native.has_wide_registers() else _AT_ONCE
-    module = make_module(form, max_rows=max_rows, tiles_at_once=num_tiles)
+    at_once = _AT_ONCE_WIDE if native.has_wide_registers() else _AT_ONCE
+    module = make_module(form, **at_once)
     return native.compile_function(module, "product")

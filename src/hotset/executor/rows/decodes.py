@@ -42,6 +42,7 @@ class Decodes:
         self._strides = [4 * stride for stride in arena.layers[0].unbind(1)[0].stride()]
         self._windows: dict[int | None, list[npt.NDArray[np.int64]]] = defaultdict(list)
         self._scaling: list[ctypes.c_float] = []
+        self._of_step: list[PagedDecodes] = []  # whose memory the calls read
 
     @staticmethod
     def can_attend(arena: DeviceArena, layers: Sequence[LayerAttention]) -> bool:
@@ -91,13 +92,13 @@ class Decodes:
         block_bytes, token_bytes = self._strides[:2]
         places = self._places[: batch.num_tokens]
         torch.add(inputs.blocks * block_bytes, inputs.offsets, alpha=token_bytes, out=places)
-        self._kept = []
+        self._of_step.clear()
         for window, layers in self._windows.items():
             decodes = PagedDecodes(batch.sequences, window, self._arena.block_size)
-            self._kept.append(decodes)
-            of_step = np.array(decodes.arguments()[_OF_STEP], dtype=np.int64)
+            self._of_step.append(decodes)
+            given = np.array(decodes.arguments()[_OF_STEP], dtype=np.int64)
             for arguments in layers:
-                arguments[_OF_STEP] = of_step
+                arguments[_OF_STEP] = given
 
     def _store_shape(self, key: torch.Tensor, value: torch.Tensor) -> RowShape:
         """Copies of a row's key and value to its place."""

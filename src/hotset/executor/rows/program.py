@@ -16,6 +16,8 @@ from hotset.executor.rows.stages import Rows, Stage, make_stages
 from hotset.linear import tile_product
 from hotset.memory.arena import DeviceArena
 
+_ROOM = 64  # rows
+
 
 class RowProgram:
     """What a model computes in a step, as calls of compiled code.
@@ -76,6 +78,7 @@ class RowProgram:
     def _make_room(self, num_tokens: int, num_rows: int) -> None:
         """Take memory for at least so many rows, and say in all calls where it is."""
         self._room = _rounded(num_tokens, self._room[0]), _rounded(num_rows, self._room[1])
+        self._memories = []  # before more is taken
         self._memories = [
             torch.zeros(self._room[memory.is_of_tail], memory.width)
             for memory in self._stages.memories
@@ -137,5 +140,7 @@ class RowProgram:
 
 
 def _rounded(wanted: int, there: int) -> int:
-    """The next power of 2 where there are too few."""
-    return there if wanted <= there else 1 << (wanted - 1).bit_length()
+    """Room for some more where there is too little: a power of 2, or a multiple of `_ROOM`."""
+    if wanted <= there:
+        return there
+    return 1 << (wanted - 1).bit_length() if wanted < _ROOM else -(-wanted // _ROOM) * _ROOM

@@ -47,7 +47,8 @@ def make_program(
         scratch_block: a block that no request gets; written.
     """
     is_float = model.device.type == "cpu" and model.dtype == torch.float32
-    if not is_float or not narrow_tiles(model) or not native.can_compile():
+    has_room = arena.block_size > _POSITION
+    if not (is_float and has_room and narrow_tiles(model) and native.can_compile()):
         return None
     try:
         program = RowProgram(trace(model), arena, layers)
