@@ -156,7 +156,8 @@ def run(
             assert output.error is None, output.error
             outputs[output.request_id] += output.token_ids
         each_step()
-        engine.kv.check()
+        for lane in engine.lanes:
+            lane.kv.check()
     assert not engine.has_work, "the engine did not finish"
     return list(outputs.values())
 

@@ -57,7 +57,9 @@ def engine_over(
     """An engine over a model whose parts these ranks have loaded."""
     loaded = replace(loaded, ranks=ranks)
     options = sizes_in_blocks(loaded.model, num_ranks=ranks.size, **changes)
-    return build_engine(Options.of(tp=ranks.size, **options), loaded, overlap=overlap)
+    layout = current().layout
+    spread = {"tp": layout.tp, "dp": layout.dp, "ep": layout.ep > 1}
+    return build_engine(Options.of(**spread, **options), loaded, overlap=overlap)
 
 
 def make_folder_engine(ranks: Ranks, options: Options) -> Engine:
@@ -83,6 +85,11 @@ def load_otherwise_selecting(family: str) -> LoadedModel:
 BAD_TOKEN = 99  # on rank 1
 
 
+def family_of(options: Options) -> str:
+    """What `build_failing` loads: lanes need experts."""
+    return "llama" if options.layout.dp == 1 else "qwen3_moe"
+
+
 def load_failing(family: str, changes: dict[str, Any] | None = None) -> LoadedModel:
     """`load_tiny`, but rank 1 raises where a step has `BAD_TOKEN`."""
     loaded = load_tiny(family, 0, changes or {})
@@ -98,7 +105,7 @@ def load_failing(family: str, changes: dict[str, Any] | None = None) -> LoadedMo
 def build_failing(options: Options) -> tuple[Engine, LoadedModel]:
     """For a process of its own."""
     torch.set_num_threads(1)
-    loaded = load_on_ranks(options, load_failing, "llama")
+    loaded = load_on_ranks(options, load_failing, family_of(options))
     return build_engine(options, loaded, owns_model=True), loaded
 
 

@@ -282,10 +282,10 @@ class LayoutOptions(Group):
 
     gpus: int | None = option(
         None,
-        "GPUs of one engine. Without tp the cost model chooses how they share the model, and start "
-        "prints the three best layouts.",
+        "GPUs of one engine. Without tp and dp the cost model chooses how they share the model, "
+        "and start prints the three best layouts.",
         bounds=COUNT,
-        otherwise="those of tp",
+        otherwise="those of tp and dp",
         keeps_answers=True,
     )
     tp: int = option(
@@ -294,6 +294,20 @@ class LayoutOptions(Group):
         bounds=COUNT,
         more="hot_gib and total_gib are for each GPU; host_gib, disk_gib and expert_gib's host "
         "copies are for all together. With the device cpu it is processes, for tests.",
+        keeps_answers=True,
+    )
+    dp: int = option(
+        1,
+        "GPUs that each attend for their own requests, and share the experts of the model.",
+        bounds=COUNT,
+        more="Each has all other weights. max_num_seqs and max_num_batched_tokens are for all GPUs "
+        "together: each gets its part.",
+        keeps_answers=True,
+    )
+    ep: bool = option(
+        False,
+        "With tp or dp, give each GPU whole experts in place of a part of each.",
+        more="For experts that cannot be cut. All of them stay on the GPUs.",
         keeps_answers=True,
     )
     step_timeout_s: float = option(
@@ -306,7 +320,8 @@ class LayoutOptions(Group):
     @property
     def spread(self) -> Layout:
         """The same as planners have it; of one GPU where it is yet to be chosen."""
-        return Layout(tp=self.tp)
+        gpus = self.tp * self.dp
+        return Layout(self.tp, self.dp, *((gpus, 1) if self.ep else (1, gpus)))
 
     @property
     def num_gpus(self) -> int:

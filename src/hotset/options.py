@@ -204,6 +204,8 @@ def _conflicts(options: Options) -> Iterator[str]:
         yield from _conflicts_of_experts(experts)
     if options.layout.num_gpus > 1:
         yield from _conflicts_of_ranks(options)
+    elif options.layout.ep:
+        yield "ep is given, which does nothing with one GPU; give tp or dp, or leave it out"
 
 
 def _conflicts_of_stores(memory: MemoryOptions) -> Iterator[str]:
@@ -268,7 +270,9 @@ def _conflicts_of_experts(experts: HostedExperts) -> Iterator[str]:
 def _conflicts_of_ranks(options: Options) -> Iterator[str]:
     """What works with one GPU alone, and a number of GPUs that is not the layout's."""
     given, layout = options.flat(), options.layout
-    word = "gpus" if layout.spread.gpus == 1 else "tp"
+    word = "tp" if layout.tp > 1 else "dp" if layout.dp > 1 else "gpus"
+    if layout.tp > 1 and layout.dp > 1:
+        yield f"tp is {layout.tp} and dp is {layout.dp}, which do not go together yet; give one"
     if word != "gpus" and layout.gpus not in (None, layout.spread.gpus):
         yield (
             f"gpus is {layout.gpus}, and {layout.spread} takes {layout.spread.gpus}; give one of "
@@ -288,6 +292,17 @@ def _conflicts_of_ranks(options: Options) -> Iterator[str]:
                 f"{name} is {_shown(value)}, which works with one GPU; leave it out, or leave "
                 f"{word} out"
             )
+    if layout.dp > 1 and options.memory.disk_gib:
+        yield (
+            f"disk_gib is {options.memory.disk_gib}, and with dp there is no disk tier yet; leave "
+            "it out, or give tp in place of dp"
+        )
+    if layout.ep and isinstance(options.experts, ExpertSlots | ExpertBudget):
+        name = "expert_slots" if isinstance(options.experts, ExpertSlots) else "expert_gib"
+        yield (
+            f"{name} is {given[name]}, but with ep all experts stay on the GPUs; leave one of them "
+            "out"
+        )
     device = options.model.device
     if device not in ("auto", "cpu", "cuda"):
         yield f"device is {device!r}, but {word}={layout.num_gpus} takes the first GPUs; give cuda"

@@ -24,12 +24,11 @@ FAMILIES = sorted(
 
 
 def cut_for(
-    monkeypatch: pytest.MonkeyPatch, model: Any, rank: int, size: int
+    monkeypatch: pytest.MonkeyPatch, model: Any, rank: int, layout: Layout | int
 ) -> tuple[Any, dict[str, Part]]:
-    """A copy of `model` with one rank's part, and which parts those are."""
-    monkeypatch.setattr(
-        group, "_current", group.Group(rank, Layout(size), torch.device("cpu"), True)
-    )
+    """A copy of `model` with one rank's part, and which parts those are; a number is `tp`."""
+    layout = Layout(layout) if isinstance(layout, int) else layout
+    monkeypatch.setattr(group, "_current", group.Group(rank, layout, torch.device("cpu"), True))
     cut = copy.deepcopy(model)
     cutter = ModelCutter(model, "tiny")
     parts = cutter.cut_all(cut)
@@ -187,3 +186,43 @@ def test_a_way_to_cut_that_is_not_known_is_refused() -> None:
     model.tp_plan = {**model.tp_plan, "model.layers.*.mlp.down_proj": "sequence_parallel"}
     with pytest.raises(ModelError, match="has 'sequence_parallel' for model"):
         find_cuts(model, 2, "tiny")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_lanes_share_experts_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_model(family)
+    for rank in range(2):
+        slices, parts = cut_for(monkeypatch, whole, rank, Layout(dp=2, es=2))
+        by_tp, _ = cut_for(monkeypatch, whole, rank, 2)
+        for one, other in zip(experts_layers(slices), experts_layers(by_tp), strict=True):
+            assert one.weights is not None and other.weights is not None
+            assert all(map(torch.equal, one.weights, other.weights))
+        assert not parts
+        names = [name for name, _ in whole.named_parameters() if ".experts." not in name]
+        for name in names:
+            assert torch.equal(slices.get_parameter(name), whole.get_parameter(name))
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2, ep=2), Layout(dp=2, ep=2)], ids=str)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_each_rank_has_its_own_whole_experts(
+    family: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_model(family)
+    models = [whole, *(cut_for(monkeypatch, whole, rank, layout)[0] for rank in range(2))]
+    for before, *parts in zip(*map(experts_layers, models), strict=True):
+        assert [part.num_experts for part in parts] == [2, 2]
+        for name, weight in before.module.named_parameters(recurse=False):
+            pieces = [part.module.get_parameter(name) for part in parts]
+            assert torch.equal(torch.cat(pieces), weight)
+
+
+def test_experts_that_ranks_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = make_model("qwen3_moe", moe_intermediate_size=33)
+    with pytest.raises(ConfigError, match=r"dp=2,es=2 does not divide the 33 columns .* give ep"):
+        cut_for(monkeypatch, odd, 0, Layout(dp=2, es=2))
+    few = make_model("qwen3_moe", num_experts=2, num_experts_per_tok=1)
+    with pytest.raises(ConfigError, match="ep leaves one of 4 GPUs without any of the 2 experts"):
+        cut_for(monkeypatch, few, 0, Layout(dp=4, ep=4))
+    with pytest.raises(ConfigError, match="dp=2 has ranks share experts, and tiny has none"):
+        cut_for(monkeypatch, make_model("llama"), 0, Layout(dp=2, es=2))

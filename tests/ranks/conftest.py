@@ -17,9 +17,15 @@ MakeEngine = Callable[..., Engine]
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Ranks]:
+def layout() -> Layout:
+    """Of the pair; a module may have another."""
+    return Layout(tp=2)
+
+
+@pytest.fixture(scope="module")
+def pair(layout: Layout) -> Iterator[Ranks]:
     """Two ranks on the CPU; this process is one of them."""
-    ranks = Ranks(Layout(2), "cpu", step_timeout_s=60.0)
+    ranks = Ranks(layout, "cpu", step_timeout_s=60.0)
     yield ranks
     ranks.close()
 

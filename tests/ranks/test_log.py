@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotset.attention.batch import NUM_INPUTS, Batch, SequenceSpan
-from hotset.executor.step_input import SampleInput, StepInput
+from hotset.executor.step_input import SampleInput, StepInput, Together
 from hotset.ranks.log import Op, StepReader, StepWriter, command, commands, key_numbers, key_of
 
 TABLE = st.lists(st.integers(0, 2**31), max_size=6)
@@ -23,8 +23,10 @@ def make_step(tables: dict[int, list[int]], number: int) -> StepInput:
     ]
     inputs = np.arange(NUM_INPUTS * len(spans)).reshape(NUM_INPUTS, -1) + number
     rows = np.arange(len(spans))
-    batch = Batch(inputs, rows, rows[:0], spans, len(spans), number % 2 == 1)
-    return StepInput((), batch, SampleInput(), copies=[(number, 1)] * (number % 3))
+    batch = Batch(inputs, rows, rows[:0], spans, len(spans), number % 2 == 1, number % 4)
+    together = Together(number, 9, number % 3 == 1, number % 2 == 1) if number % 4 else None
+    copies = [(number, 1)] * (number % 3)
+    return StepInput((), batch, SampleInput(), copies=copies, together=together)
 
 
 @settings(max_examples=100, deadline=None)
@@ -45,6 +47,8 @@ def test_steps_are_read_as_they_were_written(
         assert not len(read.batch.scored_rows)
         assert (read.batch.num_decodes, read.batch.has_unknown) == (len(tables), number % 2 == 1)
         assert read.copies == step.copies
+        assert read.together == step.together
+        assert read.batch.num_padding == step.batch.num_padding
         reader.release(ids)
 
 

@@ -60,6 +60,39 @@ def test_options_of_one_gpu_are_refused(options: dict[str, object], says: str) -
         Options.of(tp=2, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tp": 2, "dp": 2}, "tp is 2 and dp is 2, which do not go together yet; give one"),
+        ({"dp": 2, "disk_gib": 1.0}, "disk_gib is 1.0, and with dp there is no disk tier yet"),
+        ({"dp": 2, "expert_slots": 2, "expert_cpu": "on"}, "leave it out, or leave dp out"),
+        ({"tp": 2, "ep": True, "expert_slots": 2}, "with ep all experts stay on the GPUs"),
+        ({"ep": True}, "ep is given, which does nothing with one GPU; give tp or dp"),
+        ({"dp": 2, "gpus": 4}, "gpus is 4, and dp=2,es=2 takes 2; give one of them"),
+    ],
+)
+def test_layouts_that_cannot_work_are_refused(options: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Options.of(**options)
+
+
+def test_lanes_need_experts_to_share(tmp_path: Path) -> None:
+    model = save(tmp_path, "llama", vocab_size=len(make_tokenizer()))
+    with pytest.raises(
+        ConfigError, match=r"dp=2 has ranks share experts, and .* has none; give tp"
+    ):
+        answers(model, dp=2)
+
+
+@pytest.mark.parametrize("spread", [{"dp": 2}, {"dp": 2, "ep": True}, {"tp": 2, "ep": True}])
+@pytest.mark.parametrize("memory", [{}, {"hot_gib": 0.01}])
+def test_an_llm_that_shares_experts_answers_as_one_of_one(
+    spread: dict[str, object], memory: dict[str, object], tmp_path: Path
+) -> None:
+    model = save(tmp_path, "mixtral", vocab_size=len(make_tokenizer()) + 3)
+    assert answers(model, **spread, **memory) == answers(model)
+
+
 def test_the_benchmark_runs_over_two_ranks_and_verifies_its_arms(tmp_path: Path) -> None:
     config = make_model("llama").config
     config.save_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from engines import make_prompts, reference
-from rank_engines import BAD_TOKEN, build_failing
+from rank_engines import BAD_TOKEN, build_failing, family_of
 
 from hotset.engine.completion import gather
 from hotset.engine.restarts import Restarts
@@ -26,9 +26,12 @@ from hotset.request import SamplingParams
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def service() -> Iterator[EngineService]:
-    options = Options.of(tp=2, device="cpu", hot_gib=0.01, max_model_len=500, step_timeout_s=2.0)
+@pytest.fixture(scope="module", params=["tp", "dp"])
+def service(request: pytest.FixtureRequest) -> Iterator[EngineService]:
+    sizes = {"hot_gib": 0.01} if request.param == "tp" else {}
+    options = Options.of(
+        device="cpu", max_model_len=500, step_timeout_s=2.0, **sizes, **{request.param: 2}
+    )
     service = EngineService(options, build=build_failing)
     yield service
     children = ranks_of(service)
@@ -64,7 +67,7 @@ def check_serves(service: EngineService) -> None:
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     [answer] = gather(service.submit(prompt, params), 1)
     assert answer.error is None
-    assert [list(answer.token_ids)] == reference("llama", [prompt])
+    assert [list(answer.token_ids)] == reference(family_of(service.options), [prompt])
 
 
 @pytest.mark.parametrize("fault", ["killed", "raises", "hangs", "driver killed"])
@@ -79,7 +82,8 @@ def test_every_request_ends_with_a_line_that_names_the_rank(
     next(iter(streams[0]))  # they run
     streams = [service.submit(prompt, LONG) for prompt in make_prompts()[:3]]
     if fault == "raises":
-        streams.append(service.submit([5, BAD_TOKEN, 7], LONG))
+        # So long that each lane gets one, where there are lanes.
+        streams += [service.submit([i] * 99 + [BAD_TOKEN], LONG) for i in (5, 6, 7)]
     else:
         victim = before["driver" not in fault]
         os.kill(victim, signal.SIGKILL if "killed" in fault else signal.SIGSTOP)

@@ -40,7 +40,7 @@ class Local:
 @pytest.mark.parametrize("hits", [7, 6])
 def test_a_rank_that_used_other_experts_ends_the_engine(is_early: bool, hits: int) -> None:
     ranks = ThreeRanks()
-    executor = RankedExecutor(Local(), ranks, owns_ranks=False)  # type: ignore[arg-type]
+    executor = RankedExecutor(Local(), ranks, scratch_block=0, owns_ranks=False)  # type: ignore[arg-type]
     theirs = [Counted(1, OURS), Counted(1, ExpertCounts(expert_hits=hits, expert_misses=10 - hits))]
     if not is_early:
         executor.expert_counts()

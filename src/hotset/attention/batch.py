@@ -63,6 +63,7 @@ class Batch:
         sequences: one for each item, in flat order.
         num_decodes: how many leading sequences have one token.
         has_unknown: whether any token is still being chosen on the device.
+        num_padding: how many of the last tokens are of no sequence.
     """
 
     inputs: Array
@@ -71,11 +72,17 @@ class Batch:
     sequences: list[SequenceSpan]
     num_decodes: int
     has_unknown: bool
+    num_padding: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, with padding."""
         return int(self.inputs.shape[1])
+
+    @property
+    def num_attending(self) -> int:
+        """Of these, those of sequences, which come first."""
+        return self.num_tokens - self.num_padding
 
     @property
     def is_decode(self) -> bool:

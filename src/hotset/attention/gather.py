@@ -85,6 +85,7 @@ class PagedAttention:
         self._arena = arena
         self._layers = layers
         self._sequences = batch.sequences
+        self._has_padding = batch.num_padding > 0
         self._slots = (inputs.blocks, inputs.offsets)
         # By window, and whether decodes are in them.
         self._groups: dict[tuple[int | None, bool], list[_Group]] = {}
@@ -135,7 +136,7 @@ class PagedAttention:
         self._store(values, value, value_scale)
 
         num_heads, num_tokens, query_dim = query.shape
-        output = query.new_empty(num_tokens, num_heads, value.shape[-1])
+        output = self._make_output(query, num_tokens, num_heads, value.shape[-1])
         window, is_read_in_place = asked.heads.window, _can_read_in_place(asked, query, keys, value)
         if is_read_in_place and (decodes := self._decodes_for(window)) is not None:
             decodes.attend(query, keys, values, output, asked.scaling)
@@ -173,7 +174,8 @@ class PagedAttention:
 
         num_heads, num_tokens, _ = query.shape
         rank = latent.shape[-1]
-        output = query.new_empty(num_tokens, num_heads, self._layers[layer].heads.value_dim)
+        width = self._layers[layer].heads.value_dim
+        output = self._make_output(query, num_tokens, num_heads, width)
         for group in self._groups_for(None, query.dtype):
             rows = cache.index_select(0, group.table)
             rows = rows.view(group.num_sequences, -1, cache.shape[-1])  # [R, S, R + P]
@@ -204,6 +206,10 @@ class PagedAttention:
                 layer, weights, query, output, scaling=asked.scaling, sinks=asked.sinks
             )
         return output
+
+    def _make_output(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        """Memory that sequences fill; tokens of padding attend to nothing."""
+        return like.new_zeros(*shape) if self._has_padding else like.new_empty(*shape)
 
     def _store(self, cache: torch.Tensor, new: torch.Tensor, scale: float) -> None:
         """Write `[H_kv, T, D]` keys or values to their places in `[N, block_size, H_kv, >= D]`."""

@@ -2,7 +2,7 @@
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -41,6 +41,7 @@ from hotset.kernels.device import likely_hardware
 from hotset.kv.cache import KVCache
 from hotset.kv.pool import BlockPool
 from hotset.kv.state_slots import StateSlots
+from hotset.layout import Layout
 from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.disk.tier import payloads_within
 from hotset.memory.tiers import TierStack
@@ -48,7 +49,7 @@ from hotset.metrics import Metrics
 from hotset.model.loaded import LoadedModel
 from hotset.options import Options
 from hotset.parallel.group import current
-from hotset.ranks.copier import RanksCopier
+from hotset.ranks.copier import FarHost, FarSlots, RanksCopier
 from hotset.ranks.disk import RanksDisk
 from hotset.ranks.driver import Ranks
 from hotset.ranks.executor import RankedExecutor
@@ -121,7 +122,9 @@ def build_engine(
         if ranks is not None:
             undo.callback(ranks.end)
             ranks.check_facts({**machine_facts(), **build.facts(placed)})
-            executor = RankedExecutor(local, ranks, owns_ranks=owns_model)
+            executor = RankedExecutor(
+                local, ranks, scratch_block=placed.scratch_block, owns_ranks=owns_model
+            )
         parts = build.open(placed, executor, measured, clock, undo)
         undo.pop_all()
     return Engine(parts if overlap is None else replace(parts, overlaps=overlap))
@@ -211,34 +214,43 @@ class _Build(RankSetup):
         clock: Clock,
         undo: ExitStack,
     ) -> EngineParts:
-        """Tiers, scheduler, and what is told at start."""
+        """Tiers and scheduler of each lane, and what is told at start."""
         sizes, experts, metrics = placed.sizes, placed.experts, Metrics()
         memory, fingerprint = self._options.memory, self._fingerprint(sizes)
         numerics = self._numerics()
         with self._times.phase("open tiers"):
-            host, peers, ranks_memory = placed.host, None, RanksMemory(self.meter(sizes))
+            hosts: Sequence[HostMemory | FarHost | None] = [placed.host]
+            peers, ranks_memory = None, RanksMemory(self.meter(sizes))
             if isinstance(executor, RankedExecutor):
-                host, peers = self._join_ranks(placed, executor, ranks_memory)
-            tiers = open_tiers(
-                memory,
-                sizes,
-                placed.payloads,
-                host,
-                measured.rates,
-                metrics,
-                self.disk_path,
-                fingerprint,
-                numerics,
-                undo,
-                clock,
-                peers,
-            )
-        kv = self._kv_cache(placed, tiers, measured.rates, metrics, repr(fingerprint))
-        scheduler = self._scheduler(placed, kv, measured, metrics, clock)
+                hosts, peers = self._join_ranks(placed, executor, ranks_memory)
+            stacks = [
+                open_tiers(
+                    memory,
+                    sizes,
+                    placed.payloads,
+                    host,
+                    measured.rates,
+                    metrics,
+                    self.disk_path,
+                    fingerprint,
+                    numerics,
+                    undo,
+                    clock,
+                    peers,
+                )
+                for host in hosts
+            ]
+        lanes = []
+        for tiers in stacks:
+            kv = self._kv_cache(placed, tiers, measured.rates, metrics, repr(fingerprint))
+            lanes.append(Lane(self._scheduler(placed, kv, measured, metrics, clock), tiers))
         mover = None
         if sizes.moving is not None:
             assert experts is not None
-            mover = SplitMover(sizes.moving, experts, placed.arena, kv.pool, scheduler, clock)
+            [lane] = lanes
+            mover = SplitMover(
+                sizes.moving, experts, placed.arena, lane.kv.pool, lane.scheduler, clock
+            )
         if experts is not None:
             experts.reset_counts()  # those of the trials above
             metrics.expert_rounding_error = experts.rounding_error
@@ -253,7 +265,7 @@ class _Build(RankSetup):
             overlaps=self._device.type == "cuda",
             executor=executor,
             outputs=OutputProcessor(self._loaded.tokenizer, self._loaded.eos_token_ids),
-            lanes=[Lane(scheduler, tiers)],
+            lanes=lanes,
             rates=measured.rates,
             step_cost=measured.step_cost,
             experts=experts,
@@ -263,18 +275,38 @@ class _Build(RankSetup):
 
     def _join_ranks(
         self, placed: Placed, executor: RankedExecutor, memory: RanksMemory
-    ) -> tuple[HostMemory | None, RanksDisk | None]:
-        """Host memory and disks of all ranks as one; None where none is asked for."""
+    ) -> tuple[Sequence[HostMemory | FarHost | None], RanksDisk | None]:
+        """Host memory of each lane, None where none is asked for; and disks of all ranks as one."""
         ranks: Ranks = self._loaded.ranks
+        num_lanes = current().layout.dp
         if placed.sizes.host_slots == 0:
             ranks.listen([executor.take, memory.take])
-            return None, None
+            return [None] * num_lanes, None
         host = HostMemory.take(placed.sizes, placed.payloads)
-        copier = RanksCopier(host.copier, ranks, placed.payloads, host.arena, memory)
+        if num_lanes > 1:
+            return self._hosts_of_lanes(placed, executor, memory, host), None
+        others = range(1, ranks.size)
+        copier = RanksCopier(host.copier, ranks, placed.payloads, host.arena, memory, others=others)
         disk = RanksDisk(ranks, host.arena)
         ranks.listen([executor.take, memory.take, copier.take, disk.take])
         copier.wait_ready()
-        return HostMemory(host.arena, copier), disk
+        return [HostMemory(host.arena, copier)], disk
+
+    def _hosts_of_lanes(
+        self, placed: Placed, executor: RankedExecutor, memory: RanksMemory, own: HostMemory
+    ) -> list[HostMemory | FarHost]:
+        """Host memory of each rank, which its lane alone copies to and from."""
+        ranks: Ranks = self._loaded.ranks
+        payloads, slots = placed.payloads, FarSlots(own.arena.slot_bytes)
+        first = RanksCopier(own.copier, ranks, payloads, own.arena, memory, others=[])
+        others = [
+            RanksCopier(None, ranks, payloads, slots, memory, others=[rank])
+            for rank in range(1, ranks.size)
+        ]
+        ranks.listen([executor.take, memory.take, *(copier.take for copier in others)])
+        for copier in others:
+            copier.wait_ready()
+        return [HostMemory(own.arena, first), *(FarHost(slots, copier) for copier in others)]
 
     def _kv_cache(
         self,
@@ -321,7 +353,7 @@ class _Build(RankSetup):
     def _scheduler(
         self, placed: Placed, kv: KVCache, measured: _Measured, metrics: Metrics, clock: Clock
     ) -> Scheduler:
-        schedule, device = self._options.schedule, self._device.type
+        schedule, device = self._schedule, self._device.type
         return Scheduler(
             kv,
             metrics=metrics,
@@ -370,7 +402,9 @@ class _Build(RankSetup):
             kernels = "SDPA" if self._kernels is None else f"FlashInfer {version(_FLASHINFER)}"
             eager = " eager" if self._options.runtime.eager else ""
             where = f"{torch.cuda.get_device_name(self._device)} {kernels}{eager}"
-        return f"{where} torch {torch.__version__} tp {current().size}"
+        spread = current().layout
+        more = "" if spread == Layout(spread.tp) else f" of {spread}"
+        return f"{where} torch {torch.__version__} tp {spread.tp}{more}"
 
     def _report(self, placed: Placed, measured: _Measured, memory: RanksMemory) -> str:
         sizes = placed.sizes
@@ -380,7 +414,8 @@ class _Build(RankSetup):
         if placed.states is not None:
             lines.append(_STATE_NOTE)
         if (num_ranks := current().size) > 1:
-            lines.append(f"tp={num_ranks}: what is told here is of each of {num_ranks} ranks")
+            spread = current().layout
+            lines.append(f"{spread}: what is told here is of each of {num_ranks} ranks")
             lines.append(ranks_table(memory.read()))
             lines += [self._ranks_note, self._link_note()]
         lines += [kv_note(self._model, self._layout), index_note(self._model, self._layout)]

@@ -31,8 +31,12 @@ class Following:
 
     def __init__(self, engine: "Engine", clock: Clock) -> None:
         self._engine, self._clock = engine, clock
-        below = {} if engine.tiers is None else engine.tiers.sources()
-        self._journal = Journal({"device": engine.kv.pool, **below})
+        self._journal = Journal(
+            *(
+                {"device": lane.kv.pool, **({} if lane.tiers is None else lane.tiers.sources())}
+                for lane in engine.lanes
+            )
+        )
         self._waiting: dict[str, Submit] = {}  # by the request's id
         self._num_waiting_tokens = 0  # of the prompts of these
         self._queue: tuple[Queued, ...] = ()  # what is to be computed of them
@@ -44,7 +48,8 @@ class Following:
         if runtime.kv_events is not None:
             self._publisher = EventPublisher(runtime.kv_events, runtime.kv_events_topic)
             self._events = KvEvents(engine.kv.block_size)
-            engine.kv.prefixes.on_name = self._events.name
+            for lane in engine.lanes:
+                lane.kv.prefixes.on_name = self._events.name
             self._journal.follow(True)
 
     def follow(self, is_on: bool) -> None:

@@ -91,7 +91,7 @@ def _load(options: Options) -> LoadedModel:
         options.model.model,
         device=options.model.device,
         dtype=options.model.dtype,
-        experts_on_host=isinstance(asked, HostedExperts),
+        experts_on_host=isinstance(asked, HostedExperts) and not options.layout.ep,
         experts=ExpertSink(asked, read_deadline_s=options.memory.disk_read_deadline_s),
         check=functools.partial(_check_outline, options),
         needs_tokenizer=True,  # texts go in or out of all that use this

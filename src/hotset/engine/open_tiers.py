@@ -23,6 +23,7 @@ from hotset.memory.tier import Tier
 from hotset.memory.tiers import TierStack
 from hotset.metrics import Metrics
 from hotset.option_groups import MemoryOptions
+from hotset.ranks.copier import FarHost
 from hotset.secret import read_secret
 
 _WRITING_PART = 8  # of host memory is at most what is on its way to stores
@@ -50,7 +51,7 @@ def open_tiers(
     memory: MemoryOptions,
     sizes: Sizes,
     device: DevicePayloads,
-    host: HostMemory | None,
+    host: HostMemory | FarHost | None,
     rates: Rates,
     metrics: Metrics,
     disk_path: Path,

@@ -1,7 +1,7 @@
 """What each rank of an engine sets up: sizes, experts, memory for KV, and the model that runs."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import platformdirs
@@ -37,6 +37,7 @@ from hotset.memory.disk.slab import slot_bytes_for
 from hotset.memory.state_arena import StateArena
 from hotset.model.devices import free_bytes, resolve_kv_dtype
 from hotset.model.loaded import LoadedModel
+from hotset.option_groups import ScheduleOptions
 from hotset.options import Options
 from hotset.parallel.collectives import use_symmetric_memory
 from hotset.parallel.group import current, has_peers, least
@@ -97,6 +98,7 @@ class RankSetup:
         self._ranks_note = use_symmetric_memory()  # whose memory is no longer free then
         self._threads = set_threads(options.runtime.threads)
         self._options, self._loaded = options, loaded
+        self._schedule = _of_lane(options.schedule, current().layout.dp)
         self._model, self._device = loaded.model, loaded.model.device
         self._defers, self._times = defers, times
         self._simulated = simulated
@@ -105,6 +107,7 @@ class RankSetup:
             kv_dtype = resolve_kv_dtype(asked.kv_dtype, self._device)
             index_dtype = resolve_kv_dtype(asked.index_dtype, self._device, "index_dtype")
             self._layout = inspect_model(self._model, kv_dtype, index_dtype)
+        self._check_lanes(loaded.name)
         if simulated != Simulated() and self._layout.layers[0].indexer is None:
             raise ConfigError(
                 f"{loaded.name} has no sparse attention, whose selections and contexts could be "
@@ -114,13 +117,29 @@ class RankSetup:
         with times.phase("pack weights"):
             pack_linears(self._model)
 
+    def _check_lanes(self, name: str) -> None:
+        """Raise ConfigError where lanes cannot run what one can."""
+        if current().layout.dp == 1:
+            return
+        why = None
+        if self._layout.states:
+            why = "keep a state beside KV"
+        elif self._layout.layers[0].indexer is not None:
+            why = "select what they attend to"
+        if why is not None:
+            raise ConfigError(
+                f"layers of {name} {why}, which does not go with dp yet; give tp in its place"
+            )
+
     def size(self) -> Sizes:
         """What each part gets of the memory: on all ranks the same."""
         of_host = available_host_bytes() // current().num_local
         free = of_host if self._device.type == "cpu" else free_bytes(self._device)
         device, host = least([free, of_host])
+        # Of all lanes together, as experts compute the tokens of all.
         model = measure_model(self._loaded, self._layout, self._options)
-        return solve_sizes(self._options, model, FreeBytes(device, host))
+        of_lane = replace(self._options, schedule=self._schedule)
+        return solve_sizes(of_lane, model, FreeBytes(device, host))
 
     def place(self, sizes: Sizes, undo: ExitStack, *, owns_model: bool) -> Placed:
         """Experts and memory for KV.
@@ -185,7 +204,7 @@ class RankSetup:
     def compile(self, placed: Placed) -> ModelRunner:
         """The model with its attention; on a GPU compiled, and the first steps recorded."""
         sizes, experts, times = placed.sizes, placed.experts, self._times
-        schedule = self._options.schedule
+        schedule = self._schedule
         backend = choose_backend(
             placed.arena,
             self._layout.layers,
@@ -207,6 +226,7 @@ class RankSetup:
             placed.arena,
             backend,
             max_num_seqs=schedule.max_num_seqs,
+            num_lanes=current().layout.dp,
             hot=placed.hot,
             states=placed.states,
             kv_layers=self._layout.kv_layers,
@@ -234,7 +254,7 @@ class RankSetup:
 
     def try_steps(self, placed: Placed, runner: ModelRunner) -> list[tuple[int, float]]:
         """Tokens and seconds of steps that are run to take their time; see `time_prompts`."""
-        most_tokens = self._options.schedule.max_num_batched_tokens
+        most_tokens = self._schedule.max_num_batched_tokens
         return time_prompts(placed.sizes, runner, most_tokens)
 
     def facts(self, placed: Placed) -> dict[str, str]:
@@ -274,3 +294,18 @@ class RankSetup:
         folder = self._options.memory.disk_path or default
         rank, size = current().rank, current().size
         return folder if size == 1 else folder / f"rank-{rank}-of-{size}"
+
+
+def _of_lane(schedule: ScheduleOptions, num_lanes: int) -> ScheduleOptions:
+    """The part of one lane of what all have together."""
+
+    def part(number: int) -> int:
+        return -(-number // num_lanes)
+
+    most_mixed = schedule.max_mixed_tokens
+    return replace(
+        schedule,
+        max_num_seqs=part(schedule.max_num_seqs),
+        max_num_batched_tokens=part(schedule.max_num_batched_tokens),
+        max_mixed_tokens=None if most_mixed is None else part(most_mixed),
+    )

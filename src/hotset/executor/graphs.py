@@ -89,7 +89,9 @@ class StepGraphs:
     Args:
         forward: the model's step.
         backend: makes the attention.
-        previous: `[max_num_seqs]` int64, the tokens that the step before chose; see `Inputs`.
+        previous: `[max_num_seqs or more]` int64, the tokens that the step before chose; see
+            `Inputs`.
+        max_num_seqs: most sequences of a step.
         max_num_tokens: most tokens of a step.
         max_context_blocks: most blocks of one sequence.
         scratch_block: a block that is never read.
@@ -105,6 +107,7 @@ class StepGraphs:
         backend: RecordableBackend,
         previous: torch.Tensor,
         *,
+        max_num_seqs: int,
         max_num_tokens: int,
         max_context_blocks: int,
         scratch_block: int,
@@ -122,9 +125,10 @@ class StepGraphs:
         self._buffers: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._recorder = recorder or GraphRecorder(previous.device)
         self._block_ids = torch.zeros(
-            len(previous) * max_context_blocks, dtype=torch.int32, device=previous.device
+            max_num_seqs * max_context_blocks, dtype=torch.int32, device=previous.device
         )
-        self._max_num_seqs = min(len(previous), backend.most_recorded_seqs)
+        self._most_rows = max_num_seqs
+        self._max_num_seqs = min(max_num_seqs, backend.most_recorded_seqs)
         tuning = TUNINGS[previous.device.type]  # a step is padded to the next size
         self._steps = RecordedSteps(
             tuning.decode_sizes,
@@ -172,15 +176,19 @@ class StepGraphs:
             return float(step.size)
         return agreed(self._recorder.seconds(graphs))  # or ranks would run steps of other sizes
 
-    def run(self, batch: Batch, when_ready: Callable[[], None]) -> torch.Tensor | None:
+    def run(
+        self, batch: Batch, when_ready: Callable[[], None], *, is_decode: bool
+    ) -> torch.Tensor | None:
         """Compute a step; `when_ready` is called when its inputs and plan were submitted.
+
+        One of decodes may be run as another one is, with `is_decode` false.
 
         Returns:
             `[R, vocab]` logits of the batch's sampled rows, good until the next call; None where
             no recorded step fits, with nothing computed.
         """
         step = self._steps.find(
-            batch.num_tokens, is_decode=batch.is_decode, is_held=lambda: self._holds(batch)
+            batch.num_tokens, is_decode=is_decode, is_held=lambda: self.holds(batch)
         )
         if step is None:
             return None
@@ -219,7 +227,7 @@ class StepGraphs:
             planned.run(layer, query, output)
         mixed.parts[-1].replay()
 
-    def _holds(self, batch: Batch) -> bool:
+    def holds(self, batch: Batch) -> bool:
         """Whether the attention of steps with prompts has room for all sequences."""
         return self._attention is None or self._attention.holds(batch)
 
@@ -237,7 +245,7 @@ class StepGraphs:
         return _DecodeGraph(static, decode, graphs[0], states)
 
     def _record_mixed(self, size: int) -> _MixedGraph:
-        num_rows = min(size, len(self._previous))
+        num_rows = min(size, self._most_rows)
         static = StaticInputs.make(size, num_rows, self._padding, self._previous)
         parts: list[torch.cuda.CUDAGraph] = []
         cuts: list[tuple[int, torch.Tensor, torch.Tensor]] = []
@@ -271,7 +279,7 @@ class StepGraphs:
         """What a step of `size` asks for besides attention."""
         if self._states is None:
             return attention, None
-        states = self._states.record(size, len(self._previous), is_decode=is_decode)
+        states = self._states.record(size, self._most_rows, is_decode=is_decode)
         return self._states.around(attention, states), states
 
     def _make_attention(self) -> RecordedMixed:
@@ -288,7 +296,7 @@ class StepGraphs:
         token_ids = inputs.resolve(self._previous)
         logits = self._forward(token_ids, inputs.positions, attention, rows)
         if self._logits is None:
-            self._logits = logits.new_zeros(len(self._previous), logits.shape[1])
+            self._logits = logits.new_zeros(self._most_rows, logits.shape[1])
         self._logits[: len(logits)].copy_(logits)
 
     def _buffers_for(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,21 +6,24 @@ from contextlib import nullcontext
 
 import torch
 
+from hotset.attention.inputs import to_device
 from hotset.attention.sparse.recorder import SelectionRecorder
+from hotset.executor.lanes import rows_of_all, sample_all
 from hotset.executor.logprobs import PendingPromptLogprobs
 from hotset.executor.runner import ModelRunner
 from hotset.executor.sampler import PendingTokens, Sampled, Sampler
-from hotset.executor.step_input import StepInput, StepResult
+from hotset.executor.step_input import StepInput, StepResult, Together
 from hotset.executor.step_timer import StepTimer
 from hotset.experts.buffer import ExpertBuffer
 from hotset.experts.recorder import RoutingRecorder
 from hotset.metrics import ExpertCounts, HotCounts
+from hotset.parallel.tokens import collect_rows
 from hotset.request import SamplingParams
 from hotset.sequence import Kind
 
 
 class LocalExecutor:
-    """See `Executor`; of one lane.
+    """See `Executor`. It computes the first lane; with others, it chooses the tokens of all.
 
     Args:
         runner: computes logits.
@@ -65,7 +68,7 @@ class LocalExecutor:
         self, steps: Sequence[StepInput], when_ready: Callable[[], None] = lambda: None
     ) -> "PendingStep":
         """See `Executor`. Drafts are refused, as nothing here compares them with the model."""
-        [step] = steps
+        step = steps[0]
         previous, self.chosen = self.chosen, None
         if step.kinds and step.kinds[-1] is Kind.VERIFY:
             raise NotImplementedError(
@@ -76,13 +79,17 @@ class LocalExecutor:
         if self._selections is not None:
             ids = [sequence.sequence_id for sequence in step.sample.sequences]
             self._selections.end_step(step.batch, ids)
-        num_rows = len(step.sample.sequences)
+        sample, of_prompts = step.sample, step.scored
+        if step.together is not None:
+            logits = _logits_of_all(steps, step.together, logits)
+            sample, of_prompts = sample_all(steps)
+        num_rows = len(sample.sequences)
         tokens = scored = None
         if num_rows:
-            tokens = self.sampler.submit(logits[:num_rows], step.sample)
+            tokens = self.sampler.submit(logits[:num_rows], sample)
             self.chosen = tokens.token_ids
-        if step.scored:
-            scored = PendingPromptLogprobs(step.scored, logits[num_rows:])
+        if of_prompts:
+            scored = PendingPromptLogprobs(of_prompts, logits[num_rows:])
         timer.stop()
         return PendingStep(tokens, scored, timer)
 
@@ -118,6 +125,18 @@ class LocalExecutor:
         """See `Executor`."""
         if self._experts is not None:
             self._experts.close(with_disk=self._owns_model)
+
+
+@torch.inference_mode()
+def _logits_of_all(
+    steps: Sequence[StepInput], together: Together, logits: torch.Tensor
+) -> torch.Tensor:
+    """`[R + P, vocab]` of all lanes, of which each rank brings its own."""
+    if not together.num_rows:
+        return logits
+    collected = collect_rows(logits, together.num_rows)
+    assert collected is not None, "tokens are chosen on rank 0"
+    return collected.flatten(0, 1)[to_device(rows_of_all(steps), logits.device)]
 
 
 def warm_up(runner: ModelRunner, experts: ExpertBuffer | None) -> bool:

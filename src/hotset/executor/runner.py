@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hotset.attention.backend import AttentionBackend, RecordableBackend, StepAttention
-from hotset.attention.batch import NUM_INPUTS
+from hotset.attention.batch import NUM_INPUTS, Batch
 from hotset.attention.gather import GatherBackend
 from hotset.attention.hook import register
 from hotset.attention.hot_rows import HotRows
@@ -60,6 +60,7 @@ class ModelRunner:
         arena: where the KV lives.
         attention: how it is attended to.
         max_num_seqs: most requests in one step.
+        num_lanes: whose requests have their tokens chosen together.
         hot: the rows of hot requests, which `attention` reads; None where none may be hot.
         states: where state lives beside KV; None where the model has none.
         kv_layers: index of a layer that attends -> which of those it is.
@@ -72,6 +73,7 @@ class ModelRunner:
         attention: AttentionBackend,
         *,
         max_num_seqs: int = 256,
+        num_lanes: int = 1,
         hot: HotRows | None = None,
         states: StateArena | None = None,
         kv_layers: dict[int, int] | None = None,
@@ -90,8 +92,10 @@ class ModelRunner:
         self.recorder: RoutingRecorder | None = None
         # By the number of tokens, whether a step is launched although it is recorded.
         self.launches: Callable[[int], bool] = lambda num_tokens: False
+        self._max_num_seqs = max_num_seqs
         # At a fixed place, for the graphs to read.
-        self._previous = torch.zeros(max_num_seqs, dtype=torch.long, device=model.device)
+        size = num_lanes * max_num_seqs
+        self._previous = torch.zeros(size, dtype=torch.long, device=model.device)
         parameters = inspect.signature(model.forward).parameters
         self._selects_logits = "logits_to_keep" in parameters
         self._mask = mask_arguments(model)
@@ -199,6 +203,7 @@ class ModelRunner:
             self._logits,
             self._attention,
             self._previous,
+            max_num_seqs=self._max_num_seqs,
             max_num_tokens=max_num_tokens,
             max_context_blocks=max_context_blocks,
             scratch_block=scratch_block,
@@ -244,6 +249,10 @@ class ModelRunner:
             self._graphs = None
             return True
 
+    def holds(self, batch: Batch) -> bool:
+        """Whether recorded steps have room for all sequences of a batch."""
+        return self._graphs is None or self._graphs.holds(batch)
+
     def hot_counts(self) -> HotCounts | None:
         """What hot requests found and fetched; waits for the device. None: none can be hot."""
         return None if self._hot is None else self._hot.counts()
@@ -287,10 +296,14 @@ class ModelRunner:
         if batch.has_unknown:
             assert previous is not None, "a token is unknown and no step is choosing it"
             self._previous[: len(previous)].copy_(previous)
+        together = step.together
         is_recorded = self._graphs is not None and not len(batch.scored_rows)
+        if together is not None:
+            is_recorded = is_recorded and not together.is_launched
         if is_recorded and not self.launches(batch.num_tokens):
             assert self._graphs is not None
-            logits = self._graphs.run(batch, when_ready)
+            is_decode = batch.is_decode if together is None else together.is_decode
+            logits = self._graphs.run(batch, when_ready, is_decode=is_decode)
             if logits is not None:
                 return logits
         inputs, rows = copy_batch(batch, self._device)

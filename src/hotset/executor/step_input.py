@@ -46,6 +46,23 @@ class ScoredTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Together:
+    """What the steps of all lanes that run at the same time have in common.
+
+    Attributes:
+        num_rows: of logits that each lane brings, some of them padding.
+        num_chosen: tokens that all of them choose.
+        is_decode: whether they run as steps of decodes.
+        is_launched: whether they are launched, although such steps are recorded.
+    """
+
+    num_rows: int
+    num_chosen: int
+    is_decode: bool
+    is_launched: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
     """All that a model step needs, as plain data: it can be sent to another process.
 
@@ -56,6 +73,7 @@ class StepInput:
         scored: for each of `batch.scored_rows` in turn, the prompt token that its logits tell of.
         copies: (from, to), blocks of the device that are copied before anything is computed.
         seats: what the device's tables of hot requests lack before that; None for nothing.
+        together: with the steps of other lanes; None where there is one lane.
     """
 
     kinds: Sequence[Kind]
@@ -64,6 +82,7 @@ class StepInput:
     scored: Sequence[ScoredTokens] = ()
     copies: Sequence[tuple[int, int]] = ()
     seats: SeatUpdates | None = None
+    together: Together | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -148,10 +148,14 @@ def dynamic_experts(
 
     Returns:
         `[T, H]`, dtype of `hidden_states`; a token's K rows are summed in the order of K, and over
-        the ranks where each has a part of the experts.
+        the ranks where each has a part of the experts: these compute the tokens of all lanes.
     """
     experts = experts_of(layer)
     state, shard = experts.state, experts.shard
+    if experts.gather is not None:
+        hidden_states, top_k_index, top_k_weights = experts.gather(
+            hidden_states, top_k_index, top_k_weights
+        )
     if shard is not None:
         top_k_index = shard.local_ids(top_k_index)
     if experts.counts is not None:  # routing is being recorded

@@ -106,8 +106,33 @@ def shard_experts(
     freed_bytes = 0
     for experts, placement in zip(layers, placements, strict=True):
         local_ids = LocalIds(placement, rank, model.device)
-        freed_bytes += experts.spread(Shard(local_ids), local_ids.experts, combine)
+        freed_bytes += experts.spread(Shard(local_ids), local_ids.experts)
+        experts.combine = combine
     return freed_bytes
+
+
+def keep_own(experts: LayerExperts, rank: int, num_ranks: int, device: torch.device) -> None:
+    """Leave a layer with the whole experts of one rank, in order, in place; on `meta` too.
+
+    The caller has the outputs of all ranks summed.
+
+    Args:
+        experts: of the layer, all of them.
+        rank: whose experts are left.
+        num_ranks: that share them.
+        device: of the ids of routers.
+
+    Raises:
+        ConfigError: a rank would have no expert.
+    """
+    placement = in_order(experts.num_experts, num_ranks)
+    if not all(placement.devices):
+        raise ConfigError(
+            f"ep leaves one of {num_ranks} GPUs without any of the {experts.num_experts} experts "
+            "of a layer; give fewer GPUs, or leave ep out"
+        )
+    local_ids = LocalIds(placement, rank, device)
+    experts.spread(Shard(local_ids), local_ids.experts)
 
 
 def _check(number: int, experts: LayerExperts, placement: Placement, num_ranks: int) -> None:

@@ -12,6 +12,7 @@ from hotset.errors import ConfigError, ModelError
 from hotset.experts.narrow import NarrowLayout
 from hotset.experts.weights import LayerExperts
 from hotset.linear.narrow_matrix import NarrowMatrix, Planes
+from hotset.parallel.group import current
 from hotset.parallel.narrow_parts import can_cut, cut_planes, halved
 from hotset.parallel.parts import Part
 
@@ -46,7 +47,8 @@ class ExpertSlice:
             middle *= size
         if middle % size:
             raise ConfigError(
-                f"tp={size} does not divide the {middle} columns of the experts of {name}"
+                f"{current().layout} does not divide the {middle} columns of the experts of {name}; "
+                "give ep, which leaves them whole"
             )
         part = slice(rank * middle // size, (rank + 1) * middle // size)
         rows: tuple[slice, ...] = (part,)

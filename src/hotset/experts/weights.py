@@ -116,6 +116,8 @@ class LayerExperts:
         is_sliced: whether this rank has a part of each expert.
         is_skipped: whether experts add nothing for now, while a model is probed.
         shard: None where this rank has all experts.
+        gather: brings hidden states, ids and weights of all lanes; None where all ranks have the
+            same tokens.
         combine: sums over ranks what they compute; None where this one computes all.
         counts: None where no recorder counts.
         narrow_in_file: how the checkpoint has the weights that are to be read in few bits, as they
@@ -141,6 +143,7 @@ class LayerExperts:
         self.is_sliced = False
         self.is_skipped = False
         self.shard: Shard | None = None
+        self.gather: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
         self.combine: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.counts: LayerCounts | None = None
         self.narrow_in_file: NarrowLayout | None = None
@@ -302,16 +305,8 @@ class LayerExperts:
                 self._set(name, weight.to(device))
         self.state = Resident()
 
-    def spread(
-        self,
-        shard: Shard,
-        mine: Sequence[int],
-        combine: Callable[[torch.Tensor], torch.Tensor],
-    ) -> int:
-        """Keep this rank's experts, `mine` by their ids, and no others; returns bytes let go.
-
-        `combine` is as the attribute.
-        """
+    def spread(self, shard: Shard, mine: Sequence[int]) -> int:
+        """Keep this rank's experts, `mine` by their ids, and no others; returns bytes let go."""
         assert isinstance(self.state, Resident | Narrow) and self.shard is None
         module, freed_bytes = self.module, 0
         if isinstance(self.state, Narrow):
@@ -327,7 +322,7 @@ class LayerExperts:
             module._parameters[name] = nn.Parameter(kept, requires_grad=weight.requires_grad)
         self.num_experts = module.num_experts = len(mine)
         self.masks_others = True
-        self.shard, self.combine = shard, combine
+        self.shard = shard
         return freed_bytes
 
     def _take_packed(self, name: str) -> list[PackedLinear]:

@@ -85,12 +85,16 @@ class Journal:
     number says. Until it is followed nothing is noted.
 
     Args:
-        sources: by the name of their tier; names that `TIERS` has not are left out.
+        lanes: of each lane of the engine the tiers by name; names that `TIERS` has not are left
+            out. What a tier of several lanes has is told once.
     """
 
-    def __init__(self, sources: Mapping[str, Source]) -> None:
+    def __init__(self, *lanes: Mapping[str, Source]) -> None:
         self._sources = [
-            (number, sources[name]) for number, name in enumerate(TIERS) if name in sources
+            (number, sources[name])
+            for number, name in enumerate(TIERS)
+            for sources in lanes
+            if name in sources
         ]
         self._rows: list[bytes] = []
         self._first = 0
@@ -110,7 +114,8 @@ class Journal:
         """
         self._is_asked = is_on
         for number, source in self._sources:
-            source.on_change = partial(self._note, number) if is_on else None
+            others = [one for same, one in self._sources if same == number and one is not source]
+            source.on_change = partial(self._note, number, others) if is_on else None
         if not is_on:
             self._drop()
             self._left = None
@@ -134,7 +139,9 @@ class Journal:
             self._left = None
         return JournalPart(first, changes, content, begins, ends)
 
-    def _note(self, number: int, key: bytes, is_there: bool) -> None:
+    def _note(self, number: int, others: list[Source], key: bytes, is_there: bool) -> None:
+        if any(other.has(key) for other in others):
+            return
         if len(self._rows) == _MOST_CHANGES:
             self._drop()
         self._rows.append(key + _CODES[number][is_there])

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hotset.errors import ModelError
+from hotset.errors import ConfigError, ModelError
 from hotset.experts.gating import layers_to_gate
+from hotset.experts.parallel import keep_own
 from hotset.experts.slices import ExpertSlice, slice_experts
 from hotset.experts.weights import LayerExperts, experts_of, is_experts
 from hotset.parallel.collectives import all_reduce
@@ -15,6 +16,7 @@ from hotset.parallel.cuts import Cut, Table, find_cuts
 from hotset.parallel.group import current
 from hotset.parallel.linears import Gathered, Summed, cut_module
 from hotset.parallel.parts import Part
+from hotset.parallel.tokens import gather_tokens, scatter_sums
 
 
 class ModelCutter:
@@ -29,8 +31,18 @@ class ModelCutter:
     """
 
     def __init__(self, outline: Any, name: str) -> None:
-        self._rank, size = current().rank, current().size
-        self._table = Table(1) if size == 1 else find_cuts(outline, size, name)
+        self._rank, self._layout, size = current().rank, current().layout, current().size
+        if size == 1:
+            self._table = Table(1)
+        elif self._layout.dp == 1:
+            self._table = find_cuts(outline, size, name)
+        else:
+            self._table = Table(size, dict.fromkeys(_paths_of_experts(outline), Cut.EXPERTS))
+            if not self._table.cuts:
+                raise ConfigError(
+                    f"dp={self._layout.dp} has ranks share experts, and {name} has none; give tp, "
+                    "or start several engines: hotset fleet"
+                )
         self._name = name
         self._cut: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._vocab_size = outline.config.get_text_config().vocab_size
@@ -58,6 +70,11 @@ class ModelCutter:
         """
         if self.is_idle:
             return None
+        if self._layout.ep > 1:
+            raise ModelError(
+                f"the experts of {self._name} are in few bits, which does not go with ep yet; "
+                "leave ep out"
+            )
         return ExpertSlice.of(experts, self._rank, self._table.size, self._name)
 
     @torch.no_grad()
@@ -71,7 +88,11 @@ class ModelCutter:
         if how is None or how is Cut.HEAD:
             return {}
         if how is Cut.EXPERTS:
-            slice_experts(experts_of(module), self._rank, self._table.size, self._name)
+            experts, size = experts_of(module), self._table.size
+            if self._layout.ep > 1:
+                keep_own(experts, self._rank, size, current().device)
+            else:
+                slice_experts(experts, self._rank, size, self._name)
             return {}
         return cut_module(module, self._table, path, self._rank)
 
@@ -111,8 +132,15 @@ class ModelCutter:
             module = model.get_submodule(path)
             if how is Cut.EXPERTS:
                 assert is_experts(module)
-                experts_of(module).combine = all_reduce
+                experts = experts_of(module)
+                experts.combine = all_reduce
+                if self._layout.dp > 1:
+                    experts.gather, experts.combine = gather_tokens, scatter_sums
             elif how in (Cut.ROWS, Cut.HEAD):
                 parent, _, child = path.rpartition(".")
                 joined = Summed(module) if how is Cut.ROWS else Gathered(module, self._vocab_size)
                 setattr(model.get_submodule(parent), child, joined)
+
+
+def _paths_of_experts(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if is_experts(module)]

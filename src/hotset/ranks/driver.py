@@ -169,15 +169,16 @@ class Ranks:
                 for take in self._takers:
                     take(rank, report)
 
-    def send(self, *commands: Array) -> None:
-        """Have the other ranks run commands; any thread may call it."""
-        self._send(b"".join(array.tobytes() for array in commands))
+    def send(self, *commands: Array, ranks: Sequence[int] | None = None) -> None:
+        """Have some of the other ranks, or all, run commands; any thread may call it."""
+        self._send(b"".join(array.tobytes() for array in commands), ranks)
 
     @contextlib.contextmanager
-    def step(self, commands: Sequence[Array]) -> Iterator[None]:
-        """Send a step; within it rank 0 launches its own."""
+    def step(self, commands: Sequence[Sequence[Array]]) -> Iterator[None]:
+        """Send a step, one for all or one for each; within it rank 0 launches its own."""
         self._num_steps += 1
-        self.send(*commands)
+        for rank, own in enumerate(commands, start=1):
+            self.send(*own, ranks=[rank] if len(commands) > 1 else None)
         self.is_in_step = True
         try:
             with self.waiting():
@@ -247,9 +248,10 @@ class Ranks:
         for peer in self._peers.values():
             peer.connection.close()
 
-    def _send(self, message: bytes) -> None:
+    def _send(self, message: bytes, ranks: Sequence[int] | None = None) -> None:
         with self._send_lock:
-            for rank, peer in self._peers.items():
+            for rank in self._peers if ranks is None else ranks:
+                peer = self._peers[rank]
                 try:
                     peer.connection.send_bytes(message)
                 except OSError:

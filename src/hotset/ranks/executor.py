@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from hotset.executor.executor import Pending
+from hotset.executor.lanes import align
 from hotset.executor.local import LocalExecutor
 from hotset.executor.step_input import StepInput, StepResult
 from hotset.experts.recorder import RoutingRecorder
@@ -24,11 +25,15 @@ class RankedExecutor:
     Args:
         local: rank 0's.
         ranks: the others, which have built theirs.
+        scratch_block: of each rank; no request gets it.
         owns_ranks: whether they end with this.
     """
 
-    def __init__(self, local: LocalExecutor, ranks: Ranks, *, owns_ranks: bool) -> None:
+    def __init__(
+        self, local: LocalExecutor, ranks: Ranks, *, scratch_block: int, owns_ranks: bool
+    ) -> None:
         self.local, self._ranks, self._owns_ranks = local, ranks, owns_ranks
+        self._scratch_block = scratch_block
         self._writer = StepWriter()
         self._released: list[int] = []
         self._lock = threading.Lock()
@@ -54,10 +59,14 @@ class RankedExecutor:
         self, steps: Sequence[StepInput], when_ready: Callable[[], None] = lambda: None
     ) -> "RankedStep":
         """See `Executor`."""
-        [step] = steps
         released, self._released = self._released, []
         commands = [self._writer.release(released)] if released else []
-        with self._ranks.step([*commands, self._writer.step(step)]):
+        if len(steps) > 1:
+            holds = self.local.runner.holds
+            steps = align(steps, scratch_block=self._scratch_block, holds=holds)
+        # Each rank gets its lane's, or all get that of the only one.
+        of_others = steps[1:] or steps
+        with self._ranks.step([[*commands, self._writer.step(step)] for step in of_others]):
             pending = self.local.submit(steps, when_ready)
             if self.local.chosen is not None:
                 broadcast(self.local.chosen)
@@ -65,8 +74,11 @@ class RankedExecutor:
 
     def copy_blocks(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:
         """See `Executor`."""
+        for number, own in enumerate(copies[1:] or copies, start=1):
+            if own:
+                ranks = [number] if len(copies) > 1 else None
+                self._ranks.send(command(Op.COPY_BLOCKS, *own), ranks=ranks)
         if copies[0]:
-            self._ranks.send(command(Op.COPY_BLOCKS, *copies[0]))
             self.local.copy_blocks(copies)
 
     def release(self, sequence_id: int) -> None:

@@ -8,6 +8,7 @@ Imports numpy, no torch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple
 from enum import IntEnum
 from itertools import islice
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotset.attention.batch import NUM_INPUTS, Batch, SequenceSpan
-from hotset.executor.step_input import SampleInput, StepInput
+from hotset.executor.step_input import SampleInput, StepInput, Together
 
 Array = npt.NDArray[np.int64]
 
@@ -54,6 +55,13 @@ def commands(message: bytes) -> Iterator[tuple[Op, Array]]:
         numbers = numbers[end:]
 
 
+_ONE_LANE = (0,) * 5  # in place of what lanes have in common
+
+
+def _together(num_rows: int, num_chosen: int, is_decode: int, is_launched: int) -> Together:
+    return Together(num_rows, num_chosen, bool(is_decode), bool(is_launched))
+
+
 class StepWriter:
     """Makes the commands of steps."""
 
@@ -89,10 +97,12 @@ class StepWriter:
             len(step.copies),
             batch.num_decodes,
             batch.has_unknown,
+            batch.num_padding,
         )
         return command(
             Op.STEP,
             counts,
+            _ONE_LANE if step.together is None else (1, *astuple(step.together)),
             batch.inputs,
             batch.sampled_rows,
             batch.scored_rows,
@@ -121,9 +131,9 @@ class StepReader:
 
     def step(self, numbers: Array) -> StepInput:
         """The step of a `STEP`; its tables are valid until the next one is read."""
-        counts, numbers = numbers[:8].tolist(), numbers[8:]
-        num_tokens, num_sampled, num_scored, num_spans, num_cuts, num_copies, *flags = counts
-        num_decodes, unknown = flags
+        counts, numbers = numbers[:14].tolist(), numbers[14:]
+        num_tokens, num_sampled, num_scored, num_spans, num_cuts, num_copies = counts[:6]
+        num_decodes, unknown, num_padding, has_lanes, *together = counts[6:]
         sizes = [NUM_INPUTS * num_tokens, num_sampled, num_scored]
         sizes += [_SPAN * num_spans, 2 * num_cuts, 2 * num_copies]
         inputs, sampled, scored, spans, cuts, copies, new = np.split(numbers, np.cumsum(sizes))
@@ -139,9 +149,16 @@ class StepReader:
             tokens, states = (first, count, context_len), list(islice(left, cut_count))
             sequences.append(SequenceSpan(*tokens, table, read, write, states, sequence_id))
         batch = Batch(
-            inputs.reshape(NUM_INPUTS, -1), sampled, scored, sequences, num_decodes, bool(unknown)
+            inputs.reshape(NUM_INPUTS, -1),
+            sampled,
+            scored,
+            sequences,
+            num_decodes,
+            bool(unknown),
+            num_padding,
         )
-        return StepInput((), batch, SampleInput(), copies=_pairs(copies))
+        lanes = _together(*together) if has_lanes else None
+        return StepInput((), batch, SampleInput(), copies=_pairs(copies), together=lanes)
 
     def release(self, numbers: Array) -> None:
         """Read a `RELEASE`."""

@@ -14,6 +14,7 @@ from hotset.memory.copy_runs import Run
 from hotset.memory.device_payloads import DevicePayloads
 from hotset.memory.mover import Copier
 from hotset.parallel.collectives import broadcast
+from hotset.parallel.tokens import collect_rows
 from hotset.ranks.log import Array, Op, StepReader, commands, key_of
 from hotset.ranks.memory import Meter
 from hotset.ranks.messages import Copied, Counted, Failed, Held, Moved, RankReport, Stepped
@@ -127,9 +128,15 @@ class Replay:
         step, runner = self._reader.step(numbers), self._rank.runner
         copier = self._rank.copier
         previous, self._chosen = self._chosen, None
-        runner.forward(step, previous, when_ready=copier.mark if copier else lambda: None)
-        if num_rows := len(step.batch.sampled_rows):
-            self._chosen = torch.empty(num_rows, dtype=torch.int64, device=runner.device)
+        when_ready = copier.mark if copier else lambda: None
+        logits = runner.forward(step, previous, when_ready)
+        num_chosen = len(step.batch.sampled_rows)
+        if (together := step.together) is not None:
+            num_chosen = together.num_chosen
+            if together.num_rows:
+                collect_rows(logits, together.num_rows)
+        if num_chosen:
+            self._chosen = torch.empty(num_chosen, dtype=torch.int64, device=runner.device)
             broadcast(self._chosen)
         self._num_steps += 1
         self._report(Stepped(self._num_steps))

@@ -188,7 +188,7 @@ class FlashInferBackend(RecordableBackend):
                 prompts = self._prefill_widened
             self.plan_prefill(prompts, sequences[n:])
         self.note_plan()
-        return LaunchedStep(self, self._decode, prompts, n, batch.num_tokens)
+        return LaunchedStep(self, self._decode, prompts, n, batch.num_attending)
 
     def attend(
         self,
@@ -377,7 +377,7 @@ class LaunchedStep:
 
     Attributes:
         num_decodes: how many of its tokens, the first ones, are decodes.
-        num_tokens: of the step.
+        num_tokens: of its sequences.
     """
 
     backend: FlashInferBackend
@@ -390,8 +390,12 @@ class LaunchedStep:
         self, layer: int, query: torch.Tensor, output: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `PlannedStep`; `query` is contiguous, and None makes an output."""
-        output = torch.empty_like(query) if output is None else output
         backend, n, end = self.backend, self.num_decodes, self.num_tokens
+        if output is None:
+            output = torch.empty_like(query)
+            output[end:] = 0  # of padding
+        if end == 0:
+            return output
         rows = query[:end], output[:end], backend.make_sums(layer, query[:end])
         decodes, prompts = _cut(rows, slice(0, n)), _cut(rows, slice(n, end))
         if n == 0:

@@ -174,10 +174,12 @@ class LatentBackend(RecordableBackend):
         """See `AttentionBackend`."""
         if prompts := self.long_prompts(batch):
             return LatentAttention(self, inputs, self._never, self._plan_with(prompts, batch))
-        step = self.plan(batch)
+        step, end = self.plan(batch), batch.num_attending
 
         def run(layer: int, query: torch.Tensor) -> torch.Tensor:
-            return step.run(layer, query, torch.empty_like(query[..., : self.rank]))
+            output = step.run(layer, query, torch.empty_like(query[..., : self.rank]))
+            output[end:] = 0  # of padding
+            return output
 
         return LatentAttention(self, inputs, run)
 
@@ -189,13 +191,13 @@ class LatentBackend(RecordableBackend):
         rows = make_rows(batch.sequences)
         slices = [
             slice(run.start + part.start, run.start + part.stop)
-            for run in rows_between(prompts, batch.num_tokens)
+            for run in rows_between(prompts, batch.num_attending)
             for part in parts(run.stop - run.start, self._most_rows)
         ]
         self.plan_rows(rows, slices, to_device(rows.block_ids, self.device))
         planned = self.expanded.plan(prompts)
         self.note_plan()
-        return PlannedWithPrompts(self, slices, planned)
+        return PlannedWithPrompts(self, slices, planned, batch.num_attending)
 
     def step_with(self, inputs: Inputs, run: Run) -> LatentAttention:
         """See `RecordableBackend`."""
@@ -203,6 +205,8 @@ class LatentBackend(RecordableBackend):
 
     def plan(self, batch: Batch) -> PlannedLatents:
         """See `RecordableBackend`."""
+        if not batch.sequences:
+            return self._launched(scratch_rows(1, self.arena.num_blocks - 1))
         return self._launched(make_rows(batch.sequences))
 
     @property

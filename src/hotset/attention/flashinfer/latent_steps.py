@@ -42,11 +42,13 @@ class PlannedWithPrompts:
     Attributes:
         slices: the rows of each plan of absorbed queries.
         prompts: those that have the other rows.
+        num_tokens: of all sequences.
     """
 
     backend: "LatentBackend"
     slices: list[slice]
     prompts: list[PlannedPrompt]
+    num_tokens: int
 
     def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """Attend from `[H, T, D]` queries to a layer's rows: `[T, H, D_v]`."""
@@ -62,6 +64,7 @@ class PlannedWithPrompts:
         for prompt in self.prompts:
             asked, own = query[:, prompt.rows], output[prompt.rows]
             backend.expanded.attend(prompt, weights, cache, asked, own)
+        output[self.num_tokens :] = 0  # of padding
         return output
 
 
