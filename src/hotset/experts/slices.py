@@ -47,8 +47,8 @@ class ExpertSlice:
             middle *= size
         if middle % size:
             raise ConfigError(
-                f"{current().layout} does not divide the {middle} columns of the experts of {name}; "
-                "give ep, which leaves them whole"
+                f"{current().layout} does not divide the {middle} columns of the experts of "
+                f"{name}; give ep, which leaves them whole"
             )
         part = slice(rank * middle // size, (rank + 1) * middle // size)
         rows: tuple[slice, ...] = (part,)
