@@ -93,6 +93,8 @@ class WeightFormat:
             return "mxfp4"
         if self.code == "e2m1" and self.scale == "e4m3" and self.columns == 16:
             return "nvfp4"
+        if self.code == "table4":
+            return "4 bits of a table (bitsandbytes)"
         what = "fp8" if self.code == "e4m3" else self.code
         if self.rows == 1:
             return what if self.columns is None else f"{what} in groups of {self.columns}"
@@ -191,6 +193,7 @@ FP8_ROW = WeightFormat("e4m3", "float32")
 FP8_BLOCK = WeightFormat("e4m3", "float32", 128, 128)
 MXFP4 = WeightFormat("e2m1", "e8m0", 1, 32)
 NVFP4 = WeightFormat("e2m1", "e4m3", 1, 16, has_row_scales=True)
+NF4 = WeightFormat("table4", "float32", 1, 64)  # of bitsandbytes
 INT4 = WeightFormat("int4", "bfloat16", 1, 64)  # what experts are rounded to
 INT4_128 = WeightFormat("int4", "bfloat16", 1, 128)
 AWQ_128 = WeightFormat("int4", "float16", 1, 128, has_zeros=True)

@@ -233,7 +233,7 @@ def test_an_unknown_method_is_refused_before_weights_are_looked_at(
     [
         ({"quant_method": "gptq", "bits": 4}, "need the package .*pip install .*gptqmodel"),
         ({"quant_method": "awq", "bits": 3}, "need the package gptqmodel: pip install gptqmodel"),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "pip install bitsandbytes"),
+        ({"load_in_8bit": True}, "pip install bitsandbytes"),
         ({"quant_method": "compressed-tensors"}, "pip install compressed-tensors"),
         ({"bits": 4}, "a quantization_config without quant_method"),
     ],

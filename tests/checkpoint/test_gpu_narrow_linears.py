@@ -26,7 +26,16 @@ from hotset.linear.quant_linear import (
 from hotset.model.loader import load_model
 from hotset.model.narrow_linears import narrow_bytes
 from hotset.options import Options
-from hotset.weight_format import AWQ_128, FP8_BLOCK, FP8_ROW, INT4_128, MXFP4, NVFP4, WeightFormat
+from hotset.weight_format import (
+    AWQ_128,
+    FP8_BLOCK,
+    FP8_ROW,
+    INT4_128,
+    MXFP4,
+    NF4,
+    NVFP4,
+    WeightFormat,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 ALL = [
@@ -36,6 +45,7 @@ ALL = [
     AWQ_128,
     MXFP4,
     NVFP4,
+    NF4,
     WeightFormat("int4", "float16", 1, 32, has_zeros=True),
     replace(FP8_ROW, input_bits=8),
     replace(FP8_BLOCK, input_bits=8),

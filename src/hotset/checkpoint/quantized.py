@@ -12,6 +12,7 @@ from hotset.checkpoint.files import Stored
 from hotset.checkpoint.leftovers import is_harmless
 from hotset.cost.quantisation import (
     int_form,
+    is_table4,
     modelopt_algorithm,
     narrow_weights,
     nvfp4_kind,
@@ -108,6 +109,7 @@ def is_dequantised(fields: Mapping[str, Any]) -> bool:
         or int_form(config) is not None
         or narrow_weights(config) is not None
         or nvfp4_kind(config) is not None
+        or is_table4(config)
     )
 
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import safetensors
 import torch
 
-from hotset.checkpoint import fp8_blocks, int_groups, mxfp4, nvfp4, quantized
+from hotset.checkpoint import bnb, fp8_blocks, int_groups, mxfp4, nvfp4, quantized
 from hotset.checkpoint.files import read_headers, weight_files
-from hotset.cost.quantisation import IntForm, int_form, nvfp4_kind, quant_config
+from hotset.cost.quantisation import IntForm, int_form, is_table4, nvfp4_kind, quant_config
 from hotset.errors import ModelError
 from hotset.kernels.narrow_forms import can_read
 from hotset.linear.narrow_matrix import Planes
@@ -91,6 +91,11 @@ class CheckpointTensors:
             for name, (codes, *_) in self._parts.items():
                 shapes[name] = nvfp4.shape_of(stored[codes])
                 folded.add(nvfp4.unneeded(kind, name))
+        elif is_table4(quant_config(fields) or {}):
+            self._parts, states = bnb.find_weights(folder, stored)
+            self._dequantise, self._planes = bnb.dequantise, bnb.planes
+            self.narrow_format = bnb.format_of(states)
+            shapes = {name: state.shape for name, state in states.items()}
         elif form is not None:
             scales = fp8_blocks.pair_scales(folder, form, stored)
             self._parts = {weight: (weight, name) for weight, name in scales.items()}
@@ -206,7 +211,8 @@ class CheckpointTensors:
             is_bad = ~(scales.float().abs() <= _LARGEST_SCALE).all()
         if self.narrow_format.code == "e4m3":
             is_bad |= (codes & 127 == 127).any()
-        if more is not None and self.narrow_format.has_row_scales:
+        is_scale = self.narrow_format.has_row_scales or self.narrow_format.code == "table4"
+        if more is not None and is_scale:
             is_bad |= ~(more.abs() <= _LARGEST_SCALE).all()
         if is_bad:
             most = "2" if self.narrow_format.scale == "e8m0" else "2**100"

@@ -3,7 +3,16 @@
 import math
 from dataclasses import dataclass
 
-from hotset.weight_format import AWQ_128, FP8_BLOCK, FP8_ROW, INT4_128, MXFP4, NVFP4, WeightFormat
+from hotset.weight_format import (
+    AWQ_128,
+    FP8_BLOCK,
+    FP8_ROW,
+    INT4_128,
+    MXFP4,
+    NF4,
+    NVFP4,
+    WeightFormat,
+)
 
 # By the name that a user gives, how a model's matrices may be stored.
 FORMATS = {
@@ -15,6 +24,7 @@ FORMATS = {
     "int8": WeightFormat("int8", "float32"),
     "mxfp4": MXFP4,
     "nvfp4": NVFP4,
+    "nf4": NF4,
     "int4": AWQ_128,
     "int4_symmetric": INT4_128,  # GPTQ, compressed-tensors
     "int4_symmetric_32": WeightFormat("int4", "bfloat16", 1, 32),

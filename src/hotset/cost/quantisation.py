@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from hotset.foreign_text import parse_json
-from hotset.weight_format import FP8_ROW, MXFP4, NVFP4, WeightFormat
+from hotset.weight_format import FP8_ROW, MXFP4, NF4, NVFP4, WeightFormat
 
 MODELOPT_FILE = "hf_quant_config.json"  # of NVIDIA ModelOpt; config.json need not name it
 
@@ -67,6 +67,8 @@ def stored_format(config: Mapping[str, Any]) -> WeightFormat | None:
         return MXFP4
     if nvfp4_kind(config) is not None:
         return NVFP4
+    if is_table4(config):
+        return NF4
     if (form := int_form(config)) is not None:
         scale: Literal["bfloat16", "float16"] = "bfloat16" if form.kind == "packed" else "float16"
         code: Literal["int4", "int8"] = "int4" if form.bits == 4 else "int8"
@@ -76,6 +78,17 @@ def stored_format(config: Mapping[str, Any]) -> WeightFormat | None:
         rows, columns = block or (None, None)
         return WeightFormat("e4m3" if kind == "float" else "int8", "float32", rows, columns)
     return None
+
+
+def is_table4(config: Mapping[str, Any]) -> bool:
+    """Whether weights are 4-bit numbers of a table, as bitsandbytes stores them.
+
+    Args:
+        config: the `quantization_config`.
+    """
+    kind = config.get("bnb_4bit_quant_type", "fp4")
+    storage = config.get("bnb_4bit_quant_storage", "uint8")
+    return config.get("load_in_4bit") is True and kind in ("nf4", "fp4") and storage == "uint8"
 
 
 Nvfp4Kind: TypeAlias = Literal["modelopt", "packed"]

@@ -160,7 +160,7 @@ def find_narrow_experts(
     """
     layers = {path: experts_of(m) for path, m in outline.named_modules() if is_experts(m)}
     kinds = {(each.num_experts, each.layout) for each in layers.values()}
-    if tensors.narrow_format is None or len(kinds) != 1:
+    if tensors.narrow_format is None or len(kinds) != 1 or tensors.narrow_format.code == "table4":
         return None
     first = next(iter(layers.values()))
     is_stacked = tensors.narrow_format == MXFP4

@@ -63,7 +63,7 @@ def cut_planes(planes: Planes, stored: WeightFormat, form: WeightFormat, part: P
 
     if more is not None and stored.has_row_scales:
         more = more if part.dim else _cut(more, more.ndim - 1, part, 1)
-    elif more is not None:
+    elif more is not None and stored.code != "table4":
         more = of_groups(more)
     return cut_codes, of_groups(scales), more
 
