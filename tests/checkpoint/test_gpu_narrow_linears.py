@@ -147,6 +147,7 @@ def test_a_model_with_inputs_in_8_bits_answers_the_same_in_any_batch(
     form: str, tmp_path: Path
 ) -> None:
     write(form, tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
     options = Options.of(model=str(tmp_path), device="cuda", dtype="bfloat16", activations="8",
                          hot_gib=0.05, max_model_len=128)  # fmt: skip
     engine, loaded = load_engine(options)

@@ -72,32 +72,48 @@ def _alike(block_rows: int, tile: Tile) -> Tiles:
     return Tiles(block_rows, up=tile, down=tile)
 
 
-# By the instructions that ptxas makes of them for SM90; `benchmarks/quant_experts.py --sweep` tries
-# others.
-_WIDENED = (
-    (1.0, _alike(16, Tile(64, 128, 4, 4))),
-    (8.0, _alike(16, Tile(128, 128, 4, 3))),
-    (20.0, _alike(32, Tile(128, 128, 4, 3))),
-    (40.0, _alike(64, Tile(128, 128, 4, 3))),
-    (float("inf"), _alike(128, Tile(128, 128, 8, 3))),
-)
+_TILE = Tile(128, 128, 4, 3)
+
+
+def _narrow(
+    few: Tiles, block_rows: Tiles, most_rows: float, many: Tiles
+) -> tuple[tuple[float, Tiles], ...]:
+    """Of 1 row of an expert or less, of up to `most_rows`, of up to 32, and of more."""
+    tall, taller = _alike(64, _TILE), _alike(128, Tile(128, 128, 8, 3))
+    return (1.0, few), (most_rows, block_rows), (32.0, many), (64.0, tall), (float("inf"), taller)
+
+
+# The fastest of `benchmarks/quant_experts.py --sweep` at 1 and 256 tokens; those of more than 32
+# rows of an expert were not tried.
 NARROW_TILES = {
-    "e2m1": NarrowTiles(4, 16, _WIDENED),
-    "int4": NarrowTiles(4, 16, _WIDENED),
-    "int8": NarrowTiles(8, 16, _WIDENED),
-    "table4": NarrowTiles(4, 16, _WIDENED),
-    "e4m3": NarrowTiles(8, 16, _WIDENED),
+    "e2m1": NarrowTiles(
+        4, 16, _narrow(_alike(16, Tile(64, 256, 4, 3)), _alike(16, _TILE), 12.0, _alike(32, _TILE))
+    ),
+    "int4": NarrowTiles(
+        4, 16,
+        _narrow(
+            Tiles(16, up=Tile(128, 128, 4, 5), down=Tile(64, 128, 4, 4)),
+            _alike(16, _TILE), 16.0, _alike(32, _TILE),
+        ),
+    ),
+    "e4m3": NarrowTiles(
+        8, 16,
+        _narrow(
+            _alike(16, Tile(64, 128, 4, 4)), _alike(16, _TILE), 8.0,
+            _alike(32, Tile(128, 128, 8, 3)),
+        ),
+    ),
     "e4m3 x 8": NarrowTiles(
         8, 8,
-        (
-            (1.0, _alike(16, Tile(64, 128, 4, 5))),
-            (8.0, _alike(16, Tile(128, 128, 4, 4))),
-            (20.0, _alike(32, Tile(128, 128, 4, 4))),
-            (40.0, _alike(64, Tile(128, 128, 4, 4))),
-            (float("inf"), _alike(128, Tile(128, 128, 8, 4))),
+        _narrow(
+            Tiles(16, up=Tile(128, 128, 8, 4), down=Tile(64, 128, 4, 4)),
+            Tiles(16, up=Tile(128, 128, 4, 4), down=_TILE), 8.0,
+            Tiles(32, up=Tile(256, 128, 8, 4), down=_TILE),
         ),
     ),
 }  # fmt: skip
+# Their products were not timed.
+NARROW_TILES |= {"int8": NARROW_TILES["e4m3"], "table4": NARROW_TILES["int4"]}
 
 
 @dataclass(frozen=True)
