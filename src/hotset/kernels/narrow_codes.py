@@ -135,6 +135,13 @@ _INT8 = tl.constexpr("""
     fma.rn.f16x2 $1, t, one, minus;
 }
 """)
+_TABLE = tl.constexpr("""
+{
+    .reg .u64 at;
+    mad.wide.u32 at, $2, 4, $1;
+    ld.global.nc.f32 $0, [at];
+}
+""")
 _CODES8_BFLOAT16 = _codes8("bf16x2", "4", "0x7B807B80")  # 2**120
 _CODES8_FLOAT16 = _codes8("f16x2", "1", "0x5C005C00")  # 2**8
 
@@ -218,10 +225,9 @@ def widen(  # type: ignore[no-untyped-def]
             weight += zero[:, :, :, :, None]
         weight = weight.to(dtype)
     elif PLANES[0] == 4:
-        table_at = (payload + PLANES[3]).to(tl.pointer_type(tl.float32))
         factor = scale.to(tl.float32)
-        low = tl.load(table_at + (codes & 15).to(tl.int32)) * factor
-        high = tl.load(table_at + (codes >> 4).to(tl.int32)) * factor
+        low = _of_table(payload + PLANES[3], codes & 15, IN_PAIRS) * factor
+        high = _of_table(payload + PLANES[3], codes >> 4, IN_PAIRS) * factor
         weight = tl.join(low.to(dtype), high.to(dtype))
     elif PLANES[0] == 0:
         if IN_PAIRS:
@@ -266,6 +272,18 @@ def widen(  # type: ignore[no-untyped-def]
             )  # fmt: skip
         weight = tl.join(low, high)
     return weight
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _of_table(table, number, IN_PAIRS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Numbers of a table of float32. Triton would copy what its own loads read to shared memory."""
+    if IN_PAIRS:
+        value = tl.inline_asm_elementwise(
+            _TABLE, "=f,l,r", [table, number.to(tl.int32)], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        value = tl.load(table.to(tl.pointer_type(tl.float32)) + number.to(tl.int32))
+    return value
 
 
 @triton.jit  # type: ignore[untyped-decorator]
