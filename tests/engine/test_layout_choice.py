@@ -10,6 +10,7 @@ from hotset.cost.hardware import load_hardware
 from hotset.engine import layout_choice
 from hotset.engine.layout_choice import choose_layout
 from hotset.errors import ConfigError
+from hotset.layout import Layout
 from hotset.options import Options
 
 READ = Callable[[Options], tuple[dict[str, Any], str]]
@@ -76,6 +77,23 @@ def test_memory_that_is_given_decides_what_a_layout_holds() -> None:
     assert (
         none.startswith("tp=2, as there is no plan: ") and "tp=2" in none.partition(" of h200")[0]
     )
+
+
+def test_experts_that_ranks_share_have_lanes_where_that_is_faster() -> None:
+    experts: dict[str, Any] = {"dtype": "bfloat16", "max_num_seqs": 256, "gpus": 8}
+    options, lines = choose("qwen3-30b-a3b", **experts)
+    assert options.layout.spread == Layout(1, 8, es=8)
+    assert lines[2].split()[0] == "dp=8,es=8"
+    assert lines[5].startswith("takes dp=8,es=8 for 256 users of 1,280 tokens: dp=8,es=8 and ")
+    few, _ = choose("qwen3-30b-a3b", **{**experts, "max_num_seqs": 1})
+    assert few.layout.spread == Layout(8)
+
+
+def test_what_the_user_asks_for_rules_layouts_out() -> None:
+    experts: dict[str, Any] = {"dtype": "bfloat16", "max_num_seqs": 256, "gpus": 8}
+    options, lines = choose("qwen3-30b-a3b", disk_gib=100.0, **experts)  # dp has none
+    assert options.layout.spread.dp == 1
+    assert any("which this engine cannot run yet" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,14 @@ CASES = {
         ("gpt-oss-20b", *TP, "--dtype", "bfloat16"),
         {"tp": 2, "expert_slots": None},
     ),
+    "two GPUs, lanes over slices": (
+        ("qwen3-30b-a3b", "--hardware", "h200", "--layout", "dp=2,es=2", "--users", "64"),
+        {"tp": 1, "dp": 2, "ep": False},
+    ),
+    "two GPUs, whole experts": (
+        ("qwen3-30b-a3b", "--hardware", "h200", "--layout", "tp=2,ep=2", "--users", "64"),
+        {"tp": 2, "dp": 1, "ep": True},
+    ),
     "two GPUs, states": (("qwen3-next-80b-a3b", *TP, "--users", "2"), {"tp": 2}),
     "two GPUs": (
         (
@@ -131,7 +139,7 @@ def test_hot_gib_of_a_plan_that_splits_it_is_kv_alone_beside_its_slots() -> None
     [
         (
             ("llama-3-70b", "--hardware", "h200", "--layout", "dp=2,tp=2"),
-            "by tp alone, not as tp=2,dp=2 over 4 GPUs",
+            "over 4 GPUs as tp=2,dp=2: plan tp=4, or for experts dp=4,es=4 or ep=4",
         ),
         (("deepseek-v3", "--hardware", "h200", "--dtype", "bfloat16", "--gpus", "8"), "GPUs"),
         (
@@ -189,7 +197,7 @@ def test_the_table_ends_with_the_command_or_the_reason() -> None:
     shown = CliRunner().invoke(plan_command, ["llama-3-8b", *H200]).output
     assert shown.splitlines()[-1].startswith("  hotset serve --model meta-llama/Llama-3.1-8B ")
     shown = CliRunner().invoke(plan_command, ["llama-3-8b", "--layout", "dp=2"]).output
-    assert "no command to run it: hotset serve spreads a model by tp alone" in shown
+    assert "no command to run it: hotset serve does not spread a model" in shown
 
 
 def test_the_model_to_serve_is_a_hub_id_or_the_folder_of_a_config() -> None:

@@ -23,8 +23,9 @@ from hotset.libraries import quiet
 from hotset.model.devices import resolve_device
 from hotset.model.find_model import find_model
 from hotset.options import Options
-from hotset.plan.layouts import choice_text, runnable
+from hotset.plan.layouts import choice_text
 from hotset.plan.planner import rank_layouts
+from hotset.plan.serve_command import why_not_run
 from hotset.plan.workload import Request, Workload
 from hotset.units import GIB
 
@@ -73,14 +74,20 @@ def choose_layout(options: Options, read: ReadConfig = stored_config) -> tuple[O
         plans = rank_layouts(request)
     except PlanError as error:
         return _with(options, _checked(simple, shape)), f"{simple}, as there is no plan: {error}"
-    found = runnable(plans)
+    found = [plan for plan in plans if not why_not_run(plan) and _goes_with(options, plan.layout)]
     if not found:
-        _checked(simple, shape)
-        raise ConfigError(
-            f"no layout of {gpus} GPUs that holds {name} can be run: {choice_text(plans)}"
-        )
-    text = f"{choice_text(plans)}\n{_source(request.hardware, device, gpus)}"
+        return _with(options, _checked(simple, shape)), f"{simple}: the planner has none for {name}"
+    text = f"{choice_text(plans, found)}\n{_source(request.hardware, device, gpus)}"
     return _with(options, found[0].layout), text
+
+
+def _goes_with(options: Options, layout: Layout) -> bool:
+    """Whether the user asks for nothing that such a layout has not."""
+    try:
+        _with(options, layout)
+    except ConfigError:
+        return False
+    return True
 
 
 def _checked(layout: Layout, shape: ModelShape) -> Layout:
@@ -93,7 +100,7 @@ def _checked(layout: Layout, shape: ModelShape) -> Layout:
 
 
 def _with(options: Options, layout: Layout) -> Options:
-    return options.but(tp=layout.tp)
+    return options.but(tp=layout.tp, dp=layout.dp, ep=layout.ep > 1)
 
 
 def _shape(fields: dict[str, Any], name: str, options: Options, device: torch.device) -> ModelShape:

@@ -6,7 +6,7 @@ from hotset.cost.step_time import CAUSES
 from hotset.layout import Layout
 from hotset.plan.compare import compare_plans
 from hotset.plan.result import Plan
-from hotset.plan.serve_command import why_not_run, why_not_served
+from hotset.plan.serve_command import why_not_served
 from hotset.plan.text import gib, rows, seconds
 
 MOST_SHOWN = 3
@@ -18,18 +18,11 @@ def layouts_table(plans: list[Plan]) -> str:
     return f"{_table(plans, 'served', why_not_served)}\nWhy: {why_best(plans)}"
 
 
-def runnable(plans: list[Plan]) -> list[Plan]:
-    """Those that the engine can run."""
-    return [plan for plan in plans if not why_not_run(plan)]
-
-
-def choice_text(plans: list[Plan]) -> str:
-    """The three best layouts for an engine, and which of them it takes and why."""
-    found, best = runnable(plans), plans[0]
-    table = _table(plans, "runs", why_not_run)
-    if not found:
-        return f"{table}\nnone: {why_not_run(best)}"
-    first, workload = found[0], best.request.workload
+def choice_text(plans: list[Plan], found: list[Plan]) -> str:
+    """The three best layouts for an engine, and why it takes the first of `found`, which it can."""
+    first, best, workload = found[0], plans[0], plans[0].request.workload
+    runs = [plan.layout for plan in found]
+    table = _table(plans, "runs", lambda plan: "" if plan.layout in runs else "no")
     why = f"the only layout of {first.gpus} GPUs that this engine runs here"
     if len(found) > 1:
         why = why_best(found)

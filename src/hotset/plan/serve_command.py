@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+from hotset.cost.attention import Kind
 from hotset.layout import Layout
 from hotset.plan.choices import staged_bytes
 from hotset.plan.result import Plan
@@ -96,10 +97,29 @@ def why_not_run(plan: Plan) -> str:
     """Why the engine cannot spread this model over several GPUs as planned; empty where it can."""
     if plan.gpus == 1:
         return ""
+    layout, shape = plan.layout, plan.request.shape
+    has_lanes = layout.dp > 1
     reasons = (
         (
-            plan.layout != Layout(plan.gpus),
-            f"hotset serve spreads a model by tp alone, not as {plan.layout} over {plan.gpus} GPUs",
+            layout not in _spreads(plan.gpus),
+            f"hotset serve does not spread a model over {plan.gpus} GPUs as {layout}: plan "
+            f"tp={plan.gpus}, or for experts dp={plan.gpus},es={plan.gpus} or ep={plan.gpus}",
+        ),
+        (
+            has_lanes and any(layer.attention.kind == Kind.RECURRENT for layer in shape.layers),
+            f"hotset serve runs the recurrent layers of {shape.name} without dp: plan tp",
+        ),
+        (
+            has_lanes and bool(shape.index_bytes_per_token),
+            f"hotset serve runs the sparse attention of {shape.name} without dp: plan tp",
+        ),
+        (
+            has_lanes and plan.request.hardware.disk_bytes > 0,
+            "hotset serve has no disk tier with dp: plan tp, or leave --disk-gib out",
+        ),
+        (
+            layout.ep > 1 and plan.resident_expert_share < 1,
+            "hotset serve keeps all experts on the GPUs with ep: plan es, or more memory",
         ),
         (
             _experts_on_disk(plan) > 0,
@@ -107,6 +127,16 @@ def why_not_run(plan: Plan) -> str:
         ),
     )
     return next((reason for is_so, reason in reasons if is_so), "")
+
+
+def _spreads(gpus: int) -> list[Layout]:
+    """The layouts of so many GPUs that the engine has, whatever the model."""
+    return [
+        Layout(gpus),
+        Layout(gpus, ep=gpus),
+        Layout(1, gpus, es=gpus),
+        Layout(1, gpus, ep=gpus),
+    ]
 
 
 def _wide(stored: str) -> str:
@@ -120,13 +150,14 @@ def _full_kv(plan: Plan) -> int:
 
 
 def _arguments(plan: Plan) -> list[str]:
-    request, shape = plan.request, plan.request.shape
+    request, shape, layout = plan.request, plan.request.shape, plan.layout
     hot = plan.hot_set if plan.hot_set and plan.hot_set.pays else None
     users = hot.hot.users if hot else plan.users_running
     words = {
         "--model": model_to_serve(shape.name, shape.source),
         "--dtype": _DTYPES[shape.matrix_dtype],
-        **({"--tp": str(plan.gpus)} if plan.gpus > 1 else {}),
+        **({"--tp": str(layout.tp)} if layout.tp > 1 else {}),
+        **({"--dp": str(layout.dp)} if layout.dp > 1 else {}),
         "--kv-dtype": "fp8" if request.kv_dtype == "fp8" else "auto",
         **_index_dtype(plan),
         **_device_memory(plan),
@@ -138,7 +169,10 @@ def _arguments(plan: Plan) -> list[str]:
         words["--hot-tokens"] = str(hot.slots)
         if request.row_prefetch:
             words["--row-prefetch"] = str(request.row_prefetch)
-    return [word for pair in words.items() for word in pair]
+    return [
+        *(word for pair in words.items() for word in pair),
+        *(("--ep",) if layout.ep > 1 else ()),
+    ]
 
 
 def model_to_serve(name: str, source: str) -> str:
