@@ -140,6 +140,8 @@ def test_a_tied_head_is_cut_and_its_embedding_whole(monkeypatch: pytest.MonkeyPa
     cut, _ = cut_for(monkeypatch, whole, 1, 2)
     assert cut.get_input_embeddings().weight.shape == (255, 64)
     assert torch.equal(cut.lm_head.weight, whole.lm_head.weight[128:])
+    embedding = cut.get_input_embeddings().weight
+    assert cut.lm_head.weight.data_ptr() == embedding[128:].data_ptr()  # not a copy
 
 
 def test_attention_whose_norms_see_all_heads_stays_whole() -> None:

@@ -15,6 +15,7 @@ from hotset.bench.presets import PRESETS
 from hotset.cli.plan import command as plan_command
 from hotset.cli.serve import command as serve_command
 from hotset.cost.catalog import bundled_config, bundled_models
+from hotset.cost.families import shape_from_config
 from hotset.options import OPTIONS, Options
 from hotset.parallel.cuts import find_cuts
 from hotset.plan.serve_command import model_to_serve
@@ -85,6 +86,9 @@ CASES = {
         (*TWO, "--total-gib", "20"),
         {"tp": 2, "total_gib": 20.0, "host_gib": 0.0},
     ),
+    "a state on two GPUs": (("qwen3-next-80b-a3b", *TP, "--users", "2"), {"tp": 2}),
+    "sinks on two GPUs": (("gpt-oss-20b", *TP, "--dtype", "bfloat16"), {"tp": 2}),
+    "whole attention on two GPUs": (("olmoe-1b-7b", *TP, "--users", "2"), {"tp": 2}),
     "all experts": ((*MOE,), {"expert_slots": None, "hot_gib": None}),
     "experts in slots": ((*MOE, "--total-gib", "40"), {"total_gib": 40.0, "host_gib": 0.0}),
     "slots that were given": (
@@ -143,8 +147,8 @@ def test_hot_gib_of_a_plan_that_splits_it_is_kv_alone_beside_its_slots() -> None
         ),
         (("deepseek-v3", "--hardware", "h200", "--dtype", "bfloat16", "--gpus", "8"), "GPUs"),
         (
-            ("olmoe-1b-7b", *TP, "--users", "8"),
-            "keeps the attention of olmoe-1b-7b whole on each GPU",
+            ("llama-4-scout", "--hardware", "h200", "--layout", "tp=4", "--users", "8"),
+            "runs llama-4-scout with one GPU alone",
         ),
         (
             (*TWO, "--total-gib", "9", "--host-gib", "20", "--disk-gib", "64"),
@@ -214,5 +218,8 @@ def test_a_model_whose_plan_of_two_gpus_has_a_command_is_one_that_ranks_can_cut(
     result = CliRunner().invoke(plan_command, [*words, "--users", "1", "--json"])
     if result.exception or not json.loads(result.output)["serve"]["command"]:
         return
-    table = find_cuts(build(bundled_config(name)[0], "meta"), tp, name)
-    assert any("self_attn" in path for path in table.cuts)
+    config, _ = bundled_config(name)
+    table = find_cuts(build(config, "meta"), tp, name)
+    layers = shape_from_config(config, name).layers
+    is_counted_as_cut = any(layer.attention.shares.are_cut(tp) for layer in layers)
+    assert any("self_attn" in path for path in table.cuts) == is_counted_as_cut

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from hotset.cost.cache_spec import CacheSpec, Latent, NoCache, Shared, State, index_key_bytes
-from hotset.cost.params import Params
+from hotset.cost.params import Params, Shares
 from hotset.errors import PlanError
 
 # Bytes one KV element takes. fp8_ds_mla is a layout of MLA alone, see `Attention.token_bytes`.
@@ -59,25 +59,26 @@ class Attention:
     Attributes:
         kind: see `Kind`.
         params: its own weights, without the norms around it.
-        replicated_params: of those, what every tensor-parallel rank holds in full (the
-            down-projections of MLA).
+        shares: what ranks do not share out evenly of those, such as the down-projections of MLA.
         num_heads: query heads.
         cache: what is kept of earlier tokens.
         score_dim: width of one query-key product as decode computes it.
         mix_dim: width of one weighted sum as decode computes it.
         window: most tokens the layer looks at; None looks at all.
         indexer: of a sparse layer; None looks at all that `window` leaves.
+        grouped_channels: of a convolution, those that come with the units of `shares`.
     """
 
     kind: Kind
     params: Params = field(default_factory=Params)
-    replicated_params: int = 0
+    shares: Shares = field(default_factory=Shares)
     num_heads: int = 0
     cache: CacheSpec = field(default_factory=NoCache)
     score_dim: int = 0
     mix_dim: int = 0
     window: int | None = None
     indexer: Indexer | None = None
+    grouped_channels: int = 0
 
     @property
     def stored(self) -> "Attention":
@@ -131,7 +132,21 @@ class Attention:
 
     def shards(self, tp: int) -> int:
         """Parts that `tp` ranks cut its cache into: whole KV heads; MLA's latent stays whole."""
+        if not self.shares.are_cut(tp):
+            return 1
         return min(tp, self.cache.num_kv_heads or tp)
+
+    def state_bytes(self, tp: int) -> int:
+        """Bytes of a sequence's state on each of `tp` ranks."""
+        if not isinstance(self.cache, State) or tp == 1 or not self.shares.are_cut(tp):
+            return self.cache.sequence_bytes
+        heads, *widths = self.cache.recurrent or (0,)
+        channels, columns = self.cache.conv
+        grouped = self.grouped_channels
+        kept = self.shares.units(tp) * grouped // self.shares.num_units
+        conv = -(-(channels - grouped) // tp) + kept, columns
+        recurrent = (-(-heads // tp), *widths) if heads else ()
+        return replace(self.cache, recurrent=recurrent, conv=conv).sequence_bytes
 
 
 def causal_pairs(new_tokens: float, past_tokens: float) -> float:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from hotset.cost.attention import Attention
-from hotset.cost.mixers import Facts, mlp_params
+from hotset.cost.mixers import Facts, mlp_params, mlp_whole
 from hotset.cost.params import Params
 from hotset.cost.shape import Layer
 from hotset.errors import PlanError
@@ -25,6 +25,8 @@ class Moe(NamedTuple):
     top_k: int
     width: int
     shared: Params = Params()
+    shared_whole: Params = Params()  # see `Layer.mlp_whole`
+    expert_whole: Params = Params()
 
     def layer(self, attention: Attention, norms: Params) -> Layer:
         """A layer with these experts."""
@@ -37,6 +39,8 @@ class Moe(NamedTuple):
             self.num_experts,
             self.top_k,
             self.width,
+            self.shared_whole,
+            self.expert_whole,
         )
 
 
@@ -71,16 +75,18 @@ def qwen_moe(f: Facts, index: int) -> Moe | None:
     if index in f.get("mlp_only_layers", default=[]) or (index + 1) % step:
         return None
     shared_width = f.get("shared_expert_intermediate_size", default=0)
-    shared = Params()
+    shared = gate = Params()
     if shared_width:
-        shared = mlp_params(f, shared_width) + Params(f.count("hidden_size"))  # and its gate
-    return moe(
+        gate = Params(f.count("hidden_size"))
+        shared = mlp_params(f, shared_width) + gate
+    found = moe(
         f,
         f.count("num_experts", "num_local_experts"),  # the hub's files, and transformers' own dict
         f.count("num_experts_per_tok"),
         f.count("moe_intermediate_size"),
         shared=shared,
     )
+    return found._replace(shared_whole=gate)
 
 
 def deepseek_moe(f: Facts, index: int) -> Moe | None:
@@ -90,7 +96,9 @@ def deepseek_moe(f: Facts, index: int) -> Moe | None:
     width = f.count("moe_intermediate_size")
     shared_width = width * f.count("n_shared_experts", default=0, least=0)
     shared = mlp_params(f, shared_width, bias=deepseek_bias(f)) if shared_width else Params()
-    return moe(f, f.count("n_routed_experts"), f.count("num_experts_per_tok"), width, shared=shared)
+    num, top_k = f.count("n_routed_experts"), f.count("num_experts_per_tok")
+    whole = mlp_whole(f, bias=bool(shared_width) and deepseek_bias(f))
+    return moe(f, num, top_k, width, shared=shared)._replace(shared_whole=whole)
 
 
 def is_dense(f: Facts, index: int) -> bool:
@@ -122,10 +130,13 @@ def plain_moe(f: Facts, *, bias: bool) -> Moe:
     width = f.count("moe_intermediate_size")
     shared_width = f.count("moe_shared_expert_intermediate_size")
     shared = mlp_params(f, shared_width, gated=False, bias=bias)
+    whole = mlp_whole(f, bias=bias)
     if latent is not None:
-        shared += Params(2 * hidden * latent, (hidden + latent) * bias)
+        projections = Params(2 * hidden * latent, (hidden + latent) * bias)
+        shared, whole = shared + projections, whole + projections
     found = moe(f, num, top_k, width, shared=shared)
-    return found._replace(expert=Params(2 * (latent or hidden) * width))
+    expert = Params(2 * (latent or hidden) * width)
+    return found._replace(expert=expert, shared_whole=whole)
 
 
 def gpt_oss_moe(f: Facts, index: int) -> Moe:
@@ -136,4 +147,5 @@ def gpt_oss_moe(f: Facts, index: int) -> Moe:
     return plain._replace(
         router=plain.router + Params(vector=num),
         expert=plain.expert + Params(vector=2 * width + hidden),
+        expert_whole=Params(vector=hidden),
     )

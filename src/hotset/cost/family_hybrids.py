@@ -17,6 +17,7 @@ from hotset.cost.mixers import (
     mamba2,
     mla,
     mlp_params,
+    mlp_whole,
     short_conv,
 )
 from hotset.cost.params import Params
@@ -95,7 +96,7 @@ def bamba(f: Facts) -> list[Layer]:
         else:
             mlp_bias = bool(f.get("mlp_bias", default=False))
             mlp = mlp_params(f, f.count("intermediate_size"), bias=mlp_bias)
-            result.append(Layer(attention, mlp, norms))
+            result.append(Layer(attention, mlp, norms, mlp_whole=mlp_whole(f, bias=mlp_bias)))
     return result
 
 
@@ -206,7 +207,8 @@ def falcon_h1(f: Facts) -> list[Layer]:
     layers: list[Layer] = []
     for index in range(f.count("num_hidden_layers")):
         attention = gqa(f, index, qkv_bias=bias, out_bias=bias)
-        layers += [Layer(mamba, norms=norm), Layer(attention, mlp, norm)]
+        whole = mlp_whole(f, bias=mlp_bias)
+        layers += [Layer(mamba, norms=norm), Layer(attention, mlp, norm, mlp_whole=whole)]
     return layers
 
 
@@ -231,7 +233,10 @@ def nemotron_h(f: Facts) -> list[Layer]:
         "linear_attention": lambda index: Layer(mamba, norms=norm),
         "full_attention": lambda index: Layer(gqa(f, index), norms=norm),
         "mlp": lambda index: Layer(
-            none, mlp_params(f, f.count("intermediate_size"), gated=False, bias=mlp_bias), norm
+            none,
+            mlp_params(f, f.count("intermediate_size"), gated=False, bias=mlp_bias),
+            norm,
+            mlp_whole=mlp_whole(f, bias=mlp_bias),
         ),
         "moe": lambda index: plain_moe(f, bias=mlp_bias).layer(none, norm),
     }

@@ -14,6 +14,7 @@ from hotset.cost.mixers import (
     gqa,
     layer_types,
     mlp_params,
+    mlp_whole,
     windowed,
 )
 from hotset.cost.params import Params
@@ -69,9 +70,9 @@ class Llama:
             if moe:
                 result.append(moe.layer(attention, norms))
             else:
-                width = f.per_layer("intermediate_size", index)
-                mlp = mlp_params(f, width, gated=self.gated_mlp, bias=flag(self.mlp_bias))
-                result.append(Layer(attention, mlp, norms))
+                width, bias = f.per_layer("intermediate_size", index), flag(self.mlp_bias)
+                mlp = mlp_params(f, width, gated=self.gated_mlp, bias=bias)
+                result.append(Layer(attention, mlp, norms, mlp_whole=mlp_whole(f, bias=bias)))
         return result
 
 

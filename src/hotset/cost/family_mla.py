@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from hotset.cost.attention import Attention, Indexer
 from hotset.cost.family_experts import deepseek_bias, deepseek_moe, moe
-from hotset.cost.mixers import Facts, mla, mlp_params
+from hotset.cost.mixers import Facts, mla, mlp_params, mlp_whole
 from hotset.cost.params import Params
 from hotset.cost.shape import Layer
 from hotset.errors import PlanError
@@ -71,8 +71,9 @@ class Mla:
                 behind = Params(vector=hidden if self.moe_norm else 0)
                 result.append(experts.layer(attention, norms + behind))
             else:
-                mlp = mlp_params(f, f.count("intermediate_size"), bias=deepseek_bias(f))
-                result.append(Layer(attention, mlp, norms))
+                bias = deepseek_bias(f)
+                mlp = mlp_params(f, f.count("intermediate_size"), bias=bias)
+                result.append(Layer(attention, mlp, norms, mlp_whole=mlp_whole(f, bias=bias)))
         return result
 
     def _attention(self, f: Facts, indexer: Indexer | None) -> Attention:

@@ -136,19 +136,16 @@ class Shard:
 def shard_model(shape: ModelShape, layout: Layout, *, has_whole_embedding: bool = False) -> Shard:
     """Cut a model for a layout, with all input embeddings on each rank or a part of them."""
     tp, ep = layout.tp, layout.ep
-    replicated = shape.replicated_bytes
-    dense = (shape.dense_bytes - replicated) / tp + replicated
-    # A tied head reads its part of the embeddings; where they are whole, out of a copy of its own.
-    unread = shape.embedding_bytes / tp if shape.head.count else 0.0
-    if has_whole_embedding and tp > 1:
-        dense += shape.embedding_bytes - unread
-        unread = shape.embedding_bytes
-    per_expert_bytes = sum(shape.layer_expert_bytes(layer) for layer in shape.moe_layers)
+    embedding = float(shape.embedding_bytes)
+    cut = embedding / tp
+    held = embedding if has_whole_embedding else cut
+    dense = shape.rank_dense_bytes(tp) + held
     slots = -(-shape.num_experts // ep)
-    slot_bytes = per_expert_bytes / layout.es
+    slot_bytes = sum(shape.layer_expert_bytes(layer, es=layout.es) for layer in shape.moe_layers)
     return Shard(
         dense_bytes=dense,
-        dense_read_bytes=dense - unread,
+        # A tied head reads its part of the embeddings.
+        dense_read_bytes=dense - held + (0.0 if shape.head.count else cut),
         expert_slots=slots,
         slot_bytes=slot_bytes,
         experts_bytes=slots * slot_bytes,

@@ -1,11 +1,12 @@
 """The pieces of a layer, from the facts of a config: attention of each kind, and MLPs."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from hotset.cost.attention import Attention, Indexer, Kind
 from hotset.cost.cache_spec import KeysValues, Latent, Shared, State
-from hotset.cost.params import Params
+from hotset.cost.params import WHOLE, Params, Shares
 from hotset.errors import PlanError
 
 Config = dict[str, Any]
@@ -97,9 +98,14 @@ def gqa(
     norms = {"head": head_dim * (1 + owns), "all": q_width + kv_width, "": 0}[qk_norm]
     matrix = hidden * projected + q_width * hidden
     vector = projected * qkv_bias + hidden * out_bias + norms + heads * sinks
+    of_kv = kv_width * (1 + has_v) * owns
+    shares = Shares(
+        Params(vector=hidden * out_bias + norms), Params(hidden * of_kv, of_kv * qkv_bias), kv
+    )
     return Attention(
         kind=kind,
         params=Params(matrix, vector),
+        shares=WHOLE if qk_norm == "all" else shares,
         num_heads=heads,
         cache=cache if owns else Shared(cache),
         score_dim=head_dim,
@@ -120,30 +126,35 @@ def mla(f: Facts, *, indexer: Indexer | None = None) -> Attention:
     v_dim = f.count("v_head_dim", **default)
     q_rank = f.get("q_lora_rank", default=None)
     matrix = hidden * (rank + rope) + rank * heads * (nope + v_dim) + heads * v_dim * hidden
-    vector, replicated = rank, hidden * (rank + rope)
+    vector, whole = rank, hidden * (rank + rope)
     if q_rank is None:
         matrix += hidden * heads * (nope + rope)
     else:
         matrix += hidden * q_rank + q_rank * heads * (nope + rope)
         vector += q_rank
-        replicated += hidden * q_rank
+        whole += hidden * q_rank
     if f.get("attention_bias", default=False):
         vector += (rank + rope) + hidden + (q_rank or 0)
     if indexer and not indexer.is_shared:
         width, index_heads = indexer.key_dim, indexer.num_heads
-        matrix += q_rank * index_heads * width + hidden * (width + index_heads)
+        indexing = q_rank * index_heads * width + hidden * (width + index_heads)
+        matrix, whole = matrix + indexing, whole + indexing
         vector += 2 * width
-        replicated += hidden * (width + index_heads)
     return Attention(
         kind=Kind.MLA,
         params=Params(matrix, vector),
-        replicated_params=replicated,
+        shares=Shares(Params(whole, vector)),
         num_heads=heads,
         cache=Latent(rank, rope, KeysValues(heads, nope + rope, v_dim)),
         score_dim=rank + rope,
         mix_dim=rank,
         indexer=indexer,
     )
+
+
+def mlp_whole(f: Facts, *, bias: bool) -> Params:
+    """What of an MLP each rank has all of: the bias of its output."""
+    return Params(vector=f.count("hidden_size") * bias)
 
 
 def mlp_params(f: Facts, width: int, *, gated: bool = True, bias: bool = False) -> Params:
@@ -197,6 +208,7 @@ def gated_delta_net(f: Facts) -> Attention:
     return Attention(
         Kind.RECURRENT,
         Params(matrix, conv_width * kernel + 2 * v_heads + v_dim),
+        shares=Shares(Params(vector=v_dim), heads=k_heads),
         num_heads=v_heads,
         cache=State((v_heads, v_dim, k_dim), (conv_width, kernel - 1)),
     )
@@ -217,6 +229,7 @@ def kimi_delta(f: Facts) -> Attention:
     return Attention(
         Kind.RECURRENT,
         Params(matrix, 3 * width * kernel + width + heads + dim),
+        shares=WHOLE,
         num_heads=heads,
         cache=State((heads, dim, dim), (3 * width, kernel - 1)),
     )
@@ -243,21 +256,31 @@ def mamba2(
     projected = width + conv_width + heads
     vector = conv_width * (kernel + conv_bias) + 3 * heads + width * has_norm
     vector += projected * in_bias + hidden * out_bias
+    grouped = 2 * groups * state
+    shares = Shares(
+        Params(vector=hidden * out_bias),
+        Params(hidden * grouped, grouped * (kernel + conv_bias + in_bias)),
+        groups,
+        heads=math.gcd(heads, groups) if has_norm else heads,  # a norm is over those of a group
+    )
     return Attention(
         Kind.RECURRENT,
         Params(hidden * projected + width * hidden, vector),
+        shares=shares,
         num_heads=heads,
         cache=State((heads, width // heads, state), (conv_width, kernel - 1)),
+        grouped_channels=grouped,
     )
 
 
 def short_conv(f: Facts) -> Attention:
     """Gated short convolution (LFM2): nothing but the last columns is kept."""
     hidden, kernel = f.count("hidden_size"), f.count("conv_L_cache", default=3)
-    vector = hidden * kernel + 5 * hidden * bool(f.get("conv_bias", default=False))
+    bias = hidden * bool(f.get("conv_bias", default=False))
     return Attention(
         Kind.RECURRENT,
-        Params(4 * hidden * hidden, vector),
+        Params(4 * hidden * hidden, hidden * kernel + 5 * bias),
+        shares=Shares(Params(vector=bias), heads=hidden),
         num_heads=1,
         cache=State((), (hidden, kernel - 1)),
     )
@@ -278,6 +301,7 @@ def mamba1(f: Facts) -> Attention:
     return Attention(
         Kind.RECURRENT,
         Params(matrix, vector),
+        shares=WHOLE,
         num_heads=1,
         cache=State((1, width, state), (width, kernel - 1)),
     )

@@ -49,6 +49,13 @@ class Params:
     def __add__(self, other: "Params") -> "Params":
         return Params(self.matrix + other.matrix, self.vector + other.vector)
 
+    def __sub__(self, other: "Params") -> "Params":
+        return Params(self.matrix - other.matrix, self.vector - other.vector)
+
+    def __floordiv__(self, parts: int) -> "Params":
+        """One of some equal parts, the largest where they are not."""
+        return Params(-(-self.matrix // parts), -(-self.vector // parts))
+
     def __mul__(self, times: int) -> "Params":
         return Params(self.matrix * times, self.vector * times)
 
@@ -61,3 +68,39 @@ class Params:
         """Bytes with matrices in `dtype` and vectors in `plain_dtype`, rounded up."""
         bits = self.matrix * WEIGHT_BITS[dtype] + self.vector * WEIGHT_BITS[plain_dtype]
         return math.ceil(bits / 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What tensor-parallel ranks do not share out evenly of some parameters.
+
+    Attributes:
+        whole: what each rank has all of.
+        by_unit: what comes with units, KV heads say, of which each rank has as many, or one.
+        num_units: how many.
+        heads: by which all the rest is cut; where ranks do not divide them, each has everything.
+            None: any number of ranks does.
+    """
+
+    whole: Params = Params()
+    by_unit: Params = Params()
+    num_units: int = 1
+    heads: int | None = None
+
+    def are_cut(self, tp: int) -> bool:
+        """Whether `tp` ranks share anything out."""
+        return self.heads is None or self.heads % tp == 0
+
+    def units(self, tp: int) -> int:
+        """That a rank has."""
+        return max(1, self.num_units // tp) if self.are_cut(tp) else self.num_units
+
+    def on_rank(self, params: Params, tp: int) -> Params:
+        """What each of `tp` ranks has of `params`."""
+        if tp == 1 or not self.are_cut(tp):
+            return params
+        even = params - self.whole - self.by_unit
+        return even // tp + self.whole + self.by_unit // self.num_units * self.units(tp)
+
+
+WHOLE = Shares(heads=1)  # on each rank

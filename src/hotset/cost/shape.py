@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from hotset.cost.attention import Attention, Kind
-from hotset.cost.params import WEIGHT_BITS, Params
+from hotset.cost.params import WEIGHT_BITS, Params, Shares
 from hotset.errors import PlanError
 
 
@@ -25,6 +25,8 @@ class Layer:
         num_experts: routed experts, 0 for a dense layer.
         top_k_experts: that a token uses.
         expert_width: of a routed expert's middle.
+        mlp_whole: of `mlp`, what each tensor-parallel rank has all of.
+        expert_whole: of `expert`, likewise.
     """
 
     attention: Attention
@@ -35,6 +37,8 @@ class Layer:
     num_experts: int = 0
     top_k_experts: int = 0
     expert_width: int = 0
+    mlp_whole: Params = field(default_factory=Params)
+    expert_whole: Params = field(default_factory=Params)
 
     @property
     def dense(self) -> Params:
@@ -158,17 +162,18 @@ class ModelShape:
         """Bytes of `params` as `part` (`attention`, `mlp`, `expert`, else plain) is stored."""
         return params.bytes(self.quantised.get(part, self.plain_dtype), self.plain_dtype)
 
-    def layer_dense_bytes(self, layer: Layer) -> int:
-        """Bytes of a layer without its routed experts."""
+    def layer_dense_bytes(self, layer: Layer, *, tp: int = 1) -> int:
+        """Bytes of a layer without its routed experts, on each of `tp` ranks."""
+        attention, mlp = layer.attention, Shares(layer.mlp_whole)
         return (
-            self.part_bytes("attention", layer.attention.params)
-            + self.part_bytes("mlp", layer.mlp)
+            self.part_bytes("attention", attention.shares.on_rank(attention.params, tp))
+            + self.part_bytes("mlp", mlp.on_rank(layer.mlp, tp))
             + self.part_bytes("plain", layer.norms + layer.router)
         )
 
-    def layer_expert_bytes(self, layer: Layer) -> int:
-        """Bytes of one routed expert of a layer."""
-        return self.part_bytes("expert", layer.expert)
+    def layer_expert_bytes(self, layer: Layer, *, es: int = 1) -> int:
+        """Bytes of one routed expert of a layer, or of a slice on each of `es` ranks."""
+        return self.part_bytes("expert", Shares(layer.expert_whole).on_rank(layer.expert, es))
 
     @cached_property
     def embedding_bytes(self) -> int:
@@ -196,14 +201,12 @@ class ModelShape:
         """Bytes of all weights, once."""
         return self.dense_bytes + self.experts_bytes
 
-    @cached_property
-    def replicated_bytes(self) -> int:
-        """Bytes every tensor-parallel rank holds in full: down-projections, routers, norms."""
-        return sum(
-            self.part_bytes("attention", Params(layer.attention.replicated_params))
-            + self.part_bytes("plain", layer.norms + layer.router)
-            for layer in self.layers
-        )
+    def rank_dense_bytes(self, tp: int) -> int:
+        """Bytes of everything but routed experts and input embeddings on each of `tp` ranks."""
+        rows = -(-self.vocab_size // tp) if self.head.count else 0
+        own = self.other + Params(rows * self.hidden_size)
+        layers = sum(self.layer_dense_bytes(layer, tp=tp) for layer in self.layers)
+        return self.part_bytes("plain", own) + layers
 
     # -- experts ------------------------------------------------------------------------------
 
@@ -294,9 +297,7 @@ class ModelShape:
         total = float(rounded * self.index_bytes_per_token)
         for a, _, n in self.readers:
             held = a.kept_tokens(rounded) if hold_windows else rounded
-            total += n * (
-                held * a.token_bytes(kv_dtype) / a.shards(tp) + a.cache.sequence_bytes / tp
-            )
+            total += n * (held * a.token_bytes(kv_dtype) / a.shards(tp) + a.state_bytes(tp))
         return math.ceil(total)
 
     def kv_read_bytes(self, context: float, kv_dtype: str, *, tp: int = 1) -> float:
@@ -308,26 +309,32 @@ class ModelShape:
             n
             * (
                 a.seen_tokens(context) * owner.token_bytes(kv_dtype) / owner.shards(tp)
-                + 2 * a.cache.sequence_bytes / tp
+                + 2 * a.state_bytes(tp)
             )
             for a, owner, n in self.readers
         )
 
-    def attention_flops_per_token(self, context: float) -> float:
-        """Operations one decoded token spends on scores, weighted sums and state updates."""
+    def attention_flops_per_token(self, context: float, *, tp: int = 1) -> float:
+        """Operations that scores, weighted sums and states of one decoded token take on a rank."""
         return sum(
             n
             * (
                 2 * a.seen_tokens(context) * a.num_heads * (a.score_dim + a.mix_dim)
                 + 4 * a.state_values
             )
+            / (tp if a.shares.are_cut(tp) else 1)
             for a, _, n in self.readers
         )
 
     def prefill_attention_flops(
-        self, new_tokens: float, past_tokens: float = 0.0, *, chunk: float = math.inf
+        self,
+        new_tokens: float,
+        past_tokens: float = 0.0,
+        *,
+        chunk: float = math.inf,
+        tp: int = 1,
     ) -> float:
-        """Operations that causal attention spends on `new_tokens` after `past_tokens`.
+        """Operations that causal attention to `new_tokens` after `past_tokens` takes on a rank.
 
         They are computed in steps of at most `chunk` tokens, each of which makes keys and values of
         the latents before it once more.
@@ -335,7 +342,9 @@ class ModelShape:
         num_steps = max(1, math.ceil(new_tokens / chunk)) if self.is_mla else 1
         size = new_tokens / num_steps
         return sum(
-            n * a.prefill_flops(size, past_tokens + step * size)
+            n
+            * a.prefill_flops(size, past_tokens + step * size)
+            / (tp if a.shares.are_cut(tp) else 1)
             for a, _, n in self.readers
             for step in range(num_steps)
         )

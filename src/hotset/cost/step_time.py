@@ -286,7 +286,7 @@ class CostModel:
         shape, tp, c = self.shape, self.layout.tp, self.calibration
         work = self._weights_work(users, routed, shape.matmul_params)
         kv_bytes = shape.kv_read_bytes(context, self.kv_dtype, tp=tp) * users
-        flops = shape.attention_flops_per_token(context) * users / tp
+        flops = shape.attention_flops_per_token(context, tp=tp) * users
         work["attention"] = _Work(kv_bytes, flops, "bf16", c.attention_efficiency)
         if shape.index_bytes_per_token:  # every rank has all index keys and scores them
             keys = context * users
@@ -366,7 +366,7 @@ class CostModel:
         They are computed at most `chunk` at once.
         """
         c, tp = self.calibration, self.layout.tp
-        flops = self.shape.prefill_attention_flops(new_tokens, past_tokens, chunk=chunk) / tp
+        flops = self.shape.prefill_attention_flops(new_tokens, past_tokens, chunk=chunk, tp=tp)
         pairs = causal_pairs(new_tokens, past_tokens)
         scoring_s = pairs * self.shape.index_pair_flops / self._flops("bf16", c.index_efficiency)
         return flops / self._flops("bf16", c.attention_efficiency) + scoring_s

@@ -149,13 +149,18 @@ def _cut_mixer(table: Table, path: str, module: nn.Module) -> None:
             table.attributes[where] = dict.fromkeys(_OF_CHANNELS, layout)
     table.cuts[f"{path}.{cut.rows}"] = Cut.ROWS
     table.whole |= {f"{path}.{name}" for name in cut.whole}
-    table.attributes[path], table.buffers[path] = cut.attributes, cut.buffers
+    for name, attributes in cut.attributes.items():
+        table.attributes[f"{path}.{name}" if name else path] = attributes
+    table.buffers[path] = cut.buffers
 
 
 def check_heads(config: Any, size: int, name: str) -> None:
     """Raise ConfigError where `size` ranks cannot share the attention heads of a config."""
-    num_heads: int = config.num_attention_heads
-    num_kv_heads: int = getattr(config, "num_key_value_heads", None) or num_heads
+    try:
+        num_heads: int = config.num_attention_heads
+        num_kv_heads: int = getattr(config, "num_key_value_heads", None) or num_heads
+    except RuntimeError:  # of transformers, where layers differ: each is checked by itself
+        return
     if not shares_heads(size, [num_heads], num_kv_heads):
         sizes = range(1, num_heads + 1)
         fitting = [ranks for ranks in sizes if shares_heads(ranks, [num_heads], num_kv_heads)]
@@ -230,7 +235,7 @@ def _check_sizes(modules: dict[str, nn.Module], table: Table, name: str) -> None
         module: Any = modules[path]
         if cut is Cut.COLUMNS:
             columns = Units(module.out_features)
-            is_mixer = path.rpartition(".")[0] in table.attributes
+            is_mixer = path.rpartition(".")[0] in table.buffers
             is_shared = is_mixer or (path.endswith(_SOME_HEADS) and path in table.layouts)
             for units in table.layouts.get(path, (columns,)):
                 if units.count % size and not (is_shared and units.are_shared(size)):

@@ -23,14 +23,14 @@ class MixerCut:
             of all their parameters is shared out.
         rows: the child that makes the output of a rank's heads.
         whole: children that each rank has whole.
-        attributes: numbers of the mixer, each as long as its layout.
+        attributes: by name of a child, or "", its numbers that are each as long as a layout.
         buffers: of the mixer, whose last dimension is shared out.
     """
 
     columns: Mapping[str, Layout]
     rows: str
     whole: tuple[str, ...] = ()
-    attributes: Mapping[str, Layout] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, Layout]] = field(default_factory=dict)
     buffers: Mapping[str, Layout] = field(default_factory=dict)
 
 
@@ -89,7 +89,7 @@ def _gated_delta(module: nn.Module, size: int) -> MixerCut | None:
         "value_dim": (values,),
         "conv_dim": (keys, keys, values),
     }
-    return MixerCut(columns, rows, (norm,), attributes)
+    return MixerCut(columns, rows, (norm,), {"": attributes})
 
 
 def _mamba2(module: nn.Module, size: int) -> MixerCut | None:
@@ -109,9 +109,14 @@ def _mamba2(module: nn.Module, size: int) -> MixerCut | None:
         "in_proj": (channels, channels, group, group, numbers),
         "conv1d": (channels, group, group),
     }
+    of_norm: dict[str, Layout] = {}
     if list(norm.parameters() if norm is not None else ()):
-        if num_groups % size or getattr(norm, "group_size", None) != inner // num_groups:
+        if num_groups % size:
             return None  # over channels of several ranks
+        if hasattr(norm, "n_groups"):
+            of_norm["n_groups"] = (Units(num_groups),)
+        elif getattr(norm, "group_size", None) != inner // num_groups:
+            return None
         columns["norm"] = (channels,)
     attributes: dict[str, Layout] = {
         "num_heads": (numbers,),
@@ -120,7 +125,7 @@ def _mamba2(module: nn.Module, size: int) -> MixerCut | None:
         "conv_dim": (channels, group, group),
     }
     buffers = {"mup_vector": columns["in_proj"]} if hasattr(module, "mup_vector") else {}
-    return MixerCut(columns, "out_proj", (), attributes, buffers)
+    return MixerCut(columns, "out_proj", (), {"": attributes, "norm": of_norm}, buffers)
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -140,10 +145,13 @@ def _is_known(module: nn.Module, cut: MixerCut) -> bool:
         if any(w is not None and len(w) != _length(layout) for w in owner._parameters.values()):
             return False
     own = dict(module.named_buffers(recurse=False))
-    lengths = {name: _length(layout) for name, layout in cut.attributes.items()}
     return (
         _has(module, cut.rows)
-        and all(getattr(module, name, None) == length for name, length in lengths.items())
+        and all(
+            getattr(module.get_submodule(child), name, None) == _length(layout)
+            for child, attributes in cut.attributes.items()
+            for name, layout in attributes.items()
+        )
         and own.keys() == cut.buffers.keys()
         and all(own[name].shape[-1] == _length(layout) for name, layout in cut.buffers.items())
     )
@@ -157,5 +165,5 @@ def _divides(module: nn.Module, cut: MixerCut, size: int) -> bool:
     """Whether each rank has as many rows and heads, and what they share."""
     rows = module.get_submodule(cut.rows).in_features
     assert isinstance(rows, int)
-    layouts = [*cut.columns.values(), *cut.attributes.values()]
-    return rows % size == 0 and all(u.are_shared(size) for layout in layouts for u in layout)
+    units = [each for layout in cut.columns.values() for each in layout]
+    return rows % size == 0 and all(each.are_shared(size) for each in units)

@@ -40,8 +40,11 @@ _OWN: dict[str, dict[str, str]] = {
         "shared_mlp.input_linear": "packed_colwise",
         "shared_mlp.output_linear": "rowwise",
     },
+    "qwen2_moe": _under("mlp.shared_expert", "gate_proj", "up_proj", rows="down_proj"),
+    "glm4_moe_lite": _under("mlp.shared_experts", "gate_proj", "up_proj", rows="down_proj"),
     "lfm2": _LFM2,
     "lfm2_moe": _LFM2,
+    "jamba": {**_ATTENTION, **_FEED_FORWARD},
     "bamba": {**_ATTENTION, **_FEED_FORWARD},
     "falcon_h1": {**_ATTENTION, **_FEED_FORWARD},
     "nemotron_h": {

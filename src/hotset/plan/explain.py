@@ -93,8 +93,8 @@ def _rank(plan: Plan) -> Section:
     layout, shard, shape = plan.layout, plan.cost.shard, plan.request.shape
     body = [
         f"{layout}: {layout.dp} group{'s' if layout.dp > 1 else ''} of {layout.tp} GPUs",
-        f"dense weights per GPU = ({gb(shape.dense_bytes)} - {gb(shape.replicated_bytes)} held by "
-        f"all) / {layout.tp} + {gb(shape.replicated_bytes)} = {gb(shard.dense_bytes)}",
+        f"dense weights per GPU = {gb(shard.dense_bytes)} of {gb(shape.dense_bytes)}: its part of "
+        "matrices that are cut, and all that is not (norms, routers, down-projections of MLA)",
     ]
     if shape.moe_layers:
         how = f"ceil({shape.num_experts} / {layout.ep})" if layout.ep > 1 else "a slice of each of"
@@ -170,7 +170,7 @@ def _step(plan: Plan) -> Section:
             f"({plan.step.bounds['experts']})"
         )
     kv = shape.kv_read_bytes(context, plan.request.kv_dtype, tp=layout.tp) * users
-    flops = shape.attention_flops_per_token(context) * users / layout.tp
+    flops = shape.attention_flops_per_token(context, tp=layout.tp) * users
     body.append(
         f"attention: max({gb(kv)} / HBM, {flops / 1e12:.3g} TFLOP / FLOP/s x "
         f"{c.attention_efficiency}) = {seconds(parts['attention'])} "

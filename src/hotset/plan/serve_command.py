@@ -14,8 +14,7 @@ MOST_REQUESTS = 2**20  # `--max-num-seqs` takes no more
 
 _HUB = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "fp8"}
-# In transformers: all but the attention is cut by tp.
-_WHOLE_ATTENTION = ("olmoe", "olmo2", "olmo3", "flex_olmo")
+_NOT_CUT = ("phi3", "llama4_text", "longcat_flash")  # see `parallel.cuts.find_cuts`
 _STATES_ALONE = ("mamba2",)  # no layer attends
 _LEAST_STATES = 3  # two that no request gets, see `StateSizes`
 _OWN_EXPERTS = ("llama4", "dbrx", "jetmoe")  # computed by the model's own code, all resident
@@ -43,11 +42,6 @@ def why_not_served(plan: Plan) -> str:
             f"{shape.name} is a shape without weights, which hotset bench runs with random ones",
         ),
         (bool(why_not_run(plan)), why_not_run(plan)),
-        (
-            plan.layout.tp > 1 and shape.model_type in _WHOLE_ATTENTION,
-            f"hotset serve keeps the attention of {shape.name} whole on each GPU, and a plan "
-            "counts it as cut",
-        ),
         (
             shape.model_type in _STATES_ALONE,
             f"hotset serve does not run recurrent layers as {shape.name} has them",
@@ -120,6 +114,10 @@ def why_not_run(plan: Plan) -> str:
         (
             layout.ep > 1 and plan.resident_expert_share < 1,
             "hotset serve keeps all experts on the GPUs with ep: plan es, or more memory",
+        ),
+        (
+            shape.model_type in _NOT_CUT,
+            f"hotset serve runs {shape.name} with one GPU alone: plan --gpus 1",
         ),
         (
             _experts_on_disk(plan) > 0,
