@@ -94,24 +94,30 @@ def _join_experts(found: dict[str, Any], whole: Any, before: Any, after: Any, *a
 
 
 @pytest.mark.parametrize(
-    "family", ["lfm2", "qwen3_next", "qwen3_5_text", "olmo_hybrid", "nemotron_h", "falcon_h1"]
+    "family",
+    ["bamba", "lfm2", "qwen3_next", "qwen3_5_text", "olmo_hybrid", "nemotron_h", "falcon_h1"],
 )
 def test_each_rank_has_a_part_of_each_state(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = make_model(family)
+    whole = make_model(family, **({"mamba_n_groups": 1} if family == "bamba" else {}))
     states = inspect_model(copy.deepcopy(whole)).states
-    cut, _ = cut_for(monkeypatch, whole, 1, 2)
-    parts = inspect_model(cut).states
+    place = group.Group(1, Layout(2), torch.device("cpu"), True)
+    monkeypatch.setattr(group, "_current", place)
+    cutter = ModelCutter(whole, "tiny")
+    cutter.cut_all(whole)
+    cutter.join_outputs(whole)
+    parts = inspect_model(whole).states
     assert parts.keys() == states.keys()
     for layer, state in states.items():
         part = parts[layer]
         assert 2 * part.num_values == state.num_values
-        assert 2 * part.conv_bytes == state.conv_bytes
+        shared = 2 * 16 * 3 * 4 if family == "bamba" else 0  # B and C of one group
+        assert 2 * part.conv_bytes == state.conv_bytes + shared
 
 
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("bamba", {"mamba_n_groups": 1}),  # whose norm is over all heads
+        ("falcon_h1", {"mamba_n_groups": 1, "mamba_rms_norm": True}),  # over all heads
         ("qwen3_next", {"linear_num_key_heads": 1}),
         ("kimi_linear", {}),
     ],

@@ -199,6 +199,7 @@ def falcon_h1(f: Facts) -> list[Layer]:
         in_bias=bool(f.get("mamba_proj_bias", default=False)),
         out_bias=bool(f.get("projectors_bias", default=False)),
         has_norm=bool(f.get("mamba_rms_norm", default=False)),
+        sums_squares=False,
     )
     bias = bool(f.get("attention_bias", default=False))
     norm = Params(vector=f.count("hidden_size"))

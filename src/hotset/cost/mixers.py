@@ -247,6 +247,7 @@ def mamba2(
     in_bias: bool,
     out_bias: bool,
     has_norm: bool = True,
+    sums_squares: bool = True,
 ) -> Attention:
     """Mamba-2 mixer (Dao and Gu, 2024): a state of heads x head dim x state size."""
     hidden = f.count("hidden_size")
@@ -261,7 +262,8 @@ def mamba2(
         Params(vector=hidden * out_bias),
         Params(hidden * grouped, grouped * (kernel + conv_bias + in_bias)),
         groups,
-        heads=math.gcd(heads, groups) if has_norm else heads,  # a norm is over those of a group
+        # A norm is over the channels of a group; of one group ranks add up their squares.
+        heads=math.gcd(heads, groups) if has_norm and (groups > 1 or not sums_squares) else heads,
     )
     return Attention(
         Kind.RECURRENT,

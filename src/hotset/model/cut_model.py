@@ -15,7 +15,8 @@ from hotset.parallel.collectives import all_reduce
 from hotset.parallel.cuts import Cut, Table, find_cuts
 from hotset.parallel.group import current
 from hotset.parallel.linears import Gathered, Summed, cut_module
-from hotset.parallel.parts import Part
+from hotset.parallel.norms import join_norm
+from hotset.parallel.parts import Part, length_of
 from hotset.parallel.tokens import gather_tokens, scatter_sums
 
 
@@ -136,10 +137,17 @@ class ModelCutter:
                 experts.combine = all_reduce
                 if self._layout.dp > 1:
                     experts.gather, experts.combine = gather_tokens, scatter_sums
-            elif how in (Cut.ROWS, Cut.HEAD):
+            elif how in (Cut.ROWS, Cut.HEAD, Cut.NORM):
                 parent, _, child = path.rpartition(".")
-                joined = Summed(module) if how is Cut.ROWS else Gathered(module, self._vocab_size)
-                setattr(model.get_submodule(parent), child, joined)
+                setattr(model.get_submodule(parent), child, self._joined(how, path, module))
+
+    def _joined(self, how: Cut, path: str, module: nn.Module) -> nn.Module:
+        """What gives what the whole of a layer does, of this rank's part."""
+        if how is Cut.ROWS:
+            return Summed(module)
+        if how is Cut.HEAD:
+            return Gathered(module, self._vocab_size)
+        return join_norm(module, length_of(self._table.layouts[path]))
 
 
 def _paths_of_experts(model: nn.Module) -> list[str]:

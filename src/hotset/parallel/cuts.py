@@ -16,7 +16,7 @@ from torch import nn
 from hotset.cost.layout import shares_heads
 from hotset.errors import ConfigError, ModelError
 from hotset.parallel.mixer_cuts import find_mixer_cut
-from hotset.parallel.parts import Layout, Units, share
+from hotset.parallel.parts import Layout, Units, length_of, share
 from hotset.parallel.plans import OF_HEADS, REPLICATED, pattern_of, patterns, styles
 
 
@@ -28,6 +28,7 @@ class Cut(Enum):
     HEAD = "head"  # columns of the logits, which all ranks put together again
     EXPERTS = "experts"  # of each expert, its middle; the outputs of all ranks are summed
     OWN = "own"  # the first dimension of the module's own parameters, as columns are
+    NORM = "norm"  # likewise; its squares are summed over all ranks
 
 
 # A gathered layer before one whose input is split again is whole on each rank, and so are norms,
@@ -144,6 +145,8 @@ def _cut_mixer(table: Table, path: str, module: nn.Module) -> None:
         where = f"{path}.{name}" if name else path
         child = module.get_submodule(name)
         table.cuts[where] = Cut.COLUMNS if isinstance(child, nn.Linear) else Cut.OWN
+        if name and name == cut.summed:
+            table.cuts[where] = Cut.NORM
         table.layouts[where] = layout
         if isinstance(child, nn.Conv1d):
             table.attributes[where] = dict.fromkeys(_OF_CHANNELS, layout)
@@ -200,7 +203,7 @@ def _check(
         if of_experts - _OF_EXPERTS or not of_experts:
             raise ModelError(f"the plan of {name} cuts the experts {path} in an unknown way")
         return
-    if cut is Cut.OWN:
+    if cut in (Cut.OWN, Cut.NORM):
         return
     if type(module) is not nn.Linear:
         raise ModelError(
@@ -247,8 +250,8 @@ def _check_sizes(modules: dict[str, nn.Module], table: Table, name: str) -> None
                 f"tp={size} does not divide the {module.in_features} rows of {path} of {name}; "
                 "give less"
             )
-        elif cut is Cut.OWN:
-            length = sum(units.count * units.width for units in table.layouts[path])
+        elif cut in (Cut.OWN, Cut.NORM):
+            length = length_of(table.layouts[path])
             if any(w is not None and len(w) != length for w in module._parameters.values()):
                 raise ModelError(
                     f"{path} of {name} has a parameter that is not one of {length} heads; use one "

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from hotset.parallel.parts import Layout, Units
+from hotset.parallel.norms import is_of_all
+from hotset.parallel.parts import Layout, Units, length_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class MixerCut:
         whole: children that each rank has whole.
         attributes: by name of a child, or "", its numbers that are each as long as a layout.
         buffers: of the mixer, whose last dimension is shared out.
+        summed: a child that is a gated norm over the channels of all ranks, see `NormOfAll`.
     """
 
     columns: Mapping[str, Layout]
@@ -32,6 +34,7 @@ class MixerCut:
     whole: tuple[str, ...] = ()
     attributes: Mapping[str, Mapping[str, Layout]] = field(default_factory=dict)
     buffers: Mapping[str, Layout] = field(default_factory=dict)
+    summed: str | None = None
 
 
 def find_mixer_cut(module: nn.Module, size: int) -> MixerCut | None:
@@ -110,10 +113,13 @@ def _mamba2(module: nn.Module, size: int) -> MixerCut | None:
         "conv1d": (channels, group, group),
     }
     of_norm: dict[str, Layout] = {}
+    summed = None
     if list(norm.parameters() if norm is not None else ()):
-        if num_groups % size:
+        if num_groups == 1 and is_of_all(norm, inner):
+            summed = "norm"
+        elif num_groups % size:
             return None  # over channels of several ranks
-        if hasattr(norm, "n_groups"):
+        elif hasattr(norm, "n_groups"):
             of_norm["n_groups"] = (Units(num_groups),)
         elif getattr(norm, "group_size", None) != inner // num_groups:
             return None
@@ -125,7 +131,7 @@ def _mamba2(module: nn.Module, size: int) -> MixerCut | None:
         "conv_dim": (channels, group, group),
     }
     buffers = {"mup_vector": columns["in_proj"]} if hasattr(module, "mup_vector") else {}
-    return MixerCut(columns, "out_proj", (), {"": attributes, "norm": of_norm}, buffers)
+    return MixerCut(columns, "out_proj", (), {"": attributes, "norm": of_norm}, buffers, summed)
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -142,23 +148,19 @@ def _is_known(module: nn.Module, cut: MixerCut) -> bool:
         return False
     for name, layout in cut.columns.items():
         owner = module.get_submodule(name)
-        if any(w is not None and len(w) != _length(layout) for w in owner._parameters.values()):
+        if any(w is not None and len(w) != length_of(layout) for w in owner._parameters.values()):
             return False
     own = dict(module.named_buffers(recurse=False))
     return (
         _has(module, cut.rows)
         and all(
-            getattr(module.get_submodule(child), name, None) == _length(layout)
+            getattr(module.get_submodule(child), name, None) == length_of(layout)
             for child, attributes in cut.attributes.items()
             for name, layout in attributes.items()
         )
         and own.keys() == cut.buffers.keys()
-        and all(own[name].shape[-1] == _length(layout) for name, layout in cut.buffers.items())
+        and all(own[name].shape[-1] == length_of(layout) for name, layout in cut.buffers.items())
     )
-
-
-def _length(layout: Layout) -> int:
-    return sum(units.count * units.width for units in layout)
 
 
 def _divides(module: nn.Module, cut: MixerCut, size: int) -> bool:

@@ -62,6 +62,11 @@ class Units:
 Layout = tuple[Units, ...]  # of a dimension: each of these is shared out, one after another
 
 
+def length_of(layout: Layout) -> int:
+    """Columns of all of them."""
+    return sum(units.count * units.width for units in layout)
+
+
 def share(layout: Iterable[Units], rank: int, size: int) -> tuple[slice, ...]:
     """The columns that a rank has of all of them."""
     slices, start = [], 0

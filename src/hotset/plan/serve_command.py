@@ -116,8 +116,8 @@ def why_not_run(plan: Plan) -> str:
             "hotset serve keeps all experts on the GPUs with ep: plan es, or more memory",
         ),
         (
-            shape.model_type in _NOT_CUT,
-            f"hotset serve runs {shape.name} with one GPU alone: plan --gpus 1",
+            plan.request.shape.model_type in _NOT_CUT,
+            f"hotset serve runs {plan.request.shape.name} with one GPU alone: plan --gpus 1",
         ),
         (
             _experts_on_disk(plan) > 0,
