@@ -169,6 +169,12 @@ def largest(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def share_attended(positions: torch.Tensor) -> None:
+    """Fill `positions` with rank 0's where all ranks attend for the same tokens; lanes do not."""
+    if current().layout.dp == 1:
+        broadcast(positions)
+
+
 def broadcast(tensor: torch.Tensor) -> None:
     """Fill `tensor` with rank 0's, on the device and in the order of its stream."""
     if not current().is_alone:

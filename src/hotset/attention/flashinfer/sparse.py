@@ -28,7 +28,7 @@ from hotset.attention.sparse.rounded import turned_query
 from hotset.attention.spec import LayerAttention
 from hotset.cost.workspace import SCORES_BYTES
 from hotset.memory.arena import DeviceArena, row_steps
-from hotset.parallel.collectives import broadcast
+from hotset.parallel.collectives import share_attended
 
 if TYPE_CHECKING:
     from hotset.kernels.hot_reference import Misses
@@ -346,7 +346,7 @@ class SparseBackend(LatentBackend):
             deterministic=True,
             tie_break=_LOWER_POSITION,
         )
-        broadcast(positions)
+        share_attended(positions)
         return positions
 
     def _find_rows(

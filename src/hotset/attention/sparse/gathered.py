@@ -16,7 +16,7 @@ from hotset.attention.sparse.select import score_keys, select_positions
 from hotset.cost.cache_spec import KEYS_ALONE
 from hotset.kernels.hot_reference import Misses
 from hotset.memory.arena import DeviceArena, row_steps
-from hotset.parallel.collectives import broadcast
+from hotset.parallel.collectives import share_attended
 
 # Numbers of an intermediate result, at most: 256 MiB of float32.
 _MOST_VALUES = 2**26
@@ -143,7 +143,7 @@ class GatheredSelection:
                 self._drawn.replace(scores, lengths[rows], seeds, layer, is_guess=is_guess)
             found.append(select_positions(scores, lengths[rows], self._count))
         positions = torch.cat(found)
-        broadcast(positions)
+        share_attended(positions)
         return positions
 
     def _rows_of(self, layer: int, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
