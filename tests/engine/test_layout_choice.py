@@ -54,6 +54,14 @@ def test_a_faster_layout_that_is_not_run_is_named_with_the_way_to_it() -> None:
     assert better.endswith("as separate engines: hotset fleet --replicas 2")
 
 
+def test_lanes_are_taken_where_they_win() -> None:
+    asked: dict[str, Any] = {"gpus": 8, "dtype": "bfloat16", "hot_gib": 60.0}
+    options, lines = choose("qwen3-30b-a3b", **asked, max_num_seqs=4096)
+    assert (options.layout.tp, options.layout.dp) == (1, 8), lines
+    options, lines = choose("qwen3-30b-a3b", **asked, max_num_seqs=4)
+    assert (options.layout.tp, options.layout.dp) == (8, 1), lines
+
+
 def test_measured_links_are_named_or_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     _, lines = choose("llama-3-8b", gpus=4, dtype="bfloat16")
     assert lines[-1] == (

@@ -90,3 +90,18 @@ def test_changes_that_nobody_takes_are_bounded_and_their_numbers_are_missing(
 def test_rows_that_make_no_sense_are_refused(rows: bytes) -> None:
     with pytest.raises(ValueError, match="a journal"):
         list(rows_of(rows))
+
+
+def test_what_two_lanes_have_is_told_once() -> None:
+    first, second = BlockPool(4), BlockPool(4)
+    journal = Journal({"device": first}, {"device": second})
+    journal.follow(True)
+    assert content(journal.take()) == []
+    filled(first, 1, 2)
+    filled(second, 2, 3)
+    assert changes(journal.take()) == [(1, 0, True), (2, 0, True), (3, 0, True)]
+    first.discard(key(1))
+    first.discard(key(2))
+    assert changes(journal.take()) == [(1, 0, False)]  # the other lane still has 2
+    second.discard(key(2))
+    assert changes(journal.take()) == [(2, 0, False)]
