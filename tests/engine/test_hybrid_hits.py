@@ -148,6 +148,19 @@ def test_of_requests_that_begin_alike_at_once_one_computes_what_they_share(
     assert found(engine) == 2 * 2 * GRID
 
 
+def test_a_state_that_a_request_has_waited_for_does_not_go_first(make_engine: MakeEngine) -> None:
+    engine = make_engine("bamba", **ROOM, block_size=GRID)
+    assert engine.kv.states is not None
+    run(engine, [make_prompt(100, seed=5)], max_tokens=4)
+    shared = make_prompt(2 * GRID + 10)
+    run(engine, [shared + make_prompt(70 + seed, seed=seed + 1) for seed in range(2)])
+    assert found(engine) == 2 * GRID
+    pool, [used] = engine.kv.states.slots.pool, engine.kv.states._used
+    pool.allocate(pool.num_free)
+    pool.allocate(1)  # the first to go
+    assert pool.lookup(used) is not None
+
+
 @pytest.mark.parametrize("how", ["aborted", "preempted", "without a slot"])
 def test_what_a_request_waits_for_need_not_come(
     how: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch

@@ -209,7 +209,9 @@ class States:
         if not awaited.is_own:
             self._metrics.state_hits[awaited.tier] += 1
             key = kv.kept_states[0].key
-            _note(self._used, key, self._used.get(key, 0) + 1)
+            # Another request has left it whose next turn begins with it, too.
+            least = 1 if kv.followed is None else 2
+            _note(self._used, key, max(least, self._used.get(key, 0) + 1))
         self._drop_parked(request)
 
     def bring_closer(self, start: Start) -> None:
