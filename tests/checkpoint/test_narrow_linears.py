@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_fp8_blocks import expected_model, logits, save_in_blocks
-from test_int_groups import FORMS, Tensors, save
+from test_int_groups import FORMS, GROUP, Tensors, compressed, rounded, save, wide, words
 from tiny_models import make_model
 
 from hotset.checkpoint.tensors import CheckpointTensors
@@ -29,9 +29,19 @@ from hotset.parallel import group
 from hotset.weight_format import AWQ_128, FP8_BLOCK, INT4_128
 
 CPU = torch.device("cpu")
+
+
+def packed_8(layer: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    codes, zeros, scales = rounded(weight, 8, symmetric=True)
+    stored = {f"{layer}.weight_packed": words(codes, 8), f"{layer}.weight_scale": scales}
+    return stored, wide(codes, zeros, scales)
+
+
 KEPT = [form for form in FORMS if form[0].__name__ in ("awq", "packed", "packed_with_zeros")]
 KEPT += [form for form in FORMS if form[0].__name__ in ("float_rows", "float_whole")]
 KEPT += [form for form in FORMS if form[0].__name__.startswith("nvfp4")]
+KEPT += [form for form in FORMS if form[0].__name__ == "int_rows"]
+KEPT += [(packed_8, compressed("pack-quantized", "int", "group", 8, group_size=GROUP))]
 
 
 @pytest.fixture
@@ -92,7 +102,8 @@ def test_weights_stay_as_the_files_have_them(
     num_bytes += sum(t.nbytes for name, t in stored.items() if name.endswith("weight_packed"))
     num_bytes += sum(t.nbytes for name, t in stored.items() if t.dtype == torch.uint8
                      and name.endswith(".weight"))  # fmt: skip
-    num_bytes += sum(t.nbytes for t in stored.values() if t.dtype == torch.float8_e4m3fn)
+    eight_bits = (torch.float8_e4m3fn, torch.int8)
+    num_bytes += sum(t.nbytes for t in stored.values() if t.dtype in eight_bits)
     assert num_bytes < narrow_bytes(model) < 1.4 * num_bytes  # groups of 32 have large scales
 
 

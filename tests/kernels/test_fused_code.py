@@ -134,6 +134,6 @@ def test_8_bit_weights_go_to_the_tensor_cores_as_they_are(narrow: list[list[Any]
     assert len(of_form) == 6
     for shared_bytes, code in of_form:
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", code)
-        assert set(copies) == {"0x10"}
+        assert copies.count("0x10") >= 2 and set(copies) <= {"0x10", "0x8"}  # 0x8: of few inputs
         assert "e4m3.e4m3" in code and "ldmatrix" not in code and "cvt.rn.f16x2.e4m3" not in code
         assert shared_bytes <= 227 * 1024

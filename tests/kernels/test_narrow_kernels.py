@@ -22,6 +22,8 @@ FORMS = [
     WeightFormat("e4m3", "float32", None, None),
     WeightFormat("int4", "float16", 1, 32, has_zeros=True),
     WeightFormat("int4", "float32", 1, None),
+    WeightFormat("int8", "float32", 1, None),
+    WeightFormat("int8", "bfloat16", 1, 32),
 ]
 SILU, GPT_OSS = Gate(), Gate(alpha=1.702, limit=7.0)
 NUM_EXPERTS = 4

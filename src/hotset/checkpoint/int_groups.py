@@ -115,7 +115,9 @@ def planes(
     *,
     form: IntForm,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Codes `[N, K / 2]`, scales and zeros `[N, G]` of 4-bit weights; see `weight_format`.
+    """Codes, scales and zeros `[N, G]` in a `weight_format`: `[N, K / 2]` of 4-bit codes.
+
+    Codes of 8 bits are `[N, K]`, signed: the middle one is 0.
 
     Raises:
         ValueError: columns of a group are apart.
@@ -125,6 +127,8 @@ def planes(
         columns = torch.arange(len(more), device=more.device)
         if not torch.equal(more.long(), columns // (form.group or len(more))):
             raise ValueError("columns of a group are apart (desc_act)")
+    if form.bits == 8:
+        return values ^ 128, factors, None
     return values[:, ::2] | values[:, 1::2] << 4, factors, zeros
 
 

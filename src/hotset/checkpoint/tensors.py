@@ -16,7 +16,7 @@ from hotset.cost.quantisation import IntForm, int_form, is_table4, nvfp4_kind, q
 from hotset.errors import ModelError
 from hotset.kernels.narrow_forms import can_read
 from hotset.linear.narrow_matrix import Planes
-from hotset.weight_format import MXFP4, NVFP4, Scale, WeightFormat
+from hotset.weight_format import MXFP4, NVFP4, Code, Scale, WeightFormat
 
 _SCALES: dict[str, Scale] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Kernels multiply by more on the way. Weights of a model are far below 1.
@@ -101,8 +101,9 @@ class CheckpointTensors:
             self._parts = {weight: (weight, name) for weight, name in scales.items()}
             self._dequantise = partial(fp8_blocks.dequantise, block=form.block)
             self._planes = partial(fp8_blocks.planes, block=form.block)
-            if form.dtypes == fp8_blocks.FLOATS and not self._has("F8_E5M2"):
-                self.narrow_format = WeightFormat("e4m3", "float32", *(form.block or (None, None)))
+            if not self._has("F8_E5M2"):
+                code: Code = "e4m3" if form.dtypes == fp8_blocks.FLOATS else "int8"
+                self.narrow_format = WeightFormat(code, "float32", *(form.block or (None, None)))
             folded.update(name for each in scales for name in fp8_blocks.input_scales(each))
         elif self.is_dequantised:
             self._parts.update(mxfp4.find_blocks(folder, stored))
@@ -244,13 +245,15 @@ class CheckpointTensors:
         return form
 
     def _int_format(self, form: IntForm, config: Mapping[str, Any]) -> WeightFormat | None:
-        """Of 4-bit integers whose groups are in order, and whose scales all have one dtype."""
+        """Of integers whose groups are in order, and whose scales all have one dtype."""
         if form.kind == "gptq" and config.get("desc_act") is not False:
             return None
         dtypes = {self._all[scales].dtype for _, scales, *_ in self._parts.values()}
-        if form.bits != 4 or len(dtypes) != 1 or (scale := _SCALES.get(dtypes.pop())) is None:
+        if len(dtypes) != 1 or (scale := _SCALES.get(dtypes.pop())) is None:
             return None
-        return WeightFormat("int4", scale, 1, form.group, form.has_zeros)
+        if form.bits == 4:
+            return WeightFormat("int4", scale, 1, form.group, form.has_zeros)
+        return None if form.has_zeros else WeightFormat("int8", scale, 1, form.group)
 
     def _has(self, dtype: str) -> bool:
         return any(tensor.dtype == dtype for tensor in self._all.values())

@@ -8,7 +8,7 @@ from hotset.experts.narrow import NarrowLayout
 from hotset.weight_format import Code
 
 # Root mean square of the numbers that all codes stand for; of e4m3 without what are none.
-_CODE_RMS: dict[Code, float] = {"e4m3": 125.5, "e2m1": 2.93, "int4": 4.64}
+_CODE_RMS: dict[Code, float] = {"e4m3": 125.5, "e2m1": 2.93, "int4": 4.64, "int8": 73.9}
 _GROUP_SCALE = 8.0  # where rows have scales too
 _SPREAD = 0.5  # scales are within this part of their mean
 
