@@ -46,6 +46,7 @@ ALL = [
     MXFP4,
     NVFP4,
     NF4,
+    WeightFormat("int8", "float32", 1, None),
     WeightFormat("int4", "float16", 1, 32, has_zeros=True),
     replace(FP8_ROW, input_bits=8),
     replace(FP8_BLOCK, input_bits=8),
@@ -96,7 +97,9 @@ def write(form: str, folder: Path) -> None:
         save(model, folder, make, config)
 
 
-@pytest.mark.parametrize("form", ["awq", "packed", "float_rows", "float_whole", "blocks"])
+@pytest.mark.parametrize(
+    "form", ["awq", "packed", "float_rows", "float_whole", "int_rows", "nvfp4_packed", "blocks"]
+)
 def test_a_model_in_few_bits_answers_as_the_widened_one(form: str, tmp_path: Path) -> None:
     write(form, tmp_path)
     wide = load_model(str(tmp_path), device="cpu", dtype="bfloat16").model.to("cuda")

@@ -28,6 +28,7 @@ LAYERS: dict[str, Layer] = {
     "awq in bfloat16": (
         WeightFormat("int4", "float16", 1, 128, True), SILU, 2048, 768, torch.bfloat16,
     ),
+    "int8 rows": (WeightFormat("int8", "float32", 1, None), SILU, 2048, 768, torch.bfloat16),
     "gptq": (WeightFormat("int4", "float16", 1, 32), SILU, 2048, 1408, torch.float16),
 }  # fmt: skip
 
