@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotset.errors import ConfigError, ModelError
 from hotset.executor.probe import inspect_model
-from hotset.experts.weights import experts_layers
+from hotset.experts.narrow import quantise_into, rounded_layout
+from hotset.experts.weights import Narrow, experts_layers
 from hotset.layout import Layout
 from hotset.model.cut_model import ModelCutter
 from hotset.parallel import group
@@ -234,3 +235,26 @@ def test_experts_that_ranks_cannot_share_are_refused(monkeypatch: pytest.MonkeyP
         cut_for(monkeypatch, few, 0, Layout(dp=4, ep=4))
     with pytest.raises(ConfigError, match="dp=2 has ranks share experts, and tiny has none"):
         cut_for(monkeypatch, make_model("llama"), 0, Layout(dp=2, es=2))
+
+
+def test_whole_experts_in_few_bits_are_left_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    payloads, kept = [], []
+    for rank in range(2):
+        layout = Layout(tp=2, ep=2)
+        one = group.Group(rank, layout, torch.device("cpu"), True)
+        monkeypatch.setattr(group, "_current", one)
+        model = make_model("qwen3_moe", moe_intermediate_size=64).requires_grad_(False)
+        cutter = ModelCutter(model, "tiny")
+        for each in experts_layers(model):
+            narrow = rounded_layout(each.layout.up, each.layout.down, "fp8")
+            assert each.weights is not None
+            whole = torch.zeros(each.num_experts, narrow.payload_bytes, dtype=torch.uint8)
+            quantise_into(narrow, whole, *each.weights, torch.device("cpu"))
+            each.hold(Narrow(each.layout, narrow, whole))
+        payloads.append([each.state.payloads for each in experts_layers(model)])
+        cutter.cut_all(model)
+        cutter.join_outputs(model)
+        kept.append([each.state.payloads for each in experts_layers(model)])
+    for whole, *parts in zip(payloads[0], *kept, strict=True):
+        assert [len(part) for part in parts] == [4, 4]
+        assert torch.equal(torch.cat(parts), whole)

@@ -354,15 +354,16 @@ class _Build(RankSetup):
         self, placed: Placed, kv: KVCache, measured: _Measured, metrics: Metrics, clock: Clock
     ) -> Scheduler:
         schedule, device = self._schedule, self._device.type
+        most_scored = most_scored_rows(  # of all lanes, as rank 0 gets their logits
+            measured.sampler.vocab_size, self._layout.dtype.itemsize, device
+        )
         return Scheduler(
             kv,
             metrics=metrics,
             max_num_seqs=schedule.max_num_seqs,
             max_num_batched_tokens=schedule.max_num_batched_tokens,
             max_mixed_tokens=placed.sizes.max_mixed_tokens,
-            max_scored_tokens=most_scored_rows(
-                measured.sampler.vocab_size, self._layout.dtype.itemsize, device
-            ),
+            max_scored_tokens=max(1, most_scored // current().layout.dp),
             # On a CPU more rows are no faster, and a step of many takes seconds.
             bursts=device == "cuda",
             row_tile=TUNINGS[device].row_tile,

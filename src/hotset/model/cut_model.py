@@ -64,18 +64,13 @@ class ModelCutter:
         return frozenset(f"{path}.weight" for path, how in cuts if how is Cut.HEAD)
 
     def slice_of(self, experts: LayerExperts) -> ExpertSlice | None:
-        """This rank's part of the experts of a layer, which are whole; None in a group of one.
+        """This rank's part of each expert of a layer, which are whole; None where they stay so.
 
         Raises:
             ConfigError, ModelError: they cannot be cut.
         """
-        if self.is_idle:
+        if self.is_idle or self._layout.ep > 1:
             return None
-        if self._layout.ep > 1:
-            raise ModelError(
-                f"the experts of {self._name} are in few bits, which does not go with ep yet; "
-                "leave ep out"
-            )
         return ExpertSlice.of(experts, self._rank, self._table.size, self._name)
 
     @torch.no_grad()
@@ -90,10 +85,10 @@ class ModelCutter:
             return {}
         if how is Cut.EXPERTS:
             experts, size = experts_of(module), self._table.size
-            if self._layout.ep > 1:
-                keep_own(experts, self._rank, size, current().device)
-            else:
+            if self._layout.ep == 1:
                 slice_experts(experts, self._rank, size, self._name)
+            elif experts.weights is not None:
+                keep_own(experts, self._rank, size, current().device)
             return {}
         return cut_module(module, self._table, path, self._rank)
 
@@ -134,6 +129,8 @@ class ModelCutter:
             if how is Cut.EXPERTS:
                 assert is_experts(module)
                 experts = experts_of(module)
+                if self._layout.ep > 1 and experts.shard is None:  # in few bits, all of them so far
+                    keep_own(experts, self._rank, self._layout.gpus, current().device)
                 experts.combine = all_reduce
                 if self._layout.dp > 1:
                     experts.gather, experts.combine = gather_tokens, scatter_sums
