@@ -69,46 +69,8 @@ class CheckpointTensors:
         self._dequantise: Callable[..., torch.Tensor] = mxfp4.dequantise
         self._planes: Callable[..., Planes] = mxfp4.planes
         self.narrow_format: WeightFormat | None = None
-        shapes: dict[str, tuple[int, ...]] = {}
-        folded: set[str] = set()
-        kind = nvfp4_kind(quant_config(fields) or {})
-        form = None if kind else fp8_blocks.fp8_format(folder, fields, stored)
-        integers = int_form(quant_config(fields) or {})
         self.is_dequantised = quantized.is_dequantised(fields)
-        if integers is not None:
-            self._parts = int_groups.find_weights(folder, integers, stored)
-            self._dequantise = partial(int_groups.dequantise, form=integers)
-            self._planes = partial(int_groups.planes, form=integers)
-            self.narrow_format = self._int_format(integers, quant_config(fields) or {})
-            for name, (codes, *_) in self._parts.items():
-                shapes[name] = int_groups.shape_of(integers, stored[codes])
-                folded.update(int_groups.unneeded(integers, name))
-        elif kind is not None:
-            self._parts = nvfp4.find_weights(folder, kind, stored)
-            self._dequantise = partial(nvfp4.dequantise, kind=kind)
-            self._planes = partial(nvfp4.planes, kind=kind)
-            self.narrow_format = NVFP4
-            for name, (codes, *_) in self._parts.items():
-                shapes[name] = nvfp4.shape_of(stored[codes])
-                folded.add(nvfp4.unneeded(kind, name))
-        elif is_table4(quant_config(fields) or {}):
-            self._parts, states = bnb.find_weights(folder, stored)
-            self._dequantise, self._planes = bnb.dequantise, bnb.planes
-            self.narrow_format = bnb.format_of(states)
-            shapes = {name: state.shape for name, state in states.items()}
-        elif form is not None:
-            scales = fp8_blocks.pair_scales(folder, form, stored)
-            self._parts = {weight: (weight, name) for weight, name in scales.items()}
-            self._dequantise = partial(fp8_blocks.dequantise, block=form.block)
-            self._planes = partial(fp8_blocks.planes, block=form.block)
-            if not self._has("F8_E5M2"):
-                code: Code = "e4m3" if form.dtypes == fp8_blocks.FLOATS else "int8"
-                self.narrow_format = WeightFormat(code, "float32", *(form.block or (None, None)))
-            folded.update(name for each in scales for name in fp8_blocks.input_scales(each))
-        elif self.is_dequantised:
-            self._parts.update(mxfp4.find_blocks(folder, stored))
-            self.narrow_format = MXFP4 if self._parts else None
-            shapes = {name: mxfp4.shape_of(stored[of]) for name, (of, *_) in self._parts.items()}
+        shapes, folded = self._find_parts(fields)
         folded.update(name for parts in self._parts.values() for name in parts)
         self.stored = {name: tensor for name, tensor in stored.items() if name not in folded}
         if self.is_dequantised or quant_config(fields) is None:
@@ -118,6 +80,49 @@ class CheckpointTensors:
             self.stored[name] = replace(stored[first], shape=shape)
         if input_bits == 8:
             self.narrow_format = self._with_rounded_inputs(quant_config(fields) or {})
+
+    def _find_parts(self, fields: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+        """Find out how weights are stored; their shapes, and the names of what is not needed."""
+        stored, config = self._all, quant_config(fields) or {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        unneeded: set[str] = set()
+        kind, integers = nvfp4_kind(config), int_form(config)
+        form = None if kind else fp8_blocks.fp8_format(self.folder, fields, stored)
+        if integers is not None:
+            self._parts = int_groups.find_weights(self.folder, integers, stored)
+            self._dequantise = partial(int_groups.dequantise, form=integers)
+            self._planes = partial(int_groups.planes, form=integers)
+            self.narrow_format = self._int_format(integers, config)
+            for name, (codes, *_) in self._parts.items():
+                shapes[name] = int_groups.shape_of(integers, stored[codes])
+                unneeded.update(int_groups.unneeded(integers, name))
+        elif kind is not None:
+            self._parts = nvfp4.find_weights(self.folder, kind, stored)
+            self._dequantise = partial(nvfp4.dequantise, kind=kind)
+            self._planes = partial(nvfp4.planes, kind=kind)
+            self.narrow_format = NVFP4
+            for name, (codes, *_) in self._parts.items():
+                shapes[name] = nvfp4.shape_of(stored[codes])
+                unneeded.add(nvfp4.unneeded(kind, name))
+        elif is_table4(config):
+            self._parts, states = bnb.find_weights(self.folder, stored)
+            self._dequantise, self._planes = bnb.dequantise, bnb.planes
+            self.narrow_format = bnb.format_of(states)
+            shapes = {name: state.shape for name, state in states.items()}
+        elif form is not None:
+            scales = fp8_blocks.pair_scales(self.folder, form, stored)
+            self._parts = {weight: (weight, name) for weight, name in scales.items()}
+            self._dequantise = partial(fp8_blocks.dequantise, block=form.block)
+            self._planes = partial(fp8_blocks.planes, block=form.block)
+            if not self._has("F8_E5M2"):
+                code: Code = "e4m3" if form.dtypes == fp8_blocks.FLOATS else "int8"
+                self.narrow_format = WeightFormat(code, "float32", *(form.block or (None, None)))
+            unneeded.update(name for each in scales for name in fp8_blocks.input_scales(each))
+        elif self.is_dequantised:
+            self._parts.update(mxfp4.find_blocks(self.folder, stored))
+            self.narrow_format = MXFP4 if self._parts else None
+            shapes = {name: mxfp4.shape_of(stored[of]) for name, (of, *_) in self._parts.items()}
+        return shapes, unneeded
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
