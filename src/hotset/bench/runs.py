@@ -350,6 +350,9 @@ class Bench:
                 "the hardware"
             )
             return None
+        if (spread := self._config.layout.spread).dp > 1:
+            self.notes.append(f"no prediction: steps of {spread} are several lanes' together")
+            return None
         try:
             cost = make_cost_model(
                 model.config.to_dict(),
@@ -358,7 +361,7 @@ class Bench:
                 hardware,
                 kv_dtype=self._config.model.kv_dtype,
                 index_dtype=self._config.model.index_dtype,
-                tp=self._config.layout.tp,
+                layout=spread,
             )
         except PlanError as error:
             self.notes.append(f"no prediction: {error}")

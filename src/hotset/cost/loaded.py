@@ -12,6 +12,7 @@ from hotset.errors import PlanError
 from hotset.layout import Layout
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
+_ONE_GPU = Layout()
 
 
 def make_cost_model(
@@ -22,9 +23,9 @@ def make_cost_model(
     *,
     kv_dtype: str = "auto",
     index_dtype: str = "auto",
-    tp: int = 1,
+    layout: Layout = _ONE_GPU,
 ) -> CostModel:
-    """The cost model of a loaded model on one device, or on `tp`.
+    """The cost model of a loaded model on one device, or on those of a layout.
 
     Raises:
         PlanError: the planner does not know such a model.
@@ -37,4 +38,4 @@ def make_cost_model(
     kv = kv_dtype
     if kv_dtype == "auto":
         kv = "bf16" if dtype == "fp8" else plain
-    return CostModel(shape, hardware, Layout(tp), kv, CALIBRATIONS["hotset"], Routing())
+    return CostModel(shape, hardware, layout, kv, CALIBRATIONS["hotset"], Routing())
