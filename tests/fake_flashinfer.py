@@ -58,6 +58,10 @@ class Tape(TorchDispatchMode):
         for work in self._work:
             work()
 
+    def reset(self) -> None:
+        """Forget what it does."""
+        self._work.clear()
+
 
 def do(work: Callable[[], Any]) -> None:
     """Do `work`, which is in place; while it is recorded, do it when it is replayed."""

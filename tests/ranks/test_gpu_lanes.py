@@ -46,7 +46,9 @@ def test_greedy_tokens_are_those_of_transformers(
 def test_recorded_steps_are_close_to_launched_ones(make_ranked: MakeEngine) -> None:
     wide = {**WIDE, "moe_intermediate_size": 256, "hidden_size": 256}
     options = {"device": "cuda", "model_changes": wide, "model_dtype": torch.bfloat16}
-    launched = first_logprobs(make_ranked("qwen3_moe", eager=True, kv_bytes=2, **options))
+    launched = first_logprobs(
+        make_ranked("qwen3_moe", eager=True, kv_bytes=2, **options), closes=True
+    )
     engine = make_ranked("qwen3_moe", kv_bytes=2, block_size=16, **options)
     while engine.is_warming:
         engine.warm_up()

@@ -53,8 +53,8 @@ def test_greedy_tokens_are_those_of_transformers(
         assert engine.metrics.cached_tokens["host"] > 0
 
 
-def first_logprobs(engine: Engine) -> list[float]:
-    """Of the first token of each answer, one prompt after another."""
+def first_logprobs(engine: Engine, *, closes: bool = False) -> list[float]:
+    """Of the first token of each answer, one prompt after another; then the engine may end."""
     found = []
     for prompt in make_prompts():
         engine.add_request(prompt, SamplingParams(max_tokens=6, logprobs=1, ignore_eos=True))
@@ -63,6 +63,8 @@ def first_logprobs(engine: Engine) -> list[float]:
             outputs += engine.step()
         assert all(output.error is None for output in outputs)
         found.append(outputs[0].logprobs[0].logprob)
+    if closes:
+        engine.close()
     return found
 
 
@@ -71,7 +73,7 @@ def test_recorded_steps_of_two_ranks_are_close_to_launched_ones(
     family: str, make_ranked: MakeEngine
 ) -> None:
     options = {"device": "cuda", "model_changes": WIDE, "model_dtype": torch.bfloat16}
-    launched = first_logprobs(make_ranked(family, eager=True, kv_bytes=2, **options))
+    launched = first_logprobs(make_ranked(family, eager=True, kv_bytes=2, **options), closes=True)
     engine = make_ranked(family, kv_bytes=2, block_size=16, **options)
     while engine.is_warming:
         engine.warm_up()
@@ -86,7 +88,7 @@ def test_experts_in_host_memory_answer_as_resident_ones(
 ) -> None:
     wide = {**WIDE, "moe_intermediate_size": 256, "hidden_size": 256}
     options = {"device": "cuda", "model_changes": wide, "model_dtype": torch.bfloat16}
-    resident = first_logprobs(make_ranked("qwen3_moe", kv_bytes=2, **options))
+    resident = first_logprobs(make_ranked("qwen3_moe", kv_bytes=2, **options), closes=True)
     engine = make_ranked("qwen3_moe", kv_bytes=2, expert_slots=4, **changes, **options)
     while engine.is_warming:
         engine.warm_up()

@@ -227,6 +227,16 @@ class StepGraphs:
             planned.run(layer, query, output)
         mixed.parts[-1].replay()
 
+    def close(self) -> None:
+        """Give the recorded steps up; a communicator that they hold ends only then."""
+        recorded = [[decode.graph] for decode in self._decodes.values()]
+        recorded += [mixed.parts for mixed in self._mixed.values()]
+        for graphs in recorded:
+            for graph in graphs:
+                graph.reset()
+        self._decodes.clear()
+        self._mixed.clear()
+
     def holds(self, batch: Batch) -> bool:
         """Whether the attention of steps with prompts has room for all sequences."""
         return self._attention is None or self._attention.holds(batch)

@@ -123,6 +123,7 @@ class LocalExecutor:
 
     def close(self) -> None:
         """See `Executor`."""
+        self.runner.close()
         if self._experts is not None:
             self._experts.close(with_disk=self._owns_model)
 

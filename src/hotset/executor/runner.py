@@ -249,6 +249,14 @@ class ModelRunner:
             self._graphs = None
             return True
 
+    def close(self) -> None:
+        """Give recorded steps up. None may be under way, and none may follow."""
+        if self._graphs is not None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._graphs.close()
+            self._graphs = None
+
     def holds(self, batch: Batch) -> bool:
         """Whether recorded steps have room for all sequences of a batch."""
         return self._graphs is None or self._graphs.holds(batch)

@@ -139,6 +139,7 @@ class Ranks:
                     raise ConfigError(line)
 
     def _call(self, call: Call, own: Callable[[], T]) -> T:
+        assert not self._is_serving, "an engine runs on these ranks; close it first"
         with self._changed:
             expected = {rank: len(done) + 1 for rank, done in self._done.items()}
         self._send(pickle.dumps(call))

@@ -161,6 +161,7 @@ class Replay:
     def _close(self) -> None:
         rank = self._rank
         self._disk.shutdown()
+        rank.runner.close()
         if rank.copier is not None:
             rank.copier.close()
         if rank.slab is not None:
