@@ -119,6 +119,7 @@ class Recorded:
             self.forward,
             self.backend,
             self.previous,
+            max_num_seqs=MOST_SEQS,
             max_num_tokens=MOST_TOKENS,
             max_context_blocks=MOST_BLOCKS,
             scratch_block=SCRATCH,
