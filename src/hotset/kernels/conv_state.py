@@ -12,16 +12,20 @@ _CHUNKS = 16  # of a sequence that are looked at together, whether they write
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _column(  # type: ignore[no-untyped-def]
-    x_at, kept_at, rows, places, seen, inside, back, is_near, KERNEL: tl.constexpr
+    x_at, kept_at, rows, places, seen, inside, back, KERNEL: tl.constexpr
 ):
     """What a tap meets that is `back` tokens before: one of this step, or a column of the slot."""
     is_here = (seen >= back)[:, None]
     x = tl.load(x_at[None, :] + rows[:, None], mask=inside & is_here, other=0.0)
-    if is_near:
-        places += KERNEL - 1 - back + seen
-        kept = tl.load(kept_at[None, :] + places[:, None], mask=inside & ~is_here, other=0.0)
-        x = tl.where(is_here, x, kept)
-    return x
+    places += KERNEL - 1 - back + seen
+    kept = tl.load(kept_at[None, :] + places[:, None], mask=inside & ~is_here, other=0.0)
+    return tl.where(is_here, x, kept)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _weighted(weight, c, is_channel, tap, x, KERNEL: tl.constexpr):  # type: ignore[no-untyped-def]
+    w = tl.load(weight + c * KERNEL + tap, mask=is_channel, other=0.0)
+    return x.to(tl.float32) * w.to(tl.float32)[None, :]
 
 
 # Steps of any number of tokens run the same code.
@@ -58,18 +62,24 @@ def _convolve(  # type: ignore[no-untyped-def]
         found += tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)[None, :]
     is_near = tl.min(tl.where(is_token, seen, KERNEL), 0) < KERNEL - 1  # some meet a slot
     x_at, kept_at = values + c * channel_stride, columns + c * (KERNEL - 1)
-    for tap in tl.static_range(KERNEL):
-        back = KERNEL - 1 - tap
-        rows = (t - back) * row_stride
-        x = _column(x_at, kept_at, rows, read * SLOT, seen, inside, back, is_near, KERNEL)
-        w = tl.load(weight + c * KERNEL + tap, mask=is_channel, other=0.0)
-        found += x.to(tl.float32) * w.to(tl.float32)[None, :]
+    # Apart, as columns of slots are not laid out as tokens are: all would go by shared memory.
+    if is_near:
+        for tap in tl.static_range(KERNEL):
+            back = KERNEL - 1 - tap
+            rows = (t - back) * row_stride
+            x = _column(x_at, kept_at, rows, read * SLOT, seen, inside, back, KERNEL)
+            found += _weighted(weight, c, is_channel, tap, x, KERNEL)
+    else:
+        for tap in tl.static_range(KERNEL):
+            rows = (t - (KERNEL - 1 - tap)) * row_stride
+            x = tl.load(x_at[None, :] + rows[:, None], mask=inside, other=0.0)
+            found += _weighted(weight, c, is_channel, tap, x, KERNEL)
     if tl.max(write, 0) >= 0:  # the sequence of one token moves on, once its columns were read
         is_kept = inside & (write >= 0)[:, None]
         for tap in tl.static_range(1, KERNEL):
             back = KERNEL - 1 - tap
             rows = (t - back) * row_stride
-            x = _column(x_at, kept_at, rows, read * SLOT, seen, is_kept, back, is_near, KERNEL)
+            x = _column(x_at, kept_at, rows, read * SLOT, seen, is_kept, back, KERNEL)
             tl.debug_barrier()
             tl.store(kept_at[None, :] + (write * SLOT + tap - 1)[:, None], x, mask=is_kept)
     if SILU:
