@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from engines import make_prompts, reference, run
 from rank_engines import check_collectives
@@ -22,6 +23,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
 ]
 WIDE = {"head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 2}
+# Heads of each rank as FlashInfer's kernels of latents have them.
+WIDE_LATENTS = {**tiny_models.WIDE, "num_attention_heads": 32, "num_key_value_heads": 32}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,10 @@ def test_sums_over_ranks_are_right_and_go_through_symmetric_memory(pair: Ranks) 
     assert "symmetric memory" in pair.load(check_collectives)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-mqa", "gemma2", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "llama-mqa", "gemma2", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe"],
+)
 @pytest.mark.parametrize("tiers", [{}, {"hot_blocks": 26, "host_blocks": 300}])
 def test_greedy_tokens_are_those_of_transformers(
     family: str, tiers: dict[str, Any], make_ranked: MakeEngine, monkeypatch: pytest.MonkeyPatch
@@ -51,6 +57,22 @@ def test_greedy_tokens_are_those_of_transformers(
     if tiers:
         assert engine.metrics.preemptions > 0
         assert engine.metrics.cached_tokens["host"] > 0
+
+
+@pytest.mark.parametrize(
+    "family", ["lfm2_moe", "qwen3_next", "qwen3_5_text", "nemotron_h", "glm_moe_dsa"]
+)
+def test_states_and_selections_answer_as_on_a_cpu(
+    family: str, make_ranked: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    prompts = make_prompts()
+    engine = make_ranked(
+        family, device="cuda", eager=True, max_num_batched_tokens=24, host_blocks=100
+    )
+    expected = reference(family, prompts)
+    for _ in range(2):
+        assert run(engine, prompts) == expected
 
 
 def first_logprobs(engine: Engine, *, closes: bool = False) -> list[float]:
@@ -68,11 +90,24 @@ def first_logprobs(engine: Engine, *, closes: bool = False) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", WIDE),
+        ("qwen3_moe", WIDE),
+        ("gpt_oss", WIDE),
+        ("deepseek_v3", WIDE_LATENTS),
+        ("glm_moe_dsa", tiny_models.WIDE_SPARSE | WIDE_LATENTS),
+        ("qwen3_5_text", {"head_dim": 128}),
+        ("lfm2", {"head_dim": 128}),
+        ("granitemoehybrid", {"head_dim": 128, "mamba_n_groups": 1}),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
 def test_recorded_steps_of_two_ranks_are_close_to_launched_ones(
-    family: str, make_ranked: MakeEngine
+    family: str, changes: dict[str, Any], make_ranked: MakeEngine
 ) -> None:
-    options = {"device": "cuda", "model_changes": WIDE, "model_dtype": torch.bfloat16}
+    options = {"device": "cuda", "model_changes": changes, "model_dtype": torch.bfloat16}
     launched = first_logprobs(make_ranked(family, eager=True, kv_bytes=2, **options), closes=True)
     engine = make_ranked(family, kv_bytes=2, block_size=16, **options)
     while engine.is_warming:
