@@ -155,7 +155,7 @@ def test_a_sighup_while_replicas_start_is_done_afterwards(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server: Any = SimpleNamespace(drain_s=5)
-    told = FleetFlags(Options.of(), ScalingOptions(), 1, 0.0, None, "cost", server)
+    told = FleetFlags(Options.of(), ScalingOptions(), 1, 0.0, "cost", server)
     fleet = Fleet(tmp_path, told)
     generations = []
 
