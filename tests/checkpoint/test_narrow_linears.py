@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import test_int_groups
 import torch
 from safetensors.torch import load_file
 from test_fp8_blocks import expected_model, logits, save_in_blocks
@@ -140,6 +141,21 @@ def test_a_rank_keeps_its_part_as_the_files_have_it(
     cutter.cut_all(expected)
     model = load(tmp_path, cutter)
     check(model, expected, num_merged=5 * model.config.num_hidden_layers)
+
+
+def test_a_head_in_few_bits_is_widened_and_cut(
+    tmp_path: Path, on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        test_int_groups, "is_narrow", lambda name: name.endswith(("_proj.weight", "lm_head.weight"))
+    )
+    whole = expected_model(tmp_path, save(make_model("llama", vocab_size=128), tmp_path, *KEPT[0]))
+    assert type(load(tmp_path).lm_head) is QuantLinear  # of one rank
+    monkeypatch.setattr(group, "_current", group.Group(1, Layout(2), CPU, True))
+    cutter = ModelCutter(whole, "tiny")
+    model = load(tmp_path, cutter)
+    cutter.join_outputs(model)
+    assert torch.equal(model.lm_head.part.weight, whole.lm_head.weight[64:])
 
 
 def test_blocks_that_end_within_a_part_are_widened(
