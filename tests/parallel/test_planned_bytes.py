@@ -24,6 +24,11 @@ META, BLOCK = torch.device("meta"), 16
 
 
 CUT = [each for each in FAMILIES if each[0] not in REFUSED | NOT_RUN]
+WITH_EXPERTS = [
+    (model_type, facts)
+    for model_type, facts in CUT
+    if shape_from_config({**TINY, **facts, "model_type": model_type}, "it").moe_layers
+]
 NOT_CUT = [each for each in FAMILIES if each[0] in REFUSED]
 BUNDLED = [
     name
@@ -32,10 +37,10 @@ BUNDLED = [
 ]
 
 
-def rank_part(config: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+def rank_part(config: dict[str, Any], layout: Layout, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The first rank's part of a model of this config, on `meta`, but for its head."""
     model = build(config, "meta")
-    monkeypatch.setattr(group, "_current", group.Group(0, Layout(size), torch.device("cpu"), True))
+    monkeypatch.setattr(group, "_current", group.Group(0, layout, torch.device("cpu"), True))
     ModelCutter(model, "it").cut_all(model)
     return model
 
@@ -49,11 +54,12 @@ def held_bytes(model: Any, size: int) -> int:
     return num_bytes
 
 
-def check(config: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def check(config: dict[str, Any], spread: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare weights, KV and states."""
+    size = spread.tp
     shape = shape_from_config(config, "it").stored.with_weights("fp32")
-    model = rank_part(config, size, monkeypatch)
-    shard = shard_model(shape, Layout(size), has_whole_embedding=True)
+    model = rank_part(config, spread, monkeypatch)
+    shard = shard_model(shape, spread, has_whole_embedding=True)
     assert shard.dense_bytes + shard.experts_bytes == held_bytes(model, size)
     layout = inspect_model(model)
     arena = DeviceArena(
@@ -91,7 +97,19 @@ def most_ranks(shape: ModelShape) -> int:
 def test_a_rank_of_each_family_holds_what_the_planner_counts(
     model_type: str, facts: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check({**TINY, **facts, "model_type": model_type}, size, monkeypatch)
+    check({**TINY, **facts, "model_type": model_type}, Layout(size), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(dp=2, es=2), Layout(dp=2, ep=2), Layout(tp=2, ep=2)], ids=str
+)
+@pytest.mark.parametrize(
+    ("model_type", "facts"), WITH_EXPERTS, ids=[f"{i}-{m}" for i, (m, _) in enumerate(WITH_EXPERTS)]
+)
+def test_a_rank_that_shares_experts_holds_what_the_planner_counts(
+    model_type: str, facts: dict[str, Any], layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check({**TINY, **facts, "model_type": model_type}, layout, monkeypatch)
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -99,7 +117,7 @@ def test_a_rank_of_each_bundled_model_holds_what_the_planner_counts(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _ = bundled_config(name)
-    check(config, most_ranks(shape_from_config(config, name)), monkeypatch)
+    check(config, Layout(most_ranks(shape_from_config(config, name))), monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -109,4 +127,4 @@ def test_other_families_are_refused_by_name(
     model_type: str, facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ModelError, match=r"\bit\b.*use one GPU"):
-        rank_part({**TINY, **facts, "model_type": model_type}, 2, monkeypatch)
+        rank_part({**TINY, **facts, "model_type": model_type}, Layout(2), monkeypatch)

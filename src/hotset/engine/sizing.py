@@ -151,7 +151,8 @@ class _Solver:
     def __init__(self, options: Options, model: ModelSizes, free: FreeBytes) -> None:
         self.memory, self.asked, self.schedule = options.memory, options.experts, options.schedule
         self.model, self.free = model, free
-        self.num_ranks = options.layout.spread.gpus
+        self.layout = options.layout.spread
+        self.num_ranks = self.layout.gpus
         # What the user gives to KV and workspace, weights or experts, by its name.
         self.given = "hot_gib" if self.memory.total_gib is None else "total_gib"
         self.given_gib: float | None = getattr(self.memory, self.given)
@@ -439,5 +440,7 @@ class _Solver:
             # A step with prompts brings nearly all missing experts over the link, which takes
             # longer than to compute any tokens: the more of them share it, the better, decodes too.
             return schedule.max_num_batched_tokens
-        rows = tuning.mixed_rows_per_expert * model.num_experts // model.top_k
+        # Experts of all ranks compute the tokens of all lanes.
+        num_experts = model.num_experts * self.layout.ep
+        rows = tuning.mixed_rows_per_expert * num_experts // model.top_k // self.layout.dp
         return min(max(tuning.mixed_tokens, rows), schedule.max_num_batched_tokens)

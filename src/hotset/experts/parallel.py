@@ -48,6 +48,8 @@ class LocalIds:
 
         Of an expert with c copies, copy i computes tokens i, i + c, i + 2c, ... of the batch.
         """
+        if top_k_index.is_meta:  # of a model without memory, which is looked at
+            return top_k_index
         ids = top_k_index.long()
         tokens = torch.arange(len(ids), device=ids.device).unsqueeze(-1)
         is_mine = tokens % self._copies[ids] == self._turns[ids]
