@@ -118,8 +118,23 @@ def test_a_wrong_program_is_found_and_not_used(
     assert "compiled ones are wrong by" in caplog.text
 
 
-class TwoRows(torch.nn.Module):
-    """What changes a layer's input; `function` says how."""
+def test_blocks_too_small_for_a_trial_leave_steps_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    narrow_model(path, *FAMILIES["llama"])
+    prompt, params = list(range(3, 20)), SamplingParams(max_tokens=8, ignore_eos=True)
+    answers = []
+    for block_size in (2, 16):
+        config = Options.of(hot_gib=120 / 2**20, max_model_len=64, block_size=block_size)
+        engine = build_engine(config, load_model(str(path), device="cpu", dtype="auto"))
+        assert (engine.executor.runner._program is None) == (block_size == 2)
+        engine.add_request(prompt, params)
+        answers.append([token for output in run_to_end(engine) for token in output.token_ids])
+        engine.close()
+    assert answers[0] == answers[1]
+
+
+class Changed(torch.nn.Module):
+    """A module whose output a function changes."""
 
     def __init__(self, inner: torch.nn.Module, function: Any) -> None:
         super().__init__()
@@ -144,7 +159,7 @@ def test_what_has_no_code_is_refused_by_name(function: Any, what: str, tmp_path:
     model = narrow_model(tmp_path / "model.gguf", *FAMILIES["llama"])
     inspect_model(model)
     layer = model.model.layers[1]
-    layer.mlp = TwoRows(layer.mlp, function)
+    layer.mlp = Changed(layer.mlp, function)
 
     with pytest.raises(NotTraceable, match=what):
         trace(model)
