@@ -128,7 +128,7 @@ def find_cuts(model: Any, size: int, name: str) -> Table:
     if not set(table.cuts.values()) & {Cut.ROWS, Cut.EXPERTS}:
         raise ModelError(
             f"{name} has no tensor-parallel plan in transformers {transformers.__version__} that "
-            "cuts its layers; use one GPU"
+            "cuts its layers; use one GPU, or dp where it has experts"
         )
     for path in table.cuts:
         _check(path, modules, table, plan, name)
