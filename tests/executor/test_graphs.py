@@ -188,7 +188,7 @@ def test_a_step_of_any_size_is_computed_as_it_is_when_launched(
     batch = make_batch(lengths, seed)
     before = made.arena.storage.normal_(generator=torch.Generator().manual_seed(seed)).clone()
     called: list[str] = []
-    logits = made.graphs.run(batch, lambda: called.append("ready"))
+    logits = made.graphs.run(batch, lambda: called.append("ready"), is_decode=batch.is_decode)
 
     fits = batch.num_tokens <= MOST_TOKENS and (
         len(batch.sequences) <= MOST_RECORDED or not records_prompts
@@ -214,7 +214,7 @@ def test_a_step_in_parts_computes_each_of_its_rows_and_leaves_those_beyond_alone
     batch = make_batch([(5, 1), (9, 1), (0, 7), (4, 2)], seed=0)
     [(_, output)] = made.graphs._buffers.values()
     output[batch.num_tokens :] = 3.0
-    assert made.graphs.run(batch, lambda: None) is not None
+    assert made.graphs.run(batch, lambda: None, is_decode=batch.is_decode) is not None
     got = output[: batch.num_tokens].flatten(1)
 
     inputs, _ = copy_batch(batch, torch.device("cpu"))
