@@ -95,7 +95,8 @@ class RankSetup:
         simulated: Simulated,
     ) -> None:
         bound_kernels()
-        self._ranks_note = use_symmetric_memory()  # whose memory is no longer free then
+        # Whose memory is no longer free then; lanes have nothing that all of them sum.
+        self._ranks_note = use_symmetric_memory() if current().layout.dp == 1 else ""
         self._threads = set_threads(options.runtime.threads)
         self._options, self._loaded = options, loaded
         self._schedule = _of_lane(options.schedule, current().layout.dp)
