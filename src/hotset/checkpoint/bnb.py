@@ -9,7 +9,6 @@ opened to float32 once, which is what bitsandbytes multiplies by.
 Source: `QuantState` and `dequantize_4bit` of bitsandbytes; arXiv 2305.14314.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from hotset.checkpoint.files import Stored
 from hotset.errors import ModelError
+from hotset.foreign_text import parse_json
 from hotset.linear.narrow_matrix import of_table
 from hotset.weight_format import TABLE_NUMBERS, WeightFormat
 
@@ -46,7 +46,7 @@ class State:
     def of(text: torch.Tensor) -> "State":
         """From `[bytes]` uint8; ValueError where it is not what bitsandbytes writes."""
         try:
-            fields = json.loads(bytes(text.cpu().tolist()))
+            fields = parse_json(bytes(text.cpu().tolist()))
             rows, columns = (int(size) for size in fields["shape"])
             nested = fields.get("nested_blocksize")
             offset = float(fields["nested_offset"]) if nested is not None else 0.0
