@@ -12,6 +12,7 @@ from hotset.engine.layout_choice import choose_layout
 from hotset.errors import ConfigError
 from hotset.layout import Layout
 from hotset.options import Options
+from hotset.ranks.torchrun import Place
 
 READ = Callable[[Options], tuple[dict[str, Any], str]]
 
@@ -73,6 +74,15 @@ def test_measured_links_are_named_or_said_to_be_missing(monkeypatch: pytest.Monk
     assert lines[-1] == (
         "rates: those of h200, as this machine was not measured; hotset probe --gpus 2 does so"
     )
+
+
+def test_sums_between_hosts_go_over_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rate(num_local: int) -> float:
+        monkeypatch.setattr(layout_choice, "place", lambda: Place(0, 2, 0, num_local, "a"))
+        _, lines = choose("llama-3-70b", gpus=2, dtype="bfloat16", max_num_seqs=64)
+        return float(lines[2].split()[1].replace(",", ""))
+
+    assert rate(1) < 0.9 * rate(2)
 
 
 def test_memory_that_is_given_decides_what_a_layout_holds() -> None:

@@ -27,6 +27,7 @@ from hotset.plan.layouts import choice_text
 from hotset.plan.planner import rank_layouts
 from hotset.plan.serve_command import why_not_run
 from hotset.plan.workload import Request, Workload
+from hotset.ranks.torchrun import place
 from hotset.units import GIB
 
 ReadConfig = Callable[[Options], tuple[dict[str, Any], str]]
@@ -148,8 +149,15 @@ def _request(options: Options, shape: ModelShape, device: torch.device, gpus: in
 
 
 def _hardware(device: torch.device) -> Hardware:
-    """Of this machine, with the memory that its GPUs have."""
-    hardware = likely_hardware(device)
+    """Of this machine, with the memory that its GPUs have; of several hosts, by torchrun's word."""
+    hardware, here = likely_hardware(device), place()
+    if here is not None and here.num_hosts > 1:
+        hardware = replace(
+            hardware,
+            peer_gpus=min(hardware.peer_gpus, here.num_local),
+            gpus_per_host=here.num_local,
+            together={n: one for n, one in hardware.together.items() if n <= here.num_local},
+        )
     if device.type != "cuda":
         return hardware
     return replace(hardware, hbm_bytes=float(torch.cuda.get_device_properties(device).total_memory))
