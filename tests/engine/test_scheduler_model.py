@@ -215,7 +215,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.tiers.spilling)
     @rule(data=st.data())
     def end_spill(self, data: st.DataObject) -> None:
-        self.tiers.end_spill(data.draw(st.sampled_from(sorted(self.tiers.spilling))))
+        self.tiers.end_spill(data.draw(st.sampled_from(list(self.tiers.spilling))))
 
     @precondition(lambda self: self.tiers.fetching)
     @rule(data=st.data(), ok=st.booleans())

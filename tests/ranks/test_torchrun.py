@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tiny_models import make_model
 from tiny_tokenizer import VOCAB_SIZE, make_tokenizer
@@ -226,6 +227,14 @@ def children(pid: int) -> list[int]:
     return found + [each for one in found for each in children(one)]
 
 
+def runs(pid: int) -> bool:
+    """Whether a process is there, and has not ended with nobody to take its status."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @contextmanager
 def two_hosts(folder: Path, logs: Path) -> Iterator[Hosts]:
     hosts = Hosts(folder, logs)
@@ -234,8 +243,10 @@ def two_hosts(folder: Path, logs: Path) -> Iterator[Hosts]:
     finally:
         left = [pid for agent in hosts.agents for pid in children(agent.pid)]
         hosts.close()
-        time.sleep(0.5)
-        assert not [pid for pid in left if Path(f"/proc/{pid}").exists()]
+        deadline_s = time.monotonic() + 20
+        while any(map(runs, left)):
+            assert time.monotonic() < deadline_s, left
+            time.sleep(0.1)
 
 
 @pytest.mark.slow
