@@ -50,7 +50,13 @@ def on_one(
             return run(engine, PROMPTS), loaded.model
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, marks=() if form in ("mxfp4", "fp8_block", "awq") else pytest.mark.many)
+        for form in FORMS
+    ],
+)
 def test_slices_in_few_bits_answer_as_whole_experts_do(
     form: str, pair: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

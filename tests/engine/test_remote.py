@@ -74,6 +74,7 @@ def drain(engine: Engine) -> None:
 def settle(engine: Engine) -> None:
     """Wait until no copy is under way nor due."""
     assert engine.tiers is not None
+    engine.tiers.is_idle = not engine.has_work
     while engine.tiers.is_busy or (engine.kv.states is not None and engine.kv.states._due):
         engine.kv.poll()
         engine.tiers.flush()

@@ -136,7 +136,7 @@ def test_text_that_is_held_back_comes_from_where_the_answer_goes_on(
         {"prefix_caching": False},
         {"max_num_batched_tokens": 4},
         {"hot_gib": 0.0002, "host_gib": 0.01, "fetch_policy": "fetch"},
-        {"hot_gib": 0.0002, "host_gib": 0.0001, "disk_gib": 0.01},
+        {"hot_gib": 0.0002, "host_gib": 0.0001, "disk_gib": 0.01, "fetch_policy": "fetch"},
     ],
 )
 def test_how_an_engine_computes_what_it_takes_over_does_not_matter(

@@ -84,8 +84,22 @@ def test_lanes_need_experts_to_share(tmp_path: Path) -> None:
         answers(model, dp=2)
 
 
-@pytest.mark.parametrize("spread", [{"dp": 2}, {"dp": 2, "ep": True}, {"tp": 2, "ep": True}])
-@pytest.mark.parametrize("memory", [{}, {"hot_gib": 0.01}])
+@pytest.mark.parametrize(
+    ("spread", "memory"),
+    [
+        ({"dp": 2}, {"hot_gib": 0.01}),
+        ({"tp": 2, "ep": True}, {}),
+        *(
+            pytest.param(*both, marks=pytest.mark.many)
+            for both in (
+                ({"dp": 2}, {}),
+                ({"dp": 2, "ep": True}, {}),
+                ({"dp": 2, "ep": True}, {"hot_gib": 0.01}),
+                ({"tp": 2, "ep": True}, {"hot_gib": 0.01}),
+            )
+        ),
+    ],
+)
 def test_an_llm_that_shares_experts_answers_as_one_of_one(
     spread: dict[str, object], memory: dict[str, object], tmp_path: Path
 ) -> None:

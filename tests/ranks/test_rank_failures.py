@@ -26,7 +26,7 @@ from hotset.request import SamplingParams
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=["tp", "dp"])
+@pytest.fixture(scope="module", params=["tp", pytest.param("dp", marks=pytest.mark.many)])
 def service(request: pytest.FixtureRequest) -> Iterator[EngineService]:
     sizes = {"hot_gib": 0.01} if request.param == "tp" else {}
     options = Options.of(

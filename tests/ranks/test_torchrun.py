@@ -145,7 +145,7 @@ def run_generate(folder: Path, *launcher: str, gpus: int) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-@pytest.mark.slow
+@pytest.mark.many
 def test_two_processes_of_one_host_answer_as_one_does(folder: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     two = run_generate(folder, *launcher, "--nproc-per-node", "2", gpus=2)
