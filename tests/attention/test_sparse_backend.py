@@ -151,7 +151,7 @@ def test_what_the_kernels_cannot_select_is_said(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("most_guessed", [None, 256, 3])
+@pytest.mark.parametrize("most_guessed", [None, pytest.param(256, marks=pytest.mark.many), 3])
 def test_the_layers_of_a_model_share_compiled_code(most_guessed: int | None) -> None:
     """An `Index` goes through compiled layers, also to those that share a selection."""
     types = ["full", "shared", "full", "full", "shared", "shared"]

@@ -84,7 +84,7 @@ def test_a_killed_replica_is_replaced_while_the_other_serves(fleet: RunningFleet
 
 
 @needs_ray
-@pytest.mark.slow
+@pytest.mark.many
 def test_a_sighup_brings_other_weights_and_no_answer_is_of_both(fleet: RunningFleet) -> None:
     def answer() -> str:
         found = fleet.ask(max_tokens=60, ignore_eos=True, temperature=0)

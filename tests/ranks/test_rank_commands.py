@@ -88,10 +88,10 @@ def test_lanes_need_experts_to_share(tmp_path: Path) -> None:
     ("spread", "memory"),
     [
         ({"dp": 2}, {"hot_gib": 0.01}),
-        ({"tp": 2, "ep": True}, {}),
         *(
             pytest.param(*both, marks=pytest.mark.many)
             for both in (
+                ({"tp": 2, "ep": True}, {}),
                 ({"dp": 2}, {}),
                 ({"dp": 2, "ep": True}, {}),
                 ({"dp": 2, "ep": True}, {"hot_gib": 0.01}),

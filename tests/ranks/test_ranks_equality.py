@@ -111,6 +111,7 @@ def test_tokens_are_chosen_as_on_one_rank(
     assert run(make_ranked(overlap=True), make_prompts(), **params) == wanted
 
 
+@pytest.mark.many
 def test_requests_that_come_and_go_leave_nothing(make_ranked: MakeEngine) -> None:
     engine = make_ranked(hot_blocks=26, host_blocks=60, max_num_batched_tokens=32, overlap=True)
     rng = random.Random(0)

@@ -42,7 +42,13 @@ def settle(engine: Engine) -> None:
         engine.tiers.wait(0.01)
 
 
-@pytest.mark.parametrize(("family", "changes"), FAMILIES, ids=[name for name, _ in FAMILIES])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        pytest.param(name, changes, id=name, marks=pytest.mark.many if number > 3 else ())
+        for number, (name, changes) in enumerate(FAMILIES)
+    ],
+)
 def test_states_that_come_back_from_host_memory_and_preemptions_do_not_matter(
     family: str, changes: dict[str, Any], make_ranked: MakeEngine
 ) -> None:

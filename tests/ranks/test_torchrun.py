@@ -249,7 +249,7 @@ def two_hosts(folder: Path, logs: Path) -> Iterator[Hosts]:
             time.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.many
 def test_a_rank_that_dies_on_the_other_host_is_named_and_all_serve_again(
     folder: Path, tmp_path: Path
 ) -> None:
