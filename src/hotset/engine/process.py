@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hotset.clock import REAL_CLOCK
 from hotset.engine.messages import BuildEngine, EngineInfo, Report, Submit
@@ -264,7 +264,7 @@ def _child(connection: Connection, options: Options, build: BuildEngine | None) 
         loop = EngineLoop(options, build or load_engine, outgoing.put)
     except HotsetError as error:
         connection.send(("refused", error))
-        return
+        _leave()
     # Collections that go through all of the model's objects held steps up for 0.3 s.
     gc.collect()
     gc.freeze()
@@ -278,7 +278,11 @@ def _child(connection: Connection, options: Options, build: BuildEngine | None) 
     loop.close()
     outgoing.put(None)
     sender.join(_CLOSE_S)
-    # All is closed. Triton's library would list what it leaks while the interpreter shuts down.
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End this process; Triton's library would list what it leaks as the interpreter shuts down."""
     atexit._run_exitfuncs()
     os._exit(0)
 
