@@ -32,7 +32,7 @@ class RankMemory:
     Attributes:
         host: the name of its machine.
         device: its name.
-        used_bytes: of the device, by whoever; of a CPU, by this rank.
+        used_bytes: of the device, by all processes; of a CPU, by this rank.
         total_bytes: of the device.
         host_bytes: of host memory for KV and experts; pinned where the device is a GPU.
         disk_bytes: most that it may write to disk.

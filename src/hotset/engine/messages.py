@@ -57,7 +57,7 @@ class Queued(NamedTuple):
 
 
 def size_class(num_tokens: int) -> int:
-    """The power of two that a prompt with so many tokens left has at most."""
+    """The exponent of the least power of two that is not below the tokens left of a prompt."""
     return max(0, num_tokens - 1).bit_length()
 
 

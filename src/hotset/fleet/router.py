@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 # Costs that differ by less are as good as equal: they rest on loads that are 0.1 s old.
 _AS_GOOD = 1.1
 _MOST_WEIGHT = 5.0
-# How many times a token that was computed is found again, before it was seen: over so many tokens.
-# A conversation trace has 0.5. Beyond the most, older requests count half.
+# How many times a computed token is found again, before any were seen, and the number of tokens
+# that this counts as. A conversation trace has 0.5. Beyond the most, older requests count half.
 _PRIOR_FOUND, _PRIOR_TOKENS, _MOST_TOKENS = 0.5, 100_000.0, 20_000_000
 # Of `PrefixRoute`: a match is worth following above this part of the prompt, and a replica is
 # crowded with this many more requests than another, and this many times as many.

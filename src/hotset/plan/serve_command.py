@@ -128,7 +128,7 @@ def why_not_run(plan: Plan) -> str:
 
 
 def _spreads(gpus: int) -> list[Layout]:
-    """The layouts of so many GPUs that the engine has, whatever the model."""
+    """The layouts over this number of GPUs that the engine has, whatever the model."""
     return [
         Layout(gpus),
         Layout(gpus, ep=gpus),

@@ -205,7 +205,7 @@ def _reach(address: str, port: int, key: bytes, here: Place) -> Connection:
 
 
 def cut(connection: Connection) -> None:
-    """End a connection for both sides, whoever waits for it."""
+    """End a connection for both sides; a thread that waits for it wakes up."""
     with _socket_of(connection) as opened, contextlib.suppress(OSError):
         opened.shutdown(socket.SHUT_RDWR)
 

@@ -76,7 +76,7 @@ class RowProgram:
                 self._rows_of(attend.out, num_tokens).copy_(out.flatten(1))
 
     def _make_room(self, num_tokens: int, num_rows: int) -> None:
-        """Take memory for at least so many rows, and say in all calls where it is."""
+        """Take memory for at least this number of rows, and tell all calls its addresses."""
         self._room = _rounded(num_tokens, self._room[0]), _rounded(num_rows, self._room[1])
         self._memories = []  # before more is taken
         self._memories = [
